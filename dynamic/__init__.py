@@ -1,0 +1,1 @@
+"""What runs a model: decoder, weights, engine, studies, command line."""

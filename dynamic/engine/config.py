@@ -1,0 +1,38 @@
+"""Settings of the engine: how many requests run together, how much memory their keys and values may take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Limits of one engine.
+
+    Arguments:
+        max_num_seqs: sequences that run in one step.
+        max_num_batched_tokens: rows that one step may compute; longer prompts are prefilled in chunks.
+        max_model_len: longest prompt plus output, in tokens; None takes the model's own maximum.
+        kv_memory: bytes for keys and values, as a number or with a unit (``2GiB``, ``512MiB``); None takes what
+            ``max_num_seqs`` requests of a typical length need, within a quarter of the free memory.
+        block_size: tokens per page of the cache.
+        enable_prefix_caching: share the pages of equal prompt beginnings between requests.
+        max_waiting: queued requests beyond this many are refused (``EngineFull``).
+        seed: seeds the draws of requests that bring no seed of their own.
+    """
+
+    max_num_seqs: int = 16
+    max_num_batched_tokens: int = 2048
+    max_model_len: int | None = None
+    kv_memory: int | str | None = None
+    block_size: int = 16
+    enable_prefix_caching: bool = True
+    max_waiting: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_waiting"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"engine.{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_model_len is not None and self.max_model_len < 1:
+            raise ValueError(f"engine.max_model_len must be at least 1, not {self.max_model_len}")

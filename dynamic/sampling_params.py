@@ -1,0 +1,102 @@
+"""What a caller may ask of one request: how to choose tokens, when to stop, what to report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+GREEDY_EPSILON = 1e-5  # temperatures below this are greedy
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """Sampling settings of one request. Names and defaults are those that users of vLLM know.
+
+    Arguments:
+        n: how many completions to return for one prompt.
+        temperature: 0 is greedy.
+        top_p, top_k, min_p: nucleus, k best (0 or -1 turns it off), and minimum share of the best token's probability.
+        repetition_penalty: > 1 discourages tokens of prompt and output; presence_penalty and frequency_penalty look at
+            the output only.
+        logit_bias: token id → amount added to its logit.
+        seed: makes the request's random draws repeatable, whatever runs beside it.
+        max_tokens, min_tokens: limits on the output's length; no stop ends the output before ``min_tokens``.
+            ``max_tokens=None`` means: until the model's maximum length.
+        stop: strings that end the output; they may span tokens. include_stop_str_in_output keeps them in the text.
+        stop_token_ids: tokens that end the output.
+        ignore_eos: go on past the model's end-of-sequence tokens.
+        logprobs: report this many best tokens per position, beside the chosen one. -1 is not allowed.
+        prompt_logprobs: the same for the prompt's tokens.
+        skip_special_tokens: leave special tokens out of the text.
+        detokenize: turn ids into text; off, ``text`` stays empty and ``stop`` must be empty.
+
+    Raises:
+        ValueError: naming the field and the value that is out of range.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+    detokenize: bool = True
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
+        self._check()
+
+    def _check(self) -> None:
+        limits: tuple[tuple[str, float, float], ...] = (
+            ("n", 1, 128),
+            ("temperature", 0, 100),
+            ("min_p", 0, 1),
+            ("presence_penalty", -2, 2),
+            ("frequency_penalty", -2, 2),
+            ("min_tokens", 0, float("inf")),
+        )
+        for name, low, high in limits:
+            value = getattr(self, name)
+            if not low <= value <= high:  # NaN fails this too
+                raise ValueError(f"{name} must be between {low} and {high}, not {value}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], not {self.top_p}")
+        if self.top_k < -1:
+            raise ValueError(f"top_k must be -1 or 0 (off) or positive, not {self.top_k}")
+        if not 0 < self.repetition_penalty <= 100:
+            raise ValueError(f"repetition_penalty must be in (0, 100], not {self.repetition_penalty}")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, not {self.max_tokens}")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} is greater than max_tokens={self.max_tokens}")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} must be at least 0, not {value}")
+        if any(not s for s in self.stop):
+            raise ValueError("stop strings must not be empty")
+        if self.stop and not self.detokenize:
+            raise ValueError("stop strings need detokenize=True")
+        for token, bias in self.logit_bias.items():
+            if not -100 <= bias <= 100:
+                raise ValueError(f"logit_bias of token {token} must be between -100 and 100, not {bias}")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether every step takes the most likely token."""
+        return self.temperature < GREEDY_EPSILON

@@ -1,0 +1,1 @@
+"""Early exits: segments, probes, policies, calibration."""

@@ -1,0 +1,140 @@
+"""The backend made of torch's own operations: works on every device, and is what the others fall back to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from . import reference
+from .router_spec import RouterSpec
+from .types import AttentionBatch, ExpertWeights, KVLayer, LinearWeights, Routing
+
+
+@dataclass(frozen=True)
+class _Experts:
+    gate_EFD: torch.Tensor
+    up_EFD: torch.Tensor
+    down_EDF: torch.Tensor
+    gate_bias_EF: torch.Tensor | None
+    up_bias_EF: torch.Tensor | None
+    down_bias_ED: torch.Tensor | None
+
+
+def _nbytes(*tensors: torch.Tensor | None) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+class TorchBackend:
+    """Operations of a decoder on plain tensors.
+
+    A faster backend subclasses this one and replaces what it does better; whatever it leaves alone keeps working.
+    Weights go through ``pack_*`` once, while loading, and come back as handles that only the same backend understands.
+    """
+
+    name = "torch"
+
+    def __init__(self, device: torch.device | str, dtype: torch.dtype) -> None:
+        self.device = torch.device(device)
+        self.dtype = dtype
+
+    def pack_linear(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> LinearWeights:
+        """Take a linear layer's weight into this backend's layout. The source may be a memory-mapped view."""
+        weight_OI = weight_OI.to(self.device, self.dtype)
+        bias_O = None if bias_O is None else bias_O.to(self.device, self.dtype)
+        out_features, in_features = weight_OI.shape
+        return LinearWeights(
+            out_features=out_features,
+            in_features=in_features,
+            dtype=self.dtype,
+            data=(weight_OI, bias_O),
+            nbytes=_nbytes(weight_OI, bias_O),
+        )
+
+    def linear(self, x_TI: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
+        """``x @ weight.T + bias``, (T, O)."""
+        return F.linear(x_TI, *weights.data)
+
+    def pack_experts(
+        self,
+        gate_EFD: torch.Tensor,
+        up_EFD: torch.Tensor,
+        down_EDF: torch.Tensor,
+        activation: str,
+        gate_bias_EF: torch.Tensor | None = None,
+        up_bias_EF: torch.Tensor | None = None,
+        down_bias_ED: torch.Tensor | None = None,
+    ) -> ExpertWeights:
+        """Take the experts of a layer (a dense FFN is one expert) into this backend's layout.
+
+        ``down_EDF`` may be a strided view of one dense (D, E*F) matrix, so that all experts together are one dense FFN.
+        """
+        parts = (gate_EFD, up_EFD, down_EDF, gate_bias_EF, up_bias_EF, down_bias_ED)
+        data = _Experts(*(None if t is None else t.to(self.device, self.dtype) for t in parts))  # type: ignore[arg-type]
+        num_experts, expert_size, hidden_size = gate_EFD.shape
+        return ExpertWeights(
+            num_experts=num_experts,
+            hidden_size=hidden_size,
+            expert_size=expert_size,
+            activation=activation,
+            dtype=self.dtype,
+            data=data,
+            nbytes=_nbytes(*vars(data).values()),
+        )
+
+    def experts(self, x_TD: torch.Tensor, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
+        """The weighted sum of each row's experts, (T, D). See :func:`reference.experts`."""
+        w: _Experts = weights.data
+        biases = (w.gate_bias_EF, w.up_bias_EF, w.down_bias_ED)
+        return reference.experts(x_TD, w.gate_EFD, w.up_EFD, w.down_EDF, routing, weights.activation, *biases)
+
+    def all_experts(self, x_TD: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
+        """Every expert with weight 1, run as one dense FFN over the same storage, (T, D)."""
+        w: _Experts = weights.data
+        gate = F.linear(x_TD, w.gate_EFD.flatten(0, 1), None if w.gate_bias_EF is None else w.gate_bias_EF.flatten())
+        up = F.linear(x_TD, w.up_EFD.flatten(0, 1), None if w.up_bias_EF is None else w.up_bias_EF.flatten())
+        down_DX = w.down_EDF.permute(1, 0, 2).flatten(1)
+        bias_D = None if w.down_bias_ED is None else w.down_bias_ED.sum(0)
+        return F.linear(reference.activate(gate, up, weights.activation), down_DX, bias_D)
+
+    def route(self, logits_TE: torch.Tensor, spec: RouterSpec) -> Routing:
+        """Experts and weights of every row. See :func:`reference.route`."""
+        return reference.route(logits_TE, spec)
+
+    def rms_norm(self, x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+        """Root-mean-square norm over the last dimension."""
+        return reference.rms_norm(x_TD, weight_D, eps)
+
+    def add_rms_norm(
+        self, x_TD: torch.Tensor, residual_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, scale: float = 1.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``residual + scale * x``, normed and as it is: returns (normed, sum). The residual may be overwritten."""
+        residual_TD = residual_TD + (x_TD if scale == 1.0 else x_TD * scale)
+        return self.rms_norm(residual_TD, weight_D, eps), residual_TD
+
+    def rope_and_write(
+        self,
+        q_THC: torch.Tensor,
+        k_TGC: torch.Tensor,
+        v_TGC: torch.Tensor,
+        cos_sin_LC: torch.Tensor,
+        batch: AttentionBatch,
+        layer: KVLayer,
+    ) -> torch.Tensor:
+        """Rotate queries and keys, write keys and values to the cache, return the rotated queries."""
+        k_TGC = reference.rope(k_TGC, cos_sin_LC, batch.positions_T)
+        reference.write_kv(k_TGC, v_TGC, layer, batch.slots_T)
+        return reference.rope(q_THC, cos_sin_LC, batch.positions_T)
+
+    def attention(
+        self,
+        q_THC: torch.Tensor,
+        layer: KVLayer,
+        batch: AttentionBatch,
+        *,
+        scale: float,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        """Causal attention over the paged cache, (T, H, C). See :func:`reference.paged_attention`."""
+        return reference.paged_attention(q_THC, layer, batch, scale=scale, window=window)

@@ -1,0 +1,88 @@
+"""Plain data that operations exchange: routing tables, expert weights, attention batches.
+
+Shape suffixes used in this package:
+    T tokens (rows of a step)   D hidden size          V vocabulary
+    H query heads               G key/value heads      C channels of one head
+    E experts                   K experts per token    F width of one expert
+    O output features           I input features       S sequences
+    B pages of the cache        P tokens per page      M pages in a block table row
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """Which experts every row uses, and with what weight.
+
+    Slots ``k >= counts_T[t]`` of row ``t`` are unused: their weight is zero and no kernel may read the expert's weights
+    for them. ``counts_T is None`` means that every row uses all K slots.
+    """
+
+    expert_ids_TK: torch.Tensor  # int32
+    weights_TK: torch.Tensor  # float32
+    counts_T: torch.Tensor | None = None  # int32
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearWeights:
+    """A linear layer as one backend keeps it. ``data`` belongs to that backend; callers only carry it around."""
+
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+    data: Any = field(repr=False)
+
+    nbytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertWeights:
+    """The experts of one layer as one backend keeps them (see :class:`LinearWeights`)."""
+
+    num_experts: int
+    hidden_size: int
+    expert_size: int
+    activation: str
+    dtype: torch.dtype
+    data: Any = field(repr=False)
+
+    nbytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVLayer:
+    """Paged keys and values of one layer."""
+
+    keys_BGPC: torch.Tensor
+    values_BGPC: torch.Tensor
+
+    @property
+    def page_size(self) -> int:
+        return self.keys_BGPC.shape[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionBatch:
+    """Where the rows of a step live. All tensors are on the model's device.
+
+    Sequence ``s`` owns rows ``query_start_S1[s] : query_start_S1[s + 1]``; they are the last rows of its context, which
+    holds ``context_len_S[s]`` tokens once this step's keys have been written.
+    """
+
+    positions_T: torch.Tensor  # int64, position of each row in its sequence
+    slots_T: torch.Tensor  # int64, page * P + offset where the row's key and value are written
+    query_start_S1: torch.Tensor  # int32
+    context_len_S: torch.Tensor  # int32
+    block_table_SM: torch.Tensor  # int32, page numbers; entries beyond the context are never read
+    max_query_len: int
+    max_context_len: int
+
+    @property
+    def num_sequences(self) -> int:
+        return self.context_len_S.shape[0]

@@ -1,0 +1,1 @@
+"""Routers, expert budgets, dispatch and upcycling."""
