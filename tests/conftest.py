@@ -1,0 +1,165 @@
+"""Tiny random checkpoints of every family, written by transformers, and the transformers models to compare with.
+
+Tests of the model, the engine and the server share them: ``make_checkpoint("mixtral", num_hidden_layers=2)`` is a
+directory in Hugging Face layout with weights, configuration, tokenizer and chat template.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+VOCAB_SIZE = 320
+END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # ids 0, 1, 2
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TRAINING_TEXT = (
+    "The capital of France is Paris, and the capital of Italy is Rome. A mixture of experts sends every token to a few "
+    "of its experts; the router chooses them. The quick brown fox jumps over the lazy dog while the other dogs sleep. "
+    "One, two, three, four, five, six, seven, eight, nine, ten. What is the answer to the question that was asked? "
+    "There is a house in the middle of the forest, and there the old man reads his books every night until morning."
+)
+COMMON = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 24},
+    "qwen2": {},
+    "qwen3": {"head_dim": 24},
+    "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 48},
+    "qwen2_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 40,
+        "shared_expert_intermediate_size": 72,
+    },
+    "qwen3_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40,
+        "head_dim": 24,
+        "norm_topk_prob": True,
+    },
+    "olmoe": {"num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 40},
+    "granitemoe": {
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 40,
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.35,
+        "residual_multiplier": 0.6,
+        "logits_scaling": 1.7,
+    },
+}
+
+
+def write_tokenizer(directory: Path) -> None:
+    """A small byte-level BPE tokenizer with a ChatML template, in the files that transformers' tokenizers write."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[END_OF_TEXT, IM_START, IM_END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TRAINING_TEXT], trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": IM_START,
+        "eos_token": IM_END,
+        "pad_token": END_OF_TEXT,
+        "add_bos_token": False,
+        "model_max_length": 512,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def randomize(model: torch.nn.Module, seed: int) -> None:
+    """Draw weights that make every part matter: peaked attention, uneven norms, biases as large as what they add to."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if "norm" in name:
+                parameter.uniform_(0.4, 1.6, generator=generator)
+            elif name.endswith("bias"):
+                parameter.normal_(0.0, 0.6, generator=generator)
+            elif "embed_tokens" in name or "lm_head" in name:
+                parameter.normal_(0.0, 1.0, generator=generator)
+            else:
+                parameter.normal_(0.0, 1.6 / math.sqrt(parameter.shape[-1]), generator=generator)
+
+
+def build_checkpoint(
+    directory: Path, family: str, *, seed: int = 0, dtype: str = "float32", max_shard_size: str = "1GB", **config: Any
+) -> None:
+    """Write a random model of a family with its tokenizer to ``directory``."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **config})
+    model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+    randomize(model, seed)
+    model.generation_config.update(eos_token_id=[2, 0], pad_token_id=0, bos_token_id=1)
+    model.to(getattr(torch, dtype)).save_pretrained(directory, max_shard_size=max_shard_size)
+    write_tokenizer(directory)
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``make_checkpoint(family, *, seed=0, dtype="float32", max_shard_size="1GB", **config) -> directory``.
+
+    Equal arguments give the same directory: do not write into it, copy it.
+    """
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def make(family: str, **arguments: Any) -> Path:
+        key = hashlib.sha256(json.dumps([family, arguments], sort_keys=True).encode()).hexdigest()[:12]
+        directory = root / f"{family}-{key}"
+        if not directory.exists():
+            build_checkpoint(directory, family, **arguments)
+        return directory
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def reference_model() -> Callable[[Path], Any]:
+    """``reference_model(directory)``: the checkpoint as a transformers model in float32 with eager attention."""
+    models: dict[Path, Any] = {}
+
+    def load(directory: Path) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        if directory not in models:
+            model = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+            )
+            models[directory] = model.eval()
+        return models[directory]
+
+    return load
