@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .router_spec import RouterSpec
+from .router_reference import route as route
+from .router_reference import router_logits as router_logits
 from .types import AttentionBatch, KVLayer, Routing
 
 
@@ -82,29 +83,6 @@ def paged_attention(
     return out_THC
 
 
-def route(logits_TE: torch.Tensor, spec: RouterSpec) -> Routing:
-    """Scores, top-k, weights. Ties go to the lower expert number. Sorted by falling score within a row."""
-    logits_TE = logits_TE.float()
-    if spec.score == "softmax" and not spec.softmax_after_topk:
-        scores_TE = logits_TE.softmax(-1)
-    elif spec.score == "sigmoid":
-        scores_TE = logits_TE.sigmoid()
-    elif spec.score == "sqrt_softplus":
-        scores_TE = F.softplus(logits_TE).sqrt()
-    else:
-        scores_TE = logits_TE
-    # A stable sort, unlike topk, promises that ties go to the lower index.
-    values_TE, ids_TE = scores_TE.sort(-1, descending=True, stable=True)
-    weights_TK, ids_TK = values_TE[:, : spec.top_k], ids_TE[:, : spec.top_k]
-    if spec.softmax_after_topk:
-        weights_TK = weights_TK.softmax(-1)
-    if spec.score == "constant":
-        weights_TK = torch.ones_like(weights_TK)
-    if spec.renormalize:
-        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-    return Routing(expert_ids_TK=ids_TK.int(), weights_TK=(weights_TK * spec.scale).contiguous())
-
-
 def experts(
     x_TD: torch.Tensor,
     gate_EFD: torch.Tensor,
@@ -116,9 +94,9 @@ def experts(
     up_bias_EF: torch.Tensor | None = None,
     down_bias_ED: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``sum_k weight_k * down_e(act(gate_e x) * up_e x)`` with ``e = expert_ids[k]``: the mixture, one expert at a time.
+    """``sum_k weight_k * down_e(act(gate_e x) * up_e x)`` with ``e = expert_ids[k]``: the mixture, expert by expert.
 
-    The sum over k runs in float32 in the order of the slots.
+    The sum over k runs in float32 in the order of the slots, zero experts last.
     """
     num_tokens, top_k = routing.expert_ids_TK.shape
     slots_TKD = torch.zeros(num_tokens, top_k, x_TD.shape[1], dtype=torch.float32, device=x_TD.device)
@@ -129,12 +107,16 @@ def experts(
     for expert in chosen_TK[used_TK].unique().tolist():
         rows, slots = (chosen_TK == expert).nonzero(as_tuple=True)
         x = x_TD[rows]
+        if routing.weight_on_input:
+            x = (x * routing.weights_TK[rows, slots, None]).to(x.dtype)
         gate = F.linear(x, gate_EFD[expert], None if gate_bias_EF is None else gate_bias_EF[expert])
         up = F.linear(x, up_EFD[expert], None if up_bias_EF is None else up_bias_EF[expert])
         down = F.linear(activate(gate, up, activation), down_EDF[expert])
         slots_TKD[rows, slots] = (down if down_bias_ED is None else down + down_bias_ED[expert]).float()
-    weights_TK = routing.weights_TK.masked_fill(~used_TK, 0.0)
+    weights_TK = used_TK.float() if routing.weight_on_input else routing.weights_TK.masked_fill(~used_TK, 0.0)
     out_TD = torch.zeros_like(slots_TKD[:, 0])
     for k in range(top_k):
         out_TD = out_TD + weights_TK[:, k, None] * slots_TKD[:, k]
+    if routing.identity_weights_T is not None:
+        out_TD = out_TD + routing.identity_weights_T[:, None] * x_TD.float()
     return out_TD.to(x_TD.dtype)

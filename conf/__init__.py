@@ -1,0 +1,1 @@
+"""The Hydra configuration tree: one file per command, and groups of presets."""
