@@ -1,0 +1,113 @@
+"""Errors in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}`` with the right status code."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+ERROR_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "timeout_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "service_unavailable_error",
+}
+
+
+class ApiError(HTTPException):
+    """A request that ends with an error.
+
+    Arguments:
+        status: HTTP status code.
+        message: for the person who reads it; names the offending value.
+        param: the field of the request that is to blame.
+        code: short name for programs.
+        headers: extra headers of the answer.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, headers)
+        self.param = param
+        self.code = code
+
+    def body(self) -> dict[str, Any]:
+        """The error as clients read it, in a response or in-band in a stream."""
+        return error_body(self.status_code, self.detail, self.param, self.code)
+
+    def response(self) -> JSONResponse:
+        """The error as a whole HTTP answer."""
+        return JSONResponse(self.body(), self.status_code, headers=self.headers)
+
+
+def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """The body of an error answer."""
+    kind = ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """Status 400: the request itself is wrong."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def overloaded(message: str, retry_after: float) -> ApiError:
+    """Status 429: come back later, ``retry_after`` seconds from now."""
+    seconds = max(1, math.ceil(retry_after))
+    return ApiError(429, message, code="engine_overloaded", headers={"Retry-After": str(seconds)})
+
+
+def unavailable(message: str, code: str, retry_after: float = 5.0) -> ApiError:
+    """Status 503: the server cannot take requests."""
+    return ApiError(503, message, code=code, headers={"Retry-After": str(max(1, math.ceil(retry_after)))})
+
+
+def describe_validation_error(error: RequestValidationError) -> ApiError:
+    """What pydantic found wrong, in one sentence, without repeating the client's data."""
+    problems = error.errors()
+    first = problems[0]
+    if first["type"] == "json_invalid":
+        return invalid(f"The body is not valid JSON: {first['ctx']['error']} at position {first['loc'][-1]}.")
+    path = [str(part) for part in first["loc"] if part != "body"]
+    if not path:
+        return invalid("The body must be a JSON object, sent with the header 'Content-Type: application/json'.")
+    param = path[0]
+    same_field = [problem["msg"] for problem in problems if len(problem["loc"]) > 1 and str(problem["loc"][1]) == param]
+    reasons = "; or: ".join(dict.fromkeys(same_field[:4]))
+    where = ".".join(path[:4]) if len(same_field) == 1 else param
+    return invalid(f"{where}: {reasons}", param=param)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Make every error of the application an OpenAI-shaped one."""
+
+    async def on_api_error(_request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        if isinstance(error, ApiError):
+            return error.response()
+        return JSONResponse(error_body(error.status_code, error.detail), error.status_code, headers=error.headers)
+
+    async def on_invalid(_request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return describe_validation_error(error).response()
+
+    app.add_exception_handler(HTTPException, on_api_error)
+    app.add_exception_handler(RequestValidationError, on_invalid)

@@ -1,0 +1,136 @@
+"""What happens around every request: an id, one line in the log, a count, a bounded body."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .errors import ApiError
+
+logger = logging.getLogger("dynamoe.requests")
+_SAFE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+
+
+class RequestContext:
+    """ASGI middleware that gives every request an id (the client's ``x-request-id`` if it is harmless), returns it as a
+    header, writes one log line when the request is over, and turns an unexpected exception into a 500.
+
+    Routes add to the line through ``request.state.log``.
+
+    Arguments:
+        log_format: ``text`` or ``json``.
+        on_done: called with method, route and status of every finished request.
+    """
+
+    def __init__(self, app: ASGIApp, *, log_format: str, on_done: Callable[[str, str, int], None]) -> None:
+        self._app = app
+        self._log_format = log_format
+        self._on_done = on_done
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _SAFE_ID.fullmatch(given) else uuid.uuid4().hex
+        state = scope.setdefault("state", {})
+        fields: dict[str, Any] = {}
+        state.update(request_id=request_id, log=fields)
+        status = 0
+        start = time.perf_counter()
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception:
+            logger.exception("unexpected error in request %s", request_id)
+            if status:
+                raise  # the answer has begun: only closing the connection still tells the client
+            error = ApiError(500, f"Internal error. It is in the server's log under {request_id}.")
+            await error.response()(scope, receive, send_with_id)
+        finally:
+            caller = state.get("caller")
+            line = {
+                "request_id": request_id,
+                "method": scope["method"],
+                "path": scope["path"],
+                "status": status or 499,  # 499: the client left before the answer began
+                "seconds": round(time.perf_counter() - start, 4),
+                "key": getattr(caller, "key_id", None),
+                **fields,
+            }
+            self._on_done(line["method"], getattr(scope.get("route"), "path", "unmatched"), line["status"])
+            logger.info("%s", self._format(line))
+
+    def _format(self, line: dict[str, Any]) -> str:
+        present = {name: value for name, value in line.items() if value is not None}
+        if self._log_format == "json":
+            return json.dumps(present)
+        # Clients choose the path: quoting keeps one request from writing two lines.
+        return " ".join(
+            f"{name}={value if isinstance(value, (int, float)) else json.dumps(value)}"
+            for name, value in present.items()
+        )
+
+
+class BodyLimit:
+    """ASGI middleware that reads the body within a size and a time limit before the application sees the request."""
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int, timeout: float) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+        self._timeout = timeout
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        try:
+            async with asyncio.timeout(self._timeout):
+                body = await self._read(scope, receive)
+        except TimeoutError:
+            error = ApiError(408, f"The body did not arrive within {self._timeout:g} s.", headers={"Connection": "close"})
+            return await error.response()(scope, receive, send)
+        except ApiError as error:
+            return await error.response()(scope, receive, send)
+        if body is None:
+            return None
+        pending = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            return pending.pop() if pending else await receive()
+
+        await self._app(scope, replay, send)
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
+        """The whole body, or None when the client left."""
+        declared = Headers(scope=scope).get("content-length", "0")
+        if declared.isdecimal() and int(declared) > self._max_bytes:
+            raise self._too_large()
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            if len(body) > self._max_bytes:
+                raise self._too_large()
+            if not message.get("more_body", False):
+                return bytes(body)
+
+    def _too_large(self) -> ApiError:
+        message = f"The body is larger than {self._max_bytes} bytes."
+        return ApiError(413, message, code="request_too_large", headers={"Connection": "close"})

@@ -1,0 +1,121 @@
+"""Settings of the server: where it listens, who may call it, what one request may ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one request may ask for. A request beyond a limit is refused with status 400 (413 for its size).
+
+    Arguments:
+        max_prompts: prompts in one completion request.
+        max_n: completions per prompt.
+        max_choices: completions in one answer, over all its prompts.
+        max_stop, max_stop_length: stop strings, and characters in one of them.
+        max_stop_token_ids: token ids that end the output.
+        max_logprobs: alternatives per position, for the output and for the prompt.
+        max_logit_bias: entries of ``logit_bias``.
+        max_messages: messages in one chat.
+        max_tokens: cap on the output's length; None leaves it to the model's maximum length.
+        max_body_bytes, max_header_bytes: size of a request.
+        body_timeout: seconds a client may take to send a body.
+        max_open_requests: requests in flight; beyond it the answer is 429.
+    """
+
+    max_prompts: int = 128
+    max_n: int = 16
+    max_choices: int = 256
+    max_stop: int = 16
+    max_stop_length: int = 256
+    max_stop_token_ids: int = 64
+    max_logprobs: int = 20
+    max_logit_bias: int = 300
+    max_messages: int = 2048
+    max_tokens: int | None = None
+    max_body_bytes: int = 4 * 1024 * 1024
+    max_header_bytes: int = 16 * 1024
+    body_timeout: float = 60.0
+    max_open_requests: int = 1024
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if value is not None and not value > 0:
+                raise ValueError(f"server.limits.{item.name} must be positive, not {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """How the server runs.
+
+    Arguments:
+        host, port: where it listens; port 0 takes a free one.
+        uds: path of a UNIX socket to listen on instead.
+        served_model_name: name that clients use; None takes the model's own.
+        api_keys: when there are any, every path but ``/health`` needs one (``Authorization: Bearer KEY``).
+        api_keys_file: file with one more key per line; keeps them out of the list of processes.
+        admin_key: key for ``/metrics``, which ordinary keys then no longer open.
+        public_page: with keys set, serve the page at ``/`` without one. It holds no data; its requests need a key.
+        playground: serve the page at ``/``.
+        cors_origins: web origins whose scripts may call the server; none by default.
+        drain_timeout: seconds that running requests get to finish after SIGTERM.
+        hang_timeout: seconds without progress, while there is work, after which the engine counts as hung.
+        text_threads: threads that tokenise and render chat templates.
+        warm_up: run one tiny request before the server says that it is ready.
+        log_format: ``text`` or ``json``, one line per request.
+        limits: what one request may ask for.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    uds: str | None = None
+    served_model_name: str | None = None
+    api_keys: tuple[str, ...] = ()
+    api_keys_file: str | None = None
+    admin_key: str | None = None
+    public_page: bool = False
+    playground: bool = True
+    cors_origins: tuple[str, ...] = ()
+    drain_timeout: float = 30.0
+    hang_timeout: float = 300.0
+    text_threads: int = 2
+    warm_up: bool = True
+    log_format: str = "text"
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "api_keys", tuple(self.api_keys))
+        object.__setattr__(self, "cors_origins", tuple(self.cors_origins))
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"server.port must be between 0 and 65535, not {self.port}")
+        if self.drain_timeout < 0:
+            raise ValueError(f"server.drain_timeout must not be negative, not {self.drain_timeout}")
+        for name in ("hang_timeout", "text_threads"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"server.{name} must be positive, not {getattr(self, name)}")
+        if self.log_format not in ("text", "json"):
+            raise ValueError(f"server.log_format must be text or json, not {self.log_format!r}")
+        if any(not key.strip() for key in self.api_keys) or self.admin_key == "":
+            raise ValueError("server.api_keys and server.admin_key must not be empty strings")
+        if self.admin_key is not None and not (self.api_keys or self.api_keys_file):
+            raise ValueError("server.admin_key needs server.api_keys: without them every path is open")
+
+    def all_api_keys(self) -> tuple[str, ...]:
+        """The keys given directly and those in ``api_keys_file``.
+
+        Raises:
+            ValueError: the file cannot be read or holds no key.
+        """
+        if self.api_keys_file is None:
+            return self.api_keys
+        try:
+            lines = Path(self.api_keys_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"server.api_keys_file {self.api_keys_file!r} cannot be read: {error}") from error
+        keys = tuple(line.strip() for line in lines if line.strip())
+        if not keys:
+            raise ValueError(f"server.api_keys_file {self.api_keys_file!r} holds no key")
+        return self.api_keys + keys
