@@ -98,9 +98,23 @@ class TorchBackend:
         bias_D = None if w.down_bias_ED is None else w.down_bias_ED.sum(0)
         return F.linear(reference.activate(gate, up, weights.activation), down_DX, bias_D)
 
-    def route(self, logits_TE: torch.Tensor, spec: RouterSpec) -> Routing:
-        """Experts and weights of every row. See :func:`reference.route`."""
-        return reference.route(logits_TE, spec)
+    def route(
+        self,
+        logits_TE: torch.Tensor,
+        spec: RouterSpec,
+        *,
+        selection_bias_E: torch.Tensor | None = None,
+        expert_scale_E: torch.Tensor | None = None,
+        forced_ids_TK: torch.Tensor | None = None,
+    ) -> Routing:
+        """Experts and weights of every row. See :func:`router_reference.route`."""
+        return reference.route(
+            logits_TE,
+            spec,
+            selection_bias_E=selection_bias_E,
+            expert_scale_E=expert_scale_E,
+            forced_ids_TK=forced_ids_TK,
+        )
 
     def rms_norm(self, x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
         """Root-mean-square norm over the last dimension."""

@@ -22,11 +22,18 @@ class Routing:
 
     Slots ``k >= counts_T[t]`` of row ``t`` are unused: their weight is zero and no kernel may read the expert's weights
     for them. ``counts_T is None`` means that every row uses all K slots.
+
+    ``identity_weights_T`` is the weight with which the row itself joins the sum (zero experts, whose output is their
+    input). With ``weight_on_input`` a slot's weight multiplies the expert's input instead of its output.
+    ``index`` belongs to the backend that routed: tables it built in the same launch.
     """
 
     expert_ids_TK: torch.Tensor  # int32
     weights_TK: torch.Tensor  # float32
     counts_T: torch.Tensor | None = None  # int32
+    identity_weights_T: torch.Tensor | None = None  # float32
+    weight_on_input: bool = False
+    index: Any = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
