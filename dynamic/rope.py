@@ -1,0 +1,109 @@
+"""Rotary position embedding: which frequencies a model rotates with, and the table of their cosines and sines."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeSpec:
+    """How positions turn into angles (Su et al. 2021), and how the range of positions was stretched.
+
+    Arguments:
+        head_dim: channels that are rotated, even.
+        theta: base of the frequencies.
+        rope_type: ``default``; ``linear`` (position interpolation); ``dynamic`` (NTK-aware: equals ``default`` up to
+            the trained length, and longer contexts are not served); ``llama3``; ``yarn`` (Peng et al. 2023).
+        factor: how far the range is stretched.
+        original_max_position: trained length, for ``llama3`` and ``yarn``.
+        low_freq_factor, high_freq_factor: ``llama3``.
+        beta_fast, beta_slow, attention_factor, truncate: ``yarn``. The attention factor multiplies cosine and sine.
+
+    Raises:
+        ValueError: naming the value that makes no sense.
+    """
+
+    head_dim: int
+    theta: float = 10000.0
+    rope_type: str = "default"
+    factor: float = 1.0
+    original_max_position: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in ROPE_TYPES:
+            raise ValueError(f"rope_type must be one of {', '.join(ROPE_TYPES)}, not {self.rope_type!r}")
+        if self.head_dim % 2:
+            raise ValueError(f"rotary embedding needs an even head_dim, not {self.head_dim}")
+        if self.theta <= 0 or self.factor <= 0:
+            raise ValueError(f"rope_theta={self.theta} and factor={self.factor} must be positive")
+        if self.rope_type in ("llama3", "yarn") and self.original_max_position < 1:
+            raise ValueError(f"rope_type {self.rope_type!r} needs original_max_position_embeddings")
+        if self.rope_type == "llama3" and self.high_freq_factor == self.low_freq_factor:
+            raise ValueError(f"high_freq_factor and low_freq_factor are both {self.low_freq_factor}")
+
+
+def frequencies(spec: RopeSpec) -> torch.Tensor:
+    """Radians per position of every channel pair: float32, (C/2,), fastest first."""
+    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim
+    plain = 1.0 / spec.theta**exponents
+    if spec.rope_type == "linear":
+        return plain / spec.factor
+    if spec.rope_type == "llama3":
+        return _llama3(plain, spec)
+    if spec.rope_type == "yarn":
+        stretched = 1.0 / (spec.factor * spec.theta**exponents)
+        kept = 1.0 - _yarn_ramp(spec)
+        return stretched * (1.0 - kept) + plain * kept
+    return plain
+
+
+def _llama3(plain: torch.Tensor, spec: RopeSpec) -> torch.Tensor:
+    """Llama 3.1: short waves stay, long waves are stretched, those in between are blended."""
+    waves_per_context = spec.original_max_position * plain / (2 * math.pi)
+    blend = (waves_per_context - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)
+    blend = blend.clamp(0.0, 1.0)
+    return (1.0 - blend) * plain / spec.factor + blend * plain
+
+
+def _yarn_ramp(spec: RopeSpec) -> torch.Tensor:
+    """0 where a channel pair keeps its frequency, 1 where it is stretched, linear in between."""
+
+    def pair_with(rotations: float) -> float:
+        per_rotation = math.log(spec.original_max_position / (rotations * 2 * math.pi))
+        return spec.head_dim * per_rotation / (2 * math.log(spec.theta))
+
+    low, high = pair_with(spec.beta_fast), pair_with(spec.beta_slow)
+    if spec.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, spec.head_dim - 1)
+    width = high - low if high != low else 0.001
+    return ((torch.arange(spec.head_dim // 2, dtype=torch.float32) - low) / width).clamp(0.0, 1.0)
+
+
+def yarn_attention_factor(factor: float, mscale: float | None = None, mscale_all_dim: float | None = None) -> float:
+    """The factor that YaRN recommends where the configuration names none."""
+
+    def scale(multiplier: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1.0
+
+    if mscale and mscale_all_dim:
+        return scale(mscale) / scale(mscale_all_dim)
+    return scale(1.0)
+
+
+def rope_table(spec: RopeSpec, length: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Cosines, then sines, of positions ``0 … length - 1``: float32, (L, C)."""
+    positions_L = torch.arange(length, dtype=torch.float32)
+    angles = torch.outer(positions_L, frequencies(spec))
+    return (torch.cat((angles.cos(), angles.sin()), -1) * spec.attention_factor).to(device)
