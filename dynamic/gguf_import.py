@@ -1,0 +1,200 @@
+"""GGUF files turned into checkpoints in Hugging Face layout, their quantised tensors dequantised without loss.
+
+Llama-architecture files are read directly, in one pass. Other architectures go through transformers, which takes
+longer and reads less of the tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Tensor names of a Llama-architecture file, without the block's prefix, and what Hugging Face calls them.
+_BLOCK_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_OTHER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_CONTROL, _USER_DEFINED = 3, 4  # values of ``tokenizer.ggml.token_type``
+# Pre-tokenizers (``tokenizer.ggml.pre``) that split digits off one by one before the byte-level rule of GPT-2.
+_SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r")
+
+
+def import_gguf(file: Path, target: Path, *, progress: bool = True) -> None:
+    """Write config, tokenizer and weights of a GGUF file to a directory.
+
+    The weights are stored in float32: a 4-bit value is ``scale * code + minimum`` with both in float16, which neither
+    float16 nor bfloat16 holds exactly. The config names bfloat16 as the type to serve in.
+
+    Arguments:
+        file: the GGUF file.
+        target: a directory that exists and is empty.
+
+    Raises:
+        ValueError: when the file is not GGUF, or holds a model that cannot be read.
+    """
+    with file.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise ValueError(f"{file} is not a GGUF file")
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+    fields = dict(reader.fields)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    names = {name: _hugging_face_name(name) for name in tensors}
+    direct = (
+        fields["general.architecture"].contents() == "llama"
+        and fields["tokenizer.ggml.model"].contents() == "gpt2"
+        and None not in names.values()
+    )
+    if direct:
+        _write_llama(fields, tensors, names, target, progress)
+    else:
+        _write_through_transformers(file, target)
+
+
+def _hugging_face_name(name: str) -> str | None:
+    stem, _, kind = name.rpartition(".")
+    if stem in _OTHER_NAMES:
+        return f"{_OTHER_NAMES[stem]}.{kind}"
+    block, number, part = (*stem.split(".", 2), "", "")[:3]
+    if block == "blk" and part in _BLOCK_NAMES:
+        return f"model.layers.{number}.{_BLOCK_NAMES[part]}.{kind}"
+    return None
+
+
+def _write_llama(fields: dict[str, Any], tensors: dict, names: dict, target: Path, progress: bool) -> None:
+    from gguf import dequantize
+    from safetensors.torch import save_file
+    from tqdm import tqdm
+
+    config = _llama_config(fields, tied="output.weight" not in tensors)
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    weights = {}
+    for name, tensor in tqdm(tensors.items(), desc="Dequantising", unit="tensor", disable=not progress):
+        weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type)).float()
+        num_heads = next((heads[part] for part in name.split(".") if part in heads), None)
+        weights[names[name]] = weight.contiguous() if num_heads is None else _half_split_rope(weight, num_heads)
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    write_json(target / "config.json", config)
+    tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+    write_json(target / "generation_config.json", tokens)
+    _write_tokenizer(fields, target)
+
+
+def _half_split_rope(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """GGUF stores the rotary pairs of queries and keys next to each other, Hugging Face half a head apart."""
+    return weight.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
+
+
+def _llama_config(fields: dict[str, Any], tied: bool) -> dict[str, Any]:
+    def value(name: str, default: Any = None) -> Any:
+        return fields[name].contents() if name in fields else default
+
+    hidden, heads = value("llama.embedding_length"), value("llama.attention.head_count")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "vocab_size": value("llama.vocab_size", len(fields["tokenizer.ggml.tokens"].data)),
+        "hidden_size": hidden,
+        "intermediate_size": value("llama.feed_forward_length"),
+        "num_hidden_layers": value("llama.block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": value("llama.attention.head_count_kv", heads),
+        "head_dim": value("llama.rope.dimension_count", hidden // heads),
+        "hidden_act": "silu",
+        "max_position_embeddings": value("llama.context_length"),
+        "rms_norm_eps": value("llama.attention.layer_norm_rms_epsilon"),
+        "rope_theta": value("llama.rope.freq_base", 10000.0),
+        "rope_scaling": None,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": tied,
+    }
+    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        token = value(f"tokenizer.ggml.{theirs}_token_id")
+        if token is not None:
+            config[f"{ours}_token_id"] = token
+    return config
+
+
+def _write_tokenizer(fields: dict[str, Any], target: Path) -> None:
+    """A byte-level BPE tokenizer with the file's own pre-tokenizer, special tokens and chat template.
+
+    transformers would take GPT-2's pre-tokenizer for every such file, which tokenizes "\\n\\n1" and runs of spaces
+    before a digit unlike what the model was trained on.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    tokens: list[str] = fields["tokenizer.ggml.tokens"].contents()
+    types = fields["tokenizer.ggml.token_type"].contents()
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"].contents()]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    pre = fields["tokenizer.ggml.pre"].contents() if "tokenizer.ggml.pre" in fields else "default"
+    if pre in _SINGLE_DIGITS:
+        byte_level = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    tokenizer.pre_tokenizer = byte_level
+    tokenizer.decoder = decoders.ByteLevel()
+    kinds = list(zip(tokens, types, strict=True))
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, k in kinds if k == _CONTROL])
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t, k in kinds if k == _USER_DEFINED])
+
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": fields["llama.context_length"].contents(),
+        "clean_up_tokenization_spaces": False,
+    }
+    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+        if (field := fields.get(f"tokenizer.ggml.{theirs}_token_id")) is not None:
+            config[f"{ours}_token"] = tokens[field.contents()]
+    if (field := fields.get("tokenizer.ggml.add_bos_token")) is not None and field.contents():
+        bos = config["bos_token"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokens.index(bos))]
+        )
+    if (field := fields.get("tokenizer.chat_template")) is not None:
+        (target / "chat_template.jinja").write_text(field.contents(), encoding="utf-8")
+    tokenizer.save(str(target / "tokenizer.json"))
+    write_json(target / "tokenizer_config.json", config)
+
+
+def _write_through_transformers(file: Path, target: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # A directory of its own, because transformers wants a directory and looks at its other files too.
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / file.name).symlink_to(file.resolve())
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
+    # A model that remembers being quantised refuses to be saved; after loading it no longer is.
+    del model.hf_quantizer
+    del model.config.quantization_config
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy what belongs to the tokenizer and to generation from one checkpoint directory to another."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write a dictionary as indented JSON."""
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
