@@ -1,0 +1,249 @@
+"""The decoder that training sees: RoPE, grouped-query attention with normed queries and keys, top-k experts, exits.
+
+It computes what a Qwen3-MoE checkpoint computes, so that its export runs in the framework's own loader and elsewhere.
+
+Shape suffixes: N sequences, L positions, T = N*L tokens, D hidden size, H query heads, G key/value heads, C channels of
+one head, E experts, K experts per token, F width of one expert, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...exits.readout import ReadoutAdapter
+from ...moe.losses import load_balancing_loss, router_z_loss
+from .experts import mixture
+from .functions import causal_attention, rms_norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The shape of a trainable decoder.
+
+    Arguments:
+        exit_layers: an exit after this many layers each; increasing, below ``num_layers``.
+        adapter_rank: rank of the read-out adapter of every exit.
+
+    Raises:
+        ValueError: for shapes that do not fit together.
+    """
+
+    vocab_size: int = 2048
+    hidden_size: int = 192
+    num_layers: int = 16
+    num_heads: int = 6
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    num_experts: int = 8
+    experts_per_token: int = 2
+    expert_size: int = 96
+    exit_layers: tuple[int, ...] = (4, 8, 12)
+    adapter_rank: int = 16
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    max_position: int = 1024
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "exit_layers", tuple(self.exit_layers))
+        inside = all(0 < e < self.num_layers for e in self.exit_layers)
+        if not inside or list(self.exit_layers) != sorted(set(self.exit_layers)):
+            raise ValueError(f"exit_layers must rise within 1…{self.num_layers - 1}, not {self.exit_layers}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
+
+    @property
+    def layer_flops(self) -> int:
+        """Floating-point operations of one layer for one token, without the part that grows with the context."""
+        attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
+        experts = self.experts_per_token * 3 * self.hidden_size * self.expert_size
+        return 2 * (attention + experts + self.hidden_size * self.num_experts)
+
+    @property
+    def head_flops(self) -> int:
+        """Floating-point operations of the LM head for one token."""
+        return 2 * self.hidden_size * self.vocab_size
+
+    @property
+    def layers_share(self) -> float:
+        """The share of a decoded token's floating-point operations that the layers do."""
+        layers = self.num_layers * self.layer_flops
+        return layers / (layers + self.head_flops)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, reduced in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Linear(nn.Linear):
+    """A linear layer without bias whose float32 weight is used in the activations' dtype."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.linear(input, self.weight.to(input.dtype))
+
+
+def rope_table(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine, float32 (L, 1, C/2) each, for the half-split rotary embedding."""
+    frequencies = theta ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angles = torch.arange(length, device=device, dtype=torch.float32)[:, None, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def _rotate(x_NLXC: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    a, b = x_NLXC.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention; queries and keys are normed per head before they are rotated (Qwen3)."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.qkv_proj = Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim)
+        self.o_proj = Linear(self.heads * self.head_dim, config.hidden_size)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
+
+    def forward(self, x_NLD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        qkv = self.qkv_proj(x_NLD).unflatten(-1, (-1, self.head_dim))
+        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), 2)
+        q, k = _rotate(self.q_norm(q), cos, sin), _rotate(self.k_norm(k), cos, sin)
+        out = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class SparseMLP(nn.Module):
+    """Router and experts. Returns the mixture, the balancing loss and the z-loss."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.top_k = config.experts_per_token
+        self.router = Linear(config.hidden_size, config.num_experts)
+        self.gate_up_EID = nn.Parameter(torch.empty(config.num_experts, 2 * config.expert_size, config.hidden_size))
+        self.down_EDF = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, config.expert_size))
+
+    def forward(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits_TE = self.router(x_TD).float()
+        probs_TE = logits_TE.softmax(-1)
+        weights_TK, ids_TK = probs_TE.topk(self.top_k)
+        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+        gate_up, down = self.gate_up_EID.to(x_TD.dtype), self.down_EDF.to(x_TD.dtype)
+        out_TD = mixture(x_TD, gate_up, down, ids_TK, weights_TK)
+        return out_TD, load_balancing_loss(probs_TE, ids_TK), router_z_loss(logits_TE)
+
+
+class Layer(nn.Module):
+    """Attention and experts, each behind a norm and added to the residual."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.input_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config)
+        self.post_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = SparseMLP(config)
+
+    def forward(
+        self, x_NLD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x_NLD = x_NLD + self.attention(self.input_norm(x_NLD), cos, sin)
+        out_TD, balance, z = self.mlp(self.post_norm(x_NLD).flatten(0, 1))
+        return x_NLD + out_TD.view_as(x_NLD), balance, z
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderOutput:
+    """Hidden states after every exit's layers (unnormed) and after the last layer; mean auxiliary losses."""
+
+    exits: dict[int, torch.Tensor]
+    final_NLD: torch.Tensor
+    balance_loss: torch.Tensor
+    z_loss: torch.Tensor
+
+
+class TrainableDecoder(nn.Module):
+    """A mixture-of-experts decoder with exits. Weights are float32; ``dtype`` is what activations are computed in.
+
+    Arguments:
+        seed: of the initial weights, which do not depend on torch's global generator.
+    """
+
+    def __init__(self, config: DecoderConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
+        super().__init__()
+        self.config, self.dtype = config, dtype
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        adapters = {str(e): ReadoutAdapter(config.hidden_size, config.adapter_rank) for e in config.exit_layers}
+        self.adapters = nn.ModuleDict(adapters)
+        self._initialise(torch.Generator().manual_seed(seed))
+
+    def _initialise(self, generator: torch.Generator) -> None:
+        depth_scale = (2 * self.config.num_layers) ** -0.5
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                continue
+            std = parameter.shape[-1] ** -0.5
+            if name == "embedding":
+                std = 0.02
+            elif name.endswith(("o_proj.weight", "down_EDF")):
+                std *= depth_scale  # keeps the residual's variance independent of the depth
+            nn.init.normal_(parameter, 0, std, generator=generator)
+        for adapter in self.adapters.values():
+            adapter.reset(generator)  # type: ignore[operator]
+
+    def forward(self, tokens_NL: torch.Tensor, kept: Sequence[torch.Tensor | None] | None = None) -> DecoderOutput:
+        """Run all layers.
+
+        Arguments:
+            tokens_NL: int64.
+            kept: per layer the sequences (int64 indices) that run it, None for all; the others skip the layer (layer
+                dropout). None runs everything.
+        """
+        config = self.config
+        cos, sin = rope_table(tokens_NL.shape[1], config.head_dim, config.rope_theta, tokens_NL.device)
+        cos, sin = cos.to(self.dtype), sin.to(self.dtype)
+        x_NLD = F.embedding(tokens_NL, self.embedding).to(self.dtype)
+        exits, balance, z, ran = {}, x_NLD.new_zeros((), dtype=torch.float32), 0.0, 0
+        for number, layer in enumerate(self.layers):
+            rows = None if kept is None else kept[number]
+            if rows is None:
+                x_NLD, layer_balance, layer_z = layer(x_NLD, cos, sin)
+            elif rows.numel():
+                x_in = x_NLD.index_select(0, rows)
+                x_out, layer_balance, layer_z = layer(x_in, cos, sin)
+                x_NLD = x_NLD.index_add(0, rows, x_out - x_in)
+            if rows is None or rows.numel():
+                balance, z, ran = balance + layer_balance, z + layer_z, ran + 1
+            if number + 1 in config.exit_layers:
+                exits[number + 1] = x_NLD
+        scale = 1 / max(ran, 1)
+        return DecoderOutput(
+            exits=exits,
+            final_NLD=x_NLD,
+            balance_loss=balance * scale,
+            z_loss=torch.as_tensor(z * scale, dtype=torch.float32, device=x_NLD.device),
+        )
+
+    def read_out(self, x: torch.Tensor, exit_layer: int | None = None) -> torch.Tensor:
+        """The normed state that the LM head multiplies: of the full model, or of the exit after ``exit_layer`` layers."""
+        return self.norm(x if exit_layer is None else self.adapters[str(exit_layer)](x))
+
+    def logits(self, x: torch.Tensor, exit_layer: int | None = None) -> torch.Tensor:
+        """Next-token logits (..., V) in the activations' dtype."""
+        return F.linear(self.read_out(x, exit_layer), self.embedding.to(x.dtype))
