@@ -18,15 +18,15 @@ from .spec import LayerSpec, ModelSpec, MoESpec
 from .weights import CheckpointError
 
 ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
+    **{"silu": "silu", "swish": "silu", "gelu": "gelu"},
+    **{"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"},
 }
 ROPE_KEYS = frozenset(
-    "rope_type type rope_theta factor original_max_position_embeddings attention_factor beta_fast beta_slow truncate "
-    "low_freq_factor high_freq_factor mscale mscale_all_dim partial_rotary_factor finetuned".split()
+    {
+        *("rope_type", "type", "rope_theta", "factor", "partial_rotary_factor", "original_max_position_embeddings"),
+        *("attention_factor", "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim", "finetuned"),
+        *("low_freq_factor", "high_freq_factor"),
+    }
 )
 
 
@@ -44,9 +44,11 @@ class ExpertNames:
     gate_up: str = ""
 
 
-DENSE_FFN = ExpertNames(gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj")
+DENSE_FFN = ExpertNames(gate="mlp.gate_proj.weight", up="mlp.up_proj.weight", down="mlp.down_proj.weight")
 SHARED_EXPERT = ExpertNames(
-    gate="mlp.shared_expert.gate_proj", up="mlp.shared_expert.up_proj", down="mlp.shared_expert.down_proj"
+    gate="mlp.shared_expert.gate_proj.weight",
+    up="mlp.shared_expert.up_proj.weight",
+    down="mlp.shared_expert.down_proj.weight",
 )
 QWEN_EXPERTS = (
     ExpertNames(
@@ -278,7 +280,7 @@ FAMILIES: dict[str, Family] = {
         moe=_dynamoe,
         qkv_bias=_ATTENTION_BIAS,
         o_bias=_ATTENTION_BIAS,
-        experts=DYNAMOE_EXPERTS,
+        experts=(DENSE_FFN,),
         router=("mlp.router.weight",),
     ),
 }
@@ -324,6 +326,8 @@ def _model_spec(config: ConfigReader, family: Family) -> ModelSpec:
     if num_heads < 1:
         raise config.error("num_attention_heads", num_heads, "at least 1")
     head_dim = config.integer("head_dim", family.head_dim or hidden_size // num_heads)
+    if head_dim < 1:
+        raise config.error("head_dim", head_dim, "at least 1")
     max_position = config.integer("max_position_embeddings")
     rope = _rope_spec(config, head_dim, max_position, family.theta)
     if rope.rope_type == "yarn":

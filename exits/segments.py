@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,5 @@ def split_into_segments(num_layers: int, exit_layers: Iterable[int] = ()) -> tup
             raise ValueError(f"an exit must lie after layer 1 … {num_layers - 1}, not {cut}")
     bounds = [0, *cuts, num_layers]
     return tuple(
-        Segment(index=index, layers=range(start, stop))
-        for index, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False))
+        Segment(index=index, layers=range(start, stop)) for index, (start, stop) in enumerate(pairwise(bounds))
     )

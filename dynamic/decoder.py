@@ -1,0 +1,200 @@
+"""The one decoder that runs every family: pre-norm blocks of attention and an FFN or a mixture of experts.
+
+Shape suffixes (also in ``kernels/types.py``):
+    T tokens (rows of a step)   R rows whose logits are wanted   D hidden size    V vocabulary
+    H query heads               G key/value heads                C channels of one head
+    E experts                   K experts per token              L positions
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+
+from ..exits.segments import Segment, split_into_segments
+from ..kernels.torch_backend import TorchBackend
+from ..kernels.types import AttentionBatch, ExpertWeights, KVLayer, LinearWeights, Routing
+from .rope import rope_table
+from .spec import LayerSpec, ModelSpec, MoESpec
+
+FIRST_TABLE_LENGTH = 4096  # positions; longer contexts grow the table
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerWeights:
+    """One layer's weights as the backend keeps them.
+
+    Arguments:
+        qkv: queries, keys and values in one projection, (H + 2 G) · C outputs.
+        ffn: all experts, or the dense FFN as one expert.
+        router: logits over the routed experts.
+        shared, shared_gate: the shared expert and its gate.
+    """
+
+    attention_norm_D: torch.Tensor
+    qkv: LinearWeights
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    o: LinearWeights
+    ffn_norm_D: torch.Tensor
+    ffn: ExpertWeights
+    router: LinearWeights | None = None
+    shared: ExpertWeights | None = None
+    shared_gate: LinearWeights | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(getattr(self, f.name).nbytes for f in fields(self) if getattr(self, f.name) is not None)
+
+
+class Decoder:
+    """A model that is ready to run.
+
+    Arguments:
+        spec: what it computes.
+        backend: runs the operations; the weights are in its layout.
+        embedding_VD: the embedding table.
+        layers: one entry per layer.
+        final_norm_D: norm before the LM head.
+        lm_head: projection to the vocabulary.
+        exit_layers: after how many layers rows may leave (see :func:`split_into_segments`).
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        backend: TorchBackend,
+        *,
+        embedding_VD: torch.Tensor,
+        layers: Sequence[LayerWeights],
+        final_norm_D: torch.Tensor,
+        lm_head: LinearWeights,
+        exit_layers: Iterable[int] = (),
+    ) -> None:
+        assert len(layers) == spec.num_layers
+        self.spec = spec
+        self.backend = backend
+        self.device, self.dtype = backend.device, backend.dtype
+        self.segments = split_into_segments(spec.num_layers, exit_layers)
+        self.embedding_VD = embedding_VD
+        self.layers = tuple(layers)
+        self.final_norm_D = final_norm_D
+        self.lm_head = lm_head
+        self.cos_sin_LC = rope_table(spec.rope, min(spec.max_position, FIRST_TABLE_LENGTH), self.device)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the weights in memory; a tied embedding table counts once."""
+        embedding = 0 if self.spec.tie_embeddings else self.embedding_VD.nbytes
+        return embedding + self.lm_head.nbytes + self.final_norm_D.nbytes + sum(layer.nbytes for layer in self.layers)
+
+    def reserve_positions(self, length: int) -> None:
+        """Make the table of rotations long enough for contexts of ``length`` tokens.
+
+        Raises:
+            ValueError: when the model was not made for contexts that long.
+        """
+        if length > self.spec.max_position:
+            raise ValueError(f"a context of {length} tokens is longer than the model's {self.spec.max_position}")
+        if length > self.cos_sin_LC.shape[0]:
+            grown = min(self.spec.max_position, max(length, 2 * self.cos_sin_LC.shape[0]))
+            self.cos_sin_LC = rope_table(self.spec.rope, grown, self.device)
+
+    @torch.inference_mode()
+    def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
+        """Embeddings of tokens (int64), (T, D)."""
+        x_TD = F.embedding(token_ids_T, self.embedding_VD)
+        return x_TD if self.spec.embedding_scale == 1.0 else x_TD * self.spec.embedding_scale
+
+    @torch.inference_mode()
+    def run_segment(
+        self, segment: Segment, x_TD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch
+    ) -> torch.Tensor:
+        """Run the rows of a step through the layers of a segment; their keys and values are written to the cache.
+
+        Arguments:
+            x_TD: the residual stream; it may be overwritten.
+            kv: the cache of every layer of the model, by layer number.
+            batch: where the rows live.
+
+        Returns: the residual stream after the segment, (T, D).
+        """
+        self.reserve_positions(batch.max_context_len)
+        spec, backend = self.spec, self.backend
+        pending_TD: torch.Tensor | None = None  # what the layer before adds to the residual stream
+        for number in segment.layers:
+            weights, layer = self.layers[number], spec.layers[number]
+            if pending_TD is None:
+                normed_TD = backend.rms_norm(x_TD, weights.attention_norm_D, spec.norm_eps)
+            else:
+                normed_TD, x_TD = backend.add_rms_norm(
+                    pending_TD, x_TD, weights.attention_norm_D, spec.norm_eps, spec.residual_scale
+                )
+            attended_TD = self._attention(weights, layer, normed_TD, kv[number], batch)
+            normed_TD, x_TD = backend.add_rms_norm(
+                attended_TD, x_TD, weights.ffn_norm_D, spec.norm_eps, spec.residual_scale
+            )
+            pending_TD = self._ffn(weights, layer, normed_TD)
+        assert pending_TD is not None, "a segment has at least one layer"
+        return x_TD + (pending_TD if spec.residual_scale == 1.0 else pending_TD * spec.residual_scale)
+
+    @torch.inference_mode()
+    def logits(self, x_RD: torch.Tensor) -> torch.Tensor:
+        """Final norm and LM head on the rows given: float32, (R, V)."""
+        normed_RD = self.backend.rms_norm(x_RD, self.final_norm_D, self.spec.norm_eps)
+        logits_RV = self.backend.linear(normed_RD, self.lm_head).float()
+        return logits_RV if self.spec.logits_divisor == 1.0 else logits_RV / self.spec.logits_divisor
+
+    def _attention(
+        self, weights: LayerWeights, layer: LayerSpec, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch
+    ) -> torch.Tensor:
+        spec, backend = self.spec, self.backend
+        q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        q_TX, k_TX, v_TX = backend.linear(x_TD, weights.qkv).split((q_size, kv_size, kv_size), -1)
+        if spec.qk_norm == "full":
+            q_TX, k_TX = self._norm(q_TX, weights.q_norm), self._norm(k_TX, weights.k_norm)
+        if spec.clip_qkv is not None:
+            q_TX, k_TX, v_TX = (part.clamp(-spec.clip_qkv, spec.clip_qkv) for part in (q_TX, k_TX, v_TX))
+        q_THC, k_TGC, v_TGC = (part.unflatten(-1, (-1, spec.head_dim)) for part in (q_TX, k_TX, v_TX))
+        if spec.qk_norm == "head":
+            q_THC, k_TGC = self._norm(q_THC, weights.q_norm), self._norm(k_TGC, weights.k_norm)
+        q_THC = backend.rope_and_write(q_THC, k_TGC, v_TGC, self.cos_sin_LC, batch, kv)
+        out_THC = backend.attention(q_THC, kv, batch, scale=spec.attention_scale, window=layer.window)
+        return backend.linear(out_THC.flatten(1), weights.o)
+
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        """RMS norm over the last dimension of a slice of the fused projection."""
+        assert weight is not None
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        return self.backend.rms_norm(rows, weight, self.spec.norm_eps).view(x.shape)
+
+    def _ffn(self, weights: LayerWeights, layer: LayerSpec, x_TD: torch.Tensor) -> torch.Tensor:
+        moe = layer.moe
+        if moe is None or moe.is_dense:
+            return self.backend.all_experts(x_TD, weights.ffn)
+        out_TD = self.backend.experts(x_TD, weights.ffn, self._route(weights, moe, x_TD))
+        if weights.shared is not None:
+            shared_TD = self.backend.all_experts(x_TD, weights.shared)
+            if weights.shared_gate is not None:
+                shared_TD = shared_TD * self.backend.linear(x_TD, weights.shared_gate).sigmoid()
+            out_TD = out_TD + shared_TD
+        return out_TD
+
+    def _route(self, weights: LayerWeights, moe: MoESpec, x_TD: torch.Tensor) -> Routing:
+        assert weights.router is not None
+        routing = self.backend.route(self.backend.linear(x_TD, weights.router), moe.router)
+        return with_always_on(routing, moe.num_always_on) if moe.num_always_on else routing
+
+
+def with_always_on(routing: Routing, count: int) -> Routing:
+    """Put ``count`` experts that every row uses with weight 1 in front; the routed ones come after them in storage."""
+    assert routing.counts_T is None
+    num_rows = routing.expert_ids_TK.shape[0]
+    always_TK = torch.arange(count, dtype=torch.int32, device=routing.expert_ids_TK.device).expand(num_rows, -1)
+    return Routing(
+        expert_ids_TK=torch.cat((always_TK, routing.expert_ids_TK + count), -1),
+        weights_TK=torch.cat((torch.ones_like(always_TK, dtype=torch.float32), routing.weights_TK), -1),
+    )

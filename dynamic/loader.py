@@ -1,0 +1,221 @@
+"""From a directory to a model that is ready to run: read, check, convert layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..kernels.ops import select_backend
+from ..kernels.torch_backend import TorchBackend
+from ..kernels.types import ExpertWeights
+from .config_reader import ConfigReader
+from .decoder import Decoder, LayerWeights
+from .families import family_of, model_spec
+from .layout import EMBEDDING, FINAL_NORM, FFNLayout, LayerLayout, Layout, plan_layout
+from .spec import ModelSpec
+from .weights import DTYPES, Checkpoint, read_json
+
+if TYPE_CHECKING:
+    from .tokenizer import Tokenizer
+
+DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GENERATION_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model with its tokenizer.
+
+    Arguments:
+        name: what the caller asked for.
+        path: the directory it came from.
+        generation_defaults: what ``generation_config.json`` recommends: any of temperature, top_p, top_k, min_p,
+            repetition_penalty, max_new_tokens; and eos_token_id, a list, always.
+    """
+
+    name: str
+    path: Path
+    spec: ModelSpec
+    decoder: Decoder
+    tokenizer: Tokenizer
+    generation_defaults: dict[str, Any]
+
+
+def load_model(
+    model: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    backend: str = "auto",
+    progress: bool = True,
+    experts_per_token: int | None = None,
+) -> LoadedModel:
+    """Load a model by name.
+
+    Arguments:
+        model: a local directory in Hugging Face layout, the name of a shipped model, a ``.gguf`` file, or a Hub id.
+        dtype: ``auto`` (the checkpoint's own), ``float32``, ``bfloat16`` or ``float16``.
+        device: ``auto`` (a GPU when there is one), or a torch device.
+        backend: see :func:`select_backend`.
+        progress: show a progress bar.
+        experts_per_token: use fewer routed experts per token than the model was made for.
+
+    Raises:
+        ValueError: one clear message for whatever is wrong, before anything is served.
+    """
+    from .model_store import resolve_model
+    from .tokenizer import Tokenizer
+
+    path = resolve_model(model, progress=progress)
+    tokenizer = Tokenizer.from_directory(path)
+    decoder = load_decoder(
+        path, dtype=dtype, device=device, backend=backend, progress=progress, experts_per_token=experts_per_token
+    )
+    spec, defaults = decoder.spec, read_generation_defaults(path, decoder.spec)
+    return LoadedModel(
+        name=str(model), path=path, spec=spec, decoder=decoder, tokenizer=tokenizer, generation_defaults=defaults
+    )
+
+
+def load_decoder(
+    path: Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    backend: str = "auto",
+    progress: bool = False,
+    experts_per_token: int | None = None,
+    exit_layers: Iterable[int] = (),
+) -> Decoder:
+    """Load the decoder of a directory, without its tokenizer. Arguments and errors as for :func:`load_model`.
+
+    Every name and shape is checked from the files' headers before the first weight is read.
+    """
+    config = read_json(path / "config.json")
+    spec = model_spec(config)
+    checkpoint = Checkpoint(path)
+    layout = plan_layout(spec, family_of(config), checkpoint)
+    defaults = read_generation_defaults(path, spec)
+    spec = replace(spec, eos_token_ids=tuple(defaults["eos_token_id"]))
+    if experts_per_token is not None:
+        spec = spec.with_experts_per_token(experts_per_token)
+    torch_dtype = _choose_dtype(dtype, config, checkpoint)
+    chosen = select_backend(_choose_device(device), torch_dtype, backend)
+    return _Builder(spec, layout, checkpoint, chosen).build(progress=progress, exit_layers=exit_layers)
+
+
+def read_generation_defaults(path: Path, spec: ModelSpec) -> dict[str, Any]:
+    """What ``generation_config.json`` recommends; the end-of-sequence tokens include those of ``config.json``.
+
+    Raises:
+        CheckpointError: when the file is there and malformed.
+    """
+    file = path / "generation_config.json"
+    config = ConfigReader(read_json(file) if file.is_file() else {}, file.name)
+    defaults: dict[str, Any] = {
+        key: config.number(key) if key not in ("top_k", "max_new_tokens") else config.integer(key)
+        for key in GENERATION_KEYS
+        if config.get(key) is not None
+    }
+    defaults["eos_token_id"] = list(dict.fromkeys((*config.integers("eos_token_id"), *spec.eos_token_ids)))
+    return defaults
+
+
+def _choose_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} was asked for, but torch sees no GPU")
+    return device
+
+
+def _choose_dtype(name: str, config: dict[str, Any], checkpoint: Checkpoint) -> torch.dtype:
+    if name == "auto":
+        named = config.get("dtype") or config.get("torch_dtype")
+        stored = DTYPES[checkpoint[EMBEDDING].dtype]
+        return DTYPE_NAMES.get(str(named), torch.float32 if stored == torch.float64 else stored)
+    if name not in DTYPE_NAMES:
+        raise ValueError(f"dtype must be auto, {', '.join(DTYPE_NAMES)}, not {name!r}")
+    return DTYPE_NAMES[name]
+
+
+class _Builder:
+    """Converts a checkpoint for a backend, one layer at a time, and gives the pages read back after each."""
+
+    def __init__(self, spec: ModelSpec, layout: Layout, checkpoint: Checkpoint, backend: TorchBackend) -> None:
+        self.spec = spec
+        self.layout = layout
+        self.checkpoint = checkpoint
+        self.backend = backend
+
+    def build(self, *, progress: bool, exit_layers: Iterable[int]) -> Decoder:
+        from tqdm import tqdm
+
+        embedding_VD = self._copy(EMBEDDING)
+        tied = not self.layout.lm_head
+        if not tied and self.spec.tie_embeddings:
+            tied = torch.equal(self.checkpoint.view(EMBEDDING), self.checkpoint.view(self.layout.lm_head))
+        lm_head = self.backend.pack_linear(embedding_VD if tied else self._copy(self.layout.lm_head))
+        layers = []
+        for layer in tqdm(self.layout.layers, desc="Loading weights", unit="layer", disable=not progress):
+            layers.append(self._layer(layer))
+            self.checkpoint.release()
+        return Decoder(
+            replace(self.spec, tie_embeddings=tied),
+            self.backend,
+            embedding_VD=embedding_VD,
+            layers=layers,
+            final_norm_D=self._copy(FINAL_NORM),
+            lm_head=lm_head,
+            exit_layers=exit_layers,
+        )
+
+    def _copy(self, *names: str) -> torch.Tensor:
+        """Tensors of equal width, one below the other, in memory of our own: the files may change or vanish later."""
+        views = [self.checkpoint.view(name) for name in names]
+        rows = sum(view.shape[0] for view in views)
+        out = torch.empty((rows, *views[0].shape[1:]), dtype=self.backend.dtype, device=self.backend.device)
+        for part, view in zip(out.split([view.shape[0] for view in views]), views, strict=True):
+            part.copy_(view)
+        return out
+
+    def _layer(self, layout: LayerLayout) -> LayerWeights:
+        pack = self.backend.pack_linear
+        return LayerWeights(
+            attention_norm_D=self._copy(layout.attention_norm),
+            qkv=pack(self._copy(*layout.qkv), self._copy(*layout.qkv_bias) if layout.qkv_bias else None),
+            q_norm=self._copy(layout.q_norm) if layout.q_norm else None,
+            k_norm=self._copy(layout.k_norm) if layout.k_norm else None,
+            o=pack(self._copy(layout.o), self._copy(layout.o_bias) if layout.o_bias else None),
+            ffn_norm_D=self._copy(layout.ffn_norm),
+            ffn=self._ffn(layout.ffn),
+            router=pack(self._copy(layout.router)) if layout.router else None,
+            shared=self._ffn(layout.shared) if layout.shared else None,
+            shared_gate=pack(self._copy(layout.shared_gate)) if layout.shared_gate else None,
+        )
+
+    def _ffn(self, layout: FFNLayout) -> ExpertWeights:
+        num_experts, size, hidden = layout.num_experts, layout.expert_size, self.spec.hidden_size
+        down = self._copy(*layout.down)
+        if layout.gate_up:
+            gate_up = self._copy(layout.gate_up)
+            gate_EFD, up_EFD = gate_up[:, :size], gate_up[:, size:]
+        else:
+            gate_EFD = self._copy(*layout.gate).view(num_experts, size, hidden)
+            up_EFD = self._copy(*layout.up).view(num_experts, size, hidden)
+        if len(layout.down) == num_experts:
+            down_EDF = down.view(num_experts, hidden, size)
+        elif layout.gate_up:
+            down_EDF = down
+        else:  # neurons side by side: a strided view, so that all experts together stay one dense matrix
+            down_EDF = down.view(hidden, num_experts, size).transpose(0, 1)
+        biases = [self._copy(name).view(1, -1) for name in layout.biases] or [None, None, None]
+        return self.backend.pack_experts(gate_EFD, up_EFD, down_EDF, self.spec.activation, *biases)
