@@ -38,6 +38,7 @@ class RequestDelta:
     finished: bool = False
     prompt_logprobs: list[PositionLogprobs | None] | None = None  # once, when the prompt has been run
     num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache
+    queue_seconds: float | None = None  # once, with the first tokens: from arrival to the first step that ran it
     error: str | None = None
 
 

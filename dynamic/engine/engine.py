@@ -1,0 +1,334 @@
+"""The engine: requests in, deltas out, one step at a time."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..outputs import CompletionDelta, PositionLogprobs, RequestDelta
+from ..sampling_params import SamplingParams
+from .block_pool import BlockPool
+from .config import EngineConfig
+from .kv_cache import count_pages
+from .logprobs import position_logprobs
+from .prefix_cache import PrefixCache
+from .request import Request, Sequence, StopTokens
+from .runner import Runner
+from .sampler import NO_TOKEN, sample
+from .scheduler import Schedule, Scheduler
+from .stats import EngineStats
+from .text import OutputText
+
+if TYPE_CHECKING:
+    from ..loader import LoadedModel
+
+logger = logging.getLogger(__name__)
+
+
+class EngineFull(Exception):
+    """The queue is full; ``retry_after_seconds`` is a guess of when it will not be."""
+
+    def __init__(self, waiting: int, retry_after_seconds: float) -> None:
+        super().__init__(f"{waiting} sequences are waiting already; try again in {retry_after_seconds:.0f} s")
+        self.retry_after_seconds = retry_after_seconds
+
+
+class Engine:
+    """Runs requests on one model. Not thread-safe: one thread drives it. After an exception out of ``step`` it is dead.
+
+    Arguments:
+        model: the loaded model.
+        config: limits.
+
+    Raises:
+        ValueError: when the memory for keys and values does not hold one sequence of the configured length.
+    """
+
+    def __init__(self, model: LoadedModel, config: EngineConfig | None = None) -> None:
+        self.model = model
+        self.config = config = config or EngineConfig()
+        spec, decoder = model.spec, model.decoder
+        self.vocab_size: int = spec.vocab_size
+        num_pages = count_pages(config, spec, decoder.dtype, torch.device(decoder.device))
+        self.max_model_len = _longest_sequence(config, spec.max_position, num_pages)
+        pool = BlockPool(num_pages)
+        cache = PrefixCache(pool, config.block_size, config.enable_prefix_caching)
+        self.scheduler = Scheduler(config, pool, cache)
+        self.runner = Runner(decoder, num_pages, config.block_size)
+        self._eos = _eos_token_ids(model)
+        self._requests: dict[str, Request] = {}
+        self._arrivals = 0
+        self._prompt_tokens = 0
+        self._generation_tokens = 0
+        self._pace = _Pace()
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Iterable[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> None:
+        """Queue a request; :meth:`step` returns its deltas.
+
+        Arguments:
+            priority: lower goes first; equal ones go by arrival.
+            cache_salt: only requests with the same salt share prefixes.
+
+        Raises:
+            ValueError: for an id in use, an empty or too long prompt, token ids outside the vocabulary.
+            EngineFull: when ``max_waiting`` sequences wait already.
+        """
+        if request_id in self._requests:
+            raise ValueError(f"request id {request_id!r} is in use")
+        prompt = [int(token) for token in prompt_token_ids]
+        self.check(prompt, params)
+        if len(self.scheduler.waiting) >= self.config.max_waiting:
+            raise EngineFull(len(self.scheduler.waiting), self._pace.seconds_per_request)
+        request = Request(
+            request_id,
+            prompt,
+            params,
+            priority=priority,
+            cache_salt=cache_salt,
+            arrival=self._arrivals,
+            max_total_tokens=self.max_model_len,
+            stop_tokens=StopTokens(
+                eos=frozenset() if params.ignore_eos else self._eos, listed=frozenset(params.stop_token_ids)
+            ),
+            base_seed=self.config.seed,
+        )
+        self._arrivals += 1
+        self._requests[request_id] = request
+        self.scheduler.add(request.sequences[0])
+
+    def check(self, prompt: list[int], params: SamplingParams) -> None:
+        """Raise the ValueError that :meth:`add_request` would raise for this prompt and these settings."""
+        if not prompt:
+            raise ValueError("the prompt is empty")
+        if len(prompt) >= self.max_model_len:
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens; with at least one token of output, "
+                f"at most {self.max_model_len - 1} fit (max_model_len={self.max_model_len})"
+            )
+        for name, tokens in (
+            ("prompt_token_ids", prompt),
+            ("stop_token_ids", params.stop_token_ids),
+            ("logit_bias", params.logit_bias),
+        ):
+            for token in tokens:
+                if not 0 <= token < self.vocab_size:
+                    raise ValueError(f"{name} holds {token}; the vocabulary has ids 0 to {self.vocab_size - 1}")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (count := getattr(params, name)) is not None and count > self.vocab_size:
+                raise ValueError(f"{name}={count} exceeds the vocabulary of {self.vocab_size}")
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Drop requests and free their pages at once; unknown or finished ids are ignored. No delta follows."""
+        for request_id in request_ids:
+            if request := self._requests.pop(request_id, None):
+                for sequence in request.sequences:
+                    self.scheduler.finish(sequence)
+
+    def has_unfinished(self) -> bool:
+        """Whether any request is still running or waiting."""
+        return bool(self._requests)
+
+    @torch.inference_mode()
+    def step(self) -> list[RequestDelta]:
+        """Run one iteration; returns what it added to each request that it added something to."""
+        schedule = self.scheduler.schedule()
+        if not schedule.entries:
+            return []
+        hidden_TD = self.runner.run(schedule)
+        self._record_computed(schedule, hidden_TD)
+        sequences, rows = self._rows_to_sample(schedule)
+        if not rows:
+            return []
+        token_ids, logprobs = self._choose(sequences, self.runner.logits(hidden_TD, rows))
+        return self._postprocess(sequences, token_ids, logprobs)
+
+    def stats(self) -> EngineStats:
+        """A snapshot of the engine's numbers."""
+        pool, counters = self.scheduler.pool, self.scheduler.counters
+        return EngineStats(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            free_pages=pool.num_free,
+            total_pages=pool.num_pages,
+            kv_usage=1 - pool.num_free / pool.num_pages,
+            prefix_cache_queries=counters.prefix_cache_queries,
+            prefix_cache_hits=counters.prefix_cache_hits,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            preemptions=counters.preemptions,
+        )
+
+    def _record_computed(self, schedule: Schedule, hidden_TD: torch.Tensor) -> None:
+        first_row = 0
+        for entry in schedule.entries:
+            request = entry.sequence.request
+            if request.queue_seconds is None:
+                request.queue_seconds = time.monotonic() - request.arrival_time
+                request.num_cached_tokens = entry.start
+            if not request.prompt_logprobs_complete:
+                self._add_prompt_logprobs(request, hidden_TD, first_row, entry.start, entry.count)
+            self.scheduler.computed(entry)
+            first_row += entry.count
+
+    def _add_prompt_logprobs(
+        self, request: Request, hidden_TD: torch.Tensor, first_row: int, start: int, count: int
+    ) -> None:
+        """Report the prompt tokens that follow positions ``start : start + count``."""
+        assert request.prompt_logprobs is not None
+        assert request.params.prompt_logprobs is not None
+        end = min(start + count, len(request.prompt_token_ids) - 1)
+        chunk = self.runner.max_logit_rows
+        for position in range(start, end, chunk):
+            following = request.prompt_token_ids[position + 1 : min(position + chunk, end) + 1]
+            row = first_row + position - start
+            logits_RV = self.runner.logits(hidden_TD, range(row, row + len(following)))
+            num_best = [request.params.prompt_logprobs] * len(following)
+            request.prompt_logprobs += position_logprobs(logits_RV, following, num_best, self.model.tokenizer)
+
+    def _rows_to_sample(self, schedule: Schedule) -> tuple[list[Sequence], list[int]]:
+        """The sequences that get a token in this step, and their rows. Completions of one prompt share a row."""
+        sequences: list[Sequence] = []
+        rows: list[int] = []
+        last_row = -1
+        for entry in schedule.entries:
+            last_row += entry.count
+            if entry.sequence.num_uncomputed == 0:
+                forks = self.scheduler.fork(entry.sequence)
+                sequences += forks
+                rows += [last_row] * len(forks)
+        return sequences, rows
+
+    def _choose(
+        self, sequences: list[Sequence], logits_RV: torch.Tensor
+    ) -> tuple[list[int], dict[Sequence, PositionLogprobs]]:
+        """Sample, and take down log-probabilities of the raw logits where they are asked for."""
+        asked = [row for row, s in enumerate(sequences) if s.request.params.logprobs is not None]
+        raw_RV = logits_RV[asked] if asked else None  # a copy: sampling overwrites its logits
+        token_ids = sample(logits_RV, sequences)
+        if raw_RV is None:
+            return token_ids, {}
+        num_best = [sequences[row].request.params.logprobs or 0 for row in asked]
+        # A row without a usable token ends with an error; any token stands in for it here.
+        chosen = [max(token_ids[row], 0) for row in asked]
+        found = position_logprobs(raw_RV, chosen, num_best, self.model.tokenizer)
+        return token_ids, {sequences[row]: logprobs for row, logprobs in zip(asked, found, strict=True)}
+
+    def _postprocess(
+        self, sequences: list[Sequence], token_ids: list[int], logprobs: dict[Sequence, PositionLogprobs]
+    ) -> list[RequestDelta]:
+        """Append the tokens, end what is to end, and say what was added."""
+        deltas: dict[Request, RequestDelta] = {}
+        for sequence, token_id in zip(sequences, token_ids, strict=True):
+            request = sequence.request
+            delta = deltas.get(request)
+            if delta is None:
+                delta = deltas[request] = RequestDelta(request.request_id, [])
+                self._announce(request, delta)
+            if token_id == NO_TOKEN:
+                delta.error = "the model's output holds no finite logit"
+                completion = CompletionDelta(sequence.index, [], "", finish_reason="error")
+            else:
+                completion = self._advance(sequence, token_id)
+                completion.logprobs = [logprobs[sequence]] if sequence in logprobs else None
+            delta.completions.append(completion)
+            if completion.finish_reason is not None:
+                self.scheduler.finish(sequence)
+        for request, delta in deltas.items():
+            if request.finished:
+                delta.finished = True
+                del self._requests[request.request_id]
+                self._pace.finished()
+        return list(deltas.values())
+
+    def _announce(self, request: Request, delta: RequestDelta) -> None:
+        """Add what is said once, with a request's first tokens."""
+        if request.delivered:
+            return
+        request.delivered = True
+        self._prompt_tokens += len(request.prompt_token_ids)
+        delta.prompt_logprobs = request.prompt_logprobs
+        delta.num_cached_tokens = request.num_cached_tokens
+        delta.queue_seconds = request.queue_seconds
+
+    def _advance(self, sequence: Sequence, token_id: int) -> CompletionDelta:
+        """Append one token; decide whether the output ends with it; find the text to show."""
+        request, params = sequence.request, sequence.request.params
+        sequence.append(token_id)
+        self._generation_tokens += 1
+        armed = sequence.num_output >= params.min_tokens
+        delta = CompletionDelta(sequence.index, [token_id], "")
+        if armed and token_id in request.stop_tokens.all:
+            delta.finish_reason = "stop"
+            delta.stop_reason = None if token_id in request.stop_tokens.eos else token_id
+        elif sequence.num_output >= request.max_output_tokens:
+            delta.finish_reason = "length"
+        if params.detokenize:
+            self._add_text(sequence, token_id, armed, delta)
+        return delta
+
+    def _add_text(self, sequence: Sequence, token_id: int, armed: bool, delta: CompletionDelta) -> None:
+        params = sequence.request.params
+        if sequence.text is None:
+            sequence.text = OutputText(self.model.tokenizer, params)
+        stop = None
+        if delta.finish_reason != "stop" or params.include_stop_str_in_output:
+            delta.text, stop = sequence.text.add(token_id, armed)
+        if stop is None and delta.finish_reason is not None:
+            rest, stop = sequence.text.finish()
+            delta.text += rest
+        if stop is not None:
+            delta.finish_reason, delta.stop_reason = "stop", stop
+
+
+class _Pace:
+    """How fast requests finish, as a moving average."""
+
+    def __init__(self) -> None:
+        self._last: float | None = None
+        self._interval = 1.0
+
+    def finished(self) -> None:
+        now = time.monotonic()
+        if self._last is not None:
+            self._interval += 0.1 * (now - self._last - self._interval)
+        self._last = now
+
+    @property
+    def seconds_per_request(self) -> float:
+        return min(max(self._interval, 1.0), 60.0)
+
+
+def _longest_sequence(config: EngineConfig, max_position: int, num_pages: int) -> int:
+    """Tokens of prompt and output together that one sequence may have."""
+    wanted = max_position if config.max_model_len is None else config.max_model_len
+    if wanted > max_position:
+        raise ValueError(f"engine.max_model_len={wanted} exceeds the model's maximum of {max_position} positions")
+    held = num_pages * config.block_size
+    if wanted <= held:
+        return wanted
+    if config.max_model_len is not None and config.kv_memory is not None:
+        raise ValueError(
+            f"engine.kv_memory={config.kv_memory} holds {held} tokens, fewer than engine.max_model_len={wanted}"
+        )
+    logger.info("the key/value cache holds %d tokens: max_model_len is %d instead of %d", held, held, wanted)
+    return held
+
+
+def _eos_token_ids(model: LoadedModel) -> frozenset[int]:
+    listed = model.generation_defaults.get("eos_token_id") or []
+    ids = {*model.spec.eos_token_ids, *([listed] if isinstance(listed, int) else listed)}
+    if not ids and model.tokenizer.eos_token_id is not None:
+        ids = {model.tokenizer.eos_token_id}
+    return frozenset(token for token in ids if 0 <= token < model.spec.vocab_size)

@@ -1,0 +1,121 @@
+"""Choosing tokens. Every row is treated as if it were alone: its result does not depend on the rows beside it.
+
+Shape suffixes: R rows to sample, V vocabulary, H best tokens looked at first.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from .penalties import edit_logits, edits_logits
+
+if TYPE_CHECKING:
+    from ..sampling_params import SamplingParams
+    from .request import Sequence
+
+NO_TOKEN = -1
+# A nucleus rarely needs more tokens than this, and picking them is far cheaper than sorting the vocabulary.
+NUCLEUS_HEAD = 256
+
+
+def sample(logits_RV: torch.Tensor, sequences: list[Sequence]) -> list[int]:
+    """Choose the next token of each row's sequence.
+
+    Every row that is not greedy takes one uniform number from its sequence's own stream and inverts the distribution
+    with it; the vocabulary's order is the order of the cumulative sum.
+
+    Arguments:
+        logits_RV: float32; overwritten.
+        sequences: one per row.
+
+    Returns: token ids; ``NO_TOKEN`` for a row that has no finite best logit.
+    """
+    if any(edits_logits(s) for s in sequences):
+        edit_logits(logits_RV, sequences)
+    best_R, tokens_R = logits_RV.max(-1)
+    drawn = [row for row, s in enumerate(sequences) if not s.request.params.greedy]
+    if drawn:
+        params = [sequences[row].request.params for row in drawn]
+        draws_R = torch.tensor([sequences[row].draw() for row in drawn], dtype=torch.float64, device=logits_RV.device)
+        if len(drawn) == len(sequences):
+            tokens_R = draw_tokens(logits_RV, params, draws_R)
+        else:
+            rows_R = torch.tensor(drawn, device=logits_RV.device)
+            tokens_R[rows_R] = draw_tokens(logits_RV[rows_R], params, draws_R)
+    return torch.where(best_R.isfinite(), tokens_R, NO_TOKEN).tolist()
+
+
+def draw_tokens(logits_RV: torch.Tensor, params: list[SamplingParams], draws_R: torch.Tensor) -> torch.Tensor:
+    """Invert each row's distribution after temperature, min-p, top-k and top-p, in this order (the one of vLLM).
+
+    Tokens as likely as the last one that a filter keeps are kept too: which of several equals go must not depend on
+    how they were sorted.
+
+    Arguments:
+        logits_RV: float32; overwritten.
+        params: one per row; none of them greedy.
+        draws_R: float64, uniform in [0, 1).
+
+    Returns: token ids, int64, (R,).
+    """
+    temperature_R1 = _column([p.temperature for p in params], logits_RV)
+    weights_RV = logits_RV.div_(temperature_R1).softmax(-1)
+    floor_R1, floored_R1 = _floor(weights_RV, params)
+    if floor_R1 is not None:
+        weights_RV.masked_fill_(weights_RV < floor_R1, 0.0)
+    if any(p.top_p < 1.0 for p in params):
+        _keep_nucleus(weights_RV, params, floored_R1)
+    cumulative_RV = weights_RV.cumsum(-1, dtype=torch.float64)
+    targets_R1 = draws_R[:, None] * cumulative_RV[:, -1:]
+    # The first place where the sum exceeds the target has a weight above zero.
+    tokens_R1 = torch.searchsorted(cumulative_RV, targets_R1, right=True)
+    return tokens_R1.squeeze(1).clamp_(max=logits_RV.shape[1] - 1)
+
+
+def _column(values: list[float], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
+
+
+def _floor(weights_RV: torch.Tensor, params: list[SamplingParams]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The least weight that min-p and top-k keep in each row, and which rows have such a limit."""
+    vocabulary = weights_RV.shape[1]
+    top_k = [p.top_k if 0 < p.top_k < vocabulary else 0 for p in params]
+    limited = [k > 0 or p.min_p > 0.0 for k, p in zip(top_k, params, strict=True)]
+    if not any(limited):
+        return None, None
+    # min-p comes first, but what is below it is below the k best as well, or the k best are all above it.
+    floor_R1 = weights_RV.amax(-1, keepdim=True) * _column([p.min_p for p in params], weights_RV)
+    if any(top_k):
+        best_RK = weights_RV.topk(max(top_k), -1).values
+        last_R1 = torch.tensor([max(k - 1, 0) for k in top_k], device=weights_RV.device)[:, None]
+        has_k_R1 = torch.tensor([k > 0 for k in top_k], device=weights_RV.device)[:, None]
+        kth_R1 = best_RK.gather(1, last_R1).masked_fill_(~has_k_R1, 0.0)
+        floor_R1 = torch.maximum(floor_R1, kth_R1)
+    return floor_R1, torch.tensor(limited, device=weights_RV.device)[:, None]
+
+
+def _keep_nucleus(weights_RV: torch.Tensor, params: list[SamplingParams], floored_R1: torch.Tensor | None) -> None:
+    """Zero all weights but the smallest set of best tokens that holds ``top_p`` of the row's sum (Holtzman 2019)."""
+    vocabulary = weights_RV.shape[1]
+    goal_R1 = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=weights_RV.device)[:, None]
+    if floored_R1 is not None:  # rows without a limit sum to 1
+        total_R1 = weights_RV.cumsum(-1, dtype=torch.float64)[:, -1:]
+        goal_R1 = goal_R1 * torch.where(floored_R1, total_R1, 1.0)
+    best_RH = weights_RV.topk(min(NUCLEUS_HEAD, vocabulary), -1).values
+    least_R1, enough_R1 = _nucleus_limit(best_RH, goal_R1)
+    whole_R1 = torch.tensor([p.top_p == 1.0 for p in params], device=weights_RV.device)[:, None]
+    least_R1.masked_fill_(whole_R1, 0.0)
+    unfinished = (~(enough_R1 | whole_R1)).squeeze(1).nonzero().squeeze(1)
+    if unfinished.numel():
+        sorted_RV = weights_RV[unfinished].sort(-1, descending=True).values
+        least_R1[unfinished], _ = _nucleus_limit(sorted_RV, goal_R1[unfinished])
+    weights_RV.masked_fill_(weights_RV < least_R1, 0.0)
+
+
+def _nucleus_limit(best_RH: torch.Tensor, goal_R1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight of the token with which the falling weights reach the goal, and whether they do."""
+    cumulative_RH = best_RH.cumsum(-1, dtype=torch.float64)
+    place_R1 = torch.searchsorted(cumulative_RH, goal_R1).clamp_(max=best_RH.shape[1] - 1)
+    return best_RH.gather(1, place_R1), cumulative_RH[:, -1:] >= goal_R1

@@ -1,0 +1,200 @@
+"""Which sequences run in a step, how many of their tokens, and on which pages."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass, field
+from operator import attrgetter
+
+from .block_pool import BlockPool
+from .config import EngineConfig
+from .prefix_cache import PrefixCache
+from .request import Sequence, State
+
+_rank = attrgetter("rank")
+
+
+@dataclass(slots=True)
+class Entry:
+    """Tokens ``start : start + count`` of a sequence run in this step."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step computes the last known token, so that the next one can be sampled."""
+        return self.start + self.count == self.sequence.num_tokens
+
+
+@dataclass(slots=True)
+class Schedule:
+    """One step's work."""
+
+    entries: list[Entry] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)  # (from page, to page), before anything else runs
+
+
+@dataclass(slots=True)
+class SchedulerCounters:
+    """What happened since the start; tokens unless named otherwise."""
+
+    preemptions: int = 0  # sequences
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+
+
+class Scheduler:
+    """Continuous batching: every step takes decodes first, then prefill chunks, then waiting sequences.
+
+    A waiting sequence is admitted when the free pages hold all of its known tokens, so only decodes ask for pages
+    later. When none is left, the running sequence of the lowest rank gives its pages up and is computed again later,
+    keeping the tokens it has; rank is priority, then arrival, then number of the completion.
+
+    Arguments:
+        config: limits of a step.
+        pool: pages; must hold any one sequence alone.
+        cache: finds shared pages.
+    """
+
+    def __init__(self, config: EngineConfig, pool: BlockPool, cache: PrefixCache) -> None:
+        self.max_num_seqs = config.max_num_seqs
+        self.max_rows = config.max_num_batched_tokens
+        self.pool = pool
+        self.cache = cache
+        self.page_size = cache.page_size
+        self.running: list[Sequence] = []  # by rank
+        self.waiting: list[Sequence] = []  # by rank
+        self.counters = SchedulerCounters()
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence."""
+        sequence.state = State.WAITING
+        insort(self.waiting, sequence, key=_rank)
+
+    def schedule(self) -> Schedule:
+        """The next step's work; takes pages and moves sequences between the queues."""
+        counts: dict[Sequence, int] = {}
+        copies: dict[int, int] = {}  # to page → from page
+        rows = self.max_rows
+        preempted_before = self.counters.preemptions
+        for sequence in self.running.copy():
+            if not rows:
+                break
+            is_decode = sequence.state is State.RUNNING and sequence.num_uncomputed == 1
+            if is_decode and self._take_page(sequence, copies):
+                counts[sequence] = 1
+                rows -= 1
+        for sequence in self.running:
+            if rows and sequence.num_uncomputed > 1:
+                counts[sequence] = min(rows, sequence.num_uncomputed)
+                rows -= counts[sequence]
+        while rows and self.counters.preemptions == preempted_before and (sequence := self._admit()) is not None:
+            counts[sequence] = min(rows, sequence.num_uncomputed)
+            rows -= counts[sequence]
+        entries = [Entry(s, s.num_computed, count) for s, count in counts.items()]
+        return Schedule(entries, [(source, target) for target, source in copies.items()])
+
+    def _take_page(self, sequence: Sequence, copies: dict[int, int]) -> bool:
+        """Make the next slot writable, whatever it costs others of lower rank. False if the sequence lost its own."""
+        while True:
+            block = sequence.num_computed // self.page_size
+            is_new = block == len(sequence.pages)
+            if not is_new and self.pool.references(sequence.pages[block]) == 1:
+                return True
+            if self.pool.num_free:
+                page = self.pool.allocate()
+                if is_new:
+                    sequence.pages.append(page)
+                else:  # shared with another completion: write to a copy
+                    copies[page] = sequence.pages[block]
+                    self.pool.release([sequence.pages[block]])
+                    sequence.pages[block] = page
+                return True
+            victim = self.running[-1]  # not yet in this step's work, because sequences take pages by rank
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._drop_pages(sequence)
+        self.running.pop(self._position(self.running, sequence))
+        if not sequence.request.prompt_logprobs_complete:
+            sequence.request.prompt_logprobs = [None]
+        self.counters.preemptions += 1
+        self.add(sequence)
+
+    def _admit(self) -> Sequence | None:
+        """Move the first waiting sequence to the running ones, if there is room for it."""
+        if not self.waiting or len(self.running) >= self.max_num_seqs:
+            return None
+        sequence = self.waiting[0]
+        shared = self.cache.lookup(sequence)
+        new = -(-sequence.num_tokens // self.page_size) - len(shared)
+        taken = new + sum(self.pool.references(page) == 0 for page in shared)
+        # One page in reserve for each running sequence: else an admission is soon followed by a preemption.
+        if taken + len(self.running) > self.pool.num_free:
+            return None
+        for page in shared:
+            self.pool.retain(page)
+        sequence.pages.extend(shared)
+        sequence.pages.extend(self.pool.allocate() for _ in range(new))
+        sequence.num_computed = len(shared) * self.page_size
+        if self.cache.enabled:
+            self.counters.prefix_cache_queries += sequence.num_tokens
+            self.counters.prefix_cache_hits += sequence.num_computed
+        self.waiting.pop(0)
+        sequence.state = State.RUNNING
+        insort(self.running, sequence, key=_rank)
+        return sequence
+
+    def computed(self, entry: Entry) -> None:
+        """Record that an entry has run."""
+        sequence = entry.sequence
+        sequence.num_computed += entry.count
+        self.cache.publish(sequence, entry.start // self.page_size)
+
+    def fork(self, sequence: Sequence) -> list[Sequence]:
+        """The completions that a computed sequence stands for: all of its request's after the prompt, later itself.
+
+        Further completions share its pages; those that find no place among the running ones wait, without pages.
+        """
+        request = sequence.request
+        if len(request.sequences) == request.params.n:
+            return [sequence]
+        for index in range(len(request.sequences), request.params.n):
+            sibling = Sequence(request, index)
+            request.sequences.append(sibling)
+            if len(self.running) >= self.max_num_seqs:
+                self.add(sibling)
+                continue
+            for page in sequence.pages:
+                self.pool.retain(page)
+            sibling.pages.extend(sequence.pages)
+            sibling.num_computed = sequence.num_computed
+            sibling.block_digests = list(sequence.block_digests)
+            sibling.state = State.RUNNING
+            insort(self.running, sibling, key=_rank)
+        return request.sequences
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is, and free its pages."""
+        if sequence.state is State.FINISHED:
+            return
+        queue = self.running if sequence.state is State.RUNNING else self.waiting
+        queue.pop(self._position(queue, sequence))
+        self._drop_pages(sequence)
+        sequence.state = State.FINISHED
+
+    def _drop_pages(self, sequence: Sequence) -> None:
+        # Backwards: of a freed sequence, the end is forgotten first, the beginning is what others may share.
+        self.pool.release(reversed(sequence.pages))
+        del sequence.pages[:]
+        sequence.num_computed = 0
+
+    @staticmethod
+    def _position(queue: list[Sequence], sequence: Sequence) -> int:
+        position = bisect_left(queue, sequence.rank, key=_rank)
+        assert queue[position] is sequence
+        return position

@@ -1,0 +1,31 @@
+"""Numbers about an engine, for metrics and logs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineStats:
+    """A snapshot. Counters count from the engine's start.
+
+    Arguments:
+        num_running, num_waiting: sequences.
+        free_pages, total_pages: of the cache; free ones may still hold findable prefixes.
+        kv_usage: share of the pages that sequences hold, 0 to 1.
+        prefix_cache_queries, prefix_cache_hits: tokens looked up and found.
+        prompt_tokens: prompt tokens of the requests whose prompt has been run.
+        generation_tokens: tokens sampled.
+        preemptions: sequences that lost their pages and were computed again.
+    """
+
+    num_running: int
+    num_waiting: int
+    free_pages: int
+    total_pages: int
+    kv_usage: float
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+    prompt_tokens: int
+    generation_tokens: int
+    preemptions: int

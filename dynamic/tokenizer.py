@@ -1,0 +1,230 @@
+"""Text to token ids and back, straight from ``tokenizer.json``; transformers is imported only where there is none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tokenizers
+from tokenizers import AddedToken, decoders, processors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .chat_template import ChatTemplate
+
+NAMED_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer and chat template. Safe to use from several threads.
+
+    Arguments:
+        backend: the tokenizer proper.
+        settings: what ``tokenizer_config.json`` says.
+        chat_templates: Jinja sources by name (``default``, ``tool_use``).
+        path: the checkpoint's directory.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        settings: Mapping[str, Any],
+        chat_templates: Mapping[str, str],
+        path: Path,
+    ) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        self.path = path
+        self.special_tokens = {n: t for n in NAMED_SPECIAL_TOKENS if (t := _content(settings.get(n))) is not None}
+        self._add_missing_tokens(settings)
+        if "add_bos_token" in settings or "add_eos_token" in settings:
+            self._set_frame(bool(settings.get("add_bos_token")), bool(settings.get("add_eos_token")))
+        self._chat_sources = dict(chat_templates)
+        self._chat_templates: dict[str, ChatTemplate] = {}
+        self._token_texts: dict[int, str] = {}
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self.special_ids = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> Tokenizer:
+        """Read a checkpoint's tokenizer files.
+
+        Raises:
+            ValueError: when there is no tokenizer, or one that transformers cannot turn into a fast one.
+        """
+        path = Path(path)
+        settings = _read_json(path / "tokenizer_config.json")
+        for name, token in _read_json(path / "special_tokens_map.json").items():
+            settings.setdefault(name, token)
+        file = path / "tokenizer.json"
+        if file.exists():
+            try:
+                backend = tokenizers.Tokenizer.from_file(str(file))
+            except Exception as error:  # the Rust library raises bare Exception
+                raise ValueError(f"{file} cannot be read: {error}") from error
+        else:
+            backend, settings = _convert_slow(path, settings)
+        return cls(backend, settings, _chat_sources(path, settings), path)
+
+    def _add_missing_tokens(self, settings: Mapping[str, Any]) -> None:
+        listed = settings.get("added_tokens_decoder", {})
+        wanted = [_added_token(listed[key]) for key in sorted(listed, key=int)]
+        extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+        extra = list(extra.values()) if isinstance(extra, dict) else extra
+        for token in [*(settings.get(n) for n in self.special_tokens), *extra]:
+            wanted.append(AddedToken(_content(token) or "", special=True, normalized=False))
+        known = {t.content: t.special for t in self.backend.get_added_tokens_decoder().values()}
+        for token in wanted:
+            if token.content and known.get(token.content) is not True and (token.special or token.content not in known):
+                self.backend.add_special_tokens([token]) if token.special else self.backend.add_tokens([token])
+                known[token.content] = token.special
+
+    def _set_frame(self, add_bos: bool, add_eos: bool) -> None:
+        bos, eos = self.special_tokens.get("bos_token"), self.special_tokens.get("eos_token")
+        before, after = ([bos] if add_bos and bos else []), ([eos] if add_eos and eos else [])
+        self.backend.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+            single=[*before, "$A", *after],
+            pair=[*before, "$A", *after, *(f"{t}:1" for t in before), "$B:1", *(f"{t}:1" for t in after)],
+            special_tokens=[(token, self.backend.token_to_id(token)) for token in {*before, *after}],
+        )
+
+    def _special_id(self, name: str) -> int | None:
+        token = self.special_tokens.get(name)
+        return None if token is None else self.backend.token_to_id(token)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The beginning-of-sequence token, where the tokenizer names one."""
+        return self._special_id("bos_token")
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The end-of-sequence token, where the tokenizer names one."""
+        return self._special_id("eos_token")
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The padding token, where the tokenizer names one."""
+        return self._special_id("pad_token")
+
+    @cached_property
+    def is_byte_level(self) -> bool:
+        """Whether decoding is nothing but gluing together the tokens' bytes."""
+        return isinstance(self.backend.decoder, decoders.ByteLevel)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text. Special tokens written out in the text become their ids."""
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """Token ids of several texts, in parallel."""
+        return [e.ids for e in self.backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)]
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids; bytes that are no UTF-8 become U+FFFD."""
+        return self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def token_text(self, token_id: int) -> str:
+        """What one token adds to a running text: its leading space is kept. Empty for ids outside the vocabulary."""
+        text = self._token_texts.get(token_id)
+        if text is None:
+            # Some decoders strip the first space of a text, so the token is read behind another one.
+            anchor = self._anchor_ids
+            text = self.decode([*anchor, token_id], False).removeprefix(self.decode(anchor, False))
+            self._token_texts[token_id] = text
+        return text
+
+    def token_name(self, token_id: int) -> str | None:
+        """The token as the vocabulary spells it; None outside the vocabulary."""
+        return self.backend.id_to_token(token_id)
+
+    @cached_property
+    def _anchor_ids(self) -> list[int]:
+        return self.encode("a", add_special_tokens=False)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the checkpoint brings a chat template."""
+        return bool(self._chat_sources)
+
+    def chat_template(self, tools: bool = False) -> ChatTemplate:
+        """The template for plain conversations, or the one for tools where the checkpoint has a separate one.
+
+        Raises:
+            ValueError: when the checkpoint has none, or it does not compile.
+        """
+        name = "tool_use" if tools and "tool_use" in self._chat_sources else "default"
+        if name not in self._chat_sources:
+            raise ValueError(f"the model in {self.path} has no chat template; send a plain prompt instead")
+        if name not in self._chat_templates:
+            from .chat_template import ChatTemplate
+
+            self._chat_templates[name] = ChatTemplate(self._chat_sources[name], self.special_tokens)
+        return self._chat_templates[name]
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """The prompt text of a conversation; encode it with ``add_special_tokens=False``.
+
+        Arguments and errors: see :meth:`ChatTemplate.render`.
+        """
+        template = self.chat_template(tools=variables.get("tools") is not None)
+        return template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
+
+    def hf(self) -> PreTrainedTokenizerBase:
+        """The same tokenizer as transformers loads it (slow: imports transformers)."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
+
+
+def _content(token: Any) -> str | None:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _added_token(entry: Mapping[str, Any]) -> AddedToken:
+    flags = {name: bool(entry.get(name)) for name in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+    return AddedToken(entry["content"], **flags)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+
+
+def _chat_sources(path: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    listed = settings.get("chat_template")
+    if isinstance(listed, list):
+        sources = {entry["name"]: entry["template"] for entry in listed}
+    else:
+        sources = {"default": listed} if listed else {}
+    if (file := path / "chat_template.jinja").exists():
+        sources["default"] = file.read_text(encoding="utf-8")
+    for file in sorted((path / "additional_chat_templates").glob("*.jinja")):
+        sources[file.stem] = file.read_text(encoding="utf-8")
+    return sources
+
+
+def _convert_slow(path: Path, settings: dict[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    from transformers import AutoTokenizer
+
+    try:
+        slow = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ValueError(f"no usable tokenizer in {path}: {error}") from error
+    backend = getattr(slow, "backend_tokenizer", None)
+    if not isinstance(backend, tokenizers.Tokenizer):
+        raise ValueError(f"the tokenizer in {path} ({type(slow).__name__}) has no fast form; add a tokenizer.json")
+    # transformers has applied the other settings to the backend already.
+    kept = {name: settings[name] for name in ("chat_template",) if name in settings}
+    return backend, {**slow.special_tokens_map, **kept}
