@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 
 from . import reference
 from .router_spec import RouterSpec
+from .torch_attention import run_attention
+from .torch_experts import PlainExperts, run_experts
 from .types import AttentionBatch, ExpertWeights, KVLayer, LinearWeights, Routing
-
-
-@dataclass(frozen=True)
-class _Experts:
-    gate_EFD: torch.Tensor
-    up_EFD: torch.Tensor
-    down_EDF: torch.Tensor
-    gate_bias_EF: torch.Tensor | None
-    up_bias_EF: torch.Tensor | None
-    down_bias_ED: torch.Tensor | None
 
 
 def _nbytes(*tensors: torch.Tensor | None) -> int:
@@ -71,7 +61,7 @@ class TorchBackend:
         ``down_EDF`` may be a strided view of one dense (D, E*F) matrix, so that all experts together are one dense FFN.
         """
         parts = (gate_EFD, up_EFD, down_EDF, gate_bias_EF, up_bias_EF, down_bias_ED)
-        data = _Experts(*(None if t is None else t.to(self.device, self.dtype) for t in parts))  # type: ignore[arg-type]
+        data = PlainExperts(*(None if t is None else t.to(self.device, self.dtype) for t in parts))  # type: ignore[arg-type]
         num_experts, expert_size, hidden_size = gate_EFD.shape
         return ExpertWeights(
             num_experts=num_experts,
@@ -85,13 +75,11 @@ class TorchBackend:
 
     def experts(self, x_TD: torch.Tensor, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
         """The weighted sum of each row's experts, (T, D). See :func:`reference.experts`."""
-        w: _Experts = weights.data
-        biases = (w.gate_bias_EF, w.up_bias_EF, w.down_bias_ED)
-        return reference.experts(x_TD, w.gate_EFD, w.up_EFD, w.down_EDF, routing, weights.activation, *biases)
+        return run_experts(x_TD, weights.data, routing, weights.activation)
 
     def all_experts(self, x_TD: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
         """Every expert with weight 1, run as one dense FFN over the same storage, (T, D)."""
-        w: _Experts = weights.data
+        w: PlainExperts = weights.data
         gate = F.linear(x_TD, w.gate_EFD.flatten(0, 1), None if w.gate_bias_EF is None else w.gate_bias_EF.flatten())
         up = F.linear(x_TD, w.up_EFD.flatten(0, 1), None if w.up_bias_EF is None else w.up_bias_EF.flatten())
         down_DX = w.down_EDF.permute(1, 0, 2).flatten(1)
@@ -151,4 +139,4 @@ class TorchBackend:
         window: int | None = None,
     ) -> torch.Tensor:
         """Causal attention over the paged cache, (T, H, C). See :func:`reference.paged_attention`."""
-        return reference.paged_attention(q_THC, layer, batch, scale=scale, window=window)
+        return run_attention(q_THC, layer, batch, scale=scale, window=window)
