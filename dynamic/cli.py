@@ -1,0 +1,232 @@
+"""The ``dynamoe`` command: a table of subcommands, each a Hydra application over ``conf/`` with a typed config."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+PACKAGE = __name__.split(".")[0]
+USAGE_ERROR = 2
+INTERRUPTED = 130
+# Hydra's own options that are passed on, and whether a value follows.
+HYDRA_OPTIONS = {
+    "-m": False,
+    "--multirun": False,
+    "-c": True,
+    "--cfg": True,
+    "--resolve": False,
+    "-p": True,
+    "--package": True,
+    "-cd": True,
+    "--config-dir": True,
+    "--hydra-help": False,
+    "-sc": True,
+    "--shell-completion": True,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One subcommand.
+
+    Arguments:
+        name: also the name of its file in ``conf/``.
+        summary: one line for ``dynamoe --help``.
+        module: where it lives, below the package. A name and not an import, for two reasons: ``--help`` must not wait
+            for torch, and the server lies above this module.
+        config: dataclass in that module which types its configuration.
+        run: function in that module which takes one.
+        examples: command lines for its help.
+    """
+
+    name: str
+    summary: str
+    module: str
+    config: str
+    run: str
+    examples: tuple[str, ...]
+
+    def load(self, attribute: str) -> Any:
+        """An attribute of the command's module."""
+        return getattr(importlib.import_module(f"{PACKAGE}.{self.module}"), attribute)
+
+
+COMMANDS = (
+    Command(
+        name="serve",
+        summary="answer OpenAI-compatible requests over HTTP",
+        module="serve.command",
+        config="ServeConfig",
+        run="serve",
+        examples=(
+            "dynamoe serve",
+            "dynamoe serve model=./my-checkpoint dtype=bfloat16 server.port=8001",
+            "dynamoe serve engine=throughput server.api_keys_file=keys.txt",
+        ),
+    ),
+    Command(
+        name="generate",
+        summary="continue a prompt, or answer it with the model's chat template",
+        module="dynamic.generate",
+        config="GenerateConfig",
+        run="generate",
+        examples=(
+            'dynamoe generate prompt="What is the capital of France?"',
+            "dynamoe generate prompt_file=question.txt sampling.temperature=0.7 sampling.seed=1",
+            'echo "Once upon a time" | dynamoe generate chat=false sampling.max_tokens=64',
+        ),
+    ),
+    Command(
+        name="bench",
+        summary="measure TTFT, inter-token latency and throughput, here or of a running server",
+        module="dynamic.bench",
+        config="BenchCommandConfig",
+        run="bench",
+        examples=(
+            "dynamoe bench bench.concurrency=[1,4,16] bench.input_len=[128,512]",
+            "dynamoe bench bench.url=http://127.0.0.1:8000 bench.output_len=32 bench.json=bench.json",
+        ),
+    ),
+    Command(
+        name="prepare",
+        summary="fetch or convert a model ahead of its first use",
+        module="dynamic.prepare_command",
+        config="PrepareConfig",
+        run="prepare",
+        examples=("dynamoe prepare", "dynamoe prepare model=default"),
+    ),
+)
+
+
+class _JobFailed(SystemExit):
+    """Carries an error past Hydra, which would print lines of its own about an ordinary exception."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(1)
+        self.error = error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for what the caller got wrong, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0 if arguments else USAGE_ERROR
+    if arguments[0] == "--version":
+        print(importlib.import_module(PACKAGE).__version__)
+        return 0
+    command = next((command for command in COMMANDS if command.name == arguments[0]), None)
+    if command is None:
+        known = ", ".join(command.name for command in COMMANDS)
+        return _fail("dynamoe", f"there is no command {arguments[0]!r}; there are: {known}")
+    if any(argument in ("-h", "--help") for argument in arguments[1:]):
+        from .cli_help import command_help
+
+        print(command_help(command))
+        return 0
+    return _run(command, arguments[1:])
+
+
+def overview() -> str:
+    """The text of ``dynamoe --help``."""
+    lines = [f"  {command.name:<10} {command.summary}" for command in COMMANDS]
+    return "\n".join(
+        (
+            "dynamoe: mixture-of-experts and early-exit inference with a quality contract per request",
+            "",
+            "usage: dynamoe COMMAND [key=value …]",
+            "",
+            *lines,
+            "",
+            "`dynamoe COMMAND --help` lists a command's keys.",
+        )
+    )
+
+
+def _run(command: Command, arguments: list[str]) -> int:
+    # Hydra prints its errors over several lines and exits with 1, unless told to leave them alone.
+    full_errors = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    previous_argv = sys.argv
+    try:
+        config_class = command.load(command.config)
+        settings, verbatim = _split(arguments, config_class)
+        sys.argv = [f"dynamoe {command.name}", *settings]
+        _hydra_application(command, config_class, verbatim)()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader went away (`… | head`); what is left in the buffer has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (Exception, _JobFailed) as failure:
+        from .cli_errors import explain
+
+        error = failure.error if isinstance(failure, _JobFailed) else failure
+        message = None if full_errors else explain(error, command)
+        if message is None:
+            raise error from error.__cause__
+        return _fail(f"dynamoe {command.name}", message)
+    finally:
+        sys.argv = previous_argv
+        if not full_errors:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+    return 0
+
+
+def _split(arguments: list[str], config_class: type) -> tuple[list[str], dict[str, str]]:
+    """What Hydra parses, and the free text that it must not see: a comma or a quote means something in its grammar."""
+    free_text: frozenset[str] = getattr(config_class, "FREE_TEXT", frozenset())
+    sweep = any(argument in ("-m", "--multirun") for argument in arguments)
+    options: list[str] = []
+    settings: list[str] = []
+    verbatim: dict[str, str] = {}
+    value_follows = False
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if value_follows:
+            options.append(argument)
+            value_follows = False
+        elif argument.startswith("-"):
+            if key not in HYDRA_OPTIONS:
+                raise ValueError(f"there is no option {key}; settings are written key=value, without dashes")
+            options.append(argument)
+            value_follows = HYDRA_OPTIONS[key] and not equals
+        elif equals and key in free_text and not sweep:
+            verbatim[key] = value
+        else:
+            settings.append(argument)
+    # Hydra's parser wants its options in one piece.
+    return [*options, *settings], verbatim
+
+
+def _hydra_application(command: Command, config_class: type, verbatim: dict[str, str]) -> Callable[[], None]:
+    import hydra
+    from omegaconf import DictConfig, OmegaConf
+
+    from .config import register, schema
+
+    register(command.name, config_class)
+
+    def task(config: DictConfig) -> None:
+        try:
+            # Merged once more, so that a key added with `+` meets the schema as well.
+            typed = OmegaConf.merge(schema(config_class), cast(Any, OmegaConf.to_container(config)))
+            settings = cast(Any, OmegaConf.to_object(typed))
+            command.load(command.run)(dataclasses.replace(settings, **verbatim))
+        except BrokenPipeError:
+            raise
+        except Exception as error:
+            raise _JobFailed(error) from error
+
+    return hydra.main(version_base="1.3", config_path=f"pkg://{PACKAGE}.conf", config_name=command.name)(task)
+
+
+def _fail(program: str, message: str) -> int:
+    print(f"{program}: {message}", file=sys.stderr)
+    return USAGE_ERROR
