@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dynamoe.kernels.types import AttentionBatch, KVLayer
 
 PAGE_SIZE = 4
 NUM_PAGES = 64
+FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe")
 TOLERANCE = 1e-4  # max|Δ| / max|ref|, float32
 
 
@@ -159,3 +161,160 @@ def test_logits_equal_transformers(
     for step in range(4):
         rows = sequences.run([prompts[0][31 + step : 32 + step], [], prompts[2][14 + step : 15 + step]])
         assert error(rows, torch.stack((expected[0][31 + step], expected[2][14 + step]))) < TOLERANCE
+
+
+def without_rope(decoder: Decoder) -> None:
+    half = decoder.cos_sin_LC.shape[1] // 2
+    decoder.cos_sin_LC[:, :half], decoder.cos_sin_LC[:, half:] = 1.0, 0.0
+
+
+def without_norm(name: str) -> Callable[[Decoder], None]:
+    """Drop the norm itself, not only its weights, in every layer."""
+
+    def drop(decoder: Decoder) -> None:
+        dropped = [decoder.final_norm_D] if name == "final" else [getattr(layer, name) for layer in decoder.layers]
+        assert all(weight is not None for weight in dropped)
+        full = decoder.backend.rms_norm
+
+        def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+            return x if any(weight is other for other in dropped) else full(x, weight, eps)
+
+        decoder.backend.rms_norm = rms_norm  # type: ignore[method-assign]
+
+    return drop
+
+
+def without_bias(name: str) -> Callable[[Decoder], None]:
+    def drop(decoder: Decoder) -> None:
+        for number, layer in enumerate(decoder.layers):
+            packed = getattr(layer, name)
+            weight, bias = packed.data
+            assert bias is not None
+            layers = list(decoder.layers)
+            layers[number] = replace(layer, **{name: replace(packed, data=(weight, None))})
+            decoder.layers = tuple(layers)
+
+    return drop
+
+
+def without_mlp_bias(decoder: Decoder) -> None:
+    biases = {"gate_bias_EF": None, "up_bias_EF": None, "down_bias_ED": None}
+    decoder.layers = tuple(
+        replace(layer, ffn=replace(layer.ffn, data=replace(layer.ffn.data, **biases))) for layer in decoder.layers
+    )
+
+
+def without_router(decoder: Decoder) -> None:
+    """The first experts for every token, equally weighted: what a router of zeros would choose."""
+    full = decoder.backend.route
+    decoder.backend.route = lambda logits, *rest: full(torch.zeros_like(logits), *rest)  # type: ignore[method-assign]
+
+
+def without_shared_expert(decoder: Decoder) -> None:
+    decoder.layers = tuple(replace(layer, shared=None) for layer in decoder.layers)
+
+
+def without_shared_gate(decoder: Decoder) -> None:
+    decoder.layers = tuple(replace(layer, shared_gate=None) for layer in decoder.layers)
+
+
+def without_window(decoder: Decoder) -> None:
+    assert any(layer.window for layer in decoder.spec.layers)
+    decoder.spec = replace(decoder.spec, layers=tuple(replace(layer, window=None) for layer in decoder.spec.layers))
+
+
+def without_scale(name: str, neutral: float | None = 1.0) -> Callable[[Decoder], None]:
+    def drop(decoder: Decoder) -> None:
+        assert getattr(decoder.spec, name) != neutral
+        decoder.spec = replace(decoder.spec, **{name: neutral})
+
+    return drop
+
+
+ABLATIONS: dict[str, tuple[str, dict[str, Any], Callable[[Decoder], None]]] = {
+    "rope": ("llama", {}, without_rope),
+    "attention norm": ("llama", {}, without_norm("attention_norm_D")),
+    "ffn norm": ("llama", {}, without_norm("ffn_norm_D")),
+    "final norm": ("llama", {}, without_norm("final")),
+    "qkv bias": ("qwen2", {}, without_bias("qkv")),
+    "o bias": ("llama", {"attention_bias": True}, without_bias("o")),
+    "mlp bias": ("llama", {"mlp_bias": True}, without_mlp_bias),
+    "window": ("mistral", {}, without_window),
+    "query norm per head": ("qwen3", {}, without_norm("q_norm")),
+    "key norm per head": ("qwen3", {}, without_norm("k_norm")),
+    "query norm, full width": ("olmoe", {}, without_norm("q_norm")),
+    "key norm, full width": ("olmoe", {}, without_norm("k_norm")),
+    "clip": ("olmoe", {"clip_qkv": 0.7}, without_scale("clip_qkv", None)),
+    "router of mixtral": ("mixtral", {}, without_router),
+    "router of qwen2_moe": ("qwen2_moe", {}, without_router),
+    "router of qwen3_moe": ("qwen3_moe", {}, without_router),
+    "router of olmoe": ("olmoe", {}, without_router),
+    "router of granitemoe": ("granitemoe", {}, without_router),
+    "shared expert": ("qwen2_moe", {}, without_shared_expert),
+    "gate of the shared expert": ("qwen2_moe", {}, without_shared_gate),
+    "embedding scale": ("granitemoe", {}, without_scale("embedding_scale")),
+    "residual scale": ("granitemoe", {}, without_scale("residual_scale")),
+    "attention scale": ("granitemoe", {}, without_scale("attention_scale")),
+}
+
+
+@pytest.mark.parametrize("part", ABLATIONS)
+def test_dropping_a_part_changes_the_tokens(part: str, make_checkpoint: Callable[..., Path]) -> None:
+    """The random weights make every part matter, so that equality with transformers proves every part."""
+    family, config, drop = ABLATIONS[part]
+    path = make_checkpoint(family, **config)
+    prompt = random_prompts([40])[0]
+    decoder = load_decoder(path, dtype="float32", device="cpu", backend="torch")
+    full = greedy(decoder, prompt, 16)
+    assert greedy(decoder, prompt, 16) == full
+    drop(decoder)
+    assert greedy(decoder, prompt, 16) != full
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_greedy_tokens_equal_transformers(
+    family: str, make_checkpoint: Callable[..., Path], reference_model: Callable[[Path], Any]
+) -> None:
+    path = make_checkpoint(family)
+    prompt = random_prompts([40])[0]
+    expected = reference_model(path).generate(
+        torch.tensor([prompt]), do_sample=False, max_new_tokens=16, eos_token_id=None
+    )
+    decoder = load_decoder(path, dtype="float32", device="cpu")
+    assert greedy(decoder, prompt, 16) == expected[0, 40:].tolist()
+
+
+def test_segments_are_the_whole_model_cut_up(make_checkpoint: Callable[..., Path]) -> None:
+    path, prompt = make_checkpoint("qwen3_moe"), random_prompts([12])
+    whole = load_decoder(path, dtype="float32", device="cpu")
+    cut = load_decoder(path, dtype="float32", device="cpu", exit_layers=(1, 2))
+    assert [segment.layers for segment in cut.segments] == [range(0, 1), range(1, 2), range(2, 3)]
+    assert error(PagedSequences(cut, 1).run(prompt), PagedSequences(whole, 1).run(prompt)) < 1e-6
+
+
+def test_the_table_of_rotations_grows_with_the_context(
+    make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, prompt = make_checkpoint("llama"), random_prompts([50])
+    expected = PagedSequences(load_decoder(path, dtype="float32", device="cpu"), 1).run(prompt)
+    monkeypatch.setattr("dynamoe.dynamic.decoder.FIRST_TABLE_LENGTH", 8)
+    decoder = load_decoder(path, dtype="float32", device="cpu")
+    assert decoder.cos_sin_LC.shape[0] == 8
+    assert torch.equal(PagedSequences(decoder, 1).run(prompt), expected)
+    assert 50 <= decoder.cos_sin_LC.shape[0] <= decoder.spec.max_position
+    with pytest.raises(ValueError, match="513 tokens is longer than the model's 512"):
+        decoder.reserve_positions(513)
+
+
+def test_bfloat16_stays_close_to_float32(
+    make_checkpoint: Callable[..., Path], reference_model: Callable[[Path], Any]
+) -> None:
+    path, prompt = make_checkpoint("mixtral", dtype="bfloat16", num_experts_per_tok=6), random_prompts([20])
+    decoder = load_decoder(path, device="cpu")
+    assert decoder.dtype == torch.bfloat16
+    logits = PagedSequences(decoder, 1).run(prompt)
+    assert logits.dtype == torch.float32
+    with torch.inference_mode():
+        expected = reference_model(path)(torch.tensor(prompt)).logits[0]
+    # All experts are used, so that no near-tie of the router can turn rounding into another choice.
+    assert error(logits, expected) < 0.1
