@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import re
 import time
@@ -27,13 +26,11 @@ class RequestContext:
     Routes add to the line through ``request.state.log``.
 
     Arguments:
-        log_format: ``text`` or ``json``.
         on_done: called with method, route and status of every finished request.
     """
 
-    def __init__(self, app: ASGIApp, *, log_format: str, on_done: Callable[[str, str, int], None]) -> None:
+    def __init__(self, app: ASGIApp, *, on_done: Callable[[str, str, int], None]) -> None:
         self._app = app
-        self._log_format = log_format
         self._on_done = on_done
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -74,17 +71,8 @@ class RequestContext:
                 **fields,
             }
             self._on_done(line["method"], getattr(scope.get("route"), "path", "unmatched"), line["status"])
-            logger.info("%s", self._format(line))
-
-    def _format(self, line: dict[str, Any]) -> str:
-        present = {name: value for name, value in line.items() if value is not None}
-        if self._log_format == "json":
-            return json.dumps(present)
-        # Clients choose the path: quoting keeps one request from writing two lines.
-        return " ".join(
-            f"{name}={value if isinstance(value, (int, float)) else json.dumps(value)}"
-            for name, value in present.items()
-        )
+            routine = scope["path"] in ("/health", "/metrics") and status == 200  # asked for every few seconds
+            logger.log(logging.DEBUG if routine else logging.INFO, "request", extra={"fields": line})
 
 
 class BodyLimit:
@@ -102,7 +90,8 @@ class BodyLimit:
             async with asyncio.timeout(self._timeout):
                 body = await self._read(scope, receive)
         except TimeoutError:
-            error = ApiError(408, f"The body did not arrive within {self._timeout:g} s.", headers={"Connection": "close"})
+            message = f"The body did not arrive within {self._timeout:g} s."
+            error = ApiError(408, message, headers={"Connection": "close"})
             return await error.response()(scope, receive, send)
         except ApiError as error:
             return await error.response()(scope, receive, send)

@@ -1,0 +1,125 @@
+"""The application: an engine behind OpenAI's endpoints."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+
+from .. import __version__
+from ..dynamic.engine.engine import Engine
+from ..dynamic.sampling_params import SamplingParams
+from .auth import Authentication, KeyRing
+from .bridge import EngineBridge, EngineRequest
+from .context import ServerContext
+from .errors import install_error_handlers
+from .gate import Admission, Gate
+from .metrics import ServerMetrics
+from .middleware import BodyLimit, RequestContext
+from .request_checks import RequestChecks
+from .routes_chat import chat_routes
+from .routes_completions import completion_routes
+from .routes_ops import operation_routes
+from .routes_tokens import token_routes
+from .settings import ServerSettings
+from .text import TextPool
+
+OPEN_PATHS = frozenset({"/health"})
+
+
+def make_context(engine: Engine, settings: ServerSettings) -> ServerContext:
+    """Put the parts of a server together. The engine belongs to the server from here on.
+
+    Arguments:
+        engine: not driven by anyone else.
+        settings: the operator's.
+    """
+    model = engine.model
+    name = settings.served_model_name or model.name
+    metrics = ServerMetrics(name)
+    bridge = EngineBridge(
+        engine, hang_timeout=settings.hang_timeout, on_delta=metrics.on_delta, on_abort=metrics.on_abort
+    )
+    return ServerContext(
+        settings=settings,
+        model=model,
+        model_name=name,
+        max_model_len=engine.max_model_len,
+        bridge=bridge,
+        gate=Gate(settings.limits.max_open_requests),
+        metrics=metrics,
+        text=TextPool(model.tokenizer, settings.text_threads),
+        checks=RequestChecks(limits=settings.limits, vocab_size=engine.vocab_size, served_model=name),
+    )
+
+
+def create_app(context: ServerContext) -> FastAPI:
+    """The ASGI application of a server. Its lifespan starts and stops the engine's thread.
+
+    Raises:
+        ValueError: the file of API keys cannot be read.
+    """
+    settings = context.settings
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        context.bridge.start()
+        if settings.warm_up:
+            await warm_up(context.bridge)
+        context.metrics.observe_engine(context.bridge, context.gate)
+        yield
+        context.text.close()
+        await context.bridge.stop()
+
+    # The interactive documentation would fetch scripts from elsewhere; /openapi.json holds the same.
+    app = FastAPI(title="dynamoe", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    install_error_handlers(app)
+    for routes in (completion_routes, chat_routes, token_routes, operation_routes):
+        app.include_router(routes(context))
+
+    keys = KeyRing(settings.all_api_keys(), settings.admin_key)
+    open_paths = OPEN_PATHS | {"/"} if settings.public_page else OPEN_PATHS
+    limits = settings.limits
+    # The last one added is the outermost.
+    app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes, timeout=limits.body_timeout)
+    app.add_middleware(Admission, gate=context.gate)
+    app.add_middleware(Authentication, keys=keys, open_paths=open_paths)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", "x-request-id"],
+            expose_headers=["x-request-id"],
+        )
+    app.add_middleware(RequestContext, on_done=context.metrics.on_http)
+    _describe_errors(app)
+    return app
+
+
+async def warm_up(bridge: EngineBridge) -> None:
+    """Run one tiny request, so that the first user does not wait for thread pools and lazily built kernels."""
+    params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+    submission = await bridge.submit([EngineRequest(prompt_token_ids=[0, 0], params=params)])
+    async for _ in submission.batches():
+        pass
+
+
+def _describe_errors(app: FastAPI) -> None:
+    """Take FastAPI's own 422 out of the OpenAPI document: such requests get 400 in OpenAI's shape."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = generate()
+        for path in document["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            document["components"]["schemas"].pop(name, None)
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,33 @@
+"""``dynamoe serve``: its configuration, and what it does with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..dynamic.config import ModelConfig
+from ..dynamic.engine.config import EngineConfig
+from .settings import ServerSettings
+
+
+@dataclass(kw_only=True)
+class ServeConfig(ModelConfig):
+    """``dynamoe serve``."""
+
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    server: ServerSettings = field(default_factory=ServerSettings)
+
+
+def serve(config: ServeConfig) -> None:
+    """Serve a model until SIGTERM or SIGINT.
+
+    Raises:
+        ValueError: the address is in use, or the model cannot be served.
+        SystemExit: with the exit code, when the server did not end well.
+    """
+    from .server import run
+
+    code = run(
+        config.model, settings=config.server, engine_config=config.engine, load_arguments=config.load_arguments()
+    )
+    if code:
+        raise SystemExit(code)

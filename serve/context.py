@@ -1,0 +1,30 @@
+"""What the routes share: one explicit object instead of module globals."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from ..dynamic.loader import LoadedModel
+from .bridge import EngineBridge
+from .gate import Gate
+from .metrics import ServerMetrics
+from .request_checks import RequestChecks
+from .settings import ServerSettings
+from .text import TextPool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerContext:
+    """The parts of one running server."""
+
+    settings: ServerSettings
+    model: LoadedModel
+    model_name: str
+    max_model_len: int
+    bridge: EngineBridge
+    gate: Gate
+    metrics: ServerMetrics
+    text: TextPool
+    checks: RequestChecks
+    started_at: int = field(default_factory=lambda: int(time.time()))

@@ -1,0 +1,206 @@
+"""From prompts to an answer: submit to the engine, then collect everything or stream it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request
+from starlette.responses import JSONResponse, Response
+
+from ..dynamic.engine.engine import EngineFull
+from ..dynamic.outputs import CompletionOutput, RequestDelta, RequestOutput
+from ..dynamic.sampling_params import SamplingParams
+from .auth import Caller
+from .bridge import EngineRequest
+from .context import ServerContext
+from .errors import ApiError, invalid, overloaded, unavailable
+from .formats import AnswerFormat, Prompt, PromptLogprobs, usage, write_prompt_logprobs
+from .sampling import requested_length, sampling_params, with_length
+from .streaming import DONE, EventStream, event, given_up_on_disconnect
+from .submission import ClientGone, EngineFailure, Submission
+from .wire import ChatCompletionRequest, GenerationRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """One HTTP request's way through the engine."""
+
+    context: ServerContext
+    request: Request
+    body: GenerationRequest
+    prompts: Sequence[Prompt]
+    params: Sequence[SamplingParams]  # one per prompt
+    format: AnswerFormat
+    drop_output: bool = False
+
+    async def respond(self) -> Response:
+        """Run the prompts and answer as the client asked, whole or streamed.
+
+        Raises:
+            ApiError: the engine refuses the request, or fails before the answer has begun.
+        """
+        submission = await self._submit()
+        if self.body.stream:
+            return EventStream(self._events(submission), submission)
+        return await self._collect(submission)
+
+    async def _submit(self) -> Submission:
+        caller: Caller = self.request.state.caller
+        requests = [
+            EngineRequest(
+                prompt_token_ids=prompt.token_ids,
+                params=params,
+                priority=self.body.priority or 0,
+                cache_salt=caller.cache_salt(self.body.cache_salt),
+            )
+            for prompt, params in zip(self.prompts, self.params, strict=True)
+        ]
+        self.request.state.log["answer_id"] = self.format.id
+        try:
+            return await self.context.bridge.submit(requests)
+        except ValueError as error:
+            raise invalid(f"{error}.") from error
+        except EngineFull as error:
+            raise overloaded("Too many requests are waiting.", error.retry_after_seconds) from error
+        except EngineFailure as error:
+            raise unavailable(str(error), error.code) from error
+
+    async def _collect(self, submission: Submission) -> Response:
+        outputs = [
+            RequestOutput(
+                request_id=request_id,
+                prompt=None,
+                prompt_token_ids=prompt.token_ids,
+                outputs=[CompletionOutput(index) for index in range(params.n)],
+            )
+            for request_id, prompt, params in zip(submission.ids, self.prompts, self.params, strict=True)
+        ]
+        try:
+            async with given_up_on_disconnect(self.request.receive, submission):
+                async for batch in submission.batches():
+                    for number, delta in batch:
+                        check_delta(delta)
+                        outputs[number].add(delta)
+        except ClientGone:
+            return Response(status_code=499)  # nobody reads it; the log does
+        except EngineFailure as error:
+            raise failed(error) from error
+        choices = [
+            self.format.whole(number, output, result.prompt_logprobs)
+            for number, result in enumerate(outputs)
+            for output in result.outputs
+        ]
+        used = self._usage(
+            sum(len(output.token_ids) for result in outputs for output in result.outputs),
+            sum(result.num_cached_tokens for result in outputs),
+        )
+        answer = {**self._envelope(self.format.whole_object), "choices": choices, "usage": used}
+        if isinstance(self.body, ChatCompletionRequest) and self.body.prompt_logprobs is not None:
+            answer["prompt_logprobs"] = write_prompt_logprobs(outputs[0].prompt_logprobs)
+        self._log(used, [output.finish_reason for result in outputs for output in result.outputs])
+        return JSONResponse(answer)
+
+    async def _events(self, submission: Submission) -> AsyncIterator[bytes]:
+        envelope = self._envelope(self.format.chunk_object)
+        include_usage = self.body.stream_options is not None and self.body.stream_options.include_usage
+        if include_usage:
+            envelope["usage"] = None  # OpenAI's chunks say so until the last one
+        tokens = 0
+        cached = [0] * len(self.prompts)
+        prompt_logprobs: list[PromptLogprobs | None] = [None] * len(self.prompts)
+        reasons: list[str | None] = []
+        try:
+            async for batch in submission.batches():
+                pieces = []
+                for number, delta in batch:
+                    check_delta(delta)
+                    cached[number] = max(cached[number], delta.num_cached_tokens)
+                    prompt_logprobs[number] = delta.prompt_logprobs or prompt_logprobs[number]
+                    for completion in delta.completions:
+                        tokens += len(completion.token_ids)
+                        if completion.finish_reason is not None:
+                            reasons.append(completion.finish_reason)
+                        choice = self.format.chunk(number, completion, prompt_logprobs[number])
+                        if choice is not None:
+                            pieces.append(event({**envelope, "choices": [choice]}))
+                if pieces:
+                    yield b"".join(pieces)
+        except ClientGone:
+            reasons.append("client_gone")
+            self._log(self._usage(tokens, sum(cached)), reasons)
+            return
+        except EngineFailure as error:
+            reasons.append(error.code)
+            self._log(self._usage(tokens, sum(cached)), reasons)
+            # The status line has gone out: errors go in-band now.
+            yield event(failed(error).body()) + DONE
+            return
+        used = self._usage(tokens, sum(cached))
+        self._log(used, reasons)
+        last = event({**envelope, "choices": [], "usage": used}) if include_usage else b""
+        yield last + DONE
+
+    def _envelope(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self.format.id,
+            "object": kind,
+            "created": int(time.time()),
+            "model": self.context.model_name,
+        }
+
+    def _usage(self, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+        return usage(self.prompts, 0 if self.drop_output else completion_tokens, cached_tokens)
+
+    def _log(self, used: dict[str, Any], reasons: Sequence[str | None]) -> None:
+        self.request.state.log.update(
+            prompt_tokens=used["prompt_tokens"],
+            completion_tokens=used["completion_tokens"],
+            cached_tokens=used["prompt_tokens_details"]["cached_tokens"],
+            finish=",".join(sorted({reason or "none" for reason in reasons})),
+            stream=bool(self.body.stream),
+        )
+
+
+def failed(error: EngineFailure) -> ApiError:
+    """What a client is told whose request the engine does not finish."""
+    if error.code == "shutting_down":
+        return unavailable(str(error), error.code)
+    return ApiError(500, str(error), code=error.code)
+
+
+def check_delta(delta: RequestDelta) -> None:
+    """Raise what the engine says went wrong with one request.
+
+    Raises:
+        EngineFailure: the engine ended the request without finishing it.
+    """
+    if delta.error is not None:
+        raise EngineFailure(delta.error, "request_failed")
+    for completion in delta.completions:
+        if completion.finish_reason in ("error", "abort"):
+            raise EngineFailure(f"The engine ended the request: {completion.finish_reason}.", "request_failed")
+
+
+def params_per_prompt(
+    context: ServerContext, body: GenerationRequest, prompts: Sequence[Prompt], default_length: int | None
+) -> list[SamplingParams]:
+    """Sampling settings of every prompt; they differ only in how much room a prompt leaves.
+
+    Raises:
+        ApiError: status 400 for settings that make no sense, or that do not fit the model's length.
+    """
+    params = sampling_params(body, context.model.generation_defaults)
+    return [
+        with_length(
+            params,
+            requested=requested_length(body),
+            default=default_length,
+            cap=context.settings.limits.max_tokens,
+            prompt_tokens=len(prompt.token_ids),
+            max_model_len=context.max_model_len,
+        )
+        for prompt in prompts
+    ]

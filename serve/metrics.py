@@ -1,0 +1,150 @@
+"""Prometheus metrics, under the names of vLLM so that existing dashboards work; this project's own begin ``dynamoe:``.
+
+The engine's own totals are read from its latest statistics when ``/metrics`` is asked for; times are measured here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from ..dynamic.outputs import RequestDelta
+
+if TYPE_CHECKING:
+    from .bridge import EngineBridge
+    from .gate import Gate
+    from .submission import RequestTimes
+
+LABELS = ("model_name", "engine")
+_LATENCY = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0)
+_FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0)
+_BETWEEN_TOKENS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0)
+_LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+
+
+class ServerMetrics:
+    """All metrics of one server, in a registry of its own.
+
+    Arguments:
+        model_name: value of the ``model_name`` label.
+    """
+
+    def __init__(self, model_name: str) -> None:
+        self.registry = CollectorRegistry()
+        self._counting = False
+        self._labels = {"model_name": model_name, "engine": "0"}
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            family = Histogram(name, text, LABELS, buckets=buckets, registry=self.registry)
+            return family.labels(**self._labels)
+
+        self._first_token = histogram(
+            "vllm:time_to_first_token_seconds", "From arrival to the first token.", _FIRST_TOKEN
+        )
+        self._between = histogram("vllm:inter_token_latency_seconds", "From one token to the next.", _BETWEEN_TOKENS)
+        self._whole = histogram("vllm:e2e_request_latency_seconds", "From arrival to the last token.", _LATENCY)
+        self._queue = histogram("vllm:request_queue_time_seconds", "Waiting to be scheduled.", _LATENCY)
+        self._prefill = histogram("vllm:request_prefill_time_seconds", "From scheduling to the first token.", _LATENCY)
+        self._decode = histogram("vllm:request_decode_time_seconds", "From the first token to the last.", _LATENCY)
+        self._prompt_length = histogram("vllm:request_prompt_tokens", "Tokens in a prompt.", _LENGTHS)
+        self._output_length = histogram("vllm:request_generation_tokens", "Tokens generated for a prompt.", _LENGTHS)
+        self._finished = Counter(
+            "vllm:request_success", "Finished completions.", (*LABELS, "finished_reason"), registry=self.registry
+        )
+        for reason in ("stop", "length", "abort"):
+            self._finished.labels(**self._labels, finished_reason=reason)
+        self._http = Counter(
+            "dynamoe:http_requests", "Finished HTTP requests.", ("method", "route", "status"), registry=self.registry
+        )
+
+    def observe_engine(self, bridge: EngineBridge, gate: Gate) -> None:
+        """Count from now on, and report the engine's and the gate's state: what came before was warm-up."""
+        self._counting = True
+        self.registry.register(_EngineCollector(bridge, gate, self._labels))
+
+    def on_delta(self, times: RequestTimes, delta: RequestDelta, made_at: float) -> None:
+        """Note what one step did for one prompt."""
+        if not self._counting:
+            return
+        tokens = sum(len(completion.token_ids) for completion in delta.completions)
+        if tokens:
+            if times.first_token is None:
+                times.first_token = made_at
+                self._first_token.observe(made_at - times.arrival)
+            elif times.last_token is not None:
+                self._between.observe(made_at - times.last_token)
+            times.last_token = made_at
+            times.generation_tokens += tokens
+        if delta.queue_seconds is not None:
+            times.queue_seconds = delta.queue_seconds
+        for completion in delta.completions:
+            if completion.finish_reason is not None:
+                self._finished.labels(**self._labels, finished_reason=completion.finish_reason).inc()
+        if delta.finished:
+            self._on_finished(times, made_at)
+
+    def on_abort(self, prompts: int) -> None:
+        """Note prompts that were given up."""
+        self._finished.labels(**self._labels, finished_reason="abort").inc(prompts)
+
+    def on_http(self, method: str, route: str, status: int) -> None:
+        """Note a finished HTTP request. ``route`` is the route's pattern: paths are the client's to choose."""
+        known = method if method in ("GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE") else "other"
+        self._http.labels(method=known, route=route, status=str(status)).inc()
+
+    def render(self) -> bytes:
+        """The metrics in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def _on_finished(self, times: RequestTimes, made_at: float) -> None:
+        self._whole.observe(made_at - times.arrival)
+        self._prompt_length.observe(times.prompt_tokens)
+        self._output_length.observe(times.generation_tokens)
+        if times.queue_seconds is not None:
+            self._queue.observe(times.queue_seconds)
+        if times.first_token is not None and times.last_token is not None:
+            self._prefill.observe(max(0.0, times.first_token - times.arrival - (times.queue_seconds or 0.0)))
+            self._decode.observe(times.last_token - times.first_token)
+
+
+class _EngineCollector(Collector):
+    """Reads the engine's latest statistics. Totals begin at zero with the first user's request."""
+
+    def __init__(self, bridge: EngineBridge, gate: Gate, labels: dict[str, str]) -> None:
+        self._bridge = bridge
+        self._gate = gate
+        self._labels = labels
+        self._baseline = bridge.stats
+
+    def collect(self) -> Iterator[Metric]:
+        stats, start = self._bridge.stats, self._baseline
+        gauges = {
+            "vllm:num_requests_running": ("Sequences in the running batch.", stats.num_running),
+            "vllm:num_requests_waiting": ("Sequences waiting to be scheduled.", stats.num_waiting),
+            "vllm:kv_cache_usage_perc": ("Share of the cache's pages in use, 0 to 1.", stats.kv_usage),
+            "dynamoe:kv_pages_free": ("Pages of the cache that a request could take.", stats.free_pages),
+            "dynamoe:kv_pages_total": ("Pages of the cache.", stats.total_pages),
+            "dynamoe:open_prompts": ("Prompts the server waits for the engine with.", self._bridge.num_open),
+            "dynamoe:open_http_requests": ("HTTP requests past the gate.", self._gate.num_open),
+            "dynamoe:engine_healthy": ("1 while the engine can take requests.", int(self._bridge.failure() is None)),
+            "dynamoe:draining": ("1 while the server is shutting down.", int(self._gate.draining)),
+        }
+        for name, (text, value) in gauges.items():
+            gauge = GaugeMetricFamily(name, text, labels=LABELS)
+            gauge.add_metric(list(self._labels.values()), value)
+            yield gauge
+        counters = {
+            "vllm:prompt_tokens": ("Prompt tokens read.", "prompt_tokens"),
+            "vllm:generation_tokens": ("Tokens generated.", "generation_tokens"),
+            "vllm:prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", "prefix_cache_queries"),
+            "vllm:prefix_cache_hits": ("Prompt tokens found in the prefix cache.", "prefix_cache_hits"),
+            "vllm:num_preemptions": ("Sequences put back for want of pages.", "preemptions"),
+        }
+        for name, (text, attribute) in counters.items():
+            counter = CounterMetricFamily(name, text, labels=LABELS)
+            counter.add_metric(list(self._labels.values()), getattr(stats, attribute) - getattr(start, attribute))
+            yield counter

@@ -1,0 +1,186 @@
+"""What pydantic cannot know: limits that the operator sets, the served model, fields whose meaning is not supported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import ApiError, invalid
+from .settings import Limits
+from .wire import Body, ChatCompletionRequest, ChatMessage, CompletionRequest, GenerationRequest
+
+# Fields that change what the answer means. Ignoring them would give a wrong answer with status 200.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "allowed_token_ids": ([],),
+    "audio": (),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "chat_template": (),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "grammar": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "json_schema": (),
+    "length_penalty": (1, 1.0),
+    "logits_processors": ([],),
+    "modalities": (["text"],),
+    "prompt_embeds": (),
+    "quality": ("exact",),
+    "response_format": ({"type": "text"},),
+    "return_tokens_as_token_ids": (False,),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "web_search_options": (),
+}
+
+
+def check_supported(body: Body) -> None:
+    """Refuse fields whose meaning is not supported; all other unknown fields are ignored.
+
+    Raises:
+        ApiError: status 400 that names the field.
+    """
+    for name, value in (body.model_extra or {}).items():
+        if value is not None and name in _NEUTRAL and value not in _NEUTRAL[name]:
+            raise invalid(f"{name} is not supported by this server.", param=name, code="unsupported_parameter")
+
+
+def check_model(requested: str | None, served: str) -> None:
+    """Refuse requests for another model.
+
+    Raises:
+        ApiError: status 404.
+    """
+    if requested is not None and requested != served:
+        message = f"The model {requested[:200]!r} does not exist; this server serves {served!r}."
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+
+def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """A conversation as chat templates read it: every content one string.
+
+    Raises:
+        ApiError: status 400 for content that is not text.
+    """
+    plain: list[dict[str, Any]] = []
+    for number, message in enumerate(messages):
+        content = message.content
+        if isinstance(content, list):
+            pieces = []
+            for part in content:
+                if part.type != "text" or part.text is None:
+                    text = f"messages[{number}] holds a part of type {part.type[:50]!r}; this model reads text only."
+                    raise invalid(text, param="messages", code="unsupported_content")
+                pieces.append(part.text)
+            content = "".join(pieces)
+        extra = message.model_extra or {}
+        if extra.get("tool_calls") or extra.get("function_call"):
+            raise invalid(f"messages[{number}].tool_calls is not supported.", "messages", "unsupported_content")
+        plain.append({"role": message.role, "content": content or "", "name": message.name})
+    return plain
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestChecks:
+    """Checks one request against the operator's limits.
+
+    Arguments:
+        limits: the operator's.
+        vocab_size: ids from 0 up to this one exist.
+        served_model: the only model there is.
+    """
+
+    limits: Limits
+    vocab_size: int
+    served_model: str
+
+    def completion(self, body: CompletionRequest) -> list[str] | list[list[int]]:
+        """Check a completion request; returns its prompts as a list of texts or of token ids.
+
+        Raises:
+            ApiError: status 400 or 404.
+        """
+        prompts = _as_list(body.prompt)
+        if not prompts:
+            raise invalid("prompt must not be empty.", param="prompt")
+        if len(prompts) > self.limits.max_prompts:
+            raise invalid(f"{len(prompts)} prompts are more than {self.limits.max_prompts}.", param="prompt")
+        for prompt in prompts:
+            if not isinstance(prompt, str):
+                self.token_ids(prompt, "prompt")
+        self._generation(body, len(prompts))
+        self._at_most("logprobs", body.logprobs, self.limits.max_logprobs)
+        if body.max_tokens == 0 and not (body.echo or body.prompt_logprobs is not None):
+            raise invalid("max_tokens must be at least 1 without echo or prompt_logprobs.", param="max_tokens")
+        return prompts
+
+    def chat(self, body: ChatCompletionRequest) -> list[dict[str, Any]]:
+        """Check a chat request; returns its messages as templates read them.
+
+        Raises:
+            ApiError: status 400 or 404.
+        """
+        self._at_most("messages", len(body.messages), self.limits.max_messages)
+        self._generation(body, 1)
+        self._at_most("top_logprobs", body.top_logprobs, self.limits.max_logprobs)
+        self._at_most("max_completion_tokens", body.max_completion_tokens, self.limits.max_tokens)
+        if body.top_logprobs and not body.logprobs:
+            raise invalid("top_logprobs needs logprobs: true.", param="top_logprobs")
+        return plain_messages(body.messages)
+
+    def token_ids(self, ids: Sequence[int], param: str) -> None:
+        """Refuse ids outside the vocabulary."""
+        if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
+            wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
+            raise invalid(f"{param}: token id {wrong} is not in the vocabulary of {self.vocab_size}.", param=param)
+
+    def _generation(self, body: GenerationRequest, num_prompts: int) -> None:
+        check_model(body.model, self.served_model)
+        if (body.model_extra or {}).get("best_of") == body.n and body.n is not None:
+            assert body.model_extra is not None
+            del body.model_extra["best_of"]
+        check_supported(body)
+        limits = self.limits
+        n = body.n or 1
+        self._at_most("n", n, limits.max_n)
+        if n * num_prompts > limits.max_choices:
+            raise invalid(f"n times the number of prompts is {n * num_prompts}, more than {limits.max_choices}.", "n")
+        stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+        if len(stops) > limits.max_stop:
+            raise invalid(f"{len(stops)} stop strings are more than {limits.max_stop}.", param="stop")
+        for stop in stops:
+            if not 0 < len(stop) <= limits.max_stop_length:
+                raise invalid(f"A stop string must have 1 to {limits.max_stop_length} characters.", param="stop")
+        self._at_most("stop_token_ids", len(body.stop_token_ids or ()), limits.max_stop_token_ids)
+        self.token_ids(body.stop_token_ids or (), "stop_token_ids")
+        self._at_most("logit_bias", len(body.logit_bias or ()), limits.max_logit_bias)
+        for key in body.logit_bias or ():
+            if not (key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < self.vocab_size):
+                raise invalid(f"logit_bias: {key[:20]!r} is no token id below {self.vocab_size}.", "logit_bias")
+        self._at_most("prompt_logprobs", body.prompt_logprobs, limits.max_logprobs)
+        self._at_most("max_tokens", getattr(body, "max_tokens", None), limits.max_tokens)
+        if body.stream and body.prompt_logprobs is not None:
+            raise invalid("prompt_logprobs cannot be streamed; use stream: false.", param="prompt_logprobs")
+        if body.stream_options is not None and not body.stream:
+            raise invalid("stream_options needs stream: true.", param="stream_options")
+
+    @staticmethod
+    def _at_most(name: str, value: int | None, most: int | None) -> None:
+        if value is not None and most is not None and value > most:
+            raise invalid(f"{name} must be at most {most}, not {value}.", param=name)
+
+
+def _as_list(prompt: str | list[str] | list[int] | list[list[int]]) -> Any:
+    if isinstance(prompt, str):
+        return [prompt]
+    return [prompt] if prompt and isinstance(prompt[0], int) else prompt

@@ -1,0 +1,220 @@
+"""The server process: bind, load, warm up, say how to call it, serve, drain on SIGTERM, return the exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import shlex
+import signal
+import socket
+import stat
+from collections.abc import Callable, Mapping
+from types import FrameType
+from typing import Any
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from .. import __version__
+from ..dynamic.engine.config import EngineConfig
+from ..dynamic.engine.engine import Engine
+from ..dynamic.loader import load_model
+from .app import create_app, make_context
+from .context import ServerContext
+from .errors import error_body
+from .logs import configure_logging
+from .settings import ServerSettings
+
+logger = logging.getLogger("dynamoe.server")
+
+QUESTION = "What is the capital of France?"
+FLUSH_SECONDS = 5.0  # for answers to reach their clients once nothing more is computed
+
+
+def run(
+    model: str,
+    *,
+    settings: ServerSettings | None = None,
+    engine_config: EngineConfig | None = None,
+    load_arguments: Mapping[str, Any] | None = None,
+) -> int:
+    """Serve a model until SIGTERM or SIGINT.
+
+    Arguments:
+        model: what :func:`load_model` takes.
+        settings, engine_config: of the server and the engine.
+        load_arguments: further arguments of :func:`load_model`.
+
+    Returns:
+        The exit code: 0 after an orderly end, 1 when the engine had died or the server could not start.
+
+    Raises:
+        ValueError: the address is in use, or the model cannot be served.
+    """
+    return serve_engine(lambda: Engine(load_model(model, **(load_arguments or {})), engine_config), settings)
+
+
+def serve_engine(make_engine: Callable[[], Engine], settings: ServerSettings | None = None) -> int:
+    """Serve the engine that ``make_engine`` builds; see :func:`run`.
+
+    The address is taken first: finding out that it is in use after minutes of loading would be unkind.
+    """
+    settings = settings or ServerSettings()
+    settings.all_api_keys()  # a bad file of keys, too, is found before loading
+    configure_logging(settings.log_format)
+    listener = bind(settings)
+    try:
+        context = make_context(make_engine(), settings)
+        server = _Server(context, listener)
+        try:
+            server.run(sockets=[listener])
+        except SystemExit:
+            logger.error("the server could not start")  # uvicorn has logged why
+            return 1
+        failure = context.bridge.failure()
+        return 0 if failure is None or failure.code == "shutting_down" else 1
+    finally:
+        listener.close()
+        if settings.uds is not None and os.path.exists(settings.uds):
+            os.unlink(settings.uds)
+
+
+def bind(settings: ServerSettings) -> socket.socket:
+    """Take the address to listen on; connections are refused until the server is ready.
+
+    Raises:
+        ValueError: it is in use, or not ours to take.
+    """
+    try:
+        return _bind_unix(settings.uds) if settings.uds is not None else _bind_tcp(settings.host, settings.port)
+    except OSError as error:
+        where = settings.uds or f"{settings.host}:{settings.port}"
+        raise ValueError(f"cannot listen on {where}: {error.strerror or error}") from error
+
+
+def _bind_tcp(host: str, port: int) -> socket.socket:
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _bind_unix(path: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode) and not _answers(path):
+            os.unlink(path)  # left behind by a server that was killed
+        listener.bind(path)
+        os.chmod(path, 0o600)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _answers(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        return probe.connect_ex(path) == 0
+
+
+class _Protocol(H11Protocol):
+    """HTTP/1.1 with a bounded header (h11 has a bound, httptools has none) and errors in OpenAI's shape."""
+
+    def send_400_response(self, msg: str) -> None:
+        limit = self.config.h11_max_incomplete_event_size
+        message = f"{msg.rstrip('.')}, or its header is larger than {limit} bytes."
+        body = json.dumps(error_body(400, message, code="bad_http_request")).encode()
+        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, with draining in place of its own reaction to signals."""
+
+    def __init__(self, context: ServerContext, listener: socket.socket) -> None:
+        super().__init__(
+            uvicorn.Config(
+                create_app(context),
+                http=_Protocol,
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                h11_max_incomplete_event_size=context.settings.limits.max_header_bytes,
+                timeout_graceful_shutdown=int(FLUSH_SECONDS),
+            )
+        )
+        self._context = context
+        self._listener = listener
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._hurry = asyncio.Event()
+        self._drain_task: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        print(greeting(self._context, self._listener), flush=True)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal starts draining, the second one ends it."""
+        if self._loop is None:
+            self.should_exit = True  # not started yet: there is nothing to drain
+        else:
+            self._loop.call_soon_threadsafe(self._on_signal, sig)
+
+    def _on_signal(self, sig: int) -> None:
+        if self._drain_task is None:
+            logger.info("%s: draining", signal.Signals(sig).name)
+            self._context.gate.draining = True
+            self._drain_task = asyncio.create_task(self._drain())
+        else:
+            self._hurry.set()
+
+    async def _drain(self) -> None:
+        context = self._context
+        empty = asyncio.create_task(context.gate.wait_empty(context.settings.drain_timeout))
+        hurry = asyncio.create_task(self._hurry.wait())
+        await asyncio.wait((empty, hurry), return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        empty.cancel()
+        if context.gate.num_open:
+            logger.warning("ending %d requests that have not finished", context.gate.num_open)
+            context.bridge.close()
+            await context.gate.wait_empty(FLUSH_SECONDS)
+        self.should_exit = True
+
+
+def greeting(context: ServerContext, listener: socket.socket) -> str:
+    """What to print when the server is ready: where it is and a request to paste."""
+    settings = context.settings
+    if settings.uds is not None:
+        where, base, options = f"the UNIX socket {settings.uds}", "http://localhost", f"--unix-socket {settings.uds} "
+    else:
+        host, port = listener.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
+        where = base = f"http://{host}:{port}"
+        options = ""
+    body: dict[str, Any] = {"temperature": 0, "max_tokens": 64}
+    if context.model.tokenizer.has_chat_template:
+        path, body = "/v1/chat/completions", {"messages": [{"role": "user", "content": QUESTION}], **body}
+    else:
+        path, body = "/v1/completions", {"prompt": "The capital of France is", **body}
+    lines = [f"curl {options}{base}{path} -H 'Content-Type: application/json'"]
+    if settings.all_api_keys():
+        lines.append('-H "Authorization: Bearer $DYNAMOE_API_KEY"')
+    lines.append(f"-d {shlex.quote(json.dumps(body))}")
+    command = " \\\n    ".join(lines)
+    return f"\ndynamoe {__version__} serves {context.model_name} on {where}\n\n  {command}\n"

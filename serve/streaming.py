@@ -1,0 +1,62 @@
+"""Answers that arrive piece by piece (server-sent events), and giving up when the client has gone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from .submission import Submission
+
+DONE = b"data: [DONE]\n\n"
+
+
+def event(data: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+@contextlib.asynccontextmanager
+async def given_up_on_disconnect(receive: Receive, submission: Submission) -> AsyncIterator[None]:
+    """While inside, a client that goes away ends the submission; on the way out it is closed in any case."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        submission.client_left()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watcher.cancel()
+        submission.close()
+
+
+class EventStream(Response):
+    """A streamed answer.
+
+    Arguments:
+        events: encoded events; several may come in one piece.
+        submission: what the events come from; aborted when the client goes away.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[bytes], submission: Submission) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+        self._submission = submission
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with given_up_on_disconnect(receive, self._submission):
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for piece in self._events:
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,0 +1,124 @@
+"""What clients send. Field names and defaults are OpenAI's, with the extras that clients of vLLM know.
+
+Validation is strict (``"5"`` is no number, ``true`` no integer, NaN nothing at all). Limits that the operator may set
+are checked in ``request_checks.py``; fields that are not named here are ignored unless they change the meaning.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+INT32_MAX = 2**31 - 1
+INT64_MAX = 2**63 - 1
+
+TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
+Count = Annotated[int, Field(ge=0, le=INT32_MAX)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
+class Body(BaseModel):
+    """Base of everything that clients send."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
+
+
+class StreamOptions(Body):
+    """Options of a streamed answer."""
+
+    include_usage: bool | None = Field(None, description="End the stream with a chunk that holds the usage.")
+
+
+class GenerationRequest(Body):
+    """What both kinds of completion share."""
+
+    model: str | None = Field(None, description="The served model's name; may be absent.")
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=INT32_MAX)] | None = Field(None, description="-1 and 0 turn it off.")
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        None, description="Token id, as a string, to the amount added to its logit."
+    )
+    seed: Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX)] | None = None
+    n: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[TokenId] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Count | None = None
+    skip_special_tokens: bool | None = None
+    prompt_logprobs: Count | None = Field(None, description="Alternatives per prompt token; not with stream.")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    priority: Annotated[int, Field(ge=-INT32_MAX, le=INT32_MAX)] | None = Field(None, description="Lower is earlier.")
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
+        None, description="Only requests with the same salt share cached prompt beginnings."
+    )
+    user: str | None = None
+
+
+class CompletionRequest(GenerationRequest):
+    """Body of ``POST /v1/completions``."""
+
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    max_tokens: Count | None = Field(None, description="16 when absent; 0 is allowed with echo or prompt_logprobs.")
+    echo: bool | None = Field(None, description="Begin the answer with the prompt.")
+    logprobs: Count | None = Field(None, description="Alternatives per token.")
+    add_special_tokens: bool | None = Field(None, description="Put BOS and the like around text prompts (default).")
+
+
+class TextPart(Body):
+    """A piece of a message's content."""
+
+    type: str
+    text: str | None = None
+
+
+class ChatMessage(Body):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+
+
+class ChatCompletionRequest(GenerationRequest):
+    """Body of ``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = Field(
+        None, description="The newer name of max_tokens. Without either: up to the model's maximum length."
+    )
+    logprobs: bool | None = None
+    top_logprobs: Count | None = Field(None, description="Alternatives per token; needs logprobs.")
+    add_generation_prompt: bool | None = None
+    add_special_tokens: bool | None = Field(None, description="Off when absent: the template writes them itself.")
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="Variables of the model's chat template, such as enable_thinking."
+    )
+
+
+class TokenizeRequest(Body):
+    """Body of ``POST /tokenize``: a prompt or a conversation."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    add_special_tokens: bool | None = Field(None, description="On for prompts, off for conversations when absent.")
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Body):
+    """Body of ``POST /detokenize``."""
+
+    model: str | None = None
+    tokens: list[TokenId]
+    skip_special_tokens: bool | None = None
