@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .engine.config import EngineConfig
@@ -28,6 +29,7 @@ class LLM:
         device: ``auto`` takes a GPU where there is one.
         backend: which kernels to use; ``auto`` takes the fastest that runs here.
         progress: show a bar while loading.
+        experts_per_token: use fewer routed experts per token than the model was made for.
         max_model_len, max_num_seqs, max_num_batched_tokens, enable_prefix_caching, kv_memory, block_size, seed: see
             :class:`EngineConfig`.
 
@@ -37,7 +39,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str,
+        model: str | Path,
         *,
         dtype: str = "auto",
         device: str = "auto",
@@ -50,6 +52,7 @@ class LLM:
         kv_memory: int | str | None = None,
         block_size: int = EngineConfig.block_size,
         seed: int = 0,
+        experts_per_token: int | None = None,
     ) -> None:
         config = EngineConfig(
             max_num_seqs=max_num_seqs,
@@ -63,7 +66,14 @@ class LLM:
         from .engine.engine import Engine
         from .loader import load_model
 
-        self.model = load_model(str(model), dtype=dtype, device=device, backend=backend, progress=progress)
+        self.model = load_model(
+            model,
+            dtype=dtype,
+            device=device,
+            backend=backend,
+            progress=progress,
+            experts_per_token=experts_per_token,
+        )
         self.engine = Engine(self.model, config)
         self._num_requests = 0
 

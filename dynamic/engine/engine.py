@@ -327,8 +327,7 @@ def _longest_sequence(config: EngineConfig, max_position: int, num_pages: int) -
 
 
 def _eos_token_ids(model: LoadedModel) -> frozenset[int]:
-    listed = model.generation_defaults.get("eos_token_id") or []
-    ids = {*model.spec.eos_token_ids, *([listed] if isinstance(listed, int) else listed)}
+    ids = model.spec.eos_token_ids
     if not ids and model.tokenizer.eos_token_id is not None:
-        ids = {model.tokenizer.eos_token_id}
+        ids = (model.tokenizer.eos_token_id,)
     return frozenset(token for token in ids if 0 <= token < model.spec.vocab_size)

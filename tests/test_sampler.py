@@ -1,0 +1,245 @@
+"""Choosing tokens: against a plain implementation in numpy, row by row, and bit by bit alone and in company.
+
+The draws are a fine regular grid instead of random numbers, so that the shares of the tokens equal their probabilities
+up to the grid's step, without any luck.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from dynamoe.dynamic.engine.logprobs import position_logprobs
+from dynamoe.dynamic.engine.penalties import edit_logits
+from dynamoe.dynamic.engine.request import Request, Sequence, StopTokens
+from dynamoe.dynamic.engine.sampler import NO_TOKEN, draw_tokens, sample
+from dynamoe.dynamic.sampling_params import SamplingParams
+
+STOPS = StopTokens(eos=frozenset({2}), listed=frozenset({5}))
+
+
+def make_sequence(prompt: list[int], output: list[int], arrival: int = 0, **params: object) -> Sequence:
+    request = Request(
+        "r",
+        prompt,
+        SamplingParams(**params),  # type: ignore[arg-type]
+        priority=0,
+        cache_salt=None,
+        arrival=arrival,
+        max_total_tokens=10_000,
+        stop_tokens=STOPS,
+        base_seed=0,
+    )
+    for token in output:
+        request.sequences[0].append(token)
+    return request.sequences[0]
+
+
+def plain_distribution(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
+    """Temperature, min-p, top-k, top-p, one after the other, by sorting, in float64."""
+    weights = np.exp((logits - logits.max()) / params.temperature)
+    probs = weights / weights.sum()
+    probs = np.where(probs < params.min_p * probs.max(), 0.0, probs)
+    order = np.argsort(-probs, kind="stable")
+    if params.top_k > 0:
+        probs[order[params.top_k :]] = 0.0
+    probs /= probs.sum()
+    kept, mass = [], 0.0
+    for token in order:
+        kept.append(token)
+        mass += probs[token]
+        if mass >= params.top_p:
+            break
+    final = np.zeros_like(probs)
+    final[kept] = probs[kept]
+    return final / final.sum()
+
+
+@pytest.mark.parametrize("vocabulary", [50, 1003])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 0.3},
+        {"temperature": 2.5},
+        {"top_k": 1},
+        {"top_k": 7},
+        {"top_k": 5000},
+        {"top_p": 0.5},
+        {"top_p": 0.93, "temperature": 1.7},
+        {"min_p": 0.2},
+        {"top_k": 20, "top_p": 0.7},
+        {"top_k": 20, "top_p": 0.7, "min_p": 0.05, "temperature": 0.8},
+        {"top_p": 0.99, "min_p": 0.01},
+    ],
+)
+def test_shares_of_tokens_equal_the_plain_distribution(settings: dict, vocabulary: int) -> None:
+    logits = np.random.default_rng(1).normal(0, 2, vocabulary).astype(np.float32)
+    params = SamplingParams(**settings)
+    draws = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
+    rows_RV = torch.from_numpy(logits).repeat(4096, 1)
+    tokens = draw_tokens(rows_RV, [params] * 4096, draws)
+    shares = np.bincount(tokens.numpy(), minlength=vocabulary) / 4096
+    expected = plain_distribution(logits.astype(np.float64), params)
+    assert np.abs(shares - expected).max() <= 1.01 / 4096
+    assert not shares[expected == 0].any()
+
+
+def test_a_nucleus_wider_than_the_head_is_found_by_sorting() -> None:
+    logits = np.random.default_rng(1).normal(0, 0.1, 2000).astype(np.float32)  # nearly flat
+    params = SamplingParams(top_p=0.6)
+    expected = plain_distribution(logits.astype(np.float64), params)
+    assert (expected > 0).sum() > 1000
+    draws = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    tokens = torch.cat([draw_tokens(torch.from_numpy(logits).repeat(500, 1), [params] * 500, d) for d in draws.split(500)])
+    shares = np.bincount(tokens.numpy(), minlength=2000) / 20_000
+    assert np.abs(shares - expected).max() <= 1.1 / 20_000
+
+
+@pytest.mark.parametrize("draw", [0.0, 0.5, 1 - 2**-53])
+def test_no_draw_ever_takes_a_token_without_weight(draw: float) -> None:
+    logits = torch.full((1, 100), -math.inf)
+    logits[0, [20, 60]] = torch.tensor([1.0, 1.0])
+    token = draw_tokens(logits, [SamplingParams()], torch.tensor([draw], dtype=torch.float64))
+    assert token.item() == (20 if draw < 0.5 else 60)
+
+
+def test_equals_at_the_limit_of_top_k_are_all_kept() -> None:
+    logits = torch.tensor([[3.0, 1.0, 1.0, 1.0, 0.0]]).repeat(1000, 1)
+    draws = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    tokens = draw_tokens(logits, [SamplingParams(top_k=2)] * 1000, draws)
+    assert set(tokens.tolist()) == {0, 1, 2, 3}
+
+
+def varied_rows(vocabulary: int, seed: int) -> tuple[torch.Tensor, list[dict]]:
+    rng = np.random.default_rng(seed)
+    settings = []
+    for row in range(16):
+        options = {
+            "temperature": float(rng.choice([0.0, 0.7, 1.0, 1.3])),
+            "top_k": int(rng.choice([0, 1, 5, 40])),
+            "top_p": float(rng.choice([1.0, 0.9, 0.99])),
+            "min_p": float(rng.choice([0.0, 0.02])),
+            "repetition_penalty": float(rng.choice([1.0, 1.2])),
+            "presence_penalty": float(rng.choice([0.0, 0.4])),
+            "min_tokens": int(rng.choice([0, 9])),
+            "logit_bias": {int(rng.integers(vocabulary)): 2.0} if row % 3 == 0 else {},
+            "seed": row if row % 2 else None,
+        }
+        settings.append(options)
+    # Logits rounded to few values, as those of a bfloat16 head: equals are everywhere.
+    logits_RV = torch.from_numpy(rng.normal(0, 3, (16, vocabulary))).to(torch.bfloat16).float()
+    return logits_RV, settings
+
+
+@pytest.mark.parametrize("vocabulary", [97, 4099])
+def test_a_row_gives_the_same_token_alone_and_in_company(vocabulary: int) -> None:
+    for seed in range(5):
+        logits_RV, settings = varied_rows(vocabulary, seed)
+        prompts = [[r + 1, r + 2, r + 3] for r in range(16)]
+
+        def sequence(row: int, prompts: list = prompts, settings: list = settings) -> Sequence:
+            return make_sequence(prompts[row], [row, row, 7], arrival=row, **settings[row])
+
+        together = sample(logits_RV.clone(), [sequence(r) for r in range(16)])
+        alone = [sample(logits_RV[r : r + 1].clone(), [sequence(r)])[0] for r in range(16)]
+        some = sample(logits_RV[5:9].clone(), [sequence(r) for r in range(5, 9)])
+        assert together == alone
+        assert together[5:9] == some
+
+
+def test_reported_logprobs_are_bitwise_the_same_alone_and_in_company(plain_tokenizer) -> None:
+    logits_RV, _ = varied_rows(1009, 0)
+    tokens, counts = list(range(16)), [0, 1, 2, 5] * 4
+    together = position_logprobs(logits_RV, tokens, counts, plain_tokenizer)
+    for row in range(16):
+        alone = position_logprobs(logits_RV[row : row + 1], [tokens[row]], [counts[row]], plain_tokenizer)
+        assert alone == [together[row]]
+
+
+def test_logprobs_name_the_chosen_token_first_and_rank_it(plain_tokenizer) -> None:
+    logits_RV = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
+    (position,) = position_logprobs(logits_RV, [2], [2], plain_tokenizer)
+    expected = logits_RV.double().log_softmax(-1)[0]
+    assert list(position) == [2, 1, 3]
+    assert [entry.rank for entry in position.values()] == [3, 1, 2]
+    for token, entry in position.items():
+        assert entry.logprob == pytest.approx(expected[token].item(), abs=1e-6)
+    (chosen_only,) = position_logprobs(logits_RV, [1], [0], plain_tokenizer)
+    assert [(t, e.rank) for t, e in chosen_only.items()] == [(1, 1)]
+
+
+def test_penalties_follow_their_definitions() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 3, 40).astype(np.float32)
+    prompt, output = [1, 1, 6, 9], [3, 9, 3, 3, 30]
+    params = {"repetition_penalty": 1.3, "presence_penalty": 0.7, "frequency_penalty": 0.25, "logit_bias": {3: 4.0, 8: -2}}
+    expected = logits.astype(np.float64).copy()
+    expected[3] += 4.0
+    expected[8] -= 2.0
+    for token in {*prompt, *output}:
+        expected[token] = expected[token] / 1.3 if expected[token] > 0 else expected[token] * 1.3
+    for token in set(output):
+        expected[token] -= 0.7 + 0.25 * output.count(token)
+    logits_RV = torch.from_numpy(np.stack([logits, logits]))
+    edit_logits(logits_RV, [make_sequence(prompt, output, **params), make_sequence(prompt, output)])
+    np.testing.assert_allclose(logits_RV[0].numpy(), expected, rtol=1e-5)
+    np.testing.assert_array_equal(logits_RV[1].numpy(), logits)
+
+
+def test_counts_grow_with_the_output() -> None:
+    sequence = make_sequence([4, 4], [], frequency_penalty=1.0)
+    tokens = [int(t) for t in np.random.default_rng(0).integers(0, 300, 1000)]
+    for token in tokens:
+        sequence.append(token)
+    assert sequence.counts is not None
+    found = dict(zip(sequence.counts.ids.tolist(), sequence.counts.counts.tolist(), strict=True))
+    assert found == {4: tokens.count(4)} | {t: tokens.count(t) for t in set(tokens)}
+
+
+def test_min_tokens_forbids_every_stop_until_then() -> None:
+    logits = torch.zeros(1, 10)
+    logits[0, 2], logits[0, 5] = 9.0, 8.0
+    short = make_sequence([1], [3], temperature=0.0, min_tokens=2)
+    assert sample(logits.clone(), [short]) == [0]
+    short.append(3)
+    assert sample(logits.clone(), [short]) == [2]
+
+
+def test_seeds_repeat_and_completions_differ() -> None:
+    def draws(index: int = 0, **params: object) -> list[float]:
+        sequence = make_sequence([1], [], **params)
+        sequence.index = index
+        return [sequence.draw() for _ in range(5)]
+
+    assert draws(seed=3) == draws(seed=3)
+    assert draws(seed=-1) == draws(seed=-1)
+    streams = [draws(seed=3), draws(seed=4), draws(index=1, seed=3), draws(), draws(arrival=1), draws(seed=0)]
+    assert len({tuple(s) for s in streams}) == len(streams)
+    assert all(0 <= u < 1 for stream in streams for u in stream)
+
+
+def test_a_row_of_nonsense_yields_no_token_and_spares_the_others() -> None:
+    logits = torch.randn(4, 20, generator=torch.Generator().manual_seed(0))
+    clean = [make_sequence([1], [], temperature=t) for t in (0.0, 1.0, 0.0, 1.0)]
+    logits[0, 3] = math.nan
+    logits[1] = -math.inf
+    tokens = sample(logits, clean)
+    assert tokens[:2] == [NO_TOKEN, NO_TOKEN]
+    assert all(0 <= t < 20 for t in tokens[2:])
+
+
+@pytest.fixture(scope="module")
+def plain_tokenizer(tmp_path_factory: pytest.TempPathFactory):
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models
+
+    from dynamoe.dynamic.tokenizer import Tokenizer
+
+    directory = tmp_path_factory.mktemp("tokenizer")
+    vocabulary = {"a": 0, **{f"token{i}": i for i in range(1, 1009)}}
+    Backend(models.WordLevel(vocabulary, unk_token="a")).save(str(directory / "tokenizer.json"))
+    return Tokenizer.from_directory(directory)

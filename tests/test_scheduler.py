@@ -1,0 +1,205 @@
+"""The scheduler without a model: random lives of requests against a memory that remembers what was written where."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from dynamoe.dynamic.engine.block_pool import BlockPool
+from dynamoe.dynamic.engine.config import EngineConfig
+from dynamoe.dynamic.engine.prefix_cache import PrefixCache
+from dynamoe.dynamic.engine.request import Request, Sequence, State, StopTokens
+from dynamoe.dynamic.engine.scheduler import Schedule, Scheduler
+from dynamoe.dynamic.sampling_params import SamplingParams
+
+NO_STOPS = StopTokens(eos=frozenset(), listed=frozenset())
+
+
+class World:
+    """A scheduler, and in place of the cache's tensors the history behind every slot."""
+
+    def __init__(self, num_pages: int, page_size: int = 4, **config: object) -> None:
+        self.config = EngineConfig(block_size=page_size, **config)  # type: ignore[arg-type]
+        self.pool = BlockPool(num_pages)
+        cache = PrefixCache(self.pool, page_size, self.config.enable_prefix_caching)
+        self.scheduler = Scheduler(self.config, self.pool, cache)
+        self.page_size = page_size
+        self.memory: dict[tuple[int, int], int] = {}
+        self.arrivals = 0
+
+    def add(self, prompt: list[int], priority: int = 0, salt: str | None = None, **params: object) -> Request:
+        request = Request(
+            str(self.arrivals),
+            prompt,
+            SamplingParams(**{"max_tokens": 8, **params}),  # type: ignore[arg-type]
+            priority=priority,
+            cache_salt=salt,
+            arrival=self.arrivals,
+            max_total_tokens=self.pool.num_pages * self.page_size,
+            stop_tokens=NO_STOPS,
+            base_seed=0,
+        )
+        self.arrivals += 1
+        self.scheduler.add(request.sequences[0])
+        return request
+
+    def step(self, next_token: int = 7) -> Schedule:
+        schedule = self.scheduler.schedule()
+        self.check_limits(schedule)
+        old = dict(self.memory)
+        for source, target in schedule.copies:
+            self.memory |= {(target, i): old[source, i] for i in range(self.page_size) if (source, i) in old}
+        for entry in schedule.entries:
+            sequence = entry.sequence
+            for position in range(entry.start, entry.start + entry.count):
+                page = sequence.pages[position // self.page_size]
+                assert self.pool.references(page) == 1, "a shared page is written to"
+                self.memory[page, position % self.page_size] = history(sequence, position)
+        for entry in schedule.entries:
+            self.scheduler.computed(entry)
+        self.check_pages()
+        for entry in schedule.entries:
+            if entry.sequence.num_uncomputed == 0:
+                for sequence in self.scheduler.fork(entry.sequence):
+                    sequence.append(next_token + sequence.index)
+                    if sequence.num_output >= sequence.request.max_output_tokens:
+                        self.scheduler.finish(sequence)
+        return schedule
+
+    def check_limits(self, schedule: Schedule) -> None:
+        assert sum(e.count for e in schedule.entries) <= self.config.max_num_batched_tokens
+        assert len(self.scheduler.running) <= self.config.max_num_seqs
+        assert len({e.sequence for e in schedule.entries}) == len(schedule.entries)
+        for queue in (self.scheduler.running, self.scheduler.waiting):
+            assert [s.rank for s in queue] == sorted(s.rank for s in queue)
+
+    def check_pages(self) -> None:
+        held: dict[int, int] = {}
+        for sequence in self.scheduler.running:
+            for page in sequence.pages:
+                held[page] = held.get(page, 0) + 1
+            for position in range(sequence.num_computed):
+                slot = sequence.pages[position // self.page_size], position % self.page_size
+                assert self.memory[slot] == history(sequence, position), "somebody else wrote to this slot"
+        assert all(self.pool.references(page) == held.get(page, 0) for page in range(self.pool.num_pages))
+        assert self.pool.num_free == self.pool.num_pages - len(held)
+        assert all(not s.pages and s.num_computed == 0 for s in self.scheduler.waiting)
+
+
+def history(sequence: Sequence, position: int) -> int:
+    return hash((sequence.request.cache_salt, *sequence.token_ids[: position + 1]))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_lives_keep_every_page_accounted_for(seed: int) -> None:
+    rng = random.Random(seed)
+    world = World(
+        num_pages=rng.choice((8, 14, 40)),
+        max_num_seqs=rng.choice((1, 3, 6)),
+        max_num_batched_tokens=rng.choice((2, 7, 64)),
+        enable_prefix_caching=rng.random() < 0.8,
+    )
+    shared = [rng.randrange(4) for _ in range(20)]
+    requests, aborted = [], set()
+    for _ in range(250):
+        if rng.random() < 0.25:
+            prompt = shared[: rng.randrange(12)] + [rng.randrange(3) for _ in range(rng.randrange(1, 8))]
+            params = {"n": rng.choice((1, 1, 2, 5)), "max_tokens": rng.randrange(1, 13)}
+            salt = rng.choice((None, None, "x"))
+            requests.append(world.add(prompt, rng.choice((0, 0, 1)), salt, **params))
+        if requests and rng.random() < 0.05:
+            victim = rng.choice(requests)
+            aborted.add(victim.request_id)
+            for sequence in victim.sequences:
+                world.scheduler.finish(sequence)
+            world.check_pages()
+        world.step(next_token=rng.randrange(3))
+    for _ in range(3000):
+        if not (world.scheduler.running or world.scheduler.waiting):
+            break
+        assert world.step(next_token=rng.randrange(3)).entries, "requests wait although nothing runs"
+    assert world.pool.num_free == world.pool.num_pages
+    for request in requests:
+        if request.request_id not in aborted:
+            assert request.finished
+            assert all(s.num_output == request.max_output_tokens for s in request.sequences)
+        assert all(s.state is State.FINISHED for s in request.sequences)
+
+
+def test_decodes_go_before_prefill_and_long_prompts_come_in_chunks() -> None:
+    world = World(100, max_num_batched_tokens=10)
+    first = world.add([1] * 5).sequences[0]
+    world.step()
+    second = world.add([2] * 23).sequences[0]
+    counts = [{e.sequence: e.count for e in world.step().entries} for _ in range(4)]
+    assert counts == [{first: 1, second: 9}, {first: 1, second: 9}, {first: 1, second: 5}, {first: 1, second: 1}]
+
+
+def test_lower_priority_numbers_go_first_then_arrival() -> None:
+    world = World(100, max_num_seqs=1)
+    late, early, urgent = world.add([1], 5), world.add([2], 5), world.add([3], 0)
+    order = []
+    while world.scheduler.running or world.scheduler.waiting:
+        for entry in world.step().entries:
+            if entry.sequence.request not in order:
+                order.append(entry.sequence.request)
+    assert order == [urgent, late, early]
+
+
+def test_a_full_pool_takes_the_pages_of_the_lowest_rank_and_keeps_its_tokens() -> None:
+    world = World(num_pages=6, page_size=2, enable_prefix_caching=False)
+    low = world.add([1, 1], priority=1, max_tokens=8).sequences[0]
+    high = world.add([2, 2], priority=0, max_tokens=8).sequences[0]
+    while world.scheduler.counters.preemptions == 0:
+        world.step()
+    assert high.state is State.RUNNING
+    assert low.state is State.WAITING
+    tokens = list(low.token_ids)
+    assert len(tokens) > 2
+    while low.state is State.WAITING:
+        schedule = world.step()
+    entry = next(e for e in schedule.entries if e.sequence is low)
+    assert (entry.start, entry.count) == (0, len(tokens))
+    assert low.token_ids[: len(tokens)] == tokens
+
+
+def test_a_prefix_hit_shares_pages_with_a_running_sequence() -> None:
+    world = World(100)
+    first = world.add([5] * 10, max_tokens=30).sequences[0]
+    world.step()
+    second = world.add([5] * 9 + [6], max_tokens=30).sequences[0]
+    entries = {e.sequence: e for e in world.step().entries}
+    assert (entries[second].start, entries[second].count) == (8, 2)
+    assert second.pages[:2] == first.pages[:2]
+    assert world.scheduler.counters.prefix_cache_hits == 8
+
+
+def test_generated_tokens_are_found_as_a_prefix_too() -> None:
+    world = World(100)
+    sequence = world.add([5] * 3, max_tokens=10).sequences[0]
+    while sequence.state is not State.FINISHED:
+        world.step()
+    again = world.add([*sequence.token_ids, 1]).sequences[0]
+    assert next(e for e in world.step().entries if e.sequence is again).start == 12
+
+
+def test_completions_share_the_prompt_and_copy_the_last_page_when_they_write() -> None:
+    world = World(100, page_size=4)
+    request = world.add([5] * 6, n=3)
+    world.step()
+    assert len({tuple(s.pages) for s in request.sequences}) == 1
+    assert 100 - world.pool.num_free == 2  # three completions, two pages
+    schedule = world.step()
+    assert len(schedule.copies) == 2  # the last holder writes in place
+    assert len({s.pages[0] for s in request.sequences}) == 1
+    assert len({s.pages[1] for s in request.sequences}) == 3
+
+
+def test_more_completions_than_places_wait_and_finish() -> None:
+    world = World(100, max_num_seqs=2)
+    request = world.add([5] * 6, n=5, max_tokens=3)
+    for _ in range(30):
+        world.step()
+    assert request.finished
+    assert world.pool.num_free == 100
