@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from .torch_backend import TorchBackend
 
-BACKENDS = ("auto", "torch")
+BACKENDS = ("auto", "torch", "cpu")
 
 
 def select_backend(device: torch.device | str, dtype: torch.dtype, name: str = "auto") -> TorchBackend:
@@ -17,7 +19,26 @@ def select_backend(device: torch.device | str, dtype: torch.dtype, name: str = "
 
     Raises:
         ValueError: for an unknown name, or a backend that cannot run on that device.
+        BuildError: the ``cpu`` backend was asked for by name and its kernels could not be built.
     """
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")
+    if name == "cpu":
+        from .cpu_backend import CpuBackend
+
+        return CpuBackend(device, dtype)
+    if name == "auto" and torch.device(device).type == "cpu" and dtype in (torch.float32, torch.bfloat16):
+        return _cpu_or_torch(device, dtype)
     return TorchBackend(device, dtype)
+
+
+def _cpu_or_torch(device: torch.device | str, dtype: torch.dtype) -> TorchBackend:
+    from .cpu_backend import CpuBackend
+    from .cpu_build import BuildError
+
+    try:
+        return CpuBackend(device, dtype)
+    except BuildError as error:
+        # The warnings module shows the same text from the same place once per process.
+        warnings.warn(f"running on torch's own operations, several times slower: {error}", RuntimeWarning, stacklevel=3)
+        return TorchBackend(device, dtype)

@@ -1,0 +1,230 @@
+// The experts of a layer, fused: two parallel regions, whatever the routing.
+//
+// Region 1 gathers an expert's rows and computes gate and up together; the activation leaves the tile as the panel that
+// region 2 multiplies with the down projection. In region 2 a task owns some output columns of all rows and adds the
+// experts in rising order, in fp32: no atomics, no third region, and one order of summation per row.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "operators.h"
+#include "parallel.h"
+
+namespace dynamoe_cpu {
+
+namespace {
+
+constexpr int64_t kPanelBytes = 384 * 1024;
+
+// Rows of one expert that are multiplied together: sorted slots [first, first + rows).
+struct Chunk {
+  int64_t expert, first, rows;
+};
+
+struct Plan {
+  std::vector<int32_t> slots;  // indices into ids, sorted by expert, stable in the row
+  std::vector<Chunk> chunks;
+};
+
+void add_chunks(Plan& plan, int64_t expert, int64_t first, int64_t rows, int64_t most) {
+  if (!rows) return;
+  const Tiles parts(rows, most);
+  for (int64_t i = 0; i < parts.count; ++i) plan.chunks.push_back({expert, first + parts.start(i), parts.size(i)});
+}
+
+int64_t count_of(const ExpertsCall& call, int64_t row) {
+  return call.counts ? std::clamp<int64_t>(call.counts[row], 0, call.top_k) : call.top_k;
+}
+
+// Sorts the used slots by expert. Returns the first expert number out of range, or -1.
+int64_t make_plan(const ExpertsCall& call, int64_t most_rows, Plan& plan) {
+  const int64_t experts = call.layout.experts;
+  std::vector<int64_t> start(experts + 1, 0);
+  for (int64_t t = 0; t < call.rows; ++t)
+    for (int64_t k = 0; k < count_of(call, t); ++k) {
+      const int32_t expert = call.ids[t * call.top_k + k];
+      if (expert < 0 || expert >= experts) return expert < 0 ? experts : expert;
+      ++start[expert + 1];
+    }
+  for (int64_t e = 0; e < experts; ++e) {
+    add_chunks(plan, e, start[e], start[e + 1], most_rows);
+    start[e + 1] += start[e];
+  }
+  plan.slots.resize(start[experts]);
+  for (int64_t t = 0; t < call.rows; ++t)
+    for (int64_t k = 0; k < count_of(call, t); ++k) {
+      const int64_t slot = t * call.top_k + k;
+      plan.slots[start[call.ids[slot]]++] = static_cast<int32_t>(slot);
+    }
+  return -1;
+}
+
+// Splits [0, blocks) of every chunk into groups so that there are enough tasks to balance the threads.
+int64_t groups_per_chunk(const Context& context, int64_t chunks, int64_t blocks) {
+  return std::min(blocks, ceil_div(16 * context.threads, std::max<int64_t>(chunks, 1)));
+}
+
+// hidden[slot] = act(gate x) * (up x), as panels of the tiles of each chunk.
+// `segments` experts with consecutive blocks are taken together as one wide one.
+void gate_and_up(const Context& context, const ExpertsCall& call, const Plan& plan, int64_t segments, char* hidden) {
+  const Kernels& kernels = *context.kernels;
+  const ExpertLayout& layout = call.layout;
+  const Gemm& gemm = kernels.gemm[static_cast<int>(layout.dtype)];
+  const int64_t row_bytes = layout.hidden_cells() * gemm.panel_cell_bytes;
+  const int64_t hidden_bytes = segments * layout.width_cells() * gemm.panel_cell_bytes;
+  const int64_t block_bytes = kGatedOutputs / gemm.inputs_per_cell * gemm.panel_cell_bytes;  // of one row's hidden
+  const int64_t blocks = segments * layout.gate_blocks();
+  const int64_t groups = groups_per_chunk(context, plan.chunks.size(), blocks);
+  const int64_t tasks = groups * static_cast<int64_t>(plan.chunks.size());
+  int64_t most_rows = 0;
+  for (const Chunk& chunk : plan.chunks) most_rows = std::max(most_rows, chunk.rows);
+  std::atomic<int64_t> next{0};
+  on_all_threads(context.threads, [&] {
+    alignas(64) float tile[kMaxTileRows * kBlockOutputs];
+    char* panel = scratch(Buffer::rows).get<char>(most_rows * row_bytes);
+    int64_t packed = -1;
+    for (int64_t task = next.fetch_add(1); task < tasks; task = next.fetch_add(1)) {
+      const int64_t index = task / groups, group = task % groups;
+      const Chunk& chunk = plan.chunks[index];
+      const Tiles tiles(chunk.rows, gemm.tile_rows);
+      if (packed != index) {
+        for (int64_t t = 0; t < tiles.count; ++t) {
+          const void* rows[kMaxTileRows];
+          for (int r = 0; r < tiles.size(t); ++r) {
+            const int64_t slot = chunk.first + tiles.start(t) + r;
+            rows[r] = call.x.at(plan.slots.empty() ? slot : plan.slots[slot] / call.top_k);
+          }
+          gemm.pack(panel + tiles.start(t) * row_bytes, rows, tiles.size(t), static_cast<int>(layout.hidden));
+        }
+        packed = index;
+      }
+      for (int64_t block = blocks * group / groups; block < blocks * (group + 1) / groups; ++block) {
+        const int64_t stored = chunk.expert * layout.gate_blocks() + block;
+        const uint32_t* weights = call.gate_up + stored * layout.gate_block_words();
+        const float* bias = call.gate_up_bias ? call.gate_up_bias + stored * kBlockOutputs : nullptr;
+        for (int64_t t = 0; t < tiles.count; ++t) {
+          gemm.run(tiles.size(t), panel + tiles.start(t) * row_bytes, weights, static_cast<int>(layout.hidden_cells()), tile, false);
+          char* out = hidden + (chunk.first + tiles.start(t)) * hidden_bytes + block * block_bytes * tiles.size(t);
+          kernels.gated(tile, tiles.size(t), bias, call.activation, out, layout.dtype);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void pack_experts(const Context& context, const ExpertLayout& layout, const Strided3& gate, const Strided3& up, const Strided3& down,
+                  uint32_t* gate_up, uint32_t* down_packed) {
+  const Kernels& kernels = *context.kernels;
+  const int bytes = element_bytes(layout.dtype);
+  const auto row_of = [&](const Strided3& source, int64_t expert, int64_t row, int64_t rows) -> const void* {
+    if (row >= rows) return nullptr;
+    return static_cast<const char*>(source.data) + (expert * source.outer + row * source.inner) * bytes;
+  };
+  for_each_task(context.threads, layout.experts * layout.gate_blocks(), [&](int64_t task) {
+    const int64_t expert = task / layout.gate_blocks(), first = task % layout.gate_blocks() * kGatedOutputs;
+    const void* rows[kBlockOutputs];
+    for (int o = 0; o < kGatedOutputs; ++o) {
+      rows[o] = row_of(gate, expert, first + o, layout.width);
+      rows[kGatedOutputs + o] = row_of(up, expert, first + o, layout.width);
+    }
+    kernels.transpose_cells(gate_up + task * layout.gate_block_words(), kBlockOutputs, rows, kBlockOutputs,
+                            static_cast<int>(layout.hidden) * bytes);
+  });
+  for_each_task(context.threads, layout.experts * layout.down_blocks(), [&](int64_t task) {
+    const int64_t expert = task / layout.down_blocks(), block = task % layout.down_blocks();
+    const void* rows[kBlockOutputs];
+    for (int o = 0; o < kBlockOutputs; ++o) rows[o] = row_of(down, expert, block * kBlockOutputs + o, layout.hidden);
+    uint32_t* out = down_packed + layout.down_offset(expert, block);
+    kernels.transpose_cells(out, kBlockOutputs, rows, kBlockOutputs, static_cast<int>(layout.width) * bytes);
+    const int64_t written = ceil_div(layout.width, layout.per_cell()) * kBlockOutputs;
+    std::memset(out + written, 0, (layout.down_block_words() - written) * sizeof(uint32_t));
+  });
+}
+
+int64_t experts(const Context& context, const ExpertsCall& call) {
+  const Kernels& kernels = *context.kernels;
+  const ExpertLayout& layout = call.layout;
+  const Gemm& gemm = kernels.gemm[static_cast<int>(layout.dtype)];
+  const int64_t row_bytes = std::max(layout.hidden_cells(), layout.width_cells()) * gemm.panel_cell_bytes;
+  Plan plan;
+  const int64_t bad = make_plan(call, std::max<int64_t>(gemm.tile_rows, kPanelBytes / row_bytes), plan);
+  if (bad >= 0) return bad;
+
+  const int64_t hidden_bytes = layout.width_cells() * gemm.panel_cell_bytes;
+  char* hidden = scratch(Buffer::hidden).get<char>(static_cast<int64_t>(plan.slots.size()) * hidden_bytes);
+  gate_and_up(context, call, plan, 1, hidden);
+
+  const int64_t blocks = layout.down_blocks(), padded = blocks * kBlockOutputs;
+  float* sums = scratch(Buffer::output).get<float>(call.rows * padded);
+  const int64_t groups = std::min<int64_t>(blocks, context.threads * (call.rows < 64 ? 8 : 2));
+  for_each_task(context.threads, groups, [&](int64_t group) {
+    alignas(64) float tile[kMaxTileRows * kBlockOutputs];
+    const int64_t first_block = blocks * group / groups, last_block = blocks * (group + 1) / groups;
+    const int64_t first = first_block * kBlockOutputs, last = last_block * kBlockOutputs;
+    for (int64_t t = 0; t < call.rows; ++t) std::memset(sums + t * padded + first, 0, (last - first) * sizeof(float));
+    for (const Chunk& chunk : plan.chunks) {
+      const Tiles tiles(chunk.rows, gemm.tile_rows);
+      for (int64_t block = first_block; block < last_block; ++block) {
+        const float* bias = call.down_bias ? call.down_bias + (chunk.expert * blocks + block) * kBlockOutputs : nullptr;
+        for (int64_t t = 0; t < tiles.count; ++t) {
+          const int64_t slot = chunk.first + tiles.start(t);
+          gemm.run(tiles.size(t), hidden + slot * hidden_bytes, call.down + layout.down_offset(chunk.expert, block),
+                   static_cast<int>(layout.width_cells()), tile, false);
+          float scales[kMaxTileRows];
+          float* out[kMaxTileRows];
+          for (int r = 0; r < tiles.size(t); ++r) {
+            scales[r] = call.weights[plan.slots[slot + r]];
+            out[r] = sums + plan.slots[slot + r] / call.top_k * padded + block * kBlockOutputs;
+          }
+          kernels.scaled_add(tile, tiles.size(t), kBlockOutputs, bias, scales, out);
+        }
+      }
+    }
+    const int64_t width = std::min(last, layout.hidden) - first;
+    for (int64_t t = 0; t < call.rows; ++t)
+      kernels.convert(sums + t * padded + first, static_cast<char*>(call.out) + (t * layout.hidden + first) * element_bytes(layout.dtype),
+                      static_cast<int>(width), layout.dtype);
+  });
+  return -1;
+}
+
+void all_experts(const Context& context, const ExpertsCall& call) {
+  const Kernels& kernels = *context.kernels;
+  const ExpertLayout& layout = call.layout;
+  const Gemm& gemm = kernels.gemm[static_cast<int>(layout.dtype)];
+  const int64_t cells = layout.experts * layout.width_cells(), hidden_bytes = cells * gemm.panel_cell_bytes;
+  const int64_t row_bytes = std::max(layout.hidden_cells() * gemm.panel_cell_bytes, hidden_bytes);
+  Plan plan;
+  add_chunks(plan, 0, 0, call.rows, std::max<int64_t>(gemm.tile_rows, kPanelBytes / row_bytes));
+  char* hidden = scratch(Buffer::hidden).get<char>(call.rows * hidden_bytes);
+  gate_and_up(context, call, plan, layout.experts, hidden);
+
+  const int64_t blocks = layout.down_blocks();
+  // Experts that follow each other in a block are one long column; otherwise the accumulators go from one to the next.
+  const int64_t segments = layout.dense_down ? 1 : layout.experts, segment_cells = cells / segments;
+  const int64_t chunks = static_cast<int64_t>(plan.chunks.size());
+  const int64_t groups = groups_per_chunk(context, chunks, blocks);
+  for_each_task(context.threads, chunks * groups, [&](int64_t task) {
+    alignas(64) float tile[kMaxTileRows * kBlockOutputs];
+    const Chunk& chunk = plan.chunks[task / groups];
+    const int64_t group = task % groups;
+    const Tiles tiles(chunk.rows, gemm.tile_rows);
+    for (int64_t block = blocks * group / groups; block < blocks * (group + 1) / groups; ++block) {
+      const int64_t output = block * kBlockOutputs;
+      const int width = static_cast<int>(std::min<int64_t>(kBlockOutputs, layout.hidden - output));
+      for (int64_t t = 0; t < tiles.count; ++t) {
+        const int64_t row = chunk.first + tiles.start(t);
+        const char* panel = hidden + row * hidden_bytes;
+        for (int64_t s = 0; s < segments; ++s)
+          gemm.run(tiles.size(t), panel + s * segment_cells * gemm.panel_cell_bytes * tiles.size(t), call.down + layout.down_offset(s, block),
+                   static_cast<int>(segment_cells), tile, s > 0);
+        kernels.store(tile, tiles.size(t), width, call.down_bias ? call.down_bias + output : nullptr,
+                      static_cast<char*>(call.out) + (row * layout.hidden + output) * element_bytes(layout.dtype), layout.hidden, layout.dtype);
+      }
+    }
+  });
+}
+
+}  // namespace dynamoe_cpu

@@ -1,0 +1,63 @@
+// What an instruction set offers to the operators: a table of row-level and tile-level kernels.
+//
+// Weights lie in blocks of 32 outputs: [cell][32] words of 4 bytes. A cell is what one 4-byte word holds of a row:
+// 1 fp32, 2 bf16 or 4 int8 inputs. Every output element has exactly one accumulator, which takes the cells in rising
+// order, whatever the number of rows; so a row's result never depends on the rows beside it, nor on how work is split.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace dynamoe_cpu {
+
+constexpr int kBlockOutputs = 32;
+constexpr int kGatedOutputs = 16;  // a gated block holds 16 gate outputs, then the 16 up outputs that belong to them
+constexpr int kMaxTileRows = 12;
+constexpr int kKeyBlock = 64;  // keys that attention takes in one step, aligned to multiples of it
+
+enum class Dtype : int { fp32 = 0, bf16 = 1 };
+enum class Activation : int { silu = 0, gelu = 1, gelu_tanh = 2 };
+
+inline int element_bytes(Dtype dtype) { return dtype == Dtype::bf16 ? 2 : 4; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A matrix product in one format. A panel holds a tile of rows as [cell][row].
+struct Gemm {
+  int tile_rows;         // most rows of a tile
+  int inputs_per_cell;   // of the weights
+  int panel_cell_bytes;  // of the panel: 8 where bf16 activations are widened to fp32 beforehand
+  void (*pack)(void* panel, const void* const* rows, int num_rows, int inputs);
+  // tile[row][32] (+)= panel · weights; fp32, or int32 for int8 weights.
+  void (*run)(int num_rows, const void* panel, const uint32_t* weights, int cells, void* tile, bool accumulate);
+};
+
+struct Kernels {
+  const char* name;
+  Gemm gemm[2];  // by Dtype
+  Gemm gemm_int8;  // unsigned activations, signed weights
+
+  // dst[cell * dst_stride + r] = cell of rows[r]; a null row reads as zeros. num_rows <= 32.
+  void (*transpose_cells)(uint32_t* dst, int dst_stride, const void* const* rows, int num_rows, int row_bytes);
+
+  // Epilogues on a tile of 32 outputs, of which `width` are real.
+  void (*store)(const float* tile, int num_rows, int width, const float* bias, void* out, int64_t out_stride, Dtype out_dtype);
+  void (*gated)(const float* tile, int num_rows, const float* bias, Activation activation, void* panel, Dtype dtype);
+  void (*scaled_add)(const float* tile, int num_rows, int width, const float* bias, const float* scales, float* const* out);
+
+  void (*convert)(const float* in, void* out, int n, Dtype out_dtype);
+  void (*widen)(const uint16_t* in, float* out, int n);
+  void (*rms_norm)(const void* x, const void* residual, float scale, const void* weight, Dtype weight_dtype, float eps, int n, void* sum, void* out, Dtype dtype);
+  void (*rope)(const void* in, const float* cos_sin, int channels, void* out, Dtype dtype);
+  // One step of the online softmax over 64 keys, of which [first, last) are visible. Scores become probabilities in
+  // place; state is {running max, running sum}; the row's accumulator (pieces of 32 floats, `stride` apart) is rescaled.
+  void (*softmax_step)(float* scores, int first, int last, float scale, float* state, float* accumulator, int pieces, int stride);
+  // Joins the state and accumulator of a later stretch of keys to `state` and `accumulator`.
+  void (*softmax_merge)(float* state, float* accumulator, const float* later_state, const float* later, int pieces, int stride);
+  // Dynamic quantisation of a row to unsigned 8 bits around 128; returns the scale.
+  float (*quantize)(const float* row, int n, uint8_t* out);
+};
+
+// The table for "auto", or for a named instruction set; null if this processor cannot run it or the name is unknown.
+const Kernels* find_kernels(const char* name);
+
+}  // namespace dynamoe_cpu

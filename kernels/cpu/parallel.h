@@ -1,0 +1,71 @@
+// Work sharing over torch's OpenMP pool, tiles of rows, and scratch memory that grows and stays.
+#pragma once
+
+#include <omp.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <new>
+
+#include "kernels.h"
+
+namespace dynamoe_cpu {
+
+// body() on every thread of the pool.
+template <class Body>
+void on_all_threads(int threads, const Body& body) {
+  if (threads <= 1) {
+    body();
+    return;
+  }
+#pragma omp parallel num_threads(threads)
+  body();
+}
+
+// body(task) for every task, handed out in order to whichever thread is free.
+template <class Body>
+void for_each_task(int threads, int64_t tasks, const Body& body) {
+  std::atomic<int64_t> next{0};
+  on_all_threads(static_cast<int>(threads < tasks ? threads : tasks), [&] {
+    for (int64_t task = next.fetch_add(1); task < tasks; task = next.fetch_add(1)) body(task);
+  });
+}
+
+// `rows` rows in the fewest tiles of at most `most` rows, as even as possible.
+struct Tiles {
+  int64_t rows;
+  int64_t count;
+  Tiles(int64_t rows, int64_t most) : rows(rows), count(ceil_div(rows, most)) {}
+  int64_t start(int64_t tile) const { return rows * tile / count; }
+  int size(int64_t tile) const { return static_cast<int>(start(tile + 1) - start(tile)); }
+};
+
+// One growing buffer per thread and purpose. What was in it is lost when it grows.
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+  template <class T>
+  T* get(int64_t count) {
+    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 4095) / 4096 * 4096;
+    if (bytes > bytes_) {
+      std::free(data_);
+      data_ = std::aligned_alloc(4096, bytes);
+      bytes_ = data_ ? bytes : 0;
+      if (!data_) throw std::bad_alloc();
+    }
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+enum class Buffer { rows, hidden, output, keys, values, scores, states, quantized, count };
+
+inline Scratch& scratch(Buffer buffer) {
+  thread_local Scratch buffers[static_cast<int>(Buffer::count)];
+  return buffers[static_cast<int>(buffer)];
+}
+
+}  // namespace dynamoe_cpu

@@ -1,0 +1,133 @@
+// Tile kernels in terms of Vec: matrix products of up to kTileRows rows with one block of 32 outputs, and what is done
+// with the finished tile. Included by each instruction set's file, inside its own anonymous namespace.
+//
+// The including file defines kTileRows, kPassVectors (vectors of outputs held in registers at once) and kPairs
+// (whether panels of bf16 stay bf16, for a dot-product instruction).
+#pragma once
+
+// fp32 weights, and bf16 weights against a panel widened to fp32: per cell, `kInputs` multiplications in a fixed order.
+template <int kRows, int kInputs>
+TARGET static void multiply(const float* panel, const uint32_t* weights, int cells, float* tile, bool accumulate) {
+  constexpr int kVectors = kPassVectors;
+  constexpr int kPassOutputs = kVectors * Vec::kLanes;
+  for (int o = 0; o < kBlockOutputs; o += kPassOutputs) {
+    Vec::F sum[kRows][kVectors];
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < kVectors; ++v)
+        sum[r][v] = accumulate ? Vec::load(tile + r * kBlockOutputs + o + v * Vec::kLanes) : Vec::zero();
+    const float* a = panel;
+    const uint32_t* w = weights + o;
+    for (int cell = 0; cell < cells; ++cell) {
+      __builtin_prefetch(w + kPrefetchWords);
+      __builtin_prefetch(w + kPrefetchWords + 16);
+      for (int v = 0; v < kVectors; ++v) {
+        if constexpr (kInputs == 1) {
+          const Vec::F b = Vec::load(reinterpret_cast<const float*>(w) + v * Vec::kLanes);
+          for (int r = 0; r < kRows; ++r) sum[r][v] = Vec::fma(Vec::set(a[r]), b, sum[r][v]);
+        } else {
+          const Vec::F low = Vec::low_half(w + v * Vec::kLanes), high = Vec::high_half(w + v * Vec::kLanes);
+          for (int r = 0; r < kRows; ++r) {
+            sum[r][v] = Vec::fma(Vec::set(a[r]), low, sum[r][v]);
+            sum[r][v] = Vec::fma(Vec::set(a[kRows + r]), high, sum[r][v]);
+          }
+        }
+      }
+      a += kInputs * kRows;
+      w += kBlockOutputs;
+    }
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < kVectors; ++v) Vec::store(tile + r * kBlockOutputs + o + v * Vec::kLanes, sum[r][v]);
+  }
+}
+
+template <int kInputs, int kRows = kTileRows>
+TARGET static void run_float(int num_rows, const void* panel, const uint32_t* weights, int cells, void* tile, bool accumulate) {
+  if (num_rows == kRows) {
+    multiply<kRows, kInputs>(static_cast<const float*>(panel), weights, cells, static_cast<float*>(tile), accumulate);
+  } else if constexpr (kRows > 1) {
+    run_float<kInputs, kRows - 1>(num_rows, panel, weights, cells, tile, accumulate);
+  }
+}
+
+// 4-byte cells as they are: fp32, pairs of bf16, quadruples of int8. A last, partly filled cell is padded with zeros.
+TARGET static void pack_words(uint32_t* panel, const void* const* rows, int num_rows, int row_bytes) {
+  if (num_rows == 1 && rows[0]) {
+    std::memcpy(panel, rows[0], row_bytes);
+    if (row_bytes % 4) std::memset(reinterpret_cast<char*>(panel) + row_bytes, 0, 4 - row_bytes % 4);
+    return;
+  }
+  transpose_cells(panel, num_rows, rows, num_rows, row_bytes);
+}
+
+TARGET static void pack_fp32(void* panel, const void* const* rows, int num_rows, int inputs) {
+  pack_words(static_cast<uint32_t*>(panel), rows, num_rows, 4 * inputs);
+}
+
+TARGET static void pack_int8(void* panel, const void* const* rows, int num_rows, int inputs) {
+  pack_words(static_cast<uint32_t*>(panel), rows, num_rows, inputs);
+}
+
+TARGET static void pack_bf16(void* panel, const void* const* rows, int num_rows, int inputs) {
+  if constexpr (kPairs) {
+    pack_words(static_cast<uint32_t*>(panel), rows, num_rows, 2 * inputs);
+  } else {
+    float* out = static_cast<float*>(panel);
+    for (int r = 0; r < num_rows; ++r) {
+      const uint16_t* row = static_cast<const uint16_t*>(rows[r]);
+      for (int i = 0; i < inputs; ++i) out[i * num_rows + r] = widen_bf16(row[i]);
+      if (inputs % 2) out[inputs * num_rows + r] = 0.0f;
+    }
+  }
+}
+
+// The part of a 32-wide row that exists, with its bias, in `row`.
+TARGET static inline const float* with_bias(const float* tile_row, const float* bias, float* row) {
+  if (!bias) return tile_row;
+  for (int o = 0; o < kBlockOutputs; o += Vec::kLanes) Vec::store(row + o, Vec::add(Vec::load(tile_row + o), Vec::load(bias + o)));
+  return row;
+}
+
+TARGET static void store(const float* tile, int num_rows, int width, const float* bias, void* out, int64_t out_stride, Dtype out_dtype) {
+  alignas(64) float biased[kBlockOutputs];
+  for (int r = 0; r < num_rows; ++r) {
+    const float* row = with_bias(tile + r * kBlockOutputs, bias, biased);
+    convert(row, static_cast<char*>(out) + r * out_stride * element_bytes(out_dtype), width, out_dtype);
+  }
+}
+
+// act(gate) * up, written as the panel of the next product: cells [16 / inputs per cell][row].
+TARGET static void gated(const float* tile, int num_rows, const float* bias, Activation activation, void* panel, Dtype dtype) {
+  alignas(64) float biased[kBlockOutputs];
+  alignas(64) float value[kGatedOutputs];
+  for (int r = 0; r < num_rows; ++r) {
+    const float* row = with_bias(tile + r * kBlockOutputs, bias, biased);
+    for (int o = 0; o < kGatedOutputs; o += Vec::kLanes) {
+      const Vec::F up = Vec::load(row + kGatedOutputs + o);
+      Vec::F product = Vec::mul(activate(Vec::load(row + o), activation), up);
+      if (dtype == Dtype::bf16) product = Vec::round_bf16(product);
+      Vec::store(value + o, product);
+    }
+    if (dtype == Dtype::bf16 && kPairs) {
+      uint32_t* out = static_cast<uint32_t*>(panel) + r;
+      for (int c = 0; c < kGatedOutputs / 2; ++c) {
+        uint32_t low, high;
+        std::memcpy(&low, value + 2 * c, 4);
+        std::memcpy(&high, value + 2 * c + 1, 4);
+        out[c * num_rows] = low >> 16 | high;
+      }
+    } else {
+      float* out = static_cast<float*>(panel) + r;
+      for (int o = 0; o < kGatedOutputs; ++o) out[o * num_rows] = value[o];
+    }
+  }
+}
+
+TARGET static void scaled_add(const float* tile, int num_rows, int width, const float* bias, const float* scales, float* const* out) {
+  alignas(64) float biased[kBlockOutputs];
+  for (int r = 0; r < num_rows; ++r) {
+    const float* row = with_bias(tile + r * kBlockOutputs, bias, biased);
+    const Vec::F scale = Vec::set(scales[r]);
+    for (int o = 0; o < width; o += Vec::kLanes)  // the accumulator rows are padded to whole blocks
+      Vec::store(out[r] + o, Vec::fma(scale, Vec::load(row + o), Vec::load(out[r] + o)));
+  }
+}

@@ -1,0 +1,289 @@
+"""The backend made of our own C++ kernels (``kernels/cpu``): packed weights, fused experts, paged attention.
+
+A row's result is bitwise the same whatever other rows are computed with it, and however a prompt is cut into chunks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from . import cpu_build
+from .router_reference import check_route_arguments
+from .router_spec import SCORES, RouterSpec
+from .torch_backend import TorchBackend
+from .types import AttentionBatch, ExpertWeights, KVLayer, LinearWeights, Routing
+
+ISAS = ("auto", "avx512bf16", "avx512", "avx2", "portable")
+_ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+_BLOCK = 32
+_GATED = 16
+
+
+@dataclass(frozen=True)
+class _Linear:
+    packed: torch.Tensor
+    bias: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class _Experts:
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    gate_up_bias: torch.Tensor | None
+    down_bias: torch.Tensor | None
+    down_bias_sum: torch.Tensor | None
+    shape: tuple[int, int, int, int, int]  # experts, hidden, width, dense down, activation
+
+
+def _nbytes(*tensors: torch.Tensor | None) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def _has_fast_rule(spec: RouterSpec) -> bool:
+    """Whether the rule is one of those that the C++ router knows; the others go through torch."""
+    plain = RouterSpec(
+        num_experts=spec.num_experts,
+        top_k=spec.top_k,
+        score=spec.score,
+        softmax_after_topk=spec.softmax_after_topk,
+        renormalize=spec.renormalize,
+        scale=spec.scale,
+        float32_logits=spec.float32_logits,
+        input_norm_eps=spec.input_norm_eps,
+    )
+    return spec == plain and spec.score != "sparsemixer"
+
+
+def _padded(bias: torch.Tensor, multiple: int) -> torch.Tensor:
+    """float32, the last dimension filled up with zeros to a multiple."""
+    return F.pad(bias.float(), (0, -bias.shape[-1] % multiple)).contiguous()
+
+
+class CpuBackend(TorchBackend):
+    """Operations of a decoder on a CPU, float32 or bfloat16.
+
+    Arguments:
+        device: must be a CPU.
+        dtype: torch.float32 or torch.bfloat16, of weights and activations.
+        isa: instruction set, one of ``ISAS``; ``auto`` takes the best this processor has.
+
+    Raises:
+        ValueError: for a device, dtype or instruction set it cannot serve.
+        BuildError: the C++ kernels could not be built (see :mod:`cpu_build`).
+    """
+
+    name = "cpu"
+
+    def __init__(self, device: torch.device | str, dtype: torch.dtype, isa: str = "auto") -> None:
+        super().__init__(device, dtype)
+        if self.device.type != "cpu":
+            raise ValueError(f"the cpu backend cannot run on device {self.device}")
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"the cpu backend runs float32 and bfloat16, not {dtype}")
+        if isa not in ISAS:
+            raise ValueError(f"unknown instruction set {isa!r}; known: {', '.join(ISAS)}")
+        cpu_build.load(progress=True)
+        self._ops = torch.ops.dynamoe_cpu
+        self._isa: int = self._ops.find_isa(isa)
+        if self._isa < 0:
+            raise ValueError(f"this processor has no {isa}")
+        self.isa = ISAS[1 + self._isa]
+
+    def pack_linear(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> LinearWeights:
+        packed = self._ops.pack_linear(self._isa, self._source(weight_OI))
+        bias = None if bias_O is None else _padded(bias_O.to(self.dtype), _BLOCK)
+        out_features, in_features = weight_OI.shape
+        return LinearWeights(
+            out_features=out_features,
+            in_features=in_features,
+            dtype=self.dtype,
+            data=_Linear(packed, bias),
+            nbytes=_nbytes(packed, bias),
+        )
+
+    def linear(self, x_TI: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
+        return self._ops.linear.default(
+            self._isa, x_TI, weights.data.packed, weights.data.bias, weights.out_features, False
+        )
+
+    def logits_linear(self, x_TI: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
+        return self._ops.linear.default(
+            self._isa, x_TI, weights.data.packed, weights.data.bias, weights.out_features, True
+        )
+
+    def weight_rows(self, weights: LinearWeights, ids_T: torch.Tensor) -> torch.Tensor:
+        """Rows of a packed weight as they were, (T, I): the embedding of a model whose head is tied to it."""
+        shape = (weights.out_features, weights.in_features)
+        return self._ops.unpack_rows.default(self._isa, weights.data.packed, ids_T, *shape, self.dtype)
+
+    def pack_experts(
+        self,
+        gate_EFD: torch.Tensor,
+        up_EFD: torch.Tensor,
+        down_EDF: torch.Tensor,
+        activation: str,
+        gate_bias_EF: torch.Tensor | None = None,
+        up_bias_EF: torch.Tensor | None = None,
+        down_bias_ED: torch.Tensor | None = None,
+    ) -> ExpertWeights:
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f"unknown activation {activation!r}; known: {', '.join(_ACTIVATIONS)}")
+        num_experts, expert_size, hidden_size = gate_EFD.shape
+        # Slices of one dense matrix are most often used all together, and are laid out for that.
+        dense_down = num_experts > 1 and down_EDF.stride(0) < down_EDF.stride(1)
+        sources = [self._source(t) for t in (gate_EFD, up_EFD, down_EDF)]
+        gate_up, down = self._ops.pack_experts(self._isa, *sources, dense_down)
+        gate_up_bias = None
+        if gate_bias_EF is not None or up_bias_EF is not None:
+            halves = [torch.zeros(num_experts, expert_size) if b is None else b for b in (gate_bias_EF, up_bias_EF)]
+            blocks = [_padded(b.to(self.dtype), _GATED).view(num_experts, -1, _GATED) for b in halves]
+            gate_up_bias = torch.cat(blocks, -1).contiguous()
+        down_bias = None if down_bias_ED is None else _padded(down_bias_ED.to(self.dtype), _BLOCK)
+        data = _Experts(
+            gate_up,
+            down,
+            gate_up_bias,
+            down_bias,
+            None if down_bias is None else down_bias.sum(0),
+            (num_experts, hidden_size, expert_size, int(dense_down), _ACTIVATIONS.index(activation)),
+        )
+        return ExpertWeights(
+            num_experts=num_experts,
+            hidden_size=hidden_size,
+            expert_size=expert_size,
+            activation=activation,
+            dtype=self.dtype,
+            data=data,
+            nbytes=_nbytes(gate_up, down, gate_up_bias, down_bias),
+        )
+
+    def experts(self, x_TD: torch.Tensor, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
+        if routing.weight_on_input or routing.identity_weights_T is not None:
+            return self._unusual_experts(x_TD, weights, routing)
+        w: _Experts = weights.data
+        return self._ops.experts.default(
+            self._isa,
+            x_TD,
+            w.gate_up,
+            w.down,
+            w.gate_up_bias,
+            w.down_bias,
+            w.shape,
+            routing.expert_ids_TK,
+            routing.weights_TK,
+            routing.counts_T,
+        )
+
+    def all_experts(self, x_TD: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
+        w: _Experts = weights.data
+        return self._ops.all_experts.default(
+            self._isa, x_TD, w.gate_up, w.down, w.gate_up_bias, w.down_bias_sum, w.shape
+        )
+
+    def _unusual_experts(self, x_TD: torch.Tensor, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
+        """Weights on the input, and rows that join the sum themselves, in terms of the plain operation."""
+        num_rows, top_k = routing.expert_ids_TK.shape
+        plain = replace(routing, weight_on_input=False, identity_weights_T=None)
+        if routing.weight_on_input:
+            # Every slot becomes a row of its own, for its input is its own.
+            scaled_XD = (x_TD[:, None] * routing.weights_TK[..., None]).to(x_TD.dtype).flatten(0, 1)
+            counts_X = None
+            if routing.counts_T is not None:
+                used_TK = torch.arange(top_k) < routing.counts_T[:, None]
+                counts_X = used_TK.flatten().int()
+            ids_X1 = routing.expert_ids_TK.reshape(-1, 1)
+            slots = Routing(expert_ids_TK=ids_X1, weights_TK=torch.ones(len(ids_X1), 1), counts_T=counts_X)
+            out_TD = self.experts(scaled_XD, weights, slots).float().view(num_rows, top_k, -1).sum(1)
+        else:
+            out_TD = self.experts(x_TD, weights, plain).float()
+        if routing.identity_weights_T is not None:
+            out_TD = out_TD + routing.identity_weights_T[:, None] * x_TD.float()
+        return out_TD.to(x_TD.dtype)
+
+    def route(
+        self,
+        logits_TE: torch.Tensor,
+        spec: RouterSpec,
+        *,
+        selection_bias_E: torch.Tensor | None = None,
+        expert_scale_E: torch.Tensor | None = None,
+        forced_ids_TK: torch.Tensor | None = None,
+    ) -> Routing:
+        if not _has_fast_rule(spec):
+            return super().route(
+                logits_TE,
+                spec,
+                selection_bias_E=selection_bias_E,
+                expert_scale_E=expert_scale_E,
+                forced_ids_TK=forced_ids_TK,
+            )
+        check_route_arguments(logits_TE, spec, selection_bias_E, expert_scale_E, forced_ids_TK)
+        ids_TK, weights_TK = self._ops.route.default(
+            self._isa,
+            logits_TE,
+            spec.top_k,
+            SCORES.index(spec.score),
+            spec.softmax_after_topk,
+            spec.renormalize,
+            spec.scale,
+        )
+        return Routing(expert_ids_TK=ids_TK, weights_TK=weights_TK)
+
+    def rms_norm(self, x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+        return self._ops.rms_norm.default(self._isa, x_TD, weight_D, eps)
+
+    def add_rms_norm(
+        self, x_TD: torch.Tensor, residual_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, scale: float = 1.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._ops.add_rms_norm.default(self._isa, x_TD, residual_TD, weight_D, eps, scale), residual_TD
+
+    def rope_and_write(
+        self,
+        q_THC: torch.Tensor,
+        k_TGC: torch.Tensor,
+        v_TGC: torch.Tensor,
+        cos_sin_LC: torch.Tensor,
+        batch: AttentionBatch,
+        layer: KVLayer,
+    ) -> torch.Tensor:
+        return self._ops.rope_and_write.default(
+            self._isa,
+            q_THC,
+            k_TGC,
+            v_TGC,
+            cos_sin_LC,
+            batch.positions_T,
+            batch.slots_T,
+            layer.keys_BGPC,
+            layer.values_BGPC,
+        )
+
+    def attention(
+        self,
+        q_THC: torch.Tensor,
+        layer: KVLayer,
+        batch: AttentionBatch,
+        *,
+        scale: float,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        return self._ops.attention.default(
+            self._isa,
+            q_THC,
+            layer.keys_BGPC,
+            layer.values_BGPC,
+            batch.positions_T,
+            batch.query_start_S1,
+            batch.context_len_S,
+            batch.block_table_SM,
+            scale,
+            window or 0,
+        )
+
+    def _source(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight in this backend's dtype; its rows must be contiguous."""
+        weight = weight.to(self.device, self.dtype)
+        return weight if weight.stride(-1) == 1 or weight.shape[-1] == 1 else weight.contiguous()
