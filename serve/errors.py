@@ -93,6 +93,8 @@ def describe_validation_error(error: RequestValidationError) -> ApiError:
     same_field = [problem["msg"] for problem in problems if len(problem["loc"]) > 1 and str(problem["loc"][1]) == param]
     reasons = "; or: ".join(dict.fromkeys(same_field[:4]))
     where = ".".join(path[:4]) if len(same_field) == 1 else param
+    # Keys are the client's: they may hold what UTF-8 cannot say.
+    where, param = (name[:100].encode("utf-8", "replace").decode() for name in (where, param))
     return invalid(f"{where}: {reasons}", param=param)
 
 

@@ -8,11 +8,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
 
+
+def _encodable(text: str) -> str:
+    # JSON can spell half of a surrogate pair, which no tokenizer and no answer can hold.
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must not hold lone surrogates") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
 TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
 Count = Annotated[int, Field(ge=0, le=INT32_MAX)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -33,7 +44,7 @@ class StreamOptions(Body):
 class GenerationRequest(Body):
     """What both kinds of completion share."""
 
-    model: str | None = Field(None, description="The served model's name; may be absent.")
+    model: Text | None = Field(None, description="The served model's name; may be absent.")
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=INT32_MAX)] | None = Field(None, description="-1 and 0 turn it off.")
@@ -46,7 +57,7 @@ class GenerationRequest(Body):
     )
     seed: Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX)] | None = None
     n: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
-    stop: str | list[str] | None = None
+    stop: Text | list[Text] | None = None
     stop_token_ids: list[TokenId] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
@@ -56,7 +67,7 @@ class GenerationRequest(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: Annotated[int, Field(ge=-INT32_MAX, le=INT32_MAX)] | None = Field(None, description="Lower is earlier.")
-    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
+    cache_salt: Annotated[Text, Field(min_length=1, max_length=256)] | None = Field(
         None, description="Only requests with the same salt share cached prompt beginnings."
     )
     user: str | None = None
@@ -65,7 +76,7 @@ class GenerationRequest(Body):
 class CompletionRequest(GenerationRequest):
     """Body of ``POST /v1/completions``."""
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: Text | list[Text] | list[TokenId] | list[list[TokenId]]
     max_tokens: Count | None = Field(None, description="16 when absent; 0 is allowed with echo or prompt_logprobs.")
     echo: bool | None = Field(None, description="Begin the answer with the prompt.")
     logprobs: Count | None = Field(None, description="Alternatives per token.")
@@ -76,15 +87,15 @@ class TextPart(Body):
     """A piece of a message's content."""
 
     type: str
-    text: str | None = None
+    text: Text | None = None
 
 
 class ChatMessage(Body):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[TextPart] | None = None
-    name: str | None = None
+    content: Text | list[TextPart] | None = None
+    name: Text | None = None
 
 
 class ChatCompletionRequest(GenerationRequest):
@@ -107,8 +118,8 @@ class ChatCompletionRequest(GenerationRequest):
 class TokenizeRequest(Body):
     """Body of ``POST /tokenize``: a prompt or a conversation."""
 
-    model: str | None = None
-    prompt: str | None = None
+    model: Text | None = None
+    prompt: Text | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
     add_special_tokens: bool | None = Field(None, description="On for prompts, off for conversations when absent.")
     add_generation_prompt: bool | None = None
@@ -119,6 +130,6 @@ class TokenizeRequest(Body):
 class DetokenizeRequest(Body):
     """Body of ``POST /detokenize``."""
 
-    model: str | None = None
+    model: Text | None = None
     tokens: list[TokenId]
     skip_special_tokens: bool | None = None

@@ -9,7 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -163,3 +168,74 @@ def reference_model() -> Callable[[Path], Any]:
         return models[directory]
 
     return load
+
+
+class ServerProcess:
+    """A server in a process of its own, on a free port of the loopback interface, until :meth:`stop`.
+
+    Arguments:
+        command: arguments of the Python interpreter.
+        directory: for its log.
+    """
+
+    def __init__(self, command: list[str], directory: Path) -> None:
+        self.log_file = directory / f"server-{time.monotonic_ns()}.log"
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+        with self.log_file.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *command], stdout=log, stderr=subprocess.STDOUT, cwd=directory, env=environment
+            )
+        self.url = self._wait_until_ready()
+
+    def _wait_until_ready(self) -> str:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and self.process.poll() is None:
+            if match := re.search(r"^dynamoe \S+ serves .* on (http://\S+)$", self.log, re.MULTILINE):
+                return match.group(1)
+            time.sleep(0.05)
+        self.process.kill()
+        raise AssertionError(f"the server did not start (exit code {self.process.poll()}):\n{self.log}")
+
+    @property
+    def log(self) -> str:
+        """What it has written so far."""
+        return self.log_file.read_text()
+
+    def stop(self, timeout: float = 60) -> int:
+        """SIGTERM, then the exit code."""
+        self.process.terminate()
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise AssertionError(f"the server did not stop:\n{self.log}") from None
+
+
+@pytest.fixture(scope="session")
+def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., ServerProcess]]:
+    """``start_server(directory, "server.drain_timeout=1", …)`` runs ``dynamoe serve`` on a checkpoint; with ``script=``
+    it runs that Python file, given the directory and the other arguments, instead."""
+    root = tmp_path_factory.mktemp("servers")
+    started: list[ServerProcess] = []
+
+    def start(directory: Path, *arguments: str, script: Path | None = None) -> ServerProcess:
+        if script is None:
+            model = ["model=" + json.dumps(str(directory)), "server.served_model_name=tiny", "server.port=0"]
+            command = ["-m", "dynamoe", "serve", *model, *arguments]
+        else:
+            command = [str(script), str(directory), *arguments]
+        server = ServerProcess(command, root)
+        started.append(server)
+        return server
+
+    yield start
+    for server in started:
+        if server.process.poll() is None:
+            server.process.kill()
+            server.process.wait()
+
+
+@pytest.fixture(scope="session")
+def server(start_server: Callable[..., ServerProcess], make_checkpoint: Callable[..., Path]) -> ServerProcess:
+    """A server of a tiny model with default settings, shared by the tests that leave it as it was."""
+    return start_server(make_checkpoint("mixtral"))
