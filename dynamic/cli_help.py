@@ -42,7 +42,7 @@ def command_help(command: Command) -> str:
 
 def presets(command: Command) -> dict[str, list[str]]:
     """The groups of ``conf/`` that a command's file names, with the presets in each."""
-    conf = importlib.resources.files(f"{__package__.split('.')[0]}.conf")
+    conf = importlib.resources.files(f"{__name__.split('.')[0]}.conf")
     file = OmegaConf.to_container(OmegaConf.create((conf / f"{command.name}.yaml").read_text()))
     assert isinstance(file, dict)
     groups = [str(name) for entry in file["defaults"] if isinstance(entry, dict) for name in entry]

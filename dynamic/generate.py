@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from .config import GenerateConfig, SamplingConfig
 from .sampling_params import SamplingParams
@@ -78,15 +78,14 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, *, chat: bool, system: str 
     return tokenizer.encode(prompt)
 
 
-def sampling_params(config: SamplingConfig, model_defaults: dict[str, object]) -> SamplingParams:
+def sampling_params(config: SamplingConfig, model_defaults: Mapping[str, Any]) -> SamplingParams:
     """The command's settings, the model's own where they are null."""
-    settings = vars(config) | {"stop": tuple(config.stop)}
+    settings: dict[str, Any] = vars(config) | {"stop": tuple(config.stop)}
     for name in _MODEL_DEFAULTS:
         if settings[name] is None:
             settings[name] = model_defaults.get(name)
-    return SamplingParams(
-        **{name: value for name, value in settings.items() if value is not None or name == "max_tokens"}
-    )
+    chosen: dict[str, Any] = {k: v for k, v in settings.items() if v is not None or k == "max_tokens"}
+    return SamplingParams(**chosen)
 
 
 def stream(engine: Engine, prompt_ids: list[int], params: SamplingParams) -> Iterator[str]:

@@ -30,6 +30,7 @@ class Import:
     line: int
     target: tuple[str, ...]
     name: str
+    for_types: bool
 
     def __str__(self) -> str:
         return f"{self.source}:{self.line} imports {'.'.join(self.target) or 'the package root'}"
@@ -47,14 +48,18 @@ def is_module(root: Path, parts: tuple[str, ...]) -> bool:
 
 
 def relative_imports(root: Path, source: Path) -> Iterator[Import]:
-    """Every relative import of a file, wherever it stands in it."""
-    for node in ast.walk(ast.parse(root.joinpath(source).read_text(), str(source))):
+    """Every relative import of a file, wherever it stands in it; those under ``if TYPE_CHECKING`` never run."""
+    tree = ast.parse(root.joinpath(source).read_text(), str(source))
+    type_blocks = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    for_types = {id(inner) for block in type_blocks for statement in block.body for inner in ast.walk(statement)}
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
             folder = source.parts[: len(source.parts) - node.level]
             module = (*folder, *(node.module.split(".") if node.module else ()))
             for alias in node.names:
                 target = (*module, alias.name)
-                yield Import(source, node.lineno, target if is_module(root, target) else module, alias.name)
+                target = target if is_module(root, target) else module
+                yield Import(source, node.lineno, target, alias.name, id(node) in for_types)
 
 
 def backward_imports(root: Path) -> list[Import]:
@@ -88,14 +93,17 @@ def absolute_imports(root: Path) -> list[str]:
 
 
 def import_order(root: Path) -> list[Path]:
-    """The files in an order in which each comes after all that it imports; graphlib.CycleError if there is none."""
+    """The files in an order in which each comes after all that it imports; graphlib.CycleError if there is none.
+
+    A class and its user may name each other's types: that runs nothing.
+    """
     graph: dict[Path, set[Path]] = {}
     for source in package_files(root):
         graph[source] = set()
         for item in relative_imports(root, source):
             path = Path(*item.target)
             target = path / "__init__.py" if root.joinpath(path).is_dir() else path.with_suffix(".py")
-            if item.target and target != source and root.joinpath(target).exists():
+            if item.target and not item.for_types and target != source and root.joinpath(target).exists():
                 graph[source].add(target)
     return list(graphlib.TopologicalSorter(graph).static_order())
 
@@ -121,6 +129,7 @@ def test_no_import_cycle() -> None:
         ("exits/a.py", "def f():\n    from ..moe import router"),
         ("dynamic/engine/a.py", "from ...serve import app"),
         ("dynamic/a.py", "from .. import LLM"),
+        ("moe/a.py", "if TYPE_CHECKING:\n    from ..dynamic.spec import ModelSpec"),
     ],
 )
 def test_backward_import_is_found(tmp_path: Path, file: str, line: str) -> None:
