@@ -393,7 +393,7 @@ def _rope_spec(config: ConfigReader, head_dim: int, max_position: int, default_t
 
 def _yarn_values(rope: ConfigReader, default_factor: float) -> dict[str, Any]:
     factor = rope.number("factor", default_factor)
-    recommended = yarn_attention_factor(factor, rope.get("mscale"), rope.get("mscale_all_dim"))
+    recommended = yarn_attention_factor(factor, rope.number("mscale", 0.0), rope.number("mscale_all_dim", 0.0))
     return {
         "factor": factor,
         "attention_factor": rope.number("attention_factor", recommended),

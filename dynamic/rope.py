@@ -91,8 +91,8 @@ def _yarn_ramp(spec: RopeSpec) -> torch.Tensor:
     return ((torch.arange(spec.head_dim // 2, dtype=torch.float32) - low) / width).clamp(0.0, 1.0)
 
 
-def yarn_attention_factor(factor: float, mscale: float | None = None, mscale_all_dim: float | None = None) -> float:
-    """The factor that YaRN recommends where the configuration names none."""
+def yarn_attention_factor(factor: float, mscale: float = 0.0, mscale_all_dim: float = 0.0) -> float:
+    """The factor that YaRN recommends where the configuration names none; 0 is a multiplier that is not given."""
 
     def scale(multiplier: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1.0

@@ -42,10 +42,11 @@ def run_experts(x_TD: torch.Tensor, weights: PlainExperts, routing: Routing, act
     product = grouped_products if can_group(x_TD, weights) else products_one_by_one
     slots_TKD = torch.empty_like(rows_ND)
     slots_TKD[order_N] = product(rows_ND, weights, ends_E, activation)
-    slots_TKD = slots_TKD.view(num_rows, top_k, -1)
+    slots_TKD = slots_TKD.view(num_rows, top_k, x_TD.shape[1])
     if routing.counts_T is not None:
         unused_TK = torch.arange(top_k, device=x_TD.device) >= routing.counts_T[:, None]
         slots_TKD.masked_fill_(unused_TK[..., None], 0.0)  # whatever lies there, even NaN
+        weights_TK = weights_TK.masked_fill(unused_TK, 0.0)
     out_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
     for k in range(top_k):
         out_TD.addcmul_(slots_TKD[:, k].float(), weights_TK[:, k, None])

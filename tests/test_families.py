@@ -1,0 +1,192 @@
+"""config.json → ModelSpec: what is understood, what is refused, and that every error names the key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dynamoe.dynamic.families import model_spec
+from dynamoe.dynamic.rope import RopeSpec, frequencies, rope_table
+from dynamoe.dynamic.weights import CheckpointError
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+MOE = {**LLAMA, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+def windows(**config: Any) -> list[int | None]:
+    return [layer.window for layer in model_spec({**LLAMA, **config}).layers]
+
+
+def test_defaults_are_those_of_transformers() -> None:
+    spec = model_spec({key: value for key, value in LLAMA.items() if key != "num_key_value_heads"})
+    assert (spec.num_kv_heads, spec.head_dim, spec.norm_eps, spec.activation) == (4, 16, 1e-6, "silu")
+    assert (spec.qkv_bias, spec.o_bias, spec.mlp_bias, spec.tie_embeddings) == (False, False, False, False)
+    assert spec.rope == RopeSpec(head_dim=16, theta=10000.0, original_max_position=256)
+    assert spec.attention_scale == 0.25
+    assert spec.eos_token_ids == ()
+    mixtral = model_spec({**LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2})
+    assert (mixtral.rope.theta, mixtral.norm_eps) == (1e6, 1e-5)
+
+
+def test_end_of_sequence_ids_may_be_one_or_many() -> None:
+    assert model_spec({**LLAMA, "eos_token_id": 7}).eos_token_ids == (7,)
+    assert model_spec({**LLAMA, "eos_token_id": [7, 9]}).eos_token_ids == (7, 9)
+
+
+def test_sliding_windows_follow_each_family() -> None:
+    assert windows(model_type="mistral") == [4096] * 4
+    assert windows(model_type="mistral", sliding_window=None) == [None] * 4
+    assert windows(model_type="qwen2", sliding_window=8) == [None] * 4
+    qwen = {"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True}
+    assert windows(**qwen, max_window_layers=2) == [None, None, 8, 8]
+    kinds = ["sliding_attention", "full_attention"] * 2
+    assert windows(**qwen, layer_types=kinds) == [8, None, 8, None]
+    moe = {**MOE, **qwen, "model_type": "qwen2_moe", "max_window_layers": 3}
+    assert windows(**moe) == [8, None, 8, None]
+    assert windows(**{**moe, "model_type": "qwen3_moe"}) == [8] * 4
+
+
+def test_layers_without_experts() -> None:
+    def has_experts(**config: Any) -> list[bool]:
+        return [layer.moe is not None for layer in model_spec({**MOE, "model_type": "qwen3_moe", **config}).layers]
+
+    assert has_experts() == [True] * 4
+    assert has_experts(mlp_only_layers=[0, 3]) == [False, True, True, False]
+    assert has_experts(decoder_sparse_step=2) == [False, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported: llama, mistral"),
+        ({"model_type": None}, "model_type None is not supported"),
+        ({"hidden_size": None}, "lacks hidden_size"),
+        ({"hidden_size": "64"}, "hidden_size must be a whole number"),
+        ({"num_hidden_layers": True}, "num_hidden_layers must be a whole number"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 is no multiple of num_key_value_heads=3"),
+        ({"head_dim": 0}, "head_dim must be at least 1, not '0'"),
+        ({"head_dim": 15}, "even head_dim, not 15"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a finite number"),
+        ({"hidden_act": "relu2"}, "hidden_act must be one of silu"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false, not 'yes'"),
+        ({"quantization_config": {"bits": 4}}, r"quantization_config=\{'bits': 4\} is not supported"),
+        ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map="),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not supported"),
+        ({"sliding_window": 64}, "sliding_window=64 is not supported for model_type 'llama'"),
+        ({"residual_multiplier": 0.5}, "residual_multiplier=0.5 is not supported"),
+        ({"model_type": "mistral", "attention_bias": True}, "attention_bias=True is not supported"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window must be a positive whole number or null"),
+        ({"model_type": "mistral", "layer_types": ["sliding_attention"]}, "layer_types="),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 4}, "layer_types must be full_attention or"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "an entry for every layer"),
+        ({"model_type": "mixtral"}, "lacks num_local_experts"),
+        ({"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 5}, "top_k must be between 1 and"),
+        ({"model_type": "dynamoe", "num_experts": 4, "num_always_on_experts": 4, "expert_size": 8}, "less than num_ex"),
+        ({"model_type": "dynamoe", "num_experts": 4, "num_experts_per_tok": 5, "expert_size": 8}, "between 1 and 4"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2}}, "type must be one of default, linear"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_parameters lacks factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "must be positive"),
+        ({"rope_scaling": {"type": "linear", "factor": 2, "mrope_section": [1]}}, r"mrope_section=\[1\]"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "one set of values for all layers"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "rope_parameters lacks low_freq_factor"),
+    ],
+)
+def test_errors_name_what_is_wrong(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        model_spec({**LLAMA, **config})
+
+
+def test_keys_at_their_neutral_value_are_accepted() -> None:
+    neutral = {"attention_bias": False, "partial_rotary_factor": 1.0, "layer_types": ["full_attention"] * 4}
+    harmless = {"quantization_config": None, "attention_dropout": 0.1, "use_cache": True, "made_up": 3}
+    assert model_spec({**LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, **neutral})
+    assert model_spec({**LLAMA, **neutral, **harmless}) == model_spec(LLAMA)
+
+
+@pytest.mark.parametrize(
+    "new",
+    [
+        {"rope_type": "default", "rope_theta": 5e5},
+        {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0},
+        {
+            **{"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0},
+            **{"high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+        },
+        {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "original_max_position_embeddings": 64},
+    ],
+    ids=lambda new: new["rope_type"],
+)
+def test_old_and_new_rope_keys_mean_the_same(new: dict[str, Any]) -> None:
+    old = {key: value for key, value in new.items() if key not in ("rope_theta", "rope_type")}
+    older = {"rope_theta": 5e5, "rope_scaling": {"type": new["rope_type"], **old}}
+    spec = model_spec({**LLAMA, **older})
+    assert spec == model_spec({**LLAMA, "rope_parameters": new})
+    assert spec.rope.theta == 5e5
+    assert spec.rope.rope_type == new["rope_type"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {
+            **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+            "original_max_position_embeddings": 8192,
+        },
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096},
+        {
+            **{"rope_type": "yarn", "factor": 40.0, "mscale": 0.7, "mscale_all_dim": 1.3, "truncate": False},
+            **{"beta_fast": 24.0, "beta_slow": 2.0, "original_max_position_embeddings": 4096},
+        },
+        {
+            **{"rope_type": "yarn", "factor": 2.0, "attention_factor": 1.25},
+            "original_max_position_embeddings": 128,
+        },
+    ],
+    ids=["linear", "llama3", "yarn", "yarn-mscale", "yarn-attention-factor"],
+)
+def test_scaled_frequencies_equal_transformers(values: dict[str, Any]) -> None:
+    """At the sizes of real models: the tiny checkpoints have too few channels to meet every branch."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = {**LLAMA, "hidden_size": 512, "max_position_embeddings": 16384}
+    parameters = {"rope_theta": 10000.0, **values}
+    spec = model_spec({**config, "rope_parameters": parameters})
+    reference = LlamaConfig(**{**config, "rope_parameters": dict(parameters)})
+    expected, attention_factor = ROPE_INIT_FUNCTIONS[values["rope_type"]](reference, "cpu")
+    torch.testing.assert_close(frequencies(spec.rope), expected, rtol=1e-6, atol=0)
+    assert spec.rope.attention_factor == pytest.approx(attention_factor)
+
+
+def test_the_table_holds_cosines_then_sines() -> None:
+    table = rope_table(RopeSpec(head_dim=8, attention_factor=1.5), 20)
+    assert table.shape == (20, 8)
+    assert table.dtype == torch.float32
+    angles = 13 * 10000.0 ** (-torch.arange(4) / 4)
+    torch.testing.assert_close(table[13], 1.5 * torch.cat((angles.cos(), angles.sin())))
+
+
+def test_fewer_experts_per_token() -> None:
+    spec = model_spec({**MOE, "model_type": "qwen3_moe", "mlp_only_layers": [0]})
+    fewer = spec.with_experts_per_token(1)
+    assert [layer.moe and layer.moe.router.top_k for layer in fewer.layers] == [None, 1, 1, 1]
+    for count in (0, 3):
+        with pytest.raises(ValueError, match=f"between 1 and 2, not {count}"):
+            spec.with_experts_per_token(count)
+    with pytest.raises(ValueError, match="this llama model has no experts"):
+        model_spec(LLAMA).with_experts_per_token(1)

@@ -1,0 +1,458 @@
+"""Loading: every layout that checkpoints come in, and one clear error for everything that can be wrong with one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dynamoe.dynamic.decoder import Decoder
+from dynamoe.dynamic.loader import load_decoder, load_model
+from dynamoe.dynamic.weights import Checkpoint, CheckpointError
+from dynamoe.kernels.types import AttentionBatch, KVLayer
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def load(path: Path, **options: Any) -> Decoder:
+    return load_decoder(path, **{"dtype": "float32", "device": "cpu", **options})
+
+
+def prompt_logits(decoder: Decoder, tokens: list[int]) -> torch.Tensor:
+    """Logits of one prompt in one step: float32, (T, V)."""
+    spec, length = decoder.spec, len(tokens)
+    shape = (1, spec.num_kv_heads, length, spec.head_dim)
+    kv = [
+        KVLayer(keys_BGPC=torch.zeros(shape, dtype=decoder.dtype), values_BGPC=torch.zeros(shape, dtype=decoder.dtype))
+        for _ in range(spec.num_layers)
+    ]
+    batch = AttentionBatch(
+        positions_T=torch.arange(length),
+        slots_T=torch.arange(length),
+        query_start_S1=torch.tensor([0, length], dtype=torch.int32),
+        context_len_S=torch.tensor([length], dtype=torch.int32),
+        block_table_SM=torch.zeros(1, 1, dtype=torch.int32),
+        max_query_len=length,
+        max_context_len=length,
+    )
+    x_TD = decoder.embed(torch.tensor(tokens))
+    for segment in decoder.segments:
+        x_TD = decoder.run_segment(segment, x_TD, kv, batch)
+    return decoder.logits(x_TD)
+
+
+TOKENS = [5, 260, 17, 99, 301, 44, 8]
+
+
+@pytest.fixture
+def copy_checkpoint(make_checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    def copy(family: str, **config: Any) -> Path:
+        return shutil.copytree(make_checkpoint(family, **config), tmp_path / family)
+
+    return copy
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_weights(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    weights = load_file(path / WEIGHTS)
+    change(weights)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path / WEIGHTS)
+
+
+def fuse_experts(weights: dict[str, torch.Tensor], prefix: str, target: str, names: tuple[str, str, str]) -> None:
+    """Per-expert tensors → the two fused ones that transformers 5 keeps in memory and some checkpoints store."""
+    count = sum(name.startswith(prefix) and name.endswith(f"{names[0]}.weight") for name in weights)
+    gate, up, down = (
+        torch.stack([weights.pop(f"{prefix}{expert}.{part}.weight") for expert in range(count)]) for part in names
+    )
+    weights[f"{target}.gate_up_proj"], weights[f"{target}.down_proj"] = torch.cat((gate, up), 1), down
+
+
+def test_a_sharded_checkpoint_equals_a_single_file(make_checkpoint: Callable[..., Path]) -> None:
+    single, sharded = make_checkpoint("qwen3_moe"), make_checkpoint("qwen3_moe", max_shard_size="100KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    assert (sharded / INDEX).is_file()
+    assert torch.equal(prompt_logits(load(sharded), TOKENS), prompt_logits(load(single), TOKENS))
+
+
+@pytest.mark.parametrize(
+    ("family", "old", "new", "names"),
+    [
+        ("qwen3_moe", "mlp.experts.", "mlp.experts", ("gate_proj", "up_proj", "down_proj")),
+        ("mixtral", "block_sparse_moe.experts.", "mlp.experts", ("w1", "w3", "w2")),
+    ],
+)
+def test_fused_expert_tensors(
+    family: str, old: str, new: str, names: tuple[str, str, str], copy_checkpoint: Callable[..., Path]
+) -> None:
+    path = copy_checkpoint(family)
+    expected = prompt_logits(load(path), TOKENS)
+
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        for layer in range(3):
+            prefix = f"model.layers.{layer}."
+            fuse_experts(weights, prefix + old, prefix + new, names)
+            if family == "mixtral":
+                weights[f"{prefix}mlp.gate.weight"] = weights.pop(f"{prefix}block_sparse_moe.gate.weight")
+
+    edit_weights(path, change)
+    assert torch.equal(prompt_logits(load(path), TOKENS), expected)
+
+
+def test_granite_under_the_names_of_transformers_5(copy_checkpoint: Callable[..., Path]) -> None:
+    path = copy_checkpoint("granitemoe")
+    expected = prompt_logits(load(path), TOKENS)
+    renamed = {
+        "input_linear.weight": "experts.gate_up_proj",
+        "output_linear.weight": "experts.down_proj",
+        "router.layer.weight": "router.weight",
+    }
+
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        for name in list(weights):
+            for old, new in renamed.items():
+                if name.endswith(old):
+                    weights[name.replace(old, new)] = weights.pop(name)
+
+    edit_weights(path, change)
+    assert torch.equal(prompt_logits(load(path), TOKENS), expected)
+
+
+def test_a_tied_head_that_is_stored_as_well(copy_checkpoint: Callable[..., Path]) -> None:
+    """Equal to the table it stays tied; different, it is a head of its own (as transformers 5 decides)."""
+    path = copy_checkpoint("llama", tie_word_embeddings=True)
+    expected, tied = prompt_logits(load(path), TOKENS), load(path)
+    assert tied.spec.tie_embeddings
+    edit_weights(path, lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"].clone()}))
+    assert torch.equal(prompt_logits(load(path), TOKENS), expected)
+    assert load(path).weight_bytes == tied.weight_bytes
+    edit_weights(path, lambda weights: weights.update({"lm_head.weight": weights["lm_head.weight"] * 2}))
+    torch.testing.assert_close(prompt_logits(load(path), TOKENS), 2 * expected)
+
+
+def test_the_weights_take_their_size_once(make_checkpoint: Callable[..., Path]) -> None:
+    path = make_checkpoint("qwen2_moe", tie_word_embeddings=True)
+    stored = sum(tensor.nbytes for tensor in load_file(path / WEIGHTS).values())
+    assert load(path, backend="torch").weight_bytes == stored
+    assert load(path, backend="torch", dtype="bfloat16").weight_bytes == stored // 2
+
+
+def test_dtype_auto_is_the_checkpoints_own(copy_checkpoint: Callable[..., Path]) -> None:
+    path = copy_checkpoint("llama", dtype="bfloat16")
+    assert load(path, dtype="auto").dtype == torch.bfloat16
+    edit_json(path / "config.json", dtype=None, torch_dtype="float32")
+    assert load(path, dtype="auto").dtype == torch.float32
+    edit_json(path / "config.json", torch_dtype=None)
+    assert load(path, dtype="auto").dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="dtype must be auto, float32, bfloat16, float16, not 'int3'"):
+        load(path, dtype="int3")
+
+
+def test_extra_tensors_are_ignored_and_reported(
+    copy_checkpoint: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = copy_checkpoint("llama")
+    expected = prompt_logits(load(path), TOKENS)
+    edit_weights(path, lambda w: w.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
+    with caplog.at_level(logging.WARNING):
+        load(path)
+    assert not caplog.records
+    edit_weights(path, lambda w: w.update({"model.layers.3.mlp.up_proj.weight": torch.ones(8)}))
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(prompt_logits(load(path), TOKENS), expected)
+    assert "model.layers.3.mlp.up_proj.weight" in caplog.text
+
+
+def test_the_files_may_vanish_after_loading(copy_checkpoint: Callable[..., Path]) -> None:
+    path = copy_checkpoint("mixtral")
+    decoder = load(path)
+    expected = prompt_logits(decoder, TOKENS)
+    (path / WEIGHTS).write_bytes(b"\0" * (path / WEIGHTS).stat().st_size)
+    assert torch.equal(prompt_logits(decoder, TOKENS), expected)
+
+
+def test_load_model_brings_tokenizer_and_generation_defaults(copy_checkpoint: Callable[..., Path]) -> None:
+    path = copy_checkpoint("qwen2")
+    edit_json(path / "generation_config.json", temperature=0.7, top_k=20, do_sample=True, max_new_tokens=64)
+    model = load_model(str(path), device="cpu", progress=False)
+    assert model.path == path
+    assert model.generation_defaults == {
+        **{"temperature": 0.7, "top_k": 20, "max_new_tokens": 64},
+        "eos_token_id": [2, 0],
+    }
+    assert model.spec.eos_token_ids == (2, 0)
+    assert model.spec is model.decoder.spec
+    text = "The capital of France"
+    assert model.tokenizer.decode(model.tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+def test_generation_config_may_be_missing_or_wrong(copy_checkpoint: Callable[..., Path]) -> None:
+    path = copy_checkpoint("llama")
+    edit_json(path / "generation_config.json", temperature="hot")
+    with pytest.raises(
+        CheckpointError, match=r"generation_config.json: temperature must be a finite number, not 'hot'"
+    ):
+        load(path)
+    (path / "generation_config.json").unlink()
+    assert load(path).spec.eos_token_ids == (2,)
+
+
+def test_fewer_experts_per_token_equals_a_model_made_for_fewer(
+    copy_checkpoint: Callable[..., Path], make_checkpoint: Callable[..., Path]
+) -> None:
+    path = copy_checkpoint("mixtral", num_experts_per_tok=3)
+    fewer = prompt_logits(load(path, experts_per_token=1), TOKENS)
+    assert not torch.equal(fewer, prompt_logits(load(path), TOKENS))
+    edit_json(path / "config.json", num_experts_per_tok=1)
+    assert torch.equal(fewer, prompt_logits(load(path), TOKENS))
+    with pytest.raises(ValueError, match="this llama model has no experts"):
+        load(make_checkpoint("llama"), experts_per_token=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "potato"}, "unknown device 'potato'"),
+        ({"backend": "magic"}, "unknown backend 'magic'"),
+    ],
+)
+def test_unknown_settings(options: dict[str, str], message: str, make_checkpoint: Callable[..., Path]) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(make_checkpoint("llama"), **options)
+
+
+def as_dynamoe(path: Path, *, num_experts: int, always_on: int, per_token: int | None = None) -> None:
+    """Turn a dense Llama checkpoint into one of ours: the same weights, neurons read as experts, a random router."""
+    config = json.loads((path / "config.json").read_text())
+    size = config["intermediate_size"] // num_experts
+    generator = torch.Generator().manual_seed(0)
+    routers = {
+        f"model.layers.{layer}.mlp.router.weight": torch.randn(num_experts - always_on, 64, generator=generator)
+        for layer in range(config["num_hidden_layers"])
+    }
+    edit_weights(path, lambda weights: weights.update(routers))
+    keys = {"num_experts": num_experts, "num_always_on_experts": always_on, "expert_size": size}
+    edit_json(path / "config.json", model_type="dynamoe", num_experts_per_tok=per_token, **keys)
+
+
+def test_dynamoe_with_all_experts_is_the_dense_model(
+    copy_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = copy_checkpoint("llama")
+    expected = prompt_logits(load(path), TOKENS)
+    as_dynamoe(path, num_experts=8, always_on=2)
+    decoder = load(path)
+
+    def no_route(*arguments: Any) -> None:
+        raise AssertionError("the router has nothing to decide")
+
+    monkeypatch.setattr(decoder.backend, "route", no_route)
+    torch.testing.assert_close(prompt_logits(decoder, TOKENS), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_dynamoe_with_fewer_experts_leaves_out_the_others(copy_checkpoint: Callable[..., Path]) -> None:
+    """Against the definition: neurons of experts that the router did not choose are silent."""
+    path = copy_checkpoint("llama", num_hidden_layers=1)
+    as_dynamoe(path, num_experts=8, always_on=2, per_token=3)
+    decoder = load(path, backend="torch")
+    got = prompt_logits(decoder, TOKENS)
+    w = load_file(path / WEIGHTS)
+    seen: list[torch.Tensor] = []
+
+    def definition(x_TD: torch.Tensor, *_: Any) -> torch.Tensor:
+        chosen_TK = (x_TD @ w["model.layers.0.mlp.router.weight"].T).topk(3).indices + 2
+        on_TE = torch.zeros(len(x_TD), 8).scatter(1, chosen_TK, 1.0)
+        on_TE[:, :2] = 1.0
+        gate = torch.nn.functional.silu(x_TD @ w["model.layers.0.mlp.gate_proj.weight"].T)
+        hidden = gate * (x_TD @ w["model.layers.0.mlp.up_proj.weight"].T)
+        seen.append(on_TE)
+        return (hidden * on_TE.repeat_interleave(12, 1)) @ w["model.layers.0.mlp.down_proj.weight"].T
+
+    decoder.backend.experts = definition  # type: ignore[method-assign]
+    torch.testing.assert_close(got, prompt_logits(decoder, TOKENS), rtol=1e-4, atol=1e-4)
+    assert len(seen[0].unique(dim=0)) > 1, "the rows choose differently"
+
+
+def test_dynamoe_override_equals_its_own_setting(copy_checkpoint: Callable[..., Path]) -> None:
+    path = copy_checkpoint("llama")
+    as_dynamoe(path, num_experts=8, always_on=2)
+    override = prompt_logits(load(path, experts_per_token=4), TOKENS)
+    edit_json(path / "config.json", num_experts_per_tok=4)
+    assert torch.equal(prompt_logits(load(path), TOKENS), override)
+
+
+def drop_tensor(path: Path) -> None:
+    edit_weights(path, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
+
+
+def wrong_shape(path: Path) -> None:
+    edit_weights(path, lambda weights: weights.update({"model.norm.weight": torch.ones(65)}))
+
+
+def wrong_dtype(path: Path) -> None:
+    edit_weights(path, lambda w: w.update({"model.norm.weight": torch.ones(64, dtype=torch.int32)}))
+
+
+def truncate(path: Path) -> None:
+    data = (path / WEIGHTS).read_bytes()
+    (path / WEIGHTS).write_bytes(data[: len(data) // 2])
+
+
+def truncate_in_header(path: Path) -> None:
+    (path / WEIGHTS).write_bytes((path / WEIGHTS).read_bytes()[:100])
+
+
+def empty_file(path: Path) -> None:
+    (path / WEIGHTS).write_bytes(b"")
+
+
+def huge_header(path: Path) -> None:
+    (path / WEIGHTS).write_bytes(struct.pack("<Q", 2**60) + b"{}")
+
+
+def corrupt_header(path: Path) -> None:
+    (path / WEIGHTS).write_bytes(struct.pack("<Q", 10) + b'{"a": {"dt')
+
+
+def header_with(entry: Any) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        header = json.dumps({"x": entry}).encode()
+        (path / WEIGHTS).write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 64)
+
+    return write
+
+
+def only_pickles(path: Path) -> None:
+    (path / WEIGHTS).rename(path / "pytorch_model.bin")
+
+
+def no_weights(path: Path) -> None:
+    (path / WEIGHTS).unlink()
+
+
+def no_config(path: Path) -> None:
+    (path / "config.json").unlink()
+
+
+def bad_json(path: Path) -> None:
+    (path / "config.json").write_text("{ nope")
+
+
+def not_an_object(path: Path) -> None:
+    (path / "config.json").write_text("[1]")
+
+
+def unsupported(path: Path) -> None:
+    edit_json(path / "config.json", model_type="gpt2")
+
+
+BROKEN: list[tuple[Callable[[Path], None], str]] = [
+    (drop_tensor, r"lacks the tensor 'model.layers.1.mlp.up_proj.weight'"),
+    (wrong_shape, r"'model.norm.weight' in model.safetensors has shape \(65,\); config.json implies \(64,\)"),
+    (wrong_dtype, r"'model.norm.weight' in model.safetensors has dtype I32"),
+    (truncate, r"model.safetensors is truncated: tensor 'model.layers.\d"),
+    (truncate_in_header, r"model.safetensors is truncated: the header ends at byte \d+, the file at 100"),
+    (empty_file, r"model.safetensors cannot be read"),
+    (huge_header, r"model.safetensors is no safetensors file"),
+    (corrupt_header, r"model.safetensors has a corrupt header"),
+    (header_with("y"), r"corrupt header: tensor 'x' is described as y"),
+    (header_with({"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}), r"corrupt header: tensor 'x'"),
+    (header_with({"dtype": "F32", "shape": [-1], "data_offsets": [8, 4]}), r"corrupt header: tensor 'x'"),
+    (header_with({"dtype": "Q9", "shape": [1], "data_offsets": [0, 4]}), r"corrupt header: tensor 'x'"),
+    (only_pickles, r"only pytorch_model.bin; pickled weights are never loaded"),
+    (no_weights, r"has no weights"),
+    (no_config, r"config.json is missing"),
+    (bad_json, r"config.json is not readable as JSON"),
+    (not_an_object, r"config.json must hold a JSON object, not list"),
+    (unsupported, r"model_type 'gpt2' is not supported; supported: llama"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), BROKEN, ids=[message[:40] for _, message in BROKEN])
+def test_one_clear_error(damage: Callable[[Path], None], message: str, copy_checkpoint: Callable[..., Path]) -> None:
+    path = copy_checkpoint("llama")
+    damage(path)
+    with pytest.raises(CheckpointError, match=message):
+        load(path)
+
+
+def first_shard(path: Path) -> Path:
+    return min(path.glob("model-*.safetensors"))
+
+
+def edit_index(path: Path, change: Callable[[dict[str, str]], Any]) -> None:
+    index = json.loads((path / INDEX).read_text())
+    change(index["weight_map"])
+    (path / INDEX).write_text(json.dumps(index))
+
+
+BROKEN_SHARDS: list[tuple[Callable[[Path], Any], str]] = [
+    (lambda path: first_shard(path).unlink(), r"model-00001-of-\d+.safetensors is missing; .*index.json names it"),
+    (lambda path: first_shard(path).write_bytes(b""), r"model-00001-of-\d+.safetensors cannot be read"),
+    (lambda path: (path / INDEX).write_text("{}"), r"has no usable weight_map"),
+    (lambda path: (path / INDEX).write_text("{"), r"index.json is not readable as JSON"),
+    (lambda path: edit_index(path, lambda m: m.update(x="../../secret")), r"'../../secret', which is not a plain file"),
+    (
+        lambda path: edit_index(path, lambda m: m.update(made_up=first_shard(path).name)),
+        r"lacks the tensor 'made_up' that the index promises",
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), BROKEN_SHARDS, ids=[message[:40] for _, message in BROKEN_SHARDS])
+def test_one_clear_error_about_shards(
+    damage: Callable[[Path], Any], message: str, copy_checkpoint: Callable[..., Path]
+) -> None:
+    path = copy_checkpoint("llama", max_shard_size="100KB")
+    damage(path)
+    with pytest.raises(CheckpointError, match=message):
+        load(path)
+
+
+def test_nothing_is_read_before_everything_is_checked(
+    copy_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = copy_checkpoint("llama")
+    wrong_shape(path)
+
+    def no_view(self: Checkpoint, name: str) -> None:
+        raise AssertionError(f"{name} was read")
+
+    monkeypatch.setattr(Checkpoint, "view", no_view)
+    with pytest.raises(CheckpointError, match=r"model.norm.weight"):
+        load(path)
+
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+from dynamoe.dynamic.loader import load_decoder
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+decoder = load_decoder(Path(sys.argv[1]), dtype="float32", device="cpu", backend="torch")
+print(decoder.weight_bytes, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak in Linux units")
+def test_peak_memory_stays_near_the_weights(make_checkpoint: Callable[..., Path]) -> None:
+    path = make_checkpoint("mixtral", hidden_size=512, intermediate_size=1024, num_hidden_layers=8, num_local_experts=4)
+    output = subprocess.run(
+        [sys.executable, "-c", PEAK, str(path)], capture_output=True, text=True, check=True, timeout=120
+    ).stdout
+    weights, peak = map(int, output.split())
+    assert weights > 200e6
+    assert peak < 1.3 * weights + 30e6  # a layer is an eighth, and its source pages are mapped beside it
