@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, processors
+from tokenizers import AddedToken, decoders
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,6 +21,9 @@ NAMED_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad
 
 class Tokenizer:
     """A checkpoint's tokenizer and chat template. Safe to use from several threads.
+
+    Like transformers, it takes the tokens that frame a text from ``tokenizer.json`` alone: ``add_bos_token`` and
+    ``add_eos_token`` in ``tokenizer_config.json`` are leftovers of slow tokenizers.
 
     Arguments:
         backend: the tokenizer proper.
@@ -42,8 +45,6 @@ class Tokenizer:
         self.path = path
         self.special_tokens = {n: t for n in NAMED_SPECIAL_TOKENS if (t := _content(settings.get(n))) is not None}
         self._add_missing_tokens(settings)
-        if "add_bos_token" in settings or "add_eos_token" in settings:
-            self._set_frame(bool(settings.get("add_bos_token")), bool(settings.get("add_eos_token")))
         self._chat_sources = dict(chat_templates)
         self._chat_templates: dict[str, ChatTemplate] = {}
         self._token_texts: dict[int, str] = {}
@@ -83,15 +84,6 @@ class Tokenizer:
             if token.content and known.get(token.content) is not True and (token.special or token.content not in known):
                 self.backend.add_special_tokens([token]) if token.special else self.backend.add_tokens([token])
                 known[token.content] = token.special
-
-    def _set_frame(self, add_bos: bool, add_eos: bool) -> None:
-        bos, eos = self.special_tokens.get("bos_token"), self.special_tokens.get("eos_token")
-        before, after = ([bos] if add_bos and bos else []), ([eos] if add_eos and eos else [])
-        self.backend.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
-            single=[*before, "$A", *after],
-            pair=[*before, "$A", *after, *(f"{t}:1" for t in before), "$B:1", *(f"{t}:1" for t in after)],
-            special_tokens=[(token, self.backend.token_to_id(token)) for token in {*before, *after}],
-        )
 
     def _special_id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)

@@ -72,15 +72,17 @@ class WindowDetokenizer:
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._ids: list[int] = []
         self._reported = 0  # ids of the window whose text has been reported
         self._reported_text = ""
 
     def add(self, token_id: int) -> str:
-        self._ids.append(token_id)
         name = self._tokenizer.token_name(token_id)
-        if name is not None and len(name) == 6 and name.startswith("<0x"):
+        if name is None or token_id in self._skipped:
+            return ""
+        self._ids.append(token_id)
+        if len(name) == 6 and name.startswith("<0x"):
             return ""  # one of a run of byte tokens, which becomes text as a whole
         return self._report(held_back="\ufffd")
 
@@ -88,11 +90,11 @@ class WindowDetokenizer:
         return self._report(held_back=None)
 
     def _report(self, held_back: str | None) -> str:
-        text = self._tokenizer.decode(self._ids, self._skip)
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=False)
         if len(text) <= len(self._reported_text) or (held_back is not None and text.endswith(held_back)):
             return ""
         piece = text[len(self._reported_text) :]
         self._ids = self._ids[self._reported :]
         self._reported = len(self._ids)
-        self._reported_text = self._tokenizer.decode(self._ids, self._skip)
+        self._reported_text = self._tokenizer.decode(self._ids, skip_special_tokens=False)
         return piece

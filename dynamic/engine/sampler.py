@@ -85,7 +85,7 @@ def _floor(weights_RV: torch.Tensor, params: list[SamplingParams]) -> tuple[torc
     limited = [k > 0 or p.min_p > 0.0 for k, p in zip(top_k, params, strict=True)]
     if not any(limited):
         return None, None
-    # min-p comes first, but what is below it is below the k best as well, or the k best are all above it.
+    # Each keeps a beginning of the falling order, so the two together keep the shorter beginning.
     floor_R1 = weights_RV.amax(-1, keepdim=True) * _column([p.min_p for p in params], weights_RV)
     if any(top_k):
         best_RK = weights_RV.topk(max(top_k), -1).values

@@ -1,0 +1,207 @@
+"""Our tokenizer and chat templates against those of transformers, and the limits on templates."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dynamoe.dynamic import chat_template
+from dynamoe.dynamic.chat_template import ChatTemplate
+from dynamoe.dynamic.tokenizer import Tokenizer
+
+TEXTS = [
+    "The capital of France is Paris.",
+    "  leading, trailing  ",
+    "<|im_start|>user\nhello<|im_end|>\n<|endoftext|>",
+    "日本語 🙂 naïve\x00\t\r\n",
+    "a<b",
+    "",
+]
+CHATS = [
+    [{"role": "user", "content": "What is the capital of France?"}],
+    [
+        {"role": "system", "content": "Be <brief> & \"kind\"."},
+        {"role": "user", "content": "Hé, 日本"},
+        {"role": "assistant", "content": "Yes.", "tool_calls": None},
+        {"role": "user", "content": "And now?"},
+    ],
+]
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "<é>", "parameters": {"type": "object"}}}]
+
+
+def copy_with(source: Path, target: Path, **settings: object) -> Path:
+    """A copy of a checkpoint's tokenizer files with changed settings; None removes one."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors"))
+    file = target / "tokenizer_config.json"
+    merged = json.loads(file.read_text()) | settings
+    file.write_text(json.dumps({name: value for name, value in merged.items() if value is not None}))
+    return target
+
+
+def same_as_transformers(tokenizer: Tokenizer) -> None:
+    theirs = tokenizer.hf()
+    for text in TEXTS:
+        for special in (True, False):
+            ids = tokenizer.encode(text, add_special_tokens=special)
+            assert ids == theirs.encode(text, add_special_tokens=special)
+            for skip in (True, False):
+                assert tokenizer.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip)
+    assert tokenizer.vocab_size == len(theirs)
+    assert tokenizer.special_tokens == theirs.special_tokens_map
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (theirs.bos_token_id, theirs.eos_token_id)
+    assert set(theirs.all_special_ids) <= tokenizer.special_ids
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
+    return make_checkpoint("llama")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"add_bos_token": True},
+        {"add_bos_token": True, "add_eos_token": True},
+        {"bos_token": {"__type": "AddedToken", "content": "<s>", "lstrip": False, "rstrip": False}},
+        {"extra_special_tokens": ["<b", "<|tool|>"]},
+        {"added_tokens_decoder": {"320": {"content": "<b", "special": False, "normalized": False}}},
+        {"unk_token": "<|unknown|>", "pad_token": None},
+    ],
+)
+def test_encoding_and_decoding_equal_transformers(checkpoint: Path, tmp_path: Path, settings: dict) -> None:
+    same_as_transformers(Tokenizer.from_directory(copy_with(checkpoint, tmp_path / "t", **settings)))
+
+
+def test_a_tokenizer_without_a_fast_file_is_converted(checkpoint: Path, tmp_path: Path) -> None:
+    model = json.loads((checkpoint / "tokenizer.json").read_text())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges))
+    names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    settings = {"tokenizer_class": "GPT2Tokenizer", "chat_template": "{{ messages[0].content }}", **names}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    same_as_transformers(tokenizer)
+    assert tokenizer.apply_chat_template(CHATS[0]) == CHATS[0][0]["content"]
+
+
+def test_a_fast_file_needs_no_transformers(checkpoint: Path) -> None:
+    program = (
+        "import sys; from dynamoe.dynamic.tokenizer import Tokenizer; "
+        f"t = Tokenizer.from_directory({str(checkpoint)!r}); t.encode('a'); "
+        "t.apply_chat_template([{'role': 'user', 'content': 'a'}]); assert 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_unusable_directories_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no usable tokenizer"):
+        Tokenizer.from_directory(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model": 3}')
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read"):
+        Tokenizer.from_directory(tmp_path)
+
+
+TEMPLATES = {
+    "plain": "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m['content'] | trim }}{{ eos_token }}{% endfor %}",
+    "blocks": """
+{%- set ns = namespace(count=0) %}
+{%- for message in messages -%}
+    {%- if message.role == 'system' %}{% continue %}{% endif %}
+    {%- set ns.count = ns.count + 1 %}
+    {% if loop.index0 > 5 %}{% break %}{% endif %}
+    {{- ns.count }}: {{ message.content }}
+    {% if message.tool_calls is defined %}calls{% endif %}
+{% endfor -%}
+{% if add_generation_prompt %}assistant:{% endif %}
+""",
+    "json": "{{ messages | tojson }}{{ messages | tojson(indent=2) }}{{ dict(a=1) | tojson(separators=(',', ':')) }}",
+    "tools": "{% if tools %}{{ tools | tojson }}{% else %}none{% endif %}{{ enable_thinking | default('unset') }}",
+    "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}\n{% endfor %}",
+    "undefined": "{{ nothing }}{{ pad_token }}{{ messages[0].nothing is none }}{{ date_string is defined }}",
+    "date": "{{ strftime_now('%Y') }}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("variables", [{}, {"tools": TOOLS, "enable_thinking": False}])
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+def test_chat_templates_equal_transformers(
+    checkpoint: Path, tmp_path: Path, name: str, variables: dict, add_generation_prompt: bool
+) -> None:
+    path = copy_with(checkpoint, tmp_path / "t", chat_template=TEMPLATES[name])
+    (path / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer = Tokenizer.from_directory(path)
+    theirs = tokenizer.hf()
+    for chat in CHATS:
+        expected = theirs.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=add_generation_prompt, **variables
+        )
+        assert tokenizer.apply_chat_template(chat, add_generation_prompt, **variables) == expected
+
+
+def test_the_jinja_file_wins_and_named_templates_are_chosen_by_tools(checkpoint: Path, tmp_path: Path) -> None:
+    named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "with tools"}]
+    path = copy_with(checkpoint, tmp_path / "t", chat_template=named)
+    tokenizer = Tokenizer.from_directory(path)
+    assert tokenizer.apply_chat_template(CHATS[0]) == "plain"
+    assert tokenizer.apply_chat_template(CHATS[0], tools=TOOLS) == "with tools"
+    (path / "chat_template.jinja").write_text("from the file")
+    assert Tokenizer.from_directory(path).apply_chat_template(CHATS[0]) == "from the file"
+
+
+def test_a_missing_template_is_an_error_that_says_so(checkpoint: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_directory(copy_with(checkpoint, tmp_path / "t", chat_template=None))
+    assert not tokenizer.has_chat_template
+    with pytest.raises(ValueError, match="has no chat template"):
+        tokenizer.apply_chat_template(CHATS[0])
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{% set ns = namespace() %}{% set ns.__x = 1 %}", "__x"),
+        ("{{ namespace(_x=1) }}", "_x"),
+        ("{{ cycler.__init__.__globals__ }}", "unsafe"),
+        ("{% for i in range(100000000) %}{% endfor %}", "too big"),
+        ("{{ messages[0].content / 0 }}", "failed on the conversation"),
+    ],
+)
+def test_templates_run_in_a_sandbox(source: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ChatTemplate(source, {}).render(CHATS[0])
+
+
+def test_templates_that_write_too_much_or_take_too_long_are_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "MAX_RENDERED_CHARACTERS", 10_000)
+    loop = "{% for i in range(90000) %}xxxxxxxxxxxxxxxxxxxx{% endfor %}"
+    with pytest.raises(ValueError, match="more than 10000 characters"):
+        ChatTemplate(loop, {}).render(CHATS[0])
+    monkeypatch.setattr(chat_template, "MAX_RENDER_SECONDS", 0.2)
+    busy = "{% for i in range(90000) %}{% for j in range(90000) %}{% set x = messages[0] %}{% endfor %}{% endfor %}"
+    with pytest.raises(ValueError, match=r"more than 0\.2 s"):
+        ChatTemplate(busy, {}).render(CHATS[0])
+
+
+def test_what_callers_may_pass_is_limited() -> None:
+    template = ChatTemplate("{{ messages[0].content }}", {})
+    with pytest.raises(ValueError, match=r"\['chat_template', 'messages_'\] are not allowed"):
+        template.render(CHATS[0], chat_template="{{ 1 }}", messages_=[])
+    with pytest.raises(ValueError, match="plain JSON values, not PosixPath"):
+        template.render([{"role": "user", "content": Path("x")}])
+    with pytest.raises(ValueError, match="must be a dict, not str"):
+        template.render(["hello"])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="at least one message"):
+        template.render([])
+    with pytest.raises(ValueError, match="does not compile"):
+        ChatTemplate("{% if %}", {})
