@@ -182,7 +182,7 @@ def _write_through_transformers(file: Path, target: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
     # A model that remembers being quantised refuses to be saved; after loading it no longer is.
     del model.hf_quantizer
-    del model.config.quantization_config
+    del model.config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
     model.config.dtype = torch.bfloat16
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)

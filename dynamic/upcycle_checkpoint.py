@@ -64,14 +64,19 @@ def plan_splits(
 
     splits: list[ExpertSplit] = []
     bar = tqdm(total=len(model.model.layers), desc="Splitting into experts", unit="layer", disable=not progress)
+    hooks = []
+    for layer in model.model.layers:
+        inputs: list[torch.Tensor] = []
 
-    def on_ffn(module: Any, args: tuple[torch.Tensor, ...]) -> None:
-        x_TD = args[0].flatten(0, 1)
-        hidden_TN = module.act_fn(module.gate_proj(x_TD)) * module.up_proj(x_TD)
-        splits.append(split_ffn(x_TD, hidden_TN, module.down_proj.weight, config))
-        bar.update()
+        def on_ffn(_: Any, args: tuple[torch.Tensor, ...], inputs: list[torch.Tensor] = inputs) -> None:
+            inputs.append(args[0].flatten(0, 1))
 
-    hooks = [layer.mlp.register_forward_pre_hook(on_ffn) for layer in model.model.layers]
+        def on_down(module: Any, args: tuple[torch.Tensor, ...], inputs: list[torch.Tensor] = inputs) -> None:
+            splits.append(split_ffn(inputs.pop(), args[0].flatten(0, 1), module.weight, config))
+            bar.update()
+
+        hooks.append(layer.mlp.register_forward_pre_hook(on_ffn))
+        hooks.append(layer.mlp.down_proj.register_forward_pre_hook(on_down))
     try:
         # Without the LM head: a fifth of this model's work, and not needed here.
         model.model(input_ids=calibration_BL, use_cache=False)

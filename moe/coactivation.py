@@ -9,14 +9,16 @@ import torch
 
 
 def affinity(energy_TN: torch.Tensor) -> torch.Tensor:
-    """How much two neurons fire on the same tokens, (N, N): the correlation of their energies over tokens.
+    """How much two neurons fire on the same tokens, (N, N): the covariance of their energies over tokens.
+
+    A covariance rather than a correlation, because the more the energy of a whole group varies from token to token,
+    the more there is to gain from leaving the group out where it is weak; strong neurons decide most of that.
 
     Arguments:
         energy_TN: non-negative firing strength of every neuron on every token, float32.
     """
     centred_TN = energy_TN - energy_TN.mean(0)
-    scaled_TN = centred_TN / centred_TN.norm(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
-    return scaled_TN.T @ scaled_TN
+    return centred_TN.T @ centred_TN / energy_TN.shape[0]
 
 
 def assign_balanced(preference_NE: torch.Tensor, size: int) -> torch.Tensor:
@@ -80,13 +82,13 @@ def balanced_groups(affinity_NN: torch.Tensor, num_groups: int, *, rounds: int =
 
 def _spread_seeds(affinity_NN: torch.Tensor, num_groups: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    distance_NN = (1 - affinity_NN).clamp_min(0)
+    variance_N = affinity_NN.diagonal()
+    tiny = torch.finfo(torch.float32).tiny
     seeds = [int(torch.randint(affinity_NN.shape[0], (1,), generator=generator))]
     while len(seeds) < num_groups:
-        nearest_N = distance_NN[:, seeds].amin(1).square()
-        nearest_N[seeds] = 0
-        # The tiny constant keeps the draw possible when all neurons are alike.
-        weights_N = nearest_N + torch.finfo(torch.float32).tiny
+        squared_distance_NS = variance_N[:, None] + variance_N[seeds] - 2 * affinity_NN[:, seeds]
+        # At least tiny, so that the draw stays possible when all neurons are alike.
+        weights_N = squared_distance_NS.amin(1).clamp_min(tiny)
         weights_N[seeds] = 0
         seeds.append(int(torch.multinomial(weights_N, 1, generator=generator)))
     return torch.tensor(seeds)

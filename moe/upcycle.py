@@ -35,7 +35,7 @@ class UpcycleConfig:
     num_experts: int = 16
     num_always_on: int = 2
     rounds: int = 20
-    ridge: float = 1e-2
+    ridge: float = 0.3
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -85,7 +85,7 @@ def split_ffn(x_TD: torch.Tensor, hidden_TN: torch.Tensor, down_DN: torch.Tensor
     expert_size = num_neurons // config.num_experts
     # A neuron adds hidden * down column to the residual stream; the length of that is what leaving it out would cost.
     energy_TN = hidden_TN.abs() * down_DN.float().norm(dim=0)
-    strongest_N = energy_TN.square().mean(0).argsort(descending=True, stable=True)
+    strongest_N = energy_TN.mean(0).argsort(descending=True, stable=True)
     always_N, routed_N = strongest_N.tensor_split([config.num_always_on * expert_size])
     groups_N = balanced_groups(
         affinity(energy_TN[:, routed_N]),
