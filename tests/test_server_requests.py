@@ -95,7 +95,7 @@ def test_fields_of_the_wrong_type_or_range_are_refused(fields: dict[str, Any]) -
         ({"prompt_logprobs": 21}, "prompt_logprobs", 400),
         ({"logit_bias": {"320": 1}}, "logit_bias", 400),
         ({"logit_bias": {"-1": 1}}, "logit_bias", 400),
-        ({"logit_bias": {"١": 1}}, "logit_bias", 400),
+        ({"logit_bias": {"\u0661": 1}}, "logit_bias", 400),
         ({"logit_bias": {"x": 1}}, "logit_bias", 400),
         ({"logit_bias": {str(i): 1 for i in range(301)}}, "logit_bias", 400),
         ({"max_tokens": 101}, "max_tokens", 400),
