@@ -135,7 +135,7 @@ class SparseMLP(nn.Module):
         super().__init__()
         self.top_k = config.experts_per_token
         self.router = Linear(config.hidden_size, config.num_experts)
-        self.gate_up_EID = nn.Parameter(torch.empty(config.num_experts, 2 * config.expert_size, config.hidden_size))
+        self.gate_up_EGFD = nn.Parameter(torch.empty(config.num_experts, 2, config.expert_size, config.hidden_size))
         self.down_EDF = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, config.expert_size))
 
     def forward(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -143,7 +143,7 @@ class SparseMLP(nn.Module):
         probs_TE = logits_TE.softmax(-1)
         weights_TK, ids_TK = probs_TE.topk(self.top_k)
         weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-        gate_up, down = self.gate_up_EID.to(x_TD.dtype), self.down_EDF.to(x_TD.dtype)
+        gate_up, down = self.gate_up_EGFD.flatten(1, 2).to(x_TD.dtype), self.down_EDF.to(x_TD.dtype)
         out_TD = mixture(x_TD, gate_up, down, ids_TK, weights_TK)
         return out_TD, load_balancing_loss(probs_TE, ids_TK), router_z_loss(logits_TE)
 

@@ -1,0 +1,145 @@
+"""The task of training a decoder with exits on a corpus, and what is measured on held-out text.
+
+Shape suffixes: N sequences, L positions, T tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ...exits.training.objectives import ExitTraining, exit_loss, layer_dropout_rates, sequences_kept
+from .corpus import Windows
+from .model import TrainableDecoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelConfig:
+    """How text becomes batches and losses.
+
+    Arguments:
+        batch_tokens: target tokens per step.
+        sequence_length: positions per sequence for most of the run; the end of it uses ``window`` positions.
+        window: longest sequence; the model's context.
+        long_from: share of the steps after which sequences are ``window`` long.
+        balance_weight, z_weight: of the routers' load-balancing and z-losses.
+        evaluation_tokens: held-out tokens per stream that an evaluation reads at most.
+        seed: of the order of the text and of layer dropout.
+    """
+
+    batch_tokens: int = 8192
+    sequence_length: int = 256
+    window: int = 1024
+    long_from: float = 0.85
+    balance_weight: float = 0.01
+    z_weight: float = 1e-4
+    evaluation_tokens: int = 32_768
+    seed: int = 0
+
+
+class LanguageModelTask:
+    """Next-token loss of the full model plus one exit's loss per step (:class:`exits.training.trainer.Task`).
+
+    Arguments:
+        train: int16 token stream.
+        held_out: named streams to evaluate on.
+        steps: of the whole run; schedules are shares of it.
+    """
+
+    def __init__(
+        self,
+        config: LanguageModelConfig,
+        exits: ExitTraining,
+        train: torch.Tensor,
+        held_out: dict[str, torch.Tensor],
+        steps: int,
+    ) -> None:
+        self.config, self.exits, self.steps = config, exits, steps
+        self.windows = Windows(train, batch_tokens=config.batch_tokens, window=config.window, seed=config.seed)
+        self.samples_per_step = self.windows.per_step
+        self.held_out = held_out
+
+    def length_at(self, step: int) -> int:
+        """Positions per sequence at a step."""
+        return self.config.window if step >= self.config.long_from * self.steps else self.config.sequence_length
+
+    def loss(
+        self, model: torch.nn.Module, step: int, *, samples: int | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor | float]]:
+        """See :class:`exits.training.trainer.Task`."""
+        decoder = _decoder(model)
+        shape = decoder.config
+        device = decoder.embedding.device
+        tokens_NL, targets_NL = (t.to(device) for t in self.windows.batch(step, self.length_at(step), samples))
+        strength = self.exits.strength(step, self.steps)
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
+        rates = layer_dropout_rates(shape.num_layers, self.exits.layer_dropout * strength)
+        output = model(tokens_NL, sequences_kept(rates, tokens_NL.shape[0], generator, device))
+        targets_T = targets_NL.flatten()
+        logits_TV = decoder.logits(output.final_NLD.flatten(0, 1)).float()
+        cross_entropy = F.cross_entropy(logits_TV, targets_T)
+        balance, z = output.balance_loss, output.z_loss
+        total = cross_entropy + self.config.balance_weight * balance + self.config.z_weight * z
+        values: dict[str, torch.Tensor | float] = {"cross_entropy": cross_entropy.detach(), "balance": balance.detach()}
+        at = self.exits.exit_of_step(step, shape.exit_layers)
+        if at is not None:
+            exit_logits_TV = decoder.logits(output.exits[at].flatten(0, 1), at).float()
+            at_exit = exit_loss(exit_logits_TV, logits_TV, targets_T, self.exits.distillation)
+            total = total + self.exits.loss_weight * strength * at_exit
+            values[f"exit_{at}"] = at_exit.detach()
+        return total, values
+
+    def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
+        """Perplexity per stream at full depth, and over all streams at every exit with its agreement with full depth.
+
+        Agreement is the share of positions where the exit's best token is the full model's.
+        """
+        decoder = _decoder(model)
+        exits = decoder.config.exit_layers if self.exits.loss_weight > 0 else ()
+        numbers: dict[str, float] = {}
+        sums = dict.fromkeys((None, *exits), 0.0)
+        agreed = dict.fromkeys(exits, 0)
+        total = 0
+        for name, stream in self.held_out.items():
+            loss, count = 0.0, 0
+            for tokens_NL, targets_NL in self._evaluation_batches(stream, decoder.embedding.device):
+                output = decoder(tokens_NL)
+                targets_T = targets_NL.flatten()
+                logits_TV = decoder.logits(output.final_NLD.flatten(0, 1)).float()
+                here = F.cross_entropy(logits_TV, targets_T, reduction="sum").item()
+                loss, count = loss + here, count + targets_T.numel()
+                sums[None] += here
+                for at in exits:
+                    exit_TV = decoder.logits(output.exits[at].flatten(0, 1), at).float()
+                    sums[at] += F.cross_entropy(exit_TV, targets_T, reduction="sum").item()
+                    agreed[at] += int((exit_TV.argmax(-1) == logits_TV.argmax(-1)).sum())
+            if count:
+                numbers[f"perplexity/{name}"] = math.exp(loss / count)
+            total += count
+        numbers["perplexity"] = math.exp(sums[None] / total)
+        for at in exits:
+            numbers[f"perplexity/exit_{at}"] = math.exp(sums[at] / total)
+            numbers[f"agreement/exit_{at}"] = agreed[at] / total
+        return numbers
+
+    def _evaluation_batches(self, stream: torch.Tensor, device: torch.device):
+        length = self.config.window
+        usable = min(stream.numel() - 1, self.config.evaluation_tokens)
+        if usable < length:
+            length = usable
+        per_batch = max(1, self.config.batch_tokens // max(1, length))
+        starts = list(range(0, usable - length + 1, length)) if length else []
+        for first in range(0, len(starts), per_batch):
+            rows = torch.stack([stream[s : s + length + 1] for s in starts[first : first + per_batch]])
+            rows = rows.long().to(device)
+            yield rows[:, :-1], rows[:, 1:]
+
+
+def _decoder(model: torch.nn.Module) -> TrainableDecoder:
+    """The decoder itself, whatever wraps it (DeepSpeed's engine, DistributedDataParallel)."""
+    while not isinstance(model, TrainableDecoder):
+        model = model.module  # type: ignore[assignment]
+    return model

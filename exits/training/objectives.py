@@ -1,0 +1,98 @@
+"""What makes a model able to exit: layer dropout that grows with depth and with time, and a loss at the exits.
+
+Source of both: LayerSkip (Elhoushi et al. 2024), with two changes. Layers are dropped for whole sequences, so that a
+dropped layer costs nothing; and an exit learns from the full model's distribution beside the true next token, since
+agreeing with the full model is what an exit is for.
+
+Shape suffixes: N sequences, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitTraining:
+    """How strongly exits shape the training.
+
+    Arguments:
+        loss_weight: weight of the exit's loss beside the full model's, once ramped up. 0 trains without exits.
+        distillation: share of an exit's loss that follows the full model's distribution; the rest, the true token.
+        ramp: share of all steps over which loss weight and layer dropout rise from zero.
+        layer_dropout: probability that a sequence skips the last layer; earlier layers less, the first never.
+
+    Raises:
+        ValueError: naming the field and the value that is out of range.
+    """
+
+    loss_weight: float = 0.3
+    distillation: float = 0.5
+    ramp: float = 0.3
+    layer_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.loss_weight < 0:
+            raise ValueError(f"loss_weight must be at least 0, not {self.loss_weight}")
+        if not 0 <= self.distillation <= 1:
+            raise ValueError(f"distillation must be between 0 and 1, not {self.distillation}")
+        if not 0 < self.ramp <= 1:
+            raise ValueError(f"ramp must be above 0 and at most 1, not {self.ramp}")
+        if not 0 <= self.layer_dropout < 1:
+            raise ValueError(f"layer_dropout must be at least 0 and below 1, not {self.layer_dropout}")
+
+    def strength(self, step: int, total_steps: int) -> float:
+        """How far the curriculum has come at a step, 0 … 1."""
+        return min(1.0, step / max(1.0, self.ramp * total_steps))
+
+    def exit_of_step(self, step: int, exit_layers: tuple[int, ...]) -> int | None:
+        """The one exit that a step trains (rotation keeps a step's cost at one extra LM head)."""
+        return exit_layers[step % len(exit_layers)] if exit_layers and self.loss_weight > 0 else None
+
+
+def layer_dropout_rates(num_layers: int, last: float) -> list[float]:
+    """Dropout rate per layer, from 0 at the first to ``last`` at the last, exponentially (LayerSkip, eq. 1)."""
+    if num_layers == 1:
+        return [0.0]
+    return [last * (2 ** (layer / (num_layers - 1)) - 1) for layer in range(num_layers)]
+
+
+def sequences_kept(
+    rates: list[float], num_sequences: int, generator: torch.Generator, device: torch.device | str = "cpu"
+) -> list[torch.Tensor | None]:
+    """For every layer the sequences that run it, int64 indices; None where all of them do.
+
+    Arguments:
+        rates: dropout rate per layer.
+        generator: on the CPU, whatever the model's device, so that a seed means the same everywhere.
+    """
+    draws = torch.rand(len(rates), num_sequences, generator=generator)
+    kept: list[torch.Tensor | None] = []
+    for rate, row in zip(rates, draws, strict=True):
+        runs = row >= rate
+        kept.append(None if bool(runs.all()) else runs.nonzero()[:, 0].to(device))
+    return kept
+
+
+def exit_loss(
+    exit_logits_TV: torch.Tensor, final_logits_TV: torch.Tensor, targets_T: torch.Tensor, distillation: float
+) -> torch.Tensor:
+    """Cross-entropy of an exit against the true tokens, mixed with that against the full model's distribution.
+
+    Arguments:
+        exit_logits_TV: float32 logits of the exit.
+        final_logits_TV: logits of the full model; they get no gradient.
+        targets_T: int64 true next tokens.
+        distillation: weight of the second part, 0 … 1.
+
+    Returns: float32 scalar.
+    """
+    log_probs_TV = exit_logits_TV.log_softmax(-1)
+    loss = (1 - distillation) * F.nll_loss(log_probs_TV, targets_T)
+    if distillation > 0:
+        teacher_TV = final_logits_TV.detach().softmax(-1)
+        loss = loss - distillation * (teacher_TV * log_probs_TV).sum(-1).mean()
+    return loss

@@ -1,0 +1,88 @@
+"""One line that says how far a run is and when it will end, and the record of its losses."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+
+class ScalarWriter(Protocol):
+    """What TensorBoard's ``SummaryWriter`` offers and this package uses."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def tensorboard_writer(directory: Path) -> ScalarWriter:
+    """A writer of TensorBoard events.
+
+    Raises:
+        ValueError: when the package ``tensorboard`` is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("tensorboard=true needs the package tensorboard (pip install tensorboard)") from error
+    return SummaryWriter(str(directory))
+
+
+class ProgressLine:
+    """Step, losses, speed and estimated end, rewritten in place on a terminal, every ``quiet_seconds`` elsewhere."""
+
+    def __init__(self, total: int, first: int, stream: TextIO | None = None, quiet_seconds: float = 30.0) -> None:
+        self.total, self.first = total, first
+        self.stream = sys.stderr if stream is None else stream
+        self.started = self.shown = time.monotonic()
+        self.quiet_seconds = quiet_seconds
+
+    def update(self, done: int, values: dict[str, float], *, force: bool = False) -> None:
+        """Show the state after ``done`` steps, if it is time for it."""
+        now = time.monotonic()
+        terminal = self.stream.isatty()
+        if not force and now - self.shown < (0.2 if terminal else self.quiet_seconds):
+            return
+        self.shown = now
+        per_step = (now - self.started) / max(1, done - self.first)
+        left = time.strftime("%H:%M:%S", time.gmtime(per_step * (self.total - done)))
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        line = f"step {done}/{self.total}  {numbers}  {per_step:.2f} s/step  {left} left"
+        self.stream.write(f"\r\x1b[K{line}" if terminal else line + "\n")
+        self.stream.flush()
+
+    def close(self) -> None:
+        """End the line."""
+        if self.stream.isatty():
+            self.stream.write("\n")
+
+
+class LossLog:
+    """``metrics.jsonl``: one line per logged step. A resumed run first forgets what lies beyond its checkpoint."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        self.path = path
+        kept = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                # A killed writer may leave half a line; it is beyond the checkpoint by construction.
+                if line.endswith("}") and json.loads(line)["step"] <= resume_step:
+                    kept.append(line + "\n")
+        path.write_text("".join(kept))
+        self.file = path.open("a")
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Append one record and flush it."""
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+def read_losses(path: Path) -> list[dict[str, Any]]:
+    """All records of a ``metrics.jsonl``."""
+    return [json.loads(line) for line in path.read_text().splitlines()]

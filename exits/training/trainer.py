@@ -1,0 +1,213 @@
+"""The training loop: resumable, in pieces if asked, the same curve however often it was interrupted.
+
+A task says what a step's loss is; it must depend on the model and on the step's number alone. Then nothing but the
+tensors and the number has to be saved.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from .memory import available_memory, estimate_memory, refuse_if_too_large
+from .optimizers import cosine_rate, make_optimizers
+from .progress import LossLog, ProgressLine, ScalarWriter, tensorboard_writer
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """How a run is optimised, logged and cut into pieces.
+
+    Arguments:
+        steps: optimiser steps of the whole run.
+        learning_rate: peak of the cosine schedule; warmup_steps: linear rise; final_rate: its end, as a factor.
+        optimizer: ``muon`` or ``adamw``.
+        weight_decay: decoupled, on matrices only.
+        clip_norm: gradients are scaled down to this norm; 0 leaves them alone.
+        seed: torch's global generator is set to it at the start.
+        log_every: steps between records in ``metrics.jsonl``.
+        evaluate_every: steps between evaluations; 0 evaluates at the end only.
+        checkpoint_minutes: time between checkpoints; one more is written at the end.
+        max_minutes: stop after this long with a checkpoint; the same call goes on from there. None runs to the end.
+        tensorboard: write TensorBoard events beside the checkpoints.
+
+    Raises:
+        ValueError: naming the field and the value that is out of range.
+    """
+
+    steps: int
+    learning_rate: float = 3e-3
+    warmup_steps: int = 100
+    final_rate: float = 0.05
+    optimizer: str = "muon"
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    seed: int = 0
+    log_every: int = 10
+    evaluate_every: int = 0
+    checkpoint_minutes: float = 5.0
+    max_minutes: float | None = None
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("warmup_steps", "evaluate_every", "clip_norm", "checkpoint_minutes", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be above 0, not {self.learning_rate}")
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            raise ValueError(f"max_minutes must be above 0, not {self.max_minutes}")
+
+
+class Task(Protocol):
+    """What is trained. Everything random must come from the step's number."""
+
+    samples_per_step: int
+
+    def loss(self, model: torch.nn.Module, step: int, *, samples: int | None = None) -> tuple[torch.Tensor, dict]:
+        """The loss of a step, and named scalars (tensors or floats) to log.
+
+        Arguments:
+            samples: take only the first few of the step's samples (the memory estimate does).
+        """
+        ...
+
+    def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
+        """Named numbers on held-out data."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """Where a call of :func:`train` left the run."""
+
+    step: int
+    finished: bool
+    evaluation: dict[str, float]
+    seconds: float  # spent training, over all pieces
+
+
+def check_memory(model: torch.nn.Module, task: Task, config: TrainerConfig) -> str:
+    """Estimate the peak and refuse a run that cannot fit.
+
+    Returns: the estimate, in words.
+
+    Raises:
+        ValueError: when it exceeds the free memory.
+    """
+    moments = 2 if config.optimizer == "adamw" else 1
+    estimate = estimate_memory(model, lambda: task.loss(model, 0, samples=1)[0], task.samples_per_step, moments)
+    refuse_if_too_large(estimate, available_memory(next(model.parameters()).device))
+    return str(estimate)
+
+
+def train(
+    model: torch.nn.Module, task: Task, config: TrainerConfig, directory: Path, *, progress: bool = True
+) -> TrainResult:
+    """Train, from the latest checkpoint in ``directory`` if there is one.
+
+    Arguments:
+        model: holds the initial weights; afterwards the trained ones.
+        directory: of this run; holds checkpoints, ``run.json`` and ``metrics.jsonl``.
+        progress: write a progress line to standard error.
+
+    Raises:
+        ValueError: when the run cannot fit in memory, or ``directory`` belongs to a run with other settings.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    _claim(directory, config)
+    torch.manual_seed(config.seed)
+    optimizers = make_optimizers(model, config.optimizer, config.learning_rate, config.weight_decay)
+    step, seconds_before = 0, 0.0
+    if checkpoint := latest_checkpoint(directory):
+        state = load_checkpoint(checkpoint, model, optimizers)
+        step, seconds_before = state["step"], state["seconds"]
+    if step < config.steps:
+        check_memory(model, task, config)
+    started = saved = time.monotonic()
+    evaluation: dict[str, float] = {}
+    with ExitStack() as stack:
+        log = stack.enter_context(closing(LossLog(directory / "metrics.jsonl", step)))
+        line = stack.enter_context(closing(ProgressLine(config.steps, step))) if progress else None
+        writer = stack.enter_context(closing(tensorboard_writer(directory))) if config.tensorboard else None
+        while step < config.steps:
+            values = optimizer_step(model, task, config, optimizers, step)
+            step += 1
+            if step % config.log_every == 0 or step == config.steps:
+                numbers = {name: float(value) for name, value in values.items()}
+                _record(log, writer, step, numbers)
+                if line:
+                    line.update(step, numbers)
+            if config.evaluate_every and step % config.evaluate_every == 0 and step < config.steps:
+                _record(log, writer, step, _evaluate(model, task))
+            now = time.monotonic()
+            out_of_time = config.max_minutes is not None and now - started >= 60 * config.max_minutes
+            if out_of_time or step == config.steps or now - saved >= 60 * config.checkpoint_minutes:
+                seconds = seconds_before + now - started
+                save_checkpoint(directory, step, model, optimizers, {"seconds": seconds})
+                saved = time.monotonic()
+            if out_of_time:
+                break
+        if step == config.steps:
+            evaluation = _evaluate(model, task)
+            _record(log, writer, step, evaluation)
+    seconds = seconds_before + time.monotonic() - started
+    return TrainResult(step=step, finished=step == config.steps, evaluation=evaluation, seconds=seconds)
+
+
+def optimizer_step(
+    model: torch.nn.Module, task: Task, config: TrainerConfig, optimizers: list[torch.optim.Optimizer], step: int
+) -> dict[str, float | torch.Tensor]:
+    """Loss, gradients, clipping, update. Returns the named scalars of the step."""
+    rate = config.learning_rate * cosine_rate(step, config.steps, config.warmup_steps, config.final_rate)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+    model.train()
+    loss, values = task.loss(model, step)
+    loss.backward()
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    limit = config.clip_norm or float("inf")
+    norm = torch.nn.utils.clip_grad_norm_(parameters, limit, error_if_nonfinite=True)
+    for optimizer in optimizers:
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+    return {"loss": loss.detach(), **values, "gradient_norm": norm, "learning_rate": rate}
+
+
+def _evaluate(model: torch.nn.Module, task: Task) -> dict[str, float]:
+    model.eval()
+    with torch.no_grad():
+        return task.evaluate(model)
+
+
+def _record(log: LossLog, writer: ScalarWriter | None, step: int, numbers: dict[str, float]) -> None:
+    log.add({"step": step, **numbers})
+    if writer:
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, step)
+
+
+def _claim(directory: Path, config: TrainerConfig) -> None:
+    """A run's settings may not change between its pieces, except those that do not touch the curve."""
+    shown = replace(config, max_minutes=None, checkpoint_minutes=0.0, tensorboard=False, evaluate_every=0, log_every=1)
+    wanted = asdict(shown)
+    file = directory / "run.json"
+    if not file.exists():
+        file.write_text(json.dumps(wanted, indent=1))
+        return
+    found = json.loads(file.read_text())
+    different = [name for name in wanted if found.get(name) != wanted[name]]
+    if different:
+        changes = ", ".join(f"{name}={wanted[name]} (was {found.get(name)})" for name in different)
+        raise ValueError(f"{directory} holds a run with other settings: {changes}; take another directory")
