@@ -94,7 +94,7 @@ COMMANDS = (
     ),
     Command(
         name="prepare",
-        summary="fetch or convert a model ahead of its first use",
+        summary="fetch or convert a model and compile the kernels, ahead of the first use",
         module="dynamic.prepare_command",
         config="PrepareConfig",
         run="prepare",

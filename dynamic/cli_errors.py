@@ -42,7 +42,9 @@ def explain(error: Exception, command: Command) -> str | None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    # Hydra breaks some messages after a colon.
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def _refused_key(cause: OmegaConfBaseException, error: Exception) -> str:

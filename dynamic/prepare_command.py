@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import sys
+
 from .config import PrepareConfig
 
 __all__ = ["PrepareConfig", "prepare"]
 
 
 def prepare(config: PrepareConfig) -> None:
-    """Fetch or convert the model and say where it is.
+    """Fetch or convert the model, compile the kernels, and say where the model is.
 
     Raises:
         ValueError: for a model that does not exist or cannot be had here.
     """
+    from ..kernels.cpu_build import BuildError, build
     from .model_store import resolve_model
 
-    print(f"{config.model}: {resolve_model(config.model)}")
+    path = resolve_model(config.model)
+    try:
+        build(progress=True)
+    except BuildError as error:
+        # A model runs without them too, as it does on a GPU.
+        print(f"the CPU kernels are not available, torch's own operations take their place: {error}", file=sys.stderr)
+    print(f"{config.model}: {path}")

@@ -1,0 +1,223 @@
+"""The command line as a user meets it: help, settings, mistakes, prompts with awkward characters."""
+
+from __future__ import annotations
+
+import io
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from dynamoe.dynamic import cli, generate
+from dynamoe.dynamic.cli import COMMANDS, Command, main
+from dynamoe.dynamic.config import GenerateConfig, SamplingConfig
+from dynamoe.dynamic.generate import encode_prompt, read_prompt, sampling_params
+from dynamoe.dynamic.tokenizer import Tokenizer
+
+COMMAND_NAMES = [command.name for command in COMMANDS]
+
+
+@pytest.fixture
+def received(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[GenerateConfig]]:
+    """The configurations that reach ``generate``, which does nothing else; runs in an empty directory."""
+    configs: list[GenerateConfig] = []
+    monkeypatch.setattr(generate, "generate", configs.append)
+    monkeypatch.chdir(tmp_path)
+    yield configs
+    assert list(tmp_path.iterdir()) == [], "the command left something behind"
+
+
+def test_overview_is_quick_and_lists_every_command(tmp_path: Path) -> None:
+    code = "import sys, dynamoe.dynamic.cli as c; rc = c.main(['--help']); sys.exit(rc or 'torch' in sys.modules)"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Processor time, because other tests share the machine.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+    for command in COMMANDS:
+        assert f"  {command.name} " in done.stdout
+        assert command.summary in done.stdout
+
+
+@pytest.mark.parametrize("name", COMMAND_NAMES)
+def test_help_explains_every_key(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from dynamoe.dynamic.config import keys
+
+    assert main([name, "--help"]) == 0
+    out = capsys.readouterr().out
+    command = next(command for command in COMMANDS if command.name == name)
+    for key in keys(command.load(command.config)()):
+        assert key.help, f"{key.path} has no explanation in its docstring"
+        assert f"  {key.path}=" in out
+    assert all(example in out for example in command.examples)
+
+
+def test_settings_reach_the_command(received: list[GenerateConfig]) -> None:
+    assert (
+        main(["generate", "engine=throughput", "engine.kv_memory=2GiB", "sampling.stop=[a,'b, c']", "dtype=float32"])
+        == 0
+    )
+    (config,) = received
+    assert (config.engine.max_num_seqs, config.engine.kv_memory) == (64, "2GiB")
+    assert config.engine.block_size == 16
+    assert list(config.sampling.stop) == ["a", "b, c"]
+    assert config.load_arguments()["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a, b (c) [d] {e}", "What's “this”?", "'quoted'", "x=1, y=${z}", "back\\slash\\", "line\nbreak", "- dash", "  "],
+)
+def test_prompt_is_taken_as_it_stands(received: list[GenerateConfig], text: str) -> None:
+    assert main(["generate", f"prompt={text}", "model=default"]) == 0
+    assert received[0].prompt == text
+
+
+def test_multirun_runs_every_combination(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    configs: list[GenerateConfig] = []
+    monkeypatch.setattr(generate, "generate", configs.append)
+    arguments = ["generate", "prompt=hi", "-m", "sampling.seed=1,2", "engine=default,throughput"]
+    assert main([*arguments, f"hydra.sweep.dir={tmp_path}"]) == 0
+    assert [(c.sampling.seed, c.engine.max_num_seqs) for c in configs] == [(1, 16), (1, 64), (2, 16), (2, 64)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["engine.max_num_sqs=3"], "no key engine.max_num_sqs; did you mean engine.max_num_seqs?"),
+        (["port=3"], "no key port"),
+        (["+engine.depth=3"], "no key engine.depth"),
+        (["engine=fast"], "no preset engine=fast; there are: default, low_memory, throughput"),
+        (["engine.max_num_seqs=many"], "engine.max_num_seqs: Value 'many'"),
+        (["engine.max_num_seqs=0"], "engine.max_num_seqs must be at least 1, not 0"),
+        (["sampling.temperature=-1"], "temperature must be between 0 and 100, not -1.0"),
+        (["sampling.stop=a,b"], "a list is written [a,b]"),
+        (["sampling.stop=[a"], "cannot read 'sampling.stop=[a'"),
+        (["default"], "cannot read 'default'"),
+        (["--port", "3"], "no option --port"),
+        (["prompt_file=missing.txt"], "missing.txt: No such file"),
+        (["prompt=a", "prompt_file=b"], "not both"),
+        (["prompt=", "model=nowhere"], "the prompt is empty"),
+        (["prompt=hi", "model=nowhere"], "no model 'nowhere'"),
+    ],
+)
+def test_mistake_is_one_line(
+    arguments: list[str], message: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi"))
+    assert main(["generate", *arguments]) == 2
+    out, err = capfd.readouterr()
+    assert message in err
+    assert err.startswith("dynamoe generate: ")
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+def test_unknown_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serv"]) == 2
+    assert capsys.readouterr().err == (
+        "dynamoe: there is no command 'serv'; there are: serve, generate, bench, prepare\n"
+    )
+
+
+def test_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(config: GenerateConfig) -> None:
+        raise KeyError("layer 3")
+
+    monkeypatch.setattr(generate, "generate", broken)
+    with pytest.raises(KeyError, match="layer 3"):
+        main(["generate"])
+
+
+def test_interrupt_and_exit_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def raising(error: BaseException) -> Callable[[GenerateConfig], None]:
+        def run(config: GenerateConfig) -> None:
+            raise error
+
+        return run
+
+    monkeypatch.setattr(generate, "generate", raising(KeyboardInterrupt()))
+    assert main(["generate"]) == 130
+    monkeypatch.setattr(generate, "generate", raising(SystemExit(3)))
+    with pytest.raises(SystemExit, match="3"):
+        main(["generate"])
+
+
+def test_targets_in_a_configuration_are_not_called(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "mine.yaml").write_text("_target_: os.mkdir\npath: made\n")
+    assert main(["generate", "--config-dir", str(tmp_path), "engine=mine"]) == 2
+    assert "_target_" in capsys.readouterr().err
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_command_is_one_entry_in_the_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = Command(
+        name="prepare",
+        summary="a summary",
+        module="dynamic.generate",
+        config="GenerateConfig",
+        run="generate",
+        examples=(),
+    )
+    monkeypatch.setattr(cli, "COMMANDS", (again,))
+    assert main([]) == 2
+    assert "a summary" in capsys.readouterr().out
+
+
+def test_prompt_sources(tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text("from a file,\nin two lines\n")
+    pipe = io.StringIO("from a pipe\n")
+    assert read_prompt(GenerateConfig(prompt_file=str(file)), pipe) == "from a file,\nin two lines"
+    assert read_prompt(GenerateConfig(prompt="hello\n"), pipe) == "hello\n"
+    assert read_prompt(GenerateConfig(prompt="-"), pipe) == "from a pipe"
+    assert read_prompt(GenerateConfig(), io.StringIO("x")) == "x"
+
+
+def test_no_prompt_on_a_terminal() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    with pytest.raises(ValueError, match="there is no prompt"):
+        read_prompt(GenerateConfig(), Terminal())
+
+
+def test_chat_template_is_used_when_wanted(make_checkpoint: Callable[..., Path]) -> None:
+    tokenizer = Tokenizer.from_directory(make_checkpoint("llama"))
+    bare = tokenizer.decode(encode_prompt(tokenizer, "Hello", chat=False), skip_special_tokens=False)
+    chat = tokenizer.decode(encode_prompt(tokenizer, "Hello", chat=True, system="Be brief."), skip_special_tokens=False)
+    assert bare == "Hello"
+    assert chat == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    )
+    with pytest.raises(ValueError, match="system="):
+        encode_prompt(tokenizer, "Hello", chat=False, system="Be brief.")
+
+
+def test_null_takes_the_models_own_sampling() -> None:
+    defaults = {"temperature": 0.2, "top_p": 0.9, "max_new_tokens": 7}
+    params = sampling_params(SamplingConfig(top_p=0.5, max_tokens=None), defaults)
+    assert (params.temperature, params.top_p, params.max_tokens) == (0.2, 0.5, None)
+    assert sampling_params(SamplingConfig(temperature=0.0), defaults).greedy
+
+
+def test_generates_the_models_text(make_checkpoint: Callable[..., Path], capfd: pytest.CaptureFixture[str]) -> None:
+    from dynamoe import LLM, SamplingParams
+
+    model = make_checkpoint("llama")
+    settings = ["chat=false", "sampling=greedy", "sampling.max_tokens=12", "dtype=float32"]
+    assert main(["generate", f"model={model}", "prompt=The capital of France", *settings]) == 0
+    streamed = capfd.readouterr().out
+    llm = LLM(str(model), dtype="float32")
+    (whole,) = llm.generate("The capital of France", SamplingParams(temperature=0.0, max_tokens=12), use_tqdm=False)
+    assert whole.outputs[0].text
+    assert streamed == whole.outputs[0].text + "\n"

@@ -1,0 +1,70 @@
+"""Every file under ``conf/`` composes, is typed, and names only keys that exist."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dynamoe.dynamic.cli import COMMANDS, Command
+from dynamoe.dynamic.cli_help import presets
+from dynamoe.dynamic.config import keys, register, schema
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+CONF = Path(__file__).parents[1] / "conf"
+PRESETS = [
+    (command, group, name) for command in COMMANDS for group, names in presets(command).items() for name in names
+]
+
+
+def composed(command: Command, *overrides: str) -> Any:
+    """The command's configuration as the object that its function gets."""
+    config_class = command.load(command.config)
+    register(command.name, config_class)
+    with initialize_config_module("dynamoe.conf", version_base="1.3"):
+        config = compose(command.name, overrides=list(overrides))
+    return OmegaConf.to_object(OmegaConf.merge(schema(config_class), config))
+
+
+def as_plain(config: Any) -> Any:
+    """Nested dictionaries and lists, whatever the containers were."""
+    if is_dataclass(config):
+        return {item.name: as_plain(getattr(config, item.name)) for item in fields(config)}
+    return list(config) if isinstance(config, (list, tuple)) else config
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_command_composes_to_its_dataclass(command: Command) -> None:
+    config_class = command.load(command.config)
+    config = composed(command)
+    assert type(config) is config_class
+    # What `--help` prints as the defaults is what a user gets.
+    assert as_plain(config) == as_plain(config_class())
+
+
+@pytest.mark.parametrize(("command", "group", "name"), PRESETS, ids=lambda value: getattr(value, "name", value))
+def test_preset_composes_and_counts(command: Command, group: str, name: str) -> None:
+    config = getattr(composed(command, f"{group}={name}"), group)
+    settings = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml"))
+    assert isinstance(settings, dict)
+    assert {key: getattr(config, str(key)) for key in settings} == settings
+    assert bool(settings) == (name != "default")
+
+
+def test_every_file_belongs_to_a_command() -> None:
+    used = {f"{command.name}.yaml" for command in COMMANDS} | {f"{group}/{name}.yaml" for _, group, name in PRESETS}
+    assert {str(path.relative_to(CONF)) for path in CONF.rglob("*.yaml")} == used | {"quiet.yaml"}
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_every_key_can_be_set(command: Command) -> None:
+    """The defaults written out as overrides give the same configuration: the schema knows each key by its name."""
+    overrides = []
+    for key in keys(command.load(command.config)()):
+        value = "null" if key.default is None else str(key.default)
+        if isinstance(key.default, (list, tuple)):
+            value = f"[{','.join(map(str, key.default))}]"
+        overrides.append(f"{key.path}={value}")
+    assert as_plain(composed(command, *overrides)) == as_plain(composed(command))
