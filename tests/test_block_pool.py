@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from dynamoe.dynamic.engine.block_pool import BlockPool
 from dynamoe.dynamic.engine.prefix_cache import PrefixCache
 from dynamoe.dynamic.engine.request import Request, Sequence, StopTokens

@@ -7,14 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
-from tokenizers import Tokenizer as Backend
-
 from dynamoe.dynamic.engine.detokenizer import ByteDetokenizer, WindowDetokenizer, make_detokenizer
 from dynamoe.dynamic.engine.stopping import StopStrings
 from dynamoe.dynamic.engine.text import OutputText
 from dynamoe.dynamic.sampling_params import SamplingParams
 from dynamoe.dynamic.tokenizer import Tokenizer
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +60,7 @@ def test_pieces_add_up_to_the_decoded_text(
             assert detokenizer.flush() == ""
 
 
-def test_the_byte_level_path_is_taken_where_it_fits(
-    byte_level: Tokenizer, sentencepiece_like: Tokenizer
-) -> None:
+def test_the_byte_level_path_is_taken_where_it_fits(byte_level: Tokenizer, sentencepiece_like: Tokenizer) -> None:
     assert isinstance(make_detokenizer(byte_level, True), ByteDetokenizer)
     assert isinstance(make_detokenizer(sentencepiece_like, True), WindowDetokenizer)
 

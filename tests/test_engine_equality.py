@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine
 from dynamoe.dynamic.loader import LoadedModel, load_model

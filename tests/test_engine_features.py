@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine, EngineFull
 from dynamoe.dynamic.loader import LoadedModel, load_model
@@ -194,11 +193,12 @@ def test_prompt_logprobs_are_whole_after_a_preemption(model: LoadedModel) -> Non
     assert output.outputs[0].token_ids == alone.outputs[0].token_ids
 
 
+@pytest.mark.parametrize("rows", [6, 7, 12])  # with 6, the last chunk has as many rows as there are completions
 @pytest.mark.parametrize("config", [{}, {"max_num_seqs": 3}, {"kv_memory": 8 * PAGE_BYTES}])
-def test_completions_of_one_prompt_equal_those_of_single_requests(model: LoadedModel, config: dict) -> None:
+def test_completions_of_one_prompt_equal_those_of_single_requests(model: LoadedModel, config: dict, rows: int) -> None:
     """Also a proof of copy on write: each completion's keys and values stay its own."""
     params = SamplingParams(n=6, seed=5, max_tokens=30, ignore_eos=True)
-    together = generate(model, params, max_num_batched_tokens=7, **config)
+    together = generate(model, params, max_num_batched_tokens=rows, **config)
     for index in range(6):
         engine = Engine(model)
         engine.add_request("r", PROMPT, SamplingParams(seed=5, max_tokens=30, ignore_eos=True))
@@ -301,7 +301,7 @@ def test_the_longest_prompt_and_output_fit_exactly(model: LoadedModel) -> None:
 def test_settings_that_contradict_each_other_are_refused(model: LoadedModel) -> None:
     with pytest.raises(ValueError, match="max_model_len=600 exceeds the model's maximum of 512"):
         Engine(model, EngineConfig(max_model_len=600))
-    with pytest.raises(ValueError, match="holds 96 tokens, fewer than engine.max_model_len=200"):
+    with pytest.raises(ValueError, match=r"holds 96 tokens, fewer than engine\.max_model_len=200"):
         Engine(model, EngineConfig(max_model_len=200, kv_memory=6 * PAGE_BYTES))
     with pytest.raises(ValueError, match="holds no page"):
         Engine(model, EngineConfig(kv_memory=10))

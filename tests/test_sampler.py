@@ -11,7 +11,6 @@ import math
 import numpy as np
 import pytest
 import torch
-
 from dynamoe.dynamic.engine.logprobs import position_logprobs
 from dynamoe.dynamic.engine.penalties import edit_logits
 from dynamoe.dynamic.engine.request import Request, Sequence, StopTokens
@@ -94,7 +93,8 @@ def test_a_nucleus_wider_than_the_head_is_found_by_sorting() -> None:
     expected = plain_distribution(logits.astype(np.float64), params)
     assert (expected > 0).sum() > 1000
     draws = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
-    tokens = torch.cat([draw_tokens(torch.from_numpy(logits).repeat(500, 1), [params] * 500, d) for d in draws.split(500)])
+    rows_RV = torch.from_numpy(logits).repeat(500, 1)
+    tokens = torch.cat([draw_tokens(rows_RV.clone(), [params] * 500, d) for d in draws.split(500)])
     shares = np.bincount(tokens.numpy(), minlength=2000) / 20_000
     assert np.abs(shares - expected).max() <= 1.1 / 20_000
 
@@ -176,7 +176,12 @@ def test_penalties_follow_their_definitions() -> None:
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 3, 40).astype(np.float32)
     prompt, output = [1, 1, 6, 9], [3, 9, 3, 3, 30]
-    params = {"repetition_penalty": 1.3, "presence_penalty": 0.7, "frequency_penalty": 0.25, "logit_bias": {3: 4.0, 8: -2}}
+    params = {
+        "repetition_penalty": 1.3,
+        "presence_penalty": 0.7,
+        "frequency_penalty": 0.25,
+        "logit_bias": {3: 4.0, 8: -2},
+    }
     expected = logits.astype(np.float64).copy()
     expected[3] += 4.0
     expected[8] -= 2.0
@@ -234,10 +239,9 @@ def test_a_row_of_nonsense_yields_no_token_and_spares_the_others() -> None:
 
 @pytest.fixture(scope="module")
 def plain_tokenizer(tmp_path_factory: pytest.TempPathFactory):
+    from dynamoe.dynamic.tokenizer import Tokenizer
     from tokenizers import Tokenizer as Backend
     from tokenizers import models
-
-    from dynamoe.dynamic.tokenizer import Tokenizer
 
     directory = tmp_path_factory.mktemp("tokenizer")
     vocabulary = {"a": 0, **{f"token{i}": i for i in range(1, 1009)}}

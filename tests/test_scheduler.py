@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 
 import pytest
-
 from dynamoe.dynamic.engine.block_pool import BlockPool
 from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.prefix_cache import PrefixCache
@@ -157,6 +156,7 @@ def test_a_full_pool_takes_the_pages_of_the_lowest_rank_and_keeps_its_tokens() -
     assert low.state is State.WAITING
     tokens = list(low.token_ids)
     assert len(tokens) > 2
+    schedule = world.step()
     while low.state is State.WAITING:
         schedule = world.step()
     entry = next(e for e in schedule.entries if e.sequence is low)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
 from dynamoe.dynamic import chat_template
 from dynamoe.dynamic.chat_template import ChatTemplate
 from dynamoe.dynamic.tokenizer import Tokenizer
@@ -26,7 +25,7 @@ TEXTS = [
 CHATS = [
     [{"role": "user", "content": "What is the capital of France?"}],
     [
-        {"role": "system", "content": "Be <brief> & \"kind\"."},
+        {"role": "system", "content": 'Be <brief> & "kind".'},
         {"role": "user", "content": "Hé, 日本"},
         {"role": "assistant", "content": "Yes.", "tool_calls": None},
         {"role": "user", "content": "And now?"},
@@ -110,7 +109,7 @@ def test_unusable_directories_are_named(tmp_path: Path) -> None:
 
 
 TEMPLATES = {
-    "plain": "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m['content'] | trim }}{{ eos_token }}{% endfor %}",
+    "plain": "{{ bos_token }}{% for m in messages %}{{ m.role }} {{ m['content'] | trim }}{{ eos_token }}{% endfor %}",
     "blocks": """
 {%- set ns = namespace(count=0) %}
 {%- for message in messages -%}

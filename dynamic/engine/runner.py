@@ -48,7 +48,7 @@ class Runner:
 
     def logits(self, x_TD: torch.Tensor, rows: list[int] | range) -> torch.Tensor:
         """Logits of some rows of :meth:`run`'s result, float32, (R, V)."""
-        if len(rows) != x_TD.shape[0]:
+        if list(rows) != list(range(x_TD.shape[0])):  # a step of decodes alone needs all rows as they are
             x_TD = x_TD[torch.tensor(rows, device=x_TD.device)]
         return self.decoder.logits(x_TD)
 

@@ -1,0 +1,120 @@
+"""The Python face: prompts of every kind in, whole results out, in order."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dynamoe import LLM, SamplingParams
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def llm(make_checkpoint: Callable[..., Path]) -> LLM:
+    return LLM(make_checkpoint("mixtral"), dtype="float32", max_num_seqs=3, progress=False)
+
+
+def test_every_kind_of_prompt_gives_the_same(llm: LLM) -> None:
+    text = "The capital of France is"
+    ids = llm.get_tokenizer().encode(text)
+    kinds: list[Any] = [text, ids, {"prompt": text}, {"prompt_token_ids": ids, "cache_salt": "s", "priority": 2}]
+    together = llm.generate(kinds, GREEDY, use_tqdm=False)
+    single = [llm.generate(kind, GREEDY, use_tqdm=False) for kind in kinds]
+    assert all(len(outputs) == 1 for outputs in single)
+    results = [*together, *(outputs[0] for outputs in single)]
+    assert len({tuple(r.outputs[0].token_ids) for r in results}) == 1
+    assert all(r.prompt_token_ids == ids and r.finished for r in results)
+    assert [r.prompt for r in together] == [text, None, text, None]
+
+
+def test_results_come_in_the_order_of_the_prompts_with_their_own_settings(llm: LLM) -> None:
+    prompts = [[3 + i] * (1 + i % 7) for i in range(20)]
+    params = [SamplingParams(temperature=0.0, max_tokens=1 + i * 7 % 13, ignore_eos=True, n=1) for i in range(20)]
+    results = llm.generate(prompts, params, use_tqdm=False)
+    assert [r.prompt_token_ids for r in results] == prompts
+    assert [len(r.outputs[0].token_ids) for r in results] == [p.max_tokens for p in params]
+
+
+def test_more_prompts_than_the_queue_holds_are_fed_as_it_drains(make_checkpoint: Callable[..., Path]) -> None:
+    llm = LLM(make_checkpoint("llama"), max_num_seqs=4, progress=False)
+    object.__setattr__(llm.engine.config, "max_waiting", 2)
+    results = llm.generate([[5, 6, i] for i in range(3, 40)], SamplingParams(max_tokens=3), use_tqdm=False)
+    assert [r.prompt_token_ids[2] for r in results] == list(range(3, 40))
+
+
+def test_n_and_logprobs_arrive_whole(llm: LLM) -> None:
+    params = SamplingParams(n=4, seed=3, max_tokens=6, ignore_eos=True, logprobs=2, prompt_logprobs=1)
+    (result,) = llm.generate([[9, 8, 7]], params, use_tqdm=False)
+    assert [c.index for c in result.outputs] == [0, 1, 2, 3]
+    assert all(len(c.logprobs or []) == len(c.token_ids) == 6 for c in result.outputs)
+    assert all(c.text == llm.get_tokenizer().decode(c.token_ids) for c in result.outputs)
+    assert result.prompt_logprobs is not None
+    assert result.prompt_logprobs[0] is None
+    assert [next(iter(p or {})) for p in result.prompt_logprobs[1:]] == [8, 7]
+
+
+def test_chat_equals_generate_on_the_rendered_prompt(llm: LLM) -> None:
+    chats = [[{"role": "user", "content": "Hello"}], [{"role": "user", "content": "One, two"}]]
+    results = llm.chat(chats, GREEDY, use_tqdm=False)
+    theirs = llm.get_tokenizer().hf()
+    for chat, result in zip(chats, results, strict=True):
+        ids = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        assert result.prompt_token_ids == ids
+        assert llm.generate([ids], GREEDY, use_tqdm=False)[0].outputs == result.outputs
+    assert llm.chat(chats[0], GREEDY, use_tqdm=False)[0].outputs == results[0].outputs
+
+
+def test_bad_input_is_refused_before_anything_runs(llm: LLM) -> None:
+    before = llm.engine.stats().generation_tokens
+    with pytest.raises(ValueError, match="prompt is empty"):
+        llm.generate([[5, 6], []], GREEDY, use_tqdm=False)
+    with pytest.raises(ValueError, match="2 sampling_params for 1 prompts"):
+        llm.generate([[5]], [GREEDY, GREEDY], use_tqdm=False)
+    with pytest.raises(ValueError, match=r"\['text'\]"):
+        llm.generate([{"text": "a"}], GREEDY, use_tqdm=False)
+    with pytest.raises(ValueError, match="prompt_token_ids holds 320"):
+        llm.generate([[320]], GREEDY, use_tqdm=False)
+    assert llm.engine.stats().generation_tokens == before
+    assert not llm.engine.has_unfinished()
+
+
+def test_defaults_come_from_the_checkpoint(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    path = shutil.copytree(make_checkpoint("llama"), tmp_path / "model")
+    file = path / "generation_config.json"
+    settings = {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.05, "max_new_tokens": 7}
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    llm = LLM(path, progress=False)
+    params = llm.get_default_sampling_params()
+    assert (params.temperature, params.top_p, params.top_k, params.max_tokens) == (0.6, 0.9, 20, 7)
+    assert params.repetition_penalty == 1.05
+    (result,) = llm.generate([[5, 6]], use_tqdm=False)
+    assert len(result.outputs[0].token_ids) <= 7
+
+
+def test_an_interrupted_call_leaves_nothing_behind(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, calls = llm.engine.runner.run, []
+
+    def interrupted(schedule: Any) -> torch.Tensor:
+        calls.append(schedule)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return run(schedule)
+
+    monkeypatch.setattr(llm.engine.runner, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([[5, 6, 7]] * 5, GREEDY, use_tqdm=False)
+    assert not llm.engine.has_unfinished()
+    assert llm.engine.stats().free_pages == llm.engine.stats().total_pages
+
+
+def test_a_progress_bar_is_shown_by_default(llm: LLM, capfd: pytest.CaptureFixture[str]) -> None:
+    llm.generate([[5, 6], [7]], GREEDY)
+    assert "2/2" in capfd.readouterr().err
+    llm.generate([[5, 6]], GREEDY, use_tqdm=False)
+    assert capfd.readouterr().err == ""
