@@ -145,7 +145,7 @@ class Decoder:
     def logits(self, x_RD: torch.Tensor) -> torch.Tensor:
         """Final norm and LM head on the rows given: float32, (R, V)."""
         normed_RD = self.backend.rms_norm(x_RD, self.final_norm_D, self.spec.norm_eps)
-        logits_RV = self.backend.linear(normed_RD, self.lm_head).float()
+        logits_RV = self.backend.logits_linear(normed_RD, self.lm_head)
         return logits_RV if self.spec.logits_divisor == 1.0 else logits_RV / self.spec.logits_divisor
 
     def _attention(

@@ -46,6 +46,14 @@ class TorchBackend:
         """``x @ weight.T + bias``, (T, O)."""
         return F.linear(x_TI, *weights.data)
 
+    def logits_linear(self, x_TI: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
+        """The same in float32: rounding logits to 16 bits would make ties of what the model told apart."""
+        weight_OI, bias_O = weights.data
+        if x_TI.is_cuda:  # the product has float32 sums already; only its output must not be rounded
+            logits_TO = torch.mm(x_TI, weight_OI.T, out_dtype=torch.float32)
+            return logits_TO if bias_O is None else logits_TO + bias_O
+        return F.linear(x_TI, weight_OI, bias_O).float()
+
     def pack_experts(
         self,
         gate_EFD: torch.Tensor,
