@@ -59,6 +59,8 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "use_sliding_window": (False,),
 }
 
+LARGEST_NUMBER = 1e30  # beyond it a number is a mistake, and float32 arithmetic would not survive it
+
 
 class ConfigReader:
     """A configuration of a checkpoint. Every read is typed and remembered.
@@ -80,13 +82,13 @@ class ConfigReader:
         return default if value is None else value
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """A whole number of at least 0.
+        """A whole number of at least 0 that fits 32 bits.
 
         Raises:
             CheckpointError: when it is something else, or missing without a default.
         """
         value = self._required(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
             raise self.error(key, value, "a whole number of at least 0")
         return value
 
@@ -97,7 +99,7 @@ class ConfigReader:
             CheckpointError: as for :meth:`integer`.
         """
         value = self._required(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST_NUMBER:
             raise self.error(key, value, "a finite number")
         return float(value)
 
@@ -131,7 +133,7 @@ class ConfigReader:
         """
         value = self.get(key, [])
         numbers = value if isinstance(value, list) else [value]
-        if any(isinstance(number, bool) or not isinstance(number, int) for number in numbers):
+        if any(isinstance(number, bool) or not isinstance(number, int) or abs(number) >= 2**31 for number in numbers):
             raise self.error(key, value, "a whole number or a list of them")
         return tuple(numbers)
 

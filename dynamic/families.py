@@ -165,7 +165,7 @@ def _window_by_layer_type(slides: Callable[[int, int], bool]) -> WindowRule:
 
 
 def _positive_window(config: ConfigReader, size: Any) -> int | None:
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or not 0 < size < 2**31):
         raise config.error("sliding_window", size, "a positive whole number or null")
     return size
 

@@ -45,8 +45,11 @@ class RopeSpec:
             raise ValueError(f"rope_type must be one of {', '.join(ROPE_TYPES)}, not {self.rope_type!r}")
         if self.head_dim % 2:
             raise ValueError(f"rotary embedding needs an even head_dim, not {self.head_dim}")
-        if self.theta <= 0 or self.factor <= 0:
-            raise ValueError(f"rope_theta={self.theta} and factor={self.factor} must be positive")
+        if self.theta <= 1:
+            raise ValueError(f"rope_theta must be greater than 1, not {self.theta}")
+        for name in ("factor", "attention_factor", "beta_fast", "beta_slow"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} of the rotary embedding must be positive, not {getattr(self, name)}")
         if self.rope_type in ("llama3", "yarn") and self.original_max_position < 1:
             raise ValueError(f"rope_type {self.rope_type!r} needs original_max_position_embeddings")
         if self.rope_type == "llama3" and self.high_freq_factor == self.low_freq_factor:

@@ -94,13 +94,13 @@ class ModelSpec:
     bos_token_id: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "max_position"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_heads} is no multiple of num_key_value_heads={self.num_kv_heads}"
             )
-        for name in ("vocab_size", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "max_position"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not self.layers:
             raise ValueError("num_hidden_layers must be at least 1")
         if self.qk_norm not in ("none", "head", "full"):

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from dynamoe.dynamic.decoder import Decoder
 from dynamoe.dynamic.loader import load_decoder
 from dynamoe.kernels.types import AttentionBatch, KVLayer
@@ -140,12 +139,16 @@ def case_name(case: tuple[str, dict[str, Any]]) -> str:
     return "-".join([case[0], *(f"{key}" for key in case[1])])
 
 
+@pytest.mark.parametrize("backend", ["torch", "auto"])
 @pytest.mark.parametrize("case", CASES, ids=case_name)
 def test_logits_equal_transformers(
-    case: tuple[str, dict[str, Any]], make_checkpoint: Callable[..., Path], reference_model: Callable[[Path], Any]
+    case: tuple[str, dict[str, Any]],
+    backend: str,
+    make_checkpoint: Callable[..., Path],
+    reference_model: Callable[[Path], Any],
 ) -> None:
     path = make_checkpoint(case[0], **case[1])
-    decoder, reference = load_decoder(path, dtype="float32", device="cpu"), reference_model(path)
+    decoder, reference = load_decoder(path, dtype="float32", device="cpu", backend=backend), reference_model(path)
     prompts = random_prompts([37, 5, 18])
     with torch.inference_mode():
         expected = [reference(torch.tensor([prompt])).logits[0] for prompt in prompts]

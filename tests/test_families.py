@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-
-from dynamoe.dynamic.families import model_spec
+from dynamoe.dynamic.families import FAMILIES, model_spec
 from dynamoe.dynamic.rope import RopeSpec, frequencies, rope_table
 from dynamoe.dynamic.weights import CheckpointError
 
@@ -98,7 +97,7 @@ def test_layers_without_experts() -> None:
         ({"model_type": "dynamoe", "num_experts": 4, "num_experts_per_tok": 5, "expert_size": 8}, "between 1 and 4"),
         ({"rope_scaling": {"type": "longrope", "factor": 2}}, "type must be one of default, linear"),
         ({"rope_scaling": {"type": "linear"}}, "rope_parameters lacks factor"),
-        ({"rope_scaling": {"type": "linear", "factor": 0}}, "must be positive"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor of the rotary embedding must be positive, not 0"),
         ({"rope_scaling": {"type": "linear", "factor": 2, "mrope_section": [1]}}, r"mrope_section=\[1\]"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "one set of values for all layers"),
@@ -190,3 +189,37 @@ def test_fewer_experts_per_token() -> None:
             spec.with_experts_per_token(count)
     with pytest.raises(ValueError, match="this llama model has no experts"):
         model_spec(LLAMA).with_experts_per_token(1)
+
+
+STRANGE = (None, True, "x", "", [], ["x"], {}, {"a": {}}, -1, 0, 1, 0.5, float("inf"), float("nan"), 10**30, -(10**400))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_value_crashes_the_parser(family: str) -> None:
+    """Whatever one key holds, the answer is a spec or an error meant for people."""
+    valid = {**MOE, "model_type": family, "num_local_experts": 8, "expert_size": 12, "rope_parameters": {}}
+    keys = {
+        *(*valid, "head_dim", "rms_norm_eps", "sliding_window", "use_sliding_window", "layer_types", "hidden_act"),
+        *("max_window_layers", "decoder_sparse_step", "mlp_only_layers", "norm_topk_prob", "num_always_on_experts"),
+        *("clip_qkv", "logits_scaling", "attention_multiplier", "rope_theta", "rope_scaling", "eos_token_id"),
+    }
+    assert model_spec(valid).family == family
+    refused = 0
+    for key in sorted(keys):
+        for value in STRANGE:
+            if key == "num_hidden_layers" and value == 10**30:
+                continue  # would be a spec of that many layers
+            try:
+                model_spec({**valid, key: value})
+            except CheckpointError:
+                refused += 1
+    assert refused > 100
+    for key in ("type", "rope_type", "factor", "rope_theta", "original_max_position_embeddings", "beta_fast"):
+        for kind in ("linear", "llama3", "yarn"):
+            for value in STRANGE:
+                scaling = {"rope_type": kind, "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+                try:
+                    spec = model_spec({**valid, "rope_scaling": {**scaling, key: value}})
+                except CheckpointError:
+                    continue
+                assert frequencies(spec.rope).shape == (spec.head_dim // 2,)

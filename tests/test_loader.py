@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import shutil
 import struct
 import subprocess
@@ -14,12 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-
 from dynamoe.dynamic.decoder import Decoder
+from dynamoe.dynamic.families import family_of, model_spec
+from dynamoe.dynamic.layout import plan_layout
 from dynamoe.dynamic.loader import load_decoder, load_model
 from dynamoe.dynamic.weights import Checkpoint, CheckpointError
 from dynamoe.kernels.types import AttentionBatch, KVLayer
+from safetensors.torch import load_file, save_file
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -423,6 +425,26 @@ def test_one_clear_error_about_shards(
         load(path)
 
 
+def test_damage_anywhere_in_the_header_is_reported_or_harmless(copy_checkpoint: Callable[..., Path]) -> None:
+    path = copy_checkpoint("llama", num_hidden_layers=1)
+    data = bytearray((path / WEIGHTS).read_bytes())
+    (header_bytes,) = struct.unpack("<Q", data[:8])
+    config = json.loads((path / "config.json").read_text())
+    draw = random.Random(0)
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(data)
+        for _ in range(draw.choice((1, 1, 5))):
+            damaged[draw.randrange(8 + header_bytes)] = draw.choice((*b'0919{}[]",:-e', draw.randrange(256)))
+        cut = draw.choice((len(data), len(data), draw.randrange(len(data))))
+        (path / WEIGHTS).write_bytes(damaged[:cut])
+        try:
+            plan_layout(model_spec(config), family_of(config), Checkpoint(path))
+        except CheckpointError:
+            refused += 1
+    assert refused > 200
+
+
 def test_nothing_is_read_before_everything_is_checked(
     copy_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -440,6 +462,8 @@ def test_nothing_is_read_before_everything_is_checked(
 PEAK = """
 import resource, sys
 from pathlib import Path
+from dynamoe.dynamic.families import family_of, model_spec
+from dynamoe.dynamic.layout import plan_layout
 from dynamoe.dynamic.loader import load_decoder
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 decoder = load_decoder(Path(sys.argv[1]), dtype="float32", device="cpu", backend="torch")

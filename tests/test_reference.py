@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-
 from dynamoe.kernels import reference
 from dynamoe.kernels.ops import select_backend
 from dynamoe.kernels.torch_backend import TorchBackend
