@@ -32,7 +32,7 @@ def expected_calibration_error(confidence: torch.Tensor, correct: torch.Tensor, 
 
 
 def brier_score(confidence: torch.Tensor, correct: torch.Tensor) -> float:
-    """Mean squared difference between confidence and outcome; 0 is perfect, 0.25 is a coin that knows it (Brier 1950)."""
+    """Mean squared difference between confidence and outcome; 0 is perfect, 0.25 an honest coin (Brier 1950)."""
     _check(confidence, correct)
     return float((confidence.double() - correct.double()).square().mean())
 

@@ -1,4 +1,4 @@
-"""Probes: small classifiers on the hidden state after a segment. Would the token chosen here be the full model's choice?
+"""Probes: small classifiers on the hidden state after a segment. Would the token chosen here be the full model's?
 
 A probe looks at the row's hidden state, and, if its kind says so, at the state at the previous exit and at the entropy
 of the routers since then. It never looks at logits; the baselines that do are here for comparison.

@@ -1,4 +1,4 @@
-"""A corpus on disk: a small vocabulary, token streams to train on, held-out streams per package, and where it came from.
+"""A corpus on disk: a small vocabulary, token streams to train on, held-out streams per package, and their origin.
 
 Shape suffixes: N sequences, L positions.
 """

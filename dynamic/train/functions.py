@@ -14,7 +14,7 @@ QUERY_BLOCK = 64  # queries per block; keys behind a block's last query are neve
 
 
 class _BlockCausalAttention(torch.autograd.Function):
-    """Causal attention in blocks of queries. Keeps the probabilities: training windows are short, recomputing is not."""
+    """Causal attention in blocks of queries. Keeps the probabilities: windows are short, recomputing is slow."""
 
     @staticmethod
     def forward(ctx, q_XLC: torch.Tensor, k_XLC: torch.Tensor, v_XLC: torch.Tensor, scale: float) -> torch.Tensor:

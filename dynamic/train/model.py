@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -128,8 +129,16 @@ class Attention(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
+class RouterRecord(NamedTuple):
+    """Auxiliary losses of one layer's router, and the entropy of its choice for every token, in nats."""
+
+    balance_loss: torch.Tensor
+    z_loss: torch.Tensor
+    entropy_T: torch.Tensor
+
+
 class SparseMLP(nn.Module):
-    """Router and experts. Returns the mixture, the balancing loss and the z-loss."""
+    """Router and experts. Returns the mixture and what the router did."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -138,14 +147,15 @@ class SparseMLP(nn.Module):
         self.gate_up_EGFD = nn.Parameter(torch.empty(config.num_experts, 2, config.expert_size, config.hidden_size))
         self.down_EDF = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, config.expert_size))
 
-    def forward(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, RouterRecord]:
         logits_TE = self.router(x_TD).float()
         probs_TE = logits_TE.softmax(-1)
         weights_TK, ids_TK = probs_TE.topk(self.top_k)
         weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         gate_up, down = self.gate_up_EGFD.flatten(1, 2).to(x_TD.dtype), self.down_EDF.to(x_TD.dtype)
         out_TD = mixture(x_TD, gate_up, down, ids_TK, weights_TK)
-        return out_TD, load_balancing_loss(probs_TE, ids_TK), router_z_loss(logits_TE)
+        entropy_T = torch.special.entr(probs_TE.detach()).sum(-1)
+        return out_TD, RouterRecord(load_balancing_loss(probs_TE, ids_TK), router_z_loss(logits_TE), entropy_T)
 
 
 class Layer(nn.Module):
@@ -158,19 +168,22 @@ class Layer(nn.Module):
         self.post_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SparseMLP(config)
 
-    def forward(
-        self, x_NLD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, x_NLD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, RouterRecord]:
         x_NLD = x_NLD + self.attention(self.input_norm(x_NLD), cos, sin)
-        out_TD, balance, z = self.mlp(self.post_norm(x_NLD).flatten(0, 1))
-        return x_NLD + out_TD.view_as(x_NLD), balance, z
+        out_TD, record = self.mlp(self.post_norm(x_NLD).flatten(0, 1))
+        return x_NLD + out_TD.view_as(x_NLD), record
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderOutput:
-    """Hidden states after every exit's layers (unnormed) and after the last layer; mean auxiliary losses."""
+    """Hidden states after every exit's layers (unnormed) and after the last layer; mean auxiliary losses.
+
+    ``exits[0]`` is the embedding. ``entropy_T`` of an exit is the routers' mean entropy since the exit before it; it is
+    there when no layer was dropped.
+    """
 
     exits: dict[int, torch.Tensor]
+    entropy_T: dict[int, torch.Tensor]
     final_NLD: torch.Tensor
     balance_loss: torch.Tensor
     z_loss: torch.Tensor
@@ -219,29 +232,33 @@ class TrainableDecoder(nn.Module):
         cos, sin = rope_table(tokens_NL.shape[1], config.head_dim, config.rope_theta, tokens_NL.device)
         cos, sin = cos.to(self.dtype), sin.to(self.dtype)
         x_NLD = F.embedding(tokens_NL, self.embedding).to(self.dtype)
-        exits, balance, z, ran = {}, x_NLD.new_zeros((), dtype=torch.float32), 0.0, 0
+        exits, entropy, records, whole = {0: x_NLD}, {}, [], []
         for number, layer in enumerate(self.layers):
             rows = None if kept is None else kept[number]
             if rows is None:
-                x_NLD, layer_balance, layer_z = layer(x_NLD, cos, sin)
+                x_NLD, record = layer(x_NLD, cos, sin)
+                records.append(record)
+                whole.append(record.entropy_T)
             elif rows.numel():
                 x_in = x_NLD.index_select(0, rows)
-                x_out, layer_balance, layer_z = layer(x_in, cos, sin)
+                x_out, record = layer(x_in, cos, sin)
                 x_NLD = x_NLD.index_add(0, rows, x_out - x_in)
-            if rows is None or rows.numel():
-                balance, z, ran = balance + layer_balance, z + layer_z, ran + 1
+                records.append(record)
             if number + 1 in config.exit_layers:
+                since = number + 1 - max(e for e in exits if e <= number)
                 exits[number + 1] = x_NLD
-        scale = 1 / max(ran, 1)
+                if len(whole) == number + 1:
+                    entropy[number + 1] = torch.stack(whole[-since:]).mean(0)
         return DecoderOutput(
             exits=exits,
+            entropy_T=entropy,
             final_NLD=x_NLD,
-            balance_loss=balance * scale,
-            z_loss=torch.as_tensor(z * scale, dtype=torch.float32, device=x_NLD.device),
+            balance_loss=torch.stack([r.balance_loss for r in records]).mean(),
+            z_loss=torch.stack([r.z_loss for r in records]).mean(),
         )
 
     def read_out(self, x: torch.Tensor, exit_layer: int | None = None) -> torch.Tensor:
-        """The normed state that the LM head multiplies: of the full model, or of the exit after ``exit_layer`` layers."""
+        """The normed state that the LM head multiplies: of the full model, or of the exit after that many layers."""
         return self.norm(x if exit_layer is None else self.adapters[str(exit_layer)](x))
 
     def logits(self, x: torch.Tensor, exit_layer: int | None = None) -> torch.Tensor:

@@ -48,24 +48,20 @@ SOURCES = (
     Source(package="python-django-doc", genre="manual", files=r"/html/.*\.html$", licence="BSD-3-Clause"),
     Source(package="git-doc", genre="manual", files=r"/git-doc/.*\.html$|/git/.*\.html$", licence="GPL-2.0"),
     Source(package="zsh-doc", genre="manual", files=r"/html/.*\.html$", licence="MIT-like (zsh)"),
-    Source(package="exim4-doc-html", genre="manual", files=r"\.html$", licence="GPL-2.0-or-later"),
+    Source(package="exim4-doc-html", genre="manual", files=r"\.html$", licence="GPL-2.0+"),
     Source(package="libreoffice-help-en-us", genre="help", files=r"/en-US/text/.*\.html$", licence="MPL-2.0"),
     Source(package="debian-handbook", genre="handbook", files=r"/en-US/.*\.html$", licence="GPL-2.0+ or CC-BY-SA-3.0"),
-    Source(package="debian-reference-en", genre="handbook", files=r"\.en\.html$", licence="GPL-2.0-or-later"),
-    Source(package="developers-reference", genre="handbook", files=r"/[^/]*\.html$", licence="GPL-2.0-or-later"),
+    Source(package="debian-reference-en", genre="handbook", files=r"\.en\.html$", licence="GPL-2.0+"),
+    Source(package="developers-reference", genre="handbook", files=r"/[^/]*\.html$", licence="GPL-2.0+"),
     Source(package="harden-doc", genre="handbook", files=r"/en-US/.*\.html$", licence="GPL-2.0"),
     Source(package="debmake-doc", genre="handbook", files=r"\.en\.html$", licence="MIT"),
-    Source(
-        package="c\\+\\+-annotations-txt", genre="handbook", files=r"cplusplus\.txt\.gz$", licence="GPL-3.0-or-later"
-    ),
+    Source(package="c\\+\\+-annotations-txt", genre="handbook", files=r"cplusplus\.txt\.gz$", licence="GPL-3.0+"),
     Source(package="linux-doc-[0-9.]+", genre="kernel", files=r"/html/.*\.html$", licence="GPL-2.0"),
     Source(package="cfi-en", genre="essay", files=r"/html/.*\.htm$", licence="free to copy (cfi-en's own terms)"),
     Source(package="apache2-doc", genre="manual", files=r"\.html(\.en)?$", licence="Apache-2.0", held_out=True),
     Source(package="sqlite3-doc", genre="manual", files=r"\.html$", licence="public domain", held_out=True),
-    Source(
-        package="debian-policy", genre="handbook", files=r"/[^/]*\.html$", licence="GPL-2.0-or-later", held_out=True
-    ),
-    Source(package="debian-faq", genre="handbook", files=r"\.en\.html$", licence="GPL-2.0-or-later", held_out=True),
+    Source(package="debian-policy", genre="handbook", files=r"/[^/]*\.html$", licence="GPL-2.0+", held_out=True),
+    Source(package="debian-faq", genre="handbook", files=r"\.en\.html$", licence="GPL-2.0+", held_out=True),
     Source(package="jargon-text", genre="essay", files=r"jargon\.txt\.gz$", licence="public domain", held_out=True),
 )
 

@@ -12,13 +12,19 @@ _SKIPPED = {"script", "style", "head", "nav", "footer", "header", "form", "butto
 _VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 _BLOCKS = {"p", "div", "li", "h1", "h2", "h3", "h4", "h5", "h6", "dt", "dd", "ul", "ol", "dl", "section", "article",
            "blockquote", "body", "main"}  # fmt: skip
-_NAVIGATION = frozenset(
-    "toc nav navbar navigation navheader navfooter sphinxsidebar related breadcrumb breadcrumbs footer header headerlink"
-    " sidebar indextable menu docnav previous next edit-message legalnotice wy-nav-side wy-nav-top rst-versions"
-    " wy-breadcrumbs rst-footer-buttons lang downloads langmenu".split()
-)
-_PLAIN = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": " - ", "…": "...", "\xa0": " "})
-_COMMON_WORDS = frozenset("the of and to a in is that for it as with be on by this are or an if not can".split())
+_NAVIGATION = {
+    "toc", "nav", "navbar", "navigation", "navheader", "navfooter", "sphinxsidebar", "related", "breadcrumb", "footer",
+    "breadcrumbs", "header", "headerlink", "sidebar", "indextable", "menu", "docnav", "previous", "next", "lang",
+    "edit-message", "legalnotice", "wy-nav-side", "wy-nav-top", "rst-versions", "wy-breadcrumbs", "downloads",
+    "rst-footer-buttons", "langmenu",
+}  # fmt: skip
+_PLAIN = {
+    0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"', 0x2013: "-", 0x2014: " - ", 0x2026: "...", 0xA0: " "
+}  # fmt: skip
+_COMMON_WORDS = {
+    "the", "of", "and", "to", "a", "in", "is", "that", "for", "it", "as", "with", "be", "on", "by", "this", "are", "or",
+    "an", "if", "not", "can",
+}  # fmt: skip
 MIN_CHARACTERS = 400
 _MIN_COMMON_SHARE = 0.2
 
@@ -105,7 +111,7 @@ def unwrap(text: str) -> str:
 
 
 def read_document(path: Path) -> str:
-    """The clean text of a ``.html``, ``.txt`` or other text file, gzipped or not. Bytes that are not UTF-8 are dropped."""
+    """The clean text of a ``.html``, ``.txt`` or other text file, gzipped or not. Bytes that are not UTF-8 are lost."""
     data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     text = data.decode("utf-8", "ignore")
     name = path.name.removesuffix(".gz")
