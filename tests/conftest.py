@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -152,6 +153,16 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
     return make
 
 
+@pytest.fixture
+def copy_checkpoint(make_checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """``copy_checkpoint(family, **config) -> directory``: a checkpoint of the test's own, to write into."""
+
+    def copy(family: str, **config: Any) -> Path:
+        return shutil.copytree(make_checkpoint(family, **config), tmp_path / family)
+
+    return copy
+
+
 @pytest.fixture(scope="session")
 def reference_model() -> Callable[[Path], Any]:
     """``reference_model(directory)``: the checkpoint as a transformers model in float32 with eager attention."""
@@ -190,8 +201,8 @@ class ServerProcess:
     def _wait_until_ready(self) -> str:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and self.process.poll() is None:
-            if match := re.search(r"^dynamoe \S+ serves .* on (http://\S+)$", self.log, re.MULTILINE):
-                return match.group(1)
+            if match := re.search(r"^dynamoe .* serves .* on (?:the UNIX socket .*|(http://\S+))$", self.log, re.M):
+                return match.group(1) or "http://localhost"
             time.sleep(0.05)
         self.process.kill()
         raise AssertionError(f"the server did not start (exit code {self.process.poll()}):\n{self.log}")
