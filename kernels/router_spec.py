@@ -16,8 +16,8 @@ class RouterSpec:
     Arguments:
         num_experts: outputs of the router (E), zero experts included.
         top_k: experts chosen per token (K).
-        score: how logits become scores. ``constant`` gives every chosen expert the weight 1. ``sparsemixer`` weighs each
-            choice by its softmax over the experts within ``jitter`` of it, earlier choices taken out (Phimoe).
+        score: how logits become scores. ``constant`` gives every chosen expert the weight 1. ``sparsemixer`` weighs
+            each choice by its softmax over the experts within ``jitter`` of it, earlier choices taken out (Phimoe).
         softmax_after_topk: choose on raw logits, then softmax over the chosen ones (GPT-OSS, Granite).
         renormalize: divide the chosen weights by their norm.
         scale: factor on the final weights (``routed_scaling_factor``).
@@ -38,7 +38,7 @@ class RouterSpec:
         capacity_fraction: the same as a share of the rows, rounded up.
         renormalize_after_drop: with a capacity, ``renormalize`` sees only the choices that were kept.
         float32_logits: the router's matrix product runs in float32 whatever the model's dtype.
-        input_norm_eps: the router sees ``rms_norm(x) * input_scale / sqrt(D)`` with this epsilon instead of x (Gemma 4).
+        input_norm_eps: the router sees ``rms_norm(x) * input_scale / sqrt(D)`` with this epsilon, not x (Gemma 4).
 
     Raises:
         ValueError: for a combination that no kernel could honour; the message names the value.

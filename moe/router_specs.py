@@ -19,10 +19,7 @@ class _Config:
 
     def __call__(self, *names: str, default: Any = ...) -> Any:
         for name in names:
-            if isinstance(self._config, Mapping):
-                value = self._config.get(name)
-            else:
-                value = getattr(self._config, name, None)
+            value = self._config.get(name) if isinstance(self._config, Mapping) else getattr(self._config, name, None)
             if value is not None:
                 return value
         if default is ...:

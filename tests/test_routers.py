@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from dynamoe.kernels import reference
 from dynamoe.kernels.router_spec import RouterSpec
 from dynamoe.moe.router_specs import FAMILIES, router_spec
@@ -37,7 +36,8 @@ CASES = [
     ("granitemoe", "GraniteMoeConfig", "GraniteMoeTopKRouter", SIMPLE),
     ("granitemoeshared", "GraniteMoeSharedConfig", "GraniteMoeSharedTopKRouter", SIMPLE),
     ("granitemoehybrid", "GraniteMoeHybridConfig", "GraniteMoeHybridTopKRouter", {**SIMPLE, "mamba_n_heads": 4}),
-    ("aria", "AriaTextConfig", "AriaTextTopKRouter", {"hidden_size": HIDDEN, "moe_num_experts": EXPERTS, "moe_topk": 3}),
+    ("aria", "AriaTextConfig", "AriaTextTopKRouter",
+     {"hidden_size": HIDDEN, "moe_num_experts": EXPERTS, "moe_topk": 3}),
     ("deepseek_v2", "DeepseekV2Config", "DeepseekV2TopkRouter", {**ROUTED, "topk_method": "group_limited_greedy"}),
     ("deepseek_v2", "DeepseekV2Config", "DeepseekV2TopkRouter", {**ONE_GROUP, "topk_method": "greedy"}),
     ("deepseek_v3", "DeepseekV3Config", "DeepseekV3TopkRouter", ROUTED),

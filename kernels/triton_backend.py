@@ -1,0 +1,244 @@
+"""The GPU backend: Triton kernels for routing, experts, attention and norms; dense products stay with the vendor's.
+
+Without a GPU it runs under ``TRITON_INTERPRET=1``, which is how its tests work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from triton import knobs
+
+from .router_spec import RouterSpec
+from .torch_backend import TorchBackend
+from .torch_experts import PlainExperts
+from .triton_attention import plan_attention
+from .triton_device import device_properties
+from .triton_experts import ACTIVATIONS, ExpertPlanner, plan_experts, shape_of
+from .triton_launch import Launch, require_contiguous
+from .triton_norm import plan_rms_norm, plan_rope_and_write
+from .triton_router import plan_route
+from .triton_tuning import ExpertShape, TuningCache, best_attention, row_tile, token_bucket
+from .types import AttentionBatch, ExpertWeights, KVLayer, Routing
+
+log = logging.getLogger(__name__)
+_HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmUpShape:
+    """What a layer will be called with: enough to compile its kernels before the first request.
+
+    Arguments:
+        router, expert_size, activation: None, 0 and "" for a layer without a mixture.
+        max_tokens: most rows of a step. max_context: longest context in tokens.
+    """
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    max_tokens: int
+    max_context: int
+    max_sequences: int
+    router: RouterSpec | None = None
+    expert_size: int = 0
+    activation: str = ""
+    window: int | None = None
+
+
+class TritonBackend(TorchBackend):
+    """Operations of a decoder on a GPU.
+
+    What no kernel covers (a dtype, an activation, a routing rule with a capacity) runs on torch's own operations, with
+    one log line per reason.
+
+    Raises:
+        ValueError: when there is no GPU and Triton does not run in interpreter mode, or the GPU is too old.
+    """
+
+    name = "triton"
+
+    def __init__(self, device: torch.device | str, dtype: torch.dtype, measured: TuningCache | None = None) -> None:
+        super().__init__(device, dtype)
+        self.interpreted = knobs.runtime.interpret
+        if self.device.type != "cuda" and not self.interpreted:
+            raise ValueError(f"the triton backend needs a GPU (or TRITON_INTERPRET=1), not device {str(device)!r}")
+        self.properties = device_properties(self.device)
+        self.planner = ExpertPlanner(self.properties, measured or TuningCache(self.properties.name))
+        self._tickets: dict[object, torch.Tensor] = {}
+        self._said: set[str] = set()
+        self._shapes: dict[tuple[int, int], ExpertShape] = {}
+
+    def route(
+        self,
+        logits_TE: torch.Tensor,
+        spec: RouterSpec,
+        *,
+        selection_bias_E: torch.Tensor | None = None,
+        expert_scale_E: torch.Tensor | None = None,
+        forced_ids_TK: torch.Tensor | None = None,
+    ) -> Routing:
+        if spec.drops:
+            self._fall_back("routing with a capacity")
+            return super().route(
+                logits_TE,
+                spec,
+                selection_bias_E=selection_bias_E,
+                expert_scale_E=expert_scale_E,
+                forced_ids_TK=forced_ids_TK,
+            )
+        require_contiguous(
+            logits_TE=logits_TE,
+            selection_bias_E=selection_bias_E,
+            expert_scale_E=expert_scale_E,
+            forced_ids_TK=forced_ids_TK,
+        )
+        num_tokens, num_experts = logits_TE.shape[0], spec.num_real_experts
+        shape = self._shapes.get((num_experts, spec.top_k))
+        if shape is None:
+            block_m: int | None = row_tile(token_bucket(num_tokens), num_experts, spec.top_k)
+        else:
+            path = self.planner.path(num_tokens, shape)
+            block_m = None if path.pairs else path.block_m
+        routing, launches = plan_route(
+            logits_TE,
+            spec,
+            block_m=block_m,
+            ticket=self._ticket(),
+            selection_bias_E=selection_bias_E,
+            expert_scale_E=expert_scale_E,
+            forced_ids_TK=forced_ids_TK,
+        )
+        self._run(launches)
+        return routing
+
+    def experts(self, x_TD: torch.Tensor, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
+        plain: PlainExperts = weights.data
+        reason = self._unsupported_experts(x_TD, plain, weights.activation)
+        if reason is not None:
+            self._fall_back(reason)
+            return super().experts(x_TD, weights, routing)
+        require_contiguous(
+            x_TD=x_TD,
+            expert_ids_TK=routing.expert_ids_TK,
+            weights_TK=routing.weights_TK,
+            counts_T=routing.counts_T,
+            identity_weights_T=routing.identity_weights_T,
+        )
+        top_k = routing.expert_ids_TK.shape[1]
+        # The next routing of this kind then knows whether its experts will want tables.
+        self._shapes.setdefault((weights.num_experts, top_k), shape_of(plain, top_k))
+        out_TD = torch.empty_like(x_TD)
+        if x_TD.shape[0]:
+            self._run(plan_experts(x_TD, plain, routing, weights.activation, out_TD, self.planner, self._ticket()))
+        return out_TD
+
+    def rms_norm(self, x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+        out_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
+        self._run([plan_rms_norm(x_TD, weight_D, eps, out_TD)])
+        return out_TD
+
+    def add_rms_norm(
+        self, x_TD: torch.Tensor, residual_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, scale: float = 1.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        require_contiguous(residual_TD=residual_TD)
+        out_TD, sum_TD = torch.empty_like(residual_TD), torch.empty_like(residual_TD)
+        self._run([plan_rms_norm(x_TD, weight_D, eps, out_TD, residual_TD, sum_TD, scale)])
+        return out_TD, sum_TD
+
+    def rope_and_write(
+        self,
+        q_THC: torch.Tensor,
+        k_TGC: torch.Tensor,
+        v_TGC: torch.Tensor,
+        cos_sin_LC: torch.Tensor,
+        batch: AttentionBatch,
+        layer: KVLayer,
+    ) -> torch.Tensor:
+        out_THC = torch.empty(q_THC.shape, dtype=q_THC.dtype, device=q_THC.device)
+        self._run([plan_rope_and_write(q_THC, k_TGC, v_TGC, cos_sin_LC, batch, layer, out_THC)])
+        return out_THC
+
+    def attention(
+        self,
+        q_THC: torch.Tensor,
+        layer: KVLayer,
+        batch: AttentionBatch,
+        *,
+        scale: float,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        if q_THC.dtype not in _HALF and not self.interpreted:
+            self._fall_back(f"attention in {q_THC.dtype}")
+            return super().attention(q_THC, layer, batch, scale=scale, window=window)
+        num_heads, head_dim = q_THC.shape[1:]
+        num_kv_heads = layer.keys_BGPC.shape[1]
+        config = best_attention(
+            batch.max_query_len,
+            batch.max_context_len,
+            batch.num_sequences * num_kv_heads,
+            num_heads // num_kv_heads,
+            head_dim,
+            self.properties,
+        )
+        out_THC = torch.empty(q_THC.shape, dtype=q_THC.dtype, device=q_THC.device)
+        self._run(plan_attention(q_THC, layer, batch, out_THC, scale=scale, window=window, config=config))
+        return out_THC
+
+    def warm_up(self, shapes: Sequence[WarmUpShape], progress: bool = True) -> int:
+        """Compile every kernel that layers of these shapes will need, so that no request waits for a compiler.
+
+        Returns: how many launches were prepared. Without a GPU there is nothing to compile.
+        """
+        from .triton_warmup import planned_launches
+
+        launches = planned_launches(shapes, self.dtype, self.planner)
+        if self.interpreted:
+            return len(launches)
+        self._ticket()
+        bar: Iterable[Launch] = launches
+        if progress:
+            from tqdm import tqdm
+
+            bar = tqdm(launches, desc="compiling kernels", unit="kernel")
+        with self._on_device():
+            for launch in bar:
+                launch.warm()
+        return len(launches)
+
+    def _unsupported_experts(self, x_TD: torch.Tensor, plain: PlainExperts, activation: str) -> str | None:
+        if activation not in ACTIVATIONS:
+            return f"activation {activation!r}"
+        if plain.gate_EFD.dtype != x_TD.dtype:
+            return f"{x_TD.dtype} rows with {plain.gate_EFD.dtype} weights"
+        if x_TD.dtype not in _HALF and not self.interpreted:
+            return f"experts in {x_TD.dtype}"
+        if any(t.stride(-1) != 1 for t in (plain.gate_EFD, plain.up_EFD, plain.down_EDF)):
+            return "expert weights with strided rows"
+        return None
+
+    def _fall_back(self, reason: str) -> None:
+        if reason not in self._said:
+            self._said.add(reason)
+            log.warning("no Triton kernel for %s: running it on torch's own operations", reason)
+
+    def _ticket(self) -> torch.Tensor:
+        """A counter of the current stream; launches of one stream use it one after the other."""
+        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else None
+        if stream not in self._tickets:
+            self._tickets[stream] = torch.zeros(1, dtype=torch.int32, device=self.device)
+        return self._tickets[stream]
+
+    def _on_device(self) -> contextlib.AbstractContextManager:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+
+    def _run(self, launches: Iterable[Launch]) -> None:
+        with self._on_device():
+            for launch in launches:
+                launch.run()

@@ -1,0 +1,173 @@
+"""Row-wise operations around the matrix products: RMS norm, residual add with norm, rotation with cache write."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .triton_launch import Launch, next_power_of_2
+from .types import AttentionBatch, KVLayer
+
+
+@triton.jit
+def rms_norm_kernel(
+    x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, stride_x, width, eps, scale, D_PAD: tl.constexpr,
+    SCALED: tl.constexpr,
+):  # fmt: skip
+    """Norm of a row, or of ``residual + scale * x``, which then goes to ``sum``. Rounds where the oracle rounds."""
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, D_PAD)
+    ok_D = d < width
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    x_D = tl.load(x_ptr + row * stride_x + d, mask=ok_D, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        if SCALED:
+            x_D = (x_D * scale).to(dtype).to(tl.float32)
+        x_D += tl.load(residual_ptr + row * width + d, mask=ok_D, other=0.0).to(tl.float32)
+        sum_D = x_D.to(dtype)
+        tl.store(sum_ptr + row * width + d, sum_D, mask=ok_D)
+        x_D = sum_D.to(tl.float32)
+    normed_D = (x_D * tl.rsqrt(tl.sum(x_D * x_D, axis=0) / width + eps)).to(dtype).to(tl.float32)
+    weight_D = tl.load(weight_ptr + d, mask=ok_D, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * width + d, (weight_D * normed_D).to(dtype), mask=ok_D)
+
+
+@triton.jit
+def rope_and_write_kernel(
+    q_ptr, k_ptr, v_ptr, q_out_ptr, keys_ptr, values_ptr, cos_sin_ptr, positions_ptr, slots_ptr,
+    q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
+    k_page_b, k_page_g, k_page_p, v_page_b, v_page_g, v_page_p, cos_sin_stride,
+    H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, PAGE: tl.constexpr,
+    H_PAD: tl.constexpr, G_PAD: tl.constexpr, HALF_PAD: tl.constexpr,
+):  # fmt: skip
+    """One row: rotate its queries and keys (half-split layout), write its keys and values to their slot."""
+    row = tl.program_id(0).to(tl.int64)
+    HALF: tl.constexpr = C // 2
+    i = tl.arange(0, HALF_PAD)
+    ok = i < HALF
+    table = cos_sin_ptr + tl.load(positions_ptr + row) * cos_sin_stride
+    cos = tl.load(table + i, mask=ok, other=0.0)[None, :]
+    sin = tl.load(table + HALF + i, mask=ok, other=0.0)[None, :]
+
+    h = tl.arange(0, H_PAD)
+    ok_HC = (h < H)[:, None] & ok[None, :]
+    q_at = q_ptr + row * q_stride_t + h[:, None] * q_stride_h + i[None, :]
+    a = tl.load(q_at, mask=ok_HC, other=0.0).to(tl.float32)
+    b = tl.load(q_at + HALF, mask=ok_HC, other=0.0).to(tl.float32)
+    out_at = q_out_ptr + (row * H + h)[:, None] * C + i[None, :]
+    tl.store(out_at, (a * cos - b * sin).to(q_out_ptr.dtype.element_ty), mask=ok_HC)
+    tl.store(out_at + HALF, (b * cos + a * sin).to(q_out_ptr.dtype.element_ty), mask=ok_HC)
+
+    slot = tl.load(slots_ptr + row)
+    page, inside = slot // PAGE, slot % PAGE
+    g = tl.arange(0, G_PAD)
+    ok_GC = (g < G)[:, None] & ok[None, :]
+    k_at = k_ptr + row * k_stride_t + g[:, None] * k_stride_h + i[None, :]
+    a = tl.load(k_at, mask=ok_GC, other=0.0).to(tl.float32)
+    b = tl.load(k_at + HALF, mask=ok_GC, other=0.0).to(tl.float32)
+    key_at = keys_ptr + page * k_page_b + inside * k_page_p + g[:, None] * k_page_g + i[None, :]
+    # The cache may be narrower than the model: keys round to the model's dtype first, as the oracle does.
+    tl.store(key_at, (a * cos - b * sin).to(k_ptr.dtype.element_ty).to(keys_ptr.dtype.element_ty), mask=ok_GC)
+    tl.store(key_at + HALF, (b * cos + a * sin).to(k_ptr.dtype.element_ty).to(keys_ptr.dtype.element_ty), mask=ok_GC)
+    v_at = v_ptr + row * v_stride_t + g[:, None] * v_stride_h + i[None, :]
+    value_at = values_ptr + page * v_page_b + inside * v_page_p + g[:, None] * v_page_g + i[None, :]
+    tl.store(value_at, tl.load(v_at, mask=ok_GC, other=0.0).to(values_ptr.dtype.element_ty), mask=ok_GC)
+    tl.store(value_at + HALF, tl.load(v_at + HALF, mask=ok_GC, other=0.0).to(values_ptr.dtype.element_ty), mask=ok_GC)
+
+
+def plan_rms_norm(
+    x_TD: torch.Tensor,
+    weight_D: torch.Tensor,
+    eps: float,
+    out_TD: torch.Tensor,
+    residual_TD: torch.Tensor | None = None,
+    sum_TD: torch.Tensor | None = None,
+    scale: float = 1.0,
+) -> Launch:
+    """Launch of the norm of ``x`` or of ``residual + scale * x``; rows of x may be strided.
+
+    Raises:
+        ValueError: when the elements of a row are strided.
+    """
+    num_rows, width = x_TD.shape
+    if x_TD.stride(1) != 1:
+        raise ValueError(f"x_TD must have contiguous rows; its strides are {x_TD.stride()}")
+    d_pad = next_power_of_2(width)
+    return Launch(
+        kernel=rms_norm_kernel,
+        grid=(num_rows,),
+        args={
+            "x_ptr": x_TD,
+            "residual_ptr": residual_TD,
+            "weight_ptr": weight_D,
+            "out_ptr": out_TD,
+            "sum_ptr": sum_TD,
+            "stride_x": x_TD.stride(0),
+            "width": width,
+            "eps": float(eps),
+            "scale": float(scale),
+        },
+        constexprs={"D_PAD": d_pad, "SCALED": scale != 1.0},
+        num_warps=max(1, min(16, d_pad // 256)),
+    )
+
+
+def plan_rope_and_write(
+    q_THC: torch.Tensor,
+    k_TGC: torch.Tensor,
+    v_TGC: torch.Tensor,
+    cos_sin_LC: torch.Tensor,
+    batch: AttentionBatch,
+    layer: KVLayer,
+    out_THC: torch.Tensor,
+) -> Launch:
+    """Launch that rotates into ``out_THC`` (contiguous) and fills the rows' slots; heads and rows may be strided.
+
+    Raises:
+        ValueError: when the channels of an input are strided.
+    """
+    keys, values = layer.keys_BGPC, layer.values_BGPC
+    for name, tensor in (("q_THC", q_THC), ("k_TGC", k_TGC), ("v_TGC", v_TGC), ("keys_BGPC", keys)):
+        if tensor.stride(-1) != 1:
+            raise ValueError(f"{name} must have contiguous channels; its strides are {tensor.stride()}")
+    num_rows, num_heads, head_dim = q_THC.shape
+    num_kv_heads = k_TGC.shape[1]
+    return Launch(
+        kernel=rope_and_write_kernel,
+        grid=(num_rows,),
+        args={
+            "q_ptr": q_THC,
+            "k_ptr": k_TGC,
+            "v_ptr": v_TGC,
+            "q_out_ptr": out_THC,
+            "keys_ptr": keys,
+            "values_ptr": values,
+            "cos_sin_ptr": cos_sin_LC,
+            "positions_ptr": batch.positions_T,
+            "slots_ptr": batch.slots_T,
+            "q_stride_t": q_THC.stride(0),
+            "q_stride_h": q_THC.stride(1),
+            "k_stride_t": k_TGC.stride(0),
+            "k_stride_h": k_TGC.stride(1),
+            "v_stride_t": v_TGC.stride(0),
+            "v_stride_h": v_TGC.stride(1),
+            "k_page_b": keys.stride(0),
+            "k_page_g": keys.stride(1),
+            "k_page_p": keys.stride(2),
+            "v_page_b": values.stride(0),
+            "v_page_g": values.stride(1),
+            "v_page_p": values.stride(2),
+            "cos_sin_stride": cos_sin_LC.stride(0),
+        },
+        constexprs={
+            "H": num_heads,
+            "G": num_kv_heads,
+            "C": head_dim,
+            "PAGE": layer.page_size,
+            "H_PAD": next_power_of_2(num_heads),
+            "G_PAD": next_power_of_2(num_kv_heads),
+            "HALF_PAD": next_power_of_2(head_dim // 2),
+        },
+        num_warps=4,
+    )

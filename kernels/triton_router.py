@@ -1,0 +1,569 @@
+"""Routing on the GPU: scores, groups, top-k, weights and the tables that grouped GEMMs walk, in one launch.
+
+Rows are routed in chunks, one program each. A program counts how many of its slots go to every expert and ranks them;
+the last program to finish turns the counts into positions (a counting sort, so the order within an expert is the order
+of the rows and never depends on timing). Above ``SINGLE_LAUNCH_TOKENS`` the two steps behind routing get launches of
+their own.
+
+Shape suffixes: R rows of a chunk, L lanes (experts laid out as padded groups), E real experts, K choices, X = T * K
+slots; the rest as in ``types.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .router_reference import check_route_arguments
+from .router_spec import RouterSpec
+from .triton_launch import Launch, cdiv, next_power_of_2
+from .types import Routing
+
+SINGLE_LAUNCH_TOKENS = 1024
+_LOWEST = tl.constexpr(-3.0e38)
+
+
+@triton.jit
+def _log1p(z):
+    u = 1.0 + z
+    return tl.where(u == 1.0, z, tl.log(u) * (z / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def _scores(logits_RL, valid_L, SCORE: tl.constexpr, SOFTMAX_AFTER: tl.constexpr):
+    if SCORE == "softmax" and not SOFTMAX_AFTER:
+        logits_RL = tl.where(valid_L[None, :], logits_RL, float("-inf"))
+        exp_RL = tl.exp(logits_RL - tl.max(logits_RL, axis=1)[:, None])
+        scores_RL = exp_RL / tl.sum(exp_RL, axis=1)[:, None]
+    elif SCORE == "sigmoid":
+        scores_RL = 1.0 / (1.0 + tl.exp(-logits_RL))
+    elif SCORE == "sqrt_softplus":
+        softplus_RL = tl.maximum(logits_RL, 0.0) + _log1p(tl.exp(-tl.abs(logits_RL)))
+        scores_RL = tl.sqrt(softplus_RL)
+    else:
+        scores_RL = logits_RL
+    return scores_RL
+
+
+@triton.jit
+def _allowed_groups(
+    choice_RL, GROUPS: tl.constexpr, TOP: tl.constexpr, TOP2: tl.constexpr, ROWS: tl.constexpr,
+    GROUPS_PAD: tl.constexpr, SIZE_PAD: tl.constexpr,
+):  # fmt: skip
+    """Blank the lanes outside the best TOP groups of each row."""
+    choice_RGS = tl.reshape(choice_RL, (ROWS, GROUPS_PAD, SIZE_PAD))
+    worth_RG, first_RG = tl.max(choice_RGS, axis=2, return_indices=True)  # pyright: ignore[reportGeneralTypeIssues]
+    if TOP2:
+        inside = tl.arange(0, SIZE_PAD)[None, None, :]
+        others_RGS = tl.where(inside == first_RG[:, :, None], float("-inf"), choice_RGS)
+        worth_RG += tl.max(others_RGS, axis=2)
+    group = tl.arange(0, GROUPS_PAD)[None, :]
+    left_RG = tl.where(group < GROUPS, tl.maximum(worth_RG, _LOWEST), float("-inf"))
+    allowed_RG = tl.zeros((ROWS, GROUPS_PAD), dtype=tl.int32)
+    for _ in range(TOP):
+        best_R = tl.argmax(left_RG, axis=1)
+        hit_RG = group == best_R[:, None]
+        allowed_RG += hit_RG.to(tl.int32)
+        left_RG = tl.where(hit_RG, float("-inf"), left_RG)
+    keep_RGS = tl.broadcast_to(allowed_RG[:, :, None], (ROWS, GROUPS_PAD, SIZE_PAD))
+    keep_RL = tl.reshape(keep_RGS, (ROWS, GROUPS_PAD * SIZE_PAD))
+    return tl.where(keep_RL > 0, choice_RL, float("-inf"))
+
+
+@triton.jit
+def _rank_and_count(
+    ids_RK, used_RK, rows_R, rows_ok_R, slot_RK, ranks_ptr, counts_ptr, chunk,
+    E: tl.constexpr, E_PAD: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Rank every used slot among the chunk's slots of the same expert, in row order; count the slots per expert."""
+    expert_E = tl.arange(0, E_PAD)[None, :]
+    choice_K = tl.arange(0, K_PAD)[None, :]
+    used_RK = used_RK & rows_ok_R[:, None]
+    masked_RK = tl.where(used_RK, ids_RK, -1)
+    hits_RE = tl.zeros((ROWS, E_PAD), dtype=tl.int32)
+    for k in range(K):
+        id_R = tl.max(tl.where(choice_K == k, masked_RK, -1), axis=1)
+        hits_RE += (expert_E == id_R[:, None]).to(tl.int32)
+    base_RE = tl.cumsum(hits_RE, axis=0) - hits_RE
+    ranks_RK = tl.zeros((ROWS, K_PAD), dtype=tl.int32)
+    for k in range(K):
+        id_R = tl.max(tl.where(choice_K == k, masked_RK, -1), axis=1)
+        hit_RE = expert_E == id_R[:, None]
+        rank_R = tl.sum(tl.where(hit_RE, base_RE, 0), axis=1)
+        ranks_RK = tl.where(choice_K == k, rank_R[:, None], ranks_RK)
+        base_RE += hit_RE.to(tl.int32)
+    tl.store(ranks_ptr + slot_RK, ranks_RK, mask=used_RK)
+    total_E = tl.sum(hits_RE, axis=0)
+    lane_E = tl.arange(0, E_PAD)
+    tl.store(counts_ptr + chunk * E + lane_E, total_E, mask=lane_E < E)
+
+
+@triton.jit
+def _scan(
+    counts_ptr, starts_ptr, tile_expert_ptr, tile_row_ptr, num_tiles_ptr, num_chunks,
+    E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_M: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """Turn counts per chunk into offsets per chunk, experts into row ranges, and row ranges into tiles of BLOCK_M."""
+    lane_E = tl.arange(0, E_PAD)
+    ok_E = lane_E < E
+    total_E = tl.zeros((E_PAD,), dtype=tl.int32)
+    for first in range(0, num_chunks, CHUNKS):
+        chunk_C = first + tl.arange(0, CHUNKS)
+        at_CE = counts_ptr + chunk_C[:, None] * E + lane_E[None, :]
+        ok_CE = (chunk_C < num_chunks)[:, None] & ok_E[None, :]
+        counts_CE = tl.load(at_CE, mask=ok_CE, other=0, cache_modifier=".cg")
+        offsets_CE = total_E[None, :] + tl.cumsum(counts_CE, axis=0) - counts_CE
+        tl.store(at_CE, offsets_CE, mask=ok_CE)
+        total_E += tl.sum(counts_CE, axis=0)
+    start_E = tl.cumsum(total_E, axis=0) - total_E
+    tl.store(starts_ptr + lane_E, start_E, mask=ok_E)
+    tl.store(starts_ptr + E, tl.sum(total_E, axis=0))
+    tiles_E = (total_E + BLOCK_M - 1) // BLOCK_M
+    tile_start_E = tl.cumsum(tiles_E, axis=0) - tiles_E
+    tl.store(num_tiles_ptr, tl.sum(tiles_E, axis=0))
+    for j in range(tl.max(tiles_E, axis=0)):
+        mask_E = j < tiles_E
+        tl.store(tile_expert_ptr + tile_start_E + j, lane_E, mask=mask_E)
+        tl.store(tile_row_ptr + tile_start_E + j, start_E + j * BLOCK_M, mask=mask_E)
+
+
+@triton.jit
+def _scatter(
+    ids_ptr, used_counts_ptr, ranks_ptr, counts_ptr, starts_ptr, sorted_ptr, first_slot, num_slots,
+    E: tl.constexpr, K: tl.constexpr, CHUNK_ROWS: tl.constexpr, SLOTS: tl.constexpr, HAS_COUNTS: tl.constexpr,
+):  # fmt: skip
+    """Write SLOTS slots to their places in expert order."""
+    slot_X = first_slot + tl.arange(0, SLOTS)
+    ok_X = slot_X < num_slots
+    row_X = slot_X // K
+    if HAS_COUNTS:
+        used_X = tl.load(used_counts_ptr + row_X, mask=ok_X, other=0, cache_modifier=".cg")
+        ok_X = ok_X & (slot_X - row_X * K < used_X)
+    id_X = tl.load(ids_ptr + slot_X, mask=ok_X, other=0, cache_modifier=".cg")
+    rank_X = tl.load(ranks_ptr + slot_X, mask=ok_X, other=0, cache_modifier=".cg")
+    offset_X = tl.load(counts_ptr + (row_X // CHUNK_ROWS) * E + id_X, mask=ok_X, other=0, cache_modifier=".cg")
+    start_X = tl.load(starts_ptr + id_X, mask=ok_X, other=0, cache_modifier=".cg")
+    tl.store(sorted_ptr + start_X + offset_X + rank_X, slot_X, mask=ok_X)
+
+
+@triton.jit
+def _finish(
+    ids_ptr, used_counts_ptr, ranks_ptr, counts_ptr, starts_ptr, sorted_ptr, tile_expert_ptr, tile_row_ptr,
+    num_tiles_ptr, ticket_ptr, num_tokens,
+    E: tl.constexpr, E_PAD: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
+    CHUNKS: tl.constexpr, SLOTS: tl.constexpr, HAS_COUNTS: tl.constexpr,
+):  # fmt: skip
+    """The last program of the launch builds the tables of all chunks. The ticket is back at zero afterwards."""
+    tl.debug_barrier()
+    ticket = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu")
+    if ticket == tl.num_programs(0) - 1:
+        _scan(
+            counts_ptr, starts_ptr, tile_expert_ptr, tile_row_ptr, num_tiles_ptr, tl.num_programs(0),
+            E, E_PAD, BLOCK_M, CHUNKS,
+        )  # fmt: skip
+        tl.debug_barrier()
+        for first in range(0, num_tokens * K, SLOTS):
+            _scatter(
+                ids_ptr, used_counts_ptr, ranks_ptr, counts_ptr, starts_ptr, sorted_ptr, first, num_tokens * K,
+                E, K, ROWS, SLOTS, HAS_COUNTS,
+            )  # fmt: skip
+        tl.store(ticket_ptr, 0)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def route_kernel(
+    logits_ptr, selection_bias_ptr, expert_scale_ptr, forced_ptr, ids_ptr, weights_ptr, used_counts_ptr, identity_ptr,
+    ranks_ptr, counts_ptr, starts_ptr, sorted_ptr, tile_expert_ptr, tile_row_ptr, num_tiles_ptr, ticket_ptr,
+    num_tokens, scale, norm_epsilon, norm_floor, jitter,
+    GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP2: tl.constexpr,
+    K: tl.constexpr, SCORE: tl.constexpr, SOFTMAX_AFTER: tl.constexpr, RENORMALIZE: tl.constexpr,
+    NORM_P: tl.constexpr, ZERO_EXPERTS: tl.constexpr, ROWS: tl.constexpr, GROUPS_PAD: tl.constexpr,
+    SIZE_PAD: tl.constexpr, K_PAD: tl.constexpr, E_PAD: tl.constexpr, BLOCK_M: tl.constexpr, CHUNKS: tl.constexpr,
+    SLOTS: tl.constexpr, INDEX: tl.constexpr, FINISH: tl.constexpr,
+):  # fmt: skip
+    """Route ROWS rows. See :class:`RouterSpec` for the rules, in the order of its fields."""
+    chunk = tl.program_id(0)
+    rows_R = chunk * ROWS + tl.arange(0, ROWS)
+    rows_ok_R = rows_R < num_tokens
+    lane_L = tl.arange(0, GROUPS_PAD * SIZE_PAD)
+    expert_L = (lane_L // SIZE_PAD) * GROUP_SIZE + lane_L % SIZE_PAD
+    valid_L = (lane_L // SIZE_PAD < GROUPS) & (lane_L % SIZE_PAD < GROUP_SIZE)
+    NUM_EXPERTS: tl.constexpr = GROUPS * GROUP_SIZE
+    at_RL = logits_ptr + rows_R[:, None] * NUM_EXPERTS + expert_L[None, :]
+    logits_RL = tl.load(at_RL, mask=rows_ok_R[:, None] & valid_L[None, :], other=0.0).to(tl.float32)
+    scores_RL = _scores(logits_RL, valid_L, SCORE, SOFTMAX_AFTER)
+
+    choice_RL = scores_RL
+    if selection_bias_ptr is not None:
+        choice_RL += tl.load(selection_bias_ptr + expert_L, mask=valid_L, other=0.0).to(tl.float32)[None, :]
+    # A legitimate -inf or NaN stays above the lanes that are padding or already taken: K distinct experts always come.
+    choice_RL = tl.where(choice_RL > _LOWEST, choice_RL, _LOWEST)
+    choice_RL = tl.where(valid_L[None, :], choice_RL, float("-inf"))
+    if TOP_GROUPS < GROUPS:
+        choice_RL = _allowed_groups(choice_RL, GROUPS, TOP_GROUPS, TOP2, ROWS, GROUPS_PAD, SIZE_PAD)
+
+    slot_K = tl.arange(0, K_PAD)[None, :]
+    ids_RK = tl.zeros((ROWS, K_PAD), dtype=tl.int32)
+    weights_RK = tl.zeros((ROWS, K_PAD), dtype=tl.float32)
+    for k in range(K):
+        if forced_ptr is not None:
+            id_R = tl.load(forced_ptr + rows_R * K + k, mask=rows_ok_R, other=0).to(tl.int32)
+            hit_RL = expert_L[None, :] == id_R[:, None]
+            weight_R = tl.sum(tl.where(hit_RL, scores_RL, 0.0), axis=1)
+        else:
+            best_R, lane_R = tl.max(choice_RL, axis=1, return_indices=True)
+            hit_RL = lane_L[None, :] == lane_R[:, None]
+            id_R = tl.sum(tl.where(hit_RL, expert_L[None, :], 0), axis=1)
+            if SCORE == "sparsemixer":
+                factor_RL = tl.maximum(tl.abs(logits_RL), best_R[:, None])
+                near_RL = ((best_R[:, None] - logits_RL) / factor_RL <= 2 * jitter) & (choice_RL > float("-inf"))
+                weight_R = 1.0 / tl.sum(tl.where(near_RL, tl.exp(choice_RL - best_R[:, None]), 0.0), axis=1)
+            else:
+                weight_R = tl.sum(tl.where(hit_RL, scores_RL, 0.0), axis=1)
+            choice_RL = tl.where(hit_RL, float("-inf"), choice_RL)
+        ids_RK = tl.where(slot_K == k, id_R[:, None], ids_RK)
+        weights_RK = tl.where(slot_K == k, weight_R[:, None], weights_RK)
+
+    chosen_K = slot_K < K
+    if SOFTMAX_AFTER:
+        raw_RK = tl.where(chosen_K, weights_RK, float("-inf"))
+        exp_RK = tl.exp(raw_RK - tl.max(raw_RK, axis=1)[:, None])
+        weights_RK = exp_RK / tl.sum(exp_RK, axis=1)[:, None]
+    if SCORE == "constant":
+        weights_RK = tl.where(chosen_K, 1.0, 0.0)
+    if RENORMALIZE:
+        size_RK = tl.abs(weights_RK)
+        if NORM_P == 1:
+            norm_R = tl.sum(size_RK, axis=1)
+        elif NORM_P == 2:
+            norm_R = tl.sqrt(tl.sum(size_RK * size_RK, axis=1))
+        else:
+            power_RK = tl.where(size_RK > 0.0, tl.exp(NORM_P * tl.log(tl.where(size_RK > 0.0, size_RK, 1.0))), 0.0)
+            norm_R = tl.exp(tl.log(tl.sum(power_RK, axis=1)) / NORM_P)
+        weights_RK = weights_RK / (tl.maximum(norm_R, norm_floor) + norm_epsilon)[:, None]
+    weights_RK = weights_RK * scale
+    if expert_scale_ptr is not None:
+        weights_RK *= tl.load(expert_scale_ptr + ids_RK).to(tl.float32)
+
+    used_RK = tl.broadcast_to(chosen_K, (ROWS, K_PAD))
+    place_RK = tl.broadcast_to(slot_K, (ROWS, K_PAD))
+    if ZERO_EXPERTS > 0:
+        real_RK = (ids_RK < NUM_EXPERTS - ZERO_EXPERTS) & chosen_K
+        zero_RK = (ids_RK >= NUM_EXPERTS - ZERO_EXPERTS) & chosen_K
+        tl.store(identity_ptr + rows_R, tl.sum(tl.where(zero_RK, weights_RK, 0.0), axis=1), mask=rows_ok_R)
+        count_R = tl.sum(real_RK.to(tl.int32), axis=1)
+        tl.store(used_counts_ptr + rows_R, count_R, mask=rows_ok_R)
+        before_RK = tl.cumsum(real_RK.to(tl.int32), axis=1) - real_RK.to(tl.int32)
+        place_RK = tl.where(real_RK, before_RK, count_R[:, None] + slot_K - before_RK)
+        ids_RK = tl.where(real_RK, ids_RK, 0)
+        weights_RK = tl.where(real_RK, weights_RK, 0.0)
+        used_RK = real_RK
+    slot_RK = rows_R[:, None] * K + place_RK
+    stored_RK = rows_ok_R[:, None] & chosen_K
+    tl.store(ids_ptr + slot_RK, ids_RK, mask=stored_RK)
+    tl.store(weights_ptr + slot_RK, weights_RK, mask=stored_RK)
+    if INDEX:
+        E: tl.constexpr = NUM_EXPERTS - ZERO_EXPERTS
+        _rank_and_count(
+            ids_RK, used_RK, rows_R, rows_ok_R, slot_RK, ranks_ptr, counts_ptr, chunk, E, E_PAD, K, K_PAD, ROWS
+        )
+        if FINISH:
+            _finish(
+                ids_ptr, used_counts_ptr, ranks_ptr, counts_ptr, starts_ptr, sorted_ptr, tile_expert_ptr,
+                tile_row_ptr, num_tiles_ptr, ticket_ptr, num_tokens,
+                E, E_PAD, K, ROWS, BLOCK_M, CHUNKS, SLOTS, ZERO_EXPERTS > 0,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def rank_kernel(
+    ids_ptr, used_counts_ptr, ranks_ptr, counts_ptr, starts_ptr, sorted_ptr, tile_expert_ptr, tile_row_ptr,
+    num_tiles_ptr, ticket_ptr, num_tokens,
+    E: tl.constexpr, E_PAD: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr, CHUNKS: tl.constexpr, SLOTS: tl.constexpr, FINISH: tl.constexpr,
+):  # fmt: skip
+    """The tables of a routing that came from elsewhere (expert budgets, other ranks)."""
+    chunk = tl.program_id(0)
+    rows_R = chunk * ROWS + tl.arange(0, ROWS)
+    rows_ok_R = rows_R < num_tokens
+    slot_K = tl.arange(0, K_PAD)[None, :]
+    slot_RK = rows_R[:, None] * K + slot_K
+    used_RK = rows_ok_R[:, None] & (slot_K < K)
+    if used_counts_ptr is not None:
+        used_RK = used_RK & (slot_K < tl.load(used_counts_ptr + rows_R, mask=rows_ok_R, other=0)[:, None])
+    ids_RK = tl.load(ids_ptr + slot_RK, mask=used_RK, other=-1)
+    _rank_and_count(ids_RK, used_RK, rows_R, rows_ok_R, slot_RK, ranks_ptr, counts_ptr, chunk, E, E_PAD, K, K_PAD, ROWS)
+    if FINISH:
+        _finish(
+            ids_ptr, used_counts_ptr, ranks_ptr, counts_ptr, starts_ptr, sorted_ptr, tile_expert_ptr, tile_row_ptr,
+            num_tiles_ptr, ticket_ptr, num_tokens,
+            E, E_PAD, K, ROWS, BLOCK_M, CHUNKS, SLOTS, used_counts_ptr is not None,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_chunks"])
+def scan_kernel(
+    counts_ptr, starts_ptr, tile_expert_ptr, tile_row_ptr, num_tiles_ptr, num_chunks,
+    E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_M: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """Second of three launches: see :func:`_scan`."""
+    _scan(counts_ptr, starts_ptr, tile_expert_ptr, tile_row_ptr, num_tiles_ptr, num_chunks, E, E_PAD, BLOCK_M, CHUNKS)
+
+
+@triton.jit(do_not_specialize=["num_slots"])
+def scatter_kernel(
+    ids_ptr, used_counts_ptr, ranks_ptr, counts_ptr, starts_ptr, sorted_ptr, num_slots,
+    E: tl.constexpr, K: tl.constexpr, CHUNK_ROWS: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Third of three launches: see :func:`_scatter`."""
+    first = tl.program_id(0) * SLOTS
+    _scatter(
+        ids_ptr, used_counts_ptr, ranks_ptr, counts_ptr, starts_ptr, sorted_ptr, first, num_slots,
+        E, K, CHUNK_ROWS, SLOTS, used_counts_ptr is not None,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertIndex:
+    """The slots of a routing in expert order, and the row tiles that grouped GEMMs walk. All on the device.
+
+    ``routed_ids_TK`` and ``routed_counts_T`` are the tensors that it was built from: a routing whose tensors were
+    replaced is recognised by them.
+    """
+
+    block_m: int
+    max_tiles: int
+    num_experts: int
+    sorted_slots_X: torch.Tensor  # int32; entry i is the slot (row * K + k) that comes i-th in expert order
+    starts_E1: torch.Tensor  # int32; expert e owns entries starts[e] : starts[e + 1]
+    tile_expert: torch.Tensor  # int32
+    tile_row: torch.Tensor  # int32, first entry of the tile
+    num_tiles: torch.Tensor  # int32, one element: tiles in use
+    routed_ids_TK: torch.Tensor
+    routed_counts_T: torch.Tensor | None
+
+    def matches(self, routing: Routing, num_experts: int) -> bool:
+        """Whether this index describes ``routing``."""
+        same = self.routed_ids_TK is routing.expert_ids_TK and self.routed_counts_T is routing.counts_T
+        return same and self.num_experts == num_experts
+
+
+def max_row_tiles(num_slots: int, num_experts: int, block_m: int) -> int:
+    """Most tiles of ``block_m`` rows that any routing of so many slots can need."""
+    hit = min(num_experts, num_slots)
+    return (num_slots + hit * (block_m - 1)) // block_m
+
+
+def chunk_rows(num_tokens: int, num_experts: int) -> int:
+    """Rows routed per program: small enough that a decode step spreads, large enough that the scan stays short."""
+    widest = max(1, 4096 // next_power_of_2(num_experts))
+    return min(widest, 8 if num_tokens <= SINGLE_LAUNCH_TOKENS else 16)
+
+
+def route_warps(lanes: int) -> int:
+    """Warps per routing program: wide rows would not fit the registers of four."""
+    return 4 if lanes <= 128 else 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tables:
+    """Buffers of one index build, and the launches that follow the first one."""
+
+    index: ExpertIndex
+    rows: int
+    num_chunks: int
+    single: bool
+    args: dict[str, torch.Tensor | None]
+    constexprs: dict[str, int]
+
+    def following(self, num_tokens: int, top_k: int) -> list[Launch]:
+        if self.single:
+            return []
+        a, c = self.args, self.constexprs
+        scan = ("counts_ptr", "starts_ptr", "tile_expert_ptr", "tile_row_ptr", "num_tiles_ptr")
+        scatter = ("ids_ptr", "used_counts_ptr", "ranks_ptr", "counts_ptr", "starts_ptr", "sorted_ptr")
+        num_slots = num_tokens * top_k
+        return [
+            Launch(
+                kernel=scan_kernel,
+                grid=(1,),
+                args={**{k: a[k] for k in scan}, "num_chunks": self.num_chunks},
+                constexprs={k: c[k] for k in ("E", "E_PAD", "BLOCK_M", "CHUNKS")},
+                num_warps=8,
+            ),
+            Launch(
+                kernel=scatter_kernel,
+                grid=(cdiv(num_slots, c["SLOTS"]),),
+                args={**{k: a[k] for k in scatter}, "num_slots": num_slots},
+                constexprs={"E": c["E"], "K": top_k, "CHUNK_ROWS": self.rows, "SLOTS": c["SLOTS"]},
+            ),
+        ]
+
+
+def _tables(
+    ids_TK: torch.Tensor, counts_T: torch.Tensor | None, num_experts: int, block_m: int, ticket: torch.Tensor
+) -> _Tables:
+    num_tokens, top_k = ids_TK.shape
+    num_slots, device = num_tokens * top_k, ids_TK.device
+    rows = chunk_rows(num_tokens, num_experts)
+    num_chunks = cdiv(num_tokens, rows)
+    max_tiles = max_row_tiles(num_slots, num_experts, block_m)
+
+    # One allocation for all tables; parts start at multiples of 16 bytes, which the kernels' loads rely on.
+    sizes = (num_slots, num_experts + 1, max_tiles, max_tiles, 1, num_slots, num_chunks * num_experts)
+    padded = [cdiv(size, 4) * 4 for size in sizes]
+    parts = torch.empty(sum(padded), dtype=torch.int32, device=device).split(padded)
+    sorted_X, starts_E1, tile_expert, tile_row, num_tiles, ranks, counts = (
+        part[:size] for part, size in zip(parts, sizes, strict=True)
+    )
+    index = ExpertIndex(
+        block_m=block_m,
+        max_tiles=max_tiles,
+        num_experts=num_experts,
+        sorted_slots_X=sorted_X,
+        starts_E1=starts_E1,
+        tile_expert=tile_expert,
+        tile_row=tile_row,
+        num_tiles=num_tiles,
+        routed_ids_TK=ids_TK,
+        routed_counts_T=counts_T,
+    )
+    e_pad = next_power_of_2(num_experts)
+    return _Tables(
+        index=index,
+        rows=rows,
+        num_chunks=num_chunks,
+        single=num_tokens <= SINGLE_LAUNCH_TOKENS,
+        args={
+            "ids_ptr": ids_TK,
+            "used_counts_ptr": counts_T,
+            "ranks_ptr": ranks,
+            "counts_ptr": counts,
+            "starts_ptr": index.starts_E1,
+            "sorted_ptr": index.sorted_slots_X,
+            "tile_expert_ptr": index.tile_expert,
+            "tile_row_ptr": index.tile_row,
+            "num_tiles_ptr": index.num_tiles,
+            "ticket_ptr": ticket,
+        },
+        constexprs={
+            "E": num_experts,
+            "E_PAD": e_pad,
+            "BLOCK_M": block_m,
+            "CHUNKS": max(1, min(32, 4096 // e_pad)),
+            "SLOTS": 512,
+        },
+    )
+
+
+def plan_index(
+    routing: Routing, num_experts: int, block_m: int, ticket: torch.Tensor
+) -> tuple[ExpertIndex, list[Launch]]:
+    """The tables of a routing, and the one or three launches that fill them.
+
+    Arguments:
+        ticket: int32, one element, zero between launches of a stream.
+    """
+    num_tokens, top_k = routing.expert_ids_TK.shape
+    tables = _tables(routing.expert_ids_TK, routing.counts_T, num_experts, block_m, ticket)
+    first = Launch(
+        kernel=rank_kernel,
+        grid=(tables.num_chunks,),
+        args={**tables.args, "num_tokens": num_tokens},
+        constexprs={
+            **tables.constexprs,
+            "K": top_k,
+            "K_PAD": next_power_of_2(top_k),
+            "ROWS": tables.rows,
+            "FINISH": tables.single,
+        },
+        num_warps=route_warps(next_power_of_2(num_experts)),
+    )
+    return tables.index, [first, *tables.following(num_tokens, top_k)]
+
+
+def plan_route(
+    logits_TE: torch.Tensor,
+    spec: RouterSpec,
+    *,
+    block_m: int | None,
+    ticket: torch.Tensor,
+    selection_bias_E: torch.Tensor | None = None,
+    expert_scale_E: torch.Tensor | None = None,
+    forced_ids_TK: torch.Tensor | None = None,
+) -> tuple[Routing, list[Launch]]:
+    """A routing with its tables, and the launches that fill both: one up to 1,024 rows, three beyond.
+
+    Arguments:
+        logits_TE: contiguous, any float dtype.
+        block_m: rows per tile of the tables; None builds no tables (the pair path needs none).
+        ticket: as in :func:`plan_index`.
+
+    Raises:
+        ValueError: as :func:`router_reference.route` does, and for a rule with a capacity.
+    """
+    check_route_arguments(logits_TE, spec, selection_bias_E, expert_scale_E, forced_ids_TK)
+    if spec.drops:
+        raise ValueError("routing with a capacity depends on all rows of a call and has no kernel")
+    num_tokens, device, top_k = logits_TE.shape[0], logits_TE.device, spec.top_k
+    ids_TK = torch.empty(num_tokens, top_k, dtype=torch.int32, device=device)
+    weights_TK = torch.empty(num_tokens, top_k, dtype=torch.float32, device=device)
+    counts_T = identity_T = None
+    if spec.zero_experts:
+        counts_T = torch.empty(num_tokens, dtype=torch.int32, device=device)
+        identity_T = torch.empty(num_tokens, dtype=torch.float32, device=device)
+    tables = _tables(ids_TK, counts_T, spec.num_real_experts, block_m or 16, ticket)
+    grouped = spec.grouped
+    groups, size = (spec.num_groups, spec.group_size) if grouped else (1, spec.num_experts)
+    constexprs = {k: v for k, v in tables.constexprs.items() if k != "E"}
+    first = Launch(
+        kernel=route_kernel,
+        grid=(tables.num_chunks,),
+        args={
+            **tables.args,
+            "logits_ptr": logits_TE,
+            "selection_bias_ptr": selection_bias_E,
+            "expert_scale_ptr": expert_scale_E,
+            "forced_ptr": forced_ids_TK,
+            "weights_ptr": weights_TK,
+            "identity_ptr": identity_T,
+            "num_tokens": num_tokens,
+            "scale": float(spec.scale),
+            "norm_epsilon": float(spec.norm_epsilon),
+            "norm_floor": float(spec.norm_floor),
+            "jitter": float(spec.jitter),
+        },
+        constexprs={
+            **constexprs,
+            "GROUPS": groups,
+            "GROUP_SIZE": size,
+            "TOP_GROUPS": spec.top_groups if grouped else 1,
+            "TOP2": spec.group_score == "top2_sum",
+            "K": top_k,
+            "SCORE": spec.score,
+            "SOFTMAX_AFTER": spec.softmax_after_topk,
+            "RENORMALIZE": spec.renormalize,
+            "NORM_P": float(spec.norm_p),
+            "ZERO_EXPERTS": spec.zero_experts,
+            "ROWS": tables.rows,
+            "GROUPS_PAD": next_power_of_2(groups),
+            "SIZE_PAD": next_power_of_2(size),
+            "K_PAD": next_power_of_2(top_k),
+            "INDEX": block_m is not None,
+            "FINISH": block_m is not None and tables.single,
+        },
+        num_warps=route_warps(next_power_of_2(groups) * next_power_of_2(size)),
+    )
+    routing = Routing(
+        expert_ids_TK=ids_TK,
+        weights_TK=weights_TK,
+        counts_T=counts_T,
+        identity_weights_T=identity_T,
+        weight_on_input=spec.weight_on_input,
+        index=None if block_m is None else tables.index,
+    )
+    following = tables.following(num_tokens, top_k) if block_m is not None else []
+    return routing, [first, *following]

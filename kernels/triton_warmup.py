@@ -1,0 +1,111 @@
+"""Every launch that a model's layers can need, planned on tensors without storage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from .torch_experts import PlainExperts
+from .triton_attention import plan_attention
+from .triton_experts import ExpertPlanner, plan_experts, shape_of
+from .triton_launch import Launch
+from .triton_norm import plan_rms_norm, plan_rope_and_write
+from .triton_router import plan_route
+from .triton_tuning import best_attention
+from .types import AttentionBatch, KVLayer
+
+if TYPE_CHECKING:
+    from .triton_backend import WarmUpShape
+
+_META = torch.device("meta")
+
+
+def planned_launches(shapes: Sequence[WarmUpShape], dtype: torch.dtype, planner: ExpertPlanner) -> list[Launch]:
+    """The distinct launches of layers of these shapes, over all powers of two of tokens, sequences and contexts."""
+    found: dict[tuple, Launch] = {}
+    for shape in shapes:
+        for launch in _layer_launches(shape, dtype, planner):
+            found.setdefault(launch.variant(), launch)
+    return list(found.values())
+
+
+def _powers(limit: int) -> list[int]:
+    return [1 << i for i in range(max(limit - 1, 0).bit_length() + 1)]
+
+
+def _layer_launches(shape: WarmUpShape, dtype: torch.dtype, planner: ExpertPlanner) -> list[Launch]:
+    launches: list[Launch] = []
+    for tokens in _powers(shape.max_tokens):
+        x_TD = torch.empty(tokens, shape.hidden_size, dtype=dtype, device=_META)
+        launches.append(plan_rms_norm(x_TD, x_TD[0], 1e-6, x_TD))
+        launches.append(plan_rms_norm(x_TD, x_TD[0], 1e-6, x_TD, x_TD, x_TD))
+        if shape.router is not None:
+            launches += mixture_launches(shape, tokens, dtype, planner)
+    for sequences in _powers(shape.max_sequences):
+        for context in _powers(shape.max_context):
+            launches += attention_launches(shape, sequences, 1, context, dtype, planner)
+    for tokens in _powers(shape.max_tokens):
+        launches += attention_launches(shape, 1, tokens, max(tokens, shape.max_context), dtype, planner)
+    return launches
+
+
+def mixture_launches(shape: WarmUpShape, tokens: int, dtype: torch.dtype, planner: ExpertPlanner) -> list[Launch]:
+    """Routing and experts of one layer for so many rows."""
+    spec = shape.router
+    assert spec is not None, "the layer has no mixture"
+    e, f, d = spec.num_real_experts, shape.expert_size, shape.hidden_size
+
+    def weights(*sizes: int) -> torch.Tensor:
+        return torch.empty(*sizes, dtype=dtype, device=_META)
+
+    plain = PlainExperts(weights(e, f, d), weights(e, f, d), weights(e, d, f), None, None, None)
+    ticket = torch.empty(1, dtype=torch.int32, device=_META)
+    path = planner.path(tokens, shape_of(plain, spec.top_k))
+    logits_dtype = torch.float32 if spec.float32_logits else dtype
+    routing, launches = plan_route(
+        torch.empty(tokens, spec.num_experts, dtype=logits_dtype, device=_META),
+        spec,
+        block_m=None if path.pairs else path.block_m,
+        ticket=ticket,
+        selection_bias_E=torch.empty(spec.num_experts, device=_META) if spec.selection_bias else None,
+        expert_scale_E=torch.empty(spec.num_experts, device=_META) if spec.expert_scale else None,
+        forced_ids_TK=torch.empty(tokens, spec.top_k, dtype=torch.int64, device=_META) if spec.forced_experts else None,
+    )
+    x_TD = torch.empty(tokens, d, dtype=dtype, device=_META)
+    experts = plan_experts(x_TD, plain, routing, shape.activation, torch.empty_like(x_TD), planner, ticket)
+    return [*launches, *experts]
+
+
+def attention_launches(
+    shape: WarmUpShape, sequences: int, query_len: int, context: int, dtype: torch.dtype, planner: ExpertPlanner
+) -> list[Launch]:
+    """Rotation, cache write and attention of one layer."""
+    rows, h, g, c = sequences * query_len, shape.num_heads, shape.num_kv_heads, shape.head_dim
+
+    def ints(*sizes: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(*sizes, dtype=dtype, device=_META)
+
+    batch = AttentionBatch(
+        positions_T=ints(rows, dtype=torch.int64),
+        slots_T=ints(rows, dtype=torch.int64),
+        query_start_S1=ints(sequences + 1),
+        context_len_S=ints(sequences),
+        block_table_SM=ints(sequences, -(-shape.max_context // shape.page_size)),
+        max_query_len=query_len,
+        max_context_len=context,
+    )
+    pages = torch.empty(1024, g, shape.page_size, c, dtype=dtype, device=_META)
+    layer = KVLayer(keys_BGPC=pages, values_BGPC=pages)
+    qkv = torch.empty(rows, (h + 2 * g) * c, dtype=dtype, device=_META)
+    q_TX, k_TX, v_TX = qkv.split((h * c, g * c, g * c), -1)
+    out_THC = torch.empty(rows, h, c, dtype=dtype, device=_META)
+    table = torch.empty(shape.max_context, c, dtype=torch.float32, device=_META)
+    config = best_attention(query_len, context, sequences * g, h // g, c, planner.device)
+    return [
+        plan_rope_and_write(
+            q_TX.view(rows, h, c), k_TX.view(rows, g, c), v_TX.view(rows, g, c), table, batch, layer, out_THC
+        ),
+        *plan_attention(out_THC, layer, batch, out_THC, scale=c**-0.5, window=shape.window, config=config),
+    ]
