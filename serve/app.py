@@ -18,7 +18,7 @@ from .context import ServerContext
 from .errors import install_error_handlers
 from .gate import Admission, Gate
 from .metrics import ServerMetrics
-from .middleware import BodyLimit, RequestContext
+from .middleware import BodyLimit, HeaderLimit, RequestContext
 from .request_checks import RequestChecks
 from .routes_chat import chat_routes
 from .routes_completions import completion_routes
@@ -95,6 +95,7 @@ def create_app(context: ServerContext) -> FastAPI:
             allow_headers=["authorization", "content-type", "x-request-id"],
             expose_headers=["x-request-id"],
         )
+    app.add_middleware(HeaderLimit, max_bytes=limits.max_header_bytes)
     app.add_middleware(RequestContext, on_done=context.metrics.on_http)
     _describe_errors(app)
     return app

@@ -82,6 +82,7 @@ class EngineBridge:
         self._death: BaseException | None = None
         self._hang_reported = False
         self._closed = False
+        self.ended_well = False
 
     @property
     def num_open(self) -> int:
@@ -101,7 +102,9 @@ class EngineBridge:
         if self._watchdog is not None:
             self._watchdog.cancel()
         await asyncio.get_running_loop().run_in_executor(None, self._thread.join, timeout)
-        return not self._thread.is_alive()
+        stopped = not self._thread.is_alive()
+        self.ended_well = stopped and self._death is None
+        return stopped
 
     def failure(self) -> EngineFailure | None:
         """Why the engine cannot take requests, if so."""

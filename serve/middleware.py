@@ -1,4 +1,4 @@
-"""What happens around every request: an id, one line in the log, a count, a bounded body."""
+"""What happens around every request: an id, one line in the log, a count, a bounded size."""
 
 from __future__ import annotations
 
@@ -73,6 +73,24 @@ class RequestContext:
             self._on_done(line["method"], getattr(scope.get("route"), "path", "unmatched"), line["status"])
             routine = scope["path"] in ("/health", "/metrics") and status == 200  # asked for every few seconds
             logger.log(logging.DEBUG if routine else logging.INFO, "request", extra={"fields": line})
+
+
+class HeaderLimit:
+    """ASGI middleware that refuses large headers. The protocol's own bound sees only those that arrive in pieces."""
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            size = len(scope.get("raw_path", b"")) + len(scope.get("query_string", b""))
+            size += sum(len(name) + len(value) + 4 for name, value in scope["headers"])
+            if size > self._max_bytes:
+                message = f"The header is larger than {self._max_bytes} bytes."
+                error = ApiError(431, message, code="header_too_large", headers={"Connection": "close"})
+                return await error.response()(scope, receive, send)
+        await self._app(scope, receive, send)
 
 
 class BodyLimit:

@@ -49,7 +49,7 @@ def run(
         load_arguments: further arguments of :func:`load_model`.
 
     Returns:
-        The exit code: 0 after an orderly end, 1 when the engine had died or the server could not start.
+        The exit code: 0 after an orderly end, 1 when the engine had died or hung, or the server could not start.
 
     Raises:
         ValueError: the address is in use, or the model cannot be served.
@@ -74,8 +74,7 @@ def serve_engine(make_engine: Callable[[], Engine], settings: ServerSettings | N
         except SystemExit:
             logger.error("the server could not start")  # uvicorn has logged why
             return 1
-        failure = context.bridge.failure()
-        return 0 if failure is None or failure.code == "shutting_down" else 1
+        return 0 if context.bridge.ended_well else 1
     finally:
         listener.close()
         if settings.uds is not None and os.path.exists(settings.uds):
