@@ -100,6 +100,14 @@ COMMANDS = (
         run="prepare",
         examples=("dynamoe prepare", "dynamoe prepare model=default"),
     ),
+    Command(
+        name="train",
+        summary="train a model with exits by a recipe: text, vocabulary, weights, exits, report",
+        module="dynamic.train.command",
+        config="TrainConfig",
+        run="train",
+        examples=("dynamoe train recipe=tiny", "dynamoe train recipe=tiny output=runs/tiny max_minutes=10"),
+    ),
 )
 
 

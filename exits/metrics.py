@@ -125,3 +125,50 @@ def _check(confidence: torch.Tensor, correct: torch.Tensor) -> None:
     if confidence.shape != correct.shape or confidence.ndim != 1 or not confidence.numel():
         shapes = f"{tuple(confidence.shape)} and {tuple(correct.shape)}"
         raise ValueError(f"confidence and correct must be equally long, non-empty rows, not {shapes}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatingPoint:
+    """What one threshold for all exits would do: who leaves where, how often it is wrong, how many layers are cut.
+
+    ``layers_cut`` is the share of layers that is not executed; keys and values of skipped layers are not counted.
+    """
+
+    threshold: float
+    disagreement: float
+    layers_cut: float
+    leaves: dict[int, float]  # share of all rows, by exit
+
+
+def operating_point(
+    confidence: Mapping[int, torch.Tensor], correct: Mapping[int, torch.Tensor], num_layers: int, risk: float
+) -> OperatingPoint:
+    """The lowest threshold whose disagreement over all rows stays within a risk, on these rows.
+
+    A row leaves at the first exit whose confidence reaches the threshold; rows that never do are right by definition.
+    An estimate on given text: it certifies nothing, and choosing the threshold on the same rows makes it optimistic.
+
+    Arguments:
+        confidence, correct: by exit (layers executed), (R,) each over the same rows.
+        risk: largest disagreement, as a share of all rows.
+    """
+    exits = sorted(confidence)
+    scores_ER = torch.stack([confidence[e].double() for e in exits])
+    wrong_ER = torch.stack([1 - correct[e].double() for e in exits])
+    best = OperatingPoint(threshold=float("inf"), disagreement=0.0, layers_cut=0.0, leaves=dict.fromkeys(exits, 0.0))
+    for threshold in torch.quantile(scores_ER.flatten()[:: max(1, scores_ER.numel() // 100_000)],
+                                    torch.linspace(1, 0, 201, dtype=torch.float64)).tolist():  # fmt: skip
+        reached_ER = scores_ER >= threshold
+        first_ER = reached_ER & (reached_ER.cumsum(0) == 1)
+        disagreement = float((wrong_ER * first_ER).sum(0).mean())
+        if disagreement > risk:
+            break
+        shares = first_ER.double().mean(1).tolist()
+        cut = sum(share * (num_layers - layer) / num_layers for share, layer in zip(shares, exits, strict=True))
+        best = OperatingPoint(
+            threshold=threshold,
+            disagreement=disagreement,
+            layers_cut=cut,
+            leaves=dict(zip(exits, shares, strict=True)),
+        )
+    return best

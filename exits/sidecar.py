@@ -1,4 +1,4 @@
-"""The exits of a checkpoint, kept beside it: ``exits.json`` says what there is, ``exits.safetensors`` holds the tensors.
+"""The exits of a checkpoint, kept beside it: ``exits.json`` says what there is, ``exits.safetensors`` has the tensors.
 
 The checkpoint itself stays an ordinary one: whoever does not know about exits reads it as before.
 

@@ -1,0 +1,200 @@
+"""A recipe from nothing to a model with exits: text, vocabulary, training, export, exits, report.
+
+Every stage leaves its result on disk and is skipped when it is there, so that a recipe can be run in pieces.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...exits.training.checkpoint import latest_checkpoint, load_weights
+from ...exits.training.heads import ExitStates
+from ...exits.training.objectives import ExitTraining
+from ...exits.training.trainer import TrainerConfig, TrainResult, train
+from ..model_store import cache_home
+from .corpus import Corpus, CorpusConfig, build_corpus, load_corpus
+from .exit_heads import ExitHeadsConfig, collect_states, make_exits
+from .export import export_checkpoint
+from .language_model import LanguageModelConfig, LanguageModelTask
+from .model import DecoderConfig, TrainableDecoder
+from .served import continuations, prompts_from
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeConfig:
+    """Everything that a trained model depends on.
+
+    Arguments:
+        dtype: of activations while training: ``float32`` or ``bfloat16``. Weights and optimiser are float32.
+        device: torch device.
+        served_prompts: held-out prompts that the model continues; half of the exits' training text.
+        prompt_tokens, new_tokens: length of these prompts and continuations.
+        exit_rows: positions of held-out text that the exits learn from, beside the served ones.
+        seed: of weights, text order and dropout.
+
+    Raises:
+        ValueError: for an unknown dtype, or parts that do not fit each other.
+    """
+
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    text: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    exits: ExitTraining = field(default_factory=ExitTraining)
+    trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(steps=2600))
+    heads: ExitHeadsConfig = field(default_factory=ExitHeadsConfig)
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    served_prompts: int = 256
+    prompt_tokens: int = 64
+    new_tokens: int = 128
+    exit_rows: int = 65_536
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        if self.decoder.vocab_size != self.corpus.vocab_size:
+            raise ValueError(
+                f"decoder.vocab_size={self.decoder.vocab_size} and corpus.vocab_size={self.corpus.vocab_size} differ"
+            )
+        if self.text.window > self.decoder.max_position:
+            raise ValueError(f"text.window={self.text.window} exceeds decoder.max_position={self.decoder.max_position}")
+
+
+def run_recipe(
+    config: RecipeConfig, output: Path, *, progress: bool = True, say: Callable[[str], None] = print
+) -> TrainResult:
+    """Run a recipe, or the next piece of it.
+
+    Arguments:
+        output: directory of the run: ``training/`` (checkpoints, losses), ``model/`` (the export with its exits),
+            ``report.json``.
+        progress: show a progress line.
+
+    Returns: where training stands; ``finished`` says whether the model has been exported.
+
+    Raises:
+        ValueError: for text that cannot be had, a run that cannot fit, or settings that differ from the run's own.
+    """
+    keep_freed_memory()
+    corpus = load_corpus(build_corpus(config.corpus, cache_home() / "corpora", say=say))
+    model, task = build_task(config, corpus)
+    claim(output, config)
+    result = train(model, task, config.trainer, output / "training", progress=progress)
+    if not result.finished:
+        say(f"step {result.step} of {config.trainer.steps}; the same command goes on from here")
+        return result
+    target = output / "model"
+    export_checkpoint(model, corpus.tokenizer_file, target)
+    report: dict[str, Any] = {
+        "config": asdict(config),
+        "seconds": result.seconds,
+        "threads": torch.get_num_threads(),
+        "layers_share_of_flops": config.decoder.layers_share,
+        "evaluation": result.evaluation,
+        "known_streams": corpus.known,
+    }
+    if config.decoder.exit_layers and config.exits.loss_weight > 0:
+        as_exported(model)
+        states = exit_states(model, corpus, target, config)
+        heads, table = make_exits(model, states, target, config.heads, stream=corpus.train, plot=_plot_path(output))
+        report["exits"] = heads.metrics
+        say(table)
+        say(f"at 2 % disagreement: {heads.metrics['at_2_percent_disagreement']}")
+    (output / "report.json").write_text(json.dumps(report, indent=1))
+    size = sum(f.stat().st_size for f in target.iterdir())
+    say(f"{target}: {size / 1e6:.1f} MB, perplexity {result.evaluation.get('perplexity', float('nan')):.2f}")
+    return result
+
+
+def build_task(config: RecipeConfig, corpus: Corpus) -> tuple[TrainableDecoder, LanguageModelTask]:
+    """The untrained model of a recipe, and its task."""
+    model = TrainableDecoder(config.decoder, dtype=DTYPES[config.dtype], seed=config.seed).to(config.device)
+    task = LanguageModelTask(config.text, config.exits, corpus.train, corpus.held_out, config.trainer.steps)
+    return model, task
+
+
+def exit_states(model: TrainableDecoder, corpus: Corpus, checkpoint: Path, config: RecipeConfig) -> ExitStates:
+    """Hidden states for training the exits: held-out text as it is, and what the model writes after its beginnings."""
+    prompts = prompts_from(corpus.held_out, config.served_prompts, config.prompt_tokens, config.seed)
+    served_NL = continuations(checkpoint, prompts, config.new_tokens, config.seed)
+    length = config.prompt_tokens + config.new_tokens
+
+    def sequences() -> Iterator[tuple[int, torch.Tensor, int]]:
+        group = 0
+        for row_L in served_NL:
+            yield group, row_L[None, :-1], config.prompt_tokens - 1
+            group += 1
+        read = prompts_from(corpus.held_out, config.exit_rows // length, length, config.seed + 1)
+        for row in read:
+            yield group, torch.tensor(row)[None], 0
+            group += 1
+
+    return collect_states(model, sequences())
+
+
+@torch.no_grad()
+def as_exported(model: TrainableDecoder, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Round a model's weights to what its export holds; exits must learn from the model that will be served."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc's allocator to reuse large blocks: returning them means a page fault for every 4 KiB of every step."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def load_trained(config: RecipeConfig, output: Path) -> TrainableDecoder:
+    """The model at a run's latest checkpoint.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    checkpoint = latest_checkpoint(output / "training")
+    if checkpoint is None:
+        raise ValueError(f"{output} holds no checkpoint")
+    model = TrainableDecoder(config.decoder, dtype=DTYPES[config.dtype], seed=config.seed)
+    load_weights(checkpoint, model)
+    return model.to(config.device)
+
+
+def claim(output: Path, config: RecipeConfig) -> None:
+    """A directory belongs to one recipe; what the trainer may change between pieces is not compared.
+
+    Raises:
+        ValueError: when it holds a run of another recipe, naming the keys that differ.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    wanted = json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in ("trainer", "heads")}))
+    file = output / "recipe.json"
+    if not file.exists():
+        file.write_text(json.dumps(wanted, indent=1))
+        return
+    found = json.loads(file.read_text())
+    different = [key for key in wanted if found.get(key) != wanted[key]]
+    if different:
+        changes = "; ".join(f"{key}: {found.get(key)} → {wanted[key]}" for key in different)
+        raise ValueError(f"{output} holds a run of another recipe ({changes}); take another output directory")
+
+
+def _plot_path(output: Path) -> Path | None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return None
+    return output / "risk-coverage.svg"

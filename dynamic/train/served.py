@@ -1,0 +1,64 @@
+"""Text that the model itself writes: exits are judged on what is served, not only on what was read.
+
+Shape suffixes: N sequences, L positions.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+GREEDY_SHARE = 0.5  # the other half is sampled, since a served prefix may be either
+
+
+def prompts_from(streams: dict[str, torch.Tensor], count: int, length: int, seed: int) -> list[list[int]]:
+    """Beginnings of held-out text, spread evenly over its streams.
+
+    Arguments:
+        streams: named int16 tokens; those shorter than a prompt give none.
+        count: prompts in all, at most.
+        length: tokens per prompt.
+
+    Raises:
+        ValueError: when no stream is long enough.
+    """
+    usable = {name: s for name, s in sorted(streams.items()) if s.numel() > length}
+    if not usable:
+        raise ValueError(f"no held-out text is longer than a prompt of {length} tokens")
+    generator = torch.Generator().manual_seed(seed)
+    prompts = []
+    for number in range(count):
+        stream = list(usable.values())[number % len(usable)]
+        start = int(torch.randint(stream.numel() - length, (1,), generator=generator))
+        prompts.append(stream[start : start + length].tolist())
+    return prompts
+
+
+def continuations(
+    checkpoint: Path, prompts: list[list[int]], new_tokens: int, seed: int, dtype: str = "auto"
+) -> torch.Tensor:
+    """Prompts with what the model makes of them, int64 (N, prompt + new tokens), through this framework's engine.
+
+    Arguments:
+        prompts: all of the same length.
+        dtype: see :func:`..loader.load_model`.
+    """
+    from ..llm import LLM
+    from ..sampling_params import SamplingParams
+
+    llm = LLM(checkpoint, dtype=dtype, progress=False, max_num_seqs=32)
+    greedy = round(len(prompts) * GREEDY_SHARE)
+    params = [
+        SamplingParams(
+            temperature=0.0 if number < greedy else 0.8,
+            top_p=0.95,
+            max_tokens=new_tokens,
+            ignore_eos=True,
+            detokenize=False,
+            seed=seed + number,
+        )
+        for number in range(len(prompts))
+    ]
+    results = llm.generate([list(p) for p in prompts], params, use_tqdm=False)
+    return torch.tensor([[*r.prompt_token_ids, *r.outputs[0].token_ids] for r in results])
