@@ -8,7 +8,7 @@ Shape suffixes: N sequences, L positions, R rows, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from ...exits.calibrators import ISOTONIC_MINIMUM, fit_isotonic, fit_temperature
 from ...exits.metrics import ProbeReport, operating_point, plot_risk_coverage, report, table
-from ...exits.probes import Probe, ProbeSpec, check_probe_cost, frequent_tokens, saturation, top_margin
+from ...exits.probes import MAX_LAYER_SHARE, Probe, ProbeSpec, check_probe_cost, frequent_tokens, saturation, top_margin
 from ...exits.readout import ReadoutAdapter
 from ...exits.sidecar import ExitHeads, backbone_hash, save_heads
 from ...exits.training.heads import (
@@ -28,15 +28,10 @@ from ...exits.training.heads import (
     fit_probe,
     probe_logits,
 )
-from .model import TrainableDecoder
+from .model import DecoderConfig, TrainableDecoder
 
-COMPARED = {
-    "linear": ProbeSpec(kind="linear"),
-    "linear + previous": ProbeSpec(kind="linear", previous=True),
-    "linear + previous + entropy": ProbeSpec(kind="linear", previous=True, router_entropy=True),
-    "mlp": ProbeSpec(kind="mlp", width=8),
-    "mlp + entropy": ProbeSpec(kind="mlp", width=8, router_entropy=True),
-}
+COMPARED = ("linear", "linear + previous", "linear + previous + entropy", "mlp", "mlp + entropy", "mlp + previous")
+_WIDEST = 16
 _REDUCED_VOCABULARY = 256
 
 
@@ -64,6 +59,25 @@ class ExitHeadsConfig:
             raise ValueError(f"probe must be best or one of {', '.join(COMPARED)}, not {self.probe!r}")
         if self.calibrator not in ("temperature", "isotonic"):
             raise ValueError(f"calibrator must be temperature or isotonic, not {self.calibrator!r}")
+
+
+def compared_probes(config: DecoderConfig) -> dict[str, ProbeSpec]:
+    """Every kind in ``COMPARED``; an ``mlp`` gets the greatest width that 1 % of a layer pays for.
+
+    Raises:
+        ValueError: when not even the smallest probe of a kind is that cheap.
+    """
+    specs = {}
+    for name in COMPARED:
+        parts = name.split(" + ")
+        spec = ProbeSpec(kind=parts[0], width=1, previous="previous" in parts, router_entropy="entropy" in parts)
+        check_probe_cost(spec, config.hidden_size, config.layer_flops)
+        if spec.kind == "mlp":
+            wider = [replace(spec, width=width) for width in range(1, _WIDEST + 1)]
+            limit = MAX_LAYER_SHARE * config.layer_flops
+            spec = max((s for s in wider if s.flops_per_row(config.hidden_size) <= limit), key=lambda s: s.width)
+        specs[name] = spec
+    return specs
 
 
 @torch.no_grad()
@@ -128,8 +142,7 @@ def make_exits(
     Raises:
         ValueError: when a probe costs more than 1 % of a layer, or there is too little text to calibrate.
     """
-    for spec in COMPARED.values():
-        check_probe_cost(spec, model.config.hidden_size, model.config.layer_flops)
+    specs = compared_probes(model.config)
     fit, calibrate, test = states.split((0.6, 0.2, 0.2), config.training.seed)
     logits = frozen_logits(model)
     adapters = _adapters(model, fit, logits, config)
@@ -139,7 +152,7 @@ def make_exits(
     probes: dict[str, dict[int, Probe]] = {}
     scores: dict[str, dict[int, torch.Tensor]] = {"margin, reduced vocabulary": {}, "hidden-state saturation": {}}
     reports: dict[str, ProbeReport] = {}
-    for name, spec in COMPARED.items():
+    for name, spec in specs.items():
         probes[name] = {e: fit_probe(spec, e, fit, labels[e][0], config.training) for e in adapters}
         scores[name] = {e: _calibrated(probes[name][e], e, calibrate, labels[e][1], test, config) for e in adapters}
     with torch.no_grad():

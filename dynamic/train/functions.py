@@ -72,7 +72,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
-        rstd = x.float().square_().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        rstd = x.float().square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight_D, rstd)
         return (x * rstd).mul_(weight_D).to(x.dtype)
 
