@@ -15,6 +15,7 @@ from dynamoe.dynamic.engine.logprobs import position_logprobs
 from dynamoe.dynamic.engine.penalties import edit_logits
 from dynamoe.dynamic.engine.request import Request, Sequence, StopTokens
 from dynamoe.dynamic.engine.sampler import NO_TOKEN, draw_tokens, sample
+from dynamoe.dynamic.engine.selection import first_best, largest
 from dynamoe.dynamic.sampling_params import SamplingParams
 
 STOPS = StopTokens(eos=frozenset({2}), listed=frozenset({5}))
@@ -212,6 +213,20 @@ def test_min_tokens_forbids_every_stop_until_then() -> None:
     assert sample(logits.clone(), [short]) == [0]
     short.append(3)
     assert sample(logits.clone(), [short]) == [2]
+
+
+@pytest.mark.parametrize("vocabulary", [1, 50, 4096, 4100, 20_011])
+@pytest.mark.parametrize("count", [1, 5, 50])
+def test_the_largest_entries_equal_those_of_a_sort(vocabulary: int, count: int) -> None:
+    count = min(count, vocabulary)
+    generator = torch.Generator().manual_seed(vocabulary + count)
+    for decimals in (6, 1):  # few decimals: equals everywhere
+        values_RV = torch.randn(5, vocabulary, generator=generator).round(decimals=decimals)
+        best_RN, places_RN = largest(values_RV, count)
+        assert torch.equal(best_RN, values_RV.sort(-1, descending=True).values[:, :count])
+        assert torch.equal(values_RV.gather(1, places_RN), best_RN)
+        assert all(len(set(row)) == count for row in places_RN.tolist())
+        assert torch.equal(first_best(values_RV), values_RV.argmax(-1))
 
 
 def test_seeds_repeat_and_completions_differ() -> None:

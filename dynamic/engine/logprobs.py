@@ -9,6 +9,7 @@ import torch
 
 from ..outputs import Logprob, PositionLogprobs
 from ..tokenizer import Tokenizer
+from .selection import largest
 
 
 def position_logprobs(
@@ -25,19 +26,22 @@ def position_logprobs(
     """
     logprobs_RV = logits_RV.log_softmax(-1)
     chosen_R1 = torch.tensor(token_ids, device=logits_RV.device)[:, None]
-    values_R1 = logprobs_RV.gather(1, chosen_R1)
-    ranks = ((logprobs_RV > values_R1).sum(-1) + 1).tolist()
-    values = values_R1.squeeze(1).tolist()
-    text = tokenizer.token_text
-    positions: list[PositionLogprobs] = [
-        {token: Logprob(value, rank, text(token))} for token, value, rank in zip(token_ids, values, ranks, strict=True)
-    ]
-    # One call per number: how topk orders equals may depend on how many it is asked for.
-    for count in sorted({n for n in num_best if n}):
+    chosen = logprobs_RV.gather(1, chosen_R1).squeeze(1).tolist()
+    positions: list[PositionLogprobs] = [{}] * len(token_ids)
+    # One call per number: which of several equals come out may depend on how many are asked for.
+    for count in set(num_best):
         rows = [row for row, n in enumerate(num_best) if n == count]
-        best_RN = logprobs_RV[rows].topk(min(count, logprobs_RV.shape[1]), -1)
-        for row, best, ids in zip(rows, best_RN.values.tolist(), best_RN.indices.tolist(), strict=True):
-            for rank, (value, token) in enumerate(zip(best, ids, strict=True), start=1):
-                if token not in positions[row]:
-                    positions[row][token] = Logprob(value, rank, text(token))
+        rows_RV = logprobs_RV if len(rows) == len(token_ids) else logprobs_RV[rows]
+        best_RN, places_RN = largest(rows_RV, min(max(count, 1), logprobs_RV.shape[1]))
+        for row, best, places in zip(rows, best_RN.tolist(), places_RN.tolist(), strict=True):
+            token, value = token_ids[row], chosen[row]
+            if value >= best[-1]:  # all that are better are in the list
+                rank = 1 + sum(other > value for other in best)
+            else:
+                rank = 1 + int((logprobs_RV[row] > value).sum())
+            found = {token: Logprob(value, rank, tokenizer.token_text(token))}
+            for place, (other, other_value) in enumerate(zip(places[:count], best, strict=False), start=1):
+                if other != token:
+                    found[other] = Logprob(other_value, place, tokenizer.token_text(other))
+            positions[row] = found
     return positions

@@ -1,6 +1,6 @@
 """Choosing tokens. Every row is treated as if it were alone: its result does not depend on the rows beside it.
 
-Shape suffixes: R rows to sample, V vocabulary, H best tokens looked at first.
+Shape suffixes: R rows to sample, U those of them that are not settled yet, V vocabulary, H best tokens looked at.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from .penalties import edit_logits, edits_logits
+from .selection import first_best, largest
 
 if TYPE_CHECKING:
     from ..sampling_params import SamplingParams
     from .request import Sequence
 
 NO_TOKEN = -1
-# A nucleus rarely needs more tokens than this, and picking them is far cheaper than sorting the vocabulary.
-NUCLEUS_HEAD = 256
+# A nucleus rarely needs more tokens than these, and picking them is far cheaper than sorting the vocabulary.
+NUCLEUS_HEADS = (64, 1024)
 
 
 def sample(logits_RV: torch.Tensor, sequences: list[Sequence]) -> list[int]:
@@ -34,17 +35,20 @@ def sample(logits_RV: torch.Tensor, sequences: list[Sequence]) -> list[int]:
     """
     if any(edits_logits(s) for s in sequences):
         edit_logits(logits_RV, sequences)
-    best_R, tokens_R = logits_RV.max(-1)
+    usable_R = logits_RV.amax(-1).isfinite()
     drawn = [row for row, s in enumerate(sequences) if not s.request.params.greedy]
-    if drawn:
+    if not drawn:
+        tokens_R = first_best(logits_RV)
+    else:
         params = [sequences[row].request.params for row in drawn]
         draws_R = torch.tensor([sequences[row].draw() for row in drawn], dtype=torch.float64, device=logits_RV.device)
         if len(drawn) == len(sequences):
             tokens_R = draw_tokens(logits_RV, params, draws_R)
         else:
+            tokens_R = first_best(logits_RV)
             rows_R = torch.tensor(drawn, device=logits_RV.device)
             tokens_R[rows_R] = draw_tokens(logits_RV[rows_R], params, draws_R)
-    return torch.where(best_R.isfinite(), tokens_R, NO_TOKEN).tolist()
+    return torch.where(usable_R, tokens_R, NO_TOKEN).tolist()
 
 
 def draw_tokens(logits_RV: torch.Tensor, params: list[SamplingParams], draws_R: torch.Tensor) -> torch.Tensor:
@@ -88,7 +92,7 @@ def _floor(weights_RV: torch.Tensor, params: list[SamplingParams]) -> tuple[torc
     # Each keeps a beginning of the falling order, so the two together keep the shorter beginning.
     floor_R1 = weights_RV.amax(-1, keepdim=True) * _column([p.min_p for p in params], weights_RV)
     if any(top_k):
-        best_RK = weights_RV.topk(max(top_k), -1).values
+        best_RK, _ = largest(weights_RV, max(top_k))
         last_R1 = torch.tensor([max(k - 1, 0) for k in top_k], device=weights_RV.device)[:, None]
         has_k_R1 = torch.tensor([k > 0 for k in top_k], device=weights_RV.device)[:, None]
         kth_R1 = best_RK.gather(1, last_R1).masked_fill_(~has_k_R1, 0.0)
@@ -103,14 +107,15 @@ def _keep_nucleus(weights_RV: torch.Tensor, params: list[SamplingParams], floore
     if floored_R1 is not None:  # rows without a limit sum to 1
         total_R1 = weights_RV.cumsum(-1, dtype=torch.float64)[:, -1:]
         goal_R1 = goal_R1 * torch.where(floored_R1, total_R1, 1.0)
-    best_RH = weights_RV.topk(min(NUCLEUS_HEAD, vocabulary), -1).values
-    least_R1, enough_R1 = _nucleus_limit(best_RH, goal_R1)
-    whole_R1 = torch.tensor([p.top_p == 1.0 for p in params], device=weights_RV.device)[:, None]
-    least_R1.masked_fill_(whole_R1, 0.0)
-    unfinished = (~(enough_R1 | whole_R1)).squeeze(1).nonzero().squeeze(1)
-    if unfinished.numel():
-        sorted_RV = weights_RV[unfinished].sort(-1, descending=True).values
-        least_R1[unfinished], _ = _nucleus_limit(sorted_RV, goal_R1[unfinished])
+    least_R1 = torch.zeros_like(goal_R1, dtype=torch.float32)
+    open_U = torch.tensor([row for row, p in enumerate(params) if p.top_p < 1.0], device=weights_RV.device)
+    for head in (*(h for h in NUCLEUS_HEADS if h < vocabulary), vocabulary):
+        rows_UV = weights_RV if len(open_U) == len(params) else weights_RV[open_U]
+        best_UH, _ = largest(rows_UV, head)
+        least_R1[open_U], reached_U1 = _nucleus_limit(best_UH, goal_R1[open_U])
+        open_U = open_U[~reached_U1.squeeze(1)]
+        if not len(open_U):
+            break
     weights_RV.masked_fill_(weights_RV < least_R1, 0.0)
 
 
