@@ -11,7 +11,7 @@ from .context import ServerContext
 from .formats import ChatFormat, Prompt
 from .generation import Generation, params_per_prompt
 from .wire import ChatCompletionRequest
-from .wire_responses import ChatCompletionResponse, error_responses
+from .wire_responses import ChatCompletionResponse, answer_or_stream, error_responses
 
 ERRORS = error_responses(400, 401, 404, 408, 413, 429, 500, 503)
 
@@ -20,7 +20,7 @@ def chat_routes(context: ServerContext) -> APIRouter:
     """The chat endpoint of one server."""
     router = APIRouter(tags=["OpenAI"])
 
-    @router.post("/v1/chat/completions", responses={200: {"model": ChatCompletionResponse}, **ERRORS})
+    @router.post("/v1/chat/completions", responses={**answer_or_stream(ChatCompletionResponse), **ERRORS})
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation. With ``stream`` the answer is a stream of server-sent events."""
         messages = context.checks.chat(body)

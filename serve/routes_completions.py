@@ -12,7 +12,7 @@ from .formats import CompletionFormat, Prompt
 from .generation import Generation, params_per_prompt
 from .sampling import COMPLETION_MAX_TOKENS
 from .wire import CompletionRequest
-from .wire_responses import CompletionResponse, error_responses
+from .wire_responses import CompletionResponse, answer_or_stream, error_responses
 
 ERRORS = error_responses(400, 401, 404, 408, 413, 429, 500, 503)
 
@@ -21,7 +21,7 @@ def completion_routes(context: ServerContext) -> APIRouter:
     """The completions endpoint of one server."""
     router = APIRouter(tags=["OpenAI"])
 
-    @router.post("/v1/completions", responses={200: {"model": CompletionResponse}, **ERRORS})
+    @router.post("/v1/completions", responses={**answer_or_stream(CompletionResponse), **ERRORS})
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         """Continue one or several prompts, given as text or as token ids. With ``stream`` the answer is a stream of
         server-sent events."""
