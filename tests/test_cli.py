@@ -115,11 +115,16 @@ def test_mistake_is_one_line(
     assert out == ""
 
 
+def test_readme_lists_every_command() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    for name in COMMAND_NAMES:
+        assert f"| `dynamoe {name}" in readme
+
+
 def test_unknown_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serv"]) == 2
-    assert capsys.readouterr().err == (
-        "dynamoe: there is no command 'serv'; there are: serve, generate, bench, prepare\n"
-    )
+    names = ", ".join(COMMAND_NAMES)
+    assert capsys.readouterr().err == f"dynamoe: there is no command 'serv'; there are: {names}\n"
 
 
 def test_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

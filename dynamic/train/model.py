@@ -27,6 +27,13 @@ class DecoderConfig:
     """The shape of a trainable decoder.
 
     Arguments:
+        vocab_size: tokens of the vocabulary.
+        hidden_size, num_layers: width and depth.
+        num_heads, num_kv_heads, head_dim: query heads, key/value heads, channels of each.
+        num_experts, experts_per_token, expert_size: experts of a layer, how many a token uses, their width.
+        rope_theta: base of the rotary embedding.
+        norm_eps: epsilon of the norms.
+        max_position: longest sequence.
         exit_layers: an exit after this many layers each; increasing, below ``num_layers``.
         adapter_rank: rank of the read-out adapter of every exit.
 

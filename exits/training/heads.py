@@ -72,7 +72,8 @@ class HeadTraining:
     """How adapters and probes are trained.
 
     Arguments:
-        steps: optimiser steps of each. batch_rows: rows per step.
+        steps: optimiser steps of each.
+        batch_rows: rows per step.
         learning_rate: of Adam, falling to zero in half a cosine.
         weight_decay: decoupled.
         seed: of initial weights and batches.

@@ -27,7 +27,9 @@ class TrainerConfig:
 
     Arguments:
         steps: optimiser steps of the whole run.
-        learning_rate: peak of the cosine schedule; warmup_steps: linear rise; final_rate: its end, as a factor.
+        learning_rate: peak of the cosine schedule.
+        warmup_steps: steps of its linear rise.
+        final_rate: its end, as a share of the peak.
         optimizer: ``muon`` or ``adamw``.
         weight_decay: decoupled, on matrices only.
         clip_norm: gradients are scaled down to this norm; 0 leaves them alone.
