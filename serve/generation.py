@@ -88,6 +88,10 @@ class Generation:
             return Response(status_code=499)  # nobody reads it; the log does
         except EngineFailure as error:
             raise failed(error) from error
+        # Log-probabilities of a long prompt are megabytes of JSON.
+        return await self.context.text.run(self._write, outputs)
+
+    def _write(self, outputs: Sequence[RequestOutput]) -> Response:
         choices = [
             self.format.whole(number, output, result.prompt_logprobs)
             for number, result in enumerate(outputs)
@@ -193,7 +197,7 @@ def params_per_prompt(
         ApiError: status 400 for settings that make no sense, or that do not fit the model's length.
     """
     params = sampling_params(body, context.model.generation_defaults)
-    return [
+    settled = [
         with_length(
             params,
             requested=requested_length(body),
@@ -204,3 +208,15 @@ def params_per_prompt(
         )
         for prompt in prompts
     ]
+    entries = sum(_logprob_entries(prompt, params) for prompt, params in zip(prompts, settled, strict=True))
+    if entries > context.settings.limits.max_logprob_entries:
+        message = f"The answer would hold up to {entries} log-probabilities, more than "
+        raise invalid(f"{message}{context.settings.limits.max_logprob_entries}.", "logprobs")
+    return settled
+
+
+def _logprob_entries(prompt: Prompt, params: SamplingParams) -> int:
+    entries = 0 if params.prompt_logprobs is None else len(prompt.token_ids) * (params.prompt_logprobs + 1)
+    if params.logprobs is not None:
+        entries += params.n * (params.max_tokens or 0) * (params.logprobs + 1)
+    return entries

@@ -17,6 +17,7 @@ class Limits:
         max_stop, max_stop_length: stop strings, and characters in one of them.
         max_stop_token_ids: token ids that end the output.
         max_logprobs: alternatives per position, for the output and for the prompt.
+        max_logprob_entries: alternatives in one answer, over all positions; each takes some 200 bytes of memory.
         max_logit_bias: entries of ``logit_bias``.
         max_messages: messages in one chat.
         max_tokens: cap on the output's length; None leaves it to the model's maximum length.
@@ -32,6 +33,7 @@ class Limits:
     max_stop_length: int = 256
     max_stop_token_ids: int = 64
     max_logprobs: int = 20
+    max_logprob_entries: int = 1_000_000
     max_logit_bias: int = 300
     max_messages: int = 2048
     max_tokens: int | None = None

@@ -27,11 +27,11 @@ class TextPool:
 
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of a text."""
-        return await self._run(self.tokenizer.encode, text, add_special_tokens)
+        return await self.run(self.tokenizer.encode, text, add_special_tokens)
 
     async def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """The text of token ids."""
-        return await self._run(self.tokenizer.decode, token_ids, skip_special_tokens)
+        return await self.run(self.tokenizer.decode, token_ids, skip_special_tokens)
 
     async def encode_chat(
         self,
@@ -57,7 +57,7 @@ class TextPool:
         if reserved:
             raise invalid(f"chat_template_kwargs must not hold {sorted(reserved)}.", param="chat_template_kwargs")
         try:
-            return await self._run(render_and_encode)
+            return await self.run(render_and_encode)
         except ValueError as error:
             raise invalid(f"{error}.", param="messages") from error
 
@@ -65,5 +65,6 @@ class TextPool:
         """Let go of the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def _run(self, function: Callable[..., Result], *arguments: Any) -> Result:
+    async def run(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """Call a function in one of the threads."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)

@@ -41,6 +41,7 @@ def guarded(start_server: Any, make_checkpoint: Callable[..., Path], tmp_path_fa
         "server.limits.max_open_requests=12",
         "server.limits.body_timeout=1",
         "server.cors_origins=[https://friend.example]",
+        "server.limits.max_logprob_entries=100",
         "engine.max_num_seqs=2",
         "engine.max_waiting=4",
     )
@@ -135,6 +136,17 @@ def test_sizes_are_bounded(guarded: httpx.Client) -> None:
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nx-large: " + b"x" * 8_100)  # without an end
         assert connection.recv(4096).startswith(b"HTTP/1.1 400")
     assert guarded.get("/health", headers={"x-large": "x" * 6_000}).status_code == 200
+
+
+def test_log_probabilities_of_one_answer_are_bounded(guarded: httpx.Client) -> None:
+    def status(**body: Any) -> int:
+        return guarded.post("/v1/completions", json={"prompt": [5] * 9, **body}, headers=bearer("bob")).status_code
+
+    assert status(max_tokens=5, logprobs=4, echo=True) == 200  # 9 * 5 + 5 * 5
+    assert status(max_tokens=1, logprobs=9, echo=True) == 200  # 9 * 10 + 10
+    assert status(max_tokens=2, logprobs=9, echo=True) == 400
+    assert status(max_tokens=26, logprobs=1, n=2) == 400
+    assert status(max_tokens=26, n=2) == 200
 
 
 def test_slow_bodies_are_cut_off(guarded: httpx.Client) -> None:
