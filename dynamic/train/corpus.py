@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
-_FORMAT = 1
+_FORMAT = 2
 _VALIDATION_SHARE = 0.03
 
 

@@ -67,18 +67,25 @@ class LanguageModelTask:
         return self.config.window if step >= self.config.long_from * self.steps else self.config.sequence_length
 
     def loss(
-        self, model: torch.nn.Module, step: int, *, samples: int | None = None
+        self, model: torch.nn.Module, step: int, *, samples: int | None = None, shard: tuple[int, int] = (0, 1)
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor | float]]:
-        """See :class:`exits.training.trainer.Task`."""
+        """See :class:`exits.training.trainer.Task`.
+
+        Arguments:
+            shard: (rank, ranks): take only this rank's share of the step's windows; shares together are the step.
+        """
         decoder = _decoder(model)
         shape = decoder.config
         device = decoder.embedding.device
-        tokens_NL, targets_NL = (t.to(device) for t in self.windows.batch(step, self.length_at(step), samples))
+        whole_NL, targets_NL = self.windows.batch(step, self.length_at(step), samples)
+        rank, ranks = shard
+        per_rank = whole_NL.shape[0] // ranks
+        mine = slice(rank * per_rank, (rank + 1) * per_rank)
+        tokens_NL, targets_T = whole_NL[mine].to(device), targets_NL[mine].flatten().to(device)
         strength = self.exits.strength(step, self.steps)
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
         rates = layer_dropout_rates(shape.num_layers, self.exits.layer_dropout * strength)
-        output = model(tokens_NL, sequences_kept(rates, tokens_NL.shape[0], generator, device))
-        targets_T = targets_NL.flatten()
+        output = model(tokens_NL, sequences_kept(rates, whole_NL.shape[0], generator, device, mine))
         logits_TV = decoder.logits(output.final_NLD.flatten(0, 1)).float()
         cross_entropy = F.cross_entropy(logits_TV, targets_T)
         balance, z = output.balance_loss, output.z_loss

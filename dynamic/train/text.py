@@ -19,7 +19,7 @@ _NAVIGATION = {
     "rst-footer-buttons", "langmenu",
 }  # fmt: skip
 _PLAIN = {
-    0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"', 0x2013: "-", 0x2014: " - ", 0x2026: "...", 0xA0: " "
+    0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"', 0x2013: "-", 0x2026: "...", 0xA0: " "
 }  # fmt: skip
 _COMMON_WORDS = {
     "the", "of", "and", "to", "a", "in", "is", "that", "for", "it", "as", "with", "be", "on", "by", "this", "are", "or",
@@ -84,6 +84,7 @@ class _Paragraphs(html.parser.HTMLParser):
 
 def clean(text: str) -> str:
     """ASCII where that loses nothing, no trailing spaces, no runs of blank lines, no very long lines of symbols."""
+    text = re.sub(r" *\u2014 *", " - ", text)
     text = unicodedata.normalize("NFKC", text.translate(_PLAIN)).replace("\r", "").replace("\t", "    ")
     text = "".join(c for c in text if ord(c) < 0x250)  # Latin only: a small vocabulary has no room for more
     lines = [line.rstrip() for line in text.split("\n")]

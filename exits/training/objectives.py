@@ -61,18 +61,23 @@ def layer_dropout_rates(num_layers: int, last: float) -> list[float]:
 
 
 def sequences_kept(
-    rates: list[float], num_sequences: int, generator: torch.Generator, device: torch.device | str = "cpu"
+    rates: list[float],
+    num_sequences: int,
+    generator: torch.Generator,
+    device: torch.device | str = "cpu",
+    mine: slice = slice(None),
 ) -> list[torch.Tensor | None]:
     """For every layer the sequences that run it, int64 indices; None where all of them do.
 
     Arguments:
         rates: dropout rate per layer.
         generator: on the CPU, whatever the model's device, so that a seed means the same everywhere.
+        mine: the sequences of this rank; indices count from its first.
     """
     draws = torch.rand(len(rates), num_sequences, generator=generator)
     kept: list[torch.Tensor | None] = []
     for rate, row in zip(rates, draws, strict=True):
-        runs = row >= rate
+        runs = row[mine] >= rate
         kept.append(None if bool(runs.all()) else runs.nonzero()[:, 0].to(device))
     return kept
 

@@ -1,0 +1,157 @@
+"""The same training under DeepSpeed: data parallel, with optimiser states, gradients and weights divided among ranks.
+
+ZeRO stage 1 divides the first, 2 the first two, 3 all of them. Started with ``torchrun`` or the ``deepspeed`` launcher.
+
+The objective, the data order and the schedule are those of the plain loop; one process and several see the same tokens
+in the same step. Checkpoints are DeepSpeed's own and need the same number of ranks to go on.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...exits.training.optimizers import cosine_rate, make_optimizers
+from ...exits.training.progress import LossLog, ProgressLine
+from ...exits.training.trainer import TrainerConfig, TrainResult
+from .language_model import LanguageModelTask
+from .model import TrainableDecoder
+
+_TAG = "latest"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroConfig:
+    """How DeepSpeed divides a run.
+
+    Arguments:
+        stage: 0 (plain data parallel) to 3.
+        bf16: keep the weights in bfloat16 and their float32 copies in the optimiser.
+
+    Raises:
+        ValueError: for a stage that does not exist.
+    """
+
+    stage: int = 2
+    bf16: bool = False
+
+    def __post_init__(self) -> None:
+        if self.stage not in (0, 1, 2, 3):
+            raise ValueError(f"ZeRO stage must be 0, 1, 2 or 3, not {self.stage}")
+
+
+class _Loss(nn.Module):
+    """Loss as a module's output, which is where DeepSpeed gathers divided weights."""
+
+    def __init__(self, decoder: TrainableDecoder, task: LanguageModelTask) -> None:
+        super().__init__()
+        self.decoder, self.task = decoder, task
+
+    def forward(self, step: int, shard: tuple[int, int]) -> tuple[torch.Tensor, dict]:
+        return self.task.loss(self.decoder, step, shard=shard)
+
+
+def train_with_deepspeed(
+    model: TrainableDecoder,
+    task: LanguageModelTask,
+    config: TrainerConfig,
+    directory: Path,
+    zero: ZeroConfig,
+    *,
+    progress: bool = True,
+) -> TrainResult:
+    """Train under DeepSpeed, from its latest checkpoint in ``directory`` if there is one.
+
+    Arguments:
+        model: on every rank with the same weights. After a run with stage 0-2 it holds the trained ones.
+        config: ``optimizer`` must be ``adamw``: ZeRO cuts matrices into flat pieces, which Muon cannot orthogonalise.
+
+    Raises:
+        ValueError: when DeepSpeed is not installed, for another optimiser, or a batch that the ranks cannot share.
+    """
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ValueError("training with ZeRO needs the package deepspeed (pip install deepspeed)") from error
+    if config.optimizer != "adamw":
+        raise ValueError(f"ZeRO needs optimizer=adamw, not {config.optimizer!r}")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if task.samples_per_step % world:
+        raise ValueError(f"{task.samples_per_step} windows per step cannot be shared by {world} ranks")
+    device = model.embedding.device
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
+    rank = torch.distributed.get_rank()
+    module = _Loss(model, task)
+    if zero.stage == 3:
+        # Used by the LM head, outside of the module that owns it.
+        deepspeed.zero.register_external_parameter(module, model.embedding)
+    (optimizer,) = make_optimizers(model, "adamw", config.learning_rate, config.weight_decay)
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=_settings(task.samples_per_step, world, config, zero)
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    found, client = engine.load_checkpoint(str(directory), tag=_TAG) if (directory / _TAG).is_dir() else (None, {})
+    step, before = (client["step"], client["seconds"]) if found else (0, 0.0)
+    log = LossLog(directory / "metrics.jsonl", step) if rank == 0 else None
+    line = ProgressLine(config.steps, step) if progress and rank == 0 else None
+    started = saved = time.monotonic()
+    while step < config.steps:
+        rate = config.learning_rate * cosine_rate(step, config.steps, config.warmup_steps, config.final_rate)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = rate
+        loss, values = engine(step, (rank, world))
+        engine.backward(loss)
+        engine.step()
+        step += 1
+        if step % config.log_every == 0 or step == config.steps:
+            numbers = _mean_over_ranks({"loss": loss.detach(), **values}, world)
+            if log:
+                log.add({"step": step, **numbers})
+            if line:
+                line.update(step, numbers)
+        stop, save = _agree(config, started, saved, step, device)
+        if save:
+            state = {"step": step, "seconds": before + time.monotonic() - started}
+            engine.save_checkpoint(str(directory), tag=_TAG, client_state=state)
+            saved = time.monotonic()
+        if stop:
+            break
+    for closable in (log, line):
+        if closable:
+            closable.close()
+    seconds = before + time.monotonic() - started
+    return TrainResult(step=step, finished=step == config.steps, evaluation={}, seconds=seconds)
+
+
+def _settings(samples: int, world: int, config: TrainerConfig, zero: ZeroConfig) -> dict[str, Any]:
+    return {
+        "train_batch_size": samples,
+        "train_micro_batch_size_per_gpu": samples // world,
+        "gradient_clipping": config.clip_norm,
+        "zero_optimization": {"stage": zero.stage},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": zero.bf16},
+        "steps_per_print": 2**31,
+    }
+
+
+def _mean_over_ranks(values: dict[str, Any], world: int) -> dict[str, float]:
+    row = torch.tensor([float(v) for v in values.values()], dtype=torch.float64)
+    torch.distributed.all_reduce(row)
+    return dict(zip(values, (row / world).tolist(), strict=True))
+
+
+def _agree(config: TrainerConfig, started: float, saved: float, step: int, device: torch.device) -> tuple[bool, bool]:
+    """Whether to stop and whether to save: rank 0's clock decides, or ranks would wait for each other for ever."""
+    now = time.monotonic()
+    stop = config.max_minutes is not None and now - started >= 60 * config.max_minutes
+    save = stop or step == config.steps or now - saved >= 60 * config.checkpoint_minutes
+    flags = torch.tensor([stop, save], dtype=torch.int32, device=device)
+    torch.distributed.broadcast(flags, 0)
+    return bool(flags[0]), bool(flags[1])
