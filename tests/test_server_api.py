@@ -11,8 +11,6 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
-
 from dynamoe.dynamic.tokenizer import Tokenizer
 from dynamoe.serve.wire_responses import (
     ChatCompletionChunk,
@@ -21,6 +19,7 @@ from dynamoe.serve.wire_responses import (
     ModelList,
     TokenizerInfo,
 )
+from prometheus_client.parser import text_string_to_metric_families
 
 PROMPT = "The capital of France is"
 MESSAGES: Any = [{"role": "user", "content": "What is the capital of France?"}]
