@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
-
 from dynamoe.serve.auth import KeyRing
 from dynamoe.serve.errors import ApiError
 from dynamoe.serve.request_checks import RequestChecks, plain_messages
 from dynamoe.serve.sampling import sampling_params, with_length
 from dynamoe.serve.settings import Limits, ServerSettings
 from dynamoe.serve.wire import ChatCompletionRequest, ChatMessage, CompletionRequest
+from pydantic import ValidationError
 
 CHECKS = RequestChecks(limits=Limits(max_tokens=100), vocab_size=320, served_model="tiny")
 
