@@ -22,7 +22,7 @@ _CALIBRATION_WINDOWS, _WINDOW_TOKENS = 16, 512
 # this size rambles at the temperature of 1 that clients would get without a default.
 _SAMPLING = {"do_sample": False, "temperature": 0.0}
 # Raise when the files that this module writes change in a way that the settings above do not show.
-_FORMAT = 3
+_FORMAT = 2
 
 
 def default_recipe() -> dict[str, object]:

@@ -84,9 +84,7 @@ def split_ffn(x_TD: torch.Tensor, hidden_TN: torch.Tensor, down_DN: torch.Tensor
         raise ValueError(f"{num_neurons} neurons cannot be split into {config.num_experts} equal experts")
     expert_size = num_neurons // config.num_experts
     # A neuron adds hidden * down column to the residual stream; the length of that is what leaving it out would cost.
-    # Relative to the token's total, because what follows is normed: else a few tokens with huge activations decide all.
     energy_TN = hidden_TN.abs() * down_DN.float().norm(dim=0)
-    energy_TN /= energy_TN.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     strongest_N = energy_TN.mean(0).argsort(descending=True, stable=True)
     always_N, routed_N = strongest_N.tensor_split([config.num_always_on * expert_size])
     groups_N = balanced_groups(

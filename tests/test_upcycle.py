@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-
 from dynamoe import LLM, SamplingParams
 from dynamoe.dynamic.gguf_import import write_json
 from dynamoe.dynamic.upcycle_checkpoint import upcycle_checkpoint
 from dynamoe.moe.coactivation import affinity, assign_balanced, balanced_groups
 from dynamoe.moe.upcycle import UpcycleConfig, contributions, split_ffn
+from safetensors.torch import load_file, save_file
 
 GROUPS, SIZE, ALWAYS, DIM = 6, 8, 2, 24
 CONFIG = UpcycleConfig(num_experts=GROUPS + ALWAYS, num_always_on=ALWAYS)
