@@ -22,6 +22,9 @@ from typing import Any
 import pytest
 import torch
 
+# Triton decides while it is imported whether kernels are compiled or interpreted; without a GPU only the latter can run.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
 VOCAB_SIZE = 320
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # ids 0, 1, 2
 CHAT_TEMPLATE = (
@@ -161,6 +164,14 @@ def copy_checkpoint(make_checkpoint: Callable[..., Path], tmp_path: Path) -> Cal
         return shutil.copytree(make_checkpoint(family, **config), tmp_path / family)
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def default_model() -> Path:
+    """The default model's directory in the user's own cache; made when it is not there, which takes about a minute."""
+    from dynamoe.dynamic.model_store import resolve_model
+
+    return resolve_model("default", progress=False)
 
 
 @pytest.fixture(scope="session")
