@@ -8,7 +8,7 @@ import torch
 
 from .torch_backend import TorchBackend
 
-BACKENDS = ("auto", "torch", "cpu")
+BACKENDS = ("auto", "torch", "cpu", "triton", "grouped_mm", "megablocks")
 
 
 def select_backend(device: torch.device | str, dtype: torch.dtype, name: str = "auto") -> TorchBackend:
@@ -27,6 +27,20 @@ def select_backend(device: torch.device | str, dtype: torch.dtype, name: str = "
         from .cpu_backend import CpuBackend
 
         return CpuBackend(device, dtype)
+    if name == "triton":
+        from .triton_backend import TritonBackend
+
+        return TritonBackend(device, dtype)
+    if name == "grouped_mm":
+        from .grouped_mm_backend import GroupedMmBackend
+
+        return GroupedMmBackend(device, dtype)
+    if name == "megablocks":
+        from .megablocks_backend import MegaBlocksBackend
+
+        return MegaBlocksBackend(device, dtype)
+    if name == "auto" and torch.device(device).type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        return _triton_or_torch(device, dtype)
     if name == "auto" and torch.device(device).type == "cpu" and dtype in (torch.float32, torch.bfloat16):
         return _cpu_or_torch(device, dtype)
     return TorchBackend(device, dtype)
@@ -41,4 +55,14 @@ def _cpu_or_torch(device: torch.device | str, dtype: torch.dtype) -> TorchBacken
     except BuildError as error:
         # The warnings module shows the same text from the same place once per process.
         warnings.warn(f"running on torch's own operations, several times slower: {error}", RuntimeWarning, stacklevel=3)
+        return TorchBackend(device, dtype)
+
+
+def _triton_or_torch(device: torch.device | str, dtype: torch.dtype) -> TorchBackend:
+    try:
+        from .triton_backend import TritonBackend
+
+        return TritonBackend(device, dtype)
+    except (ImportError, ValueError) as error:
+        warnings.warn(f"running on torch's own operations: {error}", RuntimeWarning, stacklevel=3)
         return TorchBackend(device, dtype)

@@ -5,6 +5,7 @@ Shape suffixes are explained in ``types.py``; N is T · K, the slots of all rows
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,11 +27,16 @@ class PlainExperts:
     down_bias_ED: torch.Tensor | None
 
 
-def run_experts(x_TD: torch.Tensor, weights: PlainExperts, routing: Routing, activation: str) -> torch.Tensor:
+Product = Callable[[torch.Tensor, PlainExperts, torch.Tensor, str], torch.Tensor]
+
+
+def run_experts(
+    x_TD: torch.Tensor, weights: PlainExperts, routing: Routing, activation: str, product: Product | None = None
+) -> torch.Tensor:
     """The weighted sum of each row's experts, (T, D): what :func:`reference.experts` computes.
 
     On a GPU, bfloat16 weights without biases go through grouped products, which need no word from the device;
-    everything else runs expert by expert, which needs one.
+    everything else runs expert by expert, which needs one. ``product`` takes the place of this choice.
     """
     num_rows, top_k = routing.expert_ids_TK.shape
     order_N, ends_E = slots_by_expert(routing, weights.gate_EFD.shape[0])
@@ -39,7 +45,8 @@ def run_experts(x_TD: torch.Tensor, weights: PlainExperts, routing: Routing, act
     if routing.weight_on_input:
         rows_ND = (rows_ND * weights_TK.flatten()[order_N, None]).to(x_TD.dtype)
         weights_TK = torch.ones_like(weights_TK)
-    product = grouped_products if can_group(x_TD, weights) else products_one_by_one
+    if product is None:
+        product = grouped_products if can_group(x_TD, weights) else products_one_by_one
     slots_TKD = torch.empty_like(rows_ND)
     slots_TKD[order_N] = product(rows_ND, weights, ends_E, activation)
     slots_TKD = slots_TKD.view(num_rows, top_k, x_TD.shape[1])

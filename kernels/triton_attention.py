@@ -100,7 +100,7 @@ def attention_kernel(
         tl.store(part_sum_ptr + item_M, sum_M, mask=ok_M)
         tl.store(part_ptr + item_M[:, None] * C + c[None, :], acc_MC, mask=ok_MC)
     else:
-        out_MC = acc_MC / sum_M[:, None]
+        out_MC = acc_MC / tl.where(sum_M == 0.0, 1.0, sum_M)[:, None]
         out_at_MC = out_ptr + (row_M.to(tl.int64) * (G * HEADS) + head_M)[:, None] * C + c[None, :]
         tl.store(out_at_MC, out_MC.to(out_ptr.dtype.element_ty), mask=ok_MC)
 

@@ -87,7 +87,7 @@ class ExpertPlanner:
             d, f = shape.hidden_size, shape.expert_size
             defaults = (
                 best_gemv(f, d, tokens * shape.top_k, 2, self.device),
-                best_gemv(d, f, tokens, 1, self.device),
+                best_gemv(d, f, tokens, 1, self.device, together=shape.top_k),
             )
             pair = (
                 self.measured.get(self.key(part, num_tokens, shape), GemvConfig) or default

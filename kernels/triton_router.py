@@ -219,7 +219,8 @@ def route_kernel(
             id_R = tl.sum(tl.where(hit_RL, expert_L[None, :], 0), axis=1)
             if SCORE == "sparsemixer":
                 factor_RL = tl.maximum(tl.abs(logits_RL), best_R[:, None])
-                near_RL = ((best_R[:, None] - logits_RL) / factor_RL <= 2 * jitter) & (choice_RL > float("-inf"))
+                far_RL = (best_R[:, None] - logits_RL) / factor_RL > 2 * jitter
+                near_RL = (choice_RL > float("-inf")) & ~far_RL
                 weight_R = 1.0 / tl.sum(tl.where(near_RL, tl.exp(choice_RL - best_R[:, None]), 0.0), axis=1)
             else:
                 weight_R = tl.sum(tl.where(hit_RL, scores_RL, 0.0), axis=1)
@@ -359,7 +360,7 @@ def max_row_tiles(num_slots: int, num_experts: int, block_m: int) -> int:
 
 def chunk_rows(num_tokens: int, num_experts: int) -> int:
     """Rows routed per program: small enough that a decode step spreads, large enough that the scan stays short."""
-    widest = max(1, 4096 // next_power_of_2(num_experts))
+    widest = max(1, 2048 // next_power_of_2(num_experts))
     return min(widest, 8 if num_tokens <= SINGLE_LAUNCH_TOKENS else 16)
 
 

@@ -103,13 +103,15 @@ def gemm_candidates(problem: GemmProblem, device: DeviceProperties, tma_possible
     for block_n in (32, 64, 128, 256):
         if block_n > max(narrowest, next_power_of_2(problem.n)) or block_n < narrowest:
             continue
+        if block_n > 128 and device.backend == "cuda" and not device.has_tma:
+            continue  # Ampere's products hold both operands in registers
         for block_k in (32, 64, 128):
             if block_k > max(32, next_power_of_2(problem.k)):
                 continue
             for num_warps in (4, 8):
                 if not _fits_registers(problem, block_n, num_warps, device):
                     continue
-                for num_stages in (2, 3, 4, 5):
+                for num_stages in (3, 4, 5) if device.backend == "cuda" else (2, 3):
                     config = GemmConfig(
                         block_m=problem.block_m,
                         block_n=block_n,
@@ -192,11 +194,12 @@ def best_gemms(problem: GemmProblem, device: DeviceProperties, tma_possible: boo
     return persistent
 
 
-def best_gemv(n: int, k: int, groups: int, matrices: int, device: DeviceProperties) -> GemvConfig:
+def best_gemv(n: int, k: int, groups: int, matrices: int, device: DeviceProperties, together: int = 1) -> GemvConfig:
     """Tiling of a matrix-vector kernel: 16 bytes per thread and load, many loads in flight, several programs per SM.
 
     Arguments:
         groups: matrix-vector products side by side (pairs for gate and up, rows for down).
+        together: products that one program fetches for at once (the experts of a row for down).
     """
     best, best_cost = None, math.inf
     for block_k in (64, 128, 256, 512, 1024, 2048):
@@ -205,12 +208,14 @@ def best_gemv(n: int, k: int, groups: int, matrices: int, device: DeviceProperti
         for block_n in (1, 2, 4, 8, 16):
             for num_warps in (2, 4, 8):
                 per_thread = block_n * block_k / (num_warps * device.warp_size)
-                if not 8 <= per_thread <= 64 / matrices:
+                # What is fetched at once must also find room in the registers.
+                if not 8 <= per_thread <= (32 if together > 1 else 64 / matrices):
                     continue
                 programs = groups * cdiv(n, block_n)
                 waste = cdiv(k, block_k) * block_k / k * cdiv(n, block_n) * block_n / n
                 resident = min(2048 // (num_warps * 32), cdiv(programs, device.num_sms), 16)
-                in_flight = resident * block_n * block_k * 2 * matrices
+                steps = min(together * cdiv(k, block_k), 8) if together > 1 else 1
+                in_flight = resident * block_n * min(block_k, k) * 2 * matrices * steps
                 fed = min(1.0, in_flight / (device.bandwidth / device.num_sms * 2 * _LATENCY))
                 waves = max(1.0, programs / (device.num_sms * resident))
                 tail = math.ceil(waves) / waves if waves < 4 else 1.05

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,7 @@ from .triton_attention import plan_attention
 from .triton_experts import ExpertPlanner, plan_experts, shape_of
 from .triton_launch import Launch
 from .triton_norm import plan_rms_norm, plan_rope_and_write
-from .triton_router import plan_route
+from .triton_router import plan_index, plan_route
 from .triton_tuning import best_attention
 from .types import AttentionBatch, KVLayer
 
@@ -38,9 +39,7 @@ def _powers(limit: int) -> list[int]:
 def _layer_launches(shape: WarmUpShape, dtype: torch.dtype, planner: ExpertPlanner) -> list[Launch]:
     launches: list[Launch] = []
     for tokens in _powers(shape.max_tokens):
-        x_TD = torch.empty(tokens, shape.hidden_size, dtype=dtype, device=_META)
-        launches.append(plan_rms_norm(x_TD, x_TD[0], 1e-6, x_TD))
-        launches.append(plan_rms_norm(x_TD, x_TD[0], 1e-6, x_TD, x_TD, x_TD))
+        launches += norm_launches(shape, tokens, dtype)
         if shape.router is not None:
             launches += mixture_launches(shape, tokens, dtype, planner)
     for sequences in _powers(shape.max_sequences):
@@ -49,6 +48,16 @@ def _layer_launches(shape: WarmUpShape, dtype: torch.dtype, planner: ExpertPlann
     for tokens in _powers(shape.max_tokens):
         launches += attention_launches(shape, 1, tokens, max(tokens, shape.max_context), dtype, planner)
     return launches
+
+
+def norm_launches(shape: WarmUpShape, tokens: int, dtype: torch.dtype) -> list[Launch]:
+    """The norm alone, with a residual, and with a scaled residual."""
+    x_TD = torch.empty(tokens, shape.hidden_size, dtype=dtype, device=_META)
+    return [
+        plan_rms_norm(x_TD, x_TD[0], 1e-6, x_TD),
+        plan_rms_norm(x_TD, x_TD[0], 1e-6, x_TD, x_TD, x_TD),
+        plan_rms_norm(x_TD, x_TD[0], 1e-6, x_TD, x_TD, x_TD, 0.5),
+    ]
 
 
 def mixture_launches(shape: WarmUpShape, tokens: int, dtype: torch.dtype, planner: ExpertPlanner) -> list[Launch]:
@@ -75,7 +84,10 @@ def mixture_launches(shape: WarmUpShape, tokens: int, dtype: torch.dtype, planne
     )
     x_TD = torch.empty(tokens, d, dtype=dtype, device=_META)
     experts = plan_experts(x_TD, plain, routing, shape.activation, torch.empty_like(x_TD), planner, ticket)
-    return [*launches, *experts]
+    # An expert budget replaces the counts of a routing, which then needs tables of its own.
+    counts_T = torch.empty(tokens, dtype=torch.int32, device=_META)
+    _, rebuilt = plan_index(replace(routing, counts_T=counts_T), e, path.block_m, ticket)
+    return [*launches, *experts, *([] if path.pairs else rebuilt)]
 
 
 def attention_launches(

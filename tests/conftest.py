@@ -223,6 +223,16 @@ class ServerProcess:
         """What it has written so far."""
         return self.log_file.read_text()
 
+    def logged(self, pattern: str, timeout: float = 20) -> str:
+        """The first line of the log that holds ``pattern``; a request's line follows its answer."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            for line in self.log.splitlines():
+                if re.search(pattern, line):
+                    return line
+            time.sleep(0.02)
+        raise AssertionError(f"{pattern!r} is not in the log:\n{self.log}")
+
     def stop(self, timeout: float = 60) -> int:
         """SIGTERM, then the exit code."""
         self.process.terminate()

@@ -1,0 +1,53 @@
+"""Every Triton kernel compiles for GPUs that are not there, keeps to its registers and uses the tensor cores."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SHAPES = ("default", "granite-1b-a400m", "olmoe", "qwen3-30b-a3b", "mixtral", "deepseek-v3", "longcat")
+
+
+def compile_table(target: str, shape: str, *more: str) -> str:
+    """Run the compiler in a process of its own: the tests' own process may be in interpreter mode."""
+    command = [sys.executable, "-m", "dynamoe.kernels.triton_aot", "--target", target, "--shape", shape, *more]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_sm_90_one_shape() -> None:
+    table = compile_table("sm_90", "qwen3-30b-a3b")
+    prefill = [line.split() for line in table.splitlines() if "m128 n" in line and ("_up_" in line or "down" in line)]
+    assert len(prefill) == 2
+    assert all(line[-1] == "wgmma" for line in prefill)
+    kernels = {word for line in table.splitlines() for word in line.split() if word.endswith("_kernel")}
+    assert len(kernels) == 13, kernels
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("target", ["sm_90", "sm_80", "gfx942"])
+def test_every_target_and_shape(target: str, shape: str) -> None:
+    compile_table(target, shape)
+
+
+@pytest.mark.slow
+def test_float16() -> None:
+    compile_table("sm_90", "granite-1b-a400m", "--dtype", "float16")
+
+
+def test_a_spill_and_a_missing_tensor_core_are_complaints() -> None:
+    from dynamoe.kernels.triton_aot import Report
+
+    fine = {"kernel": "down_kernel", "target": "sm_90", "tokens": 8192, "blocks": "", "registers": 200, "shared": 0,
+            "spills": 0, "tensor_core": "wgmma", "prefill": True}  # fmt: skip
+    assert Report(**fine).complaint is None
+    assert "spills 8 bytes" in str(Report(**{**fine, "spills": 8}).complaint)
+    assert "not wgmma" in str(Report(**{**fine, "tensor_core": "mma"}).complaint)
+    assert "no tensor cores" in str(Report(**{**fine, "target": "gfx942", "tensor_core": ""}).complaint)

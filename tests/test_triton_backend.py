@@ -1,0 +1,299 @@
+"""The GPU backend as a whole (interpreted without a GPU): choices, fallbacks, warm-up, tuning, parity of a model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from dynamoe.dynamic.engine.config import EngineConfig
+from dynamoe.dynamic.engine.engine import Engine
+from dynamoe.dynamic.loader import load_model
+from dynamoe.dynamic.sampling_params import SamplingParams
+from dynamoe.kernels import reference
+from dynamoe.kernels.ops import select_backend
+from dynamoe.kernels.router_spec import RouterSpec
+from dynamoe.kernels.triton_backend import TritonBackend, WarmUpShape
+from dynamoe.kernels.triton_device import A100, H100, LISTED
+from dynamoe.kernels.triton_experts import ExpertPlanner, shape_of
+from dynamoe.kernels.triton_grouped_gemm import GemmConfig
+from dynamoe.kernels.triton_tune import tune_experts
+from dynamoe.kernels.triton_tuning import (
+    ExpertShape,
+    PathChoice,
+    TuningCache,
+    best_gemms,
+    prefers_pairs,
+    refine,
+    row_tile,
+    shared_bytes,
+)
+from dynamoe.kernels.types import ExpertWeights
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SPEC = RouterSpec(num_experts=6, top_k=2, renormalize=True)
+
+
+@pytest.fixture
+def backend(tmp_path: Path) -> TritonBackend:
+    return TritonBackend(DEVICE, torch.float32, TuningCache("test", directory=tmp_path, shipped=tmp_path / "none"))
+
+
+def make_experts(backend: TritonBackend, activation: str = "silu") -> ExpertWeights:
+    torch.manual_seed(4)
+    return backend.pack_experts(
+        torch.randn(6, 24, 32) * 0.2, torch.randn(6, 24, 32) * 0.2, torch.randn(6, 32, 24) * 0.2, activation
+    )
+
+
+def oracle(x_TD: torch.Tensor, weights: ExpertWeights, routing: object) -> torch.Tensor:
+    plain = weights.data
+    return reference.experts(x_TD, plain.gate_EFD, plain.up_EFD, plain.down_EDF, routing, weights.activation)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 40])
+def test_route_and_experts_on_poisoned_memory(
+    backend: TritonBackend, num_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = make_experts(backend)
+    x_TD, logits_TE = torch.randn(num_tokens, 32, device=DEVICE), torch.randn(num_tokens, 6, device=DEVICE)
+    plain_empty = torch.empty
+
+    def poisoned(*sizes: object, **options: object) -> torch.Tensor:
+        tensor = plain_empty(*sizes, **options)  # type: ignore[call-overload]
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 1 << 20)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(torch, "empty_like", lambda t: poisoned(t.shape, dtype=t.dtype, device=t.device))
+    monkeypatch.setattr(
+        torch.Tensor,
+        "new_empty",
+        lambda t, *sizes, **options: poisoned(*sizes, **{"dtype": t.dtype, "device": t.device, **options}),
+    )
+    routing = backend.route(logits_TE, SPEC)
+    out_TD = backend.experts(x_TD, weights, routing)
+    again_TD = backend.experts(x_TD, weights, backend.route(logits_TE, SPEC))  # now the shape is known to the router
+    monkeypatch.undo()
+    expected_TD = oracle(x_TD, weights, reference.route(logits_TE, SPEC))
+    torch.testing.assert_close(out_TD, expected_TD, rtol=1e-4, atol=1e-5)
+    assert torch.equal(out_TD, again_TD)
+
+
+def test_replaced_counts_get_new_tables(backend: TritonBackend) -> None:
+    weights = make_experts(backend)
+    x_TD = torch.randn(40, 32, device=DEVICE)
+    routing = backend.route(torch.randn(40, 6, device=DEVICE), SPEC)
+    counts_T = torch.randint(0, 3, (40,), dtype=torch.int32, device=DEVICE)
+    fewer = replace(routing, counts_T=counts_T)
+    torch.testing.assert_close(
+        backend.experts(x_TD, weights, fewer), oracle(x_TD, weights, fewer), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_no_rows(backend: TritonBackend) -> None:
+    weights = make_experts(backend)
+    routing = backend.route(torch.empty(0, 6, device=DEVICE), SPEC)
+    assert backend.experts(torch.empty(0, 32, device=DEVICE), weights, routing).shape == (0, 32)
+
+
+def test_strided_inputs_are_refused(backend: TritonBackend) -> None:
+    weights = make_experts(backend)
+    routing = backend.route(torch.randn(3, 6, device=DEVICE), SPEC)
+    with pytest.raises(ValueError, match=r"x_TD must be contiguous; it has shape \(3, 32\), strides \(1, 3\)"):
+        backend.experts(torch.randn(32, 3, device=DEVICE).t(), weights, routing)
+    with pytest.raises(ValueError, match="logits_TE must be contiguous"):
+        backend.route(torch.randn(6, 3, device=DEVICE).t(), SPEC)
+    swapped = replace(routing, weights_TK=torch.randn(2, 3, device=DEVICE).t())
+    with pytest.raises(ValueError, match="weights_TK must be contiguous"):
+        backend.experts(torch.randn(3, 32, device=DEVICE), weights, swapped)
+
+
+def test_what_no_kernel_covers_falls_back_and_says_so_once(
+    backend: TritonBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    capped = RouterSpec(num_experts=6, top_k=1, capacity=2)
+    logits_TE = torch.randn(5, 6, device=DEVICE)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            ours = backend.route(logits_TE, capped)
+    assert torch.equal(ours.weights_TK, reference.route(logits_TE, capped).weights_TK)
+    weights, x_TD = make_experts(backend), torch.randn(5, 32, device=DEVICE)
+    strided = replace(weights.data, gate_EFD=weights.data.gate_EFD.transpose(1, 2).contiguous().transpose(1, 2))
+    with caplog.at_level(logging.WARNING):
+        out_TD = backend.experts(x_TD, replace(weights, data=strided), ours)
+    torch.testing.assert_close(out_TD, oracle(x_TD, weights, ours), rtol=1e-4, atol=1e-5)
+    assert [r.getMessage().split(":")[0] for r in caplog.records] == [
+        "no Triton kernel for routing with a capacity",
+        "no Triton kernel for expert weights with strided rows",
+    ]
+
+
+def test_a_model_gives_the_same_tokens(make_checkpoint: Callable[..., Path]) -> None:
+    path = make_checkpoint("mixtral", num_hidden_layers=1, sliding_window=4)
+    prompts = [[5, 9, 200, 31, 7, 77], [11]]
+    results = []
+    for name in ("torch", "triton"):
+        engine = Engine(load_model(path, dtype="float32", device=DEVICE, backend=name, progress=False), EngineConfig())
+        for number, prompt in enumerate(prompts):
+            engine.add_request(str(number), prompt, SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True))
+        tokens: dict[str, list[int]] = {}
+        while engine.has_unfinished():
+            for delta in engine.step():
+                tokens.setdefault(delta.request_id, []).extend(delta.completions[0].token_ids)
+        results.append(tokens)
+    assert results[0] == results[1]
+    assert [len(t) for t in results[0].values()] == [3, 3]
+
+
+def test_without_a_gpu_or_the_interpreter_the_backend_is_refused() -> None:
+    code = (
+        "from dynamoe.kernels.ops import select_backend; import torch; select_backend('cpu', torch.bfloat16, 'triton')"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    assert "ValueError: the triton backend needs a GPU (or TRITON_INTERPRET=1), not device 'cpu'" in done.stderr
+
+
+def test_grouped_mm_backend(caplog: pytest.LogCaptureFixture) -> None:
+    grouped = select_backend("cpu", torch.bfloat16, "grouped_mm")
+    torch.manual_seed(6)
+    routing = grouped.route(torch.randn(7, 4), RouterSpec(num_experts=4, top_k=2))
+    x_TD = torch.randn(7, 32).bfloat16()
+    for width, said in ((24, 0), (21, 1)):  # rows of 21 bfloat16 are no multiple of 16 bytes
+        gate, up, down = torch.randn(4, width, 32), torch.randn(4, width, 32), torch.randn(4, 32, width)
+        weights = grouped.pack_experts(gate * 0.2, up * 0.2, down * 0.2, "silu")
+        out_TD = grouped.experts(x_TD, weights, routing)
+        expected_TD = reference.experts(x_TD.float(), gate * 0.2, up * 0.2, down * 0.2, routing, "silu")
+        assert (out_TD.float() - expected_TD).norm() / expected_TD.norm() < 2e-2
+        assert len(caplog.records) == said
+
+
+def test_megablocks_is_refused_without_a_gpu() -> None:
+    with pytest.raises(ValueError, match="megablocks backend runs bfloat16 on a GPU"):
+        select_backend("cpu", torch.bfloat16, "megablocks")
+
+
+def test_warm_up_plans_everything_that_requests_launch(backend: TritonBackend) -> None:
+    """The variants that real calls use are among those that the warm-up compiled."""
+    shape = WarmUpShape(
+        hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=16, page_size=4, max_tokens=64, max_context=64,
+        max_sequences=4, router=SPEC, expert_size=24, activation="silu",
+    )  # fmt: skip
+    from dynamoe.kernels.triton_warmup import planned_launches
+
+    planned = {launch.variant() for launch in planned_launches([shape], torch.float32, backend.planner)}
+    assert backend.warm_up([shape], progress=False) == len(planned)
+    launched: list = []
+    backend._run = lambda launches: launched.extend(launches)  # type: ignore[method-assign]
+    weights = make_experts(backend)
+    for num_tokens in (1, 2, 3, 17, 40, 64):
+        x_TD = torch.randn(num_tokens, 32, device=DEVICE)
+        backend.experts(x_TD, weights, backend.route(torch.randn(num_tokens, 6, device=DEVICE), SPEC))
+        backend.rms_norm(x_TD, x_TD[0], 1e-5)
+        backend.add_rms_norm(x_TD, x_TD, x_TD[0], 1e-5)
+    missing = {launch.name for launch in launched if launch.variant() not in planned}
+    # The first routing of a mixture does not know yet that its experts will take the pair path.
+    assert missing <= {"route_kernel"}
+    assert len(launched) > 20
+
+
+# The cost model
+
+
+@pytest.mark.parametrize("device", LISTED.values(), ids=LISTED)
+@pytest.mark.parametrize("shape", [(14, 12, 576, 96), (128, 8, 2048, 768), (8, 2, 4096, 14336), (4, 1, 8, 8)])
+def test_every_shape_gets_configurations_that_fit(device: object, shape: tuple[int, int, int, int]) -> None:
+    experts = ExpertShape(num_experts=shape[0], top_k=shape[1], hidden_size=shape[2], expert_size=shape[3])
+    planner = ExpertPlanner(device, TuningCache("nobody's", version="none"))  # type: ignore[arg-type]
+    for tokens in (1, 2, 5, 16, 64, 100, 1000, 16384):
+        path = planner.path(tokens, experts)
+        gate_up, down = planner.gemvs(tokens, experts)
+        assert gate_up.block_n * gate_up.block_k >= 16
+        problems = planner.gemm_problems(tokens, experts, path.block_m)
+        for problem, config in zip(problems, planner.gemms(tokens, experts, path.block_m, True), strict=True):
+            assert config.block_m == path.block_m
+            assert shared_bytes(problem, config, device) <= device.shared_bytes  # type: ignore[arg-type, attr-defined]
+        assert down.num_warps in (2, 4, 8)
+
+
+def test_decode_streams_pairs_and_prefill_is_persistent_with_descriptors() -> None:
+    qwen = ExpertShape(num_experts=128, top_k=8, hidden_size=2048, expert_size=768)
+    assert prefers_pairs(1, qwen, H100)
+    assert not prefers_pairs(64, qwen, H100)
+    assert [row_tile(t, 128, 8) for t in (1, 64, 256, 8192)] == [16, 16, 32, 128]
+    planner = ExpertPlanner(H100, TuningCache("nobody's", version="none"))
+    for config in planner.gemms(8192, qwen, 128, True):
+        assert (config.tma, config.swap, config.programs) == (True, False, H100.num_sms)
+    for config in planner.gemms(64, qwen, 16, True):
+        assert (config.tma, config.swap, config.programs) == (False, True, 0)
+    assert not any(c.tma or c.swap for c in ExpertPlanner(A100, planner.measured).gemms(64, qwen, 16, True))
+
+
+def test_tuning_keeps_the_fastest_and_another_process_finds_it(backend: TritonBackend, tmp_path: Path) -> None:
+    weights = make_experts(backend)
+    plain = weights.data
+    tried: list[object] = []
+
+    def measure(launches: list) -> float:
+        tried.append(launches[0].name)
+        blocks = launches[0].constexprs.get("BLOCK_N", 0), launches[0].constexprs.get("BLOCK_K", 0)
+        return 1.0 if blocks == (32, 32) else 2.0 + len(tried) * 1e-3
+
+    tune_experts(backend.planner, plain, 2, "silu", [8], backend._ticket(), measure=measure, candidates=6)
+    assert {"gate_up_kernel", "down_kernel", "pair_gate_up_kernel", "pair_down_kernel"} <= set(tried)
+    other = ExpertPlanner(backend.properties, TuningCache("test", directory=tmp_path, shipped=tmp_path / "none"))
+    shape = shape_of(plain, 2)
+    path = other.path(7, shape)  # 7 tokens share the measurements for 8
+    assert other.measured.get(other.key("path", 8, shape), PathChoice) == path
+    gate_up, _ = other.gemms(8, shape, 16, True)
+    stored = other.measured.get(other.key("gate_up", 8, shape, 16, True), GemmConfig)
+    assert gate_up == stored
+    x_TD = torch.randn(7, 32, device=DEVICE)
+    routing = backend.route(torch.randn(7, 6, device=DEVICE), SPEC)
+    torch.testing.assert_close(
+        backend.experts(x_TD, weights, routing), oracle(x_TD, weights, routing), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_cache_files(tmp_path: Path) -> None:
+    config = GemmConfig(block_m=16, block_n=64, block_k=64, num_warps=4, num_stages=3)
+    shipped, own = tmp_path / "shipped", tmp_path / "own"
+    TuningCache("A GPU 80GB", directory=shipped, shipped=own).put("key", config)
+    assert (shipped / "a-gpu-80gb.json").is_file()
+    read = TuningCache("A GPU 80GB", directory=own, shipped=shipped)
+    assert read.get("key", GemmConfig) == config
+    assert read.get("other", GemmConfig) is None
+    assert read.get("key", PathChoice) is None
+    read.put("key", replace(config, block_n=128))
+    assert TuningCache("A GPU 80GB", directory=own, shipped=shipped).get("key", GemmConfig).block_n == 128  # type: ignore[union-attr]
+    assert TuningCache("A GPU 80GB", directory=own, shipped=tmp_path, version="next").get("key", GemmConfig) is None
+    (own / "a-gpu-80gb.json").write_text(json.dumps({"version": "cut short"})[:-3])
+    assert TuningCache("A GPU 80GB", directory=own, shipped=tmp_path).get("key", GemmConfig) is None
+
+
+def test_refine_passes_over_what_does_not_run() -> None:
+    def measure(number: int) -> float:
+        if number == 1:
+            raise RuntimeError("out of shared memory")
+        return float(number)
+
+    assert refine([3, 1, 2], measure) == (2, 2.0)
+    with pytest.raises(RuntimeError, match="no configuration could be measured"):
+        refine([1], measure)
+
+
+def test_more_candidates_are_ranked_by_time() -> None:
+    planner = ExpertPlanner(H100, TuningCache("nobody's", version="none"))
+    shape = ExpertShape(num_experts=128, top_k=8, hidden_size=2048, expert_size=768)
+    problem = planner.gemm_problems(8192, shape, 128)[0]
+    configs = best_gemms(problem, H100, True, 8)
+    assert len(set(configs)) == 8
+    assert configs[0] == planner.gemms(8192, shape, 128, True)[0]
