@@ -1,9 +1,12 @@
 // Causal grouped-query attention over a paged cache, for decoding and prefill alike.
 //
-// A task takes some rows of a sequence with the query heads that share one key/value head. Keys come in blocks of 64 at
-// absolute positions, blocks in stretches of 256; a row goes through an online softmax within a stretch, and stretches
-// are joined in rising order. Both orders are fixed by the row's position alone, so one row at a time, chunks of a
-// prompt, and a long context shared out among threads all give the same bits. See Dao et al. 2022 and 2023.
+// A task takes some rows of a sequence and some key/value heads with the query heads that share them. Keys come in blocks
+// of 64 at absolute positions, blocks in stretches of 256; a row goes through an online softmax within a stretch, and
+// stretches are joined in rising order. Both orders are fixed by the row's position alone, so one row at a time, chunks of
+// a prompt, and a long context shared out among threads all give the same bits. See Dao et al. 2022 and 2023.
+//
+// With few rows the cost is reading the cache. The heads of a page lie side by side, so a block goes through all heads of
+// the task before the next block: the reads then run on in a few streams that the hardware can foresee.
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -20,7 +23,7 @@ constexpr int64_t kStretch = 4 * kKeyBlock;
 constexpr int64_t kQueryRows = 48;  // rows × query heads of a task
 
 struct Task {
-  int64_t sequence, kv_head, first_row, rows;
+  int64_t sequence, first_head, heads, first_row, rows;  // key/value heads
 };
 
 // Sizes and addresses that all tasks share.
@@ -29,15 +32,16 @@ struct Plan {
   const AttentionCall& call;
   Dtype dtype;  // of the score product: fp32 unless queries and keys are both bf16
   const Gemm& score_gemm;
-  const Gemm& value_gemm;
   int64_t group, cells, pieces;  // query heads per key head; cells and 32-channel pieces of a head
 
   Plan(const Kernels& kernels, const AttentionCall& call, Dtype dtype)
-      : kernels(kernels), call(call), dtype(dtype), score_gemm(kernels.gemm[static_cast<int>(dtype)]), value_gemm(kernels.gemm[0]),
-        group(call.heads / call.kv_heads), cells(ceil_div(call.channels, score_gemm.inputs_per_cell)),
+      : kernels(kernels), call(call), dtype(dtype), score_gemm(kernels.gemm[static_cast<int>(dtype)]), group(call.heads / call.kv_heads), cells(ceil_div(call.channels, score_gemm.inputs_per_cell)),
         pieces(ceil_div(call.channels, kBlockOutputs)) {}
 
   int64_t first_visible(int64_t position) const { return call.window ? std::max<int64_t>(0, position - call.window + 1) : 0; }
+  int64_t panel_bytes(int64_t queries) const {
+    return queries * (cells * score_gemm.panel_cell_bytes + (dtype != call.q.dtype ? call.channels * static_cast<int64_t>(sizeof(float)) : 0));
+  }
   int64_t state_floats(int64_t queries) const { return queries * (2 + pieces * kBlockOutputs); }
 };
 
@@ -57,31 +61,65 @@ void clear(const Partial& partial, int64_t queries) {
   for (int64_t q = 0; q < queries; ++q) partial.state(q)[0] = -std::numeric_limits<float>::infinity();
 }
 
+// Where the 64 keys and values from position `first` on lie, for head 0. Positions outside [low, high), which no row of the
+// task may see, are null: their pages may be gone, or not yet written.
+struct Block {
+  int64_t first;
+  const char* keys[kKeyBlock];
+  const char* values[kKeyBlock];
+
+  void locate(const AttentionCall& call, int64_t sequence, int64_t position, int64_t low, int64_t high) {
+    first = position;
+    std::memset(keys, 0, sizeof keys);
+    std::memset(values, 0, sizeof values);
+    const int32_t* table = call.block_table + sequence * call.block_table_stride;
+    const int64_t begin = std::max(low, first), end = std::min(high, first + kKeyBlock);
+    int64_t page = begin / call.page_size, offset = begin % call.page_size;
+    for (int64_t i = begin; i < end; ++i) {
+      keys[i - first] = static_cast<const char*>(call.keys.at(table[page], 0, offset));
+      values[i - first] = static_cast<const char*>(call.values.at(table[page], 0, offset));
+      if (++offset == call.page_size) {
+        offset = 0;
+        ++page;
+      }
+    }
+  }
+
+  // rows[0 … 63] keys, rows[64 … 127] values of a head.
+  void rows_of(const AttentionCall& call, int64_t head, const void** rows) const {
+    const int64_t key_bytes = head * call.keys.head_stride * element_bytes(call.keys.dtype);
+    const int64_t value_bytes = head * call.values.head_stride * element_bytes(call.values.dtype);
+    for (int i = 0; i < kKeyBlock; ++i) {
+      rows[i] = keys[i] ? keys[i] + key_bytes : nullptr;
+      rows[kKeyBlock + i] = values[i] ? values[i] + value_bytes : nullptr;
+    }
+  }
+};
+
 class Attend {
  public:
-  Attend(const Plan& plan, const Task& task)
-      : plan_(plan), task_(task), queries_(task.rows * plan.group), tiles_(queries_, std::min(plan.score_gemm.tile_rows, plan.value_gemm.tile_rows)),
+  // `panel` has room for panel_bytes().
+  Attend(const Plan& plan, const Task& task, int64_t kv_head, char* panel)
+      : plan_(plan), task_(task), kv_head_(kv_head), panel_(panel), queries_(task.rows * plan.group), tiles_(queries_, plan.score_gemm.tile_rows),
         positions_(plan.call.positions + task.first_row) {
     const AttentionCall& call = plan.call;
     const int64_t query_bytes = plan.cells * plan.score_gemm.panel_cell_bytes;
     const bool widen = plan.dtype != call.q.dtype;
-    panel_ = scratch(Buffer::rows).get<char>(queries_ * (query_bytes + (widen ? call.channels * 4 : 0)));
-    float* wide = reinterpret_cast<float*>(panel_ + queries_ * query_bytes);
+    float* wide = reinterpret_cast<float*>(panel + queries_ * query_bytes);
     for (int64_t t = 0; t < tiles_.count; ++t) {
       const void* rows[kMaxTileRows];
       for (int r = 0; r < tiles_.size(t); ++r) {
         const int64_t query = tiles_.start(t) + r;
-        const int64_t element = (task.kv_head * plan.group + query % plan.group) * call.channels;
+        const int64_t element = (kv_head * plan.group + query % plan.group) * call.channels;
         rows[r] = static_cast<const char*>(call.q.at(task.first_row + query / plan.group)) + element * element_bytes(call.q.dtype);
         if (!widen) continue;
         float* row = wide + query * call.channels;
         plan.kernels.widen(static_cast<const uint16_t*>(rows[r]), row, static_cast<int>(call.channels));
         rows[r] = row;
       }
-      plan.score_gemm.pack(panel_ + tiles_.start(t) * query_bytes, rows, tiles_.size(t), static_cast<int>(call.channels));
+      plan.score_gemm.pack(panel + tiles_.start(t) * query_bytes, rows, tiles_.size(t), static_cast<int>(call.channels));
     }
     keys_ = scratch(Buffer::keys).get<uint32_t>(2 * plan.cells * kBlockOutputs + kKeyBlock * call.channels);
-    values_ = scratch(Buffer::values).get<float>(plan.pieces * kKeyBlock * kBlockOutputs);
     scores_ = scratch(Buffer::scores).get<float>(2 * kMaxTileRows * kKeyBlock + 2 * kMaxTileRows * kBlockOutputs);
   }
 
@@ -90,13 +128,10 @@ class Attend {
   int64_t first_key() const { return plan_.first_visible(positions_[0]); }
   int64_t end_key() const { return positions_[task_.rows - 1] + 1; }
 
-  // Takes the keys of [first, end) that the rows may see; `first` is a multiple of the block.
-  void take(int64_t first, int64_t end, const Partial& partial) {
-    const int64_t low = std::max(first, first_key()), high = std::min(end, end_key());
-    for (int64_t block = low / kKeyBlock * kKeyBlock; block < high; block += kKeyBlock) {
-      load(block);
-      for (int64_t t = 0; t < tiles_.count; ++t) multiply(block, t, partial);
-    }
+  // Takes one block of keys, as far as the rows may see it. `ahead`: where the rows of what comes next lie, or null.
+  void take(const Block& block, const Partial& partial, const void* const* ahead) {
+    load(block);
+    for (int64_t t = 0; t < tiles_.count; ++t) multiply(block.first, t, partial, t ? nullptr : ahead);
   }
 
   void join(const Partial& partial, const Partial& later) {
@@ -118,7 +153,7 @@ class Attend {
         const int64_t query = tiles_.start(t) + r;
         const float inverse = 1.0f / partial.state(query)[1];
         const float* accumulator = partial.accumulator(queries_, tiles_, t) + r * kBlockOutputs;
-        const int64_t head = (task_.first_row + query / plan_.group) * call.heads + task_.kv_head * plan_.group + query % plan_.group;
+        const int64_t head = (task_.first_row + query / plan_.group) * call.heads + kv_head_ * plan_.group + query % plan_.group;
         char* out = static_cast<char*>(call.out) + head * call.channels * element_bytes(call.q.dtype);
         for (int64_t piece = 0; piece < plan_.pieces; ++piece) {
           const float* from = accumulator + piece * tiles_.size(t) * kBlockOutputs;
@@ -130,49 +165,27 @@ class Attend {
   }
 
  private:
-  // Keys of a block as weights of the score product, values widened to fp32 weights of the second one. Positions that no
-  // row of the task may see are zeros: their pages may be gone, or not yet written.
-  void load(int64_t block) {
+  // Keys of a block as weights of the score product, and where its values lie.
+  void load(const Block& block) {
     const AttentionCall& call = plan_.call;
     const int channels = static_cast<int>(call.channels);
-    const int32_t* table = call.block_table + task_.sequence * call.block_table_stride;
-    const int64_t low = first_key(), high = end_key();
-    const bool widen_keys = call.keys.dtype != plan_.dtype;
-    float* wide = reinterpret_cast<float*>(keys_ + 2 * plan_.cells * kBlockOutputs);
-    const void* keys[kKeyBlock];
-    for (int64_t i = 0; i < kKeyBlock; ++i) {
-      const int64_t position = block + i;
-      float* value = values_ + i * kBlockOutputs;
-      keys[i] = nullptr;
-      if (position < low || position >= high) {
-        for (int64_t piece = 0; piece < plan_.pieces; ++piece) std::memset(value + piece * kKeyBlock * kBlockOutputs, 0, kBlockOutputs * sizeof(float));
-        continue;
-      }
-      const int64_t page = table[position / call.page_size], offset = position % call.page_size;
-      keys[i] = call.keys.at(page, task_.kv_head, offset);
-      if (widen_keys) {
-        plan_.kernels.widen(static_cast<const uint16_t*>(keys[i]), wide + i * channels, channels);
-        keys[i] = wide + i * channels;
-      }
-      const void* stored = call.values.at(page, task_.kv_head, offset);
-      for (int64_t piece = 0; piece < plan_.pieces; ++piece) {
-        const int64_t first = piece * kBlockOutputs;
-        const int width = static_cast<int>(std::min<int64_t>(kBlockOutputs, channels - first));
-        float* out = value + piece * kKeyBlock * kBlockOutputs;
-        if (call.values.dtype == Dtype::bf16) {
-          plan_.kernels.widen(static_cast<const uint16_t*>(stored) + first, out, width);
-        } else {
-          std::memcpy(out, static_cast<const float*>(stored) + first, width * sizeof(float));
-        }
-        for (int c = width; c < kBlockOutputs; ++c) out[c] = 0.0f;
+    const void* rows[2 * kKeyBlock];
+    block.rows_of(call, kv_head_, rows);
+    if (call.keys.dtype != plan_.dtype) {
+      float* wide = reinterpret_cast<float*>(keys_ + 2 * plan_.cells * kBlockOutputs);
+      for (int i = 0; i < kKeyBlock; ++i, wide += channels) {
+        if (!rows[i]) continue;
+        plan_.kernels.widen(static_cast<const uint16_t*>(rows[i]), wide, channels);
+        rows[i] = wide;
       }
     }
+    std::memcpy(values_, rows + kKeyBlock, sizeof values_);
     for (int half = 0; half < 2; ++half)
-      plan_.kernels.transpose_cells(keys_ + half * plan_.cells * kBlockOutputs, kBlockOutputs, keys + half * kBlockOutputs, kBlockOutputs,
+      plan_.kernels.transpose_cells(keys_ + half * plan_.cells * kBlockOutputs, kBlockOutputs, rows + half * kBlockOutputs, kBlockOutputs,
                                     channels * element_bytes(plan_.dtype));
   }
 
-  void multiply(int64_t block, int64_t t, const Partial& partial) {
+  void multiply(int64_t block, int64_t t, const Partial& partial, const void* const* ahead) {
     const int size = tiles_.size(t);
     const int cells = static_cast<int>(plan_.cells);
     const char* panel = panel_ + tiles_.start(t) * plan_.cells * plan_.score_gemm.panel_cell_bytes;
@@ -202,21 +215,71 @@ class Attend {
                                    accumulator + r * kBlockOutputs, static_cast<int>(plan_.pieces), size * kBlockOutputs);
       }
     }
-    plan_.value_gemm.pack(probabilities, rows, size, kKeyBlock);
-    for (int64_t piece = 0; piece < plan_.pieces; ++piece)
-      plan_.value_gemm.run(size, probabilities, reinterpret_cast<const uint32_t*>(values_) + piece * kKeyBlock * kBlockOutputs, kKeyBlock,
-                           accumulator + piece * size * kBlockOutputs, true);
+    plan_.kernels.gemm[0].pack(probabilities, rows, size, kKeyBlock);
+    plan_.kernels.weigh_values(size, probabilities, values_, plan_.call.values.dtype, static_cast<int>(plan_.call.channels), accumulator, ahead);
   }
 
   const Plan& plan_;
   const Task& task_;
+  int64_t kv_head_;
+  char* panel_;
   int64_t queries_;
   Tiles tiles_;
   const int64_t* positions_;
-  char* panel_;
   uint32_t* keys_;
-  float* values_;
+  const void* values_[kKeyBlock];
   float* scores_;
+};
+
+// The heads of a task, each with its results so far.
+class TaskHeads {
+ public:
+  TaskHeads(const Plan& plan, const Task& task) : plan_(plan), task_(task) {
+    const int64_t bytes = ceil_div(plan.panel_bytes(task.rows * plan.group), 64) * 64;
+    char* panels = scratch(Buffer::rows).get<char>(task.heads * bytes);
+    heads_.reserve(task.heads);
+    for (int64_t h = 0; h < task.heads; ++h) heads_.emplace_back(plan, task, task.first_head + h, panels + h * bytes);
+  }
+
+  int64_t first_stretch() const { return heads_[0].first_key() / kStretch; }
+  int64_t end_stretch() const { return ceil_div(heads_[0].end_key(), kStretch); }
+  int64_t state_floats() const { return static_cast<int64_t>(heads_.size()) * plan_.state_floats(heads_[0].queries()); }
+
+  // The results over one stretch of keys, into state_floats() floats.
+  void take_stretch(int64_t stretch, float* memory) {
+    for (size_t h = 0; h < heads_.size(); ++h) clear(partial(memory, h), heads_[h].queries());
+    const int64_t low = std::max(stretch * kStretch, heads_[0].first_key() / kKeyBlock * kKeyBlock);
+    const int64_t high = std::min((stretch + 1) * kStretch, heads_[0].end_key());
+    Block block, following;
+    following.locate(plan_.call, task_.sequence, low, heads_[0].first_key(), heads_[0].end_key());
+    const void* ahead[2 * kKeyBlock];
+    for (int64_t position = low; position < high; position += kKeyBlock) {
+      block = following;
+      following.locate(plan_.call, task_.sequence, position + kKeyBlock, heads_[0].first_key(), heads_[0].end_key());
+      for (size_t h = 0; h < heads_.size(); ++h) {
+        const bool last = h + 1 == heads_.size();
+        (last ? following : block).rows_of(plan_.call, task_.first_head + (last ? 0 : static_cast<int64_t>(h) + 1), ahead);
+        heads_[h].take(block, partial(memory, h), ahead);
+      }
+    }
+  }
+
+  void start(float* memory) {
+    for (size_t h = 0; h < heads_.size(); ++h) clear(partial(memory, h), heads_[h].queries());
+  }
+  void join(float* memory, float* later) {
+    for (size_t h = 0; h < heads_.size(); ++h) heads_[h].join(partial(memory, h), partial(later, h));
+  }
+  void write(float* memory) {
+    for (size_t h = 0; h < heads_.size(); ++h) heads_[h].write(partial(memory, h));
+  }
+
+ private:
+  Partial partial(float* memory, size_t head) const { return {memory + static_cast<int64_t>(head) * plan_.state_floats(heads_[0].queries()), plan_.pieces}; }
+
+  const Plan& plan_;
+  const Task& task_;
+  std::vector<Attend> heads_;
 };
 
 }  // namespace
@@ -224,51 +287,55 @@ class Attend {
 void attention(const Context& context, const AttentionCall& call) {
   const bool narrow = call.q.dtype == Dtype::bf16 && call.keys.dtype == Dtype::bf16;
   const Plan plan(*context.kernels, call, narrow ? Dtype::bf16 : Dtype::fp32);
-  const int64_t task_rows = std::max<int64_t>(1, kQueryRows / plan.group);
+  const int64_t most_rows = std::max<int64_t>(1, kQueryRows / plan.group);
+  int64_t row_tasks = 0, stretches = 0, most_stretches = 1, widest = 1;
+  for (int64_t s = 0; s < call.sequences; ++s) {
+    const int64_t rows = call.query_start[s + 1] - call.query_start[s];
+    row_tasks += ceil_div(rows, most_rows);
+    widest = std::max(widest, std::min(rows, most_rows));
+    most_stretches = std::max(most_stretches, ceil_div(call.context_len[s], kStretch));
+    stretches += ceil_div(call.context_len[s], kStretch);
+  }
+  // As many heads per task as leave enough tasks; with many rows the cache is read from cache anyway.
+  const int64_t enough = context.threads > 1 ? 4 * context.threads : 1;
+  const bool split = row_tasks * call.kv_heads < enough && most_stretches > 1;
+  int64_t heads = widest * plan.group > kMaxTileRows ? 1 : call.kv_heads;
+  while (heads > 1 && (split ? stretches : row_tasks) * ceil_div(call.kv_heads, heads) < enough) heads = ceil_div(heads, 2);
+
   std::vector<Task> tasks;
-  std::vector<int64_t> stretches;  // of each task, and where its partial results start
-  int64_t most_stretches = 1;
-  // Long tasks first: the last rows of a sequence see the most keys.
   for (int64_t s = 0; s < call.sequences; ++s) {
     const int64_t begin = call.query_start[s], rows = call.query_start[s + 1] - begin;
     if (rows <= 0) continue;
-    most_stretches = std::max(most_stretches, ceil_div(call.context_len[s], kStretch));
-    const Tiles tiles(rows, task_rows);
+    const Tiles tiles(rows, most_rows), parts(call.kv_heads, heads);
+    // The last rows of a sequence see the most keys; long tasks go first.
     for (int64_t t = tiles.count - 1; t >= 0; --t)
-      for (int64_t g = 0; g < call.kv_heads; ++g) tasks.push_back({s, g, begin + tiles.start(t), tiles.size(t)});
+      for (int64_t g = 0; g < parts.count; ++g) tasks.push_back({s, parts.start(g), parts.size(g), begin + tiles.start(t), tiles.size(t)});
   }
   const int64_t num_tasks = static_cast<int64_t>(tasks.size());
-  const int64_t floats = plan.state_floats(task_rows * plan.group);
-  const bool split = context.threads > 1 && num_tasks < 4 * context.threads && most_stretches > 1;
   if (!split) {
     for_each_task(context.threads, num_tasks, [&](int64_t i) {
-      Attend attend(plan, tasks[i]);
-      float* memory = scratch(Buffer::states).get<float>(2 * floats);
-      const Partial total{memory, plan.pieces}, part{memory + floats, plan.pieces};
-      clear(total, attend.queries());
-      for (int64_t first = attend.first_key() / kStretch * kStretch; first < attend.end_key(); first += kStretch) {
-        clear(part, attend.queries());
-        attend.take(first, first + kStretch, part);
-        attend.join(total, part);
+      TaskHeads task(plan, tasks[i]);
+      float* total = scratch(Buffer::states).get<float>(2 * task.state_floats());
+      float* part = total + task.state_floats();
+      task.start(total);
+      for (int64_t stretch = task.first_stretch(); stretch < task.end_stretch(); ++stretch) {
+        task.take_stretch(stretch, part);
+        task.join(total, part);
       }
-      attend.write(total);
+      task.write(total);
     });
     return;
   }
+  const int64_t floats = heads * plan.state_floats(widest * plan.group);
   float* memory = scratch(Buffer::output).get<float>(num_tasks * most_stretches * floats);
-  for_each_task(context.threads, num_tasks * most_stretches, [&](int64_t i) {
-    Attend attend(plan, tasks[i / most_stretches]);
-    const int64_t first = i % most_stretches * kStretch;
-    const Partial part{memory + i * floats, plan.pieces};
-    clear(part, attend.queries());
-    attend.take(first, first + kStretch, part);
-  });
+  for_each_task(context.threads, num_tasks * most_stretches,
+                [&](int64_t i) { TaskHeads(plan, tasks[i / most_stretches]).take_stretch(i % most_stretches, memory + i * floats); });
   for_each_task(context.threads, num_tasks, [&](int64_t i) {
-    Attend attend(plan, tasks[i]);
-    const Partial total{scratch(Buffer::states).get<float>(floats), plan.pieces};
-    clear(total, attend.queries());
-    for (int64_t stretch = 0; stretch < most_stretches; ++stretch) attend.join(total, Partial{memory + (i * most_stretches + stretch) * floats, plan.pieces});
-    attend.write(total);
+    TaskHeads task(plan, tasks[i]);
+    float* total = scratch(Buffer::states).get<float>(task.state_floats());
+    task.start(total);
+    for (int64_t stretch = 0; stretch < most_stretches; ++stretch) task.join(total, memory + (i * most_stretches + stretch) * floats);
+    task.write(total);
   });
 }
 

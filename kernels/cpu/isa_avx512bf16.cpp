@@ -56,7 +56,7 @@ extern const Kernels kAvx512Bf16Kernels = {
     "avx512bf16",
     {{kTileRows, 1, 4, pack_fp32, run_float<1>}, {kTileRows, 2, 4, pack_bf16, run_pairs<>}},
     {kTileRows, 4, 4, pack_int8, run_vnni<>},
-    transpose_cells, store, gated, scaled_add, convert, widen, rms_norm, rope, softmax_step, softmax_merge, quantize,
+    transpose_cells, store, gated, scaled_add, weigh_values, convert, widen, rms_norm, rope, softmax_step, softmax_merge, quantize,
 };
 
 }  // namespace dynamoe_cpu

@@ -44,6 +44,11 @@ struct Kernels {
   void (*gated)(const float* tile, int num_rows, const float* bias, Activation activation, void* panel, Dtype dtype);
   void (*scaled_add)(const float* tile, int num_rows, int width, const float* bias, const float* scales, float* const* out);
 
+  // accumulator[piece][row][32] += sum over keys of probabilities[key][row] · values[key]; a null key counts nothing.
+  // Along the way it asks for the rows at ahead[0 … 127], if given: keys and values that come next.
+  void (*weigh_values)(int num_rows, const float* probabilities, const void* const* values, Dtype dtype, int channels, float* accumulator,
+                       const void* const* ahead);
+
   void (*convert)(const float* in, void* out, int n, Dtype out_dtype);
   void (*widen)(const uint16_t* in, float* out, int n);
   void (*rms_norm)(const void* x, const void* residual, float scale, const void* weight, Dtype weight_dtype, float eps, int n, void* sum, void* out, Dtype dtype);

@@ -7,10 +7,13 @@
 #include <sys/mman.h>
 
 #include <cstdlib>
+#include <memory>
+#include <mutex>
 #include <optional>
 #include <tuple>
 
 #include "operators.h"
+#include "parallel.h"
 
 namespace dynamoe_cpu {
 namespace {
@@ -73,17 +76,40 @@ Cache cache_of(const Tensor& t, const char* name) {
   return {t.data_ptr(), dtype_of(t, name), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-// Memory for packed weights, on huge pages where it is large enough to fill some.
+// Memory for packed weights, on huge pages: walking the tables of small ones costs a quarter of the bandwidth. Weights
+// that are smaller than a few huge pages share a slab, which lives as long as any of them.
 Tensor allocate(int64_t count) {
-  constexpr size_t kHuge = size_t{2} << 20;
-  const size_t bytes = static_cast<size_t>(count) * 4;
-  const size_t alignment = bytes >= 4 * kHuge ? kHuge : 64;
-  void* data = std::aligned_alloc(alignment, (std::max<size_t>(bytes, 1) + alignment - 1) / alignment * alignment);
-  TORCH_CHECK(data, "no memory for ", bytes, " bytes of packed weights");
+  constexpr size_t kHuge = size_t{2} << 20, kSlab = 16 * kHuge;
+  static std::mutex mutex;
+  static std::weak_ptr<char> current;
+  static size_t used = 0;
+  const size_t bytes = (static_cast<size_t>(count) * 4 + 63) / 64 * 64;
+  const auto map = [&](size_t size) {
+    size = std::max<size_t>((size + kHuge - 1) / kHuge, 1) * kHuge;
+    char* data = static_cast<char*>(std::aligned_alloc(kHuge, size));
+    TORCH_CHECK(data, "no memory for ", size, " bytes of packed weights");
 #ifdef MADV_HUGEPAGE
-  if (alignment == kHuge) madvise(data, bytes, MADV_HUGEPAGE);
+    madvise(data, size, MADV_HUGEPAGE);
 #endif
-  return at::from_blob(data, {count}, [](void* p) { std::free(p); }, at::TensorOptions().dtype(at::kInt));
+    return std::shared_ptr<char>(data, [](char* p) { std::free(p); });
+  };
+  std::shared_ptr<char> slab;
+  char* data;
+  if (bytes > kSlab / 4) {
+    slab = map(bytes);
+    data = slab.get();
+  } else {
+    const std::lock_guard<std::mutex> lock(mutex);
+    slab = current.lock();
+    if (!slab || used + bytes > kSlab) {
+      slab = map(kSlab);
+      current = slab;
+      used = 0;
+    }
+    data = slab.get() + used;
+    used += bytes;
+  }
+  return at::from_blob(data, {count}, [slab](void*) mutable { slab.reset(); }, at::TensorOptions().dtype(at::kInt));
 }
 
 Tensor pack_linear_op(int64_t isa, const Tensor& weight) {
@@ -284,6 +310,24 @@ Tensor linear_int8_op(int64_t isa, const Tensor& x, const Tensor& weights, const
   return out;
 }
 
+// Reads every word once, as a packed weight is read, and does next to nothing with it: the limit for the other operators.
+int64_t read_words_op(const Tensor& source) {
+  TORCH_CHECK_VALUE(source.scalar_type() == at::kInt && source.is_contiguous(), "source must be contiguous int32");
+  const uint32_t* data = static_cast<const uint32_t*>(source.data_ptr());
+  constexpr int64_t kWords = 64 * 1024, kLanes = 64;
+  std::atomic<uint32_t> total{0};
+  for_each_task(at::get_num_threads(), source.numel() / kWords, [&](int64_t task) {
+    const uint32_t* p = data + task * kWords;
+    uint32_t lane[kLanes] = {};
+    for (int64_t i = 0; i < kWords; i += kLanes)
+      for (int64_t j = 0; j < kLanes; ++j) lane[j] += p[i + j];
+    uint32_t sum = 0;
+    for (uint32_t value : lane) sum += value;
+    total.fetch_add(sum);
+  });
+  return total.load();
+}
+
 }  // namespace
 
 TORCH_LIBRARY(dynamoe_cpu, m) {
@@ -307,6 +351,8 @@ TORCH_LIBRARY(dynamoe_cpu, m) {
       "int window) -> Tensor",
       &attention_op);
   m.def("route(int isa, Tensor logits, int top_k, int score, bool softmax_after_topk, bool renormalize, float scale) -> (Tensor, Tensor)", &route_op);
+  m.def("allocate(int words) -> Tensor", &allocate);
+  m.def("read_words(Tensor source) -> int", &read_words_op);
   m.def("pack_int8(int isa, Tensor weight) -> (Tensor, Tensor)", &pack_int8_op);
   m.def("linear_int8(int isa, Tensor x, Tensor weights, Tensor scales, Tensor row_sums, Tensor? bias, int outputs) -> Tensor", &linear_int8_op);
 }

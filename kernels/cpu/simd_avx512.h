@@ -48,8 +48,8 @@ struct Vec {
   SIMD_FN F round_bf16(F a) { return _mm512_castsi512_ps(_mm512_slli_epi32(bf16_bits(a), 16)); }
 };
 
-// 16 rows of 16 words, transposed in registers; column c of the rows goes to dst + c * dst_stride.
-TARGET static inline void transpose_16x16(__m512i* r, uint32_t* dst, int dst_stride, __mmask16 rows, int columns) {
+// 16 rows of 16 words, transposed in registers.
+TARGET static inline void transpose_16x16(__m512i* r) {
   __m512i t[16];
   for (int i = 0; i < 16; i += 2) {
     t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
@@ -71,7 +71,6 @@ TARGET static inline void transpose_16x16(__m512i* r, uint32_t* dst, int dst_str
     r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
     r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
   }
-  for (int c = 0; c < columns; ++c) _mm512_mask_storeu_epi32(dst + c * dst_stride, rows, r[c]);
 }
 
 TARGET static inline void transpose_full_cells(uint32_t* dst, int dst_stride, const void* const* rows, int num_rows, int cells) {
@@ -81,12 +80,21 @@ TARGET static inline void transpose_full_cells(uint32_t* dst, int dst_stride, co
     for (int c = 0; c < cells; c += 16) {
       const int columns = cells - c < 16 ? cells - c : 16;
       const __mmask16 mask = static_cast<__mmask16>((1u << columns) - 1);
+      uint32_t* out = dst + static_cast<ptrdiff_t>(c) * dst_stride + base;
       __m512i r[16];
+      if (count == 16 && columns == 16) {
+        for (int i = 0; i < 16; ++i)
+          r[i] = rows[base + i] ? _mm512_loadu_si512(static_cast<const char*>(rows[base + i]) + 4 * c) : _mm512_setzero_si512();
+        transpose_16x16(r);
+        for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + static_cast<ptrdiff_t>(i) * dst_stride, r[i]);
+        continue;
+      }
       for (int i = 0; i < 16; ++i) {
         const void* row = i < count ? rows[base + i] : nullptr;
         r[i] = row ? _mm512_maskz_loadu_epi32(mask, static_cast<const char*>(row) + 4 * c) : _mm512_setzero_si512();
       }
-      transpose_16x16(r, dst + static_cast<ptrdiff_t>(c) * dst_stride + base, dst_stride, row_mask, columns);
+      transpose_16x16(r);
+      for (int i = 0; i < columns; ++i) _mm512_mask_storeu_epi32(out + static_cast<ptrdiff_t>(i) * dst_stride, row_mask, r[i]);
     }
   }
 }

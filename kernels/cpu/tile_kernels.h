@@ -131,3 +131,60 @@ TARGET static void scaled_add(const float* tile, int num_rows, int width, const 
       Vec::store(out[r] + o, Vec::fma(scale, Vec::load(row + o), Vec::load(out[r] + o)));
   }
 }
+
+// The second product of attention, values straight from the cache. `kPieces` pieces of 32 channels at once; the last one
+// may be ragged.
+template <int kRows, int kPieces, bool kRagged>
+TARGET static void weigh_pieces(const float* probabilities, const void* const* values, Dtype dtype, int first, int channels, float* accumulator,
+                                const void* const* ahead) {
+  constexpr int kVectors = kPassVectors;
+  constexpr int kPassOutputs = kVectors * Vec::kLanes;
+  for (int o = 0; o < kBlockOutputs; o += kPassOutputs) {
+    Vec::F sum[kPieces][kRows][kVectors];
+    float* out = accumulator + o;
+    for (int p = 0; p < kPieces; ++p)
+      for (int r = 0; r < kRows; ++r)
+        for (int v = 0; v < kVectors; ++v) sum[p][r][v] = Vec::load(out + (p * kRows + r) * kBlockOutputs + v * Vec::kLanes);
+    for (int key = 0; key < kKeyBlock; ++key) {
+      if (ahead) {
+        for (int byte = 0; byte < channels * element_bytes(dtype); byte += 64) {
+          __builtin_prefetch(static_cast<const char*>(ahead[key]) + byte);
+          __builtin_prefetch(static_cast<const char*>(ahead[kKeyBlock + key]) + byte);
+        }
+      }
+      if (!values[key]) continue;
+      const float* weight = probabilities + key * kRows;
+      for (int p = 0; p < kPieces; ++p)
+        for (int v = 0; v < kVectors; ++v) {
+          const int c = first + p * kBlockOutputs + o + v * Vec::kLanes;
+          Vec::F value;
+          if constexpr (kRagged) {
+            value = c < channels ? load_row(values[key], dtype, c, channels) : Vec::zero();
+          } else if (dtype == Dtype::bf16) {
+            value = Vec::load_bf16(static_cast<const uint16_t*>(values[key]) + c);
+          } else {
+            value = Vec::load(static_cast<const float*>(values[key]) + c);
+          }
+          for (int r = 0; r < kRows; ++r) sum[p][r][v] = Vec::fma(Vec::set(weight[r]), value, sum[p][r][v]);
+        }
+    }
+    for (int p = 0; p < kPieces; ++p)
+      for (int r = 0; r < kRows; ++r)
+        for (int v = 0; v < kVectors; ++v) Vec::store(out + (p * kRows + r) * kBlockOutputs + v * Vec::kLanes, sum[p][r][v]);
+  }
+}
+
+template <int kRows = kTileRows>
+TARGET static void weigh_values(int num_rows, const float* probabilities, const void* const* values, Dtype dtype, int channels, float* accumulator,
+                                const void* const* ahead) {
+  if (num_rows == kRows) {
+    constexpr int kPieces = 2 * kRows <= kTileRows ? 2 : 1;
+    int c = 0;
+    for (; c + kPieces * kBlockOutputs <= channels; c += kPieces * kBlockOutputs)
+      weigh_pieces<kRows, kPieces, false>(probabilities, values, dtype, c, channels, accumulator + c * kRows, c ? nullptr : ahead);
+    for (; c < channels; c += kBlockOutputs)
+      weigh_pieces<kRows, 1, true>(probabilities, values, dtype, c, channels, accumulator + c * kRows, c ? nullptr : ahead);
+  } else if constexpr (kRows > 1) {
+    weigh_values<kRows - 1>(num_rows, probabilities, values, dtype, channels, accumulator, ahead);
+  }
+}

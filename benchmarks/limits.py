@@ -1,0 +1,68 @@
+"""What this machine can do: reading memory, and torch's bf16 matrix product. Limits for the CPU benchmarks.
+
+Machines of this kind drift by a factor of two within hours, so a benchmark probes the limits between its measurements
+and reports ratios. A probe takes a few milliseconds, so that on a busy machine some of them run undisturbed.
+Run it alone to see the figures: ``python benchmarks/limits.py [--threads N] [--rounds N]``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+
+from dynamoe.kernels import cpu_build
+
+
+class Limits:
+    """Probes that share their buffers.
+
+    Arguments:
+        megabytes: size of the memory that is read in turns; several times the last-level cache.
+        probe_megabytes: how much of it one probe reads.
+        gemm_size: rows, columns and depth of the matrix product.
+    """
+
+    def __init__(self, megabytes: int = 512, probe_megabytes: int = 64, gemm_size: int = 1024) -> None:
+        cpu_build.load(progress=True)
+        words = torch.ops.dynamoe_cpu.allocate(megabytes * 2**18)
+        words.fill_(1)
+        self._parts = words.split(probe_megabytes * 2**18)
+        self._next = 0
+        self._a = torch.randn(gemm_size, gemm_size).bfloat16()
+        self._b = torch.randn(gemm_size, gemm_size).bfloat16()
+
+    def read_bandwidth(self) -> float:
+        """Bytes per second of reading memory that no cache holds, with all threads."""
+        part = self._parts[self._next]
+        self._next = (self._next + 1) % len(self._parts)
+        start = time.perf_counter()
+        torch.ops.dynamoe_cpu.read_words(part)
+        return part.nbytes / (time.perf_counter() - start)
+
+    def gemm_rate(self) -> float:
+        """Floating-point operations per second of one bf16 product."""
+        start = time.perf_counter()
+        torch.mm(self._a, self._b)
+        return 2 * self._a.shape[0] ** 3 / (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=20)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    limits = Limits()
+    for name, probe, unit in (
+        ("reading memory", limits.read_bandwidth, "GB/s"),
+        ("bf16 matrix product", limits.gemm_rate, "GFLOP/s"),
+    ):
+        values = [probe() / 1e9 for _ in range(arguments.rounds + 1)][1:]
+        print(f"{name}: median {statistics.median(values):.1f} [{min(values):.1f}-{max(values):.1f}] {unit}")
+
+
+if __name__ == "__main__":
+    main()
