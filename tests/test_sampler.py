@@ -153,23 +153,25 @@ def test_a_row_gives_the_same_token_alone_and_in_company(vocabulary: int) -> Non
 
 
 def test_reported_logprobs_are_bitwise_the_same_alone_and_in_company(plain_tokenizer) -> None:
-    logits_RV, _ = varied_rows(1009, 0)
     tokens, counts = list(range(16)), [0, 1, 2, 5] * 4
-    together = position_logprobs(logits_RV, tokens, counts, plain_tokenizer)
+    logits_RV, _ = varied_rows(1009, 0)
+    together = position_logprobs(logits_RV.log_softmax(-1), tokens, counts, plain_tokenizer)
     for row in range(16):
-        alone = position_logprobs(logits_RV[row : row + 1], [tokens[row]], [counts[row]], plain_tokenizer)
+        alone = position_logprobs(
+            logits_RV[row : row + 1].log_softmax(-1), [tokens[row]], [counts[row]], plain_tokenizer
+        )
         assert alone == [together[row]]
 
 
 def test_logprobs_name_the_chosen_token_first_and_rank_it(plain_tokenizer) -> None:
     logits_RV = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
-    (position,) = position_logprobs(logits_RV, [2], [2], plain_tokenizer)
+    (position,) = position_logprobs(logits_RV.log_softmax(-1), [2], [2], plain_tokenizer)
     expected = logits_RV.double().log_softmax(-1)[0]
     assert list(position) == [2, 1, 3]
     assert [entry.rank for entry in position.values()] == [3, 1, 2]
     for token, entry in position.items():
         assert entry.logprob == pytest.approx(expected[token].item(), abs=1e-6)
-    (chosen_only,) = position_logprobs(logits_RV, [1], [0], plain_tokenizer)
+    (chosen_only,) = position_logprobs(logits_RV.log_softmax(-1), [1], [0], plain_tokenizer)
     assert [(t, e.rank) for t, e in chosen_only.items()] == [(1, 1)]
 
 

@@ -193,9 +193,9 @@ class Engine:
         for position in range(start, end, chunk):
             following = request.prompt_token_ids[position + 1 : min(position + chunk, end) + 1]
             row = first_row + position - start
-            logits_RV = self.runner.logits(hidden_TD, range(row, row + len(following)))
+            logprobs_RV = self.runner.logits(hidden_TD, range(row, row + len(following))).log_softmax(-1)
             num_best = [request.params.prompt_logprobs] * len(following)
-            request.prompt_logprobs += position_logprobs(logits_RV, following, num_best, self.model.tokenizer)
+            request.prompt_logprobs += position_logprobs(logprobs_RV, following, num_best, self.model.tokenizer)
 
     def _rows_to_sample(self, schedule: Schedule) -> tuple[list[Sequence], list[int]]:
         """The sequences that get a token in this step, and their rows. Completions of one prompt share a row."""
@@ -215,14 +215,15 @@ class Engine:
     ) -> tuple[list[int], dict[Sequence, PositionLogprobs]]:
         """Sample, and take down log-probabilities of the raw logits where they are asked for."""
         asked = [row for row, s in enumerate(sequences) if s.request.params.logprobs is not None]
-        raw_RV = logits_RV[asked] if asked else None  # a copy: sampling overwrites its logits
+        if not asked:
+            return sample(logits_RV, sequences), {}
+        # Before sampling, which overwrites its logits.
+        logprobs_RV = (logits_RV if len(asked) == len(sequences) else logits_RV[asked]).log_softmax(-1)
         token_ids = sample(logits_RV, sequences)
-        if raw_RV is None:
-            return token_ids, {}
         num_best = [sequences[row].request.params.logprobs or 0 for row in asked]
         # A row without a usable token ends with an error; any token stands in for it here.
         chosen = [max(token_ids[row], 0) for row in asked]
-        found = position_logprobs(raw_RV, chosen, num_best, self.model.tokenizer)
+        found = position_logprobs(logprobs_RV, chosen, num_best, self.model.tokenizer)
         return token_ids, {sequences[row]: logprobs for row, logprobs in zip(asked, found, strict=True)}
 
     def _postprocess(

@@ -13,19 +13,16 @@ from .selection import largest
 
 
 def position_logprobs(
-    logits_RV: torch.Tensor, token_ids: list[int], num_best: list[int], tokenizer: Tokenizer
+    logprobs_RV: torch.Tensor, token_ids: list[int], num_best: list[int], tokenizer: Tokenizer
 ) -> list[PositionLogprobs]:
     """What to report for each row: its chosen token first, then the best ones, by falling probability.
 
-    Probabilities are those of the model's raw logits, before penalties, bias and temperature.
-
     Arguments:
-        logits_RV: float32.
+        logprobs_RV: ``log_softmax`` of the model's raw logits, before penalties, bias and temperature; float32.
         token_ids: the chosen token of each row.
         num_best: how many of the best tokens to report for each row; 0 reports the chosen one alone.
     """
-    logprobs_RV = logits_RV.log_softmax(-1)
-    chosen_R1 = torch.tensor(token_ids, device=logits_RV.device)[:, None]
+    chosen_R1 = torch.tensor(token_ids, device=logprobs_RV.device)[:, None]
     chosen = logprobs_RV.gather(1, chosen_R1).squeeze(1).tolist()
     positions: list[PositionLogprobs] = [{}] * len(token_ids)
     # One call per number: which of several equals come out may depend on how many are asked for.

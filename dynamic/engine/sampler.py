@@ -1,6 +1,7 @@
 """Choosing tokens. Every row is treated as if it were alone: its result does not depend on the rows beside it.
 
-Shape suffixes: R rows to sample, U those of them that are not settled yet, V vocabulary, H best tokens looked at.
+Shape suffixes: R rows to sample, U those of them that are not settled yet, V vocabulary, H best tokens looked at,
+X blocks of the vocabulary, C tokens of a block.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from .penalties import edit_logits, edits_logits
-from .selection import first_best, largest
+from .selection import BLOCK, block_sums, first_best, largest
 
 if TYPE_CHECKING:
     from ..sampling_params import SamplingParams
     from .request import Sequence
 
 NO_TOKEN = -1
+_BELOW_ONE = 1 - 2**-53
 # A nucleus rarely needs more tokens than these, and picking them is far cheaper than sorting the vocabulary.
 NUCLEUS_HEADS = (64, 1024)
 
@@ -68,14 +70,39 @@ def draw_tokens(logits_RV: torch.Tensor, params: list[SamplingParams], draws_R: 
     weights_RV = logits_RV.div_(temperature_R1).softmax(-1)
     floor_R1, floored_R1 = _floor(weights_RV, params)
     if floor_R1 is not None:
-        weights_RV.masked_fill_(weights_RV < floor_R1, 0.0)
+        _zero_below(weights_RV, floor_R1)
     if any(p.top_p < 1.0 for p in params):
         _keep_nucleus(weights_RV, params, floored_R1)
-    cumulative_RV = weights_RV.cumsum(-1, dtype=torch.float64)
-    targets_R1 = draws_R[:, None] * cumulative_RV[:, -1:]
-    # The first place where the sum exceeds the target has a weight above zero.
-    tokens_R1 = torch.searchsorted(cumulative_RV, targets_R1, right=True)
-    return tokens_R1.squeeze(1).clamp_(max=logits_RV.shape[1] - 1)
+    return _invert(weights_RV, draws_R)
+
+
+def _zero_below(weights_RV: torch.Tensor, floor_R1: torch.Tensor) -> None:
+    """Zero the weights below each row's floor, in place and in one pass without a mask."""
+    below = torch.nextafter(floor_R1, torch.full_like(floor_R1, -1.0)).squeeze(1).tolist()
+    for weights_V, limit in zip(weights_RV, below, strict=True):
+        if limit > 0.0:
+            torch.threshold_(weights_V, limit, 0.0)
+
+
+def _invert(weights_RV: torch.Tensor, draws_R: torch.Tensor) -> torch.Tensor:
+    """The token at which the cumulative weight first exceeds its share ``draw``: first the block, then the token in it.
+
+    A place where a cumulative sum first exceeds something has a weight above zero, so none without weight is taken.
+    """
+    cumulative_RX = block_sums(weights_RV).cumsum(-1)
+    targets_R1 = draws_R[:, None] * cumulative_RX[:, -1:]
+    last_block = cumulative_RX.shape[1] - 1
+    block_R1 = torch.searchsorted(cumulative_RX, targets_R1, right=True).clamp_(max=last_block)
+    end_R1 = cumulative_RX.gather(1, block_R1)
+    start_R1 = cumulative_RX.gather(1, (block_R1 - 1).clamp_(min=0)).masked_fill_(block_R1 == 0, 0.0)
+    # The block's sum and the sum of its entries may differ in the last bit: carry the share over, not the amount.
+    share_R1 = ((targets_R1 - start_R1) / (end_R1 - start_R1)).clamp_(max=_BELOW_ONE)
+    places_RC = block_R1 * BLOCK + torch.arange(BLOCK, device=weights_RV.device)
+    outside_RC = places_RC >= weights_RV.shape[1]
+    inside_RC = weights_RV.gather(1, places_RC.masked_fill(outside_RC, 0)).masked_fill_(outside_RC, 0.0)
+    within_RC = inside_RC.cumsum(-1, dtype=torch.float64)
+    offset_R1 = torch.searchsorted(within_RC, share_R1 * within_RC[:, -1:], right=True)
+    return (block_R1 * BLOCK + offset_R1).squeeze(1).clamp_(max=weights_RV.shape[1] - 1)
 
 
 def _column(values: list[float], like: torch.Tensor) -> torch.Tensor:
@@ -105,7 +132,7 @@ def _keep_nucleus(weights_RV: torch.Tensor, params: list[SamplingParams], floore
     vocabulary = weights_RV.shape[1]
     goal_R1 = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=weights_RV.device)[:, None]
     if floored_R1 is not None:  # rows without a limit sum to 1
-        total_R1 = weights_RV.cumsum(-1, dtype=torch.float64)[:, -1:]
+        total_R1 = block_sums(weights_RV).cumsum(-1)[:, -1:]
         goal_R1 = goal_R1 * torch.where(floored_R1, total_R1, 1.0)
     least_R1 = torch.zeros_like(goal_R1, dtype=torch.float32)
     open_U = torch.tensor([row for row, p in enumerate(params) if p.top_p < 1.0], device=weights_RV.device)
@@ -116,7 +143,7 @@ def _keep_nucleus(weights_RV: torch.Tensor, params: list[SamplingParams], floore
         open_U = open_U[~reached_U1.squeeze(1)]
         if not len(open_U):
             break
-    weights_RV.masked_fill_(weights_RV < least_R1, 0.0)
+    _zero_below(weights_RV, least_R1)
 
 
 def _nucleus_limit(best_RH: torch.Tensor, goal_R1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -35,6 +35,18 @@ def largest(values_RV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Te
     return values_RN, places_RN
 
 
+def block_sums(values_RV: torch.Tensor) -> torch.Tensor:
+    """Sums of the blocks of each row, the last of them shorter if need be, float64, (R, X).
+
+    Row by row: how a sum over many rows is split between threads, and so its last bits, depends on their number.
+    """
+    tail = values_RV.shape[1] // BLOCK * BLOCK
+    sums = [row_V[:tail].view(-1, BLOCK).sum(-1) for row_V in values_RV]
+    if tail < values_RV.shape[1]:
+        sums = [torch.cat((s, row_V[tail:].sum(-1, keepdim=True))) for s, row_V in zip(sums, values_RV, strict=True)]
+    return torch.stack(sums).double()
+
+
 def first_best(values_RV: torch.Tensor) -> torch.Tensor:
     """The place of each row's largest entry, the first of equals, int64, (R,)."""
     if values_RV.device.type == "cpu":  # numpy's search is vectorised, torch's is not
