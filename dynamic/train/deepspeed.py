@@ -9,6 +9,7 @@ in the same step. Checkpoints are DeepSpeed's own and need the same number of ra
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from ...exits.training.trainer import TrainerConfig, TrainResult
 from .language_model import LanguageModelTask
 from .model import TrainableDecoder
 
-_TAG = "latest"
+_LATEST = "latest"  # DeepSpeed's own file; it names the newest complete checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,7 @@ def train_with_deepspeed(
         model=module, optimizer=optimizer, config=_settings(task.samples_per_step, world, config, zero)
     )
     directory.mkdir(parents=True, exist_ok=True)
-    found, client = engine.load_checkpoint(str(directory), tag=_TAG) if (directory / _TAG).is_dir() else (None, {})
+    found, client = engine.load_checkpoint(str(directory)) if (directory / _LATEST).is_file() else (None, {})
     step, before = (client["step"], client["seconds"]) if found else (0, 0.0)
     log = LossLog(directory / "metrics.jsonl", step) if rank == 0 else None
     line = ProgressLine(config.steps, step) if progress and rank == 0 else None
@@ -118,7 +119,8 @@ def train_with_deepspeed(
         stop, save = _agree(config, started, saved, step, device)
         if save:
             state = {"step": step, "seconds": before + time.monotonic() - started}
-            engine.save_checkpoint(str(directory), tag=_TAG, client_state=state)
+            engine.save_checkpoint(str(directory), tag=f"step-{step:08d}", client_state=state)
+            _drop_older(directory, step, rank)
             saved = time.monotonic()
         if stop:
             break
@@ -145,6 +147,15 @@ def _mean_over_ranks(values: dict[str, Any], world: int) -> dict[str, float]:
     row = torch.tensor([float(v) for v in values.values()], dtype=torch.float64)
     torch.distributed.all_reduce(row)
     return dict(zip(values, (row / world).tolist(), strict=True))
+
+
+def _drop_older(directory: Path, step: int, rank: int) -> None:
+    """Remove checkpoints before a step's, once every rank has written its part of that."""
+    torch.distributed.barrier()
+    if rank == 0:
+        for old in directory.glob("step-*"):
+            if old.name != f"step-{step:08d}":
+                shutil.rmtree(old)
 
 
 def _agree(config: TrainerConfig, started: float, saved: float, step: int, device: torch.device) -> tuple[bool, bool]:

@@ -30,10 +30,10 @@ class LanguageModelConfig:
         seed: of the order of the text and of layer dropout.
     """
 
-    batch_tokens: int = 8192
+    batch_tokens: int = 4096
     sequence_length: int = 256
     window: int = 1024
-    long_from: float = 0.85
+    long_from: float = 0.9
     balance_weight: float = 0.01
     z_weight: float = 1e-4
     evaluation_tokens: int = 32_768

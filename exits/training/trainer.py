@@ -108,7 +108,9 @@ def check_memory(model: torch.nn.Module, task: Task, config: TrainerConfig) -> s
         ValueError: when it exceeds the free memory.
     """
     moments = 2 if config.optimizer == "adamw" else 1
-    estimate = estimate_memory(model, lambda: task.loss(model, 0, samples=1)[0], task.samples_per_step, moments)
+    # Later steps may be dearer than the first ones: longer sequences, exits that are trained.
+    step = config.steps - 1
+    estimate = estimate_memory(model, lambda: task.loss(model, step, samples=1)[0], task.samples_per_step, moments)
     refuse_if_too_large(estimate, available_memory(next(model.parameters()).device))
     return str(estimate)
 
