@@ -481,7 +481,6 @@ def plan_index(
             "ROWS": tables.rows,
             "FINISH": tables.single,
         },
-        num_warps=route_warps(next_power_of_2(num_experts)),
     )
     return tables.index, [first, *tables.following(num_tokens, top_k)]
 

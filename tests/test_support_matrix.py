@@ -1,0 +1,108 @@
+"""Every cell of the support matrix that this machine can run does what the matrix says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from dynamoe.kernels import reference, torch_backend
+from dynamoe.kernels.cpu_build import BuildError
+from dynamoe.kernels.ops import BACKENDS, select_backend
+from dynamoe.kernels.router_spec import RouterSpec
+from dynamoe.kernels.support import DTYPES, EXPERTS, KERNELS, REFUSED, ROUTERS, TORCH, Row, render, verified_on_gpu
+from dynamoe.kernels.torch_backend import TorchBackend
+from dynamoe.kernels.types import Routing
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+ROOT = Path(__file__).parents[1]
+TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
+
+
+def make(name: str, device: str, dtype: torch.dtype) -> TorchBackend:
+    try:
+        return select_backend(device, dtype, name)
+    except BuildError as error:
+        pytest.skip(f"the C++ kernels cannot be built here: {error}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("row", EXPERTS, ids=lambda r: f"{r.backend}-{r.label}")
+def test_experts(row: Row, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = row.outcomes[DTYPES.index(dtype)]
+    torch_dtype = getattr(torch, dtype)
+    if row.device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    if row.interpreted and torch.cuda.is_available():
+        pytest.skip("with a GPU at hand kernels are compiled, not interpreted")
+    if row.backend == "megablocks" and outcome != REFUSED:
+        pytest.importorskip("megablocks")
+    if outcome == REFUSED:
+        with pytest.raises(ValueError, match=row.backend):
+            make(row.backend, row.device, torch_dtype)
+        return
+    backend = make(row.backend, row.device, torch_dtype)
+    fell_back = []
+    plain = TorchBackend.experts
+    monkeypatch.setattr(TorchBackend, "experts", lambda self, *a: (fell_back.append(1), plain(self, *a))[1])
+    torch.manual_seed(9)
+    gate, up, down = torch.randn(4, 16, 32) * 0.2, torch.randn(4, 16, 32) * 0.2, torch.randn(4, 32, 16) * 0.2
+    routing = reference.route(torch.randn(3, 4), RouterSpec(num_experts=4, top_k=2))
+    x_TD = torch.randn(3, 32)
+    moved = Routing(expert_ids_TK=routing.expert_ids_TK.to(row.device), weights_TK=routing.weights_TK.to(row.device))
+    out_TD = backend.experts(x_TD.to(row.device, torch_dtype), backend.pack_experts(gate, up, down, "silu"), moved)
+    expected_TD = reference.experts(x_TD, gate, up, down, routing, "silu")
+    assert (out_TD.cpu().float() - expected_TD).norm() / expected_TD.norm() < TOLERANCE[dtype]
+    if row.backend != "torch":
+        assert (TORCH if fell_back else KERNELS) == outcome
+
+
+@pytest.mark.parametrize("rule", ROUTERS)
+@pytest.mark.parametrize("name", ["cpu", "triton"])
+def test_routing(rule: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, _, outcomes = ROUTERS[rule]
+    device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
+    backend = make(name, device, torch.float32)
+    fell_back = []
+    oracle = reference.route
+
+    def route(*args: object, **given: object) -> Routing:
+        fell_back.append(1)
+        return oracle(*args, **given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch_backend.reference, "route", route)
+    torch.manual_seed(8)
+    logits_TE = torch.randn(5, spec.num_experts, device=device)
+    given: dict[str, torch.Tensor] = {}
+    if spec.selection_bias:
+        given["selection_bias_E"] = torch.randn(spec.num_experts, device=device)
+    if spec.expert_scale:
+        given["expert_scale_E"] = torch.rand(spec.num_experts, device=device)
+    if spec.forced_experts:
+        given["forced_ids_TK"] = torch.tensor([[1, 3]] * 5, device=device)
+    ours, expected = backend.route(logits_TE, spec, **given), oracle(logits_TE, spec, **given)
+    assert torch.equal(ours.expert_ids_TK, expected.expert_ids_TK)
+    torch.testing.assert_close(ours.weights_TK, expected.weights_TK, rtol=1e-5, atol=1e-6)
+    assert (TORCH if fell_back else KERNELS) == outcomes[name]
+
+
+def test_the_matrix_covers_every_backend_and_its_page_is_up_to_date() -> None:
+    assert {row.backend for row in EXPERTS} == set(BACKENDS) - {"auto"}
+    assert (ROOT / "docs" / "support-matrix.md").read_text() == render(), (
+        "write the page again: python -m dynamoe.kernels.support > docs/support-matrix.md"
+    )
+
+
+def test_results_of_a_gpu_verify_its_cells(tmp_path: Path) -> None:
+    assert "*unverified*" in render(tmp_path)
+    report = {"rehearsal": False, "device": "Some GPU", "date": "2026-12-01T10:00:00",
+              "correct": {"triton/bfloat16": True, "triton/float16": False}}  # fmt: skip
+    (tmp_path / "gpu_check-a.json").write_text(json.dumps(report))
+    (tmp_path / "gpu_check-b.json").write_text(
+        json.dumps({**report, "rehearsal": True, "correct": {"torch/float32": True}})
+    )
+    assert verified_on_gpu(tmp_path) == {"triton/bfloat16": "Some GPU, 2026-12-01"}
+    assert "| triton | GPU | torch, *unverified* | kernels (Some GPU, 2026-12-01) | kernels, *unverified* |" in render(
+        tmp_path
+    )
