@@ -16,9 +16,16 @@ from .submission import Submission
 DONE = b"data: [DONE]\n\n"
 
 
+# JSON lets these stand, and some clients take them for ends of lines.
+_LINE_ENDS = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
+
+
 def event(data: dict[str, Any]) -> bytes:
     """One server-sent event."""
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    if not text.isascii():
+        text = text.translate(_LINE_ENDS)
+    return b"data: " + text.encode() + b"\n\n"
 
 
 @contextlib.asynccontextmanager

@@ -1,4 +1,4 @@
-"""A server whose runner fails after some steps: ``faulty_server.py CHECKPOINT crash|hang STEPS HANG_TIMEOUT``."""
+"""A server whose runner fails after some full steps: ``faulty_server.py CHECKPOINT crash|hang STEPS HANG_TIMEOUT``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class FaultyRunner(Runner):
     steps = 0
 
     def run(self, schedule: Any) -> Any:
-        self.steps -= 1
+        self.steps -= len(schedule.entries) == 16  # as many sequences as may run at once
         if self.steps < 0:
             if self.kind == "crash":
                 raise RuntimeError("injected")

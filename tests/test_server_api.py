@@ -330,8 +330,7 @@ def test_prefix_cache_shows_in_usage_and_salts_keep_it_apart(http: httpx.Client)
 def test_request_ids(http: httpx.Client, server: Any) -> None:
     answer = http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}, headers={"x-request-id": "mine-1"})
     assert answer.headers["x-request-id"] == "mine-1"
-    assert 'request_id="mine-1"' in server.log
-    line = next(line for line in server.log.splitlines() if "mine-1" in line)
+    line = server.logged('request_id="mine-1"')
     assert "status=200" in line
     assert "completion_tokens=1" in line
     given = http.get("/version", headers={"x-request-id": 'bad id"'}).headers["x-request-id"]
