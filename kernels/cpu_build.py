@@ -15,7 +15,16 @@ from pathlib import Path
 import torch
 
 SOURCES = Path(__file__).parent / "cpu"
-_FLAGS = ("-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-Wall", "-Wno-maybe-uninitialized", "-Wno-uninitialized")
+_FLAGS = (
+    "-O3",
+    "-std=c++20",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
+)
 
 
 class BuildError(RuntimeError):

@@ -1,0 +1,430 @@
+"""The C++ kernels against the oracle, on every instruction set that this processor has."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dynamoe.kernels import cpu_build, ops, reference
+from dynamoe.kernels.cpu_backend import ISAS, CpuBackend
+from dynamoe.kernels.router_spec import RouterSpec
+from dynamoe.kernels.torch_backend import TorchBackend
+from dynamoe.kernels.types import AttentionBatch, KVLayer, Routing
+
+# Largest difference to the float32 oracle, as a share of the largest value: one rounding of the result and of what lies
+# between two products, and sums in another order.
+TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 1.2e-2}
+DTYPES = list(TOLERANCE)
+
+
+def available_isas() -> list[str]:
+    cpu_build.load()
+    return [isa for isa in ISAS[1:] if torch.ops.dynamoe_cpu.find_isa(isa) >= 0]
+
+
+@pytest.fixture(params=list(itertools.product(available_isas(), DTYPES)), ids=lambda p: f"{p[0]}-{p[1]}"[:-2])
+def backend(request: pytest.FixtureRequest) -> CpuBackend:
+    torch.manual_seed(0)
+    isa, dtype = request.param
+    return CpuBackend("cpu", dtype, isa=isa)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fresh tensors hold NaN, so that an output left unwritten shows."""
+    deterministic, fill = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    scale = expected.abs().max().clamp(min=1e-6)
+    assert actual.shape == expected.shape
+    assert torch.isfinite(actual).all()
+    error = ((actual.float() - expected).abs().max() / scale).item()
+    assert error <= TOLERANCE[dtype], f"off by {error:.2e} of the largest value"
+
+
+def test_the_poison_reaches_the_kernels_outputs():
+    assert torch.empty(4).isnan().all()
+
+
+LINEAR_EDGES = {
+    "one of everything": (1, 1, 1),
+    "fewer outputs than a block": (3, 7, 32),
+    "odd inputs": (5, 64, 37),
+    "ragged default model": (4, 100, 576),
+    "one more row than a tile": (13, 96, 64),
+    "several chunks of rows": (200, 40, 1030),
+}
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("edge", LINEAR_EDGES)
+def test_linear(backend: CpuBackend, edge: str, with_bias: bool):
+    rows, outputs, inputs = LINEAR_EDGES[edge]
+    x, weight = torch.randn(rows, inputs).to(backend.dtype), torch.randn(outputs, inputs).to(backend.dtype)
+    bias = torch.randn(outputs).to(backend.dtype) if with_bias else None
+    packed = backend.pack_linear(weight, bias)
+    expected = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    assert_near(backend.linear(x, packed), expected, backend.dtype)
+    logits = backend.logits_linear(x, packed)
+    assert logits.dtype == torch.float32
+    assert_near(logits, expected, torch.float32)
+    ids = torch.randint(outputs, (9,))
+    assert torch.equal(backend.weight_rows(packed, ids), weight[ids])
+
+
+def test_linear_takes_rows_that_lie_apart_and_weights_that_are_views(backend: CpuBackend):
+    wide, stored = torch.randn(6, 96).to(backend.dtype), torch.randn(64, 50).to(backend.dtype)
+    packed = backend.pack_linear(stored.T)
+    assert_near(backend.linear(wide[:, 16:80], packed), wide[:, 16:80].float() @ stored.float(), backend.dtype)
+
+
+def test_non_contiguous_inputs_are_refused(backend: CpuBackend):
+    packed = backend.pack_linear(torch.randn(8, 6).to(backend.dtype))
+    with pytest.raises(ValueError, match="contiguous rows"):
+        backend.linear(torch.randn(6, 4).to(backend.dtype).T, packed)
+    with pytest.raises(ValueError, match="packed words"):
+        backend.linear(torch.randn(4, 8).to(backend.dtype), packed)
+    weights = random_experts(backend, 2, 16, 6)[0]
+    x = torch.randn(4, 6).to(backend.dtype)
+    ids, probs = torch.zeros(2, 4, dtype=torch.int32), torch.ones(2, 4)
+    with pytest.raises(ValueError, match="contiguous"):
+        backend.experts(x, weights, Routing(expert_ids_TK=ids.T, weights_TK=probs.T))
+    with pytest.raises(ValueError, match="out of range"):
+        backend.experts(x, weights, Routing(expert_ids_TK=ids.T.contiguous() + 2, weights_TK=probs.T.contiguous()))
+    with pytest.raises(ValueError, match="heads and channels"):
+        backend.attention(
+            torch.randn(2, 8, 4).to(backend.dtype).transpose(1, 2), *paged_problem(backend, [2])[1:], scale=1.0
+        )
+    with pytest.raises(ValueError, match="float32 or bfloat16"):
+        backend.rms_norm(torch.randn(2, 4, dtype=torch.float64), torch.ones(4), 1e-6)
+
+
+def random_experts(
+    backend: CpuBackend, num_experts: int, width: int, hidden: int, activation="silu", bias=False, dense=False
+):
+    gate, up = (torch.randn(num_experts, width, hidden).to(backend.dtype) / hidden**0.5 for _ in range(2))
+    down = torch.randn(num_experts, hidden, width).to(backend.dtype) / width**0.5
+    if dense:  # slices of one (D, E * F) matrix
+        down = down.permute(1, 0, 2).reshape(hidden, -1).view(hidden, num_experts, width).permute(1, 0, 2)
+    parts = [gate, up, down]
+    biases = []
+    if bias:
+        shapes = ((num_experts, width), (num_experts, width), (num_experts, hidden))
+        biases = [torch.randn(shape).to(backend.dtype) for shape in shapes]
+    packed = backend.pack_experts(*parts, activation, *biases)
+    return packed, [t.float() for t in parts], [t.float() for t in biases]
+
+
+def random_routing(rows: int, num_experts: int, top_k: int, counts: bool = False) -> Routing:
+    ids = torch.stack([torch.randperm(num_experts)[:top_k] for _ in range(rows)]).int()
+    counts_T = torch.arange(rows).remainder(top_k + 1).int() if counts else None
+    return Routing(expert_ids_TK=ids, weights_TK=torch.rand(rows, top_k), counts_T=counts_T)
+
+
+EXPERT_EDGES = {  # rows, experts, top_k, width, hidden
+    "one token": (1, 8, 2, 32, 64),
+    "k = 1": (7, 4, 1, 32, 64),
+    "k = E": (5, 4, 4, 48, 64),
+    "one expert": (3, 1, 1, 64, 96),
+    "empty experts": (3, 32, 2, 16, 32),
+    "sizes that are no multiple of anything": (9, 5, 3, 37, 45),
+    "default model": (6, 16, 14, 96, 576),
+    "several tiles per expert": (90, 3, 2, 40, 70),
+}
+
+
+@pytest.mark.parametrize("counts", [False, True])
+@pytest.mark.parametrize("edge", EXPERT_EDGES)
+def test_experts(backend: CpuBackend, edge: str, counts: bool):
+    rows, num_experts, top_k, width, hidden = EXPERT_EDGES[edge]
+    packed, parts, _ = random_experts(backend, num_experts, width, hidden)
+    x, routing = torch.randn(rows, hidden).to(backend.dtype), random_routing(rows, num_experts, top_k, counts)
+    expected = reference.experts(x.float(), *parts, routing, "silu")
+    assert_near(backend.experts(x, packed, routing), expected, backend.dtype)
+
+
+def test_all_tokens_to_one_expert(backend: CpuBackend):
+    packed, parts, _ = random_experts(backend, 6, 48, 64)
+    x, ids = torch.randn(40, 64).to(backend.dtype), torch.full((40, 1), 4, dtype=torch.int32)
+    routing = Routing(expert_ids_TK=ids, weights_TK=torch.rand(40, 1))
+    assert_near(
+        backend.experts(x, packed, routing), reference.experts(x.float(), *parts, routing, "silu"), backend.dtype
+    )
+
+
+def test_unused_slots_read_no_weights(backend: CpuBackend):
+    gate, up, down = (torch.randn(2, 32, 32).to(backend.dtype) for _ in range(3))
+    gate[1] = up[1] = down[1] = float("nan")
+    packed = backend.pack_experts(gate, up, down, "silu")
+    routing = Routing(
+        expert_ids_TK=torch.tensor([[0, 1]] * 5, dtype=torch.int32),
+        weights_TK=torch.ones(5, 2),
+        counts_T=torch.ones(5, dtype=torch.int32),
+    )
+    assert backend.experts(torch.randn(5, 32).to(backend.dtype), packed, routing).isfinite().all()
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_activations_and_biases(backend: CpuBackend, activation: str):
+    packed, parts, biases = random_experts(backend, 5, 37, 45, activation, bias=True)
+    x, routing = 2 * torch.randn(11, 45).to(backend.dtype), random_routing(11, 5, 3)
+    expected = reference.experts(x.float(), *parts, routing, activation, *biases)
+    assert_near(backend.experts(x, packed, routing), expected, backend.dtype)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "num_experts", "width", "hidden"), [(1, 1, 64, 32), (5, 16, 96, 576), (30, 3, 37, 45)]
+)
+def test_all_experts_are_one_dense_ffn(
+    backend: CpuBackend, rows: int, num_experts: int, width: int, hidden: int, dense: bool
+):
+    packed, parts, biases = random_experts(backend, num_experts, width, hidden, bias=True, dense=dense)
+    x = torch.randn(rows, hidden).to(backend.dtype)
+    everything = Routing(
+        expert_ids_TK=torch.arange(num_experts, dtype=torch.int32).repeat(rows, 1),
+        weights_TK=torch.ones(rows, num_experts),
+    )
+    expected = reference.experts(x.float(), *parts, everything, "silu", *biases)
+    assert_near(backend.all_experts(x, packed), expected, backend.dtype)
+    assert_near(backend.experts(x, packed, everything), expected, backend.dtype)
+
+
+def test_weights_on_the_input_and_rows_that_join_the_sum(backend: CpuBackend):
+    packed, parts, _ = random_experts(backend, 6, 32, 48)
+    x = torch.randn(9, 48).to(backend.dtype)
+    plain = random_routing(9, 6, 3, counts=True)
+    for routing in (
+        replace(plain, weight_on_input=True),
+        replace(plain, identity_weights_T=torch.rand(9)),
+        replace(plain, weight_on_input=True, identity_weights_T=torch.rand(9)),
+    ):
+        expected = reference.experts(x.float(), *parts, routing, "silu")
+        assert_near(backend.experts(x, packed, routing), expected, backend.dtype)
+
+
+ROUTERS = {
+    "Mixtral": RouterSpec(num_experts=8, top_k=2, renormalize=True),
+    "OLMoE": RouterSpec(num_experts=64, top_k=8),
+    "Granite": RouterSpec(num_experts=32, top_k=8, softmax_after_topk=True),
+    "sigmoid, scaled": RouterSpec(num_experts=37, top_k=5, score="sigmoid", renormalize=True, scale=2.5),
+    "square root of softplus": RouterSpec(num_experts=16, top_k=3, score="sqrt_softplus"),
+    "constant": RouterSpec(num_experts=16, top_k=4, score="constant"),
+    "k = 1": RouterSpec(num_experts=16, top_k=1),
+    "k = E": RouterSpec(num_experts=5, top_k=5),
+}
+
+
+@pytest.mark.parametrize("rule", ROUTERS)
+def test_route(backend: CpuBackend, rule: str):
+    spec = ROUTERS[rule]
+    logits = torch.randn(70, spec.num_experts).to(backend.dtype)
+    logits[3] = 0.5  # ties go to the lower number
+    routing, expected = backend.route(logits, spec), reference.route(logits, spec)
+    torch.testing.assert_close(routing.weights_TK, expected.weights_TK, rtol=1e-5, atol=1e-6)
+    # Scores that differ by rounding may swap places, but not the experts' weights.
+    chosen, wanted = (r.weights_TK.gather(1, r.expert_ids_TK.long().argsort(1)) for r in (routing, expected))
+    torch.testing.assert_close(chosen, wanted, rtol=1e-5, atol=1e-6)
+    assert torch.equal(routing.expert_ids_TK.sort(1).values, expected.expert_ids_TK.sort(1).values)
+    assert routing.expert_ids_TK[3].tolist() == list(range(spec.top_k))
+
+
+def test_a_rule_that_the_fast_router_does_not_know(backend: CpuBackend):
+    spec = RouterSpec(num_experts=16, top_k=4, score="sigmoid", selection_bias=True, num_groups=4, top_groups=2)
+    logits, bias = torch.randn(9, 16), torch.randn(16)
+    routing = backend.route(logits, spec, selection_bias_E=bias)
+    expected = reference.route(logits, spec, selection_bias_E=bias)
+    assert torch.equal(routing.expert_ids_TK, expected.expert_ids_TK)
+    with pytest.raises(ValueError, match="needs selection_bias_E"):
+        backend.route(logits, spec)
+    with pytest.raises(ValueError, match="logits must be"):
+        backend.route(logits, ROUTERS["Mixtral"])
+
+
+@pytest.mark.parametrize("hidden", [1, 45, 576])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_norms(backend: CpuBackend, rows: int, hidden: int):
+    x, residual = (torch.randn(rows, hidden).to(backend.dtype) for _ in range(2))
+    weight = torch.randn(hidden).to(backend.dtype)
+    assert_near(backend.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5).float(), backend.dtype)
+    for scale in (1.0, 0.22):
+        wanted, wanted_sum = TorchBackend("cpu", backend.dtype).add_rms_norm(x, residual.clone(), weight, 1e-5, scale)
+        normed, total = backend.add_rms_norm(x, residual.clone(), weight, 1e-5, scale)
+        assert torch.equal(total, wanted_sum)
+        assert_near(normed, wanted.float(), backend.dtype)
+
+
+def paged_problem(
+    backend: CpuBackend, contexts: list[int], rows=None, heads=6, kv_heads=2, channels=40, page=16, cache=None
+):
+    """Queries of the last rows of every sequence, and a cache whose unused slots are NaN."""
+    rows = rows or contexts
+    pages = [-(-length // page) for length in contexts]
+    order = torch.randperm(sum(pages)).int()
+    table = torch.full((len(contexts), max(pages)), 10**9, dtype=torch.int32)
+    shape = (sum(pages), kv_heads, page, channels)
+    keys, values = (torch.full(shape, float("nan"), dtype=cache or backend.dtype) for _ in range(2))
+    positions, slots = [], []
+    for s, length in enumerate(contexts):
+        table[s, : pages[s]] = order[sum(pages[:s]) : sum(pages[: s + 1])]
+        place = torch.arange(length)
+        slot = table[s][place // page].long() * page + place % page
+        for part in (keys, values):
+            part[slot // page, :, slot % page] = torch.randn(length, kv_heads, channels).to(part.dtype)
+        positions.append(place[length - rows[s] :])
+        slots.append(slot[length - rows[s] :])
+    batch = AttentionBatch(
+        positions_T=torch.cat(positions),
+        slots_T=torch.cat(slots),
+        query_start_S1=torch.tensor([0, *itertools.accumulate(rows)], dtype=torch.int32),
+        context_len_S=torch.tensor(contexts, dtype=torch.int32),
+        block_table_SM=table,
+        max_query_len=max(rows),
+        max_context_len=max(contexts),
+    )
+    q = torch.randn(sum(rows), heads, channels).to(backend.dtype)
+    return q, KVLayer(keys_BGPC=keys, values_BGPC=values), batch
+
+
+def oracle_attention(q: torch.Tensor, layer: KVLayer, batch: AttentionBatch, **options) -> torch.Tensor:
+    wide = KVLayer(keys_BGPC=layer.keys_BGPC.float().nan_to_num(), values_BGPC=layer.values_BGPC.float().nan_to_num())
+    return reference.paged_attention(q.float(), wide, batch, **options)
+
+
+ATTENTION_EDGES: dict[str, dict] = {
+    "one token of context": {"contexts": [1]},
+    "decode": {"contexts": [5, 64, 65, 300], "rows": [1, 1, 1, 1]},
+    "decode of one long context": {"contexts": [1100], "rows": [1]},
+    "prefill": {"contexts": [130, 17]},
+    "chunk of a prompt beside decodes": {"contexts": [200, 33, 90], "rows": [70, 1, 1]},
+    "every head its own keys": {"contexts": [70, 9], "heads": 3, "kv_heads": 3, "channels": 64},
+    "all heads one key": {"contexts": [70, 9], "heads": 16, "kv_heads": 1, "channels": 32},
+    "odd page and head": {"contexts": [50, 23], "page": 5, "channels": 18},
+    "wide head": {"contexts": [40], "heads": 2, "kv_heads": 1, "channels": 256},
+}
+
+
+@pytest.mark.parametrize("window", [None, 1, 20, 100])
+@pytest.mark.parametrize("edge", ATTENTION_EDGES)
+def test_attention(backend: CpuBackend, edge: str, window: int | None):
+    q, layer, batch = paged_problem(backend, **ATTENTION_EDGES[edge])
+    out = backend.attention(q, layer, batch, scale=0.2, window=window)
+    assert_near(out, oracle_attention(q, layer, batch, scale=0.2, window=window), backend.dtype)
+
+
+@pytest.mark.parametrize("cache", DTYPES)
+def test_attention_over_a_cache_of_another_dtype(backend: CpuBackend, cache: torch.dtype):
+    q, layer, batch = paged_problem(backend, [90, 40], [30, 1], cache=cache)
+    assert_near(
+        backend.attention(q, layer, batch, scale=0.2), oracle_attention(q, layer, batch, scale=0.2), backend.dtype
+    )
+
+
+def test_pages_behind_the_window_are_never_read(backend: CpuBackend):
+    q, layer, batch = paged_problem(backend, [100], [1])
+    expected = oracle_attention(q, layer, batch, scale=0.2, window=30)
+    batch.block_table_SM[0, :4] = 10**9  # positions 0 to 63; the window starts at 70
+    assert_near(backend.attention(q, layer, batch, scale=0.2, window=30), expected, backend.dtype)
+
+
+@pytest.mark.parametrize("cache", DTYPES)
+@pytest.mark.parametrize("channels", [2, 40, 64])
+def test_rope_and_write(backend: CpuBackend, channels: int, cache: torch.dtype):
+    _, layer, batch = paged_problem(backend, [21, 3], [20, 2], channels=channels, cache=cache)
+    rows = batch.positions_T.numel()
+    # One projection holds queries, keys and values; its slices lie apart.
+    qkv = torch.randn(rows, 10 * channels).to(backend.dtype)
+    q, k, v = (part.unflatten(-1, (-1, channels)) for part in qkv.split((6 * channels, 2 * channels, 2 * channels), -1))
+    cos_sin = torch.randn(64, channels)
+    wide = KVLayer(keys_BGPC=layer.keys_BGPC.float(), values_BGPC=layer.values_BGPC.float())
+    expected = TorchBackend("cpu", torch.float32).rope_and_write(q.float(), k.float(), v.float(), cos_sin, batch, wide)
+    assert_near(backend.rope_and_write(q, k, v, cos_sin, batch, layer), expected, backend.dtype)
+    for got, wanted in ((layer.keys_BGPC, wide.keys_BGPC), (layer.values_BGPC, wide.values_BGPC)):
+        assert torch.equal(got.isnan(), wanted.isnan())
+        narrower = torch.bfloat16 if torch.bfloat16 in (cache, backend.dtype) else torch.float32
+        assert_near(got.nan_to_num(), wanted.nan_to_num(), narrower)
+
+
+def test_positions_and_slots_outside_are_refused(backend: CpuBackend):
+    q, layer, batch = paged_problem(backend, [4])
+    k = torch.randn(4, 2, 40).to(backend.dtype)
+    with pytest.raises(IndexError, match="rotary table"):
+        backend.rope_and_write(q, k, k, torch.randn(3, 40), batch, layer)
+    with pytest.raises(IndexError, match="not in the cache"):
+        backend.rope_and_write(q, k, k, torch.randn(9, 40), replace(batch, slots_T=batch.slots_T + 1000), layer)
+
+
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 1, 1), (3, 100, 37), (13, 96, 576), (30, 64, 130)])
+def test_int8_product_is_exact(backend: CpuBackend, rows: int, outputs: int, inputs: int):
+    weight = torch.randint(-128, 128, (outputs, inputs)).to(torch.int8)
+    scales, bias = torch.rand(outputs) / 100, torch.randn(outputs)
+    x = torch.randn(rows, inputs).to(backend.dtype)
+    packed, sums = torch.ops.dynamoe_cpu.pack_int8(backend._isa, weight)
+    padded = [F.pad(t, (0, -outputs % 32)) for t in (scales, bias)]
+    out = torch.ops.dynamoe_cpu.linear_int8(backend._isa, x, packed, padded[0], sums, padded[1], outputs)
+    step = x.float().abs().amax(1, keepdim=True) / 127
+    quantized = (x.float() / step).round()
+    assert quantized.abs().max() <= 127
+    expected = (quantized.double() @ weight.double().T).float() * step * scales + bias
+    assert_near(out, expected, backend.dtype if backend.dtype == torch.bfloat16 else torch.bfloat16)
+    # Ties in the rounding of an activation may go the other way; nothing else may differ.
+    coarse = x.float() @ (weight.float() * scales[:, None]).T + bias
+    assert (out.float() - coarse).abs().max() <= 0.5 * (
+        step * inputs**0.5 * 128 * scales.max() * 4
+    ).max() + 0.02 * coarse.abs().max()
+
+
+def test_select_backend_takes_the_kernels_on_a_cpu():
+    for dtype in DTYPES:
+        assert isinstance(ops.select_backend("cpu", dtype), CpuBackend)
+        assert ops.select_backend("cpu", dtype, "torch").name == "torch"
+    assert ops.select_backend("cpu", torch.float16).name == "torch"
+    with pytest.raises(ValueError, match="float16"):
+        ops.select_backend("cpu", torch.float16, "cpu")
+    with pytest.raises(ValueError, match="sse9"):
+        CpuBackend("cpu", torch.float32, isa="sse9")
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [("no-such-compiler", "not on the path"), ("false", "does not run")],
+    ids=["missing", "broken"],
+)
+def test_without_a_compiler_torch_takes_over_with_one_warning(tmp_path, compiler: str, reason: str):
+    script = (
+        "import warnings, torch\n"
+        "from dynamoe.kernels.ops import select_backend\n"
+        "with warnings.catch_warnings(record=True) as seen:\n"
+        "    warnings.simplefilter('default')\n"
+        "    names = [select_backend('cpu', d).name for d in (torch.bfloat16, torch.float32, torch.bfloat16)]\n"
+        "print(names, len(seen), seen[0].message)\n"
+    )
+    environment = {**os.environ, "CXX": compiler, "XDG_CACHE_HOME": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("['torch', 'torch', 'torch'] 1 ")
+    assert reason in result.stdout
+
+
+def test_a_failing_build_says_why(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    (sources / "broken.cpp").write_text("int f() { return undeclared; }\n")
+    monkeypatch.setattr(cpu_build, "SOURCES", sources)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(cpu_build.BuildError, match="undeclared"):
+        cpu_build.build()
