@@ -1,8 +1,8 @@
 """Which backend computes what, where: the table behind ``docs/support-matrix.md``.
 
 ``python -m dynamoe.kernels.support`` prints the page. A test runs every cell that this machine can run and compares
-what really happened with what is declared here. Cells of a GPU stay *unverified* until ``benchmarks/gpu_check.py`` left a
-results file that says it computed them correctly.
+what really happened with what is declared here. Cells of a GPU stay *unverified* until ``benchmarks/gpu_check.py`` left
+a results file that says it computed them correctly.
 """
 
 from __future__ import annotations
@@ -156,9 +156,9 @@ def render(results: Path = RESULTS) -> str:
         lines.append(f"| {row.backend} | {row.label} | {' | '.join(cells)} |")
     lines += [
         "",
-        "Activations SiLU, GELU and tanh-GELU, biases, expert counts per row, zero experts and weights on the input work",
-        "on every backend. On `triton`, weights whose rows are strided run on torch; on `grouped_mm` so do biases and rows",
-        "that are no multiple of 16 bytes; on `megablocks` so do biases.",
+        "Activations SiLU, GELU and tanh-GELU, biases, expert counts per row, zero experts and weights on the input",
+        "work on every backend. On `triton`, weights whose rows are strided run on torch; on `grouped_mm` so do",
+        "biases and rows that are no multiple of 16 bytes; on `megablocks` so do biases.",
         "",
         "## Routing rules",
         "",

@@ -99,10 +99,8 @@ def test_results_of_a_gpu_verify_its_cells(tmp_path: Path) -> None:
     report = {"rehearsal": False, "device": "Some GPU", "date": "2026-12-01T10:00:00",
               "correct": {"triton/bfloat16": True, "triton/float16": False}}  # fmt: skip
     (tmp_path / "gpu_check-a.json").write_text(json.dumps(report))
-    (tmp_path / "gpu_check-b.json").write_text(
-        json.dumps({**report, "rehearsal": True, "correct": {"torch/float32": True}})
-    )
+    rehearsal = {**report, "rehearsal": True, "correct": {"torch/float32": True}}
+    (tmp_path / "gpu_check-b.json").write_text(json.dumps(rehearsal))
     assert verified_on_gpu(tmp_path) == {"triton/bfloat16": "Some GPU, 2026-12-01"}
-    assert "| triton | GPU | torch, *unverified* | kernels (Some GPU, 2026-12-01) | kernels, *unverified* |" in render(
-        tmp_path
-    )
+    row = "| triton | GPU | torch, *unverified* | kernels (Some GPU, 2026-12-01) | kernels, *unverified* |"
+    assert row in render(tmp_path)
