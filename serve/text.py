@@ -51,6 +51,7 @@ class TextPool:
             text = self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=add_generation_prompt, **variables
             )
+            text.encode()  # template variables may hold lone surrogates, which tokenizers choke on
             return text, self.tokenizer.encode(text, add_special_tokens)
 
         reserved = {"messages", "add_generation_prompt", "tools", "documents"} & set(variables)

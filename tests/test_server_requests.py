@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from dynamoe.dynamic.tokenizer import Tokenizer
 from dynamoe.serve.auth import KeyRing
 from dynamoe.serve.errors import ApiError
 from dynamoe.serve.request_checks import RequestChecks, plain_messages
 from dynamoe.serve.sampling import sampling_params, with_length
 from dynamoe.serve.settings import Limits, ServerSettings
+from dynamoe.serve.text import TextPool
 from dynamoe.serve.wire import ChatCompletionRequest, ChatMessage, CompletionRequest
 from pydantic import ValidationError
 
@@ -163,6 +167,29 @@ def test_text_parts_of_a_message_are_joined() -> None:
     parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
     message = ChatMessage.model_validate({"role": "user", "content": parts})
     assert plain_messages([message])[0]["content"] == "one two"
+
+
+def test_template_variables_that_are_no_text_are_refused(make_checkpoint: Any, tmp_path: Path) -> None:
+    for file in make_checkpoint("llama").glob("tokenizer*.json"):
+        shutil.copy(file, tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ date_string }}")
+    pool = TextPool(Tokenizer.from_directory(tmp_path), threads=1)
+
+    def render(variables: dict[str, Any]) -> str:
+        call = pool.encode_chat(
+            [{"role": "user", "content": "hi"}],
+            add_generation_prompt=True,
+            add_special_tokens=False,
+            variables=variables,
+        )
+        return asyncio.run(call)[0]
+
+    assert render({"date_string": "today"}) == "today"
+    for variables in ({"date_string": "\ud800"}, {"unheard_of": 1}, {"messages": []}):
+        with pytest.raises(ApiError) as caught:
+            render(variables)
+        assert caught.value.status_code == 400
+    pool.close()
 
 
 def test_the_clients_wish_comes_before_the_models_default_and_that_before_openais() -> None:
