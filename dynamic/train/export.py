@@ -52,7 +52,10 @@ def model_config(config: DecoderConfig, dtype: torch.dtype) -> dict:
 
 def checkpoint_tensors(model: TrainableDecoder, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """All tensors under Qwen3-MoE's names; the exits' adapters are not among them."""
-    tensors = {"model.embed_tokens.weight": model.embedding, "model.norm.weight": model.norm.weight}
+    tensors: dict[str, torch.Tensor] = {
+        "model.embed_tokens.weight": model.embedding,
+        "model.norm.weight": model.norm.weight,
+    }
     config = model.config
     sizes = [heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
     for number, layer in enumerate(model.layers):

@@ -34,7 +34,8 @@ class _BlockCausalAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_XLC: torch.Tensor):
+    def backward(ctx, *grad_outputs: torch.Tensor):
+        (grad_XLC,) = grad_outputs
         q_XLC, k_XLC, v_XLC, *kept = ctx.saved_tensors
         grad_q = torch.empty_like(q_XLC)
         grad_k, grad_v = torch.zeros_like(k_XLC), torch.zeros_like(v_XLC)
@@ -44,7 +45,9 @@ class _BlockCausalAttention(torch.autograd.Function):
             grad = grad_XLC[:, start:end]
             grad_v[:, :end] += torch.bmm(probs.transpose(1, 2), grad)
             grad_probs = torch.bmm(grad, v_XLC[:, :end].transpose(1, 2))
-            grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
+            grad_scores = torch._softmax_backward_data(  # pyright: ignore[reportPrivateImportUsage]
+                grad_probs, probs, -1, probs.dtype
+            )
             grad_q[:, start:end] = torch.bmm(grad_scores, k_XLC[:, :end]) * ctx.scale
             grad_k[:, :end] += torch.bmm(grad_scores.transpose(1, 2), q_XLC[:, start:end]) * ctx.scale
         return grad_q, grad_k, grad_v, None
@@ -78,7 +81,8 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: torch.Tensor):
+    def backward(ctx, *grad_outputs: torch.Tensor):
+        (grad,) = grad_outputs
         x, weight_D, rstd = ctx.saved_tensors
         normed = x * rstd
         grad32 = grad.float()

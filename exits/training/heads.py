@@ -121,18 +121,19 @@ def fit_probe(spec: ProbeSpec, layer: int, states: ExitStates, correct_R: torch.
     probe = Probe(spec, states.hidden_RD[layer].shape[1], torch.Generator().manual_seed(config.seed))
 
     def loss(rows: torch.Tensor) -> torch.Tensor:
-        part = states.take(rows)
-        return F.binary_cross_entropy_with_logits(probe_logits(probe, layer, part), correct_R[rows])
+        return F.binary_cross_entropy_with_logits(probe_logits(probe, layer, states, rows), correct_R[rows])
 
     _descend(list(probe.parameters()), correct_R.numel(), loss, config)
     return probe.eval()
 
 
-def probe_logits(probe: Probe, layer: int, states: ExitStates) -> torch.Tensor:
-    """A probe's logits on all rows of some states, (R,)."""
-    previous = states.previous(layer) if probe.spec.previous else None
-    entropy = states.router_entropy_R[layer] if probe.spec.router_entropy else None
-    return probe(states.hidden_RD[layer], previous, entropy)
+def probe_logits(
+    probe: Probe, layer: int, states: ExitStates, rows: torch.Tensor | slice = slice(None)
+) -> torch.Tensor:
+    """A probe's logits on some rows of the states, or on all of them, (R,)."""
+    previous = states.previous(layer)[rows] if probe.spec.previous else None
+    entropy = states.router_entropy_R[layer][rows] if probe.spec.router_entropy else None
+    return probe(states.hidden_RD[layer][rows], previous, entropy)
 
 
 def exit_labels(adapter: ReadoutAdapter, layer: int, states: ExitStates, logits: Logits) -> torch.Tensor:
