@@ -79,6 +79,7 @@ def save_heads(heads: ExitHeads, directory: Path, dtype: torch.dtype = torch.flo
                 tensors[f"exits.{layer}.{part}.{name}"] = tensor.detach().cpu().to(dtype).contiguous()
         exits.append(record)
     save_file(tensors, directory / TENSOR_FILE)
+    (directory / TENSOR_FILE).chmod(0o644)  # safetensors lets nobody else read what it writes
     summary = {
         "format": _FORMAT,
         "hidden_size": heads.hidden_size,

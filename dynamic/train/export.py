@@ -89,6 +89,7 @@ def export_checkpoint(
     """
     target.mkdir(parents=True, exist_ok=True)
     save_file(checkpoint_tensors(model, dtype), target / "model.safetensors", metadata={"format": "pt"})
+    (target / "model.safetensors").chmod(0o644)  # safetensors lets nobody else read what it writes
     shutil.copyfile(tokenizer_file, target / "tokenizer.json")
     files = {
         "config.json": model_config(model.config, dtype),
