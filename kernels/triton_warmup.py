@@ -51,13 +51,14 @@ def _layer_launches(shape: WarmUpShape, dtype: torch.dtype, planner: ExpertPlann
 
 
 def norm_launches(shape: WarmUpShape, tokens: int, dtype: torch.dtype) -> list[Launch]:
-    """The norm alone, with a residual, and with a scaled residual."""
+    """The norm alone, with a residual, and with a scaled residual; the residual in the model's dtype and in float32."""
     x_TD = torch.empty(tokens, shape.hidden_size, dtype=dtype, device=_META)
-    return [
-        plan_rms_norm(x_TD, x_TD[0], 1e-6, x_TD),
-        plan_rms_norm(x_TD, x_TD[0], 1e-6, x_TD, x_TD, x_TD),
-        plan_rms_norm(x_TD, x_TD[0], 1e-6, x_TD, x_TD, x_TD, 0.5),
-    ]
+    launches = []
+    for residual_TD in (x_TD, x_TD.float()):
+        launches.append(plan_rms_norm(residual_TD, x_TD[0], 1e-6, x_TD))
+        for scale in (1.0, 0.5):
+            launches.append(plan_rms_norm(x_TD, x_TD[0], 1e-6, x_TD, residual_TD, residual_TD, scale))
+    return launches
 
 
 def mixture_launches(shape: WarmUpShape, tokens: int, dtype: torch.dtype, planner: ExpertPlanner) -> list[Launch]:

@@ -72,7 +72,9 @@ def test_route_and_experts_on_poisoned_memory(
         return tensor.fill_(float("nan") if tensor.is_floating_point() else 1 << 20)
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    monkeypatch.setattr(torch, "empty_like", lambda t: poisoned(t.shape, dtype=t.dtype, device=t.device))
+    monkeypatch.setattr(
+        torch, "empty_like", lambda t, **options: poisoned(t.shape, **{"dtype": t.dtype, "device": t.device, **options})
+    )
     monkeypatch.setattr(
         torch.Tensor,
         "new_empty",
