@@ -105,8 +105,12 @@ class Decoder:
 
     @torch.inference_mode()
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
-        """Embeddings of tokens (int64), (T, D)."""
-        x_TD = F.embedding(token_ids_T, self.embedding_VD)
+        """Embeddings of tokens (int64): the residual stream's beginning, float32, (T, D).
+
+        The stream stays in float32 whatever the weights are: some models drive single channels into the ten thousands,
+        where one step of bfloat16 is larger than what most layers add.
+        """
+        x_TD = F.embedding(token_ids_T, self.embedding_VD).float()
         return x_TD if self.spec.embedding_scale == 1.0 else x_TD * self.spec.embedding_scale
 
     @torch.inference_mode()

@@ -14,10 +14,10 @@ from .types import AttentionBatch, KVLayer, Routing
 
 
 def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
-    """Root-mean-square norm over the last dimension, computed in float32, returned in the input's dtype."""
+    """Root-mean-square norm over the last dimension, computed in float32, returned in the weight's dtype."""
     x32 = x_TD.float()
     x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    return weight_D * x32.to(x_TD.dtype)
+    return (weight_D * x32.to(x_TD.dtype)).to(weight_D.dtype)
 
 
 def rope(x_TXC: torch.Tensor, cos_sin_LC: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:

@@ -117,13 +117,17 @@ class TorchBackend:
         )
 
     def rms_norm(self, x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
-        """Root-mean-square norm over the last dimension."""
+        """Root-mean-square norm over the last dimension, in the weight's dtype."""
         return reference.rms_norm(x_TD, weight_D, eps)
 
     def add_rms_norm(
         self, x_TD: torch.Tensor, residual_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, scale: float = 1.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``residual + scale * x``, normed and as it is: returns (normed, sum). The residual may be overwritten."""
+        """``residual + scale * x``, normed and as it is: returns (normed, sum). The residual may be overwritten.
+
+        The residual may be wider than x: the sum has its dtype, the norm that of the weight.
+        """
+        x_TD = x_TD.to(residual_TD.dtype)
         residual_TD = residual_TD + (x_TD if scale == 1.0 else x_TD * scale)
         return self.rms_norm(residual_TD, weight_D, eps), residual_TD
 

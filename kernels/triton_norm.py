@@ -15,11 +15,14 @@ def rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, stride_x, width, eps, scale, D_PAD: tl.constexpr,
     SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Norm of a row, or of ``residual + scale * x``, which then goes to ``sum``. Rounds where the oracle rounds."""
+    """Norm of a row, or of ``residual + scale * x``, which then goes to ``sum``. Rounds where the oracle rounds.
+
+    The sum has the residual's dtype, the norm the weight's.
+    """
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, D_PAD)
     ok_D = d < width
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    dtype: tl.constexpr = x_ptr.dtype.element_ty if residual_ptr is None else residual_ptr.dtype.element_ty
     x_D = tl.load(x_ptr + row * stride_x + d, mask=ok_D, other=0.0).to(tl.float32)
     if residual_ptr is not None:
         if SCALED:
@@ -30,7 +33,7 @@ def rms_norm_kernel(
         x_D = sum_D.to(tl.float32)
     normed_D = (x_D * tl.rsqrt(tl.sum(x_D * x_D, axis=0) / width + eps)).to(dtype).to(tl.float32)
     weight_D = tl.load(weight_ptr + d, mask=ok_D, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * width + d, (weight_D * normed_D).to(dtype), mask=ok_D)
+    tl.store(out_ptr + row * width + d, (weight_D * normed_D).to(out_ptr.dtype.element_ty), mask=ok_D)
 
 
 @triton.jit

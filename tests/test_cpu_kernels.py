@@ -256,15 +256,22 @@ def test_a_rule_that_the_fast_router_does_not_know(backend: CpuBackend):
         backend.route(logits, ROUTERS["Mixtral"])
 
 
+@pytest.mark.parametrize("stream", [None, torch.float32])  # a residual stream wider than the activations
 @pytest.mark.parametrize("hidden", [1, 45, 576])
 @pytest.mark.parametrize("rows", [1, 40])
-def test_norms(backend: CpuBackend, rows: int, hidden: int):
-    x, residual = (torch.randn(rows, hidden).to(backend.dtype) for _ in range(2))
+def test_norms(backend: CpuBackend, rows: int, hidden: int, stream: torch.dtype | None):
+    x = torch.randn(rows, hidden).to(backend.dtype)
+    residual = torch.randn(rows, hidden).to(stream or backend.dtype)
     weight = torch.randn(hidden).to(backend.dtype)
+    assert_near(
+        backend.rms_norm(residual, weight, 1e-5), reference.rms_norm(residual, weight, 1e-5).float(), backend.dtype
+    )
     assert_near(backend.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5).float(), backend.dtype)
     for scale in (1.0, 0.22):
         wanted, wanted_sum = TorchBackend("cpu", backend.dtype).add_rms_norm(x, residual.clone(), weight, 1e-5, scale)
         normed, total = backend.add_rms_norm(x, residual.clone(), weight, 1e-5, scale)
+        assert total.dtype == residual.dtype
+        assert normed.dtype == weight.dtype
         assert torch.equal(total, wanted_sum)
         assert_near(normed, wanted.float(), backend.dtype)
 

@@ -151,18 +151,23 @@ def test_rope_and_write(dtype: torch.dtype, heads: tuple[int, int], head_dim: in
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stream", [None, torch.float32])  # a residual stream wider than the activations
 @pytest.mark.parametrize("width", [1, 48, 577])
-def test_norms(dtype: torch.dtype, width: int) -> None:
+def test_norms(dtype: torch.dtype, width: int, stream: torch.dtype | None) -> None:
     torch.manual_seed(2)
-    x_TD, residual_TD = (torch.randn(3, width).to(DEVICE, dtype) for _ in range(2))
+    x_TD = torch.randn(3, width).to(DEVICE, dtype)
+    residual_TD = torch.randn(3, width).to(DEVICE, stream or dtype)
     weight_D = torch.randn(width).to(DEVICE, dtype)
     close = {"rtol": 1.6e-2 if dtype == torch.bfloat16 else 2e-3, "atol": 1e-2}
-    out_TD, sum_TD = torch.full_like(x_TD, float("nan")), torch.full_like(x_TD, float("nan"))
+    out_TD, sum_TD = torch.full_like(x_TD, float("nan")), torch.full_like(residual_TD, float("nan"))
+    plan_rms_norm(residual_TD, weight_D, 1e-5, out_TD).run()
+    torch.testing.assert_close(out_TD, reference.rms_norm(residual_TD, weight_D, 1e-5), **close)
     plan_rms_norm(x_TD, weight_D, 1e-5, out_TD).run()
     torch.testing.assert_close(out_TD, reference.rms_norm(x_TD, weight_D, 1e-5), **close)
     for scale in (1.0, 0.3):
         plan_rms_norm(x_TD, weight_D, 1e-5, out_TD, residual_TD, sum_TD, scale).run()
-        expected_TD = residual_TD + (x_TD if scale == 1.0 else x_TD * scale)
+        added_TD = x_TD.to(residual_TD.dtype)
+        expected_TD = residual_TD + (added_TD if scale == 1.0 else added_TD * scale)
         torch.testing.assert_close(sum_TD, expected_TD, **close)
         torch.testing.assert_close(out_TD, reference.rms_norm(sum_TD, weight_D, 1e-5), **close)
 

@@ -51,7 +51,8 @@ struct Kernels {
 
   void (*convert)(const float* in, void* out, int n, Dtype out_dtype);
   void (*widen)(const uint16_t* in, float* out, int n);
-  void (*rms_norm)(const void* x, const void* residual, float scale, const void* weight, Dtype weight_dtype, float eps, int n, void* sum, void* out, Dtype dtype);
+  void (*rms_norm)(const void* x, Dtype x_dtype, const void* residual, float scale, const void* weight, Dtype weight_dtype, float eps, int n, void* sum,
+                   Dtype stream_dtype, void* out);
   void (*rope)(const void* in, const float* cos_sin, int channels, void* out, Dtype dtype);
   // One step of the online softmax over 64 keys, of which [first, last) are visible. Scores become probabilities in
   // place; state is {running max, running sum}; the row's accumulator (pieces of 32 floats, `stride` apart) is rescaled.

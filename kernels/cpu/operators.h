@@ -93,7 +93,7 @@ struct NormCall {
   int64_t rows, hidden;
   void* sum;  // may be the residual's memory
   int64_t sum_stride;
-  void* out;  // contiguous
+  void* out;  // contiguous, the weight's dtype
 };
 void rms_norm(const Context& context, const NormCall& call);
 

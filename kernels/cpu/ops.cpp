@@ -214,16 +214,16 @@ NormCall norm_call(const Tensor& x, const Tensor& weight, double eps, const Tens
 }
 
 Tensor rms_norm_op(int64_t isa, const Tensor& x, const Tensor& weight, double eps) {
-  Tensor out = at::empty(x.sizes(), x.options());
+  Tensor out = at::empty(x.sizes(), weight.options());
   rms_norm(context_of(isa), norm_call(x, weight, eps, out));
   return out;
 }
 
 // Writes the sum into `residual`.
 Tensor add_rms_norm_op(int64_t isa, const Tensor& x, Tensor& residual, const Tensor& weight, double eps, double scale) {
-  Tensor out = at::empty(x.sizes(), x.options());
+  Tensor out = at::empty(x.sizes(), weight.options());
   NormCall call = norm_call(x, weight, eps, out);
-  TORCH_CHECK_VALUE(residual.sizes() == x.sizes() && residual.scalar_type() == x.scalar_type(), "residual ", residual.sizes(), " does not fit x ", x.sizes());
+  TORCH_CHECK_VALUE(residual.sizes() == x.sizes(), "residual ", residual.sizes(), " does not fit x ", x.sizes());
   call.residual = rows_of(residual, "residual");
   call.scale = static_cast<float>(scale);
   call.sum = residual.data_ptr();

@@ -112,23 +112,24 @@ TARGET static inline Vec::F activate(Vec::F x, Activation activation) {
 
 TARGET static inline Vec::F rounded(Vec::F a, Dtype dtype) { return dtype == Dtype::bf16 ? Vec::round_bf16(a) : a; }
 
-TARGET static void rms_norm(const void* x, const void* residual, float scale, const void* weight, Dtype weight_dtype, float eps, int n,
-                            void* sum, void* out, Dtype dtype) {
+// `stream_dtype` is that of the residual and of the sum, and x's where there is no residual; `out` has the weight's.
+TARGET static void rms_norm(const void* x, Dtype x_dtype, const void* residual, float scale, const void* weight, Dtype weight_dtype, float eps,
+                            int n, void* sum, Dtype stream_dtype, void* out) {
   Vec::F squares = Vec::zero();
   for (int i = 0; i < n; i += Vec::kLanes) {
-    Vec::F a = load_row(x, dtype, i, n);
+    Vec::F a = load_row(x, x_dtype, i, n);
     if (residual) {
-      if (scale != 1.0f) a = rounded(Vec::mul(a, Vec::set(scale)), dtype);
-      a = rounded(Vec::add(load_row(residual, dtype, i, n), a), dtype);
-      store_row(sum, dtype, i, n, a);
+      if (scale != 1.0f) a = rounded(Vec::mul(a, Vec::set(scale)), stream_dtype);
+      a = rounded(Vec::add(load_row(residual, stream_dtype, i, n), a), stream_dtype);
+      store_row(sum, stream_dtype, i, n, a);
     }
     squares = Vec::fma(a, a, squares);
   }
   const Vec::F inverse = Vec::set(1.0f / std::sqrt(sum_lanes(squares) / static_cast<float>(n) + eps));
   const void* source = residual ? sum : x;
   for (int i = 0; i < n; i += Vec::kLanes) {
-    const Vec::F a = rounded(Vec::mul(load_row(source, dtype, i, n), inverse), dtype);
-    store_row(out, dtype, i, n, Vec::mul(load_row(weight, weight_dtype, i, n), a));
+    const Vec::F a = rounded(Vec::mul(load_row(source, stream_dtype, i, n), inverse), stream_dtype);
+    store_row(out, weight_dtype, i, n, Vec::mul(load_row(weight, weight_dtype, i, n), a));
   }
 }
 

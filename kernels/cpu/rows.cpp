@@ -22,11 +22,12 @@ void for_each_row(const Context& context, int64_t rows, const Body& body) {
 }  // namespace
 
 void rms_norm(const Context& context, const NormCall& call) {
-  const int bytes = element_bytes(call.x.dtype);
+  const Dtype stream_dtype = call.residual.data ? call.residual.dtype : call.x.dtype;
   for_each_row(context, call.rows, [&](int64_t row) {
-    context.kernels->rms_norm(call.x.at(row), call.residual.data ? call.residual.at(row) : nullptr, call.scale, call.weight, call.weight_dtype,
-                              call.eps, static_cast<int>(call.hidden), static_cast<char*>(call.sum) + row * call.sum_stride * bytes,
-                              static_cast<char*>(call.out) + row * call.hidden * bytes, call.x.dtype);
+    context.kernels->rms_norm(call.x.at(row), call.x.dtype, call.residual.data ? call.residual.at(row) : nullptr, call.scale, call.weight,
+                              call.weight_dtype, call.eps, static_cast<int>(call.hidden),
+                              static_cast<char*>(call.sum) + row * call.sum_stride * element_bytes(stream_dtype), stream_dtype,
+                              static_cast<char*>(call.out) + row * call.hidden * element_bytes(call.weight_dtype));
   });
 }
 
