@@ -173,13 +173,17 @@ def _write_tokenizer(fields: dict[str, Any], target: Path) -> None:
 
 
 def _write_through_transformers(file: Path, target: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     # A directory of its own, because transformers wants a directory and looks at its other files too.
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / file.name).symlink_to(file.resolve())
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
+        # Else the weights stay packed where Hugging Face's package "kernels" is installed.
+        unpacked = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=file.name, dtype=torch.float32, quantization_config=unpacked
+        )
     # A model that remembers being quantised refuses to be saved; after loading it no longer is.
     del model.hf_quantizer
     del model.config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]

@@ -53,11 +53,13 @@ TEXTS = (
 @pytest.fixture(scope="module")
 def dense_parent() -> Any:
     """The dense model as transformers reads the GGUF file: (model in float32, tokenizer)."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     file = dense_default_file()
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    unpacked = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, quantization_config=unpacked)
+    return model.eval(), AutoTokenizer.from_pretrained(**where)
 
 
 @pytest.fixture(scope="module")
