@@ -28,7 +28,7 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grad_outputs: torch.Tensor):
+    def backward(ctx, *grad_outputs: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad_RO,) = grad_outputs
         x_RI, weight_EOI = ctx.saved_tensors
         grad_RO = grad_RO.contiguous()
@@ -55,7 +55,7 @@ class _Dispatch(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grad_outputs: torch.Tensor):
+    def backward(ctx, *grad_outputs: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad_RD,) = grad_outputs
         (inverse_R,) = ctx.saved_tensors
         return grad_RD.index_select(0, inverse_R).unflatten(0, (-1, ctx.top_k)).sum(1), None, None, None
@@ -72,7 +72,7 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grad_outputs: torch.Tensor):
+    def backward(ctx, *grad_outputs: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad_TD,) = grad_outputs
         (order_R,) = ctx.saved_tensors
         return grad_TD.index_select(0, order_R // ctx.top_k), None, None, None

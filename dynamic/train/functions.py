@@ -34,7 +34,7 @@ class _BlockCausalAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grad_outputs: torch.Tensor):
+    def backward(ctx, *grad_outputs: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad_XLC,) = grad_outputs
         q_XLC, k_XLC, v_XLC, *kept = ctx.saved_tensors
         grad_q = torch.empty_like(q_XLC)
@@ -81,7 +81,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grad_outputs: torch.Tensor):
+    def backward(ctx, *grad_outputs: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad,) = grad_outputs
         x, weight_D, rstd = ctx.saved_tensors
         normed = x * rstd
