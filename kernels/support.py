@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .router_spec import RouterSpec
 
@@ -49,7 +50,7 @@ EXPERTS = (
     Row(backend="megablocks", device="cuda", outcomes=(REFUSED, KERNELS, REFUSED)),
 )
 
-_BASE = {"num_experts": 8, "top_k": 2}
+_BASE: dict[str, Any] = {"num_experts": 8, "top_k": 2}
 # rule: (spec, families, outcome per backend with a routing kernel of its own)
 ROUTERS: dict[str, tuple[RouterSpec, str, dict[str, str]]] = {
     "softmax": (RouterSpec(**_BASE), "OLMoE, Qwen2-MoE, Jamba", {"cpu": KERNELS, "triton": KERNELS}),

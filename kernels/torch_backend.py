@@ -54,10 +54,6 @@ class TorchBackend:
             return logits_TO if bias_O is None else logits_TO + bias_O
         return F.linear(x_TI, weight_OI, bias_O).float()
 
-    def logits_linear(self, x_TI: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
-        """:meth:`linear` with a float32 result."""
-        return self.linear(x_TI, weights).float()
-
     def pack_experts(
         self,
         gate_EFD: torch.Tensor,
