@@ -6,6 +6,7 @@ A row's result is bitwise the same whatever other rows are computed with it, and
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,7 @@ def _nbytes(*tensors: torch.Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
+@lru_cache
 def _has_fast_rule(spec: RouterSpec) -> bool:
     """Whether the rule is one of those that the C++ router knows; the others go through torch."""
     plain = RouterSpec(

@@ -12,7 +12,7 @@ namespace {
 constexpr int kTileRows = 3;
 constexpr int kPassVectors = 4;
 constexpr bool kPairs = false;
-constexpr int kPrefetchWords = 512;
+constexpr int kPrefetchWords = 1024;
 
 #include "simd_avx2.h"
 #include "transpose_portable.h"

@@ -12,7 +12,7 @@ namespace {
 constexpr int kTileRows = 12;
 constexpr int kPassVectors = 2;
 constexpr bool kPairs = false;
-constexpr int kPrefetchWords = 512;
+constexpr int kPrefetchWords = 1024;
 
 #include "simd_avx512.h"
 #include "row_kernels.h"

@@ -9,7 +9,7 @@ namespace {
 constexpr int kTileRows = 3;
 constexpr int kPassVectors = 4;
 constexpr bool kPairs = false;
-constexpr int kPrefetchWords = 512;
+constexpr int kPrefetchWords = 1024;
 
 #include "simd_portable.h"
 #include "transpose_portable.h"
