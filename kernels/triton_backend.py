@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from triton import knobs
@@ -22,7 +22,7 @@ from .triton_experts import ACTIVATIONS, ExpertPlanner, plan_experts, shape_of
 from .triton_launch import Launch, require_contiguous
 from .triton_norm import plan_rms_norm, plan_rope_and_write
 from .triton_router import plan_route
-from .triton_tuning import ExpertShape, TuningCache, best_attention, row_tile, token_bucket
+from .triton_tuning import ExpertShape, TuningCache, best_attention
 from .types import AttentionBatch, ExpertWeights, KVLayer, Routing
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,8 @@ class WarmUpShape:
 
     Arguments:
         router, expert_size, activation: None, 0 and "" for a layer without a mixture.
+        always_on: experts in front of the routed ones that every row uses.
+        norm_widths: further widths of RMS norms, those of queries and keys.
         max_tokens: most rows of a step. max_context: longest context in tokens.
     """
 
@@ -50,6 +52,8 @@ class WarmUpShape:
     router: RouterSpec | None = None
     expert_size: int = 0
     activation: str = ""
+    always_on: int = 0
+    norm_widths: tuple[int, ...] = ()
     window: int | None = None
 
 
@@ -76,7 +80,21 @@ class TritonBackend(TorchBackend):
         self._tickets = torch.zeros(_MAX_STREAMS, 4, dtype=torch.int32, device=self.device)
         self._streams: dict[int, int] = {}
         self._said: set[str] = set()
-        self._shapes: dict[tuple[int, int], ExpertShape] = {}
+        self._sizes: dict[int, ExpertShape] = {}
+
+    def pack_experts(
+        self,
+        gate_EFD: torch.Tensor,
+        up_EFD: torch.Tensor,
+        down_EDF: torch.Tensor,
+        activation: str,
+        gate_bias_EF: torch.Tensor | None = None,
+        up_bias_EF: torch.Tensor | None = None,
+        down_bias_ED: torch.Tensor | None = None,
+    ) -> ExpertWeights:
+        weights = super().pack_experts(gate_EFD, up_EFD, down_EDF, activation, gate_bias_EF, up_bias_EF, down_bias_ED)
+        self._sizes[weights.num_experts] = shape_of(weights.data, top_k=1)
+        return weights
 
     def route(
         self,
@@ -102,12 +120,10 @@ class TritonBackend(TorchBackend):
             expert_scale_E=expert_scale_E,
             forced_ids_TK=forced_ids_TK,
         )
-        num_tokens, num_experts = logits_TE.shape[0], spec.num_real_experts
-        shape = self._shapes.get((num_experts, spec.top_k))
-        if shape is None:
-            block_m: int | None = row_tile(token_bucket(num_tokens), num_experts, spec.top_k)
-        else:
-            path = self.planner.path(num_tokens, shape)
+        # Tables are built along the way if experts of this number are known to want them; otherwise with the experts.
+        block_m, sizes = None, self._sizes.get(spec.num_real_experts)
+        if sizes is not None:
+            path = self.planner.path(logits_TE.shape[0], replace(sizes, top_k=spec.top_k))
             block_m = None if path.pairs else path.block_m
         routing, launches = plan_route(
             logits_TE,
@@ -134,9 +150,6 @@ class TritonBackend(TorchBackend):
             counts_T=routing.counts_T,
             identity_weights_T=routing.identity_weights_T,
         )
-        top_k = routing.expert_ids_TK.shape[1]
-        # The next routing of this kind then knows whether its experts will want tables.
-        self._shapes.setdefault((weights.num_experts, top_k), shape_of(plain, top_k))
         out_TD = torch.empty_like(x_TD)
         if x_TD.shape[0]:
             self._run(plan_experts(x_TD, plain, routing, weights.activation, out_TD, self.planner, self._ticket()))

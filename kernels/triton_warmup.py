@@ -15,7 +15,7 @@ from .triton_launch import Launch
 from .triton_norm import plan_rms_norm, plan_rope_and_write
 from .triton_router import plan_index, plan_route
 from .triton_tuning import best_attention
-from .types import AttentionBatch, KVLayer
+from .types import AttentionBatch, KVLayer, Routing
 
 if TYPE_CHECKING:
     from .triton_backend import WarmUpShape
@@ -58,6 +58,9 @@ def norm_launches(shape: WarmUpShape, tokens: int, dtype: torch.dtype) -> list[L
         launches.append(plan_rms_norm(residual_TD, x_TD[0], 1e-6, x_TD))
         for scale in (1.0, 0.5):
             launches.append(plan_rms_norm(x_TD, x_TD[0], 1e-6, x_TD, residual_TD, residual_TD, scale))
+    for width in shape.norm_widths:
+        rows_TC = torch.empty(tokens, width, dtype=dtype, device=_META)
+        launches.append(plan_rms_norm(rows_TC, rows_TC[0], 1e-6, rows_TC))
     return launches
 
 
@@ -65,25 +68,31 @@ def mixture_launches(shape: WarmUpShape, tokens: int, dtype: torch.dtype, planne
     """Routing and experts of one layer for so many rows."""
     spec = shape.router
     assert spec is not None, "the layer has no mixture"
-    e, f, d = spec.num_real_experts, shape.expert_size, shape.hidden_size
+    e, f, d = spec.num_real_experts + shape.always_on, shape.expert_size, shape.hidden_size
+    top_k = spec.top_k + shape.always_on
 
     def weights(*sizes: int) -> torch.Tensor:
         return torch.empty(*sizes, dtype=dtype, device=_META)
 
     plain = PlainExperts(weights(e, f, d), weights(e, f, d), weights(e, d, f), None, None, None)
     ticket = torch.empty(1, dtype=torch.int32, device=_META)
-    path = planner.path(tokens, shape_of(plain, spec.top_k))
+    path = planner.path(tokens, shape_of(plain, top_k))
     logits_dtype = torch.float32 if spec.float32_logits else dtype
     routing, launches = plan_route(
         torch.empty(tokens, spec.num_experts, dtype=logits_dtype, device=_META),
         spec,
-        block_m=None if path.pairs else path.block_m,
+        block_m=None if path.pairs or shape.always_on else path.block_m,
         ticket=ticket,
         selection_bias_E=torch.empty(spec.num_experts, device=_META) if spec.selection_bias else None,
         expert_scale_E=torch.empty(spec.num_experts, device=_META) if spec.expert_scale else None,
         forced_ids_TK=torch.empty(tokens, spec.top_k, dtype=torch.int64, device=_META) if spec.forced_experts else None,
     )
     x_TD = torch.empty(tokens, d, dtype=dtype, device=_META)
+    if shape.always_on:
+        routing = Routing(
+            expert_ids_TK=torch.empty(tokens, top_k, dtype=torch.int32, device=_META),
+            weights_TK=torch.empty(tokens, top_k, device=_META),
+        )
     experts = plan_experts(x_TD, plain, routing, shape.activation, torch.empty_like(x_TD), planner, ticket)
     # An expert budget replaces the counts of a routing, which then needs tables of its own.
     counts_T = torch.empty(tokens, dtype=torch.int32, device=_META)

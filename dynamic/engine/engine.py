@@ -22,6 +22,7 @@ from .sampler import NO_TOKEN, sample
 from .scheduler import Schedule, Scheduler
 from .stats import EngineStats
 from .text import OutputText
+from .warm_up import warm_up
 
 if TYPE_CHECKING:
     from ..loader import LoadedModel
@@ -59,6 +60,7 @@ class Engine:
         cache = PrefixCache(pool, config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(config, pool, cache)
         self.runner = Runner(decoder, num_pages, config.block_size)
+        warm_up(decoder, config, self.max_model_len)
         self._eos = _eos_token_ids(model)
         self._requests: dict[str, Request] = {}
         self._arrivals = 0

@@ -1,0 +1,57 @@
+"""Has the kernels of a GPU compiled before the first request."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .config import EngineConfig
+
+if TYPE_CHECKING:
+    from ...kernels.triton_backend import WarmUpShape
+    from ..decoder import Decoder
+    from ..spec import ModelSpec
+
+
+def warm_up(decoder: Decoder, config: EngineConfig, max_model_len: int, progress: bool = True) -> int:
+    """Compile what steps within the limits can launch; does nothing for backends that compile nothing.
+
+    Returns: how many kernels were prepared.
+    """
+    from ...kernels.torch_backend import TorchBackend
+
+    backend: TorchBackend = decoder.backend
+    if backend.name != "triton":
+        return 0
+    from ...kernels.triton_backend import TritonBackend
+
+    assert isinstance(backend, TritonBackend), "only the Triton backend carries this name"
+    return backend.warm_up(warm_up_shapes(decoder.spec, config, max_model_len), progress)
+
+
+def warm_up_shapes(spec: ModelSpec, config: EngineConfig, max_model_len: int) -> list[WarmUpShape]:
+    """The distinct layers of a model with the limits of an engine."""
+    from ...kernels.triton_backend import WarmUpShape
+
+    norm_widths = {"none": (), "head": (spec.head_dim,), "full": (spec.num_heads * spec.head_dim,)}[spec.qk_norm]
+    if spec.qk_norm == "full":
+        norm_widths += (spec.num_kv_heads * spec.head_dim,)
+    shapes = [
+        WarmUpShape(
+            hidden_size=spec.hidden_size,
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            page_size=config.block_size,
+            max_tokens=config.max_num_batched_tokens,
+            max_context=max_model_len,
+            max_sequences=config.max_num_seqs,
+            router=None if layer.moe is None or layer.moe.is_dense else layer.moe.router,
+            expert_size=0 if layer.moe is None else layer.moe.expert_size,
+            activation=spec.activation,
+            always_on=0 if layer.moe is None else layer.moe.num_always_on,
+            norm_widths=norm_widths,
+            window=layer.window,
+        )
+        for layer in spec.layers
+    ]
+    return list(dict.fromkeys(shapes))
