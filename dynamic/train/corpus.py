@@ -232,6 +232,7 @@ def _write(config: CorpusConfig, collected: list[Collected], target: Path, say: 
 
 def _encode(tokenizer: Tokenizer, documents: list[str]) -> torch.Tensor:
     end = tokenizer.token_to_id(END_OF_TEXT)
+    assert end is not None
     ids: list[int] = []
     for encoding in tokenizer.encode_batch(documents):
         ids.extend(encoding.ids)

@@ -98,13 +98,14 @@ def train_with_deepspeed(
     )
     directory.mkdir(parents=True, exist_ok=True)
     found, client = engine.load_checkpoint(str(directory)) if (directory / _LATEST).is_file() else (None, {})
-    step, before = (client["step"], client["seconds"]) if found else (0, 0.0)
+    step, before = (client["step"], client["seconds"]) if found and client else (0, 0.0)
+    groups: list[dict[str, Any]] = engine.optimizer.param_groups  # type: ignore[union-attr]
     log = LossLog(directory / "metrics.jsonl", step) if rank == 0 else None
     line = ProgressLine(config.steps, step) if progress and rank == 0 else None
     started = saved = time.monotonic()
     while step < config.steps:
         rate = config.learning_rate * cosine_rate(step, config.steps, config.warmup_steps, config.final_rate)
-        for group in engine.optimizer.param_groups:
+        for group in groups:
             group["lr"] = rate
         loss, values = engine(step, (rank, world))
         engine.backward(loss)
