@@ -396,6 +396,46 @@ def test_int8_product_is_exact(backend: CpuBackend, rows: int, outputs: int, inp
     ).max() + 0.02 * coarse.abs().max()
 
 
+@pytest.mark.parametrize("edge", ["one token", "sizes that are no multiple of anything", "several tiles per expert"])
+def test_int8_experts(backend: CpuBackend, edge: str):
+    rows, num_experts, top_k, width, hidden = EXPERT_EDGES[edge]
+    blocks, down_blocks = -(-width // 16), -(-hidden // 32)
+    gate, up = (torch.randint(-128, 128, (num_experts, width, hidden)).to(torch.int8) for _ in range(2))
+    down = torch.randint(-128, 128, (num_experts, hidden, width)).to(torch.int8)
+    gate_scale, up_scale = (torch.rand(num_experts, width) / (60 * hidden**0.5) for _ in range(2))
+    down_scale = torch.rand(num_experts, hidden) / (60 * width**0.5)
+
+    def interleave(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """16 rows of the gate, then 16 of up, per block; missing rows are zeros."""
+        fill = (0, 0) * (a.dim() - 2) + (0, 16 * blocks - width)
+        halves = [F.pad(t, fill).unflatten(1, (blocks, 16)) for t in (a, b)]
+        return torch.cat(halves, 2).flatten(0, 2).contiguous()
+
+    wide_down = F.pad(down, (0, 16 * blocks - width, 0, 32 * down_blocks - hidden)).flatten(0, 1).contiguous()
+    gate_up, gate_up_sums = torch.ops.dynamoe_cpu.pack_int8(backend._isa, interleave(gate, up))
+    packed_down, down_sums = torch.ops.dynamoe_cpu.pack_int8(backend._isa, wide_down)
+    x, routing = torch.randn(rows, hidden).to(backend.dtype), random_routing(rows, num_experts, top_k, counts=rows > 1)
+    out = torch.ops.dynamoe_cpu.experts_int8(
+        backend._isa,
+        x,
+        gate_up,
+        interleave(gate_scale, up_scale),
+        gate_up_sums,
+        packed_down,
+        F.pad(down_scale, (0, 32 * down_blocks - hidden)).flatten(),
+        down_sums,
+        (num_experts, hidden, width, 0),
+        routing.expert_ids_TK,
+        routing.weights_TK,
+        routing.counts_T,
+    )
+    parts = [w.float() * s[..., None] for w, s in ((gate, gate_scale), (up, up_scale), (down, down_scale))]
+    expected = reference.experts(x.float(), *parts, routing, "silu")
+    # Activations of 8 bits are off by up to half a step of max / 127 each, twice in a row.
+    assert ((out.float() - expected).norm() / expected.norm()).item() < 0.02
+    assert out.isfinite().all()
+
+
 def test_select_backend_takes_the_kernels_on_a_cpu():
     for dtype in DTYPES:
         assert isinstance(ops.select_backend("cpu", dtype), CpuBackend)

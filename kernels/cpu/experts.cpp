@@ -5,64 +5,12 @@
 // experts in rising order, in fp32: no atomics, no third region, and one order of summation per row.
 #include <algorithm>
 #include <cstring>
-#include <vector>
 
-#include "operators.h"
-#include "parallel.h"
+#include "experts_plan.h"
 
 namespace dynamoe_cpu {
 
 namespace {
-
-constexpr int64_t kPanelBytes = 384 * 1024;
-
-// Rows of one expert that are multiplied together: sorted slots [first, first + rows).
-struct Chunk {
-  int64_t expert, first, rows;
-};
-
-struct Plan {
-  std::vector<int32_t> slots;  // indices into ids, sorted by expert, stable in the row
-  std::vector<Chunk> chunks;
-};
-
-void add_chunks(Plan& plan, int64_t expert, int64_t first, int64_t rows, int64_t most) {
-  if (!rows) return;
-  const Tiles parts(rows, most);
-  for (int64_t i = 0; i < parts.count; ++i) plan.chunks.push_back({expert, first + parts.start(i), parts.size(i)});
-}
-
-int64_t count_of(const ExpertsCall& call, int64_t row) {
-  return call.counts ? std::clamp<int64_t>(call.counts[row], 0, call.top_k) : call.top_k;
-}
-
-// Sorts the used slots by expert. Returns the first expert number out of range, or -1.
-int64_t make_plan(const ExpertsCall& call, int64_t most_rows, Plan& plan) {
-  const int64_t experts = call.layout.experts;
-  std::vector<int64_t> start(experts + 1, 0);
-  for (int64_t t = 0; t < call.rows; ++t)
-    for (int64_t k = 0; k < count_of(call, t); ++k) {
-      const int32_t expert = call.ids[t * call.top_k + k];
-      if (expert < 0 || expert >= experts) return expert < 0 ? experts : expert;
-      ++start[expert + 1];
-    }
-  for (int64_t e = 0; e < experts; ++e) {
-    add_chunks(plan, e, start[e], start[e + 1], most_rows);
-    start[e + 1] += start[e];
-  }
-  plan.slots.resize(start[experts]);
-  for (int64_t t = 0; t < call.rows; ++t)
-    for (int64_t k = 0; k < count_of(call, t); ++k) {
-      const int64_t slot = t * call.top_k + k;
-      plan.slots[start[call.ids[slot]]++] = static_cast<int32_t>(slot);
-    }
-  return -1;
-}
-
-// Splits [0, blocks) of every chunk into groups so that there are enough tasks to balance the threads.
-int64_t groups_per_chunk(const Context& context, int64_t chunks, int64_t blocks) {
-  return std::min(blocks, ceil_div(16 * context.threads, std::max<int64_t>(chunks, 1)));
-}
 
 // hidden[slot] = act(gate x) * (up x), as panels of the tiles of each chunk.
 // `segments` experts with consecutive blocks are taken together as one wide one.
@@ -149,7 +97,7 @@ int64_t experts(const Context& context, const ExpertsCall& call) {
   const Gemm& gemm = kernels.gemm[static_cast<int>(layout.dtype)];
   const int64_t row_bytes = std::max(layout.hidden_cells(), layout.width_cells()) * gemm.panel_cell_bytes;
   Plan plan;
-  const int64_t bad = make_plan(call, std::max<int64_t>(gemm.tile_rows, kPanelBytes / row_bytes), plan);
+  const int64_t bad = make_plan(call, most_chunk_rows(gemm, row_bytes), plan);
   if (bad >= 0) return bad;
 
   const int64_t hidden_bytes = layout.width_cells() * gemm.panel_cell_bytes;
@@ -197,7 +145,7 @@ void all_experts(const Context& context, const ExpertsCall& call) {
   const int64_t cells = layout.experts * layout.width_cells(), hidden_bytes = cells * gemm.panel_cell_bytes;
   const int64_t row_bytes = std::max(layout.hidden_cells() * gemm.panel_cell_bytes, hidden_bytes);
   Plan plan;
-  add_chunks(plan, 0, 0, call.rows, std::max<int64_t>(gemm.tile_rows, kPanelBytes / row_bytes));
+  add_chunks(plan, 0, 0, call.rows, most_chunk_rows(gemm, row_bytes));
   char* hidden = scratch(Buffer::hidden).get<char>(call.rows * hidden_bytes);
   gate_and_up(context, call, plan, layout.experts, hidden);
 

@@ -1,6 +1,7 @@
 // The 8-bit product: rows quantised once to unsigned 8 bits around 128, weights signed with one scale per output.
 // sum (a - 128) w = sum a w - 128 sum w; the second sum is known when the weights are packed.
 #include <algorithm>
+#include <atomic>
 
 #include "operators.h"
 #include "parallel.h"
@@ -23,46 +24,67 @@ void pack_int8(const Context& context, const int8_t* weight, int64_t outputs, in
   });
 }
 
+void quantize_rows(const Context& context, const Rows& x, int64_t rows, int64_t inputs, uint8_t* out, float* scales) {
+  constexpr int64_t kRowsPerTask = 8;
+  const Kernels& kernels = *context.kernels;
+  const int64_t row_bytes = 4 * ceil_div(inputs, 4);
+  for_each_task(context.threads, ceil_div(rows, kRowsPerTask), [&](int64_t task) {
+    float* wide = scratch(Buffer::values).get<float>(inputs);
+    for (int64_t row = task * kRowsPerTask; row < std::min(rows, (task + 1) * kRowsPerTask); ++row) {
+      const void* source = x.at(row);
+      if (x.dtype == Dtype::bf16) {
+        kernels.widen(static_cast<const uint16_t*>(source), wide, static_cast<int>(inputs));
+        source = wide;
+      }
+      scales[row] = kernels.quantize(static_cast<const float*>(source), static_cast<int>(inputs), out + row * row_bytes);
+      for (int64_t i = inputs; i < row_bytes; ++i) out[row * row_bytes + i] = 0;
+    }
+  });
+}
+
+void dequantize(const int32_t* sums, int num_rows, const float* row_scales, const float* scales, const int32_t* weight_sums, float* tile) {
+  for (int r = 0; r < num_rows; ++r)
+    for (int o = 0; o < kBlockOutputs; ++o) {
+      const int i = r * kBlockOutputs + o;
+      tile[i] = static_cast<float>(sums[i] - 128 * weight_sums[o]) * (row_scales[r] * scales[o]);
+    }
+}
+
 void linear_int8(const Context& context, const Int8LinearCall& call) {
   const Kernels& kernels = *context.kernels;
   const Gemm& gemm = kernels.gemm_int8;
   const int64_t cells = ceil_div(call.inputs, 4), blocks = ceil_div(call.outputs, kBlockOutputs), row_bytes = cells * 4;
-  const Tiles tiles(call.rows, gemm.tile_rows);
-  char* panels = scratch(Buffer::hidden).get<char>(call.rows * row_bytes);
-  float* scales = scratch(Buffer::states).get<float>(call.rows);
-  for_each_task(context.threads, tiles.count, [&](int64_t t) {
-    uint8_t* bytes = scratch(Buffer::quantized).get<uint8_t>(tiles.size(t) * row_bytes);
-    float* wide = scratch(Buffer::values).get<float>(call.inputs);
-    const void* rows[kMaxTileRows];
-    for (int r = 0; r < tiles.size(t); ++r) {
-      const void* x = call.x.at(tiles.start(t) + r);
-      if (call.x.dtype == Dtype::bf16) {
-        kernels.widen(static_cast<const uint16_t*>(x), wide, static_cast<int>(call.inputs));
-        x = wide;
-      }
-      scales[tiles.start(t) + r] = kernels.quantize(static_cast<const float*>(x), static_cast<int>(call.inputs), bytes + r * row_bytes);
-      rows[r] = bytes + r * row_bytes;
-    }
-    gemm.pack(panels + tiles.start(t) * row_bytes, rows, tiles.size(t), static_cast<int>(call.inputs));
-  });
-  const int64_t groups = std::min<int64_t>(blocks, 8 * context.threads);
-  for_each_task(context.threads, groups, [&](int64_t group) {
+  uint8_t* quantized = scratch(Buffer::quantized).get<uint8_t>(call.rows * row_bytes);
+  float* row_scales = scratch(Buffer::states).get<float>(call.rows);
+  quantize_rows(context, call.x, call.rows, call.inputs, quantized, row_scales);
+  const Tiles chunks(call.rows, std::max<int64_t>(gemm.tile_rows, 384 * 1024 / row_bytes));
+  const int64_t groups = std::min(blocks, ceil_div(8 * context.threads, chunks.count));
+  std::atomic<int64_t> next{0};
+  on_all_threads(context.threads, [&] {
     alignas(64) int32_t sums[kMaxTileRows * kBlockOutputs];
     alignas(64) float tile[kMaxTileRows * kBlockOutputs];
-    for (int64_t block = blocks * group / groups; block < blocks * (group + 1) / groups; ++block) {
-      const int64_t output = block * kBlockOutputs;
-      const int width = static_cast<int>(std::min<int64_t>(kBlockOutputs, call.outputs - output));
-      for (int64_t t = 0; t < tiles.count; ++t) {
-        gemm.run(tiles.size(t), panels + tiles.start(t) * row_bytes, call.weights + block * cells * kBlockOutputs, static_cast<int>(cells), sums, false);
-        for (int r = 0; r < tiles.size(t); ++r)
-          for (int o = 0; o < kBlockOutputs; ++o) {
-            const int i = r * kBlockOutputs + o;
-            const int32_t compensation = 128 * call.row_sums[output + o];
-            tile[i] = static_cast<float>(sums[i] - compensation) * (scales[tiles.start(t) + r] * call.scales[output + o]);
-          }
-        const int64_t element = tiles.start(t) * call.out_stride + output;
-        kernels.store(tile, tiles.size(t), width, call.bias ? call.bias + output : nullptr,
-                      static_cast<char*>(call.out) + element * element_bytes(call.out_dtype), call.out_stride, call.out_dtype);
+    char* panel = scratch(Buffer::rows).get<char>((chunks.size(0) + 1) * row_bytes);
+    int64_t packed = -1;
+    for (int64_t task = next.fetch_add(1); task < chunks.count * groups; task = next.fetch_add(1)) {
+      const int64_t chunk = task / groups, group = task % groups, first_row = chunks.start(chunk);
+      const Tiles tiles(chunks.size(chunk), gemm.tile_rows);
+      for (int64_t t = 0; packed != chunk && t < tiles.count; ++t) {
+        const void* rows[kMaxTileRows];
+        for (int r = 0; r < tiles.size(t); ++r) rows[r] = quantized + (first_row + tiles.start(t) + r) * row_bytes;
+        gemm.pack(panel + tiles.start(t) * row_bytes, rows, tiles.size(t), static_cast<int>(row_bytes));
+      }
+      packed = chunk;
+      for (int64_t block = blocks * group / groups; block < blocks * (group + 1) / groups; ++block) {
+        const int64_t output = block * kBlockOutputs;
+        const int width = static_cast<int>(std::min<int64_t>(kBlockOutputs, call.outputs - output));
+        for (int64_t t = 0; t < tiles.count; ++t) {
+          const int64_t row = first_row + tiles.start(t);
+          gemm.run(tiles.size(t), panel + tiles.start(t) * row_bytes, call.weights + block * cells * kBlockOutputs, static_cast<int>(cells), sums, false);
+          dequantize(sums, tiles.size(t), row_scales + row, call.scales + output, call.row_sums + output, tile);
+          const int64_t element = row * call.out_stride + output;
+          kernels.store(tile, tiles.size(t), width, call.bias ? call.bias + output : nullptr,
+                        static_cast<char*>(call.out) + element * element_bytes(call.out_dtype), call.out_stride, call.out_dtype);
+        }
       }
     }
   });

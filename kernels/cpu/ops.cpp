@@ -177,16 +177,20 @@ ExpertsCall experts_call(const Tensor& x, const Tensor& gate_up, const Tensor& d
   return call;
 }
 
-Tensor experts_op(int64_t isa, const Tensor& x, const Tensor& gate_up, const Tensor& down, const OptionalTensor& gate_up_bias, const OptionalTensor& down_bias,
-                  at::IntArrayRef shape, const Tensor& ids, const Tensor& weights, const OptionalTensor& counts) {
-  Tensor out;
-  ExpertsCall call = experts_call(x, gate_up, down, gate_up_bias, down_bias, shape, out);
+void set_routing(ExpertsCall& call, const Tensor& ids, const Tensor& weights, const OptionalTensor& counts) {
   TORCH_CHECK_VALUE(ids.dim() == 2 && ids.size(0) == call.rows && weights.sizes() == ids.sizes(), "routing of shape ", ids.sizes(), " does not fit ", call.rows, " rows");
   TORCH_CHECK_VALUE(!counts || counts->numel() == call.rows, "counts must have one entry per row");
   call.ids = contiguous_data<int32_t>(ids, at::kInt, "expert ids");
   call.weights = contiguous_data<float>(weights, at::kFloat, "expert weights");
   call.counts = counts ? contiguous_data<int32_t>(*counts, at::kInt, "counts") : nullptr;
   call.top_k = ids.size(1);
+}
+
+Tensor experts_op(int64_t isa, const Tensor& x, const Tensor& gate_up, const Tensor& down, const OptionalTensor& gate_up_bias, const OptionalTensor& down_bias,
+                  at::IntArrayRef shape, const Tensor& ids, const Tensor& weights, const OptionalTensor& counts) {
+  Tensor out;
+  ExpertsCall call = experts_call(x, gate_up, down, gate_up_bias, down_bias, shape, out);
+  set_routing(call, ids, weights, counts);
   const int64_t bad = experts(context_of(isa), call);
   TORCH_CHECK_VALUE(bad < 0, "an expert number is out of range: there are ", call.layout.experts, " experts");
   return out;
@@ -328,6 +332,34 @@ int64_t read_words_op(const Tensor& source) {
   return total.load();
 }
 
+// Weights as pack_int8 leaves them, of (E * gate blocks * 32, D) and (E * down blocks * 32, gate blocks * 16) matrices.
+Tensor experts_int8_op(int64_t isa, const Tensor& x, const Tensor& gate_up, const Tensor& gate_up_scales, const Tensor& gate_up_sums, const Tensor& down,
+                       const Tensor& down_scales, const Tensor& down_sums, at::IntArrayRef shape, const Tensor& ids, const Tensor& weights,
+                       const OptionalTensor& counts) {
+  Int8ExpertsCall call{};
+  ExpertsCall& base = call.base;
+  base.x = rows_of(x, "x");
+  base.rows = x.size(0);
+  const ExpertLayout& layout = base.layout = layout_of(base.x.dtype, shape[0], shape[1], shape[2], false);
+  const int64_t gate_outputs = layout.experts * layout.gate_blocks() * kBlockOutputs, down_outputs = layout.experts * layout.down_blocks() * kBlockOutputs;
+  TORCH_CHECK_VALUE(x.size(1) == layout.hidden, "x has ", x.size(1), " columns, the experts take ", layout.hidden);
+  TORCH_CHECK_VALUE(gate_up_scales.numel() == gate_outputs && gate_up_sums.numel() == gate_outputs && down_scales.numel() == down_outputs &&
+                        down_sums.numel() == down_outputs,
+                    "scales and sums must have one entry per packed output");
+  base.activation = static_cast<Activation>(shape[3]);
+  base.gate_up = words(gate_up, gate_outputs * ceil_div(layout.hidden, 4), "gate_up");
+  base.down = words(down, down_outputs * layout.gate_blocks() * kGatedOutputs / 4, "down");
+  call.gate_up_scales = contiguous_data<float>(gate_up_scales, at::kFloat, "gate_up_scales");
+  call.gate_up_sums = contiguous_data<int32_t>(gate_up_sums, at::kInt, "gate_up_sums");
+  call.down_scales = contiguous_data<float>(down_scales, at::kFloat, "down_scales");
+  call.down_sums = contiguous_data<int32_t>(down_sums, at::kInt, "down_sums");
+  set_routing(base, ids, weights, counts);
+  Tensor out = at::empty({x.size(0), x.size(1)}, x.options());
+  base.out = out.data_ptr();
+  TORCH_CHECK_VALUE(experts_int8(context_of(isa), call) < 0, "an expert number is out of range: there are ", layout.experts, " experts");
+  return out;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(dynamoe_cpu, m) {
@@ -355,6 +387,10 @@ TORCH_LIBRARY(dynamoe_cpu, m) {
   m.def("read_words(Tensor source) -> int", &read_words_op);
   m.def("pack_int8(int isa, Tensor weight) -> (Tensor, Tensor)", &pack_int8_op);
   m.def("linear_int8(int isa, Tensor x, Tensor weights, Tensor scales, Tensor row_sums, Tensor? bias, int outputs) -> Tensor", &linear_int8_op);
+  m.def(
+      "experts_int8(int isa, Tensor x, Tensor gate_up, Tensor gate_up_scales, Tensor gate_up_sums, Tensor down, Tensor down_scales, Tensor down_sums, "
+      "int[] shape, Tensor ids, Tensor weights, Tensor? counts) -> Tensor",
+      &experts_int8_op);
 }
 
 }  // namespace dynamoe_cpu
