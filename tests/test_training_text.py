@@ -12,6 +12,7 @@ import pytest
 import torch
 from dynamoe.dynamic.train.corpus import CorpusConfig, build_corpus, load_corpus
 from dynamoe.dynamic.train.packages import SOURCES, Source, collect, collect_folder
+from dynamoe.dynamic.train.served import blocks_from
 from dynamoe.dynamic.train.text import clean, html_to_text, is_english_prose, read_document, unwrap
 
 SENTENCES = [
@@ -145,6 +146,19 @@ def test_without_apt_the_error_names_the_alternative(tmp_path: Path, monkeypatch
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match=r"apt-get, apt-cache, dpkg-deb\); give it a folder.*text_folder="):
         collect(SOURCES[0], tmp_path)
+
+
+def test_blocks_of_held_out_text_do_not_overlap_and_come_from_every_stream() -> None:
+    streams = {"a/x": torch.arange(1000, dtype=torch.int16), "b/y": torch.arange(2000, 2500, dtype=torch.int16)}
+    streams["c/short"] = torch.zeros(5, dtype=torch.int16)
+    blocks = blocks_from(streams, 40, 50, seed=0)
+    tokens = [token for block in blocks for token in block]
+    assert len(blocks) == 30  # 20 of the one and 10 of the other are all there are
+    assert len(set(tokens)) == len(tokens)
+    assert sum(block[0] >= 2000 for block in blocks[:10]) == 5
+    assert blocks_from(streams, 4, 50, seed=0) == blocks[:4]
+    with pytest.raises(ValueError, match="as long as 5000"):
+        blocks_from(streams, 4, 5000, seed=0)
 
 
 def test_some_packages_are_never_trained_on_and_every_licence_is_named() -> None:

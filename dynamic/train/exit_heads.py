@@ -1,6 +1,6 @@
 """Exits of a trained decoder: states from text, probes of every kind, calibration, and the table that compares them.
 
-Three parts of the text, split by document: probes learn on the first, calibrators on the second, the third is reported.
+Three disjoint parts of the text: probes learn on the first, calibrators on the second, the third is reported.
 
 Shape suffixes: N sequences, L positions, R rows, D hidden size.
 """

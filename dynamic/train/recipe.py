@@ -25,7 +25,7 @@ from .exit_heads import ExitHeadsConfig, collect_states, make_exits
 from .export import export_checkpoint
 from .language_model import LanguageModelConfig, LanguageModelTask
 from .model import DecoderConfig, TrainableDecoder
-from .served import continuations, prompts_from
+from .served import blocks_from, continuations
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1
@@ -38,7 +38,7 @@ class RecipeConfig:
     Arguments:
         dtype: of activations while training: ``float32`` or ``bfloat16``. Weights and optimiser are float32.
         device: torch device.
-        served_prompts: held-out prompts that the model continues; half of the exits' training text.
+        served_prompts: held-out prompts that the model continues, for the exits to learn from.
         prompt_tokens, new_tokens: length of these prompts and continuations.
         exit_rows: positions of held-out text that the exits learn from, beside the served ones.
         seed: of weights, text order and dropout.
@@ -127,18 +127,20 @@ def build_task(config: RecipeConfig, corpus: Corpus) -> tuple[TrainableDecoder, 
 
 def exit_states(model: TrainableDecoder, corpus: Corpus, checkpoint: Path, config: RecipeConfig) -> ExitStates:
     """Hidden states for training the exits: held-out text as it is, and what the model writes after its beginnings."""
-    prompts = prompts_from(corpus.held_out, config.served_prompts, config.prompt_tokens, config.seed)
-    served_NL = continuations(checkpoint, prompts, config.new_tokens, config.seed)
     length = config.prompt_tokens + config.new_tokens
+    # One draw of disjoint blocks for both, so that no text is on two sides of a split.
+    wanted = config.served_prompts + config.exit_rows // length
+    blocks = blocks_from(corpus.held_out, wanted, length, config.seed)
+    prompts = [block[: config.prompt_tokens] for block in blocks[: config.served_prompts]]
+    served_NL = continuations(checkpoint, prompts, config.new_tokens, config.seed)
 
     def sequences() -> Iterator[tuple[int, torch.Tensor, int]]:
         group = 0
         for row_L in served_NL:
             yield group, row_L[None, :-1], config.prompt_tokens - 1
             group += 1
-        read = prompts_from(corpus.held_out, config.exit_rows // length, length, config.seed + 1)
-        for row in read:
-            yield group, torch.tensor(row)[None], 0
+        for block in blocks[config.served_prompts :]:
+            yield group, torch.tensor(block)[None], 0
             group += 1
 
     return collect_states(model, sequences())

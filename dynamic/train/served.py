@@ -5,6 +5,7 @@ Shape suffixes: N sequences, L positions.
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import torch
@@ -12,27 +13,27 @@ import torch
 GREEDY_SHARE = 0.5  # the other half is sampled, since a served prefix may be either
 
 
-def prompts_from(streams: dict[str, torch.Tensor], count: int, length: int, seed: int) -> list[list[int]]:
-    """Beginnings of held-out text, spread evenly over its streams.
+def blocks_from(streams: dict[str, torch.Tensor], count: int, length: int, seed: int) -> list[list[int]]:
+    """Pieces of held-out text that do not overlap, in turn from each stream until it is used up.
 
     Arguments:
-        streams: named int16 tokens; those shorter than a prompt give none.
-        count: prompts in all, at most.
-        length: tokens per prompt.
+        streams: named int16 tokens; those shorter than a block give none.
+        count: blocks in all, at most.
+        length: tokens per block.
 
     Raises:
         ValueError: when no stream is long enough.
     """
-    usable = {name: s for name, s in sorted(streams.items()) if s.numel() > length}
-    if not usable:
-        raise ValueError(f"no held-out text is longer than a prompt of {length} tokens")
     generator = torch.Generator().manual_seed(seed)
-    prompts = []
-    for number in range(count):
-        stream = list(usable.values())[number % len(usable)]
-        start = int(torch.randint(stream.numel() - length, (1,), generator=generator))
-        prompts.append(stream[start : start + length].tolist())
-    return prompts
+    waiting = []
+    for _, stream in sorted(streams.items()):
+        starts = torch.randperm(stream.numel() // length, generator=generator) * length
+        waiting.append([stream[start : start + length].tolist() for start in starts[:count].tolist()])
+    rounds = itertools.chain.from_iterable(itertools.zip_longest(*waiting))
+    blocks = list(itertools.islice((block for block in rounds if block is not None), count))
+    if not blocks:
+        raise ValueError(f"no held-out text is as long as {length} tokens")
+    return blocks
 
 
 def continuations(
