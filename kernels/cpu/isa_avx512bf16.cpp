@@ -22,13 +22,16 @@ constexpr int kPrefetchWords = 1024;
 template <int kRows>
 TARGET void multiply_pairs(const uint32_t* a, const uint32_t* w, int cells, float* tile, bool accumulate) {
   __m512 sum[kRows][2];
+#pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 16
     for (int v = 0; v < 2; ++v)
       sum[r][v] = accumulate ? _mm512_loadu_ps(tile + r * kBlockOutputs + 16 * v) : _mm512_setzero_ps();
   for (int cell = 0; cell < cells; ++cell) {
     _mm_prefetch(reinterpret_cast<const char*>(w + kPrefetchWords), _MM_HINT_T0);
     _mm_prefetch(reinterpret_cast<const char*>(w + kPrefetchWords + 16), _MM_HINT_T0);
     const __m512bh w0 = (__m512bh)_mm512_loadu_si512(w), w1 = (__m512bh)_mm512_loadu_si512(w + 16);
+#pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const __m512bh b = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[r]));
       sum[r][0] = _mm512_dpbf16_ps(sum[r][0], w0, b);
@@ -37,7 +40,9 @@ TARGET void multiply_pairs(const uint32_t* a, const uint32_t* w, int cells, floa
     a += kRows;
     w += kBlockOutputs;
   }
+#pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 16
     for (int v = 0; v < 2; ++v) _mm512_storeu_ps(tile + r * kBlockOutputs + 16 * v, sum[r][v]);
 }
 

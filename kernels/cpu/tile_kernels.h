@@ -12,7 +12,9 @@ TARGET static void multiply(const float* panel, const uint32_t* weights, int cel
   constexpr int kPassOutputs = kVectors * Vec::kLanes;
   for (int o = 0; o < kBlockOutputs; o += kPassOutputs) {
     Vec::F sum[kRows][kVectors];
+#pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v)
         sum[r][v] = accumulate ? Vec::load(tile + r * kBlockOutputs + o + v * Vec::kLanes) : Vec::zero();
     const float* a = panel;
@@ -20,12 +22,15 @@ TARGET static void multiply(const float* panel, const uint32_t* weights, int cel
     for (int cell = 0; cell < cells; ++cell) {
       __builtin_prefetch(w + kPrefetchWords);
       __builtin_prefetch(w + kPrefetchWords + 16);
+#pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) {
         if constexpr (kInputs == 1) {
           const Vec::F b = Vec::load(reinterpret_cast<const float*>(w) + v * Vec::kLanes);
+#pragma GCC unroll 16
           for (int r = 0; r < kRows; ++r) sum[r][v] = Vec::fma(Vec::set(a[r]), b, sum[r][v]);
         } else {
           const Vec::F low = Vec::low_half(w + v * Vec::kLanes), high = Vec::high_half(w + v * Vec::kLanes);
+#pragma GCC unroll 16
           for (int r = 0; r < kRows; ++r) {
             sum[r][v] = Vec::fma(Vec::set(a[r]), low, sum[r][v]);
             sum[r][v] = Vec::fma(Vec::set(a[kRows + r]), high, sum[r][v]);
@@ -35,7 +40,9 @@ TARGET static void multiply(const float* panel, const uint32_t* weights, int cel
       a += kInputs * kRows;
       w += kBlockOutputs;
     }
+#pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) Vec::store(tile + r * kBlockOutputs + o + v * Vec::kLanes, sum[r][v]);
   }
 }
@@ -142,8 +149,11 @@ TARGET static void weigh_pieces(const float* probabilities, const void* const* v
   for (int o = 0; o < kBlockOutputs; o += kPassOutputs) {
     Vec::F sum[kPieces][kRows][kVectors];
     float* out = accumulator + o;
+#pragma GCC unroll 16
     for (int p = 0; p < kPieces; ++p)
+#pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 16
         for (int v = 0; v < kVectors; ++v) sum[p][r][v] = Vec::load(out + (p * kRows + r) * kBlockOutputs + v * Vec::kLanes);
     for (int key = 0; key < kKeyBlock; ++key) {
       if (ahead) {
@@ -154,7 +164,9 @@ TARGET static void weigh_pieces(const float* probabilities, const void* const* v
       }
       if (!values[key]) continue;
       const float* weight = probabilities + key * kRows;
+#pragma GCC unroll 16
       for (int p = 0; p < kPieces; ++p)
+#pragma GCC unroll 16
         for (int v = 0; v < kVectors; ++v) {
           const int c = first + p * kBlockOutputs + o + v * Vec::kLanes;
           Vec::F value;
@@ -165,11 +177,15 @@ TARGET static void weigh_pieces(const float* probabilities, const void* const* v
           } else {
             value = Vec::load(static_cast<const float*>(values[key]) + c);
           }
+#pragma GCC unroll 16
           for (int r = 0; r < kRows; ++r) sum[p][r][v] = Vec::fma(Vec::set(weight[r]), value, sum[p][r][v]);
         }
     }
+#pragma GCC unroll 16
     for (int p = 0; p < kPieces; ++p)
+#pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 16
         for (int v = 0; v < kVectors; ++v) Vec::store(out + (p * kRows + r) * kBlockOutputs + v * Vec::kLanes, sum[p][r][v]);
   }
 }

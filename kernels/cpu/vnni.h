@@ -4,13 +4,16 @@
 template <int kRows>
 TARGET static void multiply_vnni(const uint32_t* a, const uint32_t* w, int cells, int32_t* tile, bool accumulate) {
   __m512i sum[kRows][2];
+#pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 16
     for (int v = 0; v < 2; ++v)
       sum[r][v] = accumulate ? _mm512_loadu_si512(tile + r * kBlockOutputs + 16 * v) : _mm512_setzero_si512();
   for (int cell = 0; cell < cells; ++cell) {
     _mm_prefetch(reinterpret_cast<const char*>(w + kPrefetchWords), _MM_HINT_T0);
     _mm_prefetch(reinterpret_cast<const char*>(w + kPrefetchWords + 16), _MM_HINT_T0);
     const __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 16);
+#pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const __m512i b = _mm512_set1_epi32(static_cast<int>(a[r]));
       sum[r][0] = _mm512_dpbusd_epi32(sum[r][0], b, w0);
@@ -19,7 +22,9 @@ TARGET static void multiply_vnni(const uint32_t* a, const uint32_t* w, int cells
     a += kRows;
     w += kBlockOutputs;
   }
+#pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 16
     for (int v = 0; v < 2; ++v) _mm512_storeu_si512(tile + r * kBlockOutputs + 16 * v, sum[r][v]);
 }
 
