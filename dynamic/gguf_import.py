@@ -184,9 +184,9 @@ def _write_through_transformers(file: Path, target: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=file.name, dtype=torch.float32, quantization_config=unpacked
         )
-    # A model that remembers being quantised refuses to be saved; after loading it no longer is.
-    del model.hf_quantizer
-    del model.config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
+    # A model that remembers being quantised refuses to be saved, and its configuration would mislead readers.
+    vars(model).pop("hf_quantizer", None)
+    vars(model.config).pop("quantization_config", None)
     model.config.dtype = torch.bfloat16
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
