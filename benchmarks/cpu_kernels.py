@@ -15,11 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from limits import Limits
-
 from dynamoe.kernels.cpu_backend import ISAS, CpuBackend
 from dynamoe.kernels.router_spec import RouterSpec
 from dynamoe.kernels.types import AttentionBatch, KVLayer, Routing
+from limits import Limits
 
 
 @dataclass(frozen=True, kw_only=True)

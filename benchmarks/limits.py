@@ -12,7 +12,6 @@ import statistics
 import time
 
 import torch
-
 from dynamoe.kernels import cpu_build
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 
-# Triton decides while it is imported whether kernels are compiled or interpreted; without a GPU only the latter can run.
+# While it is imported, Triton decides whether to compile kernels or to interpret them; without a GPU only that can run.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 VOCAB_SIZE = 320
