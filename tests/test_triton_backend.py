@@ -152,7 +152,7 @@ def test_a_model_gives_the_same_tokens(make_checkpoint: Callable[..., Path]) -> 
     path = make_checkpoint("mixtral", num_hidden_layers=1, sliding_window=4)
     prompts = [[5, 9, 200, 31, 7, 77], [11]]
     results, launched, planned = [], [], []
-    for name in ("torch", "triton"):
+    for name in ("torch", "grouped_mm", "triton"):
         limits = EngineConfig(max_num_seqs=4, max_num_batched_tokens=16, max_model_len=32)
         model = load_model(path, dtype="float32", device=DEVICE, backend=name, progress=False)
         engine = Engine(model, limits)
@@ -169,7 +169,7 @@ def test_a_model_gives_the_same_tokens(make_checkpoint: Callable[..., Path]) -> 
             for delta in engine.step():
                 tokens.setdefault(delta.request_id, []).extend(delta.completions[0].token_ids)
         results.append(tokens)
-    assert results[0] == results[1]
+    assert results[0] == results[1] == results[2]
     assert [len(t) for t in results[0].values()] == [3, 3]
     compiled = {variant(launch) for launch in planned}
     assert not {launch.name for launch in launched if variant(launch) not in compiled}, "compiled during a request"
