@@ -1,12 +1,13 @@
 // Causal grouped-query attention over a paged cache, for decoding and prefill alike.
 //
-// A task takes some rows of a sequence and some key/value heads with the query heads that share them. Keys come in blocks
-// of 64 at absolute positions, blocks in stretches of 256; a row goes through an online softmax within a stretch, and
-// stretches are joined in rising order. Both orders are fixed by the row's position alone, so one row at a time, chunks of
-// a prompt, and a long context shared out among threads all give the same bits. See Dao et al. 2022 and 2023.
+// A task takes some rows of a sequence and some key/value heads with the query heads that share them. Keys come in
+// blocks of 64 at absolute positions, blocks in stretches of 256; a row goes through an online softmax within a
+// stretch, and stretches are joined in rising order. Both orders are fixed by the row's position alone, so one row at a
+// time, chunks of a prompt, and a long context shared out among threads all give the same bits. See Dao et al. 2022 and
+// 2023.
 //
-// With few rows the cost is reading the cache. The heads of a page lie side by side, so a block goes through all heads of
-// the task before the next block: the reads then run on in a few streams that the hardware can foresee.
+// With few rows the cost is reading the cache. The heads of a page lie side by side, so a block goes through all heads
+// of the task before the next block: the reads then run on in a few streams that the hardware can foresee.
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -35,12 +36,20 @@ struct Plan {
   int64_t group, cells, pieces;  // query heads per key head; cells and 32-channel pieces of a head
 
   Plan(const Kernels& kernels, const AttentionCall& call, Dtype dtype)
-      : kernels(kernels), call(call), dtype(dtype), score_gemm(kernels.gemm[static_cast<int>(dtype)]), group(call.heads / call.kv_heads), cells(ceil_div(call.channels, score_gemm.inputs_per_cell)),
+      : kernels(kernels),
+        call(call),
+        dtype(dtype),
+        score_gemm(kernels.gemm[static_cast<int>(dtype)]),
+        group(call.heads / call.kv_heads),
+        cells(ceil_div(call.channels, score_gemm.inputs_per_cell)),
         pieces(ceil_div(call.channels, kBlockOutputs)) {}
 
-  int64_t first_visible(int64_t position) const { return call.window ? std::max<int64_t>(0, position - call.window + 1) : 0; }
+  int64_t first_visible(int64_t position) const {
+    return call.window ? std::max<int64_t>(0, position - call.window + 1) : 0;
+  }
   int64_t panel_bytes(int64_t queries) const {
-    return queries * (cells * score_gemm.panel_cell_bytes + (dtype != call.q.dtype ? call.channels * static_cast<int64_t>(sizeof(float)) : 0));
+    return queries * (cells * score_gemm.panel_cell_bytes +
+                      (dtype != call.q.dtype ? call.channels * static_cast<int64_t>(sizeof(float)) : 0));
   }
   int64_t state_floats(int64_t queries) const { return queries * (2 + pieces * kBlockOutputs); }
 };
@@ -61,8 +70,8 @@ void clear(const Partial& partial, int64_t queries) {
   for (int64_t q = 0; q < queries; ++q) partial.state(q)[0] = -std::numeric_limits<float>::infinity();
 }
 
-// Where the 64 keys and values from position `first` on lie, for head 0. Positions outside [low, high), which no row of the
-// task may see, are null: their pages may be gone, or not yet written.
+// Where the 64 keys and values from position `first` on lie, for head 0. Positions outside [low, high), which no row of
+// the task may see, are null: their pages may be gone, or not yet written.
 struct Block {
   int64_t first;
   const char* keys[kKeyBlock];
@@ -100,7 +109,12 @@ class Attend {
  public:
   // `panel` has room for panel_bytes().
   Attend(const Plan& plan, const Task& task, int64_t kv_head, char* panel)
-      : plan_(plan), task_(task), kv_head_(kv_head), panel_(panel), queries_(task.rows * plan.group), tiles_(queries_, plan.score_gemm.tile_rows),
+      : plan_(plan),
+        task_(task),
+        kv_head_(kv_head),
+        panel_(panel),
+        queries_(task.rows * plan.group),
+        tiles_(queries_, plan.score_gemm.tile_rows),
         positions_(plan.call.positions + task.first_row) {
     const AttentionCall& call = plan.call;
     const int64_t query_bytes = plan.cells * plan.score_gemm.panel_cell_bytes;
@@ -111,13 +125,15 @@ class Attend {
       for (int r = 0; r < tiles_.size(t); ++r) {
         const int64_t query = tiles_.start(t) + r;
         const int64_t element = (kv_head * plan.group + query % plan.group) * call.channels;
-        rows[r] = static_cast<const char*>(call.q.at(task.first_row + query / plan.group)) + element * element_bytes(call.q.dtype);
+        rows[r] = static_cast<const char*>(call.q.at(task.first_row + query / plan.group)) +
+                  element * element_bytes(call.q.dtype);
         if (!widen) continue;
         float* row = wide + query * call.channels;
         plan.kernels.widen(static_cast<const uint16_t*>(rows[r]), row, static_cast<int>(call.channels));
         rows[r] = row;
       }
-      plan.score_gemm.pack(panel + tiles_.start(t) * query_bytes, rows, tiles_.size(t), static_cast<int>(call.channels));
+      plan.score_gemm.pack(panel + tiles_.start(t) * query_bytes, rows, tiles_.size(t),
+                           static_cast<int>(call.channels));
     }
     keys_ = scratch(Buffer::keys).get<uint32_t>(2 * plan.cells * kBlockOutputs + kKeyBlock * call.channels);
     scores_ = scratch(Buffer::scores).get<float>(2 * kMaxTileRows * kKeyBlock + 2 * kMaxTileRows * kBlockOutputs);
@@ -139,9 +155,9 @@ class Attend {
       for (int r = 0; r < tiles_.size(t); ++r) {
         const int64_t query = tiles_.start(t) + r;
         if (later.state(query)[0] == -std::numeric_limits<float>::infinity()) continue;  // saw nothing of it
-        plan_.kernels.softmax_merge(partial.state(query), partial.accumulator(queries_, tiles_, t) + r * kBlockOutputs, later.state(query),
-                                    later.accumulator(queries_, tiles_, t) + r * kBlockOutputs, static_cast<int>(plan_.pieces),
-                                    tiles_.size(t) * kBlockOutputs);
+        plan_.kernels.softmax_merge(partial.state(query), partial.accumulator(queries_, tiles_, t) + r * kBlockOutputs,
+                                    later.state(query), later.accumulator(queries_, tiles_, t) + r * kBlockOutputs,
+                                    static_cast<int>(plan_.pieces), tiles_.size(t) * kBlockOutputs);
       }
   }
 
@@ -153,13 +169,15 @@ class Attend {
         const int64_t query = tiles_.start(t) + r;
         const float inverse = 1.0f / partial.state(query)[1];
         const float* accumulator = partial.accumulator(queries_, tiles_, t) + r * kBlockOutputs;
-        const int64_t head = (task_.first_row + query / plan_.group) * call.heads + kv_head_ * plan_.group + query % plan_.group;
+        const int64_t head =
+            (task_.first_row + query / plan_.group) * call.heads + kv_head_ * plan_.group + query % plan_.group;
         char* out = static_cast<char*>(call.out) + head * call.channels * element_bytes(call.q.dtype);
         for (int64_t piece = 0; piece < plan_.pieces; ++piece) {
           const float* from = accumulator + piece * tiles_.size(t) * kBlockOutputs;
           for (int c = 0; c < kBlockOutputs; ++c) row[c] = from[c] * inverse;
           const int64_t width = std::min<int64_t>(kBlockOutputs, call.channels - piece * kBlockOutputs);
-          plan_.kernels.convert(row, out + piece * kBlockOutputs * element_bytes(call.q.dtype), static_cast<int>(width), call.q.dtype);
+          plan_.kernels.convert(row, out + piece * kBlockOutputs * element_bytes(call.q.dtype), static_cast<int>(width),
+                                call.q.dtype);
         }
       }
   }
@@ -181,8 +199,8 @@ class Attend {
     }
     std::memcpy(values_, rows + kKeyBlock, sizeof values_);
     for (int half = 0; half < 2; ++half)
-      plan_.kernels.transpose_cells(keys_ + half * plan_.cells * kBlockOutputs, kBlockOutputs, rows + half * kBlockOutputs, kBlockOutputs,
-                                    channels * element_bytes(plan_.dtype));
+      plan_.kernels.transpose_cells(keys_ + half * plan_.cells * kBlockOutputs, kBlockOutputs,
+                                    rows + half * kBlockOutputs, kBlockOutputs, channels * element_bytes(plan_.dtype));
   }
 
   void multiply(int64_t block, int64_t t, const Partial& partial, const void* const* ahead) {
@@ -192,13 +210,15 @@ class Attend {
     const int64_t first_position = positions_[tiles_.start(t) / plan_.group];
     const int64_t last_position = positions_[(tiles_.start(t) + size - 1) / plan_.group];
     if (last_position < block || plan_.first_visible(first_position) >= block + kKeyBlock) return;
-    float* scores = scores_;                              // [query][64]
-    float* probabilities = scores + size * kKeyBlock;     // [key][query]
-    float* halves = probabilities + size * kKeyBlock;     // [half][query][32]
+    float* scores = scores_;                           // [query][64]
+    float* probabilities = scores + size * kKeyBlock;  // [key][query]
+    float* halves = probabilities + size * kKeyBlock;  // [half][query][32]
     for (int half = 0; half < 2; ++half) {
       float* out = halves + half * size * kBlockOutputs;
       plan_.score_gemm.run(size, panel, keys_ + half * cells * kBlockOutputs, cells, out, false);
-      for (int r = 0; r < size; ++r) std::memcpy(scores + r * kKeyBlock + half * kBlockOutputs, out + r * kBlockOutputs, kBlockOutputs * sizeof(float));
+      for (int r = 0; r < size; ++r)
+        std::memcpy(scores + r * kKeyBlock + half * kBlockOutputs, out + r * kBlockOutputs,
+                    kBlockOutputs * sizeof(float));
     }
     float* accumulator = partial.accumulator(queries_, tiles_, t);
     const void* rows[kMaxTileRows];
@@ -211,12 +231,14 @@ class Attend {
       if (first >= last) {
         std::memset(row, 0, kKeyBlock * sizeof(float));
       } else {
-        plan_.kernels.softmax_step(row, static_cast<int>(first), static_cast<int>(last), plan_.call.scale, partial.state(tiles_.start(t) + r),
-                                   accumulator + r * kBlockOutputs, static_cast<int>(plan_.pieces), size * kBlockOutputs);
+        plan_.kernels.softmax_step(row, static_cast<int>(first), static_cast<int>(last), plan_.call.scale,
+                                   partial.state(tiles_.start(t) + r), accumulator + r * kBlockOutputs,
+                                   static_cast<int>(plan_.pieces), size * kBlockOutputs);
       }
     }
     plan_.kernels.gemm[0].pack(probabilities, rows, size, kKeyBlock);
-    plan_.kernels.weigh_values(size, probabilities, values_, plan_.call.values.dtype, static_cast<int>(plan_.call.channels), accumulator, ahead);
+    plan_.kernels.weigh_values(size, probabilities, values_, plan_.call.values.dtype,
+                               static_cast<int>(plan_.call.channels), accumulator, ahead);
   }
 
   const Plan& plan_;
@@ -258,7 +280,8 @@ class TaskHeads {
       following.locate(plan_.call, task_.sequence, position + kKeyBlock, heads_[0].first_key(), heads_[0].end_key());
       for (size_t h = 0; h < heads_.size(); ++h) {
         const bool last = h + 1 == heads_.size();
-        (last ? following : block).rows_of(plan_.call, task_.first_head + (last ? 0 : static_cast<int64_t>(h) + 1), ahead);
+        (last ? following : block)
+            .rows_of(plan_.call, task_.first_head + (last ? 0 : static_cast<int64_t>(h) + 1), ahead);
         heads_[h].take(block, partial(memory, h), ahead);
       }
     }
@@ -275,7 +298,9 @@ class TaskHeads {
   }
 
  private:
-  Partial partial(float* memory, size_t head) const { return {memory + static_cast<int64_t>(head) * plan_.state_floats(heads_[0].queries()), plan_.pieces}; }
+  Partial partial(float* memory, size_t head) const {
+    return {memory + static_cast<int64_t>(head) * plan_.state_floats(heads_[0].queries()), plan_.pieces};
+  }
 
   const Plan& plan_;
   const Task& task_;
@@ -300,7 +325,8 @@ void attention(const Context& context, const AttentionCall& call) {
   const int64_t enough = context.threads > 1 ? 4 * context.threads : 1;
   const bool split = row_tasks * call.kv_heads < enough && most_stretches > 1;
   int64_t heads = widest * plan.group > kMaxTileRows ? 1 : call.kv_heads;
-  while (heads > 1 && (split ? stretches : row_tasks) * ceil_div(call.kv_heads, heads) < enough) heads = ceil_div(heads, 2);
+  while (heads > 1 && (split ? stretches : row_tasks) * ceil_div(call.kv_heads, heads) < enough)
+    heads = ceil_div(heads, 2);
 
   std::vector<Task> tasks;
   for (int64_t s = 0; s < call.sequences; ++s) {
@@ -309,7 +335,8 @@ void attention(const Context& context, const AttentionCall& call) {
     const Tiles tiles(rows, most_rows), parts(call.kv_heads, heads);
     // The last rows of a sequence see the most keys; long tasks go first.
     for (int64_t t = tiles.count - 1; t >= 0; --t)
-      for (int64_t g = 0; g < parts.count; ++g) tasks.push_back({s, parts.start(g), parts.size(g), begin + tiles.start(t), tiles.size(t)});
+      for (int64_t g = 0; g < parts.count; ++g)
+        tasks.push_back({s, parts.start(g), parts.size(g), begin + tiles.start(t), tiles.size(t)});
   }
   const int64_t num_tasks = static_cast<int64_t>(tasks.size());
   if (!split) {
@@ -328,13 +355,15 @@ void attention(const Context& context, const AttentionCall& call) {
   }
   const int64_t floats = heads * plan.state_floats(widest * plan.group);
   float* memory = scratch(Buffer::output).get<float>(num_tasks * most_stretches * floats);
-  for_each_task(context.threads, num_tasks * most_stretches,
-                [&](int64_t i) { TaskHeads(plan, tasks[i / most_stretches]).take_stretch(i % most_stretches, memory + i * floats); });
+  for_each_task(context.threads, num_tasks * most_stretches, [&](int64_t i) {
+    TaskHeads(plan, tasks[i / most_stretches]).take_stretch(i % most_stretches, memory + i * floats);
+  });
   for_each_task(context.threads, num_tasks, [&](int64_t i) {
     TaskHeads task(plan, tasks[i]);
     float* total = scratch(Buffer::states).get<float>(task.state_floats());
     task.start(total);
-    for (int64_t stretch = 0; stretch < most_stretches; ++stretch) task.join(total, memory + (i * most_stretches + stretch) * floats);
+    for (int64_t stretch = 0; stretch < most_stretches; ++stretch)
+      task.join(total, memory + (i * most_stretches + stretch) * floats);
     task.write(total);
   });
 }

@@ -51,7 +51,8 @@ void gate_and_up(const Context& context, const ExpertsCall& call, const Plan& pl
         const uint32_t* weights = call.gate_up + stored * layout.gate_block_words();
         const float* bias = call.gate_up_bias ? call.gate_up_bias + stored * kBlockOutputs : nullptr;
         for (int64_t t = 0; t < tiles.count; ++t) {
-          gemm.run(tiles.size(t), panel + tiles.start(t) * row_bytes, weights, static_cast<int>(layout.hidden_cells()), tile, false);
+          gemm.run(tiles.size(t), panel + tiles.start(t) * row_bytes, weights, static_cast<int>(layout.hidden_cells()),
+                   tile, false);
           char* out = hidden + (chunk.first + tiles.start(t)) * hidden_bytes + block * block_bytes * tiles.size(t);
           kernels.gated(tile, tiles.size(t), bias, call.activation, out, layout.dtype);
         }
@@ -62,8 +63,8 @@ void gate_and_up(const Context& context, const ExpertsCall& call, const Plan& pl
 
 }  // namespace
 
-void pack_experts(const Context& context, const ExpertLayout& layout, const Strided3& gate, const Strided3& up, const Strided3& down,
-                  uint32_t* gate_up, uint32_t* down_packed) {
+void pack_experts(const Context& context, const ExpertLayout& layout, const Strided3& gate, const Strided3& up,
+                  const Strided3& down, uint32_t* gate_up, uint32_t* down_packed) {
   const Kernels& kernels = *context.kernels;
   const int bytes = element_bytes(layout.dtype);
   const auto row_of = [&](const Strided3& source, int64_t expert, int64_t row, int64_t rows) -> const void* {
@@ -132,7 +133,8 @@ int64_t experts(const Context& context, const ExpertsCall& call) {
     }
     const int64_t width = std::min(last, layout.hidden) - first;
     for (int64_t t = 0; t < call.rows; ++t)
-      kernels.convert(sums + t * padded + first, static_cast<char*>(call.out) + (t * layout.hidden + first) * element_bytes(layout.dtype),
+      kernels.convert(sums + t * padded + first,
+                      static_cast<char*>(call.out) + (t * layout.hidden + first) * element_bytes(layout.dtype),
                       static_cast<int>(width), layout.dtype);
   });
   return -1;
@@ -166,10 +168,11 @@ void all_experts(const Context& context, const ExpertsCall& call) {
         const int64_t row = chunk.first + tiles.start(t);
         const char* panel = hidden + row * hidden_bytes;
         for (int64_t s = 0; s < segments; ++s)
-          gemm.run(tiles.size(t), panel + s * segment_cells * gemm.panel_cell_bytes * tiles.size(t), call.down + layout.down_offset(s, block),
-                   static_cast<int>(segment_cells), tile, s > 0);
+          gemm.run(tiles.size(t), panel + s * segment_cells * gemm.panel_cell_bytes * tiles.size(t),
+                   call.down + layout.down_offset(s, block), static_cast<int>(segment_cells), tile, s > 0);
         kernels.store(tile, tiles.size(t), width, call.down_bias ? call.down_bias + output : nullptr,
-                      static_cast<char*>(call.out) + (row * layout.hidden + output) * element_bytes(layout.dtype), layout.hidden, layout.dtype);
+                      static_cast<char*>(call.out) + (row * layout.hidden + output) * element_bytes(layout.dtype),
+                      layout.hidden, layout.dtype);
       }
     }
   });

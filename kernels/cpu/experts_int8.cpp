@@ -1,5 +1,5 @@
-// The experts of a layer with 8-bit weights. As experts.cpp, but rows and hidden activations are quantised on the way, the
-// latter in a step of its own, for a row's scale needs the whole row.
+// The experts of a layer with 8-bit weights. As experts.cpp, but rows and hidden activations are quantised on the way,
+// the latter in a step of its own, for a row's scale needs the whole row.
 #include <atomic>
 #include <cstring>
 
@@ -18,14 +18,17 @@ struct Int8Weights {
 
 // One block of one chunk: each tile of rows times the block, as floats, handed to `finish(tile start, rows, tile)`.
 template <class Finish>
-void multiply_block(const Gemm& gemm, const Int8Weights& weights, int64_t block, const Chunk& chunk, const char* panel, const float* row_scales, const Finish& finish) {
+void multiply_block(const Gemm& gemm, const Int8Weights& weights, int64_t block, const Chunk& chunk, const char* panel,
+                    const float* row_scales, const Finish& finish) {
   alignas(64) int32_t sums[kMaxTileRows * kBlockOutputs];
   alignas(64) float tile[kMaxTileRows * kBlockOutputs];
   const Tiles tiles(chunk.rows, gemm.tile_rows);
   for (int64_t t = 0; t < tiles.count; ++t) {
     const int64_t start = tiles.start(t);
-    gemm.run(tiles.size(t), panel + start * weights.cells * 4, weights.packed + block * weights.cells * kBlockOutputs, static_cast<int>(weights.cells), sums, false);
-    dequantize(sums, tiles.size(t), row_scales + start, weights.scales + block * kBlockOutputs, weights.sums + block * kBlockOutputs, tile);
+    gemm.run(tiles.size(t), panel + start * weights.cells * 4, weights.packed + block * weights.cells * kBlockOutputs,
+             static_cast<int>(weights.cells), sums, false);
+    dequantize(sums, tiles.size(t), row_scales + start, weights.scales + block * kBlockOutputs,
+               weights.sums + block * kBlockOutputs, tile);
     finish(start, tiles.size(t), tile);
   }
 }
@@ -48,7 +51,8 @@ int64_t experts_int8(const Context& context, const Int8ExpertsCall& call) {
   const ExpertLayout& layout = base.layout;
   const Kernels& kernels = *context.kernels;
   const Gemm& gemm = kernels.gemm_int8;
-  const int64_t width = layout.gate_blocks() * kGatedOutputs, hidden_cells = ceil_div(layout.hidden, 4), width_cells = width / 4;
+  const int64_t width = layout.gate_blocks() * kGatedOutputs, hidden_cells = ceil_div(layout.hidden, 4),
+                width_cells = width / 4;
   Plan plan;
   const int64_t bad = make_plan(base, most_chunk_rows(gemm, 4 * std::max(hidden_cells, width_cells)), plan);
   if (bad >= 0) return bad;
@@ -73,15 +77,18 @@ int64_t experts_int8(const Context& context, const Int8ExpertsCall& call) {
       const Chunk& chunk = plan.chunks[task / gate_groups];
       if (packed != task / gate_groups) {
         panel = scratch(Buffer::rows).get<char>(chunk.rows * x_bytes);
-        pack_chunk(gemm, chunk, x_bytes, panel, [&](int64_t i) { return quantized + plan.slots[chunk.first + i] / base.top_k * x_bytes; });
+        pack_chunk(gemm, chunk, x_bytes, panel,
+                   [&](int64_t i) { return quantized + plan.slots[chunk.first + i] / base.top_k * x_bytes; });
         packed = task / gate_groups;
       }
       const int64_t group = task % gate_groups;
-      for (int64_t block = layout.gate_blocks() * group / gate_groups; block < layout.gate_blocks() * (group + 1) / gate_groups; ++block)
-        multiply_block(gemm, gate_up, chunk.expert * layout.gate_blocks() + block, chunk, panel, slot_scales + chunk.first,
-                       [&](int64_t start, int rows, const float* tile) {
+      for (int64_t block = layout.gate_blocks() * group / gate_groups;
+           block < layout.gate_blocks() * (group + 1) / gate_groups; ++block)
+        multiply_block(gemm, gate_up, chunk.expert * layout.gate_blocks() + block, chunk, panel,
+                       slot_scales + chunk.first, [&](int64_t start, int rows, const float* tile) {
                          for (int r = 0; r < rows; ++r)
-                           kernels.gated(tile + r * kBlockOutputs, 1, nullptr, base.activation, hidden + (chunk.first + start + r) * width + block * kGatedOutputs,
+                           kernels.gated(tile + r * kBlockOutputs, 1, nullptr, base.activation,
+                                         hidden + (chunk.first + start + r) * width + block * kGatedOutputs,
                                          Dtype::fp32);
                        });
     }
@@ -99,21 +106,24 @@ int64_t experts_int8(const Context& context, const Int8ExpertsCall& call) {
     for (int64_t t = 0; t < base.rows; ++t) std::memset(sums + t * padded + first, 0, (last - first) * sizeof(float));
     for (const Chunk& chunk : plan.chunks) {
       char* panel = scratch(Buffer::rows).get<char>(chunk.rows * h_bytes);
-      pack_chunk(gemm, chunk, h_bytes, panel, [&](int64_t i) { return quantized_hidden + (chunk.first + i) * h_bytes; });
+      pack_chunk(gemm, chunk, h_bytes, panel,
+                 [&](int64_t i) { return quantized_hidden + (chunk.first + i) * h_bytes; });
       for (int64_t block = first_block; block < last_block; ++block)
-        multiply_block(gemm, down, chunk.expert * blocks + block, chunk, panel, hidden_scales + chunk.first, [&](int64_t start, int rows, const float* tile) {
-          float scales[kMaxTileRows];
-          float* out[kMaxTileRows];
-          for (int r = 0; r < rows; ++r) {
-            const int32_t slot = plan.slots[chunk.first + start + r];
-            scales[r] = base.weights[slot];
-            out[r] = sums + slot / base.top_k * padded + block * kBlockOutputs;
-          }
-          kernels.scaled_add(tile, rows, kBlockOutputs, nullptr, scales, out);
-        });
+        multiply_block(gemm, down, chunk.expert * blocks + block, chunk, panel, hidden_scales + chunk.first,
+                       [&](int64_t start, int rows, const float* tile) {
+                         float scales[kMaxTileRows];
+                         float* out[kMaxTileRows];
+                         for (int r = 0; r < rows; ++r) {
+                           const int32_t slot = plan.slots[chunk.first + start + r];
+                           scales[r] = base.weights[slot];
+                           out[r] = sums + slot / base.top_k * padded + block * kBlockOutputs;
+                         }
+                         kernels.scaled_add(tile, rows, kBlockOutputs, nullptr, scales, out);
+                       });
     }
     for (int64_t t = 0; t < base.rows; ++t)
-      kernels.convert(sums + t * padded + first, static_cast<char*>(base.out) + (t * layout.hidden + first) * element_bytes(layout.dtype),
+      kernels.convert(sums + t * padded + first,
+                      static_cast<char*>(base.out) + (t * layout.hidden + first) * element_bytes(layout.dtype),
                       static_cast<int>(std::min(last, layout.hidden) - first), layout.dtype);
   });
   return -1;

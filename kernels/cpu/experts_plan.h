@@ -10,7 +10,9 @@
 namespace dynamoe_cpu {
 
 // Rows whose panels stay in the second-level cache while an expert's weights pass by.
-inline int64_t most_chunk_rows(const Gemm& gemm, int64_t row_bytes) { return std::max<int64_t>(gemm.tile_rows, 384 * 1024 / row_bytes); }
+inline int64_t most_chunk_rows(const Gemm& gemm, int64_t row_bytes) {
+  return std::max<int64_t>(gemm.tile_rows, 384 * 1024 / row_bytes);
+}
 
 // Rows of one expert that are multiplied together: sorted slots [first, first + rows).
 struct Chunk {

@@ -8,7 +8,8 @@
 
 namespace dynamoe_cpu {
 
-void pack_int8(const Context& context, const int8_t* weight, int64_t outputs, int64_t inputs, uint32_t* packed, int32_t* row_sums) {
+void pack_int8(const Context& context, const int8_t* weight, int64_t outputs, int64_t inputs, uint32_t* packed,
+               int32_t* row_sums) {
   const int64_t cells = ceil_div(inputs, 4);
   for_each_task(context.threads, ceil_div(outputs, kBlockOutputs), [&](int64_t block) {
     const void* rows[kBlockOutputs];
@@ -20,7 +21,8 @@ void pack_int8(const Context& context, const int8_t* weight, int64_t outputs, in
       for (int64_t i = 0; row && i < inputs; ++i) sum += row[i];
       row_sums[output] = sum;
     }
-    context.kernels->transpose_cells(packed + block * cells * kBlockOutputs, kBlockOutputs, rows, kBlockOutputs, static_cast<int>(inputs));
+    context.kernels->transpose_cells(packed + block * cells * kBlockOutputs, kBlockOutputs, rows, kBlockOutputs,
+                                     static_cast<int>(inputs));
   });
 }
 
@@ -36,13 +38,15 @@ void quantize_rows(const Context& context, const Rows& x, int64_t rows, int64_t 
         kernels.widen(static_cast<const uint16_t*>(source), wide, static_cast<int>(inputs));
         source = wide;
       }
-      scales[row] = kernels.quantize(static_cast<const float*>(source), static_cast<int>(inputs), out + row * row_bytes);
+      scales[row] =
+          kernels.quantize(static_cast<const float*>(source), static_cast<int>(inputs), out + row * row_bytes);
       for (int64_t i = inputs; i < row_bytes; ++i) out[row * row_bytes + i] = 0;
     }
   });
 }
 
-void dequantize(const int32_t* sums, int num_rows, const float* row_scales, const float* scales, const int32_t* weight_sums, float* tile) {
+void dequantize(const int32_t* sums, int num_rows, const float* row_scales, const float* scales,
+                const int32_t* weight_sums, float* tile) {
   for (int r = 0; r < num_rows; ++r)
     for (int o = 0; o < kBlockOutputs; ++o) {
       const int i = r * kBlockOutputs + o;
@@ -79,11 +83,13 @@ void linear_int8(const Context& context, const Int8LinearCall& call) {
         const int width = static_cast<int>(std::min<int64_t>(kBlockOutputs, call.outputs - output));
         for (int64_t t = 0; t < tiles.count; ++t) {
           const int64_t row = first_row + tiles.start(t);
-          gemm.run(tiles.size(t), panel + tiles.start(t) * row_bytes, call.weights + block * cells * kBlockOutputs, static_cast<int>(cells), sums, false);
+          gemm.run(tiles.size(t), panel + tiles.start(t) * row_bytes, call.weights + block * cells * kBlockOutputs,
+                   static_cast<int>(cells), sums, false);
           dequantize(sums, tiles.size(t), row_scales + row, call.scales + output, call.row_sums + output, tile);
           const int64_t element = row * call.out_stride + output;
           kernels.store(tile, tiles.size(t), width, call.bias ? call.bias + output : nullptr,
-                        static_cast<char*>(call.out) + element * element_bytes(call.out_dtype), call.out_stride, call.out_dtype);
+                        static_cast<char*>(call.out) + element * element_bytes(call.out_dtype), call.out_stride,
+                        call.out_dtype);
         }
       }
     }

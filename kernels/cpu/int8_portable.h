@@ -1,8 +1,9 @@
-// Unsigned 8-bit panel times signed 8-bit weights where there is no dot-product instruction. The plain loop is exact, and
-// the compiler widens it to whatever vectors the target has.
+// Unsigned 8-bit panel times signed 8-bit weights where there is no dot-product instruction. The plain loop is exact,
+// and the compiler widens it to whatever vectors the target has.
 #pragma once
 
-TARGET static void run_int8(int num_rows, const void* panel, const uint32_t* weights, int cells, void* tile, bool accumulate) {
+TARGET static void run_int8(int num_rows, const void* panel, const uint32_t* weights, int cells, void* tile,
+                            bool accumulate) {
   int32_t* out = static_cast<int32_t*>(tile);
   for (int r = 0; r < num_rows; ++r, out += kBlockOutputs) {
     alignas(64) int32_t sum[kBlockOutputs] = {};

@@ -26,7 +26,18 @@ extern const Kernels kAvx2Kernels = {
     "avx2",
     {{kTileRows, 1, 4, pack_fp32, run_float<1>}, {kTileRows, 2, 8, pack_bf16, run_float<2>}},
     {kTileRows, 4, 4, pack_int8, run_int8},
-    transpose_cells, store, gated, scaled_add, weigh_values, convert, widen, rms_norm, rope, softmax_step, softmax_merge, quantize,
+    transpose_cells,
+    store,
+    gated,
+    scaled_add,
+    weigh_values,
+    convert,
+    widen,
+    rms_norm,
+    rope,
+    softmax_step,
+    softmax_merge,
+    quantize,
 };
 
 }  // namespace dynamoe_cpu

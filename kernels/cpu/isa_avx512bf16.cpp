@@ -47,7 +47,8 @@ TARGET void multiply_pairs(const uint32_t* a, const uint32_t* w, int cells, floa
 }
 
 template <int kRows = kTileRows>
-TARGET void run_pairs(int num_rows, const void* panel, const uint32_t* weights, int cells, void* tile, bool accumulate) {
+TARGET void run_pairs(int num_rows, const void* panel, const uint32_t* weights, int cells, void* tile,
+                      bool accumulate) {
   if (num_rows == kRows) {
     multiply_pairs<kRows>(static_cast<const uint32_t*>(panel), weights, cells, static_cast<float*>(tile), accumulate);
   } else if constexpr (kRows > 1) {
@@ -61,7 +62,18 @@ extern const Kernels kAvx512Bf16Kernels = {
     "avx512bf16",
     {{kTileRows, 1, 4, pack_fp32, run_float<1>}, {kTileRows, 2, 4, pack_bf16, run_pairs<>}},
     {kTileRows, 4, 4, pack_int8, run_vnni<>},
-    transpose_cells, store, gated, scaled_add, weigh_values, convert, widen, rms_norm, rope, softmax_step, softmax_merge, quantize,
+    transpose_cells,
+    store,
+    gated,
+    scaled_add,
+    weigh_values,
+    convert,
+    widen,
+    rms_norm,
+    rope,
+    softmax_step,
+    softmax_merge,
+    quantize,
 };
 
 }  // namespace dynamoe_cpu

@@ -33,32 +33,37 @@ struct Gemm {
 
 struct Kernels {
   const char* name;
-  Gemm gemm[2];  // by Dtype
+  Gemm gemm[2];    // by Dtype
   Gemm gemm_int8;  // unsigned activations, signed weights
 
   // dst[cell * dst_stride + r] = cell of rows[r]; a null row reads as zeros. num_rows <= 32.
   void (*transpose_cells)(uint32_t* dst, int dst_stride, const void* const* rows, int num_rows, int row_bytes);
 
   // Epilogues on a tile of 32 outputs, of which `width` are real.
-  void (*store)(const float* tile, int num_rows, int width, const float* bias, void* out, int64_t out_stride, Dtype out_dtype);
+  void (*store)(const float* tile, int num_rows, int width, const float* bias, void* out, int64_t out_stride,
+                Dtype out_dtype);
   void (*gated)(const float* tile, int num_rows, const float* bias, Activation activation, void* panel, Dtype dtype);
-  void (*scaled_add)(const float* tile, int num_rows, int width, const float* bias, const float* scales, float* const* out);
+  void (*scaled_add)(const float* tile, int num_rows, int width, const float* bias, const float* scales,
+                     float* const* out);
 
   // accumulator[piece][row][32] += sum over keys of probabilities[key][row] · values[key]; a null key counts nothing.
   // Along the way it asks for the rows at ahead[0 … 127], if given: keys and values that come next.
-  void (*weigh_values)(int num_rows, const float* probabilities, const void* const* values, Dtype dtype, int channels, float* accumulator,
-                       const void* const* ahead);
+  void (*weigh_values)(int num_rows, const float* probabilities, const void* const* values, Dtype dtype, int channels,
+                       float* accumulator, const void* const* ahead);
 
   void (*convert)(const float* in, void* out, int n, Dtype out_dtype);
   void (*widen)(const uint16_t* in, float* out, int n);
-  void (*rms_norm)(const void* x, Dtype x_dtype, const void* residual, float scale, const void* weight, Dtype weight_dtype, float eps, int n, void* sum,
-                   Dtype stream_dtype, void* out);
+  void (*rms_norm)(const void* x, Dtype x_dtype, const void* residual, float scale, const void* weight,
+                   Dtype weight_dtype, float eps, int n, void* sum, Dtype stream_dtype, void* out);
   void (*rope)(const void* in, const float* cos_sin, int channels, void* out, Dtype dtype);
   // One step of the online softmax over 64 keys, of which [first, last) are visible. Scores become probabilities in
-  // place; state is {running max, running sum}; the row's accumulator (pieces of 32 floats, `stride` apart) is rescaled.
-  void (*softmax_step)(float* scores, int first, int last, float scale, float* state, float* accumulator, int pieces, int stride);
+  // place; state is {running max, running sum}; the row's accumulator (pieces of 32 floats, `stride` apart) is
+  // rescaled.
+  void (*softmax_step)(float* scores, int first, int last, float scale, float* state, float* accumulator, int pieces,
+                       int stride);
   // Joins the state and accumulator of a later stretch of keys to `state` and `accumulator`.
-  void (*softmax_merge)(float* state, float* accumulator, const float* later_state, const float* later, int pieces, int stride);
+  void (*softmax_merge)(float* state, float* accumulator, const float* later_state, const float* later, int pieces,
+                        int stride);
   // Dynamic quantisation of a row to unsigned 8 bits around 128; returns the scale.
   float (*quantize)(const float* row, int n, uint8_t* out);
 };

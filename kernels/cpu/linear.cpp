@@ -63,14 +63,16 @@ void linear(const Context& context, const LinearCall& call) {
                    static_cast<int>(cells), tile, false);
           const int64_t element = (first_row + tiles.start(t)) * call.out_stride + output;
           kernels.store(tile, tiles.size(t), width, call.bias ? call.bias + output : nullptr,
-                        static_cast<char*>(call.out) + element * element_bytes(call.out_dtype), call.out_stride, call.out_dtype);
+                        static_cast<char*>(call.out) + element * element_bytes(call.out_dtype), call.out_stride,
+                        call.out_dtype);
         }
       }
     }
   });
 }
 
-void unpack_rows(const Context& context, const uint32_t* packed, Dtype dtype, int64_t inputs, const int64_t* ids, int64_t count, void* out) {
+void unpack_rows(const Context& context, const uint32_t* packed, Dtype dtype, int64_t inputs, const int64_t* ids,
+                 int64_t count, void* out) {
   const int64_t row_bytes = inputs * element_bytes(dtype), cells = ceil_div(row_bytes, 4);
   const int threads = count < 64 ? 1 : context.threads;
   for_each_task(threads, count, [&](int64_t i) {

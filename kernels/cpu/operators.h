@@ -1,7 +1,7 @@
 // The operators, on plain pointers. ops.cpp checks tensors and calls these.
 //
-// Strides of rows are in elements. Shapes as in types.py: T rows, D hidden size, E experts, F expert width, K experts per
-// row, H query heads, G key/value heads, C channels of a head, P tokens per page, S sequences.
+// Strides of rows are in elements. Shapes as in types.py: T rows, D hidden size, E experts, F expert width, K experts
+// per row, H query heads, G key/value heads, C channels of a head, P tokens per page, S sequences.
 #pragma once
 
 #include "kernels.h"
@@ -36,7 +36,8 @@ struct LinearCall {
 };
 void linear(const Context& context, const LinearCall& call);
 // Rows of a packed weight as they were: the embedding of a model whose head is tied to it.
-void unpack_rows(const Context& context, const uint32_t* packed, Dtype dtype, int64_t inputs, const int64_t* ids, int64_t count, void* out);
+void unpack_rows(const Context& context, const uint32_t* packed, Dtype dtype, int64_t inputs, const int64_t* ids,
+                 int64_t count, void* out);
 
 // How the experts of a layer lie in memory, in words.
 struct ExpertLayout {
@@ -62,8 +63,8 @@ struct Strided3 {
   const void* data;
   int64_t outer, inner;  // strides in elements; the last dimension is contiguous
 };
-void pack_experts(const Context& context, const ExpertLayout& layout, const Strided3& gate, const Strided3& up, const Strided3& down,
-                  uint32_t* gate_up, uint32_t* down_packed);
+void pack_experts(const Context& context, const ExpertLayout& layout, const Strided3& gate, const Strided3& up,
+                  const Strided3& down, uint32_t* gate_up, uint32_t* down_packed);
 
 struct ExpertsCall {
   Rows x;
@@ -74,9 +75,9 @@ struct ExpertsCall {
   const float* gate_up_bias;  // [expert][gate block][32], or null
   const float* down_bias;     // [expert][down block][32], or null; for all_experts the sum over experts
   Activation activation;
-  const int32_t* ids;      // (T, K)
-  const float* weights;    // (T, K)
-  const int32_t* counts;   // (T), or null
+  const int32_t* ids;     // (T, K)
+  const float* weights;   // (T, K)
+  const int32_t* counts;  // (T), or null
   int64_t top_k;
   void* out;  // (T, D), contiguous, x's dtype
 };
@@ -148,12 +149,13 @@ struct RouteCall {
 void route(const Context& context, const RouteCall& call);
 
 // int8: weights with one scale per output, rows quantised as they come.
-void pack_int8(const Context& context, const int8_t* weight, int64_t outputs, int64_t inputs, uint32_t* packed, int32_t* row_sums);
+void pack_int8(const Context& context, const int8_t* weight, int64_t outputs, int64_t inputs, uint32_t* packed,
+               int32_t* row_sums);
 struct Int8LinearCall {
   Rows x;
   int64_t rows, inputs, outputs;
   const uint32_t* weights;
-  const float* scales;    // per output, padded to whole blocks
+  const float* scales;      // per output, padded to whole blocks
   const int32_t* row_sums;  // sum of each output's weights, padded to whole blocks
   const float* bias;
   void* out;
@@ -162,8 +164,8 @@ struct Int8LinearCall {
 };
 void linear_int8(const Context& context, const Int8LinearCall& call);
 
-// One expert's gate rows and up rows interleaved as in a gated block, for pack_int8: (experts, gate blocks * 32, hidden);
-// down as (experts, hidden, gate blocks * 16).
+// One expert's gate rows and up rows interleaved as in a gated block, for pack_int8: (experts, gate blocks * 32,
+// hidden); down as (experts, hidden, gate blocks * 16).
 struct Int8ExpertsCall {
   ExpertsCall base;  // x, rows, layout (its dtype is x's), routing, activation, out; gate_up and down hold int8 cells
   const float* gate_up_scales;
@@ -174,7 +176,8 @@ struct Int8ExpertsCall {
 int64_t experts_int8(const Context& context, const Int8ExpertsCall& call);
 
 // Sums of a tile of the 8-bit product as floats: (sum - 128 · weights' sum) · row scale · output scale.
-void dequantize(const int32_t* sums, int num_rows, const float* row_scales, const float* scales, const int32_t* weight_sums, float* tile);
+void dequantize(const int32_t* sums, int num_rows, const float* row_scales, const float* scales,
+                const int32_t* weight_sums, float* tile);
 // Rows quantised to unsigned 8 bits, padded to whole cells, with one scale each.
 void quantize_rows(const Context& context, const Rows& x, int64_t rows, int64_t inputs, uint8_t* out, float* scales);
 

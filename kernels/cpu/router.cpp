@@ -31,7 +31,8 @@ void score(const RouteCall& call, float* values) {
   for (int64_t e = 0; e < call.experts; ++e) {
     if (call.score == Score::sigmoid) values[e] = 1.0f / (1.0f + std::exp(-values[e]));
     // log(1 + e^x) without overflow
-    if (call.score == Score::sqrt_softplus) values[e] = std::sqrt(std::max(values[e], 0.0f) + std::log1p(std::exp(-std::fabs(values[e]))));
+    if (call.score == Score::sqrt_softplus)
+      values[e] = std::sqrt(std::max(values[e], 0.0f) + std::log1p(std::exp(-std::fabs(values[e]))));
   }
 }
 
@@ -63,7 +64,8 @@ void route(const Context& context, const RouteCall& call) {
       if (call.score == Score::constant) std::fill(weights, weights + call.top_k, 1.0f);
       float total = 0.0f;
       for (int64_t k = 0; k < call.top_k; ++k) total += weights[k];
-      for (int64_t k = 0; k < call.top_k; ++k) weights[k] = (call.renormalize ? weights[k] / total : weights[k]) * call.scale;
+      for (int64_t k = 0; k < call.top_k; ++k)
+        weights[k] = (call.renormalize ? weights[k] / total : weights[k]) * call.scale;
     }
   });
 }

@@ -32,7 +32,8 @@ TARGET static inline void store_part(void* p, Dtype dtype, int count, Vec::F a) 
 TARGET static inline Vec::F load_row(const void* row, Dtype dtype, int i, int n) {
   const char* p = static_cast<const char*>(row) + static_cast<ptrdiff_t>(i) * element_bytes(dtype);
   if (n - i < Vec::kLanes) return load_part(p, dtype, n - i);
-  return dtype == Dtype::bf16 ? Vec::load_bf16(reinterpret_cast<const uint16_t*>(p)) : Vec::load(reinterpret_cast<const float*>(p));
+  return dtype == Dtype::bf16 ? Vec::load_bf16(reinterpret_cast<const uint16_t*>(p))
+                              : Vec::load(reinterpret_cast<const float*>(p));
 }
 
 TARGET static inline void store_row(void* row, Dtype dtype, int i, int n, Vec::F a) {
@@ -51,7 +52,8 @@ TARGET static void widen(const uint16_t* in, float* out, int n) {
 }
 
 // The words of rows, transposed; a last, partly filled word is padded with zeros.
-TARGET static void transpose_cells(uint32_t* dst, int dst_stride, const void* const* rows, int num_rows, int row_bytes) {
+TARGET static void transpose_cells(uint32_t* dst, int dst_stride, const void* const* rows, int num_rows,
+                                   int row_bytes) {
   const int full = row_bytes / 4, rest = row_bytes % 4;
   transpose_full_cells(dst, dst_stride, rows, num_rows, full);
   if (!rest) return;
@@ -113,8 +115,8 @@ TARGET static inline Vec::F activate(Vec::F x, Activation activation) {
 TARGET static inline Vec::F rounded(Vec::F a, Dtype dtype) { return dtype == Dtype::bf16 ? Vec::round_bf16(a) : a; }
 
 // `stream_dtype` is that of the residual and of the sum, and x's where there is no residual; `out` has the weight's.
-TARGET static void rms_norm(const void* x, Dtype x_dtype, const void* residual, float scale, const void* weight, Dtype weight_dtype, float eps,
-                            int n, void* sum, Dtype stream_dtype, void* out) {
+TARGET static void rms_norm(const void* x, Dtype x_dtype, const void* residual, float scale, const void* weight,
+                            Dtype weight_dtype, float eps, int n, void* sum, Dtype stream_dtype, void* out) {
   Vec::F squares = Vec::zero();
   for (int i = 0; i < n; i += Vec::kLanes) {
     Vec::F a = load_row(x, x_dtype, i, n);
@@ -145,7 +147,8 @@ TARGET static void rope(const void* in, const float* cos_sin, int channels, void
   }
 }
 
-TARGET static void softmax_step(float* scores, int first, int last, float scale, float* state, float* accumulator, int pieces, int stride) {
+TARGET static void softmax_step(float* scores, int first, int last, float scale, float* state, float* accumulator,
+                                int pieces, int stride) {
   const float infinity = std::numeric_limits<float>::infinity();
   for (int i = 0; i < first; ++i) scores[i] = -infinity;
   for (int i = last; i < kKeyBlock; ++i) scores[i] = -infinity;
@@ -171,13 +174,15 @@ TARGET static void softmax_step(float* scores, int first, int last, float scale,
     state[1] *= shrink[0];
     for (int piece = 0; piece < pieces; ++piece) {
       float* out = accumulator + static_cast<ptrdiff_t>(piece) * stride;
-      for (int i = 0; i < kBlockOutputs; i += Vec::kLanes) Vec::store(out + i, Vec::mul(Vec::load(out + i), Vec::set(shrink[0])));
+      for (int i = 0; i < kBlockOutputs; i += Vec::kLanes)
+        Vec::store(out + i, Vec::mul(Vec::load(out + i), Vec::set(shrink[0])));
     }
   }
   state[1] += sum_lanes(total);
 }
 
-TARGET static void softmax_merge(float* state, float* accumulator, const float* later_state, const float* later, int pieces, int stride) {
+TARGET static void softmax_merge(float* state, float* accumulator, const float* later_state, const float* later,
+                                 int pieces, int stride) {
   const float top = state[0] > later_state[0] ? state[0] : later_state[0];
   alignas(64) float factor[2][Vec::kLanes];
   Vec::store(factor[0], exponential(Vec::set(state[0] - top)));

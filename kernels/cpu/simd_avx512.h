@@ -30,7 +30,8 @@ struct Vec {
   // The low and the high bf16 of each word, widened.
   SIMD_FN F low_half(const uint32_t* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
   SIMD_FN F high_half(const uint32_t* p) {
-    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+    return _mm512_castsi512_ps(
+        _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
   }
   SIMD_FN F load_bf16(const uint16_t* p) {
     return _mm512_castsi512_ps(
@@ -39,7 +40,8 @@ struct Vec {
   SIMD_FN __m512i bf16_bits(F a) {
     const __m512i bits = _mm512_castps_si512(a);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    const __m512i rounded =
+        _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
     return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
   }
   SIMD_FN void store_bf16(uint16_t* p, F a) {
@@ -73,7 +75,8 @@ TARGET static inline void transpose_16x16(__m512i* r) {
   }
 }
 
-TARGET static inline void transpose_full_cells(uint32_t* dst, int dst_stride, const void* const* rows, int num_rows, int cells) {
+TARGET static inline void transpose_full_cells(uint32_t* dst, int dst_stride, const void* const* rows, int num_rows,
+                                               int cells) {
   for (int base = 0; base < num_rows; base += 16) {
     const int count = num_rows - base < 16 ? num_rows - base : 16;
     const __mmask16 row_mask = static_cast<__mmask16>((1u << count) - 1);
@@ -84,7 +87,8 @@ TARGET static inline void transpose_full_cells(uint32_t* dst, int dst_stride, co
       __m512i r[16];
       if (count == 16 && columns == 16) {
         for (int i = 0; i < 16; ++i)
-          r[i] = rows[base + i] ? _mm512_loadu_si512(static_cast<const char*>(rows[base + i]) + 4 * c) : _mm512_setzero_si512();
+          r[i] = rows[base + i] ? _mm512_loadu_si512(static_cast<const char*>(rows[base + i]) + 4 * c)
+                                : _mm512_setzero_si512();
         transpose_16x16(r);
         for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + static_cast<ptrdiff_t>(i) * dst_stride, r[i]);
         continue;
@@ -94,7 +98,8 @@ TARGET static inline void transpose_full_cells(uint32_t* dst, int dst_stride, co
         r[i] = row ? _mm512_maskz_loadu_epi32(mask, static_cast<const char*>(row) + 4 * c) : _mm512_setzero_si512();
       }
       transpose_16x16(r);
-      for (int i = 0; i < columns; ++i) _mm512_mask_storeu_epi32(out + static_cast<ptrdiff_t>(i) * dst_stride, row_mask, r[i]);
+      for (int i = 0; i < columns; ++i)
+        _mm512_mask_storeu_epi32(out + static_cast<ptrdiff_t>(i) * dst_stride, row_mask, r[i]);
     }
   }
 }

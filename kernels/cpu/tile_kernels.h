@@ -48,7 +48,8 @@ TARGET static void multiply(const float* panel, const uint32_t* weights, int cel
 }
 
 template <int kInputs, int kRows = kTileRows>
-TARGET static void run_float(int num_rows, const void* panel, const uint32_t* weights, int cells, void* tile, bool accumulate) {
+TARGET static void run_float(int num_rows, const void* panel, const uint32_t* weights, int cells, void* tile,
+                             bool accumulate) {
   if (num_rows == kRows) {
     multiply<kRows, kInputs>(static_cast<const float*>(panel), weights, cells, static_cast<float*>(tile), accumulate);
   } else if constexpr (kRows > 1) {
@@ -90,11 +91,13 @@ TARGET static void pack_bf16(void* panel, const void* const* rows, int num_rows,
 // The part of a 32-wide row that exists, with its bias, in `row`.
 TARGET static inline const float* with_bias(const float* tile_row, const float* bias, float* row) {
   if (!bias) return tile_row;
-  for (int o = 0; o < kBlockOutputs; o += Vec::kLanes) Vec::store(row + o, Vec::add(Vec::load(tile_row + o), Vec::load(bias + o)));
+  for (int o = 0; o < kBlockOutputs; o += Vec::kLanes)
+    Vec::store(row + o, Vec::add(Vec::load(tile_row + o), Vec::load(bias + o)));
   return row;
 }
 
-TARGET static void store(const float* tile, int num_rows, int width, const float* bias, void* out, int64_t out_stride, Dtype out_dtype) {
+TARGET static void store(const float* tile, int num_rows, int width, const float* bias, void* out, int64_t out_stride,
+                         Dtype out_dtype) {
   alignas(64) float biased[kBlockOutputs];
   for (int r = 0; r < num_rows; ++r) {
     const float* row = with_bias(tile + r * kBlockOutputs, bias, biased);
@@ -103,7 +106,8 @@ TARGET static void store(const float* tile, int num_rows, int width, const float
 }
 
 // act(gate) * up, written as the panel of the next product: cells [16 / inputs per cell][row].
-TARGET static void gated(const float* tile, int num_rows, const float* bias, Activation activation, void* panel, Dtype dtype) {
+TARGET static void gated(const float* tile, int num_rows, const float* bias, Activation activation, void* panel,
+                         Dtype dtype) {
   alignas(64) float biased[kBlockOutputs];
   alignas(64) float value[kGatedOutputs];
   for (int r = 0; r < num_rows; ++r) {
@@ -129,7 +133,8 @@ TARGET static void gated(const float* tile, int num_rows, const float* bias, Act
   }
 }
 
-TARGET static void scaled_add(const float* tile, int num_rows, int width, const float* bias, const float* scales, float* const* out) {
+TARGET static void scaled_add(const float* tile, int num_rows, int width, const float* bias, const float* scales,
+                              float* const* out) {
   alignas(64) float biased[kBlockOutputs];
   for (int r = 0; r < num_rows; ++r) {
     const float* row = with_bias(tile + r * kBlockOutputs, bias, biased);
@@ -139,11 +144,11 @@ TARGET static void scaled_add(const float* tile, int num_rows, int width, const 
   }
 }
 
-// The second product of attention, values straight from the cache. `kPieces` pieces of 32 channels at once; the last one
-// may be ragged.
+// The second product of attention, values straight from the cache. `kPieces` pieces of 32 channels at once; the last
+// one may be ragged.
 template <int kRows, int kPieces, bool kRagged>
-TARGET static void weigh_pieces(const float* probabilities, const void* const* values, Dtype dtype, int first, int channels, float* accumulator,
-                                const void* const* ahead) {
+TARGET static void weigh_pieces(const float* probabilities, const void* const* values, Dtype dtype, int first,
+                                int channels, float* accumulator, const void* const* ahead) {
   constexpr int kVectors = kPassVectors;
   constexpr int kPassOutputs = kVectors * Vec::kLanes;
   for (int o = 0; o < kBlockOutputs; o += kPassOutputs) {
@@ -154,7 +159,8 @@ TARGET static void weigh_pieces(const float* probabilities, const void* const* v
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 16
-        for (int v = 0; v < kVectors; ++v) sum[p][r][v] = Vec::load(out + (p * kRows + r) * kBlockOutputs + v * Vec::kLanes);
+        for (int v = 0; v < kVectors; ++v)
+          sum[p][r][v] = Vec::load(out + (p * kRows + r) * kBlockOutputs + v * Vec::kLanes);
     for (int key = 0; key < kKeyBlock; ++key) {
       if (ahead) {
         for (int byte = 0; byte < channels * element_bytes(dtype); byte += 64) {
@@ -186,20 +192,23 @@ TARGET static void weigh_pieces(const float* probabilities, const void* const* v
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 16
-        for (int v = 0; v < kVectors; ++v) Vec::store(out + (p * kRows + r) * kBlockOutputs + v * Vec::kLanes, sum[p][r][v]);
+        for (int v = 0; v < kVectors; ++v)
+          Vec::store(out + (p * kRows + r) * kBlockOutputs + v * Vec::kLanes, sum[p][r][v]);
   }
 }
 
 template <int kRows = kTileRows>
-TARGET static void weigh_values(int num_rows, const float* probabilities, const void* const* values, Dtype dtype, int channels, float* accumulator,
-                                const void* const* ahead) {
+TARGET static void weigh_values(int num_rows, const float* probabilities, const void* const* values, Dtype dtype,
+                                int channels, float* accumulator, const void* const* ahead) {
   if (num_rows == kRows) {
     constexpr int kPieces = 2 * kRows <= kTileRows ? 2 : 1;
     int c = 0;
     for (; c + kPieces * kBlockOutputs <= channels; c += kPieces * kBlockOutputs)
-      weigh_pieces<kRows, kPieces, false>(probabilities, values, dtype, c, channels, accumulator + c * kRows, c ? nullptr : ahead);
+      weigh_pieces<kRows, kPieces, false>(probabilities, values, dtype, c, channels, accumulator + c * kRows,
+                                          c ? nullptr : ahead);
     for (; c < channels; c += kBlockOutputs)
-      weigh_pieces<kRows, 1, true>(probabilities, values, dtype, c, channels, accumulator + c * kRows, c ? nullptr : ahead);
+      weigh_pieces<kRows, 1, true>(probabilities, values, dtype, c, channels, accumulator + c * kRows,
+                                   c ? nullptr : ahead);
   } else if constexpr (kRows > 1) {
     weigh_values<kRows - 1>(num_rows, probabilities, values, dtype, channels, accumulator, ahead);
   }

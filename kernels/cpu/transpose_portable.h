@@ -1,7 +1,8 @@
 // Words of rows, transposed one by one.
 #pragma once
 
-TARGET static void transpose_full_cells(uint32_t* dst, int dst_stride, const void* const* rows, int num_rows, int cells) {
+TARGET static void transpose_full_cells(uint32_t* dst, int dst_stride, const void* const* rows, int num_rows,
+                                        int cells) {
   for (int r = 0; r < num_rows; ++r) {
     const char* row = static_cast<const char*>(rows[r]);
     for (int c = 0; c < cells; ++c) {

@@ -29,7 +29,8 @@ TARGET static void multiply_vnni(const uint32_t* a, const uint32_t* w, int cells
 }
 
 template <int kRows = kTileRows>
-TARGET static void run_vnni(int num_rows, const void* panel, const uint32_t* weights, int cells, void* tile, bool accumulate) {
+TARGET static void run_vnni(int num_rows, const void* panel, const uint32_t* weights, int cells, void* tile,
+                            bool accumulate) {
   if (num_rows == kRows) {
     multiply_vnni<kRows>(static_cast<const uint32_t*>(panel), weights, cells, static_cast<int32_t*>(tile), accumulate);
   } else if constexpr (kRows > 1) {
