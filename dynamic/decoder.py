@@ -56,7 +56,7 @@ class Decoder:
     Arguments:
         spec: what it computes.
         backend: runs the operations; the weights are in its layout.
-        embedding_VD: the embedding table.
+        embedding_VD: the embedding table; None where it is the LM head's weight, which is then kept once.
         layers: one entry per layer.
         final_norm_D: norm before the LM head.
         lm_head: projection to the vocabulary.
@@ -68,7 +68,7 @@ class Decoder:
         spec: ModelSpec,
         backend: TorchBackend,
         *,
-        embedding_VD: torch.Tensor,
+        embedding_VD: torch.Tensor | None,
         layers: Sequence[LayerWeights],
         final_norm_D: torch.Tensor,
         lm_head: LinearWeights,
@@ -87,8 +87,8 @@ class Decoder:
 
     @property
     def weight_bytes(self) -> int:
-        """Size of the weights in memory; a tied embedding table counts once."""
-        embedding = 0 if self.spec.tie_embeddings else self.embedding_VD.nbytes
+        """Size of the weights in memory."""
+        embedding = 0 if self.embedding_VD is None else self.embedding_VD.nbytes
         return embedding + self.lm_head.nbytes + self.final_norm_D.nbytes + sum(layer.nbytes for layer in self.layers)
 
     def reserve_positions(self, length: int) -> None:
@@ -110,7 +110,10 @@ class Decoder:
         The stream stays in float32 whatever the weights are: some models drive single channels into the ten thousands,
         where one step of bfloat16 is larger than what most layers add.
         """
-        x_TD = F.embedding(token_ids_T, self.embedding_VD).float()
+        if self.embedding_VD is None:
+            x_TD = self.backend.weight_rows(self.lm_head, token_ids_T).float()
+        else:
+            x_TD = F.embedding(token_ids_T, self.embedding_VD).float()
         return x_TD if self.spec.embedding_scale == 1.0 else x_TD * self.spec.embedding_scale
 
     @torch.inference_mode()

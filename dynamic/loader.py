@@ -159,11 +159,10 @@ class _Builder:
     def build(self, *, progress: bool, exit_layers: Iterable[int]) -> Decoder:
         from tqdm import tqdm
 
-        embedding_VD = self._copy(EMBEDDING)
         tied = not self.layout.lm_head
         if not tied and self.spec.tie_embeddings:
             tied = torch.equal(self.checkpoint.view(EMBEDDING), self.checkpoint.view(self.layout.lm_head))
-        lm_head = self.backend.pack_linear(embedding_VD if tied else self._copy(self.layout.lm_head))
+        lm_head = self.backend.pack_linear(self._source(EMBEDDING if tied else self.layout.lm_head))
         layers = []
         for layer in tqdm(self.layout.layers, desc="Loading weights", unit="layer", disable=not progress):
             layers.append(self._layer(layer))
@@ -171,7 +170,7 @@ class _Builder:
         return Decoder(
             replace(self.spec, tie_embeddings=tied),
             self.backend,
-            embedding_VD=embedding_VD,
+            embedding_VD=None if tied else self._copy(EMBEDDING),
             layers=layers,
             final_norm_D=self._copy(FINAL_NORM),
             lm_head=lm_head,
@@ -187,30 +186,36 @@ class _Builder:
             part.copy_(view)
         return out
 
+    def _source(self, *names: str) -> torch.Tensor:
+        """As :meth:`_copy`, for the backend to pack; one that copies reads the mapped file itself."""
+        if len(names) == 1 and self.backend.copies_weights:
+            return self.checkpoint.view(names[0])
+        return self._copy(*names)
+
     def _layer(self, layout: LayerLayout) -> LayerWeights:
         pack = self.backend.pack_linear
         return LayerWeights(
             attention_norm_D=self._copy(layout.attention_norm),
-            qkv=pack(self._copy(*layout.qkv), self._copy(*layout.qkv_bias) if layout.qkv_bias else None),
+            qkv=pack(self._source(*layout.qkv), self._copy(*layout.qkv_bias) if layout.qkv_bias else None),
             q_norm=self._copy(layout.q_norm) if layout.q_norm else None,
             k_norm=self._copy(layout.k_norm) if layout.k_norm else None,
-            o=pack(self._copy(layout.o), self._copy(layout.o_bias) if layout.o_bias else None),
+            o=pack(self._source(layout.o), self._copy(layout.o_bias) if layout.o_bias else None),
             ffn_norm_D=self._copy(layout.ffn_norm),
             ffn=self._ffn(layout.ffn),
-            router=pack(self._copy(layout.router)) if layout.router else None,
+            router=pack(self._source(layout.router)) if layout.router else None,
             shared=self._ffn(layout.shared) if layout.shared else None,
-            shared_gate=pack(self._copy(layout.shared_gate)) if layout.shared_gate else None,
+            shared_gate=pack(self._source(layout.shared_gate)) if layout.shared_gate else None,
         )
 
     def _ffn(self, layout: FFNLayout) -> ExpertWeights:
         num_experts, size, hidden = layout.num_experts, layout.expert_size, self.spec.hidden_size
-        down = self._copy(*layout.down)
+        down = self._source(*layout.down)
         if layout.gate_up:
-            gate_up = self._copy(layout.gate_up)
+            gate_up = self._source(layout.gate_up)
             gate_EFD, up_EFD = gate_up[:, :size], gate_up[:, size:]
         else:
-            gate_EFD = self._copy(*layout.gate).view(num_experts, size, hidden)
-            up_EFD = self._copy(*layout.up).view(num_experts, size, hidden)
+            gate_EFD = self._source(*layout.gate).view(num_experts, size, hidden)
+            up_EFD = self._source(*layout.up).view(num_experts, size, hidden)
         if len(layout.down) == num_experts:
             down_EDF = down.view(num_experts, hidden, size)
         elif layout.gate_up:

@@ -17,7 +17,7 @@ from .router_spec import SCORES, RouterSpec
 from .torch_backend import TorchBackend
 from .types import AttentionBatch, ExpertWeights, KVLayer, LinearWeights, Routing
 
-ISAS = ("auto", "avx512bf16", "avx512", "avx2", "portable")
+ISAS = ("auto", "avx512bf16", "avx512vnni", "avx512", "avx2", "portable")
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 _BLOCK = 32
 _GATED = 16
@@ -78,6 +78,7 @@ class CpuBackend(TorchBackend):
     """
 
     name = "cpu"
+    copies_weights = True
 
     def __init__(self, device: torch.device | str, dtype: torch.dtype, isa: str = "auto") -> None:
         super().__init__(device, dtype)
@@ -117,7 +118,6 @@ class CpuBackend(TorchBackend):
         )
 
     def weight_rows(self, weights: LinearWeights, ids_T: torch.Tensor) -> torch.Tensor:
-        """Rows of a packed weight as they were, (T, I): the embedding of a model whose head is tied to it."""
         shape = (weights.out_features, weights.in_features)
         return self._ops.unpack_rows.default(self._isa, weights.data.packed, ids_T, *shape, self.dtype)
 

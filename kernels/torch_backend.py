@@ -24,6 +24,7 @@ class TorchBackend:
     """
 
     name = "torch"
+    copies_weights = False  # whether packing always copies, so that the source may change or vanish afterwards
 
     def __init__(self, device: torch.device | str, dtype: torch.dtype) -> None:
         self.device = torch.device(device)
@@ -41,6 +42,10 @@ class TorchBackend:
             data=(weight_OI, bias_O),
             nbytes=_nbytes(weight_OI, bias_O),
         )
+
+    def weight_rows(self, weights: LinearWeights, ids_T: torch.Tensor) -> torch.Tensor:
+        """Rows of a weight as they were packed, (T, I): the embedding of a model whose LM head is tied to it."""
+        return F.embedding(ids_T, weights.data[0])
 
     def linear(self, x_TI: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
         """``x @ weight.T + bias``, (T, O)."""

@@ -215,7 +215,8 @@ class Attend {
     float* halves = probabilities + size * kKeyBlock;  // [half][query][32]
     for (int half = 0; half < 2; ++half) {
       float* out = halves + half * size * kBlockOutputs;
-      plan_.score_gemm.run(size, panel, keys_ + half * cells * kBlockOutputs, cells, out, false);
+      plan_.score_gemm.run(size, panel, keys_ + half * cells * kBlockOutputs, cells, out, false,
+                           {panel, 0});
       for (int r = 0; r < size; ++r)
         std::memcpy(scores + r * kKeyBlock + half * kBlockOutputs, out + r * kBlockOutputs,
                     kBlockOutputs * sizeof(float));

@@ -46,13 +46,14 @@ void gate_and_up(const Context& context, const ExpertsCall& call, const Plan& pl
         }
         packed = index;
       }
-      for (int64_t block = blocks * group / groups; block < blocks * (group + 1) / groups; ++block) {
+      const int64_t first_block = blocks * group / groups, last_block = blocks * (group + 1) / groups;
+      for (int64_t block = first_block; block < last_block; ++block) {
         const int64_t stored = chunk.expert * layout.gate_blocks() + block;
         const uint32_t* weights = call.gate_up + stored * layout.gate_block_words();
         const float* bias = call.gate_up_bias ? call.gate_up_bias + stored * kBlockOutputs : nullptr;
         for (int64_t t = 0; t < tiles.count; ++t) {
-          gemm.run(tiles.size(t), panel + tiles.start(t) * row_bytes, weights, static_cast<int>(layout.hidden_cells()),
-                   tile, false);
+          run_block(gemm, tiles.size(t), panel + tiles.start(t) * row_bytes, weights, layout.hidden_cells(), tile, false,
+                    block == first_block, nullptr, t, tiles.count);
           char* out = hidden + (chunk.first + tiles.start(t)) * hidden_bytes + block * block_bytes * tiles.size(t);
           kernels.gated(tile, tiles.size(t), bias, call.activation, out, layout.dtype);
         }
@@ -113,14 +114,19 @@ int64_t experts(const Context& context, const ExpertsCall& call) {
     const int64_t first_block = blocks * group / groups, last_block = blocks * (group + 1) / groups;
     const int64_t first = first_block * kBlockOutputs, last = last_block * kBlockOutputs;
     for (int64_t t = 0; t < call.rows; ++t) std::memset(sums + t * padded + first, 0, (last - first) * sizeof(float));
-    for (const Chunk& chunk : plan.chunks) {
+    for (size_t c = 0; c < plan.chunks.size(); ++c) {
+      const Chunk& chunk = plan.chunks[c];
+      const uint32_t* after = c + 1 < plan.chunks.size()
+                                  ? call.down + layout.down_offset(plan.chunks[c + 1].expert, first_block)
+                                  : nullptr;
       const Tiles tiles(chunk.rows, gemm.tile_rows);
       for (int64_t block = first_block; block < last_block; ++block) {
         const float* bias = call.down_bias ? call.down_bias + (chunk.expert * blocks + block) * kBlockOutputs : nullptr;
+        const uint32_t* weights = call.down + layout.down_offset(chunk.expert, block);
         for (int64_t t = 0; t < tiles.count; ++t) {
           const int64_t slot = chunk.first + tiles.start(t);
-          gemm.run(tiles.size(t), hidden + slot * hidden_bytes, call.down + layout.down_offset(chunk.expert, block),
-                   static_cast<int>(layout.width_cells()), tile, false);
+          run_block(gemm, tiles.size(t), hidden + slot * hidden_bytes, weights, layout.width_cells(), tile, false,
+                    block == first_block, block + 1 == last_block ? after : nullptr, t, tiles.count);
           float scales[kMaxTileRows];
           float* out[kMaxTileRows];
           for (int r = 0; r < tiles.size(t); ++r) {
@@ -167,9 +173,11 @@ void all_experts(const Context& context, const ExpertsCall& call) {
       for (int64_t t = 0; t < tiles.count; ++t) {
         const int64_t row = chunk.first + tiles.start(t);
         const char* panel = hidden + row * hidden_bytes;
-        for (int64_t s = 0; s < segments; ++s)
-          gemm.run(tiles.size(t), panel + s * segment_cells * gemm.panel_cell_bytes * tiles.size(t),
-                   call.down + layout.down_offset(s, block), static_cast<int>(segment_cells), tile, s > 0);
+        for (int64_t s = 0; s < segments; ++s) {
+          const uint32_t* weights = call.down + layout.down_offset(s, block);
+          run_block(gemm, tiles.size(t), panel + s * segment_cells * gemm.panel_cell_bytes * tiles.size(t), weights,
+                    segment_cells, tile, s > 0, false, nullptr, t, tiles.count);
+        }
         kernels.store(tile, tiles.size(t), width, call.down_bias ? call.down_bias + output : nullptr,
                       static_cast<char*>(call.out) + (row * layout.hidden + output) * element_bytes(layout.dtype),
                       layout.hidden, layout.dtype);

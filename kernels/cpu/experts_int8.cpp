@@ -25,8 +25,9 @@ void multiply_block(const Gemm& gemm, const Int8Weights& weights, int64_t block,
   const Tiles tiles(chunk.rows, gemm.tile_rows);
   for (int64_t t = 0; t < tiles.count; ++t) {
     const int64_t start = tiles.start(t);
-    gemm.run(tiles.size(t), panel + start * weights.cells * 4, weights.packed + block * weights.cells * kBlockOutputs,
-             static_cast<int>(weights.cells), sums, false);
+    const uint32_t* packed = weights.packed + block * weights.cells * kBlockOutputs;
+    run_block(gemm, tiles.size(t), panel + start * weights.cells * 4, packed, weights.cells, sums, false, false, nullptr,
+              t, tiles.count);
     dequantize(sums, tiles.size(t), row_scales + start, weights.scales + block * kBlockOutputs,
                weights.sums + block * kBlockOutputs, tile);
     finish(start, tiles.size(t), tile);

@@ -78,13 +78,15 @@ void linear_int8(const Context& context, const Int8LinearCall& call) {
         gemm.pack(panel + tiles.start(t) * row_bytes, rows, tiles.size(t), static_cast<int>(row_bytes));
       }
       packed = chunk;
-      for (int64_t block = blocks * group / groups; block < blocks * (group + 1) / groups; ++block) {
+      const int64_t first_block = blocks * group / groups, last_block = blocks * (group + 1) / groups;
+      for (int64_t block = first_block; block < last_block; ++block) {
         const int64_t output = block * kBlockOutputs;
         const int width = static_cast<int>(std::min<int64_t>(kBlockOutputs, call.outputs - output));
+        const uint32_t* weights = call.weights + block * cells * kBlockOutputs;
         for (int64_t t = 0; t < tiles.count; ++t) {
           const int64_t row = first_row + tiles.start(t);
-          gemm.run(tiles.size(t), panel + tiles.start(t) * row_bytes, call.weights + block * cells * kBlockOutputs,
-                   static_cast<int>(cells), sums, false);
+          run_block(gemm, tiles.size(t), panel + tiles.start(t) * row_bytes, weights, cells, sums, false,
+                    block == first_block, nullptr, t, tiles.count);
           dequantize(sums, tiles.size(t), row_scales + row, call.scales + output, call.row_sums + output, tile);
           const int64_t element = row * call.out_stride + output;
           kernels.store(tile, tiles.size(t), width, call.bias ? call.bias + output : nullptr,

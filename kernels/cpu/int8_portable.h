@@ -3,7 +3,7 @@
 #pragma once
 
 TARGET static void run_int8(int num_rows, const void* panel, const uint32_t* weights, int cells, void* tile,
-                            bool accumulate) {
+                            bool accumulate, Ahead /*ahead*/) {
   int32_t* out = static_cast<int32_t*>(tile);
   for (int r = 0; r < num_rows; ++r, out += kBlockOutputs) {
     alignas(64) int32_t sum[kBlockOutputs] = {};

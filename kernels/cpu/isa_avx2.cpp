@@ -12,7 +12,6 @@ namespace {
 constexpr int kTileRows = 3;
 constexpr int kPassVectors = 4;
 constexpr bool kPairs = false;
-constexpr int kPrefetchWords = 1024;
 
 #include "simd_avx2.h"
 #include "transpose_portable.h"
@@ -22,23 +21,7 @@ constexpr int kPrefetchWords = 1024;
 
 }  // namespace
 
-extern const Kernels kAvx2Kernels = {
-    "avx2",
-    {{kTileRows, 1, 4, pack_fp32, run_float<1>}, {kTileRows, 2, 8, pack_bf16, run_float<2>}},
-    {kTileRows, 4, 4, pack_int8, run_int8},
-    transpose_cells,
-    store,
-    gated,
-    scaled_add,
-    weigh_values,
-    convert,
-    widen,
-    rms_norm,
-    rope,
-    softmax_step,
-    softmax_merge,
-    quantize,
-};
+KERNEL_TABLE(kAvx2Kernels, "avx2", 8, run_float<2>, run_int8);
 
 }  // namespace dynamoe_cpu
 #endif

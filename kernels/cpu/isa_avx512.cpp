@@ -1,4 +1,4 @@
-// AVX-512 without the dot products (Skylake-X, Cascade Lake): bf16 is widened to fp32 on the way.
+// AVX-512 without the dot products (Skylake-X): bf16 is widened to fp32 on the way.
 #include "isa_begin.h"
 
 #if defined(__x86_64__)
@@ -12,7 +12,6 @@ namespace {
 constexpr int kTileRows = 12;
 constexpr int kPassVectors = 2;
 constexpr bool kPairs = false;
-constexpr int kPrefetchWords = 1024;
 
 #include "simd_avx512.h"
 #include "row_kernels.h"
@@ -21,23 +20,7 @@ constexpr int kPrefetchWords = 1024;
 
 }  // namespace
 
-extern const Kernels kAvx512Kernels = {
-    "avx512",
-    {{kTileRows, 1, 4, pack_fp32, run_float<1>}, {kTileRows, 2, 8, pack_bf16, run_float<2>}},
-    {kTileRows, 4, 4, pack_int8, run_int8},
-    transpose_cells,
-    store,
-    gated,
-    scaled_add,
-    weigh_values,
-    convert,
-    widen,
-    rms_norm,
-    rope,
-    softmax_step,
-    softmax_merge,
-    quantize,
-};
+KERNEL_TABLE(kAvx512Kernels, "avx512", 8, run_float<2>, run_int8);
 
 }  // namespace dynamoe_cpu
 #endif

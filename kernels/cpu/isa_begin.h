@@ -8,3 +8,23 @@
 #include "kernels.h"
 
 #define SIMD_FN TARGET static inline __attribute__((always_inline))
+
+// The table that an instruction set's file ends with; the kernels come from the headers it included.
+#define KERNEL_TABLE(variable, name, bf16_panel_cell_bytes, run_bf16, run_8bit)                   \
+  extern const Kernels variable = {                                                              \
+      name,                                                                                      \
+      {{kTileRows, 1, 4, pack_fp32, run_float<1>}, {kTileRows, 2, bf16_panel_cell_bytes, pack_bf16, run_bf16}}, \
+      {kTileRows, 4, 4, pack_int8, run_8bit},                                                    \
+      transpose_cells,                                                                           \
+      store,                                                                                     \
+      gated,                                                                                     \
+      scaled_add,                                                                                \
+      weigh_values,                                                                              \
+      convert,                                                                                   \
+      widen,                                                                                     \
+      rms_norm,                                                                                  \
+      rope,                                                                                      \
+      softmax_step,                                                                              \
+      softmax_merge,                                                                             \
+      quantize,                                                                                  \
+  }

@@ -21,6 +21,12 @@ enum class Activation : int { silu = 0, gelu = 1, gelu_tanh = 2 };
 inline int element_bytes(Dtype dtype) { return dtype == Dtype::bf16 ? 2 : 4; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// What a product asks memory for while it runs: cell c fetches the line at `first` + c * `step` and the line after it.
+struct Ahead {
+  const char* first;
+  int step;
+};
+
 // A matrix product in one format. A panel holds a tile of rows as [cell][row].
 struct Gemm {
   int tile_rows;         // most rows of a tile
@@ -28,7 +34,8 @@ struct Gemm {
   int panel_cell_bytes;  // of the panel: 8 where bf16 activations are widened to fp32 beforehand
   void (*pack)(void* panel, const void* const* rows, int num_rows, int inputs);
   // tile[row][32] (+)= panel · weights; fp32, or int32 for int8 weights.
-  void (*run)(int num_rows, const void* panel, const uint32_t* weights, int cells, void* tile, bool accumulate);
+  void (*run)(int num_rows, const void* panel, const uint32_t* weights, int cells, void* tile, bool accumulate,
+              Ahead ahead);
 };
 
 struct Kernels {
@@ -70,5 +77,33 @@ struct Kernels {
 
 // The table for "auto", or for a named instruction set; null if this processor cannot run it or the name is unknown.
 const Kernels* find_kernels(const char* name);
+
+// One tile of rows times one block of weights, that block being one of a stretch that is read in order. The stretch
+// begins with block `first`, and `after` is what will be read when it ends, or null.
+//
+// A single tile reads the weights from memory as it goes, some lines behind its requests. With several, the block
+// after is fetched meanwhile, so that memory and arithmetic never wait for each other.
+inline void run_block(const Gemm& gemm, int num_rows, const char* panel, const uint32_t* weights, int64_t cells,
+                      void* tile, bool accumulate, bool first, const uint32_t* after, int64_t tile_index,
+                      int64_t tiles) {
+  constexpr int kLine = 64, kCellBytes = 2 * kLine, kDistance = 32;  // cells
+  const char* block = reinterpret_cast<const char*>(weights);
+  const int count = static_cast<int>(cells);
+  if (tiles == 1) {
+    const int early = after && count > kDistance ? count - kDistance : count;
+    gemm.run(num_rows, panel, weights, early, tile, accumulate, {block + kDistance * kCellBytes, kCellBytes});
+    if (early < count)
+      gemm.run(num_rows, panel + static_cast<int64_t>(early) * num_rows * gemm.panel_cell_bytes,
+               weights + static_cast<int64_t>(early) * kBlockOutputs, count - early, tile, true,
+               {reinterpret_cast<const char*>(after), kCellBytes});
+    return;
+  }
+  const char* next = after ? reinterpret_cast<const char*>(after) : block + cells * kCellBytes;
+  Ahead ahead{next, 0};
+  if (first && tile_index == 0) ahead = {block + kDistance * kCellBytes, kCellBytes};
+  if (first && tile_index == 1) ahead = {next, kCellBytes};
+  if (!first && tile_index < 2) ahead = {next + tile_index * cells * kLine, kLine};
+  gemm.run(num_rows, panel, weights, count, tile, accumulate, ahead);
+}
 
 }  // namespace dynamoe_cpu

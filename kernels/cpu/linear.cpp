@@ -55,12 +55,14 @@ void linear(const Context& context, const LinearCall& call) {
         }
         packed = chunk;
       }
-      for (int64_t block = blocks * group / groups; block < blocks * (group + 1) / groups; ++block) {
+      const int64_t first_block = blocks * group / groups, last_block = blocks * (group + 1) / groups;
+      for (int64_t block = first_block; block < last_block; ++block) {
         const int64_t output = block * kBlockOutputs;
         const int width = static_cast<int>(std::min<int64_t>(kBlockOutputs, call.outputs - output));
+        const uint32_t* weights = call.weights + block * cells * kBlockOutputs;
         for (int64_t t = 0; t < tiles.count; ++t) {
-          gemm.run(tiles.size(t), panel + tiles.start(t) * row_bytes, call.weights + block * cells * kBlockOutputs,
-                   static_cast<int>(cells), tile, false);
+          run_block(gemm, tiles.size(t), panel + tiles.start(t) * row_bytes, weights, cells, tile, false,
+                    block == first_block, nullptr, t, tiles.count);
           const int64_t element = (first_row + tiles.start(t)) * call.out_stride + output;
           kernels.store(tile, tiles.size(t), width, call.bias ? call.bias + output : nullptr,
                         static_cast<char*>(call.out) + element * element_bytes(call.out_dtype), call.out_stride,

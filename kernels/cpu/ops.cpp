@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 
 #include <cstdlib>
+#include <iterator>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -21,20 +22,21 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr const char* kNames[] = {"avx512bf16", "avx512", "avx2", "portable"};
+constexpr const char* kNames[] = {"avx512bf16", "avx512vnni", "avx512", "avx2", "portable"};
+constexpr int64_t kNumNames = std::size(kNames);
 
 int64_t find_isa(std::string name) {
   const Kernels* kernels = find_kernels(name.c_str());
-  for (int64_t i = 0; i < 4; ++i)
+  for (int64_t i = 0; i < kNumNames; ++i)
     if (kernels && name != "auto" && name == kNames[i]) return i;
-  for (int64_t i = 0; i < 4; ++i)
+  for (int64_t i = 0; i < kNumNames; ++i)
     if (kernels && name == "auto" && std::string(kernels->name) == kNames[i]) return i;
   return -1;
 }
 
 Context context_of(int64_t isa) {
   static const Kernels* const tables[] = {find_kernels(kNames[0]), find_kernels(kNames[1]), find_kernels(kNames[2]),
-                                          find_kernels(kNames[3])};
+                                          find_kernels(kNames[3]), find_kernels(kNames[4])};
   return {tables[isa], at::get_num_threads()};
 }
 

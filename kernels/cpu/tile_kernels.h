@@ -7,7 +7,8 @@
 
 // fp32 weights, and bf16 weights against a panel widened to fp32: per cell, `kInputs` multiplications in a fixed order.
 template <int kRows, int kInputs>
-TARGET static void multiply(const float* panel, const uint32_t* weights, int cells, float* tile, bool accumulate) {
+TARGET static void multiply(const float* panel, const uint32_t* weights, int cells, float* tile, bool accumulate,
+                            Ahead ahead) {
   constexpr int kVectors = kPassVectors;
   constexpr int kPassOutputs = kVectors * Vec::kLanes;
   for (int o = 0; o < kBlockOutputs; o += kPassOutputs) {
@@ -19,22 +20,29 @@ TARGET static void multiply(const float* panel, const uint32_t* weights, int cel
         sum[r][v] = accumulate ? Vec::load(tile + r * kBlockOutputs + o + v * Vec::kLanes) : Vec::zero();
     const float* a = panel;
     const uint32_t* w = weights + o;
+    const char* next = ahead.first;
     for (int cell = 0; cell < cells; ++cell) {
-      __builtin_prefetch(w + kPrefetchWords);
-      __builtin_prefetch(w + kPrefetchWords + 16);
+      __builtin_prefetch(next);
+      __builtin_prefetch(next + 64);
+      next += ahead.step;
+      // Input by input, so that each activation is broadcast once for all vectors of outputs.
+#pragma GCC unroll 2
+      for (int i = 0; i < kInputs; ++i) {
+        Vec::F b[kVectors];
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) {
-        if constexpr (kInputs == 1) {
-          const Vec::F b = Vec::load(reinterpret_cast<const float*>(w) + v * Vec::kLanes);
-#pragma GCC unroll 16
-          for (int r = 0; r < kRows; ++r) sum[r][v] = Vec::fma(Vec::set(a[r]), b, sum[r][v]);
-        } else {
-          const Vec::F low = Vec::low_half(w + v * Vec::kLanes), high = Vec::high_half(w + v * Vec::kLanes);
-#pragma GCC unroll 16
-          for (int r = 0; r < kRows; ++r) {
-            sum[r][v] = Vec::fma(Vec::set(a[r]), low, sum[r][v]);
-            sum[r][v] = Vec::fma(Vec::set(a[kRows + r]), high, sum[r][v]);
+        for (int v = 0; v < kVectors; ++v) {
+          const uint32_t* word = w + v * Vec::kLanes;
+          if constexpr (kInputs == 1) {
+            b[v] = Vec::load(reinterpret_cast<const float*>(word));
+          } else {
+            b[v] = i == 0 ? Vec::low_half(word) : Vec::high_half(word);
           }
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+          const Vec::F x = Vec::set(a[i * kRows + r]);
+#pragma GCC unroll 16
+          for (int v = 0; v < kVectors; ++v) sum[r][v] = Vec::fma(x, b[v], sum[r][v]);
         }
       }
       a += kInputs * kRows;
@@ -49,11 +57,12 @@ TARGET static void multiply(const float* panel, const uint32_t* weights, int cel
 
 template <int kInputs, int kRows = kTileRows>
 TARGET static void run_float(int num_rows, const void* panel, const uint32_t* weights, int cells, void* tile,
-                             bool accumulate) {
+                             bool accumulate, Ahead ahead) {
   if (num_rows == kRows) {
-    multiply<kRows, kInputs>(static_cast<const float*>(panel), weights, cells, static_cast<float*>(tile), accumulate);
+    multiply<kRows, kInputs>(static_cast<const float*>(panel), weights, cells, static_cast<float*>(tile), accumulate,
+                             ahead);
   } else if constexpr (kRows > 1) {
-    run_float<kInputs, kRows - 1>(num_rows, panel, weights, cells, tile, accumulate);
+    run_float<kInputs, kRows - 1>(num_rows, panel, weights, cells, tile, accumulate, ahead);
   }
 }
 
@@ -79,12 +88,19 @@ TARGET static void pack_bf16(void* panel, const void* const* rows, int num_rows,
   if constexpr (kPairs) {
     pack_words(static_cast<uint32_t*>(panel), rows, num_rows, 2 * inputs);
   } else {
-    float* out = static_cast<float*>(panel);
-    for (int r = 0; r < num_rows; ++r) {
-      const uint16_t* row = static_cast<const uint16_t*>(rows[r]);
-      for (int i = 0; i < inputs; ++i) out[i * num_rows + r] = widen_bf16(row[i]);
-      if (inputs % 2) out[inputs * num_rows + r] = 0.0f;
+    // Stretches of the rows, widened into the first-level cache and transposed from there.
+    constexpr int kStretch = 128;
+    alignas(64) float wide[kMaxTileRows][kStretch];
+    for (int first = 0; first < inputs; first += kStretch) {
+      const int count = inputs - first < kStretch ? inputs - first : kStretch;
+      const void* stretch[kMaxTileRows];
+      for (int r = 0; r < num_rows; ++r) {
+        widen(static_cast<const uint16_t*>(rows[r]) + first, wide[r], count);
+        stretch[r] = wide[r];
+      }
+      pack_words(static_cast<uint32_t*>(panel) + first * num_rows, stretch, num_rows, 4 * count);
     }
+    if (inputs % 2) std::memset(static_cast<float*>(panel) + inputs * num_rows, 0, num_rows * sizeof(float));
   }
 }
 
