@@ -86,7 +86,7 @@ const Kernels* find_kernels(const char* name);
 inline void run_block(const Gemm& gemm, int num_rows, const char* panel, const uint32_t* weights, int64_t cells,
                       void* tile, bool accumulate, bool first, const uint32_t* after, int64_t tile_index,
                       int64_t tiles) {
-  constexpr int kLine = 64, kCellBytes = 2 * kLine, kDistance = 32;  // cells
+  constexpr int kLine = 64, kCellBytes = 2 * kLine, kDistance = 48;  // cells
   const char* block = reinterpret_cast<const char*>(weights);
   const int count = static_cast<int>(cells);
   if (tiles == 1) {

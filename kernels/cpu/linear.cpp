@@ -38,7 +38,7 @@ void linear(const Context& context, const LinearCall& call) {
   const int64_t cells = ceil_div(call.inputs, gemm.inputs_per_cell), blocks = ceil_div(call.outputs, kBlockOutputs);
   const int64_t row_bytes = cells * gemm.panel_cell_bytes;
   const Tiles chunks(call.rows, std::max<int64_t>(gemm.tile_rows, kPanelBytes / row_bytes));
-  const int64_t groups = std::min(blocks, ceil_div(8 * context.threads, chunks.count));
+  const int64_t groups = std::min(blocks, ceil_div(4 * context.threads, chunks.count));
   std::atomic<int64_t> next{0};
   on_all_threads(context.threads, [&] {
     alignas(64) float tile[kMaxTileRows * kBlockOutputs];

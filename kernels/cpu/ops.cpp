@@ -356,13 +356,15 @@ Tensor linear_int8_op(int64_t isa, const Tensor& x, const Tensor& weights, const
 int64_t read_words_op(const Tensor& source) {
   TORCH_CHECK_VALUE(source.scalar_type() == at::kInt && source.is_contiguous(), "source must be contiguous int32");
   const uint32_t* data = static_cast<const uint32_t*>(source.data_ptr());
-  constexpr int64_t kWords = 64 * 1024, kLanes = 64;
+  constexpr int64_t kWords = 64 * 1024, kLanes = 64, kAhead = 1024;
   std::atomic<uint32_t> total{0};
   for_each_task(at::get_num_threads(), source.numel() / kWords, [&](int64_t task) {
     const uint32_t* p = data + task * kWords;
     uint32_t lane[kLanes] = {};
-    for (int64_t i = 0; i < kWords; i += kLanes)
+    for (int64_t i = 0; i < kWords; i += kLanes) {
+      for (int64_t line = 0; line < kLanes; line += 16) __builtin_prefetch(p + i + kAhead + line);
       for (int64_t j = 0; j < kLanes; ++j) lane[j] += p[i + j];
+    }
     uint32_t sum = 0;
     for (uint32_t value : lane) sum += value;
     total.fetch_add(sum);

@@ -22,8 +22,8 @@ TARGET static void multiply(const float* panel, const uint32_t* weights, int cel
     const uint32_t* w = weights + o;
     const char* next = ahead.first;
     for (int cell = 0; cell < cells; ++cell) {
-      __builtin_prefetch(next);
-      __builtin_prefetch(next + 64);
+      __builtin_prefetch(next, 0, 2);
+      __builtin_prefetch(next + 64, 0, 2);
       next += ahead.step;
       // Input by input, so that each activation is broadcast once for all vectors of outputs.
 #pragma GCC unroll 2
