@@ -1,7 +1,8 @@
 """The CPU kernels against the machine's limits: ``python benchmarks/cpu_kernels.py --shapes granite --tokens 1 512``.
 
 Per operation, shape and number of rows: time, GB/s of weights and cache really touched, GFLOP/s, and the fraction of
-the limit that binds (the larger of the time to read those bytes and the time of those operations at torch's bf16 rate).
+the limit that binds (the larger of the time to read those bytes and the time of those operations at the rate of torch's
+matrix product).
 The limits are probed between the repetitions; medians are compared with medians and the best with the best. Weights
 rotate over several copies, so that no cache holds them.
 """

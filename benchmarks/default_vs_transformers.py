@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -25,6 +24,7 @@ from dynamoe import LLM, SamplingParams
 from dynamoe.dynamic.calibration_text import reference_pages, token_windows
 from dynamoe.dynamic.gguf_import import import_gguf
 from dynamoe.dynamic.prepare_default import dense_default_file
+from machine import processor
 
 RESULTS = Path(__file__).parent / "results" / "default_vs_transformers.json"
 
@@ -109,13 +109,6 @@ def measure(dtype: str, options: argparse.Namespace) -> list[dict[str, Any]]:
             flush=True,
         )
     return rows
-
-
-def processor() -> str:
-    """The processor's name, where the system tells."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def main() -> None:

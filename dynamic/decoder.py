@@ -159,13 +159,16 @@ class Decoder:
         self, weights: LayerWeights, layer: LayerSpec, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch
     ) -> torch.Tensor:
         spec, backend = self.spec, self.backend
-        q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        q_TX, k_TX, v_TX = backend.linear(x_TD, weights.qkv).split((q_size, kv_size, kv_size), -1)
+        num_heads, num_kv_heads = spec.num_heads, spec.num_kv_heads
+        qkv_TXC = backend.linear(x_TD, weights.qkv).view(x_TD.shape[0], -1, spec.head_dim)
+        q_THC = qkv_TXC[:, :num_heads]
+        k_TGC = qkv_TXC[:, num_heads : num_heads + num_kv_heads]
+        v_TGC = qkv_TXC[:, num_heads + num_kv_heads :]
         if spec.qk_norm == "full":
-            q_TX, k_TX = self._norm(q_TX, weights.q_norm), self._norm(k_TX, weights.k_norm)
+            q_THC = self._norm(q_THC.flatten(1), weights.q_norm).view(q_THC.shape)
+            k_TGC = self._norm(k_TGC.flatten(1), weights.k_norm).view(k_TGC.shape)
         if spec.clip_qkv is not None:
-            q_TX, k_TX, v_TX = (part.clamp(-spec.clip_qkv, spec.clip_qkv) for part in (q_TX, k_TX, v_TX))
-        q_THC, k_TGC, v_TGC = (part.unflatten(-1, (-1, spec.head_dim)) for part in (q_TX, k_TX, v_TX))
+            q_THC, k_TGC, v_TGC = (part.clamp(-spec.clip_qkv, spec.clip_qkv) for part in (q_THC, k_TGC, v_TGC))
         if spec.qk_norm == "head":
             q_THC, k_TGC = self._norm(q_THC, weights.q_norm), self._norm(k_TGC, weights.k_norm)
         q_THC = backend.rope_and_write(q_THC, k_TGC, v_TGC, self.cos_sin_LC, batch, kv)

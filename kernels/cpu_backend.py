@@ -6,7 +6,6 @@ A row's result is bitwise the same whatever other rows are computed with it, and
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -41,22 +40,6 @@ class _Experts:
 
 def _nbytes(*tensors: torch.Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
-
-@lru_cache
-def _has_fast_rule(spec: RouterSpec) -> bool:
-    """Whether the rule is one of those that the C++ router knows; the others go through torch."""
-    plain = RouterSpec(
-        num_experts=spec.num_experts,
-        top_k=spec.top_k,
-        score=spec.score,
-        softmax_after_topk=spec.softmax_after_topk,
-        renormalize=spec.renormalize,
-        scale=spec.scale,
-        float32_logits=spec.float32_logits,
-        input_norm_eps=spec.input_norm_eps,
-    )
-    return spec == plain and spec.score != "sparsemixer"
 
 
 def _padded(bias: torch.Tensor, multiple: int) -> torch.Tensor:
@@ -214,7 +197,7 @@ class CpuBackend(TorchBackend):
         expert_scale_E: torch.Tensor | None = None,
         forced_ids_TK: torch.Tensor | None = None,
     ) -> Routing:
-        if not _has_fast_rule(spec):
+        if not spec.is_plain:
             return super().route(
                 logits_TE,
                 spec,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 SCORES = ("softmax", "sigmoid", "sqrt_softplus", "constant", "sparsemixer")
 GROUP_SCORES = ("max", "top2_sum")
@@ -123,3 +124,18 @@ class RouterSpec:
         if self.capacity_fraction is not None:
             return math.ceil(self.capacity_fraction * num_rows)
         return num_rows if self.capacity is None else self.capacity
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether the rule is scores, top-k, weights and nothing else: what every kernel can do, on the hot path."""
+        plain = RouterSpec(
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            score=self.score,
+            softmax_after_topk=self.softmax_after_topk,
+            renormalize=self.renormalize,
+            scale=self.scale,
+            float32_logits=self.float32_logits,
+            input_norm_eps=self.input_norm_eps,
+        )
+        return self == plain and self.score != "sparsemixer"

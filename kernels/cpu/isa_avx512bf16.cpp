@@ -28,8 +28,8 @@ TARGET void multiply_pairs(const uint32_t* a, const uint32_t* w, int cells, floa
     for (int v = 0; v < 2; ++v)
       sum[r][v] = accumulate ? _mm512_loadu_ps(tile + r * kBlockOutputs + 16 * v) : _mm512_setzero_ps();
   for (int cell = 0; cell < cells; ++cell) {
-    _mm_prefetch(ahead.first, _MM_HINT_T0);
-    _mm_prefetch(ahead.first + 64, _MM_HINT_T0);
+    _mm_prefetch(ahead.first, _MM_HINT_T1);
+    _mm_prefetch(ahead.first + 64, _MM_HINT_T1);
     ahead.first += ahead.step;
     const __m512bh w0 = (__m512bh)_mm512_loadu_si512(w), w1 = (__m512bh)_mm512_loadu_si512(w + 16);
 #pragma GCC unroll 16

@@ -9,7 +9,7 @@ namespace dynamoe_cpu {
 namespace {
 
 // Waking the pool costs more than a few rows do.
-constexpr int64_t kRowsPerTask = 16;
+constexpr int64_t kRowsPerTask = 8;
 
 template <class Body>
 void for_each_row(const Context& context, int64_t rows, const Body& body) {

@@ -5,6 +5,9 @@
 // (whether panels of bf16 stay bf16, for a dot-product instruction).
 #pragma once
 
+// Requests ahead go to the second-level cache: more of them can be under way than to the first.
+constexpr int kAheadLocality = 2;
+
 // fp32 weights, and bf16 weights against a panel widened to fp32: per cell, `kInputs` multiplications in a fixed order.
 template <int kRows, int kInputs>
 TARGET static void multiply(const float* panel, const uint32_t* weights, int cells, float* tile, bool accumulate,
@@ -22,8 +25,8 @@ TARGET static void multiply(const float* panel, const uint32_t* weights, int cel
     const uint32_t* w = weights + o;
     const char* next = ahead.first;
     for (int cell = 0; cell < cells; ++cell) {
-      __builtin_prefetch(next, 0, 2);
-      __builtin_prefetch(next + 64, 0, 2);
+      __builtin_prefetch(next, 0, kAheadLocality);
+      __builtin_prefetch(next + 64, 0, kAheadLocality);
       next += ahead.step;
       // Input by input, so that each activation is broadcast once for all vectors of outputs.
 #pragma GCC unroll 2
@@ -180,8 +183,8 @@ TARGET static void weigh_pieces(const float* probabilities, const void* const* v
     for (int key = 0; key < kKeyBlock; ++key) {
       if (ahead) {
         for (int byte = 0; byte < channels * element_bytes(dtype); byte += 64) {
-          __builtin_prefetch(static_cast<const char*>(ahead[key]) + byte);
-          __builtin_prefetch(static_cast<const char*>(ahead[kKeyBlock + key]) + byte);
+          __builtin_prefetch(static_cast<const char*>(ahead[key]) + byte, 0, kAheadLocality);
+          __builtin_prefetch(static_cast<const char*>(ahead[kKeyBlock + key]) + byte, 0, kAheadLocality);
         }
       }
       if (!values[key]) continue;

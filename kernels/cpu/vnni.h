@@ -11,8 +11,8 @@ TARGET static void multiply_vnni(const uint32_t* a, const uint32_t* w, int cells
     for (int v = 0; v < 2; ++v)
       sum[r][v] = accumulate ? _mm512_loadu_si512(tile + r * kBlockOutputs + 16 * v) : _mm512_setzero_si512();
   for (int cell = 0; cell < cells; ++cell) {
-    _mm_prefetch(ahead.first, _MM_HINT_T0);
-    _mm_prefetch(ahead.first + 64, _MM_HINT_T0);
+    _mm_prefetch(ahead.first, _MM_HINT_T1);
+    _mm_prefetch(ahead.first + 64, _MM_HINT_T1);
     ahead.first += ahead.step;
     const __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 16);
 #pragma GCC unroll 16

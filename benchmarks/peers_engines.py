@@ -1,0 +1,151 @@
+"""The engines of ``peers.py``, each behind ``turn(cell, seed)`` -> tokens per second, and the share others took."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+PREFILL, PROMPT, OUTPUT = 512, 128, 64
+CONCURRENCY = (1, 4, 16)
+CELLS = ("prefill", *(f"decode {c}" for c in CONCURRENCY))
+
+
+def prompts(count: int, length: int, seed: int) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.randrange(10, 49_000) for _ in range(length)] for _ in range(count)]
+
+
+class Worker:
+    """An engine that stays loaded in a process group of its own, stopped except while it is measured."""
+
+    def __init__(self, name: str, command: list[str], environment: dict[str, str]) -> None:
+        self.name = name
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        )
+        self.facts = self._read()
+        self.peak_bytes = 0.0
+        self.measure("prefill", 0)  # warm up
+        self.measure("decode 4", 0)
+        self.signal(signal.SIGSTOP)
+
+    def signal(self, number: int) -> None:
+        os.killpg(self._process.pid, number)
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name} ended with {self._process.wait()}; its own output above says why")
+        return json.loads(line)
+
+    def ask(self, tokens: list[list[int]], output_len: int) -> dict[str, float]:
+        assert self._process.stdin is not None
+        print(json.dumps({"tokens": tokens, "output_len": output_len}), file=self._process.stdin, flush=True)
+        return self._read()
+
+    def measure(self, cell: str, seed: int) -> float:
+        """Tokens per second."""
+        if cell == "prefill":
+            return PREFILL / self.ask(prompts(1, PREFILL, seed), 1)["seconds"]
+        count = int(cell.split()[1])
+        first = self.ask(prompts(count, PROMPT, 1000 + seed), 1)["seconds"]
+        whole = self.ask(prompts(count, PROMPT, 2000 + seed), OUTPUT)["seconds"]
+        self.peak_bytes = max(self.peak_bytes, _resident(self._process.pid))
+        return count * (OUTPUT - 1) / (whole - first)
+
+    def turn(self, cell: str, seed: int) -> float:
+        self.signal(signal.SIGCONT)
+        try:
+            return self.measure(cell, seed)
+        finally:
+            self.signal(signal.SIGSTOP)
+
+    def close(self) -> None:
+        self.signal(signal.SIGKILL)
+        self._process.wait()
+
+
+class LlamaCpp:
+    """llama.cpp's own benchmark programs: a process per measurement, the file in the page cache."""
+
+    name = "llama.cpp"
+
+    def __init__(self, programs: Path, gguf: Path, threads: int) -> None:
+        self._programs, self._gguf, self._threads = programs, gguf, str(threads)
+        begin = time.perf_counter()
+        self._call("llama-bench", "-p", "8", "-n", "0", "-r", "1", "-o", "json")
+        self.facts: dict[str, Any] = {"start_seconds": time.perf_counter() - begin, "version": self._version()}
+        self.peak_bytes = 0.0
+
+    def _version(self) -> str:
+        out, _ = self._call("llama-bench", "-p", "8", "-n", "0", "-r", "1", "-o", "json")
+        return str(json.loads(out)[0].get("build_commit"))
+
+    def _call(self, program: str, *arguments: str) -> tuple[str, float]:
+        command = [str(self._programs / program), "-m", str(self._gguf), "-t", self._threads, *arguments]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert process.stdout is not None
+        out = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise SystemExit(f"{' '.join(command)} ended with {os.waitstatus_to_exitcode(status)}")
+        return out, usage.ru_maxrss * 1024.0
+
+    def turn(self, cell: str, seed: int) -> float:
+        if cell == "prefill":
+            out, peak = self._call("llama-bench", "-p", str(PREFILL), "-n", "0", "-r", "1", "-o", "json")
+            self.peak_bytes = max(self.peak_bytes, peak)
+            return float(json.loads(out)[0]["avg_ts"])
+        count = int(cell.split()[1])
+        context = max(1024, count * (PROMPT + OUTPUT) + 64)
+        sizes = ("-c", str(context), "-b", "2048", "-ub", "512", "-npp", str(PROMPT), "-ntg", str(OUTPUT))
+        out, peak = self._call(
+            "llama-batched-bench", *sizes, "-tb", self._threads, "-npl", str(count), "--output-format", "jsonl"
+        )
+        self.peak_bytes = max(self.peak_bytes, peak)
+        lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+        return float(lines[-1]["speed_tg"])
+
+    def close(self) -> None:
+        pass
+
+
+def _resident(pid: int) -> float:
+    """Resident memory of a process and its children, shared pages counted once as far as the system tells."""
+    root = psutil.Process(pid)
+    return float(sum(process.memory_info().rss for process in (root, *root.children(recursive=True))))
+
+
+class Foreign:
+    """The share of the machine that neither this process nor its children used since this was made."""
+
+    def __init__(self) -> None:
+        self._busy, self._own, self._start = self._machine(), self._ours(), time.perf_counter()
+
+    @staticmethod
+    def _machine() -> float:
+        times = psutil.cpu_times()
+        return times.user + times.nice + times.system
+
+    @staticmethod
+    def _ours() -> float:
+        own = psutil.Process()
+        ended = os.times()
+        total = ended.children_user + ended.children_system
+        for process in (own, *own.children(recursive=True)):
+            times = process.cpu_times()
+            total += times.user + times.system
+        return total
+
+    def share(self) -> float:
+        cores = (time.perf_counter() - self._start) * (os.cpu_count() or 1)
+        return max(0.0, (self._machine() - self._busy) - (self._ours() - self._own)) / cores
