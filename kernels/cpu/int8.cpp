@@ -55,6 +55,7 @@ void dequantize(const int32_t* sums, int num_rows, const float* row_scales, cons
 }
 
 void linear_int8(const Context& context, const Int8LinearCall& call) {
+  if (!call.rows) return;
   const Kernels& kernels = *context.kernels;
   const Gemm& gemm = kernels.gemm_int8;
   const int64_t cells = ceil_div(call.inputs, 4), blocks = ceil_div(call.outputs, kBlockOutputs), row_bytes = cells * 4;

@@ -33,6 +33,7 @@ void pack_linear(const Context& context, const Rows& weight, int64_t outputs, in
 }
 
 void linear(const Context& context, const LinearCall& call) {
+  if (!call.rows) return;
   const Kernels& kernels = *context.kernels;
   const Gemm& gemm = kernels.gemm[static_cast<int>(call.x.dtype)];
   const int64_t cells = ceil_div(call.inputs, gemm.inputs_per_cell), blocks = ceil_div(call.outputs, kBlockOutputs);

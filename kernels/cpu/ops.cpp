@@ -1,29 +1,11 @@
-// Torch operators: tensors are checked here, and only here, then handed on as pointers.
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
-#include <torch/library.h>
-
-#include <sys/mman.h>
-
-#include <cstdlib>
-#include <iterator>
-#include <memory>
-#include <mutex>
-#include <optional>
+// Torch operators other than the experts': tensors are checked here, and only here, then handed on as pointers.
+#include <string>
 #include <tuple>
 
-#include "operators.h"
-#include "parallel.h"
+#include "tensors.h"
 
 namespace dynamoe_cpu {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-constexpr const char* kNames[] = {"avx512bf16", "avx512vnni", "avx512", "avx2", "portable"};
-constexpr int64_t kNumNames = std::size(kNames);
 
 int64_t find_isa(std::string name) {
   const Kernels* kernels = find_kernels(name.c_str());
@@ -32,91 +14,6 @@ int64_t find_isa(std::string name) {
   for (int64_t i = 0; i < kNumNames; ++i)
     if (kernels && name == "auto" && std::string(kernels->name) == kNames[i]) return i;
   return -1;
-}
-
-Context context_of(int64_t isa) {
-  static const Kernels* const tables[] = {find_kernels(kNames[0]), find_kernels(kNames[1]), find_kernels(kNames[2]),
-                                          find_kernels(kNames[3]), find_kernels(kNames[4])};
-  return {tables[isa], at::get_num_threads()};
-}
-
-Dtype dtype_of(const Tensor& t, const char* name) {
-  if (t.scalar_type() == at::kBFloat16) return Dtype::bf16;
-  TORCH_CHECK_VALUE(t.scalar_type() == at::kFloat, name, " must be float32 or bfloat16, not ", t.scalar_type());
-  return Dtype::fp32;
-}
-
-// A matrix whose rows are contiguous but may lie apart.
-Rows rows_of(const Tensor& t, const char* name) {
-  TORCH_CHECK_VALUE(t.dim() == 2 && (t.stride(1) == 1 || t.size(1) == 1), name,
-                    " must be a matrix with contiguous rows, not of shape ", t.sizes(), " and strides ", t.strides());
-  return {t.data_ptr(), t.stride(0), dtype_of(t, name)};
-}
-
-// (T, heads, channels): heads and channels contiguous, rows may lie apart.
-Rows head_rows_of(const Tensor& t, const char* name) {
-  TORCH_CHECK_VALUE(t.dim() == 3 && t.stride(2) == 1 && (t.stride(1) == t.size(2) || t.size(1) == 1), name,
-                    " must have contiguous heads and channels, not shape ", t.sizes(), " and strides ", t.strides());
-  return {t.data_ptr(), t.stride(0), dtype_of(t, name)};
-}
-
-template <class T>
-const T* contiguous_data(const Tensor& t, at::ScalarType type, const char* name) {
-  TORCH_CHECK_VALUE(t.scalar_type() == type && t.is_contiguous(), name, " must be contiguous and of type ", type,
-                    ", not ", t.scalar_type(), " with strides ", t.strides());
-  return static_cast<const T*>(t.data_ptr());
-}
-
-const float* floats(const OptionalTensor& t, const char* name) {
-  return t ? contiguous_data<float>(*t, at::kFloat, name) : nullptr;
-}
-
-uint32_t* words(const Tensor& t, int64_t count, const char* name) {
-  TORCH_CHECK_VALUE(t.scalar_type() == at::kInt && t.is_contiguous() && t.numel() == count, name, " must be ", count,
-                    " packed words, not ", t.numel());
-  return static_cast<uint32_t*>(t.data_ptr());
-}
-
-Cache cache_of(const Tensor& t, const char* name) {
-  TORCH_CHECK_VALUE(t.dim() == 4 && t.stride(3) == 1, name,
-                    " must have four dimensions and contiguous channels, not strides ", t.strides());
-  return {t.data_ptr(), dtype_of(t, name), t.stride(0), t.stride(1), t.stride(2)};
-}
-
-// Memory for packed weights, on huge pages: walking the tables of small ones costs a quarter of the bandwidth. Weights
-// that are smaller than a few huge pages share a slab, which lives as long as any of them.
-Tensor allocate(int64_t count) {
-  constexpr size_t kHuge = size_t{2} << 20, kSlab = 16 * kHuge;
-  static std::mutex mutex;
-  static std::weak_ptr<char> current;
-  static size_t used = 0;
-  const size_t bytes = (static_cast<size_t>(count) * 4 + 63) / 64 * 64;
-  const auto map = [&](size_t size) {
-    size = std::max<size_t>((size + kHuge - 1) / kHuge, 1) * kHuge;
-    char* data = static_cast<char*>(std::aligned_alloc(kHuge, size));
-    TORCH_CHECK(data, "no memory for ", size, " bytes of packed weights");
-#ifdef MADV_HUGEPAGE
-    madvise(data, size, MADV_HUGEPAGE);
-#endif
-    return std::shared_ptr<char>(data, [](char* p) { std::free(p); });
-  };
-  std::shared_ptr<char> slab;
-  char* data;
-  if (bytes > kSlab / 4) {
-    slab = map(bytes);
-    data = slab.get();
-  } else {
-    const std::lock_guard<std::mutex> lock(mutex);
-    slab = current.lock();
-    if (!slab || used + bytes > kSlab) {
-      slab = map(kSlab);
-      current = slab;
-      used = 0;
-    }
-    data = slab.get() + used;
-    used += bytes;
-  }
-  return at::from_blob(data, {count}, [slab](void*) mutable { slab.reset(); }, at::TensorOptions().dtype(at::kInt));
 }
 
 Tensor pack_linear_op(int64_t isa, const Tensor& weight) {
@@ -151,74 +48,6 @@ Tensor unpack_rows_op(int64_t isa, const Tensor& weights, const Tensor& ids, int
     TORCH_CHECK_INDEX(0 <= rows[i] && rows[i] < outputs, "row ", rows[i], " is not in 0 … ", outputs - 1);
   Tensor out = at::empty({ids.numel(), inputs}, at::TensorOptions().dtype(type));
   unpack_rows(context, packed, dtype, inputs, rows, ids.numel(), out.data_ptr());
-  return out;
-}
-
-ExpertLayout layout_of(Dtype dtype, int64_t num_experts, int64_t hidden, int64_t width, bool dense_down) {
-  return {dtype, num_experts, hidden, width, dense_down};
-}
-
-std::tuple<Tensor, Tensor> pack_experts_op(int64_t isa, const Tensor& gate, const Tensor& up, const Tensor& down,
-                                           bool dense_down) {
-  const auto strided = [](const Tensor& t, const char* name) -> Strided3 {
-    TORCH_CHECK_VALUE(t.dim() == 3 && (t.stride(2) == 1 || t.size(2) == 1), name,
-                      " must have three dimensions, the last contiguous, not strides ", t.strides());
-    return {t.data_ptr(), t.stride(0), t.stride(1)};
-  };
-  const ExpertLayout layout = layout_of(dtype_of(gate, "gate"), gate.size(0), gate.size(2), gate.size(1), dense_down);
-  TORCH_CHECK_VALUE(
-      up.sizes() == gate.sizes() && down.sizes() == at::IntArrayRef({gate.size(0), gate.size(2), gate.size(1)}),
-      "shapes of gate ", gate.sizes(), ", up ", up.sizes(), " and down ", down.sizes(), " do not fit together");
-  TORCH_CHECK_VALUE(up.scalar_type() == gate.scalar_type() && down.scalar_type() == gate.scalar_type(),
-                    "gate, up and down must have one dtype");
-  Tensor gate_up = allocate(layout.gate_words()), packed_down = allocate(layout.down_words());
-  pack_experts(context_of(isa), layout, strided(gate, "gate"), strided(up, "up"), strided(down, "down"),
-               static_cast<uint32_t*>(gate_up.data_ptr()), static_cast<uint32_t*>(packed_down.data_ptr()));
-  return {gate_up, packed_down};
-}
-
-ExpertsCall experts_call(const Tensor& x, const Tensor& gate_up, const Tensor& down, const OptionalTensor& gate_up_bias,
-                         const OptionalTensor& down_bias, at::IntArrayRef shape, Tensor& out) {
-  ExpertsCall call{};
-  call.x = rows_of(x, "x");
-  call.rows = x.size(0);
-  call.layout = layout_of(call.x.dtype, shape[0], shape[1], shape[2], shape[3] != 0);
-  TORCH_CHECK_VALUE(x.size(1) == shape[1], "x has ", x.size(1), " columns, the experts take ", shape[1]);
-  call.activation = static_cast<Activation>(shape[4]);
-  call.gate_up = words(gate_up, call.layout.gate_words(), "gate_up");
-  call.down = words(down, call.layout.down_words(), "down");
-  call.gate_up_bias = floats(gate_up_bias, "gate_up_bias");
-  call.down_bias = floats(down_bias, "down_bias");
-  out = at::empty({x.size(0), x.size(1)}, x.options());
-  call.out = out.data_ptr();
-  return call;
-}
-
-void set_routing(ExpertsCall& call, const Tensor& ids, const Tensor& weights, const OptionalTensor& counts) {
-  TORCH_CHECK_VALUE(ids.dim() == 2 && ids.size(0) == call.rows && weights.sizes() == ids.sizes(), "routing of shape ",
-                    ids.sizes(), " does not fit ", call.rows, " rows");
-  TORCH_CHECK_VALUE(!counts || counts->numel() == call.rows, "counts must have one entry per row");
-  call.ids = contiguous_data<int32_t>(ids, at::kInt, "expert ids");
-  call.weights = contiguous_data<float>(weights, at::kFloat, "expert weights");
-  call.counts = counts ? contiguous_data<int32_t>(*counts, at::kInt, "counts") : nullptr;
-  call.top_k = ids.size(1);
-}
-
-Tensor experts_op(int64_t isa, const Tensor& x, const Tensor& gate_up, const Tensor& down,
-                  const OptionalTensor& gate_up_bias, const OptionalTensor& down_bias, at::IntArrayRef shape,
-                  const Tensor& ids, const Tensor& weights, const OptionalTensor& counts) {
-  Tensor out;
-  ExpertsCall call = experts_call(x, gate_up, down, gate_up_bias, down_bias, shape, out);
-  set_routing(call, ids, weights, counts);
-  const int64_t bad = experts(context_of(isa), call);
-  TORCH_CHECK_VALUE(bad < 0, "an expert number is out of range: there are ", call.layout.experts, " experts");
-  return out;
-}
-
-Tensor all_experts_op(int64_t isa, const Tensor& x, const Tensor& gate_up, const Tensor& down,
-                      const OptionalTensor& gate_up_bias, const OptionalTensor& down_bias, at::IntArrayRef shape) {
-  Tensor out;
-  all_experts(context_of(isa), experts_call(x, gate_up, down, gate_up_bias, down_bias, shape, out));
   return out;
 }
 
@@ -351,58 +180,6 @@ Tensor linear_int8_op(int64_t isa, const Tensor& x, const Tensor& weights, const
   return out;
 }
 
-// Reads every word once, as a packed weight is read, and does next to nothing with it: the limit for the other
-// operators.
-int64_t read_words_op(const Tensor& source) {
-  TORCH_CHECK_VALUE(source.scalar_type() == at::kInt && source.is_contiguous(), "source must be contiguous int32");
-  const uint32_t* data = static_cast<const uint32_t*>(source.data_ptr());
-  constexpr int64_t kWords = 64 * 1024, kLanes = 64, kAhead = 1024;
-  std::atomic<uint32_t> total{0};
-  for_each_task(at::get_num_threads(), source.numel() / kWords, [&](int64_t task) {
-    const uint32_t* p = data + task * kWords;
-    uint32_t lane[kLanes] = {};
-    for (int64_t i = 0; i < kWords; i += kLanes) {
-      for (int64_t line = 0; line < kLanes; line += 16) __builtin_prefetch(p + i + kAhead + line);
-      for (int64_t j = 0; j < kLanes; ++j) lane[j] += p[i + j];
-    }
-    uint32_t sum = 0;
-    for (uint32_t value : lane) sum += value;
-    total.fetch_add(sum);
-  });
-  return total.load();
-}
-
-// Weights as pack_int8 leaves them, of (E * gate blocks * 32, D) and (E * down blocks * 32, gate blocks * 16) matrices.
-Tensor experts_int8_op(int64_t isa, const Tensor& x, const Tensor& gate_up, const Tensor& gate_up_scales,
-                       const Tensor& gate_up_sums, const Tensor& down, const Tensor& down_scales,
-                       const Tensor& down_sums, at::IntArrayRef shape, const Tensor& ids, const Tensor& weights,
-                       const OptionalTensor& counts) {
-  Int8ExpertsCall call{};
-  ExpertsCall& base = call.base;
-  base.x = rows_of(x, "x");
-  base.rows = x.size(0);
-  const ExpertLayout& layout = base.layout = layout_of(base.x.dtype, shape[0], shape[1], shape[2], false);
-  const int64_t gate_outputs = layout.experts * layout.gate_blocks() * kBlockOutputs,
-                down_outputs = layout.experts * layout.down_blocks() * kBlockOutputs;
-  TORCH_CHECK_VALUE(x.size(1) == layout.hidden, "x has ", x.size(1), " columns, the experts take ", layout.hidden);
-  TORCH_CHECK_VALUE(gate_up_scales.numel() == gate_outputs && gate_up_sums.numel() == gate_outputs &&
-                        down_scales.numel() == down_outputs && down_sums.numel() == down_outputs,
-                    "scales and sums must have one entry per packed output");
-  base.activation = static_cast<Activation>(shape[3]);
-  base.gate_up = words(gate_up, gate_outputs * ceil_div(layout.hidden, 4), "gate_up");
-  base.down = words(down, down_outputs * layout.gate_blocks() * kGatedOutputs / 4, "down");
-  call.gate_up_scales = contiguous_data<float>(gate_up_scales, at::kFloat, "gate_up_scales");
-  call.gate_up_sums = contiguous_data<int32_t>(gate_up_sums, at::kInt, "gate_up_sums");
-  call.down_scales = contiguous_data<float>(down_scales, at::kFloat, "down_scales");
-  call.down_sums = contiguous_data<int32_t>(down_sums, at::kInt, "down_sums");
-  set_routing(base, ids, weights, counts);
-  Tensor out = at::empty({x.size(0), x.size(1)}, x.options());
-  base.out = out.data_ptr();
-  TORCH_CHECK_VALUE(experts_int8(context_of(isa), call) < 0, "an expert number is out of range: there are ",
-                    layout.experts, " experts");
-  return out;
-}
-
 }  // namespace
 
 TORCH_LIBRARY(dynamoe_cpu, m) {
@@ -411,17 +188,6 @@ TORCH_LIBRARY(dynamoe_cpu, m) {
   m.def("linear(int isa, Tensor x, Tensor weights, Tensor? bias, int outputs, bool float_out) -> Tensor", &linear_op);
   m.def("unpack_rows(int isa, Tensor weights, Tensor ids, int outputs, int inputs, ScalarType dtype) -> Tensor",
         &unpack_rows_op);
-  m.def("pack_experts(int isa, Tensor gate, Tensor up, Tensor down, bool dense_down) -> (Tensor, Tensor)",
-        &pack_experts_op);
-  m.def(
-      "experts(int isa, Tensor x, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, int[] shape, "
-      "Tensor ids, Tensor weights, "
-      "Tensor? counts) -> Tensor",
-      &experts_op);
-  m.def(
-      "all_experts(int isa, Tensor x, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, int[] "
-      "shape) -> Tensor",
-      &all_experts_op);
   m.def("rms_norm(int isa, Tensor x, Tensor weight, float eps) -> Tensor", &rms_norm_op);
   m.def("add_rms_norm(int isa, Tensor x, Tensor(a!) residual, Tensor weight, float eps, float scale) -> Tensor",
         &add_rms_norm_op);
@@ -438,18 +204,11 @@ TORCH_LIBRARY(dynamoe_cpu, m) {
       "route(int isa, Tensor logits, int top_k, int score, bool softmax_after_topk, bool renormalize, float scale) -> "
       "(Tensor, Tensor)",
       &route_op);
-  m.def("allocate(int words) -> Tensor", &allocate);
-  m.def("read_words(Tensor source) -> int", &read_words_op);
   m.def("pack_int8(int isa, Tensor weight) -> (Tensor, Tensor)", &pack_int8_op);
   m.def(
       "linear_int8(int isa, Tensor x, Tensor weights, Tensor scales, Tensor row_sums, Tensor? bias, int outputs) -> "
       "Tensor",
       &linear_int8_op);
-  m.def(
-      "experts_int8(int isa, Tensor x, Tensor gate_up, Tensor gate_up_scales, Tensor gate_up_sums, Tensor down, Tensor "
-      "down_scales, Tensor down_sums, "
-      "int[] shape, Tensor ids, Tensor weights, Tensor? counts) -> Tensor",
-      &experts_int8_op);
 }
 
 }  // namespace dynamoe_cpu

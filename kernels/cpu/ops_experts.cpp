@@ -1,0 +1,129 @@
+// Torch operators of experts: tensors are checked here, and only here, then handed on as pointers.
+#include <tuple>
+
+#include "tensors.h"
+
+namespace dynamoe_cpu {
+namespace {
+
+ExpertLayout layout_of(Dtype dtype, int64_t num_experts, int64_t hidden, int64_t width, bool dense_down) {
+  return {dtype, num_experts, hidden, width, dense_down};
+}
+
+std::tuple<Tensor, Tensor> pack_experts_op(int64_t isa, const Tensor& gate, const Tensor& up, const Tensor& down,
+                                           bool dense_down) {
+  const auto strided = [](const Tensor& t, const char* name) -> Strided3 {
+    TORCH_CHECK_VALUE(t.dim() == 3 && (t.stride(2) == 1 || t.size(2) == 1), name,
+                      " must have three dimensions, the last contiguous, not strides ", t.strides());
+    return {t.data_ptr(), t.stride(0), t.stride(1)};
+  };
+  const ExpertLayout layout = layout_of(dtype_of(gate, "gate"), gate.size(0), gate.size(2), gate.size(1), dense_down);
+  TORCH_CHECK_VALUE(
+      up.sizes() == gate.sizes() && down.sizes() == at::IntArrayRef({gate.size(0), gate.size(2), gate.size(1)}),
+      "shapes of gate ", gate.sizes(), ", up ", up.sizes(), " and down ", down.sizes(), " do not fit together");
+  TORCH_CHECK_VALUE(up.scalar_type() == gate.scalar_type() && down.scalar_type() == gate.scalar_type(),
+                    "gate, up and down must have one dtype");
+  Tensor gate_up = allocate(layout.gate_words()), packed_down = allocate(layout.down_words());
+  pack_experts(context_of(isa), layout, strided(gate, "gate"), strided(up, "up"), strided(down, "down"),
+               static_cast<uint32_t*>(gate_up.data_ptr()), static_cast<uint32_t*>(packed_down.data_ptr()));
+  return {gate_up, packed_down};
+}
+
+ExpertsCall experts_call(const Tensor& x, const Tensor& gate_up, const Tensor& down, const OptionalTensor& gate_up_bias,
+                         const OptionalTensor& down_bias, at::IntArrayRef shape, Tensor& out) {
+  ExpertsCall call{};
+  call.x = rows_of(x, "x");
+  call.rows = x.size(0);
+  call.layout = layout_of(call.x.dtype, shape[0], shape[1], shape[2], shape[3] != 0);
+  TORCH_CHECK_VALUE(x.size(1) == shape[1], "x has ", x.size(1), " columns, the experts take ", shape[1]);
+  call.activation = static_cast<Activation>(shape[4]);
+  call.gate_up = words(gate_up, call.layout.gate_words(), "gate_up");
+  call.down = words(down, call.layout.down_words(), "down");
+  call.gate_up_bias = floats(gate_up_bias, "gate_up_bias");
+  call.down_bias = floats(down_bias, "down_bias");
+  out = at::empty({x.size(0), x.size(1)}, x.options());
+  call.out = out.data_ptr();
+  return call;
+}
+
+void set_routing(ExpertsCall& call, const Tensor& ids, const Tensor& weights, const OptionalTensor& counts) {
+  TORCH_CHECK_VALUE(ids.dim() == 2 && ids.size(0) == call.rows && weights.sizes() == ids.sizes(), "routing of shape ",
+                    ids.sizes(), " does not fit ", call.rows, " rows");
+  TORCH_CHECK_VALUE(!counts || counts->numel() == call.rows, "counts must have one entry per row");
+  call.ids = contiguous_data<int32_t>(ids, at::kInt, "expert ids");
+  call.weights = contiguous_data<float>(weights, at::kFloat, "expert weights");
+  call.counts = counts ? contiguous_data<int32_t>(*counts, at::kInt, "counts") : nullptr;
+  call.top_k = ids.size(1);
+}
+
+Tensor experts_op(int64_t isa, const Tensor& x, const Tensor& gate_up, const Tensor& down,
+                  const OptionalTensor& gate_up_bias, const OptionalTensor& down_bias, at::IntArrayRef shape,
+                  const Tensor& ids, const Tensor& weights, const OptionalTensor& counts) {
+  Tensor out;
+  ExpertsCall call = experts_call(x, gate_up, down, gate_up_bias, down_bias, shape, out);
+  set_routing(call, ids, weights, counts);
+  const int64_t bad = experts(context_of(isa), call);
+  TORCH_CHECK_VALUE(bad < 0, "an expert number is out of range: there are ", call.layout.experts, " experts");
+  return out;
+}
+
+Tensor all_experts_op(int64_t isa, const Tensor& x, const Tensor& gate_up, const Tensor& down,
+                      const OptionalTensor& gate_up_bias, const OptionalTensor& down_bias, at::IntArrayRef shape) {
+  Tensor out;
+  all_experts(context_of(isa), experts_call(x, gate_up, down, gate_up_bias, down_bias, shape, out));
+  return out;
+}
+
+// Weights as pack_int8 leaves them, of (E * gate blocks * 32, D) and (E * down blocks * 32, gate blocks * 16) matrices.
+Tensor experts_int8_op(int64_t isa, const Tensor& x, const Tensor& gate_up, const Tensor& gate_up_scales,
+                       const Tensor& gate_up_sums, const Tensor& down, const Tensor& down_scales,
+                       const Tensor& down_sums, at::IntArrayRef shape, const Tensor& ids, const Tensor& weights,
+                       const OptionalTensor& counts) {
+  Int8ExpertsCall call{};
+  ExpertsCall& base = call.base;
+  base.x = rows_of(x, "x");
+  base.rows = x.size(0);
+  const ExpertLayout& layout = base.layout = layout_of(base.x.dtype, shape[0], shape[1], shape[2], false);
+  const int64_t gate_outputs = layout.experts * layout.gate_blocks() * kBlockOutputs,
+                down_outputs = layout.experts * layout.down_blocks() * kBlockOutputs;
+  TORCH_CHECK_VALUE(x.size(1) == layout.hidden, "x has ", x.size(1), " columns, the experts take ", layout.hidden);
+  TORCH_CHECK_VALUE(gate_up_scales.numel() == gate_outputs && gate_up_sums.numel() == gate_outputs &&
+                        down_scales.numel() == down_outputs && down_sums.numel() == down_outputs,
+                    "scales and sums must have one entry per packed output");
+  base.activation = static_cast<Activation>(shape[3]);
+  base.gate_up = words(gate_up, gate_outputs * ceil_div(layout.hidden, 4), "gate_up");
+  base.down = words(down, down_outputs * layout.gate_blocks() * kGatedOutputs / 4, "down");
+  call.gate_up_scales = contiguous_data<float>(gate_up_scales, at::kFloat, "gate_up_scales");
+  call.gate_up_sums = contiguous_data<int32_t>(gate_up_sums, at::kInt, "gate_up_sums");
+  call.down_scales = contiguous_data<float>(down_scales, at::kFloat, "down_scales");
+  call.down_sums = contiguous_data<int32_t>(down_sums, at::kInt, "down_sums");
+  set_routing(base, ids, weights, counts);
+  Tensor out = at::empty({x.size(0), x.size(1)}, x.options());
+  base.out = out.data_ptr();
+  TORCH_CHECK_VALUE(experts_int8(context_of(isa), call) < 0, "an expert number is out of range: there are ",
+                    layout.experts, " experts");
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(dynamoe_cpu, m) {
+  m.def("pack_experts(int isa, Tensor gate, Tensor up, Tensor down, bool dense_down) -> (Tensor, Tensor)",
+        &pack_experts_op);
+  m.def(
+      "experts(int isa, Tensor x, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, int[] shape, "
+      "Tensor ids, Tensor weights, "
+      "Tensor? counts) -> Tensor",
+      &experts_op);
+  m.def(
+      "all_experts(int isa, Tensor x, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, int[] "
+      "shape) -> Tensor",
+      &all_experts_op);
+  m.def(
+      "experts_int8(int isa, Tensor x, Tensor gate_up, Tensor gate_up_scales, Tensor gate_up_sums, Tensor down, Tensor "
+      "down_scales, Tensor down_sums, "
+      "int[] shape, Tensor ids, Tensor weights, Tensor? counts) -> Tensor",
+      &experts_int8_op);
+}
+
+}  // namespace dynamoe_cpu
