@@ -11,9 +11,10 @@ import torch
 from .torch_experts import PlainExperts
 from .triton_attention import plan_attention
 from .triton_experts import ExpertPlanner, plan_experts, shape_of
+from .triton_index import plan_index
 from .triton_launch import Launch
 from .triton_norm import plan_rms_norm, plan_rope_and_write
-from .triton_router import plan_index, plan_route
+from .triton_router import plan_route
 from .triton_tuning import best_attention
 from .types import AttentionBatch, KVLayer, Routing
 

@@ -12,7 +12,7 @@ from dynamoe.kernels.torch_experts import PlainExperts
 from dynamoe.kernels.triton_combine import plan_combine
 from dynamoe.kernels.triton_gemv import GemvConfig, plan_pair_down, plan_pair_gate_up
 from dynamoe.kernels.triton_grouped_gemm import GemmConfig, describable, plan_down, plan_gate_up
-from dynamoe.kernels.triton_router import plan_index
+from dynamoe.kernels.triton_index import plan_index
 from dynamoe.kernels.types import Routing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
