@@ -139,10 +139,10 @@ def case_name(value: tuple[str, dict[str, Any]] | str) -> str:
     return value if isinstance(value, str) else "-".join([value[0], *value[1]])
 
 
-# Interpreting kernels takes seconds per case: one case of every family runs always, the rest with the slow tests.
-FIRST_CASES = [case for number, case in enumerate(CASES) if case[0] not in [c[0] for c in CASES[:number]]]
+# Interpreting kernels takes many seconds per case: a few run always, the rest with the slow tests.
+INTERPRETED: list[tuple[str, dict[str, Any]]] = [("llama", {}), ("mixtral", {}), ("qwen2_moe", {})]
 RUNS = [
-    pytest.param(case, backend, marks=[pytest.mark.slow] if backend == "triton" and case not in FIRST_CASES else [])
+    pytest.param(case, backend, marks=[pytest.mark.slow] if backend == "triton" and case not in INTERPRETED else [])
     for case in CASES
     for backend in ("torch", "cpu", "grouped_mm", "triton")
 ]
