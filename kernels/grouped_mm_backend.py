@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 
 from .torch_backend import TorchBackend
 from .torch_experts import PlainExperts, grouped_products, run_experts
 from .types import ExpertWeights, Routing
-
-log = logging.getLogger(__name__)
 
 
 class GroupedMmBackend(TorchBackend):
@@ -19,17 +15,11 @@ class GroupedMmBackend(TorchBackend):
 
     name = "grouped_mm"
 
-    def __init__(self, device: torch.device | str, dtype: torch.dtype) -> None:
-        super().__init__(device, dtype)
-        self._said: set[str] = set()
-
     def experts(self, x_TD: torch.Tensor, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
         reason = self._refused(x_TD, weights.data)
         if reason is None:
             return run_experts(x_TD, weights.data, routing, weights.activation, grouped_products)
-        if reason not in self._said:
-            self._said.add(reason)
-            log.warning("torch's grouped_mm does not take %s: running expert by expert", reason)
+        self._fall_back(reason)
         return super().experts(x_TD, weights, routing)
 
     def _refused(self, x_TD: torch.Tensor, plain: PlainExperts) -> str | None:

@@ -18,15 +18,13 @@ def select_backend(device: torch.device | str, dtype: torch.dtype, name: str = "
         name: ``auto`` takes the fastest that runs here.
 
     Raises:
-        ValueError: for an unknown name, or a backend that cannot run on that device.
-        BuildError: the ``cpu`` backend was asked for by name and its kernels could not be built.
+        ValueError: for an unknown name, or a backend that cannot run here: on that device, in that dtype, without a
+            GPU, a package or (``cpu``) a compiler.
     """
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")
     if name == "cpu":
-        from .cpu_backend import CpuBackend
-
-        return CpuBackend(device, dtype)
+        return _cpu(device, dtype)
     if name == "triton":
         from .triton_backend import TritonBackend
 
@@ -44,6 +42,16 @@ def select_backend(device: torch.device | str, dtype: torch.dtype, name: str = "
     if name == "auto" and torch.device(device).type == "cpu" and dtype in (torch.float32, torch.bfloat16):
         return _cpu_or_torch(device, dtype)
     return TorchBackend(device, dtype)
+
+
+def _cpu(device: torch.device | str, dtype: torch.dtype) -> TorchBackend:
+    from .cpu_backend import CpuBackend
+    from .cpu_build import BuildError
+
+    try:
+        return CpuBackend(device, dtype)
+    except BuildError as error:
+        raise ValueError(f"the cpu backend cannot run here: {error}") from error
 
 
 def _cpu_or_torch(device: torch.device | str, dtype: torch.dtype) -> TorchBackend:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 import torch.nn.functional as F
 
@@ -10,6 +12,8 @@ from .router_spec import RouterSpec
 from .torch_attention import run_attention
 from .torch_experts import PlainExperts, run_experts
 from .types import AttentionBatch, ExpertWeights, KVLayer, LinearWeights, Routing
+
+log = logging.getLogger(__name__)
 
 
 def _nbytes(*tensors: torch.Tensor | None) -> int:
@@ -29,6 +33,13 @@ class TorchBackend:
     def __init__(self, device: torch.device | str, dtype: torch.dtype) -> None:
         self.device = torch.device(device)
         self.dtype = dtype
+        self._said: set[str] = set()
+
+    def _fall_back(self, reason: str) -> None:
+        """Say once per reason that torch's own operations take over from this backend's."""
+        if reason not in self._said:
+            self._said.add(reason)
+            log.warning("the %s backend has no kernel for %s: torch's own operations run it", self.name, reason)
 
     def pack_linear(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> LinearWeights:
         """Take a linear layer's weight into this backend's layout. The source may be a memory-mapped view."""

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,9 +21,10 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 
 from .router_spec import RouterSpec
+from .support import ROUTERS
 from .triton_backend import WarmUpShape
 from .triton_device import LISTED
-from .triton_experts import ExpertPlanner
+from .triton_experts import ACTIVATIONS, ExpertPlanner
 from .triton_launch import Launch
 from .triton_tuning import TuningCache
 from .triton_warmup import attention_launches, mixture_launches, norm_launches
@@ -67,6 +68,7 @@ SHAPES = {
     "longcat": _shape(768, 12, 6144, 2048, (16, 16, 128), zero_experts=256, selection_bias=True, scale=6.0),
 }  # fmt: skip
 TOKENS = (1, 8, 64, 512, 8192)
+VARIANTS = "variants"  # in place of a shape: every routing rule, activation and kind of bias, on one layer
 _PRODUCTS = ("gate_up_kernel", "down_kernel")
 
 
@@ -108,6 +110,20 @@ def launches_of(shape: WarmUpShape, planner: ExpertPlanner, dtype: torch.dtype) 
             if launch.variant() not in seen:
                 seen.add(launch.variant())
                 yield tokens, launch
+
+
+def variant_launches(planner: ExpertPlanner, dtype: torch.dtype) -> Iterator[tuple[int, Launch]]:
+    """The launches that the shapes leave out, with the number of tokens that they are for."""
+    base = SHAPES["granite-1b-a400m"]
+    shapes = [replace(base, router=spec) for spec, _, _ in ROUTERS.values() if not spec.drops]
+    shapes += [replace(base, activation=name) for name in ACTIVATIONS]
+    seen = set()
+    for shape in shapes:
+        for tokens in (1, 64, 2048):
+            for launch in mixture_launches(shape, tokens, dtype, planner, biased=shape.router is base.router):
+                if launch.variant() not in seen:
+                    seen.add(launch.variant())
+                    yield tokens, launch
 
 
 def inspect(launch: Launch, target: str, tokens: int) -> Report:
@@ -161,7 +177,8 @@ def reports(
     if knobs.runtime.interpret:
         raise ValueError("Triton is in interpreter mode (TRITON_INTERPRET=1): nothing can be compiled")
     planner = ExpertPlanner(LISTED[target], TuningCache("nobody's", version="none"))
-    for tokens, launch in launches_of(SHAPES[shape], planner, dtype):
+    launches = variant_launches(planner, dtype) if shape == VARIANTS else launches_of(SHAPES[shape], planner, dtype)
+    for tokens, launch in launches:
         if not kernels or launch.name in kernels:
             yield inspect(launch, target, tokens)
 
@@ -169,7 +186,7 @@ def reports(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=[*LISTED, "all"], default="all")
-    parser.add_argument("--shape", choices=[*SHAPES, "all"], default="all")
+    parser.add_argument("--shape", choices=[*SHAPES, VARIANTS, "all"], default="all")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--kernel", nargs="*", default=(), help="only these")
     options = parser.parse_args()
@@ -177,7 +194,7 @@ def main() -> int:
     print(f"Triton {triton.__version__}, {options.dtype}")
     print(f"{'target':7} {'shape':17} {'tokens':>6} {'kernel':22} {'configuration':27} regs shared spills tensor cores")
     for target in LISTED if options.target == "all" else [options.target]:
-        for shape in SHAPES if options.shape == "all" else [options.shape]:
+        for shape in (*SHAPES, VARIANTS) if options.shape == "all" else [options.shape]:
             for r in reports(target, shape, getattr(torch, options.dtype), tuple(options.kernel)):
                 line = f"{target:7} {shape:17} {r.tokens:6} {r.kernel:22} {r.blocks:27} {r.registers:4} {r.shared:6}"
                 print(f"{line} {r.spills:6} {r.tensor_core}", flush=True)

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_launch import Launch, cdiv, next_power_of_2
+from .triton_launch import Launch, cdiv, next_power_of_2, require_contiguous, require_contiguous_channels
 from .triton_tiles import dot
 from .types import AttentionBatch, KVLayer
 
@@ -140,12 +140,17 @@ def plan_attention(
     """Launches that write every element of ``out_THC`` (contiguous). Channels of all inputs must be contiguous.
 
     Raises:
-        ValueError: when the channels of an input are strided, or keys and values have different strides.
+        ValueError: when the channels of an input or the batch's numbers are strided, or keys and values have different
+            strides.
     """
     keys, values = layer.keys_BGPC, layer.values_BGPC
-    for name, tensor in (("q_THC", q_THC), ("keys_BGPC", keys), ("values_BGPC", values)):
-        if tensor.stride(-1) != 1:
-            raise ValueError(f"{name} must have contiguous channels; its strides are {tensor.stride()}")
+    require_contiguous_channels(q_THC=q_THC, keys_BGPC=keys, values_BGPC=values)
+    require_contiguous(
+        positions_T=batch.positions_T,
+        query_start_S1=batch.query_start_S1,
+        context_len_S=batch.context_len_S,
+        block_table_SM=batch.block_table_SM[:1],  # its rows may lie apart
+    )
     if keys.stride() != values.stride():
         raise ValueError(f"keys and values must be laid out alike, not {keys.stride()} and {values.stride()}")
     num_rows, num_heads, head_dim = q_THC.shape

@@ -6,7 +6,6 @@ Without a GPU it runs under ``TRITON_INTERPRET=1``, which is how its tests work.
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -25,7 +24,6 @@ from .triton_router import plan_route
 from .triton_tuning import ExpertShape, TuningCache, best_attention
 from .types import AttentionBatch, ExpertWeights, KVLayer, Routing
 
-log = logging.getLogger(__name__)
 _HALF = (torch.bfloat16, torch.float16)
 _MAX_STREAMS = 256
 
@@ -79,7 +77,6 @@ class TritonBackend(TorchBackend):
         # One counter per stream, 16 bytes apart. Made here: memory made while a graph is captured belongs to the graph.
         self._tickets = torch.zeros(_MAX_STREAMS, 4, dtype=torch.int32, device=self.device)
         self._streams: dict[int, int] = {}
-        self._said: set[str] = set()
         self._sizes: dict[int, ExpertShape] = {}
 
     def pack_experts(
@@ -237,11 +234,6 @@ class TritonBackend(TorchBackend):
         if any(t.stride(-1) != 1 for t in (plain.gate_EFD, plain.up_EFD, plain.down_EDF)):
             return "expert weights with strided rows"
         return None
-
-    def _fall_back(self, reason: str) -> None:
-        if reason not in self._said:
-            self._said.add(reason)
-            log.warning("no Triton kernel for %s: running it on torch's own operations", reason)
 
     def _ticket(self) -> torch.Tensor:
         """A counter of the current stream; launches of one stream use it one after the other."""

@@ -12,8 +12,8 @@ from .triton_combine import plan_combine
 from .triton_device import DeviceProperties
 from .triton_gemv import GemvConfig, plan_pair_down, plan_pair_gate_up
 from .triton_grouped_gemm import GemmConfig, describable, plan_down, plan_gate_up
+from .triton_index import ExpertIndex, plan_index
 from .triton_launch import Launch
-from .triton_router import ExpertIndex, plan_index
 from .triton_tuning import (
     ExpertShape,
     GemmProblem,

@@ -112,7 +112,7 @@ def pair_down_kernel(
         expert = tl.load(ids_ptr + slot)
         weight = 1.0
         if not WEIGHT_ON_INPUT:
-            weight = tl.load(weights_ptr + slot)
+            weight = tl.load(weights_ptr + slot, mask=rows > 0, other=0.0)
         if down_bias_ptr is not None:
             bias_at_N = down_bias_ptr + expert * hidden_size + n_N
             bias_N += weight * tl.load(bias_at_N, mask=ok_k_N, other=0.0).to(tl.float32)

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .triton_index import ExpertIndex
 from .triton_launch import Launch, cdiv
-from .triton_router import ExpertIndex
 from .triton_tiles import dot, gated_activation, load_weight_tile, tile_coordinates
 
 

@@ -119,3 +119,10 @@ def require_contiguous(**tensors: torch.Tensor | None) -> None:
             raise ValueError(
                 f"{name} must be contiguous; it has shape {tuple(tensor.shape)}, strides {tensor.stride()}"
             )
+
+
+def require_contiguous_channels(**tensors: torch.Tensor) -> None:
+    """Raise ValueError naming a tensor whose last dimension is strided; the others may be."""
+    for name, tensor in tensors.items():
+        if tensor.stride(-1) != 1:
+            raise ValueError(f"{name} must have contiguous channels; its strides are {tensor.stride()}")

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_launch import Launch, next_power_of_2
+from .triton_launch import Launch, next_power_of_2, require_contiguous, require_contiguous_channels
 from .types import AttentionBatch, KVLayer
 
 
@@ -93,6 +93,7 @@ def plan_rms_norm(
     Raises:
         ValueError: when the elements of a row are strided.
     """
+    require_contiguous(residual_TD=residual_TD, weight_D=weight_D)
     num_rows, width = x_TD.shape
     if x_TD.stride(1) != 1:
         raise ValueError(f"x_TD must have contiguous rows; its strides are {x_TD.stride()}")
@@ -128,12 +129,13 @@ def plan_rope_and_write(
     """Launch that rotates into ``out_THC`` (contiguous) and fills the rows' slots; heads and rows may be strided.
 
     Raises:
-        ValueError: when the channels of an input are strided.
+        ValueError: when the channels of an input are strided, or positions or slots are.
     """
     keys, values = layer.keys_BGPC, layer.values_BGPC
-    for name, tensor in (("q_THC", q_THC), ("k_TGC", k_TGC), ("v_TGC", v_TGC), ("keys_BGPC", keys)):
-        if tensor.stride(-1) != 1:
-            raise ValueError(f"{name} must have contiguous channels; its strides are {tensor.stride()}")
+    require_contiguous(positions_T=batch.positions_T, slots_T=batch.slots_T)
+    require_contiguous_channels(
+        q_THC=q_THC, k_TGC=k_TGC, v_TGC=v_TGC, cos_sin_LC=cos_sin_LC, keys_BGPC=keys, values_BGPC=values
+    )
     num_rows, num_heads, head_dim = q_THC.shape
     num_kv_heads = k_TGC.shape[1]
     return Launch(

@@ -12,8 +12,9 @@ from .triton_combine import plan_combine
 from .triton_experts import ExpertPlanner, shape_of, tma_possible
 from .triton_gemv import GemvConfig, plan_pair_down, plan_pair_gate_up
 from .triton_grouped_gemm import GemmConfig, plan_down, plan_gate_up
+from .triton_index import ExpertIndex
 from .triton_launch import Launch
-from .triton_router import ExpertIndex, plan_route
+from .triton_router import plan_route
 from .triton_tuning import PathChoice, best_gemms, refine, row_tile
 from .types import Routing
 

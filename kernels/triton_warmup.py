@@ -13,7 +13,7 @@ from .triton_attention import plan_attention
 from .triton_experts import ExpertPlanner, plan_experts, shape_of
 from .triton_launch import Launch
 from .triton_norm import plan_rms_norm, plan_rope_and_write
-from .triton_router import plan_index, plan_route
+from .triton_router import plan_route
 from .triton_tuning import best_attention
 from .types import AttentionBatch, KVLayer, Routing
 
@@ -64,7 +64,9 @@ def norm_launches(shape: WarmUpShape, tokens: int, dtype: torch.dtype) -> list[L
     return launches
 
 
-def mixture_launches(shape: WarmUpShape, tokens: int, dtype: torch.dtype, planner: ExpertPlanner) -> list[Launch]:
+def mixture_launches(
+    shape: WarmUpShape, tokens: int, dtype: torch.dtype, planner: ExpertPlanner, biased: bool = False
+) -> list[Launch]:
     """Routing and experts of one layer for so many rows."""
     spec = shape.router
     assert spec is not None, "the layer has no mixture"
@@ -74,7 +76,8 @@ def mixture_launches(shape: WarmUpShape, tokens: int, dtype: torch.dtype, planne
     def weights(*sizes: int) -> torch.Tensor:
         return torch.empty(*sizes, dtype=dtype, device=_META)
 
-    plain = PlainExperts(weights(e, f, d), weights(e, f, d), weights(e, d, f), None, None, None)
+    biases = (weights(e, f), weights(e, f), weights(e, d)) if biased else (None, None, None)
+    plain = PlainExperts(weights(e, f, d), weights(e, f, d), weights(e, d, f), *biases)
     ticket = torch.empty(1, dtype=torch.int32, device=_META)
     path = planner.path(tokens, shape_of(plain, top_k))
     logits_dtype = torch.float32 if spec.float32_logits else dtype
@@ -93,11 +96,11 @@ def mixture_launches(shape: WarmUpShape, tokens: int, dtype: torch.dtype, planne
             expert_ids_TK=torch.empty(tokens, top_k, dtype=torch.int32, device=_META),
             weights_TK=torch.empty(tokens, top_k, device=_META),
         )
-    experts = plan_experts(x_TD, plain, routing, shape.activation, torch.empty_like(x_TD), planner, ticket)
     # An expert budget replaces the counts of a routing, which then needs tables of its own.
-    counts_T = torch.empty(tokens, dtype=torch.int32, device=_META)
-    _, rebuilt = plan_index(replace(routing, counts_T=counts_T), e, path.block_m, ticket)
-    return [*launches, *experts, *([] if path.pairs else rebuilt)]
+    fewer = replace(routing, counts_T=torch.empty(tokens, dtype=torch.int32, device=_META))
+    for case in (routing, fewer):
+        launches += plan_experts(x_TD, plain, case, shape.activation, torch.empty_like(x_TD), planner, ticket)
+    return launches
 
 
 def attention_launches(

@@ -25,6 +25,9 @@ import torch
 # While it is imported, Triton decides whether to compile kernels or to interpret them; without a GPU only that can run.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
+# The kernels are imported after that.
+from dynamoe.kernels.cpu_backend import ISAS, CpuBackend
+
 VOCAB_SIZE = 320
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # ids 0, 1, 2
 CHAT_TEMPLATE = (
@@ -79,6 +82,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "logits_scaling": 1.7,
     },
 }
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print the tables that tests recorded as ``table``: registers and shared memory of compiled kernels."""
+    for report in terminalreporter.getreports("passed"):
+        for name, text in report.user_properties:
+            if name == "table":
+                terminalreporter.section(report.nodeid)
+                terminalreporter.write_line(text)
 
 
 def write_tokenizer(directory: Path) -> None:
@@ -136,6 +148,35 @@ def build_checkpoint(
     model.generation_config.update(eos_token_id=[2, 0], pad_token_id=0, bos_token_id=1)
     model.to(getattr(torch, dtype)).save_pretrained(directory, max_shard_size=max_shard_size)
     write_tokenizer(directory)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fresh floating-point tensors hold NaN and fresh integers the largest value, so that unwritten outputs show."""
+    was_strict, was_filled = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(4).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(was_strict)
+    torch.utils.deterministic.fill_uninitialized_memory = was_filled
+
+
+CPU_CELLS = [(isa, dtype) for isa in ISAS[1:] for dtype in (torch.float32, torch.bfloat16)]
+
+
+@pytest.fixture(params=CPU_CELLS, ids=lambda cell: f"{cell[0]}-{str(cell[1])[6:]}")
+def cpu_backend(request: pytest.FixtureRequest) -> CpuBackend:
+    """The C++ kernels on each instruction set that this processor has, in each dtype."""
+    torch.manual_seed(0)
+    isa, dtype = request.param
+    best = CpuBackend("cpu", dtype)
+    if torch.ops.dynamoe_cpu.find_isa(isa) < 0:
+        pytest.skip(f"this processor has no {isa}")
+    return best if best.isa == isa else CpuBackend("cpu", dtype, isa=isa)
 
 
 @pytest.fixture(scope="session")

@@ -5,23 +5,34 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
-SHAPES = ("default", "granite-1b-a400m", "olmoe", "qwen3-30b-a3b", "mixtral", "deepseek-v3", "longcat")
+SHAPES = ("default", "granite-1b-a400m", "olmoe", "qwen3-30b-a3b", "mixtral", "deepseek-v3", "longcat", "variants")
 
 
-def compile_table(target: str, shape: str, *more: str) -> str:
-    """Run the compiler in a process of its own: the tests' own process may be in interpreter mode."""
+@pytest.fixture
+def compile_table(record_property: Callable[[str, object], None]) -> Callable[..., str]:
+    """The compiler in a process of its own, as the tests' process may be in interpreter mode. Its table is printed."""
+
+    def run(*arguments: str) -> str:
+        table = run_compiler(*arguments)
+        record_property("table", table)
+        return table
+
+    return run
+
+
+def run_compiler(target: str, shape: str, *more: str) -> str:
     command = [sys.executable, "-m", "dynamoe.kernels.triton_aot", "--target", target, "--shape", shape, *more]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-    print(done.stdout)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def test_sm_90_one_shape() -> None:
+def test_sm_90_one_shape(compile_table: Callable[..., str]) -> None:
     table = compile_table("sm_90", "qwen3-30b-a3b")
     prefill = [line.split() for line in table.splitlines() if "m128 n" in line and ("_up_" in line or "down" in line)]
     assert len(prefill) == 2
@@ -33,12 +44,12 @@ def test_sm_90_one_shape() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("target", ["sm_90", "sm_80", "gfx942"])
-def test_every_target_and_shape(target: str, shape: str) -> None:
+def test_every_target_and_shape(target: str, shape: str, compile_table: Callable[..., str]) -> None:
     compile_table(target, shape)
 
 
 @pytest.mark.slow
-def test_float16() -> None:
+def test_float16(compile_table: Callable[..., str]) -> None:
     compile_table("sm_90", "granite-1b-a400m", "--dtype", "float16")
 
 

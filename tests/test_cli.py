@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import resource
 import subprocess
 import sys
@@ -125,6 +126,15 @@ def test_unknown_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None
     assert main(["serv"]) == 2
     names = ", ".join(COMMAND_NAMES)
     assert capsys.readouterr().err == f"dynamoe: there is no command 'serv'; there are: {names}\n"
+
+
+def test_the_cpu_backend_without_a_compiler_is_one_line(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dynamoe", "generate", f"model={make_checkpoint('llama')}", "prompt=Hello"]
+    environment = {**os.environ, "CXX": "no-such-compiler", "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run([*command, "backend=cpu"], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 2
+    reason = "no C++ compiler: 'no-such-compiler' is not on the path"
+    assert done.stderr == f"dynamoe generate: the cpu backend cannot run here: {reason}\n"
 
 
 def test_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,22 +6,16 @@ import itertools
 
 import pytest
 import torch
-from dynamoe.kernels.cpu_backend import ISAS, CpuBackend
+from dynamoe.kernels.cpu_backend import CpuBackend
 from dynamoe.kernels.router_spec import RouterSpec
 from dynamoe.kernels.types import AttentionBatch, KVLayer, Routing
 
 CUTS = ((0, 1, 2, 3, 7, 20, 33, 61, 150), (0, 149, 150), (0, 75, 150), (0, 150))
-DTYPES = (torch.float32, torch.bfloat16)
 
 
-@pytest.fixture(params=[(isa, dtype) for isa in ISAS[1:] for dtype in DTYPES], ids=lambda p: f"{p[0]}-{str(p[1])[6:]}")
-def backend(request: pytest.FixtureRequest) -> CpuBackend:
-    isa, dtype = request.param
-    torch.manual_seed(0)
-    reference = CpuBackend("cpu", dtype)
-    if torch.ops.dynamoe_cpu.find_isa(isa) < 0:
-        pytest.skip(f"this processor has no {isa}")
-    return reference if reference.isa == isa else CpuBackend("cpu", dtype, isa=isa)
+@pytest.fixture
+def backend(cpu_backend: CpuBackend) -> CpuBackend:
+    return cpu_backend
 
 
 def in_parts(run, cuts: tuple[int, ...]) -> torch.Tensor:

@@ -1,8 +1,9 @@
-"""The engine gives the tokens of transformers, however it cuts, caches, preempts and batches."""
+"""The engine gives the tokens of transformers, however it cuts, caches, preempts and batches, on every backend."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from dynamoe.dynamic.sampling_params import SamplingParams
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe")
 NEW_TOKENS = 48
 LENGTHS = (1, 3, 7, 16, 17, 33, 60, 90)
-GREEDY = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
 
 
 def random_prompts(lengths: tuple[int, ...], seed: int = 0) -> list[list[int]]:
@@ -36,64 +36,92 @@ def run(engine: Engine, prompts: list[list[int]], params: SamplingParams | list[
     return list(tokens.values())
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(
+@dataclass(frozen=True)
+class Case:
+    """A model on a backend, prompts, and the tokens that transformers generates for them, one by one."""
+
+    model: LoadedModel
+    prompts: list[list[int]]
+    expected: list[list[int]]
+    pages_too_few: int  # of 8 tokens: less than all sequences need in the end
+
+    def check(self, config: EngineConfig | None = None) -> Engine:
+        engine = Engine(self.model, config or EngineConfig())
+        assert self.tokens(engine) == self.expected
+        return engine
+
+    def tokens(self, engine: Engine, given: int = 0) -> list[list[int]]:
+        """What the engine answers when the first ``given`` tokens of the answers are part of the prompts."""
+        prompts = [p + e[:given] for p, e in zip(self.prompts, self.expected, strict=True)]
+        rest = len(self.expected[0]) - given
+        return run(engine, prompts, SamplingParams(temperature=0.0, max_tokens=rest, ignore_eos=True))
+
+
+# Every family on the kernels of a CPU; a dense one and a mixture on the others. Interpreted kernels take a second per
+# step, so there they run one layer, on short prompts.
+CASES = [
+    *((family, "cpu") for family in FAMILIES),
+    *((family, backend) for backend in ("torch", "grouped_mm", "triton") for family in ("llama", "mixtral")),
+]
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def case(
     request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path], reference_model: Callable[[Path], Any]
-) -> tuple[LoadedModel, list[list[int]]]:
-    """A model, and the tokens that transformers generates for the prompts, one by one."""
-    path = make_checkpoint(request.param)
-    reference = reference_model(path)
+) -> Case:
+    family, backend = request.param
+    interpreted = backend == "triton"
+    if interpreted and torch.cuda.is_available():
+        pytest.skip("with a GPU at hand kernels are compiled, not interpreted")
+    path = make_checkpoint(family, **({"num_hidden_layers": 1} if interpreted else {}))
+    prompts, new_tokens, pages_too_few = random_prompts(LENGTHS), NEW_TOKENS, 40
+    if interpreted:
+        prompts, new_tokens, pages_too_few = random_prompts((6, 7, 15, 9)), 8, 6
     expected = []
-    for prompt in random_prompts(LENGTHS):
-        output = reference.generate(
+    for prompt in prompts:
+        output = reference_model(path).generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            max_new_tokens=NEW_TOKENS,
+            max_new_tokens=new_tokens,
             do_sample=False,
             eos_token_id=None,
             pad_token_id=0,
         )
         expected.append(output[0, len(prompt) :].tolist())
-    return load_model(path, dtype="float32", progress=False), expected
+    model = load_model(path, dtype="float32", device="cpu", backend=backend, progress=False)
+    assert model.decoder.backend.name == backend
+    return Case(model, prompts, expected, pages_too_few)
 
 
-def test_prompts_of_different_lengths_together(family: tuple[LoadedModel, list[list[int]]]) -> None:
-    model, expected = family
-    assert run(Engine(model), random_prompts(LENGTHS), GREEDY) == expected
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # lanes that the interpreter computes and a mask discards
+class TestTokensOfTransformers:
+    def test_prompts_of_different_lengths_together(self, case: Case) -> None:
+        case.check()
 
+    def test_with_chunked_prefill(self, case: Case) -> None:
+        case.check(EngineConfig(max_num_batched_tokens=13, enable_prefix_caching=False))
 
-def test_with_chunked_prefill(family: tuple[LoadedModel, list[list[int]]]) -> None:
-    model, expected = family
-    engine = Engine(model, EngineConfig(max_num_batched_tokens=13, enable_prefix_caching=False))
-    assert run(engine, random_prompts(LENGTHS), GREEDY) == expected
+    def test_with_prefix_cache_hits(self, case: Case) -> None:
+        engine = case.check(EngineConfig(block_size=8))
+        assert engine.stats().prefix_cache_hits == 0
+        assert case.tokens(engine) == case.expected
+        assert engine.stats().prefix_cache_hits == sum((len(p) - 1) // 8 * 8 for p in case.prompts)
+        given = len(case.expected[0]) * 5 // 8
+        assert case.tokens(engine, given) == [e[given:] for e in case.expected]
 
-
-def test_with_prefix_cache_hits(family: tuple[LoadedModel, list[list[int]]]) -> None:
-    model, expected = family
-    engine = Engine(model, EngineConfig(block_size=8))
-    assert run(engine, random_prompts(LENGTHS), GREEDY) == expected
-    assert engine.stats().prefix_cache_hits == 0
-    assert run(engine, random_prompts(LENGTHS), GREEDY) == expected
-    assert engine.stats().prefix_cache_hits == sum((n - 1) // 8 * 8 for n in LENGTHS)
-    longer = [p + e[:30] for p, e in zip(random_prompts(LENGTHS), expected, strict=True)]
-    rest = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS - 30, ignore_eos=True)
-    assert run(engine, longer, rest) == [e[30:] for e in expected]
-
-
-@pytest.mark.parametrize("enable_prefix_caching", [True, False])
-def test_with_preemption(family: tuple[LoadedModel, list[list[int]]], enable_prefix_caching: bool) -> None:
-    model, expected = family
-    spec = model.spec
-    page_bytes = 2 * spec.num_layers * spec.num_kv_heads * 8 * spec.head_dim * 4
-    config = EngineConfig(
-        block_size=8,
-        kv_memory=40 * page_bytes,  # all prompts together need 78 pages in the end
-        max_num_batched_tokens=64,
-        enable_prefix_caching=enable_prefix_caching,
-    )
-    engine = Engine(model, config)
-    assert run(engine, random_prompts(LENGTHS), GREEDY) == expected
-    assert engine.stats().preemptions > 0
+    @pytest.mark.parametrize("enable_prefix_caching", [True, False])
+    def test_with_preemption(self, case: Case, enable_prefix_caching: bool) -> None:
+        spec = case.model.spec
+        page_bytes = 2 * spec.num_layers * spec.num_kv_heads * 8 * spec.head_dim * 4
+        engine = case.check(
+            EngineConfig(
+                block_size=8,
+                kv_memory=case.pages_too_few * page_bytes,
+                max_num_batched_tokens=64,
+                enable_prefix_caching=enable_prefix_caching,
+            )
+        )
+        assert engine.stats().preemptions > 0
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2_moe"])

@@ -11,11 +11,28 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+# A machine with a GPU may have none of these: the check needs torch, triton and transformers.
+ABSENT = (
+    "accelerate", "deepspeed", "fastapi", "gguf", "hydra", "megablocks", "omegaconf", "openai", "prometheus_client",
+    "pytest", "starlette", "uvicorn",
+)  # fmt: skip
 
 
-def run(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+@pytest.fixture
+def bare_environment(tmp_path: Path) -> dict[str, str]:
+    """Variables of an interpreter that cannot import ``ABSENT``, nor find the package where it is installed."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        f"import sys\nsys.modules.update(dict.fromkeys({ABSENT}))\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"
+    )
+    return {**os.environ, "PYTHONPATH": str(site)}
+
+
+def run(script: str, *arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=cwd, env=dict(os.environ))
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=cwd, env=env)
 
 
 def test_layer_benchmark(tmp_path: Path) -> None:
@@ -43,9 +60,18 @@ def test_without_a_gpu_the_check_says_how_to_rehearse(tmp_path: Path) -> None:
     assert "--rehearse" in done.stderr
 
 
+def test_the_check_imports_only_what_it_says_it_needs(tmp_path: Path, bare_environment: dict[str, str]) -> None:
+    code = f"import {ABSENT[0]}"
+    blocked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=bare_environment)
+    assert "ModuleNotFoundError" in blocked.stderr
+    done = run("gpu_check.py", "--help", cwd=tmp_path, env=bare_environment)
+    assert done.returncode == 0, done.stderr
+    assert "--rehearse" in done.stdout
+
+
 @pytest.mark.slow
-def test_rehearsal(tmp_path: Path) -> None:
-    done = run("gpu_check.py", "--rehearse", "--output", str(tmp_path), cwd=tmp_path)
+def test_rehearsal(tmp_path: Path, bare_environment: dict[str, str]) -> None:
+    done = run("gpu_check.py", "--rehearse", "--output", str(tmp_path), cwd=tmp_path, env=bare_environment)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.glob("gpu_check-*.json")
     report = json.loads(path.read_text())

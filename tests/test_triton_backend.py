@@ -19,7 +19,6 @@ from dynamoe.dynamic.engine.warm_up import warm_up_shapes
 from dynamoe.dynamic.loader import load_model
 from dynamoe.dynamic.sampling_params import SamplingParams
 from dynamoe.kernels import reference
-from dynamoe.kernels.ops import select_backend
 from dynamoe.kernels.router_spec import RouterSpec
 from dynamoe.kernels.triton_backend import TritonBackend, WarmUpShape
 from dynamoe.kernels.triton_device import A100, H100, LISTED
@@ -70,33 +69,11 @@ def oracle(x_TD: torch.Tensor, weights: ExpertWeights, routing: object) -> torch
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 40])
-def test_route_and_experts_on_poisoned_memory(
-    backend: TritonBackend, num_tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_runs_give_the_same_bits(backend: TritonBackend, num_tokens: int) -> None:
     weights = make_experts(backend)
     x_TD, logits_TE = torch.randn(num_tokens, 32, device=DEVICE), torch.randn(num_tokens, 6, device=DEVICE)
-    plain_empty = torch.empty
-
-    def poisoned(*sizes: object, **options: object) -> torch.Tensor:
-        tensor = plain_empty(*sizes, **options)  # type: ignore[call-overload]
-        return tensor.fill_(float("nan") if tensor.is_floating_point() else 1 << 20)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-    monkeypatch.setattr(
-        torch, "empty_like", lambda t, **options: poisoned(t.shape, **{"dtype": t.dtype, "device": t.device, **options})
-    )
-    monkeypatch.setattr(
-        torch.Tensor,
-        "new_empty",
-        lambda t, *sizes, **options: poisoned(*sizes, **{"dtype": t.dtype, "device": t.device, **options}),
-    )
-    routing = backend.route(logits_TE, SPEC)
-    out_TD = backend.experts(x_TD, weights, routing)
-    again_TD = backend.experts(x_TD, weights, backend.route(logits_TE, SPEC))
-    monkeypatch.undo()
-    expected_TD = oracle(x_TD, weights, reference.route(logits_TE, SPEC))
-    torch.testing.assert_close(out_TD, expected_TD, rtol=1e-4, atol=1e-5)
-    assert torch.equal(out_TD, again_TD)
+    first, second = (backend.experts(x_TD, weights, backend.route(logits_TE, SPEC)) for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_replaced_counts_get_new_tables(backend: TritonBackend) -> None:
@@ -143,35 +120,26 @@ def test_what_no_kernel_covers_falls_back_and_says_so_once(
         out_TD = backend.experts(x_TD, replace(weights, data=strided), ours)
     torch.testing.assert_close(out_TD, oracle(x_TD, weights, ours), rtol=1e-4, atol=1e-5)
     assert [r.getMessage().split(":")[0] for r in caplog.records] == [
-        "no Triton kernel for routing with a capacity",
-        "no Triton kernel for expert weights with strided rows",
+        "the triton backend has no kernel for routing with a capacity",
+        "the triton backend has no kernel for expert weights with strided rows",
     ]
 
 
-def test_a_model_gives_the_same_tokens(make_checkpoint: Callable[..., Path]) -> None:
+def test_a_model_compiles_nothing_during_requests(make_checkpoint: Callable[..., Path]) -> None:
     path = make_checkpoint("mixtral", num_hidden_layers=1, sliding_window=4)
-    prompts = [[5, 9, 200, 31, 7, 77], [11]]
-    results, launched, planned = [], [], []
-    for name in ("torch", "grouped_mm", "triton"):
-        limits = EngineConfig(max_num_seqs=4, max_num_batched_tokens=16, max_model_len=32)
-        model = load_model(path, dtype="float32", device=DEVICE, backend=name, progress=False)
-        engine = Engine(model, limits)
-        if name == "triton":
-            backend = model.decoder.backend
-            assert isinstance(backend, TritonBackend)
-            run = backend._run
-            backend._run = lambda launches, run=run: (launched.extend(launches), run(launches))[1]  # type: ignore[method-assign]
-            planned = planned_launches(warm_up_shapes(model.spec, limits, 32), torch.float32, backend.planner)
-        for number, prompt in enumerate(prompts):
-            engine.add_request(str(number), prompt, SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True))
-        tokens: dict[str, list[int]] = {}
-        while engine.has_unfinished():
-            for delta in engine.step():
-                tokens.setdefault(delta.request_id, []).extend(delta.completions[0].token_ids)
-        results.append(tokens)
-    assert results[0] == results[1] == results[2]
-    assert [len(t) for t in results[0].values()] == [3, 3]
+    limits = EngineConfig(max_num_seqs=4, max_num_batched_tokens=16, max_model_len=32)
+    model = load_model(path, dtype="float32", device=DEVICE, backend="triton", progress=False)
+    engine, backend, launched = Engine(model, limits), model.decoder.backend, []
+    assert isinstance(backend, TritonBackend)
+    run = backend._run
+    backend._run = lambda launches: (launched.extend(launches), run(launches))[1]  # type: ignore[method-assign]
+    planned = planned_launches(warm_up_shapes(model.spec, limits, 32), torch.float32, backend.planner)
+    for number, prompt in enumerate([[5, 9, 200, 31, 7, 77], [11]]):
+        engine.add_request(str(number), prompt, SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True))
+    while engine.has_unfinished():
+        engine.step()
     compiled = {variant(launch) for launch in planned}
+    assert launched
     assert not {launch.name for launch in launched if variant(launch) not in compiled}, "compiled during a request"
 
 
@@ -182,25 +150,6 @@ def test_without_a_gpu_or_the_interpreter_the_backend_is_refused() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
     assert "ValueError: the triton backend needs a GPU (or TRITON_INTERPRET=1), not device 'cpu'" in done.stderr
-
-
-def test_grouped_mm_backend(caplog: pytest.LogCaptureFixture) -> None:
-    grouped = select_backend("cpu", torch.bfloat16, "grouped_mm")
-    torch.manual_seed(6)
-    routing = grouped.route(torch.randn(7, 4), RouterSpec(num_experts=4, top_k=2))
-    x_TD = torch.randn(7, 32).bfloat16()
-    for width, said in ((24, 0), (21, 1)):  # rows of 21 bfloat16 are no multiple of 16 bytes
-        gate, up, down = torch.randn(4, width, 32), torch.randn(4, width, 32), torch.randn(4, 32, width)
-        weights = grouped.pack_experts(gate * 0.2, up * 0.2, down * 0.2, "silu")
-        out_TD = grouped.experts(x_TD, weights, routing)
-        expected_TD = reference.experts(x_TD.float(), gate * 0.2, up * 0.2, down * 0.2, routing, "silu")
-        assert (out_TD.float() - expected_TD).norm() / expected_TD.norm() < 2e-2
-        assert len(caplog.records) == said
-
-
-def test_megablocks_is_refused_without_a_gpu() -> None:
-    with pytest.raises(ValueError, match="megablocks backend runs bfloat16 on a GPU"):
-        select_backend("cpu", torch.bfloat16, "megablocks")
 
 
 def test_warm_up_plans_everything_that_requests_launch(backend: TritonBackend) -> None:
@@ -216,7 +165,10 @@ def test_warm_up_plans_everything_that_requests_launch(backend: TritonBackend) -
     backend._run = lambda launches: launched.extend(launches)  # type: ignore[method-assign]
     for num_tokens in (1, 2, 3, 17, 40, 64):
         x_TD = torch.randn(num_tokens, 32, device=DEVICE)
-        backend.experts(x_TD, weights, backend.route(torch.randn(num_tokens, 6, device=DEVICE), SPEC))
+        routing = backend.route(torch.randn(num_tokens, 6, device=DEVICE), SPEC)
+        backend.experts(x_TD, weights, routing)
+        counts_T = torch.ones(num_tokens, dtype=torch.int32, device=DEVICE)
+        backend.experts(x_TD, weights, replace(routing, counts_T=counts_T))  # an expert budget
         backend.rms_norm(x_TD, x_TD[0], 1e-5)
         backend.add_rms_norm(x_TD, x_TD, x_TD[0], 1e-5)
     assert not {launch.name for launch in launched if variant(launch) not in planned}

@@ -6,7 +6,8 @@ import pytest
 import torch
 from dynamoe.kernels import reference
 from dynamoe.kernels.router_spec import RouterSpec
-from dynamoe.kernels.triton_router import ExpertIndex, max_row_tiles, plan_index, plan_route
+from dynamoe.kernels.triton_index import ExpertIndex, max_row_tiles, plan_index
+from dynamoe.kernels.triton_router import plan_route
 from dynamoe.kernels.types import Routing
 
 # The interpreter computes lanes that a mask discards later, and numpy warns about them.

@@ -1,0 +1,127 @@
+"""Attention and the cache write of the C++ kernels against the oracle, on every instruction set of this processor."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from dynamoe.kernels import reference
+from dynamoe.kernels.cpu_backend import CpuBackend
+from dynamoe.kernels.tolerance import TOLERANCE, error
+from dynamoe.kernels.torch_backend import TorchBackend
+from dynamoe.kernels.types import AttentionBatch, KVLayer
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture
+def backend(cpu_backend: CpuBackend) -> CpuBackend:
+    return cpu_backend
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    assert actual.shape == expected.shape
+    assert error(actual, expected) <= TOLERANCE[dtype]
+
+
+def paged_problem(
+    backend: CpuBackend, contexts: list[int], rows=None, heads=6, kv_heads=2, channels=40, page=16, cache=None
+):
+    """Queries of the last rows of every sequence, and a cache whose unused slots are NaN."""
+    rows = rows or contexts
+    pages = [-(-length // page) for length in contexts]
+    order = torch.randperm(sum(pages)).int()
+    table = torch.full((len(contexts), max(pages)), 10**9, dtype=torch.int32)
+    shape = (sum(pages), kv_heads, page, channels)
+    keys, values = (torch.full(shape, float("nan"), dtype=cache or backend.dtype) for _ in range(2))
+    positions, slots = [], []
+    for s, length in enumerate(contexts):
+        table[s, : pages[s]] = order[sum(pages[:s]) : sum(pages[: s + 1])]
+        place = torch.arange(length)
+        slot = table[s][place // page].long() * page + place % page
+        for part in (keys, values):
+            part[slot // page, :, slot % page] = torch.randn(length, kv_heads, channels).to(part.dtype)
+        positions.append(place[length - rows[s] :])
+        slots.append(slot[length - rows[s] :])
+    batch = AttentionBatch(
+        positions_T=torch.cat(positions),
+        slots_T=torch.cat(slots),
+        query_start_S1=torch.tensor([0, *itertools.accumulate(rows)], dtype=torch.int32),
+        context_len_S=torch.tensor(contexts, dtype=torch.int32),
+        block_table_SM=table,
+        max_query_len=max(rows),
+        max_context_len=max(contexts),
+    )
+    q = torch.randn(sum(rows), heads, channels).to(backend.dtype)
+    return q, KVLayer(keys_BGPC=keys, values_BGPC=values), batch
+
+
+def oracle_attention(q: torch.Tensor, layer: KVLayer, batch: AttentionBatch, **options) -> torch.Tensor:
+    wide = KVLayer(keys_BGPC=layer.keys_BGPC.float().nan_to_num(), values_BGPC=layer.values_BGPC.float().nan_to_num())
+    return reference.paged_attention(q.float(), wide, batch, **options)
+
+
+ATTENTION_EDGES: dict[str, dict] = {
+    "one token of context": {"contexts": [1]},
+    "decode": {"contexts": [5, 64, 65, 300], "rows": [1, 1, 1, 1]},
+    "decode of one long context": {"contexts": [1100], "rows": [1]},
+    "prefill": {"contexts": [130, 17]},
+    "chunk of a prompt beside decodes": {"contexts": [200, 33, 90], "rows": [70, 1, 1]},
+    "every head its own keys": {"contexts": [70, 9], "heads": 3, "kv_heads": 3, "channels": 64},
+    "all heads one key": {"contexts": [70, 9], "heads": 16, "kv_heads": 1, "channels": 32},
+    "odd page and head": {"contexts": [50, 23], "page": 5, "channels": 18},
+    "wide head": {"contexts": [40], "heads": 2, "kv_heads": 1, "channels": 256},
+}
+
+
+@pytest.mark.parametrize("window", [None, 1, 20, 100])
+@pytest.mark.parametrize("edge", ATTENTION_EDGES)
+def test_attention(backend: CpuBackend, edge: str, window: int | None):
+    q, layer, batch = paged_problem(backend, **ATTENTION_EDGES[edge])
+    out = backend.attention(q, layer, batch, scale=0.2, window=window)
+    assert_near(out, oracle_attention(q, layer, batch, scale=0.2, window=window), backend.dtype)
+
+
+@pytest.mark.parametrize("cache", DTYPES)
+def test_attention_over_a_cache_of_another_dtype(backend: CpuBackend, cache: torch.dtype):
+    q, layer, batch = paged_problem(backend, [90, 40], [30, 1], cache=cache)
+    assert_near(
+        backend.attention(q, layer, batch, scale=0.2), oracle_attention(q, layer, batch, scale=0.2), backend.dtype
+    )
+
+
+def test_pages_behind_the_window_are_never_read(backend: CpuBackend):
+    q, layer, batch = paged_problem(backend, [100], [1])
+    expected = oracle_attention(q, layer, batch, scale=0.2, window=30)
+    batch.block_table_SM[0, :4] = 10**9  # positions 0 to 63; the window starts at 70
+    assert_near(backend.attention(q, layer, batch, scale=0.2, window=30), expected, backend.dtype)
+
+
+@pytest.mark.parametrize("cache", DTYPES)
+@pytest.mark.parametrize("channels", [2, 40, 64])
+def test_rope_and_write(backend: CpuBackend, channels: int, cache: torch.dtype):
+    _, layer, batch = paged_problem(backend, [21, 3], [20, 2], channels=channels, cache=cache)
+    rows = batch.positions_T.numel()
+    # One projection holds queries, keys and values; its slices lie apart.
+    qkv = torch.randn(rows, 10 * channels).to(backend.dtype)
+    q, k, v = (part.unflatten(-1, (-1, channels)) for part in qkv.split((6 * channels, 2 * channels, 2 * channels), -1))
+    cos_sin = torch.randn(64, channels)
+    wide = KVLayer(keys_BGPC=layer.keys_BGPC.float(), values_BGPC=layer.values_BGPC.float())
+    expected = TorchBackend("cpu", torch.float32).rope_and_write(q.float(), k.float(), v.float(), cos_sin, batch, wide)
+    assert_near(backend.rope_and_write(q, k, v, cos_sin, batch, layer), expected, backend.dtype)
+    for got, wanted in ((layer.keys_BGPC, wide.keys_BGPC), (layer.values_BGPC, wide.values_BGPC)):
+        assert torch.equal(got.isnan(), wanted.isnan())
+        narrower = torch.bfloat16 if torch.bfloat16 in (cache, backend.dtype) else torch.float32
+        assert_near(got.nan_to_num(), wanted.nan_to_num(), narrower)
+
+
+def test_positions_and_slots_outside_are_refused(backend: CpuBackend):
+    q, layer, batch = paged_problem(backend, [4])
+    k = torch.randn(4, 2, 40).to(backend.dtype)
+    with pytest.raises(IndexError, match="rotary table"):
+        backend.rope_and_write(q, k, k, torch.randn(3, 40), batch, layer)
+    with pytest.raises(IndexError, match="not in the cache"):
+        backend.rope_and_write(q, k, k, torch.randn(9, 40), replace(batch, slots_T=batch.slots_T + 1000), layer)

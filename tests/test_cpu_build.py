@@ -1,0 +1,53 @@
+"""The C++ kernels are chosen where they run, and are done without where they cannot be built."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from dynamoe.kernels import cpu_build, ops
+from dynamoe.kernels.cpu_backend import CpuBackend
+
+
+def test_select_backend_takes_the_kernels_on_a_cpu():
+    for dtype in (torch.float32, torch.bfloat16):
+        assert isinstance(ops.select_backend("cpu", dtype), CpuBackend)
+        assert ops.select_backend("cpu", dtype, "torch").name == "torch"
+    assert ops.select_backend("cpu", torch.float16).name == "torch"
+    with pytest.raises(ValueError, match="float16"):
+        ops.select_backend("cpu", torch.float16, "cpu")
+    with pytest.raises(ValueError, match="sse9"):
+        CpuBackend("cpu", torch.float32, isa="sse9")
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [("no-such-compiler", "not on the path"), ("false", "does not run")],
+    ids=["missing", "broken"],
+)
+def test_without_a_compiler_torch_takes_over_with_one_warning(tmp_path, compiler: str, reason: str):
+    script = (
+        "import warnings, torch\n"
+        "from dynamoe.kernels.ops import select_backend\n"
+        "with warnings.catch_warnings(record=True) as seen:\n"
+        "    warnings.simplefilter('default')\n"
+        "    names = [select_backend('cpu', d).name for d in (torch.bfloat16, torch.float32, torch.bfloat16)]\n"
+        "print(names, len(seen), seen[0].message)\n"
+    )
+    environment = {**os.environ, "CXX": compiler, "XDG_CACHE_HOME": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("['torch', 'torch', 'torch'] 1 ")
+    assert reason in result.stdout
+
+
+def test_a_failing_build_says_why(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    (sources / "broken.cpp").write_text("int f() { return undeclared; }\n")
+    monkeypatch.setattr(cpu_build, "SOURCES", sources)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(cpu_build.BuildError, match="undeclared"):
+        cpu_build.build()
