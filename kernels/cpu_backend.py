@@ -198,6 +198,7 @@ class CpuBackend(TorchBackend):
         forced_ids_TK: torch.Tensor | None = None,
     ) -> Routing:
         if not spec.is_plain:
+            self._fall_back("this routing rule")
             return super().route(
                 logits_TE,
                 spec,

@@ -308,7 +308,7 @@ def test_norms(backend: TorchBackend, rows: int, width: int) -> None:
 
 
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 1, 1), (5, 37, 45), (13, 96, 64)])
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(0, 8, 16), (1, 1, 1), (5, 37, 45), (13, 96, 64)])
 def test_linear(backend: TorchBackend, rows: int, outputs: int, inputs: int, biased: bool) -> None:
     x_TI, weight_OI = normal(backend, rows, inputs), normal(backend, outputs, inputs)
     bias_O = normal(backend, outputs) if biased else None
