@@ -40,7 +40,7 @@ from dynamoe.kernels.triton_backend import TritonBackend
 from dynamoe.kernels.triton_tune import tune_experts
 from dynamoe.kernels.types import AttentionBatch, ExpertWeights, KVLayer, Routing
 
-# Of the error's norm over the result's: large shapes, and a GPU's own order of sums, which kernels/tolerance.py is not for.
+# Norm of the error over the result's: for large shapes and a GPU's own order of sums, unlike kernels/tolerance.py.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 GOALS = ((8192, "TFLOP/s", 550.0), (1, "share", 0.50), (8, "share", 0.75), (32, "share", 0.85), (256, "share", 0.85))
 
