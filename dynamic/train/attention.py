@@ -77,7 +77,7 @@ def _rotate(x: torch.Tensor, straight: torch.Tensor, crossed: torch.Tensor, out:
     """``out = x * straight + swapped halves of x * crossed``.
 
     Arguments:
-        x, out: (N, L, H, C), or (N, L, G, R, C) on either side.
+        x, out: (N, L, H, C), or (N, L, G, R, C); one of them may be the first and the other the second.
         straight, crossed: (L, C).
     """
     if x.dim() < out.dim():
@@ -85,8 +85,9 @@ def _rotate(x: torch.Tensor, straight: torch.Tensor, crossed: torch.Tensor, out:
     elif out.dim() < x.dim():
         out = out.unflatten(2, x.shape[2:4])
     half = x.shape[-1] // 2
-    straight, crossed = straight[:, None, None], crossed[:, None, None]
-    torch.mul(x, straight, out=out)
+    crossed = crossed[:, None, None]
+    # Written out for every head, the table is read in long runs.
+    torch.mul(x, straight[:, None, None].expand(x.shape[1:]).contiguous(), out=out)
     out[..., :half].addcmul_(x[..., half:], crossed[..., :half])
     out[..., half:].addcmul_(x[..., :half], crossed[..., half:])
 

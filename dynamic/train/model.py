@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...exits.readout import ReadoutAdapter
-from ...moe.losses import load_balancing_loss, router_z_loss
+from ...moe.losses import load_balancing_loss
 from .attention import causal_attention, norm_and_rotate, rope_table
 from .experts import mixture
 from .functions import fork_normed, rms_norm
@@ -135,11 +135,11 @@ class Attention(nn.Module):
 
 
 class RouterRecord(NamedTuple):
-    """Auxiliary losses of one layer's router, and the entropy of its choice for every token, in nats."""
+    """Auxiliary losses of one layer's router, and its probabilities without gradient."""
 
     balance_loss: torch.Tensor
     z_loss: torch.Tensor
-    entropy_T: torch.Tensor
+    probs_TE: torch.Tensor
 
 
 class SparseMLP(nn.Module):
@@ -157,13 +157,15 @@ class SparseMLP(nn.Module):
         x_TD: normed input, without the norm's weight ``gain_D``.
         """
         logits_TE = self.router(x_TD, gain_D).float()
-        probs_TE = logits_TE.softmax(-1)
+        # The z-loss needs the log-sum-exp anyway, and torch's softmax is slow over so few experts.
+        lse_T1 = logits_TE.logsumexp(-1, keepdim=True)
+        probs_TE = (logits_TE - lse_T1).exp()
         weights_TK, ids_TK = probs_TE.topk(self.top_k)
         weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         gate_up = (self.gate_up_EGFD.flatten(1, 2) * gain_D).to(x_TD.dtype)
         out_TD = mixture(x_TD, gate_up, self.down_EDF.to(x_TD.dtype), ids_TK, weights_TK)
-        entropy_T = torch.special.entr(probs_TE.detach()).sum(-1)
-        return out_TD, RouterRecord(load_balancing_loss(probs_TE, ids_TK), router_z_loss(logits_TE), entropy_T)
+        record = RouterRecord(load_balancing_loss(probs_TE, ids_TK), lse_T1.square().mean(), probs_TE.detach())
+        return out_TD, record
 
 
 class Layer(nn.Module):
@@ -190,8 +192,8 @@ class Layer(nn.Module):
 class DecoderOutput:
     """Hidden states after every exit's layers (unnormed) and after the last layer; mean auxiliary losses.
 
-    ``exits[0]`` is the embedding. ``entropy_T`` of an exit is the routers' mean entropy since the exit before it; it is
-    there when no layer was dropped.
+    ``exits[0]`` is the embedding. ``entropy_T`` of an exit is the routers' mean entropy since the exit before it, in
+    nats; it is there if asked for and no layer was dropped.
     """
 
     exits: dict[int, torch.Tensor]
@@ -232,24 +234,32 @@ class TrainableDecoder(nn.Module):
         for adapter in self.adapters.values():
             adapter.reset(generator)  # type: ignore[operator]
 
-    def forward(self, tokens_NL: torch.Tensor, kept: Sequence[torch.Tensor | None] | None = None) -> DecoderOutput:
+    def forward(
+        self,
+        tokens_NL: torch.Tensor,
+        kept: Sequence[torch.Tensor | None] | None = None,
+        *,
+        entropy: bool = False,
+    ) -> DecoderOutput:
         """Run all layers.
 
         Arguments:
             tokens_NL: int64.
             kept: per layer the sequences (int64 indices) that run it, None for all; the others skip the layer (layer
                 dropout). None runs everything.
+            entropy: fill ``entropy_T``.
         """
         config = self.config
         table = rope_table(tokens_NL.shape[1], config.head_dim, config.rope_theta, tokens_NL.device)
         x_NLD = F.embedding(tokens_NL, self.embedding).to(self.dtype)
-        exits, entropy, records, whole = {0: x_NLD}, {}, [], []
+        exits, entropies, records, whole = {0: x_NLD}, {}, [], []
         for number, layer in enumerate(self.layers):
             rows = None if kept is None else kept[number]
             if rows is None:
                 x_NLD, record = layer(x_NLD, table)
                 records.append(record)
-                whole.append(record.entropy_T)
+                if entropy:
+                    whole.append(torch.special.entr(record.probs_TE).sum(-1))
             elif rows.numel():
                 x_out, record = layer(x_NLD.index_select(0, rows), table)
                 x_NLD = x_NLD.index_copy(0, rows, x_out)
@@ -258,10 +268,10 @@ class TrainableDecoder(nn.Module):
                 since = number + 1 - max(e for e in exits if e <= number)
                 exits[number + 1] = x_NLD
                 if len(whole) == number + 1:
-                    entropy[number + 1] = torch.stack(whole[-since:]).mean(0)
+                    entropies[number + 1] = torch.stack(whole[-since:]).mean(0)
         return DecoderOutput(
             exits=exits,
-            entropy_T=entropy,
+            entropy_T=entropies,
             final_NLD=x_NLD,
             balance_loss=torch.stack([r.balance_loss for r in records]).mean(),
             z_loss=torch.stack([r.z_loss for r in records]).mean(),

@@ -24,14 +24,12 @@ def orthogonalize(update_XAB: torch.Tensor) -> torch.Tensor:
     if x.is_cuda:
         x = x.bfloat16()
     tall = x.shape[1] > x.shape[2]
-    if tall:
-        x = x.transpose(1, 2).contiguous()
     for _ in range(_NEWTON_SCHULZ_STEPS):
-        gram = torch.bmm(x, x.transpose(1, 2))
+        gram = torch.bmm(x.transpose(1, 2), x) if tall else torch.bmm(x, x.transpose(1, 2))
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         polynomial.diagonal(dim1=1, dim2=2).add_(a)
-        x = torch.bmm(polynomial, x)
-    return (x.transpose(1, 2) if tall else x).to(update_XAB.dtype)
+        x = torch.bmm(x, polynomial) if tall else torch.bmm(polynomial, x)
+    return x.to(update_XAB.dtype)
 
 
 class Muon(torch.optim.Optimizer):
