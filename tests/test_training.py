@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from dynamoe.dynamic.train import head_loss
+from dynamoe.dynamic.train.attention import causal_attention, norm_and_rotate, rope_table
 from dynamoe.dynamic.train.corpus import Windows
 from dynamoe.dynamic.train.experts import mixture
-from dynamoe.dynamic.train.functions import causal_attention, rms_norm
+from dynamoe.dynamic.train.functions import fork_normed, rms_norm
 from dynamoe.dynamic.train.language_model import LanguageModelConfig, LanguageModelTask
 from dynamoe.dynamic.train.model import DecoderConfig, TrainableDecoder
 from dynamoe.exits.training.memory import MemoryEstimate, estimate_memory, refuse_if_too_large
@@ -87,13 +89,46 @@ def test_attention_and_its_gradients_match_torch(length: int) -> None:
     q = torch.randn(2, 4, length, 8, requires_grad=True)
     k, v = (torch.randn(2, 2, length, 8, requires_grad=True) for _ in range(2))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    got = causal_attention(q, k, v)
+    got_NLD = causal_attention(q.unflatten(1, (2, 2)).transpose(2, 3).contiguous(), k, v)
+    got = got_NLD.unflatten(2, (4, 8)).transpose(1, 2)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     pull = torch.randn_like(expected)
     for ours, torchs in zip(
         torch.autograd.grad(got, (q, k, v), pull), torch.autograd.grad(expected, (q, k, v), pull), strict=True
     ):
         torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-5)
+
+
+def test_norm_and_rotation_of_heads_and_their_gradients_match_torch() -> None:
+    torch.manual_seed(0)
+    heads, kv_heads, channels = 4, 2, 8
+    qkv = torch.randn(3, 5, heads + 2 * kv_heads, channels, requires_grad=True)
+    weights = [torch.randn(channels, requires_grad=True) for _ in range(2)]
+    table = rope_table(5, channels, 100.0, torch.device("cpu"))
+    cos, sin = (t[:, None] for t in table)
+
+    def expected() -> list[torch.Tensor]:
+        outs = []
+        for x, weight in zip(qkv.split((heads, kv_heads, kv_heads), 2)[:2], weights, strict=True):
+            a, b = torch.nn.functional.rms_norm(x, (channels,), weight, 1e-6).chunk(2, -1)
+            outs.append(torch.cat((a * cos - b * sin, b * cos + a * sin), -1))
+        by_group = outs[0].unflatten(2, (kv_heads, -1)).transpose(1, 2)
+        return [by_group, outs[1].transpose(1, 2), qkv[:, :, heads + kv_heads :].transpose(1, 2)]
+
+    leaves = (qkv, *weights)
+    pulls = [torch.randn_like(t) for t in expected()]
+    results = []
+    for outs in (expected(), norm_and_rotate(qkv, *weights, table, kv_heads, 1e-6)):
+        total = sum((out * pull).sum() for out, pull in zip(outs, pulls, strict=True))
+        results.append([*outs, *torch.autograd.grad(total, leaves)])
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_fork_before_a_sublayer_adds_both_gradients() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: fork_normed(x, 1e-6), x)
 
 
 def test_rms_norm_and_its_gradients_match_torch() -> None:
@@ -172,6 +207,30 @@ def test_exit_loss_is_smallest_for_the_teacher_itself_and_does_not_pull_on_it() 
     assert student.grad is not None
     label_only = exit_loss(student, teacher, targets, 0.0)
     torch.testing.assert_close(label_only, torch.nn.functional.cross_entropy(student, targets))
+
+
+@pytest.mark.parametrize("distillation", [0.0, 0.5, 1.0])
+def test_head_losses_and_their_gradients_match_the_oracle(distillation: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_loss, "_BLOCK_LOGITS", 7 * 30)  # a ragged last block
+    torch.manual_seed(0)
+    final, at_exit = (torch.randn(20, 12, requires_grad=True) for _ in range(2))
+    weight, targets = torch.randn(30, 12, requires_grad=True), torch.randint(30, (20,))
+    logits = final @ weight.t()
+    oracle = (
+        torch.nn.functional.cross_entropy(logits, targets),
+        exit_loss(at_exit @ weight.t(), logits, targets, distillation),
+    )
+    results = []
+    for losses in (oracle, head_loss.head_losses(final, at_exit, weight, targets, distillation)):
+        grads = torch.autograd.grad(losses[0] + 0.3 * losses[1], (final, at_exit, weight))
+        results.append((*losses, *grads))
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    alone, none = head_loss.head_losses(final, None, weight, targets, distillation)
+    assert none is None
+    torch.testing.assert_close(alone, results[0][0])
+    theirs = torch.autograd.grad(torch.nn.functional.cross_entropy(final @ weight.t(), targets), (final, weight))
+    torch.testing.assert_close(torch.autograd.grad(alone, (final, weight)), theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_exits_take_turns_and_their_weight_ramps_up() -> None:

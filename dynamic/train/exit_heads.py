@@ -93,7 +93,7 @@ def collect_states(model: TrainableDecoder, sequences: Iterable[tuple[int, torch
     entropy: dict[int, list[torch.Tensor]] = {layer: [] for layer in model.config.exit_layers}
     final, groups = [], []
     for group, tokens_NL, first in sequences:
-        output = model(tokens_NL.to(model.embedding.device))
+        output = model(tokens_NL.to(model.embedding.device), entropy=True)
         for layer, parts in hidden.items():
             parts.append(output.exits[layer][:, first:].flatten(0, 1))
         for layer, parts in entropy.items():

@@ -14,34 +14,56 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 
-class _GroupedLinear(torch.autograd.Function):
-    """Rows ``splits[e-1]:splits[e]`` of x times the transposed weight of expert e."""
+class _GatedExperts(torch.autograd.Function):
+    """``weight * down_e(silu(gate_e x) * up_e x)`` of rows that lie expert by expert, ``counts[e]`` for expert e.
+
+    One function, because its parts share what they keep, and write their gradients where the next part reads them.
+    """
 
     @staticmethod
-    def forward(ctx, x_RI: torch.Tensor, weight_EOI: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        ctx.save_for_backward(x_RI, weight_EOI)
+    def forward(ctx, x_RD, gate_up_EID, down_EDF, weights_R1, counts: list[int]) -> torch.Tensor:
+        gate_up_RI = _grouped(x_RD, gate_up_EID.transpose(1, 2), counts)
+        gate_RF, up_RF = gate_up_RI.chunk(2, -1)
+        active_RF = F.silu(gate_RF)
+        inner_RF = active_RF * up_RF
+        # Scaling the F inner channels instead of the D outputs is the same product on fewer numbers.
+        scaled_RF = inner_RF * weights_R1
+        ctx.save_for_backward(x_RD, gate_up_EID, down_EDF, weights_R1, gate_up_RI, active_RF, inner_RF, scaled_RF)
         ctx.counts = counts
-        y_RO = x_RI.new_empty(x_RI.shape[0], weight_EOI.shape[1])
-        for x, w, y in zip(x_RI.split(counts), weight_EOI.unbind(0), y_RO.split(counts), strict=True):
-            torch.mm(x, w.t(), out=y)
-        return y_RO
+        return _grouped(scaled_RF, down_EDF.transpose(1, 2), counts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_outputs: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (grad_RO,) = grad_outputs
-        x_RI, weight_EOI = ctx.saved_tensors
-        grad_RO = grad_RO.contiguous()
-        grad_x = torch.empty_like(x_RI) if ctx.needs_input_grad[0] else None
-        grad_w = torch.empty_like(weight_EOI) if ctx.needs_input_grad[1] else None
-        xs, grads = x_RI.split(ctx.counts), grad_RO.split(ctx.counts)
-        if grad_x is not None:
-            for grad, w, out in zip(grads, weight_EOI.unbind(0), grad_x.split(ctx.counts), strict=True):
-                torch.mm(grad, w, out=out)
-        if grad_w is not None:
-            for grad, x, out in zip(grads, xs, grad_w.unbind(0), strict=True):
-                torch.mm(grad.t(), x, out=out)
-        return grad_x, grad_w, None
+        grad_RD = grad_outputs[0].contiguous()
+        x_RD, gate_up_EID, down_EDF, weights_R1, gate_up_RI, active_RF, inner_RF, scaled_RF = ctx.saved_tensors
+        gate_RF, up_RF = gate_up_RI.chunk(2, -1)
+        grad_down = _weight_gradient(grad_RD, scaled_RF, ctx.counts)
+        grad_RF = _grouped(grad_RD, down_EDF, ctx.counts)
+        grad_weights = torch.linalg.vecdot(grad_RF, inner_RF)[:, None]
+        grad_RF.mul_(weights_R1)
+        grad_gate_up = torch.empty_like(gate_up_RI)
+        grad_gate, grad_up = grad_gate_up.chunk(2, -1)
+        torch.mul(active_RF, grad_RF, out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad_RF.mul_(up_RF), gate_RF, grad_input=grad_gate)
+        grad_x = _grouped(grad_gate_up, gate_up_EID, ctx.counts)
+        return grad_x, _weight_gradient(grad_gate_up, x_RD, ctx.counts), grad_down, grad_weights, None
+
+
+def _grouped(x_RA: torch.Tensor, matrix_EAB: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """The rows of every expert times its matrix, (R, B)."""
+    y_RB = x_RA.new_empty(x_RA.shape[0], matrix_EAB.shape[2])
+    for x, matrix, y in zip(x_RA.split(counts), matrix_EAB.unbind(0), y_RB.split(counts), strict=True):
+        torch.mm(x, matrix, out=y)
+    return y_RB
+
+
+def _weight_gradient(grad_RO: torch.Tensor, x_RI: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """Gradient of every expert's matrix, (E, O, I); zero for an expert without rows."""
+    grad_EOI = x_RI.new_empty(len(counts), grad_RO.shape[1], x_RI.shape[1])
+    for grad, x, out in zip(grad_RO.split(counts), x_RI.split(counts), grad_EOI.unbind(0), strict=True):
+        torch.mm(grad.t(), x, out=out)
+    return grad_EOI
 
 
 class _Dispatch(torch.autograd.Function):
@@ -58,7 +80,7 @@ class _Dispatch(torch.autograd.Function):
     def backward(ctx, *grad_outputs: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad_RD,) = grad_outputs
         (inverse_R,) = ctx.saved_tensors
-        return grad_RD.index_select(0, inverse_R).unflatten(0, (-1, ctx.top_k)).sum(1), None, None, None
+        return _sum_slots(grad_RD, inverse_R, ctx.top_k), None, None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -68,7 +90,7 @@ class _Combine(torch.autograd.Function):
     def forward(ctx, y_RD: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor, top_k: int) -> torch.Tensor:
         ctx.save_for_backward(order_R)
         ctx.top_k = top_k
-        return y_RD.index_select(0, inverse_R).unflatten(0, (-1, top_k)).sum(1)
+        return _sum_slots(y_RD, inverse_R, top_k)
 
     @staticmethod
     @once_differentiable
@@ -76,6 +98,11 @@ class _Combine(torch.autograd.Function):
         (grad_TD,) = grad_outputs
         (order_R,) = ctx.saved_tensors
         return grad_TD.index_select(0, order_R // ctx.top_k), None, None, None
+
+
+def _sum_slots(rows_RD: torch.Tensor, inverse_R: torch.Tensor, top_k: int) -> torch.Tensor:
+    """The sum of every token's K sorted rows, (T, D), without gathering them first."""
+    return F.embedding_bag(inverse_R.view(-1, top_k), rows_RD, mode="sum")
 
 
 def mixture(
@@ -105,7 +132,6 @@ def mixture(
     inverse_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
     counts = torch.bincount(flat_R, minlength=num_experts).tolist()
     rows_RD = _Dispatch.apply(x_TD, order_R, inverse_R, top_k)
-    gate_RF, up_RF = _GroupedLinear.apply(rows_RD, gate_up_EID, counts).chunk(2, -1)
-    # Scaling the F inner channels instead of the D outputs is the same product on fewer numbers.
-    scaled_RF = F.silu(gate_RF) * up_RF * weights_TK.flatten()[order_R].to(x_TD.dtype)[:, None]
-    return _Combine.apply(_GroupedLinear.apply(scaled_RF, down_EDF, counts), order_R, inverse_R, top_k)
+    weights_R1 = weights_TK.flatten()[order_R].to(x_TD.dtype)[:, None]
+    y_RD = _GatedExperts.apply(rows_RD, gate_up_EID, down_EDF, weights_R1, counts)
+    return _Combine.apply(y_RD, order_R, inverse_R, top_k)

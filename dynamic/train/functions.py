@@ -1,97 +1,57 @@
-"""Differentiable operations written out because torch's own are slow on a CPU in bfloat16: attention and RMS norm.
+"""Norms with gradients, in few passes over memory: on a CPU these passes, not arithmetic, are what a small layer costs.
 
-Shape suffixes: X sequences times heads, L positions, C channels of one head, D normed dimension, V vocabulary,
-T tokens.
+Shape suffixes: D normed dimension; ``...`` any leading dimensions.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-QUERY_BLOCK = 64  # queries per block; keys behind a block's last query are never multiplied
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums over a dtype are kept in: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
 
 
-class _BlockCausalAttention(torch.autograd.Function):
-    """Causal attention in blocks of queries. Keeps the probabilities: windows are short, recomputing is slow."""
+def reciprocal_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """``1 / sqrt(mean x² + eps)`` over the last dimension, float32 (..., 1)."""
+    # A norm reads x once and writes nothing of its size, unlike the mean of the squares.
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x.dtype))
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+class _ForkNormed(torch.autograd.Function):
+    """The input and the input normed. Their gradients meet here, which saves the pass that would add them."""
 
     @staticmethod
-    def forward(ctx, q_XLC: torch.Tensor, k_XLC: torch.Tensor, v_XLC: torch.Tensor, scale: float) -> torch.Tensor:
-        length = q_XLC.shape[1]
-        out_XLC, kept = torch.empty_like(q_XLC), []
-        future = torch.ones(QUERY_BLOCK, QUERY_BLOCK, dtype=torch.bool, device=q_XLC.device).triu_(1)
-        for start in range(0, length, QUERY_BLOCK):
-            end = min(start + QUERY_BLOCK, length)
-            scores = torch.bmm(q_XLC[:, start:end] * scale, k_XLC[:, :end].transpose(1, 2))
-            scores[:, :, start:end].masked_fill_(future[: end - start, : end - start], float("-inf"))
-            probs = scores.softmax(-1)
-            out_XLC[:, start:end] = torch.bmm(probs, v_XLC[:, :end])
-            kept.append(probs)
-        ctx.save_for_backward(q_XLC, k_XLC, v_XLC, *kept)
-        ctx.scale = scale
-        return out_XLC
+    def forward(ctx, x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+        scale = reciprocal_rms(x, eps)
+        normed = (x * scale).to(x.dtype)
+        ctx.save_for_backward(normed, scale)
+        return x.view_as(x), normed
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_outputs: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (grad_XLC,) = grad_outputs
-        q_XLC, k_XLC, v_XLC, *kept = ctx.saved_tensors
-        grad_q = torch.empty_like(q_XLC)
-        grad_k, grad_v = torch.zeros_like(k_XLC), torch.zeros_like(v_XLC)
-        for block, probs in enumerate(kept):
-            start = block * QUERY_BLOCK
-            end = start + probs.shape[1]
-            grad = grad_XLC[:, start:end]
-            grad_v[:, :end] += torch.bmm(probs.transpose(1, 2), grad)
-            grad_probs = torch.bmm(grad, v_XLC[:, :end].transpose(1, 2))
-            grad_scores = torch._softmax_backward_data(  # pyright: ignore[reportPrivateImportUsage]
-                grad_probs, probs, -1, probs.dtype
-            )
-            grad_q[:, start:end] = torch.bmm(grad_scores, k_XLC[:, :end]) * ctx.scale
-            grad_k[:, :end] += torch.bmm(grad_scores.transpose(1, 2), q_XLC[:, start:end]) * ctx.scale
-        return grad_q, grad_k, grad_v, None
+        grad, grad_normed = grad_outputs
+        normed, scale = ctx.saved_tensors
+        pull = torch.linalg.vecdot(grad_normed.to(scale.dtype), normed).div_(-normed.shape[-1])[..., None]
+        grad_x = torch.addcmul(grad.to(scale.dtype), grad_normed, scale)
+        return grad_x.addcmul_(normed, pull.mul_(scale)).to(normed.dtype), None
 
 
-def causal_attention(q_NHLC: torch.Tensor, k_NGLC: torch.Tensor, v_NGLC: torch.Tensor) -> torch.Tensor:
-    """Causal attention with scale ``C ** -0.5``; every G serves H / G query heads.
+def fork_normed(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x`` for the residual, and ``x / rms(x)`` for the sublayer; the norm's weight is left to the next product.
 
     Arguments:
-        q_NHLC: rotated queries of N sequences; k_NGLC, v_NGLC: keys and values.
+        x: (..., D), float32 or bfloat16; reduced in float32.
 
-    Returns: (N, H, L, C). On a GPU this is torch's fused attention.
+    Returns: both in the dtype of ``x``.
     """
-    groups = q_NHLC.shape[1] // k_NGLC.shape[1]
-    if groups > 1:
-        k_NGLC, v_NGLC = k_NGLC.repeat_interleave(groups, 1), v_NGLC.repeat_interleave(groups, 1)
-    if q_NHLC.is_cuda:
-        return F.scaled_dot_product_attention(q_NHLC, k_NGLC, v_NGLC, is_causal=True)
-    q, k, v = (t.contiguous().flatten(0, 1) for t in (q_NHLC, k_NGLC, v_NGLC))
-    return _BlockCausalAttention.apply(q, k, v, q_NHLC.shape[-1] ** -0.5).unflatten(0, q_NHLC.shape[:2])
-
-
-class _RMSNorm(torch.autograd.Function):
-    """Keeps the input and one number per row, not the float32 intermediates."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
-        rstd = x.float().square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight_D, rstd)
-        return (x * rstd).mul_(weight_D).to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grad_outputs: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (grad,) = grad_outputs
-        x, weight_D, rstd = ctx.saved_tensors
-        normed = x * rstd
-        grad32 = grad.float()
-        grad_weight = (grad32 * normed).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        grad32 = grad32 * weight_D
-        pull = (grad32 * normed).mean(-1, keepdim=True)
-        return grad32.sub_(normed.mul_(pull)).mul_(rstd).to(x.dtype), grad_weight, None
+    return _ForkNormed.apply(x, eps)
 
 
 def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
     """Root-mean-square norm over the last dimension, reduced in float32, returned in the input's dtype."""
-    return _RMSNorm.apply(x, weight_D, eps)
+    return (fork_normed(x, eps)[1] * weight_D).to(x.dtype)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ...exits.training.objectives import ExitTraining, exit_loss, layer_dropout_rates, sequences_kept
+from ...exits.training.objectives import ExitTraining, layer_dropout_rates, sequences_kept
 from .corpus import Windows
+from .head_loss import head_losses
 from .model import TrainableDecoder
 
 
@@ -86,15 +87,18 @@ class LanguageModelTask:
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
         rates = layer_dropout_rates(shape.num_layers, self.exits.layer_dropout * strength)
         output = model(tokens_NL, sequences_kept(rates, whole_NL.shape[0], generator, device, mine))
-        logits_TV = decoder.logits(output.final_NLD.flatten(0, 1)).float()
-        cross_entropy = F.cross_entropy(logits_TV, targets_T)
+        at = self.exits.exit_of_step(step, shape.exit_layers)
+        cross_entropy, at_exit = head_losses(
+            decoder.read_out(output.final_NLD.flatten(0, 1)),
+            None if at is None else decoder.read_out(output.exits[at].flatten(0, 1), at),
+            decoder.embedding.to(decoder.dtype),
+            targets_T,
+            self.exits.distillation,
+        )
         balance, z = output.balance_loss, output.z_loss
         total = cross_entropy + self.config.balance_weight * balance + self.config.z_weight * z
         values: dict[str, torch.Tensor | float] = {"cross_entropy": cross_entropy.detach(), "balance": balance.detach()}
-        at = self.exits.exit_of_step(step, shape.exit_layers)
-        if at is not None:
-            exit_logits_TV = decoder.logits(output.exits[at].flatten(0, 1), at).float()
-            at_exit = exit_loss(exit_logits_TV, logits_TV, targets_T, self.exits.distillation)
+        if at_exit is not None:
             total = total + self.exits.loss_weight * strength * at_exit
             values[f"exit_{at}"] = at_exit.detach()
         return total, values

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...exits.readout import ReadoutAdapter
-from ...moe.losses import load_balancing_loss, router_z_loss
+from ...moe.losses import load_balancing_loss
+from .attention import causal_attention, norm_and_rotate, rope_table
 from .experts import mixture
-from .functions import causal_attention, rms_norm
+from .functions import fork_normed, rms_norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,20 +102,12 @@ class Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return F.linear(input, self.weight.to(input.dtype))
-
-
-def rope_table(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine, float32 (L, 1, C/2) each, for the half-split rotary embedding."""
-    frequencies = theta ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    angles = torch.arange(length, device=device, dtype=torch.float32)[:, None, None] * frequencies
-    return angles.cos(), angles.sin()
-
-
-def _rotate(x_NLXC: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    a, b = x_NLXC.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    def forward(self, input: torch.Tensor, gain_D: torch.Tensor | None = None) -> torch.Tensor:
+        """Arguments:
+        gain_D: weight of the norm in front, which is cheaper to apply to the matrix than to the activations.
+        """
+        weight = self.weight if gain_D is None else self.weight * gain_D
+        return F.linear(input, weight.to(input.dtype))
 
 
 class Attention(nn.Module):
@@ -128,20 +121,25 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
 
-    def forward(self, x_NLD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        qkv = self.qkv_proj(x_NLD).unflatten(-1, (-1, self.head_dim))
-        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), 2)
-        q, k = _rotate(self.q_norm(q), cos, sin), _rotate(self.k_norm(k), cos, sin)
-        out = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+    def forward(
+        self, x_NLD: torch.Tensor, gain_D: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """Arguments:
+        x_NLD: normed input, without the norm's weight ``gain_D``.
+        table: of the rotary embedding.
+        """
+        qkv_NLSC = self.qkv_proj(x_NLD, gain_D).unflatten(-1, (-1, self.head_dim))
+        norms = self.q_norm.weight, self.k_norm.weight
+        q, k, v = norm_and_rotate(qkv_NLSC, *norms, table, self.kv_heads, self.q_norm.eps)
+        return self.o_proj(causal_attention(q, k, v))
 
 
 class RouterRecord(NamedTuple):
-    """Auxiliary losses of one layer's router, and the entropy of its choice for every token, in nats."""
+    """Auxiliary losses of one layer's router, and its probabilities without gradient."""
 
     balance_loss: torch.Tensor
     z_loss: torch.Tensor
-    entropy_T: torch.Tensor
+    probs_TE: torch.Tensor
 
 
 class SparseMLP(nn.Module):
@@ -154,15 +152,20 @@ class SparseMLP(nn.Module):
         self.gate_up_EGFD = nn.Parameter(torch.empty(config.num_experts, 2, config.expert_size, config.hidden_size))
         self.down_EDF = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, config.expert_size))
 
-    def forward(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, RouterRecord]:
-        logits_TE = self.router(x_TD).float()
-        probs_TE = logits_TE.softmax(-1)
+    def forward(self, x_TD: torch.Tensor, gain_D: torch.Tensor) -> tuple[torch.Tensor, RouterRecord]:
+        """Arguments:
+        x_TD: normed input, without the norm's weight ``gain_D``.
+        """
+        logits_TE = self.router(x_TD, gain_D).float()
+        # The z-loss needs the log-sum-exp anyway, and torch's softmax is slow over so few experts.
+        lse_T1 = logits_TE.logsumexp(-1, keepdim=True)
+        probs_TE = (logits_TE - lse_T1).exp()
         weights_TK, ids_TK = probs_TE.topk(self.top_k)
         weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-        gate_up, down = self.gate_up_EGFD.flatten(1, 2).to(x_TD.dtype), self.down_EDF.to(x_TD.dtype)
-        out_TD = mixture(x_TD, gate_up, down, ids_TK, weights_TK)
-        entropy_T = torch.special.entr(probs_TE.detach()).sum(-1)
-        return out_TD, RouterRecord(load_balancing_loss(probs_TE, ids_TK), router_z_loss(logits_TE), entropy_T)
+        gate_up = (self.gate_up_EGFD.flatten(1, 2) * gain_D).to(x_TD.dtype)
+        out_TD = mixture(x_TD, gate_up, self.down_EDF.to(x_TD.dtype), ids_TK, weights_TK)
+        record = RouterRecord(load_balancing_loss(probs_TE, ids_TK), lse_T1.square().mean(), probs_TE.detach())
+        return out_TD, record
 
 
 class Layer(nn.Module):
@@ -175,9 +178,13 @@ class Layer(nn.Module):
         self.post_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SparseMLP(config)
 
-    def forward(self, x_NLD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, RouterRecord]:
-        x_NLD = x_NLD + self.attention(self.input_norm(x_NLD), cos, sin)
-        out_TD, record = self.mlp(self.post_norm(x_NLD).flatten(0, 1))
+    def forward(
+        self, x_NLD: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, RouterRecord]:
+        x_NLD, normed_NLD = fork_normed(x_NLD, self.input_norm.eps)
+        x_NLD = x_NLD + self.attention(normed_NLD, self.input_norm.weight, table)
+        x_NLD, normed_NLD = fork_normed(x_NLD, self.post_norm.eps)
+        out_TD, record = self.mlp(normed_NLD.flatten(0, 1), self.post_norm.weight)
         return x_NLD + out_TD.view_as(x_NLD), record
 
 
@@ -185,8 +192,8 @@ class Layer(nn.Module):
 class DecoderOutput:
     """Hidden states after every exit's layers (unnormed) and after the last layer; mean auxiliary losses.
 
-    ``exits[0]`` is the embedding. ``entropy_T`` of an exit is the routers' mean entropy since the exit before it; it is
-    there when no layer was dropped.
+    ``exits[0]`` is the embedding. ``entropy_T`` of an exit is the routers' mean entropy since the exit before it, in
+    nats; it is there if asked for and no layer was dropped.
     """
 
     exits: dict[int, torch.Tensor]
@@ -227,38 +234,44 @@ class TrainableDecoder(nn.Module):
         for adapter in self.adapters.values():
             adapter.reset(generator)  # type: ignore[operator]
 
-    def forward(self, tokens_NL: torch.Tensor, kept: Sequence[torch.Tensor | None] | None = None) -> DecoderOutput:
+    def forward(
+        self,
+        tokens_NL: torch.Tensor,
+        kept: Sequence[torch.Tensor | None] | None = None,
+        *,
+        entropy: bool = False,
+    ) -> DecoderOutput:
         """Run all layers.
 
         Arguments:
             tokens_NL: int64.
             kept: per layer the sequences (int64 indices) that run it, None for all; the others skip the layer (layer
                 dropout). None runs everything.
+            entropy: fill ``entropy_T``.
         """
         config = self.config
-        cos, sin = rope_table(tokens_NL.shape[1], config.head_dim, config.rope_theta, tokens_NL.device)
-        cos, sin = cos.to(self.dtype), sin.to(self.dtype)
+        table = rope_table(tokens_NL.shape[1], config.head_dim, config.rope_theta, tokens_NL.device)
         x_NLD = F.embedding(tokens_NL, self.embedding).to(self.dtype)
-        exits, entropy, records, whole = {0: x_NLD}, {}, [], []
+        exits, entropies, records, whole = {0: x_NLD}, {}, [], []
         for number, layer in enumerate(self.layers):
             rows = None if kept is None else kept[number]
             if rows is None:
-                x_NLD, record = layer(x_NLD, cos, sin)
+                x_NLD, record = layer(x_NLD, table)
                 records.append(record)
-                whole.append(record.entropy_T)
+                if entropy:
+                    whole.append(torch.special.entr(record.probs_TE).sum(-1))
             elif rows.numel():
-                x_in = x_NLD.index_select(0, rows)
-                x_out, record = layer(x_in, cos, sin)
-                x_NLD = x_NLD.index_add(0, rows, x_out - x_in)
+                x_out, record = layer(x_NLD.index_select(0, rows), table)
+                x_NLD = x_NLD.index_copy(0, rows, x_out)
                 records.append(record)
             if number + 1 in config.exit_layers:
                 since = number + 1 - max(e for e in exits if e <= number)
                 exits[number + 1] = x_NLD
                 if len(whole) == number + 1:
-                    entropy[number + 1] = torch.stack(whole[-since:]).mean(0)
+                    entropies[number + 1] = torch.stack(whole[-since:]).mean(0)
         return DecoderOutput(
             exits=exits,
-            entropy_T=entropy,
+            entropy_T=entropies,
             final_NLD=x_NLD,
             balance_loss=torch.stack([r.balance_loss for r in records]).mean(),
             z_loss=torch.stack([r.z_loss for r in records]).mean(),

@@ -36,7 +36,8 @@ class RecipeConfig:
     """Everything that a trained model depends on.
 
     Arguments:
-        dtype: of activations while training: ``float32`` or ``bfloat16``. Weights and optimiser are float32.
+        dtype: of activations while training: ``float32`` or ``bfloat16``. Weights and optimiser are float32. It is not
+            chosen by the machine, so that a recipe means the same everywhere; many CPUs are slower in bfloat16.
         device: torch device.
         served_prompts: held-out prompts that the model continues, for the exits to learn from.
         prompt_tokens, new_tokens: length of these prompts and continuations.
@@ -53,7 +54,7 @@ class RecipeConfig:
     exits: ExitTraining = field(default_factory=ExitTraining)
     trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(steps=4000, warmup_steps=200))
     heads: ExitHeadsConfig = field(default_factory=ExitHeadsConfig)
-    dtype: str = "bfloat16"
+    dtype: str = "float32"
     device: str = "cpu"
     served_prompts: int = 256
     prompt_tokens: int = 64
