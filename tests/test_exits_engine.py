@@ -44,7 +44,7 @@ class Erratic:
         pass
 
     def should_wait(self, segment: int, rows: int, running: int, waited: int) -> bool:
-        assert 0 < segment
+        assert segment > 0
         assert 0 <= rows <= running
         return rows > 0 and waited < 5 and self.random.random() < 0.6
 
@@ -141,12 +141,12 @@ def test_a_preempted_sequence_leaves_again_where_it_left(
     page_bytes = bytes_per_page(model.spec, torch.float32, 4)
     engine = Engine(
         model,
-        EngineConfig(block_size=4, kv_memory=70 * page_bytes, max_num_batched_tokens=24, enable_prefix_caching=caching),
+        EngineConfig(block_size=4, kv_memory=44 * page_bytes, max_num_batched_tokens=24, enable_prefix_caching=caching),
     )
     if parking:
         engine.runner.exits.parking = Erratic(1)  # type: ignore[assignment]
     assert choices(run(engine, prompts(), EARLY)) == alone
-    assert engine.stats().preemptions > 3
+    assert engine.stats().preemptions > 1
 
 
 def test_completions_of_one_prompt_are_independent(model: LoadedModel) -> None:
@@ -206,14 +206,16 @@ def test_executed_layers_are_counted_where_they_are_launched(model: LoadedModel,
     assert stats.projected_rows > 0
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_other_backends_run_exits(backend: str, make_exits: Callable[..., Path]) -> None:
-    path = make_exits("qwen3_moe", EXITS, probe=PROBES["all features"], num_hidden_layers=LAYERS)
-    fast = load_model(path, dtype="float32", backend="cpu", progress=False)
-    other = load_model(path, dtype="float32", backend=backend, device="cpu", progress=False)
-    assert choices(run(Engine(other), prompts(2), early(max_tokens=4))) == choices(
-        run(Engine(fast), prompts(2), early(max_tokens=4))
-    )
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, about lanes that are masked out
+def test_the_gpu_backend_runs_exits(make_exits: Callable[..., Path]) -> None:
+    path = make_exits("qwen3_moe", {1: 0.5}, probe=PROBES["all features"], num_hidden_layers=2)
+    outputs = {}
+    for backend in ("cpu", "triton"):
+        model = load_model(path, dtype="float32", backend=backend, device="cpu", progress=False)
+        engine = Engine(model, EngineConfig(park_rows=False))
+        outputs[backend] = choices(run(engine, [[5, 6, 7], [8]], early(max_tokens=5, exit_thresholds={1: 0.5})))
+    assert outputs["cpu"] == outputs["triton"]
+    assert {depth for output in outputs["cpu"] for _, depths in output for depth in depths} == {1, 2}
 
 
 @pytest.mark.parametrize("family", ["olmoe", "qwen2", "granitemoe"])
