@@ -100,7 +100,7 @@ requests = st.fixed_dictionaries(
         "cut": st.integers(0, 6),  # without its last tokens
         "suffix": st.lists(st.integers(3, 5), min_size=1, max_size=6),
         "thresholds": st.none() | st.dictionaries(st.sampled_from(EXITS), probabilities, min_size=1),
-        "max_tokens": st.integers(1, 14),
+        "max_tokens": st.integers(1, 24),
         "n": st.sampled_from((1, 1, 1, 3)),
         "priority": st.integers(0, 1),
         "steps": st.integers(0, 6),  # before the next one comes
@@ -131,10 +131,10 @@ def collect(engine: Engine, tokens: dict[str, dict[int, list[int]]], steps: int 
                 tokens[delta.request_id].setdefault(completion.index, []).extend(completion.token_ids)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     wishes=st.lists(requests, min_size=2, max_size=8),
-    pages=st.sampled_from((14, 24, 60)),
+    pages=st.sampled_from((12, 18, 60)),
     rows=st.sampled_from((3, 9, 64)),
     coins=st.lists(st.booleans(), min_size=1, max_size=7),
 )
@@ -157,7 +157,7 @@ def test_approximate_pages_are_never_shared(
         if wish["follows"] < number:
             begin = prompts[wish["follows"]] + tokens[str(wish["follows"])].get(0, [])
             begin = begin[: len(begin) - wish["cut"]]
-        prompts.append(begin[: PAGE * 14 - 24] + wish["suffix"])
+        prompts.append(begin[: PAGE * 12 - 32] + wish["suffix"])
         tokens[str(number)] = {}
         engine.add_request(str(number), prompts[-1], parameters(wish), priority=wish["priority"])
         collect(engine, tokens, wish["steps"])
