@@ -136,7 +136,7 @@ class Decoder:
         """
         self.reserve_positions(batch.max_context_len)
         spec, backend = self.spec, self.backend
-        entropies: list[torch.Tensor] | None = None if router_entropy_T is None else []
+        routed: list[torch.Tensor] | None = None if router_entropy_T is None else []
         pending_TD: torch.Tensor | None = None  # what the layer before adds to the residual stream
         for number in segment.layers:
             weights, layer = self.layers[number], spec.layers[number]
@@ -150,10 +150,10 @@ class Decoder:
             normed_TD, x_TD = backend.add_rms_norm(
                 attended_TD, x_TD, weights.ffn_norm_D, spec.norm_eps, spec.residual_scale
             )
-            pending_TD = self._ffn(weights, layer, normed_TD, entropies)
+            pending_TD = self._ffn(weights, layer, normed_TD, routed)
         assert pending_TD is not None, "a segment has at least one layer"
-        if entropies and router_entropy_T is not None:
-            router_entropy_T.copy_(sum(entropies) / len(entropies))
+        if routed and router_entropy_T is not None:
+            router_entropy_T.copy_(backend.router_entropy(routed))
         pending_TD = pending_TD.to(x_TD.dtype)
         return x_TD + (pending_TD if spec.residual_scale == 1.0 else pending_TD * spec.residual_scale)
 
@@ -213,12 +213,12 @@ class Decoder:
         return self.backend.rms_norm(rows, weight, self.spec.norm_eps).view(x.shape)
 
     def _ffn(
-        self, weights: LayerWeights, layer: LayerSpec, x_TD: torch.Tensor, entropies: list[torch.Tensor] | None
+        self, weights: LayerWeights, layer: LayerSpec, x_TD: torch.Tensor, routed: list[torch.Tensor] | None
     ) -> torch.Tensor:
         moe = layer.moe
         if moe is None or moe.is_dense:
             return self.backend.all_experts(x_TD, weights.ffn)
-        out_TD = self.backend.experts(x_TD, weights.ffn, self._route(weights, moe, x_TD, entropies))
+        out_TD = self.backend.experts(x_TD, weights.ffn, self._route(weights, moe, x_TD, routed))
         if weights.shared is not None:
             shared_TD = self.backend.all_experts(x_TD, weights.shared)
             if weights.shared_gate is not None:
@@ -227,12 +227,12 @@ class Decoder:
         return out_TD
 
     def _route(
-        self, weights: LayerWeights, moe: MoESpec, x_TD: torch.Tensor, entropies: list[torch.Tensor] | None
+        self, weights: LayerWeights, moe: MoESpec, x_TD: torch.Tensor, routed: list[torch.Tensor] | None
     ) -> Routing:
         assert weights.router is not None
         logits_TE = self.backend.linear(x_TD, weights.router)
-        if entropies is not None:
-            entropies.append(self.backend.router_entropy(logits_TE))
+        if routed is not None:
+            routed.append(logits_TE)
         routing = self.backend.route(logits_TE, moe.router)
         return with_always_on(routing, moe.num_always_on) if moe.num_always_on else routing
 

@@ -325,8 +325,8 @@ class CpuBackend(TorchBackend):
         )
         return ExitDecision(logits_T=logits_T, order_T=order_T, num_staying=num_staying)
 
-    def router_entropy(self, logits_TE: torch.Tensor) -> torch.Tensor:
-        return self._ops.router_entropy.default(self._isa, logits_TE)
+    def router_entropy(self, logits: Sequence[torch.Tensor]) -> torch.Tensor:
+        return self._ops.router_entropy.default(self._isa, logits)
 
     def project_kv(
         self,

@@ -6,6 +6,8 @@ before, then the entropy of the routers in between, each where the probe looks a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -63,6 +65,10 @@ def exit_decide(
     return ExitDecision(logits_T=logits_T, order_T=order_T, num_staying=int((~leaves_T).sum()))
 
 
-def router_entropy(logits_TE: torch.Tensor) -> torch.Tensor:
-    """Entropy of the softmax over all experts, in nats, float32, (T,)."""
-    return torch.special.entr(logits_TE.float().softmax(-1)).sum(-1)
+def router_entropy(logits: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Entropy of the softmax over all experts, mean of some layers, in nats, float32, (T,).
+
+    Arguments:
+        logits: (T, E) of every layer, at least one.
+    """
+    return torch.stack([torch.special.entr(logits_TE.float().softmax(-1)).sum(-1) for logits_TE in logits]).mean(0)

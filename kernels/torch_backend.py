@@ -182,9 +182,9 @@ class TorchBackend:
         """Sort rows into those that stay and those that leave. See :func:`exit_reference.exit_decide`."""
         return exit_reference.exit_decide(x_TD, probe, thresholds_T, previous_TD, router_entropy_T)
 
-    def router_entropy(self, logits_TE: torch.Tensor) -> torch.Tensor:
-        """Entropy of the softmax over all experts, in nats, float32, (T,)."""
-        return exit_reference.router_entropy(logits_TE)
+    def router_entropy(self, logits: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Mean entropy of some layers' routers, (T,). See :func:`exit_reference.router_entropy`."""
+        return exit_reference.router_entropy(logits)
 
     def project_kv(
         self,

@@ -9,6 +9,7 @@ Shape suffixes as in ``kernels/types.py``; R some of a step's T rows, E exits of
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -211,16 +212,16 @@ class ExitRunner:
     def _record(self, entries: list[Entry], depths_T: np.ndarray, launched_ST: np.ndarray) -> None:
         """Tell sequences and requests what was launched for them."""
         num_layers, depths = self.decoder.spec.num_layers, depths_T.tolist()
-        starts = np.cumsum([0, *(entry.count for entry in entries[:-1])])
-        launched_XS = np.add.reduceat(launched_ST, starts, axis=1).T
-        for entry, first, launched_S in zip(entries, starts.tolist(), launched_XS, strict=True):
+        starts = [0, *itertools.accumulate(entry.count for entry in entries[:-1])]
+        launched_XS = (launched_ST if len(entries) == len(depths) else np.add.reduceat(launched_ST, starts, axis=1)).T
+        for entry, first, launched_S in zip(entries, starts, launched_XS, strict=True):
             sequence, request = entry.sequence, entry.sequence.request
             request.segment_rows = launched_S if request.segment_rows is None else request.segment_rows + launched_S
             if entry.parked or request.exit_logits_E is None:
                 continue
             sequence.parked = None
             ran = depths[first : first + entry.count]
-            request.projected_rows += sum(num_layers - depth for depth in ran)
+            request.projected_rows += num_layers * entry.count - sum(ran)
             prompt = max(0, sequence.num_prompt - entry.start)
             sequence.record_depths(entry.start + prompt, ran[prompt:], num_layers)
 

@@ -58,7 +58,7 @@ def measure_times(decoder: Decoder, page_size: int, max_rows: int) -> SegmentTim
     head: list[float] = []
     for size in sizes:
         tokens_R = torch.randint(decoder.spec.vocab_size, (size,), generator=generator).to(decoder.device)
-        batch = _last_slots(size, page_size, torch.device(decoder.device))
+        batch = last_slots(size, page_size, torch.device(decoder.device))
         best = [float("inf")] * (len(segments) + 1)
         for _ in range(_REPEATS):
             x_RD = decoder.embed(tokens_R)
@@ -80,7 +80,7 @@ def _now(decoder: Decoder) -> float:
     return time.perf_counter()
 
 
-def _last_slots(size: int, page_size: int, device: torch.device) -> AttentionBatch:
+def last_slots(size: int, page_size: int, device: torch.device) -> AttentionBatch:
     """One row per sequence, each at the end of a page of its own."""
     pages = torch.arange(size, device=device)
     return AttentionBatch(

@@ -89,7 +89,8 @@ int64_t partition(const float* logits, const float* thresholds, int64_t rows, in
   return staying;
 }
 
-void router_entropy(const Context& context, const Rows& logits, int64_t rows, int64_t experts, float* out) {
+void router_entropy(const Context& context, const Rows& logits, int64_t rows, int64_t experts, float share,
+                    float* out) {
   for_each_row(context, rows, [&](int64_t row) {
     float* wide = scratch(Buffer::rows).get<float>(experts);
     if (logits.dtype == Dtype::bf16) {
@@ -104,7 +105,7 @@ void router_entropy(const Context& context, const Rows& logits, int64_t rows, in
       total += weight;
       weighted += weight > 0 ? weight * below : 0;  // an expert that is masked out has no share in the sum
     }
-    out[row] = std::log(total) - weighted / total;
+    out[row] += share * (std::log(total) - weighted / total);
   });
 }
 

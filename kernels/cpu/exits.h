@@ -23,9 +23,11 @@ void probe(const Context& context, const ProbeCall& call);
 // Rows that stay, then rows that leave, both rising; returns how many stay.
 int64_t partition(const float* logits, const float* thresholds, int64_t rows, int64_t* order);
 
-void router_entropy(const Context& context, const Rows& logits, int64_t rows, int64_t experts, float* out);
+// Adds `share` times the entropy of each row to `out`.
+void router_entropy(const Context& context, const Rows& logits, int64_t rows, int64_t experts, float share, float* out);
 
-// One layer of a projection: a residual stream's keys and values, written to the cache.
+// One layer of a projection: a residual stream's keys and values, written to the cache. Layers run beside each other,
+// each on one thread.
 struct ProjectCall {
   Rows x;
   int64_t rows, hidden, kv_heads, channels;

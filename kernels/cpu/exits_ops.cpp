@@ -1,12 +1,15 @@
 // Torch operators of exits: tensors are checked here, and only here, then handed on as pointers.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "exits.h"
+#include "parallel.h"
 
 namespace dynamoe_cpu {
 namespace {
@@ -71,11 +74,17 @@ std::tuple<Tensor, Tensor, int64_t> exit_decide_op(int64_t isa, const Tensor& x,
   return {logits, order, staying};
 }
 
-Tensor router_entropy_op(int64_t isa, const Tensor& logits) {
-  TORCH_CHECK_VALUE(logits.dim() == 2 && logits.is_contiguous(), "logits must be a contiguous matrix");
-  Tensor out = at::empty({logits.size(0)}, logits.options().dtype(at::kFloat));
-  router_entropy(context_of(isa), {logits.data_ptr(), logits.size(1), dtype_of(logits, "logits")}, logits.size(0),
-                 logits.size(1), static_cast<float*>(out.data_ptr()));
+// Mean over layers.
+Tensor router_entropy_op(int64_t isa, at::TensorList logits) {
+  TORCH_CHECK_VALUE(!logits.empty() && logits[0].dim() == 2, "logits must be matrices, at least one");
+  const int64_t rows = logits[0].size(0);
+  Tensor out = at::zeros({rows}, logits[0].options().dtype(at::kFloat));
+  for (const Tensor& layer : logits) {
+    TORCH_CHECK_VALUE(layer.dim() == 2 && layer.is_contiguous() && layer.size(0) == rows,
+                      "logits must be contiguous matrices of ", rows, " rows");
+    router_entropy(context_of(isa), {layer.data_ptr(), layer.size(1), dtype_of(layer, "logits")}, rows, layer.size(1),
+                   1.0f / static_cast<float>(logits.size()), static_cast<float*>(out.data_ptr()));
+  }
   return out;
 }
 
@@ -114,8 +123,9 @@ void project_kv_op(int64_t isa, const Tensor& x, at::TensorList norms, at::Tenso
   const int64_t width = call.kv_heads * call.channels, outputs = 2 * width;
   const int64_t words = packed_words(context.kernels->gemm[static_cast<int>(call.dtype)], outputs, hidden);
   const int64_t padded = ceil_div(outputs, kBlockOutputs) * kBlockOutputs;
-  Tensor scratch = at::empty({rows * (hidden + 3 * width)}, norms[0].options());
-  call.scratch = scratch.data_ptr();
+  const int64_t elements = rows * (hidden + 3 * width);
+  Tensor scratch = at::empty({static_cast<int64_t>(layers) * elements}, norms[0].options());
+  std::vector<ProjectCall> calls;
   for (size_t layer = 0; layer < layers; ++layer) {
     call.norm = norms[layer].data_ptr();
     TORCH_CHECK_VALUE(norms[layer].numel() == hidden && norms[layer].scalar_type() == norms[0].scalar_type() &&
@@ -132,8 +142,11 @@ void project_kv_op(int64_t isa, const Tensor& x, at::TensorList norms, at::Tenso
                       "the caches must have one shape");
     call.keys = cache_of(keys[layer]);
     call.values = cache_of(values[layer]);
-    project_kv(context, call);
+    call.scratch = static_cast<char*>(scratch.data_ptr()) + layer * elements * element_bytes(call.dtype);
+    calls.push_back(call);
   }
+  for_each_task(context.threads, static_cast<int64_t>(layers),
+                [&](int64_t layer) { project_kv({context.kernels, 1}, calls[layer]); });
 }
 
 }  // namespace
@@ -143,7 +156,7 @@ TORCH_LIBRARY_FRAGMENT(dynamoe_cpu, m) {
       "exit_decide(int isa, Tensor x, Tensor? previous, Tensor? entropy, Tensor weight, Tensor bias, Tensor? out, "
       "Tensor? out_bias, Tensor thresholds) -> (Tensor, Tensor, int)",
       &exit_decide_op);
-  m.def("router_entropy(int isa, Tensor logits) -> Tensor", &router_entropy_op);
+  m.def("router_entropy(int isa, Tensor[] logits) -> Tensor", &router_entropy_op);
   m.def(
       "project_kv(int isa, Tensor x, Tensor[] norms, Tensor[] weights, Tensor[] biases, Tensor[] k_norms, Tensor[] "
       "keys, Tensor[] values, Tensor cos_sin, Tensor positions, Tensor slots, float eps, float clip) -> ()",
