@@ -1,8 +1,8 @@
 """What exits cost when they are off, and cost or save when they are on: ``python benchmarks/exits_overhead.py``.
 
-Engines decode the same number of sequences and take turns, a few steps each, because machines drift; times per token are
-compared. The probes are random: a share of the rows leaves at every exit, and what is said then is nonsense, but costs
-what sense would cost.
+Engines decode the same number of sequences and take turns, a few steps each, because machines drift; times per token
+are compared. The probes are random: a share of the rows leaves at every exit, and what is said then is nonsense, but
+costs what sense would cost.
 
 Variants: ``off``: the model has exits, and requests run exactly; ``0 % leave``: every exit is asked and nobody leaves;
 and shares of the rows that leave at each exit.

@@ -43,6 +43,9 @@ class Erratic:
     def observe(self, *_: int) -> None:
         pass
 
+    def observe_step(self, *_: float) -> None:
+        pass
+
     def should_wait(self, segment: int, rows: int, running: int, waited: int) -> bool:
         assert segment > 0
         assert 0 <= rows <= running

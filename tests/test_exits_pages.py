@@ -83,6 +83,9 @@ class Sometimes:
     def observe(self, *_: int) -> None:
         pass
 
+    def observe_step(self, *_: float) -> None:
+        pass
+
     def should_wait(self, segment: int, rows: int, running: int, waited: int) -> bool:
         return rows > 0 and waited < 4 and next(self.coins)
 

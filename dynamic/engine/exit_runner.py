@@ -10,6 +10,7 @@ Shape suffixes as in ``kernels/types.py``; R some of a step's T rows, E exits of
 from __future__ import annotations
 
 import itertools
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -75,6 +76,8 @@ class ExitRunner:
         self.segment_rows = np.zeros(len(decoder.segments), dtype=np.int64)  # launched, by segment
         self.projected_rows = 0  # rows times layers
         self.rows_parked = 0
+        self._started: float | None = None  # the step before
+        self._in_segments = 0.0  # seconds of it
         # Number of the exit after so many layers; the slice of no exit for rows that ran all of them.
         self._exit_at: dict[int, int | slice] = {e.after_layers: number for number, e in enumerate(self.exits)}
         self._exit_at[decoder.spec.num_layers] = slice(0)
@@ -106,6 +109,10 @@ class ExitRunner:
 
     def run(self, entries: list[Entry], rows: StepRows) -> torch.Tensor:
         """Run a step; see :meth:`Runner.run`."""
+        started = time.perf_counter()
+        if self.parking is not None and self._started is not None:
+            self.parking.observe_step(started - self._started - self._in_segments, len(entries))
+        self._started, self._in_segments = started, 0.0
         plan = self._plan(entries, len(rows))
         out_TD = torch.empty(len(rows), self.decoder.spec.hidden_size, device=self.decoder.device)
         depths_T = np.full(len(rows), self.decoder.spec.num_layers)
@@ -156,11 +163,18 @@ class ExitRunner:
         """In front of a segment: the rows that run it now, those that were parked there included; or none."""
         parked = plan.parked.get(segment.index, [])
         arriving = live.rows_R.tolist()
-        if not parked and (self.parking is None or segment.index == 0):
+        if not parked and (self.parking is None or segment.index == 0 or len(plan.movable) < 2):
             return live
         if may_wait and self.parking is not None and all(row in plan.movable for row in arriving):
             waited = max((_parked(plan.movable[row]).steps for row in parked), default=0)
-            if self.parking.should_wait(segment.index, len(arriving) + len(parked), len(plan.movable), waited):
+            away = sum(
+                number > segment.index or plan.movable[row].parked
+                for number, others in plan.parked.items()
+                if number != segment.index
+                for row in others
+            )
+            running = len(plan.movable) - away
+            if self.parking.should_wait(segment.index, len(arriving) + len(parked), running, waited):
                 self._park(segment, live, plan)
                 return self._nobody(live)
         if not parked:
@@ -188,7 +202,9 @@ class ExitRunner:
         probe = exit.probe if exit and thresholds_R.min() < STAYS else None
         previous_RD = live.x_RD.clone() if probe and probe.previous else None
         entropy_R = torch.zeros(len(live.rows_R), device=out_TD.device) if probe and probe.router_entropy else None
+        started = time.perf_counter()
         live.x_RD = self.decoder.run_segment(segment, live.x_RD, self.kv, live.batch, entropy_R)
+        self._in_segments += time.perf_counter() - started
         self.segment_rows[segment.index] += live.x_RD.shape[0]
         if exit is None or probe is None:
             return live

@@ -2,10 +2,12 @@
 
 A segment's launch costs about as much for one row as for a few: weights are read once, and so are the experts that
 several rows share. Against that, a row that waits is missing from the steps in between, which get dearer per row. With
-N sequences decoding, a share q of which goes on at a boundary, a token costs
+N sequences that decode and are not parked elsewhere, a share q of which goes on at a boundary, a token costs
 
     now:            shallow(N) / N           + q · deep(q N) / (q N)
     with m at once: shallow(f) / f           + q · deep(m) / m           where f = N - m / 2 sequences run on average
+
+where ``shallow`` includes what every step costs whatever it runs,
 
 and the m with the lowest cost is waited for (the comparison is that of DREX, arXiv 2512.15705, per token). Nothing here
 decides whether a row leaves.
@@ -13,6 +15,8 @@ decides whether a row leaves.
 
 from __future__ import annotations
 
+import itertools
+import operator
 import time
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,10 +32,13 @@ if TYPE_CHECKING:
     from ..decoder import Decoder
 
 PATIENCE = 16  # steps after which a row has waited long enough, whatever it costs
-LEAST_GAIN = 0.02  # waiting must promise this much: the times are measured, and so uncertain
+LEAST_GAIN = 0.05  # waiting must promise this much: the times are measured, and so uncertain
 _REPEATS = 3
-_SHARE_STEPS = 32  # resolution of the shares of rows that go on
-_SHARE_WEIGHT = 0.05  # of a new observation in their moving averages
+_TICK = 2e-4  # resolution of what a step costs, in seconds
+_SHARE_STEPS = 16  # resolution of the shares of rows that go on
+_COMPANIES = sorted({*(1 << i for i in range(1, 12)), *(3 << i for i in range(11))})  # numbers of rows to wait for
+_MEMORY = 256  # rows that their moving averages look back
+_GROWTH = 1.01  # of the least time between two steps that was seen: it may become longer, slowly
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,47 +109,66 @@ class Parking:
     """
 
     def __init__(self, times: SegmentTimes) -> None:
-        self._times = times
+        # By number of rows; this is asked in every step, and looked up faster than interpolated.
+        counts = range(times.sizes[-1] + 1)
+        self._seconds_SR = [np.interp(counts, times.sizes, seconds).tolist() for seconds in times.segments]
+        self._head_R = np.interp(counts, times.sizes, times.head).tolist()
         # Of the rows that reach the exit in front of a segment, how many go on; index 0 is no exit.
-        self._going_on = [1.0] * len(times.segments)
+        self._reached = [32.0] * len(times.segments)
+        self._went_on = [32.0] * len(times.segments)
+        self._step_seconds = float("inf")
         self._best = lru_cache(maxsize=4096)(self._find_best)
 
     def observe(self, segment: int, reached: int, going: int) -> None:
         """Take in what happened at the exit in front of a segment."""
-        share = self._going_on[segment]
-        self._going_on[segment] = share + _SHARE_WEIGHT * (going / reached - share)
+        kept = (1 - 1 / _MEMORY) ** reached
+        self._reached[segment] = self._reached[segment] * kept + reached
+        self._went_on[segment] = self._went_on[segment] * kept + going
+
+    def observe_step(self, seconds: float, rows: int) -> None:
+        """Take in what a step of so many rows took beside its segments, perhaps with idle time."""
+        fixed = max(0.0, seconds - self._head_R[min(rows, len(self._head_R) - 1)])
+        self._step_seconds = min(self._step_seconds * _GROWTH, fixed)
 
     def should_wait(self, segment: int, rows: int, running: int, waited: int) -> bool:
         """Whether the rows in front of a segment should wait.
 
         Arguments:
-            rows: how many there are, parked ones included; running: sequences that decode, these rows included.
+            rows: how many there are, parked ones included; running: sequences that decode, these rows included, and
+                those that are parked elsewhere not.
             waited: steps that one of them has waited already.
         """
-        if not rows or waited >= PATIENCE:
+        if not rows or running < 2 or waited >= PATIENCE:
             return False
-        shares = tuple(max(1, round(share * _SHARE_STEPS)) for share in self._going_on)
-        return rows < self._best(segment, running, shares)
+        pairs = zip(self._went_on, self._reached, strict=True)
+        shares = tuple(max(1, round(went_on / reached * _SHARE_STEPS)) for went_on, reached in pairs)
+        fixed = 0 if self._step_seconds == float("inf") else round(self._step_seconds / _TICK)
+        return rows < self._best(segment, running, shares, fixed)
 
-    def _find_best(self, segment: int, running: int, shares: tuple[int, ...]) -> int:
+    def _find_best(self, segment: int, running: int, shares: tuple[int, ...], fixed: int) -> int:
         """The number of rows to wait for; 0 where none should wait."""
-        reach = np.cumprod([share / _SHARE_STEPS for share in shares])  # share of all rows that run each segment
-        going = float(reach[segment])
+        # The share of all rows that runs each segment.
+        reach = list(itertools.accumulate((share / _SHARE_STEPS for share in shares), operator.mul))
+        going = reach[segment]
 
         def cost(rows: float, steady: float) -> float:
-            shallow = sum(self._seconds(number, steady * reach[number]) for number in range(segment)) / steady
-            deep = [self._seconds(n, rows * reach[n] / going) for n in range(segment, len(shares))]
-            return shallow + self._interpolate(self._times.head, steady) / steady + going * sum(deep) / rows
+            shallow = sum(_between(self._seconds_SR[n], steady * reach[n]) for n in range(segment)) / steady
+            deep = [_between(self._seconds_SR[n], rows * reach[n] / going) for n in range(segment, len(shares))]
+            every_step = fixed * _TICK + _between(self._head_R, steady)
+            return shallow + every_step / steady + going * sum(deep) / rows
 
         best = 0, cost(going * running, running) * (1 - LEAST_GAIN)
-        for rows in range(2, running + 1):
-            if rows > going * running and (seconds := cost(rows, running - rows / 2)) < best[1]:
+        for rows in (size for size in _COMPANIES if going * running < size <= running):
+            if (seconds := cost(rows, running - rows / 2)) < best[1]:
                 best = rows, seconds
         return best[0]
 
-    def _seconds(self, segment: int, rows: float) -> float:
-        return self._interpolate(self._times.segments[segment], rows)
 
-    def _interpolate(self, seconds: tuple[float, ...], rows: float) -> float:
-        # Less than one row per step: a launch with one row, in some of the steps.
-        return rows * seconds[0] if rows < 1 else float(np.interp(rows, self._times.sizes, seconds))
+def _between(seconds_R: list[float], rows: float) -> float:
+    """The time of a launch with a mean number of rows. Less than one is a launch with one row in some of the steps."""
+    below = int(rows)
+    if below < 1:
+        return rows * seconds_R[1]
+    if below >= len(seconds_R) - 1:
+        return seconds_R[-1]
+    return seconds_R[below] + (rows - below) * (seconds_R[below + 1] - seconds_R[below])
