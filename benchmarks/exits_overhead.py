@@ -11,14 +11,17 @@ and shares of the rows that leave at each exit.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from dynamoe.dynamic.decoder import Decoder
 from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine
 from dynamoe.dynamic.engine.kv_cache import allocate_layers
@@ -40,8 +43,6 @@ CHUNK = 8  # steps of one turn
 
 def tiny_checkpoint(directory: Path) -> Path:
     """An untrained model of the shape of ``tiny``."""
-    import json
-
     from safetensors.torch import save_file
 
     model = TrainableDecoder(DecoderConfig())
@@ -72,6 +73,20 @@ def load(path: Path, dtype: str) -> LoadedModel:
     return LoadedModel(
         name=path.name, path=path, spec=decoder.spec, decoder=decoder, tokenizer=tokenizer, generation_defaults={}
     )
+
+
+def without_exits(model: LoadedModel) -> LoadedModel:
+    """The same weights in the same memory, as they are loaded where no exits lie beside them."""
+    d = model.decoder
+    decoder = Decoder(
+        d.spec,
+        d.backend,
+        embedding_VD=d.embedding_VD,
+        layers=d.layers,
+        final_norm_D=d.final_norm_D,
+        lm_head=d.lm_head,
+    )
+    return replace(model, decoder=decoder)
 
 
 def thresholds(model: LoadedModel, share: float) -> dict[int, float]:
@@ -154,10 +169,11 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
         path = tiny_checkpoint(Path(first)) if options.model == "tiny" else resolve_model(options.model)
-        plain = load(path, options.dtype)
-        layers = plain.spec.num_layers
+        config = json.loads((path / "config.json").read_text())
+        layers = config["num_hidden_layers"]
         exits = tuple(layers * quarter // 4 for quarter in (1, 2, 3))
-        model = load(with_exits(path, Path(second), exits, plain.spec.hidden_size), options.dtype)
+        model = load(with_exits(path, Path(second), exits, config["hidden_size"]), options.dtype)
+        plain = without_exits(model)
         print(f"{options.model}, {plain.decoder.dtype}, exits after {exits} of {layers} layers, {os.cpu_count()} CPUs")
         print("time per token in relation to a model without exits")
         for batch, seconds in measure(model, plain, options.batches, options.turns):

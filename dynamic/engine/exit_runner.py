@@ -46,11 +46,13 @@ class _Plan:
 
     Arguments:
         thresholds_ET: the probe's logit from which on a row leaves; inf stays.
+        asked_E: exits at which any row may leave.
         movable: rows that may be parked, with their entries.
         parked: those that are, by segment.
     """
 
     thresholds_ET: np.ndarray
+    asked_E: list[bool]
     movable: dict[int, Entry]
     parked: dict[int, list[int]]
 
@@ -125,7 +127,10 @@ class ExitRunner:
                 continue
             launched_ST[segment.index, live.rows_R] = 1
             live = self._run_segment(segment, live, rows, plan, out_TD, depths_T)
-        out_TD[torch.from_numpy(live.rows_R).to(out_TD.device)] = live.x_RD
+        if len(live.rows_R) == len(rows):
+            out_TD = live.x_RD
+        else:
+            out_TD.index_copy_(0, self._move(live.rows_R), live.x_RD)
         self._record(entries, depths_T, launched_ST)
         return out_TD
 
@@ -148,7 +153,8 @@ class ExitRunner:
                         if sequence.parked is not None:
                             parked.setdefault(sequence.parked.segment, []).append(row)
             first += entry.count
-        return _Plan(thresholds_ET, movable, parked)
+        asked_E = (thresholds_ET < STAYS).any(axis=1).tolist()
+        return _Plan(thresholds_ET=thresholds_ET, asked_E=asked_E, movable=movable, parked=parked)
 
     def _start(self, rows: StepRows, plan: _Plan) -> _Live:
         """The rows that begin in this step, embedded."""
@@ -182,7 +188,7 @@ class ExitRunner:
         joining_RD = torch.stack([_parked(plan.movable[row]).x_D for row in parked])
         rows_R = np.concatenate((live.rows_R, np.array(parked, dtype=np.int64)))
         order = rows_R.argsort()
-        return self._gather(rows, rows_R[order], torch.cat((live.x_RD, joining_RD))[self._move(order)])
+        return self._gather(rows, rows_R[order], torch.cat((live.x_RD, joining_RD)).index_select(0, self._move(order)))
 
     def _park(self, segment: Segment, live: _Live, plan: _Plan) -> None:
         for row, x_D in zip(live.rows_R.tolist(), live.x_RD, strict=True):
@@ -198,8 +204,7 @@ class ExitRunner:
     ) -> _Live:
         """Run a segment; rows that leave at the exit behind it get their results. Returns the rows that go on."""
         exit = self.decoder.exits.get(segment.layers.stop)
-        thresholds_R = plan.thresholds_ET[segment.index, live.rows_R] if exit else np.array([STAYS])
-        probe = exit.probe if exit and thresholds_R.min() < STAYS else None
+        probe = exit.probe if exit and plan.asked_E[segment.index] else None
         previous_RD = live.x_RD.clone() if probe and probe.previous else None
         entropy_R = torch.zeros(len(live.rows_R), device=out_TD.device) if probe and probe.router_entropy else None
         started = time.perf_counter()
@@ -208,22 +213,22 @@ class ExitRunner:
         self.segment_rows[segment.index] += live.x_RD.shape[0]
         if exit is None or probe is None:
             return live
+        thresholds_R = plan.thresholds_ET[segment.index, live.rows_R]
         decision = self.decoder.backend.exit_decide(live.x_RD, probe, self._move(thresholds_R), previous_RD, entropy_R)
-        order = decision.order_T.cpu().numpy()
-        going, leaving = order[: decision.num_staying], order[decision.num_staying :]
-        deciding = int(np.isfinite(thresholds_R).sum())
-        if self.parking is not None and deciding:
-            self.parking.observe(segment.index + 1, deciding, deciding - len(leaving))
-        if not len(leaving):
+        staying = decision.num_staying
+        if self.parking is not None and len(plan.movable) > 1 and (deciding := int(np.isfinite(thresholds_R).sum())):
+            self.parking.observe(segment.index + 1, deciding, deciding - (len(thresholds_R) - staying))
+        if staying == len(thresholds_R):
             return live
-        left_R = live.rows_R[leaving]
-        x_RD = live.x_RD[self._move(leaving)]
-        out_TD[self._move(left_R)] = self.decoder.read_out(exit, x_RD)
+        order = decision.order_T.cpu().numpy()
+        going, left_R = order[:staying], live.rows_R[order[staying:]]
+        x_RD = live.x_RD.index_select(0, decision.order_T[staying:])
+        out_TD.index_copy_(0, self._move(left_R), self.decoder.read_out(exit, x_RD))
         self.projected_rows += self.backfill.leave(exit, x_RD, rows.slots_of(left_R, live.batch))
         depths_T[left_R] = exit.after_layers
         if not len(going):
             return self._nobody(live)
-        return self._gather(rows, live.rows_R[going], live.x_RD[self._move(going)])
+        return self._gather(rows, live.rows_R[going], live.x_RD.index_select(0, decision.order_T[:staying]))
 
     def _record(self, entries: list[Entry], depths_T: np.ndarray, launched_ST: np.ndarray) -> None:
         """Tell sequences and requests what was launched for them."""
