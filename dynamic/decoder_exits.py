@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -80,8 +80,5 @@ def pack_exits(
 
 
 def _on_device(probe: ProbeWeights, device: torch.device) -> ProbeWeights:
-    tensors = {
-        name: value.detach().to(device).contiguous() if isinstance(value, torch.Tensor) else value
-        for name, value in vars(probe).items()
-    }
-    return ProbeWeights(**tensors)
+    tensors = {name: value for name, value in vars(probe).items() if isinstance(value, torch.Tensor)}
+    return replace(probe, **{name: value.detach().to(device).contiguous() for name, value in tensors.items()})  # type: ignore[arg-type]

@@ -43,7 +43,10 @@ def probe_logits(
         assert router_entropy_T is not None
         parts.append(router_entropy_T.float()[:, None])
     inner_TJ = F.linear(torch.cat(parts, -1), weights.weight_JX, weights.bias_J)
-    return inner_TJ[:, 0] if weights.out_J is None else F.silu(inner_TJ) @ weights.out_J + weights.out_bias
+    if weights.out_J is None:
+        return inner_TJ[:, 0]
+    assert weights.out_bias is not None
+    return F.silu(inner_TJ) @ weights.out_J + weights.out_bias
 
 
 def exit_decide(

@@ -153,7 +153,7 @@ class ExitRunner:
                         if sequence.parked is not None:
                             parked.setdefault(sequence.parked.segment, []).append(row)
             first += entry.count
-        asked_E = (thresholds_ET < STAYS).any(axis=1).tolist()
+        asked_E = [bool(row_T.min() < STAYS) for row_T in thresholds_ET]
         return _Plan(thresholds_ET=thresholds_ET, asked_E=asked_E, movable=movable, parked=parked)
 
     def _start(self, rows: StepRows, plan: _Plan) -> _Live:
