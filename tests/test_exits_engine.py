@@ -27,11 +27,12 @@ PROBES: dict[str, dict[str, Any]] = {
 
 
 def early(**params: Any) -> SamplingParams:
-    settings = {"quality": None, "exit_thresholds": dict.fromkeys(EXITS, 0.5), **vars(EXACT), **params}
-    return SamplingParams(**{**settings, "quality": None})
+    """Settings of a request whose tokens may leave, at every exit unless said otherwise."""
+    settings = {**vars(EXACT), "quality": None, "exit_thresholds": dict.fromkeys(EXITS, 0.5), **params}
+    return SamplingParams(**settings)
 
 
-EARLY = early(exit_thresholds=dict.fromkeys(EXITS, 0.5))
+EARLY = early()
 
 
 class Erratic:
