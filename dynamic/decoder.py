@@ -8,7 +8,7 @@ Shape suffixes (also in ``kernels/types.py``):
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from ..exits.segments import Segment, split_into_segments
 from ..kernels.torch_backend import TorchBackend
 from ..kernels.types import AttentionBatch, ExpertWeights, KVLayer, LinearWeights, Routing
+from .decoder_exits import DecoderExit
 from .rope import rope_table
 from .spec import LayerSpec, ModelSpec, MoESpec
 
@@ -60,7 +61,7 @@ class Decoder:
         layers: one entry per layer.
         final_norm_D: norm before the LM head.
         lm_head: projection to the vocabulary.
-        exit_layers: after how many layers rows may leave (see :func:`split_into_segments`).
+        exits: by the number of layers in front of them; they cut the model into segments.
     """
 
     def __init__(
@@ -72,13 +73,14 @@ class Decoder:
         layers: Sequence[LayerWeights],
         final_norm_D: torch.Tensor,
         lm_head: LinearWeights,
-        exit_layers: Iterable[int] = (),
+        exits: Mapping[int, DecoderExit] | None = None,
     ) -> None:
         assert len(layers) == spec.num_layers
         self.spec = spec
         self.backend = backend
         self.device, self.dtype = backend.device, backend.dtype
-        self.segments = split_into_segments(spec.num_layers, exit_layers)
+        self.exits = dict(sorted((exits or {}).items()))
+        self.segments = split_into_segments(spec.num_layers, self.exits)
         self.embedding_VD = embedding_VD
         self.layers = tuple(layers)
         self.final_norm_D = final_norm_D
@@ -118,7 +120,12 @@ class Decoder:
 
     @torch.inference_mode()
     def run_segment(
-        self, segment: Segment, x_TD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch
+        self,
+        segment: Segment,
+        x_TD: torch.Tensor,
+        kv: Sequence[KVLayer],
+        batch: AttentionBatch,
+        router_entropy_T: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run the rows of a step through the layers of a segment; their keys and values are written to the cache.
 
@@ -126,11 +133,13 @@ class Decoder:
             x_TD: the residual stream; it may be overwritten.
             kv: the cache of every layer of the model, by layer number.
             batch: where the rows live.
+            router_entropy_T: float32; if given, the mean entropy of the segment's routers is written here, in nats.
 
         Returns: the residual stream after the segment, (T, D).
         """
         self.reserve_positions(batch.max_context_len)
         spec, backend = self.spec, self.backend
+        routed: list[torch.Tensor] | None = None if router_entropy_T is None else []
         pending_TD: torch.Tensor | None = None  # what the layer before adds to the residual stream
         for number in segment.layers:
             weights, layer = self.layers[number], spec.layers[number]
@@ -144,9 +153,37 @@ class Decoder:
             normed_TD, x_TD = backend.add_rms_norm(
                 attended_TD, x_TD, weights.ffn_norm_D, spec.norm_eps, spec.residual_scale
             )
-            pending_TD = self._ffn(weights, layer, normed_TD)
+            pending_TD = self._ffn(weights, layer, normed_TD, routed)
         assert pending_TD is not None, "a segment has at least one layer"
+        if routed and router_entropy_T is not None:
+            router_entropy_T.copy_(backend.router_entropy(routed))
+        pending_TD = pending_TD.to(x_TD.dtype)
         return x_TD + (pending_TD if spec.residual_scale == 1.0 else pending_TD * spec.residual_scale)
+
+    @torch.inference_mode()
+    def read_out(self, exit: DecoderExit, x_RD: torch.Tensor) -> torch.Tensor:
+        """What rows that leave at an exit hand to :meth:`logits`: their residual stream, through the exit's adapter."""
+        inner_RJ = self.backend.linear(x_RD.to(self.dtype), exit.down)
+        return x_RD + self.backend.linear(inner_RJ, exit.up)
+
+    @torch.inference_mode()
+    def project(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
+        """Write the keys and values of the layers behind an exit, made of the residual stream at the exit.
+
+        Arguments:
+            kv: the cache of every layer of the model.
+            batch: only positions and slots of the rows are read.
+        """
+        self.reserve_positions(batch.max_context_len)
+        self.backend.project_kv(
+            x_RD,
+            exit.projections,
+            kv[exit.after_layers :],
+            self.cos_sin_LC,
+            batch,
+            norm_eps=self.spec.norm_eps,
+            clip=self.spec.clip_qkv,
+        )
 
     @torch.inference_mode()
     def logits(self, x_RD: torch.Tensor) -> torch.Tensor:
@@ -181,11 +218,13 @@ class Decoder:
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         return self.backend.rms_norm(rows, weight, self.spec.norm_eps).view(x.shape)
 
-    def _ffn(self, weights: LayerWeights, layer: LayerSpec, x_TD: torch.Tensor) -> torch.Tensor:
+    def _ffn(
+        self, weights: LayerWeights, layer: LayerSpec, x_TD: torch.Tensor, routed: list[torch.Tensor] | None
+    ) -> torch.Tensor:
         moe = layer.moe
         if moe is None or moe.is_dense:
             return self.backend.all_experts(x_TD, weights.ffn)
-        out_TD = self.backend.experts(x_TD, weights.ffn, self._route(weights, moe, x_TD))
+        out_TD = self.backend.experts(x_TD, weights.ffn, self._route(weights, moe, x_TD, routed))
         if weights.shared is not None:
             shared_TD = self.backend.all_experts(x_TD, weights.shared)
             if weights.shared_gate is not None:
@@ -193,9 +232,14 @@ class Decoder:
             out_TD = out_TD + shared_TD
         return out_TD
 
-    def _route(self, weights: LayerWeights, moe: MoESpec, x_TD: torch.Tensor) -> Routing:
+    def _route(
+        self, weights: LayerWeights, moe: MoESpec, x_TD: torch.Tensor, routed: list[torch.Tensor] | None
+    ) -> Routing:
         assert weights.router is not None
-        routing = self.backend.route(self.backend.linear(x_TD, weights.router), moe.router)
+        logits_TE = self.backend.linear(x_TD, weights.router)
+        if routed is not None:
+            routed.append(logits_TE)
+        routing = self.backend.route(logits_TE, moe.router)
         return with_always_on(routing, moe.num_always_on) if moe.num_always_on else routing
 
 

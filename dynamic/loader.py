@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..exits.sidecar import ExitHeads, load_heads
 from ..kernels.ops import select_backend
 from ..kernels.torch_backend import TorchBackend
 from ..kernels.types import ExpertWeights
 from .config_reader import ConfigReader
 from .decoder import Decoder, LayerWeights
+from .decoder_exits import pack_exits
 from .families import family_of, model_spec
 from .layout import EMBEDDING, FINAL_NORM, FFNLayout, LayerLayout, Layout, plan_layout
 from .spec import ModelSpec
@@ -89,11 +90,11 @@ def load_decoder(
     backend: str = "auto",
     progress: bool = False,
     experts_per_token: int | None = None,
-    exit_layers: Iterable[int] = (),
 ) -> Decoder:
     """Load the decoder of a directory, without its tokenizer. Arguments and errors as for :func:`load_model`.
 
-    Every name and shape is checked from the files' headers before the first weight is read.
+    Every name and shape is checked from the files' headers before the first weight is read. Exits that lie beside the
+    checkpoint come with it.
     """
     config = read_json(path / "config.json")
     spec = model_spec(config)
@@ -105,7 +106,7 @@ def load_decoder(
         spec = spec.with_experts_per_token(experts_per_token)
     torch_dtype = _choose_dtype(dtype, config, checkpoint)
     chosen = select_backend(_choose_device(device), torch_dtype, backend)
-    return _Builder(spec, layout, checkpoint, chosen).build(progress=progress, exit_layers=exit_layers)
+    return _Builder(spec, layout, checkpoint, chosen).build(progress=progress, heads=load_heads(path))
 
 
 def read_generation_defaults(path: Path, spec: ModelSpec) -> dict[str, Any]:
@@ -156,7 +157,7 @@ class _Builder:
         self.checkpoint = checkpoint
         self.backend = backend
 
-    def build(self, *, progress: bool, exit_layers: Iterable[int]) -> Decoder:
+    def build(self, *, progress: bool, heads: ExitHeads | None) -> Decoder:
         from tqdm import tqdm
 
         tied = not self.layout.lm_head
@@ -174,7 +175,7 @@ class _Builder:
             layers=layers,
             final_norm_D=self._copy(FINAL_NORM),
             lm_head=lm_head,
-            exit_layers=exit_layers,
+            exits=pack_exits(heads, self.spec, layers, self.backend) if heads else {},
         )
 
     def _copy(self, *names: str) -> torch.Tensor:

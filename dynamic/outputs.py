@@ -17,6 +17,26 @@ class Logprob:
 PositionLogprobs = dict[int, Logprob]  # token id → Logprob; the chosen token is always in it
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Compute:
+    """What the model executed for a request: prompt, output, and whatever was computed again. Counted at the launches.
+
+    Arguments:
+        segment_layers: layers of each segment between the model's exits.
+        segment_rows: rows launched through each segment.
+        projected_rows: rows times layers that were skipped; their keys and values were made of the state at an exit.
+    """
+
+    segment_layers: tuple[int, ...]
+    segment_rows: tuple[int, ...]
+    projected_rows: int = 0
+
+    @property
+    def layer_rows(self) -> int:
+        """Rows times layers executed."""
+        return sum(layers * rows for layers, rows in zip(self.segment_layers, self.segment_rows, strict=True))
+
+
 @dataclass(slots=True)
 class CompletionDelta:
     """What one step added to one of a request's ``n`` completions."""
@@ -27,6 +47,7 @@ class CompletionDelta:
     logprobs: list[PositionLogprobs] | None = None
     finish_reason: str | None = None  # stop | length | abort | error
     stop_reason: int | str | None = None  # the token id or string that stopped it
+    layers: list[int] = field(default_factory=list)  # in front of the read-out that chose each token
 
 
 @dataclass(slots=True)
@@ -40,6 +61,7 @@ class RequestDelta:
     num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache
     queue_seconds: float | None = None  # once, with the first tokens: from arrival to the first step that ran it
     error: str | None = None
+    compute: Compute | None = None  # once, with the last delta
 
 
 @dataclass(slots=True)
@@ -52,11 +74,13 @@ class CompletionOutput:
     logprobs: list[PositionLogprobs] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    layers: list[int] = field(default_factory=list)  # per token
 
     def add(self, delta: CompletionDelta) -> None:
         """Append what a step added."""
         self.text += delta.text
         self.token_ids.extend(delta.token_ids)
+        self.layers.extend(delta.layers)
         if delta.logprobs is not None:
             self.logprobs = (self.logprobs or []) + delta.logprobs
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
@@ -73,6 +97,7 @@ class RequestOutput:
     prompt_logprobs: list[PositionLogprobs | None] | None = None
     finished: bool = False
     num_cached_tokens: int = 0
+    compute: Compute | None = None
 
     def add(self, delta: RequestDelta) -> None:
         """Append what a step added."""
@@ -81,4 +106,4 @@ class RequestOutput:
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs = delta.prompt_logprobs
         self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
-        self.finished = delta.finished
+        self.finished, self.compute = delta.finished, delta.compute

@@ -28,6 +28,9 @@ class SamplingParams:
         prompt_logprobs: the same for the prompt's tokens.
         skip_special_tokens: leave special tokens out of the text.
         detokenize: turn ids into text; off, ``text`` stays empty and ``stop`` must be empty.
+        quality: ``exact``: every token comes from all layers. None: from what ``exit_thresholds`` say.
+        exit_thresholds: for studies, with ``quality=None``: layers in front of an exit → calibrated probability, from
+            which on a token leaves the model there. Exits that are not named are passed by. Nothing is certified.
 
     Raises:
         ValueError: naming the field and the value that is out of range.
@@ -53,12 +56,15 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     detokenize: bool = True
+    quality: str | None = "exact"
+    exit_thresholds: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
+        object.__setattr__(self, "exit_thresholds", dict(self.exit_thresholds or {}))
         self._check()
 
     def _check(self) -> None:
@@ -95,6 +101,14 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             if not -100 <= bias <= 100:
                 raise ValueError(f"logit_bias of token {token} must be between -100 and 100, not {bias}")
+
+        if self.quality not in ("exact", None):
+            raise ValueError(f"quality must be 'exact' or None, not {self.quality!r}")
+        if self.exit_thresholds and self.quality is not None:
+            raise ValueError(f"exit_thresholds contradict quality={self.quality!r}; set quality=None")
+        for layer, probability in self.exit_thresholds.items():
+            if not 0 <= probability <= 1:
+                raise ValueError(f"exit_thresholds[{layer}] must be a probability between 0 and 1, not {probability}")
 
     @property
     def greedy(self) -> bool:

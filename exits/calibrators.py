@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+_INFINITY_KEY = 0x7F800000  # the bits of float32's infinity
 ISOTONIC_MINIMUM = 1000  # below this many positives isotonic regression follows the noise
 
 
@@ -61,6 +62,33 @@ def calibrator_from_json(record: dict) -> Temperature | Isotonic:
     if record["kind"] == "isotonic":
         return Isotonic(tuple(record["knots"]), tuple(record["probabilities"]))
     raise ValueError(f"unknown calibrator {record['kind']!r}; known: temperature, isotonic")
+
+
+def logit_threshold(calibrator: Temperature | Isotonic, probability: float) -> float:
+    """The lowest float32 logit whose calibrated probability is at least ``probability``; inf where none is.
+
+    Rows are compared with it instead of being calibrated one by one: a calibrator never falls, so both say the same.
+    """
+    wanted = torch.tensor(probability, dtype=torch.float32)
+
+    def reaches(key: int) -> bool:
+        return bool(calibrator(_float_of(key)[None])[0] >= wanted)
+
+    low, high = -_INFINITY_KEY, _INFINITY_KEY
+    if reaches(low):
+        return float("-inf")
+    if not reaches(high):
+        return float("inf")
+    while high - low > 1:  # the keys of floats are in the floats' order
+        middle = (low + high) // 2
+        low, high = (low, middle) if reaches(middle) else (middle, high)
+    return float(_float_of(high))
+
+
+def _float_of(key: int) -> torch.Tensor:
+    """The float32 whose bits are ``key``; with a minus sign for a negative key."""
+    magnitude = torch.tensor(abs(key), dtype=torch.int32).view(torch.float32)
+    return -magnitude if key < 0 else magnitude
 
 
 def fit_temperature(logits: torch.Tensor, correct: torch.Tensor) -> Temperature:

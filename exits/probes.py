@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..kernels.exit_reference import probe_logits
+from ..kernels.types import ProbeWeights
+
 KINDS = ("linear", "mlp")
 MAX_LAYER_SHARE = 0.01
-_EPS = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +73,6 @@ def check_probe_cost(spec: ProbeSpec, hidden_size: int, layer_flops: int) -> flo
     return share
 
 
-def normalize(x_RD: torch.Tensor) -> torch.Tensor:
-    """Rows scaled to unit root-mean-square, in float32: a probe sees directions, not the residual's growing size."""
-    x_RD = x_RD.float()
-    return x_RD * torch.rsqrt(x_RD.square().mean(-1, keepdim=True) + _EPS)
-
-
 class Probe(nn.Module):
     """A classifier whose output is a logit: positive where agreement is more likely than not.
 
@@ -109,17 +105,19 @@ class Probe(nn.Module):
             previous_RD: residual stream at the previous exit; needed if ``spec.previous``.
             router_entropy_R: mean router entropy in nats since then; needed if ``spec.router_entropy``.
         """
-        parts = [normalize(hidden_RD)]
-        if self.spec.previous:
-            assert previous_RD is not None
-            parts.append(normalize(previous_RD))
-        if self.spec.router_entropy:
-            assert router_entropy_R is not None
-            parts.append(router_entropy_R.float()[:, None])
-        inner_RJ = F.linear(torch.cat(parts, -1), self.weight_JX.float(), self.bias_J.float())
-        if self.spec.kind == "linear":
-            return inner_RJ[:, 0]
-        return F.silu(inner_RJ) @ self.out_J.float() + self.out_bias.float()
+        return probe_logits(hidden_RD, self.weights(), previous_RD, router_entropy_R)
+
+    def weights(self) -> ProbeWeights:
+        """The parameters as the operations take them: float32, and still part of the graph."""
+        mlp = self.spec.kind == "mlp"
+        return ProbeWeights(
+            weight_JX=self.weight_JX.float(),
+            bias_J=self.bias_J.float(),
+            out_J=self.out_J.float() if mlp else None,
+            out_bias=self.out_bias.float() if mlp else None,
+            previous=self.spec.previous,
+            router_entropy=self.spec.router_entropy,
+        )
 
 
 def top_margin(logits_RV: torch.Tensor) -> torch.Tensor:

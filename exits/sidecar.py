@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .calibrators import Isotonic, Temperature, calibrator_from_json
@@ -94,10 +95,18 @@ def load_heads(directory: Path) -> ExitHeads | None:
     """The sidecar of a checkpoint, in float32 on the CPU; None where there is none.
 
     Raises:
-        ValueError: for another format, or when the weights beside it are not those that it was trained on.
+        ValueError: for another format, a damaged file, or when the weights beside it are not those that it was trained
+            on.
     """
     if not (directory / JSON_FILE).is_file():
         return None
+    try:
+        return _read(directory)
+    except (KeyError, TypeError, RuntimeError, OSError, json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(f"{directory / JSON_FILE} or {TENSOR_FILE} beside it is damaged: {error!r}") from error
+
+
+def _read(directory: Path) -> ExitHeads:
     summary = json.loads((directory / JSON_FILE).read_text())
     if summary["format"] != _FORMAT:
         raise ValueError(f"{directory / JSON_FILE} has format {summary['format']}; this version reads {_FORMAT}")

@@ -5,6 +5,7 @@ A row's result is bitwise the same whatever other rows are computed with it, and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +15,16 @@ from . import cpu_build
 from .router_reference import check_route_arguments
 from .router_spec import SCORES, RouterSpec
 from .torch_backend import TorchBackend
-from .types import AttentionBatch, ExpertWeights, KVLayer, LinearWeights, Routing
+from .types import (
+    AttentionBatch,
+    ExitDecision,
+    ExpertWeights,
+    KVLayer,
+    KVProjection,
+    LinearWeights,
+    ProbeWeights,
+    Routing,
+)
 
 ISAS = ("auto", "avx512bf16", "avx512vnni", "avx512", "avx2", "portable")
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -89,6 +99,15 @@ class CpuBackend(TorchBackend):
             data=_Linear(packed, bias),
             nbytes=_nbytes(packed, bias),
         )
+
+    def linear_tail(self, weights: LinearWeights, start: int) -> LinearWeights:
+        packed, bias, outputs = weights.data.packed, weights.data.bias, weights.out_features
+        if start % _BLOCK:  # the outputs begin inside a block
+            rows = self.weight_rows(weights, torch.arange(start, outputs))
+            return self.pack_linear(rows, None if bias is None else bias[start:outputs])
+        words_per_block = packed.numel() // -(-outputs // _BLOCK)
+        tail = _Linear(packed[start // _BLOCK * words_per_block :], None if bias is None else bias[start:])
+        return replace(weights, out_features=outputs - start, data=tail, nbytes=0)
 
     def linear(self, x_TI: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
         return self._ops.linear.default(
@@ -267,6 +286,58 @@ class CpuBackend(TorchBackend):
             batch.block_table_SM,
             scale,
             window or 0,
+        )
+
+    def exit_decide(
+        self,
+        x_TD: torch.Tensor,
+        probe: ProbeWeights,
+        thresholds_T: torch.Tensor,
+        previous_TD: torch.Tensor | None = None,
+        router_entropy_T: torch.Tensor | None = None,
+    ) -> ExitDecision:
+        logits_T, order_T, num_staying = self._ops.exit_decide.default(
+            self._isa,
+            x_TD,
+            previous_TD if probe.previous else None,
+            router_entropy_T if probe.router_entropy else None,
+            probe.weight_JX,
+            probe.bias_J,
+            probe.out_J,
+            probe.out_bias,
+            thresholds_T,
+        )
+        return ExitDecision(logits_T=logits_T, order_T=order_T, num_staying=num_staying)
+
+    def router_entropy(self, logits: Sequence[torch.Tensor]) -> torch.Tensor:
+        return self._ops.router_entropy.default(self._isa, logits)
+
+    def project_kv(
+        self,
+        x_TD: torch.Tensor,
+        projections: Sequence[KVProjection],
+        layers: Sequence[KVLayer],
+        cos_sin_LC: torch.Tensor,
+        batch: AttentionBatch,
+        *,
+        norm_eps: float,
+        clip: float | None = None,
+    ) -> None:
+        linears = [p.kv.data for p in projections]
+        self._ops.project_kv.default(
+            self._isa,
+            x_TD,
+            [p.norm_D for p in projections],
+            [linear.packed for linear in linears],
+            [linear.bias for linear in linears if linear.bias is not None],
+            [p.k_norm for p in projections if p.k_norm is not None],
+            [layer.keys_BGPC for layer in layers],
+            [layer.values_BGPC for layer in layers],
+            cos_sin_LC,
+            batch.positions_T,
+            batch.slots_T,
+            norm_eps,
+            clip or 0.0,
         )
 
     def _source(self, weight: torch.Tensor) -> torch.Tensor:

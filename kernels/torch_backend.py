@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
-from . import reference
+from . import exit_reference, reference
 from .router_spec import RouterSpec
 from .torch_attention import run_attention
 from .torch_experts import PlainExperts, run_experts
-from .types import AttentionBatch, ExpertWeights, KVLayer, LinearWeights, Routing
+from .types import (
+    AttentionBatch,
+    ExitDecision,
+    ExpertWeights,
+    KVLayer,
+    KVProjection,
+    LinearWeights,
+    ProbeWeights,
+    Routing,
+)
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +68,12 @@ class TorchBackend:
     def weight_rows(self, weights: LinearWeights, ids_T: torch.Tensor) -> torch.Tensor:
         """Rows of a weight as they were packed, (T, I): the embedding of a model whose LM head is tied to it."""
         return F.embedding(ids_T, weights.data[0])
+
+    def linear_tail(self, weights: LinearWeights, start: int) -> LinearWeights:
+        """The layer that computes the outputs from ``start`` on; it shares the weights' memory where it can."""
+        weight_OI, bias_O = weights.data
+        data = weight_OI[start:], None if bias_O is None else bias_O[start:]
+        return replace(weights, out_features=weights.out_features - start, data=data, nbytes=0)
 
     def linear(self, x_TI: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
         """``x @ weight.T + bias``, (T, O)."""
@@ -168,3 +185,53 @@ class TorchBackend:
     ) -> torch.Tensor:
         """Causal attention over the paged cache, (T, H, C). See :func:`reference.paged_attention`."""
         return run_attention(q_THC, layer, batch, scale=scale, window=window)
+
+    def exit_decide(
+        self,
+        x_TD: torch.Tensor,
+        probe: ProbeWeights,
+        thresholds_T: torch.Tensor,
+        previous_TD: torch.Tensor | None = None,
+        router_entropy_T: torch.Tensor | None = None,
+    ) -> ExitDecision:
+        """Sort rows into those that stay and those that leave. See :func:`exit_reference.exit_decide`."""
+        return exit_reference.exit_decide(x_TD, probe, thresholds_T, previous_TD, router_entropy_T)
+
+    def router_entropy(self, logits: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Mean entropy of some layers' routers, (T,). See :func:`exit_reference.router_entropy`."""
+        return exit_reference.router_entropy(logits)
+
+    def project_kv(
+        self,
+        x_TD: torch.Tensor,
+        projections: Sequence[KVProjection],
+        layers: Sequence[KVLayer],
+        cos_sin_LC: torch.Tensor,
+        batch: AttentionBatch,
+        *,
+        norm_eps: float,
+        clip: float | None = None,
+    ) -> None:
+        """Write the keys and values that layers make of one and the same residual stream: what a row that leaves owes.
+
+        Arguments:
+            x_TD: residual stream at the exit.
+            projections, layers: of the layers that the rows skip, in the same order.
+            batch: only its positions and slots are read.
+            clip: keys and values are clipped to ± this value: behind a key norm over the full width, in front of one
+                per head.
+        """
+        for projection, layer in zip(projections, layers, strict=True):
+            normed_TD = self.rms_norm(x_TD, projection.norm_D, norm_eps)
+            k_TX, v_TX = self.linear(normed_TD, projection.kv).chunk(2, -1)
+            head_dim, k_norm = layer.keys_BGPC.shape[-1], projection.k_norm
+            per_head = k_norm is not None and k_norm.shape[0] == head_dim
+            if k_norm is not None and not per_head:
+                k_TX = self.rms_norm(k_TX.contiguous(), k_norm, norm_eps)
+            if clip is not None:
+                k_TX, v_TX = k_TX.clamp(-clip, clip), v_TX.clamp(-clip, clip)
+            k_TGC, v_TGC = (part.unflatten(-1, (-1, head_dim)) for part in (k_TX, v_TX))
+            if k_norm is not None and per_head:
+                k_TGC = self.rms_norm(k_TGC.reshape(-1, head_dim).contiguous(), k_norm, norm_eps).view(k_TGC.shape)
+            # The operation rotates queries as well; keys stand in for them, and nobody looks at the result.
+            self.rope_and_write(k_TGC, k_TGC, v_TGC, cos_sin_LC, batch, layer)

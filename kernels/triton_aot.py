@@ -27,7 +27,7 @@ from .triton_device import LISTED
 from .triton_experts import ACTIVATIONS, ExpertPlanner
 from .triton_launch import Launch
 from .triton_tuning import TuningCache
-from .triton_warmup import attention_launches, mixture_launches, norm_launches
+from .triton_warmup import attention_launches, exit_launches, mixture_launches, norm_launches
 
 
 def _shape(
@@ -51,6 +51,7 @@ def _shape(
         router=RouterSpec(num_experts=e, top_k=k, **rule),  # type: ignore[arg-type]
         expert_size=f,
         activation="silu",
+        probes=((1, False, False, False), (8, True, True, True)),
         window=window,
     )
 
@@ -102,6 +103,7 @@ def launches_of(shape: WarmUpShape, planner: ExpertPlanner, dtype: torch.dtype) 
     seen = set()
     for tokens in TOKENS:
         launches = norm_launches(shape, tokens, dtype) + mixture_launches(shape, tokens, dtype, planner)
+        launches += exit_launches(shape, tokens, dtype)
         decodes = tokens <= shape.max_sequences
         launches += attention_launches(
             shape, tokens if decodes else 1, 1 if decodes else tokens, shape.max_context, dtype, planner

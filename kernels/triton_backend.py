@@ -17,12 +17,13 @@ from .torch_backend import TorchBackend
 from .torch_experts import PlainExperts
 from .triton_attention import plan_attention
 from .triton_device import device_properties
+from .triton_exits import plan_exit_decide
 from .triton_experts import ACTIVATIONS, ExpertPlanner, plan_experts, shape_of
 from .triton_launch import Launch, require_contiguous
 from .triton_norm import plan_rms_norm, plan_rope_and_write
 from .triton_router import plan_route
 from .triton_tuning import ExpertShape, TuningCache, best_attention
-from .types import AttentionBatch, ExpertWeights, KVLayer, Routing
+from .types import AttentionBatch, ExitDecision, ExpertWeights, KVLayer, ProbeWeights, Routing
 
 _HALF = (torch.bfloat16, torch.float16)
 _MAX_STREAMS = 256
@@ -36,6 +37,7 @@ class WarmUpShape:
         router, expert_size, activation: None, 0 and "" for a layer without a mixture.
         always_on: experts in front of the routed ones that every row uses.
         norm_widths: further widths of RMS norms, those of queries and keys.
+        probes: (inner width, whether it has a second layer, previous, router_entropy) of the probes behind the layer.
         max_tokens: most rows of a step. max_context: longest context in tokens.
     """
 
@@ -52,6 +54,7 @@ class WarmUpShape:
     activation: str = ""
     always_on: int = 0
     norm_widths: tuple[int, ...] = ()
+    probes: tuple[tuple[int, bool, bool, bool], ...] = ()
     window: int | None = None
 
 
@@ -203,6 +206,21 @@ class TritonBackend(TorchBackend):
         out_THC = torch.empty(q_THC.shape, dtype=q_THC.dtype, device=q_THC.device)
         self._run(plan_attention(q_THC, layer, batch, out_THC, scale=scale, window=window, config=config))
         return out_THC
+
+    def exit_decide(
+        self,
+        x_TD: torch.Tensor,
+        probe: ProbeWeights,
+        thresholds_T: torch.Tensor,
+        previous_TD: torch.Tensor | None = None,
+        router_entropy_T: torch.Tensor | None = None,
+    ) -> ExitDecision:
+        require_contiguous(x_TD=x_TD, thresholds_T=thresholds_T, previous_TD=previous_TD)
+        logits_T, order_T, staying, launch = plan_exit_decide(
+            x_TD, probe, thresholds_T, previous_TD, router_entropy_T, self._ticket()
+        )
+        self._run([launch])
+        return ExitDecision(logits_T=logits_T, order_T=order_T, num_staying=int(staying.item()))
 
     def warm_up(self, shapes: Sequence[WarmUpShape], progress: bool = True) -> int:
         """Compile every kernel that layers of these shapes will need, so that no request waits for a compiler.

@@ -10,12 +10,13 @@ import torch
 
 from .torch_experts import PlainExperts
 from .triton_attention import plan_attention
+from .triton_exits import plan_exit_decide
 from .triton_experts import ExpertPlanner, plan_experts, shape_of
 from .triton_launch import Launch
 from .triton_norm import plan_rms_norm, plan_rope_and_write
 from .triton_router import plan_route
 from .triton_tuning import best_attention
-from .types import AttentionBatch, KVLayer, Routing
+from .types import AttentionBatch, KVLayer, ProbeWeights, Routing
 
 if TYPE_CHECKING:
     from .triton_backend import WarmUpShape
@@ -39,7 +40,7 @@ def _powers(limit: int) -> list[int]:
 def _layer_launches(shape: WarmUpShape, dtype: torch.dtype, planner: ExpertPlanner) -> list[Launch]:
     launches: list[Launch] = []
     for tokens in _powers(shape.max_tokens):
-        launches += norm_launches(shape, tokens, dtype)
+        launches += norm_launches(shape, tokens, dtype) + exit_launches(shape, tokens, dtype)
         if shape.router is not None:
             launches += mixture_launches(shape, tokens, dtype, planner)
     for sequences in _powers(shape.max_sequences):
@@ -100,6 +101,46 @@ def mixture_launches(
     fewer = replace(routing, counts_T=torch.empty(tokens, dtype=torch.int32, device=_META))
     for case in (routing, fewer):
         launches += plan_experts(x_TD, plain, case, shape.activation, torch.empty_like(x_TD), planner, ticket)
+    return launches
+
+
+def exit_launches(shape: WarmUpShape, tokens: int, dtype: torch.dtype) -> list[Launch]:
+    """The decision of every probe, and the rotation of keys that rows which leave owe to the layers behind."""
+    ticket = torch.empty(1, dtype=torch.int32, device=_META)
+    x_TD, rows_T = torch.empty(tokens, shape.hidden_size, device=_META), torch.empty(tokens, device=_META)
+    launches = []
+    for inner, two_layers, previous, router_entropy in shape.probes:
+        inputs = shape.hidden_size * (1 + previous) + router_entropy
+        probe = ProbeWeights(
+            weight_JX=torch.empty(inner, inputs, device=_META),
+            bias_J=torch.empty(inner, device=_META),
+            out_J=torch.empty(inner, device=_META) if two_layers else None,
+            out_bias=torch.empty((), device=_META) if two_layers else None,
+            previous=previous,
+            router_entropy=router_entropy,
+        )
+        launches.append(plan_exit_decide(x_TD, probe, rows_T, x_TD, rows_T, ticket)[-1])
+    if launches:
+        g, c = shape.num_kv_heads, shape.head_dim
+        positions_T = torch.empty(tokens, dtype=torch.int64, device=_META)
+        few = torch.empty(1, dtype=torch.int32, device=_META)
+        batch = AttentionBatch(
+            positions_T=positions_T,
+            slots_T=positions_T,
+            query_start_S1=few,
+            context_len_S=few,
+            block_table_SM=few[:, None],
+            max_query_len=1,
+            max_context_len=1,
+        )
+        pages = torch.empty(1024, g, shape.page_size, c, dtype=dtype, device=_META)
+        kv = torch.empty(tokens, 2 * g * c, dtype=dtype, device=_META)
+        projected = [part.unflatten(-1, (g, c)) for part in kv.chunk(2, -1)]
+        normed = torch.empty(tokens, g, c, dtype=dtype, device=_META)
+        table = torch.empty(shape.max_context, c, device=_META)
+        for keys in (projected[0], normed):
+            layer = KVLayer(keys_BGPC=pages, values_BGPC=pages)
+            launches.append(plan_rope_and_write(keys, keys, projected[1], table, batch, layer, normed))
     return launches
 
 

@@ -63,6 +63,48 @@ class ExpertWeights:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProbeWeights:
+    """The classifier of one exit, all float32; every backend keeps it as it is.
+
+    Arguments:
+        weight_JX, bias_J: its first layer; X is D, + D with ``previous``, + 1 with ``router_entropy``.
+        out_J, out_bias: the layer behind a SiLU; None for a linear probe, whose J is 1.
+        previous, router_entropy: what it looks at beside the hidden state.
+    """
+
+    weight_JX: torch.Tensor
+    bias_J: torch.Tensor
+    out_J: torch.Tensor | None = None
+    out_bias: torch.Tensor | None = None
+    previous: bool = False
+    router_entropy: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitDecision:
+    """Who leaves at an exit.
+
+    Arguments:
+        logits_T: of the probe, float32.
+        order_T: int64; rows that stay, then rows that leave, both rising.
+        num_staying: how many stay.
+    """
+
+    logits_T: torch.Tensor
+    order_T: torch.Tensor
+    num_staying: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVProjection:
+    """What turns a residual stream into a layer's keys and values: norm, projection (keys, then values), key norm."""
+
+    norm_D: torch.Tensor
+    kv: LinearWeights
+    k_norm: torch.Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class KVLayer:
     """Paged keys and values of one layer."""
 

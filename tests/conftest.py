@@ -207,6 +207,58 @@ def copy_checkpoint(make_checkpoint: Callable[..., Path], tmp_path: Path) -> Cal
     return copy
 
 
+def add_exits(directory: Path, exits: dict[int, float], *, seed: int = 0, **probe: Any) -> None:
+    """Give a checkpoint random exits.
+
+    Arguments:
+        exits: layers in front of each exit → share of rows, about, whose calibrated probability is above one half.
+        probe: settings of the probes' :class:`ProbeSpec`.
+    """
+    from dynamoe.exits.calibrators import Temperature
+    from dynamoe.exits.probes import Probe, ProbeSpec
+    from dynamoe.exits.readout import ReadoutAdapter
+    from dynamoe.exits.sidecar import ExitHeads, backbone_hash, save_heads
+
+    hidden = json.loads((directory / "config.json").read_text())["hidden_size"]
+    generator = torch.Generator().manual_seed(seed)
+    adapters, probes, calibrators = {}, {}, {}
+    for layer, share in exits.items():
+        adapters[layer] = ReadoutAdapter(hidden, 4)
+        adapters[layer].reset(generator)
+        torch.nn.init.normal_(adapters[layer].up_DJ, 0, 0.3, generator=generator)
+        probes[layer] = Probe(ProbeSpec(**{"kind": "mlp", "width": 4, **probe}), hidden, generator)
+        x_RD = torch.randn(512, hidden, generator=generator)
+        with torch.no_grad():
+            logits = probes[layer](x_RD, x_RD.flip(0), torch.full((512,), 1.5))
+        calibrators[layer] = Temperature(1.0, shift=float(logits.quantile(1 - share)))
+    save_heads(
+        ExitHeads(
+            hidden_size=hidden,
+            adapters=adapters,
+            probes=probes,
+            calibrators=calibrators,
+            backbone_sha256=backbone_hash(directory),
+        ),
+        directory,
+    )
+
+
+@pytest.fixture(scope="session")
+def make_exits(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``make_exits(family, {layers: share}, probe={}, **config) -> directory``: a checkpoint with :func:`add_exits`."""
+    root = tmp_path_factory.mktemp("exits")
+
+    def make(family: str, exits: dict[int, float], probe: dict[str, Any] | None = None, **config: Any) -> Path:
+        key = hashlib.sha256(repr((family, exits, probe, config)).encode()).hexdigest()[:12]
+        directory = root / f"{family}-{key}"
+        if not directory.exists():
+            shutil.copytree(make_checkpoint(family, **config), directory)
+            add_exits(directory, exits, **(probe or {}))
+        return directory
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def default_model() -> Path:
     """The default model's directory in the user's own cache; made when it is not there, which takes about a minute."""

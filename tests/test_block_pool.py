@@ -115,3 +115,32 @@ def test_requests_with_prompt_logprobs_and_switched_off_caches_find_nothing() ->
     off = PrefixCache(BlockPool(20), 2, enabled=False)
     fill(off.pool, off, make_sequence([1, 2, 3]))
     assert off.lookup(make_sequence([1, 2, 3])) == []
+
+
+def test_a_sequence_that_was_approximate_takes_no_exact_page_beyond_that_point() -> None:
+    pool = BlockPool(20)
+    cache = PrefixCache(pool, 4, enabled=True)
+    exact, early = make_sequence(list(range(18))), make_sequence(list(range(18)))
+    fill(pool, cache, exact)
+    assert cache.lookup(early) == list(exact.pages[:4])
+    early.first_approximate = 9  # it lost its pages and is computed again
+    assert cache.lookup(early) == list(exact.pages[:2])
+
+
+def test_approximate_pages_can_neither_be_found_nor_shared() -> None:
+    pool = BlockPool(20)
+    cache = PrefixCache(pool, 4, enabled=True)
+    sequence = make_sequence(list(range(18)))
+    sequence.first_approximate = 9
+    fill(pool, cache, sequence)
+    assert cache.lookup(make_sequence(list(range(18)))) == list(sequence.pages[:2])
+    page = sequence.pages[3]
+    pool.mark_approximate(page)
+    with pytest.raises(AssertionError, match="approximate and cannot be found"):
+        pool.publish(page, b"x")
+    with pytest.raises(AssertionError, match="approximate and cannot be shared"):
+        pool.retain(page)
+    with pytest.raises(AssertionError, match="can be found"):
+        pool.mark_approximate(sequence.pages[0])
+    pool.release([page])
+    assert [pool.is_exact(pool.allocate()) for _ in range(16)] == [True] * 16

@@ -10,7 +10,7 @@ import torch
 from dynamoe.dynamic.train.exit_heads import ExitHeadsConfig, collect_states, compared_probes, frozen_logits, make_exits
 from dynamoe.dynamic.train.export import export_checkpoint
 from dynamoe.dynamic.train.model import DecoderConfig, TrainableDecoder
-from dynamoe.exits.calibrators import Isotonic, Temperature
+from dynamoe.exits.calibrators import Isotonic, Temperature, fit_isotonic, fit_temperature, logit_threshold
 from dynamoe.exits.metrics import aurc
 from dynamoe.exits.probes import (
     Probe,
@@ -229,3 +229,26 @@ def test_exits_of_a_decoder_from_states_to_sidecar(exported: tuple[TrainableDeco
     assert "exits.1.adapter.down_JD" in load_file(target / "exits.safetensors")
     with pytest.raises(ValueError, match="'guess'"):
         ExitHeadsConfig(probe="guess")
+
+
+@pytest.mark.parametrize("kind", ["temperature", "isotonic"])
+def test_a_logit_reaches_the_threshold_exactly_where_its_probability_does(kind: str) -> None:
+    logits = torch.randn(4000, generator=torch.Generator().manual_seed(0)) * 3
+    correct = (torch.rand(4000, generator=torch.Generator().manual_seed(1)) < torch.sigmoid(logits)).float()
+    calibrator = {"temperature": fit_temperature, "isotonic": fit_isotonic}[kind](logits, correct)
+    probabilities = calibrator(logits)
+    for wanted in (0.0, 0.1, 0.5, float(probabilities[7]), 0.9, 0.999, 1.0):
+        limit = logit_threshold(calibrator, wanted)
+        assert torch.equal(logits >= limit, probabilities >= torch.tensor(wanted))
+    assert logit_threshold(calibrator, 0.0) == float("-inf")
+    never = Isotonic((-1.0, 2.0), (0.25, 0.75))
+    assert [logit_threshold(never, p) for p in (0.2, 0.7, 0.8)] == [float("-inf"), 2.0, float("inf")]
+
+
+def test_a_damaged_sidecar_is_named(tmp_path: Path) -> None:
+    (tmp_path / "exits.json").write_text('{"format": 1}')
+    with pytest.raises(ValueError, match=r"exits.json or exits.safetensors beside it is damaged: KeyError"):
+        load_heads(tmp_path)
+    (tmp_path / "exits.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        load_heads(tmp_path)

@@ -11,6 +11,9 @@ class BlockPool:
 
     A page whose count falls to zero is free. If its content has a digest, it can still be found and taken back, until
     it is given to somebody else; among such pages, the one that was released longest ago goes first.
+
+    A page is *exact* if it and everything before it in its sequence holds what the full model computes. Others belong
+    to one sequence for good: they get no digest and no second holder.
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -20,6 +23,7 @@ class BlockPool:
         self._findable: OrderedDict[int, None] = OrderedDict()  # free pages with a digest, longest released first
         self._page_of: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
+        self._approximate: set[int] = set()
 
     @property
     def num_free(self) -> int:
@@ -38,10 +42,22 @@ class BlockPool:
             page, _ = self._findable.popitem(last=False)
             del self._page_of[self._digest_of.pop(page)]
         self._references[page] = 1
+        self._approximate.discard(page)
         return page
+
+    def is_exact(self, page: int) -> bool:
+        """Whether the page was not marked as approximate since it was allocated."""
+        return page not in self._approximate
+
+    def mark_approximate(self, page: int) -> None:
+        """Say that a page of one sequence holds something else than the full model computes."""
+        assert self._references[page] == 1, f"page {page} is shared"
+        assert page not in self._digest_of, f"page {page} can be found"
+        self._approximate.add(page)
 
     def retain(self, page: int) -> None:
         """One more holder; takes a findable page back from the free ones."""
+        assert page not in self._approximate, f"page {page} is approximate and cannot be shared"
         if self._references[page] == 0:
             del self._findable[page]
         self._references[page] += 1
@@ -64,6 +80,7 @@ class BlockPool:
     def publish(self, page: int, digest: bytes) -> None:
         """Let a held page be found by its content. The first page with a content keeps the name."""
         assert self._references[page] > 0
+        assert page not in self._approximate, f"page {page} is approximate and cannot be found"
         if digest not in self._page_of and page not in self._digest_of:
             self._page_of[digest] = page
             self._digest_of[page] = digest

@@ -18,6 +18,8 @@ class EngineConfig:
         block_size: tokens per page of the cache.
         enable_prefix_caching: share the pages of equal prompt beginnings between requests.
         max_waiting: queued requests beyond this many are refused (``EngineFull``).
+        park_rows: let tokens that do not leave at an early exit wait for company where that saves time; results stay
+            the same.
         seed: seeds the draws of requests that bring no seed of their own.
     """
 
@@ -28,6 +30,7 @@ class EngineConfig:
     block_size: int = 16
     enable_prefix_caching: bool = True
     max_waiting: int = 1024
+    park_rows: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:

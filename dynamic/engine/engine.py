@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..outputs import CompletionDelta, PositionLogprobs, RequestDelta
+from ..outputs import CompletionDelta, Compute, PositionLogprobs, RequestDelta
 from ..sampling_params import SamplingParams
 from .block_pool import BlockPool
 from .config import EngineConfig
@@ -59,8 +59,11 @@ class Engine:
         pool = BlockPool(num_pages)
         cache = PrefixCache(pool, config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(config, pool, cache)
-        self.runner = Runner(decoder, num_pages, config.block_size)
+        self.runner = Runner(
+            decoder, num_pages, config.block_size, max_num_seqs=config.max_num_seqs, park_rows=config.park_rows
+        )
         warm_up(decoder, config, self.max_model_len)
+        self._segment_layers = tuple(len(segment.layers) for segment in decoder.segments)
         self._eos = _eos_token_ids(model)
         self._requests: dict[str, Request] = {}
         self._arrivals = 0
@@ -84,7 +87,8 @@ class Engine:
             cache_salt: only requests with the same salt share prefixes.
 
         Raises:
-            ValueError: for an id in use, an empty or too long prompt, token ids outside the vocabulary.
+            ValueError: for an id in use, an empty or too long prompt, token ids outside the vocabulary, exits that the
+                model does not have.
             EngineFull: when ``max_waiting`` sequences wait already.
         """
         if request_id in self._requests:
@@ -105,7 +109,10 @@ class Engine:
                 eos=frozenset() if params.ignore_eos else self._eos, listed=frozenset(params.stop_token_ids)
             ),
             base_seed=self.config.seed,
+            exit_logits_E=self.runner.exits.logit_thresholds(params.exit_thresholds),
         )
+        if request.exit_logits_E is not None:
+            self.runner.exits.prepare()
         self._arrivals += 1
         self._requests[request_id] = request
         self.scheduler.add(request.sequences[0])
@@ -130,6 +137,8 @@ class Engine:
         for name in ("logprobs", "prompt_logprobs"):
             if (count := getattr(params, name)) is not None and count > self.vocab_size:
                 raise ValueError(f"{name}={count} exceeds the vocabulary of {self.vocab_size}")
+
+        self.runner.exits.logit_thresholds(params.exit_thresholds)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Drop requests and free their pages at once; unknown or finished ids are ignored. No delta follows."""
@@ -170,12 +179,19 @@ class Engine:
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
             preemptions=counters.preemptions,
+            segment_layers=self._segment_layers,
+            segment_rows=tuple(self.runner.segment_rows().tolist()),
+            projected_rows=self.runner.exits.projected_rows,
+            rows_parked=self.runner.exits.rows_parked,
         )
 
     def _record_computed(self, schedule: Schedule, hidden_TD: torch.Tensor) -> None:
         first_row = 0
         for entry in schedule.entries:
             request = entry.sequence.request
+            if entry.parked:
+                first_row += entry.count
+                continue
             if request.queue_seconds is None:
                 request.queue_seconds = time.monotonic() - request.arrival_time
                 request.num_cached_tokens = entry.start
@@ -250,7 +266,7 @@ class Engine:
                 self.scheduler.finish(sequence)
         for request, delta in deltas.items():
             if request.finished:
-                delta.finished = True
+                delta.finished, delta.compute = True, self._compute(request)
                 del self._requests[request.request_id]
                 self._pace.finished()
         return list(deltas.values())
@@ -271,7 +287,7 @@ class Engine:
         sequence.append(token_id)
         self._generation_tokens += 1
         armed = sequence.num_output >= params.min_tokens
-        delta = CompletionDelta(sequence.index, [token_id], "")
+        delta = CompletionDelta(sequence.index, [token_id], "", layers=[self._depth(sequence)])
         if armed and token_id in request.stop_tokens.all:
             delta.finish_reason = "stop"
             delta.stop_reason = None if token_id in request.stop_tokens.eos else token_id
@@ -280,6 +296,18 @@ class Engine:
         if params.detokenize:
             self._add_text(sequence, token_id, armed, delta)
         return delta
+
+    def _depth(self, sequence: Sequence) -> int:
+        """Layers in front of the read-out that chose the last token; the first one comes from the prompt."""
+        return sequence.depths[-1] if sequence.depths else self.model.spec.num_layers
+
+    def _compute(self, request: Request) -> Compute:
+        rows = [request.full_rows] * len(self._segment_layers)
+        if request.segment_rows is not None:
+            rows = [full + early for full, early in zip(rows, request.segment_rows.tolist(), strict=True)]
+        return Compute(
+            segment_layers=self._segment_layers, segment_rows=tuple(rows), projected_rows=request.projected_rows
+        )
 
     def _add_text(self, sequence: Sequence, token_id: int, armed: bool, delta: CompletionDelta) -> None:
         params = sequence.request.params

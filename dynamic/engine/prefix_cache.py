@@ -29,11 +29,14 @@ class PrefixCache:
         self.enabled = enabled
 
     def lookup(self, sequence: Sequence) -> list[int]:
-        """Pages that hold the beginning of a sequence's tokens. At least one token is left to compute."""
+        """Pages that hold the beginning of a sequence's tokens. At least one token is left to compute.
+
+        They are exact, so a sequence that was approximate before it lost its pages takes none beyond that point.
+        """
         request = sequence.request
         if not self.enabled or not request.prompt_logprobs_complete:
             return []  # logprobs of the prompt need every position to run
-        blocks = (sequence.num_tokens - 1) // self.page_size
+        blocks = min(sequence.num_tokens - 1, sequence.first_approximate) // self.page_size
         self._extend_digests(sequence, blocks)
         pages = []
         for digest in sequence.block_digests[:blocks]:
@@ -44,8 +47,8 @@ class PrefixCache:
         return pages
 
     def publish(self, sequence: Sequence, first_block: int) -> None:
-        """Let the computed full blocks of a sequence be found, from ``first_block`` on."""
-        blocks = sequence.num_computed // self.page_size
+        """Let the computed full blocks of a sequence be found, from ``first_block`` on, as far as they are exact."""
+        blocks = min(sequence.num_computed, sequence.first_approximate) // self.page_size
         if not self.enabled or blocks <= first_block:
             return
         self._extend_digests(sequence, blocks)

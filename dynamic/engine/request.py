@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -14,10 +15,30 @@ from ..sampling_params import SamplingParams
 from .penalties import TokenCounts
 
 if TYPE_CHECKING:
+    import torch
+
     from ..outputs import PositionLogprobs
     from .text import OutputText
 
 _MASK_64 = (1 << 64) - 1
+
+
+NEVER = 1 << 62
+
+
+@dataclass(slots=True)
+class ParkedRow:
+    """A sequence's last row, halfway through the model: it waits for company in front of a segment.
+
+    Arguments:
+        segment: index of the segment that it runs next.
+        x_D: its residual stream.
+        steps: for how many steps it has waited.
+    """
+
+    segment: int
+    x_D: torch.Tensor
+    steps: int = 0
 
 
 class State(Enum):
@@ -47,6 +68,8 @@ class Request:
         arrival: running number; earlier requests go first among equals.
         max_total_tokens: prompt and output together never get longer.
         base_seed: seeds the draws when the request brings no seed of its own.
+        exit_logits_E: per exit of the model, the probe's logit from which on its output leaves there (float32, inf:
+            never); None for a request that runs exactly.
     """
 
     def __init__(
@@ -61,6 +84,7 @@ class Request:
         max_total_tokens: int,
         stop_tokens: StopTokens,
         base_seed: int,
+        exit_logits_E: np.ndarray | None = None,
     ) -> None:
         self.request_id = request_id
         self.prompt_token_ids = prompt_token_ids
@@ -69,6 +93,7 @@ class Request:
         self.cache_salt = cache_salt
         self.arrival = arrival
         self.stop_tokens = stop_tokens
+        self.exit_logits_E = exit_logits_E
         limit = max_total_tokens - len(prompt_token_ids)
         self.max_output_tokens = limit if params.max_tokens is None else min(limit, params.max_tokens)
         # The leading number keeps seeds that callers choose apart from those that the engine derives.
@@ -79,6 +104,9 @@ class Request:
         self.arrival_time = time.monotonic()
         self.queue_seconds: float | None = None  # until the first step that ran a part of it
         self.delivered = False  # a delta has gone out
+        self.full_rows = 0  # rows that ran all layers in steps without exits
+        self.segment_rows: np.ndarray | None = None  # rows per segment in steps with exits
+        self.projected_rows = 0  # rows times layers whose keys and values were projected
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -99,11 +127,14 @@ class Sequence:
     __slots__ = (
         "block_digests",
         "counts",
+        "depths",
         "draws",
+        "first_approximate",
         "index",
         "num_computed",
         "num_prompt",
         "pages",
+        "parked",
         "rank",
         "request",
         "state",
@@ -124,6 +155,9 @@ class Sequence:
         self.text: OutputText | None = None
         self.counts = TokenCounts(request.prompt_token_ids) if TokenCounts.needed(request.params) else None
         self.draws: np.random.Generator | None = None
+        self.depths = array("h")  # of a request with exits: layers that each computed position behind the prompt ran
+        self.first_approximate = NEVER  # position from which on keys and values are not those of the full model
+        self.parked: ParkedRow | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -143,6 +177,18 @@ class Sequence:
             words = np.random.SeedSequence([*self.request.seed_words, self.index])
             self.draws = np.random.Generator(np.random.Philox(words))
         return float(self.draws.random())
+
+    def record_depths(self, start: int, depths: Iterable[int], num_layers: int) -> None:
+        """Remember how many layers the positions from ``start`` on ran; those of the prompt always run all.
+
+        What is remembered outlives the sequence's pages: should they be lost, every position leaves again where it
+        left, so that the pages and all later tokens become what they were.
+        """
+        for position, depth in enumerate(depths, start):
+            if position - self.num_prompt == len(self.depths):
+                self.depths.append(depth)
+                if depth < num_layers and self.first_approximate == NEVER:
+                    self.first_approximate = position
 
     def append(self, token_id: int) -> None:
         """Add a sampled token."""

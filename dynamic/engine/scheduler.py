@@ -16,11 +16,15 @@ _rank = attrgetter("rank")
 
 @dataclass(slots=True)
 class Entry:
-    """Tokens ``start : start + count`` of a sequence run in this step."""
+    """Tokens ``start : start + count`` of a sequence run in this step.
+
+    The runner sets ``parked`` when the entry's only row was stopped halfway, so that nothing is computed yet.
+    """
 
     sequence: Sequence
     start: int
     count: int
+    parked: bool = False
 
     @property
     def samples(self) -> bool:
@@ -153,6 +157,10 @@ class Scheduler:
         """Record that an entry has run."""
         sequence = entry.sequence
         sequence.num_computed += entry.count
+        if sequence.first_approximate < sequence.num_computed:
+            first = max(entry.start, sequence.first_approximate) // self.page_size
+            for page in sequence.pages[first : -(-sequence.num_computed // self.page_size)]:
+                self.pool.mark_approximate(page)
         self.cache.publish(sequence, entry.start // self.page_size)
 
     def fork(self, sequence: Sequence) -> list[Sequence]:
@@ -192,6 +200,7 @@ class Scheduler:
         self.pool.release(reversed(sequence.pages))
         del sequence.pages[:]
         sequence.num_computed = 0
+        sequence.parked = None
 
     @staticmethod
     def _position(queue: list[Sequence], sequence: Sequence) -> int:

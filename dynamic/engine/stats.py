@@ -17,6 +17,9 @@ class EngineStats:
         prompt_tokens: prompt tokens of the requests whose prompt has been run.
         generation_tokens: tokens sampled.
         preemptions: sequences that lost their pages and were computed again.
+        segment_layers, segment_rows: layers of each segment between exits, and rows that were launched through it.
+        projected_rows: rows times layers whose keys and values were made of the state at an exit.
+        rows_parked: rows that were stopped in front of a segment to wait for others.
     """
 
     num_running: int
@@ -29,3 +32,7 @@ class EngineStats:
     prompt_tokens: int
     generation_tokens: int
     preemptions: int
+    segment_layers: tuple[int, ...]
+    segment_rows: tuple[int, ...]
+    projected_rows: int
+    rows_parked: int

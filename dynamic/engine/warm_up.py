@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from .config import EngineConfig
@@ -9,6 +10,7 @@ from .config import EngineConfig
 if TYPE_CHECKING:
     from ...kernels.triton_backend import WarmUpShape
     from ..decoder import Decoder
+    from ..decoder_exits import DecoderExit
     from ..spec import ModelSpec
 
 
@@ -25,16 +27,20 @@ def warm_up(decoder: Decoder, config: EngineConfig, max_model_len: int, progress
     from ...kernels.triton_backend import TritonBackend
 
     assert isinstance(backend, TritonBackend), "only the Triton backend carries this name"
-    return backend.warm_up(warm_up_shapes(decoder.spec, config, max_model_len), progress)
+    return backend.warm_up(warm_up_shapes(decoder.spec, config, max_model_len, decoder.exits.values()), progress)
 
 
-def warm_up_shapes(spec: ModelSpec, config: EngineConfig, max_model_len: int) -> list[WarmUpShape]:
+def warm_up_shapes(
+    spec: ModelSpec, config: EngineConfig, max_model_len: int, exits: Iterable[DecoderExit] = ()
+) -> list[WarmUpShape]:
     """The distinct layers of a model with the limits of an engine."""
     from ...kernels.triton_backend import WarmUpShape
 
     norm_widths = {"none": (), "head": (spec.head_dim,), "full": (spec.num_heads * spec.head_dim,)}[spec.qk_norm]
     if spec.qk_norm == "full":
         norm_widths += (spec.num_kv_heads * spec.head_dim,)
+    probes = [exit.probe for exit in exits if exit.probe is not None]
+    kinds = {(p.bias_J.numel(), p.out_J is not None, p.previous, p.router_entropy) for p in probes}
     shapes = [
         WarmUpShape(
             hidden_size=spec.hidden_size,
@@ -50,6 +56,7 @@ def warm_up_shapes(spec: ModelSpec, config: EngineConfig, max_model_len: int) ->
             activation=spec.activation,
             always_on=0 if layer.moe is None else layer.moe.num_always_on,
             norm_widths=norm_widths,
+            probes=tuple(sorted(kinds)),
             window=layer.window,
         )
         for layer in spec.layers

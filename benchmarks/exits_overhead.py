@@ -1,0 +1,186 @@
+"""What exits cost when they are off, and cost or save when they are on: ``python benchmarks/exits_overhead.py``.
+
+Engines decode the same number of sequences and take turns, a few steps each, because machines drift; times per token
+are compared. The probes are random: a share of the rows leaves at every exit, and what is said then is nonsense, but
+costs what sense would cost.
+
+Variants: ``off``: the model has exits, and requests run exactly; ``0 % leave``: every exit is asked and nobody leaves;
+and shares of the rows that leave at each exit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from dynamoe.dynamic.decoder import Decoder
+from dynamoe.dynamic.engine.config import EngineConfig
+from dynamoe.dynamic.engine.engine import Engine
+from dynamoe.dynamic.engine.kv_cache import allocate_layers
+from dynamoe.dynamic.engine.parking import last_slots
+from dynamoe.dynamic.loader import LoadedModel, load_decoder
+from dynamoe.dynamic.model_store import resolve_model
+from dynamoe.dynamic.sampling_params import SamplingParams
+from dynamoe.dynamic.train.export import checkpoint_tensors, model_config
+from dynamoe.dynamic.train.model import DecoderConfig, TrainableDecoder
+from dynamoe.exits.calibrators import Temperature
+from dynamoe.exits.probes import Probe, ProbeSpec
+from dynamoe.exits.readout import ReadoutAdapter
+from dynamoe.exits.sidecar import ExitHeads, backbone_hash, save_heads
+
+PROBE = ProbeSpec(kind="mlp", width=2, previous=True, router_entropy=True)
+PROMPT = 32
+CHUNK = 8  # steps of one turn
+
+
+def tiny_checkpoint(directory: Path) -> Path:
+    """An untrained model of the shape of ``tiny``."""
+    from safetensors.torch import save_file
+
+    model = TrainableDecoder(DecoderConfig())
+    save_file(checkpoint_tensors(model, torch.bfloat16), directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(model_config(model.config, torch.bfloat16)))
+    return directory
+
+
+def with_exits(checkpoint: Path, directory: Path, exits: tuple[int, ...], hidden_size: int) -> Path:
+    """Links to a checkpoint, with random exits beside it."""
+    for file in checkpoint.iterdir():
+        (directory / file.name).symlink_to(file)
+    generator = torch.Generator().manual_seed(0)
+    heads = ExitHeads(
+        hidden_size=hidden_size,
+        adapters={e: ReadoutAdapter(hidden_size, 16) for e in exits},
+        probes={e: Probe(PROBE, hidden_size, generator) for e in exits},
+        calibrators={e: Temperature(1.0) for e in exits},
+        backbone_sha256=backbone_hash(directory),
+    )
+    save_heads(heads, directory)
+    return directory
+
+
+def load(path: Path, dtype: str) -> LoadedModel:
+    decoder = load_decoder(path, dtype=dtype)
+    tokenizer: Any = None
+    return LoadedModel(
+        name=path.name, path=path, spec=decoder.spec, decoder=decoder, tokenizer=tokenizer, generation_defaults={}
+    )
+
+
+def without_exits(model: LoadedModel) -> LoadedModel:
+    """The same weights in the same memory, as they are loaded where no exits lie beside them."""
+    d = model.decoder
+    decoder = Decoder(
+        d.spec,
+        d.backend,
+        embedding_VD=d.embedding_VD,
+        layers=d.layers,
+        final_norm_D=d.final_norm_D,
+        lm_head=d.lm_head,
+    )
+    return replace(model, decoder=decoder)
+
+
+def thresholds(model: LoadedModel, share: float) -> dict[int, float]:
+    """Calibrated probabilities that about this share of the rows exceeds at each exit."""
+    decoder, rows = model.decoder, 256
+    kv = allocate_layers(decoder.spec, rows, 16, decoder.dtype, decoder.device)
+    x_TD = decoder.embed(torch.randint(decoder.spec.vocab_size, (rows,), generator=torch.Generator().manual_seed(1)))
+    found = {}
+    for segment in decoder.segments[:-1]:
+        before_TD, entropy_T = x_TD.clone(), torch.zeros(rows)
+        x_TD = decoder.run_segment(segment, x_TD, kv, last_slots(rows, 16, decoder.device), entropy_T)
+        exit = decoder.exits[segment.layers.stop]
+        assert exit.probe is not None
+        everybody_T = torch.full((rows,), torch.inf)
+        logits_T = decoder.backend.exit_decide(x_TD, exit.probe, everybody_T, before_TD, entropy_T).logits_T
+        found[exit.after_layers] = float(logits_T.quantile(1 - share).sigmoid()) if share else 1.0
+    return found
+
+
+def decoding(model: LoadedModel, batch: int, tokens: int, exits: dict[int, float], park: bool) -> Engine:
+    """An engine whose sequences are all past their prompts."""
+    engine = Engine(model, EngineConfig(max_num_seqs=batch, enable_prefix_caching=False, park_rows=park))
+    for number in range(batch):
+        prompt = torch.randint(3, model.spec.vocab_size, (PROMPT,), generator=torch.Generator().manual_seed(number))
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=tokens + 400,
+            ignore_eos=True,
+            detokenize=False,
+            quality=None if exits else "exact",
+            exit_thresholds=exits,
+        )
+        engine.add_request(str(number), prompt.tolist(), params)
+    engine.step()
+    for _ in range(8):  # the parking's averages settle
+        engine.step()
+    return engine
+
+
+def seconds_per_token(engines: dict[str, Engine], turns: int) -> dict[str, float]:
+    """Over all turns but the slowest tenth; who goes first changes from turn to turn."""
+    found: dict[str, list[tuple[float, int]]] = {name: [] for name in engines}
+    names = list(engines)
+    for turn in range(turns):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            before, started = engines[name].stats().generation_tokens, time.perf_counter()
+            for _ in range(CHUNK):
+                engines[name].step()
+            seconds = time.perf_counter() - started
+            found[name].append((seconds, engines[name].stats().generation_tokens - before))
+    kept = {name: sorted(turns)[: -max(1, len(turns) // 10)] for name, turns in found.items()}
+    return {name: sum(s for s, _ in turns) / sum(t for _, t in turns) for name, turns in kept.items()}
+
+
+def measure(
+    model: LoadedModel, plain: LoadedModel, batches: list[int], turns: int
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """Seconds per token by variant, for each number of sequences."""
+    tokens = turns * CHUNK
+    for batch in batches:
+        engines = {
+            "none": decoding(plain, batch, tokens, {}, True),
+            "off": decoding(model, batch, tokens, {}, True),
+            "0 % leave": decoding(model, batch, tokens, thresholds(model, 0.0), True),
+        }
+        for share in (0.1, 0.5, 0.9):
+            engines[f"{share:.0%} leave"] = decoding(model, batch, tokens, thresholds(model, share), True)
+            engines[f"{share:.0%}, no parking"] = decoding(model, batch, tokens, thresholds(model, share), False)
+        yield batch, seconds_per_token(engines, turns)
+        waits = {name: engine.stats().rows_parked for name, engine in engines.items() if engine.stats().rows_parked}
+        print(f"{'':6} rows parked: {waits}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny", help="tiny (its shape, untrained), default, or a directory")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--turns", type=int, default=20)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
+        path = tiny_checkpoint(Path(first)) if options.model == "tiny" else resolve_model(options.model)
+        config = json.loads((path / "config.json").read_text())
+        layers = config["num_hidden_layers"]
+        exits = tuple(layers * quarter // 4 for quarter in (1, 2, 3))
+        model = load(with_exits(path, Path(second), exits, config["hidden_size"]), options.dtype)
+        plain = without_exits(model)
+        print(f"{options.model}, {plain.decoder.dtype}, exits after {exits} of {layers} layers, {os.cpu_count()} CPUs")
+        print("time per token in relation to a model without exits")
+        for batch, seconds in measure(model, plain, options.batches, options.turns):
+            base = seconds["none"]
+            cells = "  ".join(f"{name} {value / base:.3f}" for name, value in seconds.items() if name != "none")
+            print(f"{batch:3}: {base * batch * 1e3:.2f} ms per step; {cells}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""Runs a step in which rows may leave early: segment after segment, a decision, a compaction and a debt in between.
+
+Whether a row leaves depends on its own state and its own request's thresholds only. Prompts run all layers. Positions
+behind the prompt that are computed again after a preemption leave where they left before. What depends on the load is
+when a row goes on: in front of a segment it may be parked until others come (:mod:`parking`).
+
+Shape suffixes as in ``kernels/types.py``; R some of a step's T rows, E exits of the model.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ...exits.segments import Segment
+from ...kernels.types import AttentionBatch, KVLayer
+from .backfill import Backfill, Project
+from .parking import Parking, measure_times
+from .request import ParkedRow
+
+if TYPE_CHECKING:
+    from ..decoder import Decoder
+    from .scheduler import Entry
+    from .step_rows import StepRows
+
+STAYS, LEAVES = np.float32(np.inf), np.float32(-np.inf)
+
+
+@dataclass(slots=True)
+class _Live:
+    """Rows on their way through the model: their numbers in the step, rising, and their residual streams."""
+
+    rows_R: np.ndarray
+    x_RD: torch.Tensor
+    batch: AttentionBatch
+
+
+@dataclass(slots=True)
+class _Plan:
+    """What is known about a step's rows before it runs.
+
+    Arguments:
+        thresholds_ET: the probe's logit from which on a row leaves; inf stays.
+        asked_E: exits at which any row may leave.
+        movable: rows that may be parked, with their entries.
+        parked: those that are, by segment.
+    """
+
+    thresholds_ET: np.ndarray
+    asked_E: list[bool]
+    movable: dict[int, Entry]
+    parked: dict[int, list[int]]
+
+
+class ExitRunner:
+    """Drives a decoder with exits.
+
+    Arguments:
+        decoder, kv, page_size: the model and its cache.
+        max_num_seqs: sequences that may run in one step.
+        park_rows: whether rows may wait for company.
+    """
+
+    def __init__(self, decoder: Decoder, kv: list[KVLayer], page_size: int, max_num_seqs: int, park_rows: bool) -> None:
+        self.decoder = decoder
+        self.kv = kv
+        self.page_size = page_size
+        self.max_num_seqs = max_num_seqs
+        self.exits = list(decoder.exits.values())
+        self.backfill: Backfill = Project(decoder, kv)
+        self.parking: Parking | None = None
+        self.park_rows = park_rows
+        self.segment_rows = np.zeros(len(decoder.segments), dtype=np.int64)  # launched, by segment
+        self.projected_rows = 0  # rows times layers
+        self.rows_parked = 0
+        self._started: float | None = None  # the step before
+        self._in_segments = 0.0  # seconds of it
+        # Number of the exit after so many layers; the slice of no exit for rows that ran all of them.
+        self._exit_at: dict[int, int | slice] = {e.after_layers: number for number, e in enumerate(self.exits)}
+        self._exit_at[decoder.spec.num_layers] = slice(0)
+
+    def logit_thresholds(self, probabilities: dict[int, float]) -> np.ndarray | None:
+        """The thresholds of a request as logits of the exits' probes, float32, (E,); None if there are none.
+
+        Raises:
+            ValueError: for an exit that the model does not have, or that has no probe.
+        """
+        if not probabilities:
+            return None
+        logits_E = np.full(len(self.exits), STAYS, dtype=np.float32)
+        for layer, probability in probabilities.items():
+            exit = self.decoder.exits.get(layer)
+            if exit is None or exit.probe is None or exit.calibrator is None:
+                usable = [str(e.after_layers) for e in self.exits if e.calibrator is not None and e.probe is not None]
+                raise ValueError(
+                    f"exit_thresholds names an exit after {layer} layers; this model has "
+                    + (f"exits after {', '.join(usable)}" if usable else "none")
+                )
+            logits_E[self.exits.index(exit)] = exit.logit_threshold(probability)
+        return logits_E
+
+    def prepare(self) -> None:
+        """Measure how long the segments take, once: before the first request that may leave early."""
+        if self.park_rows and self.parking is None:
+            self.parking = Parking(measure_times(self.decoder, self.page_size, self.max_num_seqs))
+
+    def run(self, entries: list[Entry], rows: StepRows) -> torch.Tensor:
+        """Run a step; see :meth:`Runner.run`."""
+        started = time.perf_counter()
+        if self.parking is not None and self._started is not None:
+            self.parking.observe_step(started - self._started - self._in_segments, len(entries))
+        self._started, self._in_segments = started, 0.0
+        plan = self._plan(entries, len(rows))
+        out_TD = torch.empty(len(rows), self.decoder.spec.hidden_size, device=self.decoder.device)
+        depths_T = np.full(len(rows), self.decoder.spec.num_layers)
+        launched_ST = np.zeros((len(self.decoder.segments), len(rows)), dtype=np.int64)
+        live = self._start(rows, plan)
+        fresh = len(live.rows_R) > 0
+        for segment in self.decoder.segments:
+            live = self._meet(segment, live, rows, plan, may_wait=fresh)
+            if not len(live.rows_R):
+                continue
+            launched_ST[segment.index, live.rows_R] = 1
+            live = self._run_segment(segment, live, rows, plan, out_TD, depths_T)
+        if len(live.rows_R) == len(rows):
+            out_TD = live.x_RD
+        else:
+            out_TD.index_copy_(0, self._move(live.rows_R), live.x_RD)
+        self._record(entries, depths_T, launched_ST)
+        return out_TD
+
+    def _plan(self, entries: list[Entry], num_rows: int) -> _Plan:
+        thresholds_ET = np.full((len(self.exits), num_rows), STAYS, dtype=np.float32)
+        movable: dict[int, Entry] = {}
+        parked: dict[int, list[int]] = {}
+        first = 0
+        for entry in entries:
+            sequence, logits_E = entry.sequence, entry.sequence.request.exit_logits_E
+            if logits_E is not None:
+                for position in range(max(entry.start, sequence.num_prompt), entry.start + entry.count):
+                    row, known = first + position - entry.start, position - sequence.num_prompt
+                    if known < len(sequence.depths):  # computed before: leaves where it left
+                        thresholds_ET[self._exit_at[sequence.depths[known]], row] = LEAVES
+                        continue
+                    thresholds_ET[:, row] = logits_E
+                    if entry.count == 1:
+                        movable[row] = entry
+                        if sequence.parked is not None:
+                            parked.setdefault(sequence.parked.segment, []).append(row)
+            first += entry.count
+        asked_E = [bool(row_T.min() < STAYS) for row_T in thresholds_ET]
+        return _Plan(thresholds_ET=thresholds_ET, asked_E=asked_E, movable=movable, parked=parked)
+
+    def _start(self, rows: StepRows, plan: _Plan) -> _Live:
+        """The rows that begin in this step, embedded."""
+        token_ids_T = rows.token_ids()
+        if not plan.parked:
+            return _Live(np.arange(len(rows)), self.decoder.embed(token_ids_T), rows.batch())
+        parked = [row for waiting in plan.parked.values() for row in waiting]
+        rows_R = np.delete(np.arange(len(rows)), parked)
+        return self._gather(rows, rows_R, self.decoder.embed(token_ids_T[self._move(rows_R)]))
+
+    def _meet(self, segment: Segment, live: _Live, rows: StepRows, plan: _Plan, may_wait: bool) -> _Live:
+        """In front of a segment: the rows that run it now, those that were parked there included; or none."""
+        parked = plan.parked.get(segment.index, [])
+        arriving = live.rows_R.tolist()
+        if not parked and (self.parking is None or segment.index == 0 or len(plan.movable) < 2):
+            return live
+        if may_wait and self.parking is not None and all(row in plan.movable for row in arriving):
+            waited = max((_parked(plan.movable[row]).steps for row in parked), default=0)
+            away = sum(
+                number > segment.index or plan.movable[row].parked
+                for number, others in plan.parked.items()
+                if number != segment.index
+                for row in others
+            )
+            running = len(plan.movable) - away
+            if self.parking.should_wait(segment.index, len(arriving) + len(parked), running, waited):
+                self._park(segment, live, plan)
+                return self._nobody(live)
+        if not parked:
+            return live
+        joining_RD = torch.stack([_parked(plan.movable[row]).x_D for row in parked])
+        rows_R = np.concatenate((live.rows_R, np.array(parked, dtype=np.int64)))
+        order = rows_R.argsort()
+        return self._gather(rows, rows_R[order], torch.cat((live.x_RD, joining_RD)).index_select(0, self._move(order)))
+
+    def _park(self, segment: Segment, live: _Live, plan: _Plan) -> None:
+        for row, x_D in zip(live.rows_R.tolist(), live.x_RD, strict=True):
+            plan.movable[row].sequence.parked = ParkedRow(segment.index, x_D.clone())
+            self.rows_parked += 1
+        for row in (*plan.parked.get(segment.index, []), *live.rows_R.tolist()):
+            entry = plan.movable[row]
+            entry.parked = True
+            _parked(entry).steps += 1
+
+    def _run_segment(
+        self, segment: Segment, live: _Live, rows: StepRows, plan: _Plan, out_TD: torch.Tensor, depths_T: np.ndarray
+    ) -> _Live:
+        """Run a segment; rows that leave at the exit behind it get their results. Returns the rows that go on."""
+        exit = self.decoder.exits.get(segment.layers.stop)
+        probe = exit.probe if exit and plan.asked_E[segment.index] else None
+        previous_RD = live.x_RD.clone() if probe and probe.previous else None
+        entropy_R = torch.zeros(len(live.rows_R), device=out_TD.device) if probe and probe.router_entropy else None
+        started = time.perf_counter()
+        live.x_RD = self.decoder.run_segment(segment, live.x_RD, self.kv, live.batch, entropy_R)
+        self._in_segments += time.perf_counter() - started
+        self.segment_rows[segment.index] += live.x_RD.shape[0]
+        if exit is None or probe is None:
+            return live
+        thresholds_R = plan.thresholds_ET[segment.index, live.rows_R]
+        decision = self.decoder.backend.exit_decide(live.x_RD, probe, self._move(thresholds_R), previous_RD, entropy_R)
+        staying = decision.num_staying
+        if self.parking is not None and len(plan.movable) > 1 and (deciding := int(np.isfinite(thresholds_R).sum())):
+            self.parking.observe(segment.index + 1, deciding, deciding - (len(thresholds_R) - staying))
+        if staying == len(thresholds_R):
+            return live
+        order = decision.order_T.cpu().numpy()
+        going, left_R = order[:staying], live.rows_R[order[staying:]]
+        x_RD = live.x_RD.index_select(0, decision.order_T[staying:])
+        out_TD.index_copy_(0, self._move(left_R), self.decoder.read_out(exit, x_RD))
+        self.projected_rows += self.backfill.leave(exit, x_RD, rows.slots_of(left_R, live.batch))
+        depths_T[left_R] = exit.after_layers
+        if not len(going):
+            return self._nobody(live)
+        return self._gather(rows, live.rows_R[going], live.x_RD.index_select(0, decision.order_T[:staying]))
+
+    def _record(self, entries: list[Entry], depths_T: np.ndarray, launched_ST: np.ndarray) -> None:
+        """Tell sequences and requests what was launched for them."""
+        num_layers, depths = self.decoder.spec.num_layers, depths_T.tolist()
+        starts = [0, *itertools.accumulate(entry.count for entry in entries[:-1])]
+        launched_XS = (launched_ST if len(entries) == len(depths) else np.add.reduceat(launched_ST, starts, axis=1)).T
+        for entry, first, launched_S in zip(entries, starts, launched_XS, strict=True):
+            sequence, request = entry.sequence, entry.sequence.request
+            request.segment_rows = launched_S if request.segment_rows is None else request.segment_rows + launched_S
+            if entry.parked or request.exit_logits_E is None:
+                continue
+            sequence.parked = None
+            ran = depths[first : first + entry.count]
+            request.projected_rows += num_layers * entry.count - sum(ran)
+            prompt = max(0, sequence.num_prompt - entry.start)
+            sequence.record_depths(entry.start + prompt, ran[prompt:], num_layers)
+
+    def _gather(self, rows: StepRows, rows_R: np.ndarray, x_RD: torch.Tensor) -> _Live:
+        return _Live(rows_R, x_RD, rows.batch_of(rows_R)) if len(rows_R) else _Live(rows_R, x_RD, rows.batch())
+
+    def _nobody(self, live: _Live) -> _Live:
+        return _Live(live.rows_R[:0], live.x_RD[:0], live.batch)
+
+    def _move(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.decoder.device)
+
+
+def _parked(entry: Entry) -> ParkedRow:
+    parked = entry.sequence.parked
+    assert parked is not None
+    return parked
