@@ -208,8 +208,10 @@ def best_gemv(n: int, k: int, groups: int, matrices: int, device: DeviceProperti
         for block_n in (1, 2, 4, 8, 16):
             for num_warps in (2, 4, 8):
                 per_thread = block_n * block_k / (num_warps * device.warp_size)
-                # What is fetched at once must also find room in the registers.
-                if not 8 <= per_thread <= (32 if together > 1 else 64 / matrices):
+                # What is fetched at once must also find room in the registers; AMD's compiler starts every load of an
+                # unrolled loop before the first product.
+                unrolled = 32 if device.warp_size == 32 else 16
+                if not 8 <= per_thread <= (unrolled if together > 1 else 64 / matrices):
                     continue
                 programs = groups * cdiv(n, block_n)
                 waste = cdiv(k, block_k) * block_k / k * cdiv(n, block_n) * block_n / n
