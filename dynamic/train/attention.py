@@ -59,18 +59,21 @@ class _NormRotate(torch.autograd.Function):
         parts = turned_NLJC.split((heads - kv_heads, kv_heads), 2)
         for part, grad in zip(parts, grads, strict=True):
             _rotate(grad.transpose(1, 2), straight.to(grad.dtype), crossed.to(grad.dtype), part)
-        weight_JC = torch.cat((q_weight_C.expand(heads - kv_heads, -1), k_weight_C.expand(kv_heads, -1)))
-        product = (turned_NLJC.to(scale.dtype) * normed_NLJC).view(-1, heads * channels)
+        weights = q_weight_C.expand(heads - kv_heads, -1), k_weight_C.expand(kv_heads, -1)
+        weight_JC = torch.cat(weights).to(scale.dtype)
+        turned_NLJC, wide_NLJC = turned_NLJC.to(scale.dtype), normed_NLJC.to(scale.dtype)
+        product = (turned_NLJC * wide_NLJC).view(-1, heads * channels)
         grad_weight_JC = product.sum(0).view(heads, channels)
         # One product sums every head's channels: reductions over so few are slow one by one.
-        sums = torch.block_diag(*weight_JC.unsqueeze(2).unbind(0)).to(scale.dtype) / -channels
+        sums = torch.block_diag(*weight_JC.unsqueeze(2).unbind(0)) / -channels
         pull = (product @ sums).view_as(scale)
         grad_qkv = normed_NLJC.new_empty(n, length, heads + kv_heads, channels)
-        grad_x = (turned_NLJC * weight_JC).addcmul_(normed_NLJC, pull)
+        grad_x = (turned_NLJC * weight_JC).addcmul_(wide_NLJC, pull)
         torch.mul(grad_x, scale, out=grad_qkv[:, :, :heads])
         grad_qkv[:, :, heads:].copy_(grad_v.transpose(1, 2))
         grad_q_weight, grad_k_weight = (g.sum(0) for g in grad_weight_JC.split((heads - kv_heads, kv_heads)))
-        return grad_qkv, grad_q_weight, grad_k_weight, None, None, None, None
+        dtype = q_weight_C.dtype
+        return grad_qkv, grad_q_weight.to(dtype), grad_k_weight.to(dtype), None, None, None, None
 
 
 def _rotate(x: torch.Tensor, straight: torch.Tensor, crossed: torch.Tensor, out: torch.Tensor) -> None:

@@ -34,11 +34,11 @@ class _ForkNormed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_outputs: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        grad, grad_normed = grad_outputs
-        normed, scale = ctx.saved_tensors
-        pull = torch.linalg.vecdot(grad_normed.to(scale.dtype), normed).div_(-normed.shape[-1])[..., None]
-        grad_x = torch.addcmul(grad.to(scale.dtype), grad_normed, scale)
-        return grad_x.addcmul_(normed, pull.mul_(scale)).to(normed.dtype), None
+        kept, scale = ctx.saved_tensors
+        grad, grad_normed, normed = (t.to(scale.dtype) for t in (*grad_outputs, kept))
+        pull = torch.linalg.vecdot(grad_normed, normed).div_(-normed.shape[-1])[..., None]
+        grad_x = torch.addcmul(grad, grad_normed, scale)
+        return grad_x.addcmul_(normed, pull.mul_(scale)).to(kept.dtype), None
 
 
 def fork_normed(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:

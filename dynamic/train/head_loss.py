@@ -73,8 +73,8 @@ class _HeadLosses(torch.autograd.Function):
         grads_TD, grads_VD = saved[: len(saved) // 2], saved[len(saved) // 2 :]
         shares = [grad / ctx.tokens for grad in grad_outputs]
         states = [(g * share).to(g.dtype) for g, share in zip(grads_TD, shares, strict=False)]
-        weight = sum(g * share for g, share in zip(grads_VD, shares, strict=False))
-        return states[0], states[1] if len(states) > 1 else None, weight, None, None
+        weight = torch.stack([g * share for g, share in zip(grads_VD, shares, strict=False)]).sum(0)
+        return states[0], states[1] if len(states) > 1 else None, weight.to(states[0].dtype), None, None
 
 
 def _subtract(probs_BV: torch.Tensor, labels_B1: torch.Tensor, amount: float) -> torch.Tensor:
