@@ -225,7 +225,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--json", type=Path, default=checkout.RESULTS / f"peers-{datetime.now(UTC):%Y-%m-%d}.json", help="where the numbers go")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=checkout.RESULTS / f"peers-{datetime.now(UTC):%Y-%m-%d}.json",
+        help="where the numbers go",
+    )
     options = parser.parse_args()
     if options.make:
         options.model = options.make
