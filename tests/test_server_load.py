@@ -95,14 +95,14 @@ class Load:
 
 def test_streams_with_random_disconnects(start_server: Any, make_checkpoint: Callable[..., Path]) -> None:
     # A pool too small for everybody, so that requests wait and are preempted as well.
-    server = start_server(make_checkpoint("mixtral"), "engine.max_num_seqs=16", "engine.kv_memory=600KiB")
+    server = start_server(make_checkpoint("mixtral"), "engine.max_num_seqs=16", "engine.kv_memory=320KiB")
     load = Load(server)
     idle = load.metrics()
     assert idle["dynamoe:kv_pages_free"] == idle["dynamoe:kv_pages_total"]
 
     load.round(0)  # fills caches and thread pools
     load.settled()
-    memory, before = load.memory(), load.settled()
+    memory = load.memory()
     for seed in (1, 2):
         outcomes = load.round(seed)
         assert outcomes.total() == STREAMS  # every client saw an end, or left of its own accord
@@ -115,7 +115,7 @@ def test_streams_with_random_disconnects(start_server: Any, make_checkpoint: Cal
     for gauge in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
         assert after[f"vllm:{gauge}"] == 0
     assert after["dynamoe:kv_pages_free"] == after["dynamoe:kv_pages_total"] == idle["dynamoe:kv_pages_total"]
-    assert after["vllm:num_preemptions_total"] > before["vllm:num_preemptions_total"]
+    assert after["vllm:num_preemptions_total"] > idle["vllm:num_preemptions_total"]
     assert load.memory() - memory < 8 << 20, f"{(load.memory() - memory) / 2**20:.1f} MiB more"
     assert httpx.get(f"{server.url}/health").status_code == 200
     assert "Traceback" not in server.log
