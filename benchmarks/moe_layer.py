@@ -2,14 +2,15 @@
 
     python benchmarks/moe_layer.py --shapes qwen3-30b-a3b olmoe --tokens 1 8 64 4096
 
-One layer from router logits to output, random weights and rows. Limits (memory bandwidth, bf16 matrix product) are
+One layer from router logits to output, random weights and rows. Limits (memory bandwidth, matrix product) are
 measured in the same run. Bytes count the experts that the rows really hit, once each. On a GPU, launches are replayed
-from a graph where the implementation can be captured, and the L2 cache is flushed before each repetition.
+from a graph where the implementation can be captured. Caches are flushed before each repetition.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import json
@@ -23,9 +24,11 @@ from typing import Any
 import checkout  # noqa: F401  # the package of this checkout, installed or not
 import torch
 import torch.nn.functional as F
+from dynamoe.kernels.cpu_build import BuildError
 from dynamoe.kernels.ops import select_backend
 from dynamoe.kernels.router_spec import RouterSpec
 from dynamoe.kernels.torch_backend import TorchBackend
+from limits import Limits as MachineLimits
 
 Layer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 # These wait for the device, which a graph cannot record.
@@ -98,7 +101,16 @@ class Limits:
 
 
 def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
-    """Bytes per second of copying (read plus written) and operations per second of a large matrix product."""
+    """Bytes per second of memory and operations per second of a large matrix product.
+
+    On a GPU memory is copied (read plus written). On a CPU it is read, if our kernels can be built, and the product is
+    the faster one of bf16 and fp32.
+    """
+    if device.type == "cpu":
+        with contextlib.suppress(BuildError):
+            machine = MachineLimits()
+            bandwidth = statistics.median(machine.read_bandwidth() for _ in range(15))
+            return Limits(bandwidth=bandwidth, flops=statistics.median(machine.gemm_rate() for _ in range(15)))
     size = 8192 if device.type == "cuda" else 1024
     source = torch.empty((1 << 30) if device.type == "cuda" else (1 << 27), dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
@@ -109,7 +121,7 @@ def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
 
 
 def time_calls(call: Callable[[], Any], device: torch.device, repetitions: int) -> tuple[float, float, float]:
-    """Median, fastest and slowest seconds. On a GPU by events, the L2 cache flushed before each repetition."""
+    """Median, fastest and slowest seconds; on a GPU by events. Caches are flushed before each repetition."""
     call()
     times = []
     if device.type == "cuda":
@@ -123,7 +135,9 @@ def time_calls(call: Callable[[], Any], device: torch.device, repetitions: int) 
             end.synchronize()
             times.append(begin.elapsed_time(end) * 1e-3)
     else:
+        other = torch.ones(64 << 20, dtype=torch.int64)  # 512 MiB, more than last-level caches hold
         for _ in range(repetitions):
+            other.sum()
             begin_s = time.perf_counter()
             call()
             times.append(time.perf_counter() - begin_s)
