@@ -172,7 +172,7 @@ def test_depths_and_memory() -> None:
     assert default_exit_layers(2) == (1,)
     with pytest.raises(ValueError, match="no room for an exit"):
         default_exit_layers(1)
-    with pytest.raises(ValueError, match="2.00 GiB beside the model, 1.00 GiB are free"):
+    with pytest.raises(ValueError, match=r"2\.00 GiB beside the model, 1\.00 GiB are free"):
         refuse_if_too_many(2 << 30, 1 << 30)
 
 
