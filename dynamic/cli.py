@@ -108,6 +108,17 @@ COMMANDS = (
         run="train",
         examples=("dynamoe train recipe=tiny", "dynamoe train recipe=tiny output=runs/tiny max_minutes=10"),
     ),
+    Command(
+        name="exits",
+        summary="give a model that is served as it is early exits: read-out adapters, probes, calibration",
+        module="dynamic.train.frozen",
+        config="FrozenConfig",
+        run="make_frozen_exits",
+        examples=(
+            "dynamoe exits model=default output=runs/default-exits",
+            "dynamoe exits model=./my-checkpoint exit_layers=[8,16,24] text_folder=./texts",
+        ),
+    ),
 )
 
 

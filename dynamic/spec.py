@@ -110,6 +110,16 @@ class ModelSpec:
     def num_layers(self) -> int:
         return len(self.layers)
 
+    def layer_flops(self, layer: LayerSpec) -> int:
+        """Floating-point operations of one layer for one token, without the part that grows with the context."""
+        attention = 2 * self.head_dim * (self.num_heads + self.num_kv_heads)
+        if layer.moe is None:
+            return 2 * self.hidden_size * (attention + 3 * layer.ffn_size)
+        moe = layer.moe
+        neurons = (moe.router.top_k + moe.num_always_on) * moe.expert_size + moe.shared_size
+        routers = 0 if moe.is_dense else moe.router.num_experts + moe.shared_gate
+        return 2 * self.hidden_size * (attention + 3 * neurons + routers)
+
     def with_experts_per_token(self, count: int) -> ModelSpec:
         """The same model with fewer routed experts per token, for studies of the trade-off.
 

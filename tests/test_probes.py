@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from dynamoe.dynamic.train.exit_heads import ExitHeadsConfig, collect_states, compared_probes, frozen_logits, make_exits
+from dynamoe.dynamic.train.exit_heads import (
+    ExitHeadsConfig,
+    collect_states,
+    compared_probes,
+    make_exits,
+    trained_backbone,
+)
 from dynamoe.dynamic.train.export import export_checkpoint
 from dynamoe.dynamic.train.model import DecoderConfig, TrainableDecoder
 from dynamoe.exits.calibrators import Isotonic, Temperature, fit_isotonic, fit_temperature, logit_threshold
@@ -26,7 +32,7 @@ from dynamoe.exits.training.heads import ExitStates, HeadTraining, exit_labels, 
 from safetensors.torch import load_file, save_file
 
 HIDDEN, VOCABULARY = 32, 50
-SPECS = compared_probes(DecoderConfig())
+SPECS = compared_probes(DecoderConfig().hidden_size, DecoderConfig().layer_flops)
 QUICK = HeadTraining(steps=200, batch_rows=256, learning_rate=1e-2)
 
 
@@ -217,10 +223,10 @@ def test_exits_of_a_decoder_from_states_to_sidecar(exported: tuple[TrainableDeco
     assert states.final_RD.shape == (60 * 70, SHAPE.hidden_size)
     assert states.exit_layers == (1, 3)
     torch.testing.assert_close(states.previous(1), torch.cat([model.embedding[t[0, 10:]] for t in texts]).detach())
-    torch.testing.assert_close(frozen_logits(model)(states.final_RD[:7]), model.logits(states.final_RD[:7]))
+    torch.testing.assert_close(trained_backbone(model).logits(states.final_RD[:7]), model.logits(states.final_RD[:7]))
     assert states.router_entropy_R[3].max() <= torch.log(torch.tensor(4.0)) + 1e-5
     config = ExitHeadsConfig(training=replace(QUICK, steps=60), calibrator="temperature")
-    heads, table = make_exits(model, states, target, config, stream=texts[0][0])
+    heads, table = make_exits(trained_backbone(model), states, target, config, stream=texts[0][0])
     assert table.count("\n") == 1 + 2 * (len(SPECS) + 2)
     loaded = load_heads(target)
     assert loaded is not None

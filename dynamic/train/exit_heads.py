@@ -1,4 +1,4 @@
-"""Exits of a trained decoder: states from text, probes of every kind, calibration, and the table that compares them.
+"""Exits of a frozen model: states from text, probes of every kind, calibration, and the table that compares them.
 
 Three disjoint parts of the text: probes learn on the first, calibrators on the second, the third is reported.
 
@@ -28,11 +28,12 @@ from ...exits.training.heads import (
     fit_probe,
     probe_logits,
 )
-from .model import DecoderConfig, TrainableDecoder
+from .model import TrainableDecoder
 
 COMPARED = ("linear", "linear + previous", "linear + previous + entropy", "mlp", "mlp + entropy", "mlp + previous")
 _WIDEST = 16
 _REDUCED_VOCABULARY = 256
+_ROWS = 1024  # whose logits are in memory at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +62,48 @@ class ExitHeadsConfig:
             raise ValueError(f"calibrator must be temperature or isotonic, not {self.calibrator!r}")
 
 
-def compared_probes(config: DecoderConfig) -> dict[str, ProbeSpec]:
-    """Every kind in ``COMPARED``; an ``mlp`` gets the greatest width that 1 % of a layer pays for.
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """What making exits needs to know of a frozen model, whoever runs it.
+
+    Arguments:
+        num_layers, hidden_size: depth and width.
+        layer_flops: floating-point operations of its cheapest layer for one token.
+        routes: whether routers choose experts, so that their entropy says something.
+        logits: final norm and LM head.
+        adapters: read-out adapter of every exit, to start from.
+    """
+
+    num_layers: int
+    hidden_size: int
+    layer_flops: int
+    routes: bool
+    logits: Logits
+    adapters: dict[int, ReadoutAdapter]
+
+
+def trained_backbone(model: TrainableDecoder) -> Backbone:
+    """A decoder that a recipe trained, with copies of its adapters."""
+    config, adapters = model.config, {}
+    for layer in config.exit_layers:
+        adapters[layer] = ReadoutAdapter(config.hidden_size, config.adapter_rank)
+        adapters[layer].load_state_dict(model.adapters[str(layer)].state_dict())
+    return Backbone(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        layer_flops=config.layer_flops,
+        routes=True,
+        logits=frozen_logits(model.norm.weight, model.embedding, model.norm.eps, model.dtype),
+        adapters=adapters,
+    )
+
+
+def compared_probes(hidden_size: int, layer_flops: int, *, routes: bool = True) -> dict[str, ProbeSpec]:
+    """Every kind in ``COMPARED`` that suits; an ``mlp`` gets the greatest width that 1 % of a layer pays for.
+
+    Arguments:
+        layer_flops: floating-point operations of a layer for one token.
+        routes: whether the model has routers whose entropy can be looked at.
 
     Raises:
         ValueError: when not even the smallest probe of a kind is that cheap.
@@ -70,12 +111,14 @@ def compared_probes(config: DecoderConfig) -> dict[str, ProbeSpec]:
     specs = {}
     for name in COMPARED:
         parts = name.split(" + ")
+        if "entropy" in parts and not routes:
+            continue
         spec = ProbeSpec(kind=parts[0], width=1, previous="previous" in parts, router_entropy="entropy" in parts)
-        check_probe_cost(spec, config.hidden_size, config.layer_flops)
+        check_probe_cost(spec, hidden_size, layer_flops)
         if spec.kind == "mlp":
             wider = [replace(spec, width=width) for width in range(1, _WIDEST + 1)]
-            limit = MAX_LAYER_SHARE * config.layer_flops
-            spec = max((s for s in wider if s.flops_per_row(config.hidden_size) <= limit), key=lambda s: s.width)
+            limit = MAX_LAYER_SHARE * layer_flops
+            spec = max((s for s in wider if s.flops_per_row(hidden_size) <= limit), key=lambda s: s.width)
         specs[name] = spec
     return specs
 
@@ -108,20 +151,33 @@ def collect_states(model: TrainableDecoder, sequences: Iterable[tuple[int, torch
     )
 
 
-def frozen_logits(model: TrainableDecoder) -> Logits:
-    """Final norm and LM head as a function whose only gradient is that of its argument."""
-    norm_D, embedding_VD = model.norm.weight.detach(), model.embedding.detach().to(model.dtype)
+def frozen_logits(
+    norm_D: torch.Tensor, head_VD: torch.Tensor, eps: float, dtype: torch.dtype, divisor: float = 1.0
+) -> Logits:
+    """Final norm and LM head as a function whose only gradient is that of its argument.
+
+    Arguments:
+        norm_D, head_VD, eps: weights of the norm and of the head, epsilon of the norm.
+        dtype: that the head multiplies in.
+        divisor: of the logits.
+    """
+    norm_D, head_VD = norm_D.detach(), head_VD.detach().to(dtype)
 
     def logits(x_RD: torch.Tensor) -> torch.Tensor:
         x32 = x_RD.float()
-        normed_RD = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + model.norm.eps) * norm_D
-        return F.linear(normed_RD.to(model.dtype), embedding_VD).float()
+        normed_RD = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps) * norm_D
+        return F.linear(normed_RD.to(dtype), head_VD).float() / divisor
 
     return logits
 
 
+def exit_splits(states: ExitStates, config: ExitHeadsConfig) -> list[ExitStates]:
+    """What adapters and probes learn on, what calibrators learn on, and what is reported."""
+    return states.split((0.6, 0.2, 0.2), config.training.seed)
+
+
 def make_exits(
-    model: TrainableDecoder,
+    model: Backbone,
     states: ExitStates,
     checkpoint: Path,
     config: ExitHeadsConfig,
@@ -129,11 +185,11 @@ def make_exits(
     stream: torch.Tensor,
     plot: Path | None = None,
 ) -> tuple[ExitHeads, str]:
-    """Train, compare and calibrate the exits of an exported model, and write them beside it.
+    """Train, compare and calibrate the exits of a checkpoint, and write them beside it.
 
     Arguments:
         states: of the frozen model, on text that it was not trained on or wrote itself.
-        checkpoint: the directory of the export.
+        checkpoint: its directory.
         stream: training tokens; their most frequent ones are the reduced vocabulary of a baseline.
         plot: draw the risk-coverage curves of the shipped probes and the margin baseline here.
 
@@ -142,10 +198,15 @@ def make_exits(
     Raises:
         ValueError: when a probe costs more than 1 % of a layer, or there is too little text to calibrate.
     """
-    specs = compared_probes(model.config)
-    fit, calibrate, test = states.split((0.6, 0.2, 0.2), config.training.seed)
-    logits = frozen_logits(model)
-    adapters = _adapters(model, fit, logits, config)
+    specs = compared_probes(model.hidden_size, model.layer_flops, routes=model.routes)
+    if config.probe != "best" and config.probe not in specs:
+        raise ValueError(f"probe {config.probe!r} looks at the entropy of routers, which this model does not use")
+    fit, calibrate, test = exit_splits(states, config)
+    logits, adapters = model.logits, model.adapters
+    for layer, adapter in adapters.items():
+        if config.refit_adapters:
+            fit_adapter(adapter, layer, fit, logits, config.training)
+        adapter.requires_grad_(False)
     common = frequent_tokens(stream, _REDUCED_VOCABULARY)
     labels = {layer: [exit_labels(adapters[layer], layer, part, logits) for part in (fit, calibrate, test)]
               for layer in adapters}  # fmt: skip
@@ -157,21 +218,22 @@ def make_exits(
         scores[name] = {e: _calibrated(probes[name][e], e, calibrate, labels[e][1], test, config) for e in adapters}
     with torch.no_grad():
         for layer, adapter in adapters.items():
-            early = logits(adapter(test.hidden_RD[layer]))
-            scores["margin, reduced vocabulary"][layer] = top_margin(early[:, common])
+            parts = test.hidden_RD[layer].split(_ROWS)  # all logits at once would not fit
+            margins = [top_margin(logits(adapter(x_RD))[:, common]) for x_RD in parts]
+            scores["margin, reduced vocabulary"][layer] = torch.cat(margins)
             scores["hidden-state saturation"][layer] = saturation(test.hidden_RD[layer], test.previous(layer))
     for name, by_exit in scores.items():
         for layer, score in by_exit.items():
-            reports[f"{name}, after {layer}"] = report(score, labels[layer][2], probability=name in COMPARED)
-    chosen = config.probe if config.probe != "best" else min(COMPARED, key=lambda n: _mean_aurc(reports, n, adapters))
-    point = operating_point(scores[chosen], {e: labels[e][2] for e in adapters}, model.config.num_layers, 0.02)
+            reports[f"{name}, after {layer}"] = report(score, labels[layer][2], probability=name in specs)
+    chosen = config.probe if config.probe != "best" else min(specs, key=lambda n: _mean_aurc(reports, n, adapters))
+    point = operating_point(scores[chosen], {e: labels[e][2] for e in adapters}, model.num_layers, 0.02)
     if plot:
         names = (chosen, "margin, reduced vocabulary")
         plot_risk_coverage(
             {f"{name}, after {e}": (scores[name][e], labels[e][2]) for name in names for e in adapters}, plot
         )
     heads = ExitHeads(
-        hidden_size=model.config.hidden_size,
+        hidden_size=model.hidden_size,
         adapters=adapters,
         probes=probes[chosen],
         calibrators={e: _calibrator(probes[chosen][e], e, calibrate, labels[e][1], config) for e in adapters},
@@ -184,19 +246,6 @@ def make_exits(
     )
     save_heads(heads, checkpoint)
     return heads, table(reports)
-
-
-def _adapters(
-    model: TrainableDecoder, fit: ExitStates, logits: Logits, config: ExitHeadsConfig
-) -> dict[int, ReadoutAdapter]:
-    adapters = {}
-    for layer in model.config.exit_layers:
-        adapter = ReadoutAdapter(model.config.hidden_size, model.config.adapter_rank)
-        adapter.load_state_dict(model.adapters[str(layer)].state_dict())
-        if config.refit_adapters:
-            fit_adapter(adapter, layer, fit, logits, config.training)
-        adapters[layer] = adapter.requires_grad_(False)
-    return adapters
 
 
 def _calibrator(probe: Probe, layer: int, states: ExitStates, correct_R: torch.Tensor, config: ExitHeadsConfig):

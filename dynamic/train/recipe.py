@@ -19,9 +19,10 @@ from ...exits.training.checkpoint import latest_checkpoint, load_weights
 from ...exits.training.heads import ExitStates
 from ...exits.training.objectives import ExitTraining
 from ...exits.training.trainer import TrainerConfig, TrainResult, train
+from ..llm import LLM
 from ..model_store import cache_home
 from .corpus import Corpus, CorpusConfig, build_corpus, load_corpus
-from .exit_heads import ExitHeadsConfig, collect_states, make_exits
+from .exit_heads import ExitHeadsConfig, collect_states, make_exits, trained_backbone
 from .export import export_checkpoint
 from .language_model import LanguageModelConfig, LanguageModelTask
 from .model import DecoderConfig, TrainableDecoder
@@ -91,7 +92,7 @@ def run_recipe(
     keep_freed_memory()
     corpus = load_corpus(build_corpus(config.corpus, cache_home() / "corpora", say=say))
     model, task = build_task(config, corpus)
-    claim(output, config)
+    claim(output, {k: v for k, v in asdict(config).items() if k not in ("trainer", "heads")})
     result = train(model, task, config.trainer, output / "training", progress=progress)
     if not result.finished:
         say(f"step {result.step} of {config.trainer.steps}; the same command goes on from here")
@@ -109,7 +110,9 @@ def run_recipe(
     if config.decoder.exit_layers and config.exits.loss_weight > 0:
         as_exported(model)
         states = exit_states(model, corpus, target, config)
-        heads, table = make_exits(model, states, target, config.heads, stream=corpus.train, plot=_plot_path(output))
+        heads, table = make_exits(
+            trained_backbone(model), states, target, config.heads, stream=corpus.train, plot=plot_path(output)
+        )
         report["exits"] = heads.metrics
         say(table)
         say(f"at 2 % disagreement: {heads.metrics['at_2_percent_disagreement']}")
@@ -133,7 +136,7 @@ def exit_states(model: TrainableDecoder, corpus: Corpus, checkpoint: Path, confi
     wanted = config.served_prompts + config.exit_rows // length
     blocks = blocks_from(corpus.held_out, wanted, length, config.seed)
     prompts = [block[: config.prompt_tokens] for block in blocks[: config.served_prompts]]
-    served_NL = continuations(checkpoint, prompts, config.new_tokens, config.seed)
+    served_NL = continuations(LLM(checkpoint, progress=False, max_num_seqs=32), prompts, config.new_tokens, config.seed)
 
     def sequences() -> Iterator[tuple[int, torch.Tensor, int]]:
         group = 0
@@ -176,14 +179,17 @@ def load_trained(config: RecipeConfig, output: Path) -> TrainableDecoder:
     return model.to(config.device)
 
 
-def claim(output: Path, config: RecipeConfig) -> None:
-    """A directory belongs to one recipe; what the trainer may change between pieces is not compared.
+def claim(output: Path, settings: dict[str, Any]) -> None:
+    """A directory belongs to one run.
+
+    Arguments:
+        settings: JSON-able; what may change between the pieces of a run is not among them.
 
     Raises:
         ValueError: when it holds a run of another recipe, naming the keys that differ.
     """
     output.mkdir(parents=True, exist_ok=True)
-    wanted = json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in ("trainer", "heads")}))
+    wanted = json.loads(json.dumps(settings))
     file = output / "recipe.json"
     if not file.exists():
         file.write_text(json.dumps(wanted, indent=1))
@@ -195,7 +201,8 @@ def claim(output: Path, config: RecipeConfig) -> None:
         raise ValueError(f"{output} holds a run of another recipe ({changes}); take another output directory")
 
 
-def _plot_path(output: Path) -> Path | None:
+def plot_path(output: Path) -> Path | None:
+    """Where a run's plot goes; None without matplotlib."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:

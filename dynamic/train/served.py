@@ -6,9 +6,14 @@ Shape suffixes: N sequences, L positions.
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+from ..sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from ..llm import LLM
 
 GREEDY_SHARE = 0.5  # the other half is sampled, since a served prefix may be either
 
@@ -17,7 +22,7 @@ def blocks_from(streams: dict[str, torch.Tensor], count: int, length: int, seed:
     """Pieces of held-out text that do not overlap, in turn from each stream until it is used up.
 
     Arguments:
-        streams: named int16 tokens; those shorter than a block give none.
+        streams: named tokens of any integer type; those shorter than a block give none.
         count: blocks in all, at most.
         length: tokens per block.
 
@@ -37,18 +42,14 @@ def blocks_from(streams: dict[str, torch.Tensor], count: int, length: int, seed:
 
 
 def continuations(
-    checkpoint: Path, prompts: list[list[int]], new_tokens: int, seed: int, dtype: str = "auto"
+    llm: LLM, prompts: list[list[int]], new_tokens: int, seed: int, *, progress: bool = False
 ) -> torch.Tensor:
     """Prompts with what the model makes of them, int64 (N, prompt + new tokens), through this framework's engine.
 
     Arguments:
         prompts: all of the same length.
-        dtype: see :func:`..loader.load_model`.
+        progress: show a bar.
     """
-    from ..llm import LLM
-    from ..sampling_params import SamplingParams
-
-    llm = LLM(checkpoint, dtype=dtype, progress=False, max_num_seqs=32)
     greedy = round(len(prompts) * GREEDY_SHARE)
     params = [
         SamplingParams(
@@ -61,5 +62,5 @@ def continuations(
         )
         for number in range(len(prompts))
     ]
-    results = llm.generate([list(p) for p in prompts], params, use_tqdm=False)
+    results = llm.generate([list(p) for p in prompts], params, use_tqdm=progress)
     return torch.tensor([[*r.prompt_token_ids, *r.outputs[0].token_ids] for r in results])

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,22 +93,30 @@ def choices(x_RD: torch.Tensor, logits: Logits, chunk: int = 4096) -> torch.Tens
     return torch.cat([logits(part).argmax(-1) for part in x_RD.split(chunk)])
 
 
-def fit_adapter(adapter: ReadoutAdapter, layer: int, states: ExitStates, logits: Logits, config: HeadTraining) -> None:
+def fit_adapter(
+    adapter: ReadoutAdapter,
+    layer: int,
+    states: ExitStates,
+    logits: Logits,
+    config: HeadTraining,
+    watch: Callable[[int], None] | None = None,
+) -> None:
     """Train an adapter in place, so that its exit's distribution follows the full model's (KL divergence).
 
     Arguments:
         layer: layers executed before the exit.
         logits: final norm and LM head of the frozen model, differentiable in its argument.
+        watch: is told the number of steps done.
     """
     hidden_RD = states.hidden_RD[layer]
 
     def loss(rows: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            teacher = logits(states.final_RD[rows]).log_softmax(-1)
-        student = logits(adapter(hidden_RD[rows])).log_softmax(-1)
-        return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+            teacher_RV = logits(states.final_RD[rows])
+        divergence: torch.Tensor = _Divergence.apply(logits(adapter(hidden_RD[rows])), teacher_RV)  # type: ignore[assignment]
+        return divergence
 
-    _descend(list(adapter.parameters()), hidden_RD.shape[0], loss, config)
+    _descend(list(adapter.parameters()), hidden_RD.shape[0], loss, config, watch)
 
 
 def fit_probe(spec: ProbeSpec, layer: int, states: ExitStates, correct_R: torch.Tensor, config: HeadTraining) -> Probe:
@@ -143,15 +152,39 @@ def exit_labels(adapter: ReadoutAdapter, layer: int, states: ExitStates, logits:
     return agreement_labels(early, choices(states.final_RD, logits))
 
 
+class _Divergence(torch.autograd.Function):
+    """Mean KL divergence of the student from the teacher. With a large vocabulary the passes over the logits are most
+    of a step; torch's own chain makes twice as many."""
+
+    @staticmethod
+    def forward(ctx: Any, student_RV: torch.Tensor, teacher_RV: torch.Tensor) -> torch.Tensor:
+        student_RV, teacher_RV = student_RV.log_softmax(-1), teacher_RV.log_softmax(-1)
+        wanted_RV = teacher_RV.exp()
+        rows = student_RV.shape[0]
+        loss = torch.dot(teacher_RV.sub_(student_RV).flatten(), wanted_RV.flatten()) / rows
+        ctx.save_for_backward(student_RV.exp_().sub_(wanted_RV).div_(rows))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.saved_tensors[0] * gradients[0], None
+
+
 def _descend(
-    parameters: list[torch.nn.Parameter], rows: int, loss: Callable[[torch.Tensor], torch.Tensor], config: HeadTraining
+    parameters: list[torch.nn.Parameter],
+    rows: int,
+    loss: Callable[[torch.Tensor], torch.Tensor],
+    config: HeadTraining,
+    watch: Callable[[int], None] | None = None,
 ) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
     generator = torch.Generator().manual_seed(config.seed)
-    for _ in range(config.steps):
+    for step in range(config.steps):
         batch = torch.randint(rows, (min(rows, config.batch_rows),), generator=generator)
         optimizer.zero_grad()
         loss(batch).backward()
         optimizer.step()
         schedule.step()
+        if watch is not None:
+            watch(step + 1)

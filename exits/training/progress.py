@@ -33,11 +33,19 @@ def tensorboard_writer(directory: Path) -> ScalarWriter:
 class ProgressLine:
     """Step, losses, speed and estimated end, rewritten in place on a terminal, every ``quiet_seconds`` elsewhere."""
 
-    def __init__(self, total: int, first: int, stream: TextIO | None = None, quiet_seconds: float = 30.0) -> None:
+    def __init__(
+        self,
+        total: int,
+        first: int,
+        stream: TextIO | None = None,
+        quiet_seconds: float = 30.0,
+        what: str = "step",
+    ) -> None:
         self.total, self.first = total, first
         self.stream = sys.stderr if stream is None else stream
         self.started = self.shown = time.monotonic()
         self.quiet_seconds = quiet_seconds
+        self.what = what
 
     def update(self, done: int, values: dict[str, float], *, force: bool = False) -> None:
         """Show the state after ``done`` steps, if it is time for it."""
@@ -49,7 +57,8 @@ class ProgressLine:
         per_step = (now - self.started) / max(1, done - self.first)
         left = time.strftime("%H:%M:%S", time.gmtime(per_step * (self.total - done)))
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        line = f"step {done}/{self.total}  {numbers}  {per_step:.2f} s/step  {left} left"
+        rate = f"{per_step:.2f} s/step  " if self.what == "step" else ""
+        line = f"{self.what} {done}/{self.total}  {numbers}  {rate}{left} left"
         self.stream.write(f"\r\x1b[K{line}" if terminal else line + "\n")
         self.stream.flush()
 
