@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from dynamoe.exits.calibrators import Temperature
 from dynamoe.exits.probes import Probe, ProbeSpec
 from dynamoe.exits.readout import ReadoutAdapter
 from dynamoe.exits.sidecar import ExitHeads, backbone_hash, save_heads
+from machine import processor
 
 PROBE = ProbeSpec(kind="mlp", width=2, previous=True, router_entropy=True)
 PROMPT = 32
@@ -166,6 +168,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--turns", type=int, default=20)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
         path = tiny_checkpoint(Path(first)) if options.model == "tiny" else resolve_model(options.model)
@@ -176,10 +179,17 @@ def main() -> None:
         plain = without_exits(model)
         print(f"{options.model}, {plain.decoder.dtype}, exits after {exits} of {layers} layers, {os.cpu_count()} CPUs")
         print("time per token in relation to a model without exits")
+        rows = []
         for batch, seconds in measure(model, plain, options.batches, options.turns):
             base = seconds["none"]
             cells = "  ".join(f"{name} {value / base:.3f}" for name, value in seconds.items() if name != "none")
+            rows.append({"sequences": batch, "seconds_per_token": seconds})
             print(f"{batch:3}: {base * batch * 1e3:.2f} ms per step; {cells}", flush=True)
+        if options.json:
+            facts = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "processor": processor(), "rows": rows}
+            facts |= {"model": options.model, "dtype": str(plain.decoder.dtype), "exits": exits, "layers": layers}
+            facts |= {"turns": options.turns, "torch": torch.__version__, "threads": torch.get_num_threads()}
+            options.json.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":
