@@ -82,13 +82,9 @@ class LlamaCpp:
     def __init__(self, programs: Path, gguf: Path, threads: int) -> None:
         self._programs, self._gguf, self._threads = programs, gguf, str(threads)
         begin = time.perf_counter()
-        self._call("llama-bench", "-p", "8", "-n", "0", "-r", "1", "-o", "json")
-        self.facts: dict[str, Any] = {"start_seconds": time.perf_counter() - begin, "version": self._version()}
-        self.peak_bytes = 0.0
-
-    def _version(self) -> str:
-        out, _ = self._call("llama-bench", "-p", "8", "-n", "0", "-r", "1", "-o", "json")
-        return str(json.loads(out)[0].get("build_commit"))
+        out, self.peak_bytes = self._call("llama-bench", "-p", "8", "-n", "0", "-r", "1", "-o", "json")
+        started = time.perf_counter() - begin
+        self.facts: dict[str, Any] = {"start_seconds": started, "version": str(json.loads(out)[0].get("build_commit"))}
 
     def _call(self, program: str, *arguments: str) -> tuple[str, float]:
         command = [str(self._programs / program), "-m", str(self._gguf), "-t", self._threads, *arguments]
@@ -120,7 +116,7 @@ class LlamaCpp:
 
 
 def _resident(pid: int) -> float:
-    """Resident memory of a process and its children, shared pages counted once as far as the system tells."""
+    """Resident memory of a process and its children; pages that they share count for each of them."""
     root = psutil.Process(pid)
     return float(sum(process.memory_info().rss for process in (root, *root.children(recursive=True))))
 

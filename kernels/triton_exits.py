@@ -35,21 +35,27 @@ def _products(x_ptr, weight_ptr, row, width, inputs, J: tl.constexpr, J_PAD: tl.
 
 
 @triton.jit
+def _leaves(logits_ptr, thresholds_ptr, row_R, ok_R):
+    threshold_R = tl.load(thresholds_ptr + row_R, mask=ok_R, other=0.0)
+    # Other programs wrote these, perhaps into lines that this one's first-level cache holds.
+    logit_R = tl.load(logits_ptr + row_R, mask=ok_R, other=0.0, cache_modifier=".cg")
+    return (logit_R >= threshold_R) & (threshold_R < float("inf"))
+
+
+@triton.jit
 def _order(logits_ptr, thresholds_ptr, order_ptr, staying_ptr, num_rows, ROWS: tl.constexpr):
     """Two passes over the rows: count those that stay, then give every row its place."""
     staying = 0
     for first in range(0, num_rows, ROWS):
         row = first + tl.arange(0, ROWS)
         ok_R = row < num_rows
-        threshold_R = tl.load(thresholds_ptr + row, mask=ok_R, other=0.0)
-        leaves_R = (tl.load(logits_ptr + row, mask=ok_R, other=0.0) >= threshold_R) & (threshold_R < float("inf"))
+        leaves_R = _leaves(logits_ptr, thresholds_ptr, row, ok_R)
         staying += tl.sum((ok_R & (leaves_R == 0)).to(tl.int32), axis=0)
     stayed, left = 0, staying
     for first in range(0, num_rows, ROWS):
         row = first + tl.arange(0, ROWS)
         ok_R = row < num_rows
-        threshold_R = tl.load(thresholds_ptr + row, mask=ok_R, other=0.0)
-        leaves_R = (tl.load(logits_ptr + row, mask=ok_R, other=0.0) >= threshold_R) & (threshold_R < float("inf"))
+        leaves_R = _leaves(logits_ptr, thresholds_ptr, row, ok_R)
         stays_R = (ok_R & (leaves_R == 0)).to(tl.int32)
         goes_R = (ok_R & leaves_R).to(tl.int32)
         place_R = tl.where(stays_R == 1, stayed + tl.cumsum(stays_R, axis=0), left + tl.cumsum(goes_R, axis=0)) - 1

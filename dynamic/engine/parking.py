@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ..decoder import Decoder
 
 PATIENCE = 16  # steps after which a row has waited long enough, whatever it costs
-LEAST_GAIN = 0.15  # waiting must promise this much; where it promised 5 %, it lost up to 12 % when that was measured
+LEAST_GAIN = 0.15  # waiting must promise this much, for it never yet brought what it promised
 _REPEATS = 3
 _TICK = 2e-4  # resolution of what a step costs, in seconds
 _SHARE_STEPS = 16  # resolution of the shares of rows that go on

@@ -13,8 +13,6 @@ namespace {
 
 constexpr float kProbeEps = 1e-6f;
 constexpr int kLanes = 16;
-// Waking the pool costs more than a few rows do.
-constexpr int64_t kRowsPerTask = 16;
 
 // Sixteen running sums, which the compiler keeps in vectors whatever the processor; joined in one order.
 struct Lanes {
@@ -39,13 +37,6 @@ float inverse_size(const float* x, int64_t n) {
   return 1.0f / std::sqrt(dot(x, x, n) / static_cast<float>(n) + kProbeEps);
 }
 
-template <class Body>
-void for_each_row(const Context& context, int64_t rows, const Body& body) {
-  for_each_task(context.threads, ceil_div(rows, kRowsPerTask), [&](int64_t task) {
-    for (int64_t row = task * kRowsPerTask; row < std::min(rows, (task + 1) * kRowsPerTask); ++row) body(row);
-  });
-}
-
 void clip(const Kernels& kernels, void* data, Dtype dtype, int64_t count, float limit) {
   const auto bounded = [&](float value) { return std::min(std::max(value, -limit), limit); };
   float* wide = static_cast<float*>(data);
@@ -61,7 +52,7 @@ void clip(const Kernels& kernels, void* data, Dtype dtype, int64_t count, float 
 
 void probe(const Context& context, const ProbeCall& call) {
   const int64_t inputs = call.hidden * (call.previous ? 2 : 1) + (call.entropy ? 1 : 0);
-  for_each_row(context, call.rows, [&](int64_t row) {
+  for_each_row(context.threads, call.rows, [&](int64_t row) {
     const float* x = call.x + row * call.hidden;
     const float* previous = call.previous ? call.previous + row * call.hidden : nullptr;
     const float size = inverse_size(x, call.hidden), previous_size = previous ? inverse_size(previous, call.hidden) : 0;
@@ -91,7 +82,7 @@ int64_t partition(const float* logits, const float* thresholds, int64_t rows, in
 
 void router_entropy(const Context& context, const Rows& logits, int64_t rows, int64_t experts, float share,
                     float* out) {
-  for_each_row(context, rows, [&](int64_t row) {
+  for_each_row(context.threads, rows, [&](int64_t row) {
     float* wide = scratch(Buffer::rows).get<float>(experts);
     if (logits.dtype == Dtype::bf16) {
       context.kernels->widen(static_cast<const uint16_t*>(logits.at(row)), wide, static_cast<int>(experts));
@@ -139,7 +130,7 @@ void project_kv(const Context& context, const ProjectCall& call) {
                        keys + row * width * bytes + offset);
     }
   };
-  for_each_row(context, call.rows, [&](int64_t row) {
+  for_each_row(context.threads, call.rows, [&](int64_t row) {
     char* both = kv + row * 2 * width * bytes;
     if (call.k_norm && !per_head) norm_keys(k, row, 1);
     if (call.clip > 0) {

@@ -31,6 +31,16 @@ void for_each_task(int threads, int64_t tasks, const Body& body) {
   });
 }
 
+// body(row) for every row, a few rows per task: waking the pool costs more than a few rows do.
+template <class Body>
+void for_each_row(int threads, int64_t rows, const Body& body) {
+  constexpr int64_t kRowsPerTask = 8;
+  for_each_task(threads, ceil_div(rows, kRowsPerTask), [&](int64_t task) {
+    const int64_t last = (task + 1) * kRowsPerTask < rows ? (task + 1) * kRowsPerTask : rows;
+    for (int64_t row = task * kRowsPerTask; row < last; ++row) body(row);
+  });
+}
+
 // `rows` rows in the fewest tiles of at most `most` rows, as even as possible.
 struct Tiles {
   int64_t rows;

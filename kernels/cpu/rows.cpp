@@ -6,24 +6,9 @@
 
 namespace dynamoe_cpu {
 
-namespace {
-
-// Waking the pool costs more than a few rows do.
-constexpr int64_t kRowsPerTask = 8;
-
-template <class Body>
-void for_each_row(const Context& context, int64_t rows, const Body& body) {
-  for_each_task(context.threads, ceil_div(rows, kRowsPerTask), [&](int64_t task) {
-    const int64_t last = (task + 1) * kRowsPerTask < rows ? (task + 1) * kRowsPerTask : rows;
-    for (int64_t row = task * kRowsPerTask; row < last; ++row) body(row);
-  });
-}
-
-}  // namespace
-
 void rms_norm(const Context& context, const NormCall& call) {
   const Dtype stream_dtype = call.residual.data ? call.residual.dtype : call.x.dtype;
-  for_each_row(context, call.rows, [&](int64_t row) {
+  for_each_row(context.threads, call.rows, [&](int64_t row) {
     context.kernels->rms_norm(call.x.at(row), call.x.dtype, call.residual.data ? call.residual.at(row) : nullptr,
                               call.scale, call.weight, call.weight_dtype, call.eps, static_cast<int>(call.hidden),
                               static_cast<char*>(call.sum) + row * call.sum_stride * element_bytes(stream_dtype),
@@ -46,7 +31,7 @@ void rope_and_write(const Context& context, const RopeCall& call) {
       kernels.convert(static_cast<const float*>(from), to, channels, to_dtype);
     }
   };
-  for_each_row(context, call.rows, [&](int64_t row) {
+  for_each_row(context.threads, call.rows, [&](int64_t row) {
     const float* cos_sin = call.cos_sin + call.positions[row] * call.channels;
     const char* q = static_cast<const char*>(call.q.at(row));
     char* q_out = static_cast<char*>(call.q_out) + row * call.heads * head_bytes;
