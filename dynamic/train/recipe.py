@@ -53,7 +53,7 @@ class RecipeConfig:
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     text: LanguageModelConfig = field(default_factory=LanguageModelConfig)
     exits: ExitTraining = field(default_factory=ExitTraining)
-    trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(steps=4000, warmup_steps=200))
+    trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(steps=2500, warmup_steps=200))
     heads: ExitHeadsConfig = field(default_factory=ExitHeadsConfig)
     dtype: str = "float32"
     device: str = "cpu"
