@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ..exits.segments import Segment, split_into_segments
+from ..kernels.stack import Stack, StackExit, StackLayer, StackResult, StackShape
 from ..kernels.torch_backend import TorchBackend
 from ..kernels.types import AttentionBatch, ExpertWeights, KVLayer, LinearWeights, Routing
 from .decoder_exits import DecoderExit
@@ -86,6 +87,7 @@ class Decoder:
         self.final_norm_D = final_norm_D
         self.lm_head = lm_head
         self.cos_sin_LC = rope_table(spec.rope, min(spec.max_position, FIRST_TABLE_LENGTH), self.device)
+        self.stack = make_stack(self)
 
     @property
     def weight_bytes(self) -> int:
@@ -138,6 +140,8 @@ class Decoder:
         Returns: the residual stream after the segment, (T, D).
         """
         self.reserve_positions(batch.max_context_len)
+        if self.stack is not None:
+            return self.stack.run(segment.layers, x_TD, kv, self.cos_sin_LC, batch, router_entropy_T)
         spec, backend = self.spec, self.backend
         routed: list[torch.Tensor] | None = None if router_entropy_T is None else []
         pending_TD: torch.Tensor | None = None  # what the layer before adds to the residual stream
@@ -159,6 +163,19 @@ class Decoder:
             router_entropy_T.copy_(backend.router_entropy(routed))
         pending_TD = pending_TD.to(x_TD.dtype)
         return x_TD + (pending_TD if spec.residual_scale == 1.0 else pending_TD * spec.residual_scale)
+
+    @torch.inference_mode()
+    def run_with_exits(
+        self, x_TD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch, thresholds_NT: torch.Tensor
+    ) -> StackResult:
+        """All segments at once, with the decisions between them, where the backend can: :attr:`stack` is not None.
+
+        Arguments:
+            thresholds_NT: see :meth:`.Stack.run_with_exits`; others as for :meth:`run_segment`.
+        """
+        assert self.stack is not None
+        self.reserve_positions(batch.max_context_len)
+        return self.stack.run_with_exits(x_TD, kv, self.cos_sin_LC, batch, thresholds_NT)
 
     @torch.inference_mode()
     def read_out(self, exit: DecoderExit, x_RD: torch.Tensor) -> torch.Tensor:
@@ -252,3 +269,44 @@ def with_always_on(routing: Routing, count: int) -> Routing:
         expert_ids_TK=torch.cat((always_TK, routing.expert_ids_TK + count), -1),
         weights_TK=torch.cat((torch.ones_like(always_TK, dtype=torch.float32), routing.weights_TK), -1),
     )
+
+
+def make_stack(decoder: Decoder) -> Stack | None:
+    """The decoder's layers and exits as one thing, where the backend has that and can do what the model needs."""
+    spec = decoder.spec
+    if spec.clip_qkv is not None:
+        return None
+    layers = []
+    for weights, layer in zip(decoder.layers, spec.layers, strict=True):
+        moe = layer.moe if layer.moe and not layer.moe.is_dense else None
+        if weights.shared is not None or (moe and moe.num_always_on):
+            return None
+        layers.append(
+            StackLayer(
+                attention_norm_D=weights.attention_norm_D,
+                qkv=weights.qkv,
+                q_norm=weights.q_norm,
+                k_norm=weights.k_norm,
+                o=weights.o,
+                ffn_norm_D=weights.ffn_norm_D,
+                router=weights.router if moe else None,
+                rule=moe.router if moe else None,
+                ffn=weights.ffn,
+                window=layer.window,
+            )
+        )
+    shape = StackShape(
+        hidden_size=spec.hidden_size,
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        norm_per_head=spec.qk_norm == "head",
+        norm_eps=spec.norm_eps,
+        residual_scale=spec.residual_scale,
+        attention_scale=spec.attention_scale,
+    )
+    exits = [
+        StackExit(after_layers=e.after_layers, down=e.down, up=e.up, probe=e.probe, projections=e.projections)
+        for e in decoder.exits.values()
+    ]
+    return decoder.backend.make_stack(shape, layers, exits)

@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from . import cpu_build
+from .cpu_stack import CpuStack
 from .router_reference import check_route_arguments
 from .router_spec import SCORES, RouterSpec
+from .stack import Stack, StackExit, StackLayer, StackShape
 from .torch_backend import TorchBackend
 from .types import (
     AttentionBatch,
@@ -339,6 +341,16 @@ class CpuBackend(TorchBackend):
             norm_eps,
             clip or 0.0,
         )
+
+    def make_stack(self, shape: StackShape, layers: Sequence[StackLayer], exits: Sequence[StackExit]) -> Stack | None:
+        if any(layer.rule is not None and not layer.rule.is_plain for layer in layers):
+            return None
+        return CpuStack(self, shape, layers, exits)
+
+    @property
+    def isa_number(self) -> int:
+        """How the kernels call the instruction set."""
+        return self._isa
 
     def _source(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight in this backend's dtype; its rows must be contiguous."""

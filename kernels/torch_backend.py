@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from . import exit_reference, reference
 from .router_spec import RouterSpec
+from .stack import Stack, StackExit, StackLayer, StackShape
 from .torch_attention import run_attention
 from .torch_experts import PlainExperts, run_experts
 from .types import (
@@ -235,3 +236,7 @@ class TorchBackend:
                 k_TGC = self.rms_norm(k_TGC.reshape(-1, head_dim).contiguous(), k_norm, norm_eps).view(k_TGC.shape)
             # The operation rotates queries as well; keys stand in for them, and nobody looks at the result.
             self.rope_and_write(k_TGC, k_TGC, v_TGC, cos_sin_LC, batch, layer)
+
+    def make_stack(self, shape: StackShape, layers: Sequence[StackLayer], exits: Sequence[StackExit]) -> Stack | None:
+        """Layers and exits that this backend runs at once; None where it goes operation by operation."""
+        return None

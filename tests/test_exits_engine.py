@@ -47,6 +47,10 @@ class Erratic:
     def observe_step(self, *_: float) -> None:
         pass
 
+    def may_wait(self, running: int) -> bool:
+        """Some steps run in one call of the backend, others segment by segment."""
+        return self.random.random() < 0.7
+
     def should_wait(self, segment: int, rows: int, running: int, waited: int) -> bool:
         assert segment > 0
         assert 0 <= rows <= running
@@ -182,15 +186,23 @@ def test_an_aborted_request_leaves_no_parked_row_behind(model: LoadedModel) -> N
 def test_executed_layers_are_counted_where_they_are_launched(model: LoadedModel, monkeypatch: Any) -> None:
     engine = Engine(model)
     launched = [0] * LAYERS
-    run_segment = model.decoder.run_segment
+    run_segment, run_with_exits = model.decoder.run_segment, model.decoder.run_with_exits
 
     def counted(segment: Any, x_TD: torch.Tensor, *rest: Any) -> torch.Tensor:
         for layer in segment.layers:
             launched[layer] += x_TD.shape[0]
         return run_segment(segment, x_TD, *rest)
 
+    def counted_at_once(*arguments: Any) -> Any:
+        result = run_with_exits(*arguments)
+        for segment, rows in zip(model.decoder.segments, result.launched_S.tolist(), strict=True):
+            for layer in segment.layers:
+                launched[layer] += rows
+        return result
+
     engine.runner.exits.parking = Erratic(0)  # type: ignore[assignment]
     monkeypatch.setattr(model.decoder, "run_segment", counted)
+    monkeypatch.setattr(model.decoder, "run_with_exits", counted_at_once)
     outputs = run(engine, prompts(), [EARLY, EXACT] * 4)
     stats = engine.stats()
     assert stats.segment_layers == (1, 2, 2)

@@ -6,6 +6,7 @@ is kept without the engine's own tags.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,8 @@ class Watch:
         self.tainted: set[int] = set()  # slots
         self.shared = 0  # pages that got another holder
         pool, scheduler, exits = engine.scheduler.pool, engine.scheduler, engine.runner.exits
+        exits.decoder = copy.copy(exits.decoder)  # watched in this engine alone
+        run_with_exits = exits.decoder.run_with_exits
         allocate, retain, computed, leave = pool.allocate, pool.retain, scheduler.computed, exits.backfill.leave
 
         def watched_allocate() -> int:
@@ -49,9 +52,14 @@ class Watch:
             self.shared += 1
             retain(page)
 
-        def watched_leave(exit: Any, x_RD: torch.Tensor, batch: Any) -> int:
+        def watched_leave(exit: Any, x_RD: torch.Tensor, batch: Any) -> None:
             self.tainted |= set(batch.slots_T.tolist())
-            return leave(exit, x_RD, batch)
+            leave(exit, x_RD, batch)
+
+        def watched_run(x_TD: torch.Tensor, kv: Any, batch: Any, thresholds_NT: torch.Tensor) -> Any:
+            result = run_with_exits(x_TD, kv, batch, thresholds_NT)
+            self.tainted |= set(batch.slots_T[result.depths_T < LAYERS].tolist())
+            return result
 
         def watched_computed(entry: Entry) -> None:
             computed(entry)
@@ -60,6 +68,7 @@ class Watch:
         pool.allocate, pool.retain = watched_allocate, watched_retain  # type: ignore[method-assign]
         scheduler.computed = watched_computed  # type: ignore[method-assign]
         exits.backfill.leave = watched_leave  # type: ignore[method-assign]
+        exits.decoder.run_with_exits = watched_run  # type: ignore[method-assign]
 
     @staticmethod
     def slots(page: int) -> range:
@@ -85,6 +94,9 @@ class Sometimes:
 
     def observe_step(self, *_: float) -> None:
         pass
+
+    def may_wait(self, running: int) -> bool:
+        return next(self.coins)
 
     def should_wait(self, segment: int, rows: int, running: int, waited: int) -> bool:
         return rows > 0 and waited < 4 and next(self.coins)

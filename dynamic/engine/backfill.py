@@ -15,10 +15,10 @@ class Backfill(Protocol):
     """Pays the debts of rows that leave. One object serves an engine for its whole life.
 
     ``leave`` is called when rows leave at an exit, in front of any deeper layer's launch of the same step: rows that go
-    on may attend to them. It returns how many rows times layers it launched.
+    on may attend to them.
     """
 
-    def leave(self, exit: DecoderExit, x_RD: torch.Tensor, batch: AttentionBatch) -> int:
+    def leave(self, exit: DecoderExit, x_RD: torch.Tensor, batch: AttentionBatch) -> None:
         """Take the residual streams of rows that leave.
 
         Arguments:
@@ -33,6 +33,5 @@ class Project:
     def __init__(self, decoder: Decoder, kv: list[KVLayer]) -> None:
         self._decoder, self._kv = decoder, kv
 
-    def leave(self, exit: DecoderExit, x_RD: torch.Tensor, batch: AttentionBatch) -> int:
+    def leave(self, exit: DecoderExit, x_RD: torch.Tensor, batch: AttentionBatch) -> None:
         self._decoder.project(exit, x_RD, self._kv, batch)
-        return x_RD.shape[0] * len(exit.projections)

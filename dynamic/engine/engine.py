@@ -13,6 +13,7 @@ from ..outputs import CompletionDelta, Compute, PositionLogprobs, RequestDelta
 from ..sampling_params import SamplingParams
 from .block_pool import BlockPool
 from .config import EngineConfig
+from .exit_runner import launched_rows
 from .kv_cache import count_pages
 from .logprobs import position_logprobs
 from .prefix_cache import PrefixCache
@@ -180,7 +181,7 @@ class Engine:
             generation_tokens=self._generation_tokens,
             preemptions=counters.preemptions,
             segment_layers=self._segment_layers,
-            segment_rows=tuple(self.runner.segment_rows().tolist()),
+            segment_rows=launched_rows(self.runner.exits.ended_rows, self.runner.full_rows),
             projected_rows=self.runner.exits.projected_rows,
             rows_parked=self.runner.exits.rows_parked,
         )
@@ -302,11 +303,11 @@ class Engine:
         return sequence.depths[-1] if sequence.depths else self.model.spec.num_layers
 
     def _compute(self, request: Request) -> Compute:
-        rows = [request.full_rows] * len(self._segment_layers)
-        if request.segment_rows is not None:
-            rows = [full + early for full, early in zip(rows, request.segment_rows.tolist(), strict=True)]
+        ended = request.ended_rows or [0] * len(self._segment_layers)
         return Compute(
-            segment_layers=self._segment_layers, segment_rows=tuple(rows), projected_rows=request.projected_rows
+            segment_layers=self._segment_layers,
+            segment_rows=launched_rows(ended, request.full_rows),
+            projected_rows=request.projected_rows,
         )
 
     def _add_text(self, sequence: Sequence, token_id: int, armed: bool, delta: CompletionDelta) -> None:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +23,7 @@ from ...exits.segments import Segment
 from ...kernels.types import AttentionBatch, KVLayer
 from .backfill import Backfill, Project
 from .parking import Parking, measure_times
-from .request import ParkedRow
+from .request import ParkedRow, Request
 
 if TYPE_CHECKING:
     from ..decoder import Decoder
@@ -46,13 +48,11 @@ class _Plan:
 
     Arguments:
         thresholds_ET: the probe's logit from which on a row leaves; inf stays.
-        asked_E: exits at which any row may leave.
         movable: rows that may be parked, with their entries.
         parked: those that are, by segment.
     """
 
     thresholds_ET: np.ndarray
-    asked_E: list[bool]
     movable: dict[int, Entry]
     parked: dict[int, list[int]]
 
@@ -75,11 +75,13 @@ class ExitRunner:
         self.backfill: Backfill = Project(decoder, kv)
         self.parking: Parking | None = None
         self.park_rows = park_rows
-        self.segment_rows = np.zeros(len(decoder.segments), dtype=np.int64)  # launched, by segment
+        # By segment: rows whose run through the model ended behind it, less rows that were parked there and went on.
+        self.ended_rows = [0] * len(decoder.segments)
         self.projected_rows = 0  # rows times layers
         self.rows_parked = 0
         self._started: float | None = None  # the step before
         self._in_segments = 0.0  # seconds of it
+        self._segments_in = {s.layers.stop: s.index + 1 for s in decoder.segments}  # so many layers
         # Number of the exit after so many layers; the slice of no exit for rows that ran all of them.
         self._exit_at: dict[int, int | slice] = {e.after_layers: number for number, e in enumerate(self.exits)}
         self._exit_at[decoder.spec.num_layers] = slice(0)
@@ -116,23 +118,44 @@ class ExitRunner:
             self.parking.observe_step(started - self._started - self._in_segments, len(entries))
         self._started, self._in_segments = started, 0.0
         plan = self._plan(entries, len(rows))
+        if self.decoder.stack is not None and not self._one_by_one(plan):
+            return self._run_at_once(entries, rows, plan)
         out_TD = torch.empty(len(rows), self.decoder.spec.hidden_size, device=self.decoder.device)
         depths_T = np.full(len(rows), self.decoder.spec.num_layers)
-        launched_ST = np.zeros((len(self.decoder.segments), len(rows)), dtype=np.int64)
         live = self._start(rows, plan)
         fresh = len(live.rows_R) > 0
         for segment in self.decoder.segments:
             live = self._meet(segment, live, rows, plan, may_wait=fresh)
             if not len(live.rows_R):
                 continue
-            launched_ST[segment.index, live.rows_R] = 1
             live = self._run_segment(segment, live, rows, plan, out_TD, depths_T)
         if len(live.rows_R) == len(rows):
             out_TD = live.x_RD
         else:
             out_TD.index_copy_(0, self._move(live.rows_R), live.x_RD)
-        self._record(entries, depths_T, launched_ST)
+        self._record(
+            entries, depths_T.tolist(), {row: number for number, waited in plan.parked.items() for row in waited}
+        )
         return out_TD
+
+    def _one_by_one(self, plan: _Plan) -> bool:
+        """Whether segments run one by one: rows may be stopped in front of one, or debts are paid in another way."""
+        if plan.parked or not isinstance(self.backfill, Project):
+            return True
+        return self.parking is not None and self.parking.may_wait(len(plan.movable))
+
+    def _run_at_once(self, entries: list[Entry], rows: StepRows, plan: _Plan) -> torch.Tensor:
+        """The whole step in one call of the backend: same rows, same bits, nothing spent between segments."""
+        x_TD = self.decoder.embed(rows.token_ids())
+        started = time.perf_counter()
+        result = self.decoder.run_with_exits(x_TD, self.kv, rows.batch(), self._move(plan.thresholds_ET))
+        self._in_segments += time.perf_counter() - started
+        if self.parking is not None and len(plan.movable) > 1:
+            for number, (deciding, going) in enumerate(result.decisions_N2.tolist(), 1):
+                if deciding:
+                    self.parking.observe(number, deciding, going)
+        self._record(entries, result.depths_T.tolist(), {})
+        return result.out_TD
 
     def _plan(self, entries: list[Entry], num_rows: int) -> _Plan:
         thresholds_ET = np.full((len(self.exits), num_rows), STAYS, dtype=np.float32)
@@ -153,8 +176,7 @@ class ExitRunner:
                         if sequence.parked is not None:
                             parked.setdefault(sequence.parked.segment, []).append(row)
             first += entry.count
-        asked_E = [bool(row_T.min() < STAYS) for row_T in thresholds_ET]
-        return _Plan(thresholds_ET=thresholds_ET, asked_E=asked_E, movable=movable, parked=parked)
+        return _Plan(thresholds_ET=thresholds_ET, movable=movable, parked=parked)
 
     def _start(self, rows: StepRows, plan: _Plan) -> _Live:
         """The rows that begin in this step, embedded."""
@@ -204,47 +226,70 @@ class ExitRunner:
     ) -> _Live:
         """Run a segment; rows that leave at the exit behind it get their results. Returns the rows that go on."""
         exit = self.decoder.exits.get(segment.layers.stop)
-        probe = exit.probe if exit and plan.asked_E[segment.index] else None
+        asked = exit is not None and plan.thresholds_ET[segment.index].min() < STAYS
+        probe = exit.probe if exit and asked else None
         previous_RD = live.x_RD.clone() if probe and probe.previous else None
         entropy_R = torch.zeros(len(live.rows_R), device=out_TD.device) if probe and probe.router_entropy else None
         started = time.perf_counter()
         live.x_RD = self.decoder.run_segment(segment, live.x_RD, self.kv, live.batch, entropy_R)
         self._in_segments += time.perf_counter() - started
-        self.segment_rows[segment.index] += live.x_RD.shape[0]
         if exit is None or probe is None:
             return live
         thresholds_R = plan.thresholds_ET[segment.index, live.rows_R]
         decision = self.decoder.backend.exit_decide(live.x_RD, probe, self._move(thresholds_R), previous_RD, entropy_R)
         staying = decision.num_staying
-        if self.parking is not None and len(plan.movable) > 1 and (deciding := int(np.isfinite(thresholds_R).sum())):
-            self.parking.observe(segment.index + 1, deciding, deciding - (len(thresholds_R) - staying))
+        if self.parking is not None and len(plan.movable) > 1:
+            deciding_R = np.isfinite(thresholds_R)
+            if deciding := int(deciding_R.sum()):
+                going = deciding_R[decision.order_T[:staying].cpu().numpy()]
+                self.parking.observe(segment.index + 1, deciding, int(going.sum()))
         if staying == len(thresholds_R):
             return live
         order = decision.order_T.cpu().numpy()
         going, left_R = order[:staying], live.rows_R[order[staying:]]
         x_RD = live.x_RD.index_select(0, decision.order_T[staying:])
         out_TD.index_copy_(0, self._move(left_R), self.decoder.read_out(exit, x_RD))
-        self.projected_rows += self.backfill.leave(exit, x_RD, rows.slots_of(left_R, live.batch))
+        self.backfill.leave(exit, x_RD, rows.slots_of(left_R, live.batch))
         depths_T[left_R] = exit.after_layers
         if not len(going):
             return self._nobody(live)
         return self._gather(rows, live.rows_R[going], live.x_RD.index_select(0, decision.order_T[:staying]))
 
-    def _record(self, entries: list[Entry], depths_T: np.ndarray, launched_ST: np.ndarray) -> None:
-        """Tell sequences and requests what was launched for them."""
-        num_layers, depths = self.decoder.spec.num_layers, depths_T.tolist()
-        starts = [0, *itertools.accumulate(entry.count for entry in entries[:-1])]
-        launched_XS = (launched_ST if len(entries) == len(depths) else np.add.reduceat(launched_ST, starts, axis=1)).T
-        for entry, first, launched_S in zip(entries, starts, launched_XS, strict=True):
+    def _record(self, entries: list[Entry], depths: list[int], began: dict[int, int]) -> None:
+        """Tell sequences and requests what was launched for them.
+
+        Arguments:
+            depths: layers that ran for each row in the end.
+            began: segments in front of which rows began that were parked.
+        """
+        num_layers, row = self.decoder.spec.num_layers, 0
+        for entry in entries:
             sequence, request = entry.sequence, entry.sequence.request
-            request.segment_rows = launched_S if request.segment_rows is None else request.segment_rows + launched_S
-            if entry.parked or request.exit_logits_E is None:
+            ran, first = depths[row : row + entry.count], row
+            row += entry.count
+            if request.ended_rows is None:
+                request.ended_rows = [0] * len(self.ended_rows)
+            if entry.parked:
+                self._count(request, began.get(first, 0), _parked(entry).segment, 1)
+                continue
+            for depth, rows in ((ran[0], 1),) if len(ran) == 1 else Counter(ran).items():
+                self._count(request, began.get(first, 0), self._segments_in[depth], rows)
+            if request.exit_logits_E is None:
                 continue
             sequence.parked = None
-            ran = depths[first : first + entry.count]
-            request.projected_rows += num_layers * entry.count - sum(ran)
+            skipped = num_layers * entry.count - sum(ran)
+            request.projected_rows += skipped
+            self.projected_rows += skipped
             prompt = max(0, sequence.num_prompt - entry.start)
             sequence.record_depths(entry.start + prompt, ran[prompt:], num_layers)
+
+    def _count(self, request: Request, start: int, stop: int, rows: int) -> None:
+        """Rows ran the segments from ``start`` on, ``stop`` not included."""
+        assert request.ended_rows is not None
+        for ended in (request.ended_rows, self.ended_rows):
+            ended[stop - 1] += rows
+            if start:
+                ended[start - 1] -= rows
 
     def _gather(self, rows: StepRows, rows_R: np.ndarray, x_RD: torch.Tensor) -> _Live:
         return _Live(rows_R, x_RD, rows.batch_of(rows_R)) if len(rows_R) else _Live(rows_R, x_RD, rows.batch())
@@ -260,3 +305,12 @@ def _parked(entry: Entry) -> ParkedRow:
     parked = entry.sequence.parked
     assert parked is not None
     return parked
+
+
+def launched_rows(ended_rows: Sequence[int], full_rows: int) -> tuple[int, ...]:
+    """Rows that were launched through each segment.
+
+    Arguments:
+        ended_rows: see :class:`ExitRunner`; full_rows: rows that ran the whole model at once.
+    """
+    return tuple(rows + full_rows for rows in itertools.accumulate(reversed(ended_rows)))[::-1]

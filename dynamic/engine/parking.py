@@ -140,10 +140,21 @@ class Parking:
         """
         if not rows or running < 2 or waited >= PATIENCE:
             return False
+        return rows < self._best(segment, running, *self._state())
+
+    def may_wait(self, running: int) -> bool:
+        """Whether a row, be it alone, might have to wait in front of any segment; as for :meth:`should_wait`."""
+        if running < 2:
+            return False
+        state = self._state()
+        return any(self._best(segment, running, *state) > 1 for segment in range(1, len(self._reached)))
+
+    def _state(self) -> tuple[tuple[int, ...], int]:
+        """What the best company depends on: the share of rows that goes on at each exit, and what a step costs."""
         pairs = zip(self._went_on, self._reached, strict=True)
         shares = tuple(max(1, round(went_on / reached * _SHARE_STEPS)) for went_on, reached in pairs)
         fixed = 0 if self._step_seconds == float("inf") else round(self._step_seconds / _TICK)
-        return rows < self._best(segment, running, shares, fixed)
+        return shares, fixed
 
     def _find_best(self, segment: int, running: int, shares: tuple[int, ...], fixed: int) -> int:
         """The number of rows to wait for; 0 where none should wait."""

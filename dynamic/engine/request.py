@@ -105,7 +105,7 @@ class Request:
         self.queue_seconds: float | None = None  # until the first step that ran a part of it
         self.delivered = False  # a delta has gone out
         self.full_rows = 0  # rows that ran all layers in steps without exits
-        self.segment_rows: np.ndarray | None = None  # rows per segment in steps with exits
+        self.ended_rows: list[int] | None = None  # in steps with exits; see ExitRunner.ended_rows
         self.projected_rows = 0  # rows times layers whose keys and values were projected
 
     @property

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from ...exits.segments import Segment
@@ -65,7 +64,3 @@ class Runner:
         if list(rows) != list(range(x_TD.shape[0])):  # a step of decodes alone needs all rows as they are
             x_TD = x_TD[torch.tensor(rows, device=x_TD.device)]
         return self.decoder.logits(x_TD)
-
-    def segment_rows(self) -> np.ndarray:
-        """Rows launched so far, by segment of the model, int64."""
-        return self.exits.segment_rows + self.full_rows

@@ -6,6 +6,7 @@ X blocks of the vocabulary, C tokens of a block.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,20 +38,21 @@ def sample(logits_RV: torch.Tensor, sequences: list[Sequence]) -> list[int]:
     """
     if any(edits_logits(s) for s in sequences):
         edit_logits(logits_RV, sequences)
-    usable_R = logits_RV.amax(-1).isfinite()
     drawn = [row for row, s in enumerate(sequences) if not s.request.params.greedy]
     if not drawn:
-        tokens_R = first_best(logits_RV)
+        tokens_R, best_R = first_best(logits_RV)
     else:
+        best_R = logits_RV.amax(-1)
         params = [sequences[row].request.params for row in drawn]
         draws_R = torch.tensor([sequences[row].draw() for row in drawn], dtype=torch.float64, device=logits_RV.device)
         if len(drawn) == len(sequences):
             tokens_R = draw_tokens(logits_RV, params, draws_R)
         else:
-            tokens_R = first_best(logits_RV)
+            tokens_R, _ = first_best(logits_RV)
             rows_R = torch.tensor(drawn, device=logits_RV.device)
             tokens_R[rows_R] = draw_tokens(logits_RV[rows_R], params, draws_R)
-    return torch.where(usable_R, tokens_R, NO_TOKEN).tolist()
+    pairs = zip(tokens_R.tolist(), best_R.tolist(), strict=True)
+    return [token if math.isfinite(best) else NO_TOKEN for token, best in pairs]
 
 
 def draw_tokens(logits_RV: torch.Tensor, params: list[SamplingParams], draws_R: torch.Tensor) -> torch.Tensor:

@@ -71,7 +71,24 @@ class Scratch {
   size_t bytes_ = 0;
 };
 
-enum class Buffer { rows, hidden, output, keys, values, scores, states, quantized, count };
+// Pieces of one piece of memory, each on a cache line of its own.
+class Arena {
+ public:
+  explicit Arena(char* data) : data_(data) {}
+  template <class T = char>
+  T* take(int64_t count) {
+    char* piece = data_ + used_;
+    used_ += ceil_div(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
+    return reinterpret_cast<T*>(piece);
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* data_;
+  int64_t used_ = 0;
+};
+
+enum class Buffer { rows, hidden, output, keys, values, scores, states, quantized, stack, leaving, count };
 
 inline Scratch& scratch(Buffer buffer) {
   thread_local Scratch buffers[static_cast<int>(Buffer::count)];

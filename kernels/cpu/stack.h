@@ -1,0 +1,91 @@
+// A run of layers and the exits between them, on plain pointers: the same operators that a caller could name one by
+// one, without going back to the caller in between. Results are bitwise those of the single operators.
+#pragma once
+
+#include <vector>
+
+#include "exits.h"
+
+namespace dynamoe_cpu {
+
+struct Projection {
+  const uint32_t* weights;  // null: there is none
+  const float* bias;
+  int64_t outputs;
+};
+
+struct Block {
+  const void* attention_norm;
+  Projection qkv, o;
+  const void *q_norm, *k_norm;  // or null
+  const void* ffn_norm;
+  Projection router;     // none: every expert has weight 1
+  RouteCall rule;        // what does not depend on the rows
+  ExpertsCall experts;   // likewise
+  int64_t window;
+};
+
+struct Shape {
+  Dtype dtype;
+  int64_t hidden, heads, kv_heads, channels;
+  bool norm_per_head;  // of queries and keys; otherwise over their full width
+  float eps, residual_scale, attention_scale;
+
+  int64_t q_width() const { return heads * channels; }
+  int64_t kv_width() const { return kv_heads * channels; }
+};
+
+// Where rows live, as AttentionCall wants it.
+struct Places {
+  int64_t rows;
+  const int64_t *positions, *slots;
+  const int32_t *query_start, *context_len, *block_table;
+  int64_t block_table_stride, sequences;
+};
+
+// The caches of all layers.
+struct Caches {
+  std::vector<Cache> keys, values;
+  int64_t page_size;
+  const float* cos_sin;
+};
+
+struct Exit {
+  int64_t after_layers;
+  Projection down, up;                // of the read-out adapter
+  bool can_leave;                     // whether it has a probe
+  bool previous, entropy;             // what the probe looks at beside the residual stream
+  ProbeCall probe;                    // weights
+  std::vector<ProjectCall> projections;  // weights, one per layer behind the exit
+};
+
+struct Stack {
+  Shape shape;
+  std::vector<Block> blocks;
+  std::vector<Exit> exits;  // rising
+};
+
+// One projection of contiguous rows.
+void project(const Context& context, const Shape& shape, const Projection& projection, const void* x, int64_t inputs,
+             int64_t rows, void* out);
+// x += scale * added
+void add_pending(const Context& context, const Shape& shape, const void* pending, float scale, float* x, int64_t rows);
+
+// Layers [first, last) on a residual stream of float32, in place. `entropy`, if given, takes the mean entropy of the
+// layers' routers.
+void run_layers(const Context& context, const Stack& stack, int64_t first, int64_t last, float* x, const Places& places,
+                const Caches& caches, float* entropy);
+
+// All layers, where rows may leave at exits.
+struct ExitsCall {
+  float* x;  // lost
+  Places places;
+  const float* thresholds;  // (exits, rows); +inf stays
+  float* out;               // (rows, hidden): what each row hands to the LM head
+  int64_t* depths;          // (rows): layers that ran for it
+  int64_t* decisions;       // (exits, 2): rows with a finite threshold that reached the exit, and that went on
+  int64_t* launched;        // (exits + 1): rows that ran the layers up to each exit and behind the last
+};
+void run_exits(const Context& context, const Stack& stack, const ExitsCall& call, const Caches& caches);
+
+}  // namespace dynamoe_cpu

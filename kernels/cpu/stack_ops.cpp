@@ -1,0 +1,245 @@
+// A model's layers and exits as a torch class: tensors are checked here, and only here.
+#include <torch/custom_class.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "stack.h"
+#include "tensors.h"
+
+namespace dynamoe_cpu {
+namespace {
+
+using Tensors = std::vector<Tensor>;
+
+class StackHolder : public torch::CustomClassHolder {
+ public:
+  StackHolder(int64_t isa, at::ScalarType dtype, std::vector<int64_t> sizes, bool norm_per_head, double eps,
+              double residual_scale, double attention_scale)
+      : isa_(isa), type_(dtype) {
+    TORCH_CHECK_VALUE(sizes.size() == 4, "sizes are hidden size, heads, key/value heads, channels");
+    stack_.shape = {dtype == at::kBFloat16 ? Dtype::bf16 : Dtype::fp32, sizes[0], sizes[1], sizes[2], sizes[3],
+                    norm_per_head, static_cast<float>(eps), static_cast<float>(residual_scale),
+                    static_cast<float>(attention_scale)};
+  }
+
+  // `experts` is what the operator `experts` calls shape; `rule` is top_k, score, softmax_after_topk, renormalize.
+  void add_layer(const Tensor& attention_norm, const Tensor& qkv, const OptionalTensor& qkv_bias,
+                 const OptionalTensor& q_norm, const OptionalTensor& k_norm, const Tensor& o,
+                 const OptionalTensor& o_bias, const Tensor& ffn_norm, const OptionalTensor& router,
+                 const Tensor& gate_up, const Tensor& down, const OptionalTensor& gate_up_bias,
+                 const OptionalTensor& down_bias, std::vector<int64_t> experts, std::vector<int64_t> rule,
+                 double routing_scale, int64_t window) {
+    const Shape& shape = stack_.shape;
+    Block block{};
+    block.attention_norm = weights(attention_norm, shape.hidden, "attention_norm");
+    block.qkv = projection(qkv, qkv_bias, shape.hidden, shape.q_width() + 2 * shape.kv_width(), "qkv");
+    block.q_norm = head_norm(q_norm, shape.q_width(), "q_norm");
+    block.k_norm = head_norm(k_norm, shape.kv_width(), "k_norm");
+    block.o = projection(o, o_bias, shape.q_width(), shape.hidden, "o");
+    block.ffn_norm = weights(ffn_norm, shape.hidden, "ffn_norm");
+    block.window = window;
+    ExpertsCall& call = block.experts;
+    TORCH_CHECK_VALUE(experts.size() == 5 && experts[1] == shape.hidden, "the experts are for another hidden size");
+    call.layout = {shape.dtype, experts[0], experts[1], experts[2], experts[3] != 0};
+    call.activation = static_cast<Activation>(experts[4]);
+    call.gate_up = words(keep(gate_up), call.layout.gate_words(), "gate_up");
+    call.down = words(keep(down), call.layout.down_words(), "down");
+    call.gate_up_bias = floats(keep(gate_up_bias), "gate_up_bias");
+    call.down_bias = floats(keep(down_bias), "down_bias");
+    if (router) {
+      TORCH_CHECK_VALUE(rule.size() == 4 && 1 <= rule[0] && rule[0] <= experts[0], "top_k must be in 1 … ", experts[0]);
+      block.router = projection(*router, {}, shape.hidden, experts[0], "router");
+      block.rule.experts = experts[0];
+      block.rule.top_k = rule[0];
+      block.rule.score = static_cast<Score>(rule[1]);
+      block.rule.softmax_after_topk = rule[2] != 0;
+      block.rule.renormalize = rule[3] != 0;
+      block.rule.scale = static_cast<float>(routing_scale);
+    }
+    stack_.blocks.push_back(block);
+  }
+
+  // After all layers, in rising order. Without a probe (`weight`) nobody can leave.
+  void add_exit(int64_t after_layers, const Tensor& down, const Tensor& up, int64_t rank, const OptionalTensor& weight,
+                const OptionalTensor& bias, const OptionalTensor& out, const OptionalTensor& out_bias, bool previous,
+                bool entropy, Tensors kv, Tensors kv_bias) {
+    const Shape& shape = stack_.shape;
+    const int64_t layers = static_cast<int64_t>(stack_.blocks.size());
+    TORCH_CHECK_VALUE((stack_.exits.empty() ? 0 : stack_.exits.back().after_layers) < after_layers &&
+                          after_layers < layers && static_cast<int64_t>(kv.size()) == layers - after_layers &&
+                          (kv_bias.empty() || kv_bias.size() == kv.size()),
+                      "an exit after ", after_layers, " of ", layers, " layers does not fit");
+    Exit exit{};
+    exit.after_layers = after_layers;
+    exit.down = projection(down, {}, shape.hidden, rank, "the adapter's first factor");
+    exit.up = projection(up, {}, rank, shape.hidden, "the adapter's second factor");
+    exit.can_leave = weight.has_value();
+    exit.previous = previous;
+    exit.entropy = entropy;
+    if (weight) {
+      ProbeCall& probe = exit.probe;
+      probe.hidden = shape.hidden;
+      probe.inner = weight->size(0);
+      TORCH_CHECK_VALUE(weight->dim() == 2 && weight->size(1) == shape.hidden * (1 + previous) + entropy && bias &&
+                            bias->numel() == probe.inner && (out ? out->numel() : 1) == probe.inner,
+                        "the probe does not fit hidden size ", shape.hidden);
+      probe.weight = floats(keep(weight), "weight");
+      probe.bias = floats(keep(bias), "bias");
+      probe.out = floats(keep(out), "out");
+      probe.out_bias = out ? *floats(out_bias, "out_bias") : 0.0f;
+    }
+    for (int64_t behind = 0; behind < layers - after_layers; ++behind) {
+      const Block& block = stack_.blocks[after_layers + behind];
+      ProjectCall call{};
+      call.hidden = shape.hidden;
+      call.kv_heads = shape.kv_heads;
+      call.channels = shape.channels;
+      call.norm = block.attention_norm;
+      call.dtype = shape.dtype;
+      call.eps = shape.eps;
+      const OptionalTensor with = kv_bias.empty() ? OptionalTensor() : OptionalTensor(kv_bias[behind]);
+      const Projection pair = projection(kv[behind], with, shape.hidden, 2 * shape.kv_width(), "keys and values");
+      call.kv = pair.weights;
+      call.kv_bias = pair.bias;
+      call.k_norm = block.k_norm;
+      call.k_norm_width = block.k_norm ? (shape.norm_per_head ? shape.channels : shape.kv_width()) : 0;
+      exit.projections.push_back(call);
+    }
+    stack_.exits.push_back(std::move(exit));
+  }
+
+  Tensor run(Tensor x, int64_t first, int64_t last, const Tensors& keys, const Tensors& values, const Tensor& cos_sin,
+             const Tensor& positions, const Tensor& slots, const Tensor& query_start, const Tensor& context_len,
+             const Tensor& block_table, const OptionalTensor& entropy) {
+    TORCH_CHECK_VALUE(0 <= first && first <= last && last <= static_cast<int64_t>(stack_.blocks.size()), "layers ", first,
+                      " … ", last, " are not those of a model of ", stack_.blocks.size());
+    x = stream(x);
+    const Caches caches = caches_of(keys, values, cos_sin);
+    const Places places =
+        places_of(x.size(0), keys[0], cos_sin, positions, slots, query_start, context_len, block_table);
+    TORCH_CHECK_VALUE(!entropy || entropy->numel() == x.size(0), "entropy must have one entry per row");
+    run_layers(context_of(isa_), stack_, first, last, static_cast<float*>(x.data_ptr()), places, caches,
+               const_cast<float*>(floats(entropy, "entropy")));
+    return x;
+  }
+
+  // What each row hands to the LM head, its depth; per exit how many rows decided and how many of them went on; rows
+  // launched between exits.
+  std::tuple<Tensor, Tensor, Tensor, Tensor> run_with_exits(Tensor x, const Tensors& keys, const Tensors& values,
+                                                    const Tensor& cos_sin, const Tensor& positions,
+                                                    const Tensor& slots, const Tensor& query_start,
+                                                    const Tensor& context_len, const Tensor& block_table,
+                                                    const Tensor& thresholds) {
+    x = stream(x);
+    const int64_t rows = x.size(0), exits = static_cast<int64_t>(stack_.exits.size());
+    const Caches caches = caches_of(keys, values, cos_sin);
+    TORCH_CHECK_VALUE(thresholds.dim() == 2 && thresholds.size(0) == exits && thresholds.size(1) == rows,
+                      "thresholds must have one entry for each of ", exits, " exits and ", rows, " rows");
+    const at::TensorOptions integers = x.options().dtype(at::kLong);
+    Tensor out = at::empty(x.sizes(), x.options()), depths = at::empty({rows}, integers),
+           decisions = at::empty({exits, 2}, integers), launched = at::empty({exits + 1}, integers);
+    ExitsCall call{static_cast<float*>(x.data_ptr()),
+                   places_of(rows, keys[0], cos_sin, positions, slots, query_start, context_len, block_table)};
+    call.thresholds = contiguous_data<float>(thresholds, at::kFloat, "thresholds");
+    call.out = static_cast<float*>(out.data_ptr());
+    call.depths = static_cast<int64_t*>(depths.data_ptr());
+    call.decisions = static_cast<int64_t*>(decisions.data_ptr());
+    call.launched = static_cast<int64_t*>(launched.data_ptr());
+    run_exits(context_of(isa_), stack_, call, caches);
+    return {out, depths, decisions, launched};
+  }
+
+ private:
+  const Tensor& keep(const Tensor& t) { return kept_.emplace_back(t); }
+  const OptionalTensor& keep(const OptionalTensor& t) {
+    if (t) kept_.push_back(*t);
+    return t;
+  }
+
+  const void* weights(const Tensor& t, int64_t count, const char* name) {
+    TORCH_CHECK_VALUE(t.is_contiguous() && t.numel() == count && t.scalar_type() == type_, name,
+                      " must be contiguous with ", count, " entries of type ", type_, ", not shape ", t.sizes());
+    return keep(t).data_ptr();
+  }
+
+  const void* head_norm(const OptionalTensor& t, int64_t full, const char* name) {
+    return t ? weights(*t, stack_.shape.norm_per_head ? stack_.shape.channels : full, name) : nullptr;
+  }
+
+  Projection projection(const Tensor& packed, const OptionalTensor& bias, int64_t inputs, int64_t outputs,
+                        const char* name) {
+    const Gemm& gemm = context_of(isa_).kernels->gemm[static_cast<int>(stack_.shape.dtype)];
+    TORCH_CHECK_VALUE(!bias || bias->numel() >= ceil_div(outputs, kBlockOutputs) * kBlockOutputs, name,
+                      "'s bias must be padded to whole blocks");
+    return {words(keep(packed), packed_words(gemm, outputs, inputs), name), floats(keep(bias), name), outputs};
+  }
+
+  Tensor stream(const Tensor& x) const {
+    TORCH_CHECK_VALUE(x.dim() == 2 && x.size(1) == stack_.shape.hidden && x.scalar_type() == at::kFloat,
+                      "x must be float32 with ", stack_.shape.hidden, " columns, not ", x.scalar_type(), " of shape ",
+                      x.sizes());
+    return x.contiguous();
+  }
+
+  Caches caches_of(const Tensors& keys, const Tensors& values, const Tensor& cos_sin) const {
+    const Shape& shape = stack_.shape;
+    TORCH_CHECK_VALUE(!keys.empty() && keys.size() == stack_.blocks.size() && values.size() == keys.size(),
+                      "there must be one cache per layer");
+    TORCH_CHECK_VALUE(cos_sin.dim() == 2 && cos_sin.size(1) == shape.channels, "rotary table of shape ",
+                      cos_sin.sizes(), " does not fit heads of ", shape.channels);
+    Caches caches{{}, {}, keys[0].size(2), contiguous_data<float>(cos_sin, at::kFloat, "cos_sin")};
+    for (size_t layer = 0; layer < keys.size(); ++layer) {
+      caches.keys.push_back(cache_of(keys[layer], "keys"));
+      caches.values.push_back(cache_of(values[layer], "values"));
+      TORCH_CHECK_VALUE(keys[layer].sizes() == keys[0].sizes() && values[layer].sizes() == keys[0].sizes() &&
+                            keys[layer].size(1) == shape.kv_heads && keys[layer].size(3) == shape.channels,
+                        "a cache of shape ", keys[layer].sizes(), " does not fit the model");
+    }
+    return caches;
+  }
+
+  static Places places_of(int64_t rows, const Tensor& keys, const Tensor& cos_sin, const Tensor& positions,
+                          const Tensor& slots, const Tensor& query_start, const Tensor& context_len,
+                          const Tensor& block_table) {
+    Places places{rows};
+    TORCH_CHECK_VALUE(positions.numel() == rows && slots.numel() == rows,
+                      "positions and slots must have one entry per row");
+    places.positions = contiguous_data<int64_t>(positions, at::kLong, "positions");
+    places.slots = contiguous_data<int64_t>(slots, at::kLong, "slots");
+    for (int64_t t = 0; t < rows; ++t) {
+      TORCH_CHECK_INDEX(0 <= places.positions[t] && places.positions[t] < cos_sin.size(0), "position ",
+                        places.positions[t], " is not in the rotary table of ", cos_sin.size(0));
+      TORCH_CHECK_INDEX(0 <= places.slots[t] && places.slots[t] < keys.size(0) * keys.size(2), "slot ",
+                        places.slots[t], " is not in the cache");
+    }
+    places.query_start = contiguous_data<int32_t>(query_start, at::kInt, "query_start");
+    places.context_len = contiguous_data<int32_t>(context_len, at::kInt, "context_len");
+    places.block_table = contiguous_data<int32_t>(block_table, at::kInt, "block_table");
+    places.sequences = context_len.numel();
+    TORCH_CHECK_VALUE(query_start.numel() == places.sequences + 1 && places.query_start[places.sequences] == rows &&
+                          block_table.dim() == 2 && block_table.size(0) == places.sequences,
+                      "query_start and block_table do not fit the rows");
+    places.block_table_stride = block_table.size(1);
+    return places;
+  }
+
+  int64_t isa_;
+  at::ScalarType type_;
+  Stack stack_;
+  Tensors kept_;
+};
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(dynamoe_cpu, m) {
+  m.class_<StackHolder>("Stack")
+      .def(torch::init<int64_t, at::ScalarType, std::vector<int64_t>, bool, double, double, double>())
+      .def("add_layer", &StackHolder::add_layer)
+      .def("add_exit", &StackHolder::add_exit)
+      .def("run", &StackHolder::run)
+      .def("run_with_exits", &StackHolder::run_with_exits);
+}
+
+}  // namespace dynamoe_cpu

@@ -1,0 +1,116 @@
+"""Layers and exits that run in one call of the C++ kernels (``cpu/stack.cpp``): nothing is spent between operations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .router_spec import SCORES
+from .stack import StackExit, StackLayer, StackResult, StackShape
+from .types import AttentionBatch, KVLayer
+
+if TYPE_CHECKING:
+    from .cpu_backend import CpuBackend
+
+
+class CpuStack:
+    """See :class:`.stack.Stack`.
+
+    Arguments:
+        backend: whose layout the weights have.
+        shape, layers, exits: the model; exits rising.
+    """
+
+    def __init__(
+        self, backend: CpuBackend, shape: StackShape, layers: Sequence[StackLayer], exits: Sequence[StackExit]
+    ) -> None:
+        sizes = [shape.hidden_size, shape.num_heads, shape.num_kv_heads, shape.head_dim]
+        self._handle: Any = torch.classes.dynamoe_cpu.Stack(
+            backend.isa_number,
+            backend.dtype,
+            sizes,
+            shape.norm_per_head,
+            shape.norm_eps,
+            shape.residual_scale,
+            shape.attention_scale,
+        )
+        for layer in layers:
+            self._add_layer(layer)
+        for exit in exits:
+            self._add_exit(exit)
+
+    def _add_layer(self, layer: StackLayer) -> None:
+        experts, rule = layer.ffn.data, layer.rule
+        self._handle.add_layer(
+            layer.attention_norm_D,
+            layer.qkv.data.packed,
+            layer.qkv.data.bias,
+            layer.q_norm,
+            layer.k_norm,
+            layer.o.data.packed,
+            layer.o.data.bias,
+            layer.ffn_norm_D,
+            None if layer.router is None else layer.router.data.packed,
+            experts.gate_up,
+            experts.down,
+            experts.gate_up_bias,
+            experts.down_bias_sum if rule is None else experts.down_bias,
+            list(experts.shape),
+            [] if rule is None else [rule.top_k, SCORES.index(rule.score), rule.softmax_after_topk, rule.renormalize],
+            1.0 if rule is None else rule.scale,
+            layer.window or 0,
+        )
+
+    def _add_exit(self, exit: StackExit) -> None:
+        probe, pairs = exit.probe, [p.kv.data for p in exit.projections]
+        biased = bool(pairs) and pairs[0].bias is not None
+        self._handle.add_exit(
+            exit.after_layers,
+            exit.down.data.packed,
+            exit.up.data.packed,
+            exit.down.out_features,
+            None if probe is None else probe.weight_JX,
+            None if probe is None else probe.bias_J,
+            None if probe is None else probe.out_J,
+            None if probe is None else probe.out_bias,
+            probe is not None and probe.previous,
+            probe is not None and probe.router_entropy,
+            [pair.packed for pair in pairs],
+            [pair.bias for pair in pairs] if biased else [],
+        )
+
+    def run(
+        self,
+        layers: range,
+        x_TD: torch.Tensor,
+        kv: Sequence[KVLayer],
+        cos_sin_LC: torch.Tensor,
+        batch: AttentionBatch,
+        router_entropy_T: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self._handle.run(
+            x_TD, layers.start, layers.stop, *_caches(kv), cos_sin_LC, *_places(batch), router_entropy_T
+        )
+
+    def run_with_exits(
+        self,
+        x_TD: torch.Tensor,
+        kv: Sequence[KVLayer],
+        cos_sin_LC: torch.Tensor,
+        batch: AttentionBatch,
+        thresholds_NT: torch.Tensor,
+    ) -> StackResult:
+        out_TD, depths_T, decisions_N2, launched_S = self._handle.run_with_exits(
+            x_TD, *_caches(kv), cos_sin_LC, *_places(batch), thresholds_NT
+        )
+        return StackResult(out_TD=out_TD, depths_T=depths_T, decisions_N2=decisions_N2, launched_S=launched_S)
+
+
+def _caches(kv: Sequence[KVLayer]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    return [layer.keys_BGPC for layer in kv], [layer.values_BGPC for layer in kv]
+
+
+def _places(batch: AttentionBatch) -> tuple[torch.Tensor, ...]:
+    return (batch.positions_T, batch.slots_T, batch.query_start_S1, batch.context_len_S, batch.block_table_SM)
