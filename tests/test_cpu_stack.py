@@ -1,0 +1,109 @@
+"""Layers that run in one call of the C++ kernels give the bits that their operations give one by one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from dynamoe.dynamic.decoder import Decoder
+from dynamoe.dynamic.engine.kv_cache import allocate_layers
+from dynamoe.dynamic.loader import load_decoder
+from dynamoe.exits.segments import Segment
+from dynamoe.kernels.types import AttentionBatch, KVLayer
+
+PAGE = 4
+FAMILIES: dict[str, dict[str, object]] = {
+    "llama": {"attention_bias": True, "mlp_bias": True},  # dense, with biases
+    "mistral": {"sliding_window": 5},
+    "qwen3": {},  # norms of each head
+    "mixtral": {},
+    "olmoe": {},  # norms of the full width
+    "granitemoe": {"residual_multiplier": 0.3},
+    "qwen3_moe": {},
+}
+
+
+def one_by_one(decoder: Decoder) -> Decoder:
+    plain = copy.copy(decoder)
+    plain.stack = None
+    return plain
+
+
+def batch_of(starts: list[int], counts: list[int]) -> AttentionBatch:
+    """Sequences of ``starts`` tokens that get ``counts`` more; each has 8 pages of its own, in falling order."""
+    pages = [[8 * s + 7 - p for p in range(8)] for s in range(len(starts))]
+    positions = [start + i for start, count in zip(starts, counts, strict=True) for i in range(count)]
+    owners = [s for s, count in enumerate(counts) for _ in range(count)]
+    slots = [pages[s][p // PAGE] * PAGE + p % PAGE for s, p in zip(owners, positions, strict=True)]
+    boundaries = [sum(counts[:n]) for n in range(len(counts) + 1)]
+    lengths = [start + count for start, count in zip(starts, counts, strict=True)]
+    return AttentionBatch(
+        positions_T=torch.tensor(positions),
+        slots_T=torch.tensor(slots),
+        query_start_S1=torch.tensor(boundaries, dtype=torch.int32),
+        context_len_S=torch.tensor(lengths, dtype=torch.int32),
+        block_table_SM=torch.tensor(pages, dtype=torch.int32),
+        max_query_len=max(counts),
+        max_context_len=max(lengths),
+    )
+
+
+def steps(decoder: Decoder) -> tuple[list[torch.Tensor], list[KVLayer]]:
+    """A prefill and two decodes, in two segments, with the routers' entropy."""
+    kv = allocate_layers(decoder.spec, 24, PAGE, decoder.dtype, torch.device("cpu"))
+    for layer in kv:
+        layer.keys_BGPC.fill_(torch.nan)
+        layer.values_BGPC.fill_(torch.nan)
+    found, layers = [], decoder.spec.num_layers
+    generator = torch.Generator().manual_seed(0)
+    for starts, counts in (([0, 0, 0], [9, 1, 14]), ([9, 1, 14], [1, 1, 1]), ([10, 2, 15], [1, 5, 1])):
+        tokens_T = torch.randint(3, 300, (sum(counts),), generator=generator)
+        x_TD, entropy_T = decoder.embed(tokens_T), torch.zeros(len(tokens_T))
+        for segment in (range(1), range(1, layers)):
+            x_TD = decoder.run_segment(Segment(index=0, layers=segment), x_TD, kv, batch_of(starts, counts), entropy_T)
+            found += [x_TD.clone(), entropy_T.clone()]  # the next segment overwrites them
+    return found, kv
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stack_equals_its_operations(make_checkpoint: Callable[..., Path], family: str, dtype: str) -> None:
+    path = make_checkpoint(family, num_hidden_layers=3, **FAMILIES[family])
+    decoder = load_decoder(path, dtype=dtype, backend="cpu")
+    assert decoder.stack is not None
+    found, kv = steps(decoder)
+    expected, expected_kv = steps(one_by_one(decoder))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.isfinite().all()
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(kv, expected_kv, strict=True):
+        assert torch.equal(ours.keys_BGPC.nan_to_num(7.0), theirs.keys_BGPC.nan_to_num(7.0))
+        assert torch.equal(ours.values_BGPC.nan_to_num(7.0), theirs.values_BGPC.nan_to_num(7.0))
+
+
+def test_what_a_stack_cannot_do_runs_operation_by_operation(make_checkpoint: Callable[..., Path]) -> None:
+    assert load_decoder(make_checkpoint("qwen2_moe"), backend="cpu").stack is None  # a shared expert with a gate
+    assert load_decoder(make_checkpoint("mixtral"), backend="torch", device="cpu").stack is None
+
+
+def test_arguments_that_do_not_fit_are_refused(make_checkpoint: Callable[..., Path]) -> None:
+    decoder = load_decoder(make_checkpoint("mixtral"), dtype="float32", backend="cpu")
+    kv = allocate_layers(decoder.spec, 24, PAGE, decoder.dtype, torch.device("cpu"))
+    assert decoder.stack is not None
+    x_TD, batch, table_LC = decoder.embed(torch.tensor([5, 6, 7])), batch_of([0], [3]), decoder.cos_sin_LC
+    layers = range(decoder.spec.num_layers)
+    with pytest.raises(ValueError, match="x must be float32"):
+        decoder.stack.run(layers, x_TD[:, 1:], kv, table_LC, batch)
+    with pytest.raises(ValueError, match="one cache per layer"):
+        decoder.stack.run(layers, x_TD, kv[1:], table_LC, batch)
+    with pytest.raises(ValueError, match="one entry per row"):
+        decoder.stack.run(layers, x_TD[:2], kv, table_LC, batch)
+    with pytest.raises(IndexError, match="rotary table"):
+        decoder.stack.run(layers, x_TD, kv, table_LC[:2], batch)
+    with pytest.raises(ValueError, match=r"layers 0 … 99"):
+        decoder.stack.run(range(99), x_TD, kv, table_LC, batch)
+    with pytest.raises(ValueError, match="exits and 3 rows"):
+        decoder.stack.run_with_exits(x_TD, kv, table_LC, batch, torch.zeros(1, 3))
