@@ -6,17 +6,22 @@ served tokens that are not that token, with a 95 % interval by resampling reques
 launched for decoded tokens, counted from ``RequestOutput.compute``; what keys and values of skipped layers took is
 reported as rows times layers; tokens per second, each setting beside a run of the full model.
 
-Prompts are the fifth of Python's language reference that exits are never trained on. Written to
-``results/exits_curve_NAME.json`` and, with matplotlib, an SVG beside it.
+Prompts are held-out text: by default the fifth of Python's language reference that exits are never trained on; with
+``--text corpus`` the blocks that the recipe of ``tiny`` left unused, with figures per genre too, apart for packages that
+training never saw. With ``--choose 0.02`` one half of the prompts chooses the threshold that saves most at
+2 % disagreement, and the figures of the other half are reported for it. Written to ``results/exits_curve_NAME.json``
+and, with matplotlib, an SVG beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +29,13 @@ import torch
 from checkout import RESULTS
 from dynamoe.dynamic.calibration_text import reference_pages
 from dynamoe.dynamic.llm import LLM
+from dynamoe.dynamic.model_store import cache_home, resolve_model
 from dynamoe.dynamic.outputs import RequestOutput
 from dynamoe.dynamic.sampling_params import SamplingParams
+from dynamoe.dynamic.train.corpus import build_corpus, load_corpus
 from dynamoe.dynamic.train.frozen_states import collect_served_states
-from dynamoe.dynamic.train.served import blocks_from
+from dynamoe.dynamic.train.recipe import RecipeConfig
+from dynamoe.dynamic.train.served import blocks_from, unused_blocks
 from machine import processor
 
 RESAMPLES = 2000
@@ -88,21 +96,61 @@ def executed(outputs: list[RequestOutput], num_layers: int) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """Beginnings of held-out text, all of one length, with the genre of each."""
+
+    tokens: list[list[int]]
+    genres: list[str]
+
+    def halves(self) -> tuple[Prompts, Prompts]:
+        """Every other prompt, so that both halves hold every genre."""
+        first, second = (Prompts(tokens=self.tokens[n::2], genres=self.genres[n::2]) for n in (0, 1))
+        return first, second
+
+
+def reference_prompts(llm: LLM, count: int, length: int) -> Prompts:
+    pages = llm.model.tokenizer.encode_batch(reference_pages(held_out=True), add_special_tokens=False)
+    stream = torch.tensor([token for page in pages for token in page])
+    tokens = blocks_from({"held out": stream}, count, length, 0)
+    return Prompts(tokens=tokens, genres=["reference"] * len(tokens))
+
+
+def corpus_prompts(count: int, length: int, skip: int = 0) -> Prompts:
+    """About ``count`` prompts, equally many of each genre, in turn from its packages, after the first ``skip`` of all."""
+    recipe = RecipeConfig()
+    corpus = load_corpus(build_corpus(recipe.corpus, cache_home() / "corpora"))
+    block = recipe.prompt_tokens + recipe.new_tokens
+    used = recipe.served_prompts + recipe.exit_rows // block
+    genres: dict[str, list[list[list[int]]]] = {}
+    for stream, blocks in unused_blocks(corpus.held_out, used, block, recipe.seed).items():
+        genre = f"{stream.split('/')[0]}/{'known' if corpus.known[stream] else 'unseen'}"
+        genres.setdefault(genre, []).append(blocks)
+    found = Prompts(tokens=[], genres=[])
+    for genre, packages in sorted(genres.items()):
+        turns = itertools.chain.from_iterable(itertools.zip_longest(*packages))
+        first, last = (-(-number // len(genres)) for number in (skip, skip + count))
+        kept = list(itertools.islice((b for b in turns if b is not None), first, last))
+        found.tokens.extend(block[:length] for block in kept)
+        found.genres.extend([genre] * len(kept))
+    return found
+
+
 def timed(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> tuple[list[RequestOutput], float]:
     started = time.perf_counter()
     outputs = llm.generate(list(prompts), params, use_tqdm=False)
     return outputs, sum(len(o.outputs[0].token_ids) for o in outputs) / (time.perf_counter() - started)
 
 
-def measure(llm: LLM, prompts: list[list[int]], thresholds: list[float], tokens: int) -> list[dict[str, Any]]:
+def measure(llm: LLM, prompts: Prompts, thresholds: list[float], tokens: int) -> list[dict[str, Any]]:
     """One record per threshold, full depth first. Every timed run stands beside one of the full model."""
     exits, num_layers = tuple(llm.model.decoder.exits), llm.model.spec.num_layers
-    timed(llm, prompts[:1], settings(1.0, exits, 4))  # compiled kernels, measured segments
-    timed(llm, prompts[:1], settings(None, exits, 4))
+    timed(llm, prompts.tokens[:1], settings(1.0, exits, 4))  # compiled kernels, measured segments
+    timed(llm, prompts.tokens[:1], settings(None, exits, 4))
     points = []
     for threshold in (None, *thresholds):
-        _, full_rate = timed(llm, prompts, settings(None, exits, tokens))
-        outputs, rate = timed(llm, prompts, settings(threshold, exits, tokens))
+        _, full_rate = timed(llm, prompts.tokens, settings(None, exits, tokens))
+        outputs, rate = timed(llm, prompts.tokens, settings(threshold, exits, tokens))
         losses_N = disagreements(llm, outputs)
         points.append(
             {
@@ -110,12 +158,30 @@ def measure(llm: LLM, prompts: list[list[int]], thresholds: list[float], tokens:
                 "disagreement": float(losses_N.mean()),
                 "interval_95": interval(losses_N),
                 **executed(outputs, num_layers),
+                "by_genre": by_genre(outputs, losses_N, prompts.genres, num_layers),
                 "tokens_per_second": rate,
                 "full_tokens_per_second": full_rate,
             }
         )
         print(row(points[-1]), flush=True)
     return points
+
+
+def by_genre(
+    outputs: list[RequestOutput], losses_N: torch.Tensor, genres: list[str], num_layers: int
+) -> dict[str, dict[str, float]]:
+    found = {}
+    for genre in sorted(set(genres)):
+        members = [n for n, other in enumerate(genres) if other == genre]
+        share = executed([outputs[n] for n in members], num_layers)["executed_layer_share"]
+        found[genre] = {"disagreement": float(losses_N[members].mean()), "executed_layer_share": share}
+    return found
+
+
+def choose(points: list[dict[str, Any]], limit: float) -> float | None:
+    """The threshold with the fewest layers among those whose disagreement is within a limit; None for full depth."""
+    allowed = [p for p in points if p["disagreement"] <= limit]
+    return min(allowed, key=lambda p: p["executed_layer_share"])["threshold"]
 
 
 def row(point: dict[str, Any]) -> str:
@@ -151,7 +217,7 @@ def plot(points: list[dict[str, Any]], title: str, file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="directory of a model with exits")
+    parser.add_argument("model", help="a model with exits: tiny, or a directory")
     parser.add_argument("--name", help="of the result file; the directory's name otherwise")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--requests", type=int, default=48)
@@ -160,23 +226,37 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=8)
     thresholds = [0.99, 0.97, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6]
     parser.add_argument("--thresholds", type=float, nargs="*", default=thresholds)
+    parser.add_argument("--text", choices=("reference", "corpus"), default="reference")
+    parser.add_argument("--choose", type=float, help="disagreement at which a threshold is chosen on half the prompts")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    llm = LLM(options.model, dtype=options.dtype, max_num_seqs=options.at_once, enable_prefix_caching=False)
+    llm = LLM(
+        resolve_model(options.model), dtype=options.dtype, max_num_seqs=options.at_once, enable_prefix_caching=False
+    )
     if not llm.model.decoder.exits:
         parser.error(f"{options.model} has no exits")
-    pages = llm.model.tokenizer.encode_batch(reference_pages(held_out=True), add_special_tokens=False)
-    stream = torch.tensor([token for page in pages for token in page])
-    prompts = blocks_from({"held out": stream}, options.requests, options.prompt_tokens, 0)
+    if options.text == "corpus":
+        prompts = corpus_prompts(options.requests, options.prompt_tokens)
+    else:
+        prompts = reference_prompts(llm, options.requests, options.prompt_tokens)
     print("| threshold | disagreement (95 %) | layers executed | tokens/s | of full |\n|---|---|---|---|---|")
-    points = measure(llm, prompts, options.thresholds, options.tokens)
-    name = options.name or options.model.name
+    chosen = None
+    if options.choose is None:
+        points = measure(llm, prompts, options.thresholds, options.tokens)
+    else:
+        first, prompts = prompts.halves()
+        threshold = choose(measure(llm, first, options.thresholds, options.tokens), options.choose)
+        print(f"chosen on these {len(first.tokens)} prompts: {threshold}; on the others:")
+        points = measure(llm, prompts, options.thresholds, options.tokens)
+        chosen = {"limit": options.choose, **next(p for p in points if p["threshold"] == threshold)}
+    name = options.name or Path(options.model).name
     result = {
         "model": name,
         "dtype": options.dtype,
         "layers": llm.model.spec.num_layers,
         "exits": list(llm.model.decoder.exits),
-        "requests": len(prompts),
+        "text": options.text,
+        "requests": len(prompts.tokens),
         "prompt_tokens": options.prompt_tokens,
         "new_tokens": options.tokens,
         "at_once": options.at_once,
@@ -184,6 +264,7 @@ def main() -> None:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "date": datetime.date.today().isoformat(),
+        "chosen": chosen,
         "points": points,
     }
     options.output.mkdir(parents=True, exist_ok=True)

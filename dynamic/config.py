@@ -65,7 +65,7 @@ class ModelConfig:
     """Which model, and how it is loaded.
 
     Arguments:
-        model: a local directory, a Hub id, or the name of a shipped model: ``default``.
+        model: a local directory, a Hub id, or the name of a shipped model: ``default``, ``tiny``.
         dtype: ``auto`` (the checkpoint's own), ``float32``, ``bfloat16`` or ``float16``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         backend: which kernels compute; ``auto`` takes the fastest that run here.

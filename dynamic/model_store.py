@@ -24,9 +24,7 @@ _HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _IMPORT_FORMAT = 1
 
-SHIPPED_MODELS: dict[str, tuple[Callable[[], dict[str, object]], Callable[..., None]]] = {
-    "default": (default_recipe, prepare_default),
-}
+_PACKAGED = Path(__file__).parent / "shipped"
 
 
 def cache_home() -> Path:
@@ -40,8 +38,8 @@ def resolve_model(model: str | Path, *, progress: bool = True) -> Path:
     """The directory of a model, prepared or downloaded when it is not there yet.
 
     Arguments:
-        model: a directory in Hugging Face layout; a ``.gguf`` file; the name of a shipped model (``default``); or a
-            Hub id (``org/name``). A path that exists wins over the other meanings.
+        model: a directory in Hugging Face layout; a ``.gguf`` file; the name of a shipped model (``default``,
+            ``tiny``); or a Hub id (``org/name``). A path that exists wins over the other meanings.
         progress: show progress bars.
 
     Raises:
@@ -56,14 +54,24 @@ def resolve_model(model: str | Path, *, progress: bool = True) -> Path:
     if path.suffix == ".gguf":
         return _import_once(path, progress)
     if str(model) in SHIPPED_MODELS:
-        recipe, prepare = SHIPPED_MODELS[str(model)]
-        return prepare_once(str(model), recipe(), lambda target: prepare(target, progress=progress))
+        return SHIPPED_MODELS[str(model)](progress)
     if _HUB_ID.fullmatch(str(model)):
         return _download(str(model))
     raise ValueError(
         f"no model {str(model)!r}: neither a directory, nor a .gguf file, nor a Hub id (org/name), nor one of the"
         f" shipped models ({', '.join(SHIPPED_MODELS)})"
     )
+
+
+def _default(progress: bool) -> Path:
+    return prepare_once("default", default_recipe(), lambda target: prepare_default(target, progress=progress))
+
+
+def _tiny(progress: bool) -> Path:
+    return _PACKAGED / "tiny"
+
+
+SHIPPED_MODELS: dict[str, Callable[[bool], Path]] = {"default": _default, "tiny": _tiny}
 
 
 def prepare_once(name: str, recipe: dict[str, object], prepare: Callable[[Path], None]) -> Path:

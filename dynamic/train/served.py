@@ -6,6 +6,7 @@ Shape suffixes: N sequences, L positions.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,16 +30,32 @@ def blocks_from(streams: dict[str, torch.Tensor], count: int, length: int, seed:
     Raises:
         ValueError: when no stream is long enough.
     """
-    generator = torch.Generator().manual_seed(seed)
-    waiting = []
-    for _, stream in sorted(streams.items()):
-        starts = torch.randperm(stream.numel() // length, generator=generator) * length
-        waiting.append([stream[start : start + length].tolist() for start in starts[:count].tolist()])
-    rounds = itertools.chain.from_iterable(itertools.zip_longest(*waiting))
-    blocks = list(itertools.islice((block for block in rounds if block is not None), count))
+    waiting = [[(name, block) for block in blocks] for name, blocks in _shuffled(streams, length, seed).items()]
+    blocks = [block for _, block in _rounds(waiting, count)]
     if not blocks:
         raise ValueError(f"no held-out text is as long as {length} tokens")
     return blocks
+
+
+def unused_blocks(streams: dict[str, torch.Tensor], used: int, length: int, seed: int) -> dict[str, list[list[int]]]:
+    """By stream, the blocks that :func:`blocks_from` did not give out when it was asked for ``used`` of them."""
+    shuffled = _shuffled(streams, length, seed)
+    given = Counter(name for name, _ in _rounds([[(n, b) for b in blocks] for n, blocks in shuffled.items()], used))
+    return {name: blocks[given[name] :] for name, blocks in shuffled.items()}
+
+
+def _shuffled(streams: dict[str, torch.Tensor], length: int, seed: int) -> dict[str, list[list[int]]]:
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = {}
+    for name, stream in sorted(streams.items()):
+        starts = torch.randperm(stream.numel() // length, generator=generator) * length
+        shuffled[name] = [stream[start : start + length].tolist() for start in starts.tolist()]
+    return shuffled
+
+
+def _rounds(waiting: list[list[tuple[str, list[int]]]], count: int) -> list[tuple[str, list[int]]]:
+    rounds = itertools.chain.from_iterable(itertools.zip_longest(*waiting))
+    return list(itertools.islice((block for block in rounds if block is not None), count))
 
 
 def continuations(

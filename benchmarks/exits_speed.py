@@ -1,0 +1,101 @@
+"""What exits save in time: ``python benchmarks/exits_speed.py MODEL --threshold 0.9``.
+
+Engines decode the same held-out prompts of the recipe of ``tiny`` with and without thresholds and take turns, a few
+steps each, because machines drift; prompts are not timed. The model without thresholds runs as it does where no exits
+lie beside it. One full pass over what was served says which tokens the full model would not have chosen.
+
+Written to ``results/exits_speed_NAME.json``: per number of sequences, seconds per token of both, the share of layers
+that was launched for decoded tokens, and the disagreement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from checkout import RESULTS
+from dynamoe.dynamic.engine.config import EngineConfig
+from dynamoe.dynamic.engine.engine import Engine
+from dynamoe.dynamic.llm import LLM
+from dynamoe.dynamic.loader import LoadedModel
+from dynamoe.dynamic.model_store import resolve_model
+from exits_curve import corpus_prompts, disagreements, executed, settings
+from exits_overhead import CHUNK, seconds_per_token, without_exits
+from machine import processor
+
+
+def decoding(model: LoadedModel, prompts: list[list[int]], tokens: int, threshold: float | None) -> Engine:
+    """An engine whose sequences are all past their prompts."""
+    engine = Engine(model, EngineConfig(max_num_seqs=len(prompts), enable_prefix_caching=False))
+    for number, prompt in enumerate(prompts):
+        engine.add_request(str(number), prompt, settings(threshold, tuple(model.decoder.exits), tokens))
+    while engine.stats().generation_tokens < len(prompts):
+        engine.step()
+    return engine
+
+
+def relative(model: LoadedModel, prompts: list[list[int]], at_once: int, tokens: int, threshold: float) -> dict:
+    """Seconds per token with and without thresholds; every group of prompts is decoded by both, in turns."""
+    plain, turns = without_exits(model), (tokens - 1) // CHUNK
+    totals = {"full": 0.0, "exits": 0.0}
+    groups = [prompts[n : n + at_once] for n in range(0, len(prompts) - at_once + 1, at_once)]
+    for group in groups:
+        engines = {
+            "full": decoding(plain, group, tokens, None),
+            "exits": decoding(model, group, tokens, threshold),
+        }
+        for name, seconds in seconds_per_token(engines, turns).items():
+            totals[name] += seconds / len(groups)
+    return {"sequences": at_once, "seconds_per_token": totals, "speedup": totals["full"] / totals["exits"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "model", help="a model with exits that was made by a recipe on the corpus: tiny, or a directory"
+    )
+    parser.add_argument("--threshold", type=float, required=True, help="calibrated probability, the same at every exit")
+    parser.add_argument("--name")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--sequences", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--skip", type=int, default=240, help="prompts in front that a curve may have used")
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=97)
+    options = parser.parse_args()
+    llm = LLM(resolve_model(options.model), dtype=options.dtype, enable_prefix_caching=False)
+    # The curve takes its prompts from the beginning of the same order; these are others.
+    every = corpus_prompts(3 * options.prompts, options.prompt_tokens).tokens
+    prompts = every[2::3]
+    outputs = llm.generate(
+        list(prompts), settings(options.threshold, tuple(llm.model.decoder.exits), options.tokens), use_tqdm=False
+    )
+    work = executed(outputs, llm.model.spec.num_layers)
+    facts: dict[str, Any] = {
+        "model": options.name or Path(options.model).name,
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "processor": processor(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "dtype": str(llm.model.decoder.dtype),
+        "threshold": options.threshold,
+        "prompts": len(prompts),
+        "prompt_tokens": options.prompt_tokens,
+        "new_tokens": options.tokens,
+        "disagreement": float(disagreements(llm, outputs).mean()),
+        **work,
+        "rows": [],
+    }
+    print(f"disagreement {facts['disagreement']:.2%}, layers executed {work['executed_layer_share']:.1%}")
+    for at_once in options.sequences:
+        facts["rows"].append(relative(llm.model, prompts, at_once, options.tokens, options.threshold))
+        print(f"{at_once:3} sequences: {facts['rows'][-1]['speedup']:.3f} x full depth", flush=True)
+    (RESULTS / f"exits_speed_{facts['model']}.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
