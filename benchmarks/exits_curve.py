@@ -7,8 +7,8 @@ launched for decoded tokens, counted from ``RequestOutput.compute``; what keys a
 reported as rows times layers; tokens per second, each setting beside a run of the full model.
 
 Prompts are held-out text: by default the fifth of Python's language reference that exits are never trained on; with
-``--text corpus`` the blocks that the recipe of ``tiny`` left unused, with figures per genre too, apart for packages that
-training never saw. With ``--choose 0.02`` one half of the prompts chooses the threshold that saves most at
+``--text corpus`` the blocks that the recipe of ``tiny`` left unused, with figures per genre too; packages that training
+never saw count apart. With ``--choose 0.02`` one half of the prompts chooses the threshold that saves most at
 2 % disagreement, and the figures of the other half are reported for it. Written to ``results/exits_curve_NAME.json``
 and, with matplotlib, an SVG beside it.
 """
@@ -117,7 +117,7 @@ def reference_prompts(llm: LLM, count: int, length: int) -> Prompts:
 
 
 def corpus_prompts(count: int, length: int, skip: int = 0) -> Prompts:
-    """About ``count`` prompts, equally many of each genre, in turn from its packages, after the first ``skip`` of all."""
+    """About ``count`` prompts after the first ``skip``, equally many of each genre, in turn from its packages."""
     recipe = RecipeConfig()
     corpus = load_corpus(build_corpus(recipe.corpus, cache_home() / "corpora"))
     block = recipe.prompt_tokens + recipe.new_tokens
