@@ -64,6 +64,7 @@ class Engine:
             decoder, num_pages, config.block_size, max_num_seqs=config.max_num_seqs, park_rows=config.park_rows
         )
         warm_up(decoder, config, self.max_model_len)
+        self.runner.exits.prepare()
         self._segment_layers = tuple(len(segment.layers) for segment in decoder.segments)
         self._eos = _eos_token_ids(model)
         self._requests: dict[str, Request] = {}
@@ -112,8 +113,6 @@ class Engine:
             base_seed=self.config.seed,
             exit_logits_E=self.runner.exits.logit_thresholds(params.exit_thresholds),
         )
-        if request.exit_logits_E is not None:
-            self.runner.exits.prepare()
         self._arrivals += 1
         self._requests[request_id] = request
         self.scheduler.add(request.sequences[0])

@@ -107,8 +107,8 @@ class ExitRunner:
         return logits_E
 
     def prepare(self) -> None:
-        """Measure how long the segments take, once: before the first request that may leave early."""
-        if self.park_rows and self.parking is None:
+        """Measure how long the segments take, where rows may leave between them."""
+        if self.park_rows and any(exit.probe is not None for exit in self.exits):
             self.parking = Parking(measure_times(self.decoder, self.page_size, self.max_num_seqs))
 
     def run(self, entries: list[Entry], rows: StepRows) -> torch.Tensor:
