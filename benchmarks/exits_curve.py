@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import itertools
 import json
 import os
 import time
@@ -32,14 +31,14 @@ from dynamoe.dynamic.llm import LLM
 from dynamoe.dynamic.model_store import cache_home, resolve_model
 from dynamoe.dynamic.outputs import RequestOutput
 from dynamoe.dynamic.sampling_params import SamplingParams
+from dynamoe.dynamic.served_risk import disagreements
 from dynamoe.dynamic.train.corpus import build_corpus, load_corpus
-from dynamoe.dynamic.train.frozen_states import collect_served_states
+from dynamoe.dynamic.train.held_out import held_out_prompts
 from dynamoe.dynamic.train.recipe import RecipeConfig
-from dynamoe.dynamic.train.served import blocks_from, unused_blocks
+from dynamoe.dynamic.train.served import blocks_from
 from machine import processor
 
 RESAMPLES = 2000
-ROWS = 1024  # whose logits are in memory at once
 
 
 def settings(threshold: float | None, exits: tuple[int, ...], tokens: int) -> SamplingParams:
@@ -52,22 +51,6 @@ def settings(threshold: float | None, exits: tuple[int, ...], tokens: int) -> Sa
         quality="exact" if threshold is None else None,
         exit_thresholds={} if threshold is None else dict.fromkeys(exits, threshold),
     )
-
-
-def disagreements(llm: LLM, outputs: list[RequestOutput]) -> torch.Tensor:
-    """Share of each request's served tokens that are not the full model's choice after the served prefix, (requests,).
-
-    The first token comes from the prompt, which runs all layers; it counts as served like the others.
-    """
-    decoder = llm.model.decoder
-    prompt = len(outputs[0].prompt_token_ids)
-    served_NL = torch.tensor([[*o.prompt_token_ids, *o.outputs[0].token_ids] for o in outputs])
-    length = served_NL.shape[1] - prompt
-    batches = [([n], row_L[None, :-1], prompt - 1) for n, row_L in enumerate(served_NL)]
-    states = collect_served_states(decoder, batches, (), len(outputs) * length)
-    choices = [decoder.logits(x.to(decoder.device)).argmax(-1).cpu() for x in states.final_RD.split(ROWS)]
-    wrong_NL = torch.cat(choices).view(-1, length) != served_NL[:, prompt:]
-    return wrong_NL.double().mean(1)
 
 
 def interval(losses_N: torch.Tensor) -> list[float]:
@@ -117,23 +100,11 @@ def reference_prompts(llm: LLM, count: int, length: int) -> Prompts:
 
 
 def corpus_prompts(count: int, length: int, skip: int = 0) -> Prompts:
-    """About ``count`` prompts after the first ``skip``, equally many of each genre, in turn from its packages."""
+    """About ``count`` prompts of all genres after the first ``skip``."""
     recipe = RecipeConfig()
     corpus = load_corpus(build_corpus(recipe.corpus, cache_home() / "corpora"))
-    block = recipe.prompt_tokens + recipe.new_tokens
-    used = recipe.served_prompts + recipe.exit_rows // block
-    genres: dict[str, list[list[list[int]]]] = {}
-    for stream, blocks in unused_blocks(corpus.held_out, used, block, recipe.seed).items():
-        genre = f"{stream.split('/')[0]}/{'known' if corpus.known[stream] else 'unseen'}"
-        genres.setdefault(genre, []).append(blocks)
-    found = Prompts(tokens=[], genres=[])
-    for genre, packages in sorted(genres.items()):
-        turns = itertools.chain.from_iterable(itertools.zip_longest(*packages))
-        first, last = (-(-number // len(genres)) for number in (skip, skip + count))
-        kept = list(itertools.islice((b for b in turns if b is not None), first, last))
-        found.tokens.extend(block[:length] for block in kept)
-        found.genres.extend([genre] * len(kept))
-    return found
+    found = held_out_prompts(corpus, recipe, count, length, skip=skip)
+    return Prompts(tokens=[p.tokens for p in found], genres=[p.label for p in found])
 
 
 def timed(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> tuple[list[RequestOutput], float]:
@@ -151,7 +122,7 @@ def measure(llm: LLM, prompts: Prompts, thresholds: list[float], tokens: int) ->
     for threshold in (None, *thresholds):
         _, full_rate = timed(llm, prompts.tokens, settings(None, exits, tokens))
         outputs, rate = timed(llm, prompts.tokens, settings(threshold, exits, tokens))
-        losses_N = disagreements(llm, outputs)
+        losses_N = torch.from_numpy(disagreements(llm.model.decoder, outputs))
         points.append(
             {
                 "threshold": threshold,

@@ -23,7 +23,8 @@ from dynamoe.dynamic.engine.engine import Engine
 from dynamoe.dynamic.llm import LLM
 from dynamoe.dynamic.loader import LoadedModel
 from dynamoe.dynamic.model_store import resolve_model
-from exits_curve import corpus_prompts, disagreements, executed, settings
+from dynamoe.dynamic.served_risk import disagreements
+from exits_curve import corpus_prompts, executed, settings
 from exits_overhead import CHUNK, seconds_per_token, without_exits
 from machine import processor
 
@@ -86,7 +87,7 @@ def main() -> None:
         "prompts": len(prompts),
         "prompt_tokens": options.prompt_tokens,
         "new_tokens": options.tokens,
-        "disagreement": float(disagreements(llm, outputs).mean()),
+        "disagreement": float(disagreements(llm.model.decoder, outputs).mean()),
         **work,
         "rows": [],
     }

@@ -1,0 +1,105 @@
+"""The loss of served requests: how many of their tokens are not what the full model would have chosen.
+
+Each served token is judged after the prefix that was *served* before it, in one full pass over prompt and output.
+
+Shape suffixes as in ``kernels/types.py``; R rows that chose a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from ..exits.segments import Segment
+from ..kernels.types import AttentionBatch
+from .decoder import Decoder
+from .engine.kv_cache import allocate_layers
+from .outputs import RequestOutput
+
+_PAGE = 16
+_ROWS = 4096  # of a pass
+_LOGIT_BYTES = 64 << 20
+
+
+@torch.inference_mode()
+def disagreements(decoder: Decoder, outputs: Sequence[RequestOutput]) -> np.ndarray:
+    """The share of each request's served tokens that differ from the full model's choice, float64, (N,).
+
+    All completions of a request count together. The first token comes from the prompt, which always runs in full; it
+    counts as served like the others. A request without a token has no loss: 0.
+    """
+    wrong, served = np.zeros(len(outputs)), np.zeros(len(outputs))
+    for group in _groups(outputs):
+        choices_R = full_choices(decoder, [tokens for _, tokens, _ in group], [first for _, _, first in group])
+        start = 0
+        for number, tokens, first in group:
+            count = len(tokens) - first
+            said_L = torch.tensor(tokens[first:])
+            wrong[number] += int((choices_R[start : start + count] != said_L).sum())
+            served[number] += count
+            start += count
+    return wrong / np.maximum(served, 1)
+
+
+def full_choices(decoder: Decoder, sequences: Sequence[Sequence[int]], firsts: Sequence[int]) -> torch.Tensor:
+    """What the full model chooses in place of the tokens from ``firsts`` on, int64, on the CPU, (R,).
+
+    Arguments:
+        sequences: token ids, prompt and output; firsts: in each, the position of the first token that is judged, at
+            least 1.
+    """
+    device = torch.device(decoder.device)
+    lengths = [len(tokens) - 1 for tokens in sequences]
+    batch, pages = _batch(lengths, device)
+    kv = allocate_layers(decoder.spec, pages, _PAGE, decoder.dtype, device)
+    rows = torch.tensor([token for tokens in sequences for token in tokens[:-1]], device=device)
+    whole = Segment(index=0, layers=range(decoder.spec.num_layers))
+    x_TD = decoder.run_segment(whole, decoder.embed(rows), kv, batch)
+    taken, start = [], 0
+    for length, first in zip(lengths, firsts, strict=True):
+        taken.append(torch.arange(start + first - 1, start + length))
+        start += length
+    x_RD = x_TD[torch.cat(taken).to(device)]
+    chunk = max(1, _LOGIT_BYTES // (4 * decoder.spec.vocab_size))
+    return torch.cat([decoder.logits(part).argmax(-1).cpu() for part in x_RD.split(chunk)])
+
+
+def _groups(outputs: Sequence[RequestOutput]) -> Iterator[list[tuple[int, list[int], int]]]:
+    """(request, tokens, first judged) of every completion that has tokens, as many together as one pass takes."""
+    group: list[tuple[int, list[int], int]] = []
+    rows = 0
+    for number, output in enumerate(outputs):
+        for completion in output.outputs:
+            if not completion.token_ids:
+                continue
+            tokens = [*output.prompt_token_ids, *completion.token_ids]
+            if group and rows + len(tokens) > _ROWS:
+                yield group
+                group, rows = [], 0
+            group.append((number, tokens, len(output.prompt_token_ids)))
+            rows += len(tokens)
+    if group:
+        yield group
+
+
+def _batch(lengths: list[int], device: torch.device) -> tuple[AttentionBatch, int]:
+    """Sequences from their beginnings, each in pages of its own; and how many pages they take."""
+    pages = [-(-length // _PAGE) for length in lengths]
+    starts = np.concatenate(([0], np.cumsum(pages)))
+    table_SM = torch.zeros(len(lengths), max(pages), dtype=torch.int32)
+    for row, (first, count) in enumerate(zip(starts, pages, strict=False)):
+        table_SM[row, :count] = torch.arange(int(first), int(first) + count)
+    positions = [torch.arange(length) for length in lengths]
+    slots = [int(first) * _PAGE + own for first, own in zip(starts, positions, strict=False)]
+    batch = AttentionBatch(
+        positions_T=torch.cat(positions).to(device),
+        slots_T=torch.cat(slots).to(device),
+        query_start_S1=torch.tensor([0, *lengths]).cumsum(0).int().to(device),
+        context_len_S=torch.tensor(lengths, dtype=torch.int32, device=device),
+        block_table_SM=table_SM.to(device),
+        max_query_len=max(lengths),
+        max_context_len=max(lengths),
+    )
+    return batch, int(starts[-1])
