@@ -79,7 +79,8 @@ def make_optimizers(
     """The optimisers of a model's trainable parameters.
 
     Arguments:
-        name: ``adamw``, or ``muon``: matrices inside the layers by Muon; embeddings, norms, routers, adapters by AdamW.
+        name: ``adamw``, or ``muon``: matrices inside the layers by Muon; embeddings, norms, routers, adapters and
+            probes by AdamW.
 
     Raises:
         ValueError: for another name.
@@ -90,7 +91,7 @@ def make_optimizers(
     for key, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        outside = any(part in key for part in ("embedding", "router", "adapter"))
+        outside = any(part in key for part in ("embedding", "router", "adapter", "probe"))
         if p.ndim >= 2 and name == "muon" and not outside:
             matrices.append(p)
         else:
