@@ -86,10 +86,6 @@ class ConsolidationTask(LanguageModelTask):
         super().__init__(config, exits, train, held_out, part.steps)
         self.part, self.first_step = part, first_step
 
-    def length_at(self, step: int) -> int:
-        """Positions per sequence: the whole window, as at the end of the part before."""
-        return self.config.window
-
     def loss(
         self, model: torch.nn.Module, step: int, *, samples: int | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor | float]]:
