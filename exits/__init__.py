@@ -1,1 +1,1 @@
-"""Early exits: segments, probes, policies, calibration."""
+"""Early exits: segments, probes, policies, calibration, certificates and their monitor."""
