@@ -119,6 +119,17 @@ COMMANDS = (
             "dynamoe exits model=./my-checkpoint exit_layers=[8,16,24] text_folder=./texts",
         ),
     ),
+    Command(
+        name="calibrate",
+        summary="prove which exit thresholds keep a risk: certificates, and a plot of risk against compute",
+        module="dynamic.calibrate_command",
+        config="CalibrateConfig",
+        run="calibrate",
+        examples=(
+            "dynamoe calibrate model=tiny",
+            "dynamoe calibrate model=runs/default-exits/model prompts=requests.jsonl alphas=[0.02,0.05]",
+        ),
+    ),
 )
 
 
