@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "Quality", "SamplingParams", "__version__"]
 
 if TYPE_CHECKING:
     from .dynamic.llm import LLM
+    from .dynamic.quality import Quality
     from .dynamic.sampling_params import SamplingParams
 
 
@@ -22,4 +23,8 @@ def __getattr__(name: str) -> object:
         from .dynamic.sampling_params import SamplingParams
 
         return SamplingParams
+    if name == "Quality":
+        from .dynamic.quality import Quality
+
+        return Quality
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,6 +18,7 @@ import torch
 from ..exits.certificate import Certificate, HeldOut, Scope, save_certificate
 from ..exits.risk import BOUNDS, betting_bound, conformal_risk_control, learn_then_test
 from .calibration import PROBABILITIES, Measured, Setting, measure, path_through
+from .certificates import CERTIFICATES
 from .deployment import deployment
 from .llm import LLM
 from .model_store import resolve_model
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from ..exits.certificate import Scalar
 
 LOSS = "share of a request's served tokens that are not the full model's choice after the served prefix, greedy"
-CERTIFICATES = "certificates"
 _RESAMPLES = 4000
 
 

@@ -36,11 +36,10 @@ class Setting:
     exit_thresholds: dict[int, float]
 
     def params(self, max_tokens: int) -> SamplingParams:
-        """Greedy, to a fixed length: what an end-of-text token cuts short would count for less."""
+        """Greedy, as callers ask by default: an end-of-text token ends the output."""
         return SamplingParams(
             temperature=0.0,
             max_tokens=max_tokens,
-            ignore_eos=True,
             detokenize=False,
             quality=None,
             exit_thresholds=self.exit_thresholds,

@@ -88,6 +88,17 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True)
+class QualityConfig:
+    """What requests may be promised.
+
+    Arguments:
+        certificates: directory that ``dynamoe calibrate`` filled; null takes the certificates beside the model, if any.
+    """
+
+    certificates: str | None = None
+
+
+@dataclass(kw_only=True)
 class GenerateConfig(ModelConfig):
     """``dynamoe generate``.
 

@@ -30,6 +30,8 @@ class LLM:
         backend: which kernels to use; ``auto`` takes the fastest that runs here.
         progress: show a bar while loading.
         experts_per_token: use fewer routed experts per token than the model was made for.
+        certificates: directory that ``dynamoe calibrate`` filled, for requests with a :class:`Quality`; None takes the
+            certificates that lie beside the model.
         max_model_len, max_num_seqs, max_num_batched_tokens, enable_prefix_caching, kv_memory, block_size, seed: see
             :class:`EngineConfig`.
 
@@ -53,6 +55,7 @@ class LLM:
         block_size: int = EngineConfig.block_size,
         seed: int = 0,
         experts_per_token: int | None = None,
+        certificates: str | Path | None = None,
     ) -> None:
         config = EngineConfig(
             max_num_seqs=max_num_seqs,
@@ -63,6 +66,7 @@ class LLM:
             enable_prefix_caching=enable_prefix_caching,
             seed=seed,
         )
+        from .certificates import offer_for
         from .engine.engine import Engine
         from .loader import load_model
 
@@ -75,6 +79,7 @@ class LLM:
             experts_per_token=experts_per_token,
         )
         self.engine = Engine(self.model, config)
+        self.engine.offer = offer_for(self.engine, None if certificates is None else Path(certificates))
         self._num_requests = 0
 
     def get_tokenizer(self) -> Tokenizer:

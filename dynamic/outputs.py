@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .quality import ContractOutcome
+
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
@@ -62,6 +64,7 @@ class RequestDelta:
     queue_seconds: float | None = None  # once, with the first tokens: from arrival to the first step that ran it
     error: str | None = None
     compute: Compute | None = None  # once, with the last delta
+    contract: ContractOutcome | None = None  # once, with the last delta, of a request that came with a contract
 
 
 @dataclass(slots=True)
@@ -98,6 +101,7 @@ class RequestOutput:
     finished: bool = False
     num_cached_tokens: int = 0
     compute: Compute | None = None
+    contract: ContractOutcome | None = None
 
     def add(self, delta: RequestDelta) -> None:
         """Append what a step added."""
@@ -106,4 +110,4 @@ class RequestOutput:
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs = delta.prompt_logprobs
         self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
-        self.finished, self.compute = delta.finished, delta.compute
+        self.finished, self.compute, self.contract = delta.finished, delta.compute, delta.contract

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .quality import Quality, read_quality
+
 GREEDY_EPSILON = 1e-5  # temperatures below this are greedy
 
 
@@ -28,7 +30,9 @@ class SamplingParams:
         prompt_logprobs: the same for the prompt's tokens.
         skip_special_tokens: leave special tokens out of the text.
         detokenize: turn ids into text; off, ``text`` stays empty and ``stop`` must be empty.
-        quality: ``exact``: every token comes from all layers. None: from what ``exit_thresholds`` say.
+        quality: ``exact``: every token comes from all layers. A :class:`Quality`, or a mapping of its fields: the risk
+            that the caller accepts; the engine spends what a certificate says that it needs, or runs exactly where
+            there is none, and says which. None: what ``exit_thresholds`` say.
         exit_thresholds: for studies, with ``quality=None``: layers in front of an exit → calibrated probability, from
             which on a token leaves the model there. Exits that are not named are passed by. Nothing is certified.
 
@@ -56,7 +60,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     detokenize: bool = True
-    quality: str | None = "exact"
+    quality: str | Quality | None = "exact"
     exit_thresholds: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -65,6 +69,7 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
         object.__setattr__(self, "exit_thresholds", dict(self.exit_thresholds or {}))
+        object.__setattr__(self, "quality", read_quality(self.quality))
         self._check()
 
     def _check(self) -> None:
@@ -102,8 +107,6 @@ class SamplingParams:
             if not -100 <= bias <= 100:
                 raise ValueError(f"logit_bias of token {token} must be between -100 and 100, not {bias}")
 
-        if self.quality not in ("exact", None):
-            raise ValueError(f"quality must be 'exact' or None, not {self.quality!r}")
         if self.exit_thresholds and self.quality is not None:
             raise ValueError(f"exit_thresholds contradict quality={self.quality!r}; set quality=None")
         for layer, probability in self.exit_thresholds.items():

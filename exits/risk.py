@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from scipy.stats import binom
 
 PValues = Callable[[np.ndarray, float, float], np.ndarray]
 
@@ -22,6 +21,8 @@ def hoeffding_bentkus(losses_MN: np.ndarray, alpha: float, delta: float) -> np.n
     The smaller of Hoeffding's bound in its relative-entropy form and Bentkus' e · BinomCDF (Bates et al. 2021;
     Angelopoulos et al. 2021, Learn then Test). ``delta`` does not enter.
     """
+    from scipy.stats import binom  # not where contracts are only served
+
     means_M, count = _means(losses_MN)
     entropy_M = _relative_entropy(np.minimum(means_M, alpha), alpha)
     bentkus_M = np.e * binom.cdf(_ceil(count * means_M), count, alpha)
@@ -34,6 +35,8 @@ def exact_binomial(losses_MN: np.ndarray, alpha: float, delta: float) -> np.ndar
     Raises:
         ValueError: for a loss in between.
     """
+    from scipy.stats import binom
+
     losses_MN = np.atleast_2d(losses_MN)
     if not np.isin(losses_MN, (0, 1)).all():
         raise ValueError("the exact binomial bound is for losses that are 0 or 1")

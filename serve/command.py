@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..dynamic.config import ModelConfig
+from ..dynamic.config import ModelConfig, QualityConfig
 from ..dynamic.engine.config import EngineConfig
 from .settings import ServerSettings
 
@@ -15,6 +15,7 @@ class ServeConfig(ModelConfig):
 
     engine: EngineConfig = field(default_factory=EngineConfig)
     server: ServerSettings = field(default_factory=ServerSettings)
+    quality: QualityConfig = field(default_factory=QualityConfig)
 
 
 def serve(config: ServeConfig) -> None:
@@ -27,7 +28,11 @@ def serve(config: ServeConfig) -> None:
     from .server import run
 
     code = run(
-        config.model, settings=config.server, engine_config=config.engine, load_arguments=config.load_arguments()
+        config.model,
+        settings=config.server,
+        engine_config=config.engine,
+        load_arguments=config.load_arguments(),
+        certificates=config.quality.certificates,
     )
     if code:
         raise SystemExit(code)

@@ -32,7 +32,9 @@ def token_label(token_id: int, text: str) -> str:
     return f"token_id:{token_id}" if not text or "\ufffd" in text else text
 
 
-def usage(prompts: Sequence[Prompt], completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+def usage(
+    prompts: Sequence[Prompt], completion_tokens: int, cached_tokens: int, compute: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The ``usage`` object."""
     prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
     return {
@@ -40,6 +42,7 @@ def usage(prompts: Sequence[Prompt], completion_tokens: int, cached_tokens: int)
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": cached_tokens},
+        "compute": compute,
     }
 
 

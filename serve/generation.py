@@ -15,6 +15,7 @@ from ..dynamic.outputs import CompletionOutput, RequestDelta, RequestOutput
 from ..dynamic.sampling_params import SamplingParams
 from .auth import Caller
 from .bridge import EngineRequest
+from .compute_usage import ComputeTally
 from .context import ServerContext
 from .errors import ApiError, invalid, overloaded, unavailable
 from .formats import AnswerFormat, Prompt, PromptLogprobs, usage, write_prompt_logprobs
@@ -78,20 +79,22 @@ class Generation:
             )
             for request_id, prompt, params in zip(submission.ids, self.prompts, self.params, strict=True)
         ]
+        tally = ComputeTally(self.context.model.spec)
         try:
             async with given_up_on_disconnect(self.request.receive, submission):
                 async for batch in submission.batches():
                     for number, delta in batch:
                         check_delta(delta)
                         outputs[number].add(delta)
+                        tally.add(delta)
         except ClientGone:
             return Response(status_code=499)  # nobody reads it; the log does
         except EngineFailure as error:
             raise failed(error) from error
         # Log-probabilities of a long prompt are megabytes of JSON.
-        return await self.context.text.run(self._write, outputs)
+        return await self.context.text.run(self._write, outputs, tally)
 
-    def _write(self, outputs: Sequence[RequestOutput]) -> Response:
+    def _write(self, outputs: Sequence[RequestOutput], tally: ComputeTally) -> Response:
         choices = [
             self.format.whole(number, output, result.prompt_logprobs)
             for number, result in enumerate(outputs)
@@ -100,6 +103,7 @@ class Generation:
         used = self._usage(
             sum(len(output.token_ids) for result in outputs for output in result.outputs),
             sum(result.num_cached_tokens for result in outputs),
+            tally.as_json(),
         )
         answer = {**self._envelope(self.format.whole_object), "choices": choices, "usage": used}
         if isinstance(self.body, ChatCompletionRequest) and self.body.prompt_logprobs is not None:
@@ -116,12 +120,14 @@ class Generation:
         cached = [0] * len(self.prompts)
         prompt_logprobs: list[PromptLogprobs | None] = [None] * len(self.prompts)
         reasons: list[str | None] = []
+        tally = ComputeTally(self.context.model.spec)
         try:
             async for batch in submission.batches():
                 pieces = []
                 for number, delta in batch:
                     check_delta(delta)
                     cached[number] = max(cached[number], delta.num_cached_tokens)
+                    tally.add(delta)
                     prompt_logprobs[number] = delta.prompt_logprobs or prompt_logprobs[number]
                     for completion in delta.completions:
                         tokens += len(completion.token_ids)
@@ -142,7 +148,7 @@ class Generation:
             # The status line has gone out: errors go in-band now.
             yield event(failed(error).body()) + DONE
             return
-        used = self._usage(tokens, sum(cached))
+        used = self._usage(tokens, sum(cached), tally.as_json())
         self._log(used, reasons)
         last = event({**envelope, "choices": [], "usage": used}) if include_usage else b""
         yield last + DONE
@@ -155,8 +161,10 @@ class Generation:
             "model": self.context.model_name,
         }
 
-    def _usage(self, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
-        return usage(self.prompts, 0 if self.drop_output else completion_tokens, cached_tokens)
+    def _usage(
+        self, completion_tokens: int, cached_tokens: int, compute: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        return usage(self.prompts, 0 if self.drop_output else completion_tokens, cached_tokens, compute)
 
     def _log(self, used: dict[str, Any], reasons: Sequence[str | None]) -> None:
         self.request.state.log.update(

@@ -31,7 +31,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logits_processors": ([],),
     "modalities": (["text"],),
     "prompt_embeds": (),
-    "quality": ("exact",),
     "response_format": ({"type": "text"},),
     "return_tokens_as_token_ids": (False,),
     "structured_outputs": (),

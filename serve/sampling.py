@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from ..dynamic.quality import Quality
 from ..dynamic.sampling_params import SamplingParams
 from .errors import invalid
-from .wire import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from .wire import ChatCompletionRequest, CompletionRequest, Contract, GenerationRequest
 
 COMPLETION_MAX_TOKENS = 16
 _SAME_NAME = (
@@ -51,6 +52,8 @@ def sampling_params(body: GenerationRequest, defaults: Mapping[str, Any]) -> Sam
         chosen["logprobs"] = body.logprobs
         if body.echo and body.logprobs is not None:
             chosen["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
+    if isinstance(body.quality, Contract):
+        chosen["quality"] = Quality(alpha=body.quality.alpha, delta=body.quality.delta)
     try:
         return SamplingParams(**chosen, max_tokens=None)
     except ValueError as error:

@@ -11,6 +11,7 @@ import signal
 import socket
 import stat
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -19,6 +20,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .. import __version__
+from ..dynamic.certificates import offer_for
 from ..dynamic.engine.config import EngineConfig
 from ..dynamic.engine.engine import Engine
 from ..dynamic.loader import load_model
@@ -40,6 +42,7 @@ def run(
     settings: ServerSettings | None = None,
     engine_config: EngineConfig | None = None,
     load_arguments: Mapping[str, Any] | None = None,
+    certificates: str | None = None,
 ) -> int:
     """Serve a model until SIGTERM or SIGINT.
 
@@ -47,6 +50,7 @@ def run(
         model: what :func:`load_model` takes.
         settings, engine_config: of the server and the engine.
         load_arguments: further arguments of :func:`load_model`.
+        certificates: directory of the contracts on offer; None takes those beside the model.
 
     Returns:
         The exit code: 0 after an orderly end, 1 when the engine had died or hung, or the server could not start.
@@ -54,7 +58,13 @@ def run(
     Raises:
         ValueError: the address is in use, or the model cannot be served.
     """
-    return serve_engine(lambda: Engine(load_model(model, **(load_arguments or {})), engine_config), settings)
+
+    def make_engine() -> Engine:
+        engine = Engine(load_model(model, **(load_arguments or {})), engine_config)
+        engine.offer = offer_for(engine, None if certificates is None else Path(certificates).expanduser())
+        return engine
+
+    return serve_engine(make_engine, settings)
 
 
 def serve_engine(make_engine: Callable[[], Engine], settings: ServerSettings | None = None) -> int:

@@ -41,6 +41,19 @@ class StreamOptions(Body):
     include_usage: bool | None = Field(None, description="End the stream with a chunk that holds the usage.")
 
 
+class Contract(Body):
+    """The risk that the client accepts."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
+
+    alpha: Annotated[float, Field(gt=0, lt=1)] = Field(
+        description="Share of tokens, in the mean over requests, that may differ from the full model's choice."
+    )
+    delta: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.05, description="Probability with which the calibration behind the promise may have erred."
+    )
+
+
 class GenerationRequest(Body):
     """What both kinds of completion share."""
 
@@ -69,6 +82,9 @@ class GenerationRequest(Body):
     priority: Annotated[int, Field(ge=-INT32_MAX, le=INT32_MAX)] | None = Field(None, description="Lower is earlier.")
     cache_salt: Annotated[Text, Field(min_length=1, max_length=256)] | None = Field(
         None, description="Only requests with the same salt share cached prompt beginnings."
+    )
+    quality: Literal["exact"] | Contract | None = Field(
+        None, description="exact (default): all layers; or the risk that is accepted, which may cost less."
     )
     user: str | None = None
 

@@ -34,13 +34,32 @@ class PromptTokensDetails(Answer):
     cached_tokens: int
 
 
+class ComputeUsage(Answer):
+    """What was executed for the request, counted at the launches, prompts included.
+
+    ``layers_per_token`` is the mean over generated tokens. FLOPs are those of the layers and of the LM head for the
+    generated tokens, without attention over the context; ``full_flops`` is what all layers would have taken for the
+    same rows. ``quality`` is ``bounded`` where a certificate held, else ``exact``, and ``reason`` says why.
+    """
+
+    quality: Literal["exact", "bounded"]
+    certificates: list[str]
+    reason: str | None
+    layers_per_token: float
+    layer_rows: int
+    full_layer_rows: int
+    flops: int
+    full_flops: int
+
+
 class Usage(Answer):
-    """Tokens read and written."""
+    """Tokens read and written, and what they cost."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails | None = None
+    compute: ComputeUsage | None = None
 
 
 class PromptLogprob(Answer):

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..certificates import Offer
 from ..outputs import CompletionDelta, Compute, PositionLogprobs, RequestDelta
+from ..quality import Quality
 from ..sampling_params import SamplingParams
 from .block_pool import BlockPool
 from .config import EngineConfig
@@ -66,6 +68,7 @@ class Engine:
         warm_up(decoder, config, self.max_model_len)
         self.runner.exits.prepare()
         self._segment_layers = tuple(len(segment.layers) for segment in decoder.segments)
+        self.offer = Offer()  # contracts that requests may run under
         self._eos = _eos_token_ids(model)
         self._requests: dict[str, Request] = {}
         self._arrivals = 0
@@ -99,6 +102,10 @@ class Engine:
         self.check(prompt, params)
         if len(self.scheduler.waiting) >= self.config.max_waiting:
             raise EngineFull(len(self.scheduler.waiting), self._pace.seconds_per_request)
+        thresholds, contract = params.exit_thresholds, None
+        if isinstance(params.quality, Quality):
+            longest = self.max_model_len - len(prompt)
+            thresholds, contract = self.offer.settle(params.quality, params, min(longest, params.max_tokens or longest))
         request = Request(
             request_id,
             prompt,
@@ -111,7 +118,8 @@ class Engine:
                 eos=frozenset() if params.ignore_eos else self._eos, listed=frozenset(params.stop_token_ids)
             ),
             base_seed=self.config.seed,
-            exit_logits_E=self.runner.exits.logit_thresholds(params.exit_thresholds),
+            exit_logits_E=self.runner.exits.logit_thresholds(thresholds),
+            contract=contract,
         )
         self._arrivals += 1
         self._requests[request_id] = request
@@ -266,7 +274,7 @@ class Engine:
                 self.scheduler.finish(sequence)
         for request, delta in deltas.items():
             if request.finished:
-                delta.finished, delta.compute = True, self._compute(request)
+                delta.finished, delta.compute, delta.contract = True, self._compute(request), request.contract
                 del self._requests[request.request_id]
                 self._pace.finished()
         return list(deltas.values())

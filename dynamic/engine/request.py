@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..outputs import PositionLogprobs
+    from ..quality import ContractOutcome
     from .text import OutputText
 
 _MASK_64 = (1 << 64) - 1
@@ -70,6 +71,7 @@ class Request:
         base_seed: seeds the draws when the request brings no seed of its own.
         exit_logits_E: per exit of the model, the probe's logit from which on its output leaves there (float32, inf:
             never); None for a request that runs exactly.
+        contract: what became of the risk that its caller accepts.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Request:
         stop_tokens: StopTokens,
         base_seed: int,
         exit_logits_E: np.ndarray | None = None,
+        contract: ContractOutcome | None = None,
     ) -> None:
         self.request_id = request_id
         self.prompt_token_ids = prompt_token_ids
@@ -94,6 +97,7 @@ class Request:
         self.arrival = arrival
         self.stop_tokens = stop_tokens
         self.exit_logits_E = exit_logits_E
+        self.contract = contract
         limit = max_total_tokens - len(prompt_token_ids)
         self.max_output_tokens = limit if params.max_tokens is None else min(limit, params.max_tokens)
         # The leading number keeps seeds that callers choose apart from those that the engine derives.

@@ -87,10 +87,11 @@ class ConsolidationTask(LanguageModelTask):
         self.part, self.first_step = part, first_step
 
     def loss(
-        self, model: torch.nn.Module, step: int, *, samples: int | None = None
+        self, model: torch.nn.Module, step: int, *, samples: int | None = None, shard: tuple[int, int] = (0, 1)
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor | float]]:
-        """See :class:`exits.training.trainer.Task`."""
+        """See :class:`exits.training.trainer.Task`; one process only."""
         assert isinstance(model, WithProbes)
+        assert shard == (0, 1)
         decoder, device = model.module, model.module.embedding.device
         tokens_NL, targets_NL = self.windows.batch(self.first_step + step, self.length_at(step), samples)
         targets_T = targets_NL.flatten().to(device)

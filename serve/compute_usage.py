@@ -1,0 +1,59 @@
+"""What a request cost, for ``usage.compute``: added up over its prompts and completions as their deltas come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..dynamic.outputs import Compute, RequestDelta
+from ..dynamic.quality import ContractOutcome
+from ..dynamic.spec import ModelSpec
+
+
+@dataclass(slots=True)
+class ComputeTally:
+    """Arguments:
+    spec: of the model that runs.
+    """
+
+    spec: ModelSpec
+    _layers: int = 0  # in front of the read-outs of all tokens
+    _tokens: int = 0
+    _computes: list[Compute] = field(default_factory=list)
+    _contracts: list[ContractOutcome] = field(default_factory=list)
+
+    def add(self, delta: RequestDelta) -> None:
+        """Take in what a step said."""
+        for completion in delta.completions:
+            self._layers += sum(completion.layers)
+            self._tokens += len(completion.layers)
+        if delta.compute is not None:
+            self._computes.append(delta.compute)
+        if delta.contract is not None:
+            self._contracts.append(delta.contract)
+
+    def as_json(self) -> dict[str, Any] | None:
+        """The ``compute`` object; None before any prompt has ended."""
+        if not self._computes:
+            return None
+        spec = self.spec
+        flops_by_layer = [spec.layer_flops(layer) for layer in spec.layers]
+        head = 2 * spec.hidden_size * spec.vocab_size * self._tokens
+        flops, rows = head, 0
+        for compute in self._computes:
+            first = 0
+            for layers, launched in zip(compute.segment_layers, compute.segment_rows, strict=True):
+                flops += launched * sum(flops_by_layer[first : first + layers])
+                first += layers
+            rows += compute.segment_rows[0]  # every row runs the first segment once
+        certificates = sorted({c.certificate for c in self._contracts if c.certificate is not None})
+        return {
+            "quality": "bounded" if certificates else "exact",
+            "certificates": certificates,
+            "reason": "; ".join(dict.fromkeys(c.reason for c in self._contracts)) or None,
+            "layers_per_token": self._layers / self._tokens if self._tokens else float(spec.num_layers),
+            "layer_rows": sum(compute.layer_rows for compute in self._computes),
+            "full_layer_rows": rows * spec.num_layers,
+            "flops": flops,
+            "full_flops": head + rows * sum(flops_by_layer),
+        }
