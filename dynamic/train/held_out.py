@@ -6,12 +6,15 @@ import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-
-from tokenizers import Tokenizer
+from typing import TYPE_CHECKING
 
 from .corpus import Corpus
-from .recipe import RecipeConfig
 from .served import unused_blocks
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from .recipe import RecipeConfig
 
 PROMPTS_FILE = "prompts.jsonl"
 
@@ -30,13 +33,14 @@ class HeldOutPrompt:
 
 
 def held_out_prompts(
-    corpus: Corpus, config: RecipeConfig, count: int, length: int, *, skip: int = 0
+    corpus: Corpus, config: RecipeConfig, count: int, length: int, *, skip: int = 0, strict: bool = True
 ) -> list[HeldOutPrompt]:
     """Prompts after the first ``skip``, in turn from each label, and there from each package, until one is used up.
 
     Arguments:
         config: of the recipe; says which blocks its exits took.
         length: tokens of a prompt; at most a block of the recipe.
+        strict: refuse to give fewer.
 
     Raises:
         ValueError: when the text does not hold that many.
@@ -53,7 +57,7 @@ def held_out_prompts(
             by_label.setdefault(prompts[0].label, []).append(prompts)
     labels = [_turns(packages) for _, packages in sorted(by_label.items())]
     found = _turns(labels)[skip : skip + count]
-    if len(found) < count:
+    if strict and len(found) < count:
         raise ValueError(f"the held-out text holds {max(0, len(found) + skip)} prompts, not {skip} + {count}")
     return found
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from ...exits.training.checkpoint import latest_checkpoint, load_weights
 from ...exits.training.heads import ExitStates
@@ -25,6 +26,7 @@ from .consolidation import Consolidation, ConsolidationTask, WithProbes
 from .corpus import Corpus, CorpusConfig, build_corpus, load_corpus
 from .exit_heads import ExitHeadsConfig, collect_states, make_exits, trained_backbone
 from .export import export_checkpoint
+from .held_out import PROMPTS_FILE, held_out_prompts, write_prompts
 from .language_model import LanguageModelConfig, LanguageModelTask
 from .model import DecoderConfig, TrainableDecoder
 from .served import blocks_from, continuations
@@ -44,6 +46,7 @@ class RecipeConfig:
         served_prompts: held-out prompts that the model continues, for the exits to learn from.
         prompt_tokens, new_tokens: length of these prompts and continuations.
         exit_rows: positions of held-out text that the exits learn from, beside the served ones.
+        shipped_prompts: held-out prompts that are put beside the model, for ``dynamoe calibrate``.
         seed: of weights, text order and dropout.
 
     Raises:
@@ -63,6 +66,7 @@ class RecipeConfig:
     prompt_tokens: int = 64
     new_tokens: int = 128
     exit_rows: int = 65_536
+    shipped_prompts: int = 2000
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -121,6 +125,8 @@ def run_recipe(
             trained_backbone(model), states, target, config.heads, stream=corpus.train, plot=plot_path(output)
         )
         report["exits"] = heads.metrics
+        prompts = held_out_prompts(corpus, config, config.shipped_prompts, config.prompt_tokens, strict=False)
+        write_prompts(prompts, Tokenizer.from_file(str(corpus.tokenizer_file)), target / PROMPTS_FILE)
         say(table)
         say(f"at 2 % disagreement: {heads.metrics['at_2_percent_disagreement']}")
     (output / "report.json").write_text(json.dumps(report, indent=1))
