@@ -43,7 +43,7 @@ class _HeadLosses(torch.autograd.Function):
     """Mean losses of the full model and of one exit."""
 
     @staticmethod
-    def forward(ctx, final_TD, exit_TD, weight_VD, targets_T, distillation: float, agreed_T):
+    def forward(ctx, final_TD, exit_TD, weight_VD, targets_T, distillation: float):
         final = _Head(final_TD, weight_VD)
         at_exit = None if exit_TD is None else _Head(exit_TD, weight_VD)
         sums = final.grad_VD.new_zeros(2)
@@ -53,12 +53,9 @@ class _HeadLosses(torch.autograd.Function):
             labels_B1 = targets_T[rows, None]
             log_probs_BV = final.log_probs(rows)
             sums[0] -= log_probs_BV.gather(1, labels_B1).sum()
-            choices_B = None if agreed_T is None else log_probs_BV.argmax(-1)
             probs_BV = log_probs_BV.exp_()
             if at_exit is not None:
                 log_probs_BV = at_exit.log_probs(rows)
-                if agreed_T is not None:
-                    agreed_T[rows] = log_probs_BV.argmax(-1) == choices_B
                 sums[1] -= (1 - distillation) * log_probs_BV.gather(1, labels_B1).sum()
                 sums[1] -= distillation * torch.dot(probs_BV.flatten(), log_probs_BV.flatten())
                 grad_BV = log_probs_BV.exp_().sub_(probs_BV, alpha=distillation)
@@ -77,7 +74,7 @@ class _HeadLosses(torch.autograd.Function):
         shares = [grad / ctx.tokens for grad in grad_outputs]
         states = [(g * share).to(g.dtype) for g, share in zip(grads_TD, shares, strict=False)]
         weight = torch.stack([g * share for g, share in zip(grads_VD, shares, strict=False)]).sum(0)
-        return states[0], states[1] if len(states) > 1 else None, weight.to(states[0].dtype), None, None, None
+        return states[0], states[1] if len(states) > 1 else None, weight.to(states[0].dtype), None, None
 
 
 def _subtract(probs_BV: torch.Tensor, labels_B1: torch.Tensor, amount: float) -> torch.Tensor:
@@ -90,7 +87,6 @@ def head_losses(
     weight_VD: torch.Tensor,
     targets_T: torch.Tensor,
     distillation: float,
-    agreed_T: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Cross-entropy of the full model, and :func:`exits.training.objectives.exit_loss` of an exit against it.
 
@@ -99,9 +95,8 @@ def head_losses(
         weight_VD: LM head.
         targets_T: int64 true next tokens.
         distillation: weight of the full model's distribution in the exit's loss, 0 … 1.
-        agreed_T: float32; if given, 1 is written where the exit's best token is the full model's, else 0.
 
     Returns: float32 scalars; the second is None without an exit.
     """
-    full, at_exit = _HeadLosses.apply(final_TD, exit_TD, weight_VD, targets_T, distillation, agreed_T)
+    full, at_exit = _HeadLosses.apply(final_TD, exit_TD, weight_VD, targets_T, distillation)
     return full, None if exit_TD is None else at_exit

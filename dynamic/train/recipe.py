@@ -9,7 +9,7 @@ import ctypes
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from ...exits.training.objectives import ExitTraining
 from ...exits.training.trainer import TrainerConfig, TrainResult, train
 from ..llm import LLM
 from ..model_store import cache_home
-from .consolidation import Consolidation, ConsolidationTask, WithProbes
 from .corpus import Corpus, CorpusConfig, build_corpus, load_corpus
 from .exit_heads import ExitHeadsConfig, collect_states, make_exits, trained_backbone
 from .export import export_checkpoint
@@ -58,7 +57,6 @@ class RecipeConfig:
     text: LanguageModelConfig = field(default_factory=LanguageModelConfig)
     exits: ExitTraining = field(default_factory=ExitTraining)
     trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(steps=2500, warmup_steps=200))
-    consolidation: Consolidation = field(default_factory=Consolidation)
     heads: ExitHeadsConfig = field(default_factory=ExitHeadsConfig)
     dtype: str = "float32"
     device: str = "cpu"
@@ -103,11 +101,6 @@ def run_recipe(
     if not result.finished:
         say(f"step {result.step} of {config.trainer.steps}; the same command goes on from here")
         return result
-    if config.consolidation.steps:
-        result = consolidate(config, model, corpus, output, result.seconds, progress=progress)
-        if not result.finished:
-            say(f"step {result.step} of {config.consolidation.steps} of the consolidation; the same command goes on")
-            return result
     target = output / "model"
     export_checkpoint(model, corpus.tokenizer_file, target)
     report: dict[str, Any] = {
@@ -140,27 +133,6 @@ def build_task(config: RecipeConfig, corpus: Corpus) -> tuple[TrainableDecoder, 
     model = TrainableDecoder(config.decoder, dtype=DTYPES[config.dtype], seed=config.seed).to(config.device)
     task = LanguageModelTask(config.text, config.exits, corpus.train, corpus.held_out, config.trainer.steps)
     return model, task
-
-
-def consolidate(
-    config: RecipeConfig,
-    model: TrainableDecoder,
-    corpus: Corpus,
-    output: Path,
-    seconds: float,
-    *,
-    progress: bool = True,
-) -> TrainResult:
-    """The second part of a run, from the weights that the first left in ``model``.
-
-    Arguments:
-        seconds: that the first part took.
-    """
-    part = config.consolidation
-    task = ConsolidationTask(config.text, part, corpus.train, corpus.held_out, config.trainer.steps)
-    trainer = replace(config.trainer, steps=part.steps, learning_rate=part.learning_rate, warmup_steps=part.steps // 20)
-    result = train(WithProbes(model, config.seed), task, trainer, output / "consolidation", progress=progress)
-    return replace(result, seconds=result.seconds + seconds)
 
 
 def exit_states(model: TrainableDecoder, corpus: Corpus, checkpoint: Path, config: RecipeConfig) -> ExitStates:

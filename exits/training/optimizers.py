@@ -79,8 +79,7 @@ def make_optimizers(
     """The optimisers of a model's trainable parameters.
 
     Arguments:
-        name: ``adamw``, or ``muon``: matrices inside the layers by Muon; embeddings, norms, routers, adapters and
-            probes by AdamW.
+        name: ``adamw``, or ``muon``: matrices inside the layers by Muon; embeddings, norms, routers, adapters by AdamW.
 
     Raises:
         ValueError: for another name.
@@ -91,7 +90,7 @@ def make_optimizers(
     for key, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        outside = any(part in key for part in ("embedding", "router", "adapter", "probe"))
+        outside = any(part in key for part in ("embedding", "router", "adapter"))
         if p.ndim >= 2 and name == "muon" and not outside:
             matrices.append(p)
         else:
