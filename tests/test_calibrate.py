@@ -1,0 +1,190 @@
+"""From prompts to a promise: `dynamoe calibrate` on the shipped model, and what a request with a contract gets."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import httpx
+import pytest
+from dynamoe import LLM, Quality, SamplingParams
+from dynamoe.dynamic.calibrate_command import CalibrateConfig, calibrate
+from dynamoe.dynamic.cli import main
+from dynamoe.dynamic.model_store import resolve_model
+from dynamoe.dynamic.prompt_file import read_prompts
+from dynamoe.exits.certificate import load_certificate
+
+ALPHA = 0.2
+PROMPT = "The following options are available:"
+
+
+def config(output: Path, **changes: object) -> CalibrateConfig:
+    settings = {"alphas": (0.001, ALPHA), "requests": 60, "test_requests": 20, "max_tokens": 12}
+    settings |= {"probabilities": (0.95, 0.8, 0.6), "threads": 1}
+    return CalibrateConfig(output=str(output), **{**settings, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return calibrate(config(tmp_path_factory.mktemp("calibration")), progress=False, say=lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def llm(certificates: Path) -> LLM:
+    return LLM("tiny", progress=False, certificates=certificates)
+
+
+def ask(llm: LLM, quality: object, **params: object):
+    settings = {"temperature": 0.0, "max_tokens": 12, "quality": quality, **params}
+    (output,) = llm.generate([PROMPT], SamplingParams(**settings), use_tqdm=False)  # type: ignore[arg-type]
+    return output
+
+
+def test_levels_that_can_be_proved_get_a_certificate_and_others_none(certificates: Path) -> None:
+    (file,) = certificates.glob("*.json")  # 60 requests prove nothing about one in a thousand
+    found = load_certificate(file)
+    assert (found.alpha, found.delta, found.requests, found.method) == (ALPHA, 0.05, 60, "wsr")
+    assert set(found.exit_thresholds) == {4, 8, 12}
+    assert found.held_out.requests == 20
+    assert found.held_out.layers_executed < 1
+    assert found.deployment["weights"]
+    assert (certificates.parent / "risk.svg").stat().st_size > 1000
+
+
+def test_a_second_run_measures_nothing_again(certificates: Path) -> None:
+    files = {file: file.stat().st_mtime_ns for file in certificates.parent.glob("setting-*.json")}
+    assert len(files) >= 2
+    said: list[str] = []
+    calibrate(config(certificates.parent), progress=False, say=said.append)
+    assert {file: file.stat().st_mtime_ns for file in files} == files
+    assert any("alpha=0.001: nothing but full compute" in line for line in said)
+    with pytest.raises(ValueError, match=r"another recipe.*max_tokens"):
+        calibrate(config(certificates.parent, max_tokens=8), progress=False)
+
+
+def test_a_request_runs_under_the_certificate_that_it_asked_for(llm: LLM, certificates: Path) -> None:
+    (certificate,) = (load_certificate(file) for file in certificates.glob("*.json"))
+    output = ask(llm, Quality(alpha=ALPHA))
+    assert output.contract is not None
+    assert output.contract.certificate == certificate.id
+    assert "as asked" in output.contract.reason
+    assert output.compute is not None
+    assert output.compute.projected_rows > 0, "nobody left"
+    thresholds = SamplingParams(
+        temperature=0.0, max_tokens=12, quality=None, exit_thresholds=dict(certificate.exit_thresholds)
+    )
+    (raw,) = llm.generate([PROMPT], thresholds, use_tqdm=False)
+    assert raw.outputs[0].token_ids == output.outputs[0].token_ids
+    bolder = ask(llm, {"alpha": 0.5, "delta": 0.1})
+    assert bolder.contract is not None
+    assert "stricter" in bolder.contract.reason
+
+
+@pytest.mark.parametrize(
+    ("quality", "params", "reason"),
+    [
+        ({"alpha": 0.01}, {}, r"no certificate is as strict as alpha=0.01.*there are \(0.2, 0.05\)"),
+        ({"alpha": 0.2, "delta": 0.01}, {}, "no certificate is as strict"),
+        ({"alpha": 0.2}, {"max_tokens": 13}, "at most 12 tokens, not max_tokens=13"),
+        ({"alpha": 0.2}, {"temperature": 0.7}, "greedy requests only, not temperature 0.7"),
+        ({"alpha": 0.2}, {"repetition_penalty": 1.2}, "without penalties"),
+    ],
+)
+def test_what_no_certificate_covers_runs_exactly_and_says_why(
+    llm: LLM, quality: dict[str, float], params: dict[str, float], reason: str
+) -> None:
+    output = ask(llm, quality, **params)
+    assert output.contract is not None
+    assert output.contract.certificate is None
+    assert re.search(reason, output.contract.reason)
+    assert output.outputs[0].token_ids == ask(llm, "exact", seed=None, **params).outputs[0].token_ids or params.get(
+        "temperature"
+    )
+    assert output.compute is not None
+    assert output.compute.projected_rows == 0
+
+
+def test_another_deployment_refuses_the_certificate_and_names_what_differs(certificates: Path, tmp_path: Path) -> None:
+    other = LLM("tiny", dtype="float32", progress=False, certificates=certificates)
+    output = ask(other, Quality(alpha=ALPHA))
+    assert output.contract is not None
+    assert output.contract.certificate is None
+    assert "dtype: certified for 'bfloat16', 'float32' runs" in output.contract.reason
+    copy = tmp_path / "copy"
+    shutil.copytree(resolve_model("tiny"), copy)
+    heads = json.loads((copy / "exits.json").read_text())
+    (copy / "exits.json").write_text(json.dumps({**heads, "metrics": {}}))
+    changed = LLM(copy, progress=False, certificates=certificates)
+    output = ask(changed, Quality(alpha=ALPHA))
+    assert output.contract is not None
+    assert "exits: certified for" in output.contract.reason
+
+
+def test_over_http_a_contract_is_kept_and_accounted_for(start_server, certificates: Path) -> None:
+    server = start_server(resolve_model("tiny"), f"quality.certificates={json.dumps(str(certificates))}")
+    url = f"{server.url}/v1/completions"
+    body = {"prompt": PROMPT, "temperature": 0, "max_tokens": 12}
+    exact = httpx.post(url, json=body, timeout=60).json()["usage"]["compute"]
+    assert exact["quality"] == "exact"
+    assert exact["layers_per_token"] == 16
+    assert exact["layer_rows"] == exact["full_layer_rows"]
+    assert exact["flops"] == exact["full_flops"]
+    bounded = httpx.post(url, json={**body, "quality": {"alpha": ALPHA}}, timeout=60).json()["usage"]["compute"]
+    assert bounded["quality"] == "bounded"
+    assert len(bounded["certificates"]) == 1
+    assert bounded["layers_per_token"] < 16
+    assert bounded["flops"] < bounded["full_flops"] == exact["full_flops"]
+    refused = httpx.post(url, json={**body, "quality": {"alpha": ALPHA}, "max_tokens": 40}, timeout=60).json()
+    assert refused["usage"]["compute"]["quality"] == "exact"
+    assert "max_tokens=40" in refused["usage"]["compute"]["reason"]
+    for wrong in ({"alpha": 0}, {"alpha": 1.5}, {"delta": 0.1}, {"alpha": 0.1, "beta": 2}, "lossless", 3):
+        answer = httpx.post(url, json={**body, "quality": wrong}, timeout=60)
+        assert answer.status_code == 400
+        assert "quality" in answer.json()["error"]["message"]
+
+
+def test_prompt_files_are_read_and_mistakes_named(tmp_path: Path, llm: LLM) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(
+        '{"prompt": "a b"}\n\n{"prompt_token_ids": [5, 6]}\n{"messages": [{"role": "user", "content": "x"}]}\n'
+    )
+    assert read_prompts(file, llm.get_tokenizer())[1] == [5, 6]
+    for text, message in (
+        ("", "holds no prompt"),
+        ("{", "line 1 is not JSON"),
+        ('{"text": "a"}', "line 1 must hold one of prompt, messages, prompt_token_ids"),
+        ('{"prompt": 3}', "prompt has the wrong type, int"),
+        ('{"prompt_token_ids": [true]}', "wrong type"),
+        ('{"prompt_token_ids": []}', "the prompt is empty"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_prompts(file, llm.get_tokenizer())
+    with pytest.raises(ValueError, match="cannot be read: No such file"):
+        read_prompts(tmp_path / "none", llm.get_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["alphas=[2.0]"], "alphas and delta must be between 0 and 1, not 2.0"),
+        (["method=clt"], "method must be one of"),
+        (["prompts=/nowhere.jsonl"], "/nowhere.jsonl cannot be read"),
+        (["requests=100000"], "holds 2000 prompts"),
+        (["probabilities=[0.5,0.9]"], "probabilities must fall"),
+    ],
+)
+def test_mistakes_on_the_command_line_take_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["calibrate", "model=tiny", f"output={tmp_path / 'run'}", *arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_model_without_exits_cannot_be_calibrated(make_checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no exits"):
+        calibrate(config(tmp_path, model=str(make_checkpoint("mixtral"))), progress=False)

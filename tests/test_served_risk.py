@@ -1,0 +1,71 @@
+"""The loss of served requests: what counts as differing from the full model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from dynamoe.dynamic.llm import LLM
+from dynamoe.dynamic.outputs import RequestOutput
+from dynamoe.dynamic.sampling_params import SamplingParams
+from dynamoe.dynamic.served_risk import disagreements, full_choices
+
+PROMPTS = [[5, 6, 7], [8], list(range(3, 40))]
+EXACT = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, detokenize=False)
+
+
+@pytest.fixture(scope="module")
+def llm(make_exits: Callable[..., Path]) -> LLM:
+    path = make_exits("mixtral", {1: 0.6, 2: 0.6}, num_hidden_layers=4)
+    return LLM(path, dtype="float32", backend="cpu", progress=False)
+
+
+def served(llm: LLM, params: SamplingParams) -> list[RequestOutput]:
+    return llm.generate([list(p) for p in PROMPTS], params, use_tqdm=False)
+
+
+def test_what_the_full_model_said_has_no_loss(llm: LLM) -> None:
+    assert disagreements(llm.model.decoder, served(llm, EXACT)).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_a_token_is_judged_after_what_was_served(llm: LLM) -> None:
+    outputs = served(llm, EXACT)
+    said = outputs[1].outputs[0].token_ids
+    said[-1] = (said[-1] + 1) % 300  # nothing comes after it: one of twelve
+    assert disagreements(llm.model.decoder, outputs).tolist() == [0.0, 1 / 12, 0.0]
+
+
+def test_completions_of_a_request_count_together_and_empty_ones_not(llm: LLM) -> None:
+    outputs = served(llm, EXACT)
+    second = replace(outputs[0].outputs[0], token_ids=[t + 1 for t in outputs[0].outputs[0].token_ids[:1]])
+    outputs[0].outputs.append(second)
+    outputs[1].outputs[0].token_ids.clear()
+    assert disagreements(llm.model.decoder, outputs).tolist() == pytest.approx([1 / 13, 0.0, 0.0])
+
+
+def test_tokens_that_left_early_differ_where_a_full_run_says_so(llm: LLM) -> None:
+    early = SamplingParams(**{**vars(EXACT), "quality": None, "exit_thresholds": {1: 0.5, 2: 0.5}})
+    outputs = served(llm, early)
+    losses_N = disagreements(llm.model.decoder, outputs)
+    assert 0 < losses_N.mean() < 1
+    expected = []
+    for output in outputs:
+        wrong, prefix = 0, list(output.prompt_token_ids)
+        for token in output.outputs[0].token_ids:
+            (full,) = llm.generate([list(prefix)], replace(EXACT, max_tokens=1), use_tqdm=False)
+            wrong += full.outputs[0].token_ids[0] != token
+            prefix.append(token)
+        expected.append(wrong / 12)
+    np.testing.assert_array_equal(losses_N, expected)
+
+
+def test_choices_of_many_sequences_are_those_of_each_alone(llm: LLM) -> None:
+    sequences = [torch.randint(3, 300, (length,)).tolist() for length in (2, 17, 40, 33)]
+    together = full_choices(llm.model.decoder, sequences, [1, 5, 1, 32])
+    alone = [full_choices(llm.model.decoder, [s], [first]) for s, first in zip(sequences, [1, 5, 1, 32], strict=True)]
+    assert torch.equal(together, torch.cat(alone))
+    assert [len(a) for a in alone] == [1, 12, 39, 1]
