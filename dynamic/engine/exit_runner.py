@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .scheduler import Entry
     from .step_rows import StepRows
 
+_REVIEW = 8  # steps between looks at whether parking might pay
 STAYS, LEAVES = np.float32(np.inf), np.float32(-np.inf)
 
 
@@ -81,6 +82,8 @@ class ExitRunner:
         self.rows_parked = 0
         self._started: float | None = None  # the step before
         self._in_segments = 0.0  # seconds of it
+        self._steps = 0  # in which rows could have been parked
+        self._may_wait = False
         self._segments_in = {s.layers.stop: s.index + 1 for s in decoder.segments}  # so many layers
         # Number of the exit after so many layers; the slice of no exit for rows that ran all of them.
         self._exit_at: dict[int, int | slice] = {e.after_layers: number for number, e in enumerate(self.exits)}
@@ -142,7 +145,12 @@ class ExitRunner:
         """Whether segments run one by one: rows may be stopped in front of one, or debts are paid in another way."""
         if plan.parked or not isinstance(self.backfill, Project):
             return True
-        return self.parking is not None and self.parking.may_wait(len(plan.movable))
+        if self.parking is None or len(plan.movable) < 2:
+            return False
+        if self._steps % _REVIEW == 0:
+            self._may_wait = self.parking.may_wait(len(plan.movable))
+        self._steps += 1
+        return self._may_wait
 
     def _run_at_once(self, entries: list[Entry], rows: StepRows, plan: _Plan) -> torch.Tensor:
         """The whole step in one call of the backend: same rows, same bits, nothing spent between segments."""
@@ -150,7 +158,7 @@ class ExitRunner:
         started = time.perf_counter()
         result = self.decoder.run_with_exits(x_TD, self.kv, rows.batch(), self._move(plan.thresholds_ET))
         self._in_segments += time.perf_counter() - started
-        if self.parking is not None and len(plan.movable) > 1:
+        if self.parking is not None and len(plan.movable) > 1 and self._steps % _REVIEW == 0:
             for number, (deciding, going) in enumerate(result.decisions_N2.tolist(), 1):
                 if deciding:
                     self.parking.observe(number, deciding, going)
