@@ -119,6 +119,14 @@ COMMANDS = (
             "dynamoe exits model=./my-checkpoint exit_layers=[8,16,24] text_folder=./texts",
         ),
     ),
+    Command(
+        name="experts",
+        summary="measure what each expert of a model adds, for requests with an expert budget",
+        module="dynamic.train.expert_scales",
+        config="ExpertsConfig",
+        run="make_expert_scales",
+        examples=("dynamoe experts model=./my-checkpoint", "dynamoe experts model=./my-checkpoint windows=512"),
+    ),
 )
 
 
