@@ -56,8 +56,8 @@ class Watch:
             self.tainted |= set(batch.slots_T.tolist())
             leave(exit, x_RD, batch)
 
-        def watched_run(x_TD: torch.Tensor, kv: Any, batch: Any, thresholds_NT: torch.Tensor) -> Any:
-            result = run_with_exits(x_TD, kv, batch, thresholds_NT)
+        def watched_run(x_TD: torch.Tensor, kv: Any, batch: Any, thresholds_NT: torch.Tensor, budget: Any) -> Any:
+            result = run_with_exits(x_TD, kv, batch, thresholds_NT, budget)
             self.tainted |= set(batch.slots_T[result.depths_T < LAYERS].tolist())
             return result
 
