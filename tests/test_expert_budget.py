@@ -10,15 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from dynamoe.dynamic.engine.kv_cache import allocate_layers
 from dynamoe.dynamic.loader import load_decoder
 from dynamoe.dynamic.train.expert_scales import ExpertsConfig, make_expert_scales, measure_scales
+from dynamoe.dynamic.train.frozen_states import PAGE, prompts_batch
+from dynamoe.exits.segments import Segment
 from dynamoe.exits.sidecar import backbone_hash
 from dynamoe.kernels import reference
 from dynamoe.kernels.budget_reference import limit_experts
 from dynamoe.kernels.cpu_backend import CpuBackend
 from dynamoe.kernels.ops import select_backend
 from dynamoe.kernels.router_spec import RouterSpec
-from dynamoe.kernels.types import Routing
+from dynamoe.kernels.types import ExpertBudget, Routing
 from dynamoe.moe.contribution import ContributionMeter, ExpertScales, LayerScales, keep_by_layer, slot_norms
 from dynamoe.moe.sidecar import JSON_FILE, load_scales, save_scales
 
@@ -147,6 +150,29 @@ def test_the_kernel_refuses_what_does_not_fit(cpu_backend: CpuBackend) -> None:
         cpu_backend.limit_experts(
             replace(routing, counts_T=torch.tensor([5], dtype=torch.int32)), None, *limits(1, 0.5)
         )
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton", "grouped_mm"])
+def test_a_decoder_on_a_budget_is_the_same_on_every_backend(make_checkpoint: Callable[..., Path], backend: str) -> None:
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    outputs, skipped = [], []
+    for name, where in (("torch", "cpu"), (backend, device)):
+        decoder = load_decoder(make_checkpoint("qwen3_moe"), dtype="float32", backend=name, device=where)
+        layers, rows = decoder.spec.num_layers, 12
+        keep_TL, cap_TL = torch.full((rows, layers), 0.6), torch.full((rows, layers), 2, dtype=torch.int32)
+        keep_TL[:4], cap_TL[:4] = 1.0, NO_CAP
+        limits_TL = [t.to(where) for t in (keep_TL, cap_TL, torch.zeros(rows, dtype=torch.int64))]
+        budget = ExpertBudget(keep_TL=limits_TL[0], cap_TL=limits_TL[1], skipped_T=limits_TL[2])
+        kv = allocate_layers(decoder.spec, 1, PAGE, decoder.dtype, torch.device(where))
+        x_TD = decoder.embed(torch.arange(3, 3 + rows, device=where))
+        whole = Segment(index=0, layers=range(layers))
+        batch = prompts_batch(1, rows, where)
+        outputs.append(decoder.logits(decoder.run_segment(whole, x_TD, kv, batch, budget=budget)).cpu())
+        skipped.append(budget.skipped_T.tolist())
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-3, atol=1e-3)
+    assert skipped[0] == skipped[1]
+    assert sum(skipped[0][:4]) == 0
+    assert min(skipped[0][4:]) >= 3, "one of three experts in each layer"
 
 
 def test_a_meter_is_a_ratio_of_means_drawn_to_the_layers() -> None:
