@@ -31,9 +31,11 @@ class Setting:
 
     Arguments:
         exit_thresholds: layers in front of an exit → calibrated probability from which on a token leaves.
+        expert_keep: share of the calibrated contributions that a token's experts reach; None uses all experts.
     """
 
     exit_thresholds: dict[int, float]
+    expert_keep: float | None = None
 
     def params(self, max_tokens: int) -> SamplingParams:
         """Greedy, as callers ask by default: an end-of-text token ends the output."""
@@ -43,6 +45,7 @@ class Setting:
             detokenize=False,
             quality=None,
             exit_thresholds=self.exit_thresholds,
+            expert_keep=self.expert_keep,
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,8 +37,8 @@ class Offer:
 
     def settle(
         self, quality: Quality, params: SamplingParams, max_tokens: int
-    ) -> tuple[dict[int, float], ContractOutcome]:
-        """The exit thresholds of a request, and what to tell its caller; no thresholds where it runs exactly.
+    ) -> tuple[SamplingParams, ContractOutcome]:
+        """What a request spends, as raw settings or ``exact``, and what to tell its caller.
 
         Arguments:
             max_tokens: the longest output that it may get.
@@ -56,7 +56,16 @@ class Offer:
         outcome = ContractOutcome(
             quality=quality, certificate=found.certificate.id if found.certificate else None, reason=reason
         )
-        return (dict(found.certificate.exit_thresholds) if found.certificate else {}), outcome
+        if found.certificate is None:
+            return replace(params, quality="exact"), outcome
+        keep = found.certificate.expert_budget.get("expert_keep")
+        spends = replace(
+            params,
+            quality=None,
+            exit_thresholds=dict(found.certificate.exit_thresholds),
+            expert_keep=None if keep is None else float(keep),
+        )
+        return spends, outcome
 
 
 def offer_for(engine: Engine, directory: Path | None) -> Offer:

@@ -130,6 +130,14 @@ COMMANDS = (
             "dynamoe calibrate model=runs/default-exits/model prompts=requests.jsonl alphas=[0.02,0.05]",
         ),
     ),
+    Command(
+        name="experts",
+        summary="measure what each expert of a model adds, for requests with an expert budget",
+        module="dynamic.train.expert_scales",
+        config="ExpertsConfig",
+        run="make_expert_scales",
+        examples=("dynamoe experts model=./my-checkpoint", "dynamoe experts model=./my-checkpoint windows=512"),
+    ),
 )
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from ..exits.segments import Segment, split_into_segments
 from ..kernels.stack import Stack, StackExit, StackLayer, StackResult, StackShape
 from ..kernels.torch_backend import TorchBackend
-from ..kernels.types import AttentionBatch, ExpertWeights, KVLayer, LinearWeights, Routing
+from ..kernels.types import AttentionBatch, ExpertBudget, ExpertWeights, KVLayer, LinearWeights, Routing
 from .decoder_exits import DecoderExit
 from .rope import rope_table
 from .spec import LayerSpec, ModelSpec, MoESpec
@@ -34,6 +34,7 @@ class LayerWeights:
         ffn: all experts, or the dense FFN as one expert.
         router: logits over the routed experts.
         shared, shared_gate: the shared expert and its gate.
+        contribution_scale_E: float32, what each routed expert adds per unit of router weight; None: not calibrated.
     """
 
     attention_norm_D: torch.Tensor
@@ -46,6 +47,7 @@ class LayerWeights:
     router: LinearWeights | None = None
     shared: ExpertWeights | None = None
     shared_gate: LinearWeights | None = None
+    contribution_scale_E: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -63,6 +65,7 @@ class Decoder:
         final_norm_D: norm before the LM head.
         lm_head: projection to the vocabulary.
         exits: by the number of layers in front of them; they cut the model into segments.
+        expert_impacts: by layer, see :class:`.LayerScales`; empty where the experts are not calibrated.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Decoder:
         final_norm_D: torch.Tensor,
         lm_head: LinearWeights,
         exits: Mapping[int, DecoderExit] | None = None,
+        expert_impacts: Mapping[int, float] | None = None,
     ) -> None:
         assert len(layers) == spec.num_layers
         self.spec = spec
@@ -82,6 +86,7 @@ class Decoder:
         self.device, self.dtype = backend.device, backend.dtype
         self.exits = dict(sorted((exits or {}).items()))
         self.segments = split_into_segments(spec.num_layers, self.exits)
+        self.expert_impacts = dict(expert_impacts or {})
         self.embedding_VD = embedding_VD
         self.layers = tuple(layers)
         self.final_norm_D = final_norm_D
@@ -128,6 +133,7 @@ class Decoder:
         kv: Sequence[KVLayer],
         batch: AttentionBatch,
         router_entropy_T: torch.Tensor | None = None,
+        budget: ExpertBudget | None = None,
     ) -> torch.Tensor:
         """Run the rows of a step through the layers of a segment; their keys and values are written to the cache.
 
@@ -136,12 +142,13 @@ class Decoder:
             kv: the cache of every layer of the model, by layer number.
             batch: where the rows live.
             router_entropy_T: float32; if given, the mean entropy of the segment's routers is written here, in nats.
+            budget: how many experts the rows may use; None is all that the routers choose.
 
         Returns: the residual stream after the segment, (T, D).
         """
         self.reserve_positions(batch.max_context_len)
         if self.stack is not None:
-            return self.stack.run(segment.layers, x_TD, kv, self.cos_sin_LC, batch, router_entropy_T)
+            return self.stack.run(segment.layers, x_TD, kv, self.cos_sin_LC, batch, router_entropy_T, budget)
         spec, backend = self.spec, self.backend
         routed: list[torch.Tensor] | None = None if router_entropy_T is None else []
         pending_TD: torch.Tensor | None = None  # what the layer before adds to the residual stream
@@ -157,7 +164,7 @@ class Decoder:
             normed_TD, x_TD = backend.add_rms_norm(
                 attended_TD, x_TD, weights.ffn_norm_D, spec.norm_eps, spec.residual_scale
             )
-            pending_TD = self._ffn(weights, layer, normed_TD, routed)
+            pending_TD = self._ffn(number, normed_TD, routed, budget)
         assert pending_TD is not None, "a segment has at least one layer"
         if routed and router_entropy_T is not None:
             router_entropy_T.copy_(backend.router_entropy(routed))
@@ -166,7 +173,12 @@ class Decoder:
 
     @torch.inference_mode()
     def run_with_exits(
-        self, x_TD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch, thresholds_NT: torch.Tensor
+        self,
+        x_TD: torch.Tensor,
+        kv: Sequence[KVLayer],
+        batch: AttentionBatch,
+        thresholds_NT: torch.Tensor,
+        budget: ExpertBudget | None = None,
     ) -> StackResult:
         """All segments at once, with the decisions between them, where the backend can: :attr:`stack` is not None.
 
@@ -175,7 +187,7 @@ class Decoder:
         """
         assert self.stack is not None
         self.reserve_positions(batch.max_context_len)
-        return self.stack.run_with_exits(x_TD, kv, self.cos_sin_LC, batch, thresholds_NT)
+        return self.stack.run_with_exits(x_TD, kv, self.cos_sin_LC, batch, thresholds_NT, budget)
 
     @torch.inference_mode()
     def read_out(self, exit: DecoderExit, x_RD: torch.Tensor) -> torch.Tensor:
@@ -236,12 +248,17 @@ class Decoder:
         return self.backend.rms_norm(rows, weight, self.spec.norm_eps).view(x.shape)
 
     def _ffn(
-        self, weights: LayerWeights, layer: LayerSpec, x_TD: torch.Tensor, routed: list[torch.Tensor] | None
+        self, number: int, x_TD: torch.Tensor, routed: list[torch.Tensor] | None, budget: ExpertBudget | None
     ) -> torch.Tensor:
-        moe = layer.moe
+        weights, moe = self.layers[number], self.spec.layers[number].moe
         if moe is None or moe.is_dense:
             return self.backend.all_experts(x_TD, weights.ffn)
-        out_TD = self.backend.experts(x_TD, weights.ffn, self._route(weights, moe, x_TD, routed))
+        routing = self._route(weights, moe, x_TD, routed)
+        if budget is not None:
+            routing = self._limit(routing, number, budget)
+        if moe.num_always_on:
+            routing = with_always_on(routing, moe.num_always_on)
+        out_TD = self.backend.experts(x_TD, weights.ffn, routing)
         if weights.shared is not None:
             shared_TD = self.backend.all_experts(x_TD, weights.shared)
             if weights.shared_gate is not None:
@@ -256,18 +273,28 @@ class Decoder:
         logits_TE = self.backend.linear(x_TD, weights.router)
         if routed is not None:
             routed.append(logits_TE)
-        routing = self.backend.route(logits_TE, moe.router)
-        return with_always_on(routing, moe.num_always_on) if moe.num_always_on else routing
+        return self.backend.route(logits_TE, moe.router)
+
+    def _limit(self, routing: Routing, number: int, budget: ExpertBudget) -> Routing:
+        """Take experts from rows that are on a budget."""
+        weights, moe = self.layers[number], self.spec.layers[number].moe
+        assert moe is not None
+        keep_T, cap_T = (limits_TL[:, number].contiguous() for limits_TL in (budget.keep_TL, budget.cap_TL))
+        limited = self.backend.limit_experts(routing, weights.contribution_scale_E, keep_T, cap_T)
+        assert limited.counts_T is not None
+        before = moe.router.top_k if routing.counts_T is None else routing.counts_T
+        budget.skipped_T.add_(before - limited.counts_T)
+        return limited
 
 
 def with_always_on(routing: Routing, count: int) -> Routing:
     """Put ``count`` experts that every row uses with weight 1 in front; the routed ones come after them in storage."""
-    assert routing.counts_T is None
     num_rows = routing.expert_ids_TK.shape[0]
     always_TK = torch.arange(count, dtype=torch.int32, device=routing.expert_ids_TK.device).expand(num_rows, -1)
     return Routing(
         expert_ids_TK=torch.cat((always_TK, routing.expert_ids_TK + count), -1),
         weights_TK=torch.cat((torch.ones_like(always_TK, dtype=torch.float32), routing.weights_TK), -1),
+        counts_T=None if routing.counts_T is None else routing.counts_T + count,
     )
 
 
@@ -293,6 +320,7 @@ def make_stack(decoder: Decoder) -> Stack | None:
                 rule=moe.router if moe else None,
                 ffn=weights.ffn,
                 window=layer.window,
+                contribution_scale_E=weights.contribution_scale_E,
             )
         )
     shape = StackShape(

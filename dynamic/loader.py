@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,10 @@ from ..exits.sidecar import ExitHeads, load_heads
 from ..kernels.ops import select_backend
 from ..kernels.torch_backend import TorchBackend
 from ..kernels.types import ExpertWeights
+from ..moe.contribution import LayerScales
 from .config_reader import ConfigReader
 from .decoder import Decoder, LayerWeights
+from .decoder_budget import read_scales
 from .decoder_exits import pack_exits
 from .families import family_of, model_spec
 from .layout import EMBEDDING, FINAL_NORM, FFNLayout, LayerLayout, Layout, plan_layout
@@ -93,8 +96,8 @@ def load_decoder(
 ) -> Decoder:
     """Load the decoder of a directory, without its tokenizer. Arguments and errors as for :func:`load_model`.
 
-    Every name and shape is checked from the files' headers before the first weight is read. Exits that lie beside the
-    checkpoint come with it.
+    Every name and shape is checked from the files' headers before the first weight is read. Exits and calibrated
+    contributions of the experts that lie beside the checkpoint come with it.
     """
     config = read_json(path / "config.json")
     spec = model_spec(config)
@@ -106,7 +109,8 @@ def load_decoder(
         spec = spec.with_experts_per_token(experts_per_token)
     torch_dtype = _choose_dtype(dtype, config, checkpoint)
     chosen = select_backend(_choose_device(device), torch_dtype, backend)
-    return _Builder(spec, layout, checkpoint, chosen).build(progress=progress, heads=load_heads(path))
+    builder = _Builder(spec, layout, checkpoint, chosen, read_scales(path, spec))
+    return builder.build(progress=progress, heads=load_heads(path))
 
 
 def read_generation_defaults(path: Path, spec: ModelSpec) -> dict[str, Any]:
@@ -151,8 +155,16 @@ def _choose_dtype(name: str, config: dict[str, Any], checkpoint: Checkpoint) -> 
 class _Builder:
     """Converts a checkpoint for a backend, one layer at a time, and gives the pages read back after each."""
 
-    def __init__(self, spec: ModelSpec, layout: Layout, checkpoint: Checkpoint, backend: TorchBackend) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        layout: Layout,
+        checkpoint: Checkpoint,
+        backend: TorchBackend,
+        scales: Sequence[LayerScales | None],
+    ) -> None:
         self.spec = spec
+        self.scales = scales
         self.layout = layout
         self.checkpoint = checkpoint
         self.backend = backend
@@ -165,8 +177,9 @@ class _Builder:
             tied = torch.equal(self.checkpoint.view(EMBEDDING), self.checkpoint.view(self.layout.lm_head))
         lm_head = self.backend.pack_linear(self._source(EMBEDDING if tied else self.layout.lm_head))
         layers = []
-        for layer in tqdm(self.layout.layers, desc="Loading weights", unit="layer", disable=not progress):
-            layers.append(self._layer(layer))
+        layouts = tqdm(self.layout.layers, desc="Loading weights", unit="layer", disable=not progress)
+        for layer, scales in zip(layouts, self.scales, strict=True):
+            layers.append(self._layer(layer, scales))
             self.checkpoint.release()
         return Decoder(
             replace(self.spec, tie_embeddings=tied),
@@ -176,6 +189,7 @@ class _Builder:
             final_norm_D=self._copy(FINAL_NORM),
             lm_head=lm_head,
             exits=pack_exits(heads, self.spec, layers, self.backend) if heads else {},
+            expert_impacts={n: scales.impact for n, scales in enumerate(self.scales) if scales is not None},
         )
 
     def _copy(self, *names: str) -> torch.Tensor:
@@ -193,7 +207,7 @@ class _Builder:
             return self.checkpoint.view(names[0])
         return self._copy(*names)
 
-    def _layer(self, layout: LayerLayout) -> LayerWeights:
+    def _layer(self, layout: LayerLayout, scales: LayerScales | None) -> LayerWeights:
         pack = self.backend.pack_linear
         return LayerWeights(
             attention_norm_D=self._copy(layout.attention_norm),
@@ -206,6 +220,7 @@ class _Builder:
             router=pack(self._source(layout.router)) if layout.router else None,
             shared=self._ffn(layout.shared) if layout.shared else None,
             shared_gate=pack(self._source(layout.shared_gate)) if layout.shared_gate else None,
+            contribution_scale_E=None if scales is None else scales.scale_E.to(self.backend.device),
         )
 
     def _ffn(self, layout: FFNLayout) -> ExpertWeights:

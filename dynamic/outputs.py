@@ -26,17 +26,31 @@ class Compute:
     Arguments:
         segment_layers: layers of each segment between the model's exits.
         segment_rows: rows launched through each segment.
+        segment_experts: experts that a row uses in each segment without a budget: chosen ones and those always on.
         projected_rows: rows times layers that were skipped; their keys and values were made of the state at an exit.
+        skipped_experts: rows times experts that a budget left out of layers that ran.
     """
 
     segment_layers: tuple[int, ...]
     segment_rows: tuple[int, ...]
+    segment_experts: tuple[int, ...]
     projected_rows: int = 0
+    skipped_experts: int = 0
 
     @property
     def layer_rows(self) -> int:
         """Rows times layers executed."""
         return sum(layers * rows for layers, rows in zip(self.segment_layers, self.segment_rows, strict=True))
+
+    @property
+    def full_expert_rows(self) -> int:
+        """Rows times experts that the executed layers would have used without a budget."""
+        return sum(experts * rows for experts, rows in zip(self.segment_experts, self.segment_rows, strict=True))
+
+    @property
+    def expert_rows(self) -> int:
+        """Rows times experts executed."""
+        return self.full_expert_rows - self.skipped_experts
 
 
 @dataclass(slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from .quality import Quality, read_quality
@@ -30,11 +31,16 @@ class SamplingParams:
         prompt_logprobs: the same for the prompt's tokens.
         skip_special_tokens: leave special tokens out of the text.
         detokenize: turn ids into text; off, ``text`` stays empty and ``stop`` must be empty.
-        quality: ``exact``: every token comes from all layers. A :class:`Quality`, or a mapping of its fields: the risk
-            that the caller accepts; the engine spends what a certificate says that it needs, or runs exactly where
-            there is none, and says which. None: what ``exit_thresholds`` say.
+        quality: ``exact``: every token comes from all layers and experts. A :class:`Quality`, or a mapping of its
+            fields: the risk that the caller accepts; the engine spends what a certificate says that it needs, or runs
+            exactly where there is none, and says which. None: what ``exit_thresholds``, ``expert_keep`` and ``experts_per_token``
+            say.
         exit_thresholds: for studies, with ``quality=None``: layers in front of an exit → calibrated probability, from
             which on a token leaves the model there. Exits that are not named are passed by. Nothing is certified.
+        expert_keep: for studies, with ``quality=None``: of the experts that a router chose, a decoded token uses the
+            fewest whose calibrated contributions reach this share of their sum, less in layers whose experts matter
+            less; 1 is all. A mapping says it layer by layer instead; layers that are not named use all.
+        experts_per_token: likewise, the most experts that a decoded token uses in a layer, beside those always on.
 
     Raises:
         ValueError: naming the field and the value that is out of range.
@@ -62,6 +68,8 @@ class SamplingParams:
     detokenize: bool = True
     quality: str | Quality | None = "exact"
     exit_thresholds: dict[int, float] = field(default_factory=dict)
+    expert_keep: float | Mapping[int, float] | None = None
+    experts_per_token: int | Mapping[int, int] | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -70,6 +78,9 @@ class SamplingParams:
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
         object.__setattr__(self, "exit_thresholds", dict(self.exit_thresholds or {}))
         object.__setattr__(self, "quality", read_quality(self.quality))
+        for name in ("expert_keep", "experts_per_token"):
+            if isinstance(limits := getattr(self, name), Mapping):
+                object.__setattr__(self, name, dict(limits) or None)
         self._check()
 
     def _check(self) -> None:
@@ -107,11 +118,25 @@ class SamplingParams:
             if not -100 <= bias <= 100:
                 raise ValueError(f"logit_bias of token {token} must be between -100 and 100, not {bias}")
 
+        self._check_quality()
+
+    def _check_quality(self) -> None:
         if self.exit_thresholds and self.quality is not None:
             raise ValueError(f"exit_thresholds contradict quality={self.quality!r}; set quality=None")
         for layer, probability in self.exit_thresholds.items():
             if not 0 <= probability <= 1:
                 raise ValueError(f"exit_thresholds[{layer}] must be a probability between 0 and 1, not {probability}")
+        for name in ("expert_keep", "experts_per_token"):
+            limits = getattr(self, name)
+            if limits is None:
+                continue
+            if self.quality is not None:
+                raise ValueError(f"{name}={limits} contradicts quality={self.quality!r}; set quality=None")
+            for limit in limits.values() if isinstance(limits, Mapping) else (limits,):
+                if name == "expert_keep" and not 0 < limit <= 1:
+                    raise ValueError(f"expert_keep must be in (0, 1], not {limit}")
+                if name == "experts_per_token" and not (isinstance(limit, int) and 1 <= limit < 2**31):
+                    raise ValueError(f"experts_per_token must be a whole number, at least 1, not {limit}")
 
     @property
     def greedy(self) -> bool:

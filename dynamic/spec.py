@@ -120,6 +120,11 @@ class ModelSpec:
         routers = 0 if moe.is_dense else moe.router.num_experts + moe.shared_gate
         return 2 * self.hidden_size * (attention + 3 * neurons + routers)
 
+    def experts_in(self, layers: range) -> int:
+        """Experts that a row uses in some layers together: those that are chosen, and those that are always on."""
+        moes = [self.layers[number].moe for number in layers]
+        return sum(moe.router.top_k + moe.num_always_on for moe in moes if moe is not None)
+
     def with_experts_per_token(self, count: int) -> ModelSpec:
         """The same model with fewer routed experts per token, for studies of the trade-off.
 

@@ -239,6 +239,14 @@ class CpuBackend(TorchBackend):
         )
         return Routing(expert_ids_TK=ids_TK, weights_TK=weights_TK)
 
+    def limit_experts(
+        self, routing: Routing, scale_E: torch.Tensor | None, keep_T: torch.Tensor, cap_T: torch.Tensor
+    ) -> Routing:
+        ids_TK, weights_TK, counts_T = self._ops.limit_experts.default(
+            self._isa, routing.expert_ids_TK, routing.weights_TK, routing.counts_T, scale_E, keep_T, cap_T
+        )
+        return replace(routing, expert_ids_TK=ids_TK, weights_TK=weights_TK, counts_T=counts_T)
+
     def rms_norm(self, x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
         return self._ops.rms_norm.default(self._isa, x_TD, weight_D, eps)
 

@@ -9,7 +9,7 @@ import torch
 
 from .router_spec import SCORES
 from .stack import StackExit, StackLayer, StackResult, StackShape
-from .types import AttentionBatch, KVLayer
+from .types import AttentionBatch, ExpertBudget, KVLayer
 
 if TYPE_CHECKING:
     from .cpu_backend import CpuBackend
@@ -60,6 +60,7 @@ class CpuStack:
             list(experts.shape),
             [] if rule is None else [rule.top_k, SCORES.index(rule.score), rule.softmax_after_topk, rule.renormalize],
             1.0 if rule is None else rule.scale,
+            layer.contribution_scale_E,
             layer.window or 0,
         )
 
@@ -89,9 +90,11 @@ class CpuStack:
         cos_sin_LC: torch.Tensor,
         batch: AttentionBatch,
         router_entropy_T: torch.Tensor | None = None,
+        budget: ExpertBudget | None = None,
     ) -> torch.Tensor:
+        places, limits = _places(batch), _limits(budget)
         return self._handle.run(
-            x_TD, layers.start, layers.stop, *_caches(kv), cos_sin_LC, *_places(batch), router_entropy_T
+            x_TD, layers.start, layers.stop, *_caches(kv), cos_sin_LC, *places, router_entropy_T, *limits
         )
 
     def run_with_exits(
@@ -101,11 +104,16 @@ class CpuStack:
         cos_sin_LC: torch.Tensor,
         batch: AttentionBatch,
         thresholds_NT: torch.Tensor,
+        budget: ExpertBudget | None = None,
     ) -> StackResult:
         out_TD, depths_T, decisions_N2, launched_S = self._handle.run_with_exits(
-            x_TD, *_caches(kv), cos_sin_LC, *_places(batch), thresholds_NT
+            x_TD, *_caches(kv), cos_sin_LC, *_places(batch), thresholds_NT, *_limits(budget)
         )
         return StackResult(out_TD=out_TD, depths_T=depths_T, decisions_N2=decisions_N2, launched_S=launched_S)
+
+
+def _limits(budget: ExpertBudget | None) -> tuple[torch.Tensor | None, ...]:
+    return (None, None, None) if budget is None else (budget.keep_TL, budget.cap_TL, budget.skipped_T)
 
 
 def _caches(kv: Sequence[KVLayer]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

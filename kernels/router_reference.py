@@ -93,7 +93,7 @@ def _kept_by_capacity(ids_TK: torch.Tensor, spec: RouterSpec) -> torch.Tensor:
     return (place < spec.capacity_for(ids_TK.shape[0])).view(spec.top_k, -1).t()
 
 
-def _pack(values_TK: torch.Tensor, kept_TK: torch.Tensor) -> torch.Tensor:
+def pack_kept(values_TK: torch.Tensor, kept_TK: torch.Tensor) -> torch.Tensor:
     """Move the kept entries of each row to the front, in order, and zero the rest."""
     order_TK = (~kept_TK).int().sort(dim=-1, stable=True).indices
     return values_TK.masked_fill(~kept_TK, 0).gather(-1, order_TK)
@@ -150,7 +150,7 @@ def route(
         kept_TK = kept_TK & ~zero_TK
     if spec.zero_experts or spec.drops:
         counts_T = kept_TK.sum(-1, dtype=torch.int32)
-        ids_TK, weights_TK = _pack(ids_TK, kept_TK), _pack(weights_TK, kept_TK)
+        ids_TK, weights_TK = pack_kept(ids_TK, kept_TK), pack_kept(weights_TK, kept_TK)
     return Routing(
         expert_ids_TK=ids_TK.int().contiguous(),
         weights_TK=weights_TK.contiguous(),

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from .router_spec import RouterSpec
-from .types import AttentionBatch, ExpertWeights, KVLayer, KVProjection, LinearWeights, ProbeWeights
+from .types import AttentionBatch, ExpertBudget, ExpertWeights, KVLayer, KVProjection, LinearWeights, ProbeWeights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,7 @@ class StackLayer:
     Arguments:
         qkv: queries, keys and values in one projection.
         router, rule: how experts are chosen; None where each has weight 1.
+        contribution_scale_E: what a budget ranks experts by, see :func:`.budget_reference.limit_experts`.
         window: how many positions a row sees, its own included; None sees all.
     """
 
@@ -55,6 +56,7 @@ class StackLayer:
     rule: RouterSpec | None
     ffn: ExpertWeights
     window: int | None
+    contribution_scale_E: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,7 @@ class Stack(Protocol):
         cos_sin_LC: torch.Tensor,
         batch: AttentionBatch,
         router_entropy_T: torch.Tensor | None = None,
+        budget: ExpertBudget | None = None,
     ) -> torch.Tensor:
         """Run layers that follow one another.
 
@@ -109,6 +112,7 @@ class Stack(Protocol):
             x_TD: the residual stream, float32; it may be overwritten.
             kv: the cache of every layer of the model.
             router_entropy_T: float32; if given, takes the mean entropy of these layers' routers, in nats.
+            budget: how many experts the rows may use; None is all that the router chose.
 
         Returns: the residual stream behind them.
         """
@@ -121,6 +125,7 @@ class Stack(Protocol):
         cos_sin_LC: torch.Tensor,
         batch: AttentionBatch,
         thresholds_NT: torch.Tensor,
+        budget: ExpertBudget | None = None,
     ) -> StackResult:
         """Run all layers; rows leave where their probe's logit reaches their threshold.
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from . import exit_reference, reference
+from . import budget_reference, exit_reference, reference
 from .router_spec import RouterSpec
 from .stack import Stack, StackExit, StackLayer, StackShape
 from .torch_attention import run_attention
@@ -145,6 +145,12 @@ class TorchBackend:
             expert_scale_E=expert_scale_E,
             forced_ids_TK=forced_ids_TK,
         )
+
+    def limit_experts(
+        self, routing: Routing, scale_E: torch.Tensor | None, keep_T: torch.Tensor, cap_T: torch.Tensor
+    ) -> Routing:
+        """Fewer experts for rows on a budget. See :func:`budget_reference.limit_experts`."""
+        return budget_reference.limit_experts(routing, scale_E, keep_T, cap_T)
 
     def rms_norm(self, x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
         """Root-mean-square norm over the last dimension, in the weight's dtype."""

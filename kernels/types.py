@@ -6,6 +6,7 @@ Shape suffixes used in this package:
     E experts                   K experts per token    F width of one expert
     O output features           I input features       S sequences
     B pages of the cache        P tokens per page      M pages in a block table row
+    L layers
 """
 
 from __future__ import annotations
@@ -34,6 +35,21 @@ class Routing:
     identity_weights_T: torch.Tensor | None = None  # float32
     weight_on_input: bool = False
     index: Any = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertBudget:
+    """How many of its chosen experts each row of a step may use, layer by layer (:mod:`.budget_reference`).
+
+    Arguments:
+        keep_TL: float32 in 0 … 1, share of the row's estimated contributions that is kept; 1 keeps all.
+        cap_TL: int32, most experts, at least 1.
+        skipped_T: int64; whatever runs under the budget adds here how many experts the row did without.
+    """
+
+    keep_TL: torch.Tensor
+    cap_TL: torch.Tensor
+    skipped_T: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from dynamoe.dynamic.decoder import Decoder
+from dynamoe.dynamic.decoder import Decoder, make_stack
 from dynamoe.dynamic.engine.kv_cache import allocate_layers
 from dynamoe.dynamic.loader import load_decoder
 from dynamoe.exits.segments import Segment
-from dynamoe.kernels.types import AttentionBatch, KVLayer
+from dynamoe.kernels.types import AttentionBatch, ExpertBudget, KVLayer
 
 PAGE = 4
 FAMILIES: dict[str, dict[str, object]] = {
@@ -51,8 +52,16 @@ def batch_of(starts: list[int], counts: list[int]) -> AttentionBatch:
     )
 
 
-def steps(decoder: Decoder) -> tuple[list[torch.Tensor], list[KVLayer]]:
-    """A prefill and two decodes, in two segments, with the routers' entropy."""
+def budget_of(rows: int, layers: int, generator: torch.Generator) -> ExpertBudget:
+    """Random limits; every third row has none."""
+    keep_TL = torch.rand(rows, layers, generator=generator)
+    cap_TL = torch.randint(1, 4, (rows, layers), dtype=torch.int32, generator=generator)
+    keep_TL[::3], cap_TL[::3] = 1.0, 99
+    return ExpertBudget(keep_TL=keep_TL, cap_TL=cap_TL, skipped_T=torch.zeros(rows, dtype=torch.int64))
+
+
+def steps(decoder: Decoder, limited: bool = False) -> tuple[list[torch.Tensor], list[KVLayer]]:
+    """A prefill and two decodes, in two segments, with the routers' entropy, and with budgets if they are asked for."""
     kv = allocate_layers(decoder.spec, 24, PAGE, decoder.dtype, torch.device("cpu"))
     for layer in kv:
         layer.keys_BGPC.fill_(torch.nan)
@@ -62,9 +71,12 @@ def steps(decoder: Decoder) -> tuple[list[torch.Tensor], list[KVLayer]]:
     for starts, counts in (([0, 0, 0], [9, 1, 14]), ([9, 1, 14], [1, 1, 1]), ([10, 2, 15], [1, 5, 1])):
         tokens_T = torch.randint(3, 300, (sum(counts),), generator=generator)
         x_TD, entropy_T = decoder.embed(tokens_T), torch.zeros(len(tokens_T))
+        budget = budget_of(len(tokens_T), layers, generator) if limited else None
         for segment in (range(1), range(1, layers)):
-            x_TD = decoder.run_segment(Segment(index=0, layers=segment), x_TD, kv, batch_of(starts, counts), entropy_T)
+            batch = batch_of(starts, counts)
+            x_TD = decoder.run_segment(Segment(index=0, layers=segment), x_TD, kv, batch, entropy_T, budget)
             found += [x_TD.clone(), entropy_T.clone()]  # the next segment overwrites them
+            found += [] if budget is None else [budget.skipped_T.clone()]
     return found, kv
 
 
@@ -74,14 +86,37 @@ def test_a_stack_equals_its_operations(make_checkpoint: Callable[..., Path], fam
     path = make_checkpoint(family, num_hidden_layers=3, **FAMILIES[family])
     decoder = load_decoder(path, dtype=dtype, backend="cpu")
     assert decoder.stack is not None
-    found, kv = steps(decoder)
-    expected, expected_kv = steps(one_by_one(decoder))
+    assert_equal_steps(decoder, limited=False)
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "llama"])
+def test_a_stack_with_budgets_equals_its_operations(
+    make_checkpoint: Callable[..., Path], family: str, dtype: str, calibrated: bool
+) -> None:
+    decoder = load_decoder(make_checkpoint(family, num_hidden_layers=3), dtype=dtype, backend="cpu")
+    if calibrated and family != "llama":
+        generator = torch.Generator().manual_seed(1)
+        scales = [torch.rand(layer.ffn.num_experts, generator=generator) for layer in decoder.layers]
+        decoder.layers = tuple(
+            replace(layer, contribution_scale_E=scale_E) for layer, scale_E in zip(decoder.layers, scales, strict=True)
+        )
+        decoder.stack = make_stack(decoder)
+    found = assert_equal_steps(decoder, limited=True)
+    assert (int(found[-1].sum()) > 0) == (family != "llama")
+
+
+def assert_equal_steps(decoder: Decoder, limited: bool) -> list[torch.Tensor]:
+    found, kv = steps(decoder, limited)
+    expected, expected_kv = steps(one_by_one(decoder), limited)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.isfinite().all()
         assert torch.equal(ours, theirs)
     for ours, theirs in zip(kv, expected_kv, strict=True):
         assert torch.equal(ours.keys_BGPC.nan_to_num(7.0), theirs.keys_BGPC.nan_to_num(7.0))
         assert torch.equal(ours.values_BGPC.nan_to_num(7.0), theirs.values_BGPC.nan_to_num(7.0))
+    return found
 
 
 def test_what_a_stack_cannot_do_runs_operation_by_operation(make_checkpoint: Callable[..., Path]) -> None:
@@ -105,5 +140,10 @@ def test_arguments_that_do_not_fit_are_refused(make_checkpoint: Callable[..., Pa
         decoder.stack.run(layers, x_TD, kv, table_LC[:2], batch)
     with pytest.raises(ValueError, match=r"layers 0 … 99"):
         decoder.stack.run(range(99), x_TD, kv, table_LC, batch)
+    short = ExpertBudget(
+        keep_TL=torch.ones(3, 1), cap_TL=torch.ones(3, 1).int(), skipped_T=torch.zeros(3, dtype=torch.int64)
+    )
+    with pytest.raises(ValueError, match="each of 3 rows and 3 layers"):
+        decoder.stack.run(layers, x_TD, kv, table_LC, batch, budget=short)
     with pytest.raises(ValueError, match="exits and 3 rows"):
         decoder.stack.run_with_exits(x_TD, kv, table_LC, batch, torch.zeros(1, 3))

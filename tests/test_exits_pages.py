@@ -1,7 +1,7 @@
 """No request ever receives a page that holds something else than the full model computes.
 
-Random lives of an engine, with prompts that repeat what others wrote, against a record of what was projected where that
-is kept without the engine's own tags.
+Random lives of an engine, with prompts that repeat what others wrote, against a record of what was projected where, and
+of which rows went without experts, that is kept without the engine's own tags.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dynamoe.dynamic.engine.request import Sequence
 from dynamoe.dynamic.engine.scheduler import Entry
 from dynamoe.dynamic.loader import LoadedModel, load_model
 from dynamoe.dynamic.sampling_params import SamplingParams
+from dynamoe.kernels.types import ExpertBudget
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -31,7 +32,8 @@ LAYERS = 3
 
 
 class Watch:
-    """Follows an engine's pages by the slots that rows which leave write to, and by what attends to them later."""
+    """Follows an engine's pages by the slots that rows which leave, or lack experts, write to, and by what attends to
+    them later."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -40,6 +42,8 @@ class Watch:
         pool, scheduler, exits = engine.scheduler.pool, engine.scheduler, engine.runner.exits
         exits.decoder = copy.copy(exits.decoder)  # watched in this engine alone
         run_with_exits = exits.decoder.run_with_exits
+        budgets = engine.runner.budgets
+        record = budgets.record
         allocate, retain, computed, leave = pool.allocate, pool.retain, scheduler.computed, exits.backfill.leave
 
         def watched_allocate() -> int:
@@ -56,16 +60,25 @@ class Watch:
             self.tainted |= set(batch.slots_T.tolist())
             leave(exit, x_RD, batch)
 
-        def watched_run(x_TD: torch.Tensor, kv: Any, batch: Any, thresholds_NT: torch.Tensor) -> Any:
-            result = run_with_exits(x_TD, kv, batch, thresholds_NT)
+        def watched_run(x_TD: torch.Tensor, kv: Any, batch: Any, thresholds_NT: torch.Tensor, budget: Any) -> Any:
+            result = run_with_exits(x_TD, kv, batch, thresholds_NT, budget)
             self.tainted |= set(batch.slots_T[result.depths_T < LAYERS].tolist())
             return result
+
+        def watched_record(entries: list[Entry], budget: ExpertBudget | None) -> None:
+            rows = [(entry.sequence, entry.start + n) for entry in entries for n in range(entry.count)]
+            skipped = [] if budget is None else budget.skipped_T.tolist()
+            for (sequence, position), experts in zip(rows, skipped, strict=budget is not None):
+                if experts:
+                    self.tainted.add(sequence.pages[position // PAGE] * PAGE + position % PAGE)
+            record(entries, budget)
 
         def watched_computed(entry: Entry) -> None:
             computed(entry)
             self.spread(entry.sequence, pool)
 
         pool.allocate, pool.retain = watched_allocate, watched_retain  # type: ignore[method-assign]
+        budgets.record = watched_record  # type: ignore[method-assign]
         scheduler.computed = watched_computed  # type: ignore[method-assign]
         exits.backfill.leave = watched_leave  # type: ignore[method-assign]
         exits.decoder.run_with_exits = watched_run  # type: ignore[method-assign]
@@ -104,7 +117,7 @@ class Sometimes:
 
 @pytest.fixture(scope="module")
 def model(make_exits: Callable[..., Path]) -> LoadedModel:
-    path = make_exits("llama", dict.fromkeys(EXITS, 0.3), num_hidden_layers=LAYERS)
+    path = make_exits("qwen3_moe", dict.fromkeys(EXITS, 0.3), num_hidden_layers=LAYERS)
     return load_model(path, dtype="float32", backend="cpu", progress=False)
 
 
@@ -115,6 +128,7 @@ requests = st.fixed_dictionaries(
         "cut": st.integers(0, 6),  # without its last tokens
         "suffix": st.lists(st.integers(3, 5), min_size=1, max_size=6),
         "thresholds": st.none() | st.dictionaries(st.sampled_from(EXITS), probabilities, min_size=1),
+        "experts": st.sampled_from((None, None, 1, 2, 3)),  # of 3 that the routers choose
         "max_tokens": st.integers(1, 24),
         "n": st.sampled_from((1, 1, 1, 3)),
         "priority": st.integers(0, 1),
@@ -124,7 +138,7 @@ requests = st.fixed_dictionaries(
 
 
 def parameters(wish: dict[str, Any]) -> SamplingParams:
-    thresholds = wish["thresholds"]
+    thresholds, experts = wish["thresholds"], wish["experts"]
     return SamplingParams(
         temperature=0.0 if wish["n"] == 1 else 1.0,
         seed=3,
@@ -132,8 +146,9 @@ def parameters(wish: dict[str, Any]) -> SamplingParams:
         max_tokens=wish["max_tokens"],
         ignore_eos=True,
         detokenize=False,
-        quality="exact" if thresholds is None else None,
+        quality="exact" if thresholds is None and experts is None else None,
         exit_thresholds=thresholds or {},
+        experts_per_token=experts,
     )
 
 

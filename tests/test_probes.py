@@ -183,6 +183,17 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainableDecoder
     return model, target
 
 
+def test_an_export_removes_what_belongs_to_an_earlier_one(
+    exported: tuple[TrainableDecoder, Path], tmp_path: Path
+) -> None:
+    model, target = exported
+    sidecars = ("exits.json", "exits.safetensors", "experts.json")
+    for name in sidecars:
+        (tmp_path / name).touch()
+    export_checkpoint(model, target / "tokenizer.json", tmp_path, torch.float32)
+    assert not any((tmp_path / name).exists() for name in sidecars)
+
+
 def test_the_export_is_read_by_transformers(exported: tuple[TrainableDecoder, Path]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

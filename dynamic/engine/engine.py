@@ -69,6 +69,7 @@ class Engine:
         self.runner.exits.prepare()
         self._segment_layers = tuple(len(segment.layers) for segment in decoder.segments)
         self.offer = Offer()  # contracts that requests may run under
+        self._segment_experts = tuple(spec.experts_in(segment.layers) for segment in decoder.segments)
         self._eos = _eos_token_ids(model)
         self._requests: dict[str, Request] = {}
         self._arrivals = 0
@@ -93,7 +94,7 @@ class Engine:
 
         Raises:
             ValueError: for an id in use, an empty or too long prompt, token ids outside the vocabulary, exits that the
-                model does not have.
+                model does not have, an expert budget that it cannot keep.
             EngineFull: when ``max_waiting`` sequences wait already.
         """
         if request_id in self._requests:
@@ -102,10 +103,10 @@ class Engine:
         self.check(prompt, params)
         if len(self.scheduler.waiting) >= self.config.max_waiting:
             raise EngineFull(len(self.scheduler.waiting), self._pace.seconds_per_request)
-        thresholds, contract = params.exit_thresholds, None
+        spends, contract = params, None
         if isinstance(params.quality, Quality):
             longest = self.max_model_len - len(prompt)
-            thresholds, contract = self.offer.settle(params.quality, params, min(longest, params.max_tokens or longest))
+            spends, contract = self.offer.settle(params.quality, params, min(longest, params.max_tokens or longest))
         request = Request(
             request_id,
             prompt,
@@ -118,7 +119,8 @@ class Engine:
                 eos=frozenset() if params.ignore_eos else self._eos, listed=frozenset(params.stop_token_ids)
             ),
             base_seed=self.config.seed,
-            exit_logits_E=self.runner.exits.logit_thresholds(thresholds),
+            exit_logits_E=self.runner.exits.logit_thresholds(spends.exit_thresholds),
+            expert_budget=self.runner.budgets.of_request(spends),
             contract=contract,
         )
         self._arrivals += 1
@@ -147,6 +149,7 @@ class Engine:
                 raise ValueError(f"{name}={count} exceeds the vocabulary of {self.vocab_size}")
 
         self.runner.exits.logit_thresholds(params.exit_thresholds)
+        self.runner.budgets.of_request(params)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Drop requests and free their pages at once; unknown or finished ids are ignored. No delta follows."""
@@ -189,7 +192,9 @@ class Engine:
             preemptions=counters.preemptions,
             segment_layers=self._segment_layers,
             segment_rows=launched_rows(self.runner.exits.ended_rows, self.runner.full_rows),
+            segment_experts=self._segment_experts,
             projected_rows=self.runner.exits.projected_rows,
+            skipped_experts=self.runner.budgets.skipped_experts,
             rows_parked=self.runner.exits.rows_parked,
         )
 
@@ -314,7 +319,9 @@ class Engine:
         return Compute(
             segment_layers=self._segment_layers,
             segment_rows=launched_rows(ended, request.full_rows),
+            segment_experts=self._segment_experts,
             projected_rows=request.projected_rows,
+            skipped_experts=request.skipped_experts,
         )
 
     def _add_text(self, sequence: Sequence, token_id: int, armed: bool, delta: CompletionDelta) -> None:

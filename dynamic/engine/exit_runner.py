@@ -20,8 +20,9 @@ import numpy as np
 import torch
 
 from ...exits.segments import Segment
-from ...kernels.types import AttentionBatch, KVLayer
+from ...kernels.types import AttentionBatch, ExpertBudget, KVLayer
 from .backfill import Backfill, Project
+from .budgets import budget_of
 from .parking import Parking, measure_times
 from .request import ParkedRow, Request
 
@@ -51,11 +52,13 @@ class _Plan:
         thresholds_ET: the probe's logit from which on a row leaves; inf stays.
         movable: rows that may be parked, with their entries.
         parked: those that are, by segment.
+        budget: of the step's rows, if any is on one.
     """
 
     thresholds_ET: np.ndarray
     movable: dict[int, Entry]
     parked: dict[int, list[int]]
+    budget: ExpertBudget | None
 
 
 class ExitRunner:
@@ -114,13 +117,13 @@ class ExitRunner:
         if self.park_rows and any(exit.probe is not None for exit in self.exits):
             self.parking = Parking(measure_times(self.decoder, self.page_size, self.max_num_seqs))
 
-    def run(self, entries: list[Entry], rows: StepRows) -> torch.Tensor:
+    def run(self, entries: list[Entry], rows: StepRows, budget: ExpertBudget | None = None) -> torch.Tensor:
         """Run a step; see :meth:`Runner.run`."""
         started = time.perf_counter()
         if self.parking is not None and self._started is not None:
             self.parking.observe_step(started - self._started - self._in_segments, len(entries))
         self._started, self._in_segments = started, 0.0
-        plan = self._plan(entries, len(rows))
+        plan = self._plan(entries, len(rows), budget)
         if self.decoder.stack is not None and not self._one_by_one(plan):
             return self._run_at_once(entries, rows, plan)
         out_TD = torch.empty(len(rows), self.decoder.spec.hidden_size, device=self.decoder.device)
@@ -156,7 +159,8 @@ class ExitRunner:
         """The whole step in one call of the backend: same rows, same bits, nothing spent between segments."""
         x_TD = self.decoder.embed(rows.token_ids())
         started = time.perf_counter()
-        result = self.decoder.run_with_exits(x_TD, self.kv, rows.batch(), self._move(plan.thresholds_ET))
+        thresholds_NT = self._move(plan.thresholds_ET)
+        result = self.decoder.run_with_exits(x_TD, self.kv, rows.batch(), thresholds_NT, plan.budget)
         self._in_segments += time.perf_counter() - started
         if self.parking is not None and len(plan.movable) > 1 and self._steps % _REVIEW == 0:
             for number, (deciding, going) in enumerate(result.decisions_N2.tolist(), 1):
@@ -165,7 +169,7 @@ class ExitRunner:
         self._record(entries, result.depths_T.tolist(), {})
         return result.out_TD
 
-    def _plan(self, entries: list[Entry], num_rows: int) -> _Plan:
+    def _plan(self, entries: list[Entry], num_rows: int, budget: ExpertBudget | None) -> _Plan:
         thresholds_ET = np.full((len(self.exits), num_rows), STAYS, dtype=np.float32)
         movable: dict[int, Entry] = {}
         parked: dict[int, list[int]] = {}
@@ -184,7 +188,7 @@ class ExitRunner:
                         if sequence.parked is not None:
                             parked.setdefault(sequence.parked.segment, []).append(row)
             first += entry.count
-        return _Plan(thresholds_ET=thresholds_ET, movable=movable, parked=parked)
+        return _Plan(thresholds_ET=thresholds_ET, movable=movable, parked=parked, budget=budget)
 
     def _start(self, rows: StepRows, plan: _Plan) -> _Live:
         """The rows that begin in this step, embedded."""
@@ -239,7 +243,10 @@ class ExitRunner:
         previous_RD = live.x_RD.clone() if probe and probe.previous else None
         entropy_R = torch.zeros(len(live.rows_R), device=out_TD.device) if probe and probe.router_entropy else None
         started = time.perf_counter()
-        live.x_RD = self.decoder.run_segment(segment, live.x_RD, self.kv, live.batch, entropy_R)
+        budget = None if plan.budget is None else budget_of(plan.budget, self._move(live.rows_R))
+        live.x_RD = self.decoder.run_segment(segment, live.x_RD, self.kv, live.batch, entropy_R, budget)
+        if plan.budget is not None and budget is not None:
+            plan.budget.skipped_T[self._move(live.rows_R)] += budget.skipped_T
         self._in_segments += time.perf_counter() - started
         if exit is None or probe is None:
             return live

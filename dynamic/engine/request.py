@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from ..outputs import PositionLogprobs
     from ..quality import ContractOutcome
+    from .budgets import RequestBudget
     from .text import OutputText
 
 _MASK_64 = (1 << 64) - 1
@@ -70,7 +71,8 @@ class Request:
         max_total_tokens: prompt and output together never get longer.
         base_seed: seeds the draws when the request brings no seed of its own.
         exit_logits_E: per exit of the model, the probe's logit from which on its output leaves there (float32, inf:
-            never); None for a request that runs exactly.
+            never); None for a request whose tokens run all layers.
+        expert_budget: how many experts its output may use; None for one that uses all.
         contract: what became of the risk that its caller accepts.
     """
 
@@ -88,6 +90,7 @@ class Request:
         base_seed: int,
         exit_logits_E: np.ndarray | None = None,
         contract: ContractOutcome | None = None,
+        expert_budget: RequestBudget | None = None,
     ) -> None:
         self.request_id = request_id
         self.prompt_token_ids = prompt_token_ids
@@ -98,6 +101,7 @@ class Request:
         self.stop_tokens = stop_tokens
         self.exit_logits_E = exit_logits_E
         self.contract = contract
+        self.expert_budget = expert_budget
         limit = max_total_tokens - len(prompt_token_ids)
         self.max_output_tokens = limit if params.max_tokens is None else min(limit, params.max_tokens)
         # The leading number keeps seeds that callers choose apart from those that the engine derives.
@@ -111,6 +115,7 @@ class Request:
         self.full_rows = 0  # rows that ran all layers in steps without exits
         self.ended_rows: list[int] | None = None  # in steps with exits; see ExitRunner.ended_rows
         self.projected_rows = 0  # rows times layers whose keys and values were projected
+        self.skipped_experts = 0  # rows times experts that its budget left out
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -191,8 +196,12 @@ class Sequence:
         for position, depth in enumerate(depths, start):
             if position - self.num_prompt == len(self.depths):
                 self.depths.append(depth)
-                if depth < num_layers and self.first_approximate == NEVER:
-                    self.first_approximate = position
+                if depth < num_layers:
+                    self.mark_approximate(position)
+
+    def mark_approximate(self, position: int) -> None:
+        """Say that keys and values from this position on are not those of the full model."""
+        self.first_approximate = min(self.first_approximate, position)
 
     def append(self, token_id: int) -> None:
         """Add a sampled token."""

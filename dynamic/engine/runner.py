@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...exits.segments import Segment
+from ...kernels.types import ExpertBudget
+from .budgets import ExpertBudgets
 from .exit_runner import ExitRunner
 from .kv_cache import allocate_layers, copy_pages
-from .scheduler import Schedule
+from .scheduler import Entry, Schedule
 from .step_rows import StepRows
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ class Runner:
         # Long prompts with logprobs would need rows x vocabulary floats at once.
         self.max_logit_rows = max(1, LOGITS_CHUNK_BYTES // (4 * decoder.spec.vocab_size))
         self.exits = ExitRunner(decoder, self.kv, page_size, max_num_seqs, park_rows)
+        self.budgets = ExpertBudgets(decoder)
         self.full_rows = 0  # rows launched through the whole model at once
         self._whole = Segment(index=0, layers=range(decoder.spec.num_layers))
 
@@ -52,12 +55,20 @@ class Runner:
         if schedule.copies:
             copy_pages(self.kv, schedule.copies)
         rows = StepRows(schedule.entries, self.page_size, self.device)
+        budget = self.budgets.plan(schedule.entries, len(rows))
         if any(entry.sequence.request.exit_logits_E is not None for entry in schedule.entries):
-            return self.exits.run(schedule.entries, rows)
-        for entry in schedule.entries:
+            x_TD = self.exits.run(schedule.entries, rows, budget)
+        else:
+            x_TD = self._run_whole(schedule.entries, rows, budget)
+        self.budgets.record(schedule.entries, budget)
+        return x_TD
+
+    def _run_whole(self, entries: list[Entry], rows: StepRows, budget: ExpertBudget | None) -> torch.Tensor:
+        for entry in entries:
             entry.sequence.request.full_rows += entry.count
         self.full_rows += len(rows)
-        return self.decoder.run_segment(self._whole, self.decoder.embed(rows.token_ids()), self.kv, rows.batch())
+        x_TD = self.decoder.embed(rows.token_ids())
+        return self.decoder.run_segment(self._whole, x_TD, self.kv, rows.batch(), budget=budget)
 
     def logits(self, x_TD: torch.Tensor, rows: list[int] | range) -> torch.Tensor:
         """Logits of some rows of :meth:`run`'s result, float32, (R, V)."""

@@ -18,7 +18,9 @@ class EngineStats:
         generation_tokens: tokens sampled.
         preemptions: sequences that lost their pages and were computed again.
         segment_layers, segment_rows: layers of each segment between exits, and rows that were launched through it.
+        segment_experts: experts that a row uses in each segment without a budget.
         projected_rows: rows times layers whose keys and values were made of the state at an exit.
+        skipped_experts: rows times experts that budgets left out of layers that ran.
         rows_parked: rows that were stopped in front of a segment to wait for others.
     """
 
@@ -34,5 +36,7 @@ class EngineStats:
     preemptions: int
     segment_layers: tuple[int, ...]
     segment_rows: tuple[int, ...]
+    segment_experts: tuple[int, ...]
     projected_rows: int
+    skipped_experts: int
     rows_parked: int

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from ...exits.sidecar import JSON_FILE, TENSOR_FILE, ExitHeads, backbone_hash, save_heads
+from ...moe.sidecar import JSON_FILE as EXPERTS_FILE
 from .corpus import END_OF_TEXT
 from .model import Attention, DecoderConfig, SparseMLP, TrainableDecoder
 
@@ -88,7 +89,7 @@ def export_checkpoint(
         dtype: of the stored weights.
     """
     target.mkdir(parents=True, exist_ok=True)
-    for stale in (JSON_FILE, TENSOR_FILE):  # exits of an earlier export do not fit these weights
+    for stale in (JSON_FILE, TENSOR_FILE, EXPERTS_FILE):  # what belongs to an earlier export does not fit these weights
         (target / stale).unlink(missing_ok=True)
     save_file(checkpoint_tensors(model, dtype), target / "model.safetensors", metadata={"format": "pt"})
     (target / "model.safetensors").chmod(0o644)  # safetensors lets nobody else read what it writes

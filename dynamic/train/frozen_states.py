@@ -20,7 +20,7 @@ from ..engine.kv_cache import allocate_layers
 from ..spec import ModelSpec
 from .exit_heads import Backbone, frozen_logits
 
-_PAGE = 16
+PAGE = 16  # tokens
 _LOGIT_ROWS = 4096  # rows whose logits are in memory at once when choices are compared
 _GIB = 2**30
 
@@ -112,8 +112,8 @@ def collect_served_states(
     done = 0
     for groups, tokens_NL, first in batches:
         count, length = tokens_NL.shape
-        batch = _batch(count, length, device)
-        kv = allocate_layers(spec, count * -(-length // _PAGE), _PAGE, decoder.dtype, torch.device(device))
+        batch = prompts_batch(count, length, device)
+        kv = allocate_layers(spec, count * -(-length // PAGE), PAGE, decoder.dtype, torch.device(device))
         here = slice(done, done + count * (length - first))
 
         def taken(x: torch.Tensor, shape: tuple[int, int] = (count, length), first: int = first) -> torch.Tensor:
@@ -160,14 +160,14 @@ def load_states(file: Path) -> ExitStates:
     )
 
 
-def _batch(count: int, length: int, device: torch.device | str) -> AttentionBatch:
-    """Prompts of equal length, each in pages of its own."""
-    pages = -(-length // _PAGE)
+def prompts_batch(count: int, length: int, device: torch.device | str) -> AttentionBatch:
+    """Prompts of equal length, each in pages of its own, of ``PAGE`` tokens."""
+    pages = -(-length // PAGE)
     positions_NL = torch.arange(length).expand(count, -1)
     starts_N = torch.arange(count)[:, None] * pages
     batch = AttentionBatch(
         positions_T=positions_NL.flatten().to(device),
-        slots_T=(starts_N * _PAGE + positions_NL).flatten().to(device),
+        slots_T=(starts_N * PAGE + positions_NL).flatten().to(device),
         query_start_S1=(torch.arange(count + 1) * length).int().to(device),
         context_len_S=torch.full((count,), length, dtype=torch.int32, device=device),
         block_table_SM=(starts_N + torch.arange(pages)).int().to(device),

@@ -148,6 +148,20 @@ struct RouteCall {
 };
 void route(const Context& context, const RouteCall& call);
 
+struct LimitCall {
+  int64_t rows, top_k;
+  int32_t* ids;          // (T, K)
+  float* weights;        // (T, K)
+  int32_t* counts;       // (T): slots in use, before and after
+  const float* scale;    // (E), or null
+  const float* keep;     // of row 0
+  const int32_t* cap;    // likewise
+  int64_t stride;        // from row to row of both
+  const int64_t* numbers;  // (T): whose keep and cap a row has, or null: its own
+};
+// Every expert number in use must be within the scale.
+void limit_experts(const Context& context, const LimitCall& call);
+
 // int8: weights with one scale per output, rows quantised as they come.
 void pack_int8(const Context& context, const int8_t* weight, int64_t outputs, int64_t inputs, uint32_t* packed,
                int32_t* row_sums);

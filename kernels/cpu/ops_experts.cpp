@@ -1,4 +1,6 @@
 // Torch operators of experts: tensors are checked here, and only here, then handed on as pointers.
+#include <ATen/ops/full.h>
+
 #include <tuple>
 
 #include "tensors.h"
@@ -105,11 +107,47 @@ Tensor experts_int8_op(int64_t isa, const Tensor& x, const Tensor& gate_up, cons
   return out;
 }
 
+// Returns expert numbers, weights and counts; the arguments stay as they are.
+std::tuple<Tensor, Tensor, Tensor> limit_experts_op(int64_t isa, const Tensor& ids, const Tensor& weights,
+                                                    const OptionalTensor& counts, const OptionalTensor& scale,
+                                                    const Tensor& keep, const Tensor& cap) {
+  TORCH_CHECK_VALUE(ids.dim() == 2 && weights.sizes() == ids.sizes(), "expert ids of shape ", ids.sizes(),
+                    " and weights of shape ", weights.sizes(), " do not fit together");
+  LimitCall call{ids.size(0), ids.size(1)};
+  TORCH_CHECK_VALUE((!counts || counts->numel() == call.rows) && keep.numel() == call.rows && cap.numel() == call.rows,
+                    "counts, keep and cap must have one entry per row");
+  contiguous_data<int32_t>(ids, at::kInt, "expert ids");
+  contiguous_data<float>(weights, at::kFloat, "expert weights");
+  if (counts) contiguous_data<int32_t>(*counts, at::kInt, "counts");
+  Tensor kept_ids = ids.clone(), kept_weights = weights.clone(),
+         kept_counts = counts ? counts->clone() : at::full({call.rows}, call.top_k, ids.options());
+  call.ids = static_cast<int32_t*>(kept_ids.data_ptr());
+  call.weights = static_cast<float*>(kept_weights.data_ptr());
+  call.counts = static_cast<int32_t*>(kept_counts.data_ptr());
+  call.scale = floats(scale, "scale");
+  call.keep = contiguous_data<float>(keep, at::kFloat, "keep");
+  call.cap = contiguous_data<int32_t>(cap, at::kInt, "cap");
+  call.stride = 1;
+  for (int64_t row = 0; row < call.rows; ++row) {
+    TORCH_CHECK_VALUE(0 <= call.counts[row] && call.counts[row] <= call.top_k, "count ", call.counts[row],
+                      " is not in 0 … ", call.top_k);
+    for (int64_t k = 0; scale && k < call.counts[row]; ++k)
+      TORCH_CHECK_VALUE(0 <= call.ids[row * call.top_k + k] && call.ids[row * call.top_k + k] < scale->numel(),
+                        "an expert number is out of range: there are ", scale->numel(), " experts");
+  }
+  limit_experts(context_of(isa), call);
+  return {kept_ids, kept_weights, kept_counts};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(dynamoe_cpu, m) {
   m.def("pack_experts(int isa, Tensor gate, Tensor up, Tensor down, bool dense_down) -> (Tensor, Tensor)",
         &pack_experts_op);
+  m.def(
+      "limit_experts(int isa, Tensor ids, Tensor weights, Tensor? counts, Tensor? scale, Tensor keep, Tensor cap) -> "
+      "(Tensor, Tensor, Tensor)",
+      &limit_experts_op);
   m.def(
       "experts(int isa, Tensor x, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, int[] shape, "
       "Tensor ids, Tensor weights, "

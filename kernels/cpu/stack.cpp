@@ -32,7 +32,7 @@ namespace {
 // What lies between the operators of a layer.
 struct Work {
   char *normed, *qkv, *q, *attended, *pending, *logits;
-  int32_t* ids;
+  int32_t *ids, *counts;
   float* weights;
 
   Work(Arena& arena, const Stack& stack, int64_t rows) {
@@ -50,6 +50,7 @@ struct Work {
     pending = arena.take(bytes * shape.hidden);
     logits = arena.take(bytes * experts);
     ids = arena.take<int32_t>(rows * top_k);
+    counts = arena.take<int32_t>(rows);
     weights = arena.take<float>(rows * top_k);
   }
 };
@@ -120,9 +121,24 @@ void attend(const Context& context, const Shape& shape, const Block& block, cons
   project(context, shape, block.o, work.attended, shape.q_width(), rows, work.pending);
 }
 
+// Takes experts from rows that are on a budget.
+void limit(const Context& context, const Block& block, const Work& work, int64_t rows, const Budget& budget,
+           int64_t layer) {
+  const int64_t top_k = block.rule.top_k;
+  std::fill_n(work.counts, rows, static_cast<int32_t>(top_k));
+  LimitCall call{rows, top_k, work.ids, work.weights, work.counts, block.scale};
+  call.keep = budget.keep + layer;
+  call.cap = budget.cap + layer;
+  call.stride = budget.layers;
+  call.numbers = budget.numbers;
+  limit_experts(context, call);
+  for (int64_t row = 0; row < rows; ++row)
+    budget.skipped[budget.numbers ? budget.numbers[row] : row] += top_k - work.counts[row];
+}
+
 // From the normed rows to what the experts add to the residual stream.
 void feed_forward(const Context& context, const Shape& shape, const Block& block, const Work& work, int64_t rows,
-                  float* entropy, float share) {
+                  const Budget& budget, int64_t layer, float* entropy, float share) {
   ExpertsCall call = block.experts;
   call.x = {work.normed, shape.hidden, shape.dtype};
   call.rows = rows;
@@ -139,6 +155,10 @@ void feed_forward(const Context& context, const Shape& shape, const Block& block
   call.ids = work.ids;
   call.weights = work.weights;
   call.top_k = rule.top_k;
+  if (budget.keep) {
+    limit(context, block, work, rows, budget, layer);
+    call.counts = work.counts;
+  }
   experts(context, call);
 }
 
@@ -162,7 +182,7 @@ void run_layers(const Context& context, const Stack& stack, int64_t first, int64
     norm(context, shape, layer == first ? nullptr : work.pending, x, block.attention_norm, rows, work.normed);
     attend(context, shape, block, work, places, caches, layer);
     norm(context, shape, work.pending, x, block.ffn_norm, rows, work.normed);
-    feed_forward(context, shape, block, work, rows, entropy, share);
+    feed_forward(context, shape, block, work, rows, places.budget, layer, entropy, share);
   }
   if (first < last) add_pending(context, shape, work.pending, shape.residual_scale, x, rows);
 }

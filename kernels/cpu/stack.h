@@ -21,6 +21,7 @@ struct Block {
   const void* ffn_norm;
   Projection router;     // none: every expert has weight 1
   RouteCall rule;        // what does not depend on the rows
+  const float* scale;    // contribution of each expert per unit of weight, or null
   ExpertsCall experts;   // likewise
   int64_t window;
 };
@@ -35,12 +36,22 @@ struct Shape {
   int64_t kv_width() const { return kv_heads * channels; }
 };
 
-// Where rows live, as AttentionCall wants it.
+// How many experts rows may use in each layer, (T, layers), and how many they went without. Without `keep`: no limit.
+struct Budget {
+  const float* keep;
+  const int32_t* cap;
+  int64_t* skipped;        // (T), added to
+  int64_t layers;
+  const int64_t* numbers;  // the row of the step that each row is, or null: they are the same
+};
+
+// Where rows live, as AttentionCall wants it, and what they may use.
 struct Places {
   int64_t rows;
   const int64_t *positions, *slots;
   const int32_t *query_start, *context_len, *block_table;
   int64_t block_table_stride, sequences;
+  Budget budget;
 };
 
 // The caches of all layers.

@@ -15,6 +15,7 @@ class Live {
  public:
   Live(const ExitsCall& call, const Shape& shape) : hidden_(shape.hidden), x_(call.x), places_(call.places) {
     for (int64_t row = 0; row < places_.rows; ++row) numbers_.push_back(row);
+    places_.budget.numbers = numbers_.data();
   }
   float* x() const { return x_; }
   int64_t rows() const { return places_.rows; }
@@ -52,7 +53,7 @@ class Live {
       tables_.insert(tables_.end(), table, table + width);
     }
     places_ = {staying, positions_.data(), slots_.data(), query_start_.data(), context_len_.data(), tables_.data(),
-               width, static_cast<int64_t>(context_len_.size())};
+               width, static_cast<int64_t>(context_len_.size()), places_.budget};
   }
 
  private:

@@ -30,7 +30,7 @@ class StackHolder : public torch::CustomClassHolder {
                  const OptionalTensor& o_bias, const Tensor& ffn_norm, const OptionalTensor& router,
                  const Tensor& gate_up, const Tensor& down, const OptionalTensor& gate_up_bias,
                  const OptionalTensor& down_bias, std::vector<int64_t> experts, std::vector<int64_t> rule,
-                 double routing_scale, int64_t window) {
+                 double routing_scale, const OptionalTensor& contribution_scale, int64_t window) {
     const Shape& shape = stack_.shape;
     Block block{};
     block.attention_norm = weights(attention_norm, shape.hidden, "attention_norm");
@@ -57,6 +57,9 @@ class StackHolder : public torch::CustomClassHolder {
       block.rule.softmax_after_topk = rule[2] != 0;
       block.rule.renormalize = rule[3] != 0;
       block.rule.scale = static_cast<float>(routing_scale);
+      TORCH_CHECK_VALUE(!contribution_scale || contribution_scale->numel() == experts[0],
+                        "contribution_scale must have one entry for each of ", experts[0], " experts");
+      block.scale = floats(keep(contribution_scale), "contribution_scale");
     }
     stack_.blocks.push_back(block);
   }
@@ -112,13 +115,14 @@ class StackHolder : public torch::CustomClassHolder {
 
   Tensor run(Tensor x, int64_t first, int64_t last, const Tensors& keys, const Tensors& values, const Tensor& cos_sin,
              const Tensor& positions, const Tensor& slots, const Tensor& query_start, const Tensor& context_len,
-             const Tensor& block_table, const OptionalTensor& entropy) {
+             const Tensor& block_table, const OptionalTensor& entropy, const OptionalTensor& keep,
+             const OptionalTensor& cap, const OptionalTensor& skipped) {
     TORCH_CHECK_VALUE(0 <= first && first <= last && last <= static_cast<int64_t>(stack_.blocks.size()), "layers ", first,
                       " … ", last, " are not those of a model of ", stack_.blocks.size());
     x = stream(x);
     const Caches caches = caches_of(keys, values, cos_sin);
-    const Places places =
-        places_of(x.size(0), keys[0], cos_sin, positions, slots, query_start, context_len, block_table);
+    Places places = places_of(x.size(0), keys[0], cos_sin, positions, slots, query_start, context_len, block_table);
+    places.budget = budget_of(x.size(0), keep, cap, skipped);
     TORCH_CHECK_VALUE(!entropy || entropy->numel() == x.size(0), "entropy must have one entry per row");
     run_layers(context_of(isa_), stack_, first, last, static_cast<float*>(x.data_ptr()), places, caches,
                const_cast<float*>(floats(entropy, "entropy")));
@@ -131,7 +135,8 @@ class StackHolder : public torch::CustomClassHolder {
                                                     const Tensor& cos_sin, const Tensor& positions,
                                                     const Tensor& slots, const Tensor& query_start,
                                                     const Tensor& context_len, const Tensor& block_table,
-                                                    const Tensor& thresholds) {
+                                                    const Tensor& thresholds, const OptionalTensor& keep,
+                                                    const OptionalTensor& cap, const OptionalTensor& skipped) {
     x = stream(x);
     const int64_t rows = x.size(0), exits = static_cast<int64_t>(stack_.exits.size());
     const Caches caches = caches_of(keys, values, cos_sin);
@@ -142,6 +147,7 @@ class StackHolder : public torch::CustomClassHolder {
            decisions = at::empty({exits, 2}, integers), launched = at::empty({exits + 1}, integers);
     ExitsCall call{static_cast<float*>(x.data_ptr()),
                    places_of(rows, keys[0], cos_sin, positions, slots, query_start, context_len, block_table)};
+    call.places.budget = budget_of(rows, keep, cap, skipped);
     call.thresholds = contiguous_data<float>(thresholds, at::kFloat, "thresholds");
     call.out = static_cast<float*>(out.data_ptr());
     call.depths = static_cast<int64_t*>(depths.data_ptr());
@@ -198,6 +204,17 @@ class StackHolder : public torch::CustomClassHolder {
                         "a cache of shape ", keys[layer].sizes(), " does not fit the model");
     }
     return caches;
+  }
+
+  Budget budget_of(int64_t rows, const OptionalTensor& keep, const OptionalTensor& cap,
+                   const OptionalTensor& skipped) const {
+    if (!keep) return {};
+    const int64_t layers = static_cast<int64_t>(stack_.blocks.size());
+    TORCH_CHECK_VALUE(keep->numel() == rows * layers && cap && cap->sizes() == keep->sizes() && skipped &&
+                          skipped->numel() == rows,
+                      "a budget must have one entry for each of ", rows, " rows and ", layers, " layers");
+    return {contiguous_data<float>(*keep, at::kFloat, "keep"), contiguous_data<int32_t>(*cap, at::kInt, "cap"),
+            const_cast<int64_t*>(contiguous_data<int64_t>(*skipped, at::kLong, "skipped")), layers};
   }
 
   static Places places_of(int64_t rows, const Tensor& keys, const Tensor& cos_sin, const Tensor& positions,

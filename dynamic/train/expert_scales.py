@@ -1,0 +1,175 @@
+"""``dynamoe experts``: measures on text what every expert of a model adds, for expert budgets."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+
+from ...exits.segments import Segment
+from ...exits.sidecar import backbone_hash
+from ...exits.training.progress import ProgressLine
+from ...kernels.torch_backend import TorchBackend
+from ...kernels.types import ExpertWeights, Routing
+from ...moe.contribution import ContributionMeter, ExpertScales, LayerScales, slot_norms
+from ...moe.sidecar import JSON_FILE, save_scales
+from ..calibration_text import reference_pages, token_windows
+from ..decoder import Decoder
+from ..decoder_budget import limited_layers
+from ..engine.kv_cache import allocate_layers
+from ..loader import load_decoder
+from ..model_store import resolve_model
+from ..spec import ModelSpec
+from ..tokenizer import Tokenizer
+from .frozen_states import PAGE, prompts_batch
+from .packages import collect_folder
+
+_STEP_ROWS = 1024  # tokens that run at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """``dynamoe experts``.
+
+    Arguments:
+        model: a local directory, a Hub id, or the name of a shipped model; the result is written beside its weights.
+        windows: pieces of text that are run.
+        window_tokens: length of each.
+        text_folder: a folder of .txt and .html files; nothing takes the language reference that every Python has.
+        dtype: that the model runs in: ``float32``, ``bfloat16``, ``float16``, or ``auto`` (the checkpoint's own).
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        backend: which kernels compute; ``auto`` takes the fastest that run here.
+        threads: CPU threads; null leaves torch's own choice.
+
+    Raises:
+        ValueError: naming the key and the value that is out of range.
+    """
+
+    FREE_TEXT: ClassVar[frozenset[str]] = frozenset({"text_folder"})
+
+    model: str = "tiny"
+    windows: int = 128
+    window_tokens: int = 256
+    text_folder: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    backend: str = "auto"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("windows", "window_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+def make_expert_scales(
+    config: ExpertsConfig, *, progress: bool = True, say: Callable[[str], None] = print
+) -> ExpertScales:
+    """Measure a model's experts and write ``experts.json`` beside its weights.
+
+    Arguments:
+        progress: show a progress line.
+
+    Raises:
+        ValueError: for a model without routers that weigh their experts, text that is too short, or a directory that
+            cannot be written to.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    path = resolve_model(config.model, progress=progress)
+    decoder = load_decoder(path, dtype=config.dtype, device=config.device, backend=config.backend, progress=progress)
+    limited_layers(decoder.spec)  # refuses what has nothing to measure before any text is read
+    if config.window_tokens > decoder.spec.max_position:
+        raise ValueError(f"window_tokens={config.window_tokens} exceeds the model's {decoder.spec.max_position}")
+    pages = reference_pages(held_out=False)
+    if config.text_folder is not None:
+        parts = collect_folder(Path(config.text_folder).expanduser())
+        pages = [document for part in parts for document in part.documents]
+    tokenizer = Tokenizer.from_directory(path)
+    windows_NL = token_windows(tokenizer.backend, pages, count=config.windows, length=config.window_tokens)
+    line = ProgressLine(windows_NL.numel(), 0, what="token") if progress else None
+    measured = measure_scales(decoder, windows_NL, lambda done: line.update(done, {}) if line else None)
+    if line is not None:
+        line.close()
+    scales = ExpertScales(layers=measured, tokens=windows_NL.numel(), backbone_sha256=backbone_hash(path))
+    try:
+        save_scales(scales, path)
+    except OSError as error:
+        raise ValueError(f"cannot write {path / JSON_FILE}: {error}; copy the model and name the copy") from error
+    say(f"{path / JSON_FILE}: contribution scales of {sum(s is not None for s in measured)} layers")
+    return scales
+
+
+def measure_scales(
+    decoder: Decoder, windows_NL: torch.Tensor, watch: Callable[[int], None] | None = None
+) -> tuple[LayerScales | None, ...]:
+    """Run text through a decoder and measure what its experts add.
+
+    Arguments:
+        windows_NL: token ids of N pieces of text of L tokens each, int64.
+        watch: is told the number of tokens done.
+
+    Returns: what was measured in each layer; None for layers without experts.
+
+    Raises:
+        ValueError: for a model without routers that weigh their experts, or no text.
+    """
+    limited = limited_layers(decoder.spec)
+    meters = {number: ContributionMeter(_num_experts(decoder.spec, number)) for number in limited}
+    watched = copy.copy(decoder)
+    watched.stack = None  # operation by operation, so that the experts' operation can be watched
+    backend = _WatchingBackend(decoder, meters)
+    watched.backend = cast(TorchBackend, backend)
+    whole = Segment(index=0, layers=range(decoder.spec.num_layers))
+    length, done = windows_NL.shape[1], 0
+    for part_NL in windows_NL.split(max(1, _STEP_ROWS // length)):
+        pages = len(part_NL) * -(-length // PAGE)
+        kv = allocate_layers(decoder.spec, pages, PAGE, decoder.dtype, torch.device(decoder.device))
+        batch = prompts_batch(len(part_NL), length, decoder.device)
+        watched.run_segment(whole, decoder.embed(part_NL.flatten().to(decoder.device)), kv, batch)
+        done += part_NL.numel()
+        if watch is not None:
+            watch(done)
+    return tuple(meters[n].scales() if n in meters else None for n in range(decoder.spec.num_layers))
+
+
+def _num_experts(spec: ModelSpec, number: int) -> int:
+    moe = spec.layers[number].moe
+    assert moe is not None
+    return moe.router.num_experts
+
+
+class _WatchingBackend:
+    """A decoder's backend whose experts are measured while they run.
+
+    Arguments:
+        meters: by layer.
+    """
+
+    def __init__(self, decoder: Decoder, meters: dict[int, ContributionMeter]) -> None:
+        self._backend = decoder.backend
+        self._stream_T = torch.empty(0)
+        self._layers = {
+            id(decoder.layers[n].ffn): (meter, cast(Any, decoder.spec.layers[n].moe).num_always_on)
+            for n, meter in meters.items()
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def add_rms_norm(self, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last one in front of a layer's experts adds up the residual stream that they are added to."""
+        normed_TD, stream_TD = self._backend.add_rms_norm(*arguments)
+        self._stream_T = stream_TD.float().norm(dim=-1)
+        return normed_TD, stream_TD
+
+    def experts(self, x_TD: torch.Tensor, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
+        meter, first = self._layers[id(weights)]  # experts that are always on come first and are no choice
+        norms_TK = slot_norms(x_TD, weights, routing, self._backend)
+        chosen = (routing.expert_ids_TK[:, first:] - first, routing.weights_TK[:, first:], norms_TK[:, first:])
+        meter.add(*chosen, self._stream_T)
+        return self._backend.experts(x_TD, weights, routing)
