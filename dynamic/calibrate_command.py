@@ -50,6 +50,7 @@ class CalibrateConfig:
         test_requests: further prompts that tell how the chosen settings do.
         max_tokens: longest output; requests that ask for more are not covered.
         probabilities: the path, the same calibrated probability at every exit, from the safest to the boldest.
+        keeps: ``expert_keep`` beside each of them, not rising (it needs ``dynamoe experts``); empty uses all experts.
         dtype: that the model runs in: ``float32``, ``bfloat16``, ``float16``, or ``auto`` (the checkpoint's own).
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         backend: which kernels compute; ``auto`` takes the fastest that run here.
@@ -71,13 +72,14 @@ class CalibrateConfig:
     test_requests: int = 500
     max_tokens: int = 64
     probabilities: tuple[float, ...] = field(default=PROBABILITIES)
+    keeps: tuple[float, ...] = ()
     dtype: str = "auto"
     device: str = "auto"
     backend: str = "auto"
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("alphas", "probabilities"):
+        for name in ("alphas", "probabilities", "keeps"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for value in (*self.alphas, self.delta):
             if not 0 < value < 1:
@@ -108,7 +110,7 @@ def calibrate(config: CalibrateConfig, *, progress: bool = True, say: Callable[[
     path, output = resolve_model(config.model, progress=progress), Path(config.output).expanduser()
     llm = LLM(path, dtype=config.dtype, device=config.device, backend=config.backend, progress=progress)
     probed = [exit.after_layers for exit in llm.model.decoder.exits.values() if exit.probe is not None]
-    settings = path_through(probed, config.probabilities)
+    settings = path_through(probed, config.probabilities, config.keeps)
     source, chosen, tested = _prompts(config, path, llm)
     facts = deployment(llm.model, llm.engine.runner.exits)
     kept = {k: v for k, v in asdict(config).items() if k not in ("output", "threads", "alphas", "delta", "method")}
@@ -138,7 +140,8 @@ def calibrate(config: CalibrateConfig, *, progress: bool = True, say: Callable[[
         say(
             f"alpha={alpha:g}, delta={config.delta:g}: exits at {_name(settings[place])}; on {found.requests} other"
             f" requests {found.mean_loss:.2%} differ ({found.low:.2%} … {found.high:.2%}),"
-            f" {found.layers_executed:.1%} of the layers; in expectation only: {crc}"
+            f" {found.layers_executed:.1%} of the layers, {held_out.experts_share:.1%} of their experts;"
+            f" in expectation only: {crc}"
         )
     if file := plot_path(output):
         plot(settings, measured, certificates, config.delta, file.with_name("risk.svg"))
@@ -204,6 +207,7 @@ def _certificate(
         loss=LOSS,
         scope=Scope(max_tokens=config.max_tokens, prompts=source),
         exit_thresholds=setting.exit_thresholds,
+        expert_budget={} if setting.expert_keep is None else {"expert_keep": setting.expert_keep},
         held_out=HeldOut(
             requests=len(held_out.losses_N),
             mean_loss=float(held_out.losses_N.mean()),
@@ -227,13 +231,15 @@ def interval(losses_N: np.ndarray) -> tuple[float, float]:
 
 def _name(setting: Setting) -> str:
     values = set(setting.exit_thresholds.values())
-    return f"{values.pop():g}" if len(values) == 1 else str(setting.exit_thresholds)
+    keep = "" if setting.expert_keep is None else f", experts {setting.expert_keep:g}"
+    return (f"{values.pop():g}" if len(values) == 1 else str(setting.exit_thresholds)) + keep
 
 
 def _table(settings: Sequence[Setting], measured: Sequence[Measured]) -> str:
-    lines = ["| threshold | tokens that differ | layers executed |", "|---|---|---|"]
+    lines = ["| setting | tokens that differ | layers executed | of their experts |", "|---|---|---|---|"]
     for setting, found in zip(settings, measured, strict=False):
-        lines.append(f"| {_name(setting)} | {found.losses_N.mean():.2%} | {found.layers_share:.1%} |")
+        shares = f"{found.layers_share:.1%} | {found.experts_share:.1%}"
+        lines.append(f"| {_name(setting)} | {found.losses_N.mean():.2%} | {shares} |")
     return "\n".join(lines)
 
 

@@ -56,25 +56,37 @@ class Measured:
     Arguments:
         losses_N: of each request, float64.
         layers_share: of the layers of decoded tokens, how much was launched.
+        experts_share: of the experts that these layers use, how much was launched.
         decoded: tokens that were decoded behind the prompts' own.
     """
 
     losses_N: np.ndarray
     layers_share: float
+    experts_share: float
     decoded: int
 
 
-def path_through(exits: Sequence[int], probabilities: Sequence[float] = PROBABILITIES) -> list[Setting]:
-    """The same probability at every exit, from the safest to the boldest.
+def path_through(
+    exits: Sequence[int], probabilities: Sequence[float] = PROBABILITIES, keeps: Sequence[float] = ()
+) -> list[Setting]:
+    """The same probability at every exit, from the safest to the boldest, and an expert budget beside each.
+
+    Arguments:
+        keeps: ``expert_keep`` of every setting, not rising; none: all experts.
 
     Raises:
-        ValueError: for probabilities that do not fall, or a model without exits.
+        ValueError: for probabilities that do not fall, keeps that rise or are not as many, a model without exits.
     """
+    if keeps and len(keeps) != len(probabilities):
+        raise ValueError(f"there are {len(probabilities)} probabilities and {len(keeps)} keeps; give one for each")
+    if any(later > earlier for earlier, later in itertools.pairwise(keeps)):
+        raise ValueError(f"keeps must not rise from the safest to the boldest, not {list(keeps)}")
     if not exits:
         raise ValueError("the model has no exits: there is nothing to calibrate")
     if any(later >= earlier for earlier, later in itertools.pairwise(probabilities)):
         raise ValueError(f"probabilities must fall from the safest to the boldest, not {list(probabilities)}")
-    return [Setting(exit_thresholds=dict.fromkeys(exits, p)) for p in probabilities]
+    pairs = itertools.zip_longest(probabilities, keeps)
+    return [Setting(exit_thresholds=dict.fromkeys(exits, p), expert_keep=keep) for p, keep in pairs]
 
 
 def measure(
@@ -95,15 +107,20 @@ def measure(
         if {name: record.get(name) for name in facts} != facts:
             raise ValueError(f"{file} holds another measurement; take another output directory")
         return _measured(record)
-    losses, rows, full, decoded = [], 0, 0, 0
+    losses, rows, full, decoded, experts, skipped = [], 0, 0, 0, 0, 0
     for outputs in _served(llm, prompts, setting.params(max_tokens), progress):
         losses.append(disagreements(llm.model.decoder, outputs))
         for output in outputs:
             ran, all_layers = decoded_layers(output, llm.model.spec.num_layers)
             rows, full = rows + ran, full + all_layers
+            assert output.compute is not None
+            prompt_rows = len(output.prompt_token_ids) - output.num_cached_tokens
+            experts += output.compute.full_expert_rows - prompt_rows * sum(output.compute.segment_experts)
+            skipped += output.compute.skipped_experts
             decoded += sum(len(c.token_ids) - 1 for c in output.outputs)
     share = rows / full if full else 1.0
     record = {**facts, "losses": np.concatenate(losses).tolist(), "layers_share": share, "decoded": decoded}
+    record["experts_share"] = 1 - skipped / experts if experts else 1.0
     partial = file.with_name(file.name + ".partial")
     partial.write_text(json.dumps(record))
     partial.rename(file)
@@ -133,4 +150,9 @@ def _served(llm: LLM, prompts: Sequence[list[int]], params: SamplingParams, prog
 
 
 def _measured(record: dict[str, Any]) -> Measured:
-    return Measured(losses_N=np.array(record["losses"]), layers_share=record["layers_share"], decoded=record["decoded"])
+    return Measured(
+        losses_N=np.array(record["losses"]),
+        layers_share=record["layers_share"],
+        experts_share=record["experts_share"],
+        decoded=record["decoded"],
+    )

@@ -10,6 +10,7 @@ import torch
 from ..exits.certificate import Scalar
 from ..exits.sidecar import JSON_FILE, TENSOR_FILE, backbone_hash
 from ..kernels.ops import NUMERICS
+from ..moe.sidecar import JSON_FILE as CONTRIBUTIONS
 
 if TYPE_CHECKING:
     from .engine.exit_runner import ExitRunner
@@ -32,7 +33,8 @@ def deployment(model: LoadedModel, exits: ExitRunner) -> dict[str, Scalar]:
         "dtype": str(decoder.dtype).removeprefix("torch."),
         "experts_per_token": ",".join(str(k) for k in _experts_per_token(model)),
         "keys_and_values": f"{exits.kv[0].keys_BGPC.dtype}".removeprefix("torch.") + ", nothing evicted",
-        "exits": _exits_hash(model),
+        "exits": _hash(model, JSON_FILE, TENSOR_FILE),
+        "contributions": _hash(model, CONTRIBUTIONS),
         "backfill": type(exits.backfill).__name__.lower(),
         "batching": "each row leaves by its own state",
         "device": kind,
@@ -45,9 +47,9 @@ def _experts_per_token(model: LoadedModel) -> list[int]:
     return sorted({layer.moe.router.top_k + layer.moe.num_always_on for layer in model.spec.layers if layer.moe})
 
 
-def _exits_hash(model: LoadedModel) -> str:
+def _hash(model: LoadedModel, *names: str) -> str:
     digest = hashlib.sha256()
-    for name in (JSON_FILE, TENSOR_FILE):
+    for name in names:
         file = model.path / name
         digest.update(file.read_bytes() if file.is_file() else b"none")
     return digest.hexdigest()

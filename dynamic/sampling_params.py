@@ -33,8 +33,8 @@ class SamplingParams:
         detokenize: turn ids into text; off, ``text`` stays empty and ``stop`` must be empty.
         quality: ``exact``: every token comes from all layers and experts. A :class:`Quality`, or a mapping of its
             fields: the risk that the caller accepts; the engine spends what a certificate says that it needs, or runs
-            exactly where there is none, and says which. None: what ``exit_thresholds``, ``expert_keep`` and ``experts_per_token``
-            say.
+            exactly where there is none, and says which. None: what ``exit_thresholds``, ``expert_keep`` and
+            ``experts_per_token`` say.
         exit_thresholds: for studies, with ``quality=None``: layers in front of an exit → calibrated probability, from
             which on a token leaves the model there. Exits that are not named are passed by. Nothing is certified.
         expert_keep: for studies, with ``quality=None``: of the experts that a router chose, a decoded token uses the
