@@ -146,20 +146,32 @@ def seconds_per_token(engines: dict[str, Engine], turns: int) -> dict[str, float
 def measure(
     model: LoadedModel, plain: LoadedModel, batches: list[int], turns: int
 ) -> Iterator[tuple[int, dict[str, float]]]:
-    """Seconds per token by variant, for each number of sequences."""
+    """Seconds per token by variant, for each number of sequences: the better of two rounds.
+
+    Engines of one kind differ by up to a quarter for as long as they live, by where their memory happens to lie; a
+    second round, made in the opposite order, places it anew.
+    """
     tokens = turns * CHUNK
+    variants: dict[str, tuple[LoadedModel, dict[int, float], bool]] = {
+        "none": (plain, {}, True),
+        "off": (model, {}, True),
+        "0 % leave": (model, thresholds(model, 0.0), True),
+    }
+    for share in (0.1, 0.5, 0.9):
+        variants[f"{share:.0%} leave"] = (model, thresholds(model, share), True)
+        variants[f"{share:.0%}, no parking"] = (model, thresholds(model, share), False)
     for batch in batches:
-        engines = {
-            "none": decoding(plain, batch, tokens, {}, True),
-            "off": decoding(model, batch, tokens, {}, True),
-            "0 % leave": decoding(model, batch, tokens, thresholds(model, 0.0), True),
-        }
-        for share in (0.1, 0.5, 0.9):
-            engines[f"{share:.0%} leave"] = decoding(model, batch, tokens, thresholds(model, share), True)
-            engines[f"{share:.0%}, no parking"] = decoding(model, batch, tokens, thresholds(model, share), False)
-        yield batch, seconds_per_token(engines, turns)
-        waits = {name: engine.stats().rows_parked for name, engine in engines.items() if engine.stats().rows_parked}
-        print(f"{'':6} rows parked: {waits}")
+        best = dict.fromkeys(variants, float("inf"))
+        for names in (list(variants), list(variants)[::-1]):
+            engines = {}
+            for name in names:
+                which, exits, park = variants[name]
+                engines[name] = decoding(which, batch, tokens, exits, park)
+            for name, seconds in seconds_per_token(engines, turns).items():
+                best[name] = min(best[name], seconds)
+            waits = {name: engine.stats().rows_parked for name, engine in engines.items() if engine.stats().rows_parked}
+            print(f"{'':6} rows parked: {waits}")
+        yield batch, best
 
 
 def main() -> None:

@@ -24,7 +24,8 @@ from dynamoe.dynamic.llm import LLM
 from dynamoe.dynamic.model_store import resolve_model
 from dynamoe.dynamic.outputs import RequestOutput
 from dynamoe.dynamic.sampling_params import SamplingParams
-from exits_curve import Prompts, corpus_prompts, disagreements, interval, reference_prompts, timed
+from dynamoe.dynamic.served_risk import disagreements
+from exits_curve import Prompts, corpus_prompts, interval, reference_prompts, timed
 from machine import processor
 
 
@@ -44,7 +45,7 @@ def measure(llm: LLM, prompts: Prompts, settings: list[dict[str, Any]], tokens: 
         _, full_rate = timed(llm, prompts.tokens, exact)
         params = replace(exact, quality=None, **setting) if setting else exact
         outputs, rate = timed(llm, prompts.tokens, params)
-        losses_N = disagreements(llm, outputs)
+        losses_N = torch.from_numpy(disagreements(llm.model.decoder, outputs))
         points.append(
             {
                 **setting,

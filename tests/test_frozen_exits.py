@@ -196,12 +196,16 @@ def test_the_curve_counts_launched_layers_and_scores_served_prefixes(
     monkeypatch.setitem(sys.modules, "exits_curve", curve)
     spec.loader.exec_module(curve)
     llm = LLM(run / "model", dtype="float32", progress=False, max_num_seqs=4, enable_prefix_caching=False)
-    full, never, always = curve.measure(llm, [[5, 6, 7, 8], [9, 10, 11, 12]], [1.0, 0.0], 10)
+    prompts = curve.Prompts(tokens=[[5, 6, 7, 8], [9, 10, 11, 12]], genres=["one", "other"])
+    full, never, always = curve.measure(llm, prompts, [1.0, 0.0], 10)
     assert full["disagreement"] == 0
     assert full["executed_layer_share"] == 1
     assert never["executed_layer_share"] <= 1
     assert always["executed_layer_share"] == pytest.approx(2 / 5)
     assert always["projected_layer_share"] == pytest.approx(3 / 5)
     assert 0 < always["disagreement"] <= 0.9  # the first token of ten comes from the prompt
+    assert set(always["by_genre"]) == {"one", "other"}
+    assert curve.choose([full, never, always], 0.0) in (None, 1.0)
+    assert curve.choose([full, never, always], 1.0) == 0.0
     low, high = always["interval_95"]
     assert low <= always["disagreement"] <= high

@@ -118,6 +118,13 @@ def test_two_processes_prepare_it_once_and_both_get_it(tmp_path: Path) -> None:
     assert sorted(path.name for path in Path(outputs[0][0]).iterdir()) == ["half", "whole"]
 
 
+def test_tiny_lies_in_the_package(home: Path) -> None:
+    path = resolve_model("tiny")
+    names = {file.name for file in path.iterdir()}
+    assert {"config.json", "exits.json", "experts.json", "prompts.jsonl", "tokenizer.json"} <= names
+    assert not home.exists(), "nothing has to be prepared"
+
+
 def test_a_directory_is_taken_as_it_is(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint = make_checkpoint("llama")
     assert resolve_model(checkpoint) == resolve_model(str(checkpoint)) == checkpoint

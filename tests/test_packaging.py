@@ -101,6 +101,21 @@ def test_generates_from_the_wheel(site: Path, tmp_path: Path, make_checkpoint: C
     assert list(work.iterdir()) == []
 
 
+def test_tiny_comes_with_the_wheel_and_runs_early_exits(site: Path, tmp_path: Path) -> None:
+    model = site / "dynamoe" / "dynamic" / "shipped" / "tiny"
+    assert sum(file.stat().st_size for file in model.rglob("*")) < 20e6
+    code = (
+        "from dynamoe import LLM, SamplingParams; llm = LLM('tiny', progress=False);"
+        "p = SamplingParams(temperature=0, max_tokens=24, quality=None, exit_thresholds={4: 0.7, 8: 0.7, 12: 0.7});"
+        "(o,) = llm.generate(['To install the package, run'], p, use_tqdm=False);"
+        "print(min(o.outputs[0].layers), max(o.outputs[0].layers), len(o.outputs[0].token_ids))"
+    )
+    low, high, count = map(int, run(sys.executable, "-c", code, cwd=tmp_path, path=site).split())
+    assert low < 16
+    assert high == 16
+    assert count > 1
+
+
 OURS_AND_THEIRS = """
 import importlib.util, sys
 import transformers.utils
