@@ -32,7 +32,8 @@ def start_dynamoe(options: argparse.Namespace) -> tuple[Run, dict[str, Any], Cal
         enable_prefix_caching=False,
         progress=False,
     )
-    backend = llm.model.decoder.backend
+    decoder = llm.model.decoder
+    backend, stack = decoder.backend, decoder.stack
     hits: list[float] = []
 
     def run(prompts: list[list[int]], output_len: int) -> None:
@@ -54,10 +55,12 @@ def start_dynamoe(options: argparse.Namespace) -> tuple[Run, dict[str, Any], Cal
             return plain(backend, x, weights, routing)
 
         backend.experts = counted  # type: ignore[method-assign]
+        decoder.stack = None  # operation by operation, so that the experts' one is seen
         try:
             run(prompts, output_len)
         finally:
             del backend.experts
+            decoder.stack = stack
 
     def answer(prompts: list[list[int]], output_len: int) -> None:
         (counting_run if options.count else run)(prompts, output_len)

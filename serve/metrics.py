@@ -57,6 +57,9 @@ class ServerMetrics:
         )
         for reason in ("stop", "length", "abort"):
             self._finished.labels(**self._labels, finished_reason=reason)
+        self._contracts = Counter(
+            "dynamoe:prompts", "Finished prompts by certificate.", (*LABELS, "certificate"), registry=self.registry
+        )
         self._http = Counter(
             "dynamoe:http_requests", "Finished HTTP requests.", ("method", "route", "status"), registry=self.registry
         )
@@ -85,6 +88,8 @@ class ServerMetrics:
             if completion.finish_reason is not None:
                 self._finished.labels(**self._labels, finished_reason=completion.finish_reason).inc()
         if delta.finished:
+            certificate = delta.contract.certificate if delta.contract is not None else None
+            self._contracts.labels(**self._labels, certificate=certificate or "exact").inc()
             self._on_finished(times, made_at)
 
     def on_abort(self, prompts: int) -> None:
@@ -143,8 +148,17 @@ class _EngineCollector(Collector):
             "vllm:prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", "prefix_cache_queries"),
             "vllm:prefix_cache_hits": ("Prompt tokens found in the prefix cache.", "prefix_cache_hits"),
             "vllm:num_preemptions": ("Sequences put back for want of pages.", "preemptions"),
+            "dynamoe:projected_rows": ("Rows times layers that tokens left out.", "projected_rows"),
+            "dynamoe:skipped_experts": ("Rows times experts that budgets left out.", "skipped_experts"),
         }
         for name, (text, attribute) in counters.items():
             counter = CounterMetricFamily(name, text, labels=LABELS)
             counter.add_metric(list(self._labels.values()), getattr(stats, attribute) - getattr(start, attribute))
             yield counter
+        text = "Rows launched through the layers between two exits; layers counts from 1."
+        segments = CounterMetricFamily("dynamoe:segment_rows", text, labels=(*LABELS, "layers"))
+        first = 1
+        for layers, rows, before in zip(stats.segment_layers, stats.segment_rows, start.segment_rows, strict=True):
+            segments.add_metric([*self._labels.values(), f"{first}-{first + layers - 1}"], rows - before)
+            first += layers
+        yield segments

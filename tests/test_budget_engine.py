@@ -145,7 +145,7 @@ def test_rows_that_are_parked_keep_their_budget(plain: LoadedModel) -> None:
     engine = Engine(plain)
     engine.runner.exits.parking = Coins()  # type: ignore[assignment]
     found = run(engine, prompts(), params)
-    assert engine.stats().rows_parked > 20
+    assert engine.stats().rows_parked > 5
     assert choices(found) == choices(expected)
     assert [o.compute for o in found] == [o.compute for o in expected]
 

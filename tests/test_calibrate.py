@@ -139,6 +139,16 @@ def test_over_http_a_contract_is_kept_and_accounted_for(start_server, certificat
     refused = httpx.post(url, json={**body, "quality": {"alpha": ALPHA}, "max_tokens": 40}, timeout=60).json()
     assert refused["usage"]["compute"]["quality"] == "exact"
     assert "max_tokens=40" in refused["usage"]["compute"]["reason"]
+    totals = httpx.get(f"{server.url}/metrics", timeout=60).text
+    rows = {
+        first: float(n) for first, n in re.findall(r'dynamoe:segment_rows_total{.*layers="(\d+)-\d+".*} (\S+)', totals)
+    }
+    assert set(rows) == {"1", "5", "9", "13"}
+    usages = (exact, bounded, refused["usage"]["compute"])
+    assert 4 * sum(rows.values()) == sum(usage["layer_rows"] for usage in usages)
+    (certificate,) = bounded["certificates"]
+    assert re.search(rf'dynamoe:prompts_total{{certificate="{certificate}".*}} 1.0', totals)
+    assert re.search(r'dynamoe:prompts_total{certificate="exact".*} 2.0', totals)
     for wrong in ({"alpha": 0}, {"alpha": 1.5}, {"delta": 0.1}, {"alpha": 0.1, "beta": 2}, "lossless", 3):
         answer = httpx.post(url, json={**body, "quality": wrong}, timeout=60)
         assert answer.status_code == 400
