@@ -39,12 +39,14 @@ class ComputeTally:
         spec = self.spec
         flops_by_layer = [spec.layer_flops(layer) for layer in spec.layers]
         head = 2 * spec.hidden_size * spec.vocab_size * self._tokens
+        expert = max((6 * spec.hidden_size * layer.moe.expert_size for layer in spec.layers if layer.moe), default=0)
         flops, rows = head, 0
         for compute in self._computes:
             first = 0
             for layers, launched in zip(compute.segment_layers, compute.segment_rows, strict=True):
                 flops += launched * sum(flops_by_layer[first : first + layers])
                 first += layers
+            flops -= compute.skipped_experts * expert
             rows += compute.segment_rows[0]  # every row runs the first segment once
         certificates = sorted({c.certificate for c in self._contracts if c.certificate is not None})
         return {
@@ -54,6 +56,8 @@ class ComputeTally:
             "layers_per_token": self._layers / self._tokens if self._tokens else float(spec.num_layers),
             "layer_rows": sum(compute.layer_rows for compute in self._computes),
             "full_layer_rows": rows * spec.num_layers,
+            "expert_rows": sum(compute.expert_rows for compute in self._computes),
+            "full_expert_rows": rows * spec.experts_in(range(spec.num_layers)),
             "flops": flops,
             "full_flops": head + rows * sum(flops_by_layer),
         }

@@ -38,8 +38,8 @@ class ComputeUsage(Answer):
     """What was executed for the request, counted at the launches, prompts included.
 
     ``layers_per_token`` is the mean over generated tokens. FLOPs are those of the layers and of the LM head for the
-    generated tokens, without attention over the context; ``full_flops`` is what all layers would have taken for the
-    same rows. ``quality`` is ``bounded`` where a certificate held, else ``exact``, and ``reason`` says why.
+    generated tokens, without attention over the context; ``full_flops`` is what all layers with all experts would have
+    taken for the same rows. ``quality`` is ``bounded`` where a certificate held, else ``exact``; ``reason`` says why.
     """
 
     quality: Literal["exact", "bounded"]
@@ -48,6 +48,8 @@ class ComputeUsage(Answer):
     layers_per_token: float
     layer_rows: int
     full_layer_rows: int
+    expert_rows: int
+    full_expert_rows: int
     flops: int
     full_flops: int
 

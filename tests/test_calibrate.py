@@ -131,6 +131,7 @@ def test_over_http_a_contract_is_kept_and_accounted_for(start_server, certificat
     assert exact["layers_per_token"] == 16
     assert exact["layer_rows"] == exact["full_layer_rows"]
     assert exact["flops"] == exact["full_flops"]
+    assert exact["expert_rows"] == exact["full_expert_rows"] == 2 * exact["layer_rows"]
     bounded = httpx.post(url, json={**body, "quality": {"alpha": ALPHA}}, timeout=60).json()["usage"]["compute"]
     assert bounded["quality"] == "bounded"
     assert len(bounded["certificates"]) == 1
