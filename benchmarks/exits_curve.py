@@ -87,9 +87,13 @@ class Prompts:
     genres: list[str]
 
     def halves(self) -> tuple[Prompts, Prompts]:
-        """Every other prompt, so that both halves hold every genre."""
-        first, second = (Prompts(tokens=self.tokens[n::2], genres=self.genres[n::2]) for n in (0, 1))
-        return first, second
+        """Every other prompt of each genre."""
+        by_genre = sorted(range(len(self.genres)), key=lambda n: self.genres[n])  # stable: in order inside a genre
+        first, second = (by_genre[half::2] for half in (0, 1))
+        return self._of(first), self._of(second)
+
+    def _of(self, numbers: list[int]) -> Prompts:
+        return Prompts(tokens=[self.tokens[n] for n in numbers], genres=[self.genres[n] for n in numbers])
 
 
 def reference_prompts(llm: LLM, count: int, length: int) -> Prompts:
