@@ -24,21 +24,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from checkout import RESULTS
+from dynamoe.dynamic.calibration import decoded_layers
 from dynamoe.dynamic.calibration_text import reference_pages
 from dynamoe.dynamic.llm import LLM
 from dynamoe.dynamic.model_store import cache_home, resolve_model
 from dynamoe.dynamic.outputs import RequestOutput
 from dynamoe.dynamic.sampling_params import SamplingParams
-from dynamoe.dynamic.served_risk import disagreements
+from dynamoe.dynamic.served_risk import disagreements, interval
 from dynamoe.dynamic.train.corpus import build_corpus, load_corpus
 from dynamoe.dynamic.train.held_out import held_out_prompts
 from dynamoe.dynamic.train.recipe import RecipeConfig
 from dynamoe.dynamic.train.served import blocks_from
 from machine import processor
-
-RESAMPLES = 2000
 
 
 def settings(threshold: float | None, exits: tuple[int, ...], tokens: int) -> SamplingParams:
@@ -53,21 +53,13 @@ def settings(threshold: float | None, exits: tuple[int, ...], tokens: int) -> Sa
     )
 
 
-def interval(losses_N: torch.Tensor) -> list[float]:
-    """95 % interval of the mean by resampling requests with replacement."""
-    count = losses_N.numel()
-    picks = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(0))
-    return losses_N[picks].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-
-
 def executed(outputs: list[RequestOutput], num_layers: int) -> dict[str, Any]:
     """Launched rows of decoded tokens: prompts, which run all layers, are taken off."""
     rows, full, projected, leaves = 0, 0, 0, dict[int, int]()
     for output in outputs:
         assert output.compute is not None
-        computed = len(output.prompt_token_ids) - output.num_cached_tokens
-        rows += output.compute.layer_rows - num_layers * computed
-        full += num_layers * (len(output.outputs[0].token_ids) - 1)
+        ran, all_layers = decoded_layers(output, num_layers)
+        rows, full = rows + ran, full + all_layers
         projected += output.compute.projected_rows
         for depth in output.outputs[0].layers[1:]:
             leaves[depth] = leaves.get(depth, 0) + 1
@@ -126,12 +118,12 @@ def measure(llm: LLM, prompts: Prompts, thresholds: list[float], tokens: int) ->
     for threshold in (None, *thresholds):
         _, full_rate = timed(llm, prompts.tokens, settings(None, exits, tokens))
         outputs, rate = timed(llm, prompts.tokens, settings(threshold, exits, tokens))
-        losses_N = torch.from_numpy(disagreements(llm.model.decoder, outputs))
+        losses_N = disagreements(llm.model.decoder, outputs)
         points.append(
             {
                 "threshold": threshold,
                 "disagreement": float(losses_N.mean()),
-                "interval_95": interval(losses_N),
+                "interval_95": list(interval(losses_N)),
                 **executed(outputs, num_layers),
                 "by_genre": by_genre(outputs, losses_N, prompts.genres, num_layers),
                 "tokens_per_second": rate,
@@ -143,7 +135,7 @@ def measure(llm: LLM, prompts: Prompts, thresholds: list[float], tokens: int) ->
 
 
 def by_genre(
-    outputs: list[RequestOutput], losses_N: torch.Tensor, genres: list[str], num_layers: int
+    outputs: list[RequestOutput], losses_N: np.ndarray, genres: list[str], num_layers: int
 ) -> dict[str, dict[str, float]]:
     found = {}
     for genre in sorted(set(genres)):

@@ -24,8 +24,8 @@ from dynamoe.dynamic.llm import LLM
 from dynamoe.dynamic.model_store import resolve_model
 from dynamoe.dynamic.outputs import RequestOutput
 from dynamoe.dynamic.sampling_params import SamplingParams
-from dynamoe.dynamic.served_risk import disagreements
-from exits_curve import Prompts, corpus_prompts, interval, reference_prompts, timed
+from dynamoe.dynamic.served_risk import disagreements, interval
+from exits_curve import Prompts, corpus_prompts, reference_prompts, timed
 from machine import processor
 
 
@@ -45,12 +45,12 @@ def measure(llm: LLM, prompts: Prompts, settings: list[dict[str, Any]], tokens: 
         _, full_rate = timed(llm, prompts.tokens, exact)
         params = replace(exact, quality=None, **setting) if setting else exact
         outputs, rate = timed(llm, prompts.tokens, params)
-        losses_N = torch.from_numpy(disagreements(llm.model.decoder, outputs))
+        losses_N = disagreements(llm.model.decoder, outputs)
         points.append(
             {
                 **setting,
                 "disagreement": float(losses_N.mean()),
-                "interval_95": interval(losses_N),
+                "interval_95": list(interval(losses_N)),
                 "executed_expert_share": executed_share(outputs, experts),
                 "tokens_per_second": rate,
                 "full_tokens_per_second": full_rate,

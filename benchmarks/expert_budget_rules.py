@@ -20,10 +20,9 @@ from typing import Any, cast
 import torch
 from checkout import RESULTS
 from dynamoe.dynamic.decoder import Decoder
-from dynamoe.dynamic.engine.kv_cache import allocate_layers
 from dynamoe.dynamic.llm import LLM
 from dynamoe.dynamic.model_store import resolve_model
-from dynamoe.dynamic.train.frozen_states import PAGE, prompts_batch
+from dynamoe.dynamic.prompt_pass import fresh_cache
 from dynamoe.exits.segments import Segment
 from dynamoe.kernels.types import ExpertBudget, Routing
 from dynamoe.moe.contribution import keep_by_layer
@@ -83,7 +82,7 @@ def log_probabilities(
     whole = Segment(index=0, layers=range(spec.num_layers))
     for part_NL in windows_NL.split(STEP):
         rows = part_NL.numel()
-        kv = allocate_layers(spec, len(part_NL) * -(-length // PAGE), PAGE, decoder.dtype, torch.device("cpu"))
+        kv, batch = fresh_cache(decoder, [length] * len(part_NL))
         budget = None
         if keep_L is not None:
             budget = ExpertBudget(
@@ -91,7 +90,6 @@ def log_probabilities(
                 cap_TL=torch.full((rows, spec.num_layers), 2**31 - 1, dtype=torch.int32),
                 skipped_T=torch.zeros(rows, dtype=torch.int64),
             )
-        batch = prompts_batch(len(part_NL), length, "cpu")
         x_TD = decoder.run_segment(whole, decoder.embed(part_NL.flatten()), kv, batch, budget=budget)
         skipped = 0 if budget is None else int(budget.skipped_T.sum())
         yield decoder.logits(x_TD).log_softmax(-1), skipped

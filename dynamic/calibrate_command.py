@@ -23,6 +23,7 @@ from .deployment import deployment
 from .llm import LLM
 from .model_store import resolve_model
 from .prompt_file import read_prompts
+from .served_risk import interval
 from .train.held_out import PROMPTS_FILE
 from .train.recipe import claim, plot_path
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from ..exits.certificate import Scalar
 
 LOSS = "share of a request's served tokens that are not the full model's choice after the served prefix, greedy"
-_RESAMPLES = 4000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,15 +218,6 @@ def _certificate(
         created=datetime.date.today().isoformat(),
         deployment=facts,
     )
-
-
-def interval(losses_N: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the mean by resampling requests with replacement."""
-    count = len(losses_N)
-    picks = np.random.default_rng(0).integers(count, size=(_RESAMPLES, count))
-    low, high = np.quantile(losses_N[picks].mean(1), (0.025, 0.975))
-    mean = float(losses_N.mean())
-    return min(float(low), mean), max(float(high), mean)
 
 
 def _name(setting: Setting) -> str:

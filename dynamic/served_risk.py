@@ -13,13 +13,12 @@ import numpy as np
 import torch
 
 from ..exits.segments import Segment
-from ..kernels.types import AttentionBatch
 from .decoder import Decoder
-from .engine.kv_cache import allocate_layers
 from .outputs import RequestOutput
+from .prompt_pass import fresh_cache
 
-_PAGE = 16
 _ROWS = 4096  # of a pass
+_RESAMPLES = 4000
 _LOGIT_BYTES = 64 << 20
 
 
@@ -52,8 +51,7 @@ def full_choices(decoder: Decoder, sequences: Sequence[Sequence[int]], firsts: S
     """
     device = torch.device(decoder.device)
     lengths = [len(tokens) - 1 for tokens in sequences]
-    batch, pages = _batch(lengths, device)
-    kv = allocate_layers(decoder.spec, pages, _PAGE, decoder.dtype, device)
+    kv, batch = fresh_cache(decoder, lengths)
     rows = torch.tensor([token for tokens in sequences for token in tokens[:-1]], device=device)
     whole = Segment(index=0, layers=range(decoder.spec.num_layers))
     x_TD = decoder.run_segment(whole, decoder.embed(rows), kv, batch)
@@ -84,22 +82,9 @@ def _groups(outputs: Sequence[RequestOutput]) -> Iterator[list[tuple[int, list[i
         yield group
 
 
-def _batch(lengths: list[int], device: torch.device) -> tuple[AttentionBatch, int]:
-    """Sequences from their beginnings, each in pages of its own; and how many pages they take."""
-    pages = [-(-length // _PAGE) for length in lengths]
-    starts = np.concatenate(([0], np.cumsum(pages)))
-    table_SM = torch.zeros(len(lengths), max(pages), dtype=torch.int32)
-    for row, (first, count) in enumerate(zip(starts, pages, strict=False)):
-        table_SM[row, :count] = torch.arange(int(first), int(first) + count)
-    positions = [torch.arange(length) for length in lengths]
-    slots = [int(first) * _PAGE + own for first, own in zip(starts, positions, strict=False)]
-    batch = AttentionBatch(
-        positions_T=torch.cat(positions).to(device),
-        slots_T=torch.cat(slots).to(device),
-        query_start_S1=torch.tensor([0, *lengths]).cumsum(0).int().to(device),
-        context_len_S=torch.tensor(lengths, dtype=torch.int32, device=device),
-        block_table_SM=table_SM.to(device),
-        max_query_len=max(lengths),
-        max_context_len=max(lengths),
-    )
-    return batch, int(starts[-1])
+def interval(losses_N: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the mean by resampling requests with replacement."""
+    count, mean = len(losses_N), float(losses_N.mean())
+    picks = np.random.default_rng(0).integers(count, size=(_RESAMPLES, count))
+    low, high = np.quantile(losses_N[picks].mean(1), (0.025, 0.975)).tolist()
+    return min(low, mean), max(high, mean)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -52,12 +53,18 @@ class ExitHeads:
 def backbone_hash(directory: Path) -> str:
     """SHA-256 over the weights of a checkpoint: all its safetensors files but the exits', by name."""
     digest = hashlib.sha256()
-    for file in sorted(directory.glob("*.safetensors")):
-        if file.name != TENSOR_FILE:
-            digest.update(file.name.encode())
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    for file in sorted(file for file in directory.glob("*.safetensors") if file.name != TENSOR_FILE):
+        stat = file.stat()
+        digest.update(file.name.encode())
+        digest.update(_file_hash(file.resolve(), stat.st_size, stat.st_mtime_ns))
     return digest.hexdigest()
+
+
+@lru_cache(maxsize=256)
+def _file_hash(file: Path, size: int, changed: int) -> bytes:
+    """Exits, experts and certificates all ask at the start; gigabytes of weights are read for it once."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
 
 
 def save_heads(heads: ExitHeads, directory: Path, dtype: torch.dtype = torch.float32) -> None:

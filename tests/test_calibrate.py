@@ -22,7 +22,7 @@ PROMPT = "The following options are available:"
 
 def config(output: Path, **changes: object) -> CalibrateConfig:
     settings = {"alphas": (0.001, ALPHA), "requests": 60, "test_requests": 20, "max_tokens": 12}
-    settings |= {"probabilities": (0.95, 0.8, 0.6), "threads": 1}
+    settings |= {"probabilities": (0.95, 0.8, 0.6), "keeps": (0.95, 0.9, 0.8), "threads": 1}
     return CalibrateConfig(output=str(output), **{**settings, **changes})  # type: ignore[arg-type]
 
 
@@ -49,6 +49,7 @@ def test_levels_that_can_be_proved_get_a_certificate_and_others_none(certificate
     assert set(found.exit_thresholds) == {4, 8, 12}
     assert found.held_out.requests == 20
     assert found.held_out.layers_executed < 1
+    assert found.expert_budget["expert_keep"] in (0.95, 0.9, 0.8)
     assert found.deployment["weights"]
     assert (certificates.parent / "risk.svg").stat().st_size > 1000
 
@@ -73,10 +74,16 @@ def test_a_request_runs_under_the_certificate_that_it_asked_for(llm: LLM, certif
     assert output.compute is not None
     assert output.compute.projected_rows > 0, "nobody left"
     thresholds = SamplingParams(
-        temperature=0.0, max_tokens=12, quality=None, exit_thresholds=dict(certificate.exit_thresholds)
+        temperature=0.0,
+        max_tokens=12,
+        quality=None,
+        exit_thresholds=dict(certificate.exit_thresholds),
+        expert_keep=float(certificate.expert_budget["expert_keep"]),
     )
     (raw,) = llm.generate([PROMPT], thresholds, use_tqdm=False)
     assert raw.outputs[0].token_ids == output.outputs[0].token_ids
+    assert raw.compute == output.compute
+    assert output.compute.skipped_experts > 0
     bolder = ask(llm, {"alpha": 0.5, "delta": 0.1})
     assert bolder.contract is not None
     assert "stricter" in bolder.contract.reason
@@ -95,13 +102,12 @@ def test_a_request_runs_under_the_certificate_that_it_asked_for(llm: LLM, certif
 def test_what_no_certificate_covers_runs_exactly_and_says_why(
     llm: LLM, quality: dict[str, float], params: dict[str, float], reason: str
 ) -> None:
-    output = ask(llm, quality, **params)
+    output = ask(llm, quality, seed=7, **params)
     assert output.contract is not None
     assert output.contract.certificate is None
     assert re.search(reason, output.contract.reason)
-    assert output.outputs[0].token_ids == ask(llm, "exact", seed=None, **params).outputs[0].token_ids or params.get(
-        "temperature"
-    )
+    exact = ask(llm, "exact", seed=7, **params)
+    assert output.outputs[0].token_ids == exact.outputs[0].token_ids
     assert output.compute is not None
     assert output.compute.projected_rows == 0
 
@@ -136,6 +142,7 @@ def test_over_http_a_contract_is_kept_and_accounted_for(start_server, certificat
     assert bounded["quality"] == "bounded"
     assert len(bounded["certificates"]) == 1
     assert bounded["layers_per_token"] < 16
+    assert bounded["expert_rows"] < 2 * bounded["layer_rows"]
     assert bounded["flops"] < bounded["full_flops"] == exact["full_flops"]
     refused = httpx.post(url, json={**body, "quality": {"alpha": ALPHA}, "max_tokens": 40}, timeout=60).json()
     assert refused["usage"]["compute"]["quality"] == "exact"
@@ -185,6 +192,8 @@ def test_prompt_files_are_read_and_mistakes_named(tmp_path: Path, llm: LLM) -> N
         (["prompts=/nowhere.jsonl"], "/nowhere.jsonl cannot be read"),
         (["requests=100000"], "holds 2000 prompts"),
         (["probabilities=[0.5,0.9]"], "probabilities must fall"),
+        (["keeps=[0.9]"], "there are 14 probabilities and 1 keeps"),
+        (["probabilities=[0.9,0.5]", "keeps=[0.8,0.9]"], "keeps must not rise"),
     ],
 )
 def test_mistakes_on_the_command_line_take_one_line(

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from dynamoe.dynamic.engine.kv_cache import allocate_layers
 from dynamoe.dynamic.loader import load_decoder
+from dynamoe.dynamic.prompt_pass import fresh_cache
 from dynamoe.dynamic.train.expert_scales import ExpertsConfig, make_expert_scales, measure_scales
-from dynamoe.dynamic.train.frozen_states import PAGE, prompts_batch
 from dynamoe.exits.segments import Segment
 from dynamoe.exits.sidecar import backbone_hash
 from dynamoe.kernels import reference
@@ -163,10 +162,9 @@ def test_a_decoder_on_a_budget_is_the_same_on_every_backend(make_checkpoint: Cal
         keep_TL[:4], cap_TL[:4] = 1.0, NO_CAP
         limits_TL = [t.to(where) for t in (keep_TL, cap_TL, torch.zeros(rows, dtype=torch.int64))]
         budget = ExpertBudget(keep_TL=limits_TL[0], cap_TL=limits_TL[1], skipped_T=limits_TL[2])
-        kv = allocate_layers(decoder.spec, 1, PAGE, decoder.dtype, torch.device(where))
+        kv, batch = fresh_cache(decoder, [rows])
         x_TD = decoder.embed(torch.arange(3, 3 + rows, device=where))
         whole = Segment(index=0, layers=range(layers))
-        batch = prompts_batch(1, rows, where)
         outputs.append(decoder.logits(decoder.run_segment(whole, x_TD, kv, batch, budget=budget)).cpu())
         skipped.append(budget.skipped_T.tolist())
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-3, atol=1e-3)

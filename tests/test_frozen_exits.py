@@ -196,6 +196,8 @@ def test_the_curve_counts_launched_layers_and_scores_served_prefixes(
     monkeypatch.setitem(sys.modules, "exits_curve", curve)
     spec.loader.exec_module(curve)
     llm = LLM(run / "model", dtype="float32", progress=False, max_num_seqs=4, enable_prefix_caching=False)
+    halves = curve.Prompts(tokens=[[n] for n in range(8)], genres=["a", "b"] * 4).halves()
+    assert [half.genres for half in halves] == [["a", "a", "b", "b"]] * 2
     prompts = curve.Prompts(tokens=[[5, 6, 7, 8], [9, 10, 11, 12]], genres=["one", "other"])
     full, never, always = curve.measure(llm, prompts, [1.0, 0.0], 10)
     assert full["disagreement"] == 0

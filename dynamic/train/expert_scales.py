@@ -20,12 +20,11 @@ from ...moe.sidecar import JSON_FILE, save_scales
 from ..calibration_text import reference_pages, token_windows
 from ..decoder import Decoder
 from ..decoder_budget import limited_layers
-from ..engine.kv_cache import allocate_layers
 from ..loader import load_decoder
-from ..model_store import resolve_model
+from ..model_store import SHIPPED_MODELS, resolve_model
+from ..prompt_pass import fresh_cache
 from ..spec import ModelSpec
 from ..tokenizer import Tokenizer
-from .frozen_states import PAGE, prompts_batch
 from .packages import collect_folder
 
 _STEP_ROWS = 1024  # tokens that run at once
@@ -36,7 +35,7 @@ class ExpertsConfig:
     """``dynamoe experts``.
 
     Arguments:
-        model: a local directory, a Hub id, or the name of a shipped model; the result is written beside its weights.
+        model: a local directory; the result is written beside its weights.
         windows: pieces of text that are run.
         window_tokens: length of each.
         text_folder: a folder of .txt and .html files; nothing takes the language reference that every Python has.
@@ -51,7 +50,7 @@ class ExpertsConfig:
 
     FREE_TEXT: ClassVar[frozenset[str]] = frozenset({"text_folder"})
 
-    model: str = "tiny"
+    model: str | None = None
     windows: int = 128
     window_tokens: int = 256
     text_folder: str | None = None
@@ -80,6 +79,11 @@ def make_expert_scales(
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    if config.model is None:
+        raise ValueError("model=DIRECTORY is needed: the result is written beside its weights")
+    if config.model in SHIPPED_MODELS:
+        # Certificates that lie beside it are bound to what lies beside it.
+        raise ValueError(f"model={config.model} is part of the package; copy its directory and name the copy")
     path = resolve_model(config.model, progress=progress)
     decoder = load_decoder(path, dtype=config.dtype, device=config.device, backend=config.backend, progress=progress)
     limited_layers(decoder.spec)  # refuses what has nothing to measure before any text is read
@@ -127,9 +131,7 @@ def measure_scales(
     whole = Segment(index=0, layers=range(decoder.spec.num_layers))
     length, done = windows_NL.shape[1], 0
     for part_NL in windows_NL.split(max(1, _STEP_ROWS // length)):
-        pages = len(part_NL) * -(-length // PAGE)
-        kv = allocate_layers(decoder.spec, pages, PAGE, decoder.dtype, torch.device(decoder.device))
-        batch = prompts_batch(len(part_NL), length, decoder.device)
+        kv, batch = fresh_cache(decoder, [length] * len(part_NL))
         watched.run_segment(whole, decoder.embed(part_NL.flatten().to(decoder.device)), kv, batch)
         done += part_NL.numel()
         if watch is not None:

@@ -14,13 +14,11 @@ from safetensors.torch import load_file, save_file
 from ...exits.readout import ReadoutAdapter
 from ...exits.segments import split_into_segments
 from ...exits.training.heads import ExitStates, HeadTraining
-from ...kernels.types import AttentionBatch
 from ..decoder import Decoder
-from ..engine.kv_cache import allocate_layers
+from ..prompt_pass import fresh_cache
 from ..spec import ModelSpec
 from .exit_heads import Backbone, frozen_logits
 
-PAGE = 16  # tokens
 _LOGIT_ROWS = 4096  # rows whose logits are in memory at once when choices are compared
 _GIB = 2**30
 
@@ -112,8 +110,7 @@ def collect_served_states(
     done = 0
     for groups, tokens_NL, first in batches:
         count, length = tokens_NL.shape
-        batch = prompts_batch(count, length, device)
-        kv = allocate_layers(spec, count * -(-length // PAGE), PAGE, decoder.dtype, torch.device(device))
+        kv, batch = fresh_cache(decoder, [length] * count)
         here = slice(done, done + count * (length - first))
 
         def taken(x: torch.Tensor, shape: tuple[int, int] = (count, length), first: int = first) -> torch.Tensor:
@@ -158,20 +155,3 @@ def load_states(file: Path) -> ExitStates:
         final_RD=tensors["final"],
         group_R=tensors["group"],
     )
-
-
-def prompts_batch(count: int, length: int, device: torch.device | str) -> AttentionBatch:
-    """Prompts of equal length, each in pages of its own, of ``PAGE`` tokens."""
-    pages = -(-length // PAGE)
-    positions_NL = torch.arange(length).expand(count, -1)
-    starts_N = torch.arange(count)[:, None] * pages
-    batch = AttentionBatch(
-        positions_T=positions_NL.flatten().to(device),
-        slots_T=(starts_N * PAGE + positions_NL).flatten().to(device),
-        query_start_S1=(torch.arange(count + 1) * length).int().to(device),
-        context_len_S=torch.full((count,), length, dtype=torch.int32, device=device),
-        block_table_SM=(starts_N + torch.arange(pages)).int().to(device),
-        max_query_len=length,
-        max_context_len=length,
-    )
-    return batch

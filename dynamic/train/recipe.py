@@ -24,6 +24,7 @@ from ..llm import LLM
 from ..model_store import cache_home
 from .corpus import Corpus, CorpusConfig, build_corpus, load_corpus
 from .exit_heads import ExitHeadsConfig, collect_states, make_exits, trained_backbone
+from .expert_scales import ExpertsConfig, make_expert_scales
 from .export import export_checkpoint
 from .held_out import PROMPTS_FILE, held_out_prompts, write_prompts
 from .language_model import LanguageModelConfig, LanguageModelTask
@@ -120,6 +121,8 @@ def run_recipe(
         report["exits"] = heads.metrics
         prompts = held_out_prompts(corpus, config, config.shipped_prompts, config.prompt_tokens, strict=False)
         write_prompts(prompts, Tokenizer.from_file(str(corpus.tokenizer_file)), target / PROMPTS_FILE)
+        window = min(ExpertsConfig.window_tokens, config.decoder.max_position)
+        make_expert_scales(ExpertsConfig(model=str(target), window_tokens=window), progress=progress, say=say)
         say(table)
         say(f"at 2 % disagreement: {heads.metrics['at_2_percent_disagreement']}")
     (output / "report.json").write_text(json.dumps(report, indent=1))
