@@ -93,6 +93,32 @@ def test_a_dropped_sequence_skips_the_layer_and_the_others_do_not_notice() -> No
         torch.testing.assert_close(mixed[sequence], model(tokens[sequence : sequence + 1], alone).final_NLD[0])
 
 
+def test_layers_that_are_added_later_change_nothing_until_they_are_trained() -> None:
+    task = make_task(10)
+    task.config = replace(TEXT, grow_from=2, grow_at=0.5)
+    model = TrainableDecoder(SHAPE, seed=3)
+    model.silence(2)
+    tokens = torch.randint(64, (3, 16))
+    whole = model(tokens)
+    torch.testing.assert_close(whole.final_NLD, whole.exits[2], rtol=0, atol=0)
+
+    def trained(step: int) -> set[int]:
+        model.zero_grad(set_to_none=True)
+        loss, values = task.loss(model, step)
+        loss.backward()
+        assert "exit_2" not in values or step >= 5  # the last of the first layers is no exit of its own yet
+        return {n for n, layer in enumerate(model.layers) if any(p.grad is not None for p in layer.parameters())}
+
+    assert [trained(step) for step in (0, 4)] == [{0, 1}, {0, 1}]
+    assert trained(9) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(("change", "message"), [({"grow_from": -1}, "grow_from"), ({"grow_at": 1.0}, "grow_at")])
+def test_a_growth_that_cannot_be_is_refused(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(TEXT, **change)
+
+
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 def test_gradients_in_bfloat16_are_those_in_float32_roughly(weights: torch.dtype) -> None:
     found = []

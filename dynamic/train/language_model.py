@@ -26,19 +26,32 @@ class LanguageModelConfig:
         sequence_length: positions per sequence for most of the run; the end of it uses ``window`` positions.
         window: longest sequence; the model's context.
         long_from: share of the steps after which sequences are ``window`` long.
+        grow_from, grow_at: the run begins with the first ``grow_from`` layers and adds the others after this share of
+            its steps; 0 trains all layers from the start.
         balance_weight, z_weight: of the routers' load-balancing and z-losses.
         evaluation_tokens: held-out tokens per stream that an evaluation reads at most.
         seed: of the order of the text and of layer dropout.
+
+    Raises:
+        ValueError: naming the field and the value that is out of range.
     """
 
     batch_tokens: int = 4096
     sequence_length: int = 256
     window: int = 1024
     long_from: float = 0.9
+    grow_from: int = 0
+    grow_at: float = 0.6
     balance_weight: float = 0.01
     z_weight: float = 1e-4
     evaluation_tokens: int = 32_768
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.grow_from < 0:
+            raise ValueError(f"grow_from must be at least 0, not {self.grow_from}")
+        if not 0 <= self.grow_at < 1:
+            raise ValueError(f"grow_at must be at least 0 and below 1, not {self.grow_at}")
 
 
 class LanguageModelTask:
@@ -67,6 +80,11 @@ class LanguageModelTask:
         """Positions per sequence at a step."""
         return self.config.window if step >= self.config.long_from * self.steps else self.config.sequence_length
 
+    def depth_at(self, step: int, num_layers: int) -> int:
+        """Layers that a step trains, of ``num_layers``."""
+        grown = not self.config.grow_from or step >= self.config.grow_at * self.steps
+        return num_layers if grown else min(num_layers, self.config.grow_from)
+
     def loss(
         self, model: torch.nn.Module, step: int, *, samples: int | None = None, shard: tuple[int, int] = (0, 1)
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor | float]]:
@@ -86,8 +104,11 @@ class LanguageModelTask:
         strength = self.exits.strength(step, self.steps)
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
         rates = layer_dropout_rates(shape.num_layers, self.exits.layer_dropout * strength)
-        output = model(tokens_NL, sequences_kept(rates, whole_NL.shape[0], generator, device, mine))
-        at = self.exits.exit_of_step(step, shape.exit_layers)
+        kept = sequences_kept(rates, whole_NL.shape[0], generator, device, mine)
+        depth = self.depth_at(step, shape.num_layers)
+        nobody = torch.empty(0, dtype=torch.long, device=device)
+        output = model(tokens_NL, kept[:depth] + [nobody] * (shape.num_layers - depth))
+        at = self.exits.exit_of_step(step, tuple(e for e in shape.exit_layers if e < depth))
         cross_entropy, at_exit = head_losses(
             decoder.read_out(output.final_NLD.flatten(0, 1)),
             None if at is None else decoder.read_out(output.exits[at].flatten(0, 1), at),

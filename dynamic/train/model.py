@@ -234,6 +234,14 @@ class TrainableDecoder(nn.Module):
         for adapter in self.adapters.values():
             adapter.reset(generator)  # type: ignore[operator]
 
+    @torch.no_grad()
+    def silence(self, first: int) -> None:
+        """Let the layers from number ``first`` on add nothing to the residual stream until they are trained."""
+        for layer in self.layers[first:]:
+            for name, parameter in layer.named_parameters():
+                if name.endswith(("o_proj.weight", "down_EDF")):
+                    parameter.zero_()
+
     def forward(
         self,
         tokens_NL: torch.Tensor,

@@ -134,6 +134,8 @@ def run_recipe(
 def build_task(config: RecipeConfig, corpus: Corpus) -> tuple[TrainableDecoder, LanguageModelTask]:
     """The untrained model of a recipe, and its task."""
     model = TrainableDecoder(config.decoder, dtype=DTYPES[config.dtype], seed=config.seed).to(config.device)
+    if config.text.grow_from:
+        model.silence(config.text.grow_from)
     task = LanguageModelTask(config.text, config.exits, corpus.train, corpus.held_out, config.trainer.steps)
     return model, task
 
