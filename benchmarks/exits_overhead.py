@@ -1,8 +1,8 @@
 """What exits cost when they are off, and cost or save when they are on: ``python benchmarks/exits_overhead.py``.
 
 Engines decode the same number of sequences and take turns, a few steps each, because machines drift; times per token
-are compared. The probes are random: a share of the rows leaves at every exit, and what is said then is nonsense, but
-costs what sense would cost.
+are compared. A model without exits gets random ones: a share of the rows leaves at every exit, and what is said then is
+nonsense, but costs what sense would cost.
 
 Variants: ``off``: the model has exits, and requests run exactly; ``0 % leave``: every exit is asked and nobody leaves;
 and shares of the rows that leave at each exit.
@@ -35,7 +35,7 @@ from dynamoe.dynamic.train.model import DecoderConfig, TrainableDecoder
 from dynamoe.exits.calibrators import Temperature
 from dynamoe.exits.probes import Probe, ProbeSpec
 from dynamoe.exits.readout import ReadoutAdapter
-from dynamoe.exits.sidecar import ExitHeads, backbone_hash, save_heads
+from dynamoe.exits.sidecar import JSON_FILE, ExitHeads, backbone_hash, save_heads
 from machine import processor
 
 PROBE = ProbeSpec(kind="mlp", width=2, previous=True, router_entropy=True)
@@ -176,18 +176,21 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny", help="tiny (its shape, untrained), default, or a directory")
+    parser.add_argument("--model", default="tiny", help="tiny, tiny_shape (untrained), default, or a directory")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--turns", type=int, default=20)
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
-        path = tiny_checkpoint(Path(first)) if options.model == "tiny" else resolve_model(options.model)
+        path = tiny_checkpoint(Path(first)) if options.model == "tiny_shape" else resolve_model(options.model)
         config = json.loads((path / "config.json").read_text())
         layers = config["num_hidden_layers"]
-        exits = tuple(layers * quarter // 4 for quarter in (1, 2, 3))
-        model = load(with_exits(path, Path(second), exits, config["hidden_size"]), options.dtype)
+        if not (path / JSON_FILE).exists():
+            quarters = tuple(layers * quarter // 4 for quarter in (1, 2, 3))
+            path = with_exits(path, Path(second), quarters, config["hidden_size"])
+        model = load(path, options.dtype)
+        exits = tuple(model.decoder.exits)
         plain = without_exits(model)
         print(f"{options.model}, {plain.decoder.dtype}, exits after {exits} of {layers} layers, {os.cpu_count()} CPUs")
         print("time per token in relation to a model without exits")

@@ -5,7 +5,8 @@ steps each, because machines drift; prompts are not timed. The model without thr
 lie beside it. One full pass over what was served says which tokens the full model would not have chosen.
 
 Written to ``results/exits_speed_NAME.json``: per number of sequences, seconds per token of both, the share of layers
-that was launched for decoded tokens, and the disagreement.
+that was launched for decoded tokens, the disagreement, and what part of a full step the layers and the LM head take by
+themselves (timed alone, with a short context).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from checkout import RESULTS
 from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine
+from dynamoe.dynamic.engine.parking import measure_times
 from dynamoe.dynamic.llm import LLM
 from dynamoe.dynamic.loader import LoadedModel
 from dynamoe.dynamic.model_store import resolve_model
@@ -51,7 +53,15 @@ def relative(model: LoadedModel, prompts: list[list[int]], at_once: int, tokens:
         }
         for name, seconds in seconds_per_token(engines, turns).items():
             totals[name] += seconds / len(groups)
-    return {"sequences": at_once, "seconds_per_token": totals, "speedup": totals["full"] / totals["exits"]}
+    alone = measure_times(plain.decoder, EngineConfig().page_size, at_once)
+    number, step = alone.sizes.index(at_once), totals["full"] * at_once
+    return {
+        "sequences": at_once,
+        "seconds_per_token": totals,
+        "speedup": totals["full"] / totals["exits"],
+        "layers_share_of_time": sum(times[number] for times in alone.segments) / step,
+        "head_share_of_time": alone.head[number] / step,
+    }
 
 
 def main() -> None:

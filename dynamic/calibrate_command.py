@@ -7,6 +7,7 @@ setting of every level; the other tells how it does on requests that chose nothi
 from __future__ import annotations
 
 import datetime
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ from .train.recipe import claim, plot_path
 if TYPE_CHECKING:
     from ..exits.certificate import Scalar
 
+REPORT = "report.json"
 LOSS = "share of a request's served tokens that are not the full model's choice after the served prefix, greedy"
 
 
@@ -42,7 +44,7 @@ class CalibrateConfig:
         prompts: JSON lines with ``prompt``, ``messages`` or ``prompt_token_ids``; null takes the prompts that lie
             beside the model.
         output: directory of the run; the same command goes on where it was interrupted. ``certificates/`` in it is what
-            a server takes.
+            a server takes, ``report.json`` the path with what every setting gave up and saved.
         alphas: levels of risk to certify.
         delta: probability with which a calibration may err, for each level.
         method: bound of the test: ``wsr``, ``hoeffding_bentkus`` or ``exact_binomial``.
@@ -145,6 +147,7 @@ def calibrate(config: CalibrateConfig, *, progress: bool = True, say: Callable[[
         )
     if file := plot_path(output):
         plot(settings, measured, certificates, config.delta, file.with_name("risk.svg"))
+    _write_report(output, settings, measured, target)
     say(f"{len(certificates)} certificates in {target}")
     return target
 
@@ -218,6 +221,22 @@ def _certificate(
         created=datetime.date.today().isoformat(),
         deployment=facts,
     )
+
+
+def _write_report(output: Path, settings: Sequence[Setting], measured: Sequence[Measured], certified: Path) -> None:
+    """``report.json``: the path with its means, and what was certified."""
+    path = [
+        {
+            **asdict(setting),
+            "requests": len(found.losses_N),
+            "mean_loss": float(found.losses_N.mean()),
+            "layers_share": found.layers_share,
+            "experts_share": found.experts_share,
+        }
+        for setting, found in zip(settings, measured, strict=False)
+    ]
+    certificates = [json.loads(file.read_text()) for file in sorted(certified.glob("*.json"))]
+    (output / REPORT).write_text(json.dumps({"path": path, "certificates": certificates}, indent=1) + "\n")
 
 
 def _name(setting: Setting) -> str:

@@ -52,6 +52,9 @@ def test_levels_that_can_be_proved_get_a_certificate_and_others_none(certificate
     assert found.expert_budget["expert_keep"] in (0.95, 0.9, 0.8)
     assert found.deployment["weights"]
     assert (certificates.parent / "risk.svg").stat().st_size > 1000
+    report = json.loads((certificates.parent / "report.json").read_text())
+    assert report["certificates"] == [json.loads(file.read_text())]
+    assert [point["requests"] for point in report["path"]] == [60] * len(report["path"])
 
 
 def test_a_second_run_measures_nothing_again(certificates: Path) -> None:
