@@ -93,6 +93,18 @@ COMMANDS = (
         ),
     ),
     Command(
+        name="evaluate",
+        summary="measure what a setting gives up against the full model, what it executes, and how fast it is",
+        module="dynamic.studies.evaluate",
+        config="EvaluateConfig",
+        run="evaluate",
+        examples=(
+            "dynamoe evaluate model=tiny quality.alpha=0.02",
+            "dynamoe evaluate quality.exit_threshold=0.9 quality.expert_keep=0.8 json=result.json",
+            "dynamoe evaluate model=tiny dtype=bfloat16 reference.dtype=float32 text=chapter.txt",
+        ),
+    ),
+    Command(
         name="prepare",
         summary="fetch or convert a model and compile the kernels, ahead of the first use",
         module="dynamic.prepare_command",
