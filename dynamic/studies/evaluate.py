@@ -1,4 +1,4 @@
-"""``dynamoe evaluate``: what a setting gives up against the full model, what it executed for that, and how long it took.
+"""``dynamoe evaluate``: what a setting gives up against the full model, what it executed, how long it took.
 
 Requests are served greedily and judged by the code that calibrates contracts. Texts are forced through the same engine
 for perplexity and divergence. Both run at the setting, on the engine's real path.
@@ -235,13 +235,8 @@ def _requests(config: EvaluateConfig, llm: LLM) -> tuple[dict[str, Any], list[li
         eos = frozenset(model.spec.eos_token_ids)
         drawn = draw(texts, config.texts, config.seed, about)
         forced = forced_texts(drawn, config.context_tokens, config.max_tokens, eos)
-    source = {
-        "prompts": where,
-        "requests": len(chosen),
-        "text": about,
-        "texts": len(forced),
-        "asked_texts": config.texts,
-    }
+    short = config.texts - len(forced)  # no longer than their context
+    source = {"prompts": where, "requests": len(chosen), "text": about, "texts": len(forced), "texts_too_short": short}
     return source, chosen, forced
 
 

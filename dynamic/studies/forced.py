@@ -1,9 +1,9 @@
 """Texts forced through the engine: each position is decoded by the engine's own path, exits, budgets and backfill
 included, and the token that follows in the text is taken in place of the model's choice.
 
-The distribution that is judged at a position is the one that the engine read out for it: at the exit where the row left,
-behind keys and values as the row's predecessors left them. The first forced token comes from the context, which runs in
-full like every prompt.
+The distribution that is judged at a position is the one that the engine read out for it: at the exit where the row
+left, behind keys and values as the row's predecessors left them. The first forced token comes from the context, which
+runs in full like every prompt.
 
 Shape suffixes as in ``kernels/types.py``; N texts.
 """

@@ -34,7 +34,7 @@ def ratio(
     """Sum of one amount over the sum of another, both counted by request.
 
     Arguments:
-        transform: rising function of the ratio, on arrays: ``numpy.exp`` makes a mean of log-probabilities a perplexity.
+        transform: rising function of the ratio, on arrays: ``numpy.exp`` makes a perplexity of log-likelihoods.
 
     Raises:
         ValueError: when there is nothing to divide by.

@@ -101,7 +101,7 @@ def resolve(quality: StudiedQuality, llm: LLM, max_tokens: int) -> Resolved:
     """What the requests of a study spend on a model.
 
     Raises:
-        ValueError: for a level, a threshold or a budget that the model cannot keep, or certificates that cannot be read.
+        ValueError: for a level, a threshold or a budget that cannot be kept, or certificates that cannot be read.
     """
     exact = SamplingParams(temperature=0.0, max_tokens=max_tokens, detokenize=False)
     if quality.alpha is not None:
