@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import pandas as pd
-
+Frame = Any  # a table of pandas
 NAMES = {
     "agreement": "served tokens that the full model would choose, %",
     "forced_agreement": "positions of the text with the full model's choice, %",
@@ -23,7 +21,7 @@ PERCENT = frozenset({"agreement", "forced_agreement", "true_risk", "flops_share"
 _LEGIBLE = 6  # points that get their setting written beside them
 
 
-def draw_png(good: pd.DataFrame, cost: str, quality: str, file: Path) -> None:
+def draw_png(good: Frame, cost: str, quality: str, file: Path) -> None:
     """One panel for compute, and one for throughput where it was measured.
 
     Arguments:
@@ -63,7 +61,7 @@ def draw_png(good: pd.DataFrame, cost: str, quality: str, file: Path) -> None:
     figure.savefig(file, dpi=130)
 
 
-def draw_html(good: pd.DataFrame, cost: str, quality: str, file: Path) -> None:
+def draw_html(good: Frame, cost: str, quality: str, file: Path) -> None:
     """The same as a page that needs no network: hovering shows a point's setting.
 
     Raises:
@@ -94,11 +92,11 @@ def draw_html(good: pd.DataFrame, cost: str, quality: str, file: Path) -> None:
     figure.write_html(file, include_plotlyjs=True, full_html=True)
 
 
-def _panels(good: pd.DataFrame, cost: str) -> list[str]:
+def _panels(good: Frame, cost: str) -> list[str]:
     return [cost, "tokens_per_second"] if "tokens_per_second" in good else [cost]
 
 
-def _groups(good: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+def _groups(good: Frame) -> list[tuple[str, Frame]]:
     """Points by the last of their settings that has few values, so that colours mean something."""
     columns = [str(name) for name in good if str(name).startswith("config.")]
     few = [name for name in columns if 1 < good[name].map(str).nunique() <= 6]
@@ -109,13 +107,13 @@ def _groups(good: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return [(f"{key.split('.')[-1]}={value}", rows) for value, rows in good.groupby(values)]
 
 
-def _scaled(rows: pd.DataFrame, name: str) -> tuple[list[float], tuple[list[float], list[float]]]:
+def _scaled(rows: Frame, name: str) -> tuple[list[float], tuple[list[float], list[float]]]:
     """Values, and how far the interval reaches below and above them."""
     factor = 100 if name in PERCENT else 1
     value, low, high = (factor * rows[column].to_numpy() for column in (name, f"{name}_low", f"{name}_high"))
     return value.tolist(), ((value - low).clip(min=0).tolist(), (high - value).clip(min=0).tolist())
 
 
-def _title(good: pd.DataFrame) -> str:
+def _title(good: Frame) -> str:
     models = sorted({Path(str(name)).name for name in good["config.model"]})
     return f"{', '.join(models)}, {len(good)} settings"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -11,9 +11,7 @@ from .intervals import paired_difference
 from .plots import draw_html, draw_png
 from .serve_configs import write_serve_configs
 
-if TYPE_CHECKING:
-    import pandas as pd
-
+Frame = Any  # a table or a column of pandas, whose own types say of most results that they may be either
 TABLE, COMPARISON = "table", "comparison"
 LOWER_IS_BETTER = frozenset({"kl", "perplexity", "perplexity_ratio", "true_risk", "violations"})
 COSTS = ("flops_share", "layers_share")  # the first that was measured is the plots' measure of compute
@@ -65,7 +63,7 @@ def write_report(
     return failures, len(frame)
 
 
-def tidy(records: list[dict[str, Any]]) -> pd.DataFrame:
+def tidy(records: list[dict[str, Any]]) -> Frame:
     """One row per job: its configuration, its seed among it, what it ran, its metrics with intervals, its error.
 
     Raises:
@@ -104,18 +102,18 @@ def flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return found
 
 
-def swept(frame: pd.DataFrame) -> list[str]:
+def swept(frame: Frame) -> list[str]:
     """Configuration columns that differ between jobs."""
     columns = [str(name) for name in frame if str(name).startswith("config.")]
     return [name for name in columns if frame[name].map(str).nunique() > 1]
 
 
-def labels(frame: pd.DataFrame) -> pd.Series:
+def labels(frame: Frame) -> Frame:
     """The settings that tell each job from the others, as text."""
     return frame.apply(lambda row: _setting(frame, row), axis=1)
 
 
-def pareto(costs: pd.Series, qualities: pd.Series) -> np.ndarray:
+def pareto(costs: Frame, qualities: Frame) -> np.ndarray:
     """Which points no other beats: lower cost at no less quality, or more quality at no more cost."""
     cost, quality = costs.to_numpy(), qualities.to_numpy()
     no_worse = (cost[None] <= cost[:, None]) & (quality[None] >= quality[:, None])
@@ -123,7 +121,7 @@ def pareto(costs: pd.Series, qualities: pd.Series) -> np.ndarray:
     return ~(no_worse & better).any(1)
 
 
-def comparisons(records: list[dict[str, Any]], frame: pd.DataFrame, key: str) -> pd.DataFrame:
+def comparisons(records: list[dict[str, Any]], frame: Frame, key: str) -> Frame:
     """Pairs of jobs that differ in one key alone: by how much the second exceeds the first, request by request.
 
     Raises:
@@ -152,11 +150,11 @@ def comparisons(records: list[dict[str, Any]], frame: pd.DataFrame, key: str) ->
     return pd.DataFrame(rows)
 
 
-def _swept_keys(frame: pd.DataFrame) -> list[str]:
+def _swept_keys(frame: Frame) -> list[str]:
     return [name.removeprefix("config.") for name in swept(frame)] or ["none"]
 
 
-def _setting(frame: pd.DataFrame, row: Any) -> str:
+def _setting(frame: Frame, row: Any) -> str:
     found = [f"{name.split('.')[-1]}={_short(row[name])}" for name in swept(frame)]
     return ", ".join(found) or "the only job"
 
@@ -167,7 +165,7 @@ def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _summary(good: pd.DataFrame, cost: str, quality: str) -> str:
+def _summary(good: Frame, cost: str, quality: str) -> str:
     columns = [name for name in (quality, cost, "kl", "perplexity", "true_risk", "violations", "speed") if name in good]
     lines = [f"{'':60}" + "".join(f"{name:>22}" for name in dict.fromkeys(columns))]
     for _, row in good.sort_values(cost).iterrows():

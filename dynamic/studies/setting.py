@@ -60,8 +60,6 @@ class StudiedQuality(QualityConfig):
             raise ValueError(
                 "quality.expert_share looks for an expert_keep; give neither expert_keep nor alpha with it"
             )
-        if self.uncertified and self.alpha is None:
-            raise ValueError("quality.uncertified=true needs a contract: quality.alpha is null")
         raw = [name for name in ("exit_threshold", "expert_keep") if getattr(self, name) is not None]
         raw += ["exit_thresholds"] if self.exit_thresholds else []
         raw += [] if self.uncertified or self.experts_per_token is None else ["experts_per_token"]
