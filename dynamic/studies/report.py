@@ -166,8 +166,9 @@ def _short(value: Any) -> str:
 
 
 def _summary(good: Frame, cost: str, quality: str) -> str:
-    columns = [name for name in (quality, cost, "kl", "perplexity", "true_risk", "violations", "speed") if name in good]
-    lines = [f"{'':60}" + "".join(f"{name:>22}" for name in dict.fromkeys(columns))]
+    wanted = (quality, cost, "kl", "perplexity", "true_risk", "violations", "speed")
+    columns = [name for name in dict.fromkeys(wanted) if name in good]
+    lines = [f"{'':60}" + "".join(f"{name:>22}" for name in columns)]
     for _, row in good.sort_values(cost).iterrows():
         cells = "".join(f"{row[n]:9.4f} ±{(row[n + '_high'] - row[n + '_low']) / 2:6.4f}    " for n in columns)
         lines.append(f"{'* ' if row['pareto'] else '  '}{row['label'][:58]:58}{cells}")
