@@ -175,6 +175,10 @@ def test_a_share_of_experts_is_found_and_the_rules_differ() -> None:
     [
         (["quality.alpha=2"], "quality.alpha must be between 0 and 1, not 2"),
         (["quality.alpha=0.1", "quality.expert_keep=0.5"], "quality.alpha and quality.expert_keep contradict"),
+        (
+            ["quality.alpha=0.1", "quality.expert_rule=router_weight"],
+            "quality.alpha and quality.expert_rule contradict",
+        ),
         (["quality.expert_rule=luck"], "quality.expert_rule must be one of"),
         (["quality.exit_thresholds={5:0.9}"], "exit after 5 layers"),
         (["requests=0"], "requests must be at least 1, not 0"),

@@ -15,11 +15,13 @@ import httpx
 import numpy as np
 import pandas as pd
 import pytest
+from dynamoe import Quality
 from dynamoe.dynamic.cli import main
 from dynamoe.dynamic.model_store import resolve_model
 from dynamoe.dynamic.studies.report import comparisons, pareto, swept, tidy, write_report
 from dynamoe.dynamic.studies.serve_configs import write_serve_configs
 from dynamoe.dynamic.targets import check_arguments, refuse_foreign_targets
+from dynamoe.serve.settings import ServerSettings
 
 SMALL = ["model=tiny", "requests=4", "texts=4", "max_tokens=8", "timing_groups=2", "engine.max_num_seqs=4"]
 GRID = ["quality.alpha=null,0.05", "quality.experts_per_token=null,1"]
@@ -121,6 +123,13 @@ def test_a_server_runs_a_point_and_keeps_its_contract(start_server, swept_once: 
     exact = httpx.post(f"{server.url}/v1/completions", json={**body, "quality": "exact"}, timeout=60).json()
     assert exact["usage"]["compute"]["quality"] == "exact"
     assert exact["usage"]["compute"]["reason"] is None
+
+
+def test_a_default_contract_is_checked() -> None:
+    assert ServerSettings().default_quality is None
+    assert ServerSettings(default_alpha=0.1).default_quality == Quality(alpha=0.1, delta=0.05)
+    with pytest.raises(ValueError, match=r"server.default_alpha must be between 0 and 1, not 2"):
+        ServerSettings(default_alpha=2)
 
 
 def test_raw_settings_are_not_offered_to_servers(table: pd.DataFrame, tmp_path: Path) -> None:

@@ -63,8 +63,10 @@ class StudiedQuality(QualityConfig):
         raw = [name for name in ("exit_threshold", "expert_keep") if getattr(self, name) is not None]
         raw += ["exit_thresholds"] if self.exit_thresholds else []
         raw += [] if self.uncertified or self.experts_per_token is None else ["experts_per_token"]
+        raw += [] if self.uncertified or self.expert_rule == EXPERT_RULES[0] else ["expert_rule"]
         if self.alpha is not None and raw:
-            advice = "; quality.uncertified=true measures both" if raw == ["experts_per_token"] else ""
+            both = raw[0] in ("experts_per_token", "expert_rule")
+            advice = "; quality.uncertified=true measures both" if both else ""
             raise ValueError(f"quality.alpha and quality.{raw[0]} contradict each other: give one of them{advice}")
 
 
@@ -165,7 +167,8 @@ def _uncertified(quality: StudiedQuality, contract: Quality, llm: LLM, exact: Sa
         expert_keep=None if keep is None else float(keep),
         experts_per_token=quality.experts_per_token,
     )
-    holds = certificate is not None and quality.experts_per_token is None
+    as_calibrated = quality.experts_per_token is None and quality.expert_rule == EXPERT_RULES[0]
+    holds = certificate is not None and as_calibrated
     holds = holds and any(c.id == certificate.id for c in llm.engine.offer.contracts.certificates)  # type: ignore[union-attr]
     return Resolved(
         params=params,

@@ -5,6 +5,7 @@ A job that was finished before is not run again, one that failed is; a failure i
 
 from __future__ import annotations
 
+import logging
 import threading
 import traceback
 from dataclasses import asdict, dataclass, field
@@ -62,12 +63,15 @@ def job(config: DictConfig) -> None:
         raw = asdict(settings)
         key = job_key(raw)
         if not records.finished(key):
+            logging.disable(logging.WARNING)  # a refused certificate is in the row, and would tear the bar
             records.write(key, {**measure(settings), "job": number})
     except Exception as error:
         # One job's mistake, or bug, must not take the others down.
         why = str(error).strip().splitlines() or [type(error).__name__]
         record = {"config": raw, "error": f"{type(error).__name__}: {why[0]}", "traceback": traceback.format_exc()}
         records.write(key, {**record, "job": number})
+    finally:
+        logging.disable(logging.NOTSET)
     records.done(number, key)
 
 
