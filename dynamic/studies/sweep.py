@@ -91,6 +91,10 @@ class SweepCallback(Callback):
         self._stop = threading.Event()
         self._watcher: threading.Thread | None = None
 
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """Launchers with processes send it to them; the watching stays here."""
+        return SweepCallback, ()
+
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Make room, and begin to watch."""
         records = Records(Path(str(config.output)).expanduser())
