@@ -19,6 +19,7 @@ from tqdm import tqdm
 from .bench_timing import PointResult, RequestTiming, summarize, table
 from .config import ModelConfig
 from .engine.config import EngineConfig
+from .machine import processor
 
 Measure = Callable[..., tuple[list[RequestTiming], float]]
 
@@ -129,7 +130,7 @@ def report(target: Target, config: BenchCommandConfig, points: Sequence[PointRes
         "model": target.name,
         "target": target.where,
         "settings": settings,
-        "machine": {"platform": platform.platform(), "processor": _processor(), "cores": os.cpu_count()},
+        "machine": {"platform": platform.platform(), "processor": processor(), "cores": os.cpu_count()},
         "points": [asdict(point) for point in points],
     }
 
@@ -174,11 +175,3 @@ def _read_prompts(file: str) -> list[str]:
     if not prompts:
         raise ValueError(f"bench.prompts_file={file} holds no prompt")
     return prompts
-
-
-def _processor() -> str:
-    if (info := Path("/proc/cpuinfo")).exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()

@@ -42,6 +42,7 @@ class Command:
         config: dataclass in that module which types its configuration.
         run: function in that module which takes one.
         examples: command lines for its help.
+        multirun: ``run`` takes one job's configuration as Hydra composed it; Hydra starts the jobs.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Command:
     config: str
     run: str
     examples: tuple[str, ...]
+    multirun: bool = False
 
     def load(self, attribute: str) -> Any:
         """An attribute of the command's module."""
@@ -91,6 +93,31 @@ COMMANDS = (
             "dynamoe bench bench.concurrency=[1,4,16] bench.input_len=[128,512]",
             "dynamoe bench bench.url=http://127.0.0.1:8000 bench.output_len=32 bench.json=bench.json",
         ),
+    ),
+    Command(
+        name="evaluate",
+        summary="measure what a setting gives up against the full model, what it executes, and how fast it is",
+        module="dynamic.studies.evaluate",
+        config="EvaluateConfig",
+        run="evaluate",
+        examples=(
+            "dynamoe evaluate model=tiny quality.alpha=0.02",
+            "dynamoe evaluate quality.exit_threshold=0.9 quality.expert_keep=0.8 json=result.json",
+            "dynamoe evaluate model=tiny dtype=bfloat16 reference.dtype=float32 text=chapter.txt",
+        ),
+    ),
+    Command(
+        name="sweep",
+        summary="evaluate every combination of settings: one table, plots of quality against compute, configurations",
+        module="dynamic.studies.sweep",
+        config="SweepConfig",
+        run="job",
+        examples=(
+            "dynamoe sweep quality.alpha=null,0.02,0.05 dtype=bfloat16,float32 quality.uncertified=true",
+            "dynamoe sweep quality.exit_threshold=0.9,0.95 hydra/launcher=joblib hydra.launcher.n_jobs=2",
+            "dynamoe sweep experiment=contribution_vs_score output=runs/contribution",
+        ),
+        multirun=True,
     ),
     Command(
         name="prepare",
@@ -141,7 +168,7 @@ COMMANDS = (
 )
 
 
-class _JobFailed(SystemExit):
+class JobFailed(SystemExit):
     """Carries an error past Hydra, which would print lines of its own about an ordinary exception."""
 
     def __init__(self, error: Exception) -> None:
@@ -192,8 +219,11 @@ def _run(command: Command, arguments: list[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     previous_argv = sys.argv
     try:
+        from .targets import check_arguments
+
         config_class = command.load(command.config)
         settings, verbatim = _split(arguments, config_class)
+        check_arguments(arguments)
         sys.argv = [f"dynamoe {command.name}", *settings]
         _hydra_application(command, config_class, verbatim)()
     except KeyboardInterrupt:
@@ -202,10 +232,10 @@ def _run(command: Command, arguments: list[str]) -> int:
         # The reader went away (`… | head`); what is left in the buffer has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (Exception, _JobFailed) as failure:
+    except (Exception, JobFailed) as failure:
         from .cli_errors import explain
 
-        error = failure.error if isinstance(failure, _JobFailed) else failure
+        error = failure.error if isinstance(failure, JobFailed) else failure
         message = None if full_errors else explain(error, command)
         if message is None:
             raise error from error.__cause__
@@ -250,6 +280,9 @@ def _hydra_application(command: Command, config_class: type, verbatim: dict[str,
     from .config import register, schema
 
     register(command.name, config_class)
+    main = hydra.main(version_base="1.3", config_path=f"pkg://{PACKAGE}.conf", config_name=command.name)
+    if command.multirun:
+        return main(command.load(command.run))
 
     def task(config: DictConfig) -> None:
         try:
@@ -260,9 +293,9 @@ def _hydra_application(command: Command, config_class: type, verbatim: dict[str,
         except BrokenPipeError:
             raise
         except Exception as error:
-            raise _JobFailed(error) from error
+            raise JobFailed(error) from error
 
-    return hydra.main(version_base="1.3", config_path=f"pkg://{PACKAGE}.conf", config_name=command.name)(task)
+    return main(task)
 
 
 def _fail(program: str, message: str) -> int:

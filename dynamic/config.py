@@ -145,6 +145,8 @@ def _unlock(config: DictConfig) -> None:
     for key in config:
         child = config._get_node(key)
         if isinstance(child, DictConfig):
+            if OmegaConf.get_type(child) is dict:  # a mapping whose keys are the caller's
+                child._set_flag("struct", False)
             _unlock(child)
 
 

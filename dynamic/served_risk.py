@@ -45,6 +45,17 @@ def disagreements(decoder: Decoder, outputs: Sequence[RequestOutput]) -> np.ndar
 def full_choices(decoder: Decoder, sequences: Sequence[Sequence[int]], firsts: Sequence[int]) -> torch.Tensor:
     """What the full model chooses in place of the tokens from ``firsts`` on, int64, on the CPU, (R,).
 
+    Arguments: as for :func:`full_states`.
+    """
+    x_RD = full_states(decoder, sequences, firsts)
+    chunk = max(1, _LOGIT_BYTES // (4 * decoder.spec.vocab_size))
+    return torch.cat([decoder.logits(part).argmax(-1).cpu() for part in x_RD.split(chunk)])
+
+
+@torch.inference_mode()
+def full_states(decoder: Decoder, sequences: Sequence[Sequence[int]], firsts: Sequence[int]) -> torch.Tensor:
+    """What the full model hands to its read-out in front of the tokens from ``firsts`` on, float32, (R, D).
+
     Arguments:
         sequences: token ids, prompt and output; firsts: in each, the position of the first token that is judged, at
             least 1.
@@ -59,9 +70,7 @@ def full_choices(decoder: Decoder, sequences: Sequence[Sequence[int]], firsts: S
     for length, first in zip(lengths, firsts, strict=True):
         taken.append(torch.arange(start + first - 1, start + length))
         start += length
-    x_RD = x_TD[torch.cat(taken).to(device)]
-    chunk = max(1, _LOGIT_BYTES // (4 * decoder.spec.vocab_size))
-    return torch.cat([decoder.logits(part).argmax(-1).cpu() for part in x_RD.split(chunk)])
+    return x_TD[torch.cat(taken).to(device)]
 
 
 def _groups(outputs: Sequence[RequestOutput]) -> Iterator[list[tuple[int, list[int], int]]]:

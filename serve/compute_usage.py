@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..dynamic.flops import full_layer_flops, head_flops, layer_flops
 from ..dynamic.outputs import Compute, RequestDelta
 from ..dynamic.quality import ContractOutcome
 from ..dynamic.spec import ModelSpec
@@ -37,17 +38,8 @@ class ComputeTally:
         if not self._computes:
             return None
         spec = self.spec
-        flops_by_layer = [spec.layer_flops(layer) for layer in spec.layers]
-        head = 2 * spec.hidden_size * spec.vocab_size * self._tokens
-        expert = max((6 * spec.hidden_size * layer.moe.expert_size for layer in spec.layers if layer.moe), default=0)
-        flops, rows = head, 0
-        for compute in self._computes:
-            first = 0
-            for layers, launched in zip(compute.segment_layers, compute.segment_rows, strict=True):
-                flops += launched * sum(flops_by_layer[first : first + layers])
-                first += layers
-            flops -= compute.skipped_experts * expert
-            rows += compute.segment_rows[0]  # every row runs the first segment once
+        head = head_flops(spec, self._tokens)
+        rows = sum(compute.segment_rows[0] for compute in self._computes)  # every row runs the first segment once
         certificates = sorted({c.certificate for c in self._contracts if c.certificate is not None})
         return {
             "quality": "bounded" if certificates else "exact",
@@ -58,6 +50,6 @@ class ComputeTally:
             "full_layer_rows": rows * spec.num_layers,
             "expert_rows": sum(compute.expert_rows for compute in self._computes),
             "full_expert_rows": rows * spec.experts_in(range(spec.num_layers)),
-            "flops": flops,
-            "full_flops": head + rows * sum(flops_by_layer),
+            "flops": head + sum(layer_flops(spec, compute) for compute in self._computes),
+            "full_flops": head + full_layer_flops(spec, rows),
         }

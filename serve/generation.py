@@ -204,7 +204,7 @@ def params_per_prompt(
     Raises:
         ApiError: status 400 for settings that make no sense, or that do not fit the model's length.
     """
-    params = sampling_params(body, context.model.generation_defaults)
+    params = sampling_params(body, context.model.generation_defaults, context.settings.default_quality)
     settled = [
         with_length(
             params,

@@ -26,12 +26,15 @@ _SAME_NAME = (
 _MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
-def sampling_params(body: GenerationRequest, defaults: Mapping[str, Any]) -> SamplingParams:
+def sampling_params(
+    body: GenerationRequest, defaults: Mapping[str, Any], default_quality: Quality | None = None
+) -> SamplingParams:
     """A request's sampling settings; ``max_tokens`` is still open (see :func:`with_length`).
 
     Arguments:
         body: the request, checked.
         defaults: the model's generation defaults.
+        default_quality: contract of a request that says nothing about its quality.
 
     Raises:
         ApiError: status 400 for combinations that make no sense.
@@ -54,6 +57,8 @@ def sampling_params(body: GenerationRequest, defaults: Mapping[str, Any]) -> Sam
             chosen["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
     if isinstance(body.quality, Contract):
         chosen["quality"] = Quality(alpha=body.quality.alpha, delta=body.quality.delta)
+    elif body.quality is None and default_quality is not None:
+        chosen["quality"] = default_quality
     try:
         return SamplingParams(**chosen, max_tokens=None)
     except ValueError as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from ..dynamic.quality import Quality
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -66,6 +68,8 @@ class ServerSettings:
         drain_timeout: seconds that running requests get to finish after SIGTERM.
         hang_timeout: seconds without progress, while there is work, after which the engine counts as hung.
         text_threads: threads that tokenise and render chat templates.
+        default_alpha, default_delta: contract of requests that say nothing about their quality; without an alpha they
+            run exactly.
         warm_up: run one tiny request before the server says that it is ready.
         log_format: ``text`` or ``json``, one line per request.
         limits: what one request may ask for.
@@ -84,6 +88,8 @@ class ServerSettings:
     drain_timeout: float = 30.0
     hang_timeout: float = 300.0
     text_threads: int = 2
+    default_alpha: float | None = None
+    default_delta: float = 0.05
     warm_up: bool = True
     log_format: str = "text"
     limits: Limits = field(default_factory=Limits)
@@ -104,6 +110,15 @@ class ServerSettings:
             raise ValueError("server.api_keys and server.admin_key must not be empty strings")
         if self.admin_key is not None and not (self.api_keys or self.api_keys_file):
             raise ValueError("server.admin_key needs server.api_keys: without them every path is open")
+        for name in ("default_alpha", "default_delta"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise ValueError(f"server.{name} must be between 0 and 1, not {value}")
+
+    @property
+    def default_quality(self) -> Quality | None:
+        """The contract of requests that say nothing about their quality."""
+        return None if self.default_alpha is None else Quality(alpha=self.default_alpha, delta=self.default_delta)
 
     def all_api_keys(self) -> tuple[str, ...]:
         """The keys given directly and those in ``api_keys_file``.

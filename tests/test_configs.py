@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,23 @@ import pytest
 from dynamoe.dynamic.cli import COMMANDS, Command
 from dynamoe.dynamic.cli_help import presets
 from dynamoe.dynamic.config import keys, register, schema
+from dynamoe.dynamic.studies.sweep import SweepCallback, SweepConfig
+from dynamoe.dynamic.targets import refuse_foreign_targets
 from hydra import compose, initialize_config_module
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 CONF = Path(__file__).parents[1] / "conf"
 PRESETS = [
-    (command, group, name) for command in COMMANDS for group, names in presets(command).items() for name in names
+    (command, group, name)
+    for command in COMMANDS
+    for group, names in presets(command).items()
+    for name in names
+    if group != "experiment"
 ]
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
 
 def composed(command: Command, *overrides: str) -> Any:
@@ -60,7 +71,35 @@ def test_preset_composes_and_counts(command: Command, group: str, name: str) -> 
 
 def test_every_file_belongs_to_a_command() -> None:
     used = {f"{command.name}.yaml" for command in COMMANDS} | {f"{group}/{name}.yaml" for _, group, name in PRESETS}
+    used |= {f"experiment/{name}.yaml" for name in EXPERIMENTS}
     assert {str(path.relative_to(CONF)) for path in CONF.rglob("*.yaml")} == used | {"quiet.yaml"}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_composes_and_every_job_of_it_can_be_built(name: str) -> None:
+    sweep = next(command for command in COMMANDS if command.name == "sweep")
+    settings: Any = OmegaConf.to_container(OmegaConf.load(CONF / "experiment" / f"{name}.yaml"))
+    params = settings.pop("hydra")["sweeper"]["params"]
+    assert contains(as_plain(composed(sweep, f"experiment={name}")), settings)
+    overrides = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
+    (jobs,) = BasicSweeper.split_arguments(overrides, None)
+    assert len(jobs) >= 8
+    values = [{setting for job in jobs for setting in job if setting.startswith(f"{key}=")} for key in params]
+    for job in itertools.zip_longest(*map(sorted, values)):  # every value once
+        config = composed(sweep, f"experiment={name}", *filter(None, job))
+        assert type(config) is SweepConfig
+    compare = settings.get("compare")
+    assert compare is None or compare in params
+
+
+def test_every_target_in_the_files_is_ours_and_can_be_built() -> None:
+    found = []
+    for file in CONF.rglob("*.yaml"):
+        content: Any = OmegaConf.to_container(OmegaConf.load(file))
+        refuse_foreign_targets(content, str(file))
+        for settings in (content.get("hydra") or {}).get("callbacks", {}).values():
+            found.append(type(instantiate(settings)))
+    assert found == [SweepCallback]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)

@@ -1,0 +1,1 @@
+"""Studies of what quality costs: one setting measured, many swept, pairs compared."""

@@ -1,0 +1,68 @@
+"""Numbers with 95 % intervals, by resampling requests with replacement: requests are exchangeable, tokens are not.
+
+Shape suffix: N requests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+_RESAMPLES = 4000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A number and the 95 % interval around it."""
+
+    value: float
+    low: float
+    high: float
+
+
+def mean(values_N: np.ndarray) -> Estimate:
+    """Mean over requests."""
+    return ratio(values_N, np.ones(len(values_N)))
+
+
+def ratio(
+    over_N: np.ndarray, under_N: np.ndarray, transform: Callable[[np.ndarray], np.ndarray] | None = None
+) -> Estimate:
+    """Sum of one amount over the sum of another, both counted by request.
+
+    Arguments:
+        transform: rising function of the ratio, on arrays: ``numpy.exp`` makes a perplexity of log-likelihoods.
+
+    Raises:
+        ValueError: when there is nothing to divide by.
+    """
+    over_N, under_N = np.asarray(over_N, dtype=np.float64), np.asarray(under_N, dtype=np.float64)
+    if not under_N.sum() > 0:
+        raise ValueError("there is nothing to divide by: no request counts")
+    value = over_N.sum() / under_N.sum()
+    picks = np.random.default_rng(0).integers(len(over_N), size=(_RESAMPLES, len(over_N)))
+    below = under_N[picks].sum(1)
+    drawn = over_N[picks].sum(1)[below > 0] / below[below > 0]
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    ends = np.array((value, min(low, value), max(high, value)))
+    value, low, high = (ends if transform is None else transform(ends)).tolist()
+    return Estimate(value=value, low=low, high=high)
+
+
+def paired_difference(first_N: np.ndarray, second_N: np.ndarray) -> Estimate:
+    """Mean over requests of the second less the first, request by request.
+
+    Raises:
+        ValueError: when they are not as many.
+    """
+    if len(first_N) != len(second_N):
+        raise ValueError(f"{len(first_N)} and {len(second_N)} requests cannot be paired")
+    return mean(np.asarray(second_N) - np.asarray(first_N))
+
+
+def finite(value: float | None) -> float | None:
+    """None for what JSON has no number for."""
+    return value if value is not None and math.isfinite(value) else None

@@ -1,0 +1,96 @@
+"""What the jobs of a sweep leave on disk: one JSON file per distinct configuration, and who is part of this run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ...exits.sidecar import JSON_FILE, TENSOR_FILE, backbone_hash
+from ...moe.sidecar import JSON_FILE as CONTRIBUTIONS
+from ..certificates import CERTIFICATES
+from ..model_store import resolve_model
+
+# They say where results go or how a job runs, not what is measured.
+NO_PART_OF_A_RESULT = frozenset({"output", "compare", "json", "threads", "quality_metric"})
+
+
+def job_key(config: dict[str, Any]) -> str:
+    """What a job measures, as text that names its file: its configuration and the content of the models it runs.
+
+    Raises:
+        ValueError: for a model that cannot be found.
+    """
+    measured = {name: value for name, value in config.items() if name not in NO_PART_OF_A_RESULT}
+    reference = config["reference"]["model"]
+    models = [_model_hash(name) for name in (config["model"], reference) if name is not None]
+    certificates = config["quality"]["certificates"]
+    files = [] if certificates is None else [_folder_hash(Path(certificates).expanduser())]
+    inputs = [_file_hash(Path(config[name]).expanduser()) for name in ("prompts", "text") if config[name] is not None]
+    text = json.dumps([measured, models, files, inputs], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Records:
+    """The directory of a sweep.
+
+    Arguments:
+        output: it; made when it is not there.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self._jobs, self._run = output / "jobs", output / "run"
+
+    def begin(self) -> None:
+        """Forget who was part of the run before; records stay."""
+        shutil.rmtree(self._run, ignore_errors=True)
+        self._run.mkdir(parents=True)
+        self._jobs.mkdir(exist_ok=True)
+
+    def finished(self, key: str) -> bool:
+        """Whether a job of this key has measured what it should."""
+        file = self._jobs / f"{key}.json"
+        return file.exists() and "error" not in json.loads(file.read_text())
+
+    def write(self, key: str, record: dict[str, Any]) -> None:
+        """Keep a job's result; whoever reads meanwhile sees the old content or the new one."""
+        partial = self._jobs / f".{key}.{os.getpid()}"
+        partial.write_text(json.dumps(record, indent=1, default=str))
+        partial.replace(self._jobs / f"{key}.json")
+
+    def done(self, number: int, key: str) -> None:
+        """Say that a job of this run has ended, whether it measured, failed or had been finished before."""
+        partial = self._run / f".{number}.partial"
+        partial.write_text(key)
+        partial.replace(self._run / str(number))
+
+    def count(self) -> int:
+        """Jobs of this run that have ended."""
+        return sum(not file.name.startswith(".") for file in self._run.iterdir()) if self._run.is_dir() else 0
+
+    def of_run(self) -> list[dict[str, Any]]:
+        """The records of this run's jobs, by their number; each once."""
+        files = sorted((f for f in self._run.iterdir() if not f.name.startswith(".")), key=lambda f: int(f.name))
+        keys = dict.fromkeys(file.read_text() for file in files)
+        return [json.loads((self._jobs / f"{key}.json").read_text()) for key in keys]
+
+
+def _model_hash(name: str) -> str:
+    path = resolve_model(name, progress=False)
+    digest = hashlib.sha256(backbone_hash(path).encode())
+    for file in (JSON_FILE, TENSOR_FILE, CONTRIBUTIONS, "config.json", "tokenizer.json"):
+        digest.update(_file_hash(path / file).encode())
+    digest.update(_folder_hash(path / CERTIFICATES).encode())
+    return digest.hexdigest()
+
+
+def _folder_hash(folder: Path) -> str:
+    return hashlib.sha256("".join(_file_hash(file) for file in sorted(folder.glob("*.json"))).encode()).hexdigest()
+
+
+def _file_hash(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "none"
