@@ -62,9 +62,7 @@ def full_choices(decoder: Decoder, sequences: Sequence[Sequence[int]], firsts: S
 
 
 @torch.inference_mode()
-def _choice_steps(
-    decoder: Decoder, sequences: Sequence[Sequence[int]], firsts: Sequence[int]
-) -> Steps[torch.Tensor]:
+def _choice_steps(decoder: Decoder, sequences: Sequence[Sequence[int]], firsts: Sequence[int]) -> Steps[torch.Tensor]:
     device = torch.device(decoder.device)
     lengths = [len(tokens) - 1 for tokens in sequences]
     kv, batch = fresh_cache(decoder, lengths)

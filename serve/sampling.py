@@ -54,6 +54,11 @@ def sampling_params(body: GenerationRequest, defaults: Mapping[str, Any]) -> Sam
             chosen["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
     if isinstance(body.quality, Contract):
         chosen["quality"] = Quality(alpha=body.quality.alpha, delta=body.quality.delta)
+    if body.experts_per_token is not None:
+        if body.quality is not None:
+            reason = "nothing is known about the risk of a cap beside it"
+            raise invalid(f"experts_per_token contradicts quality: {reason}.", param="experts_per_token")
+        chosen |= {"quality": None, "experts_per_token": body.experts_per_token}
     try:
         return SamplingParams(**chosen, max_tokens=None)
     except ValueError as error:
