@@ -127,12 +127,14 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     layers: list[int] = field(default_factory=list)  # per token
+    experts: list[int] = field(default_factory=list)  # per token
 
     def add(self, delta: CompletionDelta) -> None:
         """Append what a step added."""
         self.text += delta.text
         self.token_ids.extend(delta.token_ids)
         self.layers.extend(delta.layers)
+        self.experts.extend(delta.experts)
         if delta.logprobs is not None:
             self.logprobs = (self.logprobs or []) + delta.logprobs
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
