@@ -37,8 +37,8 @@ class MonitorSettings(MonitorConfig):
     Arguments:
         file: where picks and bets are kept, of one server at a time; null takes one in the cache that belongs to this
             model and address. It holds prompts and outputs of picked requests until their losses are counted.
-        share: of the requests under a certificate that are run again in full, 0 to 1. 0 picks none: what fired before
-            stays reverted, nothing else ever fires.
+        share: of the requests under a certificate that are run again in full, 0 to 1. 0 picks none; what fired before
+            stays reverted.
         seed: of the coin that picks.
     """
 
