@@ -16,7 +16,7 @@ from .sampling_params import SamplingParams
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ..exits.certificate import Scalar
+    from ..exits.certificate import Certificate, Scalar
     from .engine.engine import Engine
 
 CERTIFICATES = "certificates"
@@ -58,49 +58,72 @@ class Offer:
         )
         if found.certificate is None:
             return replace(params, quality="exact"), outcome
-        keep = found.certificate.expert_budget.get("expert_keep")
-        spends = replace(
-            params,
-            quality=None,
-            exit_thresholds=dict(found.certificate.exit_thresholds),
-            expert_keep=None if keep is None else float(keep),
-        )
-        return spends, outcome
+        return spent_under(found.certificate, params), outcome
+
+
+class CertificateSource:
+    """Where an engine's certificates come from; may be read again while the engine runs.
+
+    Arguments:
+        engine: what they have to hold for. What it runs is hashed when there are certificates for the first time.
+        directory: of certificates; None takes those that lie beside the model, if any do.
+    """
+
+    def __init__(self, engine: Engine, directory: Path | None = None) -> None:
+        self.directory = engine.model.path / CERTIFICATES if directory is None else directory
+        self._needed = directory is not None
+        self._engine = engine
+        self._running: Mapping[str, Scalar] | None = None
+
+    def read(self) -> Offer:
+        """The certificates that hold for what runs; others are refused, with the reason in the log.
+
+        Raises:
+            ValueError: naming a directory that is not there, a file that is no certificate, or two that contradict
+                each other.
+        """
+        if not self.directory.is_dir():
+            if self._needed:
+                raise ValueError(f"no such directory of certificates: {self.directory}")
+            return Offer()
+        if self._running is None:
+            self._running = deployment(self._engine.model, self._engine.runner.exits)
+        valid, refused = [], []
+        for file in sorted(self.directory.glob("*.json")):
+            certificate = load_certificate(file)
+            reason = self._refusal(certificate)
+            if reason is None:
+                valid.append(certificate)
+            else:
+                refused.append(f"certificate {certificate.id}: {reason}")
+                logger.warning("refused %s", refused[-1])
+        return Offer(contracts=Contracts(valid), refused=tuple(refused))
+
+    def _refusal(self, certificate: Certificate) -> str | None:
+        assert self._running is not None
+        if different := differences(certificate.deployment, self._running):
+            return ", ".join(different)
+        try:
+            self._engine.check([0], spent_under(certificate, SamplingParams()))
+        except ValueError as error:
+            return f"cannot be run: {error}"
+        return None
 
 
 def offer_for(engine: Engine, directory: Path | None) -> Offer:
-    """What an engine may offer.
-
-    Arguments:
-        directory: of certificates; None takes those that lie beside the model, if any do.
-
-    Raises:
-        ValueError: see :func:`read_offer`.
-    """
-    found = engine.model.path / CERTIFICATES if directory is None else directory
-    if directory is None and not found.is_dir():
-        return Offer()
-    return read_offer(found, deployment(engine.model, engine.runner.exits))
+    """What an engine may offer; see :class:`CertificateSource`."""
+    return CertificateSource(engine, directory).read()
 
 
-def read_offer(directory: Path, running: Mapping[str, Scalar]) -> Offer:
-    """The certificates of a directory that hold for what runs; others are refused, with the reason in the log.
-
-    Raises:
-        ValueError: for a directory that is not there, a file that is no certificate, or two that contradict each other.
-    """
-    if not directory.is_dir():
-        raise ValueError(f"no such directory of certificates: {directory}")
-    valid, refused = [], []
-    for file in sorted(directory.glob("*.json")):
-        certificate = load_certificate(file)
-        different = differences(certificate.deployment, running)
-        if different:
-            refused.append(f"certificate {certificate.id}: {', '.join(different)}")
-            logger.warning("refused %s", refused[-1])
-        else:
-            valid.append(certificate)
-    return Offer(contracts=Contracts(valid), refused=tuple(refused))
+def spent_under(certificate: Certificate, params: SamplingParams) -> SamplingParams:
+    """A request's settings with what a certificate lets it spend, as raw settings."""
+    keep = certificate.expert_budget.get("expert_keep")
+    return replace(
+        params,
+        quality=None,
+        exit_thresholds=dict(certificate.exit_thresholds),
+        expert_keep=None if keep is None else float(keep),
+    )
 
 
 def adjusts_scores(params: SamplingParams) -> bool:

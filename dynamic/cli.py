@@ -69,6 +69,7 @@ COMMANDS = (
             "dynamoe serve",
             "dynamoe serve model=./my-checkpoint dtype=bfloat16 server.port=8001",
             "dynamoe serve engine=throughput server.api_keys_file=keys.txt",
+            "dynamoe serve model=tiny quality.certificates=runs/calibration/certificates quality.monitor.share=0.05",
         ),
     ),
     Command(

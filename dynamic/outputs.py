@@ -7,6 +7,38 @@ from dataclasses import dataclass, field
 from .quality import ContractOutcome
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenCost:
+    """What the rows that chose some generated tokens ran, one row per token.
+
+    A prompt's last row chooses the first token of each of its completions, so that this one counts with all layers.
+
+    Arguments:
+        count: tokens.
+        layers: in front of their read-outs.
+        experts: used in these layers.
+        weight_bytes: of the weights that the rows need, each read as if it ran alone: the layers in front of the
+            read-out with the experts that were used, the read-out's adapter, the projections that fill in keys and
+            values of the layers behind it, and the LM head. Embeddings and probes are left out.
+        full_weight_bytes: the same for all layers with all experts.
+    """
+
+    count: int = 0
+    layers: int = 0
+    experts: int = 0
+    weight_bytes: int = 0
+    full_weight_bytes: int = 0
+
+    def __add__(self, other: TokenCost) -> TokenCost:
+        return TokenCost(
+            count=self.count + other.count,
+            layers=self.layers + other.layers,
+            experts=self.experts + other.experts,
+            weight_bytes=self.weight_bytes + other.weight_bytes,
+            full_weight_bytes=self.full_weight_bytes + other.full_weight_bytes,
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Logprob:
     """Natural-log probability of one token at one position, its rank (1 is the best) and its text."""
@@ -29,6 +61,7 @@ class Compute:
         segment_experts: experts that a row uses in each segment without a budget: chosen ones and those always on.
         projected_rows: rows times layers that were skipped; their keys and values were made of the state at an exit.
         skipped_experts: rows times experts that a budget left out of layers that ran.
+        tokens: what chose the generated tokens; a part of the above.
     """
 
     segment_layers: tuple[int, ...]
@@ -36,6 +69,7 @@ class Compute:
     segment_experts: tuple[int, ...]
     projected_rows: int = 0
     skipped_experts: int = 0
+    tokens: TokenCost = TokenCost()
 
     @property
     def layer_rows(self) -> int:
@@ -64,6 +98,7 @@ class CompletionDelta:
     finish_reason: str | None = None  # stop | length | abort | error
     stop_reason: int | str | None = None  # the token id or string that stopped it
     layers: list[int] = field(default_factory=list)  # in front of the read-out that chose each token
+    experts: list[int] = field(default_factory=list)  # that the row which chose each token used in these layers
 
 
 @dataclass(slots=True)
@@ -92,12 +127,14 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     layers: list[int] = field(default_factory=list)  # per token
+    experts: list[int] = field(default_factory=list)  # per token
 
     def add(self, delta: CompletionDelta) -> None:
         """Append what a step added."""
         self.text += delta.text
         self.token_ids.extend(delta.token_ids)
         self.layers.extend(delta.layers)
+        self.experts.extend(delta.experts)
         if delta.logprobs is not None:
             self.logprobs = (self.logprobs or []) + delta.logprobs
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason

@@ -7,7 +7,8 @@ Shape suffixes as in ``kernels/types.py``; R rows that chose a token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,18 +21,26 @@ from .prompt_pass import fresh_cache
 _ROWS = 4096  # of a pass
 _RESAMPLES = 4000
 _LOGIT_BYTES = 64 << 20
+_T = TypeVar("_T")
+Steps = Generator[None, None, _T]
 
 
-@torch.inference_mode()
 def disagreements(decoder: Decoder, outputs: Sequence[RequestOutput]) -> np.ndarray:
     """The share of each request's served tokens that differ from the full model's choice, float64, (N,).
 
     All completions of a request count together. The first token comes from the prompt, which always runs in full; it
     counts as served like the others. A request without a token has no loss: 0.
     """
+    return _run(disagreement_steps(decoder, outputs))
+
+
+@torch.inference_mode()
+def disagreement_steps(decoder: Decoder, outputs: Sequence[RequestOutput]) -> Steps[np.ndarray]:
+    """:func:`disagreements`, layer by layer: what it yields says nothing; others may use the model in between."""
     wrong, served = np.zeros(len(outputs)), np.zeros(len(outputs))
     for group in _groups(outputs):
-        choices_R = full_choices(decoder, [tokens for _, tokens, _ in group], [first for _, _, first in group])
+        sequences, firsts = [tokens for _, tokens, _ in group], [first for _, _, first in group]
+        choices_R = yield from _choice_steps(decoder, sequences, firsts)
         start = 0
         for number, tokens, first in group:
             count = len(tokens) - first
@@ -60,17 +69,33 @@ def full_states(decoder: Decoder, sequences: Sequence[Sequence[int]], firsts: Se
         sequences: token ids, prompt and output; firsts: in each, the position of the first token that is judged, at
             least 1.
     """
+    return _run(_choice_steps(decoder, sequences, firsts))
+
+
+@torch.inference_mode()
+def _choice_steps(decoder: Decoder, sequences: Sequence[Sequence[int]], firsts: Sequence[int]) -> Steps[torch.Tensor]:
     device = torch.device(decoder.device)
     lengths = [len(tokens) - 1 for tokens in sequences]
     kv, batch = fresh_cache(decoder, lengths)
     rows = torch.tensor([token for tokens in sequences for token in tokens[:-1]], device=device)
-    whole = Segment(index=0, layers=range(decoder.spec.num_layers))
-    x_TD = decoder.run_segment(whole, decoder.embed(rows), kv, batch)
+    x_TD = decoder.embed(rows)
+    for layer in range(decoder.spec.num_layers):
+        yield
+        x_TD = decoder.run_segment(Segment(index=layer, layers=range(layer, layer + 1)), x_TD, kv, batch)
+    yield
     taken, start = [], 0
     for length, first in zip(lengths, firsts, strict=True):
         taken.append(torch.arange(start + first - 1, start + length))
         start += length
     return x_TD[torch.cat(taken).to(device)]
+
+
+def _run(steps: Steps[_T]) -> _T:
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
 
 
 def _groups(outputs: Sequence[RequestOutput]) -> Iterator[list[tuple[int, list[int], int]]]:

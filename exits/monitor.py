@@ -32,10 +32,10 @@ class MonitorConfig:
         share: of the requests under a certificate that are run again in full, 0 to 1.
         seed: of the coin. Every opening of the file has a stream of its own, so that a process that dies early again
             and again does not throw the same coins each time.
-        keep: see :class:`MonitorStore`.
+        keep: picks with a loss, and interrupted ones, are remembered until so many newer ones have come.
 
     Raises:
-        ValueError: for a share outside [0, 1].
+        ValueError: for a share outside [0, 1], or a number to keep below 1.
     """
 
     share: float = 0.02
@@ -45,6 +45,8 @@ class MonitorConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
             raise ValueError(f"share must be between 0 and 1, not {self.share}")
+        if self.keep < 1:
+            raise ValueError(f"keep must be at least 1, not {self.keep}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +123,14 @@ class RiskMonitor:
             self._store.pick(request_id, certificate_id)
             return True
 
+    def withdraw(self, request_id: str) -> bool:
+        """Take a pick back whose request was refused before any of it ran: nothing was served that could have a loss.
+
+        Returns: whether there was such a pick.
+        """
+        with self._lock:
+            return self._store.withdraw(request_id)
+
     def finished(self, request_id: str, prompt_tokens: Sequence[int], served_tokens: Sequence[Sequence[int]]) -> bool:
         """Store what was served, for a full run to come. Also for a request that was aborted or failed.
 
@@ -171,6 +181,11 @@ class RiskMonitor:
                     process.delta,
                 )
             return True
+
+    @property
+    def armed(self) -> tuple[str, ...]:
+        """Ids of the certificates that are armed."""
+        return tuple(self._armed)
 
     def state(self, certificate_id: str) -> ContractState:
         """What is stored about a certificate, armed or not.

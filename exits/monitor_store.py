@@ -167,6 +167,13 @@ class MonitorStore:
                 self._count_interrupted(request_id, -1)
                 self._move(request_id, RUNNING)
 
+    def withdraw(self, request_id: str) -> bool:
+        """Forget a running pick; returns whether there was one."""
+        with self._connection as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            deleted = connection.execute("DELETE FROM picks WHERE request = ? AND state = ?", (request_id, RUNNING))
+            return deleted.rowcount > 0
+
     def finish(self, request_id: str, prompt_tokens: Sequence[int], served_tokens: Sequence[Sequence[int]]) -> bool:
         """Store the output of a running pick; without any token it is interrupted.
 

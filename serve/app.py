@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -11,44 +11,65 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from .. import __version__
 from ..dynamic.engine.engine import Engine
+from ..dynamic.outputs import RequestDelta
 from ..dynamic.sampling_params import SamplingParams
 from .auth import Authentication, KeyRing
 from .bridge import EngineBridge, EngineRequest
 from .context import ServerContext
+from .contracts import ContractDesk
 from .errors import install_error_handlers
+from .full_runs import FullRuns
 from .gate import Admission, Gate
 from .metrics import ServerMetrics
 from .middleware import BodyLimit, HeaderLimit, RequestContext
 from .request_checks import RequestChecks
 from .routes_chat import chat_routes
 from .routes_completions import completion_routes
+from .routes_contracts import contract_routes
 from .routes_ops import operation_routes
 from .routes_tokens import token_routes
 from .settings import ServerSettings
+from .submission import RequestTimes
 from .text import TextPool
 
 OPEN_PATHS = frozenset({"/health"})
 
 
-def make_context(engine: Engine, settings: ServerSettings) -> ServerContext:
+def make_context(engine: Engine, settings: ServerSettings, contracts: ContractDesk) -> ServerContext:
     """Put the parts of a server together. The engine belongs to the server from here on.
 
     Arguments:
         engine: not driven by anyone else.
         settings: the operator's.
+        contracts: on offer; open.
     """
     model = engine.model
     name = settings.served_model_name or model.name
     metrics = ServerMetrics(name)
+
+    def on_delta(times: RequestTimes, delta: RequestDelta, made_at: float) -> None:
+        metrics.on_delta(times, delta, made_at)
+        contracts.on_delta(delta)
+
+    def on_abort(request_ids: Sequence[str]) -> None:
+        metrics.on_abort(len(request_ids))
+        contracts.ended(request_ids)
+
     bridge = EngineBridge(
-        engine, hang_timeout=settings.hang_timeout, on_delta=metrics.on_delta, on_abort=metrics.on_abort
+        engine,
+        hang_timeout=settings.hang_timeout,
+        on_delta=on_delta,
+        on_abort=on_abort,
+        idle_work=FullRuns(decoder=model.decoder, desk=contracts).work,
     )
+    contracts.on_pending = bridge.wake
     return ServerContext(
         settings=settings,
         model=model,
         model_name=name,
         max_model_len=engine.max_model_len,
         bridge=bridge,
+        contracts=contracts,
         gate=Gate(settings.limits.max_open_requests),
         metrics=metrics,
         text=TextPool(model.tokenizer, settings.text_threads),
@@ -70,14 +91,16 @@ def create_app(context: ServerContext) -> FastAPI:
         if settings.warm_up:
             await warm_up(context.bridge)
         context.metrics.observe_engine(context.bridge, context.gate)
+        context.metrics.observe_contracts(context.contracts)
         yield
         context.text.close()
         await context.bridge.stop()
+        await context.contracts.close()
 
     # The interactive documentation would fetch scripts from elsewhere; /openapi.json holds the same.
     app = FastAPI(title="dynamoe", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     install_error_handlers(app)
-    for routes in (completion_routes, chat_routes, token_routes, operation_routes):
+    for routes in (completion_routes, chat_routes, token_routes, contract_routes, operation_routes):
         app.include_router(routes(context))
 
     keys = KeyRing(settings.all_api_keys(), settings.admin_key)

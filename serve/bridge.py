@@ -7,18 +7,19 @@ everything the step said to the event loop in one call. While there is nothing t
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import queue
 import sys
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..dynamic.engine.engine import Engine, EngineFull
 from ..dynamic.outputs import RequestDelta
+from ..dynamic.quality import ContractOutcome
 from ..dynamic.sampling_params import SamplingParams
 from .submission import EngineFailure, RequestTimes, Submission
 
@@ -29,12 +30,20 @@ DeltaObserver = Callable[[RequestTimes, RequestDelta, float], None]
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRequest:
-    """One prompt for the engine."""
+    """One prompt for the engine.
+
+    Arguments:
+        contract: what became of the caller's contract; ``params`` then say what may be spent.
+        request_id: differs from that of every other request, of other servers and other times as well: what is stored
+            about a request outlives the process.
+    """
 
     prompt_token_ids: Sequence[int]
     params: SamplingParams
     priority: int = 0
     cache_salt: str | None = None
+    contract: ContractOutcome | None = None
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +55,11 @@ class _Submit:
 @dataclass(frozen=True, slots=True)
 class _Abort:
     ids: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Wake:
+    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,20 +75,28 @@ class EngineBridge:
         hang_timeout: seconds without progress, while there is work, after which the engine counts as hung: requests
             then end with an error and new ones are refused until it moves again.
         on_delta: called on the event loop for every delta, with its request's times and the moment it was made.
-        on_abort: called with the number of prompts that were given up.
+        on_abort: called on the event loop with the ids of prompts that were given up.
+        idle_work: called by the bridge's thread while there is nothing to run: does a small piece of other work, and
+            returns whether there may be more at once. If not, it is asked again after :meth:`wake` or a request.
     """
 
     def __init__(
-        self, engine: Engine, *, hang_timeout: float, on_delta: DeltaObserver, on_abort: Callable[[int], None]
+        self,
+        engine: Engine,
+        *,
+        hang_timeout: float,
+        on_delta: DeltaObserver,
+        on_abort: Callable[[Sequence[str]], None],
+        idle_work: Callable[[], bool] = lambda: False,
     ) -> None:
         self.engine = engine
         self.stats = engine.stats()
         self._on_abort = on_abort
+        self._idle_work = idle_work
         self._hang_timeout = hang_timeout
         self._on_delta = on_delta
-        self._inbox: queue.SimpleQueue[_Submit | _Abort | _Stop] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Submit | _Abort | _Wake | _Stop] = queue.SimpleQueue()
         self._open: dict[str, Submission] = {}
-        self._ids = itertools.count()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._watchdog: asyncio.Task[None] | None = None
@@ -130,7 +152,7 @@ class EngineBridge:
             raise failure
         now = time.monotonic()
         times = [RequestTimes(arrival=now, prompt_tokens=len(request.prompt_token_ids)) for request in requests]
-        submission = Submission([f"r{next(self._ids)}" for _ in requests], times, self.abort)
+        submission = Submission([request.request_id for request in requests], times, self.abort)
         for request_id in submission.ids:
             self._open[request_id] = submission
         self._inbox.put(_Submit(submission, requests))
@@ -149,8 +171,12 @@ class EngineBridge:
         """Drop requests; their pages are free after the engine's current step."""
         known = [request_id for request_id in ids if self._open.pop(request_id, None) is not None]
         if known:
-            self._on_abort(len(known))
+            self._on_abort(known)
             self._inbox.put(_Abort(known))
+
+    def wake(self) -> None:
+        """Say that there is something for ``idle_work``. From any thread."""
+        self._inbox.put(_Wake())
 
     def close(self) -> None:
         """End all requests with an error and take no more."""
@@ -212,7 +238,7 @@ class EngineBridge:
         """Empty the inbox; sleep in it if there is nothing to run. False means: stop."""
         if not self.engine.has_unfinished():
             self._progress_at = None
-            command = self._inbox.get()
+            command = self._next_command()
             self._progress_at = time.monotonic()
         else:
             try:
@@ -225,12 +251,23 @@ class EngineBridge:
                     self._add(submission, requests)
                 case _Abort(ids):
                     self.engine.abort(ids)
+                case _Wake():
+                    pass
                 case _Stop():
                     return False
             try:
                 command = self._inbox.get_nowait()
             except queue.Empty:
                 return True
+
+    def _next_command(self) -> _Submit | _Abort | _Wake | _Stop:
+        """Wait for a command; while there is none, do idle work."""
+        while True:
+            try:
+                return self._inbox.get_nowait()
+            except queue.Empty:
+                if not self._idle_work():
+                    return self._inbox.get()
 
     def _add(self, submission: Submission, requests: Sequence[EngineRequest]) -> None:
         added: list[str] = []
@@ -243,6 +280,7 @@ class EngineBridge:
                     request.params,
                     priority=request.priority,
                     cache_salt=request.cache_salt,
+                    contract=request.contract,
                 )
                 added.append(request_id)
         except (ValueError, EngineFull) as refusal:

@@ -6,7 +6,15 @@ from dataclasses import dataclass, field
 
 from ..dynamic.config import ModelConfig, QualityConfig
 from ..dynamic.engine.config import EngineConfig
+from .contracts import MonitorSettings
 from .settings import ServerSettings
+
+
+@dataclass(kw_only=True)
+class ServeQualityConfig(QualityConfig):
+    """Contracts that are served, and how they are watched."""
+
+    monitor: MonitorSettings = field(default_factory=MonitorSettings)
 
 
 @dataclass(kw_only=True)
@@ -15,7 +23,7 @@ class ServeConfig(ModelConfig):
 
     engine: EngineConfig = field(default_factory=EngineConfig)
     server: ServerSettings = field(default_factory=ServerSettings)
-    quality: QualityConfig = field(default_factory=QualityConfig)
+    quality: ServeQualityConfig = field(default_factory=ServeQualityConfig)
 
 
 def serve(config: ServeConfig) -> None:
@@ -33,6 +41,7 @@ def serve(config: ServeConfig) -> None:
         engine_config=config.engine,
         load_arguments=config.load_arguments(),
         certificates=config.quality.certificates,
+        monitor=config.quality.monitor,
     )
     if code:
         raise SystemExit(code)

@@ -1,33 +1,59 @@
-"""What a request cost, for ``usage.compute``: added up over its prompts and completions as their deltas come."""
+"""What requests cost, for ``usage.compute`` and the metrics: one way of adding up for both."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..dynamic.flops import full_layer_flops, head_flops, layer_flops
-from ..dynamic.outputs import Compute, RequestDelta
+from ..dynamic.flops import full_layer_flops, head_flops, layer_flops, projection_flops
+from ..dynamic.outputs import Compute, RequestDelta, TokenCost
 from ..dynamic.quality import ContractOutcome
 from ..dynamic.spec import ModelSpec
 
 
+def executed(spec: ModelSpec, computes: Iterable[Compute]) -> dict[str, int]:
+    """What was executed, and the same with all layers and experts as ``full_…``; see :class:`.ComputeUsage`.
+
+    Arguments:
+        spec: of the model that ran.
+        computes: of requests, or of an engine.
+    """
+    computes = list(computes)
+    tokens = sum((compute.tokens for compute in computes), TokenCost())
+    head = head_flops(spec, tokens.count)
+    rows = sum(compute.segment_rows[0] for compute in computes)  # every row runs the first segment once
+    flops = sum(layer_flops(spec, compute) + projection_flops(spec, compute) for compute in computes)
+    return {
+        "token_layers": tokens.layers,
+        "token_experts": tokens.experts,
+        "layer_rows": sum(compute.layer_rows for compute in computes),
+        "full_layer_rows": rows * spec.num_layers,
+        "expert_rows": sum(compute.expert_rows for compute in computes),
+        "full_expert_rows": rows * spec.experts_in(range(spec.num_layers)),
+        "flops": head + flops,
+        "full_flops": head + full_layer_flops(spec, rows),
+        "weight_bytes": tokens.weight_bytes,
+        "full_weight_bytes": tokens.full_weight_bytes,
+    }
+
+
 @dataclass(slots=True)
 class ComputeTally:
-    """Arguments:
-    spec: of the model that runs.
+    """Adds up over a request's prompts as their deltas come.
+
+    Arguments:
+        spec: of the model that runs.
+        uncertified: what the client asked for without a promise, in words; None: nothing.
     """
 
     spec: ModelSpec
-    _layers: int = 0  # in front of the read-outs of all tokens
-    _tokens: int = 0
+    uncertified: str | None = None
     _computes: list[Compute] = field(default_factory=list)
     _contracts: list[ContractOutcome] = field(default_factory=list)
 
     def add(self, delta: RequestDelta) -> None:
         """Take in what a step said."""
-        for completion in delta.completions:
-            self._layers += sum(completion.layers)
-            self._tokens += len(completion.layers)
         if delta.compute is not None:
             self._computes.append(delta.compute)
         if delta.contract is not None:
@@ -37,19 +63,17 @@ class ComputeTally:
         """The ``compute`` object; None before any prompt has ended."""
         if not self._computes:
             return None
-        spec = self.spec
-        head = head_flops(spec, self._tokens)
-        rows = sum(compute.segment_rows[0] for compute in self._computes)  # every row runs the first segment once
+        work = executed(self.spec, self._computes)
+        count = sum(compute.tokens.count for compute in self._computes)
         certificates = sorted({c.certificate for c in self._contracts if c.certificate is not None})
+        quality = "bounded" if certificates else "uncertified" if self.uncertified else "exact"
+        reasons = dict.fromkeys(c.reason for c in self._contracts)
+        all_layers = range(self.spec.num_layers)
         return {
-            "quality": "bounded" if certificates else "exact",
+            "quality": quality,
             "certificates": certificates,
-            "reason": "; ".join(dict.fromkeys(c.reason for c in self._contracts)) or None,
-            "layers_per_token": self._layers / self._tokens if self._tokens else float(spec.num_layers),
-            "layer_rows": sum(compute.layer_rows for compute in self._computes),
-            "full_layer_rows": rows * spec.num_layers,
-            "expert_rows": sum(compute.expert_rows for compute in self._computes),
-            "full_expert_rows": rows * spec.experts_in(range(spec.num_layers)),
-            "flops": head + sum(layer_flops(spec, compute) for compute in self._computes),
-            "full_flops": head + full_layer_flops(spec, rows),
+            "reason": "; ".join(reasons) or self.uncertified,
+            "layers_per_token": work["token_layers"] / count if count else float(len(all_layers)),
+            "experts_per_token": work["token_experts"] / count if count else float(self.spec.experts_in(all_layers)),
+            **work,
         }

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from ..dynamic.loader import LoadedModel
 from .bridge import EngineBridge
+from .contracts import ContractDesk
 from .gate import Gate
 from .metrics import ServerMetrics
 from .request_checks import RequestChecks
@@ -23,6 +24,7 @@ class ServerContext:
     model_name: str
     max_model_len: int
     bridge: EngineBridge
+    contracts: ContractDesk
     gate: Gate
     metrics: ServerMetrics
     text: TextPool

@@ -61,6 +61,11 @@ def write_prompt_logprobs(positions: PromptLogprobs | None) -> list[dict[str, An
     ]
 
 
+def write_compute(piece: CompletionDelta) -> dict[str, Any]:
+    """The ``compute`` field of a choice in a stream: what the row ran that chose each of its tokens."""
+    return {"layers": piece.layers, "experts": piece.experts}
+
+
 class AnswerFormat(Protocol):
     """How one endpoint writes its answers."""
 
@@ -88,6 +93,7 @@ class CompletionFormat:
         drop_output: the client asked for no tokens; the one that was run is left out.
         logprobs: whether to write log-probabilities.
         prompt_logprobs: whether the ``prompt_logprobs`` field was asked for.
+        compute: write what each token of a stream cost.
     """
 
     whole_object = chunk_object = "text_completion"
@@ -103,6 +109,7 @@ class CompletionFormat:
         drop_output: bool,
         logprobs: bool,
         prompt_logprobs: bool,
+        compute: bool = False,
     ) -> None:
         self.id = answer_id
         self._tokenizer = tokenizer
@@ -112,6 +119,7 @@ class CompletionFormat:
         self._drop_output = drop_output
         self._logprobs = logprobs
         self._prompt_logprobs = prompt_logprobs
+        self._compute = compute
         self._offsets: dict[int, int] = {}  # choice → characters written, for text_offset
 
     def whole(
@@ -126,9 +134,11 @@ class CompletionFormat:
         self, prompt_number: int, piece: CompletionDelta, prompt_logprobs: PromptLogprobs | None
     ) -> dict[str, Any] | None:
         first = prompt_number * self._n + piece.index not in self._offsets
-        if not (piece.text or piece.finish_reason or (self._logprobs and piece.token_ids) or (first and self._echo)):
+        per_token = self._logprobs or self._compute
+        if not (piece.text or piece.finish_reason or (per_token and piece.token_ids) or (first and self._echo)):
             return None
-        return self._write(prompt_number, piece, prompt_logprobs)
+        choice = self._write(prompt_number, piece, prompt_logprobs)
+        return {**choice, "compute": write_compute(piece)} if self._compute else choice
 
     def _write(self, prompt_number: int, piece: Piece, prompt_logprobs: PromptLogprobs | None) -> dict[str, Any]:
         index = prompt_number * self._n + piece.index
@@ -178,13 +188,15 @@ class ChatFormat:
 
     Arguments:
         top_logprobs: alternatives per token; None writes no log-probabilities.
+        compute: write what each token of a stream cost.
     """
 
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, answer_id: str, *, top_logprobs: int | None) -> None:
+    def __init__(self, answer_id: str, *, top_logprobs: int | None, compute: bool = False) -> None:
         self.id = answer_id
+        self._compute = compute
         self._top_logprobs = top_logprobs
         self._begun: set[int] = set()
 
@@ -203,9 +215,11 @@ class ChatFormat:
             delta = {"role": "assistant", "content": ""}
         if piece.text:
             delta["content"] = piece.text
-        if not (delta or piece.finish_reason or (self._top_logprobs is not None and piece.token_ids)):
+        per_token = self._top_logprobs is not None or self._compute
+        if not (delta or piece.finish_reason or (per_token and piece.token_ids)):
             return None
-        return self._choice(piece, "delta", delta)
+        choice = self._choice(piece, "delta", delta)
+        return {**choice, "compute": write_compute(piece)} if self._compute else choice
 
     def _choice(self, piece: Piece, field: str, said: dict[str, Any]) -> dict[str, Any]:
         choice: dict[str, Any] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import Request
@@ -37,6 +37,11 @@ class Generation:
     format: AnswerFormat
     drop_output: bool = False
 
+    def _tally(self) -> ComputeTally:
+        cap = self.body.experts_per_token
+        asked = None if cap is None else f"experts_per_token={cap} was asked for, about which nothing is promised"
+        return ComputeTally(self.context.model.spec, asked)
+
     async def respond(self) -> Response:
         """Run the prompts and answer as the client asked, whole or streamed.
 
@@ -48,7 +53,7 @@ class Generation:
             return EventStream(self._events(submission), submission)
         return await self._collect(submission)
 
-    async def _submit(self) -> Submission:
+    async def _settle_and_submit(self) -> Submission:
         caller: Caller = self.request.state.caller
         requests = [
             EngineRequest(
@@ -61,7 +66,21 @@ class Generation:
         ]
         self.request.state.log["answer_id"] = self.format.id
         try:
-            return await self.context.bridge.submit(requests)
+            return await self.context.bridge.submit([await self._settle(request) for request in requests])
+        except BaseException:
+            self.context.contracts.refused(request.request_id for request in requests)
+            raise
+
+    async def _settle(self, request: EngineRequest) -> EngineRequest:
+        params, contract = await self.context.contracts.settle(
+            request.request_id, request.prompt_token_ids, request.params
+        )
+        return replace(request, params=params, contract=contract)
+
+    async def _submit(self) -> Submission:
+        """Settle the contracts and hand the prompts to the engine, which takes all of them or none."""
+        try:
+            return await self._settle_and_submit()
         except ValueError as error:
             raise invalid(f"{error}.") from error
         except EngineFull as error:
@@ -79,7 +98,7 @@ class Generation:
             )
             for request_id, prompt, params in zip(submission.ids, self.prompts, self.params, strict=True)
         ]
-        tally = ComputeTally(self.context.model.spec)
+        tally = self._tally()
         try:
             async with given_up_on_disconnect(self.request.receive, submission):
                 async for batch in submission.batches():
@@ -120,7 +139,7 @@ class Generation:
         cached = [0] * len(self.prompts)
         prompt_logprobs: list[PromptLogprobs | None] = [None] * len(self.prompts)
         reasons: list[str | None] = []
-        tally = ComputeTally(self.context.model.spec)
+        tally = self._tally()
         try:
             async for batch in submission.batches():
                 pieces = []

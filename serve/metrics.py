@@ -13,9 +13,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from ..dynamic.outputs import RequestDelta
+from .compute_usage import executed
+from .contract_metrics import ContractCollector
 
 if TYPE_CHECKING:
     from .bridge import EngineBridge
+    from .contracts import ContractDesk
     from .gate import Gate
     from .submission import RequestTimes
 
@@ -60,6 +63,12 @@ class ServerMetrics:
         self._contracts = Counter(
             "dynamoe:prompts", "Finished prompts by certificate.", (*LABELS, "certificate"), registry=self.registry
         )
+        self._depths = Counter(
+            "dynamoe:read_out_tokens",
+            "Tokens by the layers in front of the read-out that chose them: exits, and the model's end.",
+            (*LABELS, "layers"),
+            registry=self.registry,
+        )
         self._http = Counter(
             "dynamoe:http_requests", "Finished HTTP requests.", ("method", "route", "status"), registry=self.registry
         )
@@ -69,11 +78,18 @@ class ServerMetrics:
         self._counting = True
         self.registry.register(_EngineCollector(bridge, gate, self._labels))
 
+    def observe_contracts(self, contracts: ContractDesk) -> None:
+        """Report what the monitor knew when it was last looked at."""
+        self.registry.register(ContractCollector(contracts, self._labels))
+
     def on_delta(self, times: RequestTimes, delta: RequestDelta, made_at: float) -> None:
         """Note what one step did for one prompt."""
         if not self._counting:
             return
         tokens = sum(len(completion.token_ids) for completion in delta.completions)
+        for completion in delta.completions:
+            for layers in completion.layers:
+                self._depths.labels(**self._labels, layers=str(layers)).inc()
         if tokens:
             if times.first_token is None:
                 times.first_token = made_at
@@ -154,6 +170,14 @@ class _EngineCollector(Collector):
         for name, (text, attribute) in counters.items():
             counter = CounterMetricFamily(name, text, labels=LABELS)
             counter.add_metric(list(self._labels.values()), getattr(stats, attribute) - getattr(start, attribute))
+            yield counter
+        spec = self._bridge.engine.model.spec
+        before = executed(spec, [start.compute])
+        for name, total in executed(spec, [stats.compute]).items():
+            counter = CounterMetricFamily(
+                f"dynamoe:{name}", f"Sum of usage.compute.{name}, aborted requests too.", labels=LABELS
+            )
+            counter.add_metric(list(self._labels.values()), total - before[name])
             yield counter
         text = "Rows launched through the layers between two exits; layers counts from 1."
         segments = CounterMetricFamily("dynamoe:segment_rows", text, labels=(*LABELS, "layers"))

@@ -38,7 +38,9 @@ def chat_routes(context: ServerContext) -> APIRouter:
             prompts=prompts,
             params=params_per_prompt(context, body, prompts, context.model.generation_defaults.get("max_new_tokens")),
             format=ChatFormat(
-                f"chatcmpl-{uuid.uuid4().hex}", top_logprobs=(body.top_logprobs or 0) if body.logprobs else None
+                f"chatcmpl-{uuid.uuid4().hex}",
+                top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+                compute=body.streams_compute,
             ),
         ).respond()
 

@@ -37,6 +37,7 @@ def completion_routes(context: ServerContext) -> APIRouter:
             drop_output=drop_output,
             logprobs=body.logprobs is not None,
             prompt_logprobs=body.prompt_logprobs is not None,
+            compute=body.streams_compute,
         )
         return await Generation(
             context=context,

@@ -73,6 +73,7 @@ def operation_routes(context: ServerContext) -> APIRouter:
     )
     async def metrics() -> Response:
         """Prometheus metrics."""
+        await context.contracts.look()  # what a failing disk does not tell is as it was
         return Response(context.metrics.render(), headers={"content-type": CONTENT_TYPE_LATEST})
 
     if context.settings.playground:

@@ -57,8 +57,13 @@ def sampling_params(
             chosen["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
     if isinstance(body.quality, Contract):
         chosen["quality"] = Quality(alpha=body.quality.alpha, delta=body.quality.delta)
-    elif body.quality is None and default_quality is not None:
+    elif body.quality is None and body.experts_per_token is None and default_quality is not None:
         chosen["quality"] = default_quality
+    if body.experts_per_token is not None:
+        if body.quality is not None:
+            reason = "nothing is known about the risk of a cap beside it"
+            raise invalid(f"experts_per_token contradicts quality: {reason}.", param="experts_per_token")
+        chosen |= {"quality": None, "experts_per_token": body.experts_per_token}
     try:
         return SamplingParams(**chosen, max_tokens=None)
     except ValueError as error:

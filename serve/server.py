@@ -20,12 +20,13 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .. import __version__
-from ..dynamic.certificates import offer_for
+from ..dynamic.certificates import CertificateSource
 from ..dynamic.engine.config import EngineConfig
 from ..dynamic.engine.engine import Engine
 from ..dynamic.loader import load_model
 from .app import create_app, make_context
 from .context import ServerContext
+from .contracts import ContractDesk, MonitorSettings, default_monitor_file
 from .errors import error_body
 from .logs import configure_logging
 from .settings import ServerSettings
@@ -43,6 +44,7 @@ def run(
     engine_config: EngineConfig | None = None,
     load_arguments: Mapping[str, Any] | None = None,
     certificates: str | None = None,
+    monitor: MonitorSettings | None = None,
 ) -> int:
     """Serve a model until SIGTERM or SIGINT.
 
@@ -51,23 +53,28 @@ def run(
         settings, engine_config: of the server and the engine.
         load_arguments: further arguments of :func:`load_model`.
         certificates: directory of the contracts on offer; None takes those beside the model.
+        monitor: of these contracts.
 
     Returns:
         The exit code: 0 after an orderly end, 1 when the engine had died or hung, or the server could not start.
 
     Raises:
-        ValueError: the address is in use, or the model cannot be served.
+        ValueError: the address or the monitor's file is in use, or the model cannot be served.
     """
 
     def make_engine() -> Engine:
-        engine = Engine(load_model(model, **(load_arguments or {})), engine_config)
-        engine.offer = offer_for(engine, None if certificates is None else Path(certificates).expanduser())
-        return engine
+        return Engine(load_model(model, **(load_arguments or {})), engine_config)
 
-    return serve_engine(make_engine, settings)
+    return serve_engine(make_engine, settings, certificates=certificates, monitor=monitor)
 
 
-def serve_engine(make_engine: Callable[[], Engine], settings: ServerSettings | None = None) -> int:
+def serve_engine(
+    make_engine: Callable[[], Engine],
+    settings: ServerSettings | None = None,
+    *,
+    certificates: str | None = None,
+    monitor: MonitorSettings | None = None,
+) -> int:
     """Serve the engine that ``make_engine`` builds; see :func:`run`.
 
     The address is taken first: finding out that it is in use after minutes of loading would be unkind.
@@ -77,7 +84,14 @@ def serve_engine(make_engine: Callable[[], Engine], settings: ServerSettings | N
     configure_logging(settings.log_format)
     listener = bind(settings)
     try:
-        context = make_context(make_engine(), settings)
+        engine = make_engine()
+        contracts = ContractDesk(
+            source=CertificateSource(engine, None if certificates is None else Path(certificates).expanduser()),
+            settings=monitor or MonitorSettings(),
+            default_file=default_monitor_file(engine.model.path, _address(settings, listener)),
+        )
+        contracts.open()
+        context = make_context(engine, settings, contracts)
         server = _Server(context, listener)
         try:
             server.run(sockets=[listener])
@@ -89,6 +103,11 @@ def serve_engine(make_engine: Callable[[], Engine], settings: ServerSettings | N
         listener.close()
         if settings.uds is not None and os.path.exists(settings.uds):
             os.unlink(settings.uds)
+
+
+def _address(settings: ServerSettings, listener: socket.socket) -> str:
+    host, port = (settings.uds, None) if settings.uds is not None else listener.getsockname()[:2]
+    return str(host) if port is None else f"{host}:{port}"
 
 
 def bind(settings: ServerSettings) -> socket.socket:

@@ -61,7 +61,7 @@ class ServerSettings:
         served_model_name: name that clients use; None takes the model's own.
         api_keys: when there are any, every path but ``/health`` needs one (``Authorization: Bearer KEY``).
         api_keys_file: file with one more key per line; keeps them out of the list of processes.
-        admin_key: key for ``/metrics``, which ordinary keys then no longer open.
+        admin_key: key for ``/metrics`` and for new certificates, which ordinary keys then no longer open.
         public_page: with keys set, serve the page at ``/`` without one. It holds no data; its requests need a key.
         playground: serve the page at ``/``.
         cors_origins: web origins whose scripts may call the server; none by default.

@@ -39,6 +39,9 @@ class StreamOptions(Body):
     """Options of a streamed answer."""
 
     include_usage: bool | None = Field(None, description="End the stream with a chunk that holds the usage.")
+    include_compute: bool | None = Field(
+        None, description="Say with every token how many layers and experts the row ran that chose it."
+    )
 
 
 class Contract(Body):
@@ -86,7 +89,16 @@ class GenerationRequest(Body):
     quality: Literal["exact"] | Contract | None = Field(
         None, description="exact (default): all layers; or the risk that is accepted, which may cost less."
     )
+    experts_per_token: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = Field(
+        None,
+        description="Most experts that a generated token uses in a layer; without any promise, so not with quality.",
+    )
     user: str | None = None
+
+    @property
+    def streams_compute(self) -> bool:
+        """Whether to say what each token of the stream cost."""
+        return self.stream_options is not None and bool(self.stream_options.include_compute)
 
 
 class CompletionRequest(GenerationRequest):

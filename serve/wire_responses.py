@@ -37,21 +37,29 @@ class PromptTokensDetails(Answer):
 class ComputeUsage(Answer):
     """What was executed for the request, counted at the launches, prompts included.
 
-    ``layers_per_token`` is the mean over generated tokens. FLOPs are those of the layers and of the LM head for the
-    generated tokens, without attention over the context; ``full_flops`` is what all layers with all experts would have
-    taken for the same rows. ``quality`` is ``bounded`` where a certificate held, else ``exact``; ``reason`` says why.
+    ``quality`` is ``bounded`` where a certificate held, ``uncertified`` with a cap that nothing was promised for, else
+    ``exact``; ``reason`` says why. Layers and experts per token are means over generated tokens, ``token_layers`` and
+    ``token_experts`` their sums: of the one row that chose each token. Rows times layers, rows times experts and FLOPs
+    are all that ran, prompts included. FLOPs are those of the layers, of the keys and values of layers that were
+    skipped, and of the LM head for generated tokens, without attention over the context, probes and adapters. Weight
+    bytes are what the generated tokens need, each as if it ran alone. ``full_…``: the same with all layers and experts.
     """
 
-    quality: Literal["exact", "bounded"]
+    quality: Literal["exact", "bounded", "uncertified"]
     certificates: list[str]
     reason: str | None
     layers_per_token: float
+    experts_per_token: float
+    token_layers: int
+    token_experts: int
     layer_rows: int
     full_layer_rows: int
     expert_rows: int
     full_expert_rows: int
     flops: int
     full_flops: int
+    weight_bytes: int
+    full_weight_bytes: int
 
 
 class Usage(Answer):
@@ -84,6 +92,13 @@ class CompletionLogprobs(Answer):
     text_offset: list[int]
 
 
+class TokenCompute(Answer):
+    """What the row ran that chose each token of a chunk: layers in front of its read-out, and experts in them."""
+
+    layers: list[int]
+    experts: list[int]
+
+
 class CompletionChoice(Answer):
     """One completion, or in a stream a piece of it."""
 
@@ -93,6 +108,7 @@ class CompletionChoice(Answer):
     finish_reason: Literal["stop", "length"] | None
     stop_reason: int | str | None = None
     prompt_logprobs: PromptLogprobs | None = None
+    compute: TokenCompute | None = None
 
 
 class CompletionResponse(Answer):
@@ -172,6 +188,7 @@ class ChatChunkChoice(Answer):
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length"] | None
     stop_reason: int | str | None = None
+    compute: TokenCompute | None = None
 
 
 class ChatCompletionChunk(Answer):
@@ -201,6 +218,70 @@ class ModelList(Answer):
 
     object: Literal["list"]
     data: list[ModelCard]
+
+
+class ContractScope(Answer):
+    """The requests that a certificate covers: temperatures (0 to 0: greedy only), longest output, kind of prompts."""
+
+    lowest_temperature: float
+    highest_temperature: float
+    max_tokens: int
+    prompts: str
+
+
+class HeldOutLoss(Answer):
+    """The certificate's setting on requests that neither chose nor calibrated it."""
+
+    requests: int
+    mean_loss: float
+    low: float
+    high: float
+    layers_executed: float
+
+
+class ContractBet(Answer):
+    """What the monitor knows. The certificate is reverted once ``wealth`` has reached ``fires_at``."""
+
+    picks: int
+    running: int
+    pending: int
+    interrupted: int
+    losses: int
+    realised_risk: float | None
+    wealth: float
+    fires_at: float
+    fired_at_loss: int | None
+
+
+class ContractCard(Answer):
+    """A certificate on offer. ``state``: ``watched``, ``reverted`` (its requests run exactly), or ``unwatched``."""
+
+    id: str
+    object: Literal["contract"]
+    state: Literal["watched", "reverted", "unwatched"]
+    alpha: float
+    delta: float
+    method: str
+    requests: int
+    loss: str
+    created: str
+    scope: ContractScope
+    exit_thresholds: dict[str, float]
+    expert_budget: dict[str, str | int | float | bool]
+    held_out: HeldOutLoss
+    monitor: ContractBet | None
+
+
+class ContractList(Answer):
+    """Answer of ``GET /v1/contracts``. ``refused``: certificates that are not on offer, and why.
+
+    ``monitored_share``: of the requests under a certificate that are run again in full.
+    """
+
+    object: Literal["list"]
+    data: list[ContractCard]
+    refused: list[str]
+    monitored_share: float
 
 
 class TokenizeResponse(Answer):

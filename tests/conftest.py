@@ -364,3 +364,30 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
 def server(start_server: Callable[..., ServerProcess], make_checkpoint: Callable[..., Path]) -> ServerProcess:
     """A server of a tiny model with default settings, shared by the tests that leave it as it was."""
     return start_server(make_checkpoint("mixtral"))
+
+
+@pytest.fixture(scope="session")
+def certify() -> Callable[..., Any]:
+    """``certify(directory, running, alpha, probability, keep=None, **scope)`` writes a certificate for the exits of
+    tiny and what ``deployment`` says that runs, whatever it claims."""
+    from dynamoe.exits.certificate import Certificate, HeldOut, Scope, save_certificate
+
+    def write(directory: Path, running: Any, alpha: float, at: float, keep: float | None = None, **scope: Any) -> Any:
+        certificate = Certificate(
+            alpha=alpha,
+            delta=0.05,
+            requests=1000,
+            method="wsr",
+            loss="made up",
+            scope=Scope(**{"max_tokens": 64, "prompts": "of a test", **scope}),
+            exit_thresholds=dict.fromkeys((4, 8, 12), at),
+            expert_budget={} if keep is None else {"expert_keep": keep},
+            held_out=HeldOut(requests=500, mean_loss=0.0, low=0.0, high=alpha, layers_executed=0.5),
+            created="2026-01-01",
+            deployment=running,
+        )
+        directory.mkdir(exist_ok=True)
+        save_certificate(certificate, directory / f"{certificate.id}.json")
+        return certificate
+
+    return write

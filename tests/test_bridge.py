@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,8 @@ class Harness:
             engine, hang_timeout=hang_timeout, on_delta=lambda _t, d, _n: self.deltas.append(d), on_abort=self._abort
         )
 
-    def _abort(self, count: int) -> None:
-        self.aborted += count
+    def _abort(self, request_ids: Sequence[str]) -> None:
+        self.aborted += len(request_ids)
 
     async def settled(self) -> Any:
         """The engine's numbers once it is idle."""

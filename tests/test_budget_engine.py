@@ -91,7 +91,7 @@ def run(engine: Engine, requests: list[list[int]], params: list[SamplingParams])
 
 
 def choices(outputs: list[RequestOutput]) -> list[Any]:
-    return [[(c.token_ids, c.logprobs) for c in output.outputs] for output in outputs]
+    return [[(c.token_ids, c.logprobs, c.layers, c.experts) for c in output.outputs] for output in outputs]
 
 
 def alone(model: LoadedModel, params: list[SamplingParams]) -> list[Any]:

@@ -131,8 +131,9 @@ def test_another_deployment_refuses_the_certificate_and_names_what_differs(certi
     assert "exits: certified for" in output.contract.reason
 
 
-def test_over_http_a_contract_is_kept_and_accounted_for(start_server, certificates: Path) -> None:
-    server = start_server(resolve_model("tiny"), f"quality.certificates={json.dumps(str(certificates))}")
+def test_over_http_a_contract_is_kept_and_accounted_for(start_server, certificates: Path, tmp_path: Path) -> None:
+    file = f"quality.monitor.file={json.dumps(str(tmp_path / 'monitor.db'))}"
+    server = start_server(resolve_model("tiny"), f"quality.certificates={json.dumps(str(certificates))}", file)
     url = f"{server.url}/v1/completions"
     body = {"prompt": PROMPT, "temperature": 0, "max_tokens": 12}
     exact = httpx.post(url, json=body, timeout=60).json()["usage"]["compute"]

@@ -362,3 +362,18 @@ class Model(RuleBasedStateMachine):
 
 Model.TestCase.settings = settings(max_examples=30, stateful_step_count=40, deadline=None, derandomize=True)
 test_any_order_of_steps = Model.TestCase
+
+
+def test_a_pick_is_taken_back_only_while_its_request_has_not_ended(file: Path) -> None:
+    monitor = opened(file)
+    assert monitor.admit("a", FIRST.id)
+    assert monitor.withdraw("a")
+    assert not monitor.withdraw("a")
+    assert not monitor.finished("a", [1], [[2]])
+    assert monitor.admit("b", FIRST.id)
+    assert monitor.finished("b", [1], [[2]])
+    assert not monitor.withdraw("b")
+    assert not monitor.withdraw("never picked")
+    state = monitor.state(FIRST.id)
+    assert (state.picks.running, state.picks.pending, state.picks.interrupted) == (0, 1, 0)
+    monitor.close()

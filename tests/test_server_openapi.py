@@ -25,5 +25,5 @@ def test_schemathesis_finds_nothing(server: Any, tmp_path: Path) -> None:
     command += ["--checks", ",".join(CHECKS), "--max-examples", "5", "--seed", "1", "--phases", "coverage,fuzzing"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "10 selected / 10 total" in result.stdout
+    assert "12 selected / 12 total" in result.stdout
     assert "Traceback" not in server.log

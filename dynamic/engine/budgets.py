@@ -112,6 +112,8 @@ class ExpertBudgets:
                 if experts:
                     entry.sequence.request.skipped_experts += experts
                     self.skipped_experts += experts
+                    if position == entry.sequence.num_tokens - 1:
+                        entry.sequence.skipped_experts += experts
                     entry.sequence.mark_approximate(position)
 
 

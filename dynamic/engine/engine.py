@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..certificates import Offer
-from ..outputs import CompletionDelta, Compute, PositionLogprobs, RequestDelta
-from ..quality import Quality
+from ..outputs import CompletionDelta, Compute, PositionLogprobs, RequestDelta, TokenCost
+from ..quality import ContractOutcome, Quality
 from ..sampling_params import SamplingParams
 from .block_pool import BlockPool
 from .config import EngineConfig
@@ -25,6 +25,7 @@ from .sampler import NO_TOKEN, sample
 from .scheduler import Schedule, Scheduler
 from .stats import EngineStats
 from .text import OutputText
+from .token_costs import TokenCosts
 from .warm_up import warm_up
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._arrivals = 0
         self._prompt_tokens = 0
-        self._generation_tokens = 0
+        self._costs = TokenCosts(decoder)
+        self._tokens = TokenCost()
         self._pace = _Pace()
 
     def add_request(
@@ -85,12 +87,15 @@ class Engine:
         *,
         priority: int = 0,
         cache_salt: str | None = None,
+        contract: ContractOutcome | None = None,
     ) -> None:
         """Queue a request; :meth:`step` returns its deltas.
 
         Arguments:
             priority: lower goes first; equal ones go by arrival.
             cache_salt: only requests with the same salt share prefixes.
+            contract: what became of a contract that the caller has settled: ``params`` say what may be spent. Left
+                out, a :class:`Quality` in ``params`` is settled by :attr:`offer`.
 
         Raises:
             ValueError: for an id in use, an empty or too long prompt, token ids outside the vocabulary, exits that the
@@ -103,7 +108,7 @@ class Engine:
         self.check(prompt, params)
         if len(self.scheduler.waiting) >= self.config.max_waiting:
             raise EngineFull(len(self.scheduler.waiting), self._pace.seconds_per_request)
-        spends, contract = params, None
+        spends = params
         if isinstance(params.quality, Quality):
             longest = self.max_model_len - len(prompt)
             spends, contract = self.offer.settle(params.quality, params, min(longest, params.max_tokens or longest))
@@ -188,13 +193,14 @@ class Engine:
             prefix_cache_queries=counters.prefix_cache_queries,
             prefix_cache_hits=counters.prefix_cache_hits,
             prompt_tokens=self._prompt_tokens,
-            generation_tokens=self._generation_tokens,
+            generation_tokens=self._tokens.count,
             preemptions=counters.preemptions,
             segment_layers=self._segment_layers,
             segment_rows=launched_rows(self.runner.exits.ended_rows, self.runner.full_rows),
             segment_experts=self._segment_experts,
             projected_rows=self.runner.exits.projected_rows,
             skipped_experts=self.runner.budgets.skipped_experts,
+            tokens=self._tokens,
             rows_parked=self.runner.exits.rows_parked,
         )
 
@@ -298,9 +304,12 @@ class Engine:
         """Append one token; decide whether the output ends with it; find the text to show."""
         request, params = sequence.request, sequence.request.params
         sequence.append(token_id)
-        self._generation_tokens += 1
+        cost = self._costs.of(self._depth(sequence), sequence.skipped_experts)
+        sequence.skipped_experts = 0
+        request.tokens += cost
+        self._tokens += cost
         armed = sequence.num_output >= params.min_tokens
-        delta = CompletionDelta(sequence.index, [token_id], "", layers=[self._depth(sequence)])
+        delta = CompletionDelta(sequence.index, [token_id], "", layers=[cost.layers], experts=[cost.experts])
         if armed and token_id in request.stop_tokens.all:
             delta.finish_reason = "stop"
             delta.stop_reason = None if token_id in request.stop_tokens.eos else token_id
@@ -322,6 +331,7 @@ class Engine:
             segment_experts=self._segment_experts,
             projected_rows=request.projected_rows,
             skipped_experts=request.skipped_experts,
+            tokens=request.tokens,
         )
 
     def _add_text(self, sequence: Sequence, token_id: int, armed: bool, delta: CompletionDelta) -> None:

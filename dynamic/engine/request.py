@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..outputs import TokenCost
 from ..sampling_params import SamplingParams
 from .penalties import TokenCounts
 
@@ -116,6 +117,7 @@ class Request:
         self.ended_rows: list[int] | None = None  # in steps with exits; see ExitRunner.ended_rows
         self.projected_rows = 0  # rows times layers whose keys and values were projected
         self.skipped_experts = 0  # rows times experts that its budget left out
+        self.tokens = TokenCost()
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -146,6 +148,7 @@ class Sequence:
         "parked",
         "rank",
         "request",
+        "skipped_experts",
         "state",
         "text",
         "token_ids",
@@ -167,6 +170,7 @@ class Sequence:
         self.depths = array("h")  # of a request with exits: layers that each computed position behind the prompt ran
         self.first_approximate = NEVER  # position from which on keys and values are not those of the full model
         self.parked: ParkedRow | None = None
+        self.skipped_experts = 0  # that the row of the last token did without
 
     @property
     def num_tokens(self) -> int:

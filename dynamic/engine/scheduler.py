@@ -201,6 +201,7 @@ class Scheduler:
         del sequence.pages[:]
         sequence.num_computed = 0
         sequence.parked = None
+        sequence.skipped_experts = 0
 
     @staticmethod
     def _position(queue: list[Sequence], sequence: Sequence) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..outputs import Compute, TokenCost
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
@@ -21,6 +23,7 @@ class EngineStats:
         segment_experts: experts that a row uses in each segment without a budget.
         projected_rows: rows times layers whose keys and values were made of the state at an exit.
         skipped_experts: rows times experts that budgets left out of layers that ran.
+        tokens: what chose the tokens sampled.
         rows_parked: rows that were stopped in front of a segment to wait for others.
     """
 
@@ -39,4 +42,17 @@ class EngineStats:
     segment_experts: tuple[int, ...]
     projected_rows: int
     skipped_experts: int
+    tokens: TokenCost
     rows_parked: int
+
+    @property
+    def compute(self) -> Compute:
+        """What was executed since the engine's start, for all requests together."""
+        return Compute(
+            segment_layers=self.segment_layers,
+            segment_rows=self.segment_rows,
+            segment_experts=self.segment_experts,
+            projected_rows=self.projected_rows,
+            skipped_experts=self.skipped_experts,
+            tokens=self.tokens,
+        )

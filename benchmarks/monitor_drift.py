@@ -1,0 +1,106 @@
+"""After how many monitored requests a contract is reverted: ``python benchmarks/monitor_drift.py``.
+
+Requests are served under certificates of the model ``tiny`` that hold on this machine, judged by the full pass that the
+monitor makes, and their losses bet against the certificate's claim, one after the other. Four streams: prompts of the
+kind that was calibrated on, which neither calibration nor test saw; tables of numbers; random tokens; and the first
+with probes that are too sure of themselves, as after a mistake in a conversion. A drift that does no harm must not be
+found: each stream's mean loss stands beside. Written to ``results/monitor_drift_tiny.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from checkout import RESULTS
+from dynamoe.dynamic.certificates import CertificateSource, spent_under
+from dynamoe.dynamic.llm import LLM
+from dynamoe.dynamic.model_store import resolve_model
+from dynamoe.dynamic.prompt_file import read_prompts
+from dynamoe.dynamic.sampling_params import SamplingParams
+from dynamoe.dynamic.served_risk import disagreements
+from dynamoe.exits.certificate import Certificate
+from dynamoe.exits.e_process import EProcess
+from machine import processor
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+UNSEEN = 500  # the last prompts of the file; `dynamoe calibrate` takes the first 1500
+AT_ONCE = 25
+CORRUPT = 4.0  # added to the logits of all probes
+
+
+def with_sure_probes(source: Path, target: Path) -> Path:
+    """A copy of a model whose probes let more rows leave than they should."""
+    shutil.copytree(source, target)
+    file = target / "exits.safetensors"
+    tensors = load_file(file)
+    save_file({name: t + CORRUPT if name.endswith(".probe.out_bias") else t for name, t in tensors.items()}, file)
+    return target
+
+
+def stream(llm: LLM, prompts: list[list[int]], certificate: Certificate) -> dict[str, Any]:
+    """Serve prompts until the bet fires or they end."""
+    params = SamplingParams(temperature=0.0, max_tokens=certificate.scope.max_tokens, detokenize=False)
+    bet = EProcess.start(certificate.alpha, certificate.delta)
+    for losses_N in _losses(llm, prompts, spent_under(certificate, params)):
+        for loss in losses_N.tolist():
+            bet = bet.observe(loss)
+            if bet.fired:
+                return {"fired_at": bet.fired_at, "mean_loss": bet.mean}
+    return {"fired_at": None, "mean_loss": bet.mean, "requests": bet.count}
+
+
+def _losses(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> Iterator[np.ndarray]:
+    for start in range(0, len(prompts), AT_ONCE):
+        outputs = llm.generate([list(p) for p in prompts[start : start + AT_ONCE]], params, use_tqdm=False)
+        yield disagreements(llm.model.decoder, outputs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=UNSEEN, help="of each stream, at most")
+    parser.add_argument("--alphas", type=float, nargs="*", help="levels; all that are on offer otherwise")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    path = resolve_model("tiny")
+    llm = LLM("tiny", progress=False)
+    offer = CertificateSource(llm.engine).read()
+    if not offer.contracts.certificates:
+        raise SystemExit(f"no certificate of tiny holds here: {'; '.join(offer.refused)}")
+    usual = [list(p) for p in read_prompts(path / "prompts.jsonl", llm.get_tokenizer())][-UNSEEN:][: args.requests]
+    rng = np.random.default_rng(0)
+    random = [rng.integers(1, llm.model.spec.vocab_size, len(prompt)).tolist() for prompt in usual]
+    rows = [" ".join(str(number) for number in rng.integers(0, 10_000, 12)) for _ in usual]
+    numbers = [llm.get_tokenizer().encode(row) for row in rows]
+    with tempfile.TemporaryDirectory() as folder:
+        corrupt = LLM(with_sure_probes(path, Path(folder) / "tiny"), progress=False)
+        streams = {
+            "usual": (llm, usual),
+            "numbers": (llm, numbers),
+            "random tokens": (llm, random),
+            "corrupted probes": (corrupt, usual),
+        }
+        records = []
+        certificates = [c for c in offer.contracts.certificates if not args.alphas or c.alpha in args.alphas]
+        pairs = [(c, name) for c in certificates for name in streams]
+        for certificate, name in tqdm(pairs, unit="stream"):
+            model, prompts = streams[name]
+            found = stream(model, prompts, certificate)
+            records.append({"alpha": certificate.alpha, "delta": certificate.delta, "stream": name, **found})
+            tqdm.write(json.dumps(records[-1]))
+    result = {"date": str(datetime.date.today()), "processor": processor(), "requests": len(usual), "streams": records}
+    (RESULTS / "monitor_drift_tiny.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

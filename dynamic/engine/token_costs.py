@@ -1,0 +1,67 @@
+"""What choosing one token costs, by the layers in front of its read-out and the experts that its budget left out."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from ..outputs import TokenCost
+
+if TYPE_CHECKING:
+    from ..decoder import Decoder, LayerWeights
+    from ..spec import LayerSpec
+
+
+class TokenCosts:
+    """The price list of one model. Sizes are those of the weights as the backend keeps them.
+
+    Arguments:
+        decoder: the model.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        layers = list(zip(decoder.layers, decoder.spec.layers, strict=True))
+        self._num_layers = len(layers)
+        used = [decoder.spec.experts_in(range(n, n + 1)) for n in range(len(layers))]
+        self._expert_bytes = max((_expert_bytes(*layer) for layer in layers), default=0)
+        head = decoder.lm_head.nbytes + decoder.final_norm_D.nbytes
+        sizes = [_layer_bytes(*layer, used=count) for layer, count in zip(layers, used, strict=True)]
+        # By the number of layers in front of the read-out.
+        self._experts = list(accumulate(used, initial=0))
+        self._bytes = [head + size for size in accumulate(sizes, initial=0)]
+        for exit in decoder.exits.values():
+            # The projections share the memory of the layers' own, and with it carry no size.
+            behind = decoder.layers[exit.after_layers :]
+            filled_in = sum(
+                weights.qkv.nbytes * projection.kv.out_features // weights.qkv.out_features
+                for projection, weights in zip(exit.projections, behind, strict=True)
+            )
+            self._bytes[exit.after_layers] += exit.down.nbytes + exit.up.nbytes + filled_in
+        self.of = lru_cache(maxsize=1024)(self._of)
+
+    def _of(self, layers: int, skipped_experts: int) -> TokenCost:
+        """The cost of one token.
+
+        Arguments:
+            layers: in front of its read-out.
+            skipped_experts: that its row did without in these layers.
+        """
+        return TokenCost(
+            count=1,
+            layers=layers,
+            experts=self._experts[layers] - skipped_experts,
+            weight_bytes=self._bytes[layers] - skipped_experts * self._expert_bytes,
+            full_weight_bytes=self._bytes[self._num_layers],
+        )
+
+
+def _expert_bytes(weights: LayerWeights, layer: LayerSpec) -> int:
+    return weights.ffn.nbytes // layer.moe.num_experts if layer.moe else 0
+
+
+def _layer_bytes(weights: LayerWeights, layer: LayerSpec, used: int) -> int:
+    """Bytes of a layer that one row needs which uses so many of its experts."""
+    experts = _expert_bytes(weights, layer) * used if layer.moe else weights.ffn.nbytes
+    scales = weights.contribution_scale_E
+    return weights.nbytes - weights.ffn.nbytes - (0 if scales is None else scales.nbytes) + experts

@@ -1,0 +1,270 @@
+"""Contracts on offer: what a request may spend, who is watched, and new certificates while the server runs.
+
+Everything that may wait for the monitor's disk happens on one thread of its own. The event loop is never held up, and a
+disk that fails costs savings, not answers: what could not be watched runs exactly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import re
+import sqlite3
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
+
+from ..dynamic.certificates import CertificateSource, Offer
+from ..dynamic.model_store import cache_home
+from ..dynamic.outputs import RequestDelta
+from ..dynamic.quality import ContractOutcome, Quality
+from ..dynamic.sampling_params import SamplingParams
+from ..exits.contracts import Contracts
+from ..exits.monitor import ContractState, MonitorConfig, RiskMonitor
+
+logger = logging.getLogger("dynamoe.contracts")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonitorSettings(MonitorConfig):
+    """The live monitor of contracts.
+
+    Arguments:
+        file: where picks and bets are kept, of one server at a time; null takes one in the cache that belongs to this
+            model and address. It holds prompts and outputs of picked requests until their losses are counted.
+        share: of the requests under a certificate that are run again in full, 0 to 1. 0 picks none; what fired before
+            stays reverted.
+        seed: of the coin that picks.
+    """
+
+    file: str | None = None
+
+
+def default_monitor_file(model: Path, address: str) -> Path:
+    """The monitor's file of the server of a model at an address, in the user's cache."""
+    key = hashlib.sha256(f"{model.resolve()}\0{address}".encode()).hexdigest()[:12]
+    name = re.sub(r"[^\w.]+", "-", f"{model.name}-{address}").strip("-")[-80:]
+    return cache_home() / "monitor" / f"{name}-{key}.db"
+
+
+@dataclass(slots=True)
+class _Served:
+    """What a picked request has been given so far."""
+
+    prompt_tokens: Sequence[int]
+    completions: list[list[int]]
+
+
+@dataclass(slots=True)
+class _Streak:
+    """Tells the log about the first failure of several in a row, and about the end of them."""
+
+    failing: bool = False
+
+    def failed(self, error: sqlite3.Error) -> None:
+        if not self.failing:
+            logger.error("the monitor's disk fails: %s; picked requests run exactly until it works again", error)
+        self.failing = True
+
+    def worked(self) -> None:
+        if self.failing:
+            logger.info("the monitor's disk works again")
+        self.failing = False
+
+
+@dataclass(kw_only=True)
+class ContractDesk:
+    """Settles contracts, and has the monitor watch them.
+
+    Arguments:
+        source: of the certificates.
+        settings: of the monitor.
+        default_file: the monitor's, where the settings name none.
+        on_pending: called from another thread when a picked request waits for its full run.
+    """
+
+    source: CertificateSource
+    settings: MonitorSettings
+    default_file: Path
+    on_pending: Callable[[], None] = lambda: None
+    offer: Offer = field(default_factory=Offer, init=False)  # replaced as a whole
+    monitor: RiskMonitor | None = field(default=None, init=False)  # from the first certificate on
+    states: dict[str, ContractState] = field(default_factory=dict, init=False)  # as of the last look
+    _served: dict[str, _Served] = field(default_factory=dict, init=False)
+    _unsaved: deque[tuple[str, _Served]] = field(default_factory=deque, init=False)
+    _disk: _Streak = field(default_factory=_Streak, init=False)
+    _reloading: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
+    _thread: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="monitor"), init=False
+    )
+
+    def open(self) -> None:
+        """Read and arm the certificates, before the server starts.
+
+        Raises:
+            ValueError: for certificates that cannot be offered, or a monitor's file that cannot be used.
+        """
+        self.offer = self._arm(self.source.read())
+
+    async def reload(self) -> None:
+        """Read the certificates again, and offer those of now instead. Requests on their way keep what they got.
+
+        Raises:
+            ValueError: as :meth:`open`; nothing has changed then.
+        """
+        async with self._reloading:
+            offer = await asyncio.to_thread(self.source.read)
+            self.offer = await self._off_loop(self._arm, offer)
+        logger.info(
+            "certificates read again: %d on offer, %d refused", len(offer.contracts.certificates), len(offer.refused)
+        )
+
+    async def settle(
+        self, request_id: str, prompt_tokens: Sequence[int], params: SamplingParams
+    ) -> tuple[SamplingParams, ContractOutcome | None]:
+        """What a request may spend and what to tell its client; thrown for it, the coin is on the disk.
+
+        Arguments:
+            request_id: no other request has it, in any server.
+            params: with ``max_tokens`` settled.
+        """
+        if not isinstance(params.quality, Quality):
+            return params, None
+        assert params.max_tokens is not None
+        spends, outcome = self.offer.settle(params.quality, params, params.max_tokens)
+        if outcome.certificate is None or self.monitor is None:
+            return spends, outcome
+        reason = await self._off_loop(self._admit, request_id, outcome.certificate, _Served(prompt_tokens, []))
+        if reason is None:
+            return spends, outcome
+        return replace(params, quality="exact"), replace(outcome, certificate=None, reason=reason)
+
+    def on_delta(self, delta: RequestDelta) -> None:
+        """Note what a request was given."""
+        served = self._served.get(delta.request_id)
+        if served is None:
+            return
+        for completion in delta.completions:
+            while len(served.completions) <= completion.index:
+                served.completions.append([])
+            served.completions[completion.index] += completion.token_ids
+        if delta.finished:
+            self.ended([delta.request_id])
+
+    def ended(self, request_ids: Iterable[str]) -> None:
+        """These requests are over, finished or not."""
+        for request_id in request_ids:
+            if served := self._served.pop(request_id, None):
+                self._unsaved.append((request_id, served))
+                self._thread.submit(self._save)
+
+    def refused(self, request_ids: Iterable[str]) -> None:
+        """These requests were settled, but never ran. Those that ended otherwise meanwhile are left alone."""
+        ids = list(request_ids)
+        if self.monitor is not None:
+            self._thread.submit(self._withdraw, ids)
+
+    async def look(self) -> bool:
+        """Bring :attr:`states` up to date; returns whether the monitor could be asked."""
+        return await self._off_loop(self._look)
+
+    async def close(self) -> None:
+        """Store what is still to be stored, and let go of the file."""
+        await asyncio.to_thread(self._thread.shutdown)
+        if self.monitor is not None:
+            self.monitor.close()
+
+    async def _off_loop(self, function: Callable[..., T], *arguments: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+
+    # From here on: on the monitor's thread, or before it starts.
+
+    def _arm(self, offer: Offer) -> Offer:
+        watchable, refused = [], list(offer.refused)
+        for certificate in offer.contracts.certificates:
+            if certificate.scope.highest_temperature > 0:
+                refused.append(f"certificate {certificate.id}: requests that sample cannot be watched yet")
+                logger.warning("refused %s", refused[-1])
+            else:
+                watchable.append(certificate)
+        if watchable and self.monitor is None:
+            self.monitor = self._open_monitor()
+        if self.monitor is not None:
+            try:
+                for certificate in watchable:
+                    if not self.monitor.arm(certificate):
+                        logger.warning("certificate %s has fired before: its requests run exactly", certificate.id)
+            except sqlite3.Error as error:
+                raise ValueError(f"the monitor cannot store new certificates: {error}") from error
+        return Offer(contracts=Contracts(watchable), refused=tuple(refused))
+
+    def _open_monitor(self) -> RiskMonitor | None:
+        named = self.settings.file
+        file = self.default_file if named is None else Path(named).expanduser()
+        if self.settings.share == 0 and not file.exists():
+            return None
+        try:
+            file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{file.parent} cannot be made: {error}") from error
+        monitor = RiskMonitor(file, self.settings)
+        logger.info("%g of the requests under a certificate are run again in full; %s", self.settings.share, file)
+        return monitor
+
+    def _admit(self, request_id: str, certificate_id: str, served: _Served) -> str | None:
+        """Why a request has to run exactly; None where it need not."""
+        assert self.monitor is not None
+        try:
+            if self.monitor.is_reverted(certificate_id):
+                bet = self.monitor.state(certificate_id).process
+                return (
+                    f"certificate {certificate_id} is reverted: {bet.count} monitored requests have a mean loss of"
+                    f" {bet.mean:.4f}, against a risk of at most {bet.alpha:g} at delta={bet.delta:g}; a new"
+                    " certificate is needed"
+                )
+            if self.monitor.admit(request_id, certificate_id):
+                self._served[request_id] = served
+        except sqlite3.Error as error:
+            self._disk.failed(error)
+            return f"certificate {certificate_id} cannot be watched at present: the monitor's disk fails ({error})"
+        self._save()
+        return None
+
+    def _withdraw(self, request_ids: list[str]) -> None:
+        assert self.monitor is not None
+        for request_id in request_ids:
+            if self._served.pop(request_id, None) is not None:
+                try:
+                    self.monitor.withdraw(request_id)
+                except sqlite3.Error as error:  # it counts as interrupted when the file is opened again
+                    self._disk.failed(error)
+
+    def _save(self) -> None:
+        """Store the outputs of picked requests; what a failing disk does not take is tried again with the next one."""
+        if self.monitor is None or not self._unsaved:
+            return
+        try:
+            while self._unsaved:
+                request_id, served = self._unsaved[0]
+                self.monitor.finished(request_id, served.prompt_tokens, served.completions)
+                self._unsaved.popleft()
+        except sqlite3.Error as error:
+            self._disk.failed(error)
+            return
+        self._disk.worked()
+        self.on_pending()
+
+    def _look(self) -> bool:
+        if self.monitor is None:
+            return True
+        try:
+            self.states = {certificate: self.monitor.state(certificate) for certificate in self.monitor.armed}
+        except sqlite3.Error as error:
+            self._disk.failed(error)
+            return False
+        return True
