@@ -56,12 +56,9 @@ def full_choices(decoder: Decoder, sequences: Sequence[Sequence[int]], firsts: S
 
     Arguments: as for :func:`full_states`.
     """
-    x_RD = full_states(decoder, sequences, firsts)
-    chunk = max(1, _LOGIT_BYTES // (4 * decoder.spec.vocab_size))
-    return torch.cat([decoder.logits(part).argmax(-1).cpu() for part in x_RD.split(chunk)])
+    return _run(_choice_steps(decoder, sequences, firsts))
 
 
-@torch.inference_mode()
 def full_states(decoder: Decoder, sequences: Sequence[Sequence[int]], firsts: Sequence[int]) -> torch.Tensor:
     """What the full model hands to its read-out in front of the tokens from ``firsts`` on, float32, (R, D).
 
@@ -69,11 +66,18 @@ def full_states(decoder: Decoder, sequences: Sequence[Sequence[int]], firsts: Se
         sequences: token ids, prompt and output; firsts: in each, the position of the first token that is judged, at
             least 1.
     """
-    return _run(_choice_steps(decoder, sequences, firsts))
+    return _run(_state_steps(decoder, sequences, firsts))
 
 
 @torch.inference_mode()
 def _choice_steps(decoder: Decoder, sequences: Sequence[Sequence[int]], firsts: Sequence[int]) -> Steps[torch.Tensor]:
+    x_RD = yield from _state_steps(decoder, sequences, firsts)
+    chunk = max(1, _LOGIT_BYTES // (4 * decoder.spec.vocab_size))
+    return torch.cat([decoder.logits(part).argmax(-1).cpu() for part in x_RD.split(chunk)])
+
+
+@torch.inference_mode()
+def _state_steps(decoder: Decoder, sequences: Sequence[Sequence[int]], firsts: Sequence[int]) -> Steps[torch.Tensor]:
     device = torch.device(decoder.device)
     lengths = [len(tokens) - 1 for tokens in sequences]
     kv, batch = fresh_cache(decoder, lengths)

@@ -55,7 +55,7 @@ class RecipeConfig:
 
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    text: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    text: LanguageModelConfig = field(default_factory=lambda: LanguageModelConfig(grow_from=8))
     exits: ExitTraining = field(default_factory=ExitTraining)
     trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(steps=2500, warmup_steps=200))
     heads: ExitHeadsConfig = field(default_factory=ExitHeadsConfig)
