@@ -44,10 +44,6 @@ class _QuantizedWeight:
         return (*self.data.shape[:-1], self.in_features)
 
     @property
-    def device(self) -> torch.device:
-        return self.data.device
-
-    @property
     def nbytes(self) -> int:
         """Bytes of the codes, scales and zero points."""
         return sum(t.numel() * t.element_size() for t in self._tensors().values())
@@ -71,9 +67,21 @@ class _QuantizedWeight:
             raise ValueError(f"a weight of shape {self.shape} holds no experts")
         return replace(self, **{name: tensor[number] for name, tensor in self._tensors().items()})  # type: ignore[arg-type]
 
+    def rows(self, start: int, stop: int) -> Self:
+        """Outputs ``start … stop - 1``."""
+        return self._select(slice(start, stop))
+
+    def take(self, ids: torch.Tensor) -> Self:
+        """Some outputs."""
+        return self._select(ids)
+
     def dequantize(self) -> torch.Tensor:
         """The weight in float32: (O, I) or (E, O, I)."""
         raise NotImplementedError
+
+    def _select(self, outputs: slice | torch.Tensor) -> Self:
+        parts = {name: tensor[..., outputs, :] for name, tensor in self._tensors().items()}
+        return replace(self, **parts)  # type: ignore[arg-type]
 
     def _check_data(self, dtype: torch.dtype) -> None:
         if self.data.dim() not in (2, 3) or self.data.dtype != dtype or 0 in self.data.shape:
@@ -102,9 +110,8 @@ class Int8Weight(_QuantizedWeight):
         self._check_data(torch.int8)
         self._check_scale(self.scale, self.data.shape[:-1])
 
-    def rows(self, start: int, stop: int) -> Int8Weight:
-        """Outputs ``start … stop - 1``."""
-        return Int8Weight(data=self.data[..., start:stop, :], scale=self.scale[..., start:stop])
+    def _select(self, outputs: slice | torch.Tensor) -> Int8Weight:
+        return Int8Weight(data=self.data[..., outputs, :], scale=self.scale[..., outputs])
 
     def dequantize(self) -> torch.Tensor:
         return self.data.float() * self.scale.float()[..., None]
@@ -158,11 +165,6 @@ class Int4Weight(_QuantizedWeight):
     @property
     def symmetric(self) -> bool:
         return self.zero is None and self.offset is None
-
-    def rows(self, start: int, stop: int) -> Int4Weight:
-        """Outputs ``start … stop - 1``."""
-        parts = {name: tensor[..., start:stop, :] for name, tensor in self._tensors().items()}
-        return replace(self, **parts)  # type: ignore[arg-type]
 
     def codes(self) -> torch.Tensor:
         """q as uint8, (…, O, I)."""
@@ -225,10 +227,10 @@ class Fp8Weight(_QuantizedWeight):
         scale = self.scale.repeat_interleave(self.block_out, -2)[..., : self.out_features, :].contiguous()
         return replace(self, scale=scale, block_out=1)
 
-    def rows(self, start: int, stop: int) -> Fp8Weight:
-        """Outputs ``start … stop - 1``, with a scale of their own each."""
+    def _select(self, outputs: slice | torch.Tensor) -> Fp8Weight:
+        """With a scale of their own for each output."""
         own = self.per_output()
-        return replace(own, data=own.data[..., start:stop, :], scale=own.scale[..., start:stop, :])
+        return replace(own, data=own.data[..., outputs, :], scale=own.scale[..., outputs, :])
 
     def dequantize(self) -> torch.Tensor:
         own = self.per_output()
@@ -256,6 +258,12 @@ class ActivationScheme:
             raise ValueError(
                 f"activations are none, int8 per token or fp8 per {FP8_BLOCK} inputs, not {self.kind!r} by {self.group}"
             )
+
+    def check(self, weight: QuantizedWeight) -> None:
+        """Raises ValueError when rows that are rounded like this do not meet weights of this format."""
+        wanted = {"int8": Int8Weight, "fp8": Fp8Weight}.get(self.kind)
+        if wanted is not None and not isinstance(weight, wanted):
+            raise ValueError(f"{self.kind} activations go with {wanted.__name__}, not with {type(weight).__name__}")
 
 
 UNQUANTIZED = ActivationScheme()
@@ -385,5 +393,5 @@ def _spread(values: torch.Tensor, group: int, inputs: int) -> torch.Tensor:
     return values.repeat_interleave(group, -1)[..., :inputs]
 
 
-def _of(tensor: torch.Tensor) -> str:
-    return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+def _of(t: torch.Tensor) -> str:
+    return f"{t.dtype} of shape {tuple(t.shape)}"

@@ -15,6 +15,7 @@ from triton import knobs
 from .router_spec import RouterSpec
 from .torch_backend import TorchBackend
 from .torch_experts import PlainExperts
+from .torch_quant import QuantExperts
 from .triton_attention import plan_attention
 from .triton_device import device_properties
 from .triton_exits import plan_exit_decide
@@ -138,6 +139,9 @@ class TritonBackend(TorchBackend):
         return routing
 
     def experts(self, x_TD: torch.Tensor, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
+        if isinstance(weights.data, QuantExperts):
+            self._fall_back("quantised experts")
+            return super().experts(x_TD, weights, routing)
         plain: PlainExperts = weights.data
         reason = self._unsupported_experts(x_TD, plain, weights.activation)
         if reason is not None:
