@@ -4,9 +4,9 @@
 
 Granite-1B-A400M's layer, random weights, uniform routing, weights of several layers in turn so that they do not stay in
 a cache. With one thread, time is the processor's time of this process, so that other work on the machine counts only
-as far as it takes memory bandwidth and caches. The methods take turns within each repetition and medians are compared, because machines drift. Bytes count the
-experts that the rows really hit, once each, with their scales. Beside them the rate at which one pass over plain words
-reads memory, measured between the repetitions.
+as far as it takes memory bandwidth and caches. The methods take turns within each repetition and medians are compared,
+because machines drift. Bytes count the experts that the rows really hit, once each, with their scales. Beside them the
+rate at which one pass over plain words reads memory, measured between the repetitions.
 """
 
 from __future__ import annotations
