@@ -56,6 +56,7 @@ class CalibrateConfig:
         dtype: that the model runs in: ``float32``, ``bfloat16``, ``float16``, or ``auto`` (the checkpoint's own).
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         backend: which kernels compute; ``auto`` takes the fastest that run here.
+        quantization, quantize_lm_head: as ``dynamoe serve`` takes them.
         threads: CPU threads; null leaves torch's own choice.
 
     Raises:
@@ -78,6 +79,8 @@ class CalibrateConfig:
     dtype: str = "auto"
     device: str = "auto"
     backend: str = "auto"
+    quantization: str = "none"
+    quantize_lm_head: bool = True
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -110,7 +113,15 @@ def calibrate(config: CalibrateConfig, *, progress: bool = True, say: Callable[[
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     path, output = resolve_model(config.model, progress=progress), Path(config.output).expanduser()
-    llm = LLM(path, dtype=config.dtype, device=config.device, backend=config.backend, progress=progress)
+    llm = LLM(
+        path,
+        dtype=config.dtype,
+        device=config.device,
+        backend=config.backend,
+        quantization=config.quantization,
+        quantize_lm_head=config.quantize_lm_head,
+        progress=progress,
+    )
     probed = [exit.after_layers for exit in llm.model.decoder.exits.values() if exit.probe is not None]
     settings = path_through(probed, config.probabilities, config.keeps)
     source, chosen, tested = _prompts(config, path, llm)

@@ -69,12 +69,17 @@ class ModelConfig:
         dtype: ``auto`` (the checkpoint's own), ``float32``, ``bfloat16`` or ``float16``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         backend: which kernels compute; ``auto`` takes the fastest that run here.
+        quantization: ``none``, or what the weights become while they are loaded: ``int8``, ``w8a8``, ``int4`` (also
+            ``int4-g32``, ``int4-g128``, each also with ``-asym``), ``fp8`` or ``fp8-block``.
+        quantize_lm_head: whether LM head and embedding become int8 then.
     """
 
     model: str = "default"
     dtype: str = "auto"
     device: str = "auto"
     backend: str = "auto"
+    quantization: str = "none"
+    quantize_lm_head: bool = True
     moe: MoEConfig = field(default_factory=MoEConfig)
 
     def load_arguments(self) -> dict[str, Any]:
@@ -84,6 +89,8 @@ class ModelConfig:
             "device": self.device,
             "backend": self.backend,
             "experts_per_token": self.moe.experts_per_token,
+            "quantization": self.quantization,
+            "quantize_lm_head": self.quantize_lm_head,
         }
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ..exits.segments import Segment, split_into_segments
+from ..kernels.formats import Int8Weight
 from ..kernels.stack import Stack, StackExit, StackLayer, StackResult, StackShape
 from ..kernels.torch_backend import TorchBackend
 from ..kernels.types import AttentionBatch, ExpertBudget, ExpertWeights, KVLayer, LinearWeights, Routing
@@ -60,12 +61,13 @@ class Decoder:
     Arguments:
         spec: what it computes.
         backend: runs the operations; the weights are in its layout.
-        embedding_VD: the embedding table; None where it is the LM head's weight, which is then kept once.
+        embedding_VD: the embedding table, maybe as int8; None where it is the LM head's weight, kept once.
         layers: one entry per layer.
         final_norm_D: norm before the LM head.
         lm_head: projection to the vocabulary.
         exits: by the number of layers in front of them; they cut the model into segments.
         expert_impacts: by layer, see :class:`.LayerScales`; empty where the experts are not calibrated.
+        quantization: what was done to the checkpoint's weights, in words.
     """
 
     def __init__(
@@ -73,12 +75,13 @@ class Decoder:
         spec: ModelSpec,
         backend: TorchBackend,
         *,
-        embedding_VD: torch.Tensor | None,
+        embedding_VD: torch.Tensor | Int8Weight | None,
         layers: Sequence[LayerWeights],
         final_norm_D: torch.Tensor,
         lm_head: LinearWeights,
         exits: Mapping[int, DecoderExit] | None = None,
         expert_impacts: Mapping[int, float] | None = None,
+        quantization: str = "none",
     ) -> None:
         assert len(layers) == spec.num_layers
         self.spec = spec
@@ -88,6 +91,7 @@ class Decoder:
         self.segments = split_into_segments(spec.num_layers, self.exits)
         self.expert_impacts = dict(expert_impacts or {})
         self.embedding_VD = embedding_VD
+        self.quantization = quantization
         self.layers = tuple(layers)
         self.final_norm_D = final_norm_D
         self.lm_head = lm_head
@@ -121,6 +125,8 @@ class Decoder:
         """
         if self.embedding_VD is None:
             x_TD = self.backend.weight_rows(self.lm_head, token_ids_T).float()
+        elif isinstance(self.embedding_VD, Int8Weight):
+            x_TD = self.embedding_VD.take(token_ids_T).dequantize()
         else:
             x_TD = F.embedding(token_ids_T, self.embedding_VD).float()
         return x_TD if self.spec.embedding_scale == 1.0 else x_TD * self.spec.embedding_scale

@@ -29,7 +29,7 @@ def deployment(model: LoadedModel, exits: ExitRunner) -> dict[str, Scalar]:
     isa = getattr(decoder.backend, "isa", None)
     return {
         "weights": backbone_hash(model.path),
-        "quantisation": "none",
+        "quantisation": decoder.quantization,
         "dtype": str(decoder.dtype).removeprefix("torch."),
         "experts_per_token": ",".join(str(k) for k in _experts_per_token(model)),
         "keys_and_values": f"{exits.kv[0].keys_BGPC.dtype}".removeprefix("torch.") + ", nothing evicted",

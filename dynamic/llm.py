@@ -30,6 +30,9 @@ class LLM:
         backend: which kernels to use; ``auto`` takes the fastest that runs here.
         progress: show a bar while loading.
         experts_per_token: use fewer routed experts per token than the model was made for.
+        quantization: ``none``, or what the weights become while they are loaded: ``int8``, ``w8a8``, ``int4``, ``fp8``
+            (see docs/quantization.md for more).
+        quantize_lm_head: whether LM head and embedding become int8 then.
         certificates: directory that ``dynamoe calibrate`` filled, for requests with a :class:`Quality`; None takes the
             certificates that lie beside the model.
         max_model_len, max_num_seqs, max_num_batched_tokens, enable_prefix_caching, kv_memory, block_size, seed: see
@@ -55,6 +58,8 @@ class LLM:
         block_size: int = EngineConfig.block_size,
         seed: int = 0,
         experts_per_token: int | None = None,
+        quantization: str = "none",
+        quantize_lm_head: bool = True,
         certificates: str | Path | None = None,
     ) -> None:
         config = EngineConfig(
@@ -77,6 +82,8 @@ class LLM:
             backend=backend,
             progress=progress,
             experts_per_token=experts_per_token,
+            quantization=quantization,
+            quantize_lm_head=quantize_lm_head,
         )
         self.engine = Engine(self.model, config)
         self.engine.offer = offer_for(self.engine, None if certificates is None else Path(certificates))

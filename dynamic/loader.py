@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..exits.sidecar import ExitHeads, load_heads
+from ..kernels.formats import Int8Weight, quantize_int8
 from ..kernels.ops import select_backend
 from ..kernels.torch_backend import TorchBackend
-from ..kernels.types import ExpertWeights
+from ..kernels.types import ExpertWeights, LinearWeights
 from ..moe.contribution import LayerScales
 from .config_reader import ConfigReader
 from .decoder import Decoder, LayerWeights
@@ -20,6 +21,7 @@ from .decoder_budget import read_scales
 from .decoder_exits import pack_exits
 from .families import family_of, model_spec
 from .layout import EMBEDDING, FINAL_NORM, FFNLayout, LayerLayout, Layout, plan_layout
+from .quantization import NONE, Method, Quantization
 from .spec import ModelSpec
 from .weights import DTYPES, Checkpoint, read_json
 
@@ -57,6 +59,8 @@ def load_model(
     backend: str = "auto",
     progress: bool = True,
     experts_per_token: int | None = None,
+    quantization: str = NONE,
+    quantize_lm_head: bool = True,
 ) -> LoadedModel:
     """Load a model by name.
 
@@ -67,6 +71,7 @@ def load_model(
         backend: see :func:`select_backend`.
         progress: show a progress bar.
         experts_per_token: use fewer routed experts per token than the model was made for.
+        quantization, quantize_lm_head: see :class:`Quantization`.
 
     Raises:
         ValueError: one clear message for whatever is wrong, before anything is served.
@@ -77,7 +82,14 @@ def load_model(
     path = resolve_model(model, progress=progress)
     tokenizer = Tokenizer.from_directory(path)
     decoder = load_decoder(
-        path, dtype=dtype, device=device, backend=backend, progress=progress, experts_per_token=experts_per_token
+        path,
+        dtype=dtype,
+        device=device,
+        backend=backend,
+        progress=progress,
+        experts_per_token=experts_per_token,
+        quantization=quantization,
+        quantize_lm_head=quantize_lm_head,
     )
     spec, defaults = decoder.spec, read_generation_defaults(path, decoder.spec)
     return LoadedModel(
@@ -93,12 +105,15 @@ def load_decoder(
     backend: str = "auto",
     progress: bool = False,
     experts_per_token: int | None = None,
+    quantization: str = NONE,
+    quantize_lm_head: bool = True,
 ) -> Decoder:
     """Load the decoder of a directory, without its tokenizer. Arguments and errors as for :func:`load_model`.
 
     Every name and shape is checked from the files' headers before the first weight is read. Exits and calibrated
     contributions of the experts that lie beside the checkpoint come with it.
     """
+    wanted = Quantization(method=quantization, lm_head=quantize_lm_head)
     config = read_json(path / "config.json")
     spec = model_spec(config)
     checkpoint = Checkpoint(path)
@@ -109,7 +124,7 @@ def load_decoder(
         spec = spec.with_experts_per_token(experts_per_token)
     torch_dtype = _choose_dtype(dtype, config, checkpoint)
     chosen = select_backend(_choose_device(device), torch_dtype, backend)
-    builder = _Builder(spec, layout, checkpoint, chosen, read_scales(path, spec))
+    builder = _Builder(spec, layout, checkpoint, chosen, read_scales(path, spec), wanted)
     return builder.build(progress=progress, heads=load_heads(path))
 
 
@@ -162,12 +177,14 @@ class _Builder:
         checkpoint: Checkpoint,
         backend: TorchBackend,
         scales: Sequence[LayerScales | None],
+        quantization: Quantization,
     ) -> None:
         self.spec = spec
         self.scales = scales
         self.layout = layout
         self.checkpoint = checkpoint
         self.backend = backend
+        self.quantization = quantization
 
     def build(self, *, progress: bool, heads: ExitHeads | None) -> Decoder:
         from tqdm import tqdm
@@ -175,7 +192,7 @@ class _Builder:
         tied = not self.layout.lm_head
         if not tied and self.spec.tie_embeddings:
             tied = torch.equal(self.checkpoint.view(EMBEDDING), self.checkpoint.view(self.layout.lm_head))
-        lm_head = self.backend.pack_linear(self._source(EMBEDDING if tied else self.layout.lm_head))
+        lm_head = self._linear(EMBEDDING if tied else self.layout.lm_head, method=self.quantization.head)
         layers = []
         layouts = tqdm(self.layout.layers, desc="Loading weights", unit="layer", disable=not progress)
         for layer, scales in zip(layouts, self.scales, strict=True):
@@ -184,54 +201,74 @@ class _Builder:
         return Decoder(
             replace(self.spec, tie_embeddings=tied),
             self.backend,
-            embedding_VD=None if tied else self._copy(EMBEDDING),
+            embedding_VD=None if tied else self._embedding(),
             layers=layers,
             final_norm_D=self._copy(FINAL_NORM),
             lm_head=lm_head,
             exits=pack_exits(heads, self.spec, layers, self.backend) if heads else {},
             expert_impacts={n: scales.impact for n, scales in enumerate(self.scales) if scales is not None},
+            quantization=str(self.quantization),
         )
 
-    def _copy(self, *names: str) -> torch.Tensor:
+    def _embedding(self) -> torch.Tensor | Int8Weight:
+        if self.quantization.head is None:
+            return self._copy(EMBEDDING)
+        return quantize_int8(self._source(EMBEDDING, method=self.quantization.head))
+
+    def _linear(self, *names: str, method: Method | None = None, bias: tuple[str, ...] = ()) -> LinearWeights:
+        """One layer of tensors whose outputs follow each other, as it is or quantised."""
+        weight_OI, bias_O = self._source(*names, method=method), self._copy(*bias) if bias else None
+        if method is None:
+            return self.backend.pack_linear(weight_OI, bias_O)
+        return self.backend.pack_quantized_linear(method.quantize(weight_OI), bias_O, method.scheme)
+
+    def _copy(self, *names: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Tensors of equal width, one below the other, in memory of our own: the files may change or vanish later."""
         views = [self.checkpoint.view(name) for name in names]
         rows = sum(view.shape[0] for view in views)
-        out = torch.empty((rows, *views[0].shape[1:]), dtype=self.backend.dtype, device=self.backend.device)
+        dtype = dtype or self.backend.dtype
+        out = torch.empty((rows, *views[0].shape[1:]), dtype=dtype, device=self.backend.device)
         for part, view in zip(out.split([view.shape[0] for view in views]), views, strict=True):
             part.copy_(view)
         return out
 
-    def _source(self, *names: str) -> torch.Tensor:
-        """As :meth:`_copy`, for the backend to pack; one that copies reads the mapped file itself."""
+    def _source(self, *names: str, method: Method | None = None) -> torch.Tensor:
+        """As :meth:`_copy`, for the backend to pack; one that copies reads the mapped file itself.
+
+        What will be quantised comes as it was stored: rounding it to the backend's dtype before would move codes.
+        """
+        if method is not None:
+            return self._copy(*names, dtype=self.checkpoint.view(names[0]).dtype)
         if len(names) == 1 and self.backend.copies_weights:
             return self.checkpoint.view(names[0])
         return self._copy(*names)
 
     def _layer(self, layout: LayerLayout, scales: LayerScales | None) -> LayerWeights:
-        pack = self.backend.pack_linear
+        linear, method = self._linear, self.quantization.layers
         return LayerWeights(
             attention_norm_D=self._copy(layout.attention_norm),
-            qkv=pack(self._source(*layout.qkv), self._copy(*layout.qkv_bias) if layout.qkv_bias else None),
+            qkv=linear(*layout.qkv, method=method, bias=layout.qkv_bias),
             q_norm=self._copy(layout.q_norm) if layout.q_norm else None,
             k_norm=self._copy(layout.k_norm) if layout.k_norm else None,
-            o=pack(self._source(layout.o), self._copy(layout.o_bias) if layout.o_bias else None),
+            o=linear(layout.o, method=method, bias=(layout.o_bias,) if layout.o_bias else ()),
             ffn_norm_D=self._copy(layout.ffn_norm),
             ffn=self._ffn(layout.ffn),
-            router=pack(self._source(layout.router)) if layout.router else None,
+            router=linear(layout.router) if layout.router else None,
             shared=self._ffn(layout.shared) if layout.shared else None,
-            shared_gate=pack(self._source(layout.shared_gate)) if layout.shared_gate else None,
+            shared_gate=linear(layout.shared_gate) if layout.shared_gate else None,
             contribution_scale_E=None if scales is None else scales.scale_E.to(self.backend.device),
         )
 
     def _ffn(self, layout: FFNLayout) -> ExpertWeights:
         num_experts, size, hidden = layout.num_experts, layout.expert_size, self.spec.hidden_size
-        down = self._source(*layout.down)
+        method = self.quantization.layers
+        down = self._source(*layout.down, method=method)
         if layout.gate_up:
-            gate_up = self._source(layout.gate_up)
+            gate_up = self._source(layout.gate_up, method=method)
             gate_EFD, up_EFD = gate_up[:, :size], gate_up[:, size:]
         else:
-            gate_EFD = self._source(*layout.gate).view(num_experts, size, hidden)
-            up_EFD = self._source(*layout.up).view(num_experts, size, hidden)
+            gate_EFD = self._source(*layout.gate, method=method).view(num_experts, size, hidden)
+            up_EFD = self._source(*layout.up, method=method).view(num_experts, size, hidden)
         if len(layout.down) == num_experts:
             down_EDF = down.view(num_experts, hidden, size)
         elif layout.gate_up:
@@ -239,4 +276,7 @@ class _Builder:
         else:  # neurons side by side: a strided view, so that all experts together stay one dense matrix
             down_EDF = down.view(hidden, num_experts, size).transpose(0, 1)
         biases = [self._copy(name).view(1, -1) for name in layout.biases] or [None, None, None]
-        return self.backend.pack_experts(gate_EFD, up_EFD, down_EDF, self.spec.activation, *biases)
+        if method is None:
+            return self.backend.pack_experts(gate_EFD, up_EFD, down_EDF, self.spec.activation, *biases)
+        gate, up, down = (method.quantize(weight) for weight in (gate_EFD, up_EFD, down_EDF))
+        return self.backend.pack_quantized_experts(gate, up, down, self.spec.activation, *biases, scheme=method.scheme)

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 
 from . import cpu_build
+from .cpu_layout import ACTIVATIONS, BLOCK, count_bytes, join_gate_up_bias, padded
+from .cpu_quant import CpuQuantExperts, CpuQuantLinear, CpuQuantPacking
 from .cpu_stack import CpuStack
 from .router_reference import check_route_arguments
 from .router_spec import SCORES, RouterSpec
 from .stack import Stack, StackExit, StackLayer, StackShape
-from .torch_backend import TorchBackend
 from .types import (
     AttentionBatch,
     ExitDecision,
@@ -29,9 +29,6 @@ from .types import (
 )
 
 ISAS = ("auto", "avx512bf16", "avx512vnni", "avx512", "avx2", "portable")
-_ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
-_BLOCK = 32
-_GATED = 16
 
 
 @dataclass(frozen=True)
@@ -50,16 +47,7 @@ class _Experts:
     shape: tuple[int, int, int, int, int]  # experts, hidden, width, dense down, activation
 
 
-def _nbytes(*tensors: torch.Tensor | None) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
-
-def _padded(bias: torch.Tensor, multiple: int) -> torch.Tensor:
-    """float32, the last dimension filled up with zeros to a multiple."""
-    return F.pad(bias.float(), (0, -bias.shape[-1] % multiple)).contiguous()
-
-
-class CpuBackend(TorchBackend):
+class CpuBackend(CpuQuantPacking):
     """Operations of a decoder on a CPU, float32 or bfloat16.
 
     Arguments:
@@ -92,36 +80,45 @@ class CpuBackend(TorchBackend):
 
     def pack_linear(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> LinearWeights:
         packed = self._ops.pack_linear(self._isa, self._source(weight_OI))
-        bias = None if bias_O is None else _padded(bias_O.to(self.dtype), _BLOCK)
+        bias = None if bias_O is None else padded(bias_O.to(self.dtype), BLOCK)
         out_features, in_features = weight_OI.shape
         return LinearWeights(
             out_features=out_features,
             in_features=in_features,
             dtype=self.dtype,
             data=_Linear(packed, bias),
-            nbytes=_nbytes(packed, bias),
+            nbytes=count_bytes(packed, bias),
         )
 
     def linear_tail(self, weights: LinearWeights, start: int) -> LinearWeights:
+        if isinstance(weights.data, CpuQuantLinear):
+            tail = weights.data.tail(start)
+            return replace(weights, out_features=weights.out_features - start, data=tail, nbytes=0)
         packed, bias, outputs = weights.data.packed, weights.data.bias, weights.out_features
-        if start % _BLOCK:  # the outputs begin inside a block
+        if start % BLOCK:  # the outputs begin inside a block
             rows = self.weight_rows(weights, torch.arange(start, outputs))
             return self.pack_linear(rows, None if bias is None else bias[start:outputs])
-        words_per_block = packed.numel() // -(-outputs // _BLOCK)
-        tail = _Linear(packed[start // _BLOCK * words_per_block :], None if bias is None else bias[start:])
+        words_per_block = packed.numel() // -(-outputs // BLOCK)
+        tail = _Linear(packed[start // BLOCK * words_per_block :], None if bias is None else bias[start:])
         return replace(weights, out_features=outputs - start, data=tail, nbytes=0)
 
     def linear(self, x_TI: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
+        if isinstance(weights.data, CpuQuantLinear):
+            return weights.data.run(x_TI)
         return self._ops.linear.default(
             self._isa, x_TI, weights.data.packed, weights.data.bias, weights.out_features, False
         )
 
     def logits_linear(self, x_TI: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
+        if isinstance(weights.data, CpuQuantLinear):
+            return weights.data.run(x_TI, float_out=True)
         return self._ops.linear.default(
             self._isa, x_TI, weights.data.packed, weights.data.bias, weights.out_features, True
         )
 
     def weight_rows(self, weights: LinearWeights, ids_T: torch.Tensor) -> torch.Tensor:
+        if isinstance(weights.data, CpuQuantLinear):
+            return weights.data.rows(ids_T).to(self.dtype)
         shape = (weights.out_features, weights.in_features)
         return self._ops.unpack_rows.default(self._isa, weights.data.packed, ids_T, *shape, self.dtype)
 
@@ -135,26 +132,22 @@ class CpuBackend(TorchBackend):
         up_bias_EF: torch.Tensor | None = None,
         down_bias_ED: torch.Tensor | None = None,
     ) -> ExpertWeights:
-        if activation not in _ACTIVATIONS:
-            raise ValueError(f"unknown activation {activation!r}; known: {', '.join(_ACTIVATIONS)}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
         num_experts, expert_size, hidden_size = gate_EFD.shape
         # Slices of one dense matrix are most often used all together, and are laid out for that.
         dense_down = num_experts > 1 and down_EDF.stride(0) < down_EDF.stride(1)
         sources = [self._source(t) for t in (gate_EFD, up_EFD, down_EDF)]
         gate_up, down = self._ops.pack_experts(self._isa, *sources, dense_down)
-        gate_up_bias = None
-        if gate_bias_EF is not None or up_bias_EF is not None:
-            halves = [torch.zeros(num_experts, expert_size) if b is None else b for b in (gate_bias_EF, up_bias_EF)]
-            blocks = [_padded(b.to(self.dtype), _GATED).view(num_experts, -1, _GATED) for b in halves]
-            gate_up_bias = torch.cat(blocks, -1).contiguous()
-        down_bias = None if down_bias_ED is None else _padded(down_bias_ED.to(self.dtype), _BLOCK)
+        gate_up_biases = join_gate_up_bias(gate_bias_EF, up_bias_EF, self.dtype)
+        down_bias = None if down_bias_ED is None else padded(down_bias_ED.to(self.dtype), BLOCK)
         data = _Experts(
             gate_up,
             down,
-            gate_up_bias,
+            gate_up_biases,
             down_bias,
             None if down_bias is None else down_bias.sum(0),
-            (num_experts, hidden_size, expert_size, int(dense_down), _ACTIVATIONS.index(activation)),
+            (num_experts, hidden_size, expert_size, int(dense_down), ACTIVATIONS.index(activation)),
         )
         return ExpertWeights(
             num_experts=num_experts,
@@ -163,12 +156,14 @@ class CpuBackend(TorchBackend):
             activation=activation,
             dtype=self.dtype,
             data=data,
-            nbytes=_nbytes(gate_up, down, gate_up_bias, down_bias),
+            nbytes=count_bytes(gate_up, down, gate_up_biases, down_bias),
         )
 
     def experts(self, x_TD: torch.Tensor, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
         if routing.weight_on_input or routing.identity_weights_T is not None:
             return self._unusual_experts(x_TD, weights, routing)
+        if isinstance(weights.data, CpuQuantExperts):
+            return weights.data.run(x_TD, routing)
         w: _Experts = weights.data
         return self._ops.experts.default(
             self._isa,
@@ -184,6 +179,8 @@ class CpuBackend(TorchBackend):
         )
 
     def all_experts(self, x_TD: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
+        if isinstance(weights.data, CpuQuantExperts):
+            return weights.data.run(x_TD, None)
         w: _Experts = weights.data
         return self._ops.all_experts.default(
             self._isa, x_TD, w.gate_up, w.down, w.gate_up_bias, w.down_bias_sum, w.shape
@@ -333,6 +330,8 @@ class CpuBackend(TorchBackend):
         norm_eps: float,
         clip: float | None = None,
     ) -> None:
+        if any(isinstance(p.kv.data, CpuQuantLinear) for p in projections):
+            return super().project_kv(x_TD, projections, layers, cos_sin_LC, batch, norm_eps=norm_eps, clip=clip)
         linears = [p.kv.data for p in projections]
         self._ops.project_kv.default(
             self._isa,
@@ -352,6 +351,9 @@ class CpuBackend(TorchBackend):
 
     def make_stack(self, shape: StackShape, layers: Sequence[StackLayer], exits: Sequence[StackExit]) -> Stack | None:
         if any(layer.rule is not None and not layer.rule.is_plain for layer in layers):
+            return None
+        # The call writes what a row that leaves owes from plain projections only.
+        if exits and any(isinstance(layer.qkv.data, CpuQuantLinear) for layer in layers):
             return None
         return CpuStack(self, shape, layers, exits)
 

@@ -6,6 +6,7 @@ import torch
 
 from .torch_backend import TorchBackend
 from .torch_experts import PlainExperts, grouped_products, run_experts
+from .torch_quant import QuantExperts
 from .types import ExpertWeights, Routing
 
 
@@ -16,6 +17,9 @@ class GroupedMmBackend(TorchBackend):
     name = "grouped_mm"
 
     def experts(self, x_TD: torch.Tensor, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
+        if isinstance(weights.data, QuantExperts):
+            self._fall_back("quantised experts")
+            return super().experts(x_TD, weights, routing)
         reason = self._refused(x_TD, weights.data)
         if reason is None:
             return run_experts(x_TD, weights.data, routing, weights.activation, grouped_products)

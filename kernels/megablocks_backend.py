@@ -11,6 +11,7 @@ import torch
 from . import reference
 from .torch_backend import TorchBackend
 from .torch_experts import PlainExperts, run_experts
+from .torch_quant import QuantExperts
 from .types import ExpertWeights, Routing
 
 
@@ -36,6 +37,9 @@ class MegaBlocksBackend(TorchBackend):
         self._products = partial(products, gmm=util.ops.gmm)
 
     def experts(self, x_TD: torch.Tensor, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
+        if isinstance(weights.data, QuantExperts):
+            self._fall_back("quantised experts")
+            return super().experts(x_TD, weights, routing)
         reason = refused(weights.data)
         if reason is None:
             return run_experts(x_TD, weights.data, routing, weights.activation, self._products)

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from . import budget_reference, exit_reference, reference
+from .formats import UNQUANTIZED, ActivationScheme, QuantizedWeight
 from .router_spec import RouterSpec
 from .stack import Stack, StackExit, StackLayer, StackShape
 from .torch_attention import run_attention
 from .torch_experts import PlainExperts, run_experts
+from .torch_quant import QuantExperts, QuantLinear, check_experts
 from .types import (
     AttentionBatch,
     ExitDecision,
@@ -66,22 +68,50 @@ class TorchBackend:
             nbytes=_nbytes(weight_OI, bias_O),
         )
 
+    def pack_quantized_linear(
+        self, weight_OI: QuantizedWeight, bias_O: torch.Tensor | None = None, scheme: ActivationScheme = UNQUANTIZED
+    ) -> LinearWeights:
+        """As :meth:`pack_linear`, for a quantised weight; ``scheme`` says how the layer's input is rounded.
+
+        Raises:
+            ValueError: when rows that are rounded like this do not meet weights of this format.
+        """
+        scheme.check(weight_OI)
+        data = QuantLinear(
+            weight_OI.to(self.device), None if bias_O is None else bias_O.to(self.device, self.dtype), scheme
+        )
+        return LinearWeights(
+            out_features=weight_OI.out_features,
+            in_features=weight_OI.in_features,
+            dtype=self.dtype,
+            data=data,
+            nbytes=weight_OI.nbytes + _nbytes(data.bias_O),
+        )
+
     def weight_rows(self, weights: LinearWeights, ids_T: torch.Tensor) -> torch.Tensor:
         """Rows of a weight as they were packed, (T, I): the embedding of a model whose LM head is tied to it."""
+        if isinstance(weights.data, QuantLinear):
+            return weights.data.rows(ids_T).to(self.dtype)
         return F.embedding(ids_T, weights.data[0])
 
     def linear_tail(self, weights: LinearWeights, start: int) -> LinearWeights:
         """The layer that computes the outputs from ``start`` on; it shares the weights' memory where it can."""
+        if isinstance(weights.data, QuantLinear):
+            return replace(weights, out_features=weights.out_features - start, data=weights.data.tail(start), nbytes=0)
         weight_OI, bias_O = weights.data
         data = weight_OI[start:], None if bias_O is None else bias_O[start:]
         return replace(weights, out_features=weights.out_features - start, data=data, nbytes=0)
 
     def linear(self, x_TI: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
         """``x @ weight.T + bias``, (T, O)."""
+        if isinstance(weights.data, QuantLinear):
+            return weights.data.run(x_TI).to(x_TI.dtype)
         return F.linear(x_TI, *weights.data)
 
     def logits_linear(self, x_TI: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
         """The same in float32: rounding logits to 16 bits would make ties of what the model told apart."""
+        if isinstance(weights.data, QuantLinear):
+            return weights.data.run(x_TI)
         weight_OI, bias_O = weights.data
         if x_TI.is_cuda:  # the product has float32 sums already; only its output must not be rounded
             logits_TO = torch.mm(x_TI, weight_OI.T, out_dtype=torch.float32)
@@ -115,12 +145,46 @@ class TorchBackend:
             nbytes=_nbytes(*vars(data).values()),
         )
 
+    def pack_quantized_experts(
+        self,
+        gate_EFD: QuantizedWeight,
+        up_EFD: QuantizedWeight,
+        down_EDF: QuantizedWeight,
+        activation: str,
+        gate_bias_EF: torch.Tensor | None = None,
+        up_bias_EF: torch.Tensor | None = None,
+        down_bias_ED: torch.Tensor | None = None,
+        scheme: ActivationScheme = UNQUANTIZED,
+    ) -> ExpertWeights:
+        """As :meth:`pack_experts`, for quantised weights; see :meth:`pack_quantized_linear`."""
+        num_experts, expert_size, hidden_size = check_experts(gate_EFD, up_EFD, down_EDF)
+        weights = [weight.to(self.device) for weight in (gate_EFD, up_EFD, down_EDF)]
+        for weight in weights:
+            scheme.check(weight)
+        biases = [
+            None if b is None else b.to(self.device, self.dtype) for b in (gate_bias_EF, up_bias_EF, down_bias_ED)
+        ]
+        data = QuantExperts(weights[0], weights[1], weights[2], biases[0], biases[1], biases[2], scheme)
+        return ExpertWeights(
+            num_experts=num_experts,
+            hidden_size=hidden_size,
+            expert_size=expert_size,
+            activation=activation,
+            dtype=self.dtype,
+            data=data,
+            nbytes=sum(w.nbytes for w in weights) + _nbytes(data.gate_bias_EF, data.up_bias_EF, data.down_bias_ED),
+        )
+
     def experts(self, x_TD: torch.Tensor, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
         """The weighted sum of each row's experts, (T, D). See :func:`reference.experts`."""
+        if isinstance(weights.data, QuantExperts):
+            return weights.data.run(x_TD, routing, weights.activation).to(x_TD.dtype)
         return run_experts(x_TD, weights.data, routing, weights.activation)
 
     def all_experts(self, x_TD: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
         """Every expert with weight 1, run as one dense FFN over the same storage, (T, D)."""
+        if isinstance(weights.data, QuantExperts):
+            return weights.data.run_all(x_TD, weights.activation).to(x_TD.dtype)
         w: PlainExperts = weights.data
         gate = F.linear(x_TD, w.gate_EFD.flatten(0, 1), None if w.gate_bias_EF is None else w.gate_bias_EF.flatten())
         up = F.linear(x_TD, w.up_EFD.flatten(0, 1), None if w.up_bias_EF is None else w.up_bias_EF.flatten())

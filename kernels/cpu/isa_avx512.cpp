@@ -16,11 +16,13 @@ constexpr bool kPairs = false;
 #include "simd_avx512.h"
 #include "row_kernels.h"
 #include "tile_kernels.h"
-#include "int8_portable.h"
+#include "fp8_avx512.h"
+#include "quant_rows.h"
+#include "quant_plain.h"
 
 }  // namespace
 
-KERNEL_TABLE(kAvx512Kernels, "avx512", 8, run_float<2>, run_int8);
+KERNEL_TABLE(kAvx512Kernels, "avx512", 8, run_float<2>, kPlainQuant);
 
 }  // namespace dynamoe_cpu
 #endif

@@ -16,7 +16,9 @@ constexpr bool kPairs = true;
 #include "simd_avx512.h"
 #include "row_kernels.h"
 #include "tile_kernels.h"
-#include "vnni.h"
+#include "fp8_avx512.h"
+#include "quant_rows.h"
+#include "quant_vnni.h"
 
 template <int kRows>
 TARGET void multiply_pairs(const uint32_t* a, const uint32_t* w, int cells, float* tile, bool accumulate,
@@ -60,7 +62,7 @@ TARGET void run_pairs(int num_rows, const void* panel, const uint32_t* weights, 
 
 }  // namespace
 
-KERNEL_TABLE(kAvx512Bf16Kernels, "avx512bf16", 4, run_pairs<>, run_vnni<>);
+KERNEL_TABLE(kAvx512Bf16Kernels, "avx512bf16", 4, run_pairs<>, kVnniQuant);
 
 }  // namespace dynamoe_cpu
 #endif

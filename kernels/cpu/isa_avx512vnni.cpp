@@ -17,11 +17,13 @@ constexpr bool kPairs = false;
 #include "simd_avx512.h"
 #include "row_kernels.h"
 #include "tile_kernels.h"
-#include "vnni.h"
+#include "fp8_avx512.h"
+#include "quant_rows.h"
+#include "quant_vnni.h"
 
 }  // namespace
 
-KERNEL_TABLE(kAvx512VnniKernels, "avx512vnni", 8, run_float<2>, run_vnni<>);
+KERNEL_TABLE(kAvx512VnniKernels, "avx512vnni", 8, run_float<2>, kVnniQuant);
 
 }  // namespace dynamoe_cpu
 #endif

@@ -1,6 +1,7 @@
 // What every instruction set's file needs before it opens its namespace.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -10,11 +11,11 @@
 #define SIMD_FN TARGET static inline __attribute__((always_inline))
 
 // The table that an instruction set's file ends with; the kernels come from the headers it included.
-#define KERNEL_TABLE(variable, name, bf16_panel_cell_bytes, run_bf16, run_8bit)                   \
+#define KERNEL_TABLE(variable, name, bf16_panel_cell_bytes, run_bf16, quant_table)                \
   extern const Kernels variable = {                                                              \
       name,                                                                                      \
       {{kTileRows, 1, 4, pack_fp32, run_float<1>}, {kTileRows, 2, bf16_panel_cell_bytes, pack_bf16, run_bf16}}, \
-      {kTileRows, 4, 4, pack_int8, run_8bit},                                                    \
+      quant_table,                                                                               \
       transpose_cells,                                                                           \
       store,                                                                                     \
       gated,                                                                                     \
@@ -26,5 +27,4 @@
       rope,                                                                                      \
       softmax_step,                                                                              \
       softmax_merge,                                                                             \
-      quantize,                                                                                  \
   }

@@ -14,10 +14,12 @@ constexpr bool kPairs = false;
 #include "transpose_portable.h"
 #include "row_kernels.h"
 #include "tile_kernels.h"
-#include "int8_portable.h"
+#include "fp8_plain.h"
+#include "quant_rows.h"
+#include "quant_plain.h"
 
 }  // namespace
 
-KERNEL_TABLE(kPortableKernels, "portable", 8, run_float<2>, run_int8);
+KERNEL_TABLE(kPortableKernels, "portable", 8, run_float<2>, kPlainQuant);
 
 }  // namespace dynamoe_cpu

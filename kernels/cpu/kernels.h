@@ -1,7 +1,7 @@
 // What an instruction set offers to the operators: a table of row-level and tile-level kernels.
 //
 // Weights lie in blocks of 32 outputs: [cell][32] words of 4 bytes. A cell is what one 4-byte word holds of a row:
-// 1 fp32, 2 bf16 or 4 int8 inputs. Every output element has exactly one accumulator, which takes the cells in rising
+// 1 fp32 or 2 bf16 inputs. Every output element has exactly one accumulator, which takes the cells in rising
 // order, whatever the number of rows; so a row's result never depends on the rows beside it, nor on how work is split.
 #pragma once
 
@@ -27,13 +27,64 @@ struct Ahead {
   int step;
 };
 
+enum class Format : int { int8 = 0, int4 = 1, fp8 = 2 };
+
+// How quantised weights lie in memory; see quant.h.
+struct QuantLayout {
+  Format format;
+  int64_t outputs, inputs;
+  int64_t group;   // inputs that share a scale
+  bool offsets;    // int4 only: weight = code * scale + offset; without them code - 8 takes the place of code
+  bool byte_rows;  // int8: rows are rounded to 8 bits, one scale each; fp8: to e4m3, a scale per 128 inputs
+
+  int64_t groups() const { return ceil_div(inputs, group); }
+  int64_t blocks() const { return ceil_div(outputs, kBlockOutputs); }
+  int64_t scale_bytes() const { return kBlockOutputs * 4 * (offsets ? 2 : 1); }
+  static int64_t code_bytes(Format format, int64_t inputs) {
+    return format == Format::fp8 ? ceil_div(inputs, 2) * 2 * kBlockOutputs
+                                 : ceil_div(inputs, 8) * kBlockOutputs * (format == Format::int4 ? 4 : 8);
+  }
+  int64_t group_bytes() const { return scale_bytes() + code_bytes(format, group); }
+  int64_t block_bytes() const {
+    const int64_t last = inputs - (groups() - 1) * group;
+    return (groups() - 1) * group_bytes() + scale_bytes() + code_bytes(format, last);
+  }
+};
+
+// How rows lie in a panel of digits: for each group of `group` inputs float scale[row], int32 sum[row], then
+// [4 inputs][digit][row] words; an even number of words per digit. More significant digits come first.
+struct DigitShape {
+  int64_t inputs, group;
+  int digits;
+
+  static int64_t words(int64_t inputs, int digits) { return 2 + ceil_div(inputs, 8) * 2 * digits; }
+  int64_t row_bytes() const {
+    const int64_t groups = ceil_div(inputs, group), last = inputs - (groups - 1) * group;
+    return 4 * ((groups - 1) * words(group, digits) + words(last, digits));
+  }
+};
+
+// Products with quantised weights.
+struct Quant {
+  int tile_rows;    // most rows of a tile of digits
+  bool fixed_point;  // whether rows of bf16 are worth two digits each
+  void (*pack_digits)(const DigitShape& shape, const void* const* rows, int num_rows, Dtype dtype, char* panel);
+  // tile[row][32] = panel · block
+  void (*multiply_digits)(const QuantLayout& layout, const DigitShape& shape, int num_rows, const char* panel,
+                          const char* block, float* tile);
+  // A row rounded to e4m3 and back, with a scale per 128 inputs.
+  void (*round_fp8)(float* row, int n);
+  // A stretch of `inputs` inputs (all of one group; a multiple of 8 into it) as fp32 [input][32].
+  void (*widen_codes)(const QuantLayout& layout, const char* codes, const float* scales, int inputs, float* out);
+};
+
 // A matrix product in one format. A panel holds a tile of rows as [cell][row].
 struct Gemm {
   int tile_rows;         // most rows of a tile
   int inputs_per_cell;   // of the weights
   int panel_cell_bytes;  // of the panel: 8 where bf16 activations are widened to fp32 beforehand
   void (*pack)(void* panel, const void* const* rows, int num_rows, int inputs);
-  // tile[row][32] (+)= panel · weights; fp32, or int32 for int8 weights.
+  // tile[row][32] (+)= panel · weights, in fp32.
   void (*run)(int num_rows, const void* panel, const uint32_t* weights, int cells, void* tile, bool accumulate,
               Ahead ahead);
 };
@@ -41,7 +92,7 @@ struct Gemm {
 struct Kernels {
   const char* name;
   Gemm gemm[2];    // by Dtype
-  Gemm gemm_int8;  // unsigned activations, signed weights
+  Quant quant;
 
   // dst[cell * dst_stride + r] = cell of rows[r]; a null row reads as zeros. num_rows <= 32.
   void (*transpose_cells)(uint32_t* dst, int dst_stride, const void* const* rows, int num_rows, int row_bytes);
@@ -71,8 +122,6 @@ struct Kernels {
   // Joins the state and accumulator of a later stretch of keys to `state` and `accumulator`.
   void (*softmax_merge)(float* state, float* accumulator, const float* later_state, const float* later, int pieces,
                         int stride);
-  // Dynamic quantisation of a row to unsigned 8 bits around 128; returns the scale.
-  float (*quantize)(const float* row, int n, uint8_t* out);
 };
 
 // The table for "auto", or for a named instruction set; null if this processor cannot run it or the name is unknown.

@@ -162,37 +162,4 @@ struct LimitCall {
 // Every expert number in use must be within the scale.
 void limit_experts(const Context& context, const LimitCall& call);
 
-// int8: weights with one scale per output, rows quantised as they come.
-void pack_int8(const Context& context, const int8_t* weight, int64_t outputs, int64_t inputs, uint32_t* packed,
-               int32_t* row_sums);
-struct Int8LinearCall {
-  Rows x;
-  int64_t rows, inputs, outputs;
-  const uint32_t* weights;
-  const float* scales;      // per output, padded to whole blocks
-  const int32_t* row_sums;  // sum of each output's weights, padded to whole blocks
-  const float* bias;
-  void* out;
-  int64_t out_stride;
-  Dtype out_dtype;
-};
-void linear_int8(const Context& context, const Int8LinearCall& call);
-
-// One expert's gate rows and up rows interleaved as in a gated block, for pack_int8: (experts, gate blocks * 32,
-// hidden); down as (experts, hidden, gate blocks * 16).
-struct Int8ExpertsCall {
-  ExpertsCall base;  // x, rows, layout (its dtype is x's), routing, activation, out; gate_up and down hold int8 cells
-  const float* gate_up_scales;
-  const int32_t* gate_up_sums;  // both [expert][gate block][32]
-  const float* down_scales;
-  const int32_t* down_sums;  // both [expert][down block][32]
-};
-int64_t experts_int8(const Context& context, const Int8ExpertsCall& call);
-
-// Sums of a tile of the 8-bit product as floats: (sum - 128 · weights' sum) · row scale · output scale.
-void dequantize(const int32_t* sums, int num_rows, const float* row_scales, const float* scales,
-                const int32_t* weight_sums, float* tile);
-// Rows quantised to unsigned 8 bits, padded to whole cells, with one scale each.
-void quantize_rows(const Context& context, const Rows& x, int64_t rows, int64_t inputs, uint8_t* out, float* scales);
-
 }  // namespace dynamoe_cpu

@@ -155,31 +155,6 @@ std::tuple<Tensor, Tensor> route_op(int64_t isa, const Tensor& logits, int64_t t
   return {ids, weights};
 }
 
-std::tuple<Tensor, Tensor> pack_int8_op(int64_t isa, const Tensor& weight) {
-  const int64_t outputs = weight.size(0), inputs = weight.size(1);
-  const int8_t* source = contiguous_data<int8_t>(weight, at::kChar, "weight");
-  Tensor packed = allocate(packed_words(context_of(isa).kernels->gemm_int8, outputs, inputs));
-  Tensor sums = at::empty({ceil_div(outputs, kBlockOutputs) * kBlockOutputs}, at::TensorOptions().dtype(at::kInt));
-  pack_int8(context_of(isa), source, outputs, inputs, static_cast<uint32_t*>(packed.data_ptr()),
-            static_cast<int32_t*>(sums.data_ptr()));
-  return {packed, sums};
-}
-
-Tensor linear_int8_op(int64_t isa, const Tensor& x, const Tensor& weights, const Tensor& scales, const Tensor& row_sums,
-                      const OptionalTensor& bias, int64_t outputs) {
-  const Context context = context_of(isa);
-  const Rows rows = rows_of(x, "x");
-  const int64_t padded = ceil_div(outputs, kBlockOutputs) * kBlockOutputs;
-  TORCH_CHECK_VALUE(scales.numel() == padded && row_sums.numel() == padded, "scales and sums must be padded to ",
-                    padded, " entries");
-  Tensor out = at::empty({x.size(0), outputs}, x.options());
-  linear_int8(context, {rows, x.size(0), x.size(1), outputs,
-                        words(weights, packed_words(context.kernels->gemm_int8, outputs, x.size(1)), "weights"),
-                        floats(scales, "scales"), contiguous_data<int32_t>(row_sums, at::kInt, "row_sums"),
-                        floats(bias, "bias"), out.data_ptr(), outputs, rows.dtype});
-  return out;
-}
-
 }  // namespace
 
 TORCH_LIBRARY(dynamoe_cpu, m) {
@@ -204,11 +179,6 @@ TORCH_LIBRARY(dynamoe_cpu, m) {
       "route(int isa, Tensor logits, int top_k, int score, bool softmax_after_topk, bool renormalize, float scale) -> "
       "(Tensor, Tensor)",
       &route_op);
-  m.def("pack_int8(int isa, Tensor weight) -> (Tensor, Tensor)", &pack_int8_op);
-  m.def(
-      "linear_int8(int isa, Tensor x, Tensor weights, Tensor scales, Tensor row_sums, Tensor? bias, int outputs) -> "
-      "Tensor",
-      &linear_int8_op);
 }
 
 }  // namespace dynamoe_cpu

@@ -76,37 +76,6 @@ Tensor all_experts_op(int64_t isa, const Tensor& x, const Tensor& gate_up, const
   return out;
 }
 
-// Weights as pack_int8 leaves them, of (E * gate blocks * 32, D) and (E * down blocks * 32, gate blocks * 16) matrices.
-Tensor experts_int8_op(int64_t isa, const Tensor& x, const Tensor& gate_up, const Tensor& gate_up_scales,
-                       const Tensor& gate_up_sums, const Tensor& down, const Tensor& down_scales,
-                       const Tensor& down_sums, at::IntArrayRef shape, const Tensor& ids, const Tensor& weights,
-                       const OptionalTensor& counts) {
-  Int8ExpertsCall call{};
-  ExpertsCall& base = call.base;
-  base.x = rows_of(x, "x");
-  base.rows = x.size(0);
-  const ExpertLayout& layout = base.layout = layout_of(base.x.dtype, shape[0], shape[1], shape[2], false);
-  const int64_t gate_outputs = layout.experts * layout.gate_blocks() * kBlockOutputs,
-                down_outputs = layout.experts * layout.down_blocks() * kBlockOutputs;
-  TORCH_CHECK_VALUE(x.size(1) == layout.hidden, "x has ", x.size(1), " columns, the experts take ", layout.hidden);
-  TORCH_CHECK_VALUE(gate_up_scales.numel() == gate_outputs && gate_up_sums.numel() == gate_outputs &&
-                        down_scales.numel() == down_outputs && down_sums.numel() == down_outputs,
-                    "scales and sums must have one entry per packed output");
-  base.activation = static_cast<Activation>(shape[3]);
-  base.gate_up = words(gate_up, gate_outputs * ceil_div(layout.hidden, 4), "gate_up");
-  base.down = words(down, down_outputs * layout.gate_blocks() * kGatedOutputs / 4, "down");
-  call.gate_up_scales = contiguous_data<float>(gate_up_scales, at::kFloat, "gate_up_scales");
-  call.gate_up_sums = contiguous_data<int32_t>(gate_up_sums, at::kInt, "gate_up_sums");
-  call.down_scales = contiguous_data<float>(down_scales, at::kFloat, "down_scales");
-  call.down_sums = contiguous_data<int32_t>(down_sums, at::kInt, "down_sums");
-  set_routing(base, ids, weights, counts);
-  Tensor out = at::empty({x.size(0), x.size(1)}, x.options());
-  base.out = out.data_ptr();
-  TORCH_CHECK_VALUE(experts_int8(context_of(isa), call) < 0, "an expert number is out of range: there are ",
-                    layout.experts, " experts");
-  return out;
-}
-
 // Returns expert numbers, weights and counts; the arguments stay as they are.
 std::tuple<Tensor, Tensor, Tensor> limit_experts_op(int64_t isa, const Tensor& ids, const Tensor& weights,
                                                     const OptionalTensor& counts, const OptionalTensor& scale,
@@ -157,11 +126,6 @@ TORCH_LIBRARY_FRAGMENT(dynamoe_cpu, m) {
       "all_experts(int isa, Tensor x, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, int[] "
       "shape) -> Tensor",
       &all_experts_op);
-  m.def(
-      "experts_int8(int isa, Tensor x, Tensor gate_up, Tensor gate_up_scales, Tensor gate_up_sums, Tensor down, Tensor "
-      "down_scales, Tensor down_sums, "
-      "int[] shape, Tensor ids, Tensor weights, Tensor? counts) -> Tensor",
-      &experts_int8_op);
 }
 
 }  // namespace dynamoe_cpu

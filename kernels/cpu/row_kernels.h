@@ -198,19 +198,3 @@ TARGET static void softmax_merge(float* state, float* accumulator, const float* 
     }
   }
 }
-
-TARGET static float quantize(const float* row, int n, uint8_t* out) {
-  Vec::F top = Vec::zero();
-  for (int i = 0; i < n; i += Vec::kLanes) top = Vec::max(Vec::abs(load_row(row, Dtype::fp32, i, n)), top);
-  const float scale = max_lanes(top) / 127.0f;
-  const float inverse = scale > 0 ? 1.0f / scale : 0.0f;
-  alignas(64) float lane[Vec::kLanes];
-  const Vec::F magic = Vec::set(12582912.0f);
-  for (int i = 0; i < n; i += Vec::kLanes) {
-    const Vec::F scaled = Vec::mul(load_row(row, Dtype::fp32, i, n), Vec::set(inverse));
-    Vec::store(lane, Vec::sub(Vec::add(scaled, magic), magic));
-    const int count = n - i < Vec::kLanes ? n - i : Vec::kLanes;
-    for (int j = 0; j < count; ++j) out[i + j] = static_cast<uint8_t>(static_cast<int>(lane[j]) + 128);
-  }
-  return scale;
-}

@@ -69,7 +69,7 @@ TARGET static void run_float(int num_rows, const void* panel, const uint32_t* we
   }
 }
 
-// 4-byte cells as they are: fp32, pairs of bf16, quadruples of int8. A last, partly filled cell is padded with zeros.
+// 4-byte cells as they are: fp32, pairs of bf16. A last, partly filled cell is padded with zeros.
 TARGET static void pack_words(uint32_t* panel, const void* const* rows, int num_rows, int row_bytes) {
   if (num_rows == 1 && rows[0]) {
     std::memcpy(panel, rows[0], row_bytes);
@@ -81,10 +81,6 @@ TARGET static void pack_words(uint32_t* panel, const void* const* rows, int num_
 
 TARGET static void pack_fp32(void* panel, const void* const* rows, int num_rows, int inputs) {
   pack_words(static_cast<uint32_t*>(panel), rows, num_rows, 4 * inputs);
-}
-
-TARGET static void pack_int8(void* panel, const void* const* rows, int num_rows, int inputs) {
-  pack_words(static_cast<uint32_t*>(panel), rows, num_rows, inputs);
 }
 
 TARGET static void pack_bf16(void* panel, const void* const* rows, int num_rows, int inputs) {

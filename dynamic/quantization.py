@@ -1,0 +1,77 @@
+"""Quantisation while a model is loaded: which weights become what, by name. No calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from ..kernels import formats
+from ..kernels.formats import FP8_PER_GROUP, INT8_PER_TOKEN, UNQUANTIZED, ActivationScheme, QuantizedWeight
+
+NONE = "none"
+
+
+@dataclass(frozen=True)
+class Method:
+    """How the linear layers and experts of a model are quantised.
+
+    Arguments:
+        quantize: from a weight, (O, I) or (E, O, I), to its format.
+        scheme: how their inputs are rounded.
+    """
+
+    quantize: Callable[[torch.Tensor], QuantizedWeight]
+    scheme: ActivationScheme = UNQUANTIZED
+
+
+def methods() -> dict[str, Method]:
+    """By name, as ``quantization=`` takes them."""
+    int4 = {
+        f"int4{groups}{ending}": Method(partial(formats.quantize_int4, group=group, symmetric=not ending))
+        for group, groups in ((64, ""), (32, "-g32"), (128, "-g128"))
+        for ending in ("", "-asym")
+    }
+    return {
+        "int8": Method(formats.quantize_int8),
+        "w8a8": Method(formats.quantize_int8, INT8_PER_TOKEN),
+        **int4,
+        "fp8": Method(formats.quantize_fp8),
+        "fp8-block": Method(partial(formats.quantize_fp8, block=True), FP8_PER_GROUP),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """What is done to a checkpoint's weights while they are loaded.
+
+    Arguments:
+        method: ``none``, or one of :func:`methods`. Routers, norms, gates and exits stay as they are.
+        lm_head: whether the LM head and the embedding become int8 as well.
+
+    Raises:
+        ValueError: for an unknown method.
+    """
+
+    method: str = NONE
+    lm_head: bool = True
+
+    def __post_init__(self) -> None:
+        if self.method != NONE and self.method not in methods():
+            raise ValueError(f"quantization must be {NONE}, {', '.join(methods())}, not {self.method!r}")
+
+    @property
+    def layers(self) -> Method | None:
+        """What becomes of projections, experts and dense FFNs."""
+        return methods().get(self.method)
+
+    @property
+    def head(self) -> Method | None:
+        """What becomes of the LM head and the embedding."""
+        return methods()["int8"] if self.method != NONE and self.lm_head else None
+
+    def __str__(self) -> str:
+        """For certificates: equal texts mean equal weights, of one and the same checkpoint."""
+        return self.method + (", LM head and embedding int8" if self.head else "")

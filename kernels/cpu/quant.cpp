@@ -1,0 +1,169 @@
+// Quantised weights: packing, linear layers, and rows read back.
+#include "quant.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+
+namespace dynamoe_cpu {
+
+namespace {
+
+constexpr int64_t kPanelBytes = 384 * 1024;
+constexpr int64_t kStretch = 128;  // inputs that are widened at once: 16 KiB
+
+float widen_code(const QuantLayout& layout, uint8_t code, float scale, float offset) {
+  if (layout.format != Format::fp8) {
+    if (layout.offsets) return static_cast<float>(code) * scale + offset;
+    return static_cast<float>(code - (layout.format == Format::int4 ? 8 : 128)) * scale;
+  }
+  const uint32_t size = code & 0x7f;
+  const float normal = std::bit_cast<float>((size << 20) + (120u << 23));
+  const float value = size < 8 ? 2.0f * normal - 0.015625f : normal;
+  return (code & 0x80 ? -value : value) * scale;
+}
+
+// Where the code of an input lies behind the scales of its group.
+int64_t code_offset(Format format, int64_t input, int64_t output) {
+  if (format == Format::fp8) return input * kBlockOutputs + output;
+  if (format == Format::int8) return (input / 4 * kBlockOutputs + output) * 4 + input % 4;
+  return (input / 8 * kBlockOutputs + output) * 4 + input % 4;
+}
+
+}  // namespace
+
+bool uses_digits(const Kernels& kernels, const QuantLayout& layout, Dtype dtype) {
+  if (layout.format == Format::fp8) return false;
+  return layout.byte_rows || (kernels.quant.fixed_point && dtype == Dtype::bf16);
+}
+
+QuantProduct::QuantProduct(const Kernels& kernels, const QuantLayout& layout, Dtype dtype)
+    : kernels_(kernels), layout_(layout), digits_(uses_digits(kernels, layout, dtype)) {
+  shape_ = {layout.inputs, layout.byte_rows ? layout.inputs : layout.format == Format::int4 ? layout.group : kStretch,
+            layout.byte_rows ? 1 : 2};
+  row_bytes_ = digits_ ? shape_.row_bytes() : 4 * layout.inputs;
+  tile_rows_ = !digits_ ? kernels.gemm[0].tile_rows : kernels.quant.tile_rows * (layout.byte_rows && kernels.quant.fixed_point ? 2 : 1);
+}
+
+int64_t QuantProduct::most_rows() const { return std::max<int64_t>(tile_rows_, kPanelBytes / row_bytes_); }
+
+void QuantProduct::pack(char* panel, const void* const* rows, int num_rows, Dtype dtype) const {
+  if (digits_) return kernels_.quant.pack_digits(shape_, rows, num_rows, dtype, panel);
+  const int inputs = static_cast<int>(layout_.inputs);
+  if (dtype == Dtype::fp32 && !layout_.byte_rows) return kernels_.gemm[0].pack(panel, rows, num_rows, inputs);
+  float* wide = scratch(Buffer::values).get<float>(static_cast<int64_t>(num_rows) * inputs);
+  const void* widened[kMaxTileRows];
+  for (int r = 0; r < num_rows; ++r) {
+    float* row = wide + static_cast<int64_t>(r) * inputs;
+    if (dtype == Dtype::fp32) std::memcpy(row, rows[r], 4 * static_cast<size_t>(inputs));
+    if (dtype == Dtype::bf16) kernels_.widen(static_cast<const uint16_t*>(rows[r]), row, inputs);
+    if (layout_.byte_rows) kernels_.quant.round_fp8(row, inputs);
+    widened[r] = row;
+  }
+  kernels_.gemm[0].pack(panel, widened, num_rows, inputs);
+}
+
+void QuantProduct::multiply(const char* panels, const Tiles& tiles, const char* block, float* out) const {
+  if (digits_) {
+    for (int64_t t = 0; t < tiles.count; ++t)
+      kernels_.quant.multiply_digits(layout_, shape_, tiles.size(t), panels + tiles.start(t) * row_bytes_, block,
+                                     out + tiles.start(t) * kBlockOutputs);
+    return;
+  }
+  alignas(64) float wide[kStretch * kBlockOutputs];
+  for (int64_t begin = 0; begin < layout_.inputs; begin += layout_.group) {
+    const int64_t end = std::min(begin + layout_.group, layout_.inputs);
+    const float* scales = reinterpret_cast<const float*>(block);
+    const char* codes = block + layout_.scale_bytes();
+    for (int64_t first = begin; first < end; first += kStretch) {
+      const int count = static_cast<int>(std::min(kStretch, end - first));
+      kernels_.quant.widen_codes(layout_, codes, scales, count, wide);
+      codes += QuantLayout::code_bytes(layout_.format, count);
+      for (int64_t t = 0; t < tiles.count; ++t)
+        kernels_.gemm[0].run(tiles.size(t), panels + tiles.start(t) * row_bytes_ + first * tiles.size(t) * 4,
+                             reinterpret_cast<const uint32_t*>(wide), count, out + tiles.start(t) * kBlockOutputs,
+                             first > 0, {codes, 0});
+    }
+    block = codes;
+  }
+}
+
+void quant_linear(const Context& context, const QuantLinearCall& call) {
+  if (!call.rows) return;
+  const Kernels& kernels = *context.kernels;
+  const QuantWeights& weights = *call.weights;
+  const QuantProduct product(kernels, weights.layout, call.x.dtype);
+  const int64_t blocks = weights.layout.blocks();
+  const Tiles chunks(call.rows, product.most_rows());
+  const int64_t groups = std::min(blocks, ceil_div(4 * context.threads, chunks.count));
+  std::atomic<int64_t> next{0};
+  on_all_threads(context.threads, [&] {
+    char* panel = scratch(Buffer::rows).get<char>((chunks.size(0) + 1) * product.row_bytes());
+    float* tile = scratch(Buffer::scores).get<float>((chunks.size(0) + 1) * kBlockOutputs);
+    int64_t packed = -1;
+    for (int64_t task = next.fetch_add(1); task < chunks.count * groups; task = next.fetch_add(1)) {
+      const int64_t chunk = task / groups, group = task % groups, first_row = chunks.start(chunk);
+      const Tiles tiles(chunks.size(chunk), product.tile_rows());
+      for (int64_t t = 0; packed != chunk && t < tiles.count; ++t) {
+        const void* rows[kMaxTileRows];
+        for (int r = 0; r < tiles.size(t); ++r) rows[r] = call.x.at(first_row + tiles.start(t) + r);
+        product.pack(panel + tiles.start(t) * product.row_bytes(), rows, tiles.size(t), call.x.dtype);
+      }
+      packed = chunk;
+      for (int64_t block = blocks * group / groups; block < blocks * (group + 1) / groups; ++block) {
+        const int64_t output = block * kBlockOutputs;
+        product.multiply(panel, tiles, weights.block(block), tile);
+        kernels.store(tile, static_cast<int>(tiles.rows),
+                      static_cast<int>(std::min<int64_t>(kBlockOutputs, weights.layout.outputs - output)),
+                      weights.bias ? weights.bias + output : nullptr,
+                      static_cast<char*>(call.out) +
+                          (first_row * call.out_stride + output) * element_bytes(call.out_dtype),
+                      call.out_stride, call.out_dtype);
+      }
+    }
+  });
+}
+
+void pack_quant(const Context& context, const QuantLayout& layout, const uint8_t* codes, const float* scales,
+                const float* offsets, char* packed) {
+  const int64_t groups = layout.groups();
+  for_each_task(context.threads, layout.blocks(), [&](int64_t block) {
+    char* out = packed + block * layout.block_bytes();
+    std::memset(out, 0, layout.block_bytes());
+    for (int64_t group = 0; group < groups; ++group, out += layout.group_bytes()) {
+      const int64_t begin = group * layout.group, end = std::min(begin + layout.group, layout.inputs);
+      uint8_t* out_codes = reinterpret_cast<uint8_t*>(out) + layout.scale_bytes();
+      for (int64_t o = 0; o < kBlockOutputs && block * kBlockOutputs + o < layout.outputs; ++o) {
+        const int64_t output = block * kBlockOutputs + o;
+        std::memcpy(out + 4 * o, scales + output * groups + group, 4);
+        if (layout.offsets) std::memcpy(out + 4 * (kBlockOutputs + o), offsets + output * groups + group, 4);
+        for (int64_t i = begin; i < end; ++i) {
+          const uint8_t code = codes[output * layout.inputs + i];
+          const bool high = layout.format == Format::int4 && (i - begin) % 8 >= 4;
+          out_codes[code_offset(layout.format, i - begin, o)] |= static_cast<uint8_t>(high ? code << 4 : code);
+        }
+      }
+    }
+  });
+}
+
+void quant_rows(const Context& context, const QuantWeights& weights, const int64_t* ids, int64_t count, float* out) {
+  const QuantLayout& layout = weights.layout;
+  for_each_task(count < 64 ? 1 : context.threads, count, [&](int64_t row) {
+    const int64_t o = ids[row] % kBlockOutputs;
+    const char* from = weights.block(ids[row] / kBlockOutputs);
+    for (int64_t begin = 0; begin < layout.inputs; begin += layout.group, from += layout.group_bytes()) {
+      float scale, offset = 0.0f;
+      std::memcpy(&scale, from + 4 * o, 4);
+      if (layout.offsets) std::memcpy(&offset, from + 4 * (kBlockOutputs + o), 4);
+      const uint8_t* codes = reinterpret_cast<const uint8_t*>(from) + layout.scale_bytes();
+      for (int64_t i = begin; i < std::min(begin + layout.group, layout.inputs); ++i) {
+        uint8_t code = codes[code_offset(layout.format, i - begin, o)];
+        if (layout.format == Format::int4) code = (i - begin) % 8 >= 4 ? code >> 4 : code & 15;
+        out[row * layout.inputs + i] = widen_code(layout, code, scale, offset);
+      }
+    }
+  });
+}
+
+}  // namespace dynamoe_cpu

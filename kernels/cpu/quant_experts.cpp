@@ -1,0 +1,124 @@
+// The experts of a layer with quantised weights, as experts.cpp. Between the two products the hidden rows are packed in
+// a step of its own, for a scale of theirs needs a whole group of them.
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <vector>
+
+#include "experts_plan.h"
+#include "quant.h"
+
+namespace dynamoe_cpu {
+
+namespace {
+
+// Blocks of one expert.
+const char* block_of(const QuantWeights& weights, int64_t experts, int64_t expert, int64_t block) {
+  return weights.block(expert * (weights.layout.blocks() / experts) + block);
+}
+
+// act(gate x) * (up x) of every slot, fp32.
+void gate_and_up(const Context& context, const ExpertsCall& call, const QuantWeights& weights,
+                 const QuantProduct& product, const Plan& plan, float* hidden) {
+  const ExpertLayout& layout = call.layout;
+  const int64_t width = layout.gate_blocks() * kGatedOutputs, blocks = layout.gate_blocks();
+  const int64_t groups = groups_per_chunk(context, plan.chunks.size(), blocks);
+  std::atomic<int64_t> next{0};
+  on_all_threads(context.threads, [&] {
+    int64_t packed = -1;
+    char* panel = nullptr;
+    for (int64_t task = next.fetch_add(1); task < groups * static_cast<int64_t>(plan.chunks.size());
+         task = next.fetch_add(1)) {
+      const int64_t index = task / groups, group = task % groups;
+      const Chunk& chunk = plan.chunks[index];
+      const Tiles tiles(chunk.rows, product.tile_rows());
+      if (packed != index) {
+        panel = scratch(Buffer::rows).get<char>(chunk.rows * product.row_bytes());
+        for (int64_t t = 0; t < tiles.count; ++t) {
+          const void* rows[kMaxTileRows];
+          for (int r = 0; r < tiles.size(t); ++r)
+            rows[r] = call.x.at(plan.slots[chunk.first + tiles.start(t) + r] / call.top_k);
+          product.pack(panel + tiles.start(t) * product.row_bytes(), rows, tiles.size(t), call.x.dtype);
+        }
+        packed = index;
+      }
+      float* tile = scratch(Buffer::scores).get<float>(chunk.rows * kBlockOutputs);
+      for (int64_t block = blocks * group / groups; block < blocks * (group + 1) / groups; ++block) {
+        product.multiply(panel, tiles, block_of(weights, layout.experts, chunk.expert, block), tile);
+        const float* bias =
+            call.gate_up_bias ? call.gate_up_bias + (chunk.expert * blocks + block) * kBlockOutputs : nullptr;
+        for (int64_t r = 0; r < chunk.rows; ++r)
+          context.kernels->gated(tile + r * kBlockOutputs, 1, bias, call.activation,
+                                 hidden + (chunk.first + r) * width + block * kGatedOutputs, Dtype::fp32);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+int64_t quant_experts(const Context& context, const ExpertsCall& given, const QuantExperts& weights) {
+  const Kernels& kernels = *context.kernels;
+  ExpertsCall call = given;
+  const ExpertLayout& layout = call.layout;
+  std::vector<int32_t> all;
+  std::vector<float> ones;
+  if (!call.ids) {  // every row through every expert
+    call.top_k = layout.experts;
+    ones.assign(call.rows * layout.experts, 1.0f);
+    for (int64_t slot = 0; slot < call.rows * layout.experts; ++slot)
+      all.push_back(static_cast<int32_t>(slot % layout.experts));
+    call.ids = all.data();
+    call.weights = ones.data();
+  }
+  const QuantProduct gate_up(kernels, weights.gate_up.layout, call.x.dtype),
+      down(kernels, weights.down.layout, call.x.dtype);
+  Plan plan;
+  const int64_t bad = make_plan(call, std::min(gate_up.most_rows(), down.most_rows()), plan);
+  if (bad >= 0) return bad;
+  const int64_t slots = static_cast<int64_t>(plan.slots.size()), width = layout.gate_blocks() * kGatedOutputs;
+  float* hidden = scratch(Buffer::hidden).get<float>(slots * width);
+  gate_and_up(context, call, weights.gate_up, gate_up, plan, hidden);
+
+  char* panels = scratch(Buffer::panels).get<char>(slots * down.row_bytes());
+  for_each_task(context.threads, static_cast<int64_t>(plan.chunks.size()), [&](int64_t index) {
+    const Chunk& chunk = plan.chunks[index];
+    const Tiles tiles(chunk.rows, down.tile_rows());
+    for (int64_t t = 0; t < tiles.count; ++t) {
+      const void* rows[kMaxTileRows];
+      const int64_t first = chunk.first + tiles.start(t);
+      for (int r = 0; r < tiles.size(t); ++r) rows[r] = hidden + (first + r) * width;
+      down.pack(panels + first * down.row_bytes(), rows, tiles.size(t), Dtype::fp32);
+    }
+  });
+
+  const int64_t blocks = layout.down_blocks(), padded = blocks * kBlockOutputs;
+  float* sums = scratch(Buffer::output).get<float>(call.rows * padded);
+  const int64_t groups = std::min<int64_t>(blocks, context.threads * (call.rows < 64 ? 8 : 2));
+  for_each_task(context.threads, groups, [&](int64_t group) {
+    const int64_t first_block = blocks * group / groups, last_block = blocks * (group + 1) / groups;
+    const int64_t first = first_block * kBlockOutputs, last = last_block * kBlockOutputs;
+    for (int64_t t = 0; t < call.rows; ++t) std::memset(sums + t * padded + first, 0, (last - first) * sizeof(float));
+    for (const Chunk& chunk : plan.chunks) {
+      const Tiles tiles(chunk.rows, down.tile_rows());
+      float* tile = scratch(Buffer::scores).get<float>(chunk.rows * kBlockOutputs);
+      for (int64_t block = first_block; block < last_block; ++block) {
+        down.multiply(panels + chunk.first * down.row_bytes(), tiles,
+                      block_of(weights.down, layout.experts, chunk.expert, block), tile);
+        const float* bias = call.down_bias ? call.down_bias + (chunk.expert * blocks + block) * kBlockOutputs : nullptr;
+        for (int64_t r = 0; r < chunk.rows; ++r) {
+          const int32_t slot = plan.slots[chunk.first + r];
+          float* out = sums + slot / call.top_k * padded + block * kBlockOutputs;
+          kernels.scaled_add(tile + r * kBlockOutputs, 1, kBlockOutputs, bias, call.weights + slot, &out);
+        }
+      }
+    }
+    for (int64_t t = 0; t < call.rows; ++t)
+      kernels.convert(sums + t * padded + first,
+                      static_cast<char*>(call.out) + (t * layout.hidden + first) * element_bytes(layout.dtype),
+                      static_cast<int>(std::min(last, layout.hidden) - first), layout.dtype);
+  });
+  return -1;
+}
+
+}  // namespace dynamoe_cpu

@@ -1,0 +1,121 @@
+// Rows rounded to digits, and codes widened to fp32, in plain loops that the compiler turns into the target's vectors.
+// Included by each instruction set's file, inside its own anonymous namespace.
+#pragma once
+
+// The largest integer of one or two signed digits: two are 256 high + low with -128 <= low < 128.
+constexpr int digit_limit(int digits) { return digits == 1 ? 127 : 32639; }
+
+TARGET static void pack_digits(const DigitShape& shape, const void* const* rows, int num_rows, Dtype dtype,
+                               char* panel) {
+  constexpr int kStretch = 128;
+  alignas(64) int32_t values[kStretch];
+  alignas(64) float wide[kStretch];
+  const int inputs = static_cast<int>(shape.inputs), group = static_cast<int>(shape.group), digits = shape.digits;
+  for (int r = 0; r < num_rows; ++r) {
+    uint32_t* out = reinterpret_cast<uint32_t*>(panel);
+    const auto load = [&](int first, int count) -> const float* {
+      if (dtype == Dtype::fp32) return static_cast<const float*>(rows[r]) + first;
+      widen(static_cast<const uint16_t*>(rows[r]) + first, wide, count);
+      return wide;
+    };
+    for (int begin = 0; begin < inputs; begin += group) {
+      const int end = begin + group < inputs ? begin + group : inputs;
+      // A group may be longer than a stretch, so its scale comes first.
+      float top = 0.0f;
+      bool finite = true;
+      for (int first = begin; first < end; first += kStretch) {
+        const int count = end - first < kStretch ? end - first : kStretch;
+        const float* x = load(first, count);
+        float most = 0.0f, check = 0.0f;
+        for (int i = 0; i < count; ++i) {
+          const float size = std::fabs(x[i]);
+          most = size > most ? size : most;
+          check += x[i] * 0.0f;
+        }
+        top = most > top ? most : top;
+        finite = finite && check == 0.0f;
+      }
+      const float limit = static_cast<float>(digit_limit(digits)), scale = top / limit;
+      const float inverse = scale > 0 ? 1.0f / scale : 0.0f;
+      const float written = finite ? scale : std::numeric_limits<float>::quiet_NaN();
+      int32_t sum = 0;
+      uint32_t* cell = out + 2 * num_rows + r;
+      for (int first = begin; first < end; first += kStretch) {
+        const int count = end - first < kStretch ? end - first : kStretch;
+        const int padded = static_cast<int>(ceil_div(count, 8)) * 8;
+        const float* x = load(first, count);
+        for (int i = 0; i < count; ++i) {
+          constexpr float kMagic = 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
+          float value = x[i] * inverse;
+          value = value < limit ? value : limit;
+          value = value > -limit ? value : -limit;
+          values[i] = static_cast<int32_t>((value + kMagic) - kMagic);
+        }
+        for (int i = count; i < padded; ++i) values[i] = 0;
+        for (int i = 0; i < count; ++i) sum += values[i];
+        for (int i = 0; i < padded; i += 4) {
+          uint32_t low = 0, high = 0;
+          for (int j = 0; j < 4; ++j) {
+            const int32_t above = digits == 1 ? 0 : (values[i + j] + 128) >> 8;
+            high |= (static_cast<uint32_t>(above) & 255u) << (8 * j);
+            low |= (static_cast<uint32_t>(values[i + j] - 256 * above) & 255u) << (8 * j);
+          }
+          if (digits == 2) {
+            *cell = high;
+            cell += num_rows;
+          }
+          *cell = low;
+          cell += num_rows;
+        }
+      }
+      std::memcpy(out + r, &written, 4);
+      std::memcpy(out + num_rows + r, &sum, 4);
+      out += DigitShape::words(end - begin, digits) * num_rows;
+    }
+  }
+}
+
+TARGET static void round_fp8(float* row, int n) {
+  constexpr int kGroup = 128;
+  for (int first = 0; first < n; first += kGroup) {
+    float* x = row + first;
+    const int count = n - first < kGroup ? n - first : kGroup;
+    float top = 0.0f;
+    for (int i = 0; i < count; ++i) {
+      const float size = std::fabs(x[i]);
+      top = size > top ? size : top;
+    }
+    const float scale = top > 0 ? top / 448.0f : 1.0f;
+    for (int i = 0; i < count; ++i) {
+      const float value = x[i] / scale;
+      const uint32_t bits = std::bit_cast<uint32_t>(value);
+      const float normal = std::bit_cast<float>((bits + 0x7ffffu + ((bits >> 20) & 1u)) & 0xfff00000u);
+      constexpr float kMagic = 24576.0f;  // 1.5 * 2^14: adding it rounds to multiples of 2^-9
+      const float small = (value + kMagic) - kMagic;
+      x[i] = (std::fabs(value) < 0.015625f ? small : normal) * scale;
+    }
+  }
+}
+
+// The including file brings `widen_fp8_rows`.
+TARGET static void widen_codes(const QuantLayout& layout, const char* codes, const float* scales, int inputs,
+                               float* out) {
+  const uint8_t* code = reinterpret_cast<const uint8_t*>(codes);
+  const float* offsets = scales + kBlockOutputs;
+  if (layout.format == Format::fp8) {
+    widen_fp8_rows(code, scales, inputs, out);
+    return;
+  }
+  const bool nibbles = layout.format == Format::int4;
+  const int zero = nibbles ? 8 : 128;
+  for (int i = 0; i < inputs; ++i, out += kBlockOutputs) {
+    const int shift = nibbles && i % 8 >= 4 ? 4 : 0;
+    const uint8_t* from = code + (nibbles ? i / 8 : i / 4) * 4 * kBlockOutputs + i % 4;
+    const int mask = nibbles ? 15 : 255;
+    for (int o = 0; o < kBlockOutputs; ++o) {
+      const int value = (from[4 * o] >> shift) & mask;
+      out[o] = layout.offsets ? static_cast<float>(value) * scales[o] + offsets[o]
+                              : static_cast<float>(value - zero) * scales[o];
+    }
+  }
+}

@@ -1,0 +1,397 @@
+"""Quantised weights of one linear layer, (O, I), or of stacked experts, (E, O, I): what they hold, how they are made.
+
+A format says what the numbers mean; how they lie in memory is each backend's own affair. ``dequantize`` is the oracle.
+Sizes need not divide: last groups and blocks may be ragged. Shape suffixes as in ``types.py``; G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+
+INT4_GROUPS = (32, 64, 128)
+FP8_BLOCK = 128
+FP8_MAX = 448.0  # largest finite value of e4m3
+_SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _QuantizedWeight:
+    """What all formats share: ``data`` has the outputs in its last dimension but one; ``in_features`` is I."""
+
+    data: torch.Tensor = field(repr=False)
+
+    @property
+    def in_features(self) -> int:
+        return self.data.shape[-1]
+
+    @property
+    def out_features(self) -> int:
+        return self.data.shape[-2]
+
+    @property
+    def num_experts(self) -> int | None:
+        """E, or None for a single linear layer."""
+        return self.data.shape[0] if self.data.dim() == 3 else None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(O, I) or (E, O, I) of the weight that this stands for."""
+        return (*self.data.shape[:-1], self.in_features)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes, scales and zero points."""
+        return sum(t.numel() * t.element_size() for t in self._tensors().values())
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same weight on another device."""
+        return replace(self, **{name: tensor.to(device) for name, tensor in self._tensors().items()})  # type: ignore[arg-type]
+
+    def expert(self, number: int) -> Self:
+        """One of stacked experts, (O, I).
+
+        Raises:
+            ValueError: for a single linear layer.
+            IndexError: when there is no such expert.
+        """
+        if self.num_experts is None:
+            raise ValueError(f"a weight of shape {self.shape} holds no experts")
+        return replace(self, **{name: tensor[number] for name, tensor in self._tensors().items()})  # type: ignore[arg-type]
+
+    def rows(self, start: int, stop: int) -> Self:
+        """Outputs ``start … stop - 1``."""
+        return self._select(slice(start, stop))
+
+    def take(self, ids: torch.Tensor) -> Self:
+        """Some outputs."""
+        return self._select(ids)
+
+    def dequantize(self) -> torch.Tensor:
+        """The weight in float32: (O, I) or (E, O, I)."""
+        raise NotImplementedError
+
+    def _select(self, outputs: slice | torch.Tensor) -> Self:
+        parts = {name: tensor[..., outputs, :] for name, tensor in self._tensors().items()}
+        return replace(self, **parts)  # type: ignore[arg-type]
+
+    def _check_data(self, dtype: torch.dtype) -> None:
+        if self.data.dim() not in (2, 3) or self.data.dtype != dtype or 0 in self.data.shape:
+            raise ValueError(f"codes must be {dtype} with 2 or 3 dimensions, none of them empty, not {_of(self.data)}")
+
+    def _check_scale(self, scale: torch.Tensor, shape: tuple[int, ...], name: str = "scales") -> None:
+        if scale.dtype not in _SCALE_DTYPES or scale.shape != shape:
+            raise ValueError(f"{name} must be floating with shape {shape}, not {_of(scale)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Weight(_QuantizedWeight):
+    """``weight = data · scale``, one scale per output.
+
+    Arguments:
+        data: int8, (O, I) or (E, O, I).
+        scale: float32, (O) or (E, O).
+
+    Raises:
+        ValueError: for another dtype or shape, naming it.
+    """
+
+    scale: torch.Tensor = field(repr=False)
+
+    def __post_init__(self) -> None:
+        self._check_data(torch.int8)
+        self._check_scale(self.scale, self.data.shape[:-1])
+
+    def _select(self, outputs: slice | torch.Tensor) -> Int8Weight:
+        return Int8Weight(data=self.data[..., outputs, :], scale=self.scale[..., outputs])
+
+    def dequantize(self) -> torch.Tensor:
+        return self.data.float() * self.scale.float()[..., None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int4Weight(_QuantizedWeight):
+    """``weight = (q - zero) · scale``, or ``q · scale + offset``; q in 0 … 15, a scale per output and group of inputs.
+
+    Arguments:
+        data: uint8, (…, O, ⌈I / 2⌉): two inputs per byte, the even one in the low nibble.
+        scale: floating, (…, O, G) with G = ⌈I / group⌉.
+        inputs: I.
+        group: inputs that share a scale: 32, 64 or 128; the last group may be shorter.
+        zero: uint8 0 … 15, shaped as the scales; None (symmetric) means 8.
+        offset: floating, shaped as the scales: takes the place of the zero points where they are no whole numbers
+            (GGUF's Q4_1).
+
+    Raises:
+        ValueError: for another dtype or shape, or both zero and offset, naming it.
+    """
+
+    scale: torch.Tensor = field(repr=False)
+    inputs: int
+    group: int
+    zero: torch.Tensor | None = field(default=None, repr=False)
+    offset: torch.Tensor | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self._check_data(torch.uint8)
+        if self.group not in INT4_GROUPS:
+            raise ValueError(f"int4 groups have {', '.join(map(str, INT4_GROUPS))} inputs, not {self.group}")
+        if self.data.shape[-1] != -(-self.inputs // 2):
+            raise ValueError(f"{self.inputs} inputs take {-(-self.inputs // 2)} bytes a row, not {self.data.shape[-1]}")
+        shape = (*self.data.shape[:-1], -(-self.inputs // self.group))
+        self._check_scale(self.scale, shape)
+        if self.zero is not None and self.offset is not None:
+            raise ValueError("a weight has zero points or offsets, not both")
+        if self.offset is not None:
+            self._check_scale(self.offset, shape, "offsets")
+        if self.zero is not None:
+            if self.zero.dtype != torch.uint8 or self.zero.shape != shape:
+                raise ValueError(f"zero points must be uint8 with shape {shape}, not {_of(self.zero)}")
+            if (largest := int(self.zero.max())) > 15:
+                raise ValueError(f"zero points must be 0 … 15, not {largest}")
+
+    @property
+    def in_features(self) -> int:
+        return self.inputs
+
+    @property
+    def symmetric(self) -> bool:
+        return self.zero is None and self.offset is None
+
+    def codes(self) -> torch.Tensor:
+        """q as uint8, (…, O, I)."""
+        both = torch.stack((self.data & 15, self.data >> 4), -1).flatten(-2)
+        return both[..., : self.inputs]
+
+    def offsets(self) -> torch.Tensor:
+        """float32, shaped as the scales: what is added to ``q · scale``."""
+        if self.offset is not None:
+            return self.offset.float()
+        zero = 8.0 if self.zero is None else self.zero.float()
+        return -zero * self.scale.float()
+
+    def dequantize(self) -> torch.Tensor:
+        q = self.codes().float()
+        scale = _spread(self.scale.float(), self.group, self.inputs)
+        if self.offset is not None:
+            return q * scale + _spread(self.offset.float(), self.group, self.inputs)
+        zero = 8.0 if self.zero is None else _spread(self.zero.float(), self.group, self.inputs)
+        return (q - zero) * scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8Weight(_QuantizedWeight):
+    """``weight = data · scale`` with 8-bit floats (e4m3).
+
+    Arguments:
+        data: float8_e4m3fn, (O, I) or (E, O, I).
+        scale: float32, (…, ⌈O / block_out⌉, ⌈I / block_in⌉): one scale per block.
+        block_out: outputs that share a scale, 1 or 128.
+        block_in: inputs that share a scale, 128, or None: all of them.
+
+    Raises:
+        ValueError: for another dtype, shape or block, naming it.
+    """
+
+    scale: torch.Tensor = field(repr=False)
+    block_out: int = 1
+    block_in: int | None = None
+
+    def __post_init__(self) -> None:
+        self._check_data(torch.float8_e4m3fn)
+        if self.block_out not in (1, FP8_BLOCK) or self.block_in not in (None, FP8_BLOCK):
+            raise ValueError(
+                f"fp8 blocks are 1 or {FP8_BLOCK} outputs by {FP8_BLOCK} or all inputs,"
+                f" not {self.block_out} by {self.block_in}"
+            )
+        shape = (*self.data.shape[:-2], -(-self.out_features // self.block_out), self.num_groups)
+        self._check_scale(self.scale, shape)
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of inputs, G."""
+        return 1 if self.block_in is None else -(-self.in_features // self.block_in)
+
+    def per_output(self) -> Fp8Weight:
+        """The same weight with a scale for every output and group of inputs."""
+        if self.block_out == 1:
+            return self
+        scale = self.scale.repeat_interleave(self.block_out, -2)[..., : self.out_features, :].contiguous()
+        return replace(self, scale=scale, block_out=1)
+
+    def _select(self, outputs: slice | torch.Tensor) -> Fp8Weight:
+        """With a scale of their own for each output."""
+        own = self.per_output()
+        return replace(own, data=own.data[..., outputs, :], scale=own.scale[..., outputs, :])
+
+    def dequantize(self) -> torch.Tensor:
+        own = self.per_output()
+        scale = _spread(own.scale.float(), own.block_in or own.in_features, own.in_features)
+        return own.data.float() * scale
+
+
+QuantizedWeight = Int8Weight | Int4Weight | Fp8Weight
+
+
+@dataclass(frozen=True)
+class ActivationScheme:
+    """How a product's input is quantised as it comes, row by row: a row's codes never depend on other rows.
+
+    Arguments:
+        kind: ``none``; ``int8``, one scale per row; ``fp8``, one scale per row and group of inputs.
+        group: inputs that share a scale; only for ``fp8``.
+    """
+
+    kind: str = "none"
+    group: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.kind, self.group) not in (("none", None), ("int8", None), ("fp8", FP8_BLOCK)):
+            raise ValueError(
+                f"activations are none, int8 per token or fp8 per {FP8_BLOCK} inputs, not {self.kind!r} by {self.group}"
+            )
+
+    def check(self, weight: QuantizedWeight) -> None:
+        """Raises ValueError when rows that are rounded like this do not meet weights of this format."""
+        wanted = {"int8": Int8Weight, "fp8": Fp8Weight}.get(self.kind)
+        if wanted is not None and not isinstance(weight, wanted):
+            raise ValueError(f"{self.kind} activations go with {wanted.__name__}, not with {type(weight).__name__}")
+
+
+UNQUANTIZED = ActivationScheme()
+INT8_PER_TOKEN = ActivationScheme("int8")
+FP8_PER_GROUP = ActivationScheme("fp8", FP8_BLOCK)
+
+
+def quantize_int8(weight: torch.Tensor) -> Int8Weight:
+    """Round to nearest in steps of a 127th of each output's largest weight.
+
+    Arguments:
+        weight: floating, (O, I) or (E, O, I).
+
+    Raises:
+        ValueError: for another shape, or weights that are not finite.
+    """
+    w = _source(weight)
+    scale = _positive(w.abs().amax(-1) / 127)
+    data = (w / scale[..., None]).round().clamp(-127, 127).to(torch.int8)
+    return Int8Weight(data=data, scale=scale)
+
+
+def quantize_int4(weight: torch.Tensor, *, group: int = 64, symmetric: bool = True) -> Int4Weight:
+    """Round to nearest in 15 equal steps over the range of each output's group of inputs.
+
+    Arguments:
+        weight: floating, (O, I) or (E, O, I).
+        group: inputs per scale: 32, 64 or 128.
+        symmetric: the range is ± the largest weight; otherwise from the smallest to the largest, zero included.
+
+    Raises:
+        ValueError: for another shape or group, or weights that are not finite.
+    """
+    if group not in INT4_GROUPS:
+        raise ValueError(f"int4 groups have {', '.join(map(str, INT4_GROUPS))} inputs, not {group}")
+    w = _source(weight)
+    grouped = F.pad(w, (0, -w.shape[-1] % group)).unflatten(-1, (-1, group))  # zeros change neither end of a range
+    low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+    if symmetric:
+        high = torch.maximum(high, -low)
+        low = -high
+    scale = _positive((high - low) / 15)
+    zero = torch.full_like(scale, 8.0) if symmetric else (-low / scale).round().clamp(0, 15)
+    q = ((grouped / scale[..., None]).round() + zero[..., None]).clamp(0, 15).to(torch.uint8)
+    codes = q.flatten(-2)[..., : w.shape[-1]]
+    return Int4Weight(
+        data=pack_int4(codes),
+        scale=scale,
+        inputs=w.shape[-1],
+        group=group,
+        zero=None if symmetric else zero.to(torch.uint8),
+    )
+
+
+def quantize_fp8(weight: torch.Tensor, *, block: bool = False) -> Fp8Weight:
+    """Round to the nearest e4m3 value, scaled so that the largest weight becomes the format's largest.
+
+    Arguments:
+        weight: floating, (O, I) or (E, O, I).
+        block: scales per block of 128 by 128 instead of per output.
+
+    Raises:
+        ValueError: for another shape, or weights that are not finite.
+    """
+    w = _source(weight)
+    if not block:
+        scale = _positive(w.abs().amax(-1, keepdim=True) / FP8_MAX)
+        return Fp8Weight(data=_to_fp8(w / scale), scale=scale)
+    outputs, inputs = w.shape[-2:]
+    padded = F.pad(w.abs(), (0, -inputs % FP8_BLOCK, 0, -outputs % FP8_BLOCK))
+    tiles = padded.unflatten(-1, (-1, FP8_BLOCK)).unflatten(-3, (-1, FP8_BLOCK))
+    scale = _positive(tiles.amax((-1, -3)) / FP8_MAX)
+    wide = _spread(scale, FP8_BLOCK, inputs).repeat_interleave(FP8_BLOCK, -2)[..., :outputs, :]
+    return Fp8Weight(data=_to_fp8(w / wide), scale=scale, block_out=FP8_BLOCK, block_in=FP8_BLOCK)
+
+
+def pack_int4(codes: torch.Tensor) -> torch.Tensor:
+    """Codes 0 … 15 as uint8, (…, I), two to a byte, the even input in the low nibble: (…, ⌈I / 2⌉)."""
+    even = F.pad(codes, (0, codes.shape[-1] % 2))
+    return even[..., 0::2] | (even[..., 1::2] << 4)
+
+
+def concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Layers with the same inputs as one, their outputs one after the other: query, key and value projections.
+
+    Raises:
+        ValueError: for weights of different formats, groups or inputs.
+    """
+    first = weights[0]
+    if isinstance(first, Fp8Weight):
+        aligned = all(w.out_features % FP8_BLOCK == 0 for w in weights[:-1])
+        weights = [w if aligned or not isinstance(w, Fp8Weight) else w.per_output() for w in weights]
+        first = weights[0]
+    settings = {_settings(w) for w in weights}
+    if len(settings) > 1:
+        raise ValueError(f"only weights of one format can be joined, not {sorted(map(str, settings))}")
+    dim = first.data.dim() - 2
+    parts = {name: torch.cat([w._tensors()[name] for w in weights], dim) for name in first._tensors()}
+    return replace(first, **parts)  # type: ignore[arg-type]
+
+
+def _settings(weight: QuantizedWeight) -> tuple[object, ...]:
+    plain = tuple(getattr(weight, f.name) for f in fields(weight) if f.name not in weight._tensors())
+    return (type(weight).__name__, weight.num_experts, weight.in_features, *sorted(weight._tensors()), *plain)
+
+
+def _source(weight: torch.Tensor) -> torch.Tensor:
+    if weight.dim() not in (2, 3) or not weight.is_floating_point() or 0 in weight.shape:
+        raise ValueError(f"a weight to quantise must be floating with shape (O, I) or (E, O, I), not {_of(weight)}")
+    w = weight.float()
+    if not bool(w.isfinite().all()):
+        raise ValueError(f"a weight to quantise must be finite; {int((~w.isfinite()).sum())} of {w.numel()} are not")
+    return w
+
+
+def _positive(scale: torch.Tensor) -> torch.Tensor:
+    """Scales of nothing but zeros become 1; those of subnormal weights stay above zero."""
+    return torch.where(scale > 0, scale.clamp(min=torch.finfo(torch.float32).tiny), 1.0)
+
+
+def _to_fp8(w: torch.Tensor) -> torch.Tensor:
+    return w.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+
+
+def _spread(values: torch.Tensor, group: int, inputs: int) -> torch.Tensor:
+    """Values per group repeated for each input: (…, G) → (…, I)."""
+    return values.repeat_interleave(group, -1)[..., :inputs]
+
+
+def _of(t: torch.Tensor) -> str:
+    return f"{t.dtype} of shape {tuple(t.shape)}"

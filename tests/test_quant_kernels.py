@@ -1,0 +1,180 @@
+"""Products with quantised weights against their oracle: every format, backend and instruction set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from dynamoe.kernels import formats, quant_reference
+from dynamoe.kernels.cpu_backend import CpuBackend
+from dynamoe.kernels.formats import FP8_PER_GROUP, INT8_PER_TOKEN, UNQUANTIZED, ActivationScheme, QuantizedWeight
+from dynamoe.kernels.tolerance import QUANTIZED_TOLERANCE, error
+from dynamoe.kernels.torch_backend import TorchBackend
+from dynamoe.kernels.triton_backend import TritonBackend
+from dynamoe.kernels.types import Routing
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+Quantize = Callable[[torch.Tensor], QuantizedWeight]
+
+
+def _with_offsets(weight: torch.Tensor) -> QuantizedWeight:
+    """As GGUF's Q4_1: a scale and a smallest value, both 16 bits."""
+    int4 = formats.quantize_int4(weight, group=32, symmetric=False)
+    return replace(int4, zero=None, scale=int4.scale.half(), offset=int4.offsets().half())
+
+
+FORMATS: dict[str, tuple[Quantize, ActivationScheme]] = {
+    "int8": (formats.quantize_int8, UNQUANTIZED),
+    "w8a8": (formats.quantize_int8, INT8_PER_TOKEN),
+    "int4 g32 with offsets": (_with_offsets, UNQUANTIZED),
+    "int4 g64": (lambda w: formats.quantize_int4(w, group=64), UNQUANTIZED),
+    "int4 g128 asymmetric": (lambda w: formats.quantize_int4(w, group=128, symmetric=False), UNQUANTIZED),
+    "fp8": (formats.quantize_fp8, UNQUANTIZED),
+    "fp8 blocks": (lambda w: formats.quantize_fp8(w, block=True), FP8_PER_GROUP),
+}
+LINEAR_EDGES = {
+    "one of everything": (1, 1, 1),
+    "odd inputs": (5, 64, 37),
+    "ragged default model": (4, 100, 576),
+    "one more row than a tile": (13, 40, 96),
+    "several chunks of rows": (200, 40, 1030),
+}
+# rows, experts, experts per row, width, hidden size
+EXPERT_EDGES = {
+    "one row": (1, 4, 2, 96, 576),
+    "nothing is a multiple": (7, 5, 3, 41, 75),
+    "many rows": (70, 3, 2, 96, 64),
+    "interpreted": (4, 3, 2, 20, 70),
+}
+
+
+@pytest.fixture(params=list(FORMATS))
+def form(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, scheme: ActivationScheme) -> None:
+    assert actual.shape == expected.shape
+    assert error(actual, expected) <= QUANTIZED_TOLERANCE[scheme.kind, dtype]
+
+
+def check_linear(backend: TorchBackend, form: str, edge: str) -> None:
+    rows, outputs, inputs = LINEAR_EDGES[edge]
+    quantize, scheme = FORMATS[form]
+    weight, bias = quantize(torch.randn(outputs, inputs)), torch.randn(outputs).to(backend.dtype)
+    x = torch.randn(rows, inputs + 3).to(backend.dtype)[:, :inputs]
+    if rows > 1:
+        x[1] = 0.0
+    packed = backend.pack_quantized_linear(weight, bias, scheme)
+    expected = quant_reference.linear(x, weight, bias, scheme)
+    assert_near(backend.linear(x, packed), expected, backend.dtype, scheme)
+    assert_near(backend.logits_linear(x, packed), expected, backend.dtype, scheme)
+    ids = torch.randint(outputs, (9,))
+    rows_of_weight = backend.weight_rows(packed, ids)
+    torch.testing.assert_close(rows_of_weight, weight.dequantize()[ids].to(backend.dtype))
+    for start in {outputs // 3, outputs // 32 * 32} - {outputs}:
+        tail = backend.linear_tail(packed, start)
+        assert tail.out_features == outputs - start
+        assert torch.equal(backend.linear(x, tail), backend.linear(x, packed)[:, start:])
+        assert torch.equal(backend.weight_rows(tail, ids - ids), backend.weight_rows(packed, ids - ids + start))
+
+
+def check_experts(backend: TorchBackend, form: str, edge: str) -> None:
+    rows, num_experts, top_k, width, hidden = EXPERT_EDGES[edge]
+    quantize, scheme = FORMATS[form]
+    gate, up = (quantize(torch.randn(num_experts, width, hidden) / hidden**0.5) for _ in range(2))
+    down = quantize(torch.randn(num_experts, hidden, width) / width**0.5)
+    biases = [torch.randn(num_experts, size).to(backend.dtype) / 4 for size in (width, width, hidden)]
+    x = torch.randn(rows, hidden).to(backend.dtype)
+    ids_TK = torch.stack([torch.randperm(num_experts)[:top_k] for _ in range(rows)]).int()
+    counts_T = torch.randint(0, top_k + 1, (rows,)).int() if rows > 1 else None
+    routing = Routing(expert_ids_TK=ids_TK, weights_TK=torch.rand(rows, top_k), counts_T=counts_T)
+    packed = backend.pack_quantized_experts(gate, up, down, "silu", *biases, scheme=scheme)
+    expected = quant_reference.experts(x, gate, up, down, routing, "silu", *biases, scheme=scheme)
+    assert_near(backend.experts(x, packed, routing), expected, backend.dtype, scheme)
+    everything = quant_reference.all_on(x, num_experts)
+    expected = quant_reference.experts(x, gate, up, down, everything, "silu", *biases, scheme=scheme)
+    assert_near(backend.all_experts(x, packed), expected, backend.dtype, scheme)
+
+
+@pytest.mark.parametrize("edge", LINEAR_EDGES)
+def test_cpu_linear(cpu_backend: CpuBackend, form: str, edge: str):
+    check_linear(cpu_backend, form, edge)
+
+
+@pytest.mark.parametrize("edge", EXPERT_EDGES)
+def test_cpu_experts(cpu_backend: CpuBackend, form: str, edge: str):
+    check_experts(cpu_backend, form, edge)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torch_backend(form: str, dtype: torch.dtype):
+    check_linear(TorchBackend("cpu", dtype), form, "ragged default model")
+    check_experts(TorchBackend("cpu", dtype), form, "nothing is a multiple")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted kernels run without a GPU")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # lanes that the interpreter computes and a mask discards
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_interpreted(form: str, dtype: torch.dtype):
+    backend = TritonBackend("cpu", dtype)
+    check_linear(backend, form, "odd inputs")
+    check_experts(backend, form, "interpreted")
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it(cpu_backend: CpuBackend, form: str):
+    backend = cpu_backend
+    quantize, scheme = FORMATS[form]
+    linear = backend.pack_quantized_linear(quantize(torch.randn(70, 300)), None, scheme)
+    x = torch.randn(29, 300).to(backend.dtype)
+    together = backend.linear(x, linear)
+    for first, last in ((0, 1), (1, 4), (4, 11), (11, 29)):
+        assert torch.equal(backend.linear(x[first:last], linear), together[first:last])
+
+    gate, up, down = (quantize(torch.randn(4, 48, 48) / 7) for _ in range(3))
+    experts = backend.pack_quantized_experts(gate, up, down, "silu", scheme=scheme)
+    x = torch.randn(29, 48).to(backend.dtype)
+    ids_TK = torch.stack([torch.randperm(4)[:2] for _ in range(29)]).int()
+    weights_TK = torch.rand(29, 2)
+    together = backend.experts(x, experts, Routing(expert_ids_TK=ids_TK, weights_TK=weights_TK))
+    for first, last in ((0, 1), (1, 4), (4, 29)):
+        part = Routing(expert_ids_TK=ids_TK[first:last], weights_TK=weights_TK[first:last])
+        assert torch.equal(backend.experts(x[first:last], experts, part), together[first:last])
+
+
+def test_packed_sizes_are_those_of_the_codes_and_scales():
+    backend = CpuBackend("cpu", torch.bfloat16)
+    weight = torch.randn(512, 1024)
+    plain = 2 * weight.numel()
+    for form, share in {"int8": 0.505, "int4 g64": 0.2825, "fp8": 0.505}.items():
+        quantize, scheme = FORMATS[form]
+        assert backend.pack_quantized_linear(quantize(weight), None, scheme).nbytes <= share * plain
+
+
+def test_a_row_that_is_not_finite_stays_so(cpu_backend: CpuBackend, form: str):
+    quantize, scheme = FORMATS[form]
+    linear = cpu_backend.pack_quantized_linear(quantize(torch.randn(40, 96)), None, scheme)
+    x = torch.randn(3, 96).to(cpu_backend.dtype)
+    x[1, 50] = float("nan")
+    out = cpu_backend.linear(x, linear)
+    assert out[1].isnan().all()
+    assert out[0].isfinite().all()
+    assert out[2].isfinite().all()
+
+
+def test_refusals():
+    backend = CpuBackend("cpu", torch.float32)
+    int4, int8 = formats.quantize_int4(torch.randn(2, 3, 64)), formats.quantize_int8(torch.randn(2, 3, 64))
+    with pytest.raises(ValueError, match="int8 activations go with Int8Weight, not with Int4Weight"):
+        backend.pack_quantized_linear(int4.expert(0), None, INT8_PER_TOKEN)
+    with pytest.raises(ValueError, match="one format"):
+        backend.pack_quantized_experts(int4, int8, formats.quantize_int8(torch.randn(2, 64, 3)), "silu")
+    with pytest.raises(ValueError, match="do not fit together"):
+        backend.pack_quantized_experts(int4, int4, int4, "silu")
+    broken = formats.quantize_fp8(torch.randn(4, 4))
+    broken.data.view(torch.uint8)[1, 1] = 0x7F
+    with pytest.raises(ValueError, match="holds NaN"):
+        backend.pack_quantized_linear(broken)
