@@ -215,6 +215,20 @@ def test_texts_end_where_an_output_would() -> None:
     assert forced_texts(texts, 2, 3, frozenset({9})) == [[1, 2, 3, 4, 5], [1, 2, 9], [9, 9, 3]]
 
 
+def test_a_quantised_model_is_compared_with_the_unquantised_one(
+    make_checkpoint: Callable[..., Path], text: str
+) -> None:
+    checkpoint = make_checkpoint("mixtral")
+    found = {
+        name: run(config(checkpoint, text, quantization=name), progress=False).metrics for name in ("int8", "int4")
+    }
+    assert 0 < found["int8"]["kl"].value < found["int4"]["kl"].value
+    alike = run(
+        config(checkpoint, text, quantization="int4", reference=ReferenceConfig(quantization=None)), progress=False
+    )
+    assert alike.metrics["kl"].value == pytest.approx(0, abs=1e-6)
+
+
 def test_a_model_without_prompts_gets_pages_of_the_language_reference(make_checkpoint: Callable[..., Path]) -> None:
     where, requests = built_in_requests(LLM(make_checkpoint("llama"), progress=False).model)
     assert "language reference" in where

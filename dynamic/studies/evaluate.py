@@ -39,11 +39,13 @@ class ReferenceConfig:
         model: null takes the model that is measured; another one must have the same vocabulary.
         dtype: null takes the measured one's.
         experts_per_token: as moe.experts_per_token; null takes the checkpoint's own number.
+        quantization: as ``dynamoe serve`` takes it; null takes the measured one's.
     """
 
     model: str | None = None
     dtype: str | None = None
     experts_per_token: int | None = None
+    quantization: str | None = "none"
 
 
 @dataclass(kw_only=True)
@@ -183,6 +185,8 @@ def _load(config: EvaluateConfig, progress: bool) -> LLM:
         backend=config.backend,
         progress=progress,
         experts_per_token=config.moe.experts_per_token,
+        quantization=config.quantization,
+        quantize_lm_head=config.quantize_lm_head,
         certificates=None if config.quality.uncertified else config.quality.certificates,
         max_model_len=engine.max_model_len,
         max_num_seqs=engine.max_num_seqs,
@@ -198,6 +202,7 @@ def _reference(config: EvaluateConfig, llm: LLM, progress: bool) -> Decoder:
     """The model that is compared with; the measured one itself where nothing else is asked for."""
     wanted = config.reference
     same = wanted.model in (None, config.model) and wanted.dtype in (None, config.dtype)
+    same = same and wanted.quantization in (None, config.quantization)
     if same and wanted.experts_per_token == config.moe.experts_per_token:
         return llm.model.decoder
     model = load_model(
@@ -207,6 +212,8 @@ def _reference(config: EvaluateConfig, llm: LLM, progress: bool) -> Decoder:
         backend=config.backend,
         progress=progress,
         experts_per_token=wanted.experts_per_token,
+        quantization=config.quantization if wanted.quantization is None else wanted.quantization,
+        quantize_lm_head=config.quantize_lm_head,
     )
     if model.spec.vocab_size != llm.model.spec.vocab_size:
         raise ValueError(
