@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .cpu_quant import CpuQuantExperts, CpuQuantLinear
 from .router_spec import SCORES
 from .stack import StackExit, StackLayer, StackResult, StackShape
-from .types import AttentionBatch, ExpertBudget, KVLayer
+from .types import AttentionBatch, ExpertBudget, KVLayer, LinearWeights
 
 if TYPE_CHECKING:
     from .cpu_backend import CpuBackend
@@ -43,6 +44,7 @@ class CpuStack:
 
     def _add_layer(self, layer: StackLayer) -> None:
         experts, rule = layer.ffn.data, layer.rule
+        quantised = isinstance(experts, CpuQuantExperts)
         self._handle.add_layer(
             layer.attention_norm_D,
             layer.qkv.data.packed,
@@ -56,12 +58,18 @@ class CpuStack:
             experts.gate_up,
             experts.down,
             experts.gate_up_bias,
-            experts.down_bias_sum if rule is None else experts.down_bias,
-            list(experts.shape),
+            experts.down_bias if quantised or rule is not None else experts.down_bias_sum,
+            [*experts.shape[:3], 0, experts.shape[3]] if quantised else list(experts.shape),
             [] if rule is None else [rule.top_k, SCORES.index(rule.score), rule.softmax_after_topk, rule.renormalize],
             1.0 if rule is None else rule.scale,
             layer.contribution_scale_E,
             layer.window or 0,
+            [
+                _layout(layer.qkv),
+                _layout(layer.o),
+                list(experts.gate_up_layout) if quantised else [],
+                list(experts.down_layout) if quantised else [],
+            ],
         )
 
     def _add_exit(self, exit: StackExit) -> None:
@@ -110,6 +118,10 @@ class CpuStack:
             x_TD, *_caches(kv), cos_sin_LC, *_places(batch), thresholds_NT, *_limits(budget)
         )
         return StackResult(out_TD=out_TD, depths_T=depths_T, decisions_N2=decisions_N2, launched_S=launched_S)
+
+
+def _layout(linear: LinearWeights) -> list[int]:
+    return list(linear.data.layout) if isinstance(linear.data, CpuQuantLinear) else []
 
 
 def _limits(budget: ExpertBudget | None) -> tuple[torch.Tensor | None, ...]:

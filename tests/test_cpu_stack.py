@@ -107,6 +107,16 @@ def test_a_stack_with_budgets_equals_its_operations(
     assert (int(found[-1].sum()) > 0) == (family != "llama")
 
 
+@pytest.mark.parametrize("method", ["int8", "w8a8", "int4-g32-asym", "fp8-block"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2"])
+def test_a_stack_of_quantised_layers_equals_its_operations(
+    make_checkpoint: Callable[..., Path], family: str, method: str
+) -> None:
+    decoder = load_decoder(make_checkpoint(family, num_hidden_layers=3), backend="cpu", quantization=method)
+    assert decoder.stack is not None
+    assert_equal_steps(decoder, limited=family == "mixtral")
+
+
 def assert_equal_steps(decoder: Decoder, limited: bool) -> list[torch.Tensor]:
     found, kv = steps(decoder, limited)
     expected, expected_kv = steps(one_by_one(decoder), limited)

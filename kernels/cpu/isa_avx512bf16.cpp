@@ -16,6 +16,7 @@ constexpr bool kPairs = true;
 #include "simd_avx512.h"
 #include "row_kernels.h"
 #include "tile_kernels.h"
+#include "fp8_avx512.h"
 #include "quant_rows.h"
 #include "quant_vnni.h"
 

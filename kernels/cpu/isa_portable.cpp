@@ -14,6 +14,7 @@ constexpr bool kPairs = false;
 #include "transpose_portable.h"
 #include "row_kernels.h"
 #include "tile_kernels.h"
+#include "fp8_plain.h"
 #include "quant_rows.h"
 #include "quant_plain.h"
 

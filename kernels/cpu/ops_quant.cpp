@@ -47,18 +47,13 @@ Tensor quant_experts_op(int64_t isa, const Tensor& x, const Tensor& gate_up, at:
                         const OptionalTensor& down_bias, at::IntArrayRef shape, const OptionalTensor& ids,
                         const OptionalTensor& weights, const OptionalTensor& counts) {
   TORCH_CHECK_VALUE(shape.size() == 4, "a shape is experts, hidden size, width, activation");
-  const QuantExperts experts{quant_weights(gate_up, {}, gate_up_layout, "gate_up"),
-                             quant_weights(down, {}, down_layout, "down")};
   ExpertsCall call{};
   call.x = rows_of(x, "x");
   call.rows = x.size(0);
   call.layout = {call.x.dtype, shape[0], shape[1], shape[2], false};
   const ExpertLayout& layout = call.layout;
-  TORCH_CHECK_VALUE(x.size(1) == layout.hidden && experts.gate_up.layout.inputs == layout.hidden &&
-                        experts.down.layout.inputs == layout.width &&
-                        experts.gate_up.layout.outputs == layout.experts * layout.gate_blocks() * kBlockOutputs &&
-                        experts.down.layout.outputs == layout.experts * layout.down_blocks() * kBlockOutputs,
-                    "x of shape ", x.sizes(), " and the packed weights do not fit experts of shape ", shape);
+  TORCH_CHECK_VALUE(x.size(1) == layout.hidden, "x has ", x.size(1), " columns, the experts take ", layout.hidden);
+  const QuantExperts experts = quant_experts_of(layout, gate_up, gate_up_layout, down, down_layout);
   call.activation = static_cast<Activation>(shape[3]);
   call.gate_up_bias = floats(gate_up_bias, "gate_up_bias");
   call.down_bias = floats(down_bias, "down_bias");

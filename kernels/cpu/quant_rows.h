@@ -75,14 +75,6 @@ TARGET static void pack_digits(const DigitShape& shape, const void* const* rows,
   }
 }
 
-// Four mantissa-and-exponent bits at a time would meet subnormal numbers; arithmetic on the exponent does not.
-TARGET static inline float widen_fp8(uint32_t code) {
-  const uint32_t size = code & 0x7f;
-  const float normal = std::bit_cast<float>((size << 20) + (120u << 23));
-  const float value = size < 8 ? 2.0f * normal - 0.015625f : normal;
-  return std::bit_cast<float>(std::bit_cast<uint32_t>(value) | (code & 0x80) << 24);
-}
-
 TARGET static void round_fp8(float* row, int n) {
   constexpr int kGroup = 128;
   for (int first = 0; first < n; first += kGroup) {
@@ -105,13 +97,13 @@ TARGET static void round_fp8(float* row, int n) {
   }
 }
 
+// The including file brings `widen_fp8_rows`.
 TARGET static void widen_codes(const QuantLayout& layout, const char* codes, const float* scales, int inputs,
                                float* out) {
   const uint8_t* code = reinterpret_cast<const uint8_t*>(codes);
   const float* offsets = scales + kBlockOutputs;
   if (layout.format == Format::fp8) {
-    for (int i = 0; i < inputs; ++i, code += kBlockOutputs, out += kBlockOutputs)
-      for (int o = 0; o < kBlockOutputs; ++o) out[o] = widen_fp8(code[o]) * scales[o];
+    widen_fp8_rows(code, scales, inputs, out);
     return;
   }
   const bool nibbles = layout.format == Format::int4;

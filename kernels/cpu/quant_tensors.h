@@ -28,4 +28,16 @@ inline QuantWeights quant_weights(const Tensor& packed, const OptionalTensor& bi
           floats(bias, "bias")};
 }
 
+inline QuantExperts quant_experts_of(const ExpertLayout& layout, const Tensor& gate_up, at::IntArrayRef gate_up_layout,
+                                     const Tensor& down, at::IntArrayRef down_layout) {
+  const QuantExperts experts{quant_weights(gate_up, {}, gate_up_layout, "gate_up"),
+                             quant_weights(down, {}, down_layout, "down")};
+  TORCH_CHECK_VALUE(experts.gate_up.layout.inputs == layout.hidden && experts.down.layout.inputs == layout.width &&
+                        experts.gate_up.layout.outputs == layout.experts * layout.gate_blocks() * kBlockOutputs &&
+                        experts.down.layout.outputs == layout.experts * layout.down_blocks() * kBlockOutputs,
+                    "packed weights ", gate_up_layout, " and ", down_layout, " do not fit ", layout.experts,
+                    " experts of ", layout.width, " neurons and hidden size ", layout.hidden);
+  return experts;
+}
+
 }  // namespace dynamoe_cpu

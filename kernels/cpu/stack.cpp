@@ -9,6 +9,10 @@ namespace dynamoe_cpu {
 
 void project(const Context& context, const Shape& shape, const Projection& projection, const void* x, int64_t inputs,
              int64_t rows, void* out) {
+  if (projection.quant) {
+    quant_linear(context, {{x, inputs, shape.dtype}, rows, &*projection.quant, out, projection.outputs, shape.dtype});
+    return;
+  }
   linear(context, {{x, inputs, shape.dtype}, rows, inputs, projection.outputs, projection.weights, projection.bias, out,
                    projection.outputs, shape.dtype});
 }
@@ -143,7 +147,11 @@ void feed_forward(const Context& context, const Shape& shape, const Block& block
   call.x = {work.normed, shape.hidden, shape.dtype};
   call.rows = rows;
   call.out = work.pending;
-  if (!block.router.weights) return all_experts(context, call);
+  if (!block.router.exists()) {
+    if (block.quant_experts) quant_experts(context, call, *block.quant_experts);
+    if (!block.quant_experts) all_experts(context, call);
+    return;
+  }
   project(context, shape, block.router, work.normed, shape.hidden, rows, work.logits);
   RouteCall rule = block.rule;
   rule.logits = {work.logits, block.router.outputs, shape.dtype};
@@ -159,7 +167,8 @@ void feed_forward(const Context& context, const Shape& shape, const Block& block
     limit(context, block, work, rows, budget, layer);
     call.counts = work.counts;
   }
-  experts(context, call);
+  if (block.quant_experts) quant_experts(context, call, *block.quant_experts);
+  if (!block.quant_experts) experts(context, call);
 }
 
 }  // namespace
@@ -173,7 +182,7 @@ void run_layers(const Context& context, const Stack& stack, int64_t first, int64
   Work(sizes, stack, rows);
   Arena arena(scratch(Buffer::stack).get<char>(sizes.used()));
   const Work work(arena, stack, rows);
-  const auto is_routed = [](const Block& block) { return block.router.weights != nullptr; };
+  const auto is_routed = [](const Block& block) { return block.router.exists(); };
   const auto routed = std::count_if(stack.blocks.begin() + first, stack.blocks.begin() + last, is_routed);
   const float share = routed ? 1.0f / static_cast<float>(routed) : 0.0f;
   if (entropy) std::fill_n(entropy, rows, 0.0f);

@@ -2,9 +2,11 @@
 // one, without going back to the caller in between. Results are bitwise those of the single operators.
 #pragma once
 
+#include <optional>
 #include <vector>
 
 #include "exits.h"
+#include "quant.h"
 
 namespace dynamoe_cpu {
 
@@ -12,6 +14,9 @@ struct Projection {
   const uint32_t* weights;  // null: there is none
   const float* bias;
   int64_t outputs;
+  std::optional<QuantWeights> quant;  // takes the place of weights and bias
+
+  bool exists() const { return weights || quant; }
 };
 
 struct Block {
@@ -23,6 +28,7 @@ struct Block {
   RouteCall rule;        // what does not depend on the rows
   const float* scale;    // contribution of each expert per unit of weight, or null
   ExpertsCall experts;   // likewise
+  std::optional<QuantExperts> quant_experts;  // takes the place of the call's weights
   int64_t window;
 };
 

@@ -5,8 +5,8 @@
 #include <tuple>
 #include <vector>
 
+#include "quant_tensors.h"
 #include "stack.h"
-#include "tensors.h"
 
 namespace dynamoe_cpu {
 namespace {
@@ -25,27 +25,34 @@ class StackHolder : public torch::CustomClassHolder {
   }
 
   // `experts` is what the operator `experts` calls shape; `rule` is top_k, score, softmax_after_topk, renormalize.
+  // `layouts` are those of qkv, o, gate_up and down where they are quantised, and empty where not.
   void add_layer(const Tensor& attention_norm, const Tensor& qkv, const OptionalTensor& qkv_bias,
                  const OptionalTensor& q_norm, const OptionalTensor& k_norm, const Tensor& o,
                  const OptionalTensor& o_bias, const Tensor& ffn_norm, const OptionalTensor& router,
                  const Tensor& gate_up, const Tensor& down, const OptionalTensor& gate_up_bias,
                  const OptionalTensor& down_bias, std::vector<int64_t> experts, std::vector<int64_t> rule,
-                 double routing_scale, const OptionalTensor& contribution_scale, int64_t window) {
+                 double routing_scale, const OptionalTensor& contribution_scale, int64_t window,
+                 std::vector<std::vector<int64_t>> layouts) {
     const Shape& shape = stack_.shape;
+    TORCH_CHECK_VALUE(layouts.size() == 4, "there must be a layout, or none, for each of 4 weights");
     Block block{};
     block.attention_norm = weights(attention_norm, shape.hidden, "attention_norm");
-    block.qkv = projection(qkv, qkv_bias, shape.hidden, shape.q_width() + 2 * shape.kv_width(), "qkv");
+    block.qkv = projection(qkv, qkv_bias, shape.hidden, shape.q_width() + 2 * shape.kv_width(), "qkv", layouts[0]);
     block.q_norm = head_norm(q_norm, shape.q_width(), "q_norm");
     block.k_norm = head_norm(k_norm, shape.kv_width(), "k_norm");
-    block.o = projection(o, o_bias, shape.q_width(), shape.hidden, "o");
+    block.o = projection(o, o_bias, shape.q_width(), shape.hidden, "o", layouts[1]);
     block.ffn_norm = weights(ffn_norm, shape.hidden, "ffn_norm");
     block.window = window;
     ExpertsCall& call = block.experts;
     TORCH_CHECK_VALUE(experts.size() == 5 && experts[1] == shape.hidden, "the experts are for another hidden size");
     call.layout = {shape.dtype, experts[0], experts[1], experts[2], experts[3] != 0};
     call.activation = static_cast<Activation>(experts[4]);
-    call.gate_up = words(keep(gate_up), call.layout.gate_words(), "gate_up");
-    call.down = words(keep(down), call.layout.down_words(), "down");
+    if (layouts[2].empty()) {
+      call.gate_up = words(keep(gate_up), call.layout.gate_words(), "gate_up");
+      call.down = words(keep(down), call.layout.down_words(), "down");
+    } else {
+      block.quant_experts = quant_experts_of(call.layout, keep(gate_up), layouts[2], keep(down), layouts[3]);
+    }
     call.gate_up_bias = floats(keep(gate_up_bias), "gate_up_bias");
     call.down_bias = floats(keep(down_bias), "down_bias");
     if (router) {
@@ -175,11 +182,18 @@ class StackHolder : public torch::CustomClassHolder {
   }
 
   Projection projection(const Tensor& packed, const OptionalTensor& bias, int64_t inputs, int64_t outputs,
-                        const char* name) {
+                        const char* name, const std::vector<int64_t>& layout = {}) {
+    if (!layout.empty()) {
+      const QuantWeights weights = quant_weights(keep(packed), keep(bias), layout, name);
+      TORCH_CHECK_VALUE(weights.layout.inputs == inputs && weights.layout.outputs == outputs, name, " has ",
+                        weights.layout.outputs, " outputs and ", weights.layout.inputs, " inputs, not ", outputs,
+                        " and ", inputs);
+      return {nullptr, nullptr, outputs, weights};
+    }
     const Gemm& gemm = context_of(isa_).kernels->gemm[static_cast<int>(stack_.shape.dtype)];
     TORCH_CHECK_VALUE(!bias || bias->numel() >= ceil_div(outputs, kBlockOutputs) * kBlockOutputs, name,
                       "'s bias must be padded to whole blocks");
-    return {words(keep(packed), packed_words(gemm, outputs, inputs), name), floats(keep(bias), name), outputs};
+    return {words(keep(packed), packed_words(gemm, outputs, inputs), name), floats(keep(bias), name), outputs, {}};
   }
 
   Tensor stream(const Tensor& x) const {
