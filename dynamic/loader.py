@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..exits.sidecar import ExitHeads, load_heads
-from ..kernels.formats import Int8Weight, quantize_int8
+from ..kernels.format_stack import stack_experts
+from ..kernels.formats import Int8Weight, concatenate, quantize_int8
 from ..kernels.ops import select_backend
 from ..kernels.torch_backend import TorchBackend
 from ..kernels.types import ExpertWeights, LinearWeights
@@ -22,8 +23,9 @@ from .decoder_exits import pack_exits
 from .families import family_of, model_spec
 from .layout import EMBEDDING, FINAL_NORM, FFNLayout, LayerLayout, Layout, plan_layout
 from .quantization import NONE, Method, Quantization
+from .quantized_checkpoint import open_checkpoint, split_config
 from .spec import ModelSpec
-from .weights import DTYPES, Checkpoint, read_json
+from .weights import DTYPES, Checkpoint, CheckpointError, StoredWeights, read_json
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
@@ -114,9 +116,11 @@ def load_decoder(
     contributions of the experts that lie beside the checkpoint come with it.
     """
     wanted = Quantization(method=quantization, lm_head=quantize_lm_head)
-    config = read_json(path / "config.json")
+    config, stored = split_config(read_json(path / "config.json"))
+    if stored is not None and quantization != NONE:
+        raise ValueError(f"the weights in {path} are quantised already: leave quantization={quantization} away")
     spec = model_spec(config)
-    checkpoint = Checkpoint(path)
+    checkpoint = open_checkpoint(path, stored)
     layout = plan_layout(spec, family_of(config), checkpoint)
     defaults = read_generation_defaults(path, spec)
     spec = replace(spec, eos_token_ids=tuple(defaults["eos_token_id"]))
@@ -217,7 +221,10 @@ class _Builder:
 
     def _linear(self, *names: str, method: Method | None = None, bias: tuple[str, ...] = ()) -> LinearWeights:
         """One layer of tensors whose outputs follow each other, as it is or quantised."""
-        weight_OI, bias_O = self._source(*names, method=method), self._copy(*bias) if bias else None
+        bias_O = self._copy(*bias) if bias else None
+        if (stored := self.checkpoint.quantized(*names)) is not None:
+            return self.backend.pack_quantized_linear(concatenate(stored.weights), bias_O, stored.scheme)
+        weight_OI = self._source(*names, method=method)
         if method is None:
             return self.backend.pack_linear(weight_OI, bias_O)
         return self.backend.pack_quantized_linear(method.quantize(weight_OI), bias_O, method.scheme)
@@ -261,6 +268,8 @@ class _Builder:
 
     def _ffn(self, layout: FFNLayout) -> ExpertWeights:
         num_experts, size, hidden = layout.num_experts, layout.expert_size, self.spec.hidden_size
+        if (stored := self.checkpoint.quantized(*layout.gate, *layout.up, *layout.down)) is not None:
+            return self._stored_ffn(layout, stored)
         method = self.quantization.layers
         down = self._source(*layout.down, method=method)
         if layout.gate_up:
@@ -280,3 +289,14 @@ class _Builder:
             return self.backend.pack_experts(gate_EFD, up_EFD, down_EDF, self.spec.activation, *biases)
         gate, up, down = (method.quantize(weight) for weight in (gate_EFD, up_EFD, down_EDF))
         return self.backend.pack_quantized_experts(gate, up, down, self.spec.activation, *biases, scheme=method.scheme)
+
+    def _stored_ffn(self, layout: FFNLayout, stored: StoredWeights) -> ExpertWeights:
+        """Experts that were stored quantised, one by one."""
+        count = layout.num_experts
+        if len(layout.down) != count:
+            raise CheckpointError(f"{layout.down[0]!r} is quantised; only experts that are stored one by one can be")
+        gate, up, down = (stack_experts(stored.weights[first : first + count]) for first in range(0, 3 * count, count))
+        biases = [self._copy(name).view(1, -1) for name in layout.biases] or [None, None, None]
+        return self.backend.pack_quantized_experts(
+            gate, up, down, self.spec.activation, *biases, scheme=stored.scheme
+        )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ...kernels.format_stack import stack_experts
 from ...kernels.formats import (
     INT4_GROUPS,
     INT8_PER_TOKEN,
@@ -202,7 +203,7 @@ class LayerMethod:
             ups.append(both.rows(width, 2 * width))
             inner = [neurons(x_TD, ffn, e, self.spec.activation) for e, x_TD in zip(experts, rows, strict=True)]
             downs.append(self._quantize(plain(ffn.down_EDF)[part], InputStatistics.of(inner)))
-        return FFNTensors(gate_EFD=joined(gates), up_EFD=joined(ups), down_EDF=joined(downs), biases=ffn.biases)
+        return FFNTensors(gate_EFD=stack_experts(gates), up_EFD=stack_experts(ups), down_EDF=stack_experts(downs), biases=ffn.biases)
 
     def _one(self, weight_OI: torch.Tensor, statistics: InputStatistics, *, clip: bool = True) -> QuantizedWeight:
         return self._quantize(weight_OI[None], statistics, clip=clip).expert(0)
@@ -222,16 +223,6 @@ class LayerMethod:
         if clip:
             grid = searched_grid(weight_BOI, hessian_BII, method.group, method.symmetric)
         return grid.weight(grid.nearest(weight_BOI))
-
-
-def joined(parts: list[QuantizedWeight]) -> QuantizedWeight:
-    """Stacked experts after stacked experts: (E, O, I)."""
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    names = first._tensors()
-    tensors = {name: torch.cat([part._tensors()[name] for part in parts]) for name in names}
-    return replace(first, **tensors)  # type: ignore[arg-type]
 
 
 def _storable(norm_D: torch.Tensor, scale_D: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
