@@ -127,7 +127,7 @@ def load_decoder(
     if experts_per_token is not None:
         spec = spec.with_experts_per_token(experts_per_token)
     torch_dtype = _choose_dtype(dtype, config, checkpoint)
-    chosen = select_backend(_choose_device(device), torch_dtype, backend)
+    chosen = select_backend(choose_device(device), torch_dtype, backend)
     builder = _Builder(spec, layout, checkpoint, chosen, read_scales(path, spec), wanted)
     return builder.build(progress=progress, heads=load_heads(path))
 
@@ -149,7 +149,12 @@ def read_generation_defaults(path: Path, spec: ModelSpec) -> dict[str, Any]:
     return defaults
 
 
-def _choose_device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """``auto`` (a GPU when there is one), or a torch device.
+
+    Raises:
+        ValueError: for a device that does not exist or is not here.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -297,6 +302,4 @@ class _Builder:
             raise CheckpointError(f"{layout.down[0]!r} is quantised; only experts that are stored one by one can be")
         gate, up, down = (stack_experts(stored.weights[first : first + count]) for first in range(0, 3 * count, count))
         biases = [self._copy(name).view(1, -1) for name in layout.biases] or [None, None, None]
-        return self.backend.pack_quantized_experts(
-            gate, up, down, self.spec.activation, *biases, scheme=stored.scheme
-        )
+        return self.backend.pack_quantized_experts(gate, up, down, self.spec.activation, *biases, scheme=stored.scheme)

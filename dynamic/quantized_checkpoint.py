@@ -13,6 +13,7 @@ from .quantized_layouts import Awq, BlockFp8, CompressedTensors, Gptq, StoredLay
 from .weights import DTYPES, Checkpoint, CheckpointError, StoredWeights, TensorInfo
 
 _KEYS = ("quantization_config", "compression_config")
+_NEVER_ALONE = ("qzeros", "scales", "g_idx", "weight_zero_point", "weight_shape")
 _METHODS = ("compressed-tensors", "gptq", "awq", "fp8")
 
 
@@ -48,6 +49,12 @@ class QuantizedCheckpoint(Checkpoint):
         self._layout = layout
         self._stored: dict[str, StoredWeight] = {}
         modules = {name.rpartition(".")[0] for name in self._tensors if name.rpartition(".")[2] in layout.markers}
+        for name in self._tensors:
+            module, _, part = name.rpartition(".")
+            if part in _NEVER_ALONE and part in layout.parts and module not in modules:
+                raise CheckpointError(
+                    f"the quantised weight {module!r} lacks its tensor {module + '.' + layout.markers[0]!r}"
+                )
         for module in sorted(modules):
             self._stored[f"{module}.weight"] = StoredWeight(name=module, tensors=self._tensors, load=self.raw)
         self._shown = {

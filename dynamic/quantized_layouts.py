@@ -176,7 +176,9 @@ class CompressedTensors:
         sizes = {w.get("group_size") for w in self.weights if w.get("num_bits") == 4}
         fitting = [s for s in sizes if isinstance(s, int) and s > 0 and -(-inputs // s) == groups]
         if len(fitting) != 1:
-            raise weight.error(f"{groups} groups of {inputs} inputs fit none of the group sizes in config.json: {sizes}")
+            raise weight.error(
+                f"{groups} groups of {inputs} inputs fit none of the group sizes in config.json: {sizes}"
+            )
         return _known_group(weight, fitting[0], inputs)
 
 
@@ -255,7 +257,7 @@ class Awq:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockFp8:
-    """DeepSeek's layout, and the plain fp8 one: 8-bit floats with scales per 128 × 128 block, per output or for all."""
+    """DeepSeek's layout, and the plain fp8 one: 8-bit floats with scales per block of 128 by 128, per output or for all."""
 
     markers: ClassVar[tuple[str, ...]] = ("weight_scale_inv", "weight_scale")
     parts: ClassVar[tuple[str, ...]] = ("weight_scale_inv", "weight_scale", "input_scale")
@@ -319,7 +321,9 @@ def _int4(
     data: torch.Tensor, scale_OG: torch.Tensor, zero_OG: torch.Tensor | None, inputs: int, group: int
 ) -> Int4Weight:
     """Scales of larger groups are repeated for the groups that they are cut into."""
-    ours = group if group in INT4_GROUPS else next(g for g in reversed(INT4_GROUPS) if group >= inputs or group % g == 0)
+    ours = (
+        group if group in INT4_GROUPS else next(g for g in reversed(INT4_GROUPS) if group >= inputs or group % g == 0)
+    )
     if group != ours:
         index_G = torch.arange(-(-inputs // ours)) * ours // group
         scale_OG = scale_OG[:, index_G]
@@ -343,11 +347,15 @@ def _fp8(weight: StoredWeight, scale: torch.Tensor, outputs: int, inputs: int) -
     data = weight.read("weight").clone()
     if bool(data.float().isnan().any()):
         raise weight.error("some of its codes are not numbers")
-    if scale.numel() in (1, outputs) and (scale.dim() < 2 or scale.shape[-1] == 1) and not (
-        scale.numel() == 1 and scale.dim() == 2 and weight.has("weight_scale_inv")
+    if (
+        scale.numel() in (1, outputs)
+        and (scale.dim() < 2 or scale.shape[-1] == 1)
+        and not (scale.numel() == 1 and scale.dim() == 2 and weight.has("weight_scale_inv"))
     ):
         return Fp8Weight(data=data, scale=scale.flatten().expand(outputs)[:, None].contiguous())
     if scale.shape != (-(-outputs // FP8_BLOCK), -(-inputs // FP8_BLOCK)):
-        raise weight.error(f"fp8 takes scales per output, for all, or per {FP8_BLOCK} x {FP8_BLOCK} block,"
-                           f" not {tuple(scale.shape)} for {outputs} x {inputs}")
+        raise weight.error(
+            f"fp8 takes scales per output, for all, or per {FP8_BLOCK} x {FP8_BLOCK} block,"
+            f" not {tuple(scale.shape)} for {outputs} x {inputs}"
+        )
     return Fp8Weight(data=data, scale=scale.contiguous(), block_out=FP8_BLOCK, block_in=FP8_BLOCK)

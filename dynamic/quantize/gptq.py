@@ -1,7 +1,7 @@
 """GPTQ (Frantar et al. 2023): round one input after the other, and let the inputs still to come make up for the error.
 
-Inputs are taken in the order of their size (act-order). The grids of all groups are laid before (static groups), so that
-groups stay contiguous whatever the order. Shape suffixes as in ``statistics.py``.
+Inputs are taken in the order of their size (act-order). The grids of all groups are laid before (static groups), so
+that groups stay contiguous whatever the order. Shape suffixes as in ``statistics.py``.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from ...kernels.formats import (
 )
 from ..spec import ModelSpec
 from .gptq import gptq_int4
-from .grid import full_grid, searched_grid
+from .grid import searched_grid
 from .inputs import LayerInputs, neurons
 from .layer import (
     FFNTensors,
@@ -111,7 +111,7 @@ class LayerMethod:
     def quantized(self, layer: LayerTensors, inputs: LayerInputs) -> LayerTensors:
         """The layer with its projections and experts quantised."""
         attention, output = InputStatistics.of([inputs.attention_TD]), InputStatistics.of([inputs.o_TX])
-        q, k, v = (self._one(plain(part), attention, clip=number == 2) for number, part in enumerate(layer.qkv))
+        q, k, v = (self._one(plain(part), attention) for part in layer.qkv)
         shared = layer.shared
         if shared is not None:
             shared = self._ffn(shared, [(range(1), [inputs.ffn_TD])])
@@ -203,13 +203,14 @@ class LayerMethod:
             ups.append(both.rows(width, 2 * width))
             inner = [neurons(x_TD, ffn, e, self.spec.activation) for e, x_TD in zip(experts, rows, strict=True)]
             downs.append(self._quantize(plain(ffn.down_EDF)[part], InputStatistics.of(inner)))
-        return FFNTensors(gate_EFD=stack_experts(gates), up_EFD=stack_experts(ups), down_EDF=stack_experts(downs), biases=ffn.biases)
+        return FFNTensors(
+            gate_EFD=stack_experts(gates), up_EFD=stack_experts(ups), down_EDF=stack_experts(downs), biases=ffn.biases
+        )
 
-    def _one(self, weight_OI: torch.Tensor, statistics: InputStatistics, *, clip: bool = True) -> QuantizedWeight:
-        return self._quantize(weight_OI[None], statistics, clip=clip).expert(0)
+    def _one(self, weight_OI: torch.Tensor, statistics: InputStatistics) -> QuantizedWeight:
+        return self._quantize(weight_OI[None], statistics).expert(0)
 
-    def _quantize(self, weight_BOI: torch.Tensor, statistics: InputStatistics, *, clip: bool = True) -> QuantizedWeight:
-        """Queries and keys are not clipped with AWQ: attention would feel it, which their own outputs do not show."""
+    def _quantize(self, weight_BOI: torch.Tensor, statistics: InputStatistics) -> QuantizedWeight:
         method = self.method
         if method.name == "smoothquant":
             return quantize_int8(weight_BOI)
@@ -219,9 +220,7 @@ class LayerMethod:
             return gptq_int4(
                 weight_BOI, hessian_BII, group=method.group, symmetric=method.symmetric, damping=method.damping
             )
-        grid = full_grid(weight_BOI, method.group, method.symmetric)
-        if clip:
-            grid = searched_grid(weight_BOI, hessian_BII, method.group, method.symmetric)
+        grid = searched_grid(weight_BOI, hessian_BII, method.group, method.symmetric)
         return grid.weight(grid.nearest(weight_BOI))
 
 

@@ -1,4 +1,4 @@
-"""Scales that move difficulty from activations to weights or back: AWQ (Lin et al. 2024), SmoothQuant (Xiao et al. 2023).
+"""Scales between activations and weights: AWQ (Lin et al. 2024), SmoothQuant (Xiao et al. 2023).
 
 An input is divided by its scale, its weights are multiplied by it, so that in full precision nothing changes. Shape
 suffixes as in ``statistics.py``.
@@ -61,9 +61,7 @@ def awq_scales(
     """As :func:`awq_scale`, with scales of its own for each of the B layers: (B, I)."""
     candidates = torch.stack([_power(statistics.mean_abs_BI, exponent) for exponent in _EXPONENTS])
     errors = [
-        output_error(
-            rounded(weight_BOI * scale_BI[:, None]) / scale_BI[:, None] - weight_BOI, statistics.hessian_BII
-        )
+        output_error(rounded(weight_BOI * scale_BI[:, None]) / scale_BI[:, None] - weight_BOI, statistics.hessian_BII)
         for scale_BI in candidates
     ]
     return candidates[torch.stack(errors).argmin(0), torch.arange(len(weight_BOI))]

@@ -34,7 +34,9 @@ class InputStatistics:
         return cls(
             hessian_BII=torch.stack([x_TI.T @ x_TI / max(1, len(x_TI)) for x_TI in wide]),
             mean_abs_BI=torch.stack([x_TI.abs().sum(0) / max(1, len(x_TI)) for x_TI in wide]),
-            max_abs_BI=torch.stack([x_TI.abs().amax(0) if len(x_TI) else x_TI.new_zeros(x_TI.shape[1]) for x_TI in wide]),
+            max_abs_BI=torch.stack(
+                [x_TI.abs().amax(0) if len(x_TI) else x_TI.new_zeros(x_TI.shape[1]) for x_TI in wide]
+            ),
             rows_B=torch.tensor([len(x_TI) for x_TI in wide]),
         )
 
