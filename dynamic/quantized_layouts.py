@@ -257,7 +257,7 @@ class Awq:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockFp8:
-    """DeepSeek's layout, and the plain fp8 one: 8-bit floats with scales per block of 128 by 128, per output or for all."""
+    """DeepSeek's layout, and the plain fp8 one: scales per block of 128 by 128, per output or for all."""
 
     markers: ClassVar[tuple[str, ...]] = ("weight_scale_inv", "weight_scale")
     parts: ClassVar[tuple[str, ...]] = ("weight_scale_inv", "weight_scale", "input_scale")
