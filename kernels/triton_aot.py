@@ -26,6 +26,7 @@ from .triton_backend import WarmUpShape
 from .triton_device import LISTED
 from .triton_experts import ACTIVATIONS, ExpertPlanner
 from .triton_launch import Launch
+from .triton_quant import StoredWeight, plan_quant, quant_config
 from .triton_tuning import TuningCache
 from .triton_warmup import attention_launches, exit_launches, mixture_launches, norm_launches
 
@@ -69,8 +70,9 @@ SHAPES = {
     "longcat": _shape(768, 12, 6144, 2048, (16, 16, 128), zero_experts=256, selection_bias=True, scale=6.0),
 }  # fmt: skip
 TOKENS = (1, 8, 64, 512, 8192)
+QUANTISED = "quantised"  # in place of a shape: every format of weights, on one layer
 VARIANTS = "variants"  # in place of a shape: every routing rule, activation and kind of bias, on one layer
-_PRODUCTS = ("gate_up_kernel", "down_kernel")
+_PRODUCTS = ("gate_up_kernel", "down_kernel", "quant_gemm_kernel")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +130,21 @@ def variant_launches(planner: ExpertPlanner, dtype: torch.dtype) -> Iterator[tup
                     yield tokens, launch
 
 
+def quantised_launches(dtype: torch.dtype) -> Iterator[tuple[int, Launch]]:
+    """Gated and plain products with every format, for few rows and for many, with the number of rows."""
+    n, k = 512, 1024
+    for name, group, has_offsets in (("int8", 0, False), ("int4", 64, False), ("int4", 32, True), ("fp8", 128, False)):
+        width = k // 2 if name == "int4" else k
+        scales = torch.empty(n, k // group if group else 1, device="meta")
+        codes = torch.empty(n, width, dtype=torch.uint8, device="meta")
+        weight = StoredWeight(name, codes, scales, scales if has_offsets else None, group, n, k)
+        for rows in (8, 2048):
+            x = torch.empty(rows, k, dtype=dtype, device="meta")
+            out = torch.empty(rows, n, dtype=dtype, device="meta")
+            yield rows, plan_quant(x, weight, None, out, quant_config(rows, group, gated=False))
+            yield rows, plan_quant(x, weight, None, out, quant_config(rows, group, gated=True), up=weight)
+
+
 def inspect(launch: Launch, target: str, tokens: int) -> Report:
     """Compile a launch for a listed target."""
     compiled = launch.compile(LISTED[target].target)
@@ -179,7 +196,12 @@ def reports(
     if knobs.runtime.interpret:
         raise ValueError("Triton is in interpreter mode (TRITON_INTERPRET=1): nothing can be compiled")
     planner = ExpertPlanner(LISTED[target], TuningCache("nobody's", version="none"))
-    launches = variant_launches(planner, dtype) if shape == VARIANTS else launches_of(SHAPES[shape], planner, dtype)
+    if shape == QUANTISED:
+        launches = quantised_launches(dtype)
+    elif shape == VARIANTS:
+        launches = variant_launches(planner, dtype)
+    else:
+        launches = launches_of(SHAPES[shape], planner, dtype)
     for tokens, launch in launches:
         if not kernels or launch.name in kernels:
             yield inspect(launch, target, tokens)
@@ -188,7 +210,7 @@ def reports(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=[*LISTED, "all"], default="all")
-    parser.add_argument("--shape", choices=[*SHAPES, VARIANTS, "all"], default="all")
+    parser.add_argument("--shape", choices=[*SHAPES, VARIANTS, QUANTISED, "all"], default="all")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--kernel", nargs="*", default=(), help="only these")
     options = parser.parse_args()
@@ -196,7 +218,7 @@ def main() -> int:
     print(f"Triton {triton.__version__}, {options.dtype}")
     print(f"{'target':7} {'shape':17} {'tokens':>6} {'kernel':22} {'configuration':27} regs shared spills tensor cores")
     for target in LISTED if options.target == "all" else [options.target]:
-        for shape in (*SHAPES, VARIANTS) if options.shape == "all" else [options.shape]:
+        for shape in (*SHAPES, VARIANTS, QUANTISED) if options.shape == "all" else [options.shape]:
             for r in reports(target, shape, getattr(torch, options.dtype), tuple(options.kernel)):
                 line = f"{target:7} {shape:17} {r.tokens:6} {r.kernel:22} {r.blocks:27} {r.registers:4} {r.shared:6}"
                 print(f"{line} {r.spills:6} {r.tensor_core}", flush=True)

@@ -12,19 +12,22 @@ from dataclasses import dataclass, replace
 import torch
 from triton import knobs
 
+from .formats import ActivationScheme
+from .quant_reference import all_on
 from .router_spec import RouterSpec
 from .torch_backend import TorchBackend
 from .torch_experts import PlainExperts
-from .torch_quant import QuantExperts
+from .torch_quant import QuantExperts, QuantLinear
 from .triton_attention import plan_attention
 from .triton_device import device_properties
 from .triton_exits import plan_exit_decide
 from .triton_experts import ACTIVATIONS, ExpertPlanner, plan_experts, shape_of
 from .triton_launch import Launch, require_contiguous
 from .triton_norm import plan_rms_norm, plan_rope_and_write
+from .triton_quant import plan_quant_experts, plan_quant_linear
 from .triton_router import plan_route
 from .triton_tuning import ExpertShape, TuningCache, best_attention
-from .types import AttentionBatch, ExitDecision, ExpertWeights, KVLayer, ProbeWeights, Routing
+from .types import AttentionBatch, ExitDecision, ExpertWeights, KVLayer, LinearWeights, ProbeWeights, Routing
 
 _HALF = (torch.bfloat16, torch.float16)
 _MAX_STREAMS = 256
@@ -140,8 +143,7 @@ class TritonBackend(TorchBackend):
 
     def experts(self, x_TD: torch.Tensor, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
         if isinstance(weights.data, QuantExperts):
-            self._fall_back("quantised experts")
-            return super().experts(x_TD, weights, routing)
+            return self._quant_experts(x_TD, weights, routing)
         plain: PlainExperts = weights.data
         reason = self._unsupported_experts(x_TD, plain, weights.activation)
         if reason is not None:
@@ -158,6 +160,55 @@ class TritonBackend(TorchBackend):
         if x_TD.shape[0]:
             self._run(plan_experts(x_TD, plain, routing, weights.activation, out_TD, self.planner, self._ticket()))
         return out_TD
+
+    def _quant_experts(self, x_TD: torch.Tensor, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
+        experts: QuantExperts = weights.data
+        reason = self._unsupported_quant(experts.scheme)
+        if weights.activation not in ACTIVATIONS:
+            reason = f"activation {weights.activation!r}"
+        if type(experts.gate_EFD) is not type(experts.up_EFD):
+            reason = "gate and up in different formats"
+        if reason is not None:
+            self._fall_back(reason)
+            return super().experts(x_TD, weights, routing)
+        out_TD = torch.empty_like(x_TD)
+        if x_TD.shape[0]:
+            x_TD = x_TD.contiguous()
+            self._run(plan_quant_experts(x_TD, experts, routing, weights.activation, out_TD, self._ticket()))
+        return out_TD
+
+    def all_experts(self, x_TD: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
+        if isinstance(weights.data, QuantExperts):
+            return self._quant_experts(x_TD, weights, all_on(x_TD, weights.num_experts))
+        return super().all_experts(x_TD, weights)
+
+    def linear(self, x_TI: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
+        return self._linear(x_TI, weights, x_TI.dtype)
+
+    def logits_linear(self, x_TI: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
+        return self._linear(x_TI, weights, torch.float32)
+
+    def _linear(self, x_TI: torch.Tensor, weights: LinearWeights, dtype: torch.dtype) -> torch.Tensor:
+        if not isinstance(weights.data, QuantLinear):
+            run = super().linear if dtype == x_TI.dtype else super().logits_linear
+            return run(x_TI, weights)
+        reason = self._unsupported_quant(weights.data.scheme)
+        if reason is not None:
+            self._fall_back(reason)
+            return weights.data.run(x_TI).to(dtype)
+        if x_TI.stride(-1) != 1:
+            x_TI = x_TI.contiguous()
+        out_TO = torch.empty(x_TI.shape[0], weights.out_features, dtype=dtype, device=x_TI.device)
+        if x_TI.shape[0]:
+            self._run([plan_quant_linear(x_TI, weights.data, out_TO)])
+        return out_TO
+
+    def _unsupported_quant(self, scheme: ActivationScheme) -> str | None:
+        if scheme.kind != "none":
+            return f"activations rounded to {scheme.kind}"
+        if self.dtype not in _HALF and not self.interpreted:
+            return f"quantised weights in {self.dtype}"
+        return None
 
     def rms_norm(self, x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
         out_TD = torch.empty(x_TD.shape, dtype=weight_D.dtype, device=x_TD.device)

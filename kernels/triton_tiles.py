@@ -1,7 +1,6 @@
 """Device functions that the expert kernels share: the weight-tile loader, the activation, the order of tiles.
 
-The loader is the only place that knows how weights are stored. A format that dequantises (int8, int4, fp8) adds a
-branch here and changes nothing around it.
+The loaders are the only place that knows how weights are stored, as they are or quantised.
 """
 
 # pyright: reportArgumentType=false
@@ -49,6 +48,52 @@ def load_weight_tile(
         else:
             tile = tl.load(at, mask=(n < n_size)[:, None] & (k < k_size)[None, :], other=0.0, eviction_policy=EVICT)
     return tile
+
+
+@triton.jit
+def load_quant_tile(
+    codes, expert, n0, k0, n_size, k_size, ZERO: tl.constexpr, FORMAT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Tile (BLOCK_N, BLOCK_K) of one expert's quantised (N, K) matrix before scaling, float32, zero beyond its edges.
+
+    The values are exact in 16 bits too, so that nothing is lost on the way into a tensor core.
+
+    Arguments:
+        codes: uint8, (E, N, K) or for int4 (E, N, ⌈K / 2⌉), contiguous; 8-bit floats come as their bits, because not
+            every target that can run them has the type.
+        ZERO: what an int4 code is taken down by.
+    """
+    n = n0 + tl.arange(0, BLOCK_N)
+    k = k0 + tl.arange(0, BLOCK_K)
+    row = expert.to(tl.int64) * n_size + n
+    inside = (n < n_size)[:, None] & (k < k_size)[None, :]
+    if FORMAT == "int4":
+        byte = k0 // 2 + tl.arange(0, BLOCK_K // 2)
+        width = (k_size + 1) // 2
+        packed_at = codes + row[:, None] * width + byte[None, :]
+        packed = tl.load(packed_at, mask=(n < n_size)[:, None] & (byte < width)[None, :], other=0)
+        value = (tl.interleave(packed & 15, packed >> 4).to(tl.int32) - ZERO).to(tl.float32)
+    else:
+        q = tl.load(codes + row[:, None] * k_size + k[None, :], mask=inside, other=0).to(tl.int32)
+        if FORMAT == "fp8":
+            size = q & 127
+            # Moving the exponent by arithmetic: shifting it into place alone would meet subnormal numbers.
+            normal = ((size << 20) + (120 << 23)).to(tl.float32, bitcast=True)
+            small = tl.where(size < 8, 2.0 * normal - 0.015625, normal)
+            value = tl.where(q >= 128, -small, small)
+        else:
+            value = tl.where(q >= 128, q - 256, q).to(tl.float32)
+    return tl.where(inside, value, 0.0)
+
+
+@triton.jit
+def load_quant_scales(scales, expert, n0, k0, n_size, k_size, GROUP: tl.constexpr, BLOCK_N: tl.constexpr):
+    """What the outputs of a tile are scaled by, (BLOCK_N,): float32, (E, N, G). GROUP: inputs per scale; 0: all."""
+    n = n0 + tl.arange(0, BLOCK_N)
+    row = expert.to(tl.int64) * n_size + n
+    at = row if GROUP == 0 else row * tl.cdiv(k_size, GROUP) + k0 // GROUP
+    return tl.load(scales + at, mask=n < n_size, other=0.0)
 
 
 @triton.jit

@@ -9,7 +9,17 @@ from collections.abc import Callable
 
 import pytest
 
-SHAPES = ("default", "granite-1b-a400m", "olmoe", "qwen3-30b-a3b", "mixtral", "deepseek-v3", "longcat", "variants")
+SHAPES = (
+    "default",
+    "granite-1b-a400m",
+    "olmoe",
+    "qwen3-30b-a3b",
+    "mixtral",
+    "deepseek-v3",
+    "longcat",
+    "variants",
+    "quantised",
+)
 
 
 @pytest.fixture
@@ -39,6 +49,12 @@ def test_sm_90_one_shape(compile_table: Callable[..., str]) -> None:
     assert all(line[-1] == "wgmma" for line in prefill)
     kernels = {word for line in table.splitlines() for word in line.split() if word.endswith("_kernel")}
     assert len(kernels) == 14, kernels
+
+
+def test_quantised_weights_on_sm_90(compile_table: Callable[..., str]) -> None:
+    lines = [line.split() for line in compile_table("sm_90", "quantised").splitlines() if "quant_gemm" in line]
+    assert len(lines) == 16
+    assert all(line[-1] == ("wgmma" if line[2] == "2048" else "mma") for line in lines)
 
 
 @pytest.mark.slow

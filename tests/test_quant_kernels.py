@@ -12,6 +12,7 @@ from dynamoe.kernels.cpu_backend import CpuBackend
 from dynamoe.kernels.formats import FP8_PER_GROUP, INT8_PER_TOKEN, UNQUANTIZED, ActivationScheme, QuantizedWeight
 from dynamoe.kernels.tolerance import QUANTIZED_TOLERANCE, error
 from dynamoe.kernels.torch_backend import TorchBackend
+from dynamoe.kernels.triton_backend import TritonBackend
 from dynamoe.kernels.types import Routing
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -112,6 +113,15 @@ def test_cpu_experts(cpu_backend: CpuBackend, form: str, edge: str):
 def test_torch_backend(form: str, dtype: torch.dtype):
     check_linear(TorchBackend("cpu", dtype), form, "ragged default model")
     check_experts(TorchBackend("cpu", dtype), form, "nothing is a multiple")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted kernels run without a GPU")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # lanes that the interpreter computes and a mask discards
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_interpreted(form: str, dtype: torch.dtype):
+    backend = TritonBackend("cpu", dtype)
+    check_linear(backend, form, "odd inputs")
+    check_experts(backend, form, "nothing is a multiple")
 
 
 def test_a_row_does_not_depend_on_the_rows_beside_it(cpu_backend: CpuBackend, form: str):

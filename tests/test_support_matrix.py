@@ -7,10 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from dynamoe.kernels import reference, torch_backend
+from dynamoe.dynamic.quantization import methods
+from dynamoe.kernels import quant_reference, reference, torch_backend
 from dynamoe.kernels.ops import BACKENDS, select_backend
 from dynamoe.kernels.router_spec import RouterSpec
-from dynamoe.kernels.support import DTYPES, EXPERTS, KERNELS, REFUSED, ROUTERS, TORCH, Row, render, verified_on_gpu
+from dynamoe.kernels.support import (
+    DTYPES,
+    EXPERTS,
+    KERNELS,
+    QUANTISED,
+    REFUSED,
+    ROUTERS,
+    TORCH,
+    Row,
+    render,
+    verified_on_gpu,
+)
 from dynamoe.kernels.tolerance import TOLERANCE, error
 from dynamoe.kernels.torch_backend import TorchBackend
 from dynamoe.kernels.types import Routing
@@ -48,6 +60,27 @@ def test_experts(row: Row, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert error(out_TD.cpu(), expected_TD) < TOLERANCE[torch_dtype]
     if row.backend != "torch":
         assert (TORCH if fell_back else KERNELS) == outcome
+
+
+@pytest.mark.parametrize("weights", QUANTISED)
+@pytest.mark.parametrize("name", ["cpu", "triton", "grouped_mm"])
+def test_quantised_weights(weights: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
+    backend = select_backend(device, torch.bfloat16 if device == "cuda" else torch.float32, name)
+    names = ("int8", "w8a8", "int4", "fp8", "fp8-block")
+    method = methods()[dict(zip(QUANTISED, names, strict=True))[weights]]
+    fell_back = []
+    oracle = quant_reference.experts
+    monkeypatch.setattr(
+        quant_reference, "experts", lambda *args, **given: (fell_back.append(1), oracle(*args, **given))[1]
+    )
+    torch.manual_seed(9)
+    gate, up, down = (method.quantize(torch.randn(4, *shape).to(device)) for shape in ((16, 32), (16, 32), (32, 16)))
+    packed = backend.pack_quantized_experts(gate, up, down, "silu", scheme=method.scheme)
+    ids_TK = torch.tensor([[0, 1], [3, 2]], dtype=torch.int32, device=device)
+    routing = Routing(expert_ids_TK=ids_TK, weights_TK=torch.ones(2, 2, device=device))
+    assert backend.experts(torch.randn(2, 32).to(device, backend.dtype), packed, routing).isfinite().all()
+    assert (TORCH if fell_back else KERNELS) == QUANTISED[weights].get(name, TORCH)
 
 
 @pytest.mark.parametrize("rule", ROUTERS)
