@@ -23,7 +23,7 @@ from .decoder_exits import pack_exits
 from .families import family_of, model_spec
 from .layout import EMBEDDING, FINAL_NORM, FFNLayout, LayerLayout, Layout, plan_layout
 from .quantization import NONE, Method, Quantization
-from .quantized_checkpoint import open_checkpoint, split_config
+from .quantized_checkpoint import QuantizedCheckpoint, open_checkpoint, split_config
 from .spec import ModelSpec
 from .weights import DTYPES, Checkpoint, CheckpointError, StoredWeights, read_json
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .tokenizer import Tokenizer
 
 DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STORED = "as the checkpoint stores it"
 GENERATION_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
 
 
@@ -216,7 +217,7 @@ class _Builder:
             lm_head=lm_head,
             exits=pack_exits(heads, self.spec, layers, self.backend) if heads else {},
             expert_impacts={n: scales.impact for n, scales in enumerate(self.scales) if scales is not None},
-            quantization=str(self.quantization),
+            quantization=STORED if isinstance(self.checkpoint, QuantizedCheckpoint) else str(self.quantization),
         )
 
     def _embedding(self) -> torch.Tensor | Int8Weight:
