@@ -116,7 +116,7 @@ def _layout(settings: Any) -> StoredLayout:
     if not isinstance(settings, Mapping):
         raise _error("quantization_config", settings, "an object")
     method = settings.get("quant_method")
-    if method == "compressed-tensors":
+    if method in ("compressed-tensors", "dynamoe"):
         return _compressed_tensors(settings)
     if method == "gptq":
         _want(settings, "bits", 4)

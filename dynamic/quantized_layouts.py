@@ -7,7 +7,7 @@ as ``model.layers.0.self_attn.q_proj``. Shape suffixes: O outputs, I inputs, G g
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -98,7 +98,7 @@ FLOATS = ("F32", "F16", "BF16")
 
 @dataclass(frozen=True, kw_only=True)
 class CompressedTensors:
-    """What compressed-tensors writes: packed int4 or int8, plain int8, fp8.
+    """What compressed-tensors writes: packed int4 or int8, plain int8, fp8. Offsets are an addition of ours.
 
     Arguments:
         weights: the weights' settings of every group of layers.
@@ -108,7 +108,7 @@ class CompressedTensors:
 
     markers: ClassVar[tuple[str, ...]] = ("weight_packed", "weight_scale")
     parts: ClassVar[tuple[str, ...]] = (
-        *("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
+        *("weight_packed", "weight_scale", "weight_zero_point", "weight_offset", "weight_shape", "weight_g_idx"),
         *("input_scale", "input_zero_point", "output_scale", "k_scale", "v_scale"),
     )
     weights: tuple[Mapping[str, Any], ...]
@@ -143,6 +143,8 @@ class CompressedTensors:
             raise weight.error(f"scales of shape {scale.shape} do not fit the shape {shape}")
         if per_word[packed.shape[1]] == 4:
             self._group(weight, inputs, scale.shape[1])
+            if weight.has("weight_offset"):
+                weight.shaped("weight_offset", scale.shape, *FLOATS)
             if weight.has("weight_zero_point"):
                 weight.shaped("weight_zero_point", (-(-outputs // _NIBBLES), scale.shape[1]), "I32")
         elif scale.shape[1] != 1 or weight.has("weight_zero_point"):
@@ -165,7 +167,8 @@ class CompressedTensors:
             zero = _nibbles(weight.read("weight_zero_point").T)[:, :outputs].T
         group = self._group(weight, inputs, scale.shape[1])
         _check_order(weight, "weight_g_idx", inputs, group)
-        return _int4(data[:, : -(-inputs // 2)], scale, zero, inputs, group)
+        packed = _int4(data[:, : -(-inputs // 2)], scale, zero, inputs, group)
+        return replace(packed, offset=weight.scale("weight_offset")) if weight.has("weight_offset") else packed
 
     def _symmetric(self, bits: int) -> bool:
         return all(w.get("symmetric", True) for w in self.weights if w.get("num_bits") == bits)

@@ -80,17 +80,18 @@ def compressed(name: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
 
     Arguments:
         name: of the weight, with ``.weight`` at its end.
-        weight: (O, I), int8, or int4 without offsets.
+        weight: (O, I), int8 or int4. Offsets (GGUF's Q4_1) are ours: the library knows zero points only.
     """
     if isinstance(weight, Int8Weight):
         return {name: weight.data.contiguous(), f"{name}_scale": weight.scale[:, None].contiguous()}
     assert isinstance(weight, Int4Weight)
-    assert weight.offset is None
     out = {
         f"{name}_packed": _words(weight.data),
         f"{name}_scale": weight.scale.contiguous(),
         f"{name}_shape": torch.tensor(weight.shape),
     }
+    if weight.offset is not None:
+        out[f"{name}_offset"] = weight.offset.contiguous()
     if weight.zero is not None:
         zero_GO = weight.zero.T.contiguous()
         even_GO = F.pad(zero_GO, (0, zero_GO.shape[1] % 2))
@@ -127,6 +128,12 @@ def quantization_config(method: CalibratedMethod, unquantized: list[str]) -> dic
         "ignore": unquantized,
         "kv_cache_scheme": None,
     }
+
+
+def kept_codes_config() -> dict[str, Any]:
+    """What ``config.json`` says about codes that were kept from a GGUF file: the same layout, but for offsets."""
+    weights = {"type": "int", "num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": True}
+    return {"quant_method": "dynamoe", "config_groups": {"gguf": {"weights": weights}}}
 
 
 def save_whole(tensors: dict[str, torch.Tensor], file: Path) -> None:
