@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -177,6 +178,15 @@ def _choose_dtype(name: str, config: dict[str, Any], checkpoint: Checkpoint) -> 
     return DTYPE_NAMES[name]
 
 
+@contextmanager
+def _naming(tensor: str) -> Iterator[None]:
+    """Errors about weights that do not go together name one of them."""
+    try:
+        yield
+    except ValueError as error:
+        raise CheckpointError(f"{tensor!r} and what runs with it: {error}") from error
+
+
 class _Builder:
     """Converts a checkpoint for a backend, one layer at a time, and gives the pages read back after each."""
 
@@ -229,7 +239,8 @@ class _Builder:
         """One layer of tensors whose outputs follow each other, as it is or quantised."""
         bias_O = self._copy(*bias) if bias else None
         if (stored := self.checkpoint.quantized(*names)) is not None:
-            return self.backend.pack_quantized_linear(concatenate(stored.weights), bias_O, stored.scheme)
+            with _naming(names[0]):
+                return self.backend.pack_quantized_linear(concatenate(stored.weights), bias_O, stored.scheme)
         weight_OI = self._source(*names, method=method)
         if method is None:
             return self.backend.pack_linear(weight_OI, bias_O)
@@ -301,6 +312,9 @@ class _Builder:
         count = layout.num_experts
         if len(layout.down) != count:
             raise CheckpointError(f"{layout.down[0]!r} is quantised; only experts that are stored one by one can be")
-        gate, up, down = (stack_experts(stored.weights[first : first + count]) for first in range(0, 3 * count, count))
+        with _naming(layout.gate[0]):
+            gate, up, down = (
+                stack_experts(stored.weights[first : first + count]) for first in range(0, 3 * count, count)
+            )
         biases = [self._copy(name).view(1, -1) for name in layout.biases] or [None, None, None]
         return self.backend.pack_quantized_experts(gate, up, down, self.spec.activation, *biases, scheme=stored.scheme)

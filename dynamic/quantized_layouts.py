@@ -129,8 +129,6 @@ class CompressedTensors:
             if len(info.shape) != 2:
                 raise weight.error(f"it has shape {info.shape} and not two dimensions")
             weight.info("weight_scale", *FLOATS)
-            if weight.has("weight_zero_point") and info.dtype == "I8" and not self._symmetric(8):
-                raise weight.error("int8 with zero points has no counterpart here")
             return info.shape
         packed, scale = weight.info("weight_packed", "I32"), weight.info("weight_scale", *FLOATS)
         weight.shaped("weight_shape", (2,), "I64", "I32")
@@ -145,7 +143,7 @@ class CompressedTensors:
             self._group(weight, inputs, scale.shape[1])
             if weight.has("weight_offset"):
                 weight.shaped("weight_offset", scale.shape, *FLOATS)
-            if weight.has("weight_zero_point"):
+            if weight.has("weight_zero_point") or self._asymmetric:
                 weight.shaped("weight_zero_point", (-(-outputs // _NIBBLES), scale.shape[1]), "I32")
         elif scale.shape[1] != 1 or weight.has("weight_zero_point"):
             raise weight.error("packed int8 is understood with one scale per output and without zero points")
@@ -156,6 +154,8 @@ class CompressedTensors:
         scale = weight.scale("weight_scale")
         if not weight.has("weight_packed"):
             if weight.info("weight", "I8", "F8_E4M3").dtype == "I8":
+                if weight.has("weight_zero_point") and bool((weight.read("weight_zero_point") != 0).any()):
+                    raise weight.error("int8 with zero points has no counterpart here")
                 return Int8Weight(data=weight.read("weight").clone(), scale=_per_output(weight, scale, outputs))
             return _fp8(weight, scale, outputs, inputs)
         data = weight.read("weight_packed").contiguous().view(torch.uint8)
@@ -170,8 +170,11 @@ class CompressedTensors:
         packed = _int4(data[:, : -(-inputs // 2)], scale, zero, inputs, group)
         return replace(packed, offset=weight.scale("weight_offset")) if weight.has("weight_offset") else packed
 
-    def _symmetric(self, bits: int) -> bool:
-        return all(w.get("symmetric", True) for w in self.weights if w.get("num_bits") == bits)
+    @property
+    def _asymmetric(self) -> bool:
+        """Whether every int4 weight has zero points."""
+        kinds = [w.get("symmetric", True) for w in self.weights if w.get("num_bits") == 4]
+        return not any(kinds)
 
     def _group(self, weight: StoredWeight, inputs: int, groups: int) -> int:
         if groups == 1 and any(w.get("strategy") in ("channel", "tensor") for w in self.weights):

@@ -260,6 +260,27 @@ def test_activations_are_rounded_as_the_checkpoint_says(make_checkpoint: Callabl
         assert torch.equal(logits_of(path), logits_of(source, quantization=method, quantize_lm_head=False))
 
 
+@pytest.mark.parametrize(
+    ("part", "reason"), [("k_proj", "lacks its tensor .*k_proj.weight_zero_point"), ("q_proj", "q_proj.*one format")]
+)
+def test_weights_that_do_not_go_together(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, part: str, reason: str
+) -> None:
+    """Zero points that are missing; queries in a format of their own."""
+    source = make_checkpoint("llama", **SIZES["llama"])
+    store_all(source, tmp_path / "whole", LAYOUTS["ct-int4-asym"])
+    tensors = load_file(tmp_path / "whole" / "model.safetensors")
+    module = f"model.layers.0.self_attn.{part}"
+    if part == "k_proj":
+        del tensors[f"{module}.weight_zero_point"]
+    else:
+        weight = load_file(source / "model.safetensors")[f"{module}.weight"]
+        tensors = {name: t for name, t in tensors.items() if not name.startswith(f"{module}.")}
+        tensors |= compressed(f"{module}.weight", quantize_int8(weight))
+    with pytest.raises(CheckpointError, match=reason):
+        load_decoder(write(tmp_path / "whole", tmp_path / "odd", tensors, None))
+
+
 ANY = "model.layers.1.self_attn.k_proj"
 
 

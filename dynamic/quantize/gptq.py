@@ -47,7 +47,11 @@ def gptq_int4(
     dead_BI = diagonal_BI == 0  # inputs that were never anything but zero: any weight does, and its own is nearest
     diagonal_BI += dead_BI * diagonal_BI.mean(-1, keepdim=True)
     size_BI = diagonal_BI.clone()
-    order_BI = size_BI.argsort(-1, descending=True) if act_order else torch.arange(size_BI.shape[-1]).expand_as(size_BI)
+    order_BI = (
+        size_BI.argsort(-1, descending=True)
+        if act_order
+        else torch.arange(size_BI.shape[-1], device=size_BI.device).expand_as(size_BI)
+    )
     ordered = hessian.gather(-2, order_BI[:, :, None].expand_as(hessian))
     ordered = ordered.gather(-1, order_BI[:, None, :].expand_as(hessian))
     factor_BII = _inverse_factor(ordered, damping)
