@@ -184,7 +184,7 @@ def render(results: Path = RESULTS) -> str:
         "",
         "## Quantised weights",
         "",
-        "Dense layers and experts alike. torch's operations dequantise whole weights for each product: right, and slow.",
+        "Dense layers and experts alike. torch dequantises whole weights for each product: right, and slow.",
         "No tensor core multiplies int8 or fp8 yet: `triton` dequantises into the model's dtype.",
         "",
         "| weights | torch, grouped_mm, megablocks | cpu | triton |",
