@@ -118,6 +118,15 @@ def make_side_by_side(dense: Path, target: Path) -> Path:
     return target
 
 
+def fail_for_config(write: Callable[..., None]) -> Callable[..., None]:
+    def failing(file: Path, content: dict[str, Any]) -> None:
+        if file.name == "config.json":
+            raise KeyboardInterrupt
+        write(file, content)
+
+    return failing
+
+
 def test_an_interrupted_run_goes_on_where_it_was(
     make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,6 +153,10 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert not (cut / "config.json").exists()
     with pytest.raises(ValueError, match="unfinished run with other settings"):
         run(cut, replace(method, group=64))
+    monkeypatch.setattr(driver, "_write_json_whole", fail_for_config(driver._write_json_whole))
+    with pytest.raises(KeyboardInterrupt):
+        run(cut)  # all layers are done, the configuration is not written
+    monkeypatch.undo()
     run(cut)
     assert done == [0, 1, 2, 2]
     first, second = tensors_of(whole), tensors_of(cut)

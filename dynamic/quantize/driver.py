@@ -68,8 +68,8 @@ def quantize_checkpoint(
         went by.
 
     Raises:
-        ValueError: for a source that is quantised already or has no layers to quantise, a target that holds something
-            else, or windows longer than the model's context.
+        ValueError: for a source that is quantised already, a target that holds something else, or windows longer than
+            the model's context.
     """
     from tqdm import tqdm
 
@@ -133,6 +133,8 @@ def _begin(target: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _stream(origin: _Source, target: Path, finished: int, windows_NL: torch.Tensor) -> torch.Tensor:
     """The residual stream of the text behind the layers that are finished, float32."""
+    if finished == origin.spec.num_layers:
+        return torch.empty(0)  # nothing is left to run
     if finished:
         from safetensors.torch import load_file
 
@@ -187,9 +189,9 @@ def _finish(origin: _Source, target: Path, method: CalibratedMethod, report: dic
     for layout in origin.layout.layers:
         kept += [name.removesuffix(".weight") for name in (layout.router, layout.shared_gate) if name]
     config = {**origin.config, "quantization_config": quantization_config(method, kept)}
-    (target / PROGRESS).unlink()
     _stream_file(target, origin.spec.num_layers).unlink(missing_ok=True)
     _write_json_whole(target / "config.json", config)
+    (target / PROGRESS).unlink()
 
 
 def _names_in(file: Path) -> list[str]:
