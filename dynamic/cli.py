@@ -122,11 +122,15 @@ COMMANDS = (
     ),
     Command(
         name="prepare",
-        summary="fetch or convert a model and compile the kernels, ahead of the first use",
+        summary="fetch, convert or quantise a model and compile the kernels, ahead of the first use",
         module="dynamic.prepare_command",
         config="PrepareConfig",
         run="prepare",
-        examples=("dynamoe prepare", "dynamoe prepare model=default"),
+        examples=(
+            "dynamoe prepare",
+            "dynamoe prepare model=default",
+            "dynamoe prepare quantization=gptq model=./my-checkpoint output=./my-checkpoint-int4",
+        ),
     ),
     Command(
         name="train",

@@ -128,13 +128,33 @@ class GenerateConfig(ModelConfig):
 
 @dataclass(kw_only=True)
 class PrepareConfig:
-    """``dynamoe prepare``.
+    """``dynamoe prepare``. All keys but ``model`` belong to quantisation with calibration.
 
     Arguments:
-        model: a Hub id to fetch, or the name of a shipped model to convert: ``default``.
+        model: a Hub id to fetch, the name of a shipped model to convert: ``default``; or what is to be quantised.
+        quantization: ``none``; ``gptq`` or ``awq``: int4 weights; ``smoothquant``: int8 weights and activations.
+        output: directory for the quantised checkpoint; one that holds an unfinished run is gone on with.
+        group: inputs that share a scale, with int4: 32, 64 or 128.
+        symmetric: whether int4 groups have no zero point of their own.
+        windows: pieces of calibration text.
+        window_tokens: length of each.
+        text_folder: a folder of .txt and .html files; null takes the language reference that every Python has.
+        device: that calibrates, in float32: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        threads: CPU threads; null leaves torch's own choice.
     """
 
+    FREE_TEXT: ClassVar[frozenset[str]] = frozenset({"output", "text_folder"})
+
     model: str = "default"
+    quantization: str = "none"
+    output: str | None = None
+    group: int = 64
+    symmetric: bool = True
+    windows: int = 128
+    window_tokens: int = 256
+    text_folder: str | None = None
+    device: str = "auto"
+    threads: int | None = None
 
 
 def schema(config_class: type) -> DictConfig:

@@ -59,11 +59,13 @@ MIXTRAL_EXPERTS = (
     ),
     ExpertNames(gate_up="mlp.experts.gate_up_proj", down="mlp.experts.down_proj"),
 )
+ONE_EACH = QWEN_EXPERTS[0]
 GRANITE_EXPERTS = (
     ExpertNames(gate_up="block_sparse_moe.input_linear.weight", down="block_sparse_moe.output_linear.weight"),
     ExpertNames(gate_up="block_sparse_moe.experts.gate_up_proj", down="block_sparse_moe.experts.down_proj"),
+    ONE_EACH,
 )
-DYNAMOE_EXPERTS = (ExpertNames(gate="mlp.gate_proj.weight", up="mlp.up_proj.weight", down="mlp.down_proj.weight"),)
+DYNAMOE_EXPERTS = (DENSE_FFN, ONE_EACH)
 
 MoERule = Callable[[ConfigReader, int], MoESpec | None]
 WindowRule = Callable[[ConfigReader, int], int | None]
@@ -273,7 +275,7 @@ FAMILIES: dict[str, Family] = {
         moe=_dynamoe,
         qkv_bias=_ATTENTION_BIAS,
         o_bias=_ATTENTION_BIAS,
-        experts=(DENSE_FFN,),
+        experts=DYNAMOE_EXPERTS,
         router=("mlp.router.weight",),
     ),
 }

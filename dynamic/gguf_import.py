@@ -1,4 +1,4 @@
-"""GGUF files turned into checkpoints in Hugging Face layout, their quantised tensors dequantised without loss.
+"""GGUF files turned into checkpoints in Hugging Face layout, their quantised tensors kept or dequantised without loss.
 
 Llama-architecture files are read directly, in one pass. Other architectures go through transformers, which takes
 longer and reads less of the tokenizer.
@@ -32,15 +32,16 @@ _CONTROL, _USER_DEFINED = 3, 4  # values of ``tokenizer.ggml.token_type``
 _SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r")
 
 
-def import_gguf(file: Path, target: Path, *, progress: bool = True) -> None:
+def import_gguf(file: Path, target: Path, *, keep_codes: bool = False, progress: bool = True) -> None:
     """Write config, tokenizer and weights of a GGUF file to a directory.
 
-    The weights are stored in float32: a 4-bit value is ``scale * code + minimum`` with both in float16, which neither
-    float16 nor bfloat16 holds exactly. The config names bfloat16 as the type to serve in.
+    Weights that are not kept as codes are stored in float32: a 4-bit value is ``scale * code + minimum`` with both in
+    float16, which neither float16 nor bfloat16 holds exactly. The config names bfloat16 as the type to serve in.
 
     Arguments:
         file: the GGUF file.
         target: a directory that exists and is empty.
+        keep_codes: keep Q4_0 and Q4_1 projections of Llama-architecture files as int4 with the file's own codes.
 
     Raises:
         ValueError: when the file is not GGUF, or holds a model that cannot be read.
@@ -60,7 +61,7 @@ def import_gguf(file: Path, target: Path, *, progress: bool = True) -> None:
         and None not in names.values()
     )
     if direct:
-        _write_llama(fields, tensors, names, target, progress)
+        _write_llama(fields, tensors, names, target, keep_codes, progress)
     else:
         _write_through_transformers(file, target)
 
@@ -75,17 +76,31 @@ def _hugging_face_name(name: str) -> str | None:
     return None
 
 
-def _write_llama(fields: dict[str, Any], tensors: dict, names: dict, target: Path, progress: bool) -> None:
+def _write_llama(
+    fields: dict[str, Any], tensors: dict, names: dict, target: Path, keep_codes: bool, progress: bool
+) -> None:
     from gguf import dequantize
     from safetensors.torch import save_file
     from tqdm import tqdm
 
+    from .gguf_codes import int4_of, tensors_to_keep
+    from .quantize.writer import compressed, kept_codes_config
+
     config = _llama_config(fields, tied="output.weight" not in tensors)
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    kept = tensors_to_keep(tensors) if keep_codes else set[str]()
+    if kept:
+        config["quantization_config"] = kept_codes_config()
     weights = {}
-    for name, tensor in tqdm(tensors.items(), desc="Dequantising", unit="tensor", disable=not progress):
-        weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type)).float()
+    for name, tensor in tqdm(tensors.items(), desc="Converting", unit="tensor", disable=not progress):
         num_heads = next((heads[part] for part in name.split(".") if part in heads), None)
+        if name in kept:
+            codes = int4_of(tensor)
+            rows_O = torch.arange(codes.out_features)
+            codes = codes if num_heads is None else codes.take(_half_split_rope(rows_O[:, None], num_heads)[:, 0])
+            weights |= compressed(names[name], codes)
+            continue
+        weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type)).float()
         weights[names[name]] = weight.contiguous() if num_heads is None else _half_split_rope(weight, num_heads)
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
     write_json(target / "config.json", config)

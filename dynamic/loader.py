@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..exits.sidecar import ExitHeads, load_heads
-from ..kernels.formats import Int8Weight, quantize_int8
+from ..kernels.format_stack import stack_experts
+from ..kernels.formats import Int8Weight, concatenate, quantize_int8
 from ..kernels.ops import select_backend
 from ..kernels.torch_backend import TorchBackend
 from ..kernels.types import ExpertWeights, LinearWeights
@@ -22,13 +24,15 @@ from .decoder_exits import pack_exits
 from .families import family_of, model_spec
 from .layout import EMBEDDING, FINAL_NORM, FFNLayout, LayerLayout, Layout, plan_layout
 from .quantization import NONE, Method, Quantization
+from .quantized_checkpoint import QuantizedCheckpoint, open_checkpoint, split_config
 from .spec import ModelSpec
-from .weights import DTYPES, Checkpoint, read_json
+from .weights import DTYPES, Checkpoint, CheckpointError, StoredWeights, read_json
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
 
 DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STORED = "as the checkpoint stores it"
 GENERATION_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
 
 
@@ -114,16 +118,18 @@ def load_decoder(
     contributions of the experts that lie beside the checkpoint come with it.
     """
     wanted = Quantization(method=quantization, lm_head=quantize_lm_head)
-    config = read_json(path / "config.json")
+    config, stored = split_config(read_json(path / "config.json"))
+    if stored is not None and quantization != NONE:
+        raise ValueError(f"the weights in {path} are quantised already: leave quantization={quantization} away")
     spec = model_spec(config)
-    checkpoint = Checkpoint(path)
+    checkpoint = open_checkpoint(path, stored)
     layout = plan_layout(spec, family_of(config), checkpoint)
     defaults = read_generation_defaults(path, spec)
     spec = replace(spec, eos_token_ids=tuple(defaults["eos_token_id"]))
     if experts_per_token is not None:
         spec = spec.with_experts_per_token(experts_per_token)
     torch_dtype = _choose_dtype(dtype, config, checkpoint)
-    chosen = select_backend(_choose_device(device), torch_dtype, backend)
+    chosen = select_backend(choose_device(device), torch_dtype, backend)
     builder = _Builder(spec, layout, checkpoint, chosen, read_scales(path, spec), wanted)
     return builder.build(progress=progress, heads=load_heads(path))
 
@@ -145,7 +151,12 @@ def read_generation_defaults(path: Path, spec: ModelSpec) -> dict[str, Any]:
     return defaults
 
 
-def _choose_device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """``auto`` (a GPU when there is one), or a torch device.
+
+    Raises:
+        ValueError: for a device that does not exist or is not here.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -165,6 +176,15 @@ def _choose_dtype(name: str, config: dict[str, Any], checkpoint: Checkpoint) -> 
     if name not in DTYPE_NAMES:
         raise ValueError(f"dtype must be auto, {', '.join(DTYPE_NAMES)}, not {name!r}")
     return DTYPE_NAMES[name]
+
+
+@contextmanager
+def _naming(tensor: str) -> Iterator[None]:
+    """Errors about weights that do not go together name one of them."""
+    try:
+        yield
+    except ValueError as error:
+        raise CheckpointError(f"{tensor!r} and what runs with it: {error}") from error
 
 
 class _Builder:
@@ -207,7 +227,7 @@ class _Builder:
             lm_head=lm_head,
             exits=pack_exits(heads, self.spec, layers, self.backend) if heads else {},
             expert_impacts={n: scales.impact for n, scales in enumerate(self.scales) if scales is not None},
-            quantization=str(self.quantization),
+            quantization=STORED if isinstance(self.checkpoint, QuantizedCheckpoint) else str(self.quantization),
         )
 
     def _embedding(self) -> torch.Tensor | Int8Weight:
@@ -217,7 +237,11 @@ class _Builder:
 
     def _linear(self, *names: str, method: Method | None = None, bias: tuple[str, ...] = ()) -> LinearWeights:
         """One layer of tensors whose outputs follow each other, as it is or quantised."""
-        weight_OI, bias_O = self._source(*names, method=method), self._copy(*bias) if bias else None
+        bias_O = self._copy(*bias) if bias else None
+        if (stored := self.checkpoint.quantized(*names)) is not None:
+            with _naming(names[0]):
+                return self.backend.pack_quantized_linear(concatenate(stored.weights), bias_O, stored.scheme)
+        weight_OI = self._source(*names, method=method)
         if method is None:
             return self.backend.pack_linear(weight_OI, bias_O)
         return self.backend.pack_quantized_linear(method.quantize(weight_OI), bias_O, method.scheme)
@@ -261,6 +285,8 @@ class _Builder:
 
     def _ffn(self, layout: FFNLayout) -> ExpertWeights:
         num_experts, size, hidden = layout.num_experts, layout.expert_size, self.spec.hidden_size
+        if (stored := self.checkpoint.quantized(*layout.gate, *layout.up, *layout.down)) is not None:
+            return self._stored_ffn(layout, stored)
         method = self.quantization.layers
         down = self._source(*layout.down, method=method)
         if layout.gate_up:
@@ -280,3 +306,15 @@ class _Builder:
             return self.backend.pack_experts(gate_EFD, up_EFD, down_EDF, self.spec.activation, *biases)
         gate, up, down = (method.quantize(weight) for weight in (gate_EFD, up_EFD, down_EDF))
         return self.backend.pack_quantized_experts(gate, up, down, self.spec.activation, *biases, scheme=method.scheme)
+
+    def _stored_ffn(self, layout: FFNLayout, stored: StoredWeights) -> ExpertWeights:
+        """Experts that were stored quantised, one by one."""
+        count = layout.num_experts
+        if len(layout.down) != count:
+            raise CheckpointError(f"{layout.down[0]!r} is quantised; only experts that are stored one by one can be")
+        with _naming(layout.gate[0]):
+            gate, up, down = (
+                stack_experts(stored.weights[first : first + count]) for first in range(0, 3 * count, count)
+            )
+        biases = [self._copy(name).view(1, -1) for name in layout.biases] or [None, None, None]
+        return self.backend.pack_quantized_experts(gate, up, down, self.spec.activation, *biases, scheme=stored.scheme)

@@ -22,7 +22,7 @@ from .prepare_default import default_recipe, prepare_default
 
 _HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "*.tiktoken")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_IMPORT_FORMAT = 1
+_IMPORT_FORMAT = 2
 
 _PACKAGED = Path(__file__).parent / "shipped"
 
@@ -118,7 +118,7 @@ def _import_once(file: Path, progress: bool) -> Path:
         raise ValueError(f"no such file: {file}")
     stat = file.stat()
     recipe = {"format": _IMPORT_FORMAT, "file": str(file.resolve()), "bytes": stat.st_size, "changed": stat.st_mtime_ns}
-    return prepare_once(file.stem, recipe, lambda target: import_gguf(file, target, progress=progress))
+    return prepare_once(file.stem, recipe, lambda target: import_gguf(file, target, keep_codes=True, progress=progress))
 
 
 def _download(model: str) -> Path:

@@ -10,11 +10,18 @@ __all__ = ["PrepareConfig", "prepare"]
 
 
 def prepare(config: PrepareConfig) -> None:
-    """Fetch or convert the model, compile the kernels, and say where the model is.
+    """Fetch or convert the model, compile the kernels, and say where the model is; or quantise it.
 
     Raises:
-        ValueError: for a model that does not exist or cannot be had here.
+        ValueError: for a model that does not exist or cannot be had here, or settings that are out of range.
     """
+    if config.quantization != "none":
+        from .quantize.command import quantize_model
+
+        quantize_model(config)
+        return
+    if config.output is not None:
+        raise ValueError("output=… goes with quantization=gptq, awq or smoothquant")
     from ..kernels.cpu_build import BuildError, build
     from .model_store import resolve_model
 

@@ -16,8 +16,14 @@ from typing import Any
 
 import torch
 
+from ..kernels.formats import ActivationScheme, QuantizedWeight
+
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CODE_DTYPES = {
+    **{"I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8},
+    "F8_E4M3": torch.float8_e4m3fn,
+}
 ITEM_BITS = {
     **{"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32},
     **{"F16": 16, "BF16": 16, "I16": 16, "U16": 16},
@@ -56,6 +62,19 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
     return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredWeights:
+    """Weights as they were stored quantised.
+
+    Arguments:
+        weights: one for each name that was asked for, (O, I).
+        scheme: how their inputs are rounded.
+    """
+
+    weights: tuple[QuantizedWeight, ...]
+    scheme: ActivationScheme
 
 
 class Checkpoint(Mapping[str, TensorInfo]):
@@ -117,7 +136,20 @@ class Checkpoint(Mapping[str, TensorInfo]):
                 f"tensor {name!r} in {self.directory / info.file} has dtype {info.dtype}; "
                 f"supported: {', '.join(DTYPES)}"
             )
-        dtype = DTYPES[info.dtype]
+        return self.raw(name)
+
+    def raw(self, name: str) -> torch.Tensor:
+        """As :meth:`view`, also for integers and 8-bit floats: codes of quantised weights.
+
+        Raises:
+            CheckpointError: for any other dtype.
+        """
+        info = self._tensors[name]
+        dtype = {**DTYPES, **CODE_DTYPES}.get(info.dtype)
+        if dtype is None:
+            raise CheckpointError(
+                f"tensor {name!r} in {self.directory / info.file} has dtype {info.dtype}, which is not supported"
+            )
         if info.begin == info.end:
             return torch.empty(info.shape, dtype=dtype)
         if info.begin % dtype.itemsize:  # legal in the format, but torch wants aligned elements
@@ -125,6 +157,10 @@ class Checkpoint(Mapping[str, TensorInfo]):
             return torch.frombuffer(data, dtype=dtype).view(info.shape)
         count = math.prod(info.shape)
         return torch.frombuffer(self._maps[info.file], dtype=dtype, count=count, offset=info.begin).view(info.shape)
+
+    def quantized(self, *names: str) -> StoredWeights | None:
+        """Weights that are stored quantised; None: these are stored as they are. See :mod:`.quantized_checkpoint`."""
+        return None
 
     def release(self) -> None:
         """Drop the pages read so far from this process; reading them again works and reads the file again."""

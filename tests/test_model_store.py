@@ -16,7 +16,10 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from dynamoe.dynamic import prepare_default
+from dynamoe.dynamic.gguf_import import import_gguf
+from dynamoe.dynamic.loader import load_decoder
 from dynamoe.dynamic.model_store import cache_home, prepare_once, resolve_model
+from dynamoe.dynamic.quantized_checkpoint import open_checkpoint, split_config
 from dynamoe.dynamic.tokenizer import Tokenizer
 from safetensors.torch import load_file
 
@@ -148,9 +151,13 @@ def test_what_is_no_model_is_named(name: str) -> None:
         resolve_model(name, progress=False)
 
 
-def write_gguf(checkpoint: Path, file: Path, architecture: str) -> None:
-    """A tiny checkpoint as llama.cpp's converter would write it, its weights in float32."""
-    from gguf import GGUFWriter
+def write_gguf(checkpoint: Path, file: Path, architecture: str, kinds: dict[str, str] | None = None) -> None:
+    """A tiny checkpoint as llama.cpp's converter would write it, its weights in float32.
+
+    Arguments:
+        kinds: by GGUF's names of projections, what they are quantised to.
+    """
+    from gguf import GGMLQuantizationType, GGUFWriter, quantize
 
     config = json.loads((checkpoint / "config.json").read_text())
     tokenizer = json.loads((checkpoint / "tokenizer.json").read_text())
@@ -178,7 +185,12 @@ def write_gguf(checkpoint: Path, file: Path, architecture: str) -> None:
         parts = name.split(".")
         if architecture == "llama" and parts[-1] == "weight" and parts[-2] in heads:
             weight = weight.unflatten(0, (heads[parts[-2]], 2, -1)).transpose(1, 2).flatten(0, 2)
-        writer.add_tensor(gguf_name(name), weight.contiguous().numpy())
+        kind = (kinds or {}).get(gguf_name(name).split(".")[-2])
+        if kind is None:
+            writer.add_tensor(gguf_name(name), weight.contiguous().numpy())
+        else:
+            raw_type = GGMLQuantizationType[kind]
+            writer.add_tensor(gguf_name(name), quantize(weight.contiguous().numpy(), raw_type), raw_dtype=raw_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -231,6 +243,35 @@ def test_a_gguf_file_is_imported_once_and_is_the_model_it_was_made_from(
     wanted = Tokenizer.from_directory(checkpoint).encode(text, add_special_tokens=False)
     assert tokenizer.encode(text, add_special_tokens=False) == wanted
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hello"}]) == "hello"
+
+
+PROJECTIONS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+MIXED = {"attn_q": "Q4_1", "attn_k": "Q4_1", "attn_v": "Q8_0", "attn_output": "Q4_0"}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "kept"),
+    [(dict.fromkeys(PROJECTIONS, "Q4_0"), 14), (dict.fromkeys(PROJECTIONS, "Q4_1"), 14), (MIXED, 2)],
+    ids=["Q4_0", "Q4_1", "mixed"],
+)
+def test_four_bit_gguf_files_keep_their_codes(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, kinds: dict[str, str], kept: int
+) -> None:
+    """What the gguf package makes of the file is what the imported model runs on, in a quarter of the memory."""
+    file, plain = tmp_path / "tiny.gguf", tmp_path / "plain"
+    write_gguf(make_checkpoint("llama", num_hidden_layers=2), file, "llama", kinds)
+    plain.mkdir()
+    import_gguf(file, plain, progress=False)
+    imported = resolve_model(file, progress=False)
+    assert sum(name.endswith("weight_packed") for name in load_file(imported / "model.safetensors")) == kept
+    weights = [
+        open_checkpoint(path, split_config(json.loads((path / "config.json").read_text()))[1])
+        for path in (plain, imported)
+    ]
+    assert set(weights[0]) == set(weights[1])
+    for name in weights[0]:
+        torch.testing.assert_close(weights[1].view(name), weights[0].view(name), rtol=1e-6, atol=1e-6)
+    assert load_decoder(imported, dtype="bfloat16", backend="torch", device="cpu").layers[0].o.nbytes < 64 * 64 * 0.8
 
 
 def test_a_file_that_is_not_gguf_is_refused_and_leaves_nothing(home: Path, tmp_path: Path) -> None:

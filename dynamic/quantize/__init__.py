@@ -1,0 +1,1 @@
+"""Quantisation with calibration: GPTQ, AWQ and SmoothQuant, layer by layer, into checkpoints that others can read."""

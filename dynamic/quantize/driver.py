@@ -1,0 +1,218 @@
+"""A checkpoint quantised layer by layer: what is in memory is one layer, and the residual stream of the text.
+
+Every layer reads what the quantised layers in front of it make of the text, so that it can make up for them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...exits.sidecar import TENSOR_FILE, backbone_hash
+from ...kernels.ops import select_backend
+from ...kernels.torch_backend import TorchBackend
+from ..families import Family, family_of, model_spec
+from ..gguf_import import copy_tokenizer, write_json
+from ..layout import EMBEDDING, FINAL_NORM, Layout, plan_layout
+from ..spec import ModelSpec
+from ..weights import DTYPES, Checkpoint, CheckpointError, read_json
+from .inputs import OneLayer
+from .layer import pack_layer, read_layer
+from .methods import CalibratedMethod, LayerMethod
+from .writer import layer_tensors, quantization_config, save_whole
+
+PROGRESS, REPORT = "quantization_progress.json", "quantization_report.json"
+_REST, _INDEX = "model-rest.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """The checkpoint that is quantised."""
+
+    path: Path
+    config: dict[str, Any]
+    checkpoint: Checkpoint
+    spec: ModelSpec
+    family: Family
+    layout: Layout
+
+
+def quantize_checkpoint(
+    source: Path,
+    target: Path,
+    windows_NL: torch.Tensor,
+    method: CalibratedMethod,
+    *,
+    device: torch.device | None = None,
+    progress: bool = True,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Quantise a checkpoint into a directory of its own; a run that was interrupted goes on where it was.
+
+    Arguments:
+        source: directory in Hugging Face layout, its weights not quantised.
+        target: a directory that is not there, is empty, or holds an unfinished run with the same settings.
+        windows_NL: the calibration text, token ids, int64: N windows of L tokens.
+        method: what becomes of projections and experts. Routers, norms, embedding and LM head stay.
+        device: that calibrates, in float32.
+        progress: show a progress bar.
+
+    Returns: the report that is written beside the weights: the error of every layer's output, and what its experts
+        went by.
+
+    Raises:
+        ValueError: for a source that is quantised already, a target that holds something else, or windows longer than
+            the model's context.
+    """
+    from tqdm import tqdm
+
+    origin = _open(source)
+    if windows_NL.shape[1] > origin.spec.max_position:
+        raise ValueError(f"windows of {windows_NL.shape[1]} tokens exceed the model's {origin.spec.max_position}")
+    backend = select_backend(device or torch.device("cpu"), torch.float32, "auto")
+    settings = {
+        "method": asdict(method),
+        "source_sha256": backbone_hash(source),
+        "text_sha256": hashlib.sha256(windows_NL.contiguous().numpy().tobytes()).hexdigest(),
+        "windows": list(windows_NL.shape),
+    }
+    layers: list[dict[str, Any]] = _begin(target, settings)
+    stream_NLD = _stream(origin, target, len(layers), windows_NL)
+    bar = tqdm(total=origin.spec.num_layers, initial=len(layers), desc="Quantising", unit="layer", disable=not progress)
+    with bar:
+        for number in range(len(layers), origin.spec.num_layers):
+            stream_NLD, report = _one_layer(origin, target, number, stream_NLD, method, backend)
+            save_whole({"stream": stream_NLD}, _stream_file(target, number + 1))
+            layers.append(report)
+            _write_json_whole(target / PROGRESS, {"settings": settings, "layers": layers})
+            _stream_file(target, number).unlink(missing_ok=True)
+            origin.checkpoint.release()
+            bar.update()
+    report = {"settings": settings, "layers": layers}
+    _finish(origin, target, method, report)
+    if (source / TENSOR_FILE).is_file() or (source / "experts.json").is_file():
+        say("exits, contributions of experts and certificates belong to the unquantised weights and are left out")
+    return report
+
+
+def _open(source: Path) -> _Source:
+    config = read_json(source / "config.json")
+    if config.get("quantization_config") or config.get("compression_config"):
+        raise ValueError(f"{source} is quantised already; name the checkpoint that it was made of")
+    spec, family, checkpoint = model_spec(config), family_of(config), Checkpoint(source)
+    layout = plan_layout(spec, family, checkpoint)
+    return _Source(path=source, config=config, checkpoint=checkpoint, spec=spec, family=family, layout=layout)
+
+
+def _begin(target: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Reports of the layers that are finished."""
+    progress = target / PROGRESS
+    if (target / "config.json").exists() or (target.exists() and not target.is_dir()):
+        raise ValueError(f"output={target} holds a model already; name a directory that does not exist")
+    if progress.is_file():
+        found = read_json(progress)
+        if found.get("settings") != settings:
+            raise ValueError(
+                f"output={target} holds an unfinished run with other settings; give it the same method, model and text,"
+                " or name another directory"
+            )
+        return list(found["layers"])
+    if target.is_dir() and any(target.iterdir()):
+        raise ValueError(f"output={target} is not empty; name a directory that does not exist")
+    target.mkdir(parents=True, exist_ok=True)
+    _write_json_whole(progress, {"settings": settings, "layers": []})
+    return []
+
+
+def _stream(origin: _Source, target: Path, finished: int, windows_NL: torch.Tensor) -> torch.Tensor:
+    """The residual stream of the text behind the layers that are finished, float32."""
+    if finished == origin.spec.num_layers:
+        return torch.empty(0)  # nothing is left to run
+    if finished:
+        from safetensors.torch import load_file
+
+        file = _stream_file(target, finished)
+        try:
+            return load_file(file)["stream"]
+        except (OSError, KeyError, ValueError) as error:
+            raise ValueError(f"{file} is missing or damaged ({error}); remove {target} and start again") from error
+    rows_NLD = origin.checkpoint.view(EMBEDDING)[windows_NL].float()
+    return rows_NLD * origin.spec.embedding_scale
+
+
+@torch.inference_mode()
+def _one_layer(
+    origin: _Source,
+    target: Path,
+    number: int,
+    stream_NLD: torch.Tensor,
+    method: CalibratedMethod,
+    backend: TorchBackend,
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Quantise a layer and write it; the stream behind it, and what is reported of it."""
+    spec, layout = origin.spec, origin.layout.layers[number]
+    layer = read_layer(origin.checkpoint, layout, spec)
+    exact = OneLayer(spec, number, pack_layer(backend, layer, spec.activation), backend)
+    expected_NLD, inputs = exact.watch(stream_NLD)
+    del exact
+    dtype = DTYPES[origin.checkpoint[layout.attention_norm].dtype]
+    worker = LayerMethod(method, spec, dtype)
+    layer, inputs = worker.scaled(layer, inputs)
+    quantized = worker.quantized(layer, inputs)
+    prefix = f"model.layers.{number}."
+    save_whole(layer_tensors(quantized, layout, origin.family, prefix, dtype), target / _layer_file(number))
+    packed = pack_layer(backend, quantized, spec.activation, method.scheme)
+    after_NLD = OneLayer(spec, number, packed, backend).run(stream_NLD)
+    added = (expected_NLD - stream_NLD).norm()
+    error = float((after_NLD - expected_NLD).norm() / added.clamp(min=torch.finfo(torch.float32).tiny))
+    return after_NLD, {"layer": number, "relative_error": error, "experts": dict(worker.sources)}
+
+
+def _finish(origin: _Source, target: Path, method: CalibratedMethod, report: dict[str, Any]) -> None:
+    """What is not quantised, index and configuration. The configuration comes last: with it the model is whole."""
+    checkpoint = origin.checkpoint
+    names = [EMBEDDING, FINAL_NORM, *([origin.layout.lm_head] if origin.layout.lm_head else [])]
+    save_whole({name: checkpoint.view(name).clone() for name in names}, target / _REST)
+    copy_tokenizer(origin.path, target)
+    files = [*(_layer_file(number) for number in range(origin.spec.num_layers)), _REST]
+    weight_map = {name: file for file in files for name in _names_in(target / file)}
+    write_json(target / _INDEX, {"metadata": {}, "weight_map": weight_map})
+    write_json(target / REPORT, report)
+    kept = ["lm_head"]
+    for layout in origin.layout.layers:
+        kept += [name.removesuffix(".weight") for name in (layout.router, layout.shared_gate) if name]
+    config = {**origin.config, "quantization_config": quantization_config(method, kept)}
+    _stream_file(target, origin.spec.num_layers).unlink(missing_ok=True)
+    _write_json_whole(target / "config.json", config)
+    (target / PROGRESS).unlink()
+
+
+def _names_in(file: Path) -> list[str]:
+    from safetensors import safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return list(opened.keys())
+    except OSError as error:
+        raise CheckpointError(f"{file} is missing or damaged: {error}") from error
+
+
+def _layer_file(number: int) -> str:
+    return f"model-layer-{number:03d}.safetensors"
+
+
+def _stream_file(target: Path, finished: int) -> Path:
+    return target / f"stream-{finished:03d}.safetensors"
+
+
+def _write_json_whole(file: Path, content: dict[str, Any]) -> None:
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(unfinished, file)

@@ -1,0 +1,192 @@
+"""One layer's tensors outside of any backend: read from a checkpoint, changed, packed for a backend.
+
+Shape suffixes as in ``kernels/types.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ...kernels.formats import UNQUANTIZED, ActivationScheme, QuantizedWeight, concatenate
+from ...kernels.torch_backend import TorchBackend
+from ...kernels.types import ExpertWeights, LinearWeights
+from ..decoder import LayerWeights
+from ..layout import FFNLayout, LayerLayout
+from ..spec import ModelSpec
+from ..weights import Checkpoint
+
+Weight = torch.Tensor | QuantizedWeight
+
+
+@dataclass(frozen=True, kw_only=True)
+class FFNTensors:
+    """Experts of a layer, or a dense FFN as one expert. Biases: of gate, up and down, (1, …), or none."""
+
+    gate_EFD: Weight
+    up_EFD: Weight
+    down_EDF: Weight
+    biases: tuple[torch.Tensor, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerTensors:
+    """What :class:`.LayerWeights` is made of; floating tensors are float32. Fields as there."""
+
+    attention_norm_D: torch.Tensor
+    ffn_norm_D: torch.Tensor
+    qkv: tuple[Weight, Weight, Weight]
+    qkv_bias: tuple[torch.Tensor, ...]
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    o: Weight
+    o_bias: torch.Tensor | None
+    ffn: FFNTensors
+    router_ED: torch.Tensor | None
+    shared: FFNTensors | None
+    shared_gate_1D: torch.Tensor | None
+
+
+def plain(weight: Weight) -> torch.Tensor:
+    """A weight that is known not to be quantised yet."""
+    assert isinstance(weight, torch.Tensor)
+    return weight
+
+
+def read_layer(checkpoint: Checkpoint, layout: LayerLayout, spec: ModelSpec) -> LayerTensors:
+    """A layer in float32, in memory of its own."""
+
+    def one(name: str) -> torch.Tensor:
+        return checkpoint.view(name).float().clone()
+
+    def maybe(name: str) -> torch.Tensor | None:
+        return one(name) if name else None
+
+    def ffn(part: FFNLayout) -> FFNTensors:
+        biases = tuple(one(name).view(1, -1) for name in part.biases)
+        gate, up, down = _expert_tensors([one(name) for name in _ffn_names(part)], part, spec.hidden_size)
+        return FFNTensors(gate_EFD=gate, up_EFD=up, down_EDF=down, biases=biases)
+
+    return LayerTensors(
+        attention_norm_D=one(layout.attention_norm),
+        ffn_norm_D=one(layout.ffn_norm),
+        qkv=(one(layout.qkv[0]), one(layout.qkv[1]), one(layout.qkv[2])),
+        qkv_bias=tuple(one(name) for name in layout.qkv_bias),
+        q_norm=maybe(layout.q_norm),
+        k_norm=maybe(layout.k_norm),
+        o=one(layout.o),
+        o_bias=maybe(layout.o_bias),
+        ffn=ffn(layout.ffn),
+        router_ED=maybe(layout.router),
+        shared=ffn(layout.shared) if layout.shared else None,
+        shared_gate_1D=maybe(layout.shared_gate),
+    )
+
+
+def _ffn_names(layout: FFNLayout) -> tuple[str, ...]:
+    first = (layout.gate_up,) if layout.gate_up else (*layout.gate, *layout.up)
+    return (*first, *layout.down)
+
+
+def _expert_tensors(
+    tensors: Sequence[torch.Tensor], layout: FFNLayout, hidden: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gate and up (E, F, D) and down (E, D, F), from whichever way they are stored."""
+    count, size = layout.num_experts, layout.expert_size
+    if layout.gate_up:
+        gate_up_EXD, down_EDF = tensors
+        return gate_up_EXD[:, :size].contiguous(), gate_up_EXD[:, size:].contiguous(), down_EDF
+    each = len(layout.gate)
+    gate, up = (torch.cat(list(part)).view(count, size, hidden) for part in (tensors[:each], tensors[each : 2 * each]))
+    down = tensors[2 * each :]
+    if each == count:
+        return gate, up, torch.stack(list(down))
+    return gate, up, down[0].view(hidden, count, size).transpose(0, 1).contiguous()
+
+
+def pack_layer(
+    backend: TorchBackend, layer: LayerTensors, activation: str, scheme: ActivationScheme = UNQUANTIZED
+) -> LayerWeights:
+    """The layer as the backend keeps it; ``scheme`` says how the inputs of quantised weights are rounded."""
+
+    def norm(weight: torch.Tensor) -> torch.Tensor:
+        return weight.to(backend.device, backend.dtype)
+
+    def linear(weight: Weight, bias: torch.Tensor | None = None) -> LinearWeights:
+        if isinstance(weight, torch.Tensor):
+            return backend.pack_linear(weight, bias)
+        return backend.pack_quantized_linear(weight, bias, scheme)
+
+    def ffn(part: FFNTensors) -> ExpertWeights:
+        gate, up, down = part.gate_EFD, part.up_EFD, part.down_EDF
+        if isinstance(gate, torch.Tensor):
+            return backend.pack_experts(gate, plain(up), plain(down), activation, *part.biases)
+        assert not isinstance(up, torch.Tensor)
+        assert not isinstance(down, torch.Tensor)
+        return backend.pack_quantized_experts(gate, up, down, activation, *part.biases, scheme=scheme)
+
+    quantized = [part for part in layer.qkv if not isinstance(part, torch.Tensor)]
+    qkv = concatenate(quantized) if quantized else torch.cat([plain(part) for part in layer.qkv])
+    return LayerWeights(
+        attention_norm_D=norm(layer.attention_norm_D),
+        qkv=linear(qkv, torch.cat(layer.qkv_bias) if layer.qkv_bias else None),
+        q_norm=None if layer.q_norm is None else norm(layer.q_norm),
+        k_norm=None if layer.k_norm is None else norm(layer.k_norm),
+        o=linear(layer.o, layer.o_bias),
+        ffn_norm_D=norm(layer.ffn_norm_D),
+        ffn=ffn(layer.ffn),
+        router=None if layer.router_ED is None else linear(layer.router_ED),
+        shared=None if layer.shared is None else ffn(layer.shared),
+        shared_gate=None if layer.shared_gate_1D is None else linear(layer.shared_gate_1D),
+    )
+
+
+def fold_into_attention_norm(layer: LayerTensors, scale_D: torch.Tensor) -> LayerTensors:
+    """Divide what the projections of queries, keys and values read by a scale; multiply their weights by it."""
+    q, k, v = (plain(part) * scale_D for part in layer.qkv)
+    return replace(layer, attention_norm_D=layer.attention_norm_D / scale_D, qkv=(q, k, v))
+
+
+def fold_into_ffn_norm(layer: LayerTensors, scale_D: torch.Tensor) -> LayerTensors:
+    """The same for all that reads the normed input of the FFN: experts, router, shared expert and its gate."""
+
+    def ffn(part: FFNTensors) -> FFNTensors:
+        return replace(part, gate_EFD=plain(part.gate_EFD) * scale_D, up_EFD=plain(part.up_EFD) * scale_D)
+
+    return replace(
+        layer,
+        ffn_norm_D=layer.ffn_norm_D / scale_D,
+        ffn=ffn(layer.ffn),
+        router_ED=None if layer.router_ED is None else layer.router_ED * scale_D,
+        shared=None if layer.shared is None else ffn(layer.shared),
+        shared_gate_1D=None if layer.shared_gate_1D is None else layer.shared_gate_1D * scale_D,
+    )
+
+
+def fold_into_values(layer: LayerTensors, scale_GC: torch.Tensor, queries_per_key: int) -> LayerTensors:
+    """Divide the values by a scale, and multiply what the output projection makes of them by it.
+
+    All query heads that share values share their scales.
+    """
+    q, k, v = layer.qkv
+    flat_X = scale_GC.flatten()
+    bias = layer.qkv_bias
+    if bias:
+        bias = (bias[0], bias[1], bias[2] / flat_X)
+    spread_X = scale_GC.repeat_interleave(queries_per_key, 0).flatten()
+    return replace(layer, qkv=(q, k, plain(v) / flat_X[:, None]), qkv_bias=bias, o=plain(layer.o) * spread_X)
+
+
+def fold_into_up(ffn: FFNTensors, scale_EF: torch.Tensor) -> FFNTensors:
+    """Divide what the up projections give by a scale, and multiply the down projections' inputs by it."""
+    biases = ffn.biases
+    if biases:
+        biases = (biases[0], biases[1] / scale_EF, biases[2])
+    return replace(
+        ffn,
+        up_EFD=plain(ffn.up_EFD) / scale_EF[:, :, None],
+        down_EDF=plain(ffn.down_EDF) * scale_EF[:, None, :],
+        biases=biases,
+    )

@@ -1,0 +1,61 @@
+"""What the calibration text says about the inputs of linear layers: second moments and sizes, and nothing else.
+
+Shape suffixes: B layers of one shape that are treated alike (experts, or a single one), O outputs, I inputs, T rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputStatistics:
+    """Statistics of the inputs of B layers.
+
+    Arguments:
+        hessian_BII: float32, mean over rows of x xᵀ: half the Hessian of a layer's squared output error.
+        mean_abs_BI, max_abs_BI: float32, of each input's absolute value.
+        rows_B: int64, how many rows were seen.
+    """
+
+    hessian_BII: torch.Tensor
+    mean_abs_BI: torch.Tensor
+    max_abs_BI: torch.Tensor
+    rows_B: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[torch.Tensor]) -> Self:
+        """From each layer's inputs, (T, I), any floating dtype; T differs from layer to layer and may be 0."""
+        wide = [part.float() for part in rows]
+        return cls(
+            hessian_BII=torch.stack([x_TI.T @ x_TI / max(1, len(x_TI)) for x_TI in wide]),
+            mean_abs_BI=torch.stack([x_TI.abs().sum(0) / max(1, len(x_TI)) for x_TI in wide]),
+            max_abs_BI=torch.stack(
+                [x_TI.abs().amax(0) if len(x_TI) else x_TI.new_zeros(x_TI.shape[1]) for x_TI in wide]
+            ),
+            rows_B=torch.tensor([len(x_TI) for x_TI in wide]),
+        )
+
+    def divided(self, scale_BI: torch.Tensor) -> InputStatistics:
+        """The statistics of the same inputs, each divided by its scale: (I) or (B, I)."""
+        scale_BI = scale_BI.expand_as(self.mean_abs_BI)
+        return InputStatistics(
+            hessian_BII=self.hessian_BII / (scale_BI[:, :, None] * scale_BI[:, None, :]),
+            mean_abs_BI=self.mean_abs_BI / scale_BI,
+            max_abs_BI=self.max_abs_BI / scale_BI,
+            rows_B=self.rows_B,
+        )
+
+    @property
+    def usable_B(self) -> torch.Tensor:
+        """Whether there is anything to go by: some rows, finite, not all zero."""
+        return self.hessian_BII.isfinite().all(-1).all(-1) & (self.hessian_BII.diagonal(dim1=-2, dim2=-1).sum(-1) > 0)
+
+
+def output_error(error_BOI: torch.Tensor, hessian_BII: torch.Tensor) -> torch.Tensor:
+    """Mean squared change of each layer's output, summed over outputs, that a change of its weight makes: (B)."""
+    return ((error_BOI @ hessian_BII) * error_BOI).sum((-1, -2))
