@@ -53,7 +53,7 @@ def relative(model: LoadedModel, prompts: list[list[int]], at_once: int, tokens:
         }
         for name, seconds in seconds_per_token(engines, turns).items():
             totals[name] += seconds / len(groups)
-    alone = measure_times(plain.decoder, EngineConfig().page_size, at_once)
+    alone = measure_times(plain.decoder, EngineConfig().block_size, at_once)
     number, step = alone.sizes.index(at_once), totals["full"] * at_once
     return {
         "sequences": at_once,
