@@ -133,7 +133,7 @@ def test_a_default_contract_is_checked() -> None:
 
 
 def test_raw_settings_are_not_offered_to_servers(table: pd.DataFrame, tmp_path: Path) -> None:
-    capped = table[(table["config.quality.experts_per_token"] == 1) & table["error"].isna()]
+    capped = table[(table["config.quality.experts_per_token"] == 1) & table["error"].isna()].copy()
     assert len(capped) == 1
     assert write_serve_configs(capped.assign(label="a cap"), tmp_path) == 0
 

@@ -35,7 +35,7 @@ def write_report(
     frame = tidy(records)
     frame.to_csv(output / f"{TABLE}.csv", index=False)
     frame.to_parquet(output / f"{TABLE}.parquet", index=False)
-    good = frame[frame["error"].isna()]
+    good = frame[frame["error"].isna()].copy()
     failures = [f"{_setting(frame, row)}: {row['error']}" for _, row in frame[frame["error"].notna()].iterrows()]
     for failure in failures:
         print(f"failed: {failure}")
