@@ -23,8 +23,8 @@ import torch
 from dynamoe import LLM, SamplingParams
 from dynamoe.dynamic.calibration_text import reference_pages, token_windows
 from dynamoe.dynamic.gguf_import import import_gguf
+from dynamoe.dynamic.machine import processor
 from dynamoe.dynamic.prepare_default import dense_default_file
-from machine import processor
 
 RESULTS = Path(__file__).parent / "results" / "default_vs_transformers.json"
 

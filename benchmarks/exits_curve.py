@@ -29,16 +29,17 @@ import torch
 from checkout import RESULTS
 from dynamoe.dynamic.calibration import decoded_layers
 from dynamoe.dynamic.calibration_text import reference_pages
+from dynamoe.dynamic.intervals import mean
 from dynamoe.dynamic.llm import LLM
+from dynamoe.dynamic.machine import processor
 from dynamoe.dynamic.model_store import cache_home, resolve_model
 from dynamoe.dynamic.outputs import RequestOutput
 from dynamoe.dynamic.sampling_params import SamplingParams
-from dynamoe.dynamic.served_risk import disagreements, interval
+from dynamoe.dynamic.served_risk import disagreements
 from dynamoe.dynamic.train.corpus import build_corpus, load_corpus
 from dynamoe.dynamic.train.held_out import held_out_prompts
 from dynamoe.dynamic.train.recipe import RecipeConfig
 from dynamoe.dynamic.train.served import blocks_from
-from machine import processor
 
 
 def settings(threshold: float | None, exits: tuple[int, ...], tokens: int) -> SamplingParams:
@@ -119,11 +120,12 @@ def measure(llm: LLM, prompts: Prompts, thresholds: list[float], tokens: int) ->
         _, full_rate = timed(llm, prompts.tokens, settings(None, exits, tokens))
         outputs, rate = timed(llm, prompts.tokens, settings(threshold, exits, tokens))
         losses_N = disagreements(llm.model.decoder, outputs)
+        around = mean(losses_N)
         points.append(
             {
                 "threshold": threshold,
-                "disagreement": float(losses_N.mean()),
-                "interval_95": list(interval(losses_N)),
+                "disagreement": around.value,
+                "interval_95": [around.low, around.high],
                 **executed(outputs, num_layers),
                 "by_genre": by_genre(outputs, losses_N, prompts.genres, num_layers),
                 "tokens_per_second": rate,

@@ -28,6 +28,7 @@ from dynamoe.dynamic.engine.engine import Engine
 from dynamoe.dynamic.engine.kv_cache import allocate_layers
 from dynamoe.dynamic.engine.parking import last_slots
 from dynamoe.dynamic.loader import LoadedModel, load_decoder
+from dynamoe.dynamic.machine import processor
 from dynamoe.dynamic.model_store import resolve_model
 from dynamoe.dynamic.sampling_params import SamplingParams
 from dynamoe.dynamic.train.export import checkpoint_tensors, model_config
@@ -36,7 +37,6 @@ from dynamoe.exits.calibrators import Temperature
 from dynamoe.exits.probes import Probe, ProbeSpec
 from dynamoe.exits.readout import ReadoutAdapter
 from dynamoe.exits.sidecar import JSON_FILE, ExitHeads, backbone_hash, save_heads
-from machine import processor
 
 PROBE = ProbeSpec(kind="mlp", width=2, previous=True, router_entropy=True)
 PROMPT = 32

@@ -24,11 +24,11 @@ from dynamoe.dynamic.engine.engine import Engine
 from dynamoe.dynamic.engine.parking import measure_times
 from dynamoe.dynamic.llm import LLM
 from dynamoe.dynamic.loader import LoadedModel
+from dynamoe.dynamic.machine import processor
 from dynamoe.dynamic.model_store import resolve_model
 from dynamoe.dynamic.served_risk import disagreements
 from exits_curve import corpus_prompts, executed, settings
 from exits_overhead import CHUNK, seconds_per_token, without_exits
-from machine import processor
 
 
 def decoding(model: LoadedModel, prompts: list[list[int]], tokens: int, threshold: float | None) -> Engine:

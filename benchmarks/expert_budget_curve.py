@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 from checkout import RESULTS
+from dynamoe.dynamic.intervals import mean
 from dynamoe.dynamic.llm import LLM
+from dynamoe.dynamic.machine import processor
 from dynamoe.dynamic.model_store import resolve_model
 from dynamoe.dynamic.outputs import RequestOutput
 from dynamoe.dynamic.sampling_params import SamplingParams
-from dynamoe.dynamic.served_risk import disagreements, interval
+from dynamoe.dynamic.served_risk import disagreements
 from exits_curve import Prompts, corpus_prompts, reference_prompts, timed
-from machine import processor
 
 
 def executed_share(outputs: list[RequestOutput], experts_per_row: int) -> float:
@@ -46,11 +47,12 @@ def measure(llm: LLM, prompts: Prompts, settings: list[dict[str, Any]], tokens: 
         params = replace(exact, quality=None, **setting) if setting else exact
         outputs, rate = timed(llm, prompts.tokens, params)
         losses_N = disagreements(llm.model.decoder, outputs)
+        around = mean(losses_N)
         points.append(
             {
                 **setting,
-                "disagreement": float(losses_N.mean()),
-                "interval_95": list(interval(losses_N)),
+                "disagreement": around.value,
+                "interval_95": [around.low, around.high],
                 "executed_expert_share": executed_share(outputs, experts),
                 "tokens_per_second": rate,
                 "full_tokens_per_second": full_rate,

@@ -21,13 +21,13 @@ import torch
 from checkout import RESULTS
 from dynamoe.dynamic.decoder import Decoder
 from dynamoe.dynamic.llm import LLM
+from dynamoe.dynamic.machine import processor
 from dynamoe.dynamic.model_store import resolve_model
 from dynamoe.dynamic.prompt_pass import fresh_cache
 from dynamoe.exits.segments import Segment
 from dynamoe.kernels.types import ExpertBudget, Routing
 from dynamoe.moe.contribution import keep_by_layer
 from exits_curve import corpus_prompts, reference_prompts
-from machine import processor
 
 ROUNDS = 12  # of the search for the setting that skips the wanted share
 STEP = 8  # pieces of text that run at once

@@ -23,13 +23,13 @@ import torch
 from checkout import RESULTS
 from dynamoe.dynamic.certificates import CertificateSource, spent_under
 from dynamoe.dynamic.llm import LLM
+from dynamoe.dynamic.machine import processor
 from dynamoe.dynamic.model_store import resolve_model
 from dynamoe.dynamic.prompt_file import read_prompts
 from dynamoe.dynamic.sampling_params import SamplingParams
 from dynamoe.dynamic.served_risk import disagreements
 from dynamoe.exits.certificate import Certificate
 from dynamoe.exits.e_process import EProcess
-from machine import processor
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 

@@ -29,8 +29,8 @@ from typing import Any
 
 import checkout
 import torch
+from dynamoe.dynamic.machine import processor
 from limits import Limits
-from machine import processor
 from peers_engines import CELLS, CONCURRENCY, OUTPUT, PREFILL, PROMPT, Foreign, LlamaCpp, Worker, prompts
 
 MOST_FOREIGN = 0.15

@@ -24,13 +24,13 @@ from checkout import RESULTS
 from dynamoe.dynamic.calibration_text import reference_pages, token_windows
 from dynamoe.dynamic.decoder import Decoder
 from dynamoe.dynamic.loader import load_decoder
+from dynamoe.dynamic.machine import processor
 from dynamoe.dynamic.model_store import resolve_model
 from dynamoe.dynamic.prompt_pass import fresh_cache
 from dynamoe.dynamic.quantize.driver import quantize_checkpoint
 from dynamoe.dynamic.quantize.methods import METHODS, CalibratedMethod
 from dynamoe.dynamic.tokenizer import Tokenizer
 from dynamoe.exits.segments import Segment
-from machine import processor
 
 AT_LOAD = ("int8", "w8a8", "int4", "int4-asym", "fp8")
 

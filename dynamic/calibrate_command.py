@@ -21,10 +21,10 @@ from ..exits.risk import BOUNDS, betting_bound, conformal_risk_control, learn_th
 from .calibration import PROBABILITIES, Measured, Setting, measure, path_through
 from .certificates import CERTIFICATES
 from .deployment import deployment
+from .intervals import mean
 from .llm import LLM
 from .model_store import resolve_model
 from .prompt_file import read_prompts
-from .served_risk import interval
 from .train.held_out import PROMPTS_FILE
 from .train.recipe import claim, plot_path
 
@@ -212,7 +212,7 @@ def _certificate(
     source: str,
     facts: dict[str, Scalar],
 ) -> Certificate:
-    low, high = interval(held_out.losses_N)
+    loss = mean(held_out.losses_N)
     return Certificate(
         alpha=alpha,
         delta=config.delta,
@@ -224,9 +224,9 @@ def _certificate(
         expert_budget={} if setting.expert_keep is None else {"expert_keep": setting.expert_keep},
         held_out=HeldOut(
             requests=len(held_out.losses_N),
-            mean_loss=float(held_out.losses_N.mean()),
-            low=low,
-            high=high,
+            mean_loss=loss.value,
+            low=loss.low,
+            high=loss.high,
             layers_executed=held_out.layers_share,
         ),
         created=datetime.date.today().isoformat(),

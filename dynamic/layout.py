@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+
+import torch
 
 from .families import DENSE_FFN, SHARED_EXPERT, ExpertNames, Family
 from .spec import LayerSpec, ModelSpec
@@ -35,6 +37,27 @@ class FFNLayout:
     down: tuple[str, ...] = ()
     gate_up: str = ""
     biases: tuple[str, ...] = ()
+
+
+def expert_tensors(
+    layout: FFNLayout, hidden: int, read: Callable[..., torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gate and up (E, F, D) and down (E, D, F), whichever way they are stored; views of what was read.
+
+    Arguments:
+        hidden: D.
+        read: tensors by name, one below the other.
+    """
+    count, size = layout.num_experts, layout.expert_size
+    down = read(*layout.down)
+    if layout.gate_up:
+        gate_up_EXD = read(layout.gate_up)
+        return gate_up_EXD[:, :size], gate_up_EXD[:, size:], down
+    gate_EFD, up_EFD = (read(*names).view(count, size, hidden) for names in (layout.gate, layout.up))
+    if len(layout.down) == count:
+        return gate_EFD, up_EFD, down.view(count, hidden, size)
+    # Neurons side by side: a strided view, so that all experts together stay one dense matrix.
+    return gate_EFD, up_EFD, down.view(hidden, count, size).transpose(0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..exits.sidecar import ExitHeads, load_heads
-from ..kernels.format_stack import stack_experts
-from ..kernels.formats import Int8Weight, concatenate, quantize_int8
+from ..kernels.format_join import concatenate, stack_experts
+from ..kernels.formats import Int8Weight, quantize_int8
 from ..kernels.ops import select_backend
 from ..kernels.torch_backend import TorchBackend
 from ..kernels.types import ExpertWeights, LinearWeights
@@ -22,7 +23,7 @@ from .decoder import Decoder, LayerWeights
 from .decoder_budget import read_scales
 from .decoder_exits import pack_exits
 from .families import family_of, model_spec
-from .layout import EMBEDDING, FINAL_NORM, FFNLayout, LayerLayout, Layout, plan_layout
+from .layout import EMBEDDING, FINAL_NORM, FFNLayout, LayerLayout, Layout, expert_tensors, plan_layout
 from .quantization import NONE, Method, Quantization
 from .quantized_checkpoint import QuantizedCheckpoint, open_checkpoint, split_config
 from .spec import ModelSpec
@@ -284,23 +285,10 @@ class _Builder:
         )
 
     def _ffn(self, layout: FFNLayout) -> ExpertWeights:
-        num_experts, size, hidden = layout.num_experts, layout.expert_size, self.spec.hidden_size
         if (stored := self.checkpoint.quantized(*layout.gate, *layout.up, *layout.down)) is not None:
             return self._stored_ffn(layout, stored)
         method = self.quantization.layers
-        down = self._source(*layout.down, method=method)
-        if layout.gate_up:
-            gate_up = self._source(layout.gate_up, method=method)
-            gate_EFD, up_EFD = gate_up[:, :size], gate_up[:, size:]
-        else:
-            gate_EFD = self._source(*layout.gate, method=method).view(num_experts, size, hidden)
-            up_EFD = self._source(*layout.up, method=method).view(num_experts, size, hidden)
-        if len(layout.down) == num_experts:
-            down_EDF = down.view(num_experts, hidden, size)
-        elif layout.gate_up:
-            down_EDF = down
-        else:  # neurons side by side: a strided view, so that all experts together stay one dense matrix
-            down_EDF = down.view(hidden, num_experts, size).transpose(0, 1)
+        gate_EFD, up_EFD, down_EDF = expert_tensors(layout, self.spec.hidden_size, partial(self._source, method=method))
         biases = [self._copy(name).view(1, -1) for name in layout.biases] or [None, None, None]
         if method is None:
             return self.backend.pack_experts(gate_EFD, up_EFD, down_EDF, self.spec.activation, *biases)

@@ -22,12 +22,13 @@ from ..kernels.formats import (
     Int4Weight,
     Int8Weight,
     QuantizedWeight,
+    pack_int4,
+    unpack_int4,
 )
 from .weights import CheckpointError, TensorInfo
 
 _NIBBLES = 8  # codes of 4 bits in a word
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where the codes of outputs 0 … 7 lie in a word
-_LARGEST_GROUP = INT4_GROUPS[-1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,9 +253,8 @@ class Awq:
         _, inputs = self.shape(weight)
         group = inputs if self.group == -1 else self.group
         codes_OI = self._codes(weight.read("qweight")).T.contiguous()
-        data = codes_OI[:, 0::2] | (codes_OI[:, 1::2] << 4)
         zero = self._codes(weight.read("qzeros")).T if weight.has("qzeros") else None
-        return _int4(data, weight.scale("scales").T.contiguous(), zero, inputs, group)
+        return _int4(pack_int4(codes_OI), weight.scale("scales").T.contiguous(), zero, inputs, group)
 
     def _codes(self, words_XW: torch.Tensor) -> torch.Tensor:
         nibbles = _nibbles(words_XW).unflatten(-1, (-1, _NIBBLES))
@@ -319,8 +319,7 @@ def _check_order(weight: StoredWeight, part: str, inputs: int, group: int) -> No
 
 def _nibbles(words: torch.Tensor) -> torch.Tensor:
     """(…, W) words of 32 bits → (…, 8 W) codes, the lowest bits first, uint8."""
-    data = words.contiguous().view(torch.uint8)
-    return torch.stack((data & 15, data >> 4), -1).flatten(-2)
+    return unpack_int4(words.contiguous().view(torch.uint8))
 
 
 def _int4(

@@ -19,7 +19,6 @@ from .outputs import RequestOutput
 from .prompt_pass import fresh_cache
 
 _ROWS = 4096  # of a pass
-_RESAMPLES = 4000
 _LOGIT_BYTES = 64 << 20
 _T = TypeVar("_T")
 Steps = Generator[None, None, _T]
@@ -49,14 +48,6 @@ def disagreement_steps(decoder: Decoder, outputs: Sequence[RequestOutput]) -> St
             served[number] += count
             start += count
     return wrong / np.maximum(served, 1)
-
-
-def full_choices(decoder: Decoder, sequences: Sequence[Sequence[int]], firsts: Sequence[int]) -> torch.Tensor:
-    """What the full model chooses in place of the tokens from ``firsts`` on, int64, on the CPU, (R,).
-
-    Arguments: as for :func:`full_states`.
-    """
-    return _run(_choice_steps(decoder, sequences, firsts))
 
 
 def full_states(decoder: Decoder, sequences: Sequence[Sequence[int]], firsts: Sequence[int]) -> torch.Tensor:
@@ -118,11 +109,3 @@ def _groups(outputs: Sequence[RequestOutput]) -> Iterator[list[tuple[int, list[i
             rows += len(tokens)
     if group:
         yield group
-
-
-def interval(losses_N: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the mean by resampling requests with replacement."""
-    count, mean = len(losses_N), float(losses_N.mean())
-    picks = np.random.default_rng(0).integers(count, size=(_RESAMPLES, count))
-    low, high = np.quantile(losses_N[picks].mean(1), (0.025, 0.975)).tolist()
-    return min(low, mean), max(high, mean)

@@ -6,7 +6,6 @@ Sizes need not divide: last groups and blocks may be ragged. Shape suffixes as i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Self
 
@@ -46,15 +45,16 @@ class _QuantizedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of the codes, scales and zero points."""
-        return sum(t.numel() * t.element_size() for t in self._tensors().values())
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Codes, scales and whatever else there is, by field."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
     def to(self, device: torch.device | str) -> Self:
         """The same weight on another device."""
-        return replace(self, **{name: tensor.to(device) for name, tensor in self._tensors().items()})  # type: ignore[arg-type]
+        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})  # type: ignore[arg-type]
 
     def expert(self, number: int) -> Self:
         """One of stacked experts, (O, I).
@@ -65,7 +65,7 @@ class _QuantizedWeight:
         """
         if self.num_experts is None:
             raise ValueError(f"a weight of shape {self.shape} holds no experts")
-        return replace(self, **{name: tensor[number] for name, tensor in self._tensors().items()})  # type: ignore[arg-type]
+        return replace(self, **{name: tensor[number] for name, tensor in self.tensors().items()})  # type: ignore[arg-type]
 
     def rows(self, start: int, stop: int) -> Self:
         """Outputs ``start … stop - 1``."""
@@ -80,7 +80,7 @@ class _QuantizedWeight:
         raise NotImplementedError
 
     def _select(self, outputs: slice | torch.Tensor) -> Self:
-        parts = {name: tensor[..., outputs, :] for name, tensor in self._tensors().items()}
+        parts = {name: tensor[..., outputs, :] for name, tensor in self.tensors().items()}
         return replace(self, **parts)  # type: ignore[arg-type]
 
     def _check_data(self, dtype: torch.dtype) -> None:
@@ -168,8 +168,7 @@ class Int4Weight(_QuantizedWeight):
 
     def codes(self) -> torch.Tensor:
         """q as uint8, (…, O, I)."""
-        both = torch.stack((self.data & 15, self.data >> 4), -1).flatten(-2)
-        return both[..., : self.inputs]
+        return unpack_int4(self.data)[..., : self.inputs]
 
     def offsets(self) -> torch.Tensor:
         """float32, shaped as the scales: what is added to ``q · scale``."""
@@ -297,16 +296,9 @@ def quantize_int4(weight: torch.Tensor, *, group: int = 64, symmetric: bool = Tr
     Raises:
         ValueError: for another shape or group, or weights that are not finite.
     """
-    if group not in INT4_GROUPS:
-        raise ValueError(f"int4 groups have {', '.join(map(str, INT4_GROUPS))} inputs, not {group}")
     w = _source(weight)
-    grouped = F.pad(w, (0, -w.shape[-1] % group)).unflatten(-1, (-1, group))  # zeros change neither end of a range
-    low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
-    if symmetric:
-        high = torch.maximum(high, -low)
-        low = -high
-    scale = _positive((high - low) / 15)
-    zero = torch.full_like(scale, 8.0) if symmetric else (-low / scale).round().clamp(0, 15)
+    scale, zero = int4_grid(w, group, symmetric)
+    grouped = F.pad(w, (0, -w.shape[-1] % group)).unflatten(-1, (-1, group))
     q = ((grouped / scale[..., None]).round() + zero[..., None]).clamp(0, 15).to(torch.uint8)
     codes = q.flatten(-2)[..., : w.shape[-1]]
     return Int4Weight(
@@ -316,6 +308,33 @@ def quantize_int4(weight: torch.Tensor, *, group: int = 64, symmetric: bool = Tr
         group=group,
         zero=None if symmetric else zero.to(torch.uint8),
     )
+
+
+def int4_grid(
+    weight: torch.Tensor, group: int, symmetric: bool, shrink: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zero points of a grid that reaches from end to end of each output's group of inputs.
+
+    Arguments:
+        weight: float32, (…, O, I).
+        group: inputs per scale: 32, 64 or 128.
+        symmetric: as for :func:`quantize_int4`.
+        shrink: share of the range that is kept; what lies outside is clipped.
+
+    Returns: float32, (…, O, G) each; zero points are whole numbers.
+
+    Raises:
+        ValueError: for another group.
+    """
+    if group not in INT4_GROUPS:
+        raise ValueError(f"int4 groups have {', '.join(map(str, INT4_GROUPS))} inputs, not {group}")
+    grouped = F.pad(weight, (0, -weight.shape[-1] % group)).unflatten(-1, (-1, group))  # zeros move neither end
+    low, high = grouped.amin(-1).clamp(max=0) * shrink, grouped.amax(-1).clamp(min=0) * shrink
+    if symmetric:
+        high = torch.maximum(high, -low)
+        low = -high
+    scale = _positive((high - low) / 15)
+    return scale, torch.full_like(scale, 8.0) if symmetric else (-low / scale).round().clamp(0, 15)
 
 
 def quantize_fp8(weight: torch.Tensor, *, block: bool = False) -> Fp8Weight:
@@ -346,28 +365,9 @@ def pack_int4(codes: torch.Tensor) -> torch.Tensor:
     return even[..., 0::2] | (even[..., 1::2] << 4)
 
 
-def concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """Layers with the same inputs as one, their outputs one after the other: query, key and value projections.
-
-    Raises:
-        ValueError: for weights of different formats, groups or inputs.
-    """
-    first = weights[0]
-    if isinstance(first, Fp8Weight):
-        aligned = all(w.out_features % FP8_BLOCK == 0 for w in weights[:-1])
-        weights = [w if aligned or not isinstance(w, Fp8Weight) else w.per_output() for w in weights]
-        first = weights[0]
-    settings = {_settings(w) for w in weights}
-    if len(settings) > 1:
-        raise ValueError(f"only weights of one format can be joined, not {sorted(map(str, settings))}")
-    dim = first.data.dim() - 2
-    parts = {name: torch.cat([w._tensors()[name] for w in weights], dim) for name in first._tensors()}
-    return replace(first, **parts)  # type: ignore[arg-type]
-
-
-def _settings(weight: QuantizedWeight) -> tuple[object, ...]:
-    plain = tuple(getattr(weight, f.name) for f in fields(weight) if f.name not in weight._tensors())
-    return (type(weight).__name__, weight.num_experts, weight.in_features, *sorted(weight._tensors()), *plain)
+def unpack_int4(data: torch.Tensor) -> torch.Tensor:
+    """The inverse of :func:`pack_int4`: bytes (…, X) as codes (…, 2 X)."""
+    return torch.stack((data & 15, data >> 4), -1).flatten(-2)
 
 
 def _source(weight: torch.Tensor) -> torch.Tensor:

@@ -78,15 +78,19 @@ class TorchBackend:
         """
         scheme.check(weight_OI)
         data = QuantLinear(
-            weight_OI.to(self.device), None if bias_O is None else bias_O.to(self.device, self.dtype), scheme
+            self._kept(weight_OI), None if bias_O is None else bias_O.to(self.device, self.dtype), scheme
         )
         return LinearWeights(
             out_features=weight_OI.out_features,
             in_features=weight_OI.in_features,
             dtype=self.dtype,
             data=data,
-            nbytes=weight_OI.nbytes + _nbytes(data.bias_O),
+            nbytes=data.weight.nbytes + _nbytes(data.bias_O),
         )
+
+    def _kept(self, weight: QuantizedWeight) -> QuantizedWeight:
+        """A quantised weight as this backend keeps it."""
+        return weight.to(self.device)
 
     def weight_rows(self, weights: LinearWeights, ids_T: torch.Tensor) -> torch.Tensor:
         """Rows of a weight as they were packed, (T, I): the embedding of a model whose LM head is tied to it."""
@@ -158,7 +162,7 @@ class TorchBackend:
     ) -> ExpertWeights:
         """As :meth:`pack_experts`, for quantised weights; see :meth:`pack_quantized_linear`."""
         num_experts, expert_size, hidden_size = check_experts(gate_EFD, up_EFD, down_EDF)
-        weights = [weight.to(self.device) for weight in (gate_EFD, up_EFD, down_EDF)]
+        weights = [self._kept(weight) for weight in (gate_EFD, up_EFD, down_EDF)]
         for weight in weights:
             scheme.check(weight)
         biases = [

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from triton import knobs
 
-from .formats import ActivationScheme
+from .formats import ActivationScheme, QuantizedWeight
 from .quant_reference import all_on
 from .router_spec import RouterSpec
 from .torch_backend import TorchBackend
@@ -24,7 +24,7 @@ from .triton_exits import plan_exit_decide
 from .triton_experts import ACTIVATIONS, ExpertPlanner, plan_experts, shape_of
 from .triton_launch import Launch, require_contiguous
 from .triton_norm import plan_rms_norm, plan_rope_and_write
-from .triton_quant import plan_quant_experts, plan_quant_linear
+from .triton_quant import plan_quant_experts, plan_quant_linear, settled
 from .triton_router import plan_route
 from .triton_tuning import ExpertShape, TuningCache, best_attention
 from .types import AttentionBatch, ExitDecision, ExpertWeights, KVLayer, LinearWeights, ProbeWeights, Routing
@@ -160,6 +160,9 @@ class TritonBackend(TorchBackend):
         if x_TD.shape[0]:
             self._run(plan_experts(x_TD, plain, routing, weights.activation, out_TD, self.planner, self._ticket()))
         return out_TD
+
+    def _kept(self, weight: QuantizedWeight) -> QuantizedWeight:
+        return settled(super()._kept(weight))
 
     def _quant_experts(self, x_TD: torch.Tensor, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
         experts: QuantExperts = weights.data

@@ -6,7 +6,7 @@ Shape suffixes are explained in ``types.py``; N outputs, K inputs of a product.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -134,22 +134,28 @@ class StoredWeight:
     inputs: int
 
 
+def settled(weight: QuantizedWeight) -> QuantizedWeight:
+    """A weight whose scales and offsets are what the kernel reads, so that no launch has to convert them: contiguous
+    float32, offsets in place of zero points, a scale for every output."""
+    if isinstance(weight, Fp8Weight):
+        weight = weight.per_output()
+    if isinstance(weight, Int4Weight) and weight.zero is not None:
+        weight = replace(weight, zero=None, offset=weight.offsets())
+    plain = {name: t.contiguous() for name, t in weight.tensors().items()}
+    return replace(weight, **{name: t if name == "data" else t.float() for name, t in plain.items()})  # type: ignore[arg-type]
+
+
 def store_weight(weight: QuantizedWeight) -> StoredWeight:
-    """Bring a weight into the kernel's layout; codes are shared, not copied, where they are contiguous."""
+    """The kernel's view of a weight that is :func:`settled`; nothing is copied."""
+    assert all(t.is_contiguous() for t in weight.tensors().values())
+    assert weight.scale.dtype == torch.float32
     shape = (weight.out_features, weight.in_features)
-    if isinstance(weight, Int8Weight):
-        return StoredWeight(
-            "int8", weight.data.contiguous().view(torch.uint8), weight.scale.float().contiguous(), None, 0, *shape
-        )
     if isinstance(weight, Int4Weight):
-        offsets = None if weight.symmetric else weight.offsets().contiguous()
-        return StoredWeight(
-            "int4", weight.data.contiguous(), weight.scale.float().contiguous(), offsets, weight.group, *shape
-        )
-    assert isinstance(weight, Fp8Weight)
-    own = weight.per_output()
-    codes = own.data.contiguous().view(torch.uint8)
-    return StoredWeight("fp8", codes, own.scale.float().contiguous(), None, own.block_in or 0, *shape)
+        return StoredWeight("int4", weight.data, weight.scale, weight.offset, weight.group, *shape)
+    codes = weight.data.view(torch.uint8)
+    if isinstance(weight, Int8Weight):
+        return StoredWeight("int8", codes, weight.scale, None, 0, *shape)
+    return StoredWeight("fp8", codes, weight.scale, None, weight.block_in or 0, *shape)
 
 
 def quant_config(num_rows: int, group: int, gated: bool) -> QuantConfig:

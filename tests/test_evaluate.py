@@ -13,9 +13,9 @@ import torch
 from dynamoe import LLM, SamplingParams
 from dynamoe.dynamic.cli import main
 from dynamoe.dynamic.engine.config import EngineConfig
+from dynamoe.dynamic.intervals import mean, paired_difference, ratio
 from dynamoe.dynamic.studies.evaluate import EvaluateConfig, ReferenceConfig, run, table
 from dynamoe.dynamic.studies.forced import ForcingEngine, force
-from dynamoe.dynamic.studies.intervals import mean, paired_difference, ratio
 from dynamoe.dynamic.studies.requests import built_in_requests, forced_texts
 from dynamoe.dynamic.studies.setting import StudiedQuality, find_keep
 from dynamoe.dynamic.tokenizer import Tokenizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dynamoe.kernels import formats
+from dynamoe.kernels import format_join, formats
 from dynamoe.kernels.formats import ActivationScheme, Fp8Weight, Int4Weight, Int8Weight
 
 # The default model's: hidden size 576, expert width 96; and odd ones.
@@ -61,7 +61,7 @@ def test_parts_and_joins_are_those_of_the_matrix(quantize):
     full = stacked.dequantize()
     assert torch.equal(stacked.expert(1).dequantize(), full[1])
     assert torch.equal(stacked.rows(10, 30).dequantize(), full[:, 10:30])
-    joined = formats.concatenate([stacked.rows(0, 11), stacked.rows(11, 70)])
+    joined = format_join.concatenate([stacked.rows(0, 11), stacked.rows(11, 70)])
     assert torch.equal(joined.dequantize(), full)
     with pytest.raises(ValueError, match="holds no experts"):
         stacked.expert(0).expert(0)
@@ -69,12 +69,12 @@ def test_parts_and_joins_are_those_of_the_matrix(quantize):
 
 def test_blocks_that_end_inside_a_joined_matrix_keep_their_scales():
     parts = [formats.quantize_fp8(torch.randn(outputs, 300) * 10**n, block=True) for n, outputs in enumerate((96, 130))]
-    joined = formats.concatenate(parts)
+    joined = format_join.concatenate(parts)
     assert isinstance(joined, Fp8Weight)
     assert joined.block_out == 1
     assert torch.equal(joined.dequantize(), torch.cat([part.dequantize() for part in parts]))
     with pytest.raises(ValueError, match="one format"):
-        formats.concatenate([formats.quantize_int8(torch.ones(2, 4)), parts[0]])
+        format_join.concatenate([formats.quantize_int8(torch.ones(2, 4)), parts[0]])
 
 
 def test_refusals_name_the_value():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -110,8 +110,17 @@ def test_cpu_experts(cpu_backend: CpuBackend, form: str, edge: str):
     check_experts(cpu_backend, form, edge)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch's own product gives part of a matrix the bits of the whole only where threads do not divide it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_torch_backend(form: str, dtype: torch.dtype):
+def test_torch_backend(form: str, dtype: torch.dtype, one_thread: None):
     check_linear(TorchBackend("cpu", dtype), form, "ragged default model")
     check_experts(TorchBackend("cpu", dtype), form, "nothing is a multiple")
 

@@ -12,7 +12,7 @@ import torch
 from dynamoe.dynamic.llm import LLM
 from dynamoe.dynamic.outputs import RequestOutput
 from dynamoe.dynamic.sampling_params import SamplingParams
-from dynamoe.dynamic.served_risk import disagreements, full_choices
+from dynamoe.dynamic.served_risk import disagreements, full_states
 
 PROMPTS = [[5, 6, 7], [8], list(range(3, 40))]
 EXACT = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, detokenize=False)
@@ -63,9 +63,9 @@ def test_tokens_that_left_early_differ_where_a_full_run_says_so(llm: LLM) -> Non
     np.testing.assert_array_equal(losses_N, expected)
 
 
-def test_choices_of_many_sequences_are_those_of_each_alone(llm: LLM) -> None:
+def test_states_of_many_sequences_are_those_of_each_alone(llm: LLM) -> None:
     sequences = [torch.randint(3, 300, (length,)).tolist() for length in (2, 17, 40, 33)]
-    together = full_choices(llm.model.decoder, sequences, [1, 5, 1, 32])
-    alone = [full_choices(llm.model.decoder, [s], [first]) for s, first in zip(sequences, [1, 5, 1, 32], strict=True)]
+    together = full_states(llm.model.decoder, sequences, [1, 5, 1, 32])
+    alone = [full_states(llm.model.decoder, [s], [first]) for s, first in zip(sequences, [1, 5, 1, 32], strict=True)]
     assert torch.equal(together, torch.cat(alone))
     assert [len(a) for a in alone] == [1, 12, 39, 1]

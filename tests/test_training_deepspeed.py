@@ -30,7 +30,9 @@ shape = DecoderConfig(
     vocab_size=64, hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8, num_experts=4, expert_size=16,
     exit_layers=(1, 2), adapter_rank=4, max_position=64,
 )
-text = LanguageModelConfig(batch_tokens=256, sequence_length=32, window=64, balance_weight=0.0)
+text = LanguageModelConfig(
+    batch_tokens=256, sequence_length=32, window=64, balance_weight=0.0, grow_from=int(sys.argv[5]), grow_at=0.5
+)
 stream = torch.arange(3000, dtype=torch.int16) * 7 % 61
 exits = ExitTraining(layer_dropout=0.0 if stage == 3 else 0.2, ramp=0.1)
 task = LanguageModelTask(text, exits, stream, {}, 6)
@@ -45,7 +47,9 @@ torch.distributed.destroy_process_group()
 """
 
 
-def losses(tmp_path: Path, name: str, ranks: int, stage: int, kind: str = "fp32", pieces: int = 0) -> list[float]:
+def losses(
+    tmp_path: Path, name: str, ranks: int, stage: int, kind: str = "fp32", pieces: int = 0, grow: int = 0
+) -> list[float]:
     """Cross-entropies of a run with so many processes."""
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
@@ -53,7 +57,7 @@ def losses(tmp_path: Path, name: str, ranks: int, stage: int, kind: str = "fp32"
     launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0", "--local_addr", "127.0.0.1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     for piece in [*(["piece"] * pieces), "end"]:
-        arguments = [str(script), str(tmp_path / name), str(stage), kind, piece]
+        arguments = [str(script), str(tmp_path / name), str(stage), kind, piece, str(grow)]
         done = subprocess.run([*launcher, *arguments], env=environment, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-3000:]
     return [r["cross_entropy"] for r in read_losses(tmp_path / name / "metrics.jsonl")]
@@ -67,6 +71,15 @@ def test_two_processes_equal_one(stage: int, tmp_path: Path) -> None:
     two = losses(tmp_path, "two", 2, stage)
     assert len(one) == 6
     assert one[-1] < one[0]
+    torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_model_that_grows_is_the_same_on_two_processes(stage: int, tmp_path: Path) -> None:
+    one = losses(tmp_path, "one", 1, 0 if stage < 3 else 3, grow=2)
+    two = losses(tmp_path, "two", 2, stage, grow=2)
     torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=2e-4, atol=2e-4)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..certificates import Offer
-from ..outputs import CompletionDelta, Compute, PositionLogprobs, RequestDelta, TokenCost
+from ..outputs import CompletionDelta, Compute, PositionLogprobs, RequestDelta
 from ..quality import ContractOutcome, Quality
 from ..sampling_params import SamplingParams
 from .block_pool import BlockPool
@@ -25,7 +25,7 @@ from .sampler import NO_TOKEN, sample
 from .scheduler import Schedule, Scheduler
 from .stats import EngineStats
 from .text import OutputText
-from .token_costs import TokenCosts
+from .token_costs import TokenCosts, TokenTally
 from .warm_up import warm_up
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Engine:
         self._arrivals = 0
         self._prompt_tokens = 0
         self._costs = TokenCosts(decoder)
-        self._tokens = TokenCost()
+        self._tokens = TokenTally()
         self._pace = _Pace()
 
     def add_request(
@@ -200,7 +200,7 @@ class Engine:
             segment_experts=self._segment_experts,
             projected_rows=self.runner.exits.projected_rows,
             skipped_experts=self.runner.budgets.skipped_experts,
-            tokens=self._tokens,
+            tokens=self._tokens.total(),
             rows_parked=self.runner.exits.rows_parked,
         )
 
@@ -306,8 +306,8 @@ class Engine:
         sequence.append(token_id)
         cost = self._costs.of(self._depth(sequence), sequence.skipped_experts)
         sequence.skipped_experts = 0
-        request.tokens += cost
-        self._tokens += cost
+        request.tokens.add(cost)
+        self._tokens.add(cost)
         armed = sequence.num_output >= params.min_tokens
         delta = CompletionDelta(sequence.index, [token_id], "", layers=[cost.layers], experts=[cost.experts])
         if armed and token_id in request.stop_tokens.all:
@@ -331,7 +331,7 @@ class Engine:
             segment_experts=self._segment_experts,
             projected_rows=request.projected_rows,
             skipped_experts=request.skipped_experts,
-            tokens=request.tokens,
+            tokens=request.tokens.total(),
         )
 
     def _add_text(self, sequence: Sequence, token_id: int, armed: bool, delta: CompletionDelta) -> None:

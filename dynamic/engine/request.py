@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..outputs import TokenCost
 from ..sampling_params import SamplingParams
 from .penalties import TokenCounts
+from .token_costs import TokenTally
 
 if TYPE_CHECKING:
     import torch
@@ -117,7 +117,7 @@ class Request:
         self.ended_rows: list[int] | None = None  # in steps with exits; see ExitRunner.ended_rows
         self.projected_rows = 0  # rows times layers whose keys and values were projected
         self.skipped_experts = 0  # rows times experts that its budget left out
-        self.tokens = TokenCost()
+        self.tokens = TokenTally()
 
     @property
     def wants_prompt_logprobs(self) -> bool:

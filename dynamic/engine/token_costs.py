@@ -13,6 +13,27 @@ if TYPE_CHECKING:
     from ..spec import LayerSpec
 
 
+class TokenTally:
+    """Adds up costs in place: the step loop does so twice for every token."""
+
+    __slots__ = ("count", "experts", "full_weight_bytes", "layers", "weight_bytes")
+
+    def __init__(self) -> None:
+        self.count = self.layers = self.experts = self.weight_bytes = self.full_weight_bytes = 0
+
+    def add(self, cost: TokenCost) -> None:
+        """Count one more token, or several."""
+        self.count += cost.count
+        self.layers += cost.layers
+        self.experts += cost.experts
+        self.weight_bytes += cost.weight_bytes
+        self.full_weight_bytes += cost.full_weight_bytes
+
+    def total(self) -> TokenCost:
+        """What was added so far."""
+        return TokenCost(**{name: getattr(self, name) for name in self.__slots__})
+
+
 class TokenCosts:
     """The price list of one model. Sizes are those of the weights as the backend keeps them.
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ...kernels.formats import INT4_GROUPS, Int4Weight, pack_int4
+from ...kernels.formats import Int4Weight, int4_grid, pack_int4
 
 _SHRINKS = tuple(1 - 0.05 * step for step in range(10))  # shares of a group's range, from all of it to 55 %
 
@@ -68,16 +68,7 @@ def full_grid(weight_BOI: torch.Tensor, group: int, symmetric: bool, shrink: flo
     Raises:
         ValueError: for another group.
     """
-    if group not in INT4_GROUPS:
-        raise ValueError(f"int4 groups have {', '.join(map(str, INT4_GROUPS))} inputs, not {group}")
-    grouped = F.pad(weight_BOI, (0, -weight_BOI.shape[-1] % group)).unflatten(-1, (-1, group))
-    low, high = grouped.amin(-1).clamp(max=0) * shrink, grouped.amax(-1).clamp(min=0) * shrink
-    if symmetric:
-        high = torch.maximum(high, -low)
-        low = -high
-    scale = (high - low) / 15
-    scale = torch.where(scale > 0, scale.clamp(min=torch.finfo(torch.float32).tiny), 1.0)
-    zero = torch.full_like(scale, 8.0) if symmetric else (-low / scale).round().clamp(0, 15)
+    scale, zero = int4_grid(weight_BOI, group, symmetric, shrink)
     return Int4Grid(scale_BOG=scale, zero_BOG=zero, group=group, symmetric=symmetric)
 
 

@@ -5,16 +5,16 @@ Shape suffixes as in ``kernels/types.py``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from ...kernels.formats import UNQUANTIZED, ActivationScheme, QuantizedWeight, concatenate
+from ...kernels.format_join import concatenate
+from ...kernels.formats import UNQUANTIZED, ActivationScheme, QuantizedWeight
 from ...kernels.torch_backend import TorchBackend
 from ...kernels.types import ExpertWeights, LinearWeights
 from ..decoder import LayerWeights
-from ..layout import FFNLayout, LayerLayout
+from ..layout import FFNLayout, LayerLayout, expert_tensors
 from ..spec import ModelSpec
 from ..weights import Checkpoint
 
@@ -58,15 +58,15 @@ def plain(weight: Weight) -> torch.Tensor:
 def read_layer(checkpoint: Checkpoint, layout: LayerLayout, spec: ModelSpec) -> LayerTensors:
     """A layer in float32, in memory of its own."""
 
-    def one(name: str) -> torch.Tensor:
-        return checkpoint.view(name).float().clone()
+    def one(*names: str) -> torch.Tensor:
+        return torch.cat([checkpoint.view(name).float() for name in names])
 
     def maybe(name: str) -> torch.Tensor | None:
         return one(name) if name else None
 
     def ffn(part: FFNLayout) -> FFNTensors:
         biases = tuple(one(name).view(1, -1) for name in part.biases)
-        gate, up, down = _expert_tensors([one(name) for name in _ffn_names(part)], part, spec.hidden_size)
+        gate, up, down = (t.contiguous() for t in expert_tensors(part, spec.hidden_size, one))
         return FFNTensors(gate_EFD=gate, up_EFD=up, down_EDF=down, biases=biases)
 
     return LayerTensors(
@@ -83,27 +83,6 @@ def read_layer(checkpoint: Checkpoint, layout: LayerLayout, spec: ModelSpec) -> 
         shared=ffn(layout.shared) if layout.shared else None,
         shared_gate_1D=maybe(layout.shared_gate),
     )
-
-
-def _ffn_names(layout: FFNLayout) -> tuple[str, ...]:
-    first = (layout.gate_up,) if layout.gate_up else (*layout.gate, *layout.up)
-    return (*first, *layout.down)
-
-
-def _expert_tensors(
-    tensors: Sequence[torch.Tensor], layout: FFNLayout, hidden: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gate and up (E, F, D) and down (E, D, F), from whichever way they are stored."""
-    count, size = layout.num_experts, layout.expert_size
-    if layout.gate_up:
-        gate_up_EXD, down_EDF = tensors
-        return gate_up_EXD[:, :size].contiguous(), gate_up_EXD[:, size:].contiguous(), down_EDF
-    each = len(layout.gate)
-    gate, up = (torch.cat(list(part)).view(count, size, hidden) for part in (tensors[:each], tensors[each : 2 * each]))
-    down = tensors[2 * each :]
-    if each == count:
-        return gate, up, torch.stack(list(down))
-    return gate, up, down[0].view(hidden, count, size).transpose(0, 1).contiguous()
 
 
 def pack_layer(

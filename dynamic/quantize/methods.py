@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ...kernels.format_stack import stack_experts
+from ...kernels.format_join import stack_experts
 from ...kernels.formats import (
     INT4_GROUPS,
     INT8_PER_TOKEN,

@@ -40,16 +40,6 @@ class InputStatistics:
             rows_B=torch.tensor([len(x_TI) for x_TI in wide]),
         )
 
-    def divided(self, scale_BI: torch.Tensor) -> InputStatistics:
-        """The statistics of the same inputs, each divided by its scale: (I) or (B, I)."""
-        scale_BI = scale_BI.expand_as(self.mean_abs_BI)
-        return InputStatistics(
-            hessian_BII=self.hessian_BII / (scale_BI[:, :, None] * scale_BI[:, None, :]),
-            mean_abs_BI=self.mean_abs_BI / scale_BI,
-            max_abs_BI=self.max_abs_BI / scale_BI,
-            rows_B=self.rows_B,
-        )
-
     @property
     def usable_B(self) -> torch.Tensor:
         """Whether there is anything to go by: some rows, finite, not all zero."""

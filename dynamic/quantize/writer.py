@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ...kernels.formats import Int4Weight, Int8Weight, QuantizedWeight
+from ...kernels.formats import Int4Weight, Int8Weight, QuantizedWeight, pack_int4
 from ..families import ExpertNames, Family
 from ..layout import FFNLayout, LayerLayout
 from .layer import FFNTensors, LayerTensors, Weight
@@ -93,9 +93,7 @@ def compressed(name: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
     if weight.offset is not None:
         out[f"{name}_offset"] = weight.offset.contiguous()
     if weight.zero is not None:
-        zero_GO = weight.zero.T.contiguous()
-        even_GO = F.pad(zero_GO, (0, zero_GO.shape[1] % 2))
-        out[f"{name}_zero_point"] = _words(even_GO[:, 0::2] | (even_GO[:, 1::2] << 4)).T.contiguous()
+        out[f"{name}_zero_point"] = _words(pack_int4(weight.zero.T)).T.contiguous()
     return out
 
 

@@ -18,9 +18,9 @@ from filelock import FileLock
 
 from ...exits.risk import BOUNDS, conformal_risk_control, learn_then_test
 from ..calibration import PROBABILITIES, Measured, measure, path_through
+from ..intervals import Estimate, mean
 from ..llm import LLM
 from .evaluate import Evaluation
-from .intervals import Estimate, mean
 from .provenance import provenance
 from .records import job_key
 from .requests import built_in_requests, draw, read_requests

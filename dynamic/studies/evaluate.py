@@ -19,10 +19,10 @@ from tqdm import tqdm
 from ..config import ModelConfig
 from ..decoder import Decoder
 from ..engine.config import EngineConfig
+from ..intervals import Estimate, mean, ratio
 from ..llm import LLM
 from ..loader import load_model
 from .forced import Forced, ForcingEngine, force
-from .intervals import Estimate, mean, ratio
 from .provenance import provenance
 from .requests import built_in_requests, draw, forced_texts, read_requests
 from .served import Served, serve_in_turns

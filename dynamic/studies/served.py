@@ -14,8 +14,8 @@ import numpy as np
 
 from ..calibration import decoded_layers
 from ..flops import full_layer_flops, head_flops, layer_flops, projection_flops
+from ..intervals import Estimate, ratio
 from ..served_risk import disagreements
-from .intervals import Estimate, ratio
 
 if TYPE_CHECKING:
     from ..decoder import Decoder

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...exits.certificate import RequestFacts, load_certificate
 from ...exits.contracts import Contracts
-from ..certificates import CERTIFICATES
+from ..certificates import CERTIFICATES, spent_under
 from ..config import QualityConfig
 from ..decoder import make_stack
 from ..quality import Quality
@@ -158,20 +158,12 @@ def _uncertified(quality: StudiedQuality, contract: Quality, llm: LLM, exact: Sa
     facts = RequestFacts(greedy=True, temperature=0.0, max_tokens=exact.max_tokens or 1, adjusted=False)
     found = contracts.resolve(contract.alpha, contract.delta, facts)
     certificate = found.certificate
-    thresholds = {} if certificate is None else dict(certificate.exit_thresholds)
-    keep = None if certificate is None else certificate.expert_budget.get("expert_keep")
-    params = replace(
-        exact,
-        quality=None,
-        exit_thresholds=thresholds,
-        expert_keep=None if keep is None else float(keep),
-        experts_per_token=quality.experts_per_token,
-    )
+    spends = replace(exact, quality=None) if certificate is None else spent_under(certificate, exact)
     as_calibrated = quality.experts_per_token is None and quality.expert_rule == EXPERT_RULES[0]
-    holds = certificate is not None and as_calibrated
-    holds = holds and any(c.id == certificate.id for c in llm.engine.offer.contracts.certificates)  # type: ignore[union-attr]
+    offered = {other.id for other in llm.engine.offer.contracts.certificates}
+    holds = certificate is not None and as_calibrated and certificate.id in offered
     return Resolved(
-        params=params,
+        params=replace(spends, experts_per_token=quality.experts_per_token),
         certificate=None if certificate is None else certificate.id,
         promised=holds,
         reason=found.reason + ("" if holds else "; its settings run without a promise"),

@@ -134,7 +134,7 @@ class SweepCallback(Callback):
 
 def count_jobs(config: DictConfig) -> int | None:
     """How many jobs Hydra's sweeper makes of a configuration; None where only Hydra knows."""
-    params: Any = OmegaConf.to_container(config.hydra.sweeper).get("params") or {}  # type: ignore[union-attr]
+    params = OmegaConf.select(config, "hydra.sweeper.params") or {}
     arguments = [*(f"{key}={value}" for key, value in params.items()), *config.hydra.overrides.task]
     try:
         overrides = OverridesParser.create().parse_overrides(arguments)

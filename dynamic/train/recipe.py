@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from ...exits.training.checkpoint import latest_checkpoint, load_weights
 from ...exits.training.heads import ExitStates
 from ...exits.training.objectives import ExitTraining
 from ...exits.training.trainer import TrainerConfig, TrainResult, train
@@ -174,20 +173,6 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def load_trained(config: RecipeConfig, output: Path) -> TrainableDecoder:
-    """The model at a run's latest checkpoint.
-
-    Raises:
-        ValueError: when there is none.
-    """
-    checkpoint = latest_checkpoint(output / "training")
-    if checkpoint is None:
-        raise ValueError(f"{output} holds no checkpoint")
-    model = TrainableDecoder(config.decoder, dtype=DTYPES[config.dtype], seed=config.seed)
-    load_weights(checkpoint, model)
-    return model.to(config.device)
 
 
 def claim(output: Path, settings: dict[str, Any]) -> None:

@@ -148,8 +148,10 @@ void feed_forward(const Context& context, const Shape& shape, const Block& block
   call.rows = rows;
   call.out = work.pending;
   if (!block.router.exists()) {
-    if (block.quant_experts) quant_experts(context, call, *block.quant_experts);
-    if (!block.quant_experts) all_experts(context, call);
+    if (block.quant_experts)
+      quant_experts(context, call, *block.quant_experts);
+    else
+      all_experts(context, call);
     return;
   }
   project(context, shape, block.router, work.normed, shape.hidden, rows, work.logits);
@@ -167,8 +169,10 @@ void feed_forward(const Context& context, const Shape& shape, const Block& block
     limit(context, block, work, rows, budget, layer);
     call.counts = work.counts;
   }
-  if (block.quant_experts) quant_experts(context, call, *block.quant_experts);
-  if (!block.quant_experts) experts(context, call);
+  if (block.quant_experts)
+    quant_experts(context, call, *block.quant_experts);
+  else
+    experts(context, call);
 }
 
 }  // namespace

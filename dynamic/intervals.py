@@ -5,7 +5,6 @@ Shape suffix: N requests.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -61,8 +60,3 @@ def paired_difference(first_N: np.ndarray, second_N: np.ndarray) -> Estimate:
     if len(first_N) != len(second_N):
         raise ValueError(f"{len(first_N)} and {len(second_N)} requests cannot be paired")
     return mean(np.asarray(second_N) - np.asarray(first_N))
-
-
-def finite(value: float | None) -> float | None:
-    """None for what JSON has no number for."""
-    return value if value is not None and math.isfinite(value) else None
