@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -76,8 +76,7 @@ class StackExit:
     projections: Sequence[KVProjection]
 
 
-@dataclass(frozen=True, kw_only=True)
-class StackResult:
+class StackResult(NamedTuple):
     """What became of the rows of a step.
 
     Arguments:

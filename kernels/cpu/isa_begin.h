@@ -21,6 +21,7 @@
       gated,                                                                                     \
       scaled_add,                                                                                \
       weigh_values,                                                                              \
+      dot,                                                                                       \
       convert,                                                                                   \
       widen,                                                                                     \
       rms_norm,                                                                                  \
