@@ -100,7 +100,7 @@ class ExitRunner:
     def run(self, entries: list[Entry], rows: StepRows, budget: ExpertBudget | None = None) -> torch.Tensor:
         """Run a step; see :meth:`Runner.run`."""
         started = time.perf_counter()
-        if self.parking is not None and self._started is not None:
+        if self.parking is not None and self._started is not None and len(entries) > 1:
             self.parking.observe_step(started - self._started - self._in_segments, len(entries))
         self._started, self._in_segments = started, 0.0
         plan = self.planner.plan(entries, len(rows), budget)
