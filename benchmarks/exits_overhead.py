@@ -1,11 +1,12 @@
 """What exits cost when they are off, and cost or save when they are on: ``python benchmarks/exits_overhead.py``.
 
 Variants decode the same number of sequences and take turns, a few steps each, because machines drift; times per token
-are compared, those with exits in relation to the same engine's without. A model without exits gets random ones: a share of the rows leaves at every exit, and what is said then is
-nonsense, but costs what sense would cost.
+are compared, those with exits in relation to the same engine's without. A model without exits gets random ones: a share
+of the rows leaves at every exit, and what is said then is nonsense, but costs what sense would cost.
 
-Variants: ``off``: the model has exits, and requests run exactly; ``0 % leave``: every exit is asked and nobody leaves;
-and shares of the rows that leave at each exit.
+Variants: ``off``: the model has exits, and requests run exactly; ``0 % leave``: every exit is asked and nobody leaves
+(hardly anybody, where a model has probes of its own, whose highest step is reached now and then); and shares of the
+rows that leave at each exit.
 """
 
 from __future__ import annotations

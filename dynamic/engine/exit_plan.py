@@ -31,6 +31,7 @@ class StepPlan:
         movable: rows that may be parked, with their entries.
         parked: those that are, by segment.
         budget: of the step's rows, if any is on one.
+        steady: whether each row is the next new token of the sequence that the same row of the step before belonged to.
     """
 
     thresholds_ET: np.ndarray
@@ -38,6 +39,7 @@ class StepPlan:
     movable: dict[int, Entry]
     parked: dict[int, list[int]]
     budget: ExpertBudget | None
+    steady: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ class Planner:
         steady = self._steady
         if steady is not None and steady.holds(entries):
             movable = {row: entries[row] for row in steady.movable}
-            return StepPlan(steady.thresholds_ET, steady.thresholds, movable, {}, budget)
+            return StepPlan(steady.thresholds_ET, steady.thresholds, movable, {}, budget, steady=True)
         plan = self._new_plan(entries, num_rows, budget)
         sequences = [entry.sequence for entry in entries]
         self._steady = None

@@ -145,7 +145,11 @@ class ExitRunner:
             for number, (deciding, going) in enumerate(result.decisions_N2.tolist(), 1):
                 if deciding:
                     self.parking.observe(number, deciding, going)
-        self._record(entries, result.depths_T.tolist(), {})
+        depths = result.counts.tolist()[: len(rows)]
+        if plan.steady:
+            self._record_tokens(entries, depths)
+        else:
+            self._record(entries, depths, {})
         return result.out_TD
 
     def _start(self, rows: StepRows, plan: StepPlan) -> _Live:
@@ -260,6 +264,24 @@ class ExitRunner:
                 if depth < num_layers:
                     request.projected_rows += num_layers - depth
                     self.projected_rows += num_layers - depth
+
+    def _record_tokens(self, entries: list[Entry], depths: list[int]) -> None:
+        """As :meth:`_record`, where every row is a new token: what most steps are, and so it is quick."""
+        num_layers, segments_in, total = self.decoder.spec.num_layers, self._segments_in, self.ended_rows
+        for entry, depth in zip(entries, depths, strict=True):
+            sequence = entry.sequence
+            request = sequence.request
+            assert request.ended_rows is not None
+            last = segments_in[depth] - 1
+            request.ended_rows[last] += 1
+            total[last] += 1
+            if request.exit_logits_E is None:
+                continue
+            sequence.depths.append(depth)
+            if depth < num_layers:
+                sequence.mark_approximate(entry.start)
+                request.projected_rows += num_layers - depth
+                self.projected_rows += num_layers - depth
 
     def _count(self, ended: list[int], start: int, stop: int, rows: int) -> None:
         """Rows of a request ran the segments from ``start`` on, ``stop`` not included."""

@@ -33,7 +33,7 @@ void clip(const Kernels& kernels, void* data, Dtype dtype, int64_t count, float 
 void probe(const Context& context, const ProbeCall& call) {
   const Kernels& kernels = *context.kernels;
   const int64_t inputs = call.hidden * (call.previous ? 2 : 1) + (call.entropy ? 1 : 0);
-  for_each_row(context.threads, call.rows, [&](int64_t row) {
+  for_each_light_row(context.threads, call.rows, call.inner * inputs / 4, [&](int64_t row) {
     const float* x = call.x + row * call.hidden;
     const float* previous = call.previous ? call.previous + row * call.hidden : nullptr;
     const float size = inverse_size(kernels, x, call.hidden);

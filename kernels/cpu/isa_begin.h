@@ -22,6 +22,7 @@
       scaled_add,                                                                                \
       weigh_values,                                                                              \
       dot,                                                                                       \
+      add,                                                                                       \
       convert,                                                                                   \
       widen,                                                                                     \
       rms_norm,                                                                                  \

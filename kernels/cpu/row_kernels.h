@@ -216,3 +216,10 @@ TARGET static float dot(const float* a, const float* b, int64_t n) {
     for (int j = 0; j < width; ++j) lane[j] += lane[j + width];
   return lane[0];
 }
+
+TARGET static void add(const void* added, Dtype dtype, float scale, float* sum, int n) {
+  const Vec::F factor = Vec::set(scale);
+  for (int i = 0; i < n; i += Vec::kLanes)
+    store_row(sum, Dtype::fp32, i, n,
+              Vec::add(load_row(sum, Dtype::fp32, i, n), Vec::mul(load_row(added, dtype, i, n), factor)));
+}
