@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from .bench_timing import PointResult, RequestTiming, summarize, table
-from .config import ModelConfig
+from .config import SharedModelConfig
 from .engine.config import EngineConfig
 from .machine import processor
 
@@ -59,7 +59,7 @@ class BenchConfig:
 
 
 @dataclass(kw_only=True)
-class BenchCommandConfig(ModelConfig):
+class BenchCommandConfig(SharedModelConfig):
     """``dynamoe bench``."""
 
     bench: BenchConfig = field(default_factory=BenchConfig)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, cast
 from omegaconf import DictConfig, OmegaConf
 
 from .engine.config import EngineConfig
+from .parallel.config import ParallelConfig
 
 
 @dataclass(kw_only=True)
@@ -95,6 +96,16 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True)
+class SharedModelConfig(ModelConfig):
+    """A model that several processes may share."""
+
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def load_arguments(self) -> dict[str, Any]:
+        return super().load_arguments() | {"parallel": self.parallel}
+
+
+@dataclass(kw_only=True)
 class QualityConfig:
     """What requests may be promised.
 
@@ -106,7 +117,7 @@ class QualityConfig:
 
 
 @dataclass(kw_only=True)
-class GenerateConfig(ModelConfig):
+class GenerateConfig(SharedModelConfig):
     """``dynamoe generate``.
 
     Arguments:

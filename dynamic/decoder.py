@@ -20,6 +20,7 @@ from ..kernels.stack import Stack, StackExit, StackLayer, StackResult, StackShap
 from ..kernels.torch_backend import TorchBackend
 from ..kernels.types import AttentionBatch, ExpertBudget, ExpertWeights, KVLayer, LinearWeights, Routing
 from .decoder_exits import DecoderExit
+from .engine.kv_cache import allocate_layers, copy_pages
 from .rope import rope_table
 from .spec import LayerSpec, ModelSpec, MoESpec
 
@@ -70,6 +71,8 @@ class Decoder:
         quantization: what was done to the checkpoint's weights, in words.
     """
 
+    one_process = True  # its rows may be parked: they live here alone
+
     def __init__(
         self,
         spec: ModelSpec,
@@ -96,7 +99,8 @@ class Decoder:
         self.final_norm_D = final_norm_D
         self.lm_head = lm_head
         self.cos_sin_LC = rope_table(spec.rope, min(spec.max_position, FIRST_TABLE_LENGTH), self.device)
-        self.stack = make_stack(self)
+        self.num_heads, self.num_kv_heads = spec.num_heads, spec.num_kv_heads
+        self.stack = self._make_stack()
 
     @property
     def weight_bytes(self) -> int:
@@ -115,6 +119,14 @@ class Decoder:
         if length > self.cos_sin_LC.shape[0]:
             grown = min(self.spec.max_position, max(length, 2 * self.cos_sin_LC.shape[0]))
             self.cos_sin_LC = rope_table(self.spec.rope, grown, self.device)
+
+    def allocate_cache(self, num_pages: int, page_size: int) -> list[KVLayer]:
+        """Keys and values of every layer, zeroed."""
+        return allocate_layers(self.spec, num_pages, page_size, self.dtype, self.device)
+
+    def copy_pages(self, kv: list[KVLayer], copies: list[tuple[int, int]]) -> None:
+        """Copy whole pages, (from, to), in all layers."""
+        copy_pages(kv, copies)
 
     @torch.inference_mode()
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
@@ -231,7 +243,7 @@ class Decoder:
         self, weights: LayerWeights, layer: LayerSpec, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch
     ) -> torch.Tensor:
         spec, backend = self.spec, self.backend
-        num_heads, num_kv_heads = spec.num_heads, spec.num_kv_heads
+        num_heads, num_kv_heads = self.num_heads, self.num_kv_heads
         qkv_TXC = backend.linear(x_TD, weights.qkv).view(x_TD.shape[0], -1, spec.head_dim)
         q_THC = qkv_TXC[:, :num_heads]
         k_TGC = qkv_TXC[:, num_heads : num_heads + num_kv_heads]
@@ -264,13 +276,19 @@ class Decoder:
             routing = self._limit(routing, number, budget)
         if moe.num_always_on:
             routing = with_always_on(routing, moe.num_always_on)
-        out_TD = self.backend.experts(x_TD, weights.ffn, routing)
+        out_TD = self._experts(x_TD, number, weights.ffn, routing)
         if weights.shared is not None:
             shared_TD = self.backend.all_experts(x_TD, weights.shared)
             if weights.shared_gate is not None:
                 shared_TD = shared_TD * self.backend.linear(x_TD, weights.shared_gate).sigmoid()
             out_TD = out_TD + shared_TD
         return out_TD
+
+    def _experts(self, x_TD: torch.Tensor, number: int, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
+        return self.backend.experts(x_TD, weights, routing)
+
+    def _make_stack(self) -> Stack | None:
+        return make_stack(self)
 
     def _route(
         self, weights: LayerWeights, moe: MoESpec, x_TD: torch.Tensor, routed: list[torch.Tensor] | None

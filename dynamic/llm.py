@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .engine.config import EngineConfig
 from .outputs import CompletionOutput, RequestOutput
+from .parallel.config import ParallelConfig
 from .sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class LLM:
         quantize_lm_head: whether LM head and embedding become int8 then.
         certificates: directory that ``dynamoe calibrate`` filled, for requests with a :class:`Quality`; None takes the
             certificates that lie beside the model.
+        tensor_parallel_size, expert_parallel_size: see :class:`ParallelConfig`; under ``torchrun``.
         max_model_len, max_num_seqs, max_num_batched_tokens, enable_prefix_caching, kv_memory, block_size, seed: see
             :class:`EngineConfig`.
 
@@ -61,6 +63,8 @@ class LLM:
         quantization: str = "none",
         quantize_lm_head: bool = True,
         certificates: str | Path | None = None,
+        tensor_parallel_size: int = 1,
+        expert_parallel_size: int = 1,
     ) -> None:
         config = EngineConfig(
             max_num_seqs=max_num_seqs,
@@ -84,6 +88,7 @@ class LLM:
             experts_per_token=experts_per_token,
             quantization=quantization,
             quantize_lm_head=quantize_lm_head,
+            parallel=ParallelConfig(tensor=tensor_parallel_size, expert=expert_parallel_size),
         )
         self.engine = Engine(self.model, config)
         self.engine.offer = offer_for(self.engine, None if certificates is None else Path(certificates))

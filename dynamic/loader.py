@@ -24,6 +24,8 @@ from .decoder_budget import read_scales
 from .decoder_exits import pack_exits
 from .families import family_of, model_spec
 from .layout import EMBEDDING, FINAL_NORM, FFNLayout, LayerLayout, Layout, expert_tensors, plan_layout
+from .parallel.config import ParallelConfig, launched_size
+from .parallel.start import Shard, ShardedCheckpoint, follow_if_worker, join, parallel_decoder
 from .quantization import NONE, Method, Quantization
 from .quantized_checkpoint import QuantizedCheckpoint, open_checkpoint, split_config
 from .spec import ModelSpec
@@ -66,6 +68,7 @@ def load_model(
     experts_per_token: int | None = None,
     quantization: str = NONE,
     quantize_lm_head: bool = True,
+    parallel: ParallelConfig | None = None,
 ) -> LoadedModel:
     """Load a model by name.
 
@@ -77,6 +80,8 @@ def load_model(
         progress: show a progress bar.
         experts_per_token: use fewer routed experts per token than the model was made for.
         quantization, quantize_lm_head: see :class:`Quantization`.
+        parallel: the processes that share the model. In all of them but rank 0 this function does not return: they
+            work until rank 0 ends, and exit.
 
     Raises:
         ValueError: one clear message for whatever is wrong, before anything is served.
@@ -95,7 +100,9 @@ def load_model(
         experts_per_token=experts_per_token,
         quantization=quantization,
         quantize_lm_head=quantize_lm_head,
+        parallel=parallel,
     )
+    follow_if_worker(decoder)
     spec, defaults = decoder.spec, read_generation_defaults(path, decoder.spec)
     return LoadedModel(
         name=str(model), path=path, spec=spec, decoder=decoder, tokenizer=tokenizer, generation_defaults=defaults
@@ -112,6 +119,7 @@ def load_decoder(
     experts_per_token: int | None = None,
     quantization: str = NONE,
     quantize_lm_head: bool = True,
+    parallel: ParallelConfig | None = None,
 ) -> Decoder:
     """Load the decoder of a directory, without its tokenizer. Arguments and errors as for :func:`load_model`.
 
@@ -131,7 +139,12 @@ def load_decoder(
         spec = spec.with_experts_per_token(experts_per_token)
     torch_dtype = _choose_dtype(dtype, config, checkpoint)
     chosen = select_backend(choose_device(device), torch_dtype, backend)
-    builder = _Builder(spec, layout, checkpoint, chosen, read_scales(path, spec), wanted)
+    shard = None
+    if parallel is not None and max(parallel.size, launched_size()) > 1:
+        shard = join(parallel, spec, path, chosen, wanted, stored)
+        layout = shard.layout(layout)
+        checkpoint = ShardedCheckpoint(path, shard.cuts)
+    builder = _Builder(spec, layout, checkpoint, chosen, read_scales(path, spec), wanted, shard)
     return builder.build(progress=progress, heads=load_heads(path))
 
 
@@ -199,8 +212,10 @@ class _Builder:
         backend: TorchBackend,
         scales: Sequence[LayerScales | None],
         quantization: Quantization,
+        shard: Shard | None = None,
     ) -> None:
         self.spec = spec
+        self.shard = shard
         self.scales = scales
         self.layout = layout
         self.checkpoint = checkpoint
@@ -219,14 +234,15 @@ class _Builder:
         for layer, scales in zip(layouts, self.scales, strict=True):
             layers.append(self._layer(layer, scales))
             self.checkpoint.release()
-        return Decoder(
+        make, local = (Decoder, self.spec) if self.shard is None else (parallel_decoder(self.shard), self.shard.spec)
+        return make(
             replace(self.spec, tie_embeddings=tied),
             self.backend,
             embedding_VD=None if tied else self._embedding(),
             layers=layers,
             final_norm_D=self._copy(FINAL_NORM),
             lm_head=lm_head,
-            exits=pack_exits(heads, self.spec, layers, self.backend) if heads else {},
+            exits=pack_exits(heads, local, layers, self.backend) if heads else {},
             expert_impacts={n: scales.impact for n, scales in enumerate(self.scales) if scales is not None},
             quantization=STORED if isinstance(self.checkpoint, QuantizedCheckpoint) else str(self.quantization),
         )

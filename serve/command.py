@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..dynamic.config import ModelConfig, QualityConfig
+from ..dynamic.config import QualityConfig, SharedModelConfig
 from ..dynamic.engine.config import EngineConfig
+from ..dynamic.parallel.config import launched_rank
 from .contracts import MonitorSettings
 from .settings import ServerSettings
 
@@ -18,7 +19,7 @@ class ServeQualityConfig(QualityConfig):
 
 
 @dataclass(kw_only=True)
-class ServeConfig(ModelConfig):
+class ServeConfig(SharedModelConfig):
     """``dynamoe serve``."""
 
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -33,6 +34,10 @@ def serve(config: ServeConfig) -> None:
         ValueError: the address is in use, or the model cannot be served.
         SystemExit: with the exit code, when the server did not end well.
     """
+    if launched_rank():  # workers take no address
+        from ..dynamic.loader import load_model
+
+        load_model(config.model, **config.load_arguments())
     from .server import run
 
     code = run(

@@ -13,7 +13,6 @@ from ...exits.segments import Segment
 from ...kernels.types import ExpertBudget
 from .budgets import ExpertBudgets
 from .exit_runner import ExitRunner
-from .kv_cache import allocate_layers, copy_pages
 from .scheduler import Entry, Schedule
 from .step_rows import StepRows
 
@@ -39,10 +38,10 @@ class Runner:
         self.decoder = decoder
         self.device = torch.device(decoder.device)
         self.page_size = page_size
-        self.kv = allocate_layers(decoder.spec, num_pages, page_size, decoder.dtype, self.device)
+        self.kv = decoder.allocate_cache(num_pages, page_size)
         # Long prompts with logprobs would need rows x vocabulary floats at once.
         self.max_logit_rows = max(1, LOGITS_CHUNK_BYTES // (4 * decoder.spec.vocab_size))
-        self.exits = ExitRunner(decoder, self.kv, page_size, max_num_seqs, park_rows)
+        self.exits = ExitRunner(decoder, self.kv, page_size, max_num_seqs, park_rows and decoder.one_process)
         self.budgets = ExpertBudgets(decoder)
         self.full_rows = 0  # rows launched through the whole model at once
         self._whole = Segment(index=0, layers=range(decoder.spec.num_layers))
@@ -53,7 +52,7 @@ class Runner:
         Rows of requests with exits may leave early or be parked: their entries say so afterwards.
         """
         if schedule.copies:
-            copy_pages(self.kv, schedule.copies)
+            self.decoder.copy_pages(self.kv, schedule.copies)
         rows = StepRows(schedule.entries, self.page_size, self.device)
         budget = self.budgets.plan(schedule.entries, len(rows))
         if any(entry.sequence.request.exit_logits_E is not None for entry in schedule.entries):

@@ -1,0 +1,1 @@
+"""One model over several processes: groups of ranks, shards of weights, the plan that workers follow."""

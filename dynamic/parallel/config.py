@@ -1,0 +1,50 @@
+"""How many processes share a model, and along which axes."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Sizes of the axes; their product is the number of processes that the launcher starts.
+
+    Arguments:
+        tensor: processes that share every head and every neuron of an FFN among them.
+        expert: processes that share the experts of every mixture among them.
+        pipeline: stages of layers; only 1 so far.
+        data: copies of the model; only 1 so far.
+        timeout: seconds after which a process that does not answer counts as hung.
+    """
+
+    tensor: int = 1
+    expert: int = 1
+    pipeline: int = 1
+    data: int = 1
+    timeout: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "expert", "pipeline", "data"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"parallel.{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("pipeline", "data"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"parallel.{name}={getattr(self, name)} is not supported; only 1 is")
+        if not self.timeout > 0:
+            raise ValueError(f"parallel.timeout must be above 0 seconds, not {self.timeout}")
+
+    @property
+    def size(self) -> int:
+        """Processes in all."""
+        return self.tensor * self.expert
+
+
+def launched_rank() -> int:
+    """This process's rank among those that ``torchrun`` or ``deepspeed`` started; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def launched_size() -> int:
+    """How many processes the launcher started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,0 +1,137 @@
+"""The processes of one model: who is who, how they sum, and that all of them were started alike.
+
+Shape suffixes as in ``kernels/types.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from .config import ParallelConfig, launched_rank, launched_size
+from .plan import FIRST, Message, decode, length
+
+_IDLE = timedelta(days=30)  # workers wait this long for the next step
+_DESCRIPTION = 1 << 16  # bytes
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class ParallelContext:
+    """The process groups of one model.
+
+    Arguments:
+        config: sizes of the axes. Ranks are numbered with the tensor axis innermost.
+        device: of the model.
+
+    Raises:
+        ValueError: when the launcher started another number of processes.
+    """
+
+    def __init__(self, config: ParallelConfig, device: torch.device) -> None:
+        started = launched_size()
+        if started != config.size:
+            raise ValueError(
+                f"parallel.tensor={config.tensor} and parallel.expert={config.expert} need {config.size} processes; "
+                + (f"the launcher started {started}" if started > 1 else f"torchrun --nproc-per-node {config.size}")
+            )
+        self.config = config
+        self.rank = launched_rank()
+        self.expert_rank, self.tensor_rank = divmod(self.rank, config.tensor)
+        self.failed = False
+        self.bytes_gathered = 0  # received from other ranks in sums
+        self.sums = 0
+        self.broadcasts = 0
+        if os.environ.get("MASTER_ADDR", "127.0.0.1") in _LOOPBACK:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        timeout = timedelta(seconds=config.timeout)
+        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, timeout=timeout)
+        self._plans = dist.new_group(backend="gloo", timeout=_IDLE)
+        self.everyone = dist.group.WORLD
+        rows = [list(range(first, first + config.tensor)) for first in range(0, config.size, config.tensor)]
+        groups = [dist.new_group(ranks, timeout=timeout) for ranks in rows]  # every rank makes all, in this order
+        self.tensor_group = groups[self.expert_rank]
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0, which schedules and serves."""
+        return self.rank == 0
+
+    def check_alike(self, description: Mapping[str, object]) -> None:
+        """Compare what the ranks were started with.
+
+        Raises:
+            ValueError: naming the first thing that differs, on every rank.
+        """
+        text = json.dumps({name: str(value) for name, value in description.items()}).encode()
+        assert len(text) <= _DESCRIPTION
+        mine = torch.zeros(_DESCRIPTION, dtype=torch.uint8)
+        mine[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        found = [torch.empty_like(mine) for _ in range(self.config.size)]
+        dist.all_gather(found, mine, group=self._plans)
+        first, *others = (json.loads(bytes(t.tolist()).rstrip(b"\0")) for t in found)
+        for rank, other in enumerate(others, 1):
+            for name in {**first, **other}:
+                if first.get(name) != other.get(name):
+                    raise ValueError(
+                        f"the processes were started differently: {name} is {first.get(name)!r} on rank 0 "
+                        f"and {other.get(name)!r} on rank {rank}"
+                    )
+
+    def send(self, message: Message) -> None:
+        """Rank 0 tells the others what to do."""
+        numbers = message.encode()
+        self._broadcast(numbers[:FIRST].contiguous())
+        if len(numbers) > FIRST:
+            self._broadcast(numbers[FIRST:].contiguous())
+
+    def receive(self) -> Message:
+        """The next instruction of rank 0; waits for it."""
+        first = torch.empty(FIRST, dtype=torch.int64)
+        self._broadcast(first)
+        if (total := length(first)) <= FIRST:
+            return decode(first)
+        rest = torch.empty(total - FIRST, dtype=torch.int64)
+        self._broadcast(rest)
+        return decode(torch.cat((first, rest)))
+
+    def sum(self, x_TD: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        """The sum over a group, added up in the order of the ranks, so that all ranks have the same bits.
+
+        Raises:
+            RuntimeError: when a rank has died or does not answer in time.
+        """
+        size = dist.get_world_size(group)
+        if size == 1:
+            return x_TD
+        x_TD = x_TD.contiguous()
+        parts = [torch.empty_like(x_TD) for _ in range(size)]
+        try:
+            dist.all_gather(parts, x_TD, group=group)
+        except RuntimeError as error:
+            self.failed = True
+            raise RuntimeError(f"a process of the model has died or hangs: {error}") from error
+        self.sums += 1
+        self.bytes_gathered += (size - 1) * x_TD.nbytes
+        total_TD = parts[0].float()
+        for part in parts[1:]:
+            total_TD = total_TD + part
+        return total_TD.to(x_TD.dtype)
+
+    def close(self) -> None:
+        """Leave the groups; nothing is waited for after a failure."""
+        if not self.failed and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _broadcast(self, numbers: torch.Tensor) -> None:
+        try:
+            dist.broadcast(numbers, src=0, group=self._plans)
+        except RuntimeError as error:
+            self.failed = True
+            raise RuntimeError(f"a process of the model has died: {error}") from error
+        self.broadcasts += 1

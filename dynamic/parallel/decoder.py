@@ -1,0 +1,174 @@
+"""A decoder whose weights are spread over ranks: rank 0 is called as any decoder, the others follow its messages.
+
+Rows are known by their slots in the cache: a message names those that go on, and every rank picks them out of what it
+has. So it is rank 0 alone that decides who leaves at an exit. Shape suffixes as in ``kernels/types.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ...exits.segments import Segment
+from ...kernels.types import AttentionBatch, ExpertBudget, ExpertWeights, KVLayer, Routing
+from ..decoder import Decoder, LayerWeights
+from ..decoder_exits import DecoderExit
+from ..engine.kv_cache import allocate_layers, copy_pages
+from ..spec import LayerSpec, ModelSpec
+from .plan import Message, Operation, read_batch, read_budget, run_message
+from .shards import Shard, part_of
+
+
+class ParallelDecoder(Decoder):
+    """One rank of a decoder.
+
+    Arguments:
+        shard: which part of the model this rank holds; others as for :class:`Decoder`.
+    """
+
+    one_process = False
+
+    def __init__(self, spec: ModelSpec, *arguments: Any, shard: Shard, **more: Any) -> None:
+        super().__init__(spec, *arguments, **more)
+        self.context = shard.context
+        self.local_spec = shard.spec
+        self.num_heads, self.num_kv_heads = shard.spec.num_heads, shard.spec.num_kv_heads
+        self._token_ids_T: torch.Tensor | None = None
+
+    def allocate_cache(self, num_pages: int, page_size: int) -> list[KVLayer]:
+        self._tell(Message(operation=Operation.ALLOCATE, arguments=(num_pages, page_size)))
+        return allocate_layers(self.local_spec, num_pages, page_size, self.dtype, self.device)
+
+    def copy_pages(self, kv: list[KVLayer], copies: list[tuple[int, int]]) -> None:
+        self._tell(Message(operation=Operation.COPY, blocks=tuple(torch.tensor(copies).T)))
+        copy_pages(kv, copies)
+
+    def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
+        """See :meth:`Decoder.embed`; the ids travel with the first segment's message."""
+        self._token_ids_T = token_ids_T
+        return super().embed(token_ids_T)
+
+    def run_segment(
+        self,
+        segment: Segment,
+        x_TD: torch.Tensor,
+        kv: Sequence[KVLayer],
+        batch: AttentionBatch,
+        router_entropy_T: torch.Tensor | None = None,
+        budget: ExpertBudget | None = None,
+    ) -> torch.Tensor:
+        """See :meth:`Decoder.run_segment`; all ranks run it."""
+        self.reserve_positions(batch.max_context_len)  # refused before anybody is told
+        self._tell(run_message(segment.layers, self._token_ids_T, batch, budget))
+        self._token_ids_T = None
+        return super().run_segment(segment, x_TD, kv, batch, router_entropy_T, budget)
+
+    def project(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
+        """See :meth:`Decoder.project`; every rank writes the keys and values of its heads."""
+        arguments = (exit.after_layers, batch.max_context_len)
+        blocks = (batch.positions_T, batch.slots_T)
+        self._tell(Message(operation=Operation.PROJECT, arguments=arguments, blocks=blocks))
+        super().project(exit, x_RD, kv, batch)
+
+    def close(self) -> None:
+        """Let the workers go, those that are still there. Only rank 0 calls this."""
+        if not self.context.failed:
+            with suppress(RuntimeError):  # said while rank 0 ends, maybe because a worker has died
+                self._tell(Message(operation=Operation.STOP))
+        self.context.close()
+
+    @torch.inference_mode()
+    def follow(self) -> None:
+        """Do what rank 0 says, until it says stop.
+
+        Raises:
+            RuntimeError: when rank 0 has died, or another rank does not answer in time.
+        """
+        assert not self.context.leads
+        kv: list[KVLayer] = []
+        x_TD, slots_T = torch.empty(0, self.spec.hidden_size), torch.empty(0, dtype=torch.int64)
+        while (message := self.context.receive()).operation is not Operation.STOP:
+            arguments, blocks = message.arguments, message.blocks
+            if message.operation is Operation.ALLOCATE:
+                kv = self.allocate_cache(*arguments[:2])
+            elif message.operation is Operation.COPY:
+                self.copy_pages(kv, list(zip(blocks[0].tolist(), blocks[1].tolist(), strict=True)))
+            elif message.operation is Operation.RUN:
+                batch = read_batch(message, self.device)
+                if (token_ids_T := blocks[5]).numel():
+                    x_TD = self.embed(token_ids_T.to(self.device))
+                else:
+                    x_TD = x_TD[rows_at(slots_T, batch.slots_T)]
+                slots_T = batch.slots_T
+                segment = Segment(index=0, layers=range(*arguments[:2]))
+                x_TD = self.run_segment(
+                    segment, x_TD, kv, batch, budget=read_budget(message, len(slots_T), self.device)
+                )
+            else:
+                leaving_T = blocks[1].to(self.device)
+                empty = torch.empty(0, dtype=torch.int32, device=self.device)
+                batch = AttentionBatch(
+                    positions_T=blocks[0].to(self.device),
+                    slots_T=leaving_T,
+                    query_start_S1=empty,
+                    context_len_S=empty,
+                    block_table_SM=empty,
+                    max_query_len=1,
+                    max_context_len=arguments[1],
+                )
+                self.project(self.exits[arguments[0]], x_TD[rows_at(slots_T, leaving_T)], kv, batch)
+        self.context.close()
+
+    def _tell(self, message: Message) -> None:
+        if self.context.leads:
+            self.context.send(message)
+
+    def _make_stack(self) -> None:
+        """All layers in one call leave no room for sums in between."""
+        return None
+
+    def _attention(
+        self, weights: LayerWeights, layer: LayerSpec, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch
+    ) -> torch.Tensor:
+        return self.context.sum(super()._attention(weights, layer, x_TD, kv, batch), self.context.tensor_group)
+
+    def _ffn(
+        self, number: int, x_TD: torch.Tensor, routed: list[torch.Tensor] | None, budget: ExpertBudget | None
+    ) -> torch.Tensor:
+        return self.context.sum(super()._ffn(number, x_TD, routed, budget), self.context.everyone)
+
+    def _experts(self, x_TD: torch.Tensor, number: int, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
+        moe, config = self.spec.layers[number].moe, self.context.config
+        assert moe is not None
+        if routing.identity_weights_T is not None and self.context.rank:
+            routing = replace(routing, identity_weights_T=torch.zeros_like(routing.identity_weights_T))
+        if config.expert > 1:
+            routing = held_here(routing, part_of(moe.num_experts, config.expert, self.context.expert_rank))
+        return super()._experts(x_TD, number, weights, routing)
+
+
+def held_here(routing: Routing, experts: slice) -> Routing:
+    """The slots of a routing whose experts lie on this rank, in front and in their order, with numbers from 0."""
+    ids_TK = routing.expert_ids_TK
+    here_TK = (ids_TK >= experts.start) & (ids_TK < experts.stop)
+    if routing.counts_T is not None:
+        here_TK &= torch.arange(ids_TK.shape[1], device=ids_TK.device) < routing.counts_T[:, None]
+    order_TK = here_TK.int().argsort(dim=1, descending=True, stable=True)
+    here_TK = here_TK.gather(1, order_TK)
+    return replace(
+        routing,
+        expert_ids_TK=(ids_TK.gather(1, order_TK) - experts.start).where(here_TK, 0).int().contiguous(),
+        weights_TK=routing.weights_TK.gather(1, order_TK).where(here_TK, 0).contiguous(),
+        counts_T=here_TK.sum(1, dtype=torch.int32),
+        index=None,
+    )
+
+
+def rows_at(slots_T: torch.Tensor, wanted_R: torch.Tensor) -> torch.Tensor:
+    """Numbers of the rows that live at some slots; every slot is one row's."""
+    sorted_T, order_T = slots_T.sort()
+    return order_T[torch.searchsorted(sorted_T, wanted_R)]

@@ -1,0 +1,112 @@
+"""What rank 0 tells the others, as integers: a fixed header and one block of numbers behind it.
+
+A message is one broadcast of ``FIRST`` int64; what does not fit follows in a second one, whose length the header says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+
+from ...kernels.types import AttentionBatch, ExpertBudget
+
+FIRST = 2048
+ARGUMENTS, BLOCKS = 6, 8
+HEADER = 1 + ARGUMENTS + BLOCKS
+
+
+class Operation(IntEnum):
+    """What the workers do next."""
+
+    STOP = 0
+    ALLOCATE = 1  # pages, tokens per page
+    COPY = 2  # pages read, pages written
+    RUN = 3  # layers from, to; longest query, longest context; number of sequences
+    PROJECT = 4  # layers in front of the exit; longest context
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """One instruction: at most 6 numbers, and at most 8 blocks of them."""
+
+    operation: Operation
+    arguments: tuple[int, ...] = ()
+    blocks: tuple[torch.Tensor, ...] = ()
+
+    def encode(self) -> torch.Tensor:
+        """Everything in one int64 vector of at least ``FIRST`` entries."""
+        assert len(self.arguments) <= ARGUMENTS
+        assert len(self.blocks) <= BLOCKS
+        sizes = [block.numel() for block in self.blocks]
+        header = [int(self.operation), *_padded(self.arguments, ARGUMENTS), *_padded(sizes, BLOCKS)]
+        parts = [torch.tensor(header), *(block.reshape(-1).to("cpu", torch.int64) for block in self.blocks)]
+        total = HEADER + sum(sizes)
+        return torch.cat([*parts, torch.zeros(max(FIRST - total, 0), dtype=torch.int64)])
+
+
+def length(first: torch.Tensor) -> int:
+    """Entries of the whole message, from its first ``FIRST``."""
+    return HEADER + int(first[1 + ARGUMENTS : HEADER].sum())
+
+
+def decode(numbers: torch.Tensor) -> Message:
+    """The message; it always has 6 arguments and 8 blocks, zeros and empty ones where none was given."""
+    header = numbers[:HEADER].tolist()
+    sizes = header[1 + ARGUMENTS :]
+    blocks = numbers[HEADER : HEADER + sum(sizes)].split(sizes)
+    return Message(operation=Operation(header[0]), arguments=tuple(header[1 : 1 + ARGUMENTS]), blocks=tuple(blocks))
+
+
+def _padded(numbers: Sequence[int], count: int) -> list[int]:
+    return [*numbers, *[0] * (count - len(numbers))]
+
+
+def run_message(
+    layers: range, token_ids_T: torch.Tensor | None, batch: AttentionBatch, budget: ExpertBudget | None
+) -> Message:
+    """Run some layers.
+
+    Arguments:
+        token_ids_T: of the rows, where they begin; None goes on with those of the last message whose slots are named.
+    """
+    blocks = [
+        batch.positions_T,
+        batch.slots_T,
+        batch.query_start_S1,
+        batch.context_len_S,
+        batch.block_table_SM,
+        torch.empty(0) if token_ids_T is None else token_ids_T,
+    ]
+    if budget is not None:
+        blocks += [budget.keep_TL.float().contiguous().view(torch.int32), budget.cap_TL]
+    arguments = (layers.start, layers.stop, batch.max_query_len, batch.max_context_len, batch.num_sequences)
+    return Message(operation=Operation.RUN, arguments=arguments, blocks=tuple(blocks))
+
+
+def read_batch(message: Message, device: torch.device) -> AttentionBatch:
+    """The rows of :func:`run_message`."""
+    positions, slots, starts, lengths, table = (block.to(device) for block in message.blocks[:5])
+    return AttentionBatch(
+        positions_T=positions,
+        slots_T=slots,
+        query_start_S1=starts.int(),
+        context_len_S=lengths.int(),
+        block_table_SM=table.int().view(message.arguments[4], -1),
+        max_query_len=message.arguments[2],
+        max_context_len=message.arguments[3],
+    )
+
+
+def read_budget(message: Message, num_rows: int, device: torch.device) -> ExpertBudget | None:
+    """The expert budget of :func:`run_message`."""
+    keep, cap = message.blocks[6:8]
+    if not keep.numel():
+        return None
+    return ExpertBudget(
+        keep_TL=keep.int().view(torch.float32).view(num_rows, -1).to(device),
+        cap_TL=cap.int().view(num_rows, -1).to(device),
+        skipped_T=torch.zeros(num_rows, dtype=torch.int64, device=device),
+    )

@@ -1,0 +1,172 @@
+"""Which part of every tensor a rank keeps; no other part is read from disk.
+
+Shape suffixes as in ``kernels/types.py``; X several experts' neurons side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ..layout import FFNLayout, LayerLayout, Layout
+from ..spec import ModelSpec
+from ..weights import Checkpoint
+from .context import ParallelContext
+
+Cut = Callable[[torch.Tensor], torch.Tensor]
+
+
+def part_of(total: int, parts: int, part: int) -> slice:
+    """The ``part``-th of ``parts`` nearly equal runs of ``total`` things; the first ones are the larger."""
+    size, larger = divmod(total, parts)
+    start = part * size + min(part, larger)
+    return slice(start, start + size + (part < larger))
+
+
+class Shard:
+    """What one rank holds of a model.
+
+    Arguments:
+        spec: the whole model.
+        context: the ranks.
+
+    Attributes:
+        spec: the same model with this rank's heads only.
+        cuts: by the names of tensors that are split.
+
+    Raises:
+        ValueError: for a model that cannot be split like this.
+    """
+
+    def __init__(self, spec: ModelSpec, context: ParallelContext) -> None:
+        tensor, rank = context.config.tensor, context.tensor_rank
+        if tensor > 1 and spec.qk_norm == "full":
+            raise ValueError(f"parallel.tensor={tensor}: this {spec.family} model norms all heads together")
+        self.context = context
+        self.query_heads, self.kv_heads = split_heads(spec, tensor, rank)
+        self.spec = replace(spec, num_heads=_width(self.query_heads), num_kv_heads=_width(self.kv_heads))
+        self.cuts: dict[str, Cut] = {}
+
+    def layout(self, layout: Layout) -> Layout:
+        """The layout of this rank's part; fills :attr:`cuts`."""
+        return replace(layout, layers=tuple(self._layer(layer, n) for n, layer in enumerate(layout.layers)))
+
+    def _layer(self, layout: LayerLayout, number: int) -> LayerLayout:
+        channels, config = self.spec.head_dim, self.context.config
+        queries, keys = (slice(s.start * channels, s.stop * channels) for s in (self.query_heads, self.kv_heads))
+        for names in (layout.qkv, layout.qkv_bias):
+            for name, rows in zip(names, (queries, keys, keys), strict=False):
+                self.cuts[name] = partial(_rows, rows=rows)
+        self.cuts[layout.o] = partial(_columns, columns=queries)
+        if layout.o_bias and self.context.tensor_rank:
+            self.cuts[layout.o_bias] = torch.zeros_like
+        if self.spec.layers[number].moe is None:
+            ffn = self._one_ffn(layout.ffn)
+        else:
+            experts = _split("experts", layout.ffn.num_experts, config.expert, self.context.expert_rank)
+            neurons = _split("neurons", layout.ffn.expert_size, config.tensor, self.context.tensor_rank)
+            ffn = self._ffn(layout.ffn, experts, neurons)
+        return replace(layout, ffn=ffn, shared=self._one_ffn(layout.shared) if layout.shared else None)
+
+    def _one_ffn(self, layout: FFNLayout) -> FFNLayout:
+        """A dense FFN or a shared expert: its neurons are spread over all ranks."""
+        neurons = _split("neurons", layout.expert_size, self.context.config.size, self.context.rank)
+        return self._ffn(layout, slice(0, 1), neurons)
+
+    def _ffn(self, layout: FFNLayout, experts: slice, neurons: slice) -> FFNLayout:
+        count, size = layout.num_experts, layout.expert_size
+        part = replace(layout, num_experts=_width(experts), expert_size=_width(neurons))
+        for name in layout.biases[:2]:
+            self.cuts[name] = partial(_rows, rows=neurons)
+        if layout.biases and self.context.rank:
+            self.cuts[layout.biases[2]] = torch.zeros_like
+        if layout.gate_up:
+            self.cuts[layout.gate_up] = partial(_fused, experts=experts, neurons=neurons, size=size)
+            self.cuts[layout.down[0]] = lambda down_EDF: down_EDF[experts, :, neurons]
+            return part
+        if len(layout.down) == count:
+            part = replace(part, gate=layout.gate[experts], up=layout.up[experts], down=layout.down[experts])
+            for name in (*part.gate, *part.up):
+                self.cuts[name] = partial(_rows, rows=neurons)
+            for name in part.down:
+                self.cuts[name] = partial(_columns, columns=neurons)
+            return part
+        for name in (*layout.gate, *layout.up):
+            self.cuts[name] = lambda x_XD: x_XD.unflatten(0, (count, size))[experts, neurons].flatten(0, 1)
+        self.cuts[layout.down[0]] = lambda x_DX: x_DX.unflatten(1, (count, size))[:, experts, neurons].flatten(1)
+        return part
+
+
+class ShardedCheckpoint(Checkpoint):
+    """A checkpoint that hands out this rank's part of every tensor that is split.
+
+    Attributes:
+        split_bytes, whole_bytes: read so far of tensors that are split, and of those that every rank keeps.
+        replicated: names of the latter.
+    """
+
+    def __init__(self, directory: Path, cuts: dict[str, Cut]) -> None:
+        super().__init__(directory)
+        self._cuts = cuts
+        self.split_bytes = self.whole_bytes = 0
+        self.replicated: dict[str, int] = {}
+
+    def view(self, name: str) -> torch.Tensor:
+        """See :meth:`Checkpoint.view`; pages of other ranks' parts are not touched."""
+        whole = super().view(name)
+        if name not in self._cuts:
+            self.replicated[name] = whole.nbytes
+            self.whole_bytes = sum(self.replicated.values())
+            return whole
+        part = self._cuts[name](whole)
+        self.split_bytes += part.nbytes
+        return part
+
+
+def split_heads(spec: ModelSpec, parts: int, part: int) -> tuple[slice, slice]:
+    """Query heads and key/value heads of one rank: whole groups, or a part of one where ranks outnumber the groups.
+
+    Raises:
+        ValueError: when the heads cannot be shared out like this.
+    """
+    groups, per_group = spec.num_kv_heads, spec.num_heads // spec.num_kv_heads
+    if parts <= groups:
+        kv = part_of(groups, parts, part)
+        return slice(kv.start * per_group, kv.stop * per_group), kv
+    if parts % groups or parts // groups > per_group:
+        raise ValueError(
+            f"parallel.tensor={parts} does not go with {spec.num_heads} heads in {groups} groups: it must be at most "
+            f"{groups}, or a multiple of it up to {spec.num_heads}"
+        )
+    group, inner = divmod(part, parts // groups)
+    queries = part_of(per_group, parts // groups, inner)
+    first = group * per_group
+    return slice(first + queries.start, first + queries.stop), slice(group, group + 1)
+
+
+def _split(what: str, total: int, parts: int, part: int) -> slice:
+    if total < parts:
+        raise ValueError(f"{total} {what} cannot be spread over {parts} processes")
+    return part_of(total, parts, part)
+
+
+def _width(part: slice) -> int:
+    return part.stop - part.start
+
+
+def _rows(x: torch.Tensor, rows: slice) -> torch.Tensor:
+    return x[rows]
+
+
+def _columns(x: torch.Tensor, columns: slice) -> torch.Tensor:
+    return x[:, columns]
+
+
+def _fused(x_EXD: torch.Tensor, experts: slice, neurons: slice, size: int) -> torch.Tensor:
+    """Gate and up of some experts' neurons from the fused tensor."""
+    ups = slice(size + neurons.start, size + neurons.stop)
+    return torch.cat((x_EXD[experts, neurons], x_EXD[experts, ups]), 1)

@@ -1,0 +1,95 @@
+"""What the loader needs of this package: join the other ranks, make the decoder, become a worker."""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ... import __version__
+from ...kernels.torch_backend import TorchBackend
+from ..decoder import Decoder
+from ..quantization import NONE, Quantization
+from ..spec import ModelSpec
+from ..weights import Checkpoint
+from .config import ParallelConfig
+from .context import ParallelContext
+from .decoder import ParallelDecoder
+from .shards import Shard, ShardedCheckpoint
+
+__all__ = ["Shard", "ShardedCheckpoint", "follow_if_worker", "join", "parallel_decoder"]
+
+
+def join(
+    config: ParallelConfig,
+    spec: ModelSpec,
+    path: Path,
+    backend: TorchBackend,
+    quantization: Quantization,
+    stored: object,
+) -> Shard:
+    """Meet the other ranks and learn which part is ours.
+
+    Arguments:
+        spec, path: of the model.
+        backend: of this rank.
+        quantization: what the weights become.
+        stored: not None where the checkpoint is quantised.
+
+    Raises:
+        ValueError: when ranks were started differently, or the model cannot be split like this.
+    """
+    if stored is not None:
+        raise ValueError(f"{path} is quantised; parallel.tensor and parallel.expert take checkpoints that are not")
+    if config.tensor > 1 and quantization.method != NONE:
+        raise ValueError(f"quantization={quantization.method} does not go with parallel.tensor={config.tensor}")
+    context = ParallelContext(config, backend.device)
+    context.check_alike(
+        {
+            "version": __version__,
+            "torch": torch.__version__,
+            "parallel": config,
+            "dtype": backend.dtype,
+            "backend": backend.name,
+            "instruction set": getattr(backend, "isa", ""),
+            "quantization": quantization,
+            "checkpoint": _fingerprint(path),
+            "model": hashlib.sha256(repr(spec).encode()).hexdigest(),
+        }
+    )
+    return Shard(spec, context)
+
+
+def parallel_decoder(shard: Shard) -> Callable[..., ParallelDecoder]:
+    """Makes this rank's decoder; takes what :class:`Decoder` takes."""
+    return partial(ParallelDecoder, shard=shard)
+
+
+def follow_if_worker(decoder: Decoder) -> None:
+    """A worker works until rank 0 ends, and then exits; rank 0 sees to it that the workers hear of its end.
+
+    Raises:
+        SystemExit: on every worker, with 0 after an orderly end.
+        RuntimeError: on a worker whose rank 0 has died.
+    """
+    if not isinstance(decoder, ParallelDecoder):
+        return
+    if decoder.context.leads:
+        atexit.register(decoder.close)
+        return
+    decoder.follow()
+    raise SystemExit(0)
+
+
+def _fingerprint(path: Path) -> str:
+    """A hash of names, shapes and places of all tensors and of the files' sizes: reading the weights takes too long."""
+    checkpoint: Any = Checkpoint(path)
+    sizes = {info.file: os.path.getsize(path / info.file) for info in checkpoint.values()}
+    described = sorted((name, repr(info)) for name, info in checkpoint.items())
+    return hashlib.sha256(repr((described, sorted(sizes.items()))).encode()).hexdigest()

@@ -1,0 +1,42 @@
+"""Generates under a launcher, for ``test_parallel.py``. Arguments: a JSON file of one job, a file for rank 0's answer.
+
+A job names a model, keyword arguments of :class:`LLM`, exit thresholds and an expert budget for every second request.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from dynamoe import LLM, SamplingParams
+from dynamoe.dynamic.parallel.decoder import ParallelDecoder
+
+PROMPTS = [[5, 9, 200, 31], [7] * 40, list(range(3, 90)), [11, 12], [250, 3, 77, 8, 120, 4]]
+
+
+def tokens(
+    model: str, arguments: dict[str, int], thresholds: dict[str, float], budget: dict[str, int]
+) -> dict[str, object]:
+    llm = LLM(model, dtype="float32", progress=False, max_num_seqs=3, max_num_batched_tokens=48, **arguments)
+    exits = {int(layer): value for layer, value in thresholds.items()}
+    params = [SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)] * len(PROMPTS)
+    if exits or budget:
+        params[::2] = [
+            SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, quality=None, exit_thresholds=exits, **budget)
+        ] * 3
+    outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+    found: dict[str, object] = {
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "rows": list(llm.engine.stats().segment_rows),
+    }
+    decoder = llm.model.decoder
+    if isinstance(decoder, ParallelDecoder):
+        context = decoder.context
+        found |= {"sums": context.sums, "broadcasts": context.broadcasts, "bytes": context.bytes_gathered}
+    return found
+
+
+if __name__ == "__main__":
+    job = json.loads(Path(sys.argv[1]).read_text())
+    Path(sys.argv[2]).write_text(json.dumps(tokens(**job)))

@@ -1,0 +1,263 @@
+"""One model over several processes: real ones, started by the launcher, compared with one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from dynamoe.dynamic.families import family_of, model_spec
+from dynamoe.dynamic.layout import plan_layout
+from dynamoe.dynamic.parallel.config import ParallelConfig
+from dynamoe.dynamic.parallel.context import ParallelContext
+from dynamoe.dynamic.parallel.decoder import held_here, rows_at
+from dynamoe.dynamic.parallel.plan import FIRST, Message, Operation, decode, length
+from dynamoe.dynamic.parallel.shards import Shard, ShardedCheckpoint, part_of, split_heads
+from dynamoe.dynamic.weights import Checkpoint, read_json
+from dynamoe.kernels.types import Routing
+
+SCRIPT = Path(__file__).with_name("parallel_run.py")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0", "PYTHONUNBUFFERED": "1"}
+
+
+def launcher(processes: int) -> list[str]:
+    """The beginning of a command line that starts so many processes, on the loopback interface."""
+    launch = ["-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    return [sys.executable, *launch, "--local-addr", "127.0.0.1", "--nproc-per-node", str(processes)]
+
+
+def run_job(folder: Path, processes: int, **job: Any) -> dict[str, Any]:
+    folder.mkdir()
+    (folder / "job.json").write_text(json.dumps({"thresholds": {}, "budget": {}, **job}))
+    command = [str(SCRIPT), str(folder / "job.json"), str(folder / "answer.json")]
+    start = launcher(processes) if processes > 1 else [sys.executable]
+    done = subprocess.run([*start, *command], capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "answer.json").read_text())
+
+
+def compare(folder: Path, model: str, tensor: int, expert: int, **job: Any) -> dict[str, Any]:
+    """Greedy tokens and launched rows of several processes against those of one."""
+    arguments = {"tensor_parallel_size": tensor, "expert_parallel_size": expert}
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(run_job, folder / "one", 1, model=model, arguments={}, **job)
+        several = pool.submit(run_job, folder / "several", tensor * expert, model=model, arguments=arguments, **job)
+        alone, together = one.result(), several.result()
+    assert together["tokens"] == alone["tokens"]
+    assert together["rows"] == alone["rows"]
+    return together
+
+
+CELLS = [("granitemoe", 1, 2), ("mixtral", 2, 1), ("qwen3_moe", 2, 1), ("mixtral", 2, 2), ("qwen3_moe", 1, 4)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "tensor", "expert"), CELLS)
+def test_tokens_are_those_of_one_process(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, family: str, tensor: int, expert: int
+) -> None:
+    found = compare(tmp_path, str(make_checkpoint(family)), tensor, expert)
+    # Two sums per layer with a tensor axis, one without; the plan of a step and the cache's size are broadcast.
+    assert found["sums"] % (3 * (2 if tensor > 1 else 1)) == 0
+
+
+def test_exits_and_budgets_are_decided_by_rank_0_alone(make_exits: Callable[..., Path], tmp_path: Path) -> None:
+    model = make_exits("mixtral", {1: 0.5, 2: 0.5})
+    job = {"thresholds": {"1": 0.5, "2": 0.5}, "budget": {"experts_per_token": 1}}
+    found = compare(tmp_path, str(model), 2, 1, **job)
+    assert found["rows"][0] > found["rows"][-1]
+
+
+@pytest.mark.slow
+def test_default_model_with_an_uneven_split(default_model: Path, tmp_path: Path) -> None:
+    compare(tmp_path, str(default_model), 2, 1)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "granitemoe", "qwen2_moe"])
+@pytest.mark.parametrize(("tensor", "expert"), [(2, 1), (1, 2), (2, 2), (4, 1)])
+def test_ranks_together_hold_every_split_weight_once(
+    make_checkpoint: Callable[..., Path], family: str, tensor: int, expert: int
+) -> None:
+    path = make_checkpoint(family)
+    config = read_json(path / "config.json")
+    spec, whole = model_spec(config), Checkpoint(path)
+    layout = plan_layout(spec, family_of(config), whole)
+    parts: dict[str, list[torch.Tensor]] = {}
+    read = []
+    for rank in range(tensor * expert):
+        expert_rank, tensor_rank = divmod(rank, tensor)
+        context = SimpleNamespace(
+            config=ParallelConfig(tensor=tensor, expert=expert),
+            rank=rank,
+            tensor_rank=tensor_rank,
+            expert_rank=expert_rank,
+        )
+        shard = Shard(spec, cast(ParallelContext, context))
+        shard.layout(layout)
+        checkpoint = ShardedCheckpoint(path, shard.cuts)
+        for name in whole:
+            expert_weight = any(part in name for part in (".experts.", "moe.input_linear", "moe.output_linear"))
+            if expert_weight and name in shard.cuts:
+                parts.setdefault(name, []).append(checkpoint.view(name))
+        read.append(checkpoint.split_bytes)
+    assert parts
+    for name, found in parts.items():
+        assert sum(part.numel() for part in found) == whole.view(name).numel()
+        held, wanted = torch.cat([part.flatten() for part in found]), whole.view(name).flatten()
+        assert torch.equal(held.sort().values, wanted.sort().values), name
+    total = sum(whole.view(name).nbytes for name in parts)
+    assert max(read) <= 1.1 * total / (tensor * expert)
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "ranks", "wanted"),
+    [
+        (9, 3, 2, [(6, 2), (3, 1)]),  # the default model: groups that do not divide evenly
+        (8, 2, 4, [(2, 1)] * 4),  # more ranks than groups: keys are kept twice
+        (6, 2, 4, [(2, 1), (1, 1)] * 2),  # and the queries of a group do not divide evenly
+    ],
+)
+def test_heads_are_shared_by_group(
+    make_checkpoint: Callable[..., Path], heads: int, groups: int, ranks: int, wanted: list[tuple[int, int]]
+) -> None:
+    base = model_spec(read_json(make_checkpoint("mixtral") / "config.json"))
+    spec = replace(base, num_heads=heads, num_kv_heads=groups)
+    found = [split_heads(spec, ranks, rank) for rank in range(ranks)]
+    assert [(q.stop - q.start, k.stop - k.start) for q, k in found] == wanted
+    assert [q.start for q, _ in found[1:]] == [q.stop for q, _ in found[:-1]]
+    with pytest.raises(ValueError, match=r"parallel\.tensor=5"):
+        split_heads(spec, 5, 0)
+
+
+def test_a_message_survives_its_way() -> None:
+    blocks = (torch.arange(FIRST), torch.tensor([-5, 7]))  # longer than the first broadcast
+    sent = Message(operation=Operation.RUN, arguments=(1, 2, 3), blocks=blocks).encode()
+    found = decode(sent)
+    assert length(sent[:FIRST]) == len(sent) > FIRST
+    assert found.arguments == (1, 2, 3, 0, 0, 0)
+    assert [block.tolist() for block in found.blocks[:3]] == [blocks[0].tolist(), [-5, 7], []]
+
+
+def test_routing_is_cut_to_the_experts_of_a_rank() -> None:
+    ids = torch.tensor([[5, 0, 3], [2, 1, 0]], dtype=torch.int32)
+    weights = torch.tensor([[0.5, 0.3, 0.2], [0.6, 0.3, 0.1]])
+    counts = torch.tensor([3, 2], dtype=torch.int32)  # the second row's last slot is unused
+    found = held_here(Routing(expert_ids_TK=ids, weights_TK=weights, counts_T=counts), slice(0, 3))
+    assert found.counts_T is not None
+    assert found.counts_T.tolist() == [1, 2]
+    assert found.expert_ids_TK[0, 0] == 0
+    assert found.expert_ids_TK[1, :2].tolist() == [2, 1]
+    assert torch.equal(found.weights_TK, torch.tensor([[0.3, 0, 0], [0.6, 0.3, 0]]))
+    assert [part_of(6, 4, n).stop for n in range(4)] == [2, 4, 5, 6]
+    assert rows_at(torch.tensor([40, 3, 17]), torch.tensor([17, 40])).tolist() == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"tensor": 0}, "tensor must be at least 1"), ({"pipeline": 2}, "pipeline=2"), ({"timeout": 0}, "timeout must")],
+)
+def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ParallelConfig(**settings)
+
+
+class Fleet:
+    """``dynamoe serve`` on two processes; workers are known by their rank in the environment."""
+
+    def __init__(self, model: Path, folder: Path, timeout: float) -> None:
+        self.log = folder / "log.txt"
+        settings = [f"model={json.dumps(str(model))}", "server.port=0", "dtype=float32", "parallel.tensor=2"]
+        settings += [f"parallel.timeout={timeout}", "server.served_model_name=tiny", "engine.max_model_len=500"]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*launcher(2), "-m", "dynamoe", "serve", *settings],
+                stdout=log,
+                stderr=log,
+                env=ENVIRONMENT,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + 120
+        while not (found := re.search(r"serves .* on (http://\S+)$", self.log.read_text(), re.M)):
+            assert time.monotonic() < deadline, self.log.read_text()
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.05)
+        self.url = found[1]
+
+    def worker(self) -> int:
+        """The process id of rank 1."""
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                if int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1]) != self.process.pid:
+                    continue
+                if b"\0RANK=1\0" in b"\0" + (entry / "environ").read_bytes():
+                    return int(entry.name)
+            except (OSError, ValueError):
+                continue
+        raise AssertionError("there is no worker")
+
+    def ask(self, tokens: int) -> str:
+        body = {"model": "tiny", "prompt": "The quick brown", "max_tokens": tokens, "temperature": 0, "stream": True}
+        body["ignore_eos"] = True
+        request = urllib.request.Request(
+            f"{self.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.read().decode()
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_streams_end_with_an_error_when_a_worker_does(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, how: signal.Signals
+) -> None:
+    fleet = Fleet(make_checkpoint("mixtral"), tmp_path, timeout=4)
+    worker = fleet.worker()
+    try:
+        assert "[DONE]" in fleet.ask(4)
+        answers: list[str] = []
+
+        def ask() -> None:
+            try:
+                answers.append(fleet.ask(450))
+            except (OSError, urllib.error.URLError) as error:
+                answers.append(f"error: {error}")
+
+        clients = [threading.Thread(target=ask) for _ in range(16)]
+        for client in clients:
+            client.start()
+        time.sleep(0.5)
+        assert not answers, "the streams ended before the worker did"
+        os.kill(worker, how)
+        began = time.monotonic()
+        for client in clients:
+            client.join(30)
+        assert time.monotonic() - began < 10
+        assert len(answers) == 16
+        assert all("error" in answer for answer in answers)
+        if how is signal.SIGSTOP:
+            with pytest.raises((urllib.error.HTTPError, OSError)):
+                urllib.request.urlopen(f"{fleet.url}/health", timeout=5)
+            os.kill(worker, signal.SIGKILL)
+        assert fleet.process.wait(60) != 0
+    finally:
+        fleet.end()
