@@ -43,8 +43,10 @@ void gate_and_up(const Context& context, const ExpertsCall& call, const QuantWei
         packed = index;
       }
       float* tile = scratch(Buffer::scores).get<float>(chunk.rows * kBlockOutputs);
-      for (int64_t block = blocks * group / groups; block < blocks * (group + 1) / groups; ++block) {
-        product.multiply(panel, tiles, block_of(weights, layout.experts, chunk.expert, block), tile);
+      const int64_t first_block = blocks * group / groups;
+      for (int64_t block = first_block; block < blocks * (group + 1) / groups; ++block) {
+        product.multiply(panel, tiles, block_of(weights, layout.experts, chunk.expert, block), block == first_block,
+                         nullptr, tile);
         const float* bias =
             call.gate_up_bias ? call.gate_up_bias + (chunk.expert * blocks + block) * kBlockOutputs : nullptr;
         for (int64_t r = 0; r < chunk.rows; ++r)
@@ -99,12 +101,17 @@ int64_t quant_experts(const Context& context, const ExpertsCall& given, const Qu
     const int64_t first_block = blocks * group / groups, last_block = blocks * (group + 1) / groups;
     const int64_t first = first_block * kBlockOutputs, last = last_block * kBlockOutputs;
     for (int64_t t = 0; t < call.rows; ++t) std::memset(sums + t * padded + first, 0, (last - first) * sizeof(float));
-    for (const Chunk& chunk : plan.chunks) {
+    for (size_t c = 0; c < plan.chunks.size(); ++c) {
+      const Chunk& chunk = plan.chunks[c];
+      const char* after = c + 1 < plan.chunks.size()
+                              ? block_of(weights.down, layout.experts, plan.chunks[c + 1].expert, first_block)
+                              : nullptr;
       const Tiles tiles(chunk.rows, down.tile_rows());
       float* tile = scratch(Buffer::scores).get<float>(chunk.rows * kBlockOutputs);
       for (int64_t block = first_block; block < last_block; ++block) {
         down.multiply(panels + chunk.first * down.row_bytes(), tiles,
-                      block_of(weights.down, layout.experts, chunk.expert, block), tile);
+                      block_of(weights.down, layout.experts, chunk.expert, block), block == first_block,
+                      block + 1 == last_block ? after : nullptr, tile);
         const float* bias = call.down_bias ? call.down_bias + (chunk.expert * blocks + block) * kBlockOutputs : nullptr;
         for (int64_t r = 0; r < chunk.rows; ++r) {
           const int32_t slot = plan.slots[chunk.first + r];

@@ -2,7 +2,7 @@
 #pragma once
 
 TARGET static void multiply_digits(const QuantLayout& layout, const DigitShape& shape, int num_rows, const char* panel,
-                                   const char* block, float* tile) {
+                                   const char* block, float* tile, Ahead) {
   const float* scales = reinterpret_cast<const float*>(block);
   const char* codes = block + layout.scale_bytes();
   const int64_t cells = ceil_div(shape.inputs, 8) * 2;
@@ -22,4 +22,4 @@ TARGET static void multiply_digits(const QuantLayout& layout, const DigitShape& 
   }
 }
 
-constexpr Quant kPlainQuant{kTileRows, false, pack_digits, multiply_digits, round_fp8, widen_codes};
+constexpr Quant kPlainQuant{kTileRows, false, pack_digits, 0, multiply_digits, round_fp8, widen_codes};
