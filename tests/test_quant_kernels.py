@@ -78,7 +78,10 @@ def check_linear(backend: TorchBackend, form: str, edge: str) -> None:
     for start in {outputs // 3, outputs // 32 * 32} - {outputs}:
         tail = backend.linear_tail(packed, start)
         assert tail.out_features == outputs - start
-        assert torch.equal(backend.linear(x, tail), backend.linear(x, packed)[:, start:])
+        product = backend.linear(x, tail)
+        assert_near(product, expected[:, start:], backend.dtype, scheme)
+        if backend.name == "cpu":  # the one that promises it
+            assert torch.equal(product, backend.linear(x, packed)[:, start:])
         assert torch.equal(backend.weight_rows(tail, ids - ids), backend.weight_rows(packed, ids - ids + start))
 
 
