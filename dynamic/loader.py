@@ -13,8 +13,9 @@ import torch
 
 from ..exits.sidecar import ExitHeads, load_heads
 from ..kernels.format_join import concatenate, stack_experts
-from ..kernels.formats import Int8Weight, quantize_int8
+from ..kernels.formats import QuantizedWeight
 from ..kernels.ops import select_backend
+from ..kernels.rounding import quantize_int8
 from ..kernels.torch_backend import TorchBackend
 from ..kernels.types import ExpertWeights, LinearWeights
 from ..moe.contribution import LayerScales
@@ -231,7 +232,9 @@ class _Builder:
             quantization=STORED if isinstance(self.checkpoint, QuantizedCheckpoint) else str(self.quantization),
         )
 
-    def _embedding(self) -> torch.Tensor | Int8Weight:
+    def _embedding(self) -> torch.Tensor | QuantizedWeight:
+        if (stored := self.checkpoint.quantized(EMBEDDING)) is not None:
+            return stored.weights[0].to(self.backend.device)
         if self.quantization.head is None:
             return self._copy(EMBEDDING)
         return quantize_int8(self._source(EMBEDDING, method=self.quantization.head))

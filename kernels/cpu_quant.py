@@ -154,9 +154,8 @@ def _pack(isa: int, weight: QuantizedWeight, stored: _Codes, scheme: ActivationS
 
 
 def _group(weight: QuantizedWeight) -> int:
-    if isinstance(weight, Int4Weight):
-        return weight.group
-    return (weight.block_in if isinstance(weight, Fp8Weight) else None) or weight.in_features
+    group = weight.block_in if isinstance(weight, Fp8Weight) else weight.group
+    return group or weight.in_features
 
 
 def _has_offsets(weight: QuantizedWeight) -> bool:
@@ -165,7 +164,7 @@ def _has_offsets(weight: QuantizedWeight) -> bool:
 
 def _read(weight: QuantizedWeight, *, has_offsets: bool) -> _Codes:
     if isinstance(weight, Int8Weight):
-        return _Codes(weight.data.view(torch.uint8) ^ 128, weight.scale.float()[..., None], None)
+        return _Codes(weight.data.view(torch.uint8) ^ 128, weight.grouped_scale().float(), None)
     if isinstance(weight, Int4Weight):
         return _Codes(weight.codes(), weight.scale.float(), weight.offsets() if has_offsets else None)
     own = weight.per_output()

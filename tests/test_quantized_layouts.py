@@ -21,7 +21,7 @@ from dynamoe.dynamic.prompt_pass import fresh_cache
 from dynamoe.dynamic.quantize.writer import compressed
 from dynamoe.dynamic.weights import CheckpointError
 from dynamoe.exits.segments import Segment
-from dynamoe.kernels.formats import quantize_int8
+from dynamoe.kernels.rounding import quantize_int8
 from dynamoe.kernels.tolerance import error
 from safetensors.torch import load_file, save_file
 
