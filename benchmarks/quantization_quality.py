@@ -4,9 +4,9 @@ Every method's next-token distributions on held-out text are compared with those
 in float32: perplexity; the share of positions where the most likely token stays the same; the Kullback-Leibler
 divergence from the unquantised distribution, in nats per token. The text is the fifth of Python's language reference
 that calibration never sees. Calibrated methods (gptq, awq, smoothquant) are run here, into a directory that is removed
-afterwards, on the other pages; LM head and embedding stay as they are, unless ``--lm-head`` is given. ``--choose`` measures
-on windows of the other pages that calibration left out: what variants of a method are chosen by. The results file is
-written anew after each method: ``results/quantization_quality_NAME.json``, and with matplotlib an SVG beside it.
+afterwards, on the other pages; LM head and embedding stay as they are, unless ``--lm-head`` is given. ``--choose``
+measures on windows of the other pages that calibration left out: what variants of a method are chosen by. The results
+file is written anew after each method: ``results/quantization_quality_NAME.json``, with matplotlib an SVG beside it.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 
 Each library runs in a Python environment of its own (``pip install llmcompressor``, ``pip install gptqmodel``) and
 quantises a tiny dense model and a tiny mixture of experts with random weights (``quantized_checkpoints_worker.py``).
-We load what it wrote, in float32, and compare the logits with its own. ``error`` is the largest difference from what its
+We load what it wrote, in float32, and compare logits with its own. ``error`` is the largest difference from what its
 dequantised weights give, as a share of the largest logit. Where inputs are rounded, theirs per token and ours per 128
 inputs, ``distance`` (of ours) and ``their_distance`` are those from the logits without rounded inputs.
 """

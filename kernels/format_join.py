@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from typing import TypeVar
 
 import torch
 
 from .formats import FP8_BLOCK, Fp8Weight, QuantizedWeight
 
+Weight = TypeVar("Weight", bound=QuantizedWeight)
 
-def concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+
+def concatenate(weights: Sequence[Weight]) -> Weight:
     """Layers with the same inputs as one, their outputs one after the other: query, key and value projections.
 
     Raises:
@@ -25,7 +28,7 @@ def concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     return replace(weights[0], **parts)  # type: ignore[arg-type]
 
 
-def stack_experts(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+def stack_experts(weights: Sequence[Weight]) -> Weight:
     """Weights (O, I) or (E, O, I) as the experts of one layer, (E, O, I).
 
     Raises:

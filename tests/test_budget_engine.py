@@ -57,14 +57,18 @@ def directory(make_exits: Callable[..., Path], tmp_path_factory: pytest.TempPath
     return path
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "int8", "int4"])
 def model(request: pytest.FixtureRequest, directory: Path) -> LoadedModel:
-    return load_model(directory, dtype=request.param, backend="cpu", progress=False)
+    kind = request.param
+    settings = {"dtype": kind} if "float" in kind else {"dtype": "bfloat16", "quantization": kind}
+    return load_model(directory, backend="cpu", progress=False, **settings)
 
 
-@pytest.fixture(scope="module", params=["at once", "one by one"])
+@pytest.fixture(scope="module", params=["at once", "one by one", "int8", "int4"])
 def plain(request: pytest.FixtureRequest, directory: Path) -> LoadedModel:
-    """In float32, with the layers as one operation of the backend or not."""
+    """In float32, with the layers as one operation of the backend or not; or in bfloat16 with quantised weights."""
+    if request.param.startswith("int"):
+        return load_model(directory, dtype="bfloat16", quantization=request.param, backend="cpu", progress=False)
     model = load_model(directory, dtype="float32", backend="cpu", progress=False)
     if request.param == "one by one":
         model.decoder.stack = None
