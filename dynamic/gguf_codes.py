@@ -12,7 +12,12 @@ from ..kernels.formats import Int4Weight, Int8Weight, pack_int4
 _BLOCK = 32  # inputs that share a scale
 _HEADERS = {"Q4_0": 1, "Q4_1": 2, "Q8_0": 1}  # float16 numbers in front of the codes: scale; scale and smallest value
 _ALONE = ("token_embd.weight", "output.weight")
-_FUSED = (("attn_q", "attn_k", "attn_v"), ("attn_output",), ("ffn_gate", "ffn_up", "ffn_down"))
+_FUSED = (
+    ("attn_q", "attn_k", "attn_v"),
+    ("attn_output",),
+    ("ffn_gate", "ffn_up", "ffn_down"),
+    ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"),
+)
 
 
 def tensors_to_keep(tensors: Mapping[str, Any]) -> set[str]:

@@ -25,6 +25,7 @@ from .decoder_budget import read_scales
 from .decoder_exits import pack_exits
 from .families import family_of, model_spec
 from .layout import EMBEDDING, FINAL_NORM, FFNLayout, LayerLayout, Layout, expert_tensors, plan_layout
+from .machine import release_free_memory
 from .quantization import NONE, Method, Quantization
 from .quantized_checkpoint import QuantizedCheckpoint, open_checkpoint, split_config
 from .spec import ModelSpec
@@ -215,11 +216,13 @@ class _Builder:
         if not tied and self.spec.tie_embeddings:
             tied = torch.equal(self.checkpoint.view(EMBEDDING), self.checkpoint.view(self.layout.lm_head))
         lm_head = self._linear(EMBEDDING if tied else self.layout.lm_head, method=self.quantization.head)
+        self.checkpoint.release()
         layers = []
         layouts = tqdm(self.layout.layers, desc="Loading weights", unit="layer", disable=not progress)
         for layer, scales in zip(layouts, self.scales, strict=True):
             layers.append(self._layer(layer, scales))
             self.checkpoint.release()
+            release_free_memory()
         return Decoder(
             replace(self.spec, tie_embeddings=tied),
             self.backend,
@@ -265,11 +268,12 @@ class _Builder:
 
         What will be quantised comes as it was stored: rounding it to the backend's dtype before would move codes.
         """
-        if method is not None:
-            return self._copy(*names, dtype=self.checkpoint.view(names[0]).dtype)
-        if len(names) == 1 and self.backend.copies_weights:
-            return self.checkpoint.view(names[0])
-        return self._copy(*names)
+        mapped = self.checkpoint.view(names[0])
+        if len(names) == 1 and (
+            self.backend.copies_weights or (method is not None and self.backend.device.type == "cpu")
+        ):
+            return mapped
+        return self._copy(*names, dtype=None if method is None else mapped.dtype)
 
     def _layer(self, layout: LayerLayout, scales: LayerScales | None) -> LayerWeights:
         linear, method = self._linear, self.quantization.layers

@@ -248,11 +248,17 @@ class Gptq:
 
 @dataclass(frozen=True, kw_only=True)
 class Awq:
-    """AWQ's layout: words along the outputs, with an order of its own within a word."""
+    """AWQ's layout: words along the outputs, with an order of its own within a word.
+
+    Arguments:
+        group: inputs that share a scale; -1: all of them.
+        zero_points: whether every weight has some.
+    """
 
     markers: ClassVar[tuple[str, ...]] = ("qweight",)
     parts: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales")
     group: int
+    zero_points: bool
 
     def scheme(self, weight: StoredWeight) -> ActivationScheme:
         return UNQUANTIZED
@@ -262,7 +268,7 @@ class Awq:
         group = _known_group(weight, inputs if self.group == -1 else self.group, inputs)
         groups, outputs = -(-inputs // group), words * _NIBBLES
         weight.shaped("scales", (groups, outputs), *FLOATS)
-        if weight.has("qzeros"):
+        if self.zero_points or weight.has("qzeros"):
             weight.shaped("qzeros", (groups, words), "I32")
         return outputs, inputs
 

@@ -52,7 +52,8 @@ def test_their_own_certificates_hold_whoever_else_is_served(
     own = certify(tmp_path / "own", deployment(engine.model, engine.runner.exits), ALPHA, 0.3)
     llm = LLM("tiny", quantization=method, progress=False, certificates=tmp_path / "own", enable_prefix_caching=False)
     params = [SamplingParams(temperature=0.0, max_tokens=12, quality=q) for q in (Quality(alpha=ALPHA), "exact")] * 2
-    prompts = [json.loads(line)["prompt"] for line in (resolve_model("tiny") / "prompts.jsonl").open()][:4]
+    lines = (resolve_model("tiny") / "prompts.jsonl").read_text().splitlines()[:4]
+    prompts = [json.loads(line)["prompt"] for line in lines]
     alone = [llm.generate([p], s, use_tqdm=False)[0] for p, s in zip(prompts, params, strict=True)]
     together = llm.generate(prompts, params, use_tqdm=False)
     for one, among in zip(alone, together, strict=True):
