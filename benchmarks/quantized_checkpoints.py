@@ -18,6 +18,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,17 +87,22 @@ def distance(logits_TV: torch.Tensor, expected_TV: torch.Tensor) -> float:
     return float((logits_TV - expected_TV).norm() / expected_TV.norm())
 
 
-def compare(source: Path, target: Path, python: str, library: str, recipe: str) -> dict[str, Any]:
-    """One library's recipe on one model: how far our logits are from its own."""
+def make(source: Path, folder: Path, python: str, library: str, recipes: Sequence[str]) -> None:
+    """Let a library quantise a model, each recipe into a directory of its own."""
+    folder.mkdir()
+    environment = {**os.environ, "GPTQMODEL_CPU_WORKERS": "2"}  # it starts with no fewer
+    command = [python, str(WORKER), library, str(source), str(folder), *recipes]
+    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+
+
+def compare(source: Path, target: Path) -> dict[str, Any]:
+    """One recipe on one model: how far our logits are from the library's own."""
     from safetensors import safe_open
     from safetensors.torch import load_file
 
-    command = [python, str(WORKER), library, recipe, str(source), str(target)]
-    environment = {**os.environ, "GPTQMODEL_CPU_WORKERS": "2"}  # it starts with no fewer
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if ran.returncode:
-        return {"made": False, "reason": ran.stderr.strip().splitlines()[-1:]}
     file = target.with_suffix(".safetensors")
+    if not file.exists():
+        return {"made": False, "reason": target.with_suffix(".error").read_text()[:300]}
     theirs = load_file(file)
     with safe_open(file, framework="pt") as opened:
         versions = opened.metadata()
@@ -134,13 +140,15 @@ def main() -> None:
         for kind in MODELS:
             source = write_model(kind, folder / kind)
             for library in RECIPES:
-                python = getattr(args, library)
-                for recipe in getattr(args, f"{library}_recipes") if python else ():
-                    row = compare(source, folder / f"{kind}-{library}-{recipe}", python, library, recipe)
-                    rows.append({"model": kind, "library": library, "recipe": recipe, **row})
+                if not (python := getattr(args, library)):
+                    continue
+                made, recipes = folder / f"{kind}-{library}", getattr(args, f"{library}_recipes")
+                make(source, made, python, library, recipes)
+                for recipe in recipes:
+                    rows.append({"model": kind, "library": library, "recipe": recipe, **compare(source, made / recipe)})
                     print(json.dumps(rows[-1]), flush=True)
-                    result = {"date": datetime.date.today().isoformat(), "processor": processor(), "rows": rows}
-                    args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                result = {"date": datetime.date.today().isoformat(), "processor": processor(), "rows": rows}
+                args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """A quantiser in its own Python environment, for ``quantized_checkpoints.py``: makes a checkpoint, says its logits.
 
 It imports nothing but that environment's libraries. ``SOURCE`` is a checkpoint in Hugging Face layout with a tokenizer,
-``TARGET`` a directory that does not exist. ``TARGET.safetensors`` gets the token ids and two sets of the library's own
-logits, float32: as it runs the model, and with its dequantised weights but inputs that are not rounded.
+``FOLDER`` a directory that gets one of each recipe's name. ``RECIPE.safetensors`` in it has token ids and two sets
+of the library's own logits, float32: as it runs the model, and with its dequantised weights but inputs that are not
+rounded. Where the library failed ``RECIPE.error`` says why.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def with_llmcompressor(source: Path, target: Path, recipe: str) -> tuple[torch.T
     recipes: dict[str, Callable[[], object]] = {
         "gptq": lambda: GPTQModifier(config_groups=groups(**grouped, symmetric=True), ignore=ignore),
         "gptq-act-order": lambda: GPTQModifier(
-            config_groups=groups(**grouped, symmetric=True), actorder="static", ignore=ignore
+            config_groups=groups(**grouped, symmetric=True), actorder="group", ignore=ignore
         ),
         "awq-asym": lambda: AWQModifier(config_groups=groups(**grouped, symmetric=False), ignore=ignore),
         "int8-groups": lambda: QuantizationModifier(
@@ -112,21 +113,27 @@ LIBRARIES = {"llmcompressor": with_llmcompressor, "gptqmodel": with_gptqmodel}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("library", choices=LIBRARIES)
-    parser.add_argument("recipe")
     parser.add_argument("source", type=Path)
-    parser.add_argument("target", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("recipes", nargs="+")
     args = parser.parse_args()
-    torch.manual_seed(0)
     torch.set_num_threads(1)
-    as_run, dequantized = LIBRARIES[args.library](args.source, args.target, args.recipe)
-    vocabulary = json.loads((args.source / "config.json").read_text())["vocab_size"]
-    tensors = {
-        "ids": calibration_ids(vocabulary)[0],
-        "as_run": as_run.contiguous(),
-        "dequantized": dequantized.clone().contiguous(),
-    }
     versions = {name: version(name) for name in (args.library, "torch", "transformers")}
-    save_file(tensors, args.target.with_suffix(".safetensors"), metadata=versions)
+    for recipe in args.recipes:
+        torch.manual_seed(0)
+        target = args.folder / recipe
+        try:
+            as_run, dequantized = LIBRARIES[args.library](args.source, target, recipe)
+        except Exception as error:  # whatever keeps a library from making a checkpoint is a result
+            target.with_suffix(".error").write_text(f"{type(error).__name__}: {error}")
+            continue
+        vocabulary = json.loads((args.source / "config.json").read_text())["vocab_size"]
+        tensors = {
+            "ids": calibration_ids(vocabulary)[0],
+            "as_run": as_run.contiguous(),
+            "dequantized": dequantized.clone().contiguous(),
+        }
+        save_file(tensors, target.with_suffix(".safetensors"), metadata=versions)
 
 
 if __name__ == "__main__":
