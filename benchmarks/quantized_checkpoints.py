@@ -32,9 +32,7 @@ from dynamoe.exits.segments import Segment
 from dynamoe.kernels.tolerance import error
 
 RECIPES = {
-    "llmcompressor": (
-        *("gptq", "gptq-act-order", "awq-asym", "int8-groups", "W8A16", "W8A8", "FP8_DYNAMIC", "FP8_BLOCK"),
-    ),
+    "llmcompressor": ("gptq", "awq-asym", "int8-groups", "W8A16", "W8A8", "FP8_DYNAMIC", "FP8_BLOCK"),
     "gptqmodel": ("gptq", "gptq-asym", "gptq-act-order", "gptq-v2", "awq"),
 }
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -45,9 +45,6 @@ def with_llmcompressor(source: Path, target: Path, recipe: str) -> tuple[torch.T
     grouped = {"num_bits": 4, "strategy": "group", "group_size": 64}
     recipes: dict[str, Callable[[], object]] = {
         "gptq": lambda: GPTQModifier(config_groups=groups(**grouped, symmetric=True), ignore=ignore),
-        "gptq-act-order": lambda: GPTQModifier(
-            config_groups=groups(**grouped, symmetric=True), actorder="group", ignore=ignore
-        ),
         "awq-asym": lambda: AWQModifier(config_groups=groups(**grouped, symmetric=False), ignore=ignore),
         "int8-groups": lambda: QuantizationModifier(
             config_groups=groups(num_bits=8, strategy="group", group_size=32, symmetric=True), ignore=ignore
@@ -81,8 +78,9 @@ def with_llmcompressor(source: Path, target: Path, recipe: str) -> tuple[torch.T
 
 
 def with_gptqmodel(source: Path, target: Path, recipe: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantised by GPTQModel, saved in GPTQ's or AWQ's layout, and read back by it on its torch kernels."""
+    """Quantised by GPTQModel, saved in GPTQ's or AWQ's layout, and read back and dequantised by it."""
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+    from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
 
     settings = {
         "gptq": {},
@@ -97,7 +95,18 @@ def with_gptqmodel(source: Path, target: Path, recipe: str) -> tuple[torch.Tenso
     model.quantize(rows, batch_size=1)
     model.save(str(target))
     kernel = BACKEND.TORCH_AWQ if recipe == "awq" else BACKEND.TORCH
-    logits = logits_of(GPTQModel.load(str(target), device="cpu", backend=kernel, dtype=torch.float32).model)
+    read = GPTQModel.load(str(target), device="cpu", backend=kernel, dtype=torch.float16).model
+    for name, module in list(read.named_modules()):
+        if hasattr(module, "qweight"):  # its kernels run in 16 bits only: take the weights out of them
+            module.scales = module.scales.float()
+            if recipe == "awq":
+                weight_IO = dequantize_gemm(module.qweight, module.qzeros, module.scales, 4, 64)
+            else:
+                weight_IO = module.dequantize_weight()
+            linear = torch.nn.Linear(*weight_IO.shape, bias=False)
+            linear.weight.data = weight_IO.T.float().contiguous()
+            read.set_submodule(name, linear)
+    logits = logits_of(read.float())
     return logits, logits
 
 

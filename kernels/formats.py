@@ -85,10 +85,8 @@ class _QuantizedWeight:
         return replace(self, **parts)  # type: ignore[arg-type]
 
     def _check_data(self, dtype: torch.dtype) -> None:
-        if self.data.dim() not in (2, 3) or self.data.dtype != dtype or 0 in self.data.shape:
-            raise ValueError(
-                f"codes must be {dtype} with 2 or 3 dimensions, none of them empty, not {describe(self.data)}"
-            )
+        if self.data.dim() not in (2, 3) or self.data.dtype != dtype or self.data.shape[-1] == 0:
+            raise ValueError(f"codes must be {dtype} with 2 or 3 dimensions and some inputs, not {describe(self.data)}")
 
     def _check_scale(self, scale: torch.Tensor, shape: tuple[int, ...], name: str = "scales") -> None:
         if scale.dtype not in _SCALE_DTYPES or scale.shape != shape:
@@ -169,7 +167,7 @@ class Int4Weight(_QuantizedWeight):
         if self.zero is not None:
             if self.zero.dtype != torch.uint8 or self.zero.shape != shape:
                 raise ValueError(f"zero points must be uint8 with shape {shape}, not {describe(self.zero)}")
-            if (largest := int(self.zero.max())) > 15:
+            if self.zero.numel() and (largest := int(self.zero.max())) > 15:
                 raise ValueError(f"zero points must be 0 … 15, not {largest}")
 
     @property

@@ -77,6 +77,8 @@ def test_parts_and_joins_are_those_of_the_matrix(quantize):
     assert torch.equal(stacked.rows(10, 30).dequantize(), full[:, 10:30])
     joined = format_join.concatenate([stacked.rows(0, 11), stacked.rows(11, 70)])
     assert torch.equal(joined.dequantize(), full)
+    nothing = stacked.expert(0).take(torch.tensor([], dtype=torch.long))
+    assert nothing.dequantize().shape == (0, 96)
     with pytest.raises(ValueError, match="holds no experts"):
         stacked.expert(0).expert(0)
 
