@@ -216,13 +216,12 @@ class _Builder:
         if not tied and self.spec.tie_embeddings:
             tied = torch.equal(self.checkpoint.view(EMBEDDING), self.checkpoint.view(self.layout.lm_head))
         lm_head = self._linear(EMBEDDING if tied else self.layout.lm_head, method=self.quantization.head)
-        self.checkpoint.release()
+        self._release()
         layers = []
         layouts = tqdm(self.layout.layers, desc="Loading weights", unit="layer", disable=not progress)
         for layer, scales in zip(layouts, self.scales, strict=True):
             layers.append(self._layer(layer, scales))
-            self.checkpoint.release()
-            release_free_memory()
+            self._release()
         return Decoder(
             replace(self.spec, tie_embeddings=tied),
             self.backend,
@@ -234,6 +233,11 @@ class _Builder:
             expert_impacts={n: scales.impact for n, scales in enumerate(self.scales) if scales is not None},
             quantization=STORED if isinstance(self.checkpoint, QuantizedCheckpoint) else str(self.quantization),
         )
+
+    def _release(self) -> None:
+        """Give back the pages that were read and what was freed."""
+        self.checkpoint.release()
+        release_free_memory()
 
     def _embedding(self) -> torch.Tensor | QuantizedWeight:
         if (stored := self.checkpoint.quantized(EMBEDDING)) is not None:
@@ -300,6 +304,8 @@ class _Builder:
         if method is None:
             return self.backend.pack_experts(gate_EFD, up_EFD, down_EDF, self.spec.activation, *biases)
         gate, up, down = (method.quantize(weight) for weight in (gate_EFD, up_EFD, down_EDF))
+        del gate_EFD, up_EFD, down_EDF
+        self._release()  # packing takes memory too
         return self.backend.pack_quantized_experts(gate, up, down, self.spec.activation, *biases, scheme=method.scheme)
 
     def _stored_ffn(self, layout: FFNLayout, stored: StoredWeights) -> ExpertWeights:

@@ -133,7 +133,10 @@ def pack_experts(
         )
     has_offsets = _has_offsets(gate_EFD) or _has_offsets(up_EFD)
     gate, up = (_read(weight, has_offsets=has_offsets) for weight in (gate_EFD, up_EFD))
-    gate_up, gate_up_layout = _pack(isa, gate_EFD, _interleaved(gate, up), scheme)
+    both = _interleaved(gate, up)
+    del gate, up  # a layer's codes are large, and here twice
+    gate_up, gate_up_layout = _pack(isa, gate_EFD, both, scheme)
+    del both
     down = _read(down_EDF, has_offsets=_has_offsets(down_EDF))
     down_packed, down_layout = _pack(isa, down_EDF, _map(lambda t: _padded_rows(t, BLOCK).flatten(0, 1), down), scheme)
     shape = (num_experts, hidden, width, activation)

@@ -91,7 +91,7 @@ def choices(outputs: list[RequestOutput]) -> list[list[tuple[list[int], list[int
     return [[(c.token_ids, c.layers) for c in output.outputs] for output in outputs]
 
 
-@pytest.fixture(scope="module", params=[*PROBES, *FORMATS])
+@pytest.fixture(scope="module", params=[*PROBES, "int4", pytest.param("int8", marks=pytest.mark.slow)])
 def case(request: pytest.FixtureRequest) -> str:
     """A kind of probe, or a format of the weights."""
     return request.param
@@ -158,7 +158,7 @@ def test_regrouping_changes_nothing(
 def test_a_preempted_sequence_leaves_again_where_it_left(
     model: LoadedModel, alone: list[list[tuple[list[int], list[int]]]], caching: bool, parking: bool
 ) -> None:
-    page_bytes = bytes_per_page(model.spec, torch.float32, 4)
+    page_bytes = bytes_per_page(model.spec, model.decoder.dtype, 4)
     engine = Engine(
         model,
         EngineConfig(block_size=4, kv_memory=44 * page_bytes, max_num_batched_tokens=24, enable_prefix_caching=caching),
