@@ -303,10 +303,12 @@ class _Builder:
         biases = [self._copy(name).view(1, -1) for name in layout.biases] or [None, None, None]
         if method is None:
             return self.backend.pack_experts(gate_EFD, up_EFD, down_EDF, self.spec.activation, *biases)
-        gate, up, down = (method.quantize(weight) for weight in (gate_EFD, up_EFD, down_EDF))
-        del gate_EFD, up_EFD, down_EDF
-        self._release()  # packing takes memory too
-        return self.backend.pack_quantized_experts(gate, up, down, self.spec.activation, *biases, scheme=method.scheme)
+        quantized = []
+        for weight in (gate_EFD, up_EFD, down_EDF):
+            quantized.append(method.quantize(weight))
+            self._release()
+        del gate_EFD, up_EFD, down_EDF, weight  # packing takes memory too
+        return self.backend.pack_quantized_experts(*quantized, self.spec.activation, *biases, scheme=method.scheme)
 
     def _stored_ffn(self, layout: FFNLayout, stored: StoredWeights) -> ExpertWeights:
         """Experts that were stored quantised, one by one."""

@@ -195,7 +195,8 @@ def _interleaved(gate: _Codes, up: _Codes) -> _Codes:
 
 
 def _padded_rows(t_EOX: torch.Tensor, multiple: int) -> torch.Tensor:
-    return F.pad(t_EOX, (0, 0, 0, -t_EOX.shape[1] % multiple))
+    more = -t_EOX.shape[1] % multiple
+    return F.pad(t_EOX, (0, 0, 0, more)) if more else t_EOX  # padding by nothing would copy
 
 
 class CpuQuantPacking(TorchBackend):
