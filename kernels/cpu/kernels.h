@@ -109,6 +109,10 @@ struct Kernels {
   void (*weigh_values)(int num_rows, const float* probabilities, const void* const* values, Dtype dtype, int channels,
                        float* accumulator, const void* const* ahead);
 
+  // Sixteen running sums, joined in one order: the same bits on every processor.
+  float (*dot)(const float* a, const float* b, int64_t n);
+  // sum += scale * added
+  void (*add)(const void* added, Dtype dtype, float scale, float* sum, int n);
   void (*convert)(const float* in, void* out, int n, Dtype out_dtype);
   void (*widen)(const uint16_t* in, float* out, int n);
   void (*rms_norm)(const void* x, Dtype x_dtype, const void* residual, float scale, const void* weight,
