@@ -308,7 +308,8 @@ class _Builder:
             quantized.append(method.quantize(weight))
             self._release()
         del gate_EFD, up_EFD, down_EDF, weight  # packing takes memory too
-        return self.backend.pack_quantized_experts(*quantized, self.spec.activation, *biases, scheme=method.scheme)
+        gate, up, down = quantized
+        return self.backend.pack_quantized_experts(gate, up, down, self.spec.activation, *biases, scheme=method.scheme)
 
     def _stored_ffn(self, layout: FFNLayout, stored: StoredWeights) -> ExpertWeights:
         """Experts that were stored quantised, one by one."""
