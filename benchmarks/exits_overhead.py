@@ -1,11 +1,12 @@
 """What exits cost when they are off, and cost or save when they are on: ``python benchmarks/exits_overhead.py``.
 
-Engines decode the same number of sequences and take turns, a few steps each, because machines drift; times per token
-are compared. A model without exits gets random ones: a share of the rows leaves at every exit, and what is said then is
-nonsense, but costs what sense would cost.
+Variants decode the same number of sequences and take turns, a few steps each, because machines drift; times per token
+are compared, those with exits in relation to the same engine's without. A model without exits gets random ones: a share
+of the rows leaves at every exit, and what is said then is nonsense, but costs what sense would cost.
 
-Variants: ``off``: the model has exits, and requests run exactly; ``0 % leave``: every exit is asked and nobody leaves;
-and shares of the rows that leave at each exit.
+Variants: ``off``: the model has exits, and requests run exactly; ``0 % leave``: every exit is asked and nobody leaves
+(hardly anybody, where a model has probes of its own, whose highest step is reached now and then); and shares of the
+rows that leave at each exit.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from dynamoe.exits.sidecar import JSON_FILE, ExitHeads, backbone_hash, save_head
 
 PROBE = ProbeSpec(kind="mlp", width=2, previous=True, router_entropy=True)
 PROMPT = 32
-CHUNK = 8  # steps of one turn
+CHUNK = 16  # steps of one turn
 
 
 def tiny_checkpoint(directory: Path) -> Path:
@@ -108,70 +109,67 @@ def thresholds(model: LoadedModel, share: float) -> dict[int, float]:
     return found
 
 
-def decoding(model: LoadedModel, batch: int, tokens: int, exits: dict[int, float], park: bool) -> Engine:
-    """An engine whose sequences are all past their prompts."""
-    engine = Engine(model, EngineConfig(max_num_seqs=batch, enable_prefix_caching=False, park_rows=park))
+def decode(engine: Engine, batch: int, exits: dict[int, float]) -> tuple[float, int]:
+    """Seconds and tokens of some steps in which so many sequences decode, all of them past their prompts."""
+    vocabulary = engine.model.spec.vocab_size
     for number in range(batch):
-        prompt = torch.randint(3, model.spec.vocab_size, (PROMPT,), generator=torch.Generator().manual_seed(number))
+        prompt = torch.randint(3, vocabulary, (PROMPT,), generator=torch.Generator().manual_seed(number))
         params = SamplingParams(
             temperature=0.0,
-            max_tokens=tokens + 400,
+            max_tokens=4 * CHUNK,
             ignore_eos=True,
             detokenize=False,
             quality=None if exits else "exact",
             exit_thresholds=exits,
         )
         engine.add_request(str(number), prompt.tolist(), params)
-    engine.step()
-    for _ in range(8):  # the parking's averages settle
+    for _ in range(1 + CHUNK // 2):  # the prompts, and steps in which the parking's averages settle
         engine.step()
-    return engine
-
-
-def seconds_per_token(engines: dict[str, Engine], turns: int) -> dict[str, float]:
-    """Over all turns but the slowest tenth; who goes first changes from turn to turn."""
-    found: dict[str, list[tuple[float, int]]] = {name: [] for name in engines}
-    names = list(engines)
-    for turn in range(turns):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            before, started = engines[name].stats().generation_tokens, time.perf_counter()
-            for _ in range(CHUNK):
-                engines[name].step()
-            seconds = time.perf_counter() - started
-            found[name].append((seconds, engines[name].stats().generation_tokens - before))
-    kept = {name: sorted(turns)[: -max(1, len(turns) // 10)] for name, turns in found.items()}
-    return {name: sum(s for s, _ in turns) / sum(t for _, t in turns) for name, turns in kept.items()}
+    before, started = engine.stats().generation_tokens, time.perf_counter()
+    for _ in range(CHUNK):
+        engine.step()
+    seconds, tokens = time.perf_counter() - started, engine.stats().generation_tokens - before
+    engine.abort([str(number) for number in range(batch)])
+    return seconds, tokens
 
 
 def measure(
-    model: LoadedModel, plain: LoadedModel, batches: list[int], turns: int
+    model: LoadedModel, plain: LoadedModel, batches: list[int], turns: int, only: list[str] | None
 ) -> Iterator[tuple[int, dict[str, float]]]:
-    """Seconds per token by variant, for each number of sequences: the better of two rounds.
+    """Seconds per token by variant, for each number of sequences: over all turns but the slowest tenth.
 
-    Engines of one kind differ by up to a quarter for as long as they live, by where their memory happens to lie; a
-    second round, made in the opposite order, places it anew.
+    Engines of one kind differ by up to a quarter for as long as they live, by where their memory happens to lie.
+    So whatever is compared runs in one engine, turn by turn; only the model without exits needs one of its own, and
+    takes the better of two rounds.
     """
-    tokens = turns * CHUNK
-    variants: dict[str, tuple[LoadedModel, dict[int, float], bool]] = {
-        "none": (plain, {}, True),
-        "off": (model, {}, True),
-        "0 % leave": (model, thresholds(model, 0.0), True),
-    }
+    variants: dict[str, tuple[str, dict[int, float]]] = {"none": ("plain", {}), "off": ("parking", {})}
+    variants["0 % leave"] = ("parking", thresholds(model, 0.0))
     for share in (0.1, 0.5, 0.9):
-        variants[f"{share:.0%} leave"] = (model, thresholds(model, share), True)
-        variants[f"{share:.0%}, no parking"] = (model, thresholds(model, share), False)
+        variants[f"{share:.0%} leave"] = ("parking", thresholds(model, share))
+        variants[f"{share:.0%}, no parking"] = ("no parking", thresholds(model, share))
+    names = [name for name in variants if only is None or name in ("none", "off", *only)]
     for batch in batches:
-        best = dict.fromkeys(variants, float("inf"))
-        for names in (list(variants), list(variants)[::-1]):
-            engines = {}
-            for name in names:
-                which, exits, park = variants[name]
-                engines[name] = decoding(which, batch, tokens, exits, park)
-            for name, seconds in seconds_per_token(engines, turns).items():
-                best[name] = min(best[name], seconds)
-            waits = {name: engine.stats().rows_parked for name, engine in engines.items() if engine.stats().rows_parked}
-            print(f"{'':6} rows parked: {waits}")
-        yield batch, best
+        rounds: list[dict[str, float]] = []
+        for _ in range(2):
+            engines = {
+                kind: Engine(which, EngineConfig(max_num_seqs=batch, enable_prefix_caching=False, park_rows=park))
+                for kind, which, park in (
+                    ("plain", plain, True),
+                    ("parking", model, True),
+                    ("no parking", model, False),
+                )
+            }
+            found: dict[str, list[float]] = {name: [] for name in names}
+            for turn in range(turns):
+                for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                    kind, exits = variants[name]
+                    seconds, tokens = decode(engines[kind], batch, exits)
+                    found[name].append(seconds / tokens)
+            kept = {name: sorted(times)[: -max(1, turns // 10)] for name, times in found.items()}
+            rounds.append({name: sum(times) / len(times) for name, times in kept.items()})
+            print(f"{'':6} rows parked: {engines['parking'].stats().rows_parked}")
+        better = min(rounds, key=lambda seconds: seconds["off"])
+        yield batch, better | {"none": min(seconds["none"] for seconds in rounds)}
 
 
 def main() -> None:
@@ -180,6 +178,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--turns", type=int, default=20)
+    parser.add_argument("--variants", nargs="*", help="only these; none and off always run")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
@@ -193,13 +192,14 @@ def main() -> None:
         exits = tuple(model.decoder.exits)
         plain = without_exits(model)
         print(f"{options.model}, {plain.decoder.dtype}, exits after {exits} of {layers} layers, {os.cpu_count()} CPUs")
-        print("time per token in relation to a model without exits")
+        print("time per token; off: in relation to a model without exits; others: in relation to off")
         rows = []
-        for batch, seconds in measure(model, plain, options.batches, options.turns):
-            base = seconds["none"]
-            cells = "  ".join(f"{name} {value / base:.3f}" for name, value in seconds.items() if name != "none")
+        for batch, seconds in measure(model, plain, options.batches, options.turns, options.variants):
+            off = seconds["off"]
+            cells = "  ".join(f"{name} {seconds[name] / off:.3f}" for name in seconds if name not in ("none", "off"))
             rows.append({"sequences": batch, "seconds_per_token": seconds})
-            print(f"{batch:3}: {base * batch * 1e3:.2f} ms per step; {cells}", flush=True)
+            step = seconds["none"] * batch * 1e3
+            print(f"{batch:3}: {step:.2f} ms per step; off {off / seconds['none']:.3f}; {cells}", flush=True)
         if options.json:
             facts = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "processor": processor(), "rows": rows}
             facts |= {"model": options.model, "dtype": str(plain.decoder.dtype), "exits": exits, "layers": layers}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,24 @@ from dynamoe.dynamic.machine import processor
 from dynamoe.dynamic.model_store import resolve_model
 from dynamoe.dynamic.served_risk import disagreements
 from exits_curve import corpus_prompts, executed, settings
-from exits_overhead import CHUNK, seconds_per_token, without_exits
+from exits_overhead import without_exits
+
+CHUNK = 8  # steps of one turn
+
+
+def seconds_per_token(engines: dict[str, Engine], turns: int) -> dict[str, float]:
+    """Over all turns but the slowest tenth; who goes first changes from turn to turn."""
+    found: dict[str, list[tuple[float, int]]] = {name: [] for name in engines}
+    names = list(engines)
+    for turn in range(turns):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            before, started = engines[name].stats().generation_tokens, time.perf_counter()
+            for _ in range(CHUNK):
+                engines[name].step()
+            seconds = time.perf_counter() - started
+            found[name].append((seconds, engines[name].stats().generation_tokens - before))
+    kept = {name: sorted(turns)[: -max(1, len(turns) // 10)] for name, turns in found.items()}
+    return {name: sum(s for s, _ in turns) / sum(t for _, t in turns) for name, turns in kept.items()}
 
 
 def decoding(model: LoadedModel, prompts: list[list[int]], tokens: int, threshold: float | None) -> Engine:

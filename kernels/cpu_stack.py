@@ -114,10 +114,10 @@ class CpuStack:
         thresholds_NT: torch.Tensor,
         budget: ExpertBudget | None = None,
     ) -> StackResult:
-        out_TD, depths_T, decisions_N2, launched_S = self._handle.run_with_exits(
+        out_TD, counts = self._handle.run_with_exits(
             x_TD, *_caches(kv), cos_sin_LC, *_places(batch), thresholds_NT, *_limits(budget)
         )
-        return StackResult(out_TD=out_TD, depths_T=depths_T, decisions_N2=decisions_N2, launched_S=launched_S)
+        return StackResult(out_TD, counts)
 
 
 def _layout(linear: LinearWeights) -> list[int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -76,21 +76,32 @@ class StackExit:
     projections: Sequence[KVProjection]
 
 
-@dataclass(frozen=True, kw_only=True)
-class StackResult:
+class StackResult(NamedTuple):
     """What became of the rows of a step.
 
     Arguments:
         out_TD: float32, what each row hands to the LM head.
-        depths_T: int64, layers that ran for it.
-        decisions_N2: int64, rows with a finite threshold that reached each exit, and how many of them went on.
-        launched_S: int64, rows that were launched through each segment between exits.
+        counts: int64, one after the other what the properties below show.
     """
 
     out_TD: torch.Tensor
-    depths_T: torch.Tensor
-    decisions_N2: torch.Tensor
-    launched_S: torch.Tensor
+    counts: torch.Tensor
+
+    @property
+    def depths_T(self) -> torch.Tensor:
+        """Layers that ran for each row."""
+        return self.counts[: len(self.out_TD)]
+
+    @property
+    def decisions_N2(self) -> torch.Tensor:
+        """Rows with a finite threshold that reached each exit, and how many of them went on."""
+        launched = (len(self.counts) - len(self.out_TD) - 1) // 3 + 1
+        return self.counts[len(self.out_TD) : -launched].view(-1, 2)
+
+    @property
+    def launched_S(self) -> torch.Tensor:
+        """Rows that were launched through each segment between exits."""
+        return self.counts[len(self.out_TD) + 2 * len(self.decisions_N2) :]
 
 
 class Stack(Protocol):

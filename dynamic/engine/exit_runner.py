@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,8 +22,9 @@ from ...exits.segments import Segment
 from ...kernels.types import AttentionBatch, ExpertBudget, KVLayer
 from .backfill import Backfill, Project
 from .budgets import budget_of
+from .exit_plan import STAYS, Planner, StepPlan
 from .parking import Parking, measure_times
-from .request import ParkedRow, Request
+from .request import ParkedRow
 
 if TYPE_CHECKING:
     from ..decoder import Decoder
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from .step_rows import StepRows
 
 _REVIEW = 8  # steps between looks at whether parking might pay
-STAYS, LEAVES = np.float32(np.inf), np.float32(-np.inf)
 
 
 @dataclass(slots=True)
@@ -42,23 +41,6 @@ class _Live:
     rows_R: np.ndarray
     x_RD: torch.Tensor
     batch: AttentionBatch
-
-
-@dataclass(slots=True)
-class _Plan:
-    """What is known about a step's rows before it runs.
-
-    Arguments:
-        thresholds_ET: the probe's logit from which on a row leaves; inf stays.
-        movable: rows that may be parked, with their entries.
-        parked: those that are, by segment.
-        budget: of the step's rows, if any is on one.
-    """
-
-    thresholds_ET: np.ndarray
-    movable: dict[int, Entry]
-    parked: dict[int, list[int]]
-    budget: ExpertBudget | None
 
 
 class ExitRunner:
@@ -77,6 +59,7 @@ class ExitRunner:
         self.max_num_seqs = max_num_seqs
         self.exits = list(decoder.exits.values())
         self.backfill: Backfill = Project(decoder, kv)
+        self.planner = Planner(decoder)
         self.parking: Parking | None = None
         self.park_rows = park_rows
         # By segment: rows whose run through the model ended behind it, less rows that were parked there and went on.
@@ -88,9 +71,6 @@ class ExitRunner:
         self._steps = 0  # in which rows could have been parked
         self._may_wait = False
         self._segments_in = {s.layers.stop: s.index + 1 for s in decoder.segments}  # so many layers
-        # Number of the exit after so many layers; the slice of no exit for rows that ran all of them.
-        self._exit_at: dict[int, int | slice] = {e.after_layers: number for number, e in enumerate(self.exits)}
-        self._exit_at[decoder.spec.num_layers] = slice(0)
 
     def logit_thresholds(self, probabilities: dict[int, float]) -> np.ndarray | None:
         """The thresholds of a request as logits of the exits' probes, float32, (E,); None if there are none.
@@ -120,10 +100,10 @@ class ExitRunner:
     def run(self, entries: list[Entry], rows: StepRows, budget: ExpertBudget | None = None) -> torch.Tensor:
         """Run a step; see :meth:`Runner.run`."""
         started = time.perf_counter()
-        if self.parking is not None and self._started is not None:
+        if self.parking is not None and self._started is not None and len(entries) > 1:
             self.parking.observe_step(started - self._started - self._in_segments, len(entries))
         self._started, self._in_segments = started, 0.0
-        plan = self._plan(entries, len(rows), budget)
+        plan = self.planner.plan(entries, len(rows), budget)
         if self.decoder.stack is not None and not self._one_by_one(plan):
             return self._run_at_once(entries, rows, plan)
         out_TD = torch.empty(len(rows), self.decoder.spec.hidden_size, device=self.decoder.device)
@@ -144,7 +124,7 @@ class ExitRunner:
         )
         return out_TD
 
-    def _one_by_one(self, plan: _Plan) -> bool:
+    def _one_by_one(self, plan: StepPlan) -> bool:
         """Whether segments run one by one: rows may be stopped in front of one, or debts are paid in another way."""
         if plan.parked or not isinstance(self.backfill, Project):
             return True
@@ -155,42 +135,24 @@ class ExitRunner:
         self._steps += 1
         return self._may_wait
 
-    def _run_at_once(self, entries: list[Entry], rows: StepRows, plan: _Plan) -> torch.Tensor:
+    def _run_at_once(self, entries: list[Entry], rows: StepRows, plan: StepPlan) -> torch.Tensor:
         """The whole step in one call of the backend: same rows, same bits, nothing spent between segments."""
         x_TD = self.decoder.embed(rows.token_ids())
         started = time.perf_counter()
-        thresholds_NT = self._move(plan.thresholds_ET)
-        result = self.decoder.run_with_exits(x_TD, self.kv, rows.batch(), thresholds_NT, plan.budget)
+        result = self.decoder.run_with_exits(x_TD, self.kv, rows.batch(), plan.thresholds, plan.budget)
         self._in_segments += time.perf_counter() - started
         if self.parking is not None and len(plan.movable) > 1 and self._steps % _REVIEW == 0:
             for number, (deciding, going) in enumerate(result.decisions_N2.tolist(), 1):
                 if deciding:
                     self.parking.observe(number, deciding, going)
-        self._record(entries, result.depths_T.tolist(), {})
+        depths = result.counts.tolist()[: len(rows)]
+        if plan.steady:
+            self._record_tokens(entries, depths)
+        else:
+            self._record(entries, depths, {})
         return result.out_TD
 
-    def _plan(self, entries: list[Entry], num_rows: int, budget: ExpertBudget | None) -> _Plan:
-        thresholds_ET = np.full((len(self.exits), num_rows), STAYS, dtype=np.float32)
-        movable: dict[int, Entry] = {}
-        parked: dict[int, list[int]] = {}
-        first = 0
-        for entry in entries:
-            sequence, logits_E = entry.sequence, entry.sequence.request.exit_logits_E
-            if logits_E is not None:
-                for position in range(max(entry.start, sequence.num_prompt), entry.start + entry.count):
-                    row, known = first + position - entry.start, position - sequence.num_prompt
-                    if known < len(sequence.depths):  # computed before: leaves where it left
-                        thresholds_ET[self._exit_at[sequence.depths[known]], row] = LEAVES
-                        continue
-                    thresholds_ET[:, row] = logits_E
-                    if entry.count == 1:
-                        movable[row] = entry
-                        if sequence.parked is not None:
-                            parked.setdefault(sequence.parked.segment, []).append(row)
-            first += entry.count
-        return _Plan(thresholds_ET=thresholds_ET, movable=movable, parked=parked, budget=budget)
-
-    def _start(self, rows: StepRows, plan: _Plan) -> _Live:
+    def _start(self, rows: StepRows, plan: StepPlan) -> _Live:
         """The rows that begin in this step, embedded."""
         token_ids_T = rows.token_ids()
         if not plan.parked:
@@ -199,7 +161,7 @@ class ExitRunner:
         rows_R = np.delete(np.arange(len(rows)), parked)
         return self._gather(rows, rows_R, self.decoder.embed(token_ids_T[self._move(rows_R)]))
 
-    def _meet(self, segment: Segment, live: _Live, rows: StepRows, plan: _Plan, may_wait: bool) -> _Live:
+    def _meet(self, segment: Segment, live: _Live, rows: StepRows, plan: StepPlan, may_wait: bool) -> _Live:
         """In front of a segment: the rows that run it now, those that were parked there included; or none."""
         parked = plan.parked.get(segment.index, [])
         arriving = live.rows_R.tolist()
@@ -224,7 +186,7 @@ class ExitRunner:
         order = rows_R.argsort()
         return self._gather(rows, rows_R[order], torch.cat((live.x_RD, joining_RD)).index_select(0, self._move(order)))
 
-    def _park(self, segment: Segment, live: _Live, plan: _Plan) -> None:
+    def _park(self, segment: Segment, live: _Live, plan: StepPlan) -> None:
         for row, x_D in zip(live.rows_R.tolist(), live.x_RD, strict=True):
             plan.movable[row].sequence.parked = ParkedRow(segment.index, x_D.clone())
             self.rows_parked += 1
@@ -234,7 +196,7 @@ class ExitRunner:
             _parked(entry).steps += 1
 
     def _run_segment(
-        self, segment: Segment, live: _Live, rows: StepRows, plan: _Plan, out_TD: torch.Tensor, depths_T: np.ndarray
+        self, segment: Segment, live: _Live, rows: StepRows, plan: StepPlan, out_TD: torch.Tensor, depths_T: np.ndarray
     ) -> _Live:
         """Run a segment; rows that leave at the exit behind it get their results. Returns the rows that go on."""
         exit = self.decoder.exits.get(segment.layers.stop)
@@ -279,32 +241,55 @@ class ExitRunner:
         """
         num_layers, row = self.decoder.spec.num_layers, 0
         for entry in entries:
-            sequence, request = entry.sequence, entry.sequence.request
-            ran, first = depths[row : row + entry.count], row
+            sequence, request, first = entry.sequence, entry.sequence.request, row
             row += entry.count
-            if request.ended_rows is None:
-                request.ended_rows = [0] * len(self.ended_rows)
+            ended = request.ended_rows
+            if ended is None:
+                ended = request.ended_rows = [0] * len(self.ended_rows)
+            start = began.get(first, 0)
             if entry.parked:
-                self._count(request, began.get(first, 0), _parked(entry).segment, 1)
+                self._count(ended, start, _parked(entry).segment, 1)
                 continue
-            for depth, rows in ((ran[0], 1),) if len(ran) == 1 else Counter(ran).items():
-                self._count(request, began.get(first, 0), self._segments_in[depth], rows)
+            whole = entry.count  # prompts and requests without exits run all layers
+            if request.exit_logits_E is not None:
+                whole = min(whole, max(0, sequence.num_prompt - entry.start))
+                sequence.parked = None
+            if whole:
+                self._count(ended, 0, len(ended), whole)
+            if whole == entry.count:
+                continue
+            for position, depth in enumerate(depths[first + whole : row], entry.start + whole):
+                self._count(ended, start, self._segments_in[depth], 1)
+                sequence.record_depth(position, depth, num_layers)
+                if depth < num_layers:
+                    request.projected_rows += num_layers - depth
+                    self.projected_rows += num_layers - depth
+
+    def _record_tokens(self, entries: list[Entry], depths: list[int]) -> None:
+        """As :meth:`_record`, where every row is a new token: what most steps are, and so it is quick."""
+        num_layers, segments_in, total = self.decoder.spec.num_layers, self._segments_in, self.ended_rows
+        for entry, depth in zip(entries, depths, strict=True):
+            sequence = entry.sequence
+            request = sequence.request
+            assert request.ended_rows is not None
+            last = segments_in[depth] - 1
+            request.ended_rows[last] += 1
+            total[last] += 1
             if request.exit_logits_E is None:
                 continue
-            sequence.parked = None
-            skipped = num_layers * entry.count - sum(ran)
-            request.projected_rows += skipped
-            self.projected_rows += skipped
-            prompt = max(0, sequence.num_prompt - entry.start)
-            sequence.record_depths(entry.start + prompt, ran[prompt:], num_layers)
+            sequence.depths.append(depth)
+            if depth < num_layers:
+                sequence.mark_approximate(entry.start)
+                request.projected_rows += num_layers - depth
+                self.projected_rows += num_layers - depth
 
-    def _count(self, request: Request, start: int, stop: int, rows: int) -> None:
-        """Rows ran the segments from ``start`` on, ``stop`` not included."""
-        assert request.ended_rows is not None
-        for ended in (request.ended_rows, self.ended_rows):
-            ended[stop - 1] += rows
-            if start:
-                ended[start - 1] -= rows
+    def _count(self, ended: list[int], start: int, stop: int, rows: int) -> None:
+        """Rows of a request ran the segments from ``start`` on, ``stop`` not included."""
+        ended[stop - 1] += rows
+        self.ended_rows[stop - 1] += rows
+        if start:
+            ended[start - 1] -= rows
+            self.ended_rows[start - 1] -= rows
 
     def _gather(self, rows: StepRows, rows_R: np.ndarray, x_RD: torch.Tensor) -> _Live:
         return _Live(rows_R, x_RD, rows.batch_of(rows_R)) if len(rows_R) else _Live(rows_R, x_RD, rows.batch())

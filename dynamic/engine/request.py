@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -191,17 +190,16 @@ class Sequence:
             self.draws = np.random.Generator(np.random.Philox(words))
         return float(self.draws.random())
 
-    def record_depths(self, start: int, depths: Iterable[int], num_layers: int) -> None:
-        """Remember how many layers the positions from ``start`` on ran; those of the prompt always run all.
+    def record_depth(self, position: int, depth: int, num_layers: int) -> None:
+        """Remember how many layers a position behind the prompt ran.
 
         What is remembered outlives the sequence's pages: should they be lost, every position leaves again where it
         left, so that the pages and all later tokens become what they were.
         """
-        for position, depth in enumerate(depths, start):
-            if position - self.num_prompt == len(self.depths):
-                self.depths.append(depth)
-                if depth < num_layers:
-                    self.mark_approximate(position)
+        if position - self.num_prompt == len(self.depths):
+            self.depths.append(depth)
+            if depth < num_layers:
+                self.mark_approximate(position)
 
     def mark_approximate(self, position: int) -> None:
         """Say that keys and values from this position on are not those of the full model."""

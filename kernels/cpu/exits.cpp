@@ -12,29 +12,9 @@ namespace dynamoe_cpu {
 namespace {
 
 constexpr float kProbeEps = 1e-6f;
-constexpr int kLanes = 16;
 
-// Sixteen running sums, which the compiler keeps in vectors whatever the processor; joined in one order.
-struct Lanes {
-  float lane[kLanes] = {};
-  float sum() {
-    for (int width = kLanes / 2; width; width /= 2)
-      for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-    return lane[0];
-  }
-};
-
-float dot(const float* a, const float* b, int64_t n) {
-  Lanes sums;
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int j = 0; j < kLanes; ++j) sums.lane[j] += a[i + j] * b[i + j];
-  for (int j = 0; i + j < n; ++j) sums.lane[j] += a[i + j] * b[i + j];
-  return sums.sum();
-}
-
-float inverse_size(const float* x, int64_t n) {
-  return 1.0f / std::sqrt(dot(x, x, n) / static_cast<float>(n) + kProbeEps);
+float inverse_size(const Kernels& kernels, const float* x, int64_t n) {
+  return 1.0f / std::sqrt(kernels.dot(x, x, n) / static_cast<float>(n) + kProbeEps);
 }
 
 void clip(const Kernels& kernels, void* data, Dtype dtype, int64_t count, float limit) {
@@ -51,16 +31,18 @@ void clip(const Kernels& kernels, void* data, Dtype dtype, int64_t count, float 
 }  // namespace
 
 void probe(const Context& context, const ProbeCall& call) {
+  const Kernels& kernels = *context.kernels;
   const int64_t inputs = call.hidden * (call.previous ? 2 : 1) + (call.entropy ? 1 : 0);
-  for_each_row(context.threads, call.rows, [&](int64_t row) {
+  for_each_light_row(context.threads, call.rows, call.inner * inputs / 4, [&](int64_t row) {
     const float* x = call.x + row * call.hidden;
     const float* previous = call.previous ? call.previous + row * call.hidden : nullptr;
-    const float size = inverse_size(x, call.hidden), previous_size = previous ? inverse_size(previous, call.hidden) : 0;
+    const float size = inverse_size(kernels, x, call.hidden);
+    const float previous_size = previous ? inverse_size(kernels, previous, call.hidden) : 0;
     float logit = call.out ? call.out_bias : 0.0f;
     for (int64_t j = 0; j < call.inner; ++j) {
       const float* weight = call.weight + j * inputs;
-      float inner = call.bias[j] + size * dot(weight, x, call.hidden);
-      if (previous) inner += previous_size * dot(weight + call.hidden, previous, call.hidden);
+      float inner = call.bias[j] + size * kernels.dot(weight, x, call.hidden);
+      if (previous) inner += previous_size * kernels.dot(weight + call.hidden, previous, call.hidden);
       if (call.entropy) inner += weight[inputs - 1] * call.entropy[row];
       logit += call.out ? call.out[j] * (inner / (1.0f + std::exp(-inner))) : inner;
     }

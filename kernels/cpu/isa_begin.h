@@ -21,6 +21,8 @@
       gated,                                                                                     \
       scaled_add,                                                                                \
       weigh_values,                                                                              \
+      dot,                                                                                       \
+      add,                                                                                       \
       convert,                                                                                   \
       widen,                                                                                     \
       rms_norm,                                                                                  \

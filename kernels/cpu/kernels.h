@@ -36,7 +36,7 @@ struct QuantLayout {
   int64_t outputs, inputs;
   int64_t group;   // inputs that share a scale
   bool offsets;    // int4 only: weight = code * scale + offset; without them code - 8 takes the place of code
-  bool byte_rows;  // int8: rows are rounded to 8 bits, one scale each; fp8: to e4m3, a scale per 128 inputs
+  bool byte_rows;  // rows are rounded, a scale per 128 inputs: int8 of one group to 8 bits, fp8 to e4m3
 
   int64_t groups() const { return ceil_div(inputs, group); }
   int64_t blocks() const { return ceil_div(outputs, kBlockOutputs); }
@@ -111,6 +111,10 @@ struct Kernels {
   void (*weigh_values)(int num_rows, const float* probabilities, const void* const* values, Dtype dtype, int channels,
                        float* accumulator, const void* const* ahead);
 
+  // Sixteen running sums, joined in one order: the same bits on every processor.
+  float (*dot)(const float* a, const float* b, int64_t n);
+  // sum += scale * added
+  void (*add)(const void* added, Dtype dtype, float scale, float* sum, int n);
   void (*convert)(const float* in, void* out, int n, Dtype out_dtype);
   void (*widen)(const uint16_t* in, float* out, int n);
   void (*rms_norm)(const void* x, Dtype x_dtype, const void* residual, float scale, const void* weight,

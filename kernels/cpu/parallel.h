@@ -33,12 +33,17 @@ void for_each_task(int threads, int64_t tasks, const Body& body) {
 
 // body(row) for every row, a few rows per task: waking the pool costs more than a few rows do.
 template <class Body>
-void for_each_row(int threads, int64_t rows, const Body& body) {
-  constexpr int64_t kRowsPerTask = 8;
-  for_each_task(threads, ceil_div(rows, kRowsPerTask), [&](int64_t task) {
-    const int64_t last = (task + 1) * kRowsPerTask < rows ? (task + 1) * kRowsPerTask : rows;
-    for (int64_t row = task * kRowsPerTask; row < last; ++row) body(row);
+void for_each_row(int threads, int64_t rows, const Body& body, int64_t rows_per_task = 8) {
+  for_each_task(threads, ceil_div(rows, rows_per_task), [&](int64_t task) {
+    const int64_t last = (task + 1) * rows_per_task < rows ? (task + 1) * rows_per_task : rows;
+    for (int64_t row = task * rows_per_task; row < last; ++row) body(row);
   });
+}
+
+// The same where a row takes one pass over its `width` elements, or as little as that.
+template <class Body>
+void for_each_light_row(int threads, int64_t rows, int64_t width, const Body& body) {
+  for_each_row(threads, rows, body, ceil_div(8192, width));
 }
 
 // `rows` rows in the fewest tiles of at most `most` rows, as even as possible.

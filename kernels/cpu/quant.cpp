@@ -40,8 +40,7 @@ bool uses_digits(const Kernels& kernels, const QuantLayout& layout, Dtype dtype)
 
 QuantProduct::QuantProduct(const Kernels& kernels, const QuantLayout& layout, Dtype dtype)
     : kernels_(kernels), layout_(layout), digits_(uses_digits(kernels, layout, dtype)) {
-  shape_ = {layout.inputs, layout.byte_rows ? layout.inputs : layout.format == Format::int4 ? layout.group : kStretch,
-            layout.byte_rows ? 1 : 2};
+  shape_ = {layout.inputs, layout.group < layout.inputs ? layout.group : kStretch, layout.byte_rows ? 1 : 2};
   row_bytes_ = digits_ ? shape_.row_bytes() : 4 * layout.inputs;
   tile_rows_ = !digits_ ? kernels.gemm[0].tile_rows : kernels.quant.tile_rows * (layout.byte_rows && kernels.quant.fixed_point ? 2 : 1);
 }

@@ -69,10 +69,11 @@ TARGET static void multiply_tile(const QuantLayout& layout, const DigitShape& sh
   constexpr int kChains = kRows * kDigits <= 2 ? 2 : 1;  // of sums that do not wait for each other
   const float* scales = reinterpret_cast<const float*>(block);
   const char* codes = block + layout.scale_bytes();
+  const bool grouped = layout.group < layout.inputs;  // else the scales are those of whole outputs
   const uint32_t* a = reinterpret_cast<const uint32_t*>(panel);
   for (int64_t begin = 0; begin < shape.inputs; begin += shape.group) {
     const int64_t inputs = shape.inputs - begin < shape.group ? shape.inputs - begin : shape.group;
-    if (kNibbles && begin) {
+    if (grouped && begin) {
       scales = reinterpret_cast<const float*>(codes);
       codes += layout.scale_bytes();
     }
@@ -142,9 +143,9 @@ TARGET static void multiply_tile(const QuantLayout& layout, const DigitShape& sh
         } else {
           total = _mm512_sub_epi32(total, _mm512_set1_epi32((kNibbles ? 8 : 128) * row_sum));
           const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(total), scale);
-          result = kNibbles ? _mm512_fmadd_ps(product, _mm512_loadu_ps(scales + 16 * v), result)
-                            : _mm512_add_ps(product, result);
-          if (!kNibbles && begin + inputs == shape.inputs)
+          result = grouped ? _mm512_fmadd_ps(product, _mm512_loadu_ps(scales + 16 * v), result)
+                           : _mm512_add_ps(product, result);
+          if (!grouped && begin + inputs == shape.inputs)
             result = _mm512_mul_ps(result, _mm512_loadu_ps(scales + 16 * v));
         }
         _mm512_storeu_ps(out, result);

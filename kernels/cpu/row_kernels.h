@@ -198,3 +198,28 @@ TARGET static void softmax_merge(float* state, float* accumulator, const float* 
     }
   }
 }
+
+TARGET static float dot(const float* a, const float* b, int64_t n) {
+  constexpr int kSums = 16, kVectors = kSums / Vec::kLanes;
+  Vec::F sum[kVectors];
+  for (int v = 0; v < kVectors; ++v) sum[v] = Vec::zero();
+  int64_t i = 0;
+  for (; i + kSums <= n; i += kSums)
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t from = i + v * Vec::kLanes;
+      sum[v] = Vec::add(sum[v], Vec::mul(Vec::load(a + from), Vec::load(b + from)));
+    }
+  float lane[kSums];
+  for (int v = 0; v < kVectors; ++v) Vec::store(lane + v * Vec::kLanes, sum[v]);
+  for (int j = 0; i + j < n; ++j) lane[j] += a[i + j] * b[i + j];
+  for (int width = kSums / 2; width; width /= 2)
+    for (int j = 0; j < width; ++j) lane[j] += lane[j + width];
+  return lane[0];
+}
+
+TARGET static void add(const void* added, Dtype dtype, float scale, float* sum, int n) {
+  const Vec::F factor = Vec::set(scale);
+  for (int i = 0; i < n; i += Vec::kLanes)
+    store_row(sum, Dtype::fp32, i, n,
+              Vec::add(load_row(sum, Dtype::fp32, i, n), Vec::mul(load_row(added, dtype, i, n), factor)));
+}

@@ -18,16 +18,10 @@ void project(const Context& context, const Shape& shape, const Projection& proje
 }
 
 void add_pending(const Context& context, const Shape& shape, const void* pending, float scale, float* x, int64_t rows) {
-  const int hidden = static_cast<int>(shape.hidden);
-  for_each_row(context.threads, rows, [&](int64_t row) {
-    const float* added = static_cast<const float*>(pending) + row * hidden;
-    if (shape.dtype == Dtype::bf16) {
-      float* wide = scratch(Buffer::rows).get<float>(hidden);
-      context.kernels->widen(static_cast<const uint16_t*>(pending) + row * hidden, wide, hidden);
-      added = wide;
-    }
-    float* sum = x + row * hidden;
-    for (int i = 0; i < hidden; ++i) sum[i] += scale == 1.0f ? added[i] : added[i] * scale;
+  const int64_t hidden = shape.hidden;
+  for_each_light_row(context.threads, rows, hidden, [&](int64_t row) {
+    context.kernels->add(static_cast<const char*>(pending) + row * hidden * element_bytes(shape.dtype), shape.dtype, scale,
+                         x + row * hidden, static_cast<int>(hidden));
   });
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <optional>
+#include <functional>
 #include <vector>
 
 #include "exits.h"
@@ -93,15 +94,15 @@ void add_pending(const Context& context, const Shape& shape, const void* pending
 void run_layers(const Context& context, const Stack& stack, int64_t first, int64_t last, float* x, const Places& places,
                 const Caches& caches, float* entropy);
 
-// All layers, where rows may leave at exits.
+// All layers, where rows may leave at exits. As long as none does, x is what the rows hand to the LM head.
 struct ExitsCall {
-  float* x;  // lost
+  float* x;
   Places places;
-  const float* thresholds;  // (exits, rows); +inf stays
-  float* out;               // (rows, hidden): what each row hands to the LM head
-  int64_t* depths;          // (rows): layers that ran for it
-  int64_t* decisions;       // (exits, 2): rows with a finite threshold that reached the exit, and that went on
-  int64_t* launched;        // (exits + 1): rows that ran the layers up to each exit and behind the last
+  const float* thresholds;      // (exits, rows); +inf stays
+  std::function<float*()> out;  // (rows, hidden), wanted once a row leaves: what each row hands to the LM head
+  int64_t* depths;              // (rows): layers that ran for it
+  int64_t* decisions;           // (exits, 2): rows with a finite threshold that reached the exit, and that went on
+  int64_t* launched;            // (exits + 1): rows that ran the layers up to each exit and behind the last
 };
 void run_exits(const Context& context, const Stack& stack, const ExitsCall& call, const Caches& caches);
 

@@ -70,7 +70,11 @@ class Leaving {
   Leaving(const Context& context, const Stack& stack, const ExitsCall& call, const Caches& caches)
       : context_(context), stack_(stack), call_(call), caches_(caches) {}
 
+  // What rows hand to the LM head; null as long as none has left.
+  float* out() const { return out_; }
+
   void leave(const Exit& exit, const Live& live, const int64_t* order, int64_t count) {
+    if (!out_) out_ = call_.out();
     const Shape& shape = stack_.shape;
     const int64_t hidden = shape.hidden, bytes = element_bytes(shape.dtype);
     const int64_t scratch_elements = count * (hidden + 3 * shape.kv_width());
@@ -123,14 +127,14 @@ class Leaving {
     project(context_, shape, exit.up, inner_, exit.down.outputs, count, narrow_);
     add_pending(context_, shape, narrow_, 1.0f, x_, count);
     for (int64_t row = 0; row < count; ++row)
-      std::copy_n(x_ + row * hidden, hidden, call_.out + live.number(order[row]) * hidden);
+      std::copy_n(x_ + row * hidden, hidden, out_ + live.number(order[row]) * hidden);
   }
 
   const Context& context_;
   const Stack& stack_;
   const ExitsCall& call_;
   const Caches& caches_;
-  float* x_ = nullptr;
+  float *out_ = nullptr, *x_ = nullptr;
   char *narrow_ = nullptr, *inner_ = nullptr, *scratch_ = nullptr;
   std::vector<int64_t> positions_, slots_;
 };
@@ -183,8 +187,8 @@ void run_exits(const Context& context, const Stack& stack, const ExitsCall& call
   if (!live.rows()) return;
   call.launched[stack.exits.size()] = live.rows();
   run_layers(context, stack, first, layers, live.x(), live.places(), caches, nullptr);
-  for (int64_t row = 0; row < live.rows(); ++row)
-    std::copy_n(live.x() + row * hidden, hidden, call.out + live.number(row) * hidden);
+  for (int64_t row = 0; leaving.out() && row < live.rows(); ++row)
+    std::copy_n(live.x() + row * hidden, hidden, leaving.out() + live.number(row) * hidden);
 }
 
 }  // namespace dynamoe_cpu

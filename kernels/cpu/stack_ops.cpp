@@ -136,32 +136,32 @@ class StackHolder : public torch::CustomClassHolder {
     return x;
   }
 
-  // What each row hands to the LM head, its depth; per exit how many rows decided and how many of them went on; rows
-  // launched between exits.
-  std::tuple<Tensor, Tensor, Tensor, Tensor> run_with_exits(Tensor x, const Tensors& keys, const Tensors& values,
-                                                    const Tensor& cos_sin, const Tensor& positions,
-                                                    const Tensor& slots, const Tensor& query_start,
-                                                    const Tensor& context_len, const Tensor& block_table,
-                                                    const Tensor& thresholds, const OptionalTensor& keep,
-                                                    const OptionalTensor& cap, const OptionalTensor& skipped) {
+  // What each row hands to the LM head. And in one piece: the depth of each row; per exit how many rows decided and how
+  // many of them went on; rows launched between exits.
+  std::tuple<Tensor, Tensor> run_with_exits(Tensor x, const Tensors& keys, const Tensors& values, const Tensor& cos_sin,
+                                            const Tensor& positions, const Tensor& slots, const Tensor& query_start,
+                                            const Tensor& context_len, const Tensor& block_table,
+                                            const Tensor& thresholds, const OptionalTensor& keep,
+                                            const OptionalTensor& cap, const OptionalTensor& skipped) {
     x = stream(x);
     const int64_t rows = x.size(0), exits = static_cast<int64_t>(stack_.exits.size());
     const Caches caches = caches_of(keys, values, cos_sin);
     TORCH_CHECK_VALUE(thresholds.dim() == 2 && thresholds.size(0) == exits && thresholds.size(1) == rows,
                       "thresholds must have one entry for each of ", exits, " exits and ", rows, " rows");
-    const at::TensorOptions integers = x.options().dtype(at::kLong);
-    Tensor out = at::empty(x.sizes(), x.options()), depths = at::empty({rows}, integers),
-           decisions = at::empty({exits, 2}, integers), launched = at::empty({exits + 1}, integers);
+    Tensor out = x, counts = at::empty({rows + 3 * exits + 1}, x.options().dtype(at::kLong));
     ExitsCall call{static_cast<float*>(x.data_ptr()),
                    places_of(rows, keys[0], cos_sin, positions, slots, query_start, context_len, block_table)};
     call.places.budget = budget_of(rows, keep, cap, skipped);
     call.thresholds = contiguous_data<float>(thresholds, at::kFloat, "thresholds");
-    call.out = static_cast<float*>(out.data_ptr());
-    call.depths = static_cast<int64_t*>(depths.data_ptr());
-    call.decisions = static_cast<int64_t*>(decisions.data_ptr());
-    call.launched = static_cast<int64_t*>(launched.data_ptr());
+    call.out = [&] {
+      out = at::empty(x.sizes(), x.options());
+      return static_cast<float*>(out.data_ptr());
+    };
+    call.depths = static_cast<int64_t*>(counts.data_ptr());
+    call.decisions = call.depths + rows;
+    call.launched = call.decisions + 2 * exits;
     run_exits(context_of(isa_), stack_, call, caches);
-    return {out, depths, decisions, launched};
+    return {out, counts};
   }
 
  private:
