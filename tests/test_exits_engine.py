@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +143,15 @@ def test_neighbours_and_their_thresholds_change_nothing(
     assert choices(mixed[:8]) == alone
     chunked = Engine(model, EngineConfig(max_num_batched_tokens=7, max_num_seqs=4))
     assert choices(run(chunked, prompts(), EARLY)) == alone
+
+
+def test_one_call_per_step_or_one_per_operation_is_the_same(
+    model: LoadedModel, alone: list[list[tuple[list[int], list[int]]]]
+) -> None:
+    assert model.decoder.stack is not None
+    decoder = copy.copy(model.decoder)
+    decoder.stack = None
+    assert choices(run(Engine(replace(model, decoder=decoder)), prompts(), EARLY)) == alone
 
 
 @pytest.mark.parametrize("seed", range(3))
