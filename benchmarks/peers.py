@@ -1,8 +1,9 @@
 """The whole engine against llama.cpp and vLLM on a CPU, in one run.
 
 ``python benchmarks/peers.py --model DIR --gguf FILE --llama-bin DIR --vllm-python PYTHON``; either peer may be left
-out. ``--make DIR`` writes the checkpoint first: random weights in the shape of Granite-3.1-1B-A400M. How to get the
-peers is in ``docs/benchmarks.md``.
+out. ``--quantization none int8 int4`` measures us with each, ``--gguf`` takes several files, ``--vllm-models`` several
+checkpoints; whoever has weights of about as many bits is compared. ``--make DIR`` writes the checkpoint first: random
+weights in the shape of Granite-3.1-1B-A400M. How to get the peers is in ``docs/benchmarks.md``.
 
 Cells: prefill of one prompt of 512 tokens; decode of 1, 4 and 16 prompts of 128 tokens, 64 tokens each, counted from
 the first token on: c * (64 - 1) / (time for 64 - time for 1). Every engine is a process; all but the one that is
@@ -31,7 +32,18 @@ import checkout
 import torch
 from dynamoe.dynamic.machine import processor
 from limits import Limits
-from peers_engines import CELLS, CONCURRENCY, OUTPUT, PREFILL, PROMPT, Foreign, LlamaCpp, Worker, prompts
+from peers_engines import (
+    CELLS,
+    CONCURRENCY,
+    OUTPUT,
+    PREFILL,
+    PROMPT,
+    Foreign,
+    LlamaCpp,
+    Worker,
+    prompts,
+    weight_bits,
+)
 
 MOST_FOREIGN = 0.15
 WORKER = Path(__file__).with_name("peers_worker.py")
@@ -42,31 +54,28 @@ def engines_of(options: argparse.Namespace) -> list[Any]:
     threads = str(options.threads)
     common = os.environ | {"OMP_NUM_THREADS": threads}
     arguments = [str(options.model), "--dtype", options.dtype, "--threads", threads]
-    ours = Worker("dynamoe", [sys.executable, str(WORKER), "dynamoe", *arguments], common)
-    engines: list[Any] = [ours]
+    engines: list[Any] = []
+    for method in options.quantization:
+        command = [sys.executable, str(WORKER), "dynamoe", *arguments, "--quantization", method]
+        engines.append(Worker("dynamoe" if method == "none" else f"dynamoe {method}", command, common))
     if options.llama_bin:
-        engines.append(LlamaCpp(options.llama_bin, options.gguf, options.threads))
+        for gguf in options.gguf:
+            engines.append(LlamaCpp(f"llama.cpp {gguf.stem}", options.llama_bin, gguf, options.threads))
     if options.vllm_python:
         environment = dict(common)
         for entry in options.vllm_env:
             key, _, value = entry.partition("=")
             environment[key] = value
-        engines.append(Worker("vLLM", [str(options.vllm_python), str(WORKER), "vllm", *arguments], environment))
+        for model in options.vllm_models or [options.model]:
+            command = [str(options.vllm_python), str(WORKER), "vllm", str(model), *arguments[1:]]
+            engines.append(Worker(f"vLLM {model.name}", command, environment))
     return engines
 
 
-def bytes_per_step(options: argparse.Namespace, cell: str, hit: float) -> float:
+def bytes_per_step(facts: dict[str, Any], cell: str, hit: float) -> float:
     """What a decode step must read: everything but the experts once, the experts that are hit, and the cache."""
-    config = json.loads((options.model / "config.json").read_text())
-    count, item = int(cell.split()[1]), 2 if options.dtype == "bfloat16" else 4
-    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    channels = hidden // heads
-    attention = hidden * channels * (heads + 2 * kv_heads) + hidden * channels * heads
-    experts = config["num_local_experts"] * 3 * hidden * config["intermediate_size"]
-    weights = layers * (attention + hit * experts) + config["vocab_size"] * hidden
-    cache = count * (PROMPT + OUTPUT / 2) * layers * 2 * kv_heads * channels
-    return item * float(weights + cache)
+    cache = int(cell.split()[1]) * (PROMPT + OUTPUT / 2) * facts["cache_bytes_per_token"]
+    return float(facts["other_bytes"] + hit * facts["expert_bytes"] + cache)
 
 
 def prefill_flops(options: argparse.Namespace) -> float:
@@ -136,42 +145,47 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def report(options: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]:
-    """Per cell: every engine's spread, our ratio to the best peer, and our fraction of the limit."""
+    """Per cell: every engine's spread; per engine of ours the ratio to the best peer of as many bits, to our first
+    engine, and the fraction of the limit."""
     cells = {}
     read, gemm = result["limits"]["read"]["median"], result["limits"]["gemm"]["median"]
+    ours = [name for name in result["speeds"] if name.startswith("dynamoe")]
     for cell in CELLS:
         spreads = {name: _spread(by_cell[cell]) for name, by_cell in result["speeds"].items() if by_cell[cell]}
-        ours = spreads["dynamoe"]["median"]
-        peers = {name: spread["median"] for name, spread in spreads.items() if name != "dynamoe"}
-        best = max(peers, key=lambda name: peers[name]) if peers else None
-        if cell == "prefill":
-            limit = gemm / prefill_flops(options)
-        else:
-            limit = int(cell.split()[1]) * read / bytes_per_step(options, cell, result["experts_hit"][cell])
-        cells[cell] = {
-            "tokens_per_second": spreads,
-            "best_peer": best,
-            "ratio_to_best_peer": ours / peers[best] if best else None,
-            "limit_tokens_per_second": limit,
-            "fraction_of_limit": ours / limit,
-        }
+        rows = {}
+        for name in ours:
+            speed, bits = spreads[name]["median"], weight_bits(name)
+            peers = {n: s["median"] for n, s in spreads.items() if n not in ours and weight_bits(n) == bits}
+            best = max(peers, key=lambda peer: peers[peer]) if peers else None
+            row: dict[str, Any] = {
+                "best_peer": best,
+                "ratio_to_best_peer": speed / peers[best] if best else None,
+                "ratio_to_our_first": speed / spreads[ours[0]]["median"],
+            }
+            if cell != "prefill":
+                step = bytes_per_step(result["engines"][name], cell, result["experts_hit"][cell])
+                row["limit_tokens_per_second"] = int(cell.split()[1]) * read / step
+            elif bits == 16:
+                row["limit_tokens_per_second"] = gemm / prefill_flops(options)
+            if limit := row.get("limit_tokens_per_second"):
+                row["fraction_of_limit"] = speed / limit
+            rows[name] = row
+        cells[cell] = {"tokens_per_second": spreads, "ours": rows}
     return cells
 
 
-def print_table(cells: dict[str, Any], engines: list[str]) -> None:
-    print(f"{'cell':10}" + "".join(f"{name:>26}" for name in engines) + f"{'of best peer':>14}{'of limit':>10}")
-    for cell, row in cells.items():
-        texts = []
-        for name in engines:
-            spread = row["tokens_per_second"].get(name)
-            texts.append(f"{spread['median']:.1f} [{spread['min']:.1f}-{spread['max']:.1f}]" if spread else "-")
-        ratio = row["ratio_to_best_peer"]
-        print(
-            f"{cell:10}"
-            + "".join(f"{text:>26}" for text in texts)
-            + (f"{ratio:14.2f}" if ratio else f"{'-':>14}")
-            + f"{row['fraction_of_limit']:10.0%}"
-        )
+def print_table(cells: dict[str, Any]) -> None:
+    for cell, found in cells.items():
+        print(f"{cell:10}  tokens/s [spread]")
+        for name, spread in found["tokens_per_second"].items():
+            text = f"  {name:24}{spread['median']:9.1f} [{spread['min']:.1f}-{spread['max']:.1f}]"
+            if row := found["ours"].get(name):
+                text += f"  {row['ratio_to_our_first']:.2f} x our first"
+                if row["best_peer"]:
+                    text += f"  {row['ratio_to_best_peer']:.2f} x {row['best_peer']}"
+                if "fraction_of_limit" in row:
+                    text += f"  {row['fraction_of_limit']:.0%} of the limit"
+            print(text)
 
 
 def make_checkpoint(directory: Path) -> None:
@@ -216,9 +230,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--make", type=Path, metavar="DIR", help="write the checkpoint there and use it")
     parser.add_argument("--model", type=Path, help="the checkpoint, in Hugging Face layout")
-    parser.add_argument("--gguf", type=Path, help="the same checkpoint for llama.cpp")
+    parser.add_argument("--quantization", nargs="+", default=["none"], metavar="METHOD", help="of our engines")
+    parser.add_argument("--gguf", type=Path, nargs="*", default=[], help="the same checkpoint for llama.cpp")
     parser.add_argument("--llama-bin", type=Path, help="folder with llama-bench and llama-batched-bench")
     parser.add_argument("--vllm-python", type=Path, help="Python of an environment that has vLLM for CPUs")
+    parser.add_argument("--vllm-models", type=Path, nargs="*", help="checkpoints for vLLM instead of --model")
     parser.add_argument(
         "--vllm-env", nargs="*", default=[], metavar="KEY=VALUE", help="for vLLM: LD_PRELOAD, PYTHONPATH …"
     )
@@ -243,7 +259,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     result = measure(options)
     cells = report(options, result)
-    print_table(cells, list(result["speeds"]))
+    print_table(cells)
     if result["disturbed_repetitions"]:
         print(f"{result['disturbed_repetitions']} repetitions were disturbed by other programs")
     summary = {

@@ -23,6 +23,13 @@ def prompts(count: int, length: int, seed: int) -> list[list[int]]:
     return [[draw.randrange(10, 49_000) for _ in range(length)] for _ in range(count)]
 
 
+def weight_bits(name: str) -> int:
+    """Of an engine as this benchmark names it: what it is fair to compare it with."""
+    if any(mark in name for mark in ("int8", "w8a8", "Q8")):
+        return 8
+    return 4 if any(mark in name for mark in ("int4", "w4a", "Q4")) else 16
+
+
 class Worker:
     """An engine that stays loaded in a process group of its own, stopped except while it is measured."""
 
@@ -77,9 +84,8 @@ class Worker:
 class LlamaCpp:
     """llama.cpp's own benchmark programs: a process per measurement, the file in the page cache."""
 
-    name = "llama.cpp"
-
-    def __init__(self, programs: Path, gguf: Path, threads: int) -> None:
+    def __init__(self, name: str, programs: Path, gguf: Path, threads: int) -> None:
+        self.name = name
         self._programs, self._gguf, self._threads = programs, gguf, str(threads)
         begin = time.perf_counter()
         out, self.peak_bytes = self._call("llama-bench", "-p", "8", "-n", "0", "-r", "1", "-o", "json")

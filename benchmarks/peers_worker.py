@@ -26,6 +26,7 @@ def start_dynamoe(options: argparse.Namespace) -> tuple[Run, dict[str, Any], Cal
     llm = LLM(
         options.model,
         dtype=options.dtype,
+        quantization=options.quantization,
         max_model_len=1024,
         max_num_seqs=16,
         max_num_batched_tokens=4096,
@@ -67,8 +68,23 @@ def start_dynamoe(options: argparse.Namespace) -> tuple[Run, dict[str, Any], Cal
 
     import torch
 
-    facts = {"version": "this checkout", "torch": torch.__version__, "backend": backend.name}
-    return answer, facts | {"isa": getattr(backend, "isa", None)}, experts_hit
+    experts = sum(layer.ffn.nbytes for layer in decoder.layers)
+    embedding = 0 if decoder.embedding_VD is None else decoder.embedding_VD.nbytes  # of which a step reads few rows
+    facts = {
+        "version": "this checkout",
+        "torch": torch.__version__,
+        "backend": backend.name,
+        "isa": getattr(backend, "isa", None),
+        "expert_bytes": experts,
+        "other_bytes": decoder.weight_bytes - experts - embedding,
+        "cache_bytes_per_token": sum(2 * k.element_size() * k[0, :, 0].numel() for k in _keys(llm)),
+    }
+    return answer, facts, experts_hit
+
+
+def _keys(llm: Any) -> list[Any]:
+    """Each layer's keys, (page, head, offset, channel)."""
+    return [layer.keys_BGPC for layer in llm.engine.runner.kv]
 
 
 def start_vllm(options: argparse.Namespace) -> tuple[Run, dict[str, Any], None]:
@@ -108,6 +124,7 @@ def main() -> None:
     parser.add_argument("engine", choices=["dynamoe", "vllm"])
     parser.add_argument("model")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--quantization", default="none", help="of our engine")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--count", action="store_true", help="count the experts that are hit; slows the run down")
     options = parser.parse_args()

@@ -4,8 +4,9 @@ Every method's next-token distributions on held-out text are compared with those
 in float32: perplexity; the share of positions where the most likely token stays the same; the Kullback-Leibler
 divergence from the unquantised distribution, in nats per token. The text is the fifth of Python's language reference
 that calibration never sees. Calibrated methods (gptq, awq, smoothquant) are run here, into a directory that is removed
-afterwards, on the other pages; LM head and embedding stay as they are, unless ``--lm-head`` is given. The results file
-is written anew after each method: ``results/quantization_quality_NAME.json``, and with matplotlib an SVG beside it.
+afterwards, on the other pages; LM head and embedding stay as they are, unless ``--lm-head`` is given. ``--choose``
+measures on windows of the other pages that calibration left out: what variants of a method are chosen by. The results
+file is written anew after each method: ``results/quantization_quality_NAME.json``, with matplotlib an SVG beside it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from dynamoe.dynamic.quantize.methods import METHODS, CalibratedMethod
 from dynamoe.dynamic.tokenizer import Tokenizer
 from dynamoe.exits.segments import Segment
 
-AT_LOAD = ("int8", "w8a8", "int4", "int4-asym", "fp8")
+INT4 = tuple(f"int4{group}{ending}" for group in ("-g32", "", "-g128") for ending in ("", "-asym"))
+AT_LOAD = ("int8", "int8-g32", "w8a8", *INT4, "fp8", "fp8-block")
 
 
 def log_probabilities(decoder: Decoder, windows_NL: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -45,10 +47,10 @@ def log_probabilities(decoder: Decoder, windows_NL: torch.Tensor) -> Iterator[to
 
 
 @torch.inference_mode()
-def compare(plain: Decoder, quantized: Decoder, windows_NL: torch.Tensor) -> dict[str, float]:
-    """Perplexities, agreement and divergence."""
+def compare(plain: list[torch.Tensor], quantized: Decoder, windows_NL: torch.Tensor) -> dict[str, float]:
+    """Perplexities, agreement and divergence; ``plain`` are the unquantised model's log-probabilities, by window."""
     sums = torch.zeros(4, dtype=torch.float64)
-    both = zip(log_probabilities(plain, windows_NL), log_probabilities(quantized, windows_NL), windows_NL, strict=True)
+    both = zip(plain, log_probabilities(quantized, windows_NL), windows_NL, strict=True)
     for expected_LV, found_LV, ids_L in both:
         next_L1 = ids_L[1:, None]
         sums += torch.stack(
@@ -70,12 +72,14 @@ def compare(plain: Decoder, quantized: Decoder, windows_NL: torch.Tensor) -> dic
     }
 
 
-def measure(method: str, args: argparse.Namespace, path: Path, windows: dict[str, torch.Tensor]) -> dict[str, Any]:
+def measure(
+    method: str, args: argparse.Namespace, path: Path, windows: dict[str, torch.Tensor], plain: list[torch.Tensor]
+) -> dict[str, Any]:
     """One method's row of the table."""
     name, _, group = method.partition("-g")
     asymmetric = group.endswith("-asym") or name.endswith("-asym")
     common = {"dtype": "float32", "device": "cpu"}
-    plain, started, extra = load_decoder(path, **common), time.perf_counter(), {}
+    started, extra = time.perf_counter(), {}
     if name.removesuffix("-asym") not in METHODS:
         quantized = load_decoder(path, **common, quantization=method, quantize_lm_head=args.lm_head)
     else:
@@ -88,9 +92,8 @@ def measure(method: str, args: argparse.Namespace, path: Path, windows: dict[str
         extra = {"layer_errors": [round(layer["relative_error"], 4) for layer in report["layers"]]}
     seconds = time.perf_counter() - started
     row = compare(plain, quantized, windows["held out"])
-    layer_bytes = [sum(layer.nbytes for layer in decoder.layers) for decoder in (quantized, plain)]
-    bits = 32 * layer_bytes[0] / layer_bytes[1]
-    return {"method": method, **row, "seconds_to_quantize": seconds, "bits_per_layer_weight": bits, **extra}
+    layer_bytes = sum(layer.nbytes for layer in quantized.layers)
+    return {"method": method, **row, "seconds_to_quantize": seconds, "layer_bytes": layer_bytes, **extra}
 
 
 def plot(rows: list[dict[str, Any]], title: str, file: Path) -> None:
@@ -121,22 +124,29 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16, help="pieces of held-out text")
     parser.add_argument("--calibration-windows", type=int, default=64)
     parser.add_argument("--window-tokens", type=int, default=256)
+    parser.add_argument("--choose", action="store_true", help="measure on pages that variants are chosen by")
     parser.add_argument("--lm-head", action="store_true", help="make LM head and embedding int8 with methods at load")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     path = resolve_model(args.model)
     tokenizer = Tokenizer.from_directory(path).backend
-    windows = {
-        name: token_windows(tokenizer, reference_pages(held_out=held_out), count=count, length=args.window_tokens)
-        for name, held_out, count in (
-            ("held out", True, args.windows),
-            ("calibration", False, args.calibration_windows),
-        )
-    }
+    wanted = args.windows if args.choose else 0
+    others = token_windows(
+        tokenizer, reference_pages(held_out=False), count=args.calibration_windows + wanted, length=args.window_tokens
+    )
+    kept = torch.linspace(0, len(others) - 1, wanted).round().long()  # none unless --choose
+    windows = {"calibration": others[[i for i in range(len(others)) if i not in set(kept.tolist())]]}
+    windows["held out"] = (
+        others[kept]
+        if args.choose
+        else token_windows(tokenizer, reference_pages(held_out=True), count=args.windows, length=args.window_tokens)
+    )
+    with torch.inference_mode():
+        plain = list(log_probabilities(load_decoder(path, dtype="float32", device="cpu"), windows["held out"]))
     name, rows = args.name or Path(args.model).name, []
     for method in args.methods:
-        rows.append(measure(method, args, path, windows))
+        rows.append(measure(method, args, path, windows, plain))
         print({key: value for key, value in rows[-1].items() if key != "layer_errors"}, flush=True)
         result = {
             "date": datetime.date.today().isoformat(),

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ..exits.segments import Segment, split_into_segments
-from ..kernels.formats import Int8Weight
+from ..kernels.formats import QuantizedWeight
 from ..kernels.stack import Stack, StackExit, StackLayer, StackResult, StackShape
 from ..kernels.torch_backend import TorchBackend
 from ..kernels.types import AttentionBatch, ExpertBudget, ExpertWeights, KVLayer, LinearWeights, Routing
@@ -62,7 +62,7 @@ class Decoder:
     Arguments:
         spec: what it computes.
         backend: runs the operations; the weights are in its layout.
-        embedding_VD: the embedding table, maybe as int8; None where it is the LM head's weight, kept once.
+        embedding_VD: the embedding table, maybe quantised; None where it is the LM head's weight, kept once.
         layers: one entry per layer.
         final_norm_D: norm before the LM head.
         lm_head: projection to the vocabulary.
@@ -78,7 +78,7 @@ class Decoder:
         spec: ModelSpec,
         backend: TorchBackend,
         *,
-        embedding_VD: torch.Tensor | Int8Weight | None,
+        embedding_VD: torch.Tensor | QuantizedWeight | None,
         layers: Sequence[LayerWeights],
         final_norm_D: torch.Tensor,
         lm_head: LinearWeights,
@@ -137,7 +137,7 @@ class Decoder:
         """
         if self.embedding_VD is None:
             x_TD = self.backend.weight_rows(self.lm_head, token_ids_T).float()
-        elif isinstance(self.embedding_VD, Int8Weight):
+        elif isinstance(self.embedding_VD, QuantizedWeight):
             x_TD = self.embedding_VD.take(token_ids_T).dequantize()
         else:
             x_TD = F.embedding(token_ids_T, self.embedding_VD).float()

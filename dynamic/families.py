@@ -355,3 +355,8 @@ def _layer_spec(config: ConfigReader, family: Family, layer: int) -> LayerSpec:
     moe = family.moe(config, layer)
     ffn_size = config.integer("intermediate_size") if moe is None else 0
     return LayerSpec(ffn_size=ffn_size, moe=moe, window=family.window(config, layer))
+
+
+def one_each(family: Family) -> ExpertNames:
+    """What a family calls experts that are stored one by one."""
+    return next(names for names in family.experts if "{e}" in names.down)

@@ -1,7 +1,7 @@
 """GGUF files turned into checkpoints in Hugging Face layout, their quantised tensors kept or dequantised without loss.
 
-Llama-architecture files are read directly, in one pass. Other architectures go through transformers, which takes
-longer and reads less of the tokenizer.
+Files of the architectures below are read directly, in one pass. Others go through transformers, which takes longer and
+reads less of the tokenizer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,15 @@ from typing import Any
 
 import torch
 
-# Tensor names of a Llama-architecture file, without the block's prefix, and what Hugging Face calls them.
+from .families import FAMILIES, one_each
+
+# What a file's architecture is in Hugging Face's terms, without and with experts.
+_DENSE = {"llama": ("llama", "LlamaForCausalLM")}
+_SPARSE = {
+    "llama": ("mixtral", "MixtralForCausalLM"),
+    "granitemoe": ("granitemoe", "GraniteMoeForCausalLM"),
+}
+# Tensor names of such files, without the block's prefix, and what Hugging Face calls them.
 _BLOCK_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -26,7 +34,14 @@ _BLOCK_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_EXPERT_NAMES = {"ffn_gate_exps": "gate", "ffn_up_exps": "up", "ffn_down_exps": "down"}
 _OTHER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_SCALES = {  # Granite's
+    "attention_multiplier": "attention.scale",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
+}
 _CONTROL, _USER_DEFINED = 3, 4  # values of ``tokenizer.ggml.token_type``
 # Pre-tokenizers (``tokenizer.ggml.pre``) that split digits off one by one before the byte-level rule of GPT-2.
 _SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r")
@@ -41,7 +56,7 @@ def import_gguf(file: Path, target: Path, *, keep_codes: bool = False, progress:
     Arguments:
         file: the GGUF file.
         target: a directory that exists and is empty.
-        keep_codes: keep Q4_0 and Q4_1 projections of Llama-architecture files as int4 with the file's own codes.
+        keep_codes: keep the codes of Q4_0, Q4_1 and Q8_0 tensors, where the file is read directly.
 
     Raises:
         ValueError: when the file is not GGUF, or holds a model that cannot be read.
@@ -54,39 +69,57 @@ def import_gguf(file: Path, target: Path, *, keep_codes: bool = False, progress:
     reader = GGUFReader(file)
     fields = dict(reader.fields)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    names = {name: _hugging_face_name(name) for name in tensors}
-    direct = (
-        fields["general.architecture"].contents() == "llama"
-        and fields["tokenizer.ggml.model"].contents() == "gpt2"
-        and None not in names.values()
-    )
-    if direct:
-        _write_llama(fields, tensors, names, target, keep_codes, progress)
+    kind = _kind(fields)
+    names = {} if kind is None else {name: _hugging_face_names(name, kind[0], tensors[name]) for name in tensors}
+    if kind is not None and fields["tokenizer.ggml.model"].contents() == "gpt2" and all(names.values()):
+        _write_direct(fields, tensors, names, kind, target, keep_codes, progress)
     else:
         _write_through_transformers(file, target)
 
 
-def _hugging_face_name(name: str) -> str | None:
+def _kind(fields: dict[str, Any]) -> tuple[str, str] | None:
+    """Model type and class in Hugging Face's terms, None where the file is not read directly."""
+    architecture = fields["general.architecture"].contents()
+    experts = fields.get(f"{architecture}.expert_count")
+    return (_SPARSE if experts is not None and experts.contents() else _DENSE).get(architecture)
+
+
+def _hugging_face_names(name: str, model_type: str, tensor: Any) -> list[str]:
+    """What Hugging Face calls a tensor: one name, or one for each expert that it holds; none if it is not known."""
     stem, _, kind = name.rpartition(".")
     if stem in _OTHER_NAMES:
-        return f"{_OTHER_NAMES[stem]}.{kind}"
+        return [f"{_OTHER_NAMES[stem]}.{kind}"]
     block, number, part = (*stem.split(".", 2), "", "")[:3]
-    if block == "blk" and part in _BLOCK_NAMES:
-        return f"model.layers.{number}.{_BLOCK_NAMES[part]}.{kind}"
-    return None
+    prefix, family = f"model.layers.{number}.", FAMILIES[model_type]
+    if block != "blk":
+        return []
+    if part in _BLOCK_NAMES:
+        return [f"{prefix}{_BLOCK_NAMES[part]}.{kind}"]
+    if part == "ffn_gate_inp" and kind == "weight":
+        return [prefix + family.router[0]]
+    if part in _EXPERT_NAMES and kind == "weight":
+        pattern = getattr(one_each(family), _EXPERT_NAMES[part])
+        return [prefix + pattern.replace("{e}", str(expert)) for expert in range(int(tensor.shape[2]))]
+    return []
 
 
-def _write_llama(
-    fields: dict[str, Any], tensors: dict, names: dict, target: Path, keep_codes: bool, progress: bool
+def _write_direct(
+    fields: dict[str, Any],
+    tensors: dict[str, Any],
+    names: dict[str, list[str]],
+    kind: tuple[str, str],
+    target: Path,
+    keep_codes: bool,
+    progress: bool,
 ) -> None:
     from gguf import dequantize
     from safetensors.torch import save_file
     from tqdm import tqdm
 
-    from .gguf_codes import int4_of, tensors_to_keep
+    from .gguf_codes import codes_of, tensors_to_keep
     from .quantize.writer import compressed, kept_codes_config
 
-    config = _llama_config(fields, tied="output.weight" not in tensors)
+    config = _model_config(fields, kind, tied="output.weight" not in tensors)
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     kept = tensors_to_keep(tensors) if keep_codes else set[str]()
     if kept:
@@ -95,18 +128,23 @@ def _write_llama(
     for name, tensor in tqdm(tensors.items(), desc="Converting", unit="tensor", disable=not progress):
         num_heads = next((heads[part] for part in name.split(".") if part in heads), None)
         if name in kept:
-            codes = int4_of(tensor)
+            codes = codes_of(tensor)
             rows_O = torch.arange(codes.out_features)
             codes = codes if num_heads is None else codes.take(_half_split_rope(rows_O[:, None], num_heads)[:, 0])
-            weights |= compressed(names[name], codes)
+            size = codes.out_features // len(names[name])
+            for number, part in enumerate(names[name]):
+                weights |= compressed(part, codes.rows(number * size, (number + 1) * size))
             continue
         weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type)).float()
-        weights[names[name]] = weight.contiguous() if num_heads is None else _half_split_rope(weight, num_heads)
+        if num_heads is not None:
+            weight = _half_split_rope(weight, num_heads)
+        parts = weight[None] if len(names[name]) == 1 else weight
+        weights |= {part: parts[number].contiguous() for number, part in enumerate(names[name])}
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
     write_json(target / "config.json", config)
     tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
     write_json(target / "generation_config.json", tokens)
-    _write_tokenizer(fields, target)
+    _write_tokenizer(fields, config["max_position_embeddings"], target)
 
 
 def _half_split_rope(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -114,39 +152,45 @@ def _half_split_rope(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
     return weight.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
 
 
-def _llama_config(fields: dict[str, Any], tied: bool) -> dict[str, Any]:
-    def value(name: str, default: Any = None) -> Any:
-        return fields[name].contents() if name in fields else default
+def _model_config(fields: dict[str, Any], kind: tuple[str, str], tied: bool) -> dict[str, Any]:
+    architecture = fields["general.architecture"].contents()
 
-    hidden, heads = value("llama.embedding_length"), value("llama.attention.head_count")
+    def value(name: str, default: Any = None) -> Any:
+        field = fields.get(f"{architecture}.{name}")
+        return default if field is None else field.contents()
+
+    hidden, heads = value("embedding_length"), value("attention.head_count")
     config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [kind[1]],
+        "model_type": kind[0],
         "dtype": "bfloat16",
-        "vocab_size": value("llama.vocab_size", len(fields["tokenizer.ggml.tokens"].data)),
+        "vocab_size": value("vocab_size", len(fields["tokenizer.ggml.tokens"].data)),
         "hidden_size": hidden,
-        "intermediate_size": value("llama.feed_forward_length"),
-        "num_hidden_layers": value("llama.block_count"),
+        "intermediate_size": value("feed_forward_length"),
+        "num_hidden_layers": value("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": value("llama.attention.head_count_kv", heads),
-        "head_dim": value("llama.rope.dimension_count", hidden // heads),
+        "num_key_value_heads": value("attention.head_count_kv", heads),
+        "head_dim": value("rope.dimension_count", hidden // heads),
         "hidden_act": "silu",
-        "max_position_embeddings": value("llama.context_length"),
-        "rms_norm_eps": value("llama.attention.layer_norm_rms_epsilon"),
-        "rope_theta": value("llama.rope.freq_base", 10000.0),
+        "max_position_embeddings": value("context_length"),
+        "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
+        "rope_theta": value("rope.freq_base", 10000.0),
         "rope_scaling": None,
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": tied,
     }
+    if experts := value("expert_count"):
+        config |= {"num_local_experts": experts, "num_experts_per_tok": value("expert_used_count")}
+    for ours, theirs in _SCALES.items() if kind[0] == "granitemoe" else ():
+        config[ours] = value(theirs, 1.0)
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        token = value(f"tokenizer.ggml.{theirs}_token_id")
-        if token is not None:
-            config[f"{ours}_token_id"] = token
+        if (token := fields.get(f"tokenizer.ggml.{theirs}_token_id")) is not None:
+            config[f"{ours}_token_id"] = token.contents()
     return config
 
 
-def _write_tokenizer(fields: dict[str, Any], target: Path) -> None:
+def _write_tokenizer(fields: dict[str, Any], context: int, target: Path) -> None:
     """A byte-level BPE tokenizer with the file's own pre-tokenizer, special tokens and chat template.
 
     transformers would take GPT-2's pre-tokenizer for every such file, which tokenizes "\\n\\n1" and runs of spaces
@@ -170,7 +214,7 @@ def _write_tokenizer(fields: dict[str, Any], target: Path) -> None:
 
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": fields["llama.context_length"].contents(),
+        "model_max_length": context,
         "clean_up_tokenization_spaces": False,
     }
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):

@@ -13,8 +13,9 @@ import torch
 
 from ..exits.sidecar import ExitHeads, load_heads
 from ..kernels.format_join import concatenate, stack_experts
-from ..kernels.formats import Int8Weight, quantize_int8
+from ..kernels.formats import QuantizedWeight
 from ..kernels.ops import select_backend
+from ..kernels.rounding import quantize_int8
 from ..kernels.torch_backend import TorchBackend
 from ..kernels.types import ExpertWeights, LinearWeights
 from ..moe.contribution import LayerScales
@@ -24,6 +25,7 @@ from .decoder_budget import read_scales
 from .decoder_exits import pack_exits
 from .families import family_of, model_spec
 from .layout import EMBEDDING, FINAL_NORM, FFNLayout, LayerLayout, Layout, expert_tensors, plan_layout
+from .machine import release_free_memory
 from .parallel.config import ParallelConfig, launched_size
 from .parallel.start import Shard, ShardedCheckpoint, follow_if_worker, join, parallel_decoder
 from .quantization import NONE, Method, Quantization
@@ -229,11 +231,12 @@ class _Builder:
         if not tied and self.spec.tie_embeddings:
             tied = torch.equal(self.checkpoint.view(EMBEDDING), self.checkpoint.view(self.layout.lm_head))
         lm_head = self._linear(EMBEDDING if tied else self.layout.lm_head, method=self.quantization.head)
+        self._release()
         layers = []
         layouts = tqdm(self.layout.layers, desc="Loading weights", unit="layer", disable=not progress)
         for layer, scales in zip(layouts, self.scales, strict=True):
             layers.append(self._layer(layer, scales))
-            self.checkpoint.release()
+            self._release()
         make, local = (Decoder, self.spec) if self.shard is None else (parallel_decoder(self.shard), self.shard.spec)
         return make(
             replace(self.spec, tie_embeddings=tied),
@@ -247,7 +250,14 @@ class _Builder:
             quantization=STORED if isinstance(self.checkpoint, QuantizedCheckpoint) else str(self.quantization),
         )
 
-    def _embedding(self) -> torch.Tensor | Int8Weight:
+    def _release(self) -> None:
+        """Give back the pages that were read and what was freed."""
+        self.checkpoint.release()
+        release_free_memory()
+
+    def _embedding(self) -> torch.Tensor | QuantizedWeight:
+        if (stored := self.checkpoint.quantized(EMBEDDING)) is not None:
+            return stored.weights[0].to(self.backend.device)
         if self.quantization.head is None:
             return self._copy(EMBEDDING)
         return quantize_int8(self._source(EMBEDDING, method=self.quantization.head))
@@ -278,11 +288,12 @@ class _Builder:
 
         What will be quantised comes as it was stored: rounding it to the backend's dtype before would move codes.
         """
-        if method is not None:
-            return self._copy(*names, dtype=self.checkpoint.view(names[0]).dtype)
-        if len(names) == 1 and self.backend.copies_weights:
-            return self.checkpoint.view(names[0])
-        return self._copy(*names)
+        mapped = self.checkpoint.view(names[0])
+        if len(names) == 1 and (
+            self.backend.copies_weights or (method is not None and self.backend.device.type == "cpu")
+        ):
+            return mapped
+        return self._copy(*names, dtype=None if method is None else mapped.dtype)
 
     def _layer(self, layout: LayerLayout, scales: LayerScales | None) -> LayerWeights:
         linear, method = self._linear, self.quantization.layers
@@ -308,7 +319,12 @@ class _Builder:
         biases = [self._copy(name).view(1, -1) for name in layout.biases] or [None, None, None]
         if method is None:
             return self.backend.pack_experts(gate_EFD, up_EFD, down_EDF, self.spec.activation, *biases)
-        gate, up, down = (method.quantize(weight) for weight in (gate_EFD, up_EFD, down_EDF))
+        quantized = []
+        for weight in (gate_EFD, up_EFD, down_EDF):
+            quantized.append(method.quantize(weight))
+            self._release()
+        del gate_EFD, up_EFD, down_EDF, weight  # packing takes memory too
+        gate, up, down = quantized
         return self.backend.pack_quantized_experts(gate, up, down, self.spec.activation, *biases, scheme=method.scheme)
 
     def _stored_ffn(self, layout: FFNLayout, stored: StoredWeights) -> ExpertWeights:

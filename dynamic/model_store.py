@@ -22,7 +22,7 @@ from .prepare_default import default_recipe, prepare_default
 
 _HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "*.tiktoken")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_IMPORT_FORMAT = 2
+_IMPORT_FORMAT = 3
 
 _PACKAGED = Path(__file__).parent / "shipped"
 

@@ -8,8 +8,8 @@ from functools import partial
 
 import torch
 
-from ..kernels import formats
-from ..kernels.formats import FP8_PER_GROUP, INT8_PER_TOKEN, UNQUANTIZED, ActivationScheme, QuantizedWeight
+from ..kernels import rounding
+from ..kernels.formats import FP8_PER_GROUP, INT8_PER_GROUP, UNQUANTIZED, ActivationScheme, QuantizedWeight
 
 NONE = "none"
 
@@ -30,16 +30,17 @@ class Method:
 def methods() -> dict[str, Method]:
     """By name, as ``quantization=`` takes them."""
     int4 = {
-        f"int4{groups}{ending}": Method(partial(formats.quantize_int4, group=group, symmetric=not ending))
+        f"int4{groups}{ending}": Method(partial(rounding.quantize_int4, group=group, symmetric=not ending))
         for group, groups in ((64, ""), (32, "-g32"), (128, "-g128"))
         for ending in ("", "-asym")
     }
     return {
-        "int8": Method(formats.quantize_int8),
-        "w8a8": Method(formats.quantize_int8, INT8_PER_TOKEN),
+        "int8": Method(rounding.quantize_int8),
+        "int8-g32": Method(partial(rounding.quantize_int8, group=32)),
+        "w8a8": Method(rounding.quantize_int8, INT8_PER_GROUP),
         **int4,
-        "fp8": Method(formats.quantize_fp8),
-        "fp8-block": Method(partial(formats.quantize_fp8, block=True), FP8_PER_GROUP),
+        "fp8": Method(rounding.quantize_fp8),
+        "fp8-block": Method(partial(rounding.quantize_fp8, block=True), FP8_PER_GROUP),
     }
 
 

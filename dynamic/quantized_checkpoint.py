@@ -128,7 +128,8 @@ def _layout(settings: Any) -> StoredLayout:
         version = str(settings.get("version", "gemm")).lower()
         if version != "gemm":
             raise _error("version", version, "gemm, the only layout of AWQ that is understood")
-        return Awq(group=_group_size(settings, alias="q_group_size"))
+        zero_points = settings.get("zero_point", True) is not False
+        return Awq(group=_group_size(settings, alias="q_group_size"), zero_points=zero_points)
     if method == "fp8":
         block = settings.get("weight_block_size")
         if block is not None and list(block) != [FP8_BLOCK, FP8_BLOCK]:

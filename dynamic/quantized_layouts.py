@@ -6,6 +6,7 @@ as ``model.layers.0.self_attn.q_proj``. Shape suffixes: O outputs, I inputs, G g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -14,8 +15,9 @@ import torch
 
 from ..kernels.formats import (
     FP8_BLOCK,
-    INT4_GROUPS,
-    INT8_PER_TOKEN,
+    FP8_PER_GROUP,
+    GROUPS,
+    INT8_PER_GROUP,
     UNQUANTIZED,
     ActivationScheme,
     Fp8Weight,
@@ -103,7 +105,7 @@ class CompressedTensors:
 
     Arguments:
         weights: the weights' settings of every group of layers.
-        int8_activations: inputs of int8 weights become int8 per token.
+        int8_activations: inputs of int8 weights become int8.
         fp8_activations: inputs of fp8 weights in blocks become fp8.
     """
 
@@ -120,8 +122,9 @@ class CompressedTensors:
         if weight.has("weight_packed"):
             return UNQUANTIZED
         if weight.info("weight", "I8", "F8_E4M3").dtype == "I8":
-            return INT8_PER_TOKEN if self.int8_activations else UNQUANTIZED
-        return ActivationScheme("fp8", FP8_BLOCK) if self.fp8_activations else UNQUANTIZED
+            scale = weight.info("weight_scale", *FLOATS).shape
+            return INT8_PER_GROUP if self.int8_activations and math.prod(scale[1:]) == 1 else UNQUANTIZED
+        return FP8_PER_GROUP if self.fp8_activations else UNQUANTIZED
 
     def shape(self, weight: StoredWeight) -> tuple[int, ...]:
         """(O, I); what belongs to the weight is checked."""
@@ -129,7 +132,9 @@ class CompressedTensors:
             info = weight.info("weight", "I8", "F8_E4M3")
             if len(info.shape) != 2:
                 raise weight.error(f"it has shape {info.shape} and not two dimensions")
-            weight.info("weight_scale", *FLOATS)
+            scale = weight.info("weight_scale", *FLOATS)
+            if info.dtype == "I8" and math.prod(scale.shape[1:]) != 1:
+                self._groups(weight, info.shape, scale.shape, 8)
             return info.shape
         packed, scale = weight.info("weight_packed", "I32"), weight.info("weight_scale", *FLOATS)
         weight.shaped("weight_shape", (2,), "I64", "I32")
@@ -138,16 +143,15 @@ class CompressedTensors:
         per_word = {-(-inputs * bits // 32): bits for bits in (4, 8)}
         if len(packed.shape) != 2 or packed.shape[0] != outputs or packed.shape[1] not in per_word:
             raise weight.error(f"{packed.shape} words hold no weight of shape {shape} in 4 or 8 bits")
-        if len(scale.shape) != 2 or scale.shape[0] != outputs:
-            raise weight.error(f"scales of shape {scale.shape} do not fit the shape {shape}")
-        if per_word[packed.shape[1]] == 4:
-            self._group(weight, inputs, scale.shape[1])
+        bits = per_word[packed.shape[1]]
+        self._groups(weight, shape, scale.shape, bits)
+        if bits == 4:
             if weight.has("weight_offset"):
                 weight.shaped("weight_offset", scale.shape, *FLOATS)
             if weight.has("weight_zero_point") or self._asymmetric:
                 weight.shaped("weight_zero_point", (-(-outputs // _NIBBLES), scale.shape[1]), "I32")
-        elif scale.shape[1] != 1 or weight.has("weight_zero_point"):
-            raise weight.error("packed int8 is understood with one scale per output and without zero points")
+        elif weight.has("weight_zero_point"):
+            raise weight.error("int8 with zero points has no counterpart here")
         return shape
 
     def load(self, weight: StoredWeight) -> QuantizedWeight:
@@ -157,16 +161,16 @@ class CompressedTensors:
             if weight.info("weight", "I8", "F8_E4M3").dtype == "I8":
                 if weight.has("weight_zero_point") and bool((weight.read("weight_zero_point") != 0).any()):
                     raise weight.error("int8 with zero points has no counterpart here")
-                return Int8Weight(data=weight.read("weight").clone(), scale=_per_output(weight, scale, outputs))
+                return self._int8(weight, weight.read("weight").clone(), scale)
             return _fp8(weight, scale, outputs, inputs)
         data = weight.read("weight_packed").contiguous().view(torch.uint8)
         if data.shape[1] >= inputs:
             signed = (data[:, :inputs] ^ 128).view(torch.int8)
-            return Int8Weight(data=signed, scale=_per_output(weight, scale, outputs))
+            return self._int8(weight, signed, scale)
         zero = None
         if weight.has("weight_zero_point"):
             zero = _nibbles(weight.read("weight_zero_point").T)[:, :outputs].T
-        group = self._group(weight, inputs, scale.shape[1])
+        group = self._groups(weight, (outputs, inputs), scale.shape, 4)
         _check_order(weight, "weight_g_idx", inputs, group)
         packed = _int4(data[:, : -(-inputs // 2)], scale, zero, inputs, group)
         return replace(packed, offset=weight.scale("weight_offset")) if weight.has("weight_offset") else packed
@@ -177,10 +181,23 @@ class CompressedTensors:
         kinds = [w.get("symmetric", True) for w in self.weights if w.get("num_bits") == 4]
         return not any(kinds)
 
-    def _group(self, weight: StoredWeight, inputs: int, groups: int) -> int:
+    def _int8(self, weight: StoredWeight, data_OI: torch.Tensor, scale: torch.Tensor) -> Int8Weight:
+        outputs, inputs = data_OI.shape
+        if scale.numel() == 1 or scale.shape[1:].numel() == 1:
+            return Int8Weight(data=data_OI, scale=_per_output(weight, scale, outputs))
+        group, index_G = _ours(self._groups(weight, (outputs, inputs), scale.shape, 8), inputs)
+        _check_order(weight, "weight_g_idx", inputs, group)
+        return Int8Weight(data=data_OI, scale=scale[:, index_G], group=group)
+
+    def _groups(self, weight: StoredWeight, shape: tuple[int, ...], scales: tuple[int, ...], bits: int) -> int:
+        """Inputs that share one of the scales, whose shape is given."""
+        outputs, inputs = shape
+        if len(scales) != 2 or scales[0] != outputs:
+            raise weight.error(f"scales of shape {tuple(scales)} do not fit the shape {shape}")
+        groups = scales[1]
         if groups == 1 and any(w.get("strategy") in ("channel", "tensor") for w in self.weights):
             return inputs
-        sizes = {w.get("group_size") for w in self.weights if w.get("num_bits") == 4}
+        sizes = {w.get("group_size") for w in self.weights if w.get("num_bits") == bits}
         fitting = [s for s in sizes if isinstance(s, int) and s > 0 and -(-inputs // s) == groups]
         if len(fitting) != 1:
             raise weight.error(
@@ -231,11 +248,17 @@ class Gptq:
 
 @dataclass(frozen=True, kw_only=True)
 class Awq:
-    """AWQ's layout: words along the outputs, with an order of its own within a word."""
+    """AWQ's layout: words along the outputs, with an order of its own within a word.
+
+    Arguments:
+        group: inputs that share a scale; -1: all of them.
+        zero_points: whether every weight has some.
+    """
 
     markers: ClassVar[tuple[str, ...]] = ("qweight",)
     parts: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales")
     group: int
+    zero_points: bool
 
     def scheme(self, weight: StoredWeight) -> ActivationScheme:
         return UNQUANTIZED
@@ -245,7 +268,7 @@ class Awq:
         group = _known_group(weight, inputs if self.group == -1 else self.group, inputs)
         groups, outputs = -(-inputs // group), words * _NIBBLES
         weight.shaped("scales", (groups, outputs), *FLOATS)
-        if weight.has("qzeros"):
+        if self.zero_points or weight.has("qzeros"):
             weight.shaped("qzeros", (groups, words), "I32")
         return outputs, inputs
 
@@ -271,7 +294,7 @@ class BlockFp8:
 
     def scheme(self, weight: StoredWeight) -> ActivationScheme:
         block = weight.has("weight_scale_inv")
-        return ActivationScheme("fp8", FP8_BLOCK) if block and self.dynamic else UNQUANTIZED
+        return FP8_PER_GROUP if block and self.dynamic else UNQUANTIZED
 
     def shape(self, weight: StoredWeight) -> tuple[int, ...]:
         info = weight.info("weight", "F8_E4M3")
@@ -300,8 +323,8 @@ def _two(weight: StoredWeight, part: str) -> tuple[int, int]:
 
 def _known_group(weight: StoredWeight, group: int, inputs: int) -> int:
     """The group size; one that spans all inputs, or several of ours, is split later."""
-    if group not in INT4_GROUPS and (group < 1 or group % INT4_GROUPS[0]) and group < inputs:
-        raise weight.error(f"groups of {group} inputs are no multiple of {INT4_GROUPS[0]}")
+    if group not in GROUPS and (group < 1 or group % GROUPS[0]) and group < inputs:
+        raise weight.error(f"groups of {group} inputs are no multiple of {GROUPS[0]}")
     return group
 
 
@@ -325,14 +348,9 @@ def _nibbles(words: torch.Tensor) -> torch.Tensor:
 def _int4(
     data: torch.Tensor, scale_OG: torch.Tensor, zero_OG: torch.Tensor | None, inputs: int, group: int
 ) -> Int4Weight:
-    """Scales of larger groups are repeated for the groups that they are cut into."""
-    ours = (
-        group if group in INT4_GROUPS else next(g for g in reversed(INT4_GROUPS) if group >= inputs or group % g == 0)
-    )
-    if group != ours:
-        index_G = torch.arange(-(-inputs // ours)) * ours // group
-        scale_OG = scale_OG[:, index_G]
-        zero_OG = None if zero_OG is None else zero_OG[:, index_G]
+    ours, index_G = _ours(group, inputs)
+    scale_OG = scale_OG[:, index_G]
+    zero_OG = None if zero_OG is None else zero_OG[:, index_G]
     return Int4Weight(
         data=data.contiguous(),
         scale=scale_OG,
@@ -340,6 +358,12 @@ def _int4(
         group=ours,
         zero=None if zero_OG is None else zero_OG.contiguous(),
     )
+
+
+def _ours(group: int, inputs: int) -> tuple[int, torch.Tensor]:
+    """The size of the groups that a group is cut into, and which of the stored scales each of them takes, (G)."""
+    ours = group if group in GROUPS else next(g for g in reversed(GROUPS) if group >= inputs or group % g == 0)
+    return ours, torch.arange(-(-inputs // ours)) * ours // group
 
 
 def _per_output(weight: StoredWeight, scale: torch.Tensor, outputs: int) -> torch.Tensor:

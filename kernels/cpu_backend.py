@@ -352,8 +352,9 @@ class CpuBackend(CpuQuantPacking):
     def make_stack(self, shape: StackShape, layers: Sequence[StackLayer], exits: Sequence[StackExit]) -> Stack | None:
         if any(layer.rule is not None and not layer.rule.is_plain for layer in layers):
             return None
-        # The call writes what a row that leaves owes from plain projections only.
-        if exits and any(isinstance(layer.qkv.data, CpuQuantLinear) for layer in layers):
+        # Keys and values that begin inside a block of quantised weights come with outputs that are not theirs.
+        pairs = [projection.kv.data for exit in exits for projection in exit.projections]
+        if any(isinstance(pair, CpuQuantLinear) and pair.skip for pair in pairs):
             return None
         return CpuStack(self, shape, layers, exits)
 

@@ -133,7 +133,10 @@ def pack_experts(
         )
     has_offsets = _has_offsets(gate_EFD) or _has_offsets(up_EFD)
     gate, up = (_read(weight, has_offsets=has_offsets) for weight in (gate_EFD, up_EFD))
-    gate_up, gate_up_layout = _pack(isa, gate_EFD, _interleaved(gate, up), scheme)
+    both = _interleaved(gate, up)
+    del gate, up  # a layer's codes are large, and here twice
+    gate_up, gate_up_layout = _pack(isa, gate_EFD, both, scheme)
+    del both
     down = _read(down_EDF, has_offsets=_has_offsets(down_EDF))
     down_packed, down_layout = _pack(isa, down_EDF, _map(lambda t: _padded_rows(t, BLOCK).flatten(0, 1), down), scheme)
     shape = (num_experts, hidden, width, activation)
@@ -154,9 +157,8 @@ def _pack(isa: int, weight: QuantizedWeight, stored: _Codes, scheme: ActivationS
 
 
 def _group(weight: QuantizedWeight) -> int:
-    if isinstance(weight, Int4Weight):
-        return weight.group
-    return (weight.block_in if isinstance(weight, Fp8Weight) else None) or weight.in_features
+    group = weight.block_in if isinstance(weight, Fp8Weight) else weight.group
+    return group or weight.in_features
 
 
 def _has_offsets(weight: QuantizedWeight) -> bool:
@@ -165,7 +167,7 @@ def _has_offsets(weight: QuantizedWeight) -> bool:
 
 def _read(weight: QuantizedWeight, *, has_offsets: bool) -> _Codes:
     if isinstance(weight, Int8Weight):
-        return _Codes(weight.data.view(torch.uint8) ^ 128, weight.scale.float()[..., None], None)
+        return _Codes(weight.data.view(torch.uint8) ^ 128, weight.grouped_scale().float(), None)
     if isinstance(weight, Int4Weight):
         return _Codes(weight.codes(), weight.scale.float(), weight.offsets() if has_offsets else None)
     own = weight.per_output()
@@ -193,7 +195,8 @@ def _interleaved(gate: _Codes, up: _Codes) -> _Codes:
 
 
 def _padded_rows(t_EOX: torch.Tensor, multiple: int) -> torch.Tensor:
-    return F.pad(t_EOX, (0, 0, 0, -t_EOX.shape[1] % multiple))
+    more = -t_EOX.shape[1] % multiple
+    return F.pad(t_EOX, (0, 0, 0, more)) if more else t_EOX  # padding by nothing would copy
 
 
 class CpuQuantPacking(TorchBackend):

@@ -88,6 +88,7 @@ class CpuStack:
             probe is not None and probe.router_entropy,
             [pair.packed for pair in pairs],
             [pair.bias for pair in pairs] if biased else [],
+            [_layout(projection.kv) for projection in exit.projections],
         )
 
     def run(

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from typing import TypeVar
 
 import torch
 
 from .formats import FP8_BLOCK, Fp8Weight, QuantizedWeight
 
+Weight = TypeVar("Weight", bound=QuantizedWeight)
 
-def concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+
+def concatenate(weights: Sequence[Weight]) -> Weight:
     """Layers with the same inputs as one, their outputs one after the other: query, key and value projections.
 
     Raises:
         ValueError: for weights of different formats, groups or inputs.
     """
-    if isinstance(weights[0], Fp8Weight):
-        aligned = all(w.out_features % FP8_BLOCK == 0 for w in weights[:-1])
-        weights = [w if aligned or not isinstance(w, Fp8Weight) else w.per_output() for w in weights]
+    if isinstance(weights[0], Fp8Weight) and any(w.out_features % FP8_BLOCK for w in weights[:-1]):
+        weights = [w.per_output() if isinstance(w, Fp8Weight) else w for w in weights]  # type: ignore[assignment]
     _check_alike([(*_format(w), w.num_experts) for w in weights], "joined")
     dim = weights[0].data.dim() - 2
     parts = {name: torch.cat([w.tensors()[name] for w in weights], dim) for name in weights[0].tensors()}
     return replace(weights[0], **parts)  # type: ignore[arg-type]
 
 
-def stack_experts(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+def stack_experts(weights: Sequence[Weight]) -> Weight:
     """Weights (O, I) or (E, O, I) as the experts of one layer, (E, O, I).
 
     Raises:

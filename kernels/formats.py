@@ -1,4 +1,4 @@
-"""Quantised weights of one linear layer, (O, I), or of stacked experts, (E, O, I): what they hold, how they are made.
+"""Quantised weights of one linear layer, (O, I), or of stacked experts, (E, O, I): what they hold.
 
 A format says what the numbers mean; how they lie in memory is each backend's own affair. ``dequantize`` is the oracle.
 Sizes need not divide: last groups and blocks may be ragged. Shape suffixes as in ``types.py``; G groups.
@@ -12,8 +12,9 @@ from typing import Self
 import torch
 import torch.nn.functional as F
 
-INT4_GROUPS = (32, 64, 128)
+GROUPS = (32, 64, 128)  # inputs that can share a scale
 FP8_BLOCK = 128
+ROW_GROUP = 128  # inputs of a rounded row that share a scale
 FP8_MAX = 448.0  # largest finite value of e4m3
 _SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -84,37 +85,49 @@ class _QuantizedWeight:
         return replace(self, **parts)  # type: ignore[arg-type]
 
     def _check_data(self, dtype: torch.dtype) -> None:
-        if self.data.dim() not in (2, 3) or self.data.dtype != dtype or 0 in self.data.shape:
-            raise ValueError(f"codes must be {dtype} with 2 or 3 dimensions, none of them empty, not {_of(self.data)}")
+        if self.data.dim() not in (2, 3) or self.data.dtype != dtype or self.data.shape[-1] == 0:
+            raise ValueError(f"codes must be {dtype} with 2 or 3 dimensions and some inputs, not {describe(self.data)}")
 
     def _check_scale(self, scale: torch.Tensor, shape: tuple[int, ...], name: str = "scales") -> None:
         if scale.dtype not in _SCALE_DTYPES or scale.shape != shape:
-            raise ValueError(f"{name} must be floating with shape {shape}, not {_of(scale)}")
+            raise ValueError(f"{name} must be floating with shape {shape}, not {describe(scale)}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Int8Weight(_QuantizedWeight):
-    """``weight = data · scale``, one scale per output.
+    """``weight = data · scale``, one scale per output, or per output and group of inputs (GGUF's Q8_0).
 
     Arguments:
         data: int8, (O, I) or (E, O, I).
-        scale: float32, (O) or (E, O).
+        scale: floating, (O) or (E, O); with a group (…, O, G), G = ⌈I / group⌉.
+        group: inputs that share a scale: 32, 64 or 128, the last group may be shorter; None: all of them.
 
     Raises:
-        ValueError: for another dtype or shape, naming it.
+        ValueError: for another dtype, shape or group, naming it.
     """
 
     scale: torch.Tensor = field(repr=False)
+    group: int | None = None
 
     def __post_init__(self) -> None:
         self._check_data(torch.int8)
-        self._check_scale(self.scale, self.data.shape[:-1])
+        if self.group is None:
+            self._check_scale(self.scale, self.data.shape[:-1])
+        else:
+            check_group("int8", self.group)
+            self._check_scale(self.scale, (*self.data.shape[:-1], -(-self.in_features // self.group)))
+
+    def grouped_scale(self) -> torch.Tensor:
+        """(…, O, G), G being 1 where there are no groups."""
+        return self.scale[..., None] if self.group is None else self.scale
 
     def _select(self, outputs: slice | torch.Tensor) -> Int8Weight:
-        return Int8Weight(data=self.data[..., outputs, :], scale=self.scale[..., outputs])
+        scale = self.scale[..., outputs] if self.group is None else self.scale[..., outputs, :]
+        return replace(self, data=self.data[..., outputs, :], scale=scale)
 
     def dequantize(self) -> torch.Tensor:
-        return self.data.float() * self.scale.float()[..., None]
+        scale = self.grouped_scale().float()
+        return self.data.float() * spread(scale, self.group or self.in_features, self.in_features)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +155,7 @@ class Int4Weight(_QuantizedWeight):
 
     def __post_init__(self) -> None:
         self._check_data(torch.uint8)
-        if self.group not in INT4_GROUPS:
-            raise ValueError(f"int4 groups have {', '.join(map(str, INT4_GROUPS))} inputs, not {self.group}")
+        check_group("int4", self.group)
         if self.data.shape[-1] != -(-self.inputs // 2):
             raise ValueError(f"{self.inputs} inputs take {-(-self.inputs // 2)} bytes a row, not {self.data.shape[-1]}")
         shape = (*self.data.shape[:-1], -(-self.inputs // self.group))
@@ -154,8 +166,8 @@ class Int4Weight(_QuantizedWeight):
             self._check_scale(self.offset, shape, "offsets")
         if self.zero is not None:
             if self.zero.dtype != torch.uint8 or self.zero.shape != shape:
-                raise ValueError(f"zero points must be uint8 with shape {shape}, not {_of(self.zero)}")
-            if (largest := int(self.zero.max())) > 15:
+                raise ValueError(f"zero points must be uint8 with shape {shape}, not {describe(self.zero)}")
+            if self.zero.numel() and (largest := int(self.zero.max())) > 15:
                 raise ValueError(f"zero points must be 0 … 15, not {largest}")
 
     @property
@@ -179,10 +191,10 @@ class Int4Weight(_QuantizedWeight):
 
     def dequantize(self) -> torch.Tensor:
         q = self.codes().float()
-        scale = _spread(self.scale.float(), self.group, self.inputs)
+        scale = spread(self.scale.float(), self.group, self.inputs)
         if self.offset is not None:
-            return q * scale + _spread(self.offset.float(), self.group, self.inputs)
-        zero = 8.0 if self.zero is None else _spread(self.zero.float(), self.group, self.inputs)
+            return q * scale + spread(self.offset.float(), self.group, self.inputs)
+        zero = 8.0 if self.zero is None else spread(self.zero.float(), self.group, self.inputs)
         return (q - zero) * scale
 
 
@@ -233,7 +245,7 @@ class Fp8Weight(_QuantizedWeight):
 
     def dequantize(self) -> torch.Tensor:
         own = self.per_output()
-        scale = _spread(own.scale.float(), own.block_in or own.in_features, own.in_features)
+        scale = spread(own.scale.float(), own.block_in or own.in_features, own.in_features)
         return own.data.float() * scale
 
 
@@ -245,17 +257,17 @@ class ActivationScheme:
     """How a product's input is quantised as it comes, row by row: a row's codes never depend on other rows.
 
     Arguments:
-        kind: ``none``; ``int8``, one scale per row; ``fp8``, one scale per row and group of inputs.
-        group: inputs that share a scale; only for ``fp8``.
+        kind: ``none``, ``int8`` or ``fp8``.
+        group: inputs of a row that share a scale, 128; None for ``none``.
     """
 
     kind: str = "none"
     group: int | None = None
 
     def __post_init__(self) -> None:
-        if (self.kind, self.group) not in (("none", None), ("int8", None), ("fp8", FP8_BLOCK)):
+        if (self.kind, self.group) not in (("none", None), ("int8", ROW_GROUP), ("fp8", ROW_GROUP)):
             raise ValueError(
-                f"activations are none, int8 per token or fp8 per {FP8_BLOCK} inputs, not {self.kind!r} by {self.group}"
+                f"activations are none, or int8 or fp8 per {ROW_GROUP} inputs, not {self.kind!r} by {self.group}"
             )
 
     def check(self, weight: QuantizedWeight) -> None:
@@ -263,100 +275,13 @@ class ActivationScheme:
         wanted = {"int8": Int8Weight, "fp8": Fp8Weight}.get(self.kind)
         if wanted is not None and not isinstance(weight, wanted):
             raise ValueError(f"{self.kind} activations go with {wanted.__name__}, not with {type(weight).__name__}")
+        if isinstance(weight, Int8Weight) and wanted is not None and weight.group is not None:
+            raise ValueError(f"{self.kind} activations go with one scale per output, not with groups of {weight.group}")
 
 
 UNQUANTIZED = ActivationScheme()
-INT8_PER_TOKEN = ActivationScheme("int8")
-FP8_PER_GROUP = ActivationScheme("fp8", FP8_BLOCK)
-
-
-def quantize_int8(weight: torch.Tensor) -> Int8Weight:
-    """Round to nearest in steps of a 127th of each output's largest weight.
-
-    Arguments:
-        weight: floating, (O, I) or (E, O, I).
-
-    Raises:
-        ValueError: for another shape, or weights that are not finite.
-    """
-    w = _source(weight)
-    scale = _positive(w.abs().amax(-1) / 127)
-    data = (w / scale[..., None]).round().clamp(-127, 127).to(torch.int8)
-    return Int8Weight(data=data, scale=scale)
-
-
-def quantize_int4(weight: torch.Tensor, *, group: int = 64, symmetric: bool = True) -> Int4Weight:
-    """Round to nearest in 15 equal steps over the range of each output's group of inputs.
-
-    Arguments:
-        weight: floating, (O, I) or (E, O, I).
-        group: inputs per scale: 32, 64 or 128.
-        symmetric: the range is ± the largest weight; otherwise from the smallest to the largest, zero included.
-
-    Raises:
-        ValueError: for another shape or group, or weights that are not finite.
-    """
-    w = _source(weight)
-    scale, zero = int4_grid(w, group, symmetric)
-    grouped = F.pad(w, (0, -w.shape[-1] % group)).unflatten(-1, (-1, group))
-    q = ((grouped / scale[..., None]).round() + zero[..., None]).clamp(0, 15).to(torch.uint8)
-    codes = q.flatten(-2)[..., : w.shape[-1]]
-    return Int4Weight(
-        data=pack_int4(codes),
-        scale=scale,
-        inputs=w.shape[-1],
-        group=group,
-        zero=None if symmetric else zero.to(torch.uint8),
-    )
-
-
-def int4_grid(
-    weight: torch.Tensor, group: int, symmetric: bool, shrink: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and zero points of a grid that reaches from end to end of each output's group of inputs.
-
-    Arguments:
-        weight: float32, (…, O, I).
-        group: inputs per scale: 32, 64 or 128.
-        symmetric: as for :func:`quantize_int4`.
-        shrink: share of the range that is kept; what lies outside is clipped.
-
-    Returns: float32, (…, O, G) each; zero points are whole numbers.
-
-    Raises:
-        ValueError: for another group.
-    """
-    if group not in INT4_GROUPS:
-        raise ValueError(f"int4 groups have {', '.join(map(str, INT4_GROUPS))} inputs, not {group}")
-    grouped = F.pad(weight, (0, -weight.shape[-1] % group)).unflatten(-1, (-1, group))  # zeros move neither end
-    low, high = grouped.amin(-1).clamp(max=0) * shrink, grouped.amax(-1).clamp(min=0) * shrink
-    if symmetric:
-        high = torch.maximum(high, -low)
-        low = -high
-    scale = _positive((high - low) / 15)
-    return scale, torch.full_like(scale, 8.0) if symmetric else (-low / scale).round().clamp(0, 15)
-
-
-def quantize_fp8(weight: torch.Tensor, *, block: bool = False) -> Fp8Weight:
-    """Round to the nearest e4m3 value, scaled so that the largest weight becomes the format's largest.
-
-    Arguments:
-        weight: floating, (O, I) or (E, O, I).
-        block: scales per block of 128 by 128 instead of per output.
-
-    Raises:
-        ValueError: for another shape, or weights that are not finite.
-    """
-    w = _source(weight)
-    if not block:
-        scale = _positive(w.abs().amax(-1, keepdim=True) / FP8_MAX)
-        return Fp8Weight(data=_to_fp8(w / scale), scale=scale)
-    outputs, inputs = w.shape[-2:]
-    padded = F.pad(w.abs(), (0, -inputs % FP8_BLOCK, 0, -outputs % FP8_BLOCK))
-    tiles = padded.unflatten(-1, (-1, FP8_BLOCK)).unflatten(-3, (-1, FP8_BLOCK))
-    scale = _positive(tiles.amax((-1, -3)) / FP8_MAX)
-    wide = _spread(scale, FP8_BLOCK, inputs).repeat_interleave(FP8_BLOCK, -2)[..., :outputs, :]
-    return Fp8Weight(data=_to_fp8(w / wide), scale=scale, block_out=FP8_BLOCK, block_in=FP8_BLOCK)
+INT8_PER_GROUP = ActivationScheme("int8", ROW_GROUP)
+FP8_PER_GROUP = ActivationScheme("fp8", ROW_GROUP)
 
 
 def pack_int4(codes: torch.Tensor) -> torch.Tensor:
@@ -370,28 +295,17 @@ def unpack_int4(data: torch.Tensor) -> torch.Tensor:
     return torch.stack((data & 15, data >> 4), -1).flatten(-2)
 
 
-def _source(weight: torch.Tensor) -> torch.Tensor:
-    if weight.dim() not in (2, 3) or not weight.is_floating_point() or 0 in weight.shape:
-        raise ValueError(f"a weight to quantise must be floating with shape (O, I) or (E, O, I), not {_of(weight)}")
-    w = weight.float()
-    if not bool(w.isfinite().all()):
-        raise ValueError(f"a weight to quantise must be finite; {int((~w.isfinite()).sum())} of {w.numel()} are not")
-    return w
+def check_group(what: str, group: int) -> None:
+    """Raises ValueError for a number of inputs that cannot share a scale."""
+    if group not in GROUPS:
+        raise ValueError(f"{what} groups have {', '.join(map(str, GROUPS))} inputs, not {group}")
 
 
-def _positive(scale: torch.Tensor) -> torch.Tensor:
-    """Scales of nothing but zeros become 1; those of subnormal weights stay above zero."""
-    return torch.where(scale > 0, scale.clamp(min=torch.finfo(torch.float32).tiny), 1.0)
-
-
-def _to_fp8(w: torch.Tensor) -> torch.Tensor:
-    return w.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-
-
-def _spread(values: torch.Tensor, group: int, inputs: int) -> torch.Tensor:
+def spread(values: torch.Tensor, group: int, inputs: int) -> torch.Tensor:
     """Values per group repeated for each input: (…, G) → (…, I)."""
     return values.repeat_interleave(group, -1)[..., :inputs]
 
 
-def _of(t: torch.Tensor) -> str:
+def describe(t: torch.Tensor) -> str:
+    """For messages."""
     return f"{t.dtype} of shape {tuple(t.shape)}"

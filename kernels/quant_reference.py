@@ -22,15 +22,16 @@ def round_rows(x: torch.Tensor, scheme: ActivationScheme) -> torch.Tensor:
     x32 = x.float()
     if scheme.kind == "none":
         return x32
-    if scheme.kind == "int8":
-        scale = x32.abs().amax(-1, keepdim=True) / 127
-        inverse = torch.where(scale > 0, 1 / scale, 0.0)
-        return (x32 * inverse).round().clamp(-127, 127) * scale
     assert scheme.group is not None
     grouped = F.pad(x32, (0, -x32.shape[-1] % scheme.group)).unflatten(-1, (-1, scheme.group))
     largest = grouped.abs().amax(-1, keepdim=True)
-    scale = torch.where(largest > 0, largest / FP8_MAX, 1.0)
-    rounded = (grouped / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float() * scale
+    if scheme.kind == "int8":
+        scale = largest / 127
+        inverse = torch.where(scale > 0, 1 / scale, 0.0)
+        rounded = (grouped * inverse).round().clamp(-127, 127) * scale
+    else:
+        scale = torch.where(largest > 0, largest / FP8_MAX, 1.0)
+        rounded = (grouped / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float() * scale
     return rounded.flatten(-2)[..., : x.shape[-1]]
 
 

@@ -118,6 +118,7 @@ ROUTERS: dict[str, tuple[RouterSpec, str, dict[str, str]]] = {
 # How weights are quantised: outcome per backend; the others are torch's.
 QUANTISED: dict[str, dict[str, str]] = {
     "int8": {"cpu": KERNELS, "triton": KERNELS},
+    "int8, groups of 32, 64, 128": {"cpu": KERNELS, "triton": KERNELS},
     "int8, rows rounded to int8 (w8a8)": {"cpu": KERNELS, "triton": TORCH},
     "int4, groups of 32, 64, 128, symmetric or not": {"cpu": KERNELS, "triton": KERNELS},
     "fp8 e4m3, a scale per output": {"cpu": KERNELS, "triton": KERNELS},

@@ -133,7 +133,8 @@ def variant_launches(planner: ExpertPlanner, dtype: torch.dtype) -> Iterator[tup
 def quantised_launches(dtype: torch.dtype) -> Iterator[tuple[int, Launch]]:
     """Gated and plain products with every format, for few rows and for many, with the number of rows."""
     n, k = 512, 1024
-    for name, group, has_offsets in (("int8", 0, False), ("int4", 64, False), ("int4", 32, True), ("fp8", 128, False)):
+    formats = (("int8", 0, False), ("int8", 32, False), ("int4", 64, False), ("int4", 32, True), ("fp8", 128, False))
+    for name, group, has_offsets in formats:
         width = k // 2 if name == "int4" else k
         scales = torch.empty(n, k // group if group else 1, device="meta")
         codes = torch.empty(n, width, dtype=torch.uint8, device="meta")

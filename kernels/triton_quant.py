@@ -154,7 +154,7 @@ def store_weight(weight: QuantizedWeight) -> StoredWeight:
         return StoredWeight("int4", weight.data, weight.scale, weight.offset, weight.group, *shape)
     codes = weight.data.view(torch.uint8)
     if isinstance(weight, Int8Weight):
-        return StoredWeight("int8", codes, weight.scale, None, 0, *shape)
+        return StoredWeight("int8", codes, weight.scale, None, weight.group or 0, *shape)
     return StoredWeight("fp8", codes, weight.scale, None, weight.block_in or 0, *shape)
 
 

@@ -57,14 +57,18 @@ def directory(make_exits: Callable[..., Path], tmp_path_factory: pytest.TempPath
     return path
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "int8", pytest.param("int4", marks=pytest.mark.slow)])
 def model(request: pytest.FixtureRequest, directory: Path) -> LoadedModel:
-    return load_model(directory, dtype=request.param, backend="cpu", progress=False)
+    kind = request.param
+    settings = {"dtype": kind} if "float" in kind else {"dtype": "bfloat16", "quantization": kind}
+    return load_model(directory, backend="cpu", progress=False, **settings)
 
 
-@pytest.fixture(scope="module", params=["at once", "one by one"])
+@pytest.fixture(scope="module", params=["at once", "one by one", "int8", pytest.param("int4", marks=pytest.mark.slow)])
 def plain(request: pytest.FixtureRequest, directory: Path) -> LoadedModel:
-    """In float32, with the layers as one operation of the backend or not."""
+    """In float32, with the layers as one operation of the backend or not; or in bfloat16 with quantised weights."""
+    if request.param.startswith("int"):
+        return load_model(directory, dtype="bfloat16", quantization=request.param, backend="cpu", progress=False)
     model = load_model(directory, dtype="float32", backend="cpu", progress=False)
     if request.param == "one by one":
         model.decoder.stack = None
@@ -126,7 +130,7 @@ def test_neighbours_chunks_and_preemption_change_nothing(plain: LoadedModel, exi
     others = [replace(CAPPED, exit_thresholds={1: 0.3}), EXACT, FEWER]
     mixed = run(Engine(plain), [*prompts(), *prompts(3, seed=4)], [*params, *others])
     assert choices(mixed[:6]) == expected
-    page_bytes = bytes_per_page(plain.spec, torch.float32, PAGE)
+    page_bytes = bytes_per_page(plain.spec, plain.decoder.dtype, PAGE)
     for caching in (True, False):
         config = EngineConfig(
             block_size=PAGE,

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
+from dynamoe.kernels import rounding
 from dynamoe.kernels.cpu_backend import CpuBackend
+from dynamoe.kernels.formats import FP8_PER_GROUP, INT8_PER_GROUP, UNQUANTIZED, ActivationScheme
 from dynamoe.kernels.router_spec import RouterSpec
 from dynamoe.kernels.types import AttentionBatch, KVLayer, Routing
 
@@ -65,6 +70,33 @@ def test_experts(backend: CpuBackend, counts: bool):
 
     assert_same_in_all_parts(run)
     assert_same_in_all_parts(lambda rows: backend.all_experts(x[rows], packed))
+
+
+QUANTIZED: dict[str, tuple[Callable[..., Any], ActivationScheme]] = {
+    "int8": (rounding.quantize_int8, UNQUANTIZED),
+    "int8 in groups": (partial(rounding.quantize_int8, group=32), UNQUANTIZED),
+    "w8a8": (rounding.quantize_int8, INT8_PER_GROUP),
+    "int4": (rounding.quantize_int4, UNQUANTIZED),
+    "fp8 blocks": (partial(rounding.quantize_fp8, block=True), FP8_PER_GROUP),
+}
+
+
+@pytest.mark.parametrize("form", QUANTIZED)
+def test_quantised_weights(backend: CpuBackend, form: str):
+    quantize, scheme = QUANTIZED[form]
+    linear = backend.pack_quantized_linear(quantize(torch.randn(33, 300)), torch.randn(33), scheme)
+    x = torch.randn(150, 300).to(backend.dtype)
+    assert_same_in_all_parts(lambda rows: backend.linear(x[rows], linear))
+    e, f, d, k = 8, 40, 72, 3
+    gate, up, down = (quantize(torch.randn(s)) for s in ((e, f, d), (e, f, d), (e, d, f)))
+    packed = backend.pack_quantized_experts(gate, up, down, "silu", scheme=scheme)
+    routing = backend.route(torch.randn(150, e), RouterSpec(num_experts=e, top_k=k, renormalize=True))
+
+    def run(rows: slice) -> torch.Tensor:
+        part = Routing(expert_ids_TK=routing.expert_ids_TK[rows], weights_TK=routing.weights_TK[rows])
+        return backend.experts(x[rows, :d], packed, part)
+
+    assert_same_in_all_parts(run)
 
 
 def test_row_operations(backend: CpuBackend):

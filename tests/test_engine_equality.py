@@ -124,12 +124,16 @@ class TestTokensOfTransformers:
         assert engine.stats().preemptions > 0
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2_moe"])
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [("llama", "float32"), *(("qwen2_moe", kept) for kept in ("float32", "int8", "w8a8", "int4", "fp8"))],
+)
 @pytest.mark.parametrize("sampling", ["greedy", "seeded"])
 def test_a_request_gives_the_same_tokens_alone_and_among_15_others(
-    name: str, sampling: str, make_checkpoint: Callable[..., Path]
+    name: str, kept: str, sampling: str, make_checkpoint: Callable[..., Path]
 ) -> None:
-    model = load_model(make_checkpoint(name), dtype="float32", progress=False)
+    settings = {"dtype": kept} if kept == "float32" else {"dtype": "bfloat16", "quantization": kept}
+    model = load_model(make_checkpoint(name), progress=False, **settings)
     prompts = random_prompts((5, 40, 17, 64, 3, 29, 31, 8, 100, 12, 50, 2, 77, 9, 21, 33), seed=1)
     params = [
         SamplingParams(

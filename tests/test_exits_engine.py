@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,12 @@ PROBES: dict[str, dict[str, Any]] = {
     "linear": {"kind": "linear"},
     "all features": {"previous": True, "router_entropy": True},
 }
+FORMATS = ("int8", "int4")
+
+
+def loading(case: str) -> dict[str, Any]:
+    """How the weights are kept: in float32, or quantised and in bfloat16, where rows become integers too."""
+    return {"dtype": "bfloat16", "quantization": case} if case in FORMATS else {"dtype": "float32"}
 
 
 def early(**params: Any) -> SamplingParams:
@@ -85,16 +93,22 @@ def choices(outputs: list[RequestOutput]) -> list[list[tuple[list[int], list[int
     return [[(c.token_ids, c.layers) for c in output.outputs] for output in outputs]
 
 
-@pytest.fixture(scope="module", params=list(PROBES))
-def model(request: pytest.FixtureRequest, make_exits: Callable[..., Path]) -> LoadedModel:
-    path = make_exits("qwen3_moe", EXITS, probe=PROBES[request.param], num_hidden_layers=LAYERS)
-    return load_model(path, dtype="float32", backend="cpu", progress=False)
+@pytest.fixture(scope="module", params=[*PROBES, "int4", pytest.param("int8", marks=pytest.mark.slow)])
+def case(request: pytest.FixtureRequest) -> str:
+    """A kind of probe, or a format of the weights."""
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def plain(make_checkpoint: Callable[..., Path]) -> LoadedModel:
+def model(case: str, make_exits: Callable[..., Path]) -> LoadedModel:
+    path = make_exits("qwen3_moe", EXITS, probe=PROBES.get(case, {}), num_hidden_layers=LAYERS)
+    return load_model(path, backend="cpu", progress=False, **loading(case))
+
+
+@pytest.fixture(scope="module")
+def plain(case: str, make_checkpoint: Callable[..., Path]) -> LoadedModel:
     path = make_checkpoint("qwen3_moe", num_hidden_layers=LAYERS)
-    return load_model(path, dtype="float32", backend="cpu", progress=False)
+    return load_model(path, backend="cpu", progress=False, **loading(case))
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +145,15 @@ def test_neighbours_and_their_thresholds_change_nothing(
     assert choices(run(chunked, prompts(), EARLY)) == alone
 
 
+def test_one_call_per_step_or_one_per_operation_is_the_same(
+    model: LoadedModel, alone: list[list[tuple[list[int], list[int]]]]
+) -> None:
+    assert model.decoder.stack is not None
+    decoder = copy.copy(model.decoder)
+    decoder.stack = None
+    assert choices(run(Engine(replace(model, decoder=decoder)), prompts(), EARLY)) == alone
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_regrouping_changes_nothing(
     model: LoadedModel, alone: list[list[tuple[list[int], list[int]]]], seed: int
@@ -146,7 +169,7 @@ def test_regrouping_changes_nothing(
 def test_a_preempted_sequence_leaves_again_where_it_left(
     model: LoadedModel, alone: list[list[tuple[list[int], list[int]]]], caching: bool, parking: bool
 ) -> None:
-    page_bytes = bytes_per_page(model.spec, torch.float32, 4)
+    page_bytes = bytes_per_page(model.spec, model.decoder.dtype, 4)
     engine = Engine(
         model,
         EngineConfig(block_size=4, kv_memory=44 * page_bytes, max_num_batched_tokens=24, enable_prefix_caching=caching),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from dynamoe.kernels import format_join, formats
+from dynamoe.kernels import format_join, formats, rounding
 from dynamoe.kernels.formats import ActivationScheme, Fp8Weight, Int4Weight, Int8Weight
 
 # The default model's: hidden size 576, expert width 96; and odd ones.
@@ -15,13 +17,17 @@ SHAPES = [(7, 576), (3, 5, 96), (130, 300), (2, 33), (4, 1)]
 def test_rounding_is_off_by_no_more_than_half_a_step(shape: tuple[int, ...]):
     weight = torch.randn(shape)
     weight[..., 0, :] = 0.0
-    int8 = formats.quantize_int8(weight)
+    int8 = rounding.quantize_int8(weight)
     assert int8.shape == shape
     assert int8.nbytes == weight.numel() + 4 * weight[..., 0].numel()
     assert (int8.dequantize() - weight).abs().le(int8.scale[..., None] * 0.50001).all()
-    for group in formats.INT4_GROUPS:
+    for group in formats.GROUPS:
+        int8 = rounding.quantize_int8(weight, group=group)
+        step = int8.scale.repeat_interleave(group, -1)[..., : shape[-1]]
+        assert (int8.dequantize() - weight).abs().le(step * 0.50001).all()
+        assert int8.nbytes == weight.numel() + 4 * int8.scale.numel()
         for symmetric in (True, False):
-            int4 = formats.quantize_int4(weight, group=group, symmetric=symmetric)
+            int4 = rounding.quantize_int4(weight, group=group, symmetric=symmetric)
             step = int4.scale.repeat_interleave(group, -1)[..., : shape[-1]]
             assert int4.shape == shape
             assert int4.symmetric == symmetric
@@ -29,7 +35,7 @@ def test_rounding_is_off_by_no_more_than_half_a_step(shape: tuple[int, ...]):
             assert (int4.dequantize() - weight).abs().le(step * (0.50001 if symmetric else 1.00001)).all()
             assert not int4.dequantize()[..., 0, :].any()
     for block in (False, True):
-        fp8 = formats.quantize_fp8(weight, block=block)
+        fp8 = rounding.quantize_fp8(weight, block=block)
         largest = fp8.per_output().scale.amax() * 448
         assert fp8.shape == shape
         # Three bits of mantissa; below the normal range steps of 2^-9 of the scale.
@@ -55,7 +61,15 @@ def test_int4_codes_are_packed_low_nibble_first():
     assert torch.equal(with_zero.offsets(), torch.zeros(1, 1))
 
 
-@pytest.mark.parametrize("quantize", [formats.quantize_int8, formats.quantize_int4, formats.quantize_fp8])
+@pytest.mark.parametrize(
+    "quantize",
+    [
+        rounding.quantize_int8,
+        partial(rounding.quantize_int8, group=32),
+        rounding.quantize_int4,
+        rounding.quantize_fp8,
+    ],
+)
 def test_parts_and_joins_are_those_of_the_matrix(quantize):
     stacked = quantize(torch.randn(3, 70, 96))
     full = stacked.dequantize()
@@ -63,25 +77,29 @@ def test_parts_and_joins_are_those_of_the_matrix(quantize):
     assert torch.equal(stacked.rows(10, 30).dequantize(), full[:, 10:30])
     joined = format_join.concatenate([stacked.rows(0, 11), stacked.rows(11, 70)])
     assert torch.equal(joined.dequantize(), full)
+    nothing = stacked.expert(0).take(torch.tensor([], dtype=torch.long))
+    assert nothing.dequantize().shape == (0, 96)
     with pytest.raises(ValueError, match="holds no experts"):
         stacked.expert(0).expert(0)
 
 
 def test_blocks_that_end_inside_a_joined_matrix_keep_their_scales():
-    parts = [formats.quantize_fp8(torch.randn(outputs, 300) * 10**n, block=True) for n, outputs in enumerate((96, 130))]
+    parts = [
+        rounding.quantize_fp8(torch.randn(outputs, 300) * 10**n, block=True) for n, outputs in enumerate((96, 130))
+    ]
     joined = format_join.concatenate(parts)
     assert isinstance(joined, Fp8Weight)
     assert joined.block_out == 1
     assert torch.equal(joined.dequantize(), torch.cat([part.dequantize() for part in parts]))
     with pytest.raises(ValueError, match="one format"):
-        format_join.concatenate([formats.quantize_int8(torch.ones(2, 4)), parts[0]])
+        format_join.concatenate([rounding.quantize_int8(torch.ones(2, 4)), parts[0]])
 
 
 def test_refusals_name_the_value():
     codes = torch.zeros(2, 32, dtype=torch.uint8)
     scale = torch.ones(2, 1)
     for match, make in {
-        "int4 groups have 32, 64, 128 inputs, not 48": lambda: formats.quantize_int4(torch.ones(2, 4), group=48),
+        "int4 groups have 32, 64, 128 inputs, not 48": lambda: rounding.quantize_int4(torch.ones(2, 4), group=48),
         "65 inputs take 33 bytes a row, not 32": lambda: Int4Weight(data=codes, scale=scale, inputs=65, group=64),
         "zero points must be 0 … 15, not 16": lambda: Int4Weight(
             data=codes, scale=scale, inputs=64, group=64, zero=torch.full((2, 1), 16).byte()
@@ -91,8 +109,9 @@ def test_refusals_name_the_value():
         ),
         "codes must be torch.int8 .* torch.uint8": lambda: Int8Weight(data=codes, scale=torch.ones(2)),
         "not 64 by None": lambda: Fp8Weight(data=codes.view(torch.float8_e4m3fn), scale=scale, block_out=64),
-        "must be finite; 1 of 8": lambda: formats.quantize_int8(torch.tensor([[1.0] * 7 + [float("nan")]])),
-        "not torch.int64": lambda: formats.quantize_fp8(torch.ones(2, 2, dtype=torch.long)),
+        "must be finite; 1 of 8": lambda: rounding.quantize_int8(torch.tensor([[1.0] * 7 + [float("nan")]])),
+        "int8 groups have 32, 64, 128 inputs, not 16": lambda: rounding.quantize_int8(torch.ones(2, 4), group=16),
+        "not torch.int64": lambda: rounding.quantize_fp8(torch.ones(2, 2, dtype=torch.long)),
         "not 'int8' by 64": lambda: ActivationScheme("int8", 64),
     }.items():
         with pytest.raises(ValueError, match=match):

@@ -14,14 +14,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-import torch
 from dynamoe.dynamic import prepare_default
-from dynamoe.dynamic.gguf_import import import_gguf
-from dynamoe.dynamic.loader import load_decoder
 from dynamoe.dynamic.model_store import cache_home, prepare_once, resolve_model
-from dynamoe.dynamic.quantized_checkpoint import open_checkpoint, split_config
-from dynamoe.dynamic.tokenizer import Tokenizer
-from safetensors.torch import load_file
 
 FILL = """
 import sys, time
@@ -149,129 +143,6 @@ def test_a_folder_that_happens_to_be_called_default_does_not_hide_the_default_mo
 def test_what_is_no_model_is_named(name: str) -> None:
     with pytest.raises(ValueError, match=r"no such file: missing\.gguf|neither a directory|no config\.json"):
         resolve_model(name, progress=False)
-
-
-def write_gguf(checkpoint: Path, file: Path, architecture: str, kinds: dict[str, str] | None = None) -> None:
-    """A tiny checkpoint as llama.cpp's converter would write it, its weights in float32.
-
-    Arguments:
-        kinds: by GGUF's names of projections, what they are quantised to.
-    """
-    from gguf import GGMLQuantizationType, GGUFWriter, quantize
-
-    config = json.loads((checkpoint / "config.json").read_text())
-    tokenizer = json.loads((checkpoint / "tokenizer.json").read_text())
-    writer = GGUFWriter(file, architecture)
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
-    vocabulary = sorted(tokenizer["model"]["vocab"].items(), key=lambda item: item[1])
-    writer.add_vocab_size(len(vocabulary))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list([token for token, _ in vocabulary])
-    writer.add_token_types([3 if index < 3 else 1 for _, index in vocabulary])
-    writer.add_token_merges([" ".join(merge) for merge in tokenizer["model"]["merges"]])
-    for name, token in (("bos", 1), ("eos", 2), ("pad", 0)):
-        getattr(writer, f"add_{name}_token_id")(token)
-    writer.add_chat_template("{{ messages[0]['content'] }}")
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    for name, weight in load_file(checkpoint / "model.safetensors").items():
-        parts = name.split(".")
-        if architecture == "llama" and parts[-1] == "weight" and parts[-2] in heads:
-            weight = weight.unflatten(0, (heads[parts[-2]], 2, -1)).transpose(1, 2).flatten(0, 2)
-        kind = (kinds or {}).get(gguf_name(name).split(".")[-2])
-        if kind is None:
-            writer.add_tensor(gguf_name(name), weight.contiguous().numpy())
-        else:
-            raw_type = GGMLQuantizationType[kind]
-            writer.add_tensor(gguf_name(name), quantize(weight.contiguous().numpy(), raw_type), raw_dtype=raw_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def gguf_name(name: str) -> str:
-    names = {
-        "model.embed_tokens": "token_embd",
-        "model.norm": "output_norm",
-        "lm_head": "output",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-        **{f"self_attn.{part}_proj": f"attn_{part}" for part in "qkv"},
-        "self_attn.o_proj": "attn_output",
-        **{f"mlp.{part}_proj": f"ffn_{part}" for part in ("gate", "up", "down")},
-    }
-    stem, kind = name.rsplit(".", 1)
-    if stem.startswith("model.layers."):
-        _, _, number, stem = stem.split(".", 3)
-        return f"blk.{number}.{names[stem]}.{kind}"
-    return f"{names[stem]}.{kind}"
-
-
-@pytest.mark.parametrize(
-    ("family", "settings"),
-    [("llama", {}), ("llama", {"tie_word_embeddings": True}), ("qwen2", {})],
-    ids=["llama", "llama-tied", "qwen2-through-transformers"],
-)
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
-def test_a_gguf_file_is_imported_once_and_is_the_model_it_was_made_from(
-    family: str, settings: dict[str, Any], make_checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
-    from transformers import AutoModelForCausalLM
-
-    checkpoint = make_checkpoint(family, **settings)
-    file = tmp_path / "tiny.gguf"
-    write_gguf(checkpoint, file, family)
-    imported = resolve_model(file, progress=False)
-    assert resolve_model(str(file), progress=False) == imported
-    ids = torch.tensor([[5, 9, 33, 100, 2, 7]])
-    with torch.no_grad():
-        before, after = (
-            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
-            for folder in (checkpoint, imported)
-        )
-    assert before.equal(after)
-    text = "The router, chooses them<|im_end|>\nall."
-    tokenizer = Tokenizer.from_directory(imported)
-    wanted = Tokenizer.from_directory(checkpoint).encode(text, add_special_tokens=False)
-    assert tokenizer.encode(text, add_special_tokens=False) == wanted
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "hello"}]) == "hello"
-
-
-PROJECTIONS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-MIXED = {"attn_q": "Q4_1", "attn_k": "Q4_1", "attn_v": "Q8_0", "attn_output": "Q4_0"}
-
-
-@pytest.mark.parametrize(
-    ("kinds", "kept"),
-    [(dict.fromkeys(PROJECTIONS, "Q4_0"), 14), (dict.fromkeys(PROJECTIONS, "Q4_1"), 14), (MIXED, 2)],
-    ids=["Q4_0", "Q4_1", "mixed"],
-)
-def test_four_bit_gguf_files_keep_their_codes(
-    make_checkpoint: Callable[..., Path], tmp_path: Path, kinds: dict[str, str], kept: int
-) -> None:
-    """What the gguf package makes of the file is what the imported model runs on, in a quarter of the memory."""
-    file, plain = tmp_path / "tiny.gguf", tmp_path / "plain"
-    write_gguf(make_checkpoint("llama", num_hidden_layers=2), file, "llama", kinds)
-    plain.mkdir()
-    import_gguf(file, plain, progress=False)
-    imported = resolve_model(file, progress=False)
-    assert sum(name.endswith("weight_packed") for name in load_file(imported / "model.safetensors")) == kept
-    weights = [
-        open_checkpoint(path, split_config(json.loads((path / "config.json").read_text()))[1])
-        for path in (plain, imported)
-    ]
-    assert set(weights[0]) == set(weights[1])
-    for name in weights[0]:
-        torch.testing.assert_close(weights[1].view(name), weights[0].view(name), rtol=1e-6, atol=1e-6)
-    assert load_decoder(imported, dtype="bfloat16", backend="torch", device="cpu").layers[0].o.nbytes < 64 * 64 * 0.8
 
 
 def test_a_file_that_is_not_gguf_is_refused_and_leaves_nothing(home: Path, tmp_path: Path) -> None:

@@ -40,14 +40,20 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def test_every_cell_is_measured_and_priced(checkpoint: Path, tmp_path: Path) -> None:
     results = tmp_path / "peers.json"
-    done = run("--model", str(checkpoint), "--repetitions", "1", "--json", str(results), cwd=tmp_path)
+    methods = ("--quantization", "none", "int8")
+    done = run("--model", str(checkpoint), *methods, "--repetitions", "1", "--json", str(results), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads(results.read_text())
     assert list(report["cells"]) == ["prefill", "decode 1", "decode 4", "decode 16"]
     for cell, row in report["cells"].items():
-        assert row["tokens_per_second"]["dynamoe"]["median"] > 0, cell
-        assert row["fraction_of_limit"] > 0, cell
-        assert row["best_peer"] is None, cell
+        assert list(row["ours"]) == ["dynamoe", "dynamoe int8"]
+        for name, ours in row["ours"].items():
+            assert row["tokens_per_second"][name]["median"] > 0, cell
+            assert cell == "prefill" or ours["fraction_of_limit"] > 0, cell
+            assert ours["best_peer"] is None, cell
+    plain, int8 = (report["engines"][name] for name in ("dynamoe", "dynamoe int8"))
+    assert plain["expert_bytes"] == 2 * 2 * 8 * 3 * 64 * 32
+    assert 0.5 < int8["expert_bytes"] / plain["expert_bytes"] < 0.6
     # One row hits exactly its top 2 of 8 experts; more rows hit more.
     assert report["experts_hit"]["decode 1"] == pytest.approx(0.25)
     assert 0.25 < report["experts_hit"]["decode 4"] < report["experts_hit"]["decode 16"] <= 1.0

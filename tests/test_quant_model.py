@@ -126,6 +126,6 @@ def test_the_head_can_stay_as_it_is(make_checkpoint: Callable[..., Path]) -> Non
 
 
 def test_unknown_methods_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"quantization must be none, int8, w8a8, int4, .*, not 'int3'"):
+    with pytest.raises(ValueError, match=r"quantization must be none, int8, int8-g32, w8a8, int4, .*, not 'int3'"):
         Quantization(method="int3")
     assert ModelConfig(quantization="int8").load_arguments()["quantization"] == "int8"

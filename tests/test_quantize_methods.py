@@ -18,7 +18,7 @@ from dynamoe.dynamic.quantize.scaling import awq_scales, smooth_scale
 from dynamoe.dynamic.quantize.statistics import InputStatistics, output_error
 from dynamoe.dynamic.spec import ModelSpec
 from dynamoe.dynamic.weights import Checkpoint, read_json
-from dynamoe.kernels.formats import quantize_int4
+from dynamoe.kernels.rounding import quantize_int4
 from dynamoe.kernels.torch_backend import TorchBackend
 from dynamoe.kernels.types import Routing
 

@@ -21,7 +21,7 @@ from dynamoe.dynamic.prompt_pass import fresh_cache
 from dynamoe.dynamic.quantize.writer import compressed
 from dynamoe.dynamic.weights import CheckpointError
 from dynamoe.exits.segments import Segment
-from dynamoe.kernels.formats import quantize_int8
+from dynamoe.kernels.rounding import quantize_int8
 from dynamoe.kernels.tolerance import error
 from safetensors.torch import load_file, save_file
 
@@ -160,6 +160,10 @@ LAYOUTS: dict[str, dict] = {
     ),
     "ct-int4-channel": compressed_settings("pack-quantized", {"num_bits": 4, "strategy": "channel"}),
     "ct-int8-packed": compressed_settings("pack-quantized", {"num_bits": 8, "strategy": "channel"}),
+    "ct-int8-packed-groups": compressed_settings(
+        "pack-quantized", {"num_bits": 8, "strategy": "group", "group_size": 64}
+    ),
+    "ct-int8-groups": compressed_settings("int-quantized", {"num_bits": 8, "strategy": "group", "group_size": 32}),
     "ct-int8": compressed_settings("int-quantized", {"num_bits": 8, "strategy": "channel"}),
     "ct-fp8": compressed_settings(
         "float-quantized", {"type": "float", "num_bits": 8, "strategy": "channel"}, FP8_TOKENS

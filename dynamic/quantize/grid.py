@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ...kernels.formats import Int4Weight, int4_grid, pack_int4
+from ...kernels.formats import Int4Weight, pack_int4
+from ...kernels.rounding import int4_grid
 
 _SHRINKS = tuple(1 - 0.05 * step for step in range(10))  # shares of a group's range, from all of it to 55 %
 
@@ -58,7 +59,7 @@ class Int4Grid:
 
 
 def full_grid(weight_BOI: torch.Tensor, group: int, symmetric: bool, shrink: float = 1.0) -> Int4Grid:
-    """The grid that reaches from end to end of each group, as :func:`.formats.quantize_int4` takes it.
+    """The grid that reaches from end to end of each group, as :func:`.rounding.quantize_int4` takes it.
 
     Arguments:
         weight_BOI: float32.

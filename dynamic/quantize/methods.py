@@ -13,14 +13,13 @@ import torch
 
 from ...kernels.format_join import stack_experts
 from ...kernels.formats import (
-    INT4_GROUPS,
-    INT8_PER_TOKEN,
+    GROUPS,
+    INT8_PER_GROUP,
     UNQUANTIZED,
     ActivationScheme,
     QuantizedWeight,
-    quantize_int4,
-    quantize_int8,
 )
+from ...kernels.rounding import quantize_int4, quantize_int8
 from ..spec import ModelSpec
 from .gptq import gptq_int4
 from .grid import searched_grid
@@ -68,8 +67,8 @@ class CalibratedMethod:
     def __post_init__(self) -> None:
         if self.name not in METHODS:
             raise ValueError(f"quantization must be one of {', '.join(METHODS)}, not {self.name!r}")
-        if self.group not in INT4_GROUPS:
-            raise ValueError(f"group must be one of {', '.join(map(str, INT4_GROUPS))}, not {self.group}")
+        if self.group not in GROUPS:
+            raise ValueError(f"group must be one of {', '.join(map(str, GROUPS))}, not {self.group}")
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping must be above 0, at most 1, not {self.damping}")
         if not 0 <= self.strength <= 1:
@@ -80,7 +79,7 @@ class CalibratedMethod:
     @property
     def scheme(self) -> ActivationScheme:
         """How the inputs of the quantised weights are rounded."""
-        return INT8_PER_TOKEN if self.name == "smoothquant" else UNQUANTIZED
+        return INT8_PER_GROUP if self.name == "smoothquant" else UNQUANTIZED
 
 
 class LayerMethod:

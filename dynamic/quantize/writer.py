@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ...kernels.formats import Int4Weight, Int8Weight, QuantizedWeight, pack_int4
-from ..families import ExpertNames, Family
+from ..families import Family, one_each
 from ..layout import FFNLayout, LayerLayout
 from .layer import FFNTensors, LayerTensors, Weight
 from .methods import CalibratedMethod
@@ -70,11 +70,6 @@ def _ffn_weights(ffn: FFNTensors, layout: FFNLayout, family: Family, prefix: str
     return out
 
 
-def one_each(family: Family) -> ExpertNames:
-    """What a family calls experts that are stored one by one."""
-    return next(names for names in family.experts if "{e}" in names.down)
-
-
 def compressed(name: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
     """The tensors that stand for a linear layer's weight.
 
@@ -83,7 +78,7 @@ def compressed(name: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         weight: (O, I), int8 or int4. Offsets (GGUF's Q4_1) are ours: the library knows zero points only.
     """
     if isinstance(weight, Int8Weight):
-        return {name: weight.data.contiguous(), f"{name}_scale": weight.scale[:, None].contiguous()}
+        return {name: weight.data.contiguous(), f"{name}_scale": weight.grouped_scale().contiguous()}
     assert isinstance(weight, Int4Weight)
     out = {
         f"{name}_packed": _words(weight.data),
@@ -130,8 +125,9 @@ def quantization_config(method: CalibratedMethod, unquantized: list[str]) -> dic
 
 def kept_codes_config() -> dict[str, Any]:
     """What ``config.json`` says about codes that were kept from a GGUF file: the same layout, but for offsets."""
-    weights = {"type": "int", "num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": True}
-    return {"quant_method": "dynamoe", "config_groups": {"gguf": {"weights": weights}}}
+    weights = {"type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
+    groups = {f"gguf{bits}": {"weights": {**weights, "num_bits": bits}} for bits in (4, 8)}
+    return {"quant_method": "dynamoe", "config_groups": groups}
 
 
 def save_whole(tensors: dict[str, torch.Tensor], file: Path) -> None:

@@ -99,8 +99,11 @@ void project_kv(const Context& context, const ProjectCall& call) {
   norm.hidden = call.hidden;
   norm.out = normed;
   rms_norm(context, norm);
-  linear(context, {{normed, call.hidden, call.dtype}, call.rows, call.hidden, 2 * width, call.kv, call.kv_bias, kv,
-                   2 * width, call.dtype});
+  const Rows normed_rows{normed, call.hidden, call.dtype};
+  if (call.quant)
+    quant_linear(context, {normed_rows, call.rows, &*call.quant, kv, 2 * width, call.dtype});
+  else
+    linear(context, {normed_rows, call.rows, call.hidden, 2 * width, call.kv, call.kv_bias, kv, 2 * width, call.dtype});
 
   Rows k{kv, 2 * width, call.dtype};
   const bool per_head = call.k_norm && call.k_norm_width == call.channels;

@@ -3,7 +3,10 @@
 // All of it is plain code in one fixed order per row: a row's result depends on that row alone, on every processor.
 #pragma once
 
+#include <optional>
+
 #include "operators.h"
+#include "quant.h"
 
 namespace dynamoe_cpu {
 
@@ -36,6 +39,7 @@ struct ProjectCall {
   float eps;
   const uint32_t* kv;    // keys, then values
   const float* kv_bias;  // or null
+  std::optional<QuantWeights> quant;  // takes the place of kv and its bias
   const void* k_norm;    // or null
   int64_t k_norm_width;  // channels, or kv_heads * channels
   float clip;            // 0: none

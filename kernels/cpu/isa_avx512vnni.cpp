@@ -13,6 +13,7 @@ namespace {
 constexpr int kTileRows = 12;
 constexpr int kPassVectors = 2;
 constexpr bool kPairs = false;
+constexpr int kCodesAhead = 4096;
 
 #include "simd_avx512.h"
 #include "row_kernels.h"

@@ -22,6 +22,7 @@ inline int element_bytes(Dtype dtype) { return dtype == Dtype::bf16 ? 2 : 4; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // What a product asks memory for while it runs: cell c fetches the line at `first` + c * `step` and the line after it.
+// Products of digits take 8 inputs for a cell and fetch `step` bytes each time.
 struct Ahead {
   const char* first;
   int step;
@@ -35,7 +36,7 @@ struct QuantLayout {
   int64_t outputs, inputs;
   int64_t group;   // inputs that share a scale
   bool offsets;    // int4 only: weight = code * scale + offset; without them code - 8 takes the place of code
-  bool byte_rows;  // int8: rows are rounded to 8 bits, one scale each; fp8: to e4m3, a scale per 128 inputs
+  bool byte_rows;  // rows are rounded, a scale per 128 inputs: int8 of one group to 8 bits, fp8 to e4m3
 
   int64_t groups() const { return ceil_div(inputs, group); }
   int64_t blocks() const { return ceil_div(outputs, kBlockOutputs); }
@@ -66,12 +67,13 @@ struct DigitShape {
 
 // Products with quantised weights.
 struct Quant {
-  int tile_rows;    // most rows of a tile of digits
+  int tile_rows;    // most rows of a tile of two digits each; of one digit it is twice as many
   bool fixed_point;  // whether rows of bf16 are worth two digits each
   void (*pack_digits)(const DigitShape& shape, const void* const* rows, int num_rows, Dtype dtype, char* panel);
+  int ahead;  // bytes that codes are asked for in front of their use, 0 where the processor does better alone
   // tile[row][32] = panel · block
   void (*multiply_digits)(const QuantLayout& layout, const DigitShape& shape, int num_rows, const char* panel,
-                          const char* block, float* tile);
+                          const char* block, float* tile, Ahead ahead);
   // A row rounded to e4m3 and back, with a scale per 128 inputs.
   void (*round_fp8)(float* row, int n);
   // A stretch of `inputs` inputs (all of one group; a multiple of 8 into it) as fp32 [input][32].

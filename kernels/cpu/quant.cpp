@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t kPanelBytes = 384 * 1024;
 constexpr int64_t kStretch = 128;  // inputs that are widened at once: 16 KiB
+constexpr int kLine = 64;
 
 float widen_code(const QuantLayout& layout, uint8_t code, float scale, float offset) {
   if (layout.format != Format::fp8) {
@@ -39,8 +40,7 @@ bool uses_digits(const Kernels& kernels, const QuantLayout& layout, Dtype dtype)
 
 QuantProduct::QuantProduct(const Kernels& kernels, const QuantLayout& layout, Dtype dtype)
     : kernels_(kernels), layout_(layout), digits_(uses_digits(kernels, layout, dtype)) {
-  shape_ = {layout.inputs, layout.byte_rows ? layout.inputs : layout.format == Format::int4 ? layout.group : kStretch,
-            layout.byte_rows ? 1 : 2};
+  shape_ = {layout.inputs, layout.group < layout.inputs ? layout.group : kStretch, layout.byte_rows ? 1 : 2};
   row_bytes_ = digits_ ? shape_.row_bytes() : 4 * layout.inputs;
   tile_rows_ = !digits_ ? kernels.gemm[0].tile_rows : kernels.quant.tile_rows * (layout.byte_rows && kernels.quant.fixed_point ? 2 : 1);
 }
@@ -63,11 +63,24 @@ void QuantProduct::pack(char* panel, const void* const* rows, int num_rows, Dtyp
   kernels_.gemm[0].pack(panel, widened, num_rows, inputs);
 }
 
-void QuantProduct::multiply(const char* panels, const Tiles& tiles, const char* block, float* out) const {
+// As run_block does it: a single tile reads the codes from memory as it goes; with several, the block after is fetched
+// meanwhile, so that memory and arithmetic never wait for each other.
+Ahead QuantProduct::ahead(const char* block, bool first, const char* after, int64_t tile, int64_t tiles) const {
+  const int step = static_cast<int>(ceil_div(layout_.block_bytes(), ceil_div(layout_.inputs, 8)));
+  const char* next = after ? after : block + layout_.block_bytes();
+  const int early = kernels_.quant.ahead;
+  if (tiles == 1 && after) return {after, kLine};
+  if (tile == 0 && (tiles == 1 || first)) return {block + early, early ? step : 0};
+  if (first) return {next, tile == 1 ? step : 0};
+  return {next + tile * layout_.block_bytes() / 2, tile < 2 ? (step + 1) / 2 : 0};
+}
+
+void QuantProduct::multiply(const char* panels, const Tiles& tiles, const char* block, bool first, const char* after,
+                            float* out) const {
   if (digits_) {
     for (int64_t t = 0; t < tiles.count; ++t)
       kernels_.quant.multiply_digits(layout_, shape_, tiles.size(t), panels + tiles.start(t) * row_bytes_, block,
-                                     out + tiles.start(t) * kBlockOutputs);
+                                     out + tiles.start(t) * kBlockOutputs, ahead(block, first, after, t, tiles.count));
     return;
   }
   alignas(64) float wide[kStretch * kBlockOutputs];
@@ -110,9 +123,10 @@ void quant_linear(const Context& context, const QuantLinearCall& call) {
         product.pack(panel + tiles.start(t) * product.row_bytes(), rows, tiles.size(t), call.x.dtype);
       }
       packed = chunk;
-      for (int64_t block = blocks * group / groups; block < blocks * (group + 1) / groups; ++block) {
+      const int64_t first_block = blocks * group / groups;
+      for (int64_t block = first_block; block < blocks * (group + 1) / groups; ++block) {
         const int64_t output = block * kBlockOutputs;
-        product.multiply(panel, tiles, weights.block(block), tile);
+        product.multiply(panel, tiles, weights.block(block), block == first_block, nullptr, tile);
         kernels.store(tile, static_cast<int>(tiles.rows),
                       static_cast<int>(std::min<int64_t>(kBlockOutputs, weights.layout.outputs - output)),
                       weights.bias ? weights.bias + output : nullptr,

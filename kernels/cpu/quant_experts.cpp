@@ -1,5 +1,5 @@
-// The experts of a layer with quantised weights, as experts.cpp. Between the two products the hidden rows are packed in
-// a step of its own, for a scale of theirs needs a whole group of them.
+// The experts of a layer with quantised weights, as experts.cpp. A scale of the hidden rows needs a whole group of them,
+// so they are packed by whoever finishes the last of a chunk's tasks.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -17,40 +17,62 @@ const char* block_of(const QuantWeights& weights, int64_t experts, int64_t exper
   return weights.block(expert * (weights.layout.blocks() / experts) + block);
 }
 
-// act(gate x) * (up x) of every slot, fp32.
+// Packs the hidden rows of a chunk, once the last of its groups is done.
+void pack_hidden(const QuantProduct& product, const Chunk& chunk, const float* hidden, int64_t width, char* panels) {
+  const Tiles tiles(chunk.rows, product.tile_rows());
+  for (int64_t t = 0; t < tiles.count; ++t) {
+    const void* rows[kMaxTileRows];
+    const int64_t first = chunk.first + tiles.start(t);
+    for (int r = 0; r < tiles.size(t); ++r) rows[r] = hidden + (first + r) * width;
+    product.pack(panels + first * product.row_bytes(), rows, tiles.size(t), Dtype::fp32);
+  }
+}
+
+// Panels of act(gate x) * (up x) of every slot, for `down`.
 void gate_and_up(const Context& context, const ExpertsCall& call, const QuantWeights& weights,
-                 const QuantProduct& product, const Plan& plan, float* hidden) {
+                 const QuantProduct& product, const QuantProduct& down, const Plan& plan, char* panels) {
   const ExpertLayout& layout = call.layout;
   const int64_t width = layout.gate_blocks() * kGatedOutputs, blocks = layout.gate_blocks();
   const int64_t groups = groups_per_chunk(context, plan.chunks.size(), blocks);
+  float* hidden = scratch(Buffer::hidden).get<float>(static_cast<int64_t>(plan.slots.size()) * width);
+  std::vector<std::atomic<int64_t>> finished(plan.chunks.size());
   std::atomic<int64_t> next{0};
   on_all_threads(context.threads, [&] {
-    int64_t packed = -1;
+    const Chunk* packed = nullptr;
     char* panel = nullptr;
+    const auto source = [&](int64_t slot) { return plan.slots[slot] / call.top_k; };
+    const auto same_rows = [&](const Chunk& one, const Chunk& other) {
+      for (int64_t r = 0; r < one.rows; ++r)
+        if (one.rows != other.rows || source(one.first + r) != source(other.first + r)) return false;
+      return true;
+    };
     for (int64_t task = next.fetch_add(1); task < groups * static_cast<int64_t>(plan.chunks.size());
          task = next.fetch_add(1)) {
       const int64_t index = task / groups, group = task % groups;
       const Chunk& chunk = plan.chunks[index];
       const Tiles tiles(chunk.rows, product.tile_rows());
-      if (packed != index) {
+      if (!packed || !same_rows(chunk, *packed)) {
         panel = scratch(Buffer::rows).get<char>(chunk.rows * product.row_bytes());
         for (int64_t t = 0; t < tiles.count; ++t) {
           const void* rows[kMaxTileRows];
-          for (int r = 0; r < tiles.size(t); ++r)
-            rows[r] = call.x.at(plan.slots[chunk.first + tiles.start(t) + r] / call.top_k);
+          for (int r = 0; r < tiles.size(t); ++r) rows[r] = call.x.at(source(chunk.first + tiles.start(t) + r));
           product.pack(panel + tiles.start(t) * product.row_bytes(), rows, tiles.size(t), call.x.dtype);
         }
-        packed = index;
+        packed = &chunk;
       }
       float* tile = scratch(Buffer::scores).get<float>(chunk.rows * kBlockOutputs);
-      for (int64_t block = blocks * group / groups; block < blocks * (group + 1) / groups; ++block) {
-        product.multiply(panel, tiles, block_of(weights, layout.experts, chunk.expert, block), tile);
+      const int64_t first_block = blocks * group / groups;
+      for (int64_t block = first_block; block < blocks * (group + 1) / groups; ++block) {
+        product.multiply(panel, tiles, block_of(weights, layout.experts, chunk.expert, block), block == first_block,
+                         nullptr, tile);
         const float* bias =
             call.gate_up_bias ? call.gate_up_bias + (chunk.expert * blocks + block) * kBlockOutputs : nullptr;
         for (int64_t r = 0; r < chunk.rows; ++r)
           context.kernels->gated(tile + r * kBlockOutputs, 1, bias, call.activation,
                                  hidden + (chunk.first + r) * width + block * kGatedOutputs, Dtype::fp32);
       }
+      if (finished[index].fetch_add(1, std::memory_order_acq_rel) + 1 == groups)
+        pack_hidden(down, chunk, hidden, width, panels);
     }
   });
 }
@@ -76,21 +98,8 @@ int64_t quant_experts(const Context& context, const ExpertsCall& given, const Qu
   Plan plan;
   const int64_t bad = make_plan(call, std::min(gate_up.most_rows(), down.most_rows()), plan);
   if (bad >= 0) return bad;
-  const int64_t slots = static_cast<int64_t>(plan.slots.size()), width = layout.gate_blocks() * kGatedOutputs;
-  float* hidden = scratch(Buffer::hidden).get<float>(slots * width);
-  gate_and_up(context, call, weights.gate_up, gate_up, plan, hidden);
-
-  char* panels = scratch(Buffer::panels).get<char>(slots * down.row_bytes());
-  for_each_task(context.threads, static_cast<int64_t>(plan.chunks.size()), [&](int64_t index) {
-    const Chunk& chunk = plan.chunks[index];
-    const Tiles tiles(chunk.rows, down.tile_rows());
-    for (int64_t t = 0; t < tiles.count; ++t) {
-      const void* rows[kMaxTileRows];
-      const int64_t first = chunk.first + tiles.start(t);
-      for (int r = 0; r < tiles.size(t); ++r) rows[r] = hidden + (first + r) * width;
-      down.pack(panels + first * down.row_bytes(), rows, tiles.size(t), Dtype::fp32);
-    }
-  });
+  char* panels = scratch(Buffer::panels).get<char>(static_cast<int64_t>(plan.slots.size()) * down.row_bytes());
+  gate_and_up(context, call, weights.gate_up, gate_up, down, plan, panels);
 
   const int64_t blocks = layout.down_blocks(), padded = blocks * kBlockOutputs;
   float* sums = scratch(Buffer::output).get<float>(call.rows * padded);
@@ -99,12 +108,17 @@ int64_t quant_experts(const Context& context, const ExpertsCall& given, const Qu
     const int64_t first_block = blocks * group / groups, last_block = blocks * (group + 1) / groups;
     const int64_t first = first_block * kBlockOutputs, last = last_block * kBlockOutputs;
     for (int64_t t = 0; t < call.rows; ++t) std::memset(sums + t * padded + first, 0, (last - first) * sizeof(float));
-    for (const Chunk& chunk : plan.chunks) {
+    for (size_t c = 0; c < plan.chunks.size(); ++c) {
+      const Chunk& chunk = plan.chunks[c];
+      const char* after = c + 1 < plan.chunks.size()
+                              ? block_of(weights.down, layout.experts, plan.chunks[c + 1].expert, first_block)
+                              : nullptr;
       const Tiles tiles(chunk.rows, down.tile_rows());
       float* tile = scratch(Buffer::scores).get<float>(chunk.rows * kBlockOutputs);
       for (int64_t block = first_block; block < last_block; ++block) {
         down.multiply(panels + chunk.first * down.row_bytes(), tiles,
-                      block_of(weights.down, layout.experts, chunk.expert, block), tile);
+                      block_of(weights.down, layout.experts, chunk.expert, block), block == first_block,
+                      block + 1 == last_block ? after : nullptr, tile);
         const float* bias = call.down_bias ? call.down_bias + (chunk.expert * blocks + block) * kBlockOutputs : nullptr;
         for (int64_t r = 0; r < chunk.rows; ++r) {
           const int32_t slot = plan.slots[chunk.first + r];

@@ -5,7 +5,7 @@
 // The largest integer of one or two signed digits: two are 256 high + low with -128 <= low < 128.
 constexpr int digit_limit(int digits) { return digits == 1 ? 127 : 32639; }
 
-TARGET static void pack_digits(const DigitShape& shape, const void* const* rows, int num_rows, Dtype dtype,
+[[maybe_unused]] TARGET static void pack_digits(const DigitShape& shape, const void* const* rows, int num_rows, Dtype dtype,
                                char* panel) {
   constexpr int kStretch = 128;
   alignas(64) int32_t values[kStretch];

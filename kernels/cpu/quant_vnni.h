@@ -1,19 +1,79 @@
 // Products of digits with vpdpbusd: unsigned codes, signed digits; the sums of a group are exact.
 #pragma once
 
-constexpr int kDigitRows = 6;
-constexpr int kCodesAhead = 4096;  // bytes
+// More rows need more registers than compilers manage to keep: sums go to memory and back, at half the speed.
+constexpr int kDigitRows = 4;
+
+// Inputs first … first + 15 of a row, zeros from `end` on.
+TARGET static inline __m512 load_inputs(const void* row, int first, int end, Dtype dtype) {
+  const int left = end - first;
+  const __mmask16 mask = static_cast<__mmask16>(left < 16 ? (1u << left) - 1 : 0xffffu);
+  if (dtype == Dtype::fp32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(row) + first);
+  const __m256i half = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(row) + first);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+// As `pack_digits` of quant_rows.h, 16 inputs at a time.
+TARGET static void pack_digit_vectors(const DigitShape& shape, const void* const* rows, int num_rows, Dtype dtype,
+                                      char* panel) {
+  const int inputs = static_cast<int>(shape.inputs), group = static_cast<int>(shape.group), digits = shape.digits;
+  const __m512 limit = _mm512_set1_ps(static_cast<float>(digit_limit(digits)));
+  for (int r = 0; r < num_rows; ++r) {
+    uint32_t* out = reinterpret_cast<uint32_t*>(panel);
+    for (int begin = 0; begin < inputs; begin += group) {
+      const int end = begin + group < inputs ? begin + group : inputs;
+      __m512 most = _mm512_setzero_ps(), check = _mm512_setzero_ps();
+      for (int first = begin; first < end; first += 16) {
+        const __m512 x = load_inputs(rows[r], first, end, dtype);
+        most = _mm512_max_ps(most, _mm512_abs_ps(x));
+        check = _mm512_fmadd_ps(x, _mm512_setzero_ps(), check);
+      }
+      const bool finite = _mm512_cmp_ps_mask(check, _mm512_setzero_ps(), _CMP_NEQ_UQ) == 0;
+      const float scale = _mm512_reduce_max_ps(most) / static_cast<float>(digit_limit(digits));
+      const __m512 inverse = _mm512_set1_ps(scale > 0 ? 1.0f / scale : 0.0f);
+      const float written = finite ? scale : std::numeric_limits<float>::quiet_NaN();
+      __m512i sum = _mm512_setzero_si512();
+      uint32_t* cell = out + 2 * num_rows + r;
+      for (int first = begin; first < end; first += 16) {
+        __m512 value = _mm512_mul_ps(load_inputs(rows[r], first, end, dtype), inverse);
+        value = _mm512_max_ps(_mm512_min_ps(value, limit), _mm512_sub_ps(_mm512_setzero_ps(), limit));
+        const __m512i integer = _mm512_cvtps_epi32(value);
+        sum = _mm512_add_epi32(sum, integer);
+        const __m512i above =
+            digits == 1 ? _mm512_setzero_si512() : _mm512_srai_epi32(_mm512_add_epi32(integer, _mm512_set1_epi32(128)), 8);
+        alignas(16) uint32_t high[4], low[4];
+        _mm_store_si128(reinterpret_cast<__m128i*>(high), _mm512_cvtepi32_epi8(above));
+        _mm_store_si128(reinterpret_cast<__m128i*>(low),
+                        _mm512_cvtepi32_epi8(_mm512_sub_epi32(integer, _mm512_slli_epi32(above, 8))));
+        const int words = end - first < 16 ? 2 * static_cast<int>(ceil_div(end - first, 8)) : 4;
+        for (int w = 0; w < words; ++w) {
+          if (digits == 2) {
+            *cell = high[w];
+            cell += num_rows;
+          }
+          *cell = low[w];
+          cell += num_rows;
+        }
+      }
+      const int32_t row_sum = _mm512_reduce_add_epi32(sum);
+      std::memcpy(out + r, &written, 4);
+      std::memcpy(out + num_rows + r, &row_sum, 4);
+      out += DigitShape::words(end - begin, digits) * num_rows;
+    }
+  }
+}
 
 template <bool kNibbles, int kDigits, int kRows>
 TARGET static void multiply_tile(const QuantLayout& layout, const DigitShape& shape, const char* panel,
-                                 const char* block, float* tile) {
+                                 const char* block, float* tile, Ahead ahead) {
   constexpr int kChains = kRows * kDigits <= 2 ? 2 : 1;  // of sums that do not wait for each other
   const float* scales = reinterpret_cast<const float*>(block);
   const char* codes = block + layout.scale_bytes();
+  const bool grouped = layout.group < layout.inputs;  // else the scales are those of whole outputs
   const uint32_t* a = reinterpret_cast<const uint32_t*>(panel);
   for (int64_t begin = 0; begin < shape.inputs; begin += shape.group) {
     const int64_t inputs = shape.inputs - begin < shape.group ? shape.inputs - begin : shape.group;
-    if (kNibbles && begin) {
+    if (grouped && begin) {
       scales = reinterpret_cast<const float*>(codes);
       codes += layout.scale_bytes();
     }
@@ -27,8 +87,8 @@ TARGET static void multiply_tile(const QuantLayout& layout, const DigitShape& sh
 #pragma GCC unroll 16
         for (int d = 0; d < kDigits; ++d) sum[c][r][d][0] = sum[c][r][d][1] = _mm512_setzero_si512();
     for (int64_t pair = ceil_div(inputs, 8); pair > 0; --pair) {
-      _mm_prefetch(codes + kCodesAhead, _MM_HINT_T1);
-      _mm_prefetch(codes + kCodesAhead + 64, _MM_HINT_T1);
+      for (int line = 0; line < ahead.step; line += 64) _mm_prefetch(ahead.first + line, _MM_HINT_T1);
+      ahead.first += ahead.step;
       __m512i w[2][2];
       w[0][0] = _mm512_loadu_si512(codes);
       w[0][1] = _mm512_loadu_si512(codes + 64);
@@ -41,8 +101,6 @@ TARGET static void multiply_tile(const QuantLayout& layout, const DigitShape& sh
         }
         codes += 128;
       } else {
-        _mm_prefetch(codes + kCodesAhead + 128, _MM_HINT_T1);
-        _mm_prefetch(codes + kCodesAhead + 192, _MM_HINT_T1);
         w[1][0] = _mm512_loadu_si512(codes + 128);
         w[1][1] = _mm512_loadu_si512(codes + 192);
         codes += 256;
@@ -85,9 +143,9 @@ TARGET static void multiply_tile(const QuantLayout& layout, const DigitShape& sh
         } else {
           total = _mm512_sub_epi32(total, _mm512_set1_epi32((kNibbles ? 8 : 128) * row_sum));
           const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(total), scale);
-          result = kNibbles ? _mm512_fmadd_ps(product, _mm512_loadu_ps(scales + 16 * v), result)
-                            : _mm512_add_ps(product, result);
-          if (!kNibbles && begin + inputs == shape.inputs)
+          result = grouped ? _mm512_fmadd_ps(product, _mm512_loadu_ps(scales + 16 * v), result)
+                           : _mm512_add_ps(product, result);
+          if (!grouped && begin + inputs == shape.inputs)
             result = _mm512_mul_ps(result, _mm512_loadu_ps(scales + 16 * v));
         }
         _mm512_storeu_ps(out, result);
@@ -98,19 +156,19 @@ TARGET static void multiply_tile(const QuantLayout& layout, const DigitShape& sh
 
 template <bool kNibbles, int kDigits, int kRows = kDigitRows>
 TARGET static void choose_tile(const QuantLayout& layout, const DigitShape& shape, int num_rows, const char* panel,
-                               const char* block, float* tile) {
+                               const char* block, float* tile, Ahead ahead) {
   if (num_rows == kRows) {
-    multiply_tile<kNibbles, kDigits, kRows>(layout, shape, panel, block, tile);
+    multiply_tile<kNibbles, kDigits, kRows>(layout, shape, panel, block, tile, ahead);
   } else if constexpr (kRows > 1) {
-    choose_tile<kNibbles, kDigits, kRows - 1>(layout, shape, num_rows, panel, block, tile);
+    choose_tile<kNibbles, kDigits, kRows - 1>(layout, shape, num_rows, panel, block, tile, ahead);
   }
 }
 
 TARGET static void multiply_digits(const QuantLayout& layout, const DigitShape& shape, int num_rows, const char* panel,
-                                   const char* block, float* tile) {
-  if (layout.format == Format::int4) return choose_tile<true, 2>(layout, shape, num_rows, panel, block, tile);
-  if (shape.digits == 2) return choose_tile<false, 2>(layout, shape, num_rows, panel, block, tile);
-  choose_tile<false, 1, 2 * kDigitRows>(layout, shape, num_rows, panel, block, tile);
+                                   const char* block, float* tile, Ahead ahead) {
+  if (layout.format == Format::int4) return choose_tile<true, 2>(layout, shape, num_rows, panel, block, tile, ahead);
+  if (shape.digits == 2) return choose_tile<false, 2>(layout, shape, num_rows, panel, block, tile, ahead);
+  choose_tile<false, 1, 2 * kDigitRows>(layout, shape, num_rows, panel, block, tile, ahead);
 }
 
-constexpr Quant kVnniQuant{kDigitRows, true, pack_digits, multiply_digits, round_fp8, widen_codes};
+constexpr Quant kVnniQuant{kDigitRows, true, pack_digit_vectors, kCodesAhead, multiply_digits, round_fp8, widen_codes};

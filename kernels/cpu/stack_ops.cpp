@@ -71,15 +71,15 @@ class StackHolder : public torch::CustomClassHolder {
     stack_.blocks.push_back(block);
   }
 
-  // After all layers, in rising order. Without a probe (`weight`) nobody can leave.
+  // After all layers, in rising order. Without a probe (`weight`) nobody can leave. `kv_layouts` as `layouts` above.
   void add_exit(int64_t after_layers, const Tensor& down, const Tensor& up, int64_t rank, const OptionalTensor& weight,
                 const OptionalTensor& bias, const OptionalTensor& out, const OptionalTensor& out_bias, bool previous,
-                bool entropy, Tensors kv, Tensors kv_bias) {
+                bool entropy, Tensors kv, Tensors kv_bias, std::vector<std::vector<int64_t>> kv_layouts) {
     const Shape& shape = stack_.shape;
     const int64_t layers = static_cast<int64_t>(stack_.blocks.size());
     TORCH_CHECK_VALUE((stack_.exits.empty() ? 0 : stack_.exits.back().after_layers) < after_layers &&
                           after_layers < layers && static_cast<int64_t>(kv.size()) == layers - after_layers &&
-                          (kv_bias.empty() || kv_bias.size() == kv.size()),
+                          (kv_bias.empty() || kv_bias.size() == kv.size()) && kv_layouts.size() == kv.size(),
                       "an exit after ", after_layers, " of ", layers, " layers does not fit");
     Exit exit{};
     exit.after_layers = after_layers;
@@ -110,9 +110,11 @@ class StackHolder : public torch::CustomClassHolder {
       call.dtype = shape.dtype;
       call.eps = shape.eps;
       const OptionalTensor with = kv_bias.empty() ? OptionalTensor() : OptionalTensor(kv_bias[behind]);
-      const Projection pair = projection(kv[behind], with, shape.hidden, 2 * shape.kv_width(), "keys and values");
+      const Projection pair = projection(kv[behind], with, shape.hidden, 2 * shape.kv_width(), "keys and values",
+                                         kv_layouts[behind]);
       call.kv = pair.weights;
       call.kv_bias = pair.bias;
+      call.quant = pair.quant;
       call.k_norm = block.k_norm;
       call.k_norm_width = block.k_norm ? (shape.norm_per_head ? shape.channels : shape.kv_width()) : 0;
       exit.projections.push_back(call);
