@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from dynamoe import LLM, SamplingParams
 from dynamoe.dynamic.parallel.decoder import ParallelDecoder
@@ -16,7 +17,7 @@ PROMPTS = [[5, 9, 200, 31], [7] * 40, list(range(3, 90)), [11, 12], [250, 3, 77,
 
 
 def tokens(
-    model: str, arguments: dict[str, int], thresholds: dict[str, float], budget: dict[str, int]
+    model: str, arguments: dict[str, Any], thresholds: dict[str, float], budget: dict[str, Any]
 ) -> dict[str, object]:
     llm = LLM(model, dtype="float32", progress=False, max_num_seqs=3, max_num_batched_tokens=48, **arguments)
     exits = {int(layer): value for layer, value in thresholds.items()}

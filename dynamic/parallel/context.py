@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Mapping
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,10 +53,10 @@ class ParallelContext:
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=timeout)
         self._plans = dist.new_group(backend="gloo", timeout=_IDLE)
-        self.everyone = dist.group.WORLD
+        self.everyone: Any = dist.group.WORLD
         rows = [list(range(first, first + config.tensor)) for first in range(0, config.size, config.tensor)]
         groups = [dist.new_group(ranks, timeout=timeout) for ranks in rows]  # every rank makes all, in this order
-        self.tensor_group = groups[self.expert_rank]
+        self.tensor_group: Any = groups[self.expert_rank]
 
     @property
     def leads(self) -> bool:
