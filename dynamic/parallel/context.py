@@ -52,7 +52,7 @@ class ParallelContext:
         timeout = timedelta(seconds=config.timeout)
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=timeout)
-        self._plans = dist.new_group(backend="gloo", timeout=_IDLE)
+        self._plans: Any = dist.new_group(backend="gloo", timeout=_IDLE)
         self.everyone: Any = dist.group.WORLD
         rows = [list(range(first, first + config.tensor)) for first in range(0, config.size, config.tensor)]
         groups = [dist.new_group(ranks, timeout=timeout) for ranks in rows]  # every rank makes all, in this order
