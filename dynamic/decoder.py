@@ -71,7 +71,7 @@ class Decoder:
         quantization: what was done to the checkpoint's weights, in words.
     """
 
-    one_process = True  # its rows may be parked: they live here alone
+    processes: str | None = None  # the axes of those that share the model, in words; None: there is one
 
     def __init__(
         self,

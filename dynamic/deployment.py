@@ -27,7 +27,8 @@ def deployment(model: LoadedModel, exits: ExitRunner) -> dict[str, Scalar]:
     device = torch.device(decoder.device)
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     isa = getattr(decoder.backend, "isa", None)
-    return {
+    several = {} if decoder.processes is None else {"processes": decoder.processes}  # they sum in another order
+    return several | {
         "weights": backbone_hash(model.path),
         "quantisation": decoder.quantization,
         "dtype": str(decoder.dtype).removeprefix("torch."),

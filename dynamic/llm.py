@@ -60,7 +60,7 @@ class LLM:
         block_size: int = EngineConfig.block_size,
         seed: int = 0,
         experts_per_token: int | None = None,
-        quantization: str = "none",
+        quantization: str | None = None,
         quantize_lm_head: bool = True,
         certificates: str | Path | None = None,
         tensor_parallel_size: int = 1,
@@ -86,7 +86,7 @@ class LLM:
             backend=backend,
             progress=progress,
             experts_per_token=experts_per_token,
-            quantization=quantization,
+            quantization=quantization or "none",
             quantize_lm_head=quantize_lm_head,
             parallel=ParallelConfig(tensor=tensor_parallel_size, expert=expert_parallel_size),
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamoe import LLM, SamplingParams
+from dynamoe.dynamic.deployment import deployment
 from dynamoe.dynamic.parallel.decoder import ParallelDecoder
 
 PROMPTS = [[5, 9, 200, 31], [7] * 40, list(range(3, 90)), [11, 12], [250, 3, 77, 8, 120, 4]]
@@ -30,6 +31,7 @@ def tokens(
     found: dict[str, object] = {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "rows": list(llm.engine.stats().segment_rows),
+        "deployment": deployment(llm.model, llm.engine.runner.exits),
     }
     decoder = llm.model.decoder
     if isinstance(decoder, ParallelDecoder):

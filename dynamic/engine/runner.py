@@ -41,7 +41,7 @@ class Runner:
         self.kv = decoder.allocate_cache(num_pages, page_size)
         # Long prompts with logprobs would need rows x vocabulary floats at once.
         self.max_logit_rows = max(1, LOGITS_CHUNK_BYTES // (4 * decoder.spec.vocab_size))
-        self.exits = ExitRunner(decoder, self.kv, page_size, max_num_seqs, park_rows and decoder.one_process)
+        self.exits = ExitRunner(decoder, self.kv, page_size, max_num_seqs, park_rows and decoder.processes is None)
         self.budgets = ExpertBudgets(decoder)
         self.full_rows = 0  # rows launched through the whole model at once
         self._whole = Segment(index=0, layers=range(decoder.spec.num_layers))

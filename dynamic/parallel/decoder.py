@@ -30,11 +30,10 @@ class ParallelDecoder(Decoder):
         shard: which part of the model this rank holds; others as for :class:`Decoder`.
     """
 
-    one_process = False
-
     def __init__(self, spec: ModelSpec, *arguments: Any, shard: Shard, **more: Any) -> None:
         super().__init__(spec, *arguments, **more)
         self.context = shard.context
+        self.processes = f"tensor {shard.context.config.tensor}, expert {shard.context.config.expert}"
         self.local_spec = shard.spec
         self.num_heads, self.num_kv_heads = shard.spec.num_heads, shard.spec.num_kv_heads
         self._token_ids_T: torch.Tensor | None = None
