@@ -177,6 +177,8 @@ def test_exits_take_turns_and_their_weight_ramps_up() -> None:
     assert exits.strength(0, 100) == 0
     assert exits.strength(25, 100) == 0.5
     assert exits.strength(80, 100) == 1
+    late = ExitTraining(start=0.5, ramp=0.2)
+    assert [late.strength(step, 100) for step in (0, 50, 60, 90)] == [0, 0, 0.5, 1]
     assert ExitTraining(loss_weight=0).exit_of_step(0, (4,)) is None
 
 

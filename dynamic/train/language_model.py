@@ -108,7 +108,9 @@ class LanguageModelTask:
         depth = self.depth_at(step, shape.num_layers)
         nobody = torch.empty(0, dtype=torch.long, device=device)
         output = model(tokens_NL, kept[:depth] + [nobody] * (shape.num_layers - depth))
-        at = self.exits.exit_of_step(step, tuple(e for e in shape.exit_layers if e < depth))
+        at = self.exits.exit_of_step(step, shape.exit_layers)
+        if at is not None and (strength == 0 or at >= depth):
+            at = None  # an exit keeps its share of the steps while others are not there yet
         cross_entropy, at_exit = head_losses(
             decoder.read_out(output.final_NLD.flatten(0, 1)),
             None if at is None else decoder.read_out(output.exits[at].flatten(0, 1), at),

@@ -54,8 +54,8 @@ class RecipeConfig:
 
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    text: LanguageModelConfig = field(default_factory=lambda: LanguageModelConfig(grow_from=8))
-    exits: ExitTraining = field(default_factory=ExitTraining)
+    text: LanguageModelConfig = field(default_factory=lambda: LanguageModelConfig(grow_from=8, grow_at=0.8))
+    exits: ExitTraining = field(default_factory=lambda: ExitTraining(start=0.5, ramp=0.1, layer_dropout=0.05))
     trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(steps=2500, warmup_steps=200))
     heads: ExitHeadsConfig = field(default_factory=ExitHeadsConfig)
     dtype: str = "float32"

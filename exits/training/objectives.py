@@ -22,7 +22,8 @@ class ExitTraining:
     Arguments:
         loss_weight: weight of the exit's loss beside the full model's, once ramped up. 0 trains without exits.
         distillation: share of an exit's loss that follows the full model's distribution; the rest, the true token.
-        ramp: share of all steps over which loss weight and layer dropout rise from zero.
+        start: share of all steps before which there is neither exit loss nor layer dropout.
+        ramp: share of all steps over which loss weight and layer dropout rise from zero after that.
         layer_dropout: probability that a sequence skips the last layer; earlier layers less, the first never.
 
     Raises:
@@ -31,6 +32,7 @@ class ExitTraining:
 
     loss_weight: float = 0.3
     distillation: float = 0.5
+    start: float = 0.0
     ramp: float = 0.3
     layer_dropout: float = 0.1
 
@@ -39,6 +41,8 @@ class ExitTraining:
             raise ValueError(f"loss_weight must be at least 0, not {self.loss_weight}")
         if not 0 <= self.distillation <= 1:
             raise ValueError(f"distillation must be between 0 and 1, not {self.distillation}")
+        if not 0 <= self.start < 1:
+            raise ValueError(f"start must be at least 0 and below 1, not {self.start}")
         if not 0 < self.ramp <= 1:
             raise ValueError(f"ramp must be above 0 and at most 1, not {self.ramp}")
         if not 0 <= self.layer_dropout < 1:
@@ -46,7 +50,7 @@ class ExitTraining:
 
     def strength(self, step: int, total_steps: int) -> float:
         """How far the curriculum has come at a step, 0 … 1."""
-        return min(1.0, step / max(1.0, self.ramp * total_steps))
+        return min(1.0, max(0.0, step - self.start * total_steps) / max(1.0, self.ramp * total_steps))
 
     def exit_of_step(self, step: int, exit_layers: tuple[int, ...]) -> int | None:
         """The one exit that a step trains (rotation keeps a step's cost at one extra LM head)."""
