@@ -29,16 +29,22 @@ class Method:
 
 def methods() -> dict[str, Method]:
     """By name, as ``quantization=`` takes them."""
+    groups = ((64, ""), (32, "-g32"), (128, "-g128"))
     int4 = {
-        f"int4{groups}{ending}": Method(partial(rounding.quantize_int4, group=group, symmetric=not ending))
-        for group, groups in ((64, ""), (32, "-g32"), (128, "-g128"))
+        f"int4{name}{ending}": Method(partial(rounding.quantize_int4, group=group, symmetric=not ending))
+        for group, name in groups
         for ending in ("", "-asym")
+    }
+    w4a8 = {
+        f"w4a8{name}": Method(partial(rounding.quantize_int4, group=group), ActivationScheme("int8", group))
+        for group, name in groups
     }
     return {
         "int8": Method(rounding.quantize_int8),
         "int8-g32": Method(partial(rounding.quantize_int8, group=32)),
         "w8a8": Method(rounding.quantize_int8, INT8_PER_GROUP),
         **int4,
+        **w4a8,
         "fp8": Method(rounding.quantize_fp8),
         "fp8-block": Method(partial(rounding.quantize_fp8, block=True), FP8_PER_GROUP),
     }

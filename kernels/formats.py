@@ -258,25 +258,38 @@ class ActivationScheme:
 
     Arguments:
         kind: ``none``, ``int8`` or ``fp8``.
-        group: inputs of a row that share a scale, 128; None for ``none``.
+        group: inputs of a row that share a scale: 128, with int4 weights those that share a scale there; None for
+            ``none``.
+
+    Raises:
+        ValueError: for a kind or group that there is not.
     """
 
     kind: str = "none"
     group: int | None = None
 
     def __post_init__(self) -> None:
-        if (self.kind, self.group) not in (("none", None), ("int8", ROW_GROUP), ("fp8", ROW_GROUP)):
+        groups = {"none": (None,), "int8": GROUPS, "fp8": (ROW_GROUP,)}
+        if self.group not in groups.get(self.kind, ()):
             raise ValueError(
-                f"activations are none, or int8 or fp8 per {ROW_GROUP} inputs, not {self.kind!r} by {self.group}"
+                f"activations are none, int8 per {', '.join(map(str, GROUPS))} inputs or fp8 per {ROW_GROUP},"
+                f" not {self.kind!r} by {self.group}"
             )
 
     def check(self, weight: QuantizedWeight) -> None:
         """Raises ValueError when rows that are rounded like this do not meet weights of this format."""
-        wanted = {"int8": Int8Weight, "fp8": Fp8Weight}.get(self.kind)
-        if wanted is not None and not isinstance(weight, wanted):
-            raise ValueError(f"{self.kind} activations go with {wanted.__name__}, not with {type(weight).__name__}")
-        if isinstance(weight, Int8Weight) and wanted is not None and weight.group is not None:
+        if self.kind == "none":
+            return
+        wanted = (Int8Weight, Int4Weight) if self.kind == "int8" else (Fp8Weight,)
+        if not isinstance(weight, wanted):
+            names = " and ".join(kind.__name__ for kind in wanted)
+            raise ValueError(f"{self.kind} activations go with {names}, not with {type(weight).__name__}")
+        if isinstance(weight, Int8Weight) and weight.group is not None:
             raise ValueError(f"{self.kind} activations go with one scale per output, not with groups of {weight.group}")
+        if self.group != (group := weight.group if isinstance(weight, Int4Weight) else ROW_GROUP):
+            raise ValueError(
+                f"{self.kind} activations of {type(weight).__name__} share scales by {group}, not by {self.group}"
+            )
 
 
 UNQUANTIZED = ActivationScheme()

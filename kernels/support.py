@@ -121,6 +121,7 @@ QUANTISED: dict[str, dict[str, str]] = {
     "int8, groups of 32, 64, 128": {"cpu": KERNELS, "triton": KERNELS},
     "int8, rows rounded to int8 (w8a8)": {"cpu": KERNELS, "triton": TORCH},
     "int4, groups of 32, 64, 128, symmetric or not": {"cpu": KERNELS, "triton": KERNELS},
+    "int4, rows rounded to int8 (w4a8)": {"cpu": KERNELS, "triton": TORCH},
     "fp8 e4m3, a scale per output": {"cpu": KERNELS, "triton": KERNELS},
     "fp8 e4m3, 128 x 128 blocks, rows rounded": {"cpu": KERNELS, "triton": TORCH},
 }

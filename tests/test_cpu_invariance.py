@@ -77,6 +77,7 @@ QUANTIZED: dict[str, tuple[Callable[..., Any], ActivationScheme]] = {
     "int8 in groups": (partial(rounding.quantize_int8, group=32), UNQUANTIZED),
     "w8a8": (rounding.quantize_int8, INT8_PER_GROUP),
     "int4": (rounding.quantize_int4, UNQUANTIZED),
+    "w4a8": (rounding.quantize_int4, ActivationScheme("int8", 64)),
     "fp8 blocks": (partial(rounding.quantize_fp8, block=True), FP8_PER_GROUP),
 }
 

@@ -112,7 +112,8 @@ def test_refusals_name_the_value():
         "must be finite; 1 of 8": lambda: rounding.quantize_int8(torch.tensor([[1.0] * 7 + [float("nan")]])),
         "int8 groups have 32, 64, 128 inputs, not 16": lambda: rounding.quantize_int8(torch.ones(2, 4), group=16),
         "not torch.int64": lambda: rounding.quantize_fp8(torch.ones(2, 2, dtype=torch.long)),
-        "not 'int8' by 64": lambda: ActivationScheme("int8", 64),
+        "not 'int8' by 48": lambda: ActivationScheme("int8", 48),
+        "not 'fp8' by 64": lambda: ActivationScheme("fp8", 64),
     }.items():
         with pytest.raises(ValueError, match=match):
             make()

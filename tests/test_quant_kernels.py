@@ -33,6 +33,12 @@ FORMATS: dict[str, tuple[Quantize, ActivationScheme]] = {
     "int4 g32 with offsets": (_with_offsets, UNQUANTIZED),
     "int4 g64": (lambda w: rounding.quantize_int4(w, group=64), UNQUANTIZED),
     "int4 g128 asymmetric": (lambda w: rounding.quantize_int4(w, group=128, symmetric=False), UNQUANTIZED),
+    "w4a8 g32 with offsets": (_with_offsets, ActivationScheme("int8", 32)),
+    "w4a8 g64": (lambda w: rounding.quantize_int4(w, group=64), ActivationScheme("int8", 64)),
+    "w4a8 g128 asymmetric": (
+        lambda w: rounding.quantize_int4(w, group=128, symmetric=False),
+        ActivationScheme("int8", 128),
+    ),
     "fp8": (rounding.quantize_fp8, UNQUANTIZED),
     "fp8 blocks": (lambda w: rounding.quantize_fp8(w, block=True), FP8_PER_GROUP),
 }
@@ -171,8 +177,10 @@ def test_a_row_that_is_not_finite_stays_so(cpu_backend: CpuBackend, form: str):
 def test_refusals():
     backend = CpuBackend("cpu", torch.float32)
     int4, int8 = rounding.quantize_int4(torch.randn(2, 3, 64)), rounding.quantize_int8(torch.randn(2, 3, 64))
-    with pytest.raises(ValueError, match="int8 activations go with Int8Weight, not with Int4Weight"):
+    with pytest.raises(ValueError, match="int8 activations of Int4Weight share scales by 64, not by 128"):
         backend.pack_quantized_linear(int4.expert(0), None, INT8_PER_GROUP)
+    with pytest.raises(ValueError, match="int8 activations go with Int8Weight and Int4Weight, not with Fp8Weight"):
+        backend.pack_quantized_linear(rounding.quantize_fp8(torch.randn(3, 64)), None, INT8_PER_GROUP)
     with pytest.raises(ValueError, match="int8 activations go with one scale per output, not with groups of 32"):
         backend.pack_quantized_linear(rounding.quantize_int8(torch.randn(3, 64), group=32), None, INT8_PER_GROUP)
     with pytest.raises(ValueError, match="one format"):

@@ -67,7 +67,7 @@ def test_experts(row: Row, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_quantised_weights(weights: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
     backend = select_backend(device, torch.bfloat16 if device == "cuda" else torch.float32, name)
-    names = ("int8", "int8-g32", "w8a8", "int4", "fp8", "fp8-block")
+    names = ("int8", "int8-g32", "w8a8", "int4", "w4a8", "fp8", "fp8-block")
     method = methods()[dict(zip(QUANTISED, names, strict=True))[weights]]
     fell_back = []
     oracle = quant_reference.experts

@@ -36,7 +36,7 @@ struct QuantLayout {
   int64_t outputs, inputs;
   int64_t group;   // inputs that share a scale
   bool offsets;    // int4 only: weight = code * scale + offset; without them code - 8 takes the place of code
-  bool byte_rows;  // rows are rounded, a scale per 128 inputs: int8 of one group to 8 bits, fp8 to e4m3
+  bool byte_rows;  // rows are rounded: for int4 a scale per group, for int8 of one group per 128 inputs; for fp8 to e4m3
 
   int64_t groups() const { return ceil_div(inputs, group); }
   int64_t blocks() const { return ceil_div(outputs, kBlockOutputs); }

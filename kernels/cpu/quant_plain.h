@@ -1,34 +1,53 @@
 // Products of digits where there is no dot-product instruction: exact integer sums in plain loops. Rows come here only
-// when they are rounded to one digit, and then the weights have one scale per output.
+// when they are rounded to one digit.
 #pragma once
 
 TARGET static void multiply_digits(const QuantLayout& layout, const DigitShape& shape, int num_rows, const char* panel,
                                    const char* block, float* tile, Ahead) {
+  const bool nibbles = layout.format == Format::int4;
+  const bool grouped = layout.group < layout.inputs;  // else the scales are those of whole outputs
   const float* scales = reinterpret_cast<const float*>(block);
   const uint8_t* codes = reinterpret_cast<const uint8_t*>(block + layout.scale_bytes());
   for (int64_t begin = 0; begin < shape.inputs; begin += shape.group) {
     const int64_t inputs = shape.inputs - begin < shape.group ? shape.inputs - begin : shape.group;
-    const int64_t cells = ceil_div(inputs, 8) * 2;
+    const int64_t pairs = ceil_div(inputs, 8);
+    if (grouped && begin) {
+      scales = reinterpret_cast<const float*>(codes);
+      codes += layout.scale_bytes();
+    }
     for (int r = 0; r < num_rows; ++r) {
       alignas(64) int32_t sum[kBlockOutputs] = {};
       const int8_t* a = reinterpret_cast<const int8_t*>(panel) + 4 * (2 * num_rows + r);
       const uint8_t* w = codes;
-      for (int64_t cell = 0; cell < cells; ++cell, a += 4 * num_rows, w += 4 * kBlockOutputs)
-        for (int o = 0; o < kBlockOutputs; ++o)
-          for (int i = 0; i < 4; ++i) sum[o] += static_cast<int32_t>(w[4 * o + i]) * a[i];
+      for (int64_t pair = 0; pair < pairs; ++pair)
+        for (int half = 0; half < 2; ++half, a += 4 * num_rows) {
+          for (int o = 0; o < kBlockOutputs; ++o)
+            for (int i = 0; i < 4; ++i) {
+              const int32_t code = !nibbles ? w[4 * o + i] : half ? w[4 * o + i] >> 4 : w[4 * o + i] & 15;
+              sum[o] += code * a[i];
+            }
+          if (half || !nibbles) w += 4 * kBlockOutputs;
+        }
       float scale;
       int32_t total;
       std::memcpy(&scale, panel + 4 * r, 4);
       std::memcpy(&total, panel + 4 * (num_rows + r), 4);
       float* out = tile + r * kBlockOutputs;
       for (int o = 0; o < kBlockOutputs; ++o) {
-        const float product = static_cast<float>(sum[o] - 128 * total) * scale;
-        out[o] = begin ? out[o] + product : product;
-        if (begin + inputs == shape.inputs) out[o] *= scales[o];
+        float result = begin ? out[o] : 0.0f;
+        if (layout.offsets) {
+          result += static_cast<float>(total) * scale * scales[kBlockOutputs + o];
+          result += static_cast<float>(sum[o]) * scale * scales[o];
+        } else {
+          const float product = static_cast<float>(sum[o] - (nibbles ? 8 : 128) * total) * scale;
+          result += grouped ? product * scales[o] : product;
+          if (!grouped && begin + inputs == shape.inputs) result *= scales[o];
+        }
+        out[o] = result;
       }
     }
     panel += 4 * DigitShape::words(inputs, 1) * num_rows;
-    codes += 4 * kBlockOutputs * cells;
+    codes += QuantLayout::code_bytes(layout.format, inputs);
   }
 }
 

@@ -13,8 +13,7 @@ inline QuantLayout quant_layout(at::IntArrayRef numbers) {
   TORCH_CHECK_VALUE(0 <= numbers[0] && numbers[0] <= 2 && layout.outputs > 0 && layout.inputs > 0 &&
                         (layout.group == layout.inputs || (layout.group > 0 && layout.group % 8 == 0)) &&
                         (layout.format != Format::int8 || layout.group == layout.inputs || !layout.byte_rows) &&
-                        (layout.format == Format::int4 || !layout.offsets) &&
-                        (layout.format != Format::int4 || !layout.byte_rows),
+                        (layout.format == Format::int4 || !layout.offsets),
                     "impossible quantised layout ", numbers);
   return layout;
 }

@@ -166,9 +166,13 @@ TARGET static void choose_tile(const QuantLayout& layout, const DigitShape& shap
 
 TARGET static void multiply_digits(const QuantLayout& layout, const DigitShape& shape, int num_rows, const char* panel,
                                    const char* block, float* tile, Ahead ahead) {
-  if (layout.format == Format::int4) return choose_tile<true, 2>(layout, shape, num_rows, panel, block, tile, ahead);
+  constexpr int kRounded = 2 * kDigitRows;  // rows of one digit each
+  if (layout.format == Format::int4) {
+    if (shape.digits == 2) return choose_tile<true, 2>(layout, shape, num_rows, panel, block, tile, ahead);
+    return choose_tile<true, 1, kRounded>(layout, shape, num_rows, panel, block, tile, ahead);
+  }
   if (shape.digits == 2) return choose_tile<false, 2>(layout, shape, num_rows, panel, block, tile, ahead);
-  choose_tile<false, 1, 2 * kDigitRows>(layout, shape, num_rows, panel, block, tile, ahead);
+  choose_tile<false, 1, kRounded>(layout, shape, num_rows, panel, block, tile, ahead);
 }
 
 constexpr Quant kVnniQuant{kDigitRows, true, pack_digit_vectors, kCodesAhead, multiply_digits, round_fp8, widen_codes};
