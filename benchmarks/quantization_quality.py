@@ -34,7 +34,7 @@ from dynamoe.dynamic.tokenizer import Tokenizer
 from dynamoe.exits.segments import Segment
 
 INT4 = tuple(f"int4{group}{ending}" for group in ("-g32", "", "-g128") for ending in ("", "-asym"))
-AT_LOAD = ("int8", "int8-g32", "w8a8", *INT4, "fp8", "fp8-block")
+AT_LOAD = ("int8", "int8-g32", "w8a8", *INT4, "w4a8", "w4a8-g32", "fp8", "fp8-block")
 
 
 def log_probabilities(decoder: Decoder, windows_NL: torch.Tensor) -> Iterator[torch.Tensor]:
