@@ -56,7 +56,7 @@ class CalibrateConfig:
         dtype: that the model runs in: ``float32``, ``bfloat16``, ``float16``, or ``auto`` (the checkpoint's own).
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         backend: which kernels compute; ``auto`` takes the fastest that run here.
-        quantization, quantize_lm_head: as ``dynamoe serve`` takes them.
+        quantization, quantize_lm_head, kv_cache_dtype: as ``dynamoe serve`` takes them.
         threads: CPU threads; null leaves torch's own choice.
 
     Raises:
@@ -81,6 +81,7 @@ class CalibrateConfig:
     backend: str = "auto"
     quantization: str = "none"
     quantize_lm_head: bool = True
+    kv_cache_dtype: str = "auto"
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -120,6 +121,7 @@ def calibrate(config: CalibrateConfig, *, progress: bool = True, say: Callable[[
         backend=config.backend,
         quantization=config.quantization,
         quantize_lm_head=config.quantize_lm_head,
+        kv_cache_dtype=config.kv_cache_dtype,
         progress=progress,
     )
     probed = [exit.after_layers for exit in llm.model.decoder.exits.values() if exit.probe is not None]

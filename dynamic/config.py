@@ -73,6 +73,7 @@ class ModelConfig:
         quantization: ``none``, or what the weights become while they are loaded: ``int8``, ``w8a8``, ``int4`` (also
             ``int4-g32``, ``int4-g128``, each also with ``-asym``), ``fp8`` or ``fp8-block``.
         quantize_lm_head: whether LM head and embedding become int8 then.
+        kv_cache_dtype: ``auto`` (as ``dtype``) or ``int8``, about half the memory: what keys and values are kept in.
     """
 
     model: str = "default"
@@ -81,6 +82,7 @@ class ModelConfig:
     backend: str = "auto"
     quantization: str = "none"
     quantize_lm_head: bool = True
+    kv_cache_dtype: str = "auto"
     moe: MoEConfig = field(default_factory=MoEConfig)
 
     def load_arguments(self) -> dict[str, Any]:
@@ -92,6 +94,7 @@ class ModelConfig:
             "experts_per_token": self.moe.experts_per_token,
             "quantization": self.quantization,
             "quantize_lm_head": self.quantize_lm_head,
+            "kv_cache_dtype": self.kv_cache_dtype,
         }
 
 

@@ -90,6 +90,7 @@ class Decoder:
         self.spec = spec
         self.backend = backend
         self.device, self.dtype = backend.device, backend.dtype
+        self.kv_dtype = self.dtype  # of keys and values in the cache
         self.exits = dict(sorted((exits or {}).items()))
         self.segments = split_into_segments(spec.num_layers, self.exits)
         self.expert_impacts = dict(expert_impacts or {})
@@ -122,7 +123,7 @@ class Decoder:
 
     def allocate_cache(self, num_pages: int, page_size: int) -> list[KVLayer]:
         """Keys and values of every layer, zeroed."""
-        return allocate_layers(self.spec, num_pages, page_size, self.dtype, self.device)
+        return allocate_layers(self.spec, num_pages, page_size, self.kv_dtype, self.device)
 
     def copy_pages(self, kv: list[KVLayer], copies: list[tuple[int, int]]) -> None:
         """Copy whole pages, (from, to), in all layers."""

@@ -34,6 +34,7 @@ class LLM:
         quantization: ``none``, or what the weights become while they are loaded: ``int8``, ``w8a8``, ``int4``, ``fp8``
             (see docs/quantization.md for more).
         quantize_lm_head: whether LM head and embedding become int8 then.
+        kv_cache_dtype: ``auto`` (as ``dtype``) or ``int8``, about half the memory: what keys and values are kept in.
         certificates: directory that ``dynamoe calibrate`` filled, for requests with a :class:`Quality`; None takes the
             certificates that lie beside the model.
         tensor_parallel_size, expert_parallel_size: see :class:`ParallelConfig`; under ``torchrun``.
@@ -62,6 +63,7 @@ class LLM:
         experts_per_token: int | None = None,
         quantization: str | None = None,
         quantize_lm_head: bool = True,
+        kv_cache_dtype: str = "auto",
         certificates: str | Path | None = None,
         tensor_parallel_size: int = 1,
         expert_parallel_size: int = 1,
@@ -88,6 +90,7 @@ class LLM:
             experts_per_token=experts_per_token,
             quantization=quantization or "none",
             quantize_lm_head=quantize_lm_head,
+            kv_cache_dtype=kv_cache_dtype,
             parallel=ParallelConfig(tensor=tensor_parallel_size, expert=expert_parallel_size),
         )
         self.engine = Engine(self.model, config)

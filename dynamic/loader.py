@@ -15,6 +15,7 @@ from ..exits.sidecar import ExitHeads, load_heads
 from ..kernels.format_join import concatenate, stack_experts
 from ..kernels.formats import QuantizedWeight
 from ..kernels.ops import select_backend
+from ..kernels.kv_codes import KV_DTYPES
 from ..kernels.rounding import quantize_int8
 from ..kernels.torch_backend import TorchBackend
 from ..kernels.types import ExpertWeights, LinearWeights
@@ -70,6 +71,7 @@ def load_model(
     experts_per_token: int | None = None,
     quantization: str = NONE,
     quantize_lm_head: bool = True,
+    kv_cache_dtype: str = "auto",
     parallel: ParallelConfig | None = None,
 ) -> LoadedModel:
     """Load a model by name.
@@ -82,6 +84,7 @@ def load_model(
         progress: show a progress bar.
         experts_per_token: use fewer routed experts per token than the model was made for.
         quantization, quantize_lm_head: see :class:`Quantization`.
+        kv_cache_dtype: what keys and values are kept in: ``auto`` (as the model computes) or ``int8``.
         parallel: the processes that share the model. In all of them but rank 0 this function does not return: they
             work until rank 0 ends, and exit.
 
@@ -102,6 +105,7 @@ def load_model(
         experts_per_token=experts_per_token,
         quantization=quantization,
         quantize_lm_head=quantize_lm_head,
+        kv_cache_dtype=kv_cache_dtype,
         parallel=parallel,
     )
     follow_if_worker(decoder)
@@ -121,6 +125,7 @@ def load_decoder(
     experts_per_token: int | None = None,
     quantization: str = NONE,
     quantize_lm_head: bool = True,
+    kv_cache_dtype: str = "auto",
     parallel: ParallelConfig | None = None,
 ) -> Decoder:
     """Load the decoder of a directory, without its tokenizer. Arguments and errors as for :func:`load_model`.
@@ -129,6 +134,8 @@ def load_decoder(
     contributions of the experts that lie beside the checkpoint come with it.
     """
     wanted = Quantization(method=quantization, lm_head=quantize_lm_head)
+    if kv_cache_dtype not in KV_DTYPES:
+        raise ValueError(f"kv_cache_dtype must be {', '.join(KV_DTYPES)}, not {kv_cache_dtype!r}")
     config, stored = split_config(read_json(path / "config.json"))
     if stored is not None and quantization != NONE:
         raise ValueError(f"the weights in {path} are quantised already: leave quantization={quantization} away")
@@ -147,7 +154,9 @@ def load_decoder(
         layout = shard.layout(layout)
         checkpoint = ShardedCheckpoint(path, shard.cuts)
     builder = _Builder(spec, layout, checkpoint, chosen, read_scales(path, spec), wanted, shard)
-    return builder.build(progress=progress, heads=load_heads(path))
+    decoder = builder.build(progress=progress, heads=load_heads(path))
+    decoder.kv_dtype = KV_DTYPES[kv_cache_dtype] or torch_dtype
+    return decoder
 
 
 def read_generation_defaults(path: Path, spec: ModelSpec) -> dict[str, Any]:

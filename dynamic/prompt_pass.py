@@ -38,4 +38,4 @@ def fresh_cache(decoder: Decoder, lengths: Sequence[int]) -> tuple[list[KVLayer]
         max_query_len=max(lengths),
         max_context_len=max(lengths),
     )
-    return allocate_layers(decoder.spec, int(firsts[-1]), _PAGE, decoder.dtype, device), batch
+    return allocate_layers(decoder.spec, int(firsts[-1]), _PAGE, decoder.kv_dtype, device), batch

@@ -299,7 +299,7 @@ class TorchBackend:
         for projection, layer in zip(projections, layers, strict=True):
             normed_TD = self.rms_norm(x_TD, projection.norm_D, norm_eps)
             k_TX, v_TX = self.linear(normed_TD, projection.kv).chunk(2, -1)
-            head_dim, k_norm = layer.keys_BGPC.shape[-1], projection.k_norm
+            head_dim, k_norm = cos_sin_LC.shape[-1], projection.k_norm
             per_head = k_norm is not None and k_norm.shape[0] == head_dim
             if k_norm is not None and not per_head:
                 k_TX = self.rms_norm(k_TX.contiguous(), k_norm, norm_eps)

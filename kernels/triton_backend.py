@@ -235,6 +235,9 @@ class TritonBackend(TorchBackend):
         batch: AttentionBatch,
         layer: KVLayer,
     ) -> torch.Tensor:
+        if layer.coded:
+            self._fall_back("a cache in int8")
+            return super().rope_and_write(q_THC, k_TGC, v_TGC, cos_sin_LC, batch, layer)
         out_THC = torch.empty(q_THC.shape, dtype=q_THC.dtype, device=q_THC.device)
         self._run([plan_rope_and_write(q_THC, k_TGC, v_TGC, cos_sin_LC, batch, layer, out_THC)])
         return out_THC
@@ -248,8 +251,8 @@ class TritonBackend(TorchBackend):
         scale: float,
         window: int | None = None,
     ) -> torch.Tensor:
-        if q_THC.dtype not in _HALF and not self.interpreted:
-            self._fall_back(f"attention in {q_THC.dtype}")
+        if layer.coded or (q_THC.dtype not in _HALF and not self.interpreted):
+            self._fall_back("a cache in int8" if layer.coded else f"attention in {q_THC.dtype}")
             return super().attention(q_THC, layer, batch, scale=scale, window=window)
         num_heads, head_dim = q_THC.shape[1:]
         num_kv_heads = layer.keys_BGPC.shape[1]

@@ -122,10 +122,15 @@ class KVProjection:
 
 @dataclass(frozen=True, kw_only=True)
 class KVLayer:
-    """Paged keys and values of one layer."""
+    """Paged keys and values of one layer, floating, or int8 with a scale behind each head (``kv_codes.py``)."""
 
     keys_BGPC: torch.Tensor
     values_BGPC: torch.Tensor
+
+    @property
+    def coded(self) -> bool:
+        """Whether codes and scales stand for the numbers."""
+        return self.keys_BGPC.dtype == torch.int8
 
     @property
     def page_size(self) -> int:

@@ -9,12 +9,14 @@ import pytest
 import torch
 from dynamoe.kernels import reference
 from dynamoe.kernels.cpu_backend import CpuBackend
+from dynamoe.kernels.kv_codes import decode, encode
 from dynamoe.kernels.tolerance import TOLERANCE, error
 from dynamoe.kernels.torch_backend import TorchBackend
 from dynamoe.kernels.types import AttentionBatch, KVLayer
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DTYPES = [torch.float32, torch.bfloat16]
+CACHES = [*DTYPES, torch.int8]
 
 
 @pytest.fixture
@@ -27,6 +29,17 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype
     assert error(actual, expected) <= TOLERANCE[dtype]
 
 
+def stored(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As a cache of this dtype keeps heads."""
+    return encode(x) if dtype == torch.int8 else x.to(dtype)
+
+
+def widened(layer: KVLayer) -> KVLayer:
+    """The same cache in float32."""
+    keys, values = (decode(t) if layer.coded else t.float() for t in (layer.keys_BGPC, layer.values_BGPC))
+    return KVLayer(keys_BGPC=keys, values_BGPC=values)
+
+
 def paged_problem(
     backend: CpuBackend, contexts: list[int], rows=None, heads=6, kv_heads=2, channels=40, page=16, cache=None
 ):
@@ -36,14 +49,14 @@ def paged_problem(
     order = torch.randperm(sum(pages)).int()
     table = torch.full((len(contexts), max(pages)), 10**9, dtype=torch.int32)
     shape = (sum(pages), kv_heads, page, channels)
-    keys, values = (torch.full(shape, float("nan"), dtype=cache or backend.dtype) for _ in range(2))
+    keys, values = (stored(torch.full(shape, float("nan")), cache or backend.dtype) for _ in range(2))
     positions, slots = [], []
     for s, length in enumerate(contexts):
         table[s, : pages[s]] = order[sum(pages[:s]) : sum(pages[: s + 1])]
         place = torch.arange(length)
         slot = table[s][place // page].long() * page + place % page
         for part in (keys, values):
-            part[slot // page, :, slot % page] = torch.randn(length, kv_heads, channels).to(part.dtype)
+            part[slot // page, :, slot % page] = stored(torch.randn(length, kv_heads, channels), part.dtype)
         positions.append(place[length - rows[s] :])
         slots.append(slot[length - rows[s] :])
     batch = AttentionBatch(
@@ -60,7 +73,8 @@ def paged_problem(
 
 
 def oracle_attention(q: torch.Tensor, layer: KVLayer, batch: AttentionBatch, **options) -> torch.Tensor:
-    wide = KVLayer(keys_BGPC=layer.keys_BGPC.float().nan_to_num(), values_BGPC=layer.values_BGPC.float().nan_to_num())
+    wide = widened(layer)
+    wide = KVLayer(keys_BGPC=wide.keys_BGPC.nan_to_num(), values_BGPC=wide.values_BGPC.nan_to_num())
     return reference.paged_attention(q.float(), wide, batch, **options)
 
 
@@ -93,6 +107,29 @@ def test_attention_over_a_cache_of_another_dtype(backend: CpuBackend, cache: tor
     )
 
 
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("edge", ATTENTION_EDGES)
+def test_attention_over_codes(backend: CpuBackend, edge: str, window: int | None):
+    q, layer, batch = paged_problem(backend, **ATTENTION_EDGES[edge], cache=torch.int8)
+    expected = oracle_attention(q, layer, batch, scale=0.2, window=window)
+    assert_near(backend.attention(q, layer, batch, scale=0.2, window=window), expected, backend.dtype)
+    plain = TorchBackend("cpu", backend.dtype).attention(q, layer, batch, scale=0.2, window=window)
+    if not batch.query_start_S1.diff().gt(1).any():  # its prefill reads whole pages, which here hold NaN
+        assert_near(plain, expected, backend.dtype)
+
+
+def test_codes_are_as_near_as_their_scale_says():
+    x = torch.randn(50, 3, 40) * torch.logspace(-20, 4, 50)[:, None, None]
+    x[7], x[8, 1] = 0.0, torch.nan
+    back = decode(encode(x))
+    assert encode(x).shape[-1] == 42
+    assert back[8, 1].isnan().all()
+    assert back[7].eq(0).all()
+    kept = torch.arange(50) != 8
+    bound = x[kept].abs().amax(-1, keepdim=True) / 127 * (1 + 2**-7) / 2
+    assert ((back - x)[kept].abs() <= bound * 1.0001).all()
+
+
 def test_pages_behind_the_window_are_never_read(backend: CpuBackend):
     q, layer, batch = paged_problem(backend, [100], [1])
     expected = oracle_attention(q, layer, batch, scale=0.2, window=30)
@@ -100,7 +137,7 @@ def test_pages_behind_the_window_are_never_read(backend: CpuBackend):
     assert_near(backend.attention(q, layer, batch, scale=0.2, window=30), expected, backend.dtype)
 
 
-@pytest.mark.parametrize("cache", DTYPES)
+@pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("channels", [2, 40, 64])
 def test_rope_and_write(backend: CpuBackend, channels: int, cache: torch.dtype):
     _, layer, batch = paged_problem(backend, [21, 3], [20, 2], channels=channels, cache=cache)
@@ -109,13 +146,19 @@ def test_rope_and_write(backend: CpuBackend, channels: int, cache: torch.dtype):
     qkv = torch.randn(rows, 10 * channels).to(backend.dtype)
     q, k, v = (part.unflatten(-1, (-1, channels)) for part in qkv.split((6 * channels, 2 * channels, 2 * channels), -1))
     cos_sin = torch.randn(64, channels)
-    wide = KVLayer(keys_BGPC=layer.keys_BGPC.float(), values_BGPC=layer.values_BGPC.float())
+    wide = widened(layer)
     expected = TorchBackend("cpu", torch.float32).rope_and_write(q.float(), k.float(), v.float(), cos_sin, batch, wide)
     assert_near(backend.rope_and_write(q, k, v, cos_sin, batch, layer), expected, backend.dtype)
-    for got, wanted in ((layer.keys_BGPC, wide.keys_BGPC), (layer.values_BGPC, wide.values_BGPC)):
+    found = widened(layer)
+    for got, wanted in ((found.keys_BGPC, wide.keys_BGPC), (found.values_BGPC, wide.values_BGPC)):
         assert torch.equal(got.isnan(), wanted.isnan())
-        narrower = torch.bfloat16 if torch.bfloat16 in (cache, backend.dtype) else torch.float32
-        assert_near(got.nan_to_num(), wanted.nan_to_num(), narrower)
+        got, wanted = got.nan_to_num(), wanted.nan_to_num()
+        if cache == torch.int8:
+            step = (1 + 2**-7) / 127  # of the codes, in relation to the largest; rotated keys may be bfloat16 before
+            most = 0.51 * step + (2**-8 if backend.dtype == torch.bfloat16 else 0)
+            assert ((got - wanted).abs() <= wanted.abs().amax(-1, keepdim=True) * most).all()
+        else:
+            assert_near(got, wanted, torch.bfloat16 if torch.bfloat16 in (cache, backend.dtype) else torch.float32)
 
 
 def test_positions_and_slots_outside_are_refused(backend: CpuBackend):

@@ -62,10 +62,10 @@ def budget_of(rows: int, layers: int, generator: torch.Generator) -> ExpertBudge
 
 def steps(decoder: Decoder, limited: bool = False) -> tuple[list[torch.Tensor], list[KVLayer]]:
     """A prefill and two decodes, in two segments, with the routers' entropy, and with budgets if they are asked for."""
-    kv = allocate_layers(decoder.spec, 24, PAGE, decoder.dtype, torch.device("cpu"))
+    kv = allocate_layers(decoder.spec, 24, PAGE, decoder.kv_dtype, torch.device("cpu"))
     for layer in kv:
-        layer.keys_BGPC.fill_(torch.nan)
-        layer.values_BGPC.fill_(torch.nan)
+        for pages in (layer.keys_BGPC, layer.values_BGPC):
+            pages.view(torch.uint8).fill_(255)  # NaN in every floating dtype, and NaN as the scale of codes
     found, layers = [], decoder.spec.num_layers
     generator = torch.Generator().manual_seed(0)
     for starts, counts in (([0, 0, 0], [9, 1, 14]), ([9, 1, 14], [1, 1, 1]), ([10, 2, 15], [1, 5, 1])):
@@ -105,6 +105,13 @@ def test_a_stack_with_budgets_equals_its_operations(
         decoder.stack = make_stack(decoder)
     found = assert_equal_steps(decoder, limited=True)
     assert (int(found[-1].sum()) > 0) == (family != "llama")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_stack_over_codes_equals_its_operations(make_checkpoint: Callable[..., Path], dtype: str) -> None:
+    path = make_checkpoint("mixtral", num_hidden_layers=3)
+    decoder = load_decoder(path, dtype=dtype, backend="cpu", kv_cache_dtype="int8")
+    assert_equal_steps(decoder, limited=False)
 
 
 @pytest.mark.parametrize("method", ["int8", "w8a8", "int4-g32-asym", "fp8-block"])

@@ -126,13 +126,15 @@ class TestTokensOfTransformers:
 
 @pytest.mark.parametrize(
     ("name", "kept"),
-    [("llama", "float32"), *(("qwen2_moe", kept) for kept in ("float32", "int8", "w8a8", "int4", "fp8"))],
+    [("llama", "float32"), *(("qwen2_moe", kept) for kept in ("float32", "int8", "w8a8", "int4", "fp8", "int8 cache"))],
 )
 @pytest.mark.parametrize("sampling", ["greedy", "seeded"])
 def test_a_request_gives_the_same_tokens_alone_and_among_15_others(
     name: str, kept: str, sampling: str, make_checkpoint: Callable[..., Path]
 ) -> None:
     settings = {"dtype": kept} if kept == "float32" else {"dtype": "bfloat16", "quantization": kept}
+    if kept == "int8 cache":
+        settings = {"dtype": "bfloat16", "kv_cache_dtype": "int8"}
     model = load_model(make_checkpoint(name), progress=False, **settings)
     prompts = random_prompts((5, 40, 17, 64, 3, 29, 31, 8, 100, 12, 50, 2, 77, 9, 21, 33), seed=1)
     params = [

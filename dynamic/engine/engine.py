@@ -58,7 +58,7 @@ class Engine:
         self.config = config = config or EngineConfig()
         spec, decoder = model.spec, model.decoder
         self.vocab_size: int = spec.vocab_size
-        num_pages = count_pages(config, spec, decoder.dtype, torch.device(decoder.device))
+        num_pages = count_pages(config, spec, decoder.kv_dtype, torch.device(decoder.device))
         self.max_model_len = _longest_sequence(config, spec.max_position, num_pages)
         pool = BlockPool(num_pages)
         cache = PrefixCache(pool, config.block_size, config.enable_prefix_caching)

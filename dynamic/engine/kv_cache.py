@@ -1,6 +1,6 @@
 """Memory for keys and values: how many pages there are, and the tensors that hold them.
 
-Shape suffixes: B pages, G key/value heads, P tokens per page, C channels of one head.
+Shape suffixes: B pages, G key/value heads, P tokens per page, C channels of one head as they are stored.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ...kernels.kv_codes import stored_channels
 from ...kernels.types import KVLayer
 from .config import EngineConfig
 
@@ -61,7 +62,8 @@ def _cgroup_headroom() -> int:
 
 def bytes_per_page(spec: ModelSpec, dtype: torch.dtype, page_size: int) -> int:
     """Keys and values of all layers for one page."""
-    return 2 * spec.num_layers * spec.num_kv_heads * page_size * spec.head_dim * dtype.itemsize
+    channels = stored_channels(spec.head_dim, dtype)
+    return 2 * spec.num_layers * spec.num_kv_heads * page_size * channels * dtype.itemsize
 
 
 def count_pages(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> int:
@@ -87,7 +89,7 @@ def allocate_layers(
     spec: ModelSpec, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
 ) -> list[KVLayer]:
     """Zeroed keys and values of every layer: attention multiplies slots it must not see by zero, so no slot is NaN."""
-    shape = (num_pages, spec.num_kv_heads, page_size, spec.head_dim)
+    shape = (num_pages, spec.num_kv_heads, page_size, stored_channels(spec.head_dim, dtype))
     zeros = _lazy_zeros if device.type == "cpu" else torch.zeros
     pairs = [[zeros(shape, dtype=dtype, device=device) for _ in range(2)] for _ in range(spec.num_layers)]
     return [KVLayer(keys_BGPC=keys, values_BGPC=values) for keys, values in pairs]

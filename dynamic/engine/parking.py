@@ -59,7 +59,7 @@ class SegmentTimes:
 def measure_times(decoder: Decoder, page_size: int, max_rows: int) -> SegmentTimes:
     """Time the segments on random tokens, whose rows choose experts as differently as those of separate requests do."""
     sizes = [1 << i for i in range(max(max_rows - 1, 0).bit_length() + 1)]
-    kv = allocate_layers(decoder.spec, sizes[-1], page_size, decoder.dtype, torch.device(decoder.device))
+    kv = allocate_layers(decoder.spec, sizes[-1], page_size, decoder.kv_dtype, torch.device(decoder.device))
     generator = torch.Generator().manual_seed(0)
     segments: list[list[float]] = [[] for _ in decoder.segments]
     head: list[float] = []

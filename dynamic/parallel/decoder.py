@@ -40,7 +40,7 @@ class ParallelDecoder(Decoder):
 
     def allocate_cache(self, num_pages: int, page_size: int) -> list[KVLayer]:
         self._tell(Message(operation=Operation.ALLOCATE, arguments=(num_pages, page_size)))
-        return allocate_layers(self.local_spec, num_pages, page_size, self.dtype, self.device)
+        return allocate_layers(self.local_spec, num_pages, page_size, self.kv_dtype, self.device)
 
     def copy_pages(self, kv: list[KVLayer], copies: list[tuple[int, int]]) -> None:
         self._tell(Message(operation=Operation.COPY, blocks=tuple(torch.tensor(copies).T)))

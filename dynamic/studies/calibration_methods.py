@@ -82,6 +82,7 @@ def compare_methods(config: SweepConfig) -> Evaluation:
         config.model, dtype=config.dtype, device=config.device, backend=config.backend, progress=False,
         experts_per_token=config.moe.experts_per_token, max_num_seqs=config.engine.max_num_seqs,
         quantization=config.quantization, quantize_lm_head=config.quantize_lm_head,
+        kv_cache_dtype=config.kv_cache_dtype,
     )  # fmt: skip
     source, measured = _pool(config, llm)
     losses_MN, layers_M = np.stack([m.losses_N for m in measured]), np.array([m.layers_share for m in measured])

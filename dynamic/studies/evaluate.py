@@ -39,13 +39,14 @@ class ReferenceConfig:
         model: null takes the model that is measured; another one must have the same vocabulary.
         dtype: null takes the measured one's.
         experts_per_token: as moe.experts_per_token; null takes the checkpoint's own number.
-        quantization: as ``dynamoe serve`` takes it; null takes the measured one's.
+        quantization, kv_cache_dtype: as ``dynamoe serve`` takes them; null takes the measured one's.
     """
 
     model: str | None = None
     dtype: str | None = None
     experts_per_token: int | None = None
     quantization: str | None = "none"
+    kv_cache_dtype: str | None = "auto"
 
 
 @dataclass(kw_only=True)
@@ -187,6 +188,7 @@ def _load(config: EvaluateConfig, progress: bool) -> LLM:
         experts_per_token=config.moe.experts_per_token,
         quantization=config.quantization,
         quantize_lm_head=config.quantize_lm_head,
+        kv_cache_dtype=config.kv_cache_dtype,
         certificates=None if config.quality.uncertified else config.quality.certificates,
         max_model_len=engine.max_model_len,
         max_num_seqs=engine.max_num_seqs,
@@ -203,6 +205,7 @@ def _reference(config: EvaluateConfig, llm: LLM, progress: bool) -> Decoder:
     wanted = config.reference
     same = wanted.model in (None, config.model) and wanted.dtype in (None, config.dtype)
     same = same and wanted.quantization in (None, config.quantization)
+    same = same and wanted.kv_cache_dtype in (None, config.kv_cache_dtype)
     if same and wanted.experts_per_token == config.moe.experts_per_token:
         return llm.model.decoder
     model = load_model(
@@ -214,6 +217,7 @@ def _reference(config: EvaluateConfig, llm: LLM, progress: bool) -> Decoder:
         experts_per_token=wanted.experts_per_token,
         quantization=config.quantization if wanted.quantization is None else wanted.quantization,
         quantize_lm_head=config.quantize_lm_head,
+        kv_cache_dtype=wanted.kv_cache_dtype or config.kv_cache_dtype,
     )
     if model.spec.vocab_size != llm.model.spec.vocab_size:
         raise ValueError(

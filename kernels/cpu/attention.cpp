@@ -135,7 +135,7 @@ class Attend {
       plan.score_gemm.pack(panel + tiles_.start(t) * query_bytes, rows, tiles_.size(t),
                            static_cast<int>(call.channels));
     }
-    keys_ = scratch(Buffer::keys).get<uint32_t>(2 * plan.cells * kBlockOutputs + kKeyBlock * call.channels);
+    keys_ = scratch(Buffer::keys).get<uint32_t>(2 * plan.cells * kBlockOutputs + 2 * kKeyBlock * call.channels);
     scores_ = scratch(Buffer::scores).get<float>(2 * kMaxTileRows * kKeyBlock + 2 * kMaxTileRows * kBlockOutputs);
   }
 
@@ -147,6 +147,7 @@ class Attend {
   // Takes one block of keys, as far as the rows may see it. `ahead`: where the rows of what comes next lie, or null.
   void take(const Block& block, const Partial& partial, const void* const* ahead) {
     load(block);
+    if (plan_.call.values.dtype == Dtype::int8) ahead = fetch(ahead);
     for (int64_t t = 0; t < tiles_.count; ++t) multiply(block.first, t, partial, t ? nullptr : ahead);
   }
 
@@ -189,8 +190,14 @@ class Attend {
     const int channels = static_cast<int>(call.channels);
     const void* rows[2 * kKeyBlock];
     block.rows_of(call, kv_head_, rows);
-    if (call.keys.dtype != plan_.dtype) {
-      float* wide = reinterpret_cast<float*>(keys_ + 2 * plan_.cells * kBlockOutputs);
+    float* wide = reinterpret_cast<float*>(keys_ + 2 * plan_.cells * kBlockOutputs);
+    if (call.keys.dtype == Dtype::int8) {
+      for (int i = 0; i < 2 * kKeyBlock; ++i, wide += channels) {
+        if (!rows[i]) continue;
+        plan_.kernels.decode_head(rows[i], wide, channels);
+        rows[i] = wide;
+      }
+    } else if (call.keys.dtype != plan_.dtype) {
       for (int i = 0; i < kKeyBlock; ++i, wide += channels) {
         if (!rows[i]) continue;
         plan_.kernels.widen(static_cast<const uint16_t*>(rows[i]), wide, channels);
@@ -201,6 +208,14 @@ class Attend {
     for (int half = 0; half < 2; ++half)
       plan_.kernels.transpose_cells(keys_ + half * plan_.cells * kBlockOutputs, kBlockOutputs,
                                     rows + half * kBlockOutputs, kBlockOutputs, channels * element_bytes(plan_.dtype));
+  }
+
+  // Asks for the codes of what comes next; products ask for rows of their own dtype.
+  const void* const* fetch(const void* const* ahead) const {
+    for (int i = 0; ahead && i < 2 * kKeyBlock; ++i)
+      for (int64_t byte = 0; byte < plan_.call.channels; byte += 64)
+        __builtin_prefetch(static_cast<const char*>(ahead[i]) + byte);
+    return nullptr;
   }
 
   void multiply(int64_t block, int64_t t, const Partial& partial, const void* const* ahead) {
@@ -238,8 +253,12 @@ class Attend {
       }
     }
     plan_.kernels.gemm[0].pack(probabilities, rows, size, kKeyBlock);
-    plan_.kernels.weigh_values(size, probabilities, values_, plan_.call.values.dtype,
+    plan_.kernels.weigh_values(size, probabilities, values_, values_dtype(),
                                static_cast<int>(plan_.call.channels), accumulator, ahead);
+  }
+
+  Dtype values_dtype() const {  // as `load` leaves them
+    return plan_.call.values.dtype == Dtype::int8 ? Dtype::fp32 : plan_.call.values.dtype;
   }
 
   const Plan& plan_;

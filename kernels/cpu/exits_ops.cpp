@@ -81,13 +81,12 @@ void project_kv_op(int64_t isa, const Tensor& x, at::TensorList norms, at::Tenso
   call.rows = rows;
   call.hidden = hidden;
   call.kv_heads = keys[0].size(1);
-  call.channels = keys[0].size(3);
+  call.channels = cos_sin.size(-1);
   call.page_size = keys[0].size(2);
   call.dtype = dtype_of(norms[0], "a norm");
   call.eps = static_cast<float>(eps);
   call.clip = static_cast<float>(clip);
-  TORCH_CHECK_VALUE(cos_sin.dim() == 2 && cos_sin.size(1) == call.channels, "rotary table of shape ", cos_sin.sizes(),
-                    " does not fit heads of ", call.channels);
+  TORCH_CHECK_VALUE(cos_sin.dim() == 2, "the rotary table must be a matrix, not of shape ", cos_sin.sizes());
   call.cos_sin = data_of<float>(cos_sin, at::kFloat, cos_sin.numel(), "cos_sin");
   call.positions = data_of<int64_t>(positions, at::kLong, rows, "positions");
   call.slots = data_of<int64_t>(slots, at::kLong, rows, "slots");
@@ -117,8 +116,8 @@ void project_kv_op(int64_t isa, const Tensor& x, at::TensorList norms, at::Tenso
                       "a key norm must have ", call.channels, " or ", width, " entries, not ", call.k_norm_width);
     TORCH_CHECK_VALUE(keys[layer].sizes() == keys[0].sizes() && values[layer].sizes() == keys[0].sizes(),
                       "the caches must have one shape");
-    call.keys = cache_of(keys[layer], "keys");
-    call.values = cache_of(values[layer], "values");
+    call.keys = cache_of(keys[layer], call.channels, "keys");
+    call.values = cache_of(values[layer], call.channels, "values");
     call.scratch = static_cast<char*>(scratch.data_ptr()) + layer * elements * element_bytes(call.dtype);
     calls.push_back(call);
   }

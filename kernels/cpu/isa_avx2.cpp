@@ -16,6 +16,7 @@ constexpr bool kPairs = false;
 #include "simd_avx2.h"
 #include "transpose_portable.h"
 #include "row_kernels.h"
+#include "kv_codes.h"
 #include "tile_kernels.h"
 #include "fp8_plain.h"
 #include "quant_rows.h"

@@ -16,6 +16,7 @@ constexpr int kCodesAhead = 4096;
 
 #include "simd_avx512.h"
 #include "row_kernels.h"
+#include "kv_codes.h"
 #include "tile_kernels.h"
 #include "fp8_avx512.h"
 #include "quant_rows.h"

@@ -16,6 +16,7 @@ constexpr int kCodesAhead = 0;  // Zen 4 reads 4-bit codes twice as fast when it
 
 #include "simd_avx512.h"
 #include "row_kernels.h"
+#include "kv_codes.h"
 #include "tile_kernels.h"
 #include "fp8_avx512.h"
 #include "quant_rows.h"

@@ -25,6 +25,8 @@
       add,                                                                                       \
       convert,                                                                                   \
       widen,                                                                                     \
+      encode_head,                                                                               \
+      decode_head,                                                                               \
       rms_norm,                                                                                  \
       rope,                                                                                      \
       softmax_step,                                                                              \

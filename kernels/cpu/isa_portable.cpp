@@ -13,6 +13,7 @@ constexpr bool kPairs = false;
 #include "simd_portable.h"
 #include "transpose_portable.h"
 #include "row_kernels.h"
+#include "kv_codes.h"
 #include "tile_kernels.h"
 #include "fp8_plain.h"
 #include "quant_rows.h"

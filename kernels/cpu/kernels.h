@@ -15,10 +15,12 @@ constexpr int kGatedOutputs = 16;  // a gated block holds 16 gate outputs, then 
 constexpr int kMaxTileRows = 12;
 constexpr int kKeyBlock = 64;  // keys that attention takes in one step, aligned to multiples of it
 
-enum class Dtype : int { fp32 = 0, bf16 = 1 };
+// int8 is for keys and values in the cache only: a head's codes, then their scale.
+enum class Dtype : int { fp32 = 0, bf16 = 1, int8 = 2 };
 enum class Activation : int { silu = 0, gelu = 1, gelu_tanh = 2 };
 
-inline int element_bytes(Dtype dtype) { return dtype == Dtype::bf16 ? 2 : 4; }
+constexpr int kScaleBytes = 2;  // behind the codes of a head
+inline int element_bytes(Dtype dtype) { return dtype == Dtype::fp32 ? 4 : dtype == Dtype::bf16 ? 2 : 1; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // What a product asks memory for while it runs: cell c fetches the line at `first` + c * `step` and the line after it.
@@ -93,7 +95,7 @@ struct Gemm {
 
 struct Kernels {
   const char* name;
-  Gemm gemm[2];    // by Dtype
+  Gemm gemm[2];    // by Dtype, fp32 and bf16
   Quant quant;
 
   // dst[cell * dst_stride + r] = cell of rows[r]; a null row reads as zeros. num_rows <= 32.
@@ -117,6 +119,9 @@ struct Kernels {
   void (*add)(const void* added, Dtype dtype, float scale, float* sum, int n);
   void (*convert)(const float* in, void* out, int n, Dtype out_dtype);
   void (*widen)(const uint16_t* in, float* out, int n);
+  // n channels of a head as the int8 cache keeps them: n codes and their scale.
+  void (*encode_head)(const float* in, void* out, int n);
+  void (*decode_head)(const void* in, float* out, int n);
   void (*rms_norm)(const void* x, Dtype x_dtype, const void* residual, float scale, const void* weight,
                    Dtype weight_dtype, float eps, int n, void* sum, Dtype stream_dtype, void* out);
   void (*rope)(const void* in, const float* cos_sin, int channels, void* out, Dtype dtype);

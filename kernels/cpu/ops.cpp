@@ -99,8 +99,8 @@ Tensor rope_and_write_op(int64_t isa, const Tensor& q, const Tensor& k, const Te
   call.cos_sin = contiguous_data<float>(cos_sin, at::kFloat, "cos_sin");
   call.positions = contiguous_data<int64_t>(positions, at::kLong, "positions");
   call.slots = contiguous_data<int64_t>(slots, at::kLong, "slots");
-  call.keys = cache_of(keys, "keys");
-  call.values = cache_of(values, "values");
+  call.keys = cache_of(keys, q.size(2), "keys");
+  call.values = cache_of(values, q.size(2), "values");
   call.page_size = keys.size(2);
   for (int64_t t = 0; t < q.size(0); ++t) {
     TORCH_CHECK_INDEX(0 <= call.positions[t] && call.positions[t] < cos_sin.size(0), "position ", call.positions[t],
@@ -117,8 +117,8 @@ Tensor attention_op(int64_t isa, const Tensor& q, const Tensor& keys, const Tens
                     const Tensor& query_start, const Tensor& context_len, const Tensor& block_table, double scale,
                     int64_t window) {
   Tensor out = at::empty(q.sizes(), q.options());
-  AttentionCall call{head_rows_of(q, "q"),       q.size(1),   keys.size(1), q.size(2), cache_of(keys, "keys"),
-                     cache_of(values, "values"), keys.size(2)};
+  AttentionCall call{head_rows_of(q, "q"),       q.size(1),   keys.size(1), q.size(2), cache_of(keys, q.size(2), "keys"),
+                     cache_of(values, q.size(2), "values"), keys.size(2)};
   TORCH_CHECK_VALUE(keys.size(1) > 0 && q.size(1) % keys.size(1) == 0, q.size(1), " query heads do not divide among ",
                     keys.size(1), " key heads");
   call.positions = contiguous_data<int64_t>(positions, at::kLong, "positions");

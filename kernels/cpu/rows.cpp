@@ -25,6 +25,14 @@ void rope_and_write(const Context& context, const RopeCall& call) {
   const auto write = [&](const void* from, void* to, Dtype to_dtype) {
     if (to_dtype == call.q.dtype) {
       std::memcpy(to, from, head_bytes);
+    } else if (to_dtype == Dtype::int8) {
+      const float* wide = static_cast<const float*>(from);
+      if (call.q.dtype == Dtype::bf16) {
+        float* widened = scratch(Buffer::hidden).get<float>(channels);
+        kernels.widen(static_cast<const uint16_t*>(from), widened, channels);
+        wide = widened;
+      }
+      kernels.encode_head(wide, to, channels);
     } else if (to_dtype == Dtype::fp32) {
       kernels.widen(static_cast<const uint16_t*>(from), static_cast<float*>(to), channels);
     } else {

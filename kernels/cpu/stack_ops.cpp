@@ -213,10 +213,10 @@ class StackHolder : public torch::CustomClassHolder {
                       cos_sin.sizes(), " does not fit heads of ", shape.channels);
     Caches caches{{}, {}, keys[0].size(2), contiguous_data<float>(cos_sin, at::kFloat, "cos_sin")};
     for (size_t layer = 0; layer < keys.size(); ++layer) {
-      caches.keys.push_back(cache_of(keys[layer], "keys"));
-      caches.values.push_back(cache_of(values[layer], "values"));
+      caches.keys.push_back(cache_of(keys[layer], shape.channels, "keys"));
+      caches.values.push_back(cache_of(values[layer], shape.channels, "values"));
       TORCH_CHECK_VALUE(keys[layer].sizes() == keys[0].sizes() && values[layer].sizes() == keys[0].sizes() &&
-                            keys[layer].size(1) == shape.kv_heads && keys[layer].size(3) == shape.channels,
+                            keys[layer].size(1) == shape.kv_heads,
                         "a cache of shape ", keys[layer].sizes(), " does not fit the model");
     }
     return caches;

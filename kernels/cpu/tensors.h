@@ -61,10 +61,14 @@ inline uint32_t* words(const Tensor& t, int64_t count, const char* name) {
   return static_cast<uint32_t*>(t.data_ptr());
 }
 
-inline Cache cache_of(const Tensor& t, const char* name) {
+// Keys or values of heads of `channels`: floating, or int8 codes with their scale behind them.
+inline Cache cache_of(const Tensor& t, int64_t channels, const char* name) {
   TORCH_CHECK_VALUE(t.dim() == 4 && t.stride(3) == 1, name,
                     " must have four dimensions and contiguous channels, not strides ", t.strides());
-  return {t.data_ptr(), dtype_of(t, name), t.stride(0), t.stride(1), t.stride(2)};
+  const Dtype dtype = t.scalar_type() == at::kChar ? Dtype::int8 : dtype_of(t, name);
+  TORCH_CHECK_VALUE(t.size(3) == channels + (dtype == Dtype::int8 ? kScaleBytes : 0), name, " of shape ", t.sizes(),
+                    " and type ", t.scalar_type(), " do not hold heads of ", channels, " channels");
+  return {t.data_ptr(), dtype, t.stride(0), t.stride(1), t.stride(2)};
 }
 
 // Uninitialised packed weights of `count` words.
