@@ -1,0 +1,92 @@
+"""What keys and values in int8 cost and save: ``python benchmarks/kv_cache.py default tiny``.
+
+Perplexity, agreement and divergence on the fifth of Python's language reference that calibration never sees: the model
+in float32 with its cache in float32 against the same with its cache in int8. Then bytes per token against bfloat16, and
+how many requests of one length run in a pool of equal bytes before the first is preempted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from checkout import RESULTS
+from dynamoe.dynamic.calibration_text import reference_pages, token_windows
+from dynamoe.dynamic.engine.config import EngineConfig
+from dynamoe.dynamic.engine.engine import Engine
+from dynamoe.dynamic.engine.kv_cache import bytes_per_page
+from dynamoe.dynamic.loader import load_decoder, load_model
+from dynamoe.dynamic.machine import processor
+from dynamoe.dynamic.model_store import resolve_model
+from dynamoe.dynamic.sampling_params import SamplingParams
+from dynamoe.dynamic.tokenizer import Tokenizer
+from quantization_quality import compare, log_probabilities
+
+POOL_PAGES = 96  # of bfloat16; int8 gets as many bytes
+NEW_TOKENS, PROMPT_TOKENS = 120, 8
+PAGES_EACH = (NEW_TOKENS + PROMPT_TOKENS) // 16
+
+
+def quality(model: str, windows: int, window_tokens: int) -> dict[str, float]:
+    """int8 against the model's own numbers, both in float32."""
+    path = resolve_model(model)
+    text = token_windows(
+        Tokenizer.from_directory(path).backend, reference_pages(held_out=True), count=windows, length=window_tokens
+    )
+    plain = load_decoder(path, dtype="float32", device="cpu")
+    with torch.inference_mode():
+        expected = list(log_probabilities(plain, text))
+    plain.kv_dtype = torch.int8
+    return compare(expected, plain, text)
+
+
+def requests_without_preemption(model: str, kv_cache_dtype: str, memory: int) -> int:
+    """How many requests that begin small and grow to one length a pool holds."""
+    loaded = load_model(model, dtype="bfloat16", kv_cache_dtype=kv_cache_dtype, progress=False)
+    config = EngineConfig(kv_memory=memory, max_num_seqs=256, enable_prefix_caching=False)
+    params = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    for count in range(1, 256):
+        engine = Engine(loaded, config)
+        for number in range(count):
+            engine.add_request(str(number), list(range(3 + number, 3 + number + PROMPT_TOKENS)), params)
+        while engine.has_unfinished():
+            engine.step()
+        if engine.stats().preemptions:
+            return count - 1
+    raise AssertionError("nothing was ever preempted")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", help="tiny, default, or directories")
+    parser.add_argument("--windows", type=int, default=24, help="pieces of held-out text")
+    parser.add_argument("--window-tokens", type=int, default=512)
+    args = parser.parse_args()
+    found: dict[str, Any] = {}
+    for model in args.models:
+        row: dict[str, Any] = quality(model, args.windows, args.window_tokens)
+        spec = load_model(model, progress=False).spec
+        kept = {"bfloat16": bytes_per_page(spec, torch.bfloat16, 1), "int8": bytes_per_page(spec, torch.int8, 1)}
+        row |= {"bytes_per_token": kept, "memory": kept["int8"] / kept["bfloat16"]}
+        memory = 16 * kept["bfloat16"] * POOL_PAGES
+        row["requests_before_preemption"] = {
+            name: requests_without_preemption(model, asked, memory)
+            for name, asked in (("bfloat16", "auto"), ("int8", "int8"))
+        }
+        found[Path(model).name] = row
+        print(model, json.dumps(row, indent=1), flush=True)
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "processor": processor(),
+        "settings": {"windows": args.windows, "window_tokens": args.window_tokens, "pages": POOL_PAGES},
+        "models": found,
+    }
+    (RESULTS / "kv_cache.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
