@@ -14,8 +14,8 @@ import torch
 from ..exits.sidecar import ExitHeads, load_heads
 from ..kernels.format_join import concatenate, stack_experts
 from ..kernels.formats import QuantizedWeight
-from ..kernels.ops import select_backend
 from ..kernels.kv_codes import KV_DTYPES
+from ..kernels.ops import select_backend
 from ..kernels.rounding import quantize_int8
 from ..kernels.torch_backend import TorchBackend
 from ..kernels.types import ExpertWeights, LinearWeights

@@ -109,7 +109,9 @@ def test_router_entropy_equals_the_oracle(dtype: torch.dtype, experts: int) -> N
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("coded", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_projected_keys_and_values_equal_the_oracle(norm: str, q_size: int, biased: bool, dtype: torch.dtype, coded: bool) -> None:
+def test_projected_keys_and_values_equal_the_oracle(
+    norm: str, q_size: int, biased: bool, dtype: torch.dtype, coded: bool
+) -> None:
     hidden, heads, channels, page, rows, num_layers = 48, 3, 8, 4, 21, 2
     clip = 1.0 if norm == "full" else None
     x_TD, table = torch.randn(rows, hidden) * 5, torch.randn(64, channels)

@@ -30,7 +30,7 @@ FORMATS = ("int8", "int4", "int8 cache")
 
 
 def loading(case: str) -> dict[str, Any]:
-    """How weights, keys and values are kept: in float32, or quantised and in bfloat16, where rows become integers too."""
+    """How weights, keys and values are kept: float32, or quantised and bfloat16, where rows become integers too."""
     if case == "int8 cache":
         return {"dtype": "bfloat16", "kv_cache_dtype": "int8"}
     return {"dtype": "bfloat16", "quantization": case} if case in FORMATS else {"dtype": "float32"}
