@@ -18,7 +18,7 @@ from ..exits.segments import Segment, split_into_segments
 from ..kernels.formats import QuantizedWeight
 from ..kernels.stack import Stack, StackExit, StackLayer, StackResult, StackShape
 from ..kernels.torch_backend import TorchBackend
-from ..kernels.types import AttentionBatch, ExpertBudget, ExpertWeights, KVLayer, LinearWeights, Routing
+from ..kernels.types import AttentionBatch, ExitDecision, ExpertBudget, ExpertWeights, KVLayer, LinearWeights, Routing
 from .decoder_exits import DecoderExit
 from .engine.kv_cache import allocate_layers, copy_pages
 from .rope import rope_table
@@ -207,6 +207,19 @@ class Decoder:
         assert self.stack is not None
         self.reserve_positions(batch.max_context_len)
         return self.stack.run_with_exits(x_TD, kv, self.cos_sin_LC, batch, thresholds_NT, budget)
+
+    @torch.inference_mode()
+    def decide(
+        self,
+        exit: DecoderExit,
+        x_RD: torch.Tensor,
+        thresholds_R: torch.Tensor,
+        previous_RD: torch.Tensor | None = None,
+        router_entropy_R: torch.Tensor | None = None,
+    ) -> ExitDecision:
+        """Which rows leave at an exit; see :meth:`TorchBackend.exit_decide`."""
+        assert exit.probe is not None
+        return self.backend.exit_decide(x_RD, exit.probe, thresholds_R, previous_RD, router_entropy_R)
 
     @torch.inference_mode()
     def read_out(self, exit: DecoderExit, x_RD: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 from dynamoe import LLM, SamplingParams
 from dynamoe.dynamic.deployment import deployment
 from dynamoe.dynamic.parallel.decoder import ParallelDecoder
+from dynamoe.dynamic.parallel.pipeline import PipelineDecoder
 
 PROMPTS = [[5, 9, 200, 31], [7] * 40, list(range(3, 90)), [11, 12], [250, 3, 77, 8, 120, 4]]
 
@@ -37,6 +38,17 @@ def tokens(
     if isinstance(decoder, ParallelDecoder):
         context = decoder.context
         found |= {"sums": context.sums, "broadcasts": context.broadcasts, "bytes": context.bytes_gathered}
+    if isinstance(decoder, PipelineDecoder):
+        links = decoder.links
+        found |= {
+            "stages": [[layers.start, layers.stop] for layers in decoder.stages.layers],
+            "read": decoder.read_bytes,
+            "ahead": links.bytes_ahead,
+            "owed": links.bytes_owed,
+            "back": links.bytes_back,
+            "still_owed": decoder.rows_owed * 4 * decoder.spec.hidden_size,
+            "messages": links.messages_ahead,
+        }
     return found
 
 

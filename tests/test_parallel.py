@@ -51,18 +51,19 @@ def run_job(folder: Path, processes: int, **job: Any) -> dict[str, Any]:
     return json.loads((folder / "answer.json").read_text())
 
 
-def compare(folder: Path, model: str, tensor: int, expert: int, **job: Any) -> dict[str, Any]:
+def compare(folder: Path, model: str, tensor: int, expert: int, pipeline: int = 1, **job: Any) -> dict[str, Any]:
     """Greedy tokens and launched rows of several processes against those of one."""
-    arguments = {"tensor_parallel_size": tensor, "expert_parallel_size": expert}
+    sizes = {"tensor": tensor, "expert": expert, "pipeline": pipeline}
+    arguments = {f"{axis}_parallel_size": size for axis, size in sizes.items()}
     with ThreadPoolExecutor(2) as pool:
         one = pool.submit(run_job, folder / "one", 1, model=model, arguments={}, **job)
-        several = pool.submit(run_job, folder / "several", tensor * expert, model=model, arguments=arguments, **job)
+        several = pool.submit(run_job, folder / "several", tensor * expert * pipeline, model=model, arguments=arguments, **job)
         alone, together = one.result(), several.result()
     assert together["tokens"] == alone["tokens"]
     assert together["rows"] == alone["rows"]
     # Certificates of one process are refused by several: sums run in another order.
     assert "processes" not in alone["deployment"]
-    assert together["deployment"]["processes"] == f"tensor {tensor}, expert {expert}"
+    assert together["deployment"]["processes"] == str(ParallelConfig(**sizes))
     return together
 
 
