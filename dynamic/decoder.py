@@ -336,13 +336,18 @@ def with_always_on(routing: Routing, count: int) -> Routing:
     )
 
 
-def make_stack(decoder: Decoder) -> Stack | None:
-    """The decoder's layers and exits as one thing, where the backend has that and can do what the model needs."""
+def make_stack(decoder: Decoder, held: range | None = None) -> Stack | None:
+    """The decoder's layers and exits as one thing, where the backend has that and can do what the model needs.
+
+    Arguments:
+        held: numbers of the layers to take, without the exits; None takes all of both.
+    """
     spec = decoder.spec
     if spec.clip_qkv is not None:
         return None
     layers = []
-    for weights, layer in zip(decoder.layers, spec.layers, strict=True):
+    for number in range(spec.num_layers) if held is None else held:
+        weights, layer = decoder.layers[number], spec.layers[number]
         moe = layer.moe if layer.moe and not layer.moe.is_dense else None
         if weights.shared is not None or (moe and moe.num_always_on):
             return None
@@ -373,6 +378,6 @@ def make_stack(decoder: Decoder) -> Stack | None:
     )
     exits = [
         StackExit(after_layers=e.after_layers, down=e.down, up=e.up, probe=e.probe, projections=e.projections)
-        for e in decoder.exits.values()
+        for e in (decoder.exits.values() if held is None else ())
     ]
     return decoder.backend.make_stack(shape, layers, exits)

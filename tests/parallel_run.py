@@ -43,11 +43,13 @@ def tokens(
         found |= {
             "stages": [[layers.start, layers.stop] for layers in decoder.stages.layers],
             "read": decoder.read_bytes,
+            "cached_layers": [number for number, layer in enumerate(llm.engine.runner.kv) if layer.keys_BGPC.numel()],
             "ahead": links.bytes_ahead,
             "owed": links.bytes_owed,
             "back": links.bytes_back,
+            "decisions": links.bytes_decided,
             "still_owed": decoder.rows_owed * 4 * decoder.spec.hidden_size,
-            "messages": links.messages_ahead,
+            "row": 4 * decoder.spec.hidden_size,
         }
     return found
 

@@ -55,9 +55,10 @@ def compare(folder: Path, model: str, tensor: int, expert: int, pipeline: int = 
     """Greedy tokens and launched rows of several processes against those of one."""
     sizes = {"tensor": tensor, "expert": expert, "pipeline": pipeline}
     arguments = {f"{axis}_parallel_size": size for axis, size in sizes.items()}
+    processes = tensor * expert * pipeline
     with ThreadPoolExecutor(2) as pool:
         one = pool.submit(run_job, folder / "one", 1, model=model, arguments={}, **job)
-        several = pool.submit(run_job, folder / "several", tensor * expert * pipeline, model=model, arguments=arguments, **job)
+        several = pool.submit(run_job, folder / "several", processes, model=model, arguments=arguments, **job)
         alone, together = one.result(), several.result()
     assert together["tokens"] == alone["tokens"]
     assert together["rows"] == alone["rows"]
@@ -78,6 +79,52 @@ def test_tokens_are_those_of_one_process(
     found = compare(tmp_path, str(make_checkpoint(family)), tensor, expert)
     # Two sums per layer with a tensor axis, one without; the plan of a step and the cache's size are broadcast.
     assert found["sums"] % (3 * (2 if tensor > 1 else 1)) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["granitemoe", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_tokens_of_stages(make_checkpoint: Callable[..., Path], tmp_path: Path, family: str, tensor: int) -> None:
+    path = make_checkpoint(family)
+    found = compare(tmp_path, str(path), tensor, 1, 2)
+    assert found["stages"] == [[0, 1], [1, 3]]
+    assert found["cached_layers"] == [0]
+    # Every row crosses once, and comes back once: one vector of float32 each.
+    assert found["ahead"] == found["back"] == found["rows"][0] * found["row"]
+    assert found["owed"] == found["decisions"] == 0
+    whole = Checkpoint(path)
+    total = sum(whole.view(name).nbytes for name in whole)
+    ends = sum(whole.view(name).nbytes for name in whole if ".layers." not in name)
+    if tensor == 1:  # nothing is read twice, and layers are read where they run
+        assert sum(found["read"]) == total
+        assert found["read"][0] == ends + sum(whole.view(n).nbytes for n in whole if ".layers.0." in n)
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 2), pytest.param(2, 2, marks=pytest.mark.slow), (1, 3)])
+def test_rows_that_leave_never_run_on_the_next_stage(
+    make_exits: Callable[..., Path], tmp_path: Path, tensor: int, pipeline: int
+) -> None:
+    probe = {"previous": True, "router_entropy": True}
+    model = make_exits("mixtral", {1: 0.3, 2: 0.3, 4: 0.3}, probe, num_hidden_layers=6)
+    thresholds = {"1": 0.5, "2": 0.5, "4": 0.5}
+    found = compare(tmp_path, str(model), tensor, 1, pipeline, thresholds=thresholds)
+    rows, row = found["rows"], found["row"]
+    assert rows[0] > rows[1] > rows[2] > rows[3]
+    assert found["stages"] == {2: [[0, 2], [2, 6]], 3: [[0, 2], [2, 4], [4, 6]]}[pipeline]
+    # Between ranks 0 and 1: rows that go on run there, the others' vectors follow for their keys and values.
+    assert found["ahead"] == rows[2] * row
+    assert found["owed"] + found["still_owed"] == (rows[0] - rows[2]) * row
+    # One vector comes back for every row that ends behind stage 0, wherever it does.
+    assert found["back"] == rows[2] * row
+    assert found["decisions"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tensor", "budget"), [(1, {}), (2, {"experts_per_token": 1})])
+def test_tiny_with_exits_in_stages(tmp_path: Path, tensor: int, budget: dict[str, int]) -> None:
+    thresholds = {"4": 0.4, "8": 0.6, "12": 0.6}
+    found = compare(tmp_path, "tiny", tensor, 1, 2, thresholds=thresholds, budget=budget)
+    assert found["rows"][0] > found["rows"][-1]
 
 
 def test_exits_and_budgets_are_decided_by_rank_0_alone(make_exits: Callable[..., Path], tmp_path: Path) -> None:

@@ -21,15 +21,15 @@ class StageLinks:
     Attributes:
         bytes_ahead: sent to the next stage in rows that run there.
         bytes_owed: sent to the next stage in rows that left, for their keys and values.
-        bytes_back: received by rank 0 from the leaders of other stages.
-        messages_ahead: to the next stage.
+        bytes_back: received by rank 0 from the leaders of other stages: rows that are at their end.
+        bytes_decided: likewise: who leaves.
     """
 
     def __init__(self, context: ParallelContext) -> None:
         self._context = context
         self._size = context.config.stage_size
         self._sent: list[tuple[Any, torch.Tensor]] = []  # a tensor must live until it is away
-        self.bytes_ahead = self.bytes_owed = self.bytes_back = self.messages_ahead = 0
+        self.bytes_ahead = self.bytes_owed = self.bytes_back = self.bytes_decided = 0
 
     def ahead(self, running: torch.Tensor, owed: Sequence[torch.Tensor]) -> None:
         """Send rows to the next stage: those that run there, and behind them those that owe keys and values.
@@ -41,7 +41,6 @@ class StageLinks:
         width = running.shape[1]
         padded = [torch.nn.functional.pad(rows, (0, width - rows.shape[1])) for rows in owed]
         self._send(torch.cat((running, *padded)), self._context.world_rank + self._size)
-        self.messages_ahead += 1
         self.bytes_ahead += running.nbytes
         self.bytes_owed += sum(rows.nbytes for rows in padded)
 
@@ -57,7 +56,10 @@ class StageLinks:
     def collect(self, stage: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """On rank 0: receive what a stage's leader sent with :meth:`back`."""
         found = self._receive(shape, dtype, stage * self._size)
-        self.bytes_back += found.nbytes
+        if dtype.is_floating_point:
+            self.bytes_back += found.nbytes
+        else:
+            self.bytes_decided += found.nbytes
         return found
 
     def wait(self) -> None:

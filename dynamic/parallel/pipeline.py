@@ -17,7 +17,7 @@ import torch
 
 from ...exits.segments import Segment
 from ...kernels.types import AttentionBatch, ExitDecision, ExpertBudget, KVLayer
-from ..decoder import Decoder
+from ..decoder import Decoder, make_stack
 from ..decoder_exits import DecoderExit
 from ..engine.kv_cache import copy_pages
 from ..spec import ModelSpec
@@ -68,6 +68,8 @@ class PipelineDecoder(ParallelDecoder):
         self.stages, self.stage = shard.stages, shard.context.stage
         self.held, self.read_bytes = shard.held, shard.read_bytes
         self.links = StageLinks(self.context)
+        # Without sums in between, a stage's layers are one thing.
+        self._stack = make_stack(self, self.held) if self.context.config.stage_size == 1 else None
         self._parts = self.context.config.micro_batches or len(self.stages)
         self._ran: _Ran | None = None
         self._debts: list[list[_Debt]] = [[] for _ in range(len(self.stages) - 1)]  # by the stage that owes
@@ -228,7 +230,14 @@ class PipelineDecoder(ParallelDecoder):
         entropy_T: torch.Tensor | None,
         budget: ExpertBudget | None,
     ) -> torch.Tensor:
-        return Decoder.run_segment(self, Segment(index=0, layers=layers), x_TD, kv, batch, entropy_T, budget)
+        if self._stack is None:
+            return Decoder.run_segment(self, Segment(index=0, layers=layers), x_TD, kv, batch, entropy_T, budget)
+        first, stop = self.held.start, self.held.stop  # the stack counts its own layers only
+        if budget is not None:
+            keep_TL, cap_TL = (x_TL[:, first:stop].contiguous() for x_TL in (budget.keep_TL, budget.cap_TL))
+            budget = ExpertBudget(keep_TL=keep_TL, cap_TL=cap_TL, skipped_T=budget.skipped_T)
+        own = range(layers.start - first, layers.stop - first)
+        return self._stack.run(own, x_TD, kv[first:stop], self.cos_sin_LC, batch, entropy_T, budget)
 
     def _receive(
         self, batch: AttentionBatch, budget: ExpertBudget | None, debts: list[_Debt], kv: Sequence[KVLayer]

@@ -140,6 +140,7 @@ class ShardedCheckpoint(Checkpoint):
         super().__init__(directory)
         self._cuts = cuts
         self.split_bytes = self.whole_bytes = 0
+        self._split: dict[str, int] = {}
         self.replicated: dict[str, int] = {}
 
     def view(self, name: str) -> torch.Tensor:
@@ -150,7 +151,8 @@ class ShardedCheckpoint(Checkpoint):
             self.whole_bytes = sum(self.replicated.values())
             return whole
         part = self._cuts[name](whole)
-        self.split_bytes += part.nbytes
+        self.split_bytes += part.nbytes - self._split.get(name, 0)  # looking twice is reading once
+        self._split[name] = part.nbytes
         return part
 
 
