@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ def tokens(
         params[::2] = [
             SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, quality=None, exit_thresholds=exits, **budget)
         ] * 3
+        params[-1] = replace(params[-1], n=2)  # its choices share pages and copy them, while others' rows are owed
     outputs = llm.generate(PROMPTS, params, use_tqdm=False)
     found: dict[str, object] = {
-        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "tokens": [list(choice.token_ids) for output in outputs for choice in output.outputs],
         "rows": list(llm.engine.stats().segment_rows),
         "deployment": deployment(llm.model, llm.engine.runner.exits),
     }

@@ -28,8 +28,9 @@ from dynamoe.dynamic.parallel.context import ParallelContext
 from dynamoe.dynamic.parallel.decoder import held_here, rows_at
 from dynamoe.dynamic.parallel.plan import FIRST, Message, Operation, decode, length
 from dynamoe.dynamic.parallel.shards import Shard, ShardedCheckpoint, part_of, split_heads
+from dynamoe.dynamic.parallel.stages import micro_batches, split_into_stages
 from dynamoe.dynamic.weights import Checkpoint, read_json
-from dynamoe.kernels.types import Routing
+from dynamoe.kernels.types import AttentionBatch, Routing
 
 SCRIPT = Path(__file__).with_name("parallel_run.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0", "PYTHONUNBUFFERED": "1"}
@@ -157,6 +158,7 @@ def test_ranks_together_hold_every_split_weight_once(
             rank=rank,
             tensor_rank=tensor_rank,
             expert_rank=expert_rank,
+            stage=0,
         )
         shard = Shard(spec, cast(ParallelContext, context))
         shard.layout(layout)
@@ -173,6 +175,58 @@ def test_ranks_together_hold_every_split_weight_once(
         assert torch.equal(held.sort().values, wanted.sort().values), name
     total = sum(whole.view(name).nbytes for name in parts)
     assert max(read) <= 1.1 * total / (tensor * expert)
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages", "exits", "wanted"),
+    [
+        (3, 3, (), [1, 2, 3]),
+        (7, 3, (), [2, 4, 7]),
+        (16, 2, (4, 8, 12), [8, 16]),
+        (16, 3, (4, 8, 12), [4, 8, 16]),
+        (30, 2, (20, 24, 28), [20, 30]),
+    ],
+)
+def test_stages_are_balanced_and_end_at_exits(
+    make_checkpoint: Callable[..., Path], layers: int, stages: int, exits: tuple[int, ...], wanted: list[int]
+) -> None:
+    base = model_spec(read_json(make_checkpoint("mixtral") / "config.json"))
+    spec = replace(base, layers=base.layers[:1] * layers)
+    found = split_into_stages(spec, stages, exits)
+    assert [part.stop for part in found.layers] == wanted
+    assert [found.owner(part.start) for part in found.layers] == list(range(stages))
+    with pytest.raises(ValueError, match=r"parallel\.pipeline=31.*" + ("segments" if exits else "layers")):
+        split_into_stages(spec, 31, exits)
+
+
+def test_a_first_layer_that_works_more_makes_a_short_stage(make_checkpoint: Callable[..., Path]) -> None:
+    base = model_spec(read_json(make_checkpoint("mixtral") / "config.json"))
+    light = base.layers[0]
+    heavy = replace(light, moe=None, ffn_size=1000)
+    spec = replace(base, layers=(heavy, light, light, light))
+    assert split_into_stages(spec, 2).layers == (range(1), range(1, 4))
+
+
+def test_micro_batches_do_not_tear_sequences_apart() -> None:
+    counts = torch.tensor([1, 6, 1, 1, 3])
+    starts = torch.cat((torch.zeros(1, dtype=torch.int32), counts.cumsum(0).int()))
+    batch = AttentionBatch(
+        positions_T=torch.arange(12),
+        slots_T=torch.arange(100, 112),
+        query_start_S1=starts,
+        context_len_S=torch.tensor([9, 6, 4, 8, 3], dtype=torch.int32),
+        block_table_SM=torch.arange(10, dtype=torch.int32).view(5, 2),
+        max_query_len=6,
+        max_context_len=9,
+    )
+    parts = micro_batches(batch, 2)
+    assert [(rows.start, rows.stop) for rows, _ in parts] == [(0, 7), (7, 12)]
+    assert torch.cat([part.slots_T for _, part in parts]).equal(batch.slots_T)
+    assert parts[1][1].query_start_S1.tolist() == [0, 1, 2, 5]
+    assert parts[1][1].block_table_SM.tolist() == [[4, 5], [6, 7], [8, 9]]
+    assert [(part.max_query_len, part.max_context_len) for _, part in parts] == [(6, 9), (3, 8)]
+    assert sum(len(part.slots_T) for _, part in micro_batches(batch, 9)) == 12
+    assert len(micro_batches(batch, 1)) == 1
 
 
 @pytest.mark.parametrize(
@@ -220,7 +274,7 @@ def test_routing_is_cut_to_the_experts_of_a_rank() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"tensor": 0}, "tensor must be at least 1"), ({"pipeline": 2}, "pipeline=2"), ({"timeout": 0}, "timeout must")],
+    [({"tensor": 0}, "tensor must be at least 1"), ({"data": 2}, "data=2"), ({"timeout": 0}, "timeout must")],
 )
 def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -230,9 +284,9 @@ def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None
 class Fleet:
     """``dynamoe serve`` on two processes; workers are known by their rank in the environment."""
 
-    def __init__(self, model: Path, folder: Path, timeout: float) -> None:
+    def __init__(self, model: Path, folder: Path, axis: str, timeout: float) -> None:
         self.log = folder / "log.txt"
-        settings = [f"model={json.dumps(str(model))}", "server.port=0", "dtype=float32", "parallel.tensor=2"]
+        settings = [f"model={json.dumps(str(model))}", "server.port=0", "dtype=float32", f"parallel.{axis}=2"]
         settings += [f"parallel.timeout={timeout}", "server.served_model_name=tiny", "engine.max_model_len=500"]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -277,11 +331,12 @@ class Fleet:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("axis", ["tensor", "pipeline"])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_streams_end_with_an_error_when_a_worker_does(
-    make_checkpoint: Callable[..., Path], tmp_path: Path, how: signal.Signals
+    make_checkpoint: Callable[..., Path], tmp_path: Path, how: signal.Signals, axis: str
 ) -> None:
-    fleet = Fleet(make_checkpoint("mixtral"), tmp_path, timeout=4)
+    fleet = Fleet(make_checkpoint("mixtral"), tmp_path, axis, timeout=4)
     worker = fleet.worker()
     try:
         assert "[DONE]" in fleet.ask(4)

@@ -49,7 +49,7 @@ def join(
         ValueError: when ranks were started differently, or the model cannot be split like this.
     """
     if stored is not None:
-        raise ValueError(f"{path} is quantised; parallel.tensor and parallel.expert take checkpoints that are not")
+        raise ValueError(f"{path} is quantised; several processes take checkpoints that are not")
     if config.tensor > 1 and quantization.method != NONE:
         raise ValueError(f"quantization={quantization.method} does not go with parallel.tensor={config.tensor}")
     context = ParallelContext(config, backend.device)
