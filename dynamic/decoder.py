@@ -18,7 +18,7 @@ from ..exits.segments import Segment, split_into_segments
 from ..kernels.formats import QuantizedWeight
 from ..kernels.stack import Stack, StackExit, StackLayer, StackResult, StackShape
 from ..kernels.torch_backend import TorchBackend
-from ..kernels.types import AttentionBatch, ExpertBudget, ExpertWeights, KVLayer, LinearWeights, Routing
+from ..kernels.types import AttentionBatch, ExitDecision, ExpertBudget, ExpertWeights, KVLayer, LinearWeights, Routing
 from .decoder_exits import DecoderExit
 from .engine.kv_cache import allocate_layers, copy_pages
 from .rope import rope_table
@@ -209,6 +209,19 @@ class Decoder:
         return self.stack.run_with_exits(x_TD, kv, self.cos_sin_LC, batch, thresholds_NT, budget)
 
     @torch.inference_mode()
+    def decide(
+        self,
+        exit: DecoderExit,
+        x_RD: torch.Tensor,
+        thresholds_R: torch.Tensor,
+        previous_RD: torch.Tensor | None = None,
+        router_entropy_R: torch.Tensor | None = None,
+    ) -> ExitDecision:
+        """Which rows leave at an exit; see :meth:`TorchBackend.exit_decide`."""
+        assert exit.probe is not None
+        return self.backend.exit_decide(x_RD, exit.probe, thresholds_R, previous_RD, router_entropy_R)
+
+    @torch.inference_mode()
     def read_out(self, exit: DecoderExit, x_RD: torch.Tensor) -> torch.Tensor:
         """What rows that leave at an exit hand to :meth:`logits`: their residual stream, through the exit's adapter."""
         inner_RJ = self.backend.linear(x_RD.to(self.dtype), exit.down)
@@ -323,13 +336,18 @@ def with_always_on(routing: Routing, count: int) -> Routing:
     )
 
 
-def make_stack(decoder: Decoder) -> Stack | None:
-    """The decoder's layers and exits as one thing, where the backend has that and can do what the model needs."""
+def make_stack(decoder: Decoder, held: range | None = None) -> Stack | None:
+    """The decoder's layers and exits as one thing, where the backend has that and can do what the model needs.
+
+    Arguments:
+        held: numbers of the layers to take, without the exits; None takes all of both.
+    """
     spec = decoder.spec
     if spec.clip_qkv is not None:
         return None
     layers = []
-    for weights, layer in zip(decoder.layers, spec.layers, strict=True):
+    for number in range(spec.num_layers) if held is None else held:
+        weights, layer = decoder.layers[number], spec.layers[number]
         moe = layer.moe if layer.moe and not layer.moe.is_dense else None
         if weights.shared is not None or (moe and moe.num_always_on):
             return None
@@ -360,6 +378,6 @@ def make_stack(decoder: Decoder) -> Stack | None:
     )
     exits = [
         StackExit(after_layers=e.after_layers, down=e.down, up=e.up, probe=e.probe, projections=e.projections)
-        for e in decoder.exits.values()
+        for e in (decoder.exits.values() if held is None else ())
     ]
     return decoder.backend.make_stack(shape, layers, exits)

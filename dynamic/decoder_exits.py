@@ -29,7 +29,7 @@ class DecoderExit:
         after_layers: layers in front of it.
         down, up: factors of the read-out adapter.
         probe, calibrator: None where the exit has only an adapter, so that no row can leave.
-        projections: keys and values of the layers behind it.
+        projections: keys and values of the layers behind it, those that are here.
     """
 
     after_layers: int
@@ -49,12 +49,17 @@ _logit_threshold = lru_cache(maxsize=1024)(logit_threshold)
 
 
 def pack_exits(
-    heads: ExitHeads, spec: ModelSpec, layers: Sequence[LayerWeights], backend: TorchBackend
+    heads: ExitHeads,
+    spec: ModelSpec,
+    layers: Sequence[LayerWeights],
+    backend: TorchBackend,
+    held: range,
 ) -> dict[int, DecoderExit]:
     """Bring trained exits into a backend's layout.
 
     Arguments:
         layers: the packed layers of the model; their projections to keys and values are shared, not copied.
+        held: numbers of the layers that are here: exits fill in these only.
 
     Raises:
         ValueError: when the exits were made for a model of another shape.
@@ -63,9 +68,11 @@ def pack_exits(
         raise ValueError(f"the exits are for hidden size {heads.hidden_size}, the model has {spec.hidden_size}")
     split_into_segments(spec.num_layers, heads.exit_layers)  # refuses exits outside the model
     q_size = spec.num_heads * spec.head_dim
-    projections = tuple(
-        KVProjection(norm_D=w.attention_norm_D, kv=backend.linear_tail(w.qkv, q_size), k_norm=w.k_norm) for w in layers
-    )
+    projections = {
+        n: KVProjection(norm_D=w.attention_norm_D, kv=backend.linear_tail(w.qkv, q_size), k_norm=w.k_norm)
+        for n, w in enumerate(layers)
+        if n in held
+    }
     exits = {}
     for layer, adapter in heads.adapters.items():
         exits[layer] = DecoderExit(
@@ -74,7 +81,7 @@ def pack_exits(
             up=backend.pack_linear(adapter.up_DJ.detach()),
             probe=_on_device(heads.probes[layer].weights(), backend.device) if layer in heads.probes else None,
             calibrator=heads.calibrators.get(layer),
-            projections=projections[layer:],
+            projections=tuple(projection for n, projection in projections.items() if n >= layer),
         )
     return exits
 

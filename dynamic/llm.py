@@ -37,7 +37,8 @@ class LLM:
         kv_cache_dtype: ``auto`` (as ``dtype``) or ``int8``, about half the memory: what keys and values are kept in.
         certificates: directory that ``dynamoe calibrate`` filled, for requests with a :class:`Quality`; None takes the
             certificates that lie beside the model.
-        tensor_parallel_size, expert_parallel_size: see :class:`ParallelConfig`; under ``torchrun``.
+        tensor_parallel_size, expert_parallel_size, pipeline_parallel_size: see :class:`ParallelConfig`; for scripts
+            under ``torchrun``.
         max_model_len, max_num_seqs, max_num_batched_tokens, enable_prefix_caching, kv_memory, block_size, seed: see
             :class:`EngineConfig`.
 
@@ -67,6 +68,7 @@ class LLM:
         certificates: str | Path | None = None,
         tensor_parallel_size: int = 1,
         expert_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
     ) -> None:
         config = EngineConfig(
             max_num_seqs=max_num_seqs,
@@ -91,7 +93,9 @@ class LLM:
             quantization=quantization or "none",
             quantize_lm_head=quantize_lm_head,
             kv_cache_dtype=kv_cache_dtype,
-            parallel=ParallelConfig(tensor=tensor_parallel_size, expert=expert_parallel_size),
+            parallel=ParallelConfig(
+                tensor=tensor_parallel_size, expert=expert_parallel_size, pipeline=pipeline_parallel_size
+            ),
         )
         self.engine = Engine(self.model, config)
         self.engine.offer = offer_for(self.engine, None if certificates is None else Path(certificates))

@@ -28,6 +28,7 @@ from .families import family_of, model_spec
 from .layout import EMBEDDING, FINAL_NORM, FFNLayout, LayerLayout, Layout, expert_tensors, plan_layout
 from .machine import release_free_memory
 from .parallel.config import ParallelConfig, launched_size
+from .parallel.stages import no_linear
 from .parallel.start import Shard, ShardedCheckpoint, follow_if_worker, join, parallel_decoder
 from .quantization import NONE, Method, Quantization
 from .quantized_checkpoint import QuantizedCheckpoint, open_checkpoint, split_config
@@ -148,13 +149,13 @@ def load_decoder(
         spec = spec.with_experts_per_token(experts_per_token)
     torch_dtype = _choose_dtype(dtype, config, checkpoint)
     chosen = select_backend(choose_device(device), torch_dtype, backend)
-    shard = None
+    heads, shard = load_heads(path), None
     if parallel is not None and max(parallel.size, launched_size()) > 1:
-        shard = join(parallel, spec, path, chosen, wanted, stored)
+        shard = join(parallel, spec, path, chosen, wanted, stored, heads.exit_layers if heads else ())
         layout = shard.layout(layout)
         checkpoint = ShardedCheckpoint(path, shard.cuts)
     builder = _Builder(spec, layout, checkpoint, chosen, read_scales(path, spec), wanted, shard)
-    decoder = builder.build(progress=progress, heads=load_heads(path))
+    decoder = builder.build(progress=progress, heads=heads)
     decoder.kv_dtype = KV_DTYPES[kv_cache_dtype] or torch_dtype
     return decoder
 
@@ -212,6 +213,20 @@ def _naming(tensor: str) -> Iterator[None]:
         raise CheckpointError(f"{tensor!r} and what runs with it: {error}") from error
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Ends:
+    """What lies in front of the layers and behind them; see :class:`Decoder`.
+
+    Arguments:
+        tied: the LM head is the embedding table.
+    """
+
+    tied: bool
+    embedding_VD: torch.Tensor | QuantizedWeight | None
+    final_norm_D: torch.Tensor
+    lm_head: LinearWeights
+
+
 class _Builder:
     """Converts a checkpoint for a backend, one layer at a time, and gives the pages read back after each."""
 
@@ -236,28 +251,40 @@ class _Builder:
     def build(self, *, progress: bool, heads: ExitHeads | None) -> Decoder:
         from tqdm import tqdm
 
+        held = range(self.spec.num_layers) if self.shard is None else self.shard.held
+        ends = self._ends() if held.start == 0 else self._no_ends()
+        layers = []
+        for number in tqdm(held, desc="Loading weights", unit="layer", disable=not progress):
+            layers.append(self._layer(self.layout.layers[number], self.scales[number]))
+            self._release()
+        if isinstance(self.checkpoint, ShardedCheckpoint) and self.shard is not None:
+            layers = self.shard.with_stand_ins(layers, self.checkpoint.split_bytes + self.checkpoint.whole_bytes)
+        make, local = (Decoder, self.spec) if self.shard is None else (parallel_decoder(self.shard), self.shard.spec)
+        return make(
+            replace(self.spec, tie_embeddings=ends.tied),
+            self.backend,
+            embedding_VD=ends.embedding_VD,
+            layers=layers,
+            final_norm_D=ends.final_norm_D,
+            lm_head=ends.lm_head,
+            exits=pack_exits(heads, local, layers, self.backend, held) if heads else {},
+            expert_impacts={n: scales.impact for n, scales in enumerate(self.scales) if scales is not None},
+            quantization=STORED if isinstance(self.checkpoint, QuantizedCheckpoint) else str(self.quantization),
+        )
+
+    def _ends(self) -> _Ends:
         tied = not self.layout.lm_head
         if not tied and self.spec.tie_embeddings:
             tied = torch.equal(self.checkpoint.view(EMBEDDING), self.checkpoint.view(self.layout.lm_head))
         lm_head = self._linear(EMBEDDING if tied else self.layout.lm_head, method=self.quantization.head)
         self._release()
-        layers = []
-        layouts = tqdm(self.layout.layers, desc="Loading weights", unit="layer", disable=not progress)
-        for layer, scales in zip(layouts, self.scales, strict=True):
-            layers.append(self._layer(layer, scales))
-            self._release()
-        make, local = (Decoder, self.spec) if self.shard is None else (parallel_decoder(self.shard), self.shard.spec)
-        return make(
-            replace(self.spec, tie_embeddings=tied),
-            self.backend,
-            embedding_VD=None if tied else self._embedding(),
-            layers=layers,
-            final_norm_D=self._copy(FINAL_NORM),
-            lm_head=lm_head,
-            exits=pack_exits(heads, local, layers, self.backend) if heads else {},
-            expert_impacts={n: scales.impact for n, scales in enumerate(self.scales) if scales is not None},
-            quantization=STORED if isinstance(self.checkpoint, QuantizedCheckpoint) else str(self.quantization),
-        )
+        embedding_VD = None if tied else self._embedding()
+        return _Ends(tied=tied, embedding_VD=embedding_VD, final_norm_D=self._copy(FINAL_NORM), lm_head=lm_head)
+
+    def _no_ends(self) -> _Ends:
+        """Of a stage of a pipeline that is not the first."""
+        lm_head = no_linear(self.spec.vocab_size, self.spec.hidden_size)
+        return _Ends(tied=True, embedding_VD=None, final_norm_D=torch.empty(0), lm_head=lm_head)
 
     def _release(self) -> None:
         """Give back the pages that were read and what was freed."""

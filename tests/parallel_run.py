@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dynamoe import LLM, SamplingParams
 from dynamoe.dynamic.deployment import deployment
 from dynamoe.dynamic.parallel.decoder import ParallelDecoder
+from dynamoe.dynamic.parallel.pipeline import PipelineDecoder
 
 PROMPTS = [[5, 9, 200, 31], [7] * 40, list(range(3, 90)), [11, 12], [250, 3, 77, 8, 120, 4]]
 
@@ -27,9 +29,10 @@ def tokens(
         params[::2] = [
             SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, quality=None, exit_thresholds=exits, **budget)
         ] * 3
+        params[-1] = replace(params[-1], n=2)  # its choices share pages and copy them, while others' rows are owed
     outputs = llm.generate(PROMPTS, params, use_tqdm=False)
     found: dict[str, object] = {
-        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "tokens": [list(choice.token_ids) for output in outputs for choice in output.outputs],
         "rows": list(llm.engine.stats().segment_rows),
         "deployment": deployment(llm.model, llm.engine.runner.exits),
     }
@@ -37,6 +40,19 @@ def tokens(
     if isinstance(decoder, ParallelDecoder):
         context = decoder.context
         found |= {"sums": context.sums, "broadcasts": context.broadcasts, "bytes": context.bytes_gathered}
+    if isinstance(decoder, PipelineDecoder):
+        links = decoder.links
+        found |= {
+            "stages": [[layers.start, layers.stop] for layers in decoder.stages.layers],
+            "read": decoder.read_bytes,
+            "cached_layers": [number for number, layer in enumerate(llm.engine.runner.kv) if layer.keys_BGPC.numel()],
+            "ahead": links.bytes_ahead,
+            "owed": links.bytes_owed,
+            "back": links.bytes_back,
+            "decisions": links.bytes_decided,
+            "still_owed": decoder.rows_owed * 4 * decoder.spec.hidden_size,
+            "row": 4 * decoder.spec.hidden_size,
+        }
     return found
 
 

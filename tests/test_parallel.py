@@ -28,8 +28,9 @@ from dynamoe.dynamic.parallel.context import ParallelContext
 from dynamoe.dynamic.parallel.decoder import held_here, rows_at
 from dynamoe.dynamic.parallel.plan import FIRST, Message, Operation, decode, length
 from dynamoe.dynamic.parallel.shards import Shard, ShardedCheckpoint, part_of, split_heads
+from dynamoe.dynamic.parallel.stages import micro_batches, split_into_stages
 from dynamoe.dynamic.weights import Checkpoint, read_json
-from dynamoe.kernels.types import Routing
+from dynamoe.kernels.types import AttentionBatch, Routing
 
 SCRIPT = Path(__file__).with_name("parallel_run.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0", "PYTHONUNBUFFERED": "1"}
@@ -51,18 +52,20 @@ def run_job(folder: Path, processes: int, **job: Any) -> dict[str, Any]:
     return json.loads((folder / "answer.json").read_text())
 
 
-def compare(folder: Path, model: str, tensor: int, expert: int, **job: Any) -> dict[str, Any]:
+def compare(folder: Path, model: str, tensor: int, expert: int, pipeline: int = 1, **job: Any) -> dict[str, Any]:
     """Greedy tokens and launched rows of several processes against those of one."""
-    arguments = {"tensor_parallel_size": tensor, "expert_parallel_size": expert}
+    sizes = {"tensor": tensor, "expert": expert, "pipeline": pipeline}
+    arguments = {f"{axis}_parallel_size": size for axis, size in sizes.items()}
+    processes = tensor * expert * pipeline
     with ThreadPoolExecutor(2) as pool:
         one = pool.submit(run_job, folder / "one", 1, model=model, arguments={}, **job)
-        several = pool.submit(run_job, folder / "several", tensor * expert, model=model, arguments=arguments, **job)
+        several = pool.submit(run_job, folder / "several", processes, model=model, arguments=arguments, **job)
         alone, together = one.result(), several.result()
     assert together["tokens"] == alone["tokens"]
     assert together["rows"] == alone["rows"]
     # Certificates of one process are refused by several: sums run in another order.
     assert "processes" not in alone["deployment"]
-    assert together["deployment"]["processes"] == f"tensor {tensor}, expert {expert}"
+    assert together["deployment"]["processes"] == str(ParallelConfig(**sizes))
     return together
 
 
@@ -77,6 +80,52 @@ def test_tokens_are_those_of_one_process(
     found = compare(tmp_path, str(make_checkpoint(family)), tensor, expert)
     # Two sums per layer with a tensor axis, one without; the plan of a step and the cache's size are broadcast.
     assert found["sums"] % (3 * (2 if tensor > 1 else 1)) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["granitemoe", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_tokens_of_stages(make_checkpoint: Callable[..., Path], tmp_path: Path, family: str, tensor: int) -> None:
+    path = make_checkpoint(family)
+    found = compare(tmp_path, str(path), tensor, 1, 2)
+    assert found["stages"] == [[0, 1], [1, 3]]
+    assert found["cached_layers"] == [0]
+    # Every row crosses once, and comes back once: one vector of float32 each.
+    assert found["ahead"] == found["back"] == found["rows"][0] * found["row"]
+    assert found["owed"] == found["decisions"] == 0
+    whole = Checkpoint(path)
+    total = sum(whole.view(name).nbytes for name in whole)
+    ends = sum(whole.view(name).nbytes for name in whole if ".layers." not in name)
+    if tensor == 1:  # nothing is read twice, and layers are read where they run
+        assert sum(found["read"]) == total
+        assert found["read"][0] == ends + sum(whole.view(n).nbytes for n in whole if ".layers.0." in n)
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 2), pytest.param(2, 2, marks=pytest.mark.slow), (1, 3)])
+def test_rows_that_leave_never_run_on_the_next_stage(
+    make_exits: Callable[..., Path], tmp_path: Path, tensor: int, pipeline: int
+) -> None:
+    probe = {"previous": True, "router_entropy": True}
+    model = make_exits("mixtral", {1: 0.3, 2: 0.3, 4: 0.3}, probe, num_hidden_layers=6)
+    thresholds = {"1": 0.5, "2": 0.5, "4": 0.5}
+    found = compare(tmp_path, str(model), tensor, 1, pipeline, thresholds=thresholds)
+    rows, row = found["rows"], found["row"]
+    assert rows[0] > rows[1] > rows[2] > rows[3]
+    assert found["stages"] == {2: [[0, 2], [2, 6]], 3: [[0, 2], [2, 4], [4, 6]]}[pipeline]
+    # Between ranks 0 and 1: rows that go on run there, the others' vectors follow for their keys and values.
+    assert found["ahead"] == rows[2] * row
+    assert found["owed"] + found["still_owed"] == (rows[0] - rows[2]) * row
+    # One vector comes back for every row that ends behind stage 0, wherever it does.
+    assert found["back"] == rows[2] * row
+    assert found["decisions"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tensor", "budget"), [(1, {}), (2, {"experts_per_token": 1})])
+def test_tiny_with_exits_in_stages(tmp_path: Path, tensor: int, budget: dict[str, int]) -> None:
+    thresholds = {"4": 0.4, "8": 0.6, "12": 0.6}
+    found = compare(tmp_path, "tiny", tensor, 1, 2, thresholds=thresholds, budget=budget)
+    assert found["rows"][0] > found["rows"][-1]
 
 
 def test_exits_and_budgets_are_decided_by_rank_0_alone(make_exits: Callable[..., Path], tmp_path: Path) -> None:
@@ -109,6 +158,7 @@ def test_ranks_together_hold_every_split_weight_once(
             rank=rank,
             tensor_rank=tensor_rank,
             expert_rank=expert_rank,
+            stage=0,
         )
         shard = Shard(spec, cast(ParallelContext, context))
         shard.layout(layout)
@@ -125,6 +175,58 @@ def test_ranks_together_hold_every_split_weight_once(
         assert torch.equal(held.sort().values, wanted.sort().values), name
     total = sum(whole.view(name).nbytes for name in parts)
     assert max(read) <= 1.1 * total / (tensor * expert)
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages", "exits", "wanted"),
+    [
+        (3, 3, (), [1, 2, 3]),
+        (7, 3, (), [2, 4, 7]),
+        (16, 2, (4, 8, 12), [8, 16]),
+        (16, 3, (4, 8, 12), [4, 8, 16]),
+        (30, 2, (20, 24, 28), [20, 30]),
+    ],
+)
+def test_stages_are_balanced_and_end_at_exits(
+    make_checkpoint: Callable[..., Path], layers: int, stages: int, exits: tuple[int, ...], wanted: list[int]
+) -> None:
+    base = model_spec(read_json(make_checkpoint("mixtral") / "config.json"))
+    spec = replace(base, layers=base.layers[:1] * layers)
+    found = split_into_stages(spec, stages, exits)
+    assert [part.stop for part in found.layers] == wanted
+    assert [found.owner(part.start) for part in found.layers] == list(range(stages))
+    with pytest.raises(ValueError, match=r"parallel\.pipeline=31.*" + ("segments" if exits else "layers")):
+        split_into_stages(spec, 31, exits)
+
+
+def test_a_first_layer_that_works_more_makes_a_short_stage(make_checkpoint: Callable[..., Path]) -> None:
+    base = model_spec(read_json(make_checkpoint("mixtral") / "config.json"))
+    light = base.layers[0]
+    heavy = replace(light, moe=None, ffn_size=1000)
+    spec = replace(base, layers=(heavy, light, light, light))
+    assert split_into_stages(spec, 2).layers == (range(1), range(1, 4))
+
+
+def test_micro_batches_do_not_tear_sequences_apart() -> None:
+    counts = torch.tensor([1, 6, 1, 1, 3])
+    starts = torch.cat((torch.zeros(1, dtype=torch.int32), counts.cumsum(0).int()))
+    batch = AttentionBatch(
+        positions_T=torch.arange(12),
+        slots_T=torch.arange(100, 112),
+        query_start_S1=starts,
+        context_len_S=torch.tensor([9, 6, 4, 8, 3], dtype=torch.int32),
+        block_table_SM=torch.arange(10, dtype=torch.int32).view(5, 2),
+        max_query_len=6,
+        max_context_len=9,
+    )
+    parts = micro_batches(batch, 2)
+    assert [(rows.start, rows.stop) for rows, _ in parts] == [(0, 7), (7, 12)]
+    assert torch.cat([part.slots_T for _, part in parts]).equal(batch.slots_T)
+    assert parts[1][1].query_start_S1.tolist() == [0, 1, 2, 5]
+    assert parts[1][1].block_table_SM.tolist() == [[4, 5], [6, 7], [8, 9]]
+    assert [(part.max_query_len, part.max_context_len) for _, part in parts] == [(6, 9), (3, 8)]
+    assert sum(len(part.slots_T) for _, part in micro_batches(batch, 9)) == 12
+    assert len(micro_batches(batch, 1)) == 1
 
 
 @pytest.mark.parametrize(
@@ -172,7 +274,7 @@ def test_routing_is_cut_to_the_experts_of_a_rank() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"tensor": 0}, "tensor must be at least 1"), ({"pipeline": 2}, "pipeline=2"), ({"timeout": 0}, "timeout must")],
+    [({"tensor": 0}, "tensor must be at least 1"), ({"data": 2}, "data=2"), ({"timeout": 0}, "timeout must")],
 )
 def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -182,9 +284,9 @@ def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None
 class Fleet:
     """``dynamoe serve`` on two processes; workers are known by their rank in the environment."""
 
-    def __init__(self, model: Path, folder: Path, timeout: float) -> None:
+    def __init__(self, model: Path, folder: Path, axis: str, timeout: float) -> None:
         self.log = folder / "log.txt"
-        settings = [f"model={json.dumps(str(model))}", "server.port=0", "dtype=float32", "parallel.tensor=2"]
+        settings = [f"model={json.dumps(str(model))}", "server.port=0", "dtype=float32", f"parallel.{axis}=2"]
         settings += [f"parallel.timeout={timeout}", "server.served_model_name=tiny", "engine.max_model_len=500"]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -229,11 +331,12 @@ class Fleet:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("axis", ["tensor", "pipeline"])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_streams_end_with_an_error_when_a_worker_does(
-    make_checkpoint: Callable[..., Path], tmp_path: Path, how: signal.Signals
+    make_checkpoint: Callable[..., Path], tmp_path: Path, how: signal.Signals, axis: str
 ) -> None:
-    fleet = Fleet(make_checkpoint("mixtral"), tmp_path, timeout=4)
+    fleet = Fleet(make_checkpoint("mixtral"), tmp_path, axis, timeout=4)
     worker = fleet.worker()
     try:
         assert "[DONE]" in fleet.ask(4)

@@ -117,7 +117,7 @@ class ExitRunner:
             live = self._run_segment(segment, live, rows, plan, out_TD, depths_T)
         if len(live.rows_R) == len(rows):
             out_TD = live.x_RD
-        else:
+        elif len(live.rows_R):
             out_TD.index_copy_(0, self._move(live.rows_R), live.x_RD)
         self._record(
             entries, depths_T.tolist(), {row: number for number, waited in plan.parked.items() for row in waited}
@@ -213,7 +213,7 @@ class ExitRunner:
         if exit is None or probe is None:
             return live
         thresholds_R = plan.thresholds_ET[segment.index, live.rows_R]
-        decision = self.decoder.backend.exit_decide(live.x_RD, probe, self._move(thresholds_R), previous_RD, entropy_R)
+        decision = self.decoder.decide(exit, live.x_RD, self._move(thresholds_R), previous_RD, entropy_R)
         staying = decision.num_staying
         if self.parking is not None and len(plan.movable) > 1:
             deciding_R = np.isfinite(thresholds_R)
@@ -225,8 +225,8 @@ class ExitRunner:
         order = decision.order_T.cpu().numpy()
         going, left_R = order[:staying], live.rows_R[order[staying:]]
         x_RD = live.x_RD.index_select(0, decision.order_T[staying:])
-        out_TD.index_copy_(0, self._move(left_R), self.decoder.read_out(exit, x_RD))
         self.backfill.leave(exit, x_RD, rows.slots_of(left_R, live.batch))
+        out_TD.index_copy_(0, self._move(left_R), self.decoder.read_out(exit, x_RD))
         depths_T[left_R] = exit.after_layers
         if not len(going):
             return self._nobody(live)

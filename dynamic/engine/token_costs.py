@@ -53,11 +53,8 @@ class TokenCosts:
         self._bytes = [head + size for size in accumulate(sizes, initial=0)]
         for exit in decoder.exits.values():
             # The projections share the memory of the layers' own, and with it carry no size.
-            behind = decoder.layers[exit.after_layers :]
-            filled_in = sum(
-                weights.qkv.nbytes * projection.kv.out_features // weights.qkv.out_features
-                for projection, weights in zip(exit.projections, behind, strict=True)
-            )
+            behind, outputs = decoder.layers[exit.after_layers :], 2 * decoder.num_kv_heads * decoder.spec.head_dim
+            filled_in = sum(weights.qkv.nbytes * outputs // weights.qkv.out_features for weights in behind)
             self._bytes[exit.after_layers] += exit.down.nbytes + exit.up.nbytes + filled_in
         self.of = lru_cache(maxsize=1024)(self._of)
 

@@ -13,8 +13,9 @@ class ParallelConfig:
     Arguments:
         tensor: processes that share every head and every neuron of an FFN among them.
         expert: processes that share the experts of every mixture among them.
-        pipeline: stages of layers; only 1 so far.
+        pipeline: stages of layers; a model with exits is cut at them.
         data: copies of the model; only 1 so far.
+        micro_batches: parts of a step that follow one another through the stages; 0: as many as there are stages.
         timeout: seconds after which a process that does not answer counts as hung.
     """
 
@@ -22,22 +23,33 @@ class ParallelConfig:
     expert: int = 1
     pipeline: int = 1
     data: int = 1
+    micro_batches: int = 0
     timeout: float = 30.0
 
     def __post_init__(self) -> None:
         for name in ("tensor", "expert", "pipeline", "data"):
             if getattr(self, name) < 1:
                 raise ValueError(f"parallel.{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("pipeline", "data"):
-            if getattr(self, name) > 1:
-                raise ValueError(f"parallel.{name}={getattr(self, name)} is not supported; only 1 is")
+        if self.data > 1:
+            raise ValueError(f"parallel.data={self.data} is not supported; only 1 is")
+        if self.micro_batches < 0:
+            raise ValueError(f"parallel.micro_batches must be at least 0, not {self.micro_batches}")
         if not self.timeout > 0:
             raise ValueError(f"parallel.timeout must be above 0 seconds, not {self.timeout}")
 
     @property
     def size(self) -> int:
         """Processes in all."""
+        return self.stage_size * self.pipeline
+
+    @property
+    def stage_size(self) -> int:
+        """Processes of one stage."""
         return self.tensor * self.expert
+
+    def __str__(self) -> str:
+        stages = f", pipeline {self.pipeline}" if self.pipeline > 1 else ""
+        return f"tensor {self.tensor}, expert {self.expert}{stages}"
 
 
 def launched_rank() -> int:

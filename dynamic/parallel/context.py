@@ -26,8 +26,11 @@ class ParallelContext:
     """The process groups of one model.
 
     Arguments:
-        config: sizes of the axes. Ranks are numbered with the tensor axis innermost.
+        config: sizes of the axes. Ranks are numbered with the tensor axis innermost and the stages outermost.
         device: of the model.
+
+    Attributes:
+        world_rank: of this process; rank: its rank within its stage.
 
     Raises:
         ValueError: when the launcher started another number of processes.
@@ -37,11 +40,13 @@ class ParallelContext:
         started = launched_size()
         if started != config.size:
             raise ValueError(
-                f"parallel.tensor={config.tensor} and parallel.expert={config.expert} need {config.size} processes; "
+                f"{_axes(config)} need {config.size} processes; "
                 + (f"the launcher started {started}" if started > 1 else f"torchrun --nproc-per-node {config.size}")
             )
         self.config = config
-        self.rank = launched_rank()
+        self.device = device
+        self.world_rank = launched_rank()
+        self.stage, self.rank = divmod(self.world_rank, config.stage_size)
         self.expert_rank, self.tensor_rank = divmod(self.rank, config.tensor)
         self.failed = False
         self.bytes_gathered = 0  # received from other ranks in sums
@@ -53,15 +58,14 @@ class ParallelContext:
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=timeout)
         self._plans: Any = dist.new_group(backend="gloo", timeout=_IDLE)
-        self.everyone: Any = dist.group.WORLD
-        rows = [list(range(first, first + config.tensor)) for first in range(0, config.size, config.tensor)]
-        groups = [dist.new_group(ranks, timeout=timeout) for ranks in rows]  # every rank makes all, in this order
-        self.tensor_group: Any = groups[self.expert_rank]
+        self.tensor_group: Any = self._my_group(config.tensor)
+        # All that share this rank's layers.
+        self.everyone: Any = dist.group.WORLD if config.pipeline == 1 else self._my_group(config.stage_size)
 
     @property
     def leads(self) -> bool:
         """Whether this is rank 0, which schedules and serves."""
-        return self.rank == 0
+        return self.world_rank == 0
 
     def check_alike(self, description: Mapping[str, object]) -> None:
         """Compare what the ranks were started with.
@@ -124,10 +128,23 @@ class ParallelContext:
             total_TD = total_TD + part
         return total_TD.to(x_TD.dtype)
 
+    def gather(self, numbers: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's numbers, int64 and of equal shape on all; on every rank."""
+        found = [torch.empty_like(numbers) for _ in range(self.config.size)]
+        dist.all_gather(found, numbers, group=self._plans)
+        return found
+
     def close(self) -> None:
         """Leave the groups; nothing is waited for after a failure."""
         if not self.failed and dist.is_initialized():
             dist.destroy_process_group()
+
+    def _my_group(self, size: int) -> dist.ProcessGroup:
+        """The group of this rank among groups of ranks that follow one another."""
+        timeout = timedelta(seconds=self.config.timeout)
+        firsts = range(0, self.config.size, size)  # every rank makes all groups, in this order
+        groups: list[Any] = [dist.new_group(list(range(first, first + size)), timeout=timeout) for first in firsts]
+        return groups[self.world_rank // size]
 
     def _broadcast(self, numbers: torch.Tensor) -> None:
         try:
@@ -136,3 +153,8 @@ class ParallelContext:
             self.failed = True
             raise RuntimeError(f"a process of the model has died: {error}") from error
         self.broadcasts += 1
+
+
+def _axes(config: ParallelConfig) -> str:
+    stages = f", parallel.pipeline={config.pipeline}" if config.pipeline > 1 else ""
+    return f"parallel.tensor={config.tensor} and parallel.expert={config.expert}{stages}"

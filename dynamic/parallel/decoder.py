@@ -19,7 +19,7 @@ from ..decoder import Decoder, LayerWeights
 from ..decoder_exits import DecoderExit
 from ..engine.kv_cache import allocate_layers, copy_pages
 from ..spec import LayerSpec, ModelSpec
-from .plan import Message, Operation, read_batch, read_budget, run_message
+from .plan import Message, Operation, read_batch, read_budget, read_leaving, run_message
 from .shards import Shard, part_of
 
 
@@ -33,10 +33,13 @@ class ParallelDecoder(Decoder):
     def __init__(self, spec: ModelSpec, *arguments: Any, shard: Shard, **more: Any) -> None:
         super().__init__(spec, *arguments, **more)
         self.context = shard.context
-        self.processes = f"tensor {shard.context.config.tensor}, expert {shard.context.config.expert}"
+        self.processes = str(shard.context.config)
         self.local_spec = shard.spec
         self.num_heads, self.num_kv_heads = shard.spec.num_heads, shard.spec.num_kv_heads
         self._token_ids_T: torch.Tensor | None = None
+        # Of a worker: the rows of the last message, and their slots.
+        self._x_TD = torch.empty(0, spec.hidden_size)
+        self._slots_T = torch.empty(0, dtype=torch.int64)
 
     def allocate_cache(self, num_pages: int, page_size: int) -> list[KVLayer]:
         self._tell(Message(operation=Operation.ALLOCATE, arguments=(num_pages, page_size)))
@@ -89,38 +92,39 @@ class ParallelDecoder(Decoder):
         """
         assert not self.context.leads
         kv: list[KVLayer] = []
-        x_TD, slots_T = torch.empty(0, self.spec.hidden_size), torch.empty(0, dtype=torch.int64)
         while (message := self.context.receive()).operation is not Operation.STOP:
-            arguments, blocks = message.arguments, message.blocks
             if message.operation is Operation.ALLOCATE:
-                kv = self.allocate_cache(*arguments[:2])
+                kv = self.allocate_cache(*message.arguments[:2])
             elif message.operation is Operation.COPY:
-                self.copy_pages(kv, list(zip(blocks[0].tolist(), blocks[1].tolist(), strict=True)))
+                pages, copies = (block.tolist() for block in message.blocks[:2])
+                self.copy_pages(kv, list(zip(pages, copies, strict=True)))
             elif message.operation is Operation.RUN:
-                batch = read_batch(message, self.device)
-                if (token_ids_T := blocks[5]).numel():
-                    x_TD = self.embed(token_ids_T.to(self.device))
-                else:
-                    x_TD = x_TD[rows_at(slots_T, batch.slots_T)]
-                slots_T = batch.slots_T
-                segment = Segment(index=0, layers=range(*arguments[:2]))
-                x_TD = self.run_segment(
-                    segment, x_TD, kv, batch, budget=read_budget(message, len(slots_T), self.device)
-                )
+                self._obey_run(message, kv)
+            elif message.operation is Operation.PROJECT:
+                self._obey_project(message, kv)
             else:
-                leaving_T = blocks[1].to(self.device)
-                empty = torch.empty(0, dtype=torch.int32, device=self.device)
-                batch = AttentionBatch(
-                    positions_T=blocks[0].to(self.device),
-                    slots_T=leaving_T,
-                    query_start_S1=empty,
-                    context_len_S=empty,
-                    block_table_SM=empty,
-                    max_query_len=1,
-                    max_context_len=arguments[1],
-                )
-                self.project(self.exits[arguments[0]], x_TD[rows_at(slots_T, leaving_T)], kv, batch)
+                self._obey_decide(message)
         self.context.close()
+
+    def _obey_run(self, message: Message, kv: list[KVLayer]) -> None:
+        batch = read_batch(message, self.device)
+        if (token_ids_T := message.blocks[5]).numel():
+            x_TD = self.embed(token_ids_T.to(self.device))
+        else:
+            x_TD = self._x_TD[rows_at(self._slots_T, batch.slots_T)]
+        self._slots_T = batch.slots_T
+        segment = Segment(index=0, layers=range(*message.arguments[:2]))
+        budget = read_budget(message, len(batch.slots_T), self.device)
+        self._x_TD = self.run_segment(segment, x_TD, kv, batch, budget=budget)
+
+    def _obey_project(self, message: Message, kv: list[KVLayer]) -> None:
+        leaving = read_leaving(message, self.device)
+        x_RD = self._x_TD[rows_at(self._slots_T, leaving.slots_T)]
+        self.project(self.exits[message.arguments[0]], x_RD, kv, leaving)
+
+    def _obey_decide(self, message: Message) -> None:
+        """Only stages are asked: without them rank 0 has every row itself."""
+        raise AssertionError(message)
 
     def _tell(self, message: Message) -> None:
         if self.context.leads:

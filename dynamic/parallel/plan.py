@@ -26,6 +26,7 @@ class Operation(IntEnum):
     COPY = 2  # pages read, pages written
     RUN = 3  # layers from, to; longest query, longest context; number of sequences
     PROJECT = 4  # layers in front of the exit; longest context
+    DECIDE = 5  # layers in front of the exit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,26 @@ def read_batch(message: Message, device: torch.device) -> AttentionBatch:
         block_table_SM=table.int().view(message.arguments[4], -1),
         max_query_len=message.arguments[2],
         max_context_len=message.arguments[3],
+    )
+
+
+def read_leaving(message: Message, device: torch.device) -> AttentionBatch:
+    """The rows of a message that lets rows leave."""
+    positions_R, slots_R = (block.to(device) for block in message.blocks[:2])
+    return rows_only(positions_R, slots_R, message.arguments[1])
+
+
+def rows_only(positions_R: torch.Tensor, slots_R: torch.Tensor, max_context_len: int) -> AttentionBatch:
+    """A batch for writing to the cache only."""
+    empty = torch.empty(0, dtype=torch.int32, device=slots_R.device)
+    return AttentionBatch(
+        positions_T=positions_R,
+        slots_T=slots_R,
+        query_start_S1=empty,
+        context_len_S=empty,
+        block_table_SM=empty,
+        max_query_len=1,
+        max_context_len=max_context_len,
     )
 
 

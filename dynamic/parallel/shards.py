@@ -5,17 +5,19 @@ Shape suffixes as in ``kernels/types.py``; X several experts' neurons side by si
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from ..decoder import LayerWeights
 from ..layout import FFNLayout, LayerLayout, Layout
 from ..spec import ModelSpec
 from ..weights import Checkpoint
 from .context import ParallelContext
+from .stages import SIZES, layer_sizes, split_into_stages, stand_in
 
 Cut = Callable[[torch.Tensor], torch.Tensor]
 
@@ -33,8 +35,11 @@ class Shard:
     Arguments:
         spec: the whole model.
         context: the ranks.
+        exit_layers: after how many layers rows may leave.
 
     Attributes:
+        stages: of the model; held: layers of this rank's stage.
+        read_bytes: of the checkpoint, by rank; empty until :meth:`with_stand_ins`.
         spec: the same model with this rank's heads only.
         cuts: by the names of tensors that are split.
 
@@ -42,18 +47,40 @@ class Shard:
         ValueError: for a model that cannot be split like this.
     """
 
-    def __init__(self, spec: ModelSpec, context: ParallelContext) -> None:
+    def __init__(self, spec: ModelSpec, context: ParallelContext, exit_layers: Collection[int] = ()) -> None:
         tensor, rank = context.config.tensor, context.tensor_rank
         if tensor > 1 and spec.qk_norm == "full":
             raise ValueError(f"parallel.tensor={tensor}: this {spec.family} model norms all heads together")
         self.context = context
         self.query_heads, self.kv_heads = split_heads(spec, tensor, rank)
         self.spec = replace(spec, num_heads=_width(self.query_heads), num_kv_heads=_width(self.kv_heads))
+        self.stages = split_into_stages(spec, context.config.pipeline, exit_layers)
+        self.held = self.stages.layers[context.stage]
         self.cuts: dict[str, Cut] = {}
+        self.read_bytes: tuple[int, ...] = ()
 
     def layout(self, layout: Layout) -> Layout:
         """The layout of this rank's part; fills :attr:`cuts`."""
         return replace(layout, layers=tuple(self._layer(layer, n) for n, layer in enumerate(layout.layers)))
+
+    def with_stand_ins(self, layers: Sequence[LayerWeights], read_bytes: int) -> list[LayerWeights]:
+        """All layers of the model: this rank's, and what the ranks of the same place in other stages tell of theirs.
+
+        Arguments:
+            layers: those that this rank holds.
+            read_bytes: of the checkpoint, for all ranks to know.
+        """
+        told = torch.zeros(1 + self.spec.num_layers * SIZES, dtype=torch.int64)
+        told[0] = read_bytes
+        sizes_LX = told[1:].view(-1, SIZES)
+        for number, weights in zip(self.held, layers, strict=True):
+            sizes_LX[number] = torch.tensor(layer_sizes(weights))
+        found = self.context.gather(told)
+        self.read_bytes = tuple(int(numbers[0]) for numbers in found)
+        peers = found[self.context.rank :: self.context.config.stage_size]
+        sizes = torch.stack([numbers[1:] for numbers in peers]).sum(0).view(-1, SIZES).tolist()
+        held = dict(zip(self.held, layers, strict=True))
+        return [held.get(number) or stand_in(self.spec, numbers) for number, numbers in enumerate(sizes)]
 
     def _layer(self, layout: LayerLayout, number: int) -> LayerLayout:
         channels, config = self.spec.head_dim, self.context.config
@@ -74,7 +101,7 @@ class Shard:
 
     def _one_ffn(self, layout: FFNLayout) -> FFNLayout:
         """A dense FFN or a shared expert: its neurons are spread over all ranks."""
-        neurons = _split("neurons", layout.expert_size, self.context.config.size, self.context.rank)
+        neurons = _split("neurons", layout.expert_size, self.context.config.stage_size, self.context.rank)
         return self._ffn(layout, slice(0, 1), neurons)
 
     def _ffn(self, layout: FFNLayout, experts: slice, neurons: slice) -> FFNLayout:
@@ -113,6 +140,7 @@ class ShardedCheckpoint(Checkpoint):
         super().__init__(directory)
         self._cuts = cuts
         self.split_bytes = self.whole_bytes = 0
+        self._split: dict[str, int] = {}
         self.replicated: dict[str, int] = {}
 
     def view(self, name: str) -> torch.Tensor:
@@ -123,7 +151,8 @@ class ShardedCheckpoint(Checkpoint):
             self.whole_bytes = sum(self.replicated.values())
             return whole
         part = self._cuts[name](whole)
-        self.split_bytes += part.nbytes
+        self.split_bytes += part.nbytes - self._split.get(name, 0)  # looking twice is reading once
+        self._split[name] = part.nbytes
         return part
 
 

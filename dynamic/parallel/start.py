@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ..weights import Checkpoint
 from .config import ParallelConfig
 from .context import ParallelContext
 from .decoder import ParallelDecoder
+from .pipeline import PipelineDecoder
 from .shards import Shard, ShardedCheckpoint
 
 __all__ = ["Shard", "ShardedCheckpoint", "follow_if_worker", "join", "parallel_decoder"]
@@ -33,6 +34,7 @@ def join(
     backend: TorchBackend,
     quantization: Quantization,
     stored: object,
+    exit_layers: Collection[int],
 ) -> Shard:
     """Meet the other ranks and learn which part is ours.
 
@@ -41,12 +43,13 @@ def join(
         backend: of this rank.
         quantization: what the weights become.
         stored: not None where the checkpoint is quantised.
+        exit_layers: after how many layers rows may leave.
 
     Raises:
         ValueError: when ranks were started differently, or the model cannot be split like this.
     """
     if stored is not None:
-        raise ValueError(f"{path} is quantised; parallel.tensor and parallel.expert take checkpoints that are not")
+        raise ValueError(f"{path} is quantised; several processes take checkpoints that are not")
     if config.tensor > 1 and quantization.method != NONE:
         raise ValueError(f"quantization={quantization.method} does not go with parallel.tensor={config.tensor}")
     context = ParallelContext(config, backend.device)
@@ -60,15 +63,16 @@ def join(
             "instruction set": getattr(backend, "isa", ""),
             "quantization": quantization,
             "checkpoint": _fingerprint(path),
+            "exits": tuple(exit_layers),
             "model": hashlib.sha256(repr(spec).encode()).hexdigest(),
         }
     )
-    return Shard(spec, context)
+    return Shard(spec, context, exit_layers)
 
 
 def parallel_decoder(shard: Shard) -> Callable[..., ParallelDecoder]:
     """Makes this rank's decoder; takes what :class:`Decoder` takes."""
-    return partial(ParallelDecoder, shard=shard)
+    return partial(ParallelDecoder if len(shard.stages) == 1 else PipelineDecoder, shard=shard)
 
 
 def follow_if_worker(decoder: Decoder) -> None:
