@@ -153,6 +153,8 @@ def load_decoder(
     if parallel is not None and max(parallel.size, launched_size()) > 1:
         shard = join(parallel, spec, path, chosen, wanted, stored, heads.exit_layers if heads else ())
         layout = shard.layout(layout)
+        if wanted.layers is not None:
+            shard.check_quantization(wanted.method, wanted.layers)
         checkpoint = ShardedCheckpoint(path, shard.cuts)
     builder = _Builder(spec, layout, checkpoint, chosen, read_scales(path, spec), wanted, shard)
     decoder = builder.build(progress=progress, heads=heads)
@@ -307,7 +309,10 @@ class _Builder:
         weight_OI = self._source(*names, method=method)
         if method is None:
             return self.backend.pack_linear(weight_OI, bias_O)
-        return self.backend.pack_quantized_linear(method.quantize(weight_OI), bias_O, method.scheme)
+        return self.backend.pack_quantized_linear(self._quantize(names[0], weight_OI, method), bias_O, method.scheme)
+
+    def _quantize(self, name: str, weight: torch.Tensor, method: Method) -> QuantizedWeight:
+        return method.quantize(weight) if self.shard is None else self.shard.quantize(name, weight, method)
 
     def _copy(self, *names: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Tensors of equal width, one below the other, in memory of our own: the files may change or vanish later."""
@@ -356,10 +361,11 @@ class _Builder:
         if method is None:
             return self.backend.pack_experts(gate_EFD, up_EFD, down_EDF, self.spec.activation, *biases)
         quantized = []
-        for weight in (gate_EFD, up_EFD, down_EDF):
-            quantized.append(method.quantize(weight))
+        names = (layout.gate_up or layout.gate[0], layout.gate_up or layout.up[0], layout.down[0])
+        for name, weight in zip(names, (gate_EFD, up_EFD, down_EDF), strict=True):
+            quantized.append(self._quantize(name, weight, method))
             self._release()
-        del gate_EFD, up_EFD, down_EDF, weight  # packing takes memory too
+        weight = gate_EFD = up_EFD = down_EDF = None  # packing takes memory too
         gate, up, down = quantized
         return self.backend.pack_quantized_experts(gate, up, down, self.spec.activation, *biases, scheme=method.scheme)
 

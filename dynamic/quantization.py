@@ -21,32 +21,34 @@ class Method:
     Arguments:
         quantize: from a weight, (O, I) or (E, O, I), to its format.
         scheme: how their inputs are rounded.
+        group: inputs per scale; None: all of an output's.
     """
 
     quantize: Callable[[torch.Tensor], QuantizedWeight]
     scheme: ActivationScheme = UNQUANTIZED
+    group: int | None = None
 
 
 def methods() -> dict[str, Method]:
     """By name, as ``quantization=`` takes them."""
     groups = ((64, ""), (32, "-g32"), (128, "-g128"))
     int4 = {
-        f"int4{name}{ending}": Method(partial(rounding.quantize_int4, group=group, symmetric=not ending))
+        f"int4{name}{ending}": Method(partial(rounding.quantize_int4, group=group, symmetric=not ending), group=group)
         for group, name in groups
         for ending in ("", "-asym")
     }
     w4a8 = {
-        f"w4a8{name}": Method(partial(rounding.quantize_int4, group=group), ActivationScheme("int8", group))
+        f"w4a8{name}": Method(partial(rounding.quantize_int4, group=group), ActivationScheme("int8", group), group)
         for group, name in groups
     }
     return {
         "int8": Method(rounding.quantize_int8),
-        "int8-g32": Method(partial(rounding.quantize_int8, group=32)),
+        "int8-g32": Method(partial(rounding.quantize_int8, group=32), group=32),
         "w8a8": Method(rounding.quantize_int8, INT8_PER_GROUP),
         **int4,
         **w4a8,
         "fp8": Method(rounding.quantize_fp8),
-        "fp8-block": Method(partial(rounding.quantize_fp8, block=True), FP8_PER_GROUP),
+        "fp8-block": Method(partial(rounding.quantize_fp8, block=True), FP8_PER_GROUP, 128),
     }
 
 

@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +30,8 @@ from dynamoe.dynamic.parallel.decoder import held_here, rows_at
 from dynamoe.dynamic.parallel.plan import FIRST, Message, Operation, decode, length
 from dynamoe.dynamic.parallel.shards import Shard, ShardedCheckpoint, part_of, split_heads
 from dynamoe.dynamic.parallel.stages import micro_batches, split_into_stages
+from dynamoe.dynamic.quantization import methods
+from dynamoe.dynamic.spec import ModelSpec
 from dynamoe.dynamic.weights import Checkpoint, read_json
 from dynamoe.kernels.types import AttentionBatch, Routing
 
@@ -52,14 +55,23 @@ def run_job(folder: Path, processes: int, **job: Any) -> dict[str, Any]:
     return json.loads((folder / "answer.json").read_text())
 
 
-def compare(folder: Path, model: str, tensor: int, expert: int, pipeline: int = 1, **job: Any) -> dict[str, Any]:
-    """Greedy tokens and launched rows of several processes against those of one."""
+def compare(
+    folder: Path,
+    model: str,
+    tensor: int,
+    expert: int,
+    pipeline: int = 1,
+    extra: dict[str, Any] | None = None,
+    **job: Any,
+) -> dict[str, Any]:
+    """Greedy tokens and launched rows of several processes against those of one; extra arguments are for both."""
+    extra = extra or {}
     sizes = {"tensor": tensor, "expert": expert, "pipeline": pipeline}
     arguments = {f"{axis}_parallel_size": size for axis, size in sizes.items()}
     processes = tensor * expert * pipeline
     with ThreadPoolExecutor(2) as pool:
-        one = pool.submit(run_job, folder / "one", 1, model=model, arguments={}, **job)
-        several = pool.submit(run_job, folder / "several", processes, model=model, arguments=arguments, **job)
+        one = pool.submit(run_job, folder / "one", 1, model=model, arguments=extra, **job)
+        several = pool.submit(run_job, folder / "several", processes, model=model, arguments=arguments | extra, **job)
         alone, together = one.result(), several.result()
     assert together["tokens"] == alone["tokens"]
     assert together["rows"] == alone["rows"]
@@ -80,6 +92,18 @@ def test_tokens_are_those_of_one_process(
     found = compare(tmp_path, str(make_checkpoint(family)), tensor, expert)
     # Two sums per layer with a tensor axis, one without; the plan of a step and the cache's size are broadcast.
     assert found["sums"] % (3 * (2 if tensor > 1 else 1)) == 0
+
+
+QUANTISED = [("granitemoe", "int8", 2, 1), ("qwen2_moe", "int8", 1, 2), ("mixtral", "int8", 2, 2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "method", "tensor", "expert"), QUANTISED)
+def test_tokens_with_quantised_weights(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, family: str, method: str, tensor: int, expert: int
+) -> None:
+    model = family if family == "tiny" else str(make_checkpoint(family))
+    compare(tmp_path, model, tensor, expert, extra={"quantization": method})
 
 
 @pytest.mark.slow
@@ -140,6 +164,44 @@ def test_default_model_with_an_uneven_split(default_model: Path, tmp_path: Path)
     compare(tmp_path, str(default_model), 2, 1)
 
 
+def shard_of(spec: ModelSpec, tensor: int, expert: int, rank: int) -> Shard:
+    """Of one rank, without the others."""
+    expert_rank, tensor_rank = divmod(rank, tensor)
+    context = SimpleNamespace(
+        config=ParallelConfig(tensor=tensor, expert=expert),
+        rank=rank,
+        tensor_rank=tensor_rank,
+        expert_rank=expert_rank,
+        stage=0,
+        tensor_group=None,
+        everyone=None,
+    )
+    return Shard(spec, cast(ParallelContext, context))
+
+
+@pytest.mark.parametrize(
+    ("method", "tensor", "expert", "fault"),
+    [
+        ("int8", 2, 1, None),
+        ("int4", 1, 2, None),
+        ("int4-g32", 2, 1, "'model.layers.0.block_sparse_moe.experts.0.w2.weight' at input 24"),
+        ("w8a8", 2, 1, "has scales for 128 inputs each; tensor 2, expert 1 splits .* at input 32"),
+        ("fp8-block", 2, 1, "blocks of outputs, which tensor 2, expert 1 splits"),
+    ],
+)
+def test_scales_that_belong_to_several_ranks_are_refused(
+    make_checkpoint: Callable[..., Path], method: str, tensor: int, expert: int, fault: str | None
+) -> None:
+    path = make_checkpoint("mixtral")
+    config = read_json(path / "config.json")
+    spec = model_spec(config)
+    shards = [shard_of(spec, tensor, expert, rank) for rank in range(2)]
+    for shard in shards:  # all ranks see it, and end
+        shard.layout(plan_layout(spec, family_of(config), Checkpoint(path)))
+        with pytest.raises(ValueError, match=fault) if fault else nullcontext():
+            shard.check_quantization(method, methods()[method])
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "granitemoe", "qwen2_moe"])
 @pytest.mark.parametrize(("tensor", "expert"), [(2, 1), (1, 2), (2, 2), (4, 1)])
 def test_ranks_together_hold_every_split_weight_once(
@@ -152,15 +214,7 @@ def test_ranks_together_hold_every_split_weight_once(
     parts: dict[str, list[torch.Tensor]] = {}
     read = []
     for rank in range(tensor * expert):
-        expert_rank, tensor_rank = divmod(rank, tensor)
-        context = SimpleNamespace(
-            config=ParallelConfig(tensor=tensor, expert=expert),
-            rank=rank,
-            tensor_rank=tensor_rank,
-            expert_rank=expert_rank,
-            stage=0,
-        )
-        shard = Shard(spec, cast(ParallelContext, context))
+        shard = shard_of(spec, tensor, expert, rank)
         shard.layout(layout)
         checkpoint = ShardedCheckpoint(path, shard.cuts)
         for name in whole:

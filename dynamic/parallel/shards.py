@@ -11,9 +11,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
+from ...kernels.formats import Fp8Weight, Int8Weight, QuantizedWeight
 from ..decoder import LayerWeights
 from ..layout import FFNLayout, LayerLayout, Layout
+from ..quantization import Method
 from ..spec import ModelSpec
 from ..weights import Checkpoint
 from .context import ParallelContext
@@ -42,6 +45,7 @@ class Shard:
         read_bytes: of the checkpoint, by rank; empty until :meth:`with_stand_ins`.
         spec: the same model with this rank's heads only.
         cuts: by the names of tensors that are split.
+        input_cuts: of tensors that are split along their inputs: where each part begins, and who has them.
 
     Raises:
         ValueError: for a model that cannot be split like this.
@@ -52,16 +56,54 @@ class Shard:
         if tensor > 1 and spec.qk_norm == "full":
             raise ValueError(f"parallel.tensor={tensor}: this {spec.family} model norms all heads together")
         self.context = context
+        self.whole = spec
         self.query_heads, self.kv_heads = split_heads(spec, tensor, rank)
         self.spec = replace(spec, num_heads=_width(self.query_heads), num_kv_heads=_width(self.kv_heads))
         self.stages = split_into_stages(spec, context.config.pipeline, exit_layers)
         self.held = self.stages.layers[context.stage]
         self.cuts: dict[str, Cut] = {}
+        self.input_cuts: dict[str, tuple[list[int], dist.ProcessGroup]] = {}
         self.read_bytes: tuple[int, ...] = ()
 
     def layout(self, layout: Layout) -> Layout:
         """The layout of this rank's part; fills :attr:`cuts`."""
         return replace(layout, layers=tuple(self._layer(layer, n) for n, layer in enumerate(layout.layers)))
+
+    def check_quantization(self, name: str, method: Method) -> None:
+        """Raise unless this rank's parts of quantised tensors are those of the whole tensors quantised.
+
+        Arguments:
+            name: of the method, for the message.
+
+        Raises:
+            ValueError: where a scale of weights, or of what they are multiplied with, would belong to several ranks.
+        """
+        if method.scheme.kind == "fp8" and self.input_cuts:
+            raise ValueError(
+                f"quantization={name} has scales for blocks of outputs, which {self.context.config} splits"
+            )
+        group = max(method.group or 1, method.scheme.group or 1)  # powers of two
+        for tensor, (starts, _) in self.input_cuts.items():
+            if wrong := [start for start in starts if start % group]:
+                raise ValueError(
+                    f"quantization={name} has scales for {group} inputs each; {self.context.config} splits {tensor!r} "
+                    f"at input {wrong[0]}"
+                )
+
+    def quantize(self, name: str, weight: torch.Tensor, method: Method) -> QuantizedWeight:
+        """This rank's part of a tensor, with the scales that the whole tensor has.
+
+        Arguments:
+            weight: the part, (O, I) or (E, O, I).
+        """
+        if method.group is not None or name not in self.input_cuts:
+            return method.quantize(weight)
+        largest = weight.abs().amax(-1, keepdim=True)
+        dist.all_reduce(wide := largest.float(), dist.ReduceOp.MAX, group=self.input_cuts[name][1])
+        # One input more, as large as any of the whole row, sets the scale.
+        whole = method.quantize(torch.cat((weight, wide.to(weight.dtype)), -1))
+        assert isinstance(whole, Int8Weight | Fp8Weight)
+        return replace(whole, data=whole.data[..., :-1].contiguous())
 
     def with_stand_ins(self, layers: Sequence[LayerWeights], read_bytes: int) -> list[LayerWeights]:
         """All layers of the model: this rank's, and what the ranks of the same place in other stages tell of theirs.
@@ -89,6 +131,8 @@ class Shard:
             for name, rows in zip(names, (queries, keys, keys), strict=False):
                 self.cuts[name] = partial(_rows, rows=rows)
         self.cuts[layout.o] = partial(_columns, columns=queries)
+        starts = [split_heads(self.whole, config.tensor, part)[0].start * channels for part in range(config.tensor)]
+        self._cut_inputs([layout.o], starts, self.context.tensor_group)
         if layout.o_bias and self.context.tensor_rank:
             self.cuts[layout.o_bias] = torch.zeros_like
         if self.spec.layers[number].moe is None:
@@ -97,12 +141,21 @@ class Shard:
             experts = _split("experts", layout.ffn.num_experts, config.expert, self.context.expert_rank)
             neurons = _split("neurons", layout.ffn.expert_size, config.tensor, self.context.tensor_rank)
             ffn = self._ffn(layout.ffn, experts, neurons)
+            self._cut_neurons(layout.ffn, config.tensor, self.context.tensor_group)
         return replace(layout, ffn=ffn, shared=self._one_ffn(layout.shared) if layout.shared else None)
 
     def _one_ffn(self, layout: FFNLayout) -> FFNLayout:
         """A dense FFN or a shared expert: its neurons are spread over all ranks."""
         neurons = _split("neurons", layout.expert_size, self.context.config.stage_size, self.context.rank)
+        self._cut_neurons(layout, self.context.config.stage_size, self.context.everyone)
         return self._ffn(layout, slice(0, 1), neurons)
+
+    def _cut_neurons(self, layout: FFNLayout, parts: int, group: dist.ProcessGroup) -> None:
+        self._cut_inputs(layout.down, [part_of(layout.expert_size, parts, part).start for part in range(parts)], group)
+
+    def _cut_inputs(self, names: Sequence[str], starts: list[int], group: dist.ProcessGroup) -> None:
+        if len(starts) > 1:
+            self.input_cuts |= dict.fromkeys(names, (starts, group))
 
     def _ffn(self, layout: FFNLayout, experts: slice, neurons: slice) -> FFNLayout:
         count, size = layout.num_experts, layout.expert_size

@@ -15,7 +15,7 @@ import torch
 from ... import __version__
 from ...kernels.torch_backend import TorchBackend
 from ..decoder import Decoder
-from ..quantization import NONE, Quantization
+from ..quantization import Quantization
 from ..spec import ModelSpec
 from ..weights import Checkpoint
 from .config import ParallelConfig
@@ -50,8 +50,6 @@ def join(
     """
     if stored is not None:
         raise ValueError(f"{path} is quantised; several processes take checkpoints that are not")
-    if config.tensor > 1 and quantization.method != NONE:
-        raise ValueError(f"quantization={quantization.method} does not go with parallel.tensor={config.tensor}")
     context = ParallelContext(config, backend.device)
     context.check_alike(
         {
