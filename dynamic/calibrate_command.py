@@ -24,6 +24,7 @@ from .deployment import deployment
 from .intervals import mean
 from .llm import LLM
 from .model_store import resolve_model
+from .parallel.config import ParallelConfig
 from .prompt_file import read_prompts
 from .train.held_out import PROMPTS_FILE
 from .train.recipe import claim, plot_path
@@ -58,6 +59,7 @@ class CalibrateConfig:
         backend: which kernels compute; ``auto`` takes the fastest that run here.
         quantization, quantize_lm_head, kv_cache_dtype: as ``dynamoe serve`` takes them.
         threads: CPU threads; null leaves torch's own choice.
+        parallel: the processes that share the model; certificates hold for these.
 
     Raises:
         ValueError: naming the key and the value that is out of range.
@@ -83,6 +85,7 @@ class CalibrateConfig:
     quantize_lm_head: bool = True
     kv_cache_dtype: str = "auto"
     threads: int | None = None
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         for name in ("alphas", "probabilities", "keeps"):
@@ -123,12 +126,17 @@ def calibrate(config: CalibrateConfig, *, progress: bool = True, say: Callable[[
         quantize_lm_head=config.quantize_lm_head,
         kv_cache_dtype=config.kv_cache_dtype,
         progress=progress,
+        parallel=config.parallel,
     )
     probed = [exit.after_layers for exit in llm.model.decoder.exits.values() if exit.probe is not None]
     settings = path_through(probed, config.probabilities, config.keeps)
     source, chosen, tested = _prompts(config, path, llm)
     facts = deployment(llm.model, llm.engine.runner.exits)
-    kept = {k: v for k, v in asdict(config).items() if k not in ("output", "threads", "alphas", "delta", "method")}
+    kept = {
+        k: v
+        for k, v in asdict(config).items()
+        if k not in ("output", "threads", "alphas", "delta", "method", "parallel")
+    }
     claim(output, {**kept, "deployment": facts})
     measured = _walk(config, llm, settings, chosen, output, progress)
     say(_table(settings, measured))

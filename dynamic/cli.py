@@ -184,6 +184,8 @@ class JobFailed(SystemExit):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for what the caller got wrong, 130 when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0].startswith("--local_rank="):  # of the deepspeed launcher, which sets RANK as well
+        del arguments[0]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(overview())
         return 0 if arguments else USAGE_ERROR

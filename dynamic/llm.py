@@ -39,6 +39,7 @@ class LLM:
             certificates that lie beside the model.
         tensor_parallel_size, expert_parallel_size, pipeline_parallel_size: see :class:`ParallelConfig`; for scripts
             under ``torchrun``.
+        parallel: instead of these three, with time-outs and micro-batches.
         max_model_len, max_num_seqs, max_num_batched_tokens, enable_prefix_caching, kv_memory, block_size, seed: see
             :class:`EngineConfig`.
 
@@ -69,6 +70,7 @@ class LLM:
         tensor_parallel_size: int = 1,
         expert_parallel_size: int = 1,
         pipeline_parallel_size: int = 1,
+        parallel: ParallelConfig | None = None,
     ) -> None:
         config = EngineConfig(
             max_num_seqs=max_num_seqs,
@@ -93,7 +95,8 @@ class LLM:
             quantization=quantization or "none",
             quantize_lm_head=quantize_lm_head,
             kv_cache_dtype=kv_cache_dtype,
-            parallel=ParallelConfig(
+            parallel=parallel
+            or ParallelConfig(
                 tensor=tensor_parallel_size, expert=expert_parallel_size, pipeline=pipeline_parallel_size
             ),
         )

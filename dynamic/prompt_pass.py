@@ -9,7 +9,6 @@ import torch
 
 from ..kernels.types import AttentionBatch, KVLayer
 from .decoder import Decoder
-from .engine.kv_cache import allocate_layers
 
 _PAGE = 16
 
@@ -38,4 +37,4 @@ def fresh_cache(decoder: Decoder, lengths: Sequence[int]) -> tuple[list[KVLayer]
         max_query_len=max(lengths),
         max_context_len=max(lengths),
     )
-    return allocate_layers(decoder.spec, int(firsts[-1]), _PAGE, decoder.kv_dtype, device), batch
+    return decoder.allocate_cache(int(firsts[-1]), _PAGE), batch

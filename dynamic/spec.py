@@ -110,6 +110,12 @@ class ModelSpec:
     def num_layers(self) -> int:
         return len(self.layers)
 
+    @property
+    def longest_window(self) -> int | None:
+        """How many positions a row sees at most in any layer, its own included; None where a layer sees all."""
+        windows = [layer.window for layer in self.layers]
+        return None if None in windows else max(window for window in windows if window is not None)
+
     def layer_flops(self, layer: LayerSpec) -> int:
         """Floating-point operations of one layer for one token, without the part that grows with the context."""
         attention = 2 * self.head_dim * (self.num_heads + self.num_kv_heads)

@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import signal
 import subprocess
 import sys
-import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -36,21 +29,15 @@ from dynamoe.dynamic.weights import Checkpoint, read_json
 from dynamoe.kernels.types import AttentionBatch, Routing
 
 SCRIPT = Path(__file__).with_name("parallel_run.py")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0", "PYTHONUNBUFFERED": "1"}
-
-
-def launcher(processes: int) -> list[str]:
-    """The beginning of a command line that starts so many processes, on the loopback interface."""
-    launch = ["-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    return [sys.executable, *launch, "--local-addr", "127.0.0.1", "--nproc-per-node", str(processes)]
+LAUNCH = Path(__file__).with_name("parallel_launch.py")
 
 
 def run_job(folder: Path, processes: int, **job: Any) -> dict[str, Any]:
     folder.mkdir()
     (folder / "job.json").write_text(json.dumps({"thresholds": {}, "budget": {}, **job}))
     command = [str(SCRIPT), str(folder / "job.json"), str(folder / "answer.json")]
-    start = launcher(processes) if processes > 1 else [sys.executable]
-    done = subprocess.run([*start, *command], capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    start = [sys.executable, str(LAUNCH), str(processes)]
+    done = subprocess.run([*start, *command], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "answer.json").read_text())
 
@@ -333,91 +320,3 @@ def test_routing_is_cut_to_the_experts_of_a_rank() -> None:
 def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ParallelConfig(**settings)
-
-
-class Fleet:
-    """``dynamoe serve`` on two processes; workers are known by their rank in the environment."""
-
-    def __init__(self, model: Path, folder: Path, axis: str, timeout: float) -> None:
-        self.log = folder / "log.txt"
-        settings = [f"model={json.dumps(str(model))}", "server.port=0", "dtype=float32", f"parallel.{axis}=2"]
-        settings += [f"parallel.timeout={timeout}", "server.served_model_name=tiny", "engine.max_model_len=500"]
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [*launcher(2), "-m", "dynamoe", "serve", *settings],
-                stdout=log,
-                stderr=log,
-                env=ENVIRONMENT,
-                start_new_session=True,
-            )
-        deadline = time.monotonic() + 120
-        while not (found := re.search(r"serves .* on (http://\S+)$", self.log.read_text(), re.M)):
-            assert time.monotonic() < deadline, self.log.read_text()
-            assert self.process.poll() is None, self.log.read_text()
-            time.sleep(0.05)
-        self.url = found[1]
-
-    def worker(self) -> int:
-        """The process id of rank 1."""
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                if int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1]) != self.process.pid:
-                    continue
-                if b"\0RANK=1\0" in b"\0" + (entry / "environ").read_bytes():
-                    return int(entry.name)
-            except (OSError, ValueError):
-                continue
-        raise AssertionError("there is no worker")
-
-    def ask(self, tokens: int) -> str:
-        body = {"model": "tiny", "prompt": "The quick brown", "max_tokens": tokens, "temperature": 0, "stream": True}
-        body["ignore_eos"] = True
-        request = urllib.request.Request(
-            f"{self.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return answer.read().decode()
-
-    def end(self) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("axis", ["tensor", "pipeline"])
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_streams_end_with_an_error_when_a_worker_does(
-    make_checkpoint: Callable[..., Path], tmp_path: Path, how: signal.Signals, axis: str
-) -> None:
-    fleet = Fleet(make_checkpoint("mixtral"), tmp_path, axis, timeout=4)
-    worker = fleet.worker()
-    try:
-        assert "[DONE]" in fleet.ask(4)
-        answers: list[str] = []
-
-        def ask() -> None:
-            try:
-                answers.append(fleet.ask(450))
-            except (OSError, urllib.error.URLError) as error:
-                answers.append(f"error: {error}")
-
-        clients = [threading.Thread(target=ask) for _ in range(16)]
-        for client in clients:
-            client.start()
-        time.sleep(0.5)
-        assert not answers, "the streams ended before the worker did"
-        os.kill(worker, how)
-        began = time.monotonic()
-        for client in clients:
-            client.join(30)
-        assert time.monotonic() - began < 10
-        assert len(answers) == 16
-        assert all("error" in answer for answer in answers)
-        if how is signal.SIGSTOP:
-            with pytest.raises((urllib.error.HTTPError, OSError)):
-                urllib.request.urlopen(f"{fleet.url}/health", timeout=5)
-            os.kill(worker, signal.SIGKILL)
-        assert fleet.process.wait(60) != 0
-    finally:
-        fleet.end()

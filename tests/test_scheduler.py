@@ -18,11 +18,12 @@ NO_STOPS = StopTokens(eos=frozenset(), listed=frozenset())
 class World:
     """A scheduler, and in place of the cache's tensors the history behind every slot."""
 
-    def __init__(self, num_pages: int, page_size: int = 4, **config: object) -> None:
+    def __init__(self, num_pages: int, page_size: int = 4, window: int | None = None, **config: object) -> None:
         self.config = EngineConfig(block_size=page_size, **config)  # type: ignore[arg-type]
         self.pool = BlockPool(num_pages)
         cache = PrefixCache(self.pool, page_size, self.config.enable_prefix_caching)
-        self.scheduler = Scheduler(self.config, self.pool, cache)
+        self.scheduler = Scheduler(self.config, self.pool, cache, window)
+        self.window = window or 1 << 30
         self.page_size = page_size
         self.memory: dict[tuple[int, int], int] = {}
         self.arrivals = 0
@@ -76,9 +77,9 @@ class World:
     def check_pages(self) -> None:
         held: dict[int, int] = {}
         for sequence in self.scheduler.running:
-            for page in sequence.pages:
+            for page in sequence.pages[sequence.first_page :]:
                 held[page] = held.get(page, 0) + 1
-            for position in range(sequence.num_computed):
+            for position in range(max(sequence.num_computed - self.window + 1, 0), sequence.num_computed):
                 slot = sequence.pages[position // self.page_size], position % self.page_size
                 assert self.memory[slot] == history(sequence, position), "somebody else wrote to this slot"
         assert all(self.pool.references(page) == held.get(page, 0) for page in range(self.pool.num_pages))
@@ -90,11 +91,12 @@ def history(sequence: Sequence, position: int) -> int:
     return hash((sequence.request.cache_salt, *sequence.token_ids[: position + 1]))
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(60))
 def test_random_lives_keep_every_page_accounted_for(seed: int) -> None:
     rng = random.Random(seed)
     world = World(
         num_pages=rng.choice((8, 14, 40)),
+        window=rng.choice((1, 4, 5, 9)) if seed >= 40 else None,
         max_num_seqs=rng.choice((1, 3, 6)),
         max_num_batched_tokens=rng.choice((2, 7, 64)),
         enable_prefix_caching=rng.random() < 0.8,
@@ -124,6 +126,18 @@ def test_random_lives_keep_every_page_accounted_for(seed: int) -> None:
             assert request.finished
             assert all(s.num_output == request.max_output_tokens for s in request.sequences)
         assert all(s.state is State.FINISHED for s in request.sequences)
+
+
+@pytest.mark.parametrize("window", [1, 4, 5, 6, 16])
+def test_pages_that_no_later_token_sees_are_given_back(window: int) -> None:
+    world = World(num_pages=20, window=window)
+    sequence = world.add([1] * 10, max_tokens=40).sequences[0]
+    while sequence.state is not State.FINISHED:
+        world.step()
+        if sequence.state is State.RUNNING:
+            seen = range(max(sequence.num_computed - window + 1, 0), sequence.num_computed + 1)
+            assert world.pool.num_pages - world.pool.num_free <= seen[-1] // 4 - seen[0] // 4 + 1
+    assert world.pool.num_free == world.pool.num_pages
 
 
 def test_decodes_go_before_prefill_and_long_prompts_come_in_chunks() -> None:

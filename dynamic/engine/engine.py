@@ -62,7 +62,7 @@ class Engine:
         self.max_model_len = _longest_sequence(config, spec.max_position, num_pages)
         pool = BlockPool(num_pages)
         cache = PrefixCache(pool, config.block_size, config.enable_prefix_caching)
-        self.scheduler = Scheduler(config, pool, cache)
+        self.scheduler = Scheduler(config, pool, cache, spec.longest_window)
         self.runner = Runner(
             decoder, num_pages, config.block_size, max_num_seqs=config.max_num_seqs, park_rows=config.park_rows
         )

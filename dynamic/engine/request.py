@@ -140,6 +140,7 @@ class Sequence:
         "depths",
         "draws",
         "first_approximate",
+        "first_page",
         "index",
         "num_computed",
         "num_prompt",
@@ -160,6 +161,7 @@ class Sequence:
         self.num_prompt = len(request.prompt_token_ids)
         self.num_computed = 0  # tokens whose keys and values are in the pages
         self.pages = array("i")
+        self.first_page = 0  # those before were given back: no later token sees them
         self.block_digests: list[bytes] = []  # of the full blocks of token_ids, as far as they were needed
         self.rank = (request.priority, request.arrival, index)
         self.state = State.WAITING

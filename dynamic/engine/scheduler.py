@@ -60,13 +60,15 @@ class Scheduler:
         config: limits of a step.
         pool: pages; must hold any one sequence alone.
         cache: finds shared pages.
+        window: how many positions a token sees at most, itself included; None: all. Pages behind it are given back.
     """
 
-    def __init__(self, config: EngineConfig, pool: BlockPool, cache: PrefixCache) -> None:
+    def __init__(self, config: EngineConfig, pool: BlockPool, cache: PrefixCache, window: int | None = None) -> None:
         self.max_num_seqs = config.max_num_seqs
         self.max_rows = config.max_num_batched_tokens
         self.pool = pool
         self.cache = cache
+        self.window = window
         self.page_size = cache.page_size
         self.running: list[Sequence] = []  # by rank
         self.waiting: list[Sequence] = []  # by rank
@@ -162,6 +164,11 @@ class Scheduler:
             for page in sequence.pages[first : -(-sequence.num_computed // self.page_size)]:
                 self.pool.mark_approximate(page)
         self.cache.publish(sequence, entry.start // self.page_size)
+        if self.window is not None:
+            first_seen = max(sequence.num_computed - self.window + 1, 0)  # by the token that comes next
+            first_page = first_seen // self.page_size
+            self.pool.release(sequence.pages[sequence.first_page : first_page])
+            sequence.first_page = max(sequence.first_page, first_page)
 
     def fork(self, sequence: Sequence) -> list[Sequence]:
         """The completions that a computed sequence stands for: all of its request's after the prompt, later itself.
@@ -177,9 +184,10 @@ class Scheduler:
             if len(self.running) >= self.max_num_seqs:
                 self.add(sibling)
                 continue
-            for page in sequence.pages:
+            for page in sequence.pages[sequence.first_page :]:
                 self.pool.retain(page)
             sibling.pages.extend(sequence.pages)
+            sibling.first_page = sequence.first_page
             sibling.num_computed = sequence.num_computed
             sibling.block_digests = list(sequence.block_digests)
             sibling.state = State.RUNNING
@@ -197,8 +205,9 @@ class Scheduler:
 
     def _drop_pages(self, sequence: Sequence) -> None:
         # Backwards: of a freed sequence, the end is forgotten first, the beginning is what others may share.
-        self.pool.release(reversed(sequence.pages))
+        self.pool.release(reversed(sequence.pages[sequence.first_page :]))
         del sequence.pages[:]
+        sequence.first_page = 0
         sequence.num_computed = 0
         sequence.parked = None
         sequence.skipped_experts = 0

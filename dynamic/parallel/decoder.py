@@ -6,10 +6,11 @@ has. So it is rank 0 alone that decides who leaves at an exit. Shape suffixes as
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
+from weakref import finalize
 
 import torch
 
@@ -21,6 +22,20 @@ from ..engine.kv_cache import allocate_layers, copy_pages
 from ..spec import LayerSpec, ModelSpec
 from .plan import Message, Operation, read_batch, read_budget, read_leaving, run_message
 from .shards import Shard, part_of
+
+
+class SharedCache(list[KVLayer]):
+    """One rank's share of a cache that all ranks know by its number."""
+
+    def __init__(self, layers: Iterable[KVLayer], number: int) -> None:
+        super().__init__(layers)
+        self.number = number
+
+
+def number_of(kv: Sequence[KVLayer]) -> int:
+    """Of a cache that :meth:`ParallelDecoder.allocate_cache` made."""
+    assert isinstance(kv, SharedCache), "other ranks do not have this cache"
+    return kv.number
 
 
 class ParallelDecoder(Decoder):
@@ -37,17 +52,32 @@ class ParallelDecoder(Decoder):
         self.local_spec = shard.spec
         self.num_heads, self.num_kv_heads = shard.spec.num_heads, shard.spec.num_kv_heads
         self._token_ids_T: torch.Tensor | None = None
-        # Of a worker: the rows of the last message, and their slots.
-        self._x_TD = torch.empty(0, spec.hidden_size)
-        self._slots_T = torch.empty(0, dtype=torch.int64)
+        self._caches = 0  # allocated so far
+        self._dropped: list[int] = []  # caches that rank 0 has no use for any more, and workers still hold
+        self._rows: dict[
+            int, tuple[torch.Tensor, torch.Tensor]
+        ] = {}  # of a worker, by cache: the last ones, their slots
 
     def allocate_cache(self, num_pages: int, page_size: int) -> list[KVLayer]:
-        self._tell(Message(operation=Operation.ALLOCATE, arguments=(num_pages, page_size)))
+        """See :meth:`Decoder.allocate_cache`; on all ranks. The workers' shares go when rank 0 lets go of its own."""
+        self._caches += 1
+        cache = SharedCache(self._allocate(num_pages, page_size), self._caches)
+        self._tell(Message(operation=Operation.ALLOCATE, cache=cache.number, arguments=(num_pages, page_size)))
+        if self.context.leads:
+            finalize(cache, self._dropped.append, cache.number)
+        return cache
+
+    def _allocate(self, num_pages: int, page_size: int) -> list[KVLayer]:
         return allocate_layers(self.local_spec, num_pages, page_size, self.kv_dtype, self.device)
 
     def copy_pages(self, kv: list[KVLayer], copies: list[tuple[int, int]]) -> None:
-        self._tell(Message(operation=Operation.COPY, blocks=tuple(torch.tensor(copies).T)))
-        copy_pages(kv, copies)
+        """See :meth:`Decoder.copy_pages`; on all ranks."""
+        blocks = tuple(torch.tensor(copies).T)
+        self._tell(Message(operation=Operation.COPY, cache=number_of(kv), blocks=blocks))
+        self._copy(kv, copies)
+
+    def _copy(self, kv: Sequence[KVLayer], copies: list[tuple[int, int]]) -> None:
+        copy_pages(list(kv), copies)
 
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         """See :meth:`Decoder.embed`; the ids travel with the first segment's message."""
@@ -65,7 +95,7 @@ class ParallelDecoder(Decoder):
     ) -> torch.Tensor:
         """See :meth:`Decoder.run_segment`; all ranks run it."""
         self.reserve_positions(batch.max_context_len)  # refused before anybody is told
-        self._tell(run_message(segment.layers, self._token_ids_T, batch, budget))
+        self._tell(run_message(number_of(kv), segment.layers, self._token_ids_T, batch, budget))
         self._token_ids_T = None
         return super().run_segment(segment, x_TD, kv, batch, router_entropy_T, budget)
 
@@ -73,7 +103,7 @@ class ParallelDecoder(Decoder):
         """See :meth:`Decoder.project`; every rank writes the keys and values of its heads."""
         arguments = (exit.after_layers, batch.max_context_len)
         blocks = (batch.positions_T, batch.slots_T)
-        self._tell(Message(operation=Operation.PROJECT, arguments=arguments, blocks=blocks))
+        self._tell(Message(operation=Operation.PROJECT, cache=number_of(kv), arguments=arguments, blocks=blocks))
         super().project(exit, x_RD, kv, batch)
 
     def close(self) -> None:
@@ -91,17 +121,20 @@ class ParallelDecoder(Decoder):
             RuntimeError: when rank 0 has died, or another rank does not answer in time.
         """
         assert not self.context.leads
-        kv: list[KVLayer] = []
+        caches: dict[int, list[KVLayer]] = {}
         while (message := self.context.receive()).operation is not Operation.STOP:
             if message.operation is Operation.ALLOCATE:
-                kv = self.allocate_cache(*message.arguments[:2])
+                caches[message.cache] = self.allocate_cache(*message.arguments[:2])
+            elif message.operation is Operation.FREE:
+                del caches[message.cache]
+                self._forget(message.cache)
             elif message.operation is Operation.COPY:
                 pages, copies = (block.tolist() for block in message.blocks[:2])
-                self.copy_pages(kv, list(zip(pages, copies, strict=True)))
+                self._copy(caches[message.cache], list(zip(pages, copies, strict=True)))
             elif message.operation is Operation.RUN:
-                self._obey_run(message, kv)
+                self._obey_run(message, caches[message.cache])
             elif message.operation is Operation.PROJECT:
-                self._obey_project(message, kv)
+                self._obey_project(message, caches[message.cache])
             else:
                 self._obey_decide(message)
         self.context.close()
@@ -111,24 +144,36 @@ class ParallelDecoder(Decoder):
         if (token_ids_T := message.blocks[5]).numel():
             x_TD = self.embed(token_ids_T.to(self.device))
         else:
-            x_TD = self._x_TD[rows_at(self._slots_T, batch.slots_T)]
-        self._slots_T = batch.slots_T
+            x_TD = self._pick(message.cache, batch.slots_T)
         segment = Segment(index=0, layers=range(*message.arguments[:2]))
         budget = read_budget(message, len(batch.slots_T), self.device)
-        self._x_TD = self.run_segment(segment, x_TD, kv, batch, budget=budget)
+        self._rows[message.cache] = self.run_segment(segment, x_TD, kv, batch, budget=budget), batch.slots_T
 
     def _obey_project(self, message: Message, kv: list[KVLayer]) -> None:
         leaving = read_leaving(message, self.device)
-        x_RD = self._x_TD[rows_at(self._slots_T, leaving.slots_T)]
+        x_RD = self._pick(message.cache, leaving.slots_T)
         self.project(self.exits[message.arguments[0]], x_RD, kv, leaving)
+
+    def _pick(self, cache: int, slots_R: torch.Tensor) -> torch.Tensor:
+        x_TD, slots_T = self._rows[cache]
+        return x_TD[rows_at(slots_T, slots_R)]
+
+    def _forget(self, cache: int) -> None:
+        """Drop what is remembered beside a cache that is gone."""
+        self._rows.pop(cache, None)
 
     def _obey_decide(self, message: Message) -> None:
         """Only stages are asked: without them rank 0 has every row itself."""
         raise AssertionError(message)
 
     def _tell(self, message: Message) -> None:
-        if self.context.leads:
-            self.context.send(message)
+        if not self.context.leads:
+            return
+        while self._dropped:
+            cache = self._dropped.pop()
+            self.context.send(Message(operation=Operation.FREE, cache=cache))
+            self._forget(cache)
+        self.context.send(message)
 
     def _make_stack(self) -> None:
         """All layers in one call leave no room for sums in between."""

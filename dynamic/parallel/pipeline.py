@@ -21,7 +21,7 @@ from ..decoder import Decoder, make_stack
 from ..decoder_exits import DecoderExit
 from ..engine.kv_cache import copy_pages
 from ..spec import ModelSpec
-from .decoder import ParallelDecoder, rows_at
+from .decoder import ParallelDecoder, number_of, rows_at
 from .links import StageLinks
 from .plan import Message, Operation, read_batch, read_budget, read_leaving, rows_only, run_message
 from .shards import Shard
@@ -71,7 +71,8 @@ class PipelineDecoder(ParallelDecoder):
         # Without sums in between, a stage's layers are one thing.
         self._stack = make_stack(self, self.held) if self.context.config.stage_size == 1 else None
         self._parts = self.context.config.micro_batches or len(self.stages)
-        self._ran: _Ran | None = None
+        self._ran: dict[int, _Ran] = {}  # by cache
+        self._current: Sequence[KVLayer] = ()  # the cache that rows ran on last, and that debts are about
         self._debts: list[list[_Debt]] = [[] for _ in range(len(self.stages) - 1)]  # by the stage that owes
         self._owed: list[torch.Tensor] = []  # rows of the debts of this stage
 
@@ -80,18 +81,16 @@ class PipelineDecoder(ParallelDecoder):
         """Rows that left and have not been sent to the stage behind theirs yet."""
         return sum(debt.num_rows for debts in self._debts for debt in debts)
 
-    def allocate_cache(self, num_pages: int, page_size: int) -> list[KVLayer]:
-        """See :meth:`Decoder.allocate_cache`; layers of other stages have no pages here."""
-        layers = super().allocate_cache(num_pages, page_size)
+    def _allocate(self, num_pages: int, page_size: int) -> list[KVLayer]:
+        """Layers of other stages have no pages here."""
+        layers = super()._allocate(num_pages, page_size)
         none = torch.empty_like(layers[0].keys_BGPC[:0])
         absent = KVLayer(keys_BGPC=none, values_BGPC=none)
         return [layer if number in self.held else absent for number, layer in enumerate(layers)]
 
-    def copy_pages(self, kv: list[KVLayer], copies: list[tuple[int, int]]) -> None:
-        """See :meth:`Decoder.copy_pages`."""
-        self._tell(Message(operation=Operation.COPY, blocks=tuple(torch.tensor(copies).T)))
-        self._settle(kv)  # what is owed may belong on these pages
-        copy_pages(kv[self.held.start : self.held.stop], copies)
+    def _copy(self, kv: Sequence[KVLayer], copies: list[tuple[int, int]]) -> None:
+        self._settle()  # what is owed may belong on these pages
+        copy_pages(list(kv[self.held.start : self.held.stop]), copies)
 
     def run_segment(
         self,
@@ -104,7 +103,7 @@ class PipelineDecoder(ParallelDecoder):
     ) -> torch.Tensor:
         """See :meth:`Decoder.run_segment`; behind a layer of another stage that is not the last: the slots, (T, 1)."""
         self.reserve_positions(batch.max_context_len)  # refused before anybody is told
-        self._tell(run_message(segment.layers, self._token_ids_T, batch, budget))
+        self._tell(run_message(number_of(kv), segment.layers, self._token_ids_T, batch, budget))
         self._token_ids_T = None
         ran_TD = self._run(segment.layers, x_TD, kv, batch, router_entropy_T, budget)
         return batch.slots_T[:, None] if ran_TD is None else ran_TD
@@ -132,7 +131,7 @@ class PipelineDecoder(ParallelDecoder):
         """See :meth:`Decoder.project`; the stages behind that of the exit write theirs when rows next go there."""
         self.reserve_positions(batch.max_context_len)
         arguments, blocks = (exit.after_layers, batch.max_context_len), (batch.positions_T, batch.slots_T)
-        self._tell(Message(operation=Operation.PROJECT, arguments=arguments, blocks=blocks))
+        self._tell(Message(operation=Operation.PROJECT, cache=number_of(kv), arguments=arguments, blocks=blocks))
         self._leave(exit, x_RD, kv, rows_only(*blocks, batch.max_context_len))
 
     def read_out(self, exit: DecoderExit, x_RD: torch.Tensor) -> torch.Tensor:
@@ -148,8 +147,7 @@ class PipelineDecoder(ParallelDecoder):
         if layers.start == 0:
             x_TD = self.embed(message.blocks[5].to(self.device)) if self.stage == 0 else None
         elif self.stages.owner(layers.start - 1) == self.stage:
-            assert self._ran is not None
-            x_TD = self._ran.pick(batch.slots_T)
+            x_TD = self._ran[message.cache].pick(batch.slots_T)
         budget = read_budget(message, len(batch.slots_T), self.device)
         exit = self.exits.get(layers.stop)
         wanted = exit is not None and exit.probe is not None and exit.probe.router_entropy
@@ -159,8 +157,7 @@ class PipelineDecoder(ParallelDecoder):
     def _obey_decide(self, message: Message) -> None:
         exit = self.exits[message.arguments[0]]
         if self._stage_of(exit) == self.stage and self.context.rank == 0:
-            ran = self._ran
-            assert ran is not None
+            ran = self._ran[number_of(self._current)]
             thresholds_T = message.blocks[0].int().view(torch.float32).to(self.device)
             decision = super().decide(exit, ran.x_TD, thresholds_T, ran.previous_TD, ran.entropy_T)
             self.links.back(torch.cat((decision.order_T, decision.order_T.new_tensor([decision.num_staying]))))
@@ -172,8 +169,7 @@ class PipelineDecoder(ParallelDecoder):
         batch = read_leaving(message, self.device)
         x_RD = None
         if self._stage_of(exit) == self.stage:
-            assert self._ran is not None
-            x_RD = self._ran.pick(batch.slots_T)
+            x_RD = self._ran[message.cache].pick(batch.slots_T)
         self._leave(exit, x_RD, kv, batch)
 
     def _run(
@@ -192,6 +188,9 @@ class PipelineDecoder(ParallelDecoder):
 
         Returns: the rows behind these layers, where this rank has them; rank 0 has them behind the last one, too.
         """
+        if kv is not self._current:
+            self._settle()
+            self._current = kv
         begin, end = self.stages.owner(max(layers.start - 1, 0)), self.stages.owner(layers.stop - 1)
         arriving = self._move_debts(range(begin, end))
         mine = range(max(layers.start, self.held.start), min(layers.stop, self.held.stop))
@@ -217,8 +216,9 @@ class PipelineDecoder(ParallelDecoder):
                 ran.append(part_TD)
         self.links.wait()
         if self.stage == end:
-            self._ran = _Ran(torch.cat(ran) if len(ran) > 1 else ran[0], batch.slots_T, previous_TD, entropy_T)
-            return self._ran.x_TD
+            x_TD = torch.cat(ran) if len(ran) > 1 else ran[0]
+            self._ran[number_of(kv)] = _Ran(x_TD, batch.slots_T, previous_TD, entropy_T)
+            return x_TD
         return self._collect(layers.stop, end, parts, budget) if self.context.leads else None
 
     def _run_layers(
@@ -284,7 +284,7 @@ class PipelineDecoder(ParallelDecoder):
         if stage < len(self._debts):
             self._debts[stage].append(debt)
             if sum(debt.num_rows for debt in self._debts[stage]) > MOST_OWED:
-                self._settle(kv)
+                self._settle()
         self.links.wait()
 
     def _pay(self, debts: list[_Debt], x_RD: torch.Tensor, kv: Sequence[KVLayer]) -> None:
@@ -317,18 +317,21 @@ class PipelineDecoder(ParallelDecoder):
                 self._debts[stage + 1] += moved
         return arriving
 
-    def _settle(self, kv: Sequence[KVLayer]) -> None:
+    def _settle(self) -> None:
         """Let all debts travel now, alone."""
         begin = next((stage for stage, debts in enumerate(self._debts) if debts), len(self._debts))
         crossed = range(begin, len(self._debts))
         arriving = self._move_debts(crossed)
         width = self.spec.hidden_size
         if arriving:
-            self._pay(arriving, self.links.from_behind(sum(debt.num_rows for debt in arriving), width), kv)
+            self._pay(arriving, self.links.from_behind(sum(debt.num_rows for debt in arriving), width), self._current)
         if self.stage in crossed:
             self.links.ahead(torch.empty(0, width, device=self.device), self._owed)
             self._owed = []
         self.links.wait()
+
+    def _forget(self, cache: int) -> None:
+        self._ran.pop(cache, None)
 
     def _stage_of(self, exit: DecoderExit) -> int:
         return self.stages.owner(exit.after_layers - 1)

@@ -15,7 +15,7 @@ from ...kernels.types import AttentionBatch, ExpertBudget
 
 FIRST = 2048
 ARGUMENTS, BLOCKS = 6, 8
-HEADER = 1 + ARGUMENTS + BLOCKS
+HEADER = 2 + ARGUMENTS + BLOCKS
 
 
 class Operation(IntEnum):
@@ -27,13 +27,15 @@ class Operation(IntEnum):
     RUN = 3  # layers from, to; longest query, longest context; number of sequences
     PROJECT = 4  # layers in front of the exit; longest context
     DECIDE = 5  # layers in front of the exit
+    FREE = 6
 
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """One instruction: at most 6 numbers, and at most 8 blocks of them."""
+    """One instruction: at most 6 numbers, and at most 8 blocks of them; ``cache`` says by number on which cache."""
 
     operation: Operation
+    cache: int = 0
     arguments: tuple[int, ...] = ()
     blocks: tuple[torch.Tensor, ...] = ()
 
@@ -42,7 +44,7 @@ class Message:
         assert len(self.arguments) <= ARGUMENTS
         assert len(self.blocks) <= BLOCKS
         sizes = [block.numel() for block in self.blocks]
-        header = [int(self.operation), *_padded(self.arguments, ARGUMENTS), *_padded(sizes, BLOCKS)]
+        header = [int(self.operation), self.cache, *_padded(self.arguments, ARGUMENTS), *_padded(sizes, BLOCKS)]
         parts = [torch.tensor(header), *(block.reshape(-1).to("cpu", torch.int64) for block in self.blocks)]
         total = HEADER + sum(sizes)
         return torch.cat([*parts, torch.zeros(max(FIRST - total, 0), dtype=torch.int64)])
@@ -50,15 +52,16 @@ class Message:
 
 def length(first: torch.Tensor) -> int:
     """Entries of the whole message, from its first ``FIRST``."""
-    return HEADER + int(first[1 + ARGUMENTS : HEADER].sum())
+    return HEADER + int(first[2 + ARGUMENTS : HEADER].sum())
 
 
 def decode(numbers: torch.Tensor) -> Message:
     """The message; it always has 6 arguments and 8 blocks, zeros and empty ones where none was given."""
     header = numbers[:HEADER].tolist()
-    sizes = header[1 + ARGUMENTS :]
+    sizes = header[2 + ARGUMENTS :]
     blocks = numbers[HEADER : HEADER + sum(sizes)].split(sizes)
-    return Message(operation=Operation(header[0]), arguments=tuple(header[1 : 1 + ARGUMENTS]), blocks=tuple(blocks))
+    operation, cache, *arguments = header[: 2 + ARGUMENTS]
+    return Message(operation=Operation(operation), cache=cache, arguments=tuple(arguments), blocks=tuple(blocks))
 
 
 def _padded(numbers: Sequence[int], count: int) -> list[int]:
@@ -66,11 +69,12 @@ def _padded(numbers: Sequence[int], count: int) -> list[int]:
 
 
 def run_message(
-    layers: range, token_ids_T: torch.Tensor | None, batch: AttentionBatch, budget: ExpertBudget | None
+    cache: int, layers: range, token_ids_T: torch.Tensor | None, batch: AttentionBatch, budget: ExpertBudget | None
 ) -> Message:
     """Run some layers.
 
     Arguments:
+        cache: its number.
         token_ids_T: of the rows, where they begin; None goes on with those of the last message whose slots are named.
     """
     blocks = [
@@ -84,7 +88,7 @@ def run_message(
     if budget is not None:
         blocks += [budget.keep_TL.float().contiguous().view(torch.int32), budget.cap_TL]
     arguments = (layers.start, layers.stop, batch.max_query_len, batch.max_context_len, batch.num_sequences)
-    return Message(operation=Operation.RUN, arguments=arguments, blocks=tuple(blocks))
+    return Message(operation=Operation.RUN, cache=cache, arguments=arguments, blocks=tuple(blocks))
 
 
 def read_batch(message: Message, device: torch.device) -> AttentionBatch:

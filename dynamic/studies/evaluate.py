@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..config import ModelConfig
+from ..config import SharedModelConfig
 from ..decoder import Decoder
 from ..engine.config import EngineConfig
 from ..intervals import Estimate, mean, ratio
@@ -50,7 +50,7 @@ class ReferenceConfig:
 
 
 @dataclass(kw_only=True)
-class EvaluateConfig(ModelConfig):
+class EvaluateConfig(SharedModelConfig):
     """``dynamoe evaluate``.
 
     Arguments:
@@ -94,6 +94,8 @@ class EvaluateConfig(ModelConfig):
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.texts < 0:
             raise ValueError(f"texts must be at least 0, not {self.texts}")
+        if self.parallel.size > 1 and self.quality.expert_rule == "router_weight":
+            raise ValueError("quality.expert_rule=router_weight is measured in one process only")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +199,7 @@ def _load(config: EvaluateConfig, progress: bool) -> LLM:
         block_size=engine.block_size,
         enable_prefix_caching=engine.enable_prefix_caching,
         seed=engine.seed,
+        parallel=config.parallel,
     )
 
 
@@ -208,6 +211,8 @@ def _reference(config: EvaluateConfig, llm: LLM, progress: bool) -> Decoder:
     same = same and wanted.kv_cache_dtype in (None, config.kv_cache_dtype)
     if same and wanted.experts_per_token == config.moe.experts_per_token:
         return llm.model.decoder
+    if config.parallel.size > 1:
+        raise ValueError("several processes hold one model: with parallel.*, set reference.* as the measured model is")
     model = load_model(
         wanted.model or config.model,
         dtype=wanted.dtype or config.dtype,

@@ -47,6 +47,11 @@ class SweepConfig(EvaluateConfig):
     calibration: CalibrationStudyConfig = field(default_factory=CalibrationStudyConfig)
     probes: ProbeStudyConfig = field(default_factory=ProbeStudyConfig)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.parallel.size > 1:
+            raise ValueError(f"a sweep runs its jobs in one process each, not in {self.parallel.size}")
+
 
 def job(config: DictConfig) -> None:
     """One job of a sweep: measure, or find that it has been measured, or record why it cannot be.
