@@ -71,7 +71,11 @@ class Fleet:
 
     def end(self) -> None:
         if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.terminate()  # the launcher ends its processes, which are in sessions of their own
+            try:
+                self.process.wait(60)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
         self.process.wait()
 
 
