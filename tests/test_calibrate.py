@@ -22,7 +22,7 @@ PROMPT = "The following options are available:"
 
 def config(output: Path, **changes: object) -> CalibrateConfig:
     settings = {"alphas": (0.001, ALPHA), "requests": 60, "test_requests": 20, "max_tokens": 12}
-    settings |= {"probabilities": (0.95, 0.8, 0.6), "keeps": (0.95, 0.9, 0.8), "threads": 1}
+    settings |= {"probabilities": (0.95, 0.8, 0.6), "keeps": (0.7, 0.6, 0.5), "threads": 1}
     return CalibrateConfig(output=str(output), **{**settings, **changes})  # type: ignore[arg-type]
 
 
@@ -49,7 +49,7 @@ def test_levels_that_can_be_proved_get_a_certificate_and_others_none(certificate
     assert set(found.exit_thresholds) == {4, 8, 12}
     assert found.held_out.requests == 20
     assert found.held_out.layers_executed < 1
-    assert found.expert_budget["expert_keep"] in (0.95, 0.9, 0.8)
+    assert found.expert_budget["expert_keep"] in (0.7, 0.6, 0.5)
     assert found.deployment["weights"]
     assert (certificates.parent / "risk.svg").stat().st_size > 1000
     report = json.loads((certificates.parent / "report.json").read_text())
