@@ -39,7 +39,7 @@ class LLM:
             certificates that lie beside the model.
         tensor_parallel_size, expert_parallel_size, pipeline_parallel_size: see :class:`ParallelConfig`; for scripts
             under ``torchrun``.
-        parallel: instead of these three, with time-outs and micro-batches.
+        parallel: instead of these three, with time-out and micro-batches.
         max_model_len, max_num_seqs, max_num_batched_tokens, enable_prefix_caching, kv_memory, block_size, seed: see
             :class:`EngineConfig`.
 
@@ -81,6 +81,12 @@ class LLM:
             enable_prefix_caching=enable_prefix_caching,
             seed=seed,
         )
+        sizes = (tensor_parallel_size, expert_parallel_size, pipeline_parallel_size)
+        if parallel is None:
+            tensor, expert, pipeline = sizes
+            parallel = ParallelConfig(tensor=tensor, expert=expert, pipeline=pipeline)
+        elif sizes != (1, 1, 1):
+            raise ValueError(f"give either parallel= or the sizes of its axes, not both: {parallel} and {sizes}")
         from .certificates import offer_for
         from .engine.engine import Engine
         from .loader import load_model
@@ -95,10 +101,7 @@ class LLM:
             quantization=quantization or "none",
             quantize_lm_head=quantize_lm_head,
             kv_cache_dtype=kv_cache_dtype,
-            parallel=parallel
-            or ParallelConfig(
-                tensor=tensor_parallel_size, expert=expert_parallel_size, pipeline=pipeline_parallel_size
-            ),
+            parallel=parallel,
         )
         self.engine = Engine(self.model, config)
         self.engine.offer = offer_for(self.engine, None if certificates is None else Path(certificates))

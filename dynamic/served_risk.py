@@ -73,11 +73,11 @@ def _state_steps(decoder: Decoder, sequences: Sequence[Sequence[int]], firsts: S
     lengths = [len(tokens) - 1 for tokens in sequences]
     kv, batch = fresh_cache(decoder, lengths)
     rows = torch.tensor([token for tokens in sequences for token in tokens[:-1]], device=device)
-    yield
-    x_TD = decoder.embed(rows)
+    x_TD = rows
     for layer in range(decoder.spec.num_layers):
-        if layer:
-            yield
+        yield
+        if layer == 0:  # not before: a step in between would come between a ParallelDecoder's ids and their first layer
+            x_TD = decoder.embed(rows)
         x_TD = decoder.run_segment(Segment(index=layer, layers=range(layer, layer + 1)), x_TD, kv, batch)
     yield
     taken, start = [], 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,7 +104,7 @@ def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     return torch.from_numpy(raw[offset : offset + nbytes]).view(dtype).view(shape)
 
 
-def copy_pages(layers: list[KVLayer], copies: list[tuple[int, int]]) -> None:
+def copy_pages(layers: Sequence[KVLayer], copies: list[tuple[int, int]]) -> None:
     """Copy whole pages, in all layers. All sources are read before any target is written."""
     sources, targets = (list(pages) for pages in zip(*copies, strict=True))
     for layer in layers:

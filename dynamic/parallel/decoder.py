@@ -77,7 +77,7 @@ class ParallelDecoder(Decoder):
         self._copy(kv, copies)
 
     def _copy(self, kv: Sequence[KVLayer], copies: list[tuple[int, int]]) -> None:
-        copy_pages(list(kv), copies)
+        copy_pages(kv, copies)
 
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         """See :meth:`Decoder.embed`; the ids travel with the first segment's message."""

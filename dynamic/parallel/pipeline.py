@@ -90,7 +90,7 @@ class PipelineDecoder(ParallelDecoder):
 
     def _copy(self, kv: Sequence[KVLayer], copies: list[tuple[int, int]]) -> None:
         self._settle()  # what is owed may belong on these pages
-        copy_pages(list(kv[self.held.start : self.held.stop]), copies)
+        copy_pages(kv[self.held.start : self.held.stop], copies)
 
     def run_segment(
         self,

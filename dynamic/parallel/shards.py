@@ -43,7 +43,7 @@ class Shard:
     Attributes:
         stages: of the model; held: layers of this rank's stage.
         read_bytes: of the checkpoint, by rank; empty until :meth:`with_stand_ins`.
-        spec: the same model with this rank's heads only.
+        whole: the model; spec: the same with this rank's heads only.
         cuts: by the names of tensors that are split.
         input_cuts: of tensors that are split along their inputs: where each part begins, and who has them.
 
@@ -98,8 +98,8 @@ class Shard:
         """
         if method.group is not None or name not in self.input_cuts:
             return method.quantize(weight)
-        largest = weight.abs().amax(-1, keepdim=True)
-        dist.all_reduce(wide := largest.float(), dist.ReduceOp.MAX, group=self.input_cuts[name][1])
+        low, high = weight.aminmax(dim=-1, keepdim=True)  # abs() would copy the weight
+        dist.all_reduce(wide := torch.maximum(high, -low).float(), dist.ReduceOp.MAX, group=self.input_cuts[name][1])
         # One input more, as large as any of the whole row, sets the scale.
         whole = method.quantize(torch.cat((weight, wide.to(weight.dtype)), -1))
         assert isinstance(whole, Int8Weight | Fp8Weight)
