@@ -4,9 +4,8 @@ Variants decode the same number of sequences and take turns, a few steps each, b
 are compared, those with exits in relation to the same engine's without. A model without exits gets random ones: a share
 of the rows leaves at every exit, and what is said then is nonsense, but costs what sense would cost.
 
-Variants: ``off``: the model has exits, and requests run exactly; ``0 % leave``: every exit is asked and nobody leaves
-(hardly anybody, where a model has probes of its own, whose highest step is reached now and then); and shares of the
-rows that leave at each exit.
+Variants: ``off``: the model has exits, and requests run exactly; ``0 % leave``: every exit is asked and nobody leaves;
+and shares of the rows that leave at each exit.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -71,7 +71,10 @@ def with_exits(checkpoint: Path, directory: Path, exits: tuple[int, ...], hidden
 
 
 def load(path: Path, dtype: str) -> LoadedModel:
+    """A model whose probabilities say what its probes' logits do: a calibrator's highest step would be left at."""
     decoder = load_decoder(path, dtype=dtype)
+    for exit in decoder.exits.values():
+        decoder.exits[exit.after_layers] = replace(exit, calibrator=Temperature(1.0))
     tokenizer: Any = None
     return LoadedModel(
         name=path.name, path=path, spec=decoder.spec, decoder=decoder, tokenizer=tokenizer, generation_defaults={}
@@ -134,13 +137,13 @@ def decode(engine: Engine, batch: int, exits: dict[int, float]) -> tuple[float, 
 
 
 def measure(
-    model: LoadedModel, plain: LoadedModel, batches: list[int], turns: int, only: list[str] | None
-) -> Iterator[tuple[int, dict[str, float]]]:
-    """Seconds per token by variant, for each number of sequences: over all turns but the slowest tenth.
+    model: LoadedModel, plain: LoadedModel, batches: list[int], rounds: int, turns: int, only: list[str] | None
+) -> Iterator[tuple[int, list[dict[str, float]]]]:
+    """Seconds per token by variant in each round, for each number of sequences: over all turns but the slowest tenth.
 
-    Engines of one kind differ by up to a quarter for as long as they live, by where their memory happens to lie.
-    So whatever is compared runs in one engine, turn by turn; only the model without exits needs one of its own, and
-    takes the better of two rounds.
+    Engines of one kind differ by some percent for as long as they live, by where their memory happens to lie. So
+    whatever is compared runs in one engine, turn by turn, and every round has new engines; only the model without exits
+    needs an engine of its own.
     """
     variants: dict[str, tuple[str, dict[int, float]]] = {"none": ("plain", {}), "off": ("parking", {})}
     variants["0 % leave"] = ("parking", thresholds(model, 0.0))
@@ -149,8 +152,9 @@ def measure(
         variants[f"{share:.0%}, no parking"] = ("no parking", thresholds(model, share))
     names = [name for name in variants if only is None or name in ("none", "off", *only)]
     for batch in batches:
-        rounds: list[dict[str, float]] = []
-        for _ in range(2):
+        measured: list[dict[str, float]] = []
+        parked = 0
+        for _ in range(rounds):
             engines = {
                 kind: Engine(which, EngineConfig(max_num_seqs=batch, enable_prefix_caching=False, park_rows=park))
                 for kind, which, park in (
@@ -166,10 +170,16 @@ def measure(
                     seconds, tokens = decode(engines[kind], batch, exits)
                     found[name].append(seconds / tokens)
             kept = {name: sorted(times)[: -max(1, turns // 10)] for name, times in found.items()}
-            rounds.append({name: sum(times) / len(times) for name, times in kept.items()})
-            print(f"{'':6} rows parked: {engines['parking'].stats().rows_parked}")
-        better = min(rounds, key=lambda seconds: seconds["off"])
-        yield batch, better | {"none": min(seconds["none"] for seconds in rounds)}
+            measured.append({name: sum(times) / len(times) for name, times in kept.items()})
+            parked += engines["parking"].stats().rows_parked
+        if parked:
+            print(f"{'':6} rows parked: {parked}")
+        yield batch, measured
+
+
+def ratio(measured: list[dict[str, float]], name: str, to: str) -> float:
+    """Median over the rounds."""
+    return median(seconds[name] / seconds[to] for seconds in measured)
 
 
 def main() -> None:
@@ -177,7 +187,8 @@ def main() -> None:
     parser.add_argument("--model", default="tiny", help="tiny, tiny_shape (untrained), default, or a directory")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32])
-    parser.add_argument("--turns", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=5, help="each with new engines")
+    parser.add_argument("--turns", type=int, default=6, help="of every variant in a round")
     parser.add_argument("--variants", nargs="*", help="only these; none and off always run")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
@@ -194,16 +205,22 @@ def main() -> None:
         print(f"{options.model}, {plain.decoder.dtype}, exits after {exits} of {layers} layers, {os.cpu_count()} CPUs")
         print("time per token; off: in relation to a model without exits; others: in relation to off")
         rows = []
-        for batch, seconds in measure(model, plain, options.batches, options.turns, options.variants):
-            off = seconds["off"]
-            cells = "  ".join(f"{name} {seconds[name] / off:.3f}" for name in seconds if name not in ("none", "off"))
-            rows.append({"sequences": batch, "seconds_per_token": seconds})
-            step = seconds["none"] * batch * 1e3
-            print(f"{batch:3}: {step:.2f} ms per step; off {off / seconds['none']:.3f}; {cells}", flush=True)
+        for batch, measured in measure(model, plain, options.batches, options.rounds, options.turns, options.variants):
+            ratios = {name: ratio(measured, name, "off") for name in measured[0] if name not in ("none", "off")}
+            off = ratio(measured, "off", "none")
+            step = median(seconds["none"] for seconds in measured) * batch * 1e3
+            rows.append({"sequences": batch, "off": off, "to_off": ratios, "seconds_per_token": measured})
+            cells = "  ".join(f"{name} {value:.3f}" for name, value in ratios.items())
+            print(f"{batch:3}: {step:.2f} ms per step; off {off:.3f}; {cells}", flush=True)
         if options.json:
             facts = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "processor": processor(), "rows": rows}
             facts |= {"model": options.model, "dtype": str(plain.decoder.dtype), "exits": exits, "layers": layers}
-            facts |= {"turns": options.turns, "torch": torch.__version__, "threads": torch.get_num_threads()}
+            facts |= {
+                "rounds": options.rounds,
+                "turns": options.turns,
+                "torch": torch.__version__,
+                "threads": torch.get_num_threads(),
+            }
             options.json.write_text(json.dumps(facts, indent=1) + "\n")
 
 

@@ -78,6 +78,9 @@ class CertificateSource:
     def read(self) -> Offer:
         """The certificates that hold for what runs; others are refused, with the reason in the log.
 
+        A directory may hold certificates of several deployments, as those of ``tiny`` do. One that does not hold here
+        is passed over without a word when another of the same contract does.
+
         Raises:
             ValueError: naming a directory that is not there, a file that is no certificate, or two that contradict
                 each other.
@@ -88,16 +91,18 @@ class CertificateSource:
             return Offer()
         if self._running is None:
             self._running = deployment(self._engine.model, self._engine.runner.exits)
-        valid, refused = [], []
-        for file in sorted(self.directory.glob("*.json")):
-            certificate = load_certificate(file)
-            reason = self._refusal(certificate)
-            if reason is None:
-                valid.append(certificate)
-            else:
-                refused.append(f"certificate {certificate.id}: {reason}")
-                logger.warning("refused %s", refused[-1])
-        return Offer(contracts=Contracts(valid), refused=tuple(refused))
+        certificates = [load_certificate(file) for file in sorted(self.directory.glob("*.json"))]
+        reasons = [self._refusal(certificate) for certificate in certificates]
+        valid = [certificate for certificate, reason in zip(certificates, reasons, strict=True) if reason is None]
+        kept = {(certificate.alpha, certificate.delta) for certificate in valid}
+        refused = tuple(
+            f"certificate {certificate.id}: {reason}"
+            for certificate, reason in zip(certificates, reasons, strict=True)
+            if reason is not None and (certificate.alpha, certificate.delta) not in kept
+        )
+        for sentence in refused:
+            logger.warning("refused %s", sentence)
+        return Offer(contracts=Contracts(valid), refused=refused)
 
     def _refusal(self, certificate: Certificate) -> str | None:
         assert self._running is not None

@@ -69,7 +69,8 @@ class ModelConfig:
         model: a local directory, a Hub id, or the name of a shipped model: ``default``, ``tiny``.
         dtype: ``auto`` (the checkpoint's own), ``float32``, ``bfloat16`` or ``float16``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        backend: which kernels compute; ``auto`` takes the fastest that run here.
+        backend: which kernels compute; ``auto`` takes the fastest that run here, ``cpu:avx512vnni`` (or another
+            instruction set) what a processor would choose that has no better one.
         quantization: ``none``, or what the weights become while they are loaded: ``int8``, ``w8a8``, ``int4`` (also
             ``int4-g32``, ``int4-g128``, each also with ``-asym``), ``fp8`` or ``fp8-block``.
         quantize_lm_head: whether LM head and embedding become int8 then.

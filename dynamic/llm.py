@@ -28,7 +28,8 @@ class LLM:
         model: a local directory, a Hub id, or a shipped model (``default``, ``tiny``).
         dtype: ``auto`` (the checkpoint's own), ``float32``, ``bfloat16`` or ``float16``.
         device: ``auto`` takes a GPU where there is one.
-        backend: which kernels to use; ``auto`` takes the fastest that runs here.
+        backend: which kernels to use; ``auto`` takes the fastest that runs here, ``cpu:avx512vnni`` the CPU's with this
+            instruction set.
         progress: show a bar while loading.
         experts_per_token: use fewer routed experts per token than the model was made for.
         quantization: ``none``, or what the weights become while they are loaded: ``int8``, ``w8a8``, ``int4``, ``fp8``

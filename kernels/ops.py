@@ -16,16 +16,20 @@ def select_backend(device: torch.device | str, dtype: torch.dtype, name: str = "
     """The backend for a device and dtype.
 
     Arguments:
-        name: ``auto`` takes the fastest that runs here.
+        name: ``auto`` takes the fastest that runs here; ``cpu:avx512vnni`` the CPU's with this instruction set, one of
+            ``cpu_backend.ISAS``.
 
     Raises:
         ValueError: for an unknown name, or a backend that cannot run here: on that device, in that dtype, without a
             GPU, a package or (``cpu``) a compiler.
     """
+    name, _, isa = name.partition(":")
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")
+    if isa and name != "cpu":
+        raise ValueError(f"backend {name!r} takes no instruction set, not {isa!r}; cpu does")
     if name == "cpu":
-        return _cpu(device, dtype)
+        return _cpu(device, dtype, isa or "auto")
     if name == "triton":
         from .triton_backend import TritonBackend
 
@@ -45,12 +49,12 @@ def select_backend(device: torch.device | str, dtype: torch.dtype, name: str = "
     return TorchBackend(device, dtype)
 
 
-def _cpu(device: torch.device | str, dtype: torch.dtype) -> TorchBackend:
+def _cpu(device: torch.device | str, dtype: torch.dtype, isa: str) -> TorchBackend:
     from .cpu_backend import CpuBackend
     from .cpu_build import BuildError
 
     try:
-        return CpuBackend(device, dtype)
+        return CpuBackend(device, dtype, isa)
     except BuildError as error:
         raise ValueError(f"the cpu backend cannot run here: {error}") from error
 

@@ -80,7 +80,7 @@ class StackResult(NamedTuple):
     """What became of the rows of a step.
 
     Arguments:
-        out_TD: float32, what each row hands to the LM head.
+        out_TD: float32, what each row hands to the LM head; the tensor that came in if no row left.
         counts: int64, one after the other what the properties below show.
     """
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
 from dynamoe import LLM, Quality, SamplingParams
 from dynamoe.dynamic.calibrate_command import CalibrateConfig, calibrate
+from dynamoe.dynamic.certificates import CertificateSource
 from dynamoe.dynamic.cli import main
 from dynamoe.dynamic.model_store import resolve_model
 from dynamoe.dynamic.prompt_file import read_prompts
-from dynamoe.exits.certificate import load_certificate
+from dynamoe.exits.certificate import load_certificate, save_certificate
 
 ALPHA = 0.2
 PROMPT = "The following options are available:"
@@ -129,6 +131,19 @@ def test_another_deployment_refuses_the_certificate_and_names_what_differs(certi
     output = ask(changed, Quality(alpha=ALPHA))
     assert output.contract is not None
     assert "exits: certified for" in output.contract.reason
+
+
+def test_certificates_of_several_processors_lie_side_by_side(llm: LLM, certificates: Path, tmp_path: Path) -> None:
+    (here,) = (load_certificate(file) for file in certificates.glob("*.json"))
+    elsewhere = replace(here, deployment={**here.deployment, "backend": "cpu avx2"})
+    save_certificate(elsewhere, tmp_path / "elsewhere.json")
+    only_elsewhere = CertificateSource(llm.engine, tmp_path).read()
+    assert not only_elsewhere.contracts.certificates
+    assert "backend: certified for 'cpu avx2'" in only_elsewhere.refused[0]
+    save_certificate(here, tmp_path / "here.json")
+    both = CertificateSource(llm.engine, tmp_path).read()
+    assert [certificate.id for certificate in both.contracts.certificates] == [here.id]
+    assert not both.refused
 
 
 def test_over_http_a_contract_is_kept_and_accounted_for(start_server, certificates: Path, tmp_path: Path) -> None:

@@ -20,7 +20,15 @@ def test_select_backend_takes_the_kernels_on_a_cpu():
     with pytest.raises(ValueError, match="float16"):
         ops.select_backend("cpu", torch.float16, "cpu")
     with pytest.raises(ValueError, match="sse9"):
-        CpuBackend("cpu", torch.float32, isa="sse9")
+        ops.select_backend("cpu", torch.float32, "cpu:sse9")
+    with pytest.raises(ValueError, match="takes no instruction set"):
+        ops.select_backend("cpu", torch.float32, "torch:avx2")
+
+
+def test_an_instruction_set_may_be_named():
+    backend = ops.select_backend("cpu", torch.bfloat16, "cpu:portable")
+    assert isinstance(backend, CpuBackend)
+    assert backend.isa == "portable"
 
 
 @pytest.mark.parametrize(

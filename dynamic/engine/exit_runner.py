@@ -66,9 +66,9 @@ class ExitRunner:
         self.ended_rows = [0] * len(decoder.segments)
         self.projected_rows = 0  # rows times layers
         self.rows_parked = 0
-        self._started: float | None = None  # the step before
-        self._in_segments = 0.0  # seconds of it
-        self._steps = 0  # in which rows could have been parked
+        self._in_segments = 0.0  # seconds of a step
+        self._started: float | None = None  # when the step before a review began
+        self._steps = 0  # with company
         self._may_wait = False
         self._segments_in = {s.layers.stop: s.index + 1 for s in decoder.segments}  # so many layers
 
@@ -99,13 +99,10 @@ class ExitRunner:
 
     def run(self, entries: list[Entry], rows: StepRows, budget: ExpertBudget | None = None) -> torch.Tensor:
         """Run a step; see :meth:`Runner.run`."""
-        started = time.perf_counter()
-        if self.parking is not None and self._started is not None and len(entries) > 1:
-            self.parking.observe_step(started - self._started - self._in_segments, len(entries))
-        self._started, self._in_segments = started, 0.0
         plan = self.planner.plan(entries, len(rows), budget)
+        review = self.parking is not None and len(plan.movable) > 1 and self._review_is_due(self.parking, plan)
         if self.decoder.stack is not None and not self._one_by_one(plan):
-            return self._run_at_once(entries, rows, plan)
+            return self._run_at_once(entries, rows, plan, review)
         out_TD = torch.empty(len(rows), self.decoder.spec.hidden_size, device=self.decoder.device)
         depths_T = np.full(len(rows), self.decoder.spec.num_layers)
         live = self._start(rows, plan)
@@ -124,27 +121,36 @@ class ExitRunner:
         )
         return out_TD
 
+    def _review_is_due(self, parking: Parking, plan: StepPlan) -> bool:
+        """Whether this step tells the parking what rows do; before that, it learns what the step before took."""
+        self._steps += 1
+        phase = self._steps % _REVIEW
+        if phase == 1:
+            if self._started is not None:
+                seconds = time.perf_counter() - self._started - self._in_segments
+                parking.observe_step(seconds, len(plan.entries))
+            self._may_wait = parking.may_wait(len(plan.movable))
+        elif phase == 0:
+            self._started, self._in_segments = time.perf_counter(), 0.0
+        return phase == 1
+
     def _one_by_one(self, plan: StepPlan) -> bool:
         """Whether segments run one by one: rows may be stopped in front of one, or debts are paid in another way."""
-        if plan.parked or not isinstance(self.backfill, Project):
-            return True
-        if self.parking is None or len(plan.movable) < 2:
-            return False
-        if self._steps % _REVIEW == 0:
-            self._may_wait = self.parking.may_wait(len(plan.movable))
-        self._steps += 1
-        return self._may_wait
+        return (self._may_wait and len(plan.movable) > 1) or bool(plan.parked) or not isinstance(self.backfill, Project)
 
-    def _run_at_once(self, entries: list[Entry], rows: StepRows, plan: StepPlan) -> torch.Tensor:
+    def _run_at_once(self, entries: list[Entry], rows: StepRows, plan: StepPlan, review: bool) -> torch.Tensor:
         """The whole step in one call of the backend: same rows, same bits, nothing spent between segments."""
         x_TD = self.decoder.embed(rows.token_ids())
         started = time.perf_counter()
         result = self.decoder.run_with_exits(x_TD, self.kv, rows.batch(), plan.thresholds, plan.budget)
         self._in_segments += time.perf_counter() - started
-        if self.parking is not None and len(plan.movable) > 1 and self._steps % _REVIEW == 0:
+        if review and self.parking is not None:
             for number, (deciding, going) in enumerate(result.decisions_N2.tolist(), 1):
                 if deciding:
                     self.parking.observe(number, deciding, going)
+        if plan.steady and result.out_TD is x_TD:
+            self._record_full_depth(entries)
+            return x_TD
         depths = result.counts.tolist()[: len(rows)]
         if plan.steady:
             self._record_tokens(entries, depths)
@@ -168,9 +174,9 @@ class ExitRunner:
         if not parked and (self.parking is None or segment.index == 0 or len(plan.movable) < 2):
             return live
         if may_wait and self.parking is not None and all(row in plan.movable for row in arriving):
-            waited = max((_parked(plan.movable[row]).steps for row in parked), default=0)
+            waited = max((_parked(plan.entry(row)).steps for row in parked), default=0)
             away = sum(
-                number > segment.index or plan.movable[row].parked
+                number > segment.index or plan.entry(row).parked
                 for number, others in plan.parked.items()
                 if number != segment.index
                 for row in others
@@ -181,17 +187,17 @@ class ExitRunner:
                 return self._nobody(live)
         if not parked:
             return live
-        joining_RD = torch.stack([_parked(plan.movable[row]).x_D for row in parked])
+        joining_RD = torch.stack([_parked(plan.entry(row)).x_D for row in parked])
         rows_R = np.concatenate((live.rows_R, np.array(parked, dtype=np.int64)))
         order = rows_R.argsort()
         return self._gather(rows, rows_R[order], torch.cat((live.x_RD, joining_RD)).index_select(0, self._move(order)))
 
     def _park(self, segment: Segment, live: _Live, plan: StepPlan) -> None:
         for row, x_D in zip(live.rows_R.tolist(), live.x_RD, strict=True):
-            plan.movable[row].sequence.parked = ParkedRow(segment.index, x_D.clone())
+            plan.entry(row).sequence.parked = ParkedRow(segment.index, x_D.clone())
             self.rows_parked += 1
         for row in (*plan.parked.get(segment.index, []), *live.rows_R.tolist()):
-            entry = plan.movable[row]
+            entry = plan.entry(row)
             entry.parked = True
             _parked(entry).steps += 1
 
@@ -282,6 +288,17 @@ class ExitRunner:
                 sequence.mark_approximate(entry.start)
                 request.projected_rows += num_layers - depth
                 self.projected_rows += num_layers - depth
+
+    def _record_full_depth(self, entries: list[Entry]) -> None:
+        """As :meth:`_record_tokens`, where nobody left."""
+        num_layers = self.decoder.spec.num_layers
+        self.ended_rows[-1] += len(entries)
+        for entry in entries:
+            request = entry.sequence.request
+            assert request.ended_rows is not None
+            request.ended_rows[-1] += 1
+            if request.exit_logits_E is not None:
+                entry.sequence.depths.append(num_layers)
 
     def _count(self, ended: list[int], start: int, stop: int, rows: int) -> None:
         """Rows of a request ran the segments from ``start`` on, ``stop`` not included."""

@@ -118,6 +118,7 @@ class Parking:
         self._went_on = [32.0] * len(times.segments)
         self._step_seconds = float("inf")
         self._best = lru_cache(maxsize=4096)(self._find_best)
+        self._waits = lru_cache(maxsize=4096)(self._anybody_waits)
 
     def observe(self, segment: int, reached: int, going: int) -> None:
         """Take in what happened at the exit in front of a segment."""
@@ -146,8 +147,7 @@ class Parking:
         """Whether a row, be it alone, might have to wait in front of any segment; as for :meth:`should_wait`."""
         if running < 2:
             return False
-        state = self._state()
-        return any(self._best(segment, running, *state) > 1 for segment in range(1, len(self._reached)))
+        return self._waits(running, *self._state())
 
     def _state(self) -> tuple[tuple[int, ...], int]:
         """What the best company depends on: the share of rows that goes on at each exit, and what a step costs."""
@@ -155,6 +155,9 @@ class Parking:
         shares = tuple(max(1, round(went_on / reached * _SHARE_STEPS)) for went_on, reached in pairs)
         fixed = 0 if self._step_seconds == float("inf") else round(self._step_seconds / _TICK)
         return shares, fixed
+
+    def _anybody_waits(self, running: int, shares: tuple[int, ...], fixed: int) -> bool:
+        return any(self._best(segment, running, shares, fixed) > 1 for segment in range(1, len(shares)))
 
     def _find_best(self, segment: int, running: int, shares: tuple[int, ...], fixed: int) -> int:
         """The number of rows to wait for; 0 where none should wait."""
