@@ -37,6 +37,7 @@ class CpuStack:
             shape.residual_scale,
             shape.attention_scale,
         )
+        self._counts: dict[int, torch.Tensor] = {}  # by rows
         for layer in layers:
             self._add_layer(layer)
         for exit in exits:
@@ -115,8 +116,12 @@ class CpuStack:
         thresholds_NT: torch.Tensor,
         budget: ExpertBudget | None = None,
     ) -> StackResult:
-        out_TD, counts = self._handle.run_with_exits(
-            x_TD, *_caches(kv), cos_sin_LC, *_places(batch), thresholds_NT, *_limits(budget)
+        num_exits, rows = thresholds_NT.shape
+        counts = self._counts.get(rows)
+        if counts is None:
+            counts = self._counts[rows] = torch.empty(rows + 3 * num_exits + 1, dtype=torch.int64)
+        out_TD = self._handle.run_with_exits(
+            x_TD, *_caches(kv), cos_sin_LC, *_places(batch), thresholds_NT, counts, *_limits(budget)
         )
         return StackResult(out_TD, counts)
 

@@ -81,7 +81,7 @@ class StackResult(NamedTuple):
 
     Arguments:
         out_TD: float32, what each row hands to the LM head; the tensor that came in if no row left.
-        counts: int64, one after the other what the properties below show.
+        counts: int64, one after the other what the properties below show. The next call may overwrite it.
     """
 
     out_TD: torch.Tensor

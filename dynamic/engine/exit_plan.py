@@ -5,7 +5,8 @@ Shape suffixes as in ``kernels/types.py``; E exits of the model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from array import array
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,6 +34,8 @@ class StepPlan:
         parked: those that are, by segment.
         budget: of the step's rows, if any is on one.
         steady: whether each row is the next new token of the sequence that the same row of the step before belonged to.
+        ended_rows: of a steady plan, by row, :attr:`.Request.ended_rows`.
+        new_depths: of a steady plan, :attr:`.Sequence.depths` of the rows that may leave.
     """
 
     entries: list[Entry]
@@ -42,6 +45,8 @@ class StepPlan:
     parked: dict[int, list[int]]
     budget: ExpertBudget | None
     steady: bool = False
+    ended_rows: list[list[int]] = field(default_factory=list)
+    new_depths: list[array[int]] = field(default_factory=list)
 
     def entry(self, row: int) -> Entry:
         """The entry of a row that may be parked."""
@@ -62,8 +67,9 @@ class Planner:
         # Number of the exit after so many layers; the slice of no exit for rows that ran all of them.
         self._exit_at: dict[int, int | slice] = {layers: number for number, layers in enumerate(decoder.exits)}
         self._exit_at[decoder.spec.num_layers] = slice(0)
-        self._sequences: list[Sequence] = []  # of the plan that may hold for the next step too
+        # The plan that may hold for the next step too; by row: sequence, length of its prompt, depths if it has.
         self._plan: StepPlan | None = None
+        self._known: list[tuple[Sequence, int, array[int] | None]] = []
 
     def plan(self, entries: list[Entry], num_rows: int, budget: ExpertBudget | None) -> StepPlan:
         """Sort a step's rows.
@@ -75,15 +81,33 @@ class Planner:
         Returns: a plan that the next call may change.
         """
         plan = self._plan
-        if plan is not None and len(entries) == len(self._sequences) and all(map(_goes_on, entries, self._sequences)):
-            plan.entries, plan.budget, plan.steady = entries, budget, True
+        if plan is not None and self._go_on(entries):
+            plan.entries, plan.budget = entries, budget
+            if not plan.steady:
+                plan.steady = True
+                plan.ended_rows = [_ended_rows(sequence) for sequence, _, _ in self._known]
+                plan.new_depths = [depths for _, _, depths in self._known if depths is not None]
             return plan
-        plan = self._new_plan(entries, num_rows, budget)
-        sequences = [entry.sequence for entry in entries]
-        self._plan = None
-        if all(map(_goes_on, entries, sequences)):
-            self._plan, self._sequences = plan, sequences
+        self._plan = plan = self._new_plan(entries, num_rows, budget)
+        self._known = [(e.sequence, e.sequence.num_prompt, _new_depths(e.sequence)) for e in entries]
+        if plan.parked or not self._go_on(entries):
+            self.forget()
         return plan
+
+    def forget(self) -> None:
+        """The next step is not like this one: rows were parked."""
+        self._plan = None
+
+    def _go_on(self, entries: list[Entry]) -> bool:
+        """Whether every entry is the next new token of the sequence that is known for its place."""
+        if len(entries) != len(self._known):
+            return False
+        for entry, (sequence, num_prompt, depths) in zip(entries, self._known, strict=True):
+            if entry.sequence is not sequence or entry.count != 1:
+                return False
+            if depths is not None and entry.start - num_prompt != len(depths):
+                return False
+        return True
 
     def _new_plan(self, entries: list[Entry], num_rows: int, budget: ExpertBudget | None) -> StepPlan:
         thresholds_ET = np.full((self._num_exits, num_rows), STAYS, dtype=np.float32)
@@ -108,8 +132,11 @@ class Planner:
         return StepPlan(entries, thresholds_ET, thresholds, movable, parked, budget)
 
 
-def _goes_on(entry: Entry, sequence: Sequence) -> bool:
-    """Whether an entry is the next new token of this sequence, from the first layer on."""
-    if entry.sequence is not sequence or entry.count != 1 or sequence.parked is not None:
-        return False
-    return sequence.request.exit_logits_E is None or entry.start - sequence.num_prompt == len(sequence.depths)
+def _new_depths(sequence: Sequence) -> array[int] | None:
+    return None if sequence.request.exit_logits_E is None else sequence.depths
+
+
+def _ended_rows(sequence: Sequence) -> list[int]:
+    ended = sequence.request.ended_rows
+    assert ended is not None, "the step before was recorded"
+    return ended

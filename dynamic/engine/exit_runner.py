@@ -66,8 +66,8 @@ class ExitRunner:
         self.ended_rows = [0] * len(decoder.segments)
         self.projected_rows = 0  # rows times layers
         self.rows_parked = 0
-        self._in_segments = 0.0  # seconds of a step
         self._started: float | None = None  # when the step before a review began
+        self._in_segments = 0.0  # seconds of it
         self._steps = 0  # with company
         self._may_wait = False
         self._segments_in = {s.layers.stop: s.index + 1 for s in decoder.segments}  # so many layers
@@ -149,7 +149,7 @@ class ExitRunner:
                 if deciding:
                     self.parking.observe(number, deciding, going)
         if plan.steady and result.out_TD is x_TD:
-            self._record_full_depth(entries)
+            self._record_full_depth(plan)
             return x_TD
         depths = result.counts.tolist()[: len(rows)]
         if plan.steady:
@@ -193,6 +193,7 @@ class ExitRunner:
         return self._gather(rows, rows_R[order], torch.cat((live.x_RD, joining_RD)).index_select(0, self._move(order)))
 
     def _park(self, segment: Segment, live: _Live, plan: StepPlan) -> None:
+        self.planner.forget()
         for row, x_D in zip(live.rows_R.tolist(), live.x_RD, strict=True):
             plan.entry(row).sequence.parked = ParkedRow(segment.index, x_D.clone())
             self.rows_parked += 1
@@ -289,16 +290,14 @@ class ExitRunner:
                 request.projected_rows += num_layers - depth
                 self.projected_rows += num_layers - depth
 
-    def _record_full_depth(self, entries: list[Entry]) -> None:
-        """As :meth:`_record_tokens`, where nobody left."""
+    def _record_full_depth(self, plan: StepPlan) -> None:
+        """As :meth:`_record`, where every row is a new token and nobody left."""
+        self.ended_rows[-1] += len(plan.ended_rows)
+        for ended in plan.ended_rows:
+            ended[-1] += 1
         num_layers = self.decoder.spec.num_layers
-        self.ended_rows[-1] += len(entries)
-        for entry in entries:
-            request = entry.sequence.request
-            assert request.ended_rows is not None
-            request.ended_rows[-1] += 1
-            if request.exit_logits_E is not None:
-                entry.sequence.depths.append(num_layers)
+        for depths in plan.new_depths:
+            depths.append(num_layers)
 
     def _count(self, ended: list[int], start: int, stop: int, rows: int) -> None:
         """Rows of a request ran the segments from ``start`` on, ``stop`` not included."""

@@ -14,7 +14,9 @@ namespace {
 constexpr float kProbeEps = 1e-6f;
 
 float inverse_size(const Kernels& kernels, const float* x, int64_t n) {
-  return 1.0f / std::sqrt(kernels.dot(x, x, n) / static_cast<float>(n) + kProbeEps);
+  float squares;
+  kernels.dots(x, n, 1, x, n, &squares);
+  return 1.0f / std::sqrt(squares / static_cast<float>(n) + kProbeEps);
 }
 
 void clip(const Kernels& kernels, void* data, Dtype dtype, int64_t count, float limit) {
@@ -38,12 +40,14 @@ void probe(const Context& context, const ProbeCall& call) {
     const float* previous = call.previous ? call.previous + row * call.hidden : nullptr;
     const float size = inverse_size(kernels, x, call.hidden);
     const float previous_size = previous ? inverse_size(kernels, previous, call.hidden) : 0;
+    float* products = scratch(Buffer::rows).get<float>(2 * call.inner);
+    kernels.dots(call.weight, inputs, call.inner, x, call.hidden, products);
+    if (previous) kernels.dots(call.weight + call.hidden, inputs, call.inner, previous, call.hidden, products + call.inner);
     float logit = call.out ? call.out_bias : 0.0f;
     for (int64_t j = 0; j < call.inner; ++j) {
-      const float* weight = call.weight + j * inputs;
-      float inner = call.bias[j] + size * kernels.dot(weight, x, call.hidden);
-      if (previous) inner += previous_size * kernels.dot(weight + call.hidden, previous, call.hidden);
-      if (call.entropy) inner += weight[inputs - 1] * call.entropy[row];
+      float inner = call.bias[j] + size * products[j];
+      if (previous) inner += previous_size * products[call.inner + j];
+      if (call.entropy) inner += call.weight[(j + 1) * inputs - 1] * call.entropy[row];
       logit += call.out ? call.out[j] * (inner / (1.0f + std::exp(-inner))) : inner;
     }
     call.logits[row] = logit;

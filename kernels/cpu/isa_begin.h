@@ -21,7 +21,7 @@
       gated,                                                                                     \
       scaled_add,                                                                                \
       weigh_values,                                                                              \
-      dot,                                                                                       \
+      dots,                                                                                      \
       add,                                                                                       \
       convert,                                                                                   \
       widen,                                                                                     \

@@ -113,8 +113,8 @@ struct Kernels {
   void (*weigh_values)(int num_rows, const float* probabilities, const void* const* values, Dtype dtype, int channels,
                        float* accumulator, const void* const* ahead);
 
-  // Sixteen running sums, joined in one order: the same bits on every processor.
-  float (*dot)(const float* a, const float* b, int64_t n);
+  // out[row] = weights[row] · x. Sixteen running sums, joined in one order: the same bits on every processor.
+  void (*dots)(const float* weights, int64_t stride, int64_t count, const float* x, int64_t n, float* out);
   // sum += scale * added
   void (*add)(const void* added, Dtype dtype, float scale, float* sum, int n);
   void (*convert)(const float* in, void* out, int n, Dtype out_dtype);

@@ -199,22 +199,35 @@ TARGET static void softmax_merge(float* state, float* accumulator, const float* 
   }
 }
 
-TARGET static float dot(const float* a, const float* b, int64_t n) {
+// Of `count` rows of weights with one x, whose loads and waits they share.
+template <int count>
+SIMD_FN void some_dots(const float* weights, int64_t stride, const float* x, int64_t n, float* out) {
   constexpr int kSums = 16, kVectors = kSums / Vec::kLanes;
-  Vec::F sum[kVectors];
-  for (int v = 0; v < kVectors; ++v) sum[v] = Vec::zero();
+  Vec::F sum[count][kVectors];
+  for (int row = 0; row < count; ++row)
+    for (int v = 0; v < kVectors; ++v) sum[row][v] = Vec::zero();
   int64_t i = 0;
   for (; i + kSums <= n; i += kSums)
     for (int v = 0; v < kVectors; ++v) {
       const int64_t from = i + v * Vec::kLanes;
-      sum[v] = Vec::add(sum[v], Vec::mul(Vec::load(a + from), Vec::load(b + from)));
+      const Vec::F wide = Vec::load(x + from);
+      for (int row = 0; row < count; ++row)
+        sum[row][v] = Vec::add(sum[row][v], Vec::mul(Vec::load(weights + row * stride + from), wide));
     }
-  float lane[kSums];
-  for (int v = 0; v < kVectors; ++v) Vec::store(lane + v * Vec::kLanes, sum[v]);
-  for (int j = 0; i + j < n; ++j) lane[j] += a[i + j] * b[i + j];
-  for (int width = kSums / 2; width; width /= 2)
-    for (int j = 0; j < width; ++j) lane[j] += lane[j + width];
-  return lane[0];
+  float lane[count][kSums];
+  for (int row = 0; row < count; ++row) {
+    for (int v = 0; v < kVectors; ++v) Vec::store(lane[row] + v * Vec::kLanes, sum[row][v]);
+    for (int j = 0; i + j < n; ++j) lane[row][j] += weights[row * stride + i + j] * x[i + j];
+    for (int width = kSums / 2; width; width /= 2)
+      for (int j = 0; j < width; ++j) lane[row][j] += lane[row][j + width];
+    out[row] = lane[row][0];
+  }
+}
+
+TARGET static void dots(const float* weights, int64_t stride, int64_t count, const float* x, int64_t n, float* out) {
+  int64_t row = 0;
+  for (; row + 4 <= count; row += 4) some_dots<4>(weights + row * stride, stride, x, n, out + row);
+  for (; row < count; ++row) some_dots<1>(weights + row * stride, stride, x, n, out + row);
 }
 
 TARGET static void add(const void* added, Dtype dtype, float scale, float* sum, int n) {

@@ -36,20 +36,15 @@ struct Work {
   Work(Arena& arena, const Stack& stack, int64_t rows) {
     const Shape& shape = stack.shape;
     const int64_t bytes = rows * element_bytes(shape.dtype);
-    int64_t experts = 0, top_k = 0;
-    for (const Block& block : stack.blocks) {
-      experts = std::max(experts, block.router.outputs);
-      top_k = std::max(top_k, block.rule.top_k);
-    }
     normed = arena.take(bytes * shape.hidden);
     qkv = arena.take(bytes * (shape.q_width() + 2 * shape.kv_width()));
     q = arena.take(bytes * shape.q_width());
     attended = arena.take(bytes * shape.q_width());
     pending = arena.take(bytes * shape.hidden);
-    logits = arena.take(bytes * experts);
-    ids = arena.take<int32_t>(rows * top_k);
+    logits = arena.take(bytes * stack.most_experts);
+    ids = arena.take<int32_t>(rows * stack.most_top_k);
     counts = arena.take<int32_t>(rows);
-    weights = arena.take<float>(rows * top_k);
+    weights = arena.take<float>(rows * stack.most_top_k);
   }
 };
 
@@ -172,7 +167,7 @@ void feed_forward(const Context& context, const Shape& shape, const Block& block
 }  // namespace
 
 void run_layers(const Context& context, const Stack& stack, int64_t first, int64_t last, float* x, const Places& places,
-                const Caches& caches, float* entropy) {
+                const Caches& caches, float* entropy, Seam seam) {
   const Shape& shape = stack.shape;
   const int64_t rows = places.rows;
   if (!rows) return;
@@ -180,18 +175,26 @@ void run_layers(const Context& context, const Stack& stack, int64_t first, int64
   Work(sizes, stack, rows);
   Arena arena(scratch(Buffer::stack).get<char>(sizes.used()));
   const Work work(arena, stack, rows);
-  const auto is_routed = [](const Block& block) { return block.router.exists(); };
-  const auto routed = std::count_if(stack.blocks.begin() + first, stack.blocks.begin() + last, is_routed);
-  const float share = routed ? 1.0f / static_cast<float>(routed) : 0.0f;
-  if (entropy) std::fill_n(entropy, rows, 0.0f);
+  float share = 0.0f;
+  if (entropy) {
+    const auto is_routed = [](const Block& block) { return block.router.exists(); };
+    const auto routed = std::count_if(stack.blocks.begin() + first, stack.blocks.begin() + last, is_routed);
+    share = routed ? 1.0f / static_cast<float>(routed) : 0.0f;
+    std::fill_n(entropy, rows, 0.0f);
+  }
   for (int64_t layer = first; layer < last; ++layer) {
     const Block& block = stack.blocks[layer];
-    norm(context, shape, layer == first ? nullptr : work.pending, x, block.attention_norm, rows, work.normed);
+    if (layer > first || !seam.normed)
+      norm(context, shape, layer == first ? nullptr : work.pending, x, block.attention_norm, rows, work.normed);
     attend(context, shape, block, work, places, caches, layer);
     norm(context, shape, work.pending, x, block.ffn_norm, rows, work.normed);
     feed_forward(context, shape, block, work, rows, places.budget, layer, entropy, share);
   }
-  if (first < last) add_pending(context, shape, work.pending, shape.residual_scale, x, rows);
+  if (first == last) return;
+  if (seam.norm_next)
+    norm(context, shape, work.pending, x, stack.blocks[last].attention_norm, rows, work.normed);
+  else
+    add_pending(context, shape, work.pending, shape.residual_scale, x, rows);
 }
 
 }  // namespace dynamoe_cpu

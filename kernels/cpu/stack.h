@@ -2,8 +2,10 @@
 // one, without going back to the caller in between. Results are bitwise those of the single operators.
 #pragma once
 
-#include <optional>
+#include <algorithm>
 #include <functional>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "exits.h"
@@ -81,6 +83,13 @@ struct Stack {
   Shape shape;
   std::vector<Block> blocks;
   std::vector<Exit> exits;  // rising
+  int64_t most_experts = 0, most_top_k = 0;  // of any block
+
+  void add(Block block) {
+    most_experts = std::max(most_experts, block.router.outputs);
+    most_top_k = std::max(most_top_k, block.rule.top_k);
+    blocks.push_back(std::move(block));
+  }
 };
 
 // One projection of contiguous rows.
@@ -89,10 +98,17 @@ void project(const Context& context, const Shape& shape, const Projection& proje
 // x += scale * added
 void add_pending(const Context& context, const Shape& shape, const void* pending, float scale, float* x, int64_t rows);
 
+// Where a run of layers meets its neighbours: the sum at its end and the norm behind it are one pass over the rows, when
+// the next run is of the same rows and follows at once.
+struct Seam {
+  bool normed = false;     // the run before has done the first norm
+  bool norm_next = false;  // do that of the layer behind
+};
+
 // Layers [first, last) on a residual stream of float32, in place. `entropy`, if given, takes the mean entropy of the
 // layers' routers.
 void run_layers(const Context& context, const Stack& stack, int64_t first, int64_t last, float* x, const Places& places,
-                const Caches& caches, float* entropy);
+                const Caches& caches, float* entropy, Seam seam = {});
 
 // All layers, where rows may leave at exits. As long as none does, x is what the rows hand to the LM head.
 struct ExitsCall {

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "parallel.h"
 #include "stack.h"
@@ -14,7 +15,8 @@ namespace {
 class Live {
  public:
   Live(const ExitsCall& call, const Shape& shape) : hidden_(shape.hidden), x_(call.x), places_(call.places) {
-    for (int64_t row = 0; row < places_.rows; ++row) numbers_.push_back(row);
+    numbers_.resize(places_.rows);
+    std::iota(numbers_.begin(), numbers_.end(), 0);
     places_.budget.numbers = numbers_.data();
   }
   float* x() const { return x_; }
@@ -152,6 +154,7 @@ void run_exits(const Context& context, const Stack& stack, const ExitsCall& call
   std::fill_n(call.decisions, 2 * stack.exits.size(), 0);
   std::fill_n(call.launched, stack.exits.size() + 1, 0);
   int64_t first = 0;
+  bool normed = false;
   for (size_t number = 0; number < stack.exits.size() && live.rows(); ++number) {
     const Exit& exit = stack.exits[number];
     bool asked = false;
@@ -163,8 +166,9 @@ void run_exits(const Context& context, const Stack& stack, const ExitsCall& call
     if (asked && exit.previous) previous.assign(live.x(), live.x() + live.rows() * hidden);
     call.launched[number] = live.rows();
     run_layers(context, stack, first, exit.after_layers, live.x(), live.places(), caches,
-               asked && exit.entropy ? entropy.data() : nullptr);
+               asked && exit.entropy ? entropy.data() : nullptr, {normed, true});
     first = exit.after_layers;
+    normed = true;
     if (!asked) continue;
     ProbeCall probing = exit.probe;
     probing.x = live.x();
@@ -183,10 +187,11 @@ void run_exits(const Context& context, const Stack& stack, const ExitsCall& call
     if (!left) continue;
     leaving.leave(exit, live, order.data() + staying, left);
     live.keep(order.data(), staying);
+    normed = false;
   }
   if (!live.rows()) return;
   call.launched[stack.exits.size()] = live.rows();
-  run_layers(context, stack, first, layers, live.x(), live.places(), caches, nullptr);
+  run_layers(context, stack, first, layers, live.x(), live.places(), caches, nullptr, {normed, false});
   for (int64_t row = 0; leaving.out() && row < live.rows(); ++row)
     std::copy_n(live.x() + row * hidden, hidden, leaving.out() + live.number(row) * hidden);
 }

@@ -68,7 +68,7 @@ class StackHolder : public torch::CustomClassHolder {
                         "contribution_scale must have one entry for each of ", experts[0], " experts");
       block.scale = floats(keep(contribution_scale), "contribution_scale");
     }
-    stack_.blocks.push_back(block);
+    stack_.add(block);
   }
 
   // After all layers, in rising order. Without a probe (`weight`) nobody can leave. `kv_layouts` as `layouts` above.
@@ -138,19 +138,20 @@ class StackHolder : public torch::CustomClassHolder {
     return x;
   }
 
-  // What each row hands to the LM head. And in one piece: the depth of each row; per exit how many rows decided and how
-  // many of them went on; rows launched between exits.
-  std::tuple<Tensor, Tensor> run_with_exits(Tensor x, const Tensors& keys, const Tensors& values, const Tensor& cos_sin,
-                                            const Tensor& positions, const Tensor& slots, const Tensor& query_start,
-                                            const Tensor& context_len, const Tensor& block_table,
-                                            const Tensor& thresholds, const OptionalTensor& keep,
-                                            const OptionalTensor& cap, const OptionalTensor& skipped) {
+  // What each row hands to the LM head. `counts` takes, in one piece: the depth of each row; per exit how many rows
+  // decided and how many of them went on; rows launched between exits.
+  Tensor run_with_exits(Tensor x, const Tensors& keys, const Tensors& values, const Tensor& cos_sin,
+                        const Tensor& positions, const Tensor& slots, const Tensor& query_start,
+                        const Tensor& context_len, const Tensor& block_table, const Tensor& thresholds,
+                        const Tensor& counts, const OptionalTensor& keep, const OptionalTensor& cap,
+                        const OptionalTensor& skipped) {
     x = stream(x);
     const int64_t rows = x.size(0), exits = static_cast<int64_t>(stack_.exits.size());
     const Caches caches = caches_of(keys, values, cos_sin);
     TORCH_CHECK_VALUE(thresholds.dim() == 2 && thresholds.size(0) == exits && thresholds.size(1) == rows,
                       "thresholds must have one entry for each of ", exits, " exits and ", rows, " rows");
-    Tensor out = x, counts = at::empty({rows + 3 * exits + 1}, x.options().dtype(at::kLong));
+    TORCH_CHECK_VALUE(counts.numel() == rows + 3 * exits + 1, "counts must have ", rows + 3 * exits + 1, " entries");
+    Tensor out = x;
     ExitsCall call{static_cast<float*>(x.data_ptr()),
                    places_of(rows, keys[0], cos_sin, positions, slots, query_start, context_len, block_table)};
     call.places.budget = budget_of(rows, keep, cap, skipped);
@@ -159,11 +160,11 @@ class StackHolder : public torch::CustomClassHolder {
       out = at::empty(x.sizes(), x.options());
       return static_cast<float*>(out.data_ptr());
     };
-    call.depths = static_cast<int64_t*>(counts.data_ptr());
+    call.depths = const_cast<int64_t*>(contiguous_data<int64_t>(counts, at::kLong, "counts"));
     call.decisions = call.depths + rows;
     call.launched = call.decisions + 2 * exits;
     run_exits(context_of(isa_), stack_, call, caches);
-    return {out, counts};
+    return out;
   }
 
  private:
