@@ -33,6 +33,7 @@ class Coins:
 
     def __init__(self) -> None:
         self.random = random.Random(0)
+        self.asked = 0
 
     def observe(self, *_: int) -> None:
         pass
@@ -41,7 +42,8 @@ class Coins:
         pass
 
     def may_wait(self, running: int) -> bool:
-        return self.random.random() < 0.7
+        self.asked += 1
+        return self.asked % 2 == 1
 
     def should_wait(self, segment: int, rows: int, running: int, waited: int) -> bool:
         return rows > 0 and waited < 5 and self.random.random() < 0.6

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from .scheduler import Entry
     from .step_rows import StepRows
 
-_REVIEW = 8  # steps between looks at whether parking might pay
+_REVIEW = 8  # steps between looks at whether parking might pay; more while it does not
+_RARELY = 64  # the most
 
 
 @dataclass(slots=True)
@@ -69,6 +70,8 @@ class ExitRunner:
         self._started: float | None = None  # when the step before a review began
         self._in_segments = 0.0  # seconds of it
         self._steps = 0  # with company
+        self._review_at = 1
+        self._unpaid = 0  # reviews in a row in which parking could not pay
         self._may_wait = False
         self._segments_in = {s.layers.stop: s.index + 1 for s in decoder.segments}  # so many layers
 
@@ -101,7 +104,9 @@ class ExitRunner:
         """Run a step; see :meth:`Runner.run`."""
         plan = self.planner.plan(entries, len(rows), budget)
         review = self.parking is not None and len(plan.movable) > 1 and self._review_is_due(self.parking, plan)
-        if self.decoder.stack is not None and not self._one_by_one(plan):
+        # Segments run one by one where rows may be stopped in front of one, or debts are paid in another way.
+        waits = self._may_wait and len(plan.movable) > 1
+        if self.decoder.stack is not None and not waits and not plan.parked and isinstance(self.backfill, Project):
             return self._run_at_once(entries, rows, plan, review)
         out_TD = torch.empty(len(rows), self.decoder.spec.hidden_size, device=self.decoder.device)
         depths_T = np.full(len(rows), self.decoder.spec.num_layers)
@@ -124,19 +129,18 @@ class ExitRunner:
     def _review_is_due(self, parking: Parking, plan: StepPlan) -> bool:
         """Whether this step tells the parking what rows do; before that, it learns what the step before took."""
         self._steps += 1
-        phase = self._steps % _REVIEW
-        if phase == 1:
-            if self._started is not None:
-                seconds = time.perf_counter() - self._started - self._in_segments
-                parking.observe_step(seconds, len(plan.entries))
-            self._may_wait = parking.may_wait(len(plan.movable))
-        elif phase == 0:
+        if self._steps < self._review_at - 1:
+            return False
+        if self._steps < self._review_at:
             self._started, self._in_segments = time.perf_counter(), 0.0
-        return phase == 1
-
-    def _one_by_one(self, plan: StepPlan) -> bool:
-        """Whether segments run one by one: rows may be stopped in front of one, or debts are paid in another way."""
-        return (self._may_wait and len(plan.movable) > 1) or bool(plan.parked) or not isinstance(self.backfill, Project)
+            return False
+        if self._started is not None:
+            seconds = time.perf_counter() - self._started - self._in_segments
+            parking.observe_step(seconds, len(plan.entries))
+        self._may_wait = parking.may_wait(len(plan.movable))
+        self._unpaid = 0 if self._may_wait else self._unpaid + 1
+        self._review_at += min(_REVIEW * max(1, self._unpaid), _RARELY)
+        return True
 
     def _run_at_once(self, entries: list[Entry], rows: StepRows, plan: StepPlan, review: bool) -> torch.Tensor:
         """The whole step in one call of the backend: same rows, same bits, nothing spent between segments."""
