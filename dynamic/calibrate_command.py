@@ -26,6 +26,7 @@ from .llm import LLM
 from .model_store import resolve_model
 from .parallel.config import ParallelConfig
 from .prompt_file import read_prompts
+from .sampling_params import GREEDY_EPSILON
 from .train.held_out import PROMPTS_FILE
 from .train.recipe import claim, plot_path
 
@@ -33,7 +34,11 @@ if TYPE_CHECKING:
     from ..exits.certificate import Scalar
 
 REPORT = "report.json"
-LOSS = "share of a request's served tokens that are not the full model's choice after the served prefix, greedy"
+GREEDY_LOSS = "share of a request's served tokens that are not the full model's choice after the served prefix, greedy"
+SAMPLED_LOSS = (
+    "mean total-variation distance between the distributions that a request's tokens were drawn from and the full"
+    " model's after the served prefix"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +57,7 @@ class CalibrateConfig:
         requests: prompts that choose the settings.
         test_requests: further prompts that tell how the chosen settings do.
         max_tokens: longest output; requests that ask for more are not covered.
+        temperature: of the requests, and the one that the certificates hold for; 0 is greedy.
         probabilities: the path, the same calibrated probability at every exit, from the safest to the boldest.
         keeps: ``expert_keep`` beside each of them, not rising (it needs ``dynamoe experts``); empty uses all experts.
         dtype: that the model runs in: ``float32``, ``bfloat16``, ``float16``, or ``auto`` (the checkpoint's own).
@@ -76,6 +82,7 @@ class CalibrateConfig:
     requests: int = 1000
     test_requests: int = 500
     max_tokens: int = 64
+    temperature: float = 0.0
     probabilities: tuple[float, ...] = field(default=PROBABILITIES)
     keeps: tuple[float, ...] = ()
     dtype: str = "auto"
@@ -97,6 +104,8 @@ class CalibrateConfig:
             raise ValueError("alphas is empty: there is no level to certify")
         if self.method not in BOUNDS:
             raise ValueError(f"method must be one of {', '.join(BOUNDS)}, not {self.method!r}")
+        if not (self.temperature == 0 or GREEDY_EPSILON <= self.temperature <= 100):
+            raise ValueError(f"temperature must be 0 or between {GREEDY_EPSILON} and 100, not {self.temperature}")
         for name in ("requests", "test_requests", "max_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -139,7 +148,7 @@ def calibrate(config: CalibrateConfig, *, progress: bool = True, say: Callable[[
     }
     claim(output, {**kept, "deployment": facts})
     measured = _walk(config, llm, settings, chosen, output, progress)
-    say(_table(settings, measured))
+    say(_table(settings, measured, config.temperature))
     losses_MN = np.stack([m.losses_N for m in measured])
     target = output / CERTIFICATES
     target.mkdir(exist_ok=True)
@@ -154,7 +163,13 @@ def calibrate(config: CalibrateConfig, *, progress: bool = True, say: Callable[[
             say(f"alpha={alpha:g}: nothing but full compute, on {len(chosen)} requests; in expectation only: {crc}")
             continue
         held_out = measure(
-            llm, tested, settings[place], config.max_tokens, output / f"test-{place:02}.json", progress=progress
+            llm,
+            tested,
+            settings[place],
+            config.max_tokens,
+            output / f"test-{place:02}.json",
+            temperature=config.temperature,
+            progress=progress,
         )
         certificate = _certificate(config, alpha, settings[place], held_out, len(chosen), source, facts)
         save_certificate(certificate, target / f"alpha-{alpha:g}-{certificate.id}.json")
@@ -162,12 +177,12 @@ def calibrate(config: CalibrateConfig, *, progress: bool = True, say: Callable[[
         found = certificate.held_out
         say(
             f"alpha={alpha:g}, delta={config.delta:g}: exits at {_name(settings[place])}; on {found.requests} other"
-            f" requests {found.mean_loss:.2%} differ ({found.low:.2%} … {found.high:.2%}),"
+            f" requests {_differ(config.temperature, found.mean_loss)} ({found.low:.2%} … {found.high:.2%}),"
             f" {found.layers_executed:.1%} of the layers, {held_out.experts_share:.1%} of their experts;"
             f" in expectation only: {crc}"
         )
     if file := plot_path(output):
-        plot(settings, measured, certificates, config.delta, file.with_name("risk.svg"))
+        plot(settings, measured, certificates, config.delta, file.with_name("risk.svg"), config.temperature)
     _write_report(output, settings, measured, target)
     say(f"{len(certificates)} certificates in {target}")
     return target
@@ -207,7 +222,9 @@ def _walk(
     found = []
     for number, setting in enumerate(settings):
         file = output / f"setting-{number:02}.json"
-        found.append(measure(llm, prompts, setting, config.max_tokens, file, progress=progress))
+        found.append(
+            measure(llm, prompts, setting, config.max_tokens, file, temperature=config.temperature, progress=progress)
+        )
         if found[-1].losses_N.mean() > 1.5 * max(config.alphas):
             break
     return found
@@ -228,8 +245,13 @@ def _certificate(
         delta=config.delta,
         requests=requests,
         method=config.method,
-        loss=LOSS,
-        scope=Scope(max_tokens=config.max_tokens, prompts=source),
+        loss=SAMPLED_LOSS if config.temperature else GREEDY_LOSS,
+        scope=Scope(
+            lowest_temperature=config.temperature,
+            highest_temperature=config.temperature,
+            max_tokens=config.max_tokens,
+            prompts=source,
+        ),
         exit_thresholds=setting.exit_thresholds,
         expert_budget={} if setting.expert_keep is None else {"expert_keep": setting.expert_keep},
         held_out=HeldOut(
@@ -266,8 +288,13 @@ def _name(setting: Setting) -> str:
     return (f"{values.pop():g}" if len(values) == 1 else str(setting.exit_thresholds)) + keep
 
 
-def _table(settings: Sequence[Setting], measured: Sequence[Measured]) -> str:
-    lines = ["| setting | tokens that differ | layers executed | of their experts |", "|---|---|---|---|"]
+def _differ(temperature: float, loss: float) -> str:
+    return f"distributions differ by {loss:.2%}" if temperature else f"{loss:.2%} of the tokens differ"
+
+
+def _table(settings: Sequence[Setting], measured: Sequence[Measured], temperature: float) -> str:
+    what = "distance of the distributions" if temperature else "tokens that differ"
+    lines = [f"| setting | {what} | layers executed | of their experts |", "|---|---|---|---|"]
     for setting, found in zip(settings, measured, strict=False):
         shares = f"{found.layers_share:.1%} | {found.experts_share:.1%}"
         lines.append(f"| {_name(setting)} | {found.losses_N.mean():.2%} | {shares} |")
@@ -280,6 +307,7 @@ def plot(
     certificates: Sequence[Certificate],
     delta: float,
     file: Path,
+    temperature: float = 0.0,
 ) -> None:
     """Risk against compute along the path, with the upper bounds, and the certified points on other requests."""
     from matplotlib.figure import Figure
@@ -299,7 +327,11 @@ def plot(
         )  # fmt: skip
     axes.set(
         xlabel="layers executed for decoded tokens, % of all",
-        ylabel="served tokens that differ from the full model's, %",
+        ylabel=(
+            f"distance of the distributions at temperature {temperature:g}, %"
+            if temperature
+            else "served tokens that differ from the full model's, %"
+        ),
         title=f"risk against compute, {len(measured[0].losses_N)} requests",
         ylim=(0, None),
     )

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .outputs import RequestOutput
-from .sampling_params import SamplingParams
-from .served_risk import disagreements
+from .sampling_params import GREEDY_EPSILON, SamplingParams
+from .served_risk import losses
 
 if TYPE_CHECKING:
     from .llm import LLM
@@ -37,12 +37,14 @@ class Setting:
     exit_thresholds: dict[int, float]
     expert_keep: float | None = None
 
-    def params(self, max_tokens: int) -> SamplingParams:
-        """Greedy, as callers ask by default: an end-of-text token ends the output."""
+    def params(self, max_tokens: int, temperature: float = 0.0, seed: int | None = None) -> SamplingParams:
+        """As callers ask by default: an end-of-text token ends the output."""
         return SamplingParams(
-            temperature=0.0,
+            temperature=temperature,
+            seed=seed,
             max_tokens=max_tokens,
             detokenize=False,
+            keep_states=temperature >= GREEDY_EPSILON,
             quality=None,
             exit_thresholds=self.exit_thresholds,
             expert_keep=self.expert_keep,
@@ -90,26 +92,36 @@ def path_through(
 
 
 def measure(
-    llm: LLM, prompts: Sequence[list[int]], setting: Setting, max_tokens: int, file: Path, *, progress: bool = True
+    llm: LLM,
+    prompts: Sequence[list[int]],
+    setting: Setting,
+    max_tokens: int,
+    file: Path,
+    *,
+    temperature: float = 0.0,
+    progress: bool = True,
 ) -> Measured:
     """Serve requests at a setting and judge what was served; or read it, where a run before has done so.
 
     Arguments:
+        temperature: of all requests; each draws with a seed of its own, the same at every setting.
         file: JSON, written when it is whole.
 
     Raises:
         ValueError: when the file belongs to other requests or another setting.
     """
     facts = {"setting": asdict(setting), "requests": len(prompts), "max_tokens": max_tokens}
+    facts |= {"temperature": temperature} if temperature else {}
     facts = json.loads(json.dumps(facts))  # keys become text, as in the file
     if file.exists():
         record = json.loads(file.read_text())
         if {name: record.get(name) for name in facts} != facts:
             raise ValueError(f"{file} holds another measurement; take another output directory")
         return _measured(record)
-    losses, rows, full, decoded, experts, skipped = [], 0, 0, 0, 0, 0
-    for outputs in _served(llm, prompts, setting.params(max_tokens), progress):
-        losses.append(disagreements(llm.model.decoder, outputs))
+    found, rows, full, decoded, experts, skipped = [], 0, 0, 0, 0, 0
+    params = [setting.params(max_tokens, temperature, seed) for seed in range(len(prompts))]
+    for outputs in _served(llm, prompts, params, progress):
+        found.append(losses(llm.model.decoder, outputs, temperature))
         for output in outputs:
             ran, all_layers = decoded_layers(output, llm.model.spec.num_layers)
             rows, full = rows + ran, full + all_layers
@@ -119,7 +131,7 @@ def measure(
             skipped += output.compute.skipped_experts
             decoded += sum(len(c.token_ids) - 1 for c in output.outputs)
     share = rows / full if full else 1.0
-    record = {**facts, "losses": np.concatenate(losses).tolist(), "layers_share": share, "decoded": decoded}
+    record = {**facts, "losses": np.concatenate(found).tolist(), "layers_share": share, "decoded": decoded}
     record["experts_share"] = 1 - skipped / experts if experts else 1.0
     partial = file.with_name(file.name + ".partial")
     partial.write_text(json.dumps(record))
@@ -138,14 +150,14 @@ def decoded_layers(output: RequestOutput, num_layers: int) -> tuple[int, int]:
     return output.compute.layer_rows - num_layers * prompt, full
 
 
-def _served(llm: LLM, prompts: Sequence[list[int]], params: SamplingParams, progress: bool):
+def _served(llm: LLM, prompts: Sequence[list[int]], params: Sequence[SamplingParams], progress: bool):
     from tqdm import tqdm
 
-    name = ", ".join(f"{layer}: {p}" for layer, p in params.exit_thresholds.items())
+    name = ", ".join(f"{layer}: {p}" for layer, p in params[0].exit_thresholds.items())
     with tqdm(total=len(prompts), desc=f"{{{name}}}", unit="request", disable=not progress) as bar:
         for start in range(0, len(prompts), _AT_ONCE):
             part = [list(prompt) for prompt in prompts[start : start + _AT_ONCE]]
-            yield llm.generate(part, params, use_tqdm=False)
+            yield llm.generate(part, params[start : start + len(part)], use_tqdm=False)
             bar.update(len(part))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+
 from .quality import ContractOutcome
 
 
@@ -99,6 +101,7 @@ class CompletionDelta:
     stop_reason: int | str | None = None  # the token id or string that stopped it
     layers: list[int] = field(default_factory=list)  # in front of the read-out that chose each token
     experts: list[int] = field(default_factory=list)  # that the row which chose each token used in these layers
+    states: list[torch.Tensor] = field(default_factory=list)  # per token, if they are kept: what the LM head got, (D,)
 
 
 @dataclass(slots=True)
@@ -128,6 +131,7 @@ class CompletionOutput:
     stop_reason: int | str | None = None
     layers: list[int] = field(default_factory=list)  # per token
     experts: list[int] = field(default_factory=list)  # per token
+    states: list[torch.Tensor] = field(default_factory=list)  # per token, if they are kept
 
     def add(self, delta: CompletionDelta) -> None:
         """Append what a step added."""
@@ -135,6 +139,7 @@ class CompletionOutput:
         self.token_ids.extend(delta.token_ids)
         self.layers.extend(delta.layers)
         self.experts.extend(delta.experts)
+        self.states.extend(delta.states)
         if delta.logprobs is not None:
             self.logprobs = (self.logprobs or []) + delta.logprobs
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason

@@ -41,6 +41,7 @@ class SamplingParams:
             fewest whose calibrated contributions reach this share of their sum, less in layers whose experts matter
             less; 1 is all. A mapping says it layer by layer instead; layers that are not named use all.
         experts_per_token: likewise, the most experts that a decoded token uses in a layer, beside those always on.
+        keep_states: return the vectors that the tokens were chosen from, for measurements.
 
     Raises:
         ValueError: naming the field and the value that is out of range.
@@ -70,6 +71,7 @@ class SamplingParams:
     exit_thresholds: dict[int, float] = field(default_factory=dict)
     expert_keep: float | Mapping[int, float] | None = None
     experts_per_token: int | Mapping[int, int] | None = None
+    keep_states: bool = False
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())

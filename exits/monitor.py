@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .e_process import EProcess
-from .monitor_store import MonitorStore, PendingRun, PickCounts
+from .monitor_store import Draws, MonitorStore, PendingRun, PickCounts
 
 if TYPE_CHECKING:
     from .certificate import Certificate
@@ -131,18 +131,25 @@ class RiskMonitor:
         with self._lock:
             return self._store.withdraw(request_id)
 
-    def finished(self, request_id: str, prompt_tokens: Sequence[int], served_tokens: Sequence[Sequence[int]]) -> bool:
+    def finished(
+        self,
+        request_id: str,
+        prompt_tokens: Sequence[int],
+        served_tokens: Sequence[Sequence[int]],
+        draws: Draws | None = None,
+    ) -> bool:
         """Store what was served, for a full run to come. Also for a request that was aborted or failed.
 
         Arguments:
             prompt_tokens: token ids.
             served_tokens: token ids of each of its completions; without any token no loss can be had, and the pick
                 counts as interrupted.
+            draws: of a request that sampled: its loss is a distance between distributions.
 
         Returns: whether it was picked and had not finished before; otherwise nothing changes.
         """
         with self._lock:
-            return self._store.finish(request_id, prompt_tokens, served_tokens)
+            return self._store.finish(request_id, prompt_tokens, served_tokens, draws)
 
     def next_pending(self) -> PendingRun | None:
         """The oldest pick that waits for its loss, until :meth:`record_loss` has it.

@@ -11,6 +11,7 @@ cut could take otherwise is a pick whose answer is with its client already: nobo
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -35,18 +36,33 @@ RUNNING, PENDING, COUNTED, INTERRUPTED = "running", "pending", "counted", "inter
 
 
 @dataclass(frozen=True, kw_only=True)
+class Draws:
+    """What the tokens of a request that sampled were drawn from.
+
+    Arguments:
+        temperature: above 0.
+        states: what the LM head got for each token, completions one after the other, float32.
+    """
+
+    temperature: float
+    states: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
 class PendingRun:
     """A finished request that waits for its loss.
 
     Arguments:
         prompt_tokens: token ids.
         served_tokens: token ids of each of its completions.
+        draws: of a request that sampled; None of a greedy one.
     """
 
     request_id: str
     certificate_id: str
     prompt_tokens: list[int]
     served_tokens: list[list[int]]
+    draws: Draws | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +190,13 @@ class MonitorStore:
             deleted = connection.execute("DELETE FROM picks WHERE request = ? AND state = ?", (request_id, RUNNING))
             return deleted.rowcount > 0
 
-    def finish(self, request_id: str, prompt_tokens: Sequence[int], served_tokens: Sequence[Sequence[int]]) -> bool:
+    def finish(
+        self,
+        request_id: str,
+        prompt_tokens: Sequence[int],
+        served_tokens: Sequence[Sequence[int]],
+        draws: Draws | None = None,
+    ) -> bool:
         """Store the output of a running pick; without any token it is interrupted.
 
         Returns: whether anything changed: not for a request that was not picked or has finished before.
@@ -184,7 +206,8 @@ class MonitorStore:
             if self.pick_state(request_id) != RUNNING:
                 return False
             if any(len(tokens) for tokens in served_tokens):
-                served = [[int(token) for token in tokens] for tokens in served_tokens]
+                tokens = [[int(token) for token in completion] for completion in served_tokens]
+                served = tokens if draws is None else {"tokens": tokens, **_packed(draws)}
                 self._move(request_id, PENDING, [int(token) for token in prompt_tokens], served)
             else:
                 self._interrupt(request_id)
@@ -200,11 +223,16 @@ class MonitorStore:
         ).fetchone()
         if found is None:
             return None
+        served, draws = json.loads(found[3]), None
+        if isinstance(served, dict):
+            draws = Draws(temperature=served["temperature"], states=base64.b64decode(served["states"]))
+            served = served["tokens"]
         return PendingRun(
             request_id=found[0],
             certificate_id=found[1],
             prompt_tokens=json.loads(found[2]),
-            served_tokens=json.loads(found[3]),
+            served_tokens=served,
+            draws=draws,
         )
 
     def count_loss(self, request_id: str, loss: float) -> tuple[str, EProcess] | None:
@@ -233,7 +261,7 @@ class MonitorStore:
     # From here on: inside a transaction.
 
     def _move(
-        self, request_id: str, state: str, prompt: list[int] | None = None, served: list[list[int]] | None = None
+        self, request_id: str, state: str, prompt: list[int] | None = None, served: list[list[int]] | dict | None = None
     ) -> None:
         tokens = [None if value is None else json.dumps(value, separators=(",", ":")) for value in (prompt, served)]
         self._connection.execute(
@@ -258,6 +286,10 @@ class MonitorStore:
             "DELETE FROM picks WHERE state IN (?, ?) AND number <= (SELECT max(number) FROM picks) - ?",
             (COUNTED, INTERRUPTED, self._keep),
         )
+
+
+def _packed(draws: Draws) -> dict[str, float | str]:
+    return {"temperature": draws.temperature, "states": base64.b64encode(draws.states).decode()}
 
 
 def _make(file: Path) -> None:

@@ -18,13 +18,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from ..dynamic.certificates import CertificateSource, Offer
 from ..dynamic.model_store import cache_home
 from ..dynamic.outputs import RequestDelta
 from ..dynamic.quality import ContractOutcome, Quality
 from ..dynamic.sampling_params import SamplingParams
-from ..exits.contracts import Contracts
 from ..exits.monitor import ContractState, MonitorConfig, RiskMonitor
+from ..exits.monitor_store import Draws
 
 logger = logging.getLogger("dynamoe.contracts")
 T = TypeVar("T")
@@ -57,7 +59,23 @@ class _Served:
     """What a picked request has been given so far."""
 
     prompt_tokens: Sequence[int]
-    completions: list[list[int]]
+    temperature: float  # 0 if it is greedy
+    completions: list[list[int]] = field(default_factory=list)
+    states: list[list[torch.Tensor]] = field(default_factory=list)  # of each completion's tokens, if it samples
+
+    def add(self, delta: RequestDelta) -> None:
+        for completion in delta.completions:
+            while len(self.completions) <= completion.index:
+                self.completions.append([])
+                self.states.append([])
+            self.completions[completion.index] += completion.token_ids
+            self.states[completion.index] += completion.states
+
+    def draws(self) -> Draws | None:
+        states = [state for completion in self.states for state in completion]
+        if not self.temperature or not states:
+            return None
+        return Draws(temperature=self.temperature, states=torch.stack(states).numpy().tobytes())
 
 
 @dataclass(slots=True)
@@ -139,9 +157,10 @@ class ContractDesk:
         spends, outcome = self.offer.settle(params.quality, params, params.max_tokens)
         if outcome.certificate is None or self.monitor is None:
             return spends, outcome
-        reason = await self._off_loop(self._admit, request_id, outcome.certificate, _Served(prompt_tokens, []))
+        served = _Served(prompt_tokens, 0.0 if params.greedy else params.temperature)
+        reason = await self._off_loop(self._admit, request_id, outcome.certificate, served)
         if reason is None:
-            return spends, outcome
+            return replace(spends, keep_states=not params.greedy and request_id in self._served), outcome
         return replace(params, quality="exact"), replace(outcome, certificate=None, reason=reason)
 
     def on_delta(self, delta: RequestDelta) -> None:
@@ -149,10 +168,7 @@ class ContractDesk:
         served = self._served.get(delta.request_id)
         if served is None:
             return
-        for completion in delta.completions:
-            while len(served.completions) <= completion.index:
-                served.completions.append([])
-            served.completions[completion.index] += completion.token_ids
+        served.add(delta)
         if delta.finished:
             self.ended([delta.request_id])
 
@@ -185,23 +201,17 @@ class ContractDesk:
     # From here on: on the monitor's thread, or before it starts.
 
     def _arm(self, offer: Offer) -> Offer:
-        watchable, refused = [], list(offer.refused)
-        for certificate in offer.contracts.certificates:
-            if certificate.scope.highest_temperature > 0:
-                refused.append(f"certificate {certificate.id}: requests that sample cannot be watched yet")
-                logger.warning("refused %s", refused[-1])
-            else:
-                watchable.append(certificate)
-        if watchable and self.monitor is None:
+        certificates = offer.contracts.certificates
+        if certificates and self.monitor is None:
             self.monitor = self._open_monitor()
         if self.monitor is not None:
             try:
-                for certificate in watchable:
+                for certificate in certificates:
                     if not self.monitor.arm(certificate):
                         logger.warning("certificate %s has fired before: its requests run exactly", certificate.id)
             except sqlite3.Error as error:
                 raise ValueError(f"the monitor cannot store new certificates: {error}") from error
-        return Offer(contracts=Contracts(watchable), refused=tuple(refused))
+        return offer
 
     def _open_monitor(self) -> RiskMonitor | None:
         named = self.settings.file
@@ -251,7 +261,7 @@ class ContractDesk:
         try:
             while self._unsaved:
                 request_id, served = self._unsaved[0]
-                self.monitor.finished(request_id, served.prompt_tokens, served.completions)
+                self.monitor.finished(request_id, served.prompt_tokens, served.completions, served.draws())
                 self._unsaved.popleft()
         except sqlite3.Error as error:
             self._disk.failed(error)

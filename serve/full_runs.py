@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sqlite3
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..dynamic.outputs import CompletionOutput, RequestOutput
-from ..dynamic.served_risk import Steps, disagreement_steps
+from ..dynamic.served_risk import Steps, loss_steps
 from ..exits.monitor_store import PendingRun
 
 if TYPE_CHECKING:
@@ -51,7 +54,8 @@ class FullRuns:
             self._run = monitor.next_pending()
             if self._run is None:
                 return False
-            self._steps = disagreement_steps(self.decoder, [_output(self._run)])
+            draws = self._run.draws
+            self._steps = loss_steps(self.decoder, [_output(self._run)], draws.temperature if draws else 0.0)
         try:
             next(self._steps)
             return True
@@ -67,4 +71,9 @@ class FullRuns:
 
 def _output(run: PendingRun) -> RequestOutput:
     completions = [CompletionOutput(index, token_ids=tokens) for index, tokens in enumerate(run.served_tokens)]
+    if run.draws:
+        count = sum(map(len, run.served_tokens))
+        states = iter(torch.frombuffer(bytearray(run.draws.states), dtype=torch.float32).view(count, -1))
+        for completion in completions:
+            completion.states = list(itertools.islice(states, len(completion.token_ids)))
     return RequestOutput(run.request_id, None, run.prompt_tokens, completions)

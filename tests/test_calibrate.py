@@ -117,6 +117,23 @@ def test_what_no_certificate_covers_runs_exactly_and_says_why(
     assert output.compute.projected_rows == 0
 
 
+def test_requests_that_sample_have_certificates_of_their_temperature(tmp_path: Path) -> None:
+    directory = calibrate(config(tmp_path, temperature=0.8, keeps=()), progress=False, say=lambda _: None)
+    (certificate,) = (load_certificate(file) for file in directory.glob("*.json"))
+    assert (certificate.scope.lowest_temperature, certificate.scope.highest_temperature) == (0.8, 0.8)
+    assert "total-variation" in certificate.loss
+    assert 0 < certificate.held_out.mean_loss < ALPHA
+    llm = LLM("tiny", progress=False, certificates=directory)
+    bounded = ask(llm, Quality(alpha=ALPHA), temperature=0.8, seed=1)
+    assert bounded.contract is not None
+    assert bounded.contract.certificate == certificate.id
+    for changes, reason in (({"temperature": 0.7}, "temperatures 0.8 to 0.8"), ({"top_p": 0.9}, "cuts")):
+        refused = ask(llm, Quality(alpha=ALPHA), **{"temperature": 0.8, "seed": 1, **changes})
+        assert refused.contract is not None
+        assert refused.contract.certificate is None
+        assert reason in refused.contract.reason
+
+
 def test_another_deployment_refuses_the_certificate_and_names_what_differs(certificates: Path, tmp_path: Path) -> None:
     other = LLM("tiny", dtype="float32", progress=False, certificates=certificates)
     output = ask(other, Quality(alpha=ALPHA))

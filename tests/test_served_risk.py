@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from dynamoe.dynamic.llm import LLM
-from dynamoe.dynamic.outputs import RequestOutput
+from dynamoe.dynamic.outputs import PositionLogprobs, RequestOutput
 from dynamoe.dynamic.sampling_params import SamplingParams
-from dynamoe.dynamic.served_risk import disagreements, full_states
+from dynamoe.dynamic.served_risk import disagreements, full_states, losses
 
 PROMPTS = [[5, 6, 7], [8], list(range(3, 40))]
 EXACT = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, detokenize=False)
@@ -61,6 +61,36 @@ def test_tokens_that_left_early_differ_where_a_full_run_says_so(llm: LLM) -> Non
             prefix.append(token)
         expected.append(wrong / 12)
     np.testing.assert_array_equal(losses_N, expected)
+
+
+def test_a_drawn_token_is_judged_by_the_distributions_before_and_after(llm: LLM) -> None:
+    drawn = {**vars(EXACT), "temperature": 0.7, "seed": 3, "n": 2, "keep_states": True}
+    exact = served(llm, SamplingParams(**drawn))
+    assert losses(llm.model.decoder, exact, 0.7).tolist() == [0.0, 0.0, 0.0]
+    everything = llm.engine.vocab_size
+    early = {"quality": None, "exit_thresholds": {1: 0.5, 2: 0.5}, "logprobs": everything}
+    outputs = served(llm, SamplingParams(**{**drawn, **early}))
+    found_N = losses(llm.model.decoder, outputs, 0.7)
+    assert 0 < found_N.min() < found_N.max() < 1
+    full = replace(EXACT, max_tokens=1, prompt_logprobs=everything)
+    for output, found in zip(outputs, found_N, strict=True):
+        distances = []
+        for completion in output.outputs:
+            tokens = [*output.prompt_token_ids, *completion.token_ids]
+            (judged,) = llm.generate([tokens], full, use_tqdm=False)
+            assert judged.prompt_logprobs is not None
+            assert completion.logprobs is not None
+            after = judged.prompt_logprobs[len(output.prompt_token_ids) :]
+            for ours, theirs in zip(completion.logprobs, after, strict=True):
+                assert theirs is not None
+                distances.append(np.abs(probabilities(ours, 0.7) - probabilities(theirs, 0.7)).sum() / 2)
+        assert found == pytest.approx(np.mean(distances), abs=1e-6)
+
+
+def probabilities(logprobs: PositionLogprobs, temperature: float) -> np.ndarray:
+    logits_V = np.array([logprobs[token].logprob for token in sorted(logprobs)]) / temperature
+    weights_V = np.exp(logits_V - logits_V.max())
+    return weights_V / weights_V.sum()
 
 
 def test_states_of_many_sequences_are_those_of_each_alone(llm: LLM) -> None:

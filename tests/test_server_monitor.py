@@ -20,7 +20,7 @@ from dynamoe.dynamic.deployment import deployment
 from dynamoe.dynamic.llm import LLM
 from dynamoe.dynamic.model_store import resolve_model
 from dynamoe.dynamic.sampling_params import SamplingParams
-from dynamoe.dynamic.served_risk import disagreements
+from dynamoe.dynamic.served_risk import disagreements, losses
 
 MAX_TOKENS = 12
 RECKLESS, CAREFUL = 0.0, 1.0  # probability from which on a token leaves
@@ -267,10 +267,43 @@ def test_without_a_share_nothing_is_picked_and_no_file_made(
     start_server: Any, certify: Callable[..., Any], running: Mapping[str, Any], prompts: list[str], tmp_path: Path
 ) -> None:
     certify(tmp_path / "certificates", running, 0.3, RECKLESS)
-    sampled = certify(tmp_path / "certificates", running, 0.2, RECKLESS, highest_temperature=1.0)
     arguments = options(tmp_path / "certificates", tmp_path / "none" / "monitor.db", share=0)
     client = Client(start_server(resolve_model("tiny"), *arguments), 0.3)
     assert client.compute(prompts[0])["quality"] == "bounded"
     assert (client.card()["state"], client.card()["monitor"]) == ("unwatched", None)
-    assert client.contracts()["refused"] == [f"certificate {sampled.id}: requests that sample cannot be watched yet"]
     assert not (tmp_path / "none").exists()
+
+
+def test_requests_that_sample_are_watched_by_their_distributions(
+    start_server: Any,
+    certify: Callable[..., Any],
+    running: Mapping[str, Any],
+    prompts: list[str],
+    llm: LLM,
+    tmp_path: Path,
+) -> None:
+    certify(tmp_path / "certificates", running, 0.5, RECKLESS, lowest_temperature=0.8, highest_temperature=0.8)
+    client = Client(
+        start_server(resolve_model("tiny"), *options(tmp_path / "certificates", tmp_path / "monitor.db")), 0.5
+    )
+    assert "covers temperatures 0.8 to 0.8, not 0" in client.compute(prompts[0])["reason"]
+    for seed in range(6):
+        compute = client.compute(prompts[seed], temperature=0.8, seed=seed, n=1 + seed % 2)
+        assert compute["quality"] == "bounded"
+    assert client.settled()["monitor"]["losses"] == 6
+    spends = [
+        SamplingParams(
+            temperature=0.8,
+            seed=seed,
+            n=1 + seed % 2,
+            max_tokens=MAX_TOKENS,
+            quality=None,
+            exit_thresholds={4: RECKLESS},
+            keep_states=True,
+        )
+        for seed in range(6)
+    ]
+    outputs = llm.generate(prompts[:6], spends, use_tqdm=False)
+    expected = losses(llm.model.decoder, outputs, 0.8).mean()
+    assert client.card()["monitor"]["realised_risk"] == pytest.approx(expected)
+    assert expected > 0.1

@@ -178,8 +178,10 @@ class Engine:
         sequences, rows = self._rows_to_sample(schedule)
         if not rows:
             return []
+        kept = [(s, row) for s, row in zip(sequences, rows, strict=True) if s.request.params.keep_states]
+        states = {sequence: hidden_TD[row].cpu().clone() for sequence, row in kept}
         token_ids, logprobs = self._choose(sequences, self.runner.logits(hidden_TD, rows))
-        return self._postprocess(sequences, token_ids, logprobs)
+        return self._postprocess(sequences, token_ids, logprobs, states)
 
     def stats(self) -> EngineStats:
         """A snapshot of the engine's numbers."""
@@ -264,7 +266,11 @@ class Engine:
         return token_ids, {sequences[row]: logprobs for row, logprobs in zip(asked, found, strict=True)}
 
     def _postprocess(
-        self, sequences: list[Sequence], token_ids: list[int], logprobs: dict[Sequence, PositionLogprobs]
+        self,
+        sequences: list[Sequence],
+        token_ids: list[int],
+        logprobs: dict[Sequence, PositionLogprobs],
+        states: dict[Sequence, torch.Tensor],
     ) -> list[RequestDelta]:
         """Append the tokens, end what is to end, and say what was added."""
         deltas: dict[Request, RequestDelta] = {}
@@ -280,6 +286,7 @@ class Engine:
             else:
                 completion = self._advance(sequence, token_id)
                 completion.logprobs = [logprobs[sequence]] if sequence in logprobs else None
+                completion.states = [states[sequence]] if sequence in states else []
             delta.completions.append(completion)
             if completion.finish_reason is not None:
                 self.scheduler.finish(sequence)
