@@ -78,8 +78,8 @@ class CertificateSource:
     def read(self) -> Offer:
         """The certificates that hold for what runs; others are refused, with the reason in the log.
 
-        A directory may hold certificates of several deployments, as those of ``tiny`` do. One that does not hold here
-        is passed over without a word when another of the same contract does.
+        A directory may hold certificates of several deployments, as that of ``tiny`` does: of each contract, the
+        nearest to what runs is read.
 
         Raises:
             ValueError: naming a directory that is not there, a file that is no certificate, or two that contradict
@@ -91,18 +91,15 @@ class CertificateSource:
             return Offer()
         if self._running is None:
             self._running = deployment(self._engine.model, self._engine.runner.exits)
-        certificates = [load_certificate(file) for file in sorted(self.directory.glob("*.json"))]
-        reasons = [self._refusal(certificate) for certificate in certificates]
-        valid = [certificate for certificate, reason in zip(certificates, reasons, strict=True) if reason is None]
-        kept = {(certificate.alpha, certificate.delta) for certificate in valid}
-        refused = tuple(
-            f"certificate {certificate.id}: {reason}"
-            for certificate, reason in zip(certificates, reasons, strict=True)
-            if reason is not None and (certificate.alpha, certificate.delta) not in kept
-        )
-        for sentence in refused:
-            logger.warning("refused %s", sentence)
-        return Offer(contracts=Contracts(valid), refused=refused)
+        valid, refused = [], []
+        for certificate in nearest(self.directory, self._running):
+            reason = self._refusal(certificate)
+            if reason is None:
+                valid.append(certificate)
+            else:
+                refused.append(f"certificate {certificate.id}: {reason}")
+                logger.warning("refused %s", refused[-1])
+        return Offer(contracts=Contracts(valid), refused=tuple(refused))
 
     def _refusal(self, certificate: Certificate) -> str | None:
         assert self._running is not None
@@ -113,6 +110,27 @@ class CertificateSource:
         except ValueError as error:
             return f"cannot be run: {error}"
         return None
+
+
+def nearest(directory: Path, running: Mapping[str, Scalar]) -> list[Certificate]:
+    """The certificates in a directory; of several for the same contract and temperatures, those that differ least from
+    what runs.
+
+    Raises:
+        ValueError: naming a file that is no certificate.
+    """
+    found: dict[tuple[float, ...], list[tuple[int, Certificate]]] = {}
+    for file in sorted(directory.glob("*.json")):
+        certificate = load_certificate(file)
+        scope = certificate.scope
+        contract = certificate.alpha, certificate.delta, scope.lowest_temperature, scope.highest_temperature
+        distance = len(differences(certificate.deployment, running))
+        found.setdefault(contract, []).append((distance, certificate))
+    kept = []
+    for rivals in found.values():
+        least = min(distance for distance, _ in rivals)
+        kept += [certificate for distance, certificate in rivals if distance == least]
+    return kept
 
 
 def offer_for(engine: Engine, directory: Path | None) -> Offer:

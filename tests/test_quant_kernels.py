@@ -130,7 +130,8 @@ def test_torch_backend(form: str, dtype: torch.dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_triton_interpreted(form: str, dtype: torch.dtype):
     backend = TritonBackend("cpu", dtype)
-    check_linear(backend, form, "odd inputs")
+    # The interpreter's products are NumPy's, which promises no more than torch does.
+    check_linear(backend, form, "odd inputs", bitwise=dtype != torch.float32)
     check_experts(backend, form, "interpreted")
 
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...exits.certificate import RequestFacts, load_certificate
+from ...exits.certificate import RequestFacts
 from ...exits.contracts import Contracts
-from ..certificates import CERTIFICATES, spent_under
+from ..certificates import CERTIFICATES, nearest, spent_under
 from ..config import QualityConfig
 from ..decoder import make_stack
+from ..deployment import deployment
 from ..quality import Quality
 from ..sampling_params import SamplingParams
 
@@ -154,7 +155,7 @@ def _uncertified(quality: StudiedQuality, contract: Quality, llm: LLM, exact: Sa
     directory = Path(quality.certificates).expanduser() if quality.certificates else llm.model.path / CERTIFICATES
     if not directory.is_dir():
         raise ValueError(f"no such directory of certificates: {directory}")
-    contracts = Contracts(load_certificate(file) for file in sorted(directory.glob("*.json")))
+    contracts = Contracts(nearest(directory, deployment(llm.model, llm.engine.runner.exits)))
     facts = RequestFacts(greedy=True, temperature=0.0, max_tokens=exact.max_tokens or 1, adjusted=False)
     found = contracts.resolve(contract.alpha, contract.delta, facts)
     certificate = found.certificate
