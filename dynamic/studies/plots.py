@@ -18,11 +18,10 @@ NAMES = {
     "tokens_per_second": "output tokens per second, measured",
 }
 PERCENT = frozenset({"agreement", "forced_agreement", "true_risk", "flops_share", "layers_share"})
-_LEGIBLE = 6  # points that get their setting written beside them
 
 
 def draw_png(good: Frame, cost: str, quality: str, file: Path) -> None:
-    """One panel for compute, and one for throughput where it was measured.
+    """One panel for compute, and one for throughput where it was measured; what nothing beats is named beside them.
 
     Arguments:
         good: rows with the columns ``label``, ``pareto`` (not beaten in compute), ``fastest`` (nor in throughput).
@@ -36,8 +35,11 @@ def draw_png(good: Frame, cost: str, quality: str, file: Path) -> None:
     except ImportError as error:
         raise ValueError("a sweep's plot needs matplotlib: pip install 'dynamoe[sweep]'") from error
     panels = _panels(good, cost)
-    figure = Figure(figsize=(7.5 * len(panels), 5.5), layout="constrained")
-    for axes, x in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    figure = Figure(figsize=(6.5 * len(panels) + 3.5, 5.5), layout="constrained")
+    *plots, key = figure.subplots(1, len(panels) + 1, width_ratios=[1.0] * len(panels) + [0.5])
+    named = good[good["pareto"] | good["fastest"]].sort_values(cost)
+    names = {row: str(number) for number, row in enumerate(named.index, 1)}
+    for axes, x in zip(plots, panels, strict=True):
         for group, rows in _groups(good):
             values = [_scaled(rows, name) for name in (x, quality)]
             axes.errorbar(
@@ -46,17 +48,16 @@ def draw_png(good: Frame, cost: str, quality: str, file: Path) -> None:
             )  # fmt: skip
         front = good[good["pareto" if x == cost else "fastest"]].sort_values(x)
         axes.plot(_scaled(front, x)[0], _scaled(front, quality)[0], "-", color="0.6", zorder=0, label="not beaten")
-        middle = sum(axes.get_xlim()) / 2
-        for number, (_, row) in enumerate(front.iloc[:: max(1, len(front) // _LEGIBLE)].iterrows()):
+        for index, row in front.iterrows():
             place = [row[name] * (100 if name in PERCENT else 1) for name in (x, quality)]
-            left = place[0] > middle  # the text stays inside the panel
-            axes.annotate(
-                row["label"], place, fontsize=7, textcoords="offset points", ha="right" if left else "left",
-                xytext=(-6 if left else 6, -11 if number % 2 else 7),
-            )  # fmt: skip
+            above = int(names[index]) % 2 == 1  # neighbours on the front hardly differ
+            axes.annotate(names[index], place, fontsize=8, textcoords="offset points", xytext=(5, 5 if above else -11))
         axes.set(xlabel=NAMES.get(x, x), ylabel=NAMES.get(quality, quality))
         axes.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=8)
+    plots[0].legend(fontsize=8)
+    key.axis("off")
+    lines = [f"{names[index]}  {row['label']}" for index, row in named.iterrows()]
+    key.text(0, 1, "\n".join(lines), fontsize=8, va="top", linespacing=1.6, transform=key.transAxes)
     figure.suptitle(f"{_title(good)}; bars: 95 % intervals over requests")
     figure.savefig(file, dpi=130)
 
