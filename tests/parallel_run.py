@@ -39,7 +39,7 @@ def tokens(
     decoder = llm.model.decoder
     if isinstance(decoder, ParallelDecoder):
         context = decoder.context
-        found |= {"sums": context.sums, "broadcasts": context.broadcasts, "bytes": context.bytes_gathered}
+        found |= {"sums": context.sums, "broadcasts": context.broadcasts, "received": dict(context.received)}
     if isinstance(decoder, PipelineDecoder):
         links = decoder.links
         found |= {

@@ -76,9 +76,16 @@ CELLS = [("granitemoe", 1, 2), ("mixtral", 2, 1), ("qwen3_moe", 2, 1), ("mixtral
 def test_tokens_are_those_of_one_process(
     make_checkpoint: Callable[..., Path], tmp_path: Path, family: str, tensor: int, expert: int
 ) -> None:
-    found = compare(tmp_path, str(make_checkpoint(family)), tensor, expert)
-    # Two sums per layer with a tensor axis, one without; the plan of a step and the cache's size are broadcast.
-    assert found["sums"] % (3 * (2 if tensor > 1 else 1)) == 0
+    path = make_checkpoint(family)
+    found = compare(tmp_path, str(path), tensor, expert)
+    # Two sums per layer with a tensor axis, and one of the embeddings; one sum per layer without.
+    assert found["sums"] % (3 * 2 + 1 if tensor > 1 else 3) == 0
+    config = read_json(path / "config.json")
+    hidden, others = 4 * config["hidden_size"], tensor - 1
+    per_row = 3 * hidden * ((others if tensor > 1 else 0) + tensor * expert - 1)
+    wanted = {"sums": per_row * found["rows"][0], "embedding": others * hidden * found["rows"][0]}
+    wanted["logits"] = others * 4 * -(-config["vocab_size"] // tensor) * sum(map(len, found["tokens"]))
+    assert found["received"] == {purpose: count for purpose, count in wanted.items() if count}
 
 
 QUANTISED = [

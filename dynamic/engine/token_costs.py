@@ -46,7 +46,9 @@ class TokenCosts:
         self._num_layers = len(layers)
         used = [decoder.spec.experts_in(range(n, n + 1)) for n in range(len(layers))]
         self._expert_bytes = max((_expert_bytes(*layer) for layer in layers), default=0)
-        head = decoder.lm_head.nbytes + decoder.final_norm_D.nbytes
+        # Several processes may each hold a part of the LM head.
+        whole_head = decoder.lm_head.nbytes * decoder.spec.vocab_size // decoder.lm_head.out_features
+        head = whole_head + decoder.final_norm_D.nbytes
         sizes = [_layer_bytes(*layer, used=count) for layer, count in zip(layers, used, strict=True)]
         # By the number of layers in front of the read-out.
         self._experts = list(accumulate(used, initial=0))

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -49,7 +51,7 @@ class ParallelContext:
         self.stage, self.rank = divmod(self.world_rank, config.stage_size)
         self.expert_rank, self.tensor_rank = divmod(self.rank, config.tensor)
         self.failed = False
-        self.bytes_gathered = 0  # received from other ranks in sums
+        self.received: Counter[str] = Counter()  # bytes from other ranks, by what for
         self.sums = 0
         self.broadcasts = 0
         if os.environ.get("MASTER_ADDR", "127.0.0.1") in _LOOPBACK:
@@ -105,8 +107,11 @@ class ParallelContext:
         self._broadcast(rest)
         return decode(torch.cat((first, rest)))
 
-    def sum(self, x_TD: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    def sum(self, x_TD: torch.Tensor, group: dist.ProcessGroup, purpose: str = "sums") -> torch.Tensor:
         """The sum over a group, added up in the order of the ranks, so that all ranks have the same bits.
+
+        Arguments:
+            purpose: that the bytes are counted under.
 
         Raises:
             RuntimeError: when a rank has died or does not answer in time.
@@ -116,17 +121,40 @@ class ParallelContext:
             return x_TD
         x_TD = x_TD.contiguous()
         parts = [torch.empty_like(x_TD) for _ in range(size)]
-        try:
+        with self._watched():
             dist.all_gather(parts, x_TD, group=group)
-        except RuntimeError as error:
-            self.failed = True
-            raise RuntimeError(f"a process of the model has died or hangs: {error}") from error
         self.sums += 1
-        self.bytes_gathered += (size - 1) * x_TD.nbytes
+        self.received[purpose] += (size - 1) * x_TD.nbytes
         total_TD = parts[0].float()
         for part in parts[1:]:
             total_TD = total_TD + part
         return total_TD.to(x_TD.dtype)
+
+    def share(self, x_RD: torch.Tensor, group: dist.ProcessGroup) -> None:
+        """Give rank 0's rows to all of its group: they are written over those of the others."""
+        with self._watched():
+            dist.broadcast(x_RD, src=0, group=group)
+        if not self.leads:
+            self.received["logits"] += x_RD.nbytes
+
+    def collect(self, part: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
+        """On rank 0: the parts of all of its group, of equal shape; elsewhere nothing."""
+        size = dist.get_world_size(group)
+        parts = [torch.empty_like(part) for _ in range(size)] if self.leads else []
+        with self._watched():
+            dist.gather(part, parts or None, dst=0, group=group)
+        if parts:
+            self.received["logits"] += (size - 1) * part.nbytes
+        return parts
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """An exchange that fails fails the model."""
+        try:
+            yield
+        except RuntimeError as error:
+            self.failed = True
+            raise RuntimeError(f"a process of the model has died or hangs: {error}") from error
 
     def gather(self, numbers: torch.Tensor) -> list[torch.Tensor]:
         """Every rank's numbers, int64 and of equal shape on all; on every rank."""

@@ -13,6 +13,7 @@ from typing import Any
 from weakref import finalize
 
 import torch
+import torch.nn.functional as F
 
 from ...exits.segments import Segment
 from ...kernels.types import AttentionBatch, ExpertBudget, ExpertWeights, KVLayer, Routing
@@ -21,7 +22,7 @@ from ..decoder_exits import DecoderExit
 from ..engine.kv_cache import allocate_layers, copy_pages
 from ..spec import LayerSpec, ModelSpec
 from .plan import Message, Operation, read_batch, read_budget, read_leaving, run_message
-from .shards import Shard, part_of
+from .shards import Shard, part_of, width
 
 
 class SharedCache(list[KVLayer]):
@@ -51,7 +52,9 @@ class ParallelDecoder(Decoder):
         self.processes = str(shard.context.config)
         self.local_spec = shard.spec
         self.num_heads, self.num_kv_heads = shard.spec.num_heads, shard.spec.num_kv_heads
+        self.vocabulary = shard.vocabulary
         self._token_ids_T: torch.Tensor | None = None
+        self._embedded_TD: torch.Tensor | None = None  # of a worker: rows that the next layer 0 runs
         self._caches = 0  # allocated so far
         self._dropped: list[int] = []  # caches that rank 0 has no use for any more, and workers still hold
         self._rows: dict[
@@ -80,9 +83,38 @@ class ParallelDecoder(Decoder):
         copy_pages(kv, copies)
 
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
-        """See :meth:`Decoder.embed`; the ids travel with the first segment's message."""
-        self._token_ids_T = token_ids_T
-        return super().embed(token_ids_T)
+        """See :meth:`Decoder.embed`; the ids travel with the first segment's message, where no rank needs another's
+        embeddings."""
+        if self.context.config.tensor == 1:
+            self._token_ids_T = token_ids_T
+            return super().embed(token_ids_T)
+        self._tell(Message(operation=Operation.EMBED, blocks=(token_ids_T,)))
+        return self._embed_together(token_ids_T)
+
+    def _embed_together(self, token_ids_T: torch.Tensor) -> torch.Tensor:
+        """Every rank looks up the tokens that it keeps; the others' rows are zeros, so that the sum is exact."""
+        kept_T = (token_ids_T >= self.vocabulary.start) & (token_ids_T < self.vocabulary.stop)
+        x_TD = super().embed((token_ids_T - self.vocabulary.start).where(kept_T, 0))
+        return self.context.sum(x_TD * kept_T[:, None], self.context.tensor_group, "embedding")
+
+    def logits(self, x_RD: torch.Tensor) -> torch.Tensor:
+        """See :meth:`Decoder.logits`; the ranks that split the vocabulary each make their columns."""
+        if self.context.config.tensor == 1:
+            return super().logits(x_RD)
+        self._tell(Message(operation=Operation.LOGITS, arguments=(len(x_RD),)))
+        return self._logits_together(x_RD.contiguous())
+
+    @torch.inference_mode()
+    def _logits_together(self, x_RD: torch.Tensor) -> torch.Tensor:
+        """On rank 0 the logits, elsewhere nothing of use."""
+        group, tensor = self.context.tensor_group, self.context.config.tensor
+        self.context.share(x_RD, group)
+        part_RV = super().logits(x_RD)
+        columns = [width(part_of(self.spec.vocab_size, tensor, rank)) for rank in range(tensor)]
+        parts = self.context.collect(F.pad(part_RV, (0, columns[0] - part_RV.shape[1])), group)
+        if not parts:
+            return part_RV
+        return torch.cat([part[:, :count] for part, count in zip(parts, columns, strict=True)], 1)
 
     def run_segment(
         self,
@@ -135,19 +167,29 @@ class ParallelDecoder(Decoder):
                 self._obey_run(message, caches[message.cache])
             elif message.operation is Operation.PROJECT:
                 self._obey_project(message, caches[message.cache])
+            elif message.operation is Operation.EMBED:
+                if self.context.stage == 0:
+                    self._embedded_TD = self._embed_together(message.blocks[0].to(self.device))
+            elif message.operation is Operation.LOGITS:
+                if self.context.world_rank < self.context.config.tensor:
+                    self._logits_together(torch.empty(message.arguments[0], self.spec.hidden_size, device=self.device))
             else:
                 self._obey_decide(message)
         self.context.close()
 
     def _obey_run(self, message: Message, kv: list[KVLayer]) -> None:
         batch = read_batch(message, self.device)
-        if (token_ids_T := message.blocks[5]).numel():
-            x_TD = self.embed(token_ids_T.to(self.device))
-        else:
-            x_TD = self._pick(message.cache, batch.slots_T)
+        x_TD = self._beginning(message) if message.arguments[0] == 0 else self._pick(message.cache, batch.slots_T)
         segment = Segment(index=0, layers=range(*message.arguments[:2]))
         budget = read_budget(message, len(batch.slots_T), self.device)
         self._rows[message.cache] = self.run_segment(segment, x_TD, kv, batch, budget=budget), batch.slots_T
+
+    def _beginning(self, message: Message) -> torch.Tensor:
+        """The rows that layer 0 runs."""
+        if self._embedded_TD is None:
+            return self.embed(message.blocks[5].to(self.device))
+        x_TD, self._embedded_TD = self._embedded_TD, None
+        return x_TD
 
     def _obey_project(self, message: Message, kv: list[KVLayer]) -> None:
         leaving = read_leaving(message, self.device)

@@ -145,7 +145,7 @@ class PipelineDecoder(ParallelDecoder):
         self.reserve_positions(batch.max_context_len)
         x_TD: torch.Tensor | None = None
         if layers.start == 0:
-            x_TD = self.embed(message.blocks[5].to(self.device)) if self.stage == 0 else None
+            x_TD = self._beginning(message) if self.stage == 0 else None
         elif self.stages.owner(layers.start - 1) == self.stage:
             x_TD = self._ran[message.cache].pick(batch.slots_T)
         budget = read_budget(message, len(batch.slots_T), self.device)

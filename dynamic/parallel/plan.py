@@ -28,6 +28,8 @@ class Operation(IntEnum):
     PROJECT = 4  # layers in front of the exit; longest context
     DECIDE = 5  # layers in front of the exit
     FREE = 6
+    EMBED = 7  # token ids
+    LOGITS = 8  # rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from ...kernels.formats import Fp8Weight, Int8Weight, QuantizedWeight
 from ..decoder import LayerWeights
-from ..layout import FFNLayout, LayerLayout, Layout
+from ..layout import EMBEDDING, FFNLayout, LayerLayout, Layout
 from ..quantization import Method
 from ..spec import ModelSpec
 from ..weights import Checkpoint
@@ -44,6 +44,7 @@ class Shard:
         stages: of the model; held: layers of this rank's stage.
         read_bytes: of the checkpoint, by rank; empty until :meth:`with_stand_ins`.
         whole: the model; spec: the same with this rank's heads only.
+        vocabulary: tokens whose embeddings and outputs this rank keeps, on the first stage.
         cuts: by the names of tensors that are split.
         input_cuts: of tensors that are split along their inputs: where each part begins, and who has them.
 
@@ -58,15 +59,19 @@ class Shard:
         self.context = context
         self.whole = spec
         self.query_heads, self.kv_heads = split_heads(spec, tensor, rank)
-        self.spec = replace(spec, num_heads=_width(self.query_heads), num_kv_heads=_width(self.kv_heads))
+        self.spec = replace(spec, num_heads=width(self.query_heads), num_kv_heads=width(self.kv_heads))
         self.stages = split_into_stages(spec, context.config.pipeline, exit_layers)
         self.held = self.stages.layers[context.stage]
+        self.vocabulary = part_of(spec.vocab_size, tensor, rank)
         self.cuts: dict[str, Cut] = {}
         self.input_cuts: dict[str, tuple[list[int], dist.ProcessGroup]] = {}
         self.read_bytes: tuple[int, ...] = ()
 
     def layout(self, layout: Layout) -> Layout:
         """The layout of this rank's part; fills :attr:`cuts`."""
+        for name in (EMBEDDING, layout.lm_head):
+            if name:
+                self.cuts[name] = partial(_rows, rows=self.vocabulary)
         return replace(layout, layers=tuple(self._layer(layer, n) for n, layer in enumerate(layout.layers)))
 
     def check_quantization(self, name: str, method: Method) -> None:
@@ -159,7 +164,7 @@ class Shard:
 
     def _ffn(self, layout: FFNLayout, experts: slice, neurons: slice) -> FFNLayout:
         count, size = layout.num_experts, layout.expert_size
-        part = replace(layout, num_experts=_width(experts), expert_size=_width(neurons))
+        part = replace(layout, num_experts=width(experts), expert_size=width(neurons))
         for name in layout.biases[:2]:
             self.cuts[name] = partial(_rows, rows=neurons)
         if layout.biases and self.context.rank:
@@ -236,7 +241,8 @@ def _split(what: str, total: int, parts: int, part: int) -> slice:
     return part_of(total, parts, part)
 
 
-def _width(part: slice) -> int:
+def width(part: slice) -> int:
+    """How many things a part has."""
     return part.stop - part.start
 
 
