@@ -21,6 +21,7 @@ from ..kernels.torch_backend import TorchBackend
 from ..kernels.types import AttentionBatch, ExitDecision, ExpertBudget, ExpertWeights, KVLayer, LinearWeights, Routing
 from .decoder_exits import DecoderExit
 from .engine.kv_cache import allocate_layers, copy_pages
+from .outputs import Exchange
 from .rope import rope_table
 from .spec import LayerSpec, ModelSpec, MoESpec
 
@@ -252,6 +253,10 @@ class Decoder:
         normed_RD = self.backend.rms_norm(x_RD, self.final_norm_D, self.spec.norm_eps)
         logits_RV = self.backend.logits_linear(normed_RD, self.lm_head)
         return logits_RV if self.spec.logits_divisor == 1.0 else logits_RV / self.spec.logits_divisor
+
+    def exchange(self) -> Exchange | None:
+        """What went between the processes that share the model, so far; None where there is one."""
+        return None
 
     def _attention(
         self, weights: LayerWeights, layer: LayerSpec, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch

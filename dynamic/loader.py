@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -37,6 +38,7 @@ from .weights import DTYPES, Checkpoint, CheckpointError, StoredWeights, read_js
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
+logger = logging.getLogger(__name__)
 
 DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORED = "as the checkpoint stores it"
@@ -261,6 +263,7 @@ class _Builder:
             self._release()
         if isinstance(self.checkpoint, ShardedCheckpoint) and self.shard is not None:
             layers = self.shard.with_stand_ins(layers, self.checkpoint.split_bytes + self.checkpoint.whole_bytes)
+            logger.info("rank %d has read %s", self.shard.context.world_rank, self.checkpoint.describe())
         make, local = (Decoder, self.spec) if self.shard is None else (parallel_decoder(self.shard), self.shard.spec)
         return make(
             replace(self.spec, tie_embeddings=ends.tied),

@@ -89,6 +89,19 @@ class Compute:
         return self.full_expert_rows - self.skipped_experts
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exchange:
+    """What went between the processes of one model, as rank 0 saw it.
+
+    Arguments:
+        received: bytes from other ranks, by what for: ``sums``, ``embedding``, ``logits``, ``stages``.
+        expert_rows: by rank of the expert axis, rows times experts that it ran, in the layers of the first stage.
+    """
+
+    received: dict[str, int]
+    expert_rows: tuple[int, ...]
+
+
 @dataclass(slots=True)
 class CompletionDelta:
     """What one step added to one of a request's ``n`` completions."""

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from ..dynamic.outputs import RequestDelta
+from ..dynamic.outputs import Exchange, RequestDelta
 from .compute_usage import executed
 from .contract_metrics import ContractCollector
 
@@ -186,3 +186,18 @@ class _EngineCollector(Collector):
             segments.add_metric([*self._labels.values(), f"{first}-{first + layers - 1}"], rows - before)
             first += layers
         yield segments
+        if stats.exchange is not None:
+            yield from self._exchange(stats.exchange)
+
+    def _exchange(self, exchange: Exchange) -> Iterator[Metric]:
+        """Of several processes: what rank 0 received, and how evenly the experts' ranks are used."""
+        text = "Bytes that rank 0 received from other ranks, by what for."
+        received = CounterMetricFamily("dynamoe:parallel_received_bytes", text, labels=(*LABELS, "purpose"))
+        for purpose, count in exchange.received.items():
+            received.add_metric([*self._labels.values(), purpose], count)
+        yield received
+        text = "Rows times experts that each rank of the expert axis ran, in the layers of the first stage."
+        experts = CounterMetricFamily("dynamoe:parallel_expert_rows", text, labels=(*LABELS, "expert_rank"))
+        for rank, rows in enumerate(exchange.expert_rows):
+            experts.add_metric([*self._labels.values(), str(rank)], rows)
+        yield experts

@@ -13,6 +13,7 @@ from typing import Any
 
 from dynamoe import LLM, SamplingParams
 from dynamoe.dynamic.deployment import deployment
+from dynamoe.dynamic.parallel.config import ParallelConfig
 from dynamoe.dynamic.parallel.decoder import ParallelDecoder
 from dynamoe.dynamic.parallel.pipeline import PipelineDecoder
 
@@ -22,6 +23,8 @@ PROMPTS = [[5, 9, 200, 31], [7] * 40, list(range(3, 90)), [11, 12], [250, 3, 77,
 def tokens(
     model: str, arguments: dict[str, Any], thresholds: dict[str, float], budget: dict[str, Any]
 ) -> dict[str, object]:
+    if "parallel" in arguments:
+        arguments = {**arguments, "parallel": ParallelConfig(**arguments["parallel"])}
     llm = LLM(model, dtype="float32", progress=False, max_num_seqs=3, max_num_batched_tokens=48, **arguments)
     exits = {int(layer): value for layer, value in thresholds.items()}
     params = [SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)] * len(PROMPTS)
@@ -40,6 +43,7 @@ def tokens(
     if isinstance(decoder, ParallelDecoder):
         context = decoder.context
         found |= {"sums": context.sums, "broadcasts": context.broadcasts, "received": dict(context.received)}
+        found["expert_rows"] = decoder.exchange().expert_rows
     if isinstance(decoder, PipelineDecoder):
         links = decoder.links
         found |= {

@@ -19,7 +19,8 @@ from dynamoe.dynamic.families import family_of, model_spec
 from dynamoe.dynamic.layout import plan_layout
 from dynamoe.dynamic.parallel.config import ParallelConfig
 from dynamoe.dynamic.parallel.context import ParallelContext
-from dynamoe.dynamic.parallel.decoder import held_here, rows_at
+from dynamoe.dynamic.parallel.decoder import held_here, local_numbers, rows_at
+from dynamoe.dynamic.parallel.load import read_placement, spread
 from dynamoe.dynamic.parallel.plan import FIRST, Message, Operation, decode, length
 from dynamoe.dynamic.parallel.shards import Shard, ShardedCheckpoint, part_of, split_heads
 from dynamoe.dynamic.parallel.stages import micro_batches, split_into_stages
@@ -86,6 +87,55 @@ def test_tokens_are_those_of_one_process(
     wanted = {"sums": per_row * found["rows"][0], "embedding": others * hidden * found["rows"][0]}
     wanted["logits"] = others * 4 * -(-config["vocab_size"] // tensor) * sum(map(len, found["tokens"]))
     assert found["received"] == {purpose: count for purpose, count in wanted.items() if count}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "pipeline"), [("granitemoe", 1), ("mixtral", 2)])
+def test_experts_are_placed_by_the_load_of_an_earlier_run(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, family: str, pipeline: int
+) -> None:
+    path, load = make_checkpoint(family), tmp_path / "load.json"
+    recorded = {"expert": 2, "pipeline": pipeline, "record_load": str(load)}
+    first = run_job(tmp_path / "first", 2 * pipeline, model=str(path), arguments={"parallel": recorded})
+    counts = json.loads(load.read_text())["rows_by_expert"]
+    config = read_json(path / "config.json")
+    assert {sum(layer) for layer in counts} == {first["rows"][0] * config["num_experts_per_tok"]}
+    placed = {"expert": 2, "pipeline": pipeline, "placement": str(load)}
+    second = run_job(tmp_path / "second", 2 * pipeline, model=str(path), arguments={"parallel": placed})
+    assert second["tokens"] == first["tokens"]
+    assert sum(second["expert_rows"]) == sum(first["expert_rows"])
+    first_stage = 1 if pipeline == 2 else len(counts)
+    ideal = [max(sum(layer[e] for e in part) for part in spread(layer, 2)) for layer in counts[:first_stage]]
+    assert max(second["expert_rows"]) <= sum(ideal)
+    assert second["deployment"]["processes"].startswith(first["deployment"]["processes"] + ", experts placed as ")
+
+
+def test_experts_are_spread_evenly_in_number_and_in_load() -> None:
+    assert spread([10, 1, 1, 8, 1, 1], 2) == [[0, 4, 5], [1, 2, 3]]
+    assert spread([0, 0, 0, 0, 0], 2) == [[0, 1, 2], [3, 4]]
+    rows = [100, 90, 10, 5, 5, 4, 3, 2]
+    parts = spread(rows, 4)
+    assert sorted(e for part in parts for e in part) == list(range(8))
+    assert [len(part) for part in parts] == [2] * 4
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (None, "cannot be read"),
+        ("{", "cannot be read"),
+        ('{"format": 1, "rows_by_expert": [[1, 2]]}', "was not made by this model"),
+    ],
+)
+def test_a_placement_that_does_not_fit_is_refused(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, content: str | None, fault: str
+) -> None:
+    file = tmp_path / "load.json"
+    if content is not None:
+        file.write_text(content)
+    spec = model_spec(read_json(make_checkpoint("mixtral") / "config.json"))
+    with pytest.raises(ValueError, match=rf"parallel\.placement=.*load\.json {fault}"):
+        read_placement(file, spec, 2)
 
 
 QUANTISED = [
@@ -314,7 +364,9 @@ def test_routing_is_cut_to_the_experts_of_a_rank() -> None:
     ids = torch.tensor([[5, 0, 3], [2, 1, 0]], dtype=torch.int32)
     weights = torch.tensor([[0.5, 0.3, 0.2], [0.6, 0.3, 0.1]])
     counts = torch.tensor([3, 2], dtype=torch.int32)  # the second row's last slot is unused
-    found = held_here(Routing(expert_ids_TK=ids, weights_TK=weights, counts_T=counts), slice(0, 3))
+    found = held_here(
+        Routing(expert_ids_TK=ids, weights_TK=weights, counts_T=counts), local_numbers([0, 1, 2], 6, "cpu")
+    )
     assert found.counts_T is not None
     assert found.counts_T.tolist() == [1, 2]
     assert found.expert_ids_TK[0, 0] == 0
@@ -326,7 +378,12 @@ def test_routing_is_cut_to_the_experts_of_a_rank() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"tensor": 0}, "tensor must be at least 1"), ({"data": 2}, "data=2"), ({"timeout": 0}, "timeout must")],
+    [
+        ({"tensor": 0}, "tensor must be at least 1"),
+        ({"data": 2}, "data=2"),
+        ({"timeout": 0}, "timeout must"),
+        ({"placement": "x"}, "needs parallel.expert"),
+    ],
 )
 def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -204,6 +204,7 @@ class Engine:
             skipped_experts=self.runner.budgets.skipped_experts,
             tokens=self._tokens.total(),
             rows_parked=self.runner.exits.rows_parked,
+            exchange=self.model.decoder.exchange(),
         )
 
     def _record_computed(self, schedule: Schedule, hidden_TD: torch.Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..outputs import Compute, TokenCost
+from ..outputs import Compute, Exchange, TokenCost
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +25,7 @@ class EngineStats:
         skipped_experts: rows times experts that budgets left out of layers that ran.
         tokens: what chose the tokens sampled.
         rows_parked: rows that were stopped in front of a segment to wait for others.
+        exchange: between the processes that share the model; None where there is one.
     """
 
     num_running: int
@@ -44,6 +45,7 @@ class EngineStats:
     skipped_experts: int
     tokens: TokenCost
     rows_parked: int
+    exchange: Exchange | None = None
 
     @property
     def compute(self) -> Compute:

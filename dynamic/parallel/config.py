@@ -17,6 +17,8 @@ class ParallelConfig:
         data: copies of the model; only 1 so far.
         micro_batches: parts of a step that follow one another through the stages; 0: as many as there are stages.
         timeout: seconds after which a process that does not answer counts as hung.
+        placement: file by whose measured load experts are spread over the expert axis; null takes them in their order.
+        record_load: file that takes the load of each expert when the processes end.
     """
 
     tensor: int = 1
@@ -25,6 +27,8 @@ class ParallelConfig:
     data: int = 1
     micro_batches: int = 0
     timeout: float = 30.0
+    placement: str | None = None
+    record_load: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("tensor", "expert", "pipeline", "data"):
@@ -36,6 +40,8 @@ class ParallelConfig:
             raise ValueError(f"parallel.micro_batches must be at least 0, not {self.micro_batches}")
         if not self.timeout > 0:
             raise ValueError(f"parallel.timeout must be above 0 seconds, not {self.timeout}")
+        if self.placement is not None and self.expert == 1:
+            raise ValueError(f"parallel.placement={self.placement} needs parallel.expert above 1")
 
     @property
     def size(self) -> int:

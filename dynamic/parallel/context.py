@@ -121,7 +121,7 @@ class ParallelContext:
             return x_TD
         x_TD = x_TD.contiguous()
         parts = [torch.empty_like(x_TD) for _ in range(size)]
-        with self._watched():
+        with self.watched():
             dist.all_gather(parts, x_TD, group=group)
         self.sums += 1
         self.received[purpose] += (size - 1) * x_TD.nbytes
@@ -132,7 +132,7 @@ class ParallelContext:
 
     def share(self, x_RD: torch.Tensor, group: dist.ProcessGroup) -> None:
         """Give rank 0's rows to all of its group: they are written over those of the others."""
-        with self._watched():
+        with self.watched():
             dist.broadcast(x_RD, src=0, group=group)
         if not self.leads:
             self.received["logits"] += x_RD.nbytes
@@ -141,14 +141,14 @@ class ParallelContext:
         """On rank 0: the parts of all of its group, of equal shape; elsewhere nothing."""
         size = dist.get_world_size(group)
         parts = [torch.empty_like(part) for _ in range(size)] if self.leads else []
-        with self._watched():
+        with self.watched():
             dist.gather(part, parts or None, dst=0, group=group)
         if parts:
             self.received["logits"] += (size - 1) * part.nbytes
         return parts
 
     @contextmanager
-    def _watched(self) -> Iterator[None]:
+    def watched(self) -> Iterator[None]:
         """An exchange that fails fails the model."""
         try:
             yield

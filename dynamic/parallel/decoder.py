@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from weakref import finalize
 
@@ -20,7 +21,9 @@ from ...kernels.types import AttentionBatch, ExpertBudget, ExpertWeights, KVLaye
 from ..decoder import Decoder, LayerWeights
 from ..decoder_exits import DecoderExit
 from ..engine.kv_cache import allocate_layers, copy_pages
+from ..outputs import Exchange
 from ..spec import LayerSpec, ModelSpec
+from .load import ExpertLoad, write_load
 from .plan import Message, Operation, read_batch, read_budget, read_leaving, run_message
 from .shards import Shard, part_of, width
 
@@ -49,7 +52,13 @@ class ParallelDecoder(Decoder):
     def __init__(self, spec: ModelSpec, *arguments: Any, shard: Shard, **more: Any) -> None:
         super().__init__(spec, *arguments, **more)
         self.context = shard.context
-        self.processes = str(shard.context.config)
+        self.processes = str(shard.context.config) + shard.placed
+        self.load = ExpertLoad(shard.whole, self.device)
+        self._local_experts = {
+            number: local_numbers(parts[self.context.expert_rank], sum(map(len, parts)), self.device)
+            for number, parts in shard.placement.items()
+        }
+        self.placement = shard.placement
         self.local_spec = shard.spec
         self.num_heads, self.num_kv_heads = shard.spec.num_heads, shard.spec.num_kv_heads
         self.vocabulary = shard.vocabulary
@@ -138,12 +147,31 @@ class ParallelDecoder(Decoder):
         self._tell(Message(operation=Operation.PROJECT, cache=number_of(kv), arguments=arguments, blocks=blocks))
         super().project(exit, x_RD, kv, batch)
 
+    def exchange(self) -> Exchange:
+        """See :meth:`Decoder.exchange`."""
+        load_NE = self.load.rows_NE.tolist()
+        rows = [0] * self.context.config.expert
+        for number, parts in self.placement.items():
+            for part, experts in enumerate(parts):
+                rows[part] += sum(load_NE[number][expert] for expert in experts)
+        return Exchange(received=dict(self.context.received), expert_rows=tuple(rows))
+
     def close(self) -> None:
         """Let the workers go, those that are still there. Only rank 0 calls this."""
         if not self.context.failed:
             with suppress(RuntimeError):  # said while rank 0 ends, maybe because a worker has died
                 self._tell(Message(operation=Operation.STOP))
+                self._record_load()
         self.context.close()
+
+    def _record_load(self) -> None:
+        """Bring the stages' counts together, where they are wanted; the last thing that all ranks do."""
+        if self.context.config.record_load is None:
+            return
+        counts = self.context.gather(self.load.rows_NE.cpu())
+        if self.context.leads:
+            rows_NE = torch.stack(counts[:: self.context.config.stage_size]).sum(0)
+            write_load(rows_NE, self.spec, Path(self.context.config.record_load).expanduser())
 
     @torch.inference_mode()
     def follow(self) -> None:
@@ -175,6 +203,7 @@ class ParallelDecoder(Decoder):
                     self._logits_together(torch.empty(message.arguments[0], self.spec.hidden_size, device=self.device))
             else:
                 self._obey_decide(message)
+        self._record_load()
         self.context.close()
 
     def _obey_run(self, message: Message, kv: list[KVLayer]) -> None:
@@ -232,26 +261,36 @@ class ParallelDecoder(Decoder):
         return self.context.sum(super()._ffn(number, x_TD, routed, budget), self.context.everyone)
 
     def _experts(self, x_TD: torch.Tensor, number: int, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
-        moe, config = self.spec.layers[number].moe, self.context.config
-        assert moe is not None
+        self.load.observe(number, routing)
         if routing.identity_weights_T is not None and self.context.rank:
             routing = replace(routing, identity_weights_T=torch.zeros_like(routing.identity_weights_T))
-        if config.expert > 1:
-            routing = held_here(routing, part_of(moe.num_experts, config.expert, self.context.expert_rank))
+        if self.context.config.expert > 1:
+            routing = held_here(routing, self._local_experts[number])
         return super()._experts(x_TD, number, weights, routing)
 
 
-def held_here(routing: Routing, experts: slice) -> Routing:
-    """The slots of a routing whose experts lie on this rank, in front and in their order, with numbers from 0."""
-    ids_TK = routing.expert_ids_TK
-    here_TK = (ids_TK >= experts.start) & (ids_TK < experts.stop)
+def local_numbers(experts: Sequence[int], count: int, device: torch.device | str) -> torch.Tensor:
+    """Of all ``count`` experts, the numbers of these ones on their rank, and -1 for the others, int32, (E,)."""
+    local_E = torch.full((count,), -1, dtype=torch.int32)
+    local_E[list(experts)] = torch.arange(len(experts), dtype=torch.int32)
+    return local_E.to(device)
+
+
+def held_here(routing: Routing, local_E: torch.Tensor) -> Routing:
+    """The slots of a routing whose experts lie on this rank, in front and in their order.
+
+    Arguments:
+        local_E: of :func:`local_numbers`.
+    """
+    ids_TK = local_E[routing.expert_ids_TK.long()]
+    here_TK = ids_TK >= 0
     if routing.counts_T is not None:
         here_TK &= torch.arange(ids_TK.shape[1], device=ids_TK.device) < routing.counts_T[:, None]
     order_TK = here_TK.int().argsort(dim=1, descending=True, stable=True)
     here_TK = here_TK.gather(1, order_TK)
     return replace(
         routing,
-        expert_ids_TK=(ids_TK.gather(1, order_TK) - experts.start).where(here_TK, 0).int().contiguous(),
+        expert_ids_TK=ids_TK.gather(1, order_TK).where(here_TK, 0).contiguous(),
         weights_TK=routing.weights_TK.gather(1, order_TK).where(here_TK, 0).contiguous(),
         counts_T=here_TK.sum(1, dtype=torch.int32),
         index=None,

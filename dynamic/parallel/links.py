@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from .context import ParallelContext
 
 
@@ -64,7 +61,7 @@ class StageLinks:
 
     def wait(self) -> None:
         """Until everything that was sent is away."""
-        with self._guarded():
+        with self._context.watched():
             for work, _ in self._sent:
                 work.wait()
         self._sent.clear()
@@ -72,20 +69,12 @@ class StageLinks:
     def _send(self, rows: torch.Tensor, rank: int) -> None:
         if not rows.numel():
             return
-        with self._guarded():
+        with self._context.watched():
             self._sent.append((dist.isend(rows, rank), rows))
 
     def _receive(self, shape: tuple[int, ...], dtype: torch.dtype, rank: int) -> torch.Tensor:
         rows = torch.empty(shape, dtype=dtype, device=self._context.device)
         if rows.numel():
-            with self._guarded():
+            with self._context.watched():
                 dist.recv(rows, rank)
         return rows
-
-    @contextmanager
-    def _guarded(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            self._context.failed = True
-            raise RuntimeError(f"a process of the model has died or hangs: {error}") from error

@@ -10,7 +10,7 @@ Shape suffixes as in ``kernels/types.py``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from ...kernels.types import AttentionBatch, ExitDecision, ExpertBudget, KVLayer
 from ..decoder import Decoder, make_stack
 from ..decoder_exits import DecoderExit
 from ..engine.kv_cache import copy_pages
+from ..outputs import Exchange
 from ..spec import ModelSpec
 from .decoder import ParallelDecoder, number_of, rows_at
 from .links import StageLinks
@@ -80,6 +81,12 @@ class PipelineDecoder(ParallelDecoder):
     def rows_owed(self) -> int:
         """Rows that left and have not been sent to the stage behind theirs yet."""
         return sum(debt.num_rows for debts in self._debts for debt in debts)
+
+    def exchange(self) -> Exchange:
+        """See :meth:`Decoder.exchange`."""
+        found = super().exchange()
+        back = self.links.bytes_back + self.links.bytes_decided
+        return replace(found, received={**found.received, "stages": back})
 
     def _allocate(self, num_pages: int, page_size: int) -> list[KVLayer]:
         """Layers of other stages have no pages here."""

@@ -5,6 +5,9 @@ Shape suffixes as in ``kernels/types.py``; X several experts' neurons side by si
 
 from __future__ import annotations
 
+import hashlib
+import re
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,7 +22,9 @@ from ..layout import EMBEDDING, FFNLayout, LayerLayout, Layout
 from ..quantization import Method
 from ..spec import ModelSpec
 from ..weights import Checkpoint
+from .config import ParallelConfig
 from .context import ParallelContext
+from .load import read_placement
 from .stages import SIZES, layer_sizes, split_into_stages, stand_in
 
 Cut = Callable[[torch.Tensor], torch.Tensor]
@@ -45,6 +50,7 @@ class Shard:
         read_bytes: of the checkpoint, by rank; empty until :meth:`with_stand_ins`.
         whole: the model; spec: the same with this rank's heads only.
         vocabulary: tokens whose embeddings and outputs this rank keeps, on the first stage.
+        placement: by layer with a mixture, the experts of each rank of the expert axis.
         cuts: by the names of tensors that are split.
         input_cuts: of tensors that are split along their inputs: where each part begins, and who has them.
 
@@ -63,9 +69,27 @@ class Shard:
         self.stages = split_into_stages(spec, context.config.pipeline, exit_layers)
         self.held = self.stages.layers[context.stage]
         self.vocabulary = part_of(spec.vocab_size, tensor, rank)
+        self.placement = self._place(context.config)
         self.cuts: dict[str, Cut] = {}
         self.input_cuts: dict[str, tuple[list[int], dist.ProcessGroup]] = {}
         self.read_bytes: tuple[int, ...] = ()
+
+    @property
+    def placed(self) -> str:
+        """What a deployment says about the placement: sums run in another order with another one."""
+        if self.context.config.placement is None:
+            return ""
+        return f", experts placed as {hashlib.sha256(repr(self.placement).encode()).hexdigest()[:12]}"
+
+    def _place(self, config: ParallelConfig) -> dict[int, list[list[int]]]:
+        if config.placement is not None:
+            return read_placement(Path(config.placement).expanduser(), self.whole, config.expert)
+        placement = {}
+        for number, layer in enumerate(self.whole.layers):
+            if layer.moe:
+                parts = (_split("experts", layer.moe.num_experts, config.expert, part) for part in range(config.expert))
+                placement[number] = [list(range(part.start, part.stop)) for part in parts]
+        return placement
 
     def layout(self, layout: Layout) -> Layout:
         """The layout of this rank's part; fills :attr:`cuts`."""
@@ -143,7 +167,7 @@ class Shard:
         if self.spec.layers[number].moe is None:
             ffn = self._one_ffn(layout.ffn)
         else:
-            experts = _split("experts", layout.ffn.num_experts, config.expert, self.context.expert_rank)
+            experts = self.placement[number][self.context.expert_rank]
             neurons = _split("neurons", layout.ffn.expert_size, config.tensor, self.context.tensor_rank)
             ffn = self._ffn(layout.ffn, experts, neurons)
             self._cut_neurons(layout.ffn, config.tensor, self.context.tensor_group)
@@ -153,7 +177,7 @@ class Shard:
         """A dense FFN or a shared expert: its neurons are spread over all ranks."""
         neurons = _split("neurons", layout.expert_size, self.context.config.stage_size, self.context.rank)
         self._cut_neurons(layout, self.context.config.stage_size, self.context.everyone)
-        return self._ffn(layout, slice(0, 1), neurons)
+        return self._ffn(layout, [0], neurons)
 
     def _cut_neurons(self, layout: FFNLayout, parts: int, group: dist.ProcessGroup) -> None:
         self._cut_inputs(layout.down, [part_of(layout.expert_size, parts, part).start for part in range(parts)], group)
@@ -162,27 +186,30 @@ class Shard:
         if len(starts) > 1:
             self.input_cuts |= dict.fromkeys(names, (starts, group))
 
-    def _ffn(self, layout: FFNLayout, experts: slice, neurons: slice) -> FFNLayout:
+    def _ffn(self, layout: FFNLayout, experts: list[int], neurons: slice) -> FFNLayout:
         count, size = layout.num_experts, layout.expert_size
-        part = replace(layout, num_experts=width(experts), expert_size=width(neurons))
+        in_order = experts == list(range(experts[0], experts[-1] + 1))
+        run = slice(experts[0], experts[-1] + 1) if in_order else experts  # a view of the file where it can be one
+        part = replace(layout, num_experts=len(experts), expert_size=width(neurons))
         for name in layout.biases[:2]:
             self.cuts[name] = partial(_rows, rows=neurons)
         if layout.biases and self.context.rank:
             self.cuts[layout.biases[2]] = torch.zeros_like
         if layout.gate_up:
-            self.cuts[layout.gate_up] = partial(_fused, experts=experts, neurons=neurons, size=size)
-            self.cuts[layout.down[0]] = lambda down_EDF: down_EDF[experts, :, neurons]
+            self.cuts[layout.gate_up] = partial(_fused, experts=run, neurons=neurons, size=size)
+            self.cuts[layout.down[0]] = lambda down_EDF: down_EDF[run, :, neurons]
             return part
         if len(layout.down) == count:
-            part = replace(part, gate=layout.gate[experts], up=layout.up[experts], down=layout.down[experts])
+            gate, up, down = (tuple(names[e] for e in experts) for names in (layout.gate, layout.up, layout.down))
+            part = replace(part, gate=gate, up=up, down=down)
             for name in (*part.gate, *part.up):
                 self.cuts[name] = partial(_rows, rows=neurons)
             for name in part.down:
                 self.cuts[name] = partial(_columns, columns=neurons)
             return part
         for name in (*layout.gate, *layout.up):
-            self.cuts[name] = lambda x_XD: x_XD.unflatten(0, (count, size))[experts, neurons].flatten(0, 1)
-        self.cuts[layout.down[0]] = lambda x_DX: x_DX.unflatten(1, (count, size))[:, experts, neurons].flatten(1)
+            self.cuts[name] = lambda x_XD: x_XD.unflatten(0, (count, size))[run, neurons].flatten(0, 1)
+        self.cuts[layout.down[0]] = lambda x_DX: x_DX.unflatten(1, (count, size))[:, run, neurons].flatten(1)
         return part
 
 
@@ -201,14 +228,23 @@ class ShardedCheckpoint(Checkpoint):
         self._split: dict[str, int] = {}
         self.replicated: dict[str, int] = {}
 
+    def describe(self) -> str:
+        """What was read: of tensors that are split, and of those that are not, largest first."""
+        kinds: Counter[str] = Counter()
+        for name, count in self.replicated.items():
+            kinds[re.sub(r"\.\d+\.", ".N.", name)] += count
+        kept = ", ".join(f"{kind} {count / 2**20:.2f}" for kind, count in kinds.most_common())
+        whole = f"{self.whole_bytes / 2**20:.2f} MiB of whole ones" + (f": {kept}" if kept else "")
+        return f"{self.split_bytes / 2**20:.2f} MiB of tensors that are split, and {whole}"
+
     def view(self, name: str) -> torch.Tensor:
         """See :meth:`Checkpoint.view`; pages of other ranks' parts are not touched."""
         whole = super().view(name)
-        if name not in self._cuts:
+        part = self._cuts[name](whole) if name in self._cuts else whole
+        if part.nbytes == whole.nbytes:
             self.replicated[name] = whole.nbytes
             self.whole_bytes = sum(self.replicated.values())
-            return whole
-        part = self._cuts[name](whole)
+            return part
         self.split_bytes += part.nbytes - self._split.get(name, 0)  # looking twice is reading once
         self._split[name] = part.nbytes
         return part
@@ -254,7 +290,7 @@ def _columns(x: torch.Tensor, columns: slice) -> torch.Tensor:
     return x[:, columns]
 
 
-def _fused(x_EXD: torch.Tensor, experts: slice, neurons: slice, size: int) -> torch.Tensor:
+def _fused(x_EXD: torch.Tensor, experts: slice | list[int], neurons: slice, size: int) -> torch.Tensor:
     """Gate and up of some experts' neurons from the fused tensor."""
     ups = slice(size + neurons.start, size + neurons.stop)
     return torch.cat((x_EXD[experts, neurons], x_EXD[experts, ups]), 1)

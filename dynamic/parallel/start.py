@@ -50,6 +50,8 @@ def join(
     """
     if stored is not None:
         raise ValueError(f"{path} is quantised; several processes take checkpoints that are not")
+    if config.record_load is not None and not Path(config.record_load).expanduser().parent.is_dir():
+        raise ValueError(f"parallel.record_load={config.record_load} lies in no directory that exists")
     context = ParallelContext(config, backend.device)
     context.check_alike(
         {
@@ -62,6 +64,7 @@ def join(
             "quantization": quantization,
             "checkpoint": _fingerprint(path),
             "exits": tuple(exit_layers),
+            "placement": hashlib.sha256(_content(config.placement).encode()).hexdigest(),
             "model": hashlib.sha256(repr(spec).encode()).hexdigest(),
         }
     )
@@ -87,6 +90,13 @@ def follow_if_worker(decoder: Decoder) -> None:
         return
     decoder.follow()
     raise SystemExit(0)
+
+
+def _content(file: str | None) -> str:
+    try:
+        return "" if file is None else Path(file).expanduser().read_text()
+    except OSError as error:
+        raise ValueError(f"parallel.placement={file} cannot be read: {error}") from error
 
 
 def _fingerprint(path: Path) -> str:
