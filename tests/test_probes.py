@@ -28,7 +28,15 @@ from dynamoe.exits.probes import (
 )
 from dynamoe.exits.readout import ReadoutAdapter
 from dynamoe.exits.sidecar import ExitHeads, backbone_hash, load_heads, save_heads
-from dynamoe.exits.training.heads import ExitStates, HeadTraining, exit_labels, fit_adapter, fit_probe, probe_logits
+from dynamoe.exits.training.heads import (
+    ExitStates,
+    HeadTraining,
+    choices,
+    exit_labels,
+    fit_adapter,
+    fit_probe,
+    probe_logits,
+)
 from safetensors.torch import load_file, save_file
 
 HIDDEN, VOCABULARY = 32, 50
@@ -67,9 +75,9 @@ def head(x_RD: torch.Tensor) -> torch.Tensor:
 def test_a_new_adapter_is_the_identity_and_training_raises_agreement(states: ExitStates) -> None:
     adapter = ReadoutAdapter(HIDDEN, 8)
     torch.testing.assert_close(adapter(states.final_RD), states.final_RD)
-    before = exit_labels(adapter, 2, states, head).mean()
+    before = exit_labels(adapter, 2, states, head, choices(states.final_RD, head)).mean()
     fit_adapter(adapter, 2, states, head, QUICK)
-    after = exit_labels(adapter, 2, states, head).mean()
+    after = exit_labels(adapter, 2, states, head, choices(states.final_RD, head)).mean()
     assert after > before + 0.05
     assert adapter.flops_per_row == 4 * HIDDEN * 8
     with pytest.raises(ValueError, match="not 33"):
@@ -79,7 +87,9 @@ def test_a_new_adapter_is_the_identity_and_training_raises_agreement(states: Exi
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_every_kind_finds_the_direction_that_decides(spec: ProbeSpec) -> None:
     train, test = make_states(0.0).split((0.7, 0.3))
-    labels = [exit_labels(ReadoutAdapter(HIDDEN, 8), 2, part, head) for part in (train, test)]
+    labels = [
+        exit_labels(ReadoutAdapter(HIDDEN, 8), 2, part, head, choices(part.final_RD, head)) for part in (train, test)
+    ]
     probe = fit_probe(spec, 2, train, labels[0], QUICK)
     with torch.no_grad():
         found = aurc(probe_logits(probe, 2, test), labels[1])

@@ -23,6 +23,7 @@ from ...exits.training.heads import (
     ExitStates,
     HeadTraining,
     Logits,
+    choices,
     exit_labels,
     fit_adapter,
     fit_probe,
@@ -184,6 +185,7 @@ def make_exits(
     *,
     stream: torch.Tensor,
     plot: Path | None = None,
+    progress: bool = False,
 ) -> tuple[ExitHeads, str]:
     """Train, compare and calibrate the exits of a checkpoint, and write them beside it.
 
@@ -192,12 +194,15 @@ def make_exits(
         checkpoint: its directory.
         stream: training tokens; their most frequent ones are the reduced vocabulary of a baseline.
         plot: draw the risk-coverage curves of the shipped probes and the margin baseline here.
+        progress: show a bar.
 
     Returns: the heads, and a Markdown table of all probes at all exits.
 
     Raises:
         ValueError: when a probe costs more than 1 % of a layer, or there is too little text to calibrate.
     """
+    from tqdm import tqdm
+
     specs = compared_probes(model.hidden_size, model.layer_flops, routes=model.routes)
     if config.probe != "best" and config.probe not in specs:
         raise ValueError(f"probe {config.probe!r} looks at the entropy of routers, which this model does not use")
@@ -208,20 +213,29 @@ def make_exits(
             fit_adapter(adapter, layer, fit, logits, config.training)
         adapter.requires_grad_(False)
     common = frequent_tokens(stream, _REDUCED_VOCABULARY)
-    labels = {layer: [exit_labels(adapters[layer], layer, part, logits) for part in (fit, calibrate, test)]
-              for layer in adapters}  # fmt: skip
+    bar = tqdm(total=1 + len(adapters) * (1 + len(specs)), desc="probes", unit="fit", disable=not progress)
+    parts = [(part, choices(part.final_RD, logits)) for part in (fit, calibrate, test)]
+    bar.update()
+    labels: dict[int, list[torch.Tensor]] = {}
+    for layer, adapter in adapters.items():
+        labels[layer] = [exit_labels(adapter, layer, part, logits, full_R) for part, full_R in parts]
+        bar.update()
     probes: dict[str, dict[int, Probe]] = {}
     scores: dict[str, dict[int, torch.Tensor]] = {"margin, reduced vocabulary": {}, "hidden-state saturation": {}}
     reports: dict[str, ProbeReport] = {}
     for name, spec in specs.items():
-        probes[name] = {e: fit_probe(spec, e, fit, labels[e][0], config.training) for e in adapters}
+        probes[name] = {}
+        for layer in adapters:
+            probes[name][layer] = fit_probe(spec, layer, fit, labels[layer][0], config.training)
+            bar.update()
         scores[name] = {e: _calibrated(probes[name][e], e, calibrate, labels[e][1], test, config) for e in adapters}
     with torch.no_grad():
         for layer, adapter in adapters.items():
-            parts = test.hidden_RD[layer].split(_ROWS)  # all logits at once would not fit
-            margins = [top_margin(logits(adapter(x_RD))[:, common]) for x_RD in parts]
+            pieces = test.hidden_RD[layer].split(_ROWS)  # all logits at once would not fit
+            margins = [top_margin(logits(adapter(x_RD))[:, common]) for x_RD in pieces]
             scores["margin, reduced vocabulary"][layer] = torch.cat(margins)
             scores["hidden-state saturation"][layer] = saturation(test.hidden_RD[layer], test.previous(layer))
+    bar.close()
     for name, by_exit in scores.items():
         for layer, score in by_exit.items():
             reports[f"{name}, after {layer}"] = report(score, labels[layer][2], probability=name in specs)

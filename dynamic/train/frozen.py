@@ -149,6 +149,7 @@ def make_frozen_exits(config: FrozenConfig, *, progress: bool = True, say: Calla
         replace(config.heads, refit_adapters=False),
         stream=torch.tensor(blocks).flatten(),
         plot=plot_path(output),
+        progress=progress,
     )
     (output / "report.json").write_text(json.dumps({"config": settings, "exits": heads.metrics}, indent=1))
     say(table)

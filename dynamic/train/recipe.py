@@ -115,7 +115,13 @@ def run_recipe(
         as_exported(model)
         states = exit_states(model, corpus, target, config)
         heads, table = make_exits(
-            trained_backbone(model), states, target, config.heads, stream=corpus.train, plot=plot_path(output)
+            trained_backbone(model),
+            states,
+            target,
+            config.heads,
+            stream=corpus.train,
+            plot=plot_path(output),
+            progress=progress,
         )
         report["exits"] = heads.metrics
         prompts = held_out_prompts(corpus, config, config.shipped_prompts, config.prompt_tokens, strict=False)

@@ -145,11 +145,17 @@ def probe_logits(
     return probe(states.hidden_RD[layer][rows], previous, entropy)
 
 
-def exit_labels(adapter: ReadoutAdapter, layer: int, states: ExitStates, logits: Logits) -> torch.Tensor:
-    """1.0 where the exit's best token is the full model's, (R,)."""
+def exit_labels(
+    adapter: ReadoutAdapter, layer: int, states: ExitStates, logits: Logits, full_R: torch.Tensor
+) -> torch.Tensor:
+    """1.0 where the exit's best token is the full model's, (R,).
+
+    Arguments:
+        full_R: the full model's :func:`choices` on these states, which all exits share.
+    """
     with torch.no_grad():
         early = choices(adapter(states.hidden_RD[layer]), logits)
-    return agreement_labels(early, choices(states.final_RD, logits))
+    return agreement_labels(early, full_R)
 
 
 class _Divergence(torch.autograd.Function):
