@@ -236,3 +236,10 @@ def test_generates_the_models_text(make_checkpoint: Callable[..., Path], capfd: 
     (whole,) = llm.generate("The capital of France", SamplingParams(temperature=0.0, max_tokens=12), use_tqdm=False)
     assert whole.outputs[0].text
     assert streamed == whole.outputs[0].text + "\n"
+
+
+def test_output_that_nobody_reads_to_its_end_is_no_failure() -> None:
+    command = f"{sys.executable} -m dynamoe serve --help | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.startswith("dynamoe serve")
+    assert done.stderr == ""
