@@ -7,6 +7,7 @@ reads less of the tokenizer.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -64,9 +65,7 @@ def import_gguf(file: Path, target: Path, *, keep_codes: bool = False, progress:
     with file.open("rb") as stream:
         if stream.read(4) != b"GGUF":
             raise ValueError(f"{file} is not a GGUF file")
-    from gguf import GGUFReader
-
-    reader = GGUFReader(file)
+    reader = _open(file)
     fields = dict(reader.fields)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     kind = _kind(fields)
@@ -75,6 +74,38 @@ def import_gguf(file: Path, target: Path, *, keep_codes: bool = False, progress:
         _write_direct(fields, tensors, names, kind, target, keep_codes, progress)
     else:
         _write_through_transformers(file, target)
+
+
+def _open(file: Path) -> Any:
+    """The ``gguf`` package's reader of a file that is complete.
+
+    Raises:
+        ValueError: naming the file, and the tensor that it ends in the middle of.
+    """
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
+
+    class CutShort(ValueError):
+        pass
+
+    class Reader(GGUFReader):
+        def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+            for field in fields:
+                _, name, _, dims, kind, offset = field.parts
+                block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind[0])]
+                end = int(start_offs) + int(offset[0]) + math.prod(dims.tolist()) // block * size
+                if end > len(self.data):
+                    raise CutShort(
+                        f"{file} is cut short: it has {len(self.data)} bytes, and {bytes(name).decode()!r} reaches to"
+                        f" byte {end}"
+                    )
+            super()._build_tensors(start_offs, fields)
+
+    try:
+        return Reader(file)
+    except CutShort:
+        raise
+    except (ValueError, IndexError, KeyError) as error:
+        raise ValueError(f"{file} is damaged or cut short in its header: {error}") from error
 
 
 def _kind(fields: dict[str, Any]) -> tuple[str, str] | None:

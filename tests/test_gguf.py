@@ -208,3 +208,18 @@ def logits_of(path: Path, backend: str) -> torch.Tensor:
     kv, batch = fresh_cache(decoder, [len(ids)])
     whole = Segment(index=0, layers=range(decoder.spec.num_layers))
     return decoder.logits(decoder.run_segment(whole, decoder.embed(ids), kv, batch))
+
+
+@pytest.mark.parametrize(
+    ("kept", "fault"), [(0.7, r"cut short: it has \d+ bytes, and 'blk\.\d+\.\S+' reaches"), (0.01, "header")]
+)
+def test_a_file_that_ends_early_is_named_with_the_tensor_it_ends_in(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, kept: float, fault: str
+) -> None:
+    file = tmp_path / "model.gguf"
+    write_gguf(make_checkpoint("llama"), file, "llama")
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(kept * len(whole))])
+    with pytest.raises(ValueError, match=rf"model\.gguf is .*{fault}"):
+        import_gguf(file, tmp_path / "target", progress=False)
+    assert not (tmp_path / "target").exists()
