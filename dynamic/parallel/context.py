@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from .config import ParallelConfig, launched_rank, launched_size
 from .plan import FIRST, Message, decode, length
 
+AXES = ("pipeline", "expert", "tensor")
 _IDLE = timedelta(days=30)  # workers wait this long for the next step
 _DESCRIPTION = 1 << 16  # bytes
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -33,6 +35,7 @@ class ParallelContext:
 
     Attributes:
         world_rank: of this process; rank: its rank within its stage.
+        mesh: all ranks by :data:`AXES`.
 
     Raises:
         ValueError: when the launcher started another number of processes.
@@ -60,9 +63,12 @@ class ParallelContext:
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=timeout)
         self._plans: Any = dist.new_group(backend="gloo", timeout=_IDLE)
-        self.tensor_group: Any = self._my_group(config.tensor)
+        ranks_PET = torch.arange(config.size).view(config.pipeline, config.expert, config.tensor)
+        groups = [self._my_group(ranks_PET.movedim(axis, -1)) for axis in range(ranks_PET.dim())]
+        self.mesh = DeviceMesh.from_group(groups, device.type, ranks_PET, mesh_dim_names=AXES)
+        self.tensor_group: Any = self.mesh.get_group("tensor")
         # All that share this rank's layers.
-        self.everyone: Any = dist.group.WORLD if config.pipeline == 1 else self._my_group(config.stage_size)
+        self.everyone: Any = dist.group.WORLD if config.pipeline == 1 else self._my_group(ranks_PET.flatten(1))
 
     @property
     def leads(self) -> bool:
@@ -167,12 +173,12 @@ class ParallelContext:
         if not self.failed and dist.is_initialized():
             dist.destroy_process_group()
 
-    def _my_group(self, size: int) -> dist.ProcessGroup:
-        """The group of this rank among groups of ranks that follow one another."""
-        timeout = timedelta(seconds=self.config.timeout)
-        firsts = range(0, self.config.size, size)  # every rank makes all groups, in this order
-        groups: list[Any] = [dist.new_group(list(range(first, first + size)), timeout=timeout) for first in firsts]
-        return groups[self.world_rank // size]
+    def _my_group(self, ranks: torch.Tensor) -> Any:
+        """This rank's group: the last axis of ``ranks`` has those of one group."""
+        rows = ranks.flatten(0, -2).tolist()
+        # Every rank makes all groups, in this order. A mesh's own groups would not have our time-out.
+        groups = [dist.new_group(row, timeout=timedelta(seconds=self.config.timeout)) for row in rows]
+        return next(group for group, row in zip(groups, rows, strict=True) if self.world_rank in row)
 
     def _broadcast(self, numbers: torch.Tensor) -> None:
         try:
