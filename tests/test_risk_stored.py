@@ -1,4 +1,4 @@
-"""Calibrations on stored losses of the shipped model keep their promises, and MAPIE finds the same."""
+"""Calibrations on stored losses of the shipped models keep their promises, and MAPIE finds the same."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ validity = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(validity)
 
 
-@pytest.fixture(scope="module")
-def losses() -> np.ndarray:
-    return np.load(_BENCHMARKS / "results" / "losses_tiny.npz")["losses"].astype(np.float64)
+@pytest.fixture(scope="module", params=["tiny", "default"])
+def losses(request: pytest.FixtureRequest) -> np.ndarray:
+    return np.load(_BENCHMARKS / "results" / f"losses_{request.param}.npz")["losses"].astype(np.float64)
 
 
 @pytest.mark.parametrize("alpha", validity.ALPHAS)
