@@ -17,7 +17,7 @@ from ...kernels.types import ExpertBudget
 if TYPE_CHECKING:
     from ..decoder import Decoder
     from .request import Sequence
-    from .scheduler import Entry
+    from .scheduler import Entry, Schedule
 
 STAYS, LEAVES = np.float32(np.inf), np.float32(-np.inf)
 
@@ -67,47 +67,38 @@ class Planner:
         # Number of the exit after so many layers; the slice of no exit for rows that ran all of them.
         self._exit_at: dict[int, int | slice] = {layers: number for number, layers in enumerate(decoder.exits)}
         self._exit_at[decoder.spec.num_layers] = slice(0)
-        # The plan that may hold for the next step too; by row: sequence, length of its prompt, depths if it has.
         self._plan: StepPlan | None = None
-        self._known: list[tuple[Sequence, int, array[int] | None]] = []
+        self._decoding: int | None = None  # of the steps that it holds for
 
-    def plan(self, entries: list[Entry], num_rows: int, budget: ExpertBudget | None) -> StepPlan:
+    def goes_on(self, schedule: Schedule) -> bool:
+        """Whether a step decodes the sequences of the step before, one new token each, and nothing else."""
+        return self._decoding is not None and schedule.decoding == self._decoding
+
+    def plan(self, schedule: Schedule, num_rows: int, budget: ExpertBudget | None) -> StepPlan:
         """Sort a step's rows.
 
         Arguments:
-            entries: the step's work, of sequences that are either parked or have a row to run.
+            schedule: the step's work, of sequences that are either parked or have a row to run.
             num_rows: positions of all of them.
 
         Returns: a plan that the next call may change.
         """
-        plan = self._plan
-        if plan is not None and self._go_on(entries):
+        entries, plan = schedule.entries, self._plan
+        if plan is not None and self.goes_on(schedule):
             plan.entries, plan.budget = entries, budget
             if not plan.steady:
                 plan.steady = True
-                plan.ended_rows = [_ended_rows(sequence) for sequence, _, _ in self._known]
-                plan.new_depths = [depths for _, _, depths in self._known if depths is not None]
+                plan.ended_rows = [_ended_rows(entry.sequence) for entry in entries]
+                plan.new_depths = [entry.sequence.depths for entry in entries if _may_leave(entry)]
             return plan
         self._plan = plan = self._new_plan(entries, num_rows, budget)
-        self._known = [(e.sequence, e.sequence.num_prompt, _new_depths(e.sequence)) for e in entries]
-        if plan.parked or not self._go_on(entries):
-            self.forget()
+        new = not plan.parked and all(_is_new(entry) for entry in entries)
+        self._decoding = schedule.decoding if new else None
         return plan
 
     def forget(self) -> None:
         """The next step is not like this one: rows were parked."""
-        self._plan = None
-
-    def _go_on(self, entries: list[Entry]) -> bool:
-        """Whether every entry is the next new token of the sequence that is known for its place."""
-        if len(entries) != len(self._known):
-            return False
-        for entry, (sequence, num_prompt, depths) in zip(entries, self._known, strict=True):
-            if entry.sequence is not sequence or entry.count != 1:
-                return False
-            if depths is not None and entry.start - num_prompt != len(depths):
-                return False
-        return True
+        self._decoding = None
 
     def _new_plan(self, entries: list[Entry], num_rows: int, budget: ExpertBudget | None) -> StepPlan:
         thresholds_ET = np.full((self._num_exits, num_rows), STAYS, dtype=np.float32)
@@ -132,8 +123,13 @@ class Planner:
         return StepPlan(entries, thresholds_ET, thresholds, movable, parked, budget)
 
 
-def _new_depths(sequence: Sequence) -> array[int] | None:
-    return None if sequence.request.exit_logits_E is None else sequence.depths
+def _may_leave(entry: Entry) -> bool:
+    return entry.sequence.request.exit_logits_E is not None
+
+
+def _is_new(entry: Entry) -> bool:
+    """Whether the token is not one that was computed before, and left where it left."""
+    return not _may_leave(entry) or entry.start - entry.sequence.num_prompt == len(entry.sequence.depths)
 
 
 def _ended_rows(sequence: Sequence) -> list[int]:

@@ -28,7 +28,7 @@ from .request import ParkedRow
 
 if TYPE_CHECKING:
     from ..decoder import Decoder
-    from .scheduler import Entry
+    from .scheduler import Entry, Schedule
     from .step_rows import StepRows
 
 _REVIEW = 8  # steps between looks at whether parking might pay; more while it does not
@@ -100,9 +100,10 @@ class ExitRunner:
         if self.park_rows and any(exit.probe is not None for exit in self.exits):
             self.parking = Parking(measure_times(self.decoder, self.page_size, self.max_num_seqs))
 
-    def run(self, entries: list[Entry], rows: StepRows, budget: ExpertBudget | None = None) -> torch.Tensor:
+    def run(self, schedule: Schedule, rows: StepRows, budget: ExpertBudget | None = None) -> torch.Tensor:
         """Run a step; see :meth:`Runner.run`."""
-        plan = self.planner.plan(entries, len(rows), budget)
+        entries = schedule.entries
+        plan = self.planner.plan(schedule, len(rows), budget)
         review = self.parking is not None and len(plan.movable) > 1 and self._review_is_due(self.parking, plan)
         # Segments run one by one where rows may be stopped in front of one, or debts are paid in another way.
         waits = self._may_wait and len(plan.movable) > 1

@@ -55,8 +55,11 @@ class Runner:
             self.decoder.copy_pages(self.kv, schedule.copies)
         rows = StepRows(schedule.entries, self.page_size, self.device)
         budget = self.budgets.plan(schedule.entries, len(rows))
-        if any(entry.sequence.request.exit_logits_E is not None for entry in schedule.entries):
-            x_TD = self.exits.run(schedule.entries, rows, budget)
+        exits = self.exits
+        if exits.planner.goes_on(schedule) or any(
+            e.sequence.request.exit_logits_E is not None for e in schedule.entries
+        ):
+            x_TD = exits.run(schedule, rows, budget)
         else:
             x_TD = self._run_whole(schedule.entries, rows, budget)
         self.budgets.record(schedule.entries, budget)

@@ -34,10 +34,17 @@ class Entry:
 
 @dataclass(slots=True)
 class Schedule:
-    """One step's work."""
+    """One step's work.
+
+    Arguments:
+        copies: (from page, to page), before anything else runs.
+        decoding: where every running sequence decodes one token and nothing else runs: a number that stays the same as
+            long as they are the same sequences.
+    """
 
     entries: list[Entry] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)  # (from page, to page), before anything else runs
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    decoding: int | None = None
 
 
 @dataclass(slots=True)
@@ -71,6 +78,7 @@ class Scheduler:
         self.window = window
         self.page_size = cache.page_size
         self.running: list[Sequence] = []  # by rank
+        self._changes = 0  # of which sequences these are
         self.waiting: list[Sequence] = []  # by rank
         self.counters = SchedulerCounters()
 
@@ -92,6 +100,7 @@ class Scheduler:
             if is_decode and self._take_page(sequence, copies):
                 counts[sequence] = 1
                 rows -= 1
+        only_decodes, changes = len(counts) == len(self.running), self._changes
         for sequence in self.running:
             if rows and sequence.num_uncomputed > 1:
                 counts[sequence] = min(rows, sequence.num_uncomputed)
@@ -100,7 +109,8 @@ class Scheduler:
             counts[sequence] = min(rows, sequence.num_uncomputed)
             rows -= counts[sequence]
         entries = [Entry(s, s.num_computed, count) for s, count in counts.items()]
-        return Schedule(entries, [(source, target) for target, source in copies.items()])
+        decoding = changes if only_decodes and changes == self._changes else None
+        return Schedule(entries, [(source, target) for target, source in copies.items()], decoding)
 
     def _take_page(self, sequence: Sequence, copies: dict[int, int]) -> bool:
         """Make the next slot writable, whatever it costs others of lower rank. False if the sequence lost its own."""
@@ -126,6 +136,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self._drop_pages(sequence)
         self.running.pop(self._position(self.running, sequence))
+        self._changes += 1
         if not sequence.request.prompt_logprobs_complete:
             sequence.request.prompt_logprobs = [None]
         self.counters.preemptions += 1
@@ -153,6 +164,7 @@ class Scheduler:
         self.waiting.pop(0)
         sequence.state = State.RUNNING
         insort(self.running, sequence, key=_rank)
+        self._changes += 1
         return sequence
 
     def computed(self, entry: Entry) -> None:
@@ -192,6 +204,7 @@ class Scheduler:
             sibling.block_digests = list(sequence.block_digests)
             sibling.state = State.RUNNING
             insort(self.running, sibling, key=_rank)
+            self._changes += 1
         return request.sequences
 
     def finish(self, sequence: Sequence) -> None:
@@ -200,6 +213,7 @@ class Scheduler:
             return
         queue = self.running if sequence.state is State.RUNNING else self.waiting
         queue.pop(self._position(queue, sequence))
+        self._changes += 1
         self._drop_pages(sequence)
         sequence.state = State.FINISHED
 
