@@ -126,15 +126,32 @@ class ParallelContext:
         if size == 1:
             return x_TD
         x_TD = x_TD.contiguous()
-        parts = [torch.empty_like(x_TD) for _ in range(size)]
         with self.watched():
-            dist.all_gather(parts, x_TD, group=group)
+            parts = self._exchange(x_TD, group)
         self.sums += 1
         self.received[purpose] += (size - 1) * x_TD.nbytes
         total_TD = parts[0].float()
         for part in parts[1:]:
             total_TD = total_TD + part
         return total_TD.to(x_TD.dtype)
+
+    def _exchange(self, x_TD: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
+        """Everybody's addend, in the order of the ranks."""
+        ranks = dist.get_process_group_ranks(group)
+        if x_TD.device.type != "cpu":
+            parts = [torch.empty_like(x_TD) for _ in ranks]
+            dist.all_gather(parts, x_TD, group=group)
+            return parts
+        # Over gloo, messages from rank to rank take less than half of the time of its all-gather.
+        parts = [x_TD if rank == self.world_rank else torch.empty_like(x_TD) for rank in ranks]
+        others = [(rank, part) for rank, part in zip(ranks, parts, strict=True) if rank != self.world_rank]
+        sent = [dist.isend(x_TD, rank, group=group) for rank, _ in others]
+        for rank, part in others:
+            dist.recv(part, rank, group=group)
+        for work in sent:
+            if work is not None:
+                work.wait()
+        return parts
 
     def share(self, x_RD: torch.Tensor, group: dist.ProcessGroup) -> None:
         """Give rank 0's rows to all of its group: they are written over those of the others."""
