@@ -95,7 +95,8 @@ class Exchange:
 
     Arguments:
         received: bytes from other ranks, by what for: ``sums``, ``embedding``, ``logits``, ``stages``.
-        expert_rows: by rank of the expert axis, rows times experts that it ran, in the layers of the first stage.
+        expert_rows: by rank of the expert axis, rows times experts that it ran, in the layers of the first stage; empty
+            without that axis.
     """
 
     received: dict[str, int]

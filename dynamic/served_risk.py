@@ -34,7 +34,7 @@ def disagreements(decoder: Decoder, outputs: Sequence[RequestOutput]) -> np.ndar
     All completions of a request count together. The first token comes from the prompt, which always runs in full; it
     counts as served like the others. A request without a token has no loss: 0.
     """
-    return _run(loss_steps(decoder, outputs, 0.0))
+    return losses(decoder, outputs, 0.0)
 
 
 def losses(decoder: Decoder, outputs: Sequence[RequestOutput], temperature: float) -> np.ndarray:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .e_process import EProcess
-from .monitor_store import Draws, MonitorStore, PendingRun, PickCounts
+from .monitor_store import Draws, MonitorStore, PendingRun, PickCounts, Served
 
 if TYPE_CHECKING:
     from .certificate import Certificate
@@ -149,7 +149,8 @@ class RiskMonitor:
         Returns: whether it was picked and had not finished before; otherwise nothing changes.
         """
         with self._lock:
-            return self._store.finish(request_id, prompt_tokens, served_tokens, draws)
+            output = Served(prompt_tokens=prompt_tokens, served_tokens=served_tokens, draws=draws)
+            return self._store.finish(request_id, output)
 
     def next_pending(self) -> PendingRun | None:
         """The oldest pick that waits for its loss, until :meth:`record_loss` has it.

@@ -49,8 +49,8 @@ class Draws:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PendingRun:
-    """A finished request that waits for its loss.
+class Served:
+    """What a request was given.
 
     Arguments:
         prompt_tokens: token ids.
@@ -58,11 +58,17 @@ class PendingRun:
         draws: of a request that sampled; None of a greedy one.
     """
 
+    prompt_tokens: Sequence[int]
+    served_tokens: Sequence[Sequence[int]]
+    draws: Draws | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PendingRun(Served):
+    """A finished request that waits for its loss."""
+
     request_id: str
     certificate_id: str
-    prompt_tokens: list[int]
-    served_tokens: list[list[int]]
-    draws: Draws | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,13 +196,7 @@ class MonitorStore:
             deleted = connection.execute("DELETE FROM picks WHERE request = ? AND state = ?", (request_id, RUNNING))
             return deleted.rowcount > 0
 
-    def finish(
-        self,
-        request_id: str,
-        prompt_tokens: Sequence[int],
-        served_tokens: Sequence[Sequence[int]],
-        draws: Draws | None = None,
-    ) -> bool:
+    def finish(self, request_id: str, output: Served) -> bool:
         """Store the output of a running pick; without any token it is interrupted.
 
         Returns: whether anything changed: not for a request that was not picked or has finished before.
@@ -205,10 +205,10 @@ class MonitorStore:
             connection.execute("BEGIN IMMEDIATE")
             if self.pick_state(request_id) != RUNNING:
                 return False
-            if any(len(tokens) for tokens in served_tokens):
-                tokens = [[int(token) for token in completion] for completion in served_tokens]
-                served = tokens if draws is None else {"tokens": tokens, **_packed(draws)}
-                self._move(request_id, PENDING, [int(token) for token in prompt_tokens], served)
+            if any(len(tokens) for tokens in output.served_tokens):
+                tokens = [[int(token) for token in completion] for completion in output.served_tokens]
+                served = tokens if output.draws is None else {"tokens": tokens, **_packed(output.draws)}
+                self._move(request_id, PENDING, [int(token) for token in output.prompt_tokens], served)
             else:
                 self._interrupt(request_id)
             return True

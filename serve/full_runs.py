@@ -70,10 +70,10 @@ class FullRuns:
 
 
 def _output(run: PendingRun) -> RequestOutput:
-    completions = [CompletionOutput(index, token_ids=tokens) for index, tokens in enumerate(run.served_tokens)]
+    completions = [CompletionOutput(index, token_ids=list(tokens)) for index, tokens in enumerate(run.served_tokens)]
     if run.draws:
         count = sum(map(len, run.served_tokens))
         states = iter(torch.frombuffer(bytearray(run.draws.states), dtype=torch.float32).view(count, -1))
         for completion in completions:
             completion.states = list(itertools.islice(states, len(completion.token_ids)))
-    return RequestOutput(run.request_id, None, run.prompt_tokens, completions)
+    return RequestOutput(run.request_id, None, list(run.prompt_tokens), completions)

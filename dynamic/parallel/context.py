@@ -198,11 +198,8 @@ class ParallelContext:
         return next(group for group, row in zip(groups, rows, strict=True) if self.world_rank in row)
 
     def _broadcast(self, numbers: torch.Tensor) -> None:
-        try:
+        with self.watched():
             dist.broadcast(numbers, src=0, group=self._plans)
-        except RuntimeError as error:
-            self.failed = True
-            raise RuntimeError(f"a process of the model has died: {error}") from error
         self.broadcasts += 1
 
 

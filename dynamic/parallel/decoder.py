@@ -53,12 +53,15 @@ class ParallelDecoder(Decoder):
         super().__init__(spec, *arguments, **more)
         self.context = shard.context
         self.processes = str(shard.context.config) + shard.placed
+        config = shard.context.config
+        # For the metrics of rank 0, and for the file that is written at the end.
+        self._counts_load = config.record_load is not None or (config.expert > 1 and self.context.leads)
         self.load = ExpertLoad(shard.whole, self.device)
         self._local_experts = {
             number: local_numbers(parts[self.context.expert_rank], sum(map(len, parts)), self.device)
             for number, parts in shard.placement.items()
         }
-        self.placement = shard.placement
+        self._rank_of_NE = shard.expert_ranks(self.load.rows_NE)
         self.local_spec = shard.spec
         self.num_heads, self.num_kv_heads = shard.spec.num_heads, shard.spec.num_kv_heads
         self.vocabulary = shard.vocabulary
@@ -149,12 +152,11 @@ class ParallelDecoder(Decoder):
 
     def exchange(self) -> Exchange:
         """See :meth:`Decoder.exchange`."""
-        load_NE = self.load.rows_NE.tolist()
-        rows = [0] * self.context.config.expert
-        for number, parts in self.placement.items():
-            for part, experts in enumerate(parts):
-                rows[part] += sum(load_NE[number][expert] for expert in experts)
-        return Exchange(received=dict(self.context.received), expert_rows=tuple(rows))
+        expert = self.context.config.expert
+        rows_P = self.load.rows_NE.new_zeros(expert if expert > 1 else 0)
+        if expert > 1:
+            rows_P.scatter_add_(0, self._rank_of_NE.flatten(), self.load.rows_NE.flatten())
+        return Exchange(received=dict(self.context.received), expert_rows=tuple(rows_P.tolist()))
 
     def close(self) -> None:
         """Let the workers go, those that are still there. Only rank 0 calls this."""
@@ -261,7 +263,8 @@ class ParallelDecoder(Decoder):
         return self.context.sum(super()._ffn(number, x_TD, routed, budget), self.context.everyone)
 
     def _experts(self, x_TD: torch.Tensor, number: int, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
-        self.load.observe(number, routing)
+        if self._counts_load:
+            self.load.observe(number, routing)
         if routing.identity_weights_T is not None and self.context.rank:
             routing = replace(routing, identity_weights_T=torch.zeros_like(routing.identity_weights_T))
         if self.context.config.expert > 1:

@@ -81,6 +81,14 @@ class Shard:
             return ""
         return f", experts placed as {hashlib.sha256(repr(self.placement).encode()).hexdigest()[:12]}"
 
+    def expert_ranks(self, like_NE: torch.Tensor) -> torch.Tensor:
+        """By layer and expert, the rank of the expert axis that has it, int64, of the shape and on the device given."""
+        ranks_NE = torch.zeros_like(like_NE)
+        for number, parts in self.placement.items():
+            for part, experts in enumerate(parts):
+                ranks_NE[number, experts] = part
+        return ranks_NE
+
     def _place(self, config: ParallelConfig) -> dict[int, list[list[int]]]:
         if config.placement is not None:
             return read_placement(Path(config.placement).expanduser(), self.whole, config.expert)
