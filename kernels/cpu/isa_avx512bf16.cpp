@@ -12,7 +12,7 @@ namespace {
 constexpr int kTileRows = 12;
 constexpr int kPassVectors = 2;
 constexpr bool kPairs = true;
-constexpr int kCodesAhead = 0;  // Zen 4 reads 4-bit codes twice as fast when it is left to its own prefetcher
+constexpr int kCodesAhead = 0;
 
 #include "simd_avx512.h"
 #include "row_kernels.h"

@@ -30,6 +30,14 @@ struct Ahead {
   int step;
 };
 
+// The same for codes of quantised weights: with every pair of 4 inputs their lines [from, to), as far behind those that
+// are read as `near` says, and from `edge` on as `far` says.
+struct CodesAhead {
+  const char* edge;
+  int64_t near, far;
+  int from, to;
+};
+
 enum class Format : int { int8 = 0, int4 = 1, fp8 = 2 };
 
 // How quantised weights lie in memory; see quant.h.
@@ -54,28 +62,31 @@ struct QuantLayout {
   }
 };
 
-// How rows lie in a panel of digits: for each group of `group` inputs float scale[row], int32 sum[row], then
-// [4 inputs][digit][row] words; an even number of words per digit. More significant digits come first.
+// A row as digits: for each group of `group` inputs float scale, int32 sum, then [8 inputs][digit][8] bytes, zeros behind
+// the last input. More significant digits come first. A panel has the rows of a tile as [word of 4 bytes][row].
 struct DigitShape {
-  int64_t inputs, group;
-  int digits;
+  static constexpr int64_t kHeader = 8;
+  int64_t inputs = 0, group = 0;
+  int digits = 1;
+  int64_t row_bytes = 0;
 
-  static int64_t words(int64_t inputs, int digits) { return 2 + ceil_div(inputs, 8) * 2 * digits; }
-  int64_t row_bytes() const {
+  DigitShape() = default;
+  DigitShape(int64_t inputs, int64_t group, int digits) : inputs(inputs), group(group), digits(digits) {
     const int64_t groups = ceil_div(inputs, group), last = inputs - (groups - 1) * group;
-    return 4 * ((groups - 1) * words(group, digits) + words(last, digits));
+    row_bytes = (groups - 1) * bytes(group, digits) + bytes(last, digits);
   }
+  static int64_t bytes(int64_t inputs, int digits) { return kHeader + ceil_div(inputs, 8) * 8 * digits; }
 };
 
 // Products with quantised weights.
 struct Quant {
   int tile_rows;    // most rows of a tile of two digits each; of one digit it is twice as many
   bool fixed_point;  // whether rows of bf16 are worth two digits each
-  void (*pack_digits)(const DigitShape& shape, const void* const* rows, int num_rows, Dtype dtype, char* panel);
-  int ahead;  // bytes that codes are asked for in front of their use, 0 where the processor does better alone
+  void (*make_digits)(const DigitShape& shape, const void* row, Dtype dtype, char* digits);
+  int ahead;  // bytes that codes are asked for in front of their use
   // tile[row][32] = panel · block
   void (*multiply_digits)(const QuantLayout& layout, const DigitShape& shape, int num_rows, const char* panel,
-                          const char* block, float* tile, Ahead ahead);
+                          const char* block, float* tile, CodesAhead ahead);
   // A row rounded to e4m3 and back, with a scale per 128 inputs.
   void (*round_fp8)(float* row, int n);
   // A stretch of `inputs` inputs (all of one group; a multiple of 8 into it) as fp32 [input][32].

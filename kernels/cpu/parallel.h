@@ -93,7 +93,7 @@ class Arena {
   int64_t used_ = 0;
 };
 
-enum class Buffer { rows, hidden, output, keys, values, scores, states, panels, stack, leaving, count };
+enum class Buffer { rows, hidden, output, keys, values, scores, states, panels, digits, stack, leaving, count };
 
 inline Scratch& scratch(Buffer buffer) {
   thread_local Scratch buffers[static_cast<int>(Buffer::count)];

@@ -11,7 +11,6 @@ namespace {
 
 constexpr int64_t kPanelBytes = 384 * 1024;
 constexpr int64_t kStretch = 128;  // inputs that are widened at once: 16 KiB
-constexpr int kLine = 64;
 
 float widen_code(const QuantLayout& layout, uint8_t code, float scale, float offset) {
   if (layout.format != Format::fp8) {
@@ -41,14 +40,23 @@ bool uses_digits(const Kernels& kernels, const QuantLayout& layout, Dtype dtype)
 QuantProduct::QuantProduct(const Kernels& kernels, const QuantLayout& layout, Dtype dtype)
     : kernels_(kernels), layout_(layout), digits_(uses_digits(kernels, layout, dtype)) {
   shape_ = {layout.inputs, layout.group < layout.inputs ? layout.group : kStretch, layout.byte_rows ? 1 : 2};
-  row_bytes_ = digits_ ? shape_.row_bytes() : 4 * layout.inputs;
+  row_bytes_ = digits_ ? shape_.row_bytes : 4 * layout.inputs;
   tile_rows_ = !digits_ ? kernels.gemm[0].tile_rows : kernels.quant.tile_rows * (layout.byte_rows && kernels.quant.fixed_point ? 2 : 1);
 }
 
 int64_t QuantProduct::most_rows() const { return std::max<int64_t>(tile_rows_, kPanelBytes / row_bytes_); }
 
 void QuantProduct::pack(char* panel, const void* const* rows, int num_rows, Dtype dtype) const {
-  if (digits_) return kernels_.quant.pack_digits(shape_, rows, num_rows, dtype, panel);
+  if (digits_) {
+    if (num_rows == 1) return make_digits(panel, rows[0], dtype);
+    char* digits = scratch(Buffer::values).get<char>(num_rows * row_bytes_);
+    const void* made[kMaxTileRows];
+    for (int r = 0; r < num_rows; ++r) {
+      make_digits(digits + r * row_bytes_, rows[r], dtype);
+      made[r] = digits + r * row_bytes_;
+    }
+    return pack_digits(panel, made, num_rows);
+  }
   const int inputs = static_cast<int>(layout_.inputs);
   if (dtype == Dtype::fp32 && !layout_.byte_rows) return kernels_.gemm[0].pack(panel, rows, num_rows, inputs);
   float* wide = scratch(Buffer::values).get<float>(static_cast<int64_t>(num_rows) * inputs);
@@ -63,16 +71,27 @@ void QuantProduct::pack(char* panel, const void* const* rows, int num_rows, Dtyp
   kernels_.gemm[0].pack(panel, widened, num_rows, inputs);
 }
 
+void QuantProduct::make_digits(char* digits, const void* row, Dtype dtype) const {
+  kernels_.quant.make_digits(shape_, row, dtype, digits);
+}
+
+void QuantProduct::pack_digits(char* panel, const void* const* digits, int num_rows) const {
+  if (num_rows == 1) std::memcpy(panel, digits[0], row_bytes_);
+  else kernels_.transpose_cells(reinterpret_cast<uint32_t*>(panel), num_rows, digits, num_rows, static_cast<int>(row_bytes_));
+}
+
 // As run_block does it: a single tile reads the codes from memory as it goes; with several, the block after is fetched
 // meanwhile, so that memory and arithmetic never wait for each other.
-Ahead QuantProduct::ahead(const char* block, bool first, const char* after, int64_t tile, int64_t tiles) const {
-  const int step = static_cast<int>(ceil_div(layout_.block_bytes(), ceil_div(layout_.inputs, 8)));
-  const char* next = after ? after : block + layout_.block_bytes();
-  const int early = kernels_.quant.ahead;
-  if (tiles == 1 && after) return {after, kLine};
-  if (tile == 0 && (tiles == 1 || first)) return {block + early, early ? step : 0};
-  if (first) return {next, tile == 1 ? step : 0};
-  return {next + tile * layout_.block_bytes() / 2, tile < 2 ? (step + 1) / 2 : 0};
+CodesAhead QuantProduct::ahead(const char* block, bool first, const char* after, int64_t tile, int64_t tiles) const {
+  const int64_t early = kernels_.quant.ahead;
+  const int lines = layout_.format == Format::int4 ? 2 : 4;
+  const char* end = block + layout_.block_bytes();
+  if (tiles == 1 && after) return {end - early, early, after - end + early, 0, lines};
+  if (tile == 0 && (tiles == 1 || first)) return {end, early, early, 0, lines};
+  const int64_t next = (after ? after : end) - block;
+  if (first) return {end, next, next, 0, tile == 1 ? lines : 0};
+  const int half = lines / 2 * static_cast<int>(tile);
+  return {end, next, next, half, tile < 2 ? half + lines / 2 : half};
 }
 
 void QuantProduct::multiply(const char* panels, const Tiles& tiles, const char* block, bool first, const char* after,
@@ -124,9 +143,14 @@ void quant_linear(const Context& context, const QuantLinearCall& call) {
       }
       packed = chunk;
       const int64_t first_block = blocks * group / groups;
-      for (int64_t block = first_block; block < blocks * (group + 1) / groups; ++block) {
+      const int64_t last_block = blocks * (group + 1) / groups;
+      for (int64_t block = first_block; block < last_block; ++block) {
         const int64_t output = block * kBlockOutputs;
-        product.multiply(panel, tiles, weights.block(block), block == first_block, nullptr, tile);
+        // The next task will most likely be this thread's.
+        const int64_t likely = next.load(std::memory_order_relaxed);
+        const bool known = block + 1 == last_block && likely < chunks.count * groups;
+        product.multiply(panel, tiles, weights.block(block), block == first_block,
+                         known ? weights.block(blocks * (likely % groups) / groups) : nullptr, tile);
         kernels.store(tile, static_cast<int>(tiles.rows),
                       static_cast<int>(std::min<int64_t>(kBlockOutputs, weights.layout.outputs - output)),
                       weights.bias ? weights.bias + output : nullptr,

@@ -36,13 +36,17 @@ class QuantProduct {
   int64_t most_rows() const;  // whose panel stays in the second-level cache
   // The panel of one tile. `dtype` of the rows may be another than that of the model.
   void pack(char* panel, const void* const* rows, int num_rows, Dtype dtype) const;
+  // Where rows become digits, they may be made once for several panels: `row_bytes()` each.
+  bool digits() const { return digits_; }
+  void make_digits(char* digits, const void* row, Dtype dtype) const;
+  void pack_digits(char* panel, const void* const* digits, int num_rows) const;
   // out[row][32] = row · block for the rows of all tiles, panels one after the other. The block is one of a stretch that
   // is read in order and begins with block `first`; `after` is what will be read when it ends, or null.
   void multiply(const char* panels, const Tiles& tiles, const char* block, bool first, const char* after,
                 float* out) const;
 
  private:
-  Ahead ahead(const char* block, bool first, const char* after, int64_t tile, int64_t tiles) const;
+  CodesAhead ahead(const char* block, bool first, const char* after, int64_t tile, int64_t tiles) const;
 
   const Kernels& kernels_;
   const QuantLayout layout_;

@@ -34,7 +34,12 @@ void gate_and_up(const Context& context, const ExpertsCall& call, const QuantWei
   const ExpertLayout& layout = call.layout;
   const int64_t width = layout.gate_blocks() * kGatedOutputs, blocks = layout.gate_blocks();
   const int64_t groups = groups_per_chunk(context, plan.chunks.size(), blocks);
+  const int64_t tasks = groups * static_cast<int64_t>(plan.chunks.size());
   float* hidden = scratch(Buffer::hidden).get<float>(static_cast<int64_t>(plan.slots.size()) * width);
+  const int64_t row_bytes = product.row_bytes();
+  char* digits = scratch(Buffer::digits).get<char>(product.digits() ? call.rows * row_bytes : 0);
+  for_each_row(context.threads, product.digits() ? call.rows : 0,
+               [&](int64_t row) { product.make_digits(digits + row * row_bytes, call.x.at(row), call.x.dtype); });
   std::vector<std::atomic<int64_t>> finished(plan.chunks.size());
   std::atomic<int64_t> next{0};
   on_all_threads(context.threads, [&] {
@@ -46,25 +51,33 @@ void gate_and_up(const Context& context, const ExpertsCall& call, const QuantWei
         if (one.rows != other.rows || source(one.first + r) != source(other.first + r)) return false;
       return true;
     };
-    for (int64_t task = next.fetch_add(1); task < groups * static_cast<int64_t>(plan.chunks.size());
-         task = next.fetch_add(1)) {
+    for (int64_t task = next.fetch_add(1); task < tasks; task = next.fetch_add(1)) {
       const int64_t index = task / groups, group = task % groups;
       const Chunk& chunk = plan.chunks[index];
       const Tiles tiles(chunk.rows, product.tile_rows());
       if (!packed || !same_rows(chunk, *packed)) {
-        panel = scratch(Buffer::rows).get<char>(chunk.rows * product.row_bytes());
+        panel = scratch(Buffer::rows).get<char>(chunk.rows * row_bytes);
         for (int64_t t = 0; t < tiles.count; ++t) {
           const void* rows[kMaxTileRows];
-          for (int r = 0; r < tiles.size(t); ++r) rows[r] = call.x.at(source(chunk.first + tiles.start(t) + r));
-          product.pack(panel + tiles.start(t) * product.row_bytes(), rows, tiles.size(t), call.x.dtype);
+          for (int r = 0; r < tiles.size(t); ++r) {
+            const int64_t row = source(chunk.first + tiles.start(t) + r);
+            rows[r] = product.digits() ? digits + row * row_bytes : call.x.at(row);
+          }
+          char* out = panel + tiles.start(t) * row_bytes;
+          if (product.digits()) product.pack_digits(out, rows, tiles.size(t));
+          else product.pack(out, rows, tiles.size(t), call.x.dtype);
         }
         packed = &chunk;
       }
       float* tile = scratch(Buffer::scores).get<float>(chunk.rows * kBlockOutputs);
-      const int64_t first_block = blocks * group / groups;
-      for (int64_t block = first_block; block < blocks * (group + 1) / groups; ++block) {
+      const int64_t first_block = blocks * group / groups, last_block = blocks * (group + 1) / groups;
+      for (int64_t block = first_block; block < last_block; ++block) {
+        const char* after = nullptr;
+        // The next task will most likely be this thread's.
+        if (const int64_t likely = next.load(std::memory_order_relaxed); block + 1 == last_block && likely < tasks)
+          after = block_of(weights, layout.experts, plan.chunks[likely / groups].expert, blocks * (likely % groups) / groups);
         product.multiply(panel, tiles, block_of(weights, layout.experts, chunk.expert, block), block == first_block,
-                         nullptr, tile);
+                         after, tile);
         const float* bias =
             call.gate_up_bias ? call.gate_up_bias + (chunk.expert * blocks + block) * kBlockOutputs : nullptr;
         for (int64_t r = 0; r < chunk.rows; ++r)

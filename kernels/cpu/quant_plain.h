@@ -3,7 +3,7 @@
 #pragma once
 
 TARGET static void multiply_digits(const QuantLayout& layout, const DigitShape& shape, int num_rows, const char* panel,
-                                   const char* block, float* tile, Ahead) {
+                                   const char* block, float* tile, CodesAhead) {
   const bool nibbles = layout.format == Format::int4;
   const bool grouped = layout.group < layout.inputs;  // else the scales are those of whole outputs
   const float* scales = reinterpret_cast<const float*>(block);
@@ -17,7 +17,8 @@ TARGET static void multiply_digits(const QuantLayout& layout, const DigitShape& 
     }
     for (int r = 0; r < num_rows; ++r) {
       alignas(64) int32_t sum[kBlockOutputs] = {};
-      const int8_t* a = reinterpret_cast<const int8_t*>(panel) + 4 * (2 * num_rows + r);
+      const char* header = panel + 4 * r;
+      const int8_t* a = reinterpret_cast<const int8_t*>(header) + DigitShape::kHeader * num_rows;
       const uint8_t* w = codes;
       for (int64_t pair = 0; pair < pairs; ++pair)
         for (int half = 0; half < 2; ++half, a += 4 * num_rows) {
@@ -30,8 +31,8 @@ TARGET static void multiply_digits(const QuantLayout& layout, const DigitShape& 
         }
       float scale;
       int32_t total;
-      std::memcpy(&scale, panel + 4 * r, 4);
-      std::memcpy(&total, panel + 4 * (num_rows + r), 4);
+      std::memcpy(&scale, header, 4);
+      std::memcpy(&total, header + 4 * num_rows, 4);
       float* out = tile + r * kBlockOutputs;
       for (int o = 0; o < kBlockOutputs; ++o) {
         float result = begin ? out[o] : 0.0f;
@@ -46,9 +47,9 @@ TARGET static void multiply_digits(const QuantLayout& layout, const DigitShape& 
         out[o] = result;
       }
     }
-    panel += 4 * DigitShape::words(inputs, 1) * num_rows;
+    panel += DigitShape::bytes(inputs, 1) * num_rows;
     codes += QuantLayout::code_bytes(layout.format, inputs);
   }
 }
 
-constexpr Quant kPlainQuant{kTileRows, false, pack_digits, 0, multiply_digits, round_fp8, widen_codes};
+constexpr Quant kPlainQuant{kTileRows, false, make_digits, 0, multiply_digits, round_fp8, widen_codes};

@@ -5,73 +5,62 @@
 // The largest integer of one or two signed digits: two are 256 high + low with -128 <= low < 128.
 constexpr int digit_limit(int digits) { return digits == 1 ? 127 : 32639; }
 
-[[maybe_unused]] TARGET static void pack_digits(const DigitShape& shape, const void* const* rows, int num_rows, Dtype dtype,
-                               char* panel) {
+[[maybe_unused]] TARGET static void make_digits(const DigitShape& shape, const void* row, Dtype dtype,
+                                                char* out) {
   constexpr int kStretch = 128;
   alignas(64) int32_t values[kStretch];
   alignas(64) float wide[kStretch];
   const int inputs = static_cast<int>(shape.inputs), group = static_cast<int>(shape.group), digits = shape.digits;
-  for (int r = 0; r < num_rows; ++r) {
-    uint32_t* out = reinterpret_cast<uint32_t*>(panel);
-    const auto load = [&](int first, int count) -> const float* {
-      if (dtype == Dtype::fp32) return static_cast<const float*>(rows[r]) + first;
-      widen(static_cast<const uint16_t*>(rows[r]) + first, wide, count);
-      return wide;
-    };
-    for (int begin = 0; begin < inputs; begin += group) {
-      const int end = begin + group < inputs ? begin + group : inputs;
-      // A group may be longer than a stretch, so its scale comes first.
-      float top = 0.0f;
-      bool finite = true;
-      for (int first = begin; first < end; first += kStretch) {
-        const int count = end - first < kStretch ? end - first : kStretch;
-        const float* x = load(first, count);
-        float most = 0.0f, check = 0.0f;
-        for (int i = 0; i < count; ++i) {
-          const float size = std::fabs(x[i]);
-          most = size > most ? size : most;
-          check += x[i] * 0.0f;
-        }
-        top = most > top ? most : top;
-        finite = finite && check == 0.0f;
+  const auto load = [&](int first, int count) -> const float* {
+    if (dtype == Dtype::fp32) return static_cast<const float*>(row) + first;
+    widen(static_cast<const uint16_t*>(row) + first, wide, count);
+    return wide;
+  };
+  for (int begin = 0; begin < inputs; begin += group) {
+    const int end = begin + group < inputs ? begin + group : inputs;
+    // A group may be longer than a stretch, so its scale comes first.
+    float top = 0.0f;
+    bool finite = true;
+    for (int first = begin; first < end; first += kStretch) {
+      const int count = end - first < kStretch ? end - first : kStretch;
+      const float* x = load(first, count);
+      float most = 0.0f, check = 0.0f;
+      for (int i = 0; i < count; ++i) {
+        const float size = std::fabs(x[i]);
+        most = size > most ? size : most;
+        check += x[i] * 0.0f;
       }
-      const float limit = static_cast<float>(digit_limit(digits)), scale = top / limit;
-      const float inverse = scale > 0 ? 1.0f / scale : 0.0f;
-      const float written = finite ? scale : std::numeric_limits<float>::quiet_NaN();
-      int32_t sum = 0;
-      uint32_t* cell = out + 2 * num_rows + r;
-      for (int first = begin; first < end; first += kStretch) {
-        const int count = end - first < kStretch ? end - first : kStretch;
-        const int padded = static_cast<int>(ceil_div(count, 8)) * 8;
-        const float* x = load(first, count);
-        for (int i = 0; i < count; ++i) {
-          constexpr float kMagic = 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
-          float value = x[i] * inverse;
-          value = value < limit ? value : limit;
-          value = value > -limit ? value : -limit;
-          values[i] = static_cast<int32_t>((value + kMagic) - kMagic);
-        }
-        for (int i = count; i < padded; ++i) values[i] = 0;
-        for (int i = 0; i < count; ++i) sum += values[i];
-        for (int i = 0; i < padded; i += 4) {
-          uint32_t low = 0, high = 0;
-          for (int j = 0; j < 4; ++j) {
-            const int32_t above = digits == 1 ? 0 : (values[i + j] + 128) >> 8;
-            high |= (static_cast<uint32_t>(above) & 255u) << (8 * j);
-            low |= (static_cast<uint32_t>(values[i + j] - 256 * above) & 255u) << (8 * j);
-          }
-          if (digits == 2) {
-            *cell = high;
-            cell += num_rows;
-          }
-          *cell = low;
-          cell += num_rows;
-        }
-      }
-      std::memcpy(out + r, &written, 4);
-      std::memcpy(out + num_rows + r, &sum, 4);
-      out += DigitShape::words(end - begin, digits) * num_rows;
+      top = most > top ? most : top;
+      finite = finite && check == 0.0f;
     }
+    const float limit = static_cast<float>(digit_limit(digits)), scale = top / limit;
+    const float inverse = scale > 0 ? 1.0f / scale : 0.0f;
+    const float written = finite ? scale : std::numeric_limits<float>::quiet_NaN();
+    int32_t sum = 0;
+    char* cell = out + DigitShape::kHeader;
+    for (int first = begin; first < end; first += kStretch) {
+      const int count = end - first < kStretch ? end - first : kStretch;
+      const int padded = static_cast<int>(ceil_div(count, 8)) * 8;
+      const float* x = load(first, count);
+      for (int i = 0; i < count; ++i) {
+        constexpr float kMagic = 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
+        float value = x[i] * inverse;
+        value = value < limit ? value : limit;
+        value = value > -limit ? value : -limit;
+        values[i] = static_cast<int32_t>((value + kMagic) - kMagic);
+      }
+      for (int i = count; i < padded; ++i) values[i] = 0;
+      for (int i = 0; i < count; ++i) sum += values[i];
+      for (int i = 0; i < padded; i += 8, cell += 8 * digits)
+        for (int j = 0; j < 8; ++j) {
+          const int32_t above = digits == 1 ? 0 : (values[i + j] + 128) >> 8;
+          if (digits == 2) cell[j] = static_cast<char>(above);
+          cell[8 * (digits - 1) + j] = static_cast<char>(values[i + j] - 256 * above);
+        }
+    }
+    std::memcpy(out, &written, 4);
+    std::memcpy(out + 4, &sum, 4);
+    out += DigitShape::bytes(end - begin, digits);
   }
 }
 

@@ -1,8 +1,8 @@
 // Products of digits with vpdpbusd: unsigned codes, signed digits; the sums of a group are exact.
 #pragma once
 
-// More rows need more registers than compilers manage to keep: sums go to memory and back, at half the speed.
-constexpr int kDigitRows = 4;
+constexpr int kDigitRows = 6;          // their sums take 24 of 32 registers
+constexpr int kDigitsAhead = 4096;  // bytes
 
 // Inputs first … first + 15 of a row, zeros from `end` on.
 TARGET static inline __m512 load_inputs(const void* row, int first, int end, Dtype dtype) {
@@ -13,72 +13,74 @@ TARGET static inline __m512 load_inputs(const void* row, int first, int end, Dty
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-// As `pack_digits` of quant_rows.h, 16 inputs at a time.
-TARGET static void pack_digit_vectors(const DigitShape& shape, const void* const* rows, int num_rows, Dtype dtype,
-                                      char* panel) {
+// As `make_digits` of quant_rows.h, 16 inputs at a time.
+TARGET static void make_digit_vectors(const DigitShape& shape, const void* row, Dtype dtype, char* out) {
   const int inputs = static_cast<int>(shape.inputs), group = static_cast<int>(shape.group), digits = shape.digits;
   const __m512 limit = _mm512_set1_ps(static_cast<float>(digit_limit(digits)));
-  for (int r = 0; r < num_rows; ++r) {
-    uint32_t* out = reinterpret_cast<uint32_t*>(panel);
-    for (int begin = 0; begin < inputs; begin += group) {
-      const int end = begin + group < inputs ? begin + group : inputs;
-      __m512 most = _mm512_setzero_ps(), check = _mm512_setzero_ps();
-      for (int first = begin; first < end; first += 16) {
-        const __m512 x = load_inputs(rows[r], first, end, dtype);
-        most = _mm512_max_ps(most, _mm512_abs_ps(x));
-        check = _mm512_fmadd_ps(x, _mm512_setzero_ps(), check);
-      }
-      const bool finite = _mm512_cmp_ps_mask(check, _mm512_setzero_ps(), _CMP_NEQ_UQ) == 0;
-      const float scale = _mm512_reduce_max_ps(most) / static_cast<float>(digit_limit(digits));
-      const __m512 inverse = _mm512_set1_ps(scale > 0 ? 1.0f / scale : 0.0f);
-      const float written = finite ? scale : std::numeric_limits<float>::quiet_NaN();
-      __m512i sum = _mm512_setzero_si512();
-      uint32_t* cell = out + 2 * num_rows + r;
-      for (int first = begin; first < end; first += 16) {
-        __m512 value = _mm512_mul_ps(load_inputs(rows[r], first, end, dtype), inverse);
-        value = _mm512_max_ps(_mm512_min_ps(value, limit), _mm512_sub_ps(_mm512_setzero_ps(), limit));
-        const __m512i integer = _mm512_cvtps_epi32(value);
-        sum = _mm512_add_epi32(sum, integer);
-        const __m512i above =
-            digits == 1 ? _mm512_setzero_si512() : _mm512_srai_epi32(_mm512_add_epi32(integer, _mm512_set1_epi32(128)), 8);
-        alignas(16) uint32_t high[4], low[4];
-        _mm_store_si128(reinterpret_cast<__m128i*>(high), _mm512_cvtepi32_epi8(above));
-        _mm_store_si128(reinterpret_cast<__m128i*>(low),
-                        _mm512_cvtepi32_epi8(_mm512_sub_epi32(integer, _mm512_slli_epi32(above, 8))));
-        const int words = end - first < 16 ? 2 * static_cast<int>(ceil_div(end - first, 8)) : 4;
-        for (int w = 0; w < words; ++w) {
-          if (digits == 2) {
-            *cell = high[w];
-            cell += num_rows;
-          }
-          *cell = low[w];
-          cell += num_rows;
-        }
-      }
-      const int32_t row_sum = _mm512_reduce_add_epi32(sum);
-      std::memcpy(out + r, &written, 4);
-      std::memcpy(out + num_rows + r, &row_sum, 4);
-      out += DigitShape::words(end - begin, digits) * num_rows;
+  for (int begin = 0; begin < inputs; begin += group) {
+    const int end = begin + group < inputs ? begin + group : inputs;
+    __m512 most = _mm512_setzero_ps(), check = _mm512_setzero_ps();
+    for (int first = begin; first < end; first += 16) {
+      const __m512 x = load_inputs(row, first, end, dtype);
+      most = _mm512_max_ps(most, _mm512_abs_ps(x));
+      check = _mm512_fmadd_ps(x, _mm512_setzero_ps(), check);
     }
+    const bool finite = _mm512_cmp_ps_mask(check, _mm512_setzero_ps(), _CMP_NEQ_UQ) == 0;
+    const float scale = _mm512_reduce_max_ps(most) / static_cast<float>(digit_limit(digits));
+    const __m512 inverse = _mm512_set1_ps(scale > 0 ? 1.0f / scale : 0.0f);
+    const float written = finite ? scale : std::numeric_limits<float>::quiet_NaN();
+    __m512i sum = _mm512_setzero_si512();
+    char* cell = out + DigitShape::kHeader;
+    for (int first = begin; first < end; first += 16) {
+      __m512 value = _mm512_mul_ps(load_inputs(row, first, end, dtype), inverse);
+      value = _mm512_max_ps(_mm512_min_ps(value, limit), _mm512_sub_ps(_mm512_setzero_ps(), limit));
+      const __m512i integer = _mm512_cvtps_epi32(value);
+      sum = _mm512_add_epi32(sum, integer);
+      const __m512i above =
+          digits == 1 ? _mm512_setzero_si512() : _mm512_srai_epi32(_mm512_add_epi32(integer, _mm512_set1_epi32(128)), 8);
+      const __m128i low = _mm512_cvtepi32_epi8(_mm512_sub_epi32(integer, _mm512_slli_epi32(above, 8)));
+      const __m128i high = digits == 1 ? low : _mm512_cvtepi32_epi8(above);
+      const int bytes = digits * (end - first > 8 ? 16 : 8);
+      if (digits == 1) {
+        _mm_mask_storeu_epi8(cell, static_cast<__mmask16>((1u << bytes) - 1), low);
+      } else {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(cell), _mm_unpacklo_epi64(high, low));
+        if (bytes == 32) _mm_storeu_si128(reinterpret_cast<__m128i*>(cell + 16), _mm_unpackhi_epi64(high, low));
+      }
+      cell += bytes;
+    }
+    const int32_t row_sum = _mm512_reduce_add_epi32(sum);
+    std::memcpy(out, &written, 4);
+    std::memcpy(out + 4, &row_sum, 4);
+    out += DigitShape::bytes(end - begin, digits);
   }
+}
+
+// sum += codes · the 4 digits at `digits`. Compilers move sums from register to register around the intrinsic.
+TARGET static inline void add_products(__m512i& sum, __m512i codes, const char* digits) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(*reinterpret_cast<const int32_t*>(digits)));
+}
+
+TARGET static inline void ask_for_codes(const CodesAhead& ahead, const char* codes) {
+  const char* first = codes + (codes < ahead.edge ? ahead.near : ahead.far);
+  for (int line = ahead.from; line < ahead.to; ++line) _mm_prefetch(first + 64 * line, _MM_HINT_T1);
 }
 
 template <bool kNibbles, int kDigits, int kRows>
 TARGET static void multiply_tile(const QuantLayout& layout, const DigitShape& shape, const char* panel,
-                                 const char* block, float* tile, Ahead ahead) {
+                                 const char* block, float* tile, CodesAhead ahead) {
   constexpr int kChains = kRows * kDigits <= 2 ? 2 : 1;  // of sums that do not wait for each other
   const float* scales = reinterpret_cast<const float*>(block);
   const char* codes = block + layout.scale_bytes();
   const bool grouped = layout.group < layout.inputs;  // else the scales are those of whole outputs
-  const uint32_t* a = reinterpret_cast<const uint32_t*>(panel);
   for (int64_t begin = 0; begin < shape.inputs; begin += shape.group) {
     const int64_t inputs = shape.inputs - begin < shape.group ? shape.inputs - begin : shape.group;
     if (grouped && begin) {
       scales = reinterpret_cast<const float*>(codes);
       codes += layout.scale_bytes();
     }
-    const uint32_t *row_scales = a, *row_sums = a + kRows;
-    a += 2 * kRows;
+    if (grouped || !begin) ask_for_codes(ahead, reinterpret_cast<const char*>(scales));
+    const char* a = panel + DigitShape::kHeader * kRows;
     __m512i sum[kChains][kRows][kDigits][2];
 #pragma GCC unroll 16
     for (int c = 0; c < kChains; ++c)
@@ -87,43 +89,35 @@ TARGET static void multiply_tile(const QuantLayout& layout, const DigitShape& sh
 #pragma GCC unroll 16
         for (int d = 0; d < kDigits; ++d) sum[c][r][d][0] = sum[c][r][d][1] = _mm512_setzero_si512();
     for (int64_t pair = ceil_div(inputs, 8); pair > 0; --pair) {
-      for (int line = 0; line < ahead.step; line += 64) _mm_prefetch(ahead.first + line, _MM_HINT_T1);
-      ahead.first += ahead.step;
-      __m512i w[2][2];
-      w[0][0] = _mm512_loadu_si512(codes);
-      w[0][1] = _mm512_loadu_si512(codes + 64);
-      if constexpr (kNibbles) {
-        const __m512i mask = _mm512_set1_epi8(15);
-#pragma GCC unroll 2
-        for (int v = 0; v < 2; ++v) {
-          w[1][v] = _mm512_and_si512(_mm512_srli_epi16(w[0][v], 4), mask);
-          w[0][v] = _mm512_and_si512(w[0][v], mask);
-        }
-        codes += 128;
-      } else {
-        w[1][0] = _mm512_loadu_si512(codes + 128);
-        w[1][1] = _mm512_loadu_si512(codes + 192);
-        codes += 256;
-      }
+      ask_for_codes(ahead, codes);
+      const __m512i mask = _mm512_set1_epi8(15);
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
         const int c = half % kChains;
+        __m512i w[2];
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) {
+          w[v] = _mm512_loadu_si512(codes + (kNibbles ? 64 * v : 128 * half + 64 * v));
+          if constexpr (kNibbles) w[v] = _mm512_and_si512(half ? _mm512_srli_epi16(w[v], 4) : w[v], mask);
+        }
 #pragma GCC unroll 2
         for (int d = 0; d < kDigits; ++d)
 #pragma GCC unroll 16
           for (int r = 0; r < kRows; ++r) {
-            const __m512i x = _mm512_set1_epi32(static_cast<int>(a[d * kRows + r]));
-            sum[c][r][d][0] = _mm512_dpbusd_epi32(sum[c][r][d][0], w[half][0], x);
-            sum[c][r][d][1] = _mm512_dpbusd_epi32(sum[c][r][d][1], w[half][1], x);
+            const char* digits = a + 4 * (kRows * (2 * d + half) + r);
+            add_products(sum[c][r][d][0], w[0], digits);
+            add_products(sum[c][r][d][1], w[1], digits);
           }
-        a += kDigits * kRows;
       }
+      codes += kNibbles ? 128 : 256;
+      a += 8 * kDigits * kRows;
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       float row_scale;
-      std::memcpy(&row_scale, row_scales + r, 4);
-      const int32_t row_sum = static_cast<int32_t>(row_sums[r]);
+      int32_t row_sum;
+      std::memcpy(&row_scale, panel + 4 * r, 4);
+      std::memcpy(&row_sum, panel + 4 * (kRows + r), 4);
 #pragma GCC unroll 2
       for (int v = 0; v < 2; ++v) {
         __m512i total = sum[0][r][0][v];
@@ -151,12 +145,13 @@ TARGET static void multiply_tile(const QuantLayout& layout, const DigitShape& sh
         _mm512_storeu_ps(out, result);
       }
     }
+    panel += DigitShape::bytes(inputs, kDigits) * kRows;
   }
 }
 
 template <bool kNibbles, int kDigits, int kRows = kDigitRows>
 TARGET static void choose_tile(const QuantLayout& layout, const DigitShape& shape, int num_rows, const char* panel,
-                               const char* block, float* tile, Ahead ahead) {
+                               const char* block, float* tile, CodesAhead ahead) {
   if (num_rows == kRows) {
     multiply_tile<kNibbles, kDigits, kRows>(layout, shape, panel, block, tile, ahead);
   } else if constexpr (kRows > 1) {
@@ -165,7 +160,7 @@ TARGET static void choose_tile(const QuantLayout& layout, const DigitShape& shap
 }
 
 TARGET static void multiply_digits(const QuantLayout& layout, const DigitShape& shape, int num_rows, const char* panel,
-                                   const char* block, float* tile, Ahead ahead) {
+                                   const char* block, float* tile, CodesAhead ahead) {
   constexpr int kRounded = 2 * kDigitRows;  // rows of one digit each
   if (layout.format == Format::int4) {
     if (shape.digits == 2) return choose_tile<true, 2>(layout, shape, num_rows, panel, block, tile, ahead);
@@ -175,4 +170,4 @@ TARGET static void multiply_digits(const QuantLayout& layout, const DigitShape& 
   choose_tile<false, 1, kRounded>(layout, shape, num_rows, panel, block, tile, ahead);
 }
 
-constexpr Quant kVnniQuant{kDigitRows, true, pack_digit_vectors, kCodesAhead, multiply_digits, round_fp8, widen_codes};
+constexpr Quant kVnniQuant{kDigitRows, true, make_digit_vectors, kDigitsAhead, multiply_digits, round_fp8, widen_codes};
