@@ -100,6 +100,7 @@ def start_vllm(options: argparse.Namespace) -> tuple[Run, dict[str, Any], None]:
     llm = LLM(
         options.model,
         dtype=options.dtype,
+        quantization=None if options.quantization == "none" else options.quantization,
         skip_tokenizer_init=True,
         max_model_len=1024,
         max_num_seqs=16,
@@ -124,7 +125,7 @@ def main() -> None:
     parser.add_argument("engine", choices=["dynamoe", "vllm"])
     parser.add_argument("model")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--quantization", default="none", help="of our engine")
+    parser.add_argument("--quantization", default="none", help="in the engine's own words")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--count", action="store_true", help="count the experts that are hit; slows the run down")
     options = parser.parse_args()

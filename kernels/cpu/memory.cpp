@@ -2,7 +2,7 @@
 #include <ATen/ops/from_blob.h>
 #include <sys/mman.h>
 
-#include <cstdlib>
+#include <cstdint>
 #include <memory>
 #include <mutex>
 
@@ -21,12 +21,16 @@ Tensor allocate(int64_t count) {
   const size_t bytes = (static_cast<size_t>(count) * 4 + 63) / 64 * 64;
   const auto map = [&](size_t size) {
     size = std::max<size_t>((size + kHuge - 1) / kHuge, 1) * kHuge;
-    char* data = static_cast<char*>(std::aligned_alloc(kHuge, size));
-    TORCH_CHECK(data, "no memory for ", size, " bytes of packed weights");
+    // Not from the heap, which hands out again what it has held in small pages.
+    const size_t mapped = size + kHuge;
+    void* pages = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    TORCH_CHECK(pages != MAP_FAILED, "no memory for ", size, " bytes of packed weights");
+    const uintptr_t first = (reinterpret_cast<uintptr_t>(pages) + kHuge - 1) / kHuge * kHuge;
+    char* data = reinterpret_cast<char*>(first);
 #ifdef MADV_HUGEPAGE
     madvise(data, size, MADV_HUGEPAGE);
 #endif
-    return std::shared_ptr<char>(data, [](char* p) { std::free(p); });
+    return std::shared_ptr<char>(data, [pages, mapped](char*) { munmap(pages, mapped); });
   };
   std::shared_ptr<char> slab;
   char* data;
