@@ -1,0 +1,142 @@
+"""The all-to-all exchange of a mixture: rows go to the ranks that hold their experts, partial sums come back.
+
+A row goes once to every rank that holds at least one of its experts: its hidden vector in the activations' dtype, and
+the numbers and weights of its slots there. What comes back is the sum over these slots, and at home the sums are added
+in the order of the ranks, in float32. Neither timing nor other rows change a bit.
+
+Steps of few rows travel padded: every rank gets room for all rows of every home, which all know beforehand, so that no
+count has to come from the device. Larger steps send what is needed, and the numbers of rows in front of it.
+
+Shape suffixes as in ``moe/dispatch.py``; R rows that arrived, B bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...kernels.types import Routing
+from ...moe.dispatch import ExpertShares, Sends, arrived, plan_sends
+
+if TYPE_CHECKING:
+    from .context import ParallelContext
+
+
+@dataclass(frozen=True, kw_only=True)
+class Departure:
+    """Rows on their way to the experts.
+
+    Arguments:
+        rows: of this rank, by rank that they go to, int64; None: all go to all.
+        sent, coming: how many rows go to each rank, and come from each.
+        records_RB: they arrive here, once ``work`` is done.
+        like_TD: this rank's rows.
+    """
+
+    rows: list[torch.Tensor] | None
+    sent: list[int]
+    coming: list[int]
+    records_RB: torch.Tensor
+    work: Any
+    like_TD: torch.Tensor
+    weight_on_input: bool
+    slots: int
+
+
+class ExpertExchange:
+    """This rank's side of the exchange along the expert axis.
+
+    Arguments:
+        context: the ranks.
+        padded_rows: steps of at most so many rows, those of all homes that share experts together, travel padded.
+
+    Attributes:
+        rows: of each rank of the expert axis, in the segment that runs now.
+        executed_X: int64, slots of this rank's rows in this segment by the rank that ran them.
+    """
+
+    def __init__(self, context: ParallelContext, padded_rows: int) -> None:
+        self._context = context
+        self._group = context.expert_group
+        self._padded_rows = padded_rows
+        self._me = context.expert_rank
+        self.rows: Sequence[int] = ()
+        experts = context.config.expert
+        self.executed_X = torch.zeros(experts if experts > 1 else 0, dtype=torch.int64, device=context.device)
+
+    def begin(self, home_rows: Sequence[int]) -> None:
+        """A segment begins, with so many rows in each home of the stage."""
+        experts, first = self._context.config.expert, self._context.data_rank * self._context.config.expert
+        self.rows = home_rows[first : first + experts]
+        self.executed_X.zero_()
+
+    def depart(self, x_TD: torch.Tensor, routing: Routing, shares: ExpertShares) -> Departure:
+        """Send this rank's rows on their way; :meth:`arrive` takes them in."""
+        sends = plan_sends(routing, shares)
+        self.executed_X += sends.counts_XT.sum(1)
+        rows = None
+        sent, coming = [len(x_TD)] * len(self.rows), list(self.rows)
+        if sum(self.rows) > self._padded_rows:
+            # The numbers of rows are needed on the host: the only word from the device.
+            rows = [counts_T.nonzero()[:, 0] for counts_T in sends.counts_XT]
+            sent = [len(rows_R) for rows_R in rows]
+            coming = self._tell(sent)
+        going = rows or [None] * len(sent)
+        buffer_RB = torch.cat([_records(x_TD, sends, to, rows_R) for to, rows_R in enumerate(going)])
+        records_RB, work = self._context.swap(buffer_RB, sent, coming, self._group, "dispatch")
+        return Departure(
+            rows=rows,
+            sent=sent,
+            coming=coming,
+            records_RB=records_RB,
+            work=work,
+            like_TD=x_TD,
+            weight_on_input=routing.weight_on_input,
+            slots=shares.slots,
+        )
+
+    def arrive(self, departure: Departure) -> tuple[torch.Tensor, Routing]:
+        """The rows that all ranks have sent here, (R, D), and their routing over this rank's experts."""
+        self._context.finish(departure.work)
+        like_TD, slots = departure.like_TD, departure.slots
+        widths = [4 * slots, 4 * slots, like_TD.shape[1] * like_TD.element_size()]
+        ids_RB, weights_RB, x_RB = departure.records_RB.split(widths, 1)
+        routing = arrived(
+            ids_RB.contiguous().view(torch.int32),
+            weights_RB.contiguous().view(torch.float32),
+            departure.weight_on_input,
+        )
+        return x_RB.contiguous().view(like_TD.dtype), routing
+
+    def come_home(self, departure: Departure, out_RD: torch.Tensor) -> torch.Tensor:
+        """Send the sums of the rows that arrived back; returns those of this rank's rows, float32, (T, D)."""
+        swapped = self._context.swap(out_RD, departure.coming, departure.sent, self._group, "combine")
+        self._context.finish(swapped[1])
+        total_TD = torch.zeros_like(departure.like_TD, dtype=torch.float32)
+        for number, part_RD in enumerate(swapped[0].split(departure.sent)):
+            if departure.rows is None:
+                total_TD += part_RD
+            else:
+                total_TD.index_add_(0, departure.rows[number], part_RD.float())
+        return total_TD
+
+    def _tell(self, sent: list[int]) -> list[int]:
+        """How many rows come from each rank; those without rows say nothing."""
+        mine = torch.tensor(sent if self.rows[self._me] else [], dtype=torch.int64, device=self._context.device)
+        speaking = [int(rows > 0) for rows in self.rows]
+        ones = [int(self.rows[self._me] > 0)] * len(sent)
+        found, work = self._context.swap(mine, ones, speaking, self._group, "sizes")
+        self._context.finish(work)
+        counts = iter(found.tolist())
+        return [next(counts) if speaks else 0 for speaks in speaking]
+
+
+def _records(x_TD: torch.Tensor, sends: Sends, to: int, rows_R: torch.Tensor | None) -> torch.Tensor:
+    """What one rank gets of some rows, or of all: expert numbers, weights, hidden vector; uint8, (R, B)."""
+    parts = (sends.expert_ids_XTQ[to], sends.weights_XTQ[to], x_TD)  # four-byte numbers first: they stay aligned
+    if rows_R is not None:
+        parts = tuple(part.index_select(0, rows_R) for part in parts)
+    return torch.cat([part.contiguous().view(torch.uint8) for part in parts], 1)
