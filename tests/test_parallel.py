@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,14 @@ def run_job(folder: Path, processes: int, **job: Any) -> dict[str, Any]:
 def compare(
     folder: Path,
     model: str,
-    tensor: int,
-    expert: int,
-    pipeline: int = 1,
-    data: int = 1,
+    sizes: dict[str, Any],
     extra: dict[str, Any] | None = None,
     **job: Any,
 ) -> dict[str, Any]:
     """Greedy tokens and launched rows of several processes against those of one; extra arguments are for both."""
     extra = extra or {}
-    sizes = {"tensor": tensor, "expert": expert, "pipeline": pipeline, "data": data}
     arguments = {f"{axis}_parallel_size": size for axis, size in sizes.items()}
-    processes = tensor * expert * pipeline * data
+    processes = prod(sizes.values())
     with ThreadPoolExecutor(2) as pool:
         one = pool.submit(run_job, folder / "one", 1, model=model, arguments=extra, **job)
         several = pool.submit(run_job, folder / "several", processes, model=model, arguments=arguments | extra, **job)
@@ -61,7 +58,7 @@ def compare(
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_tokens_are_those_of_one_process(make_checkpoint: Callable[..., Path], tmp_path: Path, family: str) -> None:
     path = make_checkpoint(family)
-    found = compare(tmp_path, str(path), 2, 1)
+    found = compare(tmp_path, str(path), {"tensor": 2})
     assert found["sums"] % (3 * 2 + 1) == 0  # two sums per layer, and one of the embeddings
     config = read_json(path / "config.json")
     hidden, rows = 4 * config["hidden_size"], found["rows"][0]
@@ -134,7 +131,7 @@ def test_tokens_of_homes_with_shared_pages_and_preemption(
     homes = sizes.get("expert", 1) * sizes.get("data", 1)
     extra = {"kv_memory": 7 * homes * page, "max_num_seqs": 6}
     job = {"prompts": PROMPTS * homes, "max_tokens": 30}
-    found = compare(tmp_path, str(path), **({"tensor": 1, "expert": 1} | sizes), extra=extra, **job)
+    found = compare(tmp_path, str(path), sizes, extra, **job)
     assert found["cached_tokens"] > 0
     assert found["preemptions"] > 0
 
@@ -162,19 +159,20 @@ def test_experts_are_placed_by_the_load_of_an_earlier_run(
 
 
 QUANTISED = [
-    ("granitemoe", "int8", 2, 1),
-    ("qwen2_moe", "int8", 1, 2),
-    ("mixtral", "int8", 2, 2),
-    ("mixtral", "fp8", 2, 1),
+    ("granitemoe", "int8", {"tensor": 2}),
+    ("qwen2_moe", "int8", {"expert": 2}),
+    ("qwen2_moe", "int8", {"tensor": 2, "expert": 2}),
+    ("mixtral", "fp8", {"tensor": 2}),
+    ("mixtral", "w8a8", {"data": 2}),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "method", "tensor", "expert"), QUANTISED)
+@pytest.mark.parametrize(("family", "method", "sizes"), QUANTISED)
 def test_tokens_with_quantised_weights(
-    make_checkpoint: Callable[..., Path], tmp_path: Path, family: str, method: str, tensor: int, expert: int
+    make_checkpoint: Callable[..., Path], tmp_path: Path, family: str, method: str, sizes: dict[str, int]
 ) -> None:
-    compare(tmp_path, str(make_checkpoint(family)), tensor, expert, extra={"quantization": method})
+    compare(tmp_path, str(make_checkpoint(family)), sizes, {"quantization": method})
 
 
 @pytest.mark.slow
@@ -182,7 +180,7 @@ def test_tokens_with_quantised_weights(
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_tokens_of_stages(make_checkpoint: Callable[..., Path], tmp_path: Path, family: str, tensor: int) -> None:
     path = make_checkpoint(family)
-    found = compare(tmp_path, str(path), tensor, 1, 2)
+    found = compare(tmp_path, str(path), {"tensor": tensor, "pipeline": 2})
     assert found["stages"] == [[0, 1], [1, 3]]
     assert found["cached_layers"] == [0]
     # Every row crosses once, and comes back once: one vector of float32 each.
@@ -203,7 +201,7 @@ def test_rows_that_leave_never_run_on_the_next_stage(
     probe = {"previous": True, "router_entropy": True}
     model = make_exits("mixtral", {1: 0.3, 2: 0.3, 4: 0.3}, probe, num_hidden_layers=6)
     thresholds = {"1": 0.5, "2": 0.5, "4": 0.5}
-    found = compare(tmp_path, str(model), tensor, 1, pipeline, thresholds=thresholds)
+    found = compare(tmp_path, str(model), {"tensor": tensor, "pipeline": pipeline}, thresholds=thresholds)
     rows, row = found["rows"], found["row"]
     assert rows[0] > rows[1] > rows[2] > rows[3]
     assert found["stages"] == {2: [[0, 2], [2, 6]], 3: [[0, 2], [2, 4], [4, 6]]}[pipeline]
@@ -215,21 +213,42 @@ def test_rows_that_leave_never_run_on_the_next_stage(
     assert found["decisions"] > 0
 
 
+TINY = [
+    ({"pipeline": 2}, {}),
+    ({"tensor": 2, "pipeline": 2}, {"experts_per_token": 1}),
+    ({"expert": 2}, {"experts_per_token": 1}),
+    ({"data": 2}, {}),
+    ({"expert": 2, "pipeline": 2}, {"experts_per_token": 1}),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("tensor", "budget"), [(1, {}), (2, {"experts_per_token": 1})])
-def test_tiny_with_exits_in_stages(tmp_path: Path, tensor: int, budget: dict[str, int]) -> None:
+@pytest.mark.parametrize(("sizes", "budget"), TINY)
+def test_tiny_with_exits(tmp_path: Path, sizes: dict[str, int], budget: dict[str, int]) -> None:
     thresholds = {"4": 0.4, "8": 0.6, "12": 0.6}
-    found = compare(tmp_path, "tiny", tensor, 1, 2, thresholds=thresholds, budget=budget)
+    found = compare(tmp_path, "tiny", sizes, thresholds=thresholds, budget=budget)
     assert found["rows"][0] > found["rows"][-1]
 
 
-def test_exits_and_budgets_are_decided_by_rank_0_alone(make_exits: Callable[..., Path], tmp_path: Path) -> None:
-    model = make_exits("mixtral", {1: 0.5, 2: 0.5})
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"tensor": 2},
+        {"expert": 2},
+        pytest.param({"data": 2}, marks=pytest.mark.slow),
+        pytest.param({"expert": 2, "pipeline": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_exits_and_budgets_are_decided_by_rank_0_alone(
+    make_exits: Callable[..., Path], tmp_path: Path, sizes: dict[str, int]
+) -> None:
+    probe = {"previous": True, "router_entropy": True}
+    model = make_exits("mixtral", {1: 0.3, 2: 0.3}, probe)
     job = {"thresholds": {"1": 0.5, "2": 0.5}, "budget": {"experts_per_token": 1}}
-    found = compare(tmp_path, str(model), 2, 1, **job)
+    found = compare(tmp_path, str(model), sizes, **job)
     assert found["rows"][0] > found["rows"][-1]
 
 
 @pytest.mark.slow
 def test_default_model_with_an_uneven_split(default_model: Path, tmp_path: Path) -> None:
-    compare(tmp_path, str(default_model), 2, 1)
+    compare(tmp_path, str(default_model), {"tensor": 2})

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from ...exits.segments import Segment
 from ...kernels.types import AttentionBatch, ExpertBudget, KVLayer, Routing
 from ...moe.dispatch import share_experts
-from ..decoder import Decoder, LayerWeights
+from ..decoder import Decoder, LayerWeights, make_stack
 from ..decoder_exits import DecoderExit
 from ..engine.budgets import budget_of
 from ..engine.kv_cache import allocate_layers, copy_pages
@@ -55,6 +55,9 @@ class ParallelDecoder(Decoder):
             for number, moe in ((number, layer.moe) for number, layer in enumerate(spec.layers))
             if moe is not None and not moe.is_dense and config.expert > 1
         }
+        # Where no other rank is needed in between, the layers are one thing.
+        alone = config.tensor == 1 and not self._shares and config.record_load is None
+        self._held_stack = make_stack(self, self.held) if alone else None
         self.local_spec = shard.spec
         self.num_heads, self.num_kv_heads = shard.spec.num_heads, shard.spec.num_kv_heads
         self.vocabulary = shard.vocabulary
@@ -162,9 +165,9 @@ class ParallelDecoder(Decoder):
         budget: ExpertBudget | None,
     ) -> torch.Tensor:
         """Run rows that all ranks of the stage have; ``batch`` is on the host. See :meth:`Decoder.run_segment`."""
-        segment, cache = Segment(index=0, layers=layers), cache_of(kv)
+        cache = cache_of(kv)
         if self.homes == 1:
-            return super().run_segment(segment, x_TD, kv, on_device(batch, self.device), entropy_T, budget)
+            return self._run_own(layers, x_TD, cache, batch, entropy_T, budget)
         found = spread(batch, cache, self.homes)
         own_W = found.rows[cache.home].to(self.device)
         x_WD = x_TD[own_W]
@@ -172,7 +175,7 @@ class ParallelDecoder(Decoder):
         books = None if budget is None else budget_of(budget, own_W)
         self._exchange.begin(found.counts)
         if found.own is not None:
-            x_WD = super().run_segment(segment, x_WD, kv, on_device(found.own, self.device), entropy_W, books)
+            x_WD = self._run_own(layers, x_WD, cache, found.own, entropy_W, books)
         elif any(self._exchange.rows):
             self._lend_experts(layers)
         columns = [entropy_W, None if books is None else books.skipped_T.float()]
@@ -184,6 +187,28 @@ class ParallelDecoder(Decoder):
         if budget is not None:
             budget.skipped_T.add_(rows_TY[:, -1].long())
         return rows_TY[:, : x_TD.shape[1]].contiguous()
+
+    def _run_own(
+        self,
+        layers: range,
+        x_WD: torch.Tensor,
+        cache: SharedCache,
+        batch: AttentionBatch,
+        entropy_W: torch.Tensor | None,
+        budget: ExpertBudget | None,
+    ) -> torch.Tensor:
+        """Run the rows of this rank's home."""
+        batch = on_device(batch, self.device)
+        if self._held_stack is None:
+            segment = Segment(index=0, layers=layers)
+            return super().run_segment(segment, x_WD, cache, batch, entropy_W, budget)
+        first, stop = self.held.start, self.held.stop  # the stack counts its own layers only
+        self.reserve_positions(batch.max_context_len)
+        if budget is not None:
+            keep_WL, cap_WL = (x_WL[:, first:stop].contiguous() for x_WL in (budget.keep_TL, budget.cap_TL))
+            budget = ExpertBudget(keep_TL=keep_WL, cap_TL=cap_WL, skipped_T=budget.skipped_T)
+        own = range(layers.start - first, layers.stop - first)
+        return self._held_stack.run(own, x_WD, cache[first:stop], self.cos_sin_LC, batch, entropy_W, budget)
 
     def _lend_experts(self, layers: range) -> None:
         """Run other homes' rows through the experts that are here; this one has none in this step."""

@@ -17,7 +17,6 @@ import torch
 
 from ...exits.segments import Segment
 from ...kernels.types import AttentionBatch, ExitDecision, ExpertBudget, KVLayer
-from ..decoder import make_stack
 from ..decoder_exits import DecoderExit
 from ..outputs import Exchange
 from ..spec import ModelSpec
@@ -69,8 +68,6 @@ class PipelineDecoder(ParallelDecoder):
         self.stages, self.stage = shard.stages, shard.context.stage
         self.read_bytes = shard.read_bytes
         self.links = StageLinks(self.context)
-        # Without sums in between, a stage's layers are one thing.
-        self._stack = make_stack(self, self.held) if self.context.config.stage_size == 1 else None
         self._parts = self.context.config.micro_batches or len(self.stages)
         self._ran: dict[int, _Ran] = {}  # by cache
         self._current: Sequence[KVLayer] = ()  # the cache that rows ran on last, and that debts are about
@@ -222,25 +219,6 @@ class PipelineDecoder(ParallelDecoder):
             self._ran[cache_of(kv).number] = _Ran(x_TD, batch.slots_T, previous_TD, entropy_T)
             return x_TD
         return self._collect(layers.stop, end, parts, budget) if self.context.leads else None
-
-    def _run_layers(
-        self,
-        layers: range,
-        x_TD: torch.Tensor,
-        kv: Sequence[KVLayer],
-        batch: AttentionBatch,
-        entropy_T: torch.Tensor | None,
-        budget: ExpertBudget | None,
-    ) -> torch.Tensor:
-        if self._stack is None:
-            return super()._run_layers(layers, x_TD, kv, batch, entropy_T, budget)
-        batch = on_device(batch, self.device)
-        first, stop = self.held.start, self.held.stop  # the stack counts its own layers only
-        if budget is not None:
-            keep_TL, cap_TL = (x_TL[:, first:stop].contiguous() for x_TL in (budget.keep_TL, budget.cap_TL))
-            budget = ExpertBudget(keep_TL=keep_TL, cap_TL=cap_TL, skipped_T=budget.skipped_T)
-        own = range(layers.start - first, layers.stop - first)
-        return self._stack.run(own, x_TD, kv[first:stop], self.cos_sin_LC, batch, entropy_T, budget)
 
     def _receive(
         self, batch: AttentionBatch, budget: ExpertBudget | None, debts: list[_Debt], kv: Sequence[KVLayer]
