@@ -11,8 +11,12 @@ from typing import Any, cast
 
 import pytest
 import torch
+from dynamoe.dynamic.engine.config import EngineConfig
+from dynamoe.dynamic.engine.engine import Engine
+from dynamoe.dynamic.engine.kv_cache import bytes_per_page
 from dynamoe.dynamic.families import family_of, model_spec
 from dynamoe.dynamic.layout import plan_layout
+from dynamoe.dynamic.loader import load_model
 from dynamoe.dynamic.parallel.config import ParallelConfig
 from dynamoe.dynamic.parallel.context import ParallelContext
 from dynamoe.dynamic.parallel.decoder import rows_at
@@ -23,6 +27,7 @@ from dynamoe.dynamic.parallel.plan import FIRST, Message, Operation, decode, len
 from dynamoe.dynamic.parallel.shards import Shard, ShardedCheckpoint, part_of, split_heads
 from dynamoe.dynamic.parallel.stages import micro_batches, split_into_stages
 from dynamoe.dynamic.quantization import methods
+from dynamoe.dynamic.sampling_params import SamplingParams
 from dynamoe.dynamic.spec import ModelSpec
 from dynamoe.dynamic.weights import Checkpoint, read_json
 from dynamoe.kernels.types import AttentionBatch, KVLayer
@@ -241,6 +246,34 @@ def test_every_home_finds_its_rows_and_its_own_pages() -> None:
     assert cache(1).own_copies([(3, 4), (12, 19)]) == [(2, 9)]
     alone = spread(batch, cache(1, homes=1), 2)  # a cache that lies in the first home alone
     assert (alone.counts, alone.own) == ([5, 0], None)
+
+
+def test_an_engine_of_homes_answers_as_one_of_one_and_refuses_what_no_home_holds(
+    make_checkpoint: Callable[..., Path],
+) -> None:
+    model = load_model(make_checkpoint("mixtral"), dtype="float32", progress=False)
+    page = bytes_per_page(model.spec, torch.float32, 8)
+    prompts = [[7] * 20 + [n] for n in range(6)] + [[n] * 30 for n in range(3, 6)]
+    answers = []
+    for homes, pages in ((1, 200), (3, 3 * 9 + 2)):  # two pages are of no use
+        model.decoder.homes = homes
+        engine = Engine(model, EngineConfig(kv_memory=pages * page, block_size=8))
+        tokens: dict[str, list[int]] = {str(n): [] for n in range(len(prompts))}
+        for n, prompt in enumerate(prompts):
+            engine.add_request(str(n), prompt, SamplingParams(temperature=0, max_tokens=30, ignore_eos=True))
+        while engine.has_unfinished():
+            for delta in engine.step():
+                tokens[delta.request_id] += delta.completions[0].token_ids
+        answers.append(tokens)
+    assert answers[0] == answers[1]
+    stats = engine.stats()
+    assert stats.free_pages == stats.total_pages == 27
+    assert stats.preemptions > 0
+    assert stats.prefix_cache_hits > 0
+    with pytest.raises(ValueError, match="at most 71 fit"):
+        engine.check([5] * 72, SamplingParams())
+    with pytest.raises(ValueError, match="holds no 3 pages, one for each home"):
+        Engine(model, EngineConfig(kv_memory=2 * page, block_size=8))
 
 
 @pytest.mark.parametrize(
