@@ -46,7 +46,7 @@ class Watched:
             exchange: ExpertExchange, x_TD: torch.Tensor, routing: Routing, shares: ExpertShares
         ) -> Departure:
             assert routing.counts_T is None
-            there = [(local_E[routing.expert_ids_TK.long()] >= 0).any(1).sum() for local_E in shares.local_XE]
+            there = [(local_E1[routing.expert_ids_TK.long()] >= 0).any(1).sum() for local_E1 in shares.local_XE1]
             self.pairs = [int(n) + before for n, before in zip(there, self.pairs or [0] * len(there), strict=True)]
             return depart(exchange, x_TD, routing, shares)
 

@@ -27,7 +27,7 @@ class ParallelConfig:
     pipeline: int = 1
     data: int = 1
     micro_batches: int = 0
-    padded_rows: int = 64
+    padded_rows: int = 256
     timeout: float = 30.0
     placement: str | None = None
     record_load: str | None = None

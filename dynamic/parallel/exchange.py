@@ -1,13 +1,13 @@
 """The all-to-all exchange of a mixture: rows go to the ranks that hold their experts, partial sums come back.
 
 A row goes once to every rank that holds at least one of its experts: its hidden vector in the activations' dtype, and
-the numbers and weights of its slots there. What comes back is the sum over these slots, and at home the sums are added
-in the order of the ranks, in float32. Neither timing nor other rows change a bit.
+the numbers and weights of its slots. What comes back is the sum over the slots of that rank, and at home the sums are
+added in the order of the ranks, in float32. Neither timing nor other rows change a bit.
 
 Steps of few rows travel padded: every rank gets room for all rows of every home, which all know beforehand, so that no
 count has to come from the device. Larger steps send what is needed, and the numbers of rows in front of it.
 
-Shape suffixes as in ``moe/dispatch.py``; R rows that arrived, B bytes.
+Shape suffixes as in ``moe/dispatch.py``; R rows that travel, B bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...kernels.types import Routing
-from ...moe.dispatch import ExpertShares, Sends, arrived, plan_sends
+from ...moe.dispatch import ExpertShares, used_ids
 
 if TYPE_CHECKING:
     from .context import ParallelContext
@@ -43,7 +43,7 @@ class Departure:
     work: Any
     like_TD: torch.Tensor
     weight_on_input: bool
-    slots: int
+    shares: ExpertShares
 
 
 class ExpertExchange:
@@ -75,41 +75,43 @@ class ExpertExchange:
 
     def depart(self, x_TD: torch.Tensor, routing: Routing, shares: ExpertShares) -> Departure:
         """Send this rank's rows on their way; :meth:`arrive` takes them in."""
-        sends = plan_sends(routing, shares)
-        self.executed_X += sends.counts_XT.sum(1)
+        ids_TK = used_ids(routing)
+        reached_XTK = shares.reached(ids_TK)
+        self.executed_X += reached_XTK.sum((1, 2))
+        # Four-byte numbers first: they stay aligned.
+        parts = (ids_TK, routing.weights_TK, x_TD)
+        records_TB = torch.cat([part.contiguous().view(torch.uint8) for part in parts], 1)
         rows = None
-        sent, coming = [len(x_TD)] * len(self.rows), list(self.rows)
-        if sum(self.rows) > self._padded_rows:
-            # The numbers of rows are needed on the host: the only word from the device.
-            rows = [counts_T.nonzero()[:, 0] for counts_T in sends.counts_XT]
+        if sum(self.rows) <= self._padded_rows:
+            sent, coming = [len(x_TD)] * len(self.rows), list(self.rows)
+            records_RB = records_TB.repeat(len(sent), 1)
+        else:
+            # Numbers of rows are needed on the host: the only word from the device.
+            rows = [reached_T.nonzero()[:, 0] for reached_T in reached_XTK.any(2)]
             sent = [len(rows_R) for rows_R in rows]
             coming = self._tell(sent)
-        going = rows or [None] * len(sent)
-        buffer_RB = torch.cat([_records(x_TD, sends, to, rows_R) for to, rows_R in enumerate(going)])
-        records_RB, work = self._context.swap(buffer_RB, sent, coming, self._group, "dispatch")
+            records_RB = records_TB[torch.cat(rows)]
+        found_RB, work = self._context.swap(records_RB, sent, coming, self._group, "dispatch")
         return Departure(
             rows=rows,
             sent=sent,
             coming=coming,
-            records_RB=records_RB,
+            records_RB=found_RB,
             work=work,
             like_TD=x_TD,
             weight_on_input=routing.weight_on_input,
-            slots=shares.slots,
+            shares=shares,
         )
 
     def arrive(self, departure: Departure) -> tuple[torch.Tensor, Routing]:
         """The rows that all ranks have sent here, (R, D), and their routing over this rank's experts."""
         self._context.finish(departure.work)
-        like_TD, slots = departure.like_TD, departure.slots
-        widths = [4 * slots, 4 * slots, like_TD.shape[1] * like_TD.element_size()]
-        ids_RB, weights_RB, x_RB = departure.records_RB.split(widths, 1)
-        routing = arrived(
-            ids_RB.contiguous().view(torch.int32),
-            weights_RB.contiguous().view(torch.float32),
-            departure.weight_on_input,
-        )
-        return x_RB.contiguous().view(like_TD.dtype), routing
+        like_TD, shares = departure.like_TD, departure.shares
+        widths = [4 * shares.top_k, 4 * shares.top_k, like_TD.shape[1] * like_TD.element_size()]
+        ids_RB, weights_RB, x_RB = (part.contiguous() for part in departure.records_RB.split(widths, 1))
+        ids_RK, weights_RK = ids_RB.view(torch.int32), weights_RB.view(torch.float32)
+        routing = shares.on_rank(self._me, ids_RK, weights_RK, departure.weight_on_input)
+        return x_RB.view(like_TD.dtype), routing
 
     def come_home(self, departure: Departure, out_RD: torch.Tensor) -> torch.Tensor:
         """Send the sums of the rows that arrived back; returns those of this rank's rows, float32, (T, D)."""
@@ -132,11 +134,3 @@ class ExpertExchange:
         self._context.finish(work)
         counts = iter(found.tolist())
         return [next(counts) if speaks else 0 for speaks in speaking]
-
-
-def _records(x_TD: torch.Tensor, sends: Sends, to: int, rows_R: torch.Tensor | None) -> torch.Tensor:
-    """What one rank gets of some rows, or of all: expert numbers, weights, hidden vector; uint8, (R, B)."""
-    parts = (sends.expert_ids_XTQ[to], sends.weights_XTQ[to], x_TD)  # four-byte numbers first: they stay aligned
-    if rows_R is not None:
-        parts = tuple(part.index_select(0, rows_R) for part in parts)
-    return torch.cat([part.contiguous().view(torch.uint8) for part in parts], 1)
