@@ -69,15 +69,20 @@ def test_tokens_are_those_of_one_process(make_checkpoint: Callable[..., Path], t
 def test_what_the_experts_exchange(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """Padded, split and mixed: the same bits, and the bytes that theory says."""
     path = make_checkpoint("qwen2_moe")
-    alone = run_job(tmp_path / "one", 1, model=str(path), arguments={})
-    found = {}
-    for padded_rows in (1000, 0, 16):
-        folder, parallel = tmp_path / f"padded{padded_rows}", {"expert": 2, "padded_rows": padded_rows}
-        found[padded_rows] = run_job(folder, 2, model=str(path), arguments={"parallel": parallel}, watched=True)
-        assert found[padded_rows]["tokens"] == alone["tokens"]
-        assert found[padded_rows]["logprobs"] == found[1000]["logprobs"]
-        assert found[padded_rows]["rows"] == alone["rows"]
-        assert found[padded_rows]["sums"] == 0
+
+    def run(padded_rows: int) -> dict[str, Any]:
+        arguments = {"parallel": {"expert": 2, "padded_rows": padded_rows}}
+        return run_job(tmp_path / f"padded{padded_rows}", 2, model=str(path), arguments=arguments, watched=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(run_job, tmp_path / "one", 1, model=str(path), arguments={})
+        runs = {padded_rows: pool.submit(run, padded_rows) for padded_rows in (1000, 0, 16)}
+        alone, found = one.result(), {padded_rows: done.result() for padded_rows, done in runs.items()}
+    for several in found.values():
+        assert several["tokens"] == alone["tokens"]
+        assert several["logprobs"] == found[1000]["logprobs"]
+        assert several["rows"] == alone["rows"]
+        assert several["sums"] == 0
     records = [json.loads((tmp_path / "padded0" / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     config = read_json(path / "config.json")
     layers, hidden = config["num_hidden_layers"], 4 * config["hidden_size"]
@@ -250,5 +255,14 @@ def test_exits_and_budgets_are_decided_by_rank_0_alone(
 
 
 @pytest.mark.slow
-def test_default_model_with_an_uneven_split(default_model: Path, tmp_path: Path) -> None:
-    compare(tmp_path, str(default_model), {"tensor": 2})
+@pytest.mark.parametrize(
+    ("sizes", "extra"),
+    [
+        ({"tensor": 2}, {}),  # an uneven split of heads
+        ({"expert": 2}, {}),  # routers that decide nothing: each home has all experts
+        ({"expert": 2}, {"experts_per_token": 9}),  # and experts that are always on
+    ],
+)
+def test_default_model(default_model: Path, tmp_path: Path, sizes: dict[str, int], extra: dict[str, int]) -> None:
+    found = compare(tmp_path, str(default_model), sizes, extra)
+    assert ("dispatch" in found["received"]) == ("experts_per_token" in extra)

@@ -155,6 +155,7 @@ class ParallelDecoder(Decoder):
         self._token_ids_T = None
         return message
 
+    @torch.inference_mode()
     def _run_layers(
         self,
         layers: range,

@@ -34,6 +34,7 @@ class Departure:
         sent, coming: how many rows go to each rank, and come from each.
         records_RB: they arrive here, once ``work`` is done.
         like_TD: this rank's rows.
+        weight_on_input: of the routing, see :class:`Routing`; shares: of the layer.
     """
 
     rows: list[torch.Tensor] | None
@@ -89,7 +90,7 @@ class ExpertExchange:
             # Numbers of rows are needed on the host: the only word from the device.
             rows = [reached_T.nonzero()[:, 0] for reached_T in reached_XTK.any(2)]
             sent = [len(rows_R) for rows_R in rows]
-            coming = self._tell(sent)
+            coming = self._count_coming(sent)
             records_RB = records_TB[torch.cat(rows)]
         found_RB, work = self._context.swap(records_RB, sent, coming, self._group, "dispatch")
         return Departure(
@@ -115,22 +116,22 @@ class ExpertExchange:
 
     def come_home(self, departure: Departure, out_RD: torch.Tensor) -> torch.Tensor:
         """Send the sums of the rows that arrived back; returns those of this rank's rows, float32, (T, D)."""
-        swapped = self._context.swap(out_RD, departure.coming, departure.sent, self._group, "combine")
-        self._context.finish(swapped[1])
+        sums_RD, work = self._context.swap(out_RD, departure.coming, departure.sent, self._group, "combine")
+        self._context.finish(work)
         total_TD = torch.zeros_like(departure.like_TD, dtype=torch.float32)
-        for number, part_RD in enumerate(swapped[0].split(departure.sent)):
+        for number, part_RD in enumerate(sums_RD.split(departure.sent)):
             if departure.rows is None:
                 total_TD += part_RD
             else:
                 total_TD.index_add_(0, departure.rows[number], part_RD.float())
         return total_TD
 
-    def _tell(self, sent: list[int]) -> list[int]:
-        """How many rows come from each rank; those without rows say nothing."""
-        mine = torch.tensor(sent if self.rows[self._me] else [], dtype=torch.int64, device=self._context.device)
+    def _count_coming(self, sent: list[int]) -> list[int]:
+        """How many rows come from each rank, where so many are sent to each; those without rows say nothing."""
         speaking = [int(rows > 0) for rows in self.rows]
-        ones = [int(self.rows[self._me] > 0)] * len(sent)
-        found, work = self._context.swap(mine, ones, speaking, self._group, "sizes")
+        said = [speaking[self._me]] * len(sent)
+        counts = torch.tensor(sent[: sum(said)], dtype=torch.int64, device=self._context.device)
+        found, work = self._context.swap(counts, said, speaking, self._group, "sizes")
         self._context.finish(work)
-        counts = iter(found.tolist())
-        return [next(counts) if speaks else 0 for speaks in speaking]
+        coming = iter(found.tolist())
+        return [next(coming) if speaks else 0 for speaks in speaking]
