@@ -73,6 +73,7 @@ class Decoder:
     """
 
     processes: str | None = None  # the axes of those that share the model, in words; None: there is one
+    homes = 1  # places that sequences live in, each with a part of the cache
 
     def __init__(
         self,
@@ -122,8 +123,8 @@ class Decoder:
             grown = min(self.spec.max_position, max(length, 2 * self.cos_sin_LC.shape[0]))
             self.cos_sin_LC = rope_table(self.spec.rope, grown, self.device)
 
-    def allocate_cache(self, num_pages: int, page_size: int) -> list[KVLayer]:
-        """Keys and values of every layer, zeroed."""
+    def allocate_cache(self, num_pages: int, page_size: int, homes: int = 1) -> list[KVLayer]:
+        """Keys and values of every layer, zeroed; each of the first ``homes`` homes has an equal run of the pages."""
         return allocate_layers(self.spec, num_pages, page_size, self.kv_dtype, self.device)
 
     def copy_pages(self, kv: list[KVLayer], copies: list[tuple[int, int]]) -> None:
@@ -295,16 +296,22 @@ class Decoder:
             routing = self._limit(routing, number, budget)
         if moe.num_always_on:
             routing = with_always_on(routing, moe.num_always_on)
-        out_TD = self._experts(x_TD, number, weights.ffn, routing)
-        if weights.shared is not None:
-            shared_TD = self.backend.all_experts(x_TD, weights.shared)
-            if weights.shared_gate is not None:
-                shared_TD = shared_TD * self.backend.linear(x_TD, weights.shared_gate).sigmoid()
-            out_TD = out_TD + shared_TD
-        return out_TD
+        return self._mixture(number, x_TD, routing)
 
-    def _experts(self, x_TD: torch.Tensor, number: int, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
-        return self.backend.experts(x_TD, weights, routing)
+    def _mixture(self, number: int, x_TD: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """The chosen experts of a layer, and its shared one."""
+        out_TD = self.backend.experts(x_TD, self.layers[number].ffn, routing)
+        shared_TD = self._shared(number, x_TD)
+        return out_TD if shared_TD is None else out_TD + shared_TD
+
+    def _shared(self, number: int, x_TD: torch.Tensor) -> torch.Tensor | None:
+        weights = self.layers[number]
+        if weights.shared is None:
+            return None
+        shared_TD = self.backend.all_experts(x_TD, weights.shared)
+        if weights.shared_gate is None:
+            return shared_TD
+        return shared_TD * self.backend.linear(x_TD, weights.shared_gate).sigmoid()
 
     def _make_stack(self) -> Stack | None:
         return make_stack(self)

@@ -38,9 +38,9 @@ class LLM:
         kv_cache_dtype: ``auto`` (as ``dtype``) or ``int8``, about half the memory: what keys and values are kept in.
         certificates: directory that ``dynamoe calibrate`` filled, for requests with a :class:`Quality`; None takes the
             certificates that lie beside the model.
-        tensor_parallel_size, expert_parallel_size, pipeline_parallel_size: see :class:`ParallelConfig`; for scripts
-            under ``torchrun``.
-        parallel: instead of these three, with time-out and micro-batches.
+        tensor_parallel_size, expert_parallel_size, pipeline_parallel_size, data_parallel_size: see
+            :class:`ParallelConfig`; for scripts under ``torchrun``.
+        parallel: instead of these four, with time-out and micro-batches.
         max_model_len, max_num_seqs, max_num_batched_tokens, enable_prefix_caching, kv_memory, block_size, seed: see
             :class:`EngineConfig`.
 
@@ -71,6 +71,7 @@ class LLM:
         tensor_parallel_size: int = 1,
         expert_parallel_size: int = 1,
         pipeline_parallel_size: int = 1,
+        data_parallel_size: int = 1,
         parallel: ParallelConfig | None = None,
     ) -> None:
         config = EngineConfig(
@@ -82,11 +83,11 @@ class LLM:
             enable_prefix_caching=enable_prefix_caching,
             seed=seed,
         )
-        sizes = (tensor_parallel_size, expert_parallel_size, pipeline_parallel_size)
+        sizes = (tensor_parallel_size, expert_parallel_size, pipeline_parallel_size, data_parallel_size)
         if parallel is None:
-            tensor, expert, pipeline = sizes
-            parallel = ParallelConfig(tensor=tensor, expert=expert, pipeline=pipeline)
-        elif sizes != (1, 1, 1):
+            tensor, expert, pipeline, data = sizes
+            parallel = ParallelConfig(tensor=tensor, expert=expert, pipeline=pipeline, data=data)
+        elif sizes != (1, 1, 1, 1):
             raise ValueError(f"give either parallel= or the sizes of its axes, not both: {parallel} and {sizes}")
         from .certificates import offer_for
         from .engine.engine import Engine

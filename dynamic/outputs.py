@@ -94,7 +94,8 @@ class Exchange:
     """What went between the processes of one model, as rank 0 saw it.
 
     Arguments:
-        received: bytes from other ranks, by what for: ``sums``, ``embedding``, ``logits``, ``stages``.
+        received: bytes from other ranks, by what for: ``sums``, ``embedding``, ``logits``, ``stages``, ``dispatch``,
+            ``combine``, ``sizes``, ``rows``.
         expert_rows: by rank of the expert axis, rows times experts that it ran, in the layers of the first stage; empty
             without that axis.
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from ..kernels.types import AttentionBatch, KVLayer
@@ -16,15 +15,22 @@ _PAGE = 16
 def fresh_cache(decoder: Decoder, lengths: Sequence[int]) -> tuple[list[KVLayer], AttentionBatch]:
     """Room for sequences from their beginnings, each in pages of its own, and the attention batch of all their rows.
 
+    Each goes to the home that has the fewest pages so far.
+
     Arguments:
         lengths: tokens of each sequence, at least 1.
     """
     device = torch.device(decoder.device)
     pages = [-(-length // _PAGE) for length in lengths]
-    firsts = np.concatenate(([0], np.cumsum(pages)))
+    used, places = [0] * decoder.homes, []
+    for count in pages:
+        home = used.index(min(used))
+        places.append((home, used[home]))
+        used[home] += count
+    firsts = [home * max(used) + page for home, page in places]
     table_SM = torch.zeros(len(lengths), max(pages), dtype=torch.int32)
     positions, slots = [], []
-    for row, (length, first, count) in enumerate(zip(lengths, firsts.tolist(), pages, strict=False)):
+    for row, (length, first, count) in enumerate(zip(lengths, firsts, pages, strict=True)):
         table_SM[row, :count] = torch.arange(first, first + count)
         positions.append(torch.arange(length))
         slots.append(first * _PAGE + positions[-1])
@@ -37,4 +43,4 @@ def fresh_cache(decoder: Decoder, lengths: Sequence[int]) -> tuple[list[KVLayer]
         max_query_len=max(lengths),
         max_context_len=max(lengths),
     )
-    return decoder.allocate_cache(int(firsts[-1]), _PAGE), batch
+    return decoder.allocate_cache(max(used) * decoder.homes, _PAGE, decoder.homes), batch

@@ -1,6 +1,7 @@
 """Generates under a launcher, for ``test_parallel.py``. Arguments: a JSON file of one job, a file for rank 0's answer.
 
-A job names a model, keyword arguments of :class:`LLM`, exit thresholds and an expert budget for every second request.
+A job names a model, keyword arguments of :class:`LLM`, exit thresholds and an expert budget for every second request;
+and prompts, where they are not the usual ones. Every rank but 0 leaves what it sent to experts beside the answer.
 """
 
 from __future__ import annotations
@@ -11,32 +12,77 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from dynamoe import LLM, SamplingParams
 from dynamoe.dynamic.deployment import deployment
-from dynamoe.dynamic.parallel.config import ParallelConfig
+from dynamoe.dynamic.parallel.config import ParallelConfig, launched_rank
 from dynamoe.dynamic.parallel.decoder import ParallelDecoder
+from dynamoe.dynamic.parallel.exchange import Departure, ExpertExchange
 from dynamoe.dynamic.parallel.pipeline import PipelineDecoder
+from dynamoe.kernels.types import Routing
+from dynamoe.moe.dispatch import ExpertShares
 
 PROMPTS = [[5, 9, 200, 31], [7] * 40, list(range(3, 90)), [11, 12], [250, 3, 77, 8, 120, 4]]
 
 
+class Watched:
+    """What a rank's rows need of the exchange between experts, told from their routing alone.
+
+    Attributes:
+        rows: of every home, by segment.
+        pairs: of rows and ranks that have one of their experts, by rank.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[list[int]] = []
+        self.pairs: list[int] = []
+        begin, depart = ExpertExchange.begin, ExpertExchange.depart
+
+        def watched_begin(exchange: ExpertExchange, home_rows: list[int]) -> None:
+            self.rows.append(list(home_rows))
+            begin(exchange, home_rows)
+
+        def watched_depart(
+            exchange: ExpertExchange, x_TD: torch.Tensor, routing: Routing, shares: ExpertShares
+        ) -> Departure:
+            assert routing.counts_T is None
+            there = [(local_E1[routing.expert_ids_TK.long()] >= 0).any(1).sum() for local_E1 in shares.local_XE1]
+            self.pairs = [int(n) + before for n, before in zip(there, self.pairs or [0] * len(there), strict=True)]
+            return depart(exchange, x_TD, routing, shares)
+
+        ExpertExchange.begin, ExpertExchange.depart = watched_begin, watched_depart  # type: ignore[method-assign]
+
+
 def tokens(
-    model: str, arguments: dict[str, Any], thresholds: dict[str, float], budget: dict[str, Any]
+    model: str,
+    arguments: dict[str, Any],
+    thresholds: dict[str, float],
+    budget: dict[str, Any],
+    prompts: list[list[int]] = PROMPTS,
+    max_tokens: int = 12,
 ) -> dict[str, object]:
     if "parallel" in arguments:
         arguments = {**arguments, "parallel": ParallelConfig(**arguments["parallel"])}
-    llm = LLM(model, dtype="float32", progress=False, max_num_seqs=3, max_num_batched_tokens=48, **arguments)
+    limits = {"max_num_seqs": 3, "max_num_batched_tokens": 48, **arguments}
+    llm = LLM(model, dtype="float32", progress=False, **limits)
     exits = {int(layer): value for layer, value in thresholds.items()}
-    params = [SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)] * len(PROMPTS)
+    greedy = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True, logprobs=1)
+    params = [greedy] * len(prompts)
     if exits or budget:
-        params[::2] = [
-            SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, quality=None, exit_thresholds=exits, **budget)
-        ] * 3
+        params[::2] = [replace(greedy, quality=None, exit_thresholds=exits, **budget)] * len(params[::2])
         params[-1] = replace(params[-1], n=2)  # its choices share pages and copy them, while others' rows are owed
-    outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    stats = llm.engine.stats()
     found: dict[str, object] = {
         "tokens": [list(choice.token_ids) for output in outputs for choice in output.outputs],
-        "rows": list(llm.engine.stats().segment_rows),
+        "logprobs": [
+            [found[token].logprob for token, found in zip(choice.token_ids, choice.logprobs or [], strict=True)]
+            for output in outputs
+            for choice in output.outputs
+        ],
+        "rows": list(stats.segment_rows),
+        "preemptions": stats.preemptions,
+        "cached_tokens": stats.prefix_cache_hits,
         "deployment": deployment(llm.model, llm.engine.runner.exits),
     }
     decoder = llm.model.decoder
@@ -62,4 +108,12 @@ def tokens(
 
 if __name__ == "__main__":
     job = json.loads(Path(sys.argv[1]).read_text())
-    Path(sys.argv[2]).write_text(json.dumps(tokens(**job)))
+    answer = Path(sys.argv[2])
+    watched = Watched() if job.pop("watched", False) else None
+    try:
+        found = tokens(**job)
+        answer.write_text(json.dumps(found))
+    finally:  # workers end within
+        if watched is not None:
+            record = {"rows": watched.rows, "pairs": watched.pairs}
+            answer.with_name(f"rank{launched_rank()}.json").write_text(json.dumps(record))

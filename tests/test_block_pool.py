@@ -78,6 +78,25 @@ def test_a_second_page_with_the_same_content_stays_nameless() -> None:
     assert pool.allocate() == second
 
 
+def test_homes_have_their_own_pages_and_contents() -> None:
+    pool = BlockPool(6, homes=2)
+    here, there = pool.allocate(0), pool.allocate(1)
+    assert here < 3 <= there
+    pool.publish(here, b"a")
+    assert (pool.find(b"a", 0), pool.find(b"a", 1)) == (here, None)
+    pool.publish(there, b"a")
+    assert (pool.find(b"a", 0), pool.find(b"a", 1)) == (here, there)
+    pool.release([here, there])
+    assert (pool.free_in(0), pool.free_in(1), pool.num_free) == (3, 3, 6)
+    taken = [pool.allocate(1) for _ in range(3)]
+    assert sorted(taken) == [3, 4, 5]
+    assert (pool.find(b"a", 0), pool.find(b"a", 1)) == (here, None)
+    pool.release(taken)
+    pool.forget_contents()
+    assert pool.find(b"a", 0) is None
+    assert pool.num_free == 6
+
+
 def test_prefixes_are_found_by_full_blocks_and_leave_a_token_to_compute() -> None:
     pool = BlockPool(20)
     cache = PrefixCache(pool, 4, enabled=True)

@@ -46,8 +46,8 @@ class Watch:
         record = budgets.record
         allocate, retain, computed, leave = pool.allocate, pool.retain, scheduler.computed, exits.backfill.leave
 
-        def watched_allocate() -> int:
-            page = allocate()
+        def watched_allocate(home: int = 0) -> int:
+            page = allocate(home)
             self.tainted -= set(self.slots(page))
             return page
 

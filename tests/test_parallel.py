@@ -7,27 +7,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import replace
+from math import prod
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
-import torch
-from dynamoe.dynamic.families import family_of, model_spec
-from dynamoe.dynamic.layout import plan_layout
 from dynamoe.dynamic.parallel.config import ParallelConfig
-from dynamoe.dynamic.parallel.context import ParallelContext
-from dynamoe.dynamic.parallel.decoder import held_here, local_numbers, rows_at
-from dynamoe.dynamic.parallel.load import read_placement, spread
-from dynamoe.dynamic.parallel.plan import FIRST, Message, Operation, decode, length
-from dynamoe.dynamic.parallel.shards import Shard, ShardedCheckpoint, part_of, split_heads
-from dynamoe.dynamic.parallel.stages import micro_batches, split_into_stages
-from dynamoe.dynamic.quantization import methods
-from dynamoe.dynamic.spec import ModelSpec
+from dynamoe.dynamic.parallel.load import spread
 from dynamoe.dynamic.weights import Checkpoint, read_json
-from dynamoe.kernels.types import AttentionBatch, Routing
 
 SCRIPT = Path(__file__).with_name("parallel_run.py")
 LAUNCH = Path(__file__).with_name("parallel_launch.py")
@@ -46,62 +33,128 @@ def run_job(folder: Path, processes: int, **job: Any) -> dict[str, Any]:
 def compare(
     folder: Path,
     model: str,
-    tensor: int,
-    expert: int,
-    pipeline: int = 1,
+    sizes: dict[str, Any],
     extra: dict[str, Any] | None = None,
     **job: Any,
 ) -> dict[str, Any]:
     """Greedy tokens and launched rows of several processes against those of one; extra arguments are for both."""
     extra = extra or {}
-    sizes = {"tensor": tensor, "expert": expert, "pipeline": pipeline}
     arguments = {f"{axis}_parallel_size": size for axis, size in sizes.items()}
-    processes = tensor * expert * pipeline
+    processes = prod(sizes.values())
     with ThreadPoolExecutor(2) as pool:
         one = pool.submit(run_job, folder / "one", 1, model=model, arguments=extra, **job)
         several = pool.submit(run_job, folder / "several", processes, model=model, arguments=arguments | extra, **job)
         alone, together = one.result(), several.result()
     assert together["tokens"] == alone["tokens"]
-    assert together["rows"] == alone["rows"]
+    if not together["preemptions"] + together["cached_tokens"]:  # which differ from those of one home
+        assert together["rows"] == alone["rows"]
     # Certificates of one process are refused by several: sums run in another order.
     assert "processes" not in alone["deployment"]
     assert together["deployment"]["processes"] == str(ParallelConfig(**sizes))
     return together
 
 
-CELLS = [("granitemoe", 1, 2), ("mixtral", 2, 1), ("qwen3_moe", 2, 1), ("mixtral", 2, 2), ("qwen3_moe", 1, 4)]
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_tokens_are_those_of_one_process(make_checkpoint: Callable[..., Path], tmp_path: Path, family: str) -> None:
+    path = make_checkpoint(family)
+    found = compare(tmp_path, str(path), {"tensor": 2})
+    assert found["sums"] % (3 * 2 + 1) == 0  # two sums per layer, and one of the embeddings
+    config = read_json(path / "config.json")
+    hidden, rows = 4 * config["hidden_size"], found["rows"][0]
+    logits = 4 * -(-config["vocab_size"] // 2) * sum(map(len, found["tokens"]))
+    assert found["received"] == {"sums": 2 * 3 * hidden * rows, "embedding": hidden * rows, "logits": logits}
+
+
+def test_what_the_experts_exchange(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Padded, split and mixed: the same bits, and the bytes that theory says."""
+    path = make_checkpoint("qwen2_moe")
+
+    def run(padded_rows: int) -> dict[str, Any]:
+        arguments = {"parallel": {"expert": 2, "padded_rows": padded_rows}}
+        return run_job(tmp_path / f"padded{padded_rows}", 2, model=str(path), arguments=arguments, watched=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(run_job, tmp_path / "one", 1, model=str(path), arguments={})
+        runs = {padded_rows: pool.submit(run, padded_rows) for padded_rows in (1000, 0, 16)}
+        alone, found = one.result(), {padded_rows: done.result() for padded_rows, done in runs.items()}
+    for several in found.values():
+        assert several["tokens"] == alone["tokens"]
+        assert several["logprobs"] == found[1000]["logprobs"]
+        assert several["rows"] == alone["rows"]
+        assert several["sums"] == 0
+    records = [json.loads((tmp_path / "padded0" / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    config = read_json(path / "config.json")
+    layers, hidden = config["num_hidden_layers"], 4 * config["hidden_size"]
+    record = hidden + 2 * 8  # two slots: number and weight
+    steps = records[0]["rows"]
+    assert records[1]["rows"] == steps
+    own, other = (sum(step[home] for step in steps) for home in (0, 1))
+    assert own + other == alone["rows"][0]
+    assert min(own, other) > 0
+    apart = sum(step[1] > 0 for step in steps)  # steps in which the other home has rows
+    # All rows, and how many slots of them each rank ran.
+    rows = other * hidden + apart * 2 * 4
+    assert found[1000]["received"] == {
+        "dispatch": layers * other * record,
+        "combine": layers * own * hidden,
+        "rows": rows,
+    }
+    (_, going), (coming, _) = (record["pairs"] for record in records)
+    assert 0 < coming < layers * other
+    assert found[0]["received"] == {
+        "dispatch": coming * record,
+        "combine": going * hidden,
+        "rows": rows,
+        "sizes": layers * apart * 8,
+    }
+    assert sum(found[0]["expert_rows"]) == layers * 2 * alone["rows"][0]
+    assert found[16]["received"]["sizes"] == layers * 8 * sum(step[1] > 0 and sum(step) > 16 for step in steps)
+
+
+PROMPTS = [[7] * 40 + [n, 9] for n in range(3)] + [[5] * 33, [9, 8, 7] * 12]
+HOMES = [
+    ("granitemoe", {"expert": 2}),
+    ("qwen3_moe", {"expert": 4}),
+    ("mixtral", {"data": 2}),
+    ("qwen2_moe", {"tensor": 2, "expert": 2}),
+    ("mixtral", {"data": 2, "expert": 2}),
+    ("qwen3_moe", {"data": 2, "tensor": 2}),
+    ("qwen2_moe", {"expert": 2, "pipeline": 2}),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "tensor", "expert"), CELLS)
-def test_tokens_are_those_of_one_process(
-    make_checkpoint: Callable[..., Path], tmp_path: Path, family: str, tensor: int, expert: int
+@pytest.mark.parametrize(("family", "sizes"), HOMES)
+def test_tokens_of_homes_with_shared_pages_and_preemption(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, family: str, sizes: dict[str, int]
 ) -> None:
     path = make_checkpoint(family)
-    found = compare(tmp_path, str(path), tensor, expert)
-    # Two sums per layer with a tensor axis, and one of the embeddings; one sum per layer without.
-    assert found["sums"] % (3 * 2 + 1 if tensor > 1 else 3) == 0
     config = read_json(path / "config.json")
-    hidden, others = 4 * config["hidden_size"], tensor - 1
-    per_row = 3 * hidden * ((others if tensor > 1 else 0) + tensor * expert - 1)
-    wanted = {"sums": per_row * found["rows"][0], "embedding": others * hidden * found["rows"][0]}
-    wanted["logits"] = others * 4 * -(-config["vocab_size"] // tensor) * sum(map(len, found["tokens"]))
-    assert found["received"] == {purpose: count for purpose, count in wanted.items() if count}
+    channels = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    page = 2 * 4 * config["num_hidden_layers"] * config["num_key_value_heads"] * 16 * channels
+    homes = sizes.get("expert", 1) * sizes.get("data", 1)
+    extra = {"kv_memory": 7 * homes * page, "max_num_seqs": 6}
+    job = {"prompts": PROMPTS * homes, "max_tokens": 30}
+    found = compare(tmp_path, str(path), sizes, extra, **job)
+    assert found["cached_tokens"] > 0
+    assert found["preemptions"] > 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "pipeline"), [("granitemoe", 1), ("mixtral", 2)])
+@pytest.mark.parametrize(("family", "pipeline", "data"), [("granitemoe", 1, 1), ("mixtral", 2, 1), ("mixtral", 1, 2)])
 def test_experts_are_placed_by_the_load_of_an_earlier_run(
-    make_checkpoint: Callable[..., Path], tmp_path: Path, family: str, pipeline: int
+    make_checkpoint: Callable[..., Path], tmp_path: Path, family: str, pipeline: int, data: int
 ) -> None:
     path, load = make_checkpoint(family), tmp_path / "load.json"
-    recorded = {"expert": 2, "pipeline": pipeline, "record_load": str(load)}
-    first = run_job(tmp_path / "first", 2 * pipeline, model=str(path), arguments={"parallel": recorded})
+    sizes, processes = {"expert": 2, "pipeline": pipeline, "data": data}, 2 * pipeline * data
+    recorded = sizes | {"record_load": str(load)}
+    first = run_job(tmp_path / "first", processes, model=str(path), arguments={"parallel": recorded})
     counts = json.loads(load.read_text())["rows_by_expert"]
     config = read_json(path / "config.json")
     assert {sum(layer) for layer in counts} == {first["rows"][0] * config["num_experts_per_tok"]}
-    placed = {"expert": 2, "pipeline": pipeline, "placement": str(load)}
-    second = run_job(tmp_path / "second", 2 * pipeline, model=str(path), arguments={"parallel": placed})
+    placed = sizes | {"placement": str(load)}
+    second = run_job(tmp_path / "second", processes, model=str(path), arguments={"parallel": placed})
     assert second["tokens"] == first["tokens"]
     assert sum(second["expert_rows"]) == sum(first["expert_rows"])
     first_stage = 1 if pipeline == 2 else len(counts)
@@ -110,48 +163,21 @@ def test_experts_are_placed_by_the_load_of_an_earlier_run(
     assert second["deployment"]["processes"].startswith(first["deployment"]["processes"] + ", experts placed as ")
 
 
-def test_experts_are_spread_evenly_in_number_and_in_load() -> None:
-    assert spread([10, 1, 1, 8, 1, 1], 2) == [[0, 4, 5], [1, 2, 3]]
-    assert spread([0, 0, 0, 0, 0], 2) == [[0, 1, 2], [3, 4]]
-    rows = [100, 90, 10, 5, 5, 4, 3, 2]
-    parts = spread(rows, 4)
-    assert sorted(e for part in parts for e in part) == list(range(8))
-    assert [len(part) for part in parts] == [2] * 4
-
-
-@pytest.mark.parametrize(
-    ("content", "fault"),
-    [
-        (None, "cannot be read"),
-        ("{", "cannot be read"),
-        ('{"format": 1, "rows_by_expert": [[1, 2]]}', "was not made by this model"),
-    ],
-)
-def test_a_placement_that_does_not_fit_is_refused(
-    make_checkpoint: Callable[..., Path], tmp_path: Path, content: str | None, fault: str
-) -> None:
-    file = tmp_path / "load.json"
-    if content is not None:
-        file.write_text(content)
-    spec = model_spec(read_json(make_checkpoint("mixtral") / "config.json"))
-    with pytest.raises(ValueError, match=rf"parallel\.placement=.*load\.json {fault}"):
-        read_placement(file, spec, 2)
-
-
 QUANTISED = [
-    ("granitemoe", "int8", 2, 1),
-    ("qwen2_moe", "int8", 1, 2),
-    ("mixtral", "int8", 2, 2),
-    ("mixtral", "fp8", 2, 1),
+    ("granitemoe", "int8", {"tensor": 2}),
+    ("qwen2_moe", "int8", {"expert": 2}),
+    ("qwen2_moe", "int8", {"tensor": 2, "expert": 2}),
+    ("mixtral", "fp8", {"tensor": 2}),
+    ("mixtral", "w8a8", {"data": 2}),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "method", "tensor", "expert"), QUANTISED)
+@pytest.mark.parametrize(("family", "method", "sizes"), QUANTISED)
 def test_tokens_with_quantised_weights(
-    make_checkpoint: Callable[..., Path], tmp_path: Path, family: str, method: str, tensor: int, expert: int
+    make_checkpoint: Callable[..., Path], tmp_path: Path, family: str, method: str, sizes: dict[str, int]
 ) -> None:
-    compare(tmp_path, str(make_checkpoint(family)), tensor, expert, extra={"quantization": method})
+    compare(tmp_path, str(make_checkpoint(family)), sizes, {"quantization": method})
 
 
 @pytest.mark.slow
@@ -159,7 +185,7 @@ def test_tokens_with_quantised_weights(
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_tokens_of_stages(make_checkpoint: Callable[..., Path], tmp_path: Path, family: str, tensor: int) -> None:
     path = make_checkpoint(family)
-    found = compare(tmp_path, str(path), tensor, 1, 2)
+    found = compare(tmp_path, str(path), {"tensor": tensor, "pipeline": 2})
     assert found["stages"] == [[0, 1], [1, 3]]
     assert found["cached_layers"] == [0]
     # Every row crosses once, and comes back once: one vector of float32 each.
@@ -180,7 +206,7 @@ def test_rows_that_leave_never_run_on_the_next_stage(
     probe = {"previous": True, "router_entropy": True}
     model = make_exits("mixtral", {1: 0.3, 2: 0.3, 4: 0.3}, probe, num_hidden_layers=6)
     thresholds = {"1": 0.5, "2": 0.5, "4": 0.5}
-    found = compare(tmp_path, str(model), tensor, 1, pipeline, thresholds=thresholds)
+    found = compare(tmp_path, str(model), {"tensor": tensor, "pipeline": pipeline}, thresholds=thresholds)
     rows, row = found["rows"], found["row"]
     assert rows[0] > rows[1] > rows[2] > rows[3]
     assert found["stages"] == {2: [[0, 2], [2, 6]], 3: [[0, 2], [2, 4], [4, 6]]}[pipeline]
@@ -192,199 +218,51 @@ def test_rows_that_leave_never_run_on_the_next_stage(
     assert found["decisions"] > 0
 
 
+TINY = [
+    ({"pipeline": 2}, {}),
+    ({"tensor": 2, "pipeline": 2}, {"experts_per_token": 1}),
+    ({"expert": 2}, {"experts_per_token": 1}),
+    ({"data": 2}, {}),
+    ({"expert": 2, "pipeline": 2}, {"experts_per_token": 1}),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("tensor", "budget"), [(1, {}), (2, {"experts_per_token": 1})])
-def test_tiny_with_exits_in_stages(tmp_path: Path, tensor: int, budget: dict[str, int]) -> None:
+@pytest.mark.parametrize(("sizes", "budget"), TINY)
+def test_tiny_with_exits(tmp_path: Path, sizes: dict[str, int], budget: dict[str, int]) -> None:
     thresholds = {"4": 0.4, "8": 0.6, "12": 0.6}
-    found = compare(tmp_path, "tiny", tensor, 1, 2, thresholds=thresholds, budget=budget)
+    found = compare(tmp_path, "tiny", sizes, thresholds=thresholds, budget=budget)
     assert found["rows"][0] > found["rows"][-1]
 
 
-def test_exits_and_budgets_are_decided_by_rank_0_alone(make_exits: Callable[..., Path], tmp_path: Path) -> None:
-    model = make_exits("mixtral", {1: 0.5, 2: 0.5})
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"tensor": 2},
+        {"expert": 2},
+        pytest.param({"data": 2}, marks=pytest.mark.slow),
+        pytest.param({"expert": 2, "pipeline": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_exits_and_budgets_are_decided_by_rank_0_alone(
+    make_exits: Callable[..., Path], tmp_path: Path, sizes: dict[str, int]
+) -> None:
+    probe = {"previous": True, "router_entropy": True}
+    model = make_exits("mixtral", {1: 0.3, 2: 0.3}, probe)
     job = {"thresholds": {"1": 0.5, "2": 0.5}, "budget": {"experts_per_token": 1}}
-    found = compare(tmp_path, str(model), 2, 1, **job)
+    found = compare(tmp_path, str(model), sizes, **job)
     assert found["rows"][0] > found["rows"][-1]
 
 
 @pytest.mark.slow
-def test_default_model_with_an_uneven_split(default_model: Path, tmp_path: Path) -> None:
-    compare(tmp_path, str(default_model), 2, 1)
-
-
-def shard_of(spec: ModelSpec, tensor: int, expert: int, rank: int) -> Shard:
-    """Of one rank, without the others."""
-    expert_rank, tensor_rank = divmod(rank, tensor)
-    context = SimpleNamespace(
-        config=ParallelConfig(tensor=tensor, expert=expert),
-        rank=rank,
-        tensor_rank=tensor_rank,
-        expert_rank=expert_rank,
-        stage=0,
-        tensor_group=None,
-        everyone=None,
-    )
-    return Shard(spec, cast(ParallelContext, context))
-
-
 @pytest.mark.parametrize(
-    ("method", "tensor", "expert", "fault"),
+    ("sizes", "extra"),
     [
-        ("int8", 2, 1, None),
-        ("int4", 1, 2, None),
-        ("int4-g32", 2, 1, "'model.layers.0.block_sparse_moe.experts.0.w2.weight' at input 24"),
-        ("w8a8", 2, 1, "has scales for 128 inputs each; tensor 2, expert 1 splits .* at input 32"),
-        ("fp8-block", 2, 1, "blocks of outputs, which tensor 2, expert 1 splits"),
+        ({"tensor": 2}, {}),  # an uneven split of heads
+        ({"expert": 2}, {}),  # routers that decide nothing: each home has all experts
+        ({"expert": 2}, {"experts_per_token": 9}),  # and experts that are always on
     ],
 )
-def test_scales_that_belong_to_several_ranks_are_refused(
-    make_checkpoint: Callable[..., Path], method: str, tensor: int, expert: int, fault: str | None
-) -> None:
-    path = make_checkpoint("mixtral")
-    config = read_json(path / "config.json")
-    spec = model_spec(config)
-    shards = [shard_of(spec, tensor, expert, rank) for rank in range(2)]
-    for shard in shards:  # all ranks see it, and end
-        shard.layout(plan_layout(spec, family_of(config), Checkpoint(path)))
-        with pytest.raises(ValueError, match=fault) if fault else nullcontext():
-            shard.check_quantization(method, methods()[method])
-
-
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "granitemoe", "qwen2_moe"])
-@pytest.mark.parametrize(("tensor", "expert"), [(2, 1), (1, 2), (2, 2), (4, 1)])
-def test_ranks_together_hold_every_split_weight_once(
-    make_checkpoint: Callable[..., Path], family: str, tensor: int, expert: int
-) -> None:
-    path = make_checkpoint(family)
-    config = read_json(path / "config.json")
-    spec, whole = model_spec(config), Checkpoint(path)
-    layout = plan_layout(spec, family_of(config), whole)
-    parts: dict[str, list[torch.Tensor]] = {}
-    read = []
-    for rank in range(tensor * expert):
-        shard = shard_of(spec, tensor, expert, rank)
-        shard.layout(layout)
-        checkpoint = ShardedCheckpoint(path, shard.cuts)
-        for name in whole:
-            expert_weight = any(part in name for part in (".experts.", "moe.input_linear", "moe.output_linear"))
-            if expert_weight and name in shard.cuts:
-                parts.setdefault(name, []).append(checkpoint.view(name))
-        read.append(checkpoint.split_bytes)
-    assert parts
-    for name, found in parts.items():
-        assert sum(part.numel() for part in found) == whole.view(name).numel()
-        held, wanted = torch.cat([part.flatten() for part in found]), whole.view(name).flatten()
-        assert torch.equal(held.sort().values, wanted.sort().values), name
-    total = sum(whole.view(name).nbytes for name in parts)
-    assert max(read) <= 1.1 * total / (tensor * expert)
-
-
-@pytest.mark.parametrize(
-    ("layers", "stages", "exits", "wanted"),
-    [
-        (3, 3, (), [1, 2, 3]),
-        (7, 3, (), [2, 4, 7]),
-        (16, 2, (4, 8, 12), [8, 16]),
-        (16, 3, (4, 8, 12), [4, 8, 16]),
-        (30, 2, (20, 24, 28), [20, 30]),
-    ],
-)
-def test_stages_are_balanced_and_end_at_exits(
-    make_checkpoint: Callable[..., Path], layers: int, stages: int, exits: tuple[int, ...], wanted: list[int]
-) -> None:
-    base = model_spec(read_json(make_checkpoint("mixtral") / "config.json"))
-    spec = replace(base, layers=base.layers[:1] * layers)
-    found = split_into_stages(spec, stages, exits)
-    assert [part.stop for part in found.layers] == wanted
-    assert [found.owner(part.start) for part in found.layers] == list(range(stages))
-    with pytest.raises(ValueError, match=r"parallel\.pipeline=31.*" + ("segments" if exits else "layers")):
-        split_into_stages(spec, 31, exits)
-
-
-def test_a_first_layer_that_works_more_makes_a_short_stage(make_checkpoint: Callable[..., Path]) -> None:
-    base = model_spec(read_json(make_checkpoint("mixtral") / "config.json"))
-    light = base.layers[0]
-    heavy = replace(light, moe=None, ffn_size=1000)
-    spec = replace(base, layers=(heavy, light, light, light))
-    assert split_into_stages(spec, 2).layers == (range(1), range(1, 4))
-
-
-def test_micro_batches_do_not_tear_sequences_apart() -> None:
-    counts = torch.tensor([1, 6, 1, 1, 3])
-    starts = torch.cat((torch.zeros(1, dtype=torch.int32), counts.cumsum(0).int()))
-    batch = AttentionBatch(
-        positions_T=torch.arange(12),
-        slots_T=torch.arange(100, 112),
-        query_start_S1=starts,
-        context_len_S=torch.tensor([9, 6, 4, 8, 3], dtype=torch.int32),
-        block_table_SM=torch.arange(10, dtype=torch.int32).view(5, 2),
-        max_query_len=6,
-        max_context_len=9,
-    )
-    parts = micro_batches(batch, 2)
-    assert [(rows.start, rows.stop) for rows, _ in parts] == [(0, 7), (7, 12)]
-    assert torch.cat([part.slots_T for _, part in parts]).equal(batch.slots_T)
-    assert parts[1][1].query_start_S1.tolist() == [0, 1, 2, 5]
-    assert parts[1][1].block_table_SM.tolist() == [[4, 5], [6, 7], [8, 9]]
-    assert [(part.max_query_len, part.max_context_len) for _, part in parts] == [(6, 9), (3, 8)]
-    assert sum(len(part.slots_T) for _, part in micro_batches(batch, 9)) == 12
-    assert len(micro_batches(batch, 1)) == 1
-
-
-@pytest.mark.parametrize(
-    ("heads", "groups", "ranks", "wanted"),
-    [
-        (9, 3, 2, [(6, 2), (3, 1)]),  # the default model: groups that do not divide evenly
-        (8, 2, 4, [(2, 1)] * 4),  # more ranks than groups: keys are kept twice
-        (6, 2, 4, [(2, 1), (1, 1)] * 2),  # and the queries of a group do not divide evenly
-    ],
-)
-def test_heads_are_shared_by_group(
-    make_checkpoint: Callable[..., Path], heads: int, groups: int, ranks: int, wanted: list[tuple[int, int]]
-) -> None:
-    base = model_spec(read_json(make_checkpoint("mixtral") / "config.json"))
-    spec = replace(base, num_heads=heads, num_kv_heads=groups)
-    found = [split_heads(spec, ranks, rank) for rank in range(ranks)]
-    assert [(q.stop - q.start, k.stop - k.start) for q, k in found] == wanted
-    assert [q.start for q, _ in found[1:]] == [q.stop for q, _ in found[:-1]]
-    with pytest.raises(ValueError, match=r"parallel\.tensor=5"):
-        split_heads(spec, 5, 0)
-
-
-def test_a_message_survives_its_way() -> None:
-    blocks = (torch.arange(FIRST), torch.tensor([-5, 7]))  # longer than the first broadcast
-    sent = Message(operation=Operation.RUN, arguments=(1, 2, 3), blocks=blocks).encode()
-    found = decode(sent)
-    assert length(sent[:FIRST]) == len(sent) > FIRST
-    assert found.arguments == (1, 2, 3, 0, 0, 0)
-    assert [block.tolist() for block in found.blocks[:3]] == [blocks[0].tolist(), [-5, 7], []]
-
-
-def test_routing_is_cut_to_the_experts_of_a_rank() -> None:
-    ids = torch.tensor([[5, 0, 3], [2, 1, 0]], dtype=torch.int32)
-    weights = torch.tensor([[0.5, 0.3, 0.2], [0.6, 0.3, 0.1]])
-    counts = torch.tensor([3, 2], dtype=torch.int32)  # the second row's last slot is unused
-    found = held_here(
-        Routing(expert_ids_TK=ids, weights_TK=weights, counts_T=counts), local_numbers([0, 1, 2], 6, "cpu")
-    )
-    assert found.counts_T is not None
-    assert found.counts_T.tolist() == [1, 2]
-    assert found.expert_ids_TK[0, 0] == 0
-    assert found.expert_ids_TK[1, :2].tolist() == [2, 1]
-    assert torch.equal(found.weights_TK, torch.tensor([[0.3, 0, 0], [0.6, 0.3, 0]]))
-    assert [part_of(6, 4, n).stop for n in range(4)] == [2, 4, 5, 6]
-    assert rows_at(torch.tensor([40, 3, 17]), torch.tensor([17, 40])).tolist() == [2, 0]
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"tensor": 0}, "tensor must be at least 1"),
-        ({"data": 2}, "data=2"),
-        ({"timeout": 0}, "timeout must"),
-        ({"placement": "x"}, "needs parallel.expert"),
-    ],
-)
-def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ParallelConfig(**settings)
+def test_default_model(default_model: Path, tmp_path: Path, sizes: dict[str, int], extra: dict[str, int]) -> None:
+    found = compare(tmp_path, str(default_model), sizes, extra)
+    assert ("dispatch" in found["received"]) == ("experts_per_token" in extra)

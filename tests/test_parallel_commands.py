@@ -80,7 +80,7 @@ class Fleet:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axis", ["tensor", "pipeline"])
+@pytest.mark.parametrize("axis", ["tensor", "pipeline", "expert"])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_streams_end_with_an_error_when_a_worker_does(
     make_checkpoint: Callable[..., Path], tmp_path: Path, how: signal.Signals, axis: str
@@ -127,7 +127,7 @@ def run(processes: int, *command: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axis", ["tensor", "pipeline"])
+@pytest.mark.parametrize("axis", ["tensor", "pipeline", "expert", "data"])
 def test_a_contract_that_two_processes_made_holds_in_two(tmp_path: Path, axis: str) -> None:
     settings = ["dtype=float32", "requests=40", "test_requests=10", "max_tokens=12", "probabilities=[0.95,0.6]"]
     output = tmp_path / "calibration"
@@ -159,7 +159,7 @@ def test_a_contract_that_two_processes_made_holds_in_two(tmp_path: Path, axis: s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axis", ["tensor", "pipeline"])
+@pytest.mark.parametrize("axis", ["tensor", "pipeline", "expert", "data"])
 def test_studies_measure_what_one_process_measures(tmp_path: Path, axis: str) -> None:
     settings = ["model=tiny", "dtype=float32", "requests=12", "texts=12", "max_tokens=16", "timing_groups=2"]
     settings.append("quality.exit_thresholds={4: 0.5, 8: 0.5, 12: 0.5}")

@@ -14,33 +14,46 @@ class BlockPool:
 
     A page is *exact* if it and everything before it in its sequence holds what the full model computes. Others belong
     to one sequence for good: they get no digest and no second holder.
+
+    Arguments:
+        num_pages: in all; a multiple of ``homes``.
+        homes: so many equal runs of pages lie in different places. A sequence keeps to one of them.
     """
 
-    def __init__(self, num_pages: int) -> None:
+    def __init__(self, num_pages: int, homes: int = 1) -> None:
+        assert num_pages % homes == 0, f"{num_pages} pages in {homes} homes"
         self.num_pages = num_pages
+        self.homes = homes
+        self.home_pages = num_pages // homes
         self._references = [0] * num_pages
-        self._empty = list(range(num_pages - 1, -1, -1))
-        self._findable: OrderedDict[int, None] = OrderedDict()  # free pages with a digest, longest released first
-        self._page_of: dict[bytes, int] = {}
+        ends = range(self.home_pages, num_pages + 1, self.home_pages)
+        # By home: pages that hold nothing; free pages with a digest, longest released first; pages by digest.
+        self._empty = [list(range(end - 1, end - self.home_pages - 1, -1)) for end in ends]
+        self._findable: list[OrderedDict[int, None]] = [OrderedDict() for _ in ends]
+        self._page_of: list[dict[bytes, int]] = [{} for _ in ends]
         self._digest_of: dict[int, bytes] = {}
         self._approximate: set[int] = set()
 
     @property
     def num_free(self) -> int:
-        """Pages that ``allocate`` can hand out."""
-        return len(self._empty) + len(self._findable)
+        """Pages that ``allocate`` can hand out, in all homes."""
+        return sum(map(self.free_in, range(self.homes)))
+
+    def free_in(self, home: int) -> int:
+        """Pages of a home that ``allocate`` can hand out."""
+        return len(self._empty[home]) + len(self._findable[home])
 
     def references(self, page: int) -> int:
         """How many sequences hold a page."""
         return self._references[page]
 
-    def allocate(self) -> int:
-        """A page with one reference; its content is undefined. There must be a free one."""
-        if self._empty:
-            page = self._empty.pop()
+    def allocate(self, home: int = 0) -> int:
+        """A page of a home with one reference; its content is undefined. There must be a free one."""
+        if self._empty[home]:
+            page = self._empty[home].pop()
         else:
-            page, _ = self._findable.popitem(last=False)
-            del self._page_of[self._digest_of.pop(page)]
+            page, _ = self._findable[home].popitem(last=False)
+            del self._page_of[home][self._digest_of.pop(page)]
         self._references[page] = 1
         self._approximate.discard(page)
         return page
@@ -59,7 +72,7 @@ class BlockPool:
         """One more holder; takes a findable page back from the free ones."""
         assert page not in self._approximate, f"page {page} is approximate and cannot be shared"
         if self._references[page] == 0:
-            del self._findable[page]
+            del self._findable[page // self.home_pages][page]
         self._references[page] += 1
 
     def release(self, pages: Iterable[int]) -> None:
@@ -68,26 +81,29 @@ class BlockPool:
             assert self._references[page] > 0, f"page {page} is released but nobody holds it"
             self._references[page] -= 1
             if self._references[page] == 0:
+                home = page // self.home_pages
                 if page in self._digest_of:
-                    self._findable[page] = None
+                    self._findable[home][page] = None
                 else:
-                    self._empty.append(page)
+                    self._empty[home].append(page)
 
-    def find(self, digest: bytes) -> int | None:
-        """The page with this content, held or free."""
-        return self._page_of.get(digest)
+    def find(self, digest: bytes, home: int = 0) -> int | None:
+        """The page of a home with this content, held or free."""
+        return self._page_of[home].get(digest)
 
     def publish(self, page: int, digest: bytes) -> None:
-        """Let a held page be found by its content. The first page with a content keeps the name."""
+        """Let a held page be found by its content. The first page of its home with a content keeps the name."""
         assert self._references[page] > 0
         assert page not in self._approximate, f"page {page} is approximate and cannot be found"
-        if digest not in self._page_of and page not in self._digest_of:
-            self._page_of[digest] = page
+        page_of = self._page_of[page // self.home_pages]
+        if digest not in page_of and page not in self._digest_of:
+            page_of[digest] = page
             self._digest_of[page] = digest
 
     def forget_contents(self) -> None:
         """No page can be found any more; free ones become empty."""
-        self._empty.extend(self._findable)
-        self._findable.clear()
-        self._page_of.clear()
+        for empty, findable, page_of in zip(self._empty, self._findable, self._page_of, strict=True):
+            empty.extend(findable)
+            findable.clear()
+            page_of.clear()
         self._digest_of.clear()

@@ -14,7 +14,8 @@ class EngineConfig:
         max_num_batched_tokens: rows that one step may compute; longer prompts are prefilled in chunks.
         max_model_len: longest prompt plus output, in tokens; None takes the model's own maximum.
         kv_memory: bytes for keys and values, as a number or with a unit (``2GiB``, ``512MiB``); None takes what
-            ``max_num_seqs`` requests of a typical length need, within a quarter of the free memory.
+            ``max_num_seqs`` requests of a typical length need, within a quarter of the free memory. Several processes
+            share it.
         block_size: tokens per page of the cache.
         enable_prefix_caching: share the pages of equal prompt beginnings between requests.
         max_waiting: queued requests beyond this many are refused (``EngineFull``).

@@ -58,9 +58,10 @@ class Engine:
         self.config = config = config or EngineConfig()
         spec, decoder = model.spec, model.decoder
         self.vocab_size: int = spec.vocab_size
-        num_pages = count_pages(config, spec, decoder.kv_dtype, torch.device(decoder.device))
-        self.max_model_len = _longest_sequence(config, spec.max_position, num_pages)
-        pool = BlockPool(num_pages)
+        device, homes = torch.device(decoder.device), decoder.homes
+        num_pages = count_pages(config, spec, decoder.kv_dtype, device, homes)
+        self.max_model_len = _longest_sequence(config, spec.max_position, num_pages // homes)
+        pool = BlockPool(num_pages, homes)
         cache = PrefixCache(pool, config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(config, pool, cache, spec.longest_window)
         self.runner = Runner(
@@ -375,7 +376,7 @@ class _Pace:
 
 
 def _longest_sequence(config: EngineConfig, max_position: int, num_pages: int) -> int:
-    """Tokens of prompt and output together that one sequence may have."""
+    """Tokens of prompt and output together that one sequence may have; ``num_pages`` are those of one home."""
     wanted = max_position if config.max_model_len is None else config.max_model_len
     if wanted > max_position:
         raise ValueError(f"engine.max_model_len={wanted} exceeds the model's maximum of {max_position} positions")

@@ -67,23 +67,25 @@ def bytes_per_page(spec: ModelSpec, dtype: torch.dtype, page_size: int) -> int:
     return 2 * spec.num_layers * spec.num_kv_heads * page_size * channels * dtype.itemsize
 
 
-def count_pages(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> int:
-    """How many pages the pool gets.
+def count_pages(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device, homes: int = 1) -> int:
+    """How many pages the pool gets: as many in each home.
 
     Raises:
-        ValueError: when the memory holds no page.
+        ValueError: when the memory holds no page for each home.
     """
     page_bytes = bytes_per_page(spec, dtype, config.block_size)
     longest = min(config.max_model_len or spec.max_position, spec.max_position)
     if config.kv_memory is None:
         typical = -(-min(longest, TYPICAL_TOKENS) // config.block_size)
-        wanted = max(config.max_num_seqs * typical, -(-longest // config.block_size) if config.max_model_len else 0)
+        least = -(-longest // config.block_size) * homes if config.max_model_len else 0
+        wanted = max(config.max_num_seqs * typical, least)
         pages = min(wanted, free_memory(device) // 4 // page_bytes)
     else:
         pages = parse_bytes(config.kv_memory) // page_bytes
-    if pages < 1:
-        raise ValueError(f"engine.kv_memory={config.kv_memory} holds no page; one takes {page_bytes} bytes")
-    return pages
+    if pages < homes:
+        many = f"{homes} pages, one for each home" if homes > 1 else "page"
+        raise ValueError(f"engine.kv_memory={config.kv_memory} holds no {many}; one takes {page_bytes} bytes")
+    return pages - pages % homes
 
 
 def allocate_layers(

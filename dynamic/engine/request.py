@@ -141,6 +141,7 @@ class Sequence:
         "draws",
         "first_approximate",
         "first_page",
+        "home",
         "index",
         "num_computed",
         "num_prompt",
@@ -160,6 +161,7 @@ class Sequence:
         self.token_ids = list(request.prompt_token_ids)
         self.num_prompt = len(request.prompt_token_ids)
         self.num_computed = 0  # tokens whose keys and values are in the pages
+        self.home = 0  # where its pages are, while it has any
         self.pages = array("i")
         self.first_page = 0  # those before were given back: no later token sees them
         self.block_digests: list[bytes] = []  # of the full blocks of token_ids, as far as they were needed

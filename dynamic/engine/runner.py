@@ -38,7 +38,7 @@ class Runner:
         self.decoder = decoder
         self.device = torch.device(decoder.device)
         self.page_size = page_size
-        self.kv = decoder.allocate_cache(num_pages, page_size)
+        self.kv = decoder.allocate_cache(num_pages, page_size, decoder.homes)
         # Long prompts with logprobs would need rows x vocabulary floats at once.
         self.max_logit_rows = max(1, LOGITS_CHUNK_BYTES // (4 * decoder.spec.vocab_size))
         self.exits = ExitRunner(decoder, self.kv, page_size, max_num_seqs, park_rows and decoder.processes is None)

@@ -56,6 +56,16 @@ class SchedulerCounters:
     prefix_cache_hits: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Room for a sequence: pages that hold its beginning, how many it needs beside, how many are free now."""
+
+    home: int
+    shared: list[int]
+    new: int
+    free: int
+
+
 class Scheduler:
     """Continuous batching: every step takes decodes first, then prefill chunks, then waiting sequences.
 
@@ -63,9 +73,12 @@ class Scheduler:
     later. When none is left, the running sequence of the lowest rank gives its pages up and is computed again later,
     keeping the tokens it has; rank is priority, then arrival, then number of the completion.
 
+    Where the pool has several homes, a waiting sequence goes to the one that has most of its beginning, among equals to
+    the one with the most free pages, and stays there; who needs a page takes it from sequences of the same home.
+
     Arguments:
         config: limits of a step.
-        pool: pages; must hold any one sequence alone.
+        pool: pages; each home must hold any one sequence alone.
         cache: finds shared pages.
         window: how many positions a token sees at most, itself included; None: all. Pages behind it are given back.
     """
@@ -119,8 +132,8 @@ class Scheduler:
             is_new = block == len(sequence.pages)
             if not is_new and self.pool.references(sequence.pages[block]) == 1:
                 return True
-            if self.pool.num_free:
-                page = self.pool.allocate()
+            if self.pool.free_in(sequence.home):
+                page = self.pool.allocate(sequence.home)
                 if is_new:
                     sequence.pages.append(page)
                 else:  # shared with another completion: write to a copy
@@ -128,7 +141,8 @@ class Scheduler:
                     self.pool.release([sequence.pages[block]])
                     sequence.pages[block] = page
                 return True
-            victim = self.running[-1]  # not yet in this step's work, because sequences take pages by rank
+            # Not yet in this step's work, because sequences take pages by rank.
+            victim = next(other for other in reversed(self.running) if other.home == sequence.home)
             self._preempt(victim)
             if victim is sequence:
                 return False
@@ -147,16 +161,15 @@ class Scheduler:
         if not self.waiting or len(self.running) >= self.max_num_seqs:
             return None
         sequence = self.waiting[0]
-        shared = self.cache.lookup(sequence)
-        new = -(-sequence.num_tokens // self.page_size) - len(shared)
-        taken = new + sum(self.pool.references(page) == 0 for page in shared)
-        # One page in reserve for each running sequence: else an admission is soon followed by a preemption.
-        if taken + len(self.running) > self.pool.num_free:
+        places = [self._place(sequence, home) for home in range(self.pool.homes)]
+        place = max(filter(None, places), key=lambda place: (len(place.shared), place.free, -place.home), default=None)
+        if place is None:
             return None
+        shared, sequence.home = place.shared, place.home
         for page in shared:
             self.pool.retain(page)
         sequence.pages.extend(shared)
-        sequence.pages.extend(self.pool.allocate() for _ in range(new))
+        sequence.pages.extend(self.pool.allocate(place.home) for _ in range(place.new))
         sequence.num_computed = len(shared) * self.page_size
         if self.cache.enabled:
             self.counters.prefix_cache_queries += sequence.num_tokens
@@ -166,6 +179,15 @@ class Scheduler:
         insort(self.running, sequence, key=_rank)
         self._changes += 1
         return sequence
+
+    def _place(self, sequence: Sequence, home: int) -> _Place | None:
+        """What a waiting sequence would get in a home; None if there is no room for it."""
+        shared, free = self.cache.lookup(sequence, home), self.pool.free_in(home)
+        new = -(-sequence.num_tokens // self.page_size) - len(shared)
+        taken = new + sum(self.pool.references(page) == 0 for page in shared)
+        # One page in reserve for each running sequence: else an admission is soon followed by a preemption.
+        reserve = self.running if self.pool.homes == 1 else [s for s in self.running if s.home == home]
+        return None if taken + len(reserve) > free else _Place(home, shared, new, free)
 
     def computed(self, entry: Entry) -> None:
         """Record that an entry has run."""
@@ -198,6 +220,7 @@ class Scheduler:
                 continue
             for page in sequence.pages[sequence.first_page :]:
                 self.pool.retain(page)
+            sibling.home = sequence.home
             sibling.pages.extend(sequence.pages)
             sibling.first_page = sequence.first_page
             sibling.num_computed = sequence.num_computed

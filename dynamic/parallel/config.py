@@ -14,8 +14,9 @@ class ParallelConfig:
         tensor: processes that share every head and every neuron of an FFN among them.
         expert: processes that share the experts of every mixture among them.
         pipeline: stages of layers; a model with exits is cut at them.
-        data: copies of the model; only 1 so far.
+        data: copies of the model, among which the rows of every step are shared out.
         micro_batches: parts of a step that follow one another through the stages; 0: as many as there are stages.
+        padded_rows: the exchange between experts sends steps of at most so many rows without asking how many go where.
         timeout: seconds after which a process that does not answer counts as hung.
         placement: file by whose measured load experts are spread over the expert axis; null takes them in their order.
         record_load: file that takes the load of each expert when the processes end.
@@ -26,6 +27,7 @@ class ParallelConfig:
     pipeline: int = 1
     data: int = 1
     micro_batches: int = 0
+    padded_rows: int = 256
     timeout: float = 30.0
     placement: str | None = None
     record_load: str | None = None
@@ -34,10 +36,9 @@ class ParallelConfig:
         for name in ("tensor", "expert", "pipeline", "data"):
             if getattr(self, name) < 1:
                 raise ValueError(f"parallel.{name} must be at least 1, not {getattr(self, name)}")
-        if self.data > 1:
-            raise ValueError(f"parallel.data={self.data} is not supported; only 1 is")
-        if self.micro_batches < 0:
-            raise ValueError(f"parallel.micro_batches must be at least 0, not {self.micro_batches}")
+        for name in ("micro_batches", "padded_rows"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"parallel.{name} must be at least 0, not {getattr(self, name)}")
         if not self.timeout > 0:
             raise ValueError(f"parallel.timeout must be above 0 seconds, not {self.timeout}")
         if self.placement is not None and self.expert == 1:
@@ -51,11 +52,16 @@ class ParallelConfig:
     @property
     def stage_size(self) -> int:
         """Processes of one stage."""
-        return self.tensor * self.expert
+        return self.tensor * self.homes
+
+    @property
+    def homes(self) -> int:
+        """Places where sequences live: each is the processes of one tensor group in every stage."""
+        return self.expert * self.data
 
     def __str__(self) -> str:
-        stages = f", pipeline {self.pipeline}" if self.pipeline > 1 else ""
-        return f"tensor {self.tensor}, expert {self.expert}{stages}"
+        more = [(name, getattr(self, name)) for name in ("data", "pipeline")]
+        return f"tensor {self.tensor}, expert {self.expert}" + "".join(f", {n} {size}" for n, size in more if size > 1)
 
 
 def launched_rank() -> int:

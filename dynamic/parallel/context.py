@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .config import ParallelConfig, launched_rank, launched_size
 from .plan import FIRST, Message, decode, length
 
-AXES = ("pipeline", "expert", "tensor")
+AXES = ("pipeline", "data", "expert", "tensor")
 _IDLE = timedelta(days=30)  # workers wait this long for the next step
 _DESCRIPTION = 1 << 16  # bytes
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -30,11 +30,14 @@ class ParallelContext:
     """The process groups of one model.
 
     Arguments:
-        config: sizes of the axes. Ranks are numbered with the tensor axis innermost and the stages outermost.
+        config: sizes of the axes. Ranks are numbered with the tensor axis innermost, then experts, then copies of the
+            model, and the stages outermost.
         device: of the model.
 
     Attributes:
         world_rank: of this process; rank: its rank within its stage.
+        home: whose rows it runs.
+        homes_group: this stage's ranks of all homes with the same tensor rank; expert_group: those of the same copy.
         mesh: all ranks by :data:`AXES`.
 
     Raises:
@@ -52,7 +55,8 @@ class ParallelContext:
         self.device = device
         self.world_rank = launched_rank()
         self.stage, self.rank = divmod(self.world_rank, config.stage_size)
-        self.expert_rank, self.tensor_rank = divmod(self.rank, config.tensor)
+        self.home, self.tensor_rank = divmod(self.rank, config.tensor)
+        self.data_rank, self.expert_rank = divmod(self.home, config.expert)
         self.failed = False
         self.received: Counter[str] = Counter()  # bytes from other ranks, by what for
         self.sums = 0
@@ -63,12 +67,12 @@ class ParallelContext:
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=timeout)
         self._plans: Any = dist.new_group(backend="gloo", timeout=_IDLE)
-        ranks_PET = torch.arange(config.size).view(config.pipeline, config.expert, config.tensor)
-        groups = [self._my_group(ranks_PET.movedim(axis, -1)) for axis in range(ranks_PET.dim())]
-        self.mesh = DeviceMesh.from_group(groups, device.type, ranks_PET, mesh_dim_names=AXES)
+        ranks_PAET = torch.arange(config.size).view([getattr(config, axis) for axis in AXES])
+        groups = [self._my_group(ranks_PAET.movedim(axis, -1)) for axis in range(ranks_PAET.dim())]
+        self.mesh = DeviceMesh.from_group(groups, device.type, ranks_PAET, mesh_dim_names=AXES)
         self.tensor_group: Any = self.mesh.get_group("tensor")
-        # All that share this rank's layers.
-        self.everyone: Any = dist.group.WORLD if config.pipeline == 1 else self._my_group(ranks_PET.flatten(1))
+        self.expert_group: Any = self.mesh.get_group("expert")
+        self.homes_group: Any = self._my_group(ranks_PAET.flatten(1, 2).movedim(1, -1))
 
     @property
     def leads(self) -> bool:
@@ -153,6 +157,33 @@ class ParallelContext:
                 work.wait()
         return parts
 
+    def swap(
+        self, rows: torch.Tensor, sent: Sequence[int], coming: Sequence[int], group: dist.ProcessGroup, purpose: str
+    ) -> tuple[torch.Tensor, Any]:
+        """Send every rank of a group its part of some rows, and receive what all have for this one.
+
+        Arguments:
+            rows: those for the first rank in front; ``sent`` and ``coming`` count them by rank.
+            purpose: that the bytes are counted under.
+
+        Returns: the rows of all ranks in their order, and what :meth:`finish` waits for before they are read.
+        """
+        found = rows.new_empty(sum(coming), *rows.shape[1:])
+        with self.watched():
+            work = dist.all_to_all_single(found, rows, list(coming), list(sent), group=group, async_op=True)
+        others = len(found) - coming[dist.get_rank(group)]
+        self.received[purpose] += others * found.stride(0) * found.element_size()
+        return found, work
+
+    def finish(self, work: Any) -> None:
+        """Wait for what :meth:`swap` began.
+
+        Raises:
+            RuntimeError: when a rank has died or does not answer in time.
+        """
+        with self.watched():
+            work.wait()
+
     def share(self, x_RD: torch.Tensor, group: dist.ProcessGroup) -> None:
         """Give rank 0's rows to all of its group: they are written over those of the others."""
         with self.watched():
@@ -204,5 +235,5 @@ class ParallelContext:
 
 
 def _axes(config: ParallelConfig) -> str:
-    stages = f", parallel.pipeline={config.pipeline}" if config.pipeline > 1 else ""
-    return f"parallel.tensor={config.tensor} and parallel.expert={config.expert}{stages}"
+    sizes = {axis: getattr(config, axis) for axis in reversed(AXES)}
+    return ", ".join(f"parallel.{axis}={size}" for axis, size in sizes.items() if size > 1) or "parallel.tensor=1"

@@ -1,12 +1,13 @@
 """A decoder whose weights are spread over ranks: rank 0 is called as any decoder, the others follow its messages.
 
 Rows are known by their slots in the cache: a message names those that go on, and every rank picks them out of what it
-has. So it is rank 0 alone that decides who leaves at an exit. Shape suffixes as in ``kernels/types.py``.
+has. So it is rank 0 alone that decides who leaves at an exit. Each home runs its own rows (:mod:`.homes`), and all
+ranks of a stage have all rows again behind every segment. Shape suffixes as in ``kernels/types.py``; W rows of a home.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -17,29 +18,19 @@ import torch
 import torch.nn.functional as F
 
 from ...exits.segments import Segment
-from ...kernels.types import AttentionBatch, ExpertBudget, ExpertWeights, KVLayer, Routing
-from ..decoder import Decoder, LayerWeights
+from ...kernels.types import AttentionBatch, ExpertBudget, KVLayer, Routing
+from ...moe.dispatch import share_experts
+from ..decoder import Decoder, LayerWeights, make_stack
 from ..decoder_exits import DecoderExit
+from ..engine.budgets import budget_of
 from ..engine.kv_cache import allocate_layers, copy_pages
 from ..outputs import Exchange
 from ..spec import LayerSpec, ModelSpec
+from .exchange import Departure, ExpertExchange
+from .homes import SharedCache, cache_of, on_device, share_rows, spread
 from .load import ExpertLoad, write_load
-from .plan import Message, Operation, read_batch, read_budget, read_leaving, run_message
+from .plan import Message, Operation, leave_message, read_batch, read_budget, read_leaving, run_message
 from .shards import Shard, part_of, width
-
-
-class SharedCache(list[KVLayer]):
-    """One rank's share of a cache that all ranks know by its number."""
-
-    def __init__(self, layers: Iterable[KVLayer], number: int) -> None:
-        super().__init__(layers)
-        self.number = number
-
-
-def number_of(kv: Sequence[KVLayer]) -> int:
-    """Of a cache that :meth:`ParallelDecoder.allocate_cache` made."""
-    assert isinstance(kv, SharedCache), "other ranks do not have this cache"
-    return kv.number
 
 
 class ParallelDecoder(Decoder):
@@ -54,14 +45,19 @@ class ParallelDecoder(Decoder):
         self.context = shard.context
         self.processes = str(shard.context.config) + shard.placed
         config = shard.context.config
-        # For the metrics of rank 0, and for the file that is written at the end.
-        self._counts_load = config.record_load is not None or (config.expert > 1 and self.context.leads)
+        self.homes = config.homes
+        self.held = shard.held
         self.load = ExpertLoad(shard.whole, self.device)
-        self._local_experts = {
-            number: local_numbers(parts[self.context.expert_rank], sum(map(len, parts)), self.device)
-            for number, parts in shard.placement.items()
+        self._exchange = ExpertExchange(self.context, config.padded_rows)
+        self._executed_X = torch.zeros_like(self._exchange.executed_X)  # of all homes
+        self._shares = {
+            number: share_experts(shard.placement[number], moe.router.top_k + moe.num_always_on, self.device)
+            for number, moe in ((number, layer.moe) for number, layer in enumerate(spec.layers))
+            if moe is not None and not moe.is_dense and config.expert > 1
         }
-        self._rank_of_NE = shard.expert_ranks(self.load.rows_NE)
+        # Where no other rank is needed in between, the layers are one thing.
+        alone = config.tensor == 1 and not self._shares and config.record_load is None
+        self._held_stack = make_stack(self, self.held) if alone else None
         self.local_spec = shard.spec
         self.num_heads, self.num_kv_heads = shard.spec.num_heads, shard.spec.num_kv_heads
         self.vocabulary = shard.vocabulary
@@ -73,11 +69,13 @@ class ParallelDecoder(Decoder):
             int, tuple[torch.Tensor, torch.Tensor]
         ] = {}  # of a worker, by cache: the last ones, their slots
 
-    def allocate_cache(self, num_pages: int, page_size: int) -> list[KVLayer]:
+    def allocate_cache(self, num_pages: int, page_size: int, homes: int = 1) -> list[KVLayer]:
         """See :meth:`Decoder.allocate_cache`; on all ranks. The workers' shares go when rank 0 lets go of its own."""
         self._caches += 1
-        cache = SharedCache(self._allocate(num_pages, page_size), self._caches)
-        self._tell(Message(operation=Operation.ALLOCATE, cache=cache.number, arguments=(num_pages, page_size)))
+        home, pages = self.context.home, num_pages // homes
+        layers = self._allocate(pages if home < homes else 0, page_size)
+        cache = SharedCache(layers, self._caches, pages, home)
+        self._tell(Message(operation=Operation.ALLOCATE, cache=cache.number, arguments=(num_pages, page_size, homes)))
         if self.context.leads:
             finalize(cache, self._dropped.append, cache.number)
         return cache
@@ -88,11 +86,12 @@ class ParallelDecoder(Decoder):
     def copy_pages(self, kv: list[KVLayer], copies: list[tuple[int, int]]) -> None:
         """See :meth:`Decoder.copy_pages`; on all ranks."""
         blocks = tuple(torch.tensor(copies).T)
-        self._tell(Message(operation=Operation.COPY, cache=number_of(kv), blocks=blocks))
-        self._copy(kv, copies)
+        self._tell(Message(operation=Operation.COPY, cache=cache_of(kv).number, blocks=blocks))
+        self._copy(cache_of(kv), copies)
 
-    def _copy(self, kv: Sequence[KVLayer], copies: list[tuple[int, int]]) -> None:
-        copy_pages(kv, copies)
+    def _copy(self, cache: SharedCache, copies: list[tuple[int, int]]) -> None:
+        if own := cache.own_copies(copies):
+            copy_pages(cache[self.held.start : self.held.stop], own)
 
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         """See :meth:`Decoder.embed`; the ids travel with the first segment's message, where no rank needs another's
@@ -138,25 +137,103 @@ class ParallelDecoder(Decoder):
         budget: ExpertBudget | None = None,
     ) -> torch.Tensor:
         """See :meth:`Decoder.run_segment`; all ranks run it."""
+        message = self._tell_run(segment, kv, batch, router_entropy_T, budget)
+        return self._run_layers(segment.layers, x_TD, kv, read_batch(message), router_entropy_T, budget)
+
+    def _tell_run(
+        self,
+        segment: Segment,
+        kv: Sequence[KVLayer],
+        batch: AttentionBatch,
+        router_entropy_T: torch.Tensor | None,
+        budget: ExpertBudget | None,
+    ) -> Message:
         self.reserve_positions(batch.max_context_len)  # refused before anybody is told
-        self._tell(run_message(number_of(kv), segment.layers, self._token_ids_T, batch, budget))
+        entropy, number = router_entropy_T is not None, cache_of(kv).number
+        message = run_message(number, segment.layers, self._token_ids_T, batch, budget, entropy)
+        self._tell(message)
         self._token_ids_T = None
-        return super().run_segment(segment, x_TD, kv, batch, router_entropy_T, budget)
+        return message
+
+    @torch.inference_mode()
+    def _run_layers(
+        self,
+        layers: range,
+        x_TD: torch.Tensor,
+        kv: Sequence[KVLayer],
+        batch: AttentionBatch,
+        entropy_T: torch.Tensor | None,
+        budget: ExpertBudget | None,
+    ) -> torch.Tensor:
+        """Run rows that all ranks of the stage have; ``batch`` is on the host. See :meth:`Decoder.run_segment`."""
+        cache = cache_of(kv)
+        if self.homes == 1:
+            return self._run_own(layers, x_TD, cache, batch, entropy_T, budget)
+        found = spread(batch, cache, self.homes)
+        own_W = found.rows[cache.home].to(self.device)
+        x_WD = x_TD[own_W]
+        entropy_W = None if entropy_T is None else entropy_T[own_W]
+        books = None if budget is None else budget_of(budget, own_W)
+        self._exchange.begin(found.counts)
+        if found.own is not None:
+            x_WD = self._run_own(layers, x_WD, cache, found.own, entropy_W, books)
+        elif any(self._exchange.rows):
+            self._lend_experts(layers)
+        columns = [entropy_W, None if books is None else books.skipped_T.float()]
+        own_WY = torch.cat((x_WD, *(column_W[:, None] for column_W in columns if column_W is not None)), 1)
+        rows_TY, executed_X = share_rows(self.context, own_WY, self._exchange.executed_X, found)
+        self._executed_X += executed_X
+        if entropy_T is not None:
+            entropy_T.copy_(rows_TY[:, x_TD.shape[1]])
+        if budget is not None:
+            budget.skipped_T.add_(rows_TY[:, -1].long())
+        return rows_TY[:, : x_TD.shape[1]].contiguous()
+
+    def _run_own(
+        self,
+        layers: range,
+        x_WD: torch.Tensor,
+        cache: SharedCache,
+        batch: AttentionBatch,
+        entropy_W: torch.Tensor | None,
+        budget: ExpertBudget | None,
+    ) -> torch.Tensor:
+        """Run the rows of this rank's home."""
+        batch = on_device(batch, self.device)
+        if self._held_stack is None:
+            segment = Segment(index=0, layers=layers)
+            return super().run_segment(segment, x_WD, cache, batch, entropy_W, budget)
+        first, stop = self.held.start, self.held.stop  # the stack counts its own layers only
+        self.reserve_positions(batch.max_context_len)
+        if budget is not None:
+            keep_WL, cap_WL = (x_WL[:, first:stop].contiguous() for x_WL in (budget.keep_TL, budget.cap_TL))
+            budget = ExpertBudget(keep_TL=keep_WL, cap_TL=cap_WL, skipped_T=budget.skipped_T)
+        own = range(layers.start - first, layers.stop - first)
+        return self._held_stack.run(own, x_WD, cache[first:stop], self.cos_sin_LC, batch, entropy_W, budget)
+
+    def _lend_experts(self, layers: range) -> None:
+        """Run other homes' rows through the experts that are here; this one has none in this step."""
+        x_0D = torch.empty(0, self.spec.hidden_size, dtype=self.dtype, device=self.device)
+        for number in layers:
+            if shares := self._shares.get(number):
+                ids_0K = torch.empty(0, shares.top_k, dtype=torch.int32, device=self.device)
+                nobody = Routing(expert_ids_TK=ids_0K, weights_TK=ids_0K.float())
+                self._through_experts(number, self._exchange.depart(x_0D, nobody, shares))
 
     def project(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
-        """See :meth:`Decoder.project`; every rank writes the keys and values of its heads."""
-        arguments = (exit.after_layers, batch.max_context_len)
-        blocks = (batch.positions_T, batch.slots_T)
-        self._tell(Message(operation=Operation.PROJECT, cache=number_of(kv), arguments=arguments, blocks=blocks))
-        super().project(exit, x_RD, kv, batch)
+        """See :meth:`Decoder.project`; every rank writes the keys and values of its heads, of its home's rows."""
+        message = leave_message(cache_of(kv).number, exit.after_layers, batch)
+        self._tell(message)
+        self._project_own(exit, x_RD, kv, read_leaving(message))
+
+    def _project_own(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
+        own_W, own = cache_of(kv).own_rows(batch)
+        if len(own_W):
+            super().project(exit, x_RD[own_W.to(self.device)], kv, on_device(own, self.device))
 
     def exchange(self) -> Exchange:
         """See :meth:`Decoder.exchange`."""
-        expert = self.context.config.expert
-        rows_P = self.load.rows_NE.new_zeros(expert if expert > 1 else 0)
-        if expert > 1:
-            rows_P.scatter_add_(0, self._rank_of_NE.flatten(), self.load.rows_NE.flatten())
-        return Exchange(received=dict(self.context.received), expert_rows=tuple(rows_P.tolist()))
+        return Exchange(received=dict(self.context.received), expert_rows=tuple(self._executed_X.tolist()))
 
     def close(self) -> None:
         """Let the workers go, those that are still there. Only rank 0 calls this."""
@@ -167,12 +244,12 @@ class ParallelDecoder(Decoder):
         self.context.close()
 
     def _record_load(self) -> None:
-        """Bring the stages' counts together, where they are wanted; the last thing that all ranks do."""
+        """Bring the counts of homes and stages together, where they are wanted; the last thing that all ranks do."""
         if self.context.config.record_load is None:
             return
         counts = self.context.gather(self.load.rows_NE.cpu())
         if self.context.leads:
-            rows_NE = torch.stack(counts[:: self.context.config.stage_size]).sum(0)
+            rows_NE = torch.stack(counts[:: self.context.config.tensor]).sum(0)
             write_load(rows_NE, self.spec, Path(self.context.config.record_load).expanduser())
 
     @torch.inference_mode()
@@ -186,13 +263,13 @@ class ParallelDecoder(Decoder):
         caches: dict[int, list[KVLayer]] = {}
         while (message := self.context.receive()).operation is not Operation.STOP:
             if message.operation is Operation.ALLOCATE:
-                caches[message.cache] = self.allocate_cache(*message.arguments[:2])
+                caches[message.cache] = self.allocate_cache(*message.arguments[:3])
             elif message.operation is Operation.FREE:
                 del caches[message.cache]
                 self._forget(message.cache)
             elif message.operation is Operation.COPY:
                 pages, copies = (block.tolist() for block in message.blocks[:2])
-                self._copy(caches[message.cache], list(zip(pages, copies, strict=True)))
+                self._copy(cache_of(caches[message.cache]), list(zip(pages, copies, strict=True)))
             elif message.operation is Operation.RUN:
                 self._obey_run(message, caches[message.cache])
             elif message.operation is Operation.PROJECT:
@@ -209,11 +286,17 @@ class ParallelDecoder(Decoder):
         self.context.close()
 
     def _obey_run(self, message: Message, kv: list[KVLayer]) -> None:
-        batch = read_batch(message, self.device)
-        x_TD = self._beginning(message) if message.arguments[0] == 0 else self._pick(message.cache, batch.slots_T)
-        segment = Segment(index=0, layers=range(*message.arguments[:2]))
-        budget = read_budget(message, len(batch.slots_T), self.device)
-        self._rows[message.cache] = self.run_segment(segment, x_TD, kv, batch, budget=budget), batch.slots_T
+        batch, layers = read_batch(message), range(*message.arguments[:2])
+        self.reserve_positions(batch.max_context_len)
+        x_TD = self._beginning(message) if layers.start == 0 else self._pick(message.cache, batch.slots_T)
+        entropy_T, budget = self._read_books(message, batch)
+        self._rows[message.cache] = self._run_layers(layers, x_TD, kv, batch, entropy_T, budget), batch.slots_T
+
+    def _read_books(self, message: Message, batch: AttentionBatch) -> tuple[torch.Tensor | None, ExpertBudget | None]:
+        """What is written down beside rows: the routers' entropy, where it is wanted, and the experts' budget."""
+        count = len(batch.slots_T)
+        entropy_T = torch.zeros(count, device=self.device) if message.arguments[5] else None
+        return entropy_T, read_budget(message, count, self.device)
 
     def _beginning(self, message: Message) -> torch.Tensor:
         """The rows that layer 0 runs."""
@@ -223,13 +306,13 @@ class ParallelDecoder(Decoder):
         return x_TD
 
     def _obey_project(self, message: Message, kv: list[KVLayer]) -> None:
-        leaving = read_leaving(message, self.device)
+        leaving = read_leaving(message)
         x_RD = self._pick(message.cache, leaving.slots_T)
-        self.project(self.exits[message.arguments[0]], x_RD, kv, leaving)
+        self._project_own(self.exits[message.arguments[0]], x_RD, kv, leaving)
 
     def _pick(self, cache: int, slots_R: torch.Tensor) -> torch.Tensor:
         x_TD, slots_T = self._rows[cache]
-        return x_TD[rows_at(slots_T, slots_R)]
+        return x_TD[rows_at(slots_T, slots_R).to(self.device)]
 
     def _forget(self, cache: int) -> None:
         """Drop what is remembered beside a cache that is gone."""
@@ -260,44 +343,31 @@ class ParallelDecoder(Decoder):
     def _ffn(
         self, number: int, x_TD: torch.Tensor, routed: list[torch.Tensor] | None, budget: ExpertBudget | None
     ) -> torch.Tensor:
-        return self.context.sum(super()._ffn(number, x_TD, routed, budget), self.context.everyone)
+        return self.context.sum(super()._ffn(number, x_TD, routed, budget), self.context.tensor_group)
 
-    def _experts(self, x_TD: torch.Tensor, number: int, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
-        if self._counts_load:
+    def _mixture(self, number: int, x_TD: torch.Tensor, routing: Routing) -> torch.Tensor:
+        if self.context.config.record_load is not None:
             self.load.observe(number, routing)
-        if routing.identity_weights_T is not None and self.context.rank:
-            routing = replace(routing, identity_weights_T=torch.zeros_like(routing.identity_weights_T))
-        if self.context.config.expert > 1:
-            routing = held_here(routing, self._local_experts[number])
-        return super()._experts(x_TD, number, weights, routing)
+        identity_T = routing.identity_weights_T
+        if identity_T is not None and self.context.tensor_rank:  # the ranks of a tensor group add up
+            identity_T = torch.zeros_like(identity_T)
+        shares = self._shares.get(number)
+        if shares is None:
+            return super()._mixture(number, x_TD, replace(routing, identity_weights_T=identity_T))
+        departure = self._exchange.depart(x_TD, routing, shares)
+        shared_TD = self._shared(number, x_TD)  # while the rows are on their way
+        total_TD = self._through_experts(number, departure)
+        if identity_T is not None:
+            total_TD.addcmul_(x_TD.float(), identity_T[:, None])
+        if shared_TD is not None:
+            total_TD += shared_TD
+        return total_TD.to(x_TD.dtype)
 
-
-def local_numbers(experts: Sequence[int], count: int, device: torch.device | str) -> torch.Tensor:
-    """Of all ``count`` experts, the numbers of these ones on their rank, and -1 for the others, int32, (E,)."""
-    local_E = torch.full((count,), -1, dtype=torch.int32)
-    local_E[list(experts)] = torch.arange(len(experts), dtype=torch.int32)
-    return local_E.to(device)
-
-
-def held_here(routing: Routing, local_E: torch.Tensor) -> Routing:
-    """The slots of a routing whose experts lie on this rank, in front and in their order.
-
-    Arguments:
-        local_E: of :func:`local_numbers`.
-    """
-    ids_TK = local_E[routing.expert_ids_TK.long()]
-    here_TK = ids_TK >= 0
-    if routing.counts_T is not None:
-        here_TK &= torch.arange(ids_TK.shape[1], device=ids_TK.device) < routing.counts_T[:, None]
-    order_TK = here_TK.int().argsort(dim=1, descending=True, stable=True)
-    here_TK = here_TK.gather(1, order_TK)
-    return replace(
-        routing,
-        expert_ids_TK=ids_TK.gather(1, order_TK).where(here_TK, 0).contiguous(),
-        weights_TK=routing.weights_TK.gather(1, order_TK).where(here_TK, 0).contiguous(),
-        counts_T=here_TK.sum(1, dtype=torch.int32),
-        index=None,
-    )
+    def _through_experts(self, number: int, departure: Departure) -> torch.Tensor:
+        rows_RD, routing = self._exchange.arrive(departure)
+        if len(rows_RD):
+            rows_RD = self.backend.experts(rows_RD, self.layers[number].ffn, routing)
+        return self._exchange.come_home(departure, rows_RD)
 
 
 def rows_at(slots_T: torch.Tensor, wanted_R: torch.Tensor) -> torch.Tensor:

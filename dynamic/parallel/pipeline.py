@@ -17,14 +17,13 @@ import torch
 
 from ...exits.segments import Segment
 from ...kernels.types import AttentionBatch, ExitDecision, ExpertBudget, KVLayer
-from ..decoder import Decoder, make_stack
 from ..decoder_exits import DecoderExit
-from ..engine.kv_cache import copy_pages
 from ..outputs import Exchange
 from ..spec import ModelSpec
-from .decoder import ParallelDecoder, number_of, rows_at
+from .decoder import ParallelDecoder, rows_at
+from .homes import SharedCache, cache_of, on_device
 from .links import StageLinks
-from .plan import Message, Operation, read_batch, read_budget, read_leaving, rows_only, run_message
+from .plan import Message, Operation, leave_message, read_batch, read_leaving
 from .shards import Shard
 from .stages import budget_part, micro_batches
 
@@ -33,7 +32,7 @@ MOST_OWED = 256  # rows that wait for company on their way to one stage
 
 @dataclass(frozen=True)
 class _Debt:
-    """Rows that left behind ``after_layers`` layers; the batch says where the layers behind keep their keys."""
+    """Rows that left behind ``after_layers`` layers; the batch, on the host, says where their keys go."""
 
     after_layers: int
     batch: AttentionBatch
@@ -45,7 +44,7 @@ class _Debt:
 
 @dataclass(frozen=True)
 class _Ran:
-    """The rows that this stage ran last, and what the probe behind them looks at beside."""
+    """The rows that this stage ran last, their slots on the host, and what the probe behind them looks at beside."""
 
     x_TD: torch.Tensor
     slots_T: torch.Tensor
@@ -54,7 +53,7 @@ class _Ran:
 
     def pick(self, slots_R: torch.Tensor) -> torch.Tensor:
         """The rows at some slots, (R, D)."""
-        return self.x_TD[rows_at(self.slots_T, slots_R)]
+        return self.x_TD[rows_at(self.slots_T, slots_R).to(self.x_TD.device)]
 
 
 class PipelineDecoder(ParallelDecoder):
@@ -67,10 +66,8 @@ class PipelineDecoder(ParallelDecoder):
     def __init__(self, spec: ModelSpec, *arguments: Any, shard: Shard, **more: Any) -> None:
         super().__init__(spec, *arguments, shard=shard, **more)
         self.stages, self.stage = shard.stages, shard.context.stage
-        self.held, self.read_bytes = shard.held, shard.read_bytes
+        self.read_bytes = shard.read_bytes
         self.links = StageLinks(self.context)
-        # Without sums in between, a stage's layers are one thing.
-        self._stack = make_stack(self, self.held) if self.context.config.stage_size == 1 else None
         self._parts = self.context.config.micro_batches or len(self.stages)
         self._ran: dict[int, _Ran] = {}  # by cache
         self._current: Sequence[KVLayer] = ()  # the cache that rows ran on last, and that debts are about
@@ -95,9 +92,9 @@ class PipelineDecoder(ParallelDecoder):
         absent = KVLayer(keys_BGPC=none, values_BGPC=none)
         return [layer if number in self.held else absent for number, layer in enumerate(layers)]
 
-    def _copy(self, kv: Sequence[KVLayer], copies: list[tuple[int, int]]) -> None:
+    def _copy(self, cache: SharedCache, copies: list[tuple[int, int]]) -> None:
         self._settle()  # what is owed may belong on these pages
-        copy_pages(kv[self.held.start : self.held.stop], copies)
+        super()._copy(cache, copies)
 
     def run_segment(
         self,
@@ -109,10 +106,8 @@ class PipelineDecoder(ParallelDecoder):
         budget: ExpertBudget | None = None,
     ) -> torch.Tensor:
         """See :meth:`Decoder.run_segment`; behind a layer of another stage that is not the last: the slots, (T, 1)."""
-        self.reserve_positions(batch.max_context_len)  # refused before anybody is told
-        self._tell(run_message(number_of(kv), segment.layers, self._token_ids_T, batch, budget))
-        self._token_ids_T = None
-        ran_TD = self._run(segment.layers, x_TD, kv, batch, router_entropy_T, budget)
+        message = self._tell_run(segment, kv, batch, router_entropy_T, budget)
+        ran_TD = self._run(segment.layers, x_TD, kv, read_batch(message), router_entropy_T, budget)
         return batch.slots_T[:, None] if ran_TD is None else ran_TD
 
     def decide(
@@ -137,9 +132,9 @@ class PipelineDecoder(ParallelDecoder):
     def project(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
         """See :meth:`Decoder.project`; the stages behind that of the exit write theirs when rows next go there."""
         self.reserve_positions(batch.max_context_len)
-        arguments, blocks = (exit.after_layers, batch.max_context_len), (batch.positions_T, batch.slots_T)
-        self._tell(Message(operation=Operation.PROJECT, cache=number_of(kv), arguments=arguments, blocks=blocks))
-        self._leave(exit, x_RD, kv, rows_only(*blocks, batch.max_context_len))
+        message = leave_message(cache_of(kv).number, exit.after_layers, batch)
+        self._tell(message)
+        self._leave(exit, x_RD, kv, read_leaving(message))
 
     def read_out(self, exit: DecoderExit, x_RD: torch.Tensor) -> torch.Tensor:
         """See :meth:`Decoder.read_out`; :meth:`project` was called for these rows, which has sent the results here."""
@@ -148,23 +143,19 @@ class PipelineDecoder(ParallelDecoder):
         return self.links.collect(stage, (len(x_RD), self.spec.hidden_size), torch.float32)
 
     def _obey_run(self, message: Message, kv: list[KVLayer]) -> None:
-        batch, layers = read_batch(message, self.device), range(*message.arguments[:2])
+        batch, layers = read_batch(message), range(*message.arguments[:2])
         self.reserve_positions(batch.max_context_len)
         x_TD: torch.Tensor | None = None
         if layers.start == 0:
             x_TD = self._beginning(message) if self.stage == 0 else None
         elif self.stages.owner(layers.start - 1) == self.stage:
             x_TD = self._ran[message.cache].pick(batch.slots_T)
-        budget = read_budget(message, len(batch.slots_T), self.device)
-        exit = self.exits.get(layers.stop)
-        wanted = exit is not None and exit.probe is not None and exit.probe.router_entropy
-        entropy_T = torch.zeros(len(batch.slots_T), device=self.device) if wanted else None
-        self._run(layers, x_TD, kv, batch, entropy_T, budget)
+        self._run(layers, x_TD, kv, batch, *self._read_books(message, batch))
 
     def _obey_decide(self, message: Message) -> None:
         exit = self.exits[message.arguments[0]]
         if self._stage_of(exit) == self.stage and self.context.rank == 0:
-            ran = self._ran[number_of(self._current)]
+            ran = self._ran[cache_of(self._current).number]
             thresholds_T = message.blocks[0].int().view(torch.float32).to(self.device)
             decision = super().decide(exit, ran.x_TD, thresholds_T, ran.previous_TD, ran.entropy_T)
             self.links.back(torch.cat((decision.order_T, decision.order_T.new_tensor([decision.num_staying]))))
@@ -173,7 +164,7 @@ class PipelineDecoder(ParallelDecoder):
     def _obey_project(self, message: Message, kv: list[KVLayer]) -> None:
         exit = self.exits[message.arguments[0]]
         self.reserve_positions(message.arguments[1])
-        batch = read_leaving(message, self.device)
+        batch = read_leaving(message)
         x_RD = None
         if self._stage_of(exit) == self.stage:
             x_RD = self._ran[message.cache].pick(batch.slots_T)
@@ -192,6 +183,7 @@ class PipelineDecoder(ParallelDecoder):
 
         Arguments:
             x_TD: the rows, where this stage has them.
+            batch: on the host.
 
         Returns: the rows behind these layers, where this rank has them; rank 0 has them behind the last one, too.
         """
@@ -224,27 +216,9 @@ class PipelineDecoder(ParallelDecoder):
         self.links.wait()
         if self.stage == end:
             x_TD = torch.cat(ran) if len(ran) > 1 else ran[0]
-            self._ran[number_of(kv)] = _Ran(x_TD, batch.slots_T, previous_TD, entropy_T)
+            self._ran[cache_of(kv).number] = _Ran(x_TD, batch.slots_T, previous_TD, entropy_T)
             return x_TD
         return self._collect(layers.stop, end, parts, budget) if self.context.leads else None
-
-    def _run_layers(
-        self,
-        layers: range,
-        x_TD: torch.Tensor,
-        kv: Sequence[KVLayer],
-        batch: AttentionBatch,
-        entropy_T: torch.Tensor | None,
-        budget: ExpertBudget | None,
-    ) -> torch.Tensor:
-        if self._stack is None:
-            return Decoder.run_segment(self, Segment(index=0, layers=layers), x_TD, kv, batch, entropy_T, budget)
-        first, stop = self.held.start, self.held.stop  # the stack counts its own layers only
-        if budget is not None:
-            keep_TL, cap_TL = (x_TL[:, first:stop].contiguous() for x_TL in (budget.keep_TL, budget.cap_TL))
-            budget = ExpertBudget(keep_TL=keep_TL, cap_TL=cap_TL, skipped_T=budget.skipped_T)
-        own = range(layers.start - first, layers.stop - first)
-        return self._stack.run(own, x_TD, kv[first:stop], self.cos_sin_LC, batch, entropy_T, budget)
 
     def _receive(
         self, batch: AttentionBatch, budget: ExpertBudget | None, debts: list[_Debt], kv: Sequence[KVLayer]
@@ -300,13 +274,14 @@ class PipelineDecoder(ParallelDecoder):
         for debt, rows_RD in zip(debts, x_RD.split(counts), strict=True):
             exit = self.exits[debt.after_layers]
             self.reserve_positions(debt.batch.max_context_len)
-            if exit.projections:
+            own_W, own = cache_of(kv).own_rows(debt.batch)
+            if exit.projections and len(own_W):
                 self.backend.project_kv(
-                    rows_RD.contiguous(),
+                    rows_RD[own_W.to(self.device)],
                     exit.projections,
                     kv[max(exit.after_layers, self.held.start) : self.held.stop],
                     self.cos_sin_LC,
-                    debt.batch,
+                    on_device(own, self.device),
                     norm_eps=self.spec.norm_eps,
                     clip=self.spec.clip_qkv,
                 )

@@ -22,9 +22,9 @@ class Operation(IntEnum):
     """What the workers do next."""
 
     STOP = 0
-    ALLOCATE = 1  # pages, tokens per page
+    ALLOCATE = 1  # pages, tokens per page, homes
     COPY = 2  # pages read, pages written
-    RUN = 3  # layers from, to; longest query, longest context; number of sequences
+    RUN = 3  # layers from, to; longest query, longest context; number of sequences; whether routers' entropy is wanted
     PROJECT = 4  # layers in front of the exit; longest context
     DECIDE = 5  # layers in front of the exit
     FREE = 6
@@ -71,13 +71,19 @@ def _padded(numbers: Sequence[int], count: int) -> list[int]:
 
 
 def run_message(
-    cache: int, layers: range, token_ids_T: torch.Tensor | None, batch: AttentionBatch, budget: ExpertBudget | None
+    cache: int,
+    layers: range,
+    token_ids_T: torch.Tensor | None,
+    batch: AttentionBatch,
+    budget: ExpertBudget | None,
+    entropy: bool = False,
 ) -> Message:
     """Run some layers.
 
     Arguments:
         cache: its number.
         token_ids_T: of the rows, where they begin; None goes on with those of the last message whose slots are named.
+        entropy: whether the mean entropy of the routers is wanted.
     """
     blocks = [
         batch.positions_T,
@@ -89,13 +95,14 @@ def run_message(
     ]
     if budget is not None:
         blocks += [budget.keep_TL.float().contiguous().view(torch.int32), budget.cap_TL]
-    arguments = (layers.start, layers.stop, batch.max_query_len, batch.max_context_len, batch.num_sequences)
+    arguments = (layers.start, layers.stop, batch.max_query_len, batch.max_context_len, batch.num_sequences, entropy)
+    blocks = [block.cpu() for block in blocks]
     return Message(operation=Operation.RUN, cache=cache, arguments=arguments, blocks=tuple(blocks))
 
 
-def read_batch(message: Message, device: torch.device) -> AttentionBatch:
-    """The rows of :func:`run_message`."""
-    positions, slots, starts, lengths, table = (block.to(device) for block in message.blocks[:5])
+def read_batch(message: Message) -> AttentionBatch:
+    """The rows of :func:`run_message`, on the host."""
+    positions, slots, starts, lengths, table = message.blocks[:5]
     return AttentionBatch(
         positions_T=positions,
         slots_T=slots,
@@ -107,15 +114,17 @@ def read_batch(message: Message, device: torch.device) -> AttentionBatch:
     )
 
 
-def read_leaving(message: Message, device: torch.device) -> AttentionBatch:
-    """The rows of a message that lets rows leave."""
-    positions_R, slots_R = (block.to(device) for block in message.blocks[:2])
-    return rows_only(positions_R, slots_R, message.arguments[1])
+def leave_message(cache: int, after_layers: int, batch: AttentionBatch) -> Message:
+    """Let rows leave; only positions and slots of the batch are read."""
+    blocks = batch.positions_T.cpu(), batch.slots_T.cpu()
+    arguments = (after_layers, batch.max_context_len)
+    return Message(operation=Operation.PROJECT, cache=cache, arguments=arguments, blocks=blocks)
 
 
-def rows_only(positions_R: torch.Tensor, slots_R: torch.Tensor, max_context_len: int) -> AttentionBatch:
-    """A batch for writing to the cache only."""
-    empty = torch.empty(0, dtype=torch.int32, device=slots_R.device)
+def read_leaving(message: Message) -> AttentionBatch:
+    """The rows of :func:`leave_message`: a batch for writing to the cache only, on the host."""
+    positions_R, slots_R = message.blocks[:2]
+    empty = torch.empty(0, dtype=torch.int32)
     return AttentionBatch(
         positions_T=positions_R,
         slots_T=slots_R,
@@ -123,7 +132,7 @@ def rows_only(positions_R: torch.Tensor, slots_R: torch.Tensor, max_context_len:
         context_len_S=empty,
         block_table_SM=empty,
         max_query_len=1,
-        max_context_len=max_context_len,
+        max_context_len=message.arguments[1],
     )
 
 

@@ -52,7 +52,7 @@ class Shard:
         vocabulary: tokens whose embeddings and outputs this rank keeps, on the first stage.
         placement: by layer with a mixture, the experts of each rank of the expert axis.
         cuts: by the names of tensors that are split.
-        input_cuts: of tensors that are split along their inputs: where each part begins, and who has them.
+        input_cuts: of tensors whose inputs the tensor axis splits: where each part begins.
 
     Raises:
         ValueError: for a model that cannot be split like this.
@@ -71,7 +71,7 @@ class Shard:
         self.vocabulary = part_of(spec.vocab_size, tensor, rank)
         self.placement = self._place(context.config)
         self.cuts: dict[str, Cut] = {}
-        self.input_cuts: dict[str, tuple[list[int], dist.ProcessGroup]] = {}
+        self.input_cuts: dict[str, list[int]] = {}
         self.read_bytes: tuple[int, ...] = ()
 
     @property
@@ -80,14 +80,6 @@ class Shard:
         if self.context.config.placement is None:
             return ""
         return f", experts placed as {hashlib.sha256(repr(self.placement).encode()).hexdigest()[:12]}"
-
-    def expert_ranks(self, like_NE: torch.Tensor) -> torch.Tensor:
-        """By layer and expert, the rank of the expert axis that has it, int64, of the shape and on the device given."""
-        ranks_NE = torch.zeros_like(like_NE)
-        for number, parts in self.placement.items():
-            for part, experts in enumerate(parts):
-                ranks_NE[number, experts] = part
-        return ranks_NE
 
     def _place(self, config: ParallelConfig) -> dict[int, list[list[int]]]:
         if config.placement is not None:
@@ -120,7 +112,7 @@ class Shard:
                 f"quantization={name} has scales for blocks of outputs, which {self.context.config} splits"
             )
         group = max(method.group or 1, method.scheme.group or 1)  # powers of two
-        for tensor, (starts, _) in self.input_cuts.items():
+        for tensor, starts in self.input_cuts.items():
             if wrong := [start for start in starts if start % group]:
                 raise ValueError(
                     f"quantization={name} has scales for {group} inputs each; {self.context.config} splits {tensor!r} "
@@ -136,7 +128,7 @@ class Shard:
         if method.group is not None or name not in self.input_cuts:
             return method.quantize(weight)
         low, high = weight.aminmax(dim=-1, keepdim=True)  # abs() would copy the weight
-        dist.all_reduce(wide := torch.maximum(high, -low).float(), dist.ReduceOp.MAX, group=self.input_cuts[name][1])
+        dist.all_reduce(wide := torch.maximum(high, -low).float(), dist.ReduceOp.MAX, group=self.context.tensor_group)
         # One input more, as large as any of the whole row, sets the scale.
         whole = method.quantize(torch.cat((weight, wide.to(weight.dtype)), -1))
         assert isinstance(whole, Int8Weight | Fp8Weight)
@@ -169,39 +161,31 @@ class Shard:
                 self.cuts[name] = partial(_rows, rows=rows)
         self.cuts[layout.o] = partial(_columns, columns=queries)
         starts = [split_heads(self.whole, config.tensor, part)[0].start * channels for part in range(config.tensor)]
-        self._cut_inputs([layout.o], starts, self.context.tensor_group)
+        self._cut_inputs([layout.o], starts)
         if layout.o_bias and self.context.tensor_rank:
             self.cuts[layout.o_bias] = torch.zeros_like
-        if self.spec.layers[number].moe is None:
-            ffn = self._one_ffn(layout.ffn)
-        else:
-            experts = self.placement[number][self.context.expert_rank]
-            neurons = _split("neurons", layout.ffn.expert_size, config.tensor, self.context.tensor_rank)
-            ffn = self._ffn(layout.ffn, experts, neurons)
-            self._cut_neurons(layout.ffn, config.tensor, self.context.tensor_group)
-        return replace(layout, ffn=ffn, shared=self._one_ffn(layout.shared) if layout.shared else None)
+        moe = self.spec.layers[number].moe
+        # Where the router decides nothing, the experts are one dense FFN, which every home has.
+        spread = moe is not None and not moe.is_dense
+        experts = self.placement[number][self.context.expert_rank] if spread else list(range(layout.ffn.num_experts))
+        ffn = self._ffn(layout.ffn, experts)
+        return replace(layout, ffn=ffn, shared=self._ffn(layout.shared, [0]) if layout.shared else None)
 
-    def _one_ffn(self, layout: FFNLayout) -> FFNLayout:
-        """A dense FFN or a shared expert: its neurons are spread over all ranks."""
-        neurons = _split("neurons", layout.expert_size, self.context.config.stage_size, self.context.rank)
-        self._cut_neurons(layout, self.context.config.stage_size, self.context.everyone)
-        return self._ffn(layout, [0], neurons)
-
-    def _cut_neurons(self, layout: FFNLayout, parts: int, group: dist.ProcessGroup) -> None:
-        self._cut_inputs(layout.down, [part_of(layout.expert_size, parts, part).start for part in range(parts)], group)
-
-    def _cut_inputs(self, names: Sequence[str], starts: list[int], group: dist.ProcessGroup) -> None:
+    def _cut_inputs(self, names: Sequence[str], starts: list[int]) -> None:
         if len(starts) > 1:
-            self.input_cuts |= dict.fromkeys(names, (starts, group))
+            self.input_cuts |= dict.fromkeys(names, starts)
 
-    def _ffn(self, layout: FFNLayout, experts: list[int], neurons: slice) -> FFNLayout:
-        count, size = layout.num_experts, layout.expert_size
+    def _ffn(self, layout: FFNLayout, experts: list[int]) -> FFNLayout:
+        """Some experts, a dense FFN or a shared expert: the tensor axis splits their neurons."""
+        count, size, parts = layout.num_experts, layout.expert_size, self.context.config.tensor
+        neurons = _split("neurons", size, parts, self.context.tensor_rank)
+        self._cut_inputs(layout.down, [part_of(size, parts, part).start for part in range(parts)])
         in_order = experts == list(range(experts[0], experts[-1] + 1))
         run = slice(experts[0], experts[-1] + 1) if in_order else experts  # a view of the file where it can be one
         part = replace(layout, num_experts=len(experts), expert_size=width(neurons))
         for name in layout.biases[:2]:
             self.cuts[name] = partial(_rows, rows=neurons)
-        if layout.biases and self.context.rank:
+        if layout.biases and self.context.tensor_rank:
             self.cuts[layout.biases[2]] = torch.zeros_like
         if layout.gate_up:
             self.cuts[layout.gate_up] = partial(_fused, experts=run, neurons=neurons, size=size)
