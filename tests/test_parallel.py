@@ -3,71 +3,26 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 from dynamoe.dynamic.families import family_of, model_spec
 from dynamoe.dynamic.layout import plan_layout
 from dynamoe.dynamic.parallel.config import ParallelConfig
-from dynamoe.dynamic.parallel.context import ParallelContext
 from dynamoe.dynamic.parallel.decoder import held_here, local_numbers, rows_at
 from dynamoe.dynamic.parallel.load import read_placement, spread
 from dynamoe.dynamic.parallel.plan import FIRST, Message, Operation, decode, length
-from dynamoe.dynamic.parallel.shards import Shard, ShardedCheckpoint, part_of, split_heads
+from dynamoe.dynamic.parallel.shards import part_of, split_heads
 from dynamoe.dynamic.parallel.stages import micro_batches, split_into_stages
 from dynamoe.dynamic.quantization import methods
-from dynamoe.dynamic.spec import ModelSpec
 from dynamoe.dynamic.weights import Checkpoint, read_json
 from dynamoe.kernels.types import AttentionBatch, Routing
-
-SCRIPT = Path(__file__).with_name("parallel_run.py")
-LAUNCH = Path(__file__).with_name("parallel_launch.py")
-
-
-def run_job(folder: Path, processes: int, **job: Any) -> dict[str, Any]:
-    folder.mkdir()
-    (folder / "job.json").write_text(json.dumps({"thresholds": {}, "budget": {}, **job}))
-    command = [str(SCRIPT), str(folder / "job.json"), str(folder / "answer.json")]
-    start = [sys.executable, str(LAUNCH), str(processes)]
-    done = subprocess.run([*start, *command], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads((folder / "answer.json").read_text())
-
-
-def compare(
-    folder: Path,
-    model: str,
-    tensor: int,
-    expert: int,
-    pipeline: int = 1,
-    extra: dict[str, Any] | None = None,
-    **job: Any,
-) -> dict[str, Any]:
-    """Greedy tokens and launched rows of several processes against those of one; extra arguments are for both."""
-    extra = extra or {}
-    sizes = {"tensor": tensor, "expert": expert, "pipeline": pipeline}
-    arguments = {f"{axis}_parallel_size": size for axis, size in sizes.items()}
-    processes = tensor * expert * pipeline
-    with ThreadPoolExecutor(2) as pool:
-        one = pool.submit(run_job, folder / "one", 1, model=model, arguments=extra, **job)
-        several = pool.submit(run_job, folder / "several", processes, model=model, arguments=arguments | extra, **job)
-        alone, together = one.result(), several.result()
-    assert together["tokens"] == alone["tokens"]
-    assert together["rows"] == alone["rows"]
-    # Certificates of one process are refused by several: sums run in another order.
-    assert "processes" not in alone["deployment"]
-    assert together["deployment"]["processes"] == str(ParallelConfig(**sizes))
-    return together
-
+from parallel_jobs import compare, run_job, shard_of
 
 CELLS = [("granitemoe", 1, 2), ("mixtral", 2, 1), ("qwen3_moe", 2, 1), ("mixtral", 2, 2), ("qwen3_moe", 1, 4)]
 
@@ -87,6 +42,26 @@ def test_tokens_are_those_of_one_process(
     wanted = {"sums": per_row * found["rows"][0], "embedding": others * hidden * found["rows"][0]}
     wanted["logits"] = others * 4 * -(-config["vocab_size"] // tensor) * sum(map(len, found["tokens"]))
     assert found["received"] == {purpose: count for purpose, count in wanted.items() if count}
+
+
+NORMS_OF_ALL_HEADS = [
+    pytest.param(2, 1, {}, id="heads"),
+    pytest.param(4, 1, {}, id="keys-on-two-ranks-each", marks=pytest.mark.slow),
+    pytest.param(2, 2, {"1": 0.5, "2": 0.5}, id="exits-and-stages", marks=pytest.mark.slow),
+    pytest.param(2, 1, {"1": 0.5, "2": 0.5}, id="exits", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "thresholds"), NORMS_OF_ALL_HEADS)
+def test_norms_that_go_over_the_heads_of_all_ranks(
+    make_exits: Callable[..., Path], tmp_path: Path, tensor: int, pipeline: int, thresholds: dict[str, float]
+) -> None:
+    model = make_exits("olmoe", {1: 0.4, 2: 0.4}, clip_qkv=1.5)
+    found = compare(tmp_path, str(model), tensor, 1, pipeline, thresholds=thresholds)
+    if thresholds:
+        assert found["rows"][0] > found["rows"][-1]
+    else:  # a number for queries and one for keys, of each row and layer, from each of the others
+        assert found["received"]["norms"] == (tensor - 1) * 3 * 2 * 4 * found["rows"][0]
 
 
 @pytest.mark.slow
@@ -212,21 +187,6 @@ def test_default_model_with_an_uneven_split(default_model: Path, tmp_path: Path)
     compare(tmp_path, str(default_model), 2, 1)
 
 
-def shard_of(spec: ModelSpec, tensor: int, expert: int, rank: int) -> Shard:
-    """Of one rank, without the others."""
-    expert_rank, tensor_rank = divmod(rank, tensor)
-    context = SimpleNamespace(
-        config=ParallelConfig(tensor=tensor, expert=expert),
-        rank=rank,
-        tensor_rank=tensor_rank,
-        expert_rank=expert_rank,
-        stage=0,
-        tensor_group=None,
-        everyone=None,
-    )
-    return Shard(spec, cast(ParallelContext, context))
-
-
 @pytest.mark.parametrize(
     ("method", "tensor", "expert", "fault"),
     [
@@ -264,7 +224,7 @@ def test_ranks_together_hold_every_split_weight_once(
     for rank in range(tensor * expert):
         shard = shard_of(spec, tensor, expert, rank)
         shard.layout(layout)
-        checkpoint = ShardedCheckpoint(path, shard.cuts)
+        checkpoint = shard.checkpoint(whole)
         for name in whole:
             expert_weight = any(part in name for part in (".experts.", "moe.input_linear", "moe.output_linear"))
             if expert_weight and name in shard.cuts:

@@ -301,15 +301,8 @@ class PipelineDecoder(ParallelDecoder):
             exit = self.exits[debt.after_layers]
             self.reserve_positions(debt.batch.max_context_len)
             if exit.projections:
-                self.backend.project_kv(
-                    rows_RD.contiguous(),
-                    exit.projections,
-                    kv[max(exit.after_layers, self.held.start) : self.held.stop],
-                    self.cos_sin_LC,
-                    debt.batch,
-                    norm_eps=self.spec.norm_eps,
-                    clip=self.spec.clip_qkv,
-                )
+                behind = kv[max(exit.after_layers, self.held.start) : self.held.stop]
+                self._project(exit, rows_RD.contiguous(), behind, debt.batch)
             if self.stage < len(self._debts):
                 self._owed.append(rows_RD)
 
