@@ -27,7 +27,9 @@ class Fleet:
         sizes: of the axes; none: one process without a launcher.
     """
 
-    def __init__(self, model: Path | str, folder: Path, sizes: dict[str, int], *more: str, timeout: float = 30) -> None:
+    def __init__(
+        self, model: Path | str, folder: Path, sizes: dict[str, int], *more: str, timeout: float = 240
+    ) -> None:
         folder.mkdir(exist_ok=True)
         self.log = folder / "log.txt"
         settings = [f"model={json.dumps(str(model))}", "server.port=0", "dtype=float32", *settings_of(sizes)]
@@ -84,6 +86,7 @@ class Fleet:
 def run(processes: int, *command: str) -> str:
     """What rank 0 printed."""
     start = [sys.executable, str(LAUNCH), str(processes), "-m", "dynamoe"]
-    done = subprocess.run([*start, *command], capture_output=True, text=True, timeout=300)
+    patience = [] if processes == 1 else ["parallel.timeout=240"]
+    done = subprocess.run([*start, *command, *patience], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout

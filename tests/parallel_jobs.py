@@ -17,6 +17,7 @@ from dynamoe.dynamic.spec import ModelSpec
 
 SCRIPT = Path(__file__).with_name("parallel_run.py")
 LAUNCH = Path(__file__).with_name("parallel_launch.py")
+PATIENCE = 240.0  # seconds, where a machine is busy with other things: nothing here waits for a process that hangs
 
 
 def run_job(folder: Path, processes: int, **job: Any) -> dict[str, Any]:
@@ -41,7 +42,7 @@ def compare(
     """Greedy tokens and launched rows of several processes against those of one; extra arguments are for both."""
     extra = extra or {}
     sizes = {"tensor": tensor, "expert": expert, "pipeline": pipeline}
-    arguments = {f"{axis}_parallel_size": size for axis, size in sizes.items()}
+    arguments = {"parallel": {**sizes, "timeout": PATIENCE}}
     processes = tensor * expert * pipeline
     with ThreadPoolExecutor(2) as pool:
         one = pool.submit(run_job, folder / "one", 1, model=model, arguments=extra, **job)

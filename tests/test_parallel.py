@@ -167,12 +167,22 @@ def test_rows_that_leave_never_run_on_the_next_stage(
     assert found["decisions"] > 0
 
 
+STAGES_OF_TINY = [(1, 1, {}), (2, 1, {"experts_per_token": 1}), (1, 2, {}), (1, 2, {"experts_per_token": 1})]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("tensor", "budget"), [(1, {}), (2, {"experts_per_token": 1})])
-def test_tiny_with_exits_in_stages(tmp_path: Path, tensor: int, budget: dict[str, int]) -> None:
+@pytest.mark.parametrize(("tensor", "expert", "budget"), STAGES_OF_TINY)
+def test_tiny_with_exits_in_stages(tmp_path: Path, tensor: int, expert: int, budget: dict[str, int]) -> None:
     thresholds = {"4": 0.4, "8": 0.6, "12": 0.6}
-    found = compare(tmp_path, "tiny", tensor, 1, 2, thresholds=thresholds, budget=budget)
+    found = compare(tmp_path, "tiny", tensor, expert, 2, thresholds=thresholds, budget=budget)
     assert found["rows"][0] > found["rows"][-1]
+
+
+@pytest.mark.slow
+def test_sizes_of_axes_are_arguments_of_their_own(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    sizes = {"tensor_parallel_size": 2, "expert_parallel_size": 1, "pipeline_parallel_size": 2}
+    found = run_job(tmp_path / "job", 4, model=str(make_checkpoint("mixtral")), arguments=sizes)
+    assert found["deployment"]["processes"] == "tensor 2, expert 1, pipeline 2"
 
 
 def test_exits_and_budgets_are_decided_by_rank_0_alone(make_exits: Callable[..., Path], tmp_path: Path) -> None:

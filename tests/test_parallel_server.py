@@ -72,7 +72,7 @@ def answers_of_one(tmp_path_factory: pytest.TempPathFactory, made_by_one: Path) 
             fleet = Fleet("tiny", folder, {}, f"quantization={method}", quality, *FEW_ROWS)
             try:
                 known[method] = streams(fleet)
-                asked = json.loads(fleet.ask(8, stream=False, quality={"alpha": 0.3}))
+                asked = json.loads(fleet.ask(8, stream=False, ignore_eos=False, quality={"alpha": 0.3}))
                 assert asked["usage"]["compute"]["quality"] == ("bounded" if method == "none" else "exact")
             finally:
                 fleet.end()
@@ -96,8 +96,8 @@ def test_streams_are_those_of_one_process(
     fleet = Fleet("tiny", tmp_path, LAYOUTS[layout], f"quantization={method}", quality, *FEW_ROWS)
     try:
         assert streams(fleet) == answers_of_one(method)
-        plain = json.loads(fleet.ask(8, stream=False))
-        asked = json.loads(fleet.ask(8, stream=False, quality={"alpha": 0.3}))
+        plain = json.loads(fleet.ask(8, stream=False, ignore_eos=False))
+        asked = json.loads(fleet.ask(8, stream=False, ignore_eos=False, quality={"alpha": 0.3}))
         compute = asked["usage"]["compute"]  # the certificate is not for this layout
         assert (compute["quality"], compute["certificates"]) == ("exact", [])
         assert "no certificate" in compute["reason"]
