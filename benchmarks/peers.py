@@ -1,9 +1,9 @@
 """The whole engine against llama.cpp and vLLM on a CPU, in one run.
 
 ``python benchmarks/peers.py --model DIR --gguf FILE --llama-bin DIR --vllm-python PYTHON``; either peer may be left
-out. ``--quantization none int8 int4`` measures us with each, ``--gguf`` takes several files,
-``--vllm-quantization`` several of vLLM's; whoever has weights of about as many bits is compared. ``--make DIR`` writes the checkpoint first: random
-weights in the shape of Granite-3.1-1B-A400M. How to get the peers is in ``docs/benchmarks.md``.
+out. ``--quantization none int8 int4`` measures us with each, ``--gguf`` takes several files, ``--vllm-quantization``
+several of vLLM's methods; whoever has weights of about as many bits is compared. ``--make DIR`` writes the checkpoint
+first: random weights in the shape of Granite-3.1-1B-A400M. How to get the peers is in ``docs/benchmarks.md``.
 
 Cells: prefill of one prompt of 512 tokens; decode of 1, 4 and 16 prompts of 128 tokens, 64 tokens each, counted from
 the first token on: c * (64 - 1) / (time for 64 - time for 1). Every engine is a process; all but the one that is
@@ -234,7 +234,9 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, nargs="*", default=[], help="the same checkpoint for llama.cpp")
     parser.add_argument("--llama-bin", type=Path, help="folder with llama-bench and llama-batched-bench")
     parser.add_argument("--vllm-python", type=Path, help="Python of an environment that has vLLM for CPUs")
-    parser.add_argument("--vllm-quantization", nargs="+", default=["none"], metavar="METHOD", help="of vLLM: experts_int8 …")
+    parser.add_argument(
+        "--vllm-quantization", nargs="+", default=["none"], metavar="METHOD", help="of vLLM: experts_int8 …"
+    )
     parser.add_argument(
         "--vllm-env", nargs="*", default=[], metavar="KEY=VALUE", help="for vLLM: LD_PRELOAD, PYTHONPATH …"
     )

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from .parallel.config import launched_size
+
 PACKAGE = __name__.split(".")[0]
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -239,6 +241,9 @@ def _run(command: Command, arguments: list[str]) -> int:
         from .targets import check_arguments
 
         config_class = command.load(command.config)
+        shared = {"parallel", "zero"} & {field.name for field in dataclasses.fields(config_class)}
+        if not shared and (processes := launched_size()) > 1:
+            raise ValueError(f"it runs in one process; the launcher started {processes}")
         settings, verbatim = _split(arguments, config_class)
         check_arguments(arguments)
         sys.argv = [f"dynamoe {command.name}", *settings]

@@ -238,15 +238,12 @@ class Decoder:
             batch: only positions and slots of the rows are read.
         """
         self.reserve_positions(batch.max_context_len)
-        self.backend.project_kv(
-            x_RD,
-            exit.projections,
-            kv[exit.after_layers :],
-            self.cos_sin_LC,
-            batch,
-            norm_eps=self.spec.norm_eps,
-            clip=self.spec.clip_qkv,
-        )
+        self._project(exit, x_RD, kv[exit.after_layers :], batch)
+
+    def _project(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
+        """See :meth:`project`; ``kv`` has the layers behind the exit that are here."""
+        eps, clip = self.spec.norm_eps, self.spec.clip_qkv
+        self.backend.project_kv(x_RD, exit.projections, kv, self.cos_sin_LC, batch, norm_eps=eps, clip=clip)
 
     @torch.inference_mode()
     def logits(self, x_RD: torch.Tensor) -> torch.Tensor:
@@ -269,8 +266,8 @@ class Decoder:
         k_TGC = qkv_TXC[:, num_heads : num_heads + num_kv_heads]
         v_TGC = qkv_TXC[:, num_heads + num_kv_heads :]
         if spec.qk_norm == "full":
-            q_THC = self._norm(q_THC.flatten(1), weights.q_norm).view(q_THC.shape)
-            k_TGC = self._norm(k_TGC.flatten(1), weights.k_norm).view(k_TGC.shape)
+            q_TX, k_TX = self._norm_all_heads(weights, q_THC.flatten(1), k_TGC.flatten(1))
+            q_THC, k_TGC = q_TX.view(q_THC.shape), k_TX.view(k_TGC.shape)
         if spec.clip_qkv is not None:
             q_THC, k_TGC, v_TGC = (part.clamp(-spec.clip_qkv, spec.clip_qkv) for part in (q_THC, k_TGC, v_TGC))
         if spec.qk_norm == "head":
@@ -278,6 +275,11 @@ class Decoder:
         q_THC = backend.rope_and_write(q_THC, k_TGC, v_TGC, self.cos_sin_LC, batch, kv)
         out_THC = backend.attention(q_THC, kv, batch, scale=spec.attention_scale, window=layer.window)
         return backend.linear(out_THC.flatten(1), weights.o)
+
+    def _norm_all_heads(
+        self, weights: LayerWeights, q_TX: torch.Tensor, k_TX: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._norm(q_TX, weights.q_norm), self._norm(k_TX, weights.k_norm)
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         """RMS norm over the last dimension of a slice of the fused projection."""

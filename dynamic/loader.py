@@ -32,7 +32,7 @@ from .parallel.config import ParallelConfig, launched_size
 from .parallel.stages import no_linear
 from .parallel.start import Shard, ShardedCheckpoint, follow_if_worker, join, parallel_decoder
 from .quantization import NONE, Method, Quantization
-from .quantized_checkpoint import QuantizedCheckpoint, open_checkpoint, split_config
+from .quantized_checkpoint import open_checkpoint, split_config
 from .spec import ModelSpec
 from .weights import DTYPES, Checkpoint, CheckpointError, StoredWeights, read_json
 
@@ -157,8 +157,9 @@ def load_decoder(
         layout = shard.layout(layout)
         if wanted.layers is not None:
             shard.check_quantization(wanted.method, wanted.layers)
-        checkpoint = ShardedCheckpoint(path, shard.cuts)
-    builder = _Builder(spec, layout, checkpoint, chosen, read_scales(path, spec), wanted, shard)
+    part = checkpoint if shard is None else shard.checkpoint(checkpoint)
+    described = str(wanted) if stored is None else STORED
+    builder = _Builder(spec, layout, part, chosen, read_scales(path, spec), wanted, described, shard)
     decoder = builder.build(progress=progress, heads=heads)
     decoder.kv_dtype = KV_DTYPES[kv_cache_dtype] or torch_dtype
     return decoder
@@ -238,10 +239,11 @@ class _Builder:
         self,
         spec: ModelSpec,
         layout: Layout,
-        checkpoint: Checkpoint,
+        checkpoint: Checkpoint | ShardedCheckpoint,
         backend: TorchBackend,
         scales: Sequence[LayerScales | None],
         quantization: Quantization,
+        described: str,
         shard: Shard | None = None,
     ) -> None:
         self.spec = spec
@@ -251,6 +253,7 @@ class _Builder:
         self.checkpoint = checkpoint
         self.backend = backend
         self.quantization = quantization
+        self.described = described
 
     def build(self, *, progress: bool, heads: ExitHeads | None) -> Decoder:
         from tqdm import tqdm
@@ -274,7 +277,7 @@ class _Builder:
             lm_head=ends.lm_head,
             exits=pack_exits(heads, local, layers, self.backend, held) if heads else {},
             expert_impacts={n: scales.impact for n, scales in enumerate(self.scales) if scales is not None},
-            quantization=STORED if isinstance(self.checkpoint, QuantizedCheckpoint) else str(self.quantization),
+            quantization=self.described,
         )
 
     def _ends(self) -> _Ends:

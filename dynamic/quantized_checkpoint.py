@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..kernels.formats import FP8_BLOCK
-from .quantized_layouts import Awq, BlockFp8, CompressedTensors, Gptq, StoredLayout, StoredWeight
+from .quantized_layouts import Awq, BlockFp8, CompressedTensors, Gptq, StoredLayout
+from .stored_weight import ALL, Index, Part, StoredWeight
 from .weights import DTYPES, Checkpoint, CheckpointError, StoredWeights, TensorInfo
 
 _KEYS = ("quantization_config", "compression_config")
@@ -56,7 +58,7 @@ class QuantizedCheckpoint(Checkpoint):
                     f"the quantised weight {module!r} lacks its tensor {module + '.' + layout.markers[0]!r}"
                 )
         for module in sorted(modules):
-            self._stored[f"{module}.weight"] = StoredWeight(name=module, tensors=self._tensors, load=self.raw)
+            self._stored[f"{module}.weight"] = StoredWeight(name=module, tensors=self._tensors, load=self._part)
         self._shown = {
             name: info
             for name, info in self._tensors.items()
@@ -81,6 +83,27 @@ class QuantizedCheckpoint(Checkpoint):
 
     def __len__(self) -> int:
         return len(self._shown)
+
+    def keeps_codes(self, name: str) -> bool:
+        """Whether a weight is stored quantised."""
+        return name in self._stored
+
+    def input_step(self, name: str) -> int:
+        """Inputs of a quantised weight whose multiples are where a part of them may begin, from the files' headers."""
+        return self._layout.input_step(self._stored[name])
+
+    def restrict(self, parts: Mapping[str, Part], load: Callable[[str, Index], torch.Tensor]) -> None:
+        """Show only parts of some quantised weights from now on.
+
+        Arguments:
+            parts: by name; their inputs begin at multiples of :meth:`input_step`.
+            load: reads a part of a tensor in place of this class.
+        """
+        for name, weight in self._stored.items():
+            self._stored[name] = replace(weight, kept=parts.get(name, ALL), load=load)
+
+    def _part(self, name: str, index: Index) -> torch.Tensor:
+        return self.raw(name)[index]
 
     def view(self, name: str) -> torch.Tensor:
         """As it was stored, or dequantised: for the small weights that nothing runs quantised, such as routers."""

@@ -1,13 +1,14 @@
 """How others lay out quantised weights in a checkpoint, and what each becomes in our formats.
 
-Every layout names the tensor by which a quantised weight is known, and reads one weight. Names are module names, such
-as ``model.layers.0.self_attn.q_proj``. Shape suffixes: O outputs, I inputs, G groups of inputs, W words of 32 bits.
+Every layout names the tensor by which a quantised weight is known, and reads one weight or a part of it. Names are
+module names, such as ``model.layers.0.self_attn.q_proj``. Shape suffixes: O outputs, I inputs, G groups of inputs, W
+words of 32 bits.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ from ..kernels.formats import (
     FP8_PER_GROUP,
     GROUPS,
     INT8_PER_GROUP,
+    ROW_GROUP,
     UNQUANTIZED,
     ActivationScheme,
     Fp8Weight,
@@ -25,77 +27,21 @@ from ..kernels.formats import (
     Int8Weight,
     QuantizedWeight,
     pack_int4,
-    unpack_int4,
 )
-from .weights import CheckpointError, TensorInfo
+from .stored_codes import (
+    NIBBLES,
+    Groups,
+    from_first_word,
+    groups_of,
+    nibbles,
+    packed_inputs,
+    some_nibbles,
+    width,
+    words_of,
+)
+from .stored_weight import StoredWeight
 
-_NIBBLES = 8  # codes of 4 bits in a word
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where the codes of outputs 0 … 7 lie in a word
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoredWeight:
-    """One weight's tensors.
-
-    Arguments:
-        name: of the module.
-        tensors: what the files' headers say.
-        load: reads a tensor by its full name.
-    """
-
-    name: str
-    tensors: Mapping[str, TensorInfo]
-    load: Callable[[str], torch.Tensor]
-
-    def has(self, part: str) -> bool:
-        """Whether there is a tensor ``name.part``."""
-        return f"{self.name}.{part}" in self.tensors
-
-    def info(self, part: str, *dtypes: str) -> TensorInfo:
-        """A tensor's header.
-
-        Raises:
-            CheckpointError: when it is missing, or has none of these dtypes.
-        """
-        full = f"{self.name}.{part}"
-        if full not in self.tensors:
-            raise CheckpointError(f"the quantised weight {self.name!r} lacks its tensor {full!r}")
-        info = self.tensors[full]
-        if info.dtype not in dtypes:
-            raise CheckpointError(
-                f"tensor {full!r} in {info.file} has dtype {info.dtype}; its layout wants {' or '.join(dtypes)}"
-            )
-        return info
-
-    def shaped(self, part: str, shape: tuple[int, ...], *dtypes: str) -> None:
-        """Raises CheckpointError unless a tensor is there in this shape."""
-        info = self.info(part, *dtypes)
-        if info.shape != shape:
-            raise CheckpointError(
-                f"tensor {self.name + '.' + part!r} in {info.file} has shape {info.shape};"
-                f" the rest of the quantised weight implies {shape}"
-            )
-
-    def read(self, part: str) -> torch.Tensor:
-        """A tensor over the mapped file."""
-        return self.load(f"{self.name}.{part}")
-
-    def scale(self, part: str) -> torch.Tensor:
-        """Scales in float32.
-
-        Raises:
-            CheckpointError: when some are not finite.
-        """
-        scale = self.read(part).float()
-        if not bool(scale.isfinite().all()):
-            raise self.error(f"{int((~scale.isfinite()).sum())} of the {scale.numel()} values of {part} are not finite")
-        return scale
-
-    def error(self, reason: str) -> CheckpointError:
-        """For a weight that cannot be represented or makes no sense."""
-        return CheckpointError(f"the quantised weight {self.name!r} cannot be loaded: {reason}")
-
-
 FLOATS = ("F32", "F16", "BF16")
 
 
@@ -149,31 +95,45 @@ class CompressedTensors:
             if weight.has("weight_offset"):
                 weight.shaped("weight_offset", scale.shape, *FLOATS)
             if weight.has("weight_zero_point") or self._asymmetric:
-                weight.shaped("weight_zero_point", (-(-outputs // _NIBBLES), scale.shape[1]), "I32")
+                weight.shaped("weight_zero_point", (-(-outputs // NIBBLES), scale.shape[1]), "I32")
         elif weight.has("weight_zero_point"):
             raise weight.error("int8 with zero points has no counterpart here")
         return shape
 
+    def input_step(self, weight: StoredWeight) -> int:
+        """Parts may begin at multiples of so many inputs."""
+        shape, scale = self.shape(weight), weight.info("weight_scale", *FLOATS).shape
+        if self.scheme(weight) != UNQUANTIZED:
+            return ROW_GROUP
+        if not weight.has("weight_packed") and weight.info("weight", "I8", "F8_E4M3").dtype != "I8":
+            return 1 if _one_per_output(weight, scale, shape) else FP8_BLOCK
+        return 1 if math.prod(scale[1:]) == 1 else GROUPS[0]
+
     def load(self, weight: StoredWeight) -> QuantizedWeight:
-        outputs, inputs = self.shape(weight)
-        scale = weight.scale("weight_scale")
+        shape = self.shape(weight)
+        rows, columns = weight.kept.of(shape)
         if not weight.has("weight_packed"):
             if weight.info("weight", "I8", "F8_E4M3").dtype == "I8":
                 if weight.has("weight_zero_point") and bool((weight.read("weight_zero_point") != 0).any()):
                     raise weight.error("int8 with zero points has no counterpart here")
-                return self._int8(weight, weight.read("weight").clone(), scale)
-            return _fp8(weight, scale, outputs, inputs)
-        data = weight.read("weight_packed").contiguous().view(torch.uint8)
-        if data.shape[1] >= inputs:
-            signed = (data[:, :inputs] ^ 128).view(torch.int8)
-            return self._int8(weight, signed, scale)
-        zero = None
+                return self._int8(weight, weight.read("weight", rows, columns).clone(), shape)
+            return _fp8(weight, "weight_scale", shape)
+        packed = weight.info("weight_packed", "I32").shape
+        if packed[1] * 4 >= shape[1]:
+            bytes_OX = weight.read("weight_packed", rows, words_of(columns, 4)).contiguous().view(torch.uint8)
+            first = columns.start % 4
+            return self._int8(weight, (bytes_OX[:, first : first + width(columns)] ^ 128).view(torch.int8), shape)
+        groups = self._stored_groups(weight, shape, 4)
+        stored = groups.stored
+        scale = weight.scale("weight_scale", rows, stored)
+        zero = offset = None
         if weight.has("weight_zero_point"):
-            zero = _nibbles(weight.read("weight_zero_point").T)[:, :outputs].T
-        group = self._groups(weight, (outputs, inputs), scale.shape, 4)
-        _check_order(weight, "weight_g_idx", inputs, group)
-        packed = _int4(data[:, : -(-inputs // 2)], scale, zero, inputs, group)
-        return replace(packed, offset=weight.scale("weight_offset")) if weight.has("weight_offset") else packed
+            zero = some_nibbles(weight.read("weight_zero_point", words_of(rows), stored).T, rows).T
+        if weight.has("weight_offset"):
+            offset = groups.spread(weight.scale("weight_offset", rows, stored))
+        _check_order(weight, "weight_g_idx", columns, groups.theirs)
+        data = packed_inputs(weight.read("weight_packed", rows, words_of(columns)), columns)
+        return replace(_int4(data, scale, zero, columns, groups), offset=offset)
 
     @property
     def _asymmetric(self) -> bool:
@@ -181,13 +141,21 @@ class CompressedTensors:
         kinds = [w.get("symmetric", True) for w in self.weights if w.get("num_bits") == 4]
         return not any(kinds)
 
-    def _int8(self, weight: StoredWeight, data_OI: torch.Tensor, scale: torch.Tensor) -> Int8Weight:
-        outputs, inputs = data_OI.shape
-        if scale.numel() == 1 or scale.shape[1:].numel() == 1:
-            return Int8Weight(data=data_OI, scale=_per_output(weight, scale, outputs))
-        group, index_G = _ours(self._groups(weight, (outputs, inputs), scale.shape, 8), inputs)
-        _check_order(weight, "weight_g_idx", inputs, group)
-        return Int8Weight(data=data_OI, scale=scale[:, index_G], group=group)
+    def _int8(self, weight: StoredWeight, data_OI: torch.Tensor, shape: tuple[int, ...]) -> Int8Weight:
+        scale = weight.info("weight_scale", *FLOATS).shape
+        rows, columns = weight.kept.of(shape)
+        if math.prod(scale) == 1 or math.prod(scale[1:]) == 1:
+            if math.prod(scale) not in (1, shape[0]):
+                raise weight.error(f"int8 takes one scale per output ({shape[0]}) or for all, not {scale}")
+            return Int8Weight(data=data_OI, scale=_per_output(weight, "weight_scale", rows))
+        groups = self._stored_groups(weight, shape, 8)
+        _check_order(weight, "weight_g_idx", columns, groups.theirs)
+        scale_OG = groups.spread(weight.scale("weight_scale", rows, groups.stored))
+        return Int8Weight(data=data_OI, scale=scale_OG, group=groups.ours)
+
+    def _stored_groups(self, weight: StoredWeight, shape: tuple[int, ...], bits: int) -> Groups:
+        group = self._groups(weight, shape, weight.info("weight_scale", *FLOATS).shape, bits)
+        return groups_of(group, weight.kept.of(shape)[1], shape[1])
 
     def _groups(self, weight: StoredWeight, shape: tuple[int, ...], scales: tuple[int, ...], bits: int) -> int:
         """Inputs that share one of the scales, whose shape is given."""
@@ -227,23 +195,29 @@ class Gptq:
 
     def shape(self, weight: StoredWeight) -> tuple[int, ...]:
         words, outputs = _two(weight, "qweight")
-        inputs = words * _NIBBLES
+        inputs = words * NIBBLES
         group = _known_group(weight, inputs if self.group == -1 else self.group, inputs)
         groups = -(-inputs // group)
         weight.shaped("scales", (groups, outputs), *FLOATS)
-        weight.shaped("qzeros", (groups, -(-outputs // _NIBBLES)), "I32")
+        weight.shaped("qzeros", (groups, -(-outputs // NIBBLES)), "I32")
         if weight.has("g_idx"):
             weight.shaped("g_idx", (inputs,), "I32", "I64")
         return outputs, inputs
 
+    def input_step(self, weight: StoredWeight) -> int:
+        """Parts may begin at multiples of so many inputs."""
+        return _int4_step(self.group, self.shape(weight))
+
     def load(self, weight: StoredWeight) -> QuantizedWeight:
-        outputs, inputs = self.shape(weight)
-        group = inputs if self.group == -1 else self.group
-        _check_order(weight, "g_idx", inputs, group)
-        data = weight.read("qweight").T.contiguous().view(torch.uint8)
-        zero_GO = (_nibbles(weight.read("qzeros"))[:, :outputs] + self.zero_offset) & 15
+        shape = self.shape(weight)
+        rows, columns = weight.kept.of(shape)
+        groups = groups_of(shape[1] if self.group == -1 else self.group, columns, shape[1])
+        _check_order(weight, "g_idx", columns, groups.theirs)
+        data = packed_inputs(weight.read("qweight", words_of(columns), rows).T, columns)
+        zero_GO = (some_nibbles(weight.read("qzeros", groups.stored, words_of(rows)), rows) + self.zero_offset) & 15
         plain = self.symmetric and bool((zero_GO == 8).all())
-        return _int4(data, weight.scale("scales").T.contiguous(), None if plain else zero_GO.T, inputs, group)
+        scale_OG = weight.scale("scales", groups.stored, rows).T.contiguous()
+        return _int4(data, scale_OG, None if plain else zero_GO.T, columns, groups)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,22 +240,30 @@ class Awq:
     def shape(self, weight: StoredWeight) -> tuple[int, ...]:
         inputs, words = _two(weight, "qweight")
         group = _known_group(weight, inputs if self.group == -1 else self.group, inputs)
-        groups, outputs = -(-inputs // group), words * _NIBBLES
+        groups, outputs = -(-inputs // group), words * NIBBLES
         weight.shaped("scales", (groups, outputs), *FLOATS)
         if self.zero_points or weight.has("qzeros"):
             weight.shaped("qzeros", (groups, words), "I32")
         return outputs, inputs
 
-    def load(self, weight: StoredWeight) -> QuantizedWeight:
-        _, inputs = self.shape(weight)
-        group = inputs if self.group == -1 else self.group
-        codes_OI = self._codes(weight.read("qweight")).T.contiguous()
-        zero = self._codes(weight.read("qzeros")).T if weight.has("qzeros") else None
-        return _int4(pack_int4(codes_OI), weight.scale("scales").T.contiguous(), zero, inputs, group)
+    def input_step(self, weight: StoredWeight) -> int:
+        """Parts may begin at multiples of so many inputs."""
+        return _int4_step(self.group, self.shape(weight))
 
-    def _codes(self, words_XW: torch.Tensor) -> torch.Tensor:
-        nibbles = _nibbles(words_XW).unflatten(-1, (-1, _NIBBLES))
-        return nibbles[..., list(_AWQ_ORDER)].flatten(-2)
+    def load(self, weight: StoredWeight) -> QuantizedWeight:
+        shape = self.shape(weight)
+        rows, columns = weight.kept.of(shape)
+        groups = groups_of(shape[1] if self.group == -1 else self.group, columns, shape[1])
+        codes_OI = self._codes(weight.read("qweight", columns, words_of(rows)), rows).T.contiguous()
+        zero = None
+        if weight.has("qzeros"):
+            zero = self._codes(weight.read("qzeros", groups.stored, words_of(rows)), rows).T
+        scale_OG = weight.scale("scales", groups.stored, rows).T.contiguous()
+        return _int4(pack_int4(codes_OI), scale_OG, zero, columns, groups)
+
+    def _codes(self, words_XW: torch.Tensor, kept: slice) -> torch.Tensor:
+        eights = nibbles(words_XW).unflatten(-1, (-1, NIBBLES))
+        return from_first_word(eights[..., list(_AWQ_ORDER)].flatten(-2), kept)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,10 +287,16 @@ class BlockFp8:
             weight.shaped("weight_scale_inv", (-(-outputs // FP8_BLOCK), -(-inputs // FP8_BLOCK)), *FLOATS)
         return info.shape
 
+    def input_step(self, weight: StoredWeight) -> int:
+        """Parts may begin at multiples of so many inputs."""
+        scale = weight.info(self._scales(weight), *FLOATS).shape
+        return 1 if _one_per_output(weight, scale, self.shape(weight)) else FP8_BLOCK
+
     def load(self, weight: StoredWeight) -> QuantizedWeight:
-        outputs, inputs = self.shape(weight)
-        part = "weight_scale_inv" if weight.has("weight_scale_inv") else "weight_scale"
-        return _fp8(weight, weight.scale(part), outputs, inputs)
+        return _fp8(weight, self._scales(weight), self.shape(weight))
+
+    def _scales(self, weight: StoredWeight) -> str:
+        return "weight_scale_inv" if weight.has("weight_scale_inv") else "weight_scale"
 
 
 StoredLayout = CompressedTensors | Gptq | Awq | BlockFp8
@@ -328,63 +316,61 @@ def _known_group(weight: StoredWeight, group: int, inputs: int) -> int:
     return group
 
 
-def _check_order(weight: StoredWeight, part: str, inputs: int, group: int) -> None:
+def _check_order(weight: StoredWeight, part: str, inputs: slice, group: int) -> None:
     """Groups must lie side by side."""
     if not weight.has(part):
         return
-    index_I = weight.read(part).long()
-    if not torch.equal(index_I, torch.arange(inputs) // group) and not bool((index_I == -1).all()):
+    index_I = weight.read(part, inputs).long()
+    if not torch.equal(index_I, torch.arange(inputs.start, inputs.stop) // group) and not bool((index_I == -1).all()):
         raise weight.error(
             f"its groups are scattered over the inputs ({part}); only checkpoints whose groups are contiguous load:"
             " quantise without desc_act, or with static groups"
         )
 
 
-def _nibbles(words: torch.Tensor) -> torch.Tensor:
-    """(…, W) words of 32 bits → (…, 8 W) codes, the lowest bits first, uint8."""
-    return unpack_int4(words.contiguous().view(torch.uint8))
+def _int4_step(group: int, shape: tuple[int, ...]) -> int:
+    return 1 if group == -1 or group >= shape[1] else GROUPS[0]
 
 
 def _int4(
-    data: torch.Tensor, scale_OG: torch.Tensor, zero_OG: torch.Tensor | None, inputs: int, group: int
+    data: torch.Tensor, scale_OG: torch.Tensor, zero_OG: torch.Tensor | None, inputs: slice, groups: Groups
 ) -> Int4Weight:
-    ours, index_G = _ours(group, inputs)
-    scale_OG = scale_OG[:, index_G]
-    zero_OG = None if zero_OG is None else zero_OG[:, index_G]
     return Int4Weight(
         data=data.contiguous(),
-        scale=scale_OG,
-        inputs=inputs,
-        group=ours,
-        zero=None if zero_OG is None else zero_OG.contiguous(),
+        scale=groups.spread(scale_OG),
+        inputs=width(inputs),
+        group=groups.ours,
+        zero=None if zero_OG is None else groups.spread(zero_OG).contiguous(),
     )
 
 
-def _ours(group: int, inputs: int) -> tuple[int, torch.Tensor]:
-    """The size of the groups that a group is cut into, and which of the stored scales each of them takes, (G)."""
-    ours = group if group in GROUPS else next(g for g in reversed(GROUPS) if group >= inputs or group % g == 0)
-    return ours, torch.arange(-(-inputs // ours)) * ours // group
+def _per_output(weight: StoredWeight, part: str, rows: slice) -> torch.Tensor:
+    """Scales of some outputs, of scales per output or for all, (O)."""
+    one = math.prod(weight.info(part, *FLOATS).shape) == 1
+    return weight.scale(part, *(() if one else (rows,))).flatten().expand(width(rows)).contiguous()
 
 
-def _per_output(weight: StoredWeight, scale: torch.Tensor, outputs: int) -> torch.Tensor:
-    if scale.numel() not in (1, outputs):
-        raise weight.error(f"int8 takes one scale per output ({outputs}) or for all, not {tuple(scale.shape)}")
-    return scale.flatten().expand(outputs).contiguous()
+def _one_per_output(weight: StoredWeight, scale: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether scales of fp8 weights are for outputs or for all, and not for blocks."""
+    block = math.prod(scale) == 1 and len(scale) == 2 and weight.has("weight_scale_inv")
+    return math.prod(scale) in (1, shape[0]) and (len(scale) < 2 or scale[-1] == 1) and not block
 
 
-def _fp8(weight: StoredWeight, scale: torch.Tensor, outputs: int, inputs: int) -> Fp8Weight:
-    data = weight.read("weight").clone()
+def _fp8(weight: StoredWeight, part: str, shape: tuple[int, ...]) -> Fp8Weight:
+    rows, columns = weight.kept.of(shape)
+    scale = weight.info(part, *FLOATS).shape
+    data = weight.read("weight", rows, columns).clone()
     if bool(data.float().isnan().any()):
         raise weight.error("some of its codes are not numbers")
-    if (
-        scale.numel() in (1, outputs)
-        and (scale.dim() < 2 or scale.shape[-1] == 1)
-        and not (scale.numel() == 1 and scale.dim() == 2 and weight.has("weight_scale_inv"))
-    ):
-        return Fp8Weight(data=data, scale=scale.flatten().expand(outputs)[:, None].contiguous())
-    if scale.shape != (-(-outputs // FP8_BLOCK), -(-inputs // FP8_BLOCK)):
+    if _one_per_output(weight, scale, shape):
+        return Fp8Weight(data=data, scale=_per_output(weight, part, rows)[:, None])
+    if scale != tuple(-(-size // FP8_BLOCK) for size in shape):
         raise weight.error(
             f"fp8 takes scales per output, for all, or per {FP8_BLOCK} x {FP8_BLOCK} block,"
-            f" not {tuple(scale.shape)} for {outputs} x {inputs}"
+            f" not {scale} for {shape[0]} x {shape[1]}"
         )
-    return Fp8Weight(data=data, scale=scale.contiguous(), block_out=FP8_BLOCK, block_in=FP8_BLOCK)
+    blocks = weight.scale(part, words_of(rows, FP8_BLOCK), words_of(columns, FP8_BLOCK)).contiguous()
+    if (first := rows.start % FP8_BLOCK) == 0:
+        return Fp8Weight(data=data, scale=blocks, block_out=FP8_BLOCK, block_in=FP8_BLOCK)
+    scale_OG = blocks.repeat_interleave(FP8_BLOCK, 0)[first : first + width(rows)].contiguous()
+    return Fp8Weight(data=data, scale=scale_OG, block_in=FP8_BLOCK)

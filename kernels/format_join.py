@@ -19,7 +19,8 @@ def concatenate(weights: Sequence[Weight]) -> Weight:
     Raises:
         ValueError: for weights of different formats, groups or inputs.
     """
-    if isinstance(weights[0], Fp8Weight) and any(w.out_features % FP8_BLOCK for w in weights[:-1]):
+    blocks = [w for w in weights if isinstance(w, Fp8Weight)]
+    if any(w.out_features % FP8_BLOCK for w in blocks[:-1]) or len({w.block_out for w in blocks}) > 1:
         weights = [w.per_output() if isinstance(w, Fp8Weight) else w for w in weights]  # type: ignore[assignment]
     _check_alike([(*_format(w), w.num_experts) for w in weights], "joined")
     dim = weights[0].data.dim() - 2

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,43 +12,7 @@ import pytest
 from dynamoe.dynamic.parallel.config import ParallelConfig
 from dynamoe.dynamic.parallel.load import spread
 from dynamoe.dynamic.weights import Checkpoint, read_json
-
-SCRIPT = Path(__file__).with_name("parallel_run.py")
-LAUNCH = Path(__file__).with_name("parallel_launch.py")
-
-
-def run_job(folder: Path, processes: int, **job: Any) -> dict[str, Any]:
-    folder.mkdir()
-    (folder / "job.json").write_text(json.dumps({"thresholds": {}, "budget": {}, **job}))
-    command = [str(SCRIPT), str(folder / "job.json"), str(folder / "answer.json")]
-    start = [sys.executable, str(LAUNCH), str(processes)]
-    done = subprocess.run([*start, *command], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads((folder / "answer.json").read_text())
-
-
-def compare(
-    folder: Path,
-    model: str,
-    sizes: dict[str, Any],
-    extra: dict[str, Any] | None = None,
-    **job: Any,
-) -> dict[str, Any]:
-    """Greedy tokens and launched rows of several processes against those of one; extra arguments are for both."""
-    extra = extra or {}
-    arguments = {f"{axis}_parallel_size": size for axis, size in sizes.items()}
-    processes = prod(sizes.values())
-    with ThreadPoolExecutor(2) as pool:
-        one = pool.submit(run_job, folder / "one", 1, model=model, arguments=extra, **job)
-        several = pool.submit(run_job, folder / "several", processes, model=model, arguments=arguments | extra, **job)
-        alone, together = one.result(), several.result()
-    assert together["tokens"] == alone["tokens"]
-    if not together["preemptions"] + together["cached_tokens"]:  # which differ from those of one home
-        assert together["rows"] == alone["rows"]
-    # Certificates of one process are refused by several: sums run in another order.
-    assert "processes" not in alone["deployment"]
-    assert together["deployment"]["processes"] == str(ParallelConfig(**sizes))
-    return together
+from parallel_jobs import compare, run_job
 
 
 @pytest.mark.slow
@@ -139,6 +100,26 @@ def test_tokens_of_homes_with_shared_pages_and_preemption(
     found = compare(tmp_path, str(path), sizes, extra, **job)
     assert found["cached_tokens"] > 0
     assert found["preemptions"] > 0
+
+
+NORMS_OF_ALL_HEADS = [
+    pytest.param(2, 1, {}, id="heads"),
+    pytest.param(4, 1, {}, id="keys-on-two-ranks-each", marks=pytest.mark.slow),
+    pytest.param(2, 2, {"1": 0.5, "2": 0.5}, id="exits-and-stages", marks=pytest.mark.slow),
+    pytest.param(2, 1, {"1": 0.5, "2": 0.5}, id="exits", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "thresholds"), NORMS_OF_ALL_HEADS)
+def test_norms_that_go_over_the_heads_of_all_ranks(
+    make_exits: Callable[..., Path], tmp_path: Path, tensor: int, pipeline: int, thresholds: dict[str, float]
+) -> None:
+    model = make_exits("olmoe", {1: 0.4, 2: 0.4}, clip_qkv=1.5)
+    found = compare(tmp_path, str(model), {"tensor": tensor, "pipeline": pipeline}, thresholds=thresholds)
+    if thresholds:
+        assert found["rows"][0] > found["rows"][-1]
+    else:  # a number for queries and one for keys, of each row and layer, from each of the others
+        assert found["received"]["norms"] == (tensor - 1) * 3 * 2 * 4 * found["rows"][0]
 
 
 @pytest.mark.slow
@@ -233,6 +214,13 @@ def test_tiny_with_exits(tmp_path: Path, sizes: dict[str, int], budget: dict[str
     thresholds = {"4": 0.4, "8": 0.6, "12": 0.6}
     found = compare(tmp_path, "tiny", sizes, thresholds=thresholds, budget=budget)
     assert found["rows"][0] > found["rows"][-1]
+
+
+@pytest.mark.slow
+def test_sizes_of_axes_are_arguments_of_their_own(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    sizes = {"tensor_parallel_size": 2, "expert_parallel_size": 1, "pipeline_parallel_size": 2}
+    found = run_job(tmp_path / "job", 4, model=str(make_checkpoint("mixtral")), arguments=sizes)
+    assert found["deployment"]["processes"] == str(ParallelConfig(tensor=2, pipeline=2))
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -18,19 +17,18 @@ from dynamoe.dynamic.families import family_of, model_spec
 from dynamoe.dynamic.layout import plan_layout
 from dynamoe.dynamic.loader import load_model
 from dynamoe.dynamic.parallel.config import ParallelConfig
-from dynamoe.dynamic.parallel.context import ParallelContext
 from dynamoe.dynamic.parallel.decoder import rows_at
 from dynamoe.dynamic.parallel.homes import SharedCache, spread
 from dynamoe.dynamic.parallel.load import read_placement
 from dynamoe.dynamic.parallel.load import spread as spread_experts
 from dynamoe.dynamic.parallel.plan import FIRST, Message, Operation, decode, length
-from dynamoe.dynamic.parallel.shards import Shard, ShardedCheckpoint, part_of, split_heads
+from dynamoe.dynamic.parallel.shards import part_of, split_heads
 from dynamoe.dynamic.parallel.stages import micro_batches, split_into_stages
 from dynamoe.dynamic.quantization import methods
 from dynamoe.dynamic.sampling_params import SamplingParams
-from dynamoe.dynamic.spec import ModelSpec
 from dynamoe.dynamic.weights import Checkpoint, read_json
 from dynamoe.kernels.types import AttentionBatch, KVLayer
+from parallel_jobs import shard_of
 
 
 def test_experts_are_spread_evenly_in_number_and_in_load() -> None:
@@ -59,21 +57,6 @@ def test_a_placement_that_does_not_fit_is_refused(
     spec = model_spec(read_json(make_checkpoint("mixtral") / "config.json"))
     with pytest.raises(ValueError, match=rf"parallel\.placement=.*load\.json {fault}"):
         read_placement(file, spec, 2)
-
-
-def shard_of(spec: ModelSpec, tensor: int, expert: int, rank: int) -> Shard:
-    """Of one rank, without the others."""
-    expert_rank, tensor_rank = divmod(rank, tensor)
-    context = SimpleNamespace(
-        config=ParallelConfig(tensor=tensor, expert=expert),
-        rank=rank,
-        home=expert_rank,
-        tensor_rank=tensor_rank,
-        expert_rank=expert_rank,
-        stage=0,
-        tensor_group=None,
-    )
-    return Shard(spec, cast(ParallelContext, context))
 
 
 @pytest.mark.parametrize(
@@ -113,7 +96,7 @@ def test_ranks_together_hold_every_split_weight_once(
     for rank in range(tensor * expert):
         shard = shard_of(spec, tensor, expert, rank)
         shard.layout(layout)
-        checkpoint = ShardedCheckpoint(path, shard.cuts)
+        checkpoint = shard.checkpoint(whole)
         for name in whole:
             expert_weight = any(part in name for part in (".experts.", "moe.input_linear", "moe.output_linear"))
             if expert_weight and name in shard.cuts:

@@ -1,19 +1,23 @@
-"""ZeRO: two processes and one see the same losses, and a run goes on from DeepSpeed's checkpoint."""
+"""ZeRO: two processes and one see the same losses, a run goes on from DeepSpeed's checkpoint, and recipes scale out."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 import torch
 from dynamoe.dynamic.train.deepspeed import ZeroConfig
 from dynamoe.exits.training.progress import read_losses
+from safetensors.torch import load_file
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is optional")
 
+LAUNCH = Path(__file__).with_name("parallel_launch.py")
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -89,6 +93,66 @@ def test_zero_two_resumes_in_pieces_with_bfloat16_weights(tmp_path: Path) -> Non
     whole = losses(tmp_path, "whole", 2, 2, "bf16")
     pieces = losses(tmp_path, "pieces", 2, 2, "bf16", pieces=1)
     assert pieces == whole
+
+
+SHAPE = [
+    *("recipe.corpus.vocab_size=320", "recipe.decoder.vocab_size=320", "recipe.decoder.hidden_size=32"),
+    *("recipe.decoder.num_layers=4", "recipe.decoder.num_heads=4", "recipe.decoder.head_dim=8"),
+    *("recipe.decoder.expert_size=16", "recipe.decoder.exit_layers=[1,2]", "recipe.decoder.max_position=64"),
+    *("recipe.text.window=64", "recipe.text.sequence_length=32", "recipe.text.batch_tokens=256"),
+    *("recipe.text.grow_from=0", "recipe.text.balance_weight=0", "recipe.text.evaluation_tokens=512"),
+    *("recipe.trainer.optimizer=adamw", "recipe.exits.layer_dropout=0"),
+]
+
+
+def train_by_recipe(tmp_path: Path, name: str, processes: int, *settings: str) -> subprocess.CompletedProcess[str]:
+    """``dynamoe train``, on the descriptions of statements that come with Python."""
+    texts = tmp_path / "texts" / "topics"
+    if not texts.exists():
+        texts.mkdir(parents=True)
+        for topic, text in sorted(topics.items()):
+            (texts / f"{topic}.txt").write_text(text)
+    environment = {**os.environ, "DYNAMOE_HOME": str(tmp_path / "home"), "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, str(LAUNCH), str(processes), "-m", "dynamoe", "train", "recipe=smoke"]
+    command += [f"output={tmp_path / name}", f"recipe.corpus.text_folder={texts.parent}", *SHAPE, *settings]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_recipe_makes_the_same_model_on_two_processes(stage: int, tmp_path: Path) -> None:
+    short = ["recipe.trainer.steps=8", "recipe.exits.loss_weight=0"]
+    found = []
+    for name, processes in (("one", 1), ("two", 2)):
+        done = train_by_recipe(tmp_path, name, processes, *short, f"zero.stage={stage}")
+        assert done.returncode == 0, done.stderr[-3000:]
+        report = json.loads((tmp_path / name / "report.json").read_text())
+        found.append((report["evaluation"]["perplexity"], load_file(tmp_path / name / "model" / "model.safetensors")))
+    (one, weights), (two, others) = found
+    assert two == pytest.approx(one, rel=1e-3)
+    assert one < 300  # of 320 tokens: something was learned
+    for name, weight in weights.items():
+        torch.testing.assert_close(others[name].float(), weight.float(), rtol=0.02, atol=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_exits_come_after_training_on_two_processes(tmp_path: Path) -> None:
+    few = ["recipe.trainer.steps=8", "recipe.served_prompts=8", "recipe.prompt_tokens=16", "recipe.new_tokens=16"]
+    few += ["recipe.exit_rows=4096", "recipe.shipped_prompts=8"]
+    done = train_by_recipe(tmp_path, "two", 2, *few)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("perplexity") == 1  # rank 0 alone
+    assert (tmp_path / "two" / "model" / "exits.safetensors").is_file()
+
+
+def test_what_runs_in_one_process_is_refused_under_a_launcher(tmp_path: Path) -> None:
+    environment = {**os.environ, "WORLD_SIZE": "2"}
+    command = [sys.executable, "-m", "dynamoe", "experts", "model=tiny"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "dynamoe experts: it runs in one process; the launcher started 2" in done.stderr
 
 
 def test_a_stage_that_does_not_exist_is_refused() -> None:

@@ -29,6 +29,7 @@ from ..spec import LayerSpec, ModelSpec
 from .exchange import Departure, ExpertExchange
 from .homes import SharedCache, cache_of, on_device, share_rows, spread
 from .load import ExpertLoad, write_load
+from .norms import norm_over_ranks, project_over_ranks, spread_norms
 from .plan import Message, Operation, leave_message, read_batch, read_budget, read_leaving, run_message
 from .shards import Shard, part_of, width
 
@@ -63,6 +64,7 @@ class ParallelDecoder(Decoder):
         self.vocabulary = shard.vocabulary
         self._token_ids_T: torch.Tensor | None = None
         self._embedded_TD: torch.Tensor | None = None  # of a worker: rows that the next layer 0 runs
+        self._spread_norms = spread_norms(shard)
         self._caches = 0  # allocated so far
         self._dropped: list[int] = []  # caches that rank 0 has no use for any more, and workers still hold
         self._rows: dict[
@@ -339,6 +341,27 @@ class ParallelDecoder(Decoder):
         self, weights: LayerWeights, layer: LayerSpec, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch
     ) -> torch.Tensor:
         return self.context.sum(super()._attention(weights, layer, x_TD, kv, batch), self.context.tensor_group)
+
+    def _norm_all_heads(
+        self, weights: LayerWeights, q_TX: torch.Tensor, k_TX: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._spread_norms is None:
+            return super()._norm_all_heads(weights, q_TX, k_TX)
+        assert weights.q_norm is not None
+        assert weights.k_norm is not None
+        queries, keys = self._spread_norms
+        parts = (q_TX, weights.q_norm, queries), (k_TX, weights.k_norm, keys)
+        q_TX, k_TX = norm_over_ranks(self.context, self.spec.norm_eps, *parts)
+        return q_TX, k_TX
+
+    def _project(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
+        if self._spread_norms is None:
+            super()._project(exit, x_RD, kv, batch)
+            return
+        projected = project_over_ranks(self.context, self.backend, self.spec, exit, x_RD, self._spread_norms[1])
+        for layer, (k_TGC, v_TGC) in zip(kv, projected, strict=True):
+            # Queries are rotated as well; keys stand in for them, and nobody looks at the result.
+            self.backend.rope_and_write(k_TGC, k_TGC, v_TGC, self.cos_sin_LC, batch, layer)
 
     def _ffn(
         self, number: int, x_TD: torch.Tensor, routed: list[torch.Tensor] | None, budget: ExpertBudget | None

@@ -276,15 +276,8 @@ class PipelineDecoder(ParallelDecoder):
             self.reserve_positions(debt.batch.max_context_len)
             own_W, own = cache_of(kv).own_rows(debt.batch)
             if exit.projections and len(own_W):
-                self.backend.project_kv(
-                    rows_RD[own_W.to(self.device)],
-                    exit.projections,
-                    kv[max(exit.after_layers, self.held.start) : self.held.stop],
-                    self.cos_sin_LC,
-                    on_device(own, self.device),
-                    norm_eps=self.spec.norm_eps,
-                    clip=self.spec.clip_qkv,
-                )
+                behind = kv[max(exit.after_layers, self.held.start) : self.held.stop]
+                self._project(exit, rows_RD[own_W.to(self.device)], behind, on_device(own, self.device))
             if self.stage < len(self._debts):
                 self._owed.append(rows_RD)
 

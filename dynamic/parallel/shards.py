@@ -6,9 +6,7 @@ Shape suffixes as in ``kernels/types.py``; X several experts' neurons side by si
 from __future__ import annotations
 
 import hashlib
-import re
-from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,14 +18,15 @@ from ...kernels.formats import Fp8Weight, Int8Weight, QuantizedWeight
 from ..decoder import LayerWeights
 from ..layout import EMBEDDING, FFNLayout, LayerLayout, Layout
 from ..quantization import Method
+from ..quantized_checkpoint import QuantizedCheckpoint
 from ..spec import ModelSpec
-from ..weights import Checkpoint
+from ..stored_weight import Part
+from ..weights import Checkpoint, CheckpointError
 from .config import ParallelConfig
 from .context import ParallelContext
 from .load import read_placement
+from .sharded_checkpoint import Cut, ShardedCheckpoint
 from .stages import SIZES, layer_sizes, split_into_stages, stand_in
-
-Cut = Callable[[torch.Tensor], torch.Tensor]
 
 
 def part_of(total: int, parts: int, part: int) -> slice:
@@ -60,8 +59,6 @@ class Shard:
 
     def __init__(self, spec: ModelSpec, context: ParallelContext, exit_layers: Collection[int] = ()) -> None:
         tensor, rank = context.config.tensor, context.tensor_rank
-        if tensor > 1 and spec.qk_norm == "full":
-            raise ValueError(f"parallel.tensor={tensor}: this {spec.family} model norms all heads together")
         self.context = context
         self.whole = spec
         self.query_heads, self.kv_heads = split_heads(spec, tensor, rank)
@@ -95,7 +92,7 @@ class Shard:
         """The layout of this rank's part; fills :attr:`cuts`."""
         for name in (EMBEDDING, layout.lm_head):
             if name:
-                self.cuts[name] = partial(_rows, rows=self.vocabulary)
+                self.cuts[name] = Part(outputs=self.vocabulary)
         return replace(layout, layers=tuple(self._layer(layer, n) for n, layer in enumerate(layout.layers)))
 
     def check_quantization(self, name: str, method: Method) -> None:
@@ -118,6 +115,22 @@ class Shard:
                     f"quantization={name} has scales for {group} inputs each; {self.context.config} splits {tensor!r} "
                     f"at input {wrong[0]}"
                 )
+
+    def checkpoint(self, whole: Checkpoint) -> ShardedCheckpoint:
+        """This rank's part of a checkpoint.
+
+        Raises:
+            CheckpointError: where a scale of quantised weights would belong to several ranks; on all of them.
+        """
+        if isinstance(whole, QuantizedCheckpoint):
+            for name, starts in self.input_cuts.items():
+                step = whole.input_step(name) if whole.keeps_codes(name) else 1
+                if wrong := [start for start in starts if start % step]:
+                    raise CheckpointError(
+                        f"the quantised weight {name!r} has scales for groups of its inputs; {self.context.config} "
+                        f"splits it at input {wrong[0]}, which is no multiple of {step}"
+                    )
+        return ShardedCheckpoint(whole, self.cuts)
 
     def quantize(self, name: str, weight: torch.Tensor, method: Method) -> QuantizedWeight:
         """This rank's part of a tensor, with the scales that the whole tensor has.
@@ -158,8 +171,10 @@ class Shard:
         queries, keys = (slice(s.start * channels, s.stop * channels) for s in (self.query_heads, self.kv_heads))
         for names in (layout.qkv, layout.qkv_bias):
             for name, rows in zip(names, (queries, keys, keys), strict=False):
-                self.cuts[name] = partial(_rows, rows=rows)
-        self.cuts[layout.o] = partial(_columns, columns=queries)
+                self.cuts[name] = Part(outputs=rows)
+        if self.spec.qk_norm == "full":
+            self.cuts |= {layout.q_norm: Part(outputs=queries), layout.k_norm: Part(outputs=keys)}
+        self.cuts[layout.o] = Part(inputs=queries)
         starts = [split_heads(self.whole, config.tensor, part)[0].start * channels for part in range(config.tensor)]
         self._cut_inputs([layout.o], starts)
         if layout.o_bias and self.context.tensor_rank:
@@ -184,7 +199,7 @@ class Shard:
         run = slice(experts[0], experts[-1] + 1) if in_order else experts  # a view of the file where it can be one
         part = replace(layout, num_experts=len(experts), expert_size=width(neurons))
         for name in layout.biases[:2]:
-            self.cuts[name] = partial(_rows, rows=neurons)
+            self.cuts[name] = Part(outputs=neurons)
         if layout.biases and self.context.tensor_rank:
             self.cuts[layout.biases[2]] = torch.zeros_like
         if layout.gate_up:
@@ -195,50 +210,13 @@ class Shard:
             gate, up, down = (tuple(names[e] for e in experts) for names in (layout.gate, layout.up, layout.down))
             part = replace(part, gate=gate, up=up, down=down)
             for name in (*part.gate, *part.up):
-                self.cuts[name] = partial(_rows, rows=neurons)
+                self.cuts[name] = Part(outputs=neurons)
             for name in part.down:
-                self.cuts[name] = partial(_columns, columns=neurons)
+                self.cuts[name] = Part(inputs=neurons)
             return part
         for name in (*layout.gate, *layout.up):
             self.cuts[name] = lambda x_XD: x_XD.unflatten(0, (count, size))[run, neurons].flatten(0, 1)
         self.cuts[layout.down[0]] = lambda x_DX: x_DX.unflatten(1, (count, size))[:, run, neurons].flatten(1)
-        return part
-
-
-class ShardedCheckpoint(Checkpoint):
-    """A checkpoint that hands out this rank's part of every tensor that is split.
-
-    Attributes:
-        split_bytes, whole_bytes: read so far of tensors that are split, and of those that every rank keeps.
-        replicated: names of the latter.
-    """
-
-    def __init__(self, directory: Path, cuts: dict[str, Cut]) -> None:
-        super().__init__(directory)
-        self._cuts = cuts
-        self.split_bytes = self.whole_bytes = 0
-        self._split: dict[str, int] = {}
-        self.replicated: dict[str, int] = {}
-
-    def describe(self) -> str:
-        """What was read: of tensors that are split, and of those that are not, largest first."""
-        kinds: Counter[str] = Counter()
-        for name, count in self.replicated.items():
-            kinds[re.sub(r"\.\d+\.", ".N.", name)] += count
-        kept = ", ".join(f"{kind} {count / 2**20:.2f}" for kind, count in kinds.most_common())
-        whole = f"{self.whole_bytes / 2**20:.2f} MiB of whole ones" + (f": {kept}" if kept else "")
-        return f"{self.split_bytes / 2**20:.2f} MiB of tensors that are split, and {whole}"
-
-    def view(self, name: str) -> torch.Tensor:
-        """See :meth:`Checkpoint.view`; pages of other ranks' parts are not touched."""
-        whole = super().view(name)
-        part = self._cuts[name](whole) if name in self._cuts else whole
-        if part.nbytes == whole.nbytes:
-            self.replicated[name] = whole.nbytes
-            self.whole_bytes = sum(self.replicated.values())
-            return part
-        self.split_bytes += part.nbytes - self._split.get(name, 0)  # looking twice is reading once
-        self._split[name] = part.nbytes
         return part
 
 
@@ -272,14 +250,6 @@ def _split(what: str, total: int, parts: int, part: int) -> slice:
 def width(part: slice) -> int:
     """How many things a part has."""
     return part.stop - part.start
-
-
-def _rows(x: torch.Tensor, rows: slice) -> torch.Tensor:
-    return x[rows]
-
-
-def _columns(x: torch.Tensor, columns: slice) -> torch.Tensor:
-    return x[:, columns]
 
 
 def _fused(x_EXD: torch.Tensor, experts: slice | list[int], neurons: slice, size: int) -> torch.Tensor:

@@ -22,7 +22,8 @@ from .config import ParallelConfig
 from .context import ParallelContext
 from .decoder import ParallelDecoder
 from .pipeline import PipelineDecoder
-from .shards import Shard, ShardedCheckpoint
+from .sharded_checkpoint import ShardedCheckpoint
+from .shards import Shard
 
 __all__ = ["Shard", "ShardedCheckpoint", "follow_if_worker", "join", "parallel_decoder"]
 
@@ -42,14 +43,12 @@ def join(
         spec, path: of the model.
         backend: of this rank.
         quantization: what the weights become.
-        stored: not None where the checkpoint is quantised.
+        stored: how the checkpoint is quantised, if it is.
         exit_layers: after how many layers rows may leave.
 
     Raises:
         ValueError: when ranks were started differently, or the model cannot be split like this.
     """
-    if stored is not None:
-        raise ValueError(f"{path} is quantised; several processes take checkpoints that are not")
     if config.record_load is not None and not Path(config.record_load).expanduser().parent.is_dir():
         raise ValueError(f"parallel.record_load={config.record_load} lies in no directory that exists")
     context = ParallelContext(config, backend.device)
@@ -62,6 +61,7 @@ def join(
             "backend": backend.name,
             "instruction set": getattr(backend, "isa", ""),
             "quantization": quantization,
+            "stored quantization": hashlib.sha256(repr(stored).encode()).hexdigest(),
             "checkpoint": _fingerprint(path),
             "exits": tuple(exit_layers),
             "placement": hashlib.sha256(_content(config.placement).encode()).hexdigest(),

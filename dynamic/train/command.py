@@ -8,7 +8,10 @@ from typing import ClassVar
 
 import torch
 
+from ..parallel.config import launched_size
+from .deepspeed import ZeroConfig
 from .recipe import RecipeConfig, run_recipe
+from .together import run_recipe_together
 
 
 @dataclass(kw_only=True)
@@ -19,6 +22,7 @@ class TrainConfig:
         output: directory of the run; the same command goes on where it was interrupted.
         max_minutes: stop after about this long, with a checkpoint to go on from; null runs to the end.
         threads: CPU threads; null leaves torch's own choice.
+        zero: how DeepSpeed divides the run where a launcher started several processes.
     """
 
     FREE_TEXT: ClassVar[frozenset[str]] = frozenset({"output"})
@@ -27,15 +31,20 @@ class TrainConfig:
     max_minutes: float | None = None
     threads: int | None = None
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
 
 
 def train(config: TrainConfig) -> None:
     """Train a model by a recipe, export it, give it exits.
 
     Raises:
-        ValueError: see :func:`.recipe.run_recipe`.
+        ValueError: see :func:`.recipe.run_recipe` and :func:`.deepspeed.train_with_deepspeed`.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     trainer = replace(config.recipe.trainer, max_minutes=config.max_minutes)
-    run_recipe(replace(config.recipe, trainer=trainer), Path(config.output).expanduser())
+    recipe, output = replace(config.recipe, trainer=trainer), Path(config.output).expanduser()
+    if launched_size() > 1:
+        run_recipe_together(recipe, output, config.zero)
+    else:
+        run_recipe(recipe, output)

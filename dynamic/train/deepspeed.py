@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,26 @@ class _Loss(nn.Module):
         return self.task.loss(self.decoder, step, shard=shard)
 
 
+def meet(device: torch.device) -> None:
+    """Join the other processes, if that has not been done.
+
+    Raises:
+        ValueError: when DeepSpeed is not installed.
+    """
+    _deepspeed().init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
+
+
+def gathered(model: TrainableDecoder, zero: ZeroConfig) -> TrainableDecoder:
+    """A trained model with all of its weights, in float32. All ranks call this."""
+    whole = TrainableDecoder(model.config, dtype=model.dtype).to(model.embedding.device)
+    parameters = list(model.parameters())
+    together = _deepspeed().zero.GatheredParameters(parameters) if zero.stage == 3 else nullcontext()
+    with together, torch.no_grad():
+        for target, source in zip(whole.parameters(), parameters, strict=True):
+            target.copy_(source)
+    return whole
+
+
 def train_with_deepspeed(
     model: TrainableDecoder,
     task: LanguageModelTask,
@@ -76,17 +97,14 @@ def train_with_deepspeed(
     Raises:
         ValueError: when DeepSpeed is not installed, for another optimiser, or a batch that the ranks cannot share.
     """
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise ValueError("training with ZeRO needs the package deepspeed (pip install deepspeed)") from error
+    deepspeed = _deepspeed()
     if config.optimizer != "adamw":
         raise ValueError(f"ZeRO needs optimizer=adamw, not {config.optimizer!r}")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if task.samples_per_step % world:
         raise ValueError(f"{task.samples_per_step} windows per step cannot be shared by {world} ranks")
     device = model.embedding.device
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
+    meet(device)
     rank = torch.distributed.get_rank()
     module = _Loss(model, task)
     if zero.stage == 3:
@@ -130,6 +148,14 @@ def train_with_deepspeed(
             closable.close()
     seconds = before + time.monotonic() - started
     return TrainResult(step=step, finished=step == config.steps, evaluation={}, seconds=seconds)
+
+
+def _deepspeed() -> Any:
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ValueError("training with ZeRO needs the package deepspeed (pip install deepspeed)") from error
+    return deepspeed
 
 
 def _settings(samples: int, world: int, config: TrainerConfig, zero: ZeroConfig) -> dict[str, Any]:

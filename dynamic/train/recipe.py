@@ -78,14 +78,23 @@ class RecipeConfig:
             raise ValueError(f"text.window={self.text.window} exceeds decoder.max_position={self.decoder.max_position}")
 
 
+Learn = Callable[[TrainableDecoder, LanguageModelTask, Path, bool], tuple[TrainResult, TrainableDecoder]]
+
+
 def run_recipe(
-    config: RecipeConfig, output: Path, *, progress: bool = True, say: Callable[[str], None] = print
+    config: RecipeConfig,
+    output: Path,
+    *,
+    learn: Learn | None = None,
+    progress: bool = True,
+    say: Callable[[str], None] = print,
 ) -> TrainResult:
     """Run a recipe, or the next piece of it.
 
     Arguments:
         output: directory of the run: ``training/`` (checkpoints, losses), ``model/`` (the export with its exits),
             ``report.json``.
+        learn: trains a model on a task, in a directory, with a progress line or without; None: in this process.
         progress: show a progress line.
 
     Returns: where training stands; ``finished`` says whether the model has been exported.
@@ -97,7 +106,10 @@ def run_recipe(
     corpus = load_corpus(build_corpus(config.corpus, cache_home() / "corpora", say=say))
     model, task = build_task(config, corpus)
     claim(output, {k: v for k, v in asdict(config).items() if k not in ("trainer", "heads")})
-    result = train(model, task, config.trainer, output / "training", progress=progress)
+    if learn is None:
+        result = train(model, task, config.trainer, output / "training", progress=progress)
+    else:
+        result, model = learn(model, task, output / "training", progress)
     if not result.finished:
         say(f"step {result.step} of {config.trainer.steps}; the same command goes on from here")
         return result

@@ -1,0 +1,84 @@
+"""Norms over all heads where the heads are spread over ranks: one sum of squares for queries and keys together.
+
+Shape suffixes as in ``kernels/types.py``; X the channels of some heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ...kernels.torch_backend import TorchBackend
+from ..decoder_exits import DecoderExit
+from ..spec import ModelSpec
+from .context import ParallelContext
+from .shards import Shard
+
+
+@dataclass(frozen=True)
+class SpreadNorm:
+    """The part of a norm that goes over the heads of all ranks.
+
+    Arguments:
+        width: channels of all heads.
+        counted: whether this rank's go into the sum; of heads that several ranks have, those of one do.
+    """
+
+    width: int
+    counted: bool = True
+
+
+def spread_norms(shard: Shard) -> tuple[SpreadNorm, SpreadNorm] | None:
+    """Of queries and keys; None where a rank has all that a norm goes over."""
+    whole, context = shard.whole, shard.context
+    if whole.qk_norm != "full" or context.config.tensor == 1:
+        return None
+    holders = max(1, context.config.tensor // whole.num_kv_heads)  # ranks that have the same keys
+    keys = SpreadNorm(whole.num_kv_heads * whole.head_dim, context.tensor_rank % holders == 0)
+    return SpreadNorm(whole.num_heads * whole.head_dim), keys
+
+
+def norm_over_ranks(
+    context: ParallelContext, eps: float, *parts: tuple[torch.Tensor, torch.Tensor, SpreadNorm]
+) -> list[torch.Tensor]:
+    """Root-mean-square norms over the heads of a tensor group, in their weights' dtypes.
+
+    Arguments:
+        parts: for each norm this rank's rows (T, X), weight (X), and what the norm goes over.
+    """
+    squares = [x_TX.float().square().sum(-1) * norm.counted for x_TX, _, norm in parts]
+    total_TN = context.sum(torch.stack(squares, -1), context.tensor_group, "norms")
+    out = []
+    for (x_TX, weight_X, norm), total_T in zip(parts, total_TN.unbind(-1), strict=True):
+        normed_TX = x_TX.float() * torch.rsqrt(total_T / norm.width + eps)[:, None]
+        out.append((weight_X * normed_TX.to(x_TX.dtype)).to(weight_X.dtype))
+    return out
+
+
+def project_over_ranks(
+    context: ParallelContext,
+    backend: TorchBackend,
+    spec: ModelSpec,
+    exit: DecoderExit,
+    x_RD: torch.Tensor,
+    norm: SpreadNorm,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """This rank's keys and values of the layers behind an exit, (R, G, C), before rotation; one sum for all layers.
+
+    Arguments:
+        x_RD: residual stream at the exit.
+        norm: of keys.
+    """
+    parts, values = [], []
+    for projection in exit.projections:
+        assert projection.k_norm is not None
+        normed_RD = backend.rms_norm(x_RD, projection.norm_D, spec.norm_eps)
+        k_RX, v_RX = backend.linear(normed_RD, projection.kv).chunk(2, -1)
+        parts.append((k_RX, projection.k_norm, norm))
+        values.append(v_RX)
+    for k_RX, v_RX in zip(norm_over_ranks(context, spec.norm_eps, *parts), values, strict=True):
+        if spec.clip_qkv is not None:
+            k_RX, v_RX = (part.clamp(-spec.clip_qkv, spec.clip_qkv) for part in (k_RX, v_RX))
+        yield k_RX.unflatten(-1, (-1, spec.head_dim)), v_RX.unflatten(-1, (-1, spec.head_dim))
