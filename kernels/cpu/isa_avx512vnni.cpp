@@ -14,6 +14,7 @@ constexpr int kTileRows = 12;
 constexpr int kPassVectors = 2;
 constexpr bool kPairs = false;
 constexpr int kCodesAhead = 4096;
+constexpr int kByteStride = 1;
 
 #include "simd_avx512.h"
 #include "row_kernels.h"

@@ -30,12 +30,12 @@ struct Ahead {
   int step;
 };
 
-// The same for codes of quantised weights: with every pair of 4 inputs their lines [from, to), as far behind those that
-// are read as `near` says, and from `edge` on as `far` says.
+// The same for codes of quantised weights: with every pair of 4 inputs of their lines [from, to) every `stride`-th, as far
+// behind those that are read as `near` says, and from `edge` on as `far` says.
 struct CodesAhead {
   const char* edge;
   int64_t near, far;
-  int from, to;
+  int from, to, stride;
 };
 
 enum class Format : int { int8 = 0, int4 = 1, fp8 = 2 };
@@ -83,7 +83,8 @@ struct Quant {
   int tile_rows;    // most rows of a tile of two digits each; of one digit it is twice as many
   bool fixed_point;  // whether rows of bf16 are worth two digits each
   void (*make_digits)(const DigitShape& shape, const void* row, Dtype dtype, char* digits);
-  int ahead;  // bytes that codes are asked for in front of their use
+  int ahead;        // bytes that codes are asked for in front of their use
+  int byte_stride;  // of so many lines of 8-bit codes one is asked for, where the processor brings the others along
   // tile[row][32] = panel · block
   void (*multiply_digits)(const QuantLayout& layout, const DigitShape& shape, int num_rows, const char* panel,
                           const char* block, float* tile, CodesAhead ahead);

@@ -86,12 +86,13 @@ CodesAhead QuantProduct::ahead(const char* block, bool first, const char* after,
   const int64_t early = kernels_.quant.ahead;
   const int lines = layout_.format == Format::int4 ? 2 : 4;
   const char* end = block + layout_.block_bytes();
-  if (tiles == 1 && after) return {end - early, early, after - end + early, 0, lines};
-  if (tile == 0 && (tiles == 1 || first)) return {end, early, early, 0, lines};
+  const int stride = layout_.format == Format::int4 ? 1 : kernels_.quant.byte_stride;
+  if (tiles == 1 && after) return {end - early, early, after - end + early, 0, lines, stride};
+  if (tile == 0 && (tiles == 1 || first)) return {end, early, early, 0, lines, tiles == 1 ? stride : 1};
   const int64_t next = (after ? after : end) - block;
-  if (first) return {end, next, next, 0, tile == 1 ? lines : 0};
+  if (first) return {end, next, next, 0, tile == 1 ? lines : 0, 1};
   const int half = lines / 2 * static_cast<int>(tile);
-  return {end, next, next, half, tile < 2 ? half + lines / 2 : half};
+  return {end, next, next, half, tile < 2 ? half + lines / 2 : half, 1};
 }
 
 void QuantProduct::multiply(const char* panels, const Tiles& tiles, const char* block, bool first, const char* after,

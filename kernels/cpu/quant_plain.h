@@ -52,4 +52,4 @@ TARGET static void multiply_digits(const QuantLayout& layout, const DigitShape& 
   }
 }
 
-constexpr Quant kPlainQuant{kTileRows, false, make_digits, 0, multiply_digits, round_fp8, widen_codes};
+constexpr Quant kPlainQuant{kTileRows, false, make_digits, 0, 1, multiply_digits, round_fp8, widen_codes};

@@ -1,4 +1,5 @@
-// Products of digits with vpdpbusd: unsigned codes, signed digits; the sums of a group are exact.
+// Products of digits with vpdpbusd: unsigned codes, signed digits; the sums of a group are exact. The including file
+// defines kByteStride, see `Quant`.
 #pragma once
 
 constexpr int kDigitRows = 6;          // their sums take 24 of 32 registers
@@ -63,7 +64,7 @@ TARGET static inline void add_products(__m512i& sum, __m512i codes, const char* 
 
 TARGET static inline void ask_for_codes(const CodesAhead& ahead, const char* codes) {
   const char* first = codes + (codes < ahead.edge ? ahead.near : ahead.far);
-  for (int line = ahead.from; line < ahead.to; ++line) _mm_prefetch(first + 64 * line, _MM_HINT_T1);
+  for (int line = ahead.from; line < ahead.to; line += ahead.stride) _mm_prefetch(first + 64 * line, _MM_HINT_T1);
 }
 
 template <bool kNibbles, int kDigits, int kRows>
@@ -170,4 +171,4 @@ TARGET static void multiply_digits(const QuantLayout& layout, const DigitShape& 
   choose_tile<false, 1, kRounded>(layout, shape, num_rows, panel, block, tile, ahead);
 }
 
-constexpr Quant kVnniQuant{kDigitRows, true, make_digit_vectors, kDigitsAhead, multiply_digits, round_fp8, widen_codes};
+constexpr Quant kVnniQuant{kDigitRows, true, make_digit_vectors, kDigitsAhead, kByteStride, multiply_digits, round_fp8, widen_codes};
