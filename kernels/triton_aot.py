@@ -20,6 +20,7 @@ import triton
 from triton import knobs
 from triton.compiler import CompiledKernel
 
+from .kv_codes import KV_DTYPES
 from .router_spec import RouterSpec
 from .support import ROUTERS
 from .triton_backend import WarmUpShape
@@ -70,6 +71,7 @@ SHAPES = {
     "longcat": _shape(768, 12, 6144, 2048, (16, 16, 128), zero_experts=256, selection_bias=True, scale=6.0),
 }  # fmt: skip
 TOKENS = (1, 8, 64, 512, 8192)
+CACHES = "caches"  # in place of a shape: keys and values in 8 bits, on the attention of every shape
 QUANTISED = "quantised"  # in place of a shape: every format of weights, on one layer
 VARIANTS = "variants"  # in place of a shape: every routing rule, activation and kind of bias, on one layer
 _PRODUCTS = ("gate_up_kernel", "down_kernel", "quant_gemm_kernel")
@@ -128,6 +130,19 @@ def variant_launches(planner: ExpertPlanner, dtype: torch.dtype) -> Iterator[tup
                 if launch.variant() not in seen:
                     seen.add(launch.variant())
                     yield tokens, launch
+
+
+def cache_launches(planner: ExpertPlanner, dtype: torch.dtype) -> Iterator[tuple[int, Launch]]:
+    """The launches that read and write keys and values of 8 bits, with the number of tokens that they are for."""
+    seen = set()
+    for shape in SHAPES.values():
+        for kept in filter(None, KV_DTYPES.values()):
+            for sequences, query_len in ((1, 1), (shape.max_sequences, 1), (1, 8192)):
+                narrow = replace(shape, kv_dtype=kept)
+                for launch in attention_launches(narrow, sequences, query_len, shape.max_context, dtype, planner):
+                    if "FORMAT" in launch.constexprs and launch.variant() not in seen:
+                        seen.add(launch.variant())
+                        yield sequences * query_len, launch
 
 
 def quantised_launches(dtype: torch.dtype) -> Iterator[tuple[int, Launch]]:
@@ -199,6 +214,8 @@ def reports(
     planner = ExpertPlanner(LISTED[target], TuningCache("nobody's", version="none"))
     if shape == QUANTISED:
         launches = quantised_launches(dtype)
+    elif shape == CACHES:
+        launches = cache_launches(planner, dtype)
     elif shape == VARIANTS:
         launches = variant_launches(planner, dtype)
     else:
@@ -211,7 +228,7 @@ def reports(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=[*LISTED, "all"], default="all")
-    parser.add_argument("--shape", choices=[*SHAPES, VARIANTS, QUANTISED, "all"], default="all")
+    parser.add_argument("--shape", choices=[*SHAPES, VARIANTS, CACHES, QUANTISED, "all"], default="all")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--kernel", nargs="*", default=(), help="only these")
     options = parser.parse_args()
@@ -219,7 +236,7 @@ def main() -> int:
     print(f"Triton {triton.__version__}, {options.dtype}")
     print(f"{'target':7} {'shape':17} {'tokens':>6} {'kernel':22} {'configuration':27} regs shared spills tensor cores")
     for target in LISTED if options.target == "all" else [options.target]:
-        for shape in (*SHAPES, VARIANTS, QUANTISED) if options.shape == "all" else [options.shape]:
+        for shape in (*SHAPES, VARIANTS, CACHES, QUANTISED) if options.shape == "all" else [options.shape]:
             for r in reports(target, shape, getattr(torch, options.dtype), tuple(options.kernel)):
                 line = f"{target:7} {shape:17} {r.tokens:6} {r.kernel:22} {r.blocks:27} {r.registers:4} {r.shared:6}"
                 print(f"{line} {r.spills:6} {r.tensor_core}", flush=True)

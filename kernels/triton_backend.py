@@ -38,6 +38,7 @@ class WarmUpShape:
     """What a layer will be called with: enough to compile its kernels before the first request.
 
     Arguments:
+        kv_dtype: what keys and values are kept in; None: the model's own.
         router, expert_size, activation: None, 0 and "" for a layer without a mixture.
         always_on: experts in front of the routed ones that every row uses.
         norm_widths: further widths of RMS norms, those of queries and keys.
@@ -60,6 +61,7 @@ class WarmUpShape:
     norm_widths: tuple[int, ...] = ()
     probes: tuple[tuple[int, bool, bool, bool], ...] = ()
     window: int | None = None
+    kv_dtype: torch.dtype | None = None
 
 
 class TritonBackend(TorchBackend):
@@ -73,6 +75,7 @@ class TritonBackend(TorchBackend):
     """
 
     name = "triton"
+    scales_behind_page = True
 
     def __init__(self, device: torch.device | str, dtype: torch.dtype, measured: TuningCache | None = None) -> None:
         super().__init__(device, dtype)
@@ -235,9 +238,6 @@ class TritonBackend(TorchBackend):
         batch: AttentionBatch,
         layer: KVLayer,
     ) -> torch.Tensor:
-        if layer.coded:
-            self._fall_back("a cache in int8")
-            return super().rope_and_write(q_THC, k_TGC, v_TGC, cos_sin_LC, batch, layer)
         out_THC = torch.empty(q_THC.shape, dtype=q_THC.dtype, device=q_THC.device)
         self._run([plan_rope_and_write(q_THC, k_TGC, v_TGC, cos_sin_LC, batch, layer, out_THC)])
         return out_THC
@@ -251,8 +251,8 @@ class TritonBackend(TorchBackend):
         scale: float,
         window: int | None = None,
     ) -> torch.Tensor:
-        if layer.coded or (q_THC.dtype not in _HALF and not self.interpreted):
-            self._fall_back("a cache in int8" if layer.coded else f"attention in {q_THC.dtype}")
+        if q_THC.dtype not in _HALF and not self.interpreted:
+            self._fall_back(f"attention in {q_THC.dtype}")
             return super().attention(q_THC, layer, batch, scale=scale, window=window)
         num_heads, head_dim = q_THC.shape[1:]
         num_kv_heads = layer.keys_BGPC.shape[1]
@@ -263,9 +263,15 @@ class TritonBackend(TorchBackend):
             num_heads // num_kv_heads,
             head_dim,
             self.properties,
+            narrow=layer.keys_BGPC.itemsize == 1,
         )
         out_THC = torch.empty(q_THC.shape, dtype=q_THC.dtype, device=q_THC.device)
-        self._run(plan_attention(q_THC, layer, batch, out_THC, scale=scale, window=window, config=config))
+        native_fp8 = self.properties.has_fp8
+        self._run(
+            plan_attention(
+                q_THC, layer, batch, out_THC, scale=scale, window=window, config=config, native_fp8=native_fp8
+            )
+        )
         return out_THC
 
     def exit_decide(

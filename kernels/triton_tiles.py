@@ -51,6 +51,14 @@ def load_weight_tile(
 
 
 @triton.jit
+def fp8_to_float16(codes):
+    """What e4m3 values stand for, given as their bits, uint8: the same bits, but for an exponent that is 8 less."""
+    bits = codes.to(tl.int16)
+    value = (((bits & 127) << 7) | ((bits & 128) << 8)).to(tl.float16, bitcast=True) * 256.0
+    return tl.where((bits & 127) == 127, float("nan"), value)
+
+
+@triton.jit
 def load_quant_tile(
     codes, expert, n0, k0, n_size, k_size, ZERO: tl.constexpr, FORMAT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -75,15 +83,8 @@ def load_quant_tile(
         packed = tl.load(packed_at, mask=(n < n_size)[:, None] & (byte < width)[None, :], other=0)
         value = (tl.interleave(packed & 15, packed >> 4).to(tl.int32) - ZERO).to(tl.float32)
     else:
-        q = tl.load(codes + row[:, None] * k_size + k[None, :], mask=inside, other=0).to(tl.int32)
-        if FORMAT == "fp8":
-            size = q & 127
-            # Moving the exponent by arithmetic: shifting it into place alone would meet subnormal numbers.
-            normal = ((size << 20) + (120 << 23)).to(tl.float32, bitcast=True)
-            small = tl.where(size < 8, 2.0 * normal - 0.015625, normal)
-            value = tl.where(q >= 128, -small, small)
-        else:
-            value = tl.where(q >= 128, q - 256, q).to(tl.float32)
+        q = tl.load(codes + row[:, None] * k_size + k[None, :], mask=inside, other=0)
+        value = (fp8_to_float16(q) if FORMAT == "fp8" else q.to(tl.int8, bitcast=True)).to(tl.float32)
     return tl.where(inside, value, 0.0)
 
 
