@@ -20,6 +20,7 @@ import triton
 from triton import knobs
 from triton.compiler import CompiledKernel
 
+from .formats import FP8_PER_GROUP, GROUPS, INT8_PER_GROUP, UNQUANTIZED, ActivationScheme
 from .kv_codes import KV_DTYPES
 from .router_spec import RouterSpec
 from .support import ROUTERS
@@ -27,7 +28,7 @@ from .triton_backend import WarmUpShape
 from .triton_device import LISTED
 from .triton_experts import ACTIVATIONS, ExpertPlanner
 from .triton_launch import Launch
-from .triton_quant import StoredWeight, plan_quant, quant_config
+from .triton_quant import StoredWeight, plan_quant, plan_rows, quant_config
 from .triton_tuning import TuningCache
 from .triton_warmup import attention_launches, exit_launches, mixture_launches, norm_launches
 
@@ -145,20 +146,37 @@ def cache_launches(planner: ExpertPlanner, dtype: torch.dtype) -> Iterator[tuple
                         yield sequences * query_len, launch
 
 
-def quantised_launches(dtype: torch.dtype) -> Iterator[tuple[int, Launch]]:
+def quantised_launches(dtype: torch.dtype, native_fp8: bool) -> Iterator[tuple[int, Launch]]:
     """Gated and plain products with every format, for few rows and for many, with the number of rows."""
     n, k = 512, 1024
-    formats = (("int8", 0, False), ("int8", 32, False), ("int4", 64, False), ("int4", 32, True), ("fp8", 128, False))
-    for name, group, has_offsets in formats:
+    as_they_are = (
+        ("int8", 0, False),
+        ("int8", 32, False),
+        ("int4", 64, False),
+        ("int4", 32, True),
+        ("fp8", 128, False),
+    )
+    formats = [(*form, UNQUANTIZED) for form in as_they_are]
+    formats += [
+        ("int8", 0, False, INT8_PER_GROUP),
+        ("fp8", 128, False, FP8_PER_GROUP),
+        ("fp8", 0, False, FP8_PER_GROUP),
+    ]
+    formats += [
+        ("int4", group, offsets, ActivationScheme("int8", group)) for group in GROUPS for offsets in (False, True)
+    ]
+    for name, group, has_offsets, scheme in formats:
         width = k // 2 if name == "int4" else k
         scales = torch.empty(n, k // group if group else 1, device="meta")
         codes = torch.empty(n, width, dtype=torch.uint8, device="meta")
         weight = StoredWeight(name, codes, scales, scales if has_offsets else None, group, n, k)
         for rows in (8, 2048):
-            x = torch.empty(rows, k, dtype=dtype, device="meta")
+            x, before = plan_rows(torch.empty(rows, k, dtype=dtype, device="meta"), scheme)
             out = torch.empty(rows, n, dtype=dtype, device="meta")
-            yield rows, plan_quant(x, weight, None, out, quant_config(rows, group, gated=False))
-            yield rows, plan_quant(x, weight, None, out, quant_config(rows, group, gated=True), up=weight)
+            yield from ((rows, launch) for launch in before)
+            for up in (None, weight):
+                config = quant_config(rows, group, gated=up is not None, scheme=scheme)
+                yield rows, plan_quant(x, weight, None, out, config, up=up, native_fp8=native_fp8)
 
 
 def inspect(launch: Launch, target: str, tokens: int) -> Report:
@@ -213,7 +231,7 @@ def reports(
         raise ValueError("Triton is in interpreter mode (TRITON_INTERPRET=1): nothing can be compiled")
     planner = ExpertPlanner(LISTED[target], TuningCache("nobody's", version="none"))
     if shape == QUANTISED:
-        launches = quantised_launches(dtype)
+        launches = quantised_launches(dtype, planner.device.has_fp8)
     elif shape == CACHES:
         launches = cache_launches(planner, dtype)
     elif shape == VARIANTS:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from triton import knobs
 
-from .formats import ActivationScheme, QuantizedWeight
+from .formats import QuantizedWeight
 from .quant_reference import all_on
 from .router_spec import RouterSpec
 from .torch_backend import TorchBackend
@@ -169,7 +169,7 @@ class TritonBackend(TorchBackend):
 
     def _quant_experts(self, x_TD: torch.Tensor, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
         experts: QuantExperts = weights.data
-        reason = self._unsupported_quant(experts.scheme)
+        reason = self._unsupported_quant()
         if weights.activation not in ACTIVATIONS:
             reason = f"activation {weights.activation!r}"
         if type(experts.gate_EFD) is not type(experts.up_EFD):
@@ -180,7 +180,10 @@ class TritonBackend(TorchBackend):
         out_TD = torch.empty_like(x_TD)
         if x_TD.shape[0]:
             x_TD = x_TD.contiguous()
-            self._run(plan_quant_experts(x_TD, experts, routing, weights.activation, out_TD, self._ticket()))
+            native_fp8 = self.properties.has_fp8
+            self._run(
+                plan_quant_experts(x_TD, experts, routing, weights.activation, out_TD, self._ticket(), native_fp8)
+            )
         return out_TD
 
     def all_experts(self, x_TD: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
@@ -198,7 +201,7 @@ class TritonBackend(TorchBackend):
         if not isinstance(weights.data, QuantLinear):
             run = super().linear if dtype == x_TI.dtype else super().logits_linear
             return run(x_TI, weights)
-        reason = self._unsupported_quant(weights.data.scheme)
+        reason = self._unsupported_quant()
         if reason is not None:
             self._fall_back(reason)
             return weights.data.run(x_TI).to(dtype)
@@ -206,12 +209,10 @@ class TritonBackend(TorchBackend):
             x_TI = x_TI.contiguous()
         out_TO = torch.empty(x_TI.shape[0], weights.out_features, dtype=dtype, device=x_TI.device)
         if x_TI.shape[0]:
-            self._run([plan_quant_linear(x_TI, weights.data, out_TO)])
+            self._run(plan_quant_linear(x_TI, weights.data, out_TO, self.properties.has_fp8))
         return out_TO
 
-    def _unsupported_quant(self, scheme: ActivationScheme) -> str | None:
-        if scheme.kind != "none":
-            return f"activations rounded to {scheme.kind}"
+    def _unsupported_quant(self) -> str | None:
         if self.dtype not in _HALF and not self.interpreted:
             return f"quantised weights in {self.dtype}"
         return None

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .kv_codes import codes_and_scales
+from .triton_rounding import all_finite, fp8_bits, int8_codes
 from .triton_tiles import fp8_to_float16
 from .types import KVLayer
 
@@ -49,9 +50,7 @@ def store_heads(pages, scales, at_GC, scale_at_G, a_GC, b_GC, ok_GC, ok_G, HALF:
     """
     if FORMAT == "int8":
         a_GC, b_GC = a_GC.to(tl.float32), b_GC.to(tl.float32)
-        infinite = float("inf")
-        wrong_GC = tl.where((tl.abs(a_GC) < infinite) & (tl.abs(b_GC) < infinite), 0, 1)
-        finite_G = tl.max(wrong_GC, axis=1) == 0
+        finite_G = all_finite(a_GC, 1) & all_finite(b_GC, 1)
         largest_G = tl.maximum(tl.max(tl.abs(a_GC), axis=1), tl.max(tl.abs(b_GC), axis=1))
         bits_G = tl.div_rn(largest_G, 127.0).to(tl.int32, bitcast=True)
         scale_G = (((bits_G + 0xFFFF) >> 16) << 16).to(tl.float32, bitcast=True)
@@ -67,28 +66,6 @@ def store_heads(pages, scales, at_GC, scale_at_G, a_GC, b_GC, ok_GC, ok_G, HALF:
     else:
         tl.store(pages + at_GC, a_GC.to(pages.dtype.element_ty), mask=ok_GC)
         tl.store(pages + at_GC + HALF, b_GC.to(pages.dtype.element_ty), mask=ok_GC)
-
-
-@triton.jit
-def int8_codes(x, inverse, usable):
-    """``x · inverse`` to the nearest integer in ± 127, ties to even; 0 where it is not usable."""
-    scaled = tl.minimum(tl.maximum(tl.where(usable, x, 0.0) * inverse, -127.0), 127.0)
-    # Adding 1.5 · 2²³ rounds to an integer, which no function of all targets does.
-    return ((scaled + 12582912.0) - 12582912.0).to(tl.int8)
-
-
-@triton.jit
-def fp8_bits(x):
-    """float32 as the bits of the nearest e4m3 value within ± 448, ties to even, uint8; NaN stays NaN."""
-    bits = x.to(tl.int32, bitcast=True)
-    size = tl.minimum(tl.where(x == x, tl.abs(x), 0.0), 448.0)
-    size_bits = size.to(tl.int32, bitcast=True)
-    normal = ((size_bits + 0x7FFFF + ((size_bits >> 20) & 1)) >> 20) - (120 << 3)
-    # Below 2⁻⁶ values are multiples of 2⁻⁹; adding 1.5 · 2²³ rounds to an integer.
-    small = ((size * 512.0 + 12582912.0) - 12582912.0).to(tl.int32)
-    code = tl.where(size < 0.015625, small, normal)
-    code = tl.where(x != x, 127, code)
-    return (code | ((bits >> 24) & 128)).to(tl.uint8)
 
 
 @dataclass(frozen=True)
