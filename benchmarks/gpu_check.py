@@ -4,8 +4,9 @@
     python benchmarks/gpu_check.py --rehearse   # the same steps on small shapes in Triton's interpreter, no GPU needed
 
 Needs torch ≥ 2.11, triton ≥ 3.6, transformers and this checkout, which need not be installed. Correctness comes first:
-every backend, dtype, routing rule and edge shape against the oracles, determinism, and replay from a CUDA graph,
-bfloat16 first. Then every shape is tuned, and the tables are measured. Compiling takes most of the first part, which
+every backend, dtype, routing rule, cache format and edge shape against the oracles, determinism, and replay from a CUDA
+graph, bfloat16 first. Then attention over long contexts is timed for every cache format, every shape is tuned, and the
+tables are measured. Compiling takes most of the first part, which
 gets at most half of the time; what it did not come to is in the results. A failure is reported at the end and makes the
 exit status 1.
 """
@@ -38,10 +39,10 @@ from dynamoe.kernels.support import DTYPES, EXPERTS, REFUSED, ROUTERS
 from dynamoe.kernels.torch_backend import TorchBackend
 from dynamoe.kernels.triton_backend import TritonBackend
 from dynamoe.kernels.triton_tune import tune_experts
-from dynamoe.kernels.types import AttentionBatch, ExpertWeights, KVLayer, Routing
+from dynamoe.kernels.types import ExpertWeights, Routing
+from gpu_attention import check_attention, measure_caches
+from gpu_expect import expect
 
-# Norm of the error over the result's: for large shapes and a GPU's own order of sums, unlike kernels/tolerance.py.
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 GOALS = ((8192, "TFLOP/s", 550.0), (1, "share", 0.50), (8, "share", 0.75), (32, "share", 0.85), (256, "share", 0.85))
 
 
@@ -58,18 +59,8 @@ class Report:
     left_out: list[str] = field(default_factory=list)
     limits: dict[str, float] = field(default_factory=dict)
     measurements: list[dict] = field(default_factory=list)
+    attention: list[dict] = field(default_factory=list)
     goals: list[str] = field(default_factory=list)
-
-
-def relative_error(ours: torch.Tensor, expected: torch.Tensor) -> float:
-    """Of the whole tensor; NaN if there is one in it."""
-    return ((ours.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)).item()
-
-
-def expect(ours: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, what: str) -> None:
-    """Raise AssertionError when a result is off (NaN is)."""
-    error = relative_error(ours, expected)
-    assert error < TOLERANCE[dtype], f"{what}: relative error {error:.1e}"
 
 
 def pack(
@@ -158,66 +149,6 @@ def check_routing(backend: TorchBackend, small: bool) -> None:
             assert wrong < 2e-3, f"routing rule {rule!r} at {tokens} rows: {wrong:.1%} of the rows differ"
 
 
-def make_batch(
-    contexts: list[int], queries: list[int], heads: int, head_dim: int, backend: TorchBackend
-) -> tuple[KVLayer, AttentionBatch]:
-    """Sequences on shuffled pages of 16 tokens."""
-    pages = [-(-n // 16) for n in contexts]
-    order = torch.randperm(sum(pages)).int()
-    table_SM = torch.zeros(len(contexts), max(pages), dtype=torch.int32)
-    positions, slots, first = [], [], 0
-    for s, (length, rows) in enumerate(zip(contexts, queries, strict=True)):
-        table_SM[s, : pages[s]] = order[first : first + pages[s]]
-        first += pages[s]
-        position = torch.arange(length - rows, length)
-        positions.append(position)
-        slots.append(table_SM[s, position // 16].long() * 16 + position % 16)
-    device = backend.device
-    cache = [torch.randn(sum(pages), heads, 16, head_dim, device=device).to(backend.dtype) for _ in range(2)]
-    batch = AttentionBatch(
-        positions_T=torch.cat(positions).to(device),
-        slots_T=torch.cat(slots).to(device),
-        query_start_S1=torch.tensor([0, *queries]).cumsum(0).int().to(device),
-        context_len_S=torch.tensor(contexts, dtype=torch.int32, device=device),
-        block_table_SM=table_SM.to(device),
-        max_query_len=max(queries),
-        max_context_len=max(contexts),
-    )
-    return KVLayer(keys_BGPC=cache[0], values_BGPC=cache[1]), batch
-
-
-def check_attention(backend: TorchBackend, small: bool) -> None:
-    """Rotation, cache write, norms, and attention of decoding, prefill and mixed batches."""
-    batches = [([33, 5], [1, 1]), ([20, 9], [7, 1])]
-    if not small:
-        batches += [([4000, 1, 517], [1, 1, 1]), ([900, 300], [900, 1]), ([3000] * 64, [1] * 64)]
-    for heads, kv_heads, head_dim in ((4, 2, 16),) if small else ((9, 3, 64), (32, 4, 128), (8, 8, 80)):
-        for window in (None, 6):
-            for contexts, queries in batches:
-                layer, batch = make_batch(contexts, queries, kv_heads, head_dim, backend)
-                rows = sum(queries)
-                q, k, v = (
-                    torch.randn(rows, n, head_dim, device=backend.device).to(backend.dtype)
-                    for n in (heads, kv_heads, kv_heads)
-                )
-                table_LC = torch.randn(max(contexts), head_dim, device=backend.device)
-                copy = KVLayer(keys_BGPC=layer.keys_BGPC.clone(), values_BGPC=layer.values_BGPC.clone())
-                rotated = backend.rope_and_write(q, k, v, table_LC, batch, layer)
-                expect(rotated, reference.rope(q, table_LC, batch.positions_T), backend.dtype, "rope")
-                reference.write_kv(reference.rope(k, table_LC, batch.positions_T), v, copy, batch.slots_T)
-                expect(layer.keys_BGPC, copy.keys_BGPC, backend.dtype, "cache write")
-                out = backend.attention(rotated, layer, batch, scale=head_dim**-0.5, window=window)
-                wide = KVLayer(keys_BGPC=layer.keys_BGPC.float(), values_BGPC=layer.values_BGPC.float())
-                oracle = reference.paged_attention(rotated.float(), wide, batch, scale=head_dim**-0.5, window=window)
-                expect(out, oracle, backend.dtype, f"attention {heads}/{kv_heads}/{head_dim}, {contexts}, {window}")
-    for width in (48,) if small else (48, 577, 2048, 8192):
-        x, residual, weight = (torch.randn(5, width, device=backend.device).to(backend.dtype) for _ in range(3))
-        expect(backend.rms_norm(x, weight[0], 1e-5), reference.rms_norm(x, weight[0], 1e-5), backend.dtype, "rms norm")
-        normed, total = backend.add_rms_norm(x, residual.clone(), weight[0], 1e-5, 0.5)
-        expect(total, residual + x * 0.5, backend.dtype, "add")
-        expect(normed, reference.rms_norm(residual + x * 0.5, weight[0], 1e-5), backend.dtype, "add and norm")
-
-
 def check_graph(backend: TorchBackend) -> None:
     """A captured layer replayed on new inputs equals the layer called directly."""
     weights, _ = pack(backend, 64, 512, 256)
@@ -288,6 +219,15 @@ def run_checks(cell: str, checks: list[Callable[[], Any]], report: Report, until
             print(report.failures[-1], file=sys.stderr)
     report.correct[cell] = fine
     print(f"{cell}: {'correct' if fine else 'WRONG'} ({time.monotonic() - begin:.0f} s)", flush=True)
+
+
+def long_contexts(report: Report, device: torch.device, small: bool) -> None:
+    """Time attention for every format of keys and values; what fails is reported like a wrong result."""
+    try:
+        report.attention += measure_caches(TritonBackend(device, torch.bfloat16), small)
+    except Exception as error:  # the tables are still worth having
+        report.failures.append(f"attention over long contexts: {type(error).__name__}: {error}")
+        print(report.failures[-1], file=sys.stderr)
 
 
 def tables(report: Report, device: torch.device, small: bool, deadline: float, tune: bool) -> None:
@@ -374,6 +314,7 @@ def main() -> int:
     seconds = options.minutes * 60 - 20
     deadline = time.monotonic() + seconds
     correctness(report, device, options.rehearse, time.monotonic() + (seconds if options.rehearse else seconds / 2))
+    long_contexts(report, device, options.rehearse)
     tables(report, device, options.rehearse, deadline, not options.no_tune)
     options.output.mkdir(parents=True, exist_ok=True)
     slug = "".join(c if c.isalnum() else "-" for c in report.device).lower()

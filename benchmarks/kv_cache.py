@@ -1,8 +1,9 @@
-"""What keys and values in int8 cost and save: ``python benchmarks/kv_cache.py default tiny``.
+"""What keys and values in 8 bits cost and save: ``python benchmarks/kv_cache.py default tiny``.
 
 Perplexity, agreement and divergence on the fifth of Python's language reference that calibration never sees: the model
-in float32 with its cache in float32 against the same with its cache in int8. Then bytes per token against bfloat16, and
-how many requests of one length run in a pool of equal bytes before the first is preempted.
+in float32 with its cache in float32 against the same with its cache in int8 and, on torch's operations, in fp8. Then
+bytes per token against bfloat16, and how many requests of one length run in a pool of equal bytes before the first is
+preempted, with int8.
 """
 
 from __future__ import annotations
@@ -31,16 +32,17 @@ NEW_TOKENS, PROMPT_TOKENS = 120, 8
 PAGES_EACH = (NEW_TOKENS + PROMPT_TOKENS) // 16
 
 
-def quality(model: str, windows: int, window_tokens: int) -> dict[str, float]:
-    """int8 against the model's own numbers, both in float32."""
+def quality(model: str, kept: torch.dtype, windows: int, window_tokens: int) -> dict[str, float]:
+    """8 bits against the model's own numbers, both in float32."""
     path = resolve_model(model)
     text = token_windows(
         Tokenizer.from_directory(path).backend, reference_pages(held_out=True), count=windows, length=window_tokens
     )
-    plain = load_decoder(path, dtype="float32", device="cpu")
+    backend = "auto" if kept == torch.int8 else "torch"
+    plain = load_decoder(path, dtype="float32", device="cpu", backend=backend)
     with torch.inference_mode():
         expected = list(log_probabilities(plain, text))
-    plain.kv_dtype = torch.int8
+    plain.kv_dtype = kept
     return compare(expected, plain, text)
 
 
@@ -68,9 +70,13 @@ def main() -> None:
     args = parser.parse_args()
     found: dict[str, Any] = {}
     for model in args.models:
-        row: dict[str, Any] = quality(model, args.windows, args.window_tokens)
+        row: dict[str, Any] = quality(model, torch.int8, args.windows, args.window_tokens)
+        row["fp8"] = quality(model, torch.float8_e4m3fn, args.windows, args.window_tokens)
         spec = load_model(model, progress=False).spec
-        kept = {"bfloat16": bytes_per_page(spec, torch.bfloat16, 1), "int8": bytes_per_page(spec, torch.int8, 1)}
+        kept = {
+            name: bytes_per_page(spec, dtype, 1)
+            for name, dtype in (("bfloat16", torch.bfloat16), ("int8", torch.int8), ("fp8", torch.float8_e4m3fn))
+        }
         row |= {"bytes_per_token": kept, "memory": kept["int8"] / kept["bfloat16"]}
         memory = 16 * kept["bfloat16"] * POOL_PAGES
         row["requests_before_preemption"] = {

@@ -74,7 +74,7 @@ class ModelConfig:
         quantization: ``none``, or what the weights become while they are loaded: ``int8``, ``w8a8``, ``int4`` (also
             ``int4-g32``, ``int4-g128``, each also with ``-asym``), ``fp8`` or ``fp8-block``.
         quantize_lm_head: whether LM head and embedding become int8 then.
-        kv_cache_dtype: ``auto`` (as ``dtype``) or ``int8``, about half the memory: what keys and values are kept in.
+        kv_cache_dtype: ``auto`` (as ``dtype``), ``int8`` or ``fp8``, half the memory: what keys and values are kept in.
     """
 
     model: str = "default"

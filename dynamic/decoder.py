@@ -125,7 +125,8 @@ class Decoder:
 
     def allocate_cache(self, num_pages: int, page_size: int, homes: int = 1) -> list[KVLayer]:
         """Keys and values of every layer, zeroed; each of the first ``homes`` homes has an equal run of the pages."""
-        return allocate_layers(self.spec, num_pages, page_size, self.kv_dtype, self.device)
+        behind = self.backend.scales_behind_page
+        return allocate_layers(self.spec, num_pages, page_size, self.kv_dtype, self.device, behind)
 
     def copy_pages(self, kv: list[KVLayer], copies: list[tuple[int, int]]) -> None:
         """Copy whole pages, (from, to), in all layers."""

@@ -35,7 +35,7 @@ class LLM:
         quantization: ``none``, or what the weights become while they are loaded: ``int8``, ``w8a8``, ``int4``, ``fp8``
             (see docs/quantization.md for more).
         quantize_lm_head: whether LM head and embedding become int8 then.
-        kv_cache_dtype: ``auto`` (as ``dtype``) or ``int8``, about half the memory: what keys and values are kept in.
+        kv_cache_dtype: ``auto`` (as ``dtype``), ``int8`` or ``fp8``, half the memory: what keys and values are kept in.
         certificates: directory that ``dynamoe calibrate`` filled, for requests with a :class:`Quality`; None takes the
             certificates that lie beside the model.
         tensor_parallel_size, expert_parallel_size, pipeline_parallel_size, data_parallel_size: see

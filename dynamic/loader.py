@@ -87,7 +87,7 @@ def load_model(
         progress: show a progress bar.
         experts_per_token: use fewer routed experts per token than the model was made for.
         quantization, quantize_lm_head: see :class:`Quantization`.
-        kv_cache_dtype: what keys and values are kept in: ``auto`` (as the model computes) or ``int8``.
+        kv_cache_dtype: what keys and values are kept in: ``auto`` (as the model computes), ``int8`` or ``fp8``.
         parallel: the processes that share the model. In all of them but rank 0 this function does not return: they
             work until rank 0 ends, and exit.
 
@@ -151,6 +151,9 @@ def load_decoder(
         spec = spec.with_experts_per_token(experts_per_token)
     torch_dtype = _choose_dtype(dtype, config, checkpoint)
     chosen = select_backend(choose_device(device), torch_dtype, backend)
+    if kv_cache_dtype not in chosen.kv_formats:
+        known = ", ".join(chosen.kv_formats)
+        raise ValueError(f"kv_cache_dtype={kv_cache_dtype} does not run on the {chosen.name} backend; {known} do")
     heads, shard = load_heads(path), None
     if parallel is not None and max(parallel.size, launched_size()) > 1:
         shard = join(parallel, spec, path, chosen, wanted, stored, heads.exit_layers if heads else ())

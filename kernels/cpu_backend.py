@@ -62,6 +62,7 @@ class CpuBackend(CpuQuantPacking):
 
     name = "cpu"
     copies_weights = True
+    kv_formats = ("auto", "int8")
 
     def __init__(self, device: torch.device | str, dtype: torch.dtype, isa: str = "auto") -> None:
         super().__init__(device, dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .kv_codes import decode, encode
+from .kv_codes import read_pages, write_heads
 from .router_reference import route as route
 from .router_reference import router_logits as router_logits
 from .types import AttentionBatch, KVLayer, Routing
@@ -48,10 +48,8 @@ def activate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Ten
 def write_kv(k_TGC: torch.Tensor, v_TGC: torch.Tensor, layer: KVLayer, slots_T: torch.Tensor) -> None:
     """Store each row's key and value at its slot (``page * P + offset``)."""
     pages, offsets = slots_T // layer.page_size, slots_T % layer.page_size
-    if layer.coded:
-        k_TGC, v_TGC = encode(k_TGC), encode(v_TGC)
-    layer.keys_BGPC[pages, :, offsets] = k_TGC
-    layer.values_BGPC[pages, :, offsets] = v_TGC
+    write_heads(layer.keys_BGPC, k_TGC, pages, offsets, layer)
+    write_heads(layer.values_BGPC, v_TGC, pages, offsets, layer)
 
 
 def paged_attention(
@@ -73,9 +71,10 @@ def paged_attention(
     for s, length in enumerate(batch.context_len_S.tolist()):
         rows = slice(starts[s], starts[s + 1])
         pages = batch.block_table_SM[s, : -(-length // layer.page_size)].long()
-        k_GLC = layer.keys_BGPC[pages].transpose(0, 1).flatten(1, 2)[:, :length]
-        v_GLC = layer.values_BGPC[pages].transpose(0, 1).flatten(1, 2)[:, :length]
-        k_GLC, v_GLC = (decode(k_GLC), decode(v_GLC)) if layer.coded else (k_GLC.float(), v_GLC.float())
+        k_GLC, v_GLC = (
+            read_pages(stored, pages, layer).float().transpose(0, 1).flatten(1, 2)[:, :length]
+            for stored in (layer.keys_BGPC, layer.values_BGPC)
+        )
         k_HLC, v_HLC = k_GLC.repeat_interleave(groups, 0), v_GLC.repeat_interleave(groups, 0)
         scores_HTL = torch.einsum("thc,hlc->htl", q_THC[rows].float(), k_HLC) * scale
         behind_TL = batch.positions_T[rows, None] - torch.arange(length, device=q_THC.device)

@@ -119,11 +119,18 @@ ROUTERS: dict[str, tuple[RouterSpec, str, dict[str, str]]] = {
 QUANTISED: dict[str, dict[str, str]] = {
     "int8": {"cpu": KERNELS, "triton": KERNELS},
     "int8, groups of 32, 64, 128": {"cpu": KERNELS, "triton": KERNELS},
-    "int8, rows rounded to int8 (w8a8)": {"cpu": KERNELS, "triton": TORCH},
+    "int8, rows rounded to int8 (w8a8)": {"cpu": KERNELS, "triton": KERNELS},
     "int4, groups of 32, 64, 128, symmetric or not": {"cpu": KERNELS, "triton": KERNELS},
-    "int4, rows rounded to int8 (w4a8)": {"cpu": KERNELS, "triton": TORCH},
+    "int4, rows rounded to int8 (w4a8)": {"cpu": KERNELS, "triton": KERNELS},
     "fp8 e4m3, a scale per output": {"cpu": KERNELS, "triton": KERNELS},
-    "fp8 e4m3, 128 x 128 blocks, rows rounded": {"cpu": KERNELS, "triton": TORCH},
+    "fp8 e4m3, 128 x 128 blocks, rows rounded": {"cpu": KERNELS, "triton": KERNELS},
+}
+
+# What keys and values are kept in: outcome per backend; the others are torch's.
+CACHES: dict[str, dict[str, str]] = {
+    "auto": {"cpu": KERNELS, "triton": KERNELS},
+    "int8": {"cpu": KERNELS, "triton": KERNELS},
+    "fp8": {"cpu": REFUSED, "triton": KERNELS},
 }
 
 _HEAD = """# Support matrix
@@ -187,7 +194,8 @@ def render(results: Path = RESULTS) -> str:
         "## Quantised weights",
         "",
         "Dense layers and experts alike. torch dequantises whole weights for each product: right, and slow.",
-        "No tensor core multiplies int8 or fp8 yet: `triton` dequantises into the model's dtype.",
+        "On `triton` rounded rows meet weights in tensor cores for int8, and for e4m3 where a GPU has them (sm_89 and",
+        "later; others multiply its numbers in float16). Rows as they are meet weights widened to the model's dtype.",
         "",
         "| weights | torch, grouped_mm, megablocks | cpu | triton |",
         "|---|---|---|---|",
@@ -195,6 +203,18 @@ def render(results: Path = RESULTS) -> str:
     for weights, outcomes in QUANTISED.items():
         triton = outcomes["triton"] + (gpu if outcomes["triton"] == KERNELS else "")
         lines.append(f"| {weights} | {TORCH} | {outcomes['cpu']} | {triton} |")
+    lines += [
+        "",
+        "## Keys and values",
+        "",
+        "Rotation, cache write and attention over pages; `triton` in float32 runs its attention on torch, except",
+        "interpreted.",
+        "",
+        "| `kv_cache_dtype=` | torch, grouped_mm, megablocks | cpu | triton |",
+        "|---|---|---|---|",
+    ]
+    for kept, outcomes in CACHES.items():
+        lines.append(f"| `{kept}` | {TORCH} | {outcomes['cpu']} | {outcomes['triton']}{gpu} |")
     return "\n".join(lines) + "\n"
 
 

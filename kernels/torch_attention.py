@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .kv_codes import decode
+from .kv_codes import read_pages
 from .types import AttentionBatch, KVLayer
 
 
@@ -46,8 +46,8 @@ def _decode(
     if window is not None:
         hidden_SL |= positions_SL < lengths_S1 - window
     # What nobody wrote may be NaN, which a mask on the scores alone would not keep out of the sum.
-    k_SGLC = _gather(layer.keys_BGPC, pages_SW, q_SHC.dtype).masked_fill_(hidden_SL[:, None, :, None], 0.0)
-    v_SGLC = _gather(layer.values_BGPC, pages_SW, q_SHC.dtype).masked_fill_(hidden_SL[:, None, :, None], 0.0)
+    k_SGLC = _gather(layer.keys_BGPC, pages_SW, layer, q_SHC.dtype).masked_fill_(hidden_SL[:, None, :, None], 0.0)
+    v_SGLC = _gather(layer.values_BGPC, pages_SW, layer, q_SHC.dtype).masked_fill_(hidden_SL[:, None, :, None], 0.0)
     # Heads of a group become rows, so that one pass over the keys serves them all.
     q_SGRC = q_SHC.unflatten(1, (k_SGLC.shape[1], -1))
     seen_S11L = ~hidden_SL[:, None, None, :]
@@ -63,8 +63,8 @@ def _one_sequence(
     first = 0 if window is None else max(0, past - window + 1) // page
     pages_1W = table_M[first : -(-length // page)].long()[None]
     start, stop = first * page, length
-    k_1GLC = _gather(layer.keys_BGPC, pages_1W, q_RHC.dtype)[:, :, : stop - start]
-    v_1GLC = _gather(layer.values_BGPC, pages_1W, q_RHC.dtype)[:, :, : stop - start]
+    k_1GLC = _gather(layer.keys_BGPC, pages_1W, layer, q_RHC.dtype)[:, :, : stop - start]
+    v_1GLC = _gather(layer.values_BGPC, pages_1W, layer, q_RHC.dtype)[:, :, : stop - start]
     causal = past == 0 and (window is None or length <= window)
     mask_RL = None
     if not causal:
@@ -86,7 +86,7 @@ def _one_sequence(
     return out_1HRC[0].transpose(0, 1)
 
 
-def _gather(pages_BGPC: torch.Tensor, pages_SW: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A copy of some pages, side by side: (S, G, W · P, C); codes become numbers of ``dtype``."""
-    found = pages_BGPC[pages_SW].transpose(1, 2).flatten(2, 3)
-    return decode(found).to(dtype) if found.dtype == torch.int8 else found
+def _gather(stored_BGPX: torch.Tensor, pages_SW: torch.Tensor, layer: KVLayer, dtype: torch.dtype) -> torch.Tensor:
+    """A copy of some pages, side by side: (S, G, W · P, C), in ``dtype`` where they are kept in 8 bits."""
+    found = read_pages(stored_BGPX, pages_SW, layer).transpose(1, 2).flatten(2, 3)
+    return found.to(dtype) if layer.keys_BGPC.itemsize == 1 else found

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from . import budget_reference, exit_reference, reference
 from .formats import UNQUANTIZED, ActivationScheme, QuantizedWeight
+from .kv_codes import KV_DTYPES
 from .router_spec import RouterSpec
 from .stack import Stack, StackExit, StackLayer, StackShape
 from .torch_attention import run_attention
@@ -43,6 +44,8 @@ class TorchBackend:
 
     name = "torch"
     copies_weights = False  # whether packing always copies, so that the source may change or vanish afterwards
+    kv_formats = tuple(KV_DTYPES)  # of keys and values that it reads and writes
+    scales_behind_page = False  # see :class:`KVLayer`
 
     def __init__(self, device: torch.device | str, dtype: torch.dtype) -> None:
         self.device = torch.device(device)

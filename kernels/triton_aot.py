@@ -20,13 +20,15 @@ import triton
 from triton import knobs
 from triton.compiler import CompiledKernel
 
+from .formats import FP8_PER_GROUP, GROUPS, INT8_PER_GROUP, UNQUANTIZED, ActivationScheme
+from .kv_codes import KV_DTYPES
 from .router_spec import RouterSpec
 from .support import ROUTERS
 from .triton_backend import WarmUpShape
 from .triton_device import LISTED
 from .triton_experts import ACTIVATIONS, ExpertPlanner
 from .triton_launch import Launch
-from .triton_quant import StoredWeight, plan_quant, quant_config
+from .triton_quant import StoredWeight, plan_quant, plan_rows, quant_config
 from .triton_tuning import TuningCache
 from .triton_warmup import attention_launches, exit_launches, mixture_launches, norm_launches
 
@@ -70,6 +72,7 @@ SHAPES = {
     "longcat": _shape(768, 12, 6144, 2048, (16, 16, 128), zero_experts=256, selection_bias=True, scale=6.0),
 }  # fmt: skip
 TOKENS = (1, 8, 64, 512, 8192)
+CACHES = "caches"  # in place of a shape: keys and values in 8 bits, on the attention of every shape
 QUANTISED = "quantised"  # in place of a shape: every format of weights, on one layer
 VARIANTS = "variants"  # in place of a shape: every routing rule, activation and kind of bias, on one layer
 _PRODUCTS = ("gate_up_kernel", "down_kernel", "quant_gemm_kernel")
@@ -130,20 +133,50 @@ def variant_launches(planner: ExpertPlanner, dtype: torch.dtype) -> Iterator[tup
                     yield tokens, launch
 
 
-def quantised_launches(dtype: torch.dtype) -> Iterator[tuple[int, Launch]]:
+def cache_launches(planner: ExpertPlanner, dtype: torch.dtype) -> Iterator[tuple[int, Launch]]:
+    """The launches that read and write keys and values of 8 bits, with the number of tokens that they are for."""
+    seen = set()
+    for shape in SHAPES.values():
+        for kept in filter(None, KV_DTYPES.values()):
+            for sequences, query_len in ((1, 1), (shape.max_sequences, 1), (1, 8192)):
+                narrow = replace(shape, kv_dtype=kept)
+                for launch in attention_launches(narrow, sequences, query_len, shape.max_context, dtype, planner):
+                    if "FORMAT" in launch.constexprs and launch.variant() not in seen:
+                        seen.add(launch.variant())
+                        yield sequences * query_len, launch
+
+
+def quantised_launches(dtype: torch.dtype, native_fp8: bool) -> Iterator[tuple[int, Launch]]:
     """Gated and plain products with every format, for few rows and for many, with the number of rows."""
     n, k = 512, 1024
-    formats = (("int8", 0, False), ("int8", 32, False), ("int4", 64, False), ("int4", 32, True), ("fp8", 128, False))
-    for name, group, has_offsets in formats:
+    as_they_are = (
+        ("int8", 0, False),
+        ("int8", 32, False),
+        ("int4", 64, False),
+        ("int4", 32, True),
+        ("fp8", 128, False),
+    )
+    formats = [(*form, UNQUANTIZED) for form in as_they_are]
+    formats += [
+        ("int8", 0, False, INT8_PER_GROUP),
+        ("fp8", 128, False, FP8_PER_GROUP),
+        ("fp8", 0, False, FP8_PER_GROUP),
+    ]
+    formats += [
+        ("int4", group, offsets, ActivationScheme("int8", group)) for group in GROUPS for offsets in (False, True)
+    ]
+    for name, group, has_offsets, scheme in formats:
         width = k // 2 if name == "int4" else k
         scales = torch.empty(n, k // group if group else 1, device="meta")
         codes = torch.empty(n, width, dtype=torch.uint8, device="meta")
         weight = StoredWeight(name, codes, scales, scales if has_offsets else None, group, n, k)
         for rows in (8, 2048):
-            x = torch.empty(rows, k, dtype=dtype, device="meta")
+            x, before = plan_rows(torch.empty(rows, k, dtype=dtype, device="meta"), scheme)
             out = torch.empty(rows, n, dtype=dtype, device="meta")
-            yield rows, plan_quant(x, weight, None, out, quant_config(rows, group, gated=False))
-            yield rows, plan_quant(x, weight, None, out, quant_config(rows, group, gated=True), up=weight)
+            yield from ((rows, launch) for launch in before)
+            for up in (None, weight):
+                config = quant_config(rows, group, gated=up is not None, scheme=scheme)
+                yield rows, plan_quant(x, weight, None, out, config, up=up, native_fp8=native_fp8)
 
 
 def inspect(launch: Launch, target: str, tokens: int) -> Report:
@@ -198,7 +231,9 @@ def reports(
         raise ValueError("Triton is in interpreter mode (TRITON_INTERPRET=1): nothing can be compiled")
     planner = ExpertPlanner(LISTED[target], TuningCache("nobody's", version="none"))
     if shape == QUANTISED:
-        launches = quantised_launches(dtype)
+        launches = quantised_launches(dtype, planner.device.has_fp8)
+    elif shape == CACHES:
+        launches = cache_launches(planner, dtype)
     elif shape == VARIANTS:
         launches = variant_launches(planner, dtype)
     else:
@@ -211,7 +246,7 @@ def reports(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=[*LISTED, "all"], default="all")
-    parser.add_argument("--shape", choices=[*SHAPES, VARIANTS, QUANTISED, "all"], default="all")
+    parser.add_argument("--shape", choices=[*SHAPES, VARIANTS, CACHES, QUANTISED, "all"], default="all")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--kernel", nargs="*", default=(), help="only these")
     options = parser.parse_args()
@@ -219,7 +254,7 @@ def main() -> int:
     print(f"Triton {triton.__version__}, {options.dtype}")
     print(f"{'target':7} {'shape':17} {'tokens':>6} {'kernel':22} {'configuration':27} regs shared spills tensor cores")
     for target in LISTED if options.target == "all" else [options.target]:
-        for shape in (*SHAPES, VARIANTS, QUANTISED) if options.shape == "all" else [options.shape]:
+        for shape in (*SHAPES, VARIANTS, CACHES, QUANTISED) if options.shape == "all" else [options.shape]:
             for r in reports(target, shape, getattr(torch, options.dtype), tuple(options.kernel)):
                 line = f"{target:7} {shape:17} {r.tokens:6} {r.kernel:22} {r.blocks:27} {r.registers:4} {r.shared:6}"
                 print(f"{line} {r.spills:6} {r.tensor_core}", flush=True)

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .triton_kv import load_kv_tile, stored_kv
 from .triton_launch import Launch, cdiv, next_power_of_2, require_contiguous, require_contiguous_channels
 from .triton_tiles import dot
 from .types import AttentionBatch, KVLayer
@@ -33,14 +34,20 @@ class AttentionConfig:
 
 @triton.jit(do_not_specialize=["num_rows", "window", "table_stride"])
 def attention_kernel(
-    q_ptr, keys_ptr, values_ptr, out_ptr, part_ptr, part_max_ptr, part_sum_ptr,
+    q_ptr, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr, out_ptr, part_ptr, part_max_ptr, part_sum_ptr,
     positions_ptr, query_start_ptr, context_len_ptr, block_table_ptr,
     log2_scale, window, num_rows,
-    q_stride_t, q_stride_h, stride_b, stride_g, stride_p, table_stride,
+    q_stride_t, q_stride_h, stride_b, stride_g, stride_p, scale_b, scale_g, scale_p, table_stride,
     G: tl.constexpr, HEADS: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
+    FORMAT: tl.constexpr, NATIVE_FP8: tl.constexpr,
 ):  # fmt: skip
-    """HEADS is query heads per key/value head. With SPLITS > 1 unnormalised parts go to ``part_*``, else to ``out``."""
+    """HEADS is query heads per key/value head. With SPLITS > 1 unnormalised parts go to ``part_*``, else to ``out``.
+
+    With int8 the scale of a key multiplies its scores, and that of a value its probabilities: one product per query
+    instead of one per channel.
+    """
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
     sequence = tl.program_id(1) // G
     group = tl.program_id(1) % G
     first_row = tl.load(query_start_ptr + sequence)
@@ -77,9 +84,12 @@ def attention_kernel(
         page_L = tl.load(block_table_ptr + sequence * table_stride + l_L // PAGE, mask=ok_L, other=0).to(tl.int64)
         inside_L = l_L % PAGE
         at_LC = (page_L * stride_b + group * stride_g + inside_L * stride_p)[:, None] + c[None, :]
-        k_LC = tl.load(keys_ptr + at_LC, mask=ok_L[:, None] & ok_C[None, :], other=0.0)
-        v_LC = tl.load(values_ptr + at_LC, mask=ok_L[:, None] & ok_C[None, :], other=0.0)
+        k_LC = load_kv_tile(keys_ptr, at_LC, ok_L, ok_C, dtype, FORMAT, NATIVE_FP8)
+        v_LC = load_kv_tile(values_ptr, at_LC, ok_L, ok_C, dtype, FORMAT, NATIVE_FP8)
         scores_ML = dot(q_MC, tl.trans(k_LC), tl.zeros((BLOCK_M, BLOCK_L), dtype=tl.float32)) * log2_scale
+        if FORMAT == "int8":
+            scale_at_L = page_L * scale_b + group * scale_g + inside_L * scale_p
+            scores_ML *= tl.load(key_scales_ptr + scale_at_L, mask=ok_L, other=0.0).to(tl.float32)[None, :]
         seen_ML = ok_L[None, :] & (l_L[None, :] <= position_M[:, None])
         if WINDOW:
             seen_ML = seen_ML & (position_M[:, None] - l_L[None, :] < window)
@@ -90,6 +100,12 @@ def attention_kernel(
         probs_ML = tl.exp2(scores_ML - shift_M[:, None])
         decay_M = tl.exp2(max_M - shift_M)
         sum_M = sum_M * decay_M + tl.sum(probs_ML, axis=1)
+        if FORMAT == "int8":
+            v_scale_L = tl.load(value_scales_ptr + scale_at_L, mask=ok_L, other=0.0).to(tl.float32)
+            if dtype == tl.float16:  # whose range would not hold the products of small scales and probabilities
+                v_LC = (v_LC.to(tl.float32) * v_scale_L[:, None]).to(dtype)
+            else:
+                probs_ML *= v_scale_L[None, :]
         acc_MC = dot(probs_ML.to(v_LC.dtype), v_LC, acc_MC * decay_M[:, None])
         max_M = new_max_M
 
@@ -136,25 +152,27 @@ def plan_attention(
     scale: float,
     window: int | None,
     config: AttentionConfig,
+    native_fp8: bool = False,
 ) -> list[Launch]:
     """Launches that write every element of ``out_THC`` (contiguous). Channels of all inputs must be contiguous.
+
+    Arguments:
+        native_fp8: whether the device converts e4m3, so that arithmetic need not.
 
     Raises:
         ValueError: when the channels of an input or the batch's numbers are strided, or keys and values have different
             strides.
     """
-    keys, values = layer.keys_BGPC, layer.values_BGPC
-    require_contiguous_channels(q_THC=q_THC, keys_BGPC=keys, values_BGPC=values)
+    kv = stored_kv(layer)
+    require_contiguous_channels(q_THC=q_THC, keys_BGPC=kv.keys, values_BGPC=kv.values)
     require_contiguous(
         positions_T=batch.positions_T,
         query_start_S1=batch.query_start_S1,
         context_len_S=batch.context_len_S,
         block_table_SM=batch.block_table_SM[:1],  # its rows may lie apart
     )
-    if keys.stride() != values.stride():
-        raise ValueError(f"keys and values must be laid out alike, not {keys.stride()} and {values.stride()}")
     num_rows, num_heads, head_dim = q_THC.shape
-    num_kv_heads = keys.shape[1]
+    num_kv_heads = kv.keys.shape[1]
     heads = num_heads // num_kv_heads
     c_pad = max(16, next_power_of_2(head_dim))
     splits = config.splits
@@ -169,8 +187,10 @@ def plan_attention(
             grid=(cdiv(batch.max_query_len, config.block_q), batch.num_sequences * num_kv_heads, splits),
             args={
                 "q_ptr": q_THC,
-                "keys_ptr": keys,
-                "values_ptr": values,
+                "keys_ptr": kv.keys,
+                "values_ptr": kv.values,
+                "key_scales_ptr": kv.key_scales,
+                "value_scales_ptr": kv.value_scales,
                 "out_ptr": out_THC,
                 "part_ptr": parts,
                 "part_max_ptr": part_max,
@@ -184,9 +204,10 @@ def plan_attention(
                 "num_rows": num_rows,
                 "q_stride_t": q_THC.stride(0),
                 "q_stride_h": q_THC.stride(1),
-                "stride_b": keys.stride(0),
-                "stride_g": keys.stride(1),
-                "stride_p": keys.stride(2),
+                "stride_b": kv.keys.stride(0),
+                "stride_g": kv.keys.stride(1),
+                "stride_p": kv.keys.stride(2),
+                **kv.scale_strides,
                 "table_stride": batch.block_table_SM.stride(0),
             },
             constexprs={
@@ -200,6 +221,8 @@ def plan_attention(
                 "BLOCK_L": config.block_l,
                 "SPLITS": splits,
                 "WINDOW": window is not None,
+                "FORMAT": kv.format,
+                "NATIVE_FP8": native_fp8 and kv.format == "fp8",
             },
             num_warps=config.num_warps,
             num_stages=config.num_stages,

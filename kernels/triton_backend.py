@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from triton import knobs
 
-from .formats import ActivationScheme, QuantizedWeight
+from .formats import QuantizedWeight
 from .quant_reference import all_on
 from .router_spec import RouterSpec
 from .torch_backend import TorchBackend
@@ -38,6 +38,7 @@ class WarmUpShape:
     """What a layer will be called with: enough to compile its kernels before the first request.
 
     Arguments:
+        kv_dtype: what keys and values are kept in; None: the model's own.
         router, expert_size, activation: None, 0 and "" for a layer without a mixture.
         always_on: experts in front of the routed ones that every row uses.
         norm_widths: further widths of RMS norms, those of queries and keys.
@@ -60,6 +61,7 @@ class WarmUpShape:
     norm_widths: tuple[int, ...] = ()
     probes: tuple[tuple[int, bool, bool, bool], ...] = ()
     window: int | None = None
+    kv_dtype: torch.dtype | None = None
 
 
 class TritonBackend(TorchBackend):
@@ -73,6 +75,7 @@ class TritonBackend(TorchBackend):
     """
 
     name = "triton"
+    scales_behind_page = True
 
     def __init__(self, device: torch.device | str, dtype: torch.dtype, measured: TuningCache | None = None) -> None:
         super().__init__(device, dtype)
@@ -166,7 +169,7 @@ class TritonBackend(TorchBackend):
 
     def _quant_experts(self, x_TD: torch.Tensor, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
         experts: QuantExperts = weights.data
-        reason = self._unsupported_quant(experts.scheme)
+        reason = self._unsupported_quant()
         if weights.activation not in ACTIVATIONS:
             reason = f"activation {weights.activation!r}"
         if type(experts.gate_EFD) is not type(experts.up_EFD):
@@ -177,7 +180,10 @@ class TritonBackend(TorchBackend):
         out_TD = torch.empty_like(x_TD)
         if x_TD.shape[0]:
             x_TD = x_TD.contiguous()
-            self._run(plan_quant_experts(x_TD, experts, routing, weights.activation, out_TD, self._ticket()))
+            native_fp8 = self.properties.has_fp8
+            self._run(
+                plan_quant_experts(x_TD, experts, routing, weights.activation, out_TD, self._ticket(), native_fp8)
+            )
         return out_TD
 
     def all_experts(self, x_TD: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
@@ -195,7 +201,7 @@ class TritonBackend(TorchBackend):
         if not isinstance(weights.data, QuantLinear):
             run = super().linear if dtype == x_TI.dtype else super().logits_linear
             return run(x_TI, weights)
-        reason = self._unsupported_quant(weights.data.scheme)
+        reason = self._unsupported_quant()
         if reason is not None:
             self._fall_back(reason)
             return weights.data.run(x_TI).to(dtype)
@@ -203,12 +209,10 @@ class TritonBackend(TorchBackend):
             x_TI = x_TI.contiguous()
         out_TO = torch.empty(x_TI.shape[0], weights.out_features, dtype=dtype, device=x_TI.device)
         if x_TI.shape[0]:
-            self._run([plan_quant_linear(x_TI, weights.data, out_TO)])
+            self._run(plan_quant_linear(x_TI, weights.data, out_TO, self.properties.has_fp8))
         return out_TO
 
-    def _unsupported_quant(self, scheme: ActivationScheme) -> str | None:
-        if scheme.kind != "none":
-            return f"activations rounded to {scheme.kind}"
+    def _unsupported_quant(self) -> str | None:
         if self.dtype not in _HALF and not self.interpreted:
             return f"quantised weights in {self.dtype}"
         return None
@@ -235,9 +239,6 @@ class TritonBackend(TorchBackend):
         batch: AttentionBatch,
         layer: KVLayer,
     ) -> torch.Tensor:
-        if layer.coded:
-            self._fall_back("a cache in int8")
-            return super().rope_and_write(q_THC, k_TGC, v_TGC, cos_sin_LC, batch, layer)
         out_THC = torch.empty(q_THC.shape, dtype=q_THC.dtype, device=q_THC.device)
         self._run([plan_rope_and_write(q_THC, k_TGC, v_TGC, cos_sin_LC, batch, layer, out_THC)])
         return out_THC
@@ -251,8 +252,8 @@ class TritonBackend(TorchBackend):
         scale: float,
         window: int | None = None,
     ) -> torch.Tensor:
-        if layer.coded or (q_THC.dtype not in _HALF and not self.interpreted):
-            self._fall_back("a cache in int8" if layer.coded else f"attention in {q_THC.dtype}")
+        if q_THC.dtype not in _HALF and not self.interpreted:
+            self._fall_back(f"attention in {q_THC.dtype}")
             return super().attention(q_THC, layer, batch, scale=scale, window=window)
         num_heads, head_dim = q_THC.shape[1:]
         num_kv_heads = layer.keys_BGPC.shape[1]
@@ -263,9 +264,15 @@ class TritonBackend(TorchBackend):
             num_heads // num_kv_heads,
             head_dim,
             self.properties,
+            narrow=layer.keys_BGPC.itemsize == 1,
         )
         out_THC = torch.empty(q_THC.shape, dtype=q_THC.dtype, device=q_THC.device)
-        self._run(plan_attention(q_THC, layer, batch, out_THC, scale=scale, window=window, config=config))
+        native_fp8 = self.properties.has_fp8
+        self._run(
+            plan_attention(
+                q_THC, layer, batch, out_THC, scale=scale, window=window, config=config, native_fp8=native_fp8
+            )
+        )
         return out_THC
 
     def exit_decide(

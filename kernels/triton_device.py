@@ -33,6 +33,11 @@ class DeviceProperties:
         return self.backend == "cuda" and int(self.arch) >= 90
 
     @property
+    def has_fp8(self) -> bool:
+        """Whether e4m3 is a type of the hardware."""
+        return self.backend == "cuda" and int(self.arch) >= 89
+
+    @property
     def target(self) -> GPUTarget:
         return GPUTarget(self.backend, self.arch, self.warp_size)
 

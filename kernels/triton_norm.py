@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .triton_kv import store_heads, stored_kv
 from .triton_launch import Launch, next_power_of_2, require_contiguous, require_contiguous_channels
 from .types import AttentionBatch, KVLayer
 
@@ -38,11 +39,12 @@ def rms_norm_kernel(
 
 @triton.jit
 def rope_and_write_kernel(
-    q_ptr, k_ptr, v_ptr, q_out_ptr, keys_ptr, values_ptr, cos_sin_ptr, positions_ptr, slots_ptr,
+    q_ptr, k_ptr, v_ptr, q_out_ptr, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr,
+    cos_sin_ptr, positions_ptr, slots_ptr,
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
-    k_page_b, k_page_g, k_page_p, v_page_b, v_page_g, v_page_p, cos_sin_stride,
+    stride_b, stride_g, stride_p, scale_b, scale_g, scale_p, cos_sin_stride,
     H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, PAGE: tl.constexpr,
-    H_PAD: tl.constexpr, G_PAD: tl.constexpr, HALF_PAD: tl.constexpr,
+    H_PAD: tl.constexpr, G_PAD: tl.constexpr, HALF_PAD: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
     """One row: rotate its queries and keys (half-split layout), write its keys and values to their slot."""
     row = tl.program_id(0).to(tl.int64)
@@ -65,18 +67,23 @@ def rope_and_write_kernel(
     slot = tl.load(slots_ptr + row)
     page, inside = slot // PAGE, slot % PAGE
     g = tl.arange(0, G_PAD)
-    ok_GC = (g < G)[:, None] & ok[None, :]
+    ok_G = g < G
+    ok_GC = ok_G[:, None] & ok[None, :]
+    at_GC = (page * stride_b + inside * stride_p + g * stride_g)[:, None] + i[None, :]
+    scale_at_G = page * scale_b + inside * scale_p + g * scale_g
     k_at = k_ptr + row * k_stride_t + g[:, None] * k_stride_h + i[None, :]
     a = tl.load(k_at, mask=ok_GC, other=0.0).to(tl.float32)
     b = tl.load(k_at + HALF, mask=ok_GC, other=0.0).to(tl.float32)
-    key_at = keys_ptr + page * k_page_b + inside * k_page_p + g[:, None] * k_page_g + i[None, :]
     # The cache may be narrower than the model: keys round to the model's dtype first, as the oracle does.
-    tl.store(key_at, (a * cos - b * sin).to(k_ptr.dtype.element_ty).to(keys_ptr.dtype.element_ty), mask=ok_GC)
-    tl.store(key_at + HALF, (b * cos + a * sin).to(k_ptr.dtype.element_ty).to(keys_ptr.dtype.element_ty), mask=ok_GC)
+    dtype: tl.constexpr = k_ptr.dtype.element_ty
+    rotated = (a * cos - b * sin).to(dtype)
+    store_heads(
+        keys_ptr, key_scales_ptr, at_GC, scale_at_G, rotated, (b * cos + a * sin).to(dtype), ok_GC, ok_G, HALF, FORMAT
+    )
     v_at = v_ptr + row * v_stride_t + g[:, None] * v_stride_h + i[None, :]
-    value_at = values_ptr + page * v_page_b + inside * v_page_p + g[:, None] * v_page_g + i[None, :]
-    tl.store(value_at, tl.load(v_at, mask=ok_GC, other=0.0).to(values_ptr.dtype.element_ty), mask=ok_GC)
-    tl.store(value_at + HALF, tl.load(v_at + HALF, mask=ok_GC, other=0.0).to(values_ptr.dtype.element_ty), mask=ok_GC)
+    a = tl.load(v_at, mask=ok_GC, other=0.0)
+    b = tl.load(v_at + HALF, mask=ok_GC, other=0.0)
+    store_heads(values_ptr, value_scales_ptr, at_GC, scale_at_G, a, b, ok_GC, ok_G, HALF, FORMAT)
 
 
 def plan_rms_norm(
@@ -129,12 +136,13 @@ def plan_rope_and_write(
     """Launch that rotates into ``out_THC`` (contiguous) and fills the rows' slots; heads and rows may be strided.
 
     Raises:
-        ValueError: when the channels of an input are strided, or positions or slots are.
+        ValueError: when the channels of an input are strided, positions or slots are, or keys and values have different
+            strides.
     """
-    keys, values = layer.keys_BGPC, layer.values_BGPC
+    kv = stored_kv(layer)
     require_contiguous(positions_T=batch.positions_T, slots_T=batch.slots_T)
     require_contiguous_channels(
-        q_THC=q_THC, k_TGC=k_TGC, v_TGC=v_TGC, cos_sin_LC=cos_sin_LC, keys_BGPC=keys, values_BGPC=values
+        q_THC=q_THC, k_TGC=k_TGC, v_TGC=v_TGC, cos_sin_LC=cos_sin_LC, keys_BGPC=kv.keys, values_BGPC=kv.values
     )
     num_rows, num_heads, head_dim = q_THC.shape
     num_kv_heads = k_TGC.shape[1]
@@ -146,8 +154,10 @@ def plan_rope_and_write(
             "k_ptr": k_TGC,
             "v_ptr": v_TGC,
             "q_out_ptr": out_THC,
-            "keys_ptr": keys,
-            "values_ptr": values,
+            "keys_ptr": kv.keys,
+            "values_ptr": kv.values,
+            "key_scales_ptr": kv.key_scales,
+            "value_scales_ptr": kv.value_scales,
             "cos_sin_ptr": cos_sin_LC,
             "positions_ptr": batch.positions_T,
             "slots_ptr": batch.slots_T,
@@ -157,12 +167,10 @@ def plan_rope_and_write(
             "k_stride_h": k_TGC.stride(1),
             "v_stride_t": v_TGC.stride(0),
             "v_stride_h": v_TGC.stride(1),
-            "k_page_b": keys.stride(0),
-            "k_page_g": keys.stride(1),
-            "k_page_p": keys.stride(2),
-            "v_page_b": values.stride(0),
-            "v_page_g": values.stride(1),
-            "v_page_p": values.stride(2),
+            "stride_b": kv.keys.stride(0),
+            "stride_g": kv.keys.stride(1),
+            "stride_p": kv.keys.stride(2),
+            **kv.scale_strides,
             "cos_sin_stride": cos_sin_LC.stride(0),
         },
         constexprs={
@@ -173,6 +181,7 @@ def plan_rope_and_write(
             "H_PAD": next_power_of_2(num_heads),
             "G_PAD": next_power_of_2(num_kv_heads),
             "HALF_PAD": next_power_of_2(head_dim // 2),
+            "FORMAT": kv.format,
         },
         num_warps=4,
     )

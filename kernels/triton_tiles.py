@@ -51,13 +51,21 @@ def load_weight_tile(
 
 
 @triton.jit
+def fp8_to_float16(codes):
+    """What e4m3 values stand for, given as their bits, uint8: the same bits, but for an exponent that is 8 less."""
+    bits = codes.to(tl.int16)
+    value = (((bits & 127) << 7) | ((bits & 128) << 8)).to(tl.float16, bitcast=True) * 256.0
+    return tl.where((bits & 127) == 127, float("nan"), value)
+
+
+@triton.jit
 def load_quant_tile(
     codes, expert, n0, k0, n_size, k_size, ZERO: tl.constexpr, FORMAT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Tile (BLOCK_N, BLOCK_K) of one expert's quantised (N, K) matrix before scaling, float32, zero beyond its edges.
+    """Tile (BLOCK_N, BLOCK_K) of one expert's quantised (N, K) matrix before scaling, zero beyond its edges.
 
-    The values are exact in 16 bits too, so that nothing is lost on the way into a tensor core.
+    Returns: int8 for int8 and int4, the bits for fp8: what stands for the weights exactly.
 
     Arguments:
         codes: uint8, (E, N, K) or for int4 (E, N, ⌈K / 2⌉), contiguous; 8-bit floats come as their bits, because not
@@ -73,18 +81,11 @@ def load_quant_tile(
         width = (k_size + 1) // 2
         packed_at = codes + row[:, None] * width + byte[None, :]
         packed = tl.load(packed_at, mask=(n < n_size)[:, None] & (byte < width)[None, :], other=0)
-        value = (tl.interleave(packed & 15, packed >> 4).to(tl.int32) - ZERO).to(tl.float32)
+        value = tl.interleave(packed & 15, packed >> 4).to(tl.int8) - ZERO
     else:
-        q = tl.load(codes + row[:, None] * k_size + k[None, :], mask=inside, other=0).to(tl.int32)
-        if FORMAT == "fp8":
-            size = q & 127
-            # Moving the exponent by arithmetic: shifting it into place alone would meet subnormal numbers.
-            normal = ((size << 20) + (120 << 23)).to(tl.float32, bitcast=True)
-            small = tl.where(size < 8, 2.0 * normal - 0.015625, normal)
-            value = tl.where(q >= 128, -small, small)
-        else:
-            value = tl.where(q >= 128, q - 256, q).to(tl.float32)
-    return tl.where(inside, value, 0.0)
+        q = tl.load(codes + row[:, None] * k_size + k[None, :], mask=inside, other=0)
+        value = q if FORMAT == "fp8" else q.to(tl.int8, bitcast=True)
+    return tl.where(inside, value, 0).to(value.dtype)
 
 
 @triton.jit

@@ -236,11 +236,13 @@ def best_attention(
     heads: int,
     head_dim: int,
     device: DeviceProperties,
+    narrow: bool = False,
 ) -> AttentionConfig:
     """Tiling of attention.
 
     Arguments:
         programs_per_tile: sequences times key/value heads. heads: query heads per key/value head.
+        narrow: keys and values are kept in 8 bits: half the bytes per stage, and registers to widen them in.
     """
     wide_head = head_dim > 128
     if max_query_len * heads <= 64:
@@ -250,11 +252,14 @@ def best_attention(
         splits = min(cdiv(max_context_len, 4 * block_l), cdiv(2 * device.num_sms, programs), 64)
         # Powers of two keep the number of compiled variants small.
         splits = next_power_of_2(splits + 1) // 2 if splits > 1 else 1
-        return AttentionConfig(block_q=block_q, block_l=block_l, splits=splits, num_warps=4, num_stages=2)
-    rows = 64 if wide_head else 128
+        stages = 3 if narrow and device.has_tma else 2
+        return AttentionConfig(block_q=block_q, block_l=block_l, splits=splits, num_warps=4, num_stages=stages)
+    # Ampere multiplies out of registers.
+    crowded = wide_head or (narrow and not device.has_tma and device.backend == "cuda")
+    rows = 64 if crowded else 128
     return AttentionConfig(
         block_q=max(1, rows // next_power_of_2(heads)),
-        block_l=32 if wide_head or device.backend == "hip" else 64,
+        block_l=32 if crowded or device.backend == "hip" else 64,
         splits=1,
         num_warps=8 if rows == 128 else 4,
         num_stages=2,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .kv_codes import stored_channels
 from .torch_experts import PlainExperts
 from .triton_attention import plan_attention
 from .triton_exits import plan_exit_decide
@@ -133,13 +134,12 @@ def exit_launches(shape: WarmUpShape, tokens: int, dtype: torch.dtype) -> list[L
             max_query_len=1,
             max_context_len=1,
         )
-        pages = torch.empty(1024, g, shape.page_size, c, dtype=dtype, device=_META)
+        layer = cache_layer(shape, dtype)
         kv = torch.empty(tokens, 2 * g * c, dtype=dtype, device=_META)
         projected = [part.unflatten(-1, (g, c)) for part in kv.chunk(2, -1)]
         normed = torch.empty(tokens, g, c, dtype=dtype, device=_META)
         table = torch.empty(shape.max_context, c, device=_META)
         for keys in (projected[0], normed):
-            layer = KVLayer(keys_BGPC=pages, values_BGPC=pages)
             launches.append(plan_rope_and_write(keys, keys, projected[1], table, batch, layer, normed))
     return launches
 
@@ -162,16 +162,26 @@ def attention_launches(
         max_query_len=query_len,
         max_context_len=context,
     )
-    pages = torch.empty(1024, g, shape.page_size, c, dtype=dtype, device=_META)
-    layer = KVLayer(keys_BGPC=pages, values_BGPC=pages)
+    layer, native_fp8 = cache_layer(shape, dtype), planner.device.has_fp8
     qkv = torch.empty(rows, (h + 2 * g) * c, dtype=dtype, device=_META)
     q_TX, k_TX, v_TX = qkv.split((h * c, g * c, g * c), -1)
     out_THC = torch.empty(rows, h, c, dtype=dtype, device=_META)
     table = torch.empty(shape.max_context, c, dtype=torch.float32, device=_META)
-    config = best_attention(query_len, context, sequences * g, h // g, c, planner.device)
+    narrow = layer.keys_BGPC.itemsize == 1
+    config = best_attention(query_len, context, sequences * g, h // g, c, planner.device, narrow)
     return [
         plan_rope_and_write(
             q_TX.view(rows, h, c), k_TX.view(rows, g, c), v_TX.view(rows, g, c), table, batch, layer, out_THC
         ),
-        *plan_attention(out_THC, layer, batch, out_THC, scale=c**-0.5, window=shape.window, config=config),
+        *plan_attention(
+            out_THC, layer, batch, out_THC, scale=c**-0.5, window=shape.window, config=config, native_fp8=native_fp8
+        ),
     ]
+
+
+def cache_layer(shape: WarmUpShape, dtype: torch.dtype) -> KVLayer:
+    """Pages of one layer, as the engine allocates them for this backend."""
+    kept = shape.kv_dtype or dtype
+    width = stored_channels(shape.head_dim, kept)
+    pages = torch.empty(1024, shape.num_kv_heads, shape.page_size, width, dtype=kept, device=_META)
+    return KVLayer(keys_BGPC=pages, values_BGPC=pages, scales_behind_page=True)

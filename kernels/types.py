@@ -122,10 +122,16 @@ class KVProjection:
 
 @dataclass(frozen=True, kw_only=True)
 class KVLayer:
-    """Paged keys and values of one layer, floating, or int8 with a scale behind each head (``kv_codes.py``)."""
+    """Paged keys and values of one layer, floating, or int8 codes with scales (``kv_codes.py``).
+
+    Arguments:
+        keys_BGPC, values_BGPC: with int8 codes C + 2 bytes per token and head.
+        scales_behind_page: whether the scales of a page lie behind its codes, not each behind its own.
+    """
 
     keys_BGPC: torch.Tensor
     values_BGPC: torch.Tensor
+    scales_behind_page: bool = False
 
     @property
     def coded(self) -> bool:

@@ -18,6 +18,7 @@ SHAPES = (
     "deepseek-v3",
     "longcat",
     "variants",
+    "caches",
     "quantised",
 )
 
@@ -53,8 +54,16 @@ def test_sm_90_one_shape(compile_table: Callable[..., str]) -> None:
 
 def test_quantised_weights_on_sm_90(compile_table: Callable[..., str]) -> None:
     lines = [line.split() for line in compile_table("sm_90", "quantised").splitlines() if "quant_gemm" in line]
-    assert len(lines) == 20
+    assert len(lines) == 56
     assert all(line[-1] == ("wgmma" if line[2] == "2048" else "mma") for line in lines)
+
+
+def test_8_bit_keys_and_values_on_sm_90(compile_table: Callable[..., str]) -> None:
+    lines = [line.split() for line in compile_table("sm_90", "caches").splitlines() if "attention_kernel" in line]
+    prefill = [line for line in lines if line[2] == "8192"]
+    assert len(prefill) >= 10
+    assert len(lines) > 2 * len(prefill)
+    assert all(line[-1] == ("wgmma" if line in prefill else "mma") for line in lines)
 
 
 @pytest.mark.slow

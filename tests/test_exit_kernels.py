@@ -109,9 +109,12 @@ def test_router_entropy_equals_the_oracle(dtype: torch.dtype, experts: int) -> N
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("coded", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_projected_keys_and_values_equal_the_oracle(
-    norm: str, q_size: int, biased: bool, dtype: torch.dtype, coded: bool
+    backend: str, norm: str, q_size: int, biased: bool, dtype: torch.dtype, coded: bool
 ) -> None:
+    if backend == "triton" and torch.cuda.is_available():
+        pytest.skip("with a GPU at hand kernels are compiled, not interpreted")
     hidden, heads, channels, page, rows, num_layers = 48, 3, 8, 4, 21, 2
     clip = 1.0 if norm == "full" else None
     x_TD, table = torch.randn(rows, hidden) * 5, torch.randn(64, channels)
@@ -136,17 +139,17 @@ def test_projected_keys_and_values_equal_the_oracle(
         for _ in range(num_layers)
     ]
     caches: dict[str, list[KVLayer]] = {}
-    for backend in (CpuBackend("cpu", dtype), TorchBackend("cpu", dtype)):
+    for chosen in (select_backend("cpu", dtype, backend), TorchBackend("cpu", dtype)):
         projections = [
-            KVProjection(norm_D=norm_D, kv=backend.linear_tail(backend.pack_linear(qkv, bias), q_size), k_norm=k_norm)
+            KVProjection(norm_D=norm_D, kv=chosen.linear_tail(chosen.pack_linear(qkv, bias), q_size), k_norm=k_norm)
             for norm_D, qkv, bias, k_norm in weights
         ]
         pages = [torch.zeros(2, 10, heads, page, channels, dtype=dtype) for _ in weights]
         pages = [encode(p) for p in pages] if coded else pages
-        layers = caches[backend.name] = [KVLayer(keys_BGPC=p[0], values_BGPC=p[1]) for p in pages]
-        backend.project_kv(x_TD, projections, layers, table, batch, norm_eps=1e-6, clip=clip)
+        layers = caches[chosen.name] = [KVLayer(keys_BGPC=p[0], values_BGPC=p[1]) for p in pages]
+        chosen.project_kv(x_TD, projections, layers, table, batch, norm_eps=1e-6, clip=clip)
     tolerance = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.05}
-    for found, expected in zip(caches["cpu"], caches["torch"], strict=True):
+    for found, expected in zip(caches[backend], caches["torch"], strict=True):
         for name in ("keys_BGPC", "values_BGPC"):
             got, wanted = getattr(found, name), getattr(expected, name)
             assert wanted.any()

@@ -80,3 +80,4 @@ def test_rehearsal(tmp_path: Path, bare_environment: dict[str, str]) -> None:
     assert {"triton/float32", "triton/bfloat16", "triton/float16", "grouped_mm/bfloat16"} <= set(report["correct"])
     assert all(report["correct"].values())
     assert report["measurements"]
+    assert {cell["cache"] for cell in report["attention"]} == {"auto", "int8", "fp8"}

@@ -14,6 +14,8 @@ from dynamoe.kernels.formats import FP8_PER_GROUP, INT8_PER_GROUP, UNQUANTIZED, 
 from dynamoe.kernels.tolerance import QUANTIZED_TOLERANCE, error
 from dynamoe.kernels.torch_backend import TorchBackend
 from dynamoe.kernels.triton_backend import TritonBackend
+from dynamoe.kernels.triton_device import H100
+from dynamoe.kernels.triton_rounding import plan_round_rows
 from dynamoe.kernels.types import Routing
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -145,6 +147,40 @@ def test_triton_interpreted(form: str, dtype: torch.dtype):
     backend = TritonBackend("cpu", dtype)
     check_linear(backend, form, "odd inputs", bitwise=dtype != torch.float32 or numpy_products_ignore_their_place())
     check_experts(backend, form, "interpreted")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted kernels run without a GPU")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_triton_interpreted_as_on_hardware_with_fp8():
+    backend = TritonBackend("cpu", torch.bfloat16)
+    backend.properties = H100
+    check_linear(backend, "fp8 blocks", "odd inputs")
+    check_experts(backend, "fp8 blocks", "interpreted")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [1, 130, 2000])  # a group that is nearly empty, more groups than a program takes
+@pytest.mark.parametrize("scheme", [ActivationScheme("int8", 32), INT8_PER_GROUP, FP8_PER_GROUP], ids=str)
+def test_triton_rounds_rows_as_the_oracle_does(scheme: ActivationScheme, width: int, dtype: torch.dtype):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.randn(6, width + 5).to(device, dtype)[:, :width]
+    x[1], x[2], x[3] = 0.0, x[2] * 1e4, x[3] * 1e-4
+    rounded, launch = plan_round_rows(x, scheme)
+    launch.run()
+    codes = rounded.codes if scheme.kind == "int8" else rounded.codes.view(torch.float8_e4m3fn)
+    assert scheme.group is not None
+    scales = rounded.scales.repeat_interleave(scheme.group, 1)[:, :width]
+    assert torch.equal(codes.float() * scales, quant_reference.round_rows(x, scheme))
+
+
+def test_a_row_that_is_not_finite_stays_so_on_triton():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for scheme in (INT8_PER_GROUP, FP8_PER_GROUP):
+        x = torch.ones(3, 300, device=device)
+        x[0, 5], x[2, 299] = torch.nan, torch.inf
+        rounded, launch = plan_round_rows(x, scheme)
+        launch.run()
+        assert rounded.scales.isnan().tolist() == [[True, False, False], [False] * 3, [False, False, True]]
 
 
 def test_a_row_does_not_depend_on_the_rows_beside_it(cpu_backend: CpuBackend, form: str):

@@ -9,9 +9,11 @@ import pytest
 import torch
 from dynamoe.dynamic.quantization import methods
 from dynamoe.kernels import quant_reference, reference, torch_backend
+from dynamoe.kernels.kv_codes import KV_DTYPES, stored_channels
 from dynamoe.kernels.ops import BACKENDS, select_backend
 from dynamoe.kernels.router_spec import RouterSpec
 from dynamoe.kernels.support import (
+    CACHES,
     DTYPES,
     EXPERTS,
     KERNELS,
@@ -25,7 +27,7 @@ from dynamoe.kernels.support import (
 )
 from dynamoe.kernels.tolerance import TOLERANCE, error
 from dynamoe.kernels.torch_backend import TorchBackend
-from dynamoe.kernels.types import Routing
+from dynamoe.kernels.types import AttentionBatch, KVLayer, Routing
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 ROOT = Path(__file__).parents[1]
@@ -81,6 +83,40 @@ def test_quantised_weights(weights: str, name: str, monkeypatch: pytest.MonkeyPa
     routing = Routing(expert_ids_TK=ids_TK, weights_TK=torch.ones(2, 2, device=device))
     assert backend.experts(torch.randn(2, 32).to(device, backend.dtype), packed, routing).isfinite().all()
     assert (TORCH if fell_back else KERNELS) == QUANTISED[weights].get(name, TORCH)
+
+
+@pytest.mark.parametrize("kept", CACHES)
+@pytest.mark.parametrize("name", ["cpu", "triton", "grouped_mm"])
+def test_keys_and_values(kept: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
+    backend = select_backend(device, torch.bfloat16, name)
+    outcome = CACHES[kept].get(name, TORCH)
+    assert (kept in backend.kv_formats) == (outcome != REFUSED)
+    if outcome == REFUSED:
+        return
+    fell_back = []
+    for operation in ("rope_and_write", "attention"):
+        plain = getattr(TorchBackend, operation)
+        monkeypatch.setattr(
+            TorchBackend,
+            operation,
+            lambda self, *args, plain=plain, **given: (fell_back.append(1), plain(self, *args, **given))[1],
+        )
+    dtype, channels, page = KV_DTYPES[kept] or backend.dtype, 8, 4
+    size = stored_channels(channels, dtype) * dtype.itemsize
+    pages = [torch.zeros(1, 2, page, size, dtype=torch.uint8, device=device).view(dtype) for _ in range(2)]
+    layer = KVLayer(keys_BGPC=pages[0], values_BGPC=pages[1], scales_behind_page=backend.scales_behind_page)
+    numbers = torch.arange(3, device=device)
+    batch = AttentionBatch(
+        positions_T=numbers, slots_T=numbers, query_start_S1=torch.tensor([0, 3], dtype=torch.int32, device=device),
+        context_len_S=torch.tensor([3], dtype=torch.int32, device=device),
+        block_table_SM=torch.zeros(1, 1, dtype=torch.int32, device=device), max_query_len=3, max_context_len=3,
+    )  # fmt: skip
+    q_THC, k_TGC, v_TGC = (torch.randn(3, heads, channels).to(device, backend.dtype) for heads in (4, 2, 2))
+    q_THC = backend.rope_and_write(q_THC, k_TGC, v_TGC, torch.ones(3, channels, device=device), batch, layer)
+    out_THC = backend.attention(q_THC, layer, batch, scale=1.0)
+    torch.testing.assert_close(out_THC[0], v_TGC[0].repeat_interleave(2, 0), rtol=0.07, atol=0.02)
+    assert (TORCH if fell_back else KERNELS) == outcome
 
 
 @pytest.mark.parametrize("rule", ROUTERS)

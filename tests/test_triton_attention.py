@@ -1,10 +1,11 @@
-"""Attention, rotation with cache write, and norms on Triton against the oracles."""
+"""Attention, rotation with cache write, and norms on Triton against the oracles; caches of 16, 32 and 8 bits."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from dynamoe.kernels import reference
+from dynamoe.kernels.kv_codes import codes_and_scales, quantize, read_pages, stored_channels
 from dynamoe.kernels.tolerance import TOLERANCE, error
 from dynamoe.kernels.triton_attention import AttentionConfig, plan_attention
 from dynamoe.kernels.triton_norm import plan_rms_norm, plan_rope_and_write
@@ -12,10 +13,49 @@ from dynamoe.kernels.types import AttentionBatch, KVLayer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = list(TOLERANCE)
+FP8 = torch.float8_e4m3fn
+# What a cache keeps, and whether scales lie behind the page.
+NARROW = {"int8": (torch.int8, True), "int8, scales behind their codes": (torch.int8, False), "fp8": (FP8, False)}
+# contexts, rows of this step, (query heads, key/value heads), channels of a head, tokens of a page
+EDGES = {
+    "one token": ([1], [1], (2, 1), 64, 16),
+    "a page exactly full, one token more, one less": ([16, 17, 15], [1, 1, 1], (4, 2), 128, 16),
+    "contexts longer than one split": ([150, 33], [1, 1], (4, 2), 24, 16),
+    "prefill, decode and a chunk with a past": ([21, 9, 30], [21, 1, 7], (4, 2), 16, 4),
+    "nine heads in groups of three, an odd number of channel pairs": ([18, 5], [3, 1], (9, 3), 18, 4),
+    "no groups": ([18], [2], (3, 3), 40, 8),
+    "one group of seven": ([18], [2], (7, 1), 32, 8),
+    "pages of one token": ([9], [2], (2, 1), 16, 1),
+}
+
+
+def kept_as(x_BGPC: torch.Tensor, kept: torch.dtype, behind: bool) -> torch.Tensor:
+    """Pages of heads as a cache keeps them; where a head is NaN, its codes are as large as its scale is wrong."""
+    pages, heads, page, channels = x_BGPC.shape
+    stored = torch.zeros(pages, heads, page, stored_channels(channels, kept), dtype=torch.uint8).view(kept)
+    if kept == torch.int8:
+        codes, scales = codes_and_scales(stored, behind)
+        codes[:], scales[:] = quantize(x_BGPC)
+        codes[scales.isnan()] = 127
+        return stored
+    return x_BGPC.to(kept)
+
+
+def widened(layer: KVLayer) -> KVLayer:
+    """The same numbers in float64."""
+    everything = torch.arange(layer.keys_BGPC.shape[0], device=layer.keys_BGPC.device)
+    keys, values = (read_pages(t, everything, layer).double() for t in (layer.keys_BGPC, layer.values_BGPC))
+    return KVLayer(keys_BGPC=keys, values_BGPC=values)
 
 
 def make_batch(
-    contexts: list[int], queries: list[int], page: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    contexts: list[int],
+    queries: list[int],
+    page: int,
+    num_kv_heads: int,
+    head_dim: int,
+    kept: torch.dtype,
+    behind: bool = False,
 ) -> tuple[KVLayer, AttentionBatch]:
     """Sequences on shuffled pages; everything outside their contexts is NaN, unused table entries are far outside."""
     counts = [-(-n // page) for n in contexts]
@@ -35,7 +75,8 @@ def make_batch(
         values[pages[p // page], :, p % page] = torch.randn(length, num_kv_heads, head_dim)
         positions.append(p[length - rows :])
         slots.append(pages[positions[-1] // page] * page + positions[-1] % page)
-    layer = KVLayer(keys_BGPC=keys.to(DEVICE, dtype), values_BGPC=values.to(DEVICE, dtype))
+    stored = [kept_as(x, kept, behind).to(DEVICE) for x in (keys, values)]
+    layer = KVLayer(keys_BGPC=stored[0], values_BGPC=stored[1], scales_behind_page=behind)
     batch = AttentionBatch(
         positions_T=torch.cat(positions).to(DEVICE),
         slots_T=torch.cat(slots).to(DEVICE),
@@ -59,17 +100,19 @@ def check(
     window: int | None = None,
     block_q: int = 1,
     splits: int = 1,
+    cache: str | None = None,
+    native_fp8: bool = False,
 ) -> None:
     torch.manual_seed(3)
-    layer, batch = make_batch(contexts, queries, page, heads[1], head_dim, dtype)
+    layer, batch = make_batch(contexts, queries, page, heads[1], head_dim, *(NARROW[cache] if cache else (dtype,)))
     q_THC = torch.randn(sum(queries), heads[0], head_dim).to(DEVICE, dtype)
     out_THC = torch.full_like(q_THC, float("nan"))
     config = AttentionConfig(block_q=block_q, block_l=16, splits=splits, num_warps=4, num_stages=2)
     scale = head_dim**-0.5
-    for launch in plan_attention(q_THC, layer, batch, out_THC, scale=scale, window=window, config=config):
+    given = {"scale": scale, "window": window, "config": config, "native_fp8": native_fp8}
+    for launch in plan_attention(q_THC, layer, batch, out_THC, **given):
         launch.run()
-    wide = KVLayer(keys_BGPC=layer.keys_BGPC.double(), values_BGPC=layer.values_BGPC.double())
-    oracle_THC = reference.paged_attention(q_THC.double(), wide, batch, scale=scale, window=window)
+    oracle_THC = reference.paged_attention(q_THC.double(), widened(layer), batch, scale=scale, window=window)
     assert error(out_THC, oracle_THC) <= TOLERANCE[dtype]
 
 
@@ -109,6 +152,42 @@ def test_a_page_of_one_token_and_one_longer_than_a_tile() -> None:
     check([70], [2], page=64)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize("cache", NARROW)
+def test_8_bit_caches(cache: str, edge: str, dtype: torch.dtype) -> None:
+    contexts, queries, heads, head_dim, page = EDGES[edge]
+    shape = {"heads": heads, "head_dim": head_dim, "page": page, "dtype": dtype, "cache": cache}
+    for splits in {1, 3 if max(contexts) > 32 else 1}:
+        check(contexts, queries, splits=splits, block_q=2 if max(queries) > 1 else 1, **shape)
+
+
+@pytest.mark.parametrize("window", [1, 5, 64])
+@pytest.mark.parametrize("cache", NARROW)
+def test_8_bit_caches_with_a_sliding_window(cache: str, window: int) -> None:
+    for splits in (1, 3):
+        check([40, 7], [6, 2], window=window, block_q=2, splits=splits, cache=cache, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fp8_that_the_hardware_converts(dtype: torch.dtype) -> None:
+    if DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no e4m3")
+    check([33, 5], [1, 1], dtype=dtype, cache="fp8", native_fp8=True)
+
+
+def test_a_key_that_is_not_finite_spoils_its_own_head_only() -> None:
+    layer, batch = make_batch([9], [1], 4, 2, 16, torch.int8, True)
+    _, scales_BGP = codes_and_scales(layer.keys_BGPC, True)
+    scales_BGP[batch.block_table_SM[0, 1].item(), 1, 2] = float("nan")
+    q_THC, out_THC = torch.randn(1, 4, 16, device=DEVICE), torch.empty(1, 4, 16, device=DEVICE)
+    config = AttentionConfig(block_q=1, block_l=16, splits=1, num_warps=4, num_stages=2)
+    for launch in plan_attention(q_THC, layer, batch, out_THC, scale=1.0, window=None, config=config):
+        launch.run()
+    assert out_THC[:, :2].isfinite().all()
+    assert out_THC[:, 2:].isnan().all()
+
+
 def test_strided_channels_are_refused() -> None:
     layer, batch = make_batch([4], [1], 4, 1, 8, torch.float32)
     q_THC = torch.randn(1, 8, 1, device=DEVICE).transpose(1, 2)[..., ::2]
@@ -146,6 +225,48 @@ def test_rope_and_write(dtype: torch.dtype, heads: tuple[int, int], head_dim: in
     torch.testing.assert_close(out_THC, oracle_THC, **close)
     torch.testing.assert_close(layer.keys_BGPC, expected.keys_BGPC, **close)
     assert torch.equal(layer.values_BGPC.nan_to_num(7.0), expected.values_BGPC.nan_to_num(7.0))
+
+
+def extreme_heads(channels: int) -> torch.Tensor:
+    """Zeros, one sign, tiny and huge numbers, numbers beyond 448, NaN, infinity, ties of both formats."""
+    ties_of_int8 = torch.cat((torch.tensor([127.0]), torch.arange(channels - 1) - 20.5))
+    bits = torch.arange(127, dtype=torch.uint8)
+    e4m3 = bits.view(FP8).float()
+    middles = ((e4m3[1:] + e4m3[:-1]) / 2)[torch.randperm(126)]
+    whole = 126 // channels * channels
+    some = torch.randn(4, channels)
+    rows = [
+        torch.zeros(channels), torch.full((channels,), -3.0), some[0] * 1e-30, some[0] * 1e-3, some[1] * 1e4,
+        torch.linspace(-600, 600, channels), ties_of_int8, some[2], some[3],
+        *(-middles[:whole]).view(-1, channels), *e4m3[:whole].view(-1, channels),
+    ]  # fmt: skip
+    rows[7][3], rows[8][5] = torch.nan, -torch.inf
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cache", NARROW)
+def test_8_bit_caches_are_written_bit_by_bit_as_the_oracle_does(cache: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    channels, heads, page = 18, 3, 4
+    kept, behind = NARROW[cache]
+    v_TGC = extreme_heads(channels).repeat(heads, 1).unflatten(0, (heads, -1)).transpose(0, 1).to(DEVICE, dtype)
+    rows = v_TGC.shape[0]
+    k_TGC = torch.randn(rows, heads, channels).to(DEVICE, dtype)
+    layer, batch = make_batch([rows], [rows], page, heads, channels, kept, behind)
+    table_LC = torch.randn(rows, channels, device=DEVICE)
+    copies = [t.view(torch.uint8).clone().view(kept) for t in (layer.keys_BGPC, layer.values_BGPC)]
+    expected = KVLayer(keys_BGPC=copies[0], values_BGPC=copies[1], scales_behind_page=behind)
+    out_TGC = torch.full_like(k_TGC, float("nan"))
+    plan_rope_and_write(k_TGC, k_TGC, v_TGC, table_LC, batch, layer, out_TGC).run()
+    # The keys went along as queries: what came back is what the cache was to keep.
+    reference.write_kv(out_TGC, v_TGC, expected, batch.slots_T)
+    for ours, oracle in ((layer.keys_BGPC, expected.keys_BGPC), (layer.values_BGPC, expected.values_BGPC)):
+        parts = [(ours, oracle)]
+        if kept == torch.int8:
+            parts = list(zip(codes_and_scales(ours, behind), codes_and_scales(oracle, behind), strict=True))
+        for got, wanted in parts:  # NaN has several bit patterns
+            assert torch.equal(got.float().nan_to_num(nan=9e9), wanted.float().nan_to_num(nan=9e9))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -125,15 +125,17 @@ def test_what_no_kernel_covers_falls_back_and_says_so_once(
     ]
 
 
-def test_a_model_compiles_nothing_during_requests(make_checkpoint: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("kept", ["auto", "int8", "fp8"])
+def test_a_model_compiles_nothing_during_requests(make_checkpoint: Callable[..., Path], kept: str) -> None:
     path = make_checkpoint("mixtral", num_hidden_layers=1, sliding_window=4)
     limits = EngineConfig(max_num_seqs=4, max_num_batched_tokens=16, max_model_len=32)
-    model = load_model(path, dtype="float32", device=DEVICE, backend="triton", progress=False)
+    model = load_model(path, dtype="float32", device=DEVICE, backend="triton", kv_cache_dtype=kept, progress=False)
     engine, backend, launched = Engine(model, limits), model.decoder.backend, []
     assert isinstance(backend, TritonBackend)
     run = backend._run
     backend._run = lambda launches: (launched.extend(launches), run(launches))[1]  # type: ignore[method-assign]
-    planned = planned_launches(warm_up_shapes(model.spec, limits, 32), torch.float32, backend.planner)
+    shapes = warm_up_shapes(model.spec, limits, 32, kv_dtype=model.decoder.kv_dtype)
+    planned = planned_launches(shapes, torch.float32, backend.planner)
     for number, prompt in enumerate([[5, 9, 200, 31, 7, 77], [11]]):
         engine.add_request(str(number), prompt, SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True))
     while engine.has_unfinished():

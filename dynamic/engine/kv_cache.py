@@ -89,13 +89,22 @@ def count_pages(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, devic
 
 
 def allocate_layers(
-    spec: ModelSpec, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+    spec: ModelSpec,
+    num_pages: int,
+    page_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    scales_behind_page: bool = False,
 ) -> list[KVLayer]:
-    """Zeroed keys and values of every layer: attention multiplies slots it must not see by zero, so no slot is NaN."""
+    """Zeroed keys and values of every layer: attention multiplies slots it must not see by zero, so no slot is NaN.
+
+    Arguments:
+        scales_behind_page: as the backend wants it, see :class:`KVLayer`.
+    """
     shape = (num_pages, spec.num_kv_heads, page_size, stored_channels(spec.head_dim, dtype))
     zeros = _lazy_zeros if device.type == "cpu" else torch.zeros
     pairs = [[zeros(shape, dtype=dtype, device=device) for _ in range(2)] for _ in range(spec.num_layers)]
-    return [KVLayer(keys_BGPC=keys, values_BGPC=values) for keys, values in pairs]
+    return [KVLayer(keys_BGPC=k, values_BGPC=v, scales_behind_page=scales_behind_page) for k, v in pairs]
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -111,4 +120,5 @@ def copy_pages(layers: Sequence[KVLayer], copies: list[tuple[int, int]]) -> None
     sources, targets = (list(pages) for pages in zip(*copies, strict=True))
     for layer in layers:
         for tensor in (layer.keys_BGPC, layer.values_BGPC):
-            tensor[targets] = tensor[sources]
+            pages = tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor  # torch indexes no 8-bit floats
+            pages[targets] = pages[sources]

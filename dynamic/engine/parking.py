@@ -26,7 +26,6 @@ import numpy as np
 import torch
 
 from ...kernels.types import AttentionBatch
-from .kv_cache import allocate_layers
 
 if TYPE_CHECKING:
     from ..decoder import Decoder
@@ -59,7 +58,7 @@ class SegmentTimes:
 def measure_times(decoder: Decoder, page_size: int, max_rows: int) -> SegmentTimes:
     """Time the segments on random tokens, whose rows choose experts as differently as those of separate requests do."""
     sizes = [1 << i for i in range(max(max_rows - 1, 0).bit_length() + 1)]
-    kv = allocate_layers(decoder.spec, sizes[-1], page_size, decoder.kv_dtype, torch.device(decoder.device))
+    kv = decoder.allocate_cache(sizes[-1], page_size)
     generator = torch.Generator().manual_seed(0)
     segments: list[list[float]] = [[] for _ in decoder.segments]
     head: list[float] = []

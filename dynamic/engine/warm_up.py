@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from .config import EngineConfig
 
 if TYPE_CHECKING:
+    import torch
+
     from ...kernels.triton_backend import WarmUpShape
     from ..decoder import Decoder
     from ..decoder_exits import DecoderExit
@@ -27,11 +29,16 @@ def warm_up(decoder: Decoder, config: EngineConfig, max_model_len: int, progress
     from ...kernels.triton_backend import TritonBackend
 
     assert isinstance(backend, TritonBackend), "only the Triton backend carries this name"
-    return backend.warm_up(warm_up_shapes(decoder.spec, config, max_model_len, decoder.exits.values()), progress)
+    exits = decoder.exits.values()
+    return backend.warm_up(warm_up_shapes(decoder.spec, config, max_model_len, exits, decoder.kv_dtype), progress)
 
 
 def warm_up_shapes(
-    spec: ModelSpec, config: EngineConfig, max_model_len: int, exits: Iterable[DecoderExit] = ()
+    spec: ModelSpec,
+    config: EngineConfig,
+    max_model_len: int,
+    exits: Iterable[DecoderExit] = (),
+    kv_dtype: torch.dtype | None = None,
 ) -> list[WarmUpShape]:
     """The distinct layers of a model with the limits of an engine."""
     from ...kernels.triton_backend import WarmUpShape
@@ -58,6 +65,7 @@ def warm_up_shapes(
             norm_widths=norm_widths,
             probes=tuple(sorted(kinds)),
             window=layer.window,
+            kv_dtype=kv_dtype,
         )
         for layer in spec.layers
     ]

@@ -83,7 +83,8 @@ class ParallelDecoder(Decoder):
         return cache
 
     def _allocate(self, num_pages: int, page_size: int) -> list[KVLayer]:
-        return allocate_layers(self.local_spec, num_pages, page_size, self.kv_dtype, self.device)
+        behind = self.backend.scales_behind_page
+        return allocate_layers(self.local_spec, num_pages, page_size, self.kv_dtype, self.device, behind)
 
     def copy_pages(self, kv: list[KVLayer], copies: list[tuple[int, int]]) -> None:
         """See :meth:`Decoder.copy_pages`; on all ranks."""
