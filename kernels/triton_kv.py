@@ -99,7 +99,8 @@ def stored_kv(layer: KVLayer) -> StoredKV:
     """
     keys, values = layer.keys_BGPC, layer.values_BGPC
     if keys.stride() != values.stride():
-        raise ValueError(f"keys and values must be laid out alike, not {keys.stride()} and {values.stride()}")
+        strides = f"{keys.stride()} and {values.stride()}"
+        raise ValueError(f"keys_BGPC and values_BGPC must be contiguous, or at least laid out alike, not {strides}")
     if layer.coded:
         keys, key_scales = codes_and_scales(keys, layer.scales_behind_page)
         values, value_scales = codes_and_scales(values, layer.scales_behind_page)

@@ -144,17 +144,42 @@ def test_experts_are_placed_by_the_load_of_an_earlier_run(
     assert second["deployment"]["processes"].startswith(first["deployment"]["processes"] + ", experts placed as ")
 
 
-QUANTISED = [
-    ("granitemoe", "int8", {"tensor": 2}),
-    ("qwen2_moe", "int8", {"expert": 2}),
-    ("qwen2_moe", "int8", {"tensor": 2, "expert": 2}),
-    ("mixtral", "fp8", {"tensor": 2}),
-    ("mixtral", "w8a8", {"data": 2}),
+LAYOUTS = [
+    {"tensor": 2},
+    {"expert": 2},
+    {"expert": 4},
+    {"data": 2},
+    {"pipeline": 2},
+    {"tensor": 2, "expert": 2},
+    {"tensor": 2, "pipeline": 2},
 ]
 
 
+def named(sizes: dict[str, int]) -> str:
+    return "-".join(f"{axis}{size}" for axis, size in sizes.items())
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "method", "sizes"), QUANTISED)
+@pytest.mark.parametrize("sizes", LAYOUTS, ids=named)
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "granitemoe"])
+@pytest.mark.parametrize("method", ["none", "int8"])
+def test_tokens_with_exits_in_every_layout(
+    make_exits: Callable[..., Path], tmp_path: Path, sizes: dict[str, int], family: str, method: str
+) -> None:
+    model = make_exits(family, {1: 0.3, 2: 0.3})
+    compare(tmp_path, str(model), sizes, {"quantization": method}, thresholds={"1": 0.5, "2": 0.5})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "method", "sizes"),
+    [
+        ("qwen2_moe", "int8", {"expert": 2}),
+        ("qwen2_moe", "int8", {"tensor": 2, "expert": 2}),
+        ("mixtral", "fp8", {"tensor": 2}),
+        ("mixtral", "w8a8", {"data": 2}),
+    ],
+)
 def test_tokens_with_quantised_weights(
     make_checkpoint: Callable[..., Path], tmp_path: Path, family: str, method: str, sizes: dict[str, int]
 ) -> None:
@@ -199,17 +224,9 @@ def test_rows_that_leave_never_run_on_the_next_stage(
     assert found["decisions"] > 0
 
 
-TINY = [
-    ({"pipeline": 2}, {}),
-    ({"tensor": 2, "pipeline": 2}, {"experts_per_token": 1}),
-    ({"expert": 2}, {"experts_per_token": 1}),
-    ({"data": 2}, {}),
-    ({"expert": 2, "pipeline": 2}, {"experts_per_token": 1}),
-]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("sizes", "budget"), TINY)
+@pytest.mark.parametrize("sizes", [*LAYOUTS, {"expert": 2, "pipeline": 2}], ids=named)
+@pytest.mark.parametrize("budget", [{}, {"experts_per_token": 1}], ids=["", "budget"])
 def test_tiny_with_exits(tmp_path: Path, sizes: dict[str, int], budget: dict[str, int]) -> None:
     thresholds = {"4": 0.4, "8": 0.6, "12": 0.6}
     found = compare(tmp_path, "tiny", sizes, thresholds=thresholds, budget=budget)
