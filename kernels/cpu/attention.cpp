@@ -136,7 +136,7 @@ class Attend {
                            static_cast<int>(call.channels));
     }
     keys_ = scratch(Buffer::keys).get<uint32_t>(2 * plan.cells * kBlockOutputs + 2 * kKeyBlock * call.channels);
-    scores_ = scratch(Buffer::scores).get<float>(2 * kMaxTileRows * kKeyBlock + 2 * kMaxTileRows * kBlockOutputs);
+    scores_ = scratch(Buffer::scores).get<float>(2 * kMaxTileRows * kKeyBlock);
   }
 
   int64_t queries() const { return queries_; }
@@ -225,34 +225,26 @@ class Attend {
     const int64_t first_position = positions_[tiles_.start(t) / plan_.group];
     const int64_t last_position = positions_[(tiles_.start(t) + size - 1) / plan_.group];
     if (last_position < block || plan_.first_visible(first_position) >= block + kKeyBlock) return;
-    float* scores = scores_;                           // [query][64]
-    float* probabilities = scores + size * kKeyBlock;  // [key][query]
-    float* halves = probabilities + size * kKeyBlock;  // [half][query][32]
-    for (int half = 0; half < 2; ++half) {
-      float* out = halves + half * size * kBlockOutputs;
-      plan_.score_gemm.run(size, panel, keys_ + half * cells * kBlockOutputs, cells, out, false,
+    float* scores = scores_;                           // [half][query][32]
+    float* probabilities = scores + size * kKeyBlock;  // [query][64]
+    const int64_t half_stride = size * kBlockOutputs;
+    for (int half = 0; half < 2; ++half)
+      plan_.score_gemm.run(size, panel, keys_ + half * cells * kBlockOutputs, cells, scores + half * half_stride, false,
                            {panel, 0});
-      for (int r = 0; r < size; ++r)
-        std::memcpy(scores + r * kKeyBlock + half * kBlockOutputs, out + r * kBlockOutputs,
-                    kBlockOutputs * sizeof(float));
-    }
     float* accumulator = partial.accumulator(queries_, tiles_, t);
-    const void* rows[kMaxTileRows];
     for (int r = 0; r < size; ++r) {
       const int64_t position = positions_[(tiles_.start(t) + r) / plan_.group];
       const int64_t first = std::clamp<int64_t>(plan_.first_visible(position) - block, 0, kKeyBlock);
       const int64_t last = std::clamp<int64_t>(position + 1 - block, 0, kKeyBlock);
-      float* row = scores + r * kKeyBlock;
-      rows[r] = row;
       if (first >= last) {
-        std::memset(row, 0, kKeyBlock * sizeof(float));
+        std::memset(probabilities + r * kKeyBlock, 0, kKeyBlock * sizeof(float));
       } else {
-        plan_.kernels.softmax_step(row, static_cast<int>(first), static_cast<int>(last), plan_.call.scale,
-                                   partial.state(tiles_.start(t) + r), accumulator + r * kBlockOutputs,
+        plan_.kernels.softmax_step(scores + r * kBlockOutputs, half_stride, static_cast<int>(first),
+                                   static_cast<int>(last), plan_.call.scale, partial.state(tiles_.start(t) + r),
+                                   probabilities + r * kKeyBlock, accumulator + r * kBlockOutputs,
                                    static_cast<int>(plan_.pieces), size * kBlockOutputs);
       }
     }
-    plan_.kernels.gemm[0].pack(probabilities, rows, size, kKeyBlock);
     plan_.kernels.weigh_values(size, probabilities, values_, values_dtype(),
                                static_cast<int>(plan_.call.channels), accumulator, ahead);
   }

@@ -106,14 +106,13 @@ int64_t experts(const Context& context, const ExpertsCall& call) {
   char* hidden = scratch(Buffer::hidden).get<char>(static_cast<int64_t>(plan.slots.size()) * hidden_bytes);
   gate_and_up(context, call, plan, 1, hidden);
 
-  const int64_t blocks = layout.down_blocks(), padded = blocks * kBlockOutputs;
-  float* sums = scratch(Buffer::output).get<float>(call.rows * padded);
+  const int64_t blocks = layout.down_blocks();
+  OutputSums sums(kernels, call, plan);
   const int64_t groups = std::min<int64_t>(blocks, context.threads * (call.rows < 64 ? 8 : 2));
   for_each_task(context.threads, groups, [&](int64_t group) {
     alignas(64) float tile[kMaxTileRows * kBlockOutputs];
     const int64_t first_block = blocks * group / groups, last_block = blocks * (group + 1) / groups;
-    const int64_t first = first_block * kBlockOutputs, last = last_block * kBlockOutputs;
-    for (int64_t t = 0; t < call.rows; ++t) std::memset(sums + t * padded + first, 0, (last - first) * sizeof(float));
+    sums.clear(first_block, last_block);
     for (size_t c = 0; c < plan.chunks.size(); ++c) {
       const Chunk& chunk = plan.chunks[c];
       const uint32_t* after = c + 1 < plan.chunks.size()
@@ -127,21 +126,11 @@ int64_t experts(const Context& context, const ExpertsCall& call) {
           const int64_t slot = chunk.first + tiles.start(t);
           run_block(gemm, tiles.size(t), hidden + slot * hidden_bytes, weights, layout.width_cells(), tile, false,
                     block == first_block, block + 1 == last_block ? after : nullptr, t, tiles.count);
-          float scales[kMaxTileRows];
-          float* out[kMaxTileRows];
-          for (int r = 0; r < tiles.size(t); ++r) {
-            scales[r] = call.weights[plan.slots[slot + r]];
-            out[r] = sums + plan.slots[slot + r] / call.top_k * padded + block * kBlockOutputs;
-          }
-          kernels.scaled_add(tile, tiles.size(t), kBlockOutputs, bias, scales, out);
+          sums.add(block, slot, tiles.size(t), tile, bias);
         }
       }
     }
-    const int64_t width = std::min(last, layout.hidden) - first;
-    for (int64_t t = 0; t < call.rows; ++t)
-      kernels.convert(sums + t * padded + first,
-                      static_cast<char*>(call.out) + (t * layout.hidden + first) * element_bytes(layout.dtype),
-                      static_cast<int>(width), layout.dtype);
+    sums.write(first_block, last_block);
   });
   return -1;
 }

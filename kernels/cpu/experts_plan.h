@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "operators.h"
@@ -56,6 +57,52 @@ inline int64_t make_plan(const ExpertsCall& call, int64_t most_rows, Plan& plan)
     }
   return -1;
 }
+
+// Sums of the experts' outputs, [block][row][32]: those of a block lie together, whatever the hidden size.
+class OutputSums {
+ public:
+  OutputSums(const Kernels& kernels, const ExpertsCall& call, const Plan& plan)
+      : kernels_(kernels),
+        call_(call),
+        plan_(plan),
+        data_(scratch(Buffer::output).get<float>(call.rows * call.layout.down_blocks() * kBlockOutputs)) {}
+
+  void clear(int64_t first_block, int64_t last_block) {
+    std::memset(at(first_block, 0), 0, (last_block - first_block) * call_.rows * kBlockOutputs * sizeof(float));
+  }
+  // Adds the outputs of sorted slots first … first + rows - 1, each with its router weight.
+  void add(int64_t block, int64_t first, int64_t rows, const float* tile, const float* bias) {
+    for (int64_t begin = 0; begin < rows; begin += kMaxTileRows) {
+      const int count = static_cast<int>(std::min<int64_t>(kMaxTileRows, rows - begin));
+      float scales[kMaxTileRows];
+      float* out[kMaxTileRows];
+      for (int r = 0; r < count; ++r) {
+        const int32_t slot = plan_.slots[first + begin + r];
+        scales[r] = call_.weights[slot];
+        out[r] = at(block, slot / call_.top_k);
+      }
+      kernels_.scaled_add(tile + begin * kBlockOutputs, count, kBlockOutputs, bias, scales, out);
+    }
+  }
+  void write(int64_t first_block, int64_t last_block) {
+    const ExpertLayout& layout = call_.layout;
+    for (int64_t t = 0; t < call_.rows; ++t)
+      for (int64_t block = first_block; block < last_block; ++block) {
+        const int64_t output = block * kBlockOutputs;
+        kernels_.convert(at(block, t),
+                         static_cast<char*>(call_.out) + (t * layout.hidden + output) * element_bytes(layout.dtype),
+                         static_cast<int>(std::min<int64_t>(kBlockOutputs, layout.hidden - output)), layout.dtype);
+      }
+  }
+
+ private:
+  float* at(int64_t block, int64_t row) { return data_ + (block * call_.rows + row) * kBlockOutputs; }
+
+  const Kernels& kernels_;
+  const ExpertsCall& call_;
+  const Plan& plan_;
+  float* data_;
+};
 
 // Splits [0, blocks) of every chunk into groups so that there are enough tasks to balance the threads.
 inline int64_t groups_per_chunk(const Context& context, int64_t chunks, int64_t blocks) {

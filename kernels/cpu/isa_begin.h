@@ -18,6 +18,7 @@
       quant_table,                                                                               \
       transpose_cells,                                                                           \
       store,                                                                                     \
+      gated_rows,                                                                                \
       gated,                                                                                     \
       scaled_add,                                                                                \
       weigh_values,                                                                              \

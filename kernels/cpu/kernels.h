@@ -116,11 +116,13 @@ struct Kernels {
   // Epilogues on a tile of 32 outputs, of which `width` are real.
   void (*store)(const float* tile, int num_rows, int width, const float* bias, void* out, int64_t out_stride,
                 Dtype out_dtype);
+  void (*gated_rows)(const float* tile, int num_rows, const float* bias, Activation activation, float* out,
+                     int64_t stride);
   void (*gated)(const float* tile, int num_rows, const float* bias, Activation activation, void* panel, Dtype dtype);
   void (*scaled_add)(const float* tile, int num_rows, int width, const float* bias, const float* scales,
                      float* const* out);
 
-  // accumulator[piece][row][32] += sum over keys of probabilities[key][row] · values[key]; a null key counts nothing.
+  // accumulator[piece][row][32] += sum over keys of probabilities[row][key] · values[key]; a null key counts nothing.
   // Along the way it asks for the rows at ahead[0 … 127], if given: keys and values that come next.
   void (*weigh_values)(int num_rows, const float* probabilities, const void* const* values, Dtype dtype, int channels,
                        float* accumulator, const void* const* ahead);
@@ -137,11 +139,11 @@ struct Kernels {
   void (*rms_norm)(const void* x, Dtype x_dtype, const void* residual, float scale, const void* weight,
                    Dtype weight_dtype, float eps, int n, void* sum, Dtype stream_dtype, void* out);
   void (*rope)(const void* in, const float* cos_sin, int channels, void* out, Dtype dtype);
-  // One step of the online softmax over 64 keys, of which [first, last) are visible. Scores become probabilities in
-  // place; state is {running max, running sum}; the row's accumulator (pieces of 32 floats, `stride` apart) is
-  // rescaled.
-  void (*softmax_step)(float* scores, int first, int last, float scale, float* state, float* accumulator, int pieces,
-                       int stride);
+  // One step of the online softmax over 64 keys, of which [first, last) are visible. Their scores lie in two halves,
+  // `half_stride` apart, and are lost; state is {running max, running sum}; the row's accumulator (pieces of 32 floats,
+  // `stride` apart) is rescaled.
+  void (*softmax_step)(float* scores, int64_t half_stride, int first, int last, float scale, float* state,
+                       float* probabilities, float* accumulator, int pieces, int stride);
   // Joins the state and accumulator of a later stretch of keys to `state` and `accumulator`.
   void (*softmax_merge)(float* state, float* accumulator, const float* later_state, const float* later, int pieces,
                         int stride);

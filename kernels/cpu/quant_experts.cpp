@@ -80,9 +80,8 @@ void gate_and_up(const Context& context, const ExpertsCall& call, const QuantWei
                          after, tile);
         const float* bias =
             call.gate_up_bias ? call.gate_up_bias + (chunk.expert * blocks + block) * kBlockOutputs : nullptr;
-        for (int64_t r = 0; r < chunk.rows; ++r)
-          context.kernels->gated(tile + r * kBlockOutputs, 1, bias, call.activation,
-                                 hidden + (chunk.first + r) * width + block * kGatedOutputs, Dtype::fp32);
+        context.kernels->gated_rows(tile, static_cast<int>(chunk.rows), bias, call.activation,
+                                    hidden + chunk.first * width + block * kGatedOutputs, width);
       }
       if (finished[index].fetch_add(1, std::memory_order_acq_rel) + 1 == groups)
         pack_hidden(down, chunk, hidden, width, panels);
@@ -114,13 +113,12 @@ int64_t quant_experts(const Context& context, const ExpertsCall& given, const Qu
   char* panels = scratch(Buffer::panels).get<char>(static_cast<int64_t>(plan.slots.size()) * down.row_bytes());
   gate_and_up(context, call, weights.gate_up, gate_up, down, plan, panels);
 
-  const int64_t blocks = layout.down_blocks(), padded = blocks * kBlockOutputs;
-  float* sums = scratch(Buffer::output).get<float>(call.rows * padded);
+  const int64_t blocks = layout.down_blocks();
+  OutputSums sums(kernels, call, plan);
   const int64_t groups = std::min<int64_t>(blocks, context.threads * (call.rows < 64 ? 8 : 2));
   for_each_task(context.threads, groups, [&](int64_t group) {
     const int64_t first_block = blocks * group / groups, last_block = blocks * (group + 1) / groups;
-    const int64_t first = first_block * kBlockOutputs, last = last_block * kBlockOutputs;
-    for (int64_t t = 0; t < call.rows; ++t) std::memset(sums + t * padded + first, 0, (last - first) * sizeof(float));
+    sums.clear(first_block, last_block);
     for (size_t c = 0; c < plan.chunks.size(); ++c) {
       const Chunk& chunk = plan.chunks[c];
       const char* after = c + 1 < plan.chunks.size()
@@ -133,17 +131,10 @@ int64_t quant_experts(const Context& context, const ExpertsCall& given, const Qu
                       block_of(weights.down, layout.experts, chunk.expert, block), block == first_block,
                       block + 1 == last_block ? after : nullptr, tile);
         const float* bias = call.down_bias ? call.down_bias + (chunk.expert * blocks + block) * kBlockOutputs : nullptr;
-        for (int64_t r = 0; r < chunk.rows; ++r) {
-          const int32_t slot = plan.slots[chunk.first + r];
-          float* out = sums + slot / call.top_k * padded + block * kBlockOutputs;
-          kernels.scaled_add(tile + r * kBlockOutputs, 1, kBlockOutputs, bias, call.weights + slot, &out);
-        }
+        sums.add(block, chunk.first, chunk.rows, tile, bias);
       }
     }
-    for (int64_t t = 0; t < call.rows; ++t)
-      kernels.convert(sums + t * padded + first,
-                      static_cast<char*>(call.out) + (t * layout.hidden + first) * element_bytes(layout.dtype),
-                      static_cast<int>(std::min(last, layout.hidden) - first), layout.dtype);
+    sums.write(first_block, last_block);
   });
   return -1;
 }

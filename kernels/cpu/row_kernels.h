@@ -64,20 +64,19 @@ TARGET static void transpose_cells(uint32_t* dst, int dst_stride, const void* co
   }
 }
 
+// Half by half, so that the order is the same for all widths below.
 TARGET static inline float sum_lanes(Vec::F a) {
-  alignas(64) float lane[Vec::kLanes];
-  Vec::store(lane, a);
-  for (int width = Vec::kLanes / 2; width; width /= 2)
-    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-  return lane[0];
+  if constexpr (Vec::kLanes > 8) a = Vec::add(a, Vec::upper<8>(a));
+  if constexpr (Vec::kLanes > 4) a = Vec::add(a, Vec::upper<4>(a));
+  a = Vec::add(a, Vec::upper<2>(a));
+  return Vec::first(Vec::add(a, Vec::upper<1>(a)));
 }
 
 TARGET static inline float max_lanes(Vec::F a) {
-  alignas(64) float lane[Vec::kLanes];
-  Vec::store(lane, a);
-  for (int width = Vec::kLanes / 2; width; width /= 2)
-    for (int i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
-  return lane[0];
+  if constexpr (Vec::kLanes > 8) a = Vec::max(a, Vec::upper<8>(a));
+  if constexpr (Vec::kLanes > 4) a = Vec::max(a, Vec::upper<4>(a));
+  a = Vec::max(a, Vec::upper<2>(a));
+  return Vec::first(Vec::max(a, Vec::upper<1>(a)));
 }
 
 // e^x to about 1 ulp (Cephes' expf); zero below the smallest normal result, NaN stays NaN.
@@ -95,7 +94,7 @@ TARGET static inline Vec::F exponential(Vec::F x) {
   p = Vec::fma(p, r, Vec::set(1.6666665459e-1f));
   p = Vec::fma(p, r, Vec::set(5.0000001201e-1f));
   p = Vec::add(Vec::fma(p, Vec::mul(r, r), r), Vec::set(1.0f));
-  return Vec::zero_where_below(x, low, Vec::mul(p, Vec::exp2_integer(n)));
+  return Vec::zero_where_below(x, low, Vec::scale_by_power(p, n));
 }
 
 TARGET static inline Vec::F activate(Vec::F x, Activation activation) {
@@ -147,16 +146,17 @@ TARGET static void rope(const void* in, const float* cos_sin, int channels, void
   }
 }
 
-TARGET static void softmax_step(float* scores, int first, int last, float scale, float* state, float* accumulator,
-                                int pieces, int stride) {
+TARGET static void softmax_step(float* scores, int64_t half_stride, int first, int last, float scale, float* state,
+                                float* probabilities, float* accumulator, int pieces, int stride) {
   const float infinity = std::numeric_limits<float>::infinity();
-  for (int i = 0; i < first; ++i) scores[i] = -infinity;
-  for (int i = last; i < kKeyBlock; ++i) scores[i] = -infinity;
+  const auto score = [&](int i) -> float* { return scores + i / kBlockOutputs * half_stride + i % kBlockOutputs; };
+  for (int i = 0; i < first; ++i) *score(i) = -infinity;
+  for (int i = last; i < kKeyBlock; ++i) *score(i) = -infinity;
   constexpr int kVectors = kKeyBlock / Vec::kLanes;
   Vec::F s[kVectors];
   Vec::F top = Vec::set(-infinity);
   for (int v = 0; v < kVectors; ++v) {
-    s[v] = Vec::mul(Vec::load(scores + v * Vec::kLanes), Vec::set(scale));
+    s[v] = Vec::mul(Vec::load(score(v * Vec::kLanes)), Vec::set(scale));
     top = Vec::max(top, s[v]);
   }
   const float block_max = max_lanes(top);
@@ -164,7 +164,7 @@ TARGET static void softmax_step(float* scores, int first, int last, float scale,
   Vec::F total = Vec::zero();
   for (int v = 0; v < kVectors; ++v) {
     s[v] = exponential(Vec::sub(s[v], Vec::set(new_max)));
-    Vec::store(scores + v * Vec::kLanes, s[v]);
+    Vec::store(probabilities + v * Vec::kLanes, s[v]);
     total = Vec::add(total, s[v]);
   }
   if (new_max != state[0]) {

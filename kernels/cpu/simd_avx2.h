@@ -21,9 +21,16 @@ struct Vec {
   SIMD_FN F max(F a, F b) { return _mm256_max_ps(a, b); }
   SIMD_FN F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
   SIMD_FN F zero_where_below(F x, F limit, F y) { return _mm256_andnot_ps(_mm256_cmp_ps(x, limit, _CMP_LT_OQ), y); }
-  SIMD_FN F exp2_integer(F n) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+  SIMD_FN F scale_by_power(F x, F n) {
+    const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    return _mm256_mul_ps(x, _mm256_castsi256_ps(power));
   }
+  template <int kWidth>
+  SIMD_FN F upper(F a) {
+    if constexpr (kWidth == 4) return _mm256_permute2f128_ps(a, a, 0x11);
+    return _mm256_permute_ps(a, kWidth == 2 ? 0xee : 0x55);
+  }
+  SIMD_FN float first(F a) { return _mm256_cvtss_f32(a); }
   SIMD_FN __m256i load_words(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   SIMD_FN F low_half(const uint32_t* p) { return _mm256_castsi256_ps(_mm256_slli_epi32(load_words(p), 16)); }
   SIMD_FN F high_half(const uint32_t* p) {

@@ -23,10 +23,16 @@ struct Vec {
   SIMD_FN F zero_where_below(F x, F limit, F y) {
     return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(x, limit, _CMP_LT_OQ), _mm512_setzero_ps());
   }
-  // 2^n for an integral n held as a float.
-  SIMD_FN F exp2_integer(F n) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+  // x * 2^n for an integral n held as a float.
+  SIMD_FN F scale_by_power(F x, F n) { return _mm512_scalef_ps(x, n); }
+  // Lane i + kWidth in the place of lane i < kWidth.
+  template <int kWidth>
+  SIMD_FN F upper(F a) {
+    if constexpr (kWidth == 8) return _mm512_shuffle_f32x4(a, a, 0xee);
+    if constexpr (kWidth == 4) return _mm512_shuffle_f32x4(a, a, 0x55);
+    return _mm512_permute_ps(a, kWidth == 2 ? 0xee : 0x55);
   }
+  SIMD_FN float first(F a) { return _mm512_cvtss_f32(a); }
   // The low and the high bf16 of each word, widened.
   SIMD_FN F low_half(const uint32_t* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
   SIMD_FN F high_half(const uint32_t* p) {

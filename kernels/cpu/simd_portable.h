@@ -32,7 +32,12 @@ struct Vec {
   SIMD_FN F max(F a, F b) { return a > b ? a : b; }
   SIMD_FN F abs(F a) { return (F)((U)a & 0x7fffffffu); }
   SIMD_FN F zero_where_below(F x, F limit, F y) { return x < limit ? zero() : y; }
-  SIMD_FN F exp2_integer(F n) { return (F)((__builtin_convertvector(n, I) + 127) << 23); }
+  SIMD_FN F scale_by_power(F x, F n) { return x * (F)((__builtin_convertvector(n, I) + 127) << 23); }
+  template <int kWidth>
+  SIMD_FN F upper(F a) {
+    return kWidth == 2 ? F{a[2], a[3], a[2], a[3]} : F{a[1], a[1], a[3], a[3]};
+  }
+  SIMD_FN float first(F a) { return a[0]; }
   SIMD_FN F low_half(const uint32_t* p) { return (F)(load_words(p) << 16); }
   SIMD_FN F high_half(const uint32_t* p) { return (F)(load_words(p) & 0xffff0000u); }
   SIMD_FN F load_bf16(const uint16_t* p) { return (F)(U{p[0], p[1], p[2], p[3]} << 16); }

@@ -120,32 +120,35 @@ TARGET static void store(const float* tile, int num_rows, int width, const float
   }
 }
 
-// act(gate) * up, written as the panel of the next product: cells [16 / inputs per cell][row].
-TARGET static void gated(const float* tile, int num_rows, const float* bias, Activation activation, void* panel,
-                         Dtype dtype) {
+// act(gate) * up of every row, `stride` floats apart.
+TARGET static void gated_rows(const float* tile, int num_rows, const float* bias, Activation activation, float* out,
+                              int64_t stride) {
   alignas(64) float biased[kBlockOutputs];
-  alignas(64) float value[kGatedOutputs];
   for (int r = 0; r < num_rows; ++r) {
     const float* row = with_bias(tile + r * kBlockOutputs, bias, biased);
     for (int o = 0; o < kGatedOutputs; o += Vec::kLanes) {
       const Vec::F up = Vec::load(row + kGatedOutputs + o);
-      Vec::F product = Vec::mul(activate(Vec::load(row + o), activation), up);
-      if (dtype == Dtype::bf16) product = Vec::round_bf16(product);
-      Vec::store(value + o, product);
-    }
-    if (dtype == Dtype::bf16 && kPairs) {
-      uint32_t* out = static_cast<uint32_t*>(panel) + r;
-      for (int c = 0; c < kGatedOutputs / 2; ++c) {
-        uint32_t low, high;
-        std::memcpy(&low, value + 2 * c, 4);
-        std::memcpy(&high, value + 2 * c + 1, 4);
-        out[c * num_rows] = low >> 16 | high;
-      }
-    } else {
-      float* out = static_cast<float*>(panel) + r;
-      for (int o = 0; o < kGatedOutputs; ++o) out[o * num_rows] = value[o];
+      Vec::store(out + r * stride + o, Vec::mul(activate(Vec::load(row + o), activation), up));
     }
   }
+}
+
+// The same, as the panel of the next product: cells [16 / inputs per cell][row].
+TARGET static void gated(const float* tile, int num_rows, const float* bias, Activation activation, void* panel,
+                         Dtype dtype) {
+  constexpr int kWords = kPairs ? kGatedOutputs / 2 : kGatedOutputs;
+  alignas(64) float value[kMaxTileRows][kGatedOutputs];
+  gated_rows(tile, num_rows, bias, activation, value[0], kGatedOutputs);
+  const void* rows[kMaxTileRows];
+  for (int r = 0; r < num_rows; ++r) {
+    rows[r] = value[r];
+    for (int o = 0; dtype == Dtype::bf16 && o < kGatedOutputs; o += Vec::kLanes) {
+      const Vec::F wide = Vec::load(value[r] + o);
+      if (kPairs) Vec::store_bf16(reinterpret_cast<uint16_t*>(value[r]) + o, wide);
+      else Vec::store(value[r] + o, Vec::round_bf16(wide));
+    }
+  }
+  pack_words(static_cast<uint32_t*>(panel), rows, num_rows, 4 * (dtype == Dtype::bf16 ? kWords : kGatedOutputs));
 }
 
 TARGET static void scaled_add(const float* tile, int num_rows, int width, const float* bias, const float* scales,
@@ -184,7 +187,7 @@ TARGET static void weigh_pieces(const float* probabilities, const void* const* v
         }
       }
       if (!values[key]) continue;
-      const float* weight = probabilities + key * kRows;
+      const float* weight = probabilities + key;
 #pragma GCC unroll 16
       for (int p = 0; p < kPieces; ++p)
 #pragma GCC unroll 16
@@ -199,7 +202,7 @@ TARGET static void weigh_pieces(const float* probabilities, const void* const* v
             value = Vec::load(static_cast<const float*>(values[key]) + c);
           }
 #pragma GCC unroll 16
-          for (int r = 0; r < kRows; ++r) sum[p][r][v] = Vec::fma(Vec::set(weight[r]), value, sum[p][r][v]);
+          for (int r = 0; r < kRows; ++r) sum[p][r][v] = Vec::fma(Vec::set(weight[r * kKeyBlock]), value, sum[p][r][v]);
         }
     }
 #pragma GCC unroll 16
