@@ -146,9 +146,11 @@ class Attend {
 
   // Takes one block of keys, as far as the rows may see it. `ahead`: where the rows of what comes next lie, or null.
   void take(const Block& block, const Partial& partial, const void* const* ahead) {
-    load(block);
-    if (plan_.call.values.dtype == Dtype::int8) ahead = fetch(ahead);
-    for (int64_t t = 0; t < tiles_.count; ++t) multiply(block.first, t, partial, t ? nullptr : ahead);
+    load(block, ahead);
+    const bool narrow = plan_.call.values.dtype == Dtype::int8;
+    if (narrow) ask_for(ahead + kKeyBlock, kKeyBlock);
+    for (int64_t t = 0; t < tiles_.count; ++t)
+      multiply(block.first, t, partial, t || narrow ? nullptr : ahead + kKeyBlock);
   }
 
   void join(const Partial& partial, const Partial& later) {
@@ -185,7 +187,7 @@ class Attend {
 
  private:
   // Keys of a block as weights of the score product, and where its values lie.
-  void load(const Block& block) {
+  void load(const Block& block, const void* const* ahead) {
     const AttentionCall& call = plan_.call;
     const int channels = static_cast<int>(call.channels);
     const void* rows[2 * kKeyBlock];
@@ -205,17 +207,20 @@ class Attend {
       }
     }
     std::memcpy(values_, rows + kKeyBlock, sizeof values_);
-    for (int half = 0; half < 2; ++half)
-      plan_.kernels.transpose_cells(keys_ + half * plan_.cells * kBlockOutputs, kBlockOutputs,
-                                    rows + half * kBlockOutputs, kBlockOutputs, channels * element_bytes(plan_.dtype));
+    constexpr int kPart = 16;  // of the keys, so that few requests wait at a time
+    for (int i = 0; i < kKeyBlock; i += kPart) {
+      ask_for(ahead + i, kPart);
+      uint32_t* half = keys_ + i / kBlockOutputs * plan_.cells * kBlockOutputs;
+      plan_.kernels.transpose_cells(half + i % kBlockOutputs, kBlockOutputs, rows + i, kPart,
+                                    channels * element_bytes(plan_.dtype));
+    }
   }
 
-  // Asks for the codes of what comes next; products ask for rows of their own dtype.
-  const void* const* fetch(const void* const* ahead) const {
-    for (int i = 0; ahead && i < 2 * kKeyBlock; ++i)
-      for (int64_t byte = 0; byte < plan_.call.channels; byte += 64)
-        __builtin_prefetch(static_cast<const char*>(ahead[i]) + byte);
-    return nullptr;
+  __attribute__((always_inline)) void ask_for(const void* const* rows, int count) const {
+    const int64_t bytes = plan_.call.channels * element_bytes(plan_.call.values.dtype);
+    for (int i = 0; i < count; ++i)
+      for (int64_t byte = 0; byte < bytes; byte += 64)
+        __builtin_prefetch(static_cast<const char*>(rows[i]) + byte, 0, 2);
   }
 
   void multiply(int64_t block, int64_t t, const Partial& partial, const void* const* ahead) {

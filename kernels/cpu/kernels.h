@@ -123,7 +123,7 @@ struct Kernels {
                      float* const* out);
 
   // accumulator[piece][row][32] += sum over keys of probabilities[row][key] · values[key]; a null key counts nothing.
-  // Along the way it asks for the rows at ahead[0 … 127], if given: keys and values that come next.
+  // Along the way it asks for the rows at ahead[0 … 63], if given: the values that come next.
   void (*weigh_values)(int num_rows, const float* probabilities, const void* const* values, Dtype dtype, int channels,
                        float* accumulator, const void* const* ahead);
 

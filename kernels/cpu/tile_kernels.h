@@ -180,12 +180,9 @@ TARGET static void weigh_pieces(const float* probabilities, const void* const* v
         for (int v = 0; v < kVectors; ++v)
           sum[p][r][v] = Vec::load(out + (p * kRows + r) * kBlockOutputs + v * Vec::kLanes);
     for (int key = 0; key < kKeyBlock; ++key) {
-      if (ahead) {
-        for (int byte = 0; byte < channels * element_bytes(dtype); byte += 64) {
+      if (ahead)
+        for (int byte = 0; byte < channels * element_bytes(dtype); byte += 64)
           __builtin_prefetch(static_cast<const char*>(ahead[key]) + byte, 0, kAheadLocality);
-          __builtin_prefetch(static_cast<const char*>(ahead[kKeyBlock + key]) + byte, 0, kAheadLocality);
-        }
-      }
       if (!values[key]) continue;
       const float* weight = probabilities + key;
 #pragma GCC unroll 16
