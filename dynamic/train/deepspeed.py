@@ -9,6 +9,7 @@ in the same step. Checkpoints are DeepSpeed's own and need the same number of ra
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import time
@@ -90,6 +91,16 @@ def meet(device: torch.device) -> None:
     _deepspeed().init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
 
 
+def part(model: TrainableDecoder) -> None:
+    """Leave the other processes, all at once; a model whose experts are spread is of no use then."""
+    torch.distributed.barrier()
+    for layer in model.layers:
+        layer.mlp.group = None  # type: ignore[union-attr]
+    # A group that something still holds ends with the interpreter, which aborts when its threads are not done.
+    gc.collect()
+    _deepspeed().comm.destroy_process_group()
+
+
 def gathered(model: TrainableDecoder, zero: ZeroConfig) -> TrainableDecoder:
     """A trained model with all of its weights, in float32. All ranks call this."""
     whole = TrainableDecoder(model.config, dtype=model.dtype).to(model.embedding.device)
@@ -97,8 +108,8 @@ def gathered(model: TrainableDecoder, zero: ZeroConfig) -> TrainableDecoder:
     together = _deepspeed().zero.GatheredParameters(parameters) if zero.stage == 3 else nullcontext()
     with together, torch.no_grad():
         for target, source in zip(whole.parameters(), parameters, strict=True):
-            spread = source.shape != target.shape and zero.expert > 1
-            target.copy_(collect_experts(source, model.layers[0].mlp.group) if spread else source)
+            spread = source.shape != target.shape
+            target.copy_(collect_experts(source, model.expert_group) if spread else source)
     return whole
 
 
@@ -149,7 +160,7 @@ def train_with_deepspeed(
     )
     directory.mkdir(parents=True, exist_ok=True)
     found, client = engine.load_checkpoint(str(directory), tag=tag) if tag else (None, {})
-    if experts and found:
+    if experts and tag:
         experts.load(directory / tag)
     step, before = (client["step"], client["seconds"]) if found and client else (0, 0.0)
     groups: list[dict[str, Any]] = engine.optimizer.param_groups  # type: ignore[union-attr]

@@ -280,7 +280,7 @@ class TrainableDecoder(nn.Module):
                 records.append(record)
                 if entropy:
                     whole.append(torch.special.entr(record.probs_TE).sum(-1))
-            elif rows.numel() or layer.mlp.group is not None:  # other ranks' rows may need this rank's experts
+            elif rows.numel() or self.expert_group is not None:  # other ranks' rows may need this rank's experts
                 x_out, record = layer(x_NLD.index_select(0, rows), table)
                 x_NLD = x_NLD.index_copy(0, rows, x_out)
                 if rows.numel():
@@ -297,6 +297,12 @@ class TrainableDecoder(nn.Module):
             balance_loss=torch.stack([r.balance_loss for r in records]).mean(),
             z_loss=torch.stack([r.z_loss for r in records]).mean(),
         )
+
+    @property
+    def expert_group(self) -> Any:
+        """The process group that shares the experts of every layer; None: all are here."""
+        mlp: Any = self.layers[0].mlp
+        return mlp.group
 
     def read_out(self, x: torch.Tensor, exit_layer: int | None = None) -> torch.Tensor:
         """The normed state that the LM head multiplies: of the full model, or of the exit after that many layers."""
