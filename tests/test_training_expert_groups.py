@@ -34,7 +34,7 @@ shape = DecoderConfig(
     vocab_size=64, hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8, num_experts=4, expert_size=16,
     exit_layers=(1, 2), adapter_rank=4, max_position=64,
 )
-text = LanguageModelConfig(batch_tokens=256, sequence_length=32, window=64, balance_weight=0.0)
+text = LanguageModelConfig(batch_tokens=256, sequence_length=32, window=64, balance_weight=0.0, z_weight=0.0)
 stream = torch.arange(3000, dtype=torch.int16) * 7 % 61
 exits = ExitTraining(layer_dropout=settings["dropout"], ramp=0.1)
 task = LanguageModelTask(text, exits, stream, {}, 6)
