@@ -96,8 +96,7 @@ def part(model: TrainableDecoder) -> None:
     torch.distributed.barrier()
     for layer in model.layers:
         layer.mlp.group = None  # type: ignore[union-attr]
-    # A group that something still holds ends with the interpreter, which aborts when its threads are not done.
-    gc.collect()
+    gc.collect()  # DeepSpeed's engine keeps groups in cycles, and their threads must not outlive the interpreter
     _deepspeed().comm.destroy_process_group()
 
 
