@@ -120,12 +120,12 @@ def train_by_recipe(tmp_path: Path, name: str, processes: int, *settings: str) -
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("stage", [2, 3])
-def test_a_recipe_makes_the_same_model_on_two_processes(stage: int, tmp_path: Path) -> None:
-    short = ["recipe.trainer.steps=8", "recipe.exits.loss_weight=0"]
+@pytest.mark.parametrize(("stage", "expert"), [(2, 1), (3, 1), (2, 2)])
+def test_a_recipe_makes_the_same_model_on_two_processes(stage: int, expert: int, tmp_path: Path) -> None:
+    short = ["recipe.trainer.steps=8", "recipe.exits.loss_weight=0", f"zero.stage={stage}"]
     found = []
-    for name, processes in (("one", 1), ("two", 2)):
-        done = train_by_recipe(tmp_path, name, processes, *short, f"zero.stage={stage}")
+    for name, processes, groups in (("one", 1, 1), ("two", 2, expert)):
+        done = train_by_recipe(tmp_path, name, processes, *short, f"zero.expert={groups}")
         assert done.returncode == 0, done.stderr[-3000:]
         report = json.loads((tmp_path / name / "report.json").read_text())
         found.append((report["evaluation"]["perplexity"], load_file(tmp_path / name / "model" / "model.safetensors")))

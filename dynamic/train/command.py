@@ -44,6 +44,7 @@ def train(config: TrainConfig) -> None:
         torch.set_num_threads(config.threads)
     trainer = replace(config.recipe.trainer, max_minutes=config.max_minutes)
     recipe, output = replace(config.recipe, trainer=trainer), Path(config.output).expanduser()
+    config.zero.check(launched_size(), recipe.decoder.num_experts)
     if launched_size() > 1:
         run_recipe_together(recipe, output, config.zero)
     else:

@@ -1,6 +1,7 @@
 """The same training under DeepSpeed: data parallel, with optimiser states, gradients and weights divided among ranks.
 
 ZeRO stage 1 divides the first, 2 the first two, 3 all of them. Started with ``torchrun`` or the ``deepspeed`` launcher.
+With ``expert`` ranks in a group, each holds a part of every mixture's experts and rows travel.
 
 The objective, the data order and the schedule are those of the plain loop; one process and several see the same tokens
 in the same step. Checkpoints are DeepSpeed's own and need the same number of ranks to go on.
@@ -8,6 +9,7 @@ in the same step. Checkpoints are DeepSpeed's own and need the same number of ra
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import time
@@ -22,6 +24,8 @@ from torch import nn
 from ...exits.training.optimizers import cosine_rate, make_optimizers
 from ...exits.training.progress import LossLog, ProgressLine
 from ...exits.training.trainer import TrainerConfig, TrainResult
+from .deepspeed_experts import ExpertGroups, clip_gradients, refuse_other_groups
+from .expert_groups import collect_experts
 from .language_model import LanguageModelTask
 from .model import TrainableDecoder
 
@@ -35,25 +39,44 @@ class ZeroConfig:
     Arguments:
         stage: 0 (plain data parallel) to 3.
         bf16: keep the weights in bfloat16 and their float32 copies in the optimiser.
+        expert: ranks that share the experts of every mixture; each holds an equal part. 1: every rank holds all.
 
     Raises:
-        ValueError: for a stage that does not exist.
+        ValueError: for a stage that does not exist, or one that cannot run with ``expert``.
     """
 
     stage: int = 2
     bf16: bool = False
+    expert: int = 1
 
     def __post_init__(self) -> None:
         if self.stage not in (0, 1, 2, 3):
             raise ValueError(f"ZeRO stage must be 0, 1, 2 or 3, not {self.stage}")
+        if self.expert < 1:
+            raise ValueError(f"zero.expert must be at least 1, not {self.expert}")
+        if self.expert > 1 and self.stage == 3:
+            raise ValueError(f"zero.stage=3 divides experts itself; zero.expert={self.expert} needs stage 0, 1 or 2")
+        if self.expert > 1 and self.stage == 0 and self.bf16:
+            raise ValueError(f"zero.expert={self.expert} with zero.bf16=true needs stage 1 or 2, not 0")
+
+    def check(self, ranks: int, num_experts: int) -> None:
+        """
+        Raises:
+            ValueError: when so many ranks cannot share so many experts in groups of ``expert``.
+        """
+        for number, what in ((ranks, "ranks"), (num_experts, "experts of a layer")):
+            if number % self.expert:
+                raise ValueError(f"zero.expert={self.expert} does not divide the {number} {what}")
 
 
 class _Loss(nn.Module):
     """Loss as a module's output, which is where DeepSpeed gathers divided weights."""
 
-    def __init__(self, decoder: TrainableDecoder, task: LanguageModelTask) -> None:
+    def __init__(self, decoder: TrainableDecoder, task: LanguageModelTask, experts: ExpertGroups | None) -> None:
         super().__init__()
         self.decoder, self.task = decoder, task
+        if experts is not None:
+            self.announcement = experts.announcement()
 
     def forward(self, step: int, shard: tuple[int, int]) -> tuple[torch.Tensor, dict]:
         return self.task.loss(self.decoder, step, shard=shard)
@@ -68,6 +91,15 @@ def meet(device: torch.device) -> None:
     _deepspeed().init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
 
 
+def part(model: TrainableDecoder) -> None:
+    """Leave the other processes, all at once; a model whose experts are spread is of no use then."""
+    torch.distributed.barrier()
+    for layer in model.layers:
+        layer.mlp.group = None  # type: ignore[union-attr]
+    gc.collect()  # DeepSpeed's engine keeps groups in cycles, and their threads must not outlive the interpreter
+    _deepspeed().comm.destroy_process_group()
+
+
 def gathered(model: TrainableDecoder, zero: ZeroConfig) -> TrainableDecoder:
     """A trained model with all of its weights, in float32. All ranks call this."""
     whole = TrainableDecoder(model.config, dtype=model.dtype).to(model.embedding.device)
@@ -75,7 +107,8 @@ def gathered(model: TrainableDecoder, zero: ZeroConfig) -> TrainableDecoder:
     together = _deepspeed().zero.GatheredParameters(parameters) if zero.stage == 3 else nullcontext()
     with together, torch.no_grad():
         for target, source in zip(whole.parameters(), parameters, strict=True):
-            target.copy_(source)
+            spread = source.shape != target.shape
+            target.copy_(collect_experts(source, model.expert_group) if spread else source)
     return whole
 
 
@@ -91,11 +124,13 @@ def train_with_deepspeed(
     """Train under DeepSpeed, from its latest checkpoint in ``directory`` if there is one.
 
     Arguments:
-        model: on every rank with the same weights. After a run with stage 0-2 it holds the trained ones.
+        model: on every rank with the same weights. After a run with stage 0-2 it holds the trained ones, of the
+            experts this rank's part.
         config: ``optimizer`` must be ``adamw``: ZeRO cuts matrices into flat pieces, which Muon cannot orthogonalise.
 
     Raises:
-        ValueError: when DeepSpeed is not installed, for another optimiser, or a batch that the ranks cannot share.
+        ValueError: when DeepSpeed is not installed, for another optimiser, a batch or experts that the ranks cannot
+            share, or a checkpoint of other groups of experts.
     """
     deepspeed = _deepspeed()
     if config.optimizer != "adamw":
@@ -103,23 +138,34 @@ def train_with_deepspeed(
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if task.samples_per_step % world:
         raise ValueError(f"{task.samples_per_step} windows per step cannot be shared by {world} ranks")
+    zero.check(world, model.config.num_experts)
+    latest = directory / _LATEST
+    tag = latest.read_text().strip() if latest.is_file() else None
+    if tag:
+        refuse_other_groups(directory / tag, zero.expert)
     device = model.embedding.device
     meet(device)
     rank = torch.distributed.get_rank()
-    module = _Loss(model, task)
+    experts = ExpertGroups(model, zero.expert) if zero.expert > 1 else None
+    module = _Loss(model, task, experts)
     if zero.stage == 3:
         # Used by the LM head, outside of the module that owns it.
         deepspeed.zero.register_external_parameter(module, model.embedding)
     (optimizer,) = make_optimizers(model, "adamw", config.learning_rate, config.weight_decay)
+    if experts:
+        experts.split(optimizer)
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=_settings(task.samples_per_step, world, config, zero)
     )
     directory.mkdir(parents=True, exist_ok=True)
-    found, client = engine.load_checkpoint(str(directory)) if (directory / _LATEST).is_file() else (None, {})
+    found, client = engine.load_checkpoint(str(directory), tag=tag) if tag else (None, {})
+    if experts and tag:
+        experts.load(directory / tag)
     step, before = (client["step"], client["seconds"]) if found and client else (0, 0.0)
     groups: list[dict[str, Any]] = engine.optimizer.param_groups  # type: ignore[union-attr]
     log = LossLog(directory / "metrics.jsonl", step) if rank == 0 else None
     line = ProgressLine(config.steps, step) if progress and rank == 0 else None
+    clips = _clips(zero)
     started = saved = time.monotonic()
     while step < config.steps:
         rate = config.learning_rate * cosine_rate(step, config.steps, config.warmup_steps, config.final_rate)
@@ -127,7 +173,11 @@ def train_with_deepspeed(
             group["lr"] = rate
         loss, values = engine(step, (rank, world))
         engine.backward(loss)
+        if clips:
+            values["gradient_norm"] = clip_gradients(model, config.clip_norm, experts and experts.group)
         engine.step()
+        if not clips and (norm := engine.get_global_grad_norm()) is not None:
+            values["gradient_norm"] = norm
         step += 1
         if step % config.log_every == 0 or step == config.steps:
             numbers = _mean_over_ranks({"loss": loss.detach(), **values}, world)
@@ -138,7 +188,10 @@ def train_with_deepspeed(
         stop, save = _agree(config, started, saved, step, device)
         if save:
             state = {"step": step, "seconds": before + time.monotonic() - started}
-            engine.save_checkpoint(str(directory), tag=f"step-{step:08d}", client_state=state)
+            tag = f"step-{step:08d}"
+            if experts:
+                experts.save(directory / tag)
+            engine.save_checkpoint(str(directory), tag=tag, client_state=state)
             _drop_older(directory, step, rank)
             saved = time.monotonic()
         if stop:
@@ -158,11 +211,16 @@ def _deepspeed() -> Any:
     return deepspeed
 
 
+def _clips(zero: ZeroConfig) -> bool:
+    """Whether gradients are clipped here and not by the engine."""
+    return zero.stage == 0 and not zero.bf16
+
+
 def _settings(samples: int, world: int, config: TrainerConfig, zero: ZeroConfig) -> dict[str, Any]:
     return {
         "train_batch_size": samples,
         "train_micro_batch_size_per_gpu": samples // world,
-        "gradient_clipping": config.clip_norm,
+        "gradient_clipping": 0.0 if _clips(zero) else config.clip_norm,
         "zero_optimization": {"stage": zero.stage},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": zero.bf16},

@@ -125,13 +125,38 @@ def mixture(
 
     Returns: (T, D) in the dtype of ``x_TD``.
     """
-    num_experts, top_k = gate_up_EID.shape[0], expert_ids_TK.shape[1]
-    flat_R = expert_ids_TK.flatten()
-    order_R = flat_R.argsort(stable=True)
+    top_k = expert_ids_TK.shape[1]
+    order_R, inverse_R, counts_E = arranged(expert_ids_TK.flatten(), gate_up_EID.shape[0])
+    rows_RD = dispatch(x_TD, order_R, inverse_R, top_k)
+    weights_R1 = weights_TK.flatten()[order_R].to(x_TD.dtype)[:, None]
+    y_RD = gated_experts(rows_RD, gate_up_EID, down_EDF, weights_R1, counts_E.tolist())
+    return combine(y_RD, order_R, inverse_R, top_k)
+
+
+def arranged(expert_ids_R: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The order that sorts rows by expert, its inverse, and how many rows each expert has, (E,); all int64."""
+    order_R = expert_ids_R.argsort(stable=True)
     inverse_R = torch.empty_like(order_R)
     inverse_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
-    counts = torch.bincount(flat_R, minlength=num_experts).tolist()
-    rows_RD = _Dispatch.apply(x_TD, order_R, inverse_R, top_k)
-    weights_R1 = weights_TK.flatten()[order_R].to(x_TD.dtype)[:, None]
-    y_RD = _GatedExperts.apply(rows_RD, gate_up_EID, down_EDF, weights_R1, counts)
+    return order_R, inverse_R, torch.bincount(expert_ids_R, minlength=num_experts)
+
+
+def dispatch(x_TD: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Every token once per slot, sorted by expert, (R, D)."""
+    return _Dispatch.apply(x_TD, order_R, inverse_R, top_k)
+
+
+def combine(y_RD: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor, top_k: int) -> torch.Tensor:
+    """The sum of every token's sorted rows, (T, D)."""
     return _Combine.apply(y_RD, order_R, inverse_R, top_k)
+
+
+def gated_experts(
+    x_RD: torch.Tensor, gate_up_EID: torch.Tensor, down_EDF: torch.Tensor, weights_R1: torch.Tensor, counts: list[int]
+) -> torch.Tensor:
+    """Weighted outputs of rows that lie expert by expert, (R, D).
+
+    Arguments:
+        counts: rows of each expert.
+    """
+    return _GatedExperts.apply(x_RD, gate_up_EID, down_EDF, weights_R1, counts)

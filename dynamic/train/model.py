@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import nn
 from ...exits.readout import ReadoutAdapter
 from ...moe.losses import load_balancing_loss
 from .attention import causal_attention, norm_and_rotate, rope_table
+from .expert_groups import spread_mixture
 from .experts import mixture
 from .functions import fork_normed, rms_norm
 
@@ -143,11 +144,18 @@ class RouterRecord(NamedTuple):
 
 
 class SparseMLP(nn.Module):
-    """Router and experts. Returns the mixture and what the router did."""
+    """Router and experts. Returns the mixture and what the router did.
+
+    Attributes:
+        group: process group whose ranks share the experts (:func:`.expert_groups.spread_experts`); None: all are here.
+    """
+
+    EXPERTS: ClassVar[tuple[str, ...]] = ("gate_up_EGFD", "down_EDF")
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.top_k = config.experts_per_token
+        self.group: Any = None
         self.router = Linear(config.hidden_size, config.num_experts)
         self.gate_up_EGFD = nn.Parameter(torch.empty(config.num_experts, 2, config.expert_size, config.hidden_size))
         self.down_EDF = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, config.expert_size))
@@ -163,7 +171,11 @@ class SparseMLP(nn.Module):
         weights_TK, ids_TK = probs_TE.topk(self.top_k)
         weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         gate_up = (self.gate_up_EGFD.flatten(1, 2) * gain_D).to(x_TD.dtype)
-        out_TD = mixture(x_TD, gate_up, self.down_EDF.to(x_TD.dtype), ids_TK, weights_TK)
+        down = self.down_EDF.to(x_TD.dtype)
+        if self.group is None:
+            out_TD = mixture(x_TD, gate_up, down, ids_TK, weights_TK)
+        else:
+            out_TD = spread_mixture(x_TD, gate_up, down, ids_TK, weights_TK, self.group)
         record = RouterRecord(load_balancing_loss(probs_TE, ids_TK), lse_T1.square().mean(), probs_TE.detach())
         return out_TD, record
 
@@ -268,10 +280,11 @@ class TrainableDecoder(nn.Module):
                 records.append(record)
                 if entropy:
                     whole.append(torch.special.entr(record.probs_TE).sum(-1))
-            elif rows.numel():
+            elif rows.numel() or self.expert_group is not None:  # other ranks' rows may need this rank's experts
                 x_out, record = layer(x_NLD.index_select(0, rows), table)
                 x_NLD = x_NLD.index_copy(0, rows, x_out)
-                records.append(record)
+                if rows.numel():
+                    records.append(record)
             if number + 1 in config.exit_layers:
                 since = number + 1 - max(e for e in exits if e <= number)
                 exits[number + 1] = x_NLD
@@ -284,6 +297,12 @@ class TrainableDecoder(nn.Module):
             balance_loss=torch.stack([r.balance_loss for r in records]).mean(),
             z_loss=torch.stack([r.z_loss for r in records]).mean(),
         )
+
+    @property
+    def expert_group(self) -> Any:
+        """The process group that shares the experts of every layer; None: all are here."""
+        mlp: Any = self.layers[0].mlp
+        return mlp.group
 
     def read_out(self, x: torch.Tensor, exit_layer: int | None = None) -> torch.Tensor:
         """The normed state that the LM head multiplies: of the full model, or of the exit after that many layers."""

@@ -13,7 +13,7 @@ from ...exits.training.trainer import TrainResult
 from ..model_store import cache_home
 from ..parallel.config import launched_rank
 from .corpus import build_corpus, load_corpus
-from .deepspeed import ZeroConfig, gathered, meet, train_with_deepspeed
+from .deepspeed import ZeroConfig, gathered, meet, part, train_with_deepspeed
 from .language_model import LanguageModelTask
 from .model import TrainableDecoder
 from .recipe import RecipeConfig, build_task, run_recipe
@@ -55,7 +55,7 @@ def _train(
     """On every rank; on rank 0 the model comes back whole."""
     result = train_with_deepspeed(model, task, config.trainer, directory, zero, progress=progress)
     whole = gathered(model, zero)
-    dist.destroy_process_group()
+    part(model)
     return result, whole
 
 

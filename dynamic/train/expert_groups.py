@@ -1,0 +1,119 @@
+"""Experts spread over a group of ranks: rows travel to their experts and back, and so do gradients.
+
+Every rank of the group holds an equal, consecutive part of each mixture's experts. How many rows go where is exchanged
+first, so no row is dropped or padded. A rank without rows takes part with none.
+
+Shape suffixes: T tokens, D hidden size, E experts, K experts per token, F width of one expert, R = T*K sorted rows of
+this rank, A rows that arrive here, G ranks of the group.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from .experts import arranged, combine, dispatch, gated_experts
+
+if TYPE_CHECKING:
+    from .model import TrainableDecoder
+
+
+class _Exchange(torch.autograd.Function):
+    """Rows to their ranks; the gradients travel back."""
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor, sent: list[int], coming: list[int], group: Any) -> torch.Tensor:
+        ctx.sent, ctx.coming, ctx.group = sent, coming, group
+        return _swap(rows, sent, coming, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grad_outputs: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _swap(grad_outputs[0], ctx.coming, ctx.sent, ctx.group), None, None, None
+
+
+def _swap(rows: torch.Tensor, sent: list[int], coming: list[int], group: Any) -> torch.Tensor:
+    found = rows.new_empty(sum(coming), *rows.shape[1:])
+    dist.all_to_all_single(found, rows.contiguous(), coming, sent, group=group)
+    return found
+
+
+class _Permute(torch.autograd.Function):
+    """``rows[order]``; the gradient is permuted back instead of added up."""
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grad_outputs: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad_outputs[0].index_select(0, ctx.saved_tensors[0]), None, None
+
+
+def spread_mixture(
+    x_TD: torch.Tensor,
+    gate_up_EID: torch.Tensor,
+    down_EDF: torch.Tensor,
+    expert_ids_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    group: Any,
+) -> torch.Tensor:
+    """As :func:`.experts.mixture`, where each rank of a group holds a part of the experts. All of its ranks call this.
+
+    Arguments:
+        gate_up_EID, down_EDF: of this rank's experts only.
+        expert_ids_TK: numbers among all experts of the group.
+        group: process group; its ranks hold consecutive experts, in their order.
+    """
+    ranks, here, top_k = dist.get_world_size(group), gate_up_EID.shape[0], expert_ids_TK.shape[1]
+    order_R, inverse_R, counts = arranged(expert_ids_TK.flatten(), ranks * here)
+    counts_GE = counts.view(ranks, here)
+    coming_GE = torch.empty_like(counts_GE)
+    dist.all_to_all_single(coming_GE, counts_GE, group=group)
+    sent, coming = counts_GE.sum(1).tolist(), coming_GE.sum(1).tolist()
+    weights_R1 = weights_TK.flatten()[order_R].to(x_TD.dtype)[:, None]
+    # One journey for both.
+    rows = torch.cat([dispatch(x_TD, order_R, inverse_R, top_k), weights_R1], 1)
+    arrived = _Exchange.apply(rows, sent, coming, group)
+    # Rows arrive rank by rank, each rank's in the order of the experts.
+    numbers_A = torch.arange(here, device=x_TD.device).repeat(ranks).repeat_interleave(coming_GE.flatten())
+    order_A, inverse_A, counts_E = arranged(numbers_A, here)
+    sorted_A = _Permute.apply(arrived, order_A, inverse_A)
+    rows_AD, weights_A1 = sorted_A.split([x_TD.shape[1], 1], 1)
+    y_AD = gated_experts(rows_AD.contiguous(), gate_up_EID, down_EDF, weights_A1, counts_E.tolist())
+    home_RD = _Exchange.apply(_Permute.apply(y_AD, inverse_A, order_A), coming, sent, group)
+    return combine(home_RD, order_R, inverse_R, top_k)
+
+
+def spread_experts(model: TrainableDecoder, group: Any) -> list[nn.Parameter]:
+    """Leave a model this rank's part of the experts. Every rank of the group must hold the same model.
+
+    Arguments:
+        group: process group; its size divides the number of experts.
+
+    Returns: the parameters that hold experts.
+    """
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    parameters: list[nn.Parameter] = []
+    for layer in model.layers:
+        mlp: Any = layer.mlp
+        mlp.group = group
+        for name in mlp.EXPERTS:
+            part = nn.Parameter(getattr(mlp, name).detach().chunk(ranks)[rank].clone())
+            setattr(mlp, name, part)
+            parameters.append(part)
+    return parameters
+
+
+@torch.no_grad()
+def collect_experts(part: torch.Tensor, group: Any) -> torch.Tensor:
+    """All experts of a group, from each rank's part. All of its ranks call this."""
+    parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, part.contiguous(), group=group)
+    return torch.cat(parts)
