@@ -96,7 +96,7 @@ def part(model: TrainableDecoder) -> None:
     torch.distributed.barrier()
     for layer in model.layers:
         layer.mlp.group = None  # type: ignore[union-attr]
-    gc.collect()  # DeepSpeed's engine keeps groups in cycles, and their threads must not outlive the interpreter
+    gc.collect()  # so that nothing holds a group when it ends
     _deepspeed().comm.destroy_process_group()
 
 

@@ -144,7 +144,7 @@ class Attend {
   int64_t first_key() const { return plan_.first_visible(positions_[0]); }
   int64_t end_key() const { return positions_[task_.rows - 1] + 1; }
 
-  // Takes one block of keys, as far as the rows may see it. `ahead`: where the rows of what comes next lie, or null.
+  // Takes one block of keys, as far as the rows may see it. `ahead`: where the rows of what comes next lie.
   void take(const Block& block, const Partial& partial, const void* const* ahead) {
     load(block, ahead);
     const bool narrow = plan_.call.values.dtype == Dtype::int8;
@@ -216,6 +216,7 @@ class Attend {
     }
   }
 
+  // Inlined, because GCC drops calls of functions that only prefetch.
   __attribute__((always_inline)) void ask_for(const void* const* rows, int count) const {
     const int64_t bytes = plan_.call.channels * element_bytes(plan_.call.values.dtype);
     for (int i = 0; i < count; ++i)

@@ -116,6 +116,7 @@ struct Kernels {
   // Epilogues on a tile of 32 outputs, of which `width` are real.
   void (*store)(const float* tile, int num_rows, int width, const float* bias, void* out, int64_t out_stride,
                 Dtype out_dtype);
+  // act(gate) * up: rows `stride` floats apart, or the panel of the next product.
   void (*gated_rows)(const float* tile, int num_rows, const float* bias, Activation activation, float* out,
                      int64_t stride);
   void (*gated)(const float* tile, int num_rows, const float* bias, Activation activation, void* panel, Dtype dtype);
