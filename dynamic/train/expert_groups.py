@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.nn.functional import all_to_all_single
 
 from .experts import arranged, combine, dispatch, gated_experts
 
@@ -22,24 +23,10 @@ if TYPE_CHECKING:
     from .model import TrainableDecoder
 
 
-class _Exchange(torch.autograd.Function):
-    """Rows to their ranks; the gradients travel back."""
-
-    @staticmethod
-    def forward(ctx, rows: torch.Tensor, sent: list[int], coming: list[int], group: Any) -> torch.Tensor:
-        ctx.sent, ctx.coming, ctx.group = sent, coming, group
-        return _swap(rows, sent, coming, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grad_outputs: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _swap(grad_outputs[0], ctx.coming, ctx.sent, ctx.group), None, None, None
-
-
-def _swap(rows: torch.Tensor, sent: list[int], coming: list[int], group: Any) -> torch.Tensor:
+def _exchange(rows: torch.Tensor, sent: list[int], coming: list[int], group: Any) -> torch.Tensor:
+    """Rows to their ranks; their gradients travel back."""
     found = rows.new_empty(sum(coming), *rows.shape[1:])
-    dist.all_to_all_single(found, rows.contiguous(), coming, sent, group=group)
-    return found
+    return all_to_all_single(found, rows.contiguous(), coming, sent, group=group)
 
 
 class _Permute(torch.autograd.Function):
@@ -80,14 +67,14 @@ def spread_mixture(
     weights_R1 = weights_TK.flatten()[order_R].to(x_TD.dtype)[:, None]
     # One journey for both.
     rows = torch.cat([dispatch(x_TD, order_R, inverse_R, top_k), weights_R1], 1)
-    arrived = _Exchange.apply(rows, sent, coming, group)
+    arrived = _exchange(rows, sent, coming, group)
     # Rows arrive rank by rank, each rank's in the order of the experts.
     numbers_A = torch.arange(here, device=x_TD.device).repeat(ranks).repeat_interleave(coming_GE.flatten())
     order_A, inverse_A, counts_E = arranged(numbers_A, here)
     sorted_A = _Permute.apply(arrived, order_A, inverse_A)
     rows_AD, weights_A1 = sorted_A.split([x_TD.shape[1], 1], 1)
     y_AD = gated_experts(rows_AD.contiguous(), gate_up_EID, down_EDF, weights_A1, counts_E.tolist())
-    home_RD = _Exchange.apply(_Permute.apply(y_AD, inverse_A, order_A), coming, sent, group)
+    home_RD = _exchange(_Permute.apply(y_AD, inverse_A, order_A), coming, sent, group)
     return combine(home_RD, order_R, inverse_R, top_k)
 
 
