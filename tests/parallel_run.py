@@ -100,7 +100,7 @@ def tokens(
             "owed": links.bytes_owed,
             "back": links.bytes_back,
             "decisions": links.bytes_decided,
-            "still_owed": decoder.rows_owed * 4 * decoder.spec.hidden_size,
+            "unsent": [rows * 4 * decoder.spec.hidden_size for rows in decoder.unsent_rows],
             "row": 4 * decoder.spec.hidden_size,
         }
     return found

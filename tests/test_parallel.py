@@ -216,12 +216,26 @@ def test_rows_that_leave_never_run_on_the_next_stage(
     rows, row = found["rows"], found["row"]
     assert rows[0] > rows[1] > rows[2] > rows[3]
     assert found["stages"] == {2: [[0, 2], [2, 6]], 3: [[0, 2], [2, 4], [4, 6]]}[pipeline]
-    # Between ranks 0 and 1: rows that go on run there, the others' vectors follow for their keys and values.
+    # Between ranks 0 and 1: rows that go on run there, the others' vectors follow if a row reads their keys and values.
     assert found["ahead"] == rows[2] * row
-    assert found["owed"] + found["still_owed"] == (rows[0] - rows[2]) * row
+    assert found["owed"] + found["unsent"][0] == (rows[0] - rows[2]) * row
+    assert found["owed"] > 0
+    assert found["unsent"][0] > 0
     # One vector comes back for every row that ends behind stage 0, wherever it does.
     assert found["back"] == rows[2] * row
     assert found["decisions"] > 0
+
+
+def test_nothing_crosses_for_requests_that_always_leave(make_exits: Callable[..., Path], tmp_path: Path) -> None:
+    """Behind their prompts the first request and both choices of the third leave on stage 0; the second never does."""
+    model = make_exits("mixtral", {1: 0.3, 2: 0.3})
+    prompts = [[5, 9, 200, 31], [7] * 40, [11, 12]]
+    found = compare(tmp_path, str(model), {"pipeline": 2}, thresholds={"1": 0.0}, prompts=prompts, max_tokens=40)
+    leaving, staying = 3 * 39, 4 + 40 + 2 * 2 + 39  # too short a prompt to share a page
+    assert [found["rows"][0], found["rows"][-1]] == [leaving + staying, staying]
+    assert found["ahead"] == found["back"] == staying * found["row"]
+    assert found["owed"] == 0
+    assert found["unsent"] == [leaving * found["row"]]
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,18 +27,16 @@ class StageLinks:
         self._sent: list[tuple[Any, torch.Tensor]] = []  # a tensor must live until it is away
         self.bytes_ahead = self.bytes_owed = self.bytes_back = self.bytes_decided = 0
 
-    def ahead(self, running: torch.Tensor, owed: Sequence[torch.Tensor]) -> None:
+    def ahead(self, running: torch.Tensor, owed_RD: torch.Tensor) -> None:
         """Send rows to the next stage: those that run there, and behind them those that owe keys and values.
 
         Arguments:
             running: (T, D) or wider; float32.
-            owed: (R, D) each.
         """
-        width = running.shape[1]
-        padded = [torch.nn.functional.pad(rows, (0, width - rows.shape[1])) for rows in owed]
-        self._send(torch.cat((running, *padded)), self._context.world_rank + self._size)
+        owed = torch.nn.functional.pad(owed_RD, (0, running.shape[1] - owed_RD.shape[1]))
+        self._send(torch.cat((running, owed)), self._context.world_rank + self._size)
         self.bytes_ahead += running.nbytes
-        self.bytes_owed += sum(rows.nbytes for rows in padded)
+        self.bytes_owed += owed.nbytes
 
     def from_behind(self, num_rows: int, width: int) -> torch.Tensor:
         """Receive what the stage before sent with :meth:`ahead`: (running and owed rows, width), float32."""

@@ -2,7 +2,7 @@
 
 Rank 0 holds the embedding, the first layers and the LM head; what it sees of rows that are on another stage is a column
 of their slots in the cache, int64. All ranks see all messages, and so know where rows are, and which rows' keys and
-values are still owed to which stage: these rows travel with the next rows that run there.
+values are still owed to which stage: these rows travel with the next row of their sequence that runs there, if any.
 
 Shape suffixes as in ``kernels/types.py``.
 """
@@ -20,26 +20,15 @@ from ...kernels.types import AttentionBatch, ExitDecision, ExpertBudget, KVLayer
 from ..decoder_exits import DecoderExit
 from ..outputs import Exchange
 from ..spec import ModelSpec
+from .debts import Debts, OwedRow, rows_that_leave, slots_read, vectors_of
 from .decoder import ParallelDecoder, rows_at
 from .homes import SharedCache, cache_of, on_device
 from .links import StageLinks
-from .plan import Message, Operation, leave_message, read_batch, read_leaving
+from .plan import Message, Operation, leave_message, read_batch, read_leaving, rows_to_write
 from .shards import Shard
 from .stages import budget_part, micro_batches
 
-MOST_OWED = 256  # rows that wait for company on their way to one stage
-
-
-@dataclass(frozen=True)
-class _Debt:
-    """Rows that left behind ``after_layers`` layers; the batch, on the host, says where their keys go."""
-
-    after_layers: int
-    batch: AttentionBatch
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.batch.slots_T)
+MOST_OWED = 4096  # rows of a cache that wait in front of one stage; vectors of memory
 
 
 @dataclass(frozen=True)
@@ -70,14 +59,14 @@ class PipelineDecoder(ParallelDecoder):
         self.links = StageLinks(self.context)
         self._parts = self.context.config.micro_batches or len(self.stages)
         self._ran: dict[int, _Ran] = {}  # by cache
-        self._current: Sequence[KVLayer] = ()  # the cache that rows ran on last, and that debts are about
-        self._debts: list[list[_Debt]] = [[] for _ in range(len(self.stages) - 1)]  # by the stage that owes
-        self._owed: list[torch.Tensor] = []  # rows of the debts of this stage
+        self._last = 0  # the cache that rows ran on last
+        self._debts: dict[int, list[Debts]] = {}  # by cache, between each stage and the next
 
     @property
-    def rows_owed(self) -> int:
-        """Rows that left and have not been sent to the stage behind theirs yet."""
-        return sum(debt.num_rows for debts in self._debts for debt in debts)
+    def unsent_rows(self) -> list[int]:
+        """By stage: rows that left and were not sent to the next one: not yet, or not needed there any more."""
+        books = zip(*self._debts.values(), strict=True)
+        return [sum(len(debts) + debts.forgiven for debts in border) for border in books]
 
     def exchange(self) -> Exchange:
         """See :meth:`Decoder.exchange`."""
@@ -93,7 +82,10 @@ class PipelineDecoder(ParallelDecoder):
         return [layer if number in self.held else absent for number, layer in enumerate(layers)]
 
     def _copy(self, cache: SharedCache, copies: list[tuple[int, int]]) -> None:
-        self._settle()  # what is owed may belong on these pages
+        sources, targets = zip(*copies, strict=True)
+        self._settle(cache, dict.fromkeys(sources, cache[0].page_size))
+        for debts in self._borders(cache):
+            debts.forgive(targets)
         super()._copy(cache, copies)
 
     def run_segment(
@@ -155,7 +147,7 @@ class PipelineDecoder(ParallelDecoder):
     def _obey_decide(self, message: Message) -> None:
         exit = self.exits[message.arguments[0]]
         if self._stage_of(exit) == self.stage and self.context.rank == 0:
-            ran = self._ran[cache_of(self._current).number]
+            ran = self._ran[self._last]
             thresholds_T = message.blocks[0].int().view(torch.float32).to(self.device)
             decision = super().decide(exit, ran.x_TD, thresholds_T, ran.previous_TD, ran.entropy_T)
             self.links.back(torch.cat((decision.order_T, decision.order_T.new_tensor([decision.num_staying]))))
@@ -187,11 +179,13 @@ class PipelineDecoder(ParallelDecoder):
 
         Returns: the rows behind these layers, where this rank has them; rank 0 has them behind the last one, too.
         """
-        if kv is not self._current:
-            self._settle()
-            self._current = kv
+        cache = cache_of(kv)
+        self._last = cache.number
+        if layers.start == 0:
+            for debts in self._borders(cache):
+                debts.overwrite(batch.slots_T.tolist())
         begin, end = self.stages.owner(max(layers.start - 1, 0)), self.stages.owner(layers.stop - 1)
-        arriving = self._move_debts(range(begin, end))
+        arriving, leaving = self._move_debts(cache, range(begin, end), slots_read(batch, cache[0].page_size))
         mine = range(max(layers.start, self.held.start), min(layers.stop, self.held.stop))
         parts = micro_batches(batch, self._parts if self.stages.owner(layers.start) < end else 1)
         ran: list[torch.Tensor] = []
@@ -208,26 +202,25 @@ class PipelineDecoder(ParallelDecoder):
             if mine:
                 part_TD = self._run_layers(mine, part_TD, kv, part, entropy_T, part_budget)
             if self.stage < end:
-                self.links.ahead(_with_books(part_TD, part_budget), self._owed)
-                self._owed = []
+                owed_RD, leaving = vectors_of(leaving, self.spec.hidden_size, self.device), []
+                self.links.ahead(_with_books(part_TD, part_budget), owed_RD)
             else:
                 self._send_back(layers.stop, part_TD, part_budget)
                 ran.append(part_TD)
         self.links.wait()
         if self.stage == end:
             x_TD = torch.cat(ran) if len(ran) > 1 else ran[0]
-            self._ran[cache_of(kv).number] = _Ran(x_TD, batch.slots_T, previous_TD, entropy_T)
+            self._ran[cache.number] = _Ran(x_TD, batch.slots_T, previous_TD, entropy_T)
             return x_TD
         return self._collect(layers.stop, end, parts, budget) if self.context.leads else None
 
     def _receive(
-        self, batch: AttentionBatch, budget: ExpertBudget | None, debts: list[_Debt], kv: Sequence[KVLayer]
+        self, batch: AttentionBatch, budget: ExpertBudget | None, owed: list[OwedRow], kv: Sequence[KVLayer]
     ) -> torch.Tensor:
-        """Rows of the stage before; what comes with them is paid first."""
+        """Rows of the stage before; those that come with them for their keys and values are written first."""
         running, width = len(batch.slots_T), self.spec.hidden_size
-        total = running + sum(debt.num_rows for debt in debts)
-        found = self.links.from_behind(total, width + (budget is not None))
-        self._pay(debts, found[running:, :width], kv)
+        found = self.links.from_behind(running + len(owed), width + (budget is not None))
+        self._write_owed(owed, found[running:, :width], kv)
         if budget is not None:
             budget.skipped_T.copy_(found[:running, width])
         return found[:running, :width].contiguous()
@@ -255,58 +248,75 @@ class PipelineDecoder(ParallelDecoder):
     def _leave(
         self, exit: DecoderExit, x_RD: torch.Tensor | None, kv: Sequence[KVLayer], batch: AttentionBatch
     ) -> None:
-        """Rows leave: their stage pays for its own layers and hands rank 0 the read-out; the others will hear of it."""
-        stage, debt = self._stage_of(exit), _Debt(exit.after_layers, batch)
+        """Rows leave: their stage writes for its own layers and hands rank 0 the read-out; the others write it down."""
+        stage, borders = self._stage_of(exit), self._borders(cache_of(kv))
         if stage == self.stage:
             assert x_RD is not None
             if stage and self.context.rank == 0:
                 self.links.back(super().read_out(exit, x_RD))
-            self._pay([debt], x_RD, kv)
-        if stage < len(self._debts):
-            self._debts[stage].append(debt)
-            if sum(debt.num_rows for debt in self._debts[stage]) > MOST_OWED:
-                self._settle()
+            self._write(exit, x_RD, kv, batch)
+        if stage < len(borders):
+            borders[stage].add(rows_that_leave(batch, exit.after_layers, x_RD))
+            if len(borders[stage]) > MOST_OWED:
+                self._settle(cache_of(kv))
         self.links.wait()
 
-    def _pay(self, debts: list[_Debt], x_RD: torch.Tensor, kv: Sequence[KVLayer]) -> None:
-        """Write this stage's keys and values of rows that left; keep the rows for the next stage."""
-        counts = [debt.num_rows for debt in debts]
-        for debt, rows_RD in zip(debts, x_RD.split(counts), strict=True):
-            exit = self.exits[debt.after_layers]
-            self.reserve_positions(debt.batch.max_context_len)
-            own_W, own = cache_of(kv).own_rows(debt.batch)
-            if exit.projections and len(own_W):
-                behind = kv[max(exit.after_layers, self.held.start) : self.held.stop]
-                self._project(exit, rows_RD[own_W.to(self.device)], behind, on_device(own, self.device))
-            if self.stage < len(self._debts):
-                self._owed.append(rows_RD)
+    def _write_owed(self, owed: list[OwedRow], x_RD: torch.Tensor, kv: Sequence[KVLayer]) -> None:
+        """Write this stage's keys and values of rows that left on an earlier one; the vectors are kept for the next."""
+        if self.stage < len(self.stages) - 1:
+            for row, x_D in zip(owed, x_RD.clone(), strict=True):
+                row.x_D = x_D
+        for after_layers in sorted({row.after_layers for row in owed}):
+            here = [number for number, row in enumerate(owed) if row.after_layers == after_layers]
+            places = [(owed[number].position, owed[number].slot) for number in here]
+            positions_R, slots_R = torch.tensor(places).T.contiguous()
+            batch = rows_to_write(positions_R, slots_R, int(positions_R.max()) + 1)
+            self._write(self.exits[after_layers], x_RD[torch.tensor(here, device=x_RD.device)], kv, batch)
 
-    def _move_debts(self, crossed: range) -> list[_Debt]:
-        """Debts go along with rows that cross from these stages to the next; returns those that arrive here."""
-        arriving: list[_Debt] = []
+    def _write(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
+        """Write this stage's keys and values of rows that left, for its layers behind their exit."""
+        self.reserve_positions(batch.max_context_len)
+        own_W, own = cache_of(kv).own_rows(batch)
+        if exit.projections and len(own_W):
+            behind = kv[max(exit.after_layers, self.held.start) : self.held.stop]
+            self._project(exit, x_RD[own_W.to(self.device)], behind, on_device(own, self.device))
+
+    def _move_debts(
+        self, cache: SharedCache, crossed: range, slots: dict[int, int] | None
+    ) -> tuple[list[OwedRow], list[OwedRow]]:
+        """Owed rows at some slots go along from these stages to the next; those that arrive here and that go on."""
+        borders = self._borders(cache)
+        moving: list[OwedRow] = []
+        arriving, leaving = moving, moving
         for stage in crossed:
-            moved, self._debts[stage] = self._debts[stage], []
+            moving = borders[stage].take(slots) + moving
+            if stage == self.stage:
+                leaving = moving
             if stage + 1 == self.stage:
-                arriving = moved
-            if stage + 1 < len(self._debts):
-                self._debts[stage + 1] += moved
-        return arriving
+                arriving = moving
+        if crossed and crossed.stop < len(borders):
+            borders[crossed.stop].add(moving)
+        return arriving, leaving
 
-    def _settle(self) -> None:
-        """Let all debts travel now, alone."""
-        begin = next((stage for stage, debts in enumerate(self._debts) if debts), len(self._debts))
-        crossed = range(begin, len(self._debts))
-        arriving = self._move_debts(crossed)
+    def _settle(self, cache: SharedCache, slots: dict[int, int] | None = None) -> None:
+        """Let the rows that are owed at some slots, or all, travel now, alone."""
+        arriving, leaving = self._move_debts(cache, range(len(self.stages) - 1), slots)
         width = self.spec.hidden_size
         if arriving:
-            self._pay(arriving, self.links.from_behind(sum(debt.num_rows for debt in arriving), width), self._current)
-        if self.stage in crossed:
-            self.links.ahead(torch.empty(0, width, device=self.device), self._owed)
-            self._owed = []
+            self._write_owed(arriving, self.links.from_behind(len(arriving), width), cache)
+        if leaving:
+            owed_RD = vectors_of(leaving, width, self.device)
+            self.links.ahead(owed_RD[:0], owed_RD)
         self.links.wait()
+
+    def _borders(self, cache: SharedCache) -> list[Debts]:
+        if cache.number not in self._debts:
+            self._debts[cache.number] = [Debts(cache[0].page_size) for _ in range(len(self.stages) - 1)]
+        return self._debts[cache.number]
 
     def _forget(self, cache: int) -> None:
         self._ran.pop(cache, None)
+        self._debts.pop(cache, None)
 
     def _stage_of(self, exit: DecoderExit) -> int:
         return self.stages.owner(exit.after_layers - 1)

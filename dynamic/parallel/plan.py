@@ -124,6 +124,11 @@ def leave_message(cache: int, after_layers: int, batch: AttentionBatch) -> Messa
 def read_leaving(message: Message) -> AttentionBatch:
     """The rows of :func:`leave_message`: a batch for writing to the cache only, on the host."""
     positions_R, slots_R = message.blocks[:2]
+    return rows_to_write(positions_R, slots_R, message.arguments[1])
+
+
+def rows_to_write(positions_R: torch.Tensor, slots_R: torch.Tensor, max_context_len: int) -> AttentionBatch:
+    """A batch for writing to the cache only."""
     empty = torch.empty(0, dtype=torch.int32)
     return AttentionBatch(
         positions_T=positions_R,
@@ -132,7 +137,7 @@ def read_leaving(message: Message) -> AttentionBatch:
         context_len_S=empty,
         block_table_SM=empty,
         max_query_len=1,
-        max_context_len=message.arguments[1],
+        max_context_len=max_context_len,
     )
 
 

@@ -1,0 +1,79 @@
+"""The books of rows that owe keys and values to later stages of a pipeline."""
+
+from __future__ import annotations
+
+import torch
+from dynamoe.dynamic.parallel.debts import Debts, rows_that_leave, slots_read, vectors_of
+from dynamoe.dynamic.parallel.plan import rows_to_write
+from dynamoe.kernels.types import AttentionBatch
+
+PAGE = 4
+
+
+def owed(*slots: int, with_vectors: bool = False) -> Debts:
+    debts = Debts(PAGE)
+    slots_R = torch.tensor(slots)
+    x_RD = slots_R[:, None].float().expand(-1, 3) if with_vectors else None
+    debts.add(rows_that_leave(rows_to_write(slots_R, slots_R, 99), 2, x_RD))
+    return debts
+
+
+def slots_of(debts: Debts) -> list[int]:
+    return [row.slot for row in debts.take()]
+
+
+def test_only_rows_on_pages_that_are_read_go() -> None:
+    debts = owed(1, 9, 2, 17, with_vectors=True)
+    taken = debts.take({0: 4, 2: 4, 30: 4})
+    assert [row.slot for row in taken] == [1, 2, 9]
+    assert len(debts) == 1
+    assert vectors_of(taken, 3, torch.device("cpu"))[:, 0].tolist() == [1, 2, 9]
+    assert all(row.x_D is None for row in taken)
+    assert vectors_of([], 3, torch.device("cpu")).shape == (0, 3)
+
+
+def test_rows_behind_those_that_are_read_stay() -> None:
+    debts = owed(4, 5, 6)
+    assert [row.slot for row in debts.take({1: 2})] == [4, 5]
+    assert slots_of(debts) == [6]
+
+
+def test_vectors_outlive_the_step_that_made_them() -> None:
+    debts, x_RD = Debts(PAGE), torch.ones(1, 3)
+    debts.add(rows_that_leave(rows_to_write(torch.tensor([5]), torch.tensor([5]), 6), 2, x_RD))
+    x_RD.zero_()
+    assert vectors_of(debts.take(), 3, torch.device("cpu")).tolist() == [[1, 1, 1]]
+
+
+def test_a_new_owner_of_a_page_forgives_what_the_last_one_owed() -> None:
+    debts = owed(5, 6, 7, 9)
+    debts.overwrite([4])  # the first slot of the page of 5, 6 and 7
+    assert debts.forgiven == 3
+    assert slots_of(debts) == [9]
+
+
+def test_a_sequence_that_goes_on_still_owes_what_lies_before() -> None:
+    debts = owed(4, 5)
+    debts.overwrite([6, 7, 8])
+    assert debts.forgiven == 0
+    assert slots_of(debts) == [4, 5]
+
+
+def test_a_copied_page_forgives_what_was_owed_there() -> None:
+    debts = owed(4, 5, 9)
+    debts.forgive({1})
+    assert debts.forgiven == 2
+    assert slots_of(debts) == [9]
+
+
+def test_entries_of_the_block_table_behind_the_context_are_not_read() -> None:
+    batch = AttentionBatch(
+        positions_T=torch.tensor([8, 3]),
+        slots_T=torch.tensor([48, 23]),
+        query_start_S1=torch.tensor([0, 1, 2], dtype=torch.int32),
+        context_len_S=torch.tensor([9, 4], dtype=torch.int32),
+        block_table_SM=torch.tensor([[7, 3, 12], [5, 0, 0]], dtype=torch.int32),
+        max_query_len=1,
+        max_context_len=9,
+    )
+    assert slots_read(batch, PAGE) == {7: 4, 3: 4, 12: 1, 5: 4}
