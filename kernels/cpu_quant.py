@@ -18,7 +18,9 @@ from .torch_quant import check_experts
 from .types import ExpertWeights, LinearWeights, Routing
 
 _FORMATS = {Int8Weight: 0, Int4Weight: 1, Fp8Weight: 2}
-Layout = tuple[int, int, int, int, int, int]  # format, outputs, inputs, group, offsets, whether rows are rounded
+_SCALES = (torch.float32, torch.float16, torch.bfloat16)
+# Format, outputs, inputs, group, whether there are offsets and rows are rounded, number of the scales' dtype.
+Layout = tuple[int, int, int, int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -151,9 +153,21 @@ def _pack(isa: int, weight: QuantizedWeight, stored: _Codes, scheme: ActivationS
         _group(weight),
         int(stored.offsets is not None),
         int(scheme.kind != "none"),
+        _SCALES.index(_scale_dtype(stored)),
     )
     parts = _map(lambda t: t.contiguous(), stored)
     return torch.ops.dynamoe_cpu.pack_quant.default(isa, parts.codes, parts.scales, parts.offsets, layout), layout
+
+
+def _scale_dtype(stored: _Codes) -> torch.dtype:
+    """The smallest that holds all scales and offsets as they are; normal numbers and zeros only, if 16 bits."""
+
+    def fits(values: torch.Tensor, dtype: torch.dtype) -> bool:
+        same = (values.to(dtype).float() == values) & values.isfinite()
+        return bool((same & ((values == 0) | (values.abs() >= torch.finfo(dtype).tiny))).all())
+
+    parts = [t for t in (stored.scales, stored.offsets) if t is not None]
+    return next((dtype for dtype in _SCALES[1:] if all(fits(t, dtype) for t in parts)), torch.float32)
 
 
 def _group(weight: QuantizedWeight) -> int:

@@ -207,9 +207,47 @@ def test_packed_sizes_are_those_of_the_codes_and_scales():
     backend = CpuBackend("cpu", torch.bfloat16)
     weight = torch.randn(512, 1024)
     plain = 2 * weight.numel()
-    for form, share in {"int8": 0.505, "int8 g32": 0.564, "int4 g64": 0.2825, "fp8": 0.505}.items():
+    for form, share in {
+        "int8": 0.505,
+        "int8 g32": 0.564,
+        "int4 g64": 0.267,
+        "int4 g128 asymmetric": 0.283,
+        "fp8": 0.505,
+    }.items():
         quantize, scheme = FORMATS[form]
         assert backend.pack_quantized_linear(quantize(weight), None, scheme).nbytes <= share * plain
+
+
+# Not those whose scales are for several rows, nor those whose zero points make offsets of more bits.
+@pytest.mark.parametrize("form", [name for name in FORMATS if "blocks" not in name and "asymmetric" not in name])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scales_of_16_bits_give_the_same_bits_as_wide_ones(cpu_backend: CpuBackend, form: str, dtype: torch.dtype):
+    quantize, scheme = FORMATS[form]
+    weight = quantize(torch.randn(70, 300))
+    weight = replace(weight, scale=weight.scale.to(dtype))
+    if getattr(weight, "offset", None) is not None:
+        weight = replace(weight, offset=weight.offset.to(dtype))
+    wide_scale = weight.scale.float()
+    wide_scale[0] = 1 / 3  # no number of 16 bits, so that all become wide
+    narrow, wide = (
+        cpu_backend.pack_quantized_linear(w, None, scheme) for w in (weight, replace(weight, scale=wide_scale))
+    )
+    assert narrow.nbytes < wide.nbytes
+    x = torch.randn(14, 300).to(cpu_backend.dtype)
+    assert torch.equal(cpu_backend.linear(x, narrow)[:, 1:], cpu_backend.linear(x, wide)[:, 1:])
+    ids = torch.arange(1, 70)
+    assert torch.equal(cpu_backend.weight_rows(narrow, ids), cpu_backend.weight_rows(wide, ids))
+
+
+@pytest.mark.parametrize(
+    "scale", [0.0, 2.0**-14, 65504.0, 2.0**-15, 2.0**-24, 2.0**-126, 2.0**-20 + 2.0**-30, 1e5, torch.inf]
+)
+def test_scales_at_the_ends_of_16_bits(scale: float):
+    weight = replace(rounding.quantize_int8(torch.randn(3, 8)), scale=torch.tensor([1.0, scale, -scale]))
+    weight.data[1:] = 1
+    packed = CpuBackend("cpu", torch.float32).pack_quantized_linear(weight, None, UNQUANTIZED)
+    rows = CpuBackend("cpu", torch.float32).weight_rows(packed, torch.arange(3))
+    assert torch.equal(rows, weight.dequantize())
 
 
 def test_a_row_that_is_not_finite_stays_so(cpu_backend: CpuBackend, form: str):

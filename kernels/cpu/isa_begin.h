@@ -1,12 +1,10 @@
 // What every instruction set's file needs before it opens its namespace.
 #pragma once
 
-#include <bit>
 #include <cmath>
-#include <cstring>
 #include <limits>
 
-#include "kernels.h"
+#include "scales.h"
 
 #define SIMD_FN TARGET static inline __attribute__((always_inline))
 

@@ -106,11 +106,11 @@ void QuantProduct::multiply(const char* panels, const Tiles& tiles, const char* 
   alignas(64) float wide[kStretch * kBlockOutputs];
   for (int64_t begin = 0; begin < layout_.inputs; begin += layout_.group) {
     const int64_t end = std::min(begin + layout_.group, layout_.inputs);
-    const float* scales = reinterpret_cast<const float*>(block);
+    const GroupScales scales(layout_, block);
     const char* codes = block + layout_.scale_bytes();
     for (int64_t first = begin; first < end; first += kStretch) {
       const int count = static_cast<int>(std::min(kStretch, end - first));
-      kernels_.quant.widen_codes(layout_, codes, scales, count, wide);
+      kernels_.quant.widen_codes(layout_, codes, scales.values, count, wide);
       codes += QuantLayout::code_bytes(layout_.format, count);
       for (int64_t t = 0; t < tiles.count; ++t)
         kernels_.gemm[0].run(tiles.size(t), panels + tiles.start(t) * row_bytes_ + first * tiles.size(t) * 4,
@@ -165,7 +165,7 @@ void quant_linear(const Context& context, const QuantLinearCall& call) {
 
 void pack_quant(const Context& context, const QuantLayout& layout, const uint8_t* codes, const float* scales,
                 const float* offsets, char* packed) {
-  const int64_t groups = layout.groups();
+  const int64_t groups = layout.groups(), bytes = layout.scale_type == ScaleType::fp32 ? 4 : 2;
   for_each_task(context.threads, layout.blocks(), [&](int64_t block) {
     char* out = packed + block * layout.block_bytes();
     std::memset(out, 0, layout.block_bytes());
@@ -174,8 +174,9 @@ void pack_quant(const Context& context, const QuantLayout& layout, const uint8_t
       uint8_t* out_codes = reinterpret_cast<uint8_t*>(out) + layout.scale_bytes();
       for (int64_t o = 0; o < kBlockOutputs && block * kBlockOutputs + o < layout.outputs; ++o) {
         const int64_t output = block * kBlockOutputs + o;
-        std::memcpy(out + 4 * o, scales + output * groups + group, 4);
-        if (layout.offsets) std::memcpy(out + 4 * (kBlockOutputs + o), offsets + output * groups + group, 4);
+        write_scale(scales[output * groups + group], out + bytes * o, layout.scale_type);
+        if (layout.offsets)
+          write_scale(offsets[output * groups + group], out + bytes * (kBlockOutputs + o), layout.scale_type);
         for (int64_t i = begin; i < end; ++i) {
           const uint8_t code = codes[output * layout.inputs + i];
           const bool high = layout.format == Format::int4 && (i - begin) % 8 >= 4;
@@ -189,12 +190,11 @@ void pack_quant(const Context& context, const QuantLayout& layout, const uint8_t
 void quant_rows(const Context& context, const QuantWeights& weights, const int64_t* ids, int64_t count, float* out) {
   const QuantLayout& layout = weights.layout;
   for_each_task(count < 64 ? 1 : context.threads, count, [&](int64_t row) {
-    const int64_t o = ids[row] % kBlockOutputs;
+    const int64_t o = ids[row] % kBlockOutputs, bytes = layout.scale_type == ScaleType::fp32 ? 4 : 2;
     const char* from = weights.block(ids[row] / kBlockOutputs);
     for (int64_t begin = 0; begin < layout.inputs; begin += layout.group, from += layout.group_bytes()) {
-      float scale, offset = 0.0f;
-      std::memcpy(&scale, from + 4 * o, 4);
-      if (layout.offsets) std::memcpy(&offset, from + 4 * (kBlockOutputs + o), 4);
+      const float scale = read_scale(from + bytes * o, layout.scale_type);
+      const float offset = layout.offsets ? read_scale(from + bytes * (kBlockOutputs + o), layout.scale_type) : 0.0f;
       const uint8_t* codes = reinterpret_cast<const uint8_t*>(from) + layout.scale_bytes();
       for (int64_t i = begin; i < std::min(begin + layout.group, layout.inputs); ++i) {
         uint8_t code = codes[code_offset(layout.format, i - begin, o)];

@@ -6,13 +6,14 @@ TARGET static void multiply_digits(const QuantLayout& layout, const DigitShape& 
                                    const char* block, float* tile, CodesAhead) {
   const bool nibbles = layout.format == Format::int4;
   const bool grouped = layout.group < layout.inputs;  // else the scales are those of whole outputs
-  const float* scales = reinterpret_cast<const float*>(block);
+  GroupScales read(layout, block);
+  const float* scales = read.values;
   const uint8_t* codes = reinterpret_cast<const uint8_t*>(block + layout.scale_bytes());
   for (int64_t begin = 0; begin < shape.inputs; begin += shape.group) {
     const int64_t inputs = shape.inputs - begin < shape.group ? shape.inputs - begin : shape.group;
     const int64_t pairs = ceil_div(inputs, 8);
     if (grouped && begin) {
-      scales = reinterpret_cast<const float*>(codes);
+      read = GroupScales(layout, reinterpret_cast<const char*>(codes));
       codes += layout.scale_bytes();
     }
     for (int r = 0; r < num_rows; ++r) {

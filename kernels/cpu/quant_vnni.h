@@ -67,20 +67,28 @@ TARGET static inline void ask_for_codes(const CodesAhead& ahead, const char* cod
   for (int line = ahead.from; line < ahead.to; line += ahead.stride) _mm_prefetch(first + 64 * line, _MM_HINT_T1);
 }
 
+// Scales 16 n … 16 n + 15 behind `from`.
+TARGET static inline __m512 load_scales(const char* from, int n, ScaleType type) {
+  if (type == ScaleType::fp32) return _mm512_loadu_ps(from + 64 * n);
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 32 * n));
+  if (type == ScaleType::fp16) return _mm512_cvtph_ps(half);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
 template <bool kNibbles, int kDigits, int kRows>
 TARGET static void multiply_tile(const QuantLayout& layout, const DigitShape& shape, const char* panel,
                                  const char* block, float* tile, CodesAhead ahead) {
   constexpr int kChains = kRows * kDigits <= 2 ? 2 : 1;  // of sums that do not wait for each other
-  const float* scales = reinterpret_cast<const float*>(block);
+  const char* scales = block;
   const char* codes = block + layout.scale_bytes();
   const bool grouped = layout.group < layout.inputs;  // else the scales are those of whole outputs
   for (int64_t begin = 0; begin < shape.inputs; begin += shape.group) {
     const int64_t inputs = shape.inputs - begin < shape.group ? shape.inputs - begin : shape.group;
     if (grouped && begin) {
-      scales = reinterpret_cast<const float*>(codes);
+      scales = codes;
       codes += layout.scale_bytes();
     }
-    if (grouped || !begin) ask_for_codes(ahead, reinterpret_cast<const char*>(scales));
+    if (grouped || !begin) ask_for_codes(ahead, scales);
     const char* a = panel + DigitShape::kHeader * kRows;
     __m512i sum[kChains][kRows][kDigits][2];
 #pragma GCC unroll 16
@@ -113,6 +121,13 @@ TARGET static void multiply_tile(const QuantLayout& layout, const DigitShape& sh
       codes += kNibbles ? 128 : 256;
       a += 8 * kDigits * kRows;
     }
+    const bool scaled = grouped || begin + inputs == shape.inputs, offsets = kNibbles && layout.offsets;
+    __m512 scale_of[2], offset_of[2];
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      if (scaled) scale_of[v] = load_scales(scales, v, layout.scale_type);
+      if (offsets) offset_of[v] = load_scales(scales, 2 + v, layout.scale_type);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       float row_scale;
@@ -130,18 +145,16 @@ TARGET static void multiply_tile(const QuantLayout& layout, const DigitShape& sh
         float* out = tile + r * kBlockOutputs + 16 * v;
         __m512 result = begin ? _mm512_loadu_ps(out) : _mm512_setzero_ps();
         const __m512 scale = _mm512_set1_ps(row_scale);
-        if (kNibbles && layout.offsets) {
+        if (offsets) {
           const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(total), scale);
           const __m512 all = _mm512_set1_ps(static_cast<float>(row_sum) * row_scale);
-          result = _mm512_fmadd_ps(all, _mm512_loadu_ps(scales + kBlockOutputs + 16 * v), result);
-          result = _mm512_fmadd_ps(product, _mm512_loadu_ps(scales + 16 * v), result);
+          result = _mm512_fmadd_ps(all, offset_of[v], result);
+          result = _mm512_fmadd_ps(product, scale_of[v], result);
         } else {
           total = _mm512_sub_epi32(total, _mm512_set1_epi32((kNibbles ? 8 : 128) * row_sum));
           const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(total), scale);
-          result = grouped ? _mm512_fmadd_ps(product, _mm512_loadu_ps(scales + 16 * v), result)
-                           : _mm512_add_ps(product, result);
-          if (!grouped && begin + inputs == shape.inputs)
-            result = _mm512_mul_ps(result, _mm512_loadu_ps(scales + 16 * v));
+          result = grouped ? _mm512_fmadd_ps(product, scale_of[v], result) : _mm512_add_ps(product, result);
+          if (!grouped && scaled) result = _mm512_mul_ps(result, scale_of[v]);
         }
         _mm512_storeu_ps(out, result);
       }
