@@ -19,7 +19,7 @@ from .types import ExpertWeights, LinearWeights, Routing
 
 _FORMATS = {Int8Weight: 0, Int4Weight: 1, Fp8Weight: 2}
 _SCALES = (torch.float32, torch.float16, torch.bfloat16)
-# Format, outputs, inputs, group, whether there are offsets and rows are rounded, number of the scales' dtype.
+# Format, outputs, inputs, group, 1 for offsets or 2 for zero points, whether rows are rounded, number of scale dtype.
 Layout = tuple[int, int, int, int, int, int, int]
 
 
@@ -146,28 +146,40 @@ def pack_experts(
 
 
 def _pack(isa: int, weight: QuantizedWeight, stored: _Codes, scheme: ActivationScheme) -> tuple[torch.Tensor, Layout]:
+    offsets, dtype = stored.offsets, next(d for d in (*_SCALES[1:], torch.float32) if _holds(d, stored.scales))
+    kind = int(offsets is not None)
+    if offsets is not None and not _holds(dtype, offsets):
+        zeros = _zero_points(stored.scales, offsets)
+        if zeros is None:
+            dtype = torch.float32
+        else:
+            kind, offsets = 2, zeros
     layout: Layout = (
         _FORMATS[type(weight)],
         stored.codes.shape[0],
         weight.in_features,
         _group(weight),
-        int(stored.offsets is not None),
+        kind,
         int(scheme.kind != "none"),
-        _SCALES.index(_scale_dtype(stored)),
+        _SCALES.index(dtype),
     )
-    parts = _map(lambda t: t.contiguous(), stored)
+    parts = _map(lambda t: t.contiguous(), _Codes(stored.codes, stored.scales, offsets))
     return torch.ops.dynamoe_cpu.pack_quant.default(isa, parts.codes, parts.scales, parts.offsets, layout), layout
 
 
-def _scale_dtype(stored: _Codes) -> torch.dtype:
-    """The smallest that holds all scales and offsets as they are; normal numbers and zeros only, if 16 bits."""
+def _holds(dtype: torch.dtype, values: torch.Tensor) -> bool:
+    """Whether a dtype has exactly these values; of 16 bits only normal numbers and zeros are used."""
+    if dtype == torch.float32:
+        return True
+    same = (values.to(dtype).float() == values) & values.isfinite()
+    return bool((same & ((values == 0) | (values.abs() >= torch.finfo(dtype).tiny))).all())
 
-    def fits(values: torch.Tensor, dtype: torch.dtype) -> bool:
-        same = (values.to(dtype).float() == values) & values.isfinite()
-        return bool((same & ((values == 0) | (values.abs() >= torch.finfo(dtype).tiny))).all())
 
-    parts = [t for t in (stored.scales, stored.offsets) if t is not None]
-    return next((dtype for dtype in _SCALES[1:] if all(fits(t, dtype) for t in parts)), torch.float32)
+def _zero_points(scales: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor | None:
+    """Whole numbers 0 … 15 with ``-zero · scale`` being the offsets, bit by bit; None where there are not such."""
+    zeros = torch.where(scales == 0, 0.0, -offsets / scales).round()
+    fits = (zeros >= 0) & (zeros <= 15) & (-zeros * scales == offsets)
+    return zeros if bool(fits.all()) else None
 
 
 def _group(weight: QuantizedWeight) -> int:

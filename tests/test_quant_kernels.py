@@ -218,8 +218,8 @@ def test_packed_sizes_are_those_of_the_codes_and_scales():
         assert backend.pack_quantized_linear(quantize(weight), None, scheme).nbytes <= share * plain
 
 
-# Not those whose scales are for several rows, nor those whose zero points make offsets of more bits.
-@pytest.mark.parametrize("form", [name for name in FORMATS if "blocks" not in name and "asymmetric" not in name])
+# Not those whose scales are for several rows.
+@pytest.mark.parametrize("form", [name for name in FORMATS if "blocks" not in name])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_scales_of_16_bits_give_the_same_bits_as_wide_ones(cpu_backend: CpuBackend, form: str, dtype: torch.dtype):
     quantize, scheme = FORMATS[form]

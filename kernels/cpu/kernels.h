@@ -41,21 +41,26 @@ struct CodesAhead {
 enum class Format : int { int8 = 0, int4 = 1, fp8 = 2 };
 // Of scales and offsets in memory. 16 bits hold no subnormal numbers, infinities or NaN.
 enum class ScaleType : int { fp32 = 0, fp16 = 1, bf16 = 2 };
+// int4 only: weight = code * scale + offset. The offset is in memory, like a scale, or is -zero * scale, with a zero point
+// of 16 bits in memory; without either code - 8 takes the place of code.
+enum class Offsets : int { none = 0, values = 1, zeros = 2 };
 
 // How quantised weights lie in memory; see quant.h.
 struct QuantLayout {
   Format format;
   int64_t outputs, inputs;
   int64_t group;   // inputs that share a scale
-  bool offsets;    // int4 only: weight = code * scale + offset; without them code - 8 takes the place of code
+  Offsets offsets;
   bool byte_rows;  // rows are rounded: for int4 a scale per group, for int8 of one group per 128 inputs; for fp8 to e4m3
   ScaleType scale_type = ScaleType::fp32;
 
   int64_t groups() const { return ceil_div(inputs, group); }
   int64_t blocks() const { return ceil_div(outputs, kBlockOutputs); }
   int64_t scale_bytes() const {
-    return kBlockOutputs * (scale_type == ScaleType::fp32 ? 4 : 2) * (offsets ? 2 : 1);
+    const int64_t bytes = scale_type == ScaleType::fp32 ? 4 : 2;
+    return kBlockOutputs * (bytes + (offsets == Offsets::none ? 0 : offsets == Offsets::zeros ? 2 : bytes));
   }
+  bool has_offsets() const { return offsets != Offsets::none; }
   static int64_t code_bytes(Format format, int64_t inputs) {
     return format == Format::fp8 ? ceil_div(inputs, 2) * 2 * kBlockOutputs
                                  : ceil_div(inputs, 8) * kBlockOutputs * (format == Format::int4 ? 4 : 8);

@@ -8,7 +8,7 @@ Tensor pack_quant_op(int64_t isa, const Tensor& codes, const Tensor& scales, con
                      at::IntArrayRef numbers) {
   const QuantLayout layout = quant_layout(numbers);
   TORCH_CHECK_VALUE(codes.numel() == layout.outputs * layout.inputs && scales.numel() == layout.outputs * layout.groups() &&
-                        offsets.has_value() == layout.offsets && (!offsets || offsets->numel() == scales.numel()),
+                        offsets.has_value() == layout.has_offsets() && (!offsets || offsets->numel() == scales.numel()),
                     "codes and scales do not fit ", layout.outputs, " outputs and ", layout.inputs, " inputs");
   Tensor packed = allocate(layout.blocks() * layout.block_bytes() / 4);
   pack_quant(context_of(isa), layout, contiguous_data<uint8_t>(codes, at::kByte, "codes"),

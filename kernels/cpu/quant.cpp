@@ -14,7 +14,7 @@ constexpr int64_t kStretch = 128;  // inputs that are widened at once: 16 KiB
 
 float widen_code(const QuantLayout& layout, uint8_t code, float scale, float offset) {
   if (layout.format != Format::fp8) {
-    if (layout.offsets) return static_cast<float>(code) * scale + offset;
+    if (layout.has_offsets()) return static_cast<float>(code) * scale + offset;
     return static_cast<float>(code - (layout.format == Format::int4 ? 8 : 128)) * scale;
   }
   const uint32_t size = code & 0x7f;
@@ -175,8 +175,7 @@ void pack_quant(const Context& context, const QuantLayout& layout, const uint8_t
       for (int64_t o = 0; o < kBlockOutputs && block * kBlockOutputs + o < layout.outputs; ++o) {
         const int64_t output = block * kBlockOutputs + o;
         write_scale(scales[output * groups + group], out + bytes * o, layout.scale_type);
-        if (layout.offsets)
-          write_scale(offsets[output * groups + group], out + bytes * (kBlockOutputs + o), layout.scale_type);
+        if (layout.has_offsets()) write_offset(layout, out, o, offsets[output * groups + group]);
         for (int64_t i = begin; i < end; ++i) {
           const uint8_t code = codes[output * layout.inputs + i];
           const bool high = layout.format == Format::int4 && (i - begin) % 8 >= 4;
@@ -194,7 +193,7 @@ void quant_rows(const Context& context, const QuantWeights& weights, const int64
     const char* from = weights.block(ids[row] / kBlockOutputs);
     for (int64_t begin = 0; begin < layout.inputs; begin += layout.group, from += layout.group_bytes()) {
       const float scale = read_scale(from + bytes * o, layout.scale_type);
-      const float offset = layout.offsets ? read_scale(from + bytes * (kBlockOutputs + o), layout.scale_type) : 0.0f;
+      const float offset = layout.has_offsets() ? read_offset(layout, from, o, scale) : 0.0f;
       const uint8_t* codes = reinterpret_cast<const uint8_t*>(from) + layout.scale_bytes();
       for (int64_t i = begin; i < std::min(begin + layout.group, layout.inputs); ++i) {
         uint8_t code = codes[code_offset(layout.format, i - begin, o)];

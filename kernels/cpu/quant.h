@@ -1,7 +1,7 @@
 // Quantised weights in memory, and their products with rows.
 //
 // A block of 32 outputs lies in one piece, to be read front to back: for each group of inputs that share scales
-//     scale[32], then offset[32] if there are any, of the layout's scale type, then the codes of the group.
+//     scale[32], then offset[32] or zero point[32] if there are any, then the codes of the group.
 // Codes of 8-bit integers: [4 inputs][32 outputs][4], as code + 128. Codes of 4 bits: [8 inputs][32 outputs][4], of
 // which a byte holds input i in its low and input i + 4 in its high nibble. 8-bit floats: [input][32 outputs].
 //
@@ -66,7 +66,7 @@ struct QuantLinearCall {
 };
 void quant_linear(const Context& context, const QuantLinearCall& call);
 
-// Codes 0 … 255, one per byte, scales and offsets [output][group] to blocks.
+// Codes 0 … 255, one per byte, scales and offsets or zero points [output][group] to blocks.
 void pack_quant(const Context& context, const QuantLayout& layout, const uint8_t* codes, const float* scales,
                 const float* offsets, char* packed);
 // Rows of a weight, dequantised.

@@ -37,7 +37,7 @@ TARGET static void multiply_digits(const QuantLayout& layout, const DigitShape& 
       float* out = tile + r * kBlockOutputs;
       for (int o = 0; o < kBlockOutputs; ++o) {
         float result = begin ? out[o] : 0.0f;
-        if (layout.offsets) {
+        if (layout.has_offsets()) {
           result += static_cast<float>(total) * scale * scales[kBlockOutputs + o];
           result += static_cast<float>(sum[o]) * scale * scales[o];
         } else {

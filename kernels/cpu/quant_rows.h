@@ -103,7 +103,7 @@ TARGET static void widen_codes(const QuantLayout& layout, const char* codes, con
     const int mask = nibbles ? 15 : 255;
     for (int o = 0; o < kBlockOutputs; ++o) {
       const int value = (from[4 * o] >> shift) & mask;
-      out[o] = layout.offsets ? static_cast<float>(value) * scales[o] + offsets[o]
+      out[o] = layout.has_offsets() ? static_cast<float>(value) * scales[o] + offsets[o]
                               : static_cast<float>(value - zero) * scales[o];
     }
   }

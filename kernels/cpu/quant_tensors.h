@@ -9,12 +9,12 @@ namespace dynamoe_cpu {
 
 inline QuantLayout quant_layout(at::IntArrayRef numbers) {
   TORCH_CHECK_VALUE(numbers.size() == 7, "a quantised layout has 7 numbers, not ", numbers.size());
-  const QuantLayout layout{static_cast<Format>(numbers[0]), numbers[1], numbers[2], numbers[3], numbers[4] != 0,
+  const QuantLayout layout{static_cast<Format>(numbers[0]), numbers[1], numbers[2], numbers[3], static_cast<Offsets>(numbers[4]),
                            numbers[5] != 0, static_cast<ScaleType>(numbers[6])};
   TORCH_CHECK_VALUE(0 <= numbers[0] && numbers[0] <= 2 && 0 <= numbers[6] && numbers[6] <= 2 && layout.outputs > 0 && layout.inputs > 0 &&
                         (layout.group == layout.inputs || (layout.group > 0 && layout.group % 8 == 0)) &&
                         (layout.format != Format::int8 || layout.group == layout.inputs || !layout.byte_rows) &&
-                        (layout.format == Format::int4 || !layout.offsets),
+                        0 <= numbers[4] && numbers[4] <= 2 && (layout.format == Format::int4 || !layout.has_offsets()),
                     "impossible quantised layout ", numbers);
   return layout;
 }

@@ -75,6 +75,14 @@ TARGET static inline __m512 load_scales(const char* from, int n, ScaleType type)
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
+// Their offsets.
+TARGET static inline __m512 load_offsets(const QuantLayout& layout, const char* from, int n, __m512 scales) {
+  if (layout.offsets == Offsets::values) return load_scales(from, 2 + n, layout.scale_type);
+  from += kBlockOutputs * (layout.scale_type == ScaleType::fp32 ? 4 : 2);
+  const __m256i zeros = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 32 * n));
+  return _mm512_mul_ps(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(zeros))), scales);
+}
+
 template <bool kNibbles, int kDigits, int kRows>
 TARGET static void multiply_tile(const QuantLayout& layout, const DigitShape& shape, const char* panel,
                                  const char* block, float* tile, CodesAhead ahead) {
@@ -121,12 +129,12 @@ TARGET static void multiply_tile(const QuantLayout& layout, const DigitShape& sh
       codes += kNibbles ? 128 : 256;
       a += 8 * kDigits * kRows;
     }
-    const bool scaled = grouped || begin + inputs == shape.inputs, offsets = kNibbles && layout.offsets;
+    const bool scaled = grouped || begin + inputs == shape.inputs, offsets = kNibbles && layout.has_offsets();
     __m512 scale_of[2], offset_of[2];
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
       if (scaled) scale_of[v] = load_scales(scales, v, layout.scale_type);
-      if (offsets) offset_of[v] = load_scales(scales, 2 + v, layout.scale_type);
+      if (offsets) offset_of[v] = load_offsets(layout, scales, v, scale_of[v]);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {

@@ -29,12 +29,31 @@ inline void write_scale(float value, char* to, ScaleType type) {
   else std::memcpy(to, &half, 2);
 }
 
+// What is added to code * scale of one output of a group, and the same into memory; `value` is an offset or a zero point.
+inline float read_offset(const QuantLayout& layout, const char* group, int64_t output, float scale) {
+  const int64_t bytes = layout.scale_type == ScaleType::fp32 ? 4 : 2;
+  const char* from = group + bytes * kBlockOutputs;
+  if (layout.offsets == Offsets::values) return read_scale(from + bytes * output, layout.scale_type);
+  uint16_t zero = 0;
+  if (layout.offsets == Offsets::zeros) std::memcpy(&zero, from + 2 * output, 2);
+  return -static_cast<float>(zero) * scale;
+}
+inline void write_offset(const QuantLayout& layout, char* group, int64_t output, float value) {
+  const int64_t bytes = layout.scale_type == ScaleType::fp32 ? 4 : 2;
+  char* to = group + bytes * kBlockOutputs;
+  if (layout.offsets == Offsets::values) return write_scale(value, to + bytes * output, layout.scale_type);
+  const uint16_t zero = static_cast<uint16_t>(value);
+  std::memcpy(to + 2 * output, &zero, 2);
+}
+
 // The scales of a group, and its offsets behind them if there are any.
 struct GroupScales {
   alignas(64) float values[2 * kBlockOutputs];
   GroupScales(const QuantLayout& layout, const char* from) {
-    const int count = layout.offsets ? 2 * kBlockOutputs : kBlockOutputs, bytes = layout.scale_type == ScaleType::fp32 ? 4 : 2;
-    for (int i = 0; i < count; ++i) values[i] = read_scale(from + bytes * i, layout.scale_type);
+    const int bytes = layout.scale_type == ScaleType::fp32 ? 4 : 2;
+    for (int i = 0; i < kBlockOutputs; ++i) values[i] = read_scale(from + bytes * i, layout.scale_type);
+    for (int i = 0; layout.has_offsets() && i < kBlockOutputs; ++i)
+      values[kBlockOutputs + i] = read_offset(layout, from, i, values[i]);
   }
 };
 
