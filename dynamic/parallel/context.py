@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from ...kernels.cpu_shared import CpuSharedGroup
 from .config import ParallelConfig, launched_rank, launched_size
 from .plan import FIRST, Message, decode, length
 
@@ -39,6 +40,7 @@ class ParallelContext:
         home: whose rows it runs.
         homes_group: this stage's ranks of all homes with the same tensor rank; expert_group: those of the same copy.
         mesh: all ranks by :data:`AXES`.
+        shared: memory that this rank shares with those of its tensor group, if any: see :func:`.shared.share_memory`.
 
     Raises:
         ValueError: when the launcher started another number of processes.
@@ -59,6 +61,7 @@ class ParallelContext:
         self.data_rank, self.expert_rank = divmod(self.home, config.expert)
         self.failed = False
         self.received: Counter[str] = Counter()  # bytes from other ranks, by what for
+        self.shared: CpuSharedGroup | None = None
         self.sums = 0
         self.broadcasts = 0
         if os.environ.get("MASTER_ADDR", "127.0.0.1") in _LOOPBACK:
@@ -130,14 +133,21 @@ class ParallelContext:
         if size == 1:
             return x_TD
         x_TD = x_TD.contiguous()
+        self.count_sums(1, (size - 1) * x_TD.nbytes, purpose)
+        if self.shared is not None and group is self.tensor_group and x_TD.dtype in (torch.float32, torch.bfloat16):
+            with self.watched():
+                return self.shared.sum(x_TD)
         with self.watched():
             parts = self._exchange(x_TD, group)
-        self.sums += 1
-        self.received[purpose] += (size - 1) * x_TD.nbytes
         total_TD = parts[0].float()
         for part in parts[1:]:
             total_TD = total_TD + part
         return total_TD.to(x_TD.dtype)
+
+    def count_sums(self, sums: int, received: int, purpose: str = "sums") -> None:
+        """Sums of this rank's tensor group, and the bytes of others in them."""
+        self.sums += sums
+        self.received[purpose] += received
 
     def _exchange(self, x_TD: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
         """Everybody's addend, in the order of the ranks."""
