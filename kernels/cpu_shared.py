@@ -1,9 +1,11 @@
-"""Processes of one machine that add up in shared memory (``cpu/shared.h``), without messages."""
+"""Processes of one machine that exchange through shared memory (``cpu/shared.h``), without messages."""
 
 from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +37,9 @@ def make_shared_file(size: int) -> Path:
 
 
 class CpuSharedGroup:
-    """This process in a group of ``size``.
+    """This process in a group of ``size``. All of them call the same methods in the same order; tensors are contiguous.
+
+    Methods raise RuntimeError when a process has died, or does not come in time; the group is of no use then.
 
     Arguments:
         path: the file that all of them open.
@@ -47,11 +51,40 @@ class CpuSharedGroup:
 
     def __init__(self, backend: CpuBackend, path: Path, rank: int, size: int, timeout: float) -> None:
         self.handle: Any = torch.classes.dynamoe_cpu.SharedGroup(backend.isa_number, str(path), rank, size, timeout)
+        self._rank, self._size = rank, size
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum of everybody's, added up in the order of the ranks in float32; float32 or bfloat16, contiguous.
-
-        Raises:
-            RuntimeError: when a process has died or does not come in time; the group is of no use then.
-        """
+        """The sum of everybody's, added up in the order of the ranks in float32; float32 or bfloat16."""
         return self.handle.sum(x)
+
+    def broadcast(self, x: torch.Tensor, root: int) -> None:
+        """The root's numbers take the place of everybody's; the others wait for them as long as it takes."""
+        self.handle.broadcast(x, root)
+
+    def gather(self, part: torch.Tensor, root: int) -> list[torch.Tensor]:
+        """Everybody's part, on the root; elsewhere nothing."""
+        parts = part.new_empty(self._size if self._rank == root else 0, *part.shape)
+        self.handle.gather(part, parts, root)
+        return list(parts)
+
+    def swap(self, rows: torch.Tensor, sent: Sequence[int], found: torch.Tensor, coming: Sequence[int]) -> Swap:
+        """Send every rank its rows, and receive those of all in ``found``; nothing else may be called until it is done.
+
+        Arguments:
+            rows: those for the first rank in front; ``sent`` and ``coming`` count them by rank.
+        """
+        self.handle.begin_swap(rows, list(sent))
+        return Swap(self, found, list(coming))
+
+
+@dataclass(frozen=True)
+class Swap:
+    """An exchange that has begun."""
+
+    group: CpuSharedGroup
+    found: torch.Tensor
+    coming: list[int]
+
+    def wait(self) -> None:
+        """Until all rows are there."""
+        self.group.handle.finish_swap(self.found, self.coming)

@@ -20,7 +20,7 @@ class ParallelConfig:
         timeout: seconds after which a process that does not answer counts as hung.
         placement: file by whose measured load experts are spread over the expert axis; null takes them in their order.
         record_load: file that takes the load of each expert when the processes end.
-        shared_memory: whether the tensor axis adds up in shared memory where its processes are on one machine.
+        shared_memory: whether processes on one machine exchange through shared memory instead of messages.
     """
 
     tensor: int = 1

@@ -16,13 +16,14 @@ from .homes import SharedCache
 
 def make_held_stack(decoder: Decoder, held: range, context: ParallelContext) -> HeldStack | None:
     """The layers that this rank holds, whose only sums are attention's and the experts'; None where that cannot be."""
-    if context.config.tensor > 1 and context.shared is None:
+    shared = context.shared_tensor_group
+    if context.config.tensor > 1 and shared is None:
         return None
     stack = make_stack(decoder, held)
     if stack is None:
         return None
-    if context.shared is not None:
-        stack.share(context.shared)
+    if shared is not None:
+        stack.share(shared)
     return HeldStack(stack, held, context, decoder.dtype)
 
 

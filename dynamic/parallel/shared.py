@@ -1,10 +1,10 @@
-"""Shared memory for the tensor axis, where the ranks of a tensor group are on one machine."""
+"""Shared memory in place of messages, for groups of ranks that are on one machine."""
 
 from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,21 +13,21 @@ from ...kernels.cpu_backend import CpuBackend
 from ...kernels.cpu_shared import CpuSharedGroup, make_shared_file
 from ...kernels.torch_backend import TorchBackend
 
-if TYPE_CHECKING:
-    from .context import ParallelContext
 
+def share_memory(backend: TorchBackend, group: Any, timeout: float) -> CpuSharedGroup | None:
+    """Set up shared memory among the ranks of a group, all of which call this.
 
-def share_memory(context: ParallelContext, backend: TorchBackend) -> CpuSharedGroup | None:
-    """Set up shared memory among the ranks of this one's tensor group, all of which call this.
+    Arguments:
+        timeout: seconds until a rank that does not come counts as hung.
 
-    Returns: None on all of them where one has another machine, there is no memory for it, or it is not wanted.
+    Returns: None on all of them where one is on another machine, or there is no memory for it.
     """
-    group, size = context.tensor_group, context.config.tensor
-    if size == 1 or not context.config.shared_memory or not isinstance(backend, CpuBackend):
+    size = dist.get_world_size(group)
+    if size == 1 or not isinstance(backend, CpuBackend):
         return None
-    leader = dist.get_process_group_ranks(group)[0]
+    rank, leader = dist.get_rank(group), dist.get_process_group_ranks(group)[0]
     path: Path | None = None
-    if context.world_rank == leader:
+    if rank == 0:
         with suppress(OSError):
             path = make_shared_file(size)
     said = [path]
@@ -35,7 +35,7 @@ def share_memory(context: ParallelContext, backend: TorchBackend) -> CpuSharedGr
     opened = None
     if said[0] is not None:
         with suppress(RuntimeError):
-            opened = CpuSharedGroup(backend, said[0], context.tensor_rank, size, context.config.timeout)
+            opened = CpuSharedGroup(backend, said[0], rank, size, timeout)
     everybody = torch.tensor([int(opened is not None)])
     dist.all_reduce(everybody, dist.ReduceOp.MIN, group=group)
     if path is not None:

@@ -24,7 +24,6 @@ from .decoder import ParallelDecoder
 from .pipeline import PipelineDecoder
 from .sharded_checkpoint import ShardedCheckpoint
 from .shards import Shard
-from .shared import share_memory
 
 __all__ = ["Shard", "ShardedCheckpoint", "follow_if_worker", "join", "parallel_decoder"]
 
@@ -69,7 +68,8 @@ def join(
             "model": hashlib.sha256(repr(spec).encode()).hexdigest(),
         }
     )
-    context.shared = share_memory(context, backend)
+    if config.shared_memory:
+        context.share_memory(backend)
     return Shard(spec, context, exit_layers)
 
 

@@ -1,13 +1,17 @@
-// Memory in which processes of one machine add up, without a message and without sleeping as long as all are at work.
+// Memory in which processes of one machine exchange what others send as messages: without system calls and without
+// sleeping as long as all are at work.
 #pragma once
 
 #include <atomic>
 #include <string>
+#include <vector>
 
 #include "operators.h"
 
 namespace dynamoe_cpu {
 
+// All processes of a group call the same functions in the same order; what is said of ranks is the group's numbering.
+// Every function throws std::runtime_error when a process has died, or does not come in time; the memory is then useless.
 class SharedMemory {
  public:
   // Bytes of the file that `size` processes share, which one of them has made and filled with zeros.
@@ -19,21 +23,39 @@ class SharedMemory {
   SharedMemory(const SharedMemory&) = delete;
   SharedMemory& operator=(const SharedMemory&) = delete;
 
-  // out = the sum of everybody's `in`, added up in the order of the ranks in fp32; they may be the same. All processes
-  // call this alike. Throws std::runtime_error when one of them has died, or does not come in time.
+  int64_t rank() const { return rank_; }
+  int64_t size() const { return size_; }
+
+  // out = the sum of everybody's `in`, added up in the order of the ranks in fp32; they may be the same.
   void sum(const Kernels& kernels, const void* in, void* out, int64_t count, Dtype dtype);
+  // The root's bytes to everybody; the others wait for them as long as it takes.
+  void broadcast(int64_t root, void* data, int64_t bytes);
+  // Everybody's bytes to the root, in the order of the ranks; `out` is looked at there only.
+  void gather(int64_t root, const void* in, void* out, int64_t bytes);
+  // To every rank its part of `rows`, in their order; between the two calls nothing else may be called. `rows` must live
+  // until the second. `sent` and `coming` are bytes by rank. Throws std::logic_error when another number comes.
+  void begin_swap(const char* rows, std::vector<int64_t> sent);
+  void finish_swap(char* out, const std::vector<int64_t>& coming);
 
  private:
-  char* place(uint64_t round, int64_t rank) const;
-  std::atomic<uint64_t>& posted(int64_t rank) const;
-  void wait_for(int64_t rank, uint64_t round) const;
-  bool is_alive(int64_t rank) const;
+  struct Books;
+  Books& books(int64_t rank) const;
+  char* place(int64_t rank) const;
+  void begin_round(double patience);
+  void post();
+  void wait_for_post(int64_t rank, double patience) const;
+  void end_round();
+  template <class Arrived>
+  void wait(int64_t rank, double patience, std::atomic<uint32_t>* bell, const Arrived& arrived) const;
+  void write_parts(int64_t offset);
 
   const int64_t rank_, size_;
   const double timeout_;
   int file_ = -1;
   char* data_ = nullptr;
   uint64_t round_ = 0;
+  const char* rows_ = nullptr;  // of the swap that has begun
+  std::vector<int64_t> sent_;
 };
 
 }  // namespace dynamoe_cpu

@@ -278,7 +278,11 @@ TORCH_LIBRARY_FRAGMENT(dynamoe_cpu, m) {
   m.def("shared_bytes(int size) -> int", &SharedMemory::file_bytes);
   m.class_<SharedGroup>("SharedGroup")
       .def(torch::init<int64_t, const std::string&, int64_t, int64_t, double>())
-      .def("sum", &SharedGroup::sum);
+      .def("sum", &SharedGroup::sum)
+      .def("broadcast", &SharedGroup::broadcast)
+      .def("gather", &SharedGroup::gather)
+      .def("begin_swap", &SharedGroup::begin_swap)
+      .def("finish_swap", &SharedGroup::finish_swap);
   m.class_<StackHolder>("Stack")
       .def(torch::init<int64_t, at::ScalarType, std::vector<int64_t>, bool, double, double, double>())
       .def("add_layer", &StackHolder::add_layer)
