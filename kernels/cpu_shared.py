@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import cpu_build
+
 if TYPE_CHECKING:
     from .cpu_backend import CpuBackend
 
@@ -23,6 +25,7 @@ def make_shared_file(size: int) -> Path:
     Raises:
         OSError: where there is no shared memory, or too little.
     """
+    cpu_build.load()
     path = FOLDER / f"dynamoe-{uuid.uuid4().hex}"
     file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
@@ -51,15 +54,15 @@ class CpuSharedGroup:
 
     def __init__(self, backend: CpuBackend, path: Path, rank: int, size: int, timeout: float) -> None:
         self.handle: Any = torch.classes.dynamoe_cpu.SharedGroup(backend.isa_number, str(path), rank, size, timeout)
-        self._rank, self._size = rank, size
+        self._rank, self._size, self._timeout = rank, size, timeout
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of everybody's, added up in the order of the ranks in float32; float32 or bfloat16."""
         return self.handle.sum(x)
 
-    def broadcast(self, x: torch.Tensor, root: int) -> None:
-        """The root's numbers take the place of everybody's; the others wait for them as long as it takes."""
-        self.handle.broadcast(x, root)
+    def broadcast(self, x: torch.Tensor, root: int, patience: float | None = None) -> None:
+        """The root's numbers take the place of everybody's; ``patience``: seconds to wait, if not the usual time."""
+        self.handle.broadcast(x, root, self._timeout if patience is None else patience)
 
     def gather(self, part: torch.Tensor, root: int) -> list[torch.Tensor]:
         """Everybody's part, on the root; elsewhere nothing."""

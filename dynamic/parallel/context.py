@@ -241,6 +241,11 @@ class ParallelContext:
                 self._shared[group] = memory
 
     @property
+    def shares_memory(self) -> bool:
+        """Whether all ranks are on one machine and exchange through its memory."""
+        return self._plans in self._shared
+
+    @property
     def shared_tensor_group(self) -> CpuSharedGroup | None:
         """The memory of this rank's tensor group."""
         return self._shared.get(self.tensor_group)
@@ -265,7 +270,7 @@ class ParallelContext:
         """Rank 0's numbers take the place of everybody's in a group."""
         with self.watched():
             if (shared := self._shared.get(group)) is not None:
-                shared.broadcast(numbers, 0)
+                shared.broadcast(numbers, 0, _IDLE.total_seconds() if group is self._plans else None)
             else:
                 dist.broadcast(numbers, src=0, group=group)
 

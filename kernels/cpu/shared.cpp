@@ -12,7 +12,6 @@
 #include <cerrno>
 #include <chrono>
 #include <cstring>
-#include <limits>
 #include <stdexcept>
 
 #if defined(__x86_64__)
@@ -36,7 +35,6 @@ namespace {
 
 constexpr int64_t kPlaceBytes = 512 * 1024;
 constexpr int64_t kStretch = 1024;  // elements that are added up at once
-constexpr double kForever = std::numeric_limits<double>::infinity();
 
 void rest() {
 #if defined(__x86_64__)
@@ -191,7 +189,7 @@ void SharedMemory::sum(const Kernels& kernels, const void* in, void* out, int64_
   }
 }
 
-void SharedMemory::broadcast(int64_t root, void* data, int64_t bytes) {
+void SharedMemory::broadcast(int64_t root, void* data, int64_t bytes, double patience) {
   for (int64_t first = 0; first < bytes; first += kPlaceBytes) {
     char* part = static_cast<char*>(data) + first;
     const int64_t n = std::min(kPlaceBytes, bytes - first);
@@ -200,8 +198,8 @@ void SharedMemory::broadcast(int64_t root, void* data, int64_t bytes) {
       std::memcpy(place(root), part, n);
       post();
     } else {
-      begin_round(kForever);
-      wait_for_post(root, kForever);
+      begin_round(patience);
+      wait_for_post(root, patience);
       std::memcpy(part, place(root), n);
     }
     end_round();

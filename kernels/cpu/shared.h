@@ -28,8 +28,8 @@ class SharedMemory {
 
   // out = the sum of everybody's `in`, added up in the order of the ranks in fp32; they may be the same.
   void sum(const Kernels& kernels, const void* in, void* out, int64_t count, Dtype dtype);
-  // The root's bytes to everybody; the others wait for them as long as it takes.
-  void broadcast(int64_t root, void* data, int64_t bytes);
+  // The root's bytes to everybody; the others wait for them for `patience` seconds.
+  void broadcast(int64_t root, void* data, int64_t bytes, double patience);
   // Everybody's bytes to the root, in the order of the ranks; `out` is looked at there only.
   void gather(int64_t root, const void* in, void* out, int64_t bytes);
   // To every rank its part of `rows`, in their order; between the two calls nothing else may be called. `rows` must live
