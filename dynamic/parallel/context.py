@@ -70,7 +70,9 @@ class ParallelContext:
         timeout = timedelta(seconds=config.timeout)
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=timeout)
-        self._plans: Any = dist.new_group(backend="gloo", timeout=_IDLE)
+        self._start: Any = dist.new_group(backend="gloo", timeout=_IDLE)  # some are slow to begin
+        # Workers wait for the next message as long as it takes; rank 0, whose messages must be fetched, does not.
+        self._plans: Any = dist.new_group(backend="gloo", timeout=timeout if self.leads else _IDLE)
         ranks_PAET = torch.arange(config.size).view([getattr(config, axis) for axis in AXES])
         groups = [self._my_group(ranks_PAET.movedim(axis, -1)) for axis in range(ranks_PAET.dim())]
         self.mesh = DeviceMesh.from_group(groups, device.type, ranks_PAET, mesh_dim_names=AXES)
@@ -94,7 +96,7 @@ class ParallelContext:
         mine = torch.zeros(_DESCRIPTION, dtype=torch.uint8)
         mine[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         found = [torch.empty_like(mine) for _ in range(self.config.size)]
-        dist.all_gather(found, mine, group=self._plans)
+        dist.all_gather(found, mine, group=self._start)
         first, *others = (json.loads(bytes(t.tolist()).rstrip(b"\0")) for t in found)
         for rank, other in enumerate(others, 1):
             for name in {**first, **other}:
