@@ -383,8 +383,8 @@ def make_stack(decoder: Decoder, held: range | None = None) -> Stack | None:
         )
     shape = StackShape(
         hidden_size=spec.hidden_size,
-        num_heads=spec.num_heads,
-        num_kv_heads=spec.num_kv_heads,
+        num_heads=decoder.num_heads,
+        num_kv_heads=decoder.num_kv_heads,
         head_dim=spec.head_dim,
         norm_per_head=spec.qk_norm == "head",
         norm_eps=spec.norm_eps,

@@ -14,6 +14,7 @@ from .types import AttentionBatch, ExpertBudget, KVLayer, LinearWeights
 
 if TYPE_CHECKING:
     from .cpu_backend import CpuBackend
+    from .cpu_shared import CpuSharedGroup
 
 
 class CpuStack:
@@ -42,6 +43,9 @@ class CpuStack:
             self._add_layer(layer)
         for exit in exits:
             self._add_exit(exit)
+
+    def share(self, group: CpuSharedGroup) -> None:
+        self._handle.share(group.handle)
 
     def _add_layer(self, layer: StackLayer) -> None:
         experts, rule = layer.ffn.data, layer.rule

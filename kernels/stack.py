@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
 from .router_spec import RouterSpec
 from .types import AttentionBatch, ExpertBudget, ExpertWeights, KVLayer, KVProjection, LinearWeights, ProbeWeights
+
+if TYPE_CHECKING:
+    from .cpu_shared import CpuSharedGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +109,11 @@ class StackResult(NamedTuple):
 
 class Stack(Protocol):
     """Layers and exits in a backend's hands. Results are bitwise those of its single operations."""
+
+    def share(self, group: CpuSharedGroup) -> None:
+        """Heads and neurons are parts of those that some processes have together: attention's and the experts' results
+        are added up among them. Layers without exits only."""
+        ...
 
     def run(
         self,

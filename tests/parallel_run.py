@@ -64,7 +64,7 @@ def tokens(
     if "parallel" in arguments:
         arguments = {**arguments, "parallel": ParallelConfig(**arguments["parallel"])}
     limits = {"max_num_seqs": 3, "max_num_batched_tokens": 48, **arguments}
-    llm = LLM(model, dtype="float32", progress=False, **limits)
+    llm = LLM(model, **{"dtype": "float32", "progress": False, **limits})
     exits = {int(layer): value for layer, value in thresholds.items()}
     greedy = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True, logprobs=1)
     params = [greedy] * len(prompts)
@@ -89,6 +89,7 @@ def tokens(
     if isinstance(decoder, ParallelDecoder):
         context = decoder.context
         found |= {"sums": context.sums, "broadcasts": context.broadcasts, "received": dict(context.received)}
+        found["shared"] = context.shares_memory
         found["expert_rows"] = decoder.exchange().expert_rows
     if isinstance(decoder, PipelineDecoder):
         links = decoder.links

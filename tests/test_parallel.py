@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from dynamoe.dynamic.parallel.config import ParallelConfig
 from dynamoe.dynamic.parallel.load import spread
 from dynamoe.dynamic.weights import Checkpoint, read_json
-from parallel_jobs import compare, run_job
+from parallel_jobs import PATIENCE, compare, run_job
 
 
 @pytest.mark.slow
@@ -25,6 +26,36 @@ def test_tokens_are_those_of_one_process(make_checkpoint: Callable[..., Path], t
     hidden, rows = 4 * config["hidden_size"], found["rows"][0]
     logits = 4 * -(-config["vocab_size"] // 2) * sum(map(len, found["tokens"]))
     assert found["received"] == {"sums": 2 * 3 * hidden * rows, "embedding": hidden * rows, "logits": logits}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "model"),
+    [
+        ({"tensor": 2}, "granitemoe"),
+        pytest.param({"tensor": 2}, "qwen2_moe", marks=pytest.mark.slow),  # shared experts: operation by operation
+        pytest.param({"tensor": 2, "expert": 2}, "mixtral", marks=pytest.mark.slow),
+        pytest.param({"expert": 2}, "qwen2_moe", marks=pytest.mark.slow),
+        pytest.param({"data": 2}, "mixtral", marks=pytest.mark.slow),
+        pytest.param({"tensor": 2, "pipeline": 2}, "mixtral", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_memory_and_messages_give_the_same_bits(
+    make_exits: Callable[..., Path], tmp_path: Path, sizes: dict[str, int], model: str, dtype: str
+) -> None:
+    path = make_exits(model, {1: 0.3, 2: 0.3})
+
+    def run(shared_memory: bool) -> dict[str, Any]:
+        parallel = {**sizes, "shared_memory": shared_memory, "timeout": PATIENCE}
+        job = {"thresholds": {"1": 0.5, "2": 0.5}, "budget": {"experts_per_token": 1}}
+        arguments = {"parallel": parallel, "dtype": dtype}
+        return run_job(tmp_path / str(shared_memory), prod(sizes.values()), model=str(path), arguments=arguments, **job)
+
+    with ThreadPoolExecutor(2) as pool:
+        memory, messages = pool.map(run, (True, False))
+    assert (memory.pop("shared"), messages.pop("shared")) == (True, False)
+    assert memory == messages  # tokens, logprobs, and what was counted
 
 
 def test_what_the_experts_exchange(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:

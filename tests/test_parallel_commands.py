@@ -20,12 +20,14 @@ from parallel_fleet import Fleet, run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axis", ["tensor", "pipeline", "expert"])
+@pytest.mark.parametrize("axis", ["tensor", "pipeline", "expert", "data"])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("through", ["memory", "messages"])
 def test_streams_end_with_an_error_when_a_worker_does(
-    make_checkpoint: Callable[..., Path], tmp_path: Path, how: signal.Signals, axis: str
+    make_checkpoint: Callable[..., Path], tmp_path: Path, how: signal.Signals, axis: str, through: str
 ) -> None:
-    fleet = Fleet(make_checkpoint("mixtral"), tmp_path, {axis: 2}, timeout=4)
+    shared = f"parallel.shared_memory={str(through == 'memory').lower()}"
+    fleet = Fleet(make_checkpoint("mixtral"), tmp_path, {axis: 2}, shared, timeout=4)
     worker = fleet.worker()
     try:
         assert "[DONE]" in fleet.ask(4)

@@ -20,6 +20,7 @@ class ParallelConfig:
         timeout: seconds after which a process that does not answer counts as hung.
         placement: file by whose measured load experts are spread over the expert axis; null takes them in their order.
         record_load: file that takes the load of each expert when the processes end.
+        shared_memory: whether processes on one machine exchange through shared memory instead of messages.
     """
 
     tensor: int = 1
@@ -31,6 +32,7 @@ class ParallelConfig:
     timeout: float = 30.0
     placement: str | None = None
     record_load: str | None = None
+    shared_memory: bool = True
 
     def __post_init__(self) -> None:
         for name in ("tensor", "expert", "pipeline", "data"):

@@ -17,8 +17,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from ...kernels.cpu_shared import CpuSharedGroup
+from ...kernels.torch_backend import TorchBackend
 from .config import ParallelConfig, launched_rank, launched_size
 from .plan import FIRST, Message, decode, length
+from .shared import share_memory
 
 AXES = ("pipeline", "data", "expert", "tensor")
 _IDLE = timedelta(days=30)  # workers wait this long for the next step
@@ -59,6 +62,7 @@ class ParallelContext:
         self.data_rank, self.expert_rank = divmod(self.home, config.expert)
         self.failed = False
         self.received: Counter[str] = Counter()  # bytes from other ranks, by what for
+        self._shared: dict[Any, CpuSharedGroup] = {}  # by process group
         self.sums = 0
         self.broadcasts = 0
         if os.environ.get("MASTER_ADDR", "127.0.0.1") in _LOOPBACK:
@@ -66,7 +70,9 @@ class ParallelContext:
         timeout = timedelta(seconds=config.timeout)
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=timeout)
-        self._plans: Any = dist.new_group(backend="gloo", timeout=_IDLE)
+        self._start: Any = dist.new_group(backend="gloo", timeout=_IDLE)  # some are slow to begin
+        # Workers wait for the next message as long as it takes; rank 0, whose messages must be fetched, does not.
+        self._plans: Any = dist.new_group(backend="gloo", timeout=timeout if self.leads else _IDLE)
         ranks_PAET = torch.arange(config.size).view([getattr(config, axis) for axis in AXES])
         groups = [self._my_group(ranks_PAET.movedim(axis, -1)) for axis in range(ranks_PAET.dim())]
         self.mesh = DeviceMesh.from_group(groups, device.type, ranks_PAET, mesh_dim_names=AXES)
@@ -90,7 +96,7 @@ class ParallelContext:
         mine = torch.zeros(_DESCRIPTION, dtype=torch.uint8)
         mine[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         found = [torch.empty_like(mine) for _ in range(self.config.size)]
-        dist.all_gather(found, mine, group=self._plans)
+        dist.all_gather(found, mine, group=self._start)
         first, *others = (json.loads(bytes(t.tolist()).rstrip(b"\0")) for t in found)
         for rank, other in enumerate(others, 1):
             for name in {**first, **other}:
@@ -103,18 +109,18 @@ class ParallelContext:
     def send(self, message: Message) -> None:
         """Rank 0 tells the others what to do."""
         numbers = message.encode()
-        self._broadcast(numbers[:FIRST].contiguous())
+        self._tell(numbers[:FIRST].contiguous())
         if len(numbers) > FIRST:
-            self._broadcast(numbers[FIRST:].contiguous())
+            self._tell(numbers[FIRST:].contiguous())
 
     def receive(self) -> Message:
         """The next instruction of rank 0; waits for it."""
         first = torch.empty(FIRST, dtype=torch.int64)
-        self._broadcast(first)
+        self._tell(first)
         if (total := length(first)) <= FIRST:
             return decode(first)
         rest = torch.empty(total - FIRST, dtype=torch.int64)
-        self._broadcast(rest)
+        self._tell(rest)
         return decode(torch.cat((first, rest)))
 
     def sum(self, x_TD: torch.Tensor, group: dist.ProcessGroup, purpose: str = "sums") -> torch.Tensor:
@@ -130,14 +136,22 @@ class ParallelContext:
         if size == 1:
             return x_TD
         x_TD = x_TD.contiguous()
+        self.count_sums(1, (size - 1) * x_TD.nbytes, purpose)
+        shared = self._shared.get(group)
+        if shared is not None and x_TD.dtype in (torch.float32, torch.bfloat16):
+            with self.watched():
+                return shared.sum(x_TD)
         with self.watched():
             parts = self._exchange(x_TD, group)
-        self.sums += 1
-        self.received[purpose] += (size - 1) * x_TD.nbytes
         total_TD = parts[0].float()
         for part in parts[1:]:
             total_TD = total_TD + part
         return total_TD.to(x_TD.dtype)
+
+    def count_sums(self, sums: int, received: int, purpose: str = "sums") -> None:
+        """Sums of this rank's tensor group, and the bytes of others in them."""
+        self.sums += sums
+        self.received[purpose] += received
 
     def _exchange(self, x_TD: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
         """Everybody's addend, in the order of the ranks."""
@@ -168,9 +182,13 @@ class ParallelContext:
 
         Returns: the rows of all ranks in their order, and what :meth:`finish` waits for before they are read.
         """
-        found = rows.new_empty(sum(coming), *rows.shape[1:])
+        found, shared = rows.new_empty(sum(coming), *rows.shape[1:]), self._shared.get(group)
+        work: Any
         with self.watched():
-            work = dist.all_to_all_single(found, rows, list(coming), list(sent), group=group, async_op=True)
+            if shared is not None:
+                work = shared.swap(rows.contiguous(), sent, found, coming)
+            else:
+                work = dist.all_to_all_single(found, rows, list(coming), list(sent), group=group, async_op=True)
         others = len(found) - coming[dist.get_rank(group)]
         self.received[purpose] += others * found.stride(0) * found.element_size()
         return found, work
@@ -186,17 +204,19 @@ class ParallelContext:
 
     def share(self, x_RD: torch.Tensor, group: dist.ProcessGroup) -> None:
         """Give rank 0's rows to all of its group: they are written over those of the others."""
-        with self.watched():
-            dist.broadcast(x_RD, src=0, group=group)
+        self._broadcast(x_RD, group)
         if not self.leads:
             self.received["logits"] += x_RD.nbytes
 
     def collect(self, part: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
         """On rank 0: the parts of all of its group, of equal shape; elsewhere nothing."""
-        size = dist.get_world_size(group)
-        parts = [torch.empty_like(part) for _ in range(size)] if self.leads else []
+        size, shared = dist.get_world_size(group), self._shared.get(group)
         with self.watched():
-            dist.gather(part, parts or None, dst=0, group=group)
+            if shared is not None:
+                parts = shared.gather(part, 0)
+            else:
+                parts = [torch.empty_like(part) for _ in range(size)] if self.leads else []
+                dist.gather(part, parts or None, dst=0, group=group)
         if parts:
             self.received["logits"] += (size - 1) * part.nbytes
         return parts
@@ -216,6 +236,22 @@ class ParallelContext:
         dist.all_gather(found, numbers, group=self._plans)
         return found
 
+    def share_memory(self, backend: TorchBackend) -> None:
+        """Exchange through shared memory from now on in groups whose ranks are on one machine; all ranks call this."""
+        for group in (self._plans, self.tensor_group, self.expert_group, self.homes_group):
+            if group not in self._shared and (memory := share_memory(backend, group, self.config.timeout)) is not None:
+                self._shared[group] = memory
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether all ranks are on one machine and exchange through its memory."""
+        return self._plans in self._shared
+
+    @property
+    def shared_tensor_group(self) -> CpuSharedGroup | None:
+        """The memory of this rank's tensor group."""
+        return self._shared.get(self.tensor_group)
+
     def close(self) -> None:
         """Leave the groups; nothing is waited for after a failure."""
         if not self.failed and dist.is_initialized():
@@ -228,10 +264,17 @@ class ParallelContext:
         groups = [dist.new_group(row, timeout=timedelta(seconds=self.config.timeout)) for row in rows]
         return next(group for group, row in zip(groups, rows, strict=True) if self.world_rank in row)
 
-    def _broadcast(self, numbers: torch.Tensor) -> None:
-        with self.watched():
-            dist.broadcast(numbers, src=0, group=self._plans)
+    def _tell(self, numbers: torch.Tensor) -> None:
+        self._broadcast(numbers, self._plans)
         self.broadcasts += 1
+
+    def _broadcast(self, numbers: torch.Tensor, group: Any) -> None:
+        """Rank 0's numbers take the place of everybody's in a group."""
+        with self.watched():
+            if (shared := self._shared.get(group)) is not None:
+                shared.broadcast(numbers, 0, _IDLE.total_seconds() if group is self._plans else None)
+            else:
+                dist.broadcast(numbers, src=0, group=group)
 
 
 def _axes(config: ParallelConfig) -> str:

@@ -20,13 +20,14 @@ import torch.nn.functional as F
 from ...exits.segments import Segment
 from ...kernels.types import AttentionBatch, ExpertBudget, KVLayer, Routing
 from ...moe.dispatch import share_experts
-from ..decoder import Decoder, LayerWeights, make_stack
+from ..decoder import Decoder, LayerWeights
 from ..decoder_exits import DecoderExit
 from ..engine.budgets import budget_of
 from ..engine.kv_cache import allocate_layers, copy_pages
 from ..outputs import Exchange
 from ..spec import LayerSpec, ModelSpec
 from .exchange import Departure, ExpertExchange
+from .held_stack import make_held_stack
 from .homes import SharedCache, cache_of, on_device, share_rows, spread
 from .load import ExpertLoad, write_load
 from .norms import norm_over_ranks, project_over_ranks, spread_norms
@@ -56,15 +57,14 @@ class ParallelDecoder(Decoder):
             for number, moe in ((number, layer.moe) for number, layer in enumerate(spec.layers))
             if moe is not None and not moe.is_dense and config.expert > 1
         }
-        # Where no other rank is needed in between, the layers are one thing.
-        alone = config.tensor == 1 and not self._shares and config.record_load is None
-        self._held_stack = make_stack(self, self.held) if alone else None
         self.local_spec = shard.spec
         self.num_heads, self.num_kv_heads = shard.spec.num_heads, shard.spec.num_kv_heads
+        self._spread_norms = spread_norms(shard)
+        alone = not self._shares and self._spread_norms is None and config.record_load is None
+        self._held_stack = make_held_stack(self, self.held, self.context) if alone else None
         self.vocabulary = shard.vocabulary
         self._token_ids_T: torch.Tensor | None = None
         self._embedded_TD: torch.Tensor | None = None  # of a worker: rows that the next layer 0 runs
-        self._spread_norms = spread_norms(shard)
         self._caches = 0  # allocated so far
         self._dropped: list[int] = []  # caches that rank 0 has no use for any more, and workers still hold
         self._rows: dict[
@@ -206,13 +206,8 @@ class ParallelDecoder(Decoder):
         if self._held_stack is None:
             segment = Segment(index=0, layers=layers)
             return super().run_segment(segment, x_WD, cache, batch, entropy_W, budget)
-        first, stop = self.held.start, self.held.stop  # the stack counts its own layers only
         self.reserve_positions(batch.max_context_len)
-        if budget is not None:
-            keep_WL, cap_WL = (x_WL[:, first:stop].contiguous() for x_WL in (budget.keep_TL, budget.cap_TL))
-            budget = ExpertBudget(keep_TL=keep_WL, cap_TL=cap_WL, skipped_T=budget.skipped_T)
-        own = range(layers.start - first, layers.stop - first)
-        return self._held_stack.run(own, x_WD, cache[first:stop], self.cos_sin_LC, batch, entropy_W, budget)
+        return self._held_stack.run(layers, x_WD, cache, self.cos_sin_LC, batch, entropy_W, budget)
 
     def _lend_experts(self, layers: range) -> None:
         """Run other homes' rows through the experts that are here; this one has none in this step."""
@@ -335,7 +330,7 @@ class ParallelDecoder(Decoder):
         self.context.send(message)
 
     def _make_stack(self) -> None:
-        """All layers in one call leave no room for sums in between."""
+        """Steps are run segment by segment: all ranks must hear of each."""
         return None
 
     def _attention(

@@ -68,6 +68,8 @@ def join(
             "model": hashlib.sha256(repr(spec).encode()).hexdigest(),
         }
     )
+    if config.shared_memory:
+        context.share_memory(backend)
     return Shard(spec, context, exit_layers)
 
 

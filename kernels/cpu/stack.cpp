@@ -187,8 +187,10 @@ void run_layers(const Context& context, const Stack& stack, int64_t first, int64
     if (layer > first || !seam.normed)
       norm(context, shape, layer == first ? nullptr : work.pending, x, block.attention_norm, rows, work.normed);
     attend(context, shape, block, work, places, caches, layer);
+    if (stack.add_up) stack.add_up(work.pending, rows * shape.hidden);
     norm(context, shape, work.pending, x, block.ffn_norm, rows, work.normed);
     feed_forward(context, shape, block, work, rows, places.budget, layer, entropy, share);
+    if (stack.add_up) stack.add_up(work.pending, rows * shape.hidden);
   }
   if (first == last) return;
   if (seam.norm_next)

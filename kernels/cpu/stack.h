@@ -83,6 +83,8 @@ struct Stack {
   Shape shape;
   std::vector<Block> blocks;
   std::vector<Exit> exits;  // rising
+  // Where several processes share heads and neurons: makes so many numbers, of the shape's dtype, the sum of everybody's.
+  std::function<void(void*, int64_t)> add_up;
   int64_t most_experts = 0, most_top_k = 0;  // of any block
 
   void add(Block block) {

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "quant_tensors.h"
+#include "shared_group.h"
 #include "stack.h"
 
 namespace dynamoe_cpu {
@@ -120,6 +121,12 @@ class StackHolder : public torch::CustomClassHolder {
       exit.projections.push_back(call);
     }
     stack_.exits.push_back(std::move(exit));
+  }
+
+  // Heads and neurons are parts of those that the processes of a group have together; exits are not for these.
+  void share(const c10::intrusive_ptr<SharedGroup>& group) {
+    TORCH_CHECK_VALUE(stack_.exits.empty(), "layers that several processes share are run without their exits");
+    stack_.add_up = [group, dtype = stack_.shape.dtype](void* x, int64_t count) { group->add_up(x, x, count, dtype); };
   }
 
   Tensor run(Tensor x, int64_t first, int64_t last, const Tensors& keys, const Tensors& values, const Tensor& cos_sin,
@@ -268,10 +275,19 @@ class StackHolder : public torch::CustomClassHolder {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(dynamoe_cpu, m) {
+  m.def("shared_bytes(int size) -> int", &SharedMemory::file_bytes);
+  m.class_<SharedGroup>("SharedGroup")
+      .def(torch::init<int64_t, const std::string&, int64_t, int64_t, double>())
+      .def("sum", &SharedGroup::sum)
+      .def("broadcast", &SharedGroup::broadcast)
+      .def("gather", &SharedGroup::gather)
+      .def("begin_swap", &SharedGroup::begin_swap)
+      .def("finish_swap", &SharedGroup::finish_swap);
   m.class_<StackHolder>("Stack")
       .def(torch::init<int64_t, at::ScalarType, std::vector<int64_t>, bool, double, double, double>())
       .def("add_layer", &StackHolder::add_layer)
       .def("add_exit", &StackHolder::add_exit)
+      .def("share", &StackHolder::share)
       .def("run", &StackHolder::run)
       .def("run_with_exits", &StackHolder::run_with_exits);
 }
