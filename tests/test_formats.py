@@ -32,8 +32,8 @@ def test_rounding_is_off_by_no_more_than_half_a_step(shape: tuple[int, ...]):
             assert int4.shape == shape
             assert int4.symmetric == symmetric
             # A symmetric range has no code for its upper end; rounding the zero point may move the ends by half a step,
-            # and that of the scale, to eight bits, moves an end that lies so many steps away by up to a 512th of each.
-            steps = 0.50001 + 7.5 / 512 if symmetric else 1.00001 + 15 / 512
+            # and that of the scale, to eight bits, moves an end that lies so many steps away by up to a 256th of each.
+            steps = 0.50001 + 7.5 / 256 if symmetric else 1.00001 + 15 / 256
             assert (int4.dequantize() - weight).abs().le(step * steps).all()
             assert not int4.dequantize()[..., 0, :].any()
     for block in (False, True):
