@@ -149,7 +149,7 @@ class ParallelContext:
         return total_TD.to(x_TD.dtype)
 
     def count_sums(self, sums: int, received: int, purpose: str = "sums") -> None:
-        """Sums of this rank's tensor group, and the bytes of others in them."""
+        """Sums of a group of this rank, and the bytes of others in them."""
         self.sums += sums
         self.received[purpose] += received
 

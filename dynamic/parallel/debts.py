@@ -64,6 +64,9 @@ class Debts:
         self._pages: dict[int, list[OwedRow]] = {}  # in the order of leaving, which is the same on all ranks
         self.forgiven = 0
 
+    def __bool__(self) -> bool:
+        return bool(self._pages)
+
     def __len__(self) -> int:
         return sum(len(rows) for rows in self._pages.values())
 
@@ -92,7 +95,7 @@ class Debts:
 
         A sequence fills a page from its first slot on, or from where a copy ends.
         """
-        for slot in slots if self._pages else ():
+        for slot in slots:
             page = slot // self._page_size
             if rows := self._pages.pop(page, None):
                 kept = [row for row in rows if row.slot < slot]

@@ -182,10 +182,12 @@ class PipelineDecoder(ParallelDecoder):
         cache = cache_of(kv)
         self._last = cache.number
         if layers.start == 0:
-            for debts in self._borders(cache):
+            for debts in filter(None, self._borders(cache)):
                 debts.overwrite(batch.slots_T.tolist())
         begin, end = self.stages.owner(max(layers.start - 1, 0)), self.stages.owner(layers.stop - 1)
-        arriving, leaving = self._move_debts(cache, range(begin, end), slots_read(batch, cache[0].page_size))
+        owing = any(self._borders(cache)[begin:end])
+        slots = slots_read(batch, cache[0].page_size) if owing else {}
+        arriving, leaving = self._move_debts(cache, range(begin, end), slots)
         mine = range(max(layers.start, self.held.start), min(layers.stop, self.held.stop))
         parts = micro_batches(batch, self._parts if self.stages.owner(layers.start) < end else 1)
         ran: list[torch.Tensor] = []

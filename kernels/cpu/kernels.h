@@ -56,8 +56,9 @@ struct QuantLayout {
 
   int64_t groups() const { return ceil_div(inputs, group); }
   int64_t blocks() const { return ceil_div(outputs, kBlockOutputs); }
+  int64_t bytes_per_scale() const { return scale_type == ScaleType::fp32 ? 4 : 2; }
   int64_t scale_bytes() const {
-    const int64_t bytes = scale_type == ScaleType::fp32 ? 4 : 2;
+    const int64_t bytes = bytes_per_scale();
     return kBlockOutputs * (bytes + (offsets == Offsets::none ? 0 : offsets == Offsets::zeros ? 2 : bytes));
   }
   bool has_offsets() const { return offsets != Offsets::none; }

@@ -165,7 +165,7 @@ void quant_linear(const Context& context, const QuantLinearCall& call) {
 
 void pack_quant(const Context& context, const QuantLayout& layout, const uint8_t* codes, const float* scales,
                 const float* offsets, char* packed) {
-  const int64_t groups = layout.groups(), bytes = layout.scale_type == ScaleType::fp32 ? 4 : 2;
+  const int64_t groups = layout.groups(), bytes = layout.bytes_per_scale();
   for_each_task(context.threads, layout.blocks(), [&](int64_t block) {
     char* out = packed + block * layout.block_bytes();
     std::memset(out, 0, layout.block_bytes());
@@ -189,7 +189,7 @@ void pack_quant(const Context& context, const QuantLayout& layout, const uint8_t
 void quant_rows(const Context& context, const QuantWeights& weights, const int64_t* ids, int64_t count, float* out) {
   const QuantLayout& layout = weights.layout;
   for_each_task(count < 64 ? 1 : context.threads, count, [&](int64_t row) {
-    const int64_t o = ids[row] % kBlockOutputs, bytes = layout.scale_type == ScaleType::fp32 ? 4 : 2;
+    const int64_t o = ids[row] % kBlockOutputs, bytes = layout.bytes_per_scale();
     const char* from = weights.block(ids[row] / kBlockOutputs);
     for (int64_t begin = 0; begin < layout.inputs; begin += layout.group, from += layout.group_bytes()) {
       const float scale = read_scale(from + bytes * o, layout.scale_type);

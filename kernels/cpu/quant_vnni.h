@@ -78,7 +78,7 @@ TARGET static inline __m512 load_scales(const char* from, int n, ScaleType type)
 // Their offsets.
 TARGET static inline __m512 load_offsets(const QuantLayout& layout, const char* from, int n, __m512 scales) {
   if (layout.offsets == Offsets::values) return load_scales(from, 2 + n, layout.scale_type);
-  from += kBlockOutputs * (layout.scale_type == ScaleType::fp32 ? 4 : 2);
+  from += kBlockOutputs * layout.bytes_per_scale();
   const __m256i zeros = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 32 * n));
   return _mm512_mul_ps(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(zeros))), scales);
 }

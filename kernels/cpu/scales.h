@@ -31,7 +31,7 @@ inline void write_scale(float value, char* to, ScaleType type) {
 
 // What is added to code * scale of one output of a group, and the same into memory; `value` is an offset or a zero point.
 inline float read_offset(const QuantLayout& layout, const char* group, int64_t output, float scale) {
-  const int64_t bytes = layout.scale_type == ScaleType::fp32 ? 4 : 2;
+  const int64_t bytes = layout.bytes_per_scale();
   const char* from = group + bytes * kBlockOutputs;
   if (layout.offsets == Offsets::values) return read_scale(from + bytes * output, layout.scale_type);
   uint16_t zero = 0;
@@ -39,7 +39,7 @@ inline float read_offset(const QuantLayout& layout, const char* group, int64_t o
   return -static_cast<float>(zero) * scale;
 }
 inline void write_offset(const QuantLayout& layout, char* group, int64_t output, float value) {
-  const int64_t bytes = layout.scale_type == ScaleType::fp32 ? 4 : 2;
+  const int64_t bytes = layout.bytes_per_scale();
   char* to = group + bytes * kBlockOutputs;
   if (layout.offsets == Offsets::values) return write_scale(value, to + bytes * output, layout.scale_type);
   const uint16_t zero = static_cast<uint16_t>(value);
@@ -50,7 +50,7 @@ inline void write_offset(const QuantLayout& layout, char* group, int64_t output,
 struct GroupScales {
   alignas(64) float values[2 * kBlockOutputs];
   GroupScales(const QuantLayout& layout, const char* from) {
-    const int bytes = layout.scale_type == ScaleType::fp32 ? 4 : 2;
+    const int64_t bytes = layout.bytes_per_scale();
     for (int i = 0; i < kBlockOutputs; ++i) values[i] = read_scale(from + bytes * i, layout.scale_type);
     for (int i = 0; layout.has_offsets() && i < kBlockOutputs; ++i)
       values[kBlockOutputs + i] = read_offset(layout, from, i, values[i]);

@@ -117,9 +117,10 @@ char* SharedMemory::place(int64_t rank) const {
   return data_ + places_offset(size_) + (static_cast<int64_t>(round_ % 2) * size_ + rank) * kPlaceBytes;
 }
 
-// Spins while the other is about to come, then lets other threads run, then sleeps and looks after it.
+// Spins while the other is about to come, then lets other threads run, then sleeps and looks after it. `rings`: whether
+// its bell announces what is waited for.
 template <class Arrived>
-void SharedMemory::wait(int64_t rank, double patience, std::atomic<uint32_t>* bell, const Arrived& arrived) const {
+void SharedMemory::wait(int64_t rank, double patience, bool rings, const Arrived& arrived) const {
   using Clock = std::chrono::steady_clock;
   for (int spin = 0; spin < 4096; ++spin) {
     if (arrived()) return;
@@ -136,21 +137,22 @@ void SharedMemory::wait(int64_t rank, double patience, std::atomic<uint32_t>* be
     if (waited() > patience)
       throw std::runtime_error("rank " + std::to_string(rank) + " of the group has not answered for " +
                                std::to_string(static_cast<int64_t>(waited())) + " s");
-    if (!bell) {
+    if (!rings) {
       nap();
       continue;
     }
-    const uint32_t value = bell->load();
-    ++books(rank).sleepers;
-    if (!arrived()) sleep_until_rung(*bell, value);
-    --books(rank).sleepers;
+    Books& other = books(rank);
+    const uint32_t value = other.bell.load();
+    ++other.sleepers;
+    if (!arrived()) sleep_until_rung(other.bell, value);
+    --other.sleepers;
   }
 }
 
 void SharedMemory::begin_round(double patience) {
   ++round_;
   for (int64_t rank = 0; round_ > 2 && rank < size_; ++rank)
-    wait(rank, patience, nullptr, [&] { return books(rank).read.load(std::memory_order_acquire) + 2 >= round_; });
+    wait(rank, patience, false, [&] { return books(rank).read.load(std::memory_order_acquire) + 2 >= round_; });
 }
 
 void SharedMemory::post() {
@@ -161,8 +163,8 @@ void SharedMemory::post() {
 }
 
 void SharedMemory::wait_for_post(int64_t rank, double patience) const {
-  Books& other = books(rank);
-  wait(rank, patience, &other.bell, [&] { return other.posted.load(std::memory_order_acquire) >= round_; });
+  const Books& other = books(rank);
+  wait(rank, patience, true, [&] { return other.posted.load(std::memory_order_acquire) >= round_; });
 }
 
 void SharedMemory::end_round() { books(rank_).read.store(round_, std::memory_order_release); }

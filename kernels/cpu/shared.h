@@ -46,7 +46,7 @@ class SharedMemory {
   void wait_for_post(int64_t rank, double patience) const;
   void end_round();
   template <class Arrived>
-  void wait(int64_t rank, double patience, std::atomic<uint32_t>* bell, const Arrived& arrived) const;
+  void wait(int64_t rank, double patience, bool rings, const Arrived& arrived) const;
   void write_parts(int64_t offset);
 
   const int64_t rank_, size_;
