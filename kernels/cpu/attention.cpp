@@ -13,6 +13,7 @@
 #include <limits>
 #include <vector>
 
+#include "key_block.h"
 #include "operators.h"
 #include "parallel.h"
 
@@ -21,6 +22,7 @@ namespace dynamoe_cpu {
 namespace {
 
 constexpr int64_t kStretch = 4 * kKeyBlock;
+
 constexpr int64_t kQueryRows = 48;  // rows × query heads of a task
 
 struct Task {
@@ -44,8 +46,19 @@ struct Plan {
         cells(ceil_div(call.channels, score_gemm.inputs_per_cell)),
         pieces(ceil_div(call.channels, kBlockOutputs)) {}
 
+  bool scores_directly() const {
+    return kernels.score_keys && dtype == Dtype::bf16 && call.channels % (16 * score_gemm.inputs_per_cell) == 0;
+  }
   int64_t first_visible(int64_t position) const {
     return call.window ? std::max<int64_t>(0, position - call.window + 1) : 0;
+  }
+  int64_t first_key(const Task& task) const { return first_visible(call.positions[task.first_row]); }
+  int64_t end_key(const Task& task) const { return call.positions[task.first_row + task.rows - 1] + 1; }
+  // What a task reads first.
+  void first_rows(const Task& task, KeyRows& rows) const {
+    KeyBlock block;
+    block.locate(call, task.sequence, first_key(task) / kKeyBlock * kKeyBlock, first_key(task), end_key(task));
+    block.rows_of(call, task.first_head, rows);
   }
   int64_t panel_bytes(int64_t queries) const {
     return queries * (cells * score_gemm.panel_cell_bytes +
@@ -69,41 +82,6 @@ void clear(const Partial& partial, int64_t queries) {
   std::memset(partial.data, 0, queries * (2 + partial.pieces * kBlockOutputs) * sizeof(float));
   for (int64_t q = 0; q < queries; ++q) partial.state(q)[0] = -std::numeric_limits<float>::infinity();
 }
-
-// Where the 64 keys and values from position `first` on lie, for head 0. Positions outside [low, high), which no row of
-// the task may see, are null: their pages may be gone, or not yet written.
-struct Block {
-  int64_t first;
-  const char* keys[kKeyBlock];
-  const char* values[kKeyBlock];
-
-  void locate(const AttentionCall& call, int64_t sequence, int64_t position, int64_t low, int64_t high) {
-    first = position;
-    std::memset(keys, 0, sizeof keys);
-    std::memset(values, 0, sizeof values);
-    const int32_t* table = call.block_table + sequence * call.block_table_stride;
-    const int64_t begin = std::max(low, first), end = std::min(high, first + kKeyBlock);
-    int64_t page = begin / call.page_size, offset = begin % call.page_size;
-    for (int64_t i = begin; i < end; ++i) {
-      keys[i - first] = static_cast<const char*>(call.keys.at(table[page], 0, offset));
-      values[i - first] = static_cast<const char*>(call.values.at(table[page], 0, offset));
-      if (++offset == call.page_size) {
-        offset = 0;
-        ++page;
-      }
-    }
-  }
-
-  // rows[0 … 63] keys, rows[64 … 127] values of a head.
-  void rows_of(const AttentionCall& call, int64_t head, const void** rows) const {
-    const int64_t key_bytes = head * call.keys.head_stride * element_bytes(call.keys.dtype);
-    const int64_t value_bytes = head * call.values.head_stride * element_bytes(call.values.dtype);
-    for (int i = 0; i < kKeyBlock; ++i) {
-      rows[i] = keys[i] ? keys[i] + key_bytes : nullptr;
-      rows[kKeyBlock + i] = values[i] ? values[i] + value_bytes : nullptr;
-    }
-  }
-};
 
 class Attend {
  public:
@@ -141,16 +119,26 @@ class Attend {
 
   int64_t queries() const { return queries_; }
   const Tiles& tiles() const { return tiles_; }
-  int64_t first_key() const { return plan_.first_visible(positions_[0]); }
-  int64_t end_key() const { return positions_[task_.rows - 1] + 1; }
+  int64_t first_key() const { return plan_.first_key(task_); }
+  int64_t end_key() const { return plan_.end_key(task_); }
 
-  // Takes one block of keys, as far as the rows may see it. `ahead`: where the rows of what comes next lie.
-  void take(const Block& block, const Partial& partial, const void* const* ahead) {
-    load(block, ahead);
+  // Takes one block of keys, from position `first` on, as far as the rows may see it. `ahead` is what comes next, or null.
+  void take(int64_t first, KeyRows& rows, const Partial& partial, const KeyRows* ahead) {
     const bool narrow = plan_.call.values.dtype == Dtype::int8;
-    if (narrow) ask_for(ahead + kKeyBlock, kKeyBlock);
-    for (int64_t t = 0; t < tiles_.count; ++t)
-      multiply(block.first, t, partial, t || narrow ? nullptr : ahead + kKeyBlock);
+    const bool direct = plan_.scores_directly() && queries_ <= kScoredRows;
+    if (direct) {
+      if (!sees(first, 0)) return;
+      plan_.kernels.score_keys(static_cast<int>(queries_), rows.keys(), static_cast<int>(plan_.cells),
+                               reinterpret_cast<const uint32_t*>(panel_), scores_, ahead ? ahead->keys() : nullptr);
+    } else {
+      load(rows, ahead);
+      if (narrow && ahead) ask_for(ahead->values(), kKeyBlock);
+    }
+    for (int64_t t = 0; t < tiles_.count; ++t) {
+      if (!sees(first, t)) continue;
+      if (!direct) score(t);
+      weigh(first, rows, t, partial, t || narrow || !ahead ? nullptr : ahead->values());
+    }
   }
 
   void join(const Partial& partial, const Partial& later) {
@@ -186,32 +174,22 @@ class Attend {
   }
 
  private:
-  // Keys of a block as weights of the score product, and where its values lie.
-  void load(const Block& block, const void* const* ahead) {
+  // Keys of a block as weights of the score product, and its values as `weigh` wants them.
+  void load(KeyRows& block, const KeyRows* ahead) {
     const AttentionCall& call = plan_.call;
     const int channels = static_cast<int>(call.channels);
-    const void* rows[2 * kKeyBlock];
-    block.rows_of(call, kv_head_, rows);
     float* wide = reinterpret_cast<float*>(keys_ + 2 * plan_.cells * kBlockOutputs);
-    if (call.keys.dtype == Dtype::int8) {
-      for (int i = 0; i < 2 * kKeyBlock; ++i, wide += channels) {
-        if (!rows[i]) continue;
-        plan_.kernels.decode_head(rows[i], wide, channels);
-        rows[i] = wide;
-      }
-    } else if (call.keys.dtype != plan_.dtype) {
-      for (int i = 0; i < kKeyBlock; ++i, wide += channels) {
-        if (!rows[i]) continue;
-        plan_.kernels.widen(static_cast<const uint16_t*>(rows[i]), wide, channels);
-        rows[i] = wide;
-      }
+    const bool coded = call.keys.dtype == Dtype::int8, widened = !coded && call.keys.dtype != plan_.dtype;
+    for (int i = 0; i < (coded ? 2 : widened ? 1 : 0) * kKeyBlock; ++i, wide += channels) {
+      if (coded) plan_.kernels.decode_head(block.rows[i], wide, channels);
+      else plan_.kernels.widen(static_cast<const uint16_t*>(block.rows[i]), wide, channels);
+      block.rows[i] = wide;
     }
-    std::memcpy(values_, rows + kKeyBlock, sizeof values_);
     constexpr int kPart = 16;  // of the keys, so that few requests wait at a time
     for (int i = 0; i < kKeyBlock; i += kPart) {
-      ask_for(ahead + i, kPart);
+      if (ahead) ask_for(ahead->keys() + i, kPart);
       uint32_t* half = keys_ + i / kBlockOutputs * plan_.cells * kBlockOutputs;
-      plan_.kernels.transpose_cells(half + i % kBlockOutputs, kBlockOutputs, rows + i, kPart,
+      plan_.kernels.transpose_cells(half + i % kBlockOutputs, kBlockOutputs, block.keys() + i, kPart,
                                     channels * element_bytes(plan_.dtype));
     }
   }
@@ -224,19 +202,26 @@ class Attend {
         __builtin_prefetch(static_cast<const char*>(rows[i]) + byte, 0, 2);
   }
 
-  void multiply(int64_t block, int64_t t, const Partial& partial, const void* const* ahead) {
-    const int size = tiles_.size(t);
-    const int cells = static_cast<int>(plan_.cells);
-    const char* panel = panel_ + tiles_.start(t) * plan_.cells * plan_.score_gemm.panel_cell_bytes;
+  // Whether a tile's rows see any of the 64 positions from `first` on.
+  bool sees(int64_t first, int64_t t) const {
     const int64_t first_position = positions_[tiles_.start(t) / plan_.group];
-    const int64_t last_position = positions_[(tiles_.start(t) + size - 1) / plan_.group];
-    if (last_position < block || plan_.first_visible(first_position) >= block + kKeyBlock) return;
-    float* scores = scores_;                           // [half][query][32]
-    float* probabilities = scores + size * kKeyBlock;  // [query][64]
-    const int64_t half_stride = size * kBlockOutputs;
+    const int64_t last_position = positions_[(tiles_.start(t + 1) - 1) / plan_.group];
+    return last_position >= first && plan_.first_visible(first_position) < first + kKeyBlock;
+  }
+
+  // Scores of a tile with the loaded keys, [half][query][32].
+  void score(int64_t t) {
+    const int size = tiles_.size(t), cells = static_cast<int>(plan_.cells);
+    const char* panel = panel_ + tiles_.start(t) * plan_.cells * plan_.score_gemm.panel_cell_bytes;
     for (int half = 0; half < 2; ++half)
-      plan_.score_gemm.run(size, panel, keys_ + half * cells * kBlockOutputs, cells, scores + half * half_stride, false,
-                           {panel, 0});
+      plan_.score_gemm.run(size, panel, keys_ + half * cells * kBlockOutputs, cells,
+                           scores_ + half * size * kBlockOutputs, false, {panel, 0});
+  }
+
+  void weigh(int64_t block, const KeyRows& keys, int64_t t, const Partial& partial, const void* const* ahead) {
+    const int size = tiles_.size(t);
+    float* probabilities = scores_ + size * kKeyBlock;  // [query][64]
+    const int64_t half_stride = size * kBlockOutputs;
     float* accumulator = partial.accumulator(queries_, tiles_, t);
     for (int r = 0; r < size; ++r) {
       const int64_t position = positions_[(tiles_.start(t) + r) / plan_.group];
@@ -245,13 +230,13 @@ class Attend {
       if (first >= last) {
         std::memset(probabilities + r * kKeyBlock, 0, kKeyBlock * sizeof(float));
       } else {
-        plan_.kernels.softmax_step(scores + r * kBlockOutputs, half_stride, static_cast<int>(first),
+        plan_.kernels.softmax_step(scores_ + r * kBlockOutputs, half_stride, static_cast<int>(first),
                                    static_cast<int>(last), plan_.call.scale, partial.state(tiles_.start(t) + r),
                                    probabilities + r * kKeyBlock, accumulator + r * kBlockOutputs,
                                    static_cast<int>(plan_.pieces), size * kBlockOutputs);
       }
     }
-    plan_.kernels.weigh_values(size, probabilities, values_, values_dtype(),
+    plan_.kernels.weigh_values(size, probabilities, keys.values(), keys.begin, keys.end, values_dtype(),
                                static_cast<int>(plan_.call.channels), accumulator, ahead);
   }
 
@@ -267,7 +252,6 @@ class Attend {
   Tiles tiles_;
   const int64_t* positions_;
   uint32_t* keys_;
-  const void* values_[kKeyBlock];
   float* scores_;
 };
 
@@ -285,22 +269,26 @@ class TaskHeads {
   int64_t end_stretch() const { return ceil_div(heads_[0].end_key(), kStretch); }
   int64_t state_floats() const { return static_cast<int64_t>(heads_.size()) * plan_.state_floats(heads_[0].queries()); }
 
-  // The results over one stretch of keys, into state_floats() floats.
-  void take_stretch(int64_t stretch, float* memory) {
+  // The results over one stretch of keys, into state_floats() floats. `after`: what is likely read when the task ends.
+  void take_stretch(int64_t stretch, float* memory, const KeyRows* after) {
     for (size_t h = 0; h < heads_.size(); ++h) clear(partial(memory, h), heads_[h].queries());
     const int64_t low = std::max(stretch * kStretch, heads_[0].first_key() / kKeyBlock * kKeyBlock);
     const int64_t high = std::min((stretch + 1) * kStretch, heads_[0].end_key());
-    Block block, following;
-    following.locate(plan_.call, task_.sequence, low, heads_[0].first_key(), heads_[0].end_key());
-    const void* ahead[2 * kKeyBlock];
+    const int64_t first_key = heads_[0].first_key(), end_key = heads_[0].end_key();
+    KeyBlock block, following;
+    following.locate(plan_.call, task_.sequence, low, first_key, end_key);
+    KeyRows rows[2];
+    int now = 0;
+    following.rows_of(plan_.call, task_.first_head, rows[now]);
     for (int64_t position = low; position < high; position += kKeyBlock) {
       block = following;
-      following.locate(plan_.call, task_.sequence, position + kKeyBlock, heads_[0].first_key(), heads_[0].end_key());
+      following.locate(plan_.call, task_.sequence, position + kKeyBlock, first_key, end_key);
       for (size_t h = 0; h < heads_.size(); ++h) {
-        const bool last = h + 1 == heads_.size();
-        (last ? following : block)
-            .rows_of(plan_.call, task_.first_head + (last ? 0 : static_cast<int64_t>(h) + 1), ahead);
-        heads_[h].take(block, partial(memory, h), ahead);
+        const bool last = h + 1 == heads_.size(), more = !last || !following.empty();
+        const int64_t head = task_.first_head + (last ? 0 : static_cast<int64_t>(h) + 1);
+        if (more) (last ? following : block).rows_of(plan_.call, head, rows[1 - now]);
+        heads_[h].take(position, rows[now], partial(memory, h), more ? &rows[1 - now] : after);
+        now = 1 - now;
       }
     }
   }
@@ -363,8 +351,11 @@ void attention(const Context& context, const AttentionCall& call) {
       float* total = scratch(Buffer::states).get<float>(2 * task.state_floats());
       float* part = total + task.state_floats();
       task.start(total);
+      const int64_t likely = i + context.threads;  // the next task of this thread
+      KeyRows after;
+      if (likely < num_tasks) plan.first_rows(tasks[likely], after);
       for (int64_t stretch = task.first_stretch(); stretch < task.end_stretch(); ++stretch) {
-        task.take_stretch(stretch, part);
+        task.take_stretch(stretch, part, likely < num_tasks ? &after : nullptr);
         task.join(total, part);
       }
       task.write(total);
@@ -374,7 +365,7 @@ void attention(const Context& context, const AttentionCall& call) {
   const int64_t floats = heads * plan.state_floats(widest * plan.group);
   float* memory = scratch(Buffer::output).get<float>(num_tasks * most_stretches * floats);
   for_each_task(context.threads, num_tasks * most_stretches, [&](int64_t i) {
-    TaskHeads(plan, tasks[i / most_stretches]).take_stretch(i % most_stretches, memory + i * floats);
+    TaskHeads(plan, tasks[i / most_stretches]).take_stretch(i % most_stretches, memory + i * floats, nullptr);
   });
   for_each_task(context.threads, num_tasks, [&](int64_t i) {
     TaskHeads task(plan, tasks[i]);

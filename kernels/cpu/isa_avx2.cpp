@@ -24,7 +24,7 @@ constexpr bool kPairs = false;
 
 }  // namespace
 
-KERNEL_TABLE(kAvx2Kernels, "avx2", 8, run_float<2>, kPlainQuant);
+KERNEL_TABLE(kAvx2Kernels, "avx2", 8, run_float<2>, kPlainQuant, nullptr);
 
 }  // namespace dynamoe_cpu
 #endif

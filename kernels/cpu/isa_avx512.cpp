@@ -24,7 +24,7 @@ constexpr int kCodesAhead = 4096;
 
 }  // namespace
 
-KERNEL_TABLE(kAvx512Kernels, "avx512", 8, run_float<2>, kPlainQuant);
+KERNEL_TABLE(kAvx512Kernels, "avx512", 8, run_float<2>, kPlainQuant, nullptr);
 
 }  // namespace dynamoe_cpu
 #endif

@@ -63,9 +63,54 @@ TARGET void run_pairs(int num_rows, const void* panel, const uint32_t* weights, 
   }
 }
 
+// Sixteen keys at a time are transposed in registers and multiplied at once, cell by cell as above.
+template <int kRows>
+TARGET void score_rows(const void* const* keys, int cells, const uint32_t* panel, float* scores,
+                       const void* const* ahead) {
+  constexpr int kGroups = kKeyBlock / 16;
+  __m512 sum[kGroups][kRows];
+#pragma GCC unroll 16
+  for (int g = 0; g < kGroups; ++g)
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) sum[g][r] = _mm512_setzero_ps();
+  for (int cell = 0; cell < cells; cell += 16) {
+#pragma GCC unroll 16
+    for (int g = 0; g < kGroups; ++g) {
+      __m512i key[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        if (ahead) _mm_prefetch(static_cast<const char*>(ahead[16 * g + i]) + 4 * cell, _MM_HINT_T1);
+        key[i] = _mm512_loadu_si512(static_cast<const char*>(keys[16 * g + i]) + 4 * cell);
+      }
+      transpose_16x16(key);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i)
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r)
+          sum[g][r] = _mm512_dpbf16_ps(sum[g][r], (__m512bh)key[i],
+                                       (__m512bh)_mm512_set1_epi32(static_cast<int>(panel[(cell + i) * kRows + r])));
+    }
+  }
+#pragma GCC unroll 16
+  for (int g = 0; g < kGroups; ++g)
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r)
+      _mm512_storeu_ps(scores + ((g / 2) * kRows + r) * kBlockOutputs + 16 * (g % 2), sum[g][r]);
+}
+
+template <int kRows = kScoredRows>
+TARGET void score_keys(int num_rows, const void* const* keys, int cells, const uint32_t* panel, float* scores,
+                       const void* const* ahead) {
+  if (num_rows == kRows) {
+    score_rows<kRows>(keys, cells, panel, scores, ahead);
+  } else if constexpr (kRows > 1) {
+    score_keys<kRows - 1>(num_rows, keys, cells, panel, scores, ahead);
+  }
+}
+
 }  // namespace
 
-KERNEL_TABLE(kAvx512Bf16Kernels, "avx512bf16", 4, run_pairs<>, kVnniQuant);
+KERNEL_TABLE(kAvx512Bf16Kernels, "avx512bf16", 4, run_pairs<>, kVnniQuant, score_keys<>);
 
 }  // namespace dynamoe_cpu
 #endif

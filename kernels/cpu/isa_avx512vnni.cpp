@@ -26,7 +26,7 @@ constexpr int kByteStride = 1;
 
 }  // namespace
 
-KERNEL_TABLE(kAvx512VnniKernels, "avx512vnni", 8, run_float<2>, kVnniQuant);
+KERNEL_TABLE(kAvx512VnniKernels, "avx512vnni", 8, run_float<2>, kVnniQuant, nullptr);
 
 }  // namespace dynamoe_cpu
 #endif

@@ -9,7 +9,7 @@
 #define SIMD_FN TARGET static inline __attribute__((always_inline))
 
 // The table that an instruction set's file ends with; the kernels come from the headers it included.
-#define KERNEL_TABLE(variable, name, bf16_panel_cell_bytes, run_bf16, quant_table)                \
+#define KERNEL_TABLE(variable, name, bf16_panel_cell_bytes, run_bf16, quant_table, score_keys)    \
   extern const Kernels variable = {                                                              \
       name,                                                                                      \
       {{kTileRows, 1, 4, pack_fp32, run_float<1>}, {kTileRows, 2, bf16_panel_cell_bytes, pack_bf16, run_bf16}}, \
@@ -19,6 +19,7 @@
       gated_rows,                                                                                \
       gated,                                                                                     \
       scaled_add,                                                                                \
+      score_keys,                                                                                \
       weigh_values,                                                                              \
       dots,                                                                                      \
       add,                                                                                       \

@@ -21,6 +21,6 @@ constexpr bool kPairs = false;
 
 }  // namespace
 
-KERNEL_TABLE(kPortableKernels, "portable", 8, run_float<2>, kPlainQuant);
+KERNEL_TABLE(kPortableKernels, "portable", 8, run_float<2>, kPlainQuant, nullptr);
 
 }  // namespace dynamoe_cpu

@@ -13,6 +13,7 @@ namespace dynamoe_cpu {
 constexpr int kBlockOutputs = 32;
 constexpr int kGatedOutputs = 16;  // a gated block holds 16 gate outputs, then the 16 up outputs that belong to them
 constexpr int kMaxTileRows = 12;
+constexpr int kScoredRows = 4;  // of a tile, up to which `score_keys` is asked
 constexpr int kKeyBlock = 64;  // keys that attention takes in one step, aligned to multiples of it
 
 // int8 is for keys and values in the cache only: a head's codes, then their scale.
@@ -134,10 +135,14 @@ struct Kernels {
   void (*scaled_add)(const float* tile, int num_rows, int width, const float* bias, const float* scales,
                      float* const* out);
 
-  // accumulator[piece][row][32] += sum over keys of probabilities[row][key] · values[key]; a null key counts nothing.
-  // Along the way it asks for the rows at ahead[0 … 63], if given: the values that come next.
-  void (*weigh_values)(int num_rows, const float* probabilities, const void* const* values, Dtype dtype, int channels,
-                       float* accumulator, const void* const* ahead);
+  // scores[half][row][32] = panel · keys[0 … 63] of bf16, the bits of `gemm[1].run` on the transposed keys, for few rows
+  // and whole lines; null where that is no faster. Asks for the rows at ahead[0 … 63], if given: the keys that come next.
+  void (*score_keys)(int num_rows, const void* const* keys, int cells, const uint32_t* panel, float* scores,
+                     const void* const* ahead);
+  // accumulator[piece][row][32] += sum over keys begin … end - 1 of probabilities[row][key] · values[key]. Asks for the
+  // rows at ahead[0 … 63], if given: the values that come next.
+  void (*weigh_values)(int num_rows, const float* probabilities, const void* const* values, int begin, int end,
+                       Dtype dtype, int channels, float* accumulator, const void* const* ahead);
 
   // out[row] = weights[row] · x. Sixteen running sums, joined in one order: the same bits on every processor.
   void (*dots)(const float* weights, int64_t stride, int64_t count, const float* x, int64_t n, float* out);

@@ -165,8 +165,8 @@ TARGET static void scaled_add(const float* tile, int num_rows, int width, const 
 // The second product of attention, values straight from the cache. `kPieces` pieces of 32 channels at once; the last
 // one may be ragged.
 template <int kRows, int kPieces, bool kRagged>
-TARGET static void weigh_pieces(const float* probabilities, const void* const* values, Dtype dtype, int first,
-                                int channels, float* accumulator, const void* const* ahead) {
+TARGET static void weigh_pieces(const float* probabilities, const void* const* values, int begin, int end,
+                                Dtype dtype, int first, int channels, float* accumulator, const void* const* ahead) {
   constexpr int kVectors = kPassVectors;
   constexpr int kPassOutputs = kVectors * Vec::kLanes;
   for (int o = 0; o < kBlockOutputs; o += kPassOutputs) {
@@ -179,11 +179,14 @@ TARGET static void weigh_pieces(const float* probabilities, const void* const* v
 #pragma GCC unroll 16
         for (int v = 0; v < kVectors; ++v)
           sum[p][r][v] = Vec::load(out + (p * kRows + r) * kBlockOutputs + v * Vec::kLanes);
-    for (int key = 0; key < kKeyBlock; ++key) {
-      if (ahead)
-        for (int byte = 0; byte < channels * element_bytes(dtype); byte += 64)
-          __builtin_prefetch(static_cast<const char*>(ahead[key]) + byte, 0, kAheadLocality);
-      if (!values[key]) continue;
+    const auto ask_for = [&](int key) __attribute__((always_inline)) {
+      for (int byte = 0; byte < channels * element_bytes(dtype); byte += 64)
+        __builtin_prefetch(static_cast<const char*>(ahead[key]) + byte, 0, kAheadLocality);
+    };
+    for (int key = 0; ahead && key < begin; ++key) ask_for(key);
+    for (int key = end; ahead && key < kKeyBlock; ++key) ask_for(key);
+    for (int key = begin; key < end; ++key) {
+      if (ahead) ask_for(key);
       const float* weight = probabilities + key;
 #pragma GCC unroll 16
       for (int p = 0; p < kPieces; ++p)
@@ -213,18 +216,18 @@ TARGET static void weigh_pieces(const float* probabilities, const void* const* v
 }
 
 template <int kRows = kTileRows>
-TARGET static void weigh_values(int num_rows, const float* probabilities, const void* const* values, Dtype dtype,
-                                int channels, float* accumulator, const void* const* ahead) {
+TARGET static void weigh_values(int num_rows, const float* probabilities, const void* const* values, int begin,
+                                int end, Dtype dtype, int channels, float* accumulator, const void* const* ahead) {
   if (num_rows == kRows) {
     constexpr int kPieces = 2 * kRows <= kTileRows ? 2 : 1;
     int c = 0;
     for (; c + kPieces * kBlockOutputs <= channels; c += kPieces * kBlockOutputs)
-      weigh_pieces<kRows, kPieces, false>(probabilities, values, dtype, c, channels, accumulator + c * kRows,
-                                          c ? nullptr : ahead);
+      weigh_pieces<kRows, kPieces, false>(probabilities, values, begin, end, dtype, c, channels,
+                                          accumulator + c * kRows, c ? nullptr : ahead);
     for (; c < channels; c += kBlockOutputs)
-      weigh_pieces<kRows, 1, true>(probabilities, values, dtype, c, channels, accumulator + c * kRows,
+      weigh_pieces<kRows, 1, true>(probabilities, values, begin, end, dtype, c, channels, accumulator + c * kRows,
                                    c ? nullptr : ahead);
   } else if constexpr (kRows > 1) {
-    weigh_values<kRows - 1>(num_rows, probabilities, values, dtype, channels, accumulator, ahead);
+    weigh_values<kRows - 1>(num_rows, probabilities, values, begin, end, dtype, channels, accumulator, ahead);
   }
 }
