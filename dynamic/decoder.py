@@ -21,6 +21,7 @@ from ..kernels.torch_backend import TorchBackend
 from ..kernels.types import AttentionBatch, ExitDecision, ExpertBudget, ExpertWeights, KVLayer, LinearWeights, Routing
 from .decoder_exits import DecoderExit
 from .engine.kv_cache import allocate_layers, copy_pages
+from .inference import in_inference_mode
 from .outputs import Exchange
 from .rope import rope_table
 from .spec import LayerSpec, ModelSpec, MoESpec
@@ -132,7 +133,7 @@ class Decoder:
         """Copy whole pages, (from, to), in all layers."""
         copy_pages(kv, copies)
 
-    @torch.inference_mode()
+    @in_inference_mode
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         """Embeddings of tokens (int64): the residual stream's beginning, float32, (T, D).
 
@@ -140,14 +141,14 @@ class Decoder:
         where one step of bfloat16 is larger than what most layers add.
         """
         if self.embedding_VD is None:
-            x_TD = self.backend.weight_rows(self.lm_head, token_ids_T).float()
-        elif isinstance(self.embedding_VD, QuantizedWeight):
+            return self.backend.embed(self.lm_head, token_ids_T, self.spec.embedding_scale)
+        if isinstance(self.embedding_VD, QuantizedWeight):
             x_TD = self.embedding_VD.take(token_ids_T).dequantize()
         else:
             x_TD = F.embedding(token_ids_T, self.embedding_VD).float()
         return x_TD if self.spec.embedding_scale == 1.0 else x_TD * self.spec.embedding_scale
 
-    @torch.inference_mode()
+    @in_inference_mode
     def run_segment(
         self,
         segment: Segment,
@@ -193,7 +194,7 @@ class Decoder:
         pending_TD = pending_TD.to(x_TD.dtype)
         return x_TD + (pending_TD if spec.residual_scale == 1.0 else pending_TD * spec.residual_scale)
 
-    @torch.inference_mode()
+    @in_inference_mode
     def run_with_exits(
         self,
         x_TD: torch.Tensor,
@@ -211,7 +212,7 @@ class Decoder:
         self.reserve_positions(batch.max_context_len)
         return self.stack.run_with_exits(x_TD, kv, self.cos_sin_LC, batch, thresholds_NT, budget)
 
-    @torch.inference_mode()
+    @in_inference_mode
     def decide(
         self,
         exit: DecoderExit,
@@ -224,13 +225,13 @@ class Decoder:
         assert exit.probe is not None
         return self.backend.exit_decide(x_RD, exit.probe, thresholds_R, previous_RD, router_entropy_R)
 
-    @torch.inference_mode()
+    @in_inference_mode
     def read_out(self, exit: DecoderExit, x_RD: torch.Tensor) -> torch.Tensor:
         """What rows that leave at an exit hand to :meth:`logits`: their residual stream, through the exit's adapter."""
         inner_RJ = self.backend.linear(x_RD.to(self.dtype), exit.down)
         return x_RD + self.backend.linear(inner_RJ, exit.up)
 
-    @torch.inference_mode()
+    @in_inference_mode
     def project(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
         """Write the keys and values of the layers behind an exit, made of the residual stream at the exit.
 
@@ -246,12 +247,11 @@ class Decoder:
         eps, clip = self.spec.norm_eps, self.spec.clip_qkv
         self.backend.project_kv(x_RD, exit.projections, kv, self.cos_sin_LC, batch, norm_eps=eps, clip=clip)
 
-    @torch.inference_mode()
+    @in_inference_mode
     def logits(self, x_RD: torch.Tensor) -> torch.Tensor:
         """Final norm and LM head on the rows given: float32, (R, V)."""
-        normed_RD = self.backend.rms_norm(x_RD, self.final_norm_D, self.spec.norm_eps)
-        logits_RV = self.backend.logits_linear(normed_RD, self.lm_head)
-        return logits_RV if self.spec.logits_divisor == 1.0 else logits_RV / self.spec.logits_divisor
+        spec = self.spec
+        return self.backend.logits(x_RD, self.final_norm_D, spec.norm_eps, self.lm_head, spec.logits_divisor)
 
     def exchange(self) -> Exchange | None:
         """What went between the processes that share the model, so far; None where there is one."""

@@ -10,7 +10,7 @@ import torch
 from .cpu_quant import CpuQuantExperts, CpuQuantLinear
 from .router_spec import SCORES
 from .stack import StackExit, StackLayer, StackResult, StackShape
-from .types import AttentionBatch, ExpertBudget, KVLayer, LinearWeights
+from .types import AttentionBatch, ExpertBudget, KVLayer, KVLayers, LinearWeights
 
 if TYPE_CHECKING:
     from .cpu_backend import CpuBackend
@@ -38,6 +38,7 @@ class CpuStack:
             shape.residual_scale,
             shape.attention_scale,
         )
+        self._channels = shape.head_dim
         self._counts: dict[int, torch.Tensor] = {}  # by rows
         for layer in layers:
             self._add_layer(layer)
@@ -108,7 +109,7 @@ class CpuStack:
     ) -> torch.Tensor:
         places, limits = _places(batch), _limits(budget)
         return self._handle.run(
-            x_TD, layers.start, layers.stop, *_caches(kv), cos_sin_LC, *places, router_entropy_T, *limits
+            x_TD, layers.start, layers.stop, self._cache(kv), cos_sin_LC, *places, router_entropy_T, *limits
         )
 
     def run_with_exits(
@@ -125,9 +126,19 @@ class CpuStack:
         if counts is None:
             counts = self._counts[rows] = torch.empty(rows + 3 * num_exits + 1, dtype=torch.int64)
         out_TD = self._handle.run_with_exits(
-            x_TD, *_caches(kv), cos_sin_LC, *_places(batch), thresholds_NT, counts, *_limits(budget)
+            x_TD, self._cache(kv), cos_sin_LC, *_places(batch), thresholds_NT, counts, *_limits(budget)
         )
         return StackResult(out_TD, counts)
+
+    def _cache(self, kv: Sequence[KVLayer]) -> Any:
+        """Checked once: with tens of layers that takes longer than a small layer."""
+        native = kv.native if isinstance(kv, KVLayers) else None
+        if native is None:
+            pairs = [layer.keys_BGPC for layer in kv], [layer.values_BGPC for layer in kv]
+            native = torch.classes.dynamoe_cpu.Cache(*pairs, self._channels)
+            if isinstance(kv, KVLayers):
+                kv.native = native
+        return native
 
 
 def _layout(linear: LinearWeights) -> list[int]:
@@ -136,10 +147,6 @@ def _layout(linear: LinearWeights) -> list[int]:
 
 def _limits(budget: ExpertBudget | None) -> tuple[torch.Tensor | None, ...]:
     return (None, None, None) if budget is None else (budget.keep_TL, budget.cap_TL, budget.skipped_T)
-
-
-def _caches(kv: Sequence[KVLayer]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    return [layer.keys_BGPC for layer in kv], [layer.values_BGPC for layer in kv]
 
 
 def _places(batch: AttentionBatch) -> tuple[torch.Tensor, ...]:

@@ -95,6 +95,22 @@ class TorchBackend:
         """A quantised weight as this backend keeps it."""
         return weight.to(self.device)
 
+    def logits(
+        self, x_TD: torch.Tensor, norm_D: torch.Tensor, eps: float, weights: LinearWeights, divisor: float
+    ) -> torch.Tensor:
+        """Final norm, :meth:`logits_linear`, and the division by ``divisor``: float32, (T, V).
+
+        Arguments:
+            x_TD: the residual stream, float32.
+        """
+        logits_TV = self.logits_linear(self.rms_norm(x_TD, norm_D, eps), weights)
+        return logits_TV if divisor == 1.0 else logits_TV.div_(divisor)
+
+    def embed(self, weights: LinearWeights, ids_T: torch.Tensor, scale: float) -> torch.Tensor:
+        """:meth:`weight_rows` times ``scale``, float32: embeddings of a model whose head is tied to them."""
+        rows_TD = self.weight_rows(weights, ids_T).float()
+        return rows_TD if scale == 1.0 else rows_TD * scale
+
     def weight_rows(self, weights: LinearWeights, ids_T: torch.Tensor) -> torch.Tensor:
         """Rows of a weight as they were packed, (T, I): the embedding of a model whose LM head is tied to it."""
         if isinstance(weights.data, QuantLinear):

@@ -143,6 +143,12 @@ class KVLayer:
         return self.keys_BGPC.shape[2]
 
 
+class KVLayers(list[KVLayer]):
+    """The cache of all layers, which stay the same. ``native`` is what a backend has made of them, to be used again."""
+
+    native: Any = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttentionBatch:
     """Where the rows of a step live. All tensors are on the model's device.

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ...kernels.kv_codes import stored_channels
-from ...kernels.types import KVLayer
+from ...kernels.types import KVLayer, KVLayers
 from .config import EngineConfig
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def allocate_layers(
     dtype: torch.dtype,
     device: torch.device,
     scales_behind_page: bool = False,
-) -> list[KVLayer]:
+) -> KVLayers:
     """Zeroed keys and values of every layer: attention multiplies slots it must not see by zero, so no slot is NaN.
 
     Arguments:
@@ -104,7 +104,7 @@ def allocate_layers(
     shape = (num_pages, spec.num_kv_heads, page_size, stored_channels(spec.head_dim, dtype))
     zeros = _lazy_zeros if device.type == "cpu" else torch.zeros
     pairs = [[zeros(shape, dtype=dtype, device=device) for _ in range(2)] for _ in range(spec.num_layers)]
-    return [KVLayer(keys_BGPC=k, values_BGPC=v, scales_behind_page=scales_behind_page) for k, v in pairs]
+    return KVLayers(KVLayer(keys_BGPC=k, values_BGPC=v, scales_behind_page=scales_behind_page) for k, v in pairs)
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

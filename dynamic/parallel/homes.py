@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ...kernels.types import AttentionBatch, KVLayer
+from ...kernels.types import AttentionBatch, KVLayer, KVLayers
 from .context import ParallelContext
 
 
-class SharedCache(list[KVLayer]):
+class SharedCache(KVLayers):
     """One rank's share of a cache that all ranks know by its number.
 
     Arguments:

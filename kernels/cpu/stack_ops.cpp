@@ -14,6 +14,39 @@ namespace {
 
 using Tensors = std::vector<Tensor>;
 
+// The caches of all layers, checked once.
+class CacheHolder : public torch::CustomClassHolder {
+ public:
+  CacheHolder(Tensors keys, Tensors values, int64_t channels) : keys_(std::move(keys)), values_(std::move(values)) {
+    TORCH_CHECK_VALUE(!keys_.empty() && values_.size() == keys_.size(), "there must be keys and values of every layer");
+    channels_ = channels;
+    caches_.page_size = keys_[0].size(2);
+    for (size_t layer = 0; layer < keys_.size(); ++layer) {
+      caches_.keys.push_back(cache_of(keys_[layer], channels, "keys"));
+      caches_.values.push_back(cache_of(values_[layer], channels, "values"));
+      TORCH_CHECK_VALUE(keys_[layer].sizes() == keys_[0].sizes() && values_[layer].sizes() == keys_[0].sizes(),
+                        "a cache of shape ", keys_[layer].sizes(), " is not like that of the first layer");
+    }
+  }
+
+  size_t layers() const { return keys_.size(); }
+  const Tensor& first() const { return keys_[0]; }
+  const Caches& with(const Tensor& cos_sin, int64_t channels) {
+    TORCH_CHECK_VALUE(channels == channels_ && cos_sin.dim() == 2 && cos_sin.size(1) == channels,
+                      "rotary table of shape ", cos_sin.sizes(), " or a cache of ", channels_,
+                      " channels does not fit heads of ", channels);
+    caches_.cos_sin = contiguous_data<float>(cos_sin, at::kFloat, "cos_sin");
+    return caches_;
+  }
+
+ private:
+  Tensors keys_, values_;
+  int64_t channels_;
+  Caches caches_;
+};
+
+using CachePointer = c10::intrusive_ptr<CacheHolder>;
+
 class StackHolder : public torch::CustomClassHolder {
  public:
   StackHolder(int64_t isa, at::ScalarType dtype, std::vector<int64_t> sizes, bool norm_per_head, double eps,
@@ -129,15 +162,15 @@ class StackHolder : public torch::CustomClassHolder {
     stack_.add_up = [group, dtype = stack_.shape.dtype](void* x, int64_t count) { group->add_up(x, x, count, dtype); };
   }
 
-  Tensor run(Tensor x, int64_t first, int64_t last, const Tensors& keys, const Tensors& values, const Tensor& cos_sin,
+  Tensor run(Tensor x, int64_t first, int64_t last, const CachePointer& cache, const Tensor& cos_sin,
              const Tensor& positions, const Tensor& slots, const Tensor& query_start, const Tensor& context_len,
              const Tensor& block_table, const OptionalTensor& entropy, const OptionalTensor& keep,
              const OptionalTensor& cap, const OptionalTensor& skipped) {
     TORCH_CHECK_VALUE(0 <= first && first <= last && last <= static_cast<int64_t>(stack_.blocks.size()), "layers ", first,
                       " … ", last, " are not those of a model of ", stack_.blocks.size());
     x = stream(x);
-    const Caches caches = caches_of(keys, values, cos_sin);
-    Places places = places_of(x.size(0), keys[0], cos_sin, positions, slots, query_start, context_len, block_table);
+    const Caches& caches = caches_of(*cache, cos_sin);
+    Places places = places_of(x.size(0), cache->first(), cos_sin, positions, slots, query_start, context_len, block_table);
     places.budget = budget_of(x.size(0), keep, cap, skipped);
     TORCH_CHECK_VALUE(!entropy || entropy->numel() == x.size(0), "entropy must have one entry per row");
     run_layers(context_of(isa_), stack_, first, last, static_cast<float*>(x.data_ptr()), places, caches,
@@ -147,20 +180,20 @@ class StackHolder : public torch::CustomClassHolder {
 
   // What each row hands to the LM head. `counts` takes, in one piece: the depth of each row; per exit how many rows
   // decided and how many of them went on; rows launched between exits.
-  Tensor run_with_exits(Tensor x, const Tensors& keys, const Tensors& values, const Tensor& cos_sin,
+  Tensor run_with_exits(Tensor x, const CachePointer& cache, const Tensor& cos_sin,
                         const Tensor& positions, const Tensor& slots, const Tensor& query_start,
                         const Tensor& context_len, const Tensor& block_table, const Tensor& thresholds,
                         const Tensor& counts, const OptionalTensor& keep, const OptionalTensor& cap,
                         const OptionalTensor& skipped) {
     x = stream(x);
     const int64_t rows = x.size(0), exits = static_cast<int64_t>(stack_.exits.size());
-    const Caches caches = caches_of(keys, values, cos_sin);
+    const Caches& caches = caches_of(*cache, cos_sin);
     TORCH_CHECK_VALUE(thresholds.dim() == 2 && thresholds.size(0) == exits && thresholds.size(1) == rows,
                       "thresholds must have one entry for each of ", exits, " exits and ", rows, " rows");
     TORCH_CHECK_VALUE(counts.numel() == rows + 3 * exits + 1, "counts must have ", rows + 3 * exits + 1, " entries");
     Tensor out = x;
     ExitsCall call{static_cast<float*>(x.data_ptr()),
-                   places_of(rows, keys[0], cos_sin, positions, slots, query_start, context_len, block_table)};
+                   places_of(rows, cache->first(), cos_sin, positions, slots, query_start, context_len, block_table)};
     call.places.budget = budget_of(rows, keep, cap, skipped);
     call.thresholds = contiguous_data<float>(thresholds, at::kFloat, "thresholds");
     call.out = [&] {
@@ -213,21 +246,12 @@ class StackHolder : public torch::CustomClassHolder {
     return x.contiguous();
   }
 
-  Caches caches_of(const Tensors& keys, const Tensors& values, const Tensor& cos_sin) const {
+  const Caches& caches_of(CacheHolder& cache, const Tensor& cos_sin) const {
     const Shape& shape = stack_.shape;
-    TORCH_CHECK_VALUE(!keys.empty() && keys.size() == stack_.blocks.size() && values.size() == keys.size(),
-                      "there must be one cache per layer");
-    TORCH_CHECK_VALUE(cos_sin.dim() == 2 && cos_sin.size(1) == shape.channels, "rotary table of shape ",
-                      cos_sin.sizes(), " does not fit heads of ", shape.channels);
-    Caches caches{{}, {}, keys[0].size(2), contiguous_data<float>(cos_sin, at::kFloat, "cos_sin")};
-    for (size_t layer = 0; layer < keys.size(); ++layer) {
-      caches.keys.push_back(cache_of(keys[layer], shape.channels, "keys"));
-      caches.values.push_back(cache_of(values[layer], shape.channels, "values"));
-      TORCH_CHECK_VALUE(keys[layer].sizes() == keys[0].sizes() && values[layer].sizes() == keys[0].sizes() &&
-                            keys[layer].size(1) == shape.kv_heads,
-                        "a cache of shape ", keys[layer].sizes(), " does not fit the model");
-    }
-    return caches;
+    TORCH_CHECK_VALUE(cache.layers() == stack_.blocks.size(), "there must be one cache per layer");
+    TORCH_CHECK_VALUE(cache.first().size(1) == shape.kv_heads, "a cache of shape ", cache.first().sizes(),
+                      " does not fit the model");
+    return cache.with(cos_sin, shape.channels);
   }
 
   Budget budget_of(int64_t rows, const OptionalTensor& keep, const OptionalTensor& cap,
@@ -283,6 +307,7 @@ TORCH_LIBRARY_FRAGMENT(dynamoe_cpu, m) {
       .def("gather", &SharedGroup::gather)
       .def("begin_swap", &SharedGroup::begin_swap)
       .def("finish_swap", &SharedGroup::finish_swap);
+  m.class_<CacheHolder>("Cache").def(torch::init<Tensors, Tensors, int64_t>());
   m.class_<StackHolder>("Stack")
       .def(torch::init<int64_t, at::ScalarType, std::vector<int64_t>, bool, double, double, double>())
       .def("add_layer", &StackHolder::add_layer)
