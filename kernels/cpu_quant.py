@@ -42,7 +42,9 @@ class CpuQuantLinear:
 
     def rows(self, ids_T: torch.Tensor) -> torch.Tensor:
         """Rows of the weight, dequantised, (T, I), float32."""
-        return torch.ops.dynamoe_cpu.quant_rows.default(self.isa, self.packed, ids_T + self.skip if self.skip else ids_T, self.layout)
+        if self.skip:
+            ids_T = ids_T + self.skip
+        return torch.ops.dynamoe_cpu.quant_rows.default(self.isa, self.packed, ids_T, self.layout)
 
     def tail(self, start: int) -> CpuQuantLinear:
         """The layer that computes the outputs from ``start`` on; it shares this one's memory."""

@@ -51,6 +51,10 @@ def test_linear(backend: CpuBackend, edge: str, with_bias: bool):
     assert_near(logits, expected, torch.float32)
     ids = torch.randint(outputs, (9,))
     assert torch.equal(backend.weight_rows(packed, ids), weight[ids])
+    assert torch.equal(backend.embed(packed, ids, 12.0), weight[ids].float() * 12.0)
+    stream, norm = torch.randn(rows, inputs), torch.rand(inputs).to(backend.dtype)
+    logits = backend.logits_linear(backend.rms_norm(stream, norm, 1e-5), packed) / 6.0
+    assert torch.equal(backend.logits(stream, norm, 1e-5, packed, 6.0), logits)
 
 
 def test_linear_takes_rows_that_lie_apart_and_weights_that_are_views(backend: CpuBackend):

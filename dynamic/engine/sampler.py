@@ -39,20 +39,18 @@ def sample(logits_RV: torch.Tensor, sequences: list[Sequence]) -> list[int]:
     if any(edits_logits(s) for s in sequences):
         edit_logits(logits_RV, sequences)
     drawn = [row for row, s in enumerate(sequences) if not s.request.params.greedy]
-    if not drawn:
-        tokens_R, best_R = first_best(logits_RV)
+    mixed = len(drawn) < len(sequences)
+    if mixed:
+        tokens, best = first_best(logits_RV)
     else:
-        best_R = logits_RV.amax(-1)
+        tokens, best = [NO_TOKEN] * len(sequences), logits_RV.amax(-1).tolist()
+    if drawn:
         params = [sequences[row].request.params for row in drawn]
         draws_R = torch.tensor([sequences[row].draw() for row in drawn], dtype=torch.float64, device=logits_RV.device)
-        if len(drawn) == len(sequences):
-            tokens_R = draw_tokens(logits_RV, params, draws_R)
-        else:
-            tokens_R, _ = first_best(logits_RV)
-            rows_R = torch.tensor(drawn, device=logits_RV.device)
-            tokens_R[rows_R] = draw_tokens(logits_RV[rows_R], params, draws_R)
-    pairs = zip(tokens_R.tolist(), best_R.tolist(), strict=True)
-    return [token if math.isfinite(best) else NO_TOKEN for token, best in pairs]
+        rows_RV = logits_RV[torch.tensor(drawn, device=logits_RV.device)] if mixed else logits_RV
+        for row, token in zip(drawn, draw_tokens(rows_RV, params, draws_R).tolist(), strict=True):
+            tokens[row] = token
+    return [token if math.isfinite(value) else NO_TOKEN for token, value in zip(tokens, best, strict=True)]
 
 
 def draw_tokens(logits_RV: torch.Tensor, params: list[SamplingParams], draws_R: torch.Tensor) -> torch.Tensor:

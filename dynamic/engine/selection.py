@@ -5,7 +5,6 @@ Shape suffixes: R rows, V vocabulary, X blocks of a row, C entries of a block, N
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 BLOCK = 64
@@ -48,14 +47,14 @@ def block_sums(values_RV: torch.Tensor) -> torch.Tensor:
     return torch.stack(sums).double()
 
 
-def first_best(values_RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The place of each row's largest entry, the first of equals, int64, and the entry, both (R,).
+def first_best(values_RV: torch.Tensor) -> tuple[list[int], list[float]]:
+    """The place of each row's largest entry, the first of equals, and the entry.
 
     NaN counts as the largest.
     """
     if values_RV.device.type == "cpu":  # numpy's search is vectorised, torch's is not
         values = values_RV.numpy()
-        places_R = values.argmax(-1)
-        return torch.from_numpy(places_R), torch.from_numpy(values[np.arange(len(values)), places_R])
+        places = [int(row_V.argmax()) for row_V in values]
+        return places, [float(row_V[place]) for row_V, place in zip(values, places, strict=True)]
     places_R = values_RV.argmax(-1)
-    return places_R, values_RV.gather(1, places_R[:, None])[:, 0]
+    return places_R.tolist(), values_RV.gather(1, places_R[:, None])[:, 0].tolist()

@@ -5,6 +5,7 @@ Shape suffixes as in ``kernels/types.py``; R some of the T rows.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 
 import numpy as np
@@ -54,10 +55,7 @@ class StepRows:
         a hundred rows in plain Python."""
         positions = [start for _, start, _ in runs]
         width = max(positions) // page_size + 1
-        self._table_SM = np.array(
-            [(s.pages[:width] if len(s.pages) >= width else [*s.pages, *[0] * (width - len(s.pages))]) for s, _, _ in runs],
-            dtype=np.int32,
-        )
+        self._table_SM = np.array([_padded(s.pages[:width], width) for s, _, _ in runs], dtype=np.int32)
         slots = [s.pages[start // page_size] * page_size + start % page_size for s, start, _ in runs]
         self._positions_T = np.array(positions, dtype=np.int64)
         self._slots_T = np.array(slots, dtype=np.int64)
@@ -125,6 +123,10 @@ class StepRows:
 
     def _move(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
+
+
+def _padded(pages: array[int], width: int) -> array[int]:
+    return pages if len(pages) == width else pages + array("i", [0]) * (width - len(pages))
 
 
 def _runs(entries: list[Entry]) -> Iterator[tuple[Sequence, int, int]]:

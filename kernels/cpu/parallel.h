@@ -46,6 +46,32 @@ void for_each_light_row(int threads, int64_t rows, int64_t width, const Body& bo
   for_each_row(threads, rows, body, ceil_div(8192, width));
 }
 
+// [0, items) in pieces for threads that take the next whenever they are free: large ones first and single items at the end,
+// so that all finish at nearly the same time, and what a thread reads lies in few stretches. None crosses a multiple of
+// `part`.
+class Pieces {
+ public:
+  Pieces(int64_t items, int64_t part, int threads) : items_(items), part_(part), share_(2 * threads) {}
+  bool take(int64_t& first, int64_t& last) {
+    first = next_.load(std::memory_order_relaxed);
+    do {
+      if (first >= items_) return false;
+      const int64_t size = ceil_div(items_ - first, share_), rest = part_ - first % part_;
+      last = first + (size < rest ? size : rest);
+    } while (!next_.compare_exchange_weak(first, last, std::memory_order_relaxed));
+    return true;
+  }
+  // What is taken next, most likely by the thread that asks; -1 if nothing is left.
+  int64_t likely() const {
+    const int64_t next = next_.load(std::memory_order_relaxed);
+    return next < items_ ? next : -1;
+  }
+
+ private:
+  const int64_t items_, part_, share_;
+  std::atomic<int64_t> next_{0};
+};
+
 // `rows` rows in the fewest tiles of at most `most` rows, as even as possible.
 struct Tiles {
   int64_t rows;

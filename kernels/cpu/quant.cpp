@@ -128,14 +128,13 @@ void quant_linear(const Context& context, const QuantLinearCall& call) {
   const QuantProduct product(kernels, weights.layout, call.x.dtype);
   const int64_t blocks = weights.layout.blocks();
   const Tiles chunks(call.rows, product.most_rows());
-  const int64_t groups = std::min(blocks, ceil_div(4 * context.threads, chunks.count));
-  std::atomic<int64_t> next{0};
+  Pieces pieces(chunks.count * blocks, blocks, context.threads);
   on_all_threads(context.threads, [&] {
     char* panel = scratch(Buffer::rows).get<char>((chunks.size(0) + 1) * product.row_bytes());
     float* tile = scratch(Buffer::scores).get<float>((chunks.size(0) + 1) * kBlockOutputs);
-    int64_t packed = -1;
-    for (int64_t task = next.fetch_add(1); task < chunks.count * groups; task = next.fetch_add(1)) {
-      const int64_t chunk = task / groups, group = task % groups, first_row = chunks.start(chunk);
+    int64_t packed = -1, first, last;
+    while (pieces.take(first, last)) {
+      const int64_t chunk = first / blocks, first_row = chunks.start(chunk);
       const Tiles tiles(chunks.size(chunk), product.tile_rows());
       for (int64_t t = 0; packed != chunk && t < tiles.count; ++t) {
         const void* rows[kMaxTileRows];
@@ -143,15 +142,11 @@ void quant_linear(const Context& context, const QuantLinearCall& call) {
         product.pack(panel + tiles.start(t) * product.row_bytes(), rows, tiles.size(t), call.x.dtype);
       }
       packed = chunk;
-      const int64_t first_block = blocks * group / groups;
-      const int64_t last_block = blocks * (group + 1) / groups;
-      for (int64_t block = first_block; block < last_block; ++block) {
-        const int64_t output = block * kBlockOutputs;
-        // The next task will most likely be this thread's.
-        const int64_t likely = next.load(std::memory_order_relaxed);
-        const bool known = block + 1 == last_block && likely < chunks.count * groups;
-        product.multiply(panel, tiles, weights.block(block), block == first_block,
-                         known ? weights.block(blocks * (likely % groups) / groups) : nullptr, tile);
+      for (int64_t item = first; item < last; ++item) {
+        const int64_t block = item % blocks, output = block * kBlockOutputs;
+        const int64_t likely = item + 1 == last ? pieces.likely() : -1;
+        product.multiply(panel, tiles, weights.block(block), item == first,
+                         likely >= 0 ? weights.block(likely % blocks) : nullptr, tile);
         kernels.store(tile, static_cast<int>(tiles.rows),
                       static_cast<int>(std::min<int64_t>(kBlockOutputs, weights.layout.outputs - output)),
                       weights.bias ? weights.bias + output : nullptr,

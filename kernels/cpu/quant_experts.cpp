@@ -33,15 +33,13 @@ void gate_and_up(const Context& context, const ExpertsCall& call, const QuantWei
                  const QuantProduct& product, const QuantProduct& down, const Plan& plan, char* panels) {
   const ExpertLayout& layout = call.layout;
   const int64_t width = layout.gate_blocks() * kGatedOutputs, blocks = layout.gate_blocks();
-  const int64_t groups = groups_per_chunk(context, plan.chunks.size(), blocks);
-  const int64_t tasks = groups * static_cast<int64_t>(plan.chunks.size());
   float* hidden = scratch(Buffer::hidden).get<float>(static_cast<int64_t>(plan.slots.size()) * width);
   const int64_t row_bytes = product.row_bytes();
   char* digits = scratch(Buffer::digits).get<char>(product.digits() ? call.rows * row_bytes : 0);
   for_each_row(context.threads, product.digits() ? call.rows : 0,
                [&](int64_t row) { product.make_digits(digits + row * row_bytes, call.x.at(row), call.x.dtype); });
   std::vector<std::atomic<int64_t>> finished(plan.chunks.size());
-  std::atomic<int64_t> next{0};
+  Pieces pieces(blocks * static_cast<int64_t>(plan.chunks.size()), blocks, context.threads);
   on_all_threads(context.threads, [&] {
     const Chunk* packed = nullptr;
     char* panel = nullptr;
@@ -51,8 +49,9 @@ void gate_and_up(const Context& context, const ExpertsCall& call, const QuantWei
         if (one.rows != other.rows || source(one.first + r) != source(other.first + r)) return false;
       return true;
     };
-    for (int64_t task = next.fetch_add(1); task < tasks; task = next.fetch_add(1)) {
-      const int64_t index = task / groups, group = task % groups;
+    int64_t first, last;
+    while (pieces.take(first, last)) {
+      const int64_t index = first / blocks;
       const Chunk& chunk = plan.chunks[index];
       const Tiles tiles(chunk.rows, product.tile_rows());
       if (!packed || !same_rows(chunk, *packed)) {
@@ -70,20 +69,17 @@ void gate_and_up(const Context& context, const ExpertsCall& call, const QuantWei
         packed = &chunk;
       }
       float* tile = scratch(Buffer::scores).get<float>(chunk.rows * kBlockOutputs);
-      const int64_t first_block = blocks * group / groups, last_block = blocks * (group + 1) / groups;
-      for (int64_t block = first_block; block < last_block; ++block) {
-        const char* after = nullptr;
-        // The next task will most likely be this thread's.
-        if (const int64_t likely = next.load(std::memory_order_relaxed); block + 1 == last_block && likely < tasks)
-          after = block_of(weights, layout.experts, plan.chunks[likely / groups].expert, blocks * (likely % groups) / groups);
-        product.multiply(panel, tiles, block_of(weights, layout.experts, chunk.expert, block), block == first_block,
-                         after, tile);
+      for (int64_t item = first; item < last; ++item) {
+        const int64_t block = item % blocks, likely = item + 1 == last ? pieces.likely() : -1;
+        const char* after =
+            likely < 0 ? nullptr : block_of(weights, layout.experts, plan.chunks[likely / blocks].expert, likely % blocks);
+        product.multiply(panel, tiles, block_of(weights, layout.experts, chunk.expert, block), item == first, after, tile);
         const float* bias =
             call.gate_up_bias ? call.gate_up_bias + (chunk.expert * blocks + block) * kBlockOutputs : nullptr;
         context.kernels->gated_rows(tile, static_cast<int>(chunk.rows), bias, call.activation,
                                     hidden + chunk.first * width + block * kGatedOutputs, width);
       }
-      if (finished[index].fetch_add(1, std::memory_order_acq_rel) + 1 == groups)
+      if (finished[index].fetch_add(last - first, std::memory_order_acq_rel) + last - first == blocks)
         pack_hidden(down, chunk, hidden, width, panels);
     }
   });
@@ -115,26 +111,30 @@ int64_t quant_experts(const Context& context, const ExpertsCall& given, const Qu
 
   const int64_t blocks = layout.down_blocks();
   OutputSums sums(kernels, call, plan);
-  const int64_t groups = std::min<int64_t>(blocks, context.threads * (call.rows < 64 ? 8 : 2));
-  for_each_task(context.threads, groups, [&](int64_t group) {
-    const int64_t first_block = blocks * group / groups, last_block = blocks * (group + 1) / groups;
-    sums.clear(first_block, last_block);
-    for (size_t c = 0; c < plan.chunks.size(); ++c) {
-      const Chunk& chunk = plan.chunks[c];
-      const char* after = c + 1 < plan.chunks.size()
-                              ? block_of(weights.down, layout.experts, plan.chunks[c + 1].expert, first_block)
-                              : nullptr;
-      const Tiles tiles(chunk.rows, down.tile_rows());
-      float* tile = scratch(Buffer::scores).get<float>(chunk.rows * kBlockOutputs);
-      for (int64_t block = first_block; block < last_block; ++block) {
-        down.multiply(panels + chunk.first * down.row_bytes(), tiles,
-                      block_of(weights.down, layout.experts, chunk.expert, block), block == first_block,
-                      block + 1 == last_block ? after : nullptr, tile);
-        const float* bias = call.down_bias ? call.down_bias + (chunk.expert * blocks + block) * kBlockOutputs : nullptr;
-        sums.add(block, chunk.first, chunk.rows, tile, bias);
+  Pieces pieces(blocks, blocks, context.threads);
+  on_all_threads(context.threads, [&] {
+    int64_t first_block, last_block;
+    while (pieces.take(first_block, last_block)) {
+      sums.clear(first_block, last_block);
+      for (size_t c = 0; c < plan.chunks.size(); ++c) {
+        const Chunk& chunk = plan.chunks[c];
+        const bool more = c + 1 < plan.chunks.size();
+        const int64_t next = more ? first_block : pieces.likely();
+        const char* after =
+            next < 0 ? nullptr : block_of(weights.down, layout.experts, plan.chunks[more ? c + 1 : 0].expert, next);
+        const Tiles tiles(chunk.rows, down.tile_rows());
+        float* tile = scratch(Buffer::scores).get<float>(chunk.rows * kBlockOutputs);
+        for (int64_t block = first_block; block < last_block; ++block) {
+          down.multiply(panels + chunk.first * down.row_bytes(), tiles,
+                        block_of(weights.down, layout.experts, chunk.expert, block), block == first_block,
+                        block + 1 == last_block ? after : nullptr, tile);
+          const float* bias =
+              call.down_bias ? call.down_bias + (chunk.expert * blocks + block) * kBlockOutputs : nullptr;
+          sums.add(block, chunk.first, chunk.rows, tile, bias);
+        }
       }
+      sums.write(first_block, last_block);
     }
-    sums.write(first_block, last_block);
   });
   return -1;
 }
