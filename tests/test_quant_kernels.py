@@ -86,7 +86,9 @@ def check_linear(backend: TorchBackend, form: str, edge: str, *, bitwise: bool =
     rows_of_weight = backend.weight_rows(packed, ids)
     torch.testing.assert_close(rows_of_weight, weight.dequantize()[ids].to(backend.dtype))
     assert torch.equal(backend.embed(packed, ids, 12.0), rows_of_weight.float() * 12.0)
-    stream, norm = torch.randn(rows, inputs), torch.rand(inputs).to(backend.dtype)
+    generator = torch.Generator().manual_seed(1)
+    stream = torch.randn(rows, inputs, generator=generator)
+    norm = torch.rand(inputs, generator=generator).to(backend.dtype)
     logits = backend.logits_linear(backend.rms_norm(stream, norm, 1e-5), packed) / 6.0
     assert torch.equal(backend.logits(stream, norm, 1e-5, packed, 6.0), logits)
     for start in {outputs // 3, outputs // 32 * 32} - {outputs}:
