@@ -26,7 +26,7 @@ class StepRows:
     """
 
     def __init__(self, entries: list[Entry], page_size: int, device: torch.device) -> None:
-        self._device = device
+        self._device, self._on_cpu = device, device.type == "cpu"
         runs = list(_runs(entries))
         if all(count == 1 for _, _, count in runs):
             self._take_single_rows(runs, page_size)
@@ -122,7 +122,8 @@ class StepRows:
         )
 
     def _move(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device)
+        tensor = torch.from_numpy(array)
+        return tensor if self._on_cpu else tensor.to(self._device)
 
 
 def _padded(pages: array[int], width: int) -> array[int]:
