@@ -22,7 +22,6 @@ namespace dynamoe_cpu {
 namespace {
 
 constexpr int64_t kStretch = 4 * kKeyBlock;
-
 constexpr int64_t kQueryRows = 48;  // rows × query heads of a task
 
 struct Task {
@@ -122,7 +121,7 @@ class Attend {
   int64_t first_key() const { return plan_.first_key(task_); }
   int64_t end_key() const { return plan_.end_key(task_); }
 
-  // Takes one block of keys, from position `first` on, as far as the rows may see it. `ahead` is what comes next, or null.
+  // Takes the keys from position `first` on, as far as the rows may see them. `ahead` is what comes next, or null.
   void take(int64_t first, KeyRows& rows, const Partial& partial, const KeyRows* ahead) {
     const bool narrow = plan_.call.values.dtype == Dtype::int8;
     const bool direct = plan_.scores_directly() && queries_ <= kScoredRows;
@@ -272,12 +271,13 @@ class TaskHeads {
   // The results over one stretch of keys, into state_floats() floats. `after`: what is likely read when the task ends.
   void take_stretch(int64_t stretch, float* memory, const KeyRows* after) {
     for (size_t h = 0; h < heads_.size(); ++h) clear(partial(memory, h), heads_[h].queries());
-    const int64_t low = std::max(stretch * kStretch, heads_[0].first_key() / kKeyBlock * kKeyBlock);
-    const int64_t high = std::min((stretch + 1) * kStretch, heads_[0].end_key());
     const int64_t first_key = heads_[0].first_key(), end_key = heads_[0].end_key();
+    const int64_t low = std::max(stretch * kStretch, first_key / kKeyBlock * kKeyBlock);
+    const int64_t high = std::min((stretch + 1) * kStretch, end_key);
     KeyBlock block, following;
     following.locate(plan_.call, task_.sequence, low, first_key, end_key);
-    KeyRows rows[2];
+    if (following.empty()) return;
+    KeyRows rows[2];  // of what is read now and next
     int now = 0;
     following.rows_of(plan_.call, task_.first_head, rows[now]);
     for (int64_t position = low; position < high; position += kKeyBlock) {

@@ -71,9 +71,11 @@ void gate_and_up(const Context& context, const ExpertsCall& call, const QuantWei
       float* tile = scratch(Buffer::scores).get<float>(chunk.rows * kBlockOutputs);
       for (int64_t item = first; item < last; ++item) {
         const int64_t block = item % blocks, likely = item + 1 == last ? pieces.likely() : -1;
-        const char* after =
-            likely < 0 ? nullptr : block_of(weights, layout.experts, plan.chunks[likely / blocks].expert, likely % blocks);
-        product.multiply(panel, tiles, block_of(weights, layout.experts, chunk.expert, block), item == first, after, tile);
+        const auto at = [&](int64_t chunk, int64_t block) {
+          return block_of(weights, layout.experts, plan.chunks[chunk].expert, block);
+        };
+        product.multiply(panel, tiles, at(index, block), item == first,
+                         likely < 0 ? nullptr : at(likely / blocks, likely % blocks), tile);
         const float* bias =
             call.gate_up_bias ? call.gate_up_bias + (chunk.expert * blocks + block) * kBlockOutputs : nullptr;
         context.kernels->gated_rows(tile, static_cast<int>(chunk.rows), bias, call.activation,

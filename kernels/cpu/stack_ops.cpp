@@ -170,7 +170,8 @@ class StackHolder : public torch::CustomClassHolder {
                       " … ", last, " are not those of a model of ", stack_.blocks.size());
     x = stream(x);
     const Caches& caches = caches_of(*cache, cos_sin);
-    Places places = places_of(x.size(0), cache->first(), cos_sin, positions, slots, query_start, context_len, block_table);
+    Places places =
+        places_of(x.size(0), cache->first(), cos_sin, positions, slots, query_start, context_len, block_table);
     places.budget = budget_of(x.size(0), keep, cap, skipped);
     TORCH_CHECK_VALUE(!entropy || entropy->numel() == x.size(0), "entropy must have one entry per row");
     run_layers(context_of(isa_), stack_, first, last, static_cast<float*>(x.data_ptr()), places, caches,
