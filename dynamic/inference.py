@@ -13,8 +13,8 @@ R = TypeVar("R")
 
 
 def in_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
-    """The function under ``torch.inference_mode``, which it enters only where its caller has not: that takes longer
-    than the call itself."""
+    """The function under ``torch.inference_mode``, which it enters only where its caller has not: a step would enter it
+    four times."""
     entering = torch.inference_mode()(function)
 
     @functools.wraps(function)

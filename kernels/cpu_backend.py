@@ -12,7 +12,7 @@ import torch
 
 from . import cpu_build
 from .cpu_layout import ACTIVATIONS, BLOCK, count_bytes, join_gate_up_bias, padded
-from .cpu_quant import CpuQuantExperts, CpuQuantLinear, CpuQuantPacking, Layout
+from .cpu_quant import CpuQuantExperts, CpuQuantLinear, CpuQuantPacking, layout_of, skipped_outputs
 from .cpu_stack import CpuStack
 from .router_reference import check_route_arguments
 from .router_spec import SCORES, RouterSpec
@@ -120,31 +120,23 @@ class CpuBackend(CpuQuantPacking):
     def logits(
         self, x_TD: torch.Tensor, norm_D: torch.Tensor, eps: float, weights: LinearWeights, divisor: float
     ) -> torch.Tensor:
-        data = weights.data
-        layout: Layout | tuple[()] = ()
-        if isinstance(data, CpuQuantLinear):
-            if data.skip:
-                return super().logits(x_TD, norm_D, eps, weights, divisor)
-            layout = data.layout
+        assert not skipped_outputs(weights), "an LM head is no tail of a layer"
+        data, layout = weights.data, layout_of(weights)
         return self._ops.logits.default(
             self._isa, x_TD, norm_D, eps, data.packed, data.bias, layout, weights.out_features, divisor
         )
 
     def embed(self, weights: LinearWeights, ids_T: torch.Tensor, scale: float) -> torch.Tensor:
-        data = weights.data
-        layout: Layout | tuple[()] = ()
-        if isinstance(data, CpuQuantLinear):
-            if data.skip:
-                return super().embed(weights, ids_T, scale)
-            layout = data.layout
-        shape = (weights.out_features, weights.in_features)
-        return self._ops.embed.default(self._isa, data.packed, layout, ids_T, *shape, self.dtype, scale)
+        skip = skipped_outputs(weights)
+        if skip:
+            ids_T = ids_T + skip
+        shape = (weights.out_features + skip, weights.in_features)
+        return self._ops.embed.default(
+            self._isa, weights.data.packed, layout_of(weights), ids_T, *shape, self.dtype, scale
+        )
 
     def weight_rows(self, weights: LinearWeights, ids_T: torch.Tensor) -> torch.Tensor:
-        if isinstance(weights.data, CpuQuantLinear):
-            return weights.data.rows(ids_T).to(self.dtype)
-        shape = (weights.out_features, weights.in_features)
-        return self._ops.unpack_rows.default(self._isa, weights.data.packed, ids_T, *shape, self.dtype)
+        return self.embed(weights, ids_T, 1.0).to(self.dtype)
 
     def pack_experts(
         self,

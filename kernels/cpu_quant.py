@@ -40,12 +40,6 @@ class CpuQuantLinear:
         )
         return out_TO[:, self.skip :] if self.skip else out_TO
 
-    def rows(self, ids_T: torch.Tensor) -> torch.Tensor:
-        """Rows of the weight, dequantised, (T, I), float32."""
-        if self.skip:
-            ids_T = ids_T + self.skip
-        return torch.ops.dynamoe_cpu.quant_rows.default(self.isa, self.packed, ids_T, self.layout)
-
     def tail(self, start: int) -> CpuQuantLinear:
         """The layer that computes the outputs from ``start`` on; it shares this one's memory."""
         start += self.skip
@@ -59,6 +53,16 @@ class CpuQuantLinear:
             layout=(kind, outputs - first * BLOCK, *rest),
             skip=start % BLOCK,
         )
+
+
+def layout_of(weights: LinearWeights) -> list[int]:
+    """The layout of a linear layer of the CPU's kernels as they take it: empty unless it is quantised."""
+    return list(weights.data.layout) if isinstance(weights.data, CpuQuantLinear) else []
+
+
+def skipped_outputs(weights: LinearWeights) -> int:
+    """See :class:`CpuQuantLinear`; 0 unless the layer is quantised."""
+    return weights.data.skip if isinstance(weights.data, CpuQuantLinear) else 0
 
 
 @dataclass(frozen=True)

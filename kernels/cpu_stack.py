@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .cpu_quant import CpuQuantExperts, CpuQuantLinear
+from .cpu_quant import CpuQuantExperts, layout_of
 from .router_spec import SCORES
 from .stack import StackExit, StackLayer, StackResult, StackShape
-from .types import AttentionBatch, ExpertBudget, KVLayer, KVLayers, LinearWeights
+from .types import AttentionBatch, ExpertBudget, KVLayer, KVLayers
 
 if TYPE_CHECKING:
     from .cpu_backend import CpuBackend
@@ -71,8 +71,8 @@ class CpuStack:
             layer.contribution_scale_E,
             layer.window or 0,
             [
-                _layout(layer.qkv),
-                _layout(layer.o),
+                layout_of(layer.qkv),
+                layout_of(layer.o),
                 list(experts.gate_up_layout) if quantised else [],
                 list(experts.down_layout) if quantised else [],
             ],
@@ -94,7 +94,7 @@ class CpuStack:
             probe is not None and probe.router_entropy,
             [pair.packed for pair in pairs],
             [pair.bias for pair in pairs] if biased else [],
-            [_layout(projection.kv) for projection in exit.projections],
+            [layout_of(projection.kv) for projection in exit.projections],
         )
 
     def run(
@@ -139,10 +139,6 @@ class CpuStack:
             if isinstance(kv, KVLayers):
                 kv.native = native
         return native
-
-
-def _layout(linear: LinearWeights) -> list[int]:
-    return list(linear.data.layout) if isinstance(linear.data, CpuQuantLinear) else []
 
 
 def _limits(budget: ExpertBudget | None) -> tuple[torch.Tensor | None, ...]:

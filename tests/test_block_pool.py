@@ -5,23 +5,8 @@ from __future__ import annotations
 import pytest
 from dynamoe.dynamic.engine.block_pool import BlockPool
 from dynamoe.dynamic.engine.prefix_cache import PrefixCache
-from dynamoe.dynamic.engine.request import Request, Sequence, StopTokens
-from dynamoe.dynamic.sampling_params import SamplingParams
-
-
-def make_sequence(tokens: list[int], salt: str | None = None, **params: int) -> Sequence:
-    request = Request(
-        "r",
-        tokens,
-        SamplingParams(**params),
-        priority=0,
-        cache_salt=salt,
-        arrival=0,
-        max_total_tokens=1000,
-        stop_tokens=StopTokens(eos=frozenset(), listed=frozenset()),
-        base_seed=0,
-    )
-    return request.sequences[0]
+from dynamoe.dynamic.engine.request import Sequence
+from request_maker import make_sequence
 
 
 def fill(pool: BlockPool, cache: PrefixCache, sequence: Sequence) -> None:

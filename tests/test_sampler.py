@@ -7,35 +7,28 @@ up to the grid's step, without any luck.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from dynamoe.dynamic.engine.logprobs import position_logprobs
 from dynamoe.dynamic.engine.penalties import edit_logits
-from dynamoe.dynamic.engine.request import Request, Sequence, StopTokens
+from dynamoe.dynamic.engine.request import Sequence, StopTokens
 from dynamoe.dynamic.engine.sampler import NO_TOKEN, draw_tokens, sample
 from dynamoe.dynamic.engine.selection import first_best, largest
 from dynamoe.dynamic.sampling_params import SamplingParams
+from request_maker import make_sequence
 
 STOPS = StopTokens(eos=frozenset({2}), listed=frozenset({5}))
 
 
-def make_sequence(prompt: list[int], output: list[int], arrival: int = 0, **params: object) -> Sequence:
-    request = Request(
-        "r",
-        prompt,
-        SamplingParams(**params),  # type: ignore[arg-type]
-        priority=0,
-        cache_salt=None,
-        arrival=arrival,
-        max_total_tokens=10_000,
-        stop_tokens=STOPS,
-        base_seed=0,
-    )
+def written(prompt: list[int], output: list[int], **settings: Any) -> Sequence:
+    """A completion that has some output."""
+    sequence = make_sequence(prompt, stop_tokens=STOPS, **settings)
     for token in output:
-        request.sequences[0].append(token)
-    return request.sequences[0]
+        sequence.append(token)
+    return sequence
 
 
 def plain_distribution(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
@@ -143,7 +136,7 @@ def test_a_row_gives_the_same_token_alone_and_in_company(vocabulary: int) -> Non
         prompts = [[r + 1, r + 2, r + 3] for r in range(16)]
 
         def sequence(row: int, prompts: list = prompts, settings: list = settings) -> Sequence:
-            return make_sequence(prompts[row], [row, row, 7], arrival=row, **settings[row])
+            return written(prompts[row], [row, row, 7], arrival=row, **settings[row])
 
         together = sample(logits_RV.clone(), [sequence(r) for r in range(16)])
         alone = [sample(logits_RV[r : r + 1].clone(), [sequence(r)])[0] for r in range(16)]
@@ -193,13 +186,13 @@ def test_penalties_follow_their_definitions() -> None:
     for token in set(output):
         expected[token] -= 0.7 + 0.25 * output.count(token)
     logits_RV = torch.from_numpy(np.stack([logits, logits]))
-    edit_logits(logits_RV, [make_sequence(prompt, output, **params), make_sequence(prompt, output)])
+    edit_logits(logits_RV, [written(prompt, output, **params), written(prompt, output)])
     np.testing.assert_allclose(logits_RV[0].numpy(), expected, rtol=1e-5)
     np.testing.assert_array_equal(logits_RV[1].numpy(), logits)
 
 
 def test_counts_grow_with_the_output() -> None:
-    sequence = make_sequence([4, 4], [], frequency_penalty=1.0)
+    sequence = written([4, 4], [], frequency_penalty=1.0)
     tokens = [int(t) for t in np.random.default_rng(0).integers(0, 300, 1000)]
     for token in tokens:
         sequence.append(token)
@@ -211,7 +204,7 @@ def test_counts_grow_with_the_output() -> None:
 def test_min_tokens_forbids_every_stop_until_then() -> None:
     logits = torch.zeros(1, 10)
     logits[0, 2], logits[0, 5] = 9.0, 8.0
-    short = make_sequence([1], [3], temperature=0.0, min_tokens=2)
+    short = written([1], [3], temperature=0.0, min_tokens=2)
     assert sample(logits.clone(), [short]) == [0]
     short.append(3)
     assert sample(logits.clone(), [short]) == [2]
@@ -235,7 +228,7 @@ def test_the_largest_entries_equal_those_of_a_sort(vocabulary: int, count: int) 
 
 def test_seeds_repeat_and_completions_differ() -> None:
     def draws(index: int = 0, **params: object) -> list[float]:
-        sequence = make_sequence([1], [], **params)
+        sequence = written([1], [], **params)
         sequence.index = index
         return [sequence.draw() for _ in range(5)]
 
@@ -248,7 +241,7 @@ def test_seeds_repeat_and_completions_differ() -> None:
 
 def test_a_row_of_nonsense_yields_no_token_and_spares_the_others() -> None:
     logits = torch.randn(4, 20, generator=torch.Generator().manual_seed(0))
-    clean = [make_sequence([1], [], temperature=t) for t in (0.0, 1.0, 0.0, 1.0)]
+    clean = [written([1], [], temperature=t) for t in (0.0, 1.0, 0.0, 1.0)]
     logits[0, 3] = math.nan
     logits[1] = -math.inf
     tokens = sample(logits, clean)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from dynamoe.dynamic.engine.block_pool import BlockPool
 from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.prefix_cache import PrefixCache
-from dynamoe.dynamic.engine.request import Request, Sequence, State, StopTokens
+from dynamoe.dynamic.engine.request import Request, Sequence, State
 from dynamoe.dynamic.engine.scheduler import Schedule, Scheduler
-from dynamoe.dynamic.sampling_params import SamplingParams
-
-NO_STOPS = StopTokens(eos=frozenset(), listed=frozenset())
+from request_maker import make_request
 
 
 class World:
@@ -30,17 +29,15 @@ class World:
         self.memory: dict[tuple[int, int], int] = {}
         self.arrivals = 0
 
-    def add(self, prompt: list[int], priority: int = 0, salt: str | None = None, **params: object) -> Request:
-        request = Request(
-            str(self.arrivals),
+    def add(self, prompt: list[int], priority: int = 0, salt: str | None = None, **params: Any) -> Request:
+        request = make_request(
             prompt,
-            SamplingParams(**{"max_tokens": 8, **params}),  # type: ignore[arg-type]
+            str(self.arrivals),
             priority=priority,
-            cache_salt=salt,
+            salt=salt,
             arrival=self.arrivals,
             max_total_tokens=self.pool.home_pages * self.page_size,
-            stop_tokens=NO_STOPS,
-            base_seed=0,
+            **{"max_tokens": 8, **params},
         )
         self.arrivals += 1
         self.scheduler.add(request.sequences[0])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -26,44 +27,26 @@ class StepRows:
     """
 
     def __init__(self, entries: list[Entry], page_size: int, device: torch.device) -> None:
-        self._device, self._on_cpu = device, device.type == "cpu"
+        self._device = device
         runs = list(_runs(entries))
-        if all(count == 1 for _, _, count in runs):
-            self._take_single_rows(runs, page_size)
-            return
-        self._counts_S = np.array([count for _, _, count in runs], dtype=np.int32)
-        starts_S = np.array([start for _, start, _ in runs], dtype=np.int32)
-        self._query_start_S1 = _boundaries(self._counts_S)
-        self._context_len_S = starts_S + self._counts_S
-        pages = -(-int(self._context_len_S.max()) // page_size)
-        self._table_SM = np.zeros((len(runs), pages), dtype=np.int32)
+        # In plain lists: a step that only decodes has few rows, for which a dozen calls of numpy would take longer.
+        positions: list[int] = []
+        slots: list[int] = []
         token_ids: list[int] = []
-        for row, (sequence, start, count) in enumerate(runs):
-            end = start + count
+        for sequence, start, count in runs:
+            pages, end = sequence.pages, start + count
+            positions += range(start, end)
+            slots += [pages[p // page_size] * page_size + p % page_size for p in range(start, end)]
             token_ids += sequence.token_ids[start:end]
-            used = -(-end // page_size)
-            self._table_SM[row, :used] = sequence.pages[:used]
-        self._sequence_T = np.repeat(np.arange(len(runs)), self._counts_S)
-        # Positions count up within each sequence: row number minus its sequence's first row plus where that starts.
-        self._positions_T = np.arange(len(token_ids)) + (starts_S - self._query_start_S1[:-1])[self._sequence_T]
-        pages_T = self._table_SM[self._sequence_T, self._positions_T // page_size].astype(np.int64)
-        self._slots_T = pages_T * page_size + self._positions_T % page_size
-        self._token_ids_T = np.array(token_ids, dtype=np.int64)
-
-    def _take_single_rows(self, runs: list[tuple[Sequence, int, int]], page_size: int) -> None:
-        """Where every run is one row, as when all sequences decode: few calls of numpy, each of which costs as much as
-        a hundred rows in plain Python."""
-        positions = [start for _, start, _ in runs]
-        width = max(positions) // page_size + 1
-        self._table_SM = np.array([_padded(s.pages[:width], width) for s, _, _ in runs], dtype=np.int32)
-        slots = [s.pages[start // page_size] * page_size + start % page_size for s, start, _ in runs]
+        ends = [start + count for _, start, count in runs]
+        width = -(-max(ends) // page_size)
+        self._table_SM = np.array([_padded(sequence.pages[:width], width) for sequence, _, _ in runs], dtype=np.int32)
+        self._counts_S = np.array([count for _, _, count in runs], dtype=np.int32)
+        self._query_start_S1 = _boundaries(self._counts_S)
+        self._context_len_S = np.array(ends, dtype=np.int32)
         self._positions_T = np.array(positions, dtype=np.int64)
         self._slots_T = np.array(slots, dtype=np.int64)
-        self._token_ids_T = np.array([s.token_ids[start] for s, start, _ in runs], dtype=np.int64)
-        self._query_start_S1 = np.arange(len(runs) + 1, dtype=np.int32)
-        self._counts_S = np.ones(len(runs), dtype=np.int32)
-        self._sequence_T = self._query_start_S1[:-1].astype(np.int64)
-        self._context_len_S = (self._positions_T + 1).astype(np.int32)
+        self._token_ids_T = np.array(token_ids, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._token_ids_T)
@@ -102,6 +85,10 @@ class StepRows:
             max_context_len=batch.max_context_len,
         )
 
+    @cached_property
+    def _sequence_T(self) -> np.ndarray:
+        return np.repeat(np.arange(len(self._counts_S)), self._counts_S)
+
     def _batch(
         self,
         positions_R: np.ndarray,
@@ -122,8 +109,7 @@ class StepRows:
         )
 
     def _move(self, array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor if self._on_cpu else tensor.to(self._device)
+        return torch.from_numpy(array).to(self._device)
 
 
 def _padded(pages: array[int], width: int) -> array[int]:

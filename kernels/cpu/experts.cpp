@@ -22,17 +22,15 @@ void gate_and_up(const Context& context, const ExpertsCall& call, const Plan& pl
   const int64_t hidden_bytes = segments * layout.width_cells() * gemm.panel_cell_bytes;
   const int64_t block_bytes = kGatedOutputs / gemm.inputs_per_cell * gemm.panel_cell_bytes;  // of one row's hidden
   const int64_t blocks = segments * layout.gate_blocks();
-  const int64_t groups = groups_per_chunk(context, plan.chunks.size(), blocks);
-  const int64_t tasks = groups * static_cast<int64_t>(plan.chunks.size());
+  Pieces pieces(static_cast<int64_t>(plan.chunks.size()), blocks, context.threads);
   int64_t most_rows = 0;
   for (const Chunk& chunk : plan.chunks) most_rows = std::max(most_rows, chunk.rows);
-  std::atomic<int64_t> next{0};
-  on_all_threads(context.threads, [&] {
+  on_all_threads(pieces.threads(), [&] {
     alignas(64) float tile[kMaxTileRows * kBlockOutputs];
     char* panel = scratch(Buffer::rows).get<char>(most_rows * row_bytes);
-    int64_t packed = -1;
-    for (int64_t task = next.fetch_add(1); task < tasks; task = next.fetch_add(1)) {
-      const int64_t index = task / groups, group = task % groups;
+    int64_t packed = -1, first, last;
+    while (pieces.take(first, last)) {
+      const int64_t index = first / blocks;
       const Chunk& chunk = plan.chunks[index];
       const Tiles tiles(chunk.rows, gemm.tile_rows);
       if (packed != index) {
@@ -46,14 +44,13 @@ void gate_and_up(const Context& context, const ExpertsCall& call, const Plan& pl
         }
         packed = index;
       }
-      const int64_t first_block = blocks * group / groups, last_block = blocks * (group + 1) / groups;
-      for (int64_t block = first_block; block < last_block; ++block) {
-        const int64_t stored = chunk.expert * layout.gate_blocks() + block;
+      for (int64_t item = first; item < last; ++item) {
+        const int64_t block = item % blocks, stored = chunk.expert * layout.gate_blocks() + block;
         const uint32_t* weights = call.gate_up + stored * layout.gate_block_words();
         const float* bias = call.gate_up_bias ? call.gate_up_bias + stored * kBlockOutputs : nullptr;
         for (int64_t t = 0; t < tiles.count; ++t) {
           run_block(gemm, tiles.size(t), panel + tiles.start(t) * row_bytes, weights, layout.hidden_cells(), tile, false,
-                    block == first_block, nullptr, t, tiles.count);
+                    item == first, nullptr, t, tiles.count);
           char* out = hidden + (chunk.first + tiles.start(t)) * hidden_bytes + block * block_bytes * tiles.size(t);
           kernels.gated(tile, tiles.size(t), bias, call.activation, out, layout.dtype);
         }
@@ -108,29 +105,31 @@ int64_t experts(const Context& context, const ExpertsCall& call) {
 
   const int64_t blocks = layout.down_blocks();
   OutputSums sums(kernels, call, plan);
-  const int64_t groups = std::min<int64_t>(blocks, context.threads * (call.rows < 64 ? 8 : 2));
-  for_each_task(context.threads, groups, [&](int64_t group) {
+  Pieces pieces(1, blocks, context.threads);
+  on_all_threads(pieces.threads(), [&] {
     alignas(64) float tile[kMaxTileRows * kBlockOutputs];
-    const int64_t first_block = blocks * group / groups, last_block = blocks * (group + 1) / groups;
-    sums.clear(first_block, last_block);
-    for (size_t c = 0; c < plan.chunks.size(); ++c) {
-      const Chunk& chunk = plan.chunks[c];
-      const uint32_t* after = c + 1 < plan.chunks.size()
-                                  ? call.down + layout.down_offset(plan.chunks[c + 1].expert, first_block)
-                                  : nullptr;
-      const Tiles tiles(chunk.rows, gemm.tile_rows);
-      for (int64_t block = first_block; block < last_block; ++block) {
-        const float* bias = call.down_bias ? call.down_bias + (chunk.expert * blocks + block) * kBlockOutputs : nullptr;
-        const uint32_t* weights = call.down + layout.down_offset(chunk.expert, block);
-        for (int64_t t = 0; t < tiles.count; ++t) {
-          const int64_t slot = chunk.first + tiles.start(t);
-          run_block(gemm, tiles.size(t), hidden + slot * hidden_bytes, weights, layout.width_cells(), tile, false,
-                    block == first_block, block + 1 == last_block ? after : nullptr, t, tiles.count);
-          sums.add(block, slot, tiles.size(t), tile, bias);
+    int64_t first_block, last_block;
+    while (pieces.take(first_block, last_block)) {
+      sums.clear(first_block, last_block);
+      for (size_t c = 0; c < plan.chunks.size(); ++c) {
+        const Chunk& chunk = plan.chunks[c];
+        const uint32_t* after = c + 1 < plan.chunks.size()
+                                    ? call.down + layout.down_offset(plan.chunks[c + 1].expert, first_block)
+                                    : nullptr;
+        const Tiles tiles(chunk.rows, gemm.tile_rows);
+        for (int64_t block = first_block; block < last_block; ++block) {
+          const float* bias = call.down_bias ? call.down_bias + (chunk.expert * blocks + block) * kBlockOutputs : nullptr;
+          const uint32_t* weights = call.down + layout.down_offset(chunk.expert, block);
+          for (int64_t t = 0; t < tiles.count; ++t) {
+            const int64_t slot = chunk.first + tiles.start(t);
+            run_block(gemm, tiles.size(t), hidden + slot * hidden_bytes, weights, layout.width_cells(), tile, false,
+                      block == first_block, block + 1 == last_block ? after : nullptr, t, tiles.count);
+            sums.add(block, slot, tiles.size(t), tile, bias);
+          }
         }
       }
+      sums.write(first_block, last_block);
     }
-    sums.write(first_block, last_block);
   });
   return -1;
 }
@@ -149,27 +148,28 @@ void all_experts(const Context& context, const ExpertsCall& call) {
   const int64_t blocks = layout.down_blocks();
   // Experts that follow each other in a block are one long column; otherwise the accumulators go from one to the next.
   const int64_t segments = layout.dense_down ? 1 : layout.experts, segment_cells = cells / segments;
-  const int64_t chunks = static_cast<int64_t>(plan.chunks.size());
-  const int64_t groups = groups_per_chunk(context, chunks, blocks);
-  for_each_task(context.threads, chunks * groups, [&](int64_t task) {
+  Pieces pieces(static_cast<int64_t>(plan.chunks.size()), blocks, context.threads);
+  on_all_threads(pieces.threads(), [&] {
     alignas(64) float tile[kMaxTileRows * kBlockOutputs];
-    const Chunk& chunk = plan.chunks[task / groups];
-    const int64_t group = task % groups;
-    const Tiles tiles(chunk.rows, gemm.tile_rows);
-    for (int64_t block = blocks * group / groups; block < blocks * (group + 1) / groups; ++block) {
-      const int64_t output = block * kBlockOutputs;
-      const int width = static_cast<int>(std::min<int64_t>(kBlockOutputs, layout.hidden - output));
-      for (int64_t t = 0; t < tiles.count; ++t) {
-        const int64_t row = chunk.first + tiles.start(t);
-        const char* panel = hidden + row * hidden_bytes;
-        for (int64_t s = 0; s < segments; ++s) {
-          const uint32_t* weights = call.down + layout.down_offset(s, block);
-          run_block(gemm, tiles.size(t), panel + s * segment_cells * gemm.panel_cell_bytes * tiles.size(t), weights,
-                    segment_cells, tile, s > 0, false, nullptr, t, tiles.count);
+    int64_t first, last;
+    while (pieces.take(first, last)) {
+      const Chunk& chunk = plan.chunks[first / blocks];
+      const Tiles tiles(chunk.rows, gemm.tile_rows);
+      for (int64_t item = first; item < last; ++item) {
+        const int64_t block = item % blocks, output = block * kBlockOutputs;
+        const int width = static_cast<int>(std::min<int64_t>(kBlockOutputs, layout.hidden - output));
+        for (int64_t t = 0; t < tiles.count; ++t) {
+          const int64_t row = chunk.first + tiles.start(t);
+          const char* panel = hidden + row * hidden_bytes;
+          for (int64_t s = 0; s < segments; ++s) {
+            const uint32_t* weights = call.down + layout.down_offset(s, block);
+            run_block(gemm, tiles.size(t), panel + s * segment_cells * gemm.panel_cell_bytes * tiles.size(t), weights,
+                      segment_cells, tile, s > 0, false, nullptr, t, tiles.count);
+          }
+          kernels.store(tile, tiles.size(t), width, call.down_bias ? call.down_bias + output : nullptr,
+                        static_cast<char*>(call.out) + (row * layout.hidden + output) * element_bytes(layout.dtype),
+                        layout.hidden, layout.dtype);
         }
-        kernels.store(tile, tiles.size(t), width, call.down_bias ? call.down_bias + output : nullptr,
-                      static_cast<char*>(call.out) + (row * layout.hidden + output) * element_bytes(layout.dtype),
-                      layout.hidden, layout.dtype);
       }
     }
   });

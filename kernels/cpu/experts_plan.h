@@ -104,9 +104,4 @@ class OutputSums {
   float* data_;
 };
 
-// Splits [0, blocks) of every chunk into groups so that there are enough tasks to balance the threads.
-inline int64_t groups_per_chunk(const Context& context, int64_t chunks, int64_t blocks) {
-  return std::min(blocks, ceil_div(16 * context.threads, std::max<int64_t>(chunks, 1)));
-}
-
 }  // namespace dynamoe_cpu

@@ -17,7 +17,6 @@ struct KeyRows {
 };
 
 struct KeyBlock {
-  int64_t first;  // position
   int begin = 0, end = 0;
   const char* keys[kKeyBlock];  // of head 0
   const char* values[kKeyBlock];
@@ -26,7 +25,6 @@ struct KeyBlock {
 
   // The block from position `start` on, of which the task sees positions low … high - 1.
   void locate(const AttentionCall& call, int64_t sequence, int64_t start, int64_t low, int64_t high) {
-    first = start;
     begin = static_cast<int>(std::clamp<int64_t>(low - start, 0, kKeyBlock));
     end = static_cast<int>(std::clamp<int64_t>(high - start, 0, kKeyBlock));
     if (empty()) return;

@@ -39,14 +39,13 @@ void linear(const Context& context, const LinearCall& call) {
   const int64_t cells = ceil_div(call.inputs, gemm.inputs_per_cell), blocks = ceil_div(call.outputs, kBlockOutputs);
   const int64_t row_bytes = cells * gemm.panel_cell_bytes;
   const Tiles chunks(call.rows, std::max<int64_t>(gemm.tile_rows, kPanelBytes / row_bytes));
-  const int64_t groups = std::min(blocks, ceil_div(4 * context.threads, chunks.count));
-  std::atomic<int64_t> next{0};
-  on_all_threads(context.threads, [&] {
+  Pieces pieces(chunks.count, blocks, context.threads);
+  on_all_threads(pieces.threads(), [&] {
     alignas(64) float tile[kMaxTileRows * kBlockOutputs];
     char* panel = scratch(Buffer::rows).get<char>(chunks.size(0) * row_bytes + row_bytes);
-    int64_t packed = -1;
-    for (int64_t task = next.fetch_add(1); task < chunks.count * groups; task = next.fetch_add(1)) {
-      const int64_t chunk = task / groups, group = task % groups, first_row = chunks.start(chunk);
+    int64_t packed = -1, first, last;
+    while (pieces.take(first, last)) {
+      const int64_t chunk = first / blocks, first_row = chunks.start(chunk);
       const Tiles tiles(chunks.size(chunk), gemm.tile_rows);
       if (packed != chunk) {
         for (int64_t t = 0; t < tiles.count; ++t) {
@@ -56,14 +55,13 @@ void linear(const Context& context, const LinearCall& call) {
         }
         packed = chunk;
       }
-      const int64_t first_block = blocks * group / groups, last_block = blocks * (group + 1) / groups;
-      for (int64_t block = first_block; block < last_block; ++block) {
-        const int64_t output = block * kBlockOutputs;
+      for (int64_t item = first; item < last; ++item) {
+        const int64_t block = item % blocks, output = block * kBlockOutputs;
         const int width = static_cast<int>(std::min<int64_t>(kBlockOutputs, call.outputs - output));
         const uint32_t* weights = call.weights + block * cells * kBlockOutputs;
         for (int64_t t = 0; t < tiles.count; ++t) {
           run_block(gemm, tiles.size(t), panel + tiles.start(t) * row_bytes, weights, cells, tile, false,
-                    block == first_block, nullptr, t, tiles.count);
+                    item == first, nullptr, t, tiles.count);
           const int64_t element = (first_row + tiles.start(t)) * call.out_stride + output;
           kernels.store(tile, tiles.size(t), width, call.bias ? call.bias + output : nullptr,
                         static_cast<char*>(call.out) + element * element_bytes(call.out_dtype), call.out_stride,

@@ -37,20 +37,6 @@ Tensor linear_op(int64_t isa, const Tensor& x, const Tensor& weights, const Opti
   return out;
 }
 
-Tensor unpack_rows_op(int64_t isa, const Tensor& weights, const Tensor& ids, int64_t outputs, int64_t inputs,
-                      at::ScalarType type) {
-  const Context context = context_of(isa);
-  const Dtype dtype = type == at::kBFloat16 ? Dtype::bf16 : Dtype::fp32;
-  const uint32_t* packed =
-      words(weights, packed_words(context.kernels->gemm[static_cast<int>(dtype)], outputs, inputs), "weights");
-  const int64_t* rows = contiguous_data<int64_t>(ids, at::kLong, "ids");
-  for (int64_t i = 0; i < ids.numel(); ++i)
-    TORCH_CHECK_INDEX(0 <= rows[i] && rows[i] < outputs, "row ", rows[i], " is not in 0 … ", outputs - 1);
-  Tensor out = at::empty({ids.numel(), inputs}, at::TensorOptions().dtype(type));
-  unpack_rows(context, packed, dtype, inputs, rows, ids.numel(), out.data_ptr());
-  return out;
-}
-
 NormCall norm_call(const Tensor& x, const Tensor& weight, double eps, const Tensor& out) {
   NormCall call{};
   call.x = rows_of(x, "x");
@@ -161,8 +147,6 @@ TORCH_LIBRARY(dynamoe_cpu, m) {
   m.def("find_isa(str name) -> int", &find_isa);
   m.def("pack_linear(int isa, Tensor weight) -> Tensor", &pack_linear_op);
   m.def("linear(int isa, Tensor x, Tensor weights, Tensor? bias, int outputs, bool float_out) -> Tensor", &linear_op);
-  m.def("unpack_rows(int isa, Tensor weights, Tensor ids, int outputs, int inputs, ScalarType dtype) -> Tensor",
-        &unpack_rows_op);
   m.def("rms_norm(int isa, Tensor x, Tensor weight, float eps) -> Tensor", &rms_norm_op);
   m.def("add_rms_norm(int isa, Tensor x, Tensor(a!) residual, Tensor weight, float eps, float scale) -> Tensor",
         &add_rms_norm_op);

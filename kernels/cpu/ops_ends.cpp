@@ -19,21 +19,27 @@ Tensor embed_op(int64_t isa, const Tensor& packed, at::IntArrayRef layout, const
     TORCH_CHECK_INDEX(0 <= numbers[i] && numbers[i] < outputs, "row ", numbers[i], " is not in 0 … ", outputs - 1);
   Tensor out = at::empty({rows, inputs}, at::TensorOptions().dtype(at::kFloat));
   float* wide = static_cast<float*>(out.data_ptr());
-  uint16_t* narrow = scratch(Buffer::stack).get<uint16_t>(dtype == Dtype::bf16 ? rows * inputs : 0);
-  if (!layout.empty()) {
+  const bool narrow = dtype == Dtype::bf16, quantised = !layout.empty();
+  uint16_t* halves = scratch(Buffer::stack).get<uint16_t>(narrow ? rows * inputs : 0);
+  if (quantised) {
     const QuantWeights weights = quant_weights(packed, {}, layout, "weights");
     TORCH_CHECK_VALUE(weights.layout.outputs == outputs && weights.layout.inputs == inputs, "the weights are not of ",
                       outputs, " outputs and ", inputs, " inputs");
     quant_rows(context, weights, numbers, rows, wide);
-    if (dtype == Dtype::bf16) kernels.convert(wide, narrow, static_cast<int>(rows * inputs), dtype);
   } else {
     const int64_t count = packed_words(kernels.gemm[static_cast<int>(dtype)], outputs, inputs);
     unpack_rows(context, words(packed, count, "weights"), dtype, inputs, numbers, rows,
-                dtype == Dtype::bf16 ? static_cast<void*>(narrow) : wide);
+                narrow ? static_cast<void*>(halves) : wide);
   }
-  if (dtype == Dtype::bf16) kernels.widen(narrow, wide, static_cast<int>(rows * inputs));
+  const int width = static_cast<int>(inputs);
   const float factor = static_cast<float>(scale);
-  for (int64_t i = 0; factor != 1.0f && i < rows * inputs; ++i) wide[i] *= factor;
+  for_each_light_row(context.threads, rows, inputs, [&](int64_t row) {
+    float* x = wide + row * inputs;
+    uint16_t* half = halves + row * inputs;
+    if (narrow && quantised) kernels.convert(x, half, width, dtype);
+    if (narrow) kernels.widen(half, x, width);
+    for (int i = 0; factor != 1.0f && i < width; ++i) x[i] *= factor;
+  });
   return out;
 }
 

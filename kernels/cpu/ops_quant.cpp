@@ -30,17 +30,6 @@ Tensor quant_linear_op(int64_t isa, const Tensor& x, const Tensor& packed, const
   return out;
 }
 
-Tensor quant_rows_op(int64_t isa, const Tensor& packed, const Tensor& ids, at::IntArrayRef numbers) {
-  const QuantWeights weights = quant_weights(packed, {}, numbers, "weights");
-  const int64_t* rows = contiguous_data<int64_t>(ids, at::kLong, "ids");
-  for (int64_t i = 0; i < ids.numel(); ++i)
-    TORCH_CHECK_INDEX(0 <= rows[i] && rows[i] < weights.layout.outputs, "row ", rows[i], " is not in 0 … ",
-                      weights.layout.outputs - 1);
-  Tensor out = at::empty({ids.numel(), weights.layout.inputs}, at::TensorOptions().dtype(at::kFloat));
-  quant_rows(context_of(isa), weights, rows, ids.numel(), static_cast<float*>(out.data_ptr()));
-  return out;
-}
-
 // `shape` is experts, hidden, width, activation. Without ids every row uses every expert with weight 1.
 Tensor quant_experts_op(int64_t isa, const Tensor& x, const Tensor& gate_up, at::IntArrayRef gate_up_layout,
                         const Tensor& down, at::IntArrayRef down_layout, const OptionalTensor& gate_up_bias,
@@ -79,7 +68,6 @@ TORCH_LIBRARY_FRAGMENT(dynamoe_cpu, m) {
   m.def("pack_quant(int isa, Tensor codes, Tensor scales, Tensor? offsets, int[] layout) -> Tensor", &pack_quant_op);
   m.def("quant_linear(int isa, Tensor x, Tensor packed, Tensor? bias, int[] layout, bool float_out) -> Tensor",
         &quant_linear_op);
-  m.def("quant_rows(int isa, Tensor packed, Tensor ids, int[] layout) -> Tensor", &quant_rows_op);
   m.def(
       "quant_experts(int isa, Tensor x, Tensor gate_up, int[] gate_up_layout, Tensor down, int[] down_layout, Tensor? "
       "gate_up_bias, Tensor? down_bias, int[] shape, Tensor? ids, Tensor? weights, Tensor? counts) -> Tensor",

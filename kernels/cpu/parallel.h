@@ -46,18 +46,23 @@ void for_each_light_row(int threads, int64_t rows, int64_t width, const Body& bo
   for_each_row(threads, rows, body, ceil_div(8192, width));
 }
 
-// [0, items) in pieces for threads that take the next whenever they are free: large ones first and single items at the end,
-// so that all finish at nearly the same time, and what a thread reads lies in few stretches. None crosses a multiple of
-// `part`.
+// `parts` · `size` items in pieces for threads that take the next whenever they are free: large ones first and single
+// items at the end, so that all finish at nearly the same time, and what a thread reads lies in few stretches. No piece
+// has items of two parts.
 class Pieces {
  public:
-  Pieces(int64_t items, int64_t part, int threads) : items_(items), part_(part), share_(2 * threads) {}
+  Pieces(int64_t parts, int64_t size, int threads)
+      : items_(parts * size),
+        size_(size),
+        threads_(static_cast<int>(threads < items_ ? threads : items_)),
+        share_(2 * threads) {}
+  int threads() const { return threads_; }  // that find any
   bool take(int64_t& first, int64_t& last) {
     first = next_.load(std::memory_order_relaxed);
     do {
       if (first >= items_) return false;
-      const int64_t size = ceil_div(items_ - first, share_), rest = part_ - first % part_;
-      last = first + (size < rest ? size : rest);
+      const int64_t wanted = ceil_div(items_ - first, share_), rest = size_ - first % size_;
+      last = first + (wanted < rest ? wanted : rest);
     } while (!next_.compare_exchange_weak(first, last, std::memory_order_relaxed));
     return true;
   }
@@ -68,7 +73,8 @@ class Pieces {
   }
 
  private:
-  const int64_t items_, part_, share_;
+  const int64_t items_, size_;
+  const int threads_, share_;
   std::atomic<int64_t> next_{0};
 };
 

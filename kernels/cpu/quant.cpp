@@ -128,8 +128,8 @@ void quant_linear(const Context& context, const QuantLinearCall& call) {
   const QuantProduct product(kernels, weights.layout, call.x.dtype);
   const int64_t blocks = weights.layout.blocks();
   const Tiles chunks(call.rows, product.most_rows());
-  Pieces pieces(chunks.count * blocks, blocks, context.threads);
-  on_all_threads(context.threads, [&] {
+  Pieces pieces(chunks.count, blocks, context.threads);
+  on_all_threads(pieces.threads(), [&] {
     char* panel = scratch(Buffer::rows).get<char>((chunks.size(0) + 1) * product.row_bytes());
     float* tile = scratch(Buffer::scores).get<float>((chunks.size(0) + 1) * kBlockOutputs);
     int64_t packed = -1, first, last;

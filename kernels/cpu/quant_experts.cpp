@@ -39,8 +39,8 @@ void gate_and_up(const Context& context, const ExpertsCall& call, const QuantWei
   for_each_row(context.threads, product.digits() ? call.rows : 0,
                [&](int64_t row) { product.make_digits(digits + row * row_bytes, call.x.at(row), call.x.dtype); });
   std::vector<std::atomic<int64_t>> finished(plan.chunks.size());
-  Pieces pieces(blocks * static_cast<int64_t>(plan.chunks.size()), blocks, context.threads);
-  on_all_threads(context.threads, [&] {
+  Pieces pieces(static_cast<int64_t>(plan.chunks.size()), blocks, context.threads);
+  on_all_threads(pieces.threads(), [&] {
     const Chunk* packed = nullptr;
     char* panel = nullptr;
     const auto source = [&](int64_t slot) { return plan.slots[slot] / call.top_k; };
@@ -113,8 +113,8 @@ int64_t quant_experts(const Context& context, const ExpertsCall& given, const Qu
 
   const int64_t blocks = layout.down_blocks();
   OutputSums sums(kernels, call, plan);
-  Pieces pieces(blocks, blocks, context.threads);
-  on_all_threads(context.threads, [&] {
+  Pieces pieces(1, blocks, context.threads);
+  on_all_threads(pieces.threads(), [&] {
     int64_t first_block, last_block;
     while (pieces.take(first_block, last_block)) {
       sums.clear(first_block, last_block);
