@@ -8,9 +8,9 @@ __version__ = "0.1.0"
 __all__ = ["LLM", "Quality", "SamplingParams", "__version__"]
 
 if TYPE_CHECKING:
+    from .dynamic.engine.quality import Quality
+    from .dynamic.engine.sampling_params import SamplingParams
     from .dynamic.llm import LLM
-    from .dynamic.quality import Quality
-    from .dynamic.sampling_params import SamplingParams
 
 
 def __getattr__(name: str) -> object:
@@ -20,11 +20,11 @@ def __getattr__(name: str) -> object:
 
         return LLM
     if name == "SamplingParams":
-        from .dynamic.sampling_params import SamplingParams
+        from .dynamic.engine.sampling_params import SamplingParams
 
         return SamplingParams
     if name == "Quality":
-        from .dynamic.quality import Quality
+        from .dynamic.engine.quality import Quality
 
         return Quality
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

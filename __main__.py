@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from .dynamic.cli import main
+from .dynamic.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

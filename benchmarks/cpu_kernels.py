@@ -16,15 +16,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from dynamoe.kernels.cpu_backend import ISAS, CpuBackend
-from dynamoe.kernels.router_spec import RouterSpec
-from dynamoe.kernels.types import AttentionBatch, KVLayer, Routing
+from dynamoe.kernels.api.router_spec import RouterSpec
+from dynamoe.kernels.api.types import AttentionBatch, KVLayer, Routing
+from dynamoe.kernels.cpu.backend import ISAS, CpuBackend
 from limits import Limits
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """One layer: sizes as in ``kernels/types.py``; ``experts=1`` is a dense FFN."""
+    """One layer: sizes as in ``kernels/api/types.py``; ``experts=1`` is a dense FFN."""
 
     hidden: int
     width: int

@@ -10,7 +10,7 @@ import math
 
 import torch
 from dynamoe import LLM, SamplingParams
-from dynamoe.dynamic.calibration_text import reference_pages, token_windows
+from dynamoe.dynamic.text.calibration_text import reference_pages, token_windows
 
 
 def perplexity(llm: LLM, windows_BL: torch.Tensor) -> float:

@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 from dynamoe import LLM, SamplingParams
-from dynamoe.dynamic.calibration_text import reference_pages, token_windows
-from dynamoe.dynamic.gguf_import import import_gguf
-from dynamoe.dynamic.machine import processor
-from dynamoe.dynamic.prepare_default import dense_default_file
+from dynamoe.dynamic.convert.default_model import dense_default_file
+from dynamoe.dynamic.convert.gguf_import import import_gguf
+from dynamoe.dynamic.model.machine import processor
+from dynamoe.dynamic.text.calibration_text import reference_pages, token_windows
 
 RESULTS = Path(__file__).parent / "results" / "default_vs_transformers.json"
 

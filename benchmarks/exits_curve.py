@@ -27,16 +27,16 @@ from typing import Any
 import numpy as np
 import torch
 from checkout import RESULTS
-from dynamoe.dynamic.calibration import decoded_layers
-from dynamoe.dynamic.calibration_text import reference_pages
-from dynamoe.dynamic.intervals import mean
+from dynamoe.dynamic.contract.calibration_runs import decoded_layers
+from dynamoe.dynamic.contract.intervals import mean
+from dynamoe.dynamic.contract.served_loss import disagreements
+from dynamoe.dynamic.convert.model_store import cache_home, resolve_model
+from dynamoe.dynamic.engine.outputs import RequestOutput
+from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.llm import LLM
-from dynamoe.dynamic.machine import processor
-from dynamoe.dynamic.model_store import cache_home, resolve_model
-from dynamoe.dynamic.outputs import RequestOutput
-from dynamoe.dynamic.sampling_params import SamplingParams
-from dynamoe.dynamic.served_risk import disagreements
-from dynamoe.dynamic.train.corpus import build_corpus, load_corpus
+from dynamoe.dynamic.model.machine import processor
+from dynamoe.dynamic.text.calibration_text import reference_pages
+from dynamoe.dynamic.text.corpus import build_corpus, load_corpus
 from dynamoe.dynamic.train.held_out import held_out_prompts
 from dynamoe.dynamic.train.recipe import RecipeConfig
 from dynamoe.dynamic.train.served import blocks_from

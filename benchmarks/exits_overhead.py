@@ -23,20 +23,20 @@ from statistics import median
 from typing import Any
 
 import torch
-from dynamoe.dynamic.decoder import Decoder
+from dynamoe.dynamic.convert.model_store import resolve_model
 from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine
-from dynamoe.dynamic.engine.kv_cache import allocate_layers
 from dynamoe.dynamic.engine.parking import last_slots
-from dynamoe.dynamic.loader import LoadedModel, load_decoder
-from dynamoe.dynamic.machine import processor
-from dynamoe.dynamic.model_store import resolve_model
-from dynamoe.dynamic.sampling_params import SamplingParams
+from dynamoe.dynamic.engine.sampling_params import SamplingParams
+from dynamoe.dynamic.model.decoder import Decoder
+from dynamoe.dynamic.model.kv_cache import allocate_layers
+from dynamoe.dynamic.model.loader import LoadedModel, load_decoder
+from dynamoe.dynamic.model.machine import processor
 from dynamoe.dynamic.train.export import checkpoint_tensors, model_config
 from dynamoe.dynamic.train.model import DecoderConfig, TrainableDecoder
 from dynamoe.exits.calibrators import Temperature
+from dynamoe.exits.exit_head import ReadoutAdapter
 from dynamoe.exits.probes import Probe, ProbeSpec
-from dynamoe.exits.readout import ReadoutAdapter
 from dynamoe.exits.sidecar import JSON_FILE, ExitHeads, backbone_hash, save_heads
 
 PROBE = ProbeSpec(kind="mlp", width=2, previous=True, router_entropy=True)

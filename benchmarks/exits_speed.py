@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 from checkout import RESULTS
+from dynamoe.dynamic.contract.served_loss import disagreements
+from dynamoe.dynamic.convert.model_store import resolve_model
 from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine
 from dynamoe.dynamic.engine.parking import measure_times
 from dynamoe.dynamic.llm import LLM
-from dynamoe.dynamic.loader import LoadedModel
-from dynamoe.dynamic.machine import processor
-from dynamoe.dynamic.model_store import resolve_model
-from dynamoe.dynamic.served_risk import disagreements
+from dynamoe.dynamic.model.loader import LoadedModel
+from dynamoe.dynamic.model.machine import processor
 from exits_curve import corpus_prompts, executed, settings
 from exits_overhead import without_exits
 

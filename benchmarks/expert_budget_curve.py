@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 from checkout import RESULTS
-from dynamoe.dynamic.intervals import mean
+from dynamoe.dynamic.contract.intervals import mean
+from dynamoe.dynamic.contract.served_loss import disagreements
+from dynamoe.dynamic.convert.model_store import resolve_model
+from dynamoe.dynamic.engine.outputs import RequestOutput
+from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.llm import LLM
-from dynamoe.dynamic.machine import processor
-from dynamoe.dynamic.model_store import resolve_model
-from dynamoe.dynamic.outputs import RequestOutput
-from dynamoe.dynamic.sampling_params import SamplingParams
-from dynamoe.dynamic.served_risk import disagreements
+from dynamoe.dynamic.model.machine import processor
 from exits_curve import Prompts, corpus_prompts, reference_prompts, timed
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 from checkout import RESULTS
-from dynamoe.dynamic.machine import processor
-from dynamoe.kernels.cpu_backend import CpuBackend
-from dynamoe.kernels.router_spec import RouterSpec
+from dynamoe.dynamic.model.machine import processor
+from dynamoe.kernels.api.router_spec import RouterSpec
+from dynamoe.kernels.cpu.backend import CpuBackend
 
 ROUTINGS = 24  # different ones, so that no cache holds the experts of the next
 

@@ -19,13 +19,13 @@ from typing import Any, cast
 
 import torch
 from checkout import RESULTS
-from dynamoe.dynamic.decoder import Decoder
+from dynamoe.dynamic.convert.model_store import resolve_model
 from dynamoe.dynamic.llm import LLM
-from dynamoe.dynamic.machine import processor
-from dynamoe.dynamic.model_store import resolve_model
-from dynamoe.dynamic.prompt_pass import fresh_cache
+from dynamoe.dynamic.model.decoder import Decoder
+from dynamoe.dynamic.model.machine import processor
+from dynamoe.dynamic.model.prompt_pass import fresh_cache
 from dynamoe.exits.segments import Segment
-from dynamoe.kernels.types import ExpertBudget, Routing
+from dynamoe.kernels.api.types import ExpertBudget, Routing
 from dynamoe.moe.contribution import keep_by_layer
 from exits_curve import corpus_prompts, reference_prompts
 

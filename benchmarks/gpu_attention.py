@@ -7,10 +7,10 @@ from typing import Any
 
 import moe_layer
 import torch
-from dynamoe.kernels import reference
-from dynamoe.kernels.kv_codes import KV_DTYPES, read_pages, stored_channels, write_heads
-from dynamoe.kernels.torch_backend import TorchBackend
-from dynamoe.kernels.types import AttentionBatch, KVLayer
+from dynamoe.kernels.api.kv_codes import KV_DTYPES, read_pages, stored_channels, write_heads
+from dynamoe.kernels.api.types import AttentionBatch, KVLayer
+from dynamoe.kernels.reference.operations import operations as reference
+from dynamoe.kernels.torch.backend import TorchBackend
 from gpu_expect import expect
 
 PAGE = 16

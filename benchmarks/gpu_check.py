@@ -32,14 +32,14 @@ import checkout
 import moe_layer
 import torch
 import triton
-from dynamoe.kernels import reference
-from dynamoe.kernels.ops import select_backend
-from dynamoe.kernels.router_spec import RouterSpec
-from dynamoe.kernels.support import DTYPES, EXPERTS, REFUSED, ROUTERS
-from dynamoe.kernels.torch_backend import TorchBackend
-from dynamoe.kernels.triton_backend import TritonBackend
-from dynamoe.kernels.triton_tune import tune_experts
-from dynamoe.kernels.types import ExpertWeights, Routing
+from dynamoe.kernels.api.router_spec import RouterSpec
+from dynamoe.kernels.api.support import DTYPES, EXPERTS, REFUSED, ROUTERS
+from dynamoe.kernels.api.types import ExpertWeights, Routing
+from dynamoe.kernels.reference.operations import operations as reference
+from dynamoe.kernels.select import select_backend
+from dynamoe.kernels.torch.backend import TorchBackend
+from dynamoe.kernels.triton.backend import TritonBackend
+from dynamoe.kernels.triton.tune import tune_experts
 from gpu_attention import check_attention, measure_caches
 from gpu_expect import expect
 

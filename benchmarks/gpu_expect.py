@@ -1,5 +1,5 @@
 """How near to the oracle a result on a GPU must be: for large shapes and a GPU's own order of sums, unlike
-``kernels/tolerance.py``."""
+``kernels/api/tolerance.py``."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import statistics
 import time
 
 import torch
-from dynamoe.kernels import cpu_build
+from dynamoe.kernels.cpu import build as cpu_build
 
 
 class Limits:

@@ -24,10 +24,10 @@ from typing import Any
 import checkout  # noqa: F401  # the package of this checkout, installed or not
 import torch
 import torch.nn.functional as F
-from dynamoe.kernels.cpu_build import BuildError
-from dynamoe.kernels.ops import select_backend
-from dynamoe.kernels.router_spec import RouterSpec
-from dynamoe.kernels.torch_backend import TorchBackend
+from dynamoe.kernels.api.router_spec import RouterSpec
+from dynamoe.kernels.cpu.build import BuildError
+from dynamoe.kernels.select import select_backend
+from dynamoe.kernels.torch.backend import TorchBackend
 from limits import Limits as MachineLimits
 
 Layer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

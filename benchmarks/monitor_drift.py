@@ -21,15 +21,15 @@ from typing import Any
 import numpy as np
 import torch
 from checkout import RESULTS
-from dynamoe.dynamic.certificates import CertificateSource, spent_under
+from dynamoe.dynamic.contract.catalog import CertificateSource, spent_under
+from dynamoe.dynamic.contract.certificate import Certificate
+from dynamoe.dynamic.contract.e_process import EProcess
+from dynamoe.dynamic.contract.served_loss import disagreements
+from dynamoe.dynamic.convert.model_store import resolve_model
+from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.llm import LLM
-from dynamoe.dynamic.machine import processor
-from dynamoe.dynamic.model_store import resolve_model
-from dynamoe.dynamic.prompt_file import read_prompts
-from dynamoe.dynamic.sampling_params import SamplingParams
-from dynamoe.dynamic.served_risk import disagreements
-from dynamoe.exits.certificate import Certificate
-from dynamoe.exits.e_process import EProcess
+from dynamoe.dynamic.model.machine import processor
+from dynamoe.dynamic.text.prompt_file import read_prompts
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 

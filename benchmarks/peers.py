@@ -30,7 +30,7 @@ from typing import Any
 
 import checkout
 import torch
-from dynamoe.dynamic.machine import processor
+from dynamoe.dynamic.model.machine import processor
 from limits import Limits
 from peers_engines import (
     CELLS,
@@ -195,7 +195,7 @@ def make_checkpoint(directory: Path) -> None:
     """
     import shutil
 
-    from dynamoe.dynamic.model_store import resolve_model
+    from dynamoe.dynamic.convert.model_store import resolve_model
     from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
 
     config = GraniteMoeConfig(

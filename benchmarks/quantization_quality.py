@@ -22,15 +22,15 @@ from typing import Any
 
 import torch
 from checkout import RESULTS
-from dynamoe.dynamic.calibration_text import reference_pages, token_windows
-from dynamoe.dynamic.decoder import Decoder
-from dynamoe.dynamic.loader import load_decoder
-from dynamoe.dynamic.machine import processor
-from dynamoe.dynamic.model_store import resolve_model
-from dynamoe.dynamic.prompt_pass import fresh_cache
+from dynamoe.dynamic.convert.model_store import resolve_model
+from dynamoe.dynamic.model.decoder import Decoder
+from dynamoe.dynamic.model.loader import load_decoder
+from dynamoe.dynamic.model.machine import processor
+from dynamoe.dynamic.model.prompt_pass import fresh_cache
 from dynamoe.dynamic.quantize.driver import quantize_checkpoint
 from dynamoe.dynamic.quantize.methods import METHODS, CalibratedMethod
-from dynamoe.dynamic.tokenizer import Tokenizer
+from dynamoe.dynamic.text.calibration_text import reference_pages, token_windows
+from dynamoe.dynamic.text.tokenizer import Tokenizer
 from dynamoe.exits.segments import Segment
 
 INT4 = tuple(f"int4{group}{ending}" for group in ("-g32", "", "-g128") for ending in ("", "-asym"))

@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 from checkout import RESULTS
-from dynamoe.dynamic.loader import load_decoder
-from dynamoe.dynamic.machine import processor
-from dynamoe.dynamic.model_store import resolve_model
-from dynamoe.dynamic.prompt_pass import fresh_cache
+from dynamoe.dynamic.convert.model_store import resolve_model
+from dynamoe.dynamic.model.loader import load_decoder
+from dynamoe.dynamic.model.machine import processor
+from dynamoe.dynamic.model.prompt_pass import fresh_cache
 from dynamoe.exits.segments import Segment
-from dynamoe.kernels.tolerance import error
+from dynamoe.kernels.api.tolerance import error
 
 RECIPES = {
     "llmcompressor": ("gptq", "awq-asym", "int8-groups", "W8A16", "W8A8", "FP8_DYNAMIC", "FP8_BLOCK"),

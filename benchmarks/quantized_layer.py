@@ -22,10 +22,10 @@ from typing import Any
 
 import checkout  # noqa: F401  # the package of this checkout, installed or not
 import torch
-from dynamoe.dynamic.machine import processor
-from dynamoe.dynamic.quantization import methods
-from dynamoe.kernels.cpu_backend import CpuBackend
-from dynamoe.kernels.types import ExpertWeights, Routing
+from dynamoe.dynamic.model.machine import processor
+from dynamoe.dynamic.model.quantization import methods
+from dynamoe.kernels.api.types import ExpertWeights, Routing
+from dynamoe.kernels.cpu.backend import CpuBackend
 from tqdm import tqdm
 
 EXPERTS, TOP_K, HIDDEN, WIDTH, LAYERS = 32, 8, 1024, 512, 4

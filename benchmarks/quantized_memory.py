@@ -65,7 +65,7 @@ def main() -> None:
     if args.one:
         print(json.dumps(serve(args.models[0], args.methods[0], args.kv_memory)))
         return
-    from dynamoe.dynamic.machine import processor
+    from dynamoe.dynamic.model.machine import processor
 
     rows: list[dict[str, Any]] = []
     for model in args.models:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from dynamoe.exits.risk import conformal_risk_control, learn_then_test
+from dynamoe.dynamic.contract.bounds import conformal_risk_control, learn_then_test
 from scipy.stats import binom
 
 RESULTS = Path(__file__).parent / "results"

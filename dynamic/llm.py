@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .engine.config import EngineConfig
-from .outputs import CompletionOutput, RequestOutput
+from .engine.outputs import CompletionOutput, RequestOutput
+from .engine.sampling_params import SamplingParams
 from .parallel.config import ParallelConfig
-from .sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from .tokenizer import Tokenizer
+    from .text.tokenizer import Tokenizer
 
 Prompt = str | list[int] | Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any]]
@@ -89,9 +89,9 @@ class LLM:
             parallel = ParallelConfig(tensor=tensor, expert=expert, pipeline=pipeline, data=data)
         elif sizes != (1, 1, 1, 1):
             raise ValueError(f"give either parallel= or the sizes of its axes, not both: {parallel} and {sizes}")
-        from .certificates import offer_for
+        from .contract.catalog import offer_for
         from .engine.engine import Engine
-        from .loader import load_model
+        from .model.loader import load_model
 
         self.model = load_model(
             model,

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..kernels.exit_reference import probe_logits
-from ..kernels.types import ProbeWeights
+from ..kernels.api.types import ProbeWeights
+from ..kernels.reference.exits import probe_logits
 
 KINDS = ("linear", "mlp")
 MAX_LAYER_SHARE = 0.01

@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .calibrators import Isotonic, Temperature, calibrator_from_json
+from .exit_head import ReadoutAdapter
 from .probes import Probe, ProbeSpec
-from .readout import ReadoutAdapter
 
 JSON_FILE, TENSOR_FILE = "exits.json", "exits.safetensors"
 _FORMAT = 1

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels.torch_backend import TorchBackend
-from ..kernels.types import ExpertWeights, Routing
+from ..kernels.api.types import ExpertWeights, Routing
+from ..kernels.torch.backend import TorchBackend
 
 PRIOR_TOKENS = 32.0
 

@@ -1,6 +1,6 @@
 """Which of the ranks that share a layer's experts each row goes to, and what it does there.
 
-Shape suffixes as in ``kernels/types.py``; X ranks that share the experts.
+Shape suffixes as in ``kernels/api/types.py``; X ranks that share the experts.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels.types import Routing
+from ..kernels.api.types import Routing
 
 UNUSED = -1
 

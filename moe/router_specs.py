@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..kernels.router_spec import RouterSpec
+from ..kernels.api.router_spec import RouterSpec
 
 
 class _Config:

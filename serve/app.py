@@ -10,24 +10,24 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from .. import __version__
+from ..dynamic.contract.full_runs import FullRuns
 from ..dynamic.engine.engine import Engine
-from ..dynamic.outputs import RequestDelta
-from ..dynamic.sampling_params import SamplingParams
+from ..dynamic.engine.outputs import RequestDelta
+from ..dynamic.engine.sampling_params import SamplingParams
 from .auth import Authentication, KeyRing
 from .bridge import EngineBridge, EngineRequest
 from .context import ServerContext
 from .contracts import ContractDesk
 from .errors import install_error_handlers
-from .full_runs import FullRuns
 from .gate import Admission, Gate
 from .metrics import ServerMetrics
 from .middleware import BodyLimit, HeaderLimit, RequestContext
 from .request_checks import RequestChecks
-from .routes_chat import chat_routes
-from .routes_completions import completion_routes
-from .routes_contracts import contract_routes
-from .routes_ops import operation_routes
-from .routes_tokens import token_routes
+from .routes.chat import chat_routes
+from .routes.completions import completion_routes
+from .routes.contracts import contract_routes
+from .routes.operations import operation_routes
+from .routes.tokens import token_routes
 from .settings import ServerSettings
 from .submission import RequestTimes
 from .text import TextPool

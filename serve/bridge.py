@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ..dynamic.engine.engine import Engine, EngineFull
-from ..dynamic.outputs import RequestDelta
-from ..dynamic.quality import ContractOutcome
-from ..dynamic.sampling_params import SamplingParams
+from ..dynamic.engine.outputs import RequestDelta
+from ..dynamic.engine.quality import ContractOutcome
+from ..dynamic.engine.sampling_params import SamplingParams
 from .submission import EngineFailure, RequestTimes, Submission
 
 logger = logging.getLogger("dynamoe.engine")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..dynamic.config import QualityConfig, SharedModelConfig
+from ..dynamic.cli.config import QualityConfig, SharedModelConfig
 from ..dynamic.engine.config import EngineConfig
 from ..dynamic.parallel.config import launched_rank
 from .contracts import MonitorSettings
@@ -35,7 +35,7 @@ def serve(config: ServeConfig) -> None:
         SystemExit: with the exit code, when the server did not end well.
     """
     if launched_rank():  # workers take no address
-        from ..dynamic.loader import load_model
+        from ..dynamic.model.loader import load_model
 
         load_model(config.model, **config.load_arguments())
     from .server import run

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..dynamic.flops import full_layer_flops, head_flops, layer_flops, projection_flops
-from ..dynamic.outputs import Compute, RequestDelta, TokenCost
-from ..dynamic.quality import ContractOutcome
-from ..dynamic.spec import ModelSpec
+from ..dynamic.engine.outputs import Compute, RequestDelta, TokenCost
+from ..dynamic.engine.quality import ContractOutcome
+from ..dynamic.model.flops import full_layer_flops, head_flops, layer_flops, projection_flops
+from ..dynamic.model.spec import ModelSpec
 
 
 def executed(spec: ModelSpec, computes: Iterable[Compute]) -> dict[str, int]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from ..exits.monitor import ContractState
+from ..dynamic.contract.monitor import ContractState
 
 if TYPE_CHECKING:
     from .contracts import ContractDesk

@@ -20,13 +20,13 @@ from typing import TypeVar
 
 import torch
 
-from ..dynamic.certificates import CertificateSource, Offer
-from ..dynamic.model_store import cache_home
-from ..dynamic.outputs import RequestDelta
-from ..dynamic.quality import ContractOutcome, Quality
-from ..dynamic.sampling_params import SamplingParams
-from ..exits.monitor import ContractState, MonitorConfig, RiskMonitor
-from ..exits.monitor_store import Draws
+from ..dynamic.contract.catalog import CertificateSource, Offer
+from ..dynamic.contract.monitor import ContractState, MonitorConfig, RiskMonitor
+from ..dynamic.contract.monitor_store import Draws
+from ..dynamic.convert.model_store import cache_home
+from ..dynamic.engine.outputs import RequestDelta
+from ..dynamic.engine.quality import ContractOutcome, Quality
+from ..dynamic.engine.sampling_params import SamplingParams
 
 logger = logging.getLogger("dynamoe.contracts")
 T = TypeVar("T")

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..dynamic.outputs import CompletionDelta, CompletionOutput, Logprob, PositionLogprobs
-from ..dynamic.tokenizer import Tokenizer
+from ..dynamic.engine.outputs import CompletionDelta, CompletionOutput, Logprob, PositionLogprobs
+from ..dynamic.text.tokenizer import Tokenizer
 
 LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 PromptLogprobs = Sequence[PositionLogprobs | None]

@@ -11,8 +11,8 @@ from fastapi import Request
 from starlette.responses import JSONResponse, Response
 
 from ..dynamic.engine.engine import EngineFull
-from ..dynamic.outputs import CompletionOutput, RequestDelta, RequestOutput
-from ..dynamic.sampling_params import SamplingParams
+from ..dynamic.engine.outputs import CompletionOutput, RequestDelta, RequestOutput
+from ..dynamic.engine.sampling_params import SamplingParams
 from .auth import Caller
 from .bridge import EngineRequest
 from .compute_usage import ComputeTally
@@ -22,7 +22,7 @@ from .formats import AnswerFormat, Prompt, PromptLogprobs, usage, write_prompt_l
 from .sampling import requested_length, sampling_params, with_length
 from .streaming import DONE, EventStream, event, given_up_on_disconnect
 from .submission import ClientGone, EngineFailure, Submission
-from .wire import ChatCompletionRequest, GenerationRequest
+from .wire.openai import ChatCompletionRequest, GenerationRequest
 
 
 @dataclass(frozen=True, kw_only=True)

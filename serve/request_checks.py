@@ -8,7 +8,7 @@ from typing import Any
 
 from .errors import ApiError, invalid
 from .settings import Limits
-from .wire import Body, ChatCompletionRequest, ChatMessage, CompletionRequest, GenerationRequest
+from .wire.openai import Body, ChatCompletionRequest, ChatMessage, CompletionRequest, GenerationRequest
 
 # Fields that change what the answer means. Ignoring them would give a wrong answer with status 200.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ..dynamic.quality import Quality
-from ..dynamic.sampling_params import SamplingParams
+from ..dynamic.engine.quality import Quality
+from ..dynamic.engine.sampling_params import SamplingParams
 from .errors import invalid
-from .wire import ChatCompletionRequest, CompletionRequest, Contract, GenerationRequest
+from .wire.openai import ChatCompletionRequest, CompletionRequest, Contract, GenerationRequest
 
 COMPLETION_MAX_TOKENS = 16
 _SAME_NAME = (

@@ -20,10 +20,10 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .. import __version__
-from ..dynamic.certificates import CertificateSource
+from ..dynamic.contract.catalog import CertificateSource
 from ..dynamic.engine.config import EngineConfig
 from ..dynamic.engine.engine import Engine
-from ..dynamic.loader import load_model
+from ..dynamic.model.loader import load_model
 from .app import create_app, make_context
 from .context import ServerContext
 from .contracts import ContractDesk, MonitorSettings, default_monitor_file

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from ..dynamic.quality import Quality
+from ..dynamic.engine.quality import Quality
 
 
 @dataclass(frozen=True, kw_only=True)

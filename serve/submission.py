@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 
-from ..dynamic.outputs import RequestDelta
+from ..dynamic.engine.outputs import RequestDelta
 
 
 class EngineFailure(Exception):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from ..dynamic.tokenizer import Tokenizer
+from ..dynamic.text.tokenizer import Tokenizer
 from .errors import invalid
 
 Result = TypeVar("Result")

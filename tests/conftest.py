@@ -26,7 +26,7 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 # The kernels are imported after that.
-from dynamoe.kernels.cpu_backend import ISAS, CpuBackend
+from dynamoe.kernels.cpu.backend import ISAS, CpuBackend
 
 VOCAB_SIZE = 320
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # ids 0, 1, 2
@@ -215,8 +215,8 @@ def add_exits(directory: Path, exits: dict[int, float], *, seed: int = 0, **prob
         probe: settings of the probes' :class:`ProbeSpec`.
     """
     from dynamoe.exits.calibrators import Temperature
+    from dynamoe.exits.exit_head import ReadoutAdapter
     from dynamoe.exits.probes import Probe, ProbeSpec
-    from dynamoe.exits.readout import ReadoutAdapter
     from dynamoe.exits.sidecar import ExitHeads, backbone_hash, save_heads
 
     hidden = json.loads((directory / "config.json").read_text())["hidden_size"]
@@ -262,7 +262,7 @@ def make_exits(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.Te
 @pytest.fixture(scope="session")
 def default_model() -> Path:
     """The default model's directory in the user's own cache; made when it is not there, which takes about a minute."""
-    from dynamoe.dynamic.model_store import resolve_model
+    from dynamoe.dynamic.convert.model_store import resolve_model
 
     return resolve_model("default", progress=False)
 
@@ -370,7 +370,7 @@ def server(start_server: Callable[..., ServerProcess], make_checkpoint: Callable
 def certify() -> Callable[..., Any]:
     """``certify(directory, running, alpha, probability, keep=None, **scope)`` writes a certificate for the exits of
     tiny and what ``deployment`` says that runs, whatever it claims."""
-    from dynamoe.exits.certificate import Certificate, HeldOut, Scope, save_certificate
+    from dynamoe.dynamic.contract.certificate import Certificate, HeldOut, Scope, save_certificate
 
     def write(directory: Path, running: Any, alpha: float, at: float, keep: float | None = None, **scope: Any) -> Any:
         certificate = Certificate(

@@ -8,7 +8,7 @@ from typing import Any
 
 from dynamoe.dynamic.engine.engine import Engine
 from dynamoe.dynamic.engine.runner import Runner
-from dynamoe.dynamic.loader import load_model
+from dynamoe.dynamic.model.loader import load_model
 from dynamoe.serve.server import serve_engine
 from dynamoe.serve.settings import ServerSettings
 

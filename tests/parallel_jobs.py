@@ -11,10 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+from dynamoe.dynamic.model.spec import ModelSpec
 from dynamoe.dynamic.parallel.config import ParallelConfig
 from dynamoe.dynamic.parallel.context import ParallelContext
 from dynamoe.dynamic.parallel.shards import Shard
-from dynamoe.dynamic.spec import ModelSpec
 
 SCRIPT = Path(__file__).with_name("parallel_run.py")
 LAUNCH = Path(__file__).with_name("parallel_launch.py")

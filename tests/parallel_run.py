@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from dynamoe import LLM, SamplingParams
-from dynamoe.dynamic.deployment import deployment
+from dynamoe.dynamic.contract.deployment import deployment
 from dynamoe.dynamic.parallel.config import ParallelConfig, launched_rank
 from dynamoe.dynamic.parallel.decoder import ParallelDecoder
 from dynamoe.dynamic.parallel.exchange import Departure, ExpertExchange
 from dynamoe.dynamic.parallel.pipeline import PipelineDecoder
-from dynamoe.kernels.types import Routing
+from dynamoe.kernels.api.types import Routing
 from dynamoe.moe.dispatch import ExpertShares
 
 PROMPTS = [[5, 9, 200, 31], [7] * 40, list(range(3, 90)), [11, 12], [250, 3, 77, 8, 120, 4]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dynamoe.dynamic.engine.request import Request, Sequence, StopTokens
-from dynamoe.dynamic.sampling_params import SamplingParams
+from dynamoe.dynamic.engine.sampling_params import SamplingParams
 
 NO_STOPS = StopTokens(eos=frozenset(), listed=frozenset())
 

@@ -36,7 +36,7 @@ def compile_table(record_property: Callable[[str, object], None]) -> Callable[..
 
 
 def run_compiler(target: str, shape: str, *more: str) -> str:
-    command = [sys.executable, "-m", "dynamoe.kernels.triton_aot", "--target", target, "--shape", shape, *more]
+    command = [sys.executable, "-m", "dynamoe.kernels.triton.aot", "--target", target, "--shape", shape, *more]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -79,7 +79,7 @@ def test_float16(compile_table: Callable[..., str]) -> None:
 
 
 def test_a_spill_and_a_missing_tensor_core_are_complaints() -> None:
-    from dynamoe.kernels.triton_aot import Report
+    from dynamoe.kernels.triton.aot import Report
 
     fine = {"kernel": "down_kernel", "target": "sm_90", "tokens": 8192, "blocks": "", "registers": 200, "shared": 0,
             "spills": 0, "tensor_core": "wgmma", "prefill": True}  # fmt: skip

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from dynamoe.dynamic.decoder import Decoder
-from dynamoe.dynamic.families import family_of, model_spec
-from dynamoe.dynamic.layout import plan_layout
-from dynamoe.dynamic.loader import load_decoder
-from dynamoe.dynamic.weights import Checkpoint, CheckpointError
+from dynamoe.dynamic.checkpoint.weights import Checkpoint, CheckpointError
+from dynamoe.dynamic.model.decoder import Decoder
+from dynamoe.dynamic.model.families import family_of, model_spec
+from dynamoe.dynamic.model.layout import plan_layout
+from dynamoe.dynamic.model.loader import load_decoder
 from safetensors.torch import load_file, save_file
 
 WEIGHTS = "model.safetensors"

@@ -13,12 +13,12 @@ import pytest
 import torch
 from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine
-from dynamoe.dynamic.engine.kv_cache import bytes_per_page
-from dynamoe.dynamic.loader import LoadedModel, load_model
-from dynamoe.dynamic.outputs import CompletionOutput, RequestOutput
-from dynamoe.dynamic.sampling_params import SamplingParams
+from dynamoe.dynamic.engine.outputs import CompletionOutput, RequestOutput
+from dynamoe.dynamic.engine.sampling_params import SamplingParams
+from dynamoe.dynamic.model.kv_cache import bytes_per_page
+from dynamoe.dynamic.model.loader import LoadedModel, load_model
 from dynamoe.dynamic.train.expert_scales import ExpertsConfig, make_expert_scales
-from dynamoe.kernels.types import ExpertWeights, Routing
+from dynamoe.kernels.api.types import ExpertWeights, Routing
 
 LAYERS, TOP_K, PAGE = 4, 3, 4
 EXACT = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True, logprobs=2)

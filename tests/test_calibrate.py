@@ -11,12 +11,12 @@ from pathlib import Path
 import httpx
 import pytest
 from dynamoe import LLM, Quality, SamplingParams
-from dynamoe.dynamic.calibrate_command import CalibrateConfig, calibrate
-from dynamoe.dynamic.certificates import CertificateSource
-from dynamoe.dynamic.cli import main
-from dynamoe.dynamic.model_store import resolve_model
-from dynamoe.dynamic.prompt_file import read_prompts
-from dynamoe.exits.certificate import load_certificate, save_certificate
+from dynamoe.dynamic.cli.main.main import main
+from dynamoe.dynamic.contract.catalog import CertificateSource
+from dynamoe.dynamic.contract.certificate import load_certificate, save_certificate
+from dynamoe.dynamic.convert.model_store import resolve_model
+from dynamoe.dynamic.studies.calibrate import CalibrateConfig, calibrate
+from dynamoe.dynamic.text.prompt_file import read_prompts
 
 ALPHA = 0.2
 PROMPT = "The following options are available:"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dynamoe.exits.certificate import (
+from dynamoe.dynamic.contract.certificate import (
     Certificate,
     HeldOut,
     RequestFacts,
@@ -17,7 +17,7 @@ from dynamoe.exits.certificate import (
     load_certificate,
     save_certificate,
 )
-from dynamoe.exits.contracts import Contracts
+from dynamoe.dynamic.contract.resolve import Contracts
 
 GREEDY = RequestFacts(greedy=True, temperature=0.0, max_tokens=64, adjusted=False)
 DEPLOYMENT = {"weights": "9f2c", "quantization": "none", "dtype": "bfloat16", "kernel_version": 3, "kv_evicted": False}

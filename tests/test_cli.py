@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from dynamoe.dynamic import cli, generate
-from dynamoe.dynamic.cli import COMMANDS, Command, main
-from dynamoe.dynamic.config import GenerateConfig, SamplingConfig
-from dynamoe.dynamic.generate import encode_prompt, read_prompt, sampling_params
-from dynamoe.dynamic.tokenizer import Tokenizer
+from dynamoe.dynamic.cli.main import generate
+from dynamoe.dynamic.cli.main import main as cli
+from dynamoe.dynamic.cli.main.config import GenerateConfig, SamplingConfig
+from dynamoe.dynamic.cli.main.generate import encode_prompt, read_prompt, sampling_params
+from dynamoe.dynamic.cli.main.main import COMMANDS, Command, main
+from dynamoe.dynamic.text.tokenizer import Tokenizer
 
 COMMAND_NAMES = [command.name for command in COMMANDS]
 
@@ -31,7 +32,7 @@ def received(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[G
 
 
 def test_overview_is_quick_and_lists_every_command(tmp_path: Path) -> None:
-    code = "import sys, dynamoe.dynamic.cli as c; rc = c.main(['--help']); sys.exit(rc or 'torch' in sys.modules)"
+    code = "import sys, dynamoe.dynamic.cli.main as c; rc = c.main(['--help']); sys.exit(rc or 'torch' in sys.modules)"
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -44,7 +45,7 @@ def test_overview_is_quick_and_lists_every_command(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", COMMAND_NAMES)
 def test_help_explains_every_key(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from dynamoe.dynamic.config import keys
+    from dynamoe.dynamic.cli.main.config import keys
 
     assert main([name, "--help"]) == 0
     out = capsys.readouterr().out
@@ -177,7 +178,7 @@ def test_a_command_is_one_entry_in_the_table(
     again = Command(
         name="prepare",
         summary="a summary",
-        module="dynamic.generate",
+        module="dynamic.cli.generate",
         config="GenerateConfig",
         run="generate",
         examples=(),

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 import torch
-from dynamoe.kernels import cpu_build, ops
-from dynamoe.kernels.cpu_backend import CpuBackend
+from dynamoe.kernels import select as ops
+from dynamoe.kernels.cpu import build as cpu_build
+from dynamoe.kernels.cpu.backend import CpuBackend
 
 
 def test_select_backend_takes_the_kernels_on_a_cpu():
@@ -39,7 +40,7 @@ def test_an_instruction_set_may_be_named():
 def test_without_a_compiler_torch_takes_over_with_one_warning(tmp_path, compiler: str, reason: str):
     script = (
         "import warnings, torch\n"
-        "from dynamoe.kernels.ops import select_backend\n"
+        "from dynamoe.kernels.select import select_backend\n"
         "with warnings.catch_warnings(record=True) as seen:\n"
         "    warnings.simplefilter('default')\n"
         "    names = [select_backend('cpu', d).name for d in (torch.bfloat16, torch.float32, torch.bfloat16)]\n"

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from dynamoe.kernels import rounding
-from dynamoe.kernels.cpu_backend import CpuBackend
-from dynamoe.kernels.formats import FP8_PER_GROUP, INT8_PER_GROUP, UNQUANTIZED, ActivationScheme
-from dynamoe.kernels.router_spec import RouterSpec
-from dynamoe.kernels.types import AttentionBatch, KVLayer, Routing
+from dynamoe.kernels.api import rounding
+from dynamoe.kernels.api.formats import FP8_PER_GROUP, INT8_PER_GROUP, UNQUANTIZED, ActivationScheme
+from dynamoe.kernels.api.router_spec import RouterSpec
+from dynamoe.kernels.api.types import AttentionBatch, KVLayer, Routing
+from dynamoe.kernels.cpu.backend import CpuBackend
 
 CUTS = ((0, 1, 2, 3, 7, 20, 33, 61, 150), (0, 149, 150), (0, 75, 150), (0, 150))
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from dynamoe.kernels import reference
-from dynamoe.kernels.cpu_backend import CpuBackend
-from dynamoe.kernels.router_spec import RouterSpec
-from dynamoe.kernels.tolerance import TOLERANCE, error
-from dynamoe.kernels.torch_backend import TorchBackend
-from dynamoe.kernels.types import Routing
+from dynamoe.kernels.api.router_spec import RouterSpec
+from dynamoe.kernels.api.tolerance import TOLERANCE, error
+from dynamoe.kernels.api.types import Routing
+from dynamoe.kernels.cpu.backend import CpuBackend
+from dynamoe.kernels.reference.operations import operations as reference
+from dynamoe.kernels.torch.backend import TorchBackend
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

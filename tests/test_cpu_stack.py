@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from dynamoe.dynamic.decoder import Decoder, make_stack
-from dynamoe.dynamic.engine.kv_cache import allocate_layers
-from dynamoe.dynamic.loader import load_decoder
+from dynamoe.dynamic.model.decoder import Decoder, make_stack
+from dynamoe.dynamic.model.kv_cache import allocate_layers
+from dynamoe.dynamic.model.loader import load_decoder
 from dynamoe.exits.segments import Segment
-from dynamoe.kernels.types import AttentionBatch, ExpertBudget, KVLayer
+from dynamoe.kernels.api.types import AttentionBatch, ExpertBudget, KVLayer
 
 PAGE = 4
 FAMILIES: dict[str, dict[str, object]] = {

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from dynamoe.dynamic.loader import load_decoder
+from dynamoe.dynamic.checkpoint.weights import CheckpointError
+from dynamoe.dynamic.model.loader import load_decoder
 from dynamoe.dynamic.quantize.writer import compressed
-from dynamoe.dynamic.weights import CheckpointError
-from dynamoe.kernels import rounding
+from dynamoe.kernels.api import rounding
 from safetensors.torch import load_file, save_file
 
 Tensors = dict[str, torch.Tensor]

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from dynamoe.dynamic.decoder import Decoder
-from dynamoe.dynamic.loader import load_decoder
-from dynamoe.kernels.types import AttentionBatch, KVLayer
+from dynamoe.dynamic.model.decoder import Decoder
+from dynamoe.dynamic.model.loader import load_decoder
+from dynamoe.kernels.api.types import AttentionBatch, KVLayer
 
 PAGE_SIZE = 4
 NUM_PAGES = 64
@@ -315,7 +315,7 @@ def test_the_table_of_rotations_grows_with_the_context(
 ) -> None:
     path, prompt = make_checkpoint("llama"), random_prompts([50])
     expected = PagedSequences(load_decoder(path, dtype="float32", device="cpu"), 1).run(prompt)
-    monkeypatch.setattr("dynamoe.dynamic.decoder.FIRST_TABLE_LENGTH", 8)
+    monkeypatch.setattr("dynamoe.dynamic.model.decoder.FIRST_TABLE_LENGTH", 8)
     decoder = load_decoder(path, dtype="float32", device="cpu")
     assert decoder.cos_sin_LC.shape[0] == 8
     assert torch.equal(PagedSequences(decoder, 1).run(prompt), expected)

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from dynamoe import LLM, SamplingParams
-from dynamoe.dynamic.calibration_text import reference_pages, token_windows
-from dynamoe.dynamic.prepare_default import dense_default_file
-from dynamoe.dynamic.tokenizer import Tokenizer
+from dynamoe.dynamic.convert.default_model import dense_default_file
+from dynamoe.dynamic.text.calibration_text import reference_pages, token_windows
+from dynamoe.dynamic.text.tokenizer import Tokenizer
 
 # Making the model takes a minute on two idle cores, and the first test that wants it pays for that.
 pytestmark = pytest.mark.timeout(1200)

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dynamoe.kernels import reference
-from dynamoe.kernels.types import Routing
+from dynamoe.kernels.api.types import Routing
+from dynamoe.kernels.reference.operations import operations as reference
 from dynamoe.moe.dispatch import UNUSED, share_experts, used_ids
 
 

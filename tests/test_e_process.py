@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import pytest
-from dynamoe.exits.e_process import EProcess
+from dynamoe.dynamic.contract.e_process import EProcess
 
 ALPHA, DELTA, TOKENS = 0.05, 0.05, 40
 

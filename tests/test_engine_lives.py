@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine
-from dynamoe.dynamic.loader import LoadedModel, load_model
-from dynamoe.dynamic.sampling_params import SamplingParams
+from dynamoe.dynamic.engine.sampling_params import SamplingParams
+from dynamoe.dynamic.model.loader import LoadedModel, load_model
 
 PAGE_BYTES = 2 * 2 * 2 * 4 * 16 * 4  # 2 layers, 2 heads of 16 channels, 4 tokens
 

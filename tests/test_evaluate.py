@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 from dynamoe import LLM, SamplingParams
-from dynamoe.dynamic.cli import main
+from dynamoe.dynamic.cli.main.main import main
+from dynamoe.dynamic.contract.intervals import mean, paired_difference, ratio
 from dynamoe.dynamic.engine.config import EngineConfig
-from dynamoe.dynamic.intervals import mean, paired_difference, ratio
 from dynamoe.dynamic.studies.evaluate import EvaluateConfig, ReferenceConfig, run, table
 from dynamoe.dynamic.studies.forced import ForcingEngine, force
 from dynamoe.dynamic.studies.requests import built_in_requests, forced_texts
 from dynamoe.dynamic.studies.setting import StudiedQuality, find_keep
-from dynamoe.dynamic.tokenizer import Tokenizer
+from dynamoe.dynamic.text.tokenizer import Tokenizer
 
 TEXT = (
     "The old man reads his books every night until morning, and the other dogs sleep in the middle of the forest. "

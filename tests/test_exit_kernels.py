@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dynamoe.kernels import exit_reference
-from dynamoe.kernels.cpu_backend import CpuBackend
-from dynamoe.kernels.kv_codes import decode, encode
-from dynamoe.kernels.ops import select_backend
-from dynamoe.kernels.torch_backend import TorchBackend
-from dynamoe.kernels.types import AttentionBatch, KVLayer, KVProjection, ProbeWeights
+from dynamoe.kernels.api.kv_codes import decode, encode
+from dynamoe.kernels.api.types import AttentionBatch, KVLayer, KVProjection, ProbeWeights
+from dynamoe.kernels.cpu.backend import CpuBackend
+from dynamoe.kernels.reference.operations import exits as exit_reference
+from dynamoe.kernels.select import select_backend
+from dynamoe.kernels.torch.backend import TorchBackend
 
 # The interpreter computes lanes that a mask discards later, and numpy warns about them.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

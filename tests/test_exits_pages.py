@@ -17,12 +17,12 @@ import torch
 from dynamoe.dynamic.engine.block_pool import BlockPool
 from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine
-from dynamoe.dynamic.engine.kv_cache import bytes_per_page
 from dynamoe.dynamic.engine.request import Sequence
+from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.engine.scheduler import Entry
-from dynamoe.dynamic.loader import LoadedModel, load_model
-from dynamoe.dynamic.sampling_params import SamplingParams
-from dynamoe.kernels.types import ExpertBudget
+from dynamoe.dynamic.model.kv_cache import bytes_per_page
+from dynamoe.dynamic.model.loader import LoadedModel, load_model
+from dynamoe.kernels.api.types import ExpertBudget
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

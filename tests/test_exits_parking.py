@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dynamoe.dynamic.engine.parking import PATIENCE, Parking, SegmentTimes, measure_times
-from dynamoe.dynamic.loader import load_decoder
+from dynamoe.dynamic.model.loader import load_decoder
 
 SIZES = (1, 2, 4, 8, 16, 32)
 FLAT = (0.01,) * len(SIZES)  # weights are read, and rows cost nothing

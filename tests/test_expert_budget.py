@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from dynamoe.dynamic.loader import load_decoder
-from dynamoe.dynamic.prompt_pass import fresh_cache
+from dynamoe.dynamic.model.loader import load_decoder
+from dynamoe.dynamic.model.prompt_pass import fresh_cache
 from dynamoe.dynamic.train.expert_scales import ExpertsConfig, make_expert_scales, measure_scales
 from dynamoe.exits.segments import Segment
 from dynamoe.exits.sidecar import backbone_hash
-from dynamoe.kernels import reference
-from dynamoe.kernels.budget_reference import limit_experts
-from dynamoe.kernels.cpu_backend import CpuBackend
-from dynamoe.kernels.ops import select_backend
-from dynamoe.kernels.router_spec import RouterSpec
-from dynamoe.kernels.types import ExpertBudget, Routing
+from dynamoe.kernels.api.router_spec import RouterSpec
+from dynamoe.kernels.api.types import ExpertBudget, Routing
+from dynamoe.kernels.cpu.backend import CpuBackend
+from dynamoe.kernels.reference.operations import operations as reference
+from dynamoe.kernels.reference.operations.budget import limit_experts
+from dynamoe.kernels.select import select_backend
 from dynamoe.moe.contribution import ContributionMeter, ExpertScales, LayerScales, keep_by_layer, slot_norms
 from dynamoe.moe.sidecar import JSON_FILE, load_scales, save_scales
 

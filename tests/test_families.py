@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from dynamoe.dynamic.families import FAMILIES, model_spec
-from dynamoe.dynamic.rope import RopeSpec, frequencies, rope_table
-from dynamoe.dynamic.weights import CheckpointError
+from dynamoe.dynamic.checkpoint.weights import CheckpointError
+from dynamoe.dynamic.model.families import FAMILIES, model_spec
+from dynamoe.dynamic.model.rope import RopeSpec, frequencies, rope_table
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",

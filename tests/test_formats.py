@@ -6,8 +6,8 @@ from functools import partial
 
 import pytest
 import torch
-from dynamoe.kernels import format_join, formats, rounding
-from dynamoe.kernels.formats import ActivationScheme, Fp8Weight, Int4Weight, Int8Weight
+from dynamoe.kernels.api import format_join, formats, rounding
+from dynamoe.kernels.api.formats import ActivationScheme, Fp8Weight, Int4Weight, Int8Weight
 
 # The default model's: hidden size 576, expert width 96; and odd ones.
 SHAPES = [(7, 576), (3, 5, 96), (130, 300), (2, 33), (4, 1)]

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from dynamoe.dynamic.cli import main
+from dynamoe.dynamic.cli.main.main import main
+from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.llm import LLM
-from dynamoe.dynamic.loader import load_decoder
-from dynamoe.dynamic.sampling_params import SamplingParams
+from dynamoe.dynamic.model.loader import load_decoder
 from dynamoe.dynamic.train.exit_heads import ExitHeadsConfig
 from dynamoe.dynamic.train.frozen import FrozenConfig, make_frozen_exits
 from dynamoe.dynamic.train.frozen_states import (

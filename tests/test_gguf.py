@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from dynamoe.dynamic.gguf_import import import_gguf
-from dynamoe.dynamic.loader import load_decoder
-from dynamoe.dynamic.model_store import resolve_model
-from dynamoe.dynamic.prompt_pass import fresh_cache
-from dynamoe.dynamic.quantized_checkpoint import open_checkpoint, split_config
-from dynamoe.dynamic.tokenizer import Tokenizer
+from dynamoe.dynamic.checkpoint.quantized_checkpoint import open_checkpoint, split_config
+from dynamoe.dynamic.convert.gguf_import import import_gguf
+from dynamoe.dynamic.convert.model_store import resolve_model
+from dynamoe.dynamic.model.loader import load_decoder
+from dynamoe.dynamic.model.prompt_pass import fresh_cache
+from dynamoe.dynamic.text.tokenizer import Tokenizer
 from dynamoe.exits.segments import Segment
-from dynamoe.kernels.tolerance import error
+from dynamoe.kernels.api.tolerance import error
 from gguf_files import write_gguf
 from safetensors.torch import load_file
 

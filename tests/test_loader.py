@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from dynamoe.dynamic.decoder import Decoder
-from dynamoe.dynamic.loader import load_decoder, load_model
-from dynamoe.dynamic.weights import CheckpointError
-from dynamoe.kernels.types import AttentionBatch, KVLayer
+from dynamoe.dynamic.checkpoint.weights import CheckpointError
+from dynamoe.dynamic.model.decoder import Decoder
+from dynamoe.dynamic.model.loader import load_decoder, load_model
+from dynamoe.kernels.api.types import AttentionBatch, KVLayer
 from safetensors.torch import load_file, save_file
 
 WEIGHTS = "model.safetensors"
@@ -288,7 +288,7 @@ def test_dynamoe_override_equals_its_own_setting(copy_checkpoint: Callable[..., 
 PEAK = """
 import resource, sys
 from pathlib import Path
-from dynamoe.dynamic.loader import load_decoder
+from dynamoe.dynamic.model.loader import load_decoder
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 decoder = load_decoder(Path(sys.argv[1]), dtype="float32", device="cpu", backend="torch")
 print(decoder.weight_bytes, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)

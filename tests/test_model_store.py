@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from dynamoe.dynamic import prepare_default
-from dynamoe.dynamic.model_store import cache_home, prepare_once, resolve_model
+from dynamoe.dynamic.convert import default_model as prepare_default
+from dynamoe.dynamic.convert.model_store import cache_home, prepare_once, resolve_model
 
 FILL = """
 import sys, time
 from pathlib import Path
-from dynamoe.dynamic.model_store import prepare_once
+from dynamoe.dynamic.convert.model_store import prepare_once
 log, release = Path(sys.argv[1]), Path(sys.argv[2])
 def fill(target):
     (target / "half").write_text("half")
@@ -221,7 +221,7 @@ def hub() -> Iterator[str]:
 def resolve_from(endpoint: str, model: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     """In a process of its own, because huggingface_hub reads its settings when it is imported."""
     code = (
-        "import sys\nfrom dynamoe.dynamic.model_store import resolve_model\n"
+        "import sys\nfrom dynamoe.dynamic.convert.model_store import resolve_model\n"
         "try:\n    print(resolve_model(sys.argv[1]))\nexcept ValueError as error:\n    sys.exit(str(error))"
     )
     environment = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", "PATH": ""}

@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from dynamoe.exits.certificate import Certificate, HeldOut, Scope
-from dynamoe.exits.e_process import EProcess
-from dynamoe.exits.monitor import MonitorConfig, RiskMonitor
+from dynamoe.dynamic.contract.certificate import Certificate, HeldOut, Scope
+from dynamoe.dynamic.contract.e_process import EProcess
+from dynamoe.dynamic.contract.monitor import MonitorConfig, RiskMonitor
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -196,7 +196,8 @@ def test_the_file_is_private_and_has_one_owner(file: Path) -> None:
         RiskMonitor(file)
     # That attempt, in the process that holds the locks, has not let go of them.
     code = (
-        "import sys; from pathlib import Path; from dynamoe.exits.monitor import RiskMonitor as M; M(Path(sys.argv[1]))"
+        "import sys; from pathlib import Path; from dynamoe.dynamic.contract.monitor import RiskMonitor; "
+        "RiskMonitor(Path(sys.argv[1]))"
     )
     other = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, timeout=120)
     assert "monitor.db is in use" in other.stderr

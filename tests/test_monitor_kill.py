@@ -11,8 +11,8 @@ import time
 import zlib
 from pathlib import Path
 
-from dynamoe.exits.e_process import EProcess
-from dynamoe.exits.monitor import MonitorConfig, RiskMonitor
+from dynamoe.dynamic.contract.e_process import EProcess
+from dynamoe.dynamic.contract.monitor import MonitorConfig, RiskMonitor
 
 ALPHA, DELTA, KILLS = 0.05, 0.05, 12
 
@@ -22,7 +22,7 @@ WORKER = """
 import os, random, sys, zlib
 from pathlib import Path
 from types import SimpleNamespace
-from dynamoe.exits.monitor import MonitorConfig, RiskMonitor
+from dynamoe.dynamic.contract.monitor import MonitorConfig, RiskMonitor
 
 file, journal, run = Path(sys.argv[1]), os.open(sys.argv[2], os.O_WRONLY | os.O_APPEND | os.O_CREAT), int(sys.argv[3])
 note = lambda *words: os.write(journal, (" ".join(words) + "\\n").encode())

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dynamoe.kernels import reference
-from dynamoe.kernels.ops import select_backend
-from dynamoe.kernels.router_spec import RouterSpec
-from dynamoe.kernels.support import DTYPES, EXPERTS, REFUSED, ROUTERS
-from dynamoe.kernels.tolerance import TOLERANCE, error
-from dynamoe.kernels.torch_backend import TorchBackend
-from dynamoe.kernels.types import AttentionBatch, KVLayer, Routing
+from dynamoe.kernels.api.router_spec import RouterSpec
+from dynamoe.kernels.api.support import DTYPES, EXPERTS, REFUSED, ROUTERS
+from dynamoe.kernels.api.tolerance import TOLERANCE, error
+from dynamoe.kernels.api.types import AttentionBatch, KVLayer, Routing
+from dynamoe.kernels.reference.operations import operations as reference
+from dynamoe.kernels.select import select_backend
+from dynamoe.kernels.torch.backend import TorchBackend
 
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.usefixtures("poisoned_memory")]
 GPU = torch.cuda.is_available()

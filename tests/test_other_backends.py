@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dynamoe.kernels import megablocks_backend, reference
-from dynamoe.kernels.ops import select_backend
-from dynamoe.kernels.router_spec import RouterSpec
-from dynamoe.kernels.tolerance import TOLERANCE, error
-from dynamoe.kernels.torch_backend import TorchBackend
-from dynamoe.kernels.torch_experts import run_experts
-from dynamoe.kernels.types import Routing
+from dynamoe.kernels.api.router_spec import RouterSpec
+from dynamoe.kernels.api.tolerance import TOLERANCE, error
+from dynamoe.kernels.api.types import Routing
+from dynamoe.kernels.reference.operations import operations as reference
+from dynamoe.kernels.select import select_backend
+from dynamoe.kernels.torch import megablocks as megablocks_backend
+from dynamoe.kernels.torch.backend import TorchBackend
+from dynamoe.kernels.torch.experts import run_experts
 
 SPEC = RouterSpec(num_experts=4, top_k=2)
 

@@ -93,7 +93,8 @@ def test_generates_from_the_wheel(site: Path, tmp_path: Path, make_checkpoint: C
     model = make_checkpoint("mixtral")
     work = tmp_path / "elsewhere"
     work.mkdir()
-    where = run(sys.executable, "-c", "import dynamoe.dynamic.loader as m; print(m.__file__)", cwd=work, path=site)
+    code = "import dynamoe.dynamic.model.loader as m; print(m.__file__)"
+    where = run(sys.executable, "-c", code, cwd=work, path=site)
     assert Path(where.strip()).is_relative_to(site)
     command = ("-m", "dynamoe", "generate", f"model={model}", "chat=false", "sampling.max_tokens=8")
     out = run(sys.executable, *command, cwd=work, path=site, stdin="The capital of France")
@@ -119,13 +120,13 @@ def test_tiny_comes_with_the_wheel_and_runs_early_exits(site: Path, tmp_path: Pa
 OURS_AND_THEIRS = """
 import importlib.util, sys
 import transformers.utils
-import dynamoe.kernels.ops
+import dynamoe.kernels.select
 if sys.argv[1] == "with":
     import kernels
     print(kernels.__file__)
 else:
     print(transformers.utils.is_kernels_available())
-assert "dynamoe.kernels.ops" in sys.modules and not hasattr(sys.modules.get("kernels"), "ops")
+assert "dynamoe.kernels.select" in sys.modules and not hasattr(sys.modules.get("kernels"), "ops")
 """
 
 

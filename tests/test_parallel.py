@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dynamoe.dynamic.checkpoint.weights import Checkpoint, read_json
 from dynamoe.dynamic.parallel.config import ParallelConfig
-from dynamoe.dynamic.parallel.load import spread
-from dynamoe.dynamic.weights import Checkpoint, read_json
+from dynamoe.dynamic.parallel.expert_load import spread
 from parallel_jobs import PATIENCE, compare, run_job
 
 

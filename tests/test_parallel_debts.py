@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from dynamoe.dynamic.parallel.debts import Debts, rows_that_leave, slots_read, vectors_of
+from dynamoe.dynamic.parallel.deferred_kv import Debts, rows_that_leave, slots_read, vectors_of
 from dynamoe.dynamic.parallel.plan import rows_to_write
-from dynamoe.kernels.types import AttentionBatch
+from dynamoe.kernels.api.types import AttentionBatch
 
 PAGE = 4
 

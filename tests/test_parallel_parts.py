@@ -10,24 +10,24 @@ from typing import Any
 
 import pytest
 import torch
+from dynamoe.dynamic.checkpoint.weights import Checkpoint, read_json
 from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine
-from dynamoe.dynamic.engine.kv_cache import bytes_per_page
-from dynamoe.dynamic.families import family_of, model_spec
-from dynamoe.dynamic.layout import plan_layout
-from dynamoe.dynamic.loader import load_model
+from dynamoe.dynamic.engine.sampling_params import SamplingParams
+from dynamoe.dynamic.model.families import family_of, model_spec
+from dynamoe.dynamic.model.kv_cache import bytes_per_page
+from dynamoe.dynamic.model.layout import plan_layout
+from dynamoe.dynamic.model.loader import load_model
+from dynamoe.dynamic.model.quantization import methods
 from dynamoe.dynamic.parallel.config import ParallelConfig
+from dynamoe.dynamic.parallel.data_ranks import SharedCache, spread
 from dynamoe.dynamic.parallel.decoder import rows_at
-from dynamoe.dynamic.parallel.homes import SharedCache, spread
-from dynamoe.dynamic.parallel.load import read_placement
-from dynamoe.dynamic.parallel.load import spread as spread_experts
+from dynamoe.dynamic.parallel.expert_load import read_placement
+from dynamoe.dynamic.parallel.expert_load import spread as spread_experts
 from dynamoe.dynamic.parallel.plan import FIRST, Message, Operation, decode, length
 from dynamoe.dynamic.parallel.shards import part_of, split_heads
 from dynamoe.dynamic.parallel.stages import micro_batches, split_into_stages
-from dynamoe.dynamic.quantization import methods
-from dynamoe.dynamic.sampling_params import SamplingParams
-from dynamoe.dynamic.weights import Checkpoint, read_json
-from dynamoe.kernels.types import AttentionBatch, KVLayer
+from dynamoe.kernels.api.types import AttentionBatch, KVLayer
 from parallel_jobs import shard_of
 
 

@@ -16,7 +16,7 @@ import torch
 from dynamoe.dynamic.parallel.config import ParallelConfig
 from dynamoe.dynamic.parallel.context import ParallelContext
 from dynamoe.dynamic.parallel.plan import Message, Operation
-from dynamoe.kernels.cpu_backend import CpuBackend
+from dynamoe.kernels.cpu.backend import CpuBackend
 
 context = ParallelContext(ParallelConfig(tensor=2, timeout=2), torch.device("cpu"))
 if json.loads(sys.argv[1]):

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from dynamoe.dynamic.families import family_of, model_spec
-from dynamoe.dynamic.layout import Layout, plan_layout
+from dynamoe.dynamic.checkpoint.quantized_checkpoint import QuantizedCheckpoint, open_checkpoint, split_config
+from dynamoe.dynamic.checkpoint.stored_weight import Part
+from dynamoe.dynamic.checkpoint.weights import Checkpoint, CheckpointError, read_json
+from dynamoe.dynamic.model.families import family_of, model_spec
+from dynamoe.dynamic.model.layout import Layout, plan_layout
 from dynamoe.dynamic.parallel.sharded_checkpoint import ShardedCheckpoint
 from dynamoe.dynamic.parallel.start import Shard
-from dynamoe.dynamic.quantized_checkpoint import QuantizedCheckpoint, open_checkpoint, split_config
-from dynamoe.dynamic.stored_weight import Part
-from dynamoe.dynamic.weights import Checkpoint, CheckpointError, read_json
 from gguf_files import write_gguf
 from parallel_jobs import compare, shard_of
 from safetensors.torch import save_file

@@ -23,7 +23,7 @@ def checkpoint(tmp_path: Path) -> Path:
     import shutil
 
     import torch
-    from dynamoe.dynamic.model_store import resolve_model
+    from dynamoe.dynamic.convert.model_store import resolve_model
     from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
 
     sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -17,6 +17,7 @@ from dynamoe.dynamic.train.exit_heads import (
 from dynamoe.dynamic.train.export import export_checkpoint
 from dynamoe.dynamic.train.model import DecoderConfig, TrainableDecoder
 from dynamoe.exits.calibrators import Isotonic, Temperature, fit_isotonic, fit_temperature, logit_threshold
+from dynamoe.exits.exit_head import ReadoutAdapter
 from dynamoe.exits.metrics import aurc
 from dynamoe.exits.probes import (
     Probe,
@@ -26,7 +27,6 @@ from dynamoe.exits.probes import (
     saturation,
     top_margin,
 )
-from dynamoe.exits.readout import ReadoutAdapter
 from dynamoe.exits.sidecar import ExitHeads, backbone_hash, load_heads, save_heads
 from dynamoe.exits.training.heads import (
     ExitStates,
@@ -171,7 +171,7 @@ SHAPE = DecoderConfig(
 
 
 def write_tokenizer(path: Path) -> Path:
-    from dynamoe.dynamic.train.corpus import train_tokenizer
+    from dynamoe.dynamic.text.corpus import train_tokenizer
 
     train_tokenizer(["the quick brown fox jumps over the lazy dog. " * 4] * 20, SHAPE.vocab_size).save(str(path))
     return path
@@ -218,8 +218,8 @@ def test_the_export_is_read_by_transformers(exported: tuple[TrainableDecoder, Pa
 
 
 def test_the_export_is_read_by_this_framework(exported: tuple[TrainableDecoder, Path]) -> None:
+    from dynamoe.dynamic.engine.sampling_params import SamplingParams
     from dynamoe.dynamic.llm import LLM
-    from dynamoe.dynamic.sampling_params import SamplingParams
 
     model, target = exported
     llm = LLM(target, progress=False, backend="torch", max_num_seqs=2)

@@ -8,11 +8,11 @@ from typing import Any
 
 import httpx
 import pytest
-from dynamoe.dynamic.deployment import deployment
+from dynamoe.dynamic.contract.deployment import deployment
+from dynamoe.dynamic.convert.model_store import resolve_model
+from dynamoe.dynamic.engine.quality import Quality
+from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.llm import LLM
-from dynamoe.dynamic.model_store import resolve_model
-from dynamoe.dynamic.quality import Quality
-from dynamoe.dynamic.sampling_params import SamplingParams
 
 ALPHA = 0.4
 REASON = "quantisation: certified for 'none', '{}, LM head and embedding int8' runs"

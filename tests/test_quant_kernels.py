@@ -8,15 +8,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from dynamoe.kernels import quant_reference, rounding
-from dynamoe.kernels.cpu_backend import CpuBackend
-from dynamoe.kernels.formats import FP8_PER_GROUP, INT8_PER_GROUP, UNQUANTIZED, ActivationScheme, QuantizedWeight
-from dynamoe.kernels.tolerance import QUANTIZED_TOLERANCE, error
-from dynamoe.kernels.torch_backend import TorchBackend
-from dynamoe.kernels.triton_backend import TritonBackend
-from dynamoe.kernels.triton_device import H100
-from dynamoe.kernels.triton_rounding import plan_round_rows
-from dynamoe.kernels.types import Routing
+from dynamoe.kernels.api import rounding
+from dynamoe.kernels.api.formats import FP8_PER_GROUP, INT8_PER_GROUP, UNQUANTIZED, ActivationScheme, QuantizedWeight
+from dynamoe.kernels.api.tolerance import QUANTIZED_TOLERANCE, error
+from dynamoe.kernels.api.types import Routing
+from dynamoe.kernels.cpu.backend import CpuBackend
+from dynamoe.kernels.reference.operations import quantized as quant_reference
+from dynamoe.kernels.torch.backend import TorchBackend
+from dynamoe.kernels.triton.backend import TritonBackend
+from dynamoe.kernels.triton.device import H100
+from dynamoe.kernels.triton.rounding import plan_round_rows
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

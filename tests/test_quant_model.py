@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from dynamoe.dynamic.config import ModelConfig
-from dynamoe.dynamic.decoder import Decoder
-from dynamoe.dynamic.deployment import deployment
-from dynamoe.dynamic.engine.kv_cache import allocate_layers
+from dynamoe.dynamic.cli.main.config import ModelConfig
+from dynamoe.dynamic.contract.deployment import deployment
+from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.llm import LLM
-from dynamoe.dynamic.loader import load_decoder
-from dynamoe.dynamic.quantization import Quantization, methods
-from dynamoe.dynamic.sampling_params import SamplingParams
+from dynamoe.dynamic.model.decoder import Decoder
+from dynamoe.dynamic.model.kv_cache import allocate_layers
+from dynamoe.dynamic.model.loader import load_decoder
+from dynamoe.dynamic.model.quantization import Quantization, methods
 from dynamoe.exits.segments import Segment
-from dynamoe.kernels.tolerance import error
-from dynamoe.kernels.types import AttentionBatch
+from dynamoe.kernels.api.tolerance import error
+from dynamoe.kernels.api.types import AttentionBatch
 from safetensors.torch import load_file, save_file
 
 PAGE = 16

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from dynamoe.dynamic.cli import main
-from dynamoe.dynamic.decoder import Decoder
-from dynamoe.dynamic.loader import load_decoder
-from dynamoe.dynamic.prompt_pass import fresh_cache
+from dynamoe.dynamic.checkpoint.quantized_checkpoint import open_checkpoint, split_config
+from dynamoe.dynamic.cli.main.main import main
+from dynamoe.dynamic.model.decoder import Decoder
+from dynamoe.dynamic.model.loader import load_decoder
+from dynamoe.dynamic.model.prompt_pass import fresh_cache
 from dynamoe.dynamic.quantize import driver
 from dynamoe.dynamic.quantize.driver import PROGRESS, REPORT, quantize_checkpoint
 from dynamoe.dynamic.quantize.methods import CalibratedMethod
-from dynamoe.dynamic.quantized_checkpoint import open_checkpoint, split_config
 from dynamoe.exits.segments import Segment
-from dynamoe.kernels.tolerance import error
+from dynamoe.kernels.api.tolerance import error
 from safetensors.torch import load_file, save_file
 
 METHODS = [

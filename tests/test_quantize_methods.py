@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from dynamoe.dynamic.families import family_of, model_spec
-from dynamoe.dynamic.layout import plan_layout
+from dynamoe.dynamic.checkpoint.weights import Checkpoint, read_json
+from dynamoe.dynamic.model.families import family_of, model_spec
+from dynamoe.dynamic.model.layout import plan_layout
+from dynamoe.dynamic.model.spec import ModelSpec
 from dynamoe.dynamic.quantize.gptq import gptq_int4
 from dynamoe.dynamic.quantize.grid import full_grid, searched_grid
 from dynamoe.dynamic.quantize.inputs import LayerInputs, OneLayer
@@ -16,11 +18,9 @@ from dynamoe.dynamic.quantize.layer import LayerTensors, pack_layer, plain, read
 from dynamoe.dynamic.quantize.methods import NEAREST, POOLED, ROUTED, CalibratedMethod, LayerMethod
 from dynamoe.dynamic.quantize.scaling import awq_scales, smooth_scale
 from dynamoe.dynamic.quantize.statistics import InputStatistics, output_error
-from dynamoe.dynamic.spec import ModelSpec
-from dynamoe.dynamic.weights import Checkpoint, read_json
-from dynamoe.kernels.rounding import quantize_int4
-from dynamoe.kernels.torch_backend import TorchBackend
-from dynamoe.kernels.types import Routing
+from dynamoe.kernels.api.rounding import quantize_int4
+from dynamoe.kernels.api.types import Routing
+from dynamoe.kernels.torch.backend import TorchBackend
 
 
 def correlated(layers: int, inputs: int, *, seed: int = 0) -> tuple[torch.Tensor, InputStatistics]:

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from dynamoe.dynamic.decoder import Decoder
-from dynamoe.dynamic.loader import load_decoder
-from dynamoe.dynamic.prompt_pass import fresh_cache
+from dynamoe.dynamic.checkpoint.weights import CheckpointError
+from dynamoe.dynamic.model.decoder import Decoder
+from dynamoe.dynamic.model.loader import load_decoder
+from dynamoe.dynamic.model.prompt_pass import fresh_cache
 from dynamoe.dynamic.quantize.writer import compressed
-from dynamoe.dynamic.weights import CheckpointError
 from dynamoe.exits.segments import Segment
-from dynamoe.kernels.rounding import quantize_int8
-from dynamoe.kernels.tolerance import error
+from dynamoe.kernels.api.rounding import quantize_int8
+from dynamoe.kernels.api.tolerance import error
 from safetensors.torch import load_file
 from stored_layouts import LAYOUTS, SIZES, Tensors, compressed_settings, store_all, write
 

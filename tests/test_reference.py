@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dynamoe.kernels import reference
-from dynamoe.kernels.ops import select_backend
-from dynamoe.kernels.torch_backend import TorchBackend
-from dynamoe.kernels.torch_experts import grouped_products, products_one_by_one, slots_by_expert
-from dynamoe.kernels.types import AttentionBatch, KVLayer, Routing
+from dynamoe.kernels.api.types import AttentionBatch, KVLayer, Routing
+from dynamoe.kernels.reference.operations import operations as reference
+from dynamoe.kernels.select import select_backend
+from dynamoe.kernels.torch.backend import TorchBackend
+from dynamoe.kernels.torch.experts import grouped_products, products_one_by_one, slots_by_expert
 
 BACKEND = TorchBackend("cpu", torch.float32)
 close = torch.testing.assert_close

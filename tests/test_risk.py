@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from dynamoe.exits.risk import (
+from dynamoe.dynamic.contract.bounds import (
     BOUNDS,
     betting,
     betting_bound,

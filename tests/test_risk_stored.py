@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dynamoe.exits.risk import conformal_risk_control, hoeffding_bentkus, learn_then_test
+from dynamoe.dynamic.contract.bounds import conformal_risk_control, hoeffding_bentkus, learn_then_test
 
 _BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 _SPEC = importlib.util.spec_from_file_location("validity", _BENCHMARKS / "validity.py")

@@ -16,8 +16,8 @@ from dynamoe.dynamic.engine.logprobs import position_logprobs
 from dynamoe.dynamic.engine.penalties import edit_logits
 from dynamoe.dynamic.engine.request import Sequence, StopTokens
 from dynamoe.dynamic.engine.sampler import NO_TOKEN, draw_tokens, sample
+from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.engine.selection import first_best, largest
-from dynamoe.dynamic.sampling_params import SamplingParams
 from request_maker import make_sequence
 
 STOPS = StopTokens(eos=frozenset({2}), listed=frozenset({5}))
@@ -251,7 +251,7 @@ def test_a_row_of_nonsense_yields_no_token_and_spares_the_others() -> None:
 
 @pytest.fixture(scope="module")
 def plain_tokenizer(tmp_path_factory: pytest.TempPathFactory):
-    from dynamoe.dynamic.tokenizer import Tokenizer
+    from dynamoe.dynamic.text.tokenizer import Tokenizer
     from tokenizers import Tokenizer as Backend
     from tokenizers import models
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dynamoe.dynamic.contract.served_loss import disagreements, full_states, losses
+from dynamoe.dynamic.engine.outputs import PositionLogprobs, RequestOutput
+from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.llm import LLM
-from dynamoe.dynamic.outputs import PositionLogprobs, RequestOutput
-from dynamoe.dynamic.sampling_params import SamplingParams
-from dynamoe.dynamic.served_risk import disagreements, full_states, losses
 
 PROMPTS = [[5, 6, 7], [8], list(range(3, 40))]
 EXACT = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, detokenize=False)

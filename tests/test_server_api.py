@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from dynamoe.dynamic.tokenizer import Tokenizer
-from dynamoe.serve.wire_responses import (
+from dynamoe.dynamic.text.tokenizer import Tokenizer
+from dynamoe.serve.wire.openai.openai_answers import (
     ChatCompletionChunk,
     ChatCompletionResponse,
     CompletionResponse,

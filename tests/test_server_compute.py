@@ -11,9 +11,9 @@ from typing import Any
 
 import httpx
 import pytest
-from dynamoe.dynamic.deployment import deployment
+from dynamoe.dynamic.contract.deployment import deployment
+from dynamoe.dynamic.convert.model_store import resolve_model
 from dynamoe.dynamic.llm import LLM
-from dynamoe.dynamic.model_store import resolve_model
 from safetensors import safe_open
 
 LAYERS, EXPERTS = 16, 2

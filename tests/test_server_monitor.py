@@ -16,11 +16,11 @@ from typing import Any
 
 import httpx
 import pytest
-from dynamoe.dynamic.deployment import deployment
+from dynamoe.dynamic.contract.deployment import deployment
+from dynamoe.dynamic.contract.served_loss import disagreements, losses
+from dynamoe.dynamic.convert.model_store import resolve_model
+from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.llm import LLM
-from dynamoe.dynamic.model_store import resolve_model
-from dynamoe.dynamic.sampling_params import SamplingParams
-from dynamoe.dynamic.served_risk import disagreements, losses
 
 MAX_TOKENS = 12
 RECKLESS, CAREFUL = 0.0, 1.0  # probability from which on a token leaves

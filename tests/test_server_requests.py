@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dynamoe.dynamic.tokenizer import Tokenizer
+from dynamoe.dynamic.text.tokenizer import Tokenizer
 from dynamoe.serve.auth import KeyRing
 from dynamoe.serve.errors import ApiError
 from dynamoe.serve.request_checks import RequestChecks, plain_messages
 from dynamoe.serve.sampling import sampling_params, with_length
 from dynamoe.serve.settings import Limits, ServerSettings
 from dynamoe.serve.text import TextPool
-from dynamoe.serve.wire import ChatCompletionRequest, ChatMessage, CompletionRequest
+from dynamoe.serve.wire.openai.openai import ChatCompletionRequest, ChatMessage, CompletionRequest
 from pydantic import ValidationError
 
 CHECKS = RequestChecks(limits=Limits(max_tokens=100), vocab_size=320, served_model="tiny")

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from dynamoe.kernels.cpu_backend import CpuBackend
-from dynamoe.kernels.cpu_shared import CpuSharedGroup, make_shared_file
+from dynamoe.kernels.cpu.backend import CpuBackend
+from dynamoe.kernels.cpu.shared_memory import CpuSharedGroup, make_shared_file
 
 START = """
 import sys
 from pathlib import Path
 import torch
-from dynamoe.kernels.cpu_backend import CpuBackend
-from dynamoe.kernels.cpu_shared import CpuSharedGroup
+from dynamoe.kernels.cpu.backend import CpuBackend
+from dynamoe.kernels.cpu.shared_memory import CpuSharedGroup
 
 torch.set_num_threads(1)
 path, rank, size, timeout = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])

@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from dynamoe.dynamic.quantization import methods
-from dynamoe.kernels import quant_reference, reference, torch_backend
-from dynamoe.kernels.kv_codes import KV_DTYPES, stored_channels
-from dynamoe.kernels.ops import BACKENDS, select_backend
-from dynamoe.kernels.router_spec import RouterSpec
-from dynamoe.kernels.support import (
+from dynamoe.dynamic.model.quantization import methods
+from dynamoe.kernels.api.kv_codes import KV_DTYPES, stored_channels
+from dynamoe.kernels.api.router_spec import RouterSpec
+from dynamoe.kernels.api.support import (
     CACHES,
     DTYPES,
     EXPERTS,
@@ -25,9 +23,13 @@ from dynamoe.kernels.support import (
     render,
     verified_on_gpu,
 )
-from dynamoe.kernels.tolerance import TOLERANCE, error
-from dynamoe.kernels.torch_backend import TorchBackend
-from dynamoe.kernels.types import AttentionBatch, KVLayer, Routing
+from dynamoe.kernels.api.tolerance import TOLERANCE, error
+from dynamoe.kernels.api.types import AttentionBatch, KVLayer, Routing
+from dynamoe.kernels.reference.operations import operations as reference
+from dynamoe.kernels.reference.operations import quantized as quant_reference
+from dynamoe.kernels.select import BACKENDS, select_backend
+from dynamoe.kernels.torch import backend as torch_backend
+from dynamoe.kernels.torch.backend import TorchBackend
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 ROOT = Path(__file__).parents[1]
@@ -151,7 +153,7 @@ def test_routing(rule: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_matrix_covers_every_backend_and_its_page_is_up_to_date() -> None:
     assert {row.backend for row in EXPERTS} == set(BACKENDS) - {"auto"}
     assert (ROOT / "docs" / "support-matrix.md").read_text() == render(), (
-        "write the page again: python -m dynamoe.kernels.support > docs/support-matrix.md"
+        "write the page again: python -m dynamoe.kernels.api.support > docs/support-matrix.md"
     )
 
 

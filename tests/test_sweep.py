@@ -16,11 +16,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from dynamoe import Quality
-from dynamoe.dynamic.cli import main
-from dynamoe.dynamic.model_store import resolve_model
+from dynamoe.dynamic.cli.main.main import main
+from dynamoe.dynamic.cli.main.targets import check_arguments, refuse_foreign_targets
+from dynamoe.dynamic.convert.model_store import resolve_model
 from dynamoe.dynamic.studies.report import comparisons, pareto, swept, tidy, write_report
 from dynamoe.dynamic.studies.serve_configs import write_serve_configs
-from dynamoe.dynamic.targets import check_arguments, refuse_foreign_targets
 from dynamoe.serve.settings import ServerSettings
 
 SMALL = ["model=tiny", "requests=4", "texts=4", "max_tokens=8", "timing_groups=2", "engine.max_num_seqs=4"]
@@ -206,7 +206,7 @@ def test_the_ablation_of_calibrations_runs(tmp_path: Path, capsys: pytest.Captur
 
 FOREIGN = [
     ("hydra:\n  callbacks:\n    mine:\n      _target_: os.mkdir\n", "_target_ must be in dynamoe, not 'os.mkdir'"),
-    ("a:\n  - _target_: dynamoe.dynamic.cli.os.getcwd\n", "only imported there"),
+    ("a:\n  - _target_: dynamoe.dynamic.cli.main.os.getcwd\n", "only imported there"),
     ("a:\n  _target_: dynamoe.nothing.here\n", "is not there"),
     ("a:\n  _target_: dynamoe_evil.run\n", "must be in dynamoe"),
     ("a:\n  _target_: ${oc.env:HOME}\n", "must be in dynamoe"),

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from dynamoe.dynamic import chat_template
-from dynamoe.dynamic.chat_template import ChatTemplate
-from dynamoe.dynamic.tokenizer import Tokenizer
+from dynamoe.dynamic.text import chat_template
+from dynamoe.dynamic.text.chat_template import ChatTemplate
+from dynamoe.dynamic.text.tokenizer import Tokenizer
 
 TEXTS = [
     "The capital of France is Paris.",
@@ -93,7 +93,7 @@ def test_a_tokenizer_without_a_fast_file_is_converted(checkpoint: Path, tmp_path
 
 def test_a_fast_file_needs_no_transformers(checkpoint: Path) -> None:
     program = (
-        "import sys; from dynamoe.dynamic.tokenizer import Tokenizer; "
+        "import sys; from dynamoe.dynamic.text.tokenizer import Tokenizer; "
         f"t = Tokenizer.from_directory({str(checkpoint)!r}); t.encode('a'); "
         "t.apply_chat_template([{'role': 'user', 'content': 'a'}]); assert 'transformers' not in sys.modules"
     )

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from dynamoe.dynamic.text.corpus import Windows
 from dynamoe.dynamic.train import head_loss
-from dynamoe.dynamic.train.corpus import Windows
 from dynamoe.dynamic.train.language_model import LanguageModelConfig, LanguageModelTask
 from dynamoe.dynamic.train.model import DecoderConfig, TrainableDecoder
 from dynamoe.exits.training.memory import MemoryEstimate, estimate_memory, refuse_if_too_large

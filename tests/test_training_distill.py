@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from dynamoe.dynamic.train.distill import DistillConfig, ExpertLayer, distill_checkpoint, distill_layer, relative_error
-from dynamoe.dynamic.upcycle_checkpoint import upcycle_checkpoint
+from dynamoe.dynamic.convert.upcycle_checkpoint import upcycle_checkpoint
+from dynamoe.moe.distill import DistillConfig, ExpertLayer, distill_checkpoint, distill_layer, relative_error
 from dynamoe.moe.upcycle import UpcycleConfig
 from safetensors.torch import load_file
 
@@ -58,7 +58,7 @@ def test_distillation_teaches_a_blind_router(train_experts: bool) -> None:
 def test_a_distilled_checkpoint_is_better_with_half_its_experts_and_the_parent_with_all(
     make_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from dynamoe.dynamic.loader import load_decoder
+    from dynamoe.dynamic.model.loader import load_decoder
 
     source, target = tmp_path / "upcycled", tmp_path / "distilled"
     source.mkdir()

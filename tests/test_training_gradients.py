@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from dynamoe.dynamic.train.attention import causal_attention, norm_and_rotate, rope_table
-from dynamoe.dynamic.train.experts import mixture
 from dynamoe.dynamic.train.functions import fork_normed, rms_norm
-from dynamoe.kernels import reference
-from dynamoe.kernels.types import Routing
+from dynamoe.kernels.api.types import Routing
+from dynamoe.kernels.reference.operations import operations as reference
+from dynamoe.moe.trainable_experts import mixture
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 50])  # fewer tokens than experts, and empty experts

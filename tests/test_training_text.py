@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from dynamoe.dynamic.train.corpus import CorpusConfig, build_corpus, load_corpus
-from dynamoe.dynamic.train.packages import SOURCES, Source, collect, collect_folder
+from dynamoe.dynamic.text.corpus import CorpusConfig, build_corpus, load_corpus
+from dynamoe.dynamic.text.documentation_packages import SOURCES, Source, collect, collect_folder
+from dynamoe.dynamic.text.documents import clean, html_to_text, is_english_prose, read_document, unwrap
 from dynamoe.dynamic.train.served import blocks_from
-from dynamoe.dynamic.train.text import clean, html_to_text, is_english_prose, read_document, unwrap
 
 SENTENCES = [
     "The scheduler decides in every step which of the waiting requests are to run with the others.",

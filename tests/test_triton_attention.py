@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dynamoe.kernels import reference
-from dynamoe.kernels.kv_codes import codes_and_scales, quantize, read_pages, stored_channels
-from dynamoe.kernels.tolerance import TOLERANCE, error
-from dynamoe.kernels.triton_attention import AttentionConfig, plan_attention
-from dynamoe.kernels.triton_norm import plan_rms_norm, plan_rope_and_write
-from dynamoe.kernels.types import AttentionBatch, KVLayer
+from dynamoe.kernels.api.kv_codes import codes_and_scales, quantize, read_pages, stored_channels
+from dynamoe.kernels.api.tolerance import TOLERANCE, error
+from dynamoe.kernels.api.types import AttentionBatch, KVLayer
+from dynamoe.kernels.reference.operations import operations as reference
+from dynamoe.kernels.triton.attention import AttentionConfig, plan_attention
+from dynamoe.kernels.triton.norm import plan_rms_norm, plan_rope_and_write
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = list(TOLERANCE)

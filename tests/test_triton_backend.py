@@ -15,18 +15,19 @@ import pytest
 import torch
 from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine
+from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.engine.warm_up import warm_up_shapes
-from dynamoe.dynamic.loader import load_model
-from dynamoe.dynamic.sampling_params import SamplingParams
-from dynamoe.kernels import reference
-from dynamoe.kernels.router_spec import RouterSpec
-from dynamoe.kernels.triton_backend import TritonBackend, WarmUpShape
-from dynamoe.kernels.triton_device import A100, H100, LISTED
-from dynamoe.kernels.triton_experts import ExpertPlanner, shape_of
-from dynamoe.kernels.triton_grouped_gemm import GemmConfig
-from dynamoe.kernels.triton_launch import Launch
-from dynamoe.kernels.triton_tune import tune_experts
-from dynamoe.kernels.triton_tuning import (
+from dynamoe.dynamic.model.loader import load_model
+from dynamoe.kernels.api.router_spec import RouterSpec
+from dynamoe.kernels.api.types import ExpertWeights
+from dynamoe.kernels.reference.operations import operations as reference
+from dynamoe.kernels.triton.backend import TritonBackend, WarmUpShape
+from dynamoe.kernels.triton.device import A100, H100, LISTED
+from dynamoe.kernels.triton.experts import ExpertPlanner, shape_of
+from dynamoe.kernels.triton.grouped_gemm import GemmConfig
+from dynamoe.kernels.triton.launch import Launch
+from dynamoe.kernels.triton.tune import tune_experts
+from dynamoe.kernels.triton.tuning import (
     ExpertShape,
     PathChoice,
     TuningCache,
@@ -36,8 +37,7 @@ from dynamoe.kernels.triton_tuning import (
     row_tile,
     shared_bytes,
 )
-from dynamoe.kernels.triton_warmup import planned_launches
-from dynamoe.kernels.types import ExpertWeights
+from dynamoe.kernels.triton.warmup import planned_launches
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -147,7 +147,8 @@ def test_a_model_compiles_nothing_during_requests(make_checkpoint: Callable[...,
 
 def test_without_a_gpu_or_the_interpreter_the_backend_is_refused() -> None:
     code = (
-        "from dynamoe.kernels.ops import select_backend; import torch; select_backend('cpu', torch.bfloat16, 'triton')"
+        "import torch; from dynamoe.kernels.select import select_backend; "
+        "select_backend('cpu', torch.bfloat16, 'triton')"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)

@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dynamoe.kernels import reference
-from dynamoe.kernels.router_spec import RouterSpec
-from dynamoe.kernels.tolerance import TOLERANCE, error
-from dynamoe.kernels.torch_experts import PlainExperts
-from dynamoe.kernels.triton_combine import plan_combine
-from dynamoe.kernels.triton_gemv import GemvConfig, plan_pair_down, plan_pair_gate_up
-from dynamoe.kernels.triton_grouped_gemm import GemmConfig, describable, plan_down, plan_gate_up
-from dynamoe.kernels.triton_index import plan_index
-from dynamoe.kernels.types import Routing
+from dynamoe.kernels.api.router_spec import RouterSpec
+from dynamoe.kernels.api.tolerance import TOLERANCE, error
+from dynamoe.kernels.api.types import Routing
+from dynamoe.kernels.reference.operations import operations as reference
+from dynamoe.kernels.torch.experts import PlainExperts
+from dynamoe.kernels.triton.combine import plan_combine
+from dynamoe.kernels.triton.gemv import GemvConfig, plan_pair_down, plan_pair_gate_up
+from dynamoe.kernels.triton.grouped_gemm import GemmConfig, describable, plan_down, plan_gate_up
+from dynamoe.kernels.triton.index import plan_index
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PATHS = {

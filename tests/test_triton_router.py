@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dynamoe.kernels import reference
-from dynamoe.kernels.router_spec import RouterSpec
-from dynamoe.kernels.triton_index import ExpertIndex, max_row_tiles, plan_index
-from dynamoe.kernels.triton_router import plan_route
-from dynamoe.kernels.types import Routing
+from dynamoe.kernels.api.router_spec import RouterSpec
+from dynamoe.kernels.api.types import Routing
+from dynamoe.kernels.reference.operations import operations as reference
+from dynamoe.kernels.triton.index import ExpertIndex, max_row_tiles, plan_index
+from dynamoe.kernels.triton.router import plan_route
 
 # The interpreter computes lanes that a mask discards later, and numpy warns about them.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -6,9 +6,9 @@ from typing import Protocol
 
 import torch
 
-from ...kernels.types import AttentionBatch, KVLayer
-from ..decoder import Decoder
-from ..decoder_exits import DecoderExit
+from ...kernels.api.types import AttentionBatch, KVLayer
+from ..model.decoder import Decoder
+from ..model.exits import DecoderExit
 
 
 class Backfill(Protocol):

@@ -3,7 +3,7 @@
 A budget is the request's own and never changes, so that a position that is computed again after a preemption uses the
 experts that it used before. Prompts run with all experts.
 
-Shape suffixes as in ``kernels/types.py``.
+Shape suffixes as in ``kernels/api/types.py``.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ...kernels.types import ExpertBudget
+from ...kernels.api.types import ExpertBudget
 from ...moe.contribution import keep_by_layer
-from ..decoder_budget import limited_layers
+from ..model.budgeted_layers import limited_layers
 
 if TYPE_CHECKING:
-    from ..decoder import Decoder
-    from ..sampling_params import SamplingParams
+    from ..model.decoder import Decoder
+    from .sampling_params import SamplingParams
     from .scheduler import Entry
 
 NO_CAP = np.int32(2**31 - 1)

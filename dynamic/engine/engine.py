@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..certificates import Offer
-from ..outputs import CompletionDelta, Compute, PositionLogprobs, RequestDelta
-from ..quality import ContractOutcome, Quality
-from ..sampling_params import SamplingParams
+from ..contract.catalog import Offer
+from ..model.kv_cache import count_pages
 from .block_pool import BlockPool
 from .config import EngineConfig
 from .exit_runner import launched_rows
-from .kv_cache import count_pages
 from .logprobs import position_logprobs
+from .outputs import CompletionDelta, Compute, PositionLogprobs, RequestDelta
 from .prefix_cache import PrefixCache
+from .quality import ContractOutcome, Quality
 from .request import Request, Sequence, StopTokens
 from .runner import Runner
 from .sampler import NO_TOKEN, sample
+from .sampling_params import SamplingParams
 from .scheduler import Schedule, Scheduler
 from .stats import EngineStats
 from .text import OutputText
@@ -29,7 +29,7 @@ from .token_costs import TokenCosts, TokenTally
 from .warm_up import warm_up
 
 if TYPE_CHECKING:
-    from ..loader import LoadedModel
+    from ..model.loader import LoadedModel
 
 logger = logging.getLogger(__name__)
 

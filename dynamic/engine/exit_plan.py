@@ -1,6 +1,6 @@
 """What is known about a step's rows before it runs: who may leave where, who may wait, who has waited.
 
-Shape suffixes as in ``kernels/types.py``; E exits of the model.
+Shape suffixes as in ``kernels/api/types.py``; E exits of the model.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ...kernels.types import ExpertBudget
+from ...kernels.api.types import ExpertBudget
 
 if TYPE_CHECKING:
-    from ..decoder import Decoder
+    from ..model.decoder import Decoder
     from .request import Sequence
     from .scheduler import Entry, Schedule
 

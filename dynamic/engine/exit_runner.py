@@ -4,7 +4,7 @@ Whether a row leaves depends on its own state and its own request's thresholds o
 behind the prompt that are computed again after a preemption leave where they left before. What depends on the load is
 when a row goes on: in front of a segment it may be parked until others come (:mod:`parking`).
 
-Shape suffixes as in ``kernels/types.py``; R some of a step's T rows, E exits of the model.
+Shape suffixes as in ``kernels/api/types.py``; R some of a step's T rows, E exits of the model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ...exits.segments import Segment
-from ...kernels.types import AttentionBatch, ExpertBudget, KVLayer
+from ...kernels.api.types import AttentionBatch, ExpertBudget, KVLayer
 from .backfill import Backfill, Project
 from .budgets import budget_of
 from .exit_plan import STAYS, Planner, StepPlan
@@ -27,7 +27,7 @@ from .parking import Parking, measure_times
 from .request import ParkedRow
 
 if TYPE_CHECKING:
-    from ..decoder import Decoder
+    from ..model.decoder import Decoder
     from .scheduler import Entry, Schedule
     from .step_rows import StepRows
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from ..outputs import Logprob, PositionLogprobs
-from ..tokenizer import Tokenizer
+from ..text.tokenizer import Tokenizer
+from .outputs import Logprob, PositionLogprobs
 from .selection import largest
 
 

@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ...kernels.types import AttentionBatch
+from ...kernels.api.types import AttentionBatch
 
 if TYPE_CHECKING:
-    from ..decoder import Decoder
+    from ..model.decoder import Decoder
 
 PATIENCE = 16  # steps after which a row has waited long enough, whatever it costs
 LEAST_GAIN = 0.15  # waiting must promise this much, for it never yet brought what it promised

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..sampling_params import SamplingParams
+from .sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from .request import Sequence

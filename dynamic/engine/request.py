@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..sampling_params import SamplingParams
 from .penalties import TokenCounts
+from .sampling_params import SamplingParams
 from .token_costs import TokenTally
 
 if TYPE_CHECKING:
     import torch
 
-    from ..outputs import PositionLogprobs
-    from ..quality import ContractOutcome
     from .budgets import RequestBudget
+    from .outputs import PositionLogprobs
+    from .quality import ContractOutcome
     from .text import OutputText
 
 _MASK_64 = (1 << 64) - 1

@@ -1,6 +1,6 @@
 """Runs the model on a step's schedule: the rows, the segments of layers, the logits that are needed.
 
-Shape suffixes as in ``kernels/types.py``; R rows whose logits are needed.
+Shape suffixes as in ``kernels/api/types.py``; R rows whose logits are needed.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...exits.segments import Segment
-from ...kernels.types import ExpertBudget
+from ...kernels.api.types import ExpertBudget
 from .budgets import ExpertBudgets
 from .exit_runner import ExitRunner
 from .scheduler import Entry, Schedule
 from .step_rows import StepRows
 
 if TYPE_CHECKING:
-    from ..decoder import Decoder
+    from ..model.decoder import Decoder
 
 LOGITS_CHUNK_BYTES = 64 << 20
 

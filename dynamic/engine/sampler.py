@@ -15,8 +15,8 @@ from .penalties import edit_logits, edits_logits
 from .selection import BLOCK, block_sums, first_best, largest
 
 if TYPE_CHECKING:
-    from ..sampling_params import SamplingParams
     from .request import Sequence
+    from .sampling_params import SamplingParams
 
 NO_TOKEN = -1
 _BELOW_ONE = 1 - 2**-53

@@ -1,6 +1,6 @@
 """The rows of a step as arrays on the host, and attention batches of all or some of them.
 
-Shape suffixes as in ``kernels/types.py``; R some of the T rows.
+Shape suffixes as in ``kernels/api/types.py``; R some of the T rows.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from ...kernels.types import AttentionBatch
+from ...kernels.api.types import AttentionBatch
 from .request import Sequence
 from .scheduler import Entry
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..sampling_params import SamplingParams
-from ..tokenizer import Tokenizer
-from .detokenizer import make_detokenizer
+from ..text.detokenizer import make_detokenizer
+from ..text.tokenizer import Tokenizer
+from .sampling_params import SamplingParams
 from .stopping import StopStrings
 
 

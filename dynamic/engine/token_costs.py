@@ -6,11 +6,11 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from ..outputs import TokenCost
+from .outputs import TokenCost
 
 if TYPE_CHECKING:
-    from ..decoder import Decoder, LayerWeights
-    from ..spec import LayerSpec
+    from ..model.decoder import Decoder, LayerWeights
+    from ..model.spec import LayerSpec
 
 
 class TokenTally:

@@ -10,10 +10,10 @@ from .config import EngineConfig
 if TYPE_CHECKING:
     import torch
 
-    from ...kernels.triton_backend import WarmUpShape
-    from ..decoder import Decoder
-    from ..decoder_exits import DecoderExit
-    from ..spec import ModelSpec
+    from ...kernels.triton.backend import WarmUpShape
+    from ..model.decoder import Decoder
+    from ..model.exits import DecoderExit
+    from ..model.spec import ModelSpec
 
 
 def warm_up(decoder: Decoder, config: EngineConfig, max_model_len: int, progress: bool = True) -> int:
@@ -21,12 +21,12 @@ def warm_up(decoder: Decoder, config: EngineConfig, max_model_len: int, progress
 
     Returns: how many kernels were prepared.
     """
-    from ...kernels.torch_backend import TorchBackend
+    from ...kernels.torch.backend import TorchBackend
 
     backend: TorchBackend = decoder.backend
     if backend.name != "triton":
         return 0
-    from ...kernels.triton_backend import TritonBackend
+    from ...kernels.triton.backend import TritonBackend
 
     assert isinstance(backend, TritonBackend), "only the Triton backend carries this name"
     exits = decoder.exits.values()
@@ -41,7 +41,7 @@ def warm_up_shapes(
     kv_dtype: torch.dtype | None = None,
 ) -> list[WarmUpShape]:
     """The distinct layers of a model with the limits of an engine."""
-    from ...kernels.triton_backend import WarmUpShape
+    from ...kernels.triton.backend import WarmUpShape
 
     norm_widths = {"none": (), "head": (spec.head_dim,), "full": (spec.num_heads * spec.head_dim,)}[spec.qk_norm]
     if spec.qk_norm == "full":

@@ -1,6 +1,6 @@
 """The processes of one model: who is who, how they sum, and that all of them were started alike.
 
-Shape suffixes as in ``kernels/types.py``.
+Shape suffixes as in ``kernels/api/types.py``.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from ...kernels.cpu_shared import CpuSharedGroup
-from ...kernels.torch_backend import TorchBackend
+from ...kernels.cpu.shared_memory import CpuSharedGroup
+from ...kernels.torch.backend import TorchBackend
 from .config import ParallelConfig, launched_rank, launched_size
 from .plan import FIRST, Message, decode, length
-from .shared import share_memory
+from .shared_memory import share_memory
 
 AXES = ("pipeline", "data", "expert", "tensor")
 _IDLE = timedelta(days=30)  # workers wait this long for the next step

@@ -2,7 +2,9 @@
 
 Rows are known by their slots in the cache: a message names those that go on, and every rank picks them out of what it
 has. So it is rank 0 alone that decides who leaves at an exit. Each home runs its own rows (:mod:`.homes`), and all
-ranks of a stage have all rows again behind every segment. Shape suffixes as in ``kernels/types.py``; W rows of a home.
+ranks of a stage have all rows again behind every segment.
+
+Shape suffixes as in ``kernels/api/types.py``; W rows of a home.
 """
 
 from __future__ import annotations
@@ -18,21 +20,21 @@ import torch
 import torch.nn.functional as F
 
 from ...exits.segments import Segment
-from ...kernels.types import AttentionBatch, ExpertBudget, KVLayer, Routing
+from ...kernels.api.types import AttentionBatch, ExpertBudget, KVLayer, Routing
 from ...moe.dispatch import share_experts
-from ..decoder import Decoder, LayerWeights
-from ..decoder_exits import DecoderExit
 from ..engine.budgets import budget_of
-from ..engine.kv_cache import allocate_layers, copy_pages
-from ..outputs import Exchange
-from ..spec import LayerSpec, ModelSpec
+from ..engine.outputs import Exchange
+from ..model.decoder import Decoder, LayerWeights
+from ..model.exits import DecoderExit
+from ..model.kv_cache import allocate_layers, copy_pages
+from ..model.spec import LayerSpec, ModelSpec
+from .data_ranks import SharedCache, cache_of, on_device, share_rows, spread
 from .exchange import Departure, ExpertExchange
-from .held_stack import make_held_stack
-from .homes import SharedCache, cache_of, on_device, share_rows, spread
-from .load import ExpertLoad, write_load
+from .expert_load import ExpertLoad, write_load
 from .norms import norm_over_ranks, project_over_ranks, spread_norms
 from .plan import Message, Operation, leave_message, read_batch, read_budget, read_leaving, run_message
 from .shards import Shard, part_of, width
+from .stage_stack import make_held_stack
 
 
 class ParallelDecoder(Decoder):

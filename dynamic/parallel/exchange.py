@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...kernels.types import Routing
+from ...kernels.api.types import Routing
 from ...moe.dispatch import ExpertShares, used_ids
 
 if TYPE_CHECKING:

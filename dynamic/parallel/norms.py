@@ -1,6 +1,6 @@
 """Norms over all heads where the heads are spread over ranks: one sum of squares for queries and keys together.
 
-Shape suffixes as in ``kernels/types.py``; X the channels of some heads.
+Shape suffixes as in ``kernels/api/types.py``; X the channels of some heads.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ...kernels.torch_backend import TorchBackend
-from ..decoder_exits import DecoderExit
-from ..spec import ModelSpec
+from ...kernels.torch.backend import TorchBackend
+from ..model.exits import DecoderExit
+from ..model.spec import ModelSpec
 from .context import ParallelContext
 from .shards import Shard
 

@@ -4,7 +4,7 @@ Rank 0 holds the embedding, the first layers and the LM head; what it sees of ro
 of their slots in the cache, int64. All ranks see all messages, and so know where rows are, and which rows' keys and
 values are still owed to which stage: these rows travel with the next row of their sequence that runs there, if any.
 
-Shape suffixes as in ``kernels/types.py``.
+Shape suffixes as in ``kernels/api/types.py``.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any
 import torch
 
 from ...exits.segments import Segment
-from ...kernels.types import AttentionBatch, ExitDecision, ExpertBudget, KVLayer
-from ..decoder_exits import DecoderExit
-from ..outputs import Exchange
-from ..spec import ModelSpec
-from .debts import Debts, OwedRow, rows_that_leave, slots_read, vectors_of
+from ...kernels.api.types import AttentionBatch, ExitDecision, ExpertBudget, KVLayer
+from ..engine.outputs import Exchange
+from ..model.exits import DecoderExit
+from ..model.spec import ModelSpec
+from .data_ranks import SharedCache, cache_of, on_device
 from .decoder import ParallelDecoder, rows_at
-from .homes import SharedCache, cache_of, on_device
-from .links import StageLinks
+from .deferred_kv import Debts, OwedRow, rows_that_leave, slots_read, vectors_of
 from .plan import Message, Operation, leave_message, read_batch, read_leaving, rows_to_write
 from .shards import Shard
+from .stage_links import StageLinks
 from .stages import budget_part, micro_batches
 
 MOST_OWED = 4096  # rows of a cache that wait in front of one stage; vectors of memory

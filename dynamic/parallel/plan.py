@@ -11,7 +11,7 @@ from enum import IntEnum
 
 import torch
 
-from ...kernels.types import AttentionBatch, ExpertBudget
+from ...kernels.api.types import AttentionBatch, ExpertBudget
 
 FIRST = 2048
 ARGUMENTS, BLOCKS = 6, 8

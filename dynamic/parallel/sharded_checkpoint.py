@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from ..quantized_checkpoint import QuantizedCheckpoint
-from ..stored_weight import Index, Part
-from ..weights import Checkpoint, StoredWeights
+from ..checkpoint.quantized_checkpoint import QuantizedCheckpoint
+from ..checkpoint.stored_weight import Index, Part
+from ..checkpoint.weights import Checkpoint, StoredWeights
 
 Cut = Callable[[torch.Tensor], torch.Tensor]
 

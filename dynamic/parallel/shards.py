@@ -1,6 +1,6 @@
 """Which part of every tensor a rank keeps; no other part is read from disk.
 
-Shape suffixes as in ``kernels/types.py``; X several experts' neurons side by side.
+Shape suffixes as in ``kernels/api/types.py``; X several experts' neurons side by side.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ...kernels.formats import Fp8Weight, Int8Weight, QuantizedWeight
-from ..decoder import LayerWeights
-from ..layout import EMBEDDING, FFNLayout, LayerLayout, Layout
-from ..quantization import Method
-from ..quantized_checkpoint import QuantizedCheckpoint
-from ..spec import ModelSpec
-from ..stored_weight import Part
-from ..weights import Checkpoint, CheckpointError
+from ...kernels.api.formats import Fp8Weight, Int8Weight, QuantizedWeight
+from ..checkpoint.quantized_checkpoint import QuantizedCheckpoint
+from ..checkpoint.stored_weight import Part
+from ..checkpoint.weights import Checkpoint, CheckpointError
+from ..model.decoder import LayerWeights
+from ..model.layout import EMBEDDING, FFNLayout, LayerLayout, Layout
+from ..model.quantization import Method
+from ..model.spec import ModelSpec
 from .config import ParallelConfig
 from .context import ParallelContext
-from .load import read_placement
+from .expert_load import read_placement
 from .sharded_checkpoint import Cut, ShardedCheckpoint
 from .stages import SIZES, layer_sizes, split_into_stages, stand_in
 

@@ -1,6 +1,6 @@
 """Which layers a stage of the pipeline runs, and how a step's rows are split so that stages work at the same time.
 
-Shape suffixes as in ``kernels/types.py``.
+Shape suffixes as in ``kernels/api/types.py``.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from ...kernels.types import AttentionBatch, ExpertBudget, ExpertWeights, LinearWeights
-from ..decoder import LayerWeights
-from ..spec import ModelSpec
+from ...kernels.api.types import AttentionBatch, ExpertBudget, ExpertWeights, LinearWeights
+from ..model.decoder import LayerWeights
+from ..model.spec import ModelSpec
 
 SIZES = 5  # numbers that describe a layer
 

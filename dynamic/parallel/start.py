@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from ... import __version__
-from ...kernels.torch_backend import TorchBackend
-from ..decoder import Decoder
-from ..quantization import Quantization
-from ..spec import ModelSpec
-from ..weights import Checkpoint
+from ...kernels.torch.backend import TorchBackend
+from ..checkpoint.weights import Checkpoint
+from ..model.decoder import Decoder
+from ..model.quantization import Quantization
+from ..model.spec import ModelSpec
 from .config import ParallelConfig
 from .context import ParallelContext
 from .decoder import ParallelDecoder

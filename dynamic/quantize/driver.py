@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from ...exits.sidecar import TENSOR_FILE, backbone_hash
-from ...kernels.ops import select_backend
-from ...kernels.torch_backend import TorchBackend
-from ..families import Family, family_of, model_spec
-from ..gguf_import import copy_tokenizer, write_json
-from ..layout import EMBEDDING, FINAL_NORM, Layout, plan_layout
-from ..spec import ModelSpec
-from ..weights import DTYPES, Checkpoint, CheckpointError, read_json
+from ...kernels.select import select_backend
+from ...kernels.torch.backend import TorchBackend
+from ..checkpoint.weights import DTYPES, Checkpoint, CheckpointError, read_json
+from ..convert.gguf_import import copy_tokenizer, write_json
+from ..model.families import Family, family_of, model_spec
+from ..model.layout import EMBEDDING, FINAL_NORM, Layout, plan_layout
+from ..model.spec import ModelSpec
 from .inputs import OneLayer
 from .layer import pack_layer, read_layer
 from .methods import CalibratedMethod, LayerMethod

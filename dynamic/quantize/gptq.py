@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ...kernels.formats import Int4Weight
+from ...kernels.api.formats import Int4Weight
 from .grid import Int4Grid, full_grid, searched_grid
 
 _BLOCK = 128  # inputs between two updates of all that is still to come

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ...kernels.formats import Int4Weight, pack_int4
-from ...kernels.rounding import int4_grid
+from ...kernels.api.formats import Int4Weight, pack_int4
+from ...kernels.api.rounding import int4_grid
 
 _SHRINKS = tuple(1 - 0.05 * step for step in range(10))  # shares of a group's range, from all of it to 55 %
 

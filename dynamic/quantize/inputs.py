@@ -1,6 +1,6 @@
 """Running calibration text through one layer, and what its linear parts read while it runs.
 
-Shape suffixes as in ``kernels/types.py``.
+Shape suffixes as in ``kernels/api/types.py``.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any, cast
 import torch
 
 from ...exits.segments import Segment
-from ...kernels import reference
-from ...kernels.torch_backend import TorchBackend
-from ...kernels.types import ExpertWeights, LinearWeights, Routing
-from ..decoder import Decoder, LayerWeights
-from ..prompt_pass import fresh_cache
-from ..spec import ModelSpec
+from ...kernels.api.types import ExpertWeights, LinearWeights, Routing
+from ...kernels.reference import operations as reference
+from ...kernels.torch.backend import TorchBackend
+from ..model.decoder import Decoder, LayerWeights
+from ..model.prompt_pass import fresh_cache
+from ..model.spec import ModelSpec
 from .layer import FFNTensors, plain
 
 _STEP_ROWS = 1024  # tokens that run at once

@@ -1,6 +1,6 @@
 """One layer's tensors outside of any backend: read from a checkpoint, changed, packed for a backend.
 
-Shape suffixes as in ``kernels/types.py``.
+Shape suffixes as in ``kernels/api/types.py``.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ...kernels.format_join import concatenate
-from ...kernels.formats import UNQUANTIZED, ActivationScheme, QuantizedWeight
-from ...kernels.torch_backend import TorchBackend
-from ...kernels.types import ExpertWeights, LinearWeights
-from ..decoder import LayerWeights
-from ..layout import FFNLayout, LayerLayout, expert_tensors
-from ..spec import ModelSpec
-from ..weights import Checkpoint
+from ...kernels.api.format_join import concatenate
+from ...kernels.api.formats import UNQUANTIZED, ActivationScheme, QuantizedWeight
+from ...kernels.api.types import ExpertWeights, LinearWeights
+from ...kernels.torch.backend import TorchBackend
+from ..checkpoint.weights import Checkpoint
+from ..model.decoder import LayerWeights
+from ..model.layout import FFNLayout, LayerLayout, expert_tensors
+from ..model.spec import ModelSpec
 
 Weight = torch.Tensor | QuantizedWeight
 

@@ -1,6 +1,6 @@
 """The calibrated methods on a whole layer: which parts get which statistics, and where scales are folded into.
 
-Shape suffixes as in ``kernels/types.py``; B experts that are treated at once, X outputs of several projections.
+Shape suffixes as in ``kernels/api/types.py``; B experts that are treated at once, X outputs of several projections.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ...kernels.format_join import stack_experts
-from ...kernels.formats import (
+from ...kernels.api.format_join import stack_experts
+from ...kernels.api.formats import (
     GROUPS,
     INT8_PER_GROUP,
     UNQUANTIZED,
     ActivationScheme,
     QuantizedWeight,
 )
-from ...kernels.rounding import quantize_int4, quantize_int8
-from ..spec import ModelSpec
+from ...kernels.api.rounding import quantize_int4, quantize_int8
+from ..model.spec import ModelSpec
 from .gptq import gptq_int4
 from .grid import searched_grid
 from .inputs import LayerInputs, neurons

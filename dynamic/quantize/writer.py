@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ...kernels.formats import Int4Weight, Int8Weight, QuantizedWeight, pack_int4
-from ..families import Family, one_each
-from ..layout import FFNLayout, LayerLayout
+from ...kernels.api.formats import Int4Weight, Int8Weight, QuantizedWeight, pack_int4
+from ..model.families import Family, one_each
+from ..model.layout import FFNLayout, LayerLayout
 from .layer import FFNTensors, LayerTensors, Weight
 from .methods import CalibratedMethod
 

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from filelock import FileLock
 
-from ...exits.risk import BOUNDS, conformal_risk_control, learn_then_test
-from ..calibration import PROBABILITIES, Measured, measure, path_through
-from ..intervals import Estimate, mean
+from ..contract.bounds import BOUNDS, conformal_risk_control, learn_then_test
+from ..contract.calibration_runs import PROBABILITIES, Measured, measure, path_through
+from ..contract.intervals import Estimate, mean
 from ..llm import LLM
 from .evaluate import Evaluation
 from .provenance import provenance

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..config import SharedModelConfig
-from ..decoder import Decoder
+from ..cli.config import SharedModelConfig
+from ..contract.intervals import Estimate, mean, ratio
 from ..engine.config import EngineConfig
-from ..intervals import Estimate, mean, ratio
 from ..llm import LLM
-from ..loader import load_model
+from ..model.decoder import Decoder
+from ..model.loader import load_model
 from .forced import Forced, ForcingEngine, force
 from .provenance import provenance
 from .requests import built_in_requests, draw, forced_texts, read_requests

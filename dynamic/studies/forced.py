@@ -5,7 +5,7 @@ The distribution that is judged at a position is the one that the engine read ou
 left, behind keys and values as the row's predecessors left them. The first forced token comes from the context, which
 runs in full like every prompt.
 
-Shape suffixes as in ``kernels/types.py``; N texts.
+Shape suffixes as in ``kernels/api/types.py``; N texts.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ..contract.served_loss import full_states
 from ..engine.engine import Engine, EngineFull
-from ..outputs import Compute
-from ..served_risk import full_states
+from ..engine.outputs import Compute
 
 if TYPE_CHECKING:
-    from ..decoder import Decoder
     from ..engine.config import EngineConfig
+    from ..engine.outputs import PositionLogprobs
     from ..engine.request import Sequence as EngineSequence
-    from ..loader import LoadedModel
-    from ..outputs import PositionLogprobs
-    from ..sampling_params import SamplingParams
+    from ..engine.sampling_params import SamplingParams
+    from ..model.decoder import Decoder
+    from ..model.loader import LoadedModel
 
 _REFERENCE_BYTES = 128 << 20
 

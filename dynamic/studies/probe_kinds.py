@@ -15,9 +15,9 @@ from filelock import FileLock
 
 from ...exits.sidecar import JSON_FILE
 from ...exits.training.heads import HeadTraining
-from ..model_store import resolve_model
-from ..prompt_file import read_prompts
-from ..tokenizer import Tokenizer
+from ..convert.model_store import resolve_model
+from ..text.prompt_file import read_prompts
+from ..text.tokenizer import Tokenizer
 from ..train.exit_heads import COMPARED, ExitHeadsConfig
 from ..train.frozen import FrozenConfig, make_frozen_exits
 from ..train.held_out import PROMPTS_FILE

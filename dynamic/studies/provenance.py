@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from ... import __version__
-from ..deployment import deployment
-from ..machine import processor
+from ..contract.deployment import deployment
+from ..model.machine import processor
 
 if TYPE_CHECKING:
-    from ...exits.certificate import Scalar
+    from ..contract.certificate import Scalar
     from ..llm import LLM
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from ...exits.sidecar import JSON_FILE, TENSOR_FILE, backbone_hash
 from ...moe.sidecar import JSON_FILE as CONTRIBUTIONS
-from ..certificates import CERTIFICATES
-from ..model_store import resolve_model
+from ..contract.catalog import CERTIFICATES
+from ..convert.model_store import resolve_model
 
 # They say where results go or how a job runs, not what is measured.
 NO_PART_OF_A_RESULT = frozenset({"output", "compare", "json", "threads", "quality_metric"})

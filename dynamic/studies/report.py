@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..intervals import paired_difference
+from ..contract.intervals import paired_difference
 from .plots import draw_html, draw_png
 from .serve_configs import write_serve_configs
 

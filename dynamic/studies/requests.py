@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..calibration_text import reference_pages
-from ..prompt_file import read_prompts
+from ..text.calibration_text import reference_pages
+from ..text.prompt_file import read_prompts
 from ..train.held_out import PROMPTS_FILE
 
 if TYPE_CHECKING:
-    from ..loader import LoadedModel
+    from ..model.loader import LoadedModel
 
 _WINDOW = 64  # tokens of a request that is cut out of running text
 

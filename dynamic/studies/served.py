@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..calibration import decoded_layers
-from ..flops import full_layer_flops, head_flops, layer_flops, projection_flops
-from ..intervals import Estimate, ratio
-from ..served_risk import disagreements
+from ..contract.calibration_runs import decoded_layers
+from ..contract.intervals import Estimate, ratio
+from ..contract.served_loss import disagreements
+from ..model.flops import full_layer_flops, head_flops, layer_flops, projection_flops
 
 if TYPE_CHECKING:
-    from ..decoder import Decoder
+    from ..engine.outputs import RequestOutput
+    from ..engine.sampling_params import SamplingParams
     from ..llm import LLM
-    from ..outputs import RequestOutput
-    from ..sampling_params import SamplingParams
-    from ..spec import ModelSpec
+    from ..model.decoder import Decoder
+    from ..model.spec import ModelSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,18 +8,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...exits.certificate import RequestFacts
-from ...exits.contracts import Contracts
-from ..certificates import CERTIFICATES, nearest, spent_under
-from ..config import QualityConfig
-from ..decoder import make_stack
-from ..deployment import deployment
-from ..quality import Quality
-from ..sampling_params import SamplingParams
+from ..cli.config import QualityConfig
+from ..contract.catalog import CERTIFICATES, nearest, spent_under
+from ..contract.certificate import RequestFacts
+from ..contract.deployment import deployment
+from ..contract.resolve import Contracts
+from ..engine.quality import Quality
+from ..engine.sampling_params import SamplingParams
+from ..model.decoder import make_stack
 
 if TYPE_CHECKING:
-    from ..decoder import Decoder
     from ..llm import LLM
+    from ..model.decoder import Decoder
 
 EXPERT_RULES = ("contribution", "router_weight")
 

@@ -20,7 +20,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from ..config import schema
+from ..cli.config import schema
 from .calibration_methods import CalibrationStudyConfig, compare_methods
 from .evaluate import EvaluateConfig, run
 from .probe_kinds import ProbeStudyConfig, with_probes
@@ -149,6 +149,6 @@ def count_jobs(config: DictConfig) -> int | None:
 
 
 def _ended(error: Exception) -> SystemExit:
-    from ..cli import JobFailed
+    from ..cli.main import JobFailed
 
     return JobFailed(error)

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from ...exits.calibrators import ISOTONIC_MINIMUM, fit_isotonic, fit_temperature
+from ...exits.exit_head import ReadoutAdapter
 from ...exits.metrics import ProbeReport, operating_point, plot_risk_coverage, report, table
 from ...exits.probes import MAX_LAYER_SHARE, Probe, ProbeSpec, check_probe_cost, frequent_tokens, saturation, top_margin
-from ...exits.readout import ReadoutAdapter
 from ...exits.sidecar import ExitHeads, backbone_hash, save_heads
 from ...exits.training.heads import (
     ExitStates,

@@ -17,7 +17,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.nn.functional import all_to_all_single
 
-from .experts import arranged, combine, dispatch, gated_experts
+from ...moe.trainable_experts import arranged, combine, dispatch, gated_experts
 
 if TYPE_CHECKING:
     from .model import TrainableDecoder

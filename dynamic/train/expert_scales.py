@@ -13,19 +13,19 @@ import torch
 from ...exits.segments import Segment
 from ...exits.sidecar import backbone_hash
 from ...exits.training.progress import ProgressLine
-from ...kernels.torch_backend import TorchBackend
-from ...kernels.types import ExpertWeights, Routing
+from ...kernels.api.types import ExpertWeights, Routing
+from ...kernels.torch.backend import TorchBackend
 from ...moe.contribution import ContributionMeter, ExpertScales, LayerScales, slot_norms
 from ...moe.sidecar import JSON_FILE, save_scales
-from ..calibration_text import reference_pages, token_windows
-from ..decoder import Decoder
-from ..decoder_budget import limited_layers
-from ..loader import load_decoder
-from ..model_store import SHIPPED_MODELS, resolve_model
-from ..prompt_pass import fresh_cache
-from ..spec import ModelSpec
-from ..tokenizer import Tokenizer
-from .packages import collect_folder
+from ..convert.model_store import SHIPPED_MODELS, resolve_model
+from ..model.budgeted_layers import limited_layers
+from ..model.decoder import Decoder
+from ..model.loader import load_decoder
+from ..model.prompt_pass import fresh_cache
+from ..model.spec import ModelSpec
+from ..text.calibration_text import reference_pages, token_windows
+from ..text.documentation_packages import collect_folder
+from ..text.tokenizer import Tokenizer
 
 _STEP_ROWS = 1024  # tokens that run at once
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from ...exits.sidecar import JSON_FILE, TENSOR_FILE, ExitHeads, backbone_hash, save_heads
 from ...moe.sidecar import JSON_FILE as EXPERTS_FILE
-from .corpus import END_OF_TEXT
+from ..text.corpus import END_OF_TEXT
 from .model import Attention, DecoderConfig, SparseMLP, TrainableDecoder
 
 # The model continues text; a conversation reaches it as the text of its messages.

@@ -21,9 +21,10 @@ from ...exits.sidecar import JSON_FILE, TENSOR_FILE, backbone_hash
 from ...exits.training.heads import ExitStates, HeadTraining, fit_adapter
 from ...exits.training.memory import available_memory
 from ...exits.training.progress import ProgressLine
-from ..calibration_text import reference_pages
+from ..convert.model_store import cache_home, resolve_model
 from ..llm import LLM
-from ..model_store import cache_home, resolve_model
+from ..text.calibration_text import reference_pages
+from ..text.documentation_packages import SOURCES, collect, collect_folder
 from .exit_heads import Backbone, ExitHeadsConfig, exit_splits, make_exits
 from .frozen_states import (
     collect_served_states,
@@ -34,12 +35,11 @@ from .frozen_states import (
     save_states,
     served_backbone,
 )
-from .packages import SOURCES, collect, collect_folder
 from .recipe import claim, keep_freed_memory, plot_path
 from .served import blocks_from, continuations
 
 if TYPE_CHECKING:
-    from ..tokenizer import Tokenizer
+    from ..text.tokenizer import Tokenizer
 
 TEXTS = ("python", "debian")
 _STEP_ROWS = 1024  # rows that run through the model at once

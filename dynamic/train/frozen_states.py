@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from ...exits.readout import ReadoutAdapter
+from ...exits.exit_head import ReadoutAdapter
 from ...exits.segments import split_into_segments
 from ...exits.training.heads import ExitStates, HeadTraining
-from ..decoder import Decoder
-from ..prompt_pass import fresh_cache
-from ..spec import ModelSpec
+from ..model.decoder import Decoder
+from ..model.prompt_pass import fresh_cache
+from ..model.spec import ModelSpec
 from .exit_heads import Backbone, frozen_logits
 
 _LOGIT_ROWS = 4096  # rows whose logits are in memory at once when choices are compared

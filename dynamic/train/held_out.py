@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .corpus import Corpus
+from ..text.corpus import Corpus
 from .served import unused_blocks
 
 if TYPE_CHECKING:

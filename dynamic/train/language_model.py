@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ...exits.training.objectives import ExitTraining, layer_dropout_rates, sequences_kept
-from .corpus import Windows
+from ..text.corpus import Windows
 from .head_loss import head_losses
 from .model import TrainableDecoder
 

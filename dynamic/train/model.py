@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...exits.readout import ReadoutAdapter
+from ...exits.exit_head import ReadoutAdapter
 from ...moe.losses import load_balancing_loss
+from ...moe.trainable_experts import mixture
 from .attention import causal_attention, norm_and_rotate, rope_table
 from .expert_groups import spread_mixture
-from .experts import mixture
 from .functions import fork_normed, rms_norm
 
 

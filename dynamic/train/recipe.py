@@ -19,9 +19,9 @@ from tokenizers import Tokenizer
 from ...exits.training.heads import ExitStates
 from ...exits.training.objectives import ExitTraining
 from ...exits.training.trainer import TrainerConfig, TrainResult, train
+from ..convert.model_store import cache_home
 from ..llm import LLM
-from ..model_store import cache_home
-from .corpus import Corpus, CorpusConfig, build_corpus, load_corpus
+from ..text.corpus import Corpus, CorpusConfig, build_corpus, load_corpus
 from .exit_heads import ExitHeadsConfig, collect_states, make_exits, trained_backbone
 from .expert_scales import ExpertsConfig, make_expert_scales
 from .export import export_checkpoint

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..sampling_params import SamplingParams
+from ..engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from ..llm import LLM

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from ...exits.training.trainer import TrainResult
-from ..model_store import cache_home
+from ..convert.model_store import cache_home
 from ..parallel.config import launched_rank
-from .corpus import build_corpus, load_corpus
+from ..text.corpus import build_corpus, load_corpus
 from .deepspeed import ZeroConfig, gathered, meet, part, train_with_deepspeed
 from .language_model import LanguageModelTask
 from .model import TrainableDecoder

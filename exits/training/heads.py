@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..exit_head import ReadoutAdapter
 from ..probes import Probe, ProbeSpec, agreement_labels
-from ..readout import ReadoutAdapter
 
 Logits = Callable[[torch.Tensor], torch.Tensor]  # (R, D) in front of the final norm → float32 (R, V)
 

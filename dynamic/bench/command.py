@@ -1,0 +1,177 @@
+"""``dynamoe bench``: latency and throughput over a grid of concurrencies and input lengths.
+
+The load is closed: as many requests are in flight as the concurrency says, and a finished one is replaced at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..cli.config import SharedModelConfig
+from ..engine.config import EngineConfig
+from ..model.machine import processor
+from .timing import PointResult, RequestTiming, summarize, table
+
+Measure = Callable[..., tuple[list[RequestTiming], float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """What is measured.
+
+    Arguments:
+        concurrency: numbers of requests in flight.
+        input_len: prompt lengths in tokens, of random tokens.
+        output_len: tokens per output; end-of-sequence tokens do not end it.
+        requests: requests per point; null takes twice the concurrency, at least 4.
+        prompts_file: take prompts from this file, one per line, instead of random tokens.
+        url: measure a running server instead of an engine in this process.
+        api_key: the server's key; null takes ``OPENAI_API_KEY`` from the environment.
+        seed: of the random tokens.
+        json: file for the results.
+    """
+
+    concurrency: tuple[int, ...] = (1, 4, 16)
+    input_len: tuple[int, ...] = (128,)
+    output_len: int = 64
+    requests: int | None = None
+    prompts_file: str | None = None
+    url: str | None = None
+    api_key: str | None = None
+    seed: int = 0
+    json: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("concurrency", "input_len", "output_len", "requests"):
+            value = getattr(self, name)
+            values = value if isinstance(value, (tuple, list)) else () if value is None else (value,)
+            if any(item < 1 for item in values) or value in ((), []):
+                raise ValueError(f"bench.{name} must be at least 1, not {value}")
+
+
+@dataclass(kw_only=True)
+class BenchCommandConfig(SharedModelConfig):
+    """``dynamoe bench``."""
+
+    bench: BenchConfig = field(default_factory=BenchConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a benchmark runs against.
+
+    Arguments:
+        name: of the model.
+        where: ``engine`` or the server's address.
+        measure: see :func:`.bench_engine.measure_engine`.
+        token_pool: ids that random prompts are drawn from.
+        encode: token ids of a text.
+    """
+
+    name: str
+    where: str
+    measure: Measure
+    token_pool: Sequence[int]
+    encode: Callable[[str], list[int]]
+
+
+def bench(config: BenchCommandConfig) -> None:
+    """Run the command.
+
+    Raises:
+        ValueError: for settings, a model or a server that cannot be used.
+    """
+    target = _server_target(config.bench) if config.bench.url else _engine_target(config)
+    points = run(target, config.bench)
+    print(table(points))
+    if config.bench.json is not None:
+        Path(config.bench.json).write_text(json.dumps(report(target, config, points), indent=2) + "\n")
+
+
+def run(target: Target, config: BenchConfig) -> list[PointResult]:
+    """Measure every point of the grid, with a progress bar on a terminal."""
+    draw = random.Random(config.seed)
+    texts = _read_prompts(config.prompts_file) if config.prompts_file else None
+    points = []
+    for input_len in config.input_len if texts is None else (0,):
+        for concurrency in config.concurrency:
+            count = config.requests or max(4, 2 * concurrency)
+            if texts is None:
+                # One more than is measured: it warms up what a first request of this size pays for.
+                prompts = [draw.choices(target.token_pool, k=input_len) for _ in range(count + 1)]
+            else:
+                prompts = [target.encode(texts[i % len(texts)]) for i in range(count + 1)]
+            label = f"{concurrency} in flight, {input_len or 'given'} input tokens"
+            with tqdm(total=count, desc=label, unit="request", disable=None, leave=False) as bar:
+                target.measure(prompts[-1:], concurrency=1, output_len=min(4, config.output_len), done=lambda: None)
+                timings, seconds = target.measure(
+                    prompts[:-1], concurrency=concurrency, output_len=config.output_len, done=bar.update
+                )
+            lengths = [len(prompt) for prompt in prompts[:-1]]
+            points.append(summarize(timings, concurrency=concurrency, input_tokens=lengths, seconds=seconds))
+    return points
+
+
+def report(target: Target, config: BenchCommandConfig, points: Sequence[PointResult]) -> dict[str, Any]:
+    """The results with what they depend on, ready for JSON."""
+    settings = asdict(config)
+    settings["bench"].pop("api_key")
+    return {
+        "model": target.name,
+        "target": target.where,
+        "settings": settings,
+        "machine": {"platform": platform.platform(), "processor": processor(), "cores": os.cpu_count()},
+        "points": [asdict(point) for point in points],
+    }
+
+
+def _engine_target(config: BenchCommandConfig) -> Target:
+    import functools
+
+    from ..engine.engine import Engine
+    from ..model.loader import load_model
+    from .engine_target import measure_engine
+
+    model = load_model(config.model, **config.load_arguments())
+    special = model.tokenizer.special_ids
+    return Target(
+        name=model.name,
+        where="engine",
+        measure=functools.partial(measure_engine, Engine(model, config.engine)),
+        token_pool=[i for i in range(model.tokenizer.vocab_size) if i not in special],
+        encode=model.tokenizer.encode,
+    )
+
+
+def _server_target(config: BenchConfig) -> Target:
+    import functools
+
+    from .http_target import SAMPLE_TEXT, ServerTarget
+
+    assert config.url is not None
+    server = ServerTarget(config.url, config.api_key or os.environ.get("OPENAI_API_KEY"))
+    name = server.model_name()
+    return Target(
+        name=name,
+        where=server.url,
+        measure=functools.partial(server.measure, name),
+        token_pool=server.token_ids(name, SAMPLE_TEXT),
+        encode=functools.partial(server.token_ids, name),
+    )
+
+
+def _read_prompts(file: str) -> list[str]:
+    prompts = [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"bench.prompts_file={file} holds no prompt")
+    return prompts

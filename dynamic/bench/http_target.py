@@ -1,0 +1,137 @@
+"""The benchmark's load on a running server, through OpenAI's completions endpoint with streaming."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import httpx
+
+from .timing import RequestTiming
+
+# Where the ids of random prompts come from: the words matter less than that they are many.
+SAMPLE_TEXT = """
+Every morning the harbour master writes down which ships came in, how deep they lay in the water, and what they carried:
+timber from the north, oranges, copper wire, seven crates of clocks. Nobody had asked him to do so for thirty years.
+When the new bridge was planned, engineers needed to know how often it would have to open, and at which hours; his books
+answered within an afternoon what a survey could not have found out in a year. def area(r): return 3.14159 * r ** 2
+"""
+
+
+class ServerTarget:
+    """A server that speaks OpenAI's protocol.
+
+    Arguments:
+        url: its address, with or without ``/v1``.
+        api_key: sent as a bearer token.
+        timeout: seconds without a byte after which a request counts as failed.
+    """
+
+    def __init__(self, url: str, api_key: str | None = None, timeout: float = 600.0) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self._timeout = timeout
+
+    def model_name(self) -> str:
+        """The first model that the server lists."""
+        return self._call("GET", "/v1/models")["data"][0]["id"]
+
+    def token_ids(self, model: str, text: str) -> list[int]:
+        """Token ids of a text, by the server's own tokenizer."""
+        return self._call("POST", "/tokenize", {"model": model, "prompt": text, "add_special_tokens": False})["tokens"]
+
+    def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        try:
+            reply = httpx.request(method, self.url + path, json=body, headers=self._headers, timeout=30.0)
+        except httpx.HTTPError as error:
+            raise ValueError(f"no server answers at {self.url}: {error}") from error
+        if reply.status_code != 200:
+            raise ValueError(f"{self.url}{path} answered {reply.status_code}: {_error_text(reply.text)}")
+        return reply.json()
+
+    def measure(
+        self,
+        model: str,
+        prompts: Sequence[Sequence[int] | str],
+        *,
+        concurrency: int,
+        output_len: int,
+        done: Callable[[], object],
+    ) -> tuple[list[RequestTiming], float]:
+        """Keep ``concurrency`` requests open until every prompt has been answered; see :func:`measure_engine`.
+
+        Raises:
+            ValueError: when the server refuses a request or fails in the middle of one.
+        """
+        return asyncio.run(self._measure(model, prompts, concurrency, output_len, done))
+
+    async def _measure(
+        self,
+        model: str,
+        prompts: Sequence[Sequence[int] | str],
+        concurrency: int,
+        output_len: int,
+        done: Callable[[], object],
+    ) -> tuple[list[RequestTiming], float]:
+        timings: list[RequestTiming | None] = [None] * len(prompts)
+        waiting = iter(enumerate(prompts))
+        limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+        async with httpx.AsyncClient(headers=self._headers, timeout=self._timeout, limits=limits) as client:
+
+            async def work() -> None:
+                for index, prompt in waiting:
+                    timings[index] = await self._stream(client, model, prompt, output_len)
+                    done()
+
+            begin = time.perf_counter()
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(min(concurrency, len(prompts))):
+                        group.create_task(work())
+            except ExceptionGroup as failures:
+                error = failures.exceptions[0]
+                if isinstance(error, httpx.HTTPError):
+                    raise ValueError(f"a request to {self.url} failed: {error or type(error).__name__}") from error
+                raise error from None
+            seconds = time.perf_counter() - begin
+        return [timing for timing in timings if timing is not None], seconds
+
+    async def _stream(
+        self, client: httpx.AsyncClient, model: str, prompt: Sequence[int] | str, output_len: int
+    ) -> RequestTiming:
+        body = {
+            "model": model,
+            "prompt": prompt if isinstance(prompt, str) else list(prompt),
+            "max_tokens": output_len,
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        timing = RequestTiming(start=time.perf_counter())
+        async with client.stream("POST", f"{self.url}/v1/completions", json=body) as reply:
+            if reply.status_code != 200:
+                text = _error_text((await reply.aread()).decode(errors="replace"))
+                raise ValueError(f"{self.url} answered {reply.status_code}: {text}")
+            async for line in reply.aiter_lines():
+                if not line.startswith("data:") or line[5:].strip() == "[DONE]":
+                    continue
+                now = time.perf_counter()
+                event = json.loads(line[5:])
+                if "error" in event:
+                    raise ValueError(f"{self.url} broke off: {event['error'].get('message')}")
+                if event.get("usage"):
+                    timing.output_tokens = event["usage"]["completion_tokens"]
+                if event["choices"]:
+                    timing.arrivals.append(now)
+        return timing
+
+
+def _error_text(text: str) -> str:
+    try:
+        return json.loads(text)["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        return text[:200]

@@ -1,0 +1,1 @@
+"""The ``dynamoe`` command: its table, help, errors and configurations."""

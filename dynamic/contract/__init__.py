@@ -1,0 +1,1 @@
+"""Quality contracts: bounds, certificates, calibration runs, the live monitor."""

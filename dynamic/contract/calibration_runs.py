@@ -1,0 +1,170 @@
+"""Losses of requests at every setting of a path, as the deployed stack serves them; kept, so that a run can go on.
+
+Shape suffixes: M settings, from the safest on; N requests.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..engine.outputs import RequestOutput
+from ..engine.sampling_params import GREEDY_EPSILON, SamplingParams
+from .served_loss import losses
+
+if TYPE_CHECKING:
+    from ..llm import LLM
+
+PROBABILITIES = (0.995, 0.99, 0.98, 0.97, 0.96, 0.95, 0.93, 0.91, 0.88, 0.85, 0.8, 0.75, 0.7, 0.6)
+_AT_ONCE = 256  # requests that are decoded and judged together
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One point of the path.
+
+    Arguments:
+        exit_thresholds: layers in front of an exit → calibrated probability from which on a token leaves.
+        expert_keep: share of the calibrated contributions that a token's experts reach; None uses all experts.
+    """
+
+    exit_thresholds: dict[int, float]
+    expert_keep: float | None = None
+
+    def params(self, max_tokens: int, temperature: float = 0.0, seed: int | None = None) -> SamplingParams:
+        """As callers ask by default: an end-of-text token ends the output."""
+        return SamplingParams(
+            temperature=temperature,
+            seed=seed,
+            max_tokens=max_tokens,
+            detokenize=False,
+            keep_states=temperature >= GREEDY_EPSILON,
+            quality=None,
+            exit_thresholds=self.exit_thresholds,
+            expert_keep=self.expert_keep,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a setting gave up and what it saved on some requests.
+
+    Arguments:
+        losses_N: of each request, float64.
+        layers_share: of the layers of decoded tokens, how much was launched.
+        experts_share: of the experts that these layers use, how much was launched.
+        decoded: tokens that were decoded behind the prompts' own.
+    """
+
+    losses_N: np.ndarray
+    layers_share: float
+    experts_share: float
+    decoded: int
+
+
+def path_through(
+    exits: Sequence[int], probabilities: Sequence[float] = PROBABILITIES, keeps: Sequence[float] = ()
+) -> list[Setting]:
+    """The same probability at every exit, from the safest to the boldest, and an expert budget beside each.
+
+    Arguments:
+        keeps: ``expert_keep`` of every setting, not rising; none: all experts.
+
+    Raises:
+        ValueError: for probabilities that do not fall, keeps that rise or are not as many, a model without exits.
+    """
+    if keeps and len(keeps) != len(probabilities):
+        raise ValueError(f"there are {len(probabilities)} probabilities and {len(keeps)} keeps; give one for each")
+    if any(later > earlier for earlier, later in itertools.pairwise(keeps)):
+        raise ValueError(f"keeps must not rise from the safest to the boldest, not {list(keeps)}")
+    if not exits:
+        raise ValueError("the model has no exits: there is nothing to calibrate")
+    if any(later >= earlier for earlier, later in itertools.pairwise(probabilities)):
+        raise ValueError(f"probabilities must fall from the safest to the boldest, not {list(probabilities)}")
+    pairs = itertools.zip_longest(probabilities, keeps)
+    return [Setting(exit_thresholds=dict.fromkeys(exits, p), expert_keep=keep) for p, keep in pairs]
+
+
+def measure(
+    llm: LLM,
+    prompts: Sequence[list[int]],
+    setting: Setting,
+    max_tokens: int,
+    file: Path,
+    *,
+    temperature: float = 0.0,
+    progress: bool = True,
+) -> Measured:
+    """Serve requests at a setting and judge what was served; or read it, where a run before has done so.
+
+    Arguments:
+        temperature: of all requests; each draws with a seed of its own, the same at every setting.
+        file: JSON, written when it is whole.
+
+    Raises:
+        ValueError: when the file belongs to other requests or another setting.
+    """
+    facts = {"setting": asdict(setting), "requests": len(prompts), "max_tokens": max_tokens}
+    facts |= {"temperature": temperature} if temperature else {}
+    facts = json.loads(json.dumps(facts))  # keys become text, as in the file
+    if file.exists():
+        record = json.loads(file.read_text())
+        if {name: record.get(name) for name in facts} != facts:
+            raise ValueError(f"{file} holds another measurement; take another output directory")
+        return _measured(record)
+    found, rows, full, decoded, experts, skipped = [], 0, 0, 0, 0, 0
+    params = [setting.params(max_tokens, temperature, seed) for seed in range(len(prompts))]
+    for outputs in _served(llm, prompts, params, progress):
+        found.append(losses(llm.model.decoder, outputs, temperature))
+        for output in outputs:
+            ran, all_layers = decoded_layers(output, llm.model.spec.num_layers)
+            rows, full = rows + ran, full + all_layers
+            assert output.compute is not None
+            prompt_rows = len(output.prompt_token_ids) - output.num_cached_tokens
+            experts += output.compute.full_expert_rows - prompt_rows * sum(output.compute.segment_experts)
+            skipped += output.compute.skipped_experts
+            decoded += sum(len(c.token_ids) - 1 for c in output.outputs)
+    share = rows / full if full else 1.0
+    record = {**facts, "losses": np.concatenate(found).tolist(), "layers_share": share, "decoded": decoded}
+    record["experts_share"] = 1 - skipped / experts if experts else 1.0
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps(record))
+    partial.rename(file)
+    return _measured(record)
+
+
+def decoded_layers(output: RequestOutput, num_layers: int) -> tuple[int, int]:
+    """Rows times layers that were launched for a request's decoded tokens, and what the full model launches for them.
+
+    The prompt, which always runs in full, is taken off; so is the last token, whose keys nobody needs.
+    """
+    assert output.compute is not None
+    prompt = len(output.prompt_token_ids) - output.num_cached_tokens
+    full = num_layers * sum(len(completion.token_ids) - 1 for completion in output.outputs)
+    return output.compute.layer_rows - num_layers * prompt, full
+
+
+def _served(llm: LLM, prompts: Sequence[list[int]], params: Sequence[SamplingParams], progress: bool):
+    from tqdm import tqdm
+
+    name = ", ".join(f"{layer}: {p}" for layer, p in params[0].exit_thresholds.items())
+    with tqdm(total=len(prompts), desc=f"{{{name}}}", unit="request", disable=not progress) as bar:
+        for start in range(0, len(prompts), _AT_ONCE):
+            part = [list(prompt) for prompt in prompts[start : start + _AT_ONCE]]
+            yield llm.generate(part, params[start : start + len(part)], use_tqdm=False)
+            bar.update(len(part))
+
+
+def _measured(record: dict[str, Any]) -> Measured:
+    return Measured(
+        losses_N=np.array(record["losses"]),
+        layers_share=record["layers_share"],
+        experts_share=record["experts_share"],
+        decoded=record["decoded"],
+    )

@@ -1,0 +1,156 @@
+"""The certificates that a server may use: read, and held against what runs."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..engine.quality import ContractOutcome, Quality
+from ..engine.sampling_params import SamplingParams
+from .certificate import RequestFacts, differences, load_certificate
+from .deployment import deployment
+from .resolve import Contracts
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ..engine.engine import Engine
+    from .certificate import Certificate, Scalar
+
+CERTIFICATES = "certificates"
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """Contracts that an engine may run requests under.
+
+    Arguments:
+        contracts: valid for what runs.
+        refused: why others are not, one sentence each.
+    """
+
+    contracts: Contracts = field(default_factory=Contracts)
+    refused: tuple[str, ...] = ()
+
+    def settle(
+        self, quality: Quality, params: SamplingParams, max_tokens: int
+    ) -> tuple[SamplingParams, ContractOutcome]:
+        """What a request spends, as raw settings or ``exact``, and what to tell its caller.
+
+        Arguments:
+            max_tokens: the longest output that it may get.
+        """
+        facts = RequestFacts(
+            greedy=params.greedy,
+            temperature=params.temperature,
+            max_tokens=max_tokens,
+            adjusted=adjusts_scores(params),
+        )
+        found = self.contracts.resolve(quality.alpha, quality.delta, facts)
+        reason = found.reason
+        if found.certificate is None and self.refused:
+            reason = f"{reason}; refused: {'; '.join(self.refused)}"
+        outcome = ContractOutcome(
+            quality=quality, certificate=found.certificate.id if found.certificate else None, reason=reason
+        )
+        if found.certificate is None:
+            return replace(params, quality="exact"), outcome
+        return spent_under(found.certificate, params), outcome
+
+
+class CertificateSource:
+    """Where an engine's certificates come from; may be read again while the engine runs.
+
+    Arguments:
+        engine: what they have to hold for. What it runs is hashed when there are certificates for the first time.
+        directory: of certificates; None takes those that lie beside the model, if any do.
+    """
+
+    def __init__(self, engine: Engine, directory: Path | None = None) -> None:
+        self.directory = engine.model.path / CERTIFICATES if directory is None else directory
+        self._needed = directory is not None
+        self._engine = engine
+        self._running: Mapping[str, Scalar] | None = None
+
+    def read(self) -> Offer:
+        """The certificates that hold for what runs; others are refused, with the reason in the log.
+
+        A directory may hold certificates of several deployments, as that of ``tiny`` does: of each contract, the
+        nearest to what runs is read.
+
+        Raises:
+            ValueError: naming a directory that is not there, a file that is no certificate, or two that contradict
+                each other.
+        """
+        if not self.directory.is_dir():
+            if self._needed:
+                raise ValueError(f"no such directory of certificates: {self.directory}")
+            return Offer()
+        if self._running is None:
+            self._running = deployment(self._engine.model, self._engine.runner.exits)
+        valid, refused = [], []
+        for certificate in nearest(self.directory, self._running):
+            reason = self._refusal(certificate)
+            if reason is None:
+                valid.append(certificate)
+            else:
+                refused.append(f"certificate {certificate.id}: {reason}")
+                logger.warning("refused %s", refused[-1])
+        return Offer(contracts=Contracts(valid), refused=tuple(refused))
+
+    def _refusal(self, certificate: Certificate) -> str | None:
+        assert self._running is not None
+        if different := differences(certificate.deployment, self._running):
+            return ", ".join(different)
+        try:
+            self._engine.check([0], spent_under(certificate, SamplingParams()))
+        except ValueError as error:
+            return f"cannot be run: {error}"
+        return None
+
+
+def nearest(directory: Path, running: Mapping[str, Scalar]) -> list[Certificate]:
+    """The certificates in a directory; of several for the same contract and temperatures, those that differ least from
+    what runs.
+
+    Raises:
+        ValueError: naming a file that is no certificate.
+    """
+    found: dict[tuple[float, ...], list[tuple[int, Certificate]]] = {}
+    for file in sorted(directory.glob("*.json")):
+        certificate = load_certificate(file)
+        scope = certificate.scope
+        contract = certificate.alpha, certificate.delta, scope.lowest_temperature, scope.highest_temperature
+        distance = len(differences(certificate.deployment, running))
+        found.setdefault(contract, []).append((distance, certificate))
+    kept = []
+    for rivals in found.values():
+        least = min(distance for distance, _ in rivals)
+        kept += [certificate for distance, certificate in rivals if distance == least]
+    return kept
+
+
+def offer_for(engine: Engine, directory: Path | None) -> Offer:
+    """What an engine may offer; see :class:`CertificateSource`."""
+    return CertificateSource(engine, directory).read()
+
+
+def spent_under(certificate: Certificate, params: SamplingParams) -> SamplingParams:
+    """A request's settings with what a certificate lets it spend, as raw settings."""
+    keep = certificate.expert_budget.get("expert_keep")
+    return replace(
+        params,
+        quality=None,
+        exit_thresholds=dict(certificate.exit_thresholds),
+        expert_keep=None if keep is None else float(keep),
+    )
+
+
+def adjusts_scores(params: SamplingParams) -> bool:
+    """Whether a request's own settings change what the model would choose, cut its distribution, or forbid its end."""
+    penalised = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
+    cut = not params.greedy and (params.top_p < 1 or params.top_k > 0 or params.min_p > 0)
+    return bool(penalised or params.logit_bias or params.min_tokens or params.ignore_eos or cut)

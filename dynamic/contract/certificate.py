@@ -1,0 +1,255 @@
+"""A certificate: what a calibration proved about one setting, for which requests, and on which deployment.
+
+With probability 1 - delta over the calibration's requests, the risk of the setting is at most alpha, as long as what
+runs is what was calibrated (:func:`differences`) and requests are of the kind that was drawn
+(:meth:`Certificate.refusal`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from types import MappingProxyType
+
+from .bounds import BOUNDS
+
+_FORMAT = 1
+Scalar = str | int | float | bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestFacts:
+    """What decides whether a certificate speaks about a request.
+
+    Arguments:
+        greedy: every token is the most likely one.
+        temperature: of the draws; ignored for a greedy request.
+        max_tokens: the longest output that it may get, in tokens: never open.
+        adjusted: the model's scores are changed or cut before the choice: penalties, biases, top-p, top-k, min-p.
+    """
+
+    greedy: bool
+    temperature: float
+    max_tokens: int
+    adjusted: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scope:
+    """The requests that the calibration's prompts stand for.
+
+    Arguments:
+        lowest_temperature, highest_temperature: both 0: greedy requests only.
+        max_tokens: longest output, in tokens.
+        prompts: where they came from, in words.
+    """
+
+    lowest_temperature: float = 0.0
+    highest_temperature: float = 0.0
+    max_tokens: int
+    prompts: str
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lowest_temperature <= self.highest_temperature < math.inf:
+            raise ValueError(
+                f"temperatures must be a range from 0 on, not {self.lowest_temperature} to {self.highest_temperature}"
+            )
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, not {self.max_tokens}")
+        if not self.prompts:
+            raise ValueError("prompts must say where the calibration's prompts came from")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """The setting on requests that neither chose nor calibrated it.
+
+    Arguments:
+        requests: how many.
+        mean_loss, low, high: mean over requests and its 95 % interval.
+        layers_executed: share of the layers that were launched for decoded tokens.
+    """
+
+    requests: int
+    mean_loss: float
+    low: float
+    high: float
+    layers_executed: float
+
+    def __post_init__(self) -> None:
+        if self.requests < 1:
+            raise ValueError(f"requests must be at least 1, not {self.requests}")
+        if not 0 <= self.low <= self.mean_loss <= self.high <= 1:
+            raise ValueError(
+                f"mean_loss and its interval must lie between 0 and 1, not {self.mean_loss} in {self.low} … {self.high}"
+            )
+        if not 0 < self.layers_executed <= 1:
+            raise ValueError(f"layers_executed must be in (0, 1], not {self.layers_executed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """What was proved, how, for whom, and on what.
+
+    Arguments:
+        alpha, delta: with probability 1 - delta the risk is at most alpha.
+        requests: number of calibration requests.
+        method: name of the bound in :data:`risk.BOUNDS`.
+        loss: what is measured per request, in words.
+        scope: the requests that it covers.
+        exit_thresholds: layers in front of an exit → calibrated probability from which on a token leaves there.
+        expert_budget: fields of the expert budget; empty: all experts.
+        held_out: the setting on other requests.
+        created: ISO date.
+        deployment: names → hashes and values of everything that the losses depend on: weights, quantisation, dtype,
+            format and eviction of keys and values, probes, backfill, batching rule, device kind, kernel version.
+
+    Raises:
+        ValueError: naming the field and the value that cannot be.
+    """
+
+    alpha: float
+    delta: float
+    requests: int
+    method: str
+    loss: str
+    scope: Scope
+    exit_thresholds: Mapping[int, float]
+    expert_budget: Mapping[str, Scalar] = field(default_factory=dict)
+    held_out: HeldOut
+    created: str
+    deployment: Mapping[str, Scalar]
+
+    def __post_init__(self) -> None:
+        thresholds = {int(layer): float(probability) for layer, probability in self.exit_thresholds.items()}
+        object.__setattr__(self, "exit_thresholds", MappingProxyType(thresholds))
+        object.__setattr__(self, "expert_budget", MappingProxyType(dict(self.expert_budget)))
+        object.__setattr__(self, "deployment", MappingProxyType(dict(self.deployment)))
+        self._check()
+
+    def _check(self) -> None:
+        for name in ("alpha", "delta"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
+        if self.requests < 1:
+            raise ValueError(f"requests must be at least 1, not {self.requests}")
+        if self.method not in BOUNDS:
+            raise ValueError(f"unknown method {self.method!r}; known: {', '.join(BOUNDS)}")
+        if not self.loss:
+            raise ValueError("loss must say what is measured")
+        for layer, probability in self.exit_thresholds.items():
+            if layer < 1 or not 0 <= probability <= 1:
+                raise ValueError(f"exit_thresholds must map layers to probabilities, not {layer} to {probability}")
+        if not self.deployment:
+            raise ValueError("deployment must name what the certificate is valid for")
+        for name in ("expert_budget", "deployment"):
+            for key, value in getattr(self, name).items():
+                if not isinstance(key, str) or not isinstance(value, Scalar) or not _finite(value):
+                    raise ValueError(f"{name}[{key!r}] must be text or a finite number, not {value!r}")
+        date.fromisoformat(self.created)
+
+    @property
+    def id(self) -> str:
+        """The first 16 hexadecimal digits of the SHA-256 of its content."""
+        text = json.dumps(_content(self), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def refusal(self, facts: RequestFacts) -> str | None:
+        """Why it says nothing about such a request; None if it covers it."""
+        scope = self.scope
+        temperature = 0.0 if facts.greedy else facts.temperature
+        if not facts.greedy and scope.highest_temperature == 0:
+            return f"it covers greedy requests only, not temperature {facts.temperature:g}"
+        if not scope.lowest_temperature <= temperature <= scope.highest_temperature:
+            return (
+                f"it covers temperatures {scope.lowest_temperature:g} to {scope.highest_temperature:g}, not"
+                f" {temperature:g}"
+            )
+        if facts.max_tokens > scope.max_tokens:
+            return f"it covers outputs of at most {scope.max_tokens} tokens, not max_tokens={facts.max_tokens}"
+        if facts.adjusted:
+            return "it covers the model's own scores, without penalties, biases or cuts"
+        return None
+
+
+def differences(certified: Mapping[str, Scalar], running: Mapping[str, Scalar]) -> list[str]:
+    """What differs between the deployment that was certified and the one that runs, one sentence per name; empty if
+    nothing does. A name that only one of them has counts as a difference."""
+    found = []
+    for name in sorted({*certified, *running}):
+        if name not in running:
+            found.append(f"{name}: certified for {certified[name]!r}, unknown of what runs")
+        elif name not in certified:
+            found.append(f"{name}: {running[name]!r} runs, the certificate does not name it")
+        elif certified[name] != running[name]:
+            found.append(f"{name}: certified for {certified[name]!r}, {running[name]!r} runs")
+    return found
+
+
+def save_certificate(certificate: Certificate, file: Path) -> None:
+    """Write a certificate as JSON; whoever reads the file meanwhile sees the old content or the new one."""
+    content = {"format": _FORMAT, "id": certificate.id, **_content(certificate)}
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.write(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(file)
+
+
+def load_certificate(file: Path) -> Certificate:
+    """Read a certificate.
+
+    Raises:
+        ValueError: naming the file and what is wrong with it: unreadable, not JSON or cut short, another format, a
+            field that is missing, unknown or cannot be, content that is not what its id was made of.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"certificate {file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"certificate {file} is not text: {error}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"certificate {file} is not JSON, or was cut short: {error}") from error
+    if not isinstance(content, dict) or "format" not in content:
+        raise ValueError(f"{file} is not a certificate: it has no format number")
+    if content["format"] != _FORMAT:
+        raise ValueError(f"certificate {file} has format {content['format']!r}; this version reads {_FORMAT}")
+    try:
+        certificate, named = _certificate(content), content["id"]
+    except KeyError as error:
+        raise ValueError(f"certificate {file} has no field {error}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"certificate {file} is damaged: {error}") from error
+    if named != certificate.id:
+        raise ValueError(f"certificate {file} was changed: it names the id {named}, its content has {certificate.id}")
+    return certificate
+
+
+def _content(certificate: Certificate) -> dict:
+    """All fields but the id, as JSON values."""
+    fields = {name: getattr(certificate, name) for name in certificate.__dataclass_fields__}
+    return {
+        **fields,
+        "scope": vars(certificate.scope),
+        "exit_thresholds": {str(layer): value for layer, value in sorted(certificate.exit_thresholds.items())},
+        "expert_budget": dict(certificate.expert_budget),
+        "held_out": vars(certificate.held_out),
+        "deployment": dict(certificate.deployment),
+    }
+
+
+def _certificate(content: dict) -> Certificate:
+    fields = {name: value for name, value in content.items() if name not in ("format", "id")}
+    return Certificate(**{**fields, "scope": Scope(**fields["scope"]), "held_out": HeldOut(**fields["held_out"])})
+
+
+def _finite(value: Scalar) -> bool:
+    return isinstance(value, str) or math.isfinite(value)

@@ -1,0 +1,56 @@
+"""What a certificate is bound to: everything about a running model that its losses depend on."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...exits.sidecar import JSON_FILE, TENSOR_FILE, backbone_hash
+from ...kernels.select import NUMERICS
+from ...moe.sidecar import JSON_FILE as CONTRIBUTIONS
+from .certificate import Scalar
+
+if TYPE_CHECKING:
+    from ..engine.exit_runner import ExitRunner
+    from ..model.loader import LoadedModel
+
+
+def deployment(model: LoadedModel, exits: ExitRunner) -> dict[str, Scalar]:
+    """Names and values of what runs; equal values mean equal tokens, up to what ``device`` promises.
+
+    Arguments:
+        exits: of the engine that serves the model.
+    """
+    decoder = model.decoder
+    device = torch.device(decoder.device)
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    isa = getattr(decoder.backend, "isa", None)
+    several = {} if decoder.processes is None else {"processes": decoder.processes}  # they sum in another order
+    return several | {
+        "weights": backbone_hash(model.path),
+        "quantisation": decoder.quantization,
+        "dtype": str(decoder.dtype).removeprefix("torch."),
+        "experts_per_token": ",".join(str(k) for k in _experts_per_token(model)),
+        "keys_and_values": f"{exits.kv[0].keys_BGPC.dtype}".removeprefix("torch.") + ", nothing evicted",
+        "exits": _hash(model, JSON_FILE, TENSOR_FILE),
+        "contributions": _hash(model, CONTRIBUTIONS),
+        "backfill": type(exits.backfill).__name__.lower(),
+        "batching": "each row leaves by its own state",
+        "device": kind,
+        "backend": decoder.backend.name + (f" {isa}" if isa else f", torch {torch.__version__}"),
+        "kernels": NUMERICS,
+    }
+
+
+def _experts_per_token(model: LoadedModel) -> list[int]:
+    return sorted({layer.moe.router.top_k + layer.moe.num_always_on for layer in model.spec.layers if layer.moe})
+
+
+def _hash(model: LoadedModel, *names: str) -> str:
+    digest = hashlib.sha256()
+    for name in names:
+        file = model.path / name
+        digest.update(file.read_bytes() if file.is_file() else b"none")
+    return digest.hexdigest()

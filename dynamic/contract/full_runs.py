@@ -1,0 +1,79 @@
+"""Full runs of picked requests in the engine's idle time, one layer at a time, so that a new request hardly waits."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import sqlite3
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..engine.outputs import CompletionOutput, RequestOutput
+from .monitor_store import PendingRun
+from .served_loss import Steps, loss_steps
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ...serve.contracts import ContractDesk
+    from ..model.decoder import Decoder
+
+logger = logging.getLogger("dynamoe.contracts")
+
+
+@dataclass(kw_only=True)
+class FullRuns:
+    """Works off the monitor's pending picks. Belongs to the thread that drives the engine.
+
+    Arguments:
+        decoder: the model that serves; the same pass and the same loss as in the calibration.
+        desk: whose monitor has the picks.
+    """
+
+    decoder: Decoder
+    desk: ContractDesk
+    _run: PendingRun | None = field(default=None, init=False)
+    _steps: Steps[np.ndarray] | None = field(default=None, init=False)
+
+    def work(self) -> bool:
+        """Do a small piece; returns whether there may be another one at once."""
+        try:
+            return self._work()
+        except sqlite3.Error as error:  # the pick stays pending: it is run again when there is something new
+            logger.error("the monitor's disk fails: %s; full runs wait", error)
+            self._run = self._steps = None
+            return False
+
+    def _work(self) -> bool:
+        monitor = self.desk.monitor
+        if monitor is None:
+            return False
+        if self._run is None or self._steps is None:
+            self._run = monitor.next_pending()
+            if self._run is None:
+                return False
+            draws = self._run.draws
+            self._steps = loss_steps(self.decoder, [_output(self._run)], draws.temperature if draws else 0.0)
+        try:
+            next(self._steps)
+            return True
+        except StopIteration as end:
+            loss = float(end.value[0])
+        except Exception:
+            logger.exception("a full run is impossible: it counts with the worst loss, 1")
+            loss = 1.0
+        monitor.record_loss(self._run.request_id, loss)
+        self._run = self._steps = None
+        return True
+
+
+def _output(run: PendingRun) -> RequestOutput:
+    completions = [CompletionOutput(index, token_ids=list(tokens)) for index, tokens in enumerate(run.served_tokens)]
+    if run.draws:
+        count = sum(map(len, run.served_tokens))
+        states = iter(torch.frombuffer(bytearray(run.draws.states), dtype=torch.float32).view(count, -1))
+        for completion in completions:
+            completion.states = list(itertools.islice(states, len(completion.token_ids)))
+    return RequestOutput(run.request_id, None, list(run.prompt_tokens), completions)

@@ -1,0 +1,146 @@
+"""The loss of served requests: how far what was served is from what the full model would have said.
+
+Each served token is judged after the prefix that was *served* before it, in one full pass over prompt and output: a
+token that was chosen greedily by whether the full model would have chosen it, one that was drawn by the total-variation
+distance between the distribution that it was drawn from and the full model's.
+
+Shape suffixes as in ``kernels/api/types.py``; R rows that chose a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from ...exits.segments import Segment
+from ..engine.outputs import CompletionOutput, RequestOutput
+from ..engine.sampling_params import GREEDY_EPSILON
+from ..model.decoder import Decoder
+from ..model.prompt_pass import fresh_cache
+
+_ROWS = 4096  # of a pass
+_LOGIT_BYTES = 64 << 20
+_T = TypeVar("_T")
+Steps = Generator[None, None, _T]
+_Group = list[tuple[int, CompletionOutput]]  # numbers of requests, completions
+
+
+def disagreements(decoder: Decoder, outputs: Sequence[RequestOutput]) -> np.ndarray:
+    """The share of each request's served tokens that differ from the full model's choice, float64, (N,).
+
+    All completions of a request count together. The first token comes from the prompt, which always runs in full; it
+    counts as served like the others. A request without a token has no loss: 0.
+    """
+    return losses(decoder, outputs, 0.0)
+
+
+def losses(decoder: Decoder, outputs: Sequence[RequestOutput], temperature: float) -> np.ndarray:
+    """The loss of each request, between 0 and 1, float64, (N,): :func:`disagreements`, or of requests that sample the
+    mean distance between served and full distributions.
+
+    Arguments:
+        outputs: where they sampled, with the states that the tokens were chosen from (``keep_states``).
+        temperature: of these requests; 0 is greedy.
+    """
+    return _run(loss_steps(decoder, outputs, temperature))
+
+
+@torch.inference_mode()
+def loss_steps(decoder: Decoder, outputs: Sequence[RequestOutput], temperature: float) -> Steps[np.ndarray]:
+    """:func:`losses`, layer by layer: what it yields says nothing; others may use the model in between."""
+    lost, served = np.zeros(len(outputs)), np.zeros(len(outputs))
+    for group in _groups(outputs):
+        sequences = [[*outputs[n].prompt_token_ids, *completion.token_ids] for n, completion in group]
+        x_RD = yield from _state_steps(decoder, sequences, [len(outputs[n].prompt_token_ids) for n, _ in group])
+        if temperature < GREEDY_EPSILON:
+            loss_R = _greedy_losses(decoder, x_RD, group)
+        else:
+            loss_R = _distances(decoder, x_RD, group, temperature)
+        start = 0
+        for number, completion in group:
+            count = len(completion.token_ids)
+            lost[number] += float(loss_R[start : start + count].sum())
+            served[number] += count
+            start += count
+    return lost / np.maximum(served, 1)
+
+
+def _greedy_losses(decoder: Decoder, x_RD: torch.Tensor, group: _Group) -> torch.Tensor:
+    choices_R = torch.cat([decoder.logits(part).argmax(-1).cpu() for part in x_RD.split(_rows_at_once(decoder))])
+    said_R = torch.tensor([token for _, completion in group for token in completion.token_ids])
+    return (choices_R != said_R).double()
+
+
+def _distances(decoder: Decoder, x_RD: torch.Tensor, group: _Group, temperature: float) -> torch.Tensor:
+    """Total-variation distances, float64, (R,), each at most 1."""
+    for _, completion in group:
+        assert len(completion.states) == len(completion.token_ids), "requests that sample are judged by their states"
+    served_RD = torch.stack([state for _, completion in group for state in completion.states]).to(x_RD.device)
+    found = []
+    for full, served in zip(*(x.split(_rows_at_once(decoder)) for x in (x_RD, served_RD)), strict=True):
+        p, q = ((decoder.logits(x) / temperature).softmax(-1) for x in (full, served))
+        found.append((p - q).abs().sum(-1).double().cpu() / 2)
+    return torch.cat(found).clamp(max=1.0)
+
+
+def _rows_at_once(decoder: Decoder) -> int:
+    return max(1, _LOGIT_BYTES // (4 * decoder.spec.vocab_size))
+
+
+def full_states(decoder: Decoder, sequences: Sequence[Sequence[int]], firsts: Sequence[int]) -> torch.Tensor:
+    """What the full model hands to its read-out in front of the tokens from ``firsts`` on, float32, (R, D).
+
+    Arguments:
+        sequences: token ids, prompt and output; firsts: in each, the position of the first token that is judged, at
+            least 1.
+    """
+    return _run(_state_steps(decoder, sequences, firsts))
+
+
+@torch.inference_mode()
+def _state_steps(decoder: Decoder, sequences: Sequence[Sequence[int]], firsts: Sequence[int]) -> Steps[torch.Tensor]:
+    device = torch.device(decoder.device)
+    lengths = [len(tokens) - 1 for tokens in sequences]
+    kv, batch = fresh_cache(decoder, lengths)
+    rows = torch.tensor([token for tokens in sequences for token in tokens[:-1]], device=device)
+    x_TD = rows
+    for layer in range(decoder.spec.num_layers):
+        yield
+        if layer == 0:  # not before: a step in between would come between a ParallelDecoder's ids and their first layer
+            x_TD = decoder.embed(rows)
+        x_TD = decoder.run_segment(Segment(index=layer, layers=range(layer, layer + 1)), x_TD, kv, batch)
+    yield
+    taken, start = [], 0
+    for length, first in zip(lengths, firsts, strict=True):
+        taken.append(torch.arange(start + first - 1, start + length))
+        start += length
+    return x_TD[torch.cat(taken).to(device)]
+
+
+def _run(steps: Steps[_T]) -> _T:
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+def _groups(outputs: Sequence[RequestOutput]) -> Iterator[_Group]:
+    """Every completion that has tokens, as many together as one pass takes."""
+    group: _Group = []
+    rows = 0
+    for number, output in enumerate(outputs):
+        for completion in output.outputs:
+            if not completion.token_ids:
+                continue
+            length = len(output.prompt_token_ids) + len(completion.token_ids)
+            if group and rows + length > _ROWS:
+                yield group
+                group, rows = [], 0
+            group.append((number, completion))
+            rows += length
+    if group:
+        yield group

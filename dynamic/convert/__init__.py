@@ -1,0 +1,1 @@
+"""What makes a checkpoint out of other files: GGUF, dense models, the embedded default."""

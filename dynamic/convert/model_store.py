@@ -1,0 +1,139 @@
+"""From the name of a model to a directory that holds it: local paths, shipped models, Hub ids, GGUF files.
+
+What has to be made first is made once, in a cache (``DYNAMOE_HOME``, else ``dynamoe`` in the user's cache directory).
+Two processes that want the same model at once make it once; an interrupted preparation leaves nothing that a later
+start could mistake for a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from .default_model import default_recipe, prepare_default
+from .gguf_import import import_gguf
+
+_HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "*.tiktoken")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_IMPORT_FORMAT = 3
+
+_PACKAGED = Path(__file__).parents[1] / "shipped"
+
+
+def cache_home() -> Path:
+    """Where prepared models live: ``$DYNAMOE_HOME``, else ``$XDG_CACHE_HOME/dynamoe``, else ``~/.cache/dynamoe``."""
+    if home := os.environ.get("DYNAMOE_HOME"):
+        return Path(home).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynamoe"
+
+
+def resolve_model(model: str | Path, *, progress: bool = True) -> Path:
+    """The directory of a model, prepared or downloaded when it is not there yet.
+
+    Arguments:
+        model: a directory in Hugging Face layout; a ``.gguf`` file; the name of a shipped model (``default``,
+            ``tiny``); or a Hub id (``org/name``). A path that exists wins over the other meanings.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: for a name that is none of these, a directory without ``config.json``, or a Hub that cannot be
+            reached; the message says what to do.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir() and not (str(model) in SHIPPED_MODELS and not (path / "config.json").exists()):
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{path} is not a model: it has no config.json")
+        return path
+    if path.suffix == ".gguf":
+        return _import_once(path, progress)
+    if str(model) in SHIPPED_MODELS:
+        return SHIPPED_MODELS[str(model)](progress)
+    if _HUB_ID.fullmatch(str(model)):
+        return _download(str(model))
+    raise ValueError(
+        f"no model {str(model)!r}: neither a directory, nor a .gguf file, nor a Hub id (org/name), nor one of the"
+        f" shipped models ({', '.join(SHIPPED_MODELS)})"
+    )
+
+
+def _default(progress: bool) -> Path:
+    return prepare_once("default", default_recipe(), lambda target: prepare_default(target, progress=progress))
+
+
+def _tiny(progress: bool) -> Path:
+    return _PACKAGED / "tiny"
+
+
+SHIPPED_MODELS: dict[str, Callable[[bool], Path]] = {"default": _default, "tiny": _tiny}
+
+
+def prepare_once(name: str, recipe: dict[str, object], prepare: Callable[[Path], None]) -> Path:
+    """The cached directory of something that is made from a recipe; made now when it is not there.
+
+    Arguments:
+        name: beginning of the directory's name.
+        recipe: JSON-able; its hash is the rest of the name, so that a changed recipe never meets old files.
+        prepare: fills an empty directory. Whatever it raises is passed on, and its directory is removed.
+    """
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
+    root = cache_home() / "models"
+    target = root / f"{name}-{digest}"
+    if target.is_dir():
+        return target
+    root.mkdir(parents=True, exist_ok=True)
+    with _locked(root / f".{target.name}.lock"):
+        # Another process may have made it while this one waited for the lock.
+        if not target.is_dir():
+            partial = root / f".{target.name}.partial"
+            # Left over when a preparation was killed; the lock proves that nobody is at work on it.
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            try:
+                prepare(partial)
+                partial.rename(target)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _locked(file: Path) -> FileLock:
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        print(f"Waiting for another process that prepares the same model ({file})", flush=True)
+        lock.acquire()
+    return lock
+
+
+def _import_once(file: Path, progress: bool) -> Path:
+    if not file.is_file():
+        raise ValueError(f"no such file: {file}")
+    stat = file.stat()
+    recipe = {"format": _IMPORT_FORMAT, "file": str(file.resolve()), "bytes": stat.st_size, "changed": stat.st_mtime_ns}
+    return prepare_once(file.stem, recipe, lambda target: import_gguf(file, target, keep_codes=True, progress=progress))
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=list(_HUB_FILES)))
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"the Hub has no model {model!r}, or it is private (set HF_TOKEN) — and there is no such directory"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ValueError(
+            f"cannot download {model!r}: no model hub can be reached and it is not in the local cache. Copy the model"
+            f" to this machine and give its directory, set HF_ENDPOINT to a hub that can be reached, or use a shipped"
+            f" model ({', '.join(SHIPPED_MODELS)})"
+        ) from error

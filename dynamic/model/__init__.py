@@ -1,0 +1,1 @@
+"""A model: its description, its families, its decoder, and how it is loaded."""

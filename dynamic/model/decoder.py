@@ -1,0 +1,406 @@
+"""The one decoder that runs every family: pre-norm blocks of attention and an FFN or a mixture of experts.
+
+Shape suffixes (also in ``kernels/api/types.py``):
+    T tokens (rows of a step)   R rows whose logits are wanted   D hidden size    V vocabulary
+    H query heads               G key/value heads                C channels of one head
+    E experts                   K experts per token              L positions
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+
+from ...exits.segments import Segment, split_into_segments
+from ...kernels.api.formats import QuantizedWeight
+from ...kernels.api.stack import Stack, StackExit, StackLayer, StackResult, StackShape
+from ...kernels.api.types import (
+    AttentionBatch,
+    ExitDecision,
+    ExpertBudget,
+    ExpertWeights,
+    KVLayer,
+    LinearWeights,
+    Routing,
+)
+from ...kernels.torch.backend import TorchBackend
+from ..engine.outputs import Exchange
+from .exits import DecoderExit
+from .inference_mode import in_inference_mode
+from .kv_cache import allocate_layers, copy_pages
+from .rope import rope_table
+from .spec import LayerSpec, ModelSpec, MoESpec
+
+FIRST_TABLE_LENGTH = 4096  # positions; longer contexts grow the table
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerWeights:
+    """One layer's weights as the backend keeps them.
+
+    Arguments:
+        qkv: queries, keys and values in one projection, (H + 2 G) · C outputs.
+        ffn: all experts, or the dense FFN as one expert.
+        router: logits over the routed experts.
+        shared, shared_gate: the shared expert and its gate.
+        contribution_scale_E: float32, what each routed expert adds per unit of router weight; None: not calibrated.
+    """
+
+    attention_norm_D: torch.Tensor
+    qkv: LinearWeights
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    o: LinearWeights
+    ffn_norm_D: torch.Tensor
+    ffn: ExpertWeights
+    router: LinearWeights | None = None
+    shared: ExpertWeights | None = None
+    shared_gate: LinearWeights | None = None
+    contribution_scale_E: torch.Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(getattr(self, f.name).nbytes for f in fields(self) if getattr(self, f.name) is not None)
+
+
+class Decoder:
+    """A model that is ready to run.
+
+    Arguments:
+        spec: what it computes.
+        backend: runs the operations; the weights are in its layout.
+        embedding_VD: the embedding table, maybe quantised; None where it is the LM head's weight, kept once.
+        layers: one entry per layer.
+        final_norm_D: norm before the LM head.
+        lm_head: projection to the vocabulary.
+        exits: by the number of layers in front of them; they cut the model into segments.
+        expert_impacts: by layer, see :class:`.LayerScales`; empty where the experts are not calibrated.
+        quantization: what was done to the checkpoint's weights, in words.
+    """
+
+    processes: str | None = None  # the axes of those that share the model, in words; None: there is one
+    homes = 1  # places that sequences live in, each with a part of the cache
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        backend: TorchBackend,
+        *,
+        embedding_VD: torch.Tensor | QuantizedWeight | None,
+        layers: Sequence[LayerWeights],
+        final_norm_D: torch.Tensor,
+        lm_head: LinearWeights,
+        exits: Mapping[int, DecoderExit] | None = None,
+        expert_impacts: Mapping[int, float] | None = None,
+        quantization: str = "none",
+    ) -> None:
+        assert len(layers) == spec.num_layers
+        self.spec = spec
+        self.backend = backend
+        self.device, self.dtype = backend.device, backend.dtype
+        self.kv_dtype = self.dtype  # of keys and values in the cache
+        self.exits = dict(sorted((exits or {}).items()))
+        self.segments = split_into_segments(spec.num_layers, self.exits)
+        self.expert_impacts = dict(expert_impacts or {})
+        self.embedding_VD = embedding_VD
+        self.quantization = quantization
+        self.layers = tuple(layers)
+        self.final_norm_D = final_norm_D
+        self.lm_head = lm_head
+        self.cos_sin_LC = rope_table(spec.rope, min(spec.max_position, FIRST_TABLE_LENGTH), self.device)
+        self.num_heads, self.num_kv_heads = spec.num_heads, spec.num_kv_heads
+        self.stack = self._make_stack()
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the weights in memory."""
+        embedding = 0 if self.embedding_VD is None else self.embedding_VD.nbytes
+        return embedding + self.lm_head.nbytes + self.final_norm_D.nbytes + sum(layer.nbytes for layer in self.layers)
+
+    def reserve_positions(self, length: int) -> None:
+        """Make the table of rotations long enough for contexts of ``length`` tokens.
+
+        Raises:
+            ValueError: when the model was not made for contexts that long.
+        """
+        if length > self.spec.max_position:
+            raise ValueError(f"a context of {length} tokens is longer than the model's {self.spec.max_position}")
+        if length > self.cos_sin_LC.shape[0]:
+            grown = min(self.spec.max_position, max(length, 2 * self.cos_sin_LC.shape[0]))
+            self.cos_sin_LC = rope_table(self.spec.rope, grown, self.device)
+
+    def allocate_cache(self, num_pages: int, page_size: int, homes: int = 1) -> list[KVLayer]:
+        """Keys and values of every layer, zeroed; each of the first ``homes`` homes has an equal run of the pages."""
+        behind = self.backend.scales_behind_page
+        return allocate_layers(self.spec, num_pages, page_size, self.kv_dtype, self.device, behind)
+
+    def copy_pages(self, kv: list[KVLayer], copies: list[tuple[int, int]]) -> None:
+        """Copy whole pages, (from, to), in all layers."""
+        copy_pages(kv, copies)
+
+    @in_inference_mode
+    def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
+        """Embeddings of tokens (int64): the residual stream's beginning, float32, (T, D).
+
+        The stream stays in float32 whatever the weights are: some models drive single channels into the ten thousands,
+        where one step of bfloat16 is larger than what most layers add.
+        """
+        if self.embedding_VD is None:
+            return self.backend.embed(self.lm_head, token_ids_T, self.spec.embedding_scale)
+        if isinstance(self.embedding_VD, QuantizedWeight):
+            x_TD = self.embedding_VD.take(token_ids_T).dequantize()
+        else:
+            x_TD = F.embedding(token_ids_T, self.embedding_VD).float()
+        return x_TD if self.spec.embedding_scale == 1.0 else x_TD * self.spec.embedding_scale
+
+    @in_inference_mode
+    def run_segment(
+        self,
+        segment: Segment,
+        x_TD: torch.Tensor,
+        kv: Sequence[KVLayer],
+        batch: AttentionBatch,
+        router_entropy_T: torch.Tensor | None = None,
+        budget: ExpertBudget | None = None,
+    ) -> torch.Tensor:
+        """Run the rows of a step through the layers of a segment; their keys and values are written to the cache.
+
+        Arguments:
+            x_TD: the residual stream; it may be overwritten.
+            kv: the cache of every layer of the model, by layer number.
+            batch: where the rows live.
+            router_entropy_T: float32; if given, the mean entropy of the segment's routers is written here, in nats.
+            budget: how many experts the rows may use; None is all that the routers choose.
+
+        Returns: the residual stream after the segment, (T, D).
+        """
+        self.reserve_positions(batch.max_context_len)
+        if self.stack is not None:
+            return self.stack.run(segment.layers, x_TD, kv, self.cos_sin_LC, batch, router_entropy_T, budget)
+        spec, backend = self.spec, self.backend
+        routed: list[torch.Tensor] | None = None if router_entropy_T is None else []
+        pending_TD: torch.Tensor | None = None  # what the layer before adds to the residual stream
+        for number in segment.layers:
+            weights, layer = self.layers[number], spec.layers[number]
+            if pending_TD is None:
+                normed_TD = backend.rms_norm(x_TD, weights.attention_norm_D, spec.norm_eps)
+            else:
+                normed_TD, x_TD = backend.add_rms_norm(
+                    pending_TD, x_TD, weights.attention_norm_D, spec.norm_eps, spec.residual_scale
+                )
+            attended_TD = self._attention(weights, layer, normed_TD, kv[number], batch)
+            normed_TD, x_TD = backend.add_rms_norm(
+                attended_TD, x_TD, weights.ffn_norm_D, spec.norm_eps, spec.residual_scale
+            )
+            pending_TD = self._ffn(number, normed_TD, routed, budget)
+        assert pending_TD is not None, "a segment has at least one layer"
+        if routed and router_entropy_T is not None:
+            router_entropy_T.copy_(backend.router_entropy(routed))
+        pending_TD = pending_TD.to(x_TD.dtype)
+        return x_TD + (pending_TD if spec.residual_scale == 1.0 else pending_TD * spec.residual_scale)
+
+    @in_inference_mode
+    def run_with_exits(
+        self,
+        x_TD: torch.Tensor,
+        kv: Sequence[KVLayer],
+        batch: AttentionBatch,
+        thresholds_NT: torch.Tensor,
+        budget: ExpertBudget | None = None,
+    ) -> StackResult:
+        """All segments at once, with the decisions between them, where the backend can: :attr:`stack` is not None.
+
+        Arguments:
+            thresholds_NT: see :meth:`.Stack.run_with_exits`; others as for :meth:`run_segment`.
+        """
+        assert self.stack is not None
+        self.reserve_positions(batch.max_context_len)
+        return self.stack.run_with_exits(x_TD, kv, self.cos_sin_LC, batch, thresholds_NT, budget)
+
+    @in_inference_mode
+    def decide(
+        self,
+        exit: DecoderExit,
+        x_RD: torch.Tensor,
+        thresholds_R: torch.Tensor,
+        previous_RD: torch.Tensor | None = None,
+        router_entropy_R: torch.Tensor | None = None,
+    ) -> ExitDecision:
+        """Which rows leave at an exit; see :meth:`TorchBackend.exit_decide`."""
+        assert exit.probe is not None
+        return self.backend.exit_decide(x_RD, exit.probe, thresholds_R, previous_RD, router_entropy_R)
+
+    @in_inference_mode
+    def read_out(self, exit: DecoderExit, x_RD: torch.Tensor) -> torch.Tensor:
+        """What rows that leave at an exit hand to :meth:`logits`: their residual stream, through the exit's adapter."""
+        inner_RJ = self.backend.linear(x_RD.to(self.dtype), exit.down)
+        return x_RD + self.backend.linear(inner_RJ, exit.up)
+
+    @in_inference_mode
+    def project(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
+        """Write the keys and values of the layers behind an exit, made of the residual stream at the exit.
+
+        Arguments:
+            kv: the cache of every layer of the model.
+            batch: only positions and slots of the rows are read.
+        """
+        self.reserve_positions(batch.max_context_len)
+        self._project(exit, x_RD, kv[exit.after_layers :], batch)
+
+    def _project(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
+        """See :meth:`project`; ``kv`` has the layers behind the exit that are here."""
+        eps, clip = self.spec.norm_eps, self.spec.clip_qkv
+        self.backend.project_kv(x_RD, exit.projections, kv, self.cos_sin_LC, batch, norm_eps=eps, clip=clip)
+
+    @in_inference_mode
+    def logits(self, x_RD: torch.Tensor) -> torch.Tensor:
+        """Final norm and LM head on the rows given: float32, (R, V)."""
+        spec = self.spec
+        return self.backend.logits(x_RD, self.final_norm_D, spec.norm_eps, self.lm_head, spec.logits_divisor)
+
+    def exchange(self) -> Exchange | None:
+        """What went between the processes that share the model, so far; None where there is one."""
+        return None
+
+    def _attention(
+        self, weights: LayerWeights, layer: LayerSpec, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch
+    ) -> torch.Tensor:
+        spec, backend = self.spec, self.backend
+        num_heads, num_kv_heads = self.num_heads, self.num_kv_heads
+        qkv_TXC = backend.linear(x_TD, weights.qkv).view(x_TD.shape[0], -1, spec.head_dim)
+        q_THC = qkv_TXC[:, :num_heads]
+        k_TGC = qkv_TXC[:, num_heads : num_heads + num_kv_heads]
+        v_TGC = qkv_TXC[:, num_heads + num_kv_heads :]
+        if spec.qk_norm == "full":
+            q_TX, k_TX = self._norm_all_heads(weights, q_THC.flatten(1), k_TGC.flatten(1))
+            q_THC, k_TGC = q_TX.view(q_THC.shape), k_TX.view(k_TGC.shape)
+        if spec.clip_qkv is not None:
+            q_THC, k_TGC, v_TGC = (part.clamp(-spec.clip_qkv, spec.clip_qkv) for part in (q_THC, k_TGC, v_TGC))
+        if spec.qk_norm == "head":
+            q_THC, k_TGC = self._norm(q_THC, weights.q_norm), self._norm(k_TGC, weights.k_norm)
+        q_THC = backend.rope_and_write(q_THC, k_TGC, v_TGC, self.cos_sin_LC, batch, kv)
+        out_THC = backend.attention(q_THC, kv, batch, scale=spec.attention_scale, window=layer.window)
+        return backend.linear(out_THC.flatten(1), weights.o)
+
+    def _norm_all_heads(
+        self, weights: LayerWeights, q_TX: torch.Tensor, k_TX: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._norm(q_TX, weights.q_norm), self._norm(k_TX, weights.k_norm)
+
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        """RMS norm over the last dimension of a slice of the fused projection."""
+        assert weight is not None
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        return self.backend.rms_norm(rows, weight, self.spec.norm_eps).view(x.shape)
+
+    def _ffn(
+        self, number: int, x_TD: torch.Tensor, routed: list[torch.Tensor] | None, budget: ExpertBudget | None
+    ) -> torch.Tensor:
+        weights, moe = self.layers[number], self.spec.layers[number].moe
+        if moe is None or moe.is_dense:
+            return self.backend.all_experts(x_TD, weights.ffn)
+        routing = self._route(weights, moe, x_TD, routed)
+        if budget is not None:
+            routing = self._limit(routing, number, budget)
+        if moe.num_always_on:
+            routing = with_always_on(routing, moe.num_always_on)
+        return self._mixture(number, x_TD, routing)
+
+    def _mixture(self, number: int, x_TD: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """The chosen experts of a layer, and its shared one."""
+        out_TD = self.backend.experts(x_TD, self.layers[number].ffn, routing)
+        shared_TD = self._shared(number, x_TD)
+        return out_TD if shared_TD is None else out_TD + shared_TD
+
+    def _shared(self, number: int, x_TD: torch.Tensor) -> torch.Tensor | None:
+        weights = self.layers[number]
+        if weights.shared is None:
+            return None
+        shared_TD = self.backend.all_experts(x_TD, weights.shared)
+        if weights.shared_gate is None:
+            return shared_TD
+        return shared_TD * self.backend.linear(x_TD, weights.shared_gate).sigmoid()
+
+    def _make_stack(self) -> Stack | None:
+        return make_stack(self)
+
+    def _route(
+        self, weights: LayerWeights, moe: MoESpec, x_TD: torch.Tensor, routed: list[torch.Tensor] | None
+    ) -> Routing:
+        assert weights.router is not None
+        logits_TE = self.backend.linear(x_TD, weights.router)
+        if routed is not None:
+            routed.append(logits_TE)
+        return self.backend.route(logits_TE, moe.router)
+
+    def _limit(self, routing: Routing, number: int, budget: ExpertBudget) -> Routing:
+        """Take experts from rows that are on a budget."""
+        weights, moe = self.layers[number], self.spec.layers[number].moe
+        assert moe is not None
+        keep_T, cap_T = (limits_TL[:, number].contiguous() for limits_TL in (budget.keep_TL, budget.cap_TL))
+        limited = self.backend.limit_experts(routing, weights.contribution_scale_E, keep_T, cap_T)
+        assert limited.counts_T is not None
+        before = moe.router.top_k if routing.counts_T is None else routing.counts_T
+        budget.skipped_T.add_(before - limited.counts_T)
+        return limited
+
+
+def with_always_on(routing: Routing, count: int) -> Routing:
+    """Put ``count`` experts that every row uses with weight 1 in front; the routed ones come after them in storage."""
+    num_rows = routing.expert_ids_TK.shape[0]
+    always_TK = torch.arange(count, dtype=torch.int32, device=routing.expert_ids_TK.device).expand(num_rows, -1)
+    return Routing(
+        expert_ids_TK=torch.cat((always_TK, routing.expert_ids_TK + count), -1),
+        weights_TK=torch.cat((torch.ones_like(always_TK, dtype=torch.float32), routing.weights_TK), -1),
+        counts_T=None if routing.counts_T is None else routing.counts_T + count,
+    )
+
+
+def make_stack(decoder: Decoder, held: range | None = None) -> Stack | None:
+    """The decoder's layers and exits as one thing, where the backend has that and can do what the model needs.
+
+    Arguments:
+        held: numbers of the layers to take, without the exits; None takes all of both.
+    """
+    spec = decoder.spec
+    if spec.clip_qkv is not None:
+        return None
+    layers = []
+    for number in range(spec.num_layers) if held is None else held:
+        weights, layer = decoder.layers[number], spec.layers[number]
+        moe = layer.moe if layer.moe and not layer.moe.is_dense else None
+        if weights.shared is not None or (moe and moe.num_always_on):
+            return None
+        layers.append(
+            StackLayer(
+                attention_norm_D=weights.attention_norm_D,
+                qkv=weights.qkv,
+                q_norm=weights.q_norm,
+                k_norm=weights.k_norm,
+                o=weights.o,
+                ffn_norm_D=weights.ffn_norm_D,
+                router=weights.router if moe else None,
+                rule=moe.router if moe else None,
+                ffn=weights.ffn,
+                window=layer.window,
+                contribution_scale_E=weights.contribution_scale_E,
+            )
+        )
+    shape = StackShape(
+        hidden_size=spec.hidden_size,
+        num_heads=decoder.num_heads,
+        num_kv_heads=decoder.num_kv_heads,
+        head_dim=spec.head_dim,
+        norm_per_head=spec.qk_norm == "head",
+        norm_eps=spec.norm_eps,
+        residual_scale=spec.residual_scale,
+        attention_scale=spec.attention_scale,
+    )
+    exits = [
+        StackExit(after_layers=e.after_layers, down=e.down, up=e.up, probe=e.probe, projections=e.projections)
+        for e in (decoder.exits.values() if held is None else ())
+    ]
+    return decoder.backend.make_stack(shape, layers, exits)

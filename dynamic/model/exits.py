@@ -1,0 +1,91 @@
+"""The exits of a decoder, as its backend keeps them: read-out adapter, probe, how skipped layers are filled in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...exits.calibrators import Isotonic, Temperature, logit_threshold
+from ...exits.segments import split_into_segments
+from ...exits.sidecar import ExitHeads
+from ...kernels.api.types import KVProjection, LinearWeights, ProbeWeights
+from ...kernels.torch.backend import TorchBackend
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .decoder import LayerWeights
+    from .spec import ModelSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderExit:
+    """One exit.
+
+    Arguments:
+        after_layers: layers in front of it.
+        down, up: factors of the read-out adapter.
+        probe, calibrator: None where the exit has only an adapter, so that no row can leave.
+        projections: keys and values of the layers behind it, those that are here.
+    """
+
+    after_layers: int
+    down: LinearWeights
+    up: LinearWeights
+    probe: ProbeWeights | None
+    calibrator: Temperature | Isotonic | None
+    projections: tuple[KVProjection, ...]
+
+    def logit_threshold(self, probability: float) -> float:
+        """The probe's logit from which on the calibrated probability is at least this."""
+        assert self.calibrator is not None
+        return _logit_threshold(self.calibrator, probability)
+
+
+_logit_threshold = lru_cache(maxsize=1024)(logit_threshold)
+
+
+def pack_exits(
+    heads: ExitHeads,
+    spec: ModelSpec,
+    layers: Sequence[LayerWeights],
+    backend: TorchBackend,
+    held: range,
+) -> dict[int, DecoderExit]:
+    """Bring trained exits into a backend's layout.
+
+    Arguments:
+        layers: the packed layers of the model; their projections to keys and values are shared, not copied.
+        held: numbers of the layers that are here: exits fill in these only.
+
+    Raises:
+        ValueError: when the exits were made for a model of another shape.
+    """
+    if heads.hidden_size != spec.hidden_size:
+        raise ValueError(f"the exits are for hidden size {heads.hidden_size}, the model has {spec.hidden_size}")
+    split_into_segments(spec.num_layers, heads.exit_layers)  # refuses exits outside the model
+    q_size = spec.num_heads * spec.head_dim
+    projections = {
+        n: KVProjection(norm_D=w.attention_norm_D, kv=backend.linear_tail(w.qkv, q_size), k_norm=w.k_norm)
+        for n, w in enumerate(layers)
+        if n in held
+    }
+    exits = {}
+    for layer, adapter in heads.adapters.items():
+        exits[layer] = DecoderExit(
+            after_layers=layer,
+            down=backend.pack_linear(adapter.down_JD.detach()),
+            up=backend.pack_linear(adapter.up_DJ.detach()),
+            probe=_on_device(heads.probes[layer].weights(), backend.device) if layer in heads.probes else None,
+            calibrator=heads.calibrators.get(layer),
+            projections=tuple(projection for n, projection in projections.items() if n >= layer),
+        )
+    return exits
+
+
+def _on_device(probe: ProbeWeights, device: torch.device) -> ProbeWeights:
+    tensors = {name: value for name, value in vars(probe).items() if isinstance(value, torch.Tensor)}
+    return replace(probe, **{name: value.detach().to(device).contiguous() for name, value in tensors.items()})  # type: ignore[arg-type]

@@ -1,0 +1,362 @@
+"""The table of model families: how a ``config.json`` becomes a :class:`ModelSpec`, and what tensors are called.
+
+Rules and defaults are those of transformers 5.23, whose modelling code the tests compare with. A new family is a new
+entry here, not a new model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...kernels.api.router_spec import RouterSpec
+from ...moe.router_specs import router_spec
+from ..checkpoint.config_reader import ConfigReader
+from ..checkpoint.weights import CheckpointError
+from .rope_config import rope_spec
+from .spec import LayerSpec, ModelSpec, MoESpec
+
+ACTIVATIONS = {
+    **{"silu": "silu", "swish": "silu", "gelu": "gelu"},
+    **{"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertNames:
+    """What the tensors of a layer's FFN are called, below the layer's prefix.
+
+    ``{e}`` stands for an expert's number: one tensor per expert. Without it one tensor holds all experts: with
+    ``gate_up``, (E, 2F, D) and (E, D, F); with ``gate`` and ``up``, neurons side by side, (E·F, D) and (D, E·F).
+    """
+
+    down: str
+    gate: str = ""
+    up: str = ""
+    gate_up: str = ""
+
+
+DENSE_FFN = ExpertNames(gate="mlp.gate_proj.weight", up="mlp.up_proj.weight", down="mlp.down_proj.weight")
+SHARED_EXPERT = ExpertNames(
+    gate="mlp.shared_expert.gate_proj.weight",
+    up="mlp.shared_expert.up_proj.weight",
+    down="mlp.shared_expert.down_proj.weight",
+)
+QWEN_EXPERTS = (
+    ExpertNames(
+        gate="mlp.experts.{e}.gate_proj.weight",
+        up="mlp.experts.{e}.up_proj.weight",
+        down="mlp.experts.{e}.down_proj.weight",
+    ),
+    ExpertNames(gate_up="mlp.experts.gate_up_proj", down="mlp.experts.down_proj"),
+)
+MIXTRAL_EXPERTS = (
+    ExpertNames(
+        gate="block_sparse_moe.experts.{e}.w1.weight",
+        up="block_sparse_moe.experts.{e}.w3.weight",
+        down="block_sparse_moe.experts.{e}.w2.weight",
+    ),
+    ExpertNames(gate_up="mlp.experts.gate_up_proj", down="mlp.experts.down_proj"),
+)
+ONE_EACH = QWEN_EXPERTS[0]
+GRANITE_EXPERTS = (
+    ExpertNames(gate_up="block_sparse_moe.input_linear.weight", down="block_sparse_moe.output_linear.weight"),
+    ExpertNames(gate_up="block_sparse_moe.experts.gate_up_proj", down="block_sparse_moe.experts.down_proj"),
+    ONE_EACH,
+)
+DYNAMOE_EXPERTS = (DENSE_FFN, ONE_EACH)
+
+MoERule = Callable[[ConfigReader, int], MoESpec | None]
+WindowRule = Callable[[ConfigReader, int], int | None]
+
+
+def _dense(config: ConfigReader, layer: int) -> None:
+    return None
+
+
+def _router(config: ConfigReader, layer: int) -> RouterSpec:
+    for key in ("num_experts", "num_local_experts", "num_experts_per_tok"):
+        config.integer(key, 1)  # checks the type; the rule itself comes from the table of routers
+    config.flag("norm_topk_prob", False)
+    try:
+        return router_spec(config.values, layer)
+    except ValueError as error:
+        raise CheckpointError(f"config.json: {error}") from error
+
+
+def _every_layer(config: ConfigReader, layer: int) -> MoESpec:
+    return MoESpec(router=_router(config, layer), expert_size=config.integer("intermediate_size"))
+
+
+def _qwen_moe(config: ConfigReader, layer: int) -> MoESpec | None:
+    step = config.integer("decoder_sparse_step", 1)
+    if layer in config.integers("mlp_only_layers") or step < 1 or (layer + 1) % step:
+        return None
+    return MoESpec(router=_router(config, layer), expert_size=config.integer("moe_intermediate_size"))
+
+
+def _qwen2_moe(config: ConfigReader, layer: int) -> MoESpec | None:
+    moe = _qwen_moe(config, layer)
+    if moe is None:
+        return None
+    shared_size = config.integer("shared_expert_intermediate_size", 5632)
+    return MoESpec(router=moe.router, expert_size=moe.expert_size, shared_size=shared_size, shared_gate=True)
+
+
+def _dynamoe(config: ConfigReader, layer: int) -> MoESpec:
+    num_experts, always_on = config.integer("num_experts"), config.integer("num_always_on_experts", 0)
+    if always_on >= num_experts:
+        raise config.error("num_always_on_experts", always_on, f"less than num_experts={num_experts}")
+    routed = num_experts - always_on
+    top_k = config.integer("num_experts_per_tok", routed)
+    if not 1 <= top_k <= routed:
+        raise config.error("num_experts_per_tok", top_k, f"between 1 and {routed}, the experts that are not always on")
+    router = RouterSpec(num_experts=routed, top_k=top_k, score="constant")
+    return MoESpec(router=router, expert_size=config.integer("expert_size"), num_always_on=always_on)
+
+
+def _no_window(config: ConfigReader, layer: int) -> None:
+    return None
+
+
+def _window_everywhere(default: int | None) -> WindowRule:
+    def rule(config: ConfigReader, layer: int) -> int | None:
+        config.get("sliding_window")
+        # Unlike elsewhere, a null here is a statement: no window.
+        return _positive_window(config, config.values.get("sliding_window", default))
+
+    return rule
+
+
+def _qwen3_moe_window(config: ConfigReader, layer: int) -> int | None:
+    if not config.flag("use_sliding_window", False):
+        config.get("sliding_window")
+        return None
+    return _positive_window(config, config.get("sliding_window", 4096))
+
+
+def _window_by_layer_type(slides: Callable[[int, int], bool]) -> WindowRule:
+    """Qwen's rule: ``layer_types`` decides, or where it is missing ``slides(layer, max_window_layers)``."""
+
+    def rule(config: ConfigReader, layer: int) -> int | None:
+        size = config.get("sliding_window", 4096)
+        last_full = config.integer("max_window_layers", 28)
+        enabled = config.flag("use_sliding_window", False)
+        kinds = config.get("layer_types")
+        if kinds is None:
+            kind = "sliding_attention" if enabled and slides(layer, last_full) else "full_attention"
+        elif isinstance(kinds, list) and len(kinds) >= config.integer("num_hidden_layers"):
+            kind = kinds[layer]
+        else:
+            raise config.error("layer_types", kinds, "a list with an entry for every layer")
+        if kind == "full_attention":
+            return None
+        if kind != "sliding_attention" or not enabled:
+            raise config.error("layer_types", kinds, "full_attention or, with use_sliding_window, sliding_attention")
+        return _positive_window(config, size)
+
+    return rule
+
+
+def _positive_window(config: ConfigReader, size: Any) -> int | None:
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or not 0 < size < 2**31):
+        raise config.error("sliding_window", size, "a positive whole number or null")
+    return size
+
+
+def _key(name: str, default: bool) -> Callable[[ConfigReader], bool]:
+    return lambda config: config.flag(name, default)
+
+
+def _no(config: ConfigReader) -> bool:
+    return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What sets a family apart from Llama.
+
+    Arguments:
+        kv_heads: default of ``num_key_value_heads``; None means as many as query heads.
+        head_dim: default of ``head_dim``; None means ``hidden_size / num_attention_heads``.
+        theta, norm_eps: defaults of ``rope_theta`` and ``rms_norm_eps``.
+        moe, window: the rules for a layer.
+        qkv_bias, o_bias, mlp_bias: whether these projections have biases.
+        qk_norm: see :class:`ModelSpec`.
+        scales: reads factors that other families do not have.
+        ignored: configuration keys without effect in this family.
+        ffn_size: key of a dense FFN's width.
+        experts: ways in which checkpoints store the experts.
+        router: possible names of the router's weight.
+    """
+
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    theta: float = 10000.0
+    norm_eps: float = 1e-6
+    moe: MoERule = _dense
+    window: WindowRule = _no_window
+    qkv_bias: Callable[[ConfigReader], bool] = _no
+    o_bias: Callable[[ConfigReader], bool] = _no
+    mlp_bias: Callable[[ConfigReader], bool] = _no
+    qk_norm: str = "none"
+    scales: Callable[[ConfigReader], dict[str, float]] = field(default=lambda config: {})
+    ignored: frozenset[str] = frozenset()
+    experts: tuple[ExpertNames, ...] = QWEN_EXPERTS
+    router: tuple[str, ...] = ("mlp.gate.weight",)
+
+
+def _granite_scales(config: ConfigReader) -> dict[str, float]:
+    return {
+        "attention_scale": config.number("attention_multiplier", 1.0),
+        "embedding_scale": config.number("embedding_multiplier", 1.0),
+        "residual_scale": config.number("residual_multiplier", 1.0),
+        "logits_divisor": config.number("logits_scaling", 1.0),
+    }
+
+
+def _olmoe_scales(config: ConfigReader) -> dict[str, float]:
+    return {} if config.get("clip_qkv") is None else {"clip_qkv": config.number("clip_qkv")}
+
+
+_ATTENTION_BIAS = _key("attention_bias", False)
+_QWEN_WINDOW = _window_by_layer_type(lambda layer, last_full: layer >= last_full)
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(qkv_bias=_ATTENTION_BIAS, o_bias=_ATTENTION_BIAS, mlp_bias=_key("mlp_bias", False)),
+    "mistral": Family(kv_heads=8, window=_window_everywhere(4096)),
+    "qwen2": Family(
+        window=_QWEN_WINDOW, qkv_bias=lambda config: True, ignored=frozenset({"attention_bias", "qkv_bias"})
+    ),
+    "qwen3": Family(
+        head_dim=128, window=_QWEN_WINDOW, qkv_bias=_ATTENTION_BIAS, o_bias=_ATTENTION_BIAS, qk_norm="head"
+    ),
+    "mixtral": Family(
+        kv_heads=8,
+        theta=1e6,
+        norm_eps=1e-5,
+        moe=_every_layer,
+        window=_window_everywhere(None),
+        experts=MIXTRAL_EXPERTS,
+        router=("block_sparse_moe.gate.weight", "mlp.gate.weight"),
+    ),
+    "qwen2_moe": Family(
+        moe=_qwen2_moe,
+        window=_window_by_layer_type(lambda layer, last_full: layer % 2 == 0 and layer < last_full),
+        qkv_bias=_key("qkv_bias", True),
+        ignored=frozenset({"attention_bias"}),
+    ),
+    "qwen3_moe": Family(
+        kv_heads=4,
+        moe=_qwen_moe,
+        window=_qwen3_moe_window,
+        qkv_bias=_ATTENTION_BIAS,
+        o_bias=_ATTENTION_BIAS,
+        qk_norm="head",
+    ),
+    "olmoe": Family(
+        norm_eps=1e-5,
+        moe=_every_layer,
+        qkv_bias=_ATTENTION_BIAS,
+        o_bias=_ATTENTION_BIAS,
+        qk_norm="full",
+        scales=_olmoe_scales,
+    ),
+    "granitemoe": Family(
+        moe=_every_layer,
+        qkv_bias=_ATTENTION_BIAS,
+        o_bias=_ATTENTION_BIAS,
+        scales=_granite_scales,
+        experts=GRANITE_EXPERTS,
+        router=("block_sparse_moe.router.layer.weight", "block_sparse_moe.router.weight"),
+    ),
+    "dynamoe": Family(
+        moe=_dynamoe,
+        qkv_bias=_ATTENTION_BIAS,
+        o_bias=_ATTENTION_BIAS,
+        experts=DYNAMOE_EXPERTS,
+        router=("mlp.router.weight",),
+    ),
+}
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family that a configuration names.
+
+    Raises:
+        CheckpointError: when it names none or one that is not supported; the message lists those that are.
+    """
+    name = config.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise CheckpointError(f"model_type {name!r} is not supported; supported: {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def model_spec(config: Mapping[str, Any]) -> ModelSpec:
+    """What the model described by a ``config.json`` computes.
+
+    Arguments:
+        config: the JSON object. Both the keys that transformers 5 writes (``rope_parameters``) and the older ones
+            (``rope_theta``, ``rope_scaling``) are understood.
+
+    Raises:
+        CheckpointError: for an unsupported family, a missing or malformed value, or a key that would change the
+            mathematics in a way that is not supported; the message names key and value.
+    """
+    family = family_of(config)
+    reader = ConfigReader(config)
+    try:
+        spec = _model_spec(reader, family)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"config.json: {error}") from error
+    reader.refuse_unread(family.ignored)
+    return spec
+
+
+def _model_spec(config: ConfigReader, family: Family) -> ModelSpec:
+    hidden_size, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    if num_heads < 1:
+        raise config.error("num_attention_heads", num_heads, "at least 1")
+    head_dim = config.integer("head_dim", family.head_dim or hidden_size // num_heads)
+    if head_dim < 1:
+        raise config.error("head_dim", head_dim, "at least 1")
+    max_position = config.integer("max_position_embeddings")
+    rope = rope_spec(config, head_dim, max_position, family.theta)
+    if rope.rope_type == "yarn":
+        max_position = max(max_position, int(rope.original_max_position * rope.factor))
+    num_layers = config.integer("num_hidden_layers")
+    return ModelSpec(
+        family=str(config.get("model_type")),
+        vocab_size=config.integer("vocab_size"),
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=config.integer("num_key_value_heads", family.kv_heads or num_heads),
+        head_dim=head_dim,
+        max_position=max_position,
+        layers=tuple(_layer_spec(config, family, layer) for layer in range(num_layers)),
+        rope=rope,
+        norm_eps=config.number("rms_norm_eps", family.norm_eps),
+        activation=config.choice("hidden_act", ACTIVATIONS, "silu"),
+        qkv_bias=family.qkv_bias(config),
+        o_bias=family.o_bias(config),
+        mlp_bias=family.mlp_bias(config),
+        qk_norm=family.qk_norm,
+        tie_embeddings=config.flag("tie_word_embeddings", False),
+        eos_token_ids=config.integers("eos_token_id"),
+        bos_token_id=next(iter(config.integers("bos_token_id")), None),
+        **{"attention_scale": head_dim**-0.5, **family.scales(config)},
+    )
+
+
+def _layer_spec(config: ConfigReader, family: Family, layer: int) -> LayerSpec:
+    moe = family.moe(config, layer)
+    ffn_size = config.integer("intermediate_size") if moe is None else 0
+    return LayerSpec(ffn_size=ffn_size, moe=moe, window=family.window(config, layer))
+
+
+def one_each(family: Family) -> ExpertNames:
+    """What a family calls experts that are stored one by one."""
+    return next(names for names in family.experts if "{e}" in names.down)

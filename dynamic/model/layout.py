@@ -1,0 +1,215 @@
+"""Which tensors of a checkpoint make up which part of the decoder; names and shapes are checked before any is read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from ..checkpoint.weights import DTYPES, CheckpointError, TensorInfo
+from .families import DENSE_FFN, SHARED_EXPERT, ExpertNames, Family
+from .spec import LayerSpec, ModelSpec
+
+logger = logging.getLogger(__name__)
+
+EMBEDDING, FINAL_NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+HARMLESS_EXTRAS = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FFNLayout:
+    """The tensors of one FFN: E experts of F neurons; a dense FFN is one expert.
+
+    Arguments:
+        gate, up, down: one name per expert, or one name for all.
+        gate_up: the fused tensor instead of gate and up.
+        biases: names of gate, up and down bias, or none.
+    """
+
+    num_experts: int
+    expert_size: int
+    gate: tuple[str, ...] = ()
+    up: tuple[str, ...] = ()
+    down: tuple[str, ...] = ()
+    gate_up: str = ""
+    biases: tuple[str, ...] = ()
+
+
+def expert_tensors(
+    layout: FFNLayout, hidden: int, read: Callable[..., torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gate and up (E, F, D) and down (E, D, F), whichever way they are stored; views of what was read.
+
+    Arguments:
+        hidden: D.
+        read: tensors by name, one below the other.
+    """
+    count, size = layout.num_experts, layout.expert_size
+    down = read(*layout.down)
+    if layout.gate_up:
+        gate_up_EXD = read(layout.gate_up)
+        return gate_up_EXD[:, :size], gate_up_EXD[:, size:], down
+    gate_EFD, up_EFD = (read(*names).view(count, size, hidden) for names in (layout.gate, layout.up))
+    if len(layout.down) == count:
+        return gate_EFD, up_EFD, down.view(count, hidden, size)
+    # Neurons side by side: a strided view, so that all experts together stay one dense matrix.
+    return gate_EFD, up_EFD, down.view(hidden, count, size).transpose(0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerLayout:
+    """The tensors of one layer. Parts of ``qkv`` are concatenated in this order."""
+
+    attention_norm: str
+    ffn_norm: str
+    qkv: tuple[str, str, str]
+    qkv_bias: tuple[str, ...]
+    o: str
+    o_bias: str
+    q_norm: str
+    k_norm: str
+    ffn: FFNLayout
+    router: str
+    shared: FFNLayout | None
+    shared_gate: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The tensors of a model. Without ``lm_head`` the embedding table takes its place."""
+
+    layers: tuple[LayerLayout, ...]
+    lm_head: str
+
+
+@dataclass
+class _Claims:
+    """Collects which tensor must have which shape."""
+
+    available: Mapping[str, TensorInfo]
+    shapes: dict[str, Shape] = field(default_factory=dict)
+
+    def claim(self, name: str, *shape: int) -> str:
+        self.shapes[name] = shape
+        return name
+
+    def first_present(self, names: Iterable[str]) -> str:
+        """The first of several possible names that the checkpoint has; the first of all when it has none."""
+        names = list(names)
+        return next((name for name in names if name in self.available), names[0])
+
+
+def plan_layout(spec: ModelSpec, family: Family, tensors: Mapping[str, TensorInfo]) -> Layout:
+    """Find every tensor that the model needs and check its shape and dtype.
+
+    Raises:
+        CheckpointError: naming the first tensor that is missing, or has a shape or dtype that does not fit.
+    """
+    claims = _Claims(tensors)
+    claims.claim(EMBEDDING, spec.vocab_size, spec.hidden_size)
+    claims.claim(FINAL_NORM, spec.hidden_size)
+    # Some tied checkpoints store the head as well; it may differ, so it is looked at.
+    lm_head = "" if spec.tie_embeddings and LM_HEAD not in tensors else LM_HEAD
+    if lm_head:
+        claims.claim(lm_head, spec.vocab_size, spec.hidden_size)
+    layers = tuple(
+        _layer_layout(claims, spec, layer, family, f"model.layers.{number}.")
+        for number, layer in enumerate(spec.layers)
+    )
+    _check(claims.shapes, tensors)
+    _report_extras(claims.shapes, tensors)
+    return Layout(layers=layers, lm_head=lm_head)
+
+
+def _layer_layout(claims: _Claims, spec: ModelSpec, layer: LayerSpec, family: Family, prefix: str) -> LayerLayout:
+    hidden, channels = spec.hidden_size, spec.head_dim
+    q_size, kv_size = spec.num_heads * channels, spec.num_kv_heads * channels
+    attention = f"{prefix}self_attn."
+    sizes = {"q": q_size, "k": kv_size, "v": kv_size}
+    norm_sizes = {"none": None, "head": (channels, channels), "full": (q_size, kv_size)}[spec.qk_norm]
+    moe = layer.moe
+    return LayerLayout(
+        attention_norm=claims.claim(f"{prefix}input_layernorm.weight", hidden),
+        ffn_norm=claims.claim(f"{prefix}post_attention_layernorm.weight", hidden),
+        qkv=tuple(claims.claim(f"{attention}{part}_proj.weight", size, hidden) for part, size in sizes.items()),  # type: ignore[arg-type]
+        qkv_bias=tuple(claims.claim(f"{attention}{part}_proj.bias", size) for part, size in sizes.items())
+        if spec.qkv_bias
+        else (),
+        o=claims.claim(f"{attention}o_proj.weight", hidden, q_size),
+        o_bias=claims.claim(f"{attention}o_proj.bias", hidden) if spec.o_bias else "",
+        q_norm=claims.claim(f"{attention}q_norm.weight", norm_sizes[0]) if norm_sizes else "",
+        k_norm=claims.claim(f"{attention}k_norm.weight", norm_sizes[1]) if norm_sizes else "",
+        ffn=_dense_layout(claims, DENSE_FFN, spec, layer.ffn_size, prefix)
+        if moe is None
+        else _expert_layout(claims, family.experts, spec, moe.num_experts, moe.expert_size, prefix),
+        router=claims.claim(
+            claims.first_present(prefix + name for name in family.router), moe.router.num_experts, hidden
+        )
+        if moe
+        else "",
+        shared=_dense_layout(claims, SHARED_EXPERT, spec, moe.shared_size, prefix) if moe and moe.shared_size else None,
+        shared_gate=claims.claim(f"{prefix}mlp.shared_expert_gate.weight", 1, hidden)
+        if moe and moe.shared_size and moe.shared_gate
+        else "",
+    )
+
+
+def _dense_layout(claims: _Claims, names: ExpertNames, spec: ModelSpec, size: int, prefix: str) -> FFNLayout:
+    layout = _expert_layout(claims, (names,), spec, 1, size, prefix)
+    if not spec.mlp_bias:
+        return layout
+    biases = [(prefix + name).replace(".weight", ".bias") for name in (names.gate, names.up, names.down)]
+    claimed = (claims.claim(biases[0], size), claims.claim(biases[1], size), claims.claim(biases[2], spec.hidden_size))
+    return FFNLayout(num_experts=1, expert_size=size, gate=layout.gate, up=layout.up, down=layout.down, biases=claimed)
+
+
+def _expert_layout(
+    claims: _Claims, options: tuple[ExpertNames, ...], spec: ModelSpec, num_experts: int, size: int, prefix: str
+) -> FFNLayout:
+    hidden = spec.hidden_size
+    names = next((o for o in options if prefix + o.down.replace("{e}", "0") in claims.available), options[0])
+    if names.gate_up:
+        return FFNLayout(
+            num_experts=num_experts,
+            expert_size=size,
+            gate_up=claims.claim(prefix + names.gate_up, num_experts, 2 * size, hidden),
+            down=(claims.claim(prefix + names.down, num_experts, hidden, size),),
+        )
+    one_each = "{e}" in names.down
+    count, width = (num_experts, size) if one_each else (1, num_experts * size)
+
+    def claim(name: str, *shape: int) -> tuple[str, ...]:
+        return tuple(claims.claim(prefix + name.replace("{e}", str(expert)), *shape) for expert in range(count))
+
+    return FFNLayout(
+        num_experts=num_experts,
+        expert_size=size,
+        gate=claim(names.gate, width, hidden),
+        up=claim(names.up, width, hidden),
+        down=claim(names.down, hidden, width),
+    )
+
+
+def _check(shapes: Mapping[str, Shape], tensors: Mapping[str, TensorInfo]) -> None:
+    missing = [name for name in shapes if name not in tensors]
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise CheckpointError(f"the checkpoint lacks the tensor {missing[0]!r}{more}")
+    for name, shape in shapes.items():
+        info = tensors[name]
+        if info.shape != shape:
+            raise CheckpointError(f"tensor {name!r} in {info.file} has shape {info.shape}; config.json implies {shape}")
+        if info.dtype not in DTYPES:
+            raise CheckpointError(
+                f"tensor {name!r} in {info.file} has dtype {info.dtype}; supported: {', '.join(DTYPES)}"
+            )
+
+
+def _report_extras(shapes: Mapping[str, Shape], tensors: Mapping[str, TensorInfo]) -> None:
+    extras = [name for name in tensors if name not in shapes and not name.endswith(HARMLESS_EXTRAS)]
+    if extras:
+        logger.warning("%d tensors of the checkpoint are not used, among them %s", len(extras), ", ".join(extras[:3]))

@@ -1,0 +1,391 @@
+"""From a directory to a model that is ready to run: read, check, convert layer by layer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...exits.sidecar import ExitHeads, load_heads
+from ...kernels.api.format_join import concatenate, stack_experts
+from ...kernels.api.formats import QuantizedWeight
+from ...kernels.api.kv_codes import KV_DTYPES
+from ...kernels.api.rounding import quantize_int8
+from ...kernels.api.types import ExpertWeights, LinearWeights
+from ...kernels.select import select_backend
+from ...kernels.torch.backend import TorchBackend
+from ...moe.contribution import LayerScales
+from ..checkpoint.config_reader import ConfigReader
+from ..checkpoint.quantized_checkpoint import open_checkpoint, split_config
+from ..checkpoint.weights import DTYPES, Checkpoint, CheckpointError, StoredWeights, read_json
+from ..parallel.config import ParallelConfig, launched_size
+from ..parallel.stages import no_linear
+from ..parallel.start import Shard, ShardedCheckpoint, follow_if_worker, join, parallel_decoder
+from .budgeted_layers import read_scales
+from .decoder import Decoder, LayerWeights
+from .exits import pack_exits
+from .families import family_of, model_spec
+from .layout import EMBEDDING, FINAL_NORM, FFNLayout, LayerLayout, Layout, expert_tensors, plan_layout
+from .machine import release_free_memory
+from .quantization import NONE, Method, Quantization
+from .spec import ModelSpec
+
+if TYPE_CHECKING:
+    from ..text.tokenizer import Tokenizer
+logger = logging.getLogger(__name__)
+
+DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STORED = "as the checkpoint stores it"
+GENERATION_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model with its tokenizer.
+
+    Arguments:
+        name: what the caller asked for.
+        path: the directory it came from.
+        generation_defaults: what ``generation_config.json`` recommends: any of temperature, top_p, top_k, min_p,
+            repetition_penalty, max_new_tokens; and eos_token_id, a list, always.
+    """
+
+    name: str
+    path: Path
+    spec: ModelSpec
+    decoder: Decoder
+    tokenizer: Tokenizer
+    generation_defaults: dict[str, Any]
+
+
+def load_model(
+    model: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    backend: str = "auto",
+    progress: bool = True,
+    experts_per_token: int | None = None,
+    quantization: str = NONE,
+    quantize_lm_head: bool = True,
+    kv_cache_dtype: str = "auto",
+    parallel: ParallelConfig | None = None,
+) -> LoadedModel:
+    """Load a model by name.
+
+    Arguments:
+        model: a local directory in Hugging Face layout, the name of a shipped model, a ``.gguf`` file, or a Hub id.
+        dtype: ``auto`` (the checkpoint's own), ``float32``, ``bfloat16`` or ``float16``.
+        device: ``auto`` (a GPU when there is one), or a torch device.
+        backend: see :func:`select_backend`.
+        progress: show a progress bar.
+        experts_per_token: use fewer routed experts per token than the model was made for.
+        quantization, quantize_lm_head: see :class:`Quantization`.
+        kv_cache_dtype: what keys and values are kept in: ``auto`` (as the model computes), ``int8`` or ``fp8``.
+        parallel: the processes that share the model. In all of them but rank 0 this function does not return: they
+            work until rank 0 ends, and exit.
+
+    Raises:
+        ValueError: one clear message for whatever is wrong, before anything is served.
+    """
+    from ..convert.model_store import resolve_model
+    from ..text.tokenizer import Tokenizer
+
+    path = resolve_model(model, progress=progress)
+    tokenizer = Tokenizer.from_directory(path)
+    decoder = load_decoder(
+        path,
+        dtype=dtype,
+        device=device,
+        backend=backend,
+        progress=progress,
+        experts_per_token=experts_per_token,
+        quantization=quantization,
+        quantize_lm_head=quantize_lm_head,
+        kv_cache_dtype=kv_cache_dtype,
+        parallel=parallel,
+    )
+    follow_if_worker(decoder)
+    spec, defaults = decoder.spec, read_generation_defaults(path, decoder.spec)
+    return LoadedModel(
+        name=str(model), path=path, spec=spec, decoder=decoder, tokenizer=tokenizer, generation_defaults=defaults
+    )
+
+
+def load_decoder(
+    path: Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    backend: str = "auto",
+    progress: bool = False,
+    experts_per_token: int | None = None,
+    quantization: str = NONE,
+    quantize_lm_head: bool = True,
+    kv_cache_dtype: str = "auto",
+    parallel: ParallelConfig | None = None,
+) -> Decoder:
+    """Load the decoder of a directory, without its tokenizer. Arguments and errors as for :func:`load_model`.
+
+    Every name and shape is checked from the files' headers before the first weight is read. Exits and calibrated
+    contributions of the experts that lie beside the checkpoint come with it.
+    """
+    wanted = Quantization(method=quantization, lm_head=quantize_lm_head)
+    if kv_cache_dtype not in KV_DTYPES:
+        raise ValueError(f"kv_cache_dtype must be {', '.join(KV_DTYPES)}, not {kv_cache_dtype!r}")
+    config, stored = split_config(read_json(path / "config.json"))
+    if stored is not None and quantization != NONE:
+        raise ValueError(f"the weights in {path} are quantised already: leave quantization={quantization} away")
+    spec = model_spec(config)
+    checkpoint = open_checkpoint(path, stored)
+    layout = plan_layout(spec, family_of(config), checkpoint)
+    defaults = read_generation_defaults(path, spec)
+    spec = replace(spec, eos_token_ids=tuple(defaults["eos_token_id"]))
+    if experts_per_token is not None:
+        spec = spec.with_experts_per_token(experts_per_token)
+    torch_dtype = _choose_dtype(dtype, config, checkpoint)
+    chosen = select_backend(choose_device(device), torch_dtype, backend)
+    if kv_cache_dtype not in chosen.kv_formats:
+        known = ", ".join(chosen.kv_formats)
+        raise ValueError(f"kv_cache_dtype={kv_cache_dtype} does not run on the {chosen.name} backend; {known} do")
+    heads, shard = load_heads(path), None
+    if parallel is not None and max(parallel.size, launched_size()) > 1:
+        shard = join(parallel, spec, path, chosen, wanted, stored, heads.exit_layers if heads else ())
+        layout = shard.layout(layout)
+        if wanted.layers is not None:
+            shard.check_quantization(wanted.method, wanted.layers)
+    part = checkpoint if shard is None else shard.checkpoint(checkpoint)
+    described = str(wanted) if stored is None else STORED
+    builder = _Builder(spec, layout, part, chosen, read_scales(path, spec), wanted, described, shard)
+    decoder = builder.build(progress=progress, heads=heads)
+    decoder.kv_dtype = KV_DTYPES[kv_cache_dtype] or torch_dtype
+    return decoder
+
+
+def read_generation_defaults(path: Path, spec: ModelSpec) -> dict[str, Any]:
+    """What ``generation_config.json`` recommends; the end-of-sequence tokens include those of ``config.json``.
+
+    Raises:
+        CheckpointError: when the file is there and malformed.
+    """
+    file = path / "generation_config.json"
+    config = ConfigReader(read_json(file) if file.is_file() else {}, file.name)
+    defaults: dict[str, Any] = {
+        key: config.number(key) if key not in ("top_k", "max_new_tokens") else config.integer(key)
+        for key in GENERATION_KEYS
+        if config.get(key) is not None
+    }
+    defaults["eos_token_id"] = list(dict.fromkeys((*config.integers("eos_token_id"), *spec.eos_token_ids)))
+    return defaults
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` (a GPU when there is one), or a torch device.
+
+    Raises:
+        ValueError: for a device that does not exist or is not here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} was asked for, but torch sees no GPU")
+    return device
+
+
+def _choose_dtype(name: str, config: dict[str, Any], checkpoint: Checkpoint) -> torch.dtype:
+    if name == "auto":
+        named = config.get("dtype") or config.get("torch_dtype")
+        stored = DTYPES[checkpoint[EMBEDDING].dtype]
+        return DTYPE_NAMES.get(str(named), torch.float32 if stored == torch.float64 else stored)
+    if name not in DTYPE_NAMES:
+        raise ValueError(f"dtype must be auto, {', '.join(DTYPE_NAMES)}, not {name!r}")
+    return DTYPE_NAMES[name]
+
+
+@contextmanager
+def _naming(tensor: str) -> Iterator[None]:
+    """Errors about weights that do not go together name one of them."""
+    try:
+        yield
+    except ValueError as error:
+        raise CheckpointError(f"{tensor!r} and what runs with it: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ends:
+    """What lies in front of the layers and behind them; see :class:`Decoder`.
+
+    Arguments:
+        tied: the LM head is the embedding table.
+    """
+
+    tied: bool
+    embedding_VD: torch.Tensor | QuantizedWeight | None
+    final_norm_D: torch.Tensor
+    lm_head: LinearWeights
+
+
+class _Builder:
+    """Converts a checkpoint for a backend, one layer at a time, and gives the pages read back after each."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        layout: Layout,
+        checkpoint: Checkpoint | ShardedCheckpoint,
+        backend: TorchBackend,
+        scales: Sequence[LayerScales | None],
+        quantization: Quantization,
+        described: str,
+        shard: Shard | None = None,
+    ) -> None:
+        self.spec = spec
+        self.shard = shard
+        self.scales = scales
+        self.layout = layout
+        self.checkpoint = checkpoint
+        self.backend = backend
+        self.quantization = quantization
+        self.described = described
+
+    def build(self, *, progress: bool, heads: ExitHeads | None) -> Decoder:
+        from tqdm import tqdm
+
+        held = range(self.spec.num_layers) if self.shard is None else self.shard.held
+        ends = self._ends() if held.start == 0 else self._no_ends()
+        layers = []
+        for number in tqdm(held, desc="Loading weights", unit="layer", disable=not progress):
+            layers.append(self._layer(self.layout.layers[number], self.scales[number]))
+            self._release()
+        if isinstance(self.checkpoint, ShardedCheckpoint) and self.shard is not None:
+            layers = self.shard.with_stand_ins(layers, self.checkpoint.split_bytes + self.checkpoint.whole_bytes)
+            logger.info("rank %d has read %s", self.shard.context.world_rank, self.checkpoint.describe())
+        make, local = (Decoder, self.spec) if self.shard is None else (parallel_decoder(self.shard), self.shard.spec)
+        return make(
+            replace(self.spec, tie_embeddings=ends.tied),
+            self.backend,
+            embedding_VD=ends.embedding_VD,
+            layers=layers,
+            final_norm_D=ends.final_norm_D,
+            lm_head=ends.lm_head,
+            exits=pack_exits(heads, local, layers, self.backend, held) if heads else {},
+            expert_impacts={n: scales.impact for n, scales in enumerate(self.scales) if scales is not None},
+            quantization=self.described,
+        )
+
+    def _ends(self) -> _Ends:
+        tied = not self.layout.lm_head
+        if not tied and self.spec.tie_embeddings:
+            tied = torch.equal(self.checkpoint.view(EMBEDDING), self.checkpoint.view(self.layout.lm_head))
+        lm_head = self._linear(EMBEDDING if tied else self.layout.lm_head, method=self.quantization.head)
+        self._release()
+        embedding_VD = None if tied else self._embedding()
+        return _Ends(tied=tied, embedding_VD=embedding_VD, final_norm_D=self._copy(FINAL_NORM), lm_head=lm_head)
+
+    def _no_ends(self) -> _Ends:
+        """Of a stage of a pipeline that is not the first."""
+        lm_head = no_linear(self.spec.vocab_size, self.spec.hidden_size)
+        return _Ends(tied=True, embedding_VD=None, final_norm_D=torch.empty(0), lm_head=lm_head)
+
+    def _release(self) -> None:
+        """Give back the pages that were read and what was freed."""
+        self.checkpoint.release()
+        release_free_memory()
+
+    def _embedding(self) -> torch.Tensor | QuantizedWeight:
+        if (stored := self.checkpoint.quantized(EMBEDDING)) is not None:
+            return stored.weights[0].to(self.backend.device)
+        if self.quantization.head is None:
+            return self._copy(EMBEDDING)
+        return quantize_int8(self._source(EMBEDDING, method=self.quantization.head))
+
+    def _linear(self, *names: str, method: Method | None = None, bias: tuple[str, ...] = ()) -> LinearWeights:
+        """One layer of tensors whose outputs follow each other, as it is or quantised."""
+        bias_O = self._copy(*bias) if bias else None
+        if (stored := self.checkpoint.quantized(*names)) is not None:
+            with _naming(names[0]):
+                return self.backend.pack_quantized_linear(concatenate(stored.weights), bias_O, stored.scheme)
+        weight_OI = self._source(*names, method=method)
+        if method is None:
+            return self.backend.pack_linear(weight_OI, bias_O)
+        return self.backend.pack_quantized_linear(self._quantize(names[0], weight_OI, method), bias_O, method.scheme)
+
+    def _quantize(self, name: str, weight: torch.Tensor, method: Method) -> QuantizedWeight:
+        return method.quantize(weight) if self.shard is None else self.shard.quantize(name, weight, method)
+
+    def _copy(self, *names: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Tensors of equal width, one below the other, in memory of our own: the files may change or vanish later."""
+        views = [self.checkpoint.view(name) for name in names]
+        rows = sum(view.shape[0] for view in views)
+        dtype = dtype or self.backend.dtype
+        out = torch.empty((rows, *views[0].shape[1:]), dtype=dtype, device=self.backend.device)
+        for part, view in zip(out.split([view.shape[0] for view in views]), views, strict=True):
+            part.copy_(view)
+        return out
+
+    def _source(self, *names: str, method: Method | None = None) -> torch.Tensor:
+        """As :meth:`_copy`, for the backend to pack; one that copies reads the mapped file itself.
+
+        What will be quantised comes as it was stored: rounding it to the backend's dtype before would move codes.
+        """
+        mapped = self.checkpoint.view(names[0])
+        if len(names) == 1 and (
+            self.backend.copies_weights or (method is not None and self.backend.device.type == "cpu")
+        ):
+            return mapped
+        return self._copy(*names, dtype=None if method is None else mapped.dtype)
+
+    def _layer(self, layout: LayerLayout, scales: LayerScales | None) -> LayerWeights:
+        linear, method = self._linear, self.quantization.layers
+        return LayerWeights(
+            attention_norm_D=self._copy(layout.attention_norm),
+            qkv=linear(*layout.qkv, method=method, bias=layout.qkv_bias),
+            q_norm=self._copy(layout.q_norm) if layout.q_norm else None,
+            k_norm=self._copy(layout.k_norm) if layout.k_norm else None,
+            o=linear(layout.o, method=method, bias=(layout.o_bias,) if layout.o_bias else ()),
+            ffn_norm_D=self._copy(layout.ffn_norm),
+            ffn=self._ffn(layout.ffn),
+            router=linear(layout.router) if layout.router else None,
+            shared=self._ffn(layout.shared) if layout.shared else None,
+            shared_gate=linear(layout.shared_gate) if layout.shared_gate else None,
+            contribution_scale_E=None if scales is None else scales.scale_E.to(self.backend.device),
+        )
+
+    def _ffn(self, layout: FFNLayout) -> ExpertWeights:
+        if (stored := self.checkpoint.quantized(*layout.gate, *layout.up, *layout.down)) is not None:
+            return self._stored_ffn(layout, stored)
+        method = self.quantization.layers
+        gate_EFD, up_EFD, down_EDF = expert_tensors(layout, self.spec.hidden_size, partial(self._source, method=method))
+        biases = [self._copy(name).view(1, -1) for name in layout.biases] or [None, None, None]
+        if method is None:
+            return self.backend.pack_experts(gate_EFD, up_EFD, down_EDF, self.spec.activation, *biases)
+        quantized = []
+        names = (layout.gate_up or layout.gate[0], layout.gate_up or layout.up[0], layout.down[0])
+        for name, weight in zip(names, (gate_EFD, up_EFD, down_EDF), strict=True):
+            quantized.append(self._quantize(name, weight, method))
+            self._release()
+        weight = gate_EFD = up_EFD = down_EDF = None  # packing takes memory too
+        gate, up, down = quantized
+        return self.backend.pack_quantized_experts(gate, up, down, self.spec.activation, *biases, scheme=method.scheme)
+
+    def _stored_ffn(self, layout: FFNLayout, stored: StoredWeights) -> ExpertWeights:
+        """Experts that were stored quantised, one by one."""
+        count = layout.num_experts
+        if len(layout.down) != count:
+            raise CheckpointError(f"{layout.down[0]!r} is quantised; only experts that are stored one by one can be")
+        with _naming(layout.gate[0]):
+            gate, up, down = (
+                stack_experts(stored.weights[first : first + count]) for first in range(0, 3 * count, count)
+            )
+        biases = [self._copy(name).view(1, -1) for name in layout.biases] or [None, None, None]
+        return self.backend.pack_quantized_experts(gate, up, down, self.spec.activation, *biases, scheme=stored.scheme)

@@ -1,0 +1,46 @@
+"""A pass over whole sequences outside of the engine: a cache of its own, and where each row lives in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ...kernels.api.types import AttentionBatch, KVLayer
+from .decoder import Decoder
+
+_PAGE = 16
+
+
+def fresh_cache(decoder: Decoder, lengths: Sequence[int]) -> tuple[list[KVLayer], AttentionBatch]:
+    """Room for sequences from their beginnings, each in pages of its own, and the attention batch of all their rows.
+
+    Each goes to the home that has the fewest pages so far.
+
+    Arguments:
+        lengths: tokens of each sequence, at least 1.
+    """
+    device = torch.device(decoder.device)
+    pages = [-(-length // _PAGE) for length in lengths]
+    used, places = [0] * decoder.homes, []
+    for count in pages:
+        home = used.index(min(used))
+        places.append((home, used[home]))
+        used[home] += count
+    firsts = [home * max(used) + page for home, page in places]
+    table_SM = torch.zeros(len(lengths), max(pages), dtype=torch.int32)
+    positions, slots = [], []
+    for row, (length, first, count) in enumerate(zip(lengths, firsts, pages, strict=True)):
+        table_SM[row, :count] = torch.arange(first, first + count)
+        positions.append(torch.arange(length))
+        slots.append(first * _PAGE + positions[-1])
+    batch = AttentionBatch(
+        positions_T=torch.cat(positions).to(device),
+        slots_T=torch.cat(slots).to(device),
+        query_start_S1=torch.tensor([0, *lengths]).cumsum(0).int().to(device),
+        context_len_S=torch.tensor(lengths, dtype=torch.int32, device=device),
+        block_table_SM=table_SM.to(device),
+        max_query_len=max(lengths),
+        max_context_len=max(lengths),
+    )
+    return decoder.allocate_cache(max(used) * decoder.homes, _PAGE, decoder.homes), batch

@@ -1,0 +1,86 @@
+"""Quantisation while a model is loaded: which weights become what, by name. No calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from ...kernels.api import rounding
+from ...kernels.api.formats import FP8_PER_GROUP, INT8_PER_GROUP, UNQUANTIZED, ActivationScheme, QuantizedWeight
+
+NONE = "none"
+
+
+@dataclass(frozen=True)
+class Method:
+    """How the linear layers and experts of a model are quantised.
+
+    Arguments:
+        quantize: from a weight, (O, I) or (E, O, I), to its format.
+        scheme: how their inputs are rounded.
+        group: inputs per scale; None: all of an output's.
+    """
+
+    quantize: Callable[[torch.Tensor], QuantizedWeight]
+    scheme: ActivationScheme = UNQUANTIZED
+    group: int | None = None
+
+
+def methods() -> dict[str, Method]:
+    """By name, as ``quantization=`` takes them."""
+    groups = ((64, ""), (32, "-g32"), (128, "-g128"))
+    int4 = {
+        f"int4{name}{ending}": Method(partial(rounding.quantize_int4, group=group, symmetric=not ending), group=group)
+        for group, name in groups
+        for ending in ("", "-asym")
+    }
+    w4a8 = {
+        f"w4a8{name}": Method(partial(rounding.quantize_int4, group=group), ActivationScheme("int8", group), group)
+        for group, name in groups
+    }
+    return {
+        "int8": Method(rounding.quantize_int8),
+        "int8-g32": Method(partial(rounding.quantize_int8, group=32), group=32),
+        "w8a8": Method(rounding.quantize_int8, INT8_PER_GROUP),
+        **int4,
+        **w4a8,
+        "fp8": Method(rounding.quantize_fp8),
+        "fp8-block": Method(partial(rounding.quantize_fp8, block=True), FP8_PER_GROUP, 128),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """What is done to a checkpoint's weights while they are loaded.
+
+    Arguments:
+        method: ``none``, or one of :func:`methods`. Routers, norms, gates and exits stay as they are.
+        lm_head: whether the LM head and the embedding become int8 as well.
+
+    Raises:
+        ValueError: for an unknown method.
+    """
+
+    method: str = NONE
+    lm_head: bool = True
+
+    def __post_init__(self) -> None:
+        if self.method != NONE and self.method not in methods():
+            raise ValueError(f"quantization must be {NONE}, {', '.join(methods())}, not {self.method!r}")
+
+    @property
+    def layers(self) -> Method | None:
+        """What becomes of projections, experts and dense FFNs."""
+        return methods().get(self.method)
+
+    @property
+    def head(self) -> Method | None:
+        """What becomes of the LM head and the embedding."""
+        return methods()["int8"] if self.method != NONE and self.lm_head else None
+
+    def __str__(self) -> str:
+        """For certificates: equal texts mean equal weights, of one and the same checkpoint."""
+        return self.method + (", LM head and embedding int8" if self.head else "")

@@ -1,0 +1,68 @@
+"""Reading the rotary embedding out of a ``config.json``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..checkpoint.config_reader import ConfigReader
+from ..checkpoint.weights import CheckpointError
+from .rope import ROPE_TYPES, RopeSpec, yarn_attention_factor
+
+ROPE_KEYS = frozenset(
+    {
+        *("rope_type", "type", "rope_theta", "factor", "partial_rotary_factor", "original_max_position_embeddings"),
+        *("attention_factor", "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim", "finetuned"),
+        *("low_freq_factor", "high_freq_factor"),
+    }
+)
+
+
+def rope_spec(config: ConfigReader, head_dim: int, max_position: int, default_theta: float) -> RopeSpec:
+    """How a model rotates, from the keys of transformers 5 (``rope_parameters``) or the older ones.
+
+    Arguments:
+        head_dim: channels of one head.
+        max_position: the model's longest context.
+        default_theta: the family's ``rope_theta``.
+
+    Raises:
+        ValueError: for a kind of scaling, or a key of it, that is not supported; the message names it.
+    """
+    values = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
+        raise config.error("rope_parameters", values, "one set of values for all layers")
+    rope = ConfigReader(values, "config.json: rope_parameters")
+    unknown = sorted(key for key, value in values.items() if key not in ROPE_KEYS and value is not None)
+    if unknown:
+        raise CheckpointError(f"config.json: rope_parameters has {unknown[0]}={values[unknown[0]]}: not supported")
+    rope.refuse_unread()
+    kinds = {kind: kind for kind in ROPE_TYPES}
+    kind = rope.choice("rope_type" if "rope_type" in values else "type", kinds, "default")
+    theta = rope.number("rope_theta", config.number("rope_theta", default_theta))
+    original = config.integer(
+        "original_max_position_embeddings", rope.integer("original_max_position_embeddings", max_position)
+    )
+    scaled = {
+        "default": lambda: {},
+        "dynamic": lambda: {},
+        "linear": lambda: {"factor": rope.number("factor")},
+        "llama3": lambda: {
+            "factor": rope.number("factor"),
+            "low_freq_factor": rope.number("low_freq_factor"),
+            "high_freq_factor": rope.number("high_freq_factor"),
+        },
+        "yarn": lambda: _yarn_values(rope, max_position / max(original, 1)),
+    }[kind]()
+    return RopeSpec(head_dim=head_dim, theta=theta, rope_type=kind, original_max_position=original, **scaled)
+
+
+def _yarn_values(rope: ConfigReader, default_factor: float) -> dict[str, Any]:
+    factor = rope.number("factor", default_factor)
+    recommended = yarn_attention_factor(factor, rope.number("mscale", 0.0), rope.number("mscale_all_dim", 0.0))
+    return {
+        "factor": factor,
+        "attention_factor": rope.number("attention_factor", recommended),
+        "beta_fast": rope.number("beta_fast", 32.0) or 32.0,
+        "beta_slow": rope.number("beta_slow", 1.0) or 1.0,
+        "truncate": rope.flag("truncate", True),
+    }

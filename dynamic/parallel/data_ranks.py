@@ -1,0 +1,142 @@
+"""Where sequences live: each in one home, the ranks of one tensor group, which alone run its rows and hold its pages.
+
+A cache lies in homes of equal runs of pages, so that a slot says whose row it is. Between segments all ranks of a stage
+have all rows; within a segment a home has its own.
+
+Shape suffixes as in ``kernels/api/types.py``; W some of a batch's rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ...kernels.api.types import AttentionBatch, KVLayer, KVLayers
+from .context import ParallelContext
+
+
+class SharedCache(KVLayers):
+    """One rank's share of a cache that all ranks know by its number.
+
+    Arguments:
+        home_pages: pages of a home.
+        home: of this rank; homes beyond those that the cache has hold nothing.
+    """
+
+    def __init__(self, layers: Iterable[KVLayer], number: int, home_pages: int, home: int) -> None:
+        super().__init__(layers)
+        self.number, self.home_pages, self.home = number, home_pages, home
+
+    @property
+    def home_slots(self) -> int:
+        """Slots of a home."""
+        return self.home_pages * self[0].page_size
+
+    @property
+    def first_page(self) -> int:
+        """Of this rank's home."""
+        return self.home * self.home_pages
+
+    @property
+    def first_slot(self) -> int:
+        """Of this rank's home."""
+        return self.home * self.home_slots
+
+    def own_copies(self, copies: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Those copies of pages, (from, to), that are within this home, by its own page numbers."""
+        first = self.first_page
+        return [(s - first, t - first) for s, t in copies if s // self.home_pages == self.home]
+
+    def own_rows(self, batch: AttentionBatch) -> tuple[torch.Tensor, AttentionBatch]:
+        """The numbers of the rows that live here, int64, and a batch that writes them to this home's slots.
+
+        Arguments:
+            batch: of which positions and slots are read; on the host.
+        """
+        own_W = (batch.slots_T // self.home_slots == self.home).nonzero()[:, 0]
+        slots_W = batch.slots_T[own_W] - self.first_slot
+        return own_W, replace(batch, positions_T=batch.positions_T[own_W], slots_T=slots_W)
+
+
+def cache_of(kv: Sequence[KVLayer]) -> SharedCache:
+    """A cache as :meth:`ParallelDecoder.allocate_cache` made it."""
+    assert isinstance(kv, SharedCache), "other ranks do not have this cache"
+    return kv
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """How the rows of a batch lie in homes.
+
+    Arguments:
+        rows: by home, their numbers in the batch, int64, rising.
+        own: the batch of those of this rank's home, by its own pages and slots; None where there are none.
+    """
+
+    rows: list[torch.Tensor]
+    own: AttentionBatch | None
+
+    @property
+    def counts(self) -> list[int]:
+        """Rows by home."""
+        return [len(rows_W) for rows_W in self.rows]
+
+
+def spread(batch: AttentionBatch, cache: SharedCache, homes: int) -> Spread:
+    """Find the homes of a batch's rows.
+
+    Arguments:
+        batch: on the host.
+    """
+    home_T = batch.slots_T // cache.home_slots
+    rows = [(home_T == home).nonzero()[:, 0] for home in range(homes)]
+    own_W = rows[cache.home]
+    if not len(own_W):
+        return Spread(rows=rows, own=None)
+    starts_S1 = batch.query_start_S1.long()
+    here_S = (home_T[starts_S1[:-1]] == cache.home).nonzero()[:, 0]
+    counts_S, context_len_S = starts_S1.diff()[here_S], batch.context_len_S[here_S]
+    own = AttentionBatch(
+        positions_T=batch.positions_T[own_W],
+        slots_T=batch.slots_T[own_W] - cache.first_slot,
+        query_start_S1=torch.cat((torch.zeros(1, dtype=torch.int64), counts_S.cumsum(0))).int(),
+        context_len_S=context_len_S,
+        block_table_SM=(batch.block_table_SM[here_S] - cache.first_page).clamp_(min=0),  # behind the context are zeros
+        max_query_len=int(counts_S.max()),
+        max_context_len=int(context_len_S.max()),
+    )
+    return Spread(rows=rows, own=own)
+
+
+def on_device(batch: AttentionBatch, device: torch.device) -> AttentionBatch:
+    """A batch whose tensors are on a device."""
+    tensors = {name: value.to(device) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    return replace(batch, **tensors)
+
+
+def share_rows(
+    context: ParallelContext, own_WY: torch.Tensor, executed_X: torch.Tensor, spread: Spread
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make all rows whole on all ranks of a stage.
+
+    Arguments:
+        own_WY: what there is of the rows of this rank's home, float32.
+        executed_X: int64, slots of these rows by the rank that ran them.
+
+    Returns: the same of all rows, and of all homes.
+    """
+    counts, width, extra = spread.counts, own_WY.shape[1], len(executed_X)
+    packet = own_WY.flatten()
+    if len(own_WY):
+        packet = torch.cat((packet, executed_X.int().view(torch.float32)))
+    sizes = [count * width + extra if count else 0 for count in counts]
+    sent = [len(packet)] * len(sizes)
+    found, work = context.swap(packet.repeat(len(sizes)), sent, sizes, context.homes_group, "rows")
+    context.finish(work)
+    parts = [part.tensor_split([len(part) - extra]) for part in found.split(sizes) if len(part)]
+    rows_TY = torch.empty(sum(counts), width, device=own_WY.device)
+    order_T = torch.cat(spread.rows).to(own_WY.device)
+    rows_TY[order_T] = torch.cat([rows.view(-1, width) for rows, _ in parts])
+    return rows_TY, torch.stack([executed.view(torch.int32) for _, executed in parts]).sum(0)

@@ -1,0 +1,87 @@
+"""How much work each expert gets, and which rank of the expert axis gets which experts.
+
+Shape suffixes as in ``kernels/api/types.py``; N layers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ...kernels.api.types import Routing
+from ..model.spec import ModelSpec
+
+_FORMAT = 1
+
+
+class ExpertLoad:
+    """Counts the rows that chose each expert, by layer.
+
+    Arguments:
+        spec: the model.
+        device: that routings are on; nothing waits for it until the counts are read.
+    """
+
+    def __init__(self, spec: ModelSpec, device: torch.device | str) -> None:
+        experts = max((layer.moe.num_experts for layer in spec.layers if layer.moe), default=0)
+        self.rows_NE = torch.zeros(spec.num_layers, experts, dtype=torch.int64, device=device)
+
+    def observe(self, layer: int, routing: Routing) -> None:
+        """Count the slots of a routing, without those that a budget left empty."""
+        ids_TK = routing.expert_ids_TK
+        used_TK = torch.ones_like(ids_TK, dtype=torch.int64)
+        if routing.counts_T is not None:
+            used_TK = (torch.arange(ids_TK.shape[1], device=ids_TK.device) < routing.counts_T[:, None]).long()
+        self.rows_NE[layer].scatter_add_(0, ids_TK.flatten().long(), used_TK.flatten())
+
+
+def write_load(rows_NE: torch.Tensor, spec: ModelSpec, file: Path) -> None:
+    """Keep what :class:`ExpertLoad` counted, for a later start."""
+    counts = [rows_E[: moe.num_experts].tolist() for rows_E, moe in _mixtures(rows_NE, spec)]
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps({"format": _FORMAT, "family": spec.family, "rows_by_expert": counts}) + "\n")
+    partial.rename(file)
+
+
+def read_placement(file: Path, spec: ModelSpec, parts: int) -> dict[int, list[list[int]]]:
+    """By layer, the experts of each rank: as even as the measured load and an equal number of experts allow.
+
+    Arguments:
+        file: of :func:`write_load`.
+        parts: ranks of the expert axis.
+
+    Raises:
+        ValueError: naming the file, when it cannot be read or is of another model.
+    """
+    try:
+        record = json.loads(file.read_text())
+        counts = [[int(rows) for rows in layer] for layer in record["rows_by_expert"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"parallel.placement={file} cannot be read: {error}") from error
+    mixtures = [(number, layer.moe.num_experts) for number, layer in enumerate(spec.layers) if layer.moe]
+    if record.get("format") != _FORMAT or [len(layer) for layer in counts] != [experts for _, experts in mixtures]:
+        raise ValueError(f"parallel.placement={file} was not made by this model: its mixtures are others")
+    return {number: spread(rows, parts) for (number, _), rows in zip(mixtures, counts, strict=True)}
+
+
+def spread(rows: Sequence[int], parts: int) -> list[list[int]]:
+    """Experts in ``parts`` groups whose sizes differ by one at most: the most loaded first, each to the group with the
+    least load that still has room."""
+    size, larger = divmod(len(rows), parts)
+    room = [size + (part < larger) for part in range(parts)]
+    groups: list[list[int]] = [[] for _ in range(parts)]
+    load = [0] * parts
+    for expert in sorted(range(len(rows)), key=lambda e: (-rows[e], e)):
+        part = min((p for p in range(parts) if len(groups[p]) < room[p]), key=lambda p: (load[p], p))
+        groups[part].append(expert)
+        load[part] += rows[expert]
+    return [sorted(group) for group in groups]
+
+
+def _mixtures(rows_NE: torch.Tensor, spec: ModelSpec):
+    for rows_E, layer in zip(rows_NE, spec.layers, strict=True):
+        if layer.moe:
+            yield rows_E, layer.moe

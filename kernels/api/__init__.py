@@ -1,0 +1,1 @@
+"""What all backends share: types, weight formats, router rules, tolerances."""

@@ -1,0 +1,158 @@
+"""A model's layers and exits as one thing that a backend may run at once, instead of operation by operation.
+
+Shape suffixes as in ``types.py``; N exits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+
+from .router_spec import RouterSpec
+from .types import AttentionBatch, ExpertBudget, ExpertWeights, KVLayer, KVProjection, LinearWeights, ProbeWeights
+
+if TYPE_CHECKING:
+    from ..cpu.shared_memory import CpuSharedGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackShape:
+    """What all layers have in common.
+
+    Arguments:
+        norm_per_head: norms of queries and keys, where there are any, go over each head, not over the full width.
+        residual_scale: factor on what a block adds to the residual stream.
+        attention_scale: factor on the scores.
+    """
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_per_head: bool
+    norm_eps: float
+    residual_scale: float
+    attention_scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackLayer:
+    """One layer: norm, attention, norm, experts.
+
+    Arguments:
+        qkv: queries, keys and values in one projection.
+        router, rule: how experts are chosen; None where each has weight 1.
+        contribution_scale_E: what a budget ranks experts by, see :func:`.budget_reference.limit_experts`.
+        window: how many positions a row sees, its own included; None sees all.
+    """
+
+    attention_norm_D: torch.Tensor
+    qkv: LinearWeights
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    o: LinearWeights
+    ffn_norm_D: torch.Tensor
+    router: LinearWeights | None
+    rule: RouterSpec | None
+    ffn: ExpertWeights
+    window: int | None
+    contribution_scale_E: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackExit:
+    """An exit between two layers.
+
+    Arguments:
+        down, up: factors of the read-out adapter.
+        probe: None where no row can leave.
+        projections: keys and values of the layers behind it.
+    """
+
+    after_layers: int
+    down: LinearWeights
+    up: LinearWeights
+    probe: ProbeWeights | None
+    projections: Sequence[KVProjection]
+
+
+class StackResult(NamedTuple):
+    """What became of the rows of a step.
+
+    Arguments:
+        out_TD: float32, what each row hands to the LM head; the tensor that came in if no row left.
+        counts: int64, one after the other what the properties below show. The next call may overwrite it.
+    """
+
+    out_TD: torch.Tensor
+    counts: torch.Tensor
+
+    @property
+    def depths_T(self) -> torch.Tensor:
+        """Layers that ran for each row."""
+        return self.counts[: len(self.out_TD)]
+
+    @property
+    def decisions_N2(self) -> torch.Tensor:
+        """Rows with a finite threshold that reached each exit, and how many of them went on."""
+        launched = (len(self.counts) - len(self.out_TD) - 1) // 3 + 1
+        return self.counts[len(self.out_TD) : -launched].view(-1, 2)
+
+    @property
+    def launched_S(self) -> torch.Tensor:
+        """Rows that were launched through each segment between exits."""
+        return self.counts[len(self.out_TD) + 2 * len(self.decisions_N2) :]
+
+
+class Stack(Protocol):
+    """Layers and exits in a backend's hands. Results are bitwise those of its single operations."""
+
+    def share(self, group: CpuSharedGroup) -> None:
+        """Heads and neurons are parts of those that some processes have together: attention's and the experts' results
+        are added up among them. Layers without exits only."""
+        ...
+
+    def run(
+        self,
+        layers: range,
+        x_TD: torch.Tensor,
+        kv: Sequence[KVLayer],
+        cos_sin_LC: torch.Tensor,
+        batch: AttentionBatch,
+        router_entropy_T: torch.Tensor | None = None,
+        budget: ExpertBudget | None = None,
+    ) -> torch.Tensor:
+        """Run layers that follow one another.
+
+        Arguments:
+            x_TD: the residual stream, float32; it may be overwritten.
+            kv: the cache of every layer of the model.
+            router_entropy_T: float32; if given, takes the mean entropy of these layers' routers, in nats.
+            budget: how many experts the rows may use; None is all that the router chose.
+
+        Returns: the residual stream behind them.
+        """
+        ...
+
+    def run_with_exits(
+        self,
+        x_TD: torch.Tensor,
+        kv: Sequence[KVLayer],
+        cos_sin_LC: torch.Tensor,
+        batch: AttentionBatch,
+        thresholds_NT: torch.Tensor,
+        budget: ExpertBudget | None = None,
+    ) -> StackResult:
+        """Run all layers; rows leave where their probe's logit reaches their threshold.
+
+        The keys and values that a row owes to the layers behind its exit are made of its state there before any row
+        goes on; see :meth:`TorchBackend.project_kv`.
+
+        Arguments:
+            thresholds_NT: float32; +inf keeps a row, -inf makes it leave.
+            Others as for :meth:`run`. A sequence of several rows stays or leaves as a whole.
+        """
+        ...

@@ -1,0 +1,1 @@
+"""The backend made of our own C++ kernels."""

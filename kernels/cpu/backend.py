@@ -1,0 +1,385 @@
+"""The backend made of our own C++ kernels (``kernels/cpu``): packed weights, fused experts, paged attention.
+
+A row's result is bitwise the same whatever other rows are computed with it, and however a prompt is cut into chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..api.router_spec import SCORES, RouterSpec
+from ..api.stack import Stack, StackExit, StackLayer, StackShape
+from ..api.types import (
+    AttentionBatch,
+    ExitDecision,
+    ExpertWeights,
+    KVLayer,
+    KVProjection,
+    LinearWeights,
+    ProbeWeights,
+    Routing,
+)
+from ..reference.router import check_route_arguments
+from . import build as cpu_build
+from .layout import ACTIVATIONS, BLOCK, count_bytes, join_gate_up_bias, padded
+from .quantized import CpuQuantExperts, CpuQuantLinear, CpuQuantPacking, layout_of, skipped_outputs
+from .stack import CpuStack
+
+ISAS = ("auto", "avx512bf16", "avx512vnni", "avx512", "avx2", "portable")
+
+
+@dataclass(frozen=True)
+class _Linear:
+    packed: torch.Tensor
+    bias: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class _Experts:
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    gate_up_bias: torch.Tensor | None
+    down_bias: torch.Tensor | None
+    down_bias_sum: torch.Tensor | None
+    shape: tuple[int, int, int, int, int]  # experts, hidden, width, dense down, activation
+
+
+class CpuBackend(CpuQuantPacking):
+    """Operations of a decoder on a CPU, float32 or bfloat16.
+
+    Arguments:
+        device: must be a CPU.
+        dtype: torch.float32 or torch.bfloat16, of weights and activations.
+        isa: instruction set, one of ``ISAS``; ``auto`` takes the best this processor has.
+
+    Raises:
+        ValueError: for a device, dtype or instruction set it cannot serve.
+        BuildError: the C++ kernels could not be built (see :mod:`cpu_build`).
+    """
+
+    name = "cpu"
+    copies_weights = True
+    kv_formats = ("auto", "int8")
+
+    def __init__(self, device: torch.device | str, dtype: torch.dtype, isa: str = "auto") -> None:
+        super().__init__(device, dtype)
+        if self.device.type != "cpu":
+            raise ValueError(f"the cpu backend cannot run on device {self.device}")
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"the cpu backend runs float32 and bfloat16, not {dtype}")
+        if isa not in ISAS:
+            raise ValueError(f"unknown instruction set {isa!r}; known: {', '.join(ISAS)}")
+        cpu_build.load(progress=True)
+        self._ops = torch.ops.dynamoe_cpu
+        self._isa: int = self._ops.find_isa(isa)
+        if self._isa < 0:
+            raise ValueError(f"this processor has no {isa}")
+        self.isa = ISAS[1 + self._isa]
+
+    def pack_linear(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> LinearWeights:
+        packed = self._ops.pack_linear(self._isa, self._source(weight_OI))
+        bias = None if bias_O is None else padded(bias_O.to(self.dtype), BLOCK)
+        out_features, in_features = weight_OI.shape
+        return LinearWeights(
+            out_features=out_features,
+            in_features=in_features,
+            dtype=self.dtype,
+            data=_Linear(packed, bias),
+            nbytes=count_bytes(packed, bias),
+        )
+
+    def linear_tail(self, weights: LinearWeights, start: int) -> LinearWeights:
+        if isinstance(weights.data, CpuQuantLinear):
+            tail = weights.data.tail(start)
+            return replace(weights, out_features=weights.out_features - start, data=tail, nbytes=0)
+        packed, bias, outputs = weights.data.packed, weights.data.bias, weights.out_features
+        if start % BLOCK:  # the outputs begin inside a block
+            rows = self.weight_rows(weights, torch.arange(start, outputs))
+            return self.pack_linear(rows, None if bias is None else bias[start:outputs])
+        words_per_block = packed.numel() // -(-outputs // BLOCK)
+        tail = _Linear(packed[start // BLOCK * words_per_block :], None if bias is None else bias[start:])
+        return replace(weights, out_features=outputs - start, data=tail, nbytes=0)
+
+    def linear(self, x_TI: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
+        if isinstance(weights.data, CpuQuantLinear):
+            return weights.data.run(x_TI)
+        return self._ops.linear.default(
+            self._isa, x_TI, weights.data.packed, weights.data.bias, weights.out_features, False
+        )
+
+    def logits_linear(self, x_TI: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
+        if isinstance(weights.data, CpuQuantLinear):
+            return weights.data.run(x_TI, float_out=True)
+        return self._ops.linear.default(
+            self._isa, x_TI, weights.data.packed, weights.data.bias, weights.out_features, True
+        )
+
+    def logits(
+        self, x_TD: torch.Tensor, norm_D: torch.Tensor, eps: float, weights: LinearWeights, divisor: float
+    ) -> torch.Tensor:
+        assert not skipped_outputs(weights), "an LM head is no tail of a layer"
+        data, layout = weights.data, layout_of(weights)
+        return self._ops.logits.default(
+            self._isa, x_TD, norm_D, eps, data.packed, data.bias, layout, weights.out_features, divisor
+        )
+
+    def embed(self, weights: LinearWeights, ids_T: torch.Tensor, scale: float) -> torch.Tensor:
+        skip = skipped_outputs(weights)
+        if skip:
+            ids_T = ids_T + skip
+        shape = (weights.out_features + skip, weights.in_features)
+        return self._ops.embed.default(
+            self._isa, weights.data.packed, layout_of(weights), ids_T, *shape, self.dtype, scale
+        )
+
+    def weight_rows(self, weights: LinearWeights, ids_T: torch.Tensor) -> torch.Tensor:
+        return self.embed(weights, ids_T, 1.0).to(self.dtype)
+
+    def pack_experts(
+        self,
+        gate_EFD: torch.Tensor,
+        up_EFD: torch.Tensor,
+        down_EDF: torch.Tensor,
+        activation: str,
+        gate_bias_EF: torch.Tensor | None = None,
+        up_bias_EF: torch.Tensor | None = None,
+        down_bias_ED: torch.Tensor | None = None,
+    ) -> ExpertWeights:
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
+        num_experts, expert_size, hidden_size = gate_EFD.shape
+        # Slices of one dense matrix are most often used all together, and are laid out for that.
+        dense_down = num_experts > 1 and down_EDF.stride(0) < down_EDF.stride(1)
+        sources = [self._source(t) for t in (gate_EFD, up_EFD, down_EDF)]
+        gate_up, down = self._ops.pack_experts(self._isa, *sources, dense_down)
+        gate_up_biases = join_gate_up_bias(gate_bias_EF, up_bias_EF, self.dtype)
+        down_bias = None if down_bias_ED is None else padded(down_bias_ED.to(self.dtype), BLOCK)
+        data = _Experts(
+            gate_up,
+            down,
+            gate_up_biases,
+            down_bias,
+            None if down_bias is None else down_bias.sum(0),
+            (num_experts, hidden_size, expert_size, int(dense_down), ACTIVATIONS.index(activation)),
+        )
+        return ExpertWeights(
+            num_experts=num_experts,
+            hidden_size=hidden_size,
+            expert_size=expert_size,
+            activation=activation,
+            dtype=self.dtype,
+            data=data,
+            nbytes=count_bytes(gate_up, down, gate_up_biases, down_bias),
+        )
+
+    def experts(self, x_TD: torch.Tensor, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
+        if routing.weight_on_input or routing.identity_weights_T is not None:
+            return self._unusual_experts(x_TD, weights, routing)
+        if isinstance(weights.data, CpuQuantExperts):
+            return weights.data.run(x_TD, routing)
+        w: _Experts = weights.data
+        return self._ops.experts.default(
+            self._isa,
+            x_TD,
+            w.gate_up,
+            w.down,
+            w.gate_up_bias,
+            w.down_bias,
+            w.shape,
+            routing.expert_ids_TK,
+            routing.weights_TK,
+            routing.counts_T,
+        )
+
+    def all_experts(self, x_TD: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
+        if isinstance(weights.data, CpuQuantExperts):
+            return weights.data.run(x_TD, None)
+        w: _Experts = weights.data
+        return self._ops.all_experts.default(
+            self._isa, x_TD, w.gate_up, w.down, w.gate_up_bias, w.down_bias_sum, w.shape
+        )
+
+    def _unusual_experts(self, x_TD: torch.Tensor, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
+        """Weights on the input, and rows that join the sum themselves, in terms of the plain operation."""
+        num_rows, top_k = routing.expert_ids_TK.shape
+        plain = replace(routing, weight_on_input=False, identity_weights_T=None)
+        if routing.weight_on_input:
+            # Every slot becomes a row of its own, for its input is its own.
+            scaled_XD = (x_TD[:, None] * routing.weights_TK[..., None]).to(x_TD.dtype).flatten(0, 1)
+            counts_X = None
+            if routing.counts_T is not None:
+                used_TK = torch.arange(top_k) < routing.counts_T[:, None]
+                counts_X = used_TK.flatten().int()
+            ids_X1 = routing.expert_ids_TK.reshape(-1, 1)
+            slots = Routing(expert_ids_TK=ids_X1, weights_TK=torch.ones(len(ids_X1), 1), counts_T=counts_X)
+            out_TD = self.experts(scaled_XD, weights, slots).float().view(num_rows, top_k, -1).sum(1)
+        else:
+            out_TD = self.experts(x_TD, weights, plain).float()
+        if routing.identity_weights_T is not None:
+            out_TD = out_TD + routing.identity_weights_T[:, None] * x_TD.float()
+        return out_TD.to(x_TD.dtype)
+
+    def route(
+        self,
+        logits_TE: torch.Tensor,
+        spec: RouterSpec,
+        *,
+        selection_bias_E: torch.Tensor | None = None,
+        expert_scale_E: torch.Tensor | None = None,
+        forced_ids_TK: torch.Tensor | None = None,
+    ) -> Routing:
+        if not spec.is_plain:
+            self._fall_back("this routing rule")
+            return super().route(
+                logits_TE,
+                spec,
+                selection_bias_E=selection_bias_E,
+                expert_scale_E=expert_scale_E,
+                forced_ids_TK=forced_ids_TK,
+            )
+        check_route_arguments(logits_TE, spec, selection_bias_E, expert_scale_E, forced_ids_TK)
+        ids_TK, weights_TK = self._ops.route.default(
+            self._isa,
+            logits_TE,
+            spec.top_k,
+            SCORES.index(spec.score),
+            spec.softmax_after_topk,
+            spec.renormalize,
+            spec.scale,
+        )
+        return Routing(expert_ids_TK=ids_TK, weights_TK=weights_TK)
+
+    def limit_experts(
+        self, routing: Routing, scale_E: torch.Tensor | None, keep_T: torch.Tensor, cap_T: torch.Tensor
+    ) -> Routing:
+        ids_TK, weights_TK, counts_T = self._ops.limit_experts.default(
+            self._isa, routing.expert_ids_TK, routing.weights_TK, routing.counts_T, scale_E, keep_T, cap_T
+        )
+        return replace(routing, expert_ids_TK=ids_TK, weights_TK=weights_TK, counts_T=counts_T)
+
+    def rms_norm(self, x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+        return self._ops.rms_norm.default(self._isa, x_TD, weight_D, eps)
+
+    def add_rms_norm(
+        self, x_TD: torch.Tensor, residual_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, scale: float = 1.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._ops.add_rms_norm.default(self._isa, x_TD, residual_TD, weight_D, eps, scale), residual_TD
+
+    def rope_and_write(
+        self,
+        q_THC: torch.Tensor,
+        k_TGC: torch.Tensor,
+        v_TGC: torch.Tensor,
+        cos_sin_LC: torch.Tensor,
+        batch: AttentionBatch,
+        layer: KVLayer,
+    ) -> torch.Tensor:
+        return self._ops.rope_and_write.default(
+            self._isa,
+            q_THC,
+            k_TGC,
+            v_TGC,
+            cos_sin_LC,
+            batch.positions_T,
+            batch.slots_T,
+            layer.keys_BGPC,
+            layer.values_BGPC,
+        )
+
+    def attention(
+        self,
+        q_THC: torch.Tensor,
+        layer: KVLayer,
+        batch: AttentionBatch,
+        *,
+        scale: float,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        return self._ops.attention.default(
+            self._isa,
+            q_THC,
+            layer.keys_BGPC,
+            layer.values_BGPC,
+            batch.positions_T,
+            batch.query_start_S1,
+            batch.context_len_S,
+            batch.block_table_SM,
+            scale,
+            window or 0,
+        )
+
+    def exit_decide(
+        self,
+        x_TD: torch.Tensor,
+        probe: ProbeWeights,
+        thresholds_T: torch.Tensor,
+        previous_TD: torch.Tensor | None = None,
+        router_entropy_T: torch.Tensor | None = None,
+    ) -> ExitDecision:
+        logits_T, order_T, num_staying = self._ops.exit_decide.default(
+            self._isa,
+            x_TD,
+            previous_TD if probe.previous else None,
+            router_entropy_T if probe.router_entropy else None,
+            probe.weight_JX,
+            probe.bias_J,
+            probe.out_J,
+            probe.out_bias,
+            thresholds_T,
+        )
+        return ExitDecision(logits_T=logits_T, order_T=order_T, num_staying=num_staying)
+
+    def router_entropy(self, logits: Sequence[torch.Tensor]) -> torch.Tensor:
+        return self._ops.router_entropy.default(self._isa, logits)
+
+    def project_kv(
+        self,
+        x_TD: torch.Tensor,
+        projections: Sequence[KVProjection],
+        layers: Sequence[KVLayer],
+        cos_sin_LC: torch.Tensor,
+        batch: AttentionBatch,
+        *,
+        norm_eps: float,
+        clip: float | None = None,
+    ) -> None:
+        if any(isinstance(p.kv.data, CpuQuantLinear) for p in projections):
+            return super().project_kv(x_TD, projections, layers, cos_sin_LC, batch, norm_eps=norm_eps, clip=clip)
+        linears = [p.kv.data for p in projections]
+        self._ops.project_kv.default(
+            self._isa,
+            x_TD,
+            [p.norm_D for p in projections],
+            [linear.packed for linear in linears],
+            [linear.bias for linear in linears if linear.bias is not None],
+            [p.k_norm for p in projections if p.k_norm is not None],
+            [layer.keys_BGPC for layer in layers],
+            [layer.values_BGPC for layer in layers],
+            cos_sin_LC,
+            batch.positions_T,
+            batch.slots_T,
+            norm_eps,
+            clip or 0.0,
+        )
+
+    def make_stack(self, shape: StackShape, layers: Sequence[StackLayer], exits: Sequence[StackExit]) -> Stack | None:
+        if any(layer.rule is not None and not layer.rule.is_plain for layer in layers):
+            return None
+        # Keys and values that begin inside a block of quantised weights come with outputs that are not theirs.
+        pairs = [projection.kv.data for exit in exits for projection in exit.projections]
+        if any(isinstance(pair, CpuQuantLinear) and pair.skip for pair in pairs):
+            return None
+        return CpuStack(self, shape, layers, exits)
+
+    @property
+    def isa_number(self) -> int:
+        """How the kernels call the instruction set."""
+        return self._isa
+
+    def _source(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight in this backend's dtype; its rows must be contiguous."""
+        weight = weight.to(self.device, self.dtype)
+        return weight if weight.stride(-1) == 1 or weight.shape[-1] == 1 else weight.contiguous()

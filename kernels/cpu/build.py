@@ -1,0 +1,142 @@
+"""Build and load the C++ kernels: once per source, compiler and torch version, kept in the user's cache."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+SOURCES = Path(__file__).parent / "csrc"
+_FLAGS = (
+    "-O3",
+    "-std=c++20",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
+)
+
+
+class BuildError(RuntimeError):
+    """The kernels could not be built or loaded; the message says why."""
+
+
+def cache_directory() -> Path:
+    """Where built kernels lie: ``$XDG_CACHE_HOME/dynamoe/kernels`` or ``~/.cache/dynamoe/kernels``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynamoe" / "kernels"
+
+
+def _compiler() -> tuple[str, str]:
+    name = os.environ.get("CXX") or "g++"
+    path = shutil.which(name)
+    if path is None:
+        raise BuildError(f"no C++ compiler: {name!r} is not on the path")
+    if shutil.which("ninja") is None and not (Path(sys.executable).parent / "ninja").exists():
+        raise BuildError("ninja is not installed")
+    try:
+        version = subprocess.run([path, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BuildError(f"the C++ compiler {path} does not run: {error}") from error
+    return path, version.splitlines()[0]
+
+
+def _source_files() -> list[Path]:
+    return sorted(p for p in SOURCES.rglob("*") if p.suffix in (".cpp", ".h"))
+
+
+def _build_name(compiler: str) -> str:
+    digest = hashlib.sha256()
+    for text in (torch.__version__, str(torch.compiled_with_cxx11_abi()), compiler, sys.version, *_FLAGS):
+        digest.update(text.encode() + b"\0")
+    for path in _source_files():
+        digest.update(str(path.relative_to(SOURCES)).encode() + b"\0" + path.read_bytes())
+    return f"dynamoe_cpu_{digest.hexdigest()[:16]}"
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    # The kernel releases this lock when its holder dies, unlike the lock file of torch's own loader.
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def build(progress: bool = False) -> Path:
+    """The shared library with the kernels, compiled now unless it already was.
+
+    Arguments:
+        progress: say on standard error that a build is going on.
+
+    Raises:
+        BuildError: no compiler, or it failed; carries the end of its output.
+    """
+    path, version = _compiler()
+    name = _build_name(version)
+    directory = cache_directory() / name
+    library = directory / f"{name}.so"
+    if library.exists():
+        return library
+    directory.mkdir(parents=True, exist_ok=True)
+    with _locked(directory / "build.lock"):
+        if library.exists():
+            return library
+        if progress:
+            print(f"compiling the CPU kernels with {version} (about a minute, once)", file=sys.stderr, flush=True)
+        _compile(path, name, directory)
+    return library
+
+
+def _compile(compiler: str, name: str, directory: Path) -> None:
+    from torch.utils import cpp_extension  # slow to import, and only needed here
+
+    work = directory / "work"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    previous = {key: os.environ.get(key) for key in ("CXX", "PATH")}
+    os.environ["CXX"] = compiler
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    try:
+        cpp_extension.load(
+            name=name,
+            sources=[str(p) for p in _source_files() if p.suffix == ".cpp"],
+            extra_cflags=list(_FLAGS),
+            extra_ldflags=["-fopenmp"],
+            extra_include_paths=[str(SOURCES)],
+            build_directory=str(work),
+            is_python_module=False,
+        )
+    except (RuntimeError, OSError) as error:
+        raise BuildError(f"compiling the CPU kernels failed: {str(error)[-4000:]}") from error
+    finally:
+        for key, value in previous.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
+    os.replace(work / f"{name}.so", directory / f"{name}.so")
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def load(progress: bool = False) -> None:
+    """Make ``torch.ops.dynamoe_cpu`` available, building it first if need be.
+
+    Raises:
+        BuildError: it could not be built or loaded.
+    """
+    if hasattr(torch.ops.dynamoe_cpu, "find_isa"):
+        return
+    library = build(progress)
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        raise BuildError(f"loading {library} failed: {error}") from error

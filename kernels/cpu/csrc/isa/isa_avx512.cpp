@@ -1,0 +1,30 @@
+// AVX-512 without the dot products (Skylake-X): bf16 is widened to fp32 on the way.
+#include "isa/isa_begin.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq")))
+
+namespace dynamoe_cpu {
+namespace {
+
+constexpr int kTileRows = 12;
+constexpr int kPassVectors = 2;
+constexpr bool kPairs = false;
+constexpr int kCodesAhead = 4096;
+
+#include "isa/simd_avx512.h"
+#include "isa/row_kernels.h"
+#include "ops/kv_codes.h"
+#include "isa/tile_kernels.h"
+#include "isa/fp8_avx512.h"
+#include "quant/quant_rows.h"
+#include "quant/quant_plain.h"
+
+}  // namespace
+
+KERNEL_TABLE(kAvx512Kernels, "avx512", 8, run_float<2>, kPlainQuant, nullptr);
+
+}  // namespace dynamoe_cpu
+#endif

@@ -1,0 +1,380 @@
+// Causal grouped-query attention over a paged cache, for decoding and prefill alike.
+//
+// A task takes some rows of a sequence and some key/value heads with the query heads that share them. Keys come in
+// blocks of 64 at absolute positions, blocks in stretches of 256; a row goes through an online softmax within a
+// stretch, and stretches are joined in rising order. Both orders are fixed by the row's position alone, so one row at a
+// time, chunks of a prompt, and a long context shared out among threads all give the same bits. See Dao et al. 2022 and
+// 2023.
+//
+// With few rows the cost is reading the cache. The heads of a page lie side by side, so a block goes through all heads
+// of the task before the next block: the reads then run on in a few streams that the hardware can foresee.
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "isa/key_block.h"
+#include "ops/operators.h"
+#include "ops/parallel.h"
+
+namespace dynamoe_cpu {
+
+namespace {
+
+constexpr int64_t kStretch = 4 * kKeyBlock;
+constexpr int64_t kQueryRows = 48;  // rows × query heads of a task
+
+struct Task {
+  int64_t sequence, first_head, heads, first_row, rows;  // key/value heads
+};
+
+// Sizes and addresses that all tasks share.
+struct Plan {
+  const Kernels& kernels;
+  const AttentionCall& call;
+  Dtype dtype;  // of the score product: fp32 unless queries and keys are both bf16
+  const Gemm& score_gemm;
+  int64_t group, cells, pieces;  // query heads per key head; cells and 32-channel pieces of a head
+
+  Plan(const Kernels& kernels, const AttentionCall& call, Dtype dtype)
+      : kernels(kernels),
+        call(call),
+        dtype(dtype),
+        score_gemm(kernels.gemm[static_cast<int>(dtype)]),
+        group(call.heads / call.kv_heads),
+        cells(ceil_div(call.channels, score_gemm.inputs_per_cell)),
+        pieces(ceil_div(call.channels, kBlockOutputs)) {}
+
+  bool scores_directly() const {
+    return kernels.score_keys && dtype == Dtype::bf16 && call.channels % (16 * score_gemm.inputs_per_cell) == 0;
+  }
+  int64_t first_visible(int64_t position) const {
+    return call.window ? std::max<int64_t>(0, position - call.window + 1) : 0;
+  }
+  int64_t first_key(const Task& task) const { return first_visible(call.positions[task.first_row]); }
+  int64_t end_key(const Task& task) const { return call.positions[task.first_row + task.rows - 1] + 1; }
+  // What a task reads first.
+  void first_rows(const Task& task, KeyRows& rows) const {
+    KeyBlock block;
+    block.locate(call, task.sequence, first_key(task) / kKeyBlock * kKeyBlock, first_key(task), end_key(task));
+    block.rows_of(call, task.first_head, rows);
+  }
+  int64_t panel_bytes(int64_t queries) const {
+    return queries * (cells * score_gemm.panel_cell_bytes +
+                      (dtype != call.q.dtype ? call.channels * static_cast<int64_t>(sizeof(float)) : 0));
+  }
+  int64_t state_floats(int64_t queries) const { return queries * (2 + pieces * kBlockOutputs); }
+};
+
+// What a task has gathered of some stretch: per tile of queries, the states (max, sum), then the accumulators
+// [piece][query][32].
+struct Partial {
+  float* data;
+  int64_t pieces;
+  float* state(int64_t query) const { return data + query * 2; }
+  float* accumulator(int64_t queries, const Tiles& tiles, int64_t tile) const {
+    return data + queries * 2 + tiles.start(tile) * pieces * kBlockOutputs;
+  }
+};
+
+void clear(const Partial& partial, int64_t queries) {
+  std::memset(partial.data, 0, queries * (2 + partial.pieces * kBlockOutputs) * sizeof(float));
+  for (int64_t q = 0; q < queries; ++q) partial.state(q)[0] = -std::numeric_limits<float>::infinity();
+}
+
+class Attend {
+ public:
+  // `panel` has room for panel_bytes().
+  Attend(const Plan& plan, const Task& task, int64_t kv_head, char* panel)
+      : plan_(plan),
+        task_(task),
+        kv_head_(kv_head),
+        panel_(panel),
+        queries_(task.rows * plan.group),
+        tiles_(queries_, plan.score_gemm.tile_rows),
+        positions_(plan.call.positions + task.first_row) {
+    const AttentionCall& call = plan.call;
+    const int64_t query_bytes = plan.cells * plan.score_gemm.panel_cell_bytes;
+    const bool widen = plan.dtype != call.q.dtype;
+    float* wide = reinterpret_cast<float*>(panel + queries_ * query_bytes);
+    for (int64_t t = 0; t < tiles_.count; ++t) {
+      const void* rows[kMaxTileRows];
+      for (int r = 0; r < tiles_.size(t); ++r) {
+        const int64_t query = tiles_.start(t) + r;
+        const int64_t element = (kv_head * plan.group + query % plan.group) * call.channels;
+        rows[r] = static_cast<const char*>(call.q.at(task.first_row + query / plan.group)) +
+                  element * element_bytes(call.q.dtype);
+        if (!widen) continue;
+        float* row = wide + query * call.channels;
+        plan.kernels.widen(static_cast<const uint16_t*>(rows[r]), row, static_cast<int>(call.channels));
+        rows[r] = row;
+      }
+      plan.score_gemm.pack(panel + tiles_.start(t) * query_bytes, rows, tiles_.size(t),
+                           static_cast<int>(call.channels));
+    }
+    keys_ = scratch(Buffer::keys).get<uint32_t>(2 * plan.cells * kBlockOutputs + 2 * kKeyBlock * call.channels);
+    scores_ = scratch(Buffer::scores).get<float>(2 * kMaxTileRows * kKeyBlock);
+  }
+
+  int64_t queries() const { return queries_; }
+  const Tiles& tiles() const { return tiles_; }
+  int64_t first_key() const { return plan_.first_key(task_); }
+  int64_t end_key() const { return plan_.end_key(task_); }
+
+  // Takes the keys from position `first` on, as far as the rows may see them. `ahead` is what comes next, or null.
+  void take(int64_t first, KeyRows& rows, const Partial& partial, const KeyRows* ahead) {
+    const bool narrow = plan_.call.values.dtype == Dtype::int8;
+    const bool direct = plan_.scores_directly() && queries_ <= kScoredRows;
+    if (direct) {
+      if (!sees(first, 0)) return;
+      plan_.kernels.score_keys(static_cast<int>(queries_), rows.keys(), static_cast<int>(plan_.cells),
+                               reinterpret_cast<const uint32_t*>(panel_), scores_, ahead ? ahead->keys() : nullptr);
+    } else {
+      load(rows, ahead);
+      if (narrow && ahead) ask_for(ahead->values(), kKeyBlock);
+    }
+    for (int64_t t = 0; t < tiles_.count; ++t) {
+      if (!sees(first, t)) continue;
+      if (!direct) score(t);
+      weigh(first, rows, t, partial, t || narrow || !ahead ? nullptr : ahead->values());
+    }
+  }
+
+  void join(const Partial& partial, const Partial& later) {
+    for (int64_t t = 0; t < tiles_.count; ++t)
+      for (int r = 0; r < tiles_.size(t); ++r) {
+        const int64_t query = tiles_.start(t) + r;
+        if (later.state(query)[0] == -std::numeric_limits<float>::infinity()) continue;  // saw nothing of it
+        plan_.kernels.softmax_merge(partial.state(query), partial.accumulator(queries_, tiles_, t) + r * kBlockOutputs,
+                                    later.state(query), later.accumulator(queries_, tiles_, t) + r * kBlockOutputs,
+                                    static_cast<int>(plan_.pieces), tiles_.size(t) * kBlockOutputs);
+      }
+  }
+
+  void write(const Partial& partial) {
+    const AttentionCall& call = plan_.call;
+    float* row = scores_;
+    for (int64_t t = 0; t < tiles_.count; ++t)
+      for (int r = 0; r < tiles_.size(t); ++r) {
+        const int64_t query = tiles_.start(t) + r;
+        const float inverse = 1.0f / partial.state(query)[1];
+        const float* accumulator = partial.accumulator(queries_, tiles_, t) + r * kBlockOutputs;
+        const int64_t head =
+            (task_.first_row + query / plan_.group) * call.heads + kv_head_ * plan_.group + query % plan_.group;
+        char* out = static_cast<char*>(call.out) + head * call.channels * element_bytes(call.q.dtype);
+        for (int64_t piece = 0; piece < plan_.pieces; ++piece) {
+          const float* from = accumulator + piece * tiles_.size(t) * kBlockOutputs;
+          for (int c = 0; c < kBlockOutputs; ++c) row[c] = from[c] * inverse;
+          const int64_t width = std::min<int64_t>(kBlockOutputs, call.channels - piece * kBlockOutputs);
+          plan_.kernels.convert(row, out + piece * kBlockOutputs * element_bytes(call.q.dtype), static_cast<int>(width),
+                                call.q.dtype);
+        }
+      }
+  }
+
+ private:
+  // Keys of a block as weights of the score product, and its values as `weigh` wants them.
+  void load(KeyRows& block, const KeyRows* ahead) {
+    const AttentionCall& call = plan_.call;
+    const int channels = static_cast<int>(call.channels);
+    float* wide = reinterpret_cast<float*>(keys_ + 2 * plan_.cells * kBlockOutputs);
+    const bool coded = call.keys.dtype == Dtype::int8, widened = !coded && call.keys.dtype != plan_.dtype;
+    for (int i = 0; i < (coded ? 2 : widened ? 1 : 0) * kKeyBlock; ++i, wide += channels) {
+      if (coded) plan_.kernels.decode_head(block.rows[i], wide, channels);
+      else plan_.kernels.widen(static_cast<const uint16_t*>(block.rows[i]), wide, channels);
+      block.rows[i] = wide;
+    }
+    constexpr int kPart = 16;  // of the keys, so that few requests wait at a time
+    for (int i = 0; i < kKeyBlock; i += kPart) {
+      if (ahead) ask_for(ahead->keys() + i, kPart);
+      uint32_t* half = keys_ + i / kBlockOutputs * plan_.cells * kBlockOutputs;
+      plan_.kernels.transpose_cells(half + i % kBlockOutputs, kBlockOutputs, block.keys() + i, kPart,
+                                    channels * element_bytes(plan_.dtype));
+    }
+  }
+
+  // Inlined, because GCC drops calls of functions that only prefetch.
+  __attribute__((always_inline)) void ask_for(const void* const* rows, int count) const {
+    const int64_t bytes = plan_.call.channels * element_bytes(plan_.call.values.dtype);
+    for (int i = 0; i < count; ++i)
+      for (int64_t byte = 0; byte < bytes; byte += 64)
+        __builtin_prefetch(static_cast<const char*>(rows[i]) + byte, 0, 2);
+  }
+
+  // Whether a tile's rows see any of the 64 positions from `first` on.
+  bool sees(int64_t first, int64_t t) const {
+    const int64_t first_position = positions_[tiles_.start(t) / plan_.group];
+    const int64_t last_position = positions_[(tiles_.start(t + 1) - 1) / plan_.group];
+    return last_position >= first && plan_.first_visible(first_position) < first + kKeyBlock;
+  }
+
+  // Scores of a tile with the loaded keys, [half][query][32].
+  void score(int64_t t) {
+    const int size = tiles_.size(t), cells = static_cast<int>(plan_.cells);
+    const char* panel = panel_ + tiles_.start(t) * plan_.cells * plan_.score_gemm.panel_cell_bytes;
+    for (int half = 0; half < 2; ++half)
+      plan_.score_gemm.run(size, panel, keys_ + half * cells * kBlockOutputs, cells,
+                           scores_ + half * size * kBlockOutputs, false, {panel, 0});
+  }
+
+  void weigh(int64_t block, const KeyRows& keys, int64_t t, const Partial& partial, const void* const* ahead) {
+    const int size = tiles_.size(t);
+    float* probabilities = scores_ + size * kKeyBlock;  // [query][64]
+    const int64_t half_stride = size * kBlockOutputs;
+    float* accumulator = partial.accumulator(queries_, tiles_, t);
+    for (int r = 0; r < size; ++r) {
+      const int64_t position = positions_[(tiles_.start(t) + r) / plan_.group];
+      const int64_t first = std::clamp<int64_t>(plan_.first_visible(position) - block, 0, kKeyBlock);
+      const int64_t last = std::clamp<int64_t>(position + 1 - block, 0, kKeyBlock);
+      if (first >= last) {
+        std::memset(probabilities + r * kKeyBlock, 0, kKeyBlock * sizeof(float));
+      } else {
+        plan_.kernels.softmax_step(scores_ + r * kBlockOutputs, half_stride, static_cast<int>(first),
+                                   static_cast<int>(last), plan_.call.scale, partial.state(tiles_.start(t) + r),
+                                   probabilities + r * kKeyBlock, accumulator + r * kBlockOutputs,
+                                   static_cast<int>(plan_.pieces), size * kBlockOutputs);
+      }
+    }
+    plan_.kernels.weigh_values(size, probabilities, keys.values(), keys.begin, keys.end, values_dtype(),
+                               static_cast<int>(plan_.call.channels), accumulator, ahead);
+  }
+
+  Dtype values_dtype() const {  // as `load` leaves them
+    return plan_.call.values.dtype == Dtype::int8 ? Dtype::fp32 : plan_.call.values.dtype;
+  }
+
+  const Plan& plan_;
+  const Task& task_;
+  int64_t kv_head_;
+  char* panel_;
+  int64_t queries_;
+  Tiles tiles_;
+  const int64_t* positions_;
+  uint32_t* keys_;
+  float* scores_;
+};
+
+// The heads of a task, each with its results so far.
+class TaskHeads {
+ public:
+  TaskHeads(const Plan& plan, const Task& task) : plan_(plan), task_(task) {
+    const int64_t bytes = ceil_div(plan.panel_bytes(task.rows * plan.group), 64) * 64;
+    char* panels = scratch(Buffer::rows).get<char>(task.heads * bytes);
+    heads_.reserve(task.heads);
+    for (int64_t h = 0; h < task.heads; ++h) heads_.emplace_back(plan, task, task.first_head + h, panels + h * bytes);
+  }
+
+  int64_t first_stretch() const { return heads_[0].first_key() / kStretch; }
+  int64_t end_stretch() const { return ceil_div(heads_[0].end_key(), kStretch); }
+  int64_t state_floats() const { return static_cast<int64_t>(heads_.size()) * plan_.state_floats(heads_[0].queries()); }
+
+  // The results over one stretch of keys, into state_floats() floats. `after`: what is likely read when the task ends.
+  void take_stretch(int64_t stretch, float* memory, const KeyRows* after) {
+    for (size_t h = 0; h < heads_.size(); ++h) clear(partial(memory, h), heads_[h].queries());
+    const int64_t first_key = heads_[0].first_key(), end_key = heads_[0].end_key();
+    const int64_t low = std::max(stretch * kStretch, first_key / kKeyBlock * kKeyBlock);
+    const int64_t high = std::min((stretch + 1) * kStretch, end_key);
+    KeyBlock block, following;
+    following.locate(plan_.call, task_.sequence, low, first_key, end_key);
+    if (following.empty()) return;
+    KeyRows rows[2];  // of what is read now and next
+    int now = 0;
+    following.rows_of(plan_.call, task_.first_head, rows[now]);
+    for (int64_t position = low; position < high; position += kKeyBlock) {
+      block = following;
+      following.locate(plan_.call, task_.sequence, position + kKeyBlock, first_key, end_key);
+      for (size_t h = 0; h < heads_.size(); ++h) {
+        const bool last = h + 1 == heads_.size(), more = !last || !following.empty();
+        const int64_t head = task_.first_head + (last ? 0 : static_cast<int64_t>(h) + 1);
+        if (more) (last ? following : block).rows_of(plan_.call, head, rows[1 - now]);
+        heads_[h].take(position, rows[now], partial(memory, h), more ? &rows[1 - now] : after);
+        now = 1 - now;
+      }
+    }
+  }
+
+  void start(float* memory) {
+    for (size_t h = 0; h < heads_.size(); ++h) clear(partial(memory, h), heads_[h].queries());
+  }
+  void join(float* memory, float* later) {
+    for (size_t h = 0; h < heads_.size(); ++h) heads_[h].join(partial(memory, h), partial(later, h));
+  }
+  void write(float* memory) {
+    for (size_t h = 0; h < heads_.size(); ++h) heads_[h].write(partial(memory, h));
+  }
+
+ private:
+  Partial partial(float* memory, size_t head) const {
+    return {memory + static_cast<int64_t>(head) * plan_.state_floats(heads_[0].queries()), plan_.pieces};
+  }
+
+  const Plan& plan_;
+  const Task& task_;
+  std::vector<Attend> heads_;
+};
+
+}  // namespace
+
+void attention(const Context& context, const AttentionCall& call) {
+  const bool narrow = call.q.dtype == Dtype::bf16 && call.keys.dtype == Dtype::bf16;
+  const Plan plan(*context.kernels, call, narrow ? Dtype::bf16 : Dtype::fp32);
+  const int64_t most_rows = std::max<int64_t>(1, kQueryRows / plan.group);
+  int64_t row_tasks = 0, stretches = 0, most_stretches = 1, widest = 1;
+  for (int64_t s = 0; s < call.sequences; ++s) {
+    const int64_t rows = call.query_start[s + 1] - call.query_start[s];
+    row_tasks += ceil_div(rows, most_rows);
+    widest = std::max(widest, std::min(rows, most_rows));
+    most_stretches = std::max(most_stretches, ceil_div(call.context_len[s], kStretch));
+    stretches += ceil_div(call.context_len[s], kStretch);
+  }
+  // As many heads per task as leave enough tasks; with many rows the cache is read from cache anyway.
+  const int64_t enough = context.threads > 1 ? 4 * context.threads : 1;
+  const bool split = row_tasks * call.kv_heads < enough && most_stretches > 1;
+  int64_t heads = widest * plan.group > kMaxTileRows ? 1 : call.kv_heads;
+  while (heads > 1 && (split ? stretches : row_tasks) * ceil_div(call.kv_heads, heads) < enough)
+    heads = ceil_div(heads, 2);
+
+  std::vector<Task> tasks;
+  for (int64_t s = 0; s < call.sequences; ++s) {
+    const int64_t begin = call.query_start[s], rows = call.query_start[s + 1] - begin;
+    if (rows <= 0) continue;
+    const Tiles tiles(rows, most_rows), parts(call.kv_heads, heads);
+    // The last rows of a sequence see the most keys; long tasks go first.
+    for (int64_t t = tiles.count - 1; t >= 0; --t)
+      for (int64_t g = 0; g < parts.count; ++g)
+        tasks.push_back({s, parts.start(g), parts.size(g), begin + tiles.start(t), tiles.size(t)});
+  }
+  const int64_t num_tasks = static_cast<int64_t>(tasks.size());
+  if (!split) {
+    for_each_task(context.threads, num_tasks, [&](int64_t i) {
+      TaskHeads task(plan, tasks[i]);
+      float* total = scratch(Buffer::states).get<float>(2 * task.state_floats());
+      float* part = total + task.state_floats();
+      task.start(total);
+      const int64_t likely = i + context.threads;  // the next task of this thread
+      KeyRows after;
+      if (likely < num_tasks) plan.first_rows(tasks[likely], after);
+      for (int64_t stretch = task.first_stretch(); stretch < task.end_stretch(); ++stretch) {
+        task.take_stretch(stretch, part, likely < num_tasks ? &after : nullptr);
+        task.join(total, part);
+      }
+      task.write(total);
+    });
+    return;
+  }
+  const int64_t floats = heads * plan.state_floats(widest * plan.group);
+  float* memory = scratch(Buffer::output).get<float>(num_tasks * most_stretches * floats);
+  for_each_task(context.threads, num_tasks * most_stretches, [&](int64_t i) {
+    TaskHeads(plan, tasks[i / most_stretches]).take_stretch(i % most_stretches, memory + i * floats, nullptr);
+  });
+  for_each_task(context.threads, num_tasks, [&](int64_t i) {
+    TaskHeads task(plan, tasks[i]);
+    float* total = scratch(Buffer::states).get<float>(task.state_floats());
+    task.start(total);
+    for (int64_t stretch = 0; stretch < most_stretches; ++stretch)
+      task.join(total, memory + (i * most_stretches + stretch) * floats);
+    task.write(total);
+  });
+}
+
+}  // namespace dynamoe_cpu

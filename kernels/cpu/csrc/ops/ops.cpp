@@ -1,0 +1,168 @@
+// Torch operators other than the experts': tensors are checked here, and only here, then handed on as pointers.
+#include <string>
+#include <tuple>
+
+#include "ops/tensors.h"
+
+namespace dynamoe_cpu {
+namespace {
+
+int64_t find_isa(std::string name) {
+  const Kernels* kernels = find_kernels(name.c_str());
+  for (int64_t i = 0; i < kNumNames; ++i)
+    if (kernels && name != "auto" && name == kNames[i]) return i;
+  for (int64_t i = 0; i < kNumNames; ++i)
+    if (kernels && name == "auto" && std::string(kernels->name) == kNames[i]) return i;
+  return -1;
+}
+
+Tensor pack_linear_op(int64_t isa, const Tensor& weight) {
+  const Context context = context_of(isa);
+  const Rows rows = rows_of(weight, "weight");
+  Tensor packed =
+      allocate(packed_words(context.kernels->gemm[static_cast<int>(rows.dtype)], weight.size(0), weight.size(1)));
+  pack_linear(context, rows, weight.size(0), weight.size(1), static_cast<uint32_t*>(packed.data_ptr()));
+  return packed;
+}
+
+Tensor linear_op(int64_t isa, const Tensor& x, const Tensor& weights, const OptionalTensor& bias, int64_t outputs,
+                 bool float_out) {
+  const Context context = context_of(isa);
+  const Rows rows = rows_of(x, "x");
+  const Gemm& gemm = context.kernels->gemm[static_cast<int>(rows.dtype)];
+  const uint32_t* packed = words(weights, packed_words(gemm, outputs, x.size(1)), "weights");
+  Tensor out = at::empty({x.size(0), outputs}, x.options().dtype(float_out ? at::kFloat : x.scalar_type()));
+  linear(context, {rows, x.size(0), x.size(1), outputs, packed, floats(bias, "bias"), out.data_ptr(), outputs,
+                   float_out ? Dtype::fp32 : rows.dtype});
+  return out;
+}
+
+NormCall norm_call(const Tensor& x, const Tensor& weight, double eps, const Tensor& out) {
+  NormCall call{};
+  call.x = rows_of(x, "x");
+  TORCH_CHECK_VALUE(weight.is_contiguous() && weight.numel() == x.size(1), "the norm's weight must be contiguous with ",
+                    x.size(1), " entries");
+  call.scale = 1.0f;
+  call.weight = weight.data_ptr();
+  call.weight_dtype = dtype_of(weight, "weight");
+  call.eps = static_cast<float>(eps);
+  call.rows = x.size(0);
+  call.hidden = x.size(1);
+  call.out = out.data_ptr();
+  return call;
+}
+
+Tensor rms_norm_op(int64_t isa, const Tensor& x, const Tensor& weight, double eps) {
+  Tensor out = at::empty(x.sizes(), weight.options());
+  rms_norm(context_of(isa), norm_call(x, weight, eps, out));
+  return out;
+}
+
+// Writes the sum into `residual`.
+Tensor add_rms_norm_op(int64_t isa, const Tensor& x, Tensor& residual, const Tensor& weight, double eps, double scale) {
+  Tensor out = at::empty(x.sizes(), weight.options());
+  NormCall call = norm_call(x, weight, eps, out);
+  TORCH_CHECK_VALUE(residual.sizes() == x.sizes(), "residual ", residual.sizes(), " does not fit x ", x.sizes());
+  call.residual = rows_of(residual, "residual");
+  call.scale = static_cast<float>(scale);
+  call.sum = residual.data_ptr();
+  call.sum_stride = residual.stride(0);
+  rms_norm(context_of(isa), call);
+  return out;
+}
+
+Tensor rope_and_write_op(int64_t isa, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos_sin,
+                         const Tensor& positions, const Tensor& slots, Tensor& keys, Tensor& values) {
+  Tensor out = at::empty(q.sizes(), q.options());
+  RopeCall call{
+      head_rows_of(q, "q"), head_rows_of(k, "k"), head_rows_of(v, "v"), q.size(0), q.size(1), k.size(1), q.size(2)};
+  TORCH_CHECK_VALUE(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
+                    "q, k and v must have one dtype");
+  TORCH_CHECK_VALUE(q.size(2) % 2 == 0 && cos_sin.size(1) == q.size(2), "rotary table of shape ", cos_sin.sizes(),
+                    " does not fit heads of ", q.size(2));
+  TORCH_CHECK_VALUE(positions.numel() == q.size(0) && slots.numel() == q.size(0),
+                    "positions and slots must have one entry per row");
+  call.cos_sin = contiguous_data<float>(cos_sin, at::kFloat, "cos_sin");
+  call.positions = contiguous_data<int64_t>(positions, at::kLong, "positions");
+  call.slots = contiguous_data<int64_t>(slots, at::kLong, "slots");
+  call.keys = cache_of(keys, q.size(2), "keys");
+  call.values = cache_of(values, q.size(2), "values");
+  call.page_size = keys.size(2);
+  for (int64_t t = 0; t < q.size(0); ++t) {
+    TORCH_CHECK_INDEX(0 <= call.positions[t] && call.positions[t] < cos_sin.size(0), "position ", call.positions[t],
+                      " is not in the rotary table of ", cos_sin.size(0));
+    TORCH_CHECK_INDEX(0 <= call.slots[t] && call.slots[t] < keys.size(0) * keys.size(2), "slot ", call.slots[t],
+                      " is not in the cache");
+  }
+  call.q_out = out.data_ptr();
+  rope_and_write(context_of(isa), call);
+  return out;
+}
+
+Tensor attention_op(int64_t isa, const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& positions,
+                    const Tensor& query_start, const Tensor& context_len, const Tensor& block_table, double scale,
+                    int64_t window) {
+  Tensor out = at::empty(q.sizes(), q.options());
+  AttentionCall call{head_rows_of(q, "q"),       q.size(1),   keys.size(1), q.size(2), cache_of(keys, q.size(2), "keys"),
+                     cache_of(values, q.size(2), "values"), keys.size(2)};
+  TORCH_CHECK_VALUE(keys.size(1) > 0 && q.size(1) % keys.size(1) == 0, q.size(1), " query heads do not divide among ",
+                    keys.size(1), " key heads");
+  call.positions = contiguous_data<int64_t>(positions, at::kLong, "positions");
+  call.query_start = contiguous_data<int32_t>(query_start, at::kInt, "query_start");
+  call.context_len = contiguous_data<int32_t>(context_len, at::kInt, "context_len");
+  TORCH_CHECK_VALUE(block_table.scalar_type() == at::kInt && block_table.dim() == 2 &&
+                        (block_table.stride(1) == 1 || block_table.size(1) == 1),
+                    "block_table must be an int32 matrix with contiguous rows");
+  call.block_table = static_cast<const int32_t*>(block_table.data_ptr());
+  call.block_table_stride = block_table.stride(0);
+  call.sequences = context_len.numel();
+  TORCH_CHECK_VALUE(query_start.numel() == call.sequences + 1 && call.query_start[call.sequences] <= q.size(0),
+                    "query_start does not fit the rows");
+  call.scale = static_cast<float>(scale);
+  call.window = window;
+  call.out = out.data_ptr();
+  attention(context_of(isa), call);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> route_op(int64_t isa, const Tensor& logits, int64_t top_k, int64_t score,
+                                    bool softmax_after_topk, bool renormalize, double scale) {
+  RouteCall call{rows_of(logits, "logits"), logits.size(0), logits.size(1), top_k};
+  TORCH_CHECK_VALUE(1 <= top_k && top_k <= logits.size(1), "top_k ", top_k, " is not in 1 … ", logits.size(1));
+  Tensor ids = at::empty({logits.size(0), top_k}, logits.options().dtype(at::kInt));
+  Tensor weights = at::empty({logits.size(0), top_k}, logits.options().dtype(at::kFloat));
+  call.score = static_cast<Score>(score);
+  call.softmax_after_topk = softmax_after_topk;
+  call.renormalize = renormalize;
+  call.scale = static_cast<float>(scale);
+  call.ids = static_cast<int32_t*>(ids.data_ptr());
+  call.weights = static_cast<float*>(weights.data_ptr());
+  route(context_of(isa), call);
+  return {ids, weights};
+}
+
+}  // namespace
+
+TORCH_LIBRARY(dynamoe_cpu, m) {
+  m.def("find_isa(str name) -> int", &find_isa);
+  m.def("pack_linear(int isa, Tensor weight) -> Tensor", &pack_linear_op);
+  m.def("linear(int isa, Tensor x, Tensor weights, Tensor? bias, int outputs, bool float_out) -> Tensor", &linear_op);
+  m.def("rms_norm(int isa, Tensor x, Tensor weight, float eps) -> Tensor", &rms_norm_op);
+  m.def("add_rms_norm(int isa, Tensor x, Tensor(a!) residual, Tensor weight, float eps, float scale) -> Tensor",
+        &add_rms_norm_op);
+  m.def(
+      "rope_and_write(int isa, Tensor q, Tensor k, Tensor v, Tensor cos_sin, Tensor positions, Tensor slots, "
+      "Tensor(a!) keys, Tensor(b!) values) -> Tensor",
+      &rope_and_write_op);
+  m.def(
+      "attention(int isa, Tensor q, Tensor keys, Tensor values, Tensor positions, Tensor query_start, Tensor "
+      "context_len, Tensor block_table, float scale, "
+      "int window) -> Tensor",
+      &attention_op);
+  m.def(
+      "route(int isa, Tensor logits, int top_k, int score, bool softmax_after_topk, bool renormalize, float scale) -> "
+      "(Tensor, Tensor)",
+      &route_op);
+}
+
+}  // namespace dynamoe_cpu

@@ -1,0 +1,77 @@
+// Torch operators on quantised weights: tensors are checked here, and only here, then handed on as pointers.
+#include "quant/quant_tensors.h"
+
+namespace dynamoe_cpu {
+namespace {
+
+Tensor pack_quant_op(int64_t isa, const Tensor& codes, const Tensor& scales, const OptionalTensor& offsets,
+                     at::IntArrayRef numbers) {
+  const QuantLayout layout = quant_layout(numbers);
+  TORCH_CHECK_VALUE(codes.numel() == layout.outputs * layout.inputs && scales.numel() == layout.outputs * layout.groups() &&
+                        offsets.has_value() == layout.has_offsets() && (!offsets || offsets->numel() == scales.numel()),
+                    "codes and scales do not fit ", layout.outputs, " outputs and ", layout.inputs, " inputs");
+  Tensor packed = allocate(layout.blocks() * layout.block_bytes() / 4);
+  pack_quant(context_of(isa), layout, contiguous_data<uint8_t>(codes, at::kByte, "codes"),
+             contiguous_data<float>(scales, at::kFloat, "scales"), floats(offsets, "offsets"),
+             static_cast<char*>(packed.data_ptr()));
+  return packed;
+}
+
+Tensor quant_linear_op(int64_t isa, const Tensor& x, const Tensor& packed, const OptionalTensor& bias,
+                       at::IntArrayRef numbers, bool float_out) {
+  const QuantWeights weights = quant_weights(packed, bias, numbers, "weights");
+  const Rows rows = rows_of(x, "x");
+  TORCH_CHECK_VALUE(x.size(1) == weights.layout.inputs, "x has ", x.size(1), " columns, the weights take ",
+                    weights.layout.inputs);
+  const int64_t outputs = weights.layout.outputs;
+  Tensor out = at::empty({x.size(0), outputs}, x.options().dtype(float_out ? at::kFloat : x.scalar_type()));
+  quant_linear(context_of(isa),
+               {rows, x.size(0), &weights, out.data_ptr(), outputs, float_out ? Dtype::fp32 : rows.dtype});
+  return out;
+}
+
+// `shape` is experts, hidden, width, activation. Without ids every row uses every expert with weight 1.
+Tensor quant_experts_op(int64_t isa, const Tensor& x, const Tensor& gate_up, at::IntArrayRef gate_up_layout,
+                        const Tensor& down, at::IntArrayRef down_layout, const OptionalTensor& gate_up_bias,
+                        const OptionalTensor& down_bias, at::IntArrayRef shape, const OptionalTensor& ids,
+                        const OptionalTensor& weights, const OptionalTensor& counts) {
+  TORCH_CHECK_VALUE(shape.size() == 4, "a shape is experts, hidden size, width, activation");
+  ExpertsCall call{};
+  call.x = rows_of(x, "x");
+  call.rows = x.size(0);
+  call.layout = {call.x.dtype, shape[0], shape[1], shape[2], false};
+  const ExpertLayout& layout = call.layout;
+  TORCH_CHECK_VALUE(x.size(1) == layout.hidden, "x has ", x.size(1), " columns, the experts take ", layout.hidden);
+  const QuantExperts experts = quant_experts_of(layout, gate_up, gate_up_layout, down, down_layout);
+  call.activation = static_cast<Activation>(shape[3]);
+  call.gate_up_bias = floats(gate_up_bias, "gate_up_bias");
+  call.down_bias = floats(down_bias, "down_bias");
+  if (ids) {
+    TORCH_CHECK_VALUE(weights && ids->dim() == 2 && ids->size(0) == call.rows && weights->sizes() == ids->sizes() &&
+                          (!counts || counts->numel() == call.rows),
+                      "routing of shape ", ids->sizes(), " does not fit ", call.rows, " rows");
+    call.ids = contiguous_data<int32_t>(*ids, at::kInt, "expert ids");
+    call.weights = contiguous_data<float>(*weights, at::kFloat, "expert weights");
+    call.counts = counts ? contiguous_data<int32_t>(*counts, at::kInt, "counts") : nullptr;
+    call.top_k = ids->size(1);
+  }
+  Tensor out = at::empty({x.size(0), x.size(1)}, x.options());
+  call.out = out.data_ptr();
+  TORCH_CHECK_VALUE(quant_experts(context_of(isa), call, experts) < 0, "an expert number is out of range: there are ",
+                    layout.experts, " experts");
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(dynamoe_cpu, m) {
+  m.def("pack_quant(int isa, Tensor codes, Tensor scales, Tensor? offsets, int[] layout) -> Tensor", &pack_quant_op);
+  m.def("quant_linear(int isa, Tensor x, Tensor packed, Tensor? bias, int[] layout, bool float_out) -> Tensor",
+        &quant_linear_op);
+  m.def(
+      "quant_experts(int isa, Tensor x, Tensor gate_up, int[] gate_up_layout, Tensor down, int[] down_layout, Tensor? "
+      "gate_up_bias, Tensor? down_bias, int[] shape, Tensor? ids, Tensor? weights, Tensor? counts) -> Tensor",
+      &quant_experts_op);
+}
+
+}  // namespace dynamoe_cpu

@@ -1,0 +1,202 @@
+// A run of layers: norm, attention, norm, experts, one after the other.
+#include "ops/stack.h"
+
+#include <algorithm>
+
+#include "ops/parallel.h"
+
+namespace dynamoe_cpu {
+
+void project(const Context& context, const Shape& shape, const Projection& projection, const void* x, int64_t inputs,
+             int64_t rows, void* out) {
+  if (projection.quant) {
+    quant_linear(context, {{x, inputs, shape.dtype}, rows, &*projection.quant, out, projection.outputs, shape.dtype});
+    return;
+  }
+  linear(context, {{x, inputs, shape.dtype}, rows, inputs, projection.outputs, projection.weights, projection.bias, out,
+                   projection.outputs, shape.dtype});
+}
+
+void add_pending(const Context& context, const Shape& shape, const void* pending, float scale, float* x, int64_t rows) {
+  const int64_t hidden = shape.hidden;
+  for_each_light_row(context.threads, rows, hidden, [&](int64_t row) {
+    context.kernels->add(static_cast<const char*>(pending) + row * hidden * element_bytes(shape.dtype), shape.dtype, scale,
+                         x + row * hidden, static_cast<int>(hidden));
+  });
+}
+
+namespace {
+
+// What lies between the operators of a layer.
+struct Work {
+  char *normed, *qkv, *q, *attended, *pending, *logits;
+  int32_t *ids, *counts;
+  float* weights;
+
+  Work(Arena& arena, const Stack& stack, int64_t rows) {
+    const Shape& shape = stack.shape;
+    const int64_t bytes = rows * element_bytes(shape.dtype);
+    normed = arena.take(bytes * shape.hidden);
+    qkv = arena.take(bytes * (shape.q_width() + 2 * shape.kv_width()));
+    q = arena.take(bytes * shape.q_width());
+    attended = arena.take(bytes * shape.q_width());
+    pending = arena.take(bytes * shape.hidden);
+    logits = arena.take(bytes * stack.most_experts);
+    ids = arena.take<int32_t>(rows * stack.most_top_k);
+    counts = arena.take<int32_t>(rows);
+    weights = arena.take<float>(rows * stack.most_top_k);
+  }
+};
+
+// The norm of the residual stream after `pending`, if given, has been added to it.
+void norm(const Context& context, const Shape& shape, const void* pending, float* x, const void* weight, int64_t rows,
+          void* out) {
+  NormCall call{};
+  const Rows stream{x, shape.hidden, Dtype::fp32};
+  call.x = pending ? Rows{pending, shape.hidden, shape.dtype} : stream;
+  if (pending) call.residual = stream;
+  call.scale = pending ? shape.residual_scale : 1.0f;
+  call.weight = weight;
+  call.weight_dtype = shape.dtype;
+  call.eps = shape.eps;
+  call.rows = rows;
+  call.hidden = shape.hidden;
+  call.sum = x;
+  call.sum_stride = shape.hidden;
+  call.out = out;
+  rms_norm(context, call);
+}
+
+// Norms of some heads of every row, in place.
+void norm_heads(const Context& context, const Shape& shape, char* first, int64_t stride, int64_t heads,
+                const void* weight, int64_t rows) {
+  const int64_t pieces = shape.norm_per_head ? heads : 1, width = heads * shape.channels / pieces;
+  const int64_t bytes = element_bytes(shape.dtype);
+  for_each_row(context.threads, rows, [&](int64_t row) {
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      char* data = first + (row * stride + piece * width) * bytes;
+      context.kernels->rms_norm(data, shape.dtype, nullptr, 1.0f, weight, shape.dtype, shape.eps,
+                                static_cast<int>(width), nullptr, shape.dtype, data);
+    }
+  });
+}
+
+// From the normed rows to what attention adds to the residual stream.
+void attend(const Context& context, const Shape& shape, const Block& block, const Work& work, const Places& places,
+            const Caches& caches, int64_t layer) {
+  const int64_t rows = places.rows, stride = block.qkv.outputs, bytes = element_bytes(shape.dtype);
+  project(context, shape, block.qkv, work.normed, shape.hidden, rows, work.qkv);
+  char *keys = work.qkv + shape.q_width() * bytes, *values = keys + shape.kv_width() * bytes;
+  if (block.q_norm) norm_heads(context, shape, work.qkv, stride, shape.heads, block.q_norm, rows);
+  if (block.k_norm) norm_heads(context, shape, keys, stride, shape.kv_heads, block.k_norm, rows);
+  RopeCall rope{{work.qkv, stride, shape.dtype}, {keys, stride, shape.dtype}, {values, stride, shape.dtype}, rows,
+                shape.heads, shape.kv_heads, shape.channels};
+  rope.cos_sin = caches.cos_sin;
+  rope.positions = places.positions;
+  rope.slots = places.slots;
+  rope.keys = caches.keys[layer];
+  rope.values = caches.values[layer];
+  rope.page_size = caches.page_size;
+  rope.q_out = work.q;
+  rope_and_write(context, rope);
+  AttentionCall call{{work.q, shape.q_width(), shape.dtype}, shape.heads, shape.kv_heads, shape.channels,
+                     caches.keys[layer], caches.values[layer], caches.page_size};
+  call.positions = places.positions;
+  call.query_start = places.query_start;
+  call.context_len = places.context_len;
+  call.block_table = places.block_table;
+  call.block_table_stride = places.block_table_stride;
+  call.sequences = places.sequences;
+  call.scale = shape.attention_scale;
+  call.window = block.window;
+  call.out = work.attended;
+  attention(context, call);
+  project(context, shape, block.o, work.attended, shape.q_width(), rows, work.pending);
+}
+
+// Takes experts from rows that are on a budget.
+void limit(const Context& context, const Block& block, const Work& work, int64_t rows, const Budget& budget,
+           int64_t layer) {
+  const int64_t top_k = block.rule.top_k;
+  std::fill_n(work.counts, rows, static_cast<int32_t>(top_k));
+  LimitCall call{rows, top_k, work.ids, work.weights, work.counts, block.scale};
+  call.keep = budget.keep + layer;
+  call.cap = budget.cap + layer;
+  call.stride = budget.layers;
+  call.numbers = budget.numbers;
+  limit_experts(context, call);
+  for (int64_t row = 0; row < rows; ++row)
+    budget.skipped[budget.numbers ? budget.numbers[row] : row] += top_k - work.counts[row];
+}
+
+// From the normed rows to what the experts add to the residual stream.
+void feed_forward(const Context& context, const Shape& shape, const Block& block, const Work& work, int64_t rows,
+                  const Budget& budget, int64_t layer, float* entropy, float share) {
+  ExpertsCall call = block.experts;
+  call.x = {work.normed, shape.hidden, shape.dtype};
+  call.rows = rows;
+  call.out = work.pending;
+  if (!block.router.exists()) {
+    if (block.quant_experts)
+      quant_experts(context, call, *block.quant_experts);
+    else
+      all_experts(context, call);
+    return;
+  }
+  project(context, shape, block.router, work.normed, shape.hidden, rows, work.logits);
+  RouteCall rule = block.rule;
+  rule.logits = {work.logits, block.router.outputs, shape.dtype};
+  rule.rows = rows;
+  rule.ids = work.ids;
+  rule.weights = work.weights;
+  if (entropy) router_entropy(context, rule.logits, rows, rule.experts, share, entropy);
+  route(context, rule);
+  call.ids = work.ids;
+  call.weights = work.weights;
+  call.top_k = rule.top_k;
+  if (budget.keep) {
+    limit(context, block, work, rows, budget, layer);
+    call.counts = work.counts;
+  }
+  if (block.quant_experts)
+    quant_experts(context, call, *block.quant_experts);
+  else
+    experts(context, call);
+}
+
+}  // namespace
+
+void run_layers(const Context& context, const Stack& stack, int64_t first, int64_t last, float* x, const Places& places,
+                const Caches& caches, float* entropy, Seam seam) {
+  const Shape& shape = stack.shape;
+  const int64_t rows = places.rows;
+  if (!rows) return;
+  Arena sizes(nullptr);
+  Work(sizes, stack, rows);
+  Arena arena(scratch(Buffer::stack).get<char>(sizes.used()));
+  const Work work(arena, stack, rows);
+  float share = 0.0f;
+  if (entropy) {
+    const auto is_routed = [](const Block& block) { return block.router.exists(); };
+    const auto routed = std::count_if(stack.blocks.begin() + first, stack.blocks.begin() + last, is_routed);
+    share = routed ? 1.0f / static_cast<float>(routed) : 0.0f;
+    std::fill_n(entropy, rows, 0.0f);
+  }
+  for (int64_t layer = first; layer < last; ++layer) {
+    const Block& block = stack.blocks[layer];
+    if (layer > first || !seam.normed)
+      norm(context, shape, layer == first ? nullptr : work.pending, x, block.attention_norm, rows, work.normed);
+    attend(context, shape, block, work, places, caches, layer);
+    if (stack.add_up) stack.add_up(work.pending, rows * shape.hidden);
+    norm(context, shape, work.pending, x, block.ffn_norm, rows, work.normed);
+    feed_forward(context, shape, block, work, rows, places.budget, layer, entropy, share);
+    if (stack.add_up) stack.add_up(work.pending, rows * shape.hidden);
+  }
+  if (first == last) return;
+  if (seam.norm_next)
+    norm(context, shape, work.pending, x, stack.blocks[last].attention_norm, rows, work.normed);
+  else
+    add_pending(context, shape, work.pending, shape.residual_scale, x, rows);
+}
+
+}  // namespace dynamoe_cpu

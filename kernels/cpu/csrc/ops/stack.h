@@ -1,0 +1,127 @@
+// A run of layers and the exits between them, on plain pointers: the same operators that a caller could name one by
+// one, without going back to the caller in between. Results are bitwise those of the single operators.
+#pragma once
+
+#include <algorithm>
+#include <functional>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "ops/exits.h"
+#include "quant/quant.h"
+
+namespace dynamoe_cpu {
+
+struct Projection {
+  const uint32_t* weights;  // null: there is none
+  const float* bias;
+  int64_t outputs;
+  std::optional<QuantWeights> quant;  // takes the place of weights and bias
+
+  bool exists() const { return weights || quant; }
+};
+
+struct Block {
+  const void* attention_norm;
+  Projection qkv, o;
+  const void *q_norm, *k_norm;  // or null
+  const void* ffn_norm;
+  Projection router;     // none: every expert has weight 1
+  RouteCall rule;        // what does not depend on the rows
+  const float* scale;    // contribution of each expert per unit of weight, or null
+  ExpertsCall experts;   // likewise
+  std::optional<QuantExperts> quant_experts;  // takes the place of the call's weights
+  int64_t window;
+};
+
+struct Shape {
+  Dtype dtype;
+  int64_t hidden, heads, kv_heads, channels;
+  bool norm_per_head;  // of queries and keys; otherwise over their full width
+  float eps, residual_scale, attention_scale;
+
+  int64_t q_width() const { return heads * channels; }
+  int64_t kv_width() const { return kv_heads * channels; }
+};
+
+// How many experts rows may use in each layer, (T, layers), and how many they went without. Without `keep`: no limit.
+struct Budget {
+  const float* keep;
+  const int32_t* cap;
+  int64_t* skipped;        // (T), added to
+  int64_t layers;
+  const int64_t* numbers;  // the row of the step that each row is, or null: they are the same
+};
+
+// Where rows live, as AttentionCall wants it, and what they may use.
+struct Places {
+  int64_t rows;
+  const int64_t *positions, *slots;
+  const int32_t *query_start, *context_len, *block_table;
+  int64_t block_table_stride, sequences;
+  Budget budget;
+};
+
+// The caches of all layers.
+struct Caches {
+  std::vector<Cache> keys, values;
+  int64_t page_size;
+  const float* cos_sin;
+};
+
+struct Exit {
+  int64_t after_layers;
+  Projection down, up;                // of the read-out adapter
+  bool can_leave;                     // whether it has a probe
+  bool previous, entropy;             // what the probe looks at beside the residual stream
+  ProbeCall probe;                    // weights
+  std::vector<ProjectCall> projections;  // weights, one per layer behind the exit
+};
+
+struct Stack {
+  Shape shape;
+  std::vector<Block> blocks;
+  std::vector<Exit> exits;  // rising
+  // Where several processes share heads and neurons: makes so many numbers, of the shape's dtype, the sum of everybody's.
+  std::function<void(void*, int64_t)> add_up;
+  int64_t most_experts = 0, most_top_k = 0;  // of any block
+
+  void add(Block block) {
+    most_experts = std::max(most_experts, block.router.outputs);
+    most_top_k = std::max(most_top_k, block.rule.top_k);
+    blocks.push_back(std::move(block));
+  }
+};
+
+// One projection of contiguous rows.
+void project(const Context& context, const Shape& shape, const Projection& projection, const void* x, int64_t inputs,
+             int64_t rows, void* out);
+// x += scale * added
+void add_pending(const Context& context, const Shape& shape, const void* pending, float scale, float* x, int64_t rows);
+
+// Where a run of layers meets its neighbours: the sum at its end and the norm behind it are one pass over the rows, when
+// the next run is of the same rows and follows at once.
+struct Seam {
+  bool normed = false;     // the run before has done the first norm
+  bool norm_next = false;  // do that of the layer behind
+};
+
+// Layers [first, last) on a residual stream of float32, in place. `entropy`, if given, takes the mean entropy of the
+// layers' routers.
+void run_layers(const Context& context, const Stack& stack, int64_t first, int64_t last, float* x, const Places& places,
+                const Caches& caches, float* entropy, Seam seam = {});
+
+// All layers, where rows may leave at exits. As long as none does, x is what the rows hand to the LM head.
+struct ExitsCall {
+  float* x;
+  Places places;
+  const float* thresholds;      // (exits, rows); +inf stays
+  std::function<float*()> out;  // (rows, hidden), wanted once a row leaves: what each row hands to the LM head
+  int64_t* depths;              // (rows): layers that ran for it
+  int64_t* decisions;           // (exits, 2): rows with a finite threshold that reached the exit, and that went on
+  int64_t* launched;            // (exits + 1): rows that ran the layers up to each exit and behind the last
+};
+void run_exits(const Context& context, const Stack& stack, const ExitsCall& call, const Caches& caches);
+
+}  // namespace dynamoe_cpu

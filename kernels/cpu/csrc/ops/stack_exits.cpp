@@ -1,0 +1,199 @@
+// All layers, where rows may leave at exits: decisions, read-outs, debts, and the rows that go on.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+#include "ops/parallel.h"
+#include "ops/stack.h"
+
+namespace dynamoe_cpu {
+
+namespace {
+
+// The rows that are still on their way, and where they live.
+class Live {
+ public:
+  Live(const ExitsCall& call, const Shape& shape) : hidden_(shape.hidden), x_(call.x), places_(call.places) {
+    numbers_.resize(places_.rows);
+    std::iota(numbers_.begin(), numbers_.end(), 0);
+    places_.budget.numbers = numbers_.data();
+  }
+  float* x() const { return x_; }
+  int64_t rows() const { return places_.rows; }
+  int64_t number(int64_t row) const { return numbers_[row]; }
+  const Places& places() const { return places_; }
+
+  // Keeps the first `staying` rows of an order that rises; a sequence of several rows stays as a whole.
+  void keep(const int64_t* order, int64_t staying) {
+    positions_.swap(old_positions_);
+    slots_.swap(old_slots_);
+    query_start_.swap(old_query_start_);
+    context_len_.swap(old_context_len_);
+    tables_.swap(old_tables_);
+    positions_.clear();
+    slots_.clear();
+    query_start_.assign(1, 0);
+    context_len_.clear();
+    tables_.clear();
+    const int64_t width = places_.block_table_stride;
+    int64_t sequence = 0;
+    for (int64_t row = 0; row < staying; ++row) {
+      const int64_t from = order[row];
+      std::copy_n(x_ + from * hidden_, hidden_, x_ + row * hidden_);
+      numbers_[row] = numbers_[from];
+      positions_.push_back(places_.positions[from]);
+      slots_.push_back(places_.slots[from]);
+      while (places_.query_start[sequence + 1] <= from) ++sequence;
+      if (row > 0 && places_.query_start[sequence] <= order[row - 1]) {
+        ++query_start_.back();
+        continue;
+      }
+      query_start_.push_back(static_cast<int32_t>(row + 1));
+      context_len_.push_back(places_.context_len[sequence]);
+      const int32_t* table = places_.block_table + sequence * width;
+      tables_.insert(tables_.end(), table, table + width);
+    }
+    places_ = {staying, positions_.data(), slots_.data(), query_start_.data(), context_len_.data(), tables_.data(),
+               width, static_cast<int64_t>(context_len_.size()), places_.budget};
+  }
+
+ private:
+  int64_t hidden_;
+  float* x_;
+  Places places_;
+  std::vector<int64_t> numbers_, positions_, slots_, old_positions_, old_slots_;
+  std::vector<int32_t> query_start_, context_len_, tables_, old_query_start_, old_context_len_, old_tables_;
+};
+
+// Rows that leave: their read-out, and the keys and values of the layers behind.
+class Leaving {
+ public:
+  Leaving(const Context& context, const Stack& stack, const ExitsCall& call, const Caches& caches)
+      : context_(context), stack_(stack), call_(call), caches_(caches) {}
+
+  // What rows hand to the LM head; null as long as none has left.
+  float* out() const { return out_; }
+
+  void leave(const Exit& exit, const Live& live, const int64_t* order, int64_t count) {
+    if (!out_) out_ = call_.out();
+    const Shape& shape = stack_.shape;
+    const int64_t hidden = shape.hidden, bytes = element_bytes(shape.dtype);
+    const int64_t scratch_elements = count * (hidden + 3 * shape.kv_width());
+    const int64_t layers = static_cast<int64_t>(exit.projections.size());
+    const auto parts = [&](Arena& arena) {
+      x_ = arena.take<float>(count * hidden);
+      narrow_ = arena.take(count * hidden * bytes);
+      inner_ = arena.take(count * exit.down.outputs * bytes);
+      scratch_ = arena.take(layers * scratch_elements * bytes);
+    };
+    Arena sizes(nullptr);
+    parts(sizes);
+    Arena arena(scratch(Buffer::leaving).get<char>(sizes.used()));
+    parts(arena);
+    positions_.clear();
+    slots_.clear();
+    for (int64_t row = 0; row < count; ++row) {
+      std::copy_n(live.x() + order[row] * hidden, hidden, x_ + row * hidden);
+      positions_.push_back(live.places().positions[order[row]]);
+      slots_.push_back(live.places().slots[order[row]]);
+      call_.depths[live.number(order[row])] = exit.after_layers;
+    }
+    write_keys_and_values(exit, count, scratch_elements * bytes);
+    read_out(exit, live, order, count);
+  }
+
+ private:
+  void write_keys_and_values(const Exit& exit, int64_t count, int64_t scratch_bytes) {
+    for_each_task(context_.threads, static_cast<int64_t>(exit.projections.size()), [&](int64_t behind) {
+      const int64_t layer = exit.after_layers + behind;
+      ProjectCall call = exit.projections[behind];
+      call.x = {x_, stack_.shape.hidden, Dtype::fp32};
+      call.rows = count;
+      call.cos_sin = caches_.cos_sin;
+      call.positions = positions_.data();
+      call.slots = slots_.data();
+      call.keys = caches_.keys[layer];
+      call.values = caches_.values[layer];
+      call.page_size = caches_.page_size;
+      call.scratch = scratch_ + behind * scratch_bytes;
+      project_kv({context_.kernels, 1}, call);
+    });
+  }
+
+  void read_out(const Exit& exit, const Live& live, const int64_t* order, int64_t count) {
+    const Shape& shape = stack_.shape;
+    const int64_t hidden = shape.hidden;
+    context_.kernels->convert(x_, narrow_, static_cast<int>(count * hidden), shape.dtype);
+    project(context_, shape, exit.down, narrow_, hidden, count, inner_);
+    project(context_, shape, exit.up, inner_, exit.down.outputs, count, narrow_);
+    add_pending(context_, shape, narrow_, 1.0f, x_, count);
+    for (int64_t row = 0; row < count; ++row)
+      std::copy_n(x_ + row * hidden, hidden, out_ + live.number(order[row]) * hidden);
+  }
+
+  const Context& context_;
+  const Stack& stack_;
+  const ExitsCall& call_;
+  const Caches& caches_;
+  float *out_ = nullptr, *x_ = nullptr;
+  char *narrow_ = nullptr, *inner_ = nullptr, *scratch_ = nullptr;
+  std::vector<int64_t> positions_, slots_;
+};
+
+}  // namespace
+
+void run_exits(const Context& context, const Stack& stack, const ExitsCall& call, const Caches& caches) {
+  const int64_t rows = call.places.rows, hidden = stack.shape.hidden, layers = static_cast<int64_t>(stack.blocks.size());
+  if (!rows) return;
+  Live live(call, stack.shape);
+  Leaving leaving(context, stack, call, caches);
+  std::vector<float> previous, entropy(rows), thresholds(rows), logits(rows);
+  std::vector<int64_t> order(rows);
+  std::fill_n(call.depths, rows, layers);
+  std::fill_n(call.decisions, 2 * stack.exits.size(), 0);
+  std::fill_n(call.launched, stack.exits.size() + 1, 0);
+  int64_t first = 0;
+  bool normed = false;
+  for (size_t number = 0; number < stack.exits.size() && live.rows(); ++number) {
+    const Exit& exit = stack.exits[number];
+    bool asked = false;
+    for (int64_t row = 0; row < live.rows(); ++row) {
+      thresholds[row] = call.thresholds[number * rows + live.number(row)];
+      asked = asked || thresholds[row] < std::numeric_limits<float>::infinity();
+    }
+    asked = asked && exit.can_leave;
+    if (asked && exit.previous) previous.assign(live.x(), live.x() + live.rows() * hidden);
+    call.launched[number] = live.rows();
+    run_layers(context, stack, first, exit.after_layers, live.x(), live.places(), caches,
+               asked && exit.entropy ? entropy.data() : nullptr, {normed, true});
+    first = exit.after_layers;
+    normed = true;
+    if (!asked) continue;
+    ProbeCall probing = exit.probe;
+    probing.x = live.x();
+    probing.previous = exit.previous ? previous.data() : nullptr;
+    probing.entropy = exit.entropy ? entropy.data() : nullptr;
+    probing.rows = live.rows();
+    probing.logits = logits.data();
+    probe(context, probing);
+    const int64_t staying = partition(logits.data(), thresholds.data(), live.rows(), order.data());
+    const int64_t left = live.rows() - staying;
+    for (int64_t place = 0; place < live.rows(); ++place) {
+      if (!std::isfinite(thresholds[order[place]])) continue;
+      ++call.decisions[2 * number];
+      if (place < staying) ++call.decisions[2 * number + 1];
+    }
+    if (!left) continue;
+    leaving.leave(exit, live, order.data() + staying, left);
+    live.keep(order.data(), staying);
+    normed = false;
+  }
+  if (!live.rows()) return;
+  call.launched[stack.exits.size()] = live.rows();
+  run_layers(context, stack, first, layers, live.x(), live.places(), caches, nullptr, {normed, false});
+  for (int64_t row = 0; leaving.out() && row < live.rows(); ++row)
+    std::copy_n(live.x() + row * hidden, hidden, leaving.out() + live.number(row) * hidden);
+}
+
+}  // namespace dynamoe_cpu

@@ -1,0 +1,321 @@
+// A model's layers and exits as a torch class: tensors are checked here, and only here.
+#include <torch/custom_class.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "quant/quant_tensors.h"
+#include "shared/shared_group.h"
+#include "ops/stack.h"
+
+namespace dynamoe_cpu {
+namespace {
+
+using Tensors = std::vector<Tensor>;
+
+// The caches of all layers, checked once.
+class CacheHolder : public torch::CustomClassHolder {
+ public:
+  CacheHolder(Tensors keys, Tensors values, int64_t channels) : keys_(std::move(keys)), values_(std::move(values)) {
+    TORCH_CHECK_VALUE(!keys_.empty() && values_.size() == keys_.size(), "there must be keys and values of every layer");
+    channels_ = channels;
+    caches_.page_size = keys_[0].size(2);
+    for (size_t layer = 0; layer < keys_.size(); ++layer) {
+      caches_.keys.push_back(cache_of(keys_[layer], channels, "keys"));
+      caches_.values.push_back(cache_of(values_[layer], channels, "values"));
+      TORCH_CHECK_VALUE(keys_[layer].sizes() == keys_[0].sizes() && values_[layer].sizes() == keys_[0].sizes(),
+                        "a cache of shape ", keys_[layer].sizes(), " is not like that of the first layer");
+    }
+  }
+
+  size_t layers() const { return keys_.size(); }
+  const Tensor& first() const { return keys_[0]; }
+  const Caches& with(const Tensor& cos_sin, int64_t channels) {
+    TORCH_CHECK_VALUE(channels == channels_ && cos_sin.dim() == 2 && cos_sin.size(1) == channels,
+                      "rotary table of shape ", cos_sin.sizes(), " or a cache of ", channels_,
+                      " channels does not fit heads of ", channels);
+    caches_.cos_sin = contiguous_data<float>(cos_sin, at::kFloat, "cos_sin");
+    return caches_;
+  }
+
+ private:
+  Tensors keys_, values_;
+  int64_t channels_;
+  Caches caches_;
+};
+
+using CachePointer = c10::intrusive_ptr<CacheHolder>;
+
+class StackHolder : public torch::CustomClassHolder {
+ public:
+  StackHolder(int64_t isa, at::ScalarType dtype, std::vector<int64_t> sizes, bool norm_per_head, double eps,
+              double residual_scale, double attention_scale)
+      : isa_(isa), type_(dtype) {
+    TORCH_CHECK_VALUE(sizes.size() == 4, "sizes are hidden size, heads, key/value heads, channels");
+    stack_.shape = {dtype == at::kBFloat16 ? Dtype::bf16 : Dtype::fp32, sizes[0], sizes[1], sizes[2], sizes[3],
+                    norm_per_head, static_cast<float>(eps), static_cast<float>(residual_scale),
+                    static_cast<float>(attention_scale)};
+  }
+
+  // `experts` is what the operator `experts` calls shape; `rule` is top_k, score, softmax_after_topk, renormalize.
+  // `layouts` are those of qkv, o, gate_up and down where they are quantised, and empty where not.
+  void add_layer(const Tensor& attention_norm, const Tensor& qkv, const OptionalTensor& qkv_bias,
+                 const OptionalTensor& q_norm, const OptionalTensor& k_norm, const Tensor& o,
+                 const OptionalTensor& o_bias, const Tensor& ffn_norm, const OptionalTensor& router,
+                 const Tensor& gate_up, const Tensor& down, const OptionalTensor& gate_up_bias,
+                 const OptionalTensor& down_bias, std::vector<int64_t> experts, std::vector<int64_t> rule,
+                 double routing_scale, const OptionalTensor& contribution_scale, int64_t window,
+                 std::vector<std::vector<int64_t>> layouts) {
+    const Shape& shape = stack_.shape;
+    TORCH_CHECK_VALUE(layouts.size() == 4, "there must be a layout, or none, for each of 4 weights");
+    Block block{};
+    block.attention_norm = weights(attention_norm, shape.hidden, "attention_norm");
+    block.qkv = projection(qkv, qkv_bias, shape.hidden, shape.q_width() + 2 * shape.kv_width(), "qkv", layouts[0]);
+    block.q_norm = head_norm(q_norm, shape.q_width(), "q_norm");
+    block.k_norm = head_norm(k_norm, shape.kv_width(), "k_norm");
+    block.o = projection(o, o_bias, shape.q_width(), shape.hidden, "o", layouts[1]);
+    block.ffn_norm = weights(ffn_norm, shape.hidden, "ffn_norm");
+    block.window = window;
+    ExpertsCall& call = block.experts;
+    TORCH_CHECK_VALUE(experts.size() == 5 && experts[1] == shape.hidden, "the experts are for another hidden size");
+    call.layout = {shape.dtype, experts[0], experts[1], experts[2], experts[3] != 0};
+    call.activation = static_cast<Activation>(experts[4]);
+    if (layouts[2].empty()) {
+      call.gate_up = words(keep(gate_up), call.layout.gate_words(), "gate_up");
+      call.down = words(keep(down), call.layout.down_words(), "down");
+    } else {
+      block.quant_experts = quant_experts_of(call.layout, keep(gate_up), layouts[2], keep(down), layouts[3]);
+    }
+    call.gate_up_bias = floats(keep(gate_up_bias), "gate_up_bias");
+    call.down_bias = floats(keep(down_bias), "down_bias");
+    if (router) {
+      TORCH_CHECK_VALUE(rule.size() == 4 && 1 <= rule[0] && rule[0] <= experts[0], "top_k must be in 1 … ", experts[0]);
+      block.router = projection(*router, {}, shape.hidden, experts[0], "router");
+      block.rule.experts = experts[0];
+      block.rule.top_k = rule[0];
+      block.rule.score = static_cast<Score>(rule[1]);
+      block.rule.softmax_after_topk = rule[2] != 0;
+      block.rule.renormalize = rule[3] != 0;
+      block.rule.scale = static_cast<float>(routing_scale);
+      TORCH_CHECK_VALUE(!contribution_scale || contribution_scale->numel() == experts[0],
+                        "contribution_scale must have one entry for each of ", experts[0], " experts");
+      block.scale = floats(keep(contribution_scale), "contribution_scale");
+    }
+    stack_.add(block);
+  }
+
+  // After all layers, in rising order. Without a probe (`weight`) nobody can leave. `kv_layouts` as `layouts` above.
+  void add_exit(int64_t after_layers, const Tensor& down, const Tensor& up, int64_t rank, const OptionalTensor& weight,
+                const OptionalTensor& bias, const OptionalTensor& out, const OptionalTensor& out_bias, bool previous,
+                bool entropy, Tensors kv, Tensors kv_bias, std::vector<std::vector<int64_t>> kv_layouts) {
+    const Shape& shape = stack_.shape;
+    const int64_t layers = static_cast<int64_t>(stack_.blocks.size());
+    TORCH_CHECK_VALUE((stack_.exits.empty() ? 0 : stack_.exits.back().after_layers) < after_layers &&
+                          after_layers < layers && static_cast<int64_t>(kv.size()) == layers - after_layers &&
+                          (kv_bias.empty() || kv_bias.size() == kv.size()) && kv_layouts.size() == kv.size(),
+                      "an exit after ", after_layers, " of ", layers, " layers does not fit");
+    Exit exit{};
+    exit.after_layers = after_layers;
+    exit.down = projection(down, {}, shape.hidden, rank, "the adapter's first factor");
+    exit.up = projection(up, {}, rank, shape.hidden, "the adapter's second factor");
+    exit.can_leave = weight.has_value();
+    exit.previous = previous;
+    exit.entropy = entropy;
+    if (weight) {
+      ProbeCall& probe = exit.probe;
+      probe.hidden = shape.hidden;
+      probe.inner = weight->size(0);
+      TORCH_CHECK_VALUE(weight->dim() == 2 && weight->size(1) == shape.hidden * (1 + previous) + entropy && bias &&
+                            bias->numel() == probe.inner && (out ? out->numel() : 1) == probe.inner,
+                        "the probe does not fit hidden size ", shape.hidden);
+      probe.weight = floats(keep(weight), "weight");
+      probe.bias = floats(keep(bias), "bias");
+      probe.out = floats(keep(out), "out");
+      probe.out_bias = out ? *floats(out_bias, "out_bias") : 0.0f;
+    }
+    for (int64_t behind = 0; behind < layers - after_layers; ++behind) {
+      const Block& block = stack_.blocks[after_layers + behind];
+      ProjectCall call{};
+      call.hidden = shape.hidden;
+      call.kv_heads = shape.kv_heads;
+      call.channels = shape.channels;
+      call.norm = block.attention_norm;
+      call.dtype = shape.dtype;
+      call.eps = shape.eps;
+      const OptionalTensor with = kv_bias.empty() ? OptionalTensor() : OptionalTensor(kv_bias[behind]);
+      const Projection pair = projection(kv[behind], with, shape.hidden, 2 * shape.kv_width(), "keys and values",
+                                         kv_layouts[behind]);
+      call.kv = pair.weights;
+      call.kv_bias = pair.bias;
+      call.quant = pair.quant;
+      call.k_norm = block.k_norm;
+      call.k_norm_width = block.k_norm ? (shape.norm_per_head ? shape.channels : shape.kv_width()) : 0;
+      exit.projections.push_back(call);
+    }
+    stack_.exits.push_back(std::move(exit));
+  }
+
+  // Heads and neurons are parts of those that the processes of a group have together; exits are not for these.
+  void share(const c10::intrusive_ptr<SharedGroup>& group) {
+    TORCH_CHECK_VALUE(stack_.exits.empty(), "layers that several processes share are run without their exits");
+    stack_.add_up = [group, dtype = stack_.shape.dtype](void* x, int64_t count) { group->add_up(x, x, count, dtype); };
+  }
+
+  Tensor run(Tensor x, int64_t first, int64_t last, const CachePointer& cache, const Tensor& cos_sin,
+             const Tensor& positions, const Tensor& slots, const Tensor& query_start, const Tensor& context_len,
+             const Tensor& block_table, const OptionalTensor& entropy, const OptionalTensor& keep,
+             const OptionalTensor& cap, const OptionalTensor& skipped) {
+    TORCH_CHECK_VALUE(0 <= first && first <= last && last <= static_cast<int64_t>(stack_.blocks.size()), "layers ", first,
+                      " … ", last, " are not those of a model of ", stack_.blocks.size());
+    x = stream(x);
+    const Caches& caches = caches_of(*cache, cos_sin);
+    Places places =
+        places_of(x.size(0), cache->first(), cos_sin, positions, slots, query_start, context_len, block_table);
+    places.budget = budget_of(x.size(0), keep, cap, skipped);
+    TORCH_CHECK_VALUE(!entropy || entropy->numel() == x.size(0), "entropy must have one entry per row");
+    run_layers(context_of(isa_), stack_, first, last, static_cast<float*>(x.data_ptr()), places, caches,
+               const_cast<float*>(floats(entropy, "entropy")));
+    return x;
+  }
+
+  // What each row hands to the LM head. `counts` takes, in one piece: the depth of each row; per exit how many rows
+  // decided and how many of them went on; rows launched between exits.
+  Tensor run_with_exits(Tensor x, const CachePointer& cache, const Tensor& cos_sin,
+                        const Tensor& positions, const Tensor& slots, const Tensor& query_start,
+                        const Tensor& context_len, const Tensor& block_table, const Tensor& thresholds,
+                        const Tensor& counts, const OptionalTensor& keep, const OptionalTensor& cap,
+                        const OptionalTensor& skipped) {
+    x = stream(x);
+    const int64_t rows = x.size(0), exits = static_cast<int64_t>(stack_.exits.size());
+    const Caches& caches = caches_of(*cache, cos_sin);
+    TORCH_CHECK_VALUE(thresholds.dim() == 2 && thresholds.size(0) == exits && thresholds.size(1) == rows,
+                      "thresholds must have one entry for each of ", exits, " exits and ", rows, " rows");
+    TORCH_CHECK_VALUE(counts.numel() == rows + 3 * exits + 1, "counts must have ", rows + 3 * exits + 1, " entries");
+    Tensor out = x;
+    ExitsCall call{static_cast<float*>(x.data_ptr()),
+                   places_of(rows, cache->first(), cos_sin, positions, slots, query_start, context_len, block_table)};
+    call.places.budget = budget_of(rows, keep, cap, skipped);
+    call.thresholds = contiguous_data<float>(thresholds, at::kFloat, "thresholds");
+    call.out = [&] {
+      out = at::empty(x.sizes(), x.options());
+      return static_cast<float*>(out.data_ptr());
+    };
+    call.depths = const_cast<int64_t*>(contiguous_data<int64_t>(counts, at::kLong, "counts"));
+    call.decisions = call.depths + rows;
+    call.launched = call.decisions + 2 * exits;
+    run_exits(context_of(isa_), stack_, call, caches);
+    return out;
+  }
+
+ private:
+  const Tensor& keep(const Tensor& t) { return kept_.emplace_back(t); }
+  const OptionalTensor& keep(const OptionalTensor& t) {
+    if (t) kept_.push_back(*t);
+    return t;
+  }
+
+  const void* weights(const Tensor& t, int64_t count, const char* name) {
+    TORCH_CHECK_VALUE(t.is_contiguous() && t.numel() == count && t.scalar_type() == type_, name,
+                      " must be contiguous with ", count, " entries of type ", type_, ", not shape ", t.sizes());
+    return keep(t).data_ptr();
+  }
+
+  const void* head_norm(const OptionalTensor& t, int64_t full, const char* name) {
+    return t ? weights(*t, stack_.shape.norm_per_head ? stack_.shape.channels : full, name) : nullptr;
+  }
+
+  Projection projection(const Tensor& packed, const OptionalTensor& bias, int64_t inputs, int64_t outputs,
+                        const char* name, const std::vector<int64_t>& layout = {}) {
+    if (!layout.empty()) {
+      const QuantWeights weights = quant_weights(keep(packed), keep(bias), layout, name);
+      TORCH_CHECK_VALUE(weights.layout.inputs == inputs && weights.layout.outputs == outputs, name, " has ",
+                        weights.layout.outputs, " outputs and ", weights.layout.inputs, " inputs, not ", outputs,
+                        " and ", inputs);
+      return {nullptr, nullptr, outputs, weights};
+    }
+    const Gemm& gemm = context_of(isa_).kernels->gemm[static_cast<int>(stack_.shape.dtype)];
+    TORCH_CHECK_VALUE(!bias || bias->numel() >= ceil_div(outputs, kBlockOutputs) * kBlockOutputs, name,
+                      "'s bias must be padded to whole blocks");
+    return {words(keep(packed), packed_words(gemm, outputs, inputs), name), floats(keep(bias), name), outputs, {}};
+  }
+
+  Tensor stream(const Tensor& x) const {
+    TORCH_CHECK_VALUE(x.dim() == 2 && x.size(1) == stack_.shape.hidden && x.scalar_type() == at::kFloat,
+                      "x must be float32 with ", stack_.shape.hidden, " columns, not ", x.scalar_type(), " of shape ",
+                      x.sizes());
+    return x.contiguous();
+  }
+
+  const Caches& caches_of(CacheHolder& cache, const Tensor& cos_sin) const {
+    const Shape& shape = stack_.shape;
+    TORCH_CHECK_VALUE(cache.layers() == stack_.blocks.size(), "there must be one cache per layer");
+    TORCH_CHECK_VALUE(cache.first().size(1) == shape.kv_heads, "a cache of shape ", cache.first().sizes(),
+                      " does not fit the model");
+    return cache.with(cos_sin, shape.channels);
+  }
+
+  Budget budget_of(int64_t rows, const OptionalTensor& keep, const OptionalTensor& cap,
+                   const OptionalTensor& skipped) const {
+    if (!keep) return {};
+    const int64_t layers = static_cast<int64_t>(stack_.blocks.size());
+    TORCH_CHECK_VALUE(keep->numel() == rows * layers && cap && cap->sizes() == keep->sizes() && skipped &&
+                          skipped->numel() == rows,
+                      "a budget must have one entry for each of ", rows, " rows and ", layers, " layers");
+    return {contiguous_data<float>(*keep, at::kFloat, "keep"), contiguous_data<int32_t>(*cap, at::kInt, "cap"),
+            const_cast<int64_t*>(contiguous_data<int64_t>(*skipped, at::kLong, "skipped")), layers};
+  }
+
+  static Places places_of(int64_t rows, const Tensor& keys, const Tensor& cos_sin, const Tensor& positions,
+                          const Tensor& slots, const Tensor& query_start, const Tensor& context_len,
+                          const Tensor& block_table) {
+    Places places{rows};
+    TORCH_CHECK_VALUE(positions.numel() == rows && slots.numel() == rows,
+                      "positions and slots must have one entry per row");
+    places.positions = contiguous_data<int64_t>(positions, at::kLong, "positions");
+    places.slots = contiguous_data<int64_t>(slots, at::kLong, "slots");
+    for (int64_t t = 0; t < rows; ++t) {
+      TORCH_CHECK_INDEX(0 <= places.positions[t] && places.positions[t] < cos_sin.size(0), "position ",
+                        places.positions[t], " is not in the rotary table of ", cos_sin.size(0));
+      TORCH_CHECK_INDEX(0 <= places.slots[t] && places.slots[t] < keys.size(0) * keys.size(2), "slot ",
+                        places.slots[t], " is not in the cache");
+    }
+    places.query_start = contiguous_data<int32_t>(query_start, at::kInt, "query_start");
+    places.context_len = contiguous_data<int32_t>(context_len, at::kInt, "context_len");
+    places.block_table = contiguous_data<int32_t>(block_table, at::kInt, "block_table");
+    places.sequences = context_len.numel();
+    TORCH_CHECK_VALUE(query_start.numel() == places.sequences + 1 && places.query_start[places.sequences] == rows &&
+                          block_table.dim() == 2 && block_table.size(0) == places.sequences,
+                      "query_start and block_table do not fit the rows");
+    places.block_table_stride = block_table.size(1);
+    return places;
+  }
+
+  int64_t isa_;
+  at::ScalarType type_;
+  Stack stack_;
+  Tensors kept_;
+};
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(dynamoe_cpu, m) {
+  m.def("shared_bytes(int size) -> int", &SharedMemory::file_bytes);
+  m.class_<SharedGroup>("SharedGroup")
+      .def(torch::init<int64_t, const std::string&, int64_t, int64_t, double>())
+      .def("sum", &SharedGroup::sum)
+      .def("broadcast", &SharedGroup::broadcast)
+      .def("gather", &SharedGroup::gather)
+      .def("begin_swap", &SharedGroup::begin_swap)
+      .def("finish_swap", &SharedGroup::finish_swap);
+  m.class_<CacheHolder>("Cache").def(torch::init<Tensors, Tensors, int64_t>());
+  m.class_<StackHolder>("Stack")
+      .def(torch::init<int64_t, at::ScalarType, std::vector<int64_t>, bool, double, double, double>())
+      .def("add_layer", &StackHolder::add_layer)
+      .def("add_exit", &StackHolder::add_exit)
+      .def("share", &StackHolder::share)
+      .def("run", &StackHolder::run)
+      .def("run_with_exits", &StackHolder::run_with_exits);
+}
+
+}  // namespace dynamoe_cpu

@@ -1,0 +1,82 @@
+// Quantised weights in memory, and their products with rows.
+//
+// A block of 32 outputs lies in one piece, to be read front to back: for each group of inputs that share scales
+//     scale[32], then offset[32] or zero point[32] if there are any, then the codes of the group.
+// Codes of 8-bit integers: [4 inputs][32 outputs][4], as code + 128. Codes of 4 bits: [8 inputs][32 outputs][4], of
+// which a byte holds input i in its low and input i + 4 in its high nibble. 8-bit floats: [input][32 outputs].
+//
+// A product runs in one of two ways, chosen by format, dtype and processor only, so that a row's result never depends on
+// the rows beside it:
+// - digits: rows become integers of one or two bytes, one scale per group of inputs; sums of a group are exact;
+// - wide: a stretch of a block is widened to fp32 in the first-level cache, where all rows meet it.
+#pragma once
+
+#include "ops/operators.h"
+#include "ops/parallel.h"
+#include "quant/scales.h"
+
+namespace dynamoe_cpu {
+
+struct QuantWeights {
+  QuantLayout layout;
+  const char* data;
+  const float* bias;  // padded to whole blocks, or null
+
+  const char* block(int64_t number) const { return data + number * layout.block_bytes(); }
+};
+
+// Whether rows of this dtype meet the weights as integers.
+bool uses_digits(const Kernels& kernels, const QuantLayout& layout, Dtype dtype);
+
+// One product on this processor: rows to panels, panels times blocks.
+class QuantProduct {
+ public:
+  QuantProduct(const Kernels& kernels, const QuantLayout& layout, Dtype dtype);
+  int64_t row_bytes() const { return row_bytes_; }  // of a panel
+  int64_t tile_rows() const { return tile_rows_; }
+  int64_t most_rows() const;  // whose panel stays in the second-level cache
+  // The panel of one tile. `dtype` of the rows may be another than that of the model.
+  void pack(char* panel, const void* const* rows, int num_rows, Dtype dtype) const;
+  // Where rows become digits, they may be made once for several panels: `row_bytes()` each.
+  bool digits() const { return digits_; }
+  void make_digits(char* digits, const void* row, Dtype dtype) const;
+  void pack_digits(char* panel, const void* const* digits, int num_rows) const;
+  // out[row][32] = row · block for the rows of all tiles, panels one after the other. The block is one of a stretch that
+  // is read in order and begins with block `first`; `after` is what will be read when it ends, or null.
+  void multiply(const char* panels, const Tiles& tiles, const char* block, bool first, const char* after,
+                float* out) const;
+
+ private:
+  CodesAhead ahead(const char* block, bool first, const char* after, int64_t tile, int64_t tiles) const;
+
+  const Kernels& kernels_;
+  const QuantLayout layout_;
+  const bool digits_;
+  DigitShape shape_;
+  int64_t row_bytes_, tile_rows_;
+};
+
+struct QuantLinearCall {
+  Rows x;
+  int64_t rows;
+  const QuantWeights* weights;
+  void* out;
+  int64_t out_stride;
+  Dtype out_dtype;
+};
+void quant_linear(const Context& context, const QuantLinearCall& call);
+
+// Codes 0 … 255, one per byte, scales and offsets or zero points [output][group] to blocks.
+void pack_quant(const Context& context, const QuantLayout& layout, const uint8_t* codes, const float* scales,
+                const float* offsets, char* packed);
+// Rows of a weight, dequantised.
+void quant_rows(const Context& context, const QuantWeights& weights, const int64_t* ids, int64_t count, float* out);
+
+// Experts: gate and up interleaved in gated blocks, [expert][gate block], and down, [expert][block].
+struct QuantExperts {
+  QuantWeights gate_up, down;  // layouts of all experts' blocks; outputs are multiples of whole blocks per expert
+};
+// As `experts`; call.gate_up and call.down are not looked at. Without ids every row uses every expert with weight 1.
+int64_t quant_experts(const Context& context, const ExpertsCall& call, const QuantExperts& weights);
+
+}  // namespace dynamoe_cpu

@@ -1,0 +1,67 @@
+// A group of processes that share memory, as a torch class.
+#pragma once
+
+#include <torch/custom_class.h>
+
+#include <string>
+#include <vector>
+
+#include "shared/shared.h"
+#include "ops/tensors.h"
+
+namespace dynamoe_cpu {
+
+class SharedGroup : public torch::CustomClassHolder {
+ public:
+  SharedGroup(int64_t isa, const std::string& path, int64_t rank, int64_t size, double timeout)
+      : kernels_(*context_of(isa).kernels), memory_(path, rank, size, timeout) {}
+
+  void add_up(const void* in, void* out, int64_t count, Dtype dtype) { memory_.sum(kernels_, in, out, count, dtype); }
+
+  Tensor sum(const Tensor& x) {
+    const Dtype dtype = dtype_of(x, "x");
+    bytes_of(x, "x");
+    Tensor out = at::empty(x.sizes(), x.options());
+    add_up(x.data_ptr(), out.data_ptr(), x.numel(), dtype);
+    return out;
+  }
+  void broadcast(const Tensor& x, int64_t root, double patience) {
+    memory_.broadcast(root, bytes_of(x, "x"), x.nbytes(), patience);
+  }
+  void gather(const Tensor& x, const Tensor& out, int64_t root) {
+    TORCH_CHECK_VALUE(memory_.rank() != root || out.nbytes() == memory_.size() * x.nbytes(), "out of shape ", out.sizes(),
+                      " does not take ", memory_.size(), " times ", x.sizes());
+    memory_.gather(root, bytes_of(x, "x"), bytes_of(out, "out"), x.nbytes());
+  }
+  // Sizes are rows, which are those of `rows`; `out` takes what comes.
+  void begin_swap(const Tensor& rows, std::vector<int64_t> sent) {
+    const char* data = bytes_of(rows, "rows");
+    memory_.begin_swap(data, bytes_by_rank(rows, std::move(sent), "rows"));
+    rows_ = rows;
+  }
+  void finish_swap(const Tensor& out, std::vector<int64_t> coming) {
+    char* data = bytes_of(out, "out");
+    memory_.finish_swap(data, bytes_by_rank(out, std::move(coming), "out"));
+    rows_ = Tensor();
+  }
+
+ private:
+  static char* bytes_of(const Tensor& t, const char* name) {
+    TORCH_CHECK_VALUE(t.is_contiguous() && t.is_cpu(), name, " must be contiguous, not with strides ", t.strides());
+    return static_cast<char*>(t.data_ptr());
+  }
+  std::vector<int64_t> bytes_by_rank(const Tensor& t, std::vector<int64_t> counts, const char* name) const {
+    int64_t total = 0, row = t.element_size();
+    for (int64_t d = 1; d < t.dim(); ++d) row *= t.size(d);
+    for (int64_t& count : counts) total += count, count *= row;
+    TORCH_CHECK_VALUE(static_cast<int64_t>(counts.size()) == memory_.size() && total == t.size(0), name, " has ", t.size(0),
+                      " rows, which ", counts, " bytes by rank do not fit");
+    return counts;
+  }
+
+  const Kernels& kernels_;
+  SharedMemory memory_;
+  Tensor rows_;  // lives until the swap that has begun is finished
+};
+
+}  // namespace dynamoe_cpu

@@ -1,0 +1,1 @@
+"""Plain-torch oracles: every operation in its simplest correct form."""

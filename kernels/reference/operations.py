@@ -1,0 +1,125 @@
+"""Plain-torch oracles: every operation in its simplest correct form. Other backends are proved against these.
+
+Shape suffixes are explained in ``types.py``. Reductions run in float32 whatever the input's dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ..api.kv_codes import read_pages, write_heads
+from ..api.types import AttentionBatch, KVLayer, Routing
+from .router import route as route
+from .router import router_logits as router_logits
+
+
+def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+    """Root-mean-square norm over the last dimension, computed in float32, returned in the weight's dtype."""
+    x32 = x_TD.float()
+    x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return (weight_D * x32.to(x_TD.dtype)).to(weight_D.dtype)
+
+
+def rope(x_TXC: torch.Tensor, cos_sin_LC: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding, half-split layout (Su et al. 2021, as Llama stores it).
+
+    Arguments:
+        x_TXC: queries or keys, X heads.
+        cos_sin_LC: float32 table; row p holds cos for C/2 frequencies, then sin for C/2 frequencies, of position p.
+        positions_T: int64.
+    """
+    cos, sin = cos_sin_LC[positions_T].unsqueeze(1).chunk(2, -1)
+    a, b = x_TXC.float().chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x_TXC.dtype)
+
+
+def activate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    """Gated activation ``act(gate) * up``; ``activation`` is ``silu``, ``gelu`` (exact) or ``gelu_tanh``."""
+    if activation == "silu":
+        return F.silu(gate) * up
+    if activation == "gelu":
+        return F.gelu(gate) * up
+    if activation == "gelu_tanh":
+        return F.gelu(gate, approximate="tanh") * up
+    raise ValueError(f"unknown activation {activation!r}; known: silu, gelu, gelu_tanh")
+
+
+def write_kv(k_TGC: torch.Tensor, v_TGC: torch.Tensor, layer: KVLayer, slots_T: torch.Tensor) -> None:
+    """Store each row's key and value at its slot (``page * P + offset``)."""
+    pages, offsets = slots_T // layer.page_size, slots_T % layer.page_size
+    write_heads(layer.keys_BGPC, k_TGC, pages, offsets, layer)
+    write_heads(layer.values_BGPC, v_TGC, pages, offsets, layer)
+
+
+def paged_attention(
+    q_THC: torch.Tensor, layer: KVLayer, batch: AttentionBatch, *, scale: float, window: int | None = None
+) -> torch.Tensor:
+    """Causal grouped-query attention of this step's rows over their sequences' pages.
+
+    Arguments:
+        q_THC: rotated queries.
+        layer: the cache, which already holds this step's keys and values.
+        scale: factor on the scores.
+        window: a row at position p sees positions ``p - window + 1 … p`` (sliding window); None sees all.
+
+    Returns: attention output, (T, H, C), in the queries' dtype.
+    """
+    out_THC = torch.empty_like(q_THC)
+    groups = q_THC.shape[1] // layer.keys_BGPC.shape[1]
+    starts = batch.query_start_S1.tolist()
+    for s, length in enumerate(batch.context_len_S.tolist()):
+        rows = slice(starts[s], starts[s + 1])
+        pages = batch.block_table_SM[s, : -(-length // layer.page_size)].long()
+        k_GLC, v_GLC = (
+            read_pages(stored, pages, layer).float().transpose(0, 1).flatten(1, 2)[:, :length]
+            for stored in (layer.keys_BGPC, layer.values_BGPC)
+        )
+        k_HLC, v_HLC = k_GLC.repeat_interleave(groups, 0), v_GLC.repeat_interleave(groups, 0)
+        scores_HTL = torch.einsum("thc,hlc->htl", q_THC[rows].float(), k_HLC) * scale
+        behind_TL = batch.positions_T[rows, None] - torch.arange(length, device=q_THC.device)
+        hidden_TL = behind_TL < 0
+        if window is not None:
+            hidden_TL = hidden_TL | (behind_TL >= window)
+        probs_HTL = scores_HTL.masked_fill(hidden_TL, float("-inf")).softmax(-1)
+        out_THC[rows] = torch.einsum("htl,hlc->thc", probs_HTL, v_HLC).to(q_THC.dtype)
+    return out_THC
+
+
+def experts(
+    x_TD: torch.Tensor,
+    gate_EFD: torch.Tensor,
+    up_EFD: torch.Tensor,
+    down_EDF: torch.Tensor,
+    routing: Routing,
+    activation: str,
+    gate_bias_EF: torch.Tensor | None = None,
+    up_bias_EF: torch.Tensor | None = None,
+    down_bias_ED: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``sum_k weight_k * down_e(act(gate_e x) * up_e x)`` with ``e = expert_ids[k]``: the mixture, expert by expert.
+
+    The sum over k runs in float32 in the order of the slots, zero experts last.
+    """
+    num_tokens, top_k = routing.expert_ids_TK.shape
+    slots_TKD = torch.zeros(num_tokens, top_k, x_TD.shape[1], dtype=torch.float32, device=x_TD.device)
+    used_TK = torch.ones_like(routing.expert_ids_TK, dtype=torch.bool)
+    if routing.counts_T is not None:
+        used_TK = torch.arange(top_k, device=x_TD.device) < routing.counts_T[:, None]
+    chosen_TK = routing.expert_ids_TK.masked_fill(~used_TK, -1)
+    for expert in chosen_TK[used_TK].unique().tolist():
+        rows, slots = (chosen_TK == expert).nonzero(as_tuple=True)
+        x = x_TD[rows]
+        if routing.weight_on_input:
+            x = (x * routing.weights_TK[rows, slots, None]).to(x.dtype)
+        gate = F.linear(x, gate_EFD[expert], None if gate_bias_EF is None else gate_bias_EF[expert])
+        up = F.linear(x, up_EFD[expert], None if up_bias_EF is None else up_bias_EF[expert])
+        down = F.linear(activate(gate, up, activation), down_EDF[expert])
+        slots_TKD[rows, slots] = (down if down_bias_ED is None else down + down_bias_ED[expert]).float()
+    weights_TK = used_TK.float() if routing.weight_on_input else routing.weights_TK.masked_fill(~used_TK, 0.0)
+    out_TD = torch.zeros_like(slots_TKD[:, 0])
+    for k in range(top_k):
+        out_TD = out_TD + weights_TK[:, k, None] * slots_TKD[:, k]
+    if routing.identity_weights_T is not None:
+        out_TD = out_TD + routing.identity_weights_T[:, None] * x_TD.float()
+    return out_TD.to(x_TD.dtype)

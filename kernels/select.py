@@ -1,0 +1,81 @@
+"""The only place that chooses which backend runs the operations."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from .torch.backend import TorchBackend
+
+NUMERICS = 1  # goes up with every change that may change a result, so that no certificate outlives it
+BACKENDS = ("auto", "torch", "cpu", "triton", "grouped_mm", "megablocks")
+
+
+def select_backend(device: torch.device | str, dtype: torch.dtype, name: str = "auto") -> TorchBackend:
+    """The backend for a device and dtype.
+
+    Arguments:
+        name: ``auto`` takes the fastest that runs here; ``cpu:avx512vnni`` the CPU's with this instruction set, one of
+            ``cpu_backend.ISAS``.
+
+    Raises:
+        ValueError: for an unknown name, or a backend that cannot run here: on that device, in that dtype, without a
+            GPU, a package or (``cpu``) a compiler.
+    """
+    name, _, isa = name.partition(":")
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")
+    if isa and name != "cpu":
+        raise ValueError(f"backend {name!r} takes no instruction set, not {isa!r}; cpu does")
+    if name == "cpu":
+        return _cpu(device, dtype, isa or "auto")
+    if name == "triton":
+        from .triton.backend import TritonBackend
+
+        return TritonBackend(device, dtype)
+    if name == "grouped_mm":
+        from .torch.grouped_mm import GroupedMmBackend
+
+        return GroupedMmBackend(device, dtype)
+    if name == "megablocks":
+        from .torch.megablocks import MegaBlocksBackend
+
+        return MegaBlocksBackend(device, dtype)
+    if name == "auto" and torch.device(device).type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        return _triton_or_torch(device, dtype)
+    if name == "auto" and torch.device(device).type == "cpu" and dtype in (torch.float32, torch.bfloat16):
+        return _cpu_or_torch(device, dtype)
+    return TorchBackend(device, dtype)
+
+
+def _cpu(device: torch.device | str, dtype: torch.dtype, isa: str) -> TorchBackend:
+    from .cpu.backend import CpuBackend
+    from .cpu.build import BuildError
+
+    try:
+        return CpuBackend(device, dtype, isa)
+    except BuildError as error:
+        raise ValueError(f"the cpu backend cannot run here: {error}") from error
+
+
+def _cpu_or_torch(device: torch.device | str, dtype: torch.dtype) -> TorchBackend:
+    from .cpu.backend import CpuBackend
+    from .cpu.build import BuildError
+
+    try:
+        return CpuBackend(device, dtype)
+    except BuildError as error:
+        # The warnings module shows the same text from the same place once per process.
+        warnings.warn(f"running on torch's own operations, several times slower: {error}", RuntimeWarning, stacklevel=3)
+        return TorchBackend(device, dtype)
+
+
+def _triton_or_torch(device: torch.device | str, dtype: torch.dtype) -> TorchBackend:
+    try:
+        from .triton.backend import TritonBackend
+
+        return TritonBackend(device, dtype)
+    except (ImportError, ValueError) as error:
+        warnings.warn(f"running on torch's own operations: {error}", RuntimeWarning, stacklevel=3)
+        return TorchBackend(device, dtype)

@@ -1,0 +1,1 @@
+"""The backend made of torch's own operations, and those that replace its experts."""

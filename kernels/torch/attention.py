@@ -1,0 +1,92 @@
+"""Paged attention on torch's own scaled dot product: all sequences at once while they decode, one by one otherwise.
+
+Shape suffixes are explained in ``types.py``; L is positions, W is pages looked at per sequence, R is query heads per
+key/value head.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ..api.kv_codes import read_pages
+from ..api.types import AttentionBatch, KVLayer
+
+
+def run_attention(
+    q_THC: torch.Tensor, layer: KVLayer, batch: AttentionBatch, *, scale: float, window: int | None = None
+) -> torch.Tensor:
+    """What :func:`reference.paged_attention` computes, (T, H, C). A step that only decodes never waits for a device."""
+    if batch.max_query_len == 1:
+        return _decode(q_THC, layer, batch, scale, window)
+    out_THC = torch.empty_like(q_THC)
+    starts, lengths = batch.query_start_S1.tolist(), batch.context_len_S.tolist()
+    for s, length in enumerate(lengths):
+        rows = slice(starts[s], starts[s + 1])
+        out_THC[rows] = _one_sequence(q_THC[rows], layer, batch.block_table_SM[s], length, scale, window)
+    return out_THC
+
+
+def _decode(
+    q_SHC: torch.Tensor, layer: KVLayer, batch: AttentionBatch, scale: float, window: int | None
+) -> torch.Tensor:
+    page, device = layer.page_size, q_SHC.device
+    lengths_S1 = batch.context_len_S[:, None].long()
+    width = -(-batch.max_context_len // page)
+    first_S1 = torch.zeros_like(lengths_S1)
+    if window is not None:
+        width = min(width, (window - 1) // page + 2)
+        first_S1 = (lengths_S1 - window).clamp(min=0) // page
+    columns_SW = first_S1 + torch.arange(width, device=device)
+    exists_SW = columns_SW * page < lengths_S1
+    table_SW = batch.block_table_SM.gather(1, columns_SW.clamp(max=batch.block_table_SM.shape[1] - 1)).long()
+    pages_SW = table_SW.masked_fill(~exists_SW, 0)  # entries beyond the context may be anything
+    positions_SL = (columns_SW[..., None] * page + torch.arange(page, device=device)).flatten(1)
+    hidden_SL = positions_SL >= lengths_S1
+    if window is not None:
+        hidden_SL |= positions_SL < lengths_S1 - window
+    # What nobody wrote may be NaN, which a mask on the scores alone would not keep out of the sum.
+    k_SGLC = _gather(layer.keys_BGPC, pages_SW, layer, q_SHC.dtype).masked_fill_(hidden_SL[:, None, :, None], 0.0)
+    v_SGLC = _gather(layer.values_BGPC, pages_SW, layer, q_SHC.dtype).masked_fill_(hidden_SL[:, None, :, None], 0.0)
+    # Heads of a group become rows, so that one pass over the keys serves them all.
+    q_SGRC = q_SHC.unflatten(1, (k_SGLC.shape[1], -1))
+    seen_S11L = ~hidden_SL[:, None, None, :]
+    return F.scaled_dot_product_attention(q_SGRC, k_SGLC, v_SGLC, attn_mask=seen_S11L, scale=scale).flatten(1, 2)
+
+
+def _one_sequence(
+    q_RHC: torch.Tensor, layer: KVLayer, table_M: torch.Tensor, length: int, scale: float, window: int | None
+) -> torch.Tensor:
+    """Attention of a sequence's last rows, (R, H, C), with R rows here."""
+    page, num_rows = layer.page_size, q_RHC.shape[0]
+    past = length - num_rows
+    first = 0 if window is None else max(0, past - window + 1) // page
+    pages_1W = table_M[first : -(-length // page)].long()[None]
+    start, stop = first * page, length
+    k_1GLC = _gather(layer.keys_BGPC, pages_1W, layer, q_RHC.dtype)[:, :, : stop - start]
+    v_1GLC = _gather(layer.values_BGPC, pages_1W, layer, q_RHC.dtype)[:, :, : stop - start]
+    causal = past == 0 and (window is None or length <= window)
+    mask_RL = None
+    if not causal:
+        behind_RL = torch.arange(past, length, device=q_RHC.device)[:, None] - torch.arange(
+            start, stop, device=q_RHC.device
+        )
+        mask_RL = behind_RL >= 0
+        if window is not None:
+            mask_RL &= behind_RL < window
+    out_1HRC = F.scaled_dot_product_attention(
+        q_RHC.transpose(0, 1)[None],
+        k_1GLC,
+        v_1GLC,
+        attn_mask=mask_RL,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=q_RHC.shape[1] != k_1GLC.shape[1],
+    )
+    return out_1HRC[0].transpose(0, 1)
+
+
+def _gather(stored_BGPX: torch.Tensor, pages_SW: torch.Tensor, layer: KVLayer, dtype: torch.dtype) -> torch.Tensor:
+    """A copy of some pages, side by side: (S, G, W · P, C), in ``dtype`` where they are kept in 8 bits."""
+    found = read_pages(stored_BGPX, pages_SW, layer).transpose(1, 2).flatten(2, 3)
+    return found.to(dtype) if layer.keys_BGPC.itemsize == 1 else found

@@ -1,0 +1,77 @@
+"""Quantised weights in torch's own hands: kept as they are, dequantised when a product needs them. Slow, everywhere.
+
+Shape suffixes are explained in ``types.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..api.formats import ActivationScheme, QuantizedWeight
+from ..api.types import Routing
+from ..reference import quantized as quant_reference
+
+
+@dataclass(frozen=True)
+class QuantLinear:
+    """A linear layer: its weight and how its input is rounded."""
+
+    weight: QuantizedWeight
+    bias_O: torch.Tensor | None
+    scheme: ActivationScheme
+
+    def run(self, x_TI: torch.Tensor) -> torch.Tensor:
+        """(T, O), float32."""
+        return quant_reference.linear(x_TI, self.weight, self.bias_O, self.scheme)
+
+    def rows(self, ids_T: torch.Tensor) -> torch.Tensor:
+        """Rows of the weight, dequantised, (T, I), float32."""
+        own = self.weight.take(ids_T)
+        return own.dequantize()
+
+    def tail(self, start: int) -> QuantLinear:
+        """The layer that computes the outputs from ``start`` on."""
+        bias_O = None if self.bias_O is None else self.bias_O[start:]
+        return QuantLinear(self.weight.rows(start, self.weight.out_features), bias_O, self.scheme)
+
+
+@dataclass(frozen=True)
+class QuantExperts:
+    """The experts of a layer; biases may be missing."""
+
+    gate_EFD: QuantizedWeight
+    up_EFD: QuantizedWeight
+    down_EDF: QuantizedWeight
+    gate_bias_EF: torch.Tensor | None
+    up_bias_EF: torch.Tensor | None
+    down_bias_ED: torch.Tensor | None
+    scheme: ActivationScheme
+
+    def run(self, x_TD: torch.Tensor, routing: Routing, activation: str) -> torch.Tensor:
+        """(T, D), float32."""
+        biases = (self.gate_bias_EF, self.up_bias_EF, self.down_bias_ED)
+        weights = (self.gate_EFD, self.up_EFD, self.down_EDF)
+        return quant_reference.experts(x_TD, *weights, routing, activation, *biases, scheme=self.scheme)
+
+    def run_all(self, x_TD: torch.Tensor, activation: str) -> torch.Tensor:
+        """Every expert with weight 1, (T, D), float32."""
+        experts = self.gate_EFD.num_experts
+        assert experts is not None
+        return self.run(x_TD, quant_reference.all_on(x_TD, experts), activation)
+
+
+def check_experts(gate: QuantizedWeight, up: QuantizedWeight, down: QuantizedWeight) -> tuple[int, int, int]:
+    """Number of experts, their width, hidden size.
+
+    Raises:
+        ValueError: when the three do not fit together.
+    """
+    if (
+        gate.num_experts is None
+        or up.shape != gate.shape
+        or down.shape != (gate.shape[0], gate.shape[2], gate.shape[1])
+    ):
+        raise ValueError(f"shapes of gate {gate.shape}, up {up.shape} and down {down.shape} do not fit together")
+    return gate.shape[0], gate.shape[1], gate.shape[2]

@@ -1,0 +1,269 @@
+"""Compiles every kernel for GPUs that are not there and reports registers, shared memory, spills and instructions.
+
+``python -m dynamoe.kernels.triton.aot --target sm_90 --shape qwen3-30b-a3b`` prints a table and fails on a spill, or on
+a prefill product without tensor-core instructions. Configurations are the cost model's own, for the listed device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+import triton
+from triton import knobs
+from triton.compiler import CompiledKernel
+
+from ..api.formats import FP8_PER_GROUP, GROUPS, INT8_PER_GROUP, UNQUANTIZED, ActivationScheme
+from ..api.kv_codes import KV_DTYPES
+from ..api.router_spec import RouterSpec
+from ..api.support import ROUTERS
+from .backend import WarmUpShape
+from .device import LISTED
+from .experts import ACTIVATIONS, ExpertPlanner
+from .launch import Launch
+from .quantized import StoredWeight, plan_quant, plan_rows, quant_config
+from .tuning import TuningCache
+from .warmup import attention_launches, exit_launches, mixture_launches, norm_launches
+
+
+def _shape(
+    e: int,
+    k: int,
+    d: int,
+    f: int,
+    heads: tuple[int, int, int] = (16, 4, 128),
+    window: int | None = None,
+    **rule: object,
+) -> WarmUpShape:
+    return WarmUpShape(
+        hidden_size=d,
+        num_heads=heads[0],
+        num_kv_heads=heads[1],
+        head_dim=heads[2],
+        page_size=16,
+        max_tokens=8192,
+        max_context=4096,
+        max_sequences=64,
+        router=RouterSpec(num_experts=e, top_k=k, **rule),  # type: ignore[arg-type]
+        expert_size=f,
+        activation="silu",
+        probes=((1, False, False, False), (8, True, True, True)),
+        window=window,
+    )
+
+
+SHAPES = {
+    "default": _shape(14, 12, 576, 96, (9, 3, 64)),
+    "granite-1b-a400m": _shape(32, 8, 1024, 512, (16, 8, 64), softmax_after_topk=True),
+    "olmoe": _shape(64, 8, 2048, 1024, (16, 16, 128)),
+    "qwen3-30b-a3b": _shape(128, 8, 2048, 768, (32, 4, 128), renormalize=True),
+    "mixtral": _shape(8, 2, 4096, 14336, (32, 8, 128), window=4096, renormalize=True),
+    "deepseek-v3": _shape(
+        256, 8, 7168, 2048, (16, 16, 128), score="sigmoid", selection_bias=True, num_groups=8, top_groups=4,
+        group_score="top2_sum", renormalize=True, scale=2.5,
+    ),
+    "longcat": _shape(768, 12, 6144, 2048, (16, 16, 128), zero_experts=256, selection_bias=True, scale=6.0),
+}  # fmt: skip
+TOKENS = (1, 8, 64, 512, 8192)
+CACHES = "caches"  # in place of a shape: keys and values in 8 bits, on the attention of every shape
+QUANTISED = "quantised"  # in place of a shape: every format of weights, on one layer
+VARIANTS = "variants"  # in place of a shape: every routing rule, activation and kind of bias, on one layer
+_PRODUCTS = ("gate_up_kernel", "down_kernel", "quant_gemm_kernel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a compiler made of one launch. ``spills`` is bytes of memory per thread that registers spilled to."""
+
+    kernel: str
+    target: str
+    tokens: int
+    blocks: str
+    registers: int
+    shared: int
+    spills: int
+    tensor_core: str
+    prefill: bool
+
+    @property
+    def complaint(self) -> str | None:
+        """What is wrong with it, if anything."""
+        if self.spills:
+            return f"{self.kernel} for {self.target} at {self.tokens} tokens ({self.blocks}) spills {self.spills} bytes"
+        wanted = "wgmma" if self.target == "sm_90" else "mma" if self.target.startswith("sm_") else "mfma"
+        if self.prefill and self.kernel in _PRODUCTS and self.tensor_core != wanted:
+            return f"{self.kernel} for {self.target} uses {self.tensor_core or 'no tensor cores'}, not {wanted}"
+        return None
+
+
+def launches_of(shape: WarmUpShape, planner: ExpertPlanner, dtype: torch.dtype) -> Iterator[tuple[int, Launch]]:
+    """The launches of a layer over ``TOKENS``, with the number of tokens that they are for."""
+    seen = set()
+    for tokens in TOKENS:
+        launches = norm_launches(shape, tokens, dtype) + mixture_launches(shape, tokens, dtype, planner)
+        launches += exit_launches(shape, tokens, dtype)
+        decodes = tokens <= shape.max_sequences
+        launches += attention_launches(
+            shape, tokens if decodes else 1, 1 if decodes else tokens, shape.max_context, dtype, planner
+        )
+        for launch in launches:
+            if launch.variant() not in seen:
+                seen.add(launch.variant())
+                yield tokens, launch
+
+
+def variant_launches(planner: ExpertPlanner, dtype: torch.dtype) -> Iterator[tuple[int, Launch]]:
+    """The launches that the shapes leave out, with the number of tokens that they are for."""
+    base = SHAPES["granite-1b-a400m"]
+    shapes = [replace(base, router=spec) for spec, _, _ in ROUTERS.values() if not spec.drops]
+    shapes += [replace(base, activation=name) for name in ACTIVATIONS]
+    seen = set()
+    for shape in shapes:
+        for tokens in (1, 64, 2048):
+            for launch in mixture_launches(shape, tokens, dtype, planner, biased=shape.router is base.router):
+                if launch.variant() not in seen:
+                    seen.add(launch.variant())
+                    yield tokens, launch
+
+
+def cache_launches(planner: ExpertPlanner, dtype: torch.dtype) -> Iterator[tuple[int, Launch]]:
+    """The launches that read and write keys and values of 8 bits, with the number of tokens that they are for."""
+    seen = set()
+    for shape in SHAPES.values():
+        for kept in filter(None, KV_DTYPES.values()):
+            for sequences, query_len in ((1, 1), (shape.max_sequences, 1), (1, 8192)):
+                narrow = replace(shape, kv_dtype=kept)
+                for launch in attention_launches(narrow, sequences, query_len, shape.max_context, dtype, planner):
+                    if "FORMAT" in launch.constexprs and launch.variant() not in seen:
+                        seen.add(launch.variant())
+                        yield sequences * query_len, launch
+
+
+def quantised_launches(dtype: torch.dtype, native_fp8: bool) -> Iterator[tuple[int, Launch]]:
+    """Gated and plain products with every format, for few rows and for many, with the number of rows."""
+    n, k = 512, 1024
+    as_they_are = (
+        ("int8", 0, False),
+        ("int8", 32, False),
+        ("int4", 64, False),
+        ("int4", 32, True),
+        ("fp8", 128, False),
+    )
+    formats = [(*form, UNQUANTIZED) for form in as_they_are]
+    formats += [
+        ("int8", 0, False, INT8_PER_GROUP),
+        ("fp8", 128, False, FP8_PER_GROUP),
+        ("fp8", 0, False, FP8_PER_GROUP),
+    ]
+    formats += [
+        ("int4", group, offsets, ActivationScheme("int8", group)) for group in GROUPS for offsets in (False, True)
+    ]
+    for name, group, has_offsets, scheme in formats:
+        width = k // 2 if name == "int4" else k
+        scales = torch.empty(n, k // group if group else 1, device="meta")
+        codes = torch.empty(n, width, dtype=torch.uint8, device="meta")
+        weight = StoredWeight(name, codes, scales, scales if has_offsets else None, group, n, k)
+        for rows in (8, 2048):
+            x, before = plan_rows(torch.empty(rows, k, dtype=dtype, device="meta"), scheme)
+            out = torch.empty(rows, n, dtype=dtype, device="meta")
+            yield from ((rows, launch) for launch in before)
+            for up in (None, weight):
+                config = quant_config(rows, group, gated=up is not None, scheme=scheme)
+                yield rows, plan_quant(x, weight, None, out, config, up=up, native_fp8=native_fp8)
+
+
+def inspect(launch: Launch, target: str, tokens: int) -> Report:
+    """Compile a launch for a listed target."""
+    compiled = launch.compile(LISTED[target].target)
+    registers, spills = _resources(compiled)
+    blocks = [
+        f"{k[6:].lower()}{launch.constexprs[k]}" for k in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if k in launch.constexprs
+    ]
+    return Report(
+        kernel=launch.name,
+        target=target,
+        tokens=tokens,
+        blocks=" ".join([*blocks, f"w{launch.num_warps} s{launch.num_stages}"]),
+        registers=registers,
+        shared=compiled.metadata.shared,
+        spills=spills,
+        tensor_core=_tensor_core(compiled),
+        prefill=launch.constexprs.get("BLOCK_M", 0) >= 64,
+    )
+
+
+def _resources(compiled: CompiledKernel) -> tuple[int, int]:
+    if "cubin" in compiled.asm:
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            command = [str(tool), "--dump-resource-usage", file.name]
+            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+        return numbers["REG"], numbers["STACK"] + numbers["LOCAL"]
+    text = compiled.asm["amdgcn"]
+    numbers = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)\b", text)}
+    # Scalar registers spill into lanes of vector registers; only what reaches memory costs.
+    return numbers["vgpr_count"], numbers["private_segment_fixed_size"] + numbers["vgpr_spill_count"]
+
+
+def _tensor_core(compiled: CompiledKernel) -> str:
+    text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
+    found = [
+        name for name, mark in (("wgmma", "wgmma.mma_async"), ("mma", "mma.sync"), ("mfma", "v_mfma")) if mark in text
+    ]
+    return found[0] if found else ""
+
+
+def reports(
+    target: str, shape: str, dtype: torch.dtype = torch.bfloat16, kernels: tuple[str, ...] = ()
+) -> Iterator[Report]:
+    """Compile what a layer of ``shape`` launches on ``target``; all kernels, or those named."""
+    if knobs.runtime.interpret:
+        raise ValueError("Triton is in interpreter mode (TRITON_INTERPRET=1): nothing can be compiled")
+    planner = ExpertPlanner(LISTED[target], TuningCache("nobody's", version="none"))
+    if shape == QUANTISED:
+        launches = quantised_launches(dtype, planner.device.has_fp8)
+    elif shape == CACHES:
+        launches = cache_launches(planner, dtype)
+    elif shape == VARIANTS:
+        launches = variant_launches(planner, dtype)
+    else:
+        launches = launches_of(SHAPES[shape], planner, dtype)
+    for tokens, launch in launches:
+        if not kernels or launch.name in kernels:
+            yield inspect(launch, target, tokens)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", choices=[*LISTED, "all"], default="all")
+    parser.add_argument("--shape", choices=[*SHAPES, VARIANTS, CACHES, QUANTISED, "all"], default="all")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
+    parser.add_argument("--kernel", nargs="*", default=(), help="only these")
+    options = parser.parse_args()
+    complaints = []
+    print(f"Triton {triton.__version__}, {options.dtype}")
+    print(f"{'target':7} {'shape':17} {'tokens':>6} {'kernel':22} {'configuration':27} regs shared spills tensor cores")
+    for target in LISTED if options.target == "all" else [options.target]:
+        for shape in (*SHAPES, VARIANTS, CACHES, QUANTISED) if options.shape == "all" else [options.shape]:
+            for r in reports(target, shape, getattr(torch, options.dtype), tuple(options.kernel)):
+                line = f"{target:7} {shape:17} {r.tokens:6} {r.kernel:22} {r.blocks:27} {r.registers:4} {r.shared:6}"
+                print(f"{line} {r.spills:6} {r.tensor_core}", flush=True)
+                complaints += [r.complaint] if r.complaint else []
+    for complaint in complaints:
+        print(complaint, file=sys.stderr)
+    return 1 if complaints else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,248 @@
+"""Paged attention: grouped queries, causal, with an optional sliding window; one kernel for decode and prefill.
+
+The rows of a program are BLOCK_Q positions times the query heads of one key/value head, so that keys are read once per
+group. When there are too few programs to fill the device (decode), the context is split among several, and a second
+kernel merges their parts by their log-sum-exp.
+
+Shape suffixes: M rows of a program, L positions of the context; the rest as in ``types.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+import triton
+import triton.language as tl
+
+from ..api.types import AttentionBatch, KVLayer
+from .kv import load_kv_tile, stored_kv
+from .launch import Launch, cdiv, next_power_of_2, require_contiguous, require_contiguous_channels
+from .tiles import dot
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Tiling: positions of queries and of the context per tile, and parts that the context is split into."""
+
+    block_q: int
+    block_l: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+
+@triton.jit(do_not_specialize=["num_rows", "window", "table_stride"])
+def attention_kernel(
+    q_ptr, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr, out_ptr, part_ptr, part_max_ptr, part_sum_ptr,
+    positions_ptr, query_start_ptr, context_len_ptr, block_table_ptr,
+    log2_scale, window, num_rows,
+    q_stride_t, q_stride_h, stride_b, stride_g, stride_p, scale_b, scale_g, scale_p, table_stride,
+    G: tl.constexpr, HEADS: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
+    FORMAT: tl.constexpr, NATIVE_FP8: tl.constexpr,
+):  # fmt: skip
+    """HEADS is query heads per key/value head. With SPLITS > 1 unnormalised parts go to ``part_*``, else to ``out``.
+
+    With int8 the scale of a key multiplies its scores, and that of a value its probabilities: one product per query
+    instead of one per channel.
+    """
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    sequence = tl.program_id(1) // G
+    group = tl.program_id(1) % G
+    first_row = tl.load(query_start_ptr + sequence)
+    query_len = tl.load(query_start_ptr + sequence + 1) - first_row
+    q0 = tl.program_id(0) * BLOCK_Q
+    if q0 >= query_len:
+        return
+    m = tl.arange(0, BLOCK_M)
+    q_M = q0 + m // HEADS
+    head_M = group * HEADS + m % HEADS
+    ok_M = (m < BLOCK_Q * HEADS) & (q_M < query_len)
+    row_M = first_row + q_M
+    position_M = tl.load(positions_ptr + row_M, mask=ok_M, other=0).to(tl.int32)
+    c = tl.arange(0, C_PAD)
+    ok_C = c < C
+    q_at_MC = q_ptr + row_M.to(tl.int64)[:, None] * q_stride_t + head_M[:, None] * q_stride_h + c[None, :]
+    q_MC = tl.load(q_at_MC, mask=ok_M[:, None] & ok_C[None, :], other=0.0)
+
+    end = tl.minimum(tl.load(context_len_ptr + sequence), tl.max(position_M, axis=0) + 1)
+    begin = 0
+    if WINDOW:
+        begin = tl.maximum(0, tl.min(tl.where(ok_M, position_M, 2147483647), axis=0) - window + 1) // BLOCK_L * BLOCK_L
+    if SPLITS > 1:
+        per_split = tl.cdiv(tl.cdiv(end - begin, BLOCK_L), SPLITS) * BLOCK_L
+        begin += tl.program_id(2) * per_split
+        end = tl.minimum(end, begin + per_split)
+
+    max_M = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    sum_M = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    acc_MC = tl.zeros((BLOCK_M, C_PAD), dtype=tl.float32)
+    for l0 in tl.range(begin, end, BLOCK_L):
+        l_L = l0 + tl.arange(0, BLOCK_L)
+        ok_L = l_L < end
+        page_L = tl.load(block_table_ptr + sequence * table_stride + l_L // PAGE, mask=ok_L, other=0).to(tl.int64)
+        inside_L = l_L % PAGE
+        at_LC = (page_L * stride_b + group * stride_g + inside_L * stride_p)[:, None] + c[None, :]
+        k_LC = load_kv_tile(keys_ptr, at_LC, ok_L, ok_C, dtype, FORMAT, NATIVE_FP8)
+        v_LC = load_kv_tile(values_ptr, at_LC, ok_L, ok_C, dtype, FORMAT, NATIVE_FP8)
+        scores_ML = dot(q_MC, tl.trans(k_LC), tl.zeros((BLOCK_M, BLOCK_L), dtype=tl.float32)) * log2_scale
+        if FORMAT == "int8":
+            scale_at_L = page_L * scale_b + group * scale_g + inside_L * scale_p
+            scores_ML *= tl.load(key_scales_ptr + scale_at_L, mask=ok_L, other=0.0).to(tl.float32)[None, :]
+        seen_ML = ok_L[None, :] & (l_L[None, :] <= position_M[:, None])
+        if WINDOW:
+            seen_ML = seen_ML & (position_M[:, None] - l_L[None, :] < window)
+        scores_ML = tl.where(seen_ML, scores_ML, float("-inf"))
+        new_max_M = tl.maximum(max_M, tl.max(scores_ML, axis=1))
+        # A row that has seen nothing yet has no maximum to subtract.
+        shift_M = tl.where(new_max_M == float("-inf"), 0.0, new_max_M)
+        probs_ML = tl.exp2(scores_ML - shift_M[:, None])
+        decay_M = tl.exp2(max_M - shift_M)
+        sum_M = sum_M * decay_M + tl.sum(probs_ML, axis=1)
+        if FORMAT == "int8":
+            v_scale_L = tl.load(value_scales_ptr + scale_at_L, mask=ok_L, other=0.0).to(tl.float32)
+            if dtype == tl.float16:  # whose range would not hold the products of small scales and probabilities
+                v_LC = (v_LC.to(tl.float32) * v_scale_L[:, None]).to(dtype)
+            else:
+                probs_ML *= v_scale_L[None, :]
+        acc_MC = dot(probs_ML.to(v_LC.dtype), v_LC, acc_MC * decay_M[:, None])
+        max_M = new_max_M
+
+    ok_MC = ok_M[:, None] & ok_C[None, :]
+    if SPLITS > 1:
+        item_M = (tl.program_id(2).to(tl.int64) * num_rows + row_M) * (G * HEADS) + head_M
+        tl.store(part_max_ptr + item_M, max_M, mask=ok_M)
+        tl.store(part_sum_ptr + item_M, sum_M, mask=ok_M)
+        tl.store(part_ptr + item_M[:, None] * C + c[None, :], acc_MC, mask=ok_MC)
+    else:
+        out_MC = acc_MC / tl.where(sum_M == 0.0, 1.0, sum_M)[:, None]
+        out_at_MC = out_ptr + (row_M.to(tl.int64) * (G * HEADS) + head_M)[:, None] * C + c[None, :]
+        tl.store(out_at_MC, out_MC.to(out_ptr.dtype.element_ty), mask=ok_MC)
+
+
+@triton.jit(do_not_specialize=["num_items"])
+def merge_kernel(
+    part_ptr, part_max_ptr, part_sum_ptr, out_ptr, num_items,
+    C: tl.constexpr, C_PAD: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
+):  # fmt: skip
+    """One (row, head): ``sum_s 2^(max_s - max) part_s / sum_s 2^(max_s - max) sum_s``."""
+    item = tl.program_id(0).to(tl.int64)
+    s = tl.arange(0, SPLITS_PAD)
+    ok_S = s < SPLITS
+    max_S = tl.load(part_max_ptr + s * num_items + item, mask=ok_S, other=float("-inf"))
+    sum_S = tl.load(part_sum_ptr + s * num_items + item, mask=ok_S, other=0.0)
+    factor_S = tl.exp2(max_S - tl.max(max_S, axis=0))
+    c = tl.arange(0, C_PAD)
+    ok_C = c < C
+    part_SC = tl.load(
+        part_ptr + (s * num_items + item)[:, None] * C + c[None, :], mask=ok_S[:, None] & ok_C[None, :], other=0.0
+    )
+    total = tl.sum(factor_S * sum_S, axis=0)
+    out_C = tl.sum(factor_S[:, None] * part_SC, axis=0) / total
+    tl.store(out_ptr + item * C + c, out_C.to(out_ptr.dtype.element_ty), mask=ok_C)
+
+
+def plan_attention(
+    q_THC: torch.Tensor,
+    layer: KVLayer,
+    batch: AttentionBatch,
+    out_THC: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    config: AttentionConfig,
+    native_fp8: bool = False,
+) -> list[Launch]:
+    """Launches that write every element of ``out_THC`` (contiguous). Channels of all inputs must be contiguous.
+
+    Arguments:
+        native_fp8: whether the device converts e4m3, so that arithmetic need not.
+
+    Raises:
+        ValueError: when the channels of an input or the batch's numbers are strided, or keys and values have different
+            strides.
+    """
+    kv = stored_kv(layer)
+    require_contiguous_channels(q_THC=q_THC, keys_BGPC=kv.keys, values_BGPC=kv.values)
+    require_contiguous(
+        positions_T=batch.positions_T,
+        query_start_S1=batch.query_start_S1,
+        context_len_S=batch.context_len_S,
+        block_table_SM=batch.block_table_SM[:1],  # its rows may lie apart
+    )
+    num_rows, num_heads, head_dim = q_THC.shape
+    num_kv_heads = kv.keys.shape[1]
+    heads = num_heads // num_kv_heads
+    c_pad = max(16, next_power_of_2(head_dim))
+    splits = config.splits
+    parts = part_max = part_sum = None
+    if splits > 1:
+        parts = torch.empty(splits, num_rows, num_heads, head_dim, dtype=torch.float32, device=q_THC.device)
+        part_max = torch.empty(splits, num_rows, num_heads, dtype=torch.float32, device=q_THC.device)
+        part_sum = torch.empty_like(part_max)
+    launches = [
+        Launch(
+            kernel=attention_kernel,
+            grid=(cdiv(batch.max_query_len, config.block_q), batch.num_sequences * num_kv_heads, splits),
+            args={
+                "q_ptr": q_THC,
+                "keys_ptr": kv.keys,
+                "values_ptr": kv.values,
+                "key_scales_ptr": kv.key_scales,
+                "value_scales_ptr": kv.value_scales,
+                "out_ptr": out_THC,
+                "part_ptr": parts,
+                "part_max_ptr": part_max,
+                "part_sum_ptr": part_sum,
+                "positions_ptr": batch.positions_T,
+                "query_start_ptr": batch.query_start_S1,
+                "context_len_ptr": batch.context_len_S,
+                "block_table_ptr": batch.block_table_SM,
+                "log2_scale": float(scale) * 1.4426950408889634,
+                "window": window or 0,
+                "num_rows": num_rows,
+                "q_stride_t": q_THC.stride(0),
+                "q_stride_h": q_THC.stride(1),
+                "stride_b": kv.keys.stride(0),
+                "stride_g": kv.keys.stride(1),
+                "stride_p": kv.keys.stride(2),
+                **kv.scale_strides,
+                "table_stride": batch.block_table_SM.stride(0),
+            },
+            constexprs={
+                "G": num_kv_heads,
+                "HEADS": heads,
+                "PAGE": layer.page_size,
+                "C": head_dim,
+                "C_PAD": c_pad,
+                "BLOCK_Q": config.block_q,
+                "BLOCK_M": max(16, next_power_of_2(config.block_q * heads)),
+                "BLOCK_L": config.block_l,
+                "SPLITS": splits,
+                "WINDOW": window is not None,
+                "FORMAT": kv.format,
+                "NATIVE_FP8": native_fp8 and kv.format == "fp8",
+            },
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    ]
+    if splits > 1:
+        launches.append(
+            Launch(
+                kernel=merge_kernel,
+                grid=(num_rows * num_heads,),
+                args={
+                    "part_ptr": parts,
+                    "part_max_ptr": part_max,
+                    "part_sum_ptr": part_sum,
+                    "out_ptr": out_THC,
+                    "num_items": num_rows * num_heads,
+                },
+                constexprs={"C": head_dim, "C_PAD": c_pad, "SPLITS": splits, "SPLITS_PAD": next_power_of_2(splits)},
+                num_warps=2,
+            )
+        )
+    return launches

@@ -1,0 +1,188 @@
+"""Row-wise operations around the matrix products: RMS norm, residual add with norm, rotation with cache write."""
+
+from __future__ import annotations
+
+import torch
+
+import triton
+import triton.language as tl
+
+from ..api.types import AttentionBatch, KVLayer
+from .kv import store_heads, stored_kv
+from .launch import Launch, next_power_of_2, require_contiguous, require_contiguous_channels
+
+
+@triton.jit
+def rms_norm_kernel(
+    x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, stride_x, width, eps, scale, D_PAD: tl.constexpr,
+    SCALED: tl.constexpr,
+):  # fmt: skip
+    """Norm of a row, or of ``residual + scale * x``, which then goes to ``sum``. Rounds where the oracle rounds.
+
+    The sum has the residual's dtype, the norm the weight's.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, D_PAD)
+    ok_D = d < width
+    dtype: tl.constexpr = x_ptr.dtype.element_ty if residual_ptr is None else residual_ptr.dtype.element_ty
+    x_D = tl.load(x_ptr + row * stride_x + d, mask=ok_D, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        if SCALED:
+            x_D = (x_D * scale).to(dtype).to(tl.float32)
+        x_D += tl.load(residual_ptr + row * width + d, mask=ok_D, other=0.0).to(tl.float32)
+        sum_D = x_D.to(dtype)
+        tl.store(sum_ptr + row * width + d, sum_D, mask=ok_D)
+        x_D = sum_D.to(tl.float32)
+    normed_D = (x_D * tl.rsqrt(tl.sum(x_D * x_D, axis=0) / width + eps)).to(dtype).to(tl.float32)
+    weight_D = tl.load(weight_ptr + d, mask=ok_D, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * width + d, (weight_D * normed_D).to(out_ptr.dtype.element_ty), mask=ok_D)
+
+
+@triton.jit
+def rope_and_write_kernel(
+    q_ptr, k_ptr, v_ptr, q_out_ptr, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr,
+    cos_sin_ptr, positions_ptr, slots_ptr,
+    q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
+    stride_b, stride_g, stride_p, scale_b, scale_g, scale_p, cos_sin_stride,
+    H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, PAGE: tl.constexpr,
+    H_PAD: tl.constexpr, G_PAD: tl.constexpr, HALF_PAD: tl.constexpr, FORMAT: tl.constexpr,
+):  # fmt: skip
+    """One row: rotate its queries and keys (half-split layout), write its keys and values to their slot."""
+    row = tl.program_id(0).to(tl.int64)
+    HALF: tl.constexpr = C // 2
+    i = tl.arange(0, HALF_PAD)
+    ok = i < HALF
+    table = cos_sin_ptr + tl.load(positions_ptr + row) * cos_sin_stride
+    cos = tl.load(table + i, mask=ok, other=0.0)[None, :]
+    sin = tl.load(table + HALF + i, mask=ok, other=0.0)[None, :]
+
+    h = tl.arange(0, H_PAD)
+    ok_HC = (h < H)[:, None] & ok[None, :]
+    q_at = q_ptr + row * q_stride_t + h[:, None] * q_stride_h + i[None, :]
+    a = tl.load(q_at, mask=ok_HC, other=0.0).to(tl.float32)
+    b = tl.load(q_at + HALF, mask=ok_HC, other=0.0).to(tl.float32)
+    out_at = q_out_ptr + (row * H + h)[:, None] * C + i[None, :]
+    tl.store(out_at, (a * cos - b * sin).to(q_out_ptr.dtype.element_ty), mask=ok_HC)
+    tl.store(out_at + HALF, (b * cos + a * sin).to(q_out_ptr.dtype.element_ty), mask=ok_HC)
+
+    slot = tl.load(slots_ptr + row)
+    page, inside = slot // PAGE, slot % PAGE
+    g = tl.arange(0, G_PAD)
+    ok_G = g < G
+    ok_GC = ok_G[:, None] & ok[None, :]
+    at_GC = (page * stride_b + inside * stride_p + g * stride_g)[:, None] + i[None, :]
+    scale_at_G = page * scale_b + inside * scale_p + g * scale_g
+    k_at = k_ptr + row * k_stride_t + g[:, None] * k_stride_h + i[None, :]
+    a = tl.load(k_at, mask=ok_GC, other=0.0).to(tl.float32)
+    b = tl.load(k_at + HALF, mask=ok_GC, other=0.0).to(tl.float32)
+    # The cache may be narrower than the model: keys round to the model's dtype first, as the oracle does.
+    dtype: tl.constexpr = k_ptr.dtype.element_ty
+    rotated = (a * cos - b * sin).to(dtype)
+    store_heads(
+        keys_ptr, key_scales_ptr, at_GC, scale_at_G, rotated, (b * cos + a * sin).to(dtype), ok_GC, ok_G, HALF, FORMAT
+    )
+    v_at = v_ptr + row * v_stride_t + g[:, None] * v_stride_h + i[None, :]
+    a = tl.load(v_at, mask=ok_GC, other=0.0)
+    b = tl.load(v_at + HALF, mask=ok_GC, other=0.0)
+    store_heads(values_ptr, value_scales_ptr, at_GC, scale_at_G, a, b, ok_GC, ok_G, HALF, FORMAT)
+
+
+def plan_rms_norm(
+    x_TD: torch.Tensor,
+    weight_D: torch.Tensor,
+    eps: float,
+    out_TD: torch.Tensor,
+    residual_TD: torch.Tensor | None = None,
+    sum_TD: torch.Tensor | None = None,
+    scale: float = 1.0,
+) -> Launch:
+    """Launch of the norm of ``x`` or of ``residual + scale * x``; rows of x may be strided.
+
+    Raises:
+        ValueError: when the elements of a row are strided.
+    """
+    require_contiguous(residual_TD=residual_TD, weight_D=weight_D)
+    num_rows, width = x_TD.shape
+    if x_TD.stride(1) != 1:
+        raise ValueError(f"x_TD must have contiguous rows; its strides are {x_TD.stride()}")
+    d_pad = next_power_of_2(width)
+    return Launch(
+        kernel=rms_norm_kernel,
+        grid=(num_rows,),
+        args={
+            "x_ptr": x_TD,
+            "residual_ptr": residual_TD,
+            "weight_ptr": weight_D,
+            "out_ptr": out_TD,
+            "sum_ptr": sum_TD,
+            "stride_x": x_TD.stride(0),
+            "width": width,
+            "eps": float(eps),
+            "scale": float(scale),
+        },
+        constexprs={"D_PAD": d_pad, "SCALED": scale != 1.0},
+        num_warps=max(1, min(16, d_pad // 256)),
+    )
+
+
+def plan_rope_and_write(
+    q_THC: torch.Tensor,
+    k_TGC: torch.Tensor,
+    v_TGC: torch.Tensor,
+    cos_sin_LC: torch.Tensor,
+    batch: AttentionBatch,
+    layer: KVLayer,
+    out_THC: torch.Tensor,
+) -> Launch:
+    """Launch that rotates into ``out_THC`` (contiguous) and fills the rows' slots; heads and rows may be strided.
+
+    Raises:
+        ValueError: when the channels of an input are strided, positions or slots are, or keys and values have different
+            strides.
+    """
+    kv = stored_kv(layer)
+    require_contiguous(positions_T=batch.positions_T, slots_T=batch.slots_T)
+    require_contiguous_channels(
+        q_THC=q_THC, k_TGC=k_TGC, v_TGC=v_TGC, cos_sin_LC=cos_sin_LC, keys_BGPC=kv.keys, values_BGPC=kv.values
+    )
+    num_rows, num_heads, head_dim = q_THC.shape
+    num_kv_heads = k_TGC.shape[1]
+    return Launch(
+        kernel=rope_and_write_kernel,
+        grid=(num_rows,),
+        args={
+            "q_ptr": q_THC,
+            "k_ptr": k_TGC,
+            "v_ptr": v_TGC,
+            "q_out_ptr": out_THC,
+            "keys_ptr": kv.keys,
+            "values_ptr": kv.values,
+            "key_scales_ptr": kv.key_scales,
+            "value_scales_ptr": kv.value_scales,
+            "cos_sin_ptr": cos_sin_LC,
+            "positions_ptr": batch.positions_T,
+            "slots_ptr": batch.slots_T,
+            "q_stride_t": q_THC.stride(0),
+            "q_stride_h": q_THC.stride(1),
+            "k_stride_t": k_TGC.stride(0),
+            "k_stride_h": k_TGC.stride(1),
+            "v_stride_t": v_TGC.stride(0),
+            "v_stride_h": v_TGC.stride(1),
+            "stride_b": kv.keys.stride(0),
+            "stride_g": kv.keys.stride(1),
+            "stride_p": kv.keys.stride(2),
+            **kv.scale_strides,
+            "cos_sin_stride": cos_sin_LC.stride(0),
+        },
+        constexprs={
+            "H": num_heads,
+            "G": num_kv_heads,
+            "C": head_dim,
+            "PAGE": layer.page_size,
+            "H_PAD": next_power_of_2(num_heads),
+            "G_PAD": next_power_of_2(num_kv_heads),
+            "HALF_PAD": next_power_of_2(head_dim // 2),
+            "FORMAT": kv.format,
+        },
+        num_warps=4,
+    )

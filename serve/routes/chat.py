@@ -1,0 +1,47 @@
+"""``POST /v1/chat/completions``."""
+
+from __future__ import annotations
+
+import uuid
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from ..context import ServerContext
+from ..formats import ChatFormat, Prompt
+from ..generation import Generation, params_per_prompt
+from ..wire.openai import ChatCompletionRequest
+from ..wire.openai_answers import ChatCompletionResponse, answer_or_stream, error_responses
+
+ERRORS = error_responses(400, 401, 404, 408, 413, 429, 500, 503)
+
+
+def chat_routes(context: ServerContext) -> APIRouter:
+    """The chat endpoint of one server."""
+    router = APIRouter(tags=["OpenAI"])
+
+    @router.post("/v1/chat/completions", responses={**answer_or_stream(ChatCompletionResponse), **ERRORS})
+    async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
+        """Answer a conversation. With ``stream`` the answer is a stream of server-sent events."""
+        messages = context.checks.chat(body)
+        _, token_ids = await context.text.encode_chat(
+            messages,
+            add_generation_prompt=True if body.add_generation_prompt is None else body.add_generation_prompt,
+            add_special_tokens=bool(body.add_special_tokens),
+            variables=body.chat_template_kwargs or {},
+        )
+        prompts = [Prompt(token_ids)]
+        return await Generation(
+            context=context,
+            request=request,
+            body=body,
+            prompts=prompts,
+            params=params_per_prompt(context, body, prompts, context.model.generation_defaults.get("max_new_tokens")),
+            format=ChatFormat(
+                f"chatcmpl-{uuid.uuid4().hex}",
+                top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+                compute=body.streams_compute,
+            ),
+        ).respond()
+
+    return router

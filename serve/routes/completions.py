@@ -1,0 +1,60 @@
+"""``POST /v1/completions``."""
+
+from __future__ import annotations
+
+import uuid
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from ..context import ServerContext
+from ..formats import CompletionFormat, Prompt
+from ..generation import Generation, params_per_prompt
+from ..sampling import COMPLETION_MAX_TOKENS
+from ..wire.openai import CompletionRequest
+from ..wire.openai_answers import CompletionResponse, answer_or_stream, error_responses
+
+ERRORS = error_responses(400, 401, 404, 408, 413, 429, 500, 503)
+
+
+def completion_routes(context: ServerContext) -> APIRouter:
+    """The completions endpoint of one server."""
+    router = APIRouter(tags=["OpenAI"])
+
+    @router.post("/v1/completions", responses={**answer_or_stream(CompletionResponse), **ERRORS})
+    async def create_completion(body: CompletionRequest, request: Request) -> Response:
+        """Continue one or several prompts, given as text or as token ids. With ``stream`` the answer is a stream of
+        server-sent events."""
+        given = context.checks.completion(body)
+        prompts = [await _encode(context, prompt, body) for prompt in given]
+        drop_output = body.max_tokens == 0
+        answer = CompletionFormat(
+            f"cmpl-{uuid.uuid4().hex}",
+            context.model.tokenizer,
+            prompts,
+            n=body.n or 1,
+            echo=bool(body.echo),
+            drop_output=drop_output,
+            logprobs=body.logprobs is not None,
+            prompt_logprobs=body.prompt_logprobs is not None,
+            compute=body.streams_compute,
+        )
+        return await Generation(
+            context=context,
+            request=request,
+            body=body,
+            prompts=prompts,
+            params=params_per_prompt(context, body, prompts, COMPLETION_MAX_TOKENS),
+            format=answer,
+            drop_output=drop_output,
+        ).respond()
+
+    return router
+
+
+async def _encode(context: ServerContext, prompt: str | list[int], body: CompletionRequest) -> Prompt:
+    if isinstance(prompt, str):
+        special = True if body.add_special_tokens is None else body.add_special_tokens
+        return Prompt(await context.text.encode(prompt, special), prompt)
+    text = await context.text.decode(prompt, skip_special_tokens=False) if body.echo else ""
+    return Prompt(prompt, text)

@@ -1,0 +1,62 @@
+"""Text to tokens and back: ``/tokenize``, ``/detokenize``, ``/tokenizer_info``."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from ..context import ServerContext
+from ..errors import invalid
+from ..request_checks import check_model, plain_messages
+from ..wire.openai import DetokenizeRequest, TokenizeRequest
+from ..wire.openai_answers import DetokenizeResponse, TokenizeResponse, TokenizerInfo, error_responses
+
+ERRORS = error_responses(400, 401, 404, 408, 413, 429, 500, 503)
+
+
+def token_routes(context: ServerContext) -> APIRouter:
+    """The tokenizer's endpoints of one server."""
+    router = APIRouter(tags=["tokens"])
+    tokenizer = context.model.tokenizer
+
+    @router.post("/tokenize", responses=ERRORS, response_model_exclude_none=True)
+    async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
+        """Token ids of a prompt, or of a conversation in the model's chat template."""
+        check_model(body.model, context.model_name)
+        if (body.prompt is None) == (body.messages is None):
+            raise invalid("Give either prompt or messages.", param="prompt")
+        if body.prompt is not None:
+            special = True if body.add_special_tokens is None else body.add_special_tokens
+            tokens = await context.text.encode(body.prompt, special)
+        else:
+            _, tokens = await context.text.encode_chat(
+                plain_messages(body.messages or []),
+                add_generation_prompt=True if body.add_generation_prompt is None else body.add_generation_prompt,
+                add_special_tokens=bool(body.add_special_tokens),
+                variables=body.chat_template_kwargs or {},
+            )
+        names = [tokenizer.token_name(token) or "" for token in tokens] if body.return_token_strs else None
+        return TokenizeResponse(count=len(tokens), max_model_len=context.max_model_len, tokens=tokens, token_strs=names)
+
+    @router.post("/detokenize", responses=ERRORS)
+    async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
+        """The text of token ids. Special tokens are kept unless ``skip_special_tokens`` is true."""
+        check_model(body.model, context.model_name)
+        context.checks.token_ids(body.tokens, "tokens")
+        return DetokenizeResponse(prompt=await context.text.decode(body.tokens, bool(body.skip_special_tokens)))
+
+    @router.get("/tokenizer_info", responses=error_responses(401, 500))
+    async def tokenizer_info() -> TokenizerInfo:
+        """What a client needs to use the tokenizer remotely."""
+        special = tokenizer.special_tokens
+        return TokenizerInfo(
+            tokenizer_class=type(tokenizer).__name__,
+            vocab_size=tokenizer.vocab_size,
+            model_max_length=context.max_model_len,
+            bos_token=special.get("bos_token"),
+            eos_token=special.get("eos_token"),
+            pad_token=special.get("pad_token"),
+            unk_token=special.get("unk_token"),
+            chat_template=tokenizer.chat_template().source if tokenizer.has_chat_template else None,
+        )
+
+    return router
