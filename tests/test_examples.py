@@ -33,7 +33,8 @@ def command_of(name: str) -> str:
 def run(command: str, folder: Path, *arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run a docstring's command from the repository's root, with temporary files in ``folder``."""
     launcher, *rest = shlex.split(command)
-    environment = {**os.environ, "TMPDIR": str(folder), "PET_MASTER_PORT": str(free_port())}
+    # One thread each: threads that wait for each other take minutes where other tests want the same cores.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder), "PET_MASTER_PORT": str(free_port())}
     if path is not None:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(path), os.environ.get("PYTHONPATH")]))
     return subprocess.run(
