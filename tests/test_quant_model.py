@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dynamoe.dynamic.cli.main.config import ModelConfig
+from dynamoe.dynamic.cli.config import ModelConfig
 from dynamoe.dynamic.contract.deployment import deployment
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.llm import LLM
