@@ -161,7 +161,7 @@ class QuantizedWeight:
             group = form.outer_group if name.startswith("outer") else self.group
             if name != "data" and group:
                 parts[name] = tensor[..., start // group : -(-stop // group)].contiguous()
-        return replace(self._with(parts), inputs=None if self.inputs is None else stop - start)
+        return replace(self, inputs=None if self.inputs is None else stop - start, **parts)  # type: ignore[arg-type]
 
     def per_output(self) -> QuantizedWeight:
         """The same weight with a scale for every output and group of inputs."""
