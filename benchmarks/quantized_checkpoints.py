@@ -89,7 +89,14 @@ def make(source: Path, folder: Path, python: str, library: str, recipes: Sequenc
     """Let a library quantise a model, each recipe into a directory of its own."""
     folder.mkdir()
     environment = {**os.environ, "GPTQMODEL_CPU_WORKERS": "2"}  # it starts with no fewer
-    command = [os.path.abspath(python), str(WORKER), library, str(source), str(folder), *recipes]
+    command = [
+        os.path.abspath(shutil.which(python) or python),
+        str(WORKER),
+        library,
+        str(source),
+        str(folder),
+        *recipes,
+    ]
     # Some of the libraries write a folder of logs where they run.
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, cwd=folder)
 
@@ -128,7 +135,7 @@ def compare(source: Path, target: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for library in RECIPES:
-        parser.add_argument(f"--{library}", metavar="PYTHON", help="path of an interpreter whose environment has it")
+        parser.add_argument(f"--{library}", metavar="PYTHON", help="the interpreter of an environment that has it")
         parser.add_argument(f"--{library}-recipes", nargs="+", default=RECIPES[library], choices=RECIPES[library])
     parser.add_argument("--output", type=Path, default=RESULTS / "quantized_checkpoints.json")
     args = parser.parse_args()
