@@ -183,6 +183,20 @@ def test_backends_run_them(case: Case) -> None:
         torch.testing.assert_close(backend.weight_rows(packed, torch.arange(3)), weight.dequantize()[:3])
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_kernels_know_another_zero() -> None:
+    """Codes of four bits of which 3 stands for 0: the int4 kernels would take 8."""
+    form = Format(name="uint4", codes=Codes(bits=4, zero=3), groups=(32,), cpu=1, triton="int4")
+    data = torch.randint(256, (OUTPUTS, INPUTS // 2), dtype=torch.uint8)
+    weight = QuantizedWeight(format=form, data=data, scale=torch.rand(OUTPUTS, INPUTS // 32), inputs=INPUTS, group=32)
+    assert torch.equal(weight.dequantize()[:, :32], (weight.codes()[:, :32].float() - 3) * weight.scale[:, :1])
+    x = torch.randn(5, INPUTS)
+    for make in (CpuBackend, TritonBackend):
+        backend = make("cpu", torch.float32)
+        out = backend.linear(x, backend.pack_quantized_linear(weight))
+        assert error(out, quant_reference.linear(x, weight)) <= QUANTIZED_TOLERANCE["none", torch.float32]
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_codes_of_any_width_are_packed(bits: int) -> None:
     codes = torch.randint(1 << bits, (3, 13), dtype=torch.uint8)

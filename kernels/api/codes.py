@@ -34,6 +34,11 @@ class Codes:
         if self.table is not None and (self.dtype != torch.uint8 or len(self.table) != 1 << self.bits):
             raise ValueError(f"codes of {self.bits} bits in {self.dtype} take no table of {len(self.table)} entries")
 
+    @property
+    def centred(self) -> bool:
+        """Whether the code in the middle of all stands for 0."""
+        return self.zero == (1 << self.bits - 1 if self.dtype == torch.uint8 else 0)
+
     def row_bytes(self, inputs: int) -> int:
         """Bytes that the codes of so many inputs take."""
         return -(-inputs * self.bits // 8)

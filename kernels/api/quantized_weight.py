@@ -114,6 +114,11 @@ class QuantizedWeight:
         """Whether the format's own zero stands for 0 everywhere."""
         return self.zero is None and self.offset is None
 
+    @property
+    def needs_offsets(self) -> bool:
+        """Whether :meth:`offsets` say more than kernels know: they take the code in the middle for 0."""
+        return not (self.symmetric and self.format.codes.centred)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Codes, scales and whatever else there is, by field."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -135,7 +135,7 @@ def pack_linear(
     Raises:
         ValueError: for fp8 codes that are NaN.
     """
-    packed, layout = _pack(isa, weight_OI, _read(weight_OI, has_offsets=not weight_OI.symmetric), scheme)
+    packed, layout = _pack(isa, weight_OI, _read(weight_OI, has_offsets=weight_OI.needs_offsets), scheme)
     return CpuQuantLinear(isa, packed, bias, layout)
 
 
@@ -160,13 +160,13 @@ def pack_experts(
             f"gate and up must have one format, not {gate_EFD.format.name} in groups of {_group(gate_EFD)} and "
             f"{up_EFD.format.name} in groups of {_group(up_EFD)}"
         )
-    has_offsets = not (gate_EFD.symmetric and up_EFD.symmetric)
+    has_offsets = gate_EFD.needs_offsets or up_EFD.needs_offsets
     gate, up = (_read(weight, has_offsets=has_offsets) for weight in (gate_EFD, up_EFD))
     both = _interleaved(gate, up)
     del gate, up  # a layer's codes are large, and here twice
     gate_up, gate_up_layout = _pack(isa, gate_EFD, both, scheme)
     del both
-    down = _read(down_EDF, has_offsets=not down_EDF.symmetric)
+    down = _read(down_EDF, has_offsets=down_EDF.needs_offsets)
     down_packed, down_layout = _pack(isa, down_EDF, _map(lambda t: _padded_rows(t, BLOCK).flatten(0, 1), down), scheme)
     shape = (num_experts, hidden, width, activation)
     return CpuQuantExperts(isa, gate_up, gate_up_layout, down_packed, down_layout, gate_up_bias, down_bias, shape)

@@ -8,7 +8,7 @@ Shape suffixes are explained in ``types.py``; N outputs, K inputs of a product.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -181,12 +181,12 @@ def settled(weight: QuantizedWeight) -> QuantizedWeight:
     if weight.format.triton is None:
         return weight
     return QuantizedWeight(
-        format=weight.format,
+        format=replace(weight.format, offsets=True) if weight.needs_offsets else weight.format,
         data=weight.data.contiguous(),
         scale=weight.scales().contiguous(),
         inputs=weight.inputs,
         group=weight.group,
-        offset=None if weight.symmetric else weight.offsets().contiguous(),
+        offset=weight.offsets().contiguous() if weight.needs_offsets else None,
     )
 
 
