@@ -1,4 +1,4 @@
-"""An instruction set is one file: one that no file of the package knows runs a model, with activations packed its own way."""
+"""An instruction set is one file, which may lie outside the package and pack activations its own way."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 import torch
 from dynamoe.kernels.cpu import build as cpu_build
 
-# The portable kernels, row by row. Activations lie in steps of 8 inputs, rows filled up to multiples of 4 and beside each
-# other; limbs row after row, behind a gap. Products abort on threads that have not been told that there will be some.
+# The portable kernels, row by row. Activations lie in steps of 8 inputs, rows filled up to multiples of 4 and beside
+# each other; limbs row after row, behind a gap. Products abort on threads that have not been told to expect them.
 TOY = r"""
 #include "isa/isa_begin.h"
 
@@ -122,8 +122,8 @@ from dynamoe.kernels.cpu.backend import CpuBackend
 from dynamoe.kernels.cpu.build import isas
 
 torch.set_num_threads(2)
-prompts = ["Once upon a time", "The little dog was", "Lily and Tom went to the park. " * 6]
-params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+prompts = ["Once upon a time", "Lily and Tom went to the park. " * 4]
+params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 
 def tokens(backend, **settings):
     llm = LLM("tiny", backend=backend, progress=False, max_model_len=256, **settings)
@@ -164,7 +164,7 @@ def test_an_extra_file_that_does_not_compile_says_why(tmp_path: Path, monkeypatc
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(cpu_build.BuildError, match="undeclared"):
         cpu_build._build_extra(library, source)
-    with pytest.raises(cpu_build.BuildError, match="missing.cpp"):
+    with pytest.raises(cpu_build.BuildError, match=r"missing\.cpp"):
         cpu_build._build_extra(library, tmp_path / "missing.cpp")
 
 

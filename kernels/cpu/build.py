@@ -1,7 +1,7 @@
 """Build and load the C++ kernels: once per source, compiler and torch version, kept in the user's cache.
 
-``$DYNAMOE_CPU_EXTRA_SOURCES`` names C++ files (``:`` between them) that are compiled against ``csrc`` and loaded with the
-kernels. Such a file may register an instruction set of its own, as those in ``csrc/isa`` do.
+``$DYNAMOE_CPU_EXTRA_SOURCES`` names C++ files (``:`` between them) that are compiled against ``csrc`` and loaded with
+the kernels. Such a file may register an instruction set of its own, as those in ``csrc/isa`` do.
 """
 
 from __future__ import annotations

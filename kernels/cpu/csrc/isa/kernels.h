@@ -23,8 +23,8 @@ constexpr int kScaleBytes = 2;  // behind the codes of a head
 inline int element_bytes(Dtype dtype) { return dtype == Dtype::fp32 ? 4 : dtype == Dtype::bf16 ? 2 : 1; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// What a product asks memory for while it runs: with word w of a block's
-// weights the line at `first` + w * `step` and the line after it.
+// What a product asks memory for while it runs: with word w of a block's weights the line at `first` + w * `step` and the
+// line after it.
 struct Ahead {
   const char* first;
   int step;
@@ -154,8 +154,8 @@ struct Kernels {
   int scored_rows;
   void (*score_keys)(int num_rows, const void* const* keys, int words, const void* packed, float* scores,
                      const void* const* ahead);
-  // accumulator[channel / 32][row][32] += sum over keys begin … end - 1 of probabilities[row][key] · values[key]. Asks for the
-  // rows at ahead[0 … 63], if given: the values that come next.
+  // accumulator[channel / 32][row][32] += sum over keys begin … end - 1 of probabilities[row][key] · values[key]. Asks for
+  // the rows at ahead[0 … 63], if given: the values that come next.
   void (*weigh_values)(int num_rows, const float* probabilities, const void* const* values, int begin, int end,
                        Dtype dtype, int channels, float* accumulator, const void* const* ahead);
 
