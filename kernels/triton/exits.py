@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 
 import triton
@@ -9,7 +12,10 @@ import triton.language as tl
 
 from ..api.types import ProbeWeights
 from ..reference.exits import PROBE_EPS
-from .launch import Launch, next_power_of_2
+from .device import DeviceProperties
+from .launch import Launch, next_power_of_2, require_contiguous
+from .shapes import Steps, WarmUpShape, meta
+from .variants import Call, OpVariant, Planner, RowProblem, Tilings, register
 
 ORDER_BLOCK = 256
 
@@ -104,53 +110,86 @@ def exit_decide_kernel(
         tl.store(ticket_ptr, 0)
 
 
-def plan_exit_decide(
-    x_TD: torch.Tensor,
-    probe: ProbeWeights,
-    thresholds_T: torch.Tensor,
-    previous_TD: torch.Tensor | None,
-    router_entropy_T: torch.Tensor | None,
-    ticket: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Launch]:
-    """The launch of :func:`exit_reference.exit_decide`, whose tensors are contiguous.
+@dataclass(frozen=True)
+class ExitCall(Call[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
+    """:func:`exit_reference.exit_decide` of contiguous tensors: logits (float32, (T,)), order (int64, (T,)), and the
+    number of rows that continue (int32, (1,)).
 
     Arguments:
         ticket: int32, one element, zero between launches of a stream.
-
-    Returns: what it fills: logits (float32, (T,)), order (int64, (T,)), number of rows that stay (int32, (1,)).
     """
-    num_rows, width = x_TD.shape
-    inner = probe.weight_JX.shape[0]
-    logits_T = torch.empty(num_rows, device=x_TD.device)
-    order_T = torch.empty(num_rows, dtype=torch.int64, device=x_TD.device)
-    staying = torch.empty(1, dtype=torch.int32, device=x_TD.device)
-    launch = Launch(
-        kernel=exit_decide_kernel,
-        grid=(num_rows,),
-        args={
-            "x_ptr": x_TD,
-            "previous_ptr": previous_TD if probe.previous else None,
-            "entropy_ptr": router_entropy_T if probe.router_entropy else None,
-            "weight_ptr": probe.weight_JX,
-            "bias_ptr": probe.bias_J,
-            "out_ptr": probe.out_J,
-            "out_bias_ptr": probe.out_bias,
-            "thresholds_ptr": thresholds_T,
-            "logits_ptr": logits_T,
-            "order_ptr": order_T,
-            "staying_ptr": staying,
-            "ticket_ptr": ticket,
-            "num_rows": num_rows,
-            "width": width,
-            "eps": PROBE_EPS,
-        },
-        constexprs={
-            "J": inner,
-            "J_PAD": next_power_of_2(inner),
-            "D_PAD": next_power_of_2(width),
-            "BLOCK": min(256, next_power_of_2(width)),
-            "ROWS": ORDER_BLOCK,
-        },
-        num_warps=4,
-    )
-    return logits_T, order_T, staying, launch
+
+    operation = "exit_decide"
+
+    x_TD: torch.Tensor
+    probe: ProbeWeights
+    thresholds_T: torch.Tensor
+    previous_TD: torch.Tensor | None
+    router_entropy_T: torch.Tensor | None
+    ticket: torch.Tensor
+
+    def problem(self) -> RowProblem:
+        return RowProblem.of(self.x_TD)
+
+    @classmethod
+    def of_layer(cls, layer: WarmUpShape, steps: Steps, dtype: torch.dtype, planner: Planner) -> Iterator[ExitCall]:
+        for inner, two_layers, previous, router_entropy in layer.probes:
+            probe = ProbeWeights(
+                weight_JX=meta(inner, layer.hidden_size * (1 + previous) + router_entropy),
+                bias_J=meta(inner),
+                out_J=meta(inner) if two_layers else None,
+                out_bias=meta() if two_layers else None,
+                previous=previous,
+                router_entropy=router_entropy,
+            )
+            for tokens in steps.tokens:
+                x_TD, rows_T = meta(tokens, layer.hidden_size), meta(tokens)
+                yield cls(x_TD, probe, rows_T, x_TD, rows_T, meta(1, dtype=torch.int32))
+
+
+@register
+class RowExit(OpVariant[ExitCall, RowProblem]):
+    """A program per row; the last one to finish orders them."""
+
+    call, name, kernels = ExitCall, "rows", (exit_decide_kernel,)
+
+    def plan(
+        self, call: ExitCall, tilings: Tilings, device: DeviceProperties
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], list[Launch]]:
+        x_TD, probe = call.x_TD, call.probe
+        require_contiguous(x_TD=x_TD, thresholds_T=call.thresholds_T, previous_TD=call.previous_TD)
+        num_rows, width = x_TD.shape
+        inner = probe.weight_JX.shape[0]
+        logits_T = torch.empty(num_rows, device=x_TD.device)
+        order_T = torch.empty(num_rows, dtype=torch.int64, device=x_TD.device)
+        continuing = torch.empty(1, dtype=torch.int32, device=x_TD.device)
+        launch = Launch(
+            kernel=exit_decide_kernel,
+            grid=(num_rows,),
+            args={
+                "x_ptr": x_TD,
+                "previous_ptr": call.previous_TD if probe.previous else None,
+                "entropy_ptr": call.router_entropy_T if probe.router_entropy else None,
+                "weight_ptr": probe.weight_JX,
+                "bias_ptr": probe.bias_J,
+                "out_ptr": probe.out_J,
+                "out_bias_ptr": probe.out_bias,
+                "thresholds_ptr": call.thresholds_T,
+                "logits_ptr": logits_T,
+                "order_ptr": order_T,
+                "staying_ptr": continuing,
+                "ticket_ptr": call.ticket,
+                "num_rows": num_rows,
+                "width": width,
+                "eps": PROBE_EPS,
+            },
+            constexprs={
+                "J": inner,
+                "J_PAD": next_power_of_2(inner),
+                "D_PAD": next_power_of_2(width),
+                "BLOCK": min(256, next_power_of_2(width)),
+                "ROWS": ORDER_BLOCK,
+            },
+            num_warps=4,
+        )
+        return (logits_T, order_T, continuing), [launch]
