@@ -25,14 +25,13 @@ from ..api.formats import FP8_PER_GROUP, GROUPS, INT8_PER_GROUP, UNQUANTIZED, Ac
 from ..api.kv_codes import KV_DTYPES
 from ..api.router_spec import RouterSpec
 from ..api.support import ROUTERS
-from ..api.types import Routing
 from .device import LISTED
 from .experts import ACTIVATIONS, ExpertsCall
 from .launch import Launch
 from .norm import RopeCall
 from .paged_attention import AttentionCall
-from .quantized import StoredWeight
-from .quantized_layers import LinearCall, QuantExpertsCall
+from .quantized import StoredWeight, plan_quant, plan_rows, quant_config
+from .quantized_layers import LinearCall
 from .router import RouteCall
 from .shapes import Steps, WarmUpShape, meta
 from .tuning import TuningCache
@@ -132,8 +131,8 @@ def launches_of(name: str, planner: Planner, dtype: torch.dtype) -> Iterator[tup
 
 
 def quantised_launches(dtype: torch.dtype, planner: Planner) -> Iterator[tuple[int, Launch]]:
-    """Dense layers and mixtures with every format, for few rows and for many, with the number of rows."""
-    n, k, experts = 512, 1024, 2
+    """Gated and plain products with every format, for few rows and for many, with the number of rows."""
+    n, k = 512, 1024
     as_they_are = (
         ("int8", 0, False),
         ("int8", 32, False),
@@ -151,23 +150,15 @@ def quantised_launches(dtype: torch.dtype, planner: Planner) -> Iterator[tuple[i
         ("int4", group, offsets, ActivationScheme("int8", group)) for group in GROUPS for offsets in (False, True)
     ]
     for name, group, has_offsets, scheme in formats:
-
-        def weight(n: int, k: int, form: tuple[str, int, bool] = (name, group, has_offsets)) -> StoredWeight:
-            name, group, has_offsets = form
-            scales = meta(experts, n, k // group if group else 1)
-            codes = meta(experts, n, k // 2 if name == "int4" else k, dtype=torch.uint8)
-            return StoredWeight(name, codes, scales, scales if has_offsets else None, group, n, k)
-
+        scales, codes = meta(n, k // group if group else 1), meta(n, k // 2 if name == "int4" else k, dtype=torch.uint8)
+        weight = StoredWeight(name, codes, scales, scales if has_offsets else None, group, n, k)
         for rows in (8, 2048):
-            x_TD, ids_TK = meta(rows, k, dtype=dtype), meta(rows, 1, dtype=torch.int32)
-            routing = Routing(expert_ids_TK=ids_TK, weights_TK=meta(rows, 1))
-            gate, down, ticket = weight(n, k), weight(k, n), meta(1, dtype=torch.int32)
-            none = (None, None, None)
-            for call in (
-                LinearCall(x_TD, gate, None, scheme, dtype),
-                QuantExpertsCall(x_TD, gate, gate, down, none, scheme, routing, "silu", ticket),
-            ):
-                yield from ((rows, launch) for launch in planner.plan(call)[1])
+            x_TI = meta(rows, k, dtype=dtype)
+            out_TO, launches = planner.plan(LinearCall(x_TI, weight, None, scheme, dtype))
+            config = quant_config(rows, group, gated=True, scheme=scheme)
+            x, _ = plan_rows(x_TI, scheme)
+            gated = plan_quant(x, weight, None, out_TO, config, up=weight, native_fp8=planner.device.has_fp8)
+            yield from ((rows, launch) for launch in (*launches, gated))
 
 
 def inspect(launch: Launch, target: str, tokens: int) -> Report:
