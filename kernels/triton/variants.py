@@ -44,7 +44,8 @@ class RowProblem(NamedTuple):
 
     @classmethod
     def of(cls, x_TX: torch.Tensor) -> RowProblem:
-        return cls(next_power_of_2(x_TX.shape[0]), tuple(x_TX.shape[1:]), x_TX.dtype)
+        rows, *shape = x_TX.shape
+        return cls(next_power_of_2(rows), tuple(shape), x_TX.dtype)
 
 
 class Call(ABC, Generic[ResultT]):
