@@ -28,7 +28,7 @@ from dynamoe.kernels.triton.experts import ExpertProblem, ExpertsCall, PlainVari
 from dynamoe.kernels.triton.launch import Launch, next_power_of_2
 from dynamoe.kernels.triton.tune import tune_experts
 from dynamoe.kernels.triton.tuning import TuningCache
-from dynamoe.kernels.triton.variants import Planner, Tilings, register
+from dynamoe.kernels.triton.variants import Planner, Ranked, Tilings, register
 from dynamoe.kernels.triton.warmup import planned_launches
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -84,9 +84,7 @@ class Toy(PlainVariant):
     def seconds(self, problem: ExpertProblem, device: DeviceProperties) -> float:
         return 1e-9
 
-    def tilings(
-        self, problem: ExpertProblem, device: DeviceProperties, count: int
-    ) -> Sequence[dict[str, list[ToyConfig]]]:
+    def tilings(self, problem: ExpertProblem, device: DeviceProperties, count: int) -> list[Ranked]:
         return [{"toy": [ToyConfig(block) for block in (16, 32, 64)[:count]]}]
 
     def plan(self, call: ExpertsCall, tilings: Tilings, device: DeviceProperties) -> tuple[torch.Tensor, list[Launch]]:

@@ -15,9 +15,10 @@ from ..reference.exits import PROBE_EPS
 from .device import DeviceProperties
 from .launch import Launch, next_power_of_2, require_contiguous
 from .shapes import Steps, WarmUpShape, meta
-from .variants import Call, OpVariant, Planner, RowProblem, Tilings, register
+from .variants import Call, OpVariant, Planned, Planner, RowProblem, Tilings, register
 
 ORDER_BLOCK = 256
+Decision = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @triton.jit
@@ -111,7 +112,7 @@ def exit_decide_kernel(
 
 
 @dataclass(frozen=True)
-class ExitCall(Call[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
+class ExitCall(Call[Decision]):
     """:func:`exit_reference.exit_decide` of contiguous tensors: logits (float32, (T,)), order (int64, (T,)), and the
     number of rows that continue (int32, (1,)).
 
@@ -153,9 +154,7 @@ class RowExit(OpVariant[ExitCall, RowProblem]):
 
     call, name, kernels = ExitCall, "rows", (exit_decide_kernel,)
 
-    def plan(
-        self, call: ExitCall, tilings: Tilings, device: DeviceProperties
-    ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], list[Launch]]:
+    def plan(self, call: ExitCall, tilings: Tilings, device: DeviceProperties) -> Planned[Decision]:
         x_TD, probe = call.x_TD, call.probe
         require_contiguous(x_TD=x_TD, thresholds_T=call.thresholds_T, previous_TD=call.previous_TD)
         num_rows, width = x_TD.shape

@@ -6,7 +6,7 @@ Every choice depends on the power of two above the number of tokens, so that a w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -17,12 +17,12 @@ from ..torch.experts import PlainExperts
 from .combine import combine_kernel, plan_combine
 from .device import DeviceProperties
 from .gemv import GemvConfig, pair_down_kernel, pair_gate_up_kernel, plan_pair_down, plan_pair_gate_up
-from .grouped_gemm import GemmConfig, describable, down_kernel, gate_up_kernel, plan_down, plan_gate_up
+from .grouped_gemm import describable, down_kernel, gate_up_kernel, plan_down, plan_gate_up
 from .index import index_kernels, index_tables, usable_index
-from .launch import Launch, require_contiguous
+from .launch import require_contiguous
 from .shapes import Steps, WarmUpShape, meta
 from .tuning import GemmProblem, best_gemms, best_gemv, experts_hit, row_tile, token_bucket
-from .variants import Call, NoKernelError, OpVariant, Planner, Tilings, has_tensor_cores, register
+from .variants import Call, NoKernelError, OpVariant, Planned, Planner, Ranked, Tilings, has_tensor_cores, register
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 _LAUNCH = 2.0e-6  # seconds that one more launch costs inside a graph
@@ -194,9 +194,7 @@ class Tiles(PlainVariant):
     def seconds(self, problem: ExpertProblem, device: DeviceProperties) -> float:
         return problem.read_seconds(problem.hit, device) / 0.80 + 2 * _LAUNCH
 
-    def tilings(
-        self, problem: ExpertProblem, device: DeviceProperties, count: int
-    ) -> list[dict[str, list[GemmConfig]]]:
+    def tilings(self, problem: ExpertProblem, device: DeviceProperties, count: int) -> list[Ranked]:
         guess = row_tile(problem.tokens, problem.num_experts, problem.top_k)
         rows = dict.fromkeys((guess, max(16, guess // 2), min(128, guess * 2)) if count > 1 else (guess,))
         found = []
@@ -208,7 +206,7 @@ class Tiles(PlainVariant):
     def table_rows(self, tilings: Tilings) -> int:
         return tilings["gate_up"].block_m
 
-    def plan(self, call: ExpertsCall, tilings: Tilings, device: DeviceProperties) -> tuple[torch.Tensor, list[Launch]]:
+    def plan(self, call: ExpertsCall, tilings: Tilings, device: DeviceProperties) -> Planned[torch.Tensor]:
         x_TD, weights, routing = call.x_TD, call.weights, call.routing
         out_TD = self.outputs(call)
         num_experts, expert_size, hidden_size = weights.gate_EFD.shape
@@ -237,16 +235,14 @@ class Pairs(PlainVariant):
             return math.inf
         return problem.read_seconds(problem.tokens * problem.top_k, device) / 0.90
 
-    def tilings(
-        self, problem: ExpertProblem, device: DeviceProperties, count: int
-    ) -> list[dict[str, Sequence[GemvConfig]]]:
+    def tilings(self, problem: ExpertProblem, device: DeviceProperties, count: int) -> list[Ranked]:
         tokens, top_k, d, f = problem.tokens, problem.top_k, problem.hidden_size, problem.expert_size
         first = best_gemv(f, d, tokens * top_k, 2, device)
         second = best_gemv(d, f, tokens, 1, device, together=top_k)
         more = [GemvConfig(block_n=n, block_k=k, num_warps=w) for n, k, w in _GEMVS] if count > 1 else []
         return [{"pair_gate_up": [first, *more], "pair_down": [second, *more]}]
 
-    def plan(self, call: ExpertsCall, tilings: Tilings, device: DeviceProperties) -> tuple[torch.Tensor, list[Launch]]:
+    def plan(self, call: ExpertsCall, tilings: Tilings, device: DeviceProperties) -> Planned[torch.Tensor]:
         x_TD, weights, routing = call.x_TD, call.weights, call.routing
         out_TD = self.outputs(call)
         h_XF = x_TD.new_empty(routing.expert_ids_TK.numel(), weights.gate_EFD.shape[1])

@@ -15,7 +15,9 @@ from .device import DeviceProperties
 from .kv import store_heads, stored_kv
 from .launch import Launch, next_power_of_2, require_contiguous, require_contiguous_channels
 from .shapes import Steps, WarmUpShape, meta
-from .variants import Call, OpVariant, Planner, RowProblem, Tilings, register
+from .variants import Call, OpVariant, Planned, Planner, RowProblem, Tilings, register
+
+Normed = tuple[torch.Tensor, torch.Tensor | None]
 
 
 @triton.jit
@@ -195,7 +197,7 @@ def plan_rope_and_write(
 
 
 @dataclass(frozen=True)
-class NormCall(Call[tuple[torch.Tensor, torch.Tensor | None]]):
+class NormCall(Call[Normed]):
     """The norm of ``x`` in the weight's dtype; with a residual that of ``residual + scale * x``, and this sum."""
 
     operation = "rms_norm"
@@ -228,9 +230,7 @@ class RowNorm(OpVariant[NormCall, RowProblem]):
 
     call, name, kernels = NormCall, "rows", (rms_norm_kernel,)
 
-    def plan(
-        self, call: NormCall, tilings: Tilings, device: DeviceProperties
-    ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], list[Launch]]:
+    def plan(self, call: NormCall, tilings: Tilings, device: DeviceProperties) -> Planned[Normed]:
         x_TD, weight_D, residual_TD = call.x_TD, call.weight_D, call.residual_TD
         out_TD = torch.empty(x_TD.shape, dtype=weight_D.dtype, device=x_TD.device)
         sum_TD = None if residual_TD is None else torch.empty_like(residual_TD)

@@ -11,9 +11,9 @@ import torch
 from ..api.types import AttentionBatch, KVLayer
 from .attention import AttentionConfig, attention_kernel, merge_kernel, plan_attention
 from .device import DeviceProperties
-from .launch import Launch, cdiv, next_power_of_2
+from .launch import cdiv, next_power_of_2
 from .shapes import Steps, WarmUpShape, meta
-from .variants import Call, OpVariant, Planner, Tilings, has_tensor_cores, register
+from .variants import Call, OpVariant, Planned, Planner, Ranked, Tilings, has_tensor_cores, register
 
 _CONTEXT_STEP = 128
 
@@ -81,14 +81,10 @@ class PagedAttention(OpVariant[AttentionCall, AttentionProblem]):
     def refuses(self, problem: AttentionProblem, device: DeviceProperties) -> str | None:
         return None if has_tensor_cores(problem.dtype) else f"attention in {problem.dtype}"
 
-    def tilings(
-        self, problem: AttentionProblem, device: DeviceProperties, count: int
-    ) -> list[dict[str, list[AttentionConfig]]]:
+    def tilings(self, problem: AttentionProblem, device: DeviceProperties, count: int) -> list[Ranked]:
         return [{"attention": [best_attention(problem, device)]}]
 
-    def plan(
-        self, call: AttentionCall, tilings: Tilings, device: DeviceProperties
-    ) -> tuple[torch.Tensor, list[Launch]]:
+    def plan(self, call: AttentionCall, tilings: Tilings, device: DeviceProperties) -> Planned[torch.Tensor]:
         q_THC = call.q_THC
         out_THC = torch.empty(q_THC.shape, dtype=q_THC.dtype, device=q_THC.device)
         return out_THC, plan_attention(

@@ -15,9 +15,9 @@ from .device import DeviceProperties
 from .experts import ACTIVATIONS
 from .index import index_kernels, usable_index
 from .launch import Launch, cdiv, next_power_of_2
-from .quantized import QuantConfig, StoredWeight, plan_quant, plan_rows, quant_config, quant_gemm_kernel, store_weight
+from .quantized import StoredWeight, plan_quant, plan_rows, quant_config, quant_gemm_kernel, store_weight
 from .rounding import round_rows_kernel
-from .variants import Call, OpVariant, Tilings, has_tensor_cores, register
+from .variants import Call, OpVariant, Planned, Ranked, Tilings, has_tensor_cores, register
 
 
 class LinearProblem(NamedTuple):
@@ -65,9 +65,7 @@ class QuantProduct(OpVariant[LinearCall, LinearProblem]):
     def refuses(self, problem: LinearProblem, device: DeviceProperties) -> str | None:
         return None if has_tensor_cores(problem.dtype) else f"quantised weights in {problem.dtype}"
 
-    def tilings(
-        self, problem: LinearProblem, device: DeviceProperties, count: int
-    ) -> list[dict[str, list[QuantConfig]]]:
+    def tilings(self, problem: LinearProblem, device: DeviceProperties, count: int) -> list[Ranked]:
         return [{"quant_gemm": [quant_config(problem.rows, problem.group, gated=False, scheme=problem.scheme)]}]
 
     def plan(self, call: LinearCall, tilings: Tilings, device: DeviceProperties) -> tuple[torch.Tensor, list[Launch]]:
@@ -155,9 +153,7 @@ class QuantTiles(OpVariant[QuantExpertsCall, QuantProblem]):
             return f"activation {problem.activation!r}"
         return "gate and up in different formats" if problem.formats[0] != problem.formats[1] else None
 
-    def tilings(
-        self, problem: QuantProblem, device: DeviceProperties, count: int
-    ) -> list[dict[str, list[QuantConfig]]]:
+    def tilings(self, problem: QuantProblem, device: DeviceProperties, count: int) -> list[Ranked]:
         rows = cdiv(problem.tokens * problem.top_k, problem.num_experts)
         first, second = problem.groups
         return [
@@ -167,9 +163,7 @@ class QuantTiles(OpVariant[QuantExpertsCall, QuantProblem]):
             }
         ]
 
-    def plan(
-        self, call: QuantExpertsCall, tilings: Tilings, device: DeviceProperties
-    ) -> tuple[torch.Tensor, list[Launch]]:
+    def plan(self, call: QuantExpertsCall, tilings: Tilings, device: DeviceProperties) -> Planned[torch.Tensor]:
         x_TD, routing = call.x_TD, call.routing
         first, second = tilings["gate_up"], tilings["down"]
         gate_bias_EF, up_bias_EF, down_bias_ED = call.biases

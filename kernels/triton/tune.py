@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from .experts import ExpertProblem, ExpertsCall
 from .launch import Launch
 from .router import plan_route
 from .tuning import refine
-from .variants import Choice, OpVariant, Planner, variants
+from .variants import Choice, OpVariant, Planner, Ranked, variants
 
 Measure = Callable[[Sequence[Launch]], float]
 
@@ -81,7 +81,7 @@ def tune_experts(
 
 
 def tune_call(
-    variant: OpVariant, call: ExpertsCall, ranked: Mapping[str, Sequence[Any]], planner: Planner, measure: Measure
+    variant: OpVariant, call: ExpertsCall, ranked: Ranked, planner: Planner, measure: Measure
 ) -> tuple[Choice, float]:
     """The fastest configuration of each tuned kernel, and the seconds of all launches together."""
     tilings = {part: configs[0] for part, configs in ranked.items()}

@@ -7,6 +7,7 @@ Warm-up and ahead-of-time reports plan the calls that layers make, so they show 
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,6 +27,8 @@ CallT = TypeVar("CallT", bound="Call[Any]")
 ProblemT = TypeVar("ProblemT", bound=tuple)
 VariantT = TypeVar("VariantT", bound="OpVariant[Any, Any]")
 Tilings = Mapping[str, Any]  # a configuration for each tuned kernel, by :attr:`Launch.part`
+Ranked = Mapping[str, Sequence[Any]]  # several of them, the likeliest first
+Planned = tuple[ResultT, list[Launch]]  # what a call returns, and the launches that fill it
 
 _MOST_CHOICES = 4096
 _REGISTERED: dict[type[Call[Any]], list[OpVariant[Any, Any]]] = {}
@@ -85,7 +88,7 @@ class OpVariant(ABC, Generic[CallT, ProblemT]):
         """Estimated time, to be compared with other variants of the operation; infinite: only if it was measured."""
         return 0.0
 
-    def tilings(self, problem: ProblemT, device: DeviceProperties, count: int) -> Sequence[Mapping[str, Sequence[Any]]]:
+    def tilings(self, problem: ProblemT, device: DeviceProperties, count: int) -> Sequence[Ranked]:
         """Alternatives that are tuned one by one, the likeliest first: ``count`` configurations per tuned kernel."""
         return [{}]
 
@@ -94,7 +97,7 @@ class OpVariant(ABC, Generic[CallT, ProblemT]):
         return None
 
     @abstractmethod
-    def plan(self, call: CallT, tilings: Tilings, device: DeviceProperties) -> tuple[Any, list[Launch]]:
+    def plan(self, call: CallT, tilings: Tilings, device: DeviceProperties) -> Planned[Any]:
         """The call's result, and the launches that write every element of it."""
 
     def version(self) -> str:
@@ -140,7 +143,7 @@ class Planner:
         self.measured = measured
         self._chosen: dict[tuple[type[Call[Any]], tuple], Choice] = {}
 
-    def plan(self, call: Call[ResultT]) -> tuple[ResultT, list[Launch]]:
+    def plan(self, call: Call[ResultT]) -> Planned[ResultT]:
         """A call's result, and the launches that fill it.
 
         Raises:
@@ -167,9 +170,9 @@ class Planner:
         stored = self.measured.get(self.key(call, problem))
         for variant in able:
             if stored.get("variant") == variant.name and stored.get("kernels") == variant.version():
-                tilings = self._read(variant, problem, stored["tilings"])
-                if tilings is not None:
-                    return Choice(variant, tilings)
+                default = self._default(variant, problem)
+                with contextlib.suppress(KeyError, TypeError):  # measured when configurations had other fields
+                    return Choice(variant, {k: type(config)(**stored["tilings"][k]) for k, config in default.items()})
         if not able:
             raise NoKernelError(reasons[-1] if reasons else call.operation)
         variant = min(able, key=lambda v: v.seconds(problem, self.device))
@@ -178,12 +181,6 @@ class Planner:
     def _default(self, variant: OpVariant[Any, Any], problem: tuple) -> dict[str, Any]:
         likeliest = variant.tilings(problem, self.device, 1)[0]
         return {part: configs[0] for part, configs in likeliest.items()}
-
-    def _read(self, variant: OpVariant[Any, Any], problem: tuple, stored: dict[str, dict]) -> dict[str, Any] | None:
-        default = self._default(variant, problem)
-        if {part: set(c) for part, c in stored.items()} != {part: set(asdict(c)) for part, c in default.items()}:
-            return None
-        return {part: type(default[part])(**values) for part, values in stored.items()}
 
     def keep(self, call: type[Call[Any]], problem: tuple, choice: Choice) -> None:
         """Remember a measured choice, here and on disk."""
