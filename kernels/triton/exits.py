@@ -1,4 +1,4 @@
-"""One launch at an exit: probe every row, then sort the rows into those that stay and those that leave."""
+"""One launch at an exit: probe every row, then sort the rows into those that continue and those that exit."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _products(x_ptr, weight_ptr, row, width, inputs, J: tl.constexpr, J_PAD: tl.
 
 
 @triton.jit
-def _leaves(logits_ptr, thresholds_ptr, row_R, ok_R):
+def _exits(logits_ptr, thresholds_ptr, row_R, ok_R):
     threshold_R = tl.load(thresholds_ptr + row_R, mask=ok_R, other=0.0)
     # Other programs wrote these, perhaps into lines that this one's first-level cache holds.
     logit_R = tl.load(logits_ptr + row_R, mask=ok_R, other=0.0, cache_modifier=".cg")
@@ -51,32 +51,32 @@ def _leaves(logits_ptr, thresholds_ptr, row_R, ok_R):
 
 
 @triton.jit
-def _order(logits_ptr, thresholds_ptr, order_ptr, staying_ptr, num_rows, ROWS: tl.constexpr):
-    """Two passes over the rows: count those that stay, then give every row its place."""
-    staying = 0
+def _order(logits_ptr, thresholds_ptr, order_ptr, continuing_ptr, num_rows, ROWS: tl.constexpr):
+    """Two passes over the rows: count those that continue, then give every row its place."""
+    continuing = 0
     for first in range(0, num_rows, ROWS):
         row = first + tl.arange(0, ROWS)
         ok_R = row < num_rows
-        leaves_R = _leaves(logits_ptr, thresholds_ptr, row, ok_R)
-        staying += tl.sum((ok_R & (leaves_R == 0)).to(tl.int32), axis=0)
-    stayed, left = 0, staying
+        exits_R = _exits(logits_ptr, thresholds_ptr, row, ok_R)
+        continuing += tl.sum((ok_R & (exits_R == 0)).to(tl.int32), axis=0)
+    next_on, next_off = 0, continuing
     for first in range(0, num_rows, ROWS):
         row = first + tl.arange(0, ROWS)
         ok_R = row < num_rows
-        leaves_R = _leaves(logits_ptr, thresholds_ptr, row, ok_R)
-        stays_R = (ok_R & (leaves_R == 0)).to(tl.int32)
-        goes_R = (ok_R & leaves_R).to(tl.int32)
-        place_R = tl.where(stays_R == 1, stayed + tl.cumsum(stays_R, axis=0), left + tl.cumsum(goes_R, axis=0)) - 1
+        exits_R = _exits(logits_ptr, thresholds_ptr, row, ok_R)
+        on_R = (ok_R & (exits_R == 0)).to(tl.int32)
+        off_R = (ok_R & exits_R).to(tl.int32)
+        place_R = tl.where(on_R == 1, next_on + tl.cumsum(on_R, axis=0), next_off + tl.cumsum(off_R, axis=0)) - 1
         tl.store(order_ptr + place_R, row.to(tl.int64), mask=ok_R)
-        stayed += tl.sum(stays_R, axis=0)
-        left += tl.sum(goes_R, axis=0)
-    tl.store(staying_ptr, staying)
+        next_on += tl.sum(on_R, axis=0)
+        next_off += tl.sum(off_R, axis=0)
+    tl.store(continuing_ptr, continuing)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def exit_decide_kernel(
     x_ptr, previous_ptr, entropy_ptr, weight_ptr, bias_ptr, out_ptr, out_bias_ptr, thresholds_ptr, logits_ptr,
-    order_ptr, staying_ptr, ticket_ptr, num_rows, width, eps,
+    order_ptr, continuing_ptr, ticket_ptr, num_rows, width, eps,
     J: tl.constexpr, J_PAD: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One program per row; the last one to finish orders all rows. The ticket is back at zero afterwards."""
@@ -107,7 +107,7 @@ def exit_decide_kernel(
     tl.debug_barrier()
     ticket = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu")
     if ticket == tl.num_programs(0) - 1:
-        _order(logits_ptr, thresholds_ptr, order_ptr, staying_ptr, num_rows, ROWS)
+        _order(logits_ptr, thresholds_ptr, order_ptr, continuing_ptr, num_rows, ROWS)
         tl.store(ticket_ptr, 0)
 
 
@@ -176,7 +176,7 @@ class RowExit(OpVariant[ExitCall, RowProblem]):
                 "thresholds_ptr": call.thresholds_T,
                 "logits_ptr": logits_T,
                 "order_ptr": order_T,
-                "staying_ptr": continuing,
+                "continuing_ptr": continuing,
                 "ticket_ptr": call.ticket,
                 "num_rows": num_rows,
                 "width": width,
