@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ...kernels.api.formats import Fp8Weight, Int8Weight, QuantizedWeight
+from ...moe.placement import read_placement
 from ..checkpoint.quantized_checkpoint import QuantizedCheckpoint
 from ..checkpoint.stored_weight import Part
 from ..checkpoint.weights import Checkpoint, CheckpointError
@@ -24,7 +25,6 @@ from ..model.quantization import Method
 from ..model.spec import ModelSpec
 from .config import ParallelConfig
 from .context import ParallelContext
-from .expert_load import read_placement
 from .sharded_checkpoint import Cut, ShardedCheckpoint
 from .stages import SIZES, layer_sizes, split_into_stages, stand_in
 
@@ -80,7 +80,7 @@ class Shard:
 
     def _place(self, config: ParallelConfig) -> dict[int, list[list[int]]]:
         if config.placement is not None:
-            return read_placement(Path(config.placement).expanduser(), self.whole, config.expert)
+            return read_placement(Path(config.placement).expanduser(), self.whole.experts_by_layer, config.expert)
         placement = {}
         for number, layer in enumerate(self.whole.layers):
             if layer.moe:
