@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from ..api.formats import QuantizedWeight
+from ..api.quantized_weight import QuantizedWeight
 from ..api.router_spec import RouterSpec
 from ..api.types import AttentionBatch, ExitDecision, ExpertWeights, KVLayer, LinearWeights, ProbeWeights, Routing
 from ..reference.quantized import all_on
@@ -22,7 +22,7 @@ from .experts import ExpertProblem, ExpertsCall, table_rows
 from .launch import Launch
 from .norm import NormCall, RopeCall
 from .paged_attention import AttentionCall
-from .quantized import settled
+from .quantized import kernel_form
 from .quantized_layers import LinearCall, QuantExpertsCall
 from .router import RouteCall
 from .shapes import WarmUpShape
@@ -112,7 +112,7 @@ class TritonBackend(TorchBackend):
         return super().experts(x_TD, weights, routing)
 
     def _kept(self, weight: QuantizedWeight) -> QuantizedWeight:
-        return settled(super()._kept(weight))
+        return kernel_form(super()._kept(weight))
 
     def all_experts(self, x_TD: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
         if isinstance(weights.data, QuantExperts):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..api.formats import ActivationScheme
+from ..api.quantized_weight import QuantizedWeight
 from ..api.types import Routing
 from ..torch.quantized import QuantExperts, QuantLinear
 from .combine import combine_kernel, plan_combine
@@ -17,7 +18,13 @@ from .index import index_kernels, usable_index
 from .launch import Launch, cdiv, next_power_of_2
 from .quantized import StoredWeight, plan_quant, plan_rows, quant_config, quant_gemm_kernel, store_weight
 from .rounding import round_rows_kernel
-from .variants import Call, OpVariant, Planned, Ranked, Tilings, has_tensor_cores, register
+from .variants import Call, NoKernelError, OpVariant, Planned, Ranked, Tilings, has_tensor_cores, register
+
+
+def _stored(weight: QuantizedWeight) -> StoredWeight:
+    if weight.format.triton is None:
+        raise NoKernelError(f"{weight.format.name} weights")
+    return store_weight(weight)
 
 
 class LinearProblem(NamedTuple):
@@ -46,7 +53,7 @@ class LinearCall(Call[torch.Tensor]):
 
     @classmethod
     def of(cls, x_TI: torch.Tensor, linear: QuantLinear, dtype: torch.dtype) -> LinearCall:
-        return cls(x_TI, store_weight(linear.weight), linear.bias_O, linear.scheme, dtype)
+        return cls(x_TI, _stored(linear.weight), linear.bias_O, linear.scheme, dtype)
 
     def problem(self) -> LinearProblem:
         rows, weight = next_power_of_2(self.x_TI.shape[0]), self.weight
@@ -80,7 +87,7 @@ class QuantProblem(NamedTuple):
     """Sizes of a mixture; ``tokens`` is a power of two.
 
     Arguments:
-        formats: of gate, up and down. groups: inputs that share a scale in gate and up, and in down.
+        formats: of gate, up and down, with the inputs that share a scale.
     """
 
     tokens: int
@@ -90,8 +97,7 @@ class QuantProblem(NamedTuple):
     expert_size: int
     activation: str
     dtype: torch.dtype
-    formats: tuple[str, str, str]
-    groups: tuple[int, int]
+    formats: tuple[tuple[str, int], ...]
     scheme: ActivationScheme
 
 
@@ -115,7 +121,7 @@ class QuantExpertsCall(Call[torch.Tensor]):
     def of(
         cls, x_TD: torch.Tensor, experts: QuantExperts, routing: Routing, activation: str, ticket: torch.Tensor
     ) -> QuantExpertsCall:
-        gate, up, down = (store_weight(w) for w in (experts.gate_EFD, experts.up_EFD, experts.down_EDF))
+        gate, up, down = (_stored(w) for w in (experts.gate_EFD, experts.up_EFD, experts.down_EDF))
         biases = (experts.gate_bias_EF, experts.up_bias_EF, experts.down_bias_ED)
         return cls(x_TD, gate, up, down, biases, experts.scheme, routing, activation, ticket)
 
@@ -129,8 +135,7 @@ class QuantExpertsCall(Call[torch.Tensor]):
             expert_size=self.gate.outputs,
             activation=self.activation,
             dtype=self.x_TD.dtype,
-            formats=(self.gate.format, self.up.format, self.down.format),
-            groups=(self.gate.group, self.down.group),
+            formats=tuple((weight.format, weight.group) for weight in (self.gate, self.up, self.down)),
             scheme=self.scheme,
         )
 
@@ -155,7 +160,7 @@ class QuantTiles(OpVariant[QuantExpertsCall, QuantProblem]):
 
     def tilings(self, problem: QuantProblem, device: DeviceProperties, count: int) -> list[Ranked]:
         rows = cdiv(problem.tokens * problem.top_k, problem.num_experts)
-        first, second = problem.groups
+        (_, first), _, (_, second) = problem.formats
         return [
             {
                 "gate_up": [quant_config(rows, first, gated=True, scheme=problem.scheme)],
