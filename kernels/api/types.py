@@ -106,12 +106,12 @@ class ProbeWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class ExitDecision:
-    """Which rows exit.
+    """Who leaves at an exit.
 
     Arguments:
         logits_T: of the probe, float32.
-        order_T: int64; rows that continue, then rows that exit, both ascending.
-        num_staying: how many continue.
+        order_T: int64; rows that stay, then rows that leave, both rising.
+        num_staying: how many stay.
     """
 
     logits_T: torch.Tensor
