@@ -1,4 +1,4 @@
-"""Has the kernels of a GPU compiled before the first request."""
+"""Pre-compiles the GPU kernels before the first request."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .config import EngineConfig
 if TYPE_CHECKING:
     import torch
 
-    from ...kernels.triton.backend import WarmUpShape
+    from ...kernels.triton.shapes import WarmUpShape
     from ..model.decoder import Decoder
     from ..model.exits import DecoderExit
     from ..model.spec import ModelSpec
@@ -41,7 +41,7 @@ def warm_up_shapes(
     kv_dtype: torch.dtype | None = None,
 ) -> list[WarmUpShape]:
     """The distinct layers of a model with the limits of an engine."""
-    from ...kernels.triton.backend import WarmUpShape
+    from ...kernels.triton.shapes import WarmUpShape
 
     norm_widths = {"none": (), "head": (spec.head_dim,), "full": (spec.num_heads * spec.head_dim,)}[spec.qk_norm]
     if spec.qk_norm == "full":
