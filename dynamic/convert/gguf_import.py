@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from ..model.families import FAMILIES, one_each
+from ..model.families import FAMILIES
+from ..model.family import one_each
 
 # What a file's architecture is in Hugging Face's terms, without and with experts.
 _DENSE = {"llama": ("llama", "LlamaForCausalLM")}

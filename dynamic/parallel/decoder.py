@@ -24,10 +24,12 @@ from ...kernels.api.types import AttentionBatch, ExpertBudget, KVLayer, Routing
 from ...moe.dispatch import share_experts
 from ..engine.budgets import budget_of
 from ..engine.outputs import Exchange
-from ..model.decoder import Decoder, LayerWeights
+from ..model.attention.gqa import GqaSpec
+from ..model.attention.kind import AttentionContext
+from ..model.decoder import Decoder
 from ..model.exits import DecoderExit
 from ..model.kv_cache import allocate_layers, copy_pages
-from ..model.spec import LayerSpec, ModelSpec
+from ..model.spec import ModelSpec
 from .data_ranks import SharedCache, cache_of, on_device, share_rows, spread
 from .exchange import Departure, ExpertExchange
 from .expert_load import ExpertLoad, write_load
@@ -45,6 +47,7 @@ class ParallelDecoder(Decoder):
     """
 
     def __init__(self, spec: ModelSpec, *arguments: Any, shard: Shard, **more: Any) -> None:
+        self._local_spec = shard.spec
         super().__init__(spec, *arguments, **more)
         self.context = shard.context
         self.processes = str(shard.context.config) + shard.placed
@@ -59,8 +62,6 @@ class ParallelDecoder(Decoder):
             for number, moe in ((number, layer.moe) for number, layer in enumerate(spec.layers))
             if moe is not None and not moe.is_dense and config.expert > 1
         }
-        self.local_spec = shard.spec
-        self.num_heads, self.num_kv_heads = shard.spec.num_heads, shard.spec.num_kv_heads
         self._spread_norms = spread_norms(shard)
         alone = not self._shares and self._spread_norms is None and config.record_load is None
         self._held_stack = make_held_stack(self, self.held, self.context) if alone else None
@@ -72,6 +73,11 @@ class ParallelDecoder(Decoder):
         self._rows: dict[
             int, tuple[torch.Tensor, torch.Tensor]
         ] = {}  # of a worker, by cache: the last ones, their slots
+
+    @property
+    def local_spec(self) -> ModelSpec:
+        """See :attr:`Decoder.local_spec`."""
+        return self._local_spec
 
     def allocate_cache(self, num_pages: int, page_size: int, homes: int = 1) -> list[KVLayer]:
         """See :meth:`Decoder.allocate_cache`; on all ranks. The workers' shares go when rank 0 lets go of its own."""
@@ -336,27 +342,23 @@ class ParallelDecoder(Decoder):
         return None
 
     def _attention(
-        self, weights: LayerWeights, layer: LayerSpec, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch
+        self, number: int, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
     ) -> torch.Tensor:
-        return self.context.sum(super()._attention(weights, layer, x_TD, kv, batch), self.context.tensor_group)
+        return self.context.sum(super()._attention(number, x_TD, kv, batch, context), self.context.tensor_group)
 
-    def _norm_all_heads(
-        self, weights: LayerWeights, q_TX: torch.Tensor, k_TX: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _norm_over_heads(self, *pairs: tuple[torch.Tensor, torch.Tensor]) -> Sequence[torch.Tensor]:
         if self._spread_norms is None:
-            return super()._norm_all_heads(weights, q_TX, k_TX)
-        assert weights.q_norm is not None
-        assert weights.k_norm is not None
-        queries, keys = self._spread_norms
-        parts = (q_TX, weights.q_norm, queries), (k_TX, weights.k_norm, keys)
-        q_TX, k_TX = norm_over_ranks(self.context, self.spec.norm_eps, *parts)
-        return q_TX, k_TX
+            return super()._norm_over_heads(*pairs)
+        parts = [(*pair, norm) for pair, norm in zip(pairs, self._spread_norms, strict=True)]
+        return norm_over_ranks(self.context, self.spec.norm_eps, *parts)
 
     def _project(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
         if self._spread_norms is None:
             super()._project(exit, x_RD, kv, batch)
             return
-        projected = project_over_ranks(self.context, self.backend, self.spec, exit, x_RD, self._spread_norms[1])
+        kind, eps = self.local_spec.layers[-1].attention, self.spec.norm_eps
+        assert isinstance(kind, GqaSpec), "no other kind has norms that are spread"
+        projected = project_over_ranks(self.context, self.backend, eps, kind, exit, x_RD, self._spread_norms[1])
         for layer, (k_TGC, v_TGC) in zip(kv, projected, strict=True):
             # Queries are rotated as well; keys stand in for them, and nobody looks at the result.
             self.backend.rope_and_write(k_TGC, k_TGC, v_TGC, self.cos_sin_LC, batch, layer)

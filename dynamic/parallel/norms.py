@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from ...kernels.torch.backend import TorchBackend
+from ..model.attention.gqa import GqaSpec
 from ..model.exits import DecoderExit
-from ..model.spec import ModelSpec
 from .context import ParallelContext
 from .shards import Shard
 
@@ -32,12 +32,11 @@ class SpreadNorm:
 
 def spread_norms(shard: Shard) -> tuple[SpreadNorm, SpreadNorm] | None:
     """Of queries and keys; None where a rank has all that a norm goes over."""
-    whole, context = shard.whole, shard.context
-    if whole.qk_norm != "full" or context.config.tensor == 1:
+    kind, context = shard.whole.layers[0].attention, shard.context
+    if not isinstance(kind, GqaSpec) or kind.qk_norm != "full" or context.config.tensor == 1:
         return None
-    holders = max(1, context.config.tensor // whole.num_kv_heads)  # ranks that have the same keys
-    keys = SpreadNorm(whole.num_kv_heads * whole.head_dim, context.tensor_rank % holders == 0)
-    return SpreadNorm(whole.num_heads * whole.head_dim), keys
+    holders = max(1, context.config.tensor // kind.num_kv_heads)  # ranks that have the same keys
+    return SpreadNorm(kind.q_size), SpreadNorm(kind.kv_size, context.tensor_rank % holders == 0)
 
 
 def norm_over_ranks(
@@ -60,7 +59,8 @@ def norm_over_ranks(
 def project_over_ranks(
     context: ParallelContext,
     backend: TorchBackend,
-    spec: ModelSpec,
+    eps: float,
+    kind: GqaSpec,
     exit: DecoderExit,
     x_RD: torch.Tensor,
     norm: SpreadNorm,
@@ -68,17 +68,19 @@ def project_over_ranks(
     """This rank's keys and values of the layers behind an exit, (R, G, C), before rotation; one sum for all layers.
 
     Arguments:
+        eps: of norms.
+        kind: attention of the layers behind the exit, which are alike.
         x_RD: residual stream at the exit.
         norm: of keys.
     """
     parts, values = [], []
     for projection in exit.projections:
         assert projection.k_norm is not None
-        normed_RD = backend.rms_norm(x_RD, projection.norm_D, spec.norm_eps)
+        normed_RD = backend.rms_norm(x_RD, projection.norm_D, eps)
         k_RX, v_RX = backend.linear(normed_RD, projection.kv).chunk(2, -1)
         parts.append((k_RX, projection.k_norm, norm))
         values.append(v_RX)
-    for k_RX, v_RX in zip(norm_over_ranks(context, spec.norm_eps, *parts), values, strict=True):
-        if spec.clip_qkv is not None:
-            k_RX, v_RX = (part.clamp(-spec.clip_qkv, spec.clip_qkv) for part in (k_RX, v_RX))
-        yield k_RX.unflatten(-1, (-1, spec.head_dim)), v_RX.unflatten(-1, (-1, spec.head_dim))
+    for k_RX, v_RX in zip(norm_over_ranks(context, eps, *parts), values, strict=True):
+        if kind.clip is not None:
+            k_RX, v_RX = (part.clamp(-kind.clip, kind.clip) for part in (k_RX, v_RX))
+        yield k_RX.unflatten(-1, (-1, kind.head_dim)), v_RX.unflatten(-1, (-1, kind.head_dim))

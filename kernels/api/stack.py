@@ -7,15 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from .router_spec import RouterSpec
 from .types import AttentionBatch, ExpertBudget, ExpertWeights, KVLayer, KVProjection, LinearWeights, ProbeWeights
-
-if TYPE_CHECKING:
-    from ..cpu.shared_memory import CpuSharedGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,43 +20,66 @@ class StackShape:
     """What all layers have in common.
 
     Arguments:
-        norm_per_head: norms of queries and keys, where there are any, go over each head, not over the full width.
         residual_scale: factor on what a block adds to the residual stream.
-        attention_scale: factor on the scores.
     """
 
     hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    norm_per_head: bool
     norm_eps: float
     residual_scale: float
-    attention_scale: float
 
 
 @dataclass(frozen=True, kw_only=True)
-class StackLayer:
-    """One layer: norm, attention, norm, experts.
+class StackNorm:
+    """Adds what the last block left to the residual stream and norms the sum. A layer begins with one."""
+
+    weight_D: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackAttention:
+    """Grouped-query attention over the normed rows, over the layer's cache.
 
     Arguments:
         qkv: queries, keys and values in one projection.
-        router, rule: how experts are chosen; None where each has weight 1.
-        contribution_scale_E: what a budget ranks experts by, see :func:`.budget_reference.limit_experts`.
+        norm_per_head: norms of queries and keys, where there are any, go over each head, not over the full width.
+        scale: factor on the scores.
         window: how many positions a row sees, its own included; None sees all.
     """
 
-    attention_norm_D: torch.Tensor
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
     qkv: LinearWeights
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
+    norm_per_head: bool
     o: LinearWeights
-    ffn_norm_D: torch.Tensor
+    scale: float
+    window: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackExperts:
+    """A mixture of experts over the normed rows.
+
+    Arguments:
+        router, rule: how experts are chosen; None where each has weight 1.
+        contribution_scale_E: what a budget ranks experts by, see :func:`.budget_reference.limit_experts`.
+    """
+
+    ffn: ExpertWeights
     router: LinearWeights | None
     rule: RouterSpec | None
-    ffn: ExpertWeights
-    window: int | None
     contribution_scale_E: torch.Tensor | None = None
+
+
+StackBlock = StackNorm | StackAttention | StackExperts
+
+
+class SharedGroup(Protocol):
+    """Processes that exchange through memory that they share; ``handle`` belongs to the backend's kernels."""
+
+    handle: Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +130,7 @@ class StackResult(NamedTuple):
 class Stack(Protocol):
     """Layers and exits in a backend's hands. Results are bitwise those of its single operations."""
 
-    def share(self, group: CpuSharedGroup) -> None:
+    def share(self, group: SharedGroup) -> None:
         """Heads and neurons are parts of those that some processes have together: attention's and the experts' results
         are added up among them. Layers without exits only."""
         ...

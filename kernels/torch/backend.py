@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from ..api.formats import UNQUANTIZED, ActivationScheme, QuantizedWeight
 from ..api.kv_codes import KV_DTYPES
 from ..api.router_spec import RouterSpec
-from ..api.stack import Stack, StackExit, StackLayer, StackShape
+from ..api.stack import Stack, StackBlock, StackExit, StackShape
 from ..api.types import (
     AttentionBatch,
     ExitDecision,
@@ -278,9 +278,11 @@ class TorchBackend:
         *,
         scale: float,
         window: int | None = None,
+        sinks_H: torch.Tensor | None = None,
+        lse_TH: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Causal attention over the paged cache, (T, H, C). See :func:`reference.paged_attention`."""
-        return run_attention(q_THC, layer, batch, scale=scale, window=window)
+        return run_attention(q_THC, layer, batch, scale=scale, window=window, sinks_H=sinks_H, lse_TH=lse_TH)
 
     def exit_decide(
         self,
@@ -332,6 +334,9 @@ class TorchBackend:
             # The operation rotates queries as well; keys stand in for them, and nobody looks at the result.
             self.rope_and_write(k_TGC, k_TGC, v_TGC, cos_sin_LC, batch, layer)
 
-    def make_stack(self, shape: StackShape, layers: Sequence[StackLayer], exits: Sequence[StackExit]) -> Stack | None:
-        """Layers and exits that this backend runs at once; None where it goes operation by operation."""
+    def make_stack(
+        self, shape: StackShape, layers: Sequence[Sequence[StackBlock]], exits: Sequence[StackExit]
+    ) -> Stack | None:
+        """Layers, as lists of blocks, and exits that this backend runs at once; None where it goes operation by
+        operation."""
         return None

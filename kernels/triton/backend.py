@@ -252,10 +252,12 @@ class TritonBackend(TorchBackend):
         *,
         scale: float,
         window: int | None = None,
+        sinks_H: torch.Tensor | None = None,
+        lse_TH: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if q_THC.dtype not in _HALF and not self.interpreted:
             self._fall_back(f"attention in {q_THC.dtype}")
-            return super().attention(q_THC, layer, batch, scale=scale, window=window)
+            return super().attention(q_THC, layer, batch, scale=scale, window=window, sinks_H=sinks_H, lse_TH=lse_TH)
         num_heads, head_dim = q_THC.shape[1:]
         num_kv_heads = layer.keys_BGPC.shape[1]
         config = best_attention(
@@ -271,7 +273,16 @@ class TritonBackend(TorchBackend):
         native_fp8 = self.properties.has_fp8
         self._run(
             plan_attention(
-                q_THC, layer, batch, out_THC, scale=scale, window=window, config=config, native_fp8=native_fp8
+                q_THC,
+                layer,
+                batch,
+                out_THC,
+                scale=scale,
+                window=window,
+                config=config,
+                native_fp8=native_fp8,
+                sinks_H=sinks_H,
+                lse_TH=lse_TH,
             )
         )
         return out_THC

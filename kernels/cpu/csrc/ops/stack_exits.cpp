@@ -1,4 +1,4 @@
-// All layers, where rows may leave at exits: decisions, read-outs, debts, and the rows that go on.
+// All layers, where rows may leave at exits: decisions, exit heads, keys and values of skipped layers, and the rows that go on.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -79,7 +79,8 @@ class Leaving {
     if (!out_) out_ = call_.out();
     const Shape& shape = stack_.shape;
     const int64_t hidden = shape.hidden, bytes = element_bytes(shape.dtype);
-    const int64_t scratch_elements = count * (hidden + 3 * shape.kv_width());
+    const int64_t kv_width = exit.projections.front().kv_heads * exit.projections.front().channels;
+    const int64_t scratch_elements = count * (hidden + 3 * kv_width);
     const int64_t layers = static_cast<int64_t>(exit.projections.size());
     const auto parts = [&](Arena& arena) {
       x_ = arena.take<float>(count * hidden);
@@ -144,7 +145,7 @@ class Leaving {
 }  // namespace
 
 void run_exits(const Context& context, const Stack& stack, const ExitsCall& call, const Caches& caches) {
-  const int64_t rows = call.places.rows, hidden = stack.shape.hidden, layers = static_cast<int64_t>(stack.blocks.size());
+  const int64_t rows = call.places.rows, hidden = stack.shape.hidden, layers = static_cast<int64_t>(stack.layers.size());
   if (!rows) return;
   Live live(call, stack.shape);
   Leaving leaving(context, stack, call, caches);
