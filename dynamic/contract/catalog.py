@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Offer:
-    """Contracts that an engine may run requests under.
+class ContractCatalog:
+    """Contracts that an engine may run requests under: a :class:`..engine.contracts.ContractResolver`.
 
     Arguments:
         contracts: valid for what runs.
@@ -35,7 +35,7 @@ class Offer:
     contracts: Contracts = field(default_factory=Contracts)
     refused: tuple[str, ...] = ()
 
-    def settle(
+    def resolve(
         self, quality: Quality, params: SamplingParams, max_tokens: int
     ) -> tuple[SamplingParams, ContractOutcome]:
         """What a request spends, as raw settings or ``exact``, and what to tell its caller.
@@ -75,7 +75,7 @@ class CertificateSource:
         self._engine = engine
         self._running: Mapping[str, Scalar] | None = None
 
-    def read(self) -> Offer:
+    def read(self) -> ContractCatalog:
         """The certificates that hold for what runs; others are refused, with the reason in the log.
 
         A directory may hold certificates of several deployments, as that of ``tiny`` does: of each contract, the
@@ -88,7 +88,7 @@ class CertificateSource:
         if not self.directory.is_dir():
             if self._needed:
                 raise ValueError(f"no such directory of certificates: {self.directory}")
-            return Offer()
+            return ContractCatalog()
         if self._running is None:
             self._running = deployment(self._engine.model, self._engine.runner.exits)
         valid, refused = [], []
@@ -99,7 +99,7 @@ class CertificateSource:
             else:
                 refused.append(f"certificate {certificate.id}: {reason}")
                 logger.warning("refused %s", refused[-1])
-        return Offer(contracts=Contracts(valid), refused=tuple(refused))
+        return ContractCatalog(contracts=Contracts(valid), refused=tuple(refused))
 
     def _refusal(self, certificate: Certificate) -> str | None:
         assert self._running is not None
@@ -133,8 +133,8 @@ def nearest(directory: Path, running: Mapping[str, Scalar]) -> list[Certificate]
     return kept
 
 
-def offer_for(engine: Engine, directory: Path | None) -> Offer:
-    """What an engine may offer; see :class:`CertificateSource`."""
+def catalog_for(engine: Engine, directory: Path | None) -> ContractCatalog:
+    """The contracts that an engine may run under; see :class:`CertificateSource`."""
     return CertificateSource(engine, directory).read()
 
 

@@ -117,15 +117,6 @@ class ExpertBudgets:
                     entry.sequence.mark_approximate(position)
 
 
-def budget_of(budget: ExpertBudget, rows_R: torch.Tensor) -> ExpertBudget:
-    """The budget of some of a step's rows (int64), with books of its own."""
-    return ExpertBudget(
-        keep_TL=budget.keep_TL[rows_R],
-        cap_TL=budget.cap_TL[rows_R],
-        skipped_T=torch.zeros_like(budget.skipped_T[rows_R]),
-    )
-
-
 def _limited_rows(entry: Entry) -> int:
     """How many of an entry's rows, its last ones, are on a budget."""
     if entry.sequence.request.expert_budget is None:

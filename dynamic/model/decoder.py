@@ -25,9 +25,9 @@ from ...kernels.api.types import (
     Routing,
 )
 from ...kernels.torch.backend import TorchBackend
-from ..engine.outputs import Exchange
 from .attention.kind import AttentionContext
 from .blocks import Attention, Block, Norm
+from .counters import Exchange
 from .exits import DecoderExit
 from .inference_mode import in_inference_mode
 from .kv_cache import allocate_layers, copy_pages

@@ -11,7 +11,7 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from ...kernels.api.types import AttentionBatch, ExpertBudget, ExpertWeights, LinearWeights
+from ...kernels.api.types import AttentionBatch, ExpertBudget, ExpertWeights
 from ..model.attention.kind import AttentionWeights
 from ..model.layer_weights import LayerWeights
 from ..model.spec import ModelSpec
@@ -112,11 +112,6 @@ def stand_in(spec: ModelSpec, sizes: Sequence[int]) -> LayerWeights:
         ),
         contribution_scale_E=torch.empty(scales, dtype=torch.uint8, device="meta") if scales else None,
     )
-
-
-def no_linear(outputs: int, inputs: int, nbytes: int = 0) -> LinearWeights:
-    """A linear layer that another stage holds."""
-    return LinearWeights(out_features=outputs, in_features=inputs, dtype=torch.float32, data=None, nbytes=nbytes)
 
 
 def micro_batches(batch: AttentionBatch, count: int) -> list[tuple[slice, AttentionBatch]]:

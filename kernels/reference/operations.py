@@ -69,9 +69,9 @@ def paged_attention(
         layer: the cache, which already holds this step's keys and values.
         scale: factor on the scores.
         window: a row at position p sees positions ``p - window + 1 … p`` (sliding window); None sees all.
-        sinks_H: float32, a logit of each head that takes part in the softmax and has no value (gpt-oss); not scaled.
-        lse_TH: float32; if given, takes the logarithm of the softmax's denominator, the sink's term included. Parts of a
-            context that were attended apart are joined by it.
+        sinks_H: float32, a logit of each head that takes part in the softmax and has no value; it is not scaled.
+        lse_TH: float32; if given, takes the logarithm of the softmax's denominator, the sink's term included. It joins
+            parts of a context that were attended apart.
 
     Returns: attention output, (T, H, C), in the queries' dtype.
     """
