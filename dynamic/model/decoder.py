@@ -209,13 +209,13 @@ class Decoder:
         previous_RD: torch.Tensor | None = None,
         router_entropy_R: torch.Tensor | None = None,
     ) -> ExitDecision:
-        """Which rows leave at an exit; see :meth:`TorchBackend.exit_decide`."""
+        """Which rows exit; see :meth:`TorchBackend.exit_decide`."""
         assert exit.probe is not None
         return self.backend.exit_decide(x_RD, exit.probe, thresholds_R, previous_RD, router_entropy_R)
 
     @in_inference_mode
     def read_out(self, exit: DecoderExit, x_RD: torch.Tensor) -> torch.Tensor:
-        """What rows that leave at an exit hand to :meth:`logits`: their residual stream, through the exit's adapter."""
+        """What rows that exit hand to :meth:`logits`: their residual stream, through the exit's adapter."""
         inner_RJ = self.backend.linear(x_RD.to(self.dtype), exit.down)
         return x_RD + self.backend.linear(inner_RJ, exit.up)
 

@@ -1,4 +1,4 @@
-"""The exits of a decoder, as its backend keeps them: read-out adapter, probe, how skipped layers are filled in."""
+"""The exits of a decoder, as its backend keeps them: adapter of the exit head, probe, propagation of keys and values."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class DecoderExit:
 
     Arguments:
         after_layers: layers in front of it.
-        down, up: factors of the read-out adapter.
-        probe, calibrator: None where the exit has only an adapter, so that no row can leave.
+        down, up: factors of the exit head's adapter.
+        probe, calibrator: None where the exit has only an adapter, so that no row can exit.
         projections: keys and values of the layers behind it, those that are here.
     """
 

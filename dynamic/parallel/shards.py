@@ -36,7 +36,7 @@ class Shard:
     Arguments:
         spec: the whole model.
         context: the ranks.
-        exit_layers: after how many layers rows may leave.
+        exit_layers: after how many layers rows may exit.
 
     Attributes:
         stages: of the model; held: layers of this rank's stage.
@@ -172,7 +172,7 @@ class Shard:
             if rank and not cuts.inputs.keys().isdisjoint(linear.weights):
                 self.cuts |= dict.fromkeys(linear.biases, torch.zeros_like)
         moe = self.spec.layers[number].moe
-        # Where the router decides nothing, the experts are one dense FFN, which every home has.
+        # Where the router decides nothing, the experts are one dense FFN, which every data-parallel rank has.
         spread = moe is not None and not moe.is_dense
         experts = self.placement[number][self.context.expert_rank] if spread else list(range(layout.ffn.num_experts))
         ffn = self._ffn(layout.ffn, experts)

@@ -41,7 +41,7 @@ def split_into_stages(spec: ModelSpec, stages: int, exit_layers: Collection[int]
     """Cut a model into stages of nearly equal work per row, which is taken to be that of all its layers.
 
     Arguments:
-        exit_layers: after how many layers rows may leave; where there are any, stages end there only.
+        exit_layers: after how many layers rows may exit; where there are any, stages end there only.
 
     Raises:
         ValueError: when there are more stages than layers, or than segments between exits.
@@ -153,7 +153,7 @@ def _part(
 
 
 def budget_part(budget: ExpertBudget | None, rows: slice) -> ExpertBudget | None:
-    """The budget of some rows; what they do without is written to the books of the whole."""
+    """The budget of some rows; what they do without is added to the counters of the whole."""
     if budget is None:
         return None
     return ExpertBudget(keep_TL=budget.keep_TL[rows], cap_TL=budget.cap_TL[rows], skipped_T=budget.skipped_T[rows])

@@ -87,8 +87,8 @@ class StackExit:
     """An exit between two layers.
 
     Arguments:
-        down, up: factors of the read-out adapter.
-        probe: None where no row can leave.
+        down, up: factors of the exit head's adapter.
+        probe: None where no row can exit.
         projections: keys and values of the layers behind it.
     """
 
@@ -103,7 +103,7 @@ class StackResult(NamedTuple):
     """What became of the rows of a step.
 
     Arguments:
-        out_TD: float32, what each row hands to the LM head; the tensor that came in if no row left.
+        out_TD: float32, what each row hands to the LM head; the tensor that came in if no row exited.
         counts: int64, one after the other what the properties below show. The next call may overwrite it.
     """
 
@@ -166,13 +166,13 @@ class Stack(Protocol):
         thresholds_NT: torch.Tensor,
         budget: ExpertBudget | None = None,
     ) -> StackResult:
-        """Run all layers; rows leave where their probe's logit reaches their threshold.
+        """Run all layers; rows exit where their probe's logit reaches their threshold.
 
-        The keys and values that a row owes to the layers behind its exit are made of its state there before any row
-        goes on; see :meth:`TorchBackend.project_kv`.
+        The keys and values of the layers that a row skips are made of its state at the exit before any row continues;
+        see :meth:`TorchBackend.project_kv`.
 
         Arguments:
-            thresholds_NT: float32; +inf keeps a row, -inf makes it leave.
-            Others as for :meth:`run`. A sequence of several rows stays or leaves as a whole.
+            thresholds_NT: float32; +inf keeps a row, -inf makes it exit.
+            Others as for :meth:`run`. A sequence of several rows continues or exits as a whole.
         """
         ...

@@ -179,7 +179,7 @@ float entropy_share(const Stack& stack, int64_t first, int64_t last) {
 }  // namespace
 
 void run_layers(const Context& context, const Stack& stack, int64_t first, int64_t last, float* x, const Places& places,
-                const Caches& caches, float* entropy, Seam seam) {
+                const Caches& caches, float* entropy, Boundary boundary) {
   const Shape& shape = stack.shape;
   const int64_t rows = places.rows;
   if (!rows || first == last) {
@@ -196,8 +196,8 @@ void run_layers(const Context& context, const Stack& stack, int64_t first, int64
   for (int64_t layer = first; layer < last; ++layer) {
     for (const Block& block : stack.layers[layer].blocks) {
       if (const auto* before = std::get_if<NormBlock>(&block)) {
-        if (!seam.normed) norm(context, shape, pending, x, before->weight, rows, work.normed);
-        seam.normed = false;
+        if (!boundary.normed) norm(context, shape, pending, x, before->weight, rows, work.normed);
+        boundary.normed = false;
         continue;
       }
       if (const auto* attention = std::get_if<AttentionBlock>(&block))
@@ -208,7 +208,7 @@ void run_layers(const Context& context, const Stack& stack, int64_t first, int64
       pending = work.pending;
     }
   }
-  if (seam.norm_next)
+  if (boundary.norm_next)
     norm(context, shape, pending, x, stack.layers[last].first_norm().weight, rows, work.normed);
   else
     add_pending(context, shape, pending, shape.residual_scale, x, rows);

@@ -98,8 +98,8 @@ struct Caches {
 
 struct Exit {
   int64_t after_layers;
-  Projection down, up;                // of the read-out adapter
-  bool can_leave;                     // whether it has a probe
+  Projection down, up;                // of the exit head's adapter
+  bool can_exit;                      // whether it has a probe
   bool previous, entropy;             // what the probe looks at beside the residual stream
   ProbeCall probe;                    // weights
   std::vector<ProjectCall> projections;  // weights, one per layer behind the exit
@@ -133,9 +133,9 @@ void project(const Context& context, const Shape& shape, const Projection& proje
 // x += scale * added
 void add_pending(const Context& context, const Shape& shape, const void* pending, float scale, float* x, int64_t rows);
 
-// Where a run of layers meets its neighbours: the sum at its end and the norm behind it are one pass over the rows, when
+// A fusion boundary, where a run of layers meets its neighbours: the sum at its end and the norm behind it are one pass over the rows, when
 // the next run is of the same rows and follows at once.
-struct Seam {
+struct Boundary {
   bool normed = false;     // the run before has done the first norm
   bool norm_next = false;  // do that of the layer behind
 };
@@ -143,16 +143,16 @@ struct Seam {
 // Layers [first, last) on a residual stream of float32, in place. `entropy`, if given, takes the mean entropy of the
 // layers' routers.
 void run_layers(const Context& context, const Stack& stack, int64_t first, int64_t last, float* x, const Places& places,
-                const Caches& caches, float* entropy, Seam seam = {});
+                const Caches& caches, float* entropy, Boundary boundary = {});
 
-// All layers, where rows may leave at exits. As long as none does, x is what the rows hand to the LM head.
+// All layers, where rows may exit. As long as none does, x is what the rows hand to the LM head.
 struct ExitsCall {
   float* x;
   Places places;
   const float* thresholds;      // (exits, rows); +inf stays
-  std::function<float*()> out;  // (rows, hidden), wanted once a row leaves: what each row hands to the LM head
+  std::function<float*()> out;  // (rows, hidden), wanted once a row exits: what each row hands to the LM head
   int64_t* depths;              // (rows): layers that ran for it
-  int64_t* decisions;           // (exits, 2): rows with a finite threshold that reached the exit, and that went on
+  int64_t* decisions;           // (exits, 2): rows with a finite threshold that reached the exit, and that continued
   int64_t* launched;            // (exits + 1): rows that ran the layers up to each exit and behind the last
 };
 void run_exits(const Context& context, const Stack& stack, const ExitsCall& call, const Caches& caches);

@@ -62,7 +62,7 @@ class StackHolder : public torch::CustomClassHolder {
     stack_.add(std::move(layer));
   }
 
-  // After all layers, in rising order. Without a probe (`weight`) nobody can leave. `kv_layouts`: empty where they are not quantised.
+  // After all layers, in rising order. Without a probe (`weight`) no row can exit. `kv_layouts`: empty where they are not quantised.
   void add_exit(int64_t after_layers, const Tensor& down, const Tensor& up, int64_t rank, const OptionalTensor& weight,
                 const OptionalTensor& bias, const OptionalTensor& out, const OptionalTensor& out_bias, bool previous,
                 bool entropy, Tensors kv, Tensors kv_bias, std::vector<std::vector<int64_t>> kv_layouts) {
@@ -76,7 +76,7 @@ class StackHolder : public torch::CustomClassHolder {
     exit.after_layers = after_layers;
     exit.down = weights_.projection(down, {}, shape.hidden, rank, "the adapter's first factor");
     exit.up = weights_.projection(up, {}, rank, shape.hidden, "the adapter's second factor");
-    exit.can_leave = weight.has_value();
+    exit.can_exit = weight.has_value();
     exit.previous = previous;
     exit.entropy = entropy;
     if (weight) {
