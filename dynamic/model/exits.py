@@ -1,4 +1,4 @@
-"""The exits of a decoder, as its backend keeps them: adapter of the exit head, probe, propagation of keys and values."""
+"""The exits of a decoder, as its backend keeps them: the exit head's adapter, probe, propagation of keys and values."""
 
 from __future__ import annotations
 
