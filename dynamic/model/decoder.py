@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ...exits.segments import Segment, split_into_segments
-from ...kernels.api.formats import QuantizedWeight
+from ...kernels.api.quantized_weight import QuantizedWeight
 from ...kernels.api.stack import Stack, StackBlock, StackExit, StackExperts, StackNorm, StackResult, StackShape
 from ...kernels.api.types import (
     AttentionBatch,
@@ -55,6 +55,7 @@ class Decoder:
     """
 
     processes: str | None = None  # the axes of those that share the model, in words; None: there is one
+    _local_spec: ModelSpec | None = None  # where several processes share the heads
     homes = 1  # places that sequences live in, each with a part of the cache
 
     def __init__(
@@ -89,7 +90,7 @@ class Decoder:
     @property
     def local_spec(self) -> ModelSpec:
         """The model with the heads that are here."""
-        return self.spec
+        return self._local_spec or self.spec
 
     @property
     def weight_bytes(self) -> int:

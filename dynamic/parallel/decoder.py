@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from ...exits.segments import Segment
 from ...kernels.api.types import AttentionBatch, ExpertBudget, KVLayer, Routing
 from ...moe.dispatch import share_experts
-from ..model.attention.gqa import GqaSpec
+from ...moe.exchange import Departure, ExpertAxis, ExpertExchange
+from ...moe.placement import ExpertLoad, write_load
 from ..model.attention.kind import AttentionContext
 from ..model.counters import Exchange
 from ..model.decoder import Decoder
@@ -30,9 +31,7 @@ from ..model.exits import DecoderExit
 from ..model.kv_cache import allocate_layers, copy_pages
 from ..model.spec import ModelSpec
 from .data_ranks import SharedCache, cache_of, on_device, share_rows, spread
-from .exchange import Departure, ExpertExchange
-from .expert_load import ExpertLoad, write_load
-from .norms import norm_over_ranks, project_over_ranks, spread_norms
+from .norms import norm_over_ranks, propagate_over_ranks, spread_norms
 from .plan import Message, Operation, leave_message, read_batch, read_budget, read_leaving, run_message
 from .shards import Shard, part_of, width
 from .stage_stack import make_held_stack
@@ -53,8 +52,14 @@ class ParallelDecoder(Decoder):
         config = shard.context.config
         self.homes = config.homes
         self.held = shard.held
-        self.load = ExpertLoad(shard.whole, self.device)
-        self._exchange = ExpertExchange(self.context, config.padded_rows)
+        self.load = ExpertLoad(shard.whole.experts_by_layer, self.device)
+        axis = ExpertAxis(
+            group=self.context.expert_group,
+            size=config.expert,
+            rank=self.context.expert_rank,
+            first=self.context.data_rank * config.expert,
+        )
+        self._exchange = ExpertExchange(self.context, axis, config.padded_rows)
         self._executed_X = torch.zeros_like(self._exchange.executed_X)  # of all homes
         self._shares = {
             number: share_experts(shard.placement[number], moe.router.top_k + moe.num_always_on, self.device)
@@ -72,11 +77,6 @@ class ParallelDecoder(Decoder):
         self._rows: dict[
             int, tuple[torch.Tensor, torch.Tensor]
         ] = {}  # of a worker, by cache: the last ones, their slots
-
-    @property
-    def local_spec(self) -> ModelSpec:
-        """See :attr:`Decoder.local_spec`."""
-        return self._local_spec
 
     def allocate_cache(self, num_pages: int, page_size: int, homes: int = 1) -> list[KVLayer]:
         """See :meth:`Decoder.allocate_cache`; on all ranks. The workers' shares go when rank 0 lets go of its own."""
@@ -255,7 +255,12 @@ class ParallelDecoder(Decoder):
         counts = self.context.gather(self.load.rows_NE.cpu())
         if self.context.leads:
             rows_NE = torch.stack(counts[:: self.context.config.tensor]).sum(0)
-            write_load(rows_NE, self.spec, Path(self.context.config.record_load).expanduser())
+            write_load(
+                rows_NE,
+                self.spec.experts_by_layer,
+                self.spec.family,
+                Path(self.context.config.record_load).expanduser(),
+            )
 
     @torch.inference_mode()
     def follow(self) -> None:
@@ -355,12 +360,8 @@ class ParallelDecoder(Decoder):
         if self._spread_norms is None:
             super()._project(exit, x_RD, kv, batch)
             return
-        kind, eps = self.local_spec.layers[-1].attention, self.spec.norm_eps
-        assert isinstance(kind, GqaSpec), "no other kind has norms that are spread"
-        projected = project_over_ranks(self.context, self.backend, eps, kind, exit, x_RD, self._spread_norms[1])
-        for layer, (k_TGC, v_TGC) in zip(kv, projected, strict=True):
-            # Queries are rotated as well; keys stand in for them, and nobody looks at the result.
-            self.backend.rope_and_write(k_TGC, k_TGC, v_TGC, self.cos_sin_LC, batch, layer)
+        kind, norm, attention = self.local_spec.layers[-1].attention, self._spread_norms[1], self._attention_context()
+        propagate_over_ranks(self.context, attention, kind, exit.projections, norm, x_RD, kv, batch)
 
     def _ffn(
         self, number: int, x_TD: torch.Tensor, routed: list[torch.Tensor] | None, budget: ExpertBudget | None
