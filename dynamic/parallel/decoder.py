@@ -24,13 +24,14 @@ from ...kernels.api.types import AttentionBatch, ExpertBudget, KVLayer, Routing
 from ...moe.dispatch import share_experts
 from ...moe.exchange import Departure, ExpertAxis, ExpertExchange
 from ...moe.placement import ExpertLoad, write_load
+from ..model.attention.kind import AttentionContext
 from ..model.counters import Exchange
-from ..model.decoder import Decoder, LayerWeights
+from ..model.decoder import Decoder
 from ..model.exits import DecoderExit
 from ..model.kv_cache import allocate_layers, copy_pages
-from ..model.spec import LayerSpec, ModelSpec
+from ..model.spec import ModelSpec
 from .data_ranks import SharedCache, cache_of, on_device, share_rows, spread
-from .norms import norm_over_ranks, project_over_ranks, spread_norms
+from .norms import norm_over_ranks, propagate_over_ranks, spread_norms
 from .plan import Message, Operation, leave_message, read_batch, read_budget, read_leaving, run_message
 from .shards import Shard, part_of, width
 from .stage_stack import make_held_stack
@@ -44,6 +45,7 @@ class ParallelDecoder(Decoder):
     """
 
     def __init__(self, spec: ModelSpec, *arguments: Any, shard: Shard, **more: Any) -> None:
+        self._local_spec = shard.spec
         super().__init__(spec, *arguments, **more)
         self.context = shard.context
         self.processes = str(shard.context.config) + shard.placed
@@ -64,8 +66,6 @@ class ParallelDecoder(Decoder):
             for number, moe in ((number, layer.moe) for number, layer in enumerate(spec.layers))
             if moe is not None and not moe.is_dense and config.expert > 1
         }
-        self.local_spec = shard.spec
-        self.num_heads, self.num_kv_heads = shard.spec.num_heads, shard.spec.num_kv_heads
         self._spread_norms = spread_norms(shard)
         alone = not self._shares and self._spread_norms is None and config.record_load is None
         self._held_stack = make_held_stack(self, self.held, self.context) if alone else None
@@ -346,30 +346,22 @@ class ParallelDecoder(Decoder):
         return None
 
     def _attention(
-        self, weights: LayerWeights, layer: LayerSpec, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch
+        self, number: int, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
     ) -> torch.Tensor:
-        return self.context.sum(super()._attention(weights, layer, x_TD, kv, batch), self.context.tensor_group)
+        return self.context.sum(super()._attention(number, x_TD, kv, batch, context), self.context.tensor_group)
 
-    def _norm_all_heads(
-        self, weights: LayerWeights, q_TX: torch.Tensor, k_TX: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _norm_over_heads(self, *pairs: tuple[torch.Tensor, torch.Tensor]) -> Sequence[torch.Tensor]:
         if self._spread_norms is None:
-            return super()._norm_all_heads(weights, q_TX, k_TX)
-        assert weights.q_norm is not None
-        assert weights.k_norm is not None
-        queries, keys = self._spread_norms
-        parts = (q_TX, weights.q_norm, queries), (k_TX, weights.k_norm, keys)
-        q_TX, k_TX = norm_over_ranks(self.context, self.spec.norm_eps, *parts)
-        return q_TX, k_TX
+            return super()._norm_over_heads(*pairs)
+        parts = [(*pair, norm) for pair, norm in zip(pairs, self._spread_norms, strict=True)]
+        return norm_over_ranks(self.context, self.spec.norm_eps, *parts)
 
     def _project(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
         if self._spread_norms is None:
             super()._project(exit, x_RD, kv, batch)
             return
-        projected = project_over_ranks(self.context, self.backend, self.spec, exit, x_RD, self._spread_norms[1])
-        for layer, (k_TGC, v_TGC) in zip(kv, projected, strict=True):
-            # Queries are rotated as well; keys stand in for them, and nobody looks at the result.
-            self.backend.rope_and_write(k_TGC, k_TGC, v_TGC, self.cos_sin_LC, batch, layer)
+        kind, norm, attention = self.local_spec.layers[-1].attention, self._spread_norms[1], self._attention_context()
+        propagate_over_ranks(self.context, attention, kind, exit.projections, norm, x_RD, kv, batch)
 
     def _ffn(
         self, number: int, x_TD: torch.Tensor, routed: list[torch.Tensor] | None, budget: ExpertBudget | None

@@ -13,7 +13,7 @@ from ..api.formats import UNQUANTIZED, ActivationScheme
 from ..api.kv_codes import KV_DTYPES
 from ..api.quantized_weight import QuantizedWeight
 from ..api.router_spec import RouterSpec
-from ..api.stack import Stack, StackExit, StackLayer, StackShape
+from ..api.stack import Stack, StackBlock, StackExit, StackShape
 from ..api.types import (
     AttentionBatch,
     ExitDecision,
@@ -279,9 +279,11 @@ class TorchBackend:
         *,
         scale: float,
         window: int | None = None,
+        sinks_H: torch.Tensor | None = None,
+        lse_TH: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Causal attention over the paged cache, (T, H, C). See :func:`reference.paged_attention`."""
-        return run_attention(q_THC, layer, batch, scale=scale, window=window)
+        return run_attention(q_THC, layer, batch, scale=scale, window=window, sinks_H=sinks_H, lse_TH=lse_TH)
 
     def exit_decide(
         self,
@@ -333,6 +335,9 @@ class TorchBackend:
             # The operation rotates queries too; keys are passed in their place, and the result is not used.
             self.rope_and_write(k_TGC, k_TGC, v_TGC, cos_sin_LC, batch, layer)
 
-    def make_stack(self, shape: StackShape, layers: Sequence[StackLayer], exits: Sequence[StackExit]) -> Stack | None:
-        """Layers and exits that this backend runs at once; None where it goes operation by operation."""
+    def make_stack(
+        self, shape: StackShape, layers: Sequence[Sequence[StackBlock]], exits: Sequence[StackExit]
+    ) -> Stack | None:
+        """Layers, as lists of blocks, and exits that this backend runs at once; None where it goes operation by
+        operation."""
         return None

@@ -167,12 +167,14 @@ class TritonBackend(TorchBackend):
         *,
         scale: float,
         window: int | None = None,
+        sinks_H: torch.Tensor | None = None,
+        lse_TH: torch.Tensor | None = None,
     ) -> torch.Tensor:
         try:
-            return self._do(AttentionCall(q_THC, layer, batch, scale, window))
+            return self._do(AttentionCall(q_THC, layer, batch, scale, window, sinks_H, lse_TH))
         except NoKernelError as reason:
             self._fall_back(str(reason))
-        return super().attention(q_THC, layer, batch, scale=scale, window=window)
+        return super().attention(q_THC, layer, batch, scale=scale, window=window, sinks_H=sinks_H, lse_TH=lse_TH)
 
     def exit_decide(
         self,

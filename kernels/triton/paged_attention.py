@@ -38,7 +38,7 @@ class AttentionProblem(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionCall(Call[torch.Tensor]):
-    """Causal attention of the rows of a batch, (T, H, C)."""
+    """Causal attention of a batch, (T, H, C); it fills ``lse_TH`` too. See :func:`reference.paged_attention`."""
 
     operation = "attention"
 
@@ -47,6 +47,8 @@ class AttentionCall(Call[torch.Tensor]):
     batch: AttentionBatch
     scale: float
     window: int | None
+    sinks_H: torch.Tensor | None = None
+    lse_TH: torch.Tensor | None = None
 
     def problem(self) -> AttentionProblem:
         num_heads, head_dim = self.q_THC.shape[1:]
@@ -96,6 +98,8 @@ class PagedAttention(OpVariant[AttentionCall, AttentionProblem]):
             window=call.window,
             config=tilings["attention"],
             native_fp8=device.has_fp8,
+            sinks_H=call.sinks_H,
+            lse_TH=call.lse_TH,
         )
 
 
