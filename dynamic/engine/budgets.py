@@ -8,7 +8,6 @@ Shape suffixes as in ``kernels/api/types.py``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,21 +16,14 @@ import torch
 from ...kernels.api.types import ExpertBudget
 from ...moe.contribution import keep_by_layer
 from ..model.budgeted_layers import limited_layers
+from .request_budget import RequestBudget
 
 if TYPE_CHECKING:
     from ..model.decoder import Decoder
     from .sampling_params import SamplingParams
-    from .scheduler import Entry
+    from .schedule import Entry
 
 NO_CAP = np.int32(2**31 - 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RequestBudget:
-    """What every decoded token of a request may use: see :class:`ExpertBudget`."""
-
-    keep_L: np.ndarray  # float32
-    cap_L: np.ndarray  # int32
 
 
 class ExpertBudgets:
@@ -115,15 +107,6 @@ class ExpertBudgets:
                     if position == entry.sequence.num_tokens - 1:
                         entry.sequence.skipped_experts += experts
                     entry.sequence.mark_approximate(position)
-
-
-def budget_of(budget: ExpertBudget, rows_R: torch.Tensor) -> ExpertBudget:
-    """The budget of some of a step's rows (int64), with books of its own."""
-    return ExpertBudget(
-        keep_TL=budget.keep_TL[rows_R],
-        cap_TL=budget.cap_TL[rows_R],
-        skipped_T=torch.zeros_like(budget.skipped_T[rows_R]),
-    )
 
 
 def _limited_rows(entry: Entry) -> int:

@@ -22,7 +22,8 @@ from .request import Request, Sequence, StopTokens
 from .runner import Runner
 from .sampler import NO_TOKEN, sample
 from .sampling_params import SamplingParams
-from .scheduler import Schedule, Scheduler
+from .schedule import Schedule
+from .scheduler import Scheduler
 from .stats import EngineStats
 from .text import OutputText
 from .token_costs import TokenCosts, TokenTally

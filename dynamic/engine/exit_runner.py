@@ -21,14 +21,13 @@ import torch
 from ...exits.segments import Segment
 from ...kernels.api.types import AttentionBatch, ExpertBudget, KVLayer
 from .backfill import Backfill, Project
-from .budgets import budget_of
 from .exit_plan import STAYS, Planner, StepPlan
 from .parking import Parking, measure_times
 from .request import ParkedRow
 
 if TYPE_CHECKING:
     from ..model.decoder import Decoder
-    from .scheduler import Entry, Schedule
+    from .schedule import Entry, Schedule
     from .step_rows import StepRows
 
 _REVIEW = 8  # steps between looks at whether parking might pay; more while it does not
@@ -217,7 +216,7 @@ class ExitRunner:
         previous_RD = live.x_RD.clone() if probe and probe.previous else None
         entropy_R = torch.zeros(len(live.rows_R), device=out_TD.device) if probe and probe.router_entropy else None
         started = time.perf_counter()
-        budget = None if plan.budget is None else budget_of(plan.budget, self._move(live.rows_R))
+        budget = None if plan.budget is None else plan.budget.of_rows(self._move(live.rows_R))
         live.x_RD = self.decoder.run_segment(segment, live.x_RD, self.kv, live.batch, entropy_R, budget)
         if plan.budget is not None and budget is not None:
             plan.budget.skipped_T[self._move(live.rows_R)] += budget.skipped_T

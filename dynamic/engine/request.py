@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .penalties import TokenCounts
 from .sampling_params import SamplingParams
 from .token_costs import TokenTally
+from .token_counts import TokenCounts
 
 if TYPE_CHECKING:
     import torch
 
-    from .budgets import RequestBudget
     from .outputs import PositionLogprobs
     from .quality import ContractOutcome
+    from .request_budget import RequestBudget
     from .text import OutputText
 
 _MASK_64 = (1 << 64) - 1

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from ...exits.segments import Segment
 from ...kernels.api.types import AttentionBatch, ExpertBudget, KVLayer, Routing
 from ...moe.dispatch import share_experts
-from ..engine.budgets import budget_of
 from ..engine.outputs import Exchange
 from ..model.decoder import Decoder, LayerWeights
 from ..model.exits import DecoderExit
@@ -178,7 +177,7 @@ class ParallelDecoder(Decoder):
         own_W = found.rows[cache.home].to(self.device)
         x_WD = x_TD[own_W]
         entropy_W = None if entropy_T is None else entropy_T[own_W]
-        books = None if budget is None else budget_of(budget, own_W)
+        books = None if budget is None else budget.of_rows(own_W)
         self._exchange.begin(found.counts)
         if found.own is not None:
             x_WD = self._run_own(layers, x_WD, cache, found.own, entropy_W, books)

@@ -51,6 +51,14 @@ class ExpertBudget:
     cap_TL: torch.Tensor
     skipped_T: torch.Tensor
 
+    def of_rows(self, rows_R: torch.Tensor) -> ExpertBudget:
+        """The budget of some rows (int64), with counters of its own."""
+        return ExpertBudget(
+            keep_TL=self.keep_TL[rows_R],
+            cap_TL=self.cap_TL[rows_R],
+            skipped_T=torch.zeros_like(self.skipped_T[rows_R]),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class LinearWeights:
