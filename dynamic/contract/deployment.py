@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from ...exits.sidecar import JSON_FILE, TENSOR_FILE, backbone_hash
 from ...kernels.select import NUMERICS
 from ...moe.sidecar import JSON_FILE as CONTRIBUTIONS
+from ..engine.plugins import Plugin, plugin_facts
 from .certificate import Scalar
 
 if TYPE_CHECKING:
@@ -17,31 +19,37 @@ if TYPE_CHECKING:
     from ..model.loader import LoadedModel
 
 
-def deployment(model: LoadedModel, exits: ExitRunner) -> dict[str, Scalar]:
+def deployment(model: LoadedModel, exits: ExitRunner, plugins: Sequence[Plugin] = ()) -> dict[str, Scalar]:
     """Names and values of what runs; equal values mean equal tokens, up to what ``device`` promises.
 
     Arguments:
         exits: of the engine that serves the model.
+        plugins: logits processors of the engine.
     """
     decoder = model.decoder
     device = torch.device(decoder.device)
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     isa = getattr(decoder.backend, "isa", None)
     several = {} if decoder.processes is None else {"processes": decoder.processes}  # they sum in another order
-    return several | {
-        "weights": backbone_hash(model.path),
-        "quantisation": decoder.quantization,
-        "dtype": str(decoder.dtype).removeprefix("torch."),
-        "experts_per_token": ",".join(str(k) for k in _experts_per_token(model)),
-        "keys_and_values": f"{exits.kv[0].keys_BGPC.dtype}".removeprefix("torch.") + ", nothing evicted",
-        "exits": _hash(model, JSON_FILE, TENSOR_FILE),
-        "contributions": _hash(model, CONTRIBUTIONS),
-        "backfill": type(exits.backfill).__name__.lower(),
-        "batching": "each row leaves by its own state",
-        "device": kind,
-        "backend": decoder.backend.name + (f" {isa}" if isa else f", torch {torch.__version__}"),
-        "kernels": NUMERICS,
-    }
+    added = {"logits_processors": plugin_facts(plugins)} if plugins else {}
+    return (
+        several
+        | added
+        | {
+            "weights": backbone_hash(model.path),
+            "quantisation": decoder.quantization,
+            "dtype": str(decoder.dtype).removeprefix("torch."),
+            "experts_per_token": ",".join(str(k) for k in _experts_per_token(model)),
+            "keys_and_values": f"{exits.kv[0].keys_BGPC.dtype}".removeprefix("torch.") + ", nothing evicted",
+            "exits": _hash(model, JSON_FILE, TENSOR_FILE),
+            "contributions": _hash(model, CONTRIBUTIONS),
+            "backfill": type(exits.backfill).__name__.lower(),
+            "batching": "each row leaves by its own state",
+            "device": kind,
+            "backend": decoder.backend.name + (f" {isa}" if isa else f", torch {torch.__version__}"),
+            "kernels": NUMERICS,
+        }
+    )
 
 
 def _experts_per_token(model: LoadedModel) -> list[int]:

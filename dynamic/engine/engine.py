@@ -14,9 +14,12 @@ from ..model.kv_cache import count_pages
 from .block_pool import BlockPool
 from .config import EngineConfig
 from .exit_runner import launched_rows
+from .logits_processors import processor_classes
 from .logprobs import position_logprobs
 from .outputs import CompletionDelta, Compute, PositionLogprobs, RequestDelta
+from .plugins import load_plugins
 from .prefix_cache import PrefixCache
+from .protocols import LogitsProcessor
 from .quality import ContractOutcome, Quality
 from .request import Request, Sequence, StopTokens
 from .runner import Runner
@@ -51,13 +54,16 @@ class Engine:
         config: limits.
 
     Raises:
-        ValueError: when the memory for keys and values does not hold one sequence of the configured length.
+        ValueError: when the memory for keys and values does not hold one sequence of the configured length, and for a
+            plug-in that cannot be loaded.
     """
 
     def __init__(self, model: LoadedModel, config: EngineConfig | None = None) -> None:
         self.model = model
         self.config = config = config or EngineConfig()
         spec, decoder = model.spec, model.decoder
+        self.logits_plugins = load_plugins(config.logits_processors, LogitsProcessor)
+        self._processors = processor_classes(plugin.implementation for plugin in self.logits_plugins)
         self.vocab_size: int = spec.vocab_size
         device, homes = torch.device(decoder.device), decoder.homes
         num_pages = count_pages(config, spec, decoder.kv_dtype, device, homes)
@@ -129,6 +135,8 @@ class Engine:
             exit_logits_E=self.runner.exits.logit_thresholds(spends.exit_thresholds),
             expert_budget=self.runner.budgets.of_request(spends),
             contract=contract,
+            processors=self._processors,
+            tokenizer=self.model.tokenizer,
         )
         self._arrivals += 1
         self._requests[request_id] = request
@@ -147,6 +155,7 @@ class Engine:
             ("prompt_token_ids", prompt),
             ("stop_token_ids", params.stop_token_ids),
             ("logit_bias", params.logit_bias),
+            ("allowed_token_ids", params.allowed_token_ids or ()),
         ):
             for token in tokens:
                 if not 0 <= token < self.vocab_size:
