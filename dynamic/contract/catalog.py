@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Offer:
-    """Contracts that an engine may run requests under.
+class ContractCatalog:
+    """Contracts that an engine may run requests under: a :class:`..engine.contracts.ContractResolver`.
 
     Arguments:
         contracts: valid for what runs.
@@ -39,7 +39,7 @@ class Offer:
     refused: tuple[str, ...] = ()
     processors: Sequence[type[LogitsProcessor]] = processor_classes()
 
-    def settle(
+    def resolve(
         self, quality: Quality, params: SamplingParams, max_tokens: int
     ) -> tuple[SamplingParams, ContractOutcome]:
         """What a request spends, as raw settings or ``exact``, and what to tell its caller.
@@ -79,7 +79,7 @@ class CertificateSource:
         self._engine = engine
         self._running: Mapping[str, Scalar] | None = None
 
-    def read(self) -> Offer:
+    def read(self) -> ContractCatalog:
         """The certificates that hold for what runs; others are refused, with the reason in the log.
 
         A directory may hold certificates of several deployments, as that of ``tiny`` does: of each contract, the
@@ -92,7 +92,7 @@ class CertificateSource:
         if not self.directory.is_dir():
             if self._needed:
                 raise ValueError(f"no such directory of certificates: {self.directory}")
-            return Offer()
+            return ContractCatalog()
         if self._running is None:
             self._running = deployment(self._engine.model, self._engine.runner.exits, self._engine.logits_plugins)
         valid, refused = [], []
@@ -104,7 +104,7 @@ class CertificateSource:
                 refused.append(f"certificate {certificate.id}: {reason}")
                 logger.warning("refused %s", refused[-1])
         processors = processor_classes(plugin.implementation for plugin in self._engine.logits_plugins)
-        return Offer(contracts=Contracts(valid), refused=tuple(refused), processors=processors)
+        return ContractCatalog(contracts=Contracts(valid), refused=tuple(refused), processors=processors)
 
     def _refusal(self, certificate: Certificate) -> str | None:
         assert self._running is not None
@@ -138,8 +138,8 @@ def nearest(directory: Path, running: Mapping[str, Scalar]) -> list[Certificate]
     return kept
 
 
-def offer_for(engine: Engine, directory: Path | None) -> Offer:
-    """What an engine may offer; see :class:`CertificateSource`."""
+def catalog_for(engine: Engine, directory: Path | None) -> ContractCatalog:
+    """The contracts that an engine may run under; see :class:`CertificateSource`."""
     return CertificateSource(engine, directory).read()
 
 

@@ -16,7 +16,7 @@ from .certificate import Scalar
 
 if TYPE_CHECKING:
     from ..engine.exit_runner import ExitRunner
-    from ..model.loader import LoadedModel
+    from ..model.loaded import LoadedModel
 
 
 def deployment(model: LoadedModel, exits: ExitRunner, plugins: Sequence[Plugin] = ()) -> dict[str, Scalar]:

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..contract.catalog import Offer
-from ..model.kv_cache import count_pages
+from ..model.counters import Compute
 from .block_pool import BlockPool
+from .cache_size import count_pages
 from .config import EngineConfig
+from .contracts import ContractResolver, NoContracts
 from .exit_runner import launched_rows
 from .logits_processors import processor_classes
 from .logprobs import position_logprobs
-from .outputs import CompletionDelta, Compute, PositionLogprobs, RequestDelta
+from .outputs import CompletionDelta, PositionLogprobs, RequestDelta
 from .plugins import load_plugins
 from .prefix_cache import PrefixCache
 from .protocols import LogitsProcessor
@@ -33,7 +34,7 @@ from .token_costs import TokenCosts, TokenTally
 from .warm_up import warm_up
 
 if TYPE_CHECKING:
-    from ..model.loader import LoadedModel
+    from ..model.loaded import LoadedModel
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class Engine:
         warm_up(decoder, config, self.max_model_len)
         self.runner.exits.prepare()
         self._segment_layers = tuple(len(segment.layers) for segment in decoder.segments)
-        self.offer = Offer()  # contracts that requests may run under
+        self.contracts: ContractResolver = NoContracts()  # that requests may run under
         self._segment_experts = tuple(spec.experts_in(segment.layers) for segment in decoder.segments)
         self._eos = _eos_token_ids(model)
         self._requests: dict[str, Request] = {}
@@ -103,7 +104,7 @@ class Engine:
             priority: lower goes first; equal ones go by arrival.
             cache_salt: only requests with the same salt share prefixes.
             contract: what became of a contract that the caller has settled: ``params`` say what may be spent. Left
-                out, a :class:`Quality` in ``params`` is settled by :attr:`offer`.
+                out, a :class:`Quality` in ``params`` is resolved by :attr:`contracts`.
 
         Raises:
             ValueError: for an id in use, an empty or too long prompt, token ids outside the vocabulary, exits that the
@@ -118,8 +119,8 @@ class Engine:
             raise EngineFull(len(self.scheduler.waiting), self._pace.seconds_per_request)
         spends = params
         if isinstance(params.quality, Quality):
-            longest = self.max_model_len - len(prompt)
-            spends, contract = self.offer.settle(params.quality, params, min(longest, params.max_tokens or longest))
+            longest = min(self.max_model_len - len(prompt), params.max_tokens or self.max_model_len)
+            spends, contract = self.contracts.resolve(params.quality, params, longest)
         request = Request(
             request_id,
             prompt,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ... import __version__
+from ...version import __version__
 from ..contract.deployment import deployment
 from ..model.machine import processor
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..cli.config import QualityConfig
 from ..contract.catalog import CERTIFICATES, nearest, spent_under
 from ..contract.certificate import RequestFacts
 from ..contract.deployment import deployment
+from ..contract.quality_config import QualityConfig
 from ..contract.resolve import Contracts
 from ..engine.quality import Quality
 from ..engine.sampling_params import SamplingParams
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 EXPERT_RULES = ("contribution", "router_weight")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class StudiedQuality(QualityConfig):
     """What the requests of a study ask for. Nothing at all is ``exact``.
 
@@ -109,7 +109,7 @@ def resolve(quality: StudiedQuality, llm: LLM, max_tokens: int) -> Resolved:
         contract = Quality(alpha=quality.alpha, delta=quality.delta)
         if quality.uncertified:
             return _uncertified(quality, contract, llm, exact)
-        spends, outcome = llm.engine.offer.settle(contract, replace(exact, quality=contract), max_tokens)
+        spends, outcome = llm.engine.contracts.resolve(contract, replace(exact, quality=contract), max_tokens)
         held = outcome.certificate is not None
         return Resolved(params=spends, certificate=outcome.certificate, promised=held, reason=outcome.reason)
     thresholds = dict(quality.exit_thresholds)
@@ -161,7 +161,7 @@ def _uncertified(quality: StudiedQuality, contract: Quality, llm: LLM, exact: Sa
     certificate = found.certificate
     spends = replace(exact, quality=None) if certificate is None else spent_under(certificate, exact)
     as_calibrated = quality.experts_per_token is None and quality.expert_rule == EXPERT_RULES[0]
-    offered = {other.id for other in llm.engine.offer.contracts.certificates}
+    offered = {other.id for other in llm.catalog.contracts.certificates}
     holds = certificate is not None and as_calibrated and certificate.id in offered
     return Resolved(
         params=replace(spends, experts_per_token=quality.experts_per_token),
