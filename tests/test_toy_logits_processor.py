@@ -1,8 +1,8 @@
-"""A logits processor that lives here and is loaded from this file: it changes tokens, contracts know, its hash counts."""
+"""A logits processor that lives here, loaded from this file: it changes tokens, contracts know, its hash counts."""
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib
 import math
 import shutil
 from collections.abc import Callable
@@ -105,11 +105,12 @@ def test_rules_about_tokens_hold_in_an_engine(checkpoint: Path) -> None:
     llm = make(checkpoint)
     allowed = SamplingParams(seed=2, max_tokens=30, allowed_token_ids=[11, 12, 13], ignore_eos=True)
     assert {t for ids in tokens(llm, allowed) for t in ids} == {11, 12, 13}
-    (greedy,) = tokens(llm, LONG, prompts=1)
-    word = llm.get_tokenizer().decode(greedy[:1]).strip()
-    assert word
-    banned = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, bad_words=[word])
-    assert tokens(llm, banned, prompts=1)[0][0] != greedy[0]
+    tokenizer = llm.get_tokenizer()
+    texts = {token: tokenizer.decode([token]) for ids in tokens(llm, LONG) for token in ids}
+    words = {t: text for t, text in texts.items() if text.strip() and tokenizer.encode(text, False) == [t]}
+    assert words
+    banned = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, bad_words=list(words.values()))
+    assert not words.keys() & {t for ids in tokens(llm, banned) for t in ids}
     with pytest.raises(ValueError, match=r"allowed_token_ids holds 99999999"):
         tokens(llm, SamplingParams(allowed_token_ids=[99999999]))
     for settings in ({"allowed_token_ids": []}, {"bad_words": ["x", " "]}):
@@ -186,7 +187,7 @@ def test_an_entry_point_of_an_installed_package(tmp_path: Path, monkeypatch: pyt
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-rules\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(f"[{GROUPS[LogitsProcessor]}]\nno-repeats = toy_rules:NoRepeats\n")
     monkeypatch.syspath_prepend(tmp_path)
-    importlib.metadata.MetadataPathFinder.invalidate_caches()
+    importlib.invalidate_caches()
     (plugin,) = load_plugins(["no-repeats"], LogitsProcessor)
     assert plugin.name == "no-repeats (toy_rules:NoRepeats)"
     (package / "more.py").write_text("x = 1\n")
