@@ -295,7 +295,9 @@ class Engine:
                 delta = deltas[request] = RequestDelta(request.request_id, [])
                 self._announce(request, delta)
             if token_id == NO_TOKEN:
-                delta.error = "the model's output holds no finite logit"
+                delta.error = (
+                    "no token can be chosen: the logits are not finite, or the request's rules forbid all tokens"
+                )
                 completion = CompletionDelta(sequence.index, [], "", finish_reason="error")
             else:
                 completion = self._advance(sequence, token_id)
