@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from .contract.catalog import catalog_for
@@ -32,11 +33,12 @@ class LLM(OfflineEngine):
         tensor_parallel_size, expert_parallel_size, pipeline_parallel_size, data_parallel_size: see
             :class:`ParallelConfig`; for scripts under ``torchrun``.
         parallel: instead of these four, with time-out and micro-batches.
-        max_model_len, max_num_seqs, max_num_batched_tokens, enable_prefix_caching, kv_memory, block_size, seed: see
-            :class:`EngineConfig`.
+        max_model_len, max_num_seqs, max_num_batched_tokens, enable_prefix_caching, kv_memory, block_size, seed,
+            logits_processors: see :class:`EngineConfig`.
 
     Raises:
-        ValueError: for a model that cannot be found or is not supported, or settings out of range.
+        ValueError: for a model that cannot be found or is not supported, settings out of range, or a plug-in that
+            cannot be loaded.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class LLM(OfflineEngine):
         kv_memory: int | str | None = None,
         block_size: int = EngineConfig.block_size,
         seed: int = 0,
+        logits_processors: Sequence[str] = (),
         experts_per_token: int | None = None,
         quantization: str | None = None,
         quantize_lm_head: bool = True,
@@ -73,6 +76,7 @@ class LLM(OfflineEngine):
             block_size=block_size,
             enable_prefix_caching=enable_prefix_caching,
             seed=seed,
+            logits_processors=tuple(logits_processors),
         )
         sizes = (tensor_parallel_size, expert_parallel_size, pipeline_parallel_size, data_parallel_size)
         if parallel is None:

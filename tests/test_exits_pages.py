@@ -20,7 +20,7 @@ from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine
 from dynamoe.dynamic.engine.request import Sequence
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
-from dynamoe.dynamic.engine.scheduler import Entry
+from dynamoe.dynamic.engine.schedule import Entry
 from dynamoe.dynamic.model.kv_cache import bytes_per_page
 from dynamoe.dynamic.model.loaded import LoadedModel
 from dynamoe.kernels.api.types import ExpertBudget

@@ -10,7 +10,8 @@ from dynamoe.dynamic.engine.block_pool import BlockPool
 from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.prefix_cache import PrefixCache
 from dynamoe.dynamic.engine.request import Request, Sequence, State
-from dynamoe.dynamic.engine.scheduler import Schedule, Scheduler
+from dynamoe.dynamic.engine.schedule import Schedule
+from dynamoe.dynamic.engine.scheduler import Scheduler
 from request_maker import make_request
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from dynamoe.dynamic.engine.scheduler import Entry
+from dynamoe.dynamic.engine.schedule import Entry
 from dynamoe.dynamic.engine.step_rows import StepRows
 from request_maker import make_sequence
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..engine.logits_processors import changes_distribution, processor_classes
+from ..engine.protocols import LogitsProcessor
 from ..engine.quality import ContractOutcome, Quality
 from ..engine.sampling_params import SamplingParams
 from .certificate import RequestFacts, differences, load_certificate
@@ -14,7 +16,7 @@ from .deployment import deployment
 from .resolve import Contracts
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from ..engine.engine import Engine
     from .certificate import Certificate, Scalar
@@ -30,10 +32,12 @@ class ContractCatalog:
     Arguments:
         contracts: valid for what runs.
         refused: why others are not, one sentence each.
+        processors: kinds of logits processors of the engine.
     """
 
     contracts: Contracts = field(default_factory=Contracts)
     refused: tuple[str, ...] = ()
+    processors: Sequence[type[LogitsProcessor]] = processor_classes()
 
     def resolve(
         self, quality: Quality, params: SamplingParams, max_tokens: int
@@ -47,7 +51,7 @@ class ContractCatalog:
             greedy=params.greedy,
             temperature=params.temperature,
             max_tokens=max_tokens,
-            adjusted=adjusts_scores(params),
+            adjusted=adjusts_scores(params, self.processors),
         )
         found = self.contracts.resolve(quality.alpha, quality.delta, facts)
         reason = found.reason
@@ -90,7 +94,7 @@ class CertificateSource:
                 raise ValueError(f"no such directory of certificates: {self.directory}")
             return ContractCatalog()
         if self._running is None:
-            self._running = deployment(self._engine.model, self._engine.runner.exits)
+            self._running = deployment(self._engine.model, self._engine.runner.exits, self._engine.logits_plugins)
         valid, refused = [], []
         for certificate in nearest(self.directory, self._running):
             reason = self._refusal(certificate)
@@ -99,7 +103,9 @@ class CertificateSource:
             else:
                 refused.append(f"certificate {certificate.id}: {reason}")
                 logger.warning("refused %s", refused[-1])
-        return ContractCatalog(contracts=Contracts(valid), refused=tuple(refused))
+        return ContractCatalog(
+            contracts=Contracts(valid), refused=tuple(refused), processors=self._engine.logits_processors
+        )
 
     def _refusal(self, certificate: Certificate) -> str | None:
         assert self._running is not None
@@ -149,8 +155,7 @@ def spent_under(certificate: Certificate, params: SamplingParams) -> SamplingPar
     )
 
 
-def adjusts_scores(params: SamplingParams) -> bool:
-    """Whether a request's own settings change what the model would choose, cut its distribution, or forbid its end."""
-    penalised = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
+def adjusts_scores(params: SamplingParams, processors: Iterable[type[LogitsProcessor]]) -> bool:
+    """Whether a request's settings change what the model would choose, cut its distribution, or forbid its end."""
     cut = not params.greedy and (params.top_p < 1 or params.top_k > 0 or params.min_p > 0)
-    return bool(penalised or params.logit_bias or params.min_tokens or params.ignore_eos or cut)
+    return cut or params.ignore_eos or changes_distribution(params, processors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from ...exits.sidecar import JSON_FILE, TENSOR_FILE, backbone_hash
 from ...kernels.select import NUMERICS
 from ...moe.sidecar import JSON_FILE as CONTRIBUTIONS
+from ..engine.plugins import Plugin, plugin_facts
 from .certificate import Scalar
 
 if TYPE_CHECKING:
@@ -17,18 +19,18 @@ if TYPE_CHECKING:
     from ..model.loaded import LoadedModel
 
 
-def deployment(model: LoadedModel, exits: ExitRunner) -> dict[str, Scalar]:
+def deployment(model: LoadedModel, exits: ExitRunner, plugins: Sequence[Plugin] = ()) -> dict[str, Scalar]:
     """Names and values of what runs; equal values mean equal tokens, up to what ``device`` promises.
 
     Arguments:
         exits: of the engine that serves the model.
+        plugins: logits processors of the engine.
     """
     decoder = model.decoder
     device = torch.device(decoder.device)
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     isa = getattr(decoder.backend, "isa", None)
-    several = {} if decoder.processes is None else {"processes": decoder.processes}  # they sum in another order
-    return several | {
+    facts: dict[str, Scalar] = {
         "weights": backbone_hash(model.path),
         "quantisation": decoder.quantization,
         "dtype": str(decoder.dtype).removeprefix("torch."),
@@ -42,6 +44,11 @@ def deployment(model: LoadedModel, exits: ExitRunner) -> dict[str, Scalar]:
         "backend": decoder.backend.name + (f" {isa}" if isa else f", torch {torch.__version__}"),
         "kernels": NUMERICS,
     }
+    if decoder.processes is not None:  # they sum in another order
+        facts["processes"] = decoder.processes
+    if plugins:
+        facts["logits_processors"] = plugin_facts(plugins)
+    return facts
 
 
 def _experts_per_token(model: LoadedModel) -> list[int]:

@@ -8,7 +8,6 @@ Shape suffixes as in ``kernels/api/types.py``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,21 +16,14 @@ import torch
 from ...kernels.api.types import ExpertBudget
 from ...moe.contribution import keep_by_layer
 from ..model.budgeted_layers import limited_layers
+from .request_budget import RequestBudget
 
 if TYPE_CHECKING:
     from ..model.decoder import Decoder
     from .sampling_params import SamplingParams
-    from .scheduler import Entry
+    from .schedule import Entry
 
 NO_CAP = np.int32(2**31 - 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RequestBudget:
-    """What every decoded token of a request may use: see :class:`ExpertBudget`."""
-
-    keep_L: np.ndarray  # float32
-    cap_L: np.ndarray  # int32
 
 
 class ExpertBudgets:

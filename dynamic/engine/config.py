@@ -22,6 +22,8 @@ class EngineConfig:
         park_rows: let tokens that do not leave at an early exit wait for company where that saves time; results stay
             the same.
         seed: seeds the draws of requests that bring no seed of their own.
+        logits_processors: plug-ins that edit logits, in this order, each ``FILE.py:Class`` or the name of an entry
+            point. They run code: only the command line and Python may name them.
     """
 
     max_num_seqs: int = 16
@@ -33,8 +35,12 @@ class EngineConfig:
     max_waiting: int = 1024
     park_rows: bool = True
     seed: int = 0
+    logits_processors: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.logits_processors, str):
+            raise ValueError(f"engine.logits_processors must be a list, not {self.logits_processors!r}")
+        object.__setattr__(self, "logits_processors", tuple(self.logits_processors))
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_waiting"):
             if getattr(self, name) < 1:
                 raise ValueError(f"engine.{name} must be at least 1, not {getattr(self, name)}")

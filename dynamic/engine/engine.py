@@ -15,15 +15,20 @@ from .cache_size import count_pages
 from .config import EngineConfig
 from .contracts import ContractResolver, NoContracts
 from .exit_runner import launched_rows
+from .logits_processors import processor_classes
 from .logprobs import position_logprobs
 from .outputs import CompletionDelta, PositionLogprobs, RequestDelta
+from .pace import Pace
+from .plugins import load_plugins
 from .prefix_cache import PrefixCache
+from .protocols import LogitsProcessor
 from .quality import ContractOutcome, Quality
 from .request import Request, Sequence, StopTokens
 from .runner import Runner
 from .sampler import NO_TOKEN, sample
 from .sampling_params import SamplingParams
-from .scheduler import Schedule, Scheduler
+from .schedule import Schedule
+from .scheduler import Scheduler
 from .stats import EngineStats
 from .text import OutputText
 from .token_costs import TokenCosts, TokenTally
@@ -51,13 +56,16 @@ class Engine:
         config: limits.
 
     Raises:
-        ValueError: when the memory for keys and values does not hold one sequence of the configured length.
+        ValueError: when the memory for keys and values does not hold one sequence of the configured length, and for a
+            plug-in that cannot be loaded.
     """
 
     def __init__(self, model: LoadedModel, config: EngineConfig | None = None) -> None:
         self.model = model
         self.config = config = config or EngineConfig()
         spec, decoder = model.spec, model.decoder
+        self.logits_plugins = load_plugins(config.logits_processors, LogitsProcessor)
+        self.logits_processors = processor_classes(plugin.implementation for plugin in self.logits_plugins)
         self.vocab_size: int = spec.vocab_size
         device, homes = torch.device(decoder.device), decoder.homes
         num_pages = count_pages(config, spec, decoder.kv_dtype, device, homes)
@@ -79,7 +87,7 @@ class Engine:
         self._prompt_tokens = 0
         self._costs = TokenCosts(decoder)
         self._tokens = TokenTally()
-        self._pace = _Pace()
+        self._pace = Pace()
 
     def add_request(
         self,
@@ -129,6 +137,8 @@ class Engine:
             exit_logits_E=self.runner.exits.logit_thresholds(spends.exit_thresholds),
             expert_budget=self.runner.budgets.of_request(spends),
             contract=contract,
+            processors=self.logits_processors,
+            tokenizer=self.model.tokenizer,
         )
         self._arrivals += 1
         self._requests[request_id] = request
@@ -147,6 +157,7 @@ class Engine:
             ("prompt_token_ids", prompt),
             ("stop_token_ids", params.stop_token_ids),
             ("logit_bias", params.logit_bias),
+            ("allowed_token_ids", params.allowed_token_ids or ()),
         ):
             for token in tokens:
                 if not 0 <= token < self.vocab_size:
@@ -284,7 +295,9 @@ class Engine:
                 delta = deltas[request] = RequestDelta(request.request_id, [])
                 self._announce(request, delta)
             if token_id == NO_TOKEN:
-                delta.error = "the model's output holds no finite logit"
+                delta.error = (
+                    "no token can be chosen: the logits are not finite, or the request's rules forbid all tokens"
+                )
                 completion = CompletionDelta(sequence.index, [], "", finish_reason="error")
             else:
                 completion = self._advance(sequence, token_id)
@@ -356,24 +369,6 @@ class Engine:
             delta.text += rest
         if stop is not None:
             delta.finish_reason, delta.stop_reason = "stop", stop
-
-
-class _Pace:
-    """How fast requests finish, as a moving average."""
-
-    def __init__(self) -> None:
-        self._last: float | None = None
-        self._interval = 1.0
-
-    def finished(self) -> None:
-        now = time.monotonic()
-        if self._last is not None:
-            self._interval += 0.1 * (now - self._last - self._interval)
-        self._last = now
-
-    @property
-    def seconds_per_request(self) -> float:
-        return min(max(self._interval, 1.0), 60.0)
 
 
 def _longest_sequence(config: EngineConfig, max_position: int, num_pages: int) -> int:

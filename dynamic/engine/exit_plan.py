@@ -17,7 +17,7 @@ from ...kernels.api.types import ExpertBudget
 if TYPE_CHECKING:
     from ..model.decoder import Decoder
     from .request import Sequence
-    from .scheduler import Entry, Schedule
+    from .schedule import Entry, Schedule
 
 STAYS, LEAVES = np.float32(np.inf), np.float32(-np.inf)
 

@@ -27,7 +27,7 @@ from .request import ParkedRow
 
 if TYPE_CHECKING:
     from ..model.decoder import Decoder
-    from .scheduler import Entry, Schedule
+    from .schedule import Entry, Schedule
     from .step_rows import StepRows
 
 _REVIEW = 8  # steps between looks at whether parking might pay; more while it does not

@@ -13,7 +13,7 @@ from ...exits.segments import Segment
 from ...kernels.api.types import ExpertBudget
 from .budgets import ExpertBudgets
 from .exit_runner import ExitRunner
-from .scheduler import Entry, Schedule
+from .schedule import Entry, Schedule
 from .step_rows import StepRows
 
 if TYPE_CHECKING:

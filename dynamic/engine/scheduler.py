@@ -3,48 +3,16 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import attrgetter
 
 from .block_pool import BlockPool
 from .config import EngineConfig
 from .prefix_cache import PrefixCache
 from .request import Sequence, State
+from .schedule import Entry, Schedule
 
 _rank = attrgetter("rank")
-
-
-@dataclass(slots=True)
-class Entry:
-    """Tokens ``start : start + count`` of a sequence run in this step.
-
-    The runner sets ``parked`` when the entry's only row was stopped halfway, so that nothing is computed yet.
-    """
-
-    sequence: Sequence
-    start: int
-    count: int
-    parked: bool = False
-
-    @property
-    def samples(self) -> bool:
-        """Whether the step computes the last known token, so that the next one can be sampled."""
-        return self.start + self.count == self.sequence.num_tokens
-
-
-@dataclass(slots=True)
-class Schedule:
-    """One step's work.
-
-    Arguments:
-        copies: (from page, to page), before anything else runs.
-        decoding: where every running sequence decodes one token and nothing else runs: a number that stays the same as
-            long as they are the same sequences.
-    """
-
-    entries: list[Entry] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
-    decoding: int | None = None
 
 
 @dataclass(slots=True)
@@ -213,7 +181,7 @@ class Scheduler:
         if len(request.sequences) == request.params.n:
             return [sequence]
         for index in range(len(request.sequences), request.params.n):
-            sibling = Sequence(request, index)
+            sibling = sequence.fork(index)
             request.sequences.append(sibling)
             if len(self.running) >= self.max_num_seqs:
                 self.add(sibling)

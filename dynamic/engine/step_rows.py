@@ -14,7 +14,7 @@ import torch
 
 from ...kernels.api.types import AttentionBatch
 from .request import Sequence
-from .scheduler import Entry
+from .schedule import Entry
 
 
 class StepRows:

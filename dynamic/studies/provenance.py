@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 def provenance(llm: LLM) -> dict[str, Scalar]:
     """Flat names and values; those of the deployment are the ones that a certificate is bound to."""
+    facts = deployment(llm.model, llm.engine.runner.exits, llm.engine.logits_plugins)
     return {
         "git_revision": git_revision(),
         "version": __version__,
@@ -30,7 +31,7 @@ def provenance(llm: LLM) -> dict[str, Scalar]:
         "processor": processor(),
         "cpus": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
-        **{f"deployment.{name}": value for name, value in deployment(llm.model, llm.engine.runner.exits).items()},
+        **{f"deployment.{name}": value for name, value in facts.items()},
     }
 
 

@@ -1,0 +1,40 @@
+"""A step's work: which tokens of which sequences run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .request import Sequence
+
+
+@dataclass(slots=True)
+class Entry:
+    """Tokens ``start : start + count`` of a sequence run in this step.
+
+    The runner sets ``parked`` when the entry's only row was stopped halfway, so that nothing is computed yet.
+    """
+
+    sequence: Sequence
+    start: int
+    count: int
+    parked: bool = False
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step computes the last known token, so that the next one can be sampled."""
+        return self.start + self.count == self.sequence.num_tokens
+
+
+@dataclass(slots=True)
+class Schedule:
+    """One step's work.
+
+    Arguments:
+        copies: (from page, to page), before anything else runs.
+        decoding: where every running sequence decodes one token and nothing else runs: a number that stays the same as
+            long as they are the same sequences.
+    """
+
+    entries: list[Entry] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    decoding: int | None = None
