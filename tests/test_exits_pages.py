@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,25 +97,6 @@ class Watch:
             assert pool.is_exact(page) == ((number + 1) * PAGE <= first or first == len(slots))
 
 
-class Sometimes:
-    """Parks rows as a list of coins says."""
-
-    def __init__(self, coins: list[bool]) -> None:
-        self.coins = itertools.cycle(coins)
-
-    def observe(self, *_: int) -> None:
-        pass
-
-    def observe_step(self, *_: float) -> None:
-        pass
-
-    def may_wait(self, running: int) -> bool:
-        return next(self.coins)
-
-    def should_wait(self, segment: int, rows: int, running: int, waited: int) -> bool:
-        return rows > 0 and waited < 4 and next(self.coins)
-
-
 @pytest.fixture(scope="module")
 def model(make_exits: Callable[..., Path]) -> LoadedModel:
     path = make_exits("qwen3_moe", dict.fromkeys(EXITS, 0.3), num_hidden_layers=LAYERS)
@@ -166,10 +148,10 @@ def collect(engine: Engine, tokens: dict[str, dict[int, list[int]]], steps: int 
     wishes=st.lists(requests, min_size=2, max_size=8),
     pages=st.sampled_from((12, 18, 60)),
     rows=st.sampled_from((3, 9, 64)),
-    coins=st.lists(st.booleans(), min_size=1, max_size=7),
+    at_once=st.booleans(),  # a step in one call of the backend, or segment by segment
 )
 def test_approximate_pages_are_never_shared(
-    model: LoadedModel, wishes: list[dict[str, Any]], pages: int, rows: int, coins: list[bool]
+    model: LoadedModel, wishes: list[dict[str, Any]], pages: int, rows: int, at_once: bool
 ) -> None:
     config = EngineConfig(
         block_size=PAGE,
@@ -177,8 +159,9 @@ def test_approximate_pages_are_never_shared(
         max_num_batched_tokens=rows,
         max_num_seqs=4,
     )
-    engine = Engine(model, config)
-    engine.runner.exits.parking = Sometimes(coins)  # type: ignore[assignment]
+    decoder = copy.copy(model.decoder)
+    decoder.stack = decoder.stack if at_once else None
+    engine = Engine(replace(model, decoder=decoder), config)
     Watch(engine)
     tokens: dict[str, dict[int, list[int]]] = {}
     prompts: list[list[int]] = []
@@ -194,7 +177,7 @@ def test_approximate_pages_are_never_shared(
     collect(engine, tokens)
     assert engine.stats().free_pages == pages
     for number, wish in enumerate(wishes):
-        single = Engine(model, EngineConfig(enable_prefix_caching=False, park_rows=False))
+        single = Engine(model, EngineConfig(enable_prefix_caching=False))
         alone: dict[str, dict[int, list[int]]] = {"r": {}}
         single.add_request("r", prompts[number], parameters(wish))
         collect(single, alone)

@@ -25,6 +25,7 @@ from .sampling_params import SamplingParams
 from .schedule import Schedule
 from .scheduler import Scheduler
 from .stats import EngineStats
+from .step_times import StepTimes, measure_step_times
 from .text import OutputText
 from .token_costs import TokenCosts, TokenTally
 from .warm_up import warm_up
@@ -65,11 +66,11 @@ class Engine:
         pool = BlockPool(num_pages, homes)
         cache = PrefixCache(pool, config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(config, pool, cache, spec.longest_window)
-        self.runner = Runner(
-            decoder, num_pages, config.block_size, max_num_seqs=config.max_num_seqs, park_rows=config.park_rows
-        )
+        self.runner = Runner(decoder, num_pages, config.block_size)
         warm_up(decoder, config, self.max_model_len)
-        self.runner.exits.prepare()
+        self.step_times: StepTimes | None = None  # if they were asked for
+        if config.measure_step_times:
+            self.step_times = measure_step_times(decoder, self.runner.kv, config.max_num_batched_tokens)
         self._segment_layers = tuple(len(segment.layers) for segment in decoder.segments)
         self.offer = Offer()  # contracts that requests may run under
         self._segment_experts = tuple(spec.experts_in(segment.layers) for segment in decoder.segments)
@@ -205,7 +206,6 @@ class Engine:
             projected_rows=self.runner.exits.projected_rows,
             skipped_experts=self.runner.budgets.skipped_experts,
             tokens=self._tokens.total(),
-            rows_parked=self.runner.exits.rows_parked,
             exchange=self.model.decoder.exchange(),
         )
 
@@ -213,9 +213,6 @@ class Engine:
         first_row = 0
         for entry in schedule.entries:
             request = entry.sequence.request
-            if entry.parked:
-                first_row += entry.count
-                continue
             if request.queue_seconds is None:
                 request.queue_seconds = time.monotonic() - request.arrival_time
                 request.num_cached_tokens = entry.start

@@ -1,4 +1,4 @@
-"""What is known about a step's rows before it runs: who may leave where, who may wait, who has waited.
+"""What is known about a step's rows before it runs: which rows may leave, and where.
 
 Shape suffixes as in ``kernels/api/types.py``; E exits of the model.
 """
@@ -30,8 +30,6 @@ class StepPlan:
         entries: the step's work.
         thresholds_ET: the probe's logit from which on a row leaves; inf stays.
         thresholds: the same on the device.
-        movable: rows that may be parked, with their entries' numbers.
-        parked: those that are, by segment.
         budget: of the step's rows, if any is on one.
         steady: whether each row is the next new token of the sequence that the same row of the step before belonged to.
         ended_rows: of a steady plan, by row, :attr:`.Request.ended_rows`.
@@ -41,16 +39,10 @@ class StepPlan:
     entries: list[Entry]
     thresholds_ET: np.ndarray
     thresholds: torch.Tensor
-    movable: dict[int, int]
-    parked: dict[int, list[int]]
     budget: ExpertBudget | None
     steady: bool = False
     ended_rows: list[list[int]] = field(default_factory=list)
     new_depths: list[array[int]] = field(default_factory=list)
-
-    def entry(self, row: int) -> Entry:
-        """The entry of a row that may be parked."""
-        return self.entries[self.movable[row]]
 
 
 class Planner:
@@ -78,7 +70,7 @@ class Planner:
         """Sort a step's rows.
 
         Arguments:
-            schedule: the step's work, of sequences that are either parked or have a row to run.
+            schedule: the step's work.
             num_rows: positions of all of them.
 
         Returns: a plan that the next call may change.
@@ -92,20 +84,13 @@ class Planner:
                 plan.new_depths = [entry.sequence.depths for entry in entries if _may_leave(entry)]
             return plan
         self._plan = plan = self._new_plan(entries, num_rows, budget)
-        new = not plan.parked and all(_is_new(entry) for entry in entries)
-        self._decoding = schedule.decoding if new else None
+        self._decoding = schedule.decoding if all(_is_new(entry) for entry in entries) else None
         return plan
-
-    def forget(self) -> None:
-        """The next step is not like this one: rows were parked."""
-        self._decoding = None
 
     def _new_plan(self, entries: list[Entry], num_rows: int, budget: ExpertBudget | None) -> StepPlan:
         thresholds_ET = np.full((self._num_exits, num_rows), STAYS, dtype=np.float32)
-        movable: dict[int, int] = {}
-        parked: dict[int, list[int]] = {}
         first = 0
-        for number, entry in enumerate(entries):
+        for entry in entries:
             sequence, logits_E = entry.sequence, entry.sequence.request.exit_logits_E
             if logits_E is not None:
                 for position in range(max(entry.start, sequence.num_prompt), entry.start + entry.count):
@@ -114,13 +99,9 @@ class Planner:
                         thresholds_ET[self._exit_at[sequence.depths[known]], row] = LEAVES
                         continue
                     thresholds_ET[:, row] = logits_E
-                    if entry.count == 1:
-                        movable[row] = number
-                        if sequence.parked is not None:
-                            parked.setdefault(sequence.parked.segment, []).append(row)
             first += entry.count
         thresholds = torch.from_numpy(thresholds_ET).to(self._device)
-        return StepPlan(entries, thresholds_ET, thresholds, movable, parked, budget)
+        return StepPlan(entries, thresholds_ET, thresholds, budget)
 
 
 def _may_leave(entry: Entry) -> bool:

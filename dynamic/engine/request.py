@@ -15,8 +15,6 @@ from .token_costs import TokenTally
 from .token_counts import TokenCounts
 
 if TYPE_CHECKING:
-    import torch
-
     from .outputs import PositionLogprobs
     from .quality import ContractOutcome
     from .request_budget import RequestBudget
@@ -26,21 +24,6 @@ _MASK_64 = (1 << 64) - 1
 
 
 NEVER = 1 << 62
-
-
-@dataclass(slots=True)
-class ParkedRow:
-    """A sequence's last row, halfway through the model: it waits for company in front of a segment.
-
-    Arguments:
-        segment: index of the segment that it runs next.
-        x_D: its residual stream.
-        steps: for how many steps it has waited.
-    """
-
-    segment: int
-    x_D: torch.Tensor
-    steps: int = 0
 
 
 class State(Enum):
@@ -146,7 +129,6 @@ class Sequence:
         "num_computed",
         "num_prompt",
         "pages",
-        "parked",
         "rank",
         "request",
         "skipped_experts",
@@ -172,7 +154,6 @@ class Sequence:
         self.draws: np.random.Generator | None = None
         self.depths = array("h")  # of a request with exits: layers that each computed position behind the prompt ran
         self.first_approximate = NEVER  # position from which on keys and values are not those of the full model
-        self.parked: ParkedRow | None = None
         self.skipped_experts = 0  # that the row of the last token did without
 
     @property

@@ -28,20 +28,16 @@ class Runner:
     Arguments:
         decoder: the model.
         num_pages, page_size: shape of the cache.
-        max_num_seqs: sequences that may run in one step.
-        park_rows: see :class:`EngineConfig`.
     """
 
-    def __init__(
-        self, decoder: Decoder, num_pages: int, page_size: int, *, max_num_seqs: int = 1, park_rows: bool = True
-    ) -> None:
+    def __init__(self, decoder: Decoder, num_pages: int, page_size: int) -> None:
         self.decoder = decoder
         self.device = torch.device(decoder.device)
         self.page_size = page_size
         self.kv = decoder.allocate_cache(num_pages, page_size, decoder.homes)
         # Long prompts with logprobs would need rows x vocabulary floats at once.
         self.max_logit_rows = max(1, LOGITS_CHUNK_BYTES // (4 * decoder.spec.vocab_size))
-        self.exits = ExitRunner(decoder, self.kv, page_size, max_num_seqs, park_rows and decoder.processes is None)
+        self.exits = ExitRunner(decoder, self.kv)
         self.budgets = ExpertBudgets(decoder)
         self.full_rows = 0  # rows launched through the whole model at once
         self._whole = Segment(index=0, layers=range(decoder.spec.num_layers))
@@ -49,7 +45,7 @@ class Runner:
     def run(self, schedule: Schedule) -> torch.Tensor:
         """Write the step's keys and values; returns what each row hands to :meth:`logits`, (T, D).
 
-        Rows of requests with exits may leave early or be parked: their entries say so afterwards.
+        Rows of requests with exits may leave early: their sequences remember after how many layers.
         """
         if schedule.copies:
             self.decoder.copy_pages(self.kv, schedule.copies)

@@ -214,7 +214,6 @@ class Scheduler:
         del sequence.pages[:]
         sequence.first_page = 0
         sequence.num_computed = 0
-        sequence.parked = None
         sequence.skipped_experts = 0
 
     @staticmethod
