@@ -98,7 +98,7 @@ def tokens(
             "read": decoder.read_bytes,
             "cached_layers": [number for number, layer in enumerate(llm.engine.runner.kv) if layer.keys_BGPC.numel()],
             "ahead": links.bytes_ahead,
-            "owed": links.bytes_owed,
+            "owed": links.bytes_deferred,
             "back": links.bytes_back,
             "decisions": links.bytes_decided,
             "unsent": [rows * 4 * decoder.spec.hidden_size for rows in decoder.unsent_rows],

@@ -45,7 +45,12 @@ class Watch:
         run_with_exits = exits.decoder.run_with_exits
         budgets = engine.runner.budgets
         record = budgets.record
-        allocate, retain, computed, leave = pool.allocate, pool.retain, scheduler.computed, exits.backfill.leave
+        allocate, retain, computed, propagate = (
+            pool.allocate,
+            pool.retain,
+            scheduler.computed,
+            exits.decoder.propagate_kv,
+        )
 
         def watched_allocate(home: int = 0) -> int:
             page = allocate(home)
@@ -57,9 +62,9 @@ class Watch:
             self.shared += 1
             retain(page)
 
-        def watched_leave(exit: Any, x_RD: torch.Tensor, batch: Any) -> None:
+        def watched_propagate(exit: Any, x_RD: torch.Tensor, kv: Any, batch: Any) -> None:
             self.tainted |= set(batch.slots_T.tolist())
-            leave(exit, x_RD, batch)
+            propagate(exit, x_RD, kv, batch)
 
         def watched_run(x_TD: torch.Tensor, kv: Any, batch: Any, thresholds_NT: torch.Tensor, budget: Any) -> Any:
             result = run_with_exits(x_TD, kv, batch, thresholds_NT, budget)
@@ -81,7 +86,7 @@ class Watch:
         pool.allocate, pool.retain = watched_allocate, watched_retain  # type: ignore[method-assign]
         budgets.record = watched_record  # type: ignore[method-assign]
         scheduler.computed = watched_computed  # type: ignore[method-assign]
-        exits.backfill.leave = watched_leave  # type: ignore[method-assign]
+        exits.decoder.propagate_kv = watched_propagate  # type: ignore[method-assign]
         exits.decoder.run_with_exits = watched_run  # type: ignore[method-assign]
 
     @staticmethod

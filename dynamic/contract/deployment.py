@@ -36,7 +36,7 @@ def deployment(model: LoadedModel, exits: ExitRunner) -> dict[str, Scalar]:
         "keys_and_values": f"{exits.kv[0].keys_BGPC.dtype}".removeprefix("torch.") + ", nothing evicted",
         "exits": _hash(model, JSON_FILE, TENSOR_FILE),
         "contributions": _hash(model, CONTRIBUTIONS),
-        "backfill": type(exits.backfill).__name__.lower(),
+        "backfill": "project",  # KV propagation, by the name that certificates know
         "batching": "each row leaves by its own state",
         "device": kind,
         "backend": decoder.backend.name + (f" {isa}" if isa else f", torch {torch.__version__}"),

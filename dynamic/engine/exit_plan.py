@@ -1,4 +1,4 @@
-"""What is known about a step's rows before it runs: which rows may leave, and where.
+"""What is known about a step's rows before it runs: which rows may exit, and where.
 
 Shape suffixes as in ``kernels/api/types.py``; E exits of the model.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .request import Sequence
     from .schedule import Entry, Schedule
 
-STAYS, LEAVES = np.float32(np.inf), np.float32(-np.inf)
+CONTINUES, EXITS = np.float32(np.inf), np.float32(-np.inf)
 
 
 @dataclass(slots=True)
@@ -28,12 +28,12 @@ class StepPlan:
 
     Arguments:
         entries: the step's work.
-        thresholds_ET: the probe's logit from which on a row leaves; inf stays.
+        thresholds_ET: the probe's logit from which on a row exits; inf continues.
         thresholds: the same on the device.
         budget: of the step's rows, if any is on one.
         steady: whether each row is the next new token of the sequence that the same row of the step before belonged to.
         ended_rows: of a steady plan, by row, :attr:`.Request.ended_rows`.
-        new_depths: of a steady plan, :attr:`.Sequence.depths` of the rows that may leave.
+        new_depths: of a steady plan, :attr:`.Sequence.depths` of the rows that may exit.
     """
 
     entries: list[Entry]
@@ -81,22 +81,22 @@ class Planner:
             if not plan.steady:
                 plan.steady = True
                 plan.ended_rows = [_ended_rows(entry.sequence) for entry in entries]
-                plan.new_depths = [entry.sequence.depths for entry in entries if _may_leave(entry)]
+                plan.new_depths = [entry.sequence.depths for entry in entries if _may_exit(entry)]
             return plan
         self._plan = plan = self._new_plan(entries, num_rows, budget)
         self._decoding = schedule.decoding if all(_is_new(entry) for entry in entries) else None
         return plan
 
     def _new_plan(self, entries: list[Entry], num_rows: int, budget: ExpertBudget | None) -> StepPlan:
-        thresholds_ET = np.full((self._num_exits, num_rows), STAYS, dtype=np.float32)
+        thresholds_ET = np.full((self._num_exits, num_rows), CONTINUES, dtype=np.float32)
         first = 0
         for entry in entries:
             sequence, logits_E = entry.sequence, entry.sequence.request.exit_logits_E
             if logits_E is not None:
                 for position in range(max(entry.start, sequence.num_prompt), entry.start + entry.count):
                     row, known = first + position - entry.start, position - sequence.num_prompt
-                    if known < len(sequence.depths):  # computed before: leaves where it left
-                        thresholds_ET[self._exit_at[sequence.depths[known]], row] = LEAVES
+                    if known < len(sequence.depths):  # computed before: exits where it did
+                        thresholds_ET[self._exit_at[sequence.depths[known]], row] = EXITS
                         continue
                     thresholds_ET[:, row] = logits_E
             first += entry.count
@@ -104,13 +104,13 @@ class Planner:
         return StepPlan(entries, thresholds_ET, thresholds, budget)
 
 
-def _may_leave(entry: Entry) -> bool:
+def _may_exit(entry: Entry) -> bool:
     return entry.sequence.request.exit_logits_E is not None
 
 
 def _is_new(entry: Entry) -> bool:
-    """Whether the token is not one that was computed before, and left where it left."""
-    return not _may_leave(entry) or entry.start - entry.sequence.num_prompt == len(entry.sequence.depths)
+    """Whether the token is not one that was computed before, and exits where it did."""
+    return not _may_exit(entry) or entry.start - entry.sequence.num_prompt == len(entry.sequence.depths)
 
 
 def _ended_rows(sequence: Sequence) -> list[int]:

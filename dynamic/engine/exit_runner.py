@@ -1,7 +1,7 @@
-"""Runs a step in which rows may leave early: segment after segment, a decision, a compaction and a debt in between.
+"""Runs a step in which rows may exit early: segment after segment, a decision, KV propagation and a compaction between.
 
-Whether a row leaves depends on its own state and its own request's thresholds only. Prompts run all layers. Positions
-behind the prompt that are computed again after a preemption leave where they left before.
+Whether a row exits depends on its own state and its own request's thresholds only. Prompts run all layers. Positions
+behind the prompt that are computed again after a preemption exit where they exited before.
 
 Shape suffixes as in ``kernels/api/types.py``; R some of a step's T rows, E exits of the model.
 """
@@ -18,8 +18,7 @@ import torch
 
 from ...exits.segments import Segment
 from ...kernels.api.types import AttentionBatch, ExpertBudget, KVLayer
-from .backfill import Backfill, Project
-from .exit_plan import STAYS, Planner, StepPlan
+from .exit_plan import CONTINUES, Planner, StepPlan
 
 if TYPE_CHECKING:
     from ..model.decoder import Decoder
@@ -47,7 +46,6 @@ class ExitRunner:
         self.decoder = decoder
         self.kv = kv
         self.exits = list(decoder.exits.values())
-        self.backfill: Backfill = Project(decoder, kv)
         self.planner = Planner(decoder)
         self.ended_rows = [0] * len(decoder.segments)  # by segment: rows whose run through the model ended behind it
         self.projected_rows = 0  # rows times layers
@@ -61,7 +59,7 @@ class ExitRunner:
         """
         if not probabilities:
             return None
-        logits_E = np.full(len(self.exits), STAYS, dtype=np.float32)
+        logits_E = np.full(len(self.exits), CONTINUES, dtype=np.float32)
         for layer, probability in probabilities.items():
             exit = self.decoder.exits.get(layer)
             if exit is None or exit.probe is None or exit.calibrator is None:
@@ -77,8 +75,7 @@ class ExitRunner:
         """Run a step; see :meth:`Runner.run`."""
         entries = schedule.entries
         plan = self.planner.plan(schedule, len(rows), budget)
-        # Segments run one by one where the backend does not run a whole step, or debts are paid in another way.
-        if self.decoder.stack is not None and isinstance(self.backfill, Project):
+        if self.decoder.stack is not None:
             return self._run_at_once(entries, rows, plan)
         out_TD = torch.empty(len(rows), self.decoder.spec.hidden_size, device=self.decoder.device)
         depths_T = np.full(len(rows), self.decoder.spec.num_layers)
@@ -110,9 +107,9 @@ class ExitRunner:
     def _run_segment(
         self, segment: Segment, live: _Live, rows: StepRows, plan: StepPlan, out_TD: torch.Tensor, depths_T: np.ndarray
     ) -> _Live:
-        """Run a segment; rows that leave at the exit behind it get their results. Returns the rows that go on."""
+        """Run a segment; rows that exit behind it get their results. Returns the rows that continue."""
         exit = self.decoder.exits.get(segment.layers.stop)
-        asked = exit is not None and plan.thresholds_ET[segment.index].min() < STAYS
+        asked = exit is not None and plan.thresholds_ET[segment.index].min() < CONTINUES
         probe = exit.probe if exit and asked else None
         previous_RD = live.x_RD.clone() if probe and probe.previous else None
         entropy_R = torch.zeros(len(live.rows_R), device=out_TD.device) if probe and probe.router_entropy else None
@@ -124,19 +121,19 @@ class ExitRunner:
             return live
         thresholds_R = plan.thresholds_ET[segment.index, live.rows_R]
         decision = self.decoder.decide(exit, live.x_RD, self._move(thresholds_R), previous_RD, entropy_R)
-        staying = decision.num_staying
-        if staying == len(thresholds_R):
+        continuing = decision.num_staying
+        if continuing == len(thresholds_R):
             return live
         order = decision.order_T.cpu().numpy()
-        going, left_R = order[:staying], live.rows_R[order[staying:]]
-        x_RD = live.x_RD.index_select(0, decision.order_T[staying:])
-        self.backfill.leave(exit, x_RD, rows.slots_of(left_R, live.batch))
-        out_TD.index_copy_(0, self._move(left_R), self.decoder.read_out(exit, x_RD))
-        depths_T[left_R] = exit.after_layers
-        if not len(going):
+        kept_R, exited_R = live.rows_R[order[:continuing]], live.rows_R[order[continuing:]]
+        x_RD = live.x_RD.index_select(0, decision.order_T[continuing:])
+        # In front of any deeper layer of this step: rows that continue may attend to these.
+        self.decoder.propagate_kv(exit, x_RD, self.kv, rows.slots_of(exited_R, live.batch))
+        out_TD.index_copy_(0, self._move(exited_R), self.decoder.read_out(exit, x_RD))
+        depths_T[exited_R] = exit.after_layers
+        if not len(kept_R):
             return _Live(live.rows_R[:0], live.x_RD[:0], live.batch)
-        rows_R = live.rows_R[going]
-        return _Live(rows_R, live.x_RD.index_select(0, decision.order_T[:staying]), rows.batch_of(rows_R))
+        return _Live(kept_R, live.x_RD.index_select(0, decision.order_T[:continuing]), rows.batch_of(kept_R))
 
     def _record(self, entries: list[Entry], depths: list[int]) -> None:
         """Tell sequences and requests what was launched for them.
@@ -184,7 +181,7 @@ class ExitRunner:
                 self.projected_rows += num_layers - depth
 
     def _record_full_depth(self, plan: StepPlan) -> None:
-        """As :meth:`_record`, where every row is a new token and nobody left."""
+        """As :meth:`_record`, where every row is a new token and none exited."""
         self.ended_rows[-1] += len(plan.ended_rows)
         for ended in plan.ended_rows:
             ended[-1] += 1

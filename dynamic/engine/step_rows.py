@@ -119,7 +119,7 @@ def _padded(pages: array[int], width: int) -> array[int]:
 def _runs(entries: list[Entry]) -> Iterator[tuple[Sequence, int, int]]:
     """(sequence, first position, rows): what attention sees as one sequence of rows.
 
-    Rows that may leave on their own become runs of one row, which any of them can leave without tearing a run apart.
+    Rows that may exit on their own become runs of one row, so that an exit never tears a run apart.
     """
     for entry in entries:
         sequence, start, end = entry.sequence, entry.start, entry.start + entry.count

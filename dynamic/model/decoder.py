@@ -229,18 +229,18 @@ class Decoder:
         previous_RD: torch.Tensor | None = None,
         router_entropy_R: torch.Tensor | None = None,
     ) -> ExitDecision:
-        """Which rows leave at an exit; see :meth:`TorchBackend.exit_decide`."""
+        """Which rows exit; see :meth:`TorchBackend.exit_decide`."""
         assert exit.probe is not None
         return self.backend.exit_decide(x_RD, exit.probe, thresholds_R, previous_RD, router_entropy_R)
 
     @in_inference_mode
     def read_out(self, exit: DecoderExit, x_RD: torch.Tensor) -> torch.Tensor:
-        """What rows that leave at an exit hand to :meth:`logits`: their residual stream, through the exit's adapter."""
+        """What rows that exit hand to :meth:`logits`: their residual stream, through the exit's adapter."""
         inner_RJ = self.backend.linear(x_RD.to(self.dtype), exit.down)
         return x_RD + self.backend.linear(inner_RJ, exit.up)
 
     @in_inference_mode
-    def project(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
+    def propagate_kv(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
         """Write the keys and values of the layers behind an exit, made of the residual stream at the exit.
 
         Arguments:
@@ -248,10 +248,10 @@ class Decoder:
             batch: only positions and slots of the rows are read.
         """
         self.reserve_positions(batch.max_context_len)
-        self._project(exit, x_RD, kv[exit.after_layers :], batch)
+        self._propagate(exit, x_RD, kv[exit.after_layers :], batch)
 
-    def _project(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
-        """See :meth:`project`; ``kv`` has the layers behind the exit that are here."""
+    def _propagate(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
+        """See :meth:`propagate_kv`; ``kv`` has the layers behind the exit that are here."""
         eps, clip = self.spec.norm_eps, self.spec.clip_qkv
         self.backend.project_kv(x_RD, exit.projections, kv, self.cos_sin_LC, batch, norm_eps=eps, clip=clip)
 

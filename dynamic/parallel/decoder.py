@@ -1,7 +1,7 @@
 """A decoder whose weights are spread over ranks: rank 0 is called as any decoder, the others follow its messages.
 
 Rows are known by their slots in the cache: a message names those that go on, and every rank picks them out of what it
-has. So it is rank 0 alone that decides who leaves at an exit. Each home runs its own rows (:mod:`.homes`), and all
+has. So it is rank 0 alone that decides which rows exit. Each home runs its own rows (:mod:`.homes`), and all
 ranks of a stage have all rows again behind every segment.
 
 Shape suffixes as in ``kernels/api/types.py``; W rows of a home.
@@ -31,7 +31,7 @@ from .data_ranks import SharedCache, cache_of, on_device, share_rows, spread
 from .exchange import Departure, ExpertExchange
 from .expert_load import ExpertLoad, write_load
 from .norms import norm_over_ranks, project_over_ranks, spread_norms
-from .plan import Message, Operation, leave_message, read_batch, read_budget, read_leaving, run_message
+from .plan import Message, Operation, exit_message, read_batch, read_budget, read_exited, run_message
 from .shards import Shard, part_of, width
 from .stage_stack import make_held_stack
 
@@ -177,13 +177,13 @@ class ParallelDecoder(Decoder):
         own_W = found.rows[cache.home].to(self.device)
         x_WD = x_TD[own_W]
         entropy_W = None if entropy_T is None else entropy_T[own_W]
-        books = None if budget is None else budget.of_rows(own_W)
+        own_budget = None if budget is None else budget.of_rows(own_W)
         self._exchange.begin(found.counts)
         if found.own is not None:
-            x_WD = self._run_own(layers, x_WD, cache, found.own, entropy_W, books)
+            x_WD = self._run_own(layers, x_WD, cache, found.own, entropy_W, own_budget)
         elif any(self._exchange.rows):
             self._lend_experts(layers)
-        columns = [entropy_W, None if books is None else books.skipped_T.float()]
+        columns = [entropy_W, None if own_budget is None else own_budget.skipped_T.float()]
         own_WY = torch.cat((x_WD, *(column_W[:, None] for column_W in columns if column_W is not None)), 1)
         rows_TY, executed_X = share_rows(self.context, own_WY, self._exchange.executed_X, found)
         self._executed_X += executed_X
@@ -219,16 +219,18 @@ class ParallelDecoder(Decoder):
                 nobody = Routing(expert_ids_TK=ids_0K, weights_TK=ids_0K.float())
                 self._through_experts(number, self._exchange.depart(x_0D, nobody, shares))
 
-    def project(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
-        """See :meth:`Decoder.project`; every rank writes the keys and values of its heads, of its home's rows."""
-        message = leave_message(cache_of(kv).number, exit.after_layers, batch)
+    def propagate_kv(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
+        """See :meth:`Decoder.propagate_kv`; every rank writes the keys and values of its heads, of its home's rows."""
+        message = exit_message(cache_of(kv).number, exit.after_layers, batch)
         self._tell(message)
-        self._project_own(exit, x_RD, kv, read_leaving(message))
+        self._propagate_own(exit, x_RD, kv, read_exited(message))
 
-    def _project_own(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
+    def _propagate_own(
+        self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch
+    ) -> None:
         own_W, own = cache_of(kv).own_rows(batch)
         if len(own_W):
-            super().project(exit, x_RD[own_W.to(self.device)], kv, on_device(own, self.device))
+            super().propagate_kv(exit, x_RD[own_W.to(self.device)], kv, on_device(own, self.device))
 
     def exchange(self) -> Exchange:
         """See :meth:`Decoder.exchange`."""
@@ -271,8 +273,8 @@ class ParallelDecoder(Decoder):
                 self._copy(cache_of(caches[message.cache]), list(zip(pages, copies, strict=True)))
             elif message.operation is Operation.RUN:
                 self._obey_run(message, caches[message.cache])
-            elif message.operation is Operation.PROJECT:
-                self._obey_project(message, caches[message.cache])
+            elif message.operation is Operation.PROPAGATE:
+                self._obey_propagate(message, caches[message.cache])
             elif message.operation is Operation.EMBED:
                 if self.context.stage == 0:
                     self._embedded_TD = self._embed_together(message.blocks[0].to(self.device))
@@ -288,10 +290,12 @@ class ParallelDecoder(Decoder):
         batch, layers = read_batch(message), range(*message.arguments[:2])
         self.reserve_positions(batch.max_context_len)
         x_TD = self._beginning(message) if layers.start == 0 else self._pick(message.cache, batch.slots_T)
-        entropy_T, budget = self._read_books(message, batch)
+        entropy_T, budget = self._read_counters(message, batch)
         self._rows[message.cache] = self._run_layers(layers, x_TD, kv, batch, entropy_T, budget), batch.slots_T
 
-    def _read_books(self, message: Message, batch: AttentionBatch) -> tuple[torch.Tensor | None, ExpertBudget | None]:
+    def _read_counters(
+        self, message: Message, batch: AttentionBatch
+    ) -> tuple[torch.Tensor | None, ExpertBudget | None]:
         """What is written down beside rows: the routers' entropy, where it is wanted, and the experts' budget."""
         count = len(batch.slots_T)
         entropy_T = torch.zeros(count, device=self.device) if message.arguments[5] else None
@@ -304,10 +308,10 @@ class ParallelDecoder(Decoder):
         x_TD, self._embedded_TD = self._embedded_TD, None
         return x_TD
 
-    def _obey_project(self, message: Message, kv: list[KVLayer]) -> None:
-        leaving = read_leaving(message)
-        x_RD = self._pick(message.cache, leaving.slots_T)
-        self._project_own(self.exits[message.arguments[0]], x_RD, kv, leaving)
+    def _obey_propagate(self, message: Message, kv: list[KVLayer]) -> None:
+        exited = read_exited(message)
+        x_RD = self._pick(message.cache, exited.slots_T)
+        self._propagate_own(self.exits[message.arguments[0]], x_RD, kv, exited)
 
     def _pick(self, cache: int, slots_R: torch.Tensor) -> torch.Tensor:
         x_TD, slots_T = self._rows[cache]
@@ -351,9 +355,9 @@ class ParallelDecoder(Decoder):
         q_TX, k_TX = norm_over_ranks(self.context, self.spec.norm_eps, *parts)
         return q_TX, k_TX
 
-    def _project(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
+    def _propagate(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
         if self._spread_norms is None:
-            super()._project(exit, x_RD, kv, batch)
+            super()._propagate(exit, x_RD, kv, batch)
             return
         projected = project_over_ranks(self.context, self.backend, self.spec, exit, x_RD, self._spread_norms[1])
         for layer, (k_TGC, v_TGC) in zip(kv, projected, strict=True):

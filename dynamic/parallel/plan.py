@@ -25,7 +25,7 @@ class Operation(IntEnum):
     ALLOCATE = 1  # pages, tokens per page, homes
     COPY = 2  # pages read, pages written
     RUN = 3  # layers from, to; longest query, longest context; number of sequences; whether routers' entropy is wanted
-    PROJECT = 4  # layers in front of the exit; longest context
+    PROPAGATE = 4  # layers in front of the exit; longest context
     DECIDE = 5  # layers in front of the exit
     FREE = 6
     EMBED = 7  # token ids
@@ -114,15 +114,15 @@ def read_batch(message: Message) -> AttentionBatch:
     )
 
 
-def leave_message(cache: int, after_layers: int, batch: AttentionBatch) -> Message:
-    """Let rows leave; only positions and slots of the batch are read."""
+def exit_message(cache: int, after_layers: int, batch: AttentionBatch) -> Message:
+    """Rows exit; only positions and slots of the batch are read."""
     blocks = batch.positions_T.cpu(), batch.slots_T.cpu()
     arguments = (after_layers, batch.max_context_len)
-    return Message(operation=Operation.PROJECT, cache=cache, arguments=arguments, blocks=blocks)
+    return Message(operation=Operation.PROPAGATE, cache=cache, arguments=arguments, blocks=blocks)
 
 
-def read_leaving(message: Message) -> AttentionBatch:
-    """The rows of :func:`leave_message`: a batch for writing to the cache only, on the host."""
+def read_exited(message: Message) -> AttentionBatch:
+    """The rows of :func:`exit_message`: a batch for writing to the cache only, on the host."""
     positions_R, slots_R = message.blocks[:2]
     return rows_to_write(positions_R, slots_R, message.arguments[1])
 
