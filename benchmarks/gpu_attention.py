@@ -9,7 +9,7 @@ import moe_layer
 import torch
 from dynamoe.kernels.api.kv_codes import KV_DTYPES, read_pages, stored_channels, write_heads
 from dynamoe.kernels.api.types import AttentionBatch, KVLayer
-from dynamoe.kernels.reference.operations import operations as reference
+from dynamoe.kernels.reference import operations as reference
 from dynamoe.kernels.torch.backend import TorchBackend
 from gpu_expect import expect
 

@@ -35,7 +35,7 @@ import triton
 from dynamoe.kernels.api.router_spec import RouterSpec
 from dynamoe.kernels.api.support import DTYPES, EXPERTS, REFUSED, ROUTERS
 from dynamoe.kernels.api.types import ExpertWeights, Routing
-from dynamoe.kernels.reference.operations import operations as reference
+from dynamoe.kernels.reference import operations as reference
 from dynamoe.kernels.select import select_backend
 from dynamoe.kernels.torch.backend import TorchBackend
 from dynamoe.kernels.triton.backend import TritonBackend

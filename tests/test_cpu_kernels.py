@@ -11,7 +11,7 @@ from dynamoe.kernels.api.router_spec import RouterSpec
 from dynamoe.kernels.api.tolerance import TOLERANCE, error
 from dynamoe.kernels.api.types import Routing
 from dynamoe.kernels.cpu.backend import CpuBackend
-from dynamoe.kernels.reference.operations import operations as reference
+from dynamoe.kernels.reference import operations as reference
 from dynamoe.kernels.torch.backend import TorchBackend
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from dynamoe.kernels.api.types import Routing
-from dynamoe.kernels.reference.operations import operations as reference
+from dynamoe.kernels.reference import operations as reference
 from dynamoe.moe.dispatch import UNUSED, share_experts, used_ids
 
 

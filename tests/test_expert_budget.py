@@ -18,7 +18,7 @@ from dynamoe.exits.sidecar import backbone_hash
 from dynamoe.kernels.api.router_spec import RouterSpec
 from dynamoe.kernels.api.types import ExpertBudget, Routing
 from dynamoe.kernels.cpu.backend import CpuBackend
-from dynamoe.kernels.reference.operations import operations as reference
+from dynamoe.kernels.reference import operations as reference
 from dynamoe.kernels.reference.operations.budget import limit_experts
 from dynamoe.kernels.select import select_backend
 from dynamoe.moe.contribution import ContributionMeter, ExpertScales, LayerScales, keep_by_layer, slot_norms

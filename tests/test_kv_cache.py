@@ -23,7 +23,7 @@ from dynamoe.dynamic.model.prompt_pass import fresh_cache
 from dynamoe.exits.segments import Segment
 from dynamoe.kernels.api.kv_codes import read_pages
 from dynamoe.kernels.api.tolerance import QUANTIZED_TOLERANCE, error
-from dynamoe.kernels.reference.operations import operations as reference
+from dynamoe.kernels.reference import operations as reference
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
 HALF = (64 + 2) / (2 * 64)  # of bfloat16's bytes, for heads of 64 channels

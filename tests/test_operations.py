@@ -14,7 +14,7 @@ from dynamoe.kernels.api.router_spec import RouterSpec
 from dynamoe.kernels.api.support import DTYPES, EXPERTS, REFUSED, ROUTERS
 from dynamoe.kernels.api.tolerance import TOLERANCE, error
 from dynamoe.kernels.api.types import AttentionBatch, KVLayer, Routing
-from dynamoe.kernels.reference.operations import operations as reference
+from dynamoe.kernels.reference import operations as reference
 from dynamoe.kernels.select import select_backend
 from dynamoe.kernels.torch.backend import TorchBackend
 

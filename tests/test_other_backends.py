@@ -7,7 +7,7 @@ import torch
 from dynamoe.kernels.api.router_spec import RouterSpec
 from dynamoe.kernels.api.tolerance import TOLERANCE, error
 from dynamoe.kernels.api.types import Routing
-from dynamoe.kernels.reference.operations import operations as reference
+from dynamoe.kernels.reference import operations as reference
 from dynamoe.kernels.select import select_backend
 from dynamoe.kernels.torch import megablocks as megablocks_backend
 from dynamoe.kernels.torch.backend import TorchBackend

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dynamoe.kernels.api.types import AttentionBatch, KVLayer, Routing
-from dynamoe.kernels.reference.operations import operations as reference
+from dynamoe.kernels.reference import operations as reference
 from dynamoe.kernels.select import select_backend
 from dynamoe.kernels.torch.backend import TorchBackend
 from dynamoe.kernels.torch.experts import grouped_products, products_one_by_one, slots_by_expert

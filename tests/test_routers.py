@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from dynamoe.kernels.api.router_spec import RouterSpec
-from dynamoe.kernels.reference.operations import operations as reference
+from dynamoe.kernels.reference import operations as reference
 from dynamoe.moe.router_specs import FAMILIES, router_spec
 
 HIDDEN, EXPERTS, TOKENS = 32, 16, 37

@@ -7,7 +7,7 @@ import torch
 from dynamoe.dynamic.train.attention import causal_attention, norm_and_rotate, rope_table
 from dynamoe.dynamic.train.functions import fork_normed, rms_norm
 from dynamoe.kernels.api.types import Routing
-from dynamoe.kernels.reference.operations import operations as reference
+from dynamoe.kernels.reference import operations as reference
 from dynamoe.moe.trainable_experts import mixture
 
 

@@ -7,7 +7,7 @@ import torch
 from dynamoe.kernels.api.kv_codes import codes_and_scales, quantize, read_pages, stored_channels
 from dynamoe.kernels.api.tolerance import TOLERANCE, error
 from dynamoe.kernels.api.types import AttentionBatch, KVLayer
-from dynamoe.kernels.reference.operations import operations as reference
+from dynamoe.kernels.reference import operations as reference
 from dynamoe.kernels.triton.attention import AttentionConfig, plan_attention
 from dynamoe.kernels.triton.norm import plan_rms_norm, plan_rope_and_write
 

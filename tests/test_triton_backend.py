@@ -20,7 +20,7 @@ from dynamoe.dynamic.engine.warm_up import warm_up_shapes
 from dynamoe.dynamic.model.loader import load_model
 from dynamoe.kernels.api.router_spec import RouterSpec
 from dynamoe.kernels.api.types import ExpertWeights
-from dynamoe.kernels.reference.operations import operations as reference
+from dynamoe.kernels.reference import operations as reference
 from dynamoe.kernels.triton.backend import TritonBackend, WarmUpShape
 from dynamoe.kernels.triton.device import A100, H100, LISTED
 from dynamoe.kernels.triton.experts import ExpertPlanner, shape_of

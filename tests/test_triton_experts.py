@@ -9,7 +9,7 @@ import torch
 from dynamoe.kernels.api.router_spec import RouterSpec
 from dynamoe.kernels.api.tolerance import TOLERANCE, error
 from dynamoe.kernels.api.types import Routing
-from dynamoe.kernels.reference.operations import operations as reference
+from dynamoe.kernels.reference import operations as reference
 from dynamoe.kernels.torch.experts import PlainExperts
 from dynamoe.kernels.triton.combine import plan_combine
 from dynamoe.kernels.triton.gemv import GemvConfig, plan_pair_down, plan_pair_gate_up

@@ -6,7 +6,7 @@ import pytest
 import torch
 from dynamoe.kernels.api.router_spec import RouterSpec
 from dynamoe.kernels.api.types import Routing
-from dynamoe.kernels.reference.operations import operations as reference
+from dynamoe.kernels.reference import operations as reference
 from dynamoe.kernels.triton.index import ExpertIndex, max_row_tiles, plan_index
 from dynamoe.kernels.triton.router import plan_route
 
