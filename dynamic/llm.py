@@ -41,8 +41,8 @@ class LLM:
         tensor_parallel_size, expert_parallel_size, pipeline_parallel_size, data_parallel_size: see
             :class:`ParallelConfig`; for scripts under ``torchrun``.
         parallel: instead of these four, with time-out and micro-batches.
-        max_model_len, max_num_seqs, max_num_batched_tokens, enable_prefix_caching, kv_memory, block_size, seed: see
-            :class:`EngineConfig`.
+        max_model_len, max_num_seqs, max_num_batched_tokens, enable_prefix_caching, kv_memory, block_size, seed,
+            cache_policy: see :class:`EngineConfig`.
 
     Raises:
         ValueError: for a model that cannot be found or is not supported, or settings out of range.
@@ -63,6 +63,7 @@ class LLM:
         kv_memory: int | str | None = None,
         block_size: int = EngineConfig.block_size,
         seed: int = 0,
+        cache_policy: str | None = None,
         experts_per_token: int | None = None,
         quantization: str | None = None,
         quantize_lm_head: bool = True,
@@ -82,6 +83,7 @@ class LLM:
             block_size=block_size,
             enable_prefix_caching=enable_prefix_caching,
             seed=seed,
+            cache_policy=cache_policy,
         )
         sizes = (tensor_parallel_size, expert_parallel_size, pipeline_parallel_size, data_parallel_size)
         if parallel is None:

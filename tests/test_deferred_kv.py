@@ -14,7 +14,7 @@ def deferred(*slots: int, with_vectors: bool = False) -> DeferredWrites:
     writes = DeferredWrites(PAGE)
     slots_R = torch.tensor(slots)
     x_RD = slots_R[:, None].float().expand(-1, 3) if with_vectors else None
-    writes.add(exited_rows(rows_to_write(slots_R, slots_R, 99), 2, x_RD))
+    writes.add(exited_rows(rows_to_write(slots_R, slots_R, 98), 2, x_RD))
     return writes
 
 
@@ -40,7 +40,7 @@ def test_rows_behind_those_that_are_read_stay() -> None:
 
 def test_vectors_outlive_the_step_that_made_them() -> None:
     writes, x_RD = DeferredWrites(PAGE), torch.ones(1, 3)
-    writes.add(exited_rows(rows_to_write(torch.tensor([5]), torch.tensor([5]), 6), 2, x_RD))
+    writes.add(exited_rows(rows_to_write(torch.tensor([5]), torch.tensor([5]), 5), 2, x_RD))
     x_RD.zero_()
     assert take_vectors(writes.take(), 3, torch.device("cpu")).tolist() == [[1, 1, 1]]
 

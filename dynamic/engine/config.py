@@ -22,6 +22,8 @@ class EngineConfig:
         park_rows: has no effect: rows are no longer parked. It is still read, for configurations that name it.
         measure_step_times: time steps of 1, 2, 4 … rows when the engine starts (:attr:`.Engine.step_times`).
         seed: seeds the draws of requests that bring no seed of their own.
+        cache_policy: plug-in that decides which pages of running sequences are kept, ``FILE.py:Class`` or the name of
+            an entry point; None keeps all. It runs code: only the command line and Python may name it.
     """
 
     max_num_seqs: int = 16
@@ -34,6 +36,7 @@ class EngineConfig:
     park_rows: bool = True
     measure_step_times: bool = False
     seed: int = 0
+    cache_policy: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_waiting"):

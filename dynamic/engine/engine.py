@@ -13,6 +13,7 @@ from ..contract.catalog import Offer
 from ..model.kv_cache import count_pages
 from .block_pool import BlockPool
 from .config import EngineConfig
+from .eviction import load_cache_policy
 from .exit_runner import launched_rows
 from .logprobs import position_logprobs
 from .outputs import CompletionDelta, Compute, PositionLogprobs, RequestDelta
@@ -65,7 +66,8 @@ class Engine:
         self.max_model_len = _longest_sequence(config, spec.max_position, num_pages // homes)
         pool = BlockPool(num_pages, homes)
         cache = PrefixCache(pool, config.block_size, config.enable_prefix_caching)
-        self.scheduler = Scheduler(config, pool, cache, spec.longest_window)
+        self.cache_plugins, eviction = load_cache_policy(config, spec, pool)
+        self.scheduler = Scheduler(config, pool, cache, spec.longest_window, eviction)
         self.runner = Runner(decoder, num_pages, config.block_size)
         warm_up(decoder, config, self.max_model_len)
         self.step_times: StepTimes | None = None  # if they were asked for
@@ -207,6 +209,7 @@ class Engine:
             skipped_experts=self.runner.budgets.skipped_experts,
             tokens=self._tokens.total(),
             exchange=self.model.decoder.exchange(),
+            evicted_pages=self.scheduler.evicted_pages,
         )
 
     def _record_computed(self, schedule: Schedule, hidden_TD: torch.Tensor) -> None:

@@ -126,7 +126,9 @@ class Sequence:
         "first_page",
         "home",
         "index",
+        "kept_blocks",
         "num_computed",
+        "num_evicted",
         "num_prompt",
         "pages",
         "rank",
@@ -146,6 +148,8 @@ class Sequence:
         self.home = 0  # where its pages are, while it has any
         self.pages = array("i")
         self.first_page = 0  # those before were given back: no later token sees them
+        self.num_evicted = 0  # tokens whose pages a cache policy gave up: cache index = position - num_evicted
+        self.kept_blocks: list[int] = []  # under a cache policy: numbers of the full blocks that are in the pages
         self.block_digests: list[bytes] = []  # of the full blocks of token_ids, as far as they were needed
         self.rank = (request.priority, request.arrival, index)
         self.state = State.WAITING

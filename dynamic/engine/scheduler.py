@@ -8,6 +8,7 @@ from operator import attrgetter
 
 from .block_pool import BlockPool
 from .config import EngineConfig
+from .eviction import Eviction
 from .prefix_cache import PrefixCache
 from .request import Sequence, State
 from .schedule import Entry, Schedule
@@ -49,19 +50,33 @@ class Scheduler:
         pool: pages; each home must hold any one sequence alone.
         cache: finds shared pages.
         window: how many positions a token sees at most, itself included; None: all. Pages behind it are given back.
+        eviction: gives up pages as a cache policy wants it; None keeps all.
     """
 
-    def __init__(self, config: EngineConfig, pool: BlockPool, cache: PrefixCache, window: int | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        pool: BlockPool,
+        cache: PrefixCache,
+        window: int | None = None,
+        eviction: Eviction | None = None,
+    ) -> None:
         self.max_num_seqs = config.max_num_seqs
         self.max_rows = config.max_num_batched_tokens
         self.pool = pool
         self.cache = cache
         self.window = window
+        self.eviction = eviction
         self.page_size = cache.page_size
         self.running: list[Sequence] = []  # by rank
         self._changes = 0  # of which sequences these are
         self.waiting: list[Sequence] = []  # by rank
         self.counters = SchedulerCounters()
+
+    @property
+    def evicted_pages(self) -> int:
+        """Pages that a cache policy gave up so far."""
+        return 0 if self.eviction is None else self.eviction.evicted_pages
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
@@ -84,19 +99,23 @@ class Scheduler:
         only_decodes, changes = len(counts) == len(self.running), self._changes
         for sequence in self.running:
             if rows and sequence.num_uncomputed > 1:
-                counts[sequence] = min(rows, sequence.num_uncomputed)
+                counts[sequence] = min(rows, self._chunk(sequence))
                 rows -= counts[sequence]
         while rows and self.counters.preemptions == preempted_before and (sequence := self._admit()) is not None:
-            counts[sequence] = min(rows, sequence.num_uncomputed)
+            counts[sequence] = min(rows, self._chunk(sequence))
             rows -= counts[sequence]
         entries = [Entry(s, s.num_computed, count) for s, count in counts.items()]
         decoding = changes if only_decodes and changes == self._changes else None
         return Schedule(entries, [(source, target) for target, source in copies.items()], decoding)
 
+    def _chunk(self, sequence: Sequence) -> int:
+        """How many of its tokens a sequence may compute in one step."""
+        return sequence.num_uncomputed if self.eviction is None else self.eviction.chunk(sequence)
+
     def _take_page(self, sequence: Sequence, copies: dict[int, int]) -> bool:
         """Make the next slot writable, whatever it costs others of lower rank. False if the sequence lost its own."""
         while True:
-            block = sequence.num_computed // self.page_size
+            block = (sequence.num_computed - sequence.num_evicted) // self.page_size
             is_new = block == len(sequence.pages)
             if not is_new and self.pool.references(sequence.pages[block]) == 1:
                 return True
@@ -139,6 +158,8 @@ class Scheduler:
         sequence.pages.extend(shared)
         sequence.pages.extend(self.pool.allocate(place.home) for _ in range(place.new))
         sequence.num_computed = len(shared) * self.page_size
+        if self.eviction is not None:
+            self.eviction.computed(sequence)
         if self.cache.enabled:
             self.counters.prefix_cache_queries += sequence.num_tokens
             self.counters.prefix_cache_hits += sequence.num_computed
@@ -162,8 +183,8 @@ class Scheduler:
         sequence = entry.sequence
         sequence.num_computed += entry.count
         if sequence.first_approximate < sequence.num_computed:
-            first = max(entry.start, sequence.first_approximate) // self.page_size
-            for page in sequence.pages[first : -(-sequence.num_computed // self.page_size)]:
+            first = (max(entry.start, sequence.first_approximate) - sequence.num_evicted) // self.page_size
+            for page in sequence.pages[first : -(-(sequence.num_computed - sequence.num_evicted) // self.page_size)]:
                 self.pool.mark_approximate(page)
         self.cache.publish(sequence, entry.start // self.page_size)
         if self.window is not None:
@@ -171,6 +192,8 @@ class Scheduler:
             first_page = first_seen // self.page_size
             self.pool.release(sequence.pages[sequence.first_page : first_page])
             sequence.first_page = max(sequence.first_page, first_page)
+        if self.eviction is not None:
+            self.eviction.computed(sequence)
 
     def fork(self, sequence: Sequence) -> list[Sequence]:
         """The completions that a computed sequence stands for: all of its request's after the prompt, later itself.
@@ -192,6 +215,8 @@ class Scheduler:
             sibling.pages.extend(sequence.pages)
             sibling.first_page = sequence.first_page
             sibling.num_computed = sequence.num_computed
+            sibling.num_evicted, sibling.kept_blocks = sequence.num_evicted, list(sequence.kept_blocks)
+            sibling.first_approximate = sequence.first_approximate
             sibling.block_digests = list(sequence.block_digests)
             sibling.state = State.RUNNING
             insort(self.running, sibling, key=_rank)
@@ -213,7 +238,8 @@ class Scheduler:
         self.pool.release(reversed(sequence.pages[sequence.first_page :]))
         del sequence.pages[:]
         sequence.first_page = 0
-        sequence.num_computed = 0
+        sequence.num_computed = sequence.num_evicted = 0
+        sequence.kept_blocks.clear()
         sequence.skipped_experts = 0
 
     @staticmethod

@@ -25,6 +25,7 @@ class EngineStats:
         skipped_experts: rows times experts that budgets left out of layers that ran.
         tokens: what chose the tokens sampled.
         exchange: between the processes that share the model; None where there is one.
+        evicted_pages: that a cache policy gave up.
     """
 
     num_running: int
@@ -44,6 +45,7 @@ class EngineStats:
     skipped_experts: int
     tokens: TokenCost
     exchange: Exchange | None = None
+    evicted_pages: int = 0
 
     @property
     def compute(self) -> Compute:

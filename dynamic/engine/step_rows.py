@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -34,11 +35,11 @@ class StepRows:
         slots: list[int] = []
         token_ids: list[int] = []
         for sequence, start, count in runs:
-            pages, end = sequence.pages, start + count
+            pages, end, evicted = sequence.pages, start + count, sequence.num_evicted
             positions += range(start, end)
-            slots += [pages[p // page_size] * page_size + p % page_size for p in range(start, end)]
+            slots += [pages[i // page_size] * page_size + i % page_size for i in range(start - evicted, end - evicted)]
             token_ids += sequence.token_ids[start:end]
-        ends = [start + count for _, start, count in runs]
+        ends = [start + count - sequence.num_evicted for sequence, start, count in runs]
         width = -(-max(ends) // page_size)
         self._table_SM = np.array([_padded(sequence.pages[:width], width) for sequence, _, _ in runs], dtype=np.int32)
         self._counts_S = np.array([count for _, _, count in runs], dtype=np.int32)
@@ -47,6 +48,8 @@ class StepRows:
         self._positions_T = np.array(positions, dtype=np.int64)
         self._slots_T = np.array(slots, dtype=np.int64)
         self._token_ids_T = np.array(token_ids, dtype=np.int64)
+        evicted = any(sequence.num_evicted for sequence, _, _ in runs)
+        self._max_position = max(positions) if evicted else None
 
     def __len__(self) -> int:
         return len(self._token_ids_T)
@@ -75,15 +78,8 @@ class StepRows:
 
     def slots_of(self, rows_R: np.ndarray, batch: AttentionBatch) -> AttentionBatch:
         """A batch for writing to the cache only: positions and slots of some rows, everything else as in ``batch``."""
-        return AttentionBatch(
-            positions_T=self._move(self._positions_T[rows_R]),
-            slots_T=self._move(self._slots_T[rows_R]),
-            query_start_S1=batch.query_start_S1,
-            context_len_S=batch.context_len_S,
-            block_table_SM=batch.block_table_SM,
-            max_query_len=batch.max_query_len,
-            max_context_len=batch.max_context_len,
-        )
+        positions_R, slots_R = self._move(self._positions_T[rows_R]), self._move(self._slots_T[rows_R])
+        return replace(batch, positions_T=positions_R, slots_T=slots_R)
 
     @cached_property
     def _sequence_T(self) -> np.ndarray:
@@ -106,6 +102,7 @@ class StepRows:
             block_table_SM=self._move(self._table_SM[kept]),
             max_query_len=int(counts_S.max()),
             max_context_len=int(context_len_S.max()),
+            max_position=self._max_position,
         )
 
     def _move(self, array: np.ndarray) -> torch.Tensor:

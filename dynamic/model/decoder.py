@@ -177,7 +177,7 @@ class Decoder:
 
         Returns: the residual stream after the segment, (T, D).
         """
-        self.reserve_positions(batch.max_context_len)
+        self.reserve_positions(batch.num_positions)
         if self.stack is not None:
             return self.stack.run(segment.layers, x_TD, kv, self.cos_sin_LC, batch, router_entropy_T, budget)
         spec, backend = self.spec, self.backend
@@ -217,7 +217,7 @@ class Decoder:
             thresholds_NT: see :meth:`.Stack.run_with_exits`; others as for :meth:`run_segment`.
         """
         assert self.stack is not None
-        self.reserve_positions(batch.max_context_len)
+        self.reserve_positions(batch.num_positions)
         return self.stack.run_with_exits(x_TD, kv, self.cos_sin_LC, batch, thresholds_NT, budget)
 
     @in_inference_mode
@@ -247,7 +247,7 @@ class Decoder:
             kv: the cache of every layer of the model.
             batch: only positions and slots of the rows are read.
         """
-        self.reserve_positions(batch.max_context_len)
+        self.reserve_positions(batch.num_positions)
         self._propagate(exit, x_RD, kv[exit.after_layers :], batch)
 
     def _propagate(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:

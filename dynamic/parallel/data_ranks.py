@@ -106,6 +106,7 @@ def spread(batch: AttentionBatch, cache: SharedCache, homes: int) -> Spread:
         block_table_SM=(batch.block_table_SM[here_S] - cache.first_page).clamp_(min=0),  # behind the context are zeros
         max_query_len=int(counts_S.max()),
         max_context_len=int(context_len_S.max()),
+        max_position=batch.max_position,
     )
     return Spread(rows=rows, own=own)
 

@@ -152,7 +152,7 @@ class ParallelDecoder(Decoder):
         router_entropy_T: torch.Tensor | None,
         budget: ExpertBudget | None,
     ) -> Message:
-        self.reserve_positions(batch.max_context_len)  # refused before anybody is told
+        self.reserve_positions(batch.num_positions)  # refused before anybody is told
         entropy, number = router_entropy_T is not None, cache_of(kv).number
         message = run_message(number, segment.layers, self._token_ids_T, batch, budget, entropy)
         self._tell(message)
@@ -207,7 +207,7 @@ class ParallelDecoder(Decoder):
         if self._held_stack is None:
             segment = Segment(index=0, layers=layers)
             return super().run_segment(segment, x_WD, cache, batch, entropy_W, budget)
-        self.reserve_positions(batch.max_context_len)
+        self.reserve_positions(batch.num_positions)
         return self._held_stack.run(layers, x_WD, cache, self.cos_sin_LC, batch, entropy_W, budget)
 
     def _lend_experts(self, layers: range) -> None:
@@ -288,7 +288,7 @@ class ParallelDecoder(Decoder):
 
     def _obey_run(self, message: Message, kv: list[KVLayer]) -> None:
         batch, layers = read_batch(message), range(*message.arguments[:2])
-        self.reserve_positions(batch.max_context_len)
+        self.reserve_positions(batch.num_positions)
         x_TD = self._beginning(message) if layers.start == 0 else self._pick(message.cache, batch.slots_T)
         entropy_T, budget = self._read_counters(message, batch)
         self._rows[message.cache] = self._run_layers(layers, x_TD, kv, batch, entropy_T, budget), batch.slots_T

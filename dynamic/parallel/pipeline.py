@@ -123,7 +123,7 @@ class PipelineDecoder(ParallelDecoder):
 
     def propagate_kv(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
         """See :meth:`Decoder.propagate_kv`; the stages behind that of the exit write theirs when rows next go there."""
-        self.reserve_positions(batch.max_context_len)
+        self.reserve_positions(batch.num_positions)
         message = exit_message(cache_of(kv).number, exit.after_layers, batch)
         self._tell(message)
         self._exit(exit, x_RD, kv, read_exited(message))
@@ -136,7 +136,7 @@ class PipelineDecoder(ParallelDecoder):
 
     def _obey_run(self, message: Message, kv: list[KVLayer]) -> None:
         batch, layers = read_batch(message), range(*message.arguments[:2])
-        self.reserve_positions(batch.max_context_len)
+        self.reserve_positions(batch.num_positions)
         x_TD: torch.Tensor | None = None
         if layers.start == 0:
             x_TD = self._beginning(message) if self.stage == 0 else None
@@ -155,8 +155,8 @@ class PipelineDecoder(ParallelDecoder):
 
     def _obey_propagate(self, message: Message, kv: list[KVLayer]) -> None:
         exit = self.exits[message.arguments[0]]
-        self.reserve_positions(message.arguments[1])
         batch = read_exited(message)
+        self.reserve_positions(batch.num_positions)
         x_RD = None
         if self._stage_of(exit) == self.stage:
             x_RD = self._ran[message.cache].pick(batch.slots_T)
@@ -270,12 +270,12 @@ class PipelineDecoder(ParallelDecoder):
             here = [number for number, row in enumerate(deferred) if row.after_layers == after_layers]
             places = [(deferred[number].position, deferred[number].slot) for number in here]
             positions_R, slots_R = torch.tensor(places).T.contiguous()
-            batch = rows_to_write(positions_R, slots_R, int(positions_R.max()) + 1)
+            batch = rows_to_write(positions_R, slots_R, int(positions_R.max()))
             self._write(self.exits[after_layers], x_RD[torch.tensor(here, device=x_RD.device)], kv, batch)
 
     def _write(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
         """Write this stage's keys and values of rows that exited, for its layers behind their exit."""
-        self.reserve_positions(batch.max_context_len)
+        self.reserve_positions(batch.num_positions)
         own_W, own = cache_of(kv).own_rows(batch)
         if exit.projections and len(own_W):
             behind = kv[max(exit.after_layers, self.held.start) : self.held.stop]

@@ -25,7 +25,7 @@ class Operation(IntEnum):
     ALLOCATE = 1  # pages, tokens per page, homes
     COPY = 2  # pages read, pages written
     RUN = 3  # layers from, to; longest query, longest context; number of sequences; whether routers' entropy is wanted
-    PROPAGATE = 4  # layers in front of the exit; longest context
+    PROPAGATE = 4  # layers in front of the exit; highest position
     DECIDE = 5  # layers in front of the exit
     FREE = 6
     EMBED = 7  # token ids
@@ -111,13 +111,14 @@ def read_batch(message: Message) -> AttentionBatch:
         block_table_SM=table.int().view(message.arguments[4], -1),
         max_query_len=message.arguments[2],
         max_context_len=message.arguments[3],
+        max_position=int(positions.max()),
     )
 
 
 def exit_message(cache: int, after_layers: int, batch: AttentionBatch) -> Message:
     """Rows exit; only positions and slots of the batch are read."""
     blocks = batch.positions_T.cpu(), batch.slots_T.cpu()
-    arguments = (after_layers, batch.max_context_len)
+    arguments = (after_layers, batch.num_positions - 1)
     return Message(operation=Operation.PROPAGATE, cache=cache, arguments=arguments, blocks=blocks)
 
 
@@ -127,7 +128,7 @@ def read_exited(message: Message) -> AttentionBatch:
     return rows_to_write(positions_R, slots_R, message.arguments[1])
 
 
-def rows_to_write(positions_R: torch.Tensor, slots_R: torch.Tensor, max_context_len: int) -> AttentionBatch:
+def rows_to_write(positions_R: torch.Tensor, slots_R: torch.Tensor, max_position: int) -> AttentionBatch:
     """A batch for writing to the cache only."""
     empty = torch.empty(0, dtype=torch.int32)
     return AttentionBatch(
@@ -137,7 +138,8 @@ def rows_to_write(positions_R: torch.Tensor, slots_R: torch.Tensor, max_context_
         context_len_S=empty,
         block_table_SM=empty,
         max_query_len=1,
-        max_context_len=max_context_len,
+        max_context_len=0,
+        max_position=max_position,
     )
 
 

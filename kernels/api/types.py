@@ -163,15 +163,26 @@ class AttentionBatch:
 
     Sequence ``s`` owns rows ``query_start_S1[s] : query_start_S1[s + 1]``; they are the last rows of its context, which
     holds ``context_len_S[s]`` tokens once this step's keys have been written.
+
+    A token has two numbers. Its *position* in the text is what rotates its query and key. Its *cache index* counts the
+    tokens of its sequence that are still in the cache, and says where it lies and what sees it: entry ``i`` is in page
+    ``block_table_SM[s, i // P]``, and the last row of ``s`` has index ``context_len_S[s] - 1``, the row before it one
+    less. A row sees the indices up to its own. Both are equal unless a cache policy has evicted earlier tokens.
     """
 
-    positions_T: torch.Tensor  # int64, position of each row in its sequence
+    positions_T: torch.Tensor  # int64, position of each row in its text, for rotation only
     slots_T: torch.Tensor  # int64, page * P + offset where the row's key and value are written
     query_start_S1: torch.Tensor  # int32
     context_len_S: torch.Tensor  # int32
     block_table_SM: torch.Tensor  # int32, page numbers; entries beyond the context are never read
     max_query_len: int
     max_context_len: int
+    max_position: int | None = None  # of positions_T; None: max_context_len - 1, for nothing was evicted
+
+    @property
+    def num_positions(self) -> int:
+        """How long the table of rotations must be."""
+        return self.max_context_len if self.max_position is None else self.max_position + 1
 
     @property
     def num_sequences(self) -> int:

@@ -101,7 +101,6 @@ void attend(const Context& context, const Shape& shape, const Block& block, cons
   rope_and_write(context, rope);
   AttentionCall call{{work.q, shape.q_width(), shape.dtype}, shape.heads, shape.kv_heads, shape.channels,
                      caches.keys[layer], caches.values[layer], caches.page_size};
-  call.positions = places.positions;
   call.query_start = places.query_start;
   call.context_len = places.context_len;
   call.block_table = places.block_table;
