@@ -38,7 +38,7 @@ from dynamoe.dynamic.model.machine import processor
 from dynamoe.dynamic.text.calibration_text import reference_pages
 from dynamoe.dynamic.text.corpus import build_corpus, load_corpus
 from dynamoe.dynamic.train.held_out import held_out_prompts
-from dynamoe.dynamic.train.recipe import RecipeConfig
+from dynamoe.dynamic.train.recipe_config import RecipeConfig
 from dynamoe.dynamic.train.served import blocks_from
 
 

@@ -30,7 +30,8 @@ from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.engine.step_times import last_slots
 from dynamoe.dynamic.model.decoder import Decoder
 from dynamoe.dynamic.model.kv_cache import allocate_layers
-from dynamoe.dynamic.model.loader import LoadedModel, load_decoder
+from dynamoe.dynamic.model.loaded import LoadedModel
+from dynamoe.dynamic.model.loader import load_decoder
 from dynamoe.dynamic.model.machine import processor
 from dynamoe.dynamic.train.export import checkpoint_tensors, model_config
 from dynamoe.dynamic.train.model import DecoderConfig, TrainableDecoder

@@ -26,7 +26,7 @@ from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine
 from dynamoe.dynamic.engine.step_times import measure_step_times
 from dynamoe.dynamic.llm import LLM
-from dynamoe.dynamic.model.loader import LoadedModel
+from dynamoe.dynamic.model.loaded import LoadedModel
 from dynamoe.dynamic.model.machine import processor
 from exits_curve import corpus_prompts, executed, settings
 from exits_overhead import without_exits

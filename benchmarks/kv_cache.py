@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from checkout import RESULTS
+from dynamoe.dynamic.convert.load_model import load_model
 from dynamoe.dynamic.convert.model_store import resolve_model
 from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.model.kv_cache import bytes_per_page
-from dynamoe.dynamic.model.loader import load_decoder, load_model
+from dynamoe.dynamic.model.loader import load_decoder
 from dynamoe.dynamic.model.machine import processor
 from dynamoe.dynamic.text.calibration_text import reference_pages, token_windows
 from dynamoe.dynamic.text.tokenizer import Tokenizer

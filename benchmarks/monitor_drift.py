@@ -74,9 +74,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     path = resolve_model("tiny")
     llm = LLM("tiny", progress=False)
-    offer = CertificateSource(llm.engine).read()
-    if not offer.contracts.certificates:
-        raise SystemExit(f"no certificate of tiny holds here: {'; '.join(offer.refused)}")
+    catalog = CertificateSource(llm.engine).read()
+    if not catalog.contracts.certificates:
+        raise SystemExit(f"no certificate of tiny holds here: {'; '.join(catalog.refused)}")
     usual = [list(p) for p in read_prompts(path / "prompts.jsonl", llm.get_tokenizer())][-UNSEEN:][: args.requests]
     rng = np.random.default_rng(0)
     random = [rng.integers(1, llm.model.spec.vocab_size, len(prompt)).tolist() for prompt in usual]
@@ -91,7 +91,7 @@ def main() -> None:
             "corrupted probes": (corrupt, usual),
         }
         records = []
-        certificates = [c for c in offer.contracts.certificates if not args.alphas or c.alpha in args.alphas]
+        certificates = [c for c in catalog.contracts.certificates if not args.alphas or c.alpha in args.alphas]
         pairs = [(c, name) for c in certificates for name in streams]
         for certificate, name in tqdm(pairs, unit="stream"):
             model, prompts = streams[name]

@@ -9,11 +9,11 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from .. import __version__
 from ..dynamic.contract.full_runs import FullRuns
 from ..dynamic.engine.engine import Engine
 from ..dynamic.engine.outputs import RequestDelta
 from ..dynamic.engine.sampling_params import SamplingParams
+from ..version import __version__
 from .auth import Authentication, KeyRing
 from .bridge import EngineBridge, EngineRequest
 from .context import ServerContext
@@ -41,7 +41,7 @@ def make_context(engine: Engine, settings: ServerSettings, contracts: ContractDe
     Arguments:
         engine: not driven by anyone else.
         settings: the operator's.
-        contracts: on offer; open.
+        contracts: the open catalog.
     """
     model = engine.model
     name = settings.served_model_name or model.name
@@ -60,7 +60,7 @@ def make_context(engine: Engine, settings: ServerSettings, contracts: ContractDe
         hang_timeout=settings.hang_timeout,
         on_delta=on_delta,
         on_abort=on_abort,
-        idle_work=FullRuns(decoder=model.decoder, desk=contracts).work,
+        idle_work=FullRuns(decoder=model.decoder, monitor=lambda: contracts.monitor).work,
     )
     contracts.on_pending = bridge.wake
     return ServerContext(

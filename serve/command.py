@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..dynamic.cli.config import QualityConfig, SharedModelConfig
+from ..dynamic.contract.quality_config import QualityConfig
+from ..dynamic.convert.model_config import SharedModelConfig
 from ..dynamic.engine.config import EngineConfig
 from ..dynamic.parallel.config import launched_rank
 from .contracts import MonitorSettings
 from .settings import ServerSettings
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ServeQualityConfig(QualityConfig):
     """Contracts that are served, and how they are watched."""
 
     monitor: MonitorSettings = field(default_factory=MonitorSettings)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ServeConfig(SharedModelConfig):
     """``dynamoe serve``."""
 
@@ -35,7 +36,7 @@ def serve(config: ServeConfig) -> None:
         SystemExit: with the exit code, when the server did not end well.
     """
     if launched_rank():  # workers take no address
-        from ..dynamic.model.loader import load_model
+        from ..dynamic.convert.load_model import load_model
 
         load_model(config.model, **config.load_arguments())
     from .server import run

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..dynamic.engine.outputs import Compute, RequestDelta, TokenCost
+from ..dynamic.engine.outputs import RequestDelta
 from ..dynamic.engine.quality import ContractOutcome
+from ..dynamic.model.counters import Compute, TokenCost
 from ..dynamic.model.flops import full_layer_flops, head_flops, layer_flops, projection_flops
 from ..dynamic.model.spec import ModelSpec
 

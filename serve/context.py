@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from ..dynamic.model.loader import LoadedModel
+from ..dynamic.model.loaded import LoadedModel
 from .bridge import EngineBridge
 from .contracts import ContractDesk
 from .gate import Gate

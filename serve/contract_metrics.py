@@ -42,7 +42,7 @@ class ContractCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         names = (*self._labels, "certificate")
-        offered = {certificate.id for certificate in self._contracts.offer.contracts.certificates}
+        offered = {certificate.id for certificate in self._contracts.catalog.contracts.certificates}
         states = self._contracts.states
         gauges = {
             "armed": ("1 for a certificate that the monitor watches.", lambda _: 1),

@@ -1,4 +1,4 @@
-"""Contracts on offer: what a request may spend, who is watched, and new certificates while the server runs.
+"""The contract catalog: what a request may spend, who is watched, and new certificates while the server runs.
 
 Everything that may wait for the monitor's disk happens on one thread of its own. The event loop is never held up, and a
 disk that fails costs savings, not answers: what could not be watched runs exactly.
@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import torch
 
-from ..dynamic.contract.catalog import CertificateSource, Offer
+from ..dynamic.contract.catalog import CertificateSource, ContractCatalog
 from ..dynamic.contract.monitor import ContractState, MonitorConfig, RiskMonitor
 from ..dynamic.contract.monitor_store import Draws
 from ..dynamic.convert.model_store import cache_home
@@ -97,7 +97,7 @@ class _Streak:
 
 @dataclass(kw_only=True)
 class ContractDesk:
-    """Settles contracts, and has the monitor watch them.
+    """Resolves contracts, and has the monitor watch them.
 
     Arguments:
         source: of the certificates.
@@ -110,7 +110,7 @@ class ContractDesk:
     settings: MonitorSettings
     default_file: Path
     on_pending: Callable[[], None] = lambda: None
-    offer: Offer = field(default_factory=Offer, init=False)  # replaced as a whole
+    catalog: ContractCatalog = field(default_factory=ContractCatalog, init=False)  # replaced as a whole
     monitor: RiskMonitor | None = field(default=None, init=False)  # from the first certificate on
     states: dict[str, ContractState] = field(default_factory=dict, init=False)  # as of the last look
     _served: dict[str, _Served] = field(default_factory=dict, init=False)
@@ -125,36 +125,36 @@ class ContractDesk:
         """Read and arm the certificates, before the server starts.
 
         Raises:
-            ValueError: for certificates that cannot be offered, or a monitor's file that cannot be used.
+            ValueError: for certificates that cannot be used, or a monitor's file that cannot be used.
         """
-        self.offer = self._arm(self.source.read())
+        self.catalog = self._arm(self.source.read())
 
     async def reload(self) -> None:
-        """Read the certificates again, and offer those of now instead. Requests on their way keep what they got.
+        """Read the certificates again, and use those of now instead. Requests on their way keep what they got.
 
         Raises:
             ValueError: as :meth:`open`; nothing has changed then.
         """
         async with self._reloading:
-            offer = await asyncio.to_thread(self.source.read)
-            self.offer = await self._off_loop(self._arm, offer)
+            catalog = await asyncio.to_thread(self.source.read)
+            self.catalog = await self._off_loop(self._arm, catalog)
         logger.info(
-            "certificates read again: %d on offer, %d refused", len(offer.contracts.certificates), len(offer.refused)
+            "certificates read again: %d valid, %d refused", len(catalog.contracts.certificates), len(catalog.refused)
         )
 
-    async def settle(
+    async def resolve(
         self, request_id: str, prompt_tokens: Sequence[int], params: SamplingParams
     ) -> tuple[SamplingParams, ContractOutcome | None]:
-        """What a request may spend and what to tell its client; thrown for it, the coin is on the disk.
+        """What a request may spend and what to tell its client; the sampling decision is persisted first.
 
         Arguments:
             request_id: no other request has it, in any server.
-            params: with ``max_tokens`` settled.
+            params: with ``max_tokens`` resolved.
         """
         if not isinstance(params.quality, Quality):
             return params, None
         assert params.max_tokens is not None
-        spends, outcome = self.offer.settle(params.quality, params, params.max_tokens)
+        spends, outcome = self.catalog.resolve(params.quality, params, params.max_tokens)
         if outcome.certificate is None or self.monitor is None:
             return spends, outcome
         served = _Served(prompt_tokens, 0.0 if params.greedy else params.temperature)
@@ -180,7 +180,7 @@ class ContractDesk:
                 self._thread.submit(self._save)
 
     def refused(self, request_ids: Iterable[str]) -> None:
-        """These requests were settled, but never ran. Those that ended otherwise meanwhile are left alone."""
+        """These requests were resolved, but never ran. Those that ended otherwise meanwhile are left alone."""
         ids = list(request_ids)
         if self.monitor is not None:
             self._thread.submit(self._withdraw, ids)
@@ -200,8 +200,8 @@ class ContractDesk:
 
     # From here on: on the monitor's thread, or before it starts.
 
-    def _arm(self, offer: Offer) -> Offer:
-        certificates = offer.contracts.certificates
+    def _arm(self, catalog: ContractCatalog) -> ContractCatalog:
+        certificates = catalog.contracts.certificates
         if certificates and self.monitor is None:
             self.monitor = self._open_monitor()
         if self.monitor is not None:
@@ -211,7 +211,7 @@ class ContractDesk:
                         logger.warning("certificate %s has fired before: its requests run exactly", certificate.id)
             except sqlite3.Error as error:
                 raise ValueError(f"the monitor cannot store new certificates: {error}") from error
-        return offer
+        return catalog
 
     def _open_monitor(self) -> RiskMonitor | None:
         named = self.settings.file

@@ -72,7 +72,7 @@ class Generation:
             raise
 
     async def _settle(self, request: EngineRequest) -> EngineRequest:
-        params, contract = await self.context.contracts.settle(
+        params, contract = await self.context.contracts.resolve(
             request.request_id, request.prompt_token_ids, request.params
         )
         return replace(request, params=params, contract=contract)

@@ -12,7 +12,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from ..dynamic.engine.outputs import Exchange, RequestDelta
+from ..dynamic.engine.outputs import RequestDelta
+from ..dynamic.model.counters import Exchange
 from .compute_usage import executed
 from .contract_metrics import ContractCollector
 

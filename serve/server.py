@@ -19,11 +19,11 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from .. import __version__
 from ..dynamic.contract.catalog import CertificateSource
+from ..dynamic.convert.load_model import load_model
 from ..dynamic.engine.config import EngineConfig
 from ..dynamic.engine.engine import Engine
-from ..dynamic.model.loader import load_model
+from ..version import __version__
 from .app import create_app, make_context
 from .context import ServerContext
 from .contracts import ContractDesk, MonitorSettings, default_monitor_file

@@ -6,9 +6,9 @@ import sys
 import time
 from typing import Any
 
+from dynamoe.dynamic.convert.load_model import load_model
 from dynamoe.dynamic.engine.engine import Engine
 from dynamoe.dynamic.engine.runner import Runner
-from dynamoe.dynamic.model.loader import load_model
 from dynamoe.serve.server import serve_engine
 from dynamoe.serve.settings import ServerSettings
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from dynamoe.dynamic.engine.request import Request, Sequence, StopTokens
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
+from dynamoe.dynamic.text.tokenizer import Tokenizer
 
 NO_STOPS = StopTokens(eos=frozenset(), listed=frozenset())
 
@@ -19,6 +20,7 @@ def make_request(
     arrival: int = 0,
     max_total_tokens: int = 10_000,
     stop_tokens: StopTokens = NO_STOPS,
+    tokenizer: Tokenizer | None = None,
     **params: object,
 ) -> Request:
     """A request; ``params`` are those of :class:`SamplingParams`."""
@@ -32,6 +34,7 @@ def make_request(
         max_total_tokens=max_total_tokens,
         stop_tokens=stop_tokens,
         base_seed=0,
+        tokenizer=tokenizer,
     )
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dynamoe.dynamic.bench.command.command import BenchConfig
-from dynamoe.dynamic.bench.command.timing import RequestTiming, summarize, table
-from dynamoe.dynamic.cli.main.main import main
+from dynamoe.dynamic.bench.command import BenchConfig
+from dynamoe.dynamic.bench.timing import RequestTiming, summarize, table
+from dynamoe.dynamic.cli.main import main
 from dynamoe.dynamic.engine.config import EngineConfig
 
 

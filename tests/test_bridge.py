@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dynamoe.dynamic.convert.load_model import load_model
 from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine, EngineFull
 from dynamoe.dynamic.engine.outputs import RequestDelta
 from dynamoe.dynamic.engine.runner import Runner
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
-from dynamoe.dynamic.model.loader import LoadedModel, load_model
+from dynamoe.dynamic.model.loaded import LoadedModel
 from dynamoe.serve.bridge import EngineBridge, EngineRequest
 from dynamoe.serve.submission import ClientGone, EngineFailure, Submission
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 from dynamoe import LLM, Quality, SamplingParams
-from dynamoe.dynamic.cli.main.main import main
+from dynamoe.dynamic.cli.main import main
 from dynamoe.dynamic.contract.catalog import CertificateSource
 from dynamoe.dynamic.contract.certificate import load_certificate, save_certificate
 from dynamoe.dynamic.convert.model_store import resolve_model

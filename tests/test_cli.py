@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from dynamoe.dynamic.cli.main import generate
-from dynamoe.dynamic.cli.main import main as cli
-from dynamoe.dynamic.cli.main.config import GenerateConfig, SamplingConfig
-from dynamoe.dynamic.cli.main.generate import encode_prompt, read_prompt, sampling_params
-from dynamoe.dynamic.cli.main.main import COMMANDS, Command, main
+from dynamoe.dynamic.cli import generate
+from dynamoe.dynamic.cli import main as cli
+from dynamoe.dynamic.cli.config import GenerateConfig, SamplingConfig
+from dynamoe.dynamic.cli.generate import encode_prompt, read_prompt, sampling_params
+from dynamoe.dynamic.cli.main import COMMANDS, Command, main
 from dynamoe.dynamic.text.tokenizer import Tokenizer
 
 COMMAND_NAMES = [command.name for command in COMMANDS]
@@ -45,7 +45,7 @@ def test_overview_is_quick_and_lists_every_command(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", COMMAND_NAMES)
 def test_help_explains_every_key(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from dynamoe.dynamic.cli.main.config import keys
+    from dynamoe.dynamic.cli.config import keys
 
     assert main([name, "--help"]) == 0
     out = capsys.readouterr().out
@@ -65,7 +65,7 @@ def test_settings_reach_the_command(received: list[GenerateConfig]) -> None:
     assert (config.engine.max_num_seqs, config.engine.kv_memory) == (64, "2GiB")
     assert config.engine.block_size == 16
     assert list(config.sampling.stop) == ["a", "b, c"]
-    assert config.load_arguments()["dtype"] == "float32"
+    assert config.load_arguments()["config"].dtype == "float32"
 
 
 @pytest.mark.parametrize(

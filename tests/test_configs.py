@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dynamoe.dynamic.cli.main.config import keys, register, schema
-from dynamoe.dynamic.cli.main.help import presets
-from dynamoe.dynamic.cli.main.main import COMMANDS, Command
-from dynamoe.dynamic.cli.main.targets import refuse_foreign_targets
-from dynamoe.dynamic.studies.sweep import SweepCallback, SweepConfig
+from dynamoe.dynamic.cli.config import keys, register, schema
+from dynamoe.dynamic.cli.help import presets
+from dynamoe.dynamic.cli.main import COMMANDS, Command
+from dynamoe.dynamic.cli.sweep import SweepCallback
+from dynamoe.dynamic.cli.targets import refuse_foreign_targets
+from dynamoe.dynamic.studies.sweep_config import SweepConfig
 from hydra import compose, initialize_config_module
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from dynamoe.dynamic.convert.load_model import load_model
 from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine, EngineFull
 from dynamoe.dynamic.engine.outputs import CompletionOutput, RequestDelta, RequestOutput
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
-from dynamoe.dynamic.model.loader import LoadedModel, load_model
+from dynamoe.dynamic.model.loaded import LoadedModel
 
 PROMPT = [40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51]
 PAGE_BYTES = 2 * 3 * 2 * 16 * 16 * 4  # of the llama checkpoint: 3 layers, 2 heads of 16 channels, 16 tokens

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from dynamoe.dynamic.convert.load_model import load_model
 from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
-from dynamoe.dynamic.model.loader import LoadedModel, load_model
+from dynamoe.dynamic.model.loaded import LoadedModel
 
 PAGE_BYTES = 2 * 2 * 2 * 4 * 16 * 4  # 2 layers, 2 heads of 16 channels, 4 tokens
 

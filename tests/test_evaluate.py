@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from dynamoe import LLM, SamplingParams
-from dynamoe.dynamic.cli.main.main import main
+from dynamoe.dynamic.cli.main import main
 from dynamoe.dynamic.contract.intervals import mean, paired_difference, ratio
 from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.studies.evaluate import EvaluateConfig, ReferenceConfig, run, table

@@ -10,7 +10,7 @@ import torch
 from dynamoe.kernels.api.kv_codes import decode, encode
 from dynamoe.kernels.api.types import AttentionBatch, KVLayer, KVProjection, ProbeWeights
 from dynamoe.kernels.cpu.backend import CpuBackend
-from dynamoe.kernels.reference.operations import exits as exit_reference
+from dynamoe.kernels.reference import exits as exit_reference
 from dynamoe.kernels.select import select_backend
 from dynamoe.kernels.torch.backend import TorchBackend
 

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from dynamoe.dynamic.convert.load_model import load_model
 from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine
 from dynamoe.dynamic.engine.outputs import CompletionOutput, RequestOutput
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.model.kv_cache import bytes_per_page
-from dynamoe.dynamic.model.loader import LoadedModel, load_model
+from dynamoe.dynamic.model.loaded import LoadedModel
 
 LAYERS = 5
 EXITS = {1: 0.4, 3: 0.4}

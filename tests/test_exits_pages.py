@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from dynamoe.dynamic.convert.load_model import load_model
 from dynamoe.dynamic.engine.block_pool import BlockPool
 from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine
@@ -22,7 +23,7 @@ from dynamoe.dynamic.engine.request import Sequence
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.engine.schedule import Entry
 from dynamoe.dynamic.model.kv_cache import bytes_per_page
-from dynamoe.dynamic.model.loader import LoadedModel, load_model
+from dynamoe.dynamic.model.loaded import LoadedModel
 from dynamoe.kernels.api.types import ExpertBudget
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

@@ -19,7 +19,7 @@ from dynamoe.kernels.api.router_spec import RouterSpec
 from dynamoe.kernels.api.types import ExpertBudget, Routing
 from dynamoe.kernels.cpu.backend import CpuBackend
 from dynamoe.kernels.reference import operations as reference
-from dynamoe.kernels.reference.operations.budget import limit_experts
+from dynamoe.kernels.reference.budget import limit_experts
 from dynamoe.kernels.select import select_backend
 from dynamoe.moe.contribution import ContributionMeter, ExpertScales, LayerScales, keep_by_layer, slot_norms
 from dynamoe.moe.sidecar import JSON_FILE, load_scales, save_scales

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from dynamoe.dynamic.cli.main.main import main
+from dynamoe.dynamic.cli.main import main
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.llm import LLM
 from dynamoe.dynamic.model.loader import load_decoder

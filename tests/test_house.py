@@ -1,4 +1,7 @@
-"""The layout that everything rests on: imports run one way, never in a circle, and are relative inside the package."""
+"""The layout that everything rests on: imports run one way, never in a circle, and are relative inside the package.
+
+Every import counts, wherever it stands: those that run late and those that only name a type as well.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,24 @@ MAY_IMPORT = {
     "serve": {"dynamic", "moe", "exits", "kernels"},
     "conf": set(),
 }
+# The parts of a folder, from the bottom; those of one line never import each other.
+ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
+    "kernels": (("api",), ("reference",), ("torch",), ("cpu", "triton"), ("select",)),
+    "dynamic": (
+        ("text", "checkpoint"),
+        ("model",),
+        ("parallel",),
+        ("engine",),
+        ("speculation", "contract"),
+        ("convert",),
+        ("quantize", "train"),
+        ("llm",),
+        ("bench",),
+        ("studies",),
+        ("cli",),
+    ),
+}
+LONGEST = 400  # lines of a file
 
 
 @dataclass(frozen=True)
@@ -30,7 +51,6 @@ class Import:
     line: int
     target: tuple[str, ...]
     name: str
-    for_types: bool
 
     def __str__(self) -> str:
         return f"{self.source}:{self.line} imports {'.'.join(self.target) or 'the package root'}"
@@ -48,18 +68,15 @@ def is_module(root: Path, parts: tuple[str, ...]) -> bool:
 
 
 def relative_imports(root: Path, source: Path) -> Iterator[Import]:
-    """Every relative import of a file, wherever it stands in it; those under ``if TYPE_CHECKING`` never run."""
-    tree = ast.parse(root.joinpath(source).read_text(), str(source))
-    type_blocks = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
-    for_types = {id(inner) for block in type_blocks for statement in block.body for inner in ast.walk(statement)}
-    for node in ast.walk(tree):
+    """Every relative import of a file, wherever it stands in it."""
+    for node in ast.walk(ast.parse(root.joinpath(source).read_text(), str(source))):
         if isinstance(node, ast.ImportFrom) and node.level:
             folder = source.parts[: len(source.parts) - node.level]
             module = (*folder, *(node.module.split(".") if node.module else ()))
             for alias in node.names:
                 target = (*module, alias.name)
                 target = target if is_module(root, target) else module
-                yield Import(source, node.lineno, target, alias.name, id(node) in for_types)
+                yield Import(source, node.lineno, target, alias.name)
 
 
 def backward_imports(root: Path) -> list[Import]:
@@ -74,7 +91,7 @@ def backward_imports(root: Path) -> list[Import]:
         folder = source.parts[0]
         for item in relative_imports(root, source):
             allowed = item.target[:1] in {(name,) for name in (folder, *MAY_IMPORT[folder])}
-            if not allowed and not (item.target == () and item.name == "__version__"):
+            if not allowed and item.target != ("version",):
                 found.append(item)
     return found
 
@@ -92,20 +109,55 @@ def absolute_imports(root: Path) -> list[str]:
     return found
 
 
-def import_order(root: Path) -> list[Path]:
-    """The files in an order in which each comes after all that it imports; graphlib.CycleError if there is none.
+def upward_imports(root: Path) -> list[Import]:
+    """Imports inside a folder that run against its order; a part that the order does not know is an error."""
+    found = []
+    for source in package_files(root):
+        parts = ORDER.get(source.parts[0], ())
+        if not parts or len(source.parts) < 2 or (source.name == "__init__.py" and len(source.parts) == 2):
+            continue
+        rank = {name: number for number, names in enumerate(parts) for name in names}
+        own = source.parts[1].removesuffix(".py")
+        assert own in rank, f"{source} lies in no part of {source.parts[0]}/ that the order knows"
+        for item in relative_imports(root, source):
+            if item.target[:1] == source.parts[:1] and len(item.target) > 1 and item.target[1] != own:
+                assert item.target[1] in rank, f"{item}, which the order does not know"
+                if rank[item.target[1]] >= rank[own]:
+                    found.append(item)
+    return found
 
-    A class and its user may name each other's types: that runs nothing.
-    """
+
+def import_graph(root: Path) -> dict[Path, set[Path]]:
+    """What every file imports."""
     graph: dict[Path, set[Path]] = {}
     for source in package_files(root):
         graph[source] = set()
         for item in relative_imports(root, source):
             path = Path(*item.target)
             target = path / "__init__.py" if root.joinpath(path).is_dir() else path.with_suffix(".py")
-            if item.target and not item.for_types and target != source and root.joinpath(target).exists():
+            if item.target and target != source and root.joinpath(target).exists():
                 graph[source].add(target)
+    return graph
+
+
+def import_order(graph: dict[Path, set[Path]]) -> list[Path]:
+    """The files, or folders, in an order in which each comes after all that it imports.
+
+    Raises:
+        graphlib.CycleError: if there is none.
+    """
     return list(graphlib.TopologicalSorter(graph).static_order())
+
+
+def folders_of(graph: dict[Path, set[Path]]) -> dict[Path, set[Path]]:
+    """The same graph between folders; the package's own entry points at its root are left out."""
+    folders: dict[Path, set[Path]] = {}
+    for source, targets in graph.items():
+        wanted = {target.parent for target in targets} - {source.parent, Path()}
+        # A folder's first file may hand out what its subfolders hold, as a module at the root of one may use them.
+        if len(source.parts) > 2:
+            folders.setdefault(source.parent, set()).update(t for t in wanted if t not in source.parents)
+    return folders
 
 
 def test_imports_run_one_way() -> None:
@@ -116,8 +168,24 @@ def test_imports_are_relative() -> None:
     assert absolute_imports(ROOT) == []
 
 
-def test_no_import_cycle() -> None:
-    assert Path("dynamic/engine/sampling_params.py") in import_order(ROOT)
+def test_imports_inside_a_folder_run_one_way() -> None:
+    assert [str(item) for item in upward_imports(ROOT)] == []
+
+
+def test_no_circle_of_files_or_folders() -> None:
+    graph = import_graph(ROOT)
+    assert Path("dynamic/engine/sampling_params.py") in import_order(graph)
+    assert Path("dynamic/engine") in import_order(folders_of(graph))
+
+
+def test_no_file_is_longer_than_one_idea() -> None:
+    sources = [path for folder in MAY_IMPORT for path in ROOT.joinpath(folder).rglob("*") if path.is_file()]
+    long = [path for path in sources if path.suffix in (".py", ".cpp", ".h", ".js") and lines_of(path) > LONGEST]
+    assert [str(path.relative_to(ROOT)) for path in long] == []
+
+
+def lines_of(path: Path) -> int:
+    return len(path.read_text().splitlines())
 
 
 @pytest.mark.parametrize(
@@ -129,7 +197,7 @@ def test_no_import_cycle() -> None:
         ("exits/a.py", "def f():\n    from ..moe import router"),
         ("dynamic/engine/a.py", "from ...serve import app"),
         ("dynamic/a.py", "from .. import LLM"),
-        ("moe/a.py", "if TYPE_CHECKING:\n    from ..dynamic.spec import ModelSpec"),
+        ("moe/a.py", "if TYPE_CHECKING:\n    from ..dynamic.model.spec import ModelSpec"),
     ],
 )
 def test_backward_import_is_found(tmp_path: Path, file: str, line: str) -> None:
@@ -139,13 +207,50 @@ def test_backward_import_is_found(tmp_path: Path, file: str, line: str) -> None:
     assert [str(item.source) for item in backward_imports(tmp_path)] == [file]
 
 
-def test_import_cycle_is_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("dynamic/text/a.py", "from ..model.spec import X"),
+        ("dynamic/model/a.py", "def f():\n    from ..engine import b"),
+        ("dynamic/model/attention/a.py", "from ...engine.b import X"),
+        ("dynamic/engine/a.py", "if TYPE_CHECKING:\n    from ..contract.b import X"),
+        ("dynamic/quantize/a.py", "from ..train.b import X"),
+        ("kernels/api/a.py", "from ..cpu.b import X"),
+        ("kernels/triton/a.py", "from ..cpu.b import X"),
+    ],
+)
+def test_upward_import_is_found(tmp_path: Path, file: str, line: str) -> None:
+    path = tmp_path / file
+    path.parent.mkdir(parents=True)
+    path.write_text(line + "\n")
+    assert [str(item.source) for item in upward_imports(tmp_path)] == [file]
+
+
+@pytest.mark.parametrize(
+    "line", ["def x():\n    from . import a\n    return a\n", "if TYPE_CHECKING:\n    from .a import x\n"]
+)
+def test_import_cycle_is_found(tmp_path: Path, line: str) -> None:
     folder = tmp_path / "dynamic"
     folder.mkdir()
     (folder / "a.py").write_text("from .b import x\n")
-    (folder / "b.py").write_text("def x():\n    from . import a\n    return a\n")
+    (folder / "b.py").write_text(line)
     with pytest.raises(graphlib.CycleError):
-        import_order(tmp_path)
+        import_order(import_graph(tmp_path))
+
+
+def test_cycle_of_folders_is_found(tmp_path: Path) -> None:
+    for file, line in {
+        "one/a": "from ..two.b import x",
+        "one/c": "",
+        "two/b": "",
+        "two/d": "from ..one.c import y",
+    }.items():
+        path = tmp_path / "dynamic" / f"{file}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(line + "\n")
+    import_order(import_graph(tmp_path))
+    with pytest.raises(graphlib.CycleError):
+        import_order(folders_of(import_graph(tmp_path)))
 
 
 @pytest.mark.parametrize("line", ["import dynamoe.kernels.select", "from kernels import ops", "import serve"])

@@ -12,13 +12,15 @@ import httpx
 import pytest
 import torch
 from dynamoe.dynamic.contract.deployment import deployment
+from dynamoe.dynamic.convert.load_model import load_model
 from dynamoe.dynamic.convert.model_store import resolve_model
 from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.llm import LLM
 from dynamoe.dynamic.model.kv_cache import allocate_layers, bytes_per_page, copy_pages
-from dynamoe.dynamic.model.loader import LoadedModel, load_decoder, load_model
+from dynamoe.dynamic.model.loaded import LoadedModel
+from dynamoe.dynamic.model.loader import load_decoder
 from dynamoe.dynamic.model.prompt_pass import fresh_cache
 from dynamoe.exits.segments import Segment
 from dynamoe.kernels.api.kv_codes import read_pages

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from dynamoe.dynamic.checkpoint.weights import CheckpointError
+from dynamoe.dynamic.convert.load_model import load_model
 from dynamoe.dynamic.model.decoder import Decoder
-from dynamoe.dynamic.model.loader import load_decoder, load_model
+from dynamoe.dynamic.model.loader import load_decoder
 from dynamoe.kernels.api.types import AttentionBatch, KVLayer
 from safetensors.torch import load_file, save_file
 

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("conf", "dynamic", "exits", "kernels", "moe", "serve")
-PROJECT_FILES = ("pyproject.toml", "README.md", "LICENSE", "py.typed", "__init__.py", "__main__.py")
+PROJECT_FILES = ("pyproject.toml", "README.md", "LICENSE", "py.typed", "__init__.py", "version.py", "__main__.py")
 BUILT = shutil.ignore_patterns("__pycache__", "*.so", "build")
 
 
@@ -47,8 +47,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, source / name)
     for name in FOLDERS:
         shutil.copytree(ROOT / name, source / name, ignore=BUILT)
-    (source / "kernels" / "tuned").mkdir(exist_ok=True)
-    (source / "kernels" / "tuned" / "some-gpu.json").write_text("{}")
+    (source / "kernels" / "triton" / "tuned").mkdir(exist_ok=True)
+    (source / "kernels" / "triton" / "tuned" / "some-gpu.json").write_text("{}")
     return build_wheel(source, tmp_path_factory.mktemp("wheel"))
 
 
@@ -77,7 +77,7 @@ def test_wheel_has_every_file_of_the_package(wheel: Path) -> None:
     )
     expected = {f"dynamoe/{name}" for name in listed.stdout.split() if (ROOT / name).is_file()}
     assert len(expected) > 20
-    expected.add("dynamoe/kernels/tuned/some-gpu.json")  # measurements of a GPU, which may be put there
+    expected.add("dynamoe/kernels/triton/tuned/some-gpu.json")  # measurements of a GPU, which may be put there
     assert expected - set(zipfile.ZipFile(wheel).namelist()) == set()
 
 

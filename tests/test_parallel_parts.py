@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from dynamoe.dynamic.checkpoint.weights import Checkpoint, read_json
+from dynamoe.dynamic.convert.load_model import load_model
 from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.model.families import family_of, model_spec
 from dynamoe.dynamic.model.kv_cache import bytes_per_page
 from dynamoe.dynamic.model.layout import plan_layout
-from dynamoe.dynamic.model.loader import load_model
 from dynamoe.dynamic.model.quantization import methods
 from dynamoe.dynamic.parallel.config import ParallelConfig
 from dynamoe.dynamic.parallel.data_ranks import SharedCache, spread

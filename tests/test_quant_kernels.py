@@ -13,7 +13,7 @@ from dynamoe.kernels.api.formats import FP8_PER_GROUP, INT8_PER_GROUP, UNQUANTIZ
 from dynamoe.kernels.api.tolerance import QUANTIZED_TOLERANCE, error
 from dynamoe.kernels.api.types import Routing
 from dynamoe.kernels.cpu.backend import CpuBackend
-from dynamoe.kernels.reference.operations import quantized as quant_reference
+from dynamoe.kernels.reference import quantized as quant_reference
 from dynamoe.kernels.torch.backend import TorchBackend
 from dynamoe.kernels.triton.backend import TritonBackend
 from dynamoe.kernels.triton.device import H100

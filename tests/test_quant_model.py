@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from dynamoe.dynamic.cli.main.config import ModelConfig
 from dynamoe.dynamic.contract.deployment import deployment
+from dynamoe.dynamic.convert.model_config import ModelConfig
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.llm import LLM
 from dynamoe.dynamic.model.decoder import Decoder
@@ -128,4 +128,4 @@ def test_the_head_can_stay_as_it_is(make_checkpoint: Callable[..., Path]) -> Non
 def test_unknown_methods_are_refused() -> None:
     with pytest.raises(ValueError, match=r"quantization must be none, int8, int8-g32, w8a8, int4, .*, not 'int3'"):
         Quantization(method="int3")
-    assert ModelConfig(quantization="int8").load_arguments()["quantization"] == "int8"
+    assert ModelConfig(quantization="int8").load_arguments()["config"].quantization == "int8"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from dynamoe.dynamic.checkpoint.quantized_checkpoint import open_checkpoint, split_config
-from dynamoe.dynamic.cli.main.main import main
+from dynamoe.dynamic.cli.main import main
 from dynamoe.dynamic.model.decoder import Decoder
 from dynamoe.dynamic.model.loader import load_decoder
 from dynamoe.dynamic.model.prompt_pass import fresh_cache

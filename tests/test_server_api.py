@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 from dynamoe.dynamic.text.tokenizer import Tokenizer
-from dynamoe.serve.wire.openai.openai_answers import (
+from dynamoe.serve.wire.openai_answers import (
     ChatCompletionChunk,
     ChatCompletionResponse,
     CompletionResponse,

@@ -15,7 +15,7 @@ from dynamoe.serve.request_checks import RequestChecks, plain_messages
 from dynamoe.serve.sampling import sampling_params, with_length
 from dynamoe.serve.settings import Limits, ServerSettings
 from dynamoe.serve.text import TextPool
-from dynamoe.serve.wire.openai.openai import ChatCompletionRequest, ChatMessage, CompletionRequest
+from dynamoe.serve.wire.openai import ChatCompletionRequest, ChatMessage, CompletionRequest
 from pydantic import ValidationError
 
 CHECKS = RequestChecks(limits=Limits(max_tokens=100), vocab_size=320, served_model="tiny")

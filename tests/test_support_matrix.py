@@ -26,7 +26,7 @@ from dynamoe.kernels.api.support import (
 from dynamoe.kernels.api.tolerance import TOLERANCE, error
 from dynamoe.kernels.api.types import AttentionBatch, KVLayer, Routing
 from dynamoe.kernels.reference import operations as reference
-from dynamoe.kernels.reference.operations import quantized as quant_reference
+from dynamoe.kernels.reference import quantized as quant_reference
 from dynamoe.kernels.select import BACKENDS, select_backend
 from dynamoe.kernels.torch import backend as torch_backend
 from dynamoe.kernels.torch.backend import TorchBackend

@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from dynamoe import Quality
-from dynamoe.dynamic.cli.main.main import main
-from dynamoe.dynamic.cli.main.targets import check_arguments, refuse_foreign_targets
+from dynamoe.dynamic.cli.main import main
+from dynamoe.dynamic.cli.targets import check_arguments, refuse_foreign_targets
 from dynamoe.dynamic.convert.model_store import resolve_model
 from dynamoe.dynamic.studies.report import comparisons, pareto, swept, tidy, write_report
 from dynamoe.dynamic.studies.serve_configs import write_serve_configs
@@ -245,7 +245,7 @@ def test_a_foreign_target_on_the_command_line_is_refused(argument: str) -> None:
 
 
 def test_targets_of_our_own_and_the_launchers_are_allowed() -> None:
-    ours = {"_target_": "dynamoe.dynamic.studies.sweep.SweepCallback"}
+    ours = {"_target_": "dynamoe.dynamic.cli.sweep.SweepCallback"}
     joblib = {"_target_": "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"}
     refuse_foreign_targets({"hydra": {"callbacks": {"sweep": ours}, "launcher": joblib}}, "here")
 

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from dynamoe.dynamic.contract.deployment import deployment
+from dynamoe.dynamic.convert.load_model import load_model
 from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine
 from dynamoe.dynamic.engine.outputs import CompletionOutput, RequestDelta, RequestOutput
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.llm import LLM
-from dynamoe.dynamic.model.loader import LoadedModel, load_model
+from dynamoe.dynamic.model.loaded import LoadedModel
 
 PAGE = 4
 FIRST, LAST = 1, 2  # pages
@@ -192,6 +194,13 @@ def test_pages_computed_after_an_eviction_are_not_found(model: LoadedModel) -> N
     found = run(engine, [follow_up])[0]
     assert found.num_cached_tokens == len(prompt) // PAGE * PAGE, "the prompt was computed in full"
     assert choices([found]) == choices(run(Engine(model, evicting(enable_prefix_caching=False)), [follow_up]))
+
+
+def test_a_certificate_knows_what_was_evicted(model: LoadedModel) -> None:
+    engine = Engine(model, evicting())
+    facts = deployment(model, engine.runner.exits, engine.logits_plugins, engine.cache_plugins)
+    assert str(facts["keys_and_values"]).startswith("float32, evicted by test_toy_cache_policy.py:KeepEnds ")
+    assert deployment(model, engine.runner.exits)["keys_and_values"] == "float32, nothing evicted"
 
 
 def test_what_cannot_be_is_refused(model: LoadedModel, make_checkpoint: Callable[..., Path]) -> None:

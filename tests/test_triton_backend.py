@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from dynamoe.dynamic.convert.load_model import load_model
 from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.engine.warm_up import warm_up_shapes
-from dynamoe.dynamic.model.loader import load_model
 from dynamoe.kernels.api.router_spec import RouterSpec
 from dynamoe.kernels.api.types import ExpertWeights
 from dynamoe.kernels.reference import operations as reference

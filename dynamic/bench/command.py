@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..cli.config import SharedModelConfig
+from ..convert.model_config import SharedModelConfig
 from ..engine.config import EngineConfig
 from ..model.machine import processor
 from .timing import PointResult, RequestTiming, summarize, table
@@ -58,7 +58,7 @@ class BenchConfig:
                 raise ValueError(f"bench.{name} must be at least 1, not {value}")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class BenchCommandConfig(SharedModelConfig):
     """``dynamoe bench``."""
 
@@ -138,8 +138,8 @@ def report(target: Target, config: BenchCommandConfig, points: Sequence[PointRes
 def _engine_target(config: BenchCommandConfig) -> Target:
     import functools
 
+    from ..convert.load_model import load_model
     from ..engine.engine import Engine
-    from ..model.loader import load_model
     from .engine_target import measure_engine
 
     model = load_model(config.model, **config.load_arguments())

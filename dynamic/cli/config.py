@@ -13,22 +13,11 @@ from typing import Any, ClassVar, cast
 
 from omegaconf import DictConfig, OmegaConf
 
+from ..convert.model_config import SharedModelConfig
 from ..engine.config import EngineConfig
-from ..parallel.config import ParallelConfig
 
 
-@dataclass(kw_only=True)
-class MoEConfig:
-    """Experts.
-
-    Arguments:
-        experts_per_token: experts that every token uses, at most the checkpoint's own number; null takes that.
-    """
-
-    experts_per_token: int | None = None
-
-
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """How tokens are chosen and when the output ends; null takes the model's own ``generation_config.json``.
 
@@ -61,66 +50,7 @@ class SamplingConfig:
     ignore_eos: bool = False
 
 
-@dataclass(kw_only=True)
-class ModelConfig:
-    """Which model, and how it is loaded.
-
-    Arguments:
-        model: a local directory, a Hub id, or the name of a shipped model: ``default``, ``tiny``.
-        dtype: ``auto`` (the checkpoint's own), ``float32``, ``bfloat16`` or ``float16``.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        backend: which kernels compute; ``auto`` takes the fastest that run here, ``cpu:avx512vnni`` (or another
-            instruction set) what a processor would choose that has no better one.
-        quantization: ``none``, or what the weights become while they are loaded: ``int8``, ``w8a8``, ``int4`` (also
-            ``int4-g32``, ``int4-g128``, each also with ``-asym``), ``fp8`` or ``fp8-block``.
-        quantize_lm_head: whether LM head and embedding become int8 then.
-        kv_cache_dtype: ``auto`` (as ``dtype``), ``int8`` or ``fp8``, half the memory: what keys and values are kept in.
-    """
-
-    model: str = "default"
-    dtype: str = "auto"
-    device: str = "auto"
-    backend: str = "auto"
-    quantization: str = "none"
-    quantize_lm_head: bool = True
-    kv_cache_dtype: str = "auto"
-    moe: MoEConfig = field(default_factory=MoEConfig)
-
-    def load_arguments(self) -> dict[str, Any]:
-        """Keyword arguments for :func:`..loader.load_model`."""
-        return {
-            "dtype": self.dtype,
-            "device": self.device,
-            "backend": self.backend,
-            "experts_per_token": self.moe.experts_per_token,
-            "quantization": self.quantization,
-            "quantize_lm_head": self.quantize_lm_head,
-            "kv_cache_dtype": self.kv_cache_dtype,
-        }
-
-
-@dataclass(kw_only=True)
-class SharedModelConfig(ModelConfig):
-    """A model that several processes may share."""
-
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-
-    def load_arguments(self) -> dict[str, Any]:
-        return super().load_arguments() | {"parallel": self.parallel}
-
-
-@dataclass(kw_only=True)
-class QualityConfig:
-    """What requests may be promised.
-
-    Arguments:
-        certificates: directory that ``dynamoe calibrate`` filled; null takes the certificates beside the model, if any.
-    """
-
-    certificates: str | None = None
-
-
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class GenerateConfig(SharedModelConfig):
     """``dynamoe generate``.
 
@@ -141,7 +71,7 @@ class GenerateConfig(SharedModelConfig):
     engine: EngineConfig = field(default_factory=EngineConfig)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
     """``dynamoe prepare``. All keys but ``model`` belong to quantisation with calibration.
 
@@ -209,10 +139,10 @@ class Key:
 
 
 def keys(config: object, prefix: str = "") -> Iterator[Key]:
-    """Every key of a configuration object, groups opened, in the order of the fields."""
+    """Every key of a configuration object, groups opened: the model first, then in the order of the fields."""
     explanations = _explanations(type(config))
     groups = []
-    for item in fields(cast(Any, config)):
+    for item in sorted(fields(cast(Any, config)), key=lambda item: item.name != "model"):
         value = getattr(config, item.name)
         if is_dataclass(value):
             groups.append((item.name, value))

@@ -12,7 +12,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationE
 from .config import keys
 
 if TYPE_CHECKING:
-    from .main import Command
+    from .commands import Command
 
 
 def explain(error: Exception, command: Command) -> str | None:

@@ -28,8 +28,8 @@ def generate(config: GenerateConfig) -> None:
     # What may be wrong with the settings is said before torch is imported and a model loaded, which takes seconds.
     prompt = read_prompt(config, sys.stdin)
     sampling_params(config.sampling, {})
+    from ..convert.load_model import load_model
     from ..engine.engine import Engine
-    from ..model.loader import load_model
 
     model = load_model(config.model, **config.load_arguments())
     prompt_ids = encode_prompt(model.tokenizer, prompt, chat=config.chat, system=config.system)

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from .config import Key, keys
 
 if TYPE_CHECKING:
-    from .main import Command
+    from .commands import Command
 
 INDENT = 34
 

@@ -19,7 +19,7 @@ from ..engine.sampling_params import GREEDY_EPSILON, SamplingParams
 from .served_loss import losses
 
 if TYPE_CHECKING:
-    from ..llm import LLM
+    from ..engine.offline import OfflineEngine
 
 PROBABILITIES = (0.995, 0.99, 0.98, 0.97, 0.96, 0.95, 0.93, 0.91, 0.88, 0.85, 0.8, 0.75, 0.7, 0.6)
 _AT_ONCE = 256  # requests that are decoded and judged together
@@ -92,7 +92,7 @@ def path_through(
 
 
 def measure(
-    llm: LLM,
+    llm: OfflineEngine,
     prompts: Sequence[list[int]],
     setting: Setting,
     max_tokens: int,
@@ -150,7 +150,7 @@ def decoded_layers(output: RequestOutput, num_layers: int) -> tuple[int, int]:
     return output.compute.layer_rows - num_layers * prompt, full
 
 
-def _served(llm: LLM, prompts: Sequence[list[int]], params: Sequence[SamplingParams], progress: bool):
+def _served(llm: OfflineEngine, prompts: Sequence[list[int]], params: Sequence[SamplingParams], progress: bool):
     from tqdm import tqdm
 
     name = ", ".join(f"{layer}: {p}" for layer, p in params[0].exit_thresholds.items())

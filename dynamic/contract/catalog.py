@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..engine.logits_processors import changes_distribution, processor_classes
+from ..engine.protocols import LogitsProcessor
 from ..engine.quality import ContractOutcome, Quality
 from ..engine.sampling_params import SamplingParams
 from .certificate import RequestFacts, differences, load_certificate
@@ -14,7 +16,7 @@ from .deployment import deployment
 from .resolve import Contracts
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from ..engine.engine import Engine
     from .certificate import Certificate, Scalar
@@ -24,18 +26,20 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Offer:
-    """Contracts that an engine may run requests under.
+class ContractCatalog:
+    """Contracts that an engine may run requests under: a :class:`..engine.contracts.ContractResolver`.
 
     Arguments:
         contracts: valid for what runs.
         refused: why others are not, one sentence each.
+        processors: kinds of logits processors of the engine.
     """
 
     contracts: Contracts = field(default_factory=Contracts)
     refused: tuple[str, ...] = ()
+    processors: Sequence[type[LogitsProcessor]] = processor_classes()
 
-    def settle(
+    def resolve(
         self, quality: Quality, params: SamplingParams, max_tokens: int
     ) -> tuple[SamplingParams, ContractOutcome]:
         """What a request spends, as raw settings or ``exact``, and what to tell its caller.
@@ -47,7 +51,7 @@ class Offer:
             greedy=params.greedy,
             temperature=params.temperature,
             max_tokens=max_tokens,
-            adjusted=adjusts_scores(params),
+            adjusted=adjusts_scores(params, self.processors),
         )
         found = self.contracts.resolve(quality.alpha, quality.delta, facts)
         reason = found.reason
@@ -75,7 +79,7 @@ class CertificateSource:
         self._engine = engine
         self._running: Mapping[str, Scalar] | None = None
 
-    def read(self) -> Offer:
+    def read(self) -> ContractCatalog:
         """The certificates that hold for what runs; others are refused, with the reason in the log.
 
         A directory may hold certificates of several deployments, as that of ``tiny`` does: of each contract, the
@@ -88,9 +92,10 @@ class CertificateSource:
         if not self.directory.is_dir():
             if self._needed:
                 raise ValueError(f"no such directory of certificates: {self.directory}")
-            return Offer()
+            return ContractCatalog()
         if self._running is None:
-            self._running = deployment(self._engine.model, self._engine.runner.exits)
+            engine = self._engine
+            self._running = deployment(engine.model, engine.runner.exits, engine.logits_plugins, engine.cache_plugins)
         valid, refused = [], []
         for certificate in nearest(self.directory, self._running):
             reason = self._refusal(certificate)
@@ -99,7 +104,8 @@ class CertificateSource:
             else:
                 refused.append(f"certificate {certificate.id}: {reason}")
                 logger.warning("refused %s", refused[-1])
-        return Offer(contracts=Contracts(valid), refused=tuple(refused))
+        processors = processor_classes(plugin.implementation for plugin in self._engine.logits_plugins)
+        return ContractCatalog(contracts=Contracts(valid), refused=tuple(refused), processors=processors)
 
     def _refusal(self, certificate: Certificate) -> str | None:
         assert self._running is not None
@@ -133,8 +139,8 @@ def nearest(directory: Path, running: Mapping[str, Scalar]) -> list[Certificate]
     return kept
 
 
-def offer_for(engine: Engine, directory: Path | None) -> Offer:
-    """What an engine may offer; see :class:`CertificateSource`."""
+def catalog_for(engine: Engine, directory: Path | None) -> ContractCatalog:
+    """The contracts that an engine may run under; see :class:`CertificateSource`."""
     return CertificateSource(engine, directory).read()
 
 
@@ -149,8 +155,7 @@ def spent_under(certificate: Certificate, params: SamplingParams) -> SamplingPar
     )
 
 
-def adjusts_scores(params: SamplingParams) -> bool:
-    """Whether a request's own settings change what the model would choose, cut its distribution, or forbid its end."""
-    penalised = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
+def adjusts_scores(params: SamplingParams, processors: Iterable[type[LogitsProcessor]]) -> bool:
+    """Whether a request's settings change what the model would choose, cut its distribution, or forbid its end."""
     cut = not params.greedy and (params.top_p < 1 or params.top_k > 0 or params.min_p > 0)
-    return bool(penalised or params.logit_bias or params.min_tokens or params.ignore_eos or cut)
+    return cut or params.ignore_eos or changes_distribution(params, processors)

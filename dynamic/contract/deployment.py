@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,38 +11,48 @@ import torch
 from ...exits.sidecar import JSON_FILE, TENSOR_FILE, backbone_hash
 from ...kernels.select import NUMERICS
 from ...moe.sidecar import JSON_FILE as CONTRIBUTIONS
+from ..engine.plugins import Plugin, plugin_facts
 from .certificate import Scalar
 
 if TYPE_CHECKING:
     from ..engine.exit_runner import ExitRunner
-    from ..model.loader import LoadedModel
+    from ..model.loaded import LoadedModel
 
 
-def deployment(model: LoadedModel, exits: ExitRunner) -> dict[str, Scalar]:
+def deployment(
+    model: LoadedModel, exits: ExitRunner, plugins: Sequence[Plugin] = (), cache_plugins: Sequence[Plugin] = ()
+) -> dict[str, Scalar]:
     """Names and values of what runs; equal values mean equal tokens, up to what ``device`` promises.
 
     Arguments:
         exits: of the engine that serves the model.
+        plugins: logits processors of the engine; cache_plugins: its cache policy.
     """
     decoder = model.decoder
     device = torch.device(decoder.device)
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     isa = getattr(decoder.backend, "isa", None)
     several = {} if decoder.processes is None else {"processes": decoder.processes}  # they sum in another order
-    return several | {
-        "weights": backbone_hash(model.path),
-        "quantisation": decoder.quantization,
-        "dtype": str(decoder.dtype).removeprefix("torch."),
-        "experts_per_token": ",".join(str(k) for k in _experts_per_token(model)),
-        "keys_and_values": f"{exits.kv[0].keys_BGPC.dtype}".removeprefix("torch.") + ", nothing evicted",
-        "exits": _hash(model, JSON_FILE, TENSOR_FILE),
-        "contributions": _hash(model, CONTRIBUTIONS),
-        "backfill": "project",  # KV propagation, by the name that certificates know
-        "batching": "each row leaves by its own state",
-        "device": kind,
-        "backend": decoder.backend.name + (f" {isa}" if isa else f", torch {torch.__version__}"),
-        "kernels": NUMERICS,
-    }
+    added = {"logits_processors": plugin_facts(plugins)} if plugins else {}
+    evicted = f"evicted by {plugin_facts(cache_plugins)}" if cache_plugins else "nothing evicted"
+    return (
+        several
+        | added
+        | {
+            "weights": backbone_hash(model.path),
+            "quantisation": decoder.quantization,
+            "dtype": str(decoder.dtype).removeprefix("torch."),
+            "experts_per_token": ",".join(str(k) for k in _experts_per_token(model)),
+            "keys_and_values": f"{exits.kv[0].keys_BGPC.dtype}, {evicted}".removeprefix("torch."),
+            "exits": _hash(model, JSON_FILE, TENSOR_FILE),
+            "contributions": _hash(model, CONTRIBUTIONS),
+            "backfill": "project",  # KV propagation, by the name that certificates know
+            "batching": "each row leaves by its own state",
+            "device": kind,
+            "backend": decoder.backend.name + (f" {isa}" if isa else f", torch {torch.__version__}"),
+            "kernels": NUMERICS,
+        }
+    )
 
 
 def _experts_per_token(model: LoadedModel) -> list[int]:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import itertools
 import logging
 import sqlite3
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..engine.outputs import CompletionOutput, RequestOutput
+from .monitor import RiskMonitor
 from .monitor_store import PendingRun
 from .served_loss import Steps, loss_steps
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from ...serve.contracts import ContractDesk
     from ..model.decoder import Decoder
 
 logger = logging.getLogger("dynamoe.contracts")
@@ -29,16 +30,16 @@ class FullRuns:
 
     Arguments:
         decoder: the model that serves; the same pass and the same loss as in the calibration.
-        desk: whose monitor has the picks.
+        monitor: the one that has the picks; None while there is none.
     """
 
     decoder: Decoder
-    desk: ContractDesk
+    monitor: Callable[[], RiskMonitor | None]
     _run: PendingRun | None = field(default=None, init=False)
     _steps: Steps[np.ndarray] | None = field(default=None, init=False)
 
     def work(self) -> bool:
-        """Do a small piece; returns whether there may be another one at once."""
+        """Do a small part; returns whether there may be another one at once."""
         try:
             return self._work()
         except sqlite3.Error as error:  # the pick stays pending: it is run again when there is something new
@@ -47,7 +48,7 @@ class FullRuns:
             return False
 
     def _work(self) -> bool:
-        monitor = self.desk.monitor
+        monitor = self.monitor()
         if monitor is None:
             return False
         if self._run is None or self._steps is None:

@@ -24,6 +24,8 @@ class EngineConfig:
         seed: seeds the draws of requests that bring no seed of their own.
         cache_policy: plug-in that decides which pages of running sequences are kept, ``FILE.py:Class`` or the name of
             an entry point; None keeps all. It runs code: only the command line and Python may name it.
+        logits_processors: plug-ins that edit logits, in this order, each ``FILE.py:Class`` or the name of an entry
+            point. They run code: only the command line and Python may name them.
     """
 
     max_num_seqs: int = 16
@@ -37,8 +39,12 @@ class EngineConfig:
     measure_step_times: bool = False
     seed: int = 0
     cache_policy: str | None = None
+    logits_processors: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.logits_processors, str):
+            raise ValueError(f"engine.logits_processors must be a list, not {self.logits_processors!r}")
+        object.__setattr__(self, "logits_processors", tuple(self.logits_processors))
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_waiting"):
             if getattr(self, name) < 1:
                 raise ValueError(f"engine.{name} must be at least 1, not {getattr(self, name)}")

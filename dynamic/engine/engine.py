@@ -9,15 +9,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..contract.catalog import Offer
-from ..model.kv_cache import count_pages
+from ..model.counters import Compute
 from .block_pool import BlockPool
+from .cache_size import count_pages
 from .config import EngineConfig
+from .contracts import ContractResolver, NoContracts
 from .eviction import load_cache_policy
 from .exit_runner import launched_rows
+from .logits_processors import processor_classes
 from .logprobs import position_logprobs
-from .outputs import CompletionDelta, Compute, PositionLogprobs, RequestDelta
+from .outputs import CompletionDelta, PositionLogprobs, RequestDelta
+from .plugins import load_plugins
 from .prefix_cache import PrefixCache
+from .protocols import LogitsProcessor
 from .quality import ContractOutcome, Quality
 from .request import Request, Sequence, StopTokens
 from .runner import Runner
@@ -32,7 +36,7 @@ from .token_costs import TokenCosts, TokenTally
 from .warm_up import warm_up
 
 if TYPE_CHECKING:
-    from ..model.loader import LoadedModel
+    from ..model.loaded import LoadedModel
 
 logger = logging.getLogger(__name__)
 
@@ -53,13 +57,16 @@ class Engine:
         config: limits.
 
     Raises:
-        ValueError: when the memory for keys and values does not hold one sequence of the configured length.
+        ValueError: when the memory for keys and values does not hold one sequence of the configured length, and for a
+            plug-in that cannot be loaded.
     """
 
     def __init__(self, model: LoadedModel, config: EngineConfig | None = None) -> None:
         self.model = model
         self.config = config = config or EngineConfig()
         spec, decoder = model.spec, model.decoder
+        self.logits_plugins = load_plugins(config.logits_processors, LogitsProcessor)
+        self._processors = processor_classes(plugin.implementation for plugin in self.logits_plugins)
         self.vocab_size: int = spec.vocab_size
         device, homes = torch.device(decoder.device), decoder.homes
         num_pages = count_pages(config, spec, decoder.kv_dtype, device, homes)
@@ -74,7 +81,7 @@ class Engine:
         if config.measure_step_times:
             self.step_times = measure_step_times(decoder, self.runner.kv, config.max_num_batched_tokens)
         self._segment_layers = tuple(len(segment.layers) for segment in decoder.segments)
-        self.offer = Offer()  # contracts that requests may run under
+        self.contracts: ContractResolver = NoContracts()  # that requests may run under
         self._segment_experts = tuple(spec.experts_in(segment.layers) for segment in decoder.segments)
         self._eos = _eos_token_ids(model)
         self._requests: dict[str, Request] = {}
@@ -100,7 +107,7 @@ class Engine:
             priority: lower goes first; equal ones go by arrival.
             cache_salt: only requests with the same salt share prefixes.
             contract: what became of a contract that the caller has settled: ``params`` say what may be spent. Left
-                out, a :class:`Quality` in ``params`` is settled by :attr:`offer`.
+                out, a :class:`Quality` in ``params`` is resolved by :attr:`contracts`.
 
         Raises:
             ValueError: for an id in use, an empty or too long prompt, token ids outside the vocabulary, exits that the
@@ -115,8 +122,8 @@ class Engine:
             raise EngineFull(len(self.scheduler.waiting), self._pace.seconds_per_request)
         spends = params
         if isinstance(params.quality, Quality):
-            longest = self.max_model_len - len(prompt)
-            spends, contract = self.offer.settle(params.quality, params, min(longest, params.max_tokens or longest))
+            longest = min(self.max_model_len - len(prompt), params.max_tokens or self.max_model_len)
+            spends, contract = self.contracts.resolve(params.quality, params, longest)
         request = Request(
             request_id,
             prompt,
@@ -132,6 +139,8 @@ class Engine:
             exit_logits_E=self.runner.exits.logit_thresholds(spends.exit_thresholds),
             expert_budget=self.runner.budgets.of_request(spends),
             contract=contract,
+            processors=self._processors,
+            tokenizer=self.model.tokenizer,
         )
         self._arrivals += 1
         self._requests[request_id] = request
@@ -150,6 +159,7 @@ class Engine:
             ("prompt_token_ids", prompt),
             ("stop_token_ids", params.stop_token_ids),
             ("logit_bias", params.logit_bias),
+            ("allowed_token_ids", params.allowed_token_ids or ()),
         ):
             for token in tokens:
                 if not 0 <= token < self.vocab_size:

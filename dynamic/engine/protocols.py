@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..text.tokenizer import Tokenizer
+    from .draws import Draws
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +85,7 @@ class SequenceSnapshot:
         num_prompt: how many of them are the prompt's.
         params: of the request.
         cache_salt: only requests of the same salt may learn from each other's outputs.
+        draws: its random numbers; a drafter that samples with those of a position agrees with the model more often.
     """
 
     key: tuple[str, int]
@@ -91,6 +93,7 @@ class SequenceSnapshot:
     num_prompt: int
     params: SamplingParams
     cache_salt: str | None
+    draws: Draws
 
     @property
     def num_output(self) -> int:

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import time
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .draws import Draws
+from .logits_processors import processor_classes
+from .protocols import LogitsProcessor, ProcessorContext, SequenceSnapshot
 from .sampling_params import SamplingParams
 from .token_costs import TokenTally
-from .token_counts import TokenCounts
 
 if TYPE_CHECKING:
+    from ..text.tokenizer import Tokenizer
     from .outputs import PositionLogprobs
     from .quality import ContractOutcome
     from .request_budget import RequestBudget
     from .text import OutputText
-
-_MASK_64 = (1 << 64) - 1
-
 
 NEVER = 1 << 62
 
@@ -57,6 +58,8 @@ class Request:
             never); None for a request whose tokens run all layers.
         expert_budget: how many experts its output may use; None for one that uses all.
         contract: what became of the risk that its caller accepts.
+        processors: kinds of logits processors that it may need, in their order.
+        tokenizer: of the model, for those of them that read text.
     """
 
     def __init__(
@@ -74,6 +77,8 @@ class Request:
         exit_logits_E: np.ndarray | None = None,
         contract: ContractOutcome | None = None,
         expert_budget: RequestBudget | None = None,
+        processors: Iterable[type[LogitsProcessor]] = processor_classes(),
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         self.request_id = request_id
         self.prompt_token_ids = prompt_token_ids
@@ -88,8 +93,12 @@ class Request:
         limit = max_total_tokens - len(prompt_token_ids)
         self.max_output_tokens = limit if params.max_tokens is None else min(limit, params.max_tokens)
         # The leading number keeps seeds that callers choose apart from those that the engine derives.
-        self.seed_words = (0, base_seed & _MASK_64, arrival) if params.seed is None else (1, params.seed & _MASK_64)
-        self.sequences: list[Sequence] = [Sequence(self, 0)]
+        self.seed_words = (0, base_seed, arrival) if params.seed is None else (1, params.seed)
+        context = ProcessorContext(
+            params=params, prompt_token_ids=prompt_token_ids, stop_token_ids=stop_tokens.all, tokenizer=tokenizer
+        )
+        own = tuple(kind(context) for kind in processors if kind.needed(params))
+        self.sequences: list[Sequence] = [Sequence(self, 0, own)]
         self.prompt_logprobs: list[PositionLogprobs | None] | None = [None] if self.wants_prompt_logprobs else None
         self.num_cached_tokens = 0
         self.arrival_time = time.monotonic()
@@ -118,10 +127,9 @@ class Sequence:
     """One completion: its tokens, its pages, and what the sampler keeps about it."""
 
     __slots__ = (
+        "_draws",
         "block_digests",
-        "counts",
         "depths",
-        "draws",
         "first_approximate",
         "first_page",
         "home",
@@ -131,6 +139,7 @@ class Sequence:
         "num_evicted",
         "num_prompt",
         "pages",
+        "processors",
         "rank",
         "request",
         "skipped_experts",
@@ -139,9 +148,11 @@ class Sequence:
         "token_ids",
     )
 
-    def __init__(self, request: Request, index: int) -> None:
+    def __init__(self, request: Request, index: int, processors: tuple[LogitsProcessor, ...] = ()) -> None:
         self.request = request
         self.index = index
+        self.processors = processors
+        self._draws: Draws | None = None
         self.token_ids = list(request.prompt_token_ids)
         self.num_prompt = len(request.prompt_token_ids)
         self.num_computed = 0  # tokens whose keys and values are in the pages
@@ -154,8 +165,6 @@ class Sequence:
         self.rank = (request.priority, request.arrival, index)
         self.state = State.WAITING
         self.text: OutputText | None = None
-        self.counts = TokenCounts(request.prompt_token_ids) if TokenCounts.needed(request.params) else None
-        self.draws: np.random.Generator | None = None
         self.depths = array("h")  # of a request with exits: layers that each computed position behind the prompt ran
         self.first_approximate = NEVER  # position from which on keys and values are not those of the full model
         self.skipped_experts = 0  # that the row of the last token did without
@@ -172,12 +181,33 @@ class Sequence:
     def num_uncomputed(self) -> int:
         return len(self.token_ids) - self.num_computed
 
-    def draw(self) -> float:
-        """The next uniform number in [0, 1) of this completion's own stream."""
-        if self.draws is None:
-            words = np.random.SeedSequence([*self.request.seed_words, self.index])
-            self.draws = np.random.Generator(np.random.Philox(words))
-        return float(self.draws.random())
+    @property
+    def draws(self) -> Draws:
+        """Its random numbers."""
+        if self._draws is None:
+            self._draws = Draws(self.request.seed_words, self.index)
+        return self._draws
+
+    def peek(self, ahead: int = 0) -> int:
+        """The key of the noise that chooses the next output token, or one ``ahead`` of it (:meth:`Draws.peek`)."""
+        return self.draws.peek(self.num_output + ahead)
+
+    def snapshot(self) -> SequenceSnapshot:
+        """What a drafter may see."""
+        request = self.request
+        return SequenceSnapshot(
+            key=(request.request_id, self.index),
+            token_ids=self.token_ids,
+            num_prompt=self.num_prompt,
+            params=request.params,
+            cache_salt=request.cache_salt,
+            draws=self.draws,
+        )
+
+    def fork(self, index: int) -> Sequence:
+        """Another completion of the same prompt, without pages. This one has no output yet."""
+        assert not self.num_output
+        return Sequence(self.request, index, tuple(processor.fork() for processor in self.processors))
 
     def record_depth(self, position: int, depth: int, num_layers: int) -> None:
         """Remember how many layers a position behind the prompt ran.
@@ -195,7 +225,14 @@ class Sequence:
         self.first_approximate = min(self.first_approximate, position)
 
     def append(self, token_id: int) -> None:
-        """Add a sampled token."""
+        """Add a sampled token; the next one is drawn with the numbers of the next position."""
         self.token_ids.append(token_id)
-        if self.counts is not None:
-            self.counts.add(token_id)
+        for processor in self.processors:
+            processor.accept(token_id)
+
+    def rollback(self, count: int) -> None:
+        """Take the newest tokens back, whose keys and values were not computed yet and whose text nobody has seen."""
+        assert 0 <= count <= min(self.num_output, self.num_uncomputed), f"{count} tokens cannot be taken back"
+        del self.token_ids[len(self.token_ids) - count :]
+        for processor in self.processors:
+            processor.rollback(count)

@@ -1,7 +1,15 @@
 """Choosing tokens. Every row is treated as if it were alone: its result does not depend on the rows beside it.
 
-Shape suffixes: R rows to sample, U those of them that are not settled yet, V vocabulary, H best tokens looked at,
-X blocks of the vocabulary, C tokens of a block.
+What happens to a row, in this order, the one of vLLM:
+
+1. Log-probabilities that a request asks for are taken from the model's own logits.
+2. Logits processors: allowed tokens, bad words, logit bias, min_tokens, plug-ins as they are listed, penalties
+   (:data:`.logits_processors.ORDER`).
+3. A greedy row takes its largest logit, the first of equals, and is done.
+4. Filters: temperature, min-p, top-k, top-p.
+5. The noise of this output position chooses among the tokens that are left (:mod:`.draws`).
+
+Shape suffixes: R rows to sample, U those of them that are not settled yet, V vocabulary, H best tokens looked at.
 """
 
 from __future__ import annotations
@@ -11,15 +19,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .penalties import edit_logits, edits_logits
-from .selection import BLOCK, block_sums, first_best, largest
+from .draws import NO_TOKEN, choose_tokens
+from .logits_processors import edit_logits
+from .selection import block_sums, first_best, largest
 
 if TYPE_CHECKING:
     from .request import Sequence
     from .sampling_params import SamplingParams
 
-NO_TOKEN = -1
-_BELOW_ONE = 1 - 2**-53
 # A nucleus rarely needs more tokens than these, and picking them is far cheaper than sorting the vocabulary.
 NUCLEUS_HEADS = (64, 1024)
 
@@ -27,34 +34,36 @@ NUCLEUS_HEADS = (64, 1024)
 def sample(logits_RV: torch.Tensor, sequences: list[Sequence]) -> list[int]:
     """Choose the next token of each row's sequence.
 
-    Every row that is not greedy takes one uniform number from its sequence's own stream and inverts the distribution
-    with it; the vocabulary's order is the order of the cumulative sum.
-
     Arguments:
         logits_RV: float32; overwritten.
         sequences: one per row.
 
-    Returns: token ids; ``NO_TOKEN`` for a row that has no finite best logit.
+    Returns: token ids; :data:`NO_TOKEN` for a row that has no finite best logit.
     """
-    if any(edits_logits(s) for s in sequences):
-        edit_logits(logits_RV, sequences)
+    edit_logits(logits_RV, [s.processors for s in sequences])
+    greedy = [row for row, s in enumerate(sequences) if s.request.params.greedy]
+    if len(greedy) == len(sequences):
+        return _largest(logits_RV)
     drawn = [row for row, s in enumerate(sequences) if not s.request.params.greedy]
-    mixed = len(drawn) < len(sequences)
-    if mixed:
-        tokens, best = first_best(logits_RV)
-    else:
-        tokens, best = [NO_TOKEN] * len(sequences), logits_RV.amax(-1).tolist()
-    if drawn:
-        params = [sequences[row].request.params for row in drawn]
-        draws_R = torch.tensor([sequences[row].draw() for row in drawn], dtype=torch.float64, device=logits_RV.device)
-        rows_RV = logits_RV[torch.tensor(drawn, device=logits_RV.device)] if mixed else logits_RV
-        for row, token in zip(drawn, draw_tokens(rows_RV, params, draws_R).tolist(), strict=True):
-            tokens[row] = token
+    params, keys = [sequences[row].request.params for row in drawn], [sequences[row].peek() for row in drawn]
+    if not greedy:
+        return draw_tokens(logits_RV, params, keys)
+    tokens = dict(zip(greedy, _largest(_rows(logits_RV, greedy)), strict=True))
+    tokens |= zip(drawn, draw_tokens(_rows(logits_RV, drawn), params, keys), strict=True)
+    return [tokens[row] for row in range(len(sequences))]
+
+
+def _largest(logits_RV: torch.Tensor) -> list[int]:
+    tokens, best = first_best(logits_RV)
     return [token if math.isfinite(value) else NO_TOKEN for token, value in zip(tokens, best, strict=True)]
 
 
-def draw_tokens(logits_RV: torch.Tensor, params: list[SamplingParams], draws_R: torch.Tensor) -> torch.Tensor:
-    """Invert each row's distribution after temperature, min-p, top-k and top-p, in this order (the one of vLLM).
+def _rows(logits_RV: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    return logits_RV[torch.tensor(rows, device=logits_RV.device)]
+
+
+def draw_tokens(logits_RV: torch.Tensor, params: list[SamplingParams], keys: list[int]) -> list[int]:
+    """Filter each row's distribution and draw a token from what is left.
 
     Tokens as likely as the last one that a filter keeps are kept too: which of several equals go must not depend on
     how they were sorted.
@@ -62,18 +71,21 @@ def draw_tokens(logits_RV: torch.Tensor, params: list[SamplingParams], draws_R: 
     Arguments:
         logits_RV: float32; overwritten.
         params: one per row; none of them greedy.
-        draws_R: float64, uniform in [0, 1).
+        keys: of each row's noise.
 
-    Returns: token ids, int64, (R,).
+    Returns: token ids; ``NO_TOKEN`` for a row whose logits are not numbers.
     """
-    temperature_R1 = _column([p.temperature for p in params], logits_RV)
-    weights_RV = logits_RV.div_(temperature_R1).softmax(-1)
+    temperatures = [p.temperature for p in params]
+    scaled_RV = logits_RV
+    if any(temperature != 1.0 for temperature in temperatures):
+        scaled_RV = logits_RV.div_(_column(temperatures, logits_RV))
+    weights_RV = scaled_RV.softmax(-1)
     floor_R1, floored_R1 = _floor(weights_RV, params)
     if floor_R1 is not None:
         _zero_below(weights_RV, floor_R1)
     if any(p.top_p < 1.0 for p in params):
         _keep_nucleus(weights_RV, params, floored_R1)
-    return _invert(weights_RV, draws_R)
+    return choose_tokens(scaled_RV, weights_RV, keys)
 
 
 def _zero_below(weights_RV: torch.Tensor, floor_R1: torch.Tensor) -> None:
@@ -82,27 +94,6 @@ def _zero_below(weights_RV: torch.Tensor, floor_R1: torch.Tensor) -> None:
     for weights_V, limit in zip(weights_RV, below, strict=True):
         if limit > 0.0:
             torch.threshold_(weights_V, limit, 0.0)
-
-
-def _invert(weights_RV: torch.Tensor, draws_R: torch.Tensor) -> torch.Tensor:
-    """The token at which the cumulative weight first exceeds its share ``draw``: first the block, then the token in it.
-
-    A place where a cumulative sum first exceeds something has a weight above zero, so none without weight is taken.
-    """
-    cumulative_RX = block_sums(weights_RV).cumsum(-1)
-    targets_R1 = draws_R[:, None] * cumulative_RX[:, -1:]
-    last_block = cumulative_RX.shape[1] - 1
-    block_R1 = torch.searchsorted(cumulative_RX, targets_R1, right=True).clamp_(max=last_block)
-    end_R1 = cumulative_RX.gather(1, block_R1)
-    start_R1 = cumulative_RX.gather(1, (block_R1 - 1).clamp_(min=0)).masked_fill_(block_R1 == 0, 0.0)
-    # The block's sum and the sum of its entries may differ in the last bit: carry the share over, not the amount.
-    share_R1 = ((targets_R1 - start_R1) / (end_R1 - start_R1)).clamp_(max=_BELOW_ONE)
-    places_RC = block_R1 * BLOCK + torch.arange(BLOCK, device=weights_RV.device)
-    outside_RC = places_RC >= weights_RV.shape[1]
-    inside_RC = weights_RV.gather(1, places_RC.masked_fill(outside_RC, 0)).masked_fill_(outside_RC, 0.0)
-    within_RC = inside_RC.cumsum(-1, dtype=torch.float64)
-    offset_R1 = torch.searchsorted(within_RC, share_R1 * within_RC[:, -1:], right=True)
-    return (block_R1 * BLOCK + offset_R1).squeeze(1).clamp_(max=weights_RV.shape[1] - 1)
 
 
 def _column(values: list[float], like: torch.Tensor) -> torch.Tensor:

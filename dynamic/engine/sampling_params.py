@@ -21,6 +21,8 @@ class SamplingParams:
         repetition_penalty: > 1 discourages tokens of prompt and output; presence_penalty and frequency_penalty look at
             the output only.
         logit_bias: token id → amount added to its logit.
+        allowed_token_ids: the output consists of these tokens only; None: of all.
+        bad_words: texts that the output never holds as the tokens that they have alone or after a space.
         seed: makes the request's random draws repeatable, whatever runs beside it.
         max_tokens, min_tokens: limits on the output's length; no stop ends the output before ``min_tokens``.
             ``max_tokens=None`` means: until the model's maximum length.
@@ -56,6 +58,8 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = field(default_factory=dict)
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str, ...] = ()
     seed: int | None = None
     max_tokens: int | None = 16
     min_tokens: int = 0
@@ -77,6 +81,9 @@ class SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "bad_words", tuple(self.bad_words or ()))
+        if self.allowed_token_ids is not None:
+            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
         object.__setattr__(self, "exit_thresholds", dict(self.exit_thresholds or {}))
         object.__setattr__(self, "quality", read_quality(self.quality))
@@ -114,6 +121,10 @@ class SamplingParams:
                 raise ValueError(f"{name} must be at least 0, not {value}")
         if any(not s for s in self.stop):
             raise ValueError("stop strings must not be empty")
+        if any(not word.strip() for word in self.bad_words):
+            raise ValueError("bad_words must not be blank")
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise ValueError("allowed_token_ids must not be empty")
         if self.stop and not self.detokenize:
             raise ValueError("stop strings need detokenize=True")
         for token, bias in self.logit_bias.items():

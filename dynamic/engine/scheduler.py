@@ -204,7 +204,7 @@ class Scheduler:
         if len(request.sequences) == request.params.n:
             return [sequence]
         for index in range(len(request.sequences), request.params.n):
-            sibling = Sequence(request, index)
+            sibling = sequence.fork(index)
             request.sequences.append(sibling)
             if len(self.running) >= self.max_num_seqs:
                 self.add(sibling)

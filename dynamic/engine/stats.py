@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .outputs import Compute, Exchange, TokenCost
+from ..model.counters import Compute, Exchange, TokenCost
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

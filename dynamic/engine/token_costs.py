@@ -6,7 +6,7 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from .outputs import TokenCost
+from ..model.counters import TokenCost
 
 if TYPE_CHECKING:
     from ..model.decoder import Decoder, LayerWeights

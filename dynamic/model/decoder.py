@@ -27,7 +27,7 @@ from ...kernels.api.types import (
     Routing,
 )
 from ...kernels.torch.backend import TorchBackend
-from ..engine.outputs import Exchange
+from .counters import Exchange
 from .exits import DecoderExit
 from .inference_mode import in_inference_mode
 from .kv_cache import allocate_layers, copy_pages

@@ -5,7 +5,7 @@ The part of attention that grows with the context is left out.
 
 from __future__ import annotations
 
-from ..engine.outputs import Compute
+from .counters import Compute
 from .spec import ModelSpec
 
 

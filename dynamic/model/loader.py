@@ -1,14 +1,13 @@
-"""From a directory to a model that is ready to run: read, check, convert layer by layer."""
+"""From a directory to a decoder that is ready to run: read, check, convert layer by layer."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -24,147 +23,81 @@ from ...moe.contribution import LayerScales
 from ..checkpoint.config_reader import ConfigReader
 from ..checkpoint.quantized_checkpoint import open_checkpoint, split_config
 from ..checkpoint.weights import DTYPES, Checkpoint, CheckpointError, StoredWeights, read_json
-from ..parallel.config import ParallelConfig, launched_size
-from ..parallel.stages import no_linear
-from ..parallel.start import Shard, ShardedCheckpoint, follow_if_worker, join, parallel_decoder
 from .budgeted_layers import read_scales
 from .decoder import Decoder, LayerWeights
 from .exits import pack_exits
 from .families import family_of, model_spec
 from .layout import EMBEDDING, FINAL_NORM, FFNLayout, LayerLayout, Layout, expert_tensors, plan_layout
+from .load_config import LoadConfig
 from .machine import release_free_memory
+from .placement import Join, Placement, Source, absent_linear
 from .quantization import NONE, Method, Quantization
 from .spec import ModelSpec
-
-if TYPE_CHECKING:
-    from ..text.tokenizer import Tokenizer
-logger = logging.getLogger(__name__)
 
 DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORED = "as the checkpoint stores it"
 GENERATION_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoadedModel:
-    """A model with its tokenizer.
-
-    Arguments:
-        name: what the caller asked for.
-        path: the directory it came from.
-        generation_defaults: what ``generation_config.json`` recommends: any of temperature, top_p, top_k, min_p,
-            repetition_penalty, max_new_tokens; and eos_token_id, a list, always.
-    """
-
-    name: str
-    path: Path
-    spec: ModelSpec
-    decoder: Decoder
-    tokenizer: Tokenizer
-    generation_defaults: dict[str, Any]
-
-
-def load_model(
-    model: str | Path,
-    *,
-    dtype: str = "auto",
-    device: str = "auto",
-    backend: str = "auto",
-    progress: bool = True,
-    experts_per_token: int | None = None,
-    quantization: str = NONE,
-    quantize_lm_head: bool = True,
-    kv_cache_dtype: str = "auto",
-    parallel: ParallelConfig | None = None,
-) -> LoadedModel:
-    """Load a model by name.
-
-    Arguments:
-        model: a local directory in Hugging Face layout, the name of a shipped model, a ``.gguf`` file, or a Hub id.
-        dtype: ``auto`` (the checkpoint's own), ``float32``, ``bfloat16`` or ``float16``.
-        device: ``auto`` (a GPU when there is one), or a torch device.
-        backend: see :func:`select_backend`.
-        progress: show a progress bar.
-        experts_per_token: use fewer routed experts per token than the model was made for.
-        quantization, quantize_lm_head: see :class:`Quantization`.
-        kv_cache_dtype: what keys and values are kept in: ``auto`` (as the model computes), ``int8`` or ``fp8``.
-        parallel: the processes that share the model. In all of them but rank 0 this function does not return: they
-            work until rank 0 ends, and exit.
-
-    Raises:
-        ValueError: one clear message for whatever is wrong, before anything is served.
-    """
-    from ..convert.model_store import resolve_model
-    from ..text.tokenizer import Tokenizer
-
-    path = resolve_model(model, progress=progress)
-    tokenizer = Tokenizer.from_directory(path)
-    decoder = load_decoder(
-        path,
-        dtype=dtype,
-        device=device,
-        backend=backend,
-        progress=progress,
-        experts_per_token=experts_per_token,
-        quantization=quantization,
-        quantize_lm_head=quantize_lm_head,
-        kv_cache_dtype=kv_cache_dtype,
-        parallel=parallel,
-    )
-    follow_if_worker(decoder)
-    spec, defaults = decoder.spec, read_generation_defaults(path, decoder.spec)
-    return LoadedModel(
-        name=str(model), path=path, spec=spec, decoder=decoder, tokenizer=tokenizer, generation_defaults=defaults
-    )
-
-
 def load_decoder(
     path: Path,
+    config: LoadConfig | None = None,
     *,
-    dtype: str = "auto",
-    device: str = "auto",
-    backend: str = "auto",
     progress: bool = False,
+    join: Join | None = None,
     experts_per_token: int | None = None,
-    quantization: str = NONE,
-    quantize_lm_head: bool = True,
-    kv_cache_dtype: str = "auto",
-    parallel: ParallelConfig | None = None,
+    **options: Any,
 ) -> Decoder:
-    """Load the decoder of a directory, without its tokenizer. Arguments and errors as for :func:`load_model`.
+    """Load the decoder of a directory, without its tokenizer.
 
     Every name and shape is checked from the files' headers before the first weight is read. Exits and calibrated
     contributions of the experts that lie beside the checkpoint come with it.
+
+    Arguments:
+        path: a directory in Hugging Face layout.
+        config: how it is loaded.
+        progress: show a progress bar.
+        join: meets the other processes that share the model; None: there are none.
+        experts_per_token: use fewer routed experts per token than the model was made for.
+        options: fields of :class:`LoadConfig` that differ from ``config``.
+
+    Raises:
+        ValueError: one clear message for whatever is wrong, before the first weight is read.
     """
-    wanted = Quantization(method=quantization, lm_head=quantize_lm_head)
-    if kv_cache_dtype not in KV_DTYPES:
-        raise ValueError(f"kv_cache_dtype must be {', '.join(KV_DTYPES)}, not {kv_cache_dtype!r}")
-    config, stored = split_config(read_json(path / "config.json"))
-    if stored is not None and quantization != NONE:
-        raise ValueError(f"the weights in {path} are quantised already: leave quantization={quantization} away")
-    spec = model_spec(config)
+    settings = replace(config or LoadConfig(), **options)
+    wanted = Quantization(method=settings.quantization, lm_head=settings.quantize_lm_head)
+    if settings.kv_cache_dtype not in KV_DTYPES:
+        raise ValueError(f"kv_cache_dtype must be {', '.join(KV_DTYPES)}, not {settings.kv_cache_dtype!r}")
+    model_config, stored = split_config(read_json(path / "config.json"))
+    if stored is not None and settings.quantization != NONE:
+        raise ValueError(
+            f"the weights in {path} are quantised already: leave quantization={settings.quantization} away"
+        )
+    spec = model_spec(model_config)
     checkpoint = open_checkpoint(path, stored)
-    layout = plan_layout(spec, family_of(config), checkpoint)
+    layout = plan_layout(spec, family_of(model_config), checkpoint)
     defaults = read_generation_defaults(path, spec)
     spec = replace(spec, eos_token_ids=tuple(defaults["eos_token_id"]))
     if experts_per_token is not None:
         spec = spec.with_experts_per_token(experts_per_token)
-    torch_dtype = _choose_dtype(dtype, config, checkpoint)
-    chosen = select_backend(choose_device(device), torch_dtype, backend)
-    if kv_cache_dtype not in chosen.kv_formats:
+    torch_dtype = _choose_dtype(settings.dtype, model_config, checkpoint)
+    chosen = select_backend(choose_device(settings.device), torch_dtype, settings.backend)
+    if settings.kv_cache_dtype not in chosen.kv_formats:
         known = ", ".join(chosen.kv_formats)
-        raise ValueError(f"kv_cache_dtype={kv_cache_dtype} does not run on the {chosen.name} backend; {known} do")
-    heads, shard = load_heads(path), None
-    if parallel is not None and max(parallel.size, launched_size()) > 1:
-        shard = join(parallel, spec, path, chosen, wanted, stored, heads.exit_layers if heads else ())
-        layout = shard.layout(layout)
+        raise ValueError(
+            f"kv_cache_dtype={settings.kv_cache_dtype} does not run on the {chosen.name} backend; {known} do"
+        )
+    heads, placement = load_heads(path), None
+    if join is not None:
+        placement = join(spec, path, chosen, wanted, stored, heads.exit_layers if heads else ())
+        layout = placement.layout(layout)
         if wanted.layers is not None:
-            shard.check_quantization(wanted.method, wanted.layers)
-    part = checkpoint if shard is None else shard.checkpoint(checkpoint)
+            placement.check_quantization(wanted.method, wanted.layers)
+    source = checkpoint if placement is None else placement.checkpoint(checkpoint)
     described = str(wanted) if stored is None else STORED
-    builder = _Builder(spec, layout, part, chosen, read_scales(path, spec), wanted, described, shard)
+    builder = _Builder(spec, layout, source, chosen, read_scales(path, spec), wanted, described, placement)
     decoder = builder.build(progress=progress, heads=heads)
-    decoder.kv_dtype = KV_DTYPES[kv_cache_dtype] or torch_dtype
+    decoder.kv_dtype = KV_DTYPES[settings.kv_cache_dtype] or torch_dtype
     return decoder
 
 
@@ -242,18 +175,18 @@ class _Builder:
         self,
         spec: ModelSpec,
         layout: Layout,
-        checkpoint: Checkpoint | ShardedCheckpoint,
+        source: Source,
         backend: TorchBackend,
         scales: Sequence[LayerScales | None],
         quantization: Quantization,
         described: str,
-        shard: Shard | None = None,
+        placement: Placement | None = None,
     ) -> None:
         self.spec = spec
-        self.shard = shard
+        self.placement = placement
         self.scales = scales
         self.layout = layout
-        self.checkpoint = checkpoint
+        self.source = source
         self.backend = backend
         self.quantization = quantization
         self.described = described
@@ -261,16 +194,16 @@ class _Builder:
     def build(self, *, progress: bool, heads: ExitHeads | None) -> Decoder:
         from tqdm import tqdm
 
-        held = range(self.spec.num_layers) if self.shard is None else self.shard.held
+        held = range(self.spec.num_layers) if self.placement is None else self.placement.held
         ends = self._ends() if held.start == 0 else self._no_ends()
         layers = []
         for number in tqdm(held, desc="Loading weights", unit="layer", disable=not progress):
             layers.append(self._layer(self.layout.layers[number], self.scales[number]))
             self._release()
-        if isinstance(self.checkpoint, ShardedCheckpoint) and self.shard is not None:
-            layers = self.shard.with_stand_ins(layers, self.checkpoint.split_bytes + self.checkpoint.whole_bytes)
-            logger.info("rank %d has read %s", self.shard.context.world_rank, self.checkpoint.describe())
-        make, local = (Decoder, self.spec) if self.shard is None else (parallel_decoder(self.shard), self.shard.spec)
+        spec = self.spec
+        if self.placement is not None:
+            layers, spec = self.placement.all_layers(layers, self.source), self.placement.spec
+        make = Decoder if self.placement is None else self.placement.make_decoder
         return make(
             replace(self.spec, tie_embeddings=ends.tied),
             self.backend,
@@ -278,7 +211,7 @@ class _Builder:
             layers=layers,
             final_norm_D=ends.final_norm_D,
             lm_head=ends.lm_head,
-            exits=pack_exits(heads, local, layers, self.backend, held) if heads else {},
+            exits=pack_exits(heads, spec, layers, self.backend, held) if heads else {},
             expert_impacts={n: scales.impact for n, scales in enumerate(self.scales) if scales is not None},
             quantization=self.described,
         )
@@ -286,7 +219,7 @@ class _Builder:
     def _ends(self) -> _Ends:
         tied = not self.layout.lm_head
         if not tied and self.spec.tie_embeddings:
-            tied = torch.equal(self.checkpoint.view(EMBEDDING), self.checkpoint.view(self.layout.lm_head))
+            tied = torch.equal(self.source.view(EMBEDDING), self.source.view(self.layout.lm_head))
         lm_head = self._linear(EMBEDDING if tied else self.layout.lm_head, method=self.quantization.head)
         self._release()
         embedding_VD = None if tied else self._embedding()
@@ -294,16 +227,16 @@ class _Builder:
 
     def _no_ends(self) -> _Ends:
         """Of a stage of a pipeline that is not the first."""
-        lm_head = no_linear(self.spec.vocab_size, self.spec.hidden_size)
+        lm_head = absent_linear(self.spec.vocab_size, self.spec.hidden_size)
         return _Ends(tied=True, embedding_VD=None, final_norm_D=torch.empty(0), lm_head=lm_head)
 
     def _release(self) -> None:
         """Give back the pages that were read and what was freed."""
-        self.checkpoint.release()
+        self.source.release()
         release_free_memory()
 
     def _embedding(self) -> torch.Tensor | QuantizedWeight:
-        if (stored := self.checkpoint.quantized(EMBEDDING)) is not None:
+        if (stored := self.source.quantized(EMBEDDING)) is not None:
             return stored.weights[0].to(self.backend.device)
         if self.quantization.head is None:
             return self._copy(EMBEDDING)
@@ -312,7 +245,7 @@ class _Builder:
     def _linear(self, *names: str, method: Method | None = None, bias: tuple[str, ...] = ()) -> LinearWeights:
         """One layer of tensors whose outputs follow each other, as it is or quantised."""
         bias_O = self._copy(*bias) if bias else None
-        if (stored := self.checkpoint.quantized(*names)) is not None:
+        if (stored := self.source.quantized(*names)) is not None:
             with _naming(names[0]):
                 return self.backend.pack_quantized_linear(concatenate(stored.weights), bias_O, stored.scheme)
         weight_OI = self._source(*names, method=method)
@@ -321,11 +254,11 @@ class _Builder:
         return self.backend.pack_quantized_linear(self._quantize(names[0], weight_OI, method), bias_O, method.scheme)
 
     def _quantize(self, name: str, weight: torch.Tensor, method: Method) -> QuantizedWeight:
-        return method.quantize(weight) if self.shard is None else self.shard.quantize(name, weight, method)
+        return method.quantize(weight) if self.placement is None else self.placement.quantize(name, weight, method)
 
     def _copy(self, *names: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Tensors of equal width, one below the other, in memory of our own: the files may change or vanish later."""
-        views = [self.checkpoint.view(name) for name in names]
+        views = [self.source.view(name) for name in names]
         rows = sum(view.shape[0] for view in views)
         dtype = dtype or self.backend.dtype
         out = torch.empty((rows, *views[0].shape[1:]), dtype=dtype, device=self.backend.device)
@@ -338,7 +271,7 @@ class _Builder:
 
         What will be quantised comes as it was stored: rounding it to the backend's dtype before would move codes.
         """
-        mapped = self.checkpoint.view(names[0])
+        mapped = self.source.view(names[0])
         if len(names) == 1 and (
             self.backend.copies_weights or (method is not None and self.backend.device.type == "cpu")
         ):
@@ -362,7 +295,7 @@ class _Builder:
         )
 
     def _ffn(self, layout: FFNLayout) -> ExpertWeights:
-        if (stored := self.checkpoint.quantized(*layout.gate, *layout.up, *layout.down)) is not None:
+        if (stored := self.source.quantized(*layout.gate, *layout.up, *layout.down)) is not None:
             return self._stored_ffn(layout, stored)
         method = self.quantization.layers
         gate_EFD, up_EFD, down_EDF = expert_tensors(layout, self.spec.hidden_size, partial(self._source, method=method))

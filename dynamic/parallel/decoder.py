@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from ...exits.segments import Segment
 from ...kernels.api.types import AttentionBatch, ExpertBudget, KVLayer, Routing
 from ...moe.dispatch import share_experts
-from ..engine.outputs import Exchange
+from ..model.counters import Exchange
 from ..model.decoder import Decoder, LayerWeights
 from ..model.exits import DecoderExit
 from ..model.kv_cache import allocate_layers, copy_pages

@@ -17,7 +17,7 @@ import torch
 
 from ...exits.segments import Segment
 from ...kernels.api.types import AttentionBatch, ExitDecision, ExpertBudget, KVLayer
-from ..engine.outputs import Exchange
+from ..model.counters import Exchange
 from ..model.exits import DecoderExit
 from ..model.spec import ModelSpec
 from .data_ranks import SharedCache, cache_of, on_device

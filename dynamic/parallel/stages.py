@@ -11,8 +11,9 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from ...kernels.api.types import AttentionBatch, ExpertBudget, ExpertWeights, LinearWeights
+from ...kernels.api.types import AttentionBatch, ExpertBudget, ExpertWeights
 from ..model.decoder import LayerWeights
+from ..model.placement import absent_linear
 from ..model.spec import ModelSpec
 
 SIZES = 5  # numbers that describe a layer
@@ -78,10 +79,10 @@ def stand_in(spec: ModelSpec, sizes: Sequence[int]) -> LayerWeights:
     nothing = torch.empty(0, device="meta")
     return LayerWeights(
         attention_norm_D=nothing,
-        qkv=no_linear(qkv_outputs, spec.hidden_size, qkv),
+        qkv=absent_linear(qkv_outputs, spec.hidden_size, qkv),
         q_norm=None,
         k_norm=None,
-        o=no_linear(spec.hidden_size, 0, total - ffn - qkv - scales),
+        o=absent_linear(spec.hidden_size, 0, total - ffn - qkv - scales),
         ffn_norm_D=nothing,
         ffn=ExpertWeights(
             num_experts=0,
@@ -94,11 +95,6 @@ def stand_in(spec: ModelSpec, sizes: Sequence[int]) -> LayerWeights:
         ),
         contribution_scale_E=torch.empty(scales, dtype=torch.uint8, device="meta") if scales else None,
     )
-
-
-def no_linear(outputs: int, inputs: int, nbytes: int = 0) -> LinearWeights:
-    """A linear layer that another stage holds."""
-    return LinearWeights(out_features=outputs, in_features=inputs, dtype=torch.float32, data=None, nbytes=nbytes)
 
 
 def micro_batches(batch: AttentionBatch, count: int) -> list[tuple[slice, AttentionBatch]]:

@@ -1,31 +1,54 @@
-"""What the loader needs of this package: join the other ranks, make the decoder, become a worker."""
+"""How a process takes its place in a model that several share: join the others, make the decoder, become a worker."""
 
 from __future__ import annotations
 
 import atexit
 import hashlib
+import logging
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ... import __version__
 from ...kernels.torch.backend import TorchBackend
+from ...version import __version__
 from ..checkpoint.weights import Checkpoint
-from ..model.decoder import Decoder
+from ..model.decoder import Decoder, LayerWeights
+from ..model.placement import Join
 from ..model.quantization import Quantization
 from ..model.spec import ModelSpec
-from .config import ParallelConfig
+from .config import ParallelConfig, launched_size
 from .context import ParallelContext
 from .decoder import ParallelDecoder
 from .pipeline import PipelineDecoder
 from .sharded_checkpoint import ShardedCheckpoint
 from .shards import Shard
 
-__all__ = ["Shard", "ShardedCheckpoint", "follow_if_worker", "join", "parallel_decoder"]
+logger = logging.getLogger(__name__)
+
+
+class PlacedShard(Shard):
+    """A shard as the loader follows it: :class:`..model.placement.Placement`."""
+
+    def all_layers(self, layers: Sequence[LayerWeights], source: ShardedCheckpoint) -> list[LayerWeights]:
+        """This rank's layers, and what the ranks of the same place in other stages tell of theirs."""
+        logger.info("rank %d has read %s", self.context.world_rank, source.describe())
+        return self.with_stand_ins(layers, source.split_bytes + source.whole_bytes)
+
+    def make_decoder(self, spec: ModelSpec, backend: TorchBackend, **parts: Any) -> Decoder:
+        """This rank's decoder; takes what :class:`Decoder` takes."""
+        make = ParallelDecoder if len(self.stages) == 1 else PipelineDecoder
+        return make(spec, backend, shard=self, **parts)
+
+
+def joining(config: ParallelConfig | None) -> Join | None:
+    """How the loader meets the other processes; None where there are none."""
+    if config is None or max(config.size, launched_size()) <= 1:
+        return None
+    return partial(join, config)
 
 
 def join(
@@ -36,7 +59,7 @@ def join(
     quantization: Quantization,
     stored: object,
     exit_layers: Collection[int],
-) -> Shard:
+) -> PlacedShard:
     """Meet the other ranks and learn which part is ours.
 
     Arguments:
@@ -70,12 +93,7 @@ def join(
     )
     if config.shared_memory:
         context.share_memory(backend)
-    return Shard(spec, context, exit_layers)
-
-
-def parallel_decoder(shard: Shard) -> Callable[..., ParallelDecoder]:
-    """Makes this rank's decoder; takes what :class:`Decoder` takes."""
-    return partial(ParallelDecoder if len(shard.stages) == 1 else PipelineDecoder, shard=shard)
+    return PlacedShard(spec, context, exit_layers)
 
 
 def follow_if_worker(decoder: Decoder) -> None:

@@ -23,8 +23,10 @@ from ..contract.certificate import Certificate, HeldOut, Scope, save_certificate
 from ..contract.deployment import deployment
 from ..contract.intervals import mean
 from ..convert.model_store import resolve_model
+from ..engine.config import EngineConfig
 from ..engine.sampling_params import GREEDY_EPSILON
 from ..llm import LLM
+from ..model.load_config import LoadConfig
 from ..parallel.config import ParallelConfig
 from ..text.prompt_file import read_prompts
 from ..train.held_out import PROMPTS_FILE
@@ -42,7 +44,7 @@ SAMPLED_LOSS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrateConfig:
+class CalibrateConfig(LoadConfig):
     """``dynamoe calibrate``.
 
     Arguments:
@@ -60,10 +62,6 @@ class CalibrateConfig:
         temperature: of the requests, and the one that the certificates hold for; 0 is greedy.
         probabilities: the path, the same calibrated probability at every exit, from the safest to the boldest.
         keeps: ``expert_keep`` beside each of them, not rising (it needs ``dynamoe experts``); empty uses all experts.
-        dtype: that the model runs in: ``float32``, ``bfloat16``, ``float16``, or ``auto`` (the checkpoint's own).
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        backend: which kernels compute; ``auto`` takes the fastest that run here.
-        quantization, quantize_lm_head, kv_cache_dtype: as ``dynamoe serve`` takes them.
         threads: CPU threads; null leaves torch's own choice.
         parallel: the processes that share the model; certificates hold for these.
 
@@ -85,12 +83,6 @@ class CalibrateConfig:
     temperature: float = 0.0
     probabilities: tuple[float, ...] = field(default=PROBABILITIES)
     keeps: tuple[float, ...] = ()
-    dtype: str = "auto"
-    device: str = "auto"
-    backend: str = "auto"
-    quantization: str = "none"
-    quantize_lm_head: bool = True
-    kv_cache_dtype: str = "auto"
     threads: int | None = None
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
@@ -126,21 +118,12 @@ def calibrate(config: CalibrateConfig, *, progress: bool = True, say: Callable[[
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     path, output = resolve_model(config.model, progress=progress), Path(config.output).expanduser()
-    llm = LLM(
-        path,
-        dtype=config.dtype,
-        device=config.device,
-        backend=config.backend,
-        quantization=config.quantization,
-        quantize_lm_head=config.quantize_lm_head,
-        kv_cache_dtype=config.kv_cache_dtype,
-        progress=progress,
-        parallel=config.parallel,
-    )
+    llm = LLM.from_config(path, config, EngineConfig(), progress=progress, parallel=config.parallel)
     probed = [exit.after_layers for exit in llm.model.decoder.exits.values() if exit.probe is not None]
     settings = path_through(probed, config.probabilities, config.keeps)
     source, chosen, tested = _prompts(config, path, llm)
-    facts = deployment(llm.model, llm.engine.runner.exits)
+    engine = llm.engine
+    facts = deployment(llm.model, engine.runner.exits, engine.logits_plugins, engine.cache_plugins)
     kept = {
         k: v
         for k, v in asdict(config).items()

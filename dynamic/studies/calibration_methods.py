@@ -8,62 +8,24 @@ Shape suffixes: M settings, from the safest on; N requests of the pool.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from filelock import FileLock
 
-from ..contract.bounds import BOUNDS, conformal_risk_control, learn_then_test
-from ..contract.calibration_runs import PROBABILITIES, Measured, measure, path_through
+from ..contract.bounds import conformal_risk_control, learn_then_test
+from ..contract.calibration_runs import Measured, measure, path_through
 from ..contract.intervals import Estimate, mean
+from ..engine.config import EngineConfig
 from ..llm import LLM
 from .evaluate import Evaluation
 from .provenance import provenance
 from .records import job_key
 from .requests import built_in_requests, draw, read_requests
-
-if TYPE_CHECKING:
-    from .sweep import SweepConfig
-
-CONFORMAL = "conformal_risk_control"
-METHODS = (*BOUNDS, CONFORMAL)
-
-
-@dataclass(kw_only=True)
-class CalibrationStudyConfig:
-    """A study of calibrations in place of an evaluation.
-
-    Arguments:
-        method: bound of learn-then-test (wsr, hoeffding_bentkus, exact_binomial) or conformal_risk_control; null
-            evaluates. exact_binomial tosses a coin for each loss, since it is for losses of 0 and 1.
-        alpha: level of risk.
-        delta: probability with which a calibration may err; conformal_risk_control has none.
-        size: requests of one calibration.
-        resamples: calibrations that are drawn.
-        probabilities: the path, as for dynamoe calibrate.
-        keeps: expert_keep beside each of them; empty uses all experts.
-    """
-
-    method: str | None = None
-    alpha: float = 0.05
-    delta: float = 0.05
-    size: int = 200
-    resamples: int = 400
-    probabilities: list[float] = field(default_factory=lambda: list(PROBABILITIES))
-    keeps: list[float] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if self.method is not None and self.method not in METHODS:
-            raise ValueError(f"calibration.method must be one of {', '.join(METHODS)}, not {self.method!r}")
-        for name in ("alpha", "delta"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"calibration.{name} must be between 0 and 1, not {getattr(self, name)}")
-        for name in ("size", "resamples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"calibration.{name} must be at least 1, not {getattr(self, name)}")
+from .sweep_config import CONFORMAL, CalibrationStudyConfig, SweepConfig
 
 
 def compare_methods(config: SweepConfig) -> Evaluation:
@@ -78,12 +40,8 @@ def compare_methods(config: SweepConfig) -> Evaluation:
     study = config.calibration
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    llm = LLM(
-        config.model, dtype=config.dtype, device=config.device, backend=config.backend, progress=False,
-        experts_per_token=config.moe.experts_per_token, max_num_seqs=config.engine.max_num_seqs,
-        quantization=config.quantization, quantize_lm_head=config.quantize_lm_head,
-        kv_cache_dtype=config.kv_cache_dtype,
-    )  # fmt: skip
+    engine = EngineConfig(max_num_seqs=config.engine.max_num_seqs)
+    llm = LLM.from_config(config.model, config, engine, progress=False, experts_per_token=config.moe.experts_per_token)
     source, measured = _pool(config, llm)
     losses_MN, layers_M = np.stack([m.losses_N for m in measured]), np.array([m.layers_share for m in measured])
     chosen = _draws(study, losses_MN, config.seed)

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..cli.config import SharedModelConfig
 from ..contract.intervals import Estimate, mean, ratio
+from ..convert.load_model import load_model
+from ..convert.model_config import SharedModelConfig
 from ..engine.config import EngineConfig
 from ..llm import LLM
 from ..model.decoder import Decoder
-from ..model.loader import load_model
 from .forced import Forced, ForcingEngine, force
 from .provenance import provenance
 from .requests import built_in_requests, draw, forced_texts, read_requests
@@ -31,7 +31,7 @@ from .setting import StudiedQuality, by_router_weight, find_keep, resolve
 _SEARCHED = 16  # texts that an expert_keep is looked for on
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ReferenceConfig:
     """The full model that is compared with: all layers, all experts that its routers choose.
 
@@ -49,7 +49,7 @@ class ReferenceConfig:
     kv_cache_dtype: str | None = "auto"
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(SharedModelConfig):
     """``dynamoe evaluate``.
 
@@ -180,25 +180,13 @@ def table(result: Evaluation) -> str:
 
 
 def _load(config: EvaluateConfig, progress: bool) -> LLM:
-    engine = config.engine
-    return LLM(
+    return LLM.from_config(
         config.model,
-        dtype=config.dtype,
-        device=config.device,
-        backend=config.backend,
+        config,
+        config.engine,
         progress=progress,
         experts_per_token=config.moe.experts_per_token,
-        quantization=config.quantization,
-        quantize_lm_head=config.quantize_lm_head,
-        kv_cache_dtype=config.kv_cache_dtype,
         certificates=None if config.quality.uncertified else config.quality.certificates,
-        max_model_len=engine.max_model_len,
-        max_num_seqs=engine.max_num_seqs,
-        max_num_batched_tokens=engine.max_num_batched_tokens,
-        kv_memory=engine.kv_memory,
-        block_size=engine.block_size,
-        enable_prefix_caching=engine.enable_prefix_caching,
-        seed=engine.seed,
         parallel=config.parallel,
     )
 
@@ -215,13 +203,11 @@ def _reference(config: EvaluateConfig, llm: LLM, progress: bool) -> Decoder:
         raise ValueError("several processes hold one model: with parallel.*, set reference.* as the measured model is")
     model = load_model(
         wanted.model or config.model,
-        dtype=wanted.dtype or config.dtype,
-        device=config.device,
-        backend=config.backend,
+        config,
         progress=progress,
         experts_per_token=wanted.experts_per_token,
+        dtype=wanted.dtype or config.dtype,
         quantization=config.quantization if wanted.quantization is None else wanted.quantization,
-        quantize_lm_head=config.quantize_lm_head,
         kv_cache_dtype=wanted.kv_cache_dtype or config.kv_cache_dtype,
     )
     if model.spec.vocab_size != llm.model.spec.vocab_size:

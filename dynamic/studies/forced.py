@@ -19,7 +19,7 @@ import torch
 
 from ..contract.served_loss import full_states
 from ..engine.engine import Engine, EngineFull
-from ..engine.outputs import Compute
+from ..model.counters import Compute
 
 if TYPE_CHECKING:
     from ..engine.config import EngineConfig
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..engine.request import Sequence as EngineSequence
     from ..engine.sampling_params import SamplingParams
     from ..model.decoder import Decoder
-    from ..model.loader import LoadedModel
+    from ..model.loaded import LoadedModel
 
 _REFERENCE_BYTES = 128 << 20
 

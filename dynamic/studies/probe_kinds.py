@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
@@ -18,41 +17,15 @@ from ...exits.training.heads import HeadTraining
 from ..convert.model_store import resolve_model
 from ..text.prompt_file import read_prompts
 from ..text.tokenizer import Tokenizer
-from ..train.exit_heads import COMPARED, ExitHeadsConfig
+from ..train.exit_heads import ExitHeadsConfig
 from ..train.frozen import FrozenConfig, make_frozen_exits
 from ..train.held_out import PROMPTS_FILE
 from .records import job_key
 from .requests import draw
-
-if TYPE_CHECKING:
-    from .sweep import SweepConfig
+from .sweep_config import SweepConfig
 
 _PROMPTS_PER_FILE = 40
 _PREPARED = "linear"  # the kind that states and adapters are made with; any would do
-
-
-@dataclass(kw_only=True)
-class ProbeStudyConfig:
-    """Exits made for the study, in place of the model's own.
-
-    Arguments:
-        kind: of the probes: linear, mlp, each with " + previous", " + entropy" or both; null keeps the model's.
-        steps: of training, for adapters and probes.
-        exit_rows: positions of text that they learn from.
-        served_prompts: prompts that the model continues, for them to learn from.
-    """
-
-    kind: str | None = None
-    steps: int = 400
-    exit_rows: int = 32_768
-    served_prompts: int = 128
-
-    def __post_init__(self) -> None:
-        if self.kind is not None and self.kind not in COMPARED:
-            raise ValueError(f"probes.kind must be one of {', '.join(COMPARED)}, not {self.kind!r}")
-        for name in ("steps", "exit_rows", "served_prompts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"probes.{name} must be at least 1, not {getattr(self, name)}")
 
 
 def with_probes(config: SweepConfig) -> SweepConfig:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ... import __version__
+from ...version import __version__
 from ..contract.deployment import deployment
 from ..model.machine import processor
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 def provenance(llm: LLM) -> dict[str, Scalar]:
     """Flat names and values; those of the deployment are the ones that a certificate is bound to."""
+    engine = llm.engine
+    facts = deployment(llm.model, engine.runner.exits, engine.logits_plugins, engine.cache_plugins)
     return {
         "git_revision": git_revision(),
         "version": __version__,
@@ -30,7 +32,7 @@ def provenance(llm: LLM) -> dict[str, Scalar]:
         "processor": processor(),
         "cpus": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
-        **{f"deployment.{name}": value for name, value in deployment(llm.model, llm.engine.runner.exits).items()},
+        **{f"deployment.{name}": value for name, value in facts.items()},
     }
 
 

@@ -13,7 +13,7 @@ from ..text.prompt_file import read_prompts
 from ..train.held_out import PROMPTS_FILE
 
 if TYPE_CHECKING:
-    from ..model.loader import LoadedModel
+    from ..model.loaded import LoadedModel
 
 _WINDOW = 64  # tokens of a request that is cut out of running text
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..cli.config import QualityConfig
 from ..contract.catalog import CERTIFICATES, nearest, spent_under
 from ..contract.certificate import RequestFacts
 from ..contract.deployment import deployment
+from ..contract.quality_config import QualityConfig
 from ..contract.resolve import Contracts
 from ..engine.quality import Quality
 from ..engine.sampling_params import SamplingParams
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 EXPERT_RULES = ("contribution", "router_weight")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class StudiedQuality(QualityConfig):
     """What the requests of a study ask for. Nothing at all is ``exact``.
 
@@ -109,7 +109,7 @@ def resolve(quality: StudiedQuality, llm: LLM, max_tokens: int) -> Resolved:
         contract = Quality(alpha=quality.alpha, delta=quality.delta)
         if quality.uncertified:
             return _uncertified(quality, contract, llm, exact)
-        spends, outcome = llm.engine.offer.settle(contract, replace(exact, quality=contract), max_tokens)
+        spends, outcome = llm.engine.contracts.resolve(contract, replace(exact, quality=contract), max_tokens)
         held = outcome.certificate is not None
         return Resolved(params=spends, certificate=outcome.certificate, promised=held, reason=outcome.reason)
     thresholds = dict(quality.exit_thresholds)
@@ -155,13 +155,15 @@ def _uncertified(quality: StudiedQuality, contract: Quality, llm: LLM, exact: Sa
     directory = Path(quality.certificates).expanduser() if quality.certificates else llm.model.path / CERTIFICATES
     if not directory.is_dir():
         raise ValueError(f"no such directory of certificates: {directory}")
-    contracts = Contracts(nearest(directory, deployment(llm.model, llm.engine.runner.exits)))
+    engine = llm.engine
+    running = deployment(llm.model, engine.runner.exits, engine.logits_plugins, engine.cache_plugins)
+    contracts = Contracts(nearest(directory, running))
     facts = RequestFacts(greedy=True, temperature=0.0, max_tokens=exact.max_tokens or 1, adjusted=False)
     found = contracts.resolve(contract.alpha, contract.delta, facts)
     certificate = found.certificate
     spends = replace(exact, quality=None) if certificate is None else spent_under(certificate, exact)
     as_calibrated = quality.experts_per_token is None and quality.expert_rule == EXPERT_RULES[0]
-    offered = {other.id for other in llm.engine.offer.contracts.certificates}
+    offered = {other.id for other in llm.catalog.contracts.certificates}
     holds = certificate is not None and as_calibrated and certificate.id in offered
     return Resolved(
         params=replace(spends, experts_per_token=quality.experts_per_token),

@@ -10,11 +10,12 @@ import torch
 
 from ..parallel.config import launched_size
 from .deepspeed import ZeroConfig
-from .recipe import RecipeConfig, run_recipe
+from .recipe import run_recipe
+from .recipe_config import RecipeConfig
 from .together import run_recipe_together
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """``dynamoe train``.
 

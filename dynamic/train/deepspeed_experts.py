@@ -35,7 +35,7 @@ class ExpertGroups:
         self._writes = groups._get_expert_data_parallel_rank(self._name) == 0
         self._file = f"experts-{dist.get_rank(self.group)}-of-{size}.pt"
         self._num_experts = model.config.num_experts
-        self._parameters = spread_experts(model, self.group)
+        self._parameters = spread_experts([layer.mlp for layer in model.layers], self.group)
         for parameter in self._parameters:
             parameter.allreduce, parameter.group_name = False, self._name  # type: ignore[attr-defined]
 

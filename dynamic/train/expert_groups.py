@@ -9,7 +9,8 @@ this rank, A rows that arrive here, G ranks of the group.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,9 +19,6 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.nn.functional import all_to_all_single
 
 from ...moe.trainable_experts import arranged, combine, dispatch, gated_experts
-
-if TYPE_CHECKING:
-    from .model import TrainableDecoder
 
 
 def _exchange(rows: torch.Tensor, sent: list[int], coming: list[int], group: Any) -> torch.Tensor:
@@ -78,18 +76,18 @@ def spread_mixture(
     return combine(home_RD, order_R, inverse_R, top_k)
 
 
-def spread_experts(model: TrainableDecoder, group: Any) -> list[nn.Parameter]:
-    """Leave a model this rank's part of the experts. Every rank of the group must hold the same model.
+def spread_experts(mixtures: Iterable[Any], group: Any) -> list[nn.Parameter]:
+    """Leave the layers this rank's part of their experts. Every rank of the group must hold the same model.
 
     Arguments:
+        mixtures: the model's :class:`.model.SparseMLP`, one per layer.
         group: process group; its size divides the number of experts.
 
     Returns: the parameters that hold experts.
     """
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     parameters: list[nn.Parameter] = []
-    for layer in model.layers:
-        mlp: Any = layer.mlp
+    for mlp in mixtures:
         mlp.group = group
         for name in mlp.EXPERTS:
             part = nn.Parameter(getattr(mlp, name).detach().chunk(ranks)[rank].clone())

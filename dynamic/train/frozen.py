@@ -21,8 +21,10 @@ from ...exits.sidecar import JSON_FILE, TENSOR_FILE, backbone_hash
 from ...exits.training.heads import ExitStates, HeadTraining, fit_adapter
 from ...exits.training.memory import available_memory
 from ...exits.training.progress import ProgressLine
+from ..convert.load_model import load_model
 from ..convert.model_store import cache_home, resolve_model
-from ..llm import LLM
+from ..engine.config import EngineConfig
+from ..engine.offline import OfflineEngine
 from ..text.calibration_text import reference_pages
 from ..text.documentation_packages import SOURCES, collect, collect_folder
 from .exit_heads import Backbone, ExitHeadsConfig, exit_splits, make_exits
@@ -121,9 +123,8 @@ def make_frozen_exits(config: FrozenConfig, *, progress: bool = True, say: Calla
     target = output / "model"
     if output.resolve() == source.resolve() or target.resolve() == source.resolve():
         raise ValueError(f"output={config.output} is the model's own directory; take another")
-    llm = LLM(
-        source, dtype=config.dtype, device=config.device, backend=config.backend, progress=progress, max_num_seqs=32
-    )
+    model = load_model(source, dtype=config.dtype, device=config.device, backend=config.backend, progress=progress)
+    llm = OfflineEngine(model, EngineConfig(max_num_seqs=32))
     spec = llm.model.spec
     layers = config.exit_layers or default_exit_layers(spec.num_layers)
     layers = tuple(segment.layers.stop for segment in split_into_segments(spec.num_layers, layers)[:-1])
@@ -209,7 +210,9 @@ def _documents(config: FrozenConfig) -> dict[str, list[str]]:
     return documents
 
 
-def _states(config: FrozenConfig, llm: LLM, blocks: list[list[int]], file: Path, progress: bool) -> ExitStates:
+def _states(
+    config: FrozenConfig, llm: OfflineEngine, blocks: list[list[int]], file: Path, progress: bool
+) -> ExitStates:
     if file.exists():
         return load_states(file)
     prompts = [block[: config.prompt_tokens] for block in blocks[: config.served_prompts]]

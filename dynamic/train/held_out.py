@@ -14,7 +14,7 @@ from .served import unused_blocks
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from .recipe import RecipeConfig
+    from .recipe_config import RecipeConfig
 
 PROMPTS_FILE = "prompts.jsonl"
 

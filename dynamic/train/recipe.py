@@ -9,7 +9,7 @@ import ctypes
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,65 +17,22 @@ import torch
 from tokenizers import Tokenizer
 
 from ...exits.training.heads import ExitStates
-from ...exits.training.objectives import ExitTraining
-from ...exits.training.trainer import TrainerConfig, TrainResult, train
+from ...exits.training.trainer import TrainResult, train
+from ..convert.load_model import load_model
 from ..convert.model_store import cache_home
-from ..llm import LLM
-from ..text.corpus import Corpus, CorpusConfig, build_corpus, load_corpus
-from .exit_heads import ExitHeadsConfig, collect_states, make_exits, trained_backbone
+from ..engine.config import EngineConfig
+from ..engine.offline import OfflineEngine
+from ..text.corpus import Corpus, build_corpus, load_corpus
+from .exit_heads import collect_states, make_exits, trained_backbone
 from .expert_scales import ExpertsConfig, make_expert_scales
 from .export import export_checkpoint
 from .held_out import PROMPTS_FILE, held_out_prompts, write_prompts
-from .language_model import LanguageModelConfig, LanguageModelTask
-from .model import DecoderConfig, TrainableDecoder
+from .language_model import LanguageModelTask
+from .model import TrainableDecoder
+from .recipe_config import DTYPES, RecipeConfig
 from .served import blocks_from, continuations
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecipeConfig:
-    """Everything that a trained model depends on.
-
-    Arguments:
-        dtype: of activations while training: ``float32`` or ``bfloat16``. Weights and optimiser are float32. It is not
-            chosen by the machine, so that a recipe means the same everywhere; many CPUs are slower in bfloat16.
-        device: torch device.
-        served_prompts: held-out prompts that the model continues, for the exits to learn from.
-        prompt_tokens, new_tokens: length of these prompts and continuations.
-        exit_rows: positions of held-out text that the exits learn from, beside the served ones.
-        shipped_prompts: held-out prompts that are put beside the model, for ``dynamoe calibrate``.
-        seed: of weights, text order and dropout.
-
-    Raises:
-        ValueError: for an unknown dtype, or parts that do not fit each other.
-    """
-
-    corpus: CorpusConfig = field(default_factory=CorpusConfig)
-    decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    text: LanguageModelConfig = field(default_factory=lambda: LanguageModelConfig(grow_from=8, grow_at=0.8))
-    exits: ExitTraining = field(default_factory=lambda: ExitTraining(start=0.5, ramp=0.1, layer_dropout=0.05))
-    trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(steps=2500, warmup_steps=200))
-    heads: ExitHeadsConfig = field(default_factory=ExitHeadsConfig)
-    dtype: str = "float32"
-    device: str = "cpu"
-    served_prompts: int = 256
-    prompt_tokens: int = 64
-    new_tokens: int = 128
-    exit_rows: int = 65_536
-    shipped_prompts: int = 2000
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
-        if self.decoder.vocab_size != self.corpus.vocab_size:
-            raise ValueError(
-                f"decoder.vocab_size={self.decoder.vocab_size} and corpus.vocab_size={self.corpus.vocab_size} differ"
-            )
-        if self.text.window > self.decoder.max_position:
-            raise ValueError(f"text.window={self.text.window} exceeds decoder.max_position={self.decoder.max_position}")
 
 
 Learn = Callable[[TrainableDecoder, LanguageModelTask, Path, bool], tuple[TrainResult, TrainableDecoder]]
@@ -164,7 +121,8 @@ def exit_states(model: TrainableDecoder, corpus: Corpus, checkpoint: Path, confi
     wanted = config.served_prompts + config.exit_rows // length
     blocks = blocks_from(corpus.held_out, wanted, length, config.seed)
     prompts = [block[: config.prompt_tokens] for block in blocks[: config.served_prompts]]
-    served_NL = continuations(LLM(checkpoint, progress=False, max_num_seqs=32), prompts, config.new_tokens, config.seed)
+    engine = OfflineEngine(load_model(checkpoint, progress=False), EngineConfig(max_num_seqs=32))
+    served_NL = continuations(engine, prompts, config.new_tokens, config.seed)
 
     def sequences() -> Iterator[tuple[int, torch.Tensor, int]]:
         group = 0

@@ -14,7 +14,7 @@ import torch
 from ..engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from ..llm import LLM
+    from ..engine.offline import OfflineEngine
 
 GREEDY_SHARE = 0.5  # the other half is sampled, since a served prefix may be either
 
@@ -59,7 +59,7 @@ def _rounds(waiting: list[list[tuple[str, list[int]]]], count: int) -> list[tupl
 
 
 def continuations(
-    llm: LLM, prompts: list[list[int]], new_tokens: int, seed: int, *, progress: bool = False
+    llm: OfflineEngine, prompts: list[list[int]], new_tokens: int, seed: int, *, progress: bool = False
 ) -> torch.Tensor:
     """Prompts with what the model makes of them, int64 (N, prompt + new tokens), through this framework's engine.
 

@@ -16,7 +16,8 @@ from ..text.corpus import build_corpus, load_corpus
 from .deepspeed import ZeroConfig, gathered, meet, part, train_with_deepspeed
 from .language_model import LanguageModelTask
 from .model import TrainableDecoder
-from .recipe import RecipeConfig, build_task, run_recipe
+from .recipe import build_task, run_recipe
+from .recipe_config import RecipeConfig
 
 
 def run_recipe_together(config: RecipeConfig, output: Path, zero: ZeroConfig) -> None:

@@ -52,7 +52,7 @@ class ExpertBudget:
     skipped_T: torch.Tensor
 
     def of_rows(self, rows_R: torch.Tensor) -> ExpertBudget:
-        """The budget of some rows (int64), with counters of its own."""
+        """The budget of some of a step's rows (int64), with separate counters."""
         return ExpertBudget(
             keep_TL=self.keep_TL[rows_R],
             cap_TL=self.cap_TL[rows_R],

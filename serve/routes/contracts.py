@@ -20,11 +20,13 @@ def contract_routes(context: ServerContext) -> APIRouter:
     async def described() -> ContractList:
         if not await desk.look():
             raise unavailable("The monitor's disk fails.", "monitor_failed")
-        offer = desk.offer
+        catalog = desk.catalog
         return ContractList(
             object="list",
-            data=[_card(certificate, desk.states.get(certificate.id)) for certificate in offer.contracts.certificates],
-            refused=list(offer.refused),
+            data=[
+                _card(certificate, desk.states.get(certificate.id)) for certificate in catalog.contracts.certificates
+            ],
+            refused=list(catalog.refused),
             monitored_share=desk.settings.share,
         )
 

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import FileResponse
 
-from ... import __version__
+from ...version import __version__
 from ..context import ServerContext
 from ..errors import unavailable
 from ..request_checks import check_model

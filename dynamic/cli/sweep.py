@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 import threading
 import traceback
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
@@ -20,37 +20,15 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from ..cli.config import schema
-from .calibration_methods import CalibrationStudyConfig, compare_methods
-from .evaluate import EvaluateConfig, run
-from .probe_kinds import ProbeStudyConfig, with_probes
-from .records import Records, job_key
+from ..studies.calibration_methods import compare_methods
+from ..studies.evaluate import run
+from ..studies.probe_kinds import with_probes
+from ..studies.records import Records, job_key
+from ..studies.sweep_config import SweepConfig
+from .config import schema
+from .job import JobFailed
 
 _LOOK = 0.5  # seconds between two looks at how many jobs have ended
-
-
-@dataclass(kw_only=True)
-class SweepConfig(EvaluateConfig):
-    """``dynamoe sweep``. Every key takes several values: key=a,b,c.
-
-    Arguments:
-        output: directory of the sweep; the same command goes on where it was interrupted.
-        compare: a key: pairs of jobs that differ in it alone are compared request by request.
-        quality_metric: what the plots show against compute.
-    """
-
-    FREE_TEXT: ClassVar[frozenset[str]] = frozenset()  # every key may take several values
-
-    output: str = "runs/sweep"
-    compare: str | None = None
-    quality_metric: str = "agreement"
-    calibration: CalibrationStudyConfig = field(default_factory=CalibrationStudyConfig)
-    probes: ProbeStudyConfig = field(default_factory=ProbeStudyConfig)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.parallel.size > 1:
-            raise ValueError(f"a sweep runs its jobs in one process each, not in {self.parallel.size}")
 
 
 def job(config: DictConfig) -> None:
@@ -112,7 +90,7 @@ class SweepCallback(Callback):
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Write the table, the plots and the configurations, and say what failed."""
-        from .report import write_report
+        from ..studies.report import write_report
 
         self._stop.set()
         if self._watcher is not None:
@@ -149,6 +127,4 @@ def count_jobs(config: DictConfig) -> int | None:
 
 
 def _ended(error: Exception) -> SystemExit:
-    from ..cli.main import JobFailed
-
     return JobFailed(error)

@@ -1,0 +1,16 @@
+"""Where a command takes its certificates from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualityConfig:
+    """What requests may be promised.
+
+    Arguments:
+        certificates: directory that ``dynamoe calibrate`` filled; null takes the certificates beside the model, if any.
+    """
+
+    certificates: str | None = None

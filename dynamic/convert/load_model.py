@@ -1,0 +1,57 @@
+"""Loading a model by its name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..model.load_config import LoadConfig
+from ..model.loaded import LoadedModel
+from ..model.loader import load_decoder, read_generation_defaults
+from ..parallel.config import ParallelConfig
+from ..parallel.start import follow_if_worker, joining
+
+
+def load_model(
+    model: str | Path,
+    config: LoadConfig | None = None,
+    *,
+    progress: bool = True,
+    parallel: ParallelConfig | None = None,
+    experts_per_token: int | None = None,
+    **options: Any,
+) -> LoadedModel:
+    """Load a model by name.
+
+    Arguments:
+        model: a local directory in Hugging Face layout, the name of a shipped model, a ``.gguf`` file, or a Hub id.
+        config: how it is loaded.
+        progress: show a progress bar.
+        parallel: the processes that share the model. In all of them but rank 0 this function does not return: they
+            work until rank 0 ends, and exit.
+        experts_per_token: use fewer routed experts per token than the model was made for.
+        options: fields of :class:`LoadConfig` that differ from ``config``.
+
+    Raises:
+        ValueError: one clear message for whatever is wrong, before anything is served.
+    """
+    from ..text.tokenizer import Tokenizer
+    from .model_store import resolve_model
+
+    settings = replace(config or LoadConfig(), **options)
+    path = resolve_model(model, progress=progress)
+    tokenizer = Tokenizer.from_directory(path)
+    decoder = load_decoder(
+        path, settings, progress=progress, join=joining(parallel), experts_per_token=experts_per_token
+    )
+    follow_if_worker(decoder)
+    spec = decoder.spec
+    return LoadedModel(
+        name=str(model),
+        path=path,
+        spec=spec,
+        decoder=decoder,
+        tokenizer=tokenizer,
+        generation_defaults=read_generation_defaults(path, spec),
+    )

@@ -1,0 +1,75 @@
+"""How many pages the cache of keys and values gets, out of what memory."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..model.kv_cache import bytes_per_page
+from .config import EngineConfig
+
+if TYPE_CHECKING:
+    from ..model.spec import ModelSpec
+
+TYPICAL_TOKENS = 2048  # of one sequence, when the pool's size is left to us
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def parse_bytes(amount: int | str) -> int:
+    """``"2GiB"``, ``"512 MB"`` or a number, in bytes.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(amount, int):
+        return amount
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", amount)
+    if match is None or match[2].lower() not in _UNITS:
+        raise ValueError(f"engine.kv_memory must be a number of bytes or like '2GiB', not {amount!r}")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a new allocation on the device could take now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists() and (match := re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())):
+        free = int(match[1]) * 1024
+    else:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return min(free, _cgroup_headroom())
+
+
+def _cgroup_headroom() -> int:
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except OSError:  # no cgroup v2 here
+        return 1 << 62
+    return 1 << 62 if limit == "max" else max(int(limit) - used, 0)
+
+
+def count_pages(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device, homes: int = 1) -> int:
+    """How many pages the pool gets: as many in each home.
+
+    Raises:
+        ValueError: when the memory holds no page for each home.
+    """
+    page_bytes = bytes_per_page(spec, dtype, config.block_size)
+    longest = min(config.max_model_len or spec.max_position, spec.max_position)
+    if config.kv_memory is None:
+        typical = -(-min(longest, TYPICAL_TOKENS) // config.block_size)
+        least = -(-longest // config.block_size) * homes if config.max_model_len else 0
+        wanted = max(config.max_num_seqs * typical, least)
+        pages = min(wanted, free_memory(device) // 4 // page_bytes)
+    else:
+        pages = parse_bytes(config.kv_memory) // page_bytes
+    if pages < homes:
+        many = f"{homes} pages, one for each home" if homes > 1 else "page"
+        raise ValueError(f"engine.kv_memory={config.kv_memory} holds no {many}; one takes {page_bytes} bytes")
+    return pages - pages % homes

@@ -1,0 +1,28 @@
+"""How a model is loaded, said once for the loader, the Python API and the commands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadConfig:
+    """How a model is loaded.
+
+    Arguments:
+        dtype: ``auto`` (the checkpoint's own), ``float32``, ``bfloat16`` or ``float16``.
+        device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        backend: which kernels compute; ``auto`` takes the fastest that run here, ``cpu:avx512vnni`` (or another
+            instruction set) what a processor would choose that has no better one.
+        quantization: ``none``, or what the weights become while they are loaded: ``int8``, ``w8a8``, ``int4`` (also
+            ``int4-g32``, ``int4-g128``, each also with ``-asym``), ``fp8`` or ``fp8-block``.
+        quantize_lm_head: whether LM head and embedding become int8 then.
+        kv_cache_dtype: ``auto`` (as ``dtype``), ``int8`` or ``fp8``, half the memory: what keys and values are kept in.
+    """
+
+    dtype: str = "auto"
+    device: str = "auto"
+    backend: str = "auto"
+    quantization: str = "none"
+    quantize_lm_head: bool = True
+    kv_cache_dtype: str = "auto"
