@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .version import __version__
-
 __all__ = ["LLM", "Quality", "SamplingParams", "__version__"]
 
 if TYPE_CHECKING:
     from .dynamic.engine.quality import Quality
     from .dynamic.engine.sampling_params import SamplingParams
     from .dynamic.llm import LLM
+    from .version import __version__
 
 
 def __getattr__(name: str) -> object:
@@ -28,4 +27,8 @@ def __getattr__(name: str) -> object:
         from .dynamic.engine.quality import Quality
 
         return Quality
+    if name == "__version__":
+        from .version import __version__
+
+        return __version__
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,15 +1,20 @@
 """What fewer experts cost the default model: perplexity on English text that its preparation never saw.
 
-``python benchmarks/default_fewer_experts.py``
+``python benchmarks/default_fewer_experts.py`` writes ``benchmarks/results/default_fewer_experts.json``.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import json
 import math
+from pathlib import Path
 
+import checkout
 import torch
 from dynamoe import LLM, SamplingParams
+from dynamoe.dynamic.model.machine import processor
 from dynamoe.dynamic.text.calibration_text import reference_pages, token_windows
 
 
@@ -32,8 +37,10 @@ def main() -> None:
     parser.add_argument("--experts-per-token", nargs="+", type=int, default=[14, 12, 10, 8, 6], help="routed experts")
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--length", type=int, default=512, help="tokens per window")
+    parser.add_argument("--json", type=Path, default=checkout.RESULTS / "default_fewer_experts.json")
     options = parser.parse_args()
 
+    rows = []
     for count in options.experts_per_token:
         llm = LLM(options.model, dtype=options.dtype, experts_per_token=count, progress=False)
         tokenizer = llm.get_tokenizer().backend
@@ -42,10 +49,20 @@ def main() -> None:
         moe = llm.model.spec.layers[0].moe
         assert moe is not None
         share = (count + moe.num_always_on) / moe.num_experts
-        print(
-            f"{count:2} routed experts, {share:6.1%} of the FFN: perplexity {perplexity(llm, windows_BL):.2f}",
-            flush=True,
-        )
+        found = perplexity(llm, windows_BL)
+        rows.append({"routed_experts": count, "share_of_ffn": share, "perplexity": found})
+        print(f"{count:2} routed experts, {share:6.1%} of the FFN: perplexity {found:.2f}", flush=True)
+    record = {
+        "date": datetime.date.today().isoformat(),
+        "processor": processor(),
+        "torch": torch.__version__,
+        "model": options.model,
+        "dtype": options.dtype,
+        "windows": options.windows,
+        "tokens_per_window": options.length,
+        "rows": rows,
+    }
+    options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

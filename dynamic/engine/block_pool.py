@@ -99,11 +99,3 @@ class BlockPool:
         if digest not in page_of and page not in self._digest_of:
             page_of[digest] = page
             self._digest_of[page] = digest
-
-    def forget_contents(self) -> None:
-        """No page can be found any more; free ones become empty."""
-        for empty, findable, page_of in zip(self._empty, self._findable, self._page_of, strict=True):
-            empty.extend(findable)
-            findable.clear()
-            page_of.clear()
-        self._digest_of.clear()

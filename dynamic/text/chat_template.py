@@ -7,7 +7,6 @@ plain data only, and are cut off when they write too much or take too long.
 from __future__ import annotations
 
 import json
-import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -212,7 +211,3 @@ class ChatTemplate:
         finally:
             environment.clock.deadline = float("inf")
         return "".join(pieces)
-
-    def reads(self, variable: str) -> bool:
-        """Whether the template mentions a variable's name."""
-        return re.search(rf"\b{re.escape(variable)}\b", self.source) is not None

@@ -99,11 +99,6 @@ class Tokenizer:
         """The end-of-sequence token, where the tokenizer names one."""
         return self._special_id("eos_token")
 
-    @property
-    def pad_token_id(self) -> int | None:
-        """The padding token, where the tokenizer names one."""
-        return self._special_id("pad_token")
-
     @cached_property
     def is_byte_level(self) -> bool:
         """Whether decoding is nothing but gluing together the tokens' bytes."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ...exits.sidecar import JSON_FILE, TENSOR_FILE, ExitHeads, backbone_hash, save_heads
+from ...exits.sidecar import JSON_FILE, TENSOR_FILE
 from ...moe.sidecar import JSON_FILE as EXPERTS_FILE
 from ..text.corpus import END_OF_TEXT
 from .model import Attention, DecoderConfig, SparseMLP, TrainableDecoder
@@ -109,14 +109,3 @@ def export_checkpoint(
     }
     for name, content in files.items():
         (target / name).write_text(json.dumps(content, indent=1))
-
-
-def export_exits(model: TrainableDecoder, target: Path) -> None:
-    """Write the adapters that were trained with the model as the checkpoint's exits; probes may follow."""
-    adapters = {int(layer): adapter for layer, adapter in model.adapters.items()}
-    heads = ExitHeads(
-        hidden_size=model.config.hidden_size,
-        adapters=adapters,  # type: ignore[arg-type]
-        backbone_sha256=backbone_hash(target),
-    )
-    save_heads(heads, target)

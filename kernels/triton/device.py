@@ -42,10 +42,6 @@ class DeviceProperties:
     def target(self) -> GPUTarget:
         return GPUTarget(self.backend, self.arch, self.warp_size)
 
-    @property
-    def target_name(self) -> str:
-        return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch)
-
 
 H100 = DeviceProperties(
     name="NVIDIA H100 80GB HBM3", backend="cuda", arch=90, num_sms=132, shared_bytes=232448, bandwidth=3.35e12,
