@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -14,6 +15,8 @@ from .config import EngineConfig
 
 if TYPE_CHECKING:
     from ..model.spec import ModelSpec
+
+logger = logging.getLogger(__name__)
 
 TYPICAL_TOKENS = 2048  # of one sequence, when the pool's size is left to us
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -73,3 +76,19 @@ def count_pages(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, devic
         many = f"{homes} pages, one for each home" if homes > 1 else "page"
         raise ValueError(f"engine.kv_memory={config.kv_memory} holds no {many}; one takes {page_bytes} bytes")
     return pages - pages % homes
+
+
+def longest_sequence(config: EngineConfig, max_position: int, num_pages: int) -> int:
+    """Tokens of prompt and output together that one sequence may have; ``num_pages`` are those of one home."""
+    wanted = max_position if config.max_model_len is None else config.max_model_len
+    if wanted > max_position:
+        raise ValueError(f"engine.max_model_len={wanted} exceeds the model's maximum of {max_position} positions")
+    held = num_pages * config.block_size
+    if wanted <= held:
+        return wanted
+    if config.max_model_len is not None and config.kv_memory is not None:
+        raise ValueError(
+            f"engine.kv_memory={config.kv_memory} holds {held} tokens, fewer than engine.max_model_len={wanted}"
+        )
+    logger.info("the key/value cache holds %d tokens: max_model_len is %d instead of %d", held, held, wanted)
+    return held

@@ -11,7 +11,7 @@ import torch
 
 from ..model.counters import Compute
 from .block_pool import BlockPool
-from .cache_size import count_pages
+from .cache_size import count_pages, longest_sequence
 from .config import EngineConfig
 from .contracts import ContractResolver, NoContracts
 from .eviction import load_cache_policy
@@ -70,7 +70,7 @@ class Engine:
         self.vocab_size: int = spec.vocab_size
         device, homes = torch.device(decoder.device), decoder.homes
         num_pages = count_pages(config, spec, decoder.kv_dtype, device, homes)
-        self.max_model_len = _longest_sequence(config, spec.max_position, num_pages // homes)
+        self.max_model_len = longest_sequence(config, spec.max_position, num_pages // homes)
         pool = BlockPool(num_pages, homes)
         cache = PrefixCache(pool, config.block_size, config.enable_prefix_caching)
         self.cache_plugins, eviction = load_cache_policy(config, spec, pool)
@@ -384,22 +384,6 @@ class _Pace:
     @property
     def seconds_per_request(self) -> float:
         return min(max(self._interval, 1.0), 60.0)
-
-
-def _longest_sequence(config: EngineConfig, max_position: int, num_pages: int) -> int:
-    """Tokens of prompt and output together that one sequence may have; ``num_pages`` are those of one home."""
-    wanted = max_position if config.max_model_len is None else config.max_model_len
-    if wanted > max_position:
-        raise ValueError(f"engine.max_model_len={wanted} exceeds the model's maximum of {max_position} positions")
-    held = num_pages * config.block_size
-    if wanted <= held:
-        return wanted
-    if config.max_model_len is not None and config.kv_memory is not None:
-        raise ValueError(
-            f"engine.kv_memory={config.kv_memory} holds {held} tokens, fewer than engine.max_model_len={wanted}"
-        )
-    logger.info("the key/value cache holds %d tokens: max_model_len is %d instead of %d", held, held, wanted)
-    return held
 
 
 def _eos_token_ids(model: LoadedModel) -> frozenset[int]:

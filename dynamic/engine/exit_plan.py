@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-
-from ...kernels.api.types import ExpertBudget
 
 if TYPE_CHECKING:
+    import torch
+
     from ..model.decoder import Decoder
     from .request import Sequence
     from .schedule import Entry, Schedule
+    from .step_rows import StepRows
 
 CONTINUES, EXITS = np.float32(np.inf), np.float32(-np.inf)
 
@@ -29,8 +29,7 @@ class StepPlan:
     Arguments:
         entries: the step's work.
         thresholds_ET: the probe's logit from which on a row exits; inf continues.
-        thresholds: the same on the device.
-        budget: of the step's rows, if any is on one.
+        carried: what the step's rows know them by.
         steady: whether each row is the next new token of the sequence that the same row of the step before belonged to.
         ended_rows: of a steady plan, by row, :attr:`.Request.ended_rows`.
         new_depths: of a steady plan, :attr:`.Sequence.depths` of the rows that may exit.
@@ -38,11 +37,17 @@ class StepPlan:
 
     entries: list[Entry]
     thresholds_ET: np.ndarray
-    thresholds: torch.Tensor
-    budget: ExpertBudget | None
+    carried: int
     steady: bool = False
     ended_rows: list[list[int]] = field(default_factory=list)
     new_depths: list[array[int]] = field(default_factory=list)
+    _thresholds: torch.Tensor | None = None
+
+    def thresholds(self, rows: StepRows) -> torch.Tensor:
+        """The thresholds on the device, where they went with the rows of the step that they were first made for."""
+        if self._thresholds is None:
+            self._thresholds = rows.carried(self.carried)
+        return self._thresholds
 
 
 class Planner:
@@ -55,7 +60,7 @@ class Planner:
     """
 
     def __init__(self, decoder: Decoder) -> None:
-        self._device, self._num_exits = decoder.device, len(decoder.exits)
+        self._num_exits = len(decoder.exits)
         # Number of the exit after so many layers; the slice of no exit for rows that ran all of them.
         self._exit_at: dict[int, int | slice] = {layers: number for number, layers in enumerate(decoder.exits)}
         self._exit_at[decoder.spec.num_layers] = slice(0)
@@ -66,29 +71,29 @@ class Planner:
         """Whether a step decodes the sequences of the step before, one new token each, and nothing else."""
         return self._decoding is not None and schedule.decoding == self._decoding
 
-    def plan(self, schedule: Schedule, num_rows: int, budget: ExpertBudget | None) -> StepPlan:
+    def plan(self, schedule: Schedule, rows: StepRows) -> StepPlan:
         """Sort a step's rows.
 
         Arguments:
             schedule: the step's work.
-            num_rows: positions of all of them.
+            rows: of it; new thresholds go to the device with them.
 
         Returns: a plan that the next call may change.
         """
         entries, plan = schedule.entries, self._plan
         if plan is not None and self.goes_on(schedule):
-            plan.entries, plan.budget = entries, budget
+            plan.entries = entries
             if not plan.steady:
                 plan.steady = True
                 plan.ended_rows = [_ended_rows(entry.sequence) for entry in entries]
                 plan.new_depths = [entry.sequence.depths for entry in entries if _may_exit(entry)]
             return plan
-        self._plan = plan = self._new_plan(entries, num_rows, budget)
+        self._plan = plan = self._new_plan(entries, rows)
         self._decoding = schedule.decoding if all(_is_new(entry) for entry in entries) else None
         return plan
 
-    def _new_plan(self, entries: list[Entry], num_rows: int, budget: ExpertBudget | None) -> StepPlan:
-        thresholds_ET = np.full((self._num_exits, num_rows), CONTINUES, dtype=np.float32)
+    def _new_plan(self, entries: list[Entry], rows: StepRows) -> StepPlan:
+        thresholds_ET = np.full((self._num_exits, len(rows)), CONTINUES, dtype=np.float32)
         first = 0
         for entry in entries:
             sequence, logits_E = entry.sequence, entry.sequence.request.exit_logits_E
@@ -100,8 +105,7 @@ class Planner:
                         continue
                     thresholds_ET[:, row] = logits_E
             first += entry.count
-        thresholds = torch.from_numpy(thresholds_ET).to(self._device)
-        return StepPlan(entries, thresholds_ET, thresholds, budget)
+        return StepPlan(entries, thresholds_ET, rows.carry(thresholds_ET))
 
 
 def _may_exit(entry: Entry) -> bool:

@@ -17,20 +17,28 @@ import numpy as np
 import torch
 
 from ...exits.segments import Segment
-from ...kernels.api.types import AttentionBatch, ExpertBudget, KVLayer
+from ...kernels.api.types import AttentionBatch, ExitDecision, ExpertBudget, KVLayer
 from .exit_plan import CONTINUES, Planner, StepPlan
 
 if TYPE_CHECKING:
     from ..model.decoder import Decoder
-    from .schedule import Entry, Schedule
+    from ..model.exits import DecoderExit
+    from .schedule import Entry
     from .step_rows import StepRows
 
 
 @dataclass(slots=True)
 class _Live:
-    """Rows on their way through the model: their numbers in the step, rising, and their residual streams."""
+    """Rows on their way through the model.
+
+    Arguments:
+        rows_R: their numbers in the step, rising.
+        at_R: the same on the device; None for all rows.
+        x_RD: their residual streams.
+    """
 
     rows_R: np.ndarray
+    at_R: torch.Tensor | None
     x_RD: torch.Tensor
     batch: AttentionBatch
 
@@ -71,29 +79,40 @@ class ExitRunner:
             logits_E[self.exits.index(exit)] = exit.logit_threshold(probability)
         return logits_E
 
-    def run(self, schedule: Schedule, rows: StepRows, budget: ExpertBudget | None = None) -> torch.Tensor:
+    def run(
+        self, entries: list[Entry], rows: StepRows, plan: StepPlan, budget: ExpertBudget | None = None
+    ) -> torch.Tensor:
         """Run a step; see :meth:`Runner.run`."""
-        entries = schedule.entries
-        plan = self.planner.plan(schedule, len(rows), budget)
+        thresholds_ET = plan.thresholds(rows)
         if self.decoder.stack is not None:
-            return self._run_at_once(entries, rows, plan)
+            return self._run_at_once(entries, rows, plan, thresholds_ET, budget)
         out_TD = torch.empty(len(rows), self.decoder.spec.hidden_size, device=self.decoder.device)
         depths_T = np.full(len(rows), self.decoder.spec.num_layers)
-        live = _Live(np.arange(len(rows)), self.decoder.embed(rows.token_ids()), rows.batch())
+        live = _Live(np.arange(len(rows)), None, self.decoder.embed(rows.token_ids()), rows.batch())
         for segment in self.decoder.segments:
-            if len(live.rows_R):
-                live = self._run_segment(segment, live, rows, plan, out_TD, depths_T)
-        if len(live.rows_R) == len(rows):
+            if not len(live.rows_R):
+                break
+            exit, decision = self._run_segment(segment, live, plan, thresholds_ET, budget)
+            if exit is not None and decision is not None and decision.num_staying < len(live.rows_R):
+                live = self._split(exit, decision, live, rows, out_TD, depths_T)
+        if live.at_R is None:
             out_TD = live.x_RD
         elif len(live.rows_R):
-            out_TD.index_copy_(0, self._move(live.rows_R), live.x_RD)
+            out_TD.index_copy_(0, live.at_R, live.x_RD)
         self._record(entries, depths_T.tolist())
         return out_TD
 
-    def _run_at_once(self, entries: list[Entry], rows: StepRows, plan: StepPlan) -> torch.Tensor:
+    def _run_at_once(
+        self,
+        entries: list[Entry],
+        rows: StepRows,
+        plan: StepPlan,
+        thresholds_ET: torch.Tensor,
+        budget: ExpertBudget | None,
+    ) -> torch.Tensor:
         """The whole step in one call of the backend: same rows, same bits, nothing spent between segments."""
         x_TD = self.decoder.embed(rows.token_ids())
-        result = self.decoder.run_with_exits(x_TD, self.kv, rows.batch(), plan.thresholds, plan.budget)
+        result = self.decoder.run_with_exits(x_TD, self.kv, rows.batch(), thresholds_ET, budget)
         if plan.steady and result.out_TD is x_TD:
             self._record_full_depth(plan)
             return x_TD
@@ -105,35 +124,52 @@ class ExitRunner:
         return result.out_TD
 
     def _run_segment(
-        self, segment: Segment, live: _Live, rows: StepRows, plan: StepPlan, out_TD: torch.Tensor, depths_T: np.ndarray
-    ) -> _Live:
-        """Run a segment; rows that exit behind it get their results. Returns the rows that continue."""
-        exit = self.decoder.exits.get(segment.layers.stop)
+        self,
+        segment: Segment,
+        live: _Live,
+        plan: StepPlan,
+        thresholds_ET: torch.Tensor,
+        budget: ExpertBudget | None,
+    ) -> tuple[DecoderExit | None, ExitDecision | None]:
+        """Run a segment, and decide at the exit behind it, if any row may exit there."""
+        exit, at_R = self.decoder.exits.get(segment.layers.stop), live.at_R
         asked = exit is not None and plan.thresholds_ET[segment.index].min() < CONTINUES
         probe = exit.probe if exit and asked else None
         previous_RD = live.x_RD.clone() if probe and probe.previous else None
-        entropy_R = torch.zeros(len(live.rows_R), device=out_TD.device) if probe and probe.router_entropy else None
-        budget = None if plan.budget is None else plan.budget.of_rows(self._move(live.rows_R))
-        live.x_RD = self.decoder.run_segment(segment, live.x_RD, self.kv, live.batch, entropy_R, budget)
-        if plan.budget is not None and budget is not None:
-            plan.budget.skipped_T[self._move(live.rows_R)] += budget.skipped_T
+        entropy_R = torch.zeros(len(live.rows_R), device=live.x_RD.device) if probe and probe.router_entropy else None
+        own = budget if budget is None or at_R is None else budget.of_rows(at_R)
+        live.x_RD = self.decoder.run_segment(segment, live.x_RD, self.kv, live.batch, entropy_R, own)
+        if own is not None and budget is not None and at_R is not None:
+            budget.skipped_T.index_add_(0, at_R, own.skipped_T)
         if exit is None or probe is None:
-            return live
-        thresholds_R = plan.thresholds_ET[segment.index, live.rows_R]
-        decision = self.decoder.decide(exit, live.x_RD, self._move(thresholds_R), previous_RD, entropy_R)
-        continuing = decision.num_staying
-        if continuing == len(thresholds_R):
-            return live
-        order = decision.order_T.cpu().numpy()
-        kept_R, exited_R = live.rows_R[order[:continuing]], live.rows_R[order[continuing:]]
-        x_RD = live.x_RD.index_select(0, decision.order_T[continuing:])
+            return exit, None
+        # A copy, because kernels want its beginning aligned.
+        thresholds_T = thresholds_ET[segment.index]
+        thresholds_R = thresholds_T.clone() if at_R is None else thresholds_T.index_select(0, at_R)
+        return exit, self.decoder.decide(exit, live.x_RD, thresholds_R, previous_RD, entropy_R)
+
+    def _split(
+        self,
+        exit: DecoderExit,
+        decision: ExitDecision,
+        live: _Live,
+        rows: StepRows,
+        out_TD: torch.Tensor,
+        depths_T: np.ndarray,
+    ) -> _Live:
+        """Rows that exit get their results. Returns those that continue."""
+        order_T, continuing = decision.order_T, decision.num_staying
+        at_R = order_T if live.at_R is None else live.at_R.index_select(0, order_T)
+        rows_R = live.rows_R[decision.order]
+        x_RD = live.x_RD.index_select(0, order_T[continuing:])
         # In front of any deeper layer of this step: rows that continue may attend to these.
-        self.decoder.propagate_kv(exit, x_RD, self.kv, rows.slots_of(exited_R, live.batch))
-        out_TD.index_copy_(0, self._move(exited_R), self.decoder.read_out(exit, x_RD))
-        depths_T[exited_R] = exit.after_layers
-        if not len(kept_R):
-            return _Live(live.rows_R[:0], live.x_RD[:0], live.batch)
-        return _Live(kept_R, live.x_RD.index_select(0, decision.order_T[:continuing]), rows.batch_of(kept_R))
+        self.decoder.propagate_kv(exit, x_RD, self.kv, rows.slots_of(at_R[continuing:]))
+        out_TD.index_copy_(0, at_R[continuing:], self.decoder.read_out(exit, x_RD))
+        depths_T[rows_R[continuing:]] = exit.after_layers
+        rows_R, at_R = rows_R[:continuing], at_R[:continuing]
+        if not continuing:
+            return _Live(rows_R, at_R, live.x_RD[:0], live.batch)
+        return _Live(rows_R, at_R, live.x_RD.index_select(0, order_T[:continuing]), rows.batch_of(rows_R, at_R))
 
     def _record(self, entries: list[Entry], depths: list[int]) -> None:
         """Tell sequences and requests what was launched for them.
@@ -193,9 +229,6 @@ class ExitRunner:
         """Rows of a request ran so many segments."""
         ended[segments - 1] += rows
         self.ended_rows[segments - 1] += rows
-
-    def _move(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.decoder.device)
 
 
 def launched_rows(ended_rows: Sequence[int], full_rows: int) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -106,17 +107,24 @@ class ProbeWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class ExitDecision:
-    """Who leaves at an exit.
+    """Which rows exit.
 
     Arguments:
         logits_T: of the probe, float32.
-        order_T: int64; rows that stay, then rows that leave, both rising.
-        num_staying: how many stay.
+        order_T: int64; rows that continue, then rows that exit, both rising.
+        num_staying: how many continue.
+        host_order_T: ``order_T`` on the host, where it came from the device together with ``num_staying``.
     """
 
     logits_T: torch.Tensor
     order_T: torch.Tensor
     num_staying: int
+    host_order_T: np.ndarray | None = None
+
+    @property
+    def order(self) -> np.ndarray:
+        """``order_T`` on the host."""
+        return self.order_T.cpu().numpy() if self.host_order_T is None else self.host_order_T
 
 
 @dataclass(frozen=True, kw_only=True)

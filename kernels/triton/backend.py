@@ -289,7 +289,8 @@ class TritonBackend(TorchBackend):
             x_TD, probe, thresholds_T, previous_TD, router_entropy_T, self._ticket()
         )
         self._run([launch])
-        return ExitDecision(logits_T=logits_T, order_T=order_T, num_staying=int(staying.item()))
+        found = torch.cat((order_T, staying.long())).cpu().numpy()  # the only wait for the device at an exit
+        return ExitDecision(logits_T=logits_T, order_T=order_T, num_staying=int(found[-1]), host_order_T=found[:-1])
 
     def warm_up(self, shapes: Sequence[WarmUpShape], progress: bool = True) -> int:
         """Compile every kernel that layers of these shapes will need, so that no request waits for a compiler.
