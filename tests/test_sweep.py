@@ -212,6 +212,7 @@ FOREIGN = [
     ("a:\n  _target_: ${oc.env:HOME}\n", "must be in dynamoe"),
     ("hydra:\n  job_logging:\n    handlers:\n      x:\n        (): os.mkdir\n", "logging factory"),
     ("hydra:\n  searchpath: [file:///tmp]\n", "searchpath is not allowed"),
+    ("engine:\n  logits_processors: [evil.py:Rule]\n", "logits_processors run code"),
     ("a: [\n", "cannot be read"),
 ]
 

@@ -23,6 +23,7 @@ PLUGINS = frozenset(
     }
 )
 _SEARCH = "searchpath"
+_PLUGIN_KEYS = frozenset({"logits_processors"})
 
 
 def refuse_foreign_targets(config: Any, where: str) -> None:
@@ -32,7 +33,7 @@ def refuse_foreign_targets(config: Any, where: str) -> None:
         where: what to call them in the error.
 
     Raises:
-        ValueError: naming the first target that is not allowed, or a search path for further files.
+        ValueError: naming the first target or plug-in that is not allowed, or a search path for further files.
     """
     if isinstance(config, dict):
         for key, value in config.items():
@@ -42,6 +43,8 @@ def refuse_foreign_targets(config: Any, where: str) -> None:
                 raise ValueError(f"{where}: a logging factory ('()') is not allowed: {value!r}")
             elif key == _SEARCH and value:
                 raise ValueError(f"{where}: hydra.searchpath is not allowed; use --config-dir")
+            elif key in _PLUGIN_KEYS and value:
+                raise ValueError(f"{where}: {key} run code and are named on the command line only: {value!r}")
             refuse_foreign_targets(value, where)
     elif isinstance(config, list):
         for value in config:

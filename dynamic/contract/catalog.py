@@ -104,8 +104,9 @@ class CertificateSource:
             else:
                 refused.append(f"certificate {certificate.id}: {reason}")
                 logger.warning("refused %s", refused[-1])
-        processors = processor_classes(plugin.implementation for plugin in self._engine.logits_plugins)
-        return ContractCatalog(contracts=Contracts(valid), refused=tuple(refused), processors=processors)
+        return ContractCatalog(
+            contracts=Contracts(valid), refused=tuple(refused), processors=self._engine.logits_processors
+        )
 
     def _refusal(self, certificate: Certificate) -> str | None:
         assert self._running is not None

@@ -32,27 +32,26 @@ def deployment(
     device = torch.device(decoder.device)
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     isa = getattr(decoder.backend, "isa", None)
-    several = {} if decoder.processes is None else {"processes": decoder.processes}  # they sum in another order
-    added = {"logits_processors": plugin_facts(plugins)} if plugins else {}
     evicted = f"evicted by {plugin_facts(cache_plugins)}" if cache_plugins else "nothing evicted"
-    return (
-        several
-        | added
-        | {
-            "weights": backbone_hash(model.path),
-            "quantisation": decoder.quantization,
-            "dtype": str(decoder.dtype).removeprefix("torch."),
-            "experts_per_token": ",".join(str(k) for k in _experts_per_token(model)),
-            "keys_and_values": f"{exits.kv[0].keys_BGPC.dtype}, {evicted}".removeprefix("torch."),
-            "exits": _hash(model, JSON_FILE, TENSOR_FILE),
-            "contributions": _hash(model, CONTRIBUTIONS),
-            "backfill": "project",  # KV propagation, by the name that certificates know
-            "batching": "each row leaves by its own state",
-            "device": kind,
-            "backend": decoder.backend.name + (f" {isa}" if isa else f", torch {torch.__version__}"),
-            "kernels": NUMERICS,
-        }
-    )
+    facts: dict[str, Scalar] = {
+        "weights": backbone_hash(model.path),
+        "quantisation": decoder.quantization,
+        "dtype": str(decoder.dtype).removeprefix("torch."),
+        "experts_per_token": ",".join(str(k) for k in _experts_per_token(model)),
+        "keys_and_values": f"{exits.kv[0].keys_BGPC.dtype}, {evicted}".removeprefix("torch."),
+        "exits": _hash(model, JSON_FILE, TENSOR_FILE),
+        "contributions": _hash(model, CONTRIBUTIONS),
+        "backfill": "project",  # KV propagation, by the name that certificates know
+        "batching": "each row leaves by its own state",
+        "device": kind,
+        "backend": decoder.backend.name + (f" {isa}" if isa else f", torch {torch.__version__}"),
+        "kernels": NUMERICS,
+    }
+    if decoder.processes is not None:  # they sum in another order
+        facts["processes"] = decoder.processes
+    if plugins:
+        facts["logits_processors"] = plugin_facts(plugins)
+    return facts
 
 
 def _experts_per_token(model: LoadedModel) -> list[int]:

@@ -19,6 +19,7 @@ from .exit_runner import launched_rows
 from .logits_processors import processor_classes
 from .logprobs import position_logprobs
 from .outputs import CompletionDelta, PositionLogprobs, RequestDelta
+from .pace import Pace
 from .plugins import load_plugins
 from .prefix_cache import PrefixCache
 from .protocols import LogitsProcessor
@@ -66,7 +67,7 @@ class Engine:
         self.config = config = config or EngineConfig()
         spec, decoder = model.spec, model.decoder
         self.logits_plugins = load_plugins(config.logits_processors, LogitsProcessor)
-        self._processors = processor_classes(plugin.implementation for plugin in self.logits_plugins)
+        self.logits_processors = processor_classes(plugin.implementation for plugin in self.logits_plugins)
         self.vocab_size: int = spec.vocab_size
         device, homes = torch.device(decoder.device), decoder.homes
         num_pages = count_pages(config, spec, decoder.kv_dtype, device, homes)
@@ -89,7 +90,7 @@ class Engine:
         self._prompt_tokens = 0
         self._costs = TokenCosts(decoder)
         self._tokens = TokenTally()
-        self._pace = _Pace()
+        self._pace = Pace()
 
     def add_request(
         self,
@@ -139,7 +140,7 @@ class Engine:
             exit_logits_E=self.runner.exits.logit_thresholds(spends.exit_thresholds),
             expert_budget=self.runner.budgets.of_request(spends),
             contract=contract,
-            processors=self._processors,
+            processors=self.logits_processors,
             tokenizer=self.model.tokenizer,
         )
         self._arrivals += 1
@@ -294,7 +295,9 @@ class Engine:
                 delta = deltas[request] = RequestDelta(request.request_id, [])
                 self._announce(request, delta)
             if token_id == NO_TOKEN:
-                delta.error = "the model's output holds no finite logit"
+                delta.error = (
+                    "no token can be chosen: the logits are not finite, or the request's rules forbid all tokens"
+                )
                 completion = CompletionDelta(sequence.index, [], "", finish_reason="error")
             else:
                 completion = self._advance(sequence, token_id)
@@ -366,24 +369,6 @@ class Engine:
             delta.text += rest
         if stop is not None:
             delta.finish_reason, delta.stop_reason = "stop", stop
-
-
-class _Pace:
-    """How fast requests finish, as a moving average."""
-
-    def __init__(self) -> None:
-        self._last: float | None = None
-        self._interval = 1.0
-
-    def finished(self) -> None:
-        now = time.monotonic()
-        if self._last is not None:
-            self._interval += 0.1 * (now - self._last - self._interval)
-        self._last = now
-
-    @property
-    def seconds_per_request(self) -> float:
-        return min(max(self._interval, 1.0), 60.0)
 
 
 def _eos_token_ids(model: LoadedModel) -> frozenset[int]:

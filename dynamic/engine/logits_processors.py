@@ -238,18 +238,13 @@ def edit_logits(logits_RV: torch.Tensor, processors: Sequence[Sequence[LogitsPro
 
 
 def word_token_ids(tokenizer: Tokenizer, words: Sequence[str]) -> list[array[int]]:
-    """The tokens of words, at the beginning of a text and, where they differ in the first token only, after a space."""
-    found = []
-    for word in words:
-        first, inside = (
-            array("i", tokenizer.encode(space + word.lstrip(), add_special_tokens=False)) for space in ("", " ")
-        )
-        found += [first, inside] if len(inside) == len(first) and inside[0] != first[0] else [first]
-    return found
+    """The tokens of words, as a text begins with them and as they follow a space."""
+    texts = dict.fromkeys(space + word.lstrip() for word in words for space in ("", " "))
+    return [array("i", tokenizer.encode(text, add_special_tokens=False)) for text in texts]
 
 
 def _forbid(logits_RV: torch.Tensor, entries: Iterable[tuple[int, int]]) -> None:
-    rows_N, tokens_N = zip(*entries, strict=True) if (entries := list(entries)) else ((), ())
-    if rows_N:
+    if found := list(entries):
+        rows_N, tokens_N = zip(*found, strict=True)
         device = logits_RV.device
         logits_RV[torch.tensor(rows_N, device=device), torch.tensor(tokens_N, device=device)] = FORBIDDEN

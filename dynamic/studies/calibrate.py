@@ -62,6 +62,7 @@ class CalibrateConfig(LoadConfig):
         temperature: of the requests, and the one that the certificates hold for; 0 is greedy.
         probabilities: the path, the same calibrated probability at every exit, from the safest to the boldest.
         keeps: ``expert_keep`` beside each of them, not rising (it needs ``dynamoe experts``); empty uses all experts.
+        logits_processors: as engine.logits_processors of a server that the certificates are for.
         threads: CPU threads; null leaves torch's own choice.
         parallel: the processes that share the model; certificates hold for these.
 
@@ -83,11 +84,12 @@ class CalibrateConfig(LoadConfig):
     temperature: float = 0.0
     probabilities: tuple[float, ...] = field(default=PROBABILITIES)
     keeps: tuple[float, ...] = ()
+    logits_processors: tuple[str, ...] = ()
     threads: int | None = None
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
-        for name in ("alphas", "probabilities", "keeps"):
+        for name in ("alphas", "probabilities", "keeps", "logits_processors"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for value in (*self.alphas, self.delta):
             if not 0 < value < 1:
@@ -118,7 +120,13 @@ def calibrate(config: CalibrateConfig, *, progress: bool = True, say: Callable[[
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     path, output = resolve_model(config.model, progress=progress), Path(config.output).expanduser()
-    llm = LLM.from_config(path, config, EngineConfig(), progress=progress, parallel=config.parallel)
+    llm = LLM.from_config(
+        path,
+        config,
+        EngineConfig(logits_processors=config.logits_processors),
+        progress=progress,
+        parallel=config.parallel,
+    )
     probed = [exit.after_layers for exit in llm.model.decoder.exits.values() if exit.probe is not None]
     settings = path_through(probed, config.probabilities, config.keeps)
     source, chosen, tested = _prompts(config, path, llm)
@@ -127,7 +135,7 @@ def calibrate(config: CalibrateConfig, *, progress: bool = True, say: Callable[[
     kept = {
         k: v
         for k, v in asdict(config).items()
-        if k not in ("output", "threads", "alphas", "delta", "method", "parallel")
+        if k not in ("output", "threads", "alphas", "delta", "method", "parallel", "logits_processors")
     }
     claim(output, {**kept, "deployment": facts})
     measured = _walk(config, llm, settings, chosen, output, progress)
