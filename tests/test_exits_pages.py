@@ -53,8 +53,8 @@ class Watch:
             exits.decoder.propagate_kv,
         )
 
-        def watched_allocate(home: int = 0) -> int:
-            page = allocate(home)
+        def watched_allocate(kv_shard: int = 0) -> int:
+            page = allocate(kv_shard)
             self.tainted -= set(self.slots(page))
             return page
 

@@ -23,7 +23,7 @@ PLUGINS = frozenset(
     }
 )
 _SEARCH = "searchpath"
-_PLUGIN_KEYS = frozenset({"logits_processors"})
+_PLUGIN_KEYS = frozenset({"cache_policy", "logits_processors"})
 
 
 def refuse_foreign_targets(config: Any, where: str) -> None:
@@ -44,7 +44,7 @@ def refuse_foreign_targets(config: Any, where: str) -> None:
             elif key == _SEARCH and value:
                 raise ValueError(f"{where}: hydra.searchpath is not allowed; use --config-dir")
             elif key in _PLUGIN_KEYS and value:
-                raise ValueError(f"{where}: {key} run code and are named on the command line only: {value!r}")
+                raise ValueError(f"{where}: {key}={value!r} runs code; plug-ins are named on the command line only")
             refuse_foreign_targets(value, where)
     elif isinstance(config, list):
         for value in config:

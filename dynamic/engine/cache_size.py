@@ -57,29 +57,31 @@ def _cgroup_headroom() -> int:
     return 1 << 62 if limit == "max" else max(int(limit) - used, 0)
 
 
-def count_pages(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device, homes: int = 1) -> int:
-    """How many pages the pool gets: as many in each home.
+def count_pages(
+    config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device, kv_shards: int = 1
+) -> int:
+    """How many pages the pool gets: as many in each KV shard.
 
     Raises:
-        ValueError: when the memory holds no page for each home.
+        ValueError: when the memory holds no page for each KV shard.
     """
     page_bytes = bytes_per_page(spec, dtype, config.block_size)
     longest = min(config.max_model_len or spec.max_position, spec.max_position)
     if config.kv_memory is None:
         typical = -(-min(longest, TYPICAL_TOKENS) // config.block_size)
-        least = -(-longest // config.block_size) * homes if config.max_model_len else 0
+        least = -(-longest // config.block_size) * kv_shards if config.max_model_len else 0
         wanted = max(config.max_num_seqs * typical, least)
         pages = min(wanted, free_memory(device) // 4 // page_bytes)
     else:
         pages = parse_bytes(config.kv_memory) // page_bytes
-    if pages < homes:
-        many = f"{homes} pages, one for each home" if homes > 1 else "page"
+    if pages < kv_shards:
+        many = f"{kv_shards} pages, one for each KV shard" if kv_shards > 1 else "page"
         raise ValueError(f"engine.kv_memory={config.kv_memory} holds no {many}; one takes {page_bytes} bytes")
-    return pages - pages % homes
+    return pages - pages % kv_shards
 
 
 def longest_sequence(config: EngineConfig, max_position: int, num_pages: int) -> int:
-    """Tokens of prompt and output together that one sequence may have; ``num_pages`` are those of one home."""
+    """Tokens of prompt and output together that one sequence may have; ``num_pages`` are those of one KV shard."""
     wanted = max_position if config.max_model_len is None else config.max_model_len
     if wanted > max_position:
         raise ValueError(f"engine.max_model_len={wanted} exceeds the model's maximum of {max_position} positions")

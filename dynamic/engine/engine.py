@@ -69,10 +69,10 @@ class Engine:
         self.logits_plugins = load_plugins(config.logits_processors, LogitsProcessor)
         self.logits_processors = processor_classes(plugin.implementation for plugin in self.logits_plugins)
         self.vocab_size: int = spec.vocab_size
-        device, homes = torch.device(decoder.device), decoder.homes
-        num_pages = count_pages(config, spec, decoder.kv_dtype, device, homes)
-        self.max_model_len = longest_sequence(config, spec.max_position, num_pages // homes)
-        pool = BlockPool(num_pages, homes)
+        device, kv_shards = torch.device(decoder.device), decoder.kv_shards
+        num_pages = count_pages(config, spec, decoder.kv_dtype, device, kv_shards)
+        self.max_model_len = longest_sequence(config, spec.max_position, num_pages // kv_shards)
+        pool = BlockPool(num_pages, kv_shards)
         cache = PrefixCache(pool, config.block_size, config.enable_prefix_caching)
         self.cache_plugins, eviction = load_cache_policy(config, spec, pool)
         self.scheduler = Scheduler(config, pool, cache, spec.longest_window, eviction)

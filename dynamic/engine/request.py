@@ -132,9 +132,9 @@ class Sequence:
         "depths",
         "first_approximate",
         "first_page",
-        "home",
         "index",
         "kept_blocks",
+        "kv_shard",
         "num_computed",
         "num_evicted",
         "num_prompt",
@@ -156,7 +156,7 @@ class Sequence:
         self.token_ids = list(request.prompt_token_ids)
         self.num_prompt = len(request.prompt_token_ids)
         self.num_computed = 0  # tokens whose keys and values are in the pages
-        self.home = 0  # where its pages are, while it has any
+        self.kv_shard = 0  # where its pages are, while it has any
         self.pages = array("i")
         self.first_page = 0  # those before were given back: no later token sees them
         self.num_evicted = 0  # tokens whose pages a cache policy gave up: cache index = position - num_evicted

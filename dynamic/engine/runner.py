@@ -37,7 +37,7 @@ class Runner:
         self.device = torch.device(decoder.device)
         self.page_size = page_size
         self.staging = HostStaging(self.device)
-        self.kv = decoder.allocate_cache(num_pages, page_size, decoder.homes)
+        self.kv = decoder.allocate_cache(num_pages, page_size, decoder.kv_shards)
         # Long prompts with logprobs would need rows x vocabulary floats at once.
         self.max_logit_rows = max(1, LOGITS_CHUNK_BYTES // (4 * decoder.spec.vocab_size))
         self.exits = ExitRunner(decoder, self.kv)

@@ -29,7 +29,7 @@ class SchedulerCounters:
 class _Place:
     """Room for a sequence: pages that hold its beginning, how many it needs beside, how many are free now."""
 
-    home: int
+    kv_shard: int
     shared: list[int]
     new: int
     free: int
@@ -42,12 +42,13 @@ class Scheduler:
     later. When none is left, the running sequence of the lowest rank gives its pages up and is computed again later,
     keeping the tokens it has; rank is priority, then arrival, then number of the completion.
 
-    Where the pool has several homes, a waiting sequence goes to the one that has most of its beginning, among equals to
-    the one with the most free pages, and stays there; who needs a page takes it from sequences of the same home.
+    Where the pool has several KV shards, a waiting sequence goes to the one that has most of its beginning, among
+    equals to the one with the most free pages, and stays there. A sequence that needs a page takes it from one of the
+    same KV shard.
 
     Arguments:
         config: limits of a step.
-        pool: pages; each home must hold any one sequence alone.
+        pool: pages; each KV shard must hold any one sequence alone.
         cache: finds shared pages.
         window: how many positions a token sees at most, itself included; None: all. Pages behind it are given back.
         eviction: gives up pages as a cache policy wants it; None keeps all.
@@ -119,8 +120,8 @@ class Scheduler:
             is_new = block == len(sequence.pages)
             if not is_new and self.pool.references(sequence.pages[block]) == 1:
                 return True
-            if self.pool.free_in(sequence.home):
-                page = self.pool.allocate(sequence.home)
+            if self.pool.free_in(sequence.kv_shard):
+                page = self.pool.allocate(sequence.kv_shard)
                 if is_new:
                     sequence.pages.append(page)
                 else:  # shared with another completion: write to a copy
@@ -129,7 +130,7 @@ class Scheduler:
                     sequence.pages[block] = page
                 return True
             # Not yet in this step's work, because sequences take pages by rank.
-            victim = next(other for other in reversed(self.running) if other.home == sequence.home)
+            victim = next(other for other in reversed(self.running) if other.kv_shard == sequence.kv_shard)
             self._preempt(victim)
             if victim is sequence:
                 return False
@@ -148,15 +149,17 @@ class Scheduler:
         if not self.waiting or len(self.running) >= self.max_num_seqs:
             return None
         sequence = self.waiting[0]
-        places = [self._place(sequence, home) for home in range(self.pool.homes)]
-        place = max(filter(None, places), key=lambda place: (len(place.shared), place.free, -place.home), default=None)
+        places = [self._place(sequence, kv_shard) for kv_shard in range(self.pool.kv_shards)]
+        place = max(
+            filter(None, places), key=lambda place: (len(place.shared), place.free, -place.kv_shard), default=None
+        )
         if place is None:
             return None
-        shared, sequence.home = place.shared, place.home
+        shared, sequence.kv_shard = place.shared, place.kv_shard
         for page in shared:
             self.pool.retain(page)
         sequence.pages.extend(shared)
-        sequence.pages.extend(self.pool.allocate(place.home) for _ in range(place.new))
+        sequence.pages.extend(self.pool.allocate(place.kv_shard) for _ in range(place.new))
         sequence.num_computed = len(shared) * self.page_size
         if self.eviction is not None:
             self.eviction.computed(sequence)
@@ -169,14 +172,14 @@ class Scheduler:
         self._changes += 1
         return sequence
 
-    def _place(self, sequence: Sequence, home: int) -> _Place | None:
-        """What a waiting sequence would get in a home; None if there is no room for it."""
-        shared, free = self.cache.lookup(sequence, home), self.pool.free_in(home)
+    def _place(self, sequence: Sequence, kv_shard: int) -> _Place | None:
+        """What a waiting sequence would get in a KV shard; None if there is no room for it."""
+        shared, free = self.cache.lookup(sequence, kv_shard), self.pool.free_in(kv_shard)
         new = -(-sequence.num_tokens // self.page_size) - len(shared)
         taken = new + sum(self.pool.references(page) == 0 for page in shared)
         # One page in reserve for each running sequence: else an admission is soon followed by a preemption.
-        reserve = self.running if self.pool.homes == 1 else [s for s in self.running if s.home == home]
-        return None if taken + len(reserve) > free else _Place(home, shared, new, free)
+        reserve = self.running if self.pool.kv_shards == 1 else [s for s in self.running if s.kv_shard == kv_shard]
+        return None if taken + len(reserve) > free else _Place(kv_shard, shared, new, free)
 
     def computed(self, entry: Entry) -> None:
         """Record that an entry has run."""
@@ -211,7 +214,7 @@ class Scheduler:
                 continue
             for page in sequence.pages[sequence.first_page :]:
                 self.pool.retain(page)
-            sibling.home = sequence.home
+            sibling.kv_shard = sequence.kv_shard
             sibling.pages.extend(sequence.pages)
             sibling.first_page = sequence.first_page
             sibling.num_computed = sequence.num_computed

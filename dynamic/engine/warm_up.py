@@ -1,4 +1,4 @@
-"""Has the kernels of a GPU compiled before the first request."""
+"""Pre-compiles the GPU kernels before the first request."""
 
 from __future__ import annotations
 

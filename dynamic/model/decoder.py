@@ -82,7 +82,7 @@ class Decoder:
     """
 
     processes: str | None = None  # the axes of those that share the model, in words; None: there is one
-    homes = 1  # places that sequences live in, each with a part of the cache
+    kv_shards = 1  # places that sequences live in, each with a part of the cache
 
     def __init__(
         self,
@@ -132,8 +132,8 @@ class Decoder:
             grown = min(self.spec.max_position, max(length, 2 * self.cos_sin_LC.shape[0]))
             self.cos_sin_LC = rope_table(self.spec.rope, grown, self.device)
 
-    def allocate_cache(self, num_pages: int, page_size: int, homes: int = 1) -> list[KVLayer]:
-        """Keys and values of every layer, zeroed; each of the first ``homes`` homes has an equal run of the pages."""
+    def allocate_cache(self, num_pages: int, page_size: int, kv_shards: int = 1) -> list[KVLayer]:
+        """Keys and values of every layer, zeroed; each of the ``kv_shards`` KV shards has an equal run of the pages."""
         behind = self.backend.scales_behind_page
         return allocate_layers(self.spec, num_pages, page_size, self.kv_dtype, self.device, behind)
 

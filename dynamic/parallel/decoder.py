@@ -1,10 +1,10 @@
 """A decoder whose weights are spread over ranks: rank 0 is called as any decoder, the others follow its messages.
 
 Rows are known by their slots in the cache: a message names those that go on, and every rank picks them out of what it
-has. So it is rank 0 alone that decides which rows exit. Each home runs its own rows (:mod:`.homes`), and all
+has. So it is rank 0 alone that decides which rows exit. Each KV shard runs its own rows (:mod:`.data_ranks`), and all
 ranks of a stage have all rows again behind every segment.
 
-Shape suffixes as in ``kernels/api/types.py``; W rows of a home.
+Shape suffixes as in ``kernels/api/types.py``; W rows of a KV shard.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class ParallelDecoder(Decoder):
         self.context = shard.context
         self.processes = str(shard.context.config) + shard.placed
         config = shard.context.config
-        self.homes = config.homes
+        self.kv_shards = config.kv_shards
         self.held = shard.held
         self.load = ExpertLoad(shard.whole, self.device)
         self._exchange = ExpertExchange(self.context, config.padded_rows)
-        self._executed_X = torch.zeros_like(self._exchange.executed_X)  # of all homes
+        self._executed_X = torch.zeros_like(self._exchange.executed_X)  # of all KV shards
         self._shares = {
             number: share_experts(shard.placement[number], moe.router.top_k + moe.num_always_on, self.device)
             for number, moe in ((number, layer.moe) for number, layer in enumerate(spec.layers))
@@ -72,13 +72,15 @@ class ParallelDecoder(Decoder):
             int, tuple[torch.Tensor, torch.Tensor]
         ] = {}  # of a worker, by cache: the last ones, their slots
 
-    def allocate_cache(self, num_pages: int, page_size: int, homes: int = 1) -> list[KVLayer]:
+    def allocate_cache(self, num_pages: int, page_size: int, kv_shards: int = 1) -> list[KVLayer]:
         """See :meth:`Decoder.allocate_cache`; on all ranks. The workers' shares go when rank 0 lets go of its own."""
         self._caches += 1
-        home, pages = self.context.home, num_pages // homes
-        layers = self._allocate(pages if home < homes else 0, page_size)
-        cache = SharedCache(layers, self._caches, pages, home)
-        self._tell(Message(operation=Operation.ALLOCATE, cache=cache.number, arguments=(num_pages, page_size, homes)))
+        kv_shard, pages = self.context.kv_shard, num_pages // kv_shards
+        layers = self._allocate(pages if kv_shard < kv_shards else 0, page_size)
+        cache = SharedCache(layers, self._caches, pages, kv_shard)
+        self._tell(
+            Message(operation=Operation.ALLOCATE, cache=cache.number, arguments=(num_pages, page_size, kv_shards))
+        )
         if self.context.leads:
             finalize(cache, self._dropped.append, cache.number)
         return cache
@@ -171,10 +173,10 @@ class ParallelDecoder(Decoder):
     ) -> torch.Tensor:
         """Run rows that all ranks of the stage have; ``batch`` is on the host. See :meth:`Decoder.run_segment`."""
         cache = cache_of(kv)
-        if self.homes == 1:
+        if self.kv_shards == 1:
             return self._run_own(layers, x_TD, cache, batch, entropy_T, budget)
-        found = spread(batch, cache, self.homes)
-        own_W = found.rows[cache.home].to(self.device)
+        found = spread(batch, cache, self.kv_shards)
+        own_W = found.rows[cache.kv_shard].to(self.device)
         x_WD = x_TD[own_W]
         entropy_W = None if entropy_T is None else entropy_T[own_W]
         own_budget = None if budget is None else budget.of_rows(own_W)
@@ -202,7 +204,7 @@ class ParallelDecoder(Decoder):
         entropy_W: torch.Tensor | None,
         budget: ExpertBudget | None,
     ) -> torch.Tensor:
-        """Run the rows of this rank's home."""
+        """Run the rows of this rank's KV shard."""
         batch = on_device(batch, self.device)
         if self._held_stack is None:
             segment = Segment(index=0, layers=layers)
@@ -211,7 +213,7 @@ class ParallelDecoder(Decoder):
         return self._held_stack.run(layers, x_WD, cache, self.cos_sin_LC, batch, entropy_W, budget)
 
     def _lend_experts(self, layers: range) -> None:
-        """Run other homes' rows through the experts that are here; this one has none in this step."""
+        """Run other KV shards' rows through the experts that are here; this one has none in this step."""
         x_0D = torch.empty(0, self.spec.hidden_size, dtype=self.dtype, device=self.device)
         for number in layers:
             if shares := self._shares.get(number):
@@ -220,7 +222,7 @@ class ParallelDecoder(Decoder):
                 self._through_experts(number, self._exchange.depart(x_0D, nobody, shares))
 
     def propagate_kv(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
-        """See :meth:`Decoder.propagate_kv`; every rank writes the keys and values of its heads, of its home's rows."""
+        """See :meth:`Decoder.propagate_kv`; every rank writes those of its heads, of its KV shard's rows."""
         message = exit_message(cache_of(kv).number, exit.after_layers, batch)
         self._tell(message)
         self._propagate_own(exit, x_RD, kv, read_exited(message))
@@ -245,7 +247,7 @@ class ParallelDecoder(Decoder):
         self.context.close()
 
     def _record_load(self) -> None:
-        """Bring the counts of homes and stages together, where they are wanted; the last thing that all ranks do."""
+        """Bring the counts of KV shards and stages together, if they are wanted; the last thing that all ranks do."""
         if self.context.config.record_load is None:
             return
         counts = self.context.gather(self.load.rows_NE.cpu())
@@ -391,7 +393,7 @@ class ParallelDecoder(Decoder):
         rows_RD, routing = self._exchange.arrive(departure)
         if len(rows_RD):
             rows_RD = self.backend.experts(rows_RD, self.layers[number].ffn, routing)
-        return self._exchange.come_home(departure, rows_RD)
+        return self._exchange.send_back(departure, rows_RD)
 
 
 def rows_at(slots_T: torch.Tensor, wanted_R: torch.Tensor) -> torch.Tensor:

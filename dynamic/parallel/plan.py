@@ -22,7 +22,7 @@ class Operation(IntEnum):
     """What the workers do next."""
 
     STOP = 0
-    ALLOCATE = 1  # pages, tokens per page, homes
+    ALLOCATE = 1  # pages, tokens per page, KV shards
     COPY = 2  # pages read, pages written
     RUN = 3  # layers from, to; longest query, longest context; number of sequences; whether routers' entropy is wanted
     PROPAGATE = 4  # layers in front of the exit; highest position

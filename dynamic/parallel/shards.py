@@ -180,7 +180,7 @@ class Shard:
         if layout.o_bias and self.context.tensor_rank:
             self.cuts[layout.o_bias] = torch.zeros_like
         moe = self.spec.layers[number].moe
-        # Where the router decides nothing, the experts are one dense FFN, which every home has.
+        # Where the router decides nothing, the experts are one dense FFN, which every KV shard has.
         spread = moe is not None and not moe.is_dense
         experts = self.placement[number][self.context.expert_rank] if spread else list(range(layout.ffn.num_experts))
         ffn = self._ffn(layout.ffn, experts)
