@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from dynamoe.kernels.api.router_spec import RouterSpec
 from dynamoe.kernels.api.types import AttentionBatch, KVLayer, Routing
-from dynamoe.kernels.cpu.backend import ISAS, CpuBackend
+from dynamoe.kernels.cpu.backend import CpuBackend
+from dynamoe.kernels.cpu.build import isas
 from limits import Limits
 
 
@@ -211,7 +212,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64, 256, 512, 2048])
     parser.add_argument("--ops", nargs="+", default=["qkv", "o", "ffn", "head", "attention", "rows"])
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--isa", choices=ISAS, default="auto")
+    parser.add_argument("--isa", choices=("auto", *isas()), default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=1.0, help="time spent on each operation")

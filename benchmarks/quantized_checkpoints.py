@@ -89,8 +89,16 @@ def make(source: Path, folder: Path, python: str, library: str, recipes: Sequenc
     """Let a library quantise a model, each recipe into a directory of its own."""
     folder.mkdir()
     environment = {**os.environ, "GPTQMODEL_CPU_WORKERS": "2"}  # it starts with no fewer
-    command = [python, str(WORKER), library, str(source), str(folder), *recipes]
-    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+    command = [
+        os.path.abspath(shutil.which(python) or python),
+        str(WORKER),
+        library,
+        str(source),
+        str(folder),
+        *recipes,
+    ]
+    # Some of the libraries write a folder of logs where they run.
+    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, cwd=folder)
 
 
 def compare(source: Path, target: Path) -> dict[str, Any]:

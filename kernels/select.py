@@ -17,7 +17,7 @@ def select_backend(device: torch.device | str, dtype: torch.dtype, name: str = "
 
     Arguments:
         name: ``auto`` takes the fastest that runs here; ``cpu:avx512vnni`` the CPU's with this instruction set, one of
-            ``cpu_backend.ISAS``.
+            ``cpu.build.isas()``.
 
     Raises:
         ValueError: for an unknown name, or a backend that cannot run here: on that device, in that dtype, without a

@@ -26,7 +26,8 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 # The kernels are imported after that.
-from dynamoe.kernels.cpu.backend import ISAS, CpuBackend
+from dynamoe.kernels.cpu import build as cpu_build
+from dynamoe.kernels.cpu.backend import CpuBackend
 
 VOCAB_SIZE = 320
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # ids 0, 1, 2
@@ -165,10 +166,14 @@ def poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = was_filled
 
 
-CPU_CELLS = [(isa, dtype) for isa in ISAS[1:] for dtype in (torch.float32, torch.bfloat16)]
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "cpu_backend" in metafunc.fixturenames:
+        cells = [(isa, dtype) for isa in cpu_build.isas() for dtype in (torch.float32, torch.bfloat16)]
+        ids = [f"{isa}-{str(dtype)[6:]}" for isa, dtype in cells]
+        metafunc.parametrize("cpu_backend", cells, ids=ids, indirect=True)
 
 
-@pytest.fixture(params=CPU_CELLS, ids=lambda cell: f"{cell[0]}-{str(cell[1])[6:]}")
+@pytest.fixture
 def cpu_backend(request: pytest.FixtureRequest) -> CpuBackend:
     """The C++ kernels on each instruction set that this processor has, in each dtype."""
     torch.manual_seed(0)

@@ -17,10 +17,10 @@ from dynamoe import LLM, SamplingParams
 from dynamoe.dynamic.contract.deployment import deployment
 from dynamoe.dynamic.parallel.config import ParallelConfig, launched_rank
 from dynamoe.dynamic.parallel.decoder import ParallelDecoder
-from dynamoe.dynamic.parallel.exchange import Departure, ExpertExchange
 from dynamoe.dynamic.parallel.pipeline import PipelineDecoder
 from dynamoe.kernels.api.types import Routing
 from dynamoe.moe.dispatch import ExpertShares
+from dynamoe.moe.exchange import Departure, ExpertExchange
 
 PROMPTS = [[5, 9, 200, 31], [7] * 40, list(range(3, 90)), [11, 12], [250, 3, 77, 8, 120, 4]]
 

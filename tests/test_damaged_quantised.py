@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from dynamoe.dynamic.checkpoint.compressed_writer import compressed
 from dynamoe.dynamic.checkpoint.weights import CheckpointError
 from dynamoe.dynamic.model.loader import load_decoder
-from dynamoe.dynamic.quantize.writer import compressed
 from dynamoe.kernels.api import rounding
 from safetensors.torch import load_file, save_file
 

@@ -16,7 +16,6 @@ from dynamoe.dynamic.cli.main import main
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.llm import LLM
 from dynamoe.dynamic.model.loader import load_decoder
-from dynamoe.dynamic.train.exit_heads import ExitHeadsConfig
 from dynamoe.dynamic.train.frozen import FrozenConfig, make_frozen_exits
 from dynamoe.dynamic.train.frozen_states import (
     collect_served_states,
@@ -27,6 +26,7 @@ from dynamoe.dynamic.train.frozen_states import (
     served_backbone,
 )
 from dynamoe.exits.sidecar import load_heads
+from dynamoe.exits.training.exit_heads import ExitHeadsConfig
 from dynamoe.exits.training.heads import HeadTraining
 from safetensors.torch import load_file
 

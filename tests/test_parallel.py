@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from dynamoe.dynamic.checkpoint.weights import Checkpoint, read_json
 from dynamoe.dynamic.parallel.config import ParallelConfig
-from dynamoe.dynamic.parallel.expert_load import spread
+from dynamoe.moe.placement import spread
 from parallel_jobs import PATIENCE, compare, run_job
 
 

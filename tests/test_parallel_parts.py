@@ -22,12 +22,12 @@ from dynamoe.dynamic.model.quantization import methods
 from dynamoe.dynamic.parallel.config import ParallelConfig
 from dynamoe.dynamic.parallel.data_ranks import SharedCache, spread
 from dynamoe.dynamic.parallel.decoder import rows_at
-from dynamoe.dynamic.parallel.expert_load import read_placement
-from dynamoe.dynamic.parallel.expert_load import spread as spread_experts
 from dynamoe.dynamic.parallel.plan import FIRST, Message, Operation, decode, length
 from dynamoe.dynamic.parallel.shards import part_of, split_heads
 from dynamoe.dynamic.parallel.stages import micro_batches, split_into_stages
 from dynamoe.kernels.api.types import AttentionBatch, KVLayer
+from dynamoe.moe.placement import read_placement
+from dynamoe.moe.placement import spread as spread_experts
 from parallel_jobs import shard_of
 
 
@@ -56,7 +56,7 @@ def test_a_placement_that_does_not_fit_is_refused(
         file.write_text(content)
     spec = model_spec(read_json(make_checkpoint("mixtral") / "config.json"))
     with pytest.raises(ValueError, match=rf"parallel\.placement=.*load\.json {fault}"):
-        read_placement(file, spec, 2)
+        read_placement(file, spec.experts_by_layer, 2)
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from dynamoe.dynamic.train.exit_heads import (
-    ExitHeadsConfig,
-    collect_states,
-    compared_probes,
-    make_exits,
-    trained_backbone,
-)
 from dynamoe.dynamic.train.export import export_checkpoint
 from dynamoe.dynamic.train.model import DecoderConfig, TrainableDecoder
+from dynamoe.dynamic.train.trained_states import collect_states, trained_backbone
 from dynamoe.exits.calibrators import Isotonic, Temperature, fit_isotonic, fit_temperature, logit_threshold
 from dynamoe.exits.exit_head import ReadoutAdapter
 from dynamoe.exits.metrics import aurc
@@ -28,6 +22,7 @@ from dynamoe.exits.probes import (
     top_margin,
 )
 from dynamoe.exits.sidecar import ExitHeads, backbone_hash, load_heads, save_heads
+from dynamoe.exits.training.exit_heads import ExitHeadsConfig, compared_probes, make_exits
 from dynamoe.exits.training.heads import (
     ExitStates,
     HeadTraining,

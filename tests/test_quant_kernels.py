@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from dynamoe.kernels.api import rounding
-from dynamoe.kernels.api.formats import FP8_PER_GROUP, INT8_PER_GROUP, UNQUANTIZED, ActivationScheme, QuantizedWeight
+from dynamoe.kernels.api.formats import FP8_PER_GROUP, INT8_PER_GROUP, UNQUANTIZED, ActivationScheme
+from dynamoe.kernels.api.quantized_weight import QuantizedWeight
 from dynamoe.kernels.api.tolerance import QUANTIZED_TOLERANCE, error
 from dynamoe.kernels.api.types import Routing
 from dynamoe.kernels.cpu.backend import CpuBackend
@@ -250,7 +251,7 @@ def test_scales_of_16_bits_give_the_same_bits_as_wide_ones(cpu_backend: CpuBacke
     "scale", [0.0, 2.0**-14, 65504.0, 2.0**-15, 2.0**-24, 2.0**-126, 2.0**-20 + 2.0**-30, 1e5, torch.inf]
 )
 def test_scales_at_the_ends_of_16_bits(scale: float):
-    weight = replace(rounding.quantize_int8(torch.randn(3, 8)), scale=torch.tensor([1.0, scale, -scale]))
+    weight = replace(rounding.quantize_int8(torch.randn(3, 8)), scale=torch.tensor([[1.0], [scale], [-scale]]))
     weight.data[1:] = 1
     packed = CpuBackend("cpu", torch.float32).pack_quantized_linear(weight, None, UNQUANTIZED)
     rows = CpuBackend("cpu", torch.float32).weight_rows(packed, torch.arange(3))
@@ -271,11 +272,11 @@ def test_a_row_that_is_not_finite_stays_so(cpu_backend: CpuBackend, form: str):
 def test_refusals():
     backend = CpuBackend("cpu", torch.float32)
     int4, int8 = rounding.quantize_int4(torch.randn(2, 3, 64)), rounding.quantize_int8(torch.randn(2, 3, 64))
-    with pytest.raises(ValueError, match="int8 activations of Int4Weight share scales by 64, not by 128"):
+    with pytest.raises(ValueError, match="int8 activations of int4 weights share scales by 64, not by 128"):
         backend.pack_quantized_linear(int4.expert(0), None, INT8_PER_GROUP)
-    with pytest.raises(ValueError, match="int8 activations go with Int8Weight and Int4Weight, not with Fp8Weight"):
+    with pytest.raises(ValueError, match="int8 activations do not go with fp8 weights"):
         backend.pack_quantized_linear(rounding.quantize_fp8(torch.randn(3, 64)), None, INT8_PER_GROUP)
-    with pytest.raises(ValueError, match="int8 activations go with one scale per output, not with groups of 32"):
+    with pytest.raises(ValueError, match="one scale per output of int8 weights, not with groups of 32"):
         backend.pack_quantized_linear(rounding.quantize_int8(torch.randn(3, 64), group=32), None, INT8_PER_GROUP)
     with pytest.raises(ValueError, match="one format"):
         backend.pack_quantized_experts(int4, int8, rounding.quantize_int8(torch.randn(2, 64, 3)), "silu")

@@ -153,7 +153,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert not (cut / "config.json").exists()
     with pytest.raises(ValueError, match="unfinished run with other settings"):
         run(cut, replace(method, group=64))
-    monkeypatch.setattr(driver, "_write_json_whole", fail_for_config(driver._write_json_whole))
+    monkeypatch.setattr(driver, "write_json", fail_for_config(driver.write_json))
     with pytest.raises(KeyboardInterrupt):
         run(cut)  # all layers are done, the configuration is not written
     monkeypatch.undo()

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from dynamoe.dynamic.checkpoint.compressed_writer import compressed
 from dynamoe.dynamic.checkpoint.weights import CheckpointError
 from dynamoe.dynamic.model.decoder import Decoder
 from dynamoe.dynamic.model.loader import load_decoder
 from dynamoe.dynamic.model.prompt_pass import fresh_cache
-from dynamoe.dynamic.quantize.writer import compressed
 from dynamoe.exits.segments import Segment
 from dynamoe.kernels.api.rounding import quantize_int8
 from dynamoe.kernels.api.tolerance import error

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from dynamoe import LLM, SamplingParams
-from dynamoe.dynamic.convert.gguf_import import write_json
+from dynamoe.dynamic.checkpoint.directory import write_json
 from dynamoe.dynamic.convert.upcycle_checkpoint import upcycle_checkpoint
 from dynamoe.moe.coactivation import affinity, assign_balanced, balanced_groups
 from dynamoe.moe.upcycle import UpcycleConfig, contributions, split_ffn

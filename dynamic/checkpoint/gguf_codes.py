@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from ...kernels.api.formats import Int4Weight, Int8Weight, pack_int4
+from ...kernels.api.codes import pack_int4
+from ...kernels.api.formats import INT4, INT8
+from ...kernels.api.quantized_weight import QuantizedWeight
 
 _BLOCK = 32  # inputs that share a scale
 _HEADERS = {"Q4_0": 1, "Q4_1": 2, "Q8_0": 1}  # float16 numbers in front of the codes: scale; scale and smallest value
@@ -33,7 +35,7 @@ def tensors_to_keep(tensors: Mapping[str, Any]) -> set[str]:
     return kept
 
 
-def codes_of(tensor: Any) -> Int4Weight | Int8Weight:
+def codes_of(tensor: Any) -> QuantizedWeight:
     """A Q4_0, Q4_1 or Q8_0 tensor of a GGUF file, (O, I), its scales and smallest values in float16 as they are."""
     kind = tensor.tensor_type.name
     headers, inputs = _HEADERS[kind], int(tensor.shape[0])
@@ -43,9 +45,11 @@ def codes_of(tensor: Any) -> Int4Weight | Int8Weight:
     codes_OGX = bytes_OGX[..., 2 * headers :]
     scale = numbers_OGX[..., 0].contiguous()
     if kind == "Q8_0":
-        return Int8Weight(data=codes_OGX.flatten(1).view(torch.int8), scale=scale, group=_BLOCK)
+        data = codes_OGX.flatten(1).view(torch.int8)
+        return QuantizedWeight(format=INT8, data=data, scale=scale, group=_BLOCK)
     codes_OI = torch.cat((codes_OGX & 15, codes_OGX >> 4), -1).flatten(1)  # a block's first half is in the low nibbles
-    return Int4Weight(
+    return QuantizedWeight(
+        format=INT4,
         data=pack_int4(codes_OI),
         scale=scale,
         inputs=inputs,

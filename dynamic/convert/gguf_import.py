@@ -6,15 +6,16 @@ reads less of the tokenizer.
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..checkpoint.compressed_writer import compressed, kept_codes_config
+from ..checkpoint.directory import write_json, write_tensors
+from ..checkpoint.gguf_codes import codes_of, tensors_to_keep
 from ..model.families import FAMILIES, one_each
 
 # What a file's architecture is in Hugging Face's terms, without and with experts.
@@ -144,11 +145,7 @@ def _write_direct(
     progress: bool,
 ) -> None:
     from gguf import dequantize
-    from safetensors.torch import save_file
     from tqdm import tqdm
-
-    from ..checkpoint.gguf_codes import codes_of, tensors_to_keep
-    from ..quantize.writer import compressed, kept_codes_config
 
     config = _model_config(fields, kind, tied="output.weight" not in tensors)
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
@@ -171,7 +168,7 @@ def _write_direct(
             weight = _half_split_rope(weight, num_heads)
         parts = weight[None] if len(names[name]) == 1 else weight
         weights |= {part: parts[number].contiguous() for number, part in enumerate(names[name])}
-    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(target / "model.safetensors", weights)
     write_json(target / "config.json", config)
     tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
     write_json(target / "generation_config.json", tokens)
@@ -280,15 +277,3 @@ def _write_through_transformers(file: Path, target: Path) -> None:
     model.config.dtype = torch.bfloat16
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy what belongs to the tokenizer and to generation from one checkpoint directory to another."""
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-        if (source / name).exists():
-            shutil.copyfile(source / name, target / name)
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write a dictionary as indented JSON."""
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

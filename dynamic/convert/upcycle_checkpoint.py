@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ...moe.upcycle import ExpertSplit, UpcycleConfig, split_ffn
-from .gguf_import import copy_tokenizer, write_json
+from ..checkpoint.directory import copy_tokenizer, write_json, write_tensors
 
 _FFN_PARTS = ("gate_proj", "up_proj", "down_proj")
 
@@ -48,9 +48,7 @@ def upcycle_checkpoint(
             weights[name] = weights[name].index_select(1 if part == "down_proj" else 0, split.order_N)
         weights[f"{prefix}.router.weight"] = split.router_ED
 
-    from safetensors.torch import save_file
-
-    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(target / "model.safetensors", weights)
     write_json(target / "config.json", _expert_config(dense_config, config))
     copy_tokenizer(source, target)
 

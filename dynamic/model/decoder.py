@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ...exits.segments import Segment, split_into_segments
-from ...kernels.api.formats import QuantizedWeight
+from ...kernels.api.quantized_weight import QuantizedWeight
 from ...kernels.api.stack import Stack, StackExit, StackLayer, StackResult, StackShape
 from ...kernels.api.types import (
     AttentionBatch,

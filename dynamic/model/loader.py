@@ -13,9 +13,8 @@ import torch
 
 from ...exits.sidecar import ExitHeads, load_heads
 from ...kernels.api.format_join import concatenate, stack_experts
-from ...kernels.api.formats import QuantizedWeight
 from ...kernels.api.kv_codes import KV_DTYPES
-from ...kernels.api.rounding import quantize_int8
+from ...kernels.api.quantized_weight import QuantizedWeight
 from ...kernels.api.types import ExpertWeights, LinearWeights
 from ...kernels.select import select_backend
 from ...kernels.torch.backend import TorchBackend
@@ -240,7 +239,7 @@ class _Builder:
             return stored.weights[0].to(self.backend.device)
         if self.quantization.head is None:
             return self._copy(EMBEDDING)
-        return quantize_int8(self._source(EMBEDDING, method=self.quantization.head))
+        return self.quantization.head.quantize(self._source(EMBEDDING, method=self.quantization.head))
 
     def _linear(self, *names: str, method: Method | None = None, bias: tuple[str, ...] = ()) -> LinearWeights:
         """One layer of tensors whose outputs follow each other, as it is or quantised."""

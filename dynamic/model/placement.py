@@ -11,7 +11,7 @@ import torch
 from ...kernels.api.types import LinearWeights
 
 if TYPE_CHECKING:
-    from ...kernels.api.formats import QuantizedWeight
+    from ...kernels.api.quantized_weight import QuantizedWeight
     from ...kernels.torch.backend import TorchBackend
     from ..checkpoint.weights import Checkpoint, StoredWeights
     from .decoder import Decoder, LayerWeights

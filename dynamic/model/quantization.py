@@ -9,7 +9,8 @@ from functools import partial
 import torch
 
 from ...kernels.api import rounding
-from ...kernels.api.formats import FP8_PER_GROUP, INT8_PER_GROUP, UNQUANTIZED, ActivationScheme, QuantizedWeight
+from ...kernels.api.formats import FP8_BLOCK, FP8_PER_GROUP, INT8_PER_GROUP, UNQUANTIZED, ActivationScheme
+from ...kernels.api.quantized_weight import QuantizedWeight
 
 NONE = "none"
 
@@ -22,15 +23,16 @@ class Method:
         quantize: from a weight, (O, I) or (E, O, I), to its format.
         scheme: how their inputs are rounded.
         group: inputs per scale; None: all of an output's.
+        block_out: outputs per scale.
     """
 
     quantize: Callable[[torch.Tensor], QuantizedWeight]
     scheme: ActivationScheme = UNQUANTIZED
     group: int | None = None
+    block_out: int = 1
 
 
-def methods() -> dict[str, Method]:
-    """By name, as ``quantization=`` takes them."""
+def _known_methods() -> dict[str, Method]:
     groups = ((64, ""), (32, "-g32"), (128, "-g128"))
     int4 = {
         f"int4{name}{ending}": Method(partial(rounding.quantize_int4, group=group, symmetric=not ending), group=group)
@@ -48,8 +50,27 @@ def methods() -> dict[str, Method]:
         **int4,
         **w4a8,
         "fp8": Method(rounding.quantize_fp8),
-        "fp8-block": Method(partial(rounding.quantize_fp8, block=True), FP8_PER_GROUP, 128),
+        "fp8-block": Method(partial(rounding.quantize_fp8, block=True), FP8_PER_GROUP, FP8_BLOCK, FP8_BLOCK),
     }
+
+
+_METHODS = _known_methods()
+
+
+def methods() -> dict[str, Method]:
+    """By name, as ``quantization=`` takes them."""
+    return dict(_METHODS)
+
+
+def register_method(name: str, method: Method) -> None:
+    """Make a method known under a name.
+
+    Raises:
+        ValueError: for a name that is taken.
+    """
+    if name in (NONE, *_METHODS):
+        raise ValueError(f"there is a quantisation method named {name!r} already")
+    _METHODS[name] = method
 
 
 @dataclass(frozen=True, kw_only=True)

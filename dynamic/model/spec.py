@@ -126,6 +126,11 @@ class ModelSpec:
         routers = 0 if moe.is_dense else moe.router.num_experts + moe.shared_gate
         return 2 * self.hidden_size * (attention + 3 * neurons + routers)
 
+    @property
+    def experts_by_layer(self) -> list[int]:
+        """Routed experts of every layer; 0: it has none."""
+        return [0 if layer.moe is None else layer.moe.num_experts for layer in self.layers]
+
     def experts_in(self, layers: range) -> int:
         """Experts that a row uses in some layers together: those that are chosen, and those that are always on."""
         moes = [self.layers[number].moe for number in layers]

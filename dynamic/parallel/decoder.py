@@ -22,14 +22,14 @@ import torch.nn.functional as F
 from ...exits.segments import Segment
 from ...kernels.api.types import AttentionBatch, ExpertBudget, KVLayer, Routing
 from ...moe.dispatch import share_experts
+from ...moe.exchange import Departure, ExpertAxis, ExpertExchange
+from ...moe.placement import ExpertLoad, write_load
 from ..model.counters import Exchange
 from ..model.decoder import Decoder, LayerWeights
 from ..model.exits import DecoderExit
 from ..model.kv_cache import allocate_layers, copy_pages
 from ..model.spec import LayerSpec, ModelSpec
 from .data_ranks import SharedCache, cache_of, on_device, share_rows, spread
-from .exchange import Departure, ExpertExchange
-from .expert_load import ExpertLoad, write_load
 from .norms import norm_over_ranks, project_over_ranks, spread_norms
 from .plan import Message, Operation, exit_message, read_batch, read_budget, read_exited, run_message
 from .shards import Shard, part_of, width
@@ -50,8 +50,14 @@ class ParallelDecoder(Decoder):
         config = shard.context.config
         self.kv_shards = config.kv_shards
         self.held = shard.held
-        self.load = ExpertLoad(shard.whole, self.device)
-        self._exchange = ExpertExchange(self.context, config.padded_rows)
+        self.load = ExpertLoad(shard.whole.experts_by_layer, self.device)
+        axis = ExpertAxis(
+            group=self.context.expert_group,
+            size=config.expert,
+            rank=self.context.expert_rank,
+            first=self.context.data_rank * config.expert,
+        )
+        self._exchange = ExpertExchange(self.context, axis, config.padded_rows)
         self._executed_X = torch.zeros_like(self._exchange.executed_X)  # of all KV shards
         self._shares = {
             number: share_experts(shard.placement[number], moe.router.top_k + moe.num_always_on, self.device)
@@ -253,7 +259,12 @@ class ParallelDecoder(Decoder):
         counts = self.context.gather(self.load.rows_NE.cpu())
         if self.context.leads:
             rows_NE = torch.stack(counts[:: self.context.config.tensor]).sum(0)
-            write_load(rows_NE, self.spec, Path(self.context.config.record_load).expanduser())
+            write_load(
+                rows_NE,
+                self.spec.experts_by_layer,
+                self.spec.family,
+                Path(self.context.config.record_load).expanduser(),
+            )
 
     @torch.inference_mode()
     def follow(self) -> None:

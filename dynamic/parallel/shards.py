@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ...kernels.api.formats import Fp8Weight, Int8Weight, QuantizedWeight
+from ...kernels.api.quantized_weight import QuantizedWeight
+from ...moe.placement import read_placement
 from ..checkpoint.quantized_checkpoint import QuantizedCheckpoint
 from ..checkpoint.stored_weight import Part
 from ..checkpoint.weights import Checkpoint, CheckpointError
@@ -24,7 +25,6 @@ from ..model.quantization import Method
 from ..model.spec import ModelSpec
 from .config import ParallelConfig
 from .context import ParallelContext
-from .expert_load import read_placement
 from .sharded_checkpoint import Cut, ShardedCheckpoint
 from .stages import SIZES, layer_sizes, split_into_stages, stand_in
 
@@ -80,7 +80,7 @@ class Shard:
 
     def _place(self, config: ParallelConfig) -> dict[int, list[list[int]]]:
         if config.placement is not None:
-            return read_placement(Path(config.placement).expanduser(), self.whole, config.expert)
+            return read_placement(Path(config.placement).expanduser(), self.whole.experts_by_layer, config.expert)
         placement = {}
         for number, layer in enumerate(self.whole.layers):
             if layer.moe:
@@ -104,7 +104,7 @@ class Shard:
         Raises:
             ValueError: where a scale of weights, or of what they are multiplied with, would belong to several ranks.
         """
-        if method.scheme.kind == "fp8" and self.input_cuts:
+        if method.block_out > 1 and self.input_cuts:
             raise ValueError(
                 f"quantization={name} has scales for blocks of outputs, which {self.context.config} splits"
             )
@@ -144,8 +144,7 @@ class Shard:
         dist.all_reduce(wide := torch.maximum(high, -low).float(), dist.ReduceOp.MAX, group=self.context.tensor_group)
         # One input more, as large as any of the whole row, sets the scale.
         whole = method.quantize(torch.cat((weight, wide.to(weight.dtype)), -1))
-        assert isinstance(whole, Int8Weight | Fp8Weight)
-        return replace(whole, data=whole.data[..., :-1].contiguous())
+        return whole.columns(0, weight.shape[-1])
 
     def with_stand_ins(self, layers: Sequence[LayerWeights], read_bytes: int) -> list[LayerWeights]:
         """All layers of the model: this rank's, and what the ranks of the same place in other stages tell of theirs.

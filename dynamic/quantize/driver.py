@@ -6,8 +6,6 @@ Every layer reads what the quantised layers in front of it make of the text, so 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,15 +16,16 @@ import torch
 from ...exits.sidecar import TENSOR_FILE, backbone_hash
 from ...kernels.select import select_backend
 from ...kernels.torch.backend import TorchBackend
+from ..checkpoint.compressed_writer import compressed_config
+from ..checkpoint.directory import copy_tokenizer, write_json, write_tensors
 from ..checkpoint.weights import DTYPES, Checkpoint, CheckpointError, read_json
-from ..convert.gguf_import import copy_tokenizer, write_json
 from ..model.families import Family, family_of, model_spec
 from ..model.layout import EMBEDDING, FINAL_NORM, Layout, plan_layout
 from ..model.spec import ModelSpec
 from .inputs import OneLayer
 from .layer import pack_layer, read_layer
 from .methods import CalibratedMethod, LayerMethod
-from .writer import layer_tensors, quantization_config, save_whole
+from .writer import layer_tensors
 
 PROGRESS, REPORT = "quantization_progress.json", "quantization_report.json"
 _REST, _INDEX = "model-rest.safetensors", "model.safetensors.index.json"
@@ -89,9 +88,9 @@ def quantize_checkpoint(
     with bar:
         for number in range(len(layers), origin.spec.num_layers):
             stream_NLD, report = _one_layer(origin, target, number, stream_NLD, method, backend)
-            save_whole({"stream": stream_NLD}, _stream_file(target, number + 1))
+            write_tensors(_stream_file(target, number + 1), {"stream": stream_NLD})
             layers.append(report)
-            _write_json_whole(target / PROGRESS, {"settings": settings, "layers": layers})
+            write_json(target / PROGRESS, {"settings": settings, "layers": layers})
             _stream_file(target, number).unlink(missing_ok=True)
             origin.checkpoint.release()
             bar.update()
@@ -127,7 +126,7 @@ def _begin(target: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     if target.is_dir() and any(target.iterdir()):
         raise ValueError(f"output={target} is not empty; name a directory that does not exist")
     target.mkdir(parents=True, exist_ok=True)
-    _write_json_whole(progress, {"settings": settings, "layers": []})
+    write_json(progress, {"settings": settings, "layers": []})
     return []
 
 
@@ -167,7 +166,7 @@ def _one_layer(
     layer, inputs = worker.scaled(layer, inputs)
     quantized = worker.quantized(layer, inputs)
     prefix = f"model.layers.{number}."
-    save_whole(layer_tensors(quantized, layout, origin.family, prefix, dtype), target / _layer_file(number))
+    write_tensors(target / _layer_file(number), layer_tensors(quantized, layout, origin.family, prefix, dtype))
     packed = pack_layer(backend, quantized, spec.activation, method.scheme)
     after_NLD = OneLayer(spec, number, packed, backend).run(stream_NLD)
     added = (expected_NLD - stream_NLD).norm()
@@ -179,7 +178,7 @@ def _finish(origin: _Source, target: Path, method: CalibratedMethod, report: dic
     """What is not quantised, index and configuration. The configuration comes last: with it the model is whole."""
     checkpoint = origin.checkpoint
     names = [EMBEDDING, FINAL_NORM, *([origin.layout.lm_head] if origin.layout.lm_head else [])]
-    save_whole({name: checkpoint.view(name).clone() for name in names}, target / _REST)
+    write_tensors(target / _REST, {name: checkpoint.view(name).clone() for name in names})
     copy_tokenizer(origin.path, target)
     files = [*(_layer_file(number) for number in range(origin.spec.num_layers)), _REST]
     weight_map = {name: file for file in files for name in _names_in(target / file)}
@@ -188,9 +187,12 @@ def _finish(origin: _Source, target: Path, method: CalibratedMethod, report: dic
     kept = ["lm_head"]
     for layout in origin.layout.layers:
         kept += [name.removesuffix(".weight") for name in (layout.router, layout.shared_gate) if name]
-    config = {**origin.config, "quantization_config": quantization_config(method, kept)}
+    int8 = method.scheme.kind == "int8"
+    group, symmetric = (None, True) if int8 else (method.group, method.symmetric)
+    settings = compressed_config(kept, group=group, symmetric=symmetric, int8_rows=int8)
+    config = {**origin.config, "quantization_config": settings}
     _stream_file(target, origin.spec.num_layers).unlink(missing_ok=True)
-    _write_json_whole(target / "config.json", config)
+    write_json(target / "config.json", config)
     (target / PROGRESS).unlink()
 
 
@@ -210,9 +212,3 @@ def _layer_file(number: int) -> str:
 
 def _stream_file(target: Path, finished: int) -> Path:
     return target / f"stream-{finished:03d}.safetensors"
-
-
-def _write_json_whole(file: Path, content: dict[str, Any]) -> None:
-    unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, file)

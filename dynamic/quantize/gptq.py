@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ...kernels.api.formats import Int4Weight
+from ...kernels.api.quantized_weight import QuantizedWeight
 from .grid import Int4Grid, full_grid, searched_grid
 
 _BLOCK = 128  # inputs between two updates of all that is still to come
@@ -24,7 +24,7 @@ def gptq_int4(
     damping: float = 0.01,
     act_order: bool = True,
     search: bool = True,
-) -> Int4Weight:
+) -> QuantizedWeight:
     """Quantise B layers of one shape at once.
 
     Arguments:

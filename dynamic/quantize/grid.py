@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ...kernels.api.formats import Int4Weight, pack_int4
+from ...kernels.api.codes import pack_int4
+from ...kernels.api.formats import INT4
+from ...kernels.api.quantized_weight import QuantizedWeight
 from ...kernels.api.rounding import int4_grid
 
 _SHRINKS = tuple(1 - 0.05 * step for step in range(10))  # shares of a group's range, from all of it to 55 %
@@ -47,9 +49,10 @@ class Int4Grid:
         scale, zero = self.per_input(codes_BOI.shape[-1])
         return (codes_BOI.float() - zero) * scale
 
-    def weight(self, codes_BOI: torch.Tensor) -> Int4Weight:
+    def weight(self, codes_BOI: torch.Tensor) -> QuantizedWeight:
         """Codes packed into the format that the kernels read."""
-        return Int4Weight(
+        return QuantizedWeight(
+            format=INT4,
             data=pack_int4(codes_BOI),
             scale=self.scale_BOG,
             inputs=codes_BOI.shape[-1],

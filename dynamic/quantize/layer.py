@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...kernels.api.format_join import concatenate
-from ...kernels.api.formats import UNQUANTIZED, ActivationScheme, QuantizedWeight
+from ...kernels.api.formats import UNQUANTIZED, ActivationScheme
+from ...kernels.api.quantized_weight import QuantizedWeight
 from ...kernels.api.types import ExpertWeights, LinearWeights
 from ...kernels.torch.backend import TorchBackend
 from ..checkpoint.weights import Checkpoint

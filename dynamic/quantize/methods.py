@@ -17,8 +17,8 @@ from ...kernels.api.formats import (
     INT8_PER_GROUP,
     UNQUANTIZED,
     ActivationScheme,
-    QuantizedWeight,
 )
+from ...kernels.api.quantized_weight import QuantizedWeight
 from ...kernels.api.rounding import quantize_int4, quantize_int8
 from ..model.spec import ModelSpec
 from .gptq import gptq_int4

@@ -13,11 +13,11 @@ from pathlib import Path
 from filelock import FileLock
 
 from ...exits.sidecar import JSON_FILE
+from ...exits.training.exit_heads import ExitHeadsConfig
 from ...exits.training.heads import HeadTraining
 from ..convert.model_store import resolve_model
 from ..text.prompt_file import read_prompts
 from ..text.tokenizer import Tokenizer
-from ..train.exit_heads import ExitHeadsConfig
 from ..train.frozen import FrozenConfig, make_frozen_exits
 from ..train.held_out import PROMPTS_FILE
 from .records import job_key

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from ...exits.training.exit_heads import COMPARED
 from ..contract.bounds import BOUNDS
 from ..contract.calibration_runs import PROBABILITIES
-from ..train.exit_heads import COMPARED
 from .evaluate import EvaluateConfig
 
 CONFORMAL = "conformal_risk_control"

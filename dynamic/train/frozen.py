@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from ...exits.segments import split_into_segments
 from ...exits.sidecar import JSON_FILE, TENSOR_FILE, backbone_hash
+from ...exits.training.exit_heads import Backbone, ExitHeadsConfig, exit_splits, make_exits
 from ...exits.training.heads import ExitStates, HeadTraining, fit_adapter
 from ...exits.training.memory import available_memory
 from ...exits.training.progress import ProgressLine
@@ -27,7 +28,6 @@ from ..engine.config import EngineConfig
 from ..engine.offline import OfflineEngine
 from ..text.calibration_text import reference_pages
 from ..text.documentation_packages import SOURCES, collect, collect_folder
-from .exit_heads import Backbone, ExitHeadsConfig, exit_splits, make_exits
 from .frozen_states import (
     collect_served_states,
     default_exit_layers,

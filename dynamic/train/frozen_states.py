@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from ...exits.exit_head import ReadoutAdapter
 from ...exits.segments import split_into_segments
+from ...exits.training.exit_heads import Backbone, frozen_logits
 from ...exits.training.heads import ExitStates, HeadTraining
 from ..model.decoder import Decoder
 from ..model.prompt_pass import fresh_cache
 from ..model.spec import ModelSpec
-from .exit_heads import Backbone, frozen_logits
 
 _LOGIT_ROWS = 4096  # rows whose logits are in memory at once when choices are compared
 _GIB = 2**30

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ...exits.training.exit_heads import ExitHeadsConfig
 from ...exits.training.objectives import ExitTraining
 from ...exits.training.trainer import TrainerConfig
 from ..text.corpus import CorpusConfig
-from .exit_heads import ExitHeadsConfig
 from .language_model import LanguageModelConfig
 from .model import DecoderConfig
 

@@ -3,38 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
-from typing import TypeVar
+from dataclasses import replace
 
 import torch
 
-from .formats import FP8_BLOCK, Fp8Weight, QuantizedWeight
-
-Weight = TypeVar("Weight", bound=QuantizedWeight)
+from .quantized_weight import QuantizedWeight
 
 
-def concatenate(weights: Sequence[Weight]) -> Weight:
+def concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     """Layers with the same inputs as one, their outputs one after the other: query, key and value projections.
 
     Raises:
         ValueError: for weights of different formats, groups or inputs.
     """
-    blocks = [w for w in weights if isinstance(w, Fp8Weight)]
-    if any(w.out_features % FP8_BLOCK for w in blocks[:-1]) or len({w.block_out for w in blocks}) > 1:
-        weights = [w.per_output() if isinstance(w, Fp8Weight) else w for w in weights]  # type: ignore[assignment]
-    _check_alike([(*_format(w), w.num_experts) for w in weights], "joined")
-    dim = weights[0].data.dim() - 2
-    parts = {name: torch.cat([w.tensors()[name] for w in weights], dim) for name in weights[0].tensors()}
+    if any(w.out_features % w.block_out for w in weights[:-1]) or len({w.block_out for w in weights}) > 1:
+        weights = [w.per_output() for w in weights]
+    _check_alike([(*_kind(w), w.num_experts) for w in weights], "joined")
+    parts = {name: torch.cat([w.tensors()[name] for w in weights], -2) for name in weights[0].tensors()}
     return replace(weights[0], **parts)  # type: ignore[arg-type]
 
 
-def stack_experts(weights: Sequence[Weight]) -> Weight:
+def stack_experts(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     """Weights (O, I) or (E, O, I) as the experts of one layer, (E, O, I).
 
     Raises:
         ValueError: for weights of different formats, groups or shapes.
     """
-    _check_alike([(*_format(w), w.out_features) for w in weights], "stacked")
+    _check_alike([(*_kind(w), w.out_features) for w in weights], "stacked")
     parts: dict[str, list[torch.Tensor]] = {}
     for weight in weights:
         for name, tensor in weight.tensors().items():
@@ -42,11 +37,9 @@ def stack_experts(weights: Sequence[Weight]) -> Weight:
     return replace(weights[0], **{name: torch.cat(tensors) for name, tensors in parts.items()})  # type: ignore[arg-type]
 
 
-def _format(weight: QuantizedWeight) -> tuple[object, ...]:
+def _kind(weight: QuantizedWeight) -> tuple[object, ...]:
     """What weights must have in common to become one."""
-    tensors = weight.tensors()
-    settings = tuple(getattr(weight, f.name) for f in fields(weight) if f.name not in tensors)
-    return (type(weight).__name__, weight.in_features, *sorted(tensors), *settings)
+    return (weight.format, weight.in_features, weight.group, weight.block_out, *sorted(weight.tensors()))
 
 
 def _check_alike(kinds: list[tuple[object, ...]], what: str) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .formats import FP8, INT4, INT8, Format
 from .router_spec import RouterSpec
 
 KERNELS, TORCH, REFUSED = "kernels", "torch", "refused"
@@ -49,6 +50,13 @@ EXPERTS = (
     Row(backend="megablocks", device="cpu", outcomes=(REFUSED, REFUSED, REFUSED)),
     Row(backend="megablocks", device="cuda", outcomes=(REFUSED, KERNELS, REFUSED)),
 )
+
+
+def quantised_outcomes(weights: Format) -> dict[str, str]:
+    """What happens to weights of a format, per backend that has kernels for some. Without any the ``cpu`` backend
+    dequantises them while loading, ``triton`` for each product."""
+    return {"cpu": KERNELS if weights.cpu is not None else TORCH, "triton": KERNELS if weights.triton else TORCH}
+
 
 _BASE: dict[str, Any] = {"num_experts": 8, "top_k": 2}
 # rule: (spec, families, outcome per backend with a routing kernel of its own)
@@ -117,13 +125,16 @@ ROUTERS: dict[str, tuple[RouterSpec, str, dict[str, str]]] = {
 
 # How weights are quantised: outcome per backend; the others are torch's.
 QUANTISED: dict[str, dict[str, str]] = {
-    "int8": {"cpu": KERNELS, "triton": KERNELS},
-    "int8, groups of 32, 64, 128": {"cpu": KERNELS, "triton": KERNELS},
-    "int8, rows rounded to int8 (w8a8)": {"cpu": KERNELS, "triton": KERNELS},
-    "int4, groups of 32, 64, 128, symmetric or not": {"cpu": KERNELS, "triton": KERNELS},
-    "int4, rows rounded to int8 (w4a8)": {"cpu": KERNELS, "triton": KERNELS},
-    "fp8 e4m3, a scale per output": {"cpu": KERNELS, "triton": KERNELS},
-    "fp8 e4m3, 128 x 128 blocks, rows rounded": {"cpu": KERNELS, "triton": KERNELS},
+    label: quantised_outcomes(weights)
+    for label, weights in (
+        ("int8", INT8),
+        ("int8, groups of 32, 64, 128", INT8),
+        ("int8, rows rounded to int8 (w8a8)", INT8),
+        ("int4, groups of 32, 64, 128, symmetric or not", INT4),
+        ("int4, rows rounded to int8 (w4a8)", INT4),
+        ("fp8 e4m3, a scale per output", FP8),
+        ("fp8 e4m3, 128 x 128 blocks, rows rounded", FP8),
+    )
 }
 
 # What keys and values are kept in: outcome per backend; the others are torch's.

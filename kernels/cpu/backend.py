@@ -28,8 +28,6 @@ from .layout import ACTIVATIONS, BLOCK, count_bytes, join_gate_up_bias, padded
 from .quantized import CpuQuantExperts, CpuQuantLinear, CpuQuantPacking, layout_of, skipped_outputs
 from .stack import CpuStack
 
-ISAS = ("auto", "avx512bf16", "avx512vnni", "avx512", "avx2", "portable")
-
 
 @dataclass(frozen=True)
 class _Linear:
@@ -53,7 +51,7 @@ class CpuBackend(CpuQuantPacking):
     Arguments:
         device: must be a CPU.
         dtype: torch.float32 or torch.bfloat16, of weights and activations.
-        isa: instruction set, one of ``ISAS``; ``auto`` takes the best this processor has.
+        isa: instruction set, one of ``build.isas()``; ``auto`` takes the best this processor has.
 
     Raises:
         ValueError: for a device, dtype or instruction set it cannot serve.
@@ -70,14 +68,15 @@ class CpuBackend(CpuQuantPacking):
             raise ValueError(f"the cpu backend cannot run on device {self.device}")
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"the cpu backend runs float32 and bfloat16, not {dtype}")
-        if isa not in ISAS:
-            raise ValueError(f"unknown instruction set {isa!r}; known: {', '.join(ISAS)}")
         cpu_build.load(progress=True)
+        names = cpu_build.isas()
+        if isa not in ("auto", *names):
+            raise ValueError(f"unknown instruction set {isa!r}; known: auto, {', '.join(names)}")
         self._ops = torch.ops.dynamoe_cpu
         self._isa: int = self._ops.find_isa(isa)
         if self._isa < 0:
             raise ValueError(f"this processor has no {isa}")
-        self.isa = ISAS[1 + self._isa]
+        self.isa = names[self._isa]
 
     def pack_linear(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> LinearWeights:
         packed = self._ops.pack_linear(self._isa, self._source(weight_OI))

@@ -1,4 +1,8 @@
-"""Build and load the C++ kernels: once per source, compiler and torch version, kept in the user's cache."""
+"""Build and load the C++ kernels: once per source, compiler and torch version, kept in the user's cache.
+
+``$DYNAMOE_CPU_EXTRA_SOURCES`` names C++ files (``:`` between them) that are compiled against ``csrc`` and loaded with
+the kernels. Such a file may register an instruction set of its own, as those in ``csrc/isa`` do.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +19,14 @@ from pathlib import Path
 import torch
 
 SOURCES = Path(__file__).parent / "csrc"
+EXTRA_SOURCES = "DYNAMOE_CPU_EXTRA_SOURCES"
 _FLAGS = (
     "-O3",
     "-std=c++20",
     "-fopenmp",
     "-fno-math-errno",
     "-ffp-contract=off",
+    "-falign-loops=64",  # short loops in one cache line each, whatever the code in front of them
     "-Wall",
     "-Wno-maybe-uninitialized",
     "-Wno-uninitialized",
@@ -80,8 +86,23 @@ def build(progress: bool = False) -> Path:
     Raises:
         BuildError: no compiler, or it failed; carries the end of its output.
     """
-    path, version = _compiler()
-    name = _build_name(version)
+    compiler = _compiler()
+    sources = [path for path in _source_files() if path.suffix == ".cpp"]
+    what = "the CPU kernels" if progress else None
+    return _built(compiler, _build_name(compiler[1]), sources, ["-fopenmp"], what)
+
+
+def _build_extra(library: Path, source: Path) -> Path:
+    """The shared library of one extra file, which finds what it needs in that of the kernels."""
+    try:
+        digest = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise BuildError(f"${EXTRA_SOURCES}: {error}") from error
+    return _built(_compiler(), f"{library.stem}_{digest}", [source.resolve()], [str(library)], str(source))
+
+
+def _built(compiler: tuple[str, str], name: str, sources: list[Path], link: list[str], what: str | None) -> Path:
+    path, version = compiler
     directory = cache_directory() / name
     library = directory / f"{name}.so"
     if library.exists():
@@ -90,13 +111,13 @@ def build(progress: bool = False) -> Path:
     with _locked(directory / "build.lock"):
         if library.exists():
             return library
-        if progress:
-            print(f"compiling the CPU kernels with {version} (about a minute, once)", file=sys.stderr, flush=True)
-        _compile(path, name, directory)
+        if what:
+            print(f"compiling {what} with {version} (about a minute, once)", file=sys.stderr, flush=True)
+        _compile(path, name, directory, sources, link)
     return library
 
 
-def _compile(compiler: str, name: str, directory: Path) -> None:
+def _compile(compiler: str, name: str, directory: Path, sources: list[Path], link: list[str]) -> None:
     from torch.utils import cpp_extension  # slow to import, and only needed here
 
     work = directory / "work"
@@ -108,9 +129,9 @@ def _compile(compiler: str, name: str, directory: Path) -> None:
     try:
         cpp_extension.load(
             name=name,
-            sources=[str(p) for p in _source_files() if p.suffix == ".cpp"],
+            sources=[str(path) for path in sources],
             extra_cflags=list(_FLAGS),
-            extra_ldflags=["-fopenmp"],
+            extra_ldflags=link,
             extra_include_paths=[str(SOURCES)],
             build_directory=str(work),
             is_python_module=False,
@@ -136,7 +157,23 @@ def load(progress: bool = False) -> None:
     if hasattr(torch.ops.dynamoe_cpu, "find_isa"):
         return
     library = build(progress)
+    _load(library)
+    for source in filter(None, os.environ.get(EXTRA_SOURCES, "").split(os.pathsep)):
+        _load(_build_extra(library, Path(source)))
+
+
+def _load(library: Path) -> None:
     try:
         torch.ops.load_library(library)
     except OSError as error:
         raise BuildError(f"loading {library} failed: {error}") from error
+
+
+def isas() -> tuple[str, ...]:
+    """The kernels' instruction sets, the best first, whether or not this processor has them.
+
+    Raises:
+        BuildError: as :func:`load`.
+    """
+    load(progress=True)
+    return tuple(torch.ops.dynamoe_cpu.isas())

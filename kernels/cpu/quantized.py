@@ -5,22 +5,43 @@ Shape suffixes are explained in ``types.py``; X stands for whatever the last dim
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from ..api.formats import UNQUANTIZED, ActivationScheme, Fp8Weight, Int4Weight, Int8Weight, QuantizedWeight
+from ..api.formats import UNQUANTIZED, ActivationScheme
+from ..api.quantized_weight import QuantizedWeight
 from ..api.types import ExpertWeights, LinearWeights, Routing
 from ..torch.backend import TorchBackend
 from ..torch.quantized import check_experts
 from .layout import ACTIVATIONS, BLOCK, GATED, count_bytes, join_gate_up_bias, padded
 
-_FORMATS = {Int8Weight: 0, Int4Weight: 1, Fp8Weight: 2}
+log = logging.getLogger(__name__)
 _SCALES = (torch.float32, torch.float16, torch.bfloat16)
-# Format, outputs, inputs, group, 1 for offsets or 2 for zero points, whether rows are rounded, number of scale dtype.
-Layout = tuple[int, int, int, int, int, int, int]
+
+
+class Layout(NamedTuple):
+    """A packed weight in numbers, as the C++ kernels take it (``quant/quant_tensors.h``).
+
+    Arguments:
+        format: :attr:`Format.cpu`.
+        outputs, inputs: of all experts together.
+        group: inputs that share a scale.
+        offsets: 1 for offsets, 2 for zero points, 0 for neither.
+        byte_rows: whether rows are rounded to 8 bits.
+        scale_type: where the scales' dtype is in ``_SCALES``.
+    """
+
+    format: int
+    outputs: int
+    inputs: int
+    group: int
+    offsets: int
+    byte_rows: int
+    scale_type: int
 
 
 @dataclass(frozen=True)
@@ -44,13 +65,13 @@ class CpuQuantLinear:
         """The layer that computes the outputs from ``start`` on; it shares this one's memory."""
         start += self.skip
         first = start // BLOCK
-        kind, outputs, *rest = self.layout
+        outputs = self.layout.outputs
         words = self.packed.numel() // -(-outputs // BLOCK)
         return replace(
             self,
             packed=self.packed[first * words :],
             bias=None if self.bias is None else self.bias[first * BLOCK :],
-            layout=(kind, outputs - first * BLOCK, *rest),
+            layout=self.layout._replace(outputs=outputs - first * BLOCK),
             skip=start % BLOCK,
         )
 
@@ -114,7 +135,7 @@ def pack_linear(
     Raises:
         ValueError: for fp8 codes that are NaN.
     """
-    packed, layout = _pack(isa, weight_OI, _read(weight_OI, has_offsets=_has_offsets(weight_OI)), scheme)
+    packed, layout = _pack(isa, weight_OI, _read(weight_OI, has_offsets=weight_OI.needs_offsets), scheme)
     return CpuQuantLinear(isa, packed, bias, layout)
 
 
@@ -134,18 +155,18 @@ def pack_experts(
         ValueError: for gate and up of different formats or groups, or fp8 codes that are NaN.
     """
     num_experts, width, hidden = gate_EFD.shape
-    if type(gate_EFD) is not type(up_EFD) or _group(gate_EFD) != _group(up_EFD):
+    if gate_EFD.format != up_EFD.format or _group(gate_EFD) != _group(up_EFD):
         raise ValueError(
-            f"gate and up must have one format, not {type(gate_EFD).__name__} in groups of {_group(gate_EFD)} and "
-            f"{type(up_EFD).__name__} in groups of {_group(up_EFD)}"
+            f"gate and up must have one format, not {gate_EFD.format.name} in groups of {_group(gate_EFD)} and "
+            f"{up_EFD.format.name} in groups of {_group(up_EFD)}"
         )
-    has_offsets = _has_offsets(gate_EFD) or _has_offsets(up_EFD)
+    has_offsets = gate_EFD.needs_offsets or up_EFD.needs_offsets
     gate, up = (_read(weight, has_offsets=has_offsets) for weight in (gate_EFD, up_EFD))
     both = _interleaved(gate, up)
     del gate, up  # a layer's codes are large, and here twice
     gate_up, gate_up_layout = _pack(isa, gate_EFD, both, scheme)
     del both
-    down = _read(down_EDF, has_offsets=_has_offsets(down_EDF))
+    down = _read(down_EDF, has_offsets=down_EDF.needs_offsets)
     down_packed, down_layout = _pack(isa, down_EDF, _map(lambda t: _padded_rows(t, BLOCK).flatten(0, 1), down), scheme)
     shape = (num_experts, hidden, width, activation)
     return CpuQuantExperts(isa, gate_up, gate_up_layout, down_packed, down_layout, gate_up_bias, down_bias, shape)
@@ -160,14 +181,15 @@ def _pack(isa: int, weight: QuantizedWeight, stored: _Codes, scheme: ActivationS
             dtype = torch.float32
         else:
             kind, offsets = 2, zeros
-    layout: Layout = (
-        _FORMATS[type(weight)],
-        stored.codes.shape[0],
-        weight.in_features,
-        _group(weight),
-        kind,
-        int(scheme.kind != "none"),
-        _SCALES.index(dtype),
+    assert weight.format.cpu is not None
+    layout = Layout(
+        format=weight.format.cpu,
+        outputs=stored.codes.shape[0],
+        inputs=weight.in_features,
+        group=_group(weight),
+        offsets=kind,
+        byte_rows=int(scheme.kind != "none"),
+        scale_type=_SCALES.index(dtype),
     )
     parts = _map(lambda t: t.contiguous(), _Codes(stored.codes, stored.scales, offsets))
     return torch.ops.dynamoe_cpu.pack_quant.default(isa, parts.codes, parts.scales, parts.offsets, layout), layout
@@ -189,24 +211,14 @@ def _zero_points(scales: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor | 
 
 
 def _group(weight: QuantizedWeight) -> int:
-    group = weight.block_in if isinstance(weight, Fp8Weight) else weight.group
-    return group or weight.in_features
-
-
-def _has_offsets(weight: QuantizedWeight) -> bool:
-    return isinstance(weight, Int4Weight) and not weight.symmetric
+    return weight.group or weight.in_features
 
 
 def _read(weight: QuantizedWeight, *, has_offsets: bool) -> _Codes:
-    if isinstance(weight, Int8Weight):
-        return _Codes(weight.data.view(torch.uint8) ^ 128, weight.grouped_scale().float(), None)
-    if isinstance(weight, Int4Weight):
-        return _Codes(weight.codes(), weight.scale.float(), weight.offsets() if has_offsets else None)
-    own = weight.per_output()
-    codes = own.data.view(torch.uint8)
-    if bool(((codes & 127) == 127).any()):
-        raise ValueError(f"an fp8 weight of shape {weight.shape} holds NaN")
-    return _Codes(codes, own.scale.float(), None)
+    codes = weight.codes()
+    if weight.format.codes.dtype == torch.float8_e4m3fn and bool(((codes & 127) == 127).any()):
+        raise ValueError(f"an {weight.format.name} weight of shape {weight.shape} holds NaN")
+    return _Codes(codes, weight.scales(), weight.offsets() if has_offsets else None)
 
 
 def _map(function: Any, stored: _Codes) -> _Codes:
@@ -239,7 +251,9 @@ class CpuQuantPacking(TorchBackend):
     def pack_quantized_linear(
         self, weight_OI: QuantizedWeight, bias_O: torch.Tensor | None = None, scheme: ActivationScheme = UNQUANTIZED
     ) -> LinearWeights:
-        scheme.check(weight_OI)
+        scheme.check(weight_OI.format, weight_OI.group)
+        if weight_OI.format.cpu is None:
+            return self.pack_linear(self._dequantized(weight_OI, scheme), bias_O)
         bias = None if bias_O is None else padded(bias_O.to(self.dtype), BLOCK)
         data = pack_linear(self._isa, weight_OI, bias, scheme)
         return LinearWeights(
@@ -265,7 +279,10 @@ class CpuQuantPacking(TorchBackend):
             raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
         num_experts, expert_size, hidden_size = check_experts(gate_EFD, up_EFD, down_EDF)
         for weight in (gate_EFD, up_EFD, down_EDF):
-            scheme.check(weight)
+            scheme.check(weight.format, weight.group)
+        if any(weight.format.cpu is None for weight in (gate_EFD, up_EFD, down_EDF)):
+            gate, up, down = (self._dequantized(weight, scheme) for weight in (gate_EFD, up_EFD, down_EDF))
+            return self.pack_experts(gate, up, down, activation, gate_bias_EF, up_bias_EF, down_bias_ED)
         gate_up_bias = join_gate_up_bias(gate_bias_EF, up_bias_EF, self.dtype)
         down_bias = None if down_bias_ED is None else padded(down_bias_ED.to(self.dtype), BLOCK)
         number = ACTIVATIONS.index(activation)
@@ -279,3 +296,17 @@ class CpuQuantPacking(TorchBackend):
             data=data,
             nbytes=count_bytes(data.gate_up, data.down, gate_up_bias, down_bias),
         )
+
+    def _dequantized(self, weight: QuantizedWeight, scheme: ActivationScheme) -> torch.Tensor:
+        """A weight for whose format there are no kernels, to be packed like any other.
+
+        Raises:
+            ValueError: when rows would have to be rounded for it.
+        """
+        name = weight.format.name
+        if scheme.kind != "none":
+            raise ValueError(f"the {self.name} backend has no kernel for {name} weights and {scheme.kind} activations")
+        if name not in self._said:
+            self._said.add(name)
+            log.warning("the %s backend has no kernel for %s weights: they run as %s", self.name, name, self.dtype)
+        return weight.dequantize().to(self.dtype)

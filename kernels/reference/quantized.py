@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..api.formats import FP8_MAX, UNQUANTIZED, ActivationScheme, QuantizedWeight
+from ..api.formats import FP8_MAX, UNQUANTIZED, ActivationScheme
+from ..api.quantized_weight import QuantizedWeight
 from ..api.types import Routing
 from . import operations as reference
 

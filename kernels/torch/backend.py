@@ -9,8 +9,9 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from ..api.formats import UNQUANTIZED, ActivationScheme, QuantizedWeight
+from ..api.formats import UNQUANTIZED, ActivationScheme
 from ..api.kv_codes import KV_DTYPES
+from ..api.quantized_weight import QuantizedWeight
 from ..api.router_spec import RouterSpec
 from ..api.stack import Stack, StackExit, StackLayer, StackShape
 from ..api.types import (
@@ -81,7 +82,7 @@ class TorchBackend:
         Raises:
             ValueError: when rows that are rounded like this do not meet weights of this format.
         """
-        scheme.check(weight_OI)
+        scheme.check(weight_OI.format, weight_OI.group)
         data = QuantLinear(
             self._kept(weight_OI), None if bias_O is None else bias_O.to(self.device, self.dtype), scheme
         )
@@ -185,7 +186,7 @@ class TorchBackend:
         num_experts, expert_size, hidden_size = check_experts(gate_EFD, up_EFD, down_EDF)
         weights = [self._kept(weight) for weight in (gate_EFD, up_EFD, down_EDF)]
         for weight in weights:
-            scheme.check(weight)
+            scheme.check(weight.format, weight.group)
         biases = [
             None if b is None else b.to(self.device, self.dtype) for b in (gate_bias_EF, up_bias_EF, down_bias_ED)
         ]

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..api.formats import ActivationScheme, QuantizedWeight
+from ..api.formats import ActivationScheme
+from ..api.quantized_weight import QuantizedWeight
 from ..api.types import Routing
 from ..reference import quantized as quant_reference
 

@@ -13,7 +13,7 @@ import torch
 
 from triton import knobs
 
-from ..api.formats import QuantizedWeight
+from ..api.quantized_weight import QuantizedWeight
 from ..api.router_spec import RouterSpec
 from ..api.types import AttentionBatch, ExitDecision, ExpertWeights, KVLayer, LinearWeights, ProbeWeights, Routing
 from ..reference.quantized import all_on
@@ -170,10 +170,10 @@ class TritonBackend(TorchBackend):
 
     def _quant_experts(self, x_TD: torch.Tensor, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
         experts: QuantExperts = weights.data
-        reason = self._unsupported_quant()
+        reason = self._unsupported_quant(experts.gate_EFD, experts.up_EFD, experts.down_EDF)
         if weights.activation not in ACTIVATIONS:
             reason = f"activation {weights.activation!r}"
-        if type(experts.gate_EFD) is not type(experts.up_EFD):
+        if experts.gate_EFD.format != experts.up_EFD.format:
             reason = "gate and up in different formats"
         if reason is not None:
             self._fall_back(reason)
@@ -202,7 +202,7 @@ class TritonBackend(TorchBackend):
         if not isinstance(weights.data, QuantLinear):
             run = super().linear if dtype == x_TI.dtype else super().logits_linear
             return run(x_TI, weights)
-        reason = self._unsupported_quant()
+        reason = self._unsupported_quant(weights.data.weight)
         if reason is not None:
             self._fall_back(reason)
             return weights.data.run(x_TI).to(dtype)
@@ -213,7 +213,9 @@ class TritonBackend(TorchBackend):
             self._run(plan_quant_linear(x_TI, weights.data, out_TO, self.properties.has_fp8))
         return out_TO
 
-    def _unsupported_quant(self) -> str | None:
+    def _unsupported_quant(self, *weights: QuantizedWeight) -> str | None:
+        if unknown := [weight.format.name for weight in weights if weight.format.triton is None]:
+            return f"{unknown[0]} weights"
         if self.dtype not in _HALF and not self.interpreted:
             return f"quantised weights in {self.dtype}"
         return None

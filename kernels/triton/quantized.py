@@ -15,7 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..api.formats import UNQUANTIZED, ActivationScheme, Fp8Weight, Int4Weight, Int8Weight, QuantizedWeight
+from ..api.formats import UNQUANTIZED, ActivationScheme
+from ..api.quantized_weight import QuantizedWeight
 from ..api.types import Routing
 from ..torch.quantized import QuantExperts, QuantLinear
 from .combine import plan_combine
@@ -176,26 +177,27 @@ class StoredWeight:
 
 def settled(weight: QuantizedWeight) -> QuantizedWeight:
     """A weight whose scales and offsets are what the kernel reads, so that no launch has to convert them: contiguous
-    float32, offsets in place of zero points, a scale for every output."""
-    if isinstance(weight, Fp8Weight):
-        weight = weight.per_output()
-    if isinstance(weight, Int4Weight) and weight.zero is not None:
-        weight = replace(weight, zero=None, offset=weight.offsets())
-    plain = {name: t.contiguous() for name, t in weight.tensors().items()}
-    return replace(weight, **{name: t if name == "data" else t.float() for name, t in plain.items()})  # type: ignore[arg-type]
+    float32, offsets in place of zero points, a scale for every output. Formats without a kernel stay as they are."""
+    if weight.format.triton is None:
+        return weight
+    return QuantizedWeight(
+        format=replace(weight.format, offsets=True) if weight.needs_offsets else weight.format,
+        data=weight.data.contiguous(),
+        scale=weight.scales().contiguous(),
+        inputs=weight.inputs,
+        group=weight.group,
+        offset=weight.offsets().contiguous() if weight.needs_offsets else None,
+    )
 
 
 def store_weight(weight: QuantizedWeight) -> StoredWeight:
     """The kernel's view of a weight that is :func:`settled`; nothing is copied."""
+    name, codes = weight.format.triton, weight.data.view(torch.uint8)
+    assert name is not None
     assert all(t.is_contiguous() for t in weight.tensors().values())
     assert weight.scale.dtype == torch.float32
     shape = (weight.out_features, weight.in_features)
-    if isinstance(weight, Int4Weight):
-        return StoredWeight("int4", weight.data, weight.scale, weight.offset, weight.group, *shape)
-    codes = weight.data.view(torch.uint8)
-    if isinstance(weight, Int8Weight):
-        return StoredWeight("int8", codes, weight.scale, None, weight.group or 0, *shape)
-    return StoredWeight("fp8", codes, weight.scale, None, weight.block_in or 0, *shape)
+    return StoredWeight(name, codes, weight.scale, weight.offset, weight.group or 0, *shape)
 
 
 def quant_config(num_rows: int, group: int, gated: bool, scheme: ActivationScheme = UNQUANTIZED) -> QuantConfig:

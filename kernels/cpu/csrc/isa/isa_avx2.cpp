@@ -11,20 +11,20 @@ namespace {
 
 constexpr int kTileRows = 3;
 constexpr int kPassVectors = 4;
-constexpr bool kPairs = false;
 
 #include "isa/simd_avx2.h"
 #include "isa/transpose_portable.h"
 #include "isa/row_kernels.h"
+#include "isa/packed_words.h"
 #include "ops/kv_codes.h"
 #include "isa/tile_kernels.h"
 #include "isa/fp8_plain.h"
 #include "quant/quant_rows.h"
 #include "quant/quant_plain.h"
+#include "isa/table.h"
+
+const Isa registered("avx2", 10, [] { return has_avx2() ? Fit::automatic : Fit::none; }, common_kernels());
 
 }  // namespace
-
-KERNEL_TABLE(kAvx2Kernels, "avx2", 8, run_float<2>, kPlainQuant, nullptr);
-
 }  // namespace dynamoe_cpu
 #endif

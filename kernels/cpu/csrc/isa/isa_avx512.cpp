@@ -11,20 +11,20 @@ namespace {
 
 constexpr int kTileRows = 12;
 constexpr int kPassVectors = 2;
-constexpr bool kPairs = false;
 constexpr int kCodesAhead = 4096;
 
 #include "isa/simd_avx512.h"
 #include "isa/row_kernels.h"
+#include "isa/packed_words.h"
 #include "ops/kv_codes.h"
 #include "isa/tile_kernels.h"
 #include "isa/fp8_avx512.h"
 #include "quant/quant_rows.h"
 #include "quant/quant_plain.h"
+#include "isa/table.h"
+
+const Isa registered("avx512", 20, [] { return has_avx512() ? Fit::automatic : Fit::none; }, common_kernels());
 
 }  // namespace
-
-KERNEL_TABLE(kAvx512Kernels, "avx512", 8, run_float<2>, kPlainQuant, nullptr);
-
 }  // namespace dynamoe_cpu
 #endif

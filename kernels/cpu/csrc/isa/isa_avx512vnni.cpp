@@ -12,21 +12,21 @@ namespace {
 
 constexpr int kTileRows = 12;
 constexpr int kPassVectors = 2;
-constexpr bool kPairs = false;
 constexpr int kCodesAhead = 4096;
 constexpr int kByteStride = 1;
 
 #include "isa/simd_avx512.h"
 #include "isa/row_kernels.h"
+#include "isa/packed_words.h"
 #include "ops/kv_codes.h"
 #include "isa/tile_kernels.h"
 #include "isa/fp8_avx512.h"
 #include "quant/quant_rows.h"
 #include "quant/quant_vnni.h"
+#include "isa/table.h"
+
+const Isa registered("avx512vnni", 30, [] { return has_avx512vnni() ? Fit::automatic : Fit::none; }, common_kernels());
 
 }  // namespace
-
-KERNEL_TABLE(kAvx512VnniKernels, "avx512vnni", 8, run_float<2>, kVnniQuant, nullptr);
-
 }  // namespace dynamoe_cpu
 #endif

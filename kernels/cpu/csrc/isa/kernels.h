@@ -1,8 +1,8 @@
 // What an instruction set offers to the operators: a table of row-level and tile-level kernels.
 //
-// Weights lie in blocks of 32 outputs: [cell][32] words of 4 bytes. A cell is what one 4-byte word holds of a row:
-// 1 fp32 or 2 bf16 inputs. Every output element has exactly one accumulator, which takes the cells in rising
-// order, whatever the number of rows; so a row's result never depends on the rows beside it, nor on how work is split.
+// Weights lie in blocks of 32 outputs: [word][32], where a word of 4 bytes holds 1 fp32 or 2 bf16 inputs of an output.
+// Every output element has exactly one accumulator, which takes the words in rising order, whatever the number of rows;
+// so a row's result never depends on the rows beside it, nor on how work is split.
 #pragma once
 
 #include <cstddef>
@@ -12,8 +12,7 @@ namespace dynamoe_cpu {
 
 constexpr int kBlockOutputs = 32;
 constexpr int kGatedOutputs = 16;  // a gated block holds 16 gate outputs, then the 16 up outputs that belong to them
-constexpr int kMaxTileRows = 12;
-constexpr int kScoredRows = 4;  // of a tile, up to which `score_keys` is asked
+constexpr int kMostTileRows = 32;  // of any instruction set
 constexpr int kKeyBlock = 64;  // keys that attention takes in one step, aligned to multiples of it
 
 // int8 is for keys and values in the cache only: a head's codes, then their scale.
@@ -24,8 +23,8 @@ constexpr int kScaleBytes = 2;  // behind the codes of a head
 inline int element_bytes(Dtype dtype) { return dtype == Dtype::fp32 ? 4 : dtype == Dtype::bf16 ? 2 : 1; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// What a product asks memory for while it runs: cell c fetches the line at `first` + c * `step` and the line after it.
-// Products of digits take 8 inputs for a cell and fetch `step` bytes each time.
+// What a product asks memory for while it runs: with word w of a block's weights the line at `first` + w * `step` and the
+// line after it.
 struct Ahead {
   const char* first;
   int step;
@@ -74,73 +73,89 @@ struct QuantLayout {
   }
 };
 
-// A row as digits: for each group of `group` inputs float scale, int32 sum, then [8 inputs][digit][8] bytes, zeros behind
-// the last input. More significant digits come first. A panel has the rows of a tile as [word of 4 bytes][row].
-struct DigitShape {
+// A row as int8 limbs: for each group of `group` inputs float scale, int32 sum, then [8 inputs][limb][8] bytes, zeros
+// behind the last input. More significant limbs come first.
+struct LimbShape {
   static constexpr int64_t kHeader = 8;
   int64_t inputs = 0, group = 0;
-  int digits = 1;
+  int limbs = 1;
   int64_t row_bytes = 0;
 
-  DigitShape() = default;
-  DigitShape(int64_t inputs, int64_t group, int digits) : inputs(inputs), group(group), digits(digits) {
+  LimbShape() = default;
+  LimbShape(int64_t inputs, int64_t group, int limbs) : inputs(inputs), group(group), limbs(limbs) {
     const int64_t groups = ceil_div(inputs, group), last = inputs - (groups - 1) * group;
-    row_bytes = (groups - 1) * bytes(group, digits) + bytes(last, digits);
+    row_bytes = (groups - 1) * bytes(group, limbs) + bytes(last, limbs);
   }
-  static int64_t bytes(int64_t inputs, int digits) { return kHeader + ceil_div(inputs, 8) * 8 * digits; }
+  static int64_t bytes(int64_t inputs, int limbs) { return kHeader + ceil_div(inputs, 8) * 8 * limbs; }
 };
 
-// Products with quantised weights.
+// Products with quantised weights. Rows become limbs one by one; a tile of them is packed in the order in which
+// `multiply_limbs` reads them, which only the instruction set's own file knows.
 struct Quant {
-  int tile_rows;    // most rows of a tile of two digits each; of one digit it is twice as many
-  bool fixed_point;  // whether rows of bf16 are worth two digits each
-  void (*make_digits)(const DigitShape& shape, const void* row, Dtype dtype, char* digits);
+  int tile_rows[2];  // most rows of a tile of one limb and of two limbs each
+  bool fixed_point;  // whether rows of bf16 are worth two limbs each
+  void (*make_limbs)(const LimbShape& shape, const void* row, Dtype dtype, char* limbs);
+  int64_t (*packed_bytes)(const LimbShape& shape, int num_rows);  // at least those of the rows
+  // The limbs of one row may lie in `packed` itself.
+  void (*pack_limbs)(const LimbShape& shape, char* packed, const void* const* limbs, int num_rows);
   int ahead;        // bytes that codes are asked for in front of their use
   int byte_stride;  // of so many lines of 8-bit codes one is asked for, where the processor brings the others along
-  // tile[row][32] = panel · block
-  void (*multiply_digits)(const QuantLayout& layout, const DigitShape& shape, int num_rows, const char* panel,
-                          const char* block, float* tile, CodesAhead ahead);
+  // tile[row][32] = packed · block
+  void (*multiply_limbs)(const QuantLayout& layout, const LimbShape& shape, int num_rows, const char* packed,
+                         const char* block, float* tile, CodesAhead ahead);
   // A row rounded to e4m3 and back, with a scale per 128 inputs.
   void (*round_fp8)(float* row, int n);
   // A stretch of `inputs` inputs (all of one group; a multiple of 8 into it) as fp32 [input][32].
   void (*widen_codes)(const QuantLayout& layout, const char* codes, const float* scales, int inputs, float* out);
 };
 
-// A matrix product in one format. A panel holds a tile of rows as [cell][row].
+// A matrix product in one format. It owns the packed activations: a tile of rows in the order in which `run` reads them.
+// Others find their way about them by these functions, and do no arithmetic of their own on them.
 struct Gemm {
-  int tile_rows;         // most rows of a tile
-  int inputs_per_cell;   // of the weights
-  int panel_cell_bytes;  // of the panel: 8 where bf16 activations are widened to fp32 beforehand
-  void (*pack)(void* panel, const void* const* rows, int num_rows, int inputs);
-  // tile[row][32] (+)= panel · weights, in fp32.
-  void (*run)(int num_rows, const void* panel, const uint32_t* weights, int cells, void* tile, bool accumulate,
+  int tile_rows;        // most rows of a tile, up to kMostTileRows
+  int inputs_per_word;  // of the weights
+  int step;  // inputs that lie together in a packed tile, whole words of the weights; for fp32 it divides 8
+  // Bytes in front of input `input`, a multiple of `step`, in a packed tile of `num_rows` rows.
+  int64_t (*offset)(int num_rows, int64_t input);
+  void (*pack)(void* packed, const void* const* rows, int num_rows, int inputs);
+  // Inputs `first` … `first` + 15, `first` being a multiple of 16, from rows of fp32 [row][16], which are lost.
+  void (*append)(void* packed, int64_t first, float* rows, int num_rows);
+  // tile[row][32] (+)= packed · weights, in fp32. `packed` is where a tile begins, or an offset into it.
+  void (*run)(int num_rows, const void* packed, const uint32_t* weights, int words, float* tile, bool accumulate,
               Ahead ahead);
+
+  int64_t words(int64_t inputs) const { return ceil_div(inputs, inputs_per_word); }  // of the weights, per output
+  int64_t packed_bytes(int num_rows, int64_t inputs) const { return offset(num_rows, ceil_div(inputs, step) * step); }
 };
 
 struct Kernels {
-  const char* name;
-  Gemm gemm[2];    // by Dtype, fp32 and bf16
+  Gemm gemm[2];  // by Dtype, fp32 and bf16
   Quant quant;
 
-  // dst[cell * dst_stride + r] = cell of rows[r]; a null row reads as zeros. num_rows <= 32.
-  void (*transpose_cells)(uint32_t* dst, int dst_stride, const void* const* rows, int num_rows, int row_bytes);
+  // What a thread does before and after its products, such as setting up registers; null where there is nothing.
+  void (*begin_products)();
+  void (*end_products)();
+
+  // dst[word * dst_stride + r] = word of rows[r]; a null row reads as zeros. num_rows <= 32.
+  void (*transpose_words)(uint32_t* dst, int dst_stride, const void* const* rows, int num_rows, int row_bytes);
 
   // Epilogues on a tile of 32 outputs, of which `width` are real.
   void (*store)(const float* tile, int num_rows, int width, const float* bias, void* out, int64_t out_stride,
                 Dtype out_dtype);
-  // act(gate) * up: rows `stride` floats apart, or the panel of the next product.
+  // act(gate) * up of every row, `stride` floats apart.
   void (*gated_rows)(const float* tile, int num_rows, const float* bias, Activation activation, float* out,
                      int64_t stride);
-  void (*gated)(const float* tile, int num_rows, const float* bias, Activation activation, void* panel, Dtype dtype);
   void (*scaled_add)(const float* tile, int num_rows, int width, const float* bias, const float* scales,
                      float* const* out);
 
-  // scores[half][row][32] = panel · keys[0 … 63] of bf16, the bits of `gemm[1].run` on the transposed keys, for few rows
-  // and whole lines; null where that is no faster. Asks for the rows at ahead[0 … 63], if given: the keys that come next.
-  void (*score_keys)(int num_rows, const void* const* keys, int cells, const uint32_t* panel, float* scores,
+  // scores[half][row][32] = packed · keys[0 … 63] of bf16, the bits of `gemm[1].run` on the transposed keys, for whole
+  // lines and up to `scored_rows` rows: 0 where that is no faster, and the function is null. Asks for the rows at
+  // ahead[0 … 63], if given: the keys that come next.
+  int scored_rows;
+  void (*score_keys)(int num_rows, const void* const* keys, int words, const void* packed, float* scores,
                      const void* const* ahead);
-  // accumulator[piece][row][32] += sum over keys begin … end - 1 of probabilities[row][key] · values[key]. Asks for the
-  // rows at ahead[0 … 63], if given: the values that come next.
+  // accumulator[channel / 32][row][32] += sum over keys begin … end - 1 of probabilities[row][key] · values[key]. Asks for
+  // the rows at ahead[0 … 63], if given: the values that come next.
   void (*weigh_values)(int num_rows, const float* probabilities, const void* const* values, int begin, int end,
                        Dtype dtype, int channels, float* accumulator, const void* const* ahead);
 
@@ -157,44 +172,13 @@ struct Kernels {
                    Dtype weight_dtype, float eps, int n, void* sum, Dtype stream_dtype, void* out);
   void (*rope)(const void* in, const float* cos_sin, int channels, void* out, Dtype dtype);
   // One step of the online softmax over 64 keys, of which [first, last) are visible. Their scores lie in two halves,
-  // `half_stride` apart, and are lost; state is {running max, running sum}; the row's accumulator (pieces of 32 floats,
+  // `half_stride` apart, and are lost; state is {running max, running sum}; the row's accumulator (`blocks` of 32 channels,
   // `stride` apart) is rescaled.
   void (*softmax_step)(float* scores, int64_t half_stride, int first, int last, float scale, float* state,
-                       float* probabilities, float* accumulator, int pieces, int stride);
+                       float* probabilities, float* accumulator, int blocks, int stride);
   // Joins the state and accumulator of a later stretch of keys to `state` and `accumulator`.
-  void (*softmax_merge)(float* state, float* accumulator, const float* later_state, const float* later, int pieces,
+  void (*softmax_merge)(float* state, float* accumulator, const float* later_state, const float* later, int blocks,
                         int stride);
 };
-
-// The table for "auto", or for a named instruction set; null if this processor cannot run it or the name is unknown.
-const Kernels* find_kernels(const char* name);
-
-// One tile of rows times one block of weights, that block being one of a stretch that is read in order. The stretch
-// begins with block `first`, and `after` is what will be read when it ends, or null.
-//
-// A single tile reads the weights from memory as it goes, some lines behind its requests. With several, the block
-// after is fetched meanwhile, so that memory and arithmetic never wait for each other.
-inline void run_block(const Gemm& gemm, int num_rows, const char* panel, const uint32_t* weights, int64_t cells,
-                      void* tile, bool accumulate, bool first, const uint32_t* after, int64_t tile_index,
-                      int64_t tiles) {
-  constexpr int kLine = 64, kCellBytes = 2 * kLine, kDistance = 48;  // cells
-  const char* block = reinterpret_cast<const char*>(weights);
-  const int count = static_cast<int>(cells);
-  if (tiles == 1) {
-    const int early = after && count > kDistance ? count - kDistance : count;
-    gemm.run(num_rows, panel, weights, early, tile, accumulate, {block + kDistance * kCellBytes, kCellBytes});
-    if (early < count)
-      gemm.run(num_rows, panel + static_cast<int64_t>(early) * num_rows * gemm.panel_cell_bytes,
-               weights + static_cast<int64_t>(early) * kBlockOutputs, count - early, tile, true,
-               {reinterpret_cast<const char*>(after), kCellBytes});
-    return;
-  }
-  const char* next = after ? reinterpret_cast<const char*>(after) : block + cells * kCellBytes;
-  Ahead ahead{next, 0};
-  if (first && tile_index == 0) ahead = {block + kDistance * kCellBytes, kCellBytes};
-  if (first && tile_index == 1) ahead = {next, kCellBytes};
-  if (!first && tile_index < 2) ahead = {next + tile_index * cells * kLine, kLine};
-  gemm.run(num_rows, panel, weights, count, tile, accumulate, ahead);
-}
 
 }  // namespace dynamoe_cpu

@@ -52,10 +52,10 @@ TARGET static void widen(const uint16_t* in, float* out, int n) {
 }
 
 // The words of rows, transposed; a last, partly filled word is padded with zeros.
-TARGET static void transpose_cells(uint32_t* dst, int dst_stride, const void* const* rows, int num_rows,
+TARGET static void transpose_words(uint32_t* dst, int dst_stride, const void* const* rows, int num_rows,
                                    int row_bytes) {
   const int full = row_bytes / 4, rest = row_bytes % 4;
-  transpose_full_cells(dst, dst_stride, rows, num_rows, full);
+  transpose_full_words(dst, dst_stride, rows, num_rows, full);
   if (!rest) return;
   for (int r = 0; r < num_rows; ++r) {
     uint32_t word = 0;
@@ -147,7 +147,7 @@ TARGET static void rope(const void* in, const float* cos_sin, int channels, void
 }
 
 TARGET static void softmax_step(float* scores, int64_t half_stride, int first, int last, float scale, float* state,
-                                float* probabilities, float* accumulator, int pieces, int stride) {
+                                float* probabilities, float* accumulator, int blocks, int stride) {
   const float infinity = std::numeric_limits<float>::infinity();
   const auto score = [&](int i) -> float* { return scores + i / kBlockOutputs * half_stride + i % kBlockOutputs; };
   for (int i = 0; i < first; ++i) *score(i) = -infinity;
@@ -172,8 +172,8 @@ TARGET static void softmax_step(float* scores, int64_t half_stride, int first, i
     Vec::store(shrink, exponential(Vec::set(state[0] - new_max)));
     state[0] = new_max;
     state[1] *= shrink[0];
-    for (int piece = 0; piece < pieces; ++piece) {
-      float* out = accumulator + static_cast<ptrdiff_t>(piece) * stride;
+    for (int block = 0; block < blocks; ++block) {
+      float* out = accumulator + static_cast<ptrdiff_t>(block) * stride;
       for (int i = 0; i < kBlockOutputs; i += Vec::kLanes)
         Vec::store(out + i, Vec::mul(Vec::load(out + i), Vec::set(shrink[0])));
     }
@@ -182,7 +182,7 @@ TARGET static void softmax_step(float* scores, int64_t half_stride, int first, i
 }
 
 TARGET static void softmax_merge(float* state, float* accumulator, const float* later_state, const float* later,
-                                 int pieces, int stride) {
+                                 int blocks, int stride) {
   const float top = state[0] > later_state[0] ? state[0] : later_state[0];
   alignas(64) float factor[2][Vec::kLanes];
   Vec::store(factor[0], exponential(Vec::set(state[0] - top)));
@@ -190,8 +190,8 @@ TARGET static void softmax_merge(float* state, float* accumulator, const float* 
   state[0] = top;
   state[1] = state[1] * factor[0][0] + later_state[1] * factor[1][0];
   const Vec::F first = Vec::set(factor[0][0]), second = Vec::set(factor[1][0]);
-  for (int piece = 0; piece < pieces; ++piece) {
-    const ptrdiff_t base = static_cast<ptrdiff_t>(piece) * stride;
+  for (int block = 0; block < blocks; ++block) {
+    const ptrdiff_t base = static_cast<ptrdiff_t>(block) * stride;
     for (int i = 0; i < kBlockOutputs; i += Vec::kLanes) {
       const Vec::F scaled = Vec::mul(Vec::load(later + base + i), second);
       Vec::store(accumulator + base + i, Vec::fma(Vec::load(accumulator + base + i), first, scaled));

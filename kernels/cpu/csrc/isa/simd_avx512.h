@@ -81,13 +81,13 @@ TARGET static inline void transpose_16x16(__m512i* r) {
   }
 }
 
-TARGET static inline void transpose_full_cells(uint32_t* dst, int dst_stride, const void* const* rows, int num_rows,
-                                               int cells) {
+TARGET static inline void transpose_full_words(uint32_t* dst, int dst_stride, const void* const* rows, int num_rows,
+                                               int words) {
   for (int base = 0; base < num_rows; base += 16) {
     const int count = num_rows - base < 16 ? num_rows - base : 16;
     const __mmask16 row_mask = static_cast<__mmask16>((1u << count) - 1);
-    for (int c = 0; c < cells; c += 16) {
-      const int columns = cells - c < 16 ? cells - c : 16;
+    for (int c = 0; c < words; c += 16) {
+      const int columns = words - c < 16 ? words - c : 16;
       const __mmask16 mask = static_cast<__mmask16>((1u << columns) - 1);
       uint32_t* out = dst + static_cast<ptrdiff_t>(c) * dst_stride + base;
       __m512i r[16];

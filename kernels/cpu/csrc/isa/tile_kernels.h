@@ -1,16 +1,16 @@
 // Tile kernels in terms of Vec: matrix products of up to kTileRows rows with one block of 32 outputs, and what is done
 // with the finished tile. Included by each instruction set's file, inside its own anonymous namespace.
 //
-// The including file defines kTileRows, kPassVectors (vectors of outputs held in registers at once) and kPairs
-// (whether panels of bf16 stay bf16, for a dot-product instruction).
+// The including file defines kTileRows and kPassVectors (vectors of outputs held in registers at once). Products want
+// packed activations as in packed_words.h.
 #pragma once
 
 // Requests ahead go to the second-level cache: more of them can be under way than to the first.
 constexpr int kAheadLocality = 2;
 
-// fp32 weights, and bf16 weights against a panel widened to fp32: per cell, `kInputs` multiplications in a fixed order.
+// fp32 weights, and bf16 weights against rows widened to fp32: per word, `kInputs` multiplications in a fixed order.
 template <int kRows, int kInputs>
-TARGET static void multiply(const float* panel, const uint32_t* weights, int cells, float* tile, bool accumulate,
+TARGET static void multiply(const float* packed, const uint32_t* weights, int words, float* tile, bool accumulate,
                             Ahead ahead) {
   constexpr int kVectors = kPassVectors;
   constexpr int kPassOutputs = kVectors * Vec::kLanes;
@@ -21,10 +21,10 @@ TARGET static void multiply(const float* panel, const uint32_t* weights, int cel
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v)
         sum[r][v] = accumulate ? Vec::load(tile + r * kBlockOutputs + o + v * Vec::kLanes) : Vec::zero();
-    const float* a = panel;
+    const float* a = packed;
     const uint32_t* w = weights + o;
     const char* next = ahead.first;
-    for (int cell = 0; cell < cells; ++cell) {
+    for (int word = 0; word < words; ++word) {
       __builtin_prefetch(next, 0, kAheadLocality);
       __builtin_prefetch(next + 64, 0, kAheadLocality);
       next += ahead.step;
@@ -34,11 +34,11 @@ TARGET static void multiply(const float* panel, const uint32_t* weights, int cel
         Vec::F b[kVectors];
 #pragma GCC unroll 16
         for (int v = 0; v < kVectors; ++v) {
-          const uint32_t* word = w + v * Vec::kLanes;
+          const uint32_t* from = w + v * Vec::kLanes;
           if constexpr (kInputs == 1) {
-            b[v] = Vec::load(reinterpret_cast<const float*>(word));
+            b[v] = Vec::load(reinterpret_cast<const float*>(from));
           } else {
-            b[v] = i == 0 ? Vec::low_half(word) : Vec::high_half(word);
+            b[v] = i == 0 ? Vec::low_half(from) : Vec::high_half(from);
           }
         }
 #pragma GCC unroll 16
@@ -59,47 +59,12 @@ TARGET static void multiply(const float* panel, const uint32_t* weights, int cel
 }
 
 template <int kInputs, int kRows = kTileRows>
-TARGET static void run_float(int num_rows, const void* panel, const uint32_t* weights, int cells, void* tile,
+TARGET static void run_float(int num_rows, const void* packed, const uint32_t* weights, int words, float* tile,
                              bool accumulate, Ahead ahead) {
   if (num_rows == kRows) {
-    multiply<kRows, kInputs>(static_cast<const float*>(panel), weights, cells, static_cast<float*>(tile), accumulate,
-                             ahead);
+    multiply<kRows, kInputs>(static_cast<const float*>(packed), weights, words, tile, accumulate, ahead);
   } else if constexpr (kRows > 1) {
-    run_float<kInputs, kRows - 1>(num_rows, panel, weights, cells, tile, accumulate, ahead);
-  }
-}
-
-// 4-byte cells as they are: fp32, pairs of bf16. A last, partly filled cell is padded with zeros.
-TARGET static void pack_words(uint32_t* panel, const void* const* rows, int num_rows, int row_bytes) {
-  if (num_rows == 1 && rows[0]) {
-    std::memcpy(panel, rows[0], row_bytes);
-    if (row_bytes % 4) std::memset(reinterpret_cast<char*>(panel) + row_bytes, 0, 4 - row_bytes % 4);
-    return;
-  }
-  transpose_cells(panel, num_rows, rows, num_rows, row_bytes);
-}
-
-TARGET static void pack_fp32(void* panel, const void* const* rows, int num_rows, int inputs) {
-  pack_words(static_cast<uint32_t*>(panel), rows, num_rows, 4 * inputs);
-}
-
-TARGET static void pack_bf16(void* panel, const void* const* rows, int num_rows, int inputs) {
-  if constexpr (kPairs) {
-    pack_words(static_cast<uint32_t*>(panel), rows, num_rows, 2 * inputs);
-  } else {
-    // Stretches of the rows, widened into the first-level cache and transposed from there.
-    constexpr int kStretch = 128;
-    alignas(64) float wide[kMaxTileRows][kStretch];
-    for (int first = 0; first < inputs; first += kStretch) {
-      const int count = inputs - first < kStretch ? inputs - first : kStretch;
-      const void* stretch[kMaxTileRows];
-      for (int r = 0; r < num_rows; ++r) {
-        widen(static_cast<const uint16_t*>(rows[r]) + first, wide[r], count);
-        stretch[r] = wide[r];
-      }
-      pack_words(static_cast<uint32_t*>(panel) + first * num_rows, stretch, num_rows, 4 * count);
-    }
-    if (inputs % 2) std::memset(static_cast<float*>(panel) + inputs * num_rows, 0, num_rows * sizeof(float));
+    run_float<kInputs, kRows - 1>(num_rows, packed, weights, words, tile, accumulate, ahead);
   }
 }
 
@@ -133,24 +98,6 @@ TARGET static void gated_rows(const float* tile, int num_rows, const float* bias
   }
 }
 
-// The same, as the panel of the next product: cells [16 / inputs per cell][row].
-TARGET static void gated(const float* tile, int num_rows, const float* bias, Activation activation, void* panel,
-                         Dtype dtype) {
-  constexpr int kWords = kPairs ? kGatedOutputs / 2 : kGatedOutputs;
-  alignas(64) float value[kMaxTileRows][kGatedOutputs];
-  gated_rows(tile, num_rows, bias, activation, value[0], kGatedOutputs);
-  const void* rows[kMaxTileRows];
-  for (int r = 0; r < num_rows; ++r) {
-    rows[r] = value[r];
-    for (int o = 0; dtype == Dtype::bf16 && o < kGatedOutputs; o += Vec::kLanes) {
-      const Vec::F wide = Vec::load(value[r] + o);
-      if (kPairs) Vec::store_bf16(reinterpret_cast<uint16_t*>(value[r]) + o, wide);
-      else Vec::store(value[r] + o, Vec::round_bf16(wide));
-    }
-  }
-  pack_words(static_cast<uint32_t*>(panel), rows, num_rows, 4 * (dtype == Dtype::bf16 ? kWords : kGatedOutputs));
-}
-
 TARGET static void scaled_add(const float* tile, int num_rows, int width, const float* bias, const float* scales,
                               float* const* out) {
   alignas(64) float biased[kBlockOutputs];
@@ -162,18 +109,18 @@ TARGET static void scaled_add(const float* tile, int num_rows, int width, const 
   }
 }
 
-// The second product of attention, values straight from the cache. `kPieces` pieces of 32 channels at once; the last
+// The second product of attention, values straight from the cache. `kBlocks` blocks of 32 channels at once; the last
 // one may be ragged.
-template <int kRows, int kPieces, bool kRagged>
-TARGET static void weigh_pieces(const float* probabilities, const void* const* values, int begin, int end,
+template <int kRows, int kBlocks, bool kRagged>
+TARGET static void weigh_blocks(const float* probabilities, const void* const* values, int begin, int end,
                                 Dtype dtype, int first, int channels, float* accumulator, const void* const* ahead) {
   constexpr int kVectors = kPassVectors;
   constexpr int kPassOutputs = kVectors * Vec::kLanes;
   for (int o = 0; o < kBlockOutputs; o += kPassOutputs) {
-    Vec::F sum[kPieces][kRows][kVectors];
+    Vec::F sum[kBlocks][kRows][kVectors];
     float* out = accumulator + o;
 #pragma GCC unroll 16
-    for (int p = 0; p < kPieces; ++p)
+    for (int p = 0; p < kBlocks; ++p)
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 16
@@ -189,7 +136,7 @@ TARGET static void weigh_pieces(const float* probabilities, const void* const* v
       if (ahead) ask_for(key);
       const float* weight = probabilities + key;
 #pragma GCC unroll 16
-      for (int p = 0; p < kPieces; ++p)
+      for (int p = 0; p < kBlocks; ++p)
 #pragma GCC unroll 16
         for (int v = 0; v < kVectors; ++v) {
           const int c = first + p * kBlockOutputs + o + v * Vec::kLanes;
@@ -206,7 +153,7 @@ TARGET static void weigh_pieces(const float* probabilities, const void* const* v
         }
     }
 #pragma GCC unroll 16
-    for (int p = 0; p < kPieces; ++p)
+    for (int p = 0; p < kBlocks; ++p)
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 16
@@ -219,13 +166,13 @@ template <int kRows = kTileRows>
 TARGET static void weigh_values(int num_rows, const float* probabilities, const void* const* values, int begin,
                                 int end, Dtype dtype, int channels, float* accumulator, const void* const* ahead) {
   if (num_rows == kRows) {
-    constexpr int kPieces = 2 * kRows <= kTileRows ? 2 : 1;
+    constexpr int kBlocks = 2 * kRows <= kTileRows ? 2 : 1;
     int c = 0;
-    for (; c + kPieces * kBlockOutputs <= channels; c += kPieces * kBlockOutputs)
-      weigh_pieces<kRows, kPieces, false>(probabilities, values, begin, end, dtype, c, channels,
+    for (; c + kBlocks * kBlockOutputs <= channels; c += kBlocks * kBlockOutputs)
+      weigh_blocks<kRows, kBlocks, false>(probabilities, values, begin, end, dtype, c, channels,
                                           accumulator + c * kRows, c ? nullptr : ahead);
     for (; c < channels; c += kBlockOutputs)
-      weigh_pieces<kRows, 1, true>(probabilities, values, begin, end, dtype, c, channels, accumulator + c * kRows,
+      weigh_blocks<kRows, 1, true>(probabilities, values, begin, end, dtype, c, channels, accumulator + c * kRows,
                                    c ? nullptr : ahead);
   } else if constexpr (kRows > 1) {
     weigh_values<kRows - 1>(num_rows, probabilities, values, begin, end, dtype, channels, accumulator, ahead);

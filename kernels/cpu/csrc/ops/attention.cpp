@@ -15,7 +15,7 @@
 
 #include "isa/key_block.h"
 #include "ops/operators.h"
-#include "ops/parallel.h"
+#include "ops/packed.h"
 
 namespace dynamoe_cpu {
 
@@ -23,6 +23,7 @@ namespace {
 
 constexpr int64_t kStretch = 4 * kKeyBlock;
 constexpr int64_t kQueryRows = 48;  // rows × query heads of a task
+constexpr int64_t kFewQueries = 12;  // of a key head, up to which a task takes several of these
 
 struct Task {
   int64_t sequence, first_head, heads, first_row, rows;  // key/value heads
@@ -35,7 +36,7 @@ struct Plan {
   const AttentionCall& call;
   Dtype dtype;  // of the score product: fp32 unless queries and keys are both bf16
   const Gemm& score_gemm;
-  int64_t group, cells, pieces;  // query heads per key head; cells and 32-channel pieces of a head
+  int64_t group, words, blocks;  // query heads per key head; words and blocks of 32 channels of a head
 
   Plan(const Kernels& kernels, const AttentionCall& call, Dtype dtype)
       : kernels(kernels),
@@ -43,11 +44,12 @@ struct Plan {
         dtype(dtype),
         score_gemm(kernels.gemm[static_cast<int>(dtype)]),
         group(call.heads / call.kv_heads),
-        cells(ceil_div(call.channels, score_gemm.inputs_per_cell)),
-        pieces(ceil_div(call.channels, kBlockOutputs)) {}
+        words(score_gemm.words(call.channels)),
+        blocks(ceil_div(call.channels, kBlockOutputs)) {}
 
-  bool scores_directly() const {
-    return kernels.score_keys && dtype == Dtype::bf16 && call.channels % (16 * score_gemm.inputs_per_cell) == 0;
+  bool scores_directly(int64_t queries) const {
+    return queries <= kernels.scored_rows && dtype == Dtype::bf16 &&
+           call.channels % (16 * score_gemm.inputs_per_word) == 0;
   }
   int64_t first_visible(int64_t index) const {
     return call.window ? std::max<int64_t>(0, index - call.window + 1) : 0;
@@ -60,45 +62,46 @@ struct Plan {
     block.locate(call, task.sequence, first_key(task) / kKeyBlock * kKeyBlock, first_key(task), end_key(task));
     block.rows_of(call, task.first_head, rows);
   }
-  int64_t panel_bytes(int64_t queries) const {
-    return queries * (cells * score_gemm.panel_cell_bytes +
-                      (dtype != call.q.dtype ? call.channels * static_cast<int64_t>(sizeof(float)) : 0));
+  PackedTiles tiles(int64_t queries) const { return {score_gemm, queries, call.channels}; }
+  // Packed queries, and behind them the same widened, where they must be.
+  int64_t query_bytes(int64_t queries) const {
+    const int64_t wide = dtype != call.q.dtype ? queries * call.channels * static_cast<int64_t>(sizeof(float)) : 0;
+    return tiles(queries).bytes() + ceil_div(wide, 64) * 64;
   }
-  int64_t state_floats(int64_t queries) const { return queries * (2 + pieces * kBlockOutputs); }
+  int64_t state_floats(int64_t queries) const { return queries * (2 + blocks * kBlockOutputs); }
 };
 
 // What a task has gathered of some stretch: per tile of queries, the states (max, sum), then the accumulators
-// [piece][query][32].
+// [channel / 32][query][32].
 struct Partial {
   float* data;
-  int64_t pieces;
+  int64_t blocks;
   float* state(int64_t query) const { return data + query * 2; }
   float* accumulator(int64_t queries, const Tiles& tiles, int64_t tile) const {
-    return data + queries * 2 + tiles.start(tile) * pieces * kBlockOutputs;
+    return data + queries * 2 + tiles.start(tile) * blocks * kBlockOutputs;
   }
 };
 
 void clear(const Partial& partial, int64_t queries) {
-  std::memset(partial.data, 0, queries * (2 + partial.pieces * kBlockOutputs) * sizeof(float));
+  std::memset(partial.data, 0, queries * (2 + partial.blocks * kBlockOutputs) * sizeof(float));
   for (int64_t q = 0; q < queries; ++q) partial.state(q)[0] = -std::numeric_limits<float>::infinity();
 }
 
 class Attend {
  public:
-  // `panel` has room for panel_bytes().
-  Attend(const Plan& plan, const Task& task, int64_t kv_head, char* panel)
+  // `packed` has room for query_bytes().
+  Attend(const Plan& plan, const Task& task, int64_t kv_head, char* packed)
       : plan_(plan),
         task_(task),
         kv_head_(kv_head),
-        panel_(panel),
+        packed_(packed),
         queries_(task.rows * plan.group),
-        tiles_(queries_, plan.score_gemm.tile_rows) {
+        tiles_(plan.tiles(queries_)) {
     const AttentionCall& call = plan.call;
-    const int64_t query_bytes = plan.cells * plan.score_gemm.panel_cell_bytes;
     const bool widen = plan.dtype != call.q.dtype;
-    float* wide = reinterpret_cast<float*>(panel + queries_ * query_bytes);
+    float* wide = reinterpret_cast<float*>(packed + tiles_.bytes());
     for (int64_t t = 0; t < tiles_.count; ++t) {
-      const void* rows[kMaxTileRows];
+      const void* rows[kMostTileRows];
       for (int r = 0; r < tiles_.size(t); ++r) {
         const int64_t query = tiles_.start(t) + r;
         const int64_t element = (kv_head * plan.group + query % plan.group) * call.channels;
@@ -109,26 +112,24 @@ class Attend {
         plan.kernels.widen(static_cast<const uint16_t*>(rows[r]), row, static_cast<int>(call.channels));
         rows[r] = row;
       }
-      plan.score_gemm.pack(panel + tiles_.start(t) * query_bytes, rows, tiles_.size(t),
-                           static_cast<int>(call.channels));
+      plan.score_gemm.pack(tiles_.at(packed, t), rows, tiles_.size(t), static_cast<int>(call.channels));
     }
-    keys_ = scratch(Buffer::keys).get<uint32_t>(2 * plan.cells * kBlockOutputs + 2 * kKeyBlock * call.channels);
-    scores_ = scratch(Buffer::scores).get<float>(2 * kMaxTileRows * kKeyBlock);
+    keys_ = scratch(Buffer::keys).get<uint32_t>(2 * plan.words * kBlockOutputs + 2 * kKeyBlock * call.channels);
+    scores_ = scratch(Buffer::scores).get<float>(2 * plan.score_gemm.tile_rows * kKeyBlock);
   }
 
   int64_t queries() const { return queries_; }
-  const Tiles& tiles() const { return tiles_; }
   int64_t first_key() const { return plan_.first_key(task_); }
   int64_t end_key() const { return plan_.end_key(task_); }
 
   // Takes the keys from index `first` on, as far as the rows may see them. `ahead` is what comes next, or null.
   void take(int64_t first, KeyRows& rows, const Partial& partial, const KeyRows* ahead) {
     const bool narrow = plan_.call.values.dtype == Dtype::int8;
-    const bool direct = plan_.scores_directly() && queries_ <= kScoredRows;
+    const bool direct = tiles_.count == 1 && plan_.scores_directly(queries_);
     if (direct) {
       if (!sees(first, 0)) return;
-      plan_.kernels.score_keys(static_cast<int>(queries_), rows.keys(), static_cast<int>(plan_.cells),
-                               reinterpret_cast<const uint32_t*>(panel_), scores_, ahead ? ahead->keys() : nullptr);
+      plan_.kernels.score_keys(static_cast<int>(queries_), rows.keys(), static_cast<int>(plan_.words),
+                               packed_, scores_, ahead ? ahead->keys() : nullptr);
     } else {
       load(rows, ahead);
       if (narrow && ahead) ask_for(ahead->values(), kKeyBlock);
@@ -147,7 +148,7 @@ class Attend {
         if (later.state(query)[0] == -std::numeric_limits<float>::infinity()) continue;  // saw nothing of it
         plan_.kernels.softmax_merge(partial.state(query), partial.accumulator(queries_, tiles_, t) + r * kBlockOutputs,
                                     later.state(query), later.accumulator(queries_, tiles_, t) + r * kBlockOutputs,
-                                    static_cast<int>(plan_.pieces), tiles_.size(t) * kBlockOutputs);
+                                    static_cast<int>(plan_.blocks), tiles_.size(t) * kBlockOutputs);
       }
   }
 
@@ -162,11 +163,11 @@ class Attend {
         const int64_t head =
             (task_.first_row + query / plan_.group) * call.heads + kv_head_ * plan_.group + query % plan_.group;
         char* out = static_cast<char*>(call.out) + head * call.channels * element_bytes(call.q.dtype);
-        for (int64_t piece = 0; piece < plan_.pieces; ++piece) {
-          const float* from = accumulator + piece * tiles_.size(t) * kBlockOutputs;
+        for (int64_t block = 0; block < plan_.blocks; ++block) {
+          const float* from = accumulator + block * tiles_.size(t) * kBlockOutputs;
           for (int c = 0; c < kBlockOutputs; ++c) row[c] = from[c] * inverse;
-          const int64_t width = std::min<int64_t>(kBlockOutputs, call.channels - piece * kBlockOutputs);
-          plan_.kernels.convert(row, out + piece * kBlockOutputs * element_bytes(call.q.dtype), static_cast<int>(width),
+          const int64_t width = std::min<int64_t>(kBlockOutputs, call.channels - block * kBlockOutputs);
+          plan_.kernels.convert(row, out + block * kBlockOutputs * element_bytes(call.q.dtype), static_cast<int>(width),
                                 call.q.dtype);
         }
       }
@@ -177,7 +178,7 @@ class Attend {
   void load(KeyRows& block, const KeyRows* ahead) {
     const AttentionCall& call = plan_.call;
     const int channels = static_cast<int>(call.channels);
-    float* wide = reinterpret_cast<float*>(keys_ + 2 * plan_.cells * kBlockOutputs);
+    float* wide = reinterpret_cast<float*>(keys_ + 2 * plan_.words * kBlockOutputs);
     const bool coded = call.keys.dtype == Dtype::int8, widened = !coded && call.keys.dtype != plan_.dtype;
     for (int i = 0; i < (coded ? 2 : widened ? 1 : 0) * kKeyBlock; ++i, wide += channels) {
       if (coded) plan_.kernels.decode_head(block.rows[i], wide, channels);
@@ -187,8 +188,8 @@ class Attend {
     constexpr int kPart = 16;  // of the keys, so that few requests wait at a time
     for (int i = 0; i < kKeyBlock; i += kPart) {
       if (ahead) ask_for(ahead->keys() + i, kPart);
-      uint32_t* half = keys_ + i / kBlockOutputs * plan_.cells * kBlockOutputs;
-      plan_.kernels.transpose_cells(half + i % kBlockOutputs, kBlockOutputs, block.keys() + i, kPart,
+      uint32_t* half = keys_ + i / kBlockOutputs * plan_.words * kBlockOutputs;
+      plan_.kernels.transpose_words(half + i % kBlockOutputs, kBlockOutputs, block.keys() + i, kPart,
                                     channels * element_bytes(plan_.dtype));
     }
   }
@@ -212,11 +213,11 @@ class Attend {
 
   // Scores of a tile with the loaded keys, [half][query][32].
   void score(int64_t t) {
-    const int size = tiles_.size(t), cells = static_cast<int>(plan_.cells);
-    const char* panel = panel_ + tiles_.start(t) * plan_.cells * plan_.score_gemm.panel_cell_bytes;
+    const int size = tiles_.size(t), words = static_cast<int>(plan_.words);
+    const char* packed = tiles_.at(packed_, t);
     for (int half = 0; half < 2; ++half)
-      plan_.score_gemm.run(size, panel, keys_ + half * cells * kBlockOutputs, cells,
-                           scores_ + half * size * kBlockOutputs, false, {panel, 0});
+      plan_.score_gemm.run(size, packed, keys_ + half * words * kBlockOutputs, words,
+                           scores_ + half * size * kBlockOutputs, false, {packed, 0});
   }
 
   void weigh(int64_t block, const KeyRows& keys, int64_t t, const Partial& partial, const void* const* ahead) {
@@ -234,7 +235,7 @@ class Attend {
         plan_.kernels.softmax_step(scores_ + r * kBlockOutputs, half_stride, static_cast<int>(first),
                                    static_cast<int>(last), plan_.call.scale, partial.state(tiles_.start(t) + r),
                                    probabilities + r * kKeyBlock, accumulator + r * kBlockOutputs,
-                                   static_cast<int>(plan_.pieces), size * kBlockOutputs);
+                                   static_cast<int>(plan_.blocks), size * kBlockOutputs);
       }
     }
     plan_.kernels.weigh_values(size, probabilities, keys.values(), keys.begin, keys.end, values_dtype(),
@@ -248,9 +249,9 @@ class Attend {
   const Plan& plan_;
   const Task& task_;
   int64_t kv_head_;
-  char* panel_;
+  char* packed_;
   int64_t queries_;
-  Tiles tiles_;
+  PackedTiles tiles_;
   uint32_t* keys_;
   float* scores_;
 };
@@ -259,10 +260,10 @@ class Attend {
 class TaskHeads {
  public:
   TaskHeads(const Plan& plan, const Task& task) : plan_(plan), task_(task) {
-    const int64_t bytes = ceil_div(plan.panel_bytes(task.rows * plan.group), 64) * 64;
-    char* panels = scratch(Buffer::rows).get<char>(task.heads * bytes);
+    const int64_t bytes = plan.query_bytes(task.rows * plan.group);
+    char* packed = scratch(Buffer::rows).get<char>(task.heads * bytes);
     heads_.reserve(task.heads);
-    for (int64_t h = 0; h < task.heads; ++h) heads_.emplace_back(plan, task, task.first_head + h, panels + h * bytes);
+    for (int64_t h = 0; h < task.heads; ++h) heads_.emplace_back(plan, task, task.first_head + h, packed + h * bytes);
   }
 
   int64_t first_stretch() const { return heads_[0].first_key() / kStretch; }
@@ -306,7 +307,7 @@ class TaskHeads {
 
  private:
   Partial partial(float* memory, size_t head) const {
-    return {memory + static_cast<int64_t>(head) * plan_.state_floats(heads_[0].queries()), plan_.pieces};
+    return {memory + static_cast<int64_t>(head) * plan_.state_floats(heads_[0].queries()), plan_.blocks};
   }
 
   const Plan& plan_;
@@ -331,7 +332,7 @@ void attention(const Context& context, const AttentionCall& call) {
   // As many heads per task as leave enough tasks; with many rows the cache is read from cache anyway.
   const int64_t enough = context.threads > 1 ? 4 * context.threads : 1;
   const bool split = row_tasks * call.kv_heads < enough && most_stretches > 1;
-  int64_t heads = widest * plan.group > kMaxTileRows ? 1 : call.kv_heads;
+  int64_t heads = widest * plan.group > kFewQueries ? 1 : call.kv_heads;
   while (heads > 1 && (split ? stretches : row_tasks) * ceil_div(call.kv_heads, heads) < enough)
     heads = ceil_div(heads, 2);
 
@@ -350,6 +351,7 @@ void attention(const Context& context, const AttentionCall& call) {
   const int64_t num_tasks = static_cast<int64_t>(tasks.size());
   if (!split) {
     for_each_task(context.threads, num_tasks, [&](int64_t i) {
+      const Products products(*context.kernels);
       TaskHeads task(plan, tasks[i]);
       float* total = scratch(Buffer::states).get<float>(2 * task.state_floats());
       float* part = total + task.state_floats();
@@ -368,6 +370,7 @@ void attention(const Context& context, const AttentionCall& call) {
   const int64_t floats = heads * plan.state_floats(widest * plan.group);
   float* memory = scratch(Buffer::output).get<float>(num_tasks * most_stretches * floats);
   for_each_task(context.threads, num_tasks * most_stretches, [&](int64_t i) {
+    const Products products(*context.kernels);
     TaskHeads(plan, tasks[i / most_stretches]).take_stretch(i % most_stretches, memory + i * floats, nullptr);
   });
   for_each_task(context.threads, num_tasks, [&](int64_t i) {

@@ -1,4 +1,4 @@
-// Which rows go to which expert, and in what pieces.
+// Which rows go to which expert, and in what chunks.
 #pragma once
 
 #include <algorithm>
@@ -6,18 +6,14 @@
 #include <vector>
 
 #include "ops/operators.h"
-#include "ops/parallel.h"
+#include "ops/packed.h"
 
 namespace dynamoe_cpu {
-
-// Rows whose panels stay in the second-level cache while an expert's weights pass by.
-inline int64_t most_chunk_rows(const Gemm& gemm, int64_t row_bytes) {
-  return std::max<int64_t>(gemm.tile_rows, 384 * 1024 / row_bytes);
-}
 
 // Rows of one expert that are multiplied together: sorted slots [first, first + rows).
 struct Chunk {
   int64_t expert, first, rows;
+  int64_t hidden = 0;  // where its packed hidden rows begin, in bytes
 };
 
 struct Plan {
@@ -58,6 +54,17 @@ inline int64_t make_plan(const ExpertsCall& call, int64_t most_rows, Plan& plan)
   return -1;
 }
 
+// Finds places for the packed hidden rows, which take `bytes_of(chunk)`; returns how many bytes they take together.
+template <class BytesOf>
+int64_t place_hidden(Plan& plan, const BytesOf& bytes_of) {
+  int64_t bytes = 0;
+  for (Chunk& chunk : plan.chunks) {
+    chunk.hidden = bytes;
+    bytes += bytes_of(chunk);
+  }
+  return bytes;
+}
+
 // Sums of the experts' outputs, [block][row][32]: those of a block lie together, whatever the hidden size.
 class OutputSums {
  public:
@@ -72,10 +79,10 @@ class OutputSums {
   }
   // Adds the outputs of sorted slots first … first + rows - 1, each with its router weight.
   void add(int64_t block, int64_t first, int64_t rows, const float* tile, const float* bias) {
-    for (int64_t begin = 0; begin < rows; begin += kMaxTileRows) {
-      const int count = static_cast<int>(std::min<int64_t>(kMaxTileRows, rows - begin));
-      float scales[kMaxTileRows];
-      float* out[kMaxTileRows];
+    for (int64_t begin = 0; begin < rows; begin += kMostTileRows) {
+      const int count = static_cast<int>(std::min<int64_t>(kMostTileRows, rows - begin));
+      float scales[kMostTileRows];
+      float* out[kMostTileRows];
       for (int r = 0; r < count; ++r) {
         const int32_t slot = plan_.slots[first + begin + r];
         scales[r] = call_.weights[slot];

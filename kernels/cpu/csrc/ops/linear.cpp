@@ -3,19 +3,12 @@
 #include <cstring>
 
 #include "ops/operators.h"
-#include "ops/parallel.h"
+#include "ops/packed.h"
 
 namespace dynamoe_cpu {
 
-namespace {
-
-// Rows whose panel stays in the second-level cache while all weights pass by.
-constexpr int64_t kPanelBytes = 384 * 1024;
-
-}  // namespace
-
 int64_t packed_words(const Gemm& gemm, int64_t outputs, int64_t inputs) {
-  return ceil_div(outputs, kBlockOutputs) * ceil_div(inputs, gemm.inputs_per_cell) * kBlockOutputs;
+  return ceil_div(outputs, kBlockOutputs) * gemm.words(inputs) * kBlockOutputs;
 }
 
 void pack_linear(const Context& context, const Rows& weight, int64_t outputs, int64_t inputs, uint32_t* packed) {
@@ -27,7 +20,7 @@ void pack_linear(const Context& context, const Rows& weight, int64_t outputs, in
       const int64_t output = block * kBlockOutputs + o;
       rows[o] = output < outputs ? weight.at(output) : nullptr;
     }
-    kernels.transpose_cells(packed + block * block_words, kBlockOutputs, rows, kBlockOutputs,
+    kernels.transpose_words(packed + block * block_words, kBlockOutputs, rows, kBlockOutputs,
                             static_cast<int>(inputs) * element_bytes(weight.dtype));
   });
 }
@@ -36,32 +29,33 @@ void linear(const Context& context, const LinearCall& call) {
   if (!call.rows) return;
   const Kernels& kernels = *context.kernels;
   const Gemm& gemm = kernels.gemm[static_cast<int>(call.x.dtype)];
-  const int64_t cells = ceil_div(call.inputs, gemm.inputs_per_cell), blocks = ceil_div(call.outputs, kBlockOutputs);
-  const int64_t row_bytes = cells * gemm.panel_cell_bytes;
-  const Tiles chunks(call.rows, std::max<int64_t>(gemm.tile_rows, kPanelBytes / row_bytes));
-  Pieces pieces(chunks.count, blocks, context.threads);
-  on_all_threads(pieces.threads(), [&] {
-    alignas(64) float tile[kMaxTileRows * kBlockOutputs];
-    char* panel = scratch(Buffer::rows).get<char>(chunks.size(0) * row_bytes + row_bytes);
-    int64_t packed = -1, first, last;
-    while (pieces.take(first, last)) {
+  const int64_t words = gemm.words(call.inputs), blocks = ceil_div(call.outputs, kBlockOutputs);
+  const Tiles chunks(call.rows, most_packed_rows(gemm, call.inputs));
+  WorkChunks work(chunks.count, blocks, context.threads);
+  on_all_threads(work.threads(), [&] {
+    const Products products(kernels);
+    alignas(64) float tile[kMostTileRows * kBlockOutputs];
+    char* packed = nullptr;
+    int64_t packed_chunk = -1, first, last;
+    while (work.take(first, last)) {
       const int64_t chunk = first / blocks, first_row = chunks.start(chunk);
-      const Tiles tiles(chunks.size(chunk), gemm.tile_rows);
-      if (packed != chunk) {
+      const PackedTiles tiles(gemm, chunks.size(chunk), call.inputs);
+      if (packed_chunk != chunk) {
+        packed = scratch(Buffer::rows).get<char>(tiles.bytes());
         for (int64_t t = 0; t < tiles.count; ++t) {
-          const void* rows[kMaxTileRows];
+          const void* rows[kMostTileRows];
           for (int r = 0; r < tiles.size(t); ++r) rows[r] = call.x.at(first_row + tiles.start(t) + r);
-          gemm.pack(panel + tiles.start(t) * row_bytes, rows, tiles.size(t), static_cast<int>(call.inputs));
+          gemm.pack(tiles.at(packed, t), rows, tiles.size(t), static_cast<int>(call.inputs));
         }
-        packed = chunk;
+        packed_chunk = chunk;
       }
       for (int64_t item = first; item < last; ++item) {
         const int64_t block = item % blocks, output = block * kBlockOutputs;
         const int width = static_cast<int>(std::min<int64_t>(kBlockOutputs, call.outputs - output));
-        const uint32_t* weights = call.weights + block * cells * kBlockOutputs;
+        const uint32_t* weights = call.weights + block * words * kBlockOutputs;
         for (int64_t t = 0; t < tiles.count; ++t) {
-          run_block(gemm, tiles.size(t), panel + tiles.start(t) * row_bytes, weights, cells, tile, false,
-                    item == first, nullptr, t, tiles.count);
+          run_block(gemm, tiles.size(t), tiles.at(packed, t), weights, words, tile, false, item == first, nullptr, t,
+                    tiles.count);
           const int64_t element = (first_row + tiles.start(t)) * call.out_stride + output;
           kernels.store(tile, tiles.size(t), width, call.bias ? call.bias + output : nullptr,
                         static_cast<char*>(call.out) + element * element_bytes(call.out_dtype), call.out_stride,
@@ -74,13 +68,13 @@ void linear(const Context& context, const LinearCall& call) {
 
 void unpack_rows(const Context& context, const uint32_t* packed, Dtype dtype, int64_t inputs, const int64_t* ids,
                  int64_t count, void* out) {
-  const int64_t row_bytes = inputs * element_bytes(dtype), cells = ceil_div(row_bytes, 4);
+  const int64_t row_bytes = inputs * element_bytes(dtype), words = ceil_div(row_bytes, 4);
   const int threads = count < 64 ? 1 : context.threads;
   for_each_task(threads, count, [&](int64_t i) {
-    const uint32_t* word = packed + (ids[i] / kBlockOutputs * cells * kBlockOutputs + ids[i] % kBlockOutputs);
+    const uint32_t* from = packed + (ids[i] / kBlockOutputs * words * kBlockOutputs + ids[i] % kBlockOutputs);
     char* row = static_cast<char*>(out) + i * row_bytes;
-    for (int64_t cell = 0; cell < cells; ++cell)
-      std::memcpy(row + 4 * cell, word + cell * kBlockOutputs, std::min<int64_t>(4, row_bytes - 4 * cell));
+    for (int64_t word = 0; word < words; ++word)
+      std::memcpy(row + 4 * word, from + word * kBlockOutputs, std::min<int64_t>(4, row_bytes - 4 * word));
   });
 }
 

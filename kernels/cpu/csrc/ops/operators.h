@@ -45,13 +45,14 @@ struct ExpertLayout {
   int64_t experts, hidden, width;
   bool dense_down;  // [block][expert] instead of [expert][block]: all experts together read as one matrix
 
-  int64_t per_cell() const { return dtype == Dtype::bf16 ? 2 : 1; }
+  int64_t inputs_per_word() const { return dtype == Dtype::bf16 ? 2 : 1; }
   int64_t gate_blocks() const { return ceil_div(width, kGatedOutputs); }
-  int64_t hidden_cells() const { return ceil_div(hidden, per_cell()); }
-  int64_t gate_block_words() const { return hidden_cells() * kBlockOutputs; }
-  int64_t width_cells() const { return gate_blocks() * kGatedOutputs / per_cell(); }
+  int64_t hidden_words() const { return ceil_div(hidden, inputs_per_word()); }
+  int64_t gate_block_words() const { return hidden_words() * kBlockOutputs; }
+  int64_t padded_width() const { return gate_blocks() * kGatedOutputs; }
+  int64_t width_words() const { return padded_width() / inputs_per_word(); }
   int64_t down_blocks() const { return ceil_div(hidden, kBlockOutputs); }
-  int64_t down_block_words() const { return width_cells() * kBlockOutputs; }
+  int64_t down_block_words() const { return width_words() * kBlockOutputs; }
   int64_t down_offset(int64_t expert, int64_t block) const {
     return (dense_down ? block * experts + expert : expert * down_blocks() + block) * down_block_words();
   }

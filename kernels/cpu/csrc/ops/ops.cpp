@@ -1,20 +1,20 @@
 // Torch operators other than the experts': tensors are checked here, and only here, then handed on as pointers.
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "ops/tensors.h"
 
 namespace dynamoe_cpu {
 namespace {
 
-int64_t find_isa(std::string name) {
-  const Kernels* kernels = find_kernels(name.c_str());
-  for (int64_t i = 0; i < kNumNames; ++i)
-    if (kernels && name != "auto" && name == kNames[i]) return i;
-  for (int64_t i = 0; i < kNumNames; ++i)
-    if (kernels && name == "auto" && std::string(kernels->name) == kNames[i]) return i;
-  return -1;
+std::vector<std::string> isas_op() {
+  std::vector<std::string> names;
+  for (const Isa* isa : isas()) names.emplace_back(isa->name);
+  return names;
 }
+
+int64_t find_isa_op(std::string name) { return find_isa(name.c_str()); }
 
 Tensor pack_linear_op(int64_t isa, const Tensor& weight) {
   const Context context = context_of(isa);
@@ -142,7 +142,8 @@ std::tuple<Tensor, Tensor> route_op(int64_t isa, const Tensor& logits, int64_t t
 }  // namespace
 
 TORCH_LIBRARY(dynamoe_cpu, m) {
-  m.def("find_isa(str name) -> int", &find_isa);
+  m.def("isas() -> str[]", &isas_op);
+  m.def("find_isa(str name) -> int", &find_isa_op);
   m.def("pack_linear(int isa, Tensor weight) -> Tensor", &pack_linear_op);
   m.def("linear(int isa, Tensor x, Tensor weights, Tensor? bias, int outputs, bool float_out) -> Tensor", &linear_op);
   m.def("rms_norm(int isa, Tensor x, Tensor weight, float eps) -> Tensor", &rms_norm_op);

@@ -1,4 +1,4 @@
-// Work sharing over torch's OpenMP pool, tiles of rows, and scratch memory that grows and stays.
+// Work sharing over torch's OpenMP pool, tiles of rows, and scratch memory that grows and is kept.
 #pragma once
 
 #include <omp.h>
@@ -46,12 +46,12 @@ void for_each_light_row(int threads, int64_t rows, int64_t width, const Body& bo
   for_each_row(threads, rows, body, ceil_div(8192, width));
 }
 
-// `parts` · `size` items in pieces for threads that take the next whenever they are free: large ones first and single
-// items at the end, so that all finish at nearly the same time, and what a thread reads lies in few stretches. No piece
-// has items of two parts.
-class Pieces {
+// `parts` · `size` items in chunks of work for threads that take the next whenever they are free: large ones first and
+// single items at the end, so that all finish at nearly the same time, and what a thread reads lies in few stretches. No
+// chunk has items of two parts.
+class WorkChunks {
  public:
-  Pieces(int64_t parts, int64_t size, int threads)
+  WorkChunks(int64_t parts, int64_t size, int threads)
       : items_(parts * size),
         size_(size),
         threads_(static_cast<int>(threads < items_ ? threads : items_)),
@@ -85,6 +85,23 @@ struct Tiles {
   Tiles(int64_t rows, int64_t most) : rows(rows), count(ceil_div(rows, most)) {}
   int64_t start(int64_t tile) const { return rows * tile / count; }
   int size(int64_t tile) const { return static_cast<int>(start(tile + 1) - start(tile)); }
+  int largest() const { return count ? static_cast<int>(ceil_div(rows, count)) : 0; }
+};
+
+// For as long as a thread multiplies: what its instruction set does before and after.
+class Products {
+ public:
+  explicit Products(const Kernels& kernels) : end_(kernels.end_products) {
+    if (kernels.begin_products) kernels.begin_products();
+  }
+  ~Products() {
+    if (end_) end_();
+  }
+  Products(const Products&) = delete;
+  Products& operator=(const Products&) = delete;
+
+ private:
+  void (*const end_)();
 };
 
 // One growing buffer per thread and purpose. What was in it is lost when it grows.
@@ -108,15 +125,15 @@ class Scratch {
   size_t bytes_ = 0;
 };
 
-// Pieces of one piece of memory, each on a cache line of its own.
+// Parts of one stretch of memory, each on a cache line of its own.
 class Arena {
  public:
   explicit Arena(char* data) : data_(data) {}
   template <class T = char>
   T* take(int64_t count) {
-    char* piece = data_ + used_;
+    char* part = data_ + used_;
     used_ += ceil_div(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
-    return reinterpret_cast<T*>(piece);
+    return reinterpret_cast<T*>(part);
   }
   int64_t used() const { return used_; }
 
@@ -125,7 +142,7 @@ class Arena {
   int64_t used_ = 0;
 };
 
-enum class Buffer { rows, hidden, output, keys, values, scores, states, panels, digits, stack, leaving, count };
+enum class Buffer { rows, hidden, output, keys, values, scores, states, packed, limbs, stack, leaving, count };
 
 inline Scratch& scratch(Buffer buffer) {
   thread_local Scratch buffers[static_cast<int>(Buffer::count)];

@@ -5,9 +5,9 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <iterator>
 #include <optional>
 
+#include "isa/registry.h"
 #include "ops/operators.h"
 
 namespace dynamoe_cpu {
@@ -15,13 +15,10 @@ namespace dynamoe_cpu {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-inline constexpr const char* kNames[] = {"avx512bf16", "avx512vnni", "avx512", "avx2", "portable"};
-constexpr int64_t kNumNames = std::size(kNames);
-
+// `isa` is a place in `isas()`, as `find_isa` gives it.
 inline Context context_of(int64_t isa) {
-  static const Kernels* const tables[] = {find_kernels(kNames[0]), find_kernels(kNames[1]), find_kernels(kNames[2]),
-                                          find_kernels(kNames[3]), find_kernels(kNames[4])};
-  return {tables[isa], at::get_num_threads()};
+  TORCH_CHECK_INDEX(0 <= isa && isa < static_cast<int64_t>(isas().size()), "there is no instruction set ", isa);
+  return {&isas()[isa]->kernels, at::get_num_threads()};
 }
 
 inline Dtype dtype_of(const Tensor& t, const char* name) {

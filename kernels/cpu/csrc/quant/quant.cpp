@@ -9,7 +9,6 @@ namespace dynamoe_cpu {
 
 namespace {
 
-constexpr int64_t kPanelBytes = 384 * 1024;
 constexpr int64_t kStretch = 128;  // inputs that are widened at once: 16 KiB
 
 float widen_code(const QuantLayout& layout, uint8_t code, float scale, float offset) {
@@ -32,35 +31,36 @@ int64_t code_offset(Format format, int64_t input, int64_t output) {
 
 }  // namespace
 
-bool uses_digits(const Kernels& kernels, const QuantLayout& layout, Dtype dtype) {
+bool uses_limbs(const Kernels& kernels, const QuantLayout& layout, Dtype dtype) {
   if (layout.format == Format::fp8) return false;
   return layout.byte_rows || (kernels.quant.fixed_point && dtype == Dtype::bf16);
 }
 
 QuantProduct::QuantProduct(const Kernels& kernels, const QuantLayout& layout, Dtype dtype)
-    : kernels_(kernels), layout_(layout), digits_(uses_digits(kernels, layout, dtype)) {
+    : kernels_(kernels), layout_(layout), limbs_(uses_limbs(kernels, layout, dtype)) {
   shape_ = {layout.inputs, layout.group < layout.inputs ? layout.group : kStretch, layout.byte_rows ? 1 : 2};
-  row_bytes_ = digits_ ? shape_.row_bytes : 4 * layout.inputs;
-  tile_rows_ = !digits_ ? kernels.gemm[0].tile_rows : kernels.quant.tile_rows * (layout.byte_rows && kernels.quant.fixed_point ? 2 : 1);
+  tile_rows_ = limbs_ ? kernels.quant.tile_rows[shape_.limbs - 1] : kernels.gemm[0].tile_rows;
 }
 
-int64_t QuantProduct::most_rows() const { return std::max<int64_t>(tile_rows_, kPanelBytes / row_bytes_); }
+int64_t QuantProduct::packed_bytes(int num_rows) const {
+  return limbs_ ? kernels_.quant.packed_bytes(shape_, num_rows)
+                : kernels_.gemm[0].packed_bytes(num_rows, layout_.inputs);
+}
 
-void QuantProduct::pack(char* panel, const void* const* rows, int num_rows, Dtype dtype) const {
-  if (digits_) {
-    if (num_rows == 1) return make_digits(panel, rows[0], dtype);
-    char* digits = scratch(Buffer::values).get<char>(num_rows * row_bytes_);
-    const void* made[kMaxTileRows];
+void QuantProduct::pack(char* packed, const void* const* rows, int num_rows, Dtype dtype) const {
+  if (limbs_) {
+    char* limbs = num_rows == 1 ? packed : scratch(Buffer::values).get<char>(num_rows * shape_.row_bytes);
+    const void* made[kMostTileRows];
     for (int r = 0; r < num_rows; ++r) {
-      make_digits(digits + r * row_bytes_, rows[r], dtype);
-      made[r] = digits + r * row_bytes_;
+      make_limbs(limbs + r * shape_.row_bytes, rows[r], dtype);
+      made[r] = limbs + r * shape_.row_bytes;
     }
-    return pack_digits(panel, made, num_rows);
+    return pack_limbs(packed, made, num_rows);
   }
   const int inputs = static_cast<int>(layout_.inputs);
-  if (dtype == Dtype::fp32 && !layout_.byte_rows) return kernels_.gemm[0].pack(panel, rows, num_rows, inputs);
+  if (dtype == Dtype::fp32 && !layout_.byte_rows) return kernels_.gemm[0].pack(packed, rows, num_rows, inputs);
   float* wide = scratch(Buffer::values).get<float>(static_cast<int64_t>(num_rows) * inputs);
-  const void* widened[kMaxTileRows];
+  const void* widened[kMostTileRows];
   for (int r = 0; r < num_rows; ++r) {
     float* row = wide + static_cast<int64_t>(r) * inputs;
     if (dtype == Dtype::fp32) std::memcpy(row, rows[r], 4 * static_cast<size_t>(inputs));
@@ -68,16 +68,15 @@ void QuantProduct::pack(char* panel, const void* const* rows, int num_rows, Dtyp
     if (layout_.byte_rows) kernels_.quant.round_fp8(row, inputs);
     widened[r] = row;
   }
-  kernels_.gemm[0].pack(panel, widened, num_rows, inputs);
+  kernels_.gemm[0].pack(packed, widened, num_rows, inputs);
 }
 
-void QuantProduct::make_digits(char* digits, const void* row, Dtype dtype) const {
-  kernels_.quant.make_digits(shape_, row, dtype, digits);
+void QuantProduct::make_limbs(char* limbs, const void* row, Dtype dtype) const {
+  kernels_.quant.make_limbs(shape_, row, dtype, limbs);
 }
 
-void QuantProduct::pack_digits(char* panel, const void* const* digits, int num_rows) const {
-  if (num_rows == 1) std::memcpy(panel, digits[0], row_bytes_);
-  else kernels_.transpose_cells(reinterpret_cast<uint32_t*>(panel), num_rows, digits, num_rows, static_cast<int>(row_bytes_));
+void QuantProduct::pack_limbs(char* packed, const void* const* limbs, int num_rows) const {
+  kernels_.quant.pack_limbs(shape_, packed, limbs, num_rows);
 }
 
 // As run_block does it: a single tile reads the codes from memory as it goes; with several, the block after is fetched
@@ -95,11 +94,11 @@ CodesAhead QuantProduct::ahead(const char* block, bool first, const char* after,
   return {end, next, next, half, tile < 2 ? half + lines / 2 : half, 1};
 }
 
-void QuantProduct::multiply(const char* panels, const Tiles& tiles, const char* block, bool first, const char* after,
+void QuantProduct::multiply(const char* packed, const PackedTiles& tiles, const char* block, bool first, const char* after,
                             float* out) const {
-  if (digits_) {
+  if (limbs_) {
     for (int64_t t = 0; t < tiles.count; ++t)
-      kernels_.quant.multiply_digits(layout_, shape_, tiles.size(t), panels + tiles.start(t) * row_bytes_, block,
+      kernels_.quant.multiply_limbs(layout_, shape_, tiles.size(t), tiles.at(packed, t), block,
                                      out + tiles.start(t) * kBlockOutputs, ahead(block, first, after, t, tiles.count));
     return;
   }
@@ -113,7 +112,7 @@ void QuantProduct::multiply(const char* panels, const Tiles& tiles, const char* 
       kernels_.quant.widen_codes(layout_, codes, scales.values, count, wide);
       codes += QuantLayout::code_bytes(layout_.format, count);
       for (int64_t t = 0; t < tiles.count; ++t)
-        kernels_.gemm[0].run(tiles.size(t), panels + tiles.start(t) * row_bytes_ + first * tiles.size(t) * 4,
+        kernels_.gemm[0].run(tiles.size(t), tiles.at(packed, t) + kernels_.gemm[0].offset(tiles.size(t), first),
                              reinterpret_cast<const uint32_t*>(wide), count, out + tiles.start(t) * kBlockOutputs,
                              first > 0, {codes, 0});
     }
@@ -128,24 +127,26 @@ void quant_linear(const Context& context, const QuantLinearCall& call) {
   const QuantProduct product(kernels, weights.layout, call.x.dtype);
   const int64_t blocks = weights.layout.blocks();
   const Tiles chunks(call.rows, product.most_rows());
-  Pieces pieces(chunks.count, blocks, context.threads);
-  on_all_threads(pieces.threads(), [&] {
-    char* panel = scratch(Buffer::rows).get<char>((chunks.size(0) + 1) * product.row_bytes());
-    float* tile = scratch(Buffer::scores).get<float>((chunks.size(0) + 1) * kBlockOutputs);
-    int64_t packed = -1, first, last;
-    while (pieces.take(first, last)) {
+  WorkChunks work(chunks.count, blocks, context.threads);
+  on_all_threads(work.threads(), [&] {
+    const Products products(kernels);
+    float* tile = scratch(Buffer::scores).get<float>(chunks.largest() * kBlockOutputs);
+    char* packed = nullptr;
+    int64_t packed_chunk = -1, first, last;
+    while (work.take(first, last)) {
       const int64_t chunk = first / blocks, first_row = chunks.start(chunk);
-      const Tiles tiles(chunks.size(chunk), product.tile_rows());
-      for (int64_t t = 0; packed != chunk && t < tiles.count; ++t) {
-        const void* rows[kMaxTileRows];
+      const PackedTiles tiles = product.tiles(chunks.size(chunk));
+      if (packed_chunk != chunk) packed = scratch(Buffer::rows).get<char>(tiles.bytes());
+      for (int64_t t = 0; packed_chunk != chunk && t < tiles.count; ++t) {
+        const void* rows[kMostTileRows];
         for (int r = 0; r < tiles.size(t); ++r) rows[r] = call.x.at(first_row + tiles.start(t) + r);
-        product.pack(panel + tiles.start(t) * product.row_bytes(), rows, tiles.size(t), call.x.dtype);
+        product.pack(tiles.at(packed, t), rows, tiles.size(t), call.x.dtype);
       }
-      packed = chunk;
+      packed_chunk = chunk;
       for (int64_t item = first; item < last; ++item) {
         const int64_t block = item % blocks, output = block * kBlockOutputs;
-        const int64_t likely = item + 1 == last ? pieces.likely() : -1;
-        product.multiply(panel, tiles, weights.block(block), item == first,
+        const int64_t likely = item + 1 == last ? work.likely() : -1;
+        product.multiply(packed, tiles, weights.block(block), item == first,
                          likely >= 0 ? weights.block(likely % blocks) : nullptr, tile);
         kernels.store(tile, static_cast<int>(tiles.rows),
                       static_cast<int>(std::min<int64_t>(kBlockOutputs, weights.layout.outputs - output)),

@@ -1,18 +1,18 @@
 // Quantised weights in memory, and their products with rows.
 //
-// A block of 32 outputs lies in one piece, to be read front to back: for each group of inputs that share scales
+// A block of 32 outputs lies together, to be read front to back: for each group of inputs that share scales
 //     scale[32], then offset[32] or zero point[32] if there are any, then the codes of the group.
 // Codes of 8-bit integers: [4 inputs][32 outputs][4], as code + 128. Codes of 4 bits: [8 inputs][32 outputs][4], of
 // which a byte holds input i in its low and input i + 4 in its high nibble. 8-bit floats: [input][32 outputs].
 //
 // A product runs in one of two ways, chosen by format, dtype and processor only, so that a row's result never depends on
 // the rows beside it:
-// - digits: rows become integers of one or two bytes, one scale per group of inputs; sums of a group are exact;
+// - limbs: rows become integers of one or two int8 limbs, one scale per group of inputs; sums of a group are exact;
 // - wide: a stretch of a block is widened to fp32 in the first-level cache, where all rows meet it.
 #pragma once
 
 #include "ops/operators.h"
-#include "ops/parallel.h"
+#include "ops/packed.h"
 #include "quant/scales.h"
 
 namespace dynamoe_cpu {
@@ -26,34 +26,36 @@ struct QuantWeights {
 };
 
 // Whether rows of this dtype meet the weights as integers.
-bool uses_digits(const Kernels& kernels, const QuantLayout& layout, Dtype dtype);
+bool uses_limbs(const Kernels& kernels, const QuantLayout& layout, Dtype dtype);
 
-// One product on this processor: rows to panels, panels times blocks.
+// One product on this processor: rows are packed, and packed rows multiplied with blocks.
 class QuantProduct {
  public:
   QuantProduct(const Kernels& kernels, const QuantLayout& layout, Dtype dtype);
-  int64_t row_bytes() const { return row_bytes_; }  // of a panel
-  int64_t tile_rows() const { return tile_rows_; }
-  int64_t most_rows() const;  // whose panel stays in the second-level cache
-  // The panel of one tile. `dtype` of the rows may be another than that of the model.
-  void pack(char* panel, const void* const* rows, int num_rows, Dtype dtype) const;
-  // Where rows become digits, they may be made once for several panels: `row_bytes()` each.
-  bool digits() const { return digits_; }
-  void make_digits(char* digits, const void* row, Dtype dtype) const;
-  void pack_digits(char* panel, const void* const* digits, int num_rows) const;
-  // out[row][32] = row · block for the rows of all tiles, panels one after the other. The block is one of a stretch that
-  // is read in order and begins with block `first`; `after` is what will be read when it ends, or null.
-  void multiply(const char* panels, const Tiles& tiles, const char* block, bool first, const char* after,
+  int64_t most_rows() const { return most_packed_rows(tile_rows_, packed_bytes(tile_rows_)); }
+  PackedTiles tiles(int64_t rows) const {
+    return {rows, tile_rows_, [this](int size) { return packed_bytes(size); }};
+  }
+  // One tile. `dtype` of the rows may be another than that of the model.
+  void pack(char* packed, const void* const* rows, int num_rows, Dtype dtype) const;
+  // Where rows become limbs, they may be made once to be packed several times: `limb_bytes()` each, else 0.
+  int64_t limb_bytes() const { return limbs_ ? shape_.row_bytes : 0; }
+  void make_limbs(char* limbs, const void* row, Dtype dtype) const;
+  void pack_limbs(char* packed, const void* const* limbs, int num_rows) const;
+  // out[row][32] = row · block for the rows of all tiles. The block is one of a stretch that is read in order and begins
+  // with block `first`; `after` is what will be read when it ends, or null.
+  void multiply(const char* packed, const PackedTiles& tiles, const char* block, bool first, const char* after,
                 float* out) const;
 
  private:
+  int64_t packed_bytes(int num_rows) const;
   CodesAhead ahead(const char* block, bool first, const char* after, int64_t tile, int64_t tiles) const;
 
   const Kernels& kernels_;
   const QuantLayout layout_;
-  const bool digits_;
-  DigitShape shape_;
-  int64_t row_bytes_, tile_rows_;
+  const bool limbs_;
+  LimbShape shape_;
+  int tile_rows_;
 };
 
 struct QuantLinearCall {

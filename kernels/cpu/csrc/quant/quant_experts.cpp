@@ -18,31 +18,32 @@ const char* block_of(const QuantWeights& weights, int64_t experts, int64_t exper
 }
 
 // Packs the hidden rows of a chunk, once the last of its groups is done.
-void pack_hidden(const QuantProduct& product, const Chunk& chunk, const float* hidden, int64_t width, char* panels) {
-  const Tiles tiles(chunk.rows, product.tile_rows());
+void pack_hidden(const QuantProduct& product, const Chunk& chunk, const float* hidden, int64_t width, char* packed) {
+  const PackedTiles tiles = product.tiles(chunk.rows);
   for (int64_t t = 0; t < tiles.count; ++t) {
-    const void* rows[kMaxTileRows];
+    const void* rows[kMostTileRows];
     const int64_t first = chunk.first + tiles.start(t);
     for (int r = 0; r < tiles.size(t); ++r) rows[r] = hidden + (first + r) * width;
-    product.pack(panels + first * product.row_bytes(), rows, tiles.size(t), Dtype::fp32);
+    product.pack(tiles.at(packed + chunk.hidden, t), rows, tiles.size(t), Dtype::fp32);
   }
 }
 
-// Panels of act(gate x) * (up x) of every slot, for `down`.
+// Packed act(gate x) * (up x) of every slot, for `down`.
 void gate_and_up(const Context& context, const ExpertsCall& call, const QuantWeights& weights,
-                 const QuantProduct& product, const QuantProduct& down, const Plan& plan, char* panels) {
+                 const QuantProduct& product, const QuantProduct& down, const Plan& plan, char* packed_hidden) {
   const ExpertLayout& layout = call.layout;
   const int64_t width = layout.gate_blocks() * kGatedOutputs, blocks = layout.gate_blocks();
   float* hidden = scratch(Buffer::hidden).get<float>(static_cast<int64_t>(plan.slots.size()) * width);
-  const int64_t row_bytes = product.row_bytes();
-  char* digits = scratch(Buffer::digits).get<char>(product.digits() ? call.rows * row_bytes : 0);
-  for_each_row(context.threads, product.digits() ? call.rows : 0,
-               [&](int64_t row) { product.make_digits(digits + row * row_bytes, call.x.at(row), call.x.dtype); });
+  const int64_t limb_bytes = product.limb_bytes();
+  char* limbs = scratch(Buffer::limbs).get<char>(call.rows * limb_bytes);
+  for_each_row(context.threads, limb_bytes ? call.rows : 0,
+               [&](int64_t row) { product.make_limbs(limbs + row * limb_bytes, call.x.at(row), call.x.dtype); });
   std::vector<std::atomic<int64_t>> finished(plan.chunks.size());
-  Pieces pieces(static_cast<int64_t>(plan.chunks.size()), blocks, context.threads);
-  on_all_threads(pieces.threads(), [&] {
-    const Chunk* packed = nullptr;
-    char* panel = nullptr;
+  WorkChunks work(static_cast<int64_t>(plan.chunks.size()), blocks, context.threads);
+  on_all_threads(work.threads(), [&] {
+    const Products products(*context.kernels);
+    const Chunk* packed_chunk = nullptr;
+    char* packed = nullptr;
     const auto source = [&](int64_t slot) { return plan.slots[slot] / call.top_k; };
     const auto same_rows = [&](const Chunk& one, const Chunk& other) {
       for (int64_t r = 0; r < one.rows; ++r)
@@ -50,31 +51,31 @@ void gate_and_up(const Context& context, const ExpertsCall& call, const QuantWei
       return true;
     };
     int64_t first, last;
-    while (pieces.take(first, last)) {
+    while (work.take(first, last)) {
       const int64_t index = first / blocks;
       const Chunk& chunk = plan.chunks[index];
-      const Tiles tiles(chunk.rows, product.tile_rows());
-      if (!packed || !same_rows(chunk, *packed)) {
-        panel = scratch(Buffer::rows).get<char>(chunk.rows * row_bytes);
+      const PackedTiles tiles = product.tiles(chunk.rows);
+      if (!packed_chunk || !same_rows(chunk, *packed_chunk)) {
+        packed = scratch(Buffer::rows).get<char>(tiles.bytes());
         for (int64_t t = 0; t < tiles.count; ++t) {
-          const void* rows[kMaxTileRows];
+          const void* rows[kMostTileRows];
           for (int r = 0; r < tiles.size(t); ++r) {
             const int64_t row = source(chunk.first + tiles.start(t) + r);
-            rows[r] = product.digits() ? digits + row * row_bytes : call.x.at(row);
+            rows[r] = limb_bytes ? limbs + row * limb_bytes : call.x.at(row);
           }
-          char* out = panel + tiles.start(t) * row_bytes;
-          if (product.digits()) product.pack_digits(out, rows, tiles.size(t));
+          char* out = tiles.at(packed, t);
+          if (limb_bytes) product.pack_limbs(out, rows, tiles.size(t));
           else product.pack(out, rows, tiles.size(t), call.x.dtype);
         }
-        packed = &chunk;
+        packed_chunk = &chunk;
       }
       float* tile = scratch(Buffer::scores).get<float>(chunk.rows * kBlockOutputs);
       for (int64_t item = first; item < last; ++item) {
-        const int64_t block = item % blocks, likely = item + 1 == last ? pieces.likely() : -1;
+        const int64_t block = item % blocks, likely = item + 1 == last ? work.likely() : -1;
         const auto at = [&](int64_t chunk, int64_t block) {
           return block_of(weights, layout.experts, plan.chunks[chunk].expert, block);
         };
-        product.multiply(panel, tiles, at(index, block), item == first,
+        product.multiply(packed, tiles, at(index, block), item == first,
                          likely < 0 ? nullptr : at(likely / blocks, likely % blocks), tile);
         const float* bias =
             call.gate_up_bias ? call.gate_up_bias + (chunk.expert * blocks + block) * kBlockOutputs : nullptr;
@@ -82,7 +83,7 @@ void gate_and_up(const Context& context, const ExpertsCall& call, const QuantWei
                                     hidden + chunk.first * width + block * kGatedOutputs, width);
       }
       if (finished[index].fetch_add(last - first, std::memory_order_acq_rel) + last - first == blocks)
-        pack_hidden(down, chunk, hidden, width, panels);
+        pack_hidden(down, chunk, hidden, width, packed_hidden);
     }
   });
 }
@@ -108,26 +109,28 @@ int64_t quant_experts(const Context& context, const ExpertsCall& given, const Qu
   Plan plan;
   const int64_t bad = make_plan(call, std::min(gate_up.most_rows(), down.most_rows()), plan);
   if (bad >= 0) return bad;
-  char* panels = scratch(Buffer::panels).get<char>(static_cast<int64_t>(plan.slots.size()) * down.row_bytes());
-  gate_and_up(context, call, weights.gate_up, gate_up, down, plan, panels);
+  const int64_t hidden_bytes = place_hidden(plan, [&](const Chunk& chunk) { return down.tiles(chunk.rows).bytes(); });
+  char* packed = scratch(Buffer::packed).get<char>(hidden_bytes);
+  gate_and_up(context, call, weights.gate_up, gate_up, down, plan, packed);
 
   const int64_t blocks = layout.down_blocks();
   OutputSums sums(kernels, call, plan);
-  Pieces pieces(1, blocks, context.threads);
-  on_all_threads(pieces.threads(), [&] {
+  WorkChunks work(1, blocks, context.threads);
+  on_all_threads(work.threads(), [&] {
+    const Products products(kernels);
     int64_t first_block, last_block;
-    while (pieces.take(first_block, last_block)) {
+    while (work.take(first_block, last_block)) {
       sums.clear(first_block, last_block);
       for (size_t c = 0; c < plan.chunks.size(); ++c) {
         const Chunk& chunk = plan.chunks[c];
         const bool more = c + 1 < plan.chunks.size();
-        const int64_t next = more ? first_block : pieces.likely();
+        const int64_t next = more ? first_block : work.likely();
         const char* after =
             next < 0 ? nullptr : block_of(weights.down, layout.experts, plan.chunks[more ? c + 1 : 0].expert, next);
-        const Tiles tiles(chunk.rows, down.tile_rows());
+        const PackedTiles tiles = down.tiles(chunk.rows);
         float* tile = scratch(Buffer::scores).get<float>(chunk.rows * kBlockOutputs);
         for (int64_t block = first_block; block < last_block; ++block) {
-          down.multiply(panels + chunk.first * down.row_bytes(), tiles,
+          down.multiply(packed + chunk.hidden, tiles,
                         block_of(weights.down, layout.experts, chunk.expert, block), block == first_block,
                         block + 1 == last_block ? after : nullptr, tile);
           const float* bias =

@@ -1,8 +1,8 @@
-// Products of digits where there is no dot-product instruction: exact integer sums in plain loops. Rows come here only
-// when they are rounded to one digit.
+// Products of limbs where there is no dot-product instruction: exact integer sums in plain loops. Rows come here only
+// when they are rounded to one limb.
 #pragma once
 
-TARGET static void multiply_digits(const QuantLayout& layout, const DigitShape& shape, int num_rows, const char* panel,
+TARGET static void multiply_limbs(const QuantLayout& layout, const LimbShape& shape, int num_rows, const char* packed,
                                    const char* block, float* tile, CodesAhead) {
   const bool nibbles = layout.format == Format::int4;
   const bool grouped = layout.group < layout.inputs;  // else the scales are those of whole outputs
@@ -18,8 +18,8 @@ TARGET static void multiply_digits(const QuantLayout& layout, const DigitShape& 
     }
     for (int r = 0; r < num_rows; ++r) {
       alignas(64) int32_t sum[kBlockOutputs] = {};
-      const char* header = panel + 4 * r;
-      const int8_t* a = reinterpret_cast<const int8_t*>(header) + DigitShape::kHeader * num_rows;
+      const char* header = packed + 4 * r;
+      const int8_t* a = reinterpret_cast<const int8_t*>(header) + LimbShape::kHeader * num_rows;
       const uint8_t* w = codes;
       for (int64_t pair = 0; pair < pairs; ++pair)
         for (int half = 0; half < 2; ++half, a += 4 * num_rows) {
@@ -48,9 +48,10 @@ TARGET static void multiply_digits(const QuantLayout& layout, const DigitShape& 
         out[o] = result;
       }
     }
-    panel += DigitShape::bytes(inputs, 1) * num_rows;
+    packed += LimbShape::bytes(inputs, 1) * num_rows;
     codes += QuantLayout::code_bytes(layout.format, inputs);
   }
 }
 
-constexpr Quant kPlainQuant{kTileRows, false, make_digits, 0, 1, multiply_digits, round_fp8, widen_codes};
+constexpr Quant kQuant{{kTileRows, kTileRows}, false, make_limbs,      limb_bytes, pack_limbs, 0,
+                       1,                     multiply_limbs, round_fp8, widen_codes};

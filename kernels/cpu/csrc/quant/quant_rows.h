@@ -1,16 +1,16 @@
-// Rows rounded to digits, and codes widened to fp32, in plain loops that the compiler turns into the target's vectors.
+// Rows rounded to limbs, and codes widened to fp32, in plain loops that the compiler turns into the target's vectors.
 // Included by each instruction set's file, inside its own anonymous namespace.
 #pragma once
 
-// The largest integer of one or two signed digits: two are 256 high + low with -128 <= low < 128.
-constexpr int digit_limit(int digits) { return digits == 1 ? 127 : 32639; }
+// The largest integer of one or two signed limbs: two are 256 high + low with -128 <= low < 128.
+constexpr int limb_limit(int limbs) { return limbs == 1 ? 127 : 32639; }
 
-[[maybe_unused]] TARGET static void make_digits(const DigitShape& shape, const void* row, Dtype dtype,
+[[maybe_unused]] TARGET static void make_limbs(const LimbShape& shape, const void* row, Dtype dtype,
                                                 char* out) {
   constexpr int kStretch = 128;
   alignas(64) int32_t values[kStretch];
   alignas(64) float wide[kStretch];
-  const int inputs = static_cast<int>(shape.inputs), group = static_cast<int>(shape.group), digits = shape.digits;
+  const int inputs = static_cast<int>(shape.inputs), group = static_cast<int>(shape.group), limbs = shape.limbs;
   const auto load = [&](int first, int count) -> const float* {
     if (dtype == Dtype::fp32) return static_cast<const float*>(row) + first;
     widen(static_cast<const uint16_t*>(row) + first, wide, count);
@@ -33,11 +33,11 @@ constexpr int digit_limit(int digits) { return digits == 1 ? 127 : 32639; }
       top = most > top ? most : top;
       finite = finite && check == 0.0f;
     }
-    const float limit = static_cast<float>(digit_limit(digits)), scale = top / limit;
+    const float limit = static_cast<float>(limb_limit(limbs)), scale = top / limit;
     const float inverse = scale > 0 ? 1.0f / scale : 0.0f;
     const float written = finite ? scale : std::numeric_limits<float>::quiet_NaN();
     int32_t sum = 0;
-    char* cell = out + DigitShape::kHeader;
+    char* to = out + LimbShape::kHeader;
     for (int first = begin; first < end; first += kStretch) {
       const int count = end - first < kStretch ? end - first : kStretch;
       const int padded = static_cast<int>(ceil_div(count, 8)) * 8;
@@ -51,16 +51,16 @@ constexpr int digit_limit(int digits) { return digits == 1 ? 127 : 32639; }
       }
       for (int i = count; i < padded; ++i) values[i] = 0;
       for (int i = 0; i < count; ++i) sum += values[i];
-      for (int i = 0; i < padded; i += 8, cell += 8 * digits)
+      for (int i = 0; i < padded; i += 8, to += 8 * limbs)
         for (int j = 0; j < 8; ++j) {
-          const int32_t above = digits == 1 ? 0 : (values[i + j] + 128) >> 8;
-          if (digits == 2) cell[j] = static_cast<char>(above);
-          cell[8 * (digits - 1) + j] = static_cast<char>(values[i + j] - 256 * above);
+          const int32_t above = limbs == 1 ? 0 : (values[i + j] + 128) >> 8;
+          if (limbs == 2) to[j] = static_cast<char>(above);
+          to[8 * (limbs - 1) + j] = static_cast<char>(values[i + j] - 256 * above);
         }
     }
     std::memcpy(out, &written, 4);
     std::memcpy(out + 4, &sum, 4);
-    out += DigitShape::bytes(end - begin, digits);
+    out += LimbShape::bytes(end - begin, limbs);
   }
 }
 

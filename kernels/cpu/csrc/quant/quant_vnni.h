@@ -1,9 +1,10 @@
-// Products of digits with vpdpbusd: unsigned codes, signed digits; the sums of a group are exact. The including file
+// Products of limbs with vpdpbusd: unsigned codes, signed limbs; the sums of a group are exact. The including file
 // defines kByteStride, see `Quant`.
 #pragma once
 
-constexpr int kDigitRows = 6;          // their sums take 24 of 32 registers
-constexpr int kDigitsAhead = 4096;  // bytes
+constexpr int kLimbRows = 6;  // of two limbs each, whose sums take 24 of 32 registers
+constexpr int kRoundedRows = 2 * kLimbRows;  // of one limb each
+constexpr int kLimbsAhead = 4096;            // bytes
 
 // Inputs first … first + 15 of a row, zeros from `end` on.
 TARGET static inline __m512 load_inputs(const void* row, int first, int end, Dtype dtype) {
@@ -14,10 +15,10 @@ TARGET static inline __m512 load_inputs(const void* row, int first, int end, Dty
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-// As `make_digits` of quant_rows.h, 16 inputs at a time.
-TARGET static void make_digit_vectors(const DigitShape& shape, const void* row, Dtype dtype, char* out) {
-  const int inputs = static_cast<int>(shape.inputs), group = static_cast<int>(shape.group), digits = shape.digits;
-  const __m512 limit = _mm512_set1_ps(static_cast<float>(digit_limit(digits)));
+// As `make_limbs` of quant_rows.h, 16 inputs at a time.
+TARGET static void make_limb_vectors(const LimbShape& shape, const void* row, Dtype dtype, char* out) {
+  const int inputs = static_cast<int>(shape.inputs), group = static_cast<int>(shape.group), limbs = shape.limbs;
+  const __m512 limit = _mm512_set1_ps(static_cast<float>(limb_limit(limbs)));
   for (int begin = 0; begin < inputs; begin += group) {
     const int end = begin + group < inputs ? begin + group : inputs;
     __m512 most = _mm512_setzero_ps(), check = _mm512_setzero_ps();
@@ -27,39 +28,39 @@ TARGET static void make_digit_vectors(const DigitShape& shape, const void* row, 
       check = _mm512_fmadd_ps(x, _mm512_setzero_ps(), check);
     }
     const bool finite = _mm512_cmp_ps_mask(check, _mm512_setzero_ps(), _CMP_NEQ_UQ) == 0;
-    const float scale = _mm512_reduce_max_ps(most) / static_cast<float>(digit_limit(digits));
+    const float scale = _mm512_reduce_max_ps(most) / static_cast<float>(limb_limit(limbs));
     const __m512 inverse = _mm512_set1_ps(scale > 0 ? 1.0f / scale : 0.0f);
     const float written = finite ? scale : std::numeric_limits<float>::quiet_NaN();
     __m512i sum = _mm512_setzero_si512();
-    char* cell = out + DigitShape::kHeader;
+    char* to = out + LimbShape::kHeader;
     for (int first = begin; first < end; first += 16) {
       __m512 value = _mm512_mul_ps(load_inputs(row, first, end, dtype), inverse);
       value = _mm512_max_ps(_mm512_min_ps(value, limit), _mm512_sub_ps(_mm512_setzero_ps(), limit));
       const __m512i integer = _mm512_cvtps_epi32(value);
       sum = _mm512_add_epi32(sum, integer);
       const __m512i above =
-          digits == 1 ? _mm512_setzero_si512() : _mm512_srai_epi32(_mm512_add_epi32(integer, _mm512_set1_epi32(128)), 8);
+          limbs == 1 ? _mm512_setzero_si512() : _mm512_srai_epi32(_mm512_add_epi32(integer, _mm512_set1_epi32(128)), 8);
       const __m128i low = _mm512_cvtepi32_epi8(_mm512_sub_epi32(integer, _mm512_slli_epi32(above, 8)));
-      const __m128i high = digits == 1 ? low : _mm512_cvtepi32_epi8(above);
-      const int bytes = digits * (end - first > 8 ? 16 : 8);
-      if (digits == 1) {
-        _mm_mask_storeu_epi8(cell, static_cast<__mmask16>((1u << bytes) - 1), low);
+      const __m128i high = limbs == 1 ? low : _mm512_cvtepi32_epi8(above);
+      const int bytes = limbs * (end - first > 8 ? 16 : 8);
+      if (limbs == 1) {
+        _mm_mask_storeu_epi8(to, static_cast<__mmask16>((1u << bytes) - 1), low);
       } else {
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(cell), _mm_unpacklo_epi64(high, low));
-        if (bytes == 32) _mm_storeu_si128(reinterpret_cast<__m128i*>(cell + 16), _mm_unpackhi_epi64(high, low));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_unpacklo_epi64(high, low));
+        if (bytes == 32) _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 16), _mm_unpackhi_epi64(high, low));
       }
-      cell += bytes;
+      to += bytes;
     }
     const int32_t row_sum = _mm512_reduce_add_epi32(sum);
     std::memcpy(out, &written, 4);
     std::memcpy(out + 4, &row_sum, 4);
-    out += DigitShape::bytes(end - begin, digits);
+    out += LimbShape::bytes(end - begin, limbs);
   }
 }
 
-// sum += codes · the 4 digits at `digits`. Compilers move sums from register to register around the intrinsic.
-TARGET static inline void add_products(__m512i& sum, __m512i codes, const char* digits) {
-  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(*reinterpret_cast<const int32_t*>(digits)));
+// sum += codes · the 4 limbs at `limbs`. Compilers move sums from register to register around the intrinsic.
+TARGET static inline void add_products(__m512i& sum, __m512i codes, const char* limbs) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(*reinterpret_cast<const int32_t*>(limbs)));
 }
 
 TARGET static inline void ask_for_codes(const CodesAhead& ahead, const char* codes) {
@@ -83,10 +84,10 @@ TARGET static inline __m512 load_offsets(const QuantLayout& layout, const char* 
   return _mm512_mul_ps(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(zeros))), scales);
 }
 
-template <bool kNibbles, int kDigits, int kRows>
-TARGET static void multiply_tile(const QuantLayout& layout, const DigitShape& shape, const char* panel,
+template <bool kNibbles, int kLimbs, int kRows>
+TARGET static void multiply_tile(const QuantLayout& layout, const LimbShape& shape, const char* packed,
                                  const char* block, float* tile, CodesAhead ahead) {
-  constexpr int kChains = kRows * kDigits <= 2 ? 2 : 1;  // of sums that do not wait for each other
+  constexpr int kChains = kRows * kLimbs <= 2 ? 2 : 1;  // of sums that do not wait for each other
   const char* scales = block;
   const char* codes = block + layout.scale_bytes();
   const bool grouped = layout.group < layout.inputs;  // else the scales are those of whole outputs
@@ -97,14 +98,14 @@ TARGET static void multiply_tile(const QuantLayout& layout, const DigitShape& sh
       codes += layout.scale_bytes();
     }
     if (grouped || !begin) ask_for_codes(ahead, scales);
-    const char* a = panel + DigitShape::kHeader * kRows;
-    __m512i sum[kChains][kRows][kDigits][2];
+    const char* a = packed + LimbShape::kHeader * kRows;
+    __m512i sum[kChains][kRows][kLimbs][2];
 #pragma GCC unroll 16
     for (int c = 0; c < kChains; ++c)
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 16
-        for (int d = 0; d < kDigits; ++d) sum[c][r][d][0] = sum[c][r][d][1] = _mm512_setzero_si512();
+        for (int d = 0; d < kLimbs; ++d) sum[c][r][d][0] = sum[c][r][d][1] = _mm512_setzero_si512();
     for (int64_t pair = ceil_div(inputs, 8); pair > 0; --pair) {
       ask_for_codes(ahead, codes);
       const __m512i mask = _mm512_set1_epi8(15);
@@ -118,16 +119,16 @@ TARGET static void multiply_tile(const QuantLayout& layout, const DigitShape& sh
           if constexpr (kNibbles) w[v] = _mm512_and_si512(half ? _mm512_srli_epi16(w[v], 4) : w[v], mask);
         }
 #pragma GCC unroll 2
-        for (int d = 0; d < kDigits; ++d)
+        for (int d = 0; d < kLimbs; ++d)
 #pragma GCC unroll 16
           for (int r = 0; r < kRows; ++r) {
-            const char* digits = a + 4 * (kRows * (2 * d + half) + r);
-            add_products(sum[c][r][d][0], w[0], digits);
-            add_products(sum[c][r][d][1], w[1], digits);
+            const char* limbs = a + 4 * (kRows * (2 * d + half) + r);
+            add_products(sum[c][r][d][0], w[0], limbs);
+            add_products(sum[c][r][d][1], w[1], limbs);
           }
       }
       codes += kNibbles ? 128 : 256;
-      a += 8 * kDigits * kRows;
+      a += 8 * kLimbs * kRows;
     }
     const bool scaled = grouped || begin + inputs == shape.inputs, offsets = kNibbles && layout.has_offsets();
     __m512 scale_of[2], offset_of[2];
@@ -140,13 +141,13 @@ TARGET static void multiply_tile(const QuantLayout& layout, const DigitShape& sh
     for (int r = 0; r < kRows; ++r) {
       float row_scale;
       int32_t row_sum;
-      std::memcpy(&row_scale, panel + 4 * r, 4);
-      std::memcpy(&row_sum, panel + 4 * (kRows + r), 4);
+      std::memcpy(&row_scale, packed + 4 * r, 4);
+      std::memcpy(&row_sum, packed + 4 * (kRows + r), 4);
 #pragma GCC unroll 2
       for (int v = 0; v < 2; ++v) {
         __m512i total = sum[0][r][0][v];
         if constexpr (kChains == 2) total = _mm512_add_epi32(total, sum[1][r][0][v]);
-        if constexpr (kDigits == 2) {
+        if constexpr (kLimbs == 2) {
           total = _mm512_add_epi32(_mm512_slli_epi32(total, 8), sum[0][r][1][v]);
           if constexpr (kChains == 2) total = _mm512_add_epi32(total, sum[1][r][1][v]);
         }
@@ -167,29 +168,29 @@ TARGET static void multiply_tile(const QuantLayout& layout, const DigitShape& sh
         _mm512_storeu_ps(out, result);
       }
     }
-    panel += DigitShape::bytes(inputs, kDigits) * kRows;
+    packed += LimbShape::bytes(inputs, kLimbs) * kRows;
   }
 }
 
-template <bool kNibbles, int kDigits, int kRows = kDigitRows>
-TARGET static void choose_tile(const QuantLayout& layout, const DigitShape& shape, int num_rows, const char* panel,
+template <bool kNibbles, int kLimbs, int kRows = kLimbRows>
+TARGET static void choose_tile(const QuantLayout& layout, const LimbShape& shape, int num_rows, const char* packed,
                                const char* block, float* tile, CodesAhead ahead) {
   if (num_rows == kRows) {
-    multiply_tile<kNibbles, kDigits, kRows>(layout, shape, panel, block, tile, ahead);
+    multiply_tile<kNibbles, kLimbs, kRows>(layout, shape, packed, block, tile, ahead);
   } else if constexpr (kRows > 1) {
-    choose_tile<kNibbles, kDigits, kRows - 1>(layout, shape, num_rows, panel, block, tile, ahead);
+    choose_tile<kNibbles, kLimbs, kRows - 1>(layout, shape, num_rows, packed, block, tile, ahead);
   }
 }
 
-TARGET static void multiply_digits(const QuantLayout& layout, const DigitShape& shape, int num_rows, const char* panel,
+TARGET static void multiply_limbs(const QuantLayout& layout, const LimbShape& shape, int num_rows, const char* packed,
                                    const char* block, float* tile, CodesAhead ahead) {
-  constexpr int kRounded = 2 * kDigitRows;  // rows of one digit each
   if (layout.format == Format::int4) {
-    if (shape.digits == 2) return choose_tile<true, 2>(layout, shape, num_rows, panel, block, tile, ahead);
-    return choose_tile<true, 1, kRounded>(layout, shape, num_rows, panel, block, tile, ahead);
+    if (shape.limbs == 2) return choose_tile<true, 2>(layout, shape, num_rows, packed, block, tile, ahead);
+    return choose_tile<true, 1, kRoundedRows>(layout, shape, num_rows, packed, block, tile, ahead);
   }
-  if (shape.digits == 2) return choose_tile<false, 2>(layout, shape, num_rows, panel, block, tile, ahead);
-  choose_tile<false, 1, kRounded>(layout, shape, num_rows, panel, block, tile, ahead);
+  if (shape.limbs == 2) return choose_tile<false, 2>(layout, shape, num_rows, packed, block, tile, ahead);
+  choose_tile<false, 1, kRoundedRows>(layout, shape, num_rows, packed, block, tile, ahead);
 }
 
-constexpr Quant kVnniQuant{kDigitRows, true, make_digit_vectors, kDigitsAhead, kByteStride, multiply_digits, round_fp8, widen_codes};
+constexpr Quant kQuant{{kRoundedRows, kLimbRows}, true, make_limb_vectors, limb_bytes, pack_limbs, kLimbsAhead,
+                       kByteStride, multiply_limbs, round_fp8, widen_codes};

@@ -25,7 +25,7 @@
 namespace dynamoe_cpu {
 
 // What a process tells the others, on two cache lines: processors fetch them in pairs.
-struct alignas(128) SharedMemory::Books {
+struct alignas(128) SharedMemory::Counters {
   std::atomic<uint64_t> posted, read;  // the last rounds
   std::atomic<uint32_t> bell;          // changes with every post
   std::atomic<uint32_t> sleepers;      // processes that wait for it
@@ -108,9 +108,9 @@ SharedMemory::~SharedMemory() {
   close(file_);
 }
 
-SharedMemory::Books& SharedMemory::books(int64_t rank) const {
-  static_assert(std::atomic<uint64_t>::is_always_lock_free && sizeof(Books) == 128);
-  return reinterpret_cast<Books*>(data_)[rank];
+SharedMemory::Counters& SharedMemory::counters(int64_t rank) const {
+  static_assert(std::atomic<uint64_t>::is_always_lock_free && sizeof(Counters) == 128);
+  return reinterpret_cast<Counters*>(data_)[rank];
 }
 
 char* SharedMemory::place(int64_t rank) const {
@@ -120,7 +120,7 @@ char* SharedMemory::place(int64_t rank) const {
 // Spins while the other is about to come, then lets other threads run, then sleeps and looks after it. `rings`: whether
 // its bell announces what is waited for.
 template <class Arrived>
-void SharedMemory::wait(int64_t rank, double patience, bool rings, const Arrived& arrived) const {
+void SharedMemory::wait(int64_t rank, double timeout, bool rings, const Arrived& arrived) const {
   using Clock = std::chrono::steady_clock;
   for (int spin = 0; spin < 4096; ++spin) {
     if (arrived()) return;
@@ -134,14 +134,14 @@ void SharedMemory::wait(int64_t rank, double patience, bool rings, const Arrived
   }
   while (!arrived()) {
     if (rank != rank_ && !is_locked(file_, rank) && !arrived()) throw std::runtime_error("rank " + std::to_string(rank) + " of the group has died");
-    if (waited() > patience)
+    if (waited() > timeout)
       throw std::runtime_error("rank " + std::to_string(rank) + " of the group has not answered for " +
                                std::to_string(static_cast<int64_t>(waited())) + " s");
     if (!rings) {
       nap();
       continue;
     }
-    Books& other = books(rank);
+    Counters& other = counters(rank);
     const uint32_t value = other.bell.load();
     ++other.sleepers;
     if (!arrived()) sleep_until_rung(other.bell, value);
@@ -149,25 +149,25 @@ void SharedMemory::wait(int64_t rank, double patience, bool rings, const Arrived
   }
 }
 
-void SharedMemory::begin_round(double patience) {
+void SharedMemory::begin_round(double timeout) {
   ++round_;
   for (int64_t rank = 0; round_ > 2 && rank < size_; ++rank)
-    wait(rank, patience, false, [&] { return books(rank).read.load(std::memory_order_acquire) + 2 >= round_; });
+    wait(rank, timeout, false, [&] { return counters(rank).read.load(std::memory_order_acquire) + 2 >= round_; });
 }
 
 void SharedMemory::post() {
-  Books& own = books(rank_);
+  Counters& own = counters(rank_);
   own.posted.store(round_, std::memory_order_release);
   own.bell.store(static_cast<uint32_t>(round_));  // in one order with `sleepers`: either sees the other
   if (own.sleepers.load()) ring(own.bell);
 }
 
-void SharedMemory::wait_for_post(int64_t rank, double patience) const {
-  const Books& other = books(rank);
-  wait(rank, patience, true, [&] { return other.posted.load(std::memory_order_acquire) >= round_; });
+void SharedMemory::wait_for_post(int64_t rank, double timeout) const {
+  const Counters& other = counters(rank);
+  wait(rank, timeout, true, [&] { return other.posted.load(std::memory_order_acquire) >= round_; });
 }
 
-void SharedMemory::end_round() { books(rank_).read.store(round_, std::memory_order_release); }
+void SharedMemory::end_round() { counters(rank_).read.store(round_, std::memory_order_release); }
 
 void SharedMemory::sum(const Kernels& kernels, const void* in, void* out, int64_t count, Dtype dtype) {
   const int64_t bytes = element_bytes(dtype), most = kPlaceBytes / bytes;
@@ -191,7 +191,7 @@ void SharedMemory::sum(const Kernels& kernels, const void* in, void* out, int64_
   }
 }
 
-void SharedMemory::broadcast(int64_t root, void* data, int64_t bytes, double patience) {
+void SharedMemory::broadcast(int64_t root, void* data, int64_t bytes, double timeout) {
   for (int64_t first = 0; first < bytes; first += kPlaceBytes) {
     char* part = static_cast<char*>(data) + first;
     const int64_t n = std::min(kPlaceBytes, bytes - first);
@@ -200,8 +200,8 @@ void SharedMemory::broadcast(int64_t root, void* data, int64_t bytes, double pat
       std::memcpy(place(root), part, n);
       post();
     } else {
-      begin_round(patience);
-      wait_for_post(root, patience);
+      begin_round(timeout);
+      wait_for_post(root, timeout);
       std::memcpy(part, place(root), n);
     }
     end_round();

@@ -28,8 +28,8 @@ class SharedMemory {
 
   // out = the sum of everybody's `in`, added up in the order of the ranks in fp32; they may be the same.
   void sum(const Kernels& kernels, const void* in, void* out, int64_t count, Dtype dtype);
-  // The root's bytes to everybody; the others wait for them for `patience` seconds.
-  void broadcast(int64_t root, void* data, int64_t bytes, double patience);
+  // The root's bytes to everybody; the others wait for them for `timeout` seconds.
+  void broadcast(int64_t root, void* data, int64_t bytes, double timeout);
   // Everybody's bytes to the root, in the order of the ranks; `out` is looked at there only.
   void gather(int64_t root, const void* in, void* out, int64_t bytes);
   // To every rank its part of `rows`, in their order; between the two calls nothing else may be called. `rows` must live
@@ -38,15 +38,15 @@ class SharedMemory {
   void finish_swap(char* out, const std::vector<int64_t>& coming);
 
  private:
-  struct Books;
-  Books& books(int64_t rank) const;
+  struct Counters;
+  Counters& counters(int64_t rank) const;
   char* place(int64_t rank) const;
-  void begin_round(double patience);
+  void begin_round(double timeout);
   void post();
-  void wait_for_post(int64_t rank, double patience) const;
+  void wait_for_post(int64_t rank, double timeout) const;
   void end_round();
   template <class Arrived>
-  void wait(int64_t rank, double patience, bool rings, const Arrived& arrived) const;
+  void wait(int64_t rank, double timeout, bool rings, const Arrived& arrived) const;
   void write_parts(int64_t offset);
 
   const int64_t rank_, size_;

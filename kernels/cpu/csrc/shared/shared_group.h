@@ -25,8 +25,8 @@ class SharedGroup : public torch::CustomClassHolder {
     add_up(x.data_ptr(), out.data_ptr(), x.numel(), dtype);
     return out;
   }
-  void broadcast(const Tensor& x, int64_t root, double patience) {
-    memory_.broadcast(root, bytes_of(x, "x"), x.nbytes(), patience);
+  void broadcast(const Tensor& x, int64_t root, double timeout) {
+    memory_.broadcast(root, bytes_of(x, "x"), x.nbytes(), timeout);
   }
   void gather(const Tensor& x, const Tensor& out, int64_t root) {
     TORCH_CHECK_VALUE(memory_.rank() != root || out.nbytes() == memory_.size() * x.nbytes(), "out of shape ", out.sizes(),

@@ -14,15 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
-from ...kernels.api.types import Routing
-from ...moe.dispatch import ExpertShares, used_ids
-
-if TYPE_CHECKING:
-    from .context import ParallelContext
+from ..kernels.api.types import Routing
+from .dispatch import ExpertShares, used_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +44,44 @@ class Departure:
     shares: ExpertShares
 
 
+class Transport(Protocol):
+    """Moves rows between the ranks of a process group."""
+
+    device: torch.device
+
+    def swap(
+        self, rows: torch.Tensor, sent: Sequence[int], coming: Sequence[int], group: Any, purpose: str
+    ) -> tuple[torch.Tensor, Any]:
+        """Begin to send every rank its part of some rows, and to receive what all have for this one."""
+        ...
+
+    def finish(self, work: Any) -> None:
+        """Wait for what :meth:`swap` began."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertAxis:
+    """The ranks that share the experts.
+
+    Arguments:
+        group: their process group; None where one rank holds all experts.
+        size, rank: of the group.
+        first: number of the group's first rank among those of the stage.
+    """
+
+    group: Any
+    size: int
+    rank: int
+    first: int
+
+
 class ExpertExchange:
     """This rank's side of the exchange along the expert axis.
 
     Arguments:
-        context: the ranks.
+        transport: between the ranks.
+        axis: the ranks.
         padded_rows: steps of at most so many rows, those of all KV shards that share experts together, travel padded.
 
     Attributes:
@@ -59,19 +89,18 @@ class ExpertExchange:
         executed_X: int64, slots of this rank's rows in this segment by the rank that ran them.
     """
 
-    def __init__(self, context: ParallelContext, padded_rows: int) -> None:
-        self._context = context
-        self._group = context.expert_group
+    def __init__(self, transport: Transport, axis: ExpertAxis, padded_rows: int) -> None:
+        self._transport = transport
+        self._axis = axis
+        self._group = axis.group
         self._padded_rows = padded_rows
-        self._me = context.expert_rank
+        self._me = axis.rank
         self.rows: Sequence[int] = ()
-        experts = context.config.expert
-        self.executed_X = torch.zeros(experts if experts > 1 else 0, dtype=torch.int64, device=context.device)
+        self.executed_X = torch.zeros(axis.size if axis.size > 1 else 0, dtype=torch.int64, device=transport.device)
 
     def begin(self, shard_rows: Sequence[int]) -> None:
         """A segment begins, with so many rows in each KV shard of the stage."""
-        experts, first = self._context.config.expert, self._context.data_rank * self._context.config.expert
-        self.rows = shard_rows[first : first + experts]
+        self.rows = shard_rows[self._axis.first : self._axis.first + self._axis.size]
         self.executed_X.zero_()
 
     def depart(self, x_TD: torch.Tensor, routing: Routing, shares: ExpertShares) -> Departure:
@@ -92,7 +121,7 @@ class ExpertExchange:
             sent = [len(rows_R) for rows_R in rows]
             coming = self._count_coming(sent)
             records_RB = records_TB[torch.cat(rows)]
-        found_RB, work = self._context.swap(records_RB, sent, coming, self._group, "dispatch")
+        found_RB, work = self._transport.swap(records_RB, sent, coming, self._group, "dispatch")
         return Departure(
             rows=rows,
             sent=sent,
@@ -106,7 +135,7 @@ class ExpertExchange:
 
     def arrive(self, departure: Departure) -> tuple[torch.Tensor, Routing]:
         """The rows that all ranks have sent here, (R, D), and their routing over this rank's experts."""
-        self._context.finish(departure.work)
+        self._transport.finish(departure.work)
         like_TD, shares = departure.like_TD, departure.shares
         widths = [4 * shares.top_k, 4 * shares.top_k, like_TD.shape[1] * like_TD.element_size()]
         ids_RB, weights_RB, x_RB = (part.contiguous() for part in departure.records_RB.split(widths, 1))
@@ -116,8 +145,8 @@ class ExpertExchange:
 
     def send_back(self, departure: Departure, out_RD: torch.Tensor) -> torch.Tensor:
         """Send the sums of the rows that arrived back; returns those of this rank's rows, float32, (T, D)."""
-        sums_RD, work = self._context.swap(out_RD, departure.coming, departure.sent, self._group, "combine")
-        self._context.finish(work)
+        sums_RD, work = self._transport.swap(out_RD, departure.coming, departure.sent, self._group, "combine")
+        self._transport.finish(work)
         total_TD = torch.zeros_like(departure.like_TD, dtype=torch.float32)
         for number, part_RD in enumerate(sums_RD.split(departure.sent)):
             if departure.rows is None:
@@ -130,8 +159,8 @@ class ExpertExchange:
         """How many rows come from each rank, where so many are sent to each; those without rows say nothing."""
         speaking = [int(rows > 0) for rows in self.rows]
         said = [speaking[self._me]] * len(sent)
-        counts = torch.tensor(sent[: sum(said)], dtype=torch.int64, device=self._context.device)
-        found, work = self._context.swap(counts, said, speaking, self._group, "sizes")
-        self._context.finish(work)
+        counts = torch.tensor(sent[: sum(said)], dtype=torch.int64, device=self._transport.device)
+        found, work = self._transport.swap(counts, said, speaking, self._group, "sizes")
+        self._transport.finish(work)
         coming = iter(found.tolist())
         return [next(coming) if speaks else 0 for speaks in speaking]

@@ -2,7 +2,7 @@
 
 Three disjoint parts of the text: probes learn on the first, calibrators on the second, the third is reported.
 
-Shape suffixes: N sequences, L positions, R rows, D hidden size.
+Shape suffixes: R rows, D hidden size.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ...exits.calibrators import ISOTONIC_MINIMUM, fit_isotonic, fit_temperature
-from ...exits.exit_head import ReadoutAdapter
-from ...exits.metrics import ProbeReport, operating_point, plot_risk_coverage, report, table
-from ...exits.probes import MAX_LAYER_SHARE, Probe, ProbeSpec, check_probe_cost, frequent_tokens, saturation, top_margin
-from ...exits.sidecar import ExitHeads, backbone_hash, save_heads
-from ...exits.training.heads import (
+from ..calibrators import ISOTONIC_MINIMUM, fit_isotonic, fit_temperature
+from ..exit_head import ReadoutAdapter
+from ..metrics import ProbeReport, operating_point, plot_risk_coverage, report, table
+from ..probes import MAX_LAYER_SHARE, Probe, ProbeSpec, check_probe_cost, frequent_tokens, saturation, top_margin
+from ..sidecar import ExitHeads, backbone_hash, save_heads
+from .heads import (
     ExitStates,
     HeadTraining,
     Logits,
@@ -29,7 +29,6 @@ from ...exits.training.heads import (
     fit_probe,
     probe_logits,
 )
-from .model import TrainableDecoder
 
 COMPARED = ("linear", "linear + previous", "linear + previous + entropy", "mlp", "mlp + entropy", "mlp + previous")
 _WIDEST = 16
@@ -83,22 +82,6 @@ class Backbone:
     adapters: dict[int, ReadoutAdapter]
 
 
-def trained_backbone(model: TrainableDecoder) -> Backbone:
-    """A decoder that a recipe trained, with copies of its adapters."""
-    config, adapters = model.config, {}
-    for layer in config.exit_layers:
-        adapters[layer] = ReadoutAdapter(config.hidden_size, config.adapter_rank)
-        adapters[layer].load_state_dict(model.adapters[str(layer)].state_dict())
-    return Backbone(
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        layer_flops=config.layer_flops,
-        routes=True,
-        logits=frozen_logits(model.norm.weight, model.embedding, model.norm.eps, model.dtype),
-        adapters=adapters,
-    )
-
-
 def compared_probes(hidden_size: int, layer_flops: int, *, routes: bool = True) -> dict[str, ProbeSpec]:
     """Every kind in ``COMPARED`` that suits; an ``mlp`` gets the greatest width that 1 % of a layer pays for.
 
@@ -122,34 +105,6 @@ def compared_probes(hidden_size: int, layer_flops: int, *, routes: bool = True) 
             spec = max((s for s in wider if s.flops_per_row(hidden_size) <= limit), key=lambda s: s.width)
         specs[name] = spec
     return specs
-
-
-@torch.no_grad()
-def collect_states(model: TrainableDecoder, sequences: Iterable[tuple[int, torch.Tensor, int]]) -> ExitStates:
-    """Hidden states of some text.
-
-    Arguments:
-        sequences: (group, tokens, first): int64 (N, L) of one document or request, and the first position whose row is
-            taken.
-    """
-    model.eval()
-    hidden: dict[int, list[torch.Tensor]] = {layer: [] for layer in (0, *model.config.exit_layers)}
-    entropy: dict[int, list[torch.Tensor]] = {layer: [] for layer in model.config.exit_layers}
-    final, groups = [], []
-    for group, tokens_NL, first in sequences:
-        output = model(tokens_NL.to(model.embedding.device), entropy=True)
-        for layer, parts in hidden.items():
-            parts.append(output.exits[layer][:, first:].flatten(0, 1))
-        for layer, parts in entropy.items():
-            parts.append(output.entropy_T[layer].view_as(tokens_NL)[:, first:].flatten())
-        final.append(output.final_NLD[:, first:].flatten(0, 1))
-        groups.append(torch.full((final[-1].shape[0],), group))
-    return ExitStates(
-        hidden_RD={layer: torch.cat(parts) for layer, parts in hidden.items()},
-        router_entropy_R={layer: torch.cat(parts) for layer, parts in entropy.items()},
-        final_RD=torch.cat(final),
-        group_R=torch.cat(groups),
-    )
 
 
 def frozen_logits(

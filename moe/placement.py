@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ...kernels.api.types import Routing
-from ..model.spec import ModelSpec
+from ..kernels.api.types import Routing
 
 _FORMAT = 1
 
@@ -21,13 +20,12 @@ class ExpertLoad:
     """Counts the rows that chose each expert, by layer.
 
     Arguments:
-        spec: the model.
+        experts: routed experts of every layer; 0: it has none.
         device: that routings are on; nothing waits for it until the counts are read.
     """
 
-    def __init__(self, spec: ModelSpec, device: torch.device | str) -> None:
-        experts = max((layer.moe.num_experts for layer in spec.layers if layer.moe), default=0)
-        self.rows_NE = torch.zeros(spec.num_layers, experts, dtype=torch.int64, device=device)
+    def __init__(self, experts: Sequence[int], device: torch.device | str) -> None:
+        self.rows_NE = torch.zeros(len(experts), max(experts, default=0), dtype=torch.int64, device=device)
 
     def observe(self, layer: int, routing: Routing) -> None:
         """Count the slots of a routing, without those that a budget left empty."""
@@ -38,19 +36,25 @@ class ExpertLoad:
         self.rows_NE[layer].scatter_add_(0, ids_TK.flatten().long(), used_TK.flatten())
 
 
-def write_load(rows_NE: torch.Tensor, spec: ModelSpec, file: Path) -> None:
-    """Keep what :class:`ExpertLoad` counted, for a later start."""
-    counts = [rows_E[: moe.num_experts].tolist() for rows_E, moe in _mixtures(rows_NE, spec)]
+def write_load(rows_NE: torch.Tensor, experts: Sequence[int], family: str, file: Path) -> None:
+    """Keep what :class:`ExpertLoad` counted, for a later start.
+
+    Arguments:
+        experts: routed experts of every layer; 0: it has none.
+        family: of the model, for the reader of the file.
+    """
+    counts = [rows_E[:count].tolist() for rows_E, count in zip(rows_NE, experts, strict=True) if count]
     partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps({"format": _FORMAT, "family": spec.family, "rows_by_expert": counts}) + "\n")
+    partial.write_text(json.dumps({"format": _FORMAT, "family": family, "rows_by_expert": counts}) + "\n")
     partial.rename(file)
 
 
-def read_placement(file: Path, spec: ModelSpec, parts: int) -> dict[int, list[list[int]]]:
+def read_placement(file: Path, experts: Sequence[int], parts: int) -> dict[int, list[list[int]]]:
     """By layer, the experts of each rank: as even as the measured load and an equal number of experts allow.
 
     Arguments:
         file: of :func:`write_load`.
+        experts: routed experts of every layer of the model; 0: it has none.
         parts: ranks of the expert axis.
 
     Raises:
@@ -61,8 +65,8 @@ def read_placement(file: Path, spec: ModelSpec, parts: int) -> dict[int, list[li
         counts = [[int(rows) for rows in layer] for layer in record["rows_by_expert"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"parallel.placement={file} cannot be read: {error}") from error
-    mixtures = [(number, layer.moe.num_experts) for number, layer in enumerate(spec.layers) if layer.moe]
-    if record.get("format") != _FORMAT or [len(layer) for layer in counts] != [experts for _, experts in mixtures]:
+    mixtures = [(number, count) for number, count in enumerate(experts) if count]
+    if record.get("format") != _FORMAT or [len(layer) for layer in counts] != [count for _, count in mixtures]:
         raise ValueError(f"parallel.placement={file} was not made by this model: its mixtures are others")
     return {number: spread(rows, parts) for (number, _), rows in zip(mixtures, counts, strict=True)}
 
@@ -79,9 +83,3 @@ def spread(rows: Sequence[int], parts: int) -> list[list[int]]:
         groups[part].append(expert)
         load[part] += rows[expert]
     return [sorted(group) for group in groups]
-
-
-def _mixtures(rows_NE: torch.Tensor, spec: ModelSpec):
-    for rows_E, layer in zip(rows_NE, spec.layers, strict=True):
-        if layer.moe:
-            yield rows_E, layer.moe

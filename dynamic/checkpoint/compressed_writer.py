@@ -1,0 +1,84 @@
+"""Quantised weights written as compressed-tensors lays them out: ``pack-quantized`` int4, ``int-quantized`` int8."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ...kernels.api.codes import pack_int4
+from ...kernels.api.formats import INT4, INT8
+from ...kernels.api.quantized_weight import QuantizedWeight
+
+
+def compressed(name: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+    """The tensors that stand for a linear layer's weight.
+
+    Arguments:
+        name: of the weight, with ``.weight`` at its end.
+        weight: (O, I), int8 or int4. Offsets (GGUF's Q4_1) are ours: the library knows zero points only.
+
+    Raises:
+        ValueError: for another format.
+    """
+    if weight.format == INT8:
+        return {name: weight.data.contiguous(), f"{name}_scale": weight.scale.contiguous()}
+    if weight.format != INT4:
+        raise ValueError(f"{name!r} is {weight.format.name}; only int8 and int4 weights are written")
+    out = {
+        f"{name}_packed": _words(weight.data),
+        f"{name}_scale": weight.scale.contiguous(),
+        f"{name}_shape": torch.tensor(weight.shape),
+    }
+    if weight.offset is not None:
+        out[f"{name}_offset"] = weight.offset.contiguous()
+    if weight.zero is not None:
+        out[f"{name}_zero_point"] = _words(pack_int4(weight.zero.T)).T.contiguous()
+    return out
+
+
+def _words(data: torch.Tensor) -> torch.Tensor:
+    """Bytes of every row as whole little-endian 32-bit words, zeros at the end."""
+    return F.pad(data, (0, -data.shape[-1] % 4)).contiguous().view(torch.int32)
+
+
+def compressed_config(
+    unquantized: Sequence[str], *, group: int | None, symmetric: bool = True, int8_rows: bool = False
+) -> dict[str, Any]:
+    """What ``config.json`` says about the weights.
+
+    Arguments:
+        unquantized: names of linear modules that stay as they are.
+        group: inputs that share a scale of int4 weights; None: int8 weights, a scale for each output.
+        symmetric: whether int4 weights have no zero points.
+        int8_rows: whether the layers' inputs are rounded to int8.
+    """
+    weights: dict[str, Any] = {"type": "int", "symmetric": symmetric, "dynamic": False}
+    if group is None:
+        weights |= {"num_bits": 8, "strategy": "channel"}
+    else:
+        weights |= {"num_bits": 4, "strategy": "group", "group_size": group}
+    rows = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    groups = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": rows if int8_rows else None,
+        "output_activations": None,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized" if group is None else "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": groups},
+        "ignore": list(unquantized),
+        "kv_cache_scheme": None,
+    }
+
+
+def kept_codes_config() -> dict[str, Any]:
+    """What ``config.json`` says about codes that were kept from a GGUF file: the same layout, but for offsets."""
+    weights = {"type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
+    groups = {f"gguf{bits}": {"weights": {**weights, "num_bits": bits}} for bits in (4, 8)}
+    return {"quant_method": "dynamoe", "config_groups": groups}

@@ -1,0 +1,42 @@
+"""Ask a server for an answer under a quality contract, and see what it got and what that cost.
+
+    python examples/contract.py
+
+starts a server of ``tiny``, which comes with certificates; ``--base-url http://127.0.0.1:8000/v1`` takes one that runs.
+The same prompt is completed exactly, and then with the risk ``alpha``: of the tokens, in the mean over requests, at
+most that share may differ from what all layers would have chosen. Certificates hold for the kind of processor that they
+were calibrated on: elsewhere the request runs exactly, and ``reason`` says so (then calibrate: own_certificate.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import httpx
+from running_server import running_server
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--alpha", type=float, default=0.05, help="risk that the request accepts")
+    parser.add_argument("--base-url", help="of a running server; left out, one is started")
+    parser.add_argument("--model", default="tiny", help="what a server that is started here serves")
+    arguments = parser.parse_args()
+
+    with running_server(arguments.base_url, arguments.model) as base_url, httpx.Client(timeout=120) as client:
+        for offer in client.get(f"{base_url}/contracts").raise_for_status().json()["data"]:
+            print(f"on offer: alpha={offer['alpha']}, delta={offer['delta']}, certificate {offer['id']}")
+        for quality in ("exact", {"alpha": arguments.alpha}):
+            body = {"prompt": "To install the package,", "temperature": 0, "max_tokens": 48, "quality": quality}
+            answer = client.post(f"{base_url}/completions", json=body).raise_for_status().json()
+            compute = answer["usage"]["compute"]
+            print(f"\nquality={quality}: {answer['choices'][0]['text']!r}")
+            print(f"  {compute['quality']}, certificates: {compute['certificates']}, reason: {compute['reason']}")
+            shares = (
+                f"{compute[name] / compute['full_' + name]:.1%} of the {name}" for name in ("flops", "weight_bytes")
+            )
+            print(f"  {compute['layers_per_token']:.2f} layers per token, {', '.join(shares)} of full compute")
+
+
+if __name__ == "__main__":
+    main()
