@@ -99,6 +99,46 @@ def test_attention(backend: CpuBackend, edge: str, window: int | None):
     assert_near(out, oracle_attention(q, layer, batch, scale=0.2, window=window), backend.dtype)
 
 
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("edge", ATTENTION_EDGES)
+def test_sinks_and_denominators(backend: CpuBackend, edge: str, window: int | None):
+    q, layer, batch = paged_problem(backend, **ATTENTION_EDGES[edge])
+    rows, heads, _ = q.shape
+    plain, options = backend.attention(q, layer, batch, scale=0.2, window=window), {"scale": 0.2, "window": window}
+    for sinks in (None, torch.linspace(-3, 5, heads), torch.full((heads,), -torch.inf), torch.full((heads,), 200.0)):
+        lse, expected_lse = (torch.full((rows, heads), torch.nan) for _ in range(2))
+        out = backend.attention(q, layer, batch, **options, sinks_H=sinks, lse_TH=lse)
+        expected = oracle_attention(q, layer, batch, **options, sinks_H=sinks, lse_TH=expected_lse)
+        assert out.isfinite().all()
+        assert error(out, expected) <= TOLERANCE[backend.dtype] or (out.abs().max() == expected.abs().max() == 0)
+        assert error(lse, expected_lse) <= TOLERANCE[backend.dtype]
+        if sinks is None or sinks[0] == -torch.inf:
+            assert torch.equal(out, plain)
+        # A row's result is the same alone.
+        last = AttentionBatch(
+            positions_T=batch.positions_T[-1:],
+            slots_T=batch.slots_T[-1:],
+            query_start_S1=torch.tensor([0, 1], dtype=torch.int32),
+            context_len_S=batch.context_len_S[-1:],
+            block_table_SM=batch.block_table_SM[-1:],
+            max_query_len=1,
+            max_context_len=int(batch.context_len_S[-1]),
+        )
+        lse_1H = torch.full((1, heads), torch.nan)
+        assert torch.equal(backend.attention(q[-1:], layer, last, **options, sinks_H=sinks, lse_TH=lse_1H), out[-1:])
+        assert torch.equal(lse_1H, lse[-1:])
+
+
+def test_sinks_and_denominators_of_another_shape_are_refused(backend: CpuBackend):
+    q, layer, batch = paged_problem(backend, [5])
+    with pytest.raises(ValueError, match="sinks must have one entry for each of 6 heads"):
+        backend.attention(q, layer, batch, scale=0.2, sinks_H=torch.zeros(5))
+    with pytest.raises(ValueError, match="lse must have one entry for each of 5 rows and 6 heads"):
+        backend.attention(q, layer, batch, scale=0.2, lse_TH=torch.zeros(5, 5))
+    with pytest.raises(ValueError, match="lse must be contiguous and of type Float"):
+        backend.attention(q, layer, batch, scale=0.2, lse_TH=torch.zeros(5, 6, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("cache", DTYPES)
 def test_attention_over_a_cache_of_another_dtype(backend: CpuBackend, cache: torch.dtype):
     q, layer, batch = paged_problem(backend, [90, 40], [30, 1], cache=cache)

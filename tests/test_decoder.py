@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from dynamoe.dynamic.model.decoder import Decoder
+from dynamoe.dynamic.model.kv_cache import allocate_layers
 from dynamoe.dynamic.model.loader import load_decoder
-from dynamoe.kernels.api.types import AttentionBatch, KVLayer
+from dynamoe.kernels.api.types import AttentionBatch
 
 PAGE_SIZE = 4
 NUM_PAGES = 64
@@ -23,14 +24,11 @@ class PagedSequences:
     """A cache of pages in random order that were filled with NaN, and the contexts of a few sequences in it."""
 
     def __init__(self, decoder: Decoder, num_sequences: int, seed: int = 0) -> None:
-        spec = decoder.spec
-        shape = (NUM_PAGES, spec.num_kv_heads, PAGE_SIZE, spec.head_dim)
-
-        def poisoned() -> torch.Tensor:
-            return torch.full(shape, float("nan"), dtype=decoder.dtype)
-
         self.decoder = decoder
-        self.kv = [KVLayer(keys_BGPC=poisoned(), values_BGPC=poisoned()) for _ in range(spec.num_layers)]
+        self.kv = allocate_layers(decoder.spec, NUM_PAGES, PAGE_SIZE, decoder.dtype, torch.device("cpu"))
+        for layer in self.kv:
+            for tensor in layer.tensors:
+                tensor.fill_(float("nan"))
         self.free = torch.randperm(NUM_PAGES, generator=torch.Generator().manual_seed(seed)).tolist()
         self.pages: list[list[int]] = [[] for _ in range(num_sequences)]
         self.lengths = [0] * num_sequences
@@ -187,7 +185,8 @@ def without_norm(name: str) -> Callable[[Decoder], None]:
     """Drop the norm itself, not only its weights, in every layer."""
 
     def drop(decoder: Decoder) -> None:
-        dropped = [decoder.final_norm_D] if name == "final" else [getattr(layer, name) for layer in decoder.layers]
+        owners = [layer.attention if name in ("q_norm", "k_norm") else layer for layer in decoder.layers]
+        dropped = [decoder.final_norm_D] if name == "final" else [getattr(owner, name) for owner in owners]
         assert all(weight is not None for weight in dropped)
         full = decoder.backend.rms_norm
 
@@ -202,11 +201,12 @@ def without_norm(name: str) -> Callable[[Decoder], None]:
 def without_bias(name: str) -> Callable[[Decoder], None]:
     def drop(decoder: Decoder) -> None:
         for number, layer in enumerate(decoder.layers):
-            packed = getattr(layer, name)
+            packed = getattr(layer.attention, name)
             weight, bias = packed.data
             assert bias is not None
             layers = list(decoder.layers)
-            layers[number] = replace(layer, **{name: replace(packed, data=(weight, None))})
+            unbiased = replace(layer.attention, **{name: replace(packed, data=(weight, None))})
+            layers[number] = replace(layer, attention=unbiased)
             decoder.layers = tuple(layers)
 
     return drop
@@ -235,7 +235,17 @@ def without_shared_gate(decoder: Decoder) -> None:
 
 def without_window(decoder: Decoder) -> None:
     assert any(layer.window for layer in decoder.spec.layers)
-    decoder.spec = replace(decoder.spec, layers=tuple(replace(layer, window=None) for layer in decoder.spec.layers))
+    without_attention("window", None)(decoder)
+
+
+def without_attention(name: str, neutral: float | None) -> Callable[[Decoder], None]:
+    def drop(decoder: Decoder) -> None:
+        layers = decoder.spec.layers
+        assert all(getattr(layer.attention, name) != neutral for layer in layers)
+        changed = [replace(layer, attention=replace(layer.attention, **{name: neutral})) for layer in layers]
+        decoder.spec = replace(decoder.spec, layers=tuple(changed))
+
+    return drop
 
 
 def without_scale(name: str, neutral: float | None = 1.0) -> Callable[[Decoder], None]:
@@ -259,7 +269,7 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any], Callable[[Decoder], None]]] = {
     "key norm per head": ("qwen3", {}, without_norm("k_norm")),
     "query norm, full width": ("olmoe", {}, without_norm("q_norm")),
     "key norm, full width": ("olmoe", {}, without_norm("k_norm")),
-    "clip": ("olmoe", {"clip_qkv": 0.7}, without_scale("clip_qkv", None)),
+    "clip": ("olmoe", {"clip_qkv": 0.7}, without_attention("clip", None)),
     "router of mixtral": ("mixtral", {}, without_router),
     "router of qwen2_moe": ("qwen2_moe", {}, without_router),
     "router of qwen3_moe": ("qwen3_moe", {}, without_router),
@@ -269,7 +279,7 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any], Callable[[Decoder], None]]] = {
     "gate of the shared expert": ("qwen2_moe", {}, without_shared_gate),
     "embedding scale": ("granitemoe", {}, without_scale("embedding_scale")),
     "residual scale": ("granitemoe", {}, without_scale("residual_scale")),
-    "attention scale": ("granitemoe", {}, without_scale("attention_scale")),
+    "attention scale": ("granitemoe", {}, without_attention("scale", 1.0)),
 }
 
 

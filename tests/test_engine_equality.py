@@ -13,6 +13,7 @@ from dynamoe.dynamic.convert.load_model import load_model
 from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
+from dynamoe.dynamic.model.kv_cache import bytes_per_page
 from dynamoe.dynamic.model.loaded import LoadedModel
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe")
@@ -114,7 +115,7 @@ class TestTokensOfTransformers:
     @pytest.mark.parametrize("enable_prefix_caching", [True, False])
     def test_with_preemption(self, case: Case, enable_prefix_caching: bool) -> None:
         spec = case.model.spec
-        page_bytes = 2 * spec.num_layers * spec.num_kv_heads * 8 * spec.head_dim * 4
+        page_bytes = bytes_per_page(spec, torch.float32, 8)
         engine = case.check(
             EngineConfig(
                 block_size=8,

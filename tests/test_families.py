@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from dynamoe.dynamic.checkpoint.weights import CheckpointError
+from dynamoe.dynamic.model.attention.gqa import GqaSpec
 from dynamoe.dynamic.model.families import FAMILIES, model_spec
 from dynamoe.dynamic.model.rope import RopeSpec, frequencies, rope_table
 
@@ -29,10 +30,12 @@ def windows(**config: Any) -> list[int | None]:
 
 def test_defaults_are_those_of_transformers() -> None:
     spec = model_spec({key: value for key, value in LLAMA.items() if key != "num_key_value_heads"})
-    assert (spec.num_kv_heads, spec.head_dim, spec.norm_eps, spec.activation) == (4, 16, 1e-6, "silu")
-    assert (spec.qkv_bias, spec.o_bias, spec.mlp_bias, spec.tie_embeddings) == (False, False, False, False)
+    attention = spec.layers[0].attention
+    assert isinstance(attention, GqaSpec)
+    assert (attention.num_kv_heads, attention.head_dim, spec.norm_eps, spec.activation) == (4, 16, 1e-6, "silu")
+    assert (attention.qkv_bias, attention.o_bias, spec.mlp_bias, spec.tie_embeddings) == (False, False, False, False)
     assert spec.rope == RopeSpec(head_dim=16, theta=10000.0, original_max_position=256)
-    assert spec.attention_scale == 0.25
+    assert attention.scale == 0.25
     assert spec.eos_token_ids == ()
     mixtral = model_spec({**LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2})
     assert (mixtral.rope.theta, mixtral.norm_eps) == (1e6, 1e-5)
@@ -222,4 +225,4 @@ def test_no_value_crashes_the_parser(family: str) -> None:
                     spec = model_spec({**valid, "rope_scaling": {**scaling, key: value}})
                 except CheckpointError:
                     continue
-                assert frequencies(spec.rope).shape == (spec.head_dim // 2,)
+                assert frequencies(spec.rope).shape == (spec.layers[0].attention.rotary_channels // 2,)

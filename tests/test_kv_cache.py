@@ -143,7 +143,7 @@ def test_an_engine_on_a_gpus_kernels_gives_the_tokens_of_one_on_torchs_operation
 @pytest.mark.parametrize("kept", [torch.int8, torch.float8_e4m3fn])
 def test_a_copied_page_holds_what_its_source_held(model: LoadedModel, kept: torch.dtype, behind: bool) -> None:
     layer = allocate_layers(model.spec, 4, 8, kept, torch.device("cpu"), behind)[0]
-    x_TGC = torch.randn(32, model.spec.num_kv_heads, model.spec.head_dim)
+    x_TGC = torch.randn(32, layer.keys_BGPC.shape[1], model.spec.layers[0].attention.rotary_channels)
     reference.write_kv(x_TGC, -x_TGC, layer, torch.arange(32))
     copy_pages([layer], [(3, 0), (0, 1)])
     for stored in (layer.keys_BGPC, layer.values_BGPC):

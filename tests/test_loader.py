@@ -15,8 +15,9 @@ import torch
 from dynamoe.dynamic.checkpoint.weights import CheckpointError
 from dynamoe.dynamic.convert.load_model import load_model
 from dynamoe.dynamic.model.decoder import Decoder
+from dynamoe.dynamic.model.kv_cache import allocate_layers
 from dynamoe.dynamic.model.loader import load_decoder
-from dynamoe.kernels.api.types import AttentionBatch, KVLayer
+from dynamoe.kernels.api.types import AttentionBatch
 from safetensors.torch import load_file, save_file
 
 WEIGHTS = "model.safetensors"
@@ -30,11 +31,7 @@ def load(path: Path, **options: Any) -> Decoder:
 def prompt_logits(decoder: Decoder, tokens: list[int]) -> torch.Tensor:
     """Logits of one prompt in one step: float32, (T, V)."""
     spec, length = decoder.spec, len(tokens)
-    shape = (1, spec.num_kv_heads, length, spec.head_dim)
-    kv = [
-        KVLayer(keys_BGPC=torch.zeros(shape, dtype=decoder.dtype), values_BGPC=torch.zeros(shape, dtype=decoder.dtype))
-        for _ in range(spec.num_layers)
-    ]
+    kv = allocate_layers(spec, 1, length, decoder.dtype, torch.device("cpu"))
     batch = AttentionBatch(
         positions_T=torch.arange(length),
         slots_T=torch.arange(length),

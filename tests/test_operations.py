@@ -280,6 +280,24 @@ def test_attention(backend: TorchBackend, window: int | None) -> None:
     assert_near(attention(backend, tensors, window)[0], attention_oracle(tensors, window)[0], backend.dtype)
 
 
+@pytest.mark.parametrize("window", [None, 6])
+def test_attention_with_sinks_and_its_denominators(backend: TorchBackend, window: int | None) -> None:
+    tensors = attention_tensors(backend)
+    given, layer, batch = split_up(tensors)
+    wide, wide_layer, _ = split_up(tensors, wide=True)
+    rows, heads, _ = given["q_THC"].shape
+    sinks_H = torch.linspace(-4, 6, heads, device=backend.device)
+    sinks_H[0] = -torch.inf  # no sink
+    for sinks in (None, sinks_H):
+        lse_TH, oracle_lse_TH = (torch.full((rows, heads), torch.nan, device=backend.device) for _ in range(2))
+        options = {"scale": 0.3, "window": window, "sinks_H": sinks}
+        out_THC = backend.attention(given["q_THC"], layer, batch, **options, lse_TH=lse_TH)
+        oracle_THC = reference.paged_attention(wide["q_THC"], wide_layer, batch, **options, lse_TH=oracle_lse_TH)
+        assert_near(out_THC, oracle_THC, backend.dtype)
+        assert_near(lse_TH, oracle_lse_TH, backend.dtype)
+        assert_near(backend.attention(given["q_THC"], layer, batch, **options), oracle_THC, backend.dtype)
+
+
 def norm_tensors(backend: TorchBackend, rows: int = 5, width: int = 48) -> Tensors:
     return {
         "x_TD": normal(backend, rows, width),

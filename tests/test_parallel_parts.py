@@ -15,15 +15,16 @@ from dynamoe.dynamic.convert.load_model import load_model
 from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
+from dynamoe.dynamic.model.attention.gqa import split_heads
 from dynamoe.dynamic.model.families import family_of, model_spec
 from dynamoe.dynamic.model.kv_cache import bytes_per_page
 from dynamoe.dynamic.model.layout import plan_layout
+from dynamoe.dynamic.model.parts import part_of
 from dynamoe.dynamic.model.quantization import methods
 from dynamoe.dynamic.parallel.config import ParallelConfig
 from dynamoe.dynamic.parallel.data_ranks import SharedCache, spread
 from dynamoe.dynamic.parallel.decoder import rows_at
 from dynamoe.dynamic.parallel.plan import FIRST, Message, Operation, decode, length
-from dynamoe.dynamic.parallel.shards import part_of, split_heads
 from dynamoe.dynamic.parallel.stages import micro_batches, split_into_stages
 from dynamoe.kernels.api.types import AttentionBatch, KVLayer
 from dynamoe.moe.placement import read_placement
@@ -175,7 +176,7 @@ def test_heads_are_shared_by_group(
     make_checkpoint: Callable[..., Path], heads: int, groups: int, ranks: int, wanted: list[tuple[int, int]]
 ) -> None:
     base = model_spec(read_json(make_checkpoint("mixtral") / "config.json"))
-    spec = replace(base, num_heads=heads, num_kv_heads=groups)
+    spec = replace(base.layers[0].attention, num_heads=heads, num_kv_heads=groups)
     found = [split_heads(spec, ranks, rank) for rank in range(ranks)]
     assert [(q.stop - q.start, k.stop - k.start) for q, k in found] == wanted
     assert [q.start for q, _ in found[1:]] == [q.stop for q, _ in found[:-1]]

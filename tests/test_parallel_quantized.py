@@ -66,7 +66,11 @@ def test_a_part_is_that_of_the_whole_weight(tmp_path: Path, layout: str) -> None
 
 def load_all(layout: Layout, checkpoint: ShardedCheckpoint) -> dict[str, torch.Tensor]:
     """Every quantised weight of a rank, in float32, by name."""
-    names = [name for layer in layout.layers for name in (*layer.qkv, layer.o)]
+    names = [
+        name
+        for layer in layout.layers
+        for name in (*layer.attention.linears["qkv"].weights, *layer.attention.linears["o"].weights)
+    ]
     names += [name for layer in layout.layers for name in (*layer.ffn.gate, *layer.ffn.up, *layer.ffn.down)]
     found = {}
     for name in names:

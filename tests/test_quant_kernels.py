@@ -161,7 +161,7 @@ def test_triton_interpreted(form: str, dtype: torch.dtype):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_triton_interpreted_as_on_hardware_with_fp8():
     backend = TritonBackend("cpu", torch.bfloat16)
-    backend.properties = H100
+    backend.planner.device = H100
     check_linear(backend, "fp8 blocks", "odd inputs")
     check_experts(backend, "fp8 blocks", "interpreted")
 

@@ -238,6 +238,33 @@ def test_paged_attention(how: str, window: int | None, contexts: list[int], quer
         begin += rows
 
 
+def test_a_sink_takes_part_in_the_softmax_and_has_no_value() -> None:
+    q, layer, batch, plain = paged([9, 16], [1, 3])
+    sinks, lse = torch.tensor([0.5, -3.0, 40.0, -torch.inf] * 9)[:HEADS], torch.full((4, HEADS), torch.nan)
+    got = reference.paged_attention(q, layer, batch, scale=0.3, sinks_H=sinks, lse_TH=lse)
+    (k, v), repeats = plain[0], HEADS // GROUPS
+    scores = torch.einsum("hc,lhc->hl", q[0], k.repeat_interleave(repeats, 1)) * 0.3
+    total = scores.exp().sum(-1) + sinks.exp()
+    close(got[0], torch.einsum("hl,lhc->hc", scores.exp() / total[:, None], v.repeat_interleave(repeats, 1)))
+    close(lse[0], total.log())
+    assert lse.isfinite().all()
+
+
+def test_parts_of_a_context_are_joined_by_their_denominators() -> None:
+    q, layer, batch, _ = paged([12], [1])
+    whole, sinks = torch.empty(1, HEADS), randn(HEADS, seed=4)
+    expected = reference.paged_attention(q, layer, batch, scale=0.3, sinks_H=sinks, lse_TH=whole)
+    parts = []
+    for first, count, sink in ((0, 8, None), (8, 4, sinks)):  # pages of four tokens; the sink is one part's alone
+        lse, table = torch.empty(1, HEADS), batch.block_table_SM[:, first // 4 :]
+        short = {"context_len_S": torch.tensor([count], dtype=torch.int32), "positions_T": torch.tensor([count - 1])}
+        some = AttentionBatch(**{**vars(batch), **short, "block_table_SM": table, "max_context_len": count})
+        out = reference.paged_attention(q, layer, some, scale=0.3, sinks_H=sink, lse_TH=lse)
+        parts.append((out, lse))
+    close(torch.logaddexp(parts[0][1], parts[1][1]), whole)
+    close(sum(out * (lse - whole).exp()[..., None] for out, lse in parts), expected)
+
+
 def test_rope_and_write_puts_rotated_keys_and_plain_values_in_place() -> None:
     _, layer, batch, _ = paged([5], [2])
     q, k, v = randn(2, HEADS, CHANNELS), randn(2, GROUPS, CHANNELS, seed=1), randn(2, GROUPS, CHANNELS, seed=2)

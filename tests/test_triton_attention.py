@@ -31,14 +31,14 @@ EDGES = {
 
 def kept_as(x_BGPC: torch.Tensor, kept: torch.dtype, behind: bool) -> torch.Tensor:
     """Pages of heads as a cache keeps them; where a head is NaN, its codes are as large as its scale is wrong."""
+    if kept != torch.int8:
+        return x_BGPC.to(kept)
     pages, heads, page, channels = x_BGPC.shape
-    stored = torch.zeros(pages, heads, page, stored_channels(channels, kept), dtype=torch.uint8).view(kept)
-    if kept == torch.int8:
-        codes, scales = codes_and_scales(stored, behind)
-        codes[:], scales[:] = quantize(x_BGPC)
-        codes[scales.isnan()] = 127
-        return stored
-    return x_BGPC.to(kept)
+    stored = torch.zeros(pages, heads, page, stored_channels(channels, kept), dtype=kept)
+    codes, scales = codes_and_scales(stored, behind)
+    codes[:], scales[:] = quantize(x_BGPC)
+    codes[scales.isnan()] = 127
+    return stored
 
 
 def widened(layer: KVLayer) -> KVLayer:
@@ -102,6 +102,8 @@ def check(
     splits: int = 1,
     cache: str | None = None,
     native_fp8: bool = False,
+    sinks_H: torch.Tensor | None = None,
+    lse: bool = False,
 ) -> None:
     torch.manual_seed(3)
     layer, batch = make_batch(contexts, queries, page, heads[1], head_dim, *(NARROW[cache] if cache else (dtype,)))
@@ -109,11 +111,16 @@ def check(
     out_THC = torch.full_like(q_THC, float("nan"))
     config = AttentionConfig(block_q=block_q, block_l=16, splits=splits, num_warps=4, num_stages=2)
     scale = head_dim**-0.5
-    given = {"scale": scale, "window": window, "config": config, "native_fp8": native_fp8}
-    for launch in plan_attention(q_THC, layer, batch, out_THC, **given):
+    lse_TH, oracle_lse_TH = (torch.full(q_THC.shape[:2], float("nan"), device=DEVICE) for _ in range(2))
+    given = {"scale": scale, "window": window, "config": config, "native_fp8": native_fp8, "sinks_H": sinks_H}
+    for launch in plan_attention(q_THC, layer, batch, out_THC, **given, lse_TH=lse_TH if lse else None):
         launch.run()
-    oracle_THC = reference.paged_attention(q_THC.double(), widened(layer), batch, scale=scale, window=window)
+    oracle_THC = reference.paged_attention(
+        q_THC.double(), widened(layer), batch, scale=scale, window=window, sinks_H=sinks_H, lse_TH=oracle_lse_TH
+    )
     assert error(out_THC, oracle_THC) <= TOLERANCE[dtype]
+    if lse:
+        assert error(lse_TH, oracle_lse_TH) <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -131,6 +138,25 @@ def test_prefill_and_decode_in_one_batch(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("window", [1, 5, 64])
 def test_sliding_window(window: int, splits: int) -> None:
     check([40, 7], [6, 2], window=window, block_q=2, splits=splits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("edge", EDGES)
+def test_sinks_and_denominators(edge: str, dtype: torch.dtype) -> None:
+    contexts, queries, heads, head_dim, page = EDGES[edge]
+    sinks_H = torch.linspace(-3, 5, heads[0], device=DEVICE)
+    sinks_H[0] = -torch.inf  # no sink
+    shape = {"heads": heads, "head_dim": head_dim, "page": page, "dtype": dtype}
+    for splits in {1, 3 if max(contexts) > 32 else 2}:
+        for sinks, lse in ((sinks_H, True), (sinks_H, False), (None, True)):
+            check(contexts, queries, splits=splits, block_q=2, sinks_H=sinks, lse=lse, **shape)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_sinks_with_a_sliding_window(splits: int) -> None:
+    sinks_H = torch.tensor([0.5, -2.0, 90.0, 1.0], device=DEVICE)  # one takes nearly all
+    check([40, 7], [6, 2], window=5, block_q=2, splits=splits, sinks_H=sinks_H, lse=True)
+    check([40, 7], [6, 2], window=5, block_q=2, splits=splits, sinks_H=sinks_H, lse=True, cache="int8")
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (4, 4), (6, 2), (9, 3), (7, 1)])

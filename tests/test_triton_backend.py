@@ -21,22 +21,14 @@ from dynamoe.dynamic.engine.warm_up import warm_up_shapes
 from dynamoe.kernels.api.router_spec import RouterSpec
 from dynamoe.kernels.api.types import ExpertWeights
 from dynamoe.kernels.reference import operations as reference
-from dynamoe.kernels.triton.backend import TritonBackend, WarmUpShape
-from dynamoe.kernels.triton.device import A100, H100, LISTED
-from dynamoe.kernels.triton.experts import ExpertPlanner, shape_of
-from dynamoe.kernels.triton.grouped_gemm import GemmConfig
+from dynamoe.kernels.triton.backend import TritonBackend
+from dynamoe.kernels.triton.device import A100, H100, LISTED, DeviceProperties
+from dynamoe.kernels.triton.experts import ExpertProblem, ExpertsCall, Pairs, Tiles
 from dynamoe.kernels.triton.launch import Launch
+from dynamoe.kernels.triton.shapes import WarmUpShape
 from dynamoe.kernels.triton.tune import tune_experts
-from dynamoe.kernels.triton.tuning import (
-    ExpertShape,
-    PathChoice,
-    TuningCache,
-    best_gemms,
-    prefers_pairs,
-    refine,
-    row_tile,
-    shared_bytes,
-)
+from dynamoe.kernels.triton.tuning import TuningCache, best_gemms, refine, row_tile, shared_bytes
+from dynamoe.kernels.triton.variants import Choice, Planner
 from dynamoe.kernels.triton.warmup import planned_launches
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -181,36 +173,50 @@ def test_warm_up_plans_everything_that_requests_launch(backend: TritonBackend) -
 # The cost model
 
 
+QWEN = ExpertProblem(tokens=1, num_experts=128, top_k=8, hidden_size=2048, expert_size=768)
+
+
+def planner_of(device: DeviceProperties, path: Path) -> Planner:
+    return Planner(device, TuningCache("nobody's", directory=path, shipped=path))
+
+
 @pytest.mark.parametrize("device", LISTED.values(), ids=LISTED)
 @pytest.mark.parametrize("shape", [(14, 12, 576, 96), (128, 8, 2048, 768), (8, 2, 4096, 14336), (4, 1, 8, 8)])
-def test_every_shape_gets_configurations_that_fit(device: object, shape: tuple[int, int, int, int]) -> None:
-    experts = ExpertShape(num_experts=shape[0], top_k=shape[1], hidden_size=shape[2], expert_size=shape[3])
-    planner = ExpertPlanner(device, TuningCache("nobody's", version="none"))  # type: ignore[arg-type]
+def test_every_shape_gets_configurations_that_fit(
+    device: DeviceProperties, shape: tuple[int, int, int, int], tmp_path: Path
+) -> None:
+    planner = planner_of(device, tmp_path)
     for tokens in (1, 2, 5, 16, 64, 100, 1000, 16384):
-        path = planner.path(tokens, experts)
-        gate_up, down = planner.gemvs(tokens, experts)
-        assert gate_up.block_n * gate_up.block_k >= 16
-        problems = planner.gemm_problems(tokens, experts, path.block_m)
-        for problem, config in zip(problems, planner.gemms(tokens, experts, path.block_m, True), strict=True):
-            assert config.block_m == path.block_m
-            assert shared_bytes(problem, config, device) <= device.shared_bytes  # type: ignore[arg-type, attr-defined]
-        assert down.num_warps in (2, 4, 8)
+        problem = ExpertProblem(1, *shape).of_rows(tokens, shape[1])
+        pairs = Pairs().tilings(problem, device, 1)[0]
+        assert pairs["pair_gate_up"][0].block_n * pairs["pair_gate_up"][0].block_k >= 16
+        assert pairs["pair_down"][0].num_warps in (2, 4, 8)
+        choice = planner.choice(ExpertsCall, problem)
+        tiles = Tiles().tilings(problem, device, 1)[0]
+        assert choice.table_rows in (None, tiles["gate_up"][0].block_m)
+        for part, product in zip(("gate_up", "down"), problem.products(tiles["gate_up"][0].block_m), strict=True):
+            assert tiles[part][0].block_m == product.block_m
+            assert shared_bytes(product, tiles[part][0], device) <= device.shared_bytes
 
 
-def test_decode_streams_pairs_and_prefill_is_persistent_with_descriptors() -> None:
-    qwen = ExpertShape(num_experts=128, top_k=8, hidden_size=2048, expert_size=768)
-    assert prefers_pairs(1, qwen, H100)
-    assert not prefers_pairs(64, qwen, H100)
+def test_decode_streams_pairs_and_prefill_is_persistent_with_descriptors(tmp_path: Path) -> None:
+    planner = planner_of(H100, tmp_path)
+
+    def choice(tokens: int, planner: Planner = planner) -> Choice:
+        return planner.choice(ExpertsCall, QWEN.of_rows(tokens, 8))
+
+    assert [choice(tokens).variant.name for tokens in (1, 64, 8192)] == ["pairs", "tiles", "tiles"]
     assert [row_tile(t, 128, 8) for t in (1, 64, 256, 8192)] == [16, 16, 32, 128]
-    planner = ExpertPlanner(H100, TuningCache("nobody's", version="none"))
-    for config in planner.gemms(8192, qwen, 128, True):
+    for config in choice(8192).tilings.values():
         assert (config.tma, config.swap, config.programs) == (True, False, H100.num_sms)
-    for config in planner.gemms(64, qwen, 16, True):
+    for config in choice(64).tilings.values():
         assert (config.tma, config.swap, config.programs) == (False, True, 0)
-    assert not any(c.tma or c.swap for c in ExpertPlanner(A100, planner.measured).gemms(64, qwen, 16, True))
+    assert not any(c.tma or c.swap for c in choice(64, planner_of(A100, tmp_path)).tilings.values())
 
 
-def test_tuning_keeps_the_fastest_and_another_process_finds_it(backend: TritonBackend, tmp_path: Path) -> None:
+def test_tuning_keeps_the_fastest_and_another_process_finds_it(
+    backend: TritonBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights = make_experts(backend)
     plain = weights.data
     tried: list[object] = []
@@ -222,13 +228,13 @@ def test_tuning_keeps_the_fastest_and_another_process_finds_it(backend: TritonBa
 
     tune_experts(backend.planner, plain, 2, "silu", [8], backend._ticket(), measure=measure, candidates=6)
     assert {"gate_up_kernel", "down_kernel", "pair_gate_up_kernel", "pair_down_kernel"} <= set(tried)
-    other = ExpertPlanner(backend.properties, TuningCache("test", directory=tmp_path, shipped=tmp_path / "none"))
-    shape = shape_of(plain, 2)
-    path = other.path(7, shape)  # 7 tokens share the measurements for 8
-    assert other.measured.get(other.key("path", 8, shape), PathChoice) == path
-    gate_up, _ = other.gemms(8, shape, 16, True)
-    stored = other.measured.get(other.key("gate_up", 8, shape, 16, True), GemmConfig)
-    assert gate_up == stored
+    problem = ExpertProblem.of(plain, "silu", torch.float32).of_rows(7, 2)  # 7 tokens share the measurements for 8
+    kept = backend.planner.choice(ExpertsCall, problem)
+    assert (kept.variant.name, kept.tilings["gate_up"].block_n, kept.tilings["gate_up"].block_k) == ("tiles", 32, 32)
+    found = TuningCache("test", directory=tmp_path, shipped=tmp_path / "none")
+    assert Planner(backend.planner.device, found).choice(ExpertsCall, problem) == kept
+    monkeypatch.setattr(Tiles, "kernels", Tiles.kernels[1:])  # measured with other kernels: no longer believed
+    assert Planner(backend.planner.device, found).choice(ExpertsCall, problem).variant.name == "pairs"
     x_TD = torch.randn(7, 32, device=DEVICE)
     routing = backend.route(torch.randn(7, 6, device=DEVICE), SPEC)
     torch.testing.assert_close(
@@ -237,19 +243,16 @@ def test_tuning_keeps_the_fastest_and_another_process_finds_it(backend: TritonBa
 
 
 def test_cache_files(tmp_path: Path) -> None:
-    config = GemmConfig(block_m=16, block_n=64, block_k=64, num_warps=4, num_stages=3)
     shipped, own = tmp_path / "shipped", tmp_path / "own"
-    TuningCache("A GPU 80GB", directory=shipped, shipped=own).put("key", config)
+    TuningCache("A GPU 80GB", directory=shipped, shipped=own).put("key", {"variant": "tiles"})
     assert (shipped / "a-gpu-80gb.json").is_file()
     read = TuningCache("A GPU 80GB", directory=own, shipped=shipped)
-    assert read.get("key", GemmConfig) == config
-    assert read.get("other", GemmConfig) is None
-    assert read.get("key", PathChoice) is None
-    read.put("key", replace(config, block_n=128))
-    assert TuningCache("A GPU 80GB", directory=own, shipped=shipped).get("key", GemmConfig).block_n == 128  # type: ignore[union-attr]
-    assert TuningCache("A GPU 80GB", directory=own, shipped=tmp_path, version="next").get("key", GemmConfig) is None
-    (own / "a-gpu-80gb.json").write_text(json.dumps({"version": "cut short"})[:-3])
-    assert TuningCache("A GPU 80GB", directory=own, shipped=tmp_path).get("key", GemmConfig) is None
+    assert read.get("key") == {"variant": "tiles"}
+    assert read.get("other") == {}
+    read.put("key", {"variant": "pairs"})
+    assert TuningCache("A GPU 80GB", directory=own, shipped=shipped).get("key") == {"variant": "pairs"}
+    (own / "a-gpu-80gb.json").write_text(json.dumps({"entries": "cut short"})[:-3])
+    assert TuningCache("A GPU 80GB", directory=own, shipped=tmp_path).get("key") == {}
 
 
 def test_refine_passes_over_what_does_not_run() -> None:
@@ -263,10 +266,8 @@ def test_refine_passes_over_what_does_not_run() -> None:
         refine([1], measure)
 
 
-def test_more_candidates_are_ranked_by_time() -> None:
-    planner = ExpertPlanner(H100, TuningCache("nobody's", version="none"))
-    shape = ExpertShape(num_experts=128, top_k=8, hidden_size=2048, expert_size=768)
-    problem = planner.gemm_problems(8192, shape, 128)[0]
-    configs = best_gemms(problem, H100, True, 8)
+def test_more_candidates_are_ranked_by_time(tmp_path: Path) -> None:
+    problem = QWEN.of_rows(8192, 8)
+    configs = best_gemms(problem.products(128)[0], H100, True, 8)
     assert len(set(configs)) == 8
-    assert configs[0] == planner.gemms(8192, shape, 128, True)[0]
+    assert configs[0] == planner_of(H100, tmp_path).choice(ExpertsCall, problem).tilings["gate_up"]

@@ -51,28 +51,21 @@ def run_path(
     h_XF = x_TD.new_full((num_slots, width), float("nan"))
     y_XD = x_TD.new_full((num_slots, hidden), float("nan"))
     out_TD = torch.full_like(x_TD, float("nan"))
-    gate_up_biases = (weights.gate_bias_EF, weights.up_bias_EF)
     config = PATHS[path]
     if config is None:
         gemv = GemvConfig(block_n=32, block_k=64)
         launches = [
-            plan_pair_gate_up(x_TD, weights.gate_EFD, weights.up_EFD, *gate_up_biases, routing, h_XF, activation, gemv),
-            plan_pair_down(x_TD, h_XF, weights.down_EDF, weights.down_bias_ED, routing, out_TD, gemv),
+            plan_pair_gate_up(x_TD, weights, routing, h_XF, activation, gemv),
+            plan_pair_down(x_TD, h_XF, weights, routing, out_TD, gemv),
         ]
     else:
         ticket = torch.zeros(1, dtype=torch.int32, device=DEVICE)
         index, launches = plan_index(routing, num_experts, config.block_m, ticket)
-        on_input = routing.weight_on_input
         launches += [
-            plan_gate_up(
-                x_TD, weights.gate_EFD, weights.up_EFD, *gate_up_biases, routing.weights_TK, h_XF, index, activation,
-                on_input, config,
-            ),
-            plan_down(
-                h_XF, weights.down_EDF, weights.down_bias_ED, routing.weights_TK, y_XD, index, on_input, config
-            ),
+            plan_gate_up(x_TD, weights, routing, h_XF, index, activation, config),
+            plan_down(h_XF, weights, routing, y_XD, index, config),
             plan_combine(y_XD, x_TD, routing, out_TD),
-        ]  # fmt: skip
+        ]
     for launch in launches:
         launch.run()
     return out_TD

@@ -16,7 +16,8 @@ import torch
 from ..checkpoint.compressed_writer import compressed, kept_codes_config
 from ..checkpoint.directory import write_json, write_tensors
 from ..checkpoint.gguf_codes import codes_of, tensors_to_keep
-from ..model.families import FAMILIES, one_each
+from ..model.families import FAMILIES
+from ..model.family import one_each
 
 # What a file's architecture is in Hugging Face's terms, without and with experts.
 _DENSE = {"llama": ("llama", "LlamaForCausalLM")}

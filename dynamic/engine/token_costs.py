@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from ..model.counters import TokenCost
 
 if TYPE_CHECKING:
-    from ..model.decoder import Decoder, LayerWeights
+    from ..model.decoder import Decoder
+    from ..model.layer_weights import LayerWeights
     from ..model.spec import LayerSpec
 
 
@@ -55,8 +56,7 @@ class TokenCosts:
         self._bytes = [head + size for size in accumulate(sizes, initial=0)]
         for exit in decoder.exits.values():
             # The projections share the memory of the layers' own, and with it carry no size.
-            behind, outputs = decoder.layers[exit.after_layers :], 2 * decoder.num_kv_heads * decoder.spec.head_dim
-            filled_in = sum(weights.qkv.nbytes * outputs // weights.qkv.out_features for weights in behind)
+            filled_in = sum(weights.attention.propagated_bytes for weights in decoder.layers[exit.after_layers :])
             self._bytes[exit.after_layers] += exit.down.nbytes + exit.up.nbytes + filled_in
         self.of = lru_cache(maxsize=1024)(self._of)
 

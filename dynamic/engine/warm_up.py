@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from ..model.attention.gqa import GqaSpec
 from .config import EngineConfig
 
 if TYPE_CHECKING:
     import torch
 
-    from ...kernels.triton.backend import WarmUpShape
+    from ...kernels.triton.shapes import WarmUpShape
     from ..model.decoder import Decoder
     from ..model.exits import DecoderExit
     from ..model.spec import ModelSpec
@@ -41,19 +42,16 @@ def warm_up_shapes(
     kv_dtype: torch.dtype | None = None,
 ) -> list[WarmUpShape]:
     """The distinct layers of a model with the limits of an engine."""
-    from ...kernels.triton.backend import WarmUpShape
+    from ...kernels.triton.shapes import WarmUpShape
 
-    norm_widths = {"none": (), "head": (spec.head_dim,), "full": (spec.num_heads * spec.head_dim,)}[spec.qk_norm]
-    if spec.qk_norm == "full":
-        norm_widths += (spec.num_kv_heads * spec.head_dim,)
     probes = [exit.probe for exit in exits if exit.probe is not None]
     kinds = {(p.bias_J.numel(), p.out_J is not None, p.previous, p.router_entropy) for p in probes}
     shapes = [
         WarmUpShape(
             hidden_size=spec.hidden_size,
-            num_heads=spec.num_heads,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
+            num_heads=attention.num_heads,
+            num_kv_heads=attention.num_kv_heads,
+            head_dim=attention.head_dim,
             page_size=config.block_size,
             max_tokens=config.max_num_batched_tokens,
             max_context=max_model_len,
@@ -62,11 +60,12 @@ def warm_up_shapes(
             expert_size=0 if layer.moe is None else layer.moe.expert_size,
             activation=spec.activation,
             always_on=0 if layer.moe is None else layer.moe.num_always_on,
-            norm_widths=norm_widths,
+            norm_widths=tuple(sorted(set(attention.norm_sizes or ()))),
             probes=tuple(sorted(kinds)),
             window=layer.window,
             kv_dtype=kv_dtype,
         )
         for layer in spec.layers
+        if isinstance(attention := layer.attention, GqaSpec)  # others compile when they first run
     ]
     return list(dict.fromkeys(shapes))

@@ -1,4 +1,4 @@
-"""The one decoder that runs every family: pre-norm blocks of attention and an FFN or a mixture of experts.
+"""The one decoder that runs every family: layers made of blocks, one after the other.
 
 Shape suffixes (also in ``kernels/api/types.py``):
     T tokens (rows of a step)   R rows whose logits are wanted   D hidden size    V vocabulary
@@ -9,61 +9,34 @@ Shape suffixes (also in ``kernels/api/types.py``):
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 
 from ...exits.segments import Segment, split_into_segments
 from ...kernels.api.quantized_weight import QuantizedWeight
-from ...kernels.api.stack import Stack, StackExit, StackLayer, StackResult, StackShape
+from ...kernels.api.stack import Stack, StackBlock, StackExit, StackExperts, StackNorm, StackResult, StackShape
 from ...kernels.api.types import (
     AttentionBatch,
     ExitDecision,
     ExpertBudget,
-    ExpertWeights,
     KVLayer,
     LinearWeights,
     Routing,
 )
 from ...kernels.torch.backend import TorchBackend
+from .attention.kind import AttentionContext
+from .blocks import Attention, Block, Norm
 from .counters import Exchange
 from .exits import DecoderExit
 from .inference_mode import in_inference_mode
 from .kv_cache import allocate_layers, copy_pages
+from .layer_weights import LayerWeights
+from .moe_spec import MoESpec
 from .rope import rope_table
-from .spec import LayerSpec, ModelSpec, MoESpec
+from .spec import ModelSpec
 
 FIRST_TABLE_LENGTH = 4096  # positions; longer contexts grow the table
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerWeights:
-    """One layer's weights as the backend keeps them.
-
-    Arguments:
-        qkv: queries, keys and values in one projection, (H + 2 G) · C outputs.
-        ffn: all experts, or the dense FFN as one expert.
-        router: logits over the routed experts.
-        shared, shared_gate: the shared expert and its gate.
-        contribution_scale_E: float32, what each routed expert adds per unit of router weight; None: not calibrated.
-    """
-
-    attention_norm_D: torch.Tensor
-    qkv: LinearWeights
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
-    o: LinearWeights
-    ffn_norm_D: torch.Tensor
-    ffn: ExpertWeights
-    router: LinearWeights | None = None
-    shared: ExpertWeights | None = None
-    shared_gate: LinearWeights | None = None
-    contribution_scale_E: torch.Tensor | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(getattr(self, f.name).nbytes for f in fields(self) if getattr(self, f.name) is not None)
 
 
 class Decoder:
@@ -82,6 +55,7 @@ class Decoder:
     """
 
     processes: str | None = None  # the axes of those that share the model, in words; None: there is one
+    _local_spec: ModelSpec | None = None  # where several processes share the heads
     kv_shards = 1  # places that sequences live in, each with a part of the cache
 
     def __init__(
@@ -111,8 +85,12 @@ class Decoder:
         self.final_norm_D = final_norm_D
         self.lm_head = lm_head
         self.cos_sin_LC = rope_table(spec.rope, min(spec.max_position, FIRST_TABLE_LENGTH), self.device)
-        self.num_heads, self.num_kv_heads = spec.num_heads, spec.num_kv_heads
         self.stack = self._make_stack()
+
+    @property
+    def local_spec(self) -> ModelSpec:
+        """The model with the heads that are here."""
+        return self._local_spec or self.spec
 
     @property
     def weight_bytes(self) -> int:
@@ -181,21 +159,24 @@ class Decoder:
         if self.stack is not None:
             return self.stack.run(segment.layers, x_TD, kv, self.cos_sin_LC, batch, router_entropy_T, budget)
         spec, backend = self.spec, self.backend
+        context = self._attention_context()
         routed: list[torch.Tensor] | None = None if router_entropy_T is None else []
-        pending_TD: torch.Tensor | None = None  # what the layer before adds to the residual stream
+        normed_TD: torch.Tensor = x_TD
+        pending_TD: torch.Tensor | None = None  # what the last block adds to the residual stream
         for number in segment.layers:
-            weights, layer = self.layers[number], spec.layers[number]
-            if pending_TD is None:
-                normed_TD = backend.rms_norm(x_TD, weights.attention_norm_D, spec.norm_eps)
-            else:
-                normed_TD, x_TD = backend.add_rms_norm(
-                    pending_TD, x_TD, weights.attention_norm_D, spec.norm_eps, spec.residual_scale
-                )
-            attended_TD = self._attention(weights, layer, normed_TD, kv[number], batch)
-            normed_TD, x_TD = backend.add_rms_norm(
-                attended_TD, x_TD, weights.ffn_norm_D, spec.norm_eps, spec.residual_scale
-            )
-            pending_TD = self._ffn(number, normed_TD, routed, budget)
+            for block in spec.layers[number].blocks:
+                if isinstance(block, Norm):
+                    weight_D: torch.Tensor = getattr(self.layers[number], block.weight)
+                    if pending_TD is None:
+                        normed_TD = backend.rms_norm(x_TD, weight_D, spec.norm_eps)
+                    else:
+                        normed_TD, x_TD = backend.add_rms_norm(
+                            pending_TD, x_TD, weight_D, spec.norm_eps, spec.residual_scale
+                        )
+                elif isinstance(block, Attention):
+                    pending_TD = self._attention(number, normed_TD, kv[number], batch, context)
+                else:
+                    pending_TD = self._ffn(number, normed_TD, routed, budget)
         assert pending_TD is not None, "a segment has at least one layer"
         if routed and router_entropy_T is not None:
             router_entropy_T.copy_(backend.router_entropy(routed))
@@ -252,8 +233,8 @@ class Decoder:
 
     def _propagate(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
         """See :meth:`propagate_kv`; ``kv`` has the layers behind the exit that are here."""
-        eps, clip = self.spec.norm_eps, self.spec.clip_qkv
-        self.backend.project_kv(x_RD, exit.projections, kv, self.cos_sin_LC, batch, norm_eps=eps, clip=clip)
+        context, kind = self._attention_context(), self.local_spec.layers[-1].attention
+        kind.propagate(exit.projections, x_RD, kv, batch, context)
 
     @in_inference_mode
     def logits(self, x_RD: torch.Tensor) -> torch.Tensor:
@@ -265,36 +246,23 @@ class Decoder:
         """What went between the processes that share the model, so far; None where there is one."""
         return None
 
+    def _attention_context(self) -> AttentionContext:
+        return AttentionContext(
+            backend=self.backend,
+            cos_sin_LC=self.cos_sin_LC,
+            norm_eps=self.spec.norm_eps,
+            norm_over_heads=self._norm_over_heads,
+        )
+
     def _attention(
-        self, weights: LayerWeights, layer: LayerSpec, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch
+        self, number: int, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
     ) -> torch.Tensor:
-        spec, backend = self.spec, self.backend
-        num_heads, num_kv_heads = self.num_heads, self.num_kv_heads
-        qkv_TXC = backend.linear(x_TD, weights.qkv).view(x_TD.shape[0], -1, spec.head_dim)
-        q_THC = qkv_TXC[:, :num_heads]
-        k_TGC = qkv_TXC[:, num_heads : num_heads + num_kv_heads]
-        v_TGC = qkv_TXC[:, num_heads + num_kv_heads :]
-        if spec.qk_norm == "full":
-            q_TX, k_TX = self._norm_all_heads(weights, q_THC.flatten(1), k_TGC.flatten(1))
-            q_THC, k_TGC = q_TX.view(q_THC.shape), k_TX.view(k_TGC.shape)
-        if spec.clip_qkv is not None:
-            q_THC, k_TGC, v_TGC = (part.clamp(-spec.clip_qkv, spec.clip_qkv) for part in (q_THC, k_TGC, v_TGC))
-        if spec.qk_norm == "head":
-            q_THC, k_TGC = self._norm(q_THC, weights.q_norm), self._norm(k_TGC, weights.k_norm)
-        q_THC = backend.rope_and_write(q_THC, k_TGC, v_TGC, self.cos_sin_LC, batch, kv)
-        out_THC = backend.attention(q_THC, kv, batch, scale=spec.attention_scale, window=layer.window)
-        return backend.linear(out_THC.flatten(1), weights.o)
+        kind = self.local_spec.layers[number].attention
+        return kind.forward(self.layers[number].attention, x_TD, kv, batch, context)
 
-    def _norm_all_heads(
-        self, weights: LayerWeights, q_TX: torch.Tensor, k_TX: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._norm(q_TX, weights.q_norm), self._norm(k_TX, weights.k_norm)
-
-    def _norm(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-        """RMS norm over the last dimension of a slice of the fused projection."""
-        assert weight is not None
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        return self.backend.rms_norm(rows, weight, self.spec.norm_eps).view(x.shape)
+    def _norm_over_heads(self, *pairs: tuple[torch.Tensor, torch.Tensor]) -> Sequence[torch.Tensor]:
+        """RMS norms over all heads: rows (T, X), each with its weight (X)."""
+        return [self.backend.rms_norm(x_TX.contiguous(), weight_X, self.spec.norm_eps) for x_TX, weight_X in pairs]
 
     def _ffn(
         self, number: int, x_TD: torch.Tensor, routed: list[torch.Tensor] | None, budget: ExpertBudget | None
@@ -365,42 +333,34 @@ def make_stack(decoder: Decoder, held: range | None = None) -> Stack | None:
     Arguments:
         held: numbers of the layers to take, without the exits; None takes all of both.
     """
-    spec = decoder.spec
-    if spec.clip_qkv is not None:
-        return None
-    layers = []
+    spec, layers = decoder.local_spec, []
     for number in range(spec.num_layers) if held is None else held:
-        weights, layer = decoder.layers[number], spec.layers[number]
-        moe = layer.moe if layer.moe and not layer.moe.is_dense else None
-        if weights.shared is not None or (moe and moe.num_always_on):
+        blocks = [_stack_block(decoder, number, block) for block in spec.layers[number].blocks]
+        known = [block for block in blocks if block is not None]
+        if len(known) < len(blocks):
             return None
-        layers.append(
-            StackLayer(
-                attention_norm_D=weights.attention_norm_D,
-                qkv=weights.qkv,
-                q_norm=weights.q_norm,
-                k_norm=weights.k_norm,
-                o=weights.o,
-                ffn_norm_D=weights.ffn_norm_D,
-                router=weights.router if moe else None,
-                rule=moe.router if moe else None,
-                ffn=weights.ffn,
-                window=layer.window,
-                contribution_scale_E=weights.contribution_scale_E,
-            )
-        )
-    shape = StackShape(
-        hidden_size=spec.hidden_size,
-        num_heads=decoder.num_heads,
-        num_kv_heads=decoder.num_kv_heads,
-        head_dim=spec.head_dim,
-        norm_per_head=spec.qk_norm == "head",
-        norm_eps=spec.norm_eps,
-        residual_scale=spec.residual_scale,
-        attention_scale=spec.attention_scale,
-    )
+        layers.append(known)
+    shape = StackShape(hidden_size=spec.hidden_size, norm_eps=spec.norm_eps, residual_scale=spec.residual_scale)
     exits = [
         StackExit(after_layers=e.after_layers, down=e.down, up=e.up, probe=e.probe, projections=e.projections)
         for e in (decoder.exits.values() if held is None else ())
     ]
     return decoder.backend.make_stack(shape, layers, exits)
+
+
+def _stack_block(decoder: Decoder, number: int, block: Block) -> StackBlock | None:
+    """A block as stacks run it; None where they do not."""
+    weights, layer = decoder.layers[number], decoder.local_spec.layers[number]
+    if isinstance(block, Norm):
+        return StackNorm(weight_D=getattr(weights, block.weight))
+    if isinstance(block, Attention):
+        return layer.attention.stack_block(weights.attention)
+    moe = layer.moe if layer.moe and not layer.moe.is_dense else None
+    if weights.shared is not None or (moe and moe.num_always_on):
+        return None
+    return StackExperts(
+        ffn=weights.ffn,
+        router=weights.router if moe else None,
+        rule=moe.router if moe else None,
+        contribution_scale_E=weights.contribution_scale_E,
+    )

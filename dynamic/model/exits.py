@@ -1,4 +1,4 @@
-"""The exits of a decoder, as its backend keeps them: read-out adapter, probe, how skipped layers are filled in."""
+"""The exits of a decoder, as its backend keeps them: the exit head's adapter, probe, propagation of keys and values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ...kernels.torch.backend import TorchBackend
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .decoder import LayerWeights
+    from .layer_weights import LayerWeights
     from .spec import ModelSpec
 
 
@@ -27,8 +27,8 @@ class DecoderExit:
 
     Arguments:
         after_layers: layers in front of it.
-        down, up: factors of the read-out adapter.
-        probe, calibrator: None where the exit has only an adapter, so that no row can leave.
+        down, up: factors of the exit head's adapter.
+        probe, calibrator: None where the exit has only an adapter, so that no row can exit.
         projections: keys and values of the layers behind it, those that are here.
     """
 
@@ -58,18 +58,22 @@ def pack_exits(
     """Bring trained exits into a backend's layout.
 
     Arguments:
+        spec: with the heads that are here.
         layers: the packed layers of the model; their projections to keys and values are shared, not copied.
         held: numbers of the layers that are here: exits fill in these only.
 
     Raises:
-        ValueError: when the exits were made for a model of another shape.
+        ValueError: when the exits were made for a model of another shape, or its layers' attention makes no keys and
+            values for rows that skip them.
     """
     if heads.hidden_size != spec.hidden_size:
         raise ValueError(f"the exits are for hidden size {heads.hidden_size}, the model has {spec.hidden_size}")
     split_into_segments(spec.num_layers, heads.exit_layers)  # refuses exits outside the model
-    q_size = spec.num_heads * spec.head_dim
+    kinds = {replace(layer.attention, window=None) for layer in spec.layers}
+    if len(kinds) > 1:
+        raise ValueError("exits need layers of one kind of attention, which differ in their windows only")
     projections = {
-        n: KVProjection(norm_D=w.attention_norm_D, kv=backend.linear_tail(w.qkv, q_size), k_norm=w.k_norm)
+        n: spec.layers[n].attention.projection(w.attention_norm_D, w.attention, backend)
         for n, w in enumerate(layers)
         if n in held
     }

@@ -7,15 +7,17 @@ entry here, not a new model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from ...kernels.api.router_spec import RouterSpec
 from ...moe.router_specs import router_spec
 from ..checkpoint.config_reader import ConfigReader
 from ..checkpoint.weights import CheckpointError
+from .attention.registry import attention_kind
+from .family import QWEN_EXPERTS, ExpertNames, Family, WindowRule
+from .moe_spec import MoESpec
 from .rope_config import rope_spec
-from .spec import LayerSpec, ModelSpec, MoESpec
+from .spec import LayerSpec, ModelSpec
 
 ACTIVATIONS = {
     **{"silu": "silu", "swish": "silu", "gelu": "gelu"},
@@ -23,33 +25,11 @@ ACTIVATIONS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExpertNames:
-    """What the tensors of a layer's FFN are called, below the layer's prefix.
-
-    ``{e}`` stands for an expert's number: one tensor per expert. Without it one tensor holds all experts: with
-    ``gate_up``, (E, 2F, D) and (E, D, F); with ``gate`` and ``up``, neurons side by side, (E·F, D) and (D, E·F).
-    """
-
-    down: str
-    gate: str = ""
-    up: str = ""
-    gate_up: str = ""
-
-
 DENSE_FFN = ExpertNames(gate="mlp.gate_proj.weight", up="mlp.up_proj.weight", down="mlp.down_proj.weight")
 SHARED_EXPERT = ExpertNames(
     gate="mlp.shared_expert.gate_proj.weight",
     up="mlp.shared_expert.up_proj.weight",
     down="mlp.shared_expert.down_proj.weight",
-)
-QWEN_EXPERTS = (
-    ExpertNames(
-        gate="mlp.experts.{e}.gate_proj.weight",
-        up="mlp.experts.{e}.up_proj.weight",
-        down="mlp.experts.{e}.down_proj.weight",
-    ),
-    ExpertNames(gate_up="mlp.experts.gate_up_proj", down="mlp.experts.down_proj"),
 )
 MIXTRAL_EXPERTS = (
     ExpertNames(
@@ -66,13 +46,6 @@ GRANITE_EXPERTS = (
     ONE_EACH,
 )
 DYNAMOE_EXPERTS = (DENSE_FFN, ONE_EACH)
-
-MoERule = Callable[[ConfigReader, int], MoESpec | None]
-WindowRule = Callable[[ConfigReader, int], int | None]
-
-
-def _dense(config: ConfigReader, layer: int) -> None:
-    return None
 
 
 def _router(config: ConfigReader, layer: int) -> RouterSpec:
@@ -114,10 +87,6 @@ def _dynamoe(config: ConfigReader, layer: int) -> MoESpec:
         raise config.error("num_experts_per_tok", top_k, f"between 1 and {routed}, the experts that are not always on")
     router = RouterSpec(num_experts=routed, top_k=top_k, score="constant")
     return MoESpec(router=router, expert_size=config.integer("expert_size"), num_always_on=always_on)
-
-
-def _no_window(config: ConfigReader, layer: int) -> None:
-    return None
 
 
 def _window_everywhere(default: int | None) -> WindowRule:
@@ -169,55 +138,20 @@ def _key(name: str, default: bool) -> Callable[[ConfigReader], bool]:
     return lambda config: config.flag(name, default)
 
 
-def _no(config: ConfigReader) -> bool:
-    return False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """What sets a family apart from Llama.
-
-    Arguments:
-        kv_heads: default of ``num_key_value_heads``; None means as many as query heads.
-        head_dim: default of ``head_dim``; None means ``hidden_size / num_attention_heads``.
-        theta, norm_eps: defaults of ``rope_theta`` and ``rms_norm_eps``.
-        moe, window: the rules for a layer.
-        qkv_bias, o_bias, mlp_bias: whether these projections have biases.
-        qk_norm: see :class:`ModelSpec`.
-        scales: reads factors that other families do not have.
-        ignored: configuration keys without effect in this family.
-        ffn_size: key of a dense FFN's width.
-        experts: ways in which checkpoints store the experts.
-        router: possible names of the router's weight.
-    """
-
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    theta: float = 10000.0
-    norm_eps: float = 1e-6
-    moe: MoERule = _dense
-    window: WindowRule = _no_window
-    qkv_bias: Callable[[ConfigReader], bool] = _no
-    o_bias: Callable[[ConfigReader], bool] = _no
-    mlp_bias: Callable[[ConfigReader], bool] = _no
-    qk_norm: str = "none"
-    scales: Callable[[ConfigReader], dict[str, float]] = field(default=lambda config: {})
-    ignored: frozenset[str] = frozenset()
-    experts: tuple[ExpertNames, ...] = QWEN_EXPERTS
-    router: tuple[str, ...] = ("mlp.gate.weight",)
-
-
 def _granite_scales(config: ConfigReader) -> dict[str, float]:
     return {
-        "attention_scale": config.number("attention_multiplier", 1.0),
         "embedding_scale": config.number("embedding_multiplier", 1.0),
         "residual_scale": config.number("residual_multiplier", 1.0),
         "logits_divisor": config.number("logits_scaling", 1.0),
     }
 
 
-def _olmoe_scales(config: ConfigReader) -> dict[str, float]:
-    return {} if config.get("clip_qkv") is None else {"clip_qkv": config.number("clip_qkv")}
+def _granite_attention(config: ConfigReader) -> dict[str, float]:
+    return {"scale": config.number("attention_multiplier", 1.0)}
+
+
+def _olmoe_attention(config: ConfigReader) -> dict[str, float]:
+    return {} if config.get("clip_qkv") is None else {"clip": config.number("clip_qkv")}
 
 
 _ATTENTION_BIAS = _key("attention_bias", False)
@@ -261,13 +195,14 @@ FAMILIES: dict[str, Family] = {
         qkv_bias=_ATTENTION_BIAS,
         o_bias=_ATTENTION_BIAS,
         qk_norm="full",
-        scales=_olmoe_scales,
+        attention_numbers=_olmoe_attention,
     ),
     "granitemoe": Family(
         moe=_every_layer,
         qkv_bias=_ATTENTION_BIAS,
         o_bias=_ATTENTION_BIAS,
         scales=_granite_scales,
+        attention_numbers=_granite_attention,
         experts=GRANITE_EXPERTS,
         router=("block_sparse_moe.router.layer.weight", "block_sparse_moe.router.weight"),
     ),
@@ -317,46 +252,32 @@ def model_spec(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def _model_spec(config: ConfigReader, family: Family) -> ModelSpec:
-    hidden_size, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    if num_heads < 1:
-        raise config.error("num_attention_heads", num_heads, "at least 1")
-    head_dim = config.integer("head_dim", family.head_dim or hidden_size // num_heads)
-    if head_dim < 1:
-        raise config.error("head_dim", head_dim, "at least 1")
     max_position = config.integer("max_position_embeddings")
-    rope = rope_spec(config, head_dim, max_position, family.theta)
+    layers = tuple(_layer_spec(config, family, layer) for layer in range(config.integer("num_hidden_layers")))
+    if not layers:
+        raise ValueError("num_hidden_layers must be at least 1")
+    rope = rope_spec(config, layers[0].attention.rotary_channels, max_position, family.theta)
     if rope.rope_type == "yarn":
         max_position = max(max_position, int(rope.original_max_position * rope.factor))
-    num_layers = config.integer("num_hidden_layers")
     return ModelSpec(
         family=str(config.get("model_type")),
         vocab_size=config.integer("vocab_size"),
-        hidden_size=hidden_size,
-        num_heads=num_heads,
-        num_kv_heads=config.integer("num_key_value_heads", family.kv_heads or num_heads),
-        head_dim=head_dim,
+        hidden_size=config.integer("hidden_size"),
         max_position=max_position,
-        layers=tuple(_layer_spec(config, family, layer) for layer in range(num_layers)),
+        layers=layers,
         rope=rope,
         norm_eps=config.number("rms_norm_eps", family.norm_eps),
         activation=config.choice("hidden_act", ACTIVATIONS, "silu"),
-        qkv_bias=family.qkv_bias(config),
-        o_bias=family.o_bias(config),
         mlp_bias=family.mlp_bias(config),
-        qk_norm=family.qk_norm,
         tie_embeddings=config.flag("tie_word_embeddings", False),
         eos_token_ids=config.integers("eos_token_id"),
         bos_token_id=next(iter(config.integers("bos_token_id")), None),
-        **{"attention_scale": head_dim**-0.5, **family.scales(config)},
+        **family.scales(config),
     )
 
 
 def _layer_spec(config: ConfigReader, family: Family, layer: int) -> LayerSpec:
     moe = family.moe(config, layer)
     ffn_size = config.integer("intermediate_size") if moe is None else 0
-    return LayerSpec(ffn_size=ffn_size, moe=moe, window=family.window(config, layer))
-
-
-def one_each(family: Family) -> ExpertNames:
-    """What a family calls experts that are stored one by one."""
-    return next(names for names in family.experts if "{e}" in names.down)
+    attention = attention_kind(family.attention(config, layer)).from_config(config, family, layer)
+    return LayerSpec(attention=attention, ffn_size=ffn_size, moe=moe)

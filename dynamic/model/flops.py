@@ -32,4 +32,4 @@ def head_flops(spec: ModelSpec, tokens: int) -> int:
 
 def projection_flops(spec: ModelSpec, compute: Compute) -> int:
     """Of the keys and values that were made for skipped layers."""
-    return 4 * compute.projected_rows * spec.hidden_size * spec.num_kv_heads * spec.head_dim
+    return compute.projected_rows * spec.layers[-1].attention.propagation_flops(spec.hidden_size)

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 import torch
 
 from ..checkpoint.weights import DTYPES, CheckpointError, TensorInfo
-from .families import DENSE_FFN, SHARED_EXPERT, ExpertNames, Family
+from .attention.kind import AttentionLayout
+from .families import DENSE_FFN, SHARED_EXPERT
+from .family import ExpertNames, Family
 from .spec import LayerSpec, ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -62,16 +64,11 @@ def expert_tensors(
 
 @dataclass(frozen=True, kw_only=True)
 class LayerLayout:
-    """The tensors of one layer. Parts of ``qkv`` are concatenated in this order."""
+    """The tensors of one layer."""
 
     attention_norm: str
+    attention: AttentionLayout
     ffn_norm: str
-    qkv: tuple[str, str, str]
-    qkv_bias: tuple[str, ...]
-    o: str
-    o_bias: str
-    q_norm: str
-    k_norm: str
     ffn: FFNLayout
     router: str
     shared: FFNLayout | None
@@ -126,23 +123,15 @@ def plan_layout(spec: ModelSpec, family: Family, tensors: Mapping[str, TensorInf
 
 
 def _layer_layout(claims: _Claims, spec: ModelSpec, layer: LayerSpec, family: Family, prefix: str) -> LayerLayout:
-    hidden, channels = spec.hidden_size, spec.head_dim
-    q_size, kv_size = spec.num_heads * channels, spec.num_kv_heads * channels
-    attention = f"{prefix}self_attn."
-    sizes = {"q": q_size, "k": kv_size, "v": kv_size}
-    norm_sizes = {"none": None, "head": (channels, channels), "full": (q_size, kv_size)}[spec.qk_norm]
-    moe = layer.moe
+    hidden, moe = spec.hidden_size, layer.moe
+    attention = layer.attention.layout(prefix, hidden, claims.available)
+    attention_norm = claims.claim(f"{prefix}input_layernorm.weight", hidden)
+    for name, shape in attention.shapes():
+        claims.claim(name, *shape)
     return LayerLayout(
-        attention_norm=claims.claim(f"{prefix}input_layernorm.weight", hidden),
+        attention_norm=attention_norm,
+        attention=attention,
         ffn_norm=claims.claim(f"{prefix}post_attention_layernorm.weight", hidden),
-        qkv=tuple(claims.claim(f"{attention}{part}_proj.weight", size, hidden) for part, size in sizes.items()),  # type: ignore[arg-type]
-        qkv_bias=tuple(claims.claim(f"{attention}{part}_proj.bias", size) for part, size in sizes.items())
-        if spec.qkv_bias
-        else (),
-        o=claims.claim(f"{attention}o_proj.weight", hidden, q_size),
-        o_bias=claims.claim(f"{attention}o_proj.bias", hidden) if spec.o_bias else "",
-        q_norm=claims.claim(f"{attention}q_norm.weight", norm_sizes[0]) if norm_sizes else "",
-        k_norm=claims.claim(f"{attention}k_norm.weight", norm_sizes[1]) if norm_sizes else "",
         ffn=_dense_layout(claims, DENSE_FFN, spec, layer.ffn_size, prefix)
         if moe is None
         else _expert_layout(claims, family.experts, spec, moe.num_experts, moe.expert_size, prefix),

@@ -22,10 +22,12 @@ from ...moe.contribution import LayerScales
 from ..checkpoint.config_reader import ConfigReader
 from ..checkpoint.quantized_checkpoint import open_checkpoint, split_config
 from ..checkpoint.weights import DTYPES, Checkpoint, CheckpointError, StoredWeights, read_json
+from .attention.kind import AttentionLayout, AttentionWeights
 from .budgeted_layers import read_scales
-from .decoder import Decoder, LayerWeights
+from .decoder import Decoder
 from .exits import pack_exits
 from .families import family_of, model_spec
+from .layer_weights import LayerWeights
 from .layout import EMBEDDING, FINAL_NORM, FFNLayout, LayerLayout, Layout, expert_tensors, plan_layout
 from .load_config import LoadConfig
 from .machine import release_free_memory
@@ -278,13 +280,10 @@ class _Builder:
         return self._copy(*names, dtype=None if method is None else mapped.dtype)
 
     def _layer(self, layout: LayerLayout, scales: LayerScales | None) -> LayerWeights:
-        linear, method = self._linear, self.quantization.layers
+        linear = self._linear
         return LayerWeights(
             attention_norm_D=self._copy(layout.attention_norm),
-            qkv=linear(*layout.qkv, method=method, bias=layout.qkv_bias),
-            q_norm=self._copy(layout.q_norm) if layout.q_norm else None,
-            k_norm=self._copy(layout.k_norm) if layout.k_norm else None,
-            o=linear(layout.o, method=method, bias=(layout.o_bias,) if layout.o_bias else ()),
+            attention=self._attention(layout.attention),
             ffn_norm_D=self._copy(layout.ffn_norm),
             ffn=self._ffn(layout.ffn),
             router=linear(layout.router) if layout.router else None,
@@ -292,6 +291,14 @@ class _Builder:
             shared_gate=linear(layout.shared_gate) if layout.shared_gate else None,
             contribution_scale_E=None if scales is None else scales.scale_E.to(self.backend.device),
         )
+
+    def _attention(self, layout: AttentionLayout) -> AttentionWeights:
+        parts: dict[str, LinearWeights | torch.Tensor] = {}
+        for field, linear in layout.linears.items():
+            parts[field] = self._linear(*linear.weights, method=self.quantization.layers, bias=linear.biases)
+        for field, tensor in layout.tensors.items():
+            parts[field] = self._copy(tensor.name, dtype=torch.float32 if tensor.float32 else None)
+        return layout.kind.weights(parts)
 
     def _ffn(self, layout: FFNLayout) -> ExpertWeights:
         if (stored := self.source.quantized(*layout.gate, *layout.up, *layout.down)) is not None:

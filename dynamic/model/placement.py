@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from ...kernels.api.quantized_weight import QuantizedWeight
     from ...kernels.torch.backend import TorchBackend
     from ..checkpoint.weights import Checkpoint, StoredWeights
-    from .decoder import Decoder, LayerWeights
+    from .decoder import Decoder
+    from .layer_weights import LayerWeights
     from .layout import Layout
     from .quantization import Method, Quantization
     from .spec import ModelSpec
@@ -70,6 +71,6 @@ class Placement(Protocol):
 Join = Callable[["ModelSpec", Path, "TorchBackend", "Quantization", object, Collection[int]], Placement]
 
 
-def absent_linear(outputs: int, inputs: int, nbytes: int = 0) -> LinearWeights:
+def absent_linear(outputs: int, inputs: int) -> LinearWeights:
     """A linear layer that another process holds."""
-    return LinearWeights(out_features=outputs, in_features=inputs, dtype=torch.float32, data=None, nbytes=nbytes)
+    return LinearWeights(out_features=outputs, in_features=inputs, dtype=torch.float32, data=None)

@@ -24,13 +24,14 @@ from ...kernels.api.types import AttentionBatch, ExpertBudget, KVLayer, Routing
 from ...moe.dispatch import share_experts
 from ...moe.exchange import Departure, ExpertAxis, ExpertExchange
 from ...moe.placement import ExpertLoad, write_load
+from ..model.attention.kind import AttentionContext
 from ..model.counters import Exchange
-from ..model.decoder import Decoder, LayerWeights
+from ..model.decoder import Decoder
 from ..model.exits import DecoderExit
 from ..model.kv_cache import allocate_layers, copy_pages
-from ..model.spec import LayerSpec, ModelSpec
+from ..model.spec import ModelSpec
 from .data_ranks import SharedCache, cache_of, on_device, share_rows, spread
-from .norms import norm_over_ranks, project_over_ranks, spread_norms
+from .norms import norm_over_ranks, propagate_over_ranks, spread_norms
 from .plan import Message, Operation, exit_message, read_batch, read_budget, read_exited, run_message
 from .shards import Shard, part_of, width
 from .stage_stack import make_held_stack
@@ -44,6 +45,7 @@ class ParallelDecoder(Decoder):
     """
 
     def __init__(self, spec: ModelSpec, *arguments: Any, shard: Shard, **more: Any) -> None:
+        self._local_spec = shard.spec
         super().__init__(spec, *arguments, **more)
         self.context = shard.context
         self.processes = str(shard.context.config) + shard.placed
@@ -64,8 +66,6 @@ class ParallelDecoder(Decoder):
             for number, moe in ((number, layer.moe) for number, layer in enumerate(spec.layers))
             if moe is not None and not moe.is_dense and config.expert > 1
         }
-        self.local_spec = shard.spec
-        self.num_heads, self.num_kv_heads = shard.spec.num_heads, shard.spec.num_kv_heads
         self._spread_norms = spread_norms(shard)
         alone = not self._shares and self._spread_norms is None and config.record_load is None
         self._held_stack = make_held_stack(self, self.held, self.context) if alone else None
@@ -84,9 +84,8 @@ class ParallelDecoder(Decoder):
         kv_shard, pages = self.context.kv_shard, num_pages // kv_shards
         layers = self._allocate(pages if kv_shard < kv_shards else 0, page_size)
         cache = SharedCache(layers, self._caches, pages, kv_shard)
-        self._tell(
-            Message(operation=Operation.ALLOCATE, cache=cache.number, arguments=(num_pages, page_size, kv_shards))
-        )
+        sizes = (num_pages, page_size, kv_shards)
+        self._tell(Message(operation=Operation.ALLOCATE, cache=cache.number, arguments=sizes))
         if self.context.leads:
             finalize(cache, self._dropped.append, cache.number)
         return cache
@@ -231,11 +230,9 @@ class ParallelDecoder(Decoder):
         """See :meth:`Decoder.propagate_kv`; every rank writes those of its heads, of its KV shard's rows."""
         message = exit_message(cache_of(kv).number, exit.after_layers, batch)
         self._tell(message)
-        self._propagate_own(exit, x_RD, kv, read_exited(message))
+        self._write_own(exit, x_RD, kv, read_exited(message))
 
-    def _propagate_own(
-        self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch
-    ) -> None:
+    def _write_own(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
         own_W, own = cache_of(kv).own_rows(batch)
         if len(own_W):
             super().propagate_kv(exit, x_RD[own_W.to(self.device)], kv, on_device(own, self.device))
@@ -303,12 +300,10 @@ class ParallelDecoder(Decoder):
         batch, layers = read_batch(message), range(*message.arguments[:2])
         self.reserve_positions(batch.num_positions)
         x_TD = self._beginning(message) if layers.start == 0 else self._pick(message.cache, batch.slots_T)
-        entropy_T, budget = self._read_counters(message, batch)
+        entropy_T, budget = self._counters(message, batch)
         self._rows[message.cache] = self._run_layers(layers, x_TD, kv, batch, entropy_T, budget), batch.slots_T
 
-    def _read_counters(
-        self, message: Message, batch: AttentionBatch
-    ) -> tuple[torch.Tensor | None, ExpertBudget | None]:
+    def _counters(self, message: Message, batch: AttentionBatch) -> tuple[torch.Tensor | None, ExpertBudget | None]:
         """What is written down beside rows: the routers' entropy, where it is wanted, and the experts' budget."""
         count = len(batch.slots_T)
         entropy_T = torch.zeros(count, device=self.device) if message.arguments[5] else None
@@ -324,7 +319,7 @@ class ParallelDecoder(Decoder):
     def _obey_propagate(self, message: Message, kv: list[KVLayer]) -> None:
         exited = read_exited(message)
         x_RD = self._pick(message.cache, exited.slots_T)
-        self._propagate_own(self.exits[message.arguments[0]], x_RD, kv, exited)
+        self._write_own(self.exits[message.arguments[0]], x_RD, kv, exited)
 
     def _pick(self, cache: int, slots_R: torch.Tensor) -> torch.Tensor:
         x_TD, slots_T = self._rows[cache]
@@ -352,30 +347,22 @@ class ParallelDecoder(Decoder):
         return None
 
     def _attention(
-        self, weights: LayerWeights, layer: LayerSpec, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch
+        self, number: int, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
     ) -> torch.Tensor:
-        return self.context.sum(super()._attention(weights, layer, x_TD, kv, batch), self.context.tensor_group)
+        return self.context.sum(super()._attention(number, x_TD, kv, batch, context), self.context.tensor_group)
 
-    def _norm_all_heads(
-        self, weights: LayerWeights, q_TX: torch.Tensor, k_TX: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _norm_over_heads(self, *pairs: tuple[torch.Tensor, torch.Tensor]) -> Sequence[torch.Tensor]:
         if self._spread_norms is None:
-            return super()._norm_all_heads(weights, q_TX, k_TX)
-        assert weights.q_norm is not None
-        assert weights.k_norm is not None
-        queries, keys = self._spread_norms
-        parts = (q_TX, weights.q_norm, queries), (k_TX, weights.k_norm, keys)
-        q_TX, k_TX = norm_over_ranks(self.context, self.spec.norm_eps, *parts)
-        return q_TX, k_TX
+            return super()._norm_over_heads(*pairs)
+        parts = [(*pair, norm) for pair, norm in zip(pairs, self._spread_norms, strict=True)]
+        return norm_over_ranks(self.context, self.spec.norm_eps, *parts)
 
     def _propagate(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
         if self._spread_norms is None:
             super()._propagate(exit, x_RD, kv, batch)
             return
-        projected = project_over_ranks(self.context, self.backend, self.spec, exit, x_RD, self._spread_norms[1])
-        for layer, (k_TGC, v_TGC) in zip(kv, projected, strict=True):
-            # Queries are rotated as well; keys stand in for them, and nobody looks at the result.
-            self.backend.rope_and_write(k_TGC, k_TGC, v_TGC, self.cos_sin_LC, batch, layer)
+        kind, norm, attention = self.local_spec.layers[-1].attention, self._spread_norms[1], self._attention_context()
+        propagate_over_ranks(self.context, attention, kind, exit.projections, norm, x_RD, kv, batch)
 
     def _ffn(
         self, number: int, x_TD: torch.Tensor, routed: list[torch.Tensor] | None, budget: ExpertBudget | None

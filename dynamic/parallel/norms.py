@@ -5,14 +5,14 @@ Shape suffixes as in ``kernels/api/types.py``; X the channels of some heads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ...kernels.torch.backend import TorchBackend
-from ..model.exits import DecoderExit
-from ..model.spec import ModelSpec
+from ...kernels.api.types import AttentionBatch, KVLayer, KVProjection
+from ..model.attention.gqa import GqaSpec
+from ..model.attention.kind import AttentionContext, AttentionSpec
 from .context import ParallelContext
 from .shards import Shard
 
@@ -32,12 +32,11 @@ class SpreadNorm:
 
 def spread_norms(shard: Shard) -> tuple[SpreadNorm, SpreadNorm] | None:
     """Of queries and keys; None where a rank has all that a norm goes over."""
-    whole, context = shard.whole, shard.context
-    if whole.qk_norm != "full" or context.config.tensor == 1:
+    kind, context = shard.whole.layers[0].attention, shard.context
+    if not isinstance(kind, GqaSpec) or kind.qk_norm != "full" or context.config.tensor == 1:
         return None
-    holders = max(1, context.config.tensor // whole.num_kv_heads)  # ranks that have the same keys
-    keys = SpreadNorm(whole.num_kv_heads * whole.head_dim, context.tensor_rank % holders == 0)
-    return SpreadNorm(whole.num_heads * whole.head_dim), keys
+    holders = max(1, context.config.tensor // kind.num_kv_heads)  # ranks that have the same keys
+    return SpreadNorm(kind.q_size), SpreadNorm(kind.kv_size, context.tensor_rank % holders == 0)
 
 
 def norm_over_ranks(
@@ -57,28 +56,33 @@ def norm_over_ranks(
     return out
 
 
-def project_over_ranks(
+def propagate_over_ranks(
     context: ParallelContext,
-    backend: TorchBackend,
-    spec: ModelSpec,
-    exit: DecoderExit,
-    x_RD: torch.Tensor,
+    attention: AttentionContext,
+    kind: AttentionSpec,
+    projections: Sequence[KVProjection],
     norm: SpreadNorm,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """This rank's keys and values of the layers behind an exit, (R, G, C), before rotation; one sum for all layers.
+    x_RD: torch.Tensor,
+    kv: Sequence[KVLayer],
+    batch: AttentionBatch,
+) -> None:
+    """Write this rank's keys and values of the layers behind an exit; one sum among the ranks for all layers.
 
     Arguments:
-        x_RD: residual stream at the exit.
+        kind: attention of these layers, which are alike.
         norm: of keys.
+        x_RD: residual stream at the exit.
     """
-    parts, values = [], []
-    for projection in exit.projections:
+    assert isinstance(kind, GqaSpec), "no other kind has norms that are spread"
+    backend, eps, parts, values = attention.backend, attention.norm_eps, [], []
+    for projection in projections:
         assert projection.k_norm is not None
-        normed_RD = backend.rms_norm(x_RD, projection.norm_D, spec.norm_eps)
-        k_RX, v_RX = backend.linear(normed_RD, projection.kv).chunk(2, -1)
+        k_RX, v_RX = backend.linear(backend.rms_norm(x_RD, projection.norm_D, eps), projection.kv).chunk(2, -1)
         parts.append((k_RX, projection.k_norm, norm))
         values.append(v_RX)
-    for k_RX, v_RX in zip(norm_over_ranks(context, spec.norm_eps, *parts), values, strict=True):
-        if spec.clip_qkv is not None:
-            k_RX, v_RX = (part.clamp(-spec.clip_qkv, spec.clip_qkv) for part in (k_RX, v_RX))
-        yield k_RX.unflatten(-1, (-1, spec.head_dim)), v_RX.unflatten(-1, (-1, spec.head_dim))
+    for layer, k_RX, v_RX in zip(kv, norm_over_ranks(context, eps, *parts), values, strict=True):
+        if kind.clip is not None:
+            k_RX, v_RX = (part.clamp(-kind.clip, kind.clip) for part in (k_RX, v_RX))
+        k_RGC, v_RGC = (part.unflatten(-1, (-1, kind.head_dim)) for part in (k_RX, v_RX))
+        # Queries are rotated as well; keys stand in for them, and nobody looks at the result.
+        backend.rope_and_write(k_RGC, k_RGC, v_RGC, attention.cos_sin_LC, batch, layer)

@@ -142,7 +142,7 @@ class PipelineDecoder(ParallelDecoder):
             x_TD = self._beginning(message) if self.stage == 0 else None
         elif self.stages.owner(layers.start - 1) == self.stage:
             x_TD = self._ran[message.cache].pick(batch.slots_T)
-        self._run(layers, x_TD, kv, batch, *self._read_counters(message, batch))
+        self._run(layers, x_TD, kv, batch, *self._counters(message, batch))
 
     def _obey_decide(self, message: Message) -> None:
         exit = self.exits[message.arguments[0]]

@@ -19,8 +19,9 @@ from ...moe.placement import read_placement
 from ..checkpoint.quantized_checkpoint import QuantizedCheckpoint
 from ..checkpoint.stored_weight import Part
 from ..checkpoint.weights import Checkpoint, CheckpointError
-from ..model.decoder import LayerWeights
+from ..model.layer_weights import LayerWeights
 from ..model.layout import EMBEDDING, FFNLayout, LayerLayout, Layout
+from ..model.parts import part_of, width
 from ..model.quantization import Method
 from ..model.spec import ModelSpec
 from .config import ParallelConfig
@@ -29,20 +30,13 @@ from .sharded_checkpoint import Cut, ShardedCheckpoint
 from .stages import SIZES, layer_sizes, split_into_stages, stand_in
 
 
-def part_of(total: int, parts: int, part: int) -> slice:
-    """The ``part``-th of ``parts`` nearly equal runs of ``total`` things; the first ones are the larger."""
-    size, larger = divmod(total, parts)
-    start = part * size + min(part, larger)
-    return slice(start, start + size + (part < larger))
-
-
 class Shard:
     """What one rank holds of a model.
 
     Arguments:
         spec: the whole model.
         context: the ranks.
-        exit_layers: after how many layers rows may leave.
+        exit_layers: after how many layers rows may exit.
 
     Attributes:
         stages: of the model; held: layers of this rank's stage.
@@ -61,8 +55,9 @@ class Shard:
         tensor, rank = context.config.tensor, context.tensor_rank
         self.context = context
         self.whole = spec
-        self.query_heads, self.kv_heads = split_heads(spec, tensor, rank)
-        self.spec = replace(spec, num_heads=width(self.query_heads), num_kv_heads=width(self.kv_heads))
+        self.spec = replace(
+            spec, layers=tuple(replace(layer, attention=layer.attention.part(tensor, rank)) for layer in spec.layers)
+        )
         self.stages = split_into_stages(spec, context.config.pipeline, exit_layers)
         self.held = self.stages.layers[context.stage]
         self.vocabulary = part_of(spec.vocab_size, tensor, rank)
@@ -166,20 +161,17 @@ class Shard:
         return [held.get(number) or stand_in(self.spec, numbers) for number, numbers in enumerate(sizes)]
 
     def _layer(self, layout: LayerLayout, number: int) -> LayerLayout:
-        channels, config = self.spec.head_dim, self.context.config
-        queries, keys = (slice(s.start * channels, s.stop * channels) for s in (self.query_heads, self.kv_heads))
-        for names in (layout.qkv, layout.qkv_bias):
-            for name, rows in zip(names, (queries, keys, keys), strict=False):
-                self.cuts[name] = Part(outputs=rows)
-        if self.spec.qk_norm == "full":
-            self.cuts |= {layout.q_norm: Part(outputs=queries), layout.k_norm: Part(outputs=keys)}
-        self.cuts[layout.o] = Part(inputs=queries)
-        starts = [split_heads(self.whole, config.tensor, part)[0].start * channels for part in range(config.tensor)]
-        self._cut_inputs([layout.o], starts)
-        if layout.o_bias and self.context.tensor_rank:
-            self.cuts[layout.o_bias] = torch.zeros_like
+        tensor, rank = self.context.config.tensor, self.context.tensor_rank
+        cuts = self.whole.layers[number].attention.cuts(layout.attention, tensor, rank)
+        self.cuts |= {name: Part(outputs=rows) for name, rows in cuts.outputs.items()}
+        self.cuts |= {name: Part(inputs=parts[rank]) for name, parts in cuts.inputs.items()}
+        for name, parts in cuts.inputs.items():
+            self._cut_inputs([name], [part.start for part in parts])
+        for linear in layout.attention.linears.values():
+            if rank and not cuts.inputs.keys().isdisjoint(linear.weights):
+                self.cuts |= dict.fromkeys(linear.biases, torch.zeros_like)
         moe = self.spec.layers[number].moe
-        # Where the router decides nothing, the experts are one dense FFN, which every KV shard has.
+        # Where the router decides nothing, the experts are one dense FFN, which every data-parallel rank has.
         spread = moe is not None and not moe.is_dense
         experts = self.placement[number][self.context.expert_rank] if spread else list(range(layout.ffn.num_experts))
         ffn = self._ffn(layout.ffn, experts)
@@ -219,36 +211,10 @@ class Shard:
         return part
 
 
-def split_heads(spec: ModelSpec, parts: int, part: int) -> tuple[slice, slice]:
-    """Query heads and key/value heads of one rank: whole groups, or a part of one where ranks outnumber the groups.
-
-    Raises:
-        ValueError: when the heads cannot be shared out like this.
-    """
-    groups, per_group = spec.num_kv_heads, spec.num_heads // spec.num_kv_heads
-    if parts <= groups:
-        kv = part_of(groups, parts, part)
-        return slice(kv.start * per_group, kv.stop * per_group), kv
-    if parts % groups or parts // groups > per_group:
-        raise ValueError(
-            f"parallel.tensor={parts} does not go with {spec.num_heads} heads in {groups} groups: it must be at most "
-            f"{groups}, or a multiple of it up to {spec.num_heads}"
-        )
-    group, inner = divmod(part, parts // groups)
-    queries = part_of(per_group, parts // groups, inner)
-    first = group * per_group
-    return slice(first + queries.start, first + queries.stop), slice(group, group + 1)
-
-
 def _split(what: str, total: int, parts: int, part: int) -> slice:
     if total < parts:
         raise ValueError(f"{total} {what} cannot be spread over {parts} processes")
     return part_of(total, parts, part)
-
-
-def width(part: slice) -> int:
-    """How many things a part has."""
-    return part.stop - part.start
 
 
 def _fused(x_EXD: torch.Tensor, experts: slice | list[int], neurons: slice, size: int) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """A stage's layers in one call of the C++ kernels, where they need no other rank or add up in shared memory.
 
-Shape suffixes as in ``kernels/api/types.py``; W rows of a KV shard.
+Shape suffixes as in ``kernels/api/types.py``; W rows of a data-parallel rank.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class HeldStack:
         entropy_W: torch.Tensor | None,
         budget: ExpertBudget | None,
     ) -> torch.Tensor:
-        """Run the rows of this rank's KV shard.
+        """Run the rows of this data-parallel rank.
 
         Raises:
             RuntimeError: when a rank has died or does not answer in time.

@@ -12,11 +12,11 @@ from itertools import accumulate, pairwise
 import torch
 
 from ...kernels.api.types import AttentionBatch, ExpertBudget, ExpertWeights
-from ..model.decoder import LayerWeights
-from ..model.placement import absent_linear
+from ..model.attention.kind import AttentionWeights
+from ..model.layer_weights import LayerWeights
 from ..model.spec import ModelSpec
 
-SIZES = 5  # numbers that describe a layer
+SIZES = 4  # numbers that describe a layer
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def split_into_stages(spec: ModelSpec, stages: int, exit_layers: Collection[int]
     """Cut a model into stages of nearly equal work per row, which is taken to be that of all its layers.
 
     Arguments:
-        exit_layers: after how many layers rows may leave; where there are any, stages end there only.
+        exit_layers: after how many layers rows may exit; where there are any, stages end there only.
 
     Raises:
         ValueError: when there are more stages than layers, or than segments between exits.
@@ -69,20 +69,37 @@ def split_into_stages(spec: ModelSpec, stages: int, exit_layers: Collection[int]
 def layer_sizes(weights: LayerWeights) -> list[int]:
     """What is told about a layer to ranks that do not hold it: ``SIZES`` numbers, for :func:`stand_in`."""
     scales = weights.contribution_scale_E
-    scale_bytes = 0 if scales is None else scales.nbytes
-    return [weights.nbytes, weights.ffn.nbytes, weights.qkv.nbytes, weights.qkv.out_features, scale_bytes]
+    return [
+        weights.nbytes,
+        weights.ffn.nbytes,
+        weights.attention.propagated_bytes,
+        0 if scales is None else scales.nbytes,
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _AbsentAttention(AttentionWeights):
+    """The attention of a layer that another stage holds."""
+
+    total: int
+    propagated: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.total
+
+    @property
+    def propagated_bytes(self) -> int:
+        return self.propagated
 
 
 def stand_in(spec: ModelSpec, sizes: Sequence[int]) -> LayerWeights:
     """A layer that another stage holds: it can be weighed, not run."""
-    total, ffn, qkv, qkv_outputs, scales = sizes
+    total, ffn, propagated, scales = sizes
     nothing = torch.empty(0, device="meta")
     return LayerWeights(
         attention_norm_D=nothing,
-        qkv=absent_linear(qkv_outputs, spec.hidden_size, qkv),
-        q_norm=None,
-        k_norm=None,
-        o=absent_linear(spec.hidden_size, 0, total - ffn - qkv - scales),
+        attention=_AbsentAttention(total=total - ffn - scales, propagated=propagated),
         ffn_norm_D=nothing,
         ffn=ExpertWeights(
             num_experts=0,
@@ -137,7 +154,7 @@ def _part(
 
 
 def budget_part(budget: ExpertBudget | None, rows: slice) -> ExpertBudget | None:
-    """The budget of some rows; what they do without is written to the books of the whole."""
+    """The budget of some rows; what they do without is added to the counters of the whole."""
     if budget is None:
         return None
     return ExpertBudget(keep_TL=budget.keep_TL[rows], cap_TL=budget.cap_TL[rows], skipped_T=budget.skipped_T[rows])

@@ -19,6 +19,7 @@ from ...kernels.torch.backend import TorchBackend
 from ..checkpoint.compressed_writer import compressed_config
 from ..checkpoint.directory import copy_tokenizer, write_json, write_tensors
 from ..checkpoint.weights import DTYPES, Checkpoint, CheckpointError, read_json
+from ..model.attention.gqa import GqaSpec
 from ..model.families import Family, family_of, model_spec
 from ..model.layout import EMBEDDING, FINAL_NORM, Layout, plan_layout
 from ..model.spec import ModelSpec
@@ -106,6 +107,8 @@ def _open(source: Path) -> _Source:
     if config.get("quantization_config") or config.get("compression_config"):
         raise ValueError(f"{source} is quantised already; name the checkpoint that it was made of")
     spec, family, checkpoint = model_spec(config), family_of(config), Checkpoint(source)
+    if other := {layer.attention.kind for layer in spec.layers} - {GqaSpec.kind}:
+        raise ValueError(f"{source} has attention of kind {other.pop()!r}; only {GqaSpec.kind!r} can be quantised")
     layout = plan_layout(spec, family, checkpoint)
     return _Source(path=source, config=config, checkpoint=checkpoint, spec=spec, family=family, layout=layout)
 

@@ -15,7 +15,8 @@ from ...exits.segments import Segment
 from ...kernels.api.types import ExpertWeights, LinearWeights, Routing
 from ...kernels.reference import operations as reference
 from ...kernels.torch.backend import TorchBackend
-from ..model.decoder import Decoder, LayerWeights
+from ..model.decoder import Decoder
+from ..model.layer_weights import LayerWeights
 from ..model.prompt_pass import fresh_cache
 from ..model.spec import ModelSpec
 from .layer import FFNTensors, plain
@@ -119,7 +120,8 @@ class _WatchingBackend:
         return getattr(self._backend, name)
 
     def linear(self, x_TI: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
-        for part, seen in ((self._layer.qkv, self._attention), (self._layer.o, self._o)):
+        attention: Any = self._layer.attention
+        for part, seen in ((attention.qkv, self._attention), (attention.o, self._o)):
             if weights is part:
                 seen.append(x_TI.float().cpu().clone())
         return self._backend.linear(x_TI, weights)

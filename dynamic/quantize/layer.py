@@ -5,6 +5,7 @@ Shape suffixes as in ``kernels/api/types.py``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +16,8 @@ from ...kernels.api.quantized_weight import QuantizedWeight
 from ...kernels.api.types import ExpertWeights, LinearWeights
 from ...kernels.torch.backend import TorchBackend
 from ..checkpoint.weights import Checkpoint
-from ..model.decoder import LayerWeights
+from ..model.attention.kind import AttentionLayout
+from ..model.layer_weights import LayerWeights
 from ..model.layout import FFNLayout, LayerLayout, expert_tensors
 from ..model.spec import ModelSpec
 
@@ -33,21 +35,46 @@ class FFNTensors:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerTensors:
-    """What :class:`.LayerWeights` is made of; floating tensors are float32. Fields as there."""
+class LinearTensors:
+    """A linear layer: weights whose outputs follow each other, and their biases, or none."""
 
+    weights: tuple[Weight, ...]
+    biases: tuple[torch.Tensor, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerTensors:
+    """What :class:`.LayerWeights` is made of; floating tensors are float32. Fields as there.
+
+    Arguments:
+        attention: what its tensors are.
+        linears, tensors: of attention, by the names of the fields of the kind's weights.
+    """
+
+    attention: AttentionLayout
     attention_norm_D: torch.Tensor
     ffn_norm_D: torch.Tensor
-    qkv: tuple[Weight, Weight, Weight]
-    qkv_bias: tuple[torch.Tensor, ...]
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
-    o: Weight
-    o_bias: torch.Tensor | None
+    linears: Mapping[str, LinearTensors]
+    tensors: Mapping[str, torch.Tensor]
     ffn: FFNTensors
     router_ED: torch.Tensor | None
     shared: FFNTensors | None
     shared_gate_1D: torch.Tensor | None
+
+    @property
+    def qkv(self) -> tuple[Weight, ...]:
+        """Of queries, keys and values."""
+        return self.linears["qkv"].weights
+
+    @property
+    def o(self) -> Weight:
+        """Of attention's output."""
+        return self.linears["o"].weights[0]
+
+    def with_attention(self, **weights: tuple[Weight, ...]) -> LayerTensors:
+        """The layer with other weights in some of attention's linear layers."""
+        changed = {name: replace(self.linears[name], weights=parts) for name, parts in weights.items()}
+        return replace(self, linears={**self.linears, **changed})
 
 
 def plain(weight: Weight) -> torch.Tensor:
@@ -70,15 +97,18 @@ def read_layer(checkpoint: Checkpoint, layout: LayerLayout, spec: ModelSpec) -> 
         gate, up, down = (t.contiguous() for t in expert_tensors(part, spec.hidden_size, one))
         return FFNTensors(gate_EFD=gate, up_EFD=up, down_EDF=down, biases=biases)
 
+    linears = {
+        field: LinearTensors(
+            weights=tuple(one(name) for name in linear.weights), biases=tuple(one(name) for name in linear.biases)
+        )
+        for field, linear in layout.attention.linears.items()
+    }
     return LayerTensors(
+        attention=layout.attention,
         attention_norm_D=one(layout.attention_norm),
         ffn_norm_D=one(layout.ffn_norm),
-        qkv=(one(layout.qkv[0]), one(layout.qkv[1]), one(layout.qkv[2])),
-        qkv_bias=tuple(one(name) for name in layout.qkv_bias),
-        q_norm=maybe(layout.q_norm),
-        k_norm=maybe(layout.k_norm),
-        o=one(layout.o),
-        o_bias=maybe(layout.o_bias),
+        linears=linears,
+        tensors={field: one(tensor.name) for field, tensor in layout.attention.tensors.items()},
         ffn=ffn(layout.ffn),
         router_ED=maybe(layout.router),
         shared=ffn(layout.shared) if layout.shared else None,
@@ -107,14 +137,20 @@ def pack_layer(
         assert not isinstance(down, torch.Tensor)
         return backend.pack_quantized_experts(gate, up, down, activation, *part.biases, scheme=scheme)
 
-    quantized = [part for part in layer.qkv if not isinstance(part, torch.Tensor)]
-    qkv = concatenate(quantized) if quantized else torch.cat([plain(part) for part in layer.qkv])
+    def joined(parts: LinearTensors) -> LinearWeights:
+        quantized = [part for part in parts.weights if not isinstance(part, torch.Tensor)]
+        weight = concatenate(quantized) if quantized else torch.cat([plain(part) for part in parts.weights])
+        return linear(weight, torch.cat(parts.biases) if parts.biases else None)
+
+    described = layer.attention.tensors
+    tensors = {
+        field: tensor.to(backend.device) if described[field].float32 else norm(tensor)
+        for field, tensor in layer.tensors.items()
+    }
+    linears = {field: joined(parts) for field, parts in layer.linears.items()}
     return LayerWeights(
         attention_norm_D=norm(layer.attention_norm_D),
-        qkv=linear(qkv, torch.cat(layer.qkv_bias) if layer.qkv_bias else None),
-        q_norm=None if layer.q_norm is None else norm(layer.q_norm),
-        k_norm=None if layer.k_norm is None else norm(layer.k_norm),
-        o=linear(layer.o, layer.o_bias),
+        attention=layer.attention.kind.weights({**linears, **tensors}),
         ffn_norm_D=norm(layer.ffn_norm_D),
         ffn=ffn(layer.ffn),
         router=None if layer.router_ED is None else linear(layer.router_ED),
@@ -125,8 +161,8 @@ def pack_layer(
 
 def fold_into_attention_norm(layer: LayerTensors, scale_D: torch.Tensor) -> LayerTensors:
     """Divide what the projections of queries, keys and values read by a scale; multiply their weights by it."""
-    q, k, v = (plain(part) * scale_D for part in layer.qkv)
-    return replace(layer, attention_norm_D=layer.attention_norm_D / scale_D, qkv=(q, k, v))
+    qkv = tuple(plain(part) * scale_D for part in layer.qkv)
+    return replace(layer.with_attention(qkv=qkv), attention_norm_D=layer.attention_norm_D / scale_D)
 
 
 def fold_into_ffn_norm(layer: LayerTensors, scale_D: torch.Tensor) -> LayerTensors:
@@ -152,11 +188,12 @@ def fold_into_values(layer: LayerTensors, scale_GC: torch.Tensor, queries_per_ke
     """
     q, k, v = layer.qkv
     flat_X = scale_GC.flatten()
-    bias = layer.qkv_bias
-    if bias:
-        bias = (bias[0], bias[1], bias[2] / flat_X)
     spread_X = scale_GC.repeat_interleave(queries_per_key, 0).flatten()
-    return replace(layer, qkv=(q, k, plain(v) / flat_X[:, None]), qkv_bias=bias, o=plain(layer.o) * spread_X)
+    layer = layer.with_attention(qkv=(q, k, plain(v) / flat_X[:, None]), o=(plain(layer.o) * spread_X,))
+    if not (biases := layer.linears["qkv"].biases):
+        return layer
+    qkv = replace(layer.linears["qkv"], biases=(*biases[:2], biases[2] / flat_X))
+    return replace(layer, linears={**layer.linears, "qkv": qkv})
 
 
 def fold_into_up(ffn: FFNTensors, scale_EF: torch.Tensor) -> FFNTensors:

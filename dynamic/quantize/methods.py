@@ -20,6 +20,7 @@ from ...kernels.api.formats import (
 )
 from ...kernels.api.quantized_weight import QuantizedWeight
 from ...kernels.api.rounding import quantize_int4, quantize_int8
+from ..model.attention.gqa import GqaSpec
 from ..model.spec import ModelSpec
 from .gptq import gptq_int4
 from .grid import searched_grid
@@ -110,12 +111,13 @@ class LayerMethod:
     def quantized(self, layer: LayerTensors, inputs: LayerInputs) -> LayerTensors:
         """The layer with its projections and experts quantised."""
         attention, output = InputStatistics.of([inputs.attention_TD]), InputStatistics.of([inputs.o_TX])
-        q, k, v = (self._one(plain(part), attention) for part in layer.qkv)
+        qkv = tuple(self._one(plain(part), attention) for part in layer.qkv)
         shared = layer.shared
         if shared is not None:
             shared = self._ffn(shared, [(range(1), [inputs.ffn_TD])])
         ffn = self._ffn(layer.ffn, self._chunks(layer.ffn, inputs, count=True))
-        return replace(layer, qkv=(q, k, v), o=self._one(plain(layer.o), output), ffn=ffn, shared=shared)
+        layer = layer.with_attention(qkv=qkv, o=(self._one(plain(layer.o), output),))
+        return replace(layer, ffn=ffn, shared=shared)
 
     def _scale_attention(self, layer: LayerTensors, inputs: LayerInputs) -> tuple[LayerTensors, LayerInputs]:
         statistics = InputStatistics.of([inputs.attention_TD])
@@ -124,10 +126,12 @@ class LayerMethod:
         scale_D = _storable(layer.attention_norm_D, scale_D, self.norm_dtype)
         layer = fold_into_attention_norm(layer, scale_D)
         inputs = replace(inputs, attention_TD=inputs.attention_TD / scale_D)
-        if self.spec.clip_qkv is not None:  # clipped values are not the projection's to scale
+        kind = layer.attention.kind
+        assert isinstance(kind, GqaSpec)
+        if kind.clip is not None:  # clipped values are not the projection's to scale
             return layer, inputs
         # Heads that share their values share their scales: the statistics are those of all of them together.
-        groups, repeats = self.spec.num_kv_heads, self.spec.num_heads // self.spec.num_kv_heads
+        groups, repeats = kind.num_kv_heads, kind.num_heads // kind.num_kv_heads
         rows_TX = inputs.o_TX.unflatten(1, (groups, repeats, -1)).transpose(1, 2).flatten(2).flatten(0, 1)
         weight_DGRC = plain(layer.o).unflatten(1, (groups, repeats, -1))
         weight_XI = weight_DGRC.permute(2, 0, 1, 3).flatten(2).flatten(0, 1)

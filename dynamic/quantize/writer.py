@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from ..checkpoint.compressed_writer import compressed
-from ..model.families import Family, one_each
+from ..model.family import Family, one_each
 from ..model.layout import FFNLayout, LayerLayout
 from .layer import FFNTensors, LayerTensors, Weight
 
@@ -27,14 +27,15 @@ def layer_tensors(
     plain: list[tuple[str, torch.Tensor | None]] = [
         (layout.attention_norm, layer.attention_norm_D),
         (layout.ffn_norm, layer.ffn_norm_D),
-        (layout.q_norm, layer.q_norm),
-        (layout.k_norm, layer.k_norm),
-        (layout.o_bias, layer.o_bias),
         (layout.router, layer.router_ED),
         (layout.shared_gate, layer.shared_gate_1D),
-        *zip(layout.qkv_bias, layer.qkv_bias, strict=True),
+        *((layout.attention.tensors[field].name, tensor) for field, tensor in layer.tensors.items()),
     ]
-    weights: list[tuple[str, Weight]] = [*zip(layout.qkv, layer.qkv, strict=True), (layout.o, layer.o)]
+    weights: list[tuple[str, Weight]] = []
+    for field, part in layer.linears.items():
+        linear = layout.attention.linears[field]
+        weights += zip(linear.weights, part.weights, strict=True)
+        plain += zip(linear.biases, part.biases, strict=True)
     for part, ffn in ((layout.ffn, layer.ffn), (layout.shared, layer.shared)):
         if part is not None and ffn is not None:
             weights += _ffn_weights(ffn, part, family, prefix)

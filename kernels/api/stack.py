@@ -7,15 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from .router_spec import RouterSpec
 from .types import AttentionBatch, ExpertBudget, ExpertWeights, KVLayer, KVProjection, LinearWeights, ProbeWeights
-
-if TYPE_CHECKING:
-    from ..cpu.shared_memory import CpuSharedGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,43 +20,66 @@ class StackShape:
     """What all layers have in common.
 
     Arguments:
-        norm_per_head: norms of queries and keys, where there are any, go over each head, not over the full width.
         residual_scale: factor on what a block adds to the residual stream.
-        attention_scale: factor on the scores.
     """
 
     hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    norm_per_head: bool
     norm_eps: float
     residual_scale: float
-    attention_scale: float
 
 
 @dataclass(frozen=True, kw_only=True)
-class StackLayer:
-    """One layer: norm, attention, norm, experts.
+class StackNorm:
+    """Adds what the last block left to the residual stream and norms the sum. A layer begins with one."""
+
+    weight_D: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackAttention:
+    """Grouped-query attention over the normed rows, over the layer's cache.
 
     Arguments:
         qkv: queries, keys and values in one projection.
-        router, rule: how experts are chosen; None where each has weight 1.
-        contribution_scale_E: what a budget ranks experts by, see :func:`.budget_reference.limit_experts`.
+        norm_per_head: norms of queries and keys, where there are any, go over each head, not over the full width.
+        scale: factor on the scores.
         window: how many positions a row sees, its own included; None sees all.
     """
 
-    attention_norm_D: torch.Tensor
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
     qkv: LinearWeights
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
+    norm_per_head: bool
     o: LinearWeights
-    ffn_norm_D: torch.Tensor
+    scale: float
+    window: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackExperts:
+    """A mixture of experts over the normed rows.
+
+    Arguments:
+        router, rule: how experts are chosen; None where each has weight 1.
+        contribution_scale_E: what a budget ranks experts by, see :func:`.budget_reference.limit_experts`.
+    """
+
+    ffn: ExpertWeights
     router: LinearWeights | None
     rule: RouterSpec | None
-    ffn: ExpertWeights
-    window: int | None
     contribution_scale_E: torch.Tensor | None = None
+
+
+StackBlock = StackNorm | StackAttention | StackExperts
+
+
+class SharedGroup(Protocol):
+    """Processes that exchange through memory that they share; ``handle`` belongs to the backend's kernels."""
+
+    handle: Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +87,8 @@ class StackExit:
     """An exit between two layers.
 
     Arguments:
-        down, up: factors of the read-out adapter.
-        probe: None where no row can leave.
+        down, up: factors of the exit head's adapter.
+        probe: None where no row can exit.
         projections: keys and values of the layers behind it.
     """
 
@@ -83,7 +103,7 @@ class StackResult(NamedTuple):
     """What became of the rows of a step.
 
     Arguments:
-        out_TD: float32, what each row hands to the LM head; the tensor that came in if no row left.
+        out_TD: float32, what each row hands to the LM head; the tensor that came in if no row exited.
         counts: int64, one after the other what the properties below show. The next call may overwrite it.
     """
 
@@ -110,7 +130,7 @@ class StackResult(NamedTuple):
 class Stack(Protocol):
     """Layers and exits in a backend's hands. Results are bitwise those of its single operations."""
 
-    def share(self, group: CpuSharedGroup) -> None:
+    def share(self, group: SharedGroup) -> None:
         """Heads and neurons are parts of those that some processes have together: attention's and the experts' results
         are added up among them. Layers without exits only."""
         ...
@@ -146,13 +166,13 @@ class Stack(Protocol):
         thresholds_NT: torch.Tensor,
         budget: ExpertBudget | None = None,
     ) -> StackResult:
-        """Run all layers; rows leave where their probe's logit reaches their threshold.
+        """Run all layers; rows exit where their probe's logit reaches their threshold.
 
-        The keys and values that a row owes to the layers behind its exit are made of its state there before any row
-        goes on; see :meth:`TorchBackend.project_kv`.
+        The keys and values of the layers that a row skips are made of its state at the exit before any row continues;
+        see :meth:`TorchBackend.project_kv`.
 
         Arguments:
-            thresholds_NT: float32; +inf keeps a row, -inf makes it leave.
-            Others as for :meth:`run`. A sequence of several rows stays or leaves as a whole.
+            thresholds_NT: float32; +inf keeps a row, -inf makes it exit.
+            Others as for :meth:`run`. A sequence of several rows continues or exits as a whole.
         """
         ...

@@ -150,6 +150,11 @@ class KVLayer:
     scales_behind_page: bool = False
 
     @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All that holds the layer's cache; the first dimension is that of the pages."""
+        return self.keys_BGPC, self.values_BGPC
+
+    @property
     def coded(self) -> bool:
         """Whether codes and scales stand for the numbers."""
         return self.keys_BGPC.dtype == torch.int8

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..api.router_spec import SCORES, RouterSpec
-from ..api.stack import Stack, StackExit, StackLayer, StackShape
+from ..api.stack import Stack, StackAttention, StackBlock, StackExit, StackExperts, StackShape
 from ..api.types import (
     AttentionBatch,
     ExitDecision,
@@ -296,6 +296,8 @@ class CpuBackend(CpuQuantPacking):
         *,
         scale: float,
         window: int | None = None,
+        sinks_H: torch.Tensor | None = None,
+        lse_TH: torch.Tensor | None = None,
     ) -> torch.Tensor:
         return self._ops.attention.default(
             self._isa,
@@ -307,6 +309,8 @@ class CpuBackend(CpuQuantPacking):
             batch.block_table_SM,
             scale,
             window or 0,
+            sinks_H,
+            lse_TH,
         )
 
     def exit_decide(
@@ -363,14 +367,21 @@ class CpuBackend(CpuQuantPacking):
             clip or 0.0,
         )
 
-    def make_stack(self, shape: StackShape, layers: Sequence[StackLayer], exits: Sequence[StackExit]) -> Stack | None:
-        if any(layer.rule is not None and not layer.rule.is_plain for layer in layers):
+    def make_stack(
+        self, shape: StackShape, layers: Sequence[Sequence[StackBlock]], exits: Sequence[StackExit]
+    ) -> Stack | None:
+        blocks = [block for layer in layers for block in layer]
+        rules = [block.rule for block in blocks if isinstance(block, StackExperts) and block.rule is not None]
+        if not all(rule.is_plain for rule in rules):
+            return None
+        # One table of rotations and one shape of caches for all layers.
+        if len({(b.num_kv_heads, b.head_dim) for b in blocks if isinstance(b, StackAttention)}) != 1:
             return None
         # Keys and values that begin inside a block of quantised weights come with outputs that are not theirs.
         pairs = [projection.kv.data for exit in exits for projection in exit.projections]
         if any(isinstance(pair, CpuQuantLinear) and pair.skip for pair in pairs):
             return None
-        return CpuStack(self, shape, layers, exits)
+        return CpuStack(self._isa, self.dtype, shape, layers, exits)
 
     @property
     def isa_number(self) -> int:

@@ -7,14 +7,11 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from . import build as cpu_build
-
-if TYPE_CHECKING:
-    from .backend import CpuBackend
 
 FOLDER = Path("/dev/shm")
 
@@ -39,12 +36,22 @@ def make_shared_file(size: int) -> Path:
     return path
 
 
+class HasKernels(Protocol):
+    """A backend of the C++ kernels."""
+
+    @property
+    def isa_number(self) -> int:
+        """How the kernels call the instruction set."""
+        ...
+
+
 class CpuSharedGroup:
     """This process in a group of ``size``. All of them call the same methods in the same order; tensors are contiguous.
 
     Methods raise RuntimeError when a process has died, or does not come in time; the group is of no use then.
 
     Arguments:
+        backend: whose kernels add up.
         path: the file that all of them open.
         timeout: seconds until a process that does not come counts as hung.
 
@@ -52,7 +59,7 @@ class CpuSharedGroup:
         RuntimeError: when the file cannot be opened or mapped.
     """
 
-    def __init__(self, backend: CpuBackend, path: Path, rank: int, size: int, timeout: float) -> None:
+    def __init__(self, backend: HasKernels, path: Path, rank: int, size: int, timeout: float) -> None:
         self.handle: Any = torch.classes.dynamoe_cpu.SharedGroup(backend.isa_number, str(path), rank, size, timeout)
         self._rank, self._size, self._timeout = rank, size, timeout
 
@@ -60,9 +67,9 @@ class CpuSharedGroup:
         """The sum of everybody's, added up in the order of the ranks in float32; float32 or bfloat16."""
         return self.handle.sum(x)
 
-    def broadcast(self, x: torch.Tensor, root: int, patience: float | None = None) -> None:
-        """The root's numbers take the place of everybody's; ``patience``: seconds to wait, if not the usual time."""
-        self.handle.broadcast(x, root, self._timeout if patience is None else patience)
+    def broadcast(self, x: torch.Tensor, root: int, timeout: float | None = None) -> None:
+        """The root's numbers take the place of everybody's; ``timeout``: seconds to wait, if not the usual time."""
+        self.handle.broadcast(x, root, self._timeout if timeout is None else timeout)
 
     def gather(self, part: torch.Tensor, root: int) -> list[torch.Tensor]:
         """Everybody's part, on the root; elsewhere nothing."""

@@ -3,80 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..api.router_spec import SCORES
-from ..api.stack import StackExit, StackLayer, StackResult, StackShape
-from ..api.types import AttentionBatch, ExpertBudget, KVLayer, KVLayers
+from ..api.stack import (
+    SharedGroup,
+    StackAttention,
+    StackBlock,
+    StackExit,
+    StackExperts,
+    StackNorm,
+    StackResult,
+    StackShape,
+)
+from ..api.types import AttentionBatch, ExpertBudget, KVLayer, KVLayers, LinearWeights
 from .quantized import CpuQuantExperts, layout_of
-
-if TYPE_CHECKING:
-    from .backend import CpuBackend
-    from .shared_memory import CpuSharedGroup
 
 
 class CpuStack:
     """See :class:`.stack.Stack`.
 
     Arguments:
-        backend: whose layout the weights have.
-        shape, layers, exits: the model; exits rising.
+        isa: number of the instruction set whose layout the weights have.
+        dtype: of the weights.
+        shape, layers, exits: the model, its layers' blocks in the order in which they run; exits rising.
     """
 
     def __init__(
-        self, backend: CpuBackend, shape: StackShape, layers: Sequence[StackLayer], exits: Sequence[StackExit]
+        self,
+        isa: int,
+        dtype: torch.dtype,
+        shape: StackShape,
+        layers: Sequence[Sequence[StackBlock]],
+        exits: Sequence[StackExit],
     ) -> None:
-        sizes = [shape.hidden_size, shape.num_heads, shape.num_kv_heads, shape.head_dim]
         self._handle: Any = torch.classes.dynamoe_cpu.Stack(
-            backend.isa_number,
-            backend.dtype,
-            sizes,
-            shape.norm_per_head,
-            shape.norm_eps,
-            shape.residual_scale,
-            shape.attention_scale,
+            isa, dtype, shape.hidden_size, shape.norm_eps, shape.residual_scale
         )
-        self._channels = shape.head_dim
+        self._channels = next(block.head_dim for block in layers[0] if isinstance(block, StackAttention))
         self._counts: dict[int, torch.Tensor] = {}  # by rows
-        for layer in layers:
-            self._add_layer(layer)
+        for blocks in layers:
+            self._handle.add_layer([_native(block) for block in blocks])
         for exit in exits:
             self._add_exit(exit)
 
-    def share(self, group: CpuSharedGroup) -> None:
+    def share(self, group: SharedGroup) -> None:
         self._handle.share(group.handle)
-
-    def _add_layer(self, layer: StackLayer) -> None:
-        experts, rule = layer.ffn.data, layer.rule
-        quantised = isinstance(experts, CpuQuantExperts)
-        self._handle.add_layer(
-            layer.attention_norm_D,
-            layer.qkv.data.packed,
-            layer.qkv.data.bias,
-            layer.q_norm,
-            layer.k_norm,
-            layer.o.data.packed,
-            layer.o.data.bias,
-            layer.ffn_norm_D,
-            None if layer.router is None else layer.router.data.packed,
-            experts.gate_up,
-            experts.down,
-            experts.gate_up_bias,
-            experts.down_bias if quantised or rule is not None else experts.down_bias_sum,
-            [*experts.shape[:3], 0, experts.shape[3]] if quantised else list(experts.shape),
-            [] if rule is None else [rule.top_k, SCORES.index(rule.score), rule.softmax_after_topk, rule.renormalize],
-            1.0 if rule is None else rule.scale,
-            layer.contribution_scale_E,
-            layer.window or 0,
-            [
-                layout_of(layer.qkv),
-                layout_of(layer.o),
-                list(experts.gate_up_layout) if quantised else [],
-                list(experts.down_layout) if quantised else [],
-            ],
-        )
 
     def _add_exit(self, exit: StackExit) -> None:
         probe, pairs = exit.probe, [p.kv.data for p in exit.projections]
@@ -147,3 +121,59 @@ def _limits(budget: ExpertBudget | None) -> tuple[torch.Tensor | None, ...]:
 
 def _places(batch: AttentionBatch) -> tuple[torch.Tensor, ...]:
     return (batch.positions_T, batch.slots_T, batch.query_start_S1, batch.context_len_S, batch.block_table_SM)
+
+
+def _native(block: StackBlock) -> Any:
+    """A block as the C++ stack takes it: its kind, and tensors and numbers by name."""
+    if isinstance(block, StackNorm):
+        return _block("norm", {"weight": block.weight_D})
+    return _attention(block) if isinstance(block, StackAttention) else _experts(block)
+
+
+def _attention(block: StackAttention) -> Any:
+    heads = {"heads": block.num_heads, "kv_heads": block.num_kv_heads, "channels": block.head_dim}
+    return _block(
+        "attention",
+        {**_linear("qkv", block.qkv), **_linear("o", block.o), "q_norm": block.q_norm, "k_norm": block.k_norm},
+        {**heads, "norm_per_head": block.norm_per_head, "window": block.window or 0},
+        {"scale": block.scale},
+        {"qkv": layout_of(block.qkv), "o": layout_of(block.o)},
+    )
+
+
+def _experts(block: StackExperts) -> Any:
+    data, rule, router = block.ffn.data, block.rule, block.router
+    quantised = isinstance(data, CpuQuantExperts)
+    tensors = {
+        "gate_up": data.gate_up,
+        "down": data.down,
+        "gate_up_bias": data.gate_up_bias,
+        "down_bias": data.down_bias if quantised or rule is not None else data.down_bias_sum,
+        "contribution_scale": block.contribution_scale_E,
+    }
+    sizes = dict(zip(("experts", "hidden", "width"), data.shape, strict=False))
+    dense_down, activation = (0, data.shape[3]) if quantised else data.shape[3:]
+    integers = {**sizes, "dense_down": dense_down, "activation": activation}
+    layouts = {"gate_up": list(data.gate_up_layout), "down": list(data.down_layout)} if quantised else {}
+    if router is None or rule is None:
+        return _block("experts", tensors, integers, {}, layouts)
+    tensors["router"] = router.data.packed
+    integers |= {"top_k": rule.top_k, "score": SCORES.index(rule.score), "renormalize": rule.renormalize}
+    integers["softmax_after_topk"] = rule.softmax_after_topk
+    return _block("experts", tensors, integers, {"routing_scale": rule.scale}, layouts)
+
+
+def _linear(name: str, weights: LinearWeights) -> dict[str, torch.Tensor | None]:
+    return {name: weights.data.packed, f"{name}_bias": weights.data.bias}
+
+
+def _block(
+    kind: str,
+    tensors: dict[str, torch.Tensor | None],
+    integers: dict[str, int] | None = None,
+    floats: dict[str, float] | None = None,
+    layouts: dict[str, list[int]] | None = None,
+) -> Any:
+    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    whole = {name: int(number) for name, number in (integers or {}).items()}
+    return torch.classes.dynamoe_cpu.Block(kind, present, whole, floats or {}, layouts or {})

@@ -1,4 +1,4 @@
-"""Oracles of what happens at an exit: the probe's logits, who leaves, and the entropy of a router's choice.
+"""Oracles of what happens at an exit: the probe's logits, which rows exit, and the entropy of a router's choice.
 
 Shape suffixes as in ``types.py``; J inner width of a probe, X its inputs: the hidden state, then the state at the exit
 before, then the entropy of the routers in between, each where the probe looks at it.
@@ -56,16 +56,16 @@ def exit_decide(
     previous_TD: torch.Tensor | None = None,
     router_entropy_T: torch.Tensor | None = None,
 ) -> ExitDecision:
-    """Probe every row and sort the rows into those that stay and those that leave.
+    """Probe every row and sort the rows into those that continue and those that exit.
 
     Arguments:
-        thresholds_T: float32; a row leaves when its logit is at least this. +inf keeps a row whatever its logit is.
+        thresholds_T: float32; a row exits when its logit is at least this. With +inf it never exits.
         Others as for :func:`probe_logits`.
     """
     logits_T = probe_logits(x_TD, weights, previous_TD, router_entropy_T)
-    leaves_T = (logits_T >= thresholds_T) & (thresholds_T < torch.inf)
-    order_T = leaves_T.int().argsort(stable=True)
-    return ExitDecision(logits_T=logits_T, order_T=order_T, num_staying=int((~leaves_T).sum()))
+    exits_T = (logits_T >= thresholds_T) & (thresholds_T < torch.inf)
+    order_T = exits_T.int().argsort(stable=True)
+    return ExitDecision(logits_T=logits_T, order_T=order_T, num_staying=int((~exits_T).sum()))
 
 
 def router_entropy(logits: Sequence[torch.Tensor]) -> torch.Tensor:

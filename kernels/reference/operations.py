@@ -53,7 +53,14 @@ def write_kv(k_TGC: torch.Tensor, v_TGC: torch.Tensor, layer: KVLayer, slots_T: 
 
 
 def paged_attention(
-    q_THC: torch.Tensor, layer: KVLayer, batch: AttentionBatch, *, scale: float, window: int | None = None
+    q_THC: torch.Tensor,
+    layer: KVLayer,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    window: int | None = None,
+    sinks_H: torch.Tensor | None = None,
+    lse_TH: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal grouped-query attention of this step's rows over their sequences' pages.
 
@@ -62,6 +69,9 @@ def paged_attention(
         layer: the cache, which already holds this step's keys and values.
         scale: factor on the scores.
         window: a row of cache index i sees ``i - window + 1 … i`` (sliding window); None sees all up to i.
+        sinks_H: float32, a logit of each head that takes part in the softmax and has no value; it is not scaled.
+        lse_TH: float32; if given, takes the logarithm of the softmax's denominator, the sink's term included. It joins
+            parts of a context that were attended apart.
 
     Returns: attention output, (T, H, C), in the queries' dtype.
     """
@@ -82,7 +92,13 @@ def paged_attention(
         hidden_TL = behind_TL < 0
         if window is not None:
             hidden_TL = hidden_TL | (behind_TL >= window)
-        probs_HTL = scores_HTL.masked_fill(hidden_TL, float("-inf")).softmax(-1)
+        scores_HTL = scores_HTL.masked_fill(hidden_TL, float("-inf"))
+        if sinks_H is not None:
+            sinks_HT1 = sinks_H.to(scores_HTL.dtype)[:, None, None].expand(-1, scores_HTL.shape[1], 1)
+            scores_HTL = torch.cat((scores_HTL, sinks_HT1), -1)
+        if lse_TH is not None:
+            lse_TH[rows] = scores_HTL.logsumexp(-1).T.to(lse_TH.dtype)
+        probs_HTL = scores_HTL.softmax(-1)[..., :length]
         out_THC[rows] = torch.einsum("htl,hlc->thc", probs_HTL, v_HLC).to(q_THC.dtype)
     return out_THC
 

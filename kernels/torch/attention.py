@@ -14,21 +14,37 @@ from ..api.types import AttentionBatch, KVLayer
 
 
 def run_attention(
-    q_THC: torch.Tensor, layer: KVLayer, batch: AttentionBatch, *, scale: float, window: int | None = None
+    q_THC: torch.Tensor,
+    layer: KVLayer,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    window: int | None = None,
+    sinks_H: torch.Tensor | None = None,
+    lse_TH: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What :func:`reference.paged_attention` computes, (T, H, C). A step that only decodes never waits for a device."""
     if batch.max_query_len == 1:
-        return _decode(q_THC, layer, batch, scale, window)
+        return _decode(q_THC, layer, batch, scale, window, sinks_H, lse_TH)
     out_THC = torch.empty_like(q_THC)
     starts, lengths = batch.query_start_S1.tolist(), batch.context_len_S.tolist()
     for s, length in enumerate(lengths):
         rows = slice(starts[s], starts[s + 1])
-        out_THC[rows] = _one_sequence(q_THC[rows], layer, batch.block_table_SM[s], length, scale, window)
+        lse_RH = None if lse_TH is None else lse_TH[rows]
+        out_THC[rows] = _one_sequence(
+            q_THC[rows], layer, batch.block_table_SM[s], length, scale, window, sinks_H, lse_RH
+        )
     return out_THC
 
 
 def _decode(
-    q_SHC: torch.Tensor, layer: KVLayer, batch: AttentionBatch, scale: float, window: int | None
+    q_SHC: torch.Tensor,
+    layer: KVLayer,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None,
+    sinks_H: torch.Tensor | None,
+    lse_SH: torch.Tensor | None,
 ) -> torch.Tensor:
     page, device = layer.page_size, q_SHC.device
     lengths_S1 = batch.context_len_S[:, None].long()
@@ -51,11 +67,22 @@ def _decode(
     # Heads of a group become rows, so that one pass over the keys serves them all.
     q_SGRC = q_SHC.unflatten(1, (k_SGLC.shape[1], -1))
     seen_S11L = ~hidden_SL[:, None, None, :]
+    if sinks_H is not None or lse_SH is not None:
+        q_SH1C = q_SHC[:, :, None]
+        lse_SH1 = None if lse_SH is None else lse_SH[:, :, None]
+        return _with_sinks(q_SH1C, k_SGLC, v_SGLC, seen_S11L, scale, sinks_H, lse_SH1)[:, :, 0]
     return F.scaled_dot_product_attention(q_SGRC, k_SGLC, v_SGLC, attn_mask=seen_S11L, scale=scale).flatten(1, 2)
 
 
 def _one_sequence(
-    q_RHC: torch.Tensor, layer: KVLayer, table_M: torch.Tensor, length: int, scale: float, window: int | None
+    q_RHC: torch.Tensor,
+    layer: KVLayer,
+    table_M: torch.Tensor,
+    length: int,
+    scale: float,
+    window: int | None,
+    sinks_H: torch.Tensor | None,
+    lse_RH: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attention of a sequence's last rows, (R, H, C), with R rows here."""
     page, num_rows = layer.page_size, q_RHC.shape[0]
@@ -65,7 +92,8 @@ def _one_sequence(
     start, stop = first * page, length
     k_1GLC = _gather(layer.keys_BGPC, pages_1W, layer, q_RHC.dtype)[:, :, : stop - start]
     v_1GLC = _gather(layer.values_BGPC, pages_1W, layer, q_RHC.dtype)[:, :, : stop - start]
-    causal = past == 0 and (window is None or length <= window)
+    explicit = sinks_H is not None or lse_RH is not None
+    causal = past == 0 and (window is None or length <= window) and not explicit
     mask_RL = None
     if not causal:
         behind_RL = torch.arange(past, length, device=q_RHC.device)[:, None] - torch.arange(
@@ -74,6 +102,10 @@ def _one_sequence(
         mask_RL = behind_RL >= 0
         if window is not None:
             mask_RL &= behind_RL < window
+    if explicit:
+        assert mask_RL is not None
+        q_1HRC, lse_1HR = q_RHC.transpose(0, 1)[None], None if lse_RH is None else lse_RH.T[None]
+        return _with_sinks(q_1HRC, k_1GLC, v_1GLC, mask_RL, scale, sinks_H, lse_1HR)[0].transpose(0, 1)
     out_1HRC = F.scaled_dot_product_attention(
         q_RHC.transpose(0, 1)[None],
         k_1GLC,
@@ -84,6 +116,32 @@ def _one_sequence(
         enable_gqa=q_RHC.shape[1] != k_1GLC.shape[1],
     )
     return out_1HRC[0].transpose(0, 1)
+
+
+def _with_sinks(
+    q_SHRC: torch.Tensor,
+    k_SGLC: torch.Tensor,
+    v_SGLC: torch.Tensor,
+    seen: torch.Tensor,
+    scale: float,
+    sinks_H: torch.Tensor | None,
+    lse_SHR: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention step by step, (S, H, R, C): torch's own takes no sinks and does not tell its denominator.
+
+    Arguments:
+        seen: which positions every row sees; broadcast to (S, H, R, L).
+        lse_SHR: takes the logarithm of the denominator.
+    """
+    repeats = q_SHRC.shape[1] // k_SGLC.shape[1]
+    k_SHLC, v_SHLC = (x.float().repeat_interleave(repeats, 1) for x in (k_SGLC, v_SGLC))
+    scores_SHRL = q_SHRC.float() @ k_SHLC.transpose(-1, -2) * scale
+    total_SHR = scores_SHRL.masked_fill_(~seen, float("-inf")).logsumexp(-1)
+    if sinks_H is not None:
+        total_SHR = torch.logaddexp(total_SHR, sinks_H[:, None])
+    if lse_SHR is not None:
+        lse_SHR.copy_(total_SHR)
+    return ((scores_SHRL - total_SHR[..., None]).exp_() @ v_SHLC).to(q_SHRC.dtype)
 
 
 def _gather(stored_BGPX: torch.Tensor, pages_SW: torch.Tensor, layer: KVLayer, dtype: torch.dtype) -> torch.Tensor:

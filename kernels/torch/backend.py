@@ -13,7 +13,7 @@ from ..api.formats import UNQUANTIZED, ActivationScheme
 from ..api.kv_codes import KV_DTYPES
 from ..api.quantized_weight import QuantizedWeight
 from ..api.router_spec import RouterSpec
-from ..api.stack import Stack, StackExit, StackLayer, StackShape
+from ..api.stack import Stack, StackBlock, StackExit, StackShape
 from ..api.types import (
     AttentionBatch,
     ExitDecision,
@@ -135,7 +135,7 @@ class TorchBackend:
         return F.linear(x_TI, *weights.data)
 
     def logits_linear(self, x_TI: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
-        """The same in float32: rounding logits to 16 bits would make ties of what the model told apart."""
+        """The same in float32: rounding logits to 16 bits would make different logits equal."""
         if isinstance(weights.data, QuantLinear):
             return weights.data.run(x_TI)
         weight_OI, bias_O = weights.data
@@ -279,9 +279,11 @@ class TorchBackend:
         *,
         scale: float,
         window: int | None = None,
+        sinks_H: torch.Tensor | None = None,
+        lse_TH: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Causal attention over the paged cache, (T, H, C). See :func:`reference.paged_attention`."""
-        return run_attention(q_THC, layer, batch, scale=scale, window=window)
+        return run_attention(q_THC, layer, batch, scale=scale, window=window, sinks_H=sinks_H, lse_TH=lse_TH)
 
     def exit_decide(
         self,
@@ -291,7 +293,7 @@ class TorchBackend:
         previous_TD: torch.Tensor | None = None,
         router_entropy_T: torch.Tensor | None = None,
     ) -> ExitDecision:
-        """Sort rows into those that stay and those that leave. See :func:`exit_reference.exit_decide`."""
+        """Sort rows into those that continue and those that exit. See :func:`exit_reference.exit_decide`."""
         return exit_reference.exit_decide(x_TD, probe, thresholds_T, previous_TD, router_entropy_T)
 
     def router_entropy(self, logits: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -309,7 +311,7 @@ class TorchBackend:
         norm_eps: float,
         clip: float | None = None,
     ) -> None:
-        """Write the keys and values that layers make of one and the same residual stream: what a row that leaves owes.
+        """KV propagation: write the keys and values of layers that exiting rows skip, from the state at the exit.
 
         Arguments:
             x_TD: residual stream at the exit.
@@ -330,9 +332,12 @@ class TorchBackend:
             k_TGC, v_TGC = (part.unflatten(-1, (-1, head_dim)) for part in (k_TX, v_TX))
             if k_norm is not None and per_head:
                 k_TGC = self.rms_norm(k_TGC.reshape(-1, head_dim).contiguous(), k_norm, norm_eps).view(k_TGC.shape)
-            # The operation rotates queries as well; keys stand in for them, and nobody looks at the result.
+            # The operation rotates queries too; keys are passed in their place, and the result is not used.
             self.rope_and_write(k_TGC, k_TGC, v_TGC, cos_sin_LC, batch, layer)
 
-    def make_stack(self, shape: StackShape, layers: Sequence[StackLayer], exits: Sequence[StackExit]) -> Stack | None:
-        """Layers and exits that this backend runs at once; None where it goes operation by operation."""
+    def make_stack(
+        self, shape: StackShape, layers: Sequence[Sequence[StackBlock]], exits: Sequence[StackExit]
+    ) -> Stack | None:
+        """Layers, as lists of blocks, and exits that this backend runs at once; None where it goes operation by
+        operation."""
         return None

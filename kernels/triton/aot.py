@@ -25,13 +25,18 @@ from ..api.formats import FP8_PER_GROUP, GROUPS, INT8_PER_GROUP, UNQUANTIZED, Ac
 from ..api.kv_codes import KV_DTYPES
 from ..api.router_spec import RouterSpec
 from ..api.support import ROUTERS
-from .backend import WarmUpShape
 from .device import LISTED
-from .experts import ACTIVATIONS, ExpertPlanner
+from .experts import ACTIVATIONS, ExpertsCall
 from .launch import Launch
+from .norm import RopeCall
+from .paged_attention import AttentionCall
 from .quantized import StoredWeight, plan_quant, plan_rows, quant_config
+from .quantized_layers import LinearCall
+from .router import RouteCall
+from .shapes import Steps, WarmUpShape, meta
 from .tuning import TuningCache
-from .warmup import attention_launches, exit_launches, mixture_launches, norm_launches
+from .variants import Planner, variants
+from .warmup import OPERATIONS, layer_launches
 
 
 def _shape(
@@ -76,7 +81,7 @@ TOKENS = (1, 8, 64, 512, 8192)
 CACHES = "caches"  # in place of a shape: keys and values in 8 bits, on the attention of every shape
 QUANTISED = "quantised"  # in place of a shape: every format of weights, on one layer
 VARIANTS = "variants"  # in place of a shape: every routing rule, activation and kind of bias, on one layer
-_PRODUCTS = ("gate_up_kernel", "down_kernel", "quant_gemm_kernel")
+NAMES = (*SHAPES, VARIANTS, CACHES, QUANTISED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +96,7 @@ class Report:
     shared: int
     spills: int
     tensor_core: str
-    prefill: bool
+    prefill: bool  # a product over tiles of 64 rows or more
 
     @property
     def complaint(self) -> str | None:
@@ -99,55 +104,33 @@ class Report:
         if self.spills:
             return f"{self.kernel} for {self.target} at {self.tokens} tokens ({self.blocks}) spills {self.spills} bytes"
         wanted = "wgmma" if self.target == "sm_90" else "mma" if self.target.startswith("sm_") else "mfma"
-        if self.prefill and self.kernel in _PRODUCTS and self.tensor_core != wanted:
+        if self.prefill and self.tensor_core != wanted:
             return f"{self.kernel} for {self.target} uses {self.tensor_core or 'no tensor cores'}, not {wanted}"
         return None
 
 
-def launches_of(shape: WarmUpShape, planner: ExpertPlanner, dtype: torch.dtype) -> Iterator[tuple[int, Launch]]:
-    """The launches of a layer over ``TOKENS``, with the number of tokens that they are for."""
-    seen = set()
-    for tokens in TOKENS:
-        launches = norm_launches(shape, tokens, dtype) + mixture_launches(shape, tokens, dtype, planner)
-        launches += exit_launches(shape, tokens, dtype)
-        decodes = tokens <= shape.max_sequences
-        launches += attention_launches(
-            shape, tokens if decodes else 1, 1 if decodes else tokens, shape.max_context, dtype, planner
-        )
-        for launch in launches:
-            if launch.variant() not in seen:
-                seen.add(launch.variant())
+def launches_of(name: str, planner: Planner, dtype: torch.dtype) -> Iterator[tuple[int, Launch]]:
+    """The launches of one of ``NAMES`` over some numbers of tokens, with the number that they are for."""
+    if name == QUANTISED:
+        yield from quantised_launches(dtype, planner)
+        return
+    shapes, counts, operations = [SHAPES.get(name, SHAPES["granite-1b-a400m"])], TOKENS, OPERATIONS
+    if name == VARIANTS:
+        specs = [spec for spec, _, _ in ROUTERS.values() if not spec.drops]
+        shapes = [replace(shapes[0], biased=True), *(replace(shapes[0], router=spec) for spec in specs)]
+        shapes += [replace(shapes[0], activation=name, biased=True) for name in ACTIVATIONS]
+        counts, operations = (1, 64, 2048), (RouteCall, ExpertsCall)
+    elif name == CACHES:
+        kinds = [kept for kept in KV_DTYPES.values() if kept is not None]
+        shapes = [replace(shape, kv_dtype=kept) for shape in SHAPES.values() for kept in kinds]
+        counts, operations = (1, 64, 8192), (RopeCall, AttentionCall)
+    for shape in shapes:
+        for tokens in counts:
+            for launch in layer_launches(shape, Steps.of(tokens, shape), dtype, planner, operations):
                 yield tokens, launch
 
 
-def variant_launches(planner: ExpertPlanner, dtype: torch.dtype) -> Iterator[tuple[int, Launch]]:
-    """The launches that the shapes leave out, with the number of tokens that they are for."""
-    base = SHAPES["granite-1b-a400m"]
-    shapes = [replace(base, router=spec) for spec, _, _ in ROUTERS.values() if not spec.drops]
-    shapes += [replace(base, activation=name) for name in ACTIVATIONS]
-    seen = set()
-    for shape in shapes:
-        for tokens in (1, 64, 2048):
-            for launch in mixture_launches(shape, tokens, dtype, planner, biased=shape.router is base.router):
-                if launch.variant() not in seen:
-                    seen.add(launch.variant())
-                    yield tokens, launch
-
-
-def cache_launches(planner: ExpertPlanner, dtype: torch.dtype) -> Iterator[tuple[int, Launch]]:
-    """The launches that read and write keys and values of 8 bits, with the number of tokens that they are for."""
-    seen = set()
-    for shape in SHAPES.values():
-        for kept in filter(None, KV_DTYPES.values()):
-            for sequences, query_len in ((1, 1), (shape.max_sequences, 1), (1, 8192)):
-                narrow = replace(shape, kv_dtype=kept)
-                for launch in attention_launches(narrow, sequences, query_len, shape.max_context, dtype, planner):
-                    if "FORMAT" in launch.constexprs and launch.variant() not in seen:
-                        seen.add(launch.variant())
-                        yield sequences * query_len, launch
-
-
-def quantised_launches(dtype: torch.dtype, native_fp8: bool) -> Iterator[tuple[int, Launch]]:
+def quantised_launches(dtype: torch.dtype, planner: Planner) -> Iterator[tuple[int, Launch]]:
     """Gated and plain products with every format, for few rows and for many, with the number of rows."""
     n, k = 512, 1024
     as_they_are = (
@@ -167,22 +150,21 @@ def quantised_launches(dtype: torch.dtype, native_fp8: bool) -> Iterator[tuple[i
         ("int4", group, offsets, ActivationScheme("int8", group)) for group in GROUPS for offsets in (False, True)
     ]
     for name, group, has_offsets, scheme in formats:
-        width = k // 2 if name == "int4" else k
-        scales = torch.empty(n, k // group if group else 1, device="meta")
-        codes = torch.empty(n, width, dtype=torch.uint8, device="meta")
+        scales, codes = meta(n, k // group if group else 1), meta(n, k // 2 if name == "int4" else k, dtype=torch.uint8)
         weight = StoredWeight(name, codes, scales, scales if has_offsets else None, group, n, k)
         for rows in (8, 2048):
-            x, before = plan_rows(torch.empty(rows, k, dtype=dtype, device="meta"), scheme)
-            out = torch.empty(rows, n, dtype=dtype, device="meta")
-            yield from ((rows, launch) for launch in before)
-            for up in (None, weight):
-                config = quant_config(rows, group, gated=up is not None, scheme=scheme)
-                yield rows, plan_quant(x, weight, None, out, config, up=up, native_fp8=native_fp8)
+            x_TI = meta(rows, k, dtype=dtype)
+            out_TO, launches = planner.plan(LinearCall(x_TI, weight, None, scheme, dtype))
+            config = quant_config(rows, group, gated=True, scheme=scheme)
+            x, _ = plan_rows(x_TI, scheme)
+            gated = plan_quant(x, weight, None, out_TO, config, up=weight, native_fp8=planner.device.has_fp8)
+            yield from ((rows, launch) for launch in (*launches, gated))
 
 
 def inspect(launch: Launch, target: str, tokens: int) -> Report:
     """Compile a launch for a listed target."""
     compiled = launch.compile(LISTED[target].target)
+    products = [kernel for variant in variants() for kernel in variant.products]
     registers, spills = _resources(compiled)
     blocks = [
         f"{k[6:].lower()}{launch.constexprs[k]}" for k in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if k in launch.constexprs
@@ -196,7 +178,7 @@ def inspect(launch: Launch, target: str, tokens: int) -> Report:
         shared=compiled.metadata.shared,
         spills=spills,
         tensor_core=_tensor_core(compiled),
-        prefill=launch.constexprs.get("BLOCK_M", 0) >= 64,
+        prefill=launch.kernel in products and launch.constexprs.get("BLOCK_M", 0) >= 64,
     )
 
 
@@ -230,24 +212,17 @@ def reports(
     """Compile what a layer of ``shape`` launches on ``target``; all kernels, or those named."""
     if knobs.runtime.interpret:
         raise ValueError("Triton is in interpreter mode (TRITON_INTERPRET=1): nothing can be compiled")
-    planner = ExpertPlanner(LISTED[target], TuningCache("nobody's", version="none"))
-    if shape == QUANTISED:
-        launches = quantised_launches(dtype, planner.device.has_fp8)
-    elif shape == CACHES:
-        launches = cache_launches(planner, dtype)
-    elif shape == VARIANTS:
-        launches = variant_launches(planner, dtype)
-    else:
-        launches = launches_of(SHAPES[shape], planner, dtype)
-    for tokens, launch in launches:
-        if not kernels or launch.name in kernels:
+    planner, seen = Planner(LISTED[target], TuningCache("nobody's")), set()
+    for tokens, launch in launches_of(shape, planner, dtype):
+        if launch.variant() not in seen and (not kernels or launch.name in kernels):
+            seen.add(launch.variant())
             yield inspect(launch, target, tokens)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=[*LISTED, "all"], default="all")
-    parser.add_argument("--shape", choices=[*SHAPES, VARIANTS, CACHES, QUANTISED, "all"], default="all")
+    parser.add_argument("--shape", choices=[*NAMES, "all"], default="all")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--kernel", nargs="*", default=(), help="only these")
     options = parser.parse_args()
@@ -255,7 +230,7 @@ def main() -> int:
     print(f"Triton {triton.__version__}, {options.dtype}")
     print(f"{'target':7} {'shape':17} {'tokens':>6} {'kernel':22} {'configuration':27} regs shared spills tensor cores")
     for target in LISTED if options.target == "all" else [options.target]:
-        for shape in (*SHAPES, VARIANTS, CACHES, QUANTISED) if options.shape == "all" else [options.shape]:
+        for shape in NAMES if options.shape == "all" else [options.shape]:
             for r in reports(target, shape, getattr(torch, options.dtype), tuple(options.kernel)):
                 line = f"{target:7} {shape:17} {r.tokens:6} {r.kernel:22} {r.blocks:27} {r.registers:4} {r.shared:6}"
                 print(f"{line} {r.spills:6} {r.tensor_core}", flush=True)

@@ -36,12 +36,12 @@ class AttentionConfig:
 @triton.jit(do_not_specialize=["num_rows", "window", "table_stride"])
 def attention_kernel(
     q_ptr, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr, out_ptr, part_ptr, part_max_ptr, part_sum_ptr,
-    query_start_ptr, context_len_ptr, block_table_ptr,
+    sinks_ptr, lse_ptr, query_start_ptr, context_len_ptr, block_table_ptr,
     log2_scale, window, num_rows,
     q_stride_t, q_stride_h, stride_b, stride_g, stride_p, scale_b, scale_g, scale_p, table_stride,
     G: tl.constexpr, HEADS: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
-    FORMAT: tl.constexpr, NATIVE_FP8: tl.constexpr,
+    FORMAT: tl.constexpr, NATIVE_FP8: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
     """HEADS is query heads per key/value head. With SPLITS > 1 unnormalised parts go to ``part_*``, else to ``out``.
 
@@ -118,6 +118,16 @@ def attention_kernel(
         tl.store(part_sum_ptr + item_M, sum_M, mask=ok_M)
         tl.store(part_ptr + item_M[:, None] * C + c[None, :], acc_MC, mask=ok_MC)
     else:
+        if SINKS:
+            sink_M = tl.load(sinks_ptr + head_M, mask=ok_M, other=0.0) * 1.4426950408889634
+            new_max_M = tl.maximum(max_M, sink_M)
+            decay_M = tl.exp2(max_M - new_max_M)
+            sum_M = sum_M * decay_M + tl.exp2(sink_M - new_max_M)
+            acc_MC *= decay_M[:, None]
+            max_M = new_max_M
+        if LSE:
+            lse_M = (max_M + tl.log2(sum_M)) * 0.6931471805599453
+            tl.store(lse_ptr + row_M.to(tl.int64) * (G * HEADS) + head_M, lse_M, mask=ok_M)
         out_MC = acc_MC / tl.where(sum_M == 0.0, 1.0, sum_M)[:, None]
         out_at_MC = out_ptr + (row_M.to(tl.int64) * (G * HEADS) + head_M)[:, None] * C + c[None, :]
         tl.store(out_at_MC, out_MC.to(out_ptr.dtype.element_ty), mask=ok_MC)
@@ -125,22 +135,31 @@ def attention_kernel(
 
 @triton.jit(do_not_specialize=["num_items"])
 def merge_kernel(
-    part_ptr, part_max_ptr, part_sum_ptr, out_ptr, num_items,
-    C: tl.constexpr, C_PAD: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
+    part_ptr, part_max_ptr, part_sum_ptr, out_ptr, sinks_ptr, lse_ptr, num_items,
+    HEADS: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
+    SINKS: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
-    """One (row, head): ``sum_s 2^(max_s - max) part_s / sum_s 2^(max_s - max) sum_s``."""
+    """One (row, head): ``sum_s 2^(max_s - max) part_s / sum_s 2^(max_s - max) sum_s``; HEADS is all query heads."""
     item = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, SPLITS_PAD)
     ok_S = s < SPLITS
     max_S = tl.load(part_max_ptr + s * num_items + item, mask=ok_S, other=float("-inf"))
     sum_S = tl.load(part_sum_ptr + s * num_items + item, mask=ok_S, other=0.0)
-    factor_S = tl.exp2(max_S - tl.max(max_S, axis=0))
+    top = tl.max(max_S, axis=0)
+    if SINKS:
+        sink = tl.load(sinks_ptr + item % HEADS) * 1.4426950408889634
+        top = tl.maximum(top, sink)
+    factor_S = tl.exp2(max_S - top)
     c = tl.arange(0, C_PAD)
     ok_C = c < C
     part_SC = tl.load(
         part_ptr + (s * num_items + item)[:, None] * C + c[None, :], mask=ok_S[:, None] & ok_C[None, :], other=0.0
     )
     total = tl.sum(factor_S * sum_S, axis=0)
+    if SINKS:
+        total += tl.exp2(sink - top)
+    if LSE:
+        tl.store(lse_ptr + item, (top + tl.log2(total)) * 0.6931471805599453)
     out_C = tl.sum(factor_S[:, None] * part_SC, axis=0) / total
     tl.store(out_ptr + item * C + c, out_C.to(out_ptr.dtype.element_ty), mask=ok_C)
 
@@ -155,11 +174,14 @@ def plan_attention(
     window: int | None,
     config: AttentionConfig,
     native_fp8: bool = False,
+    sinks_H: torch.Tensor | None = None,
+    lse_TH: torch.Tensor | None = None,
 ) -> list[Launch]:
     """Launches that write every element of ``out_THC`` (contiguous). Channels of all inputs must be contiguous.
 
     Arguments:
         native_fp8: whether the device converts e4m3, so that arithmetic need not.
+        sinks_H, lse_TH: see :func:`reference.paged_attention`.
 
     Raises:
         ValueError: when the channels of an input or the batch's numbers are strided, or keys and values have different
@@ -171,6 +193,8 @@ def plan_attention(
         query_start_S1=batch.query_start_S1,
         context_len_S=batch.context_len_S,
         block_table_SM=batch.block_table_SM[:1],  # its rows may lie apart
+        sinks_H=sinks_H,
+        lse_TH=lse_TH,
     )
     num_rows, num_heads, head_dim = q_THC.shape
     num_kv_heads = kv.keys.shape[1]
@@ -196,6 +220,8 @@ def plan_attention(
                 "part_ptr": parts,
                 "part_max_ptr": part_max,
                 "part_sum_ptr": part_sum,
+                "sinks_ptr": sinks_H if splits == 1 else None,
+                "lse_ptr": lse_TH if splits == 1 else None,
                 "query_start_ptr": batch.query_start_S1,
                 "context_len_ptr": batch.context_len_S,
                 "block_table_ptr": batch.block_table_SM,
@@ -223,6 +249,8 @@ def plan_attention(
                 "WINDOW": window is not None,
                 "FORMAT": kv.format,
                 "NATIVE_FP8": native_fp8 and kv.format == "fp8",
+                "SINKS": sinks_H is not None and splits == 1,
+                "LSE": lse_TH is not None and splits == 1,
             },
             num_warps=config.num_warps,
             num_stages=config.num_stages,
@@ -238,9 +266,19 @@ def plan_attention(
                     "part_max_ptr": part_max,
                     "part_sum_ptr": part_sum,
                     "out_ptr": out_THC,
+                    "sinks_ptr": sinks_H,
+                    "lse_ptr": lse_TH,
                     "num_items": num_rows * num_heads,
                 },
-                constexprs={"C": head_dim, "C_PAD": c_pad, "SPLITS": splits, "SPLITS_PAD": next_power_of_2(splits)},
+                constexprs={
+                    "HEADS": num_heads,
+                    "C": head_dim,
+                    "C_PAD": c_pad,
+                    "SPLITS": splits,
+                    "SPLITS_PAD": next_power_of_2(splits),
+                    "SINKS": sinks_H is not None,
+                    "LSE": lse_TH is not None,
+                },
                 num_warps=2,
             )
         )

@@ -1,6 +1,9 @@
-"""One launch at an exit: probe every row, then sort the rows into those that stay and those that leave."""
+"""One launch at an exit: probe every row, then sort the rows into those that continue and those that exit."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -9,9 +12,13 @@ import triton.language as tl
 
 from ..api.types import ProbeWeights
 from ..reference.exits import PROBE_EPS
-from .launch import Launch, next_power_of_2
+from .device import DeviceProperties
+from .launch import Launch, next_power_of_2, require_contiguous
+from .shapes import Steps, WarmUpShape, meta
+from .variants import Call, OpVariant, Planned, Planner, RowProblem, Tilings, register
 
 ORDER_BLOCK = 256
+Decision = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @triton.jit
@@ -36,7 +43,7 @@ def _products(x_ptr, weight_ptr, row, width, inputs, J: tl.constexpr, J_PAD: tl.
 
 
 @triton.jit
-def _leaves(logits_ptr, thresholds_ptr, row_R, ok_R):
+def _exits(logits_ptr, thresholds_ptr, row_R, ok_R):
     threshold_R = tl.load(thresholds_ptr + row_R, mask=ok_R, other=0.0)
     # Other programs wrote these, perhaps into lines that this one's first-level cache holds.
     logit_R = tl.load(logits_ptr + row_R, mask=ok_R, other=0.0, cache_modifier=".cg")
@@ -44,32 +51,32 @@ def _leaves(logits_ptr, thresholds_ptr, row_R, ok_R):
 
 
 @triton.jit
-def _order(logits_ptr, thresholds_ptr, order_ptr, staying_ptr, num_rows, ROWS: tl.constexpr):
-    """Two passes over the rows: count those that stay, then give every row its place."""
-    staying = 0
+def _order(logits_ptr, thresholds_ptr, order_ptr, continuing_ptr, num_rows, ROWS: tl.constexpr):
+    """Two passes over the rows: count those that continue, then give every row its place."""
+    continuing = 0
     for first in range(0, num_rows, ROWS):
         row = first + tl.arange(0, ROWS)
         ok_R = row < num_rows
-        leaves_R = _leaves(logits_ptr, thresholds_ptr, row, ok_R)
-        staying += tl.sum((ok_R & (leaves_R == 0)).to(tl.int32), axis=0)
-    stayed, left = 0, staying
+        exits_R = _exits(logits_ptr, thresholds_ptr, row, ok_R)
+        continuing += tl.sum((ok_R & (exits_R == 0)).to(tl.int32), axis=0)
+    next_on, next_off = 0, continuing
     for first in range(0, num_rows, ROWS):
         row = first + tl.arange(0, ROWS)
         ok_R = row < num_rows
-        leaves_R = _leaves(logits_ptr, thresholds_ptr, row, ok_R)
-        stays_R = (ok_R & (leaves_R == 0)).to(tl.int32)
-        goes_R = (ok_R & leaves_R).to(tl.int32)
-        place_R = tl.where(stays_R == 1, stayed + tl.cumsum(stays_R, axis=0), left + tl.cumsum(goes_R, axis=0)) - 1
+        exits_R = _exits(logits_ptr, thresholds_ptr, row, ok_R)
+        on_R = (ok_R & (exits_R == 0)).to(tl.int32)
+        off_R = (ok_R & exits_R).to(tl.int32)
+        place_R = tl.where(on_R == 1, next_on + tl.cumsum(on_R, axis=0), next_off + tl.cumsum(off_R, axis=0)) - 1
         tl.store(order_ptr + place_R, row.to(tl.int64), mask=ok_R)
-        stayed += tl.sum(stays_R, axis=0)
-        left += tl.sum(goes_R, axis=0)
-    tl.store(staying_ptr, staying)
+        next_on += tl.sum(on_R, axis=0)
+        next_off += tl.sum(off_R, axis=0)
+    tl.store(continuing_ptr, continuing)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def exit_decide_kernel(
     x_ptr, previous_ptr, entropy_ptr, weight_ptr, bias_ptr, out_ptr, out_bias_ptr, thresholds_ptr, logits_ptr,
-    order_ptr, staying_ptr, ticket_ptr, num_rows, width, eps,
+    order_ptr, continuing_ptr, ticket_ptr, num_rows, width, eps,
     J: tl.constexpr, J_PAD: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One program per row; the last one to finish orders all rows. The ticket is back at zero afterwards."""
@@ -100,57 +107,88 @@ def exit_decide_kernel(
     tl.debug_barrier()
     ticket = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu")
     if ticket == tl.num_programs(0) - 1:
-        _order(logits_ptr, thresholds_ptr, order_ptr, staying_ptr, num_rows, ROWS)
+        _order(logits_ptr, thresholds_ptr, order_ptr, continuing_ptr, num_rows, ROWS)
         tl.store(ticket_ptr, 0)
 
 
-def plan_exit_decide(
-    x_TD: torch.Tensor,
-    probe: ProbeWeights,
-    thresholds_T: torch.Tensor,
-    previous_TD: torch.Tensor | None,
-    router_entropy_T: torch.Tensor | None,
-    ticket: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Launch]:
-    """The launch of :func:`exit_reference.exit_decide`, whose tensors are contiguous.
+@dataclass(frozen=True)
+class ExitCall(Call[Decision]):
+    """:func:`exit_reference.exit_decide` of contiguous tensors: logits (float32, (T,)), order (int64, (T,)), and the
+    number of rows that continue (int32, (1,)).
 
     Arguments:
         ticket: int32, one element, zero between launches of a stream.
-
-    Returns: what it fills: logits (float32, (T,)), order (int64, (T,)), number of rows that stay (int32, (1,)).
     """
-    num_rows, width = x_TD.shape
-    inner = probe.weight_JX.shape[0]
-    logits_T = torch.empty(num_rows, device=x_TD.device)
-    order_T = torch.empty(num_rows, dtype=torch.int64, device=x_TD.device)
-    staying = torch.empty(1, dtype=torch.int32, device=x_TD.device)
-    launch = Launch(
-        kernel=exit_decide_kernel,
-        grid=(num_rows,),
-        args={
-            "x_ptr": x_TD,
-            "previous_ptr": previous_TD if probe.previous else None,
-            "entropy_ptr": router_entropy_T if probe.router_entropy else None,
-            "weight_ptr": probe.weight_JX,
-            "bias_ptr": probe.bias_J,
-            "out_ptr": probe.out_J,
-            "out_bias_ptr": probe.out_bias,
-            "thresholds_ptr": thresholds_T,
-            "logits_ptr": logits_T,
-            "order_ptr": order_T,
-            "staying_ptr": staying,
-            "ticket_ptr": ticket,
-            "num_rows": num_rows,
-            "width": width,
-            "eps": PROBE_EPS,
-        },
-        constexprs={
-            "J": inner,
-            "J_PAD": next_power_of_2(inner),
-            "D_PAD": next_power_of_2(width),
-            "BLOCK": min(256, next_power_of_2(width)),
-            "ROWS": ORDER_BLOCK,
-        },
-        num_warps=4,
-    )
-    return logits_T, order_T, staying, launch
+
+    operation = "exit_decide"
+
+    x_TD: torch.Tensor
+    probe: ProbeWeights
+    thresholds_T: torch.Tensor
+    previous_TD: torch.Tensor | None
+    router_entropy_T: torch.Tensor | None
+    ticket: torch.Tensor
+
+    def problem(self) -> RowProblem:
+        return RowProblem.of(self.x_TD)
+
+    @classmethod
+    def of_layer(cls, layer: WarmUpShape, steps: Steps, dtype: torch.dtype, planner: Planner) -> Iterator[ExitCall]:
+        for inner, two_layers, previous, router_entropy in layer.probes:
+            probe = ProbeWeights(
+                weight_JX=meta(inner, layer.hidden_size * (1 + previous) + router_entropy),
+                bias_J=meta(inner),
+                out_J=meta(inner) if two_layers else None,
+                out_bias=meta() if two_layers else None,
+                previous=previous,
+                router_entropy=router_entropy,
+            )
+            for tokens in steps.tokens:
+                x_TD, rows_T = meta(tokens, layer.hidden_size), meta(tokens)
+                yield cls(x_TD, probe, rows_T, x_TD, rows_T, meta(1, dtype=torch.int32))
+
+
+@register
+class RowExit(OpVariant[ExitCall, RowProblem]):
+    """A program per row; the last one to finish orders them."""
+
+    call, name, kernels = ExitCall, "rows", (exit_decide_kernel,)
+
+    def plan(self, call: ExitCall, tilings: Tilings, device: DeviceProperties) -> Planned[Decision]:
+        x_TD, probe = call.x_TD, call.probe
+        require_contiguous(x_TD=x_TD, thresholds_T=call.thresholds_T, previous_TD=call.previous_TD)
+        num_rows, width = x_TD.shape
+        inner = probe.weight_JX.shape[0]
+        logits_T = torch.empty(num_rows, device=x_TD.device)
+        order_T = torch.empty(num_rows, dtype=torch.int64, device=x_TD.device)
+        continuing = torch.empty(1, dtype=torch.int32, device=x_TD.device)
+        launch = Launch(
+            kernel=exit_decide_kernel,
+            grid=(num_rows,),
+            args={
+                "x_ptr": x_TD,
+                "previous_ptr": call.previous_TD if probe.previous else None,
+                "entropy_ptr": call.router_entropy_T if probe.router_entropy else None,
+                "weight_ptr": probe.weight_JX,
+                "bias_ptr": probe.bias_J,
+                "out_ptr": probe.out_J,
+                "out_bias_ptr": probe.out_bias,
+                "thresholds_ptr": call.thresholds_T,
+                "logits_ptr": logits_T,
+                "order_ptr": order_T,
+                "continuing_ptr": continuing,
+                "ticket_ptr": call.ticket,
+                "num_rows": num_rows,
+                "width": width,
+                "eps": PROBE_EPS,
+            },
+            constexprs={
+                "J": inner,
+                "J_PAD": next_power_of_2(inner),
+                "D_PAD": next_power_of_2(width),
+                "BLOCK": min(256, next_power_of_2(width)),
+                "ROWS": ORDER_BLOCK,
+            },
+            num_warps=4,
+        )
+        return (logits_T, order_T, continuing), [launch]

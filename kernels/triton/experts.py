@@ -1,188 +1,251 @@
-"""A whole mixture as a list of launches: which path, which configurations, which buffers.
+"""A mixture of experts as launches: over (token, expert) pairs for few rows, over tiles of rows for many.
 
 Every choice depends on the power of two above the number of tokens, so that a warm-up can compile all of them.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
 import torch
 
 from ..api.types import Routing
 from ..torch.experts import PlainExperts
-from .combine import plan_combine
+from .combine import combine_kernel, plan_combine
 from .device import DeviceProperties
-from .gemv import GemvConfig, plan_pair_down, plan_pair_gate_up
-from .grouped_gemm import GemmConfig, describable, plan_down, plan_gate_up
-from .index import ExpertIndex, plan_index
-from .launch import Launch
-from .tuning import (
-    ExpertShape,
-    GemmProblem,
-    PathChoice,
-    TuningCache,
-    best_gemms,
-    best_gemv,
-    experts_hit,
-    prefers_pairs,
-    row_tile,
-    token_bucket,
-)
+from .gemv import GemvConfig, pair_down_kernel, pair_gate_up_kernel, plan_pair_down, plan_pair_gate_up
+from .grouped_gemm import describable, down_kernel, gate_up_kernel, plan_down, plan_gate_up
+from .index import index_kernels, index_tables, usable_index
+from .launch import require_contiguous
+from .shapes import Steps, WarmUpShape, meta
+from .tuning import GemmProblem, best_gemms, best_gemv, experts_hit, row_tile, token_bucket
+from .variants import Call, NoKernelError, OpVariant, Planned, Planner, Ranked, Tilings, has_tensor_cores, register
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+_LAUNCH = 2.0e-6  # seconds that one more launch costs inside a graph
+_MOST_PAIRS = 256
+_GEMVS = (
+    (1, 1024, 2), (2, 1024, 2), (4, 1024, 4), (2, 2048, 4), (4, 512, 2), (8, 512, 4), (1, 512, 1), (4, 256, 1),
+    (8, 256, 2), (16, 256, 4), (8, 128, 1), (16, 128, 2),
+)  # fmt: skip
 
 
-class ExpertPlanner:
-    """Chooses configurations for a device: measured ones where the cache has them, else the cost model's."""
+class ExpertProblem(NamedTuple):
+    """Sizes of a mixture; ``tokens`` is a power of two.
 
-    def __init__(self, device: DeviceProperties, measured: TuningCache) -> None:
-        self.device = device
-        self.measured = measured
-        self._chosen: dict[tuple, object] = {}
-
-    def path(self, num_tokens: int, shape: ExpertShape) -> PathChoice:
-        """Whether so many tokens take the matrix-vector path, which needs no tables, or else the rows per tile."""
-        tokens = token_bucket(num_tokens)
-        key = ("path", tokens, shape)
-        if key not in self._chosen:
-            self._chosen[key] = self.measured.get(self.key("path", tokens, shape), PathChoice) or PathChoice(
-                pairs=prefers_pairs(tokens, shape, self.device),
-                block_m=row_tile(tokens, shape.num_experts, shape.top_k),
-            )
-        return self._chosen[key]  # type: ignore[return-value]
-
-    def gemm_problems(self, num_tokens: int, shape: ExpertShape, block_m: int) -> tuple[GemmProblem, GemmProblem]:
-        """The two products of a layer as the cost model sees them."""
-        tokens = token_bucket(num_tokens)
-        slots, hit = tokens * shape.top_k, experts_hit(tokens, shape.num_experts, shape.top_k)
-        d, f, size = shape.hidden_size, shape.expert_size, int(shape.weight_bytes)
-        return (
-            GemmProblem(slots=slots, hit=hit, n=f, k=d, matrices=2, block_m=block_m, element_bytes=size),
-            GemmProblem(slots=slots, hit=hit, n=d, k=f, matrices=1, block_m=block_m, element_bytes=size),
-        )
-
-    def key(self, part: str, num_tokens: int, shape: ExpertShape, *more: object) -> str:
-        """Name of a measurement in the cache."""
-        numbers = (shape.num_experts, shape.top_k, shape.hidden_size, shape.expert_size, shape.weight_bytes)
-        return "/".join(str(v) for v in (part, token_bucket(num_tokens), *numbers, *more))
-
-    def gemms(
-        self, num_tokens: int, shape: ExpertShape, block_m: int, tma_possible: bool
-    ) -> tuple[GemmConfig, GemmConfig]:
-        """Configurations of gate-and-up and of down."""
-        key = ("gemms", token_bucket(num_tokens), shape, block_m, tma_possible)
-        if key not in self._chosen:
-            pair = []
-            problems = self.gemm_problems(num_tokens, shape, block_m)
-            for part, problem in zip(("gate_up", "down"), problems, strict=True):
-                found = self.measured.get(self.key(part, num_tokens, shape, block_m, tma_possible), GemmConfig)
-                pair.append(found or best_gemms(problem, self.device, tma_possible)[0])
-            self._chosen[key] = tuple(pair)
-        return self._chosen[key]  # type: ignore[return-value]
-
-    def gemvs(self, num_tokens: int, shape: ExpertShape) -> tuple[GemvConfig, GemvConfig]:
-        """Configurations of the matrix-vector path."""
-        tokens = token_bucket(num_tokens)
-        key = ("gemvs", tokens, shape)
-        if key not in self._chosen:
-            d, f = shape.hidden_size, shape.expert_size
-            defaults = (
-                best_gemv(f, d, tokens * shape.top_k, 2, self.device),
-                best_gemv(d, f, tokens, 1, self.device, together=shape.top_k),
-            )
-            pair = (
-                self.measured.get(self.key(part, num_tokens, shape), GemvConfig) or default
-                for part, default in zip(("pair_gate_up", "pair_down"), defaults, strict=True)
-            )
-            self._chosen[key] = tuple(pair)
-        return self._chosen[key]  # type: ignore[return-value]
-
-    def forget(self) -> None:
-        """Look into the cache of measurements again."""
-        self._chosen.clear()
-
-
-def shape_of(weights: PlainExperts, top_k: int) -> ExpertShape:
-    """The shape that configurations are looked up by."""
-    num_experts, expert_size, hidden_size = weights.gate_EFD.shape
-    size = weights.gate_EFD.element_size()
-    return ExpertShape(
-        num_experts=num_experts, top_k=top_k, hidden_size=hidden_size, expert_size=expert_size, weight_bytes=size
-    )
-
-
-def tma_possible(weights: PlainExperts) -> bool:
-    """Whether the weights, and rows as wide as theirs, can be addressed by tensor descriptors."""
-    rows_aligned = weights.gate_EFD.shape[1] * weights.gate_EFD.element_size() % 16 == 0
-    return rows_aligned and all(describable(t) for t in (weights.gate_EFD, weights.up_EFD, weights.down_EDF))
-
-
-def plan_experts(
-    x_TD: torch.Tensor,
-    weights: PlainExperts,
-    routing: Routing,
-    activation: str,
-    out_TD: torch.Tensor,
-    planner: ExpertPlanner,
-    ticket: torch.Tensor,
-) -> list[Launch]:
-    """The launches of a mixture; together they write every element of ``out_TD``.
-
-    Few tokens: two launches. More: tables if the routing brings none, two grouped GEMMs, the combining sum.
+    Arguments:
+        tma: the weights, and rows as wide as theirs, can be addressed by tensor descriptors.
+        strided: the rows of a weight are not contiguous.
     """
-    num_tokens, top_k = routing.expert_ids_TK.shape
-    shape = shape_of(weights, top_k)
-    h_XF = x_TD.new_empty(num_tokens * top_k, shape.expert_size)
-    if planner.path(num_tokens, shape).pairs:
-        first, second = planner.gemvs(num_tokens, shape)
-        return [
-            plan_pair_gate_up(
-                x_TD,
-                weights.gate_EFD,
-                weights.up_EFD,
-                weights.gate_bias_EF,
-                weights.up_bias_EF,
-                routing,
-                h_XF,
-                activation,
-                first,
-            ),
-            plan_pair_down(x_TD, h_XF, weights.down_EDF, weights.down_bias_ED, routing, out_TD, second),
-        ]
-    index, launches = usable_index(routing, shape, planner, ticket)
-    first, second = planner.gemms(num_tokens, shape, index.block_m, tma_possible(weights))
-    y_XD = x_TD.new_empty(num_tokens * top_k, shape.hidden_size)
-    gate_up = plan_gate_up(
-        x_TD,
-        weights.gate_EFD,
-        weights.up_EFD,
-        weights.gate_bias_EF,
-        weights.up_bias_EF,
-        routing.weights_TK,
-        h_XF,
-        index,
-        activation,
-        routing.weight_on_input,
-        first,
-    )
-    down = plan_down(
-        h_XF,
-        weights.down_EDF,
-        weights.down_bias_ED,
-        routing.weights_TK,
-        y_XD,
-        index,
-        routing.weight_on_input,
-        second,
-    )
-    return [*launches, gate_up, down, plan_combine(y_XD, x_TD, routing, out_TD)]
+
+    tokens: int
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    expert_size: int
+    activation: str = "silu"
+    dtype: torch.dtype = torch.bfloat16
+    weight_dtype: torch.dtype = torch.bfloat16
+    tma: bool = True
+    strided: bool = False
+
+    @classmethod
+    def of(cls, weights: PlainExperts, activation: str, dtype: torch.dtype) -> ExpertProblem:
+        """The problem of one token and one expert per token."""
+        num_experts, expert_size, hidden_size = weights.gate_EFD.shape
+        matrices = (weights.gate_EFD, weights.up_EFD, weights.down_EDF)
+        tma = expert_size * weights.gate_EFD.element_size() % 16 == 0 and all(describable(t) for t in matrices)
+        strided = any(t.stride(-1) != 1 for t in matrices)
+        sizes = (1, num_experts, 1, hidden_size, expert_size)
+        return cls(*sizes, activation, dtype, weights.gate_EFD.dtype, tma, strided)
+
+    def of_rows(self, num_tokens: int, top_k: int) -> ExpertProblem:
+        """The same mixture for other rows."""
+        return self._replace(tokens=token_bucket(num_tokens), top_k=top_k)
+
+    @property
+    def hit(self) -> float:
+        """Expected number of experts that any row chooses."""
+        return experts_hit(self.tokens, self.num_experts, self.top_k)
+
+    def read_seconds(self, experts: float, device: DeviceProperties) -> float:
+        """Time to read the weights of so many experts at the full bandwidth."""
+        size = self.hidden_size * self.expert_size * self.weight_dtype.itemsize
+        return 3 * experts * size / device.bandwidth
+
+    def products(self, block_m: int) -> tuple[GemmProblem, GemmProblem]:
+        """Gate-and-up and down as the cost model sees them."""
+        d, f, size = self.hidden_size, self.expert_size, self.weight_dtype.itemsize
+        first = GemmProblem(
+            slots=self.tokens * self.top_k, hit=self.hit, n=f, k=d, matrices=2, block_m=block_m, element_bytes=size
+        )
+        return first, replace(first, n=d, k=f, matrices=1)
 
 
-def usable_index(
-    routing: Routing, shape: ExpertShape, planner: ExpertPlanner, ticket: torch.Tensor
-) -> tuple[ExpertIndex, list[Launch]]:
-    """The routing's own tables, or new ones when it has none or its tensors were replaced since."""
-    index = routing.index
-    if isinstance(index, ExpertIndex) and index.matches(routing, shape.num_experts):
-        return index, []
-    path = planner.path(routing.expert_ids_TK.shape[0], shape)
-    return plan_index(routing, shape.num_experts, path.block_m, ticket)
+@dataclass(frozen=True)
+class ExpertsCall(Call[torch.Tensor]):
+    """The weighted sum of each row's experts, (T, D).
+
+    Arguments:
+        ticket: as in :func:`index.plan_index`.
+    """
+
+    operation = "experts"
+
+    x_TD: torch.Tensor
+    weights: PlainExperts
+    routing: Routing
+    activation: str
+    ticket: torch.Tensor
+
+    def problem(self) -> ExpertProblem:
+        one = ExpertProblem.of(self.weights, self.activation, self.x_TD.dtype)
+        return one.of_rows(*self.routing.expert_ids_TK.shape)
+
+    @classmethod
+    def of_layer(cls, layer: WarmUpShape, steps: Steps, dtype: torch.dtype, planner: Planner) -> Iterator[ExpertsCall]:
+        if layer.router is None:
+            return
+        weights, spec = layer_experts(layer, dtype), layer.router
+        top_k, ticket = spec.top_k + layer.always_on, meta(1, dtype=torch.int32)
+        zero_experts = bool(spec.zero_experts) and not layer.always_on
+        for tokens in steps.tokens:
+            ids_TK, counts_T = meta(tokens, top_k, dtype=torch.int32), meta(tokens, dtype=torch.int32)
+            rows = routed_rows(layer, tokens, dtype, planner)
+            routing = Routing(
+                expert_ids_TK=ids_TK,
+                weights_TK=meta(tokens, top_k),
+                counts_T=counts_T if zero_experts else None,
+                identity_weights_T=meta(tokens) if zero_experts else None,
+                weight_on_input=spec.weight_on_input and not layer.always_on,
+            )
+            if rows is not None:
+                index = index_tables(ids_TK, routing.counts_T, spec.num_real_experts, rows, ticket).index
+                routing = replace(routing, index=index)
+            # An expert budget replaces the counts of a routing, which then needs tables of its own.
+            fewer = replace(routing, counts_T=torch.empty_like(counts_T))
+            x_TD = meta(tokens, layer.hidden_size, dtype=dtype)
+            for case in (routing, fewer):
+                yield cls(x_TD, weights, case, layer.activation, ticket)
+
+
+def layer_experts(layer: WarmUpShape, dtype: torch.dtype) -> PlainExperts:
+    """Weights of a layer without storage."""
+    assert layer.router is not None, "the layer has no mixture"
+    e, f, d = layer.router.num_real_experts + layer.always_on, layer.expert_size, layer.hidden_size
+    biases = [meta(e, n, dtype=dtype) for n in (f, f, d)] if layer.biased else (None, None, None)
+    return PlainExperts(meta(e, f, d, dtype=dtype), meta(e, f, d, dtype=dtype), meta(e, d, f, dtype=dtype), *biases)
+
+
+def table_rows(planner: Planner, problem: ExpertProblem) -> int | None:
+    """Rows per tile of the tables that routing should build along the way; None: the experts will read none."""
+    try:
+        return planner.choice(ExpertsCall, problem).table_rows
+    except NoKernelError:
+        return None
+
+
+def routed_rows(layer: WarmUpShape, tokens: int, dtype: torch.dtype, planner: Planner) -> int | None:
+    """:func:`table_rows` of a layer whose routing goes to its experts as it is."""
+    if layer.router is None or layer.always_on:
+        return None
+    one = ExpertProblem.of(layer_experts(layer, dtype), layer.activation, dtype)
+    return table_rows(planner, one.of_rows(tokens, layer.router.top_k))
+
+
+class PlainVariant(OpVariant[ExpertsCall, ExpertProblem]):
+    """What variants for weights of floating-point numbers have in common."""
+
+    call = ExpertsCall
+
+    def refuses(self, problem: ExpertProblem, device: DeviceProperties) -> str | None:
+        if problem.activation not in ACTIVATIONS:
+            return f"activation {problem.activation!r}"
+        if problem.weight_dtype != problem.dtype:
+            return f"{problem.dtype} rows with {problem.weight_dtype} weights"
+        if not has_tensor_cores(problem.dtype):
+            return f"experts in {problem.dtype}"
+        return "expert weights with strided rows" if problem.strided else None
+
+    def outputs(self, call: ExpertsCall) -> torch.Tensor:
+        """The result, for rows that kernels can walk."""
+        routing = call.routing
+        require_contiguous(
+            x_TD=call.x_TD,
+            expert_ids_TK=routing.expert_ids_TK,
+            weights_TK=routing.weights_TK,
+            counts_T=routing.counts_T,
+            identity_weights_T=routing.identity_weights_T,
+        )
+        return torch.empty_like(call.x_TD)
+
+
+@register
+class Tiles(PlainVariant):
+    """Tables if the routing brings none, two grouped GEMMs, the combining sum: reads every chosen expert once."""
+
+    name = "tiles"
+    kernels = (gate_up_kernel, down_kernel, combine_kernel, *index_kernels)
+    products = (gate_up_kernel, down_kernel)
+
+    def seconds(self, problem: ExpertProblem, device: DeviceProperties) -> float:
+        return problem.read_seconds(problem.hit, device) / 0.80 + 2 * _LAUNCH
+
+    def tilings(self, problem: ExpertProblem, device: DeviceProperties, count: int) -> list[Ranked]:
+        guess = row_tile(problem.tokens, problem.num_experts, problem.top_k)
+        rows = dict.fromkeys((guess, max(16, guess // 2), min(128, guess * 2)) if count > 1 else (guess,))
+        found = []
+        for block_m in rows:
+            first, second = (best_gemms(p, device, problem.tma, count) for p in problem.products(block_m))
+            found.append({"gate_up": first, "down": second})
+        return found
+
+    def table_rows(self, tilings: Tilings) -> int:
+        return tilings["gate_up"].block_m
+
+    def plan(self, call: ExpertsCall, tilings: Tilings, device: DeviceProperties) -> Planned[torch.Tensor]:
+        x_TD, weights, routing = call.x_TD, call.weights, call.routing
+        out_TD = self.outputs(call)
+        num_experts, expert_size, hidden_size = weights.gate_EFD.shape
+        slots = routing.expert_ids_TK.numel()
+        h_XF, y_XD = x_TD.new_empty(slots, expert_size), x_TD.new_empty(slots, hidden_size)
+        index, launches = usable_index(routing, num_experts, self.table_rows(tilings), call.ticket)
+        gate_up = plan_gate_up(x_TD, weights, routing, h_XF, index, call.activation, tilings["gate_up"])
+        down = plan_down(h_XF, weights, routing, y_XD, index, tilings["down"])
+        return out_TD, [*launches, gate_up, down, plan_combine(y_XD, x_TD, routing, out_TD)]
+
+
+@register
+class Pairs(PlainVariant):
+    """Two matrix-vector launches without tables: reads weights once per (token, expert) pair, in long rows."""
+
+    name = "pairs"
+    kernels = (pair_gate_up_kernel, pair_down_kernel)
+
+    def refuses(self, problem: ExpertProblem, device: DeviceProperties) -> str | None:
+        if problem.tokens * problem.top_k > _MOST_PAIRS:
+            return f"more than {_MOST_PAIRS} pairs"
+        return super().refuses(problem, device)
+
+    def seconds(self, problem: ExpertProblem, device: DeviceProperties) -> float:
+        if problem.tokens > 16:
+            return math.inf
+        return problem.read_seconds(problem.tokens * problem.top_k, device) / 0.90
+
+    def tilings(self, problem: ExpertProblem, device: DeviceProperties, count: int) -> list[Ranked]:
+        tokens, top_k, d, f = problem.tokens, problem.top_k, problem.hidden_size, problem.expert_size
+        first = best_gemv(f, d, tokens * top_k, 2, device)
+        second = best_gemv(d, f, tokens, 1, device, together=top_k)
+        more = [GemvConfig(block_n=n, block_k=k, num_warps=w) for n, k, w in _GEMVS] if count > 1 else []
+        return [{"pair_gate_up": [first, *more], "pair_down": [second, *more]}]
+
+    def plan(self, call: ExpertsCall, tilings: Tilings, device: DeviceProperties) -> Planned[torch.Tensor]:
+        x_TD, weights, routing = call.x_TD, call.weights, call.routing
+        out_TD = self.outputs(call)
+        h_XF = x_TD.new_empty(routing.expert_ids_TK.numel(), weights.gate_EFD.shape[1])
+        gate_up = plan_pair_gate_up(x_TD, weights, routing, h_XF, call.activation, tilings["pair_gate_up"])
+        down = plan_pair_down(x_TD, h_XF, weights, routing, out_TD, tilings["pair_down"])
+        return out_TD, [gate_up, down]

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ..api.types import Routing
+from ..torch.experts import PlainExperts
 from .launch import Launch, cdiv
 from .tiles import gated_activation, load_weight_tile
 
@@ -137,17 +138,10 @@ def pair_down_kernel(
 
 
 def plan_pair_gate_up(
-    x_TD: torch.Tensor,
-    gate_EFD: torch.Tensor,
-    up_EFD: torch.Tensor,
-    gate_bias_EF: torch.Tensor | None,
-    up_bias_EF: torch.Tensor | None,
-    routing: Routing,
-    h_XF: torch.Tensor,
-    activation: str,
-    config: GemvConfig,
+    x_TD: torch.Tensor, weights: PlainExperts, routing: Routing, h_XF: torch.Tensor, activation: str, config: GemvConfig
 ) -> Launch:
     """Launch of the first half into ``h_XF`` (by slot; unused slots stay as they are)."""
+    gate_EFD, up_EFD = weights.gate_EFD, weights.up_EFD
     _, expert_size, hidden_size = gate_EFD.shape
     return Launch(
         kernel=pair_gate_up_kernel,
@@ -156,8 +150,8 @@ def plan_pair_gate_up(
             "x_ptr": x_TD,
             "gate": gate_EFD,
             "up": up_EFD,
-            "gate_bias_ptr": gate_bias_EF,
-            "up_bias_ptr": up_bias_EF,
+            "gate_bias_ptr": weights.gate_bias_EF,
+            "up_bias_ptr": weights.up_bias_EF,
             "ids_ptr": routing.expert_ids_TK,
             "weights_ptr": routing.weights_TK,
             "used_counts_ptr": routing.counts_T,
@@ -186,13 +180,13 @@ def plan_pair_gate_up(
 def plan_pair_down(
     x_TD: torch.Tensor,
     h_XF: torch.Tensor,
-    down_EDF: torch.Tensor,
-    down_bias_ED: torch.Tensor | None,
+    weights: PlainExperts,
     routing: Routing,
     out_TD: torch.Tensor,
     config: GemvConfig,
 ) -> Launch:
     """Launch of the second half, which writes every element of ``out_TD``."""
+    down_EDF = weights.down_EDF
     _, hidden_size, expert_size = down_EDF.shape
     top_k = routing.expert_ids_TK.shape[1]
     return Launch(
@@ -201,7 +195,7 @@ def plan_pair_down(
         args={
             "h_ptr": h_XF,
             "down": down_EDF,
-            "down_bias_ptr": down_bias_ED,
+            "down_bias_ptr": weights.down_bias_ED,
             "ids_ptr": routing.expert_ids_TK,
             "weights_ptr": routing.weights_TK,
             "used_counts_ptr": routing.counts_T,

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..api.types import Routing
+from ..torch.experts import PlainExperts
 from .index import ExpertIndex
 from .launch import Launch, cdiv
 from .tiles import dot, gated_activation, load_weight_tile, tile_coordinates
@@ -168,7 +170,7 @@ def describable(tensor: torch.Tensor) -> bool:
     return tensor.stride(-1) == 1 and steps and tensor.data_ptr() % 16 == 0
 
 
-def _weights(tensor_ENK: torch.Tensor, config: GemmConfig) -> torch.Tensor | TensorDescriptor:
+def _operand(tensor_ENK: torch.Tensor, config: GemmConfig) -> torch.Tensor | TensorDescriptor:
     if not config.tma:
         return tensor_ENK
     block = [1, config.block_n, config.block_k]
@@ -207,30 +209,27 @@ def _grid(config: GemmConfig, index: ExpertIndex, n_size: int) -> tuple[int, ...
 
 def plan_gate_up(
     x_TD: torch.Tensor,
-    gate_EFD: torch.Tensor,
-    up_EFD: torch.Tensor,
-    gate_bias_EF: torch.Tensor | None,
-    up_bias_EF: torch.Tensor | None,
-    weights_TK: torch.Tensor,
+    weights: PlainExperts,
+    routing: Routing,
     h_XF: torch.Tensor,
     index: ExpertIndex,
     activation: str,
-    weight_on_input: bool,
     config: GemmConfig,
 ) -> Launch:
     """Launch of GEMM 1 into ``h_XF`` (slots in expert order; entries beyond the used slots stay as they are)."""
     assert config.block_m == index.block_m, f"tables have tiles of {index.block_m} rows, not {config.block_m}"
+    gate_EFD, up_EFD = weights.gate_EFD, weights.up_EFD
     _, expert_size, hidden_size = gate_EFD.shape
     return Launch(
         kernel=gate_up_kernel,
         grid=_grid(config, index, expert_size),
         args={
             "x_ptr": x_TD,
-            "gate": _weights(gate_EFD, config),
-            "up": _weights(up_EFD, config),
-            "gate_bias_ptr": gate_bias_EF,
-            "up_bias_ptr": up_bias_EF,
-            "weights_ptr": weights_TK,
+            "gate": _operand(gate_EFD, config),
+            "up": _operand(up_EFD, config),
+            "gate_bias_ptr": weights.gate_bias_EF,
+            "up_bias_ptr": weights.up_bias_EF,
+            "weights_ptr": routing.weights_TK,
             "h_ptr": h_XF,
             **_tables(index),
             "hidden_size": hidden_size,
@@ -243,9 +242,9 @@ def plan_gate_up(
         },
         constexprs={
             **_tiling(config, expert_size, hidden_size),
-            "K": weights_TK.shape[1],
+            "K": routing.weights_TK.shape[1],
             "ACTIVATION": activation,
-            "WEIGHT_ON_INPUT": weight_on_input,
+            "WEIGHT_ON_INPUT": routing.weight_on_input,
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -254,16 +253,15 @@ def plan_gate_up(
 
 def plan_down(
     h_XF: torch.Tensor,
-    down_EDF: torch.Tensor,
-    down_bias_ED: torch.Tensor | None,
-    weights_TK: torch.Tensor,
+    weights: PlainExperts,
+    routing: Routing,
     y_XD: torch.Tensor,
     index: ExpertIndex,
-    weight_on_input: bool,
     config: GemmConfig,
 ) -> Launch:
     """Launch of GEMM 2 into ``y_XD`` (by slot; unused slots stay as they are)."""
     assert config.block_m == index.block_m, f"tables have tiles of {index.block_m} rows, not {config.block_m}"
+    down_EDF = weights.down_EDF
     _, hidden_size, expert_size = down_EDF.shape
     h = h_XF
     if config.tma:
@@ -273,9 +271,9 @@ def plan_down(
         grid=_grid(config, index, hidden_size),
         args={
             "h": h,
-            "down": _weights(down_EDF, config),
-            "down_bias_ptr": down_bias_ED,
-            "weights_ptr": weights_TK,
+            "down": _operand(down_EDF, config),
+            "down_bias_ptr": weights.down_bias_ED,
+            "weights_ptr": routing.weights_TK,
             "y_ptr": y_XD,
             **_tables(index),
             "hidden_size": hidden_size,
@@ -283,7 +281,7 @@ def plan_down(
             "down_stride_e": down_EDF.stride(0),
             "down_stride_n": down_EDF.stride(1),
         },
-        constexprs={**_tiling(config, hidden_size, expert_size), "WEIGHT_ON_INPUT": weight_on_input},
+        constexprs={**_tiling(config, hidden_size, expert_size), "WEIGHT_ON_INPUT": routing.weight_on_input},
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

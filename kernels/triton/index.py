@@ -171,6 +171,9 @@ def scatter_kernel(
     )  # fmt: skip
 
 
+index_kernels = (rank_kernel, scan_kernel, scatter_kernel)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExpertIndex:
     """The slots of a routing in expert order, and the row tiles that grouped GEMMs walk. All on the device.
@@ -322,3 +325,13 @@ def plan_index(
         },
     )
     return tables.index, [first, *tables.following(num_tokens, top_k)]
+
+
+def usable_index(
+    routing: Routing, num_experts: int, block_m: int, ticket: torch.Tensor
+) -> tuple[ExpertIndex, list[Launch]]:
+    """The routing's own tables, or new ones when it has none of this tile or its tensors were replaced since."""
+    index = routing.index
+    if isinstance(index, ExpertIndex) and index.block_m == block_m and index.matches(routing, num_experts):
+        return index, []
+    return plan_index(routing, num_experts, block_m, ticket)

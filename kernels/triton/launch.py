@@ -46,6 +46,11 @@ class Launch:
     def name(self) -> str:
         return self.kernel.__name__
 
+    @property
+    def part(self) -> str:
+        """What its configuration is called among a variant's tilings."""
+        return self.name.removesuffix("_kernel")
+
     def run(self) -> None:
         """Launch on the current device. A grid with no programs is skipped."""
         if all(self.grid):

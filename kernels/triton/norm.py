@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 
 import triton
 import triton.language as tl
 
 from ..api.types import AttentionBatch, KVLayer
+from .device import DeviceProperties
 from .kv import store_heads, stored_kv
 from .launch import Launch, next_power_of_2, require_contiguous, require_contiguous_channels
+from .shapes import Steps, WarmUpShape, meta
+from .variants import Call, OpVariant, Planned, Planner, RowProblem, Tilings, register
+
+Normed = tuple[torch.Tensor, torch.Tensor | None]
 
 
 @triton.jit
@@ -186,3 +194,90 @@ def plan_rope_and_write(
         },
         num_warps=4,
     )
+
+
+@dataclass(frozen=True)
+class NormCall(Call[Normed]):
+    """The norm of ``x`` in the weight's dtype; with a residual that of ``residual + scale * x``, and this sum."""
+
+    operation = "rms_norm"
+
+    x_TD: torch.Tensor
+    weight_D: torch.Tensor
+    eps: float
+    residual_TD: torch.Tensor | None = None
+    scale: float = 1.0
+
+    def problem(self) -> RowProblem:
+        return RowProblem.of(self.x_TD)
+
+    @classmethod
+    def of_layer(cls, layer: WarmUpShape, steps: Steps, dtype: torch.dtype, planner: Planner) -> Iterator[NormCall]:
+        for tokens in steps.tokens:
+            x_TD = meta(tokens, layer.hidden_size, dtype=dtype)
+            for residual_TD in (x_TD, x_TD.float()):
+                yield cls(residual_TD, x_TD[0], 1e-6)
+                for scale in (1.0, 0.5):
+                    yield cls(x_TD, x_TD[0], 1e-6, residual_TD, scale)
+            for width in layer.norm_widths:
+                rows_TC = meta(tokens, width, dtype=dtype)
+                yield cls(rows_TC, rows_TC[0], 1e-6)
+
+
+@register
+class RowNorm(OpVariant[NormCall, RowProblem]):
+    """A program per row, which holds it whole."""
+
+    call, name, kernels = NormCall, "rows", (rms_norm_kernel,)
+
+    def plan(self, call: NormCall, tilings: Tilings, device: DeviceProperties) -> Planned[Normed]:
+        x_TD, weight_D, residual_TD = call.x_TD, call.weight_D, call.residual_TD
+        out_TD = torch.empty(x_TD.shape, dtype=weight_D.dtype, device=x_TD.device)
+        sum_TD = None if residual_TD is None else torch.empty_like(residual_TD)
+        return (out_TD, sum_TD), [plan_rms_norm(x_TD, weight_D, call.eps, out_TD, residual_TD, sum_TD, call.scale)]
+
+
+@dataclass(frozen=True)
+class RopeCall(Call[torch.Tensor]):
+    """The rotated queries; rotated keys, and values, go to the rows' slots."""
+
+    operation = "rope_and_write"
+
+    q_THC: torch.Tensor
+    k_TGC: torch.Tensor
+    v_TGC: torch.Tensor
+    cos_sin_LC: torch.Tensor
+    batch: AttentionBatch
+    layer: KVLayer
+
+    def problem(self) -> RowProblem:
+        return RowProblem.of(self.q_THC)
+
+    @classmethod
+    def of_layer(cls, layer: WarmUpShape, steps: Steps, dtype: torch.dtype, planner: Planner) -> Iterator[RopeCall]:
+        h, g, c = layer.num_heads, layer.num_kv_heads, layer.head_dim
+        cache, table = layer.cache(dtype), meta(layer.max_context, layer.head_dim)
+        for sequences, query_len, context in steps.batches:
+            rows = sequences * query_len
+            q_TX, k_TX, v_TX = meta(rows, (h + 2 * g) * c, dtype=dtype).split((h * c, g * c, g * c), -1)
+            batch = layer.batch(sequences, query_len, context)
+            yield cls(q_TX.view(rows, h, c), k_TX.view(rows, g, c), v_TX.view(rows, g, c), table, batch, cache)
+        # Rows that exit write keys and values of the layers that they skip; there keys stand in for queries.
+        for tokens in steps.tokens if layer.probes else ():
+            k_TGC, v_TGC = (part.unflatten(-1, (g, c)) for part in meta(tokens, 2 * g * c, dtype=dtype).chunk(2, -1))
+            for keys in (k_TGC, meta(tokens, g, c, dtype=dtype)):
+                yield cls(keys, keys, v_TGC, table, layer.batch(1, tokens, tokens), cache)
+
+
+@register
+class RowRope(OpVariant[RopeCall, RowProblem]):
+    """A program per row, for all its heads."""
+
+    call, name, kernels = RopeCall, "rows", (rope_and_write_kernel,)
+
+    def plan(self, call: RopeCall, tilings: Tilings, device: DeviceProperties) -> tuple[torch.Tensor, list[Launch]]:
+        q_THC = call.q_THC
+        out_THC = torch.empty(q_THC.shape, dtype=q_THC.dtype, device=q_THC.device)
+        return out_THC, [
+            plan_rope_and_write(q_THC, call.k_TGC, call.v_TGC, call.cos_sin_LC, call.batch, call.layer, out_THC)
+        ]

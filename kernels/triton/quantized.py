@@ -17,10 +17,7 @@ import triton.language as tl
 
 from ..api.formats import UNQUANTIZED, ActivationScheme
 from ..api.quantized_weight import QuantizedWeight
-from ..api.types import Routing
-from ..torch.quantized import QuantExperts, QuantLinear
-from .combine import plan_combine
-from .index import ExpertIndex, plan_index
+from .index import ExpertIndex
 from .launch import Launch, cdiv
 from .rounding import RoundedRows, plan_round_rows
 from .tiles import (
@@ -175,7 +172,7 @@ class StoredWeight:
     inputs: int
 
 
-def settled(weight: QuantizedWeight) -> QuantizedWeight:
+def kernel_form(weight: QuantizedWeight) -> QuantizedWeight:
     """A weight whose scales and offsets are what the kernel reads, so that no launch has to convert them: contiguous
     float32, offsets in place of zero points, a scale for every output. Formats without a kernel stay as they are."""
     if weight.format.triton is None:
@@ -191,7 +188,7 @@ def settled(weight: QuantizedWeight) -> QuantizedWeight:
 
 
 def store_weight(weight: QuantizedWeight) -> StoredWeight:
-    """The kernel's view of a weight that is :func:`settled`; nothing is copied."""
+    """The kernel's view of a weight in :func:`kernel_form`; nothing is copied."""
     name, codes = weight.format.triton, weight.data.view(torch.uint8)
     assert name is not None
     assert all(t.is_contiguous() for t in weight.tensors().values())
@@ -303,71 +300,3 @@ def plan_rows(x_TK: torch.Tensor, scheme: ActivationScheme) -> tuple[torch.Tenso
         return x_TK, []
     rounded, launch = plan_round_rows(x_TK, scheme)
     return rounded, [launch]
-
-
-def plan_quant_linear(
-    x_TI: torch.Tensor, linear: QuantLinear, out_TO: torch.Tensor, native_fp8: bool = False
-) -> list[Launch]:
-    """A dense layer. See :func:`plan_quant` for ``native_fp8``."""
-    weight = store_weight(linear.weight)
-    config = quant_config(x_TI.shape[0], weight.group, gated=False, scheme=linear.scheme)
-    x, launches = plan_rows(x_TI, linear.scheme)
-    return [*launches, plan_quant(x, weight, linear.bias_O, out_TO, config, native_fp8=native_fp8)]
-
-
-def plan_quant_experts(
-    x_TD: torch.Tensor,
-    experts: QuantExperts,
-    routing: Routing,
-    activation: str,
-    out_TD: torch.Tensor,
-    ticket: torch.Tensor,
-    native_fp8: bool = False,
-) -> list[Launch]:
-    """The launches of a mixture; together they write every element of ``out_TD``.
-
-    What enters the down projection is rounded from the model's dtype, where the oracle keeps float32 so far.
-    """
-    num_rows, top_k = routing.expert_ids_TK.shape
-    gate, up, down = (store_weight(w) for w in (experts.gate_EFD, experts.up_EFD, experts.down_EDF))
-    num_experts = gate.codes.shape[0]
-    rows_per_expert = cdiv(num_rows * top_k, num_experts)
-    first = quant_config(rows_per_expert, gate.group, gated=True, scheme=experts.scheme)
-    second = quant_config(rows_per_expert, down.group, gated=False, scheme=experts.scheme)
-    index, launches = plan_index(routing, num_experts, first.block_m, ticket)
-    h_XF = x_TD.new_empty(num_rows * top_k, gate.outputs)
-    y_XD = x_TD.new_empty(num_rows * top_k, down.outputs)
-    on_input = routing.weight_on_input
-    x, rounding = plan_rows(x_TD, experts.scheme)
-    h, hidden_rounding = plan_rows(h_XF, experts.scheme)
-    launches += [
-        *rounding,
-        plan_quant(
-            x,
-            gate,
-            experts.gate_bias_EF,
-            h_XF,
-            first,
-            up=up,
-            up_bias=experts.up_bias_EF,
-            weights_TK=routing.weights_TK if on_input else None,
-            index=index,
-            top_k=top_k,
-            gather=True,
-            activation=activation,
-            native_fp8=native_fp8,
-        ),
-        *hidden_rounding,
-        plan_quant(
-            h,
-            down,
-            experts.down_bias_ED,
-            y_XD,
-            second,
-            weights_TK=None if on_input else routing.weights_TK,
-            index=index,
-            native_fp8=native_fp8,
-        ),
-        plan_combine(y_XD, x_TD, routing, out_TD),
-    ]
-    return launches

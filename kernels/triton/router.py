@@ -9,6 +9,10 @@ in ``types.py``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 
 import triton
@@ -17,8 +21,12 @@ import triton.language as tl
 from ..api.router_spec import RouterSpec
 from ..api.types import Routing
 from ..reference.router import check_route_arguments
-from .index import finish_index, index_tables, rank_and_count
-from .launch import Launch, next_power_of_2
+from .device import DeviceProperties
+from .experts import routed_rows
+from .index import finish_index, index_kernels, index_tables, rank_and_count
+from .launch import Launch, next_power_of_2, require_contiguous
+from .shapes import Steps, WarmUpShape, meta
+from .variants import Call, OpVariant, Planner, Tilings, register
 
 _LOWEST = tl.constexpr(-3.0e38)
 
@@ -263,3 +271,65 @@ def plan_route(
     )
     following = tables.following(num_tokens, top_k) if block_m is not None else []
     return routing, [first, *following]
+
+
+class RouteProblem(NamedTuple):
+    """A rule and its rows; ``rows`` is a power of two, ``block_m`` rows per tile of the tables."""
+
+    rows: int
+    spec: RouterSpec
+    block_m: int | None
+
+
+@dataclass(frozen=True)
+class RouteCall(Call[Routing]):
+    """Experts and weights of every row; see :func:`plan_route`."""
+
+    operation = "route"
+
+    logits_TE: torch.Tensor
+    spec: RouterSpec
+    block_m: int | None
+    ticket: torch.Tensor
+    selection_bias_E: torch.Tensor | None = None
+    expert_scale_E: torch.Tensor | None = None
+    forced_ids_TK: torch.Tensor | None = None
+
+    def problem(self) -> RouteProblem:
+        return RouteProblem(next_power_of_2(self.logits_TE.shape[0]), self.spec, self.block_m)
+
+    @classmethod
+    def of_layer(cls, layer: WarmUpShape, steps: Steps, dtype: torch.dtype, planner: Planner) -> Iterator[RouteCall]:
+        spec = layer.router
+        if spec is None:
+            return
+        per_expert, ticket = meta(spec.num_experts), meta(1, dtype=torch.int32)
+        for tokens in steps.tokens:
+            yield cls(
+                meta(tokens, spec.num_experts, dtype=torch.float32 if spec.float32_logits else dtype),
+                spec,
+                routed_rows(layer, tokens, dtype, planner),
+                ticket,
+                per_expert if spec.selection_bias else None,
+                per_expert if spec.expert_scale else None,
+                meta(tokens, spec.top_k, dtype=torch.int64) if spec.forced_experts else None,
+            )
+
+
+@register
+class FusedRoute(OpVariant[RouteCall, RouteProblem]):
+    """Scores, choice, weights and tables in one launch."""
+
+    call, name, kernels = RouteCall, "fused", (route_kernel, *index_kernels)
+
+    def refuses(self, problem: RouteProblem, device: DeviceProperties) -> str | None:
+        return "routing with a capacity" if problem.spec.drops else None
+
+    def plan(self, call: RouteCall, tilings: Tilings, device: DeviceProperties) -> tuple[Routing, list[Launch]]:
+        given = {
+            "selection_bias_E": call.selection_bias_E,
+            "expert_scale_E": call.expert_scale_E,
+            "forced_ids_TK": call.forced_ids_TK,
+        }
+        require_contiguous(logits_TE=call.logits_TE, **given)
+        return plan_route(call.logits_TE, call.spec, block_m=call.block_m, ticket=call.ticket, **given)

@@ -8,18 +8,17 @@ kernel version, in a file that can be shipped in ``kernels/tuned``.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import triton
 
-from .attention import AttentionConfig
 from .device import DeviceProperties
 from .gemv import GemvConfig
 from .grouped_gemm import GemmConfig
@@ -30,46 +29,11 @@ Config = TypeVar("Config")
 _LATENCY = 1.0e-6  # seconds from a load to its data under load
 _STEP = 6.0e-8  # seconds of barriers per step along the depth
 _L2_FACTOR = 2.3  # bandwidth of the L2 cache over that of the memory
-_LAUNCH = 2.0e-6  # seconds that one more launch costs inside a graph
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExpertShape:
-    """Sizes of a mixture: experts E, choices K, hidden size D, width of an expert F, bytes per weight."""
-
-    num_experts: int
-    top_k: int
-    hidden_size: int
-    expert_size: int
-    weight_bytes: float = 2.0
-
-    @property
-    def bytes_per_expert(self) -> float:
-        return 3 * self.hidden_size * self.expert_size * self.weight_bytes
-
-
-@dataclass(frozen=True, kw_only=True)
-class PathChoice:
-    """How a mixture runs: over (token, expert) pairs, or over tiles of ``block_m`` rows."""
-
-    pairs: bool
-    block_m: int
 
 
 def experts_hit(num_tokens: int, num_experts: int, top_k: int) -> float:
     """Expected number of distinct experts that so many tokens choose, each K at random."""
     return num_experts * (1.0 - (1.0 - top_k / num_experts) ** num_tokens)
-
-
-def prefers_pairs(num_tokens: int, shape: ExpertShape, device: DeviceProperties) -> bool:
-    """Whether reading weights once per (token, expert) pair beats sorting and reading each expert once."""
-    pairs = num_tokens * shape.top_k
-    if num_tokens > 16 or pairs > 256:
-        return False
-    hit = experts_hit(num_tokens, shape.num_experts, shape.top_k)
-    pair_time = pairs * shape.bytes_per_expert / (0.90 * device.bandwidth)
-    tile_time = hit * shape.bytes_per_expert / (0.80 * device.bandwidth) + 2 * _LAUNCH
-    return pair_time <= tile_time
 
 
 def row_tile(num_tokens: int, num_experts: int, top_k: int) -> int:
@@ -229,50 +193,26 @@ def best_gemv(n: int, k: int, groups: int, matrices: int, device: DeviceProperti
     return best or GemvConfig(block_n=4, block_k=min(256, max(16, next_power_of_2(k))), num_warps=2)
 
 
-def best_attention(
-    max_query_len: int,
-    max_context_len: int,
-    programs_per_tile: int,
-    heads: int,
-    head_dim: int,
-    device: DeviceProperties,
-    narrow: bool = False,
-) -> AttentionConfig:
-    """Tiling of attention.
-
-    Arguments:
-        programs_per_tile: sequences times key/value heads. heads: query heads per key/value head.
-        narrow: keys and values are kept in 8 bits: half the bytes per stage, and registers to widen them in.
-    """
-    wide_head = head_dim > 128
-    if max_query_len * heads <= 64:
-        block_q = max(1, next_power_of_2(max_query_len))
-        programs = programs_per_tile * cdiv(max_query_len, block_q)
-        block_l = 32 if wide_head or device.backend == "hip" else 64
-        splits = min(cdiv(max_context_len, 4 * block_l), cdiv(2 * device.num_sms, programs), 64)
-        # Powers of two keep the number of compiled variants small.
-        splits = next_power_of_2(splits + 1) // 2 if splits > 1 else 1
-        stages = 3 if narrow and device.has_tma else 2
-        return AttentionConfig(block_q=block_q, block_l=block_l, splits=splits, num_warps=4, num_stages=stages)
-    # Ampere multiplies out of registers.
-    crowded = wide_head or (narrow and not device.has_tma and device.backend == "cuda")
-    rows = 64 if crowded else 128
-    return AttentionConfig(
-        block_q=max(1, rows // next_power_of_2(heads)),
-        block_l=32 if crowded or device.backend == "hip" else 64,
-        splits=1,
-        num_warps=8 if rows == 128 else 4,
-        num_stages=2,
-    )
-
-
-@cache
-def kernel_version() -> str:
-    """Names the kernels and the compiler: measurements of other kernels are not used."""
+def kernel_version(kernels: Sequence[Any]) -> str:
+    """A hash of the source of kernels, of all that they call or read, and of the compiler."""
     digest = hashlib.sha256(triton.__version__.encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
+    for source in _sources(kernels, set()):
+        digest.update(source.encode())
     return digest.hexdigest()[:12]
+
+
+def _sources(kernels: Sequence[Any], seen: set[Any]) -> Iterator[str]:
+    for function in (kernel.fn for kernel in kernels):
+        if function in seen:
+            continue
+        seen.add(function)
+        yield inspect.getsource(function)
+        names = inspect.getclosurevars(function)
+        for name, value in sorted({**names.nonlocals, **names.globals}.items()):
+            if hasattr(value, "fn"):
+                yield from _sources([value], seen)
+            elif not inspect.ismodule(value):
+                yield f"{name} = {value!r}"
 
 
 class TuningCache:
@@ -282,48 +222,32 @@ class TuningCache:
         device_name: as the driver reports it.
         directory: where measurements are kept; ``DYNAMOE_CACHE`` or ``~/.cache/dynamoe`` if not given.
         shipped: directory of files that came with the package, read first and never written.
-        version: of the kernels; files of another version are ignored.
     """
 
-    def __init__(
-        self,
-        device_name: str,
-        directory: Path | None = None,
-        shipped: Path | None = None,
-        version: str | None = None,
-    ) -> None:
+    def __init__(self, device_name: str, directory: Path | None = None, shipped: Path | None = None) -> None:
         root = Path(os.environ.get("DYNAMOE_CACHE") or Path.home() / ".cache" / "dynamoe")
         slug = "".join(c if c.isalnum() else "-" for c in device_name).strip("-").lower()
-        self.version = version or kernel_version()
         self.path = (directory or root / "tuning") / f"{slug}.json"
         self._entries: dict[str, dict] = {}
         for path in ((shipped or Path(__file__).parent / "tuned") / f"{slug}.json", self.path):
             self._entries.update(self._read(path))
 
     def _read(self, path: Path) -> dict[str, dict]:
-        if not path.is_file():
-            return {}
         try:
-            stored = json.loads(path.read_text())
-        except ValueError:
+            return json.loads(path.read_text())["entries"]
+        except (FileNotFoundError, ValueError):
             return {}  # a file cut short by a crash only means that tuning starts over
-        return stored["entries"] if stored.get("version") == self.version else {}
 
-    def get(self, key: str, kind: type) -> object | None:
-        """The configuration measured for ``key``, as a ``kind``, or None."""
-        entry = self._entries.get(key)
-        if entry is None or set(entry) != {f.name for f in fields(kind)}:
-            return None
-        return kind(**entry)
+    def get(self, key: str) -> dict:
+        """What was measured for ``key``; empty if nothing was."""
+        return self._entries.get(key, {})
 
-    def put(self, key: str, config: object) -> None:
-        """Remember a configuration and write the file; other processes' entries in it survive."""
-        self._entries[key] = asdict(config)  # type: ignore[call-overload]
+    def put(self, key: str, entry: dict) -> None:
+        """Remember a measurement and write the file; other processes' entries in it survive."""
+        self._entries = {**self._read(self.path), **self._entries, key: entry}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        entries = {**self._read(self.path), **self._entries}
-        self._entries = entries
         scratch = self.path.with_suffix(f".{os.getpid()}.tmp")
-        scratch.write_text(json.dumps({"version": self.version, "entries": entries}, indent=1, sort_keys=True))
+        scratch.write_text(json.dumps({"entries": self._entries}, indent=1, sort_keys=True))
         scratch.replace(self.path)
 
 

@@ -9,6 +9,7 @@
 // With few rows the cost is reading the cache. The heads of a page lie side by side, so a block goes through all heads
 // of the task before the next block: the reads then run on in a few streams that the hardware can foresee.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <vector>
@@ -154,26 +155,40 @@ class Attend {
 
   void write(const Partial& partial) {
     const AttentionCall& call = plan_.call;
-    float* row = scores_;
+    float* scaled = scores_;
     for (int64_t t = 0; t < tiles_.count; ++t)
       for (int r = 0; r < tiles_.size(t); ++r) {
         const int64_t query = tiles_.start(t) + r;
-        const float inverse = 1.0f / partial.state(query)[1];
+        const int64_t row = task_.first_row + query / plan_.group, head = kv_head_ * plan_.group + query % plan_.group;
+        const float inverse = inverse_sum(partial.state(query), row, head);
         const float* accumulator = partial.accumulator(queries_, tiles_, t) + r * kBlockOutputs;
-        const int64_t head =
-            (task_.first_row + query / plan_.group) * call.heads + kv_head_ * plan_.group + query % plan_.group;
-        char* out = static_cast<char*>(call.out) + head * call.channels * element_bytes(call.q.dtype);
+        char* out = static_cast<char*>(call.out) +
+                    (row * call.heads + head) * call.channels * element_bytes(call.q.dtype);
         for (int64_t block = 0; block < plan_.blocks; ++block) {
           const float* from = accumulator + block * tiles_.size(t) * kBlockOutputs;
-          for (int c = 0; c < kBlockOutputs; ++c) row[c] = from[c] * inverse;
+          for (int c = 0; c < kBlockOutputs; ++c) scaled[c] = from[c] * inverse;
           const int64_t width = std::min<int64_t>(kBlockOutputs, call.channels - block * kBlockOutputs);
-          plan_.kernels.convert(row, out + block * kBlockOutputs * element_bytes(call.q.dtype), static_cast<int>(width),
+          plan_.kernels.convert(scaled, out + block * kBlockOutputs * element_bytes(call.q.dtype), static_cast<int>(width),
                                 call.q.dtype);
         }
       }
   }
 
  private:
+  // What the accumulator of a row and query head is multiplied with; the logarithm of its sum goes out where it is wanted.
+  float inverse_sum(const float* state, int64_t row, int64_t head) const {
+    const AttentionCall& call = plan_.call;
+    float top = state[0], total = state[1], shrink = 1.0f;
+    if (call.sinks) {
+      const float sink = call.sinks[head];
+      top = std::max(top, sink);
+      shrink = std::exp(state[0] - top);
+      total = total * shrink + std::exp(sink - top);
+    }
+    if (call.lse) call.lse[row * call.heads + head] = top + std::log(total);
+    return shrink / total;
+  }
+
   // Keys of a block as weights of the score product, and its values as `weigh` wants them.
   void load(KeyRows& block, const KeyRows* ahead) {
     const AttentionCall& call = plan_.call;
@@ -202,8 +217,7 @@ class Attend {
         __builtin_prefetch(static_cast<const char*>(rows[i]) + byte, 0, 2);
   }
 
-  // In the cache, of the row that a query belongs to.
-  int64_t index_of(int64_t query) const { return task_.first_index + query / plan_.group; }
+  int64_t index_of(int64_t query) const { return task_.first_index + query / plan_.group; }  // in the cache
 
   // Whether a tile's rows see any of the 64 keys from `first` on.
   bool sees(int64_t first, int64_t t) const {

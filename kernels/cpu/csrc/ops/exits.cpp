@@ -55,15 +55,15 @@ void probe(const Context& context, const ProbeCall& call) {
 }
 
 int64_t partition(const float* logits, const float* thresholds, int64_t rows, int64_t* order) {
-  const auto leaves = [&](int64_t row) {
+  const auto exits = [&](int64_t row) {
     return logits[row] >= thresholds[row] && thresholds[row] < std::numeric_limits<float>::infinity();
   };
-  int64_t staying = 0;
+  int64_t continuing = 0;
   for (int64_t row = 0; row < rows; ++row)
-    if (!leaves(row)) order[staying++] = row;
-  for (int64_t row = 0, next = staying; row < rows; ++row)
-    if (leaves(row)) order[next++] = row;
-  return staying;
+    if (!exits(row)) order[continuing++] = row;
+  for (int64_t row = 0, next = continuing; row < rows; ++row)
+    if (exits(row)) order[next++] = row;
+  return continuing;
 }
 
 void router_entropy(const Context& context, const Rows& logits, int64_t rows, int64_t experts, float share,

@@ -23,7 +23,7 @@ struct ProbeCall {
 };
 void probe(const Context& context, const ProbeCall& call);
 
-// Rows that stay, then rows that leave, both rising; returns how many stay.
+// Rows that continue, then rows that exit, both rising; returns how many continue.
 int64_t partition(const float* logits, const float* thresholds, int64_t rows, int64_t* order);
 
 // Adds `share` times the entropy of each row to `out`.

@@ -46,9 +46,9 @@ std::tuple<Tensor, Tensor, int64_t> exit_decide_op(int64_t isa, const Tensor& x,
   call.out_bias = out ? *floats(out_bias, 1, "out_bias") : 0.0f;
   call.logits = static_cast<float*>(logits.data_ptr());
   probe(context_of(isa), call);
-  const int64_t staying = partition(call.logits, data_of<float>(thresholds, at::kFloat, rows, "thresholds"), rows,
+  const int64_t continuing = partition(call.logits, data_of<float>(thresholds, at::kFloat, rows, "thresholds"), rows,
                                     static_cast<int64_t*>(order.data_ptr()));
-  return {logits, order, staying};
+  return {logits, order, continuing};
 }
 
 // Mean over layers.

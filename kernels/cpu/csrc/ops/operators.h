@@ -131,8 +131,10 @@ struct AttentionCall {
   const int32_t* block_table;
   int64_t block_table_stride, sequences;
   float scale;
-  int64_t window;  // 0: none
-  void* out;       // contiguous, q's dtype
+  int64_t window;      // 0: none
+  void* out;           // contiguous, q's dtype
+  const float* sinks;  // (H): a logit of each head that takes part in the softmax and has no value, or null
+  float* lse;          // (T, H): takes the logarithm of the softmax's denominator, sinks included, or null
 };
 void attention(const Context& context, const AttentionCall& call);
 

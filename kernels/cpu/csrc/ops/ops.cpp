@@ -100,7 +100,8 @@ Tensor rope_and_write_op(int64_t isa, const Tensor& q, const Tensor& k, const Te
 }
 
 Tensor attention_op(int64_t isa, const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& query_start,
-                    const Tensor& context_len, const Tensor& block_table, double scale, int64_t window) {
+                    const Tensor& context_len, const Tensor& block_table, double scale, int64_t window,
+                    const OptionalTensor& sinks, const OptionalTensor& lse) {
   Tensor out = at::empty(q.sizes(), q.options());
   AttentionCall call{head_rows_of(q, "q"),       q.size(1),   keys.size(1), q.size(2), cache_of(keys, q.size(2), "keys"),
                      cache_of(values, q.size(2), "values"), keys.size(2)};
@@ -119,6 +120,12 @@ Tensor attention_op(int64_t isa, const Tensor& q, const Tensor& keys, const Tens
   call.scale = static_cast<float>(scale);
   call.window = window;
   call.out = out.data_ptr();
+  TORCH_CHECK_VALUE(!sinks || sinks->numel() == call.heads, "sinks must have one entry for each of ", call.heads,
+                    " heads, not shape ", sinks->sizes());
+  TORCH_CHECK_VALUE(!lse || lse->numel() == q.size(0) * call.heads, "lse must have one entry for each of ", q.size(0),
+                    " rows and ", call.heads, " heads, not shape ", lse->sizes());
+  call.sinks = floats(sinks, "sinks");
+  call.lse = const_cast<float*>(floats(lse, "lse"));
   attention(context_of(isa), call);
   return out;
 }
@@ -155,7 +162,7 @@ TORCH_LIBRARY(dynamoe_cpu, m) {
       &rope_and_write_op);
   m.def(
       "attention(int isa, Tensor q, Tensor keys, Tensor values, Tensor query_start, Tensor context_len, "
-      "Tensor block_table, float scale, int window) -> Tensor",
+      "Tensor block_table, float scale, int window, Tensor? sinks, Tensor(a!)? lse) -> Tensor",
       &attention_op);
   m.def(
       "route(int isa, Tensor logits, int top_k, int score, bool softmax_after_topk, bool renormalize, float scale) -> "

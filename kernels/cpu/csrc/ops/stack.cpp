@@ -1,4 +1,4 @@
-// A run of layers: norm, attention, norm, experts, one after the other.
+// A run of layers, block by block.
 #include "ops/stack.h"
 
 #include <algorithm>
@@ -37,9 +37,9 @@ struct Work {
     const Shape& shape = stack.shape;
     const int64_t bytes = rows * element_bytes(shape.dtype);
     normed = arena.take(bytes * shape.hidden);
-    qkv = arena.take(bytes * (shape.q_width() + 2 * shape.kv_width()));
-    q = arena.take(bytes * shape.q_width());
-    attended = arena.take(bytes * shape.q_width());
+    qkv = arena.take(bytes * stack.most_qkv);
+    q = arena.take(bytes * stack.most_queries);
+    attended = arena.take(bytes * stack.most_queries);
     pending = arena.take(bytes * shape.hidden);
     logits = arena.take(bytes * stack.most_experts);
     ids = arena.take<int32_t>(rows * stack.most_top_k);
@@ -68,9 +68,10 @@ void norm(const Context& context, const Shape& shape, const void* pending, float
 }
 
 // Norms of some heads of every row, in place.
-void norm_heads(const Context& context, const Shape& shape, char* first, int64_t stride, int64_t heads,
+void norm_heads(const Context& context, const Shape& shape, const AttentionBlock& block, char* first, int64_t heads,
                 const void* weight, int64_t rows) {
-  const int64_t pieces = shape.norm_per_head ? heads : 1, width = heads * shape.channels / pieces;
+  const int64_t pieces = block.norm_per_head ? heads : 1, width = heads * block.channels / pieces;
+  const int64_t stride = block.qkv.outputs;
   const int64_t bytes = element_bytes(shape.dtype);
   for_each_row(context.threads, rows, [&](int64_t row) {
     for (int64_t piece = 0; piece < pieces; ++piece) {
@@ -82,15 +83,15 @@ void norm_heads(const Context& context, const Shape& shape, char* first, int64_t
 }
 
 // From the normed rows to what attention adds to the residual stream.
-void attend(const Context& context, const Shape& shape, const Block& block, const Work& work, const Places& places,
+void attend(const Context& context, const Shape& shape, const AttentionBlock& block, const Work& work, const Places& places,
             const Caches& caches, int64_t layer) {
   const int64_t rows = places.rows, stride = block.qkv.outputs, bytes = element_bytes(shape.dtype);
   project(context, shape, block.qkv, work.normed, shape.hidden, rows, work.qkv);
-  char *keys = work.qkv + shape.q_width() * bytes, *values = keys + shape.kv_width() * bytes;
-  if (block.q_norm) norm_heads(context, shape, work.qkv, stride, shape.heads, block.q_norm, rows);
-  if (block.k_norm) norm_heads(context, shape, keys, stride, shape.kv_heads, block.k_norm, rows);
+  char *keys = work.qkv + block.q_width() * bytes, *values = keys + block.kv_width() * bytes;
+  if (block.q_norm) norm_heads(context, shape, block, work.qkv, block.heads, block.q_norm, rows);
+  if (block.k_norm) norm_heads(context, shape, block, keys, block.kv_heads, block.k_norm, rows);
   RopeCall rope{{work.qkv, stride, shape.dtype}, {keys, stride, shape.dtype}, {values, stride, shape.dtype}, rows,
-                shape.heads, shape.kv_heads, shape.channels};
+                block.heads, block.kv_heads, block.channels};
   rope.cos_sin = caches.cos_sin;
   rope.positions = places.positions;
   rope.slots = places.slots;
@@ -99,22 +100,22 @@ void attend(const Context& context, const Shape& shape, const Block& block, cons
   rope.page_size = caches.page_size;
   rope.q_out = work.q;
   rope_and_write(context, rope);
-  AttentionCall call{{work.q, shape.q_width(), shape.dtype}, shape.heads, shape.kv_heads, shape.channels,
+  AttentionCall call{{work.q, block.q_width(), shape.dtype}, block.heads, block.kv_heads, block.channels,
                      caches.keys[layer], caches.values[layer], caches.page_size};
   call.query_start = places.query_start;
   call.context_len = places.context_len;
   call.block_table = places.block_table;
   call.block_table_stride = places.block_table_stride;
   call.sequences = places.sequences;
-  call.scale = shape.attention_scale;
+  call.scale = block.scale;
   call.window = block.window;
   call.out = work.attended;
   attention(context, call);
-  project(context, shape, block.o, work.attended, shape.q_width(), rows, work.pending);
+  project(context, shape, block.o, work.attended, block.q_width(), rows, work.pending);
 }
 
 // Takes experts from rows that are on a budget.
-void limit(const Context& context, const Block& block, const Work& work, int64_t rows, const Budget& budget,
+void limit(const Context& context, const ExpertsBlock& block, const Work& work, int64_t rows, const Budget& budget,
            int64_t layer) {
   const int64_t top_k = block.rule.top_k;
   std::fill_n(work.counts, rows, static_cast<int32_t>(top_k));
@@ -129,8 +130,8 @@ void limit(const Context& context, const Block& block, const Work& work, int64_t
 }
 
 // From the normed rows to what the experts add to the residual stream.
-void feed_forward(const Context& context, const Shape& shape, const Block& block, const Work& work, int64_t rows,
-                  const Budget& budget, int64_t layer, float* entropy, float share) {
+void feed_forward(const Context& context, const Shape& shape, const ExpertsBlock& block, const Work& work,
+                  int64_t rows, const Budget& budget, int64_t layer, float* entropy, float share) {
   ExpertsCall call = block.experts;
   call.x = {work.normed, shape.hidden, shape.dtype};
   call.rows = rows;
@@ -163,39 +164,53 @@ void feed_forward(const Context& context, const Shape& shape, const Block& block
     experts(context, call);
 }
 
+// What each routed block contributes to the mean entropy of the routers in layers [first, last).
+float entropy_share(const Stack& stack, int64_t first, int64_t last) {
+  int64_t routed = 0;
+  for (int64_t layer = first; layer < last; ++layer)
+    for (const Block& block : stack.layers[layer].blocks) {
+      const auto* experts = std::get_if<ExpertsBlock>(&block);
+      routed += experts && experts->router.exists();
+    }
+  return routed ? 1.0f / static_cast<float>(routed) : 0.0f;
+}
+
 }  // namespace
 
 void run_layers(const Context& context, const Stack& stack, int64_t first, int64_t last, float* x, const Places& places,
-                const Caches& caches, float* entropy, Seam seam) {
+                const Caches& caches, float* entropy, Boundary boundary) {
   const Shape& shape = stack.shape;
   const int64_t rows = places.rows;
-  if (!rows) return;
+  if (!rows || first == last) {
+    if (entropy) std::fill_n(entropy, rows, 0.0f);
+    return;
+  }
   Arena sizes(nullptr);
   Work(sizes, stack, rows);
   Arena arena(scratch(Buffer::stack).get<char>(sizes.used()));
   const Work work(arena, stack, rows);
-  float share = 0.0f;
-  if (entropy) {
-    const auto is_routed = [](const Block& block) { return block.router.exists(); };
-    const auto routed = std::count_if(stack.blocks.begin() + first, stack.blocks.begin() + last, is_routed);
-    share = routed ? 1.0f / static_cast<float>(routed) : 0.0f;
-    std::fill_n(entropy, rows, 0.0f);
-  }
+  const float share = entropy ? entropy_share(stack, first, last) : 0.0f;
+  if (entropy) std::fill_n(entropy, rows, 0.0f);
+  const void* pending = nullptr;  // what the last block adds to the residual stream
   for (int64_t layer = first; layer < last; ++layer) {
-    const Block& block = stack.blocks[layer];
-    if (layer > first || !seam.normed)
-      norm(context, shape, layer == first ? nullptr : work.pending, x, block.attention_norm, rows, work.normed);
-    attend(context, shape, block, work, places, caches, layer);
-    if (stack.add_up) stack.add_up(work.pending, rows * shape.hidden);
-    norm(context, shape, work.pending, x, block.ffn_norm, rows, work.normed);
-    feed_forward(context, shape, block, work, rows, places.budget, layer, entropy, share);
-    if (stack.add_up) stack.add_up(work.pending, rows * shape.hidden);
+    for (const Block& block : stack.layers[layer].blocks) {
+      if (const auto* before = std::get_if<NormBlock>(&block)) {
+        if (!boundary.normed) norm(context, shape, pending, x, before->weight, rows, work.normed);
+        boundary.normed = false;
+        continue;
+      }
+      if (const auto* attention = std::get_if<AttentionBlock>(&block))
+        attend(context, shape, *attention, work, places, caches, layer);
+      else
+        feed_forward(context, shape, std::get<ExpertsBlock>(block), work, rows, places.budget, layer, entropy, share);
+      if (stack.add_up) stack.add_up(work.pending, rows * shape.hidden);
+      pending = work.pending;
+    }
   }
-  if (first == last) return;
-  if (seam.norm_next)
-    norm(context, shape, work.pending, x, stack.blocks[last].attention_norm, rows, work.normed);
+  if (boundary.norm_next)
+    norm(context, shape, pending, x, stack.layers[last].first_norm().weight, rows, work.normed);
   else
-    add_pending(context, shape, work.pending, shape.residual_scale, x, rows);
+    add_pending(context, shape, pending, shape.residual_scale, x, rows);
 }
 
 }  // namespace dynamoe_cpu

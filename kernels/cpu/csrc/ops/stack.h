@@ -6,6 +6,7 @@
 #include <functional>
 #include <optional>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "ops/exits.h"
@@ -22,27 +23,52 @@ struct Projection {
   bool exists() const { return weights || quant; }
 };
 
-struct Block {
-  const void* attention_norm;
+// Adds what the last block left to the residual stream, and norms the sum.
+struct NormBlock {
+  const void* weight;
+};
+
+// Grouped-query attention over the normed rows.
+struct AttentionBlock {
+  int64_t heads, kv_heads, channels;
   Projection qkv, o;
   const void *q_norm, *k_norm;  // or null
-  const void* ffn_norm;
+  bool norm_per_head;           // of queries and keys; otherwise over their full width
+  float scale;
+  int64_t window;
+
+  int64_t q_width() const { return heads * channels; }
+  int64_t kv_width() const { return kv_heads * channels; }
+};
+
+// A mixture of experts over the normed rows.
+struct ExpertsBlock {
   Projection router;     // none: every expert has weight 1
   RouteCall rule;        // what does not depend on the rows
   const float* scale;    // contribution of each expert per unit of weight, or null
   ExpertsCall experts;   // likewise
   std::optional<QuantExperts> quant_experts;  // takes the place of the call's weights
-  int64_t window;
+};
+
+using Block = std::variant<NormBlock, AttentionBlock, ExpertsBlock>;
+
+struct Layer {
+  std::vector<Block> blocks;  // a norm, then others
+
+  const NormBlock& first_norm() const { return std::get<NormBlock>(blocks.front()); }
+  // The first block of a kind, or null.
+  template <class Kind>
+  const Kind* find() const {
+    for (const Block& block : blocks)
+      if (const Kind* found = std::get_if<Kind>(&block)) return found;
+    return nullptr;
+  }
 };
 
 struct Shape {
   Dtype dtype;
-  int64_t hidden, heads, kv_heads, channels;
-  bool norm_per_head;  // of queries and keys; otherwise over their full width
-  float eps, residual_scale, attention_scale;
-
-  int64_t q_width() const { return heads * channels; }
-  int64_t kv_width() const { return kv_heads * channels; }
+  int64_t hidden;
+  float eps, residual_scale;
 };
 
 // How many experts rows may use in each layer, (T, layers), and how many they went without. Without `keep`: no limit.
@@ -72,8 +98,8 @@ struct Caches {
 
 struct Exit {
   int64_t after_layers;
-  Projection down, up;                // of the read-out adapter
-  bool can_leave;                     // whether it has a probe
+  Projection down, up;                // of the exit head's adapter
+  bool can_exit;                      // whether it has a probe
   bool previous, entropy;             // what the probe looks at beside the residual stream
   ProbeCall probe;                    // weights
   std::vector<ProjectCall> projections;  // weights, one per layer behind the exit
@@ -81,16 +107,23 @@ struct Exit {
 
 struct Stack {
   Shape shape;
-  std::vector<Block> blocks;
+  std::vector<Layer> layers;
   std::vector<Exit> exits;  // rising
   // Where several processes share heads and neurons: makes so many numbers, of the shape's dtype, the sum of everybody's.
   std::function<void(void*, int64_t)> add_up;
-  int64_t most_experts = 0, most_top_k = 0;  // of any block
+  int64_t most_qkv = 0, most_queries = 0, most_experts = 0, most_top_k = 0;  // of any block
 
-  void add(Block block) {
-    most_experts = std::max(most_experts, block.router.outputs);
-    most_top_k = std::max(most_top_k, block.rule.top_k);
-    blocks.push_back(std::move(block));
+  void add(Layer layer) {
+    for (const Block& block : layer.blocks) {
+      if (const auto* attention = std::get_if<AttentionBlock>(&block)) {
+        most_qkv = std::max(most_qkv, attention->qkv.outputs);
+        most_queries = std::max(most_queries, attention->q_width());
+      } else if (const auto* experts = std::get_if<ExpertsBlock>(&block)) {
+        most_experts = std::max(most_experts, experts->router.outputs);
+        most_top_k = std::max(most_top_k, experts->rule.top_k);
+      }
+    }
+    layers.push_back(std::move(layer));
   }
 };
 
@@ -100,9 +133,9 @@ void project(const Context& context, const Shape& shape, const Projection& proje
 // x += scale * added
 void add_pending(const Context& context, const Shape& shape, const void* pending, float scale, float* x, int64_t rows);
 
-// Where a run of layers meets its neighbours: the sum at its end and the norm behind it are one pass over the rows, when
+// A fusion boundary, where a run of layers meets its neighbours: the sum at its end and the norm behind it are one pass over the rows, when
 // the next run is of the same rows and follows at once.
-struct Seam {
+struct Boundary {
   bool normed = false;     // the run before has done the first norm
   bool norm_next = false;  // do that of the layer behind
 };
@@ -110,16 +143,16 @@ struct Seam {
 // Layers [first, last) on a residual stream of float32, in place. `entropy`, if given, takes the mean entropy of the
 // layers' routers.
 void run_layers(const Context& context, const Stack& stack, int64_t first, int64_t last, float* x, const Places& places,
-                const Caches& caches, float* entropy, Seam seam = {});
+                const Caches& caches, float* entropy, Boundary boundary = {});
 
-// All layers, where rows may leave at exits. As long as none does, x is what the rows hand to the LM head.
+// All layers, where rows may exit. As long as none does, x is what the rows hand to the LM head.
 struct ExitsCall {
   float* x;
   Places places;
   const float* thresholds;      // (exits, rows); +inf stays
-  std::function<float*()> out;  // (rows, hidden), wanted once a row leaves: what each row hands to the LM head
+  std::function<float*()> out;  // (rows, hidden), wanted once a row exits: what each row hands to the LM head
   int64_t* depths;              // (rows): layers that ran for it
-  int64_t* decisions;           // (exits, 2): rows with a finite threshold that reached the exit, and that went on
+  int64_t* decisions;           // (exits, 2): rows with a finite threshold that reached the exit, and that continued
   int64_t* launched;            // (exits + 1): rows that ran the layers up to each exit and behind the last
 };
 void run_exits(const Context& context, const Stack& stack, const ExitsCall& call, const Caches& caches);

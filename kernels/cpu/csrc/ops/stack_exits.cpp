@@ -1,4 +1,4 @@
-// All layers, where rows may leave at exits: decisions, read-outs, debts, and the rows that go on.
+// All layers, where rows may exit: decisions, exit heads, keys and values of skipped layers, and the rows that go on.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -24,8 +24,8 @@ class Live {
   int64_t number(int64_t row) const { return numbers_[row]; }
   const Places& places() const { return places_; }
 
-  // Keeps the first `staying` rows of an order that rises; a sequence of several rows stays as a whole.
-  void keep(const int64_t* order, int64_t staying) {
+  // Keeps the first `continuing` rows of an order that rises; a sequence of several rows continues as a whole.
+  void keep(const int64_t* order, int64_t continuing) {
     positions_.swap(old_positions_);
     slots_.swap(old_slots_);
     query_start_.swap(old_query_start_);
@@ -38,7 +38,7 @@ class Live {
     tables_.clear();
     const int64_t width = places_.block_table_stride;
     int64_t sequence = 0;
-    for (int64_t row = 0; row < staying; ++row) {
+    for (int64_t row = 0; row < continuing; ++row) {
       const int64_t from = order[row];
       std::copy_n(x_ + from * hidden_, hidden_, x_ + row * hidden_);
       numbers_[row] = numbers_[from];
@@ -54,7 +54,7 @@ class Live {
       const int32_t* table = places_.block_table + sequence * width;
       tables_.insert(tables_.end(), table, table + width);
     }
-    places_ = {staying, positions_.data(), slots_.data(), query_start_.data(), context_len_.data(), tables_.data(),
+    places_ = {continuing, positions_.data(), slots_.data(), query_start_.data(), context_len_.data(), tables_.data(),
                width, static_cast<int64_t>(context_len_.size()), places_.budget};
   }
 
@@ -66,20 +66,21 @@ class Live {
   std::vector<int32_t> query_start_, context_len_, tables_, old_query_start_, old_context_len_, old_tables_;
 };
 
-// Rows that leave: their read-out, and the keys and values of the layers behind.
-class Leaving {
+// Rows that exit: what they hand to the LM head, and the keys and values of the layers behind.
+class Exiting {
  public:
-  Leaving(const Context& context, const Stack& stack, const ExitsCall& call, const Caches& caches)
+  Exiting(const Context& context, const Stack& stack, const ExitsCall& call, const Caches& caches)
       : context_(context), stack_(stack), call_(call), caches_(caches) {}
 
-  // What rows hand to the LM head; null as long as none has left.
+  // What rows hand to the LM head; null as long as none has exited.
   float* out() const { return out_; }
 
-  void leave(const Exit& exit, const Live& live, const int64_t* order, int64_t count) {
+  void take(const Exit& exit, const Live& live, const int64_t* order, int64_t count) {
     if (!out_) out_ = call_.out();
     const Shape& shape = stack_.shape;
     const int64_t hidden = shape.hidden, bytes = element_bytes(shape.dtype);
-    const int64_t scratch_elements = count * (hidden + 3 * shape.kv_width());
+    const int64_t kv_width = exit.projections.front().kv_heads * exit.projections.front().channels;
+    const int64_t scratch_elements = count * (hidden + 3 * kv_width);
     const int64_t layers = static_cast<int64_t>(exit.projections.size());
     const auto parts = [&](Arena& arena) {
       x_ = arena.take<float>(count * hidden);
@@ -100,7 +101,7 @@ class Leaving {
       call_.depths[live.number(order[row])] = exit.after_layers;
     }
     write_keys_and_values(exit, count, scratch_elements * bytes);
-    read_out(exit, live, order, count);
+    apply_exit_head(exit, live, order, count);
   }
 
  private:
@@ -121,7 +122,7 @@ class Leaving {
     });
   }
 
-  void read_out(const Exit& exit, const Live& live, const int64_t* order, int64_t count) {
+  void apply_exit_head(const Exit& exit, const Live& live, const int64_t* order, int64_t count) {
     const Shape& shape = stack_.shape;
     const int64_t hidden = shape.hidden;
     context_.kernels->convert(x_, narrow_, static_cast<int>(count * hidden), shape.dtype);
@@ -144,10 +145,10 @@ class Leaving {
 }  // namespace
 
 void run_exits(const Context& context, const Stack& stack, const ExitsCall& call, const Caches& caches) {
-  const int64_t rows = call.places.rows, hidden = stack.shape.hidden, layers = static_cast<int64_t>(stack.blocks.size());
+  const int64_t rows = call.places.rows, hidden = stack.shape.hidden, layers = static_cast<int64_t>(stack.layers.size());
   if (!rows) return;
   Live live(call, stack.shape);
-  Leaving leaving(context, stack, call, caches);
+  Exiting exiting(context, stack, call, caches);
   std::vector<float> previous, entropy(rows), thresholds(rows), logits(rows);
   std::vector<int64_t> order(rows);
   std::fill_n(call.depths, rows, layers);
@@ -162,7 +163,7 @@ void run_exits(const Context& context, const Stack& stack, const ExitsCall& call
       thresholds[row] = call.thresholds[number * rows + live.number(row)];
       asked = asked || thresholds[row] < std::numeric_limits<float>::infinity();
     }
-    asked = asked && exit.can_leave;
+    asked = asked && exit.can_exit;
     if (asked && exit.previous) previous.assign(live.x(), live.x() + live.rows() * hidden);
     call.launched[number] = live.rows();
     run_layers(context, stack, first, exit.after_layers, live.x(), live.places(), caches,
@@ -177,23 +178,23 @@ void run_exits(const Context& context, const Stack& stack, const ExitsCall& call
     probing.rows = live.rows();
     probing.logits = logits.data();
     probe(context, probing);
-    const int64_t staying = partition(logits.data(), thresholds.data(), live.rows(), order.data());
-    const int64_t left = live.rows() - staying;
+    const int64_t continuing = partition(logits.data(), thresholds.data(), live.rows(), order.data());
+    const int64_t exited = live.rows() - continuing;
     for (int64_t place = 0; place < live.rows(); ++place) {
       if (!std::isfinite(thresholds[order[place]])) continue;
       ++call.decisions[2 * number];
-      if (place < staying) ++call.decisions[2 * number + 1];
+      if (place < continuing) ++call.decisions[2 * number + 1];
     }
-    if (!left) continue;
-    leaving.leave(exit, live, order.data() + staying, left);
-    live.keep(order.data(), staying);
+    if (!exited) continue;
+    exiting.take(exit, live, order.data() + continuing, exited);
+    live.keep(order.data(), continuing);
     normed = false;
   }
   if (!live.rows()) return;
   call.launched[stack.exits.size()] = live.rows();
   run_layers(context, stack, first, layers, live.x(), live.places(), caches, nullptr, {normed, false});
-  for (int64_t row = 0; leaving.out() && row < live.rows(); ++row)
-    std::copy_n(live.x() + row * hidden, hidden, leaving.out() + live.number(row) * hidden);
+  for (int64_t row = 0; exiting.out() && row < live.rows(); ++row)
+    std::copy_n(live.x() + row * hidden, hidden, exiting.out() + live.number(row) * hidden);
 }
 
 }  // namespace dynamoe_cpu

@@ -5,9 +5,8 @@
 #include <tuple>
 #include <vector>
 
-#include "quant/quant_tensors.h"
+#include "ops/stack_blocks.h"
 #include "shared/shared_group.h"
-#include "ops/stack.h"
 
 namespace dynamoe_cpu {
 namespace {
@@ -49,77 +48,35 @@ using CachePointer = c10::intrusive_ptr<CacheHolder>;
 
 class StackHolder : public torch::CustomClassHolder {
  public:
-  StackHolder(int64_t isa, at::ScalarType dtype, std::vector<int64_t> sizes, bool norm_per_head, double eps,
-              double residual_scale, double attention_scale)
-      : isa_(isa), type_(dtype) {
-    TORCH_CHECK_VALUE(sizes.size() == 4, "sizes are hidden size, heads, key/value heads, channels");
-    stack_.shape = {dtype == at::kBFloat16 ? Dtype::bf16 : Dtype::fp32, sizes[0], sizes[1], sizes[2], sizes[3],
-                    norm_per_head, static_cast<float>(eps), static_cast<float>(residual_scale),
-                    static_cast<float>(attention_scale)};
+  StackHolder(int64_t isa, at::ScalarType dtype, int64_t hidden, double eps, double residual_scale)
+      : isa_(isa), weights_(isa, dtype) {
+    stack_.shape = {weights_.dtype(), hidden, static_cast<float>(eps), static_cast<float>(residual_scale)};
   }
 
-  // `experts` is what the operator `experts` calls shape; `rule` is top_k, score, softmax_after_topk, renormalize.
-  // `layouts` are those of qkv, o, gate_up and down where they are quantised, and empty where not.
-  void add_layer(const Tensor& attention_norm, const Tensor& qkv, const OptionalTensor& qkv_bias,
-                 const OptionalTensor& q_norm, const OptionalTensor& k_norm, const Tensor& o,
-                 const OptionalTensor& o_bias, const Tensor& ffn_norm, const OptionalTensor& router,
-                 const Tensor& gate_up, const Tensor& down, const OptionalTensor& gate_up_bias,
-                 const OptionalTensor& down_bias, std::vector<int64_t> experts, std::vector<int64_t> rule,
-                 double routing_scale, const OptionalTensor& contribution_scale, int64_t window,
-                 std::vector<std::vector<int64_t>> layouts) {
-    const Shape& shape = stack_.shape;
-    TORCH_CHECK_VALUE(layouts.size() == 4, "there must be a layout, or none, for each of 4 weights");
-    Block block{};
-    block.attention_norm = weights(attention_norm, shape.hidden, "attention_norm");
-    block.qkv = projection(qkv, qkv_bias, shape.hidden, shape.q_width() + 2 * shape.kv_width(), "qkv", layouts[0]);
-    block.q_norm = head_norm(q_norm, shape.q_width(), "q_norm");
-    block.k_norm = head_norm(k_norm, shape.kv_width(), "k_norm");
-    block.o = projection(o, o_bias, shape.q_width(), shape.hidden, "o", layouts[1]);
-    block.ffn_norm = weights(ffn_norm, shape.hidden, "ffn_norm");
-    block.window = window;
-    ExpertsCall& call = block.experts;
-    TORCH_CHECK_VALUE(experts.size() == 5 && experts[1] == shape.hidden, "the experts are for another hidden size");
-    call.layout = {shape.dtype, experts[0], experts[1], experts[2], experts[3] != 0};
-    call.activation = static_cast<Activation>(experts[4]);
-    if (layouts[2].empty()) {
-      call.gate_up = words(keep(gate_up), call.layout.gate_words(), "gate_up");
-      call.down = words(keep(down), call.layout.down_words(), "down");
-    } else {
-      block.quant_experts = quant_experts_of(call.layout, keep(gate_up), layouts[2], keep(down), layouts[3]);
-    }
-    call.gate_up_bias = floats(keep(gate_up_bias), "gate_up_bias");
-    call.down_bias = floats(keep(down_bias), "down_bias");
-    if (router) {
-      TORCH_CHECK_VALUE(rule.size() == 4 && 1 <= rule[0] && rule[0] <= experts[0], "top_k must be in 1 … ", experts[0]);
-      block.router = projection(*router, {}, shape.hidden, experts[0], "router");
-      block.rule.experts = experts[0];
-      block.rule.top_k = rule[0];
-      block.rule.score = static_cast<Score>(rule[1]);
-      block.rule.softmax_after_topk = rule[2] != 0;
-      block.rule.renormalize = rule[3] != 0;
-      block.rule.scale = static_cast<float>(routing_scale);
-      TORCH_CHECK_VALUE(!contribution_scale || contribution_scale->numel() == experts[0],
-                        "contribution_scale must have one entry for each of ", experts[0], " experts");
-      block.scale = floats(keep(contribution_scale), "contribution_scale");
-    }
-    stack_.add(block);
+  // Blocks in the order in which they run.
+  void add_layer(std::vector<c10::intrusive_ptr<NamedBlock>> blocks) {
+    Layer layer;
+    for (const auto& block : blocks) layer.blocks.push_back(weights_.block(*block, stack_.shape.hidden));
+    TORCH_CHECK_VALUE(layer.blocks.size() > 1 && std::holds_alternative<NormBlock>(layer.blocks.front()),
+                      "a layer must begin with a norm and have another block behind it");
+    stack_.add(std::move(layer));
   }
 
-  // After all layers, in rising order. Without a probe (`weight`) nobody can leave. `kv_layouts` as `layouts` above.
+  // After all layers, in rising order. Without a probe (`weight`) no row can exit. `kv_layouts`: empty where they are not quantised.
   void add_exit(int64_t after_layers, const Tensor& down, const Tensor& up, int64_t rank, const OptionalTensor& weight,
                 const OptionalTensor& bias, const OptionalTensor& out, const OptionalTensor& out_bias, bool previous,
                 bool entropy, Tensors kv, Tensors kv_bias, std::vector<std::vector<int64_t>> kv_layouts) {
     const Shape& shape = stack_.shape;
-    const int64_t layers = static_cast<int64_t>(stack_.blocks.size());
+    const int64_t layers = static_cast<int64_t>(stack_.layers.size());
     TORCH_CHECK_VALUE((stack_.exits.empty() ? 0 : stack_.exits.back().after_layers) < after_layers &&
                           after_layers < layers && static_cast<int64_t>(kv.size()) == layers - after_layers &&
                           (kv_bias.empty() || kv_bias.size() == kv.size()) && kv_layouts.size() == kv.size(),
                       "an exit after ", after_layers, " of ", layers, " layers does not fit");
     Exit exit{};
     exit.after_layers = after_layers;
-    exit.down = projection(down, {}, shape.hidden, rank, "the adapter's first factor");
-    exit.up = projection(up, {}, rank, shape.hidden, "the adapter's second factor");
-    exit.can_leave = weight.has_value();
+    exit.down = weights_.projection(down, {}, shape.hidden, rank, "the adapter's first factor");
+    exit.up = weights_.projection(up, {}, rank, shape.hidden, "the adapter's second factor");
+    exit.can_exit = weight.has_value();
     exit.previous = previous;
     exit.entropy = entropy;
     if (weight) {
@@ -129,28 +86,31 @@ class StackHolder : public torch::CustomClassHolder {
       TORCH_CHECK_VALUE(weight->dim() == 2 && weight->size(1) == shape.hidden * (1 + previous) + entropy && bias &&
                             bias->numel() == probe.inner && (out ? out->numel() : 1) == probe.inner,
                         "the probe does not fit hidden size ", shape.hidden);
-      probe.weight = floats(keep(weight), "weight");
-      probe.bias = floats(keep(bias), "bias");
-      probe.out = floats(keep(out), "out");
+      probe.weight = floats(weights_.keep(weight), "weight");
+      probe.bias = floats(weights_.keep(bias), "bias");
+      probe.out = floats(weights_.keep(out), "out");
       probe.out_bias = out ? *floats(out_bias, "out_bias") : 0.0f;
     }
     for (int64_t behind = 0; behind < layers - after_layers; ++behind) {
-      const Block& block = stack_.blocks[after_layers + behind];
+      const Layer& layer = stack_.layers[after_layers + behind];
+      const auto* attention = layer.find<AttentionBlock>();
+      TORCH_CHECK_VALUE(attention && std::holds_alternative<AttentionBlock>(layer.blocks[1]),
+                        "keys and values behind an exit need layers that begin with a norm and attention");
       ProjectCall call{};
       call.hidden = shape.hidden;
-      call.kv_heads = shape.kv_heads;
-      call.channels = shape.channels;
-      call.norm = block.attention_norm;
+      call.kv_heads = attention->kv_heads;
+      call.channels = attention->channels;
+      call.norm = layer.first_norm().weight;
       call.dtype = shape.dtype;
       call.eps = shape.eps;
       const OptionalTensor with = kv_bias.empty() ? OptionalTensor() : OptionalTensor(kv_bias[behind]);
-      const Projection pair = projection(kv[behind], with, shape.hidden, 2 * shape.kv_width(), "keys and values",
+      const Projection pair = weights_.projection(kv[behind], with, shape.hidden, 2 * attention->kv_width(), "keys and values",
                                          kv_layouts[behind]);
       call.kv = pair.weights;
       call.kv_bias = pair.bias;
       call.quant = pair.quant;
-      call.k_norm = block.k_norm;
-      call.k_norm_width = block.k_norm ? (shape.norm_per_head ? shape.channels : shape.kv_width()) : 0;
+      call.k_norm = attention->k_norm;
+      if (call.k_norm) call.k_norm_width = attention->norm_per_head ? attention->channels : attention->kv_width();
       exit.projections.push_back(call);
     }
     stack_.exits.push_back(std::move(exit));
@@ -166,8 +126,8 @@ class StackHolder : public torch::CustomClassHolder {
              const Tensor& positions, const Tensor& slots, const Tensor& query_start, const Tensor& context_len,
              const Tensor& block_table, const OptionalTensor& entropy, const OptionalTensor& keep,
              const OptionalTensor& cap, const OptionalTensor& skipped) {
-    TORCH_CHECK_VALUE(0 <= first && first <= last && last <= static_cast<int64_t>(stack_.blocks.size()), "layers ", first,
-                      " … ", last, " are not those of a model of ", stack_.blocks.size());
+    TORCH_CHECK_VALUE(0 <= first && first <= last && last <= static_cast<int64_t>(stack_.layers.size()), "layers ", first,
+                      " … ", last, " are not those of a model of ", stack_.layers.size());
     x = stream(x);
     const Caches& caches = caches_of(*cache, cos_sin);
     Places places =
@@ -209,37 +169,6 @@ class StackHolder : public torch::CustomClassHolder {
   }
 
  private:
-  const Tensor& keep(const Tensor& t) { return kept_.emplace_back(t); }
-  const OptionalTensor& keep(const OptionalTensor& t) {
-    if (t) kept_.push_back(*t);
-    return t;
-  }
-
-  const void* weights(const Tensor& t, int64_t count, const char* name) {
-    TORCH_CHECK_VALUE(t.is_contiguous() && t.numel() == count && t.scalar_type() == type_, name,
-                      " must be contiguous with ", count, " entries of type ", type_, ", not shape ", t.sizes());
-    return keep(t).data_ptr();
-  }
-
-  const void* head_norm(const OptionalTensor& t, int64_t full, const char* name) {
-    return t ? weights(*t, stack_.shape.norm_per_head ? stack_.shape.channels : full, name) : nullptr;
-  }
-
-  Projection projection(const Tensor& packed, const OptionalTensor& bias, int64_t inputs, int64_t outputs,
-                        const char* name, const std::vector<int64_t>& layout = {}) {
-    if (!layout.empty()) {
-      const QuantWeights weights = quant_weights(keep(packed), keep(bias), layout, name);
-      TORCH_CHECK_VALUE(weights.layout.inputs == inputs && weights.layout.outputs == outputs, name, " has ",
-                        weights.layout.outputs, " outputs and ", weights.layout.inputs, " inputs, not ", outputs,
-                        " and ", inputs);
-      return {nullptr, nullptr, outputs, weights};
-    }
-    const Gemm& gemm = context_of(isa_).kernels->gemm[static_cast<int>(stack_.shape.dtype)];
-    TORCH_CHECK_VALUE(!bias || bias->numel() >= ceil_div(outputs, kBlockOutputs) * kBlockOutputs, name,
-                      "'s bias must be padded to whole blocks");
-    return {words(keep(packed), packed_words(gemm, outputs, inputs), name), floats(keep(bias), name), outputs, {}};
-  }
-
   Tensor stream(const Tensor& x) const {
     TORCH_CHECK_VALUE(x.dim() == 2 && x.size(1) == stack_.shape.hidden && x.scalar_type() == at::kFloat,
                       "x must be float32 with ", stack_.shape.hidden, " columns, not ", x.scalar_type(), " of shape ",
@@ -248,17 +177,22 @@ class StackHolder : public torch::CustomClassHolder {
   }
 
   const Caches& caches_of(CacheHolder& cache, const Tensor& cos_sin) const {
-    const Shape& shape = stack_.shape;
-    TORCH_CHECK_VALUE(cache.layers() == stack_.blocks.size(), "there must be one cache per layer");
-    TORCH_CHECK_VALUE(cache.first().size(1) == shape.kv_heads, "a cache of shape ", cache.first().sizes(),
-                      " does not fit the model");
-    return cache.with(cos_sin, shape.channels);
+    TORCH_CHECK_VALUE(cache.layers() == stack_.layers.size(), "there must be one cache per layer");
+    int64_t channels = 0;
+    for (const Layer& layer : stack_.layers) {
+      const auto* attention = layer.find<AttentionBlock>();
+      if (!attention) continue;
+      TORCH_CHECK_VALUE(cache.first().size(1) == attention->kv_heads && (!channels || channels == attention->channels),
+                        "a cache of shape ", cache.first().sizes(), " does not fit the model");
+      channels = attention->channels;
+    }
+    return cache.with(cos_sin, channels);
   }
 
   Budget budget_of(int64_t rows, const OptionalTensor& keep, const OptionalTensor& cap,
                    const OptionalTensor& skipped) const {
     if (!keep) return {};
-    const int64_t layers = static_cast<int64_t>(stack_.blocks.size());
+    const int64_t layers = static_cast<int64_t>(stack_.layers.size());
     TORCH_CHECK_VALUE(keep->numel() == rows * layers && cap && cap->sizes() == keep->sizes() && skipped &&
                           skipped->numel() == rows,
                       "a budget must have one entry for each of ", rows, " rows and ", layers, " layers");
@@ -292,9 +226,8 @@ class StackHolder : public torch::CustomClassHolder {
   }
 
   int64_t isa_;
-  at::ScalarType type_;
+  StackWeights weights_;
   Stack stack_;
-  Tensors kept_;
 };
 
 }  // namespace
@@ -308,9 +241,12 @@ TORCH_LIBRARY_FRAGMENT(dynamoe_cpu, m) {
       .def("gather", &SharedGroup::gather)
       .def("begin_swap", &SharedGroup::begin_swap)
       .def("finish_swap", &SharedGroup::finish_swap);
+  m.class_<NamedBlock>("Block")
+      .def(torch::init<std::string, c10::Dict<std::string, Tensor>, c10::Dict<std::string, int64_t>,
+                       c10::Dict<std::string, double>, c10::Dict<std::string, c10::List<int64_t>>>());
   m.class_<CacheHolder>("Cache").def(torch::init<Tensors, Tensors, int64_t>());
   m.class_<StackHolder>("Stack")
-      .def(torch::init<int64_t, at::ScalarType, std::vector<int64_t>, bool, double, double, double>())
+      .def(torch::init<int64_t, at::ScalarType, int64_t, double, double>())
       .def("add_layer", &StackHolder::add_layer)
       .def("add_exit", &StackHolder::add_exit)
       .def("share", &StackHolder::share)

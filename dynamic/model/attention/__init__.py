@@ -1,0 +1,1 @@
+"""Kinds of attention: one file for each, found by name in the registry."""

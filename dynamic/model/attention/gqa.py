@@ -1,0 +1,255 @@
+"""Grouped-query attention: query heads share key/value heads; multi-head and multi-query attention are its ends.
+
+Ainslie et al. 2023. Optional: biases, RMS norms of queries and keys, clipping, a sliding window.
+
+Shape suffixes as in ``kernels/api/types.py``; X the channels of all heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+import torch
+
+from ....kernels.api.kv_codes import stored_channels
+from ....kernels.api.stack import StackAttention
+from ....kernels.api.types import AttentionBatch, KVLayer, KVProjection, LinearWeights
+from ....kernels.torch.backend import TorchBackend
+from ...checkpoint.config_reader import ConfigReader
+from ..family import Family
+from ..parts import part_of, width
+from .kind import (
+    AttentionContext,
+    AttentionCuts,
+    AttentionLayout,
+    AttentionSpec,
+    AttentionWeights,
+    LinearLayout,
+    Shape,
+    TensorLayout,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GqaWeights(AttentionWeights):
+    """See :class:`AttentionWeights`.
+
+    Arguments:
+        qkv: queries, keys and values in one projection, (H + 2 G) · C outputs.
+    """
+
+    qkv: LinearWeights
+    o: LinearWeights
+    q_norm: torch.Tensor | None = None
+    k_norm: torch.Tensor | None = None
+
+    @property
+    def propagated_bytes(self) -> int:
+        return self.qkv.nbytes * (self.qkv.out_features - self.o.in_features) // self.qkv.out_features
+
+
+@dataclass(frozen=True, kw_only=True)
+class GqaSpec(AttentionSpec):
+    """See :class:`AttentionSpec`.
+
+    Arguments:
+        scale: factor on the scores.
+        qkv_bias, o_bias: whether these projections have biases.
+        qk_norm: RMS norm of queries and keys before rotation: ``none``, per ``head``, or over the ``full`` width.
+        clip: queries, keys and values are clipped to ± this value.
+
+    Raises:
+        ValueError: for sizes that do not go together.
+    """
+
+    kind: ClassVar[str] = "gqa"
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: str = "none"
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "num_kv_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_heads} is no multiple of num_key_value_heads={self.num_kv_heads}"
+            )
+        if self.qk_norm not in ("none", "head", "full"):
+            raise ValueError(f"qk_norm must be none, head or full, not {self.qk_norm!r}")
+
+    @classmethod
+    def from_config(cls, config: ConfigReader, family: Family, layer: int) -> Self:
+        num_heads = config.integer("num_attention_heads")
+        if num_heads < 1:
+            raise config.error("num_attention_heads", num_heads, "at least 1")
+        head_dim = config.integer("head_dim", family.head_dim or config.integer("hidden_size") // num_heads)
+        if head_dim < 1:
+            raise config.error("head_dim", head_dim, "at least 1")
+        return cls(
+            window=family.window(config, layer),
+            num_heads=num_heads,
+            num_kv_heads=config.integer("num_key_value_heads", family.kv_heads or num_heads),
+            head_dim=head_dim,
+            qkv_bias=family.qkv_bias(config),
+            o_bias=family.o_bias(config),
+            qk_norm=family.qk_norm,
+            **{"scale": head_dim**-0.5, **family.attention_numbers(config)},
+        )
+
+    @property
+    def rotary_channels(self) -> int:
+        return self.head_dim
+
+    @property
+    def q_size(self) -> int:
+        """Channels of all query heads; those of keys and of values are ``kv_size``."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def norm_sizes(self) -> tuple[int, int] | None:
+        """Widths of the norms of queries and keys."""
+        return {"none": None, "head": (self.head_dim, self.head_dim), "full": (self.q_size, self.kv_size)}[self.qk_norm]
+
+    def layout(self, prefix: str, hidden_size: int, available: Container[str]) -> AttentionLayout:
+        def linear(inputs: int, bias: bool, **outputs: int) -> LinearLayout:
+            names = [f"{prefix}self_attn.{part}_proj" for part in outputs]
+            return LinearLayout(
+                weights=tuple(f"{name}.weight" for name in names),
+                outputs=tuple(outputs.values()),
+                inputs=inputs,
+                biases=tuple(f"{name}.bias" for name in names) if bias else (),
+            )
+
+        norms = zip(("q_norm", "k_norm"), self.norm_sizes or (), strict=False)
+        return AttentionLayout(
+            kind=self,
+            linears={
+                "qkv": linear(hidden_size, self.qkv_bias, q=self.q_size, k=self.kv_size, v=self.kv_size),
+                "o": linear(self.q_size, self.o_bias, o=hidden_size),
+            },
+            tensors={n: TensorLayout(name=f"{prefix}self_attn.{n}.weight", shape=(size,)) for n, size in norms},
+        )
+
+    def weights(self, parts: Mapping[str, LinearWeights | torch.Tensor]) -> GqaWeights:
+        return GqaWeights(**parts)  # type: ignore[arg-type]
+
+    def forward(
+        self, weights: Any, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
+    ) -> torch.Tensor:
+        backend = context.backend
+        q_THC = self.rotated_queries(weights, x_TD, kv, batch, context)
+        out_THC = backend.attention(q_THC, kv, batch, scale=self.scale, window=self.window)
+        return backend.linear(out_THC.flatten(1), weights.o)
+
+    def rotated_queries(
+        self, weights: GqaWeights, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
+    ) -> torch.Tensor:
+        """What looks at the cache, (T, H, C); the rows' keys and values are written to it."""
+        qkv_TXC = context.backend.linear(x_TD, weights.qkv).view(x_TD.shape[0], -1, self.head_dim)
+        q_THC = qkv_TXC[:, : self.num_heads]
+        k_TGC = qkv_TXC[:, self.num_heads : self.num_heads + self.num_kv_heads]
+        v_TGC = qkv_TXC[:, self.num_heads + self.num_kv_heads :]
+        if self.qk_norm == "full":
+            pairs = (q_THC.flatten(1), weights.q_norm), (k_TGC.flatten(1), weights.k_norm)
+            q_TX, k_TX = context.norm_over_heads(*pairs)
+            q_THC, k_TGC = q_TX.view(q_THC.shape), k_TX.view(k_TGC.shape)
+        if self.clip is not None:
+            q_THC, k_TGC, v_TGC = (part.clamp(-self.clip, self.clip) for part in (q_THC, k_TGC, v_TGC))
+        if self.qk_norm == "head":
+            assert weights.q_norm is not None
+            assert weights.k_norm is not None
+            q_THC, k_TGC = context.norm(q_THC, weights.q_norm), context.norm(k_TGC, weights.k_norm)
+        return context.backend.rope_and_write(q_THC, k_TGC, v_TGC, context.cos_sin_LC, batch, kv)
+
+    def cache_shapes(self, page_size: int, dtype: torch.dtype) -> tuple[Shape, ...]:
+        page = (self.num_kv_heads, page_size, stored_channels(self.head_dim, dtype))
+        return page, page
+
+    def part(self, parts: int, part: int) -> Self:
+        queries, keys = split_heads(self, parts, part)
+        return replace(self, num_heads=width(queries), num_kv_heads=width(keys))
+
+    def cuts(self, layout: AttentionLayout, parts: int, part: int) -> AttentionCuts:
+        shares = [
+            tuple(slice(s.start * self.head_dim, s.stop * self.head_dim) for s in split_heads(self, parts, number))
+            for number in range(parts)
+        ]
+        queries, keys = shares[part]
+        qkv, tensors = layout.linears["qkv"], layout.tensors
+        outputs = dict(zip((*qkv.weights, *qkv.biases), (queries, keys, keys) * 2, strict=False))
+        if self.qk_norm == "full":
+            outputs |= {tensors["q_norm"].name: queries, tensors["k_norm"].name: keys}
+        return AttentionCuts(
+            outputs=outputs, inputs={layout.linears["o"].weights[0]: tuple(share[0] for share in shares)}
+        )
+
+    def flops(self, hidden_size: int) -> int:
+        return 4 * hidden_size * (self.q_size + self.kv_size)
+
+    def propagation_flops(self, hidden_size: int) -> int:
+        return 4 * hidden_size * self.kv_size
+
+    def stack_block(self, weights: Any) -> StackAttention | None:
+        if self.clip is not None or type(self) is not GqaSpec:  # a kind made of this one computes something else
+            return None
+        return StackAttention(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            qkv=weights.qkv,
+            q_norm=weights.q_norm,
+            k_norm=weights.k_norm,
+            norm_per_head=self.qk_norm == "head",
+            o=weights.o,
+            scale=self.scale,
+            window=self.window,
+        )
+
+    def projection(self, norm_D: torch.Tensor, weights: Any, backend: TorchBackend) -> KVProjection:
+        kv = backend.linear_tail(weights.qkv, self.q_size)
+        return KVProjection(norm_D=norm_D, kv=kv, k_norm=weights.k_norm)
+
+    def propagate(
+        self,
+        projections: Sequence[KVProjection],
+        x_RD: torch.Tensor,
+        kv: Sequence[KVLayer],
+        batch: AttentionBatch,
+        context: AttentionContext,
+    ) -> None:
+        context.backend.project_kv(
+            x_RD, projections, kv, context.cos_sin_LC, batch, norm_eps=context.norm_eps, clip=self.clip
+        )
+
+
+def split_heads(spec: GqaSpec, parts: int, part: int) -> tuple[slice, slice]:
+    """Query heads and key/value heads of one rank: whole groups, or a part of one where ranks outnumber the groups.
+
+    Raises:
+        ValueError: when the heads cannot be shared out like this.
+    """
+    groups, per_group = spec.num_kv_heads, spec.num_heads // spec.num_kv_heads
+    if parts <= groups:
+        kv = part_of(groups, parts, part)
+        return slice(kv.start * per_group, kv.stop * per_group), kv
+    if parts % groups or parts // groups > per_group:
+        raise ValueError(
+            f"parallel.tensor={parts} does not go with {spec.num_heads} heads in {groups} groups: it must be at most "
+            f"{groups}, or a multiple of it up to {spec.num_heads}"
+        )
+    group, inner = divmod(part, parts // groups)
+    queries = part_of(per_group, parts // groups, inner)
+    first = group * per_group
+    return slice(first + queries.start, first + queries.stop), slice(group, group + 1)

@@ -1,0 +1,222 @@
+"""What a kind of attention says of itself: configuration, tensors, arithmetic, cache, shards and cost.
+
+A kind is a subclass of :class:`AttentionSpec` in a file of its own, known to the registry by its name. The loader, the
+quantisers, the cache and the parallel decoder ask it; none of them lists what its layers are made of.
+
+Shape suffixes as in ``kernels/api/types.py``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Self
+
+import torch
+
+from ....kernels.api.stack import StackBlock
+from ....kernels.api.types import AttentionBatch, KVLayer, KVProjection, LinearWeights
+from ....kernels.torch.backend import TorchBackend
+from ...checkpoint.config_reader import ConfigReader
+from ..family import Family
+
+Shape = tuple[int, ...]
+FullNorms = Callable[..., Sequence[torch.Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearLayout:
+    """A linear layer in a checkpoint: tensors whose outputs follow each other.
+
+    Arguments:
+        weights: names of its tensors; outputs: of each of them.
+        inputs: what all of them read.
+        biases: a name for each tensor, or none.
+    """
+
+    weights: tuple[str, ...]
+    outputs: tuple[int, ...]
+    inputs: int
+    biases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorLayout:
+    """A tensor that is kept as it is: a norm, a logit for each head.
+
+    Arguments:
+        name: in the checkpoint.
+        float32: it keeps this dtype whatever the model computes in.
+    """
+
+    name: str
+    shape: Shape
+    float32: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionLayout:
+    """The tensors of one layer's attention, by the names of the fields of the kind's weights."""
+
+    kind: AttentionSpec
+    linears: Mapping[str, LinearLayout]
+    tensors: Mapping[str, TensorLayout] = field(default_factory=dict)
+
+    def shapes(self) -> Iterator[tuple[str, Shape]]:
+        """Name and shape of every tensor."""
+        for linear in self.linears.values():
+            yield from (
+                (name, (size, linear.inputs)) for name, size in zip(linear.weights, linear.outputs, strict=True)
+            )
+            yield from ((name, (size,)) for name, size in zip(linear.biases, linear.outputs, strict=False))
+        yield from ((tensor.name, tensor.shape) for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionCuts:
+    """How the tensor axis splits a layer's attention; what is not named every rank has whole.
+
+    Arguments:
+        outputs: by tensor, the first dimension's part of one rank.
+        inputs: by weight, the inputs of all ranks in their order. Such a layer's bias is the first rank's.
+    """
+
+    outputs: Mapping[str, slice]
+    inputs: Mapping[str, tuple[slice, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionWeights:
+    """The weights of one layer's attention as the backend keeps them; a kind adds fields."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size in memory."""
+        return sum(getattr(self, f.name).nbytes for f in fields(self) if getattr(self, f.name) is not None)
+
+    @property
+    def propagated_bytes(self) -> int:
+        """Of the weights that make keys and values of a row that skips the layer."""
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionContext:
+    """What attention needs beside a layer's own weights and cache.
+
+    Arguments:
+        cos_sin_LC: see :func:`.rope_table`.
+        norm_over_heads: RMS norms that go over the heads of all ranks: takes pairs of rows (T, X) and weight (X).
+    """
+
+    backend: TorchBackend
+    cos_sin_LC: torch.Tensor
+    norm_eps: float
+    norm_over_heads: FullNorms
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """RMS norm over the last dimension of a slice of a fused projection."""
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        return self.backend.rms_norm(rows, weight, self.norm_eps).view(x.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec(ABC):
+    """One layer's attention, as data.
+
+    Arguments:
+        window: how many positions a row sees, its own included; None sees all.
+    """
+
+    kind: ClassVar[str]
+    window: int | None = None
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: ConfigReader, family: Family, layer: int) -> Self:
+        """What a ``config.json`` says of a layer.
+
+        Raises:
+            ValueError: for a value that cannot be.
+        """
+
+    @property
+    @abstractmethod
+    def rotary_channels(self) -> int:
+        """Channels of a head that are rotated."""
+
+    @abstractmethod
+    def layout(self, prefix: str, hidden_size: int, available: Container[str]) -> AttentionLayout:
+        """The tensors of a layer.
+
+        Arguments:
+            prefix: of the layer's names, with the dot at its end.
+            available: names that the checkpoint has, for kinds that are stored in several ways.
+        """
+
+    @abstractmethod
+    def weights(self, parts: Mapping[str, LinearWeights | torch.Tensor]) -> AttentionWeights:
+        """The weights, made of what :meth:`layout` names."""
+
+    @abstractmethod
+    def forward(
+        self, weights: Any, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
+    ) -> torch.Tensor:
+        """What attention adds to the residual stream, (T, D), made of normed rows; they are written to the cache first.
+
+        Arguments:
+            weights: of this kind.
+        """
+
+    @abstractmethod
+    def cache_shapes(self, page_size: int, dtype: torch.dtype) -> tuple[Shape, ...]:
+        """Of one page in each tensor of a layer's cache."""
+
+    def cache(self, tensors: Sequence[torch.Tensor], scales_behind_page: bool) -> KVLayer:
+        """A layer's cache, of tensors of :meth:`cache_shapes` with a dimension of pages in front."""
+        keys, values = tensors
+        return KVLayer(keys_BGPC=keys, values_BGPC=values, scales_behind_page=scales_behind_page)
+
+    @abstractmethod
+    def part(self, parts: int, part: int) -> Self:
+        """One rank's share of the heads.
+
+        Raises:
+            ValueError: when the heads cannot be shared out among so many.
+        """
+
+    @abstractmethod
+    def cuts(self, layout: AttentionLayout, parts: int, part: int) -> AttentionCuts:
+        """One rank's share of the tensors."""
+
+    @abstractmethod
+    def flops(self, hidden_size: int) -> int:
+        """Floating-point operations for one row, without those that grow with the context."""
+
+    def propagation_flops(self, hidden_size: int) -> int:
+        """Of the keys and values of a row that skips the layer."""
+        return 0
+
+    def stack_block(self, weights: Any) -> StackBlock | None:
+        """The same for a backend's stack; None where no stack runs it, so that it goes operation by operation."""
+        return None
+
+    def projection(self, norm_D: torch.Tensor, weights: Any, backend: TorchBackend) -> KVProjection:
+        """What makes the keys and values of rows that skip the layer.
+
+        Raises:
+            ValueError: when this kind's cannot be made of the residual stream at an exit.
+        """
+        raise ValueError(f"attention of kind {self.kind!r} makes no keys and values for rows that exit early")
+
+    def propagate(
+        self,
+        projections: Sequence[KVProjection],
+        x_RD: torch.Tensor,
+        kv: Sequence[KVLayer],
+        batch: AttentionBatch,
+        context: AttentionContext,
+    ) -> None:
+        """Write the keys and values of layers that rows skip, all of this kind and alike but for their windows."""
+        raise NotImplementedError

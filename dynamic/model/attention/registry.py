@@ -1,0 +1,30 @@
+"""The kinds of attention by name. A kind from elsewhere registers itself; a family then names it."""
+
+from __future__ import annotations
+
+from .gqa import GqaSpec
+from .kind import AttentionSpec
+
+KINDS: dict[str, type[AttentionSpec]] = {GqaSpec.kind: GqaSpec}
+
+
+def register(kind: type[AttentionSpec]) -> type[AttentionSpec]:
+    """Make a kind known by its name; usable as a decorator.
+
+    Raises:
+        ValueError: when another kind has this name.
+    """
+    if KINDS.setdefault(kind.kind, kind) is not kind:
+        raise ValueError(f"there is another attention kind {kind.kind!r}: {KINDS[kind.kind].__qualname__}")
+    return kind
+
+
+def attention_kind(name: str) -> type[AttentionSpec]:
+    """A kind by its name.
+
+    Raises:
+        ValueError: for an unknown name; the message lists those that are known.
+    """
+    if name not in KINDS:
+        raise ValueError(f"unknown attention kind {name!r}; known: {', '.join(KINDS)}")
+    return KINDS[name]

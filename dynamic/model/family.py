@@ -1,0 +1,93 @@
+"""What a model family is: its defaults, the rules for its layers, and what its tensors are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ..checkpoint.config_reader import ConfigReader
+from .moe_spec import MoESpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertNames:
+    """What the tensors of a layer's FFN are called, below the layer's prefix.
+
+    ``{e}`` stands for an expert's number: one tensor per expert. Without it one tensor holds all experts: with
+    ``gate_up``, (E, 2F, D) and (E, D, F); with ``gate`` and ``up``, neurons side by side, (E·F, D) and (D, E·F).
+    """
+
+    down: str
+    gate: str = ""
+    up: str = ""
+    gate_up: str = ""
+
+
+QWEN_EXPERTS = (
+    ExpertNames(
+        gate="mlp.experts.{e}.gate_proj.weight",
+        up="mlp.experts.{e}.up_proj.weight",
+        down="mlp.experts.{e}.down_proj.weight",
+    ),
+    ExpertNames(gate_up="mlp.experts.gate_up_proj", down="mlp.experts.down_proj"),
+)
+MoERule = Callable[[ConfigReader, int], MoESpec | None]
+WindowRule = Callable[[ConfigReader, int], int | None]
+
+
+def _dense(config: ConfigReader, layer: int) -> None:
+    return None
+
+
+def _gqa(config: ConfigReader, layer: int) -> str:
+    return "gqa"
+
+
+def _no_window(config: ConfigReader, layer: int) -> None:
+    return None
+
+
+def _no(config: ConfigReader) -> bool:
+    return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What sets a family apart from Llama.
+
+    Arguments:
+        kv_heads: default of ``num_key_value_heads``; None means as many as query heads.
+        head_dim: default of ``head_dim``; None means ``hidden_size / num_attention_heads``.
+        theta, norm_eps: defaults of ``rope_theta`` and ``rms_norm_eps``.
+        attention: the name of a layer's kind of attention, see :mod:`.attention.registry`.
+        moe, window: the rules for a layer.
+        qkv_bias, o_bias, mlp_bias: whether these projections have biases.
+        qk_norm: see :class:`.GqaSpec`.
+        scales, attention_numbers: read factors that other families do not have, those of attention apart.
+        ignored: configuration keys without effect in this family.
+        ffn_size: key of a dense FFN's width.
+        experts: ways in which checkpoints store the experts.
+        router: possible names of the router's weight.
+    """
+
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    theta: float = 10000.0
+    norm_eps: float = 1e-6
+    attention: Callable[[ConfigReader, int], str] = _gqa
+    moe: MoERule = _dense
+    window: WindowRule = _no_window
+    qkv_bias: Callable[[ConfigReader], bool] = _no
+    o_bias: Callable[[ConfigReader], bool] = _no
+    mlp_bias: Callable[[ConfigReader], bool] = _no
+    qk_norm: str = "none"
+    scales: Callable[[ConfigReader], dict[str, float]] = field(default=lambda config: {})
+    attention_numbers: Callable[[ConfigReader], dict[str, float]] = field(default=lambda config: {})
+    ignored: frozenset[str] = frozenset()
+    experts: tuple[ExpertNames, ...] = QWEN_EXPERTS
+    router: tuple[str, ...] = ("mlp.gate.weight",)
+
+
+def one_each(family: Family) -> ExpertNames:
+    """What a family calls experts that are stored one by one."""
+    return next(names for names in family.experts if "{e}" in names.down)

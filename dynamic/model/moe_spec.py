@@ -1,0 +1,36 @@
+"""The mixture of one layer, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...kernels.api.router_spec import RouterSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoESpec:
+    """The mixture of one layer.
+
+    Arguments:
+        router: the rule that chooses among the routed experts.
+        expert_size: neurons of one expert.
+        num_always_on: experts in front of the routed ones that every token uses with weight 1.
+        shared_size: neurons of a shared expert beside the mixture; 0 is none.
+        shared_gate: the shared expert's output is multiplied by the sigmoid of a gate.
+    """
+
+    router: RouterSpec
+    expert_size: int
+    num_always_on: int = 0
+    shared_size: int = 0
+    shared_gate: bool = False
+
+    @property
+    def num_experts(self) -> int:
+        """Routed and always-on experts together."""
+        return self.router.num_experts + self.num_always_on
+
+    @property
+    def is_dense(self) -> bool:
+        """Every expert has weight 1 for every token, so that the router decides nothing."""
+        return self.router.score == "constant" and self.router.top_k == self.router.num_experts

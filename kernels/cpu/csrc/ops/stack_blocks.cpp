@@ -1,0 +1,96 @@
+// Blocks made of named tensors and numbers.
+#include "ops/stack_blocks.h"
+
+namespace dynamoe_cpu {
+
+const void* StackWeights::plain(const Tensor& t, int64_t count, const char* name) {
+  TORCH_CHECK_VALUE(t.is_contiguous() && t.numel() == count && t.scalar_type() == type_, name,
+                    " must be contiguous with ", count, " entries of type ", type_, ", not shape ", t.sizes());
+  return keep(t).data_ptr();
+}
+
+Projection StackWeights::projection(const Tensor& packed, const OptionalTensor& bias, int64_t inputs, int64_t outputs,
+                                    const char* name, const std::vector<int64_t>& layout) {
+  if (!layout.empty()) {
+    const QuantWeights weights = quant_weights(keep(packed), keep(bias), layout, name);
+    TORCH_CHECK_VALUE(weights.layout.inputs == inputs && weights.layout.outputs == outputs, name, " has ",
+                      weights.layout.outputs, " outputs and ", weights.layout.inputs, " inputs, not ", outputs, " and ",
+                      inputs);
+    return {nullptr, nullptr, outputs, weights};
+  }
+  const Gemm& gemm = context_of(isa_).kernels->gemm[static_cast<int>(dtype())];
+  TORCH_CHECK_VALUE(!bias || bias->numel() >= ceil_div(outputs, kBlockOutputs) * kBlockOutputs, name,
+                    "'s bias must be padded to whole blocks");
+  return {words(keep(packed), packed_words(gemm, outputs, inputs), name), floats(keep(bias), name), outputs, {}};
+}
+
+Block StackWeights::block(NamedBlock& named, int64_t hidden) {
+  const auto checked = [&](Block block) {
+    named.refuse_unread();
+    return block;
+  };
+  if (named.kind() == "norm") return checked(norm(named, hidden));
+  if (named.kind() == "attention") return checked(attention(named, hidden));
+  TORCH_CHECK_VALUE(named.kind() == "experts", "a stack knows no block of kind '", named.kind(), "'");
+  return checked(experts(named, hidden));
+}
+
+NormBlock StackWeights::norm(NamedBlock& named, int64_t hidden) {
+  return {plain(named.tensor("weight"), hidden, "a norm")};
+}
+
+AttentionBlock StackWeights::attention(NamedBlock& named, int64_t hidden) {
+  AttentionBlock block{};
+  block.heads = named.integer("heads");
+  block.kv_heads = named.integer("kv_heads");
+  block.channels = named.integer("channels");
+  block.norm_per_head = named.integer("norm_per_head") != 0;
+  block.window = named.integer("window");
+  block.scale = named.number("scale");
+  block.qkv = projection(named.tensor("qkv"), named.optional("qkv_bias"), hidden,
+                         block.q_width() + 2 * block.kv_width(), "qkv", named.layout("qkv"));
+  block.o = projection(named.tensor("o"), named.optional("o_bias"), block.q_width(), hidden, "o", named.layout("o"));
+  const auto head_norm = [&](const char* name, int64_t full) -> const void* {
+    const OptionalTensor weight = named.optional(name);
+    return weight ? plain(*weight, block.norm_per_head ? block.channels : full, name) : nullptr;
+  };
+  block.q_norm = head_norm("q_norm", block.q_width());
+  block.k_norm = head_norm("k_norm", block.kv_width());
+  return block;
+}
+
+ExpertsBlock StackWeights::experts(NamedBlock& named, int64_t hidden) {
+  ExpertsBlock block{};
+  ExpertsCall& call = block.experts;
+  const int64_t count = named.integer("experts");
+  TORCH_CHECK_VALUE(named.integer("hidden") == hidden, "the experts are for another hidden size");
+  call.layout = {dtype(), count, hidden, named.integer("width"), named.integer("dense_down") != 0};
+  call.activation = static_cast<Activation>(named.integer("activation"));
+  const Tensor gate_up = keep(named.tensor("gate_up")), down = keep(named.tensor("down"));
+  const std::vector<int64_t> gate_up_layout = named.layout("gate_up"), down_layout = named.layout("down");
+  if (gate_up_layout.empty()) {
+    call.gate_up = words(gate_up, call.layout.gate_words(), "gate_up");
+    call.down = words(down, call.layout.down_words(), "down");
+  } else {
+    block.quant_experts = quant_experts_of(call.layout, gate_up, gate_up_layout, down, down_layout);
+  }
+  call.gate_up_bias = floats(keep(named.optional("gate_up_bias")), "gate_up_bias");
+  call.down_bias = floats(keep(named.optional("down_bias")), "down_bias");
+  const OptionalTensor router = named.optional("router"), contribution = named.optional("contribution_scale");
+  if (!router) return block;
+  RouteCall& rule = block.rule;
+  rule.experts = count;
+  rule.top_k = named.integer("top_k");
+  TORCH_CHECK_VALUE(1 <= rule.top_k && rule.top_k <= count, "top_k must be in 1 … ", count);
+  rule.score = static_cast<Score>(named.integer("score"));
+  rule.softmax_after_topk = named.integer("softmax_after_topk") != 0;
+  rule.renormalize = named.integer("renormalize") != 0;
+  rule.scale = named.number("routing_scale");
+  block.router = projection(*router, {}, hidden, count, "router");
+  TORCH_CHECK_VALUE(!contribution || contribution->numel() == count, "contribution_scale must have one entry for each of ",
+                    count, " experts");
+  block.scale = floats(keep(contribution), "contribution_scale");
+  return block;
+}
+
+}  // namespace dynamoe_cpu

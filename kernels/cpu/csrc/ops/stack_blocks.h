@@ -1,0 +1,94 @@
+// A block of a layer as Python names it, and the weights of a stack: tensors are checked here, and kept alive.
+#pragma once
+
+#include <torch/custom_class.h>
+
+#include <set>
+#include <string>
+#include <vector>
+
+#include "ops/stack.h"
+#include "quant/quant_tensors.h"
+
+namespace dynamoe_cpu {
+
+// Tensors and numbers by name. What a kind of block does not read it does not know, and refuses.
+class NamedBlock : public torch::CustomClassHolder {
+ public:
+  NamedBlock(std::string kind, c10::Dict<std::string, Tensor> tensors, c10::Dict<std::string, int64_t> integers,
+             c10::Dict<std::string, double> floats, c10::Dict<std::string, c10::List<int64_t>> layouts)
+      : kind_(std::move(kind)), tensors_(tensors), integers_(integers), floats_(floats), layouts_(layouts) {}
+
+  const std::string& kind() const { return kind_; }
+  Tensor tensor(const std::string& name) { return required(tensors_, name); }
+  OptionalTensor optional(const std::string& name) {
+    return has(tensors_, name) ? OptionalTensor(tensors_.at(name)) : OptionalTensor();
+  }
+  int64_t integer(const std::string& name) { return required(integers_, name); }
+  float number(const std::string& name) { return static_cast<float>(required(floats_, name)); }
+  // Of a quantised weight; empty where it is not.
+  std::vector<int64_t> layout(const std::string& name) {
+    if (!has(layouts_, name)) return {};
+    return layouts_.at(name).vec();
+  }
+
+  void refuse_unread() const {
+    refuse_unread(tensors_);
+    refuse_unread(integers_);
+    refuse_unread(floats_);
+    refuse_unread(layouts_);
+  }
+
+ private:
+  template <class T>
+  bool has(const c10::Dict<std::string, T>& from, const std::string& name) {
+    read_.insert(name);
+    return from.contains(name);
+  }
+  template <class T>
+  T required(const c10::Dict<std::string, T>& from, const std::string& name) {
+    TORCH_CHECK_VALUE(has(from, name), "a block of kind '", kind_, "' lacks '", name, "'");
+    return from.at(name);
+  }
+  template <class T>
+  void refuse_unread(const c10::Dict<std::string, T>& from) const {
+    for (const auto& entry : from)
+      TORCH_CHECK_VALUE(read_.count(entry.key()), "a block of kind '", kind_, "' knows no '", entry.key(), "'");
+  }
+
+  std::string kind_;
+  c10::Dict<std::string, Tensor> tensors_;
+  c10::Dict<std::string, int64_t> integers_;
+  c10::Dict<std::string, double> floats_;
+  c10::Dict<std::string, c10::List<int64_t>> layouts_;
+  std::set<std::string> read_;
+};
+
+// Checks the tensors of a stack and keeps them.
+class StackWeights {
+ public:
+  StackWeights(int64_t isa, at::ScalarType type) : isa_(isa), type_(type) {}
+
+  Dtype dtype() const { return type_ == at::kBFloat16 ? Dtype::bf16 : Dtype::fp32; }
+  const Tensor& keep(const Tensor& t) { return kept_.emplace_back(t); }
+  const OptionalTensor& keep(const OptionalTensor& t) {
+    if (t) kept_.push_back(*t);
+    return t;
+  }
+  const void* plain(const Tensor& t, int64_t count, const char* name);
+  Projection projection(const Tensor& packed, const OptionalTensor& bias, int64_t inputs, int64_t outputs,
+                        const char* name, const std::vector<int64_t>& layout = {});
+  // What a block says; `hidden` is the width of the residual stream.
+  Block block(NamedBlock& named, int64_t hidden);
+
+ private:
+  NormBlock norm(NamedBlock& named, int64_t hidden);
+  AttentionBlock attention(NamedBlock& named, int64_t hidden);
+  ExpertsBlock experts(NamedBlock& named, int64_t hidden);
+
+  int64_t isa_;
+  at::ScalarType type_;
+  std::vector<Tensor> kept_;
+};
+
+}  // namespace dynamoe_cpu

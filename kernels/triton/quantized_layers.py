@@ -1,0 +1,207 @@
+"""Layers with quantised weights as operations: dense ones, and mixtures of experts over tiles of rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from ..api.formats import ActivationScheme
+from ..api.quantized_weight import QuantizedWeight
+from ..api.types import Routing
+from ..torch.quantized import QuantExperts, QuantLinear
+from .combine import combine_kernel, plan_combine
+from .device import DeviceProperties
+from .experts import ACTIVATIONS
+from .index import index_kernels, usable_index
+from .launch import Launch, cdiv, next_power_of_2
+from .quantized import StoredWeight, plan_quant, plan_rows, quant_config, quant_gemm_kernel, store_weight
+from .rounding import round_rows_kernel
+from .variants import Call, NoKernelError, OpVariant, Planned, Ranked, Tilings, has_tensor_cores, register
+
+
+def _stored(weight: QuantizedWeight) -> StoredWeight:
+    if weight.format.triton is None:
+        raise NoKernelError(f"{weight.format.name} weights")
+    return store_weight(weight)
+
+
+class LinearProblem(NamedTuple):
+    """A product; ``rows`` is a power of two, ``group`` inputs share a scale (0: all)."""
+
+    rows: int
+    out_features: int
+    in_features: int
+    format: str
+    group: int
+    scheme: ActivationScheme
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class LinearCall(Call[torch.Tensor]):
+    """The product with a quantised weight, in ``dtype``, (T, O)."""
+
+    operation = "quantised linear"
+
+    x_TI: torch.Tensor
+    weight: StoredWeight
+    bias_O: torch.Tensor | None
+    scheme: ActivationScheme
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, x_TI: torch.Tensor, linear: QuantLinear, dtype: torch.dtype) -> LinearCall:
+        return cls(x_TI, _stored(linear.weight), linear.bias_O, linear.scheme, dtype)
+
+    def problem(self) -> LinearProblem:
+        rows, weight = next_power_of_2(self.x_TI.shape[0]), self.weight
+        return LinearProblem(
+            rows, weight.outputs, weight.inputs, weight.format, weight.group, self.scheme, self.x_TI.dtype
+        )
+
+
+@register
+class QuantProduct(OpVariant[LinearCall, LinearProblem]):
+    """Rounds the rows where the scheme asks for it, then multiplies."""
+
+    call, name = LinearCall, "tiles"
+    kernels, products = (quant_gemm_kernel, round_rows_kernel), (quant_gemm_kernel,)
+
+    def refuses(self, problem: LinearProblem, device: DeviceProperties) -> str | None:
+        return None if has_tensor_cores(problem.dtype) else f"quantised weights in {problem.dtype}"
+
+    def tilings(self, problem: LinearProblem, device: DeviceProperties, count: int) -> list[Ranked]:
+        return [{"quant_gemm": [quant_config(problem.rows, problem.group, gated=False, scheme=problem.scheme)]}]
+
+    def plan(self, call: LinearCall, tilings: Tilings, device: DeviceProperties) -> tuple[torch.Tensor, list[Launch]]:
+        x_TI, weight = call.x_TI, call.weight
+        out_TO = torch.empty(x_TI.shape[0], weight.outputs, dtype=call.dtype, device=x_TI.device)
+        x, launches = plan_rows(x_TI, call.scheme)
+        config = tilings["quant_gemm"]
+        return out_TO, [*launches, plan_quant(x, weight, call.bias_O, out_TO, config, native_fp8=device.has_fp8)]
+
+
+class QuantProblem(NamedTuple):
+    """Sizes of a mixture; ``tokens`` is a power of two.
+
+    Arguments:
+        formats: of gate, up and down, with the inputs that share a scale.
+    """
+
+    tokens: int
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    expert_size: int
+    activation: str
+    dtype: torch.dtype
+    formats: tuple[tuple[str, int], ...]
+    scheme: ActivationScheme
+
+
+@dataclass(frozen=True)
+class QuantExpertsCall(Call[torch.Tensor]):
+    """As :class:`ExpertsCall`, with quantised weights."""
+
+    operation = "quantised experts"
+
+    x_TD: torch.Tensor
+    gate: StoredWeight
+    up: StoredWeight
+    down: StoredWeight
+    biases: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+    scheme: ActivationScheme
+    routing: Routing
+    activation: str
+    ticket: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, x_TD: torch.Tensor, experts: QuantExperts, routing: Routing, activation: str, ticket: torch.Tensor
+    ) -> QuantExpertsCall:
+        gate, up, down = (_stored(w) for w in (experts.gate_EFD, experts.up_EFD, experts.down_EDF))
+        biases = (experts.gate_bias_EF, experts.up_bias_EF, experts.down_bias_ED)
+        return cls(x_TD, gate, up, down, biases, experts.scheme, routing, activation, ticket)
+
+    def problem(self) -> QuantProblem:
+        tokens, top_k = self.routing.expert_ids_TK.shape
+        return QuantProblem(
+            tokens=next_power_of_2(tokens),
+            num_experts=self.gate.codes.shape[0],
+            top_k=top_k,
+            hidden_size=self.gate.inputs,
+            expert_size=self.gate.outputs,
+            activation=self.activation,
+            dtype=self.x_TD.dtype,
+            formats=tuple((weight.format, weight.group) for weight in (self.gate, self.up, self.down)),
+            scheme=self.scheme,
+        )
+
+
+@register
+class QuantTiles(OpVariant[QuantExpertsCall, QuantProblem]):
+    """Tables, two grouped products, the combining sum.
+
+    What enters the down projection is rounded from the model's dtype, where the oracle keeps float32 so far.
+    """
+
+    call, name = QuantExpertsCall, "tiles"
+    kernels = (quant_gemm_kernel, round_rows_kernel, combine_kernel, *index_kernels)
+    products = (quant_gemm_kernel,)
+
+    def refuses(self, problem: QuantProblem, device: DeviceProperties) -> str | None:
+        if not has_tensor_cores(problem.dtype):
+            return f"quantised weights in {problem.dtype}"
+        if problem.activation not in ACTIVATIONS:
+            return f"activation {problem.activation!r}"
+        return "gate and up in different formats" if problem.formats[0] != problem.formats[1] else None
+
+    def tilings(self, problem: QuantProblem, device: DeviceProperties, count: int) -> list[Ranked]:
+        rows = cdiv(problem.tokens * problem.top_k, problem.num_experts)
+        (_, first), _, (_, second) = problem.formats
+        return [
+            {
+                "gate_up": [quant_config(rows, first, gated=True, scheme=problem.scheme)],
+                "down": [quant_config(rows, second, gated=False, scheme=problem.scheme)],
+            }
+        ]
+
+    def plan(self, call: QuantExpertsCall, tilings: Tilings, device: DeviceProperties) -> Planned[torch.Tensor]:
+        x_TD, routing = call.x_TD, call.routing
+        first, second = tilings["gate_up"], tilings["down"]
+        gate_bias_EF, up_bias_EF, down_bias_ED = call.biases
+        top_k, slots, on_input = routing.expert_ids_TK.shape[1], routing.expert_ids_TK.numel(), routing.weight_on_input
+        index, launches = usable_index(routing, call.gate.codes.shape[0], first.block_m, call.ticket)
+        out_TD = torch.empty_like(x_TD)
+        h_XF, y_XD = x_TD.new_empty(slots, call.gate.outputs), x_TD.new_empty(slots, call.down.outputs)
+        x, rounding = plan_rows(x_TD, call.scheme)
+        h, hidden_rounding = plan_rows(h_XF, call.scheme)
+        gate_up = plan_quant(
+            x,
+            call.gate,
+            gate_bias_EF,
+            h_XF,
+            first,
+            up=call.up,
+            up_bias=up_bias_EF,
+            weights_TK=routing.weights_TK if on_input else None,
+            index=index,
+            top_k=top_k,
+            gather=True,
+            activation=call.activation,
+            native_fp8=device.has_fp8,
+        )
+        down = plan_quant(
+            h,
+            call.down,
+            down_bias_ED,
+            y_XD,
+            second,
+            weights_TK=None if on_input else routing.weights_TK,
+            index=index,
+            native_fp8=device.has_fp8,
+        )
+        launches += [*rounding, gate_up, *hidden_rounding, down, plan_combine(y_XD, x_TD, routing, out_TD)]
+        return out_TD, launches
