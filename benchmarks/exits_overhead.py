@@ -36,7 +36,7 @@ from dynamoe.dynamic.model.machine import processor
 from dynamoe.dynamic.train.export import checkpoint_tensors, model_config
 from dynamoe.dynamic.train.model import DecoderConfig, TrainableDecoder
 from dynamoe.exits.calibrators import Temperature
-from dynamoe.exits.exit_head import ReadoutAdapter
+from dynamoe.exits.exit_head import ExitHeadAdapter
 from dynamoe.exits.probes import Probe, ProbeSpec
 from dynamoe.exits.sidecar import JSON_FILE, ExitHeads, backbone_hash, save_heads
 
@@ -62,7 +62,7 @@ def with_exits(checkpoint: Path, directory: Path, exits: tuple[int, ...], hidden
     generator = torch.Generator().manual_seed(0)
     heads = ExitHeads(
         hidden_size=hidden_size,
-        adapters={e: ReadoutAdapter(hidden_size, 16) for e in exits},
+        adapters={e: ExitHeadAdapter(hidden_size, 16) for e in exits},
         probes={e: Probe(PROBE, hidden_size, generator) for e in exits},
         calibrators={e: Temperature(1.0) for e in exits},
         backbone_sha256=backbone_hash(directory),

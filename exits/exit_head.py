@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def read_out(x: torch.Tensor, down_JD: torch.Tensor, up_DJ: torch.Tensor) -> torch.Tensor:
+def apply_exit_head(x: torch.Tensor, down_JD: torch.Tensor, up_DJ: torch.Tensor) -> torch.Tensor:
     """``x + up (down x)``: what the exit hands to the final norm and the LM head.
 
     Arguments:
@@ -20,7 +20,7 @@ def read_out(x: torch.Tensor, down_JD: torch.Tensor, up_DJ: torch.Tensor) -> tor
     return x + F.linear(F.linear(x, down_JD), up_DJ)
 
 
-class ReadoutAdapter(nn.Module):
+class ExitHeadAdapter(nn.Module):
     """A residual low-rank linear map. It starts as the identity, so that adding one changes nothing.
 
     Arguments:
@@ -46,7 +46,7 @@ class ReadoutAdapter(nn.Module):
             self.up_DJ.zero_()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return read_out(x, self.down_JD.to(x.dtype), self.up_DJ.to(x.dtype))
+        return apply_exit_head(x, self.down_JD.to(x.dtype), self.up_DJ.to(x.dtype))
 
     @property
     def flops_per_row(self) -> int:

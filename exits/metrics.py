@@ -38,9 +38,9 @@ def brier_score(confidence: torch.Tensor, correct: torch.Tensor) -> float:
 
 
 def risk_coverage(confidence: torch.Tensor, correct: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The selective-risk curve: if the most confident share of rows leaves, how many of these are wrong?
+    """The selective-risk curve: if the most confident share of rows exits, how many of these are wrong?
 
-    Returns: coverage (share that leaves) and risk (share of wrong ones among them), float64 (R,), coverage rising. Rows
+    Returns: coverage (share that exits) and risk (share of wrong ones among them), float64 (R,), coverage rising. Rows
     of equal confidence leave together: their points carry the risk of the whole group.
     """
     _check(confidence, correct)
@@ -129,7 +129,7 @@ def _check(confidence: torch.Tensor, correct: torch.Tensor) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class OperatingPoint:
-    """What one threshold for all exits would do: who leaves where, how often it is wrong, how many layers are cut.
+    """What one threshold for all exits would do: who exits where, how often it is wrong, how many layers are cut.
 
     ``layers_cut`` is the share of layers that is not executed; keys and values of skipped layers are not counted.
     """
@@ -145,7 +145,7 @@ def operating_point(
 ) -> OperatingPoint:
     """The lowest threshold whose disagreement over all rows stays within a risk, on these rows.
 
-    A row leaves at the first exit whose confidence reaches the threshold; rows that never do are right by definition.
+    A row exits at the first one whose confidence reaches the threshold; rows that never do are right by definition.
     An estimate on given text: it certifies nothing, and choosing the threshold on the same rows makes it optimistic.
 
     Arguments:

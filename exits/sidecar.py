@@ -3,7 +3,7 @@
 The checkpoint itself stays an ordinary one: whoever does not know about exits reads it as before.
 
 Names in ``exits.safetensors``, for an exit after 4 layers: ``exits.4.adapter.down_JD``, ``exits.4.adapter.up_DJ`` and
-``exits.4.probe.*``, as :class:`ReadoutAdapter` and :class:`Probe` name them. Shape suffixes: D hidden size, J rank.
+``exits.4.probe.*``, as :class:`ExitHeadAdapter` and :class:`Probe` name them. Shape suffixes: D hidden size, J rank.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .calibrators import Isotonic, Temperature, calibrator_from_json
-from .exit_head import ReadoutAdapter
+from .exit_head import ExitHeadAdapter
 from .probes import Probe, ProbeSpec
 
 JSON_FILE, TENSOR_FILE = "exits.json", "exits.safetensors"
@@ -31,14 +31,14 @@ class ExitHeads:
     """Adapters, probes and calibrators by the number of layers in front of the exit.
 
     Arguments:
-        adapters: read-out adapter of every exit.
+        adapters: exit-head adapter of every exit.
         probes, calibrators: present for all exits or for none.
         backbone_sha256: of the checkpoint's safetensors files that the heads were trained on.
         metrics: numbers of the training, as JSON values.
     """
 
     hidden_size: int
-    adapters: dict[int, ReadoutAdapter]
+    adapters: dict[int, ExitHeadAdapter]
     probes: dict[int, Probe] = field(default_factory=dict)
     calibrators: dict[int, Temperature | Isotonic] = field(default_factory=dict)
     backbone_sha256: str
@@ -128,7 +128,7 @@ def _read(directory: Path) -> ExitHeads:
     adapters, probes, calibrators = {}, {}, {}
     for record in summary["exits"]:
         layer = record["after_layers"]
-        adapters[layer] = ReadoutAdapter(hidden_size, record["adapter_rank"])
+        adapters[layer] = ExitHeadAdapter(hidden_size, record["adapter_rank"])
         _fill(adapters[layer], tensors, f"exits.{layer}.adapter.")
         if "probe" in record:
             probes[layer] = Probe(ProbeSpec(**record["probe"]), hidden_size)

@@ -4,10 +4,10 @@ A row goes once to every rank that holds at least one of its experts: its hidden
 the numbers and weights of its slots. What comes back is the sum over the slots of that rank, and the sums are added
 where the row came from, in the order of the ranks, in float32. Neither timing nor other rows change a bit.
 
-Steps of few rows travel padded: every rank gets room for all rows of every KV shard, which all know beforehand, so that
-no count has to come from the device. Larger steps send what is needed, and the numbers of rows in front of it.
+Steps of few rows are sent padded: every rank gets room for all rows of every KV shard, which all know beforehand. So no
+count has to come from the device. Larger steps send what is needed, and the numbers of rows in front of it.
 
-Shape suffixes as in ``moe/dispatch.py``; R rows that travel, B bytes.
+Shape suffixes as in ``moe/dispatch.py``; R rows that are sent, B bytes.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class ExpertExchange:
     Arguments:
         transport: between the ranks.
         axis: the ranks.
-        padded_rows: steps of at most so many rows, those of all KV shards that share experts together, travel padded.
+        padded_rows: steps of at most so many rows, those of all KV shards that share experts together, are sent padded.
 
     Attributes:
         rows: of each rank of the expert axis, in the segment that runs now.

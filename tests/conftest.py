@@ -220,7 +220,7 @@ def add_exits(directory: Path, exits: dict[int, float], *, seed: int = 0, **prob
         probe: settings of the probes' :class:`ProbeSpec`.
     """
     from dynamoe.exits.calibrators import Temperature
-    from dynamoe.exits.exit_head import ReadoutAdapter
+    from dynamoe.exits.exit_head import ExitHeadAdapter
     from dynamoe.exits.probes import Probe, ProbeSpec
     from dynamoe.exits.sidecar import ExitHeads, backbone_hash, save_heads
 
@@ -228,7 +228,7 @@ def add_exits(directory: Path, exits: dict[int, float], *, seed: int = 0, **prob
     generator = torch.Generator().manual_seed(seed)
     adapters, probes, calibrators = {}, {}, {}
     for layer, share in exits.items():
-        adapters[layer] = ReadoutAdapter(hidden, 4)
+        adapters[layer] = ExitHeadAdapter(hidden, 4)
         adapters[layer].reset(generator)
         torch.nn.init.normal_(adapters[layer].up_DJ, 0, 0.3, generator=generator)
         probes[layer] = Probe(ProbeSpec(**{"kind": "mlp", "width": 4, **probe}), hidden, generator)

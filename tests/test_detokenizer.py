@@ -128,17 +128,17 @@ def test_stop_strings_equal_a_search_in_the_whole_text() -> None:
         assert text.find(stop) + len(stop) <= max(ends)[0]
 
 
-def test_unarmed_stops_pass_through(byte_level: Tokenizer) -> None:
+def test_disabled_stops_pass_through(byte_level: Tokenizer) -> None:
     text = OutputText(byte_level, SamplingParams(stop="aa"))
     a = byte_level.encode("a")[0]
-    assert text.add(a, armed=False) == ("a", None)
-    assert text.add(a, armed=False) == ("a", None)
-    assert text.add(a, armed=True) == ("", None)
-    assert text.add(a, armed=True) == ("", "aa")
+    assert text.add(a, stop_enabled=False) == ("a", None)
+    assert text.add(a, stop_enabled=False) == ("a", None)
+    assert text.add(a, stop_enabled=True) == ("", None)
+    assert text.add(a, stop_enabled=True) == ("", "aa")
 
 
 def test_a_stop_string_in_text_held_back_until_the_end_is_found(byte_level: Tokenizer) -> None:
     text = OutputText(byte_level, SamplingParams(stop="\ufffd"))
     first_byte = byte_level.encode("🙂")[0]
-    assert text.add(first_byte, armed=True) == ("", None)
+    assert text.add(first_byte, stop_enabled=True) == ("", None)
     assert text.finish() == ("", "\ufffd")

@@ -1,4 +1,4 @@
-"""Probes and read-out adapters on frozen states, what they may cost, and the sidecar that carries them."""
+"""Probes and exit-head adapters on frozen states, what they may cost, and the sidecar that carries them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dynamoe.dynamic.train.export import export_checkpoint
 from dynamoe.dynamic.train.model import DecoderConfig, TrainableDecoder
 from dynamoe.dynamic.train.trained_states import collect_states, trained_backbone
 from dynamoe.exits.calibrators import Isotonic, Temperature, fit_isotonic, fit_temperature, logit_threshold
-from dynamoe.exits.exit_head import ReadoutAdapter
+from dynamoe.exits.exit_head import ExitHeadAdapter
 from dynamoe.exits.metrics import aurc
 from dynamoe.exits.probes import (
     Probe,
@@ -68,7 +68,7 @@ def head(x_RD: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_new_adapter_is_the_identity_and_training_raises_agreement(states: ExitStates) -> None:
-    adapter = ReadoutAdapter(HIDDEN, 8)
+    adapter = ExitHeadAdapter(HIDDEN, 8)
     torch.testing.assert_close(adapter(states.final_RD), states.final_RD)
     before = exit_labels(adapter, 2, states, head, choices(states.final_RD, head)).mean()
     fit_adapter(adapter, 2, states, head, QUICK)
@@ -76,14 +76,14 @@ def test_a_new_adapter_is_the_identity_and_training_raises_agreement(states: Exi
     assert after > before + 0.05
     assert adapter.flops_per_row == 4 * HIDDEN * 8
     with pytest.raises(ValueError, match="not 33"):
-        ReadoutAdapter(HIDDEN, 33)
+        ExitHeadAdapter(HIDDEN, 33)
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_every_kind_finds_the_direction_that_decides(spec: ProbeSpec) -> None:
     train, test = make_states(0.0).split((0.7, 0.3))
     labels = [
-        exit_labels(ReadoutAdapter(HIDDEN, 8), 2, part, head, choices(part.final_RD, head)) for part in (train, test)
+        exit_labels(ExitHeadAdapter(HIDDEN, 8), 2, part, head, choices(part.final_RD, head)) for part in (train, test)
     ]
     probe = fit_probe(spec, 2, train, labels[0], QUICK)
     with torch.no_grad():
@@ -139,7 +139,7 @@ def test_the_sidecar_returns_what_was_saved_and_notices_other_weights(tmp_path: 
     assert load_heads(tmp_path) is None
     heads = ExitHeads(
         hidden_size=HIDDEN,
-        adapters={4: ReadoutAdapter(HIDDEN, 2), 8: ReadoutAdapter(HIDDEN, 2)},
+        adapters={4: ExitHeadAdapter(HIDDEN, 2), 8: ExitHeadAdapter(HIDDEN, 2)},
         probes={4: Probe(ProbeSpec(), HIDDEN), 8: Probe(ProbeSpec(kind="mlp", width=3, previous=True), HIDDEN)},
         calibrators={4: Temperature(0.5), 8: Isotonic((0.0,), (0.9,))},
         backbone_sha256=backbone_hash(tmp_path),

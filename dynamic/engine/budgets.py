@@ -28,7 +28,7 @@ NO_CAP = np.int32(2**31 - 1)
 
 
 class ExpertBudgets:
-    """Keeps the books on budgets for one engine.
+    """Counts what budgets leave out in one engine.
 
     Arguments:
         decoder: the model.

@@ -107,7 +107,7 @@ class Engine:
         Arguments:
             priority: lower goes first; equal ones go by arrival.
             cache_salt: only requests with the same salt share prefixes.
-            contract: what became of a contract that the caller has settled: ``params`` say what may be spent. Left
+            contract: what became of a contract that the caller has resolved: ``params`` say what may be spent. Left
                 out, a :class:`Quality` in ``params`` is resolved by :attr:`contracts`.
 
         Raises:
@@ -331,19 +331,19 @@ class Engine:
         sequence.skipped_experts = 0
         request.tokens.add(cost)
         self._tokens.add(cost)
-        armed = sequence.num_output >= params.min_tokens
+        stop_enabled = sequence.num_output >= params.min_tokens
         delta = CompletionDelta(sequence.index, [token_id], "", layers=[cost.layers], experts=[cost.experts])
-        if armed and token_id in request.stop_tokens.all:
+        if stop_enabled and token_id in request.stop_tokens.all:
             delta.finish_reason = "stop"
             delta.stop_reason = None if token_id in request.stop_tokens.eos else token_id
         elif sequence.num_output >= request.max_output_tokens:
             delta.finish_reason = "length"
         if params.detokenize:
-            self._add_text(sequence, token_id, armed, delta)
+            self._add_text(sequence, token_id, stop_enabled, delta)
         return delta
 
     def _depth(self, sequence: Sequence) -> int:
-        """Layers in front of the read-out that chose the last token; the first one comes from the prompt."""
+        """Layers in front of the exit head that chose the last token; the first one comes from the prompt."""
         return sequence.depths[-1] if sequence.depths else self.model.spec.num_layers
 
     def _compute(self, request: Request) -> Compute:
@@ -357,13 +357,13 @@ class Engine:
             tokens=request.tokens.total(),
         )
 
-    def _add_text(self, sequence: Sequence, token_id: int, armed: bool, delta: CompletionDelta) -> None:
+    def _add_text(self, sequence: Sequence, token_id: int, stop_enabled: bool, delta: CompletionDelta) -> None:
         params = sequence.request.params
         if sequence.text is None:
             sequence.text = OutputText(self.model.tokenizer, params)
         stop = None
         if delta.finish_reason != "stop" or params.include_stop_str_in_output:
-            delta.text, stop = sequence.text.add(token_id, armed)
+            delta.text, stop = sequence.text.add(token_id, stop_enabled)
         if stop is None and delta.finish_reason is not None:
             rest, stop = sequence.text.finish()
             delta.text += rest

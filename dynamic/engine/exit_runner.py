@@ -164,7 +164,7 @@ class ExitRunner:
         x_RD = live.x_RD.index_select(0, order_T[continuing:])
         # In front of any deeper layer of this step: rows that continue may attend to these.
         self.decoder.propagate_kv(exit, x_RD, self.kv, rows.slots_of(at_R[continuing:]))
-        out_TD.index_copy_(0, at_R[continuing:], self.decoder.read_out(exit, x_RD))
+        out_TD.index_copy_(0, at_R[continuing:], self.decoder.apply_exit_head(exit, x_RD))
         depths_T[rows_R[continuing:]] = exit.after_layers
         rows_R, at_R = rows_R[:continuing], at_R[:continuing]
         if not continuing:

@@ -32,7 +32,7 @@ class CompletionDelta:
     logprobs: list[PositionLogprobs] | None = None
     finish_reason: str | None = None  # stop | length | abort | error
     stop_reason: int | str | None = None  # the token id or string that stopped it
-    layers: list[int] = field(default_factory=list)  # in front of the read-out that chose each token
+    layers: list[int] = field(default_factory=list)  # in front of the exit head that chose each token
     experts: list[int] = field(default_factory=list)  # that the row which chose each token used in these layers
     states: list[torch.Tensor] = field(default_factory=list)  # per token, if they are kept: what the LM head got, (D,)
 

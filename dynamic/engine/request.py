@@ -54,7 +54,7 @@ class Request:
         arrival: running number; earlier requests go first among equals.
         max_total_tokens: prompt and output together never get longer.
         base_seed: seeds the draws when the request brings no seed of its own.
-        exit_logits_E: per exit of the model, the probe's logit from which on its output leaves there (float32, inf:
+        exit_logits_E: per exit of the model, the probe's logit from which on its output exits there (float32, inf:
             never); None for a request whose tokens run all layers.
         expert_budget: how many experts its output may use; None for one that uses all.
         contract: what became of the risk that its caller accepts.
@@ -212,7 +212,7 @@ class Sequence:
     def record_depth(self, position: int, depth: int, num_layers: int) -> None:
         """Remember how many layers a position behind the prompt ran.
 
-        What is remembered outlives the sequence's pages: should they be lost, every position leaves again where it
+        What is remembered outlives the sequence's pages: should they be lost, every position exits again where it
         left, so that the pages and all later tokens become what they were.
         """
         if position - self.num_prompt == len(self.depths):

@@ -9,7 +9,7 @@ What happens to a row, in this order, the one of vLLM:
 4. Filters: temperature, min-p, top-k, top-p.
 5. The noise of this output position chooses among the tokens that are left (:mod:`.draws`).
 
-Shape suffixes: R rows to sample, U those of them that are not settled yet, V vocabulary, H best tokens looked at.
+Shape suffixes: R rows to sample, U those of them that are not decided yet, V vocabulary, H best tokens looked at.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class SamplingParams:
             exactly where there is none, and says which. None: what ``exit_thresholds``, ``expert_keep`` and
             ``experts_per_token`` say.
         exit_thresholds: for studies, with ``quality=None``: layers in front of an exit → calibrated probability, from
-            which on a token leaves the model there. Exits that are not named are passed by. Nothing is certified.
+            which on a token exits there. Exits that are not named are skipped. Nothing is certified.
         expert_keep: for studies, with ``quality=None``: of the experts that a router chose, a decoded token uses the
             fewest whose calibrated contributions reach this share of their sum, less in layers whose experts matter
             less; 1 is all. A mapping says it layer by layer instead; layers that are not named use all.

@@ -19,16 +19,16 @@ class StopStrings:
         self._longest = max(map(len, self._strings), default=0)
         self._pending = ""  # not released: might be the beginning of a stop string
 
-    def add(self, piece: str, armed: bool = True) -> tuple[str, str | None]:
+    def add(self, piece: str, stop_enabled: bool = True) -> tuple[str, str | None]:
         """Take more text; returns the text that may be shown now, and the stop string that was found, if any.
 
         Arguments:
-            armed: False while the output may not end yet: no stop is looked for, and all text is released.
+            stop_enabled: False while the output may not end yet: no stop is looked for, and all text is released.
         """
         if not self._strings:
             return piece, None
         text = self._pending + piece
-        if not armed:
+        if not stop_enabled:
             self._pending = ""
             return text, None
         if found := self._first(text):

@@ -20,9 +20,9 @@ class OutputText:
         self._detokenizer = make_detokenizer(tokenizer, params.skip_special_tokens)
         self._stops = StopStrings(params.stop, params.include_stop_str_in_output)
 
-    def add(self, token_id: int, armed: bool) -> tuple[str, str | None]:
+    def add(self, token_id: int, stop_enabled: bool) -> tuple[str, str | None]:
         """Text that is certain after one more token, and the stop string it completes (see :class:`StopStrings`)."""
-        return self._stops.add(self._detokenizer.add(token_id), armed)
+        return self._stops.add(self._detokenizer.add(token_id), stop_enabled)
 
     def finish(self) -> tuple[str, str | None]:
         """The rest of the text once no token follows, and the stop string that it completes."""

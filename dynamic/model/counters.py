@@ -13,10 +13,10 @@ class TokenCost:
 
     Arguments:
         count: tokens.
-        layers: in front of their read-outs.
+        layers: in front of their exit heads.
         experts: used in these layers.
         weight_bytes: of the weights that the rows need, each read as if it ran alone: the layers in front of the
-            read-out with the experts that were used, the read-out's adapter, the projections that fill in keys and
+            exit head with the experts that were used, the exit head's adapter, the projections that fill in keys and
             values of the layers behind it, and the LM head. Embeddings and probes are left out.
         full_weight_bytes: the same for all layers with all experts.
     """

@@ -215,7 +215,7 @@ class Decoder:
         return self.backend.exit_decide(x_RD, exit.probe, thresholds_R, previous_RD, router_entropy_R)
 
     @in_inference_mode
-    def read_out(self, exit: DecoderExit, x_RD: torch.Tensor) -> torch.Tensor:
+    def apply_exit_head(self, exit: DecoderExit, x_RD: torch.Tensor) -> torch.Tensor:
         """What rows that exit hand to :meth:`logits`: their residual stream, through the exit's adapter."""
         inner_RJ = self.backend.linear(x_RD.to(self.dtype), exit.down)
         return x_RD + self.backend.linear(inner_RJ, exit.up)

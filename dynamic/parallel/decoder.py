@@ -105,7 +105,7 @@ class ParallelDecoder(Decoder):
             copy_pages(cache[self.held.start : self.held.stop], own)
 
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
-        """See :meth:`Decoder.embed`; the ids travel with the first segment's message, where no rank needs another's
+        """See :meth:`Decoder.embed`; the ids are sent in the first segment's message, where no rank needs another's
         embeddings."""
         if self.context.config.tensor == 1:
             self._token_ids_T = token_ids_T

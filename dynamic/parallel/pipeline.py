@@ -2,7 +2,7 @@
 
 Rank 0 holds the embedding, the first layers and the LM head; what it sees of rows that are on another stage is a column
 of their slots in the cache, int64. All ranks see all messages, and so know where rows are, and whose
-KV writes a stage has deferred: these rows travel with the next row of their sequence that runs there, if any.
+KV writes a stage has deferred: these rows are sent with the next row of their sequence that runs there, if any.
 
 Shape suffixes as in ``kernels/api/types.py``.
 """
@@ -128,10 +128,10 @@ class PipelineDecoder(ParallelDecoder):
         self._tell(message)
         self._exit(exit, x_RD, kv, read_exited(message))
 
-    def read_out(self, exit: DecoderExit, x_RD: torch.Tensor) -> torch.Tensor:
-        """See :meth:`Decoder.read_out`; :meth:`propagate_kv` for these rows has sent the results here."""
+    def apply_exit_head(self, exit: DecoderExit, x_RD: torch.Tensor) -> torch.Tensor:
+        """See :meth:`Decoder.apply_exit_head`; :meth:`propagate_kv` for these rows has sent the results here."""
         if (stage := self._stage_of(exit)) == self.stage:
-            return super().read_out(exit, x_RD)
+            return super().apply_exit_head(exit, x_RD)
         return self.links.collect(stage, (len(x_RD), self.spec.hidden_size), torch.float32)
 
     def _obey_run(self, message: Message, kv: list[KVLayer]) -> None:
@@ -253,7 +253,7 @@ class PipelineDecoder(ParallelDecoder):
         if stage == self.stage:
             assert x_RD is not None
             if stage and self.context.rank == 0:
-                self.links.back(super().read_out(exit, x_RD))
+                self.links.back(super().apply_exit_head(exit, x_RD))
             self._write(exit, x_RD, kv, batch)
         if stage < len(between):
             between[stage].add(exited_rows(batch, exit.after_layers, x_RD))

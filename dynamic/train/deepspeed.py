@@ -1,7 +1,7 @@
 """The same training under DeepSpeed: data parallel, with optimiser states, gradients and weights divided among ranks.
 
 ZeRO stage 1 divides the first, 2 the first two, 3 all of them. Started with ``torchrun`` or the ``deepspeed`` launcher.
-With ``expert`` ranks in a group, each holds a part of every mixture's experts and rows travel.
+With ``expert`` ranks in a group, each holds a part of every mixture's experts, and rows are exchanged.
 
 The objective, the data order and the schedule are those of the plain loop; one process and several see the same tokens
 in the same step. Checkpoints are DeepSpeed's own and need the same number of ranks to go on.
@@ -82,7 +82,7 @@ class _Loss(nn.Module):
         return self.task.loss(self.decoder, step, shard=shard)
 
 
-def meet(device: torch.device) -> None:
+def join(device: torch.device) -> None:
     """Join the other processes, if that has not been done.
 
     Raises:
@@ -144,7 +144,7 @@ def train_with_deepspeed(
     if tag:
         refuse_other_groups(directory / tag, zero.expert)
     device = model.embedding.device
-    meet(device)
+    join(device)
     rank = torch.distributed.get_rank()
     experts = ExpertGroups(model, zero.expert) if zero.expert > 1 else None
     module = _Loss(model, task, experts)

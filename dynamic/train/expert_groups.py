@@ -1,4 +1,4 @@
-"""Experts spread over a group of ranks: rows travel to their experts and back, and so do gradients.
+"""Experts spread over a group of ranks: rows are sent to their experts and back, and so are gradients.
 
 Every rank of the group holds an equal, consecutive part of each mixture's experts. How many rows go where is exchanged
 first, so no row is dropped or padded. A rank without rows takes part with none.
@@ -22,7 +22,7 @@ from ...moe.trainable_experts import arranged, combine, dispatch, gated_experts
 
 
 def _exchange(rows: torch.Tensor, sent: list[int], coming: list[int], group: Any) -> torch.Tensor:
-    """Rows to their ranks; their gradients travel back."""
+    """Sends rows to their ranks, and their gradients back."""
     found = rows.new_empty(sum(coming), *rows.shape[1:])
     return all_to_all_single(found, rows.contiguous(), coming, sent, group=group)
 
@@ -63,7 +63,7 @@ def spread_mixture(
     dist.all_to_all_single(coming_GE, counts_GE, group=group)
     sent, coming = counts_GE.sum(1).tolist(), coming_GE.sum(1).tolist()
     weights_R1 = weights_TK.flatten()[order_R].to(x_TD.dtype)[:, None]
-    # One journey for both.
+    # One exchange for both.
     rows = torch.cat([dispatch(x_TD, order_R, inverse_R, top_k), weights_R1], 1)
     arrived = _exchange(rows, sent, coming, group)
     # Rows arrive rank by rank, each rank's in the order of the experts.
@@ -72,8 +72,8 @@ def spread_mixture(
     sorted_A = _Permute.apply(arrived, order_A, inverse_A)
     rows_AD, weights_A1 = sorted_A.split([x_TD.shape[1], 1], 1)
     y_AD = gated_experts(rows_AD.contiguous(), gate_up_EID, down_EDF, weights_A1, counts_E.tolist())
-    home_RD = _exchange(_Permute.apply(y_AD, inverse_A, order_A), coming, sent, group)
-    return combine(home_RD, order_R, inverse_R, top_k)
+    returned_RD = _exchange(_Permute.apply(y_AD, inverse_A, order_A), coming, sent, group)
+    return combine(returned_RD, order_R, inverse_R, top_k)
 
 
 def spread_experts(mixtures: Iterable[Any], group: Any) -> list[nn.Parameter]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from ...exits.exit_head import ReadoutAdapter
+from ...exits.exit_head import ExitHeadAdapter
 from ...exits.segments import split_into_segments
 from ...exits.training.exit_heads import Backbone, frozen_logits
 from ...exits.training.heads import ExitStates, HeadTraining
@@ -48,7 +48,7 @@ def served_backbone(decoder: Decoder, exit_layers: Sequence[int], adapter_rank: 
     """
     spec, generator, adapters = decoder.spec, torch.Generator().manual_seed(seed), {}
     for layer in exit_layers:
-        adapters[layer] = ReadoutAdapter(spec.hidden_size, adapter_rank)
+        adapters[layer] = ExitHeadAdapter(spec.hidden_size, adapter_rank)
         adapters[layer].reset(generator)
     ids_V = torch.arange(spec.vocab_size, device=decoder.device)
     with torch.no_grad():

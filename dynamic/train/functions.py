@@ -22,7 +22,7 @@ def reciprocal_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 class _ForkNormed(torch.autograd.Function):
-    """The input and the input normed. Their gradients meet here, which saves the pass that would add them."""
+    """The input and the input normed. Their gradients are added here, which saves the pass that would add them."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:

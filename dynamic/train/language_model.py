@@ -112,8 +112,8 @@ class LanguageModelTask:
         if at is not None and (strength == 0 or at >= depth):
             at = None  # an exit keeps its share of the steps while others are not there yet
         cross_entropy, at_exit = head_losses(
-            decoder.read_out(output.final_NLD.flatten(0, 1)),
-            None if at is None else decoder.read_out(output.exits[at].flatten(0, 1), at),
+            decoder.apply_exit_head(output.final_NLD.flatten(0, 1)),
+            None if at is None else decoder.apply_exit_head(output.exits[at].flatten(0, 1), at),
             decoder.embedding.to(decoder.dtype),
             targets_T,
             self.exits.distillation,

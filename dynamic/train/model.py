@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...exits.exit_head import ReadoutAdapter
+from ...exits.exit_head import ExitHeadAdapter
 from ...moe.losses import load_balancing_loss
 from ...moe.trainable_experts import mixture
 from .attention import causal_attention, norm_and_rotate, rope_table
@@ -37,7 +37,7 @@ class DecoderConfig:
         norm_eps: epsilon of the norms.
         max_position: longest sequence.
         exit_layers: an exit after this many layers each; increasing, below ``num_layers``.
-        adapter_rank: rank of the read-out adapter of every exit.
+        adapter_rank: rank of the exit-head adapter of every exit.
 
     Raises:
         ValueError: for shapes that do not fit together.
@@ -228,7 +228,7 @@ class TrainableDecoder(nn.Module):
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        adapters = {str(e): ReadoutAdapter(config.hidden_size, config.adapter_rank) for e in config.exit_layers}
+        adapters = {str(e): ExitHeadAdapter(config.hidden_size, config.adapter_rank) for e in config.exit_layers}
         self.adapters = nn.ModuleDict(adapters)
         self._initialise(torch.Generator().manual_seed(seed))
 
@@ -304,10 +304,10 @@ class TrainableDecoder(nn.Module):
         mlp: Any = self.layers[0].mlp
         return mlp.group
 
-    def read_out(self, x: torch.Tensor, exit_layer: int | None = None) -> torch.Tensor:
+    def apply_exit_head(self, x: torch.Tensor, exit_layer: int | None = None) -> torch.Tensor:
         """The normed state that the LM head multiplies: of the full model, or of the exit after that many layers."""
         return self.norm(x if exit_layer is None else self.adapters[str(exit_layer)](x))
 
     def logits(self, x: torch.Tensor, exit_layer: int | None = None) -> torch.Tensor:
         """Next-token logits (..., V) in the activations' dtype."""
-        return F.linear(self.read_out(x, exit_layer), self.embedding.to(x.dtype))
+        return F.linear(self.apply_exit_head(x, exit_layer), self.embedding.to(x.dtype))

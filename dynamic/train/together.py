@@ -13,7 +13,7 @@ from ...exits.training.trainer import TrainResult
 from ..convert.model_store import cache_home
 from ..parallel.config import launched_rank
 from ..text.corpus import build_corpus, load_corpus
-from .deepspeed import ZeroConfig, gathered, meet, part, train_with_deepspeed
+from .deepspeed import ZeroConfig, gathered, join, part, train_with_deepspeed
 from .language_model import LanguageModelTask
 from .model import TrainableDecoder
 from .recipe import build_task, run_recipe
@@ -29,7 +29,7 @@ def run_recipe_together(config: RecipeConfig, output: Path, zero: ZeroConfig) ->
     Raises:
         ValueError: see :func:`.recipe.run_recipe` and :func:`.deepspeed.train_with_deepspeed`.
     """
-    meet(torch.device(config.device))
+    join(torch.device(config.device))
     if launched_rank() == 0:
 
         def learn(

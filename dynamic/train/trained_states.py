@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import torch
 
-from ...exits.exit_head import ReadoutAdapter
+from ...exits.exit_head import ExitHeadAdapter
 from ...exits.training.exit_heads import Backbone, frozen_logits
 from ...exits.training.heads import ExitStates
 from .model import TrainableDecoder
@@ -19,7 +19,7 @@ def trained_backbone(model: TrainableDecoder) -> Backbone:
     """A decoder that a recipe trained, with copies of its adapters."""
     config, adapters = model.config, {}
     for layer in config.exit_layers:
-        adapters[layer] = ReadoutAdapter(config.hidden_size, config.adapter_rank)
+        adapters[layer] = ExitHeadAdapter(config.hidden_size, config.adapter_rank)
         adapters[layer].load_state_dict(model.adapters[str(layer)].state_dict())
     return Backbone(
         num_layers=config.num_layers,

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ..calibrators import ISOTONIC_MINIMUM, fit_isotonic, fit_temperature
-from ..exit_head import ReadoutAdapter
+from ..exit_head import ExitHeadAdapter
 from ..metrics import ProbeReport, operating_point, plot_risk_coverage, report, table
 from ..probes import MAX_LAYER_SHARE, Probe, ProbeSpec, check_probe_cost, frequent_tokens, saturation, top_margin
 from ..sidecar import ExitHeads, backbone_hash, save_heads
@@ -71,7 +71,7 @@ class Backbone:
         layer_flops: floating-point operations of its cheapest layer for one token.
         routes: whether routers choose experts, so that their entropy says something.
         logits: final norm and LM head.
-        adapters: read-out adapter of every exit, to start from.
+        adapters: exit-head adapter of every exit, to start from.
     """
 
     num_layers: int
@@ -79,7 +79,7 @@ class Backbone:
     layer_flops: int
     routes: bool
     logits: Logits
-    adapters: dict[int, ReadoutAdapter]
+    adapters: dict[int, ExitHeadAdapter]
 
 
 def compared_probes(hidden_size: int, layer_flops: int, *, routes: bool = True) -> dict[str, ProbeSpec]:

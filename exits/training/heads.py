@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..exit_head import ReadoutAdapter
+from ..exit_head import ExitHeadAdapter
 from ..probes import Probe, ProbeSpec, agreement_labels
 
 Logits = Callable[[torch.Tensor], torch.Tensor]  # (R, D) in front of the final norm → float32 (R, V)
@@ -94,7 +94,7 @@ def choices(x_RD: torch.Tensor, logits: Logits, chunk: int = 4096) -> torch.Tens
 
 
 def fit_adapter(
-    adapter: ReadoutAdapter,
+    adapter: ExitHeadAdapter,
     layer: int,
     states: ExitStates,
     logits: Logits,
@@ -146,7 +146,7 @@ def probe_logits(
 
 
 def exit_labels(
-    adapter: ReadoutAdapter, layer: int, states: ExitStates, logits: Logits, full_R: torch.Tensor
+    adapter: ExitHeadAdapter, layer: int, states: ExitStates, logits: Logits, full_R: torch.Tensor
 ) -> torch.Tensor:
     """1.0 where the exit's best token is the full model's, (R,).
 
