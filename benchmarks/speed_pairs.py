@@ -1,0 +1,277 @@
+"""Two states of the code side by side: is the second one as fast as the first?
+
+``python benchmarks/speed_pairs.py FIRST SECOND result.json`` takes two folders that hold a ``dynamoe`` (a checkout, or
+a link to one). Of each a process loads the models; then the two are asked in turns, one measurement each, while the
+other one waits for its next line of input. Who goes first changes from pair to pair. Since a process keeps what it got
+in memory, for better or worse, both are started anew several times (``--starts``), each time for ``--pairs`` pairs.
+
+For every cell it prints the median over the pairs of SECOND's tokens per second by FIRST's (above 1: SECOND is faster)
+with its 95 % bootstrap interval, which draws starts and, in each, pairs; the same for the processor's time, which other
+programs on the machine disturb less; and whether the two gave the same tokens. Prompts count in the rates of decoding:
+16 tokens each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+TEXT = (
+    "To install the package, unpack the archive and run the configure script, which looks for a compiler and for the "
+    "libraries that are needed. A mixture of experts holds many feed-forward layers, of which a router chooses a few "
+    "for every token. The list of files is sorted by name unless an option says otherwise; a line that begins with a "
+    "hash sign is a comment and is ignored. When the server receives a signal it finishes the requests that are under "
+    "way, closes its sockets and ends with the exit code 0. Numbers are written in base ten: 1, 2, 3, 5, 8, 13, 21. "
+)
+EXITS = {4: 0.75, 8: 0.75, 12: 0.75}  # of tiny
+PAUSE = 0.05  # seconds between measurements, in which idle threads of the process before go to sleep
+DRAWS = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One measurement.
+
+    Arguments:
+        name: of the cell.
+        model: what ``LLM`` takes.
+        settings: its keyword arguments.
+        sampling: keyword arguments of ``SamplingParams``.
+        requests: that run together.
+        prompt: tokens of each prompt.
+        output: tokens of each output; 1 measures the prompts.
+        repeats: of the whole, in one measurement.
+    """
+
+    name: str
+    model: str
+    settings: dict[str, Any]
+    sampling: dict[str, Any] = field(default_factory=dict)
+    requests: int
+    prompt: int
+    output: int
+    repeats: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """What rates count: output tokens, or the prompts' if nothing else is measured."""
+        return self.repeats * self.requests * (self.prompt if self.output == 1 else self.output)
+
+
+def cells() -> list[Cell]:
+    """All of them."""
+    found: list[Cell] = []
+    exits = {"quality": None, "exit_thresholds": EXITS}
+    for name, model, settings, sampling, scale in (
+        ("default bfloat16", "default", {"dtype": "bfloat16"}, {}, 1),
+        ("default int4", "default", {"dtype": "bfloat16", "quantization": "int4"}, {}, 1),
+        ("tiny exits", "tiny", {"dtype": "bfloat16"}, exits, 8),
+    ):
+        common: dict[str, Any] = {"model": model, "settings": settings, "sampling": sampling}
+        found += [
+            Cell(name=f"{name}, decode 1", **common, requests=1, prompt=16, output=48 * scale),
+            Cell(name=f"{name}, decode 8", **common, requests=8, prompt=16, output=24 * scale),
+            Cell(name=f"{name}, prefill 512", **common, requests=1, prompt=512, output=1, repeats=scale),
+        ]
+    return found
+
+
+def work(chosen: Sequence[Cell]) -> None:
+    """The life of a process that measures: a cell's number per line of input, an answer per line of output."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever a library prints is no answer
+    import dynamoe
+    from dynamoe import LLM, SamplingParams
+
+    models: dict[str, Any] = {}
+
+    def measure(cell: Cell) -> dict[str, Any]:
+        key = json.dumps([cell.model, cell.settings])
+        if key not in models:
+            limits = {"max_num_seqs": 8, "max_model_len": 768, "enable_prefix_caching": False, "progress": False}
+            llm = LLM(cell.model, **limits, **cell.settings)
+            text = llm.generate(TEXT, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+            models[key] = (llm, text[0].prompt_token_ids * 8)
+        llm, ids = models[key]
+        prompts = [{"prompt_token_ids": ids[11 * n : 11 * n + cell.prompt]} for n in range(cell.requests)]
+        common = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
+        params = SamplingParams(**common, max_tokens=cell.output, **cell.sampling)
+        outputs: list[Any] = []
+        wall, processor = time.perf_counter(), time.process_time()
+        for _ in range(cell.repeats):
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+        spent = {"seconds": time.perf_counter() - wall, "processor": time.process_time() - processor}
+        tokens = [list(output.outputs[0].token_ids) for output in outputs]
+        return spent | {"tokens": hashlib.sha256(json.dumps(tokens).encode()).hexdigest()}
+
+    for cell in chosen:  # loaded and warm
+        measure(cell)
+    print(json.dumps({"package": dynamoe.__file__}), file=answers)
+    for line in sys.stdin:
+        print(json.dumps(measure(chosen[int(line)])), file=answers)
+
+
+class Worker:
+    """A process that measures one of the two.
+
+    Arguments:
+        package: folder with a ``dynamoe`` in it.
+        chosen: the cells.
+        threads: of the process.
+        log: takes what it logs beside its answers.
+    """
+
+    def __init__(self, package: Path, chosen: Sequence[Cell], threads: int, log: IO[str]) -> None:
+        self.log = log
+        environment = {**os.environ, "PYTHONPATH": str(package.resolve()), "OMP_NUM_THREADS": str(threads)}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--worker", json.dumps([asdict(cell) for cell in chosen])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            bufsize=1,
+            env=environment | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+        )
+
+    def answer(self) -> dict[str, Any]:
+        """The next one."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.log.seek(0)
+            raise SystemExit(f"a process ended with {self.process.wait()}:\n{self.log.read()[-3000:]}")
+        return json.loads(line)
+
+    def ask(self, number: int) -> dict[str, Any]:
+        """Measure a cell."""
+        assert self.process.stdin is not None
+        time.sleep(PAUSE)
+        self.process.stdin.write(f"{number}\n")
+        return self.answer()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def measure_start(
+    packages: Sequence[Path], chosen: Sequence[Cell], pairs: int, threads: int, title: str
+) -> tuple[list[str], list[list[list[dict[str, Any]]]]]:
+    """One start of both: which files they are, and by cell, pair and package, the answers."""
+    with ExitStack() as stack:
+        workers: list[Worker] = []
+        files = []
+        for package in packages:  # one after the other, as loading would disturb
+            log = stack.enter_context(tempfile.TemporaryFile("w+"))
+            workers.append(stack.enter_context(Worker(package, chosen, threads, log)))
+            files.append(workers[-1].answer()["package"])
+        found: list[list[list[dict[str, Any]]]] = [[] for _ in chosen]
+        for pair in range(pairs):
+            print(f"\r{title}, pair {pair + 1} of {pairs} ", end="", file=sys.stderr, flush=True)
+            for number in range(len(chosen)):
+                order = [0, 1] if (pair + number) % 2 == 0 else [1, 0]
+                answers = {which: workers[which].ask(number) for which in order}
+                found[number].append([answers[0], answers[1]])
+        print(file=sys.stderr)
+    return files, found
+
+
+def interval(ratios_SP: np.ndarray) -> dict[str, float]:
+    """Median of ratios by start and pair, with the 95 % interval of a bootstrap that draws starts, then pairs."""
+    starts, pairs = ratios_SP.shape
+    generator = np.random.default_rng(0)
+    start_NSP = generator.integers(starts, size=(DRAWS, starts, 1))
+    pair_NSP = generator.integers(pairs, size=(DRAWS, starts, pairs))
+    medians_N = np.median(ratios_SP[start_NSP, pair_NSP].reshape(DRAWS, -1), axis=1)
+    low, high = np.quantile(medians_N, [0.025, 0.975])
+    return {"median": float(np.median(ratios_SP)), "low": float(low), "high": float(high)}
+
+
+def summary(cell: Cell, starts: list[list[list[dict[str, Any]]]]) -> dict[str, Any]:
+    """A cell's line of the table; ``starts`` are its answers by start, pair and package."""
+    hashes = {answer["tokens"] for pairs in starts for pair in pairs for answer in pair}
+    entry: dict[str, Any] = {"cell": asdict(cell), "same_tokens": len(hashes) == 1}
+    for clock in ("seconds", "processor"):
+        times_SP2 = np.array([[[answer[clock] for answer in pair] for pair in pairs] for pairs in starts])
+        entry[clock] = {
+            "ratio": interval(times_SP2[..., 0] / times_SP2[..., 1]),
+            "tokens_per_second": [float(cell.tokens / np.median(times_SP2[..., which])) for which in (0, 1)],
+            "by_start_pair_and_package": times_SP2.round(6).tolist(),
+        }
+    return entry
+
+
+def table(entries: dict[str, dict[str, Any]]) -> str:
+    """What is printed."""
+    lines = [f"{'':28}{'first':>9}{'second':>9}  {'second / first':24}{'in processor time':24}tokens"]
+    for name, entry in entries.items():
+        rates = "".join(f"{rate:9.1f}" for rate in entry["seconds"]["tokens_per_second"])
+        ratios = []
+        for clock in ("seconds", "processor"):
+            ratio = entry[clock]["ratio"]
+            ratios.append(f"{ratio['median']:.3f} ({ratio['low']:.3f} … {ratio['high']:.3f})".ljust(24))
+        lines.append(f"{name:28}{rates}  {''.join(ratios)}{'same' if entry['same_tokens'] else 'DIFFERENT'}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--worker"]:
+        work([Cell(**_sampling(settings)) for settings in json.loads(sys.argv[2])])
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("packages", type=Path, nargs=2, metavar="FOLDER", help="FIRST and SECOND")
+    parser.add_argument("output", type=Path, help="JSON file")
+    parser.add_argument("--starts", type=int, default=6, help="of both processes")
+    parser.add_argument("--pairs", type=int, default=3, help="of measurements per start")
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument(
+        "--only", type=re.compile, default=re.compile(""), metavar="PATTERN", help="cells' names hold it"
+    )
+    options = parser.parse_args()
+    chosen = [cell for cell in cells() if options.only.search(cell.name)]
+    if not chosen or min(options.starts, options.pairs) < 1:
+        parser.error("there is nothing to measure")
+    for package in options.packages:
+        if not (package / "dynamoe" / "__init__.py").is_file():
+            parser.error(f"{package} holds no dynamoe")
+    measured: list[list[list[list[dict[str, Any]]]]] = []
+    files: list[str] = []
+    for start in range(options.starts):
+        title = f"start {start + 1} of {options.starts}"
+        files, found = measure_start(options.packages, chosen, options.pairs, options.threads, title)
+        measured.append(found)
+    entries = {cell.name: summary(cell, [found[n] for found in measured]) for n, cell in enumerate(chosen)}
+    facts = {"packages": files, "threads": options.threads, "when": datetime.now(UTC).isoformat(timespec="seconds")}
+    options.output.write_text(json.dumps({"about": facts, "cells": entries}, indent=1) + "\n")
+    print(table(entries))
+
+
+def _sampling(settings: dict[str, Any]) -> dict[str, Any]:
+    """JSON has made texts of the layers in front of exits."""
+    sampling = dict(settings["sampling"])
+    if "exit_thresholds" in sampling:
+        sampling["exit_thresholds"] = {int(layer): limit for layer, limit in sampling["exit_thresholds"].items()}
+    return settings | {"sampling": sampling}
+
+
+if __name__ == "__main__":
+    main()
