@@ -26,8 +26,8 @@ import torch
 from dynamoe.dynamic.convert.model_store import resolve_model
 from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine
-from dynamoe.dynamic.engine.parking import last_slots
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
+from dynamoe.dynamic.engine.step_times import last_slots
 from dynamoe.dynamic.model.decoder import Decoder
 from dynamoe.dynamic.model.kv_cache import allocate_layers
 from dynamoe.dynamic.model.loaded import LoadedModel
@@ -127,7 +127,7 @@ def decode(engine: Engine, batch: int, exits: dict[int, float]) -> tuple[float, 
             exit_thresholds=exits,
         )
         engine.add_request(str(number), prompt.tolist(), params)
-    for _ in range(1 + CHUNK // 2):  # the prompts, and steps in which the parking's averages settle
+    for _ in range(1 + CHUNK // 2):  # the prompts, and some steps to warm up
         engine.step()
     before, started = engine.stats().generation_tokens, time.perf_counter()
     for _ in range(CHUNK):
@@ -146,23 +146,17 @@ def measure(
     whatever is compared runs in one engine, turn by turn, and every round has new engines; only the model without exits
     needs an engine of its own.
     """
-    variants: dict[str, tuple[str, dict[int, float]]] = {"none": ("plain", {}), "off": ("parking", {})}
-    variants["0 % leave"] = ("parking", thresholds(model, 0.0))
+    variants: dict[str, tuple[str, dict[int, float]]] = {"none": ("plain", {}), "off": ("exits", {})}
+    variants["0 % leave"] = ("exits", thresholds(model, 0.0))
     for share in (0.1, 0.5, 0.9):
-        variants[f"{share:.0%} leave"] = ("parking", thresholds(model, share))
-        variants[f"{share:.0%}, no parking"] = ("no parking", thresholds(model, share))
+        variants[f"{share:.0%} leave"] = ("exits", thresholds(model, share))
     names = [name for name in variants if only is None or name in ("none", "off", *only)]
     for batch in batches:
         measured: list[dict[str, float]] = []
-        parked = 0
         for _ in range(rounds):
             engines = {
-                kind: Engine(which, EngineConfig(max_num_seqs=batch, enable_prefix_caching=False, park_rows=park))
-                for kind, which, park in (
-                    ("plain", plain, True),
-                    ("parking", model, True),
-                    ("no parking", model, False),
-                )
+                kind: Engine(which, EngineConfig(max_num_seqs=batch, enable_prefix_caching=False))
+                for kind, which in (("plain", plain), ("exits", model))
             }
             found: dict[str, list[float]] = {name: [] for name in names}
             for turn in range(turns):
@@ -172,9 +166,6 @@ def measure(
                     found[name].append(seconds / tokens)
             kept = {name: sorted(times)[: -max(1, turns // 10)] for name, times in found.items()}
             measured.append({name: sum(times) / len(times) for name, times in kept.items()})
-            parked += engines["parking"].stats().rows_parked
-        if parked:
-            print(f"{'':6} rows parked: {parked}")
         yield batch, measured
 
 

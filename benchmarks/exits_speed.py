@@ -24,7 +24,7 @@ from dynamoe.dynamic.contract.served_loss import disagreements
 from dynamoe.dynamic.convert.model_store import resolve_model
 from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine
-from dynamoe.dynamic.engine.parking import measure_times
+from dynamoe.dynamic.engine.step_times import measure_step_times
 from dynamoe.dynamic.llm import LLM
 from dynamoe.dynamic.model.loaded import LoadedModel
 from dynamoe.dynamic.model.machine import processor
@@ -71,14 +71,14 @@ def relative(model: LoadedModel, prompts: list[list[int]], at_once: int, tokens:
         }
         for name, seconds in seconds_per_token(engines, turns).items():
             totals[name] += seconds / len(groups)
-    alone = measure_times(plain.decoder, EngineConfig().block_size, at_once)
-    number, step = alone.sizes.index(at_once), totals["full"] * at_once
+    cache = plain.decoder.allocate_cache(at_once, EngineConfig().block_size)
+    alone, step = measure_step_times(plain.decoder, cache, at_once), totals["full"] * at_once
     return {
         "sequences": at_once,
         "seconds_per_token": totals,
         "speedup": totals["full"] / totals["exits"],
-        "layers_share_of_time": sum(times[number] for times in alone.segments) / step,
-        "head_share_of_time": alone.head[number] / step,
+        "layers_share_of_time": alone.layers(at_once) / step,
+        "head_share_of_time": alone.head(at_once) / step,
     }
 
 

@@ -34,7 +34,7 @@ class LLM(OfflineEngine):
             :class:`ParallelConfig`; for scripts under ``torchrun``.
         parallel: instead of these four, with time-out and micro-batches.
         max_model_len, max_num_seqs, max_num_batched_tokens, enable_prefix_caching, kv_memory, block_size, seed,
-            logits_processors: see :class:`EngineConfig`.
+            cache_policy, logits_processors: see :class:`EngineConfig`.
 
     Raises:
         ValueError: for a model that cannot be found or is not supported, settings out of range, or a plug-in that
@@ -56,6 +56,7 @@ class LLM(OfflineEngine):
         kv_memory: int | str | None = None,
         block_size: int = EngineConfig.block_size,
         seed: int = 0,
+        cache_policy: str | None = None,
         logits_processors: Sequence[str] = (),
         experts_per_token: int | None = None,
         quantization: str | None = None,
@@ -76,6 +77,7 @@ class LLM(OfflineEngine):
             block_size=block_size,
             enable_prefix_caching=enable_prefix_caching,
             seed=seed,
+            cache_policy=cache_policy,
             logits_processors=tuple(logits_processors),
         )
         sizes = (tensor_parallel_size, expert_parallel_size, pipeline_parallel_size, data_parallel_size)

@@ -1,11 +1,11 @@
 """The all-to-all exchange of a mixture: rows go to the ranks that hold their experts, partial sums come back.
 
 A row goes once to every rank that holds at least one of its experts: its hidden vector in the activations' dtype, and
-the numbers and weights of its slots. What comes back is the sum over the slots of that rank, and at home the sums are
-added in the order of the ranks, in float32. Neither timing nor other rows change a bit.
+the numbers and weights of its slots. What comes back is the sum over the slots of that rank, and the sums are added
+where the row came from, in the order of the ranks, in float32. Neither timing nor other rows change a bit.
 
-Steps of few rows travel padded: every rank gets room for all rows of every home, which all know beforehand, so that no
-count has to come from the device. Larger steps send what is needed, and the numbers of rows in front of it.
+Steps of few rows travel padded: every rank gets room for all rows of every KV shard, which all know beforehand, so that
+no count has to come from the device. Larger steps send what is needed, and the numbers of rows in front of it.
 
 Shape suffixes as in ``moe/dispatch.py``; R rows that travel, B bytes.
 """
@@ -82,7 +82,7 @@ class ExpertExchange:
     Arguments:
         transport: between the ranks.
         axis: the ranks.
-        padded_rows: steps of at most so many rows, those of all homes that share experts together, travel padded.
+        padded_rows: steps of at most so many rows, those of all KV shards that share experts together, travel padded.
 
     Attributes:
         rows: of each rank of the expert axis, in the segment that runs now.
@@ -98,9 +98,9 @@ class ExpertExchange:
         self.rows: Sequence[int] = ()
         self.executed_X = torch.zeros(axis.size if axis.size > 1 else 0, dtype=torch.int64, device=transport.device)
 
-    def begin(self, home_rows: Sequence[int]) -> None:
-        """A segment begins, with so many rows in each home of the stage."""
-        self.rows = home_rows[self._axis.first : self._axis.first + self._axis.size]
+    def begin(self, shard_rows: Sequence[int]) -> None:
+        """A segment begins, with so many rows in each KV shard of the stage."""
+        self.rows = shard_rows[self._axis.first : self._axis.first + self._axis.size]
         self.executed_X.zero_()
 
     def depart(self, x_TD: torch.Tensor, routing: Routing, shares: ExpertShares) -> Departure:
@@ -143,7 +143,7 @@ class ExpertExchange:
         routing = shares.on_rank(self._me, ids_RK, weights_RK, departure.weight_on_input)
         return x_RB.view(like_TD.dtype), routing
 
-    def come_home(self, departure: Departure, out_RD: torch.Tensor) -> torch.Tensor:
+    def send_back(self, departure: Departure, out_RD: torch.Tensor) -> torch.Tensor:
         """Send the sums of the rows that arrived back; returns those of this rank's rows, float32, (T, D)."""
         sums_RD, work = self._transport.swap(out_RD, departure.coming, departure.sent, self._group, "combine")
         self._transport.finish(work)

@@ -47,7 +47,7 @@ def compare(
         several = pool.submit(run_job, folder / "several", processes, model=model, arguments=arguments | extra, **job)
         alone, together = one.result(), several.result()
     assert together["tokens"] == alone["tokens"]
-    if not together["preemptions"] + together["cached_tokens"]:  # which differ from those of one home
+    if not together["preemptions"] + together["cached_tokens"]:  # which differ from those of one KV shard
         assert together["rows"] == alone["rows"]
     # Certificates of one process are refused by several: sums run in another order.
     assert "processes" not in alone["deployment"]
@@ -61,7 +61,7 @@ def shard_of(spec: ModelSpec, tensor: int, expert: int, rank: int) -> Shard:
     context = SimpleNamespace(
         config=ParallelConfig(tensor=tensor, expert=expert),
         rank=rank,
-        home=expert_rank,
+        kv_shard=expert_rank,
         tensor_rank=tensor_rank,
         expert_rank=expert_rank,
         stage=0,

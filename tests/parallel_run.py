@@ -29,7 +29,7 @@ class Watched:
     """What a rank's rows need of the exchange between experts, told from their routing alone.
 
     Attributes:
-        rows: of every home, by segment.
+        rows: of every KV shard, by segment.
         pairs: of rows and ranks that have one of their experts, by rank.
     """
 
@@ -38,9 +38,9 @@ class Watched:
         self.pairs: list[int] = []
         begin, depart = ExpertExchange.begin, ExpertExchange.depart
 
-        def watched_begin(exchange: ExpertExchange, home_rows: list[int]) -> None:
-            self.rows.append(list(home_rows))
-            begin(exchange, home_rows)
+        def watched_begin(exchange: ExpertExchange, shard_rows: list[int]) -> None:
+            self.rows.append(list(shard_rows))
+            begin(exchange, shard_rows)
 
         def watched_depart(
             exchange: ExpertExchange, x_TD: torch.Tensor, routing: Routing, shares: ExpertShares
@@ -98,7 +98,7 @@ def tokens(
             "read": decoder.read_bytes,
             "cached_layers": [number for number, layer in enumerate(llm.engine.runner.kv) if layer.keys_BGPC.numel()],
             "ahead": links.bytes_ahead,
-            "owed": links.bytes_owed,
+            "owed": links.bytes_deferred,
             "back": links.bytes_back,
             "decisions": links.bytes_decided,
             "unsent": [rows * 4 * decoder.spec.hidden_size for rows in decoder.unsent_rows],

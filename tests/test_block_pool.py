@@ -63,8 +63,8 @@ def test_a_second_page_with_the_same_content_stays_nameless() -> None:
     assert pool.allocate() == second
 
 
-def test_homes_have_their_own_pages_and_contents() -> None:
-    pool = BlockPool(6, homes=2)
+def test_kv_shards_have_their_own_pages_and_contents() -> None:
+    pool = BlockPool(6, kv_shards=2)
     here, there = pool.allocate(0), pool.allocate(1)
     assert here < 3 <= there
     pool.publish(here, b"a")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,27 +26,6 @@ FEWER = replace(EXACT, quality=None, expert_keep=0.7)
 CAPPED = replace(EXACT, quality=None, experts_per_token=1)
 ALL = replace(EXACT, quality=None, expert_keep=1.0, experts_per_token=TOP_K)
 PAGES = 32
-
-
-class Coins:
-    """Parks rows at random."""
-
-    def __init__(self) -> None:
-        self.random = random.Random(0)
-        self.asked = 0
-
-    def observe(self, *_: int) -> None:
-        pass
-
-    def observe_step(self, *_: float) -> None:
-        pass
-
-    def may_wait(self, running: int) -> bool:
-        self.asked += 1
-        return self.asked % 2 == 1
-
-    def should_wait(self, segment: int, rows: int, running: int, waited: int) -> bool:
-        return rows > 0 and waited < 5 and self.random.random() < 0.6
 
 
 @pytest.fixture(scope="module")
@@ -146,13 +124,11 @@ def test_neighbours_chunks_and_preemption_change_nothing(plain: LoadedModel, exi
         assert engine.stats().preemptions > 1
 
 
-def test_rows_that_are_parked_keep_their_budget(plain: LoadedModel) -> None:
+def test_rows_keep_their_budget_segment_by_segment(plain: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     params = [replace(p, exit_thresholds={1: 0.5, 3: 0.5}) for p in (FEWER, CAPPED)] * 3
-    expected = run(Engine(plain, EngineConfig(park_rows=False)), prompts(), params)
-    engine = Engine(plain)
-    engine.runner.exits.parking = Coins()  # type: ignore[assignment]
-    found = run(engine, prompts(), params)
-    assert engine.stats().rows_parked > 5
+    expected = run(Engine(plain), prompts(), params)
+    monkeypatch.setattr(plain.decoder, "stack", None)
+    found = run(Engine(plain), prompts(), params)
     assert choices(found) == choices(expected)
     assert [o.compute for o in found] == [o.compute for o in expected]
 
@@ -180,7 +156,7 @@ def test_experts_are_counted_where_they_are_launched(directory: Path, monkeypatc
     at_once = run(engine, prompts(), params)
     monkeypatch.setattr(model.decoder, "stack", None)
     monkeypatch.setattr(backend, "experts", counted)
-    watched = Engine(model, EngineConfig(park_rows=False))
+    watched = Engine(model)
     launched = 0
     one_by_one = run(watched, prompts(), params)
     assert [o.compute for o in one_by_one] == [o.compute for o in at_once]

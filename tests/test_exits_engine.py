@@ -46,30 +46,6 @@ def early(**params: Any) -> SamplingParams:
 EARLY = early()
 
 
-class Erratic:
-    """Parks rows at random."""
-
-    def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
-        self.asked = 0
-
-    def observe(self, *_: int) -> None:
-        pass
-
-    def observe_step(self, *_: float) -> None:
-        pass
-
-    def may_wait(self, running: int) -> bool:
-        """Some steps run in one call of the backend, others segment by segment."""
-        self.asked += 1
-        return self.asked % 2 == 1
-
-    def should_wait(self, segment: int, rows: int, running: int, waited: int) -> bool:
-        assert segment > 0
-        assert 0 <= rows <= running
-        return rows > 0 and waited < 5 and self.random.random() < 0.6
-
-
 def prompts(count: int = 8, seed: int = 0) -> list[list[int]]:
     lengths = random.Random(seed).choices(range(1, 60), k=count)
     generator = torch.Generator().manual_seed(seed)
@@ -159,28 +135,15 @@ def test_one_call_per_step_or_one_per_operation_is_the_same(
     assert choices(run(Engine(replace(model, decoder=decoder)), prompts(), EARLY)) == alone
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_regrouping_changes_nothing(
-    model: LoadedModel, alone: list[list[tuple[list[int], list[int]]]], seed: int
-) -> None:
-    engine = Engine(model)
-    engine.runner.exits.parking = Erratic(seed)  # type: ignore[assignment]
-    assert choices(run(engine, prompts(), EARLY)) == alone
-    assert engine.stats().rows_parked > 5
-
-
 @pytest.mark.parametrize("caching", [True, False])
-@pytest.mark.parametrize("parking", [True, False])
 def test_a_preempted_sequence_leaves_again_where_it_left(
-    model: LoadedModel, alone: list[list[tuple[list[int], list[int]]]], caching: bool, parking: bool
+    model: LoadedModel, alone: list[list[tuple[list[int], list[int]]]], caching: bool
 ) -> None:
     page_bytes = bytes_per_page(model.spec, model.decoder.dtype, 4)
     engine = Engine(
         model,
         EngineConfig(block_size=4, kv_memory=44 * page_bytes, max_num_batched_tokens=24, enable_prefix_caching=caching),
     )
-    if parking:
-        engine.runner.exits.parking = Erratic(1)  # type: ignore[assignment]
     assert choices(run(engine, prompts(), EARLY)) == alone
     assert engine.stats().preemptions > 1
 
@@ -199,9 +162,8 @@ def test_prompt_logprobs_are_exact(model: LoadedModel) -> None:
     assert [o.prompt_logprobs for o in left] == [o.prompt_logprobs for o in exact]
 
 
-def test_an_aborted_request_leaves_no_parked_row_behind(model: LoadedModel) -> None:
+def test_an_aborted_request_leaves_nothing_behind(model: LoadedModel) -> None:
     engine = Engine(model)
-    engine.runner.exits.parking = Erratic(0)  # type: ignore[assignment]
     for number, prompt in enumerate(prompts()):
         engine.add_request(str(number), prompt, EARLY)
     for _ in range(6):
@@ -211,8 +173,13 @@ def test_an_aborted_request_leaves_no_parked_row_behind(model: LoadedModel) -> N
     assert engine.step() == []
 
 
-def test_executed_layers_are_counted_where_they_are_launched(model: LoadedModel, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("at_once", [True, False])
+def test_executed_layers_are_counted_where_they_are_launched(
+    model: LoadedModel, monkeypatch: Any, at_once: bool
+) -> None:
     engine = Engine(model)
+    if not at_once:
+        monkeypatch.setattr(model.decoder, "stack", None)
     launched = [0] * LAYERS
     run_segment, run_with_exits = model.decoder.run_segment, model.decoder.run_with_exits
 
@@ -228,7 +195,6 @@ def test_executed_layers_are_counted_where_they_are_launched(model: LoadedModel,
                 launched[layer] += rows
         return result
 
-    engine.runner.exits.parking = Erratic(0)  # type: ignore[assignment]
     monkeypatch.setattr(model.decoder, "run_segment", counted)
     monkeypatch.setattr(model.decoder, "run_with_exits", counted_at_once)
     outputs = run(engine, prompts(), [EARLY, EXACT] * 4)
@@ -256,7 +222,7 @@ def test_the_gpu_backend_runs_exits(make_exits: Callable[..., Path]) -> None:
     outputs = {}
     for backend in ("cpu", "triton"):
         model = load_model(path, dtype="float32", backend=backend, device="cpu", progress=False)
-        engine = Engine(model, EngineConfig(park_rows=False))
+        engine = Engine(model)
         outputs[backend] = choices(run(engine, [[5, 6, 7], [8]], early(max_tokens=5, exit_thresholds={1: 0.5})))
     assert outputs["cpu"] == outputs["triton"]
     assert {depth for output in outputs["cpu"] for _, depths in output for depth in depths} == {1, 2}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,15 @@ class Watch:
         run_with_exits = exits.decoder.run_with_exits
         budgets = engine.runner.budgets
         record = budgets.record
-        allocate, retain, computed, leave = pool.allocate, pool.retain, scheduler.computed, exits.backfill.leave
+        allocate, retain, computed, propagate = (
+            pool.allocate,
+            pool.retain,
+            scheduler.computed,
+            exits.decoder.propagate_kv,
+        )
 
-        def watched_allocate(home: int = 0) -> int:
-            page = allocate(home)
+        def watched_allocate(kv_shard: int = 0) -> int:
+            page = allocate(kv_shard)
             self.tainted -= set(self.slots(page))
             return page
 
@@ -57,9 +63,9 @@ class Watch:
             self.shared += 1
             retain(page)
 
-        def watched_leave(exit: Any, x_RD: torch.Tensor, batch: Any) -> None:
+        def watched_propagate(exit: Any, x_RD: torch.Tensor, kv: Any, batch: Any) -> None:
             self.tainted |= set(batch.slots_T.tolist())
-            leave(exit, x_RD, batch)
+            propagate(exit, x_RD, kv, batch)
 
         def watched_run(x_TD: torch.Tensor, kv: Any, batch: Any, thresholds_NT: torch.Tensor, budget: Any) -> Any:
             result = run_with_exits(x_TD, kv, batch, thresholds_NT, budget)
@@ -81,7 +87,7 @@ class Watch:
         pool.allocate, pool.retain = watched_allocate, watched_retain  # type: ignore[method-assign]
         budgets.record = watched_record  # type: ignore[method-assign]
         scheduler.computed = watched_computed  # type: ignore[method-assign]
-        exits.backfill.leave = watched_leave  # type: ignore[method-assign]
+        exits.decoder.propagate_kv = watched_propagate  # type: ignore[method-assign]
         exits.decoder.run_with_exits = watched_run  # type: ignore[method-assign]
 
     @staticmethod
@@ -95,25 +101,6 @@ class Watch:
         self.tainted |= set(slots[first:])
         for number, page in enumerate(sequence.pages[: -(-len(slots) // PAGE)]):
             assert pool.is_exact(page) == ((number + 1) * PAGE <= first or first == len(slots))
-
-
-class Sometimes:
-    """Parks rows as a list of coins says."""
-
-    def __init__(self, coins: list[bool]) -> None:
-        self.coins = itertools.cycle(coins)
-
-    def observe(self, *_: int) -> None:
-        pass
-
-    def observe_step(self, *_: float) -> None:
-        pass
-
-    def may_wait(self, running: int) -> bool:
-        return next(self.coins)
-
-    def should_wait(self, segment: int, rows: int, running: int, waited: int) -> bool:
-        return rows > 0 and waited < 4 and next(self.coins)
 
 
 @pytest.fixture(scope="module")
@@ -167,10 +154,10 @@ def collect(engine: Engine, tokens: dict[str, dict[int, list[int]]], steps: int 
     wishes=st.lists(requests, min_size=2, max_size=8),
     pages=st.sampled_from((12, 18, 60)),
     rows=st.sampled_from((3, 9, 64)),
-    coins=st.lists(st.booleans(), min_size=1, max_size=7),
+    at_once=st.booleans(),  # a step in one call of the backend, or segment by segment
 )
 def test_approximate_pages_are_never_shared(
-    model: LoadedModel, wishes: list[dict[str, Any]], pages: int, rows: int, coins: list[bool]
+    model: LoadedModel, wishes: list[dict[str, Any]], pages: int, rows: int, at_once: bool
 ) -> None:
     config = EngineConfig(
         block_size=PAGE,
@@ -178,8 +165,9 @@ def test_approximate_pages_are_never_shared(
         max_num_batched_tokens=rows,
         max_num_seqs=4,
     )
-    engine = Engine(model, config)
-    engine.runner.exits.parking = Sometimes(coins)  # type: ignore[assignment]
+    decoder = copy.copy(model.decoder)
+    decoder.stack = decoder.stack if at_once else None
+    engine = Engine(replace(model, decoder=decoder), config)
     Watch(engine)
     tokens: dict[str, dict[int, list[int]]] = {}
     prompts: list[list[int]] = []
@@ -195,7 +183,7 @@ def test_approximate_pages_are_never_shared(
     collect(engine, tokens)
     assert engine.stats().free_pages == pages
     for number, wish in enumerate(wishes):
-        single = Engine(model, EngineConfig(enable_prefix_caching=False, park_rows=False))
+        single = Engine(model, EngineConfig(enable_prefix_caching=False))
         alone: dict[str, dict[int, list[int]]] = {"r": {}}
         single.add_request("r", prompts[number], parameters(wish))
         collect(single, alone)

@@ -109,7 +109,7 @@ def test_gguf_files_keep_their_codes(
     expected = logits_of(plain, "torch")
     for backend in ("torch", "cpu"):
         assert error(logits_of(imported, backend), expected) <= 2e-5
-    output = load_decoder(imported, dtype="bfloat16", backend="torch", device="cpu").layers[0].o
+    output = load_decoder(imported, dtype="bfloat16", backend="torch", device="cpu").layers[0].attention.o
     assert output.nbytes / 64**2 < (1.2 if kinds["attn_output"] == "Q8_0" else 0.8)
 
 

@@ -81,10 +81,10 @@ def test_what_the_experts_exchange(make_checkpoint: Callable[..., Path], tmp_pat
     record = hidden + 2 * 8  # two slots: number and weight
     steps = records[0]["rows"]
     assert records[1]["rows"] == steps
-    own, other = (sum(step[home] for step in steps) for home in (0, 1))
+    own, other = (sum(step[kv_shard] for step in steps) for kv_shard in (0, 1))
     assert own + other == alone["rows"][0]
     assert min(own, other) > 0
-    apart = sum(step[1] > 0 for step in steps)  # steps in which the other home has rows
+    apart = sum(step[1] > 0 for step in steps)  # steps in which the other KV shard has rows
     # All rows, and how many slots of them each rank ran.
     rows = other * hidden + apart * 2 * 4
     assert found[1000]["received"] == {
@@ -118,16 +118,16 @@ HOMES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "sizes"), HOMES)
-def test_tokens_of_homes_with_shared_pages_and_preemption(
+def test_tokens_of_kv_shards_with_shared_pages_and_preemption(
     make_checkpoint: Callable[..., Path], tmp_path: Path, family: str, sizes: dict[str, int]
 ) -> None:
     path = make_checkpoint(family)
     config = read_json(path / "config.json")
     channels = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     page = 2 * 4 * config["num_hidden_layers"] * config["num_key_value_heads"] * 16 * channels
-    homes = sizes.get("expert", 1) * sizes.get("data", 1)
-    extra = {"kv_memory": 7 * homes * page, "max_num_seqs": 6}
-    job = {"prompts": PROMPTS * homes, "max_tokens": 30}
+    kv_shards = sizes.get("expert", 1) * sizes.get("data", 1)
+    extra = {"kv_memory": 7 * kv_shards * page, "max_num_seqs": 6}
+    job = {"prompts": PROMPTS * kv_shards, "max_tokens": 30}
     found = compare(tmp_path, str(path), sizes, extra, **job)
     assert found["cached_tokens"] > 0
     assert found["preemptions"] > 0
@@ -309,7 +309,7 @@ def test_exits_and_budgets_are_decided_by_rank_0_alone(
     ("sizes", "extra"),
     [
         ({"tensor": 2}, {}),  # an uneven split of heads
-        ({"expert": 2}, {}),  # routers that decide nothing: each home has all experts
+        ({"expert": 2}, {}),  # routers that decide nothing: each KV shard has all experts
         ({"expert": 2}, {"experts_per_token": 9}),  # and experts that are always on
     ],
 )

@@ -1,4 +1,4 @@
-"""The parts that processes keep of a model, the rows that stages and homes run, and the messages between them."""
+"""The parts that processes keep of a model, the rows that stages and KV shards run, and the messages between them."""
 
 from __future__ import annotations
 
@@ -199,9 +199,9 @@ def test_parts_and_rows_are_found() -> None:
 
 
 def test_every_home_finds_its_rows_and_its_own_pages() -> None:
-    def cache(home: int, homes: int = 2) -> SharedCache:
-        pages = torch.zeros(10 if home < homes else 0, 1, 4, 1)
-        return SharedCache([KVLayer(keys_BGPC=pages, values_BGPC=pages)], 1, 20 // homes, home)
+    def cache(kv_shard: int, kv_shards: int = 2) -> SharedCache:
+        pages = torch.zeros(10 if kv_shard < kv_shards else 0, 1, 4, 1)
+        return SharedCache([KVLayer(keys_BGPC=pages, values_BGPC=pages)], 1, 20 // kv_shards, kv_shard)
 
     batch = AttentionBatch(
         positions_T=torch.tensor([5, 0, 1, 2, 7]),
@@ -228,19 +228,19 @@ def test_every_home_finds_its_rows_and_its_own_pages() -> None:
     rows, writing = cache(1).own_rows(batch)
     assert (rows.tolist(), writing.slots_T.tolist()) == ([0, 4], second.own.slots_T.tolist())
     assert cache(1).own_copies([(3, 4), (12, 19)]) == [(2, 9)]
-    alone = spread(batch, cache(1, homes=1), 2)  # a cache that lies in the first home alone
+    alone = spread(batch, cache(1, kv_shards=1), 2)  # a cache that lies in the first KV shard alone
     assert (alone.counts, alone.own) == ([5, 0], None)
 
 
-def test_an_engine_of_homes_answers_as_one_of_one_and_refuses_what_no_home_holds(
+def test_an_engine_of_kv_shards_answers_as_one_of_one_and_refuses_what_none_holds(
     make_checkpoint: Callable[..., Path],
 ) -> None:
     model = load_model(make_checkpoint("mixtral"), dtype="float32", progress=False)
     page = bytes_per_page(model.spec, torch.float32, 8)
     prompts = [[7] * 20 + [n] for n in range(6)] + [[n] * 30 for n in range(3, 6)]
     answers = []
-    for homes, pages in ((1, 200), (3, 3 * 9 + 2)):  # two pages are of no use
-        model.decoder.homes = homes
+    for kv_shards, pages in ((1, 200), (3, 3 * 9 + 2)):  # two pages are of no use
+        model.decoder.kv_shards = kv_shards
         engine = Engine(model, EngineConfig(kv_memory=pages * page, block_size=8))
         tokens: dict[str, list[int]] = {str(n): [] for n in range(len(prompts))}
         for n, prompt in enumerate(prompts):
@@ -256,7 +256,7 @@ def test_an_engine_of_homes_answers_as_one_of_one_and_refuses_what_no_home_holds
     assert stats.prefix_cache_hits > 0
     with pytest.raises(ValueError, match="at most 71 fit"):
         engine.check([5] * 72, SamplingParams())
-    with pytest.raises(ValueError, match="holds no 3 pages, one for each home"):
+    with pytest.raises(ValueError, match="holds no 3 pages, one for each KV shard"):
         Engine(model, EngineConfig(kv_memory=2 * page, block_size=8))
 
 

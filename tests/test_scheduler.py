@@ -19,10 +19,10 @@ class World:
     """A scheduler, and in place of the cache's tensors the history behind every slot."""
 
     def __init__(
-        self, num_pages: int, page_size: int = 4, window: int | None = None, homes: int = 1, **config: object
+        self, num_pages: int, page_size: int = 4, window: int | None = None, kv_shards: int = 1, **config: object
     ) -> None:
         self.config = EngineConfig(block_size=page_size, **config)  # type: ignore[arg-type]
-        self.pool = BlockPool(num_pages, homes)
+        self.pool = BlockPool(num_pages, kv_shards)
         cache = PrefixCache(self.pool, page_size, self.config.enable_prefix_caching)
         self.scheduler = Scheduler(self.config, self.pool, cache, window)
         self.window = window or 1 << 30
@@ -37,7 +37,7 @@ class World:
             priority=priority,
             salt=salt,
             arrival=self.arrivals,
-            max_total_tokens=self.pool.home_pages * self.page_size,
+            max_total_tokens=self.pool.shard_pages * self.page_size,
             **{"max_tokens": 8, **params},
         )
         self.arrivals += 1
@@ -49,7 +49,7 @@ class World:
         self.check_limits(schedule)
         old = dict(self.memory)
         for source, target in schedule.copies:
-            assert source // self.pool.home_pages == target // self.pool.home_pages, "a page left its home"
+            assert source // self.pool.shard_pages == target // self.pool.shard_pages, "a page left its KV shard"
             self.memory |= {(target, i): old[source, i] for i in range(self.page_size) if (source, i) in old}
         for entry in schedule.entries:
             sequence = entry.sequence
@@ -80,7 +80,7 @@ class World:
         for sequence in self.scheduler.running:
             for page in sequence.pages[sequence.first_page :]:
                 held[page] = held.get(page, 0) + 1
-                assert page // self.pool.home_pages == sequence.home
+                assert page // self.pool.shard_pages == sequence.kv_shard
             for position in range(max(sequence.num_computed - self.window + 1, 0), sequence.num_computed):
                 slot = sequence.pages[position // self.page_size], position % self.page_size
                 assert self.memory[slot] == history(sequence, position), "somebody else wrote to this slot"
@@ -96,10 +96,10 @@ def history(sequence: Sequence, position: int) -> int:
 @pytest.mark.parametrize("seed", range(80))
 def test_random_lives_keep_every_page_accounted_for(seed: int) -> None:
     rng = random.Random(seed)
-    homes = rng.choice((2, 3)) if seed >= 60 else 1
+    kv_shards = rng.choice((2, 3)) if seed >= 60 else 1
     world = World(
-        num_pages=homes * rng.choice((8, 14, 40)),
-        homes=homes,
+        num_pages=kv_shards * rng.choice((8, 14, 40)),
+        kv_shards=kv_shards,
         window=rng.choice((1, 4, 5, 9)) if 40 <= seed < 70 else None,
         max_num_seqs=rng.choice((1, 3, 6)),
         max_num_batched_tokens=rng.choice((2, 7, 64)),
@@ -194,31 +194,31 @@ def test_a_prefix_hit_shares_pages_with_a_running_sequence() -> None:
 
 
 def test_a_sequence_goes_where_its_beginning_is_else_where_there_is_most_room() -> None:
-    world = World(num_pages=20, homes=2)
+    world = World(num_pages=20, kv_shards=2)
     first, second, third = (world.add([token] * 10, max_tokens=20).sequences[0] for token in (1, 2, 3))
     world.step()
-    assert [first.home, second.home, third.home] == [0, 1, 0]
+    assert [first.kv_shard, second.kv_shard, third.kv_shard] == [0, 1, 0]
     follower = world.add([3] * 10, max_tokens=20).sequences[0]
     world.step()
-    assert follower.home == 0, "its beginning is there, although the other home has more room"
+    assert follower.kv_shard == 0, "its beginning is there, although the other KV shard has more room"
     assert follower.pages[:2] == third.pages[:2]
     elsewhere = world.add([3] * 9 + [4] * 8, max_tokens=20).sequences[0]
     world.step()
-    assert elsewhere.home == 1, "there is no room where its beginning is"
+    assert elsewhere.kv_shard == 1, "there is no room where its beginning is"
     assert not set(elsewhere.pages) & set(third.pages)
     assert not world.scheduler.counters.preemptions
 
 
 def test_a_full_home_takes_pages_from_its_own_sequences() -> None:
-    world = World(num_pages=12, page_size=2, homes=2, enable_prefix_caching=False)
+    world = World(num_pages=12, page_size=2, kv_shards=2, enable_prefix_caching=False)
     requests = [world.add([n, n], priority=n, max_tokens=tokens) for n, tokens in enumerate((8, 1, 8, 8))]
     first, _, third, last = (request.sequences[0] for request in requests)
     world.step()
-    assert [first.home, third.home, last.home] == [0, 0, 1]
+    assert [first.kv_shard, third.kv_shard, last.kv_shard] == [0, 0, 1]
     while world.scheduler.counters.preemptions == 0:
         world.step()
     assert third.state is State.WAITING
-    assert last.state is State.RUNNING, "its pages are of no use to the other home"
+    assert last.state is State.RUNNING, "its pages are of no use to the other KV shard"
 
 
 def test_generated_tokens_are_found_as_a_prefix_too() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from dynamoe.dynamic.engine.schedule import Entry
+from dynamoe.dynamic.engine.staging import HostStaging
 from dynamoe.dynamic.engine.step_rows import StepRows
 from request_maker import make_sequence
 
@@ -23,7 +24,7 @@ def test_rows_of_decodes_and_of_a_prompt() -> None:
         entry(list(range(20, 28)), [1, 3], 7),  # the last slot of its page
         entry([9, 8], [4, 8, 9, 11], 0),  # with pages that nobody reads yet
     ]
-    rows = StepRows(entries, 4, torch.device("cpu"))
+    rows = StepRows(entries, 4, HostStaging(torch.device("cpu")))
     batch = rows.batch()
     assert len(rows) == 8
     assert rows.token_ids().tolist() == [18, 4, 2, 3, 4, 5, 27, 9]
@@ -37,7 +38,8 @@ def test_rows_of_decodes_and_of_a_prompt() -> None:
     assert [row[: len(pages)] for row, pages in zip(batch.block_table_SM.tolist(), used, strict=True)] == used
     for name, dtype in {"positions_T": torch.int64, "slots_T": torch.int64, "query_start_S1": torch.int32}.items():
         assert getattr(batch, name).dtype == dtype
-    some = rows.batch_of(np.array([0, 2, 3, 4, 5, 7]))
+    kept = np.array([0, 2, 3, 4, 5, 7])
+    some = rows.batch_of(kept, torch.from_numpy(kept))
     assert some.positions_T.tolist() == [8, 1, 2, 3, 4, 0]
     assert some.query_start_S1.tolist() == [0, 1, 5, 6]
     assert some.context_len_S.tolist() == [9, 5, 1]

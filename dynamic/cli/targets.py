@@ -23,7 +23,7 @@ PLUGINS = frozenset(
     }
 )
 _SEARCH = "searchpath"
-_PLUGIN_KEYS = frozenset({"logits_processors"})
+_PLUGIN_KEYS = frozenset({"cache_policy", "logits_processors"})
 
 
 def refuse_foreign_targets(config: Any, where: str) -> None:

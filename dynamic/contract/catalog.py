@@ -93,7 +93,8 @@ class CertificateSource:
                 raise ValueError(f"no such directory of certificates: {self.directory}")
             return ContractCatalog()
         if self._running is None:
-            self._running = deployment(self._engine.model, self._engine.runner.exits, self._engine.logits_plugins)
+            engine = self._engine
+            self._running = deployment(engine.model, engine.runner.exits, engine.logits_plugins, engine.cache_plugins)
         valid, refused = [], []
         for certificate in nearest(self.directory, self._running):
             reason = self._refusal(certificate)

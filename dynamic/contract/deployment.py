@@ -19,27 +19,30 @@ if TYPE_CHECKING:
     from ..model.loaded import LoadedModel
 
 
-def deployment(model: LoadedModel, exits: ExitRunner, plugins: Sequence[Plugin] = ()) -> dict[str, Scalar]:
+def deployment(
+    model: LoadedModel, exits: ExitRunner, plugins: Sequence[Plugin] = (), cache_plugins: Sequence[Plugin] = ()
+) -> dict[str, Scalar]:
     """Names and values of the deployment; equal values mean equal tokens, as far as ``device`` is deterministic.
 
     Arguments:
         exits: of the engine that serves the model.
-        plugins: logits processors of the engine.
+        plugins: logits processors of the engine; cache_plugins: its cache policy.
     """
     decoder = model.decoder
     device = torch.device(decoder.device)
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     isa = getattr(decoder.backend, "isa", None)
     experts = {layer.moe.router.top_k + layer.moe.num_always_on for layer in model.spec.layers if layer.moe}
+    evicted = f"evicted by {plugin_facts(cache_plugins)}" if cache_plugins else "nothing evicted"
     facts: dict[str, Scalar] = {
         "weights": backbone_hash(model.path),
         "quantisation": decoder.quantization,
         "dtype": str(decoder.dtype).removeprefix("torch."),
         "experts_per_token": ",".join(str(count) for count in sorted(experts)),
-        "keys_and_values": f"{exits.kv[0].keys_BGPC.dtype}".removeprefix("torch.") + ", nothing evicted",
+        "keys_and_values": f"{exits.kv[0].keys_BGPC.dtype}, {evicted}".removeprefix("torch."),
         "exits": _hash(model, JSON_FILE, TENSOR_FILE),
         "contributions": _hash(model, CONTRIBUTIONS),
-        "backfill": type(exits.backfill).__name__.lower(),
+        "backfill": "project",  # KV propagation, by the name that certificates know
         "batching": "each row leaves by its own state",
         "device": kind,
         "backend": decoder.backend.name + (f" {isa}" if isa else f", torch {torch.__version__}"),

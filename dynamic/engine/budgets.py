@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..model.decoder import Decoder
     from .sampling_params import SamplingParams
     from .schedule import Entry
+    from .step_rows import StepRows
 
 NO_CAP = np.int32(2**31 - 1)
 
@@ -72,11 +73,11 @@ class ExpertBudgets:
                 limits_L[layer] = limit
         return budget
 
-    def plan(self, entries: list[Entry], num_rows: int) -> ExpertBudget | None:
-        """The budget of a step's rows; None where nobody is on one."""
+    def plan(self, entries: list[Entry], rows: StepRows) -> ExpertBudget | None:
+        """The budget of a step's rows, with which it goes to the device; None where nobody is on one."""
         if not any(_limited_rows(entry) for entry in entries):
             return None
-        num_layers, first = self.decoder.spec.num_layers, 0
+        num_rows, num_layers, first = len(rows), self.decoder.spec.num_layers, 0
         keep_TL = np.ones((num_rows, num_layers), dtype=np.float32)
         cap_TL = np.full((num_rows, num_layers), NO_CAP, dtype=np.int32)
         for entry in entries:
@@ -85,11 +86,11 @@ class ExpertBudgets:
             if budget is not None and limited:
                 keep_TL[first - limited : first] = budget.keep_L
                 cap_TL[first - limited : first] = budget.cap_L
-        device = self.decoder.device
+        keep, cap = rows.carry(keep_TL), rows.carry(cap_TL)
         return ExpertBudget(
-            keep_TL=torch.from_numpy(keep_TL).to(device),
-            cap_TL=torch.from_numpy(cap_TL).to(device),
-            skipped_T=torch.zeros(num_rows, dtype=torch.int64, device=device),
+            keep_TL=rows.carried(keep),
+            cap_TL=rows.carried(cap),
+            skipped_T=torch.zeros(num_rows, dtype=torch.int64, device=self.decoder.device),
         )
 
     def record(self, entries: list[Entry], budget: ExpertBudget | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -14,6 +15,8 @@ from .config import EngineConfig
 
 if TYPE_CHECKING:
     from ..model.spec import ModelSpec
+
+logger = logging.getLogger(__name__)
 
 TYPICAL_TOKENS = 2048  # of one sequence, when the pool's size is left to us
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -54,22 +57,40 @@ def _cgroup_headroom() -> int:
     return 1 << 62 if limit == "max" else max(int(limit) - used, 0)
 
 
-def count_pages(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device, homes: int = 1) -> int:
-    """How many pages the pool gets: as many in each home.
+def count_pages(
+    config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device, kv_shards: int = 1
+) -> int:
+    """How many pages the pool gets: as many in each KV shard.
 
     Raises:
-        ValueError: when the memory holds no page for each home.
+        ValueError: when the memory holds no page for each KV shard.
     """
     page_bytes = bytes_per_page(spec, dtype, config.block_size)
     longest = min(config.max_model_len or spec.max_position, spec.max_position)
     if config.kv_memory is None:
         typical = -(-min(longest, TYPICAL_TOKENS) // config.block_size)
-        least = -(-longest // config.block_size) * homes if config.max_model_len else 0
+        least = -(-longest // config.block_size) * kv_shards if config.max_model_len else 0
         wanted = max(config.max_num_seqs * typical, least)
         pages = min(wanted, free_memory(device) // 4 // page_bytes)
     else:
         pages = parse_bytes(config.kv_memory) // page_bytes
-    if pages < homes:
-        many = f"{homes} pages, one for each home" if homes > 1 else "page"
+    if pages < kv_shards:
+        many = f"{kv_shards} pages, one for each KV shard" if kv_shards > 1 else "page"
         raise ValueError(f"engine.kv_memory={config.kv_memory} holds no {many}; one takes {page_bytes} bytes")
-    return pages - pages % homes
+    return pages - pages % kv_shards
+
+
+def longest_sequence(config: EngineConfig, max_position: int, num_pages: int) -> int:
+    """Tokens of prompt and output together that one sequence may have; ``num_pages`` are those of one KV shard."""
+    wanted = max_position if config.max_model_len is None else config.max_model_len
+    if wanted > max_position:
+        raise ValueError(f"engine.max_model_len={wanted} exceeds the model's maximum of {max_position} positions")
+    held = num_pages * config.block_size
+    if wanted <= held:
+        return wanted
+    if config.max_model_len is not None and config.kv_memory is not None:
+        raise ValueError(
+            f"engine.kv_memory={config.kv_memory} holds {held} tokens, fewer than engine.max_model_len={wanted}"
+        )
+    logger.info("the key/value cache holds %d tokens: max_model_len is %d instead of %d", held, held, wanted)
+    return held

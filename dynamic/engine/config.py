@@ -19,9 +19,11 @@ class EngineConfig:
         block_size: tokens per page of the cache.
         enable_prefix_caching: share the pages of equal prompt beginnings between requests.
         max_waiting: queued requests beyond this many are refused (``EngineFull``).
-        park_rows: let tokens that do not leave at an early exit wait for company where that saves time; results stay
-            the same.
+        park_rows: has no effect: rows are no longer parked. It is still read, for configurations that name it.
+        measure_step_times: time steps of 1, 2, 4 … rows when the engine starts (:attr:`.Engine.step_times`).
         seed: seeds the draws of requests that bring no seed of their own.
+        cache_policy: plug-in that decides which pages of running sequences are kept, ``FILE.py:Class`` or the name of
+            an entry point; None keeps all. It runs code: only the command line and Python may name it.
         logits_processors: plug-ins that edit logits, in this order, each ``FILE.py:Class`` or the name of an entry
             point. They run code: only the command line and Python may name them.
     """
@@ -34,7 +36,9 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     max_waiting: int = 1024
     park_rows: bool = True
+    measure_step_times: bool = False
     seed: int = 0
+    cache_policy: str | None = None
     logits_processors: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -22,6 +22,8 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from .selection import on_host
+
 NO_TOKEN = -1
 _Integers = TypeVar("_Integers", np.ndarray, torch.Tensor)
 _MASK = (1 << 64) - 1
@@ -68,10 +70,15 @@ def choose_tokens(scaled_RV: torch.Tensor, weights_RV: torch.Tensor, keys: list[
 
     Returns: token ids; ``NO_TOKEN`` for rows whose logits are not numbers.
     """
-    signed_R = np.array(keys, dtype=np.uint64).view(np.int64)
-    if scaled_RV.device.type == "cpu":
-        return _choose_among_few(scaled_RV.numpy(), weights_RV.numpy(), signed_R)
-    return choose_among_all(scaled_RV, weights_RV, torch.from_numpy(signed_R).to(scaled_RV.device)).tolist()
+    keys_R = keys_tensor(keys, scaled_RV.device)
+    if on_host(scaled_RV):
+        return _choose_among_few(scaled_RV.numpy(), weights_RV.numpy(), keys_R.numpy())
+    return choose_among_all(scaled_RV, weights_RV, keys_R).tolist()
+
+
+def keys_tensor(keys: list[int], device: torch.device) -> torch.Tensor:
+    """Keys of 64 bits as int64, (R,)."""
+    return torch.from_numpy(np.array(keys, dtype=np.uint64).view(np.int64)).to(device)
 
 
 def choose_among_all(scaled_RV: torch.Tensor, weights_RV: torch.Tensor, keys_R: torch.Tensor) -> torch.Tensor:

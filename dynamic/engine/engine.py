@@ -11,9 +11,10 @@ import torch
 
 from ..model.counters import Compute
 from .block_pool import BlockPool
-from .cache_size import count_pages
+from .cache_size import count_pages, longest_sequence
 from .config import EngineConfig
 from .contracts import ContractResolver, NoContracts
+from .eviction import load_cache_policy
 from .exit_runner import launched_rows
 from .logits_processors import processor_classes
 from .logprobs import position_logprobs
@@ -30,6 +31,7 @@ from .sampling_params import SamplingParams
 from .schedule import Schedule
 from .scheduler import Scheduler
 from .stats import EngineStats
+from .step_times import StepTimes, measure_step_times
 from .text import OutputText
 from .token_costs import TokenCosts, TokenTally
 from .warm_up import warm_up
@@ -67,17 +69,18 @@ class Engine:
         self.logits_plugins = load_plugins(config.logits_processors, LogitsProcessor)
         self.logits_processors = processor_classes(plugin.implementation for plugin in self.logits_plugins)
         self.vocab_size: int = spec.vocab_size
-        device, homes = torch.device(decoder.device), decoder.homes
-        num_pages = count_pages(config, spec, decoder.kv_dtype, device, homes)
-        self.max_model_len = _longest_sequence(config, spec.max_position, num_pages // homes)
-        pool = BlockPool(num_pages, homes)
+        device, kv_shards = torch.device(decoder.device), decoder.kv_shards
+        num_pages = count_pages(config, spec, decoder.kv_dtype, device, kv_shards)
+        self.max_model_len = longest_sequence(config, spec.max_position, num_pages // kv_shards)
+        pool = BlockPool(num_pages, kv_shards)
         cache = PrefixCache(pool, config.block_size, config.enable_prefix_caching)
-        self.scheduler = Scheduler(config, pool, cache, spec.longest_window)
-        self.runner = Runner(
-            decoder, num_pages, config.block_size, max_num_seqs=config.max_num_seqs, park_rows=config.park_rows
-        )
+        self.cache_plugins, eviction = load_cache_policy(config, spec, pool)
+        self.scheduler = Scheduler(config, pool, cache, spec.longest_window, eviction)
+        self.runner = Runner(decoder, num_pages, config.block_size)
         warm_up(decoder, config, self.max_model_len)
-        self.runner.exits.prepare()
+        self.step_times: StepTimes | None = None  # if they were asked for
+        if config.measure_step_times:
+            self.step_times = measure_step_times(decoder, self.runner.kv, config.max_num_batched_tokens)
         self._segment_layers = tuple(len(segment.layers) for segment in decoder.segments)
         self.contracts: ContractResolver = NoContracts()  # that requests may run under
         self._segment_experts = tuple(spec.experts_in(segment.layers) for segment in decoder.segments)
@@ -216,17 +219,14 @@ class Engine:
             projected_rows=self.runner.exits.projected_rows,
             skipped_experts=self.runner.budgets.skipped_experts,
             tokens=self._tokens.total(),
-            rows_parked=self.runner.exits.rows_parked,
             exchange=self.model.decoder.exchange(),
+            evicted_pages=self.scheduler.evicted_pages,
         )
 
     def _record_computed(self, schedule: Schedule, hidden_TD: torch.Tensor) -> None:
         first_row = 0
         for entry in schedule.entries:
             request = entry.sequence.request
-            if entry.parked:
-                first_row += entry.count
-                continue
             if request.queue_seconds is None:
                 request.queue_seconds = time.monotonic() - request.arrival_time
                 request.num_cached_tokens = entry.start
@@ -369,22 +369,6 @@ class Engine:
             delta.text += rest
         if stop is not None:
             delta.finish_reason, delta.stop_reason = "stop", stop
-
-
-def _longest_sequence(config: EngineConfig, max_position: int, num_pages: int) -> int:
-    """Tokens of prompt and output together that one sequence may have; ``num_pages`` are those of one home."""
-    wanted = max_position if config.max_model_len is None else config.max_model_len
-    if wanted > max_position:
-        raise ValueError(f"engine.max_model_len={wanted} exceeds the model's maximum of {max_position} positions")
-    held = num_pages * config.block_size
-    if wanted <= held:
-        return wanted
-    if config.max_model_len is not None and config.kv_memory is not None:
-        raise ValueError(
-            f"engine.kv_memory={config.kv_memory} holds {held} tokens, fewer than engine.max_model_len={wanted}"
-        )
-    logger.info("the key/value cache holds %d tokens: max_model_len is %d instead of %d", held, held, wanted)
-    return held
 
 
 def _eos_token_ids(model: LoadedModel) -> frozenset[int]:

@@ -1,4 +1,4 @@
-"""What is known about a step's rows before it runs: who may leave where, who may wait, who has waited.
+"""What is known about a step's rows before it runs: which rows may exit, and where.
 
 Shape suffixes as in ``kernels/api/types.py``; E exits of the model.
 """
@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-
-from ...kernels.api.types import ExpertBudget
 
 if TYPE_CHECKING:
+    import torch
+
     from ..model.decoder import Decoder
     from .request import Sequence
     from .schedule import Entry, Schedule
+    from .step_rows import StepRows
 
-STAYS, LEAVES = np.float32(np.inf), np.float32(-np.inf)
+CONTINUES, EXITS = np.float32(np.inf), np.float32(-np.inf)
 
 
 @dataclass(slots=True)
@@ -28,29 +28,26 @@ class StepPlan:
 
     Arguments:
         entries: the step's work.
-        thresholds_ET: the probe's logit from which on a row leaves; inf stays.
-        thresholds: the same on the device.
-        movable: rows that may be parked, with their entries' numbers.
-        parked: those that are, by segment.
-        budget: of the step's rows, if any is on one.
+        thresholds_ET: the probe's logit from which on a row exits; inf continues.
+        carried: what the step's rows know them by.
         steady: whether each row is the next new token of the sequence that the same row of the step before belonged to.
         ended_rows: of a steady plan, by row, :attr:`.Request.ended_rows`.
-        new_depths: of a steady plan, :attr:`.Sequence.depths` of the rows that may leave.
+        new_depths: of a steady plan, :attr:`.Sequence.depths` of the rows that may exit.
     """
 
     entries: list[Entry]
     thresholds_ET: np.ndarray
-    thresholds: torch.Tensor
-    movable: dict[int, int]
-    parked: dict[int, list[int]]
-    budget: ExpertBudget | None
+    carried: int
     steady: bool = False
     ended_rows: list[list[int]] = field(default_factory=list)
     new_depths: list[array[int]] = field(default_factory=list)
+    _thresholds: torch.Tensor | None = None
 
-    def entry(self, row: int) -> Entry:
-        """The entry of a row that may be parked."""
-        return self.entries[self.movable[row]]
+    def thresholds(self, rows: StepRows) -> torch.Tensor:
+        """The thresholds on the device, where they went with the rows of the step that they were first made for."""
+        if self._thresholds is None:
+            self._thresholds = rows.carried(self.carried)
+        return self._thresholds
 
 
 class Planner:
@@ -63,7 +60,7 @@ class Planner:
     """
 
     def __init__(self, decoder: Decoder) -> None:
-        self._device, self._num_exits = decoder.device, len(decoder.exits)
+        self._num_exits = len(decoder.exits)
         # Number of the exit after so many layers; the slice of no exit for rows that ran all of them.
         self._exit_at: dict[int, int | slice] = {layers: number for number, layers in enumerate(decoder.exits)}
         self._exit_at[decoder.spec.num_layers] = slice(0)
@@ -74,62 +71,50 @@ class Planner:
         """Whether a step decodes the sequences of the step before, one new token each, and nothing else."""
         return self._decoding is not None and schedule.decoding == self._decoding
 
-    def plan(self, schedule: Schedule, num_rows: int, budget: ExpertBudget | None) -> StepPlan:
+    def plan(self, schedule: Schedule, rows: StepRows) -> StepPlan:
         """Sort a step's rows.
 
         Arguments:
-            schedule: the step's work, of sequences that are either parked or have a row to run.
-            num_rows: positions of all of them.
+            schedule: the step's work.
+            rows: of it; new thresholds go to the device with them.
 
         Returns: a plan that the next call may change.
         """
         entries, plan = schedule.entries, self._plan
         if plan is not None and self.goes_on(schedule):
-            plan.entries, plan.budget = entries, budget
+            plan.entries = entries
             if not plan.steady:
                 plan.steady = True
                 plan.ended_rows = [_ended_rows(entry.sequence) for entry in entries]
-                plan.new_depths = [entry.sequence.depths for entry in entries if _may_leave(entry)]
+                plan.new_depths = [entry.sequence.depths for entry in entries if _may_exit(entry)]
             return plan
-        self._plan = plan = self._new_plan(entries, num_rows, budget)
-        new = not plan.parked and all(_is_new(entry) for entry in entries)
-        self._decoding = schedule.decoding if new else None
+        self._plan = plan = self._new_plan(entries, rows)
+        self._decoding = schedule.decoding if all(_is_new(entry) for entry in entries) else None
         return plan
 
-    def forget(self) -> None:
-        """The next step is not like this one: rows were parked."""
-        self._decoding = None
-
-    def _new_plan(self, entries: list[Entry], num_rows: int, budget: ExpertBudget | None) -> StepPlan:
-        thresholds_ET = np.full((self._num_exits, num_rows), STAYS, dtype=np.float32)
-        movable: dict[int, int] = {}
-        parked: dict[int, list[int]] = {}
+    def _new_plan(self, entries: list[Entry], rows: StepRows) -> StepPlan:
+        thresholds_ET = np.full((self._num_exits, len(rows)), CONTINUES, dtype=np.float32)
         first = 0
-        for number, entry in enumerate(entries):
+        for entry in entries:
             sequence, logits_E = entry.sequence, entry.sequence.request.exit_logits_E
             if logits_E is not None:
                 for position in range(max(entry.start, sequence.num_prompt), entry.start + entry.count):
                     row, known = first + position - entry.start, position - sequence.num_prompt
-                    if known < len(sequence.depths):  # computed before: leaves where it left
-                        thresholds_ET[self._exit_at[sequence.depths[known]], row] = LEAVES
+                    if known < len(sequence.depths):  # computed before: exits where it did
+                        thresholds_ET[self._exit_at[sequence.depths[known]], row] = EXITS
                         continue
                     thresholds_ET[:, row] = logits_E
-                    if entry.count == 1:
-                        movable[row] = number
-                        if sequence.parked is not None:
-                            parked.setdefault(sequence.parked.segment, []).append(row)
             first += entry.count
-        thresholds = torch.from_numpy(thresholds_ET).to(self._device)
-        return StepPlan(entries, thresholds_ET, thresholds, movable, parked, budget)
+        return StepPlan(entries, thresholds_ET, rows.carry(thresholds_ET))
 
 
-def _may_leave(entry: Entry) -> bool:
+def _may_exit(entry: Entry) -> bool:
     return entry.sequence.request.exit_logits_E is not None
 
 
 def _is_new(entry: Entry) -> bool:
-    """Whether the token is not one that was computed before, and left where it left."""
-    return not _may_leave(entry) or entry.start - entry.sequence.num_prompt == len(entry.sequence.depths)
+    """Whether the token is not one that was computed before, and exits where it did."""
+    return not _may_exit(entry) or entry.start - entry.sequence.num_prompt == len(entry.sequence.depths)
 
 
 def _ended_rows(sequence: Sequence) -> list[int]:

@@ -1,8 +1,7 @@
-"""Runs a step in which rows may leave early: segment after segment, a decision, a compaction and a debt in between.
+"""Runs a step in which rows may exit early: segment after segment, a decision, KV propagation and a compaction between.
 
-Whether a row leaves depends on its own state and its own request's thresholds only. Prompts run all layers. Positions
-behind the prompt that are computed again after a preemption leave where they left before. What depends on the load is
-when a row goes on: in front of a segment it may be parked until others come (:mod:`parking`).
+Whether a row exits depends on its own state and its own request's thresholds only. Prompts run all layers. Positions
+behind the prompt that are computed again after a preemption exit where they exited before.
 
 Shape suffixes as in ``kernels/api/types.py``; R some of a step's T rows, E exits of the model.
 """
@@ -10,7 +9,6 @@ Shape suffixes as in ``kernels/api/types.py``; R some of a step's T rows, E exit
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,26 +17,28 @@ import numpy as np
 import torch
 
 from ...exits.segments import Segment
-from ...kernels.api.types import AttentionBatch, ExpertBudget, KVLayer
-from .backfill import Backfill, Project
-from .exit_plan import STAYS, Planner, StepPlan
-from .parking import Parking, measure_times
-from .request import ParkedRow
+from ...kernels.api.types import AttentionBatch, ExitDecision, ExpertBudget, KVLayer
+from .exit_plan import CONTINUES, Planner, StepPlan
 
 if TYPE_CHECKING:
     from ..model.decoder import Decoder
-    from .schedule import Entry, Schedule
+    from ..model.exits import DecoderExit
+    from .schedule import Entry
     from .step_rows import StepRows
-
-_REVIEW = 8  # steps between looks at whether parking might pay; more while it does not
-_RARELY = 64  # the most
 
 
 @dataclass(slots=True)
 class _Live:
-    """Rows on their way through the model: their numbers in the step, rising, and their residual streams."""
+    """Rows on their way through the model.
+
+    Arguments:
+        rows_R: their numbers in the step, rising.
+        at_R: the same on the device; None for all rows.
+        x_RD: their residual streams.
+    """
 
     rows_R: np.ndarray
+    at_R: torch.Tensor | None
     x_RD: torch.Tensor
     batch: AttentionBatch
 
@@ -47,31 +47,16 @@ class ExitRunner:
     """Drives a decoder with exits.
 
     Arguments:
-        decoder, kv, page_size: the model and its cache.
-        max_num_seqs: sequences that may run in one step.
-        park_rows: whether rows may wait for company.
+        decoder, kv: the model and its cache.
     """
 
-    def __init__(self, decoder: Decoder, kv: list[KVLayer], page_size: int, max_num_seqs: int, park_rows: bool) -> None:
+    def __init__(self, decoder: Decoder, kv: list[KVLayer]) -> None:
         self.decoder = decoder
         self.kv = kv
-        self.page_size = page_size
-        self.max_num_seqs = max_num_seqs
         self.exits = list(decoder.exits.values())
-        self.backfill: Backfill = Project(decoder, kv)
         self.planner = Planner(decoder)
-        self.parking: Parking | None = None
-        self.park_rows = park_rows
-        # By segment: rows whose run through the model ended behind it, less rows that were parked there and went on.
-        self.ended_rows = [0] * len(decoder.segments)
+        self.ended_rows = [0] * len(decoder.segments)  # by segment: rows whose run through the model ended behind it
         self.projected_rows = 0  # rows times layers
-        self.rows_parked = 0
-        self._started: float | None = None  # when the step before a review began
-        self._in_segments = 0.0  # seconds of it
-        self._steps = 0  # with company
-        self._review_at = 1
-        self._unpaid = 0  # reviews in a row in which parking could not pay
-        self._may_wait = False
         self._segments_in = {s.layers.stop: s.index + 1 for s in decoder.segments}  # so many layers
 
     def logit_thresholds(self, probabilities: dict[int, float]) -> np.ndarray | None:
@@ -82,7 +67,7 @@ class ExitRunner:
         """
         if not probabilities:
             return None
-        logits_E = np.full(len(self.exits), STAYS, dtype=np.float32)
+        logits_E = np.full(len(self.exits), CONTINUES, dtype=np.float32)
         for layer, probability in probabilities.items():
             exit = self.decoder.exits.get(layer)
             if exit is None or exit.probe is None or exit.calibrator is None:
@@ -94,64 +79,40 @@ class ExitRunner:
             logits_E[self.exits.index(exit)] = exit.logit_threshold(probability)
         return logits_E
 
-    def prepare(self) -> None:
-        """Measure how long the segments take, where rows may leave between them."""
-        if self.park_rows and any(exit.probe is not None for exit in self.exits):
-            self.parking = Parking(measure_times(self.decoder, self.page_size, self.max_num_seqs))
-
-    def run(self, schedule: Schedule, rows: StepRows, budget: ExpertBudget | None = None) -> torch.Tensor:
+    def run(
+        self, entries: list[Entry], rows: StepRows, plan: StepPlan, budget: ExpertBudget | None = None
+    ) -> torch.Tensor:
         """Run a step; see :meth:`Runner.run`."""
-        entries = schedule.entries
-        plan = self.planner.plan(schedule, len(rows), budget)
-        review = self.parking is not None and len(plan.movable) > 1 and self._review_is_due(self.parking, plan)
-        # Segments run one by one where rows may be stopped in front of one, or debts are paid in another way.
-        waits = self._may_wait and len(plan.movable) > 1
-        if self.decoder.stack is not None and not waits and not plan.parked and isinstance(self.backfill, Project):
-            return self._run_at_once(entries, rows, plan, review)
+        thresholds_ET = plan.thresholds(rows)
+        if self.decoder.stack is not None:
+            return self._run_at_once(entries, rows, plan, thresholds_ET, budget)
         out_TD = torch.empty(len(rows), self.decoder.spec.hidden_size, device=self.decoder.device)
         depths_T = np.full(len(rows), self.decoder.spec.num_layers)
-        live = self._start(rows, plan)
-        fresh = len(live.rows_R) > 0
+        live = _Live(np.arange(len(rows)), None, self.decoder.embed(rows.token_ids()), rows.batch())
         for segment in self.decoder.segments:
-            live = self._meet(segment, live, rows, plan, may_wait=fresh)
             if not len(live.rows_R):
-                continue
-            live = self._run_segment(segment, live, rows, plan, out_TD, depths_T)
-        if len(live.rows_R) == len(rows):
+                break
+            exit, decision = self._run_segment(segment, live, plan, thresholds_ET, budget)
+            if exit is not None and decision is not None and decision.num_staying < len(live.rows_R):
+                live = self._split(exit, decision, live, rows, out_TD, depths_T)
+        if live.at_R is None:
             out_TD = live.x_RD
         elif len(live.rows_R):
-            out_TD.index_copy_(0, self._move(live.rows_R), live.x_RD)
-        self._record(
-            entries, depths_T.tolist(), {row: number for number, waited in plan.parked.items() for row in waited}
-        )
+            out_TD.index_copy_(0, live.at_R, live.x_RD)
+        self._record(entries, depths_T.tolist())
         return out_TD
 
-    def _review_is_due(self, parking: Parking, plan: StepPlan) -> bool:
-        """Whether this step tells the parking what rows do; before that, it learns what the step before took."""
-        self._steps += 1
-        if self._steps < self._review_at - 1:
-            return False
-        if self._steps < self._review_at:
-            self._started, self._in_segments = time.perf_counter(), 0.0
-            return False
-        if self._started is not None:
-            seconds = time.perf_counter() - self._started - self._in_segments
-            parking.observe_step(seconds, len(plan.entries))
-        self._may_wait = parking.may_wait(len(plan.movable))
-        self._unpaid = 0 if self._may_wait else self._unpaid + 1
-        self._review_at += min(_REVIEW * max(1, self._unpaid), _RARELY)
-        return True
-
-    def _run_at_once(self, entries: list[Entry], rows: StepRows, plan: StepPlan, review: bool) -> torch.Tensor:
+    def _run_at_once(
+        self,
+        entries: list[Entry],
+        rows: StepRows,
+        plan: StepPlan,
+        thresholds_ET: torch.Tensor,
+        budget: ExpertBudget | None,
+    ) -> torch.Tensor:
         """The whole step in one call of the backend: same rows, same bits, nothing spent between segments."""
         x_TD = self.decoder.embed(rows.token_ids())
-        started = time.perf_counter()
-        result = self.decoder.run_with_exits(x_TD, self.kv, rows.batch(), plan.thresholds, plan.budget)
-        self._in_segments += time.perf_counter() - started
-        if review and self.parking is not None:
-            for number, (deciding, going) in enumerate(result.decisions_N2.tolist(), 1):
-                if deciding:
-                    self.parking.observe(number, deciding, going)
+        result = self.decoder.run_with_exits(x_TD, self.kv, rows.batch(), thresholds_ET, budget)
         if plan.steady and result.out_TD is x_TD:
             self._record_full_depth(plan)
             return x_TD
@@ -159,96 +120,62 @@ class ExitRunner:
         if plan.steady:
             self._record_tokens(entries, depths)
         else:
-            self._record(entries, depths, {})
+            self._record(entries, depths)
         return result.out_TD
 
-    def _start(self, rows: StepRows, plan: StepPlan) -> _Live:
-        """The rows that begin in this step, embedded."""
-        token_ids_T = rows.token_ids()
-        if not plan.parked:
-            return _Live(np.arange(len(rows)), self.decoder.embed(token_ids_T), rows.batch())
-        parked = [row for waiting in plan.parked.values() for row in waiting]
-        rows_R = np.delete(np.arange(len(rows)), parked)
-        return self._gather(rows, rows_R, self.decoder.embed(token_ids_T[self._move(rows_R)]))
-
-    def _meet(self, segment: Segment, live: _Live, rows: StepRows, plan: StepPlan, may_wait: bool) -> _Live:
-        """In front of a segment: the rows that run it now, those that were parked there included; or none."""
-        parked = plan.parked.get(segment.index, [])
-        arriving = live.rows_R.tolist()
-        if not parked and (self.parking is None or segment.index == 0 or len(plan.movable) < 2):
-            return live
-        if may_wait and self.parking is not None and all(row in plan.movable for row in arriving):
-            waited = max((_parked(plan.entry(row)).steps for row in parked), default=0)
-            away = sum(
-                number > segment.index or plan.entry(row).parked
-                for number, others in plan.parked.items()
-                if number != segment.index
-                for row in others
-            )
-            running = len(plan.movable) - away
-            if self.parking.should_wait(segment.index, len(arriving) + len(parked), running, waited):
-                self._park(segment, live, plan)
-                return self._nobody(live)
-        if not parked:
-            return live
-        joining_RD = torch.stack([_parked(plan.entry(row)).x_D for row in parked])
-        rows_R = np.concatenate((live.rows_R, np.array(parked, dtype=np.int64)))
-        order = rows_R.argsort()
-        return self._gather(rows, rows_R[order], torch.cat((live.x_RD, joining_RD)).index_select(0, self._move(order)))
-
-    def _park(self, segment: Segment, live: _Live, plan: StepPlan) -> None:
-        self.planner.forget()
-        for row, x_D in zip(live.rows_R.tolist(), live.x_RD, strict=True):
-            plan.entry(row).sequence.parked = ParkedRow(segment.index, x_D.clone())
-            self.rows_parked += 1
-        for row in (*plan.parked.get(segment.index, []), *live.rows_R.tolist()):
-            entry = plan.entry(row)
-            entry.parked = True
-            _parked(entry).steps += 1
-
     def _run_segment(
-        self, segment: Segment, live: _Live, rows: StepRows, plan: StepPlan, out_TD: torch.Tensor, depths_T: np.ndarray
-    ) -> _Live:
-        """Run a segment; rows that leave at the exit behind it get their results. Returns the rows that go on."""
-        exit = self.decoder.exits.get(segment.layers.stop)
-        asked = exit is not None and plan.thresholds_ET[segment.index].min() < STAYS
+        self,
+        segment: Segment,
+        live: _Live,
+        plan: StepPlan,
+        thresholds_ET: torch.Tensor,
+        budget: ExpertBudget | None,
+    ) -> tuple[DecoderExit | None, ExitDecision | None]:
+        """Run a segment, and decide at the exit behind it, if any row may exit there."""
+        exit, at_R = self.decoder.exits.get(segment.layers.stop), live.at_R
+        asked = exit is not None and plan.thresholds_ET[segment.index].min() < CONTINUES
         probe = exit.probe if exit and asked else None
         previous_RD = live.x_RD.clone() if probe and probe.previous else None
-        entropy_R = torch.zeros(len(live.rows_R), device=out_TD.device) if probe and probe.router_entropy else None
-        started = time.perf_counter()
-        budget = None if plan.budget is None else plan.budget.of_rows(self._move(live.rows_R))
-        live.x_RD = self.decoder.run_segment(segment, live.x_RD, self.kv, live.batch, entropy_R, budget)
-        if plan.budget is not None and budget is not None:
-            plan.budget.skipped_T[self._move(live.rows_R)] += budget.skipped_T
-        self._in_segments += time.perf_counter() - started
+        entropy_R = torch.zeros(len(live.rows_R), device=live.x_RD.device) if probe and probe.router_entropy else None
+        own = budget if budget is None or at_R is None else budget.of_rows(at_R)
+        live.x_RD = self.decoder.run_segment(segment, live.x_RD, self.kv, live.batch, entropy_R, own)
+        if own is not None and budget is not None and at_R is not None:
+            budget.skipped_T.index_add_(0, at_R, own.skipped_T)
         if exit is None or probe is None:
-            return live
-        thresholds_R = plan.thresholds_ET[segment.index, live.rows_R]
-        decision = self.decoder.decide(exit, live.x_RD, self._move(thresholds_R), previous_RD, entropy_R)
-        staying = decision.num_staying
-        if self.parking is not None and len(plan.movable) > 1:
-            deciding_R = np.isfinite(thresholds_R)
-            if deciding := int(deciding_R.sum()):
-                going = deciding_R[decision.order_T[:staying].cpu().numpy()]
-                self.parking.observe(segment.index + 1, deciding, int(going.sum()))
-        if staying == len(thresholds_R):
-            return live
-        order = decision.order_T.cpu().numpy()
-        going, left_R = order[:staying], live.rows_R[order[staying:]]
-        x_RD = live.x_RD.index_select(0, decision.order_T[staying:])
-        self.backfill.leave(exit, x_RD, rows.slots_of(left_R, live.batch))
-        out_TD.index_copy_(0, self._move(left_R), self.decoder.read_out(exit, x_RD))
-        depths_T[left_R] = exit.after_layers
-        if not len(going):
-            return self._nobody(live)
-        return self._gather(rows, live.rows_R[going], live.x_RD.index_select(0, decision.order_T[:staying]))
+            return exit, None
+        # A copy, because kernels want its beginning aligned.
+        thresholds_T = thresholds_ET[segment.index]
+        thresholds_R = thresholds_T.clone() if at_R is None else thresholds_T.index_select(0, at_R)
+        return exit, self.decoder.decide(exit, live.x_RD, thresholds_R, previous_RD, entropy_R)
 
-    def _record(self, entries: list[Entry], depths: list[int], began: dict[int, int]) -> None:
+    def _split(
+        self,
+        exit: DecoderExit,
+        decision: ExitDecision,
+        live: _Live,
+        rows: StepRows,
+        out_TD: torch.Tensor,
+        depths_T: np.ndarray,
+    ) -> _Live:
+        """Rows that exit get their results. Returns those that continue."""
+        order_T, continuing = decision.order_T, decision.num_staying
+        at_R = order_T if live.at_R is None else live.at_R.index_select(0, order_T)
+        rows_R = live.rows_R[decision.order]
+        x_RD = live.x_RD.index_select(0, order_T[continuing:])
+        # In front of any deeper layer of this step: rows that continue may attend to these.
+        self.decoder.propagate_kv(exit, x_RD, self.kv, rows.slots_of(at_R[continuing:]))
+        out_TD.index_copy_(0, at_R[continuing:], self.decoder.read_out(exit, x_RD))
+        depths_T[rows_R[continuing:]] = exit.after_layers
+        rows_R, at_R = rows_R[:continuing], at_R[:continuing]
+        if not continuing:
+            return _Live(rows_R, at_R, live.x_RD[:0], live.batch)
+        return _Live(rows_R, at_R, live.x_RD.index_select(0, order_T[:continuing]), rows.batch_of(rows_R, at_R))
+
+    def _record(self, entries: list[Entry], depths: list[int]) -> None:
         """Tell sequences and requests what was launched for them.
 
         Arguments:
-            depths: layers that ran for each row in the end.
-            began: segments in front of which rows began that were parked.
+            depths: layers that ran for each row.
         """
         num_layers, row = self.decoder.spec.num_layers, 0
         for entry in entries:
@@ -257,20 +184,15 @@ class ExitRunner:
             ended = request.ended_rows
             if ended is None:
                 ended = request.ended_rows = [0] * len(self.ended_rows)
-            start = began.get(first, 0)
-            if entry.parked:
-                self._count(ended, start, _parked(entry).segment, 1)
-                continue
             whole = entry.count  # prompts and requests without exits run all layers
             if request.exit_logits_E is not None:
                 whole = min(whole, max(0, sequence.num_prompt - entry.start))
-                sequence.parked = None
             if whole:
-                self._count(ended, 0, len(ended), whole)
+                self._count(ended, len(ended), whole)
             if whole == entry.count:
                 continue
             for position, depth in enumerate(depths[first + whole : row], entry.start + whole):
-                self._count(ended, start, self._segments_in[depth], 1)
+                self._count(ended, self._segments_in[depth], 1)
                 sequence.record_depth(position, depth, num_layers)
                 if depth < num_layers:
                     request.projected_rows += num_layers - depth
@@ -295,7 +217,7 @@ class ExitRunner:
                 self.projected_rows += num_layers - depth
 
     def _record_full_depth(self, plan: StepPlan) -> None:
-        """As :meth:`_record`, where every row is a new token and nobody left."""
+        """As :meth:`_record`, where every row is a new token and none exited."""
         self.ended_rows[-1] += len(plan.ended_rows)
         for ended in plan.ended_rows:
             ended[-1] += 1
@@ -303,28 +225,10 @@ class ExitRunner:
         for depths in plan.new_depths:
             depths.append(num_layers)
 
-    def _count(self, ended: list[int], start: int, stop: int, rows: int) -> None:
-        """Rows of a request ran the segments from ``start`` on, ``stop`` not included."""
-        ended[stop - 1] += rows
-        self.ended_rows[stop - 1] += rows
-        if start:
-            ended[start - 1] -= rows
-            self.ended_rows[start - 1] -= rows
-
-    def _gather(self, rows: StepRows, rows_R: np.ndarray, x_RD: torch.Tensor) -> _Live:
-        return _Live(rows_R, x_RD, rows.batch_of(rows_R)) if len(rows_R) else _Live(rows_R, x_RD, rows.batch())
-
-    def _nobody(self, live: _Live) -> _Live:
-        return _Live(live.rows_R[:0], live.x_RD[:0], live.batch)
-
-    def _move(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.decoder.device)
-
-
-def _parked(entry: Entry) -> ParkedRow:
-    parked = entry.sequence.parked
-    assert parked is not None
-    return parked
+    def _count(self, ended: list[int], segments: int, rows: int) -> None:
+        """Rows of a request ran so many segments."""
+        ended[segments - 1] += rows
+        self.ended_rows[segments - 1] += rows
 
 
 def launched_rows(ended_rows: Sequence[int], full_rows: int) -> tuple[int, ...]:

@@ -28,8 +28,8 @@ class PrefixCache:
         self.page_size = page_size
         self.enabled = enabled
 
-    def lookup(self, sequence: Sequence, home: int = 0) -> list[int]:
-        """Pages of a home that hold the beginning of a sequence's tokens. At least one token is left to compute.
+    def lookup(self, sequence: Sequence, kv_shard: int = 0) -> list[int]:
+        """Pages of a KV shard that hold the beginning of a sequence's tokens. At least one token is left to compute.
 
         They are exact, so a sequence that was approximate before it lost its pages takes none beyond that point.
         """
@@ -40,7 +40,7 @@ class PrefixCache:
         self._extend_digests(sequence, blocks)
         pages = []
         for digest in sequence.block_digests[:blocks]:
-            page = self.pool.find(digest, home)
+            page = self.pool.find(digest, kv_shard)
             if page is None:
                 break
             pages.append(page)

@@ -7,7 +7,7 @@ Shape suffixes: V vocabulary, R rows, D hidden size, E experts, K experts per to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
@@ -121,14 +121,23 @@ class Drafter(Protocol):
 
 
 class CachePolicy(Protocol):
-    """Decides which pages of a sequence are kept, for one group of layers."""
+    """Decides which pages of a sequence are kept, for one group of layers.
 
-    def dropped_blocks(self, num_computed: int, page_size: int) -> range:
-        """Blocks of a sequence that no later token reads.
+    Made with (layers, page size). What it evicts may depend on its arguments only: a sequence that lost its pages is
+    computed again, and asked about again.
+    """
+
+    def __init__(self, layers: range, page_size: int) -> None: ...
+
+    def evict(self, blocks: Sequence[int], num_computed: int) -> Collection[int]:
+        """Which full blocks of a sequence no later token shall see; their pages are given up for good.
+
+        Asked when a prompt is complete, and from then on whenever a block of output is full.
 
         Arguments:
-            num_computed: tokens whose keys and values are in the cache.
-            page_size: tokens per block.
+            blocks: the full blocks that are still kept, rising; not to be changed. Block ``b`` holds the positions
+                from ``b`` times the page size on.
+            num_computed: tokens whose keys and values have been computed.
         """
         ...
 

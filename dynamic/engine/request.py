@@ -18,8 +18,6 @@ from .sampling_params import SamplingParams
 from .token_costs import TokenTally
 
 if TYPE_CHECKING:
-    import torch
-
     from ..text.tokenizer import Tokenizer
     from .outputs import PositionLogprobs
     from .quality import ContractOutcome
@@ -27,21 +25,6 @@ if TYPE_CHECKING:
     from .text import OutputText
 
 NEVER = 1 << 62
-
-
-@dataclass(slots=True)
-class ParkedRow:
-    """A sequence's last row, halfway through the model: it waits for company in front of a segment.
-
-    Arguments:
-        segment: index of the segment that it runs next.
-        x_D: its residual stream.
-        steps: for how many steps it has waited.
-    """
-
-    segment: int
-    x_D: torch.Tensor
-    steps: int = 0
 
 
 class State(Enum):
@@ -149,12 +132,13 @@ class Sequence:
         "depths",
         "first_approximate",
         "first_page",
-        "home",
         "index",
+        "kept_blocks",
+        "kv_shard",
         "num_computed",
+        "num_evicted",
         "num_prompt",
         "pages",
-        "parked",
         "processors",
         "rank",
         "request",
@@ -172,16 +156,17 @@ class Sequence:
         self.token_ids = list(request.prompt_token_ids)
         self.num_prompt = len(request.prompt_token_ids)
         self.num_computed = 0  # tokens whose keys and values are in the pages
-        self.home = 0  # where its pages are, while it has any
+        self.kv_shard = 0  # where its pages are, while it has any
         self.pages = array("i")
         self.first_page = 0  # those before were given back: no later token sees them
+        self.num_evicted = 0  # tokens whose pages a cache policy gave up: cache index = position - num_evicted
+        self.kept_blocks: list[int] = []  # under a cache policy: numbers of the full blocks that are in the pages
         self.block_digests: list[bytes] = []  # of the full blocks of token_ids, as far as they were needed
         self.rank = (request.priority, request.arrival, index)
         self.state = State.WAITING
         self.text: OutputText | None = None
         self.depths = array("h")  # of a request with exits: layers that each computed position behind the prompt ran
         self.first_approximate = NEVER  # position from which on keys and values are not those of the full model
-        self.parked: ParkedRow | None = None
         self.skipped_experts = 0  # that the row of the last token did without
 
     @property

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from ...exits.segments import Segment
@@ -14,6 +15,7 @@ from ...kernels.api.types import ExpertBudget
 from .budgets import ExpertBudgets
 from .exit_runner import ExitRunner
 from .schedule import Entry, Schedule
+from .staging import HostStaging
 from .step_rows import StepRows
 
 if TYPE_CHECKING:
@@ -28,41 +30,43 @@ class Runner:
     Arguments:
         decoder: the model.
         num_pages, page_size: shape of the cache.
-        max_num_seqs: sequences that may run in one step.
-        park_rows: see :class:`EngineConfig`.
     """
 
-    def __init__(
-        self, decoder: Decoder, num_pages: int, page_size: int, *, max_num_seqs: int = 1, park_rows: bool = True
-    ) -> None:
+    def __init__(self, decoder: Decoder, num_pages: int, page_size: int) -> None:
         self.decoder = decoder
         self.device = torch.device(decoder.device)
         self.page_size = page_size
-        self.kv = decoder.allocate_cache(num_pages, page_size, decoder.homes)
+        self.staging = HostStaging(self.device)
+        self.kv = decoder.allocate_cache(num_pages, page_size, decoder.kv_shards)
         # Long prompts with logprobs would need rows x vocabulary floats at once.
         self.max_logit_rows = max(1, LOGITS_CHUNK_BYTES // (4 * decoder.spec.vocab_size))
-        self.exits = ExitRunner(decoder, self.kv, page_size, max_num_seqs, park_rows and decoder.processes is None)
+        self.exits = ExitRunner(decoder, self.kv)
         self.budgets = ExpertBudgets(decoder)
         self.full_rows = 0  # rows launched through the whole model at once
+        self._sampled: tuple[list[int], torch.Tensor] | None = None  # rows of the last step, and where they are
         self._whole = Segment(index=0, layers=range(decoder.spec.num_layers))
 
     def run(self, schedule: Schedule) -> torch.Tensor:
         """Write the step's keys and values; returns what each row hands to :meth:`logits`, (T, D).
 
-        Rows of requests with exits may leave early or be parked: their entries say so afterwards.
+        Rows of requests with exits may leave early: their sequences remember after how many layers.
         """
         if schedule.copies:
             self.decoder.copy_pages(self.kv, schedule.copies)
-        rows = StepRows(schedule.entries, self.page_size, self.device)
-        budget = self.budgets.plan(schedule.entries, len(rows))
-        exits = self.exits
-        if exits.planner.goes_on(schedule) or any(
-            e.sequence.request.exit_logits_E is not None for e in schedule.entries
-        ):
-            x_TD = exits.run(schedule, rows, budget)
+        entries, planner, plan = schedule.entries, self.exits.planner, None
+        rows = StepRows(entries, self.page_size, self.staging)
+        # Whatever needs numbers on the device beside the rows' own lets them go with these, in one copy.
+        if planner.goes_on(schedule) or any(e.sequence.request.exit_logits_E is not None for e in entries):
+            plan = planner.plan(schedule, rows)
+        sampled = [] if schedule.decoding is not None else _sampled_rows(entries)
+        number = rows.carry(np.array(sampled, dtype=np.int64)) if sampled else None
+        budget = self.budgets.plan(entries, rows)
+        if plan is not None:
+            x_TD = self.exits.run(entries, rows, plan, budget)
         else:
-            x_TD = self._run_whole(schedule.entries, rows, budget)
-        self.budgets.record(schedule.entries, budget)
+            x_TD = self._run_whole(entries, rows, budget)
+        self._sampled = None if number is None else (sampled, rows.carried(number))
+        self.budgets.record(entries, budget)
         return x_TD
 
     def _run_whole(self, entries: list[Entry], rows: StepRows, budget: ExpertBudget | None) -> torch.Tensor:
@@ -74,6 +78,22 @@ class Runner:
 
     def logits(self, x_TD: torch.Tensor, rows: list[int] | range) -> torch.Tensor:
         """Logits of some rows of :meth:`run`'s result, float32, (R, V)."""
-        if list(rows) != list(range(x_TD.shape[0])):  # a step of decodes alone needs all rows as they are
-            x_TD = x_TD[torch.tensor(rows, device=x_TD.device)]
+        if isinstance(rows, range):
+            x_TD = x_TD[rows.start : rows.stop]
+        elif rows != list(range(x_TD.shape[0])):  # a step of decodes alone needs all rows as they are
+            known = self._sampled is not None and self._sampled[0] == rows
+            at_R = self._sampled[1] if self._sampled and known else torch.tensor(rows, device=x_TD.device)
+            x_TD = x_TD.index_select(0, at_R)
         return self.decoder.logits(x_TD)
+
+
+def _sampled_rows(entries: list[Entry]) -> list[int]:
+    """The rows behind which a step will sample; that of a prompt once for every completion that begins there."""
+    rows: list[int] = []
+    last = -1
+    for entry in entries:
+        last += entry.count
+        if entry.samples:
+            request = entry.sequence.request
+            rows += [last] * (request.params.n - len(request.sequences) + 1)
+    return rows

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .draws import NO_TOKEN, choose_tokens
+from .draws import NO_TOKEN, choose_among_all, choose_tokens, keys_tensor
 from .logits_processors import edit_logits
-from .selection import block_sums, first_best, largest
+from .selection import block_sums, first_best, largest, on_host
 
 if TYPE_CHECKING:
     from .request import Sequence
@@ -42,6 +42,8 @@ def sample(logits_RV: torch.Tensor, sequences: list[Sequence]) -> list[int]:
     """
     edit_logits(logits_RV, [s.processors for s in sequences])
     greedy = [row for row, s in enumerate(sequences) if s.request.params.greedy]
+    if not on_host(logits_RV):
+        return _sample_on_device(logits_RV, sequences, greedy)
     if len(greedy) == len(sequences):
         return _largest(logits_RV)
     drawn = [row for row, s in enumerate(sequences) if not s.request.params.greedy]
@@ -50,6 +52,22 @@ def sample(logits_RV: torch.Tensor, sequences: list[Sequence]) -> list[int]:
         return draw_tokens(logits_RV, params, keys)
     tokens = dict(zip(greedy, _largest(_rows(logits_RV, greedy)), strict=True))
     tokens |= zip(drawn, draw_tokens(_rows(logits_RV, drawn), params, keys), strict=True)
+    return [tokens[row] for row in range(len(sequences))]
+
+
+def _sample_on_device(logits_RV: torch.Tensor, sequences: list[Sequence], greedy: list[int]) -> list[int]:
+    """As :func:`sample`; the host waits for the device once, however many rows there are."""
+    order, parts = greedy, []
+    if greedy:
+        best_R, tokens_R = (logits_RV if len(greedy) == len(sequences) else _rows(logits_RV, greedy)).max(-1)
+        parts.append(torch.where(best_R.isfinite(), tokens_R, NO_TOKEN))
+    if len(greedy) < len(sequences):
+        drawn = [row for row, s in enumerate(sequences) if not s.request.params.greedy]
+        params, keys = [sequences[row].request.params for row in drawn], [sequences[row].peek() for row in drawn]
+        scaled_RV, weights_RV = filter_logits(_rows(logits_RV, drawn) if greedy else logits_RV, params)
+        parts.append(choose_among_all(scaled_RV, weights_RV, keys_tensor(keys, logits_RV.device)))
+        order = greedy + drawn
+    tokens = dict(zip(order, torch.cat(parts).tolist(), strict=True))
     return [tokens[row] for row in range(len(sequences))]
 
 
@@ -75,6 +93,11 @@ def draw_tokens(logits_RV: torch.Tensor, params: list[SamplingParams], keys: lis
 
     Returns: token ids; ``NO_TOKEN`` for a row whose logits are not numbers.
     """
+    return choose_tokens(*filter_logits(logits_RV, params), keys)
+
+
+def filter_logits(logits_RV: torch.Tensor, params: list[SamplingParams]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits over temperature, and their softmax with zeros for what the filters take out; see :func:`draw_tokens`."""
     temperatures = [p.temperature for p in params]
     scaled_RV = logits_RV
     if any(temperature != 1.0 for temperature in temperatures):
@@ -85,11 +108,14 @@ def draw_tokens(logits_RV: torch.Tensor, params: list[SamplingParams], keys: lis
         _zero_below(weights_RV, floor_R1)
     if any(p.top_p < 1.0 for p in params):
         _keep_nucleus(weights_RV, params, floored_R1)
-    return choose_tokens(scaled_RV, weights_RV, keys)
+    return scaled_RV, weights_RV
 
 
 def _zero_below(weights_RV: torch.Tensor, floor_R1: torch.Tensor) -> None:
-    """Zero the weights below each row's floor, in place and in one pass without a mask."""
+    """Zero the weights below each row's floor, in place; on the host in one pass without a mask."""
+    if not on_host(weights_RV):
+        weights_RV.masked_fill_(weights_RV < floor_R1, 0.0)
+        return
     below = torch.nextafter(floor_R1, torch.full_like(floor_R1, -1.0)).squeeze(1).tolist()
     for weights_V, limit in zip(weights_RV, below, strict=True):
         if limit > 0.0:
@@ -127,10 +153,14 @@ def _keep_nucleus(weights_RV: torch.Tensor, params: list[SamplingParams], floore
         goal_R1 = goal_R1 * torch.where(floored_R1, total_R1, 1.0)
     least_R1 = torch.zeros_like(goal_R1, dtype=torch.float32)
     open_U = torch.tensor([row for row, p in enumerate(params) if p.top_p < 1.0], device=weights_RV.device)
-    for head in (*(h for h in NUCLEUS_HEADS if h < vocabulary), vocabulary):
+    # A device sorts all tokens rather than wait for the host to ask whether few were enough.
+    heads = NUCLEUS_HEADS if on_host(weights_RV) else ()
+    for head in (*(h for h in heads if h < vocabulary), vocabulary):
         rows_UV = weights_RV if len(open_U) == len(params) else weights_RV[open_U]
         best_UH, _ = largest(rows_UV, head)
         least_R1[open_U], reached_U1 = _nucleus_limit(best_UH, goal_R1[open_U])
+        if head == vocabulary:
+            break
         open_U = open_U[~reached_U1.squeeze(1)]
         if not len(open_U):
             break

@@ -9,15 +9,11 @@ from .request import Sequence
 
 @dataclass(slots=True)
 class Entry:
-    """Tokens ``start : start + count`` of a sequence run in this step.
-
-    The runner sets ``parked`` when the entry's only row was stopped halfway, so that nothing is computed yet.
-    """
+    """Tokens ``start : start + count`` of a sequence run in this step."""
 
     sequence: Sequence
     start: int
     count: int
-    parked: bool = False
 
     @property
     def samples(self) -> bool:

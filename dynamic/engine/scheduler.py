@@ -8,6 +8,7 @@ from operator import attrgetter
 
 from .block_pool import BlockPool
 from .config import EngineConfig
+from .eviction import Eviction
 from .prefix_cache import PrefixCache
 from .request import Sequence, State
 from .schedule import Entry, Schedule
@@ -28,7 +29,7 @@ class SchedulerCounters:
 class _Place:
     """Room for a sequence: pages that hold its beginning, how many it needs beside, how many are free now."""
 
-    home: int
+    kv_shard: int
     shared: list[int]
     new: int
     free: int
@@ -41,27 +42,42 @@ class Scheduler:
     later. When none is left, the running sequence of the lowest rank gives its pages up and is computed again later,
     keeping the tokens it has; rank is priority, then arrival, then number of the completion.
 
-    Where the pool has several homes, a waiting sequence goes to the one that has most of its beginning, among equals to
-    the one with the most free pages, and stays there; who needs a page takes it from sequences of the same home.
+    Where the pool has several KV shards, a waiting sequence goes to the one that has most of its beginning, among
+    equals to the one with the most free pages, and stays there. A sequence that needs a page takes it from one of the
+    same KV shard.
 
     Arguments:
         config: limits of a step.
-        pool: pages; each home must hold any one sequence alone.
+        pool: pages; each KV shard must hold any one sequence alone.
         cache: finds shared pages.
         window: how many positions a token sees at most, itself included; None: all. Pages behind it are given back.
+        eviction: gives up pages as a cache policy wants it; None keeps all.
     """
 
-    def __init__(self, config: EngineConfig, pool: BlockPool, cache: PrefixCache, window: int | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        pool: BlockPool,
+        cache: PrefixCache,
+        window: int | None = None,
+        eviction: Eviction | None = None,
+    ) -> None:
         self.max_num_seqs = config.max_num_seqs
         self.max_rows = config.max_num_batched_tokens
         self.pool = pool
         self.cache = cache
         self.window = window
+        self.eviction = eviction
         self.page_size = cache.page_size
         self.running: list[Sequence] = []  # by rank
         self._changes = 0  # of which sequences these are
         self.waiting: list[Sequence] = []  # by rank
         self.counters = SchedulerCounters()
+
+    @property
+    def evicted_pages(self) -> int:
+        """Pages that a cache policy gave up so far."""
+        return 0 if self.eviction is None else self.eviction.evicted_pages
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
@@ -84,24 +100,28 @@ class Scheduler:
         only_decodes, changes = len(counts) == len(self.running), self._changes
         for sequence in self.running:
             if rows and sequence.num_uncomputed > 1:
-                counts[sequence] = min(rows, sequence.num_uncomputed)
+                counts[sequence] = min(rows, self._chunk(sequence))
                 rows -= counts[sequence]
         while rows and self.counters.preemptions == preempted_before and (sequence := self._admit()) is not None:
-            counts[sequence] = min(rows, sequence.num_uncomputed)
+            counts[sequence] = min(rows, self._chunk(sequence))
             rows -= counts[sequence]
         entries = [Entry(s, s.num_computed, count) for s, count in counts.items()]
         decoding = changes if only_decodes and changes == self._changes else None
         return Schedule(entries, [(source, target) for target, source in copies.items()], decoding)
 
+    def _chunk(self, sequence: Sequence) -> int:
+        """How many of its tokens a sequence may compute in one step."""
+        return sequence.num_uncomputed if self.eviction is None else self.eviction.chunk(sequence)
+
     def _take_page(self, sequence: Sequence, copies: dict[int, int]) -> bool:
         """Make the next slot writable, whatever it costs others of lower rank. False if the sequence lost its own."""
         while True:
-            block = sequence.num_computed // self.page_size
+            block = (sequence.num_computed - sequence.num_evicted) // self.page_size
             is_new = block == len(sequence.pages)
             if not is_new and self.pool.references(sequence.pages[block]) == 1:
                 return True
-            if self.pool.free_in(sequence.home):
-                page = self.pool.allocate(sequence.home)
+            if self.pool.free_in(sequence.kv_shard):
+                page = self.pool.allocate(sequence.kv_shard)
                 if is_new:
                     sequence.pages.append(page)
                 else:  # shared with another completion: write to a copy
@@ -110,7 +130,7 @@ class Scheduler:
                     sequence.pages[block] = page
                 return True
             # Not yet in this step's work, because sequences take pages by rank.
-            victim = next(other for other in reversed(self.running) if other.home == sequence.home)
+            victim = next(other for other in reversed(self.running) if other.kv_shard == sequence.kv_shard)
             self._preempt(victim)
             if victim is sequence:
                 return False
@@ -129,16 +149,20 @@ class Scheduler:
         if not self.waiting or len(self.running) >= self.max_num_seqs:
             return None
         sequence = self.waiting[0]
-        places = [self._place(sequence, home) for home in range(self.pool.homes)]
-        place = max(filter(None, places), key=lambda place: (len(place.shared), place.free, -place.home), default=None)
+        places = [self._place(sequence, kv_shard) for kv_shard in range(self.pool.kv_shards)]
+        place = max(
+            filter(None, places), key=lambda place: (len(place.shared), place.free, -place.kv_shard), default=None
+        )
         if place is None:
             return None
-        shared, sequence.home = place.shared, place.home
+        shared, sequence.kv_shard = place.shared, place.kv_shard
         for page in shared:
             self.pool.retain(page)
         sequence.pages.extend(shared)
-        sequence.pages.extend(self.pool.allocate(place.home) for _ in range(place.new))
+        sequence.pages.extend(self.pool.allocate(place.kv_shard) for _ in range(place.new))
         sequence.num_computed = len(shared) * self.page_size
+        if self.eviction is not None:
+            self.eviction.computed(sequence)
         if self.cache.enabled:
             self.counters.prefix_cache_queries += sequence.num_tokens
             self.counters.prefix_cache_hits += sequence.num_computed
@@ -148,22 +172,22 @@ class Scheduler:
         self._changes += 1
         return sequence
 
-    def _place(self, sequence: Sequence, home: int) -> _Place | None:
-        """What a waiting sequence would get in a home; None if there is no room for it."""
-        shared, free = self.cache.lookup(sequence, home), self.pool.free_in(home)
+    def _place(self, sequence: Sequence, kv_shard: int) -> _Place | None:
+        """What a waiting sequence would get in a KV shard; None if there is no room for it."""
+        shared, free = self.cache.lookup(sequence, kv_shard), self.pool.free_in(kv_shard)
         new = -(-sequence.num_tokens // self.page_size) - len(shared)
         taken = new + sum(self.pool.references(page) == 0 for page in shared)
         # One page in reserve for each running sequence: else an admission is soon followed by a preemption.
-        reserve = self.running if self.pool.homes == 1 else [s for s in self.running if s.home == home]
-        return None if taken + len(reserve) > free else _Place(home, shared, new, free)
+        reserve = self.running if self.pool.kv_shards == 1 else [s for s in self.running if s.kv_shard == kv_shard]
+        return None if taken + len(reserve) > free else _Place(kv_shard, shared, new, free)
 
     def computed(self, entry: Entry) -> None:
         """Record that an entry has run."""
         sequence = entry.sequence
         sequence.num_computed += entry.count
         if sequence.first_approximate < sequence.num_computed:
-            first = max(entry.start, sequence.first_approximate) // self.page_size
-            for page in sequence.pages[first : -(-sequence.num_computed // self.page_size)]:
+            first = (max(entry.start, sequence.first_approximate) - sequence.num_evicted) // self.page_size
+            for page in sequence.pages[first : -(-(sequence.num_computed - sequence.num_evicted) // self.page_size)]:
                 self.pool.mark_approximate(page)
         self.cache.publish(sequence, entry.start // self.page_size)
         if self.window is not None:
@@ -171,6 +195,8 @@ class Scheduler:
             first_page = first_seen // self.page_size
             self.pool.release(sequence.pages[sequence.first_page : first_page])
             sequence.first_page = max(sequence.first_page, first_page)
+        if self.eviction is not None:
+            self.eviction.computed(sequence)
 
     def fork(self, sequence: Sequence) -> list[Sequence]:
         """The completions that a computed sequence stands for: all of its request's after the prompt, later itself.
@@ -188,10 +214,12 @@ class Scheduler:
                 continue
             for page in sequence.pages[sequence.first_page :]:
                 self.pool.retain(page)
-            sibling.home = sequence.home
+            sibling.kv_shard = sequence.kv_shard
             sibling.pages.extend(sequence.pages)
             sibling.first_page = sequence.first_page
             sibling.num_computed = sequence.num_computed
+            sibling.num_evicted, sibling.kept_blocks = sequence.num_evicted, list(sequence.kept_blocks)
+            sibling.first_approximate = sequence.first_approximate
             sibling.block_digests = list(sequence.block_digests)
             sibling.state = State.RUNNING
             insort(self.running, sibling, key=_rank)
@@ -213,8 +241,8 @@ class Scheduler:
         self.pool.release(reversed(sequence.pages[sequence.first_page :]))
         del sequence.pages[:]
         sequence.first_page = 0
-        sequence.num_computed = 0
-        sequence.parked = None
+        sequence.num_computed = sequence.num_evicted = 0
+        sequence.kept_blocks.clear()
         sequence.skipped_experts = 0
 
     @staticmethod

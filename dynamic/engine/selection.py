@@ -10,6 +10,11 @@ import torch
 BLOCK = 64
 
 
+def on_host(x: torch.Tensor) -> bool:
+    """Whether the host reads a tensor without waiting for a device."""
+    return x.device.type == "cpu"
+
+
 def largest(values_RV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The ``count`` largest entries of each row, falling, and where they are: what ``topk`` gives, up to equals.
 

@@ -24,8 +24,8 @@ class EngineStats:
         projected_rows: rows times layers whose keys and values were made of the state at an exit.
         skipped_experts: rows times experts that budgets left out of layers that ran.
         tokens: what chose the tokens sampled.
-        rows_parked: rows that were stopped in front of a segment to wait for others.
         exchange: between the processes that share the model; None where there is one.
+        evicted_pages: that a cache policy gave up.
     """
 
     num_running: int
@@ -44,8 +44,8 @@ class EngineStats:
     projected_rows: int
     skipped_experts: int
     tokens: TokenCost
-    rows_parked: int
     exchange: Exchange | None = None
+    evicted_pages: int = 0
 
     @property
     def compute(self) -> Compute:

@@ -1,4 +1,4 @@
-"""The rows of a step as arrays on the host, and attention batches of all or some of them.
+"""The rows of a step: what goes to the device once, and attention batches of all or some of them.
 
 Shape suffixes as in ``kernels/api/types.py``; R some of the T rows.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from ...kernels.api.types import AttentionBatch
 from .request import Sequence
 from .schedule import Entry
+from .staging import HostStaging
 
 
 class StepRows:
@@ -23,22 +25,23 @@ class StepRows:
     Arguments:
         entries: the step's work.
         page_size: tokens per page.
-        device: of the tensors that are handed out.
+        staging: takes everything to the device, in one copy when it is first asked for.
     """
 
-    def __init__(self, entries: list[Entry], page_size: int, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, entries: list[Entry], page_size: int, staging: HostStaging) -> None:
+        self._staging = staging
+        self._carried: list[np.ndarray] = []
         runs = list(_runs(entries))
         # In plain lists: a step that only decodes has few rows, for which a dozen calls of numpy would take longer.
         positions: list[int] = []
         slots: list[int] = []
         token_ids: list[int] = []
         for sequence, start, count in runs:
-            pages, end = sequence.pages, start + count
+            pages, end, evicted = sequence.pages, start + count, sequence.num_evicted
             positions += range(start, end)
-            slots += [pages[p // page_size] * page_size + p % page_size for p in range(start, end)]
+            slots += [pages[i // page_size] * page_size + i % page_size for i in range(start - evicted, end - evicted)]
             token_ids += sequence.token_ids[start:end]
-        ends = [start + count for _, start, count in runs]
+        ends = [start + count - sequence.num_evicted for sequence, start, count in runs]
         width = -(-max(ends) // page_size)
         self._table_SM = np.array([_padded(sequence.pages[:width], width) for sequence, _, _ in runs], dtype=np.int32)
         self._counts_S = np.array([count for _, _, count in runs], dtype=np.int32)
@@ -47,69 +50,88 @@ class StepRows:
         self._positions_T = np.array(positions, dtype=np.int64)
         self._slots_T = np.array(slots, dtype=np.int64)
         self._token_ids_T = np.array(token_ids, dtype=np.int64)
+        evicted = any(sequence.num_evicted for sequence, _, _ in runs)
+        self._max_position = max(positions) if evicted else None
 
     def __len__(self) -> int:
         return len(self._token_ids_T)
 
+    def carry(self, array: np.ndarray) -> int:
+        """Let an array go to the device with the rows. Returns what :meth:`carried` knows it by."""
+        assert "_on_device" not in self.__dict__, "the rows are on the device already"
+        self._carried.append(array)
+        return len(self._carried) - 1
+
+    def carried(self, number: int) -> torch.Tensor:
+        """An array of :meth:`carry`, on the device."""
+        return self._on_device[6 + number]
+
     def token_ids(self) -> torch.Tensor:
         """Token ids of all rows, int64, (T,)."""
-        return self._move(self._token_ids_T)
+        return self._on_device[0]
 
     def batch(self) -> AttentionBatch:
         """The attention batch of all rows."""
-        return self._batch(self._positions_T, self._slots_T, slice(None), self._counts_S, self._query_start_S1)
+        return self._batch
 
-    def batch_of(self, rows_R: np.ndarray) -> AttentionBatch:
+    def batch_of(self, rows_R: np.ndarray, at_R: torch.Tensor) -> AttentionBatch:
         """The attention batch of some rows.
 
         Arguments:
             rows_R: row numbers, rising; all rows or none of a run of several rows.
+            at_R: the same on the device.
         """
-        kept, counts = self._sequence_T[rows_R], self._counts_S
+        whole, counts = self._batch, self._counts_S
         if len(counts) == len(self):  # every run is one row
-            counts = counts[rows_R]
+            kept, kept_S, starts_S1, counts = rows_R, at_R, whole.query_start_S1[: len(rows_R) + 1], counts[rows_R]
         else:
-            kept, counts = np.unique(kept, return_counts=True)
+            kept, counts = np.unique(self._sequence_T[rows_R], return_counts=True)
             assert (counts == self._counts_S[kept]).all(), "a run of rows was torn apart"
-        return self._batch(self._positions_T[rows_R], self._slots_T[rows_R], kept, counts, _boundaries(counts))
-
-    def slots_of(self, rows_R: np.ndarray, batch: AttentionBatch) -> AttentionBatch:
-        """A batch for writing to the cache only: positions and slots of some rows, everything else as in ``batch``."""
-        return AttentionBatch(
-            positions_T=self._move(self._positions_T[rows_R]),
-            slots_T=self._move(self._slots_T[rows_R]),
-            query_start_S1=batch.query_start_S1,
-            context_len_S=batch.context_len_S,
-            block_table_SM=batch.block_table_SM,
-            max_query_len=batch.max_query_len,
-            max_context_len=batch.max_context_len,
+            kept_S, starts_S1 = self._staging.upload(kept, _boundaries(counts))
+        return replace(
+            self.slots_of(at_R),
+            query_start_S1=starts_S1,
+            context_len_S=whole.context_len_S.index_select(0, kept_S),
+            block_table_SM=whole.block_table_SM.index_select(0, kept_S),
+            max_query_len=int(counts.max()),
+            max_context_len=int(self._context_len_S[kept].max()),
         )
+
+    def slots_of(self, at_R: torch.Tensor) -> AttentionBatch:
+        """A batch for writing to the cache only: positions and slots of some rows, all else of all rows."""
+        whole = self._batch
+        positions_R, slots_R = whole.positions_T.index_select(0, at_R), whole.slots_T.index_select(0, at_R)
+        return replace(whole, positions_T=positions_R, slots_T=slots_R)
 
     @cached_property
     def _sequence_T(self) -> np.ndarray:
         return np.repeat(np.arange(len(self._counts_S)), self._counts_S)
 
-    def _batch(
-        self,
-        positions_R: np.ndarray,
-        slots_R: np.ndarray,
-        kept: np.ndarray | slice,
-        counts_S: np.ndarray,
-        query_start_S1: np.ndarray,
-    ) -> AttentionBatch:
-        context_len_S = self._context_len_S[kept]
-        return AttentionBatch(
-            positions_T=self._move(positions_R),
-            slots_T=self._move(slots_R),
-            query_start_S1=self._move(query_start_S1),
-            context_len_S=self._move(context_len_S),
-            block_table_SM=self._move(self._table_SM[kept]),
-            max_query_len=int(counts_S.max()),
-            max_context_len=int(context_len_S.max()),
+    @cached_property
+    def _on_device(self) -> tuple[torch.Tensor, ...]:
+        return self._staging.upload(
+            self._token_ids_T,
+            self._positions_T,
+            self._slots_T,
+            self._query_start_S1,
+            self._context_len_S,
+            self._table_SM,
+            *self._carried,
         )
 
-    def _move(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device)
+    @cached_property
+    def _batch(self) -> AttentionBatch:
+        _, positions_T, slots_T, query_start_S1, context_len_S, table_SM = self._on_device[:6]
+        return AttentionBatch(
+            positions_T=positions_T,
+            slots_T=slots_T,
+            query_start_S1=query_start_S1,
+            context_len_S=context_len_S,
+            block_table_SM=table_SM,
+            max_query_len=int(self._counts_S.max()),
+            max_context_len=int(self._context_len_S.max()),
+            max_position=self._max_position,
+        )
 
 
 def _padded(pages: array[int], width: int) -> array[int]:
@@ -119,7 +141,7 @@ def _padded(pages: array[int], width: int) -> array[int]:
 def _runs(entries: list[Entry]) -> Iterator[tuple[Sequence, int, int]]:
     """(sequence, first position, rows): what attention sees as one sequence of rows.
 
-    Rows that may leave on their own become runs of one row, which any of them can leave without tearing a run apart.
+    Rows that may exit on their own become runs of one row, so that an exit never tears a run apart.
     """
     for entry in entries:
         sequence, start, end = entry.sequence, entry.start, entry.start + entry.count

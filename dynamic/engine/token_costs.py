@@ -1,4 +1,4 @@
-"""What choosing one token costs, by the layers in front of its read-out and the experts that its budget left out."""
+"""What choosing one token costs, by the layers in front of its exit head and the experts that its budget left out."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class TokenCosts:
         whole_head = decoder.lm_head.nbytes * decoder.spec.vocab_size // decoder.lm_head.out_features
         head = whole_head + decoder.final_norm_D.nbytes
         sizes = [_layer_bytes(*layer, used=count) for layer, count in zip(layers, used, strict=True)]
-        # By the number of layers in front of the read-out.
+        # By the number of layers in front of the exit head.
         self._experts = list(accumulate(used, initial=0))
         self._bytes = [head + size for size in accumulate(sizes, initial=0)]
         for exit in decoder.exits.values():
@@ -64,7 +64,7 @@ class TokenCosts:
         """The cost of one token.
 
         Arguments:
-            layers: in front of its read-out.
+            layers: in front of its exit head.
             skipped_experts: that its row did without in these layers.
         """
         return TokenCost(

@@ -56,7 +56,7 @@ class Decoder:
 
     processes: str | None = None  # the axes of those that share the model, in words; None: there is one
     _local_spec: ModelSpec | None = None  # where several processes share the heads
-    homes = 1  # places that sequences live in, each with a part of the cache
+    kv_shards = 1  # places that sequences live in, each with a part of the cache
 
     def __init__(
         self,
@@ -110,8 +110,8 @@ class Decoder:
             grown = min(self.spec.max_position, max(length, 2 * self.cos_sin_LC.shape[0]))
             self.cos_sin_LC = rope_table(self.spec.rope, grown, self.device)
 
-    def allocate_cache(self, num_pages: int, page_size: int, homes: int = 1) -> list[KVLayer]:
-        """Keys and values of every layer, zeroed; each of the first ``homes`` homes has an equal run of the pages."""
+    def allocate_cache(self, num_pages: int, page_size: int, kv_shards: int = 1) -> list[KVLayer]:
+        """Keys and values of every layer, zeroed; each of the ``kv_shards`` KV shards has an equal run of the pages."""
         behind = self.backend.scales_behind_page
         return allocate_layers(self.spec, num_pages, page_size, self.kv_dtype, self.device, behind)
 
@@ -155,7 +155,7 @@ class Decoder:
 
         Returns: the residual stream after the segment, (T, D).
         """
-        self.reserve_positions(batch.max_context_len)
+        self.reserve_positions(batch.num_positions)
         if self.stack is not None:
             return self.stack.run(segment.layers, x_TD, kv, self.cos_sin_LC, batch, router_entropy_T, budget)
         spec, backend = self.spec, self.backend
@@ -198,7 +198,7 @@ class Decoder:
             thresholds_NT: see :meth:`.Stack.run_with_exits`; others as for :meth:`run_segment`.
         """
         assert self.stack is not None
-        self.reserve_positions(batch.max_context_len)
+        self.reserve_positions(batch.num_positions)
         return self.stack.run_with_exits(x_TD, kv, self.cos_sin_LC, batch, thresholds_NT, budget)
 
     @in_inference_mode
@@ -221,18 +221,18 @@ class Decoder:
         return x_RD + self.backend.linear(inner_RJ, exit.up)
 
     @in_inference_mode
-    def project(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
+    def propagate_kv(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
         """Write the keys and values of the layers behind an exit, made of the residual stream at the exit.
 
         Arguments:
             kv: the cache of every layer of the model.
             batch: only positions and slots of the rows are read.
         """
-        self.reserve_positions(batch.max_context_len)
-        self._project(exit, x_RD, kv[exit.after_layers :], batch)
+        self.reserve_positions(batch.num_positions)
+        self._propagate(exit, x_RD, kv[exit.after_layers :], batch)
 
-    def _project(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
-        """See :meth:`project`; ``kv`` has the layers behind the exit that are here."""
+    def _propagate(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
+        """See :meth:`propagate_kv`; ``kv`` has the layers behind the exit that are here."""
         context, kind = self._attention_context(), self.local_spec.layers[-1].attention
         kind.propagate(exit.projections, x_RD, kv, batch, context)
 

@@ -15,19 +15,19 @@ _PAGE = 16
 def fresh_cache(decoder: Decoder, lengths: Sequence[int]) -> tuple[list[KVLayer], AttentionBatch]:
     """Room for sequences from their beginnings, each in pages of its own, and the attention batch of all their rows.
 
-    Each goes to the home that has the fewest pages so far.
+    Each goes to the KV shard that has the fewest pages so far.
 
     Arguments:
         lengths: tokens of each sequence, at least 1.
     """
     device = torch.device(decoder.device)
     pages = [-(-length // _PAGE) for length in lengths]
-    used, places = [0] * decoder.homes, []
+    used, places = [0] * decoder.kv_shards, []
     for count in pages:
-        home = used.index(min(used))
-        places.append((home, used[home]))
-        used[home] += count
-    firsts = [home * max(used) + page for home, page in places]
+        kv_shard = used.index(min(used))
+        places.append((kv_shard, used[kv_shard]))
+        used[kv_shard] += count
+    firsts = [kv_shard * max(used) + page for kv_shard, page in places]
     table_SM = torch.zeros(len(lengths), max(pages), dtype=torch.int32)
     positions, slots = [], []
     for row, (length, first, count) in enumerate(zip(lengths, firsts, pages, strict=True)):
@@ -43,4 +43,4 @@ def fresh_cache(decoder: Decoder, lengths: Sequence[int]) -> tuple[list[KVLayer]
         max_query_len=max(lengths),
         max_context_len=max(lengths),
     )
-    return decoder.allocate_cache(max(used) * decoder.homes, _PAGE, decoder.homes), batch
+    return decoder.allocate_cache(max(used) * decoder.kv_shards, _PAGE, decoder.kv_shards), batch

@@ -54,10 +54,10 @@ class ParallelConfig:
     @property
     def stage_size(self) -> int:
         """Processes of one stage."""
-        return self.tensor * self.homes
+        return self.tensor * self.kv_shards
 
     @property
-    def homes(self) -> int:
+    def kv_shards(self) -> int:
         """Places where sequences live: each is the processes of one tensor group in every stage."""
         return self.expert * self.data
 

@@ -39,8 +39,8 @@ class ParallelContext:
 
     Attributes:
         world_rank: of this process; rank: its rank within its stage.
-        home: whose rows it runs.
-        homes_group: this stage's ranks of all homes with the same tensor rank; expert_group: those of the same copy.
+        kv_shard: whose rows it runs.
+        shards_group: this stage's ranks of all KV shards with the same tensor rank; expert_group: those of one copy.
         mesh: all ranks by :data:`AXES`.
 
     Raises:
@@ -58,8 +58,8 @@ class ParallelContext:
         self.device = device
         self.world_rank = launched_rank()
         self.stage, self.rank = divmod(self.world_rank, config.stage_size)
-        self.home, self.tensor_rank = divmod(self.rank, config.tensor)
-        self.data_rank, self.expert_rank = divmod(self.home, config.expert)
+        self.kv_shard, self.tensor_rank = divmod(self.rank, config.tensor)
+        self.data_rank, self.expert_rank = divmod(self.kv_shard, config.expert)
         self.failed = False
         self.received: Counter[str] = Counter()  # bytes from other ranks, by what for
         self._shared: dict[Any, CpuSharedGroup] = {}  # by process group
@@ -78,7 +78,7 @@ class ParallelContext:
         self.mesh = DeviceMesh.from_group(groups, device.type, ranks_PAET, mesh_dim_names=AXES)
         self.tensor_group: Any = self.mesh.get_group("tensor")
         self.expert_group: Any = self.mesh.get_group("expert")
-        self.homes_group: Any = self._my_group(ranks_PAET.flatten(1, 2).movedim(1, -1))
+        self.shards_group: Any = self._my_group(ranks_PAET.flatten(1, 2).movedim(1, -1))
 
     @property
     def leads(self) -> bool:
@@ -238,7 +238,7 @@ class ParallelContext:
 
     def share_memory(self, backend: TorchBackend) -> None:
         """Exchange through shared memory from now on in groups whose ranks are on one machine; all ranks call this."""
-        for group in (self._plans, self.tensor_group, self.expert_group, self.homes_group):
+        for group in (self._plans, self.tensor_group, self.expert_group, self.shards_group):
             if group not in self._shared and (memory := share_memory(backend, group, self.config.timeout)) is not None:
                 self._shared[group] = memory
 

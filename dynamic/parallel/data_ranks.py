@@ -1,7 +1,7 @@
-"""Where sequences live: each in one home, the ranks of one tensor group, which alone run its rows and hold its pages.
+"""Where sequences live: each in one KV shard, a tensor group of ranks, which alone run its rows and hold its pages.
 
-A cache lies in homes of equal runs of pages, so that a slot says whose row it is. Between segments all ranks of a stage
-have all rows; within a segment a home has its own.
+A cache lies in KV shards of equal runs of pages, so that a slot says whose row it is. Between segments all ranks of a
+stage have all rows; within a segment a KV shard has its own.
 
 Shape suffixes as in ``kernels/api/types.py``; W some of a batch's rows.
 """
@@ -21,41 +21,41 @@ class SharedCache(KVLayers):
     """One rank's share of a cache that all ranks know by its number.
 
     Arguments:
-        home_pages: pages of a home.
-        home: of this rank; homes beyond those that the cache has hold nothing.
+        shard_pages: pages of a KV shard.
+        kv_shard: of this rank; KV shards beyond those that the cache has hold nothing.
     """
 
-    def __init__(self, layers: Iterable[KVLayer], number: int, home_pages: int, home: int) -> None:
+    def __init__(self, layers: Iterable[KVLayer], number: int, shard_pages: int, kv_shard: int) -> None:
         super().__init__(layers)
-        self.number, self.home_pages, self.home = number, home_pages, home
+        self.number, self.shard_pages, self.kv_shard = number, shard_pages, kv_shard
 
     @property
-    def home_slots(self) -> int:
-        """Slots of a home."""
-        return self.home_pages * self[0].page_size
+    def shard_slots(self) -> int:
+        """Slots of a KV shard."""
+        return self.shard_pages * self[0].page_size
 
     @property
     def first_page(self) -> int:
-        """Of this rank's home."""
-        return self.home * self.home_pages
+        """Of this rank's KV shard."""
+        return self.kv_shard * self.shard_pages
 
     @property
     def first_slot(self) -> int:
-        """Of this rank's home."""
-        return self.home * self.home_slots
+        """Of this rank's KV shard."""
+        return self.kv_shard * self.shard_slots
 
     def own_copies(self, copies: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Those copies of pages, (from, to), that are within this home, by its own page numbers."""
+        """Those copies of pages, (from, to), that are within this KV shard, by its own page numbers."""
         first = self.first_page
-        return [(s - first, t - first) for s, t in copies if s // self.home_pages == self.home]
+        return [(s - first, t - first) for s, t in copies if s // self.shard_pages == self.kv_shard]
 
     def own_rows(self, batch: AttentionBatch) -> tuple[torch.Tensor, AttentionBatch]:
-        """The numbers of the rows that live here, int64, and a batch that writes them to this home's slots.
+        """The numbers of the rows that live here, int64, and a batch that writes them to this KV shard's slots.
 
         Arguments:
             batch: of which positions and slots are read; on the host.
         """
-        own_W = (batch.slots_T // self.home_slots == self.home).nonzero()[:, 0]
+        own_W = (batch.slots_T // self.shard_slots == self.kv_shard).nonzero()[:, 0]
         slots_W = batch.slots_T[own_W] - self.first_slot
         return own_W, replace(batch, positions_T=batch.positions_T[own_W], slots_T=slots_W)
 
@@ -68,11 +68,11 @@ def cache_of(kv: Sequence[KVLayer]) -> SharedCache:
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """How the rows of a batch lie in homes.
+    """How the rows of a batch lie in KV shards.
 
     Arguments:
-        rows: by home, their numbers in the batch, int64, rising.
-        own: the batch of those of this rank's home, by its own pages and slots; None where there are none.
+        rows: by KV shard, their numbers in the batch, int64, rising.
+        own: the batch of those of this rank's KV shard, by its own pages and slots; None where there are none.
     """
 
     rows: list[torch.Tensor]
@@ -80,23 +80,23 @@ class Spread:
 
     @property
     def counts(self) -> list[int]:
-        """Rows by home."""
+        """Rows by KV shard."""
         return [len(rows_W) for rows_W in self.rows]
 
 
-def spread(batch: AttentionBatch, cache: SharedCache, homes: int) -> Spread:
-    """Find the homes of a batch's rows.
+def spread(batch: AttentionBatch, cache: SharedCache, kv_shards: int) -> Spread:
+    """Find the KV shards of a batch's rows.
 
     Arguments:
         batch: on the host.
     """
-    home_T = batch.slots_T // cache.home_slots
-    rows = [(home_T == home).nonzero()[:, 0] for home in range(homes)]
-    own_W = rows[cache.home]
+    shard_T = batch.slots_T // cache.shard_slots
+    rows = [(shard_T == kv_shard).nonzero()[:, 0] for kv_shard in range(kv_shards)]
+    own_W = rows[cache.kv_shard]
     if not len(own_W):
         return Spread(rows=rows, own=None)
     starts_S1 = batch.query_start_S1.long()
-    here_S = (home_T[starts_S1[:-1]] == cache.home).nonzero()[:, 0]
+    here_S = (shard_T[starts_S1[:-1]] == cache.kv_shard).nonzero()[:, 0]
     counts_S, context_len_S = starts_S1.diff()[here_S], batch.context_len_S[here_S]
     own = AttentionBatch(
         positions_T=batch.positions_T[own_W],
@@ -106,6 +106,7 @@ def spread(batch: AttentionBatch, cache: SharedCache, homes: int) -> Spread:
         block_table_SM=(batch.block_table_SM[here_S] - cache.first_page).clamp_(min=0),  # behind the context are zeros
         max_query_len=int(counts_S.max()),
         max_context_len=int(context_len_S.max()),
+        max_position=batch.max_position,
     )
     return Spread(rows=rows, own=own)
 
@@ -122,10 +123,10 @@ def share_rows(
     """Make all rows whole on all ranks of a stage.
 
     Arguments:
-        own_WY: what there is of the rows of this rank's home, float32.
+        own_WY: what there is of the rows of this rank's KV shard, float32.
         executed_X: int64, slots of these rows by the rank that ran them.
 
-    Returns: the same of all rows, and of all homes.
+    Returns: the same of all rows, and of all KV shards.
     """
     counts, width, extra = spread.counts, own_WY.shape[1], len(executed_X)
     packet = own_WY.flatten()
@@ -133,7 +134,7 @@ def share_rows(
         packet = torch.cat((packet, executed_X.int().view(torch.float32)))
     sizes = [count * width + extra if count else 0 for count in counts]
     sent = [len(packet)] * len(sizes)
-    found, work = context.swap(packet.repeat(len(sizes)), sent, sizes, context.homes_group, "rows")
+    found, work = context.swap(packet.repeat(len(sizes)), sent, sizes, context.shards_group, "rows")
     context.finish(work)
     parts = [part.tensor_split([len(part) - extra]) for part in found.split(sizes) if len(part)]
     rows_TY = torch.empty(sum(counts), width, device=own_WY.device)

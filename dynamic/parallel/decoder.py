@@ -1,10 +1,10 @@
 """A decoder whose weights are spread over ranks: rank 0 is called as any decoder, the others follow its messages.
 
 Rows are known by their slots in the cache: a message names those that go on, and every rank picks them out of what it
-has. So it is rank 0 alone that decides who leaves at an exit. Each home runs its own rows (:mod:`.homes`), and all
+has. So it is rank 0 alone that decides which rows exit. Each KV shard runs its own rows (:mod:`.data_ranks`), and all
 ranks of a stage have all rows again behind every segment.
 
-Shape suffixes as in ``kernels/api/types.py``; W rows of a home.
+Shape suffixes as in ``kernels/api/types.py``; W rows of a KV shard.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ..model.kv_cache import allocate_layers, copy_pages
 from ..model.spec import ModelSpec
 from .data_ranks import SharedCache, cache_of, on_device, share_rows, spread
 from .norms import norm_over_ranks, propagate_over_ranks, spread_norms
-from .plan import Message, Operation, leave_message, read_batch, read_budget, read_leaving, run_message
+from .plan import Message, Operation, exit_message, read_batch, read_budget, read_exited, run_message
 from .shards import Shard, part_of, width
 from .stage_stack import make_held_stack
 
@@ -50,7 +50,7 @@ class ParallelDecoder(Decoder):
         self.context = shard.context
         self.processes = str(shard.context.config) + shard.placed
         config = shard.context.config
-        self.homes = config.homes
+        self.kv_shards = config.kv_shards
         self.held = shard.held
         self.load = ExpertLoad(shard.whole.experts_by_layer, self.device)
         axis = ExpertAxis(
@@ -60,7 +60,7 @@ class ParallelDecoder(Decoder):
             first=self.context.data_rank * config.expert,
         )
         self._exchange = ExpertExchange(self.context, axis, config.padded_rows)
-        self._executed_X = torch.zeros_like(self._exchange.executed_X)  # of all homes
+        self._executed_X = torch.zeros_like(self._exchange.executed_X)  # of all KV shards
         self._shares = {
             number: share_experts(shard.placement[number], moe.router.top_k + moe.num_always_on, self.device)
             for number, moe in ((number, layer.moe) for number, layer in enumerate(spec.layers))
@@ -78,13 +78,14 @@ class ParallelDecoder(Decoder):
             int, tuple[torch.Tensor, torch.Tensor]
         ] = {}  # of a worker, by cache: the last ones, their slots
 
-    def allocate_cache(self, num_pages: int, page_size: int, homes: int = 1) -> list[KVLayer]:
+    def allocate_cache(self, num_pages: int, page_size: int, kv_shards: int = 1) -> list[KVLayer]:
         """See :meth:`Decoder.allocate_cache`; on all ranks. The workers' shares go when rank 0 lets go of its own."""
         self._caches += 1
-        home, pages = self.context.home, num_pages // homes
-        layers = self._allocate(pages if home < homes else 0, page_size)
-        cache = SharedCache(layers, self._caches, pages, home)
-        self._tell(Message(operation=Operation.ALLOCATE, cache=cache.number, arguments=(num_pages, page_size, homes)))
+        kv_shard, pages = self.context.kv_shard, num_pages // kv_shards
+        layers = self._allocate(pages if kv_shard < kv_shards else 0, page_size)
+        cache = SharedCache(layers, self._caches, pages, kv_shard)
+        sizes = (num_pages, page_size, kv_shards)
+        self._tell(Message(operation=Operation.ALLOCATE, cache=cache.number, arguments=sizes))
         if self.context.leads:
             finalize(cache, self._dropped.append, cache.number)
         return cache
@@ -158,7 +159,7 @@ class ParallelDecoder(Decoder):
         router_entropy_T: torch.Tensor | None,
         budget: ExpertBudget | None,
     ) -> Message:
-        self.reserve_positions(batch.max_context_len)  # refused before anybody is told
+        self.reserve_positions(batch.num_positions)  # refused before anybody is told
         entropy, number = router_entropy_T is not None, cache_of(kv).number
         message = run_message(number, segment.layers, self._token_ids_T, batch, budget, entropy)
         self._tell(message)
@@ -177,19 +178,19 @@ class ParallelDecoder(Decoder):
     ) -> torch.Tensor:
         """Run rows that all ranks of the stage have; ``batch`` is on the host. See :meth:`Decoder.run_segment`."""
         cache = cache_of(kv)
-        if self.homes == 1:
+        if self.kv_shards == 1:
             return self._run_own(layers, x_TD, cache, batch, entropy_T, budget)
-        found = spread(batch, cache, self.homes)
-        own_W = found.rows[cache.home].to(self.device)
+        found = spread(batch, cache, self.kv_shards)
+        own_W = found.rows[cache.kv_shard].to(self.device)
         x_WD = x_TD[own_W]
         entropy_W = None if entropy_T is None else entropy_T[own_W]
-        books = None if budget is None else budget.of_rows(own_W)
+        own_budget = None if budget is None else budget.of_rows(own_W)
         self._exchange.begin(found.counts)
         if found.own is not None:
-            x_WD = self._run_own(layers, x_WD, cache, found.own, entropy_W, books)
+            x_WD = self._run_own(layers, x_WD, cache, found.own, entropy_W, own_budget)
         elif any(self._exchange.rows):
             self._lend_experts(layers)
-        columns = [entropy_W, None if books is None else books.skipped_T.float()]
+        columns = [entropy_W, None if own_budget is None else own_budget.skipped_T.float()]
         own_WY = torch.cat((x_WD, *(column_W[:, None] for column_W in columns if column_W is not None)), 1)
         rows_TY, executed_X = share_rows(self.context, own_WY, self._exchange.executed_X, found)
         self._executed_X += executed_X
@@ -208,16 +209,16 @@ class ParallelDecoder(Decoder):
         entropy_W: torch.Tensor | None,
         budget: ExpertBudget | None,
     ) -> torch.Tensor:
-        """Run the rows of this rank's home."""
+        """Run the rows of this rank's KV shard."""
         batch = on_device(batch, self.device)
         if self._held_stack is None:
             segment = Segment(index=0, layers=layers)
             return super().run_segment(segment, x_WD, cache, batch, entropy_W, budget)
-        self.reserve_positions(batch.max_context_len)
+        self.reserve_positions(batch.num_positions)
         return self._held_stack.run(layers, x_WD, cache, self.cos_sin_LC, batch, entropy_W, budget)
 
     def _lend_experts(self, layers: range) -> None:
-        """Run other homes' rows through the experts that are here; this one has none in this step."""
+        """Run other KV shards' rows through the experts that are here; this one has none in this step."""
         x_0D = torch.empty(0, self.spec.hidden_size, dtype=self.dtype, device=self.device)
         for number in layers:
             if shares := self._shares.get(number):
@@ -225,16 +226,16 @@ class ParallelDecoder(Decoder):
                 nobody = Routing(expert_ids_TK=ids_0K, weights_TK=ids_0K.float())
                 self._through_experts(number, self._exchange.depart(x_0D, nobody, shares))
 
-    def project(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
-        """See :meth:`Decoder.project`; every rank writes the keys and values of its heads, of its home's rows."""
-        message = leave_message(cache_of(kv).number, exit.after_layers, batch)
+    def propagate_kv(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
+        """See :meth:`Decoder.propagate_kv`; every rank writes those of its heads, of its KV shard's rows."""
+        message = exit_message(cache_of(kv).number, exit.after_layers, batch)
         self._tell(message)
-        self._project_own(exit, x_RD, kv, read_leaving(message))
+        self._write_own(exit, x_RD, kv, read_exited(message))
 
-    def _project_own(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
+    def _write_own(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
         own_W, own = cache_of(kv).own_rows(batch)
         if len(own_W):
-            super().project(exit, x_RD[own_W.to(self.device)], kv, on_device(own, self.device))
+            super().propagate_kv(exit, x_RD[own_W.to(self.device)], kv, on_device(own, self.device))
 
     def exchange(self) -> Exchange:
         """See :meth:`Decoder.exchange`."""
@@ -249,7 +250,7 @@ class ParallelDecoder(Decoder):
         self.context.close()
 
     def _record_load(self) -> None:
-        """Bring the counts of homes and stages together, where they are wanted; the last thing that all ranks do."""
+        """Bring the counts of KV shards and stages together, if they are wanted; the last thing that all ranks do."""
         if self.context.config.record_load is None:
             return
         counts = self.context.gather(self.load.rows_NE.cpu())
@@ -282,8 +283,8 @@ class ParallelDecoder(Decoder):
                 self._copy(cache_of(caches[message.cache]), list(zip(pages, copies, strict=True)))
             elif message.operation is Operation.RUN:
                 self._obey_run(message, caches[message.cache])
-            elif message.operation is Operation.PROJECT:
-                self._obey_project(message, caches[message.cache])
+            elif message.operation is Operation.PROPAGATE:
+                self._obey_propagate(message, caches[message.cache])
             elif message.operation is Operation.EMBED:
                 if self.context.stage == 0:
                     self._embedded_TD = self._embed_together(message.blocks[0].to(self.device))
@@ -297,12 +298,12 @@ class ParallelDecoder(Decoder):
 
     def _obey_run(self, message: Message, kv: list[KVLayer]) -> None:
         batch, layers = read_batch(message), range(*message.arguments[:2])
-        self.reserve_positions(batch.max_context_len)
+        self.reserve_positions(batch.num_positions)
         x_TD = self._beginning(message) if layers.start == 0 else self._pick(message.cache, batch.slots_T)
-        entropy_T, budget = self._read_books(message, batch)
+        entropy_T, budget = self._counters(message, batch)
         self._rows[message.cache] = self._run_layers(layers, x_TD, kv, batch, entropy_T, budget), batch.slots_T
 
-    def _read_books(self, message: Message, batch: AttentionBatch) -> tuple[torch.Tensor | None, ExpertBudget | None]:
+    def _counters(self, message: Message, batch: AttentionBatch) -> tuple[torch.Tensor | None, ExpertBudget | None]:
         """What is written down beside rows: the routers' entropy, where it is wanted, and the experts' budget."""
         count = len(batch.slots_T)
         entropy_T = torch.zeros(count, device=self.device) if message.arguments[5] else None
@@ -315,10 +316,10 @@ class ParallelDecoder(Decoder):
         x_TD, self._embedded_TD = self._embedded_TD, None
         return x_TD
 
-    def _obey_project(self, message: Message, kv: list[KVLayer]) -> None:
-        leaving = read_leaving(message)
-        x_RD = self._pick(message.cache, leaving.slots_T)
-        self._project_own(self.exits[message.arguments[0]], x_RD, kv, leaving)
+    def _obey_propagate(self, message: Message, kv: list[KVLayer]) -> None:
+        exited = read_exited(message)
+        x_RD = self._pick(message.cache, exited.slots_T)
+        self._write_own(self.exits[message.arguments[0]], x_RD, kv, exited)
 
     def _pick(self, cache: int, slots_R: torch.Tensor) -> torch.Tensor:
         x_TD, slots_T = self._rows[cache]
@@ -356,9 +357,9 @@ class ParallelDecoder(Decoder):
         parts = [(*pair, norm) for pair, norm in zip(pairs, self._spread_norms, strict=True)]
         return norm_over_ranks(self.context, self.spec.norm_eps, *parts)
 
-    def _project(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
+    def _propagate(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
         if self._spread_norms is None:
-            super()._project(exit, x_RD, kv, batch)
+            super()._propagate(exit, x_RD, kv, batch)
             return
         kind, norm, attention = self.local_spec.layers[-1].attention, self._spread_norms[1], self._attention_context()
         propagate_over_ranks(self.context, attention, kind, exit.projections, norm, x_RD, kv, batch)
@@ -390,7 +391,7 @@ class ParallelDecoder(Decoder):
         rows_RD, routing = self._exchange.arrive(departure)
         if len(rows_RD):
             rows_RD = self.backend.experts(rows_RD, self.layers[number].ffn, routing)
-        return self._exchange.come_home(departure, rows_RD)
+        return self._exchange.send_back(departure, rows_RD)
 
 
 def rows_at(slots_T: torch.Tensor, wanted_R: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""Rows that left at the end of a stage, and owe keys and values to the stages behind until a row that reads them comes.
+"""Deferred KV writes: rows that exited on an earlier stage get their keys and values here when a later row reads them.
 
-Every rank of a pipeline keeps the same books from rank 0's messages; the vectors themselves are with one stage only.
+Every rank of a pipeline lists the same rows from rank 0's messages; the vectors themselves are with one stage only.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from ...kernels.api.types import AttentionBatch
 
 
 @dataclass(eq=False)
-class OwedRow:
-    """A row that left behind ``after_layers`` layers; ``x_D`` is its hidden vector, where this stage has it."""
+class DeferredRow:
+    """A row that exited after ``after_layers`` layers; ``x_D`` is its hidden vector, where this stage has it."""
 
     slot: int
     position: int
@@ -23,14 +23,14 @@ class OwedRow:
     x_D: torch.Tensor | None
 
 
-def rows_that_leave(batch: AttentionBatch, after_layers: int, x_RD: torch.Tensor | None) -> list[OwedRow]:
+def exited_rows(batch: AttentionBatch, after_layers: int, x_RD: torch.Tensor | None) -> list[DeferredRow]:
     """The rows of a batch, of which positions and slots are read, on the host; their vectors are copied."""
     vectors = [None] * len(batch.slots_T) if x_RD is None else x_RD.clone().unbind()
     places = zip(batch.slots_T.tolist(), batch.positions_T.tolist(), vectors, strict=True)
-    return [OwedRow(slot, position, after_layers, x_D) for slot, position, x_D in places]
+    return [DeferredRow(slot, position, after_layers, x_D) for slot, position, x_D in places]
 
 
-def vectors_of(rows: Sequence[OwedRow], width: int, device: torch.device) -> torch.Tensor:
+def take_vectors(rows: Sequence[DeferredRow], width: int, device: torch.device) -> torch.Tensor:
     """Their hidden vectors, (R, D), which the rows give up."""
     if not rows:
         return torch.empty(0, width, device=device)
@@ -52,17 +52,17 @@ def slots_read(batch: AttentionBatch, page_size: int) -> dict[int, int]:
     return found
 
 
-class Debts:
-    """Owed rows of one cache between two stages, by the page where their keys belong.
+class DeferredWrites:
+    """Deferred rows of one cache between two stages, by the page where their keys belong.
 
     Attributes:
-        forgiven: rows whose keys nobody will read any more: their page has got another owner.
+        dropped: rows whose keys nobody will read any more: their page has got another owner.
     """
 
     def __init__(self, page_size: int) -> None:
         self._page_size = page_size
-        self._pages: dict[int, list[OwedRow]] = {}  # in the order of leaving, which is the same on all ranks
-        self.forgiven = 0
+        self._pages: dict[int, list[DeferredRow]] = {}  # in the order of their exits, which is the same on all ranks
+        self.dropped = 0
 
     def __bool__(self) -> bool:
         return bool(self._pages)
@@ -70,14 +70,14 @@ class Debts:
     def __len__(self) -> int:
         return sum(len(rows) for rows in self._pages.values())
 
-    def add(self, rows: Iterable[OwedRow]) -> None:
-        """Write down rows."""
+    def add(self, rows: Iterable[DeferredRow]) -> None:
+        """Defer the writes of rows."""
         for row in rows:
             self._pages.setdefault(row.slot // self._page_size, []).append(row)
 
-    def take(self, slots: Mapping[int, int] | None = None) -> list[OwedRow]:
-        """Rows that are no longer owed here: those at the first so many slots of some pages, or all."""
-        due: list[OwedRow] = []
+    def take(self, slots: Mapping[int, int] | None = None) -> list[DeferredRow]:
+        """Rows that are no longer deferred here: those at the first so many slots of some pages, or all."""
+        due: list[DeferredRow] = []
         for page in [page for page in self._pages if slots is None or page in slots]:
             stop = page * self._page_size + (self._page_size if slots is None else slots[page])
             rows = self._pages.pop(page)
@@ -86,12 +86,12 @@ class Debts:
                 self._pages[page] = kept
         return due
 
-    def forgive(self, pages: Iterable[int]) -> None:
+    def drop(self, pages: Iterable[int]) -> None:
         """These pages are written anew."""
-        self.forgiven += len(self.take(dict.fromkeys(pages, self._page_size)))
+        self.dropped += len(self.take(dict.fromkeys(pages, self._page_size)))
 
     def overwrite(self, slots: Iterable[int]) -> None:
-        """Rows begin at some slots: what is owed there, and behind on the page, is of a sequence that is gone.
+        """Rows begin at some slots: what is deferred there, and behind on the page, is of a sequence that is gone.
 
         A sequence fills a page from its first slot on, or from where a copy ends.
         """
@@ -99,6 +99,6 @@ class Debts:
             page = slot // self._page_size
             if rows := self._pages.pop(page, None):
                 kept = [row for row in rows if row.slot < slot]
-                self.forgiven += len(rows) - len(kept)
+                self.dropped += len(rows) - len(kept)
                 if kept:
                     self._pages[page] = kept

@@ -1,8 +1,8 @@
-"""A decoder whose layers are spread over stages: rows wander from stage to stage, rank 0 decides where they leave.
+"""A decoder whose layers are spread over stages: rows go from stage to stage, rank 0 decides where they exit.
 
 Rank 0 holds the embedding, the first layers and the LM head; what it sees of rows that are on another stage is a column
-of their slots in the cache, int64. All ranks see all messages, and so know where rows are, and which rows' keys and
-values are still owed to which stage: these rows travel with the next row of their sequence that runs there, if any.
+of their slots in the cache, int64. All ranks see all messages, and so know where rows are, and whose
+KV writes a stage has deferred: these rows travel with the next row of their sequence that runs there, if any.
 
 Shape suffixes as in ``kernels/api/types.py``.
 """
@@ -22,13 +22,13 @@ from ..model.exits import DecoderExit
 from ..model.spec import ModelSpec
 from .data_ranks import SharedCache, cache_of, on_device
 from .decoder import ParallelDecoder, rows_at
-from .deferred_kv import Debts, OwedRow, rows_that_leave, slots_read, vectors_of
-from .plan import Message, Operation, leave_message, read_batch, read_leaving, rows_to_write
+from .deferred_kv import DeferredRow, DeferredWrites, exited_rows, slots_read, take_vectors
+from .plan import Message, Operation, exit_message, read_batch, read_exited, rows_to_write
 from .shards import Shard
 from .stage_links import StageLinks
 from .stages import budget_part, micro_batches
 
-MOST_OWED = 4096  # rows of a cache that wait in front of one stage; vectors of memory
+MAX_DEFERRED = 4096  # rows of a cache that wait in front of one stage; vectors of memory
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ class PipelineDecoder(ParallelDecoder):
         self._parts = self.context.config.micro_batches or len(self.stages)
         self._ran: dict[int, _Ran] = {}  # by cache
         self._last = 0  # the cache that rows ran on last
-        self._debts: dict[int, list[Debts]] = {}  # by cache, between each stage and the next
+        self._deferred: dict[int, list[DeferredWrites]] = {}  # by cache, between each stage and the next
 
     @property
     def unsent_rows(self) -> list[int]:
-        """By stage: rows that left and were not sent to the next one: not yet, or not needed there any more."""
-        books = zip(*self._debts.values(), strict=True)
-        return [sum(len(debts) + debts.forgiven for debts in border) for border in books]
+        """By stage: rows that exited and were not sent to the next one: not yet, or not needed there any more."""
+        by_stage = zip(*self._deferred.values(), strict=True)
+        return [sum(len(writes) + writes.dropped for writes in caches) for caches in by_stage]
 
     def exchange(self) -> Exchange:
         """See :meth:`Decoder.exchange`."""
@@ -83,9 +83,9 @@ class PipelineDecoder(ParallelDecoder):
 
     def _copy(self, cache: SharedCache, copies: list[tuple[int, int]]) -> None:
         sources, targets = zip(*copies, strict=True)
-        self._settle(cache, dict.fromkeys(sources, cache[0].page_size))
-        for debts in self._borders(cache):
-            debts.forgive(targets)
+        self._write_now(cache, dict.fromkeys(sources, cache[0].page_size))
+        for writes in self._deferred_writes(cache):
+            writes.drop(targets)
         super()._copy(cache, copies)
 
     def run_segment(
@@ -121,28 +121,28 @@ class PipelineDecoder(ParallelDecoder):
         nothing = torch.empty(0, device=self.device)
         return ExitDecision(logits_T=nothing, order_T=found[:count], num_staying=int(found[count]))
 
-    def project(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
-        """See :meth:`Decoder.project`; the stages behind that of the exit write theirs when rows next go there."""
-        self.reserve_positions(batch.max_context_len)
-        message = leave_message(cache_of(kv).number, exit.after_layers, batch)
+    def propagate_kv(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
+        """See :meth:`Decoder.propagate_kv`; the stages behind that of the exit write theirs when rows next go there."""
+        self.reserve_positions(batch.num_positions)
+        message = exit_message(cache_of(kv).number, exit.after_layers, batch)
         self._tell(message)
-        self._leave(exit, x_RD, kv, read_leaving(message))
+        self._exit(exit, x_RD, kv, read_exited(message))
 
     def read_out(self, exit: DecoderExit, x_RD: torch.Tensor) -> torch.Tensor:
-        """See :meth:`Decoder.read_out`; :meth:`project` was called for these rows, which has sent the results here."""
+        """See :meth:`Decoder.read_out`; :meth:`propagate_kv` for these rows has sent the results here."""
         if (stage := self._stage_of(exit)) == self.stage:
             return super().read_out(exit, x_RD)
         return self.links.collect(stage, (len(x_RD), self.spec.hidden_size), torch.float32)
 
     def _obey_run(self, message: Message, kv: list[KVLayer]) -> None:
         batch, layers = read_batch(message), range(*message.arguments[:2])
-        self.reserve_positions(batch.max_context_len)
+        self.reserve_positions(batch.num_positions)
         x_TD: torch.Tensor | None = None
         if layers.start == 0:
             x_TD = self._beginning(message) if self.stage == 0 else None
         elif self.stages.owner(layers.start - 1) == self.stage:
             x_TD = self._ran[message.cache].pick(batch.slots_T)
-        self._run(layers, x_TD, kv, batch, *self._read_books(message, batch))
+        self._run(layers, x_TD, kv, batch, *self._counters(message, batch))
 
     def _obey_decide(self, message: Message) -> None:
         exit = self.exits[message.arguments[0]]
@@ -153,14 +153,14 @@ class PipelineDecoder(ParallelDecoder):
             self.links.back(torch.cat((decision.order_T, decision.order_T.new_tensor([decision.num_staying]))))
             self.links.wait()
 
-    def _obey_project(self, message: Message, kv: list[KVLayer]) -> None:
+    def _obey_propagate(self, message: Message, kv: list[KVLayer]) -> None:
         exit = self.exits[message.arguments[0]]
-        self.reserve_positions(message.arguments[1])
-        batch = read_leaving(message)
+        batch = read_exited(message)
+        self.reserve_positions(batch.num_positions)
         x_RD = None
         if self._stage_of(exit) == self.stage:
             x_RD = self._ran[message.cache].pick(batch.slots_T)
-        self._leave(exit, x_RD, kv, batch)
+        self._exit(exit, x_RD, kv, batch)
 
     def _run(
         self,
@@ -182,12 +182,12 @@ class PipelineDecoder(ParallelDecoder):
         cache = cache_of(kv)
         self._last = cache.number
         if layers.start == 0:
-            for debts in filter(None, self._borders(cache)):
-                debts.overwrite(batch.slots_T.tolist())
+            for writes in filter(None, self._deferred_writes(cache)):
+                writes.overwrite(batch.slots_T.tolist())
         begin, end = self.stages.owner(max(layers.start - 1, 0)), self.stages.owner(layers.stop - 1)
-        owing = any(self._borders(cache)[begin:end])
-        slots = slots_read(batch, cache[0].page_size) if owing else {}
-        arriving, leaving = self._move_debts(cache, range(begin, end), slots)
+        waiting = any(self._deferred_writes(cache)[begin:end])
+        slots = slots_read(batch, cache[0].page_size) if waiting else {}
+        arriving, departing = self._move_deferred(cache, range(begin, end), slots)
         mine = range(max(layers.start, self.held.start), min(layers.stop, self.held.stop))
         parts = micro_batches(batch, self._parts if self.stages.owner(layers.start) < end else 1)
         ran: list[torch.Tensor] = []
@@ -204,8 +204,8 @@ class PipelineDecoder(ParallelDecoder):
             if mine:
                 part_TD = self._run_layers(mine, part_TD, kv, part, entropy_T, part_budget)
             if self.stage < end:
-                owed_RD, leaving = vectors_of(leaving, self.spec.hidden_size, self.device), []
-                self.links.ahead(_with_books(part_TD, part_budget), owed_RD)
+                deferred_RD, departing = take_vectors(departing, self.spec.hidden_size, self.device), []
+                self.links.ahead(_with_counters(part_TD, part_budget), deferred_RD)
             else:
                 self._send_back(layers.stop, part_TD, part_budget)
                 ran.append(part_TD)
@@ -217,12 +217,12 @@ class PipelineDecoder(ParallelDecoder):
         return self._collect(layers.stop, end, parts, budget) if self.context.leads else None
 
     def _receive(
-        self, batch: AttentionBatch, budget: ExpertBudget | None, owed: list[OwedRow], kv: Sequence[KVLayer]
+        self, batch: AttentionBatch, budget: ExpertBudget | None, deferred: list[DeferredRow], kv: Sequence[KVLayer]
     ) -> torch.Tensor:
         """Rows of the stage before; those that come with them for their keys and values are written first."""
         running, width = len(batch.slots_T), self.spec.hidden_size
-        found = self.links.from_behind(running + len(owed), width + (budget is not None))
-        self._write_owed(owed, found[running:, :width], kv)
+        found = self.links.from_behind(running + len(deferred), width + (budget is not None))
+        self._write_deferred(deferred, found[running:, :width], kv)
         if budget is not None:
             budget.skipped_T.copy_(found[:running, width])
         return found[:running, :width].contiguous()
@@ -231,7 +231,7 @@ class PipelineDecoder(ParallelDecoder):
         """Tell rank 0 what it needs of the rows behind some layers: see :meth:`_collect`."""
         if self.stage and (stop == self.spec.num_layers or budget is not None):
             rows_TD = x_TD if stop == self.spec.num_layers else x_TD[:, :0]
-            self.links.back(_with_books(rows_TD, budget))
+            self.links.back(_with_counters(rows_TD, budget))
 
     def _collect(
         self, stop: int, stage: int, parts: list[tuple[slice, AttentionBatch]], budget: ExpertBudget | None
@@ -247,78 +247,76 @@ class PipelineDecoder(ParallelDecoder):
             budget.skipped_T.copy_(found[:, width])
         return found[:, :width].contiguous() if width else None
 
-    def _leave(
-        self, exit: DecoderExit, x_RD: torch.Tensor | None, kv: Sequence[KVLayer], batch: AttentionBatch
-    ) -> None:
-        """Rows leave: their stage writes for its own layers and hands rank 0 the read-out; the others write it down."""
-        stage, borders = self._stage_of(exit), self._borders(cache_of(kv))
+    def _exit(self, exit: DecoderExit, x_RD: torch.Tensor | None, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
+        """Rows exit: their stage writes its own layers and hands rank 0 the exit head's result; the others defer."""
+        stage, between = self._stage_of(exit), self._deferred_writes(cache_of(kv))
         if stage == self.stage:
             assert x_RD is not None
             if stage and self.context.rank == 0:
                 self.links.back(super().read_out(exit, x_RD))
             self._write(exit, x_RD, kv, batch)
-        if stage < len(borders):
-            borders[stage].add(rows_that_leave(batch, exit.after_layers, x_RD))
-            if len(borders[stage]) > MOST_OWED:
-                self._settle(cache_of(kv))
+        if stage < len(between):
+            between[stage].add(exited_rows(batch, exit.after_layers, x_RD))
+            if len(between[stage]) > MAX_DEFERRED:
+                self._write_now(cache_of(kv))
         self.links.wait()
 
-    def _write_owed(self, owed: list[OwedRow], x_RD: torch.Tensor, kv: Sequence[KVLayer]) -> None:
-        """Write this stage's keys and values of rows that left on an earlier one; the vectors are kept for the next."""
+    def _write_deferred(self, deferred: list[DeferredRow], x_RD: torch.Tensor, kv: Sequence[KVLayer]) -> None:
+        """Write this stage's KV of rows that exited on an earlier one; the vectors are kept for the next."""
         if self.stage < len(self.stages) - 1:
-            for row, x_D in zip(owed, x_RD.clone(), strict=True):
+            for row, x_D in zip(deferred, x_RD.clone(), strict=True):
                 row.x_D = x_D
-        for after_layers in sorted({row.after_layers for row in owed}):
-            here = [number for number, row in enumerate(owed) if row.after_layers == after_layers]
-            places = [(owed[number].position, owed[number].slot) for number in here]
+        for after_layers in sorted({row.after_layers for row in deferred}):
+            here = [number for number, row in enumerate(deferred) if row.after_layers == after_layers]
+            places = [(deferred[number].position, deferred[number].slot) for number in here]
             positions_R, slots_R = torch.tensor(places).T.contiguous()
-            batch = rows_to_write(positions_R, slots_R, int(positions_R.max()) + 1)
+            batch = rows_to_write(positions_R, slots_R, int(positions_R.max()))
             self._write(self.exits[after_layers], x_RD[torch.tensor(here, device=x_RD.device)], kv, batch)
 
     def _write(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
-        """Write this stage's keys and values of rows that left, for its layers behind their exit."""
-        self.reserve_positions(batch.max_context_len)
+        """Write this stage's keys and values of rows that exited, for its layers behind their exit."""
+        self.reserve_positions(batch.num_positions)
         own_W, own = cache_of(kv).own_rows(batch)
         if exit.projections and len(own_W):
             behind = kv[max(exit.after_layers, self.held.start) : self.held.stop]
-            self._project(exit, x_RD[own_W.to(self.device)], behind, on_device(own, self.device))
+            self._propagate(exit, x_RD[own_W.to(self.device)], behind, on_device(own, self.device))
 
-    def _move_debts(
+    def _move_deferred(
         self, cache: SharedCache, crossed: range, slots: dict[int, int] | None
-    ) -> tuple[list[OwedRow], list[OwedRow]]:
-        """Owed rows at some slots go along from these stages to the next; those that arrive here and that go on."""
-        borders = self._borders(cache)
-        moving: list[OwedRow] = []
-        arriving, leaving = moving, moving
+    ) -> tuple[list[DeferredRow], list[DeferredRow]]:
+        """Deferred rows at some slots go along from these stages to the next; those that arrive here and that go on."""
+        between = self._deferred_writes(cache)
+        moving: list[DeferredRow] = []
+        arriving, departing = moving, moving
         for stage in crossed:
-            moving = borders[stage].take(slots) + moving
+            moving = between[stage].take(slots) + moving
             if stage == self.stage:
-                leaving = moving
+                departing = moving
             if stage + 1 == self.stage:
                 arriving = moving
-        if crossed and crossed.stop < len(borders):
-            borders[crossed.stop].add(moving)
-        return arriving, leaving
+        if crossed and crossed.stop < len(between):
+            between[crossed.stop].add(moving)
+        return arriving, departing
 
-    def _settle(self, cache: SharedCache, slots: dict[int, int] | None = None) -> None:
-        """Let the rows that are owed at some slots, or all, travel now, alone."""
-        arriving, leaving = self._move_debts(cache, range(len(self.stages) - 1), slots)
+    def _write_now(self, cache: SharedCache, slots: dict[int, int] | None = None) -> None:
+        """Send and write what is deferred at some slots, or all, without waiting for a row that reads it."""
+        arriving, departing = self._move_deferred(cache, range(len(self.stages) - 1), slots)
         width = self.spec.hidden_size
         if arriving:
-            self._write_owed(arriving, self.links.from_behind(len(arriving), width), cache)
-        if leaving:
-            owed_RD = vectors_of(leaving, width, self.device)
-            self.links.ahead(owed_RD[:0], owed_RD)
+            self._write_deferred(arriving, self.links.from_behind(len(arriving), width), cache)
+        if departing:
+            deferred_RD = take_vectors(departing, width, self.device)
+            self.links.ahead(deferred_RD[:0], deferred_RD)
         self.links.wait()
 
-    def _borders(self, cache: SharedCache) -> list[Debts]:
-        if cache.number not in self._debts:
-            self._debts[cache.number] = [Debts(cache[0].page_size) for _ in range(len(self.stages) - 1)]
-        return self._debts[cache.number]
+    def _deferred_writes(self, cache: SharedCache) -> list[DeferredWrites]:
+        if cache.number not in self._deferred:
+            self._deferred[cache.number] = [DeferredWrites(cache[0].page_size) for _ in range(len(self.stages) - 1)]
+        return self._deferred[cache.number]
 
     def _forget(self, cache: int) -> None:
         self._ran.pop(cache, None)
-        self._debts.pop(cache, None)
+        self._deferred.pop(cache, None)
 
     def _stage_of(self, exit: DecoderExit) -> int:
         return self.stages.owner(exit.after_layers - 1)
@@ -329,6 +327,6 @@ class PipelineDecoder(ParallelDecoder):
         return exit is not None and exit.probe is not None and exit.probe.previous
 
 
-def _with_books(x_TD: torch.Tensor, budget: ExpertBudget | None) -> torch.Tensor:
+def _with_counters(x_TD: torch.Tensor, budget: ExpertBudget | None) -> torch.Tensor:
     """Rows, with a column of how many experts they did without so far where they are on a budget."""
     return x_TD if budget is None else torch.cat((x_TD, budget.skipped_T.float()[:, None]), 1)

@@ -22,10 +22,10 @@ class Operation(IntEnum):
     """What the workers do next."""
 
     STOP = 0
-    ALLOCATE = 1  # pages, tokens per page, homes
+    ALLOCATE = 1  # pages, tokens per page, KV shards
     COPY = 2  # pages read, pages written
     RUN = 3  # layers from, to; longest query, longest context; number of sequences; whether routers' entropy is wanted
-    PROJECT = 4  # layers in front of the exit; longest context
+    PROPAGATE = 4  # layers in front of the exit; highest position
     DECIDE = 5  # layers in front of the exit
     FREE = 6
     EMBED = 7  # token ids
@@ -111,23 +111,24 @@ def read_batch(message: Message) -> AttentionBatch:
         block_table_SM=table.int().view(message.arguments[4], -1),
         max_query_len=message.arguments[2],
         max_context_len=message.arguments[3],
+        max_position=int(positions.max()),
     )
 
 
-def leave_message(cache: int, after_layers: int, batch: AttentionBatch) -> Message:
-    """Let rows leave; only positions and slots of the batch are read."""
+def exit_message(cache: int, after_layers: int, batch: AttentionBatch) -> Message:
+    """Rows exit; only positions and slots of the batch are read."""
     blocks = batch.positions_T.cpu(), batch.slots_T.cpu()
-    arguments = (after_layers, batch.max_context_len)
-    return Message(operation=Operation.PROJECT, cache=cache, arguments=arguments, blocks=blocks)
+    arguments = (after_layers, batch.num_positions - 1)
+    return Message(operation=Operation.PROPAGATE, cache=cache, arguments=arguments, blocks=blocks)
 
 
-def read_leaving(message: Message) -> AttentionBatch:
-    """The rows of :func:`leave_message`: a batch for writing to the cache only, on the host."""
+def read_exited(message: Message) -> AttentionBatch:
+    """The rows of :func:`exit_message`: a batch for writing to the cache only, on the host."""
     positions_R, slots_R = message.blocks[:2]
     return rows_to_write(positions_R, slots_R, message.arguments[1])
 
 
-def rows_to_write(positions_R: torch.Tensor, slots_R: torch.Tensor, max_context_len: int) -> AttentionBatch:
+def rows_to_write(positions_R: torch.Tensor, slots_R: torch.Tensor, max_position: int) -> AttentionBatch:
     """A batch for writing to the cache only."""
     empty = torch.empty(0, dtype=torch.int32)
     return AttentionBatch(
@@ -137,7 +138,8 @@ def rows_to_write(positions_R: torch.Tensor, slots_R: torch.Tensor, max_context_
         context_len_S=empty,
         block_table_SM=empty,
         max_query_len=1,
-        max_context_len=max_context_len,
+        max_context_len=0,
+        max_position=max_position,
     )
 
 

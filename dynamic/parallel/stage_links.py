@@ -16,30 +16,30 @@ class StageLinks:
 
     Attributes:
         bytes_ahead: sent to the next stage in rows that run there.
-        bytes_owed: sent to the next stage in rows that left, for their keys and values.
+        bytes_deferred: sent to the next stage in rows that exited, for their keys and values.
         bytes_back: received by rank 0 from the leaders of other stages: rows that are at their end.
-        bytes_decided: likewise: who leaves.
+        bytes_decided: likewise: which rows exit.
     """
 
     def __init__(self, context: ParallelContext) -> None:
         self._context = context
         self._size = context.config.stage_size
         self._sent: list[tuple[Any, torch.Tensor]] = []  # a tensor must live until it is away
-        self.bytes_ahead = self.bytes_owed = self.bytes_back = self.bytes_decided = 0
+        self.bytes_ahead = self.bytes_deferred = self.bytes_back = self.bytes_decided = 0
 
-    def ahead(self, running: torch.Tensor, owed_RD: torch.Tensor) -> None:
-        """Send rows to the next stage: those that run there, and behind them those that owe keys and values.
+    def ahead(self, running: torch.Tensor, deferred_RD: torch.Tensor) -> None:
+        """Send rows to the next stage: those that run there, and behind them those whose KV writes were deferred.
 
         Arguments:
             running: (T, D) or wider; float32.
         """
-        owed = torch.nn.functional.pad(owed_RD, (0, running.shape[1] - owed_RD.shape[1]))
-        self._send(torch.cat((running, owed)), self._context.world_rank + self._size)
+        deferred = torch.nn.functional.pad(deferred_RD, (0, running.shape[1] - deferred_RD.shape[1]))
+        self._send(torch.cat((running, deferred)), self._context.world_rank + self._size)
         self.bytes_ahead += running.nbytes
-        self.bytes_owed += owed.nbytes
+        self.bytes_deferred += deferred.nbytes
 
     def from_behind(self, num_rows: int, width: int) -> torch.Tensor:
-        """Receive what the stage before sent with :meth:`ahead`: (running and owed rows, width), float32."""
+        """Receive what the stage before sent with :meth:`ahead`: (running and deferred rows, width), float32."""
         return self._receive((num_rows, width), torch.float32, self._context.world_rank - self._size)
 
     def back(self, found: torch.Tensor) -> None:

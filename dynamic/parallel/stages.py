@@ -149,6 +149,7 @@ def _part(
         block_table_SM=batch.block_table_SM[first:stop].contiguous(),
         max_query_len=max(end - start for start, end in pairwise(starts[first : stop + 1])),
         max_context_len=max(contexts[first:stop]),
+        max_position=batch.max_position,
     )
 
 

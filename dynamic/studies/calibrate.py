@@ -125,7 +125,8 @@ def calibrate(config: CalibrateConfig, *, progress: bool = True, say: Callable[[
     probed = [exit.after_layers for exit in llm.model.decoder.exits.values() if exit.probe is not None]
     settings = path_through(probed, config.probabilities, config.keeps)
     source, chosen, tested = _prompts(config, path, llm)
-    facts = deployment(llm.model, llm.engine.runner.exits, llm.engine.logits_plugins)
+    engine = llm.engine
+    facts = deployment(llm.model, engine.runner.exits, engine.logits_plugins, engine.cache_plugins)
     kept = {
         k: v
         for k, v in asdict(config).items()

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 def provenance(llm: LLM) -> dict[str, Scalar]:
     """Flat names and values; those of the deployment are what a certificate is bound to."""
-    facts = deployment(llm.model, llm.engine.runner.exits, llm.engine.logits_plugins)
+    engine = llm.engine
+    facts = deployment(llm.model, engine.runner.exits, engine.logits_plugins, engine.cache_plugins)
     return {
         "git_revision": git_revision(),
         "version": __version__,

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 GROUP = "point"
-_ENGINE = ("max_num_seqs", "max_num_batched_tokens", "block_size", "park_rows")
+_ENGINE = ("max_num_seqs", "max_num_batched_tokens", "block_size")
 
 
 def write_serve_configs(points: pd.DataFrame, folder: Path) -> int:

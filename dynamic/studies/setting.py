@@ -155,7 +155,9 @@ def _uncertified(quality: StudiedQuality, contract: Quality, llm: LLM, exact: Sa
     directory = Path(quality.certificates).expanduser() if quality.certificates else llm.model.path / CERTIFICATES
     if not directory.is_dir():
         raise ValueError(f"no such directory of certificates: {directory}")
-    contracts = Contracts(nearest(directory, deployment(llm.model, llm.engine.runner.exits, llm.engine.logits_plugins)))
+    engine = llm.engine
+    running = deployment(llm.model, engine.runner.exits, engine.logits_plugins, engine.cache_plugins)
+    contracts = Contracts(nearest(directory, running))
     facts = RequestFacts(greedy=True, temperature=0.0, max_tokens=exact.max_tokens or 1, adjusted=False)
     found = contracts.resolve(contract.alpha, contract.delta, facts)
     certificate = found.certificate

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -106,17 +107,24 @@ class ProbeWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class ExitDecision:
-    """Who leaves at an exit.
+    """Which rows exit.
 
     Arguments:
         logits_T: of the probe, float32.
-        order_T: int64; rows that stay, then rows that leave, both rising.
-        num_staying: how many stay.
+        order_T: int64; rows that continue, then rows that exit, both rising.
+        num_staying: how many continue.
+        host_order_T: ``order_T`` on the host, where it came from the device together with ``num_staying``.
     """
 
     logits_T: torch.Tensor
     order_T: torch.Tensor
     num_staying: int
+    host_order_T: np.ndarray | None = None
+
+    @property
+    def order(self) -> np.ndarray:
+        """``order_T`` on the host."""
+        return self.order_T.cpu().numpy() if self.host_order_T is None else self.host_order_T
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,15 +176,26 @@ class AttentionBatch:
 
     Sequence ``s`` owns rows ``query_start_S1[s] : query_start_S1[s + 1]``; they are the last rows of its context, which
     holds ``context_len_S[s]`` tokens once this step's keys have been written.
+
+    A token has two numbers. Its *position* in the text is what rotates its query and key. Its *cache index* counts the
+    tokens of its sequence that are still in the cache, and says where it lies and what sees it: entry ``i`` is in page
+    ``block_table_SM[s, i // P]``, and the last row of ``s`` has index ``context_len_S[s] - 1``, the row before it one
+    less. A row sees the indices up to its own. Both are equal unless a cache policy has evicted earlier tokens.
     """
 
-    positions_T: torch.Tensor  # int64, position of each row in its sequence
+    positions_T: torch.Tensor  # int64, position of each row in its text, for rotation only
     slots_T: torch.Tensor  # int64, page * P + offset where the row's key and value are written
     query_start_S1: torch.Tensor  # int32
     context_len_S: torch.Tensor  # int32
     block_table_SM: torch.Tensor  # int32, page numbers; entries beyond the context are never read
     max_query_len: int
     max_context_len: int
+    max_position: int | None = None  # of positions_T; None: max_context_len - 1, for nothing was evicted
+
+    @property
+    def num_positions(self) -> int:
+        """How long the table of rotations must be."""
+        return self.max_context_len if self.max_position is None else self.max_position + 1
 
     @property
     def num_sequences(self) -> int:

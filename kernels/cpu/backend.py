@@ -304,7 +304,6 @@ class CpuBackend(CpuQuantPacking):
             q_THC,
             layer.keys_BGPC,
             layer.values_BGPC,
-            batch.positions_T,
             batch.query_start_S1,
             batch.context_len_S,
             batch.block_table_SM,

@@ -68,7 +68,7 @@ def paged_attention(
         q_THC: rotated queries.
         layer: the cache, which already holds this step's keys and values.
         scale: factor on the scores.
-        window: a row at position p sees positions ``p - window + 1 … p`` (sliding window); None sees all.
+        window: a row of cache index i sees ``i - window + 1 … i`` (sliding window); None sees all up to i.
         sinks_H: float32, a logit of each head that takes part in the softmax and has no value; it is not scaled.
         lse_TH: float32; if given, takes the logarithm of the softmax's denominator, the sink's term included. It joins
             parts of a context that were attended apart.
@@ -87,7 +87,8 @@ def paged_attention(
         )
         k_HLC, v_HLC = k_GLC.repeat_interleave(groups, 0), v_GLC.repeat_interleave(groups, 0)
         scores_HTL = torch.einsum("thc,hlc->htl", q_THC[rows].float(), k_HLC) * scale
-        behind_TL = batch.positions_T[rows, None] - torch.arange(length, device=q_THC.device)
+        index_L = torch.arange(length, device=q_THC.device)
+        behind_TL = index_L[length - (starts[s + 1] - starts[s]) :, None] - index_L
         hidden_TL = behind_TL < 0
         if window is not None:
             hidden_TL = hidden_TL | (behind_TL >= window)

@@ -36,7 +36,7 @@ class AttentionConfig:
 @triton.jit(do_not_specialize=["num_rows", "window", "table_stride"])
 def attention_kernel(
     q_ptr, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr, out_ptr, part_ptr, part_max_ptr, part_sum_ptr,
-    sinks_ptr, lse_ptr, positions_ptr, query_start_ptr, context_len_ptr, block_table_ptr,
+    sinks_ptr, lse_ptr, query_start_ptr, context_len_ptr, block_table_ptr,
     log2_scale, window, num_rows,
     q_stride_t, q_stride_h, stride_b, stride_g, stride_p, scale_b, scale_g, scale_p, table_stride,
     G: tl.constexpr, HEADS: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr,
@@ -61,16 +61,17 @@ def attention_kernel(
     head_M = group * HEADS + m % HEADS
     ok_M = (m < BLOCK_Q * HEADS) & (q_M < query_len)
     row_M = first_row + q_M
-    position_M = tl.load(positions_ptr + row_M, mask=ok_M, other=0).to(tl.int32)
+    context_len = tl.load(context_len_ptr + sequence)
+    index_M = tl.where(ok_M, context_len - query_len + q_M, 0)  # in the cache
     c = tl.arange(0, C_PAD)
     ok_C = c < C
     q_at_MC = q_ptr + row_M.to(tl.int64)[:, None] * q_stride_t + head_M[:, None] * q_stride_h + c[None, :]
     q_MC = tl.load(q_at_MC, mask=ok_M[:, None] & ok_C[None, :], other=0.0)
 
-    end = tl.minimum(tl.load(context_len_ptr + sequence), tl.max(position_M, axis=0) + 1)
+    end = tl.minimum(context_len, tl.max(index_M, axis=0) + 1)
     begin = 0
     if WINDOW:
-        begin = tl.maximum(0, tl.min(tl.where(ok_M, position_M, 2147483647), axis=0) - window + 1) // BLOCK_L * BLOCK_L
+        begin = tl.maximum(0, tl.min(tl.where(ok_M, index_M, 2147483647), axis=0) - window + 1) // BLOCK_L * BLOCK_L
     if SPLITS > 1:
         per_split = tl.cdiv(tl.cdiv(end - begin, BLOCK_L), SPLITS) * BLOCK_L
         begin += tl.program_id(2) * per_split
@@ -91,9 +92,9 @@ def attention_kernel(
         if FORMAT == "int8":
             scale_at_L = page_L * scale_b + group * scale_g + inside_L * scale_p
             scores_ML *= tl.load(key_scales_ptr + scale_at_L, mask=ok_L, other=0.0).to(tl.float32)[None, :]
-        seen_ML = ok_L[None, :] & (l_L[None, :] <= position_M[:, None])
+        seen_ML = ok_L[None, :] & (l_L[None, :] <= index_M[:, None])
         if WINDOW:
-            seen_ML = seen_ML & (position_M[:, None] - l_L[None, :] < window)
+            seen_ML = seen_ML & (index_M[:, None] - l_L[None, :] < window)
         scores_ML = tl.where(seen_ML, scores_ML, float("-inf"))
         new_max_M = tl.maximum(max_M, tl.max(scores_ML, axis=1))
         # A row that has seen nothing yet has no maximum to subtract.
@@ -189,7 +190,6 @@ def plan_attention(
     kv = stored_kv(layer)
     require_contiguous_channels(q_THC=q_THC, keys_BGPC=kv.keys, values_BGPC=kv.values)
     require_contiguous(
-        positions_T=batch.positions_T,
         query_start_S1=batch.query_start_S1,
         context_len_S=batch.context_len_S,
         block_table_SM=batch.block_table_SM[:1],  # its rows may lie apart
@@ -222,7 +222,6 @@ def plan_attention(
                 "part_sum_ptr": part_sum,
                 "sinks_ptr": sinks_H if splits == 1 else None,
                 "lse_ptr": lse_TH if splits == 1 else None,
-                "positions_ptr": batch.positions_T,
                 "query_start_ptr": batch.query_start_S1,
                 "context_len_ptr": batch.context_len_S,
                 "block_table_ptr": batch.block_table_SM,

@@ -186,7 +186,8 @@ class TritonBackend(TorchBackend):
     ) -> ExitDecision:
         call = ExitCall(x_TD, probe, thresholds_T, previous_TD, router_entropy_T, self._ticket())
         logits_T, order_T, continuing = self._do(call)
-        return ExitDecision(logits_T=logits_T, order_T=order_T, num_staying=int(continuing.item()))
+        found = torch.cat((order_T, continuing.long())).cpu().numpy()  # the only wait for the device at an exit
+        return ExitDecision(logits_T=logits_T, order_T=order_T, num_staying=int(found[-1]), host_order_T=found[:-1])
 
     def warm_up(self, shapes: Sequence[WarmUpShape], progress: bool = True) -> int:
         """Compile every kernel that layers of these shapes will need, so that no request waits for a compiler.

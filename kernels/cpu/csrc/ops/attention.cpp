@@ -1,8 +1,8 @@
 // Causal grouped-query attention over a paged cache, for decoding and prefill alike.
 //
 // A task takes some rows of a sequence and some key/value heads with the query heads that share them. Keys come in
-// blocks of 64 at absolute positions, blocks in stretches of 256; a row goes through an online softmax within a
-// stretch, and stretches are joined in rising order. Both orders are fixed by the row's position alone, so one row at a
+// blocks of 64 at fixed cache indices, blocks in stretches of 256; a row goes through an online softmax within a
+// stretch, and stretches are joined in rising order. Both orders are fixed by the row's index alone, so one row at a
 // time, chunks of a prompt, and a long context shared out among threads all give the same bits. See Dao et al. 2022 and
 // 2023.
 //
@@ -28,6 +28,7 @@ constexpr int64_t kFewQueries = 12;  // of a key head, up to which a task takes 
 
 struct Task {
   int64_t sequence, first_head, heads, first_row, rows;  // key/value heads
+  int64_t first_index;                                   // of the first row, in the cache
 };
 
 // Sizes and addresses that all tasks share.
@@ -51,11 +52,11 @@ struct Plan {
     return queries <= kernels.scored_rows && dtype == Dtype::bf16 &&
            call.channels % (16 * score_gemm.inputs_per_word) == 0;
   }
-  int64_t first_visible(int64_t position) const {
-    return call.window ? std::max<int64_t>(0, position - call.window + 1) : 0;
+  int64_t first_visible(int64_t index) const {
+    return call.window ? std::max<int64_t>(0, index - call.window + 1) : 0;
   }
-  int64_t first_key(const Task& task) const { return first_visible(call.positions[task.first_row]); }
-  int64_t end_key(const Task& task) const { return call.positions[task.first_row + task.rows - 1] + 1; }
+  int64_t first_key(const Task& task) const { return first_visible(task.first_index); }
+  int64_t end_key(const Task& task) const { return task.first_index + task.rows; }
   // What a task reads first.
   void first_rows(const Task& task, KeyRows& rows) const {
     KeyBlock block;
@@ -96,8 +97,7 @@ class Attend {
         kv_head_(kv_head),
         packed_(packed),
         queries_(task.rows * plan.group),
-        tiles_(plan.tiles(queries_)),
-        positions_(plan.call.positions + task.first_row) {
+        tiles_(plan.tiles(queries_)) {
     const AttentionCall& call = plan.call;
     const bool widen = plan.dtype != call.q.dtype;
     float* wide = reinterpret_cast<float*>(packed + tiles_.bytes());
@@ -123,7 +123,7 @@ class Attend {
   int64_t first_key() const { return plan_.first_key(task_); }
   int64_t end_key() const { return plan_.end_key(task_); }
 
-  // Takes the keys from position `first` on, as far as the rows may see them. `ahead` is what comes next, or null.
+  // Takes the keys from index `first` on, as far as the rows may see them. `ahead` is what comes next, or null.
   void take(int64_t first, KeyRows& rows, const Partial& partial, const KeyRows* ahead) {
     const bool narrow = plan_.call.values.dtype == Dtype::int8;
     const bool direct = tiles_.count == 1 && plan_.scores_directly(queries_);
@@ -217,11 +217,12 @@ class Attend {
         __builtin_prefetch(static_cast<const char*>(rows[i]) + byte, 0, 2);
   }
 
-  // Whether a tile's rows see any of the 64 positions from `first` on.
+  int64_t index_of(int64_t query) const { return task_.first_index + query / plan_.group; }  // in the cache
+
+  // Whether a tile's rows see any of the 64 keys from `first` on.
   bool sees(int64_t first, int64_t t) const {
-    const int64_t first_position = positions_[tiles_.start(t) / plan_.group];
-    const int64_t last_position = positions_[(tiles_.start(t + 1) - 1) / plan_.group];
-    return last_position >= first && plan_.first_visible(first_position) < first + kKeyBlock;
+    return index_of(tiles_.start(t + 1) - 1) >= first &&
+           plan_.first_visible(index_of(tiles_.start(t))) < first + kKeyBlock;
   }
 
   // Scores of a tile with the loaded keys, [half][query][32].
@@ -239,9 +240,9 @@ class Attend {
     const int64_t half_stride = size * kBlockOutputs;
     float* accumulator = partial.accumulator(queries_, tiles_, t);
     for (int r = 0; r < size; ++r) {
-      const int64_t position = positions_[(tiles_.start(t) + r) / plan_.group];
-      const int64_t first = std::clamp<int64_t>(plan_.first_visible(position) - block, 0, kKeyBlock);
-      const int64_t last = std::clamp<int64_t>(position + 1 - block, 0, kKeyBlock);
+      const int64_t index = index_of(tiles_.start(t) + r);
+      const int64_t first = std::clamp<int64_t>(plan_.first_visible(index) - block, 0, kKeyBlock);
+      const int64_t last = std::clamp<int64_t>(index + 1 - block, 0, kKeyBlock);
       if (first >= last) {
         std::memset(probabilities + r * kKeyBlock, 0, kKeyBlock * sizeof(float));
       } else {
@@ -265,7 +266,6 @@ class Attend {
   char* packed_;
   int64_t queries_;
   PackedTiles tiles_;
-  const int64_t* positions_;
   uint32_t* keys_;
   float* scores_;
 };
@@ -296,14 +296,14 @@ class TaskHeads {
     KeyRows rows[2];  // of what is read now and next
     int now = 0;
     following.rows_of(plan_.call, task_.first_head, rows[now]);
-    for (int64_t position = low; position < high; position += kKeyBlock) {
+    for (int64_t index = low; index < high; index += kKeyBlock) {
       block = following;
-      following.locate(plan_.call, task_.sequence, position + kKeyBlock, first_key, end_key);
+      following.locate(plan_.call, task_.sequence, index + kKeyBlock, first_key, end_key);
       for (size_t h = 0; h < heads_.size(); ++h) {
         const bool last = h + 1 == heads_.size(), more = !last || !following.empty();
         const int64_t head = task_.first_head + (last ? 0 : static_cast<int64_t>(h) + 1);
         if (more) (last ? following : block).rows_of(plan_.call, head, rows[1 - now]);
-        heads_[h].take(position, rows[now], partial(memory, h), more ? &rows[1 - now] : after);
+        heads_[h].take(index, rows[now], partial(memory, h), more ? &rows[1 - now] : after);
         now = 1 - now;
       }
     }
@@ -355,10 +355,12 @@ void attention(const Context& context, const AttentionCall& call) {
     const int64_t begin = call.query_start[s], rows = call.query_start[s + 1] - begin;
     if (rows <= 0) continue;
     const Tiles tiles(rows, most_rows), parts(call.kv_heads, heads);
+    const int64_t before = call.context_len[s] - rows;  // tokens of the context in front of these rows
     // The last rows of a sequence see the most keys; long tasks go first.
     for (int64_t t = tiles.count - 1; t >= 0; --t)
       for (int64_t g = 0; g < parts.count; ++g)
-        tasks.push_back({s, parts.start(g), parts.size(g), begin + tiles.start(t), tiles.size(t)});
+        tasks.push_back({s, parts.start(g), parts.size(g), begin + tiles.start(t), tiles.size(t),
+                         before + tiles.start(t)});
   }
   const int64_t num_tasks = static_cast<int64_t>(tasks.size());
   if (!split) {

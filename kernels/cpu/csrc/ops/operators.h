@@ -126,7 +126,6 @@ struct AttentionCall {
   int64_t heads, kv_heads, channels;
   Cache keys, values;
   int64_t page_size;
-  const int64_t* positions;
   const int32_t* query_start;
   const int32_t* context_len;
   const int32_t* block_table;

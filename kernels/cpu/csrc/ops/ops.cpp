@@ -99,15 +99,14 @@ Tensor rope_and_write_op(int64_t isa, const Tensor& q, const Tensor& k, const Te
   return out;
 }
 
-Tensor attention_op(int64_t isa, const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& positions,
-                    const Tensor& query_start, const Tensor& context_len, const Tensor& block_table, double scale,
-                    int64_t window, const OptionalTensor& sinks, const OptionalTensor& lse) {
+Tensor attention_op(int64_t isa, const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& query_start,
+                    const Tensor& context_len, const Tensor& block_table, double scale, int64_t window,
+                    const OptionalTensor& sinks, const OptionalTensor& lse) {
   Tensor out = at::empty(q.sizes(), q.options());
   AttentionCall call{head_rows_of(q, "q"),       q.size(1),   keys.size(1), q.size(2), cache_of(keys, q.size(2), "keys"),
                      cache_of(values, q.size(2), "values"), keys.size(2)};
   TORCH_CHECK_VALUE(keys.size(1) > 0 && q.size(1) % keys.size(1) == 0, q.size(1), " query heads do not divide among ",
                     keys.size(1), " key heads");
-  call.positions = contiguous_data<int64_t>(positions, at::kLong, "positions");
   call.query_start = contiguous_data<int32_t>(query_start, at::kInt, "query_start");
   call.context_len = contiguous_data<int32_t>(context_len, at::kInt, "context_len");
   TORCH_CHECK_VALUE(block_table.scalar_type() == at::kInt && block_table.dim() == 2 &&
@@ -162,8 +161,8 @@ TORCH_LIBRARY(dynamoe_cpu, m) {
       "Tensor(a!) keys, Tensor(b!) values) -> Tensor",
       &rope_and_write_op);
   m.def(
-      "attention(int isa, Tensor q, Tensor keys, Tensor values, Tensor positions, Tensor query_start, Tensor "
-      "context_len, Tensor block_table, float scale, int window, Tensor? sinks, Tensor(a!)? lse) -> Tensor",
+      "attention(int isa, Tensor q, Tensor keys, Tensor values, Tensor query_start, Tensor context_len, "
+      "Tensor block_table, float scale, int window, Tensor? sinks, Tensor(a!)? lse) -> Tensor",
       &attention_op);
   m.def(
       "route(int isa, Tensor logits, int top_k, int score, bool softmax_after_topk, bool renormalize, float scale) -> "

@@ -102,7 +102,6 @@ void attend(const Context& context, const Shape& shape, const AttentionBlock& bl
   rope_and_write(context, rope);
   AttentionCall call{{work.q, block.q_width(), shape.dtype}, block.heads, block.kv_heads, block.channels,
                      caches.keys[layer], caches.values[layer], caches.page_size};
-  call.positions = places.positions;
   call.query_start = places.query_start;
   call.context_len = places.context_len;
   call.block_table = places.block_table;

@@ -1,0 +1,200 @@
+"""How long a step takes, by its rows and the experts that they touch: one table for whatever plans steps.
+
+A step's weights are read once for all its rows, those of the experts once for all rows that use them. So the rows alone
+do not say what a step costs: rows that share experts are cheaper than rows that do not.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+
+from ...exits.segments import Segment
+from ...kernels.api.types import AttentionBatch, ExpertWeights, KVLayer, Routing
+
+if TYPE_CHECKING:
+    from ...kernels.torch.backend import TorchBackend
+    from ..model.decoder import Decoder
+
+_REPEATS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """One measured step.
+
+    Arguments:
+        rows: how many ran, each of a sequence of its own with a short context.
+        experts: different experts that they used, mean over the mixtures; 0 where the model has none.
+        layers, head: seconds of all layers; of final norm and LM head on every row.
+    """
+
+    rows: int
+    experts: float
+    layers: float
+    head: float
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """What steps take.
+
+    Arguments:
+        points: at least one; those of equal rows differ in their experts.
+    """
+
+    points: tuple[StepTime, ...]
+
+    def seconds(self, rows: int, experts: float | None = None, sampled: int | None = None) -> float:
+        """The time of a step: its layers, and the LM head on the rows that need logits (None: all of them)."""
+        return self.layers(rows, experts) + self.head(rows if sampled is None else sampled)
+
+    def layers(self, rows: int, experts: float | None = None) -> float:
+        """Seconds of the layers.
+
+        Arguments:
+            rows: at least 1.
+            experts: different experts that they use, mean over the mixtures; None takes as many as rows of unrelated
+                tokens use. Held at the least and the most that were measured.
+        """
+        return self._between(rows, lambda size: self._layers_at(size, experts))
+
+    def head(self, rows: int) -> float:
+        """Seconds of final norm and LM head on so many rows; none for none."""
+        return self._between(rows, lambda size: self._by_rows[size][-1].head) if rows else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """What :meth:`from_json` reads."""
+        return {"points": [asdict(point) for point in self.points]}
+
+    @classmethod
+    def from_json(cls, table: Mapping[str, Any]) -> StepTimes:
+        """The table of :meth:`to_json`."""
+        return cls(tuple(StepTime(**point) for point in table["points"]))
+
+    @cached_property
+    def _by_rows(self) -> dict[int, list[StepTime]]:
+        """Points by rows, both rising, those of equal rows by their experts."""
+        found: dict[int, list[StepTime]] = {}
+        for point in sorted(self.points, key=lambda point: (point.rows, point.experts)):
+            found.setdefault(point.rows, []).append(point)
+        return found
+
+    def _between(self, rows: int, seconds: Callable[[int], float]) -> float:
+        """Between two measured numbers of rows the line through both; behind the last, the line goes on if it rises."""
+        if rows < 1:
+            raise ValueError(f"a step has at least 1 row, not {rows}")
+        sizes = list(self._by_rows)
+        above = min(max(bisect_left(sizes, rows), 1), len(sizes) - 1)
+        low, high = sizes[max(above - 1, 0)], sizes[above]
+        first, last = seconds(low), seconds(high)
+        if rows <= low or low == high:
+            return first
+        line = first + (last - first) * (rows - low) / (high - low)
+        return line if rows <= high else max(line, last)
+
+    def _layers_at(self, size: int, experts: float | None) -> float:
+        points = self._by_rows[size]
+        if experts is None:
+            return points[-1].layers
+        return float(np.interp(experts, [point.experts for point in points], [point.layers for point in points]))
+
+
+def measure_step_times(decoder: Decoder, kv: list[KVLayer], max_rows: int) -> StepTimes:
+    """Time steps of 1, 2, 4 … rows, whose tokens are all different, all equal, or in between.
+
+    Arguments:
+        kv: a cache whose pages are free, one for each row; they are overwritten.
+        max_rows: the most rows to time.
+
+    Raises:
+        ValueError: for a model that is shared by several processes.
+    """
+    if decoder.processes is not None:
+        raise ValueError(f"step times are measured in one process; this model is shared ({decoder.processes})")
+    mixtures = sum(layer.moe is not None and not layer.moe.is_dense for layer in decoder.spec.layers)
+    generator = torch.Generator().manual_seed(0)
+    points = []
+    most = min(max_rows, len(kv[0].keys_BGPC))
+    for size in (1 << i for i in range(most.bit_length())):
+        batch = last_slots(size, kv[0].page_size, torch.device(decoder.device))
+        for different in sorted({1, round(size**0.5), size} if mixtures else {size}):
+            kinds = torch.randint(decoder.spec.vocab_size, (different,), generator=generator)
+            tokens_R = kinds[torch.arange(size) % different].to(decoder.device)
+            experts = _count_experts(decoder, tokens_R, kv, batch) / mixtures if mixtures else 0.0
+            layers, head = _time(decoder, tokens_R, kv, batch)
+            points.append(StepTime(rows=size, experts=experts, layers=layers, head=head))
+    return StepTimes(tuple(points))
+
+
+def last_slots(size: int, page_size: int, device: torch.device) -> AttentionBatch:
+    """One row per sequence, each at the end of a page of its own."""
+    pages = torch.arange(size, device=device)
+    return AttentionBatch(
+        positions_T=torch.full((size,), page_size - 1, device=device),
+        slots_T=pages * page_size + page_size - 1,
+        query_start_S1=torch.arange(size + 1, dtype=torch.int32, device=device),
+        context_len_S=torch.full((size,), page_size, dtype=torch.int32, device=device),
+        block_table_SM=pages.int()[:, None],
+        max_query_len=1,
+        max_context_len=page_size,
+    )
+
+
+def _time(decoder: Decoder, tokens_R: torch.Tensor, kv: list[KVLayer], batch: AttentionBatch) -> tuple[float, float]:
+    """Seconds of the layers and of the LM head, the least of some tries."""
+    whole = Segment(index=0, layers=range(decoder.spec.num_layers))
+    layers, head = float("inf"), float("inf")
+    for _ in range(_REPEATS):
+        x_RD = decoder.embed(tokens_R)
+        times = [_now(decoder)]
+        x_RD = decoder.run_segment(whole, x_RD, kv, batch)
+        times.append(_now(decoder))
+        decoder.logits(x_RD)
+        times.append(_now(decoder))
+        layers, head = min(layers, times[1] - times[0]), min(head, times[2] - times[1])
+    return layers, head
+
+
+def _now(decoder: Decoder) -> float:
+    if torch.device(decoder.device).type == "cuda":
+        torch.cuda.synchronize(decoder.device)
+    return time.perf_counter()
+
+
+def _count_experts(decoder: Decoder, tokens_R: torch.Tensor, kv: list[KVLayer], batch: AttentionBatch) -> int:
+    """Different experts that some rows use, sum of all mixtures."""
+    counter = _ExpertCounter(decoder.backend)
+    watched = copy.copy(decoder)
+    watched.backend = cast("TorchBackend", counter)
+    watched.stack = None  # which would run the layers without asking the backend
+    whole = Segment(index=0, layers=range(decoder.spec.num_layers))
+    watched.run_segment(whole, watched.embed(tokens_R), kv, batch)
+    return counter.used
+
+
+class _ExpertCounter:
+    """A backend that counts the experts that are used."""
+
+    def __init__(self, backend: TorchBackend) -> None:
+        self._backend = backend
+        self.used = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def experts(self, x_TD: torch.Tensor, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
+        ids_N = routing.expert_ids_TK.flatten()
+        if routing.counts_T is not None:
+            slots_K = torch.arange(routing.expert_ids_TK.shape[1], device=ids_N.device)
+            ids_N = routing.expert_ids_TK[slots_K < routing.counts_T[:, None]]
+        self.used += len(ids_N.unique())
+        return self._backend.experts(x_TD, weights, routing)
