@@ -1,4 +1,4 @@
-"""The application: an engine behind OpenAI's endpoints."""
+"""The ASGI application: an engine behind OpenAI's endpoints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..version import __version__
 from .auth import Authentication, KeyRing
 from .bridge import EngineBridge, EngineRequest
 from .context import ServerContext
-from .contracts import ContractDesk
+from .contracts import ContractManager
 from .errors import install_error_handlers
 from .gate import Admission, Gate
 from .metrics import ServerMetrics
@@ -35,13 +35,13 @@ from .text import TextPool
 OPEN_PATHS = frozenset({"/health"})
 
 
-def make_context(engine: Engine, settings: ServerSettings, contracts: ContractDesk) -> ServerContext:
-    """Put the parts of a server together. The engine belongs to the server from here on.
+def make_context(engine: Engine, settings: ServerSettings, contracts: ContractManager) -> ServerContext:
+    """Assemble the parts of a server, which owns the engine from here on.
 
     Arguments:
-        engine: not driven by anyone else.
-        settings: the operator's.
-        contracts: the open catalog.
+        engine: not used by anyone else.
+        settings: of the server.
+        contracts: opened.
     """
     model = engine.model
     name = settings.served_model_name or model.name
@@ -106,7 +106,7 @@ def create_app(context: ServerContext) -> FastAPI:
     keys = KeyRing(settings.all_api_keys(), settings.admin_key)
     open_paths = OPEN_PATHS | {"/"} if settings.public_page else OPEN_PATHS
     limits = settings.limits
-    # The last one added is the outermost.
+    # The middleware added last is the outermost.
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes, timeout=limits.body_timeout)
     app.add_middleware(Admission, gate=context.gate)
     app.add_middleware(Authentication, keys=keys, open_paths=open_paths)
@@ -125,7 +125,7 @@ def create_app(context: ServerContext) -> FastAPI:
 
 
 async def warm_up(bridge: EngineBridge) -> None:
-    """Run one tiny request, so that the first user does not wait for thread pools and lazily built kernels."""
+    """Run one tiny request, which starts thread pools and builds lazily built kernels before the first user."""
     params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
     submission = await bridge.submit([EngineRequest(prompt_token_ids=[0, 0], params=params)])
     async for _ in submission.batches():
@@ -133,7 +133,7 @@ async def warm_up(bridge: EngineBridge) -> None:
 
 
 def _describe_errors(app: FastAPI) -> None:
-    """Take FastAPI's own 422 out of the OpenAPI document: such requests get 400 in OpenAI's shape."""
+    """Remove FastAPI's 422 from the OpenAPI document: such requests get 400 in OpenAI's error format."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""API keys: hashed when the server starts, compared in constant time, required on every path but the open ones."""
+"""API keys: hashed at startup, compared in constant time, required on every path but the open ones."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ class Caller:
     operator: bool = False
 
     def cache_salt(self, client_salt: str | None) -> str | None:
-        """The salt of the caller's prefix cache: callers with different keys never share pages, so that nobody can
-        learn from the time to the first token what another one asked."""
+        """The salt of the caller's prefix cache. Callers with different keys never share pages, so that the time to the
+        first token reveals nothing about other callers' prompts."""
         if self.key_id is None:
             return client_salt
         return hashlib.sha256(f"{self.key_id}\0{client_salt or ''}".encode()).hexdigest()
 
 
 class KeyRing:
-    """The keys that open the server.
+    """The server's API keys.
 
     Arguments:
-        api_keys: keys of ordinary callers; none means that everyone may call.
-        admin_key: key that opens the operator's paths as well; ordinary keys then do not.
+        api_keys: keys of ordinary callers; without any, everyone may call.
+        admin_key: key that is valid for the operator's paths as well; ordinary keys then are not.
     """
 
     def __init__(self, api_keys: Sequence[str], admin_key: str | None = None) -> None:
@@ -49,11 +49,11 @@ class KeyRing:
         return bool(self._digests)
 
     def identify(self, authorization: str | None) -> Caller | None:
-        """The caller behind an ``Authorization`` header, or None if it opens nothing."""
+        """The caller of an ``Authorization`` header, or None if its key is not valid."""
         scheme, _, key = (authorization or "").partition(" ")
         presented = _digest(key.strip())
         found = None
-        for digest, caller in self._digests:  # all of them, so that the time taken tells nothing
+        for digest, caller in self._digests:  # all of them, so that timing reveals nothing
             if hmac.compare_digest(digest, presented):
                 found = caller
         return found if scheme.lower() == "bearer" else None
@@ -69,7 +69,7 @@ def _key_id(key: str) -> str:
 
 
 class Authentication:
-    """ASGI middleware that turns away callers without a key and notes who the others are."""
+    """ASGI middleware that refuses callers without a valid key and stores the others in the request's state."""
 
     def __init__(self, app: ASGIApp, *, keys: KeyRing, open_paths: frozenset[str]) -> None:
         self._app = app
@@ -82,12 +82,9 @@ class Authentication:
             if self._keys.required and scope["path"] not in self._open_paths:
                 found = self._keys.identify(Headers(scope=scope).get("authorization"))
                 if found is None:
-                    error = ApiError(
-                        401,
-                        "Missing or wrong API key. Send it as 'Authorization: Bearer KEY'.",
-                        code="invalid_api_key",
-                        headers={"WWW-Authenticate": "Bearer"},
-                    )
+                    message = "Missing or wrong API key. Send it as 'Authorization: Bearer KEY'."
+                    headers = {"WWW-Authenticate": "Bearer"}
+                    error = ApiError(401, message, code="invalid_api_key", headers=headers)
                     return await error.response()(scope, receive, send)
                 if scope["path"] in OPERATOR_PATHS and not found.operator:
                     error = ApiError(403, f"{scope['path']} needs the operator's key.", code="operator_key_required")

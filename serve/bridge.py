@@ -1,12 +1,13 @@
-"""Between the event loop and the engine: one thread drives the engine, asyncio callers submit, wait and cancel.
+"""Connects the event loop to the engine: one thread drives the engine, asyncio callers submit, wait and cancel.
 
-Callers put commands into a thread-safe inbox. The engine's thread empties it before every step, runs the step and hands
-everything the step said to the event loop in one call. While there is nothing to do the thread sleeps in the inbox.
+Callers put commands into a thread-safe queue. The engine's thread runs them before every step, and passes all deltas of
+the step to the event loop in one call. While the engine is idle the thread blocks on the queue.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import queue
 import sys
@@ -26,6 +27,7 @@ from .submission import EngineFailure, RequestTimes, Submission
 logger = logging.getLogger("dynamoe.engine")
 
 DeltaObserver = Callable[[RequestTimes, RequestDelta, float], None]
+Command = Callable[[], object]  # runs on the engine's thread between two steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +35,8 @@ class EngineRequest:
     """One prompt for the engine.
 
     Arguments:
-        contract: what became of the caller's contract; ``params`` then say what may be spent.
-        request_id: differs from that of every other request, of other servers and other times as well: what is stored
-            about a request outlives the process.
+        contract: how the caller's contract was resolved; ``params`` hold the resulting settings.
+        request_id: unique across servers and restarts, because records about a request outlive the process.
     """
 
     prompt_token_ids: Sequence[int]
@@ -46,38 +47,17 @@ class EngineRequest:
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
-@dataclass(frozen=True, slots=True)
-class _Submit:
-    submission: Submission
-    requests: Sequence[EngineRequest]
-
-
-@dataclass(frozen=True, slots=True)
-class _Abort:
-    ids: list[str]
-
-
-@dataclass(frozen=True, slots=True)
-class _Wake:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class _Stop:
-    pass
-
-
 class EngineBridge:
-    """Runs an engine in a thread of its own.
+    """Runs an engine in a separate thread.
 
     Arguments:
-        engine: driven by the bridge's thread only, from :meth:`start` on.
+        engine: only the bridge's thread may use it after :meth:`start`.
         hang_timeout: seconds without progress, while there is work, after which the engine counts as hung: requests
-            then end with an error and new ones are refused until it moves again.
-        on_delta: called on the event loop for every delta, with its request's times and the moment it was made.
-        on_abort: called on the event loop with the ids of prompts that were given up.
-        idle_work: called by the bridge's thread while there is nothing to run: does a small piece of other work, and
-            returns whether there may be more at once. If not, it is asked again after :meth:`wake` or a request.
+            then end with an error and new ones are refused until it makes progress again.
+        on_delta: called on the event loop for every delta, with its request's times and the time of its step.
+        on_abort: called on the event loop with the ids of aborted prompts.
+        idle_work: called by the bridge's thread while the engine is idle: does a small part of other work and returns
+            whether more is ready. If not, it is called again after :meth:`wake` or a request.
     """
 
     def __init__(
@@ -95,7 +75,7 @@ class EngineBridge:
         self._idle_work = idle_work
         self._hang_timeout = hang_timeout
         self._on_delta = on_delta
-        self._inbox: queue.SimpleQueue[_Submit | _Abort | _Wake | _Stop] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()  # None: stop
         self._open: dict[str, Submission] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -112,15 +92,15 @@ class EngineBridge:
         return len(self._open)
 
     def start(self) -> None:
-        """Start the engine's thread; its answers go to the running event loop."""
+        """Start the engine's thread; deltas are delivered on the running event loop."""
         self._loop = asyncio.get_running_loop()
         self._watchdog = asyncio.create_task(self._watch())
         self._thread.start()
 
     async def stop(self, timeout: float = 5.0) -> bool:
-        """End all requests, then the thread after its current step; False if it is busy for longer than ``timeout``."""
+        """End all requests, then the thread after its current step; False if that takes longer than ``timeout``."""
         self.close()
-        self._inbox.put(_Stop())
+        self._commands.put(None)
         if self._watchdog is not None:
             self._watchdog.cancel()
         await asyncio.get_running_loop().run_in_executor(None, self._thread.join, timeout)
@@ -140,7 +120,7 @@ class EngineBridge:
         return None
 
     async def submit(self, requests: Sequence[EngineRequest]) -> Submission:
-        """Hand prompts to the engine, all of them or none.
+        """Submit prompts to the engine, all of them or none.
 
         Raises:
             ValueError: the engine refuses one of them (too long, token ids out of range, can never fit).
@@ -155,7 +135,7 @@ class EngineBridge:
         submission = Submission([request.request_id for request in requests], times, self.abort)
         for request_id in submission.ids:
             self._open[request_id] = submission
-        self._inbox.put(_Submit(submission, requests))
+        self._commands.put(functools.partial(self._add, submission, requests))
         try:
             await submission.accepted
         except (ValueError, EngineFull):
@@ -168,18 +148,18 @@ class EngineBridge:
         return submission
 
     def abort(self, ids: Iterable[str]) -> None:
-        """Drop requests; their pages are free after the engine's current step."""
+        """Abort requests; their pages are freed after the engine's current step."""
         known = [request_id for request_id in ids if self._open.pop(request_id, None) is not None]
         if known:
             self._on_abort(known)
-            self._inbox.put(_Abort(known))
+            self._commands.put(functools.partial(self.engine.abort, known))
 
     def wake(self) -> None:
-        """Say that there is something for ``idle_work``. From any thread."""
-        self._inbox.put(_Wake())
+        """Signal that ``idle_work`` has something to do. Callable from any thread."""
+        self._commands.put(lambda: None)
 
     def close(self) -> None:
-        """End all requests with an error and take no more."""
+        """End all requests with an error and accept no more."""
         self._closed = True
         self.fail_all(EngineFailure("The server is shutting down.", "shutting_down"))
 
@@ -203,20 +183,20 @@ class EngineBridge:
         self.fail_all(EngineFailure(f"The engine has died ({type(death).__name__}).", "engine_dead"))
 
     async def _watch(self) -> None:
-        """The watchdog: ends the requests of a hung engine, so that nobody waits in silence."""
+        """The watchdog: ends the requests of a hung engine with an error."""
         while True:
             await asyncio.sleep(min(1.0, self._hang_timeout / 4))
             failure = self.failure()
             if failure is not None and failure.code == "engine_hung":
                 self.fail_all(failure)
                 if not self._hang_reported:
-                    logger.error("%s The engine's thread is here:\n%s", failure, self._where())
+                    logger.error("%s Stack of the engine's thread:\n%s", failure, self._stack())
                 self._hang_reported = True
             elif self._hang_reported and failure is None:
-                logger.warning("the engine moves again")
+                logger.warning("the engine makes progress again")
                 self._hang_reported = False
 
-    def _where(self) -> str:
+    def _stack(self) -> str:
         frame = sys._current_frames().get(self._thread.ident or 0)
         return "".join(traceback.format_stack(frame)) if frame is not None else "(it has ended)"
 
@@ -232,42 +212,34 @@ class EngineBridge:
         except BaseException as death:
             logger.exception("the engine has died")
             self._progress_at = None
-            self._tell(self._report_death, death)
+            self._notify(self._report_death, death)
 
     def _take_commands(self) -> bool:
-        """Empty the inbox; sleep in it if there is nothing to run. False means: stop."""
+        """Run all queued commands; block until there is one if the engine is idle. False means: stop."""
         if not self.engine.has_unfinished():
             self._progress_at = None
             command = self._next_command()
             self._progress_at = time.monotonic()
-        else:
-            try:
-                command = self._inbox.get_nowait()
-            except queue.Empty:
-                return True
+            if command is None:
+                return False
+            command()
         while True:
-            match command:
-                case _Submit(submission, requests):
-                    self._add(submission, requests)
-                case _Abort(ids):
-                    self.engine.abort(ids)
-                case _Wake():
-                    pass
-                case _Stop():
-                    return False
             try:
-                command = self._inbox.get_nowait()
+                command = self._commands.get_nowait()
             except queue.Empty:
                 return True
+            if command is None:
+                return False
+            command()
 
-    def _next_command(self) -> _Submit | _Abort | _Wake | _Stop:
+    def _next_command(self) -> Command | None:
         """Wait for a command; while there is none, do idle work."""
         while True:
             try:
-                return self._inbox.get_nowait()
+                return self._commands.get_nowait()
             except queue.Empty:
                 if not self._idle_work():
-                    return self._inbox.get()
+                    return self._commands.get()
 
     def _add(self, submission: Submission, requests: Sequence[EngineRequest]) -> None:
         added: list[str] = []
@@ -286,22 +258,22 @@ class EngineBridge:
         except (ValueError, EngineFull) as refusal:
             self.engine.abort(added)
             error = refusal
-        self._tell(submission.settle, error)
+        self._notify(submission.resolve, error)
 
     def _step(self) -> None:
         before = self.stats
         deltas = self.engine.step()
         now = time.monotonic()
         self.stats = self.engine.stats()
-        if deltas or self.stats != before:  # a step that changes nothing is no sign of life
+        if deltas or self.stats != before:  # a step that changes nothing is not progress
             self._progress_at = now
         if deltas:
-            self._tell(self._deliver, now, deltas)
+            self._notify(self._deliver, now, deltas)
 
-    def _tell(self, function: Callable[..., None], *arguments: object) -> None:
+    def _notify(self, function: Callable[..., None], *arguments: object) -> None:
         assert self._loop is not None
         try:
             self._loop.call_soon_threadsafe(function, *arguments)
         except RuntimeError:
-            if not self._loop.is_closed():  # closed: the server has ended and nobody listens
+            if not self._loop.is_closed():  # closed: the server has ended
                 raise

@@ -1,4 +1,4 @@
-"""``dynamoe serve``: its configuration, and what it does with it."""
+"""``dynamoe serve`` and its configuration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .settings import ServerSettings
 
 @dataclass(frozen=True, kw_only=True)
 class ServeQualityConfig(QualityConfig):
-    """Contracts that are served, and how they are watched."""
+    """The contract catalog and its monitor."""
 
     monitor: MonitorSettings = field(default_factory=MonitorSettings)
 
@@ -35,7 +35,7 @@ def serve(config: ServeConfig) -> None:
         ValueError: the address is in use, or the model cannot be served.
         SystemExit: with the exit code, when the server did not end well.
     """
-    if launched_rank():  # workers take no address
+    if launched_rank():  # workers do not listen
         from ..dynamic.convert.load_model import load_model
 
         load_model(config.model, **config.load_arguments())

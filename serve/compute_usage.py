@@ -1,4 +1,4 @@
-"""What requests cost, for ``usage.compute`` and the metrics: one way of adding up for both."""
+"""Executed work of requests, summed the same way for ``usage.compute`` and the metrics."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def executed(spec: ModelSpec, computes: Iterable[Compute]) -> dict[str, int]:
 
 @dataclass(slots=True)
 class ComputeTally:
-    """Adds up over a request's prompts as their deltas come.
+    """Accumulates the work of a request's prompts from their deltas.
 
     Arguments:
         spec: of the model that runs.
-        uncertified: what the client asked for without a promise, in words; None: nothing.
+        uncertified: the uncertified setting that the client asked for, in words; None: nothing.
     """
 
     spec: ModelSpec
@@ -54,7 +54,7 @@ class ComputeTally:
     _contracts: list[ContractOutcome] = field(default_factory=list)
 
     def add(self, delta: RequestDelta) -> None:
-        """Take in what a step said."""
+        """Add one delta."""
         if delta.compute is not None:
             self._computes.append(delta.compute)
         if delta.contract is not None:

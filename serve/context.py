@@ -1,4 +1,4 @@
-"""What the routes share: one explicit object instead of module globals."""
+"""State that the routes share, in one explicit object instead of module globals."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ..dynamic.model.loaded import LoadedModel
 from .bridge import EngineBridge
-from .contracts import ContractDesk
+from .contracts import ContractManager
 from .gate import Gate
 from .metrics import ServerMetrics
 from .request_checks import RequestChecks
@@ -24,7 +24,7 @@ class ServerContext:
     model_name: str
     max_model_len: int
     bridge: EngineBridge
-    contracts: ContractDesk
+    contracts: ContractManager
     gate: Gate
     metrics: ServerMetrics
     text: TextPool

@@ -1,7 +1,7 @@
-"""The contract catalog: what a request may spend, who is watched, and new certificates while the server runs.
+"""Contracts of a running server: resolves them, monitors them, and reloads certificates.
 
-Everything that may wait for the monitor's disk happens on one thread of its own. The event loop is never held up, and a
-disk that fails costs savings, not answers: what could not be watched runs exactly.
+Everything that may block on the monitor's disk runs on one separate thread, never on the event loop. A failing disk
+costs savings, not answers: requests that cannot be monitored run exactly.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ class MonitorSettings(MonitorConfig):
     """The live monitor of contracts.
 
     Arguments:
-        file: where picks and bets are kept, of one server at a time; null takes one in the cache that belongs to this
-            model and address. It holds prompts and outputs of picked requests until their losses are counted.
-        share: of the requests under a certificate that are run again in full, 0 to 1. 0 picks none; what fired before
-            stays reverted.
-        seed: of the coin that picks.
+        file: SQLite file of sampled requests and e-processes, used by one server at a time; null takes a file in the
+            cache for this model and address. It holds prompts and outputs of sampled requests until their losses are
+            counted.
+        share: share of the requests under a certificate that are run again in full, 0 to 1. 0 samples none;
+            certificates that have fired stay reverted.
+        seed: of the sampling decisions.
     """
 
     file: str | None = None
@@ -56,7 +57,7 @@ def default_monitor_file(model: Path, address: str) -> Path:
 
 @dataclass(slots=True)
 class _Served:
-    """What a picked request has been given so far."""
+    """Output so far of a request that is sampled for the monitor."""
 
     prompt_tokens: Sequence[int]
     temperature: float  # 0 if it is greedy
@@ -79,14 +80,14 @@ class _Served:
 
 
 @dataclass(slots=True)
-class _Streak:
-    """Tells the log about the first failure of several in a row, and about the end of them."""
+class _DiskLog:
+    """Logs the first of several disk failures in a row, and the recovery."""
 
     failing: bool = False
 
     def failed(self, error: sqlite3.Error) -> None:
         if not self.failing:
-            logger.error("the monitor's disk fails: %s; picked requests run exactly until it works again", error)
+            logger.error("the monitor's disk fails: %s; sampled requests run exactly until it works again", error)
         self.failing = True
 
     def worked(self) -> None:
@@ -96,14 +97,14 @@ class _Streak:
 
 
 @dataclass(kw_only=True)
-class ContractDesk:
-    """Resolves contracts, and has the monitor watch them.
+class ContractManager:
+    """Resolves contracts and monitors them.
 
     Arguments:
         source: of the certificates.
         settings: of the monitor.
-        default_file: the monitor's, where the settings name none.
-        on_pending: called from another thread when a picked request waits for its full run.
+        default_file: of the monitor, if the settings name none.
+        on_pending: called from another thread when a sampled request waits for its full run.
     """
 
     source: CertificateSource
@@ -112,32 +113,32 @@ class ContractDesk:
     on_pending: Callable[[], None] = lambda: None
     catalog: ContractCatalog = field(default_factory=ContractCatalog, init=False)  # replaced as a whole
     monitor: RiskMonitor | None = field(default=None, init=False)  # from the first certificate on
-    states: dict[str, ContractState] = field(default_factory=dict, init=False)  # as of the last look
+    states: dict[str, ContractState] = field(default_factory=dict, init=False)  # as of the last refresh
     _served: dict[str, _Served] = field(default_factory=dict, init=False)
     _unsaved: deque[tuple[str, _Served]] = field(default_factory=deque, init=False)
-    _disk: _Streak = field(default_factory=_Streak, init=False)
+    _disk: _DiskLog = field(default_factory=_DiskLog, init=False)
     _reloading: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
     _thread: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="monitor"), init=False
     )
 
     def open(self) -> None:
-        """Read and arm the certificates, before the server starts.
+        """Read and register the certificates before the server starts.
 
         Raises:
-            ValueError: for certificates that cannot be used, or a monitor's file that cannot be used.
+            ValueError: for certificates or a monitor's file that cannot be used.
         """
-        self.catalog = self._arm(self.source.read())
+        self.catalog = self._register(self.source.read())
 
     async def reload(self) -> None:
-        """Read the certificates again, and use those of now instead. Requests on their way keep what they got.
+        """Read the certificates again and replace the catalog. Requests in flight keep their settings.
 
         Raises:
-            ValueError: as :meth:`open`; nothing has changed then.
+            ValueError: as :meth:`open`; the catalog is unchanged.
         """
         async with self._reloading:
             catalog = await asyncio.to_thread(self.source.read)
-            self.catalog = await self._off_loop(self._arm, catalog)
+            self.catalog = await self._off_loop(self._register, catalog)
         logger.info(
             "certificates read again: %d valid, %d refused", len(catalog.contracts.certificates), len(catalog.refused)
         )
@@ -145,11 +146,11 @@ class ContractDesk:
     async def resolve(
         self, request_id: str, prompt_tokens: Sequence[int], params: SamplingParams
     ) -> tuple[SamplingParams, ContractOutcome | None]:
-        """What a request may spend and what to tell its client; the sampling decision is persisted first.
+        """A request's settings and the outcome of its contract; the monitor's sampling decision is persisted first.
 
         Arguments:
-            request_id: no other request has it, in any server.
-            params: with ``max_tokens`` resolved.
+            request_id: unique across servers.
+            params: with ``max_tokens`` set.
         """
         if not isinstance(params.quality, Quality):
             return params, None
@@ -164,7 +165,7 @@ class ContractDesk:
         return replace(params, quality="exact"), replace(outcome, certificate=None, reason=reason)
 
     def on_delta(self, delta: RequestDelta) -> None:
-        """Note what a request was given."""
+        """Record a request's output."""
         served = self._served.get(delta.request_id)
         if served is None:
             return
@@ -173,24 +174,24 @@ class ContractDesk:
             self.ended([delta.request_id])
 
     def ended(self, request_ids: Iterable[str]) -> None:
-        """These requests are over, finished or not."""
+        """Record that requests have ended, finished or not."""
         for request_id in request_ids:
             if served := self._served.pop(request_id, None):
                 self._unsaved.append((request_id, served))
                 self._thread.submit(self._save)
 
     def refused(self, request_ids: Iterable[str]) -> None:
-        """These requests were resolved, but never ran. Those that ended otherwise meanwhile are left alone."""
+        """Withdraw requests that were resolved but never ran; those that have ended otherwise are skipped."""
         ids = list(request_ids)
         if self.monitor is not None:
             self._thread.submit(self._withdraw, ids)
 
-    async def look(self) -> bool:
-        """Bring :attr:`states` up to date; returns whether the monitor could be asked."""
-        return await self._off_loop(self._look)
+    async def refresh(self) -> bool:
+        """Update :attr:`states`; returns whether the monitor could be read."""
+        return await self._off_loop(self._refresh)
 
     async def close(self) -> None:
-        """Store what is still to be stored, and let go of the file."""
+        """Store outstanding outputs and close the file."""
         await asyncio.to_thread(self._thread.shutdown)
         if self.monitor is not None:
             self.monitor.close()
@@ -200,14 +201,14 @@ class ContractDesk:
 
     # From here on: on the monitor's thread, or before it starts.
 
-    def _arm(self, catalog: ContractCatalog) -> ContractCatalog:
+    def _register(self, catalog: ContractCatalog) -> ContractCatalog:
         certificates = catalog.contracts.certificates
         if certificates and self.monitor is None:
             self.monitor = self._open_monitor()
         if self.monitor is not None:
             try:
                 for certificate in certificates:
-                    if not self.monitor.arm(certificate):
+                    if not self.monitor.register(certificate):
                         logger.warning("certificate %s has fired before: its requests run exactly", certificate.id)
             except sqlite3.Error as error:
                 raise ValueError(f"the monitor cannot store new certificates: {error}") from error
@@ -227,7 +228,7 @@ class ContractDesk:
         return monitor
 
     def _admit(self, request_id: str, certificate_id: str, served: _Served) -> str | None:
-        """Why a request has to run exactly; None where it need not."""
+        """Why a request must run exactly; None if it may run under its certificate."""
         assert self.monitor is not None
         try:
             if self.monitor.is_reverted(certificate_id):
@@ -241,7 +242,7 @@ class ContractDesk:
                 self._served[request_id] = served
         except sqlite3.Error as error:
             self._disk.failed(error)
-            return f"certificate {certificate_id} cannot be watched at present: the monitor's disk fails ({error})"
+            return f"certificate {certificate_id} cannot be monitored at present: the monitor's disk fails ({error})"
         self._save()
         return None
 
@@ -255,7 +256,7 @@ class ContractDesk:
                     self._disk.failed(error)
 
     def _save(self) -> None:
-        """Store the outputs of picked requests; what a failing disk does not take is tried again with the next one."""
+        """Store the outputs of sampled requests; after a disk failure they are stored with the next one."""
         if self.monitor is None or not self._unsaved:
             return
         try:
@@ -269,11 +270,11 @@ class ContractDesk:
         self._disk.worked()
         self.on_pending()
 
-    def _look(self) -> bool:
+    def _refresh(self) -> bool:
         if self.monitor is None:
             return True
         try:
-            self.states = {certificate: self.monitor.state(certificate) for certificate in self.monitor.armed}
+            self.states = {certificate: self.monitor.state(certificate) for certificate in self.monitor.registered}
         except sqlite3.Error as error:
             self._disk.failed(error)
             return False

@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}`` with the right status code."""
+"""Errors in OpenAI's format: ``{"error": {"message", "type", "param", "code"}}`` with the matching status code."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class ApiError(HTTPException):
 
     Arguments:
         status: HTTP status code.
-        message: for the person who reads it; names the offending value.
-        param: the field of the request that is to blame.
+        message: for people; names the offending value.
+        param: the offending field of the request.
         code: short name for programs.
         headers: extra headers of the answer.
     """
@@ -51,16 +51,16 @@ class ApiError(HTTPException):
         self.code = code
 
     def body(self) -> dict[str, Any]:
-        """The error as clients read it, in a response or in-band in a stream."""
+        """The body of a response, or of an in-band error in a stream."""
         return error_body(self.status_code, self.detail, self.param, self.code)
 
     def response(self) -> JSONResponse:
-        """The error as a whole HTTP answer."""
+        """The error as an HTTP response."""
         return JSONResponse(self.body(), self.status_code, headers=self.headers)
 
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """The body of an error answer."""
+    """The body of an error response."""
     kind = ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
@@ -71,18 +71,18 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
 
 
 def overloaded(message: str, retry_after: float) -> ApiError:
-    """Status 429: come back later, ``retry_after`` seconds from now."""
+    """Status 429: try again in ``retry_after`` seconds."""
     seconds = max(1, math.ceil(retry_after))
     return ApiError(429, message, code="engine_overloaded", headers={"Retry-After": str(seconds)})
 
 
-def unavailable(message: str, code: str, retry_after: float = 5.0) -> ApiError:
-    """Status 503: the server cannot take requests."""
-    return ApiError(503, message, code=code, headers={"Retry-After": str(max(1, math.ceil(retry_after)))})
+def unavailable(message: str, code: str) -> ApiError:
+    """Status 503: the server cannot accept requests."""
+    return ApiError(503, message, code=code, headers={"Retry-After": "5"})
 
 
 def describe_validation_error(error: RequestValidationError) -> ApiError:
-    """What pydantic found wrong, in one sentence, without repeating the client's data."""
+    """Pydantic's finding in one sentence, without repeating the client's data."""
     problems = error.errors()
     first = problems[0]
     if first["type"] == "json_invalid":
@@ -94,13 +94,13 @@ def describe_validation_error(error: RequestValidationError) -> ApiError:
     same_field = [problem["msg"] for problem in problems if len(problem["loc"]) > 1 and str(problem["loc"][1]) == param]
     reasons = "; or: ".join(dict.fromkeys(same_field[:4]))
     where = ".".join(path[:4]) if len(same_field) == 1 else param
-    # Keys are the client's: they may hold what UTF-8 cannot say.
+    # Keys come from the client and may not be encodable in UTF-8.
     where, param = (name[:100].encode("utf-8", "replace").decode() for name in (where, param))
     return invalid(f"{where}: {reasons}", param=param)
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Make every error of the application an OpenAI-shaped one."""
+    """Return every error of the application in OpenAI's format."""
 
     async def on_api_error(_request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)

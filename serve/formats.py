@@ -1,9 +1,9 @@
-"""How tokens, probabilities and usage are written into answers. Plain dicts: this runs once per token and stream."""
+"""Writes tokens, probabilities and usage into answers. Plain dicts, since this runs once per token and stream."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ..dynamic.engine.outputs import CompletionDelta, CompletionOutput, Logprob, PositionLogprobs
@@ -11,7 +11,7 @@ from ..dynamic.text.tokenizer import Tokenizer
 
 LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 PromptLogprobs = Sequence[PositionLogprobs | None]
-Piece = CompletionDelta | CompletionOutput
+Output = CompletionDelta | CompletionOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ def finite(logprob: float) -> float:
 
 
 def token_label(token_id: int, text: str) -> str:
-    """The token's text; for tokens that are no text by themselves (part of a character) an unambiguous name."""
+    """The token's text, or ``token_id:N`` for a token that is only a part of a character."""
     return f"token_id:{token_id}" if not text or "\ufffd" in text else text
 
 
@@ -61,9 +61,9 @@ def write_prompt_logprobs(positions: PromptLogprobs | None) -> list[dict[str, An
     ]
 
 
-def write_compute(piece: CompletionDelta) -> dict[str, Any]:
-    """The ``compute`` field of a choice in a stream: what the row ran that chose each of its tokens."""
-    return {"layers": piece.layers, "experts": piece.experts}
+def write_compute(delta: CompletionDelta) -> dict[str, Any]:
+    """The ``compute`` field of a choice in a stream: the layers and experts that ran for each of its tokens."""
+    return {"layers": delta.layers, "experts": delta.experts}
 
 
 class AnswerFormat(Protocol):
@@ -77,97 +77,86 @@ class AnswerFormat(Protocol):
         """A finished choice."""
         ...
 
-    def chunk(self, prompt_number: int, piece: CompletionDelta, prompt_logprobs: PromptLogprobs | None) -> Any:
-        """What a step added to a choice; None if there is nothing to say."""
+    def chunk(self, prompt_number: int, delta: CompletionDelta, prompt_logprobs: PromptLogprobs | None) -> Any:
+        """What a step added to a choice; None if the client would see no change."""
         ...
 
 
+@dataclass(kw_only=True)
 class CompletionFormat:
     """Choices of ``/v1/completions``.
 
     Arguments:
+        id: of the answer.
         tokenizer: names the prompt's tokens.
         prompts: of the request, with their texts if ``echo``.
         n: completions per prompt.
         echo: begin every choice with its prompt.
-        drop_output: the client asked for no tokens; the one that was run is left out.
+        drop_output: the client asked for no tokens; the one that was generated is left out.
         logprobs: whether to write log-probabilities.
         prompt_logprobs: whether the ``prompt_logprobs`` field was asked for.
         compute: write what each token of a stream cost.
     """
 
-    whole_object = chunk_object = "text_completion"
-
-    def __init__(
-        self,
-        answer_id: str,
-        tokenizer: Tokenizer,
-        prompts: Sequence[Prompt],
-        *,
-        n: int,
-        echo: bool,
-        drop_output: bool,
-        logprobs: bool,
-        prompt_logprobs: bool,
-        compute: bool = False,
-    ) -> None:
-        self.id = answer_id
-        self._tokenizer = tokenizer
-        self._prompts = prompts
-        self._n = n
-        self._echo = echo
-        self._drop_output = drop_output
-        self._logprobs = logprobs
-        self._prompt_logprobs = prompt_logprobs
-        self._compute = compute
-        self._offsets: dict[int, int] = {}  # choice → characters written, for text_offset
+    id: str
+    tokenizer: Tokenizer
+    prompts: Sequence[Prompt]
+    n: int
+    echo: bool
+    drop_output: bool
+    logprobs: bool
+    prompt_logprobs: bool
+    compute: bool = False
+    whole_object: str = field(default="text_completion", init=False)
+    chunk_object: str = field(default="text_completion", init=False)
+    _offsets: dict[int, int] = field(default_factory=dict, init=False)  # choice → characters written, for text_offset
 
     def whole(
         self, prompt_number: int, output: CompletionOutput, prompt_logprobs: PromptLogprobs | None
     ) -> dict[str, Any]:
         choice = self._write(prompt_number, output, prompt_logprobs)
-        if self._prompt_logprobs:
+        if self.prompt_logprobs:
             choice["prompt_logprobs"] = write_prompt_logprobs(prompt_logprobs)
         return choice
 
     def chunk(
-        self, prompt_number: int, piece: CompletionDelta, prompt_logprobs: PromptLogprobs | None
+        self, prompt_number: int, delta: CompletionDelta, prompt_logprobs: PromptLogprobs | None
     ) -> dict[str, Any] | None:
-        first = prompt_number * self._n + piece.index not in self._offsets
-        per_token = self._logprobs or self._compute
-        if not (piece.text or piece.finish_reason or (per_token and piece.token_ids) or (first and self._echo)):
+        first = prompt_number * self.n + delta.index not in self._offsets
+        per_token = self.logprobs or self.compute
+        if not (delta.text or delta.finish_reason or (per_token and delta.token_ids) or (first and self.echo)):
             return None
-        choice = self._write(prompt_number, piece, prompt_logprobs)
-        return {**choice, "compute": write_compute(piece)} if self._compute else choice
+        choice = self._write(prompt_number, delta, prompt_logprobs)
+        return {**choice, "compute": write_compute(delta)} if self.compute else choice
 
-    def _write(self, prompt_number: int, piece: Piece, prompt_logprobs: PromptLogprobs | None) -> dict[str, Any]:
-        index = prompt_number * self._n + piece.index
-        prompt = self._prompts[prompt_number]
-        echo = self._echo and index not in self._offsets
+    def _write(self, prompt_number: int, output: Output, prompt_logprobs: PromptLogprobs | None) -> dict[str, Any]:
+        index = prompt_number * self.n + output.index
+        prompt = self.prompts[prompt_number]
+        echo = self.echo and index not in self._offsets
         offset = self._offsets.setdefault(index, 0)
-        text = "" if self._drop_output else piece.text
+        text = "" if self.drop_output else output.text
         logprobs = None
-        if self._logprobs:
+        if self.logprobs:
             logprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
             if echo:
                 positions = prompt_logprobs or [None] * len(prompt.token_ids)
                 offset = self._add(logprobs, prompt.token_ids, positions, offset)
-            if not self._drop_output:
-                offset = self._add(logprobs, piece.token_ids, piece.logprobs or [], offset)
+            if not self.drop_output:
+                offset = self._add(logprobs, output.token_ids, output.logprobs or [], offset)
             self._offsets[index] = offset
         choice: dict[str, Any] = {
             "index": index,
             "text": prompt.text + text if echo else text,
             "logprobs": logprobs,
-            "finish_reason": "length" if self._drop_output and piece.finish_reason else piece.finish_reason,
+            "finish_reason": "length" if self.drop_output and output.finish_reason else output.finish_reason,
         }
-        if piece.stop_reason is not None and not self._drop_output:
-            choice["stop_reason"] = piece.stop_reason
+        if output.stop_reason is not None and not self.drop_output:
+            choice["stop_reason"] = output.stop_reason
         return choice
 
     def _add(self, out: dict[str, list[Any]], ids: Sequence[int], positions: PromptLogprobs, offset: int) -> int:
         for token, position in zip(ids, positions, strict=True):
-            text = self._tokenizer.token_text(token)
+            text = self.tokenizer.token_text(token)
             out["tokens"].append(token_label(token, text))
             out["text_offset"].append(offset)
             offset += len(text)
@@ -183,22 +172,22 @@ class CompletionFormat:
         return offset
 
 
+@dataclass(kw_only=True)
 class ChatFormat:
     """Choices of ``/v1/chat/completions``.
 
     Arguments:
+        id: of the answer.
         top_logprobs: alternatives per token; None writes no log-probabilities.
         compute: write what each token of a stream cost.
     """
 
-    whole_object = "chat.completion"
-    chunk_object = "chat.completion.chunk"
-
-    def __init__(self, answer_id: str, *, top_logprobs: int | None, compute: bool = False) -> None:
-        self.id = answer_id
-        self._compute = compute
-        self._top_logprobs = top_logprobs
-        self._begun: set[int] = set()
+    id: str
+    top_logprobs: int | None
+    compute: bool = False
+    whole_object: str = field(default="chat.completion", init=False)
+    chunk_object: str = field(default="chat.completion.chunk", init=False)
+    _begun: set[int] = field(default_factory=set, init=False)
 
     def whole(
         self, prompt_number: int, output: CompletionOutput, prompt_logprobs: PromptLogprobs | None
@@ -207,38 +196,38 @@ class ChatFormat:
         return self._choice(output, "message", message)
 
     def chunk(
-        self, prompt_number: int, piece: CompletionDelta, prompt_logprobs: PromptLogprobs | None
+        self, prompt_number: int, delta: CompletionDelta, prompt_logprobs: PromptLogprobs | None
     ) -> dict[str, Any] | None:
-        delta: dict[str, Any] = {}
-        if piece.index not in self._begun:
-            self._begun.add(piece.index)
-            delta = {"role": "assistant", "content": ""}
-        if piece.text:
-            delta["content"] = piece.text
-        per_token = self._top_logprobs is not None or self._compute
-        if not (delta or piece.finish_reason or (per_token and piece.token_ids)):
+        message: dict[str, Any] = {}
+        if delta.index not in self._begun:
+            self._begun.add(delta.index)
+            message = {"role": "assistant", "content": ""}
+        if delta.text:
+            message["content"] = delta.text
+        per_token = self.top_logprobs is not None or self.compute
+        if not (message or delta.finish_reason or (per_token and delta.token_ids)):
             return None
-        choice = self._choice(piece, "delta", delta)
-        return {**choice, "compute": write_compute(piece)} if self._compute else choice
+        choice = self._choice(delta, "delta", message)
+        return {**choice, "compute": write_compute(delta)} if self.compute else choice
 
-    def _choice(self, piece: Piece, field: str, said: dict[str, Any]) -> dict[str, Any]:
+    def _choice(self, output: Output, name: str, message: dict[str, Any]) -> dict[str, Any]:
         choice: dict[str, Any] = {
-            "index": piece.index,
-            field: said,
-            "logprobs": self._logprobs(piece),
-            "finish_reason": piece.finish_reason,
+            "index": output.index,
+            name: message,
+            "logprobs": self._logprobs(output),
+            "finish_reason": output.finish_reason,
         }
-        if piece.stop_reason is not None:
-            choice["stop_reason"] = piece.stop_reason
+        if output.stop_reason is not None:
+            choice["stop_reason"] = output.stop_reason
         return choice
 
-    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
-        if self._top_logprobs is None:
+    def _logprobs(self, output: Output) -> dict[str, Any] | None:
+        if self.top_logprobs is None:
             return None
         content = []
-        for token, position in zip(piece.token_ids, piece.logprobs or [], strict=True):
+        for token, position in zip(output.token_ids, output.logprobs or [], strict=True):
             best = sorted(position.items(), key=lambda item: item[1].rank)
-            top = [_alternative(other, p) for other, p in best if p.rank <= self._top_logprobs]
+            top = [_alternative(other, p) for other, p in best if p.rank <= self.top_logprobs]
             content.append({**_alternative(token, position[token]), "top_logprobs": top})
         return {"content": content, "refusal": None}
 

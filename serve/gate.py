@@ -1,4 +1,4 @@
-"""The gate that requests pass: counts them, turns them away when there are too many or when the server is stopping."""
+"""Admission control: counts requests in flight, refuses new ones when there are too many or the server is stopping."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .errors import ApiError, overloaded, unavailable
 
 
 class Gate:
-    """Counts the requests in flight. Only the event loop's thread may use it.
+    """Counts the requests in flight. Not thread-safe: for the event loop's thread only.
 
     Arguments:
         max_open: requests in flight beyond which new ones are refused.
@@ -24,7 +24,7 @@ class Gate:
         self._empty.set()
 
     def refusal(self) -> ApiError | None:
-        """Why a new request may not come in, if so."""
+        """The error for a new request; None if it is admitted."""
         if self.draining:
             return unavailable("The server is shutting down.", "shutting_down")
         if self.num_open >= self.max_open:
@@ -32,12 +32,12 @@ class Gate:
         return None
 
     def enter(self) -> None:
-        """A request came in."""
+        """Count a request that begins."""
         self.num_open += 1
         self._empty.clear()
 
     def leave(self) -> None:
-        """A request is over."""
+        """Count a request that has ended."""
         self.num_open -= 1
         if self.num_open == 0:
             self._empty.set()
@@ -53,7 +53,7 @@ class Gate:
 
 
 class Admission:
-    """ASGI middleware that lets POST requests pass the gate; the others are cheap and always welcome."""
+    """ASGI middleware that applies admission control to POST requests; others are cheap and always admitted."""
 
     def __init__(self, app: ASGIApp, *, gate: Gate) -> None:
         self._app = app

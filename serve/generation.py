@@ -20,14 +20,14 @@ from .context import ServerContext
 from .errors import ApiError, invalid, overloaded, unavailable
 from .formats import AnswerFormat, Prompt, PromptLogprobs, usage, write_prompt_logprobs
 from .sampling import requested_length, sampling_params, with_length
-from .streaming import DONE, EventStream, event, given_up_on_disconnect
+from .streaming import DONE, EventStream, aborted_on_disconnect, event
 from .submission import ClientGone, EngineFailure, Submission
 from .wire.openai import ChatCompletionRequest, GenerationRequest
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """One HTTP request's way through the engine."""
+    """Runs one HTTP request through the engine."""
 
     context: ServerContext
     request: Request
@@ -39,7 +39,7 @@ class Generation:
 
     def _tally(self) -> ComputeTally:
         cap = self.body.experts_per_token
-        asked = None if cap is None else f"experts_per_token={cap} was asked for, about which nothing is promised"
+        asked = None if cap is None else f"experts_per_token={cap} was asked for, for which no risk is certified"
         return ComputeTally(self.context.model.spec, asked)
 
     async def respond(self) -> Response:
@@ -53,7 +53,8 @@ class Generation:
             return EventStream(self._events(submission), submission)
         return await self._collect(submission)
 
-    async def _settle_and_submit(self) -> Submission:
+    async def _submit(self) -> Submission:
+        """Resolve the contracts and submit the prompts to the engine, which accepts all of them or none."""
         caller: Caller = self.request.state.caller
         requests = [
             EngineRequest(
@@ -66,27 +67,23 @@ class Generation:
         ]
         self.request.state.log["answer_id"] = self.format.id
         try:
-            return await self.context.bridge.submit([await self._settle(request) for request in requests])
-        except BaseException:
+            return await self.context.bridge.submit([await self._resolve(request) for request in requests])
+        except BaseException as error:
             self.context.contracts.refused(request.request_id for request in requests)
+            match error:
+                case ValueError():
+                    raise invalid(f"{error}.") from error
+                case EngineFull():
+                    raise overloaded("Too many requests are waiting.", error.retry_after_seconds) from error
+                case EngineFailure():
+                    raise unavailable(str(error), error.code) from error
             raise
 
-    async def _settle(self, request: EngineRequest) -> EngineRequest:
+    async def _resolve(self, request: EngineRequest) -> EngineRequest:
         params, contract = await self.context.contracts.resolve(
             request.request_id, request.prompt_token_ids, request.params
         )
         return replace(request, params=params, contract=contract)
-
-    async def _submit(self) -> Submission:
-        """Settle the contracts and hand the prompts to the engine, which takes all of them or none."""
-        try:
-            return await self._settle_and_submit()
-        except ValueError as error:
-            raise invalid(f"{error}.") from error
-        except EngineFull as error:
-            raise overloaded("Too many requests are waiting.", error.retry_after_seconds) from error
-        except EngineFailure as error:
-            raise unavailable(str(error), error.code) from error
 
     async def _collect(self, submission: Submission) -> Response:
         outputs = [
@@ -100,14 +97,14 @@ class Generation:
         ]
         tally = self._tally()
         try:
-            async with given_up_on_disconnect(self.request.receive, submission):
+            async with aborted_on_disconnect(self.request.receive, submission):
                 async for batch in submission.batches():
                     for number, delta in batch:
                         check_delta(delta)
                         outputs[number].add(delta)
                         tally.add(delta)
         except ClientGone:
-            return Response(status_code=499)  # nobody reads it; the log does
+            return Response(status_code=499)  # for the log only
         except EngineFailure as error:
             raise failed(error) from error
         # Log-probabilities of a long prompt are megabytes of JSON.
@@ -134,7 +131,7 @@ class Generation:
         envelope = self._envelope(self.format.chunk_object)
         include_usage = self.body.stream_options is not None and self.body.stream_options.include_usage
         if include_usage:
-            envelope["usage"] = None  # OpenAI's chunks say so until the last one
+            envelope["usage"] = None  # as in OpenAI's chunks before the last one
         tokens = 0
         cached = [0] * len(self.prompts)
         prompt_logprobs: list[PromptLogprobs | None] = [None] * len(self.prompts)
@@ -142,7 +139,7 @@ class Generation:
         tally = self._tally()
         try:
             async for batch in submission.batches():
-                pieces = []
+                events = []
                 for number, delta in batch:
                     check_delta(delta)
                     cached[number] = max(cached[number], delta.num_cached_tokens)
@@ -154,9 +151,9 @@ class Generation:
                             reasons.append(completion.finish_reason)
                         choice = self.format.chunk(number, completion, prompt_logprobs[number])
                         if choice is not None:
-                            pieces.append(event({**envelope, "choices": [choice]}))
-                if pieces:
-                    yield b"".join(pieces)
+                            events.append(event({**envelope, "choices": [choice]}))
+                if events:
+                    yield b"".join(events)
         except ClientGone:
             reasons.append("client_gone")
             self._log(self._usage(tokens, sum(cached)), reasons)
@@ -164,7 +161,7 @@ class Generation:
         except EngineFailure as error:
             reasons.append(error.code)
             self._log(self._usage(tokens, sum(cached)), reasons)
-            # The status line has gone out: errors go in-band now.
+            # The status line was sent already: errors go in-band now.
             yield event(failed(error).body()) + DONE
             return
         used = self._usage(tokens, sum(cached), tally.as_json())
@@ -196,14 +193,14 @@ class Generation:
 
 
 def failed(error: EngineFailure) -> ApiError:
-    """What a client is told whose request the engine does not finish."""
+    """The error for a client whose request the engine does not finish."""
     if error.code == "shutting_down":
         return unavailable(str(error), error.code)
     return ApiError(500, str(error), code=error.code)
 
 
 def check_delta(delta: RequestDelta) -> None:
-    """Raise what the engine says went wrong with one request.
+    """Raise a failure that the engine reports for one request.
 
     Raises:
         EngineFailure: the engine ended the request without finishing it.
@@ -218,13 +215,13 @@ def check_delta(delta: RequestDelta) -> None:
 def params_per_prompt(
     context: ServerContext, body: GenerationRequest, prompts: Sequence[Prompt], default_length: int | None
 ) -> list[SamplingParams]:
-    """Sampling settings of every prompt; they differ only in how much room a prompt leaves.
+    """Sampling settings of every prompt; they differ only in ``max_tokens``, which depends on the prompt's length.
 
     Raises:
         ApiError: status 400 for settings that make no sense, or that do not fit the model's length.
     """
     params = sampling_params(body, context.model.generation_defaults, context.settings.default_quality)
-    settled = [
+    sized = [
         with_length(
             params,
             requested=requested_length(body),
@@ -235,11 +232,11 @@ def params_per_prompt(
         )
         for prompt in prompts
     ]
-    entries = sum(_logprob_entries(prompt, params) for prompt, params in zip(prompts, settled, strict=True))
+    entries = sum(_logprob_entries(prompt, params) for prompt, params in zip(prompts, sized, strict=True))
     if entries > context.settings.limits.max_logprob_entries:
         message = f"The answer would hold up to {entries} log-probabilities, more than "
         raise invalid(f"{message}{context.settings.limits.max_logprob_entries}.", "logprobs")
-    return settled
+    return sized
 
 
 def _logprob_entries(prompt: Prompt, params: SamplingParams) -> int:

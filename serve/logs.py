@@ -1,4 +1,4 @@
-"""Log lines for people (``name=value``) or for programs (JSON), one line per record."""
+"""Log lines as text (``name=value``) or JSON, one line per record."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class LineFormatter(logging.Formatter):
         if self._as_json:
             line = {"time": when, "level": record.levelname, "logger": record.name, "message": message, **fields}
             return json.dumps(line if trace is None else {**line, "trace": trace}, default=str)
-        # Clients choose some of the values: quoting keeps one request from writing two lines.
+        # Clients choose some of the values: quoting prevents a request from forging a second line.
         pairs = (f"{n}={v if isinstance(v, (int, float)) else json.dumps(v, default=str)}" for n, v in fields.items())
         line = " ".join((when, record.levelname, record.name, message, *pairs))
         return line if trace is None else f"{line}\n{trace}"
 
 
 def configure_logging(log_format: str) -> None:
-    """Send the package's log to standard error, unless the program has set up logging of its own."""
+    """Send the package's log to standard error, unless the program has configured logging."""
     if logging.getLogger().handlers:
         return
     handler = logging.StreamHandler()

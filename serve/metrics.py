@@ -1,6 +1,6 @@
-"""Prometheus metrics, under the names of vLLM so that existing dashboards work; this project's own begin ``dynamoe:``.
+"""Prometheus metrics, under vLLM's names so that existing dashboards work; additional ones begin with ``dynamoe:``.
 
-The engine's own totals are read from its latest statistics when ``/metrics`` is asked for; times are measured here.
+The engine's totals are read from its latest statistics on each ``/metrics`` request; times are measured here.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from prometheus_client.registry import Collector
 from ..dynamic.engine.outputs import RequestDelta
 from ..dynamic.model.counters import Exchange
 from .compute_usage import executed
-from .contract_metrics import ContractCollector
+from .contract_metrics import ContractCollector, family
 
 if TYPE_CHECKING:
     from .bridge import EngineBridge
-    from .contracts import ContractDesk
+    from .contracts import ContractManager
     from .gate import Gate
     from .submission import RequestTimes
 
@@ -31,7 +31,7 @@ _LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 
 
 
 class ServerMetrics:
-    """All metrics of one server, in a registry of its own.
+    """All metrics of one server, in a separate registry.
 
     Arguments:
         model_name: value of the ``model_name`` label.
@@ -43,8 +43,8 @@ class ServerMetrics:
         self._labels = {"model_name": model_name, "engine": "0"}
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            family = Histogram(name, text, LABELS, buckets=buckets, registry=self.registry)
-            return family.labels(**self._labels)
+            metric = Histogram(name, text, LABELS, buckets=buckets, registry=self.registry)
+            return metric.labels(**self._labels)
 
         self._first_token = histogram(
             "vllm:time_to_first_token_seconds", "From arrival to the first token.", _FIRST_TOKEN
@@ -66,7 +66,7 @@ class ServerMetrics:
         )
         self._depths = Counter(
             "dynamoe:read_out_tokens",
-            "Tokens by the layers in front of the read-out that chose them: exits, and the model's end.",
+            "Tokens by the number of layers before the exit head that chose them; the last one is the LM head.",
             (*LABELS, "layers"),
             registry=self.registry,
         )
@@ -75,16 +75,16 @@ class ServerMetrics:
         )
 
     def observe_engine(self, bridge: EngineBridge, gate: Gate) -> None:
-        """Count from now on, and report the engine's and the gate's state: what came before was warm-up."""
+        """Start counting and report the engine's and the gate's state; requests before this call were warm-up."""
         self._counting = True
         self.registry.register(_EngineCollector(bridge, gate, self._labels))
 
-    def observe_contracts(self, contracts: ContractDesk) -> None:
-        """Report what the monitor knew when it was last looked at."""
+    def observe_contracts(self, contracts: ContractManager) -> None:
+        """Report the monitor's state as of its last refresh."""
         self.registry.register(ContractCollector(contracts, self._labels))
 
     def on_delta(self, times: RequestTimes, delta: RequestDelta, made_at: float) -> None:
-        """Note what one step did for one prompt."""
+        """Record what one step did for one prompt."""
         if not self._counting:
             return
         tokens = sum(len(completion.token_ids) for completion in delta.completions)
@@ -110,11 +110,11 @@ class ServerMetrics:
             self._on_finished(times, made_at)
 
     def on_abort(self, prompts: int) -> None:
-        """Note prompts that were given up."""
+        """Record aborted prompts."""
         self._finished.labels(**self._labels, finished_reason="abort").inc(prompts)
 
     def on_http(self, method: str, route: str, status: int) -> None:
-        """Note a finished HTTP request. ``route`` is the route's pattern: paths are the client's to choose."""
+        """Record a finished HTTP request. ``route`` is the route's pattern, since clients choose paths freely."""
         known = method if method in ("GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE") else "other"
         self._http.labels(method=known, route=route, status=str(status)).inc()
 
@@ -148,57 +148,49 @@ class _EngineCollector(Collector):
             "vllm:num_requests_running": ("Sequences in the running batch.", stats.num_running),
             "vllm:num_requests_waiting": ("Sequences waiting to be scheduled.", stats.num_waiting),
             "vllm:kv_cache_usage_perc": ("Share of the cache's pages in use, 0 to 1.", stats.kv_usage),
-            "dynamoe:kv_pages_free": ("Pages of the cache that a request could take.", stats.free_pages),
+            "dynamoe:kv_pages_free": ("Pages of the cache that are free.", stats.free_pages),
             "dynamoe:kv_pages_total": ("Pages of the cache.", stats.total_pages),
-            "dynamoe:open_prompts": ("Prompts the server waits for the engine with.", self._bridge.num_open),
-            "dynamoe:open_http_requests": ("HTTP requests past the gate.", self._gate.num_open),
+            "dynamoe:open_prompts": ("Prompts that are waiting or running in the engine.", self._bridge.num_open),
+            "dynamoe:open_http_requests": ("Admitted HTTP requests in flight.", self._gate.num_open),
             "dynamoe:engine_healthy": ("1 while the engine can take requests.", int(self._bridge.failure() is None)),
             "dynamoe:draining": ("1 while the server is shutting down.", int(self._gate.draining)),
         }
         for name, (text, value) in gauges.items():
-            gauge = GaugeMetricFamily(name, text, labels=LABELS)
-            gauge.add_metric(list(self._labels.values()), value)
-            yield gauge
+            yield family(GaugeMetricFamily, name, text, self._labels, {(): value})
         counters = {
             "vllm:prompt_tokens": ("Prompt tokens read.", "prompt_tokens"),
             "vllm:generation_tokens": ("Tokens generated.", "generation_tokens"),
             "vllm:prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", "prefix_cache_queries"),
             "vllm:prefix_cache_hits": ("Prompt tokens found in the prefix cache.", "prefix_cache_hits"),
-            "vllm:num_preemptions": ("Sequences put back for want of pages.", "preemptions"),
-            "dynamoe:projected_rows": ("Rows times layers that tokens left out.", "projected_rows"),
-            "dynamoe:skipped_experts": ("Rows times experts that budgets left out.", "skipped_experts"),
+            "vllm:num_preemptions": ("Sequences preempted because pages ran out.", "preemptions"),
+            "dynamoe:projected_rows": (
+                "Rows times layers that were skipped, with KV propagation.",
+                "projected_rows",
+            ),
+            "dynamoe:skipped_experts": ("Rows times experts that budgets skipped.", "skipped_experts"),
         }
         for name, (text, attribute) in counters.items():
-            counter = CounterMetricFamily(name, text, labels=LABELS)
-            counter.add_metric(list(self._labels.values()), getattr(stats, attribute) - getattr(start, attribute))
-            yield counter
+            count = getattr(stats, attribute) - getattr(start, attribute)
+            yield family(CounterMetricFamily, name, text, self._labels, {(): count})
         spec = self._bridge.engine.model.spec
         before = executed(spec, [start.compute])
         for name, total in executed(spec, [stats.compute]).items():
-            counter = CounterMetricFamily(
-                f"dynamoe:{name}", f"Sum of usage.compute.{name}, aborted requests too.", labels=LABELS
-            )
-            counter.add_metric(list(self._labels.values()), total - before[name])
-            yield counter
-        text = "Rows launched through the layers between two exits; layers counts from 1."
-        segments = CounterMetricFamily("dynamoe:segment_rows", text, labels=(*LABELS, "layers"))
-        first = 1
-        for layers, rows, before in zip(stats.segment_layers, stats.segment_rows, start.segment_rows, strict=True):
-            segments.add_metric([*self._labels.values(), f"{first}-{first + layers - 1}"], rows - before)
+            text = f"Sum of usage.compute.{name}, aborted requests included."
+            yield family(CounterMetricFamily, f"dynamoe:{name}", text, self._labels, {(): total - before[name]})
+        segments, first = {}, 1
+        for layers, rows, earlier in zip(stats.segment_layers, stats.segment_rows, start.segment_rows, strict=True):
+            segments[(f"{first}-{first + layers - 1}",)] = rows - earlier
             first += layers
-        yield segments
+        text = "Rows launched through the layers between two exits; layers counts from 1."
+        yield family(CounterMetricFamily, "dynamoe:segment_rows", text, self._labels, segments, "layers")
         if stats.exchange is not None:
             yield from self._exchange(stats.exchange)
 
     def _exchange(self, exchange: Exchange) -> Iterator[Metric]:
-        """Of several processes: what rank 0 received, and how evenly the experts' ranks are used."""
-        text = "Bytes that rank 0 received from other ranks, by what for."
-        received = CounterMetricFamily("dynamoe:parallel_received_bytes", text, labels=(*LABELS, "purpose"))
-        for purpose, count in exchange.received.items():
-            received.add_metric([*self._labels.values(), purpose], count)
-        yield received
-        text = "Rows times experts that each rank of the expert axis ran, in the layers of the first stage."
-        experts = CounterMetricFamily("dynamoe:parallel_expert_rows", text, labels=(*LABELS, "expert_rank"))
-        for rank, rows in enumerate(exchange.expert_rows):
-            experts.add_metric([*self._labels.values(), str(rank)], rows)
-        yield experts
+        """Of several processes: bytes that rank 0 received, and the load of each expert rank."""
+        text = "Bytes that rank 0 received from other ranks, by purpose."
+        received = {(purpose,): count for purpose, count in exchange.received.items()}
+        yield family(CounterMetricFamily, "dynamoe:parallel_received_bytes", text, self._labels, received, "purpose")
+        text = "Rows times experts that each expert-parallel rank ran, in the layers of the first stage."
+        experts = {(str(rank),): rows for rank, rows in enumerate(exchange.expert_rows)}
+        yield family(CounterMetricFamily, "dynamoe:parallel_expert_rows", text, self._labels, experts, "expert_rank")

@@ -1,4 +1,4 @@
-"""What happens around every request: an id, one line in the log, a count, a bounded size."""
+"""Middleware around every request: its id, its log line, its metrics, limits on its size."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _SAFE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
 class RequestContext:
-    """ASGI middleware that gives every request an id (the client's ``x-request-id`` if it is harmless), returns it as a
-    header, writes one log line when the request is over, and turns an unexpected exception into a 500.
+    """ASGI middleware that gives every request an id (the client's ``x-request-id`` if it has only safe characters),
+    returns it as a header, logs one line when the request ends, and turns an unexpected exception into a 500.
 
-    Routes add to the line through ``request.state.log``.
+    Routes add fields to the line through ``request.state.log``.
 
     Arguments:
         on_done: called with method, route and status of every finished request.
@@ -56,8 +56,8 @@ class RequestContext:
         except Exception:
             logger.exception("unexpected error in request %s", request_id)
             if status:
-                raise  # the answer has begun: only closing the connection still tells the client
-            error = ApiError(500, f"Internal error. It is in the server's log under {request_id}.")
+                raise  # the answer has begun: closing the connection is the only signal left
+            error = ApiError(500, f"Internal error, logged by the server under {request_id}.")
             await error.response()(scope, receive, send_with_id)
         finally:
             caller = state.get("caller")
@@ -65,18 +65,18 @@ class RequestContext:
                 "request_id": request_id,
                 "method": scope["method"],
                 "path": scope["path"],
-                "status": status or 499,  # 499: the client left before the answer began
+                "status": status or 499,  # 499: the client disconnected before the answer began
                 "seconds": round(time.perf_counter() - start, 4),
                 "key": getattr(caller, "key_id", None),
                 **fields,
             }
             self._on_done(line["method"], getattr(scope.get("route"), "path", "unmatched"), line["status"])
-            routine = scope["path"] in ("/health", "/metrics") and status == 200  # asked for every few seconds
+            routine = scope["path"] in ("/health", "/metrics") and status == 200  # polled every few seconds
             logger.log(logging.DEBUG if routine else logging.INFO, "request", extra={"fields": line})
 
 
 class HeaderLimit:
-    """ASGI middleware that refuses large headers. The protocol's own bound sees only those that arrive in pieces."""
+    """ASGI middleware that refuses large headers. The protocol's own bound sees only those that arrive in parts."""
 
     def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
         self._app = app
@@ -123,7 +123,7 @@ class BodyLimit:
         await self._app(scope, replay, send)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The whole body, or None when the client left."""
+        """The whole body, or None when the client disconnected."""
         declared = Headers(scope=scope).get("content-length", "0")
         if declared.isdecimal() and int(declared) > self._max_bytes:
             raise self._too_large()

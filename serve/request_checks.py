@@ -1,4 +1,4 @@
-"""What pydantic cannot know: limits that the operator sets, the served model, fields whose meaning is not supported."""
+"""Checks beyond the schema: the operator's limits, the served model, fields that are not supported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .errors import ApiError, invalid
 from .settings import Limits
 from .wire.openai import Body, ChatCompletionRequest, ChatMessage, CompletionRequest, GenerationRequest
 
-# Fields that change what the answer means. Ignoring them would give a wrong answer with status 200.
+# Fields that change what the answer means, with their values that are no-ops. Ignoring others would answer wrongly.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": ([],),
     "audio": (),
@@ -75,13 +75,13 @@ def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     for number, message in enumerate(messages):
         content = message.content
         if isinstance(content, list):
-            pieces = []
+            texts = []
             for part in content:
                 if part.type != "text" or part.text is None:
                     text = f"messages[{number}] holds a part of type {part.type[:50]!r}; this model reads text only."
                     raise invalid(text, param="messages", code="unsupported_content")
-                pieces.append(part.text)
-            content = "".join(pieces)
+                texts.append(part.text)
+            content = "".join(texts)
         extra = message.model_extra or {}
         if extra.get("tool_calls") or extra.get("function_call"):
             raise invalid(f"messages[{number}].tool_calls is not supported.", "messages", "unsupported_content")
@@ -94,9 +94,9 @@ class RequestChecks:
     """Checks one request against the operator's limits.
 
     Arguments:
-        limits: the operator's.
-        vocab_size: ids from 0 up to this one exist.
-        served_model: the only model there is.
+        limits: set by the operator.
+        vocab_size: token ids are below it.
+        served_model: name of the only model.
     """
 
     limits: Limits

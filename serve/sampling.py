@@ -1,4 +1,4 @@
-"""From a request's fields to :class:`SamplingParams`: the client's wish, else the model's default, else OpenAI's."""
+"""A request's fields as :class:`SamplingParams`: the client's value, else the model's default, else OpenAI's."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty
 def sampling_params(
     body: GenerationRequest, defaults: Mapping[str, Any], default_quality: Quality | None = None
 ) -> SamplingParams:
-    """A request's sampling settings; ``max_tokens`` is still open (see :func:`with_length`).
+    """A request's sampling settings without ``max_tokens`` (see :func:`with_length`).
 
     Arguments:
         body: the request, checked.
         defaults: the model's generation defaults.
-        default_quality: contract of a request that says nothing about its quality.
+        default_quality: contract of a request without ``quality``.
 
     Raises:
-        ApiError: status 400 for combinations that make no sense.
+        ApiError: status 400 for invalid combinations.
     """
     chosen = {name: value for name in _SAME_NAME if (value := getattr(body, name)) is not None}
     for name in _MODEL_DEFAULTS:
@@ -61,8 +61,8 @@ def sampling_params(
         chosen["quality"] = default_quality
     if body.experts_per_token is not None:
         if body.quality is not None:
-            reason = "nothing is known about the risk of a cap beside it"
-            raise invalid(f"experts_per_token contradicts quality: {reason}.", param="experts_per_token")
+            message = "experts_per_token contradicts quality: no certificate covers an additional cap."
+            raise invalid(message, param="experts_per_token")
         chosen |= {"quality": None, "experts_per_token": body.experts_per_token}
     try:
         return SamplingParams(**chosen, max_tokens=None)
@@ -87,12 +87,12 @@ def with_length(
     prompt_tokens: int,
     max_model_len: int,
 ) -> SamplingParams:
-    """Settle ``max_tokens`` for one prompt.
+    """Set ``max_tokens`` for one prompt.
 
     Arguments:
         requested: what the client asks for; 0 (score the prompt only) runs one token, which the answer then drops.
-        default: used when the client is silent; None goes up to the model's maximum length.
-        cap: the operator's limit on what the default may come to.
+        default: used when the client asks for nothing; None goes up to the model's maximum length.
+        cap: the operator's limit on the default.
         prompt_tokens, max_model_len: in tokens.
 
     Raises:

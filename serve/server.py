@@ -1,4 +1,4 @@
-"""The server process: bind, load, warm up, say how to call it, serve, drain on SIGTERM, return the exit code."""
+"""The server process: bind, load, warm up, print an example call, serve, drain on SIGTERM, return the exit code."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ..dynamic.engine.engine import Engine
 from ..version import __version__
 from .app import create_app, make_context
 from .context import ServerContext
-from .contracts import ContractDesk, MonitorSettings, default_monitor_file
+from .contracts import ContractManager, MonitorSettings, default_monitor_file
 from .errors import error_body
 from .logs import configure_logging
 from .settings import ServerSettings
@@ -34,7 +34,7 @@ from .settings import ServerSettings
 logger = logging.getLogger("dynamoe.server")
 
 QUESTION = "What is the capital of France?"
-FLUSH_SECONDS = 5.0  # for answers to reach their clients once nothing more is computed
+FLUSH_SECONDS = 5.0  # for answers to reach their clients after the engine has stopped
 
 
 def run(
@@ -52,7 +52,7 @@ def run(
         model: what :func:`load_model` takes.
         settings, engine_config: of the server and the engine.
         load_arguments: further arguments of :func:`load_model`.
-        certificates: directory of the contracts on offer; None takes those beside the model.
+        certificates: directory of the certificates; None takes those beside the model.
         monitor: of these contracts.
 
     Returns:
@@ -77,15 +77,15 @@ def serve_engine(
 ) -> int:
     """Serve the engine that ``make_engine`` builds; see :func:`run`.
 
-    The address is taken first: finding out that it is in use after minutes of loading would be unkind.
+    Binds first, so that a busy port fails before loading.
     """
     settings = settings or ServerSettings()
-    settings.all_api_keys()  # a bad file of keys, too, is found before loading
+    settings.all_api_keys()  # an invalid file of keys fails before loading, too
     configure_logging(settings.log_format)
     listener = bind(settings)
     try:
         engine = make_engine()
-        contracts = ContractDesk(
+        contracts = ContractManager(
             source=CertificateSource(engine, None if certificates is None else Path(certificates).expanduser()),
             settings=monitor or MonitorSettings(),
             default_file=default_monitor_file(engine.model.path, _address(settings, listener)),
@@ -111,10 +111,10 @@ def _address(settings: ServerSettings, listener: socket.socket) -> str:
 
 
 def bind(settings: ServerSettings) -> socket.socket:
-    """Take the address to listen on; connections are refused until the server is ready.
+    """Bind the address to listen on; connections are refused until the server is ready.
 
     Raises:
-        ValueError: it is in use, or not ours to take.
+        ValueError: it is in use, or not permitted.
     """
     try:
         return _bind_unix(settings.uds) if settings.uds is not None else _bind_tcp(settings.host, settings.port)
@@ -139,7 +139,7 @@ def _bind_unix(path: str) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode) and not _answers(path):
-            os.unlink(path)  # left behind by a server that was killed
+            os.unlink(path)  # left by a server that was killed
         listener.bind(path)
         os.chmod(path, 0o600)
     except OSError:
@@ -154,7 +154,7 @@ def _answers(path: str) -> bool:
 
 
 class _Protocol(H11Protocol):
-    """HTTP/1.1 with a bounded header (h11 has a bound, httptools has none) and errors in OpenAI's shape."""
+    """HTTP/1.1 with a bounded header (h11 has a bound, httptools has none) and errors in OpenAI's format."""
 
     def send_400_response(self, msg: str) -> None:
         limit = self.config.h11_max_incomplete_event_size
@@ -168,7 +168,7 @@ class _Protocol(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, with draining in place of its own reaction to signals."""
+    """uvicorn, draining on signals instead of its own handling."""
 
     def __init__(self, context: ServerContext, listener: socket.socket) -> None:
         super().__init__(
@@ -226,7 +226,7 @@ class _Server(uvicorn.Server):
 
 
 def greeting(context: ServerContext, listener: socket.socket) -> str:
-    """What to print when the server is ready: where it is and a request to paste."""
+    """The text printed when the server is ready: its address and an example request."""
     settings = context.settings
     if settings.uds is not None:
         where, base, options = f"the UNIX socket {settings.uds}", "http://localhost", f"--unix-socket {settings.uds} "

@@ -1,4 +1,4 @@
-"""Settings of the server: where it listens, who may call it, what one request may ask for."""
+"""Settings of the server: address, access, limits of a request."""
 
 from __future__ import annotations
 
@@ -68,9 +68,8 @@ class ServerSettings:
         drain_timeout: seconds that running requests get to finish after SIGTERM.
         hang_timeout: seconds without progress, while there is work, after which the engine counts as hung.
         text_threads: threads that tokenise and render chat templates.
-        default_alpha, default_delta: contract of requests that say nothing about their quality; without an alpha they
-            run exactly.
-        warm_up: run one tiny request before the server says that it is ready.
+        default_alpha, default_delta: contract of requests without ``quality``; without an alpha they run exactly.
+        warm_up: run one tiny request before the server reports that it is ready.
         log_format: ``text`` or ``json``, one line per request.
         limits: what one request may ask for.
     """
@@ -117,7 +116,7 @@ class ServerSettings:
 
     @property
     def default_quality(self) -> Quality | None:
-        """The contract of requests that say nothing about their quality."""
+        """The contract of requests without ``quality``."""
         return None if self.default_alpha is None else Quality(alpha=self.default_alpha, delta=self.default_delta)
 
     def all_api_keys(self) -> tuple[str, ...]:

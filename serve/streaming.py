@@ -1,4 +1,4 @@
-"""Answers that arrive piece by piece (server-sent events), and giving up when the client has gone."""
+"""Streamed answers (server-sent events), and aborting requests whose client has disconnected."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from starlette.types import Receive, Scope, Send
 from .submission import Submission
 
 DONE = b"data: [DONE]\n\n"
-
-
-# JSON lets these stand, and some clients take them for ends of lines.
+# Legal inside JSON strings, but some clients treat them as line ends.
 _LINE_ENDS = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
 
 
@@ -29,8 +27,8 @@ def event(data: dict[str, Any]) -> bytes:
 
 
 @contextlib.asynccontextmanager
-async def given_up_on_disconnect(receive: Receive, submission: Submission) -> AsyncIterator[None]:
-    """While inside, a client that goes away ends the submission; on the way out it is closed in any case."""
+async def aborted_on_disconnect(receive: Receive, submission: Submission) -> AsyncIterator[None]:
+    """Abort the submission if the client disconnects meanwhile; close it in any case at the end."""
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -49,8 +47,8 @@ class EventStream(Response):
     """A streamed answer.
 
     Arguments:
-        events: encoded events; several may come in one piece.
-        submission: what the events come from; aborted when the client goes away.
+        events: encoded events, one or several per item.
+        submission: source of the events; aborted when the client disconnects.
     """
 
     media_type = "text/event-stream"
@@ -62,8 +60,8 @@ class EventStream(Response):
         self._submission = submission
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with given_up_on_disconnect(receive, self._submission):
+        async with aborted_on_disconnect(receive, self._submission):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for piece in self._events:
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            async for chunk in self._events:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,4 +1,4 @@
-"""The asyncio side of requests that the engine works on: deltas come in, whole batches of them go out."""
+"""The event loop's side of a request in the engine: deltas arrive one by one and are read in batches."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class EngineFailure(Exception):
 
 
 class ClientGone(Exception):
-    """The client closed the connection; nobody waits for an answer."""
+    """The client closed the connection."""
 
 
 @dataclass(slots=True)
 class RequestTimes:
-    """When things happened to one prompt, in seconds of ``time.monotonic``, and how much it brought about."""
+    """Times of one prompt's events, in seconds of ``time.monotonic``, and its token counts."""
 
     arrival: float
     prompt_tokens: int
@@ -39,7 +39,7 @@ class Submission:
     Arguments:
         ids: the engine's id of each prompt.
         times: of each prompt.
-        abort: called with the ids of prompts that are no longer wanted.
+        abort: called with the ids of prompts to abort.
     """
 
     def __init__(self, ids: list[str], times: list[RequestTimes], abort: Callable[[Iterable[str]], None]) -> None:
@@ -54,7 +54,7 @@ class Submission:
         self._error: Exception | None = None
 
     async def batches(self) -> AsyncIterator[list[tuple[int, RequestDelta]]]:
-        """What the engine said since the last batch, as (number of the prompt, delta), until all prompts are finished.
+        """Deltas since the last batch, as (number of the prompt, delta), until all prompts are finished.
 
         Raises:
             EngineFailure: the engine will not finish.
@@ -72,8 +72,8 @@ class Submission:
                 self._wake.clear()
                 await self._wake.wait()
 
-    def settle(self, error: Exception | None) -> None:
-        """The engine took the prompts, or refused them with ``error``."""
+    def resolve(self, error: Exception | None) -> None:
+        """The engine accepted the prompts, or refused them with ``error``."""
         if self.accepted.done():
             return
         if error is None:
@@ -94,15 +94,15 @@ class Submission:
         """No more deltas will come."""
         if self._error is None and self._unfinished:
             self._error = error
-            self.settle(error)
+            self.resolve(error)
             self._wake.set()
 
     def client_left(self) -> None:
-        """Give up: frees the pages and ends :meth:`batches`."""
+        """Abort the prompts and end :meth:`batches` with :class:`ClientGone`."""
         self.close()
         self.fail(ClientGone())
 
     def close(self) -> None:
-        """Abort what is unfinished. Harmless when everything is finished or closed already."""
+        """Abort unfinished prompts; does nothing if there are none."""
         if self._unfinished:
             self._abort(self._unfinished)

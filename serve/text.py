@@ -1,4 +1,4 @@
-"""Tokenising, detokenising and rendering chat templates in threads: a long prompt must not stop everyone's stream."""
+"""Tokenises, detokenises and renders chat templates in threads, so that a long prompt does not block the event loop."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Result = TypeVar("Result")
 
 
 class TextPool:
-    """A tokenizer behind a small pool of threads.
+    """A tokenizer with a small thread pool.
 
     Arguments:
         tokenizer: thread-safe.
-        threads: how many texts are worked on at once.
+        threads: how many texts are processed at once.
     """
 
     def __init__(self, tokenizer: Tokenizer, threads: int) -> None:
@@ -51,7 +51,7 @@ class TextPool:
             text = self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=add_generation_prompt, **variables
             )
-            text.encode()  # template variables may hold lone surrogates, which tokenizers choke on
+            text.encode()  # template variables may hold lone surrogates, which tokenizers refuse
             return text, self.tokenizer.encode(text, add_special_tokens)
 
         reserved = {"messages", "add_generation_prompt", "tools", "documents"} & set(variables)
@@ -63,7 +63,7 @@ class TextPool:
             raise invalid(f"{error}.", param="messages") from error
 
     def close(self) -> None:
-        """Let go of the threads."""
+        """Shut the threads down."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def run(self, function: Callable[..., Result], *arguments: Any) -> Result:

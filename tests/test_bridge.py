@@ -160,19 +160,19 @@ def test_an_idle_engine_costs_no_time_and_a_step_one_call(model: LoadedModel, mo
 
         calls = 0
         steps = 0
-        tell, step = harness.bridge._tell, engine.step
+        notify, step = harness.bridge._notify, engine.step
 
-        def counted_tell(*arguments: Any) -> None:
+        def counted_notify(*arguments: Any) -> None:
             nonlocal calls
             calls += 1
-            tell(*arguments)
+            notify(*arguments)
 
         def counted_step() -> list[RequestDelta]:
             nonlocal steps
             steps += 1
             return step()
 
-        monkeypatch.setattr(harness.bridge, "_tell", counted_tell)
+        monkeypatch.setattr(harness.bridge, "_notify", counted_notify)
         monkeypatch.setattr(engine, "step", counted_step)
         submissions = await asyncio.gather(*(harness.bridge.submit([asked(5 + i)]) for i in range(12)))
         await asyncio.gather(*map(tokens_of, submissions))

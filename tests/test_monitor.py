@@ -55,7 +55,7 @@ def file(tmp_path: Path) -> Path:
 def opened(file: Path, config: MonitorConfig = ALL, *certificates: Certificate) -> RiskMonitor:
     monitor = RiskMonitor(file, config)
     for watched in certificates or (FIRST,):
-        monitor.arm(watched)
+        monitor.register(watched)
     return monitor
 
 
@@ -119,9 +119,9 @@ def test_a_certificate_that_fired_stays_reverted_until_another_one_comes(
     monitor.close()
 
     monitor = RiskMonitor(file, ALL)
-    assert not monitor.arm(FIRST)
+    assert not monitor.register(FIRST)
     assert monitor.is_reverted(FIRST.id)
-    assert monitor.arm(SECOND)
+    assert monitor.register(SECOND)
     assert not monitor.is_reverted(SECOND.id)
     assert monitor.is_reverted(FIRST.id)
     assert monitor.admit("later", SECOND.id)
@@ -167,7 +167,7 @@ def test_picks_of_a_certificate_that_is_not_armed_wait(file: Path) -> None:
     monitor = opened(file, ALL, SECOND)
     assert monitor.next_pending() is None
     assert monitor.state(FIRST.id).picks.pending == 1
-    monitor.arm(FIRST)
+    monitor.register(FIRST)
     pending = monitor.next_pending()
     assert pending is not None
     assert pending.request_id == "a"
@@ -238,7 +238,7 @@ def test_nonsense_is_refused(file: Path) -> None:
         RiskMonitor(file, MonitorConfig(keep=0))
     monitor = opened(file)
     for call in (monitor.is_reverted, lambda unknown: monitor.admit("a", unknown)):
-        with pytest.raises(ValueError, match=f"certificate '{SECOND.id}' is not armed"):
+        with pytest.raises(ValueError, match=f"certificate '{SECOND.id}' is not registered"):
             call(SECOND.id)
     with pytest.raises(ValueError, match=f"certificate '{SECOND.id}' is not monitored"):
         monitor.state(SECOND.id)

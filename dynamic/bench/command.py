@@ -1,10 +1,11 @@
 """``dynamoe bench``: latency and throughput over a grid of concurrencies and input lengths.
 
-The load is closed: as many requests are in flight as the concurrency says, and a finished one is replaced at once.
+The load is closed-loop: ``concurrency`` requests are in flight, and a finished one is replaced at once.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -73,8 +74,8 @@ class Target:
     Arguments:
         name: of the model.
         where: ``engine`` or the server's address.
-        measure: see :func:`.bench_engine.measure_engine`.
-        token_pool: ids that random prompts are drawn from.
+        measure: see :func:`.engine_target.measure_engine`.
+        token_pool: ids that random prompts are sampled from.
         encode: token ids of a text.
     """
 
@@ -107,7 +108,7 @@ def run(target: Target, config: BenchConfig) -> list[PointResult]:
         for concurrency in config.concurrency:
             count = config.requests or max(4, 2 * concurrency)
             if texts is None:
-                # One more than is measured: it warms up what a first request of this size pays for.
+                # One more than is measured, as a warm-up for this size.
                 prompts = [draw.choices(target.token_pool, k=input_len) for _ in range(count + 1)]
             else:
                 prompts = [target.encode(texts[i % len(texts)]) for i in range(count + 1)]
@@ -136,8 +137,6 @@ def report(target: Target, config: BenchCommandConfig, points: Sequence[PointRes
 
 
 def _engine_target(config: BenchCommandConfig) -> Target:
-    import functools
-
     from ..convert.load_model import load_model
     from ..engine.engine import Engine
     from .engine_target import measure_engine
@@ -154,8 +153,6 @@ def _engine_target(config: BenchCommandConfig) -> Target:
 
 
 def _server_target(config: BenchConfig) -> Target:
-    import functools
-
     from .http_target import SAMPLE_TEXT, ServerTarget
 
     assert config.url is not None

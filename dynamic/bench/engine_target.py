@@ -25,7 +25,7 @@ def measure_engine(
         output_len: tokens per output, chosen greedily; end-of-sequence tokens do not end it.
         done: called after every request.
 
-    Returns: the requests' timings in the prompts' order, and the seconds that it took.
+    Returns: the requests' timings in the prompts' order, and the elapsed seconds.
 
     Raises:
         ValueError: for a prompt that the engine refuses.
@@ -43,7 +43,7 @@ def measure_engine(
         now = time.perf_counter()
         for delta in deltas:
             if delta.error is not None:
-                raise ValueError(f"the engine gave up on a request: {delta.error}")
+                raise ValueError(f"the engine failed a request: {delta.error}")
             timing = timings[int(delta.request_id)]
             tokens = sum(len(completion.token_ids) for completion in delta.completions)
             if tokens:

@@ -12,7 +12,7 @@ import httpx
 
 from .timing import RequestTiming
 
-# Where the ids of random prompts come from: the words matter less than that they are many.
+# Source of token ids for random prompts.
 SAMPLE_TEXT = """
 Every morning the harbour master writes down which ships came in, how deep they lay in the water, and what they carried:
 timber from the north, oranges, copper wire, seven crates of clocks. Nobody had asked him to do so for thirty years.
@@ -66,37 +66,30 @@ class ServerTarget:
         Raises:
             ValueError: when the server refuses a request or fails in the middle of one.
         """
-        return asyncio.run(self._measure(model, prompts, concurrency, output_len, done))
-
-    async def _measure(
-        self,
-        model: str,
-        prompts: Sequence[Sequence[int] | str],
-        concurrency: int,
-        output_len: int,
-        done: Callable[[], object],
-    ) -> tuple[list[RequestTiming], float]:
         timings: list[RequestTiming | None] = [None] * len(prompts)
         waiting = iter(enumerate(prompts))
         limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
-        async with httpx.AsyncClient(headers=self._headers, timeout=self._timeout, limits=limits) as client:
 
-            async def work() -> None:
-                for index, prompt in waiting:
-                    timings[index] = await self._stream(client, model, prompt, output_len)
-                    done()
+        async def work(client: httpx.AsyncClient) -> None:
+            for index, prompt in waiting:
+                timings[index] = await self._stream(client, model, prompt, output_len)
+                done()
 
-            begin = time.perf_counter()
-            try:
+        async def run() -> float:
+            async with httpx.AsyncClient(headers=self._headers, timeout=self._timeout, limits=limits) as client:
+                begin = time.perf_counter()
                 async with asyncio.TaskGroup() as group:
                     for _ in range(min(concurrency, len(prompts))):
-                        group.create_task(work())
-            except ExceptionGroup as failures:
-                error = failures.exceptions[0]
-                if isinstance(error, httpx.HTTPError):
-                    raise ValueError(f"a request to {self.url} failed: {error or type(error).__name__}") from error
-                raise error from None
-            seconds = time.perf_counter() - begin
+                        group.create_task(work(client))
+                return time.perf_counter() - begin
+
+        try:
+            seconds = asyncio.run(run())
+        except ExceptionGroup as failures:
+            error = failures.exceptions[0]
+            if isinstance(error, httpx.HTTPError):
+                raise ValueError(f"a request to {self.url} failed: {error or type(error).__name__}") from error
+            raise error from None
         return [timing for timing in timings if timing is not None], seconds
 
     async def _stream(
@@ -122,7 +115,7 @@ class ServerTarget:
                 now = time.perf_counter()
                 event = json.loads(line[5:])
                 if "error" in event:
-                    raise ValueError(f"{self.url} broke off: {event['error'].get('message')}")
+                    raise ValueError(f"{self.url} failed: {event['error'].get('message')}")
                 if event.get("usage"):
                     timing.output_tokens = event["usage"]["completion_tokens"]
                 if event["choices"]:

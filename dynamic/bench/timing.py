@@ -1,4 +1,4 @@
-"""What a benchmark records of every request, and what it makes of the records."""
+"""Timings of a benchmark's requests, and their summary."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 
 @dataclass(kw_only=True)
 class RequestTiming:
-    """One request's moments, in seconds of ``time.perf_counter``.
+    """One request's times, in seconds of ``time.perf_counter``.
 
     Arguments:
         start: when it was handed over; waiting in a queue counts.
-        arrivals: when each piece of the output came.
+        arrivals: when each chunk of the output arrived.
         output_tokens: tokens in the output.
     """
 
@@ -34,7 +34,7 @@ class RequestTiming:
 
     @property
     def gaps(self) -> list[float]:
-        """Inter-token latencies: the times between pieces."""
+        """Inter-token latencies: the times between chunks."""
         return [later - earlier for earlier, later in zip(self.arrivals, self.arrivals[1:], strict=False)]
 
 
@@ -78,7 +78,7 @@ def summarize(
         ValueError: for no requests, or one without output.
     """
     if not timings or not all(timing.arrivals for timing in timings):
-        raise ValueError("a request brought no output: there is nothing to measure")
+        raise ValueError("a request returned no output: there is nothing to measure")
     output = sum(timing.output_tokens for timing in timings)
     gaps = [gap for timing in timings for gap in timing.gaps] or [float("nan")]
     speeds = [

@@ -76,7 +76,7 @@ COMMANDS = (
     ),
     Command(
         name="evaluate",
-        summary="measure what a setting gives up against the full model, what it executes, and how fast it is",
+        summary="measure the loss of a setting against the full model, what it executes, and how fast it is",
         module="dynamic.studies.evaluate",
         config="EvaluateConfig",
         run="evaluate",
@@ -121,7 +121,7 @@ COMMANDS = (
     ),
     Command(
         name="exits",
-        summary="give a model that is served as it is early exits: read-out adapters, probes, calibration",
+        summary="give a model that is served as it is early exits: exit-head adapters, probes, calibration",
         module="dynamic.train.frozen",
         config="FrozenConfig",
         run="make_frozen_exits",
@@ -132,7 +132,7 @@ COMMANDS = (
     ),
     Command(
         name="calibrate",
-        summary="prove which exit thresholds keep a risk: certificates, and a plot of risk against compute",
+        summary="prove which exit thresholds stay below a risk: certificates, and a plot of risk against compute",
         module="dynamic.studies.calibrate",
         config="CalibrateConfig",
         run="calibrate",

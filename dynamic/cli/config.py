@@ -1,7 +1,7 @@
 """Typed configurations of the commands, and how they reach Hydra.
 
 A key's default is in its dataclass and its explanation in the class's docstring; ``conf/`` holds presets only. Settings
-that a component already has a dataclass for (the engine's, the server's) use that class, so that nothing is said twice.
+that a component already has a dataclass for (the engine's, the server's) use that class, so nothing is defined twice.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ class PrepareConfig:
     Arguments:
         model: a Hub id to fetch, the name of a shipped model to convert: ``default``; or what is to be quantised.
         quantization: ``none``; ``gptq`` or ``awq``: int4 weights; ``smoothquant``: int8 weights and activations.
-        output: directory for the quantised checkpoint; one that holds an unfinished run is gone on with.
+        output: directory for the quantised checkpoint; an unfinished run in it is resumed.
         group: inputs that share a scale, with int4: 32, 64 or 128.
         symmetric: whether int4 groups have no zero point of their own.
-        windows: pieces of calibration text.
+        windows: windows of calibration text.
         window_tokens: length of each.
         text_folder: a folder of .txt and .html files; null takes the language reference that every Python has.
         device: that calibrates, in float32: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
@@ -105,7 +105,7 @@ class PrepareConfig:
 def schema(config_class: type) -> DictConfig:
     """A dataclass as a structured config that may be changed.
 
-    OmegaConf freezes what comes from a frozen dataclass; here the overrides are yet to come.
+    OmegaConf makes configs of frozen dataclasses read-only; here overrides are still to be applied.
     """
     config = OmegaConf.structured(config_class)
     _unlock(config)

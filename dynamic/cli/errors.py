@@ -1,4 +1,4 @@
-"""One line for what a caller got wrong on the command line."""
+"""One-line error messages for mistakes on the command line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def explain(error: Exception, command: Command) -> str | None:
-    """What to tell the caller; None if it is not the caller's doing and deserves its traceback.
+    """The message for the caller; None if the error is a bug and needs its traceback.
 
     Callers' mistakes are what Hydra and OmegaConf refuse, ``ValueError`` (the package raises it for nothing else) and
     files and addresses that cannot be opened.

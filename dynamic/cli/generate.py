@@ -25,7 +25,7 @@ def generate(config: GenerateConfig) -> None:
     Raises:
         ValueError: for settings, a model or a prompt that cannot be used.
     """
-    # What may be wrong with the settings is said before torch is imported and a model loaded, which takes seconds.
+    # Settings are checked before torch is imported and a model loaded, which takes seconds.
     prompt = read_prompt(config, sys.stdin)
     sampling_params(config.sampling, {})
     from ..convert.load_model import load_model
@@ -56,7 +56,7 @@ def read_prompt(config: GenerateConfig, standard_input: TextIO) -> str:
         prompt = standard_input.read()
     else:
         raise ValueError("there is no prompt: give prompt=…, prompt_file=… or a pipe")
-    # A file or a pipe ends with a line break that nobody meant to ask about.
+    # The trailing line break of a file or a pipe is not part of the prompt.
     prompt = prompt.removesuffix("\n") if config.prompt in (None, "-") else prompt
     if not prompt:
         raise ValueError("the prompt is empty")
@@ -89,7 +89,7 @@ def sampling_params(config: SamplingConfig, model_defaults: Mapping[str, Any]) -
 
 
 def stream(engine: Engine, prompt_ids: list[int], params: SamplingParams) -> Iterator[str]:
-    """The pieces of one completion's text, as they come."""
+    """The text of one completion, in chunks as they arrive."""
     engine.add_request("generate", prompt_ids, params)
     while engine.has_unfinished():
         for delta in engine.step():

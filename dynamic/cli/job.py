@@ -1,10 +1,10 @@
-"""How a failure gets past Hydra."""
+"""An exception that Hydra passes on unchanged."""
 
 from __future__ import annotations
 
 
 class JobFailed(SystemExit):
-    """Carries an error past Hydra, which would print lines of its own about an ordinary exception."""
+    """Carries an error through Hydra, which would print its own report of an ordinary exception."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(1)

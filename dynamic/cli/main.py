@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = _main(argv)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # the reader has gone (`… | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return code
@@ -82,7 +82,7 @@ def overview() -> str:
 
 
 def _run(command: Command, arguments: list[str]) -> int:
-    # Hydra prints its errors over several lines and exits with 1, unless told to leave them alone.
+    # Otherwise Hydra prints its errors over several lines and exits with 1.
     full_errors = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
     previous_argv = sys.argv
@@ -100,9 +100,7 @@ def _run(command: Command, arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader went away (`… | head`); what is left in the buffer has nowhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        raise
     except (Exception, JobFailed) as failure:
         from .errors import explain
 
@@ -119,7 +117,7 @@ def _run(command: Command, arguments: list[str]) -> int:
 
 
 def _split(arguments: list[str], config_class: type) -> tuple[list[str], dict[str, str]]:
-    """What Hydra parses, and the free text that it must not see: a comma or a quote means something in its grammar."""
+    """The arguments that Hydra parses, and the free text that it must not: its grammar has commas and quotes."""
     free_text: frozenset[str] = getattr(config_class, "FREE_TEXT", frozenset())
     sweep = any(argument in ("-m", "--multirun") for argument in arguments)
     options: list[str] = []
@@ -140,7 +138,7 @@ def _split(arguments: list[str], config_class: type) -> tuple[list[str], dict[st
             verbatim[key] = value
         else:
             settings.append(argument)
-    # Hydra's parser wants its options in one piece.
+    # Hydra's parser needs its options in one sequence.
     return [*options, *settings], verbatim
 
 
@@ -157,7 +155,7 @@ def _hydra_application(command: Command, config_class: type, verbatim: dict[str,
 
     def task(config: DictConfig) -> None:
         try:
-            # Merged once more, so that a key added with `+` meets the schema as well.
+            # Merged once more, so that a key added with `+` is checked against the schema as well.
             typed = OmegaConf.merge(schema(config_class), cast(Any, OmegaConf.to_container(config)))
             settings = cast(Any, OmegaConf.to_object(typed))
             command.load(command.run)(dataclasses.replace(settings, **verbatim))

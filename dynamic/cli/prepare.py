@@ -1,4 +1,4 @@
-"""``dynamoe prepare``: what a first start would do, done ahead of it."""
+"""``dynamoe prepare``: the work of a first start, done ahead of time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["PrepareConfig", "prepare"]
 
 
 def prepare(config: PrepareConfig) -> None:
-    """Fetch or convert the model, compile the kernels, and say where the model is; or quantise it.
+    """Fetch or convert the model, compile the kernels, and print the model's path; or quantise it.
 
     Raises:
         ValueError: for a model that does not exist or cannot be had here, or settings that are out of range.
@@ -29,6 +29,5 @@ def prepare(config: PrepareConfig) -> None:
     try:
         build(progress=True)
     except BuildError as error:
-        # A model runs without them too, as it does on a GPU.
         print(f"the CPU kernels are not available, torch's own operations take their place: {error}", file=sys.stderr)
     print(f"{config.model}: {path}")

@@ -17,7 +17,7 @@ from ..text.tokenizer import Tokenizer
 from .config import PrepareConfig
 
 
-def quantize_model(config: PrepareConfig, *, progress: bool = True, say: Callable[[str], None] = print) -> Path:
+def quantize_model(config: PrepareConfig, *, progress: bool = True, log: Callable[[str], None] = print) -> Path:
     """Quantise a model with calibration text; returns where the result is.
 
     Arguments:
@@ -43,12 +43,12 @@ def quantize_model(config: PrepareConfig, *, progress: bool = True, say: Callabl
     tokenizer = Tokenizer.from_directory(source)
     windows_NL = token_windows(tokenizer.backend, pages, count=config.windows, length=config.window_tokens)
     device = choose_device(config.device)
-    report = quantize_checkpoint(source, target, windows_NL, method, device=device, progress=progress, say=say)
-    for source_of, meaning in ((POOLED, "saw few tokens and went by all of their layer's"), (NEAREST, "saw none")):
+    report = quantize_checkpoint(source, target, windows_NL, method, device=device, progress=progress, say=log)
+    for source_of, meaning in ((POOLED, "saw few tokens and used all tokens of their layer"), (NEAREST, "saw none")):
         count = sum(layer["experts"].get(source_of, 0) for layer in report["layers"])
         if count:
-            say(f"{count} experts {meaning}, see {target / REPORT}")
+            log(f"{count} experts {meaning}, see {target / REPORT}")
     worst = max(report["layers"], key=lambda layer: layer["relative_error"])
     error = f"{worst['relative_error']:.1%} (layer {worst['layer']})"
-    say(f"{target}: {config.quantization}; largest error of a layer {error}")
+    log(f"{target}: {config.quantization}; largest error of a layer {error}")
     return target

@@ -1,6 +1,6 @@
 """``dynamoe sweep``: one job per combination of settings, as a Hydra multirun; its table, plots and configurations.
 
-A job that was finished before is not run again, one that failed is; a failure is a row with its error.
+A finished job is not run again, a failed one is; a failure is a row with its error.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from ..studies.sweep_config import SweepConfig
 from .config import schema
 from .job import JobFailed
 
-_LOOK = 0.5  # seconds between two looks at how many jobs have ended
+_POLL = 0.5  # seconds between two counts of finished jobs
 
 
 def job(config: DictConfig) -> None:
-    """One job of a sweep: measure, or find that it has been measured, or record why it cannot be.
+    """One job of a sweep: measure it, skip it if it was measured before, or record why it failed.
 
     Arguments:
         config: as Hydra composed it.
@@ -46,7 +46,7 @@ def job(config: DictConfig) -> None:
         raw = asdict(settings)
         key = job_key(raw)
         if not records.finished(key):
-            logging.disable(logging.WARNING)  # a refused certificate is in the row, and would tear the bar
+            logging.disable(logging.WARNING)  # refusals are in the row, log lines break the bar
             records.write(key, {**measure(settings), "job": number})
     except Exception as error:
         # One job's mistake, or bug, must not take the others down.
@@ -59,7 +59,7 @@ def job(config: DictConfig) -> None:
 
 
 def measure(config: SweepConfig) -> dict[str, Any]:
-    """What a job records: an evaluation, or what one of the other studies found."""
+    """The record of a job: an evaluation, or the result of another study."""
     if config.calibration.method is not None:
         result = compare_methods(config)
     else:
@@ -68,28 +68,28 @@ def measure(config: SweepConfig) -> dict[str, Any]:
 
 
 class SweepCallback(Callback):
-    """Watches a sweep from the process that launched it: progress of the whole, then what all jobs together say."""
+    """Follows a sweep in the launching process: a progress bar, then the report over all jobs."""
 
     def __init__(self) -> None:
         self._stop = threading.Event()
         self._watcher: threading.Thread | None = None
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
-        """Launchers with processes send it to them; the watching stays here."""
+        """Pickled without the thread: launchers send callbacks to worker processes."""
         return SweepCallback, ()
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Make room, and begin to watch."""
+        """Prepare the directory and start the progress bar."""
         records = Records(Path(str(config.output)).expanduser())
         try:
             records.begin()
         except OSError as error:
-            raise _ended(error) from error
+            raise JobFailed(error) from error
         self._watcher = threading.Thread(target=self._watch, args=(records, count_jobs(config)), daemon=True)
         self._watcher.start()
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Write the table, the plots and the configurations, and say what failed."""
+        """Write the table, the plots and the configurations, and report failures."""
         from ..studies.report import write_report
 
         self._stop.set()
@@ -100,9 +100,9 @@ class SweepCallback(Callback):
             failures, total = write_report(output, Records(output).of_run(), config.compare, config.quality_metric)
         except Exception as error:
             # Hydra would turn it into a warning.
-            raise _ended(error) from error
+            raise JobFailed(error) from error
         if failures and len(failures) == total:
-            raise _ended(ValueError(f"all {total} jobs failed; the first: {failures[0]}"))
+            raise JobFailed(ValueError(f"all {total} jobs failed; the first: {failures[0]}"))
         if failures:
             raise SystemExit(1)
 
@@ -110,13 +110,13 @@ class SweepCallback(Callback):
         with tqdm(total=total, desc="sweep", unit="job") as bar:
             running = True
             while running:
-                running = not self._stop.wait(_LOOK)
+                running = not self._stop.wait(_POLL)
                 if ended := records.count() - int(bar.n):
                     bar.update(ended)
 
 
 def count_jobs(config: DictConfig) -> int | None:
-    """How many jobs Hydra's sweeper makes of a configuration; None where only Hydra knows."""
+    """How many jobs Hydra's sweeper makes of a configuration; None if it cannot be known beforehand."""
     params = OmegaConf.select(config, "hydra.sweeper.params") or {}
     arguments = [*(f"{key}={value}" for key, value in params.items()), *config.hydra.overrides.task]
     try:
@@ -124,7 +124,3 @@ def count_jobs(config: DictConfig) -> int | None:
         return sum(len(batch) for batch in BasicSweeper.split_arguments(overrides, None))
     except HydraException:
         return None
-
-
-def _ended(error: Exception) -> SystemExit:
-    return JobFailed(error)

@@ -1,7 +1,7 @@
-"""What a configuration may name for Hydra to build: things of this package, and Hydra's own launchers.
+"""Restricts what a configuration may instantiate through Hydra: objects of this package and Hydra's launchers.
 
-Hydra imports and calls whatever stands behind ``_target_``, and Python's logging whatever stands behind ``()``. A
-configuration file that somebody passes on must not be able to run anything.
+Hydra imports and calls the value of ``_target_``, and Python's logging that of ``()``. A configuration file from
+somebody else must not be able to run code.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _PLUGIN_KEYS = frozenset({"cache_policy", "logits_processors"})
 
 
 def refuse_foreign_targets(config: Any, where: str) -> None:
-    """Look through nested mappings and lists.
+    """Check nested mappings and lists.
 
     Arguments:
-        where: what to call them in the error.
+        where: their name in the error.
 
     Raises:
         ValueError: naming the first target or plug-in that is not allowed, or a search path for further files.
@@ -52,7 +52,7 @@ def refuse_foreign_targets(config: Any, where: str) -> None:
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
-    """Look through the files of ``--config-dir`` and the settings of a command line, before Hydra sees them.
+    """Check the files of ``--config-dir`` and the settings of a command line, before Hydra reads them.
 
     Raises:
         ValueError: as :func:`refuse_foreign_targets`, and for a file that cannot be read.

@@ -1,7 +1,7 @@
-"""Which settings keep a risk below a level, by their losses on requests: p-values, bounds, the walk through settings.
+"""Tests which settings have a risk below a level: p-values, upper bounds, fixed-sequence testing.
 
-The unit is a request: its loss is one number in [0, 1], and requests are exchangeable; tokens are not. Settings lie on
-one path that was fixed before any loss was seen, from the safest (full compute) to the boldest.
+The unit is a request: its loss is one number in [0, 1]; requests are exchangeable, tokens are not. Settings lie on one
+path that was fixed before any loss was seen, from the safest (full compute) to the boldest.
 
 Shape suffixes: M settings, safest first; N requests.
 """
@@ -21,7 +21,7 @@ def hoeffding_bentkus(losses_MN: np.ndarray, alpha: float, delta: float) -> np.n
     The smaller of Hoeffding's bound in its relative-entropy form and Bentkus' e · BinomCDF (Bates et al. 2021;
     Angelopoulos et al. 2021, Learn then Test). ``delta`` does not enter.
     """
-    from scipy.stats import binom  # not where contracts are only served
+    from scipy.stats import binom  # imported lazily: serving contracts does not need it
 
     means_M, count = _means(losses_MN)
     entropy_M = _relative_entropy(np.minimum(means_M, alpha), alpha)
@@ -46,15 +46,15 @@ def exact_binomial(losses_MN: np.ndarray, alpha: float, delta: float) -> np.ndar
 def betting(losses_MN: np.ndarray, alpha: float, delta: float) -> np.ndarray:
     """P-values of "the risk exceeds ``alpha``" by betting against it, (M,) (Waudby-Smith & Ramdas 2024).
 
-    One over the greatest wealth of a gambler who bets on losses below ``alpha``; the stakes suit ``delta``. A setting
-    is safe at ``delta`` exactly where the bound of :func:`betting_bound` is at most ``alpha``.
+    One over the greatest wealth of bets on losses below ``alpha``, with stakes optimised for ``delta``. A setting is
+    safe at ``delta`` exactly where :func:`betting_bound` is at most ``alpha``.
     """
     return np.exp(-np.maximum(0.0, _log_wealth(np.atleast_2d(losses_MN), np.asarray(alpha), delta)))
 
 
 def betting_bound(losses_N: np.ndarray, delta: float) -> float:
-    """The upper bound on the risk that holds with probability 1 - ``delta``: the level against which the bets of
-    :func:`betting` reach the wealth 1 / ``delta``."""
+    """The upper bound on the risk that holds with probability 1 - ``delta``: the level at which the bets of
+    :func:`betting` reach a wealth of 1 / ``delta``."""
     low, high = float(np.mean(losses_N)), 1.0
     losses_MN = np.atleast_2d(losses_N)
     if _log_wealth(losses_MN, np.asarray(high), delta)[0] < np.log(1 / delta):
@@ -78,38 +78,47 @@ BOUNDS: dict[str, PValues] = {
 def learn_then_test(losses_MN: np.ndarray, alpha: float, delta: float, bound: str = "wsr") -> int | None:
     """The boldest setting whose risk is at most ``alpha`` with probability 1 - ``delta``, by fixed-sequence testing.
 
-    Walks from the safest setting and stops at the first whose p-value exceeds ``delta``; settings behind it count for
-    nothing, however good they look. No monotonicity is needed.
+    Tests settings from the safest on and stops at the first whose p-value exceeds ``delta``; later settings are not
+    considered. No monotonicity is needed.
 
-    Returns: the last setting before the stop; None when not even the first passes, so that only full compute is left.
+    Returns: the last setting before the stop; None when not even the first passes, which leaves full compute.
 
     Raises:
         ValueError: for a level outside (0, 1), a loss outside [0, 1], no requests, an unknown bound.
     """
     losses_MN = _checked(losses_MN)
-    for name, value in (("alpha", alpha), ("delta", delta)):
-        if not 0 < value < 1:
-            raise ValueError(f"{name} must be between 0 and 1, not {value}")
+    check_levels(alpha=alpha, delta=delta)
     if bound not in BOUNDS:
         raise ValueError(f"unknown bound {bound!r}; known: {', '.join(BOUNDS)}")
-    passed_M = BOUNDS[bound](losses_MN, alpha, delta) <= delta
-    stop = len(passed_M) if passed_M.all() else int(np.argmin(passed_M))
-    return stop - 1 if stop else None
+    return _last_before_stop(BOUNDS[bound](losses_MN, alpha, delta) <= delta)
 
 
 def conformal_risk_control(losses_MN: np.ndarray, alpha: float) -> int | None:
     """The boldest setting such that it and every safer one have a mean loss of at most ``a - (1 - a) / N``, a = alpha.
 
     For losses that grow along the path the expected loss of a further request is at most ``alpha`` (Angelopoulos et al.
-    2024). It says nothing about how often a calibration goes wrong: there is no ``delta``.
+    2024). It does not bound how often a calibration errs: there is no ``delta``.
 
     Returns: as for :func:`learn_then_test`.
     """
     losses_MN = _checked(losses_MN)
-    if not 0 < alpha < 1:
-        raise ValueError(f"alpha must be between 0 and 1, not {alpha}")
+    check_levels(alpha=alpha)
     means_M, count = _means(losses_MN)
-    passed_M = means_M <= alpha - (1 - alpha) / count
+    return _last_before_stop(means_M <= alpha - (1 - alpha) / count)
+
+
+def check_levels(**levels: float) -> None:
+    """Refuse levels outside (0, 1).
+
+    Raises:
+        ValueError: naming the first one.
+    """
+    for name, value in levels.items():
+        if not 0 < value < 1:
+            raise ValueError(f"{name} must be between 0 and 1, not {value}")
+
+
+def _last_before_stop(passed_M: np.ndarray) -> int | None:
     stop = len(passed_M) if passed_M.all() else int(np.argmin(passed_M))
     return stop - 1 if stop else None
 
@@ -117,7 +126,7 @@ def conformal_risk_control(losses_MN: np.ndarray, alpha: float) -> int | None:
 def _checked(losses_MN: np.ndarray) -> np.ndarray:
     losses_MN = np.atleast_2d(np.asarray(losses_MN, dtype=np.float64))
     if losses_MN.shape[1] == 0:
-        raise ValueError("there are no requests to judge by")
+        raise ValueError("there are no requests to test on")
     if not ((losses_MN >= 0) & (losses_MN <= 1)).all():
         raise ValueError("losses must lie between 0 and 1")
     return losses_MN
@@ -129,7 +138,7 @@ def _means(losses_MN: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def _ceil(values: np.ndarray) -> np.ndarray:
-    """Rounded up, but for what rounding errors added to a whole number."""
+    """Rounded up, ignoring rounding errors above a whole number."""
     return np.ceil(values - 1e-9)
 
 
@@ -141,7 +150,7 @@ def _relative_entropy(a: np.ndarray, b: float) -> np.ndarray:
 
 
 def _log_wealth(losses_MN: np.ndarray, alpha: np.ndarray, delta: float) -> np.ndarray:
-    """The greatest logarithm of the wealth of each setting's gambler, (M,). A stake knows the losses before it only."""
+    """The greatest log wealth of each setting's bets, (M,). A stake depends on earlier losses only."""
     count = losses_MN.shape[1]
     seen_N = np.arange(1, count + 1)
     means_MN = (0.5 + losses_MN.cumsum(1)) / (1 + seen_N)

@@ -1,4 +1,4 @@
-"""Losses of requests at every setting of a path, as the deployed stack serves them; kept, so that a run can go on.
+"""Losses of requests at every setting of a path, as the deployed stack serves them; stored, so that a run can resume.
 
 Shape suffixes: M settings, from the safest on; N requests.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..engine.offline import OfflineEngine
 
 PROBABILITIES = (0.995, 0.99, 0.98, 0.97, 0.96, 0.95, 0.93, 0.91, 0.88, 0.85, 0.8, 0.75, 0.7, 0.6)
-_AT_ONCE = 256  # requests that are decoded and judged together
+_GROUP = 256  # requests that are decoded and judged together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Setting:
     """One point of the path.
 
     Arguments:
-        exit_thresholds: layers in front of an exit → calibrated probability from which on a token leaves.
+        exit_thresholds: layers in front of an exit → calibrated probability from which on a row exits.
         expert_keep: share of the calibrated contributions that a token's experts reach; None uses all experts.
     """
 
@@ -38,7 +38,7 @@ class Setting:
     expert_keep: float | None = None
 
     def params(self, max_tokens: int, temperature: float = 0.0, seed: int | None = None) -> SamplingParams:
-        """As callers ask by default: an end-of-text token ends the output."""
+        """Sampling settings of a request; as by default, an end-of-text token ends the output."""
         return SamplingParams(
             temperature=temperature,
             seed=seed,
@@ -53,13 +53,13 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What a setting gave up and what it saved on some requests.
+    """Losses and executed work of a setting on some requests.
 
     Arguments:
         losses_N: of each request, float64.
-        layers_share: of the layers of decoded tokens, how much was launched.
-        experts_share: of the experts that these layers use, how much was launched.
-        decoded: tokens that were decoded behind the prompts' own.
+        layers_share: share of the decoded tokens' layers that was launched.
+        experts_share: share of these layers' experts that was launched.
+        decoded: decoded tokens, without each output's first, which comes from the prompt.
     """
 
     losses_N: np.ndarray
@@ -74,7 +74,7 @@ def path_through(
     """The same probability at every exit, from the safest to the boldest, and an expert budget beside each.
 
     Arguments:
-        keeps: ``expert_keep`` of every setting, not rising; none: all experts.
+        keeps: expert-keep schedule: ``expert_keep`` of every setting, not rising; empty: all experts.
 
     Raises:
         ValueError: for probabilities that do not fall, keeps that rise or are not as many, a model without exits.
@@ -101,11 +101,11 @@ def measure(
     temperature: float = 0.0,
     progress: bool = True,
 ) -> Measured:
-    """Serve requests at a setting and judge what was served; or read it, where a run before has done so.
+    """Serve requests at a setting and judge the outputs; or read the result of an earlier run.
 
     Arguments:
-        temperature: of all requests; each draws with a seed of its own, the same at every setting.
-        file: JSON, written when it is whole.
+        temperature: of all requests; each has its own seed, the same at every setting.
+        file: JSON result, written atomically.
 
     Raises:
         ValueError: when the file belongs to other requests or another setting.
@@ -140,9 +140,9 @@ def measure(
 
 
 def decoded_layers(output: RequestOutput, num_layers: int) -> tuple[int, int]:
-    """Rows times layers that were launched for a request's decoded tokens, and what the full model launches for them.
+    """Rows times layers that were launched for a request's decoded tokens, and those that the full model launches.
 
-    The prompt, which always runs in full, is taken off; so is the last token, whose keys nobody needs.
+    Without the prompt, which always runs in full, and the last token, which is never fed back.
     """
     assert output.compute is not None
     prompt = len(output.prompt_token_ids) - output.num_cached_tokens
@@ -155,8 +155,8 @@ def _served(llm: OfflineEngine, prompts: Sequence[list[int]], params: Sequence[S
 
     name = ", ".join(f"{layer}: {p}" for layer, p in params[0].exit_thresholds.items())
     with tqdm(total=len(prompts), desc=f"{{{name}}}", unit="request", disable=not progress) as bar:
-        for start in range(0, len(prompts), _AT_ONCE):
-            part = [list(prompt) for prompt in prompts[start : start + _AT_ONCE]]
+        for start in range(0, len(prompts), _GROUP):
+            part = [list(prompt) for prompt in prompts[start : start + _GROUP]]
             yield llm.generate(part, params[start : start + len(part)], use_tqdm=False)
             bar.update(len(part))
 

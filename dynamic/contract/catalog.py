@@ -1,4 +1,4 @@
-"""The certificates that a server may use: read, and held against what runs."""
+"""The contract catalog: certificates that are read from disk and valid for the running deployment."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class ContractCatalog:
     """Contracts that an engine may run requests under: a :class:`..engine.contracts.ContractResolver`.
 
     Arguments:
-        contracts: valid for what runs.
-        refused: why others are not, one sentence each.
-        processors: kinds of logits processors of the engine.
+        contracts: valid for the running deployment.
+        refused: why other certificates are not valid, one sentence each.
+        processors: classes of the engine's logits processors.
     """
 
     contracts: Contracts = field(default_factory=Contracts)
@@ -42,10 +42,10 @@ class ContractCatalog:
     def resolve(
         self, quality: Quality, params: SamplingParams, max_tokens: int
     ) -> tuple[SamplingParams, ContractOutcome]:
-        """What a request spends, as raw settings or ``exact``, and what to tell its caller.
+        """A request's settings, as raw settings or ``exact``, and the outcome for its caller.
 
         Arguments:
-            max_tokens: the longest output that it may get.
+            max_tokens: its longest possible output.
         """
         facts = RequestFacts(
             greedy=params.greedy,
@@ -66,11 +66,11 @@ class ContractCatalog:
 
 
 class CertificateSource:
-    """Where an engine's certificates come from; may be read again while the engine runs.
+    """Reads an engine's certificates, repeatedly if wanted.
 
     Arguments:
-        engine: what they have to hold for. What it runs is hashed when there are certificates for the first time.
-        directory: of certificates; None takes those that lie beside the model, if any do.
+        engine: whose deployment they must match; it is hashed on the first read that finds a directory.
+        directory: of certificates; None takes those beside the model, if any.
     """
 
     def __init__(self, engine: Engine, directory: Path | None = None) -> None:
@@ -80,14 +80,13 @@ class CertificateSource:
         self._running: Mapping[str, Scalar] | None = None
 
     def read(self) -> ContractCatalog:
-        """The certificates that hold for what runs; others are refused, with the reason in the log.
+        """The certificates that are valid for the running deployment; others are refused and the reason is logged.
 
         A directory may hold certificates of several deployments, as that of ``tiny`` does: of each contract, the
-        nearest to what runs is read.
+        nearest to the running deployment is read.
 
         Raises:
-            ValueError: naming a directory that is not there, a file that is no certificate, or two that contradict
-                each other.
+            ValueError: naming a missing directory, a file that is not a certificate, or two certificates that conflict.
         """
         if not self.directory.is_dir():
             if self._needed:
@@ -121,10 +120,10 @@ class CertificateSource:
 
 def nearest(directory: Path, running: Mapping[str, Scalar]) -> list[Certificate]:
     """The certificates in a directory; of several for the same contract and temperatures, those that differ least from
-    what runs.
+    the running deployment.
 
     Raises:
-        ValueError: naming a file that is no certificate.
+        ValueError: naming a file that is not a certificate.
     """
     found: dict[tuple[float, ...], list[tuple[int, Certificate]]] = {}
     for file in sorted(directory.glob("*.json")):
@@ -134,19 +133,19 @@ def nearest(directory: Path, running: Mapping[str, Scalar]) -> list[Certificate]
         distance = len(differences(certificate.deployment, running))
         found.setdefault(contract, []).append((distance, certificate))
     kept = []
-    for rivals in found.values():
-        least = min(distance for distance, _ in rivals)
-        kept += [certificate for distance, certificate in rivals if distance == least]
+    for candidates in found.values():
+        least = min(distance for distance, _ in candidates)
+        kept += [certificate for distance, certificate in candidates if distance == least]
     return kept
 
 
 def catalog_for(engine: Engine, directory: Path | None) -> ContractCatalog:
-    """The contracts that an engine may run under; see :class:`CertificateSource`."""
+    """The contract catalog of an engine; see :class:`CertificateSource`."""
     return CertificateSource(engine, directory).read()
 
 
 def spent_under(certificate: Certificate, params: SamplingParams) -> SamplingParams:
-    """A request's settings with what a certificate lets it spend, as raw settings."""
+    """A request's settings with those of a certificate, as raw settings."""
     keep = certificate.expert_budget.get("expert_keep")
     return replace(
         params,
@@ -157,6 +156,6 @@ def spent_under(certificate: Certificate, params: SamplingParams) -> SamplingPar
 
 
 def adjusts_scores(params: SamplingParams, processors: Iterable[type[LogitsProcessor]]) -> bool:
-    """Whether a request's settings change what the model would choose, cut its distribution, or forbid its end."""
+    """Whether a request's settings change or truncate the model's distribution, or suppress its end of text."""
     cut = not params.greedy and (params.top_p < 1 or params.top_k > 0 or params.min_p > 0)
     return cut or params.ignore_eos or changes_distribution(params, processors)

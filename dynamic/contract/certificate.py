@@ -1,8 +1,7 @@
 """A certificate: what a calibration proved about one setting, for which requests, and on which deployment.
 
-With probability 1 - delta over the calibration's requests, the risk of the setting is at most alpha, as long as what
-runs is what was calibrated (:func:`differences`) and requests are of the kind that was drawn
-(:meth:`Certificate.refusal`).
+With probability 1 - delta over the calibration's requests, the risk of the setting is at most alpha, as long as the
+running deployment is the calibrated one (:func:`differences`) and covers the request (:meth:`Certificate.refusal`).
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from datetime import date
 from pathlib import Path
 from types import MappingProxyType
 
-from .bounds import BOUNDS
+from .bounds import BOUNDS, check_levels
 
 _FORMAT = 1
 Scalar = str | int | float | bool
@@ -25,13 +24,13 @@ Scalar = str | int | float | bool
 
 @dataclass(frozen=True, kw_only=True)
 class RequestFacts:
-    """What decides whether a certificate speaks about a request.
+    """What decides whether a certificate covers a request.
 
     Arguments:
         greedy: every token is the most likely one.
-        temperature: of the draws; ignored for a greedy request.
-        max_tokens: the longest output that it may get, in tokens: never open.
-        adjusted: the model's scores are changed or cut before the choice: penalties, biases, top-p, top-k, min-p.
+        temperature: of the sampling; ignored for a greedy request.
+        max_tokens: its longest possible output, in tokens; never open-ended.
+        adjusted: the model's distribution is changed or truncated: penalties, biases, top-p, top-k, min-p.
     """
 
     greedy: bool
@@ -42,12 +41,12 @@ class RequestFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Scope:
-    """The requests that the calibration's prompts stand for.
+    """The requests that a certificate covers.
 
     Arguments:
         lowest_temperature, highest_temperature: both 0: greedy requests only.
         max_tokens: longest output, in tokens.
-        prompts: where they came from, in words.
+        prompts: source of the calibration's prompts, in words.
     """
 
     lowest_temperature: float = 0.0
@@ -68,7 +67,7 @@ class Scope:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """The setting on requests that neither chose nor calibrated it.
+    """The setting on requests that were not used to choose or calibrate it.
 
     Arguments:
         requests: how many.
@@ -100,18 +99,18 @@ class Certificate:
     Arguments:
         alpha, delta: with probability 1 - delta the risk is at most alpha.
         requests: number of calibration requests.
-        method: name of the bound in :data:`risk.BOUNDS`.
+        method: name of the bound in :data:`bounds.BOUNDS`.
         loss: what is measured per request, in words.
         scope: the requests that it covers.
-        exit_thresholds: layers in front of an exit → calibrated probability from which on a token leaves there.
+        exit_thresholds: layers in front of an exit → calibrated probability from which on a row exits there.
         expert_budget: fields of the expert budget; empty: all experts.
         held_out: the setting on other requests.
         created: ISO date.
         deployment: names → hashes and values of everything that the losses depend on: weights, quantisation, dtype,
-            format and eviction of keys and values, probes, backfill, batching rule, device kind, kernel version.
+            format and eviction of keys and values, probes, KV propagation, batching rule, device kind, kernel version.
 
     Raises:
-        ValueError: naming the field and the value that cannot be.
+        ValueError: naming the field and the invalid value.
     """
 
     alpha: float
@@ -134,9 +133,7 @@ class Certificate:
         self._check()
 
     def _check(self) -> None:
-        for name in ("alpha", "delta"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
+        check_levels(alpha=self.alpha, delta=self.delta)
         if self.requests < 1:
             raise ValueError(f"requests must be at least 1, not {self.requests}")
         if self.method not in BOUNDS:
@@ -161,7 +158,7 @@ class Certificate:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def refusal(self, facts: RequestFacts) -> str | None:
-        """Why it says nothing about such a request; None if it covers it."""
+        """Why it does not cover such a request; None if it does."""
         scope = self.scope
         temperature = 0.0 if facts.greedy else facts.temperature
         if not facts.greedy and scope.highest_temperature == 0:
@@ -179,8 +176,8 @@ class Certificate:
 
 
 def differences(certified: Mapping[str, Scalar], running: Mapping[str, Scalar]) -> list[str]:
-    """What differs between the deployment that was certified and the one that runs, one sentence per name; empty if
-    nothing does. A name that only one of them has counts as a difference."""
+    """Differences between the certified and the running deployment, one sentence per name; a name that only one of them
+    has counts as a difference."""
     found = []
     for name in sorted({*certified, *running}):
         if name not in running:
@@ -193,7 +190,7 @@ def differences(certified: Mapping[str, Scalar], running: Mapping[str, Scalar]) 
 
 
 def save_certificate(certificate: Certificate, file: Path) -> None:
-    """Write a certificate as JSON; whoever reads the file meanwhile sees the old content or the new one."""
+    """Write a certificate as JSON, atomically."""
     content = {"format": _FORMAT, "id": certificate.id, **_content(certificate)}
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     with partial.open("w", encoding="utf-8") as stream:
@@ -207,8 +204,8 @@ def load_certificate(file: Path) -> Certificate:
     """Read a certificate.
 
     Raises:
-        ValueError: naming the file and what is wrong with it: unreadable, not JSON or cut short, another format, a
-            field that is missing, unknown or cannot be, content that is not what its id was made of.
+        ValueError: naming the file and what is wrong with it: unreadable, not JSON or truncated, another format, a
+            missing, unknown or invalid field, content that does not match the id.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What a certificate is bound to: everything about a running model that its losses depend on."""
+"""The deployment that a certificate is bound to: everything about a running model that its losses depend on."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def deployment(
     model: LoadedModel, exits: ExitRunner, plugins: Sequence[Plugin] = (), cache_plugins: Sequence[Plugin] = ()
 ) -> dict[str, Scalar]:
-    """Names and values of what runs; equal values mean equal tokens, up to what ``device`` promises.
+    """Names and values of the deployment; equal values mean equal tokens, as far as ``device`` is deterministic.
 
     Arguments:
         exits: of the engine that serves the model.
@@ -32,12 +32,13 @@ def deployment(
     device = torch.device(decoder.device)
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     isa = getattr(decoder.backend, "isa", None)
+    experts = {layer.moe.router.top_k + layer.moe.num_always_on for layer in model.spec.layers if layer.moe}
     evicted = f"evicted by {plugin_facts(cache_plugins)}" if cache_plugins else "nothing evicted"
     facts: dict[str, Scalar] = {
         "weights": backbone_hash(model.path),
         "quantisation": decoder.quantization,
         "dtype": str(decoder.dtype).removeprefix("torch."),
-        "experts_per_token": ",".join(str(k) for k in _experts_per_token(model)),
+        "experts_per_token": ",".join(str(count) for count in sorted(experts)),
         "keys_and_values": f"{exits.kv[0].keys_BGPC.dtype}, {evicted}".removeprefix("torch."),
         "exits": _hash(model, JSON_FILE, TENSOR_FILE),
         "contributions": _hash(model, CONTRIBUTIONS),
@@ -47,15 +48,11 @@ def deployment(
         "backend": decoder.backend.name + (f" {isa}" if isa else f", torch {torch.__version__}"),
         "kernels": NUMERICS,
     }
-    if decoder.processes is not None:  # they sum in another order
+    if decoder.processes is not None:  # several processes sum in another order
         facts["processes"] = decoder.processes
     if plugins:
         facts["logits_processors"] = plugin_facts(plugins)
     return facts
-
-
-def _experts_per_token(model: LoadedModel) -> list[int]:
-    return sorted({layer.moe.router.top_k + layer.moe.num_always_on for layer in model.spec.layers if layer.moe})
 
 
 def _hash(model: LoadedModel, *names: str) -> str:

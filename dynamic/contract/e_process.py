@@ -1,11 +1,11 @@
-"""A bet against "the risk is at most alpha", request after request: a test that may be looked at after every one.
+"""An e-process against "the risk is at most alpha": a sequential test that is valid at every request.
 
-A gambler starts with a wealth of 1 and stakes part of it on the next loss exceeding alpha; after the loss x_t
+The wealth K starts at 1, and part of it is bet on the next loss exceeding alpha; after the loss x_t
 
     K_t = K_{t-1} (1 + lambda_t (x_t - alpha)),   0 <= lambda_t <= 1 / (2 alpha).
 
-lambda_t knows the losses before it only. While the mean of every loss, given those before it, is at most alpha, K is a
-nonnegative supermartingale, so that it ever reaches 1 / delta with a probability of at most delta (Ville 1939;
+lambda_t depends on earlier losses only. While the mean of every loss, given earlier ones, is at most alpha, K is a
+nonnegative supermartingale, so the probability that it ever reaches 1 / delta is at most delta (Ville 1939;
 Waudby-Smith & Ramdas 2024, whose "aGRAPA" stakes these are). Losses may have any distribution on [0, 1].
 """
 
@@ -15,23 +15,25 @@ import json
 import math
 from dataclasses import asdict, dataclass, replace
 
-# Stakes follow the losses of about so many requests. With stakes that follow all losses, a change after a long good
-# time goes unnoticed for about as long as that time was; with much shorter memories the gambler chases noise.
+from .bounds import check_levels
+
+# Stakes follow the losses of about so many recent requests, so a long stable period does not mask drift; with a much
+# shorter memory they follow noise.
 _MEMORY = 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class EProcess:
-    """The state of one bet; :meth:`observe` returns the next one.
+    """The state of one e-process; :meth:`observe` returns the next one.
 
     Arguments:
         alpha, delta: the claim under test, and how often a true claim may be rejected.
         count: losses so far.
         total: their sum.
         log_wealth: natural logarithm of K.
-        recent_mean, recent_variance: of the latest losses, forgetting older ones exponentially. At the start: those
-            of a risk of exactly ``alpha``, as one loss.
-        fired_at: the number of the loss at which K reached 1 / delta; None before. It stays, whatever K does.
+        recent_mean, recent_variance: exponential moving averages over the losses; at the start, those of a risk of
+            exactly ``alpha``, as one loss.
+        fired_at: the number of the loss at which K reached 1 / delta; None before. Never reset.
 
     Raises:
         ValueError: for a level outside (0, 1).
@@ -47,13 +49,11 @@ class EProcess:
     fired_at: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("alpha", self.alpha), ("delta", self.delta)):
-            if not 0 < value < 1:
-                raise ValueError(f"{name} must be between 0 and 1, not {value}")
+        check_levels(alpha=self.alpha, delta=self.delta)
 
     @classmethod
     def start(cls, alpha: float, delta: float) -> EProcess:
-        """The bet before the first loss."""
+        """The state before the first loss."""
         return cls(alpha=alpha, delta=delta, recent_mean=alpha, recent_variance=alpha * (1 - alpha))
 
     @property
@@ -70,9 +70,9 @@ class EProcess:
     def stake(self) -> float:
         """lambda for the next loss.
 
-        The stake that is best for a small edge, for the mean and variance of late, never negative: a risk below alpha
-        is no reason to bet. At most 1 / (2 alpha): a request without any loss then costs half of the wealth and no
-        more, where 1 / alpha would let a single one ruin the gambler for good.
+        The best stake for a small edge at the recent mean and variance; 0 while the recent risk is below alpha. At most
+        1 / (2 alpha), so that a request without loss costs at most half of the wealth; with 1 / alpha a single one
+        could reduce it to 0 for good.
         """
         edge = self.recent_mean - self.alpha
         if edge <= 0:
@@ -80,7 +80,7 @@ class EProcess:
         return min(edge / (self.recent_variance + edge**2), 0.5 / self.alpha)
 
     def observe(self, loss: float) -> EProcess:
-        """The bet after one more request's loss.
+        """The state after one more request's loss.
 
         Raises:
             ValueError: for a loss outside [0, 1].
@@ -104,7 +104,7 @@ class EProcess:
         )
 
     def to_json(self) -> str:
-        """The state as JSON text; numbers come back bit for bit."""
+        """The state as JSON text; numbers round-trip exactly."""
         return json.dumps(asdict(self), allow_nan=False)
 
     @classmethod

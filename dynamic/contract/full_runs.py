@@ -1,4 +1,4 @@
-"""Full runs of picked requests in the engine's idle time, one layer at a time, so that a new request hardly waits."""
+"""Full runs of sampled requests in the engine's idle time, one layer at a time, so that new requests hardly wait."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ logger = logging.getLogger("dynamoe.contracts")
 
 @dataclass(kw_only=True)
 class FullRuns:
-    """Works off the monitor's pending picks. Belongs to the thread that drives the engine.
+    """Computes the losses of the monitor's pending requests. For the engine's thread only.
 
     Arguments:
-        decoder: the model that serves; the same pass and the same loss as in the calibration.
-        monitor: the one that has the picks; None while there is none.
+        decoder: the serving model; pass and loss are those of the calibration.
+        monitor: returns the monitor; None while there is none.
     """
 
     decoder: Decoder
@@ -39,10 +39,10 @@ class FullRuns:
     _steps: Steps[np.ndarray] | None = field(default=None, init=False)
 
     def work(self) -> bool:
-        """Do a small part; returns whether there may be another one at once."""
+        """Do a small part; returns whether more is ready."""
         try:
             return self._work()
-        except sqlite3.Error as error:  # the pick stays pending: it is run again when there is something new
+        except sqlite3.Error as error:  # the request stays pending and is run again at the next wake-up
             logger.error("the monitor's disk fails: %s; full runs wait", error)
             self._run = self._steps = None
             return False

@@ -1,4 +1,4 @@
-"""Numbers with 95 % intervals, by resampling requests with replacement: requests are exchangeable, tokens are not.
+"""Estimates with 95 % bootstrap intervals over requests: requests are exchangeable, tokens are not.
 
 Shape suffix: N requests.
 """
@@ -33,7 +33,7 @@ def ratio(
     """Sum of one amount over the sum of another, both counted by request.
 
     Arguments:
-        transform: rising function of the ratio, on arrays: ``numpy.exp`` makes a perplexity of log-likelihoods.
+        transform: increasing function of the ratio, on arrays: ``numpy.exp`` turns log-likelihoods into a perplexity.
 
     Raises:
         ValueError: when there is nothing to divide by.
@@ -42,9 +42,9 @@ def ratio(
     if not under_N.sum() > 0:
         raise ValueError("there is nothing to divide by: no request counts")
     value = over_N.sum() / under_N.sum()
-    picks = np.random.default_rng(0).integers(len(over_N), size=(_RESAMPLES, len(over_N)))
-    below = under_N[picks].sum(1)
-    drawn = over_N[picks].sum(1)[below > 0] / below[below > 0]
+    resampled = np.random.default_rng(0).integers(len(over_N), size=(_RESAMPLES, len(over_N)))
+    below = under_N[resampled].sum(1)
+    drawn = over_N[resampled].sum(1)[below > 0] / below[below > 0]
     low, high = np.quantile(drawn, (0.025, 0.975))
     ends = np.array((value, min(low, value), max(high, value)))
     value, low, high = (ends if transform is None else transform(ends)).tolist()
@@ -52,10 +52,10 @@ def ratio(
 
 
 def paired_difference(first_N: np.ndarray, second_N: np.ndarray) -> Estimate:
-    """Mean over requests of the second less the first, request by request.
+    """Mean over requests of the second minus the first.
 
     Raises:
-        ValueError: when they are not as many.
+        ValueError: when their lengths differ.
     """
     if len(first_N) != len(second_N):
         raise ValueError(f"{len(first_N)} and {len(second_N)} requests cannot be paired")

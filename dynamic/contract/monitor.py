@@ -1,8 +1,9 @@
-"""The live monitor of quality contracts: a coin picks requests, their losses move a bet, which may end a contract.
+"""The live monitor of quality contracts: a random sample of requests gets losses, which update an e-process per
+certificate; a certificate whose e-process fires is reverted.
 
-For every request under a certificate: :meth:`RiskMonitor.admit` before it runs, :meth:`RiskMonitor.finished` with what
-was served. In idle time: :meth:`RiskMonitor.next_pending`, a full pass over what was served, and
-:meth:`RiskMonitor.record_loss`. The coin neither knows nor changes how a request is served.
+For every request under a certificate: :meth:`RiskMonitor.admit` before it runs, :meth:`RiskMonitor.finished` with its
+output. In idle time: :meth:`RiskMonitor.next_pending`, a full pass over that output, and
+:meth:`RiskMonitor.record_loss`. The sampling decision is independent of how a request is served.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class MonitorConfig:
-    """How the monitor picks and remembers.
+    """How the monitor samples requests and how long it keeps them.
 
     Arguments:
-        share: of the requests under a certificate that are run again in full, 0 to 1.
-        seed: of the coin. Every opening of the file has a stream of its own, so that a process that dies early again
-            and again does not throw the same coins each time.
-        keep: picks with a loss, and interrupted ones, are remembered until so many newer ones have come.
+        share: share of the requests under a certificate that are run again in full, 0 to 1.
+        seed: of the sampling decisions. Every opening of the file uses a separate random stream, so that a process
+            that crashes repeatedly does not repeat the same decisions.
+        keep: sampled requests with a loss, and interrupted ones, are kept until so many newer ones exist.
 
     Raises:
         ValueError: for a share outside [0, 1], or a number to keep below 1.
@@ -51,11 +52,11 @@ class MonitorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ContractState:
-    """What the monitor knows about a certificate.
+    """The monitor's state of a certificate.
 
     Arguments:
-        process: the bet: number of losses, realised risk, wealth, whether it has fired.
-        picks: those without a loss.
+        process: the e-process: number of losses, realised risk, wealth, whether it has fired.
+        picks: counts of sampled requests without a loss.
     """
 
     process: EProcess
@@ -63,15 +64,14 @@ class ContractState:
 
 
 class RiskMonitor:
-    """Watches the realised risk of every certificate that is armed. Safe to use from several threads.
+    """Monitors the realised risk of every registered certificate. Thread-safe.
 
-    Picks are stored before :meth:`admit` returns, and every step is durable when its method does: methods but
-    :meth:`is_reverted` may wait for the disk. When the disk fails they raise ``sqlite3.Error`` and nothing has changed;
-    a request that could not be admitted has to run exactly.
+    Every change is durable when its method returns: methods except :meth:`is_reverted` may wait for the disk. If the
+    disk fails they raise ``sqlite3.Error`` and change nothing; a request that could not be admitted must run exactly.
 
     Arguments:
-        file: where everything is kept; see :class:`MonitorStore`.
-        config: the coin.
+        file: database; see :class:`MonitorStore`.
+        config: share and seed of the sample.
 
     Raises:
         ValueError: naming the file, when it cannot be used.
@@ -80,53 +80,53 @@ class RiskMonitor:
     def __init__(self, file: Path, config: MonitorConfig | None = None) -> None:
         self.config = config or MonitorConfig()
         self._store = MonitorStore(file, self.config.keep)
-        self._coin = random.Random(f"{self.config.seed}/{self._store.opened}")
+        self._random = random.Random(f"{self.config.seed}/{self._store.opened}")
         self._lock = threading.Lock()
-        self._armed: dict[str, EProcess] = {}  # written under the lock; one entry may be read without
+        self._registered: dict[str, EProcess] = {}  # written under the lock; single entries may be read without it
 
-    def arm(self, certificate: Certificate) -> bool:
-        """Watch a certificate from now on; what is stored about it goes on.
+    def register(self, certificate: Certificate) -> bool:
+        """Monitor a certificate from now on, continuing from its stored state.
 
-        One that has fired stays reverted: only another certificate, from a new calibration, starts afresh.
+        One that has fired stays reverted: only a new certificate, from a new calibration, starts afresh.
 
         Returns: whether it may be served, that is, has not fired.
         """
         with self._lock:
-            process = self._store.arm(certificate.id, certificate.alpha, certificate.delta)
-            self._armed[certificate.id] = process
+            process = self._store.register(certificate.id, certificate.alpha, certificate.delta)
+            self._registered[certificate.id] = process
             return not process.fired
 
     def is_reverted(self, certificate_id: str) -> bool:
-        """Whether requests under this certificate have to run exactly. Never waits.
+        """Whether requests under this certificate must run exactly. Never blocks.
 
         Raises:
-            ValueError: for a certificate that is not armed.
+            ValueError: for a certificate that is not registered.
         """
         return self._process(certificate_id).fired
 
     def admit(self, request_id: str, certificate_id: str) -> bool:
-        """Throw the coin for a request that is about to run under a certificate.
+        """Decide whether to sample a request that is about to run under a certificate.
 
         Arguments:
-            request_id: no other request ever had it, in this process or another one with the same file.
+            request_id: never used before, in this process or another one with the same file.
 
-        Returns: whether it is picked, which is on the disk by then. Never under a certificate that has fired. A request
-            that was picked before stays picked.
+        Returns: whether it is sampled; the decision is persisted first. Never under a certificate that has fired. A
+            request that was sampled before stays sampled.
 
         Raises:
-            ValueError: for a certificate that is not armed.
+            ValueError: for a certificate that is not registered.
         """
         with self._lock:
             fired = self._process(certificate_id).fired
-            if self._store.pick_state(request_id) is None and (fired or self._coin.random() >= self.config.share):
+            if self._store.pick_state(request_id) is None and (fired or self._random.random() >= self.config.share):
                 return False
             self._store.pick(request_id, certificate_id)
             return True
 
     def withdraw(self, request_id: str) -> bool:
-        """Take a pick back whose request was refused before any of it ran: nothing was served that could have a loss.
+        """Remove a sampled request that was refused before it ran, so that it has no output to judge.
 
-        Returns: whether there was such a pick.
+        Returns: whether there was one.
         """
         with self._lock:
             return self._store.withdraw(request_id)
@@ -138,46 +138,45 @@ class RiskMonitor:
         served_tokens: Sequence[Sequence[int]],
         draws: Draws | None = None,
     ) -> bool:
-        """Store what was served, for a full run to come. Also for a request that was aborted or failed.
+        """Store the output of a request for its full run. Also for a request that was aborted or failed.
 
         Arguments:
             prompt_tokens: token ids.
-            served_tokens: token ids of each of its completions; without any token no loss can be had, and the pick
+            served_tokens: token ids of each of its completions; without any token there is no loss, and the request
                 counts as interrupted.
-            draws: of a request that sampled: its loss is a distance between distributions.
+            draws: of a request with temperature > 0, whose loss is a distance between distributions.
 
-        Returns: whether it was picked and had not finished before; otherwise nothing changes.
+        Returns: whether it was sampled and had not finished before; otherwise nothing changes.
         """
+        output = Served(prompt_tokens=prompt_tokens, served_tokens=served_tokens, draws=draws)
         with self._lock:
-            output = Served(prompt_tokens=prompt_tokens, served_tokens=served_tokens, draws=draws)
             return self._store.finish(request_id, output)
 
     def next_pending(self) -> PendingRun | None:
-        """The oldest pick that waits for its loss, until :meth:`record_loss` has it.
+        """The oldest sampled request without a loss; the same one until :meth:`record_loss`.
 
-        Only picks of certificates that are armed: others were served by a deployment that does not run now, and would
-        be judged by the wrong model.
+        Only of registered certificates: other deployments served the rest, and this model would misjudge it.
         """
         with self._lock:
-            return self._store.next_pending(self._armed)
+            return self._store.next_pending(self._registered)
 
     def record_loss(self, request_id: str, loss: float) -> bool:
-        """Count the loss of a pending pick, and end the certificate's contract if that is one too many.
+        """Count the loss of a pending request; the certificate is reverted if its e-process fires.
 
-        A pick whose full run is impossible counts with the worst loss, 1: picks are never dropped.
+        A request whose full run is impossible counts with the worst loss, 1: sampled requests are never dropped.
 
-        Returns: whether it was counted now: not when it was before, or is not known.
+        Returns: whether it was counted now: False if it was counted before, or is unknown.
 
         Raises:
-            ValueError: for a loss outside [0, 1], or a pick that has not finished.
+            ValueError: for a loss outside [0, 1], or a request that has not finished.
         """
         with self._lock:
             counted = self._store.count_loss(request_id, loss)
             if counted is None:
                 return False
             certificate_id, process = counted
-            if certificate_id in self._armed:
-                self._armed[certificate_id] = process
+            if certificate_id in self._registered:
+                self._registered[certificate_id] = process
             if process.fired_at == process.count:
                 logger.warning(
                     "certificate %s has fired: %d monitored requests have a mean loss of %.4f, against a risk of at"
@@ -191,26 +190,26 @@ class RiskMonitor:
             return True
 
     @property
-    def armed(self) -> tuple[str, ...]:
-        """Ids of the certificates that are armed."""
-        return tuple(self._armed)
+    def registered(self) -> tuple[str, ...]:
+        """Ids of the registered certificates."""
+        return tuple(self._registered)
 
     def state(self, certificate_id: str) -> ContractState:
-        """What is stored about a certificate, armed or not.
+        """The stored state of a certificate, registered now or earlier.
 
         Raises:
-            ValueError: for one that never was.
+            ValueError: for one that never was registered.
         """
         with self._lock:
             return ContractState(process=self._store.process(certificate_id), picks=self._store.counts(certificate_id))
 
     def close(self) -> None:
-        """Let go of the file. Requests that still run are marked as interrupted when it is opened again."""
+        """Close the file. Requests that still run are marked as interrupted when it is opened again."""
         with self._lock:
             self._store.close()
 
     def _process(self, certificate_id: str) -> EProcess:
-        process = self._armed.get(certificate_id)
+        process = self._registered.get(certificate_id)
         if process is None:
-            raise ValueError(f"certificate {certificate_id!r} is not armed")
+            raise ValueError(f"certificate {certificate_id!r} is not registered")
         return process

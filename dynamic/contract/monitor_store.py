@@ -1,12 +1,11 @@
-"""What the monitor must not forget, in one SQLite file: picked requests on their way to a loss, and the bets.
+"""The monitor's durable state in one SQLite file: sampled requests ("picks") and the e-process of each certificate.
 
-A pick is *running* from before its request runs, *pending* once its output is there, and *counted* when its loss has
-moved the bet, in the same transaction. One that ends without an output, by the end of its process or otherwise, is
-*interrupted*: no loss can be had for it, and its number is reported. Every step is one transaction, and taking it again
-changes nothing.
+A pick is *running* from before its request runs, *pending* once its output is stored, and *counted* when its loss has
+updated the e-process, in the same transaction. One that ends without an output, for example because its process ended,
+is *interrupted*: it gets no loss, and the number of such picks is reported. Every step is one idempotent transaction.
 
-Commits wait for the disk (``synchronous=FULL``). They happen for picked requests only, three for each, and what a power
-cut could take otherwise is a pick whose answer is with its client already: nobody would know that it is missing.
+Commits wait for the disk (``synchronous=FULL``), three times per pick. Otherwise a power cut could lose a pick whose
+answer the client already has, and the sample would be biased unnoticed.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import sqlite3
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .e_process import EProcess
 
@@ -37,11 +37,11 @@ RUNNING, PENDING, COUNTED, INTERRUPTED = "running", "pending", "counted", "inter
 
 @dataclass(frozen=True, kw_only=True)
 class Draws:
-    """What the tokens of a request that sampled were drawn from.
+    """What the tokens of a request with temperature > 0 were drawn from.
 
     Arguments:
         temperature: above 0.
-        states: what the LM head got for each token, completions one after the other, float32.
+        states: LM head inputs of each token, completions concatenated, float32.
     """
 
     temperature: float
@@ -50,12 +50,12 @@ class Draws:
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """What a request was given.
+    """Prompt and output of a request.
 
     Arguments:
         prompt_tokens: token ids.
         served_tokens: token ids of each of its completions.
-        draws: of a request that sampled; None of a greedy one.
+        draws: None for a greedy request.
     """
 
     prompt_tokens: Sequence[int]
@@ -73,7 +73,7 @@ class PendingRun(Served):
 
 @dataclass(frozen=True, kw_only=True)
 class PickCounts:
-    """How many picks of a certificate there are that have no loss yet, or never will (``interrupted``)."""
+    """Numbers of a certificate's picks that have no loss yet, or never will (``interrupted``)."""
 
     running: int
     pending: int
@@ -86,20 +86,18 @@ class MonitorStore:
     The file belongs to one process at a time. Opening it marks as interrupted what the process before left running.
 
     Arguments:
-        file: made if it is not there.
-        keep: picks without tokens (counted or interrupted) are forgotten when so many newer picks have come. Until then
-            their ids are known, and taking one of their steps again changes nothing.
+        file: created if it does not exist.
+        keep: counted and interrupted picks are deleted when so many newer picks exist, at least 1. Until then repeating
+            one of their steps changes nothing.
 
     Raises:
         ValueError: naming the file, when it is in use, damaged, of another program or another format.
     """
 
     def __init__(self, file: Path, keep: int = 10_000) -> None:
-        if keep < 1:
-            raise ValueError(f"keep must be at least 1, not {keep}")
         self._keep = keep
         try:
-            _make(file)
+            _create(file)
             self._connection = sqlite3.connect(file, timeout=1, isolation_level=None, check_same_thread=False)
         except (OSError, sqlite3.Error) as error:
             raise ValueError(f"{file} cannot be opened: {error}") from error
@@ -115,7 +113,7 @@ class MonitorStore:
             raise
 
     def _open(self, file: Path) -> int:
-        """Take hold of the file until the process ends; returns how often it has been opened."""
+        """Lock the file until the process ends; returns how often it has been opened."""
         self._connection.execute("PRAGMA locking_mode = EXCLUSIVE")
         (found,) = self._connection.execute("PRAGMA user_version").fetchone()
         new = self._connection.execute("SELECT 1 FROM sqlite_master").fetchone() is None
@@ -135,11 +133,11 @@ class MonitorStore:
         return opened
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._connection.close()
 
-    def arm(self, certificate_id: str, alpha: float, delta: float) -> EProcess:
-        """The bet against a certificate: the stored one, or else a new one, which is stored."""
+    def register(self, certificate_id: str, alpha: float, delta: float) -> EProcess:
+        """The stored e-process of a certificate, or a new one, which is stored."""
         with self._connection as connection:
             connection.execute("BEGIN IMMEDIATE")
             connection.execute(
@@ -149,10 +147,10 @@ class MonitorStore:
             return self.process(certificate_id)
 
     def process(self, certificate_id: str) -> EProcess:
-        """The bet against a certificate.
+        """The e-process of a certificate.
 
         Raises:
-            ValueError: for an id that was never armed.
+            ValueError: for an id that was never registered.
         """
         found = self._connection.execute("SELECT process FROM certificates WHERE id = ?", (certificate_id,)).fetchone()
         if found is None:
@@ -171,12 +169,12 @@ class MonitorStore:
         return PickCounts(running=states.get(RUNNING, 0), pending=states.get(PENDING, 0), interrupted=interrupted)
 
     def pick_state(self, request_id: str) -> str | None:
-        """How far a pick is; None for a request that was not picked, or whose pick was forgotten."""
+        """State of a pick; None for a request that was not sampled, or whose pick was deleted."""
         found = self._connection.execute("SELECT state FROM picks WHERE request = ?", (request_id,)).fetchone()
         return found and found[0]
 
     def pick(self, request_id: str, certificate_id: str) -> None:
-        """Store that a request is picked, before it runs. An interrupted one runs again; others stay as they are."""
+        """Store that a request is sampled, before it runs. An interrupted one runs again; others are unchanged."""
         with self._connection as connection:
             connection.execute("BEGIN IMMEDIATE")
             state = self.pick_state(request_id)
@@ -190,7 +188,7 @@ class MonitorStore:
                 self._move(request_id, RUNNING)
 
     def withdraw(self, request_id: str) -> bool:
-        """Forget a running pick; returns whether there was one."""
+        """Delete a running pick; returns whether there was one."""
         with self._connection as connection:
             connection.execute("BEGIN IMMEDIATE")
             deleted = connection.execute("DELETE FROM picks WHERE request = ? AND state = ?", (request_id, RUNNING))
@@ -199,7 +197,7 @@ class MonitorStore:
     def finish(self, request_id: str, output: Served) -> bool:
         """Store the output of a running pick; without any token it is interrupted.
 
-        Returns: whether anything changed: not for a request that was not picked or has finished before.
+        Returns: whether anything changed: not for a request that was not sampled or has finished before.
         """
         with self._connection as connection:
             connection.execute("BEGIN IMMEDIATE")
@@ -207,14 +205,17 @@ class MonitorStore:
                 return False
             if any(len(tokens) for tokens in output.served_tokens):
                 tokens = [[int(token) for token in completion] for completion in output.served_tokens]
-                served = tokens if output.draws is None else {"tokens": tokens, **_packed(output.draws)}
+                served: Any = tokens
+                if (draws := output.draws) is not None:
+                    states = base64.b64encode(draws.states).decode()
+                    served = {"tokens": tokens, "temperature": draws.temperature, "states": states}
                 self._move(request_id, PENDING, [int(token) for token in output.prompt_tokens], served)
             else:
                 self._interrupt(request_id)
             return True
 
     def next_pending(self, certificate_ids: Iterable[str]) -> PendingRun | None:
-        """The oldest pick of these certificates that waits for its loss. It stays the oldest until that is counted."""
+        """The oldest pending pick of these certificates; the same one until its loss is counted."""
         ids = tuple(certificate_ids)
         found = self._connection.execute(
             "SELECT request, certificate, prompt, served FROM picks"
@@ -238,7 +239,7 @@ class MonitorStore:
     def count_loss(self, request_id: str, loss: float) -> tuple[str, EProcess] | None:
         """Count the loss of a pending pick, once.
 
-        Returns: the certificate's id and its bet afterwards; None when the pick was counted before, or is not known.
+        Returns: the certificate's id and its new e-process; None when the pick was counted before, or is unknown.
 
         Raises:
             ValueError: for a loss outside [0, 1], or a pick without output.
@@ -255,14 +256,12 @@ class MonitorStore:
             process = self.process(certificate_id).observe(loss)
             connection.execute("UPDATE certificates SET process = ? WHERE id = ?", (process.to_json(), certificate_id))
             self._move(request_id, COUNTED)
-            self._forget_old()
+            self._delete_old()
             return certificate_id, process
 
     # From here on: inside a transaction.
 
-    def _move(
-        self, request_id: str, state: str, prompt: list[int] | None = None, served: list[list[int]] | dict | None = None
-    ) -> None:
+    def _move(self, request_id: str, state: str, prompt: list[int] | None = None, served: Any = None) -> None:
         tokens = [None if value is None else json.dumps(value, separators=(",", ":")) for value in (prompt, served)]
         self._connection.execute(
             "UPDATE picks SET state = ?, prompt = ?, served = ? WHERE request = ?", (state, *tokens, request_id)
@@ -271,31 +270,27 @@ class MonitorStore:
     def _interrupt(self, request_id: str) -> None:
         self._move(request_id, INTERRUPTED)
         self._count_interrupted(request_id, 1)
-        self._forget_old()
+        self._delete_old()
 
     def _count_interrupted(self, request_id: str, more: int) -> None:
-        """Interrupted picks are forgotten like others; how many there were is not."""
+        """Change the count, which outlives the deleted picks."""
         self._connection.execute(
             "UPDATE certificates SET interrupted = interrupted + ?"
             " WHERE id = (SELECT certificate FROM picks WHERE request = ?)",
             (more, request_id),
         )
 
-    def _forget_old(self) -> None:
+    def _delete_old(self) -> None:
         self._connection.execute(
             "DELETE FROM picks WHERE state IN (?, ?) AND number <= (SELECT max(number) FROM picks) - ?",
             (COUNTED, INTERRUPTED, self._keep),
         )
 
 
-def _packed(draws: Draws) -> dict[str, float | str]:
-    return {"temperature": draws.temperature, "states": base64.b64encode(draws.states).decode()}
+def _create(file: Path) -> None:
+    """Create the file if it does not exist. SQLite gives its log the same mode.
 
-
-def _make(file: Path) -> None:
-    """Make the file where there is none. SQLite gives its log the same mode.
-
-    An existing one is not touched: closing it here would end the locks that this process may hold on it (POSIX).
+    An existing one is not opened: closing it here would release the locks that this process may hold on it (POSIX).
     """
     with contextlib.suppress(FileExistsError):
         os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))

@@ -1,4 +1,4 @@
-"""Where a command takes its certificates from."""
+"""The certificates of a command."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class QualityConfig:
-    """What requests may be promised.
+    """Certified contracts.
 
     Arguments:
         certificates: directory that ``dynamoe calibrate`` filled; null takes the certificates beside the model, if any.

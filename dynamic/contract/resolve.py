@@ -1,4 +1,4 @@
-"""Contracts on offer: which certificate serves a request that asks for (alpha, delta)."""
+"""Resolves a contract: which certificate serves a request that asks for (alpha, delta)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .bounds import check_levels
 from .certificate import Certificate, RequestFacts
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resolution:
-    """What a request gets.
+    """The result for a request.
 
     Arguments:
         certificate: the one that it runs under; None: it runs exactly.
@@ -23,11 +24,11 @@ class Resolution:
 
 
 class Contracts:
-    """Certificates for several (alpha, delta), never changed: other certificates make another collection.
+    """An immutable collection of certificates for several (alpha, delta).
 
     Raises:
-        ValueError: for two certificates of one (alpha, delta) whose temperatures overlap. Which of them a request gets
-            would be a choice by their results, and that choice would cost a part of delta.
+        ValueError: for two certificates of one (alpha, delta) whose temperatures overlap: choosing between them by
+            their results would use up a part of delta.
     """
 
     def __init__(self, certificates: Iterable[Certificate] = ()) -> None:
@@ -48,34 +49,28 @@ class Contracts:
         return self._certificates
 
     def resolve(self, alpha: float, delta: float, facts: RequestFacts) -> Resolution:
-        """The boldest certificate that promises at least what was asked and covers the request; exact if there is none.
+        """The boldest certificate that is at least as strict as asked and covers the request; exact if there is none.
 
-        The boldest has the largest alpha, among equals the largest delta: the closest to what was asked.
+        The boldest has the largest alpha, among equals the largest delta: the closest to the requested contract.
 
         Raises:
             ValueError: for a level outside (0, 1).
         """
-        for name, value in (("alpha", alpha), ("delta", delta)):
-            if not 0 < value < 1:
-                raise ValueError(f"{name} must be between 0 and 1, not {value}")
+        check_levels(alpha=alpha, delta=delta)
         asked = f"alpha={alpha:g}, delta={delta:g}"
         strict = [c for c in self._certificates if c.alpha <= alpha and c.delta <= delta]
         for certificate in strict:
             if certificate.refusal(facts) is None:
                 exactly = (certificate.alpha, certificate.delta) == (alpha, delta)
                 match = "as asked" if exactly else f"stricter than the {asked} that was asked for"
-                return Resolution(
-                    certificate=certificate,
-                    reason=f"certificate {certificate.id} holds {_levels(certificate)}, {match}",
-                )
+                reason = f"certificate {certificate.id} holds {_levels(certificate)}, {match}"
+                return Resolution(certificate=certificate, reason=reason)
         if strict:
             refusals = "; ".join(f"certificate {c.id}: {c.refusal(facts)}" for c in strict)
             return Resolution(certificate=None, reason=f"no certificate for {asked} covers the request; {refusals}")
         held = ", ".join(f"({c.alpha:g}, {c.delta:g})" for c in self._certificates)
-        return Resolution(
-            certificate=None,
-            reason=f"no certificate is as strict as {asked}; " + (f"there are {held}" if held else "there is none"),
-        )
+        known = f"there are {held}" if held else "there is none"
+        return Resolution(certificate=None, reason=f"no certificate is as strict as {asked}; {known}")
 
 
 def _levels(certificate: Certificate) -> str:

@@ -1,8 +1,8 @@
-"""The loss of served requests: how far what was served is from what the full model would have said.
+"""The loss of served requests: how far their outputs are from the full model's.
 
-Each served token is judged after the prefix that was *served* before it, in one full pass over prompt and output: a
-token that was chosen greedily by whether the full model would have chosen it, one that was drawn by the total-variation
-distance between the distribution that it was drawn from and the full model's.
+Each token is judged after the *served* prefix, in one full pass over prompt and output. The loss of a greedy token is
+whether the full model would have chosen another one; that of a drawn token is the total-variation distance between the
+distribution that it was drawn from and the full model's.
 
 Shape suffixes as in ``kernels/api/types.py``; R rows that chose a token.
 """
@@ -31,18 +31,18 @@ _Group = list[tuple[int, CompletionOutput]]  # numbers of requests, completions
 def disagreements(decoder: Decoder, outputs: Sequence[RequestOutput]) -> np.ndarray:
     """The share of each request's served tokens that differ from the full model's choice, float64, (N,).
 
-    All completions of a request count together. The first token comes from the prompt, which always runs in full; it
-    counts as served like the others. A request without a token has no loss: 0.
+    All completions of a request count together, first tokens, which come from the full prompt pass, included. A request
+    without a token has loss 0.
     """
     return losses(decoder, outputs, 0.0)
 
 
 def losses(decoder: Decoder, outputs: Sequence[RequestOutput], temperature: float) -> np.ndarray:
-    """The loss of each request, between 0 and 1, float64, (N,): :func:`disagreements`, or of requests that sample the
-    mean distance between served and full distributions.
+    """The loss of each request, between 0 and 1, float64, (N,): :func:`disagreements`, or with a temperature the mean
+    distance between served and full distributions.
 
     Arguments:
-        outputs: where they sampled, with the states that the tokens were chosen from (``keep_states``).
+        outputs: with a temperature, including the states that the tokens were chosen from (``keep_states``).
         temperature: of these requests; 0 is greedy.
     """
     return _run(loss_steps(decoder, outputs, temperature))
@@ -50,7 +50,7 @@ def losses(decoder: Decoder, outputs: Sequence[RequestOutput], temperature: floa
 
 @torch.inference_mode()
 def loss_steps(decoder: Decoder, outputs: Sequence[RequestOutput], temperature: float) -> Steps[np.ndarray]:
-    """:func:`losses`, layer by layer: what it yields says nothing; others may use the model in between."""
+    """:func:`losses`, yielding after every layer; others may use the model in between."""
     lost, served = np.zeros(len(outputs)), np.zeros(len(outputs))
     for group in _groups(outputs):
         sequences = [[*outputs[n].prompt_token_ids, *completion.token_ids] for n, completion in group]
@@ -70,8 +70,8 @@ def loss_steps(decoder: Decoder, outputs: Sequence[RequestOutput], temperature: 
 
 def _greedy_losses(decoder: Decoder, x_RD: torch.Tensor, group: _Group) -> torch.Tensor:
     choices_R = torch.cat([decoder.logits(part).argmax(-1).cpu() for part in x_RD.split(_rows_at_once(decoder))])
-    said_R = torch.tensor([token for _, completion in group for token in completion.token_ids])
-    return (choices_R != said_R).double()
+    served_R = torch.tensor([token for _, completion in group for token in completion.token_ids])
+    return (choices_R != served_R).double()
 
 
 def _distances(decoder: Decoder, x_RD: torch.Tensor, group: _Group, temperature: float) -> torch.Tensor:
@@ -91,11 +91,11 @@ def _rows_at_once(decoder: Decoder) -> int:
 
 
 def full_states(decoder: Decoder, sequences: Sequence[Sequence[int]], firsts: Sequence[int]) -> torch.Tensor:
-    """What the full model hands to its read-out in front of the tokens from ``firsts`` on, float32, (R, D).
+    """The full model's inputs to the LM head for the tokens from ``firsts`` on, float32, (R, D).
 
     Arguments:
-        sequences: token ids, prompt and output; firsts: in each, the position of the first token that is judged, at
-            least 1.
+        sequences: token ids, prompt and output.
+        firsts: position of the first judged token in each sequence, at least 1.
     """
     return _run(_state_steps(decoder, sequences, firsts))
 
@@ -109,7 +109,7 @@ def _state_steps(decoder: Decoder, sequences: Sequence[Sequence[int]], firsts: S
     x_TD = rows
     for layer in range(decoder.spec.num_layers):
         yield
-        if layer == 0:  # not before: a step in between would come between a ParallelDecoder's ids and their first layer
+        if layer == 0:  # not before the yield: a step must not separate a ParallelDecoder's ids from their first layer
             x_TD = decoder.embed(rows)
         x_TD = decoder.run_segment(Segment(index=layer, layers=range(layer, layer + 1)), x_TD, kv, batch)
     yield
@@ -129,7 +129,7 @@ def _run(steps: Steps[_T]) -> _T:
 
 
 def _groups(outputs: Sequence[RequestOutput]) -> Iterator[_Group]:
-    """Every completion that has tokens, as many together as one pass takes."""
+    """Every completion that has tokens, in groups of one pass."""
     group: _Group = []
     rows = 0
     for number, output in enumerate(outputs):

@@ -1,7 +1,7 @@
-"""``dynamoe calibrate``: which settings keep a risk, proved on requests, as certificates.
+"""``dynamoe calibrate``: proves on requests which settings stay below a risk, and writes certificates.
 
-Three disjoint parts: probes learned on text that is not among these prompts; one part of the prompts chooses the
-setting of every level; the other tells how it does on requests that chose nothing.
+Three disjoint sets: the probes' training text; prompts that choose the setting of every level; prompts that measure the
+chosen settings.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ class CalibrateConfig(LoadConfig):
 
     Arguments:
         model: a local directory, a Hub id, or the name of a shipped model: ``default``, ``tiny``. It must have exits.
-        prompts: JSON lines with ``prompt``, ``messages`` or ``prompt_token_ids``; null takes the prompts that lie
+        prompts: JSON lines with ``prompt``, ``messages`` or ``prompt_token_ids``; null takes the prompts
             beside the model.
-        output: directory of the run; the same command goes on where it was interrupted. ``certificates/`` in it is what
-            a server takes, ``report.json`` the path with what every setting gave up and saved.
+        output: directory of the run; the same command resumes an interrupted run. ``certificates/`` in it is for
+            servers, ``report.json`` has the loss and the saved work of every setting.
         alphas: levels of risk to certify.
-        delta: probability with which a calibration may err, for each level.
+        delta: probability that a calibration is wrong, for each level.
         method: bound of the test: ``wsr``, ``hoeffding_bentkus`` or ``exact_binomial``.
         requests: prompts that choose the settings.
-        test_requests: further prompts that tell how the chosen settings do.
+        test_requests: further prompts that measure the chosen settings.
         max_tokens: longest output; requests that ask for more are not covered.
         temperature: of the requests, and the one that the certificates hold for; 0 is greedy.
         probabilities: the path, the same calibrated probability at every exit, from the safest to the boldest.
@@ -106,7 +106,7 @@ class CalibrateConfig(LoadConfig):
 
 
 def calibrate(config: CalibrateConfig, *, progress: bool = True, say: Callable[[str], None] = print) -> Path:
-    """Certify levels of risk for a model as it is served here.
+    """Certify levels of risk for a model on this deployment.
 
     Arguments:
         progress: show bars.
@@ -120,13 +120,8 @@ def calibrate(config: CalibrateConfig, *, progress: bool = True, say: Callable[[
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     path, output = resolve_model(config.model, progress=progress), Path(config.output).expanduser()
-    llm = LLM.from_config(
-        path,
-        config,
-        EngineConfig(logits_processors=config.logits_processors),
-        progress=progress,
-        parallel=config.parallel,
-    )
+    engine = EngineConfig(logits_processors=config.logits_processors)
+    llm = LLM.from_config(path, config, engine, progress=progress, parallel=config.parallel)
     probed = [exit.after_layers for exit in llm.model.decoder.exits.values() if exit.probe is not None]
     settings = path_through(probed, config.probabilities, config.keeps)
     source, chosen, tested = _prompts(config, path, llm)
@@ -138,7 +133,13 @@ def calibrate(config: CalibrateConfig, *, progress: bool = True, say: Callable[[
         if k not in ("output", "threads", "alphas", "delta", "method", "parallel", "logits_processors")
     }
     claim(output, {**kept, "deployment": facts})
-    measured = _walk(config, llm, settings, chosen, output, progress)
+
+    def measured_at(prompts: list[list[int]], setting: Setting, file: Path) -> Measured:
+        return measure(
+            llm, prompts, setting, config.max_tokens, file, temperature=config.temperature, progress=progress
+        )
+
+    measured = _walk(measured_at, settings, chosen, output, max(config.alphas))
     say(_table(settings, measured, config.temperature))
     losses_MN = np.stack([m.losses_N for m in measured])
     target = output / CERTIFICATES
@@ -153,15 +154,7 @@ def calibrate(config: CalibrateConfig, *, progress: bool = True, say: Callable[[
         if place is None:
             say(f"alpha={alpha:g}: nothing but full compute, on {len(chosen)} requests; in expectation only: {crc}")
             continue
-        held_out = measure(
-            llm,
-            tested,
-            settings[place],
-            config.max_tokens,
-            output / f"test-{place:02}.json",
-            temperature=config.temperature,
-            progress=progress,
-        )
+        held_out = measured_at(tested, settings[place], output / f"test-{place:02}.json")
         certificate = _certificate(config, alpha, settings[place], held_out, len(chosen), source, facts)
         save_certificate(certificate, target / f"alpha-{alpha:g}-{certificate.id}.json")
         certificates.append(certificate)
@@ -202,21 +195,18 @@ def _prompts(config: CalibrateConfig, path: Path, llm: LLM) -> tuple[str, list[l
 
 
 def _walk(
-    config: CalibrateConfig,
-    llm: LLM,
+    measured_at: Callable[[list[list[int]], Setting, Path], Measured],
     settings: Sequence[Setting],
     prompts: list[list[int]],
     output: Path,
-    progress: bool,
+    highest: float,
 ) -> list[Measured]:
-    """Losses along the path, as far as any level might still accept a setting: a test never looks behind a stop."""
+    """Losses along the path, as far as the ``highest`` level might accept a setting: tests stop before later ones."""
     found = []
     for number, setting in enumerate(settings):
         file = output / f"setting-{number:02}.json"
-        found.append(
-            measure(llm, prompts, setting, config.max_tokens, file, temperature=config.temperature, progress=progress)
-        )
-        if found[-1].losses_N.mean() > 1.5 * max(config.alphas):
+        found.append(measured_at(prompts, setting, file))
+        if found[-1].losses_N.mean() > 1.5 * highest:
             break
     return found
 

@@ -1,4 +1,4 @@
-"""A study of calibration: the setting that each bound chooses, what it saves, and how often it breaks its promise.
+"""A study of calibration: the setting that each bound chooses, what it saves, and how often its risk exceeds alpha.
 
 The losses of every setting of a path are measured once, as ``dynamoe calibrate`` does. Then calibrations are drawn from
 the pool of requests with replacement, so that the pool's mean is the true risk of a setting.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from ..llm import LLM
 from .evaluate import Evaluation
 from .provenance import provenance
 from .records import job_key
-from .requests import built_in_requests, draw, read_requests
+from .requests import draw, requests_from
 from .sweep_config import CONFORMAL, CalibrationStudyConfig, SweepConfig
 
 
@@ -80,10 +79,7 @@ def _draws(study: CalibrationStudyConfig, losses_MN: np.ndarray, seed: int) -> n
 
 def _pool(config: SweepConfig, llm: LLM) -> tuple[str, list[Measured]]:
     """Losses along the path, measured by the first job that needs them and read by the others."""
-    if config.prompts is None:
-        source, prompts = built_in_requests(llm.model)
-    else:
-        source, prompts = Path(config.prompts).name, read_requests(Path(config.prompts).expanduser(), llm.model)
+    source, prompts = requests_from(config.prompts, llm.model)
     chosen = draw(prompts, config.requests, config.seed, source)
     probed = [exit.after_layers for exit in llm.model.decoder.exits.values() if exit.probe is not None]
     settings = path_through(probed, config.calibration.probabilities, config.calibration.keeps)
@@ -98,6 +94,6 @@ def _pool(config: SweepConfig, llm: LLM) -> tuple[str, list[Measured]]:
 
 
 def _losses_key(config: SweepConfig) -> str:
-    plain: dict[str, Any] = asdict(config)
+    plain = asdict(config)
     study = plain.pop("calibration")
     return job_key({**plain, "path": [study["probabilities"], study["keeps"]]})

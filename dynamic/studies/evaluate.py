@@ -1,4 +1,4 @@
-"""``dynamoe evaluate``: what a setting gives up against the full model, what it executed, how long it took.
+"""``dynamoe evaluate``: the loss of a setting against the full model, its executed work, its speed.
 
 Requests are served greedily and judged by the code that calibrates contracts. Texts are forced through the same engine
 for perplexity and divergence. Both run at the setting, on the engine's real path.
@@ -24,7 +24,7 @@ from ..llm import LLM
 from ..model.decoder import Decoder
 from .forced import Forced, ForcingEngine, force
 from .provenance import provenance
-from .requests import built_in_requests, draw, forced_texts, read_requests
+from .requests import draw, forced_texts, read_requests, requests_from
 from .served import Served, serve_in_turns
 from .setting import StudiedQuality, by_router_weight, find_keep, resolve
 
@@ -145,7 +145,15 @@ def run(config: EvaluateConfig, *, progress: bool | None = True) -> Evaluation:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     shown = bool(progress)
-    llm = _load(config, shown)
+    llm = LLM.from_config(
+        config.model,
+        config,
+        config.engine,
+        progress=shown,
+        experts_per_token=config.moe.experts_per_token,
+        certificates=None if config.quality.uncertified else config.quality.certificates,
+        parallel=config.parallel,
+    )
     reference = _reference(config, llm, shown)
     source, prompts, texts = _requests(config, llm)
     if config.quality.expert_rule == "router_weight":
@@ -155,6 +163,7 @@ def run(config: EvaluateConfig, *, progress: bool | None = True) -> Evaluation:
     if quality.expert_share is not None:
         quality = _with_keep(config, llm, engine, reference, texts)
     setting = resolve(quality, llm, config.max_tokens)
+    unlimited = config.quality.expert_keep is None and config.quality.expert_share is None
     with tqdm(total=len(prompts) + len(texts), desc="requests", unit="request", disable=not shown) as bar:
         served = serve_in_turns(llm, reference, prompts, setting.params, config.timing_groups, bar.update)
         context = config.context_tokens
@@ -162,7 +171,7 @@ def run(config: EvaluateConfig, *, progress: bool | None = True) -> Evaluation:
     return Evaluation(
         metrics=_metrics(served, forced),
         by_request=_by_request(served, forced),
-        setting=setting.facts() | _rule(config),
+        setting=setting.facts() | ({} if unlimited else {"expert_rule": config.quality.expert_rule}),
         source=source,
         provenance=provenance(llm),
     )
@@ -177,18 +186,6 @@ def table(result: Evaluation) -> str:
     for name, found in result.metrics.items():
         lines.append(f"{name:{width}}  {found.value:10.4f}  {found.low:.4f} … {found.high:.4f}")
     return "\n".join(lines)
-
-
-def _load(config: EvaluateConfig, progress: bool) -> LLM:
-    return LLM.from_config(
-        config.model,
-        config,
-        config.engine,
-        progress=progress,
-        experts_per_token=config.moe.experts_per_token,
-        certificates=None if config.quality.uncertified else config.quality.certificates,
-        parallel=config.parallel,
-    )
 
 
 def _reference(config: EvaluateConfig, llm: LLM, progress: bool) -> Decoder:
@@ -220,10 +217,7 @@ def _reference(config: EvaluateConfig, llm: LLM, progress: bool) -> Decoder:
 
 def _requests(config: EvaluateConfig, llm: LLM) -> tuple[dict[str, Any], list[list[int]], list[list[int]]]:
     model = llm.model
-    if config.prompts is None:
-        where, prompts = built_in_requests(model)
-    else:
-        where, prompts = Path(config.prompts).name, read_requests(Path(config.prompts).expanduser(), model)
+    where, prompts = requests_from(config.prompts, model)
     about, texts = where, prompts
     if config.text is not None:
         file = Path(config.text).expanduser()
@@ -258,11 +252,6 @@ def _with_keep(
         return 1 - sum(c.skipped_experts for c in computes) / full
 
     return replace(config.quality, expert_share=None, expert_keep=find_keep(executed, wanted))
-
-
-def _rule(config: EvaluateConfig) -> dict[str, Any]:
-    limited = config.quality.expert_keep is not None or config.quality.expert_share is not None
-    return {"expert_rule": config.quality.expert_rule} if limited else {}
 
 
 def _metrics(served: Served, forced: Forced | None) -> dict[str, Estimate]:

@@ -1,9 +1,8 @@
-"""Texts forced through the engine: each position is decoded by the engine's own path, exits, budgets and backfill
-included, and the token that follows in the text is taken in place of the model's choice.
+"""Teacher forcing through the engine: each position is decoded on the engine's own path, with exits, budgets and KV
+propagation, and the text's next token replaces the model's choice.
 
-The distribution that is judged at a position is the one that the engine read out for it: at the exit where the row
-left, behind keys and values as the row's predecessors left them. The first forced token comes from the context, which
-runs in full like every prompt.
+The judged distribution of a position is that of the engine's exit head, at the exit where the row exited, with the
+cache as earlier rows wrote it. The first forced token comes from the context, which runs in full like every prompt.
 
 Shape suffixes as in ``kernels/api/types.py``; N texts.
 """
@@ -39,7 +38,7 @@ class Forced:
     Arguments:
         tokens_N: how many.
         nll_N, reference_nll_N: negative log-likelihood of the text, in nats.
-        kl_N: divergence of the distribution that was read out from the reference's, in nats.
+        kl_N: divergence of the exit head's distribution from the reference's, in nats.
         differ_N: positions where the most likely tokens of the two differ.
         computes: what was executed for each text.
     """
@@ -83,7 +82,7 @@ def force(
     params: SamplingParams,
     done: Callable[[int], object] = lambda texts: None,
 ) -> Forced:
-    """Force texts through an engine, and compare what it reads out with a full pass of the reference.
+    """Force texts through an engine, and compare its distributions with a full pass of the reference.
 
     Arguments:
         reference: runs all its layers and experts; its vocabulary is the engine's.
@@ -143,7 +142,7 @@ def _run(engine: ForcingEngine, texts: dict[str, list[int]], context: int, param
                 waiting.pop()
             for delta in engine.step():
                 if delta.error is not None:
-                    raise ValueError(f"the engine gave up on a text: {delta.error}")
+                    raise ValueError(f"the engine failed a text: {delta.error}")
                 if delta.compute is not None:
                     computes[delta.request_id] = delta.compute
     finally:

@@ -1,6 +1,6 @@
 """A study of probes: exits of one model, made alike but for the kind of probe, each measured through the engine.
 
-States and read-out adapters are made once, by ``dynamoe exits``; every kind of probe learns on the same states.
+States and exit-head adapters are made once, by ``dynamoe exits``; every kind of probe learns on the same states.
 """
 
 from __future__ import annotations

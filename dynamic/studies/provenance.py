@@ -1,4 +1,4 @@
-"""Where a number came from: revision of the code, versions, machine, hashes of everything that ran."""
+"""Provenance of results: revision of the code, versions, machine, hashes of the deployment."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def provenance(llm: LLM) -> dict[str, Scalar]:
-    """Flat names and values; those of the deployment are the ones that a certificate is bound to."""
+    """Flat names and values; those of the deployment are what a certificate is bound to."""
     engine = llm.engine
     facts = deployment(llm.model, engine.runner.exits, engine.logits_plugins, engine.cache_plugins)
     return {

@@ -1,4 +1,4 @@
-"""What the jobs of a sweep leave on disk: one JSON file per distinct configuration, and who is part of this run."""
+"""Records of a sweep's jobs: one JSON file per distinct configuration, and the list of this run's jobs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...moe.sidecar import JSON_FILE as CONTRIBUTIONS
 from ..contract.catalog import CERTIFICATES
 from ..convert.model_store import resolve_model
 
-# They say where results go or how a job runs, not what is measured.
+# Where results go and how a job runs, not what is measured.
 NO_PART_OF_A_RESULT = frozenset({"output", "compare", "json", "threads", "quality_metric"})
 
 
@@ -46,7 +46,7 @@ class Records:
         self._jobs, self._run = output / "jobs", output / "run"
 
     def begin(self) -> None:
-        """Forget who was part of the run before; records stay."""
+        """Clear the list of the previous run's jobs; records are kept."""
         shutil.rmtree(self._run, ignore_errors=True)
         self._run.mkdir(parents=True)
         self._jobs.mkdir(exist_ok=True)
@@ -57,13 +57,13 @@ class Records:
         return file.exists() and "error" not in json.loads(file.read_text())
 
     def write(self, key: str, record: dict[str, Any]) -> None:
-        """Keep a job's result; whoever reads meanwhile sees the old content or the new one."""
+        """Store a job's result, atomically."""
         partial = self._jobs / f".{key}.{os.getpid()}"
         partial.write_text(json.dumps(record, indent=1, default=str))
         partial.replace(self._jobs / f"{key}.json")
 
     def done(self, number: int, key: str) -> None:
-        """Say that a job of this run has ended, whether it measured, failed or had been finished before."""
+        """Record that a job of this run has ended, whether it measured, failed or had been finished before."""
         partial = self._run / f".{number}.partial"
         partial.write_text(key)
         partial.replace(self._run / str(number))

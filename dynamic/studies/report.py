@@ -1,4 +1,4 @@
-"""What all jobs of a sweep say together: one tidy table, pairs, plots, and configurations to serve."""
+"""Report over all jobs of a sweep: one tidy table, paired comparisons, plots, and configurations to serve."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COSTS = ("flops_share", "layers_share")  # the first that was measured is the pl
 def write_report(
     output: Path, records: list[dict[str, Any]], compare: str | None, quality_metric: str
 ) -> tuple[list[str], int]:
-    """Write everything that a sweep ends with into its directory, and print a summary.
+    """Write a sweep's results into its directory, and print a summary.
 
     Arguments:
         records: of its jobs.

@@ -1,4 +1,4 @@
-"""What a study runs on: requests to serve, and texts whose tokens are forced."""
+"""Inputs of a study: requests to serve, and texts for teacher forcing."""
 
 from __future__ import annotations
 
@@ -41,6 +41,13 @@ def read_requests(file: Path, model: LoadedModel, length: int = _WINDOW) -> list
     return found
 
 
+def requests_from(file: str | None, model: LoadedModel) -> tuple[str, list[list[int]]]:
+    """The requests of a file, see :func:`read_requests`, or else :func:`built_in_requests`."""
+    return (
+        built_in_requests(model) if file is None else (Path(file).name, read_requests(Path(file).expanduser(), model))
+    )
+
+
 def built_in_requests(model: LoadedModel, length: int = _WINDOW) -> tuple[str, list[list[int]]]:
     """The held-out prompts that lie beside a model; for one that has none, pages of Python's language reference.
 
@@ -53,7 +60,7 @@ def built_in_requests(model: LoadedModel, length: int = _WINDOW) -> tuple[str, l
 
 
 def draw(requests: Sequence[list[int]], count: int, seed: int, what: str) -> list[list[int]]:
-    """Some of the requests, in an order that the seed says.
+    """A random sample of the requests, in random order.
 
     Raises:
         ValueError: when there are fewer.

@@ -1,4 +1,4 @@
-"""The points that a sweep did not see beaten, as configurations of a server."""
+"""The Pareto-optimal points of a sweep as configurations of a server."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ENGINE = ("max_num_seqs", "max_num_batched_tokens", "block_size")
 
 
 def write_serve_configs(points: pd.DataFrame, folder: Path) -> int:
-    """One file per point that a server may offer: full compute, or a contract whose certificate holds.
+    """One file per point that a server can run: full compute, or a contract with a valid certificate.
 
     Raw thresholds and uncertified settings are for studies: no server runs them, so they get no file.
 

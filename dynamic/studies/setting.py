@@ -32,8 +32,8 @@ class StudiedQuality(QualityConfig):
         alpha: risk of a contract; null asks for none.
         delta: of the contract.
         uncertified: take the settings of the contract's certificate even where it does not hold here (another dtype, a
-            cap on the experts beside it); the result says that nothing is promised.
-        exit_threshold: without a contract: calibrated probability from which on a token leaves, the same at every exit.
+            cap on the experts beside it); the result says that it is uncertified.
+        exit_threshold: without a contract: calibrated probability from which on a row exits, the same at every exit.
         exit_thresholds: likewise by exit, {layers: probability}; wins over exit_threshold.
         expert_keep: without a contract: share of the calibrated contributions that a token's experts reach.
         expert_share: likewise, but the share of the chosen experts that is to be executed; the study looks for the
@@ -163,8 +163,8 @@ def _uncertified(quality: StudiedQuality, contract: Quality, llm: LLM, exact: Sa
     certificate = found.certificate
     spends = replace(exact, quality=None) if certificate is None else spent_under(certificate, exact)
     as_calibrated = quality.experts_per_token is None and quality.expert_rule == EXPERT_RULES[0]
-    offered = {other.id for other in llm.catalog.contracts.certificates}
-    holds = certificate is not None and as_calibrated and certificate.id in offered
+    valid = {other.id for other in llm.catalog.contracts.certificates}
+    holds = certificate is not None and as_calibrated and certificate.id in valid
     return Resolved(
         params=replace(spends, experts_per_token=quality.experts_per_token),
         certificate=None if certificate is None else certificate.id,

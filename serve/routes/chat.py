@@ -11,16 +11,14 @@ from ..context import ServerContext
 from ..formats import ChatFormat, Prompt
 from ..generation import Generation, params_per_prompt
 from ..wire.openai import ChatCompletionRequest
-from ..wire.openai_answers import ChatCompletionResponse, answer_or_stream, error_responses
-
-ERRORS = error_responses(400, 401, 404, 408, 413, 429, 500, 503)
+from ..wire.openai_answers import POST_ERRORS, ChatCompletionResponse, answer_or_stream
 
 
 def chat_routes(context: ServerContext) -> APIRouter:
     """The chat endpoint of one server."""
     router = APIRouter(tags=["OpenAI"])
 
-    @router.post("/v1/chat/completions", responses={**answer_or_stream(ChatCompletionResponse), **ERRORS})
+    @router.post("/v1/chat/completions", responses={**answer_or_stream(ChatCompletionResponse), **POST_ERRORS})
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation. With ``stream`` the answer is a stream of server-sent events."""
         messages = context.checks.chat(body)
@@ -38,7 +36,7 @@ def chat_routes(context: ServerContext) -> APIRouter:
             prompts=prompts,
             params=params_per_prompt(context, body, prompts, context.model.generation_defaults.get("max_new_tokens")),
             format=ChatFormat(
-                f"chatcmpl-{uuid.uuid4().hex}",
+                id=f"chatcmpl-{uuid.uuid4().hex}",
                 top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
                 compute=body.streams_compute,
             ),

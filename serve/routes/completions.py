@@ -12,16 +12,14 @@ from ..formats import CompletionFormat, Prompt
 from ..generation import Generation, params_per_prompt
 from ..sampling import COMPLETION_MAX_TOKENS
 from ..wire.openai import CompletionRequest
-from ..wire.openai_answers import CompletionResponse, answer_or_stream, error_responses
-
-ERRORS = error_responses(400, 401, 404, 408, 413, 429, 500, 503)
+from ..wire.openai_answers import POST_ERRORS, CompletionResponse, answer_or_stream
 
 
 def completion_routes(context: ServerContext) -> APIRouter:
     """The completions endpoint of one server."""
     router = APIRouter(tags=["OpenAI"])
 
-    @router.post("/v1/completions", responses={**answer_or_stream(CompletionResponse), **ERRORS})
+    @router.post("/v1/completions", responses={**answer_or_stream(CompletionResponse), **POST_ERRORS})
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         """Continue one or several prompts, given as text or as token ids. With ``stream`` the answer is a stream of
         server-sent events."""
@@ -29,9 +27,9 @@ def completion_routes(context: ServerContext) -> APIRouter:
         prompts = [await _encode(context, prompt, body) for prompt in given]
         drop_output = body.max_tokens == 0
         answer = CompletionFormat(
-            f"cmpl-{uuid.uuid4().hex}",
-            context.model.tokenizer,
-            prompts,
+            id=f"cmpl-{uuid.uuid4().hex}",
+            tokenizer=context.model.tokenizer,
+            prompts=prompts,
             n=body.n or 1,
             echo=bool(body.echo),
             drop_output=drop_output,

@@ -1,4 +1,4 @@
-"""``GET /v1/contracts``: what is on offer and how it does. ``POST /v1/contracts/reload``: new certificates."""
+"""``GET /v1/contracts``: the catalog and its monitor. ``POST /v1/contracts/reload``: read the certificates again."""
 
 from __future__ import annotations
 
@@ -15,31 +15,29 @@ from ..wire.openai_answers import ContractBet, ContractCard, ContractList, Contr
 def contract_routes(context: ServerContext) -> APIRouter:
     """The contracts' endpoints of one server."""
     router = APIRouter(tags=["operation"])
-    desk = context.contracts
+    manager = context.contracts
 
     async def described() -> ContractList:
-        if not await desk.look():
+        if not await manager.refresh():
             raise unavailable("The monitor's disk fails.", "monitor_failed")
-        catalog = desk.catalog
+        catalog = manager.catalog
         return ContractList(
             object="list",
-            data=[
-                _card(certificate, desk.states.get(certificate.id)) for certificate in catalog.contracts.certificates
-            ],
+            data=[_card(item, manager.states.get(item.id)) for item in catalog.contracts.certificates],
             refused=list(catalog.refused),
-            monitored_share=desk.settings.share,
+            monitored_share=manager.settings.share,
         )
 
     @router.get("/v1/contracts", responses=error_responses(401, 500, 503))
     async def list_contracts() -> ContractList:
-        """The certificates on offer, the boldest first, and what the monitor has seen of each."""
+        """The certificates of the catalog, the boldest first, and the monitor's state of each."""
         return await described()
 
     @router.post("/v1/contracts/reload", responses=error_responses(401, 403, 409, 429, 500, 503))
     async def reload_contracts() -> ContractList:
-        """Read the certificates' directory again and offer what is in it now. Where a file is wrong nothing changes."""
+        """Read the certificates' directory again. If a file is invalid, the catalog does not change."""
         try:
-            await desk.reload()
+            await manager.reload()
         except ValueError as error:
             raise ApiError(409, f"Nothing has changed: {error}.", code="bad_certificates") from error
         return await described()
@@ -48,7 +46,6 @@ def contract_routes(context: ServerContext) -> APIRouter:
 
 
 def _card(certificate: Certificate, state: ContractState | None) -> ContractCard:
-    scope, held_out = certificate.scope, certificate.held_out
     return ContractCard(
         id=certificate.id,
         object="contract",
@@ -59,10 +56,10 @@ def _card(certificate: Certificate, state: ContractState | None) -> ContractCard
         requests=certificate.requests,
         loss=certificate.loss,
         created=certificate.created,
-        scope=ContractScope(**vars(scope)),
+        scope=ContractScope(**vars(certificate.scope)),
         exit_thresholds={str(layers): value for layers, value in sorted(certificate.exit_thresholds.items())},
         expert_budget=dict(certificate.expert_budget),
-        held_out=HeldOutLoss(**vars(held_out)),
+        held_out=HeldOutLoss(**vars(certificate.held_out)),
         monitor=None if state is None else _bet(state),
     )
 

@@ -1,4 +1,4 @@
-"""What operators and client libraries ask about the server itself: models, health, version, metrics, the page."""
+"""Endpoints about the server itself: models, health, version, metrics, the page."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def operation_routes(context: ServerContext) -> APIRouter:
 
     @router.get("/health", responses=error_responses(503))
     async def health() -> HealthResponse:
-        """200 while requests can be answered; 503 when the engine is dead or hung, or the server is shutting down."""
+        """200 while requests can be served; 503 when the engine is dead or hung, or the server is shutting down."""
         failure = context.bridge.failure()
         if failure is not None:
             raise unavailable(str(failure), failure.code)
@@ -66,14 +66,11 @@ def operation_routes(context: ServerContext) -> APIRouter:
     @router.get(
         "/metrics",
         response_class=Response,
-        responses={
-            200: {"content": {"text/plain": {"schema": {"type": "string"}}}},
-            **error_responses(401, 403, 500),
-        },
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}} | error_responses(401, 403, 500),
     )
     async def metrics() -> Response:
         """Prometheus metrics."""
-        await context.contracts.look()  # what a failing disk does not tell is as it was
+        await context.contracts.refresh()  # if the disk fails, the states stay as they were
         return Response(context.metrics.render(), headers={"content-type": CONTENT_TYPE_LATEST})
 
     if context.settings.playground:

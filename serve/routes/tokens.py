@@ -8,9 +8,7 @@ from ..context import ServerContext
 from ..errors import invalid
 from ..request_checks import check_model, plain_messages
 from ..wire.openai import DetokenizeRequest, TokenizeRequest
-from ..wire.openai_answers import DetokenizeResponse, TokenizeResponse, TokenizerInfo, error_responses
-
-ERRORS = error_responses(400, 401, 404, 408, 413, 429, 500, 503)
+from ..wire.openai_answers import POST_ERRORS, DetokenizeResponse, TokenizeResponse, TokenizerInfo, error_responses
 
 
 def token_routes(context: ServerContext) -> APIRouter:
@@ -18,7 +16,7 @@ def token_routes(context: ServerContext) -> APIRouter:
     router = APIRouter(tags=["tokens"])
     tokenizer = context.model.tokenizer
 
-    @router.post("/tokenize", responses=ERRORS, response_model_exclude_none=True)
+    @router.post("/tokenize", responses=POST_ERRORS, response_model_exclude_none=True)
     async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
         """Token ids of a prompt, or of a conversation in the model's chat template."""
         check_model(body.model, context.model_name)
@@ -37,7 +35,7 @@ def token_routes(context: ServerContext) -> APIRouter:
         names = [tokenizer.token_name(token) or "" for token in tokens] if body.return_token_strs else None
         return TokenizeResponse(count=len(tokens), max_model_len=context.max_model_len, tokens=tokens, token_strs=names)
 
-    @router.post("/detokenize", responses=ERRORS)
+    @router.post("/detokenize", responses=POST_ERRORS)
     async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
         """The text of token ids. Special tokens are kept unless ``skip_special_tokens`` is true."""
         check_model(body.model, context.model_name)
@@ -46,7 +44,7 @@ def token_routes(context: ServerContext) -> APIRouter:
 
     @router.get("/tokenizer_info", responses=error_responses(401, 500))
     async def tokenizer_info() -> TokenizerInfo:
-        """What a client needs to use the tokenizer remotely."""
+        """What a client needs in order to use the tokenizer remotely."""
         special = tokenizer.special_tokens
         return TokenizerInfo(
             tokenizer_class=type(tokenizer).__name__,

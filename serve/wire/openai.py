@@ -1,7 +1,7 @@
-"""What clients send. Field names and defaults are OpenAI's, with the extras that clients of vLLM know.
+"""Request bodies. Field names and defaults are OpenAI's, with vLLM's extensions.
 
-Validation is strict (``"5"`` is no number, ``true`` no integer, NaN nothing at all). Limits that the operator may set
-are checked in ``request_checks.py``; fields that are not named here are ignored unless they change the meaning.
+Validation is strict (``"5"`` is not a number, ``true`` not an integer, NaN is refused). Limits that the operator may
+set are checked in ``request_checks.py``; unknown fields are ignored unless they change the meaning of the answer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 class Body(BaseModel):
-    """Base of everything that clients send."""
+    """Base of all request bodies."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
 
@@ -40,7 +40,7 @@ class StreamOptions(Body):
 
     include_usage: bool | None = Field(None, description="End the stream with a chunk that holds the usage.")
     include_compute: bool | None = Field(
-        None, description="Say with every token how many layers and experts the row ran that chose it."
+        None, description="Report with every token how many layers and experts ran for it."
     )
 
 
@@ -53,12 +53,12 @@ class Contract(Body):
         description="Share of tokens, in the mean over requests, that may differ from the full model's choice."
     )
     delta: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.05, description="Probability with which the calibration behind the promise may have erred."
+        0.05, description="Probability that the calibration behind the certificate is wrong."
     )
 
 
 class GenerationRequest(Body):
-    """What both kinds of completion share."""
+    """Fields that text and chat completions share."""
 
     model: Text | None = Field(None, description="The served model's name; may be absent.")
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
@@ -87,17 +87,17 @@ class GenerationRequest(Body):
         None, description="Only requests with the same salt share cached prompt beginnings."
     )
     quality: Literal["exact"] | Contract | None = Field(
-        None, description="exact (default): all layers; or the risk that is accepted, which may cost less."
+        None, description="exact (default): all layers and experts; or the accepted risk, which may cost less compute."
     )
     experts_per_token: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = Field(
         None,
-        description="Most experts that a generated token uses in a layer; without any promise, so not with quality.",
+        description="Most experts that a generated token uses in a layer; uncertified, so not together with quality.",
     )
     user: str | None = None
 
     @property
     def streams_compute(self) -> bool:
-        """Whether to say what each token of the stream cost."""
+        """Whether the stream reports each token's compute."""
         return self.stream_options is not None and bool(self.stream_options.include_compute)
 
 
@@ -112,7 +112,7 @@ class CompletionRequest(GenerationRequest):
 
 
 class TextPart(Body):
-    """A piece of a message's content."""
+    """A part of a message's content."""
 
     type: str
     text: Text | None = None

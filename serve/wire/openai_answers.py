@@ -1,4 +1,4 @@
-"""What the server answers. The OpenAPI document and the tests use these types; hot paths write the JSON directly."""
+"""Responses of the server. The OpenAPI document and the tests use these types; hot paths write the JSON directly."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Answer(BaseModel):
-    """Base of everything that the server sends."""
+    """Base of all response types."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -23,7 +23,7 @@ class ErrorDetail(Answer):
 
 
 class ErrorResponse(Answer):
-    """Body of every answer that is not a success."""
+    """Body of every error response."""
 
     error: ErrorDetail
 
@@ -35,14 +35,14 @@ class PromptTokensDetails(Answer):
 
 
 class ComputeUsage(Answer):
-    """What was executed for the request, counted at the launches, prompts included.
+    """What was executed for the request, counted at kernel launches, prompts included.
 
-    ``quality`` is ``bounded`` where a certificate held, ``uncertified`` with a cap that nothing was promised for, else
+    ``quality`` is ``bounded`` under a certificate, ``uncertified`` with an expert cap that no certificate covers, else
     ``exact``; ``reason`` says why. Layers and experts per token are means over generated tokens, ``token_layers`` and
     ``token_experts`` their sums: of the one row that chose each token. Rows times layers, rows times experts and FLOPs
-    are all that ran, prompts included. FLOPs are those of the layers, of the keys and values of layers that were
-    skipped, and of the LM head for generated tokens, without attention over the context, probes and adapters. Weight
-    bytes are what the generated tokens need, each as if it ran alone. ``full_…``: the same with all layers and experts.
+    are totals, prompts included. FLOPs are those of the layers, of KV propagation through skipped layers, and of the LM
+    head for generated tokens, without attention over the context, probes and adapters. Weight bytes are what the
+    generated tokens need, each as if it ran alone. ``full_…``: the same with all layers and experts.
     """
 
     quality: Literal["exact", "bounded", "uncertified"]
@@ -93,14 +93,14 @@ class CompletionLogprobs(Answer):
 
 
 class TokenCompute(Answer):
-    """What the row ran that chose each token of a chunk: layers in front of its read-out, and experts in them."""
+    """Per token of a chunk: layers that ran before its exit head, and experts used in them."""
 
     layers: list[int]
     experts: list[int]
 
 
 class CompletionChoice(Answer):
-    """One completion, or in a stream a piece of it."""
+    """One completion, or in a stream a part of it."""
 
     index: int
     text: str
@@ -144,7 +144,7 @@ class ChatLogprobs(Answer):
 
 
 class AssistantMessage(Answer):
-    """What the model said."""
+    """The message that the model generated."""
 
     role: Literal["assistant"]
     content: str
@@ -181,7 +181,7 @@ class ChatDelta(Answer):
 
 
 class ChatChunkChoice(Answer):
-    """A piece of one answer."""
+    """A part of one answer."""
 
     index: int
     delta: ChatDelta
@@ -230,7 +230,7 @@ class ContractScope(Answer):
 
 
 class HeldOutLoss(Answer):
-    """The certificate's setting on requests that neither chose nor calibrated it."""
+    """The certificate's setting on requests that were not used to choose or calibrate it."""
 
     requests: int
     mean_loss: float
@@ -240,7 +240,7 @@ class HeldOutLoss(Answer):
 
 
 class ContractBet(Answer):
-    """What the monitor knows. The certificate is reverted once ``wealth`` has reached ``fires_at``."""
+    """State of the monitor. The certificate is reverted once ``wealth`` has reached ``fires_at``."""
 
     picks: int
     running: int
@@ -254,7 +254,7 @@ class ContractBet(Answer):
 
 
 class ContractCard(Answer):
-    """A certificate on offer. ``state``: ``watched``, ``reverted`` (its requests run exactly), or ``unwatched``."""
+    """A certificate in the catalog. ``state``: ``watched``, ``reverted`` (requests run exactly), or ``unwatched``."""
 
     id: str
     object: Literal["contract"]
@@ -273,9 +273,9 @@ class ContractCard(Answer):
 
 
 class ContractList(Answer):
-    """Answer of ``GET /v1/contracts``. ``refused``: certificates that are not on offer, and why.
+    """Answer of ``GET /v1/contracts``. ``refused``: certificates that are not in the catalog, and why.
 
-    ``monitored_share``: of the requests under a certificate that are run again in full.
+    ``monitored_share``: share of the requests under a certificate that are run again in full.
     """
 
     object: Literal["list"]
@@ -313,7 +313,7 @@ class TokenizerInfo(BaseModel):
 
 
 class HealthResponse(Answer):
-    """Answer of ``GET /health`` when all is well."""
+    """Answer of ``GET /health`` while requests can be served."""
 
     status: Literal["ok"]
 
@@ -332,3 +332,6 @@ def answer_or_stream(answer: type[Answer]) -> dict[int | str, dict[str, Any]]:
 def error_responses(*codes: int) -> dict[int | str, dict[str, Any]]:
     """The OpenAPI entries of a route's error codes."""
     return {code: {"model": ErrorResponse} for code in codes}
+
+
+POST_ERRORS = error_responses(400, 401, 404, 408, 413, 429, 500, 503)
