@@ -221,25 +221,11 @@ class CpuBackend(CpuQuantPacking):
             out_TD = out_TD + routing.identity_weights_T[:, None] * x_TD.float()
         return out_TD.to(x_TD.dtype)
 
-    def route(
-        self,
-        logits_TE: torch.Tensor,
-        spec: RouterSpec,
-        *,
-        selection_bias_E: torch.Tensor | None = None,
-        expert_scale_E: torch.Tensor | None = None,
-        forced_ids_TK: torch.Tensor | None = None,
-    ) -> Routing:
+    def route(self, logits_TE: torch.Tensor, spec: RouterSpec, **inputs: torch.Tensor | None) -> Routing:
         if not spec.is_plain:
             self._fall_back("this routing rule")
-            return super().route(
-                logits_TE,
-                spec,
-                selection_bias_E=selection_bias_E,
-                expert_scale_E=expert_scale_E,
-                forced_ids_TK=forced_ids_TK,
-            )
-        check_route_arguments(logits_TE, spec, selection_bias_E, expert_scale_E, forced_ids_TK)
+            return super().route(logits_TE, spec, **inputs)
+        check_route_arguments(logits_TE, spec, **inputs)
         ids_TK, weights_TK = self._ops.route.default(
             self._isa,
             logits_TE,

@@ -163,9 +163,9 @@ def route(
 def check_route_arguments(
     logits_TE: torch.Tensor,
     spec: RouterSpec,
-    selection_bias_E: torch.Tensor | None,
-    expert_scale_E: torch.Tensor | None,
-    forced_ids_TK: torch.Tensor | None,
+    selection_bias_E: torch.Tensor | None = None,
+    expert_scale_E: torch.Tensor | None = None,
+    forced_ids_TK: torch.Tensor | None = None,
 ) -> None:
     """Raise ValueError when the tensors given are not the ones that the rule needs. Shared by every backend."""
     if logits_TE.dim() != 2 or logits_TE.shape[1] != spec.num_experts:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -63,40 +64,24 @@ class TritonBackend(TorchBackend):
         up_EFD: torch.Tensor,
         down_EDF: torch.Tensor,
         activation: str,
-        gate_bias_EF: torch.Tensor | None = None,
-        up_bias_EF: torch.Tensor | None = None,
-        down_bias_ED: torch.Tensor | None = None,
+        *biases: torch.Tensor | None,
+        **named_biases: torch.Tensor | None,
     ) -> ExpertWeights:
-        weights = super().pack_experts(gate_EFD, up_EFD, down_EDF, activation, gate_bias_EF, up_bias_EF, down_bias_ED)
+        weights = super().pack_experts(gate_EFD, up_EFD, down_EDF, activation, *biases, **named_biases)
         self._mixtures[weights.num_experts] = ExpertProblem.of(weights.data, activation, self.dtype)
         return weights
 
-    def route(
-        self,
-        logits_TE: torch.Tensor,
-        spec: RouterSpec,
-        *,
-        selection_bias_E: torch.Tensor | None = None,
-        expert_scale_E: torch.Tensor | None = None,
-        forced_ids_TK: torch.Tensor | None = None,
-    ) -> Routing:
+    def route(self, logits_TE: torch.Tensor, spec: RouterSpec, **inputs: torch.Tensor | None) -> Routing:
         # Tables are built along the way if experts of this number are known to want them; otherwise with the experts.
         mixture = self._mixtures.get(spec.num_real_experts)
         rows = None
         if mixture is not None:
             rows = table_rows(self.planner, mixture.of_rows(logits_TE.shape[0], spec.top_k))
-        given = (selection_bias_E, expert_scale_E, forced_ids_TK)
         try:
-            return self._do(RouteCall(logits_TE, spec, rows, self._ticket(), *given))
+            return self._do(RouteCall(logits_TE, spec, rows, self._ticket(), **inputs))
         except NoKernelError as reason:
             self._fall_back(str(reason))
-        return super().route(
-            logits_TE,
-            spec,
-            selection_bias_E=selection_bias_E,
-            expert_scale_E=expert_scale_E,
-            forced_ids_TK=forced_ids_TK,
-        )
+        return super().route(logits_TE, spec, **inputs)
 
     def experts(self, x_TD: torch.Tensor, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
         if not x_TD.shape[0]:
@@ -159,22 +144,12 @@ class TritonBackend(TorchBackend):
     ) -> torch.Tensor:
         return self._do(RopeCall(q_THC, k_TGC, v_TGC, cos_sin_LC, batch, layer))
 
-    def attention(
-        self,
-        q_THC: torch.Tensor,
-        layer: KVLayer,
-        batch: AttentionBatch,
-        *,
-        scale: float,
-        window: int | None = None,
-        sinks_H: torch.Tensor | None = None,
-        lse_TH: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def attention(self, q_THC: torch.Tensor, layer: KVLayer, batch: AttentionBatch, **options: Any) -> torch.Tensor:
         try:
-            return self._do(AttentionCall(q_THC, layer, batch, scale, window, sinks_H, lse_TH))
+            return self._do(AttentionCall(q_THC, layer, batch, **options))
         except NoKernelError as reason:
             self._fall_back(str(reason))
-        return super().attention(q_THC, layer, batch, scale=scale, window=window, sinks_H=sinks_H, lse_TH=lse_TH)
+        return super().attention(q_THC, layer, batch, **options)
 
     def exit_decide(
         self,

@@ -46,7 +46,7 @@ class AttentionCall(Call[torch.Tensor]):
     layer: KVLayer
     batch: AttentionBatch
     scale: float
-    window: int | None
+    window: int | None = None
     sinks_H: torch.Tensor | None = None
     lse_TH: torch.Tensor | None = None
 
