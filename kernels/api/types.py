@@ -12,6 +12,7 @@ Shape suffixes used in this package:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -200,3 +201,13 @@ class AttentionBatch:
     @property
     def num_sequences(self) -> int:
         return self.context_len_S.shape[0]
+
+    @cached_property
+    def cache_index_T(self) -> torch.Tensor:
+        """The cache index of every row, int64."""
+        if self.max_position is None:
+            return self.positions_T
+        lengths_S = self.query_start_S1[1:] - self.query_start_S1[:-1]
+        behind_S = self.context_len_S - self.query_start_S1[1:]
+        rows_T = torch.arange(len(self.slots_T), device=self.slots_T.device)
+        return rows_T + behind_S.repeat_interleave(lengths_S, output_size=len(rows_T))

@@ -36,7 +36,7 @@ class AttentionConfig:
 @triton.jit(do_not_specialize=["num_rows", "window", "table_stride"])
 def attention_kernel(
     q_ptr, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr, out_ptr, part_ptr, part_max_ptr, part_sum_ptr,
-    sinks_ptr, lse_ptr, query_start_ptr, context_len_ptr, block_table_ptr,
+    sinks_ptr, lse_ptr, cache_index_ptr, query_start_ptr, context_len_ptr, block_table_ptr,
     log2_scale, window, num_rows,
     q_stride_t, q_stride_h, stride_b, stride_g, stride_p, scale_b, scale_g, scale_p, table_stride,
     G: tl.constexpr, HEADS: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr,
@@ -61,14 +61,14 @@ def attention_kernel(
     head_M = group * HEADS + m % HEADS
     ok_M = (m < BLOCK_Q * HEADS) & (q_M < query_len)
     row_M = first_row + q_M
-    context_len = tl.load(context_len_ptr + sequence)
-    index_M = tl.where(ok_M, context_len - query_len + q_M, 0)  # in the cache
+    # Loaded, not worked out from the lengths: that would be done again in the loop, and registers would spill.
+    index_M = tl.load(cache_index_ptr + row_M, mask=ok_M, other=0).to(tl.int32)
     c = tl.arange(0, C_PAD)
     ok_C = c < C
     q_at_MC = q_ptr + row_M.to(tl.int64)[:, None] * q_stride_t + head_M[:, None] * q_stride_h + c[None, :]
     q_MC = tl.load(q_at_MC, mask=ok_M[:, None] & ok_C[None, :], other=0.0)
 
-    end = tl.minimum(context_len, tl.max(index_M, axis=0) + 1)
+    end = tl.minimum(tl.load(context_len_ptr + sequence), tl.max(index_M, axis=0) + 1)
     begin = 0
     if WINDOW:
         begin = tl.maximum(0, tl.min(tl.where(ok_M, index_M, 2147483647), axis=0) - window + 1) // BLOCK_L * BLOCK_L
@@ -190,6 +190,7 @@ def plan_attention(
     kv = stored_kv(layer)
     require_contiguous_channels(q_THC=q_THC, keys_BGPC=kv.keys, values_BGPC=kv.values)
     require_contiguous(
+        cache_index_T=batch.cache_index_T,
         query_start_S1=batch.query_start_S1,
         context_len_S=batch.context_len_S,
         block_table_SM=batch.block_table_SM[:1],  # its rows may lie apart
@@ -222,6 +223,7 @@ def plan_attention(
                 "part_sum_ptr": part_sum,
                 "sinks_ptr": sinks_H if splits == 1 else None,
                 "lse_ptr": lse_TH if splits == 1 else None,
+                "cache_index_ptr": batch.cache_index_T,
                 "query_start_ptr": batch.query_start_S1,
                 "context_len_ptr": batch.context_len_S,
                 "block_table_ptr": batch.block_table_SM,
