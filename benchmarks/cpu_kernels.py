@@ -9,7 +9,6 @@ rotate over several copies, so that no cache holds them.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from dynamoe.kernels.api.types import AttentionBatch, KVLayer, Routing
 from dynamoe.kernels.cpu.backend import CpuBackend
 from dynamoe.kernels.cpu.build import isas
 from limits import Limits
+from record import command_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +207,7 @@ def measure(case: Case, limits: Limits, rounds: int, seconds: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["granite", "default"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64, 256, 512, 2048])
     parser.add_argument("--ops", nargs="+", default=["qkv", "o", "ffn", "head", "attention", "rows"])

@@ -5,17 +5,14 @@
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
 import math
 from pathlib import Path
 
-import checkout
 import torch
+from checkout import RESULTS
 from dynamoe import LLM, SamplingParams
-from dynamoe.dynamic.model.machine import processor
 from dynamoe.dynamic.text.calibration_text import reference_pages, token_windows
+from record import command_line, surroundings, write
 
 
 def perplexity(llm: LLM, windows_BL: torch.Tensor) -> float:
@@ -31,13 +28,13 @@ def perplexity(llm: LLM, windows_BL: torch.Tensor) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--model", default="default")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--experts-per-token", nargs="+", type=int, default=[14, 12, 10, 8, 6], help="routed experts")
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--length", type=int, default=512, help="tokens per window")
-    parser.add_argument("--json", type=Path, default=checkout.RESULTS / "default_fewer_experts.json")
+    parser.add_argument("--json", type=Path, default=RESULTS / "default_fewer_experts.json")
     options = parser.parse_args()
 
     rows = []
@@ -53,16 +50,14 @@ def main() -> None:
         rows.append({"routed_experts": count, "share_of_ffn": share, "perplexity": found})
         print(f"{count:2} routed experts, {share:6.1%} of the FFN: perplexity {found:.2f}", flush=True)
     record = {
-        "date": datetime.date.today().isoformat(),
-        "processor": processor(),
-        "torch": torch.__version__,
+        **surroundings(),
         "model": options.model,
         "dtype": options.dtype,
         "windows": options.windows,
         "tokens_per_window": options.length,
         "rows": rows,
     }
-    options.json.write_text(json.dumps(record, indent=1) + "\n")
+    write(options.json, record)
 
 
 if __name__ == "__main__":

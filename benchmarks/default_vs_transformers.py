@@ -9,24 +9,21 @@ drift. Prefill is part of the time; the prefix cache is off, or every repetition
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from checkout import RESULTS
 from dynamoe import LLM, SamplingParams
 from dynamoe.dynamic.convert.default_model import dense_default_file
 from dynamoe.dynamic.convert.gguf_import import import_gguf
-from dynamoe.dynamic.model.machine import processor
 from dynamoe.dynamic.text.calibration_text import reference_pages, token_windows
-
-RESULTS = Path(__file__).parent / "results" / "default_vs_transformers.json"
+from record import command_line, surroundings, write
 
 
 def ours(dtype: str, concurrency: int, output_len: int) -> tuple[LLM, Callable[[torch.Tensor], list[list[int]]]]:
@@ -112,13 +109,15 @@ def measure(dtype: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"])
     parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 4, 16])
     parser.add_argument("--input-len", type=int, default=64, help="tokens per prompt")
     parser.add_argument("--output-len", type=int, default=64, help="tokens per answer")
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--json", type=Path, default=RESULTS, help="where the numbers go")
+    parser.add_argument(
+        "--json", type=Path, default=RESULTS / "default_vs_transformers.json", help="where the numbers go"
+    )
     options = parser.parse_args()
 
     import transformers
@@ -126,19 +125,15 @@ def main() -> None:
     load_before = os.getloadavg()[0]
     rows = [row for dtype in options.dtype for row in measure(dtype, options)]
     report = {
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "processor": processor(),
-        "threads": torch.get_num_threads(),
+        **surroundings(),
         "load_average": [load_before, os.getloadavg()[0]],
-        "torch": torch.__version__,
         "transformers": transformers.__version__,
         "input_len": options.input_len,
         "output_len": options.output_len,
         "repetitions": options.repetitions,
         "points": rows,
     }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write(options.json, report)
     print(f"written to {options.json}")
 
 

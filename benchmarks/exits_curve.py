@@ -1,7 +1,7 @@
 """What exits give up and what they save, through the real engine: ``python benchmarks/exits_curve.py MODEL_DIRECTORY``.
 
 Held-out prompts are continued greedily at several thresholds, the same at every exit. One full pass over what was
-served then says which token the full model would have chosen after each *served* prefix. Per threshold: the share of
+served then tells which token the full model would have chosen after each *served* prefix. Per threshold: the share of
 served tokens that are not that token, with a 95 % interval by resampling requests; the share of layers that were
 launched for decoded tokens, counted from ``RequestOutput.compute``; what keys and values of skipped layers took is
 reported as rows times layers; tokens per second, each setting beside a run of the full model.
@@ -16,9 +16,6 @@ and, with matplotlib, an SVG beside it.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from checkout import RESULTS
 from dynamoe.dynamic.contract.calibration_runs import decoded_layers
 from dynamoe.dynamic.contract.intervals import mean
 from dynamoe.dynamic.contract.served_loss import disagreements
@@ -34,12 +30,12 @@ from dynamoe.dynamic.convert.model_store import cache_home, resolve_model
 from dynamoe.dynamic.engine.outputs import RequestOutput
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.llm import LLM
-from dynamoe.dynamic.model.machine import processor
 from dynamoe.dynamic.text.calibration_text import reference_pages
 from dynamoe.dynamic.text.corpus import build_corpus, load_corpus
 from dynamoe.dynamic.train.held_out import held_out_prompts
 from dynamoe.dynamic.train.recipe_config import RecipeConfig
 from dynamoe.dynamic.train.served import blocks_from
+from record import command_line, name_of, surroundings, write
 
 
 def settings(threshold: float | None, exits: tuple[int, ...], tokens: int) -> SamplingParams:
@@ -56,19 +52,19 @@ def settings(threshold: float | None, exits: tuple[int, ...], tokens: int) -> Sa
 
 def executed(outputs: list[RequestOutput], num_layers: int) -> dict[str, Any]:
     """Launched rows of decoded tokens: prompts, which run all layers, are taken off."""
-    rows, full, projected, leaves = 0, 0, 0, dict[int, int]()
+    rows, full, projected, depths = 0, 0, 0, dict[int, int]()
     for output in outputs:
         assert output.compute is not None
         ran, all_layers = decoded_layers(output, num_layers)
         rows, full = rows + ran, full + all_layers
         projected += output.compute.projected_rows
         for depth in output.outputs[0].layers[1:]:
-            leaves[depth] = leaves.get(depth, 0) + 1
-    total = sum(leaves.values())
+            depths[depth] = depths.get(depth, 0) + 1
+    total = sum(depths.values())
     return {
         "executed_layer_share": rows / full,
         "projected_layer_share": projected / full,
-        "tokens_by_layers": {str(depth): count / total for depth, count in sorted(leaves.items())},
+        "tokens_by_layers": {str(depth): count / total for depth, count in sorted(depths.items())},
     }
 
 
@@ -104,6 +100,58 @@ def corpus_prompts(count: int, length: int, skip: int = 0) -> Prompts:
     return Prompts(tokens=[p.tokens for p in found], genres=[p.label for p in found])
 
 
+def chosen_prompts(llm: LLM, text: str, count: int, length: int) -> Prompts:
+    """Held-out prompts of the kind that ``--text`` names."""
+    return corpus_prompts(count, length) if text == "corpus" else reference_prompts(llm, count, length)
+
+
+def curve_command_line(description: str | None) -> argparse.ArgumentParser:
+    """What every curve over settings asks for."""
+    parser = command_line(description, name=True, output=True)
+    parser.add_argument("model", help="a name, or a directory, of a model that is calibrated for what is measured")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--requests", type=int, default=48)
+    parser.add_argument("--prompt-tokens", type=int, default=48)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--at-once", type=int, default=8)
+    parser.add_argument("--text", choices=("reference", "corpus"), default="reference")
+    return parser
+
+
+def load(options: argparse.Namespace) -> tuple[LLM, Prompts]:
+    """The engine and the prompts of a curve."""
+    llm = LLM(
+        resolve_model(options.model), dtype=options.dtype, max_num_seqs=options.at_once, enable_prefix_caching=False
+    )
+    return llm, chosen_prompts(llm, options.text, options.requests, options.prompt_tokens)
+
+
+def facts(options: argparse.Namespace, prompts: Prompts) -> dict[str, Any]:
+    """What a curve's results file says of its settings."""
+    return {
+        "model": name_of(options),
+        "dtype": options.dtype,
+        "text": options.text,
+        "requests": len(prompts.tokens),
+        "prompt_tokens": options.prompt_tokens,
+        "new_tokens": options.tokens,
+        "at_once": options.at_once,
+        **surroundings(),
+    }
+
+
+def compared(
+    llm: LLM, prompts: Prompts, full: SamplingParams, params: SamplingParams
+) -> tuple[list[RequestOutput], np.ndarray, dict[str, Any]]:
+    """Serve prompts beside a run of the full model: outputs, the loss of each, and what both say together."""
+    _, full_rate = timed(llm, prompts.tokens, full)
+    outputs, rate = timed(llm, prompts.tokens, params)
+    losses_N = disagreements(llm.model.decoder, outputs)
+    around = mean(losses_N)
+    figures = {"disagreement": around.value, "interval_95": [around.low, around.high]}
+    return outputs, losses_N, figures | {"tokens_per_second": rate, "full_tokens_per_second": full_rate}
+
+
 def timed(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> tuple[list[RequestOutput], float]:
     started = time.perf_counter()
     outputs = llm.generate(list(prompts), params, use_tqdm=False)
@@ -117,21 +165,10 @@ def measure(llm: LLM, prompts: Prompts, thresholds: list[float], tokens: int) ->
     timed(llm, prompts.tokens[:1], settings(None, exits, 4))
     points = []
     for threshold in (None, *thresholds):
-        _, full_rate = timed(llm, prompts.tokens, settings(None, exits, tokens))
-        outputs, rate = timed(llm, prompts.tokens, settings(threshold, exits, tokens))
-        losses_N = disagreements(llm.model.decoder, outputs)
-        around = mean(losses_N)
-        points.append(
-            {
-                "threshold": threshold,
-                "disagreement": around.value,
-                "interval_95": [around.low, around.high],
-                **executed(outputs, num_layers),
-                "by_genre": by_genre(outputs, losses_N, prompts.genres, num_layers),
-                "tokens_per_second": rate,
-                "full_tokens_per_second": full_rate,
-            }
-        )
+        full, params = settings(None, exits, tokens), settings(threshold, exits, tokens)
+        outputs, losses_N, figures = compared(llm, prompts, full, params)
+        genres = by_genre(outputs, losses_N, prompts.genres, num_layers)
+        points.append({"threshold": threshold, **figures, **executed(outputs, num_layers), "by_genre": genres})
         print(row(points[-1]), flush=True)
     return points
 
@@ -185,29 +222,14 @@ def plot(points: list[dict[str, Any]], title: str, file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a model with exits: tiny, or a directory")
-    parser.add_argument("--name", help="of the result file; the directory's name otherwise")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--requests", type=int, default=48)
-    parser.add_argument("--prompt-tokens", type=int, default=48)
-    parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--at-once", type=int, default=8)
+    parser = curve_command_line(__doc__)
     thresholds = [0.99, 0.97, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6]
     parser.add_argument("--thresholds", type=float, nargs="*", default=thresholds)
-    parser.add_argument("--text", choices=("reference", "corpus"), default="reference")
     parser.add_argument("--choose", type=float, help="disagreement at which a threshold is chosen on half the prompts")
-    parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    llm = LLM(
-        resolve_model(options.model), dtype=options.dtype, max_num_seqs=options.at_once, enable_prefix_caching=False
-    )
+    llm, prompts = load(options)
     if not llm.model.decoder.exits:
         parser.error(f"{options.model} has no exits")
-    if options.text == "corpus":
-        prompts = corpus_prompts(options.requests, options.prompt_tokens)
-    else:
-        prompts = reference_prompts(llm, options.requests, options.prompt_tokens)
     print("| threshold | disagreement (95 %) | layers executed | tokens/s | of full |\n|---|---|---|---|---|")
     chosen = None
     if options.choose is None:
@@ -218,29 +240,17 @@ def main() -> None:
         print(f"chosen on these {len(first.tokens)} prompts: {threshold}; on the others:")
         points = measure(llm, prompts, options.thresholds, options.tokens)
         chosen = {"limit": options.choose, **next(p for p in points if p["threshold"] == threshold)}
-    name = options.name or Path(options.model).name
-    result = {
-        "model": name,
-        "dtype": options.dtype,
+    result = facts(options, prompts) | {
         "layers": llm.model.spec.num_layers,
         "exits": list(llm.model.decoder.exits),
-        "text": options.text,
-        "requests": len(prompts.tokens),
-        "prompt_tokens": options.prompt_tokens,
-        "new_tokens": options.tokens,
-        "at_once": options.at_once,
-        "processor": processor(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "date": datetime.date.today().isoformat(),
         "chosen": chosen,
         "points": points,
     }
-    options.output.mkdir(parents=True, exist_ok=True)
-    file = options.output / f"exits_curve_{name}.json"
-    file.write_text(json.dumps(result, indent=1) + "\n")
+    file = options.output / f"exits_curve_{result['model']}.json"
+    write(file, result)
     try:
-        plot(points, f"{name}, exits after {', '.join(map(str, result['exits']))} layers", file.with_suffix(".svg"))
+        title = f"{result['model']}, exits after {', '.join(map(str, result['exits']))} layers"
+        plot(points, title, file.with_suffix(".svg"))
     except ImportError:
         print("no plot: matplotlib is not installed")
 

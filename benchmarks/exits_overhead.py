@@ -2,22 +2,20 @@
 
 Variants decode the same number of sequences and take turns, a few steps each, because machines drift; times per token
 are compared, those with exits in relation to the same engine's without. A model without exits gets random ones: a share
-of the rows leaves at every exit, and what is said then is nonsense, but costs what sense would cost.
+of the rows exits at each of them. The output is then meaningless, but its cost is realistic.
 
-Variants: ``off``: the model has exits, and requests run exactly; ``0 % leave``: every exit is asked and nobody leaves;
-and shares of the rows that leave at each exit.
+Variants: ``off``: the model has exits, and requests run exactly; ``0 % exit``: every probe is evaluated and no row
+exits; and shares of the rows that exit at each exit.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,13 +30,13 @@ from dynamoe.dynamic.model.decoder import Decoder
 from dynamoe.dynamic.model.kv_cache import allocate_layers
 from dynamoe.dynamic.model.loaded import LoadedModel
 from dynamoe.dynamic.model.loader import load_decoder
-from dynamoe.dynamic.model.machine import processor
 from dynamoe.dynamic.train.export import checkpoint_tensors, model_config
 from dynamoe.dynamic.train.model import DecoderConfig, TrainableDecoder
 from dynamoe.exits.calibrators import Temperature
 from dynamoe.exits.exit_head import ExitHeadAdapter
 from dynamoe.exits.probes import Probe, ProbeSpec
 from dynamoe.exits.sidecar import JSON_FILE, ExitHeads, backbone_hash, save_heads
+from record import command_line, in_turns, surroundings, write
 
 PROBE = ProbeSpec(kind="mlp", width=2, previous=True, router_entropy=True)
 PROMPT = 32
@@ -72,7 +70,7 @@ def with_exits(checkpoint: Path, directory: Path, exits: tuple[int, ...], hidden
 
 
 def load(path: Path, dtype: str) -> LoadedModel:
-    """A model whose probabilities say what its probes' logits do: a calibrator's highest step would be left at."""
+    """A model whose exit probabilities rise with the logits: ties at a calibrator's highest step would all exit."""
     decoder = load_decoder(path, dtype=dtype)
     for exit in decoder.exits.values():
         decoder.exits[exit.after_layers] = replace(exit, calibrator=Temperature(1.0))
@@ -83,7 +81,7 @@ def load(path: Path, dtype: str) -> LoadedModel:
 
 
 def without_exits(model: LoadedModel) -> LoadedModel:
-    """The same weights in the same memory, as they are loaded where no exits lie beside them."""
+    """The same weights in the same memory, loaded without exits."""
     d = model.decoder
     decoder = Decoder(
         d.spec,
@@ -147,9 +145,9 @@ def measure(
     needs an engine of its own.
     """
     variants: dict[str, tuple[str, dict[int, float]]] = {"none": ("plain", {}), "off": ("exits", {})}
-    variants["0 % leave"] = ("exits", thresholds(model, 0.0))
+    variants["0 % exit"] = ("exits", thresholds(model, 0.0))
     for share in (0.1, 0.5, 0.9):
-        variants[f"{share:.0%} leave"] = ("exits", thresholds(model, share))
+        variants[f"{share:.0%} exit"] = ("exits", thresholds(model, share))
     names = [name for name in variants if only is None or name in ("none", "off", *only)]
     for batch in batches:
         measured: list[dict[str, float]] = []
@@ -160,7 +158,7 @@ def measure(
             }
             found: dict[str, list[float]] = {name: [] for name in names}
             for turn in range(turns):
-                for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                for name in in_turns(names, turn):
                     kind, exits = variants[name]
                     seconds, tokens = decode(engines[kind], batch, exits)
                     found[name].append(seconds / tokens)
@@ -175,7 +173,7 @@ def ratio(measured: list[dict[str, float]], name: str, to: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--model", default="tiny", help="tiny, tiny_shape (untrained), default, or a directory")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32])
@@ -205,15 +203,9 @@ def main() -> None:
             cells = "  ".join(f"{name} {value:.3f}" for name, value in ratios.items())
             print(f"{batch:3}: {step:.2f} ms per step; off {off:.3f}; {cells}", flush=True)
         if options.json:
-            facts = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "processor": processor(), "rows": rows}
-            facts |= {"model": options.model, "dtype": str(plain.decoder.dtype), "exits": exits, "layers": layers}
-            facts |= {
-                "rounds": options.rounds,
-                "turns": options.turns,
-                "torch": torch.__version__,
-                "threads": torch.get_num_threads(),
-            }
-            options.json.write_text(json.dumps(facts, indent=1) + "\n")
+            facts = {"model": options.model, "dtype": str(plain.decoder.dtype), "exits": exits, "layers": layers}
+            facts |= {**surroundings(), "rounds": options.rounds, "turns": options.turns, "rows": rows}
+            write(options.json, facts)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What exits save in time: ``python benchmarks/exits_speed.py MODEL --threshold 0.9``.
 
 Engines decode the same held-out prompts of the recipe of ``tiny`` with and without thresholds and take turns, a few
-steps each, because machines drift; prompts are not timed. The model without thresholds runs as it does where no exits
-lie beside it. One full pass over what was served says which tokens the full model would not have chosen.
+steps each, because machines drift; prompts are not timed. The model without thresholds is loaded without exits.
+One full pass over what was served tells which tokens the full model would not have chosen.
 
 Written to ``results/exits_speed_NAME.json``: per number of sequences, seconds per token of both, the share of layers
 that was launched for decoded tokens, the disagreement, and what part of a full step the layers and the LM head take by
@@ -11,14 +11,9 @@ themselves (timed alone, with a short context).
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-import torch
 from checkout import RESULTS
 from dynamoe.dynamic.contract.served_loss import disagreements
 from dynamoe.dynamic.convert.model_store import resolve_model
@@ -27,9 +22,9 @@ from dynamoe.dynamic.engine.engine import Engine
 from dynamoe.dynamic.engine.step_times import measure_step_times
 from dynamoe.dynamic.llm import LLM
 from dynamoe.dynamic.model.loaded import LoadedModel
-from dynamoe.dynamic.model.machine import processor
 from exits_curve import corpus_prompts, executed, settings
 from exits_overhead import without_exits
+from record import command_line, in_turns, name_of, surroundings, write
 
 CHUNK = 8  # steps of one turn
 
@@ -39,7 +34,7 @@ def seconds_per_token(engines: dict[str, Engine], turns: int) -> dict[str, float
     found: dict[str, list[tuple[float, int]]] = {name: [] for name in engines}
     names = list(engines)
     for turn in range(turns):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+        for name in in_turns(names, turn):
             before, started = engines[name].stats().generation_tokens, time.perf_counter()
             for _ in range(CHUNK):
                 engines[name].step()
@@ -83,12 +78,11 @@ def relative(model: LoadedModel, prompts: list[list[int]], at_once: int, tokens:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, name=True)
     parser.add_argument(
         "model", help="a model with exits that was made by a recipe on the corpus: tiny, or a directory"
     )
     parser.add_argument("--threshold", type=float, required=True, help="calibrated probability, the same at every exit")
-    parser.add_argument("--name")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--sequences", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--prompts", type=int, default=64)
@@ -105,11 +99,8 @@ def main() -> None:
     )
     work = executed(outputs, llm.model.spec.num_layers)
     facts: dict[str, Any] = {
-        "model": options.name or Path(options.model).name,
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "processor": processor(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+        "model": name_of(options),
+        **surroundings(),
         "dtype": str(llm.model.decoder.dtype),
         "threshold": options.threshold,
         "prompts": len(prompts),
@@ -123,7 +114,7 @@ def main() -> None:
     for at_once in options.sequences:
         facts["rows"].append(relative(llm.model, prompts, at_once, options.tokens, options.threshold))
         print(f"{at_once:3} sequences: {facts['rows'][-1]['speedup']:.3f} x full depth", flush=True)
-    (RESULTS / f"exits_speed_{facts['model']}.json").write_text(json.dumps(facts, indent=1) + "\n")
+    write(RESULTS / f"exits_speed_{facts['model']}.json", facts)
 
 
 if __name__ == "__main__":

@@ -6,17 +6,12 @@ rounds of all caps taking turns. Written to ``results/expert_budget_layer.json``
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
 import time
-from pathlib import Path
 
 import torch
-from checkout import RESULTS
-from dynamoe.dynamic.model.machine import processor
 from dynamoe.kernels.api.router_spec import RouterSpec
 from dynamoe.kernels.cpu.backend import CpuBackend
+from record import command_line, surroundings, write
 
 ROUTINGS = 24  # different ones, so that no cache holds the experts of the next
 
@@ -55,13 +50,12 @@ def measure(dtype: torch.dtype, rows: int, caps: list[int], shape: tuple[int, in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, output=True)
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 8])
-    parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     shape = (options.experts, options.top_k, options.hidden, options.width)
     caps = sorted({options.top_k, *(max(1, options.top_k // part) for part in (2, 4, 8))}, reverse=True)
@@ -74,13 +68,10 @@ def main() -> None:
             print(f"{name:9} {rows:3} rows: {1e6 * seconds[str(options.top_k)]:.0f} µs, in relation to it {shares}")
     result = {
         **dict(zip(("experts", "top_k", "hidden", "width"), shape, strict=True)),
-        "processor": processor(),
-        "threads": torch.get_num_threads(),
-        "date": datetime.date.today().isoformat(),
+        **surroundings(),
         "points": points,
     }
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "expert_budget_layer.json").write_text(json.dumps(result, indent=1) + "\n")
+    write(options.output / "expert_budget_layer.json", result)
 
 
 if __name__ == "__main__":

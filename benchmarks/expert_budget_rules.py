@@ -8,29 +8,24 @@ to ``results/expert_budget_rules_NAME.json``.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import datetime
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from checkout import RESULTS
 from dynamoe.dynamic.convert.model_store import resolve_model
 from dynamoe.dynamic.llm import LLM
 from dynamoe.dynamic.model.decoder import Decoder
-from dynamoe.dynamic.model.machine import processor
 from dynamoe.dynamic.model.prompt_pass import fresh_cache
 from dynamoe.exits.segments import Segment
 from dynamoe.kernels.api.types import ExpertBudget, Routing
 from dynamoe.moe.contribution import keep_by_layer
-from exits_curve import corpus_prompts, reference_prompts
+from exits_curve import chosen_prompts
+from record import command_line, name_of, surroundings, write
 
 ROUNDS = 12  # of the search for the setting that skips the wanted share
-STEP = 8  # pieces of text that run at once
+STEP = 8  # windows that run at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +72,7 @@ class RuledBackend:
 def log_probabilities(
     decoder: Decoder, windows_NL: torch.Tensor, keep_L: list[float] | None
 ) -> Iterator[tuple[torch.Tensor, int]]:
-    """Of every next token, piece by piece, and how many experts were skipped."""
+    """Of every next token, a few windows at a time, and how many experts were skipped."""
     spec, length = decoder.spec, windows_NL.shape[1]
     whole = Segment(index=0, layers=range(spec.num_layers))
     for part_NL in windows_NL.split(STEP):
@@ -124,38 +119,31 @@ def measure(decoder: Decoder, windows_NL: torch.Tensor, rule: Rule, share: float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, name=True, output=True)
     parser.add_argument("model", help="a model with calibrated experts in every layer: a name or a directory")
-    parser.add_argument("--name", help="of the result file; the directory's name otherwise")
     parser.add_argument("--text", choices=("reference", "corpus"), default="reference")
     parser.add_argument("--windows", type=int, default=48)
     parser.add_argument("--length", type=int, default=128, help="tokens per window, at most 192 with --text corpus")
     parser.add_argument("--skip", type=float, nargs="*", default=[0.1, 0.2, 0.3], help="shares of the experts")
-    parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     llm = LLM(resolve_model(options.model), dtype="float32", device="cpu", max_num_seqs=1)
-    corpus = options.text == "corpus"
-    count, length = options.windows, options.length
-    prompts = corpus_prompts(count, length) if corpus else reference_prompts(llm, count, length)
-    windows_NL = torch.tensor(prompts.tokens)
+    windows_NL = torch.tensor(chosen_prompts(llm, options.text, options.windows, options.length).tokens)
     points = []
     for share in options.skip:
         for name, rule in RULES.items():
             points.append({"rule": name, "wanted": share, **measure(llm.model.decoder, windows_NL, rule, share)})
             found = points[-1]
             print(f"{name:40} skipped {found['skipped']:.3f}  KL {found['kl']:.5f}  same {found['same_choice']:.2%}")
-    name = options.name or Path(options.model).name
+    name = name_of(options)
     result = {
         "model": name,
         "text": options.text,
         "windows": len(windows_NL),
-        "length": length,
-        "processor": processor(),
-        "date": datetime.date.today().isoformat(),
+        "length": options.length,
+        **surroundings(),
         "points": points,
     }
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / f"expert_budget_rules_{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    write(options.output / f"expert_budget_rules_{name}.json", result)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,7 @@ exit status 1.
 
 from __future__ import annotations
 
-import argparse
 import datetime
-import json
 import os
 import sys
 import time
@@ -28,7 +26,6 @@ from typing import Any
 if "--rehearse" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it while it is imported
 
-import checkout
 import moe_layer
 import torch
 import triton
@@ -42,6 +39,7 @@ from dynamoe.kernels.triton.backend import TritonBackend
 from dynamoe.kernels.triton.tune import tune_experts
 from gpu_attention import check_attention, measure_caches
 from gpu_expect import expect
+from record import command_line, write
 
 GOALS = ((8192, "TFLOP/s", 550.0), (1, "share", 0.50), (8, "share", 0.75), (32, "share", 0.85), (256, "share", 0.85))
 
@@ -294,11 +292,10 @@ def judge(report: Report) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, output=True)
     parser.add_argument("--rehearse", action="store_true", help="small shapes on the CPU, in Triton's interpreter")
     parser.add_argument("--minutes", type=float, default=8.0, help="nothing new is started after this time")
     parser.add_argument("--no-tune", action="store_true", help="measure the cost model's own choices")
-    parser.add_argument("--output", type=Path, default=checkout.RESULTS, help="folder of the results file")
     options = parser.parse_args()
     if not options.rehearse and not torch.cuda.is_available():
         parser.error("no GPU here; --rehearse goes through the steps without one")
@@ -316,10 +313,9 @@ def main() -> int:
     correctness(report, device, options.rehearse, time.monotonic() + (seconds if options.rehearse else seconds / 2))
     long_contexts(report, device, options.rehearse)
     tables(report, device, options.rehearse, deadline, not options.no_tune)
-    options.output.mkdir(parents=True, exist_ok=True)
     slug = "".join(c if c.isalnum() else "-" for c in report.device).lower()
     path = options.output / f"gpu_check-{now:%Y-%m-%d-%H%M}-{slug}.json"
-    path.write_text(json.dumps(asdict(report), indent=1) + "\n")
+    write(path, asdict(report))
     print(f"results: {path}")
     for left_out in report.left_out:
         print(f"not checked for lack of time: {left_out}")

@@ -8,8 +8,6 @@ preempted, with int8.
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -23,10 +21,10 @@ from dynamoe.dynamic.engine.engine import Engine
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.model.kv_cache import bytes_per_page
 from dynamoe.dynamic.model.loader import load_decoder
-from dynamoe.dynamic.model.machine import processor
 from dynamoe.dynamic.text.calibration_text import reference_pages, token_windows
 from dynamoe.dynamic.text.tokenizer import Tokenizer
 from quantization_quality import compare, log_probabilities
+from record import command_line, surroundings, write
 
 POOL_PAGES = 96  # of bfloat16; int8 gets as many bytes
 NEW_TOKENS, PROMPT_TOKENS = 120, 8
@@ -64,9 +62,9 @@ def requests_without_preemption(model: str, kv_cache_dtype: str, memory: int) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("models", nargs="+", help="tiny, default, or directories")
-    parser.add_argument("--windows", type=int, default=24, help="pieces of held-out text")
+    parser.add_argument("--windows", type=int, default=24, help="of held-out text")
     parser.add_argument("--window-tokens", type=int, default=512)
     args = parser.parse_args()
     found: dict[str, Any] = {}
@@ -87,12 +85,11 @@ def main() -> None:
         found[Path(model).name] = row
         print(model, json.dumps(row, indent=1), flush=True)
     result = {
-        "date": datetime.date.today().isoformat(),
-        "processor": processor(),
+        **surroundings(),
         "settings": {"windows": args.windows, "window_tokens": args.window_tokens, "pages": POOL_PAGES},
         "models": found,
     }
-    (RESULTS / "kv_cache.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(RESULTS / "kv_cache.json", result)
 
 
 if __name__ == "__main__":

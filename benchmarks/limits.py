@@ -7,12 +7,12 @@ Run it alone to see the figures: ``python benchmarks/limits.py [--threads N] [--
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 
 import torch
 from dynamoe.kernels.cpu import build as cpu_build
+from record import command_line
 
 
 class Limits:
@@ -52,7 +52,7 @@ class Limits:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=20)
     arguments = parser.parse_args()

@@ -9,11 +9,9 @@ from a graph where the implementation can be captured. Caches are flushed before
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import importlib.util
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +19,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import checkout  # noqa: F401  # the package of this checkout, installed or not
 import torch
 import torch.nn.functional as F
 from dynamoe.kernels.api.router_spec import RouterSpec
@@ -29,6 +26,7 @@ from dynamoe.kernels.cpu.build import BuildError
 from dynamoe.kernels.select import select_backend
 from dynamoe.kernels.torch.backend import TorchBackend
 from limits import Limits as MachineLimits
+from record import command_line, write
 
 Layer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 # These wait for the device, which a graph cannot record.
@@ -325,7 +323,7 @@ def print_measurement(m: Measurement) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[s for s in SHAPES if s != "tiny"])
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
@@ -344,7 +342,7 @@ def main() -> None:
             name, options.tokens, device, dtype, limits, only=options.only, repetitions=options.repetitions
         )
     if options.json:
-        options.json.write_text(json.dumps([asdict(m) for m in results], indent=1))
+        write(options.json, [asdict(m) for m in results])
 
 
 if __name__ == "__main__":

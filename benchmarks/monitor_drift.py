@@ -9,8 +9,6 @@ found: each stream's mean loss stands beside. Written to ``results/monitor_drift
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
 import shutil
 import tempfile
@@ -28,8 +26,8 @@ from dynamoe.dynamic.contract.served_loss import disagreements
 from dynamoe.dynamic.convert.model_store import resolve_model
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.llm import LLM
-from dynamoe.dynamic.model.machine import processor
 from dynamoe.dynamic.text.prompt_file import read_prompts
+from record import command_line, surroundings, write
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -39,7 +37,7 @@ CORRUPT = 4.0  # added to the logits of all probes
 
 
 def with_sure_probes(source: Path, target: Path) -> Path:
-    """A copy of a model whose probes let more rows leave than they should."""
+    """A copy of a model whose probes let more rows exit than they should."""
     shutil.copytree(source, target)
     file = target / "exits.safetensors"
     tensors = load_file(file)
@@ -66,9 +64,9 @@ def _losses(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> Itera
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--requests", type=int, default=UNSEEN, help="of each stream, at most")
-    parser.add_argument("--alphas", type=float, nargs="*", help="levels; all that are on offer otherwise")
+    parser.add_argument("--alphas", type=float, nargs="*", help="levels; all in the catalog otherwise")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -98,8 +96,8 @@ def main() -> None:
             found = stream(model, prompts, certificate)
             records.append({"alpha": certificate.alpha, "delta": certificate.delta, "stream": name, **found})
             tqdm.write(json.dumps(records[-1]))
-    result = {"date": str(datetime.date.today()), "processor": processor(), "requests": len(usual), "streams": records}
-    (RESULTS / "monitor_drift_tiny.json").write_text(json.dumps(result, indent=1) + "\n")
+    result = {**surroundings(), "requests": len(usual), "streams": records}
+    write(RESULTS / "monitor_drift_tiny.json", result)
 
 
 if __name__ == "__main__":

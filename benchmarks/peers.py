@@ -24,13 +24,11 @@ import os
 import signal
 import statistics
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import checkout
 import torch
-from dynamoe.dynamic.model.machine import processor
+from checkout import RESULTS
 from limits import Limits
 from peers_engines import (
     CELLS,
@@ -44,6 +42,7 @@ from peers_engines import (
     prompts,
     weight_bits,
 )
+from record import command_line, surroundings, write
 
 MOST_FOREIGN = 0.15
 WORKER = Path(__file__).with_name("peers_worker.py")
@@ -227,7 +226,7 @@ def make_checkpoint(directory: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--make", type=Path, metavar="DIR", help="write the checkpoint there and use it")
     parser.add_argument("--model", type=Path, help="the checkpoint, in Hugging Face layout")
     parser.add_argument("--quantization", nargs="+", default=["none"], metavar="METHOD", help="of our engines")
@@ -243,12 +242,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument(
-        "--json",
-        type=Path,
-        default=checkout.RESULTS / f"peers-{datetime.now(UTC):%Y-%m-%d}.json",
-        help="where the numbers go",
-    )
+    result_file = RESULTS / f"peers-{surroundings()['date']}.json"
+    parser.add_argument("--json", type=Path, default=result_file, help="where the numbers go")
     options = parser.parse_args()
     if options.make:
         options.model = options.make
@@ -265,16 +260,13 @@ def main() -> None:
     if result["disturbed_repetitions"]:
         print(f"{result['disturbed_repetitions']} repetitions were disturbed by other programs")
     summary = {
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "processor": processor(),
-        "threads": options.threads,
+        **surroundings(),
         "dtype": options.dtype,
         "repetitions": options.repetitions,
         "cells": cells,
         **{key: result[key] for key in ("limits", "experts_hit", "disturbed_repetitions", "engines", "speeds")},
     }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write(options.json, summary)
     print(f"written to {options.json}")
 
 

@@ -19,7 +19,7 @@ Run = Callable[[list[list[int]], int], None]
 
 
 def start_dynamoe(options: argparse.Namespace) -> tuple[Run, dict[str, Any], Callable[[], float]]:
-    """Our engine, and a function that says which share of a layer's experts the steps of a decode have hit."""
+    """Our engine, and a function that returns the share of a layer's experts a decode step hits."""
     import checkout  # noqa: F401
     from dynamoe import LLM, SamplingParams
 

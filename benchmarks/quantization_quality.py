@@ -12,8 +12,6 @@ file is written anew after each method: ``results/quantization_quality_NAME.json
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,13 +23,13 @@ from checkout import RESULTS
 from dynamoe.dynamic.convert.model_store import resolve_model
 from dynamoe.dynamic.model.decoder import Decoder
 from dynamoe.dynamic.model.loader import load_decoder
-from dynamoe.dynamic.model.machine import processor
 from dynamoe.dynamic.model.prompt_pass import fresh_cache
 from dynamoe.dynamic.quantize.driver import quantize_checkpoint
 from dynamoe.dynamic.quantize.methods import METHODS, CalibratedMethod
 from dynamoe.dynamic.text.calibration_text import reference_pages, token_windows
 from dynamoe.dynamic.text.tokenizer import Tokenizer
 from dynamoe.exits.segments import Segment
+from record import command_line, name_of, surroundings, write
 
 INT4 = tuple(f"int4{group}{ending}" for group in ("-g32", "", "-g128") for ending in ("", "-asym"))
 AT_LOAD = ("int8", "int8-g32", "w8a8", *INT4, "w4a8", "w4a8-g32", "fp8", "fp8-block")
@@ -117,11 +115,10 @@ def plot(rows: list[dict[str, Any]], title: str, file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, name=True)
     parser.add_argument("model", help="tiny, default, or a directory")
-    parser.add_argument("--name", help="of the result file; the model's name otherwise")
     parser.add_argument("--methods", nargs="+", default=[*AT_LOAD, *METHODS], help="also gptq-g32, awq-g128-asym, …")
-    parser.add_argument("--windows", type=int, default=16, help="pieces of held-out text")
+    parser.add_argument("--windows", type=int, default=16, help="of held-out text")
     parser.add_argument("--calibration-windows", type=int, default=64)
     parser.add_argument("--window-tokens", type=int, default=256)
     parser.add_argument("--choose", action="store_true", help="measure on pages that variants are chosen by")
@@ -144,19 +141,18 @@ def main() -> None:
     )
     with torch.inference_mode():
         plain = list(log_probabilities(load_decoder(path, dtype="float32", device="cpu"), windows["held out"]))
-    name, rows = args.name or Path(args.model).name, []
+    name, rows = name_of(args), []
     for method in args.methods:
         rows.append(measure(method, args, path, windows, plain))
         print({key: value for key, value in rows[-1].items() if key != "layer_errors"}, flush=True)
         result = {
-            "date": datetime.date.today().isoformat(),
-            "processor": processor(),
+            **surroundings(),
             "model": name,
             "settings": {key: value for key, value in vars(args).items() if key not in ("model", "name", "methods")},
             "rows": rows,
         }
         file = RESULTS / f"quantization_quality_{name}.json"
-        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write(file, result)
     plot(rows, f"{name}: against the unquantised model", file.with_suffix(".svg"))
 
 

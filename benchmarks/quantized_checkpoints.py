@@ -10,8 +10,6 @@ inputs, ``distance`` (of ours) and ``their_distance`` are those from the logits 
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
 import math
 import os
@@ -26,10 +24,10 @@ import torch
 from checkout import RESULTS
 from dynamoe.dynamic.convert.model_store import resolve_model
 from dynamoe.dynamic.model.loader import load_decoder
-from dynamoe.dynamic.model.machine import processor
 from dynamoe.dynamic.model.prompt_pass import fresh_cache
 from dynamoe.exits.segments import Segment
 from dynamoe.kernels.api.tolerance import error
+from record import command_line, surroundings, write
 
 RECIPES = {
     "llmcompressor": ("gptq", "awq-asym", "int8-groups", "W8A16", "W8A8", "FP8_DYNAMIC", "FP8_BLOCK"),
@@ -133,7 +131,7 @@ def compare(source: Path, target: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     for library in RECIPES:
         parser.add_argument(f"--{library}", metavar="PYTHON", help="the interpreter of an environment that has it")
         parser.add_argument(f"--{library}-recipes", nargs="+", default=RECIPES[library], choices=RECIPES[library])
@@ -153,8 +151,7 @@ def main() -> None:
                 for recipe in recipes:
                     rows.append({"model": kind, "library": library, "recipe": recipe, **compare(source, made / recipe)})
                     print(json.dumps(rows[-1]), flush=True)
-                result = {"date": datetime.date.today().isoformat(), "processor": processor(), "rows": rows}
-                args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                write(args.output, {**surroundings(), "rows": rows})
 
 
 if __name__ == "__main__":

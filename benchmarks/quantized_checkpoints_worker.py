@@ -1,9 +1,9 @@
-"""A quantiser in its own Python environment, for ``quantized_checkpoints.py``: makes a checkpoint, says its logits.
+"""A quantiser in its own Python environment, for ``quantized_checkpoints.py``: writes a checkpoint and its logits.
 
 It imports nothing but that environment's libraries. ``SOURCE`` is a checkpoint in Hugging Face layout with a tokenizer,
 ``FOLDER`` a directory that gets one of each recipe's name. ``RECIPE.safetensors`` in it has token ids and two sets
 of the library's own logits, float32: as it runs the model, and with its dequantised weights but inputs that are not
-rounded. Where the library failed ``RECIPE.error`` says why.
+rounded. Where the library failed, ``RECIPE.error`` has the reason.
 """
 
 from __future__ import annotations

@@ -11,21 +11,17 @@ rate at which one pass over plain words reads memory, measured between the repet
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import checkout  # noqa: F401  # the package of this checkout, installed or not
 import torch
-from dynamoe.dynamic.model.machine import processor
 from dynamoe.dynamic.model.quantization import methods
 from dynamoe.kernels.api.types import ExpertWeights, Routing
 from dynamoe.kernels.cpu.backend import CpuBackend
+from record import command_line, surroundings, write
 from tqdm import tqdm
 
 EXPERTS, TOP_K, HIDDEN, WIDTH, LAYERS = 32, 8, 1024, 512, 4
@@ -87,7 +83,7 @@ def measure(backend: CpuBackend, packed: dict[str, list[ExpertWeights]], tokens:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--methods", nargs="+", choices=list(methods()), default=["int8", "w8a8", "int4", "fp8"])
     parser.add_argument("--threads", type=int, default=1)
@@ -102,12 +98,10 @@ def main() -> None:
     results = [measure(backend, packed, tokens, options.repetitions) for tokens in options.tokens]
     report = {
         "what": "one layer of Granite-1B-A400M's experts, random weights",
-        "processor": processor(),
+        **surroundings(),
         "instruction_set": backend.isa,
-        "threads": options.threads,
         "time": "processor time of the process" if options.threads == 1 else "wall time",
         "repetitions": options.repetitions,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "note": options.note,
         "results": results,
     }
@@ -117,7 +111,7 @@ def main() -> None:
             share, factor = row["share_of_read_limit"], row["times_bfloat16"]
             print(f"  {name:10} {row['microseconds']:9} µs  {factor:5}x  {share:.0%} of the limit")
     if options.output:
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
+        write(options.output, report)
 
 
 if __name__ == "__main__":

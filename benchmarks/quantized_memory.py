@@ -1,13 +1,12 @@
 """What quantised weights take: ``python benchmarks/quantized_memory.py MODEL...``.
 
-For each model and method a process of its own loads it, serves prompts and says what its weights and scales take, what
-its cache takes, and how much memory it held at most (``VmHWM`` of Linux, shared libraries included).
+For each model and method a separate process loads it, serves prompts and reports what its weights and scales take,
+what its cache takes, and its peak memory (``VmHWM`` of Linux, shared libraries included).
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from checkout import RESULTS
+from record import command_line, surroundings, write
 
 METHODS = ("none", "int8", "w8a8", "int4", "int4-g128")
 MARGIN = 0.5e9  # bytes on top of weights and cache
@@ -55,7 +55,7 @@ def peak() -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("models", nargs="+", help="tiny, default, or directories")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--kv-memory", default="128MiB")
@@ -65,7 +65,6 @@ def main() -> None:
     if args.one:
         print(json.dumps(serve(args.models[0], args.methods[0], args.kv_memory)))
         return
-    from dynamoe.dynamic.model.machine import processor
 
     rows: list[dict[str, Any]] = []
     for model in args.models:
@@ -79,8 +78,7 @@ def main() -> None:
             row["within_margin"] = row["beyond_weights_and_cache"] <= MARGIN
             rows.append(row)
             print(json.dumps(row), flush=True)
-            result = {"date": datetime.date.today().isoformat(), "processor": processor(), "rows": rows}
-            args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            write(args.output, {**surroundings(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ MOST_FOR_EXITS, LEAST_FOR_DEPTH = 1.02, 1.10
 
 
 def finish(recipe: str, output: Path, overrides: list[str]) -> bool:
-    """Train a recipe, or its next piece, unless its report is there. Returns whether it is now.
+    """Train a recipe, or continue it, unless its report is there. Returns whether it is now.
 
     Raises:
         subprocess.CalledProcessError: when training fails.

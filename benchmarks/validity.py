@@ -1,10 +1,10 @@
-"""Do calibrations keep their promise? Calibrate again and again on requests that are drawn anew from stored losses.
+"""Do calibrations keep their guarantee? Repeats them on requests resampled from stored losses.
 
 ``python benchmarks/validity.py runs/calibration --name tiny`` reads the losses that ``dynamoe calibrate`` left in a
 directory, keeps them in ``results/losses_NAME.npz``, and writes ``results/validity_NAME.json``. The requests are the
-whole world here: their mean loss at a setting is its true risk, and each calibration sees as many of them, drawn with
+population: their mean loss at a setting is its true risk, and each calibration sees as many of them, drawn with
 replacement. Beside the levels that ship, alpha lies just below the true risk of each setting in turn, where choosing it
-is wrong by a hair and as likely as it can be. Learn-then-Test promises that the chosen setting's true risk exceeds
+is barely wrong and as likely as it can be. Learn-then-Test guarantees that the chosen setting's true risk exceeds
 alpha in a share of at most delta of the calibrations; conformal risk control, that it does not in the mean.
 
 Shape suffixes: M settings, safest first; N requests.
@@ -75,7 +75,7 @@ def resample(losses_MN: np.ndarray, alpha: float, delta: float, runs: int, seed:
 
 
 def holds(record: dict[str, Any]) -> bool:
-    """Whether every method kept its promise in :func:`resample`."""
+    """Whether every method kept its guarantee in :func:`resample`."""
     crc = record["methods"]["crc"]
     return crc["mean_risk"] <= record["alpha"] + 2 * crc["standard_error"] and all(
         record["methods"][bound]["violations"] <= record["violations_allowed"] for bound in BOUNDS
