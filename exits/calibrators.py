@@ -1,4 +1,4 @@
-"""Turn a probe's logit into a probability that can be believed: temperature, or isotonic regression.
+"""Turn a probe's logit into a calibrated probability: temperature, or isotonic regression.
 
 Neither gives a guarantee by itself (that is risk control's job); they make thresholds comparable between exits.
 Arguments: ``logits`` float (R,), ``correct`` 0/1 (R,).
@@ -67,7 +67,7 @@ def calibrator_from_json(record: dict) -> Temperature | Isotonic:
 def logit_threshold(calibrator: Temperature | Isotonic, probability: float) -> float:
     """The lowest float32 logit whose calibrated probability is at least ``probability``; inf where none is.
 
-    Rows are compared with it instead of being calibrated one by one: a calibrator never falls, so both say the same.
+    Rows are compared with it instead of being calibrated one by one: calibrators never decrease.
     """
     wanted = torch.tensor(probability, dtype=torch.float32)
 

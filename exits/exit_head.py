@@ -1,4 +1,4 @@
-"""Read-out adapters: a light map in front of the shared final norm and LM head, one per exit.
+"""Exit-head adapters: a light map in front of the shared final norm and LM head, one per exit.
 
 Shape suffixes: D hidden size, J rank of the adapter; ``...`` any leading dimensions.
 """
@@ -11,7 +11,7 @@ from torch import nn
 
 
 def apply_exit_head(x: torch.Tensor, down_JD: torch.Tensor, up_DJ: torch.Tensor) -> torch.Tensor:
-    """``x + up (down x)``: what the exit hands to the final norm and the LM head.
+    """``x + up (down x)``, the input of the final norm and the LM head at an exit.
 
     Arguments:
         x: (..., D) hidden state at the exit.
@@ -50,5 +50,5 @@ class ExitHeadAdapter(nn.Module):
 
     @property
     def flops_per_row(self) -> int:
-        """Multiply-adds counted twice, for one row that leaves here."""
+        """Multiply-adds counted twice, for one row that exits here."""
         return 4 * self.down_JD.numel()

@@ -32,7 +32,7 @@ def expected_calibration_error(confidence: torch.Tensor, correct: torch.Tensor, 
 
 
 def brier_score(confidence: torch.Tensor, correct: torch.Tensor) -> float:
-    """Mean squared difference between confidence and outcome; 0 is perfect, 0.25 an honest coin (Brier 1950)."""
+    """Mean squared difference between confidence and outcome; 0 is perfect, 0.25 a fair coin (Brier 1950)."""
     _check(confidence, correct)
     return float((confidence.double() - correct.double()).square().mean())
 
@@ -41,7 +41,7 @@ def risk_coverage(confidence: torch.Tensor, correct: torch.Tensor) -> tuple[torc
     """The selective-risk curve: if the most confident share of rows exits, how many of these are wrong?
 
     Returns: coverage (share that exits) and risk (share of wrong ones among them), float64 (R,), coverage rising. Rows
-    of equal confidence leave together: their points carry the risk of the whole group.
+    of equal confidence exit together: their points carry the risk of the whole group.
     """
     _check(confidence, correct)
     order = confidence.argsort(descending=True, stable=True)
@@ -59,7 +59,7 @@ def aurc(confidence: torch.Tensor, correct: torch.Tensor) -> float:
 
 
 def coverage_at_risk(confidence: torch.Tensor, correct: torch.Tensor, risk: float) -> float:
-    """The largest share of rows that may leave with at most that share of wrong ones among them; 0 if none."""
+    """The largest share of rows that may exit with at most that share of wrong ones among them; 0 if none."""
     coverage, risks = risk_coverage(confidence, correct)
     allowed = coverage[risks <= risk]
     return float(allowed.max()) if allowed.numel() else 0.0
@@ -115,7 +115,7 @@ def plot_risk_coverage(curves: Mapping[str, tuple[torch.Tensor, torch.Tensor]], 
     for name, (confidence, correct) in curves.items():
         coverage, risk = risk_coverage(confidence, correct)
         axes.plot(coverage.numpy(), risk.numpy(), label=name)
-    axes.set(xlabel="share of rows that leave", ylabel="share of them that is wrong", xlim=(0, 1), ylim=(0, None))
+    axes.set(xlabel="share of rows that exit", ylabel="share of them that is wrong", xlim=(0, 1), ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)

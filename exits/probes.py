@@ -1,7 +1,7 @@
-"""Probes: small classifiers on the hidden state after a segment. Would the token chosen here be the full model's?
+"""Probes: small classifiers on the hidden state after a segment. Is the exit's token the full model's?
 
-A probe looks at the row's hidden state, and, if its kind says so, at the state at the previous exit and at the entropy
-of the routers since then. It never looks at logits; the baselines that do are here for comparison.
+A probe reads the row's hidden state and, depending on its kind, the state at the previous exit and the entropy of
+the routers since then. It never reads logits; the baselines that do are here for comparison.
 
 Shape suffixes: R rows, D hidden size, J inner width of a probe, V tokens of a vocabulary.
 """
@@ -28,8 +28,8 @@ class ProbeSpec:
     Arguments:
         kind: ``linear``, or ``mlp``: one hidden layer of ``width`` units.
         width: J of an ``mlp``.
-        previous: also look at the state at the previous exit (at the first exit: the embedding).
-        router_entropy: also look at the mean entropy of the routers since the previous exit.
+        previous: also read the state at the previous exit (at the first exit: the embedding).
+        router_entropy: also read the mean entropy of the routers since the previous exit.
 
     Raises:
         ValueError: naming the field and the value that is out of range.

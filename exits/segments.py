@@ -20,7 +20,7 @@ def split_into_segments(num_layers: int, exit_layers: Iterable[int] = ()) -> tup
 
     Arguments:
         num_layers: layers of the model.
-        exit_layers: after how many layers a row may leave; each between 1 and ``num_layers - 1``.
+        exit_layers: after how many layers a row may exit; each between 1 and ``num_layers - 1``.
 
     Raises:
         ValueError: for an exit before the first or after the last layer.

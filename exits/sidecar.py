@@ -1,6 +1,6 @@
-"""The exits of a checkpoint, kept beside it: ``exits.json`` says what there is, ``exits.safetensors`` has the tensors.
+"""The exits of a checkpoint, kept beside it: ``exits.json`` describes them, ``exits.safetensors`` holds the tensors.
 
-The checkpoint itself stays an ordinary one: whoever does not know about exits reads it as before.
+The checkpoint itself stays an ordinary one, readable by programs without exits.
 
 Names in ``exits.safetensors``, for an exit after 4 layers: ``exits.4.adapter.down_JD``, ``exits.4.adapter.up_DJ`` and
 ``exits.4.probe.*``, as :class:`ExitHeadAdapter` and :class:`Probe` name them. Shape suffixes: D hidden size, J rank.
@@ -62,7 +62,7 @@ def backbone_hash(directory: Path) -> str:
 
 @lru_cache(maxsize=256)
 def _file_hash(file: Path, size: int, changed: int) -> bytes:
-    """Exits, experts and certificates all ask at the start; gigabytes of weights are read for it once."""
+    """Exits, experts and certificates all need it at the start; the weights are read for it only once."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").digest()
 

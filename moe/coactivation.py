@@ -22,9 +22,9 @@ def affinity(energy_TN: torch.Tensor) -> torch.Tensor:
 
 
 def assign_balanced(preference_NE: torch.Tensor, size: int) -> torch.Tensor:
-    """Put ``size`` neurons into every group so that no neuron and group would both rather have each other.
+    """Put ``size`` neurons into every group as a stable matching.
 
-    Deferred acceptance (Gale and Shapley, 1962): every neuron that has no place asks the next group on its list; a
+    Deferred acceptance (Gale and Shapley, 1962): every unassigned neuron proposes to the next group on its list; a
     group keeps the ``size`` candidates with the highest preference. Ties go to the lower number.
 
     Arguments:

@@ -3,7 +3,7 @@
 A router's weight says how much the router wants an expert, not how much the expert adds. For expert e with output
 ``f_e(x)`` and weight ``w_e``, the scale is ``E[|w_e f_e(x)|] / E[w_e]`` over the tokens that chose it; weight times
 scale then estimates a slot's contribution before the expert has run. The rule that spends these estimates is
-:func:`..kernels.budget_reference.limit_experts`.
+:func:`..kernels.reference.budget.limit_experts`.
 
 Shape suffixes: T tokens, D hidden size, E experts, K experts per token.
 """
@@ -49,8 +49,8 @@ class ExpertScales:
 
     Arguments:
         layers: one entry per layer; None for those that choose no experts.
-        tokens: that were measured.
-        backbone_sha256: of the weights that were measured.
+        tokens: measured tokens.
+        backbone_sha256: of the measured weights.
     """
 
     layers: tuple[LayerScales | None, ...]
@@ -59,13 +59,13 @@ class ExpertScales:
 
 
 def keep_by_layer(keep: float, impacts: Sequence[float]) -> list[float]:
-    """Spread one setting over the layers: everywhere, what a token may lose is the same share of the residual stream.
+    """Spread one setting over the layers so that a token may lose the same share of the residual stream in each.
 
     A layer whose experts add little to the stream may lose more of what they add. On average over the layers the share
     is ``keep``, as long as no layer may lose everything.
 
     Arguments:
-        keep: share of the contributions that is to be reached, in (0, 1].
+        keep: share of the contributions to reach, in (0, 1].
         impacts: of the layers; see :class:`LayerScales`.
 
     Returns: the share for each layer, from 0 (only the best expert) to 1.
@@ -94,7 +94,7 @@ def slot_norms(x_TD: torch.Tensor, weights: ExpertWeights, routing: Routing, bac
 
 
 class ContributionMeter:
-    """Adds up, for the experts of one layer, what they were weighed with, what they added, and what they added it to.
+    """Sums over tokens of the router weights, output norms and residual norms of one layer's experts.
 
     Arguments:
         num_experts: routed experts.
@@ -109,7 +109,7 @@ class ContributionMeter:
     def add(
         self, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor, norms_TK: torch.Tensor, stream_T: torch.Tensor
     ) -> None:
-        """Take some tokens: experts, router weights, norms of what each slot added and of the residual stream."""
+        """Add some tokens: experts, router weights, norms of each slot's output and of the residual stream."""
         self.stream += float(stream_T.double().sum())
         experts = expert_ids_TK.flatten().long().cpu()
         self.norms_E.index_add_(0, experts, norms_TK.flatten().double().cpu())

@@ -1,4 +1,4 @@
-"""Which of the ranks that share a layer's experts each row goes to, and what it does there.
+"""Which ranks each row is dispatched to, and its routing over the experts of each.
 
 Shape suffixes as in ``kernels/api/types.py``; X ranks that share the experts.
 """

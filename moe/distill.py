@@ -1,7 +1,7 @@
 """Distillation of an upcycled mixture from its dense parent, layer by layer: routers, and experts if asked.
 
-An upcycled model has all of its parent in it: with every expert on it *is* the parent. What is learned is which experts
-a token can do without. Each layer is trained alone, on the inputs that the parent gives it, so that no gradient crosses
+An upcycled model contains its parent: with every expert on, it *is* the parent. Training learns which experts a token
+can do without. Each layer is trained alone, on the inputs that the parent gives it, so that no gradient crosses
 layers and a two-core machine needs minutes.
 
 The hard choice of k experts is trained through a soft one: a gate near 1 above the k-th best score and near 0 below.

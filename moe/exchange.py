@@ -1,11 +1,12 @@
-"""The all-to-all exchange of a mixture: rows go to the ranks that hold their experts, partial sums come back.
+"""The all-to-all exchange of a mixture: rows are dispatched to the ranks that hold their experts, and
+partial sums are combined.
 
-A row goes once to every rank that holds at least one of its experts: its hidden vector in the activations' dtype, and
-the numbers and weights of its slots. What comes back is the sum over the slots of that rank, and the sums are added
-where the row came from, in the order of the ranks, in float32. Neither timing nor other rows change a bit.
+A row is sent once to every rank that holds at least one of its experts: its hidden vector in the activations' dtype,
+and the numbers and weights of its slots. Each rank returns the sum over its slots, and the row's own rank adds these
+sums in the order of the ranks, in float32. The result depends neither on timing nor on other rows.
 
-Steps of few rows are sent padded: every rank gets room for all rows of every KV shard, which all know beforehand. So no
-count has to come from the device. Larger steps send what is needed, and the numbers of rows in front of it.
+Steps of few rows are sent padded: every rank gets room for all rows of every KV shard. These sizes are known
+beforehand, so no count is read from the device. Larger steps send only the rows needed, after their numbers.
 
 Shape suffixes as in ``moe/dispatch.py``; R rows that are sent, B bytes.
 """
@@ -23,20 +24,20 @@ from .dispatch import ExpertShares, used_ids
 
 
 @dataclass(frozen=True, kw_only=True)
-class Departure:
-    """Rows on their way to the experts.
+class PendingDispatch:
+    """A dispatch that has begun: rows sent to the ranks of their experts.
 
     Arguments:
-        rows: of this rank, by rank that they go to, int64; None: all go to all.
-        sent, coming: how many rows go to each rank, and come from each.
-        records_RB: they arrive here, once ``work`` is done.
+        rows: of this rank, by the rank they are sent to, int64; None: all to all.
+        sent, received: numbers of rows to and from each rank.
+        records_RB: what this rank receives, complete once ``work`` is done.
         like_TD: this rank's rows.
         weight_on_input: of the routing, see :class:`Routing`; shares: of the layer.
     """
 
     rows: list[torch.Tensor] | None
     sent: list[int]
-    coming: list[int]
+    received: list[int]
     records_RB: torch.Tensor
     work: Any
     like_TD: torch.Tensor
@@ -50,9 +51,9 @@ class Transport(Protocol):
     device: torch.device
 
     def swap(
-        self, rows: torch.Tensor, sent: Sequence[int], coming: Sequence[int], group: Any, purpose: str
+        self, rows: torch.Tensor, sent: Sequence[int], received: Sequence[int], group: Any, purpose: str, /
     ) -> tuple[torch.Tensor, Any]:
-        """Begin to send every rank its part of some rows, and to receive what all have for this one."""
+        """Begin an all-to-all: send every rank its part of some rows, and receive what all ranks have for this one."""
         ...
 
     def finish(self, work: Any) -> None:
@@ -92,9 +93,7 @@ class ExpertExchange:
     def __init__(self, transport: Transport, axis: ExpertAxis, padded_rows: int) -> None:
         self._transport = transport
         self._axis = axis
-        self._group = axis.group
         self._padded_rows = padded_rows
-        self._me = axis.rank
         self.rows: Sequence[int] = ()
         self.executed_X = torch.zeros(axis.size if axis.size > 1 else 0, dtype=torch.int64, device=transport.device)
 
@@ -103,8 +102,8 @@ class ExpertExchange:
         self.rows = shard_rows[self._axis.first : self._axis.first + self._axis.size]
         self.executed_X.zero_()
 
-    def depart(self, x_TD: torch.Tensor, routing: Routing, shares: ExpertShares) -> Departure:
-        """Send this rank's rows on their way; :meth:`arrive` takes them in."""
+    def dispatch(self, x_TD: torch.Tensor, routing: Routing, shares: ExpertShares) -> PendingDispatch:
+        """Begin to send this rank's rows to the ranks of their experts; :meth:`receive` waits for those sent here."""
         ids_TK = used_ids(routing)
         reached_XTK = shares.reached(ids_TK)
         self.executed_X += reached_XTK.sum((1, 2))
@@ -113,19 +112,19 @@ class ExpertExchange:
         records_TB = torch.cat([part.contiguous().view(torch.uint8) for part in parts], 1)
         rows = None
         if sum(self.rows) <= self._padded_rows:
-            sent, coming = [len(x_TD)] * len(self.rows), list(self.rows)
+            sent, received = [len(x_TD)] * len(self.rows), list(self.rows)
             records_RB = records_TB.repeat(len(sent), 1)
         else:
-            # Numbers of rows are needed on the host: the only word from the device.
+            # The host needs the numbers of rows: the only synchronisation with the device.
             rows = [reached_T.nonzero()[:, 0] for reached_T in reached_XTK.any(2)]
             sent = [len(rows_R) for rows_R in rows]
-            coming = self._count_coming(sent)
+            received = self._count_received(sent)
             records_RB = records_TB[torch.cat(rows)]
-        found_RB, work = self._transport.swap(records_RB, sent, coming, self._group, "dispatch")
-        return Departure(
+        found_RB, work = self._transport.swap(records_RB, sent, received, self._axis.group, "dispatch")
+        return PendingDispatch(
             rows=rows,
             sent=sent,
-            coming=coming,
+            received=received,
             records_RB=found_RB,
             work=work,
             like_TD=x_TD,
@@ -133,34 +132,34 @@ class ExpertExchange:
             shares=shares,
         )
 
-    def arrive(self, departure: Departure) -> tuple[torch.Tensor, Routing]:
-        """The rows that all ranks have sent here, (R, D), and their routing over this rank's experts."""
-        self._transport.finish(departure.work)
-        like_TD, shares = departure.like_TD, departure.shares
+    def receive(self, pending: PendingDispatch) -> tuple[torch.Tensor, Routing]:
+        """Wait for the rows sent to this rank, (R, D), and their routing over its experts."""
+        self._transport.finish(pending.work)
+        like_TD, shares = pending.like_TD, pending.shares
         widths = [4 * shares.top_k, 4 * shares.top_k, like_TD.shape[1] * like_TD.element_size()]
-        ids_RB, weights_RB, x_RB = (part.contiguous() for part in departure.records_RB.split(widths, 1))
+        ids_RB, weights_RB, x_RB = (part.contiguous() for part in pending.records_RB.split(widths, 1))
         ids_RK, weights_RK = ids_RB.view(torch.int32), weights_RB.view(torch.float32)
-        routing = shares.on_rank(self._me, ids_RK, weights_RK, departure.weight_on_input)
+        routing = shares.on_rank(self._axis.rank, ids_RK, weights_RK, pending.weight_on_input)
         return x_RB.view(like_TD.dtype), routing
 
-    def send_back(self, departure: Departure, out_RD: torch.Tensor) -> torch.Tensor:
-        """Send the sums of the rows that arrived back; returns those of this rank's rows, float32, (T, D)."""
-        sums_RD, work = self._transport.swap(out_RD, departure.coming, departure.sent, self._group, "combine")
+    def combine(self, pending: PendingDispatch, out_RD: torch.Tensor) -> torch.Tensor:
+        """Return the sums of received rows to their ranks; gives the totals of this rank's rows, float32, (T, D)."""
+        sums_RD, work = self._transport.swap(out_RD, pending.received, pending.sent, self._axis.group, "combine")
         self._transport.finish(work)
-        total_TD = torch.zeros_like(departure.like_TD, dtype=torch.float32)
-        for number, part_RD in enumerate(sums_RD.split(departure.sent)):
-            if departure.rows is None:
+        total_TD = torch.zeros_like(pending.like_TD, dtype=torch.float32)
+        for number, part_RD in enumerate(sums_RD.split(pending.sent)):
+            if pending.rows is None:
                 total_TD += part_RD
             else:
-                total_TD.index_add_(0, departure.rows[number], part_RD.float())
+                total_TD.index_add_(0, pending.rows[number], part_RD.float())
         return total_TD
 
-    def _count_coming(self, sent: list[int]) -> list[int]:
-        """How many rows come from each rank, where so many are sent to each; those without rows say nothing."""
-        speaking = [int(rows > 0) for rows in self.rows]
-        said = [speaking[self._me]] * len(sent)
-        counts = torch.tensor(sent[: sum(said)], dtype=torch.int64, device=self._transport.device)
-        found, work = self._transport.swap(counts, said, speaking, self._group, "sizes")
+    def _count_received(self, sent: list[int]) -> list[int]:
+        """How many rows each rank sends here, given how many are sent to each; ranks without rows send no counts."""
+        has_rows = [int(rows > 0) for rows in self.rows]
+        sizes = [has_rows[self._axis.rank]] * len(sent)
+        counts = torch.tensor(sent[: sum(sizes)], dtype=torch.int64, device=self._transport.device)
+        found, work = self._transport.swap(counts, sizes, has_rows, self._axis.group, "sizes")
         self._transport.finish(work)
-        coming = iter(found.tolist())
-        return [next(coming) if speaks else 0 for speaks in speaking]
+        received = iter(found.tolist())
+        return [next(received) if sends else 0 for sends in has_rows]

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ..kernels.api.types import Routing
+from .dispatch import UNUSED, used_ids
 
 _FORMAT = 1
 
@@ -29,11 +30,8 @@ class ExpertLoad:
 
     def observe(self, layer: int, routing: Routing) -> None:
         """Count the slots of a routing, without those that a budget left empty."""
-        ids_TK = routing.expert_ids_TK
-        used_TK = torch.ones_like(ids_TK, dtype=torch.int64)
-        if routing.counts_T is not None:
-            used_TK = (torch.arange(ids_TK.shape[1], device=ids_TK.device) < routing.counts_T[:, None]).long()
-        self.rows_NE[layer].scatter_add_(0, ids_TK.flatten().long(), used_TK.flatten())
+        used_TK = (used_ids(routing) != UNUSED).long()
+        self.rows_NE[layer].scatter_add_(0, routing.expert_ids_TK.flatten().long(), used_TK.flatten())
 
 
 def write_load(rows_NE: torch.Tensor, experts: Sequence[int], family: str, file: Path) -> None:
@@ -67,7 +65,7 @@ def read_placement(file: Path, experts: Sequence[int], parts: int) -> dict[int, 
         raise ValueError(f"parallel.placement={file} cannot be read: {error}") from error
     mixtures = [(number, count) for number, count in enumerate(experts) if count]
     if record.get("format") != _FORMAT or [len(layer) for layer in counts] != [count for _, count in mixtures]:
-        raise ValueError(f"parallel.placement={file} was not made by this model: its mixtures are others")
+        raise ValueError(f"parallel.placement={file} was not made by this model: its layers or experts differ")
     return {number: spread(rows, parts) for (number, _), rows in zip(mixtures, counts, strict=True)}
 
 

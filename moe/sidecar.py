@@ -1,7 +1,7 @@
 """The calibrated contribution scales of a checkpoint, kept beside it in ``experts.json``.
 
 The checkpoint itself stays an ordinary one. The file is JSON alone: a float32 survives being written as a decimal, and
-a further safetensors file would change the hash that says to which weights the exits beside the checkpoint belong.
+another safetensors file would change the hash that ties the checkpoint's exits to its weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _FORMAT = 1
 
 
 def save_scales(scales: ExpertScales, directory: Path) -> None:
-    """Write the sidecar into a checkpoint's directory; the file appears when it is whole."""
+    """Write the sidecar into a checkpoint's directory, atomically."""
     summary = {
         "format": _FORMAT,
         "backbone_sha256": scales.backbone_sha256,

@@ -114,7 +114,7 @@ def mixture(
 ) -> torch.Tensor:
     """``sum_k weight_k * down_e(silu(gate_e x) * up_e x)``, differentiable in tokens, experts and router weights.
 
-    The same function as :func:`kernels.reference.experts` with ``silu``; that is the oracle of the tests.
+    The same function as :func:`kernels.reference.operations.experts` with ``silu``; that is the oracle of the tests.
 
     Arguments:
         x_TD: tokens, float32 or bfloat16; the matrices must have the same dtype.

@@ -20,7 +20,7 @@ from dynamoe.dynamic.parallel.decoder import ParallelDecoder
 from dynamoe.dynamic.parallel.pipeline import PipelineDecoder
 from dynamoe.kernels.api.types import Routing
 from dynamoe.moe.dispatch import ExpertShares
-from dynamoe.moe.exchange import Departure, ExpertExchange
+from dynamoe.moe.exchange import ExpertExchange, PendingDispatch
 
 PROMPTS = [[5, 9, 200, 31], [7] * 40, list(range(3, 90)), [11, 12], [250, 3, 77, 8, 120, 4]]
 
@@ -36,21 +36,21 @@ class Watched:
     def __init__(self) -> None:
         self.rows: list[list[int]] = []
         self.pairs: list[int] = []
-        begin, depart = ExpertExchange.begin, ExpertExchange.depart
+        begin, dispatch = ExpertExchange.begin, ExpertExchange.dispatch
 
         def watched_begin(exchange: ExpertExchange, shard_rows: list[int]) -> None:
             self.rows.append(list(shard_rows))
             begin(exchange, shard_rows)
 
-        def watched_depart(
+        def watched_dispatch(
             exchange: ExpertExchange, x_TD: torch.Tensor, routing: Routing, shares: ExpertShares
-        ) -> Departure:
+        ) -> PendingDispatch:
             assert routing.counts_T is None
             there = [(local_E1[routing.expert_ids_TK.long()] >= 0).any(1).sum() for local_E1 in shares.local_XE1]
             self.pairs = [int(n) + before for n, before in zip(there, self.pairs or [0] * len(there), strict=True)]
-            return depart(exchange, x_TD, routing, shares)
+            return dispatch(exchange, x_TD, routing, shares)
 
-        ExpertExchange.begin, ExpertExchange.depart = watched_begin, watched_depart  # type: ignore[method-assign]
+        ExpertExchange.begin, ExpertExchange.dispatch = watched_begin, watched_dispatch  # type: ignore[method-assign]
 
 
 def tokens(

@@ -97,7 +97,7 @@ def test_layers_that_are_added_later_change_nothing_until_they_are_trained() -> 
     task = make_task(10)
     task.config = replace(TEXT, grow_from=2, grow_at=0.5)
     model = TrainableDecoder(SHAPE, seed=3)
-    model.silence(2)
+    model.zero_outputs(2)
     tokens = torch.randint(64, (3, 16))
     whole = model(tokens)
     torch.testing.assert_close(whole.final_NLD, whole.exits[2], rtol=0, atol=0)

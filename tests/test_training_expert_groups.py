@@ -21,7 +21,7 @@ import json
 import sys
 from pathlib import Path
 import torch
-from dynamoe.dynamic.train.deepspeed import ZeroConfig, gathered, part, train_with_deepspeed
+from dynamoe.dynamic.train.deepspeed import ZeroConfig, gathered, leave, train_with_deepspeed
 from dynamoe.dynamic.train.language_model import LanguageModelConfig, LanguageModelTask
 from dynamoe.dynamic.train.model import DecoderConfig, TrainableDecoder
 from dynamoe.exits.training.objectives import ExitTraining
@@ -51,7 +51,7 @@ rank = torch.distributed.get_rank()
 whole = gathered(model, zero)
 if rank == 0:
     torch.save(whole.state_dict(), directory / "whole.pt")
-part(model)
+leave(model)
 """
 EXPERTS_IN_ALL = 4 * 4 * 3 * 32 * 16  # layers, experts, matrices, their sides
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from ...exits.segments import Segment
 from ...kernels.api.types import AttentionBatch, ExpertBudget, KVLayer, Routing
 from ...moe.dispatch import share_experts
-from ...moe.exchange import Departure, ExpertAxis, ExpertExchange
+from ...moe.exchange import ExpertAxis, ExpertExchange, PendingDispatch
 from ...moe.placement import ExpertLoad, write_load
 from ..model.attention.kind import AttentionContext
 from ..model.counters import Exchange
@@ -224,7 +224,7 @@ class ParallelDecoder(Decoder):
             if shares := self._shares.get(number):
                 ids_0K = torch.empty(0, shares.top_k, dtype=torch.int32, device=self.device)
                 nobody = Routing(expert_ids_TK=ids_0K, weights_TK=ids_0K.float())
-                self._through_experts(number, self._exchange.depart(x_0D, nobody, shares))
+                self._through_experts(number, self._exchange.dispatch(x_0D, nobody, shares))
 
     def propagate_kv(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
         """See :meth:`Decoder.propagate_kv`; every rank writes those of its heads, of its KV shard's rows."""
@@ -378,20 +378,20 @@ class ParallelDecoder(Decoder):
         shares = self._shares.get(number)
         if shares is None:
             return super()._mixture(number, x_TD, replace(routing, identity_weights_T=identity_T))
-        departure = self._exchange.depart(x_TD, routing, shares)
+        pending = self._exchange.dispatch(x_TD, routing, shares)
         shared_TD = self._shared(number, x_TD)  # while the rows are on their way
-        total_TD = self._through_experts(number, departure)
+        total_TD = self._through_experts(number, pending)
         if identity_T is not None:
             total_TD.addcmul_(x_TD.float(), identity_T[:, None])
         if shared_TD is not None:
             total_TD += shared_TD
         return total_TD.to(x_TD.dtype)
 
-    def _through_experts(self, number: int, departure: Departure) -> torch.Tensor:
-        rows_RD, routing = self._exchange.arrive(departure)
+    def _through_experts(self, number: int, pending: PendingDispatch) -> torch.Tensor:
+        rows_RD, routing = self._exchange.receive(pending)
         if len(rows_RD):
             rows_RD = self.backend.experts(rows_RD, self.layers[number].ffn, routing)
-        return self._exchange.send_back(departure, rows_RD)
+        return self._exchange.combine(pending, rows_RD)
 
 
 def rows_at(slots_T: torch.Tensor, wanted_R: torch.Tensor) -> torch.Tensor:

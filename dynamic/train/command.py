@@ -36,7 +36,7 @@ class TrainConfig:
 
 
 def train(config: TrainConfig) -> None:
-    """Train a model by a recipe, export it, give it exits.
+    """Train a model by a recipe, export it, and train its exits.
 
     Raises:
         ValueError: see :func:`.recipe.run_recipe` and :func:`.deepspeed.train_with_deepspeed`.

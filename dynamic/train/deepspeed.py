@@ -23,7 +23,7 @@ from torch import nn
 
 from ...exits.training.optimizers import cosine_rate, make_optimizers
 from ...exits.training.progress import LossLog, ProgressLine
-from ...exits.training.trainer import TrainerConfig, TrainResult
+from ...exits.training.trainer import TrainerConfig, TrainResult, due
 from .deepspeed_experts import ExpertGroups, clip_gradients, refuse_other_groups
 from .expert_groups import collect_experts
 from .language_model import LanguageModelTask
@@ -91,8 +91,8 @@ def join(device: torch.device) -> None:
     _deepspeed().init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
 
 
-def part(model: TrainableDecoder) -> None:
-    """Leave the other processes, all at once; a model whose experts are spread is of no use then."""
+def leave(model: TrainableDecoder) -> None:
+    """Leave the process group, all ranks at once; a model whose experts are spread cannot be used afterwards."""
     torch.distributed.barrier()
     for layer in model.layers:
         layer.mlp.group = None  # type: ignore[union-attr]
@@ -244,10 +244,8 @@ def _drop_older(directory: Path, step: int, rank: int) -> None:
 
 
 def _agree(config: TrainerConfig, started: float, saved: float, step: int, device: torch.device) -> tuple[bool, bool]:
-    """Whether to stop and whether to save: rank 0's clock decides, or ranks would wait for each other for ever."""
+    """Whether to stop and whether to save: rank 0's clock decides, so that all ranks agree."""
     now = time.monotonic()
-    stop = config.max_minutes is not None and now - started >= 60 * config.max_minutes
-    save = stop or step == config.steps or now - saved >= 60 * config.checkpoint_minutes
-    flags = torch.tensor([stop, save], dtype=torch.int32, device=device)
+    flags = torch.tensor(due(config, step, now - started, now - saved), dtype=torch.int32, device=device)
     torch.distributed.broadcast(flags, 0)
     return bool(flags[0]), bool(flags[1])

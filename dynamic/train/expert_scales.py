@@ -1,4 +1,4 @@
-"""``dynamoe experts``: measures on text what every expert of a model adds, for expert budgets."""
+"""``dynamoe experts``: measures each expert's contribution on text, for expert budgets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from ...exits.segments import Segment
 from ...exits.sidecar import backbone_hash
-from ...exits.training.progress import ProgressLine
+from ...exits.training.progress import progress_line
 from ...kernels.api.types import ExpertWeights, Routing
 from ...kernels.torch.backend import TorchBackend
 from ...moe.contribution import ContributionMeter, ExpertScales, LayerScales, slot_norms
@@ -82,11 +82,11 @@ def make_expert_scales(
     if config.model is None:
         raise ValueError("model=DIRECTORY is needed: the result is written beside its weights")
     if config.model in SHIPPED_MODELS:
-        # Certificates that lie beside it are bound to what lies beside it.
+        # Its certificates are bound to the files beside it.
         raise ValueError(f"model={config.model} is part of the package; copy its directory and name the copy")
     path = resolve_model(config.model, progress=progress)
     decoder = load_decoder(path, dtype=config.dtype, device=config.device, backend=config.backend, progress=progress)
-    limited_layers(decoder.spec)  # refuses what has nothing to measure before any text is read
+    limited_layers(decoder.spec)  # raises before any text is read where there is nothing to measure
     if config.window_tokens > decoder.spec.max_position:
         raise ValueError(f"window_tokens={config.window_tokens} exceeds the model's {decoder.spec.max_position}")
     pages = reference_pages(held_out=False)
@@ -95,10 +95,8 @@ def make_expert_scales(
         pages = [document for part in parts for document in part.documents]
     tokenizer = Tokenizer.from_directory(path)
     windows_NL = token_windows(tokenizer.backend, pages, count=config.windows, length=config.window_tokens)
-    line = ProgressLine(windows_NL.numel(), 0, what="token") if progress else None
-    measured = measure_scales(decoder, windows_NL, lambda done: line.update(done, {}) if line else None)
-    if line is not None:
-        line.close()
+    with progress_line(windows_NL.numel(), "token", progress) as watch:
+        measured = measure_scales(decoder, windows_NL, watch)
     scales = ExpertScales(layers=measured, tokens=windows_NL.numel(), backbone_sha256=backbone_hash(path))
     try:
         save_scales(scales, path)
@@ -111,11 +109,11 @@ def make_expert_scales(
 def measure_scales(
     decoder: Decoder, windows_NL: torch.Tensor, watch: Callable[[int], None] | None = None
 ) -> tuple[LayerScales | None, ...]:
-    """Run text through a decoder and measure what its experts add.
+    """Run text through a decoder and measure its experts' contributions.
 
     Arguments:
         windows_NL: token ids of N pieces of text of L tokens each, int64.
-        watch: is told the number of tokens done.
+        watch: called with the number of tokens done.
 
     Returns: what was measured in each layer; None for layers without experts.
 
@@ -125,8 +123,8 @@ def measure_scales(
     limited = limited_layers(decoder.spec)
     meters = {number: ContributionMeter(_num_experts(decoder.spec, number)) for number in limited}
     watched = copy.copy(decoder)
-    watched.stack = None  # operation by operation, so that the experts' operation can be watched
-    backend = _WatchingBackend(decoder, meters)
+    watched.stack = None  # operation by operation, so that the experts' operation is intercepted
+    backend = _MeasuringBackend(decoder, meters)
     watched.backend = cast(TorchBackend, backend)
     whole = Segment(index=0, layers=range(decoder.spec.num_layers))
     length, done = windows_NL.shape[1], 0
@@ -145,7 +143,7 @@ def _num_experts(spec: ModelSpec, number: int) -> int:
     return moe.router.num_experts
 
 
-class _WatchingBackend:
+class _MeasuringBackend:
     """A decoder's backend whose experts are measured while they run.
 
     Arguments:
@@ -164,13 +162,13 @@ class _WatchingBackend:
         return getattr(self._backend, name)
 
     def add_rms_norm(self, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The last one in front of a layer's experts adds up the residual stream that they are added to."""
+        """The last norm before a layer's experts also gives the residual stream that they add to."""
         normed_TD, stream_TD = self._backend.add_rms_norm(*arguments)
         self._stream_T = stream_TD.float().norm(dim=-1)
         return normed_TD, stream_TD
 
     def experts(self, x_TD: torch.Tensor, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
-        meter, first = self._layers[id(weights)]  # experts that are always on come first and are no choice
+        meter, first = self._layers[id(weights)]  # always-on experts come first; the router does not choose them
         norms_TK = slot_norms(x_TD, weights, routing, self._backend)
         chosen = (routing.expert_ids_TK[:, first:] - first, routing.weights_TK[:, first:], norms_TK[:, first:])
         meter.add(*chosen, self._stream_T)

@@ -1,7 +1,7 @@
-"""``dynamoe exits``: early exits for a model that is served as it is, without changing a weight of it.
+"""``dynamoe exits``: early exits for a frozen model; its weights do not change.
 
-Stages leave their results in the run's directory and are skipped when they are there: the states of the text, the
-adapter of each exit; then probes and calibration, which take little and are made anew.
+Stages write their results to the run's directory and are skipped when these exist: the hidden states of the text, the
+adapter of each exit. Probes and calibration are quick and always run.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ...exits.segments import split_into_segments
 from ...exits.sidecar import JSON_FILE, TENSOR_FILE, backbone_hash
 from ...exits.training.exit_heads import Backbone, ExitHeadsConfig, exit_splits, make_exits
 from ...exits.training.heads import ExitStates, HeadTraining, fit_adapter
 from ...exits.training.memory import available_memory
-from ...exits.training.progress import ProgressLine
+from ...exits.training.progress import progress_line
+from ..checkpoint.directory import write_tensors
 from ..convert.load_model import load_model
 from ..convert.model_store import cache_home, resolve_model
 from ..engine.config import EngineConfig
@@ -37,7 +38,7 @@ from .frozen_states import (
     save_states,
     served_backbone,
 )
-from .recipe import claim, keep_freed_memory, plot_path
+from .recipe import check_run, keep_freed_memory, plot_path
 from .served import blocks_from, continuations
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class FrozenConfig:
 
 
 def make_frozen_exits(config: FrozenConfig, *, progress: bool = True, say: Callable[[str], None] = print) -> Path:
-    """Make the exits of a model, or go on with it.
+    """Train the exits of a model, or resume a run.
 
     Arguments:
         progress: show bars and progress lines.
@@ -136,7 +137,7 @@ def make_frozen_exits(config: FrozenConfig, *, progress: bool = True, say: Calla
     rows = config.served_prompts * config.new_tokens + config.exit_rows
     refuse_if_too_many(needed_memory(spec, rows, len(layers), training), available_memory(torch.device("cpu")))
     settings = {k: v for k, v in asdict(config).items() if k not in ("output", "threads")}
-    claim(output, {**settings, "backbone_sha256": backbone_hash(source)})
+    check_run(output, {**settings, "backbone_sha256": backbone_hash(source)})
     link_checkpoint(source, target)
     blocks = text_blocks(config, llm.model.tokenizer, say)
     states = _states(config, llm, blocks, output / "states.safetensors", progress)
@@ -160,7 +161,7 @@ def make_frozen_exits(config: FrozenConfig, *, progress: bool = True, say: Calla
 
 
 def link_checkpoint(source: Path, target: Path) -> None:
-    """Links to a checkpoint's weights and copies of its small files; exits that it has already stay behind."""
+    """Links to a checkpoint's weights and copies of its small files; exits that it already has are left out."""
     target.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
         link = target / file.name
@@ -174,7 +175,7 @@ def link_checkpoint(source: Path, target: Path) -> None:
 
 
 def text_blocks(config: FrozenConfig, tokenizer: Tokenizer, say: Callable[[str], None]) -> list[list[int]]:
-    """Pieces of text, disjoint, as long as a prompt and its continuation: first those that begin prompts.
+    """Disjoint blocks of text as long as a prompt and its continuation; the first ones begin with the prompts.
 
     Raises:
         ValueError: when there is no text, or too little of it.
@@ -227,7 +228,7 @@ def _states(
                 group += len(part_NL)
 
     rows = served_NL.shape[0] * config.new_tokens + read_NL.numel()
-    with _watching(rows, "states", progress) as watch:
+    with progress_line(rows, "states", progress) as watch:
         states = collect_served_states(llm.model.decoder, batches(), config.exit_layers, rows, watch)
     save_states(states, file)
     return states
@@ -235,7 +236,7 @@ def _states(
 
 def _fit_adapters(backbone: Backbone, fit: ExitStates, training: HeadTraining, output: Path, progress: bool) -> None:
     steps = training.steps * len(backbone.adapters)
-    with _watching(steps, "adapters", progress) as watch:
+    with progress_line(steps, "adapters", progress) as watch:
         for number, (layer, adapter) in enumerate(backbone.adapters.items()):
             file = output / f"adapter-{layer}.safetensors"
             if file.exists():
@@ -243,20 +244,4 @@ def _fit_adapters(backbone: Backbone, fit: ExitStates, training: HeadTraining, o
                 continue
             before = number * training.steps
             fit_adapter(adapter, layer, fit, backbone.logits, training, lambda done, b=before: watch(b + done))
-            partial = file.with_name(file.name + ".partial")
-            save_file({name: tensor.detach() for name, tensor in adapter.state_dict().items()}, partial)
-            partial.rename(file)
-
-
-class _watching:
-    """A progress line as a context: gives a function that is told how much is done."""
-
-    def __init__(self, total: int, what: str, progress: bool) -> None:
-        self.line = ProgressLine(total, 0, what=what) if progress else None
-
-    def __enter__(self) -> Callable[[int], None]:
-        return lambda done: self.line.update(done, {}) if self.line is not None else None
-
-    def __exit__(self, *_: object) -> None:
-        if self.line is not None:
-            self.line.close()
+            write_tensors(file, {name: tensor.detach() for name, tensor in adapter.state_dict().items()})

@@ -1,4 +1,4 @@
-"""Hidden states of a model that is served as it is, at the exits that it is to get.
+"""Hidden states of a frozen model at its future exits.
 
 Shape suffixes: N sequences, L positions, T = N*L rows of a step, R rows, D hidden size, V vocabulary.
 """
@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ...exits.exit_head import ExitHeadAdapter
 from ...exits.segments import split_into_segments
 from ...exits.training.exit_heads import Backbone, frozen_logits
 from ...exits.training.heads import ExitStates, HeadTraining
+from ..checkpoint.directory import write_tensors
 from ..model.decoder import Decoder
 from ..model.prompt_pass import fresh_cache
 from ..model.spec import ModelSpec
@@ -41,7 +42,7 @@ def routes(spec: ModelSpec) -> bool:
 
 
 def served_backbone(decoder: Decoder, exit_layers: Sequence[int], adapter_rank: int, seed: int) -> Backbone:
-    """A loaded model as the training of exits sees it; the adapters start as the identity.
+    """What training exits needs of a loaded model; the adapters start as the identity.
 
     Raises:
         ValueError: for a rank out of range.
@@ -89,14 +90,14 @@ def collect_served_states(
     rows: int,
     watch: Callable[[int], None] | None = None,
 ) -> ExitStates:
-    """Run text through a served model, segment by segment, and keep what its exits will see, float32, on the CPU.
+    """Run text through a served model, segment by segment, and keep the inputs of its exits, float32, on the CPU.
 
     Arguments:
         batches: (groups, tokens, first): numbers of N documents or requests, int64 (N, L), and the first position whose
             row is taken.
         exit_layers: layers in front of each exit.
         rows: taken in all.
-        watch: is told the number of rows done.
+        watch: called with the number of rows done.
 
     Raises:
         ValueError: for an exit outside the model.
@@ -134,12 +135,10 @@ def collect_served_states(
 
 
 def save_states(states: ExitStates, file: Path) -> None:
-    """Write states; the file appears when it is whole."""
+    """Write states, atomically."""
     tensors = {f"hidden.{layer}": x for layer, x in states.hidden_RD.items()}
     tensors |= {f"entropy.{layer}": x for layer, x in states.router_entropy_R.items()}
-    partial = file.with_name(file.name + ".partial")
-    save_file({**tensors, "final": states.final_RD, "group": states.group_R}, partial)
-    partial.rename(file)
+    write_tensors(file, {**tensors, "final": states.final_RD, "group": states.group_R})
 
 
 def load_states(file: Path) -> ExitStates:

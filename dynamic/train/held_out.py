@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..text.corpus import Corpus
-from .served import unused_blocks
+from .served import round_robin, unused_blocks
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -21,7 +20,7 @@ PROMPTS_FILE = "prompts.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutPrompt:
-    """The beginning of a piece of text, with its genre and whether other pages of its package were trained on."""
+    """The beginning of a text, with its genre and whether other pages of its package were trained on."""
 
     tokens: list[int]
     genre: str
@@ -55,16 +54,11 @@ def held_out_prompts(
         prompts = [HeldOutPrompt(tokens=tokens[:length], genre=genre, known=known) for tokens in blocks]
         if prompts:
             by_label.setdefault(prompts[0].label, []).append(prompts)
-    labels = [_turns(packages) for _, packages in sorted(by_label.items())]
-    found = _turns(labels)[skip : skip + count]
+    labels = [round_robin(packages) for _, packages in sorted(by_label.items())]
+    found = round_robin(labels)[skip : skip + count]
     if strict and len(found) < count:
         raise ValueError(f"the held-out text holds {max(0, len(found) + skip)} prompts, not {skip} + {count}")
     return found
-
-
-def _turns(lists: list[list[HeldOutPrompt]]) -> list[HeldOutPrompt]:
-    rounds = itertools.chain.from_iterable(itertools.zip_longest(*lists))
-    return [prompt for prompt in rounds if prompt is not None]
 
 
 def write_prompts(prompts: list[HeldOutPrompt], tokenizer: Tokenizer, file: Path) -> None:

@@ -106,11 +106,11 @@ class LanguageModelTask:
         rates = layer_dropout_rates(shape.num_layers, self.exits.layer_dropout * strength)
         kept = sequences_kept(rates, whole_NL.shape[0], generator, device, mine)
         depth = self.depth_at(step, shape.num_layers)
-        nobody = torch.empty(0, dtype=torch.long, device=device)
-        output = model(tokens_NL, kept[:depth] + [nobody] * (shape.num_layers - depth))
+        no_rows = torch.empty(0, dtype=torch.long, device=device)
+        output = model(tokens_NL, kept[:depth] + [no_rows] * (shape.num_layers - depth))
         at = self.exits.exit_of_step(step, shape.exit_layers)
         if at is not None and (strength == 0 or at >= depth):
-            at = None  # an exit keeps its share of the steps while others are not there yet
+            at = None  # an exit keeps its share of the steps before others exist
         cross_entropy, at_exit = head_losses(
             decoder.apply_exit_head(output.final_NLD.flatten(0, 1)),
             None if at is None else decoder.apply_exit_head(output.exits[at].flatten(0, 1), at),

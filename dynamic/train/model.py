@@ -1,4 +1,4 @@
-"""The decoder that training sees: RoPE, grouped-query attention with normed queries and keys, top-k experts, exits.
+"""The decoder that is trained: RoPE, grouped-query attention with normed queries and keys, top-k experts, exits.
 
 It computes what a Qwen3-MoE checkpoint computes, so that its export runs in the framework's own loader and elsewhere.
 
@@ -144,7 +144,7 @@ class RouterRecord(NamedTuple):
 
 
 class SparseMLP(nn.Module):
-    """Router and experts. Returns the mixture and what the router did.
+    """Router and experts. Returns the mixture and the router's record.
 
     Attributes:
         group: process group whose ranks share the experts (:func:`.expert_groups.spread_experts`); None: all are here.
@@ -247,8 +247,8 @@ class TrainableDecoder(nn.Module):
             adapter.reset(generator)  # type: ignore[operator]
 
     @torch.no_grad()
-    def silence(self, first: int) -> None:
-        """Let the layers from number ``first`` on add nothing to the residual stream until they are trained."""
+    def zero_outputs(self, first: int) -> None:
+        """Zero the output weights of layers from ``first`` on, which then add nothing to the residual stream."""
         for layer in self.layers[first:]:
             for name, parameter in layer.named_parameters():
                 if name.endswith(("o_proj.weight", "down_EDF")):

@@ -1,6 +1,6 @@
 """A recipe from nothing to a model with exits: text, vocabulary, training, export, exits, report.
 
-Every stage leaves its result on disk and is skipped when it is there, so that a recipe can be run in pieces.
+Every stage writes its result to disk and is skipped when that exists, so that a recipe can be interrupted and resumed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from ...exits.training.exit_heads import make_exits
 from ...exits.training.heads import ExitStates
-from ...exits.training.trainer import TrainResult, train
+from ...exits.training.trainer import TrainResult, changed_settings, train
 from ..convert.load_model import load_model
 from ..convert.model_store import cache_home
 from ..engine.config import EngineConfig
@@ -35,7 +35,6 @@ from .trained_states import collect_states, trained_backbone
 
 _M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1
 
-
 Learn = Callable[[TrainableDecoder, LanguageModelTask, Path, bool], tuple[TrainResult, TrainableDecoder]]
 
 
@@ -47,7 +46,7 @@ def run_recipe(
     progress: bool = True,
     say: Callable[[str], None] = print,
 ) -> TrainResult:
-    """Run a recipe, or the next piece of it.
+    """Run a recipe, or resume it.
 
     Arguments:
         output: directory of the run: ``training/`` (checkpoints, losses), ``model/`` (the export with its exits),
@@ -63,7 +62,7 @@ def run_recipe(
     keep_freed_memory()
     corpus = load_corpus(build_corpus(config.corpus, cache_home() / "corpora", say=say))
     model, task = build_task(config, corpus)
-    claim(output, {k: v for k, v in asdict(config).items() if k not in ("trainer", "heads")})
+    check_run(output, {k: v for k, v in asdict(config).items() if k not in ("trainer", "heads")})
     if learn is None:
         result = train(model, task, config.trainer, output / "training", progress=progress)
     else:
@@ -110,13 +109,13 @@ def build_task(config: RecipeConfig, corpus: Corpus) -> tuple[TrainableDecoder, 
     """The untrained model of a recipe, and its task."""
     model = TrainableDecoder(config.decoder, dtype=DTYPES[config.dtype], seed=config.seed).to(config.device)
     if config.text.grow_from:
-        model.silence(config.text.grow_from)
+        model.zero_outputs(config.text.grow_from)
     task = LanguageModelTask(config.text, config.exits, corpus.train, corpus.held_out, config.trainer.steps)
     return model, task
 
 
 def exit_states(model: TrainableDecoder, corpus: Corpus, checkpoint: Path, config: RecipeConfig) -> ExitStates:
-    """Hidden states for training the exits: held-out text as it is, and what the model writes after its beginnings."""
+    """Hidden states for training the exits: held-out text as it is, and the model's continuations of its beginnings."""
     length = config.prompt_tokens + config.new_tokens
     # One draw of disjoint blocks for both, so that no text is on two sides of a split.
     wanted = config.served_prompts + config.exit_rows // length
@@ -152,25 +151,19 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def claim(output: Path, settings: dict[str, Any]) -> None:
-    """A directory belongs to one run.
+def check_run(output: Path, settings: dict[str, Any]) -> None:
+    """Make a run's directory, or check that it holds a run with the same settings.
 
     Arguments:
-        settings: JSON-able; what may change between the pieces of a run is not among them.
+        settings: JSON-able, without those that may change when a run is resumed.
 
     Raises:
         ValueError: when it holds a run of another recipe, naming the keys that differ.
     """
     output.mkdir(parents=True, exist_ok=True)
-    wanted = json.loads(json.dumps(settings))
-    file = output / "recipe.json"
-    if not file.exists():
-        file.write_text(json.dumps(wanted, indent=1))
-        return
-    found = json.loads(file.read_text())
-    different = [key for key in wanted if found.get(key) != wanted[key]]
-    if different:
-        changes = "; ".join(f"{key}: {found.get(key)} → {wanted[key]}" for key in different)
+    changed = changed_settings(output / "recipe.json", json.loads(json.dumps(settings)))
+    if changed:
+        changes = "; ".join(f"{key}: {old} → {new}" for key, (old, new) in changed.items())
         raise ValueError(f"{output} holds a run of another recipe ({changes}); take another output directory")
 
 

@@ -1,4 +1,4 @@
-"""Text that the model itself writes: exits are judged on what is served, not only on what was read.
+"""Text that the model itself generates: exits are trained and measured on served text too, not only on given text.
 
 Shape suffixes: N sequences, L positions.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -16,11 +16,12 @@ from ..engine.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from ..engine.offline import OfflineEngine
 
+T = TypeVar("T")
 GREEDY_SHARE = 0.5  # the other half is sampled, since a served prefix may be either
 
 
 def blocks_from(streams: dict[str, torch.Tensor], count: int, length: int, seed: int) -> list[list[int]]:
-    """Pieces of held-out text that do not overlap, in turn from each stream until it is used up.
+    """Disjoint blocks of held-out text, in turn from each stream until it is used up.
 
     Arguments:
         streams: named tokens of any integer type; those shorter than a block give none.
@@ -30,8 +31,7 @@ def blocks_from(streams: dict[str, torch.Tensor], count: int, length: int, seed:
     Raises:
         ValueError: when no stream is long enough.
     """
-    waiting = [[(name, block) for block in blocks] for name, blocks in _shuffled(streams, length, seed).items()]
-    blocks = [block for _, block in _rounds(waiting, count)]
+    blocks = [block for _, block in _first_blocks(_shuffled(streams, length, seed), count)]
     if not blocks:
         raise ValueError(f"no held-out text is as long as {length} tokens")
     return blocks
@@ -40,7 +40,7 @@ def blocks_from(streams: dict[str, torch.Tensor], count: int, length: int, seed:
 def unused_blocks(streams: dict[str, torch.Tensor], used: int, length: int, seed: int) -> dict[str, list[list[int]]]:
     """By stream, the blocks that :func:`blocks_from` did not give out when it was asked for ``used`` of them."""
     shuffled = _shuffled(streams, length, seed)
-    given = Counter(name for name, _ in _rounds([[(n, b) for b in blocks] for n, blocks in shuffled.items()], used))
+    given = Counter(name for name, _ in _first_blocks(shuffled, used))
     return {name: blocks[given[name] :] for name, blocks in shuffled.items()}
 
 
@@ -53,15 +53,20 @@ def _shuffled(streams: dict[str, torch.Tensor], length: int, seed: int) -> dict[
     return shuffled
 
 
-def _rounds(waiting: list[list[tuple[str, list[int]]]], count: int) -> list[tuple[str, list[int]]]:
-    rounds = itertools.chain.from_iterable(itertools.zip_longest(*waiting))
-    return list(itertools.islice((block for block in rounds if block is not None), count))
+def _first_blocks(shuffled: dict[str, list[list[int]]], count: int) -> list[tuple[str, list[int]]]:
+    return round_robin([[(name, block) for block in blocks] for name, blocks in shuffled.items()])[:count]
+
+
+def round_robin(lists: list[list[T]]) -> list[T]:
+    """One element of each list in turn, until all are used up."""
+    rounds = itertools.chain.from_iterable(itertools.zip_longest(*lists))
+    return [element for element in rounds if element is not None]
 
 
 def continuations(
     llm: OfflineEngine, prompts: list[list[int]], new_tokens: int, seed: int, *, progress: bool = False
 ) -> torch.Tensor:
-    """Prompts with what the model makes of them, int64 (N, prompt + new tokens), through this framework's engine.
+    """Prompts with the model's continuations from this engine, int64 (N, prompt + new tokens).
 
     Arguments:
         prompts: all of the same length.

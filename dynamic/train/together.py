@@ -1,4 +1,4 @@
-"""A recipe on several processes that a launcher started: all of them train, rank 0 does what comes before and after."""
+"""A recipe on several processes that a launcher started: all of them train, rank 0 does the rest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...exits.training.trainer import TrainResult
 from ..convert.model_store import cache_home
 from ..parallel.config import launched_rank
 from ..text.corpus import build_corpus, load_corpus
-from .deepspeed import ZeroConfig, gathered, join, part, train_with_deepspeed
+from .deepspeed import ZeroConfig, gathered, join, leave, train_with_deepspeed
 from .language_model import LanguageModelTask
 from .model import TrainableDecoder
 from .recipe import build_task, run_recipe
@@ -36,7 +36,7 @@ def run_recipe_together(config: RecipeConfig, output: Path, zero: ZeroConfig) ->
             model: TrainableDecoder, task: LanguageModelTask, directory: Path, progress: bool
         ) -> tuple[TrainResult, TrainableDecoder]:
             dist.barrier()
-            return _lead(_train(config, model, task, directory, zero, progress), task)
+            return _evaluated(_train(config, model, task, directory, zero, progress), task)
 
         run_recipe(config, output, learn=learn)
         return
@@ -56,14 +56,14 @@ def _train(
     """On every rank; on rank 0 the model comes back whole."""
     result = train_with_deepspeed(model, task, config.trainer, directory, zero, progress=progress)
     whole = gathered(model, zero)
-    part(model)
+    leave(model)
     return result, whole
 
 
-def _lead(
+def _evaluated(
     trained: tuple[TrainResult, TrainableDecoder], task: LanguageModelTask
 ) -> tuple[TrainResult, TrainableDecoder]:
-    """What follows is rank 0's alone: no launcher for it, and the evaluation."""
+    """Evaluate on rank 0, which from here on runs alone: the launcher's variables are removed."""
     result, model = trained
     for name in ("RANK", "WORLD_SIZE"):
         os.environ.pop(name, None)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ..calibrators import ISOTONIC_MINIMUM, fit_isotonic, fit_temperature
+from ..calibrators import ISOTONIC_MINIMUM, Isotonic, Temperature, fit_isotonic, fit_temperature
 from ..exit_head import ExitHeadAdapter
 from ..metrics import ProbeReport, operating_point, plot_risk_coverage, report, table
 from ..probes import MAX_LAYER_SHARE, Probe, ProbeSpec, check_probe_cost, frequent_tokens, saturation, top_margin
@@ -64,12 +64,12 @@ class ExitHeadsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """What making exits needs to know of a frozen model, whoever runs it.
+    """What training exits needs of a frozen model, however it is run.
 
     Arguments:
         num_layers, hidden_size: depth and width.
         layer_flops: floating-point operations of its cheapest layer for one token.
-        routes: whether routers choose experts, so that their entropy says something.
+        routes: whether routers choose experts, so that their entropy carries information.
         logits: final norm and LM head.
         adapters: exit-head adapter of every exit, to start from.
     """
@@ -176,6 +176,7 @@ def make_exits(
         labels[layer] = [exit_labels(adapter, layer, part, logits, full_R) for part, full_R in parts]
         bar.update()
     probes: dict[str, dict[int, Probe]] = {}
+    calibrators: dict[str, dict[int, Temperature | Isotonic]] = {}
     scores: dict[str, dict[int, torch.Tensor]] = {"margin, reduced vocabulary": {}, "hidden-state saturation": {}}
     reports: dict[str, ProbeReport] = {}
     for name, spec in specs.items():
@@ -183,11 +184,14 @@ def make_exits(
         for layer in adapters:
             probes[name][layer] = fit_probe(spec, layer, fit, labels[layer][0], config.training)
             bar.update()
-        scores[name] = {e: _calibrated(probes[name][e], e, calibrate, labels[e][1], test, config) for e in adapters}
+        fitted = {e: _calibrator(probes[name][e], e, calibrate, labels[e][1], config) for e in adapters}
+        calibrators[name] = fitted
+        with torch.no_grad():
+            scores[name] = {e: fitted[e](probe_logits(probes[name][e], e, test)) for e in adapters}
     with torch.no_grad():
         for layer, adapter in adapters.items():
-            pieces = test.hidden_RD[layer].split(_ROWS)  # all logits at once would not fit
-            margins = [top_margin(logits(adapter(x_RD))[:, common]) for x_RD in pieces]
+            chunks = test.hidden_RD[layer].split(_ROWS)  # all logits at once would not fit
+            margins = [top_margin(logits(adapter(x_RD))[:, common]) for x_RD in chunks]
             scores["margin, reduced vocabulary"][layer] = torch.cat(margins)
             scores["hidden-state saturation"][layer] = saturation(test.hidden_RD[layer], test.previous(layer))
     bar.close()
@@ -205,7 +209,7 @@ def make_exits(
         hidden_size=model.hidden_size,
         adapters=adapters,
         probes=probes[chosen],
-        calibrators={e: _calibrator(probes[chosen][e], e, calibrate, labels[e][1], config) for e in adapters},
+        calibrators=calibrators[chosen],
         backbone_sha256=backbone_hash(checkpoint),
         metrics={
             "probe": chosen,
@@ -217,20 +221,14 @@ def make_exits(
     return heads, table(reports)
 
 
-def _calibrator(probe: Probe, layer: int, states: ExitStates, correct_R: torch.Tensor, config: ExitHeadsConfig):
+def _calibrator(
+    probe: Probe, layer: int, states: ExitStates, correct_R: torch.Tensor, config: ExitHeadsConfig
+) -> Temperature | Isotonic:
     with torch.no_grad():
         raw_R = probe_logits(probe, layer, states)
     if config.calibrator == "isotonic" and int(correct_R.sum()) >= ISOTONIC_MINIMUM:
         return fit_isotonic(raw_R, correct_R)
     return fit_temperature(raw_R, correct_R)
-
-
-def _calibrated(
-    probe: Probe, layer: int, known: ExitStates, correct_R: torch.Tensor, test: ExitStates, config: ExitHeadsConfig
-) -> torch.Tensor:
-    calibrator = _calibrator(probe, layer, known, correct_R, config)
-    with torch.no_grad():
-        return calibrator(probe_logits(probe, layer, test))
 
 
 def _mean_aurc(reports: dict[str, ProbeReport], name: str, exits: Iterable[int]) -> float:

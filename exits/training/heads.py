@@ -106,7 +106,7 @@ def fit_adapter(
     Arguments:
         layer: layers executed before the exit.
         logits: final norm and LM head of the frozen model, differentiable in its argument.
-        watch: is told the number of steps done.
+        watch: called with the number of steps done.
     """
     hidden_RD = states.hidden_RD[layer]
 

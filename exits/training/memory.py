@@ -1,4 +1,4 @@
-"""Will a training run fit? Asked before it starts, with a number, instead of found out after an hour."""
+"""Estimates the memory of a training run before it starts."""
 
 from __future__ import annotations
 

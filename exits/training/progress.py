@@ -1,10 +1,12 @@
-"""One line that says how far a run is and when it will end, and the record of its losses."""
+"""A line with the progress and the estimated end of a run, and the record of its losses."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -68,8 +70,18 @@ class ProgressLine:
             self.stream.write("\n")
 
 
+@contextmanager
+def progress_line(total: int, what: str, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A function that shows how much of a total is done, on a line that is closed at the end."""
+    if not shown:
+        yield lambda done: None
+        return
+    with closing(ProgressLine(total, 0, what=what)) as line:
+        yield lambda done: line.update(done, {})
+
+
 class LossLog:
-    """``metrics.jsonl``: one line per logged step. A resumed run first forgets what lies beyond its checkpoint."""
+    """``metrics.jsonl``: one line per logged step. A resumed run first drops records after its checkpoint."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
         self.path = path

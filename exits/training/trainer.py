@@ -1,7 +1,7 @@
-"""The training loop: resumable, in pieces if asked, the same curve however often it was interrupted.
+"""The training loop: resumable, and interruptions do not change the loss curve.
 
-A task says what a step's loss is; it must depend on the model and on the step's number alone. Then nothing but the
-tensors and the number has to be saved.
+A task defines a step's loss, which must depend on the model and the step's number alone. So a checkpoint needs only the
+tensors and the number.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -23,7 +23,7 @@ from .progress import LossLog, ProgressLine, ScalarWriter, tensorboard_writer
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    """How a run is optimised, logged and cut into pieces.
+    """How a run is optimised, logged and interrupted.
 
     Arguments:
         steps: optimiser steps of the whole run.
@@ -96,19 +96,19 @@ class TrainResult:
     step: int
     finished: bool
     evaluation: dict[str, float]
-    seconds: float  # spent training, over all pieces
+    seconds: float  # spent training, interruptions excluded
 
 
 def check_memory(model: torch.nn.Module, task: Task, config: TrainerConfig) -> str:
     """Estimate the peak and refuse a run that cannot fit.
 
-    Returns: the estimate, in words.
+    Returns: the estimate as text.
 
     Raises:
         ValueError: when it exceeds the free memory.
     """
     moments = 2 if config.optimizer == "adamw" else 1
-    # Later steps may be dearer than the first ones: longer sequences, exits that are trained.
+    # Later steps may need more than the first ones: longer sequences, exits that are trained.
     step = config.steps - 1
     estimate = estimate_memory(model, lambda: task.loss(model, step, samples=1)[0], task.samples_per_step, moments)
     refuse_if_too_large(estimate, available_memory(next(model.parameters()).device))
@@ -129,7 +129,7 @@ def train(
         ValueError: when the run cannot fit in memory, or ``directory`` belongs to a run with other settings.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    _claim(directory, config)
+    _check_settings(directory, config)
     torch.manual_seed(config.seed)
     optimizers = make_optimizers(model, config.optimizer, config.learning_rate, config.weight_decay)
     step, seconds_before = 0, 0.0
@@ -155,18 +155,27 @@ def train(
             if config.evaluate_every and step % config.evaluate_every == 0 and step < config.steps:
                 _record(log, writer, step, _evaluate(model, task))
             now = time.monotonic()
-            out_of_time = config.max_minutes is not None and now - started >= 60 * config.max_minutes
-            if out_of_time or step == config.steps or now - saved >= 60 * config.checkpoint_minutes:
-                seconds = seconds_before + now - started
-                save_checkpoint(directory, step, model, optimizers, {"seconds": seconds})
+            stop, save = due(config, step, now - started, now - saved)
+            if save:
+                save_checkpoint(directory, step, model, optimizers, {"seconds": seconds_before + now - started})
                 saved = time.monotonic()
-            if out_of_time:
+            if stop:
                 break
         if step == config.steps:
             evaluation = _evaluate(model, task)
             _record(log, writer, step, evaluation)
     seconds = seconds_before + time.monotonic() - started
     return TrainResult(step=step, finished=step == config.steps, evaluation=evaluation, seconds=seconds)
+
+
+def due(config: TrainerConfig, step: int, running: float, unsaved: float) -> tuple[bool, bool]:
+    """Whether to stop and whether to save after a step.
+
+    Arguments:
+        running, unsaved: seconds since the start and since the last checkpoint.
+    """
+    stop = config.max_minutes is not None and running >= 60 * config.max_minutes
+    return stop, stop or step == config.steps or unsaved >= 60 * config.checkpoint_minutes
 
 
 def optimizer_step(
@@ -202,16 +211,23 @@ def _record(log: LossLog, writer: ScalarWriter | None, step: int, numbers: dict[
             writer.add_scalar(name, value, step)
 
 
-def _claim(directory: Path, config: TrainerConfig) -> None:
-    """A run's settings may not change between its pieces, except those that do not touch the curve."""
+def _check_settings(directory: Path, config: TrainerConfig) -> None:
+    """A resumed run must have the same settings, except those that do not affect the loss curve."""
     shown = replace(config, max_minutes=None, checkpoint_minutes=0.0, tensorboard=False, evaluate_every=0, log_every=1)
-    wanted = asdict(shown)
-    file = directory / "run.json"
-    if not file.exists():
-        file.write_text(json.dumps(wanted, indent=1))
-        return
-    found = json.loads(file.read_text())
-    different = [name for name in wanted if found.get(name) != wanted[name]]
-    if different:
-        changes = ", ".join(f"{name}={wanted[name]} (was {found.get(name)})" for name in different)
+    changed = changed_settings(directory / "run.json", asdict(shown))
+    if changed:
+        changes = ", ".join(f"{name}={new} (was {old})" for name, (old, new) in changed.items())
         raise ValueError(f"{directory} holds a run with other settings: {changes}; take another directory")
+
+
+def changed_settings(file: Path, settings: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Write a new run's settings to a file, or return those that differ from it: name → (old, new).
+
+    Arguments:
+        settings: JSON values.
+    """
+    if not file.exists():
+        file.write_text(json.dumps(settings, indent=1))
+        return {}
+    found = json.loads(file.read_text())
+    return {name: (found.get(name), new) for name, new in settings.items() if found.get(name) != new}
