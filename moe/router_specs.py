@@ -1,6 +1,6 @@
 """Which routing rule a model family uses: transformers' ``model_type`` and config → :class:`RouterSpec`.
 
-Every entry is proved against that family's own router in ``tests/test_routers.py``.
+Every entry is tested against that family's own router in ``tests/test_routers.py``.
 """
 
 from __future__ import annotations
@@ -33,26 +33,21 @@ class _Config:
         return _Config(self(name))
 
 
+_Rule = Callable[[_Config, int], RouterSpec]
+
+
 def _experts(c: _Config) -> int:
     return c("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
-def _softmax_renormalized(c: _Config, layer: int) -> RouterSpec:
-    return RouterSpec(num_experts=_experts(c), top_k=c("num_experts_per_tok"), renormalize=True)
+def _softmax(renormalize: bool, *, flag: bool = False) -> _Rule:
+    """Softmax over all experts; with ``flag``, ``norm_topk_prob`` of the config comes before ``renormalize``."""
 
+    def rule(c: _Config, layer: int) -> RouterSpec:
+        wanted = c("norm_topk_prob", default=renormalize) if flag else renormalize
+        return RouterSpec(num_experts=_experts(c), top_k=c("num_experts_per_tok"), renormalize=wanted)
 
-def _softmax_by_flag(c: _Config, layer: int) -> RouterSpec:
-    renormalize = c("norm_topk_prob", default=False)
-    return RouterSpec(num_experts=_experts(c), top_k=c("num_experts_per_tok"), renormalize=renormalize)
-
-
-def _softmax_plain(c: _Config, layer: int) -> RouterSpec:
-    return RouterSpec(num_experts=_experts(c), top_k=c("num_experts_per_tok"))
-
-
-def _qwen3_next(c: _Config, layer: int) -> RouterSpec:
-    renormalize = c("norm_topk_prob", default=True)
-    return RouterSpec(num_experts=_experts(c), top_k=c("num_experts_per_tok"), renormalize=renormalize)
+    return rule
 
 
 def _topk_softmax(c: _Config, layer: int) -> RouterSpec:
@@ -232,19 +227,17 @@ def _nllb(c: _Config, layer: int) -> RouterSpec:
     )
 
 
-_Rule = Callable[[_Config, int], RouterSpec]
-
 FAMILIES: dict[str, _Rule] = {
-    "mixtral": _softmax_renormalized,
-    "minimax": _softmax_renormalized,
-    "qwen3_moe": _softmax_by_flag,
-    "qwen3_next": _qwen3_next,
+    "mixtral": _softmax(True),
+    "minimax": _softmax(True),
+    "qwen3_moe": _softmax(False, flag=True),
+    "qwen3_next": _softmax(True, flag=True),
     "hunyuan_v1_moe": _hunyuan,
     "dbrx": _dbrx,
-    "olmoe": _softmax_by_flag,
-    "qwen2_moe": _softmax_by_flag,
-    "flex_olmo": _softmax_by_flag,
-    "jamba": _softmax_plain,
+    "olmoe": _softmax(False, flag=True),
+    "qwen2_moe": _softmax(False, flag=True),
+    "flex_olmo": _softmax(False, flag=True),
+    "jamba": _softmax(False),
     "gpt_oss": _topk_softmax,
     "granitemoe": _topk_softmax,
     "granitemoeshared": _topk_softmax,

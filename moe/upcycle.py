@@ -62,7 +62,7 @@ def contributions(energy_TN: torch.Tensor, order_N: torch.Tensor, config: Upcycl
 
 
 def fit_router(x_TD: torch.Tensor, target_TE: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Ridge regression without intercept, (E, D): ``x @ router.T`` is the best linear guess of ``target``."""
+    """Ridge regression without intercept, (E, D): ``x @ router.T`` is the best linear estimate of ``target``."""
     gram_DD = (x_TD.T @ x_TD).double()
     gram_DD.diagonal().add_(ridge * gram_DD.diagonal().mean())
     return torch.linalg.solve(gram_DD, (x_TD.T @ target_TE).double()).T.float().contiguous()

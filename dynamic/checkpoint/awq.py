@@ -19,12 +19,12 @@ from .stored_groups import grouped_int4, groups_of, int4_step, known_group
 from .stored_layout import FLOATS, group_size, setting_error, two_sizes, want
 from .stored_weight import StoredWeight
 
-_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where the codes of outputs 0 … 7 lie in a word
+_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # positions of the codes of outputs 0 … 7 in a word
 
 
 @dataclass(frozen=True, kw_only=True)
 class Awq:
-    """AWQ's layout: words along the outputs, with an order of its own within a word.
+    """AWQ's layout: words along the outputs, with its own order within a word.
 
     Arguments:
         group: inputs that share a scale; -1: all of them.

@@ -1,4 +1,4 @@
-"""Weights in fp8 as DeepSeek stores them, and what else stores fp8 has in common with it.
+"""Weights in fp8 as DeepSeek stores them, and what other layouts of fp8 share with it.
 
 Shape suffixes: O outputs, G groups of inputs.
 """

@@ -14,11 +14,11 @@ from ...kernels.api.quantized_weight import QuantizedWeight
 
 
 def compressed(name: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
-    """The tensors that stand for a linear layer's weight.
+    """The tensors of a linear layer's weight.
 
     Arguments:
         name: of the weight, with ``.weight`` at its end.
-        weight: (O, I), int8 or int4. Offsets (GGUF's Q4_1) are ours: the library knows zero points only.
+        weight: (O, I), int8 or int4. Offsets (GGUF's Q4_1) are our addition: the library has zero points only.
 
     Raises:
         ValueError: for another format.
@@ -47,7 +47,7 @@ def _words(data: torch.Tensor) -> torch.Tensor:
 def compressed_config(
     unquantized: Sequence[str], *, group: int | None, symmetric: bool = True, int8_rows: bool = False
 ) -> dict[str, Any]:
-    """What ``config.json`` says about the weights.
+    """The entry of ``config.json`` for the weights.
 
     Arguments:
         unquantized: names of linear modules that stay as they are.
@@ -78,7 +78,7 @@ def compressed_config(
 
 
 def kept_codes_config() -> dict[str, Any]:
-    """What ``config.json`` says about codes that were kept from a GGUF file: the same layout, but for offsets."""
+    """The entry of ``config.json`` for codes kept from a GGUF file: the same layout, with offsets."""
     weights = {"type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
     groups = {f"gguf{bits}": {"weights": {**weights, "num_bits": bits}} for bits in (4, 8)}
     return {"quant_method": "dynamoe", "config_groups": groups}

@@ -1,4 +1,4 @@
-"""Reading ``config.json`` key by key, and refusing what would change the mathematics without being understood."""
+"""Reading ``config.json`` key by key, and rejecting unknown keys that change the mathematics."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from .weights import CheckpointError
 
-# Keys that alter the forward pass in some family, and the values that leave it as it is. A family that understands a
-# key reads it; a key that nobody read must hold one of these values (or null).
+# Keys that alter the forward pass in some family, and the values with no effect. A family that understands a
+# key reads it; a key that was not read must hold one of these values (or null).
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "alibi": (False,),
@@ -59,7 +59,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "use_sliding_window": (False,),
 }
 
-LARGEST_NUMBER = 1e30  # beyond it a number is a mistake, and float32 arithmetic would not survive it
+LARGEST_NUMBER = 1e30  # larger numbers are mistakes and would overflow float32
 
 
 class ConfigReader:
@@ -142,7 +142,7 @@ class ConfigReader:
         return CheckpointError(f"{self._what}: {key} must be {expected}, not {str(value)[:200]!r}")
 
     def refuse_unread(self, ignored: frozenset[str] = frozenset()) -> None:
-        """Refuse keys that nobody read although they change what the model computes.
+        """Reject keys that were not read although they change what the model computes.
 
         Arguments:
             ignored: keys that have no effect in this family.

@@ -1,4 +1,4 @@
-"""Writing the files of a checkpoint directory; what is written is there as a whole or not at all."""
+"""Writing the files of a checkpoint directory; every file is written atomically."""
 
 from __future__ import annotations
 

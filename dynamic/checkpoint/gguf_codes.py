@@ -1,4 +1,4 @@
-"""GGUF's blocks of 4 and 8 bits as our formats: the codes stay what they are, only their order in memory changes."""
+"""GGUF's blocks of 4 and 8 bits as our formats: the codes are unchanged, only their order in memory differs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints whose weights are quantised already: read straight into our formats, without a detour over 16 bits."""
+"""Checkpoints whose weights are quantised already: read directly into our formats, without going through 16 bits."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _LAYOUTS: dict[str, OpenLayout] = {
 
 
 def register_layout(method: str, open_layout: OpenLayout) -> None:
-    """Make a layout known.
+    """Register a layout.
 
     Arguments:
         method: the ``quant_method`` of ``quantization_config``.
         open_layout: from those settings; raises CheckpointError for what it does not understand.
 
     Raises:
-        ValueError: for a method that is known already.
+        ValueError: for a method that is registered already.
     """
     if method in _LAYOUTS:
         raise ValueError(f"there is a layout of quantised weights named {method!r} already")
@@ -46,7 +46,7 @@ def register_layout(method: str, open_layout: OpenLayout) -> None:
 
 
 def split_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], StoredLayout | None]:
-    """A model's configuration without what it says about quantisation, and how its weights are laid out.
+    """A model's configuration without its quantisation settings, and the layout of its weights.
 
     Raises:
         CheckpointError: for a method or a setting of it that is not understood, naming key and value.
@@ -115,7 +115,7 @@ class QuantizedCheckpoint(Checkpoint):
         return name in self._stored
 
     def input_step(self, name: str) -> int:
-        """Inputs of a quantised weight whose multiples are where a part of them may begin, from the files' headers."""
+        """A part of a quantised weight may begin at multiples of this many inputs; from the files' headers."""
         return self._layout.input_step(self._stored[name])
 
     def restrict(self, parts: Mapping[str, Part], load: Callable[[str, Index], torch.Tensor]) -> None:
@@ -157,7 +157,7 @@ class QuantizedCheckpoint(Checkpoint):
                 raise weight.error(str(error)) from error
             schemes.add(self._layout.scheme(weight))
         if len(schemes) > 1:
-            raise CheckpointError(f"{names[0]!r} and what lies beside it differ in how their inputs are rounded")
+            raise CheckpointError(f"{names[0]!r} and its neighbours differ in how their inputs are rounded")
         return StoredWeights(weights=tuple(weights), scheme=schemes.pop())
 
 

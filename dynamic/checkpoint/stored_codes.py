@@ -13,7 +13,7 @@ NIBBLES = 8  # codes of 4 bits in a word
 
 
 def width(part: slice) -> int:
-    """How many things a part has."""
+    """The length of a part."""
     return part.stop - part.start
 
 
@@ -28,7 +28,7 @@ def nibbles(words: torch.Tensor) -> torch.Tensor:
 
 
 def from_first_word(codes: torch.Tensor, kept: slice) -> torch.Tensor:
-    """The codes that are wanted of those of the words that hold them."""
+    """Selects the wanted codes from all codes of the words that hold them."""
     first = kept.start % NIBBLES
     return codes[..., first : first + width(kept)]
 

@@ -1,4 +1,4 @@
-"""Groups of inputs that share a scale, as others store them and as our formats have them.
+"""Groups of inputs that share a scale, as checkpoints store them and as our formats have them.
 
 Shape suffixes: O outputs, I inputs, G groups of inputs.
 """
@@ -17,7 +17,7 @@ from .stored_weight import StoredWeight
 
 @dataclass(frozen=True, kw_only=True)
 class Groups:
-    """How the groups of some inputs lie.
+    """The groups of some inputs.
 
     Arguments:
         theirs, ours: inputs per group as stored, and as our format has them: groups are cut where it has no such size,
@@ -59,7 +59,7 @@ def known_group(weight: StoredWeight, group: int, inputs: int) -> int:
 
 
 def check_order(weight: StoredWeight, part: str, inputs: slice, group: int) -> None:
-    """Groups must lie side by side."""
+    """Raises CheckpointError unless groups are contiguous."""
     if not weight.has(part):
         return
     index_I = weight.read(part, inputs).long()

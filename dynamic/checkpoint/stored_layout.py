@@ -1,6 +1,6 @@
-"""What a layout of quantised weights in a checkpoint has to say, and the layouts that are known, by name.
+"""The interface of a layout of quantised weights in a checkpoint, and checks that layouts share.
 
-A layout names the tensor by which a quantised weight is known, and reads one weight or a part of it. Names are module
+A layout names the tensor that marks a quantised weight, and reads one weight or a part of it. Names are module
 names, such as ``model.layers.0.self_attn.q_proj``.
 """
 
@@ -41,7 +41,7 @@ class StoredLayout(Protocol):
         ...
 
     def load(self, weight: StoredWeight) -> QuantizedWeight:
-        """What is wanted of a weight (:attr:`StoredWeight.kept`); raises ValueError where it makes no sense."""
+        """What is wanted of a weight (:attr:`StoredWeight.kept`); raises ValueError where it is inconsistent."""
         ...
 
 

@@ -45,9 +45,9 @@ class StoredWeight:
 
     Arguments:
         name: of the module.
-        tensors: what the files' headers say.
+        tensors: from the files' headers.
         load: reads a part of a tensor by its full name.
-        kept: what is wanted of the weight.
+        kept: the part of the weight to read.
     """
 
     name: str
@@ -100,5 +100,5 @@ class StoredWeight:
         return scale
 
     def error(self, reason: str) -> CheckpointError:
-        """For a weight that cannot be represented or makes no sense."""
+        """For a weight that cannot be represented or is inconsistent."""
         return CheckpointError(f"the quantised weight {self.name!r} cannot be loaded: {reason}")

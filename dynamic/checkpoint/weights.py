@@ -39,7 +39,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where a tensor lies: ``begin`` and ``end`` are byte offsets in its file."""
+    """The position of a tensor: ``begin`` and ``end`` are byte offsets in its file."""
 
     file: str
     dtype: str
@@ -153,7 +153,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
             )
         if info.begin == info.end:
             return torch.empty(info.shape, dtype=dtype)
-        if info.begin % dtype.itemsize:  # legal in the format, but torch wants aligned elements
+        if info.begin % dtype.itemsize:  # legal in the format, but torch needs aligned elements
             data = bytearray(self._maps[info.file][info.begin : info.end])
             return torch.frombuffer(data, dtype=dtype).view(info.shape)
         count = math.prod(info.shape)
@@ -171,7 +171,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
 
 def _weight_files(directory: Path) -> tuple[list[str], dict[str, str]]:
-    """The weight files of a directory, and which file holds which tensor where an index says so."""
+    """The weight files of a directory, and which file holds which tensor where there is an index."""
     index_path = directory / "model.safetensors.index.json"
     if (directory / "model.safetensors").is_file():
         return ["model.safetensors"], {}

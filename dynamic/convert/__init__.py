@@ -1,1 +1,1 @@
-"""What makes a checkpoint out of other files: GGUF, dense models, the embedded default."""
+"""Makes checkpoints out of other files: GGUF, dense models, the embedded default."""

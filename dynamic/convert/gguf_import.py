@@ -263,7 +263,7 @@ def _write_tokenizer(fields: dict[str, Any], context: int, target: Path) -> None
 def _write_through_transformers(file: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    # A directory of its own, because transformers wants a directory and looks at its other files too.
+    # A separate directory, because transformers takes a directory and reads its other files too.
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / file.name).symlink_to(file.resolve())
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
@@ -272,7 +272,7 @@ def _write_through_transformers(file: Path, target: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=file.name, dtype=torch.float32, quantization_config=unpacked
         )
-    # A model that remembers being quantised refuses to be saved, and its configuration would mislead readers.
+    # transformers does not save a model marked as quantised, and its configuration would be wrong.
     vars(model).pop("hf_quantizer", None)
     vars(model.config).pop("quantization_config", None)
     model.config.dtype = torch.bfloat16

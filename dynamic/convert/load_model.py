@@ -29,12 +29,12 @@ def load_model(
         config: how it is loaded.
         progress: show a progress bar.
         parallel: the processes that share the model. In all of them but rank 0 this function does not return: they
-            work until rank 0 ends, and exit.
+            serve rank 0 until it ends, and exit.
         experts_per_token: use fewer routed experts per token than the model was made for.
         options: fields of :class:`LoadConfig` that differ from ``config``.
 
     Raises:
-        ValueError: one clear message for whatever is wrong, before anything is served.
+        ValueError: when the model or the settings cannot be used.
     """
     from ..text.tokenizer import Tokenizer
     from .model_store import resolve_model

@@ -1,8 +1,7 @@
 """From the name of a model to a directory that holds it: local paths, shipped models, Hub ids, GGUF files.
 
-What has to be made first is made once, in a cache (``DYNAMOE_HOME``, else ``dynamoe`` in the user's cache directory).
-Two processes that want the same model at once make it once; an interrupted preparation leaves nothing that a later
-start could mistake for a model.
+Models that must be prepared are prepared once, in a cache (``DYNAMOE_HOME``, else ``dynamoe`` in the user's cache
+directory), also if two processes need one at once. An interrupted preparation leaves no incomplete model.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _PACKAGED = Path(__file__).parents[1] / "shipped"
 
 
 def cache_home() -> Path:
-    """Where prepared models live: ``$DYNAMOE_HOME``, else ``$XDG_CACHE_HOME/dynamoe``, else ``~/.cache/dynamoe``."""
+    """Cache of prepared models: ``$DYNAMOE_HOME``, else ``$XDG_CACHE_HOME/dynamoe``, else ``~/.cache/dynamoe``."""
     if home := os.environ.get("DYNAMOE_HOME"):
         return Path(home).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynamoe"
@@ -44,7 +43,7 @@ def resolve_model(model: str | Path, *, progress: bool = True) -> Path:
 
     Raises:
         ValueError: for a name that is none of these, a directory without ``config.json``, or a Hub that cannot be
-            reached; the message says what to do.
+            reached; the message states what to do.
     """
     path = Path(model).expanduser()
     if path.is_dir() and not (str(model) in SHIPPED_MODELS and not (path / "config.json").exists()):
@@ -79,7 +78,7 @@ def prepare_once(name: str, recipe: dict[str, object], prepare: Callable[[Path],
 
     Arguments:
         name: beginning of the directory's name.
-        recipe: JSON-able; its hash is the rest of the name, so that a changed recipe never meets old files.
+        recipe: JSON-able; its hash is the rest of the name, so that a changed recipe never uses old files.
         prepare: fills an empty directory. Whatever it raises is passed on, and its directory is removed.
     """
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
@@ -92,7 +91,7 @@ def prepare_once(name: str, recipe: dict[str, object], prepare: Callable[[Path],
         # Another process may have made it while this one waited for the lock.
         if not target.is_dir():
             partial = root / f".{target.name}.partial"
-            # Left over when a preparation was killed; the lock proves that nobody is at work on it.
+            # Left over when a preparation was killed; holding the lock means that no other process uses it.
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             try:

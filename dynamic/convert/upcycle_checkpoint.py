@@ -57,7 +57,7 @@ def upcycle_checkpoint(
 def plan_splits(
     model: Any, calibration_BL: torch.Tensor, config: UpcycleConfig, *, progress: bool = True
 ) -> list[ExpertSplit]:
-    """Run the calibration text through a transformers Llama model once and plan each layer as it comes by."""
+    """Run the calibration text through a transformers Llama model once and plan each layer during the pass."""
     from tqdm import tqdm
 
     splits: list[ExpertSplit] = []

@@ -1,6 +1,6 @@
-"""A checkpoint quantised layer by layer: what is in memory is one layer, and the residual stream of the text.
+"""Quantises a checkpoint layer by layer: memory holds one layer and the residual stream of the text.
 
-Every layer reads what the quantised layers in front of it make of the text, so that it can make up for them.
+Every layer reads the output of the quantised layers before it, so that it can compensate for their errors.
 """
 
 from __future__ import annotations
@@ -54,18 +54,18 @@ def quantize_checkpoint(
     progress: bool = True,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Quantise a checkpoint into a directory of its own; a run that was interrupted goes on where it was.
+    """Quantise a checkpoint into another directory; an interrupted run is resumed.
 
     Arguments:
         source: directory in Hugging Face layout, its weights not quantised.
-        target: a directory that is not there, is empty, or holds an unfinished run with the same settings.
+        target: a directory that does not exist, is empty, or holds an unfinished run with the same settings.
         windows_NL: the calibration text, token ids, int64: N windows of L tokens.
-        method: what becomes of projections and experts. Routers, norms, embedding and LM head stay.
+        method: for projections and experts. Routers, norms, embedding and LM head are unchanged.
         device: that calibrates, in float32.
         progress: show a progress bar.
 
-    Returns: the report that is written beside the weights: the error of every layer's output, and what its experts
-        went by.
+    Returns: the report that is written beside the weights: the error of every layer's output, and which rows its
+        experts were calibrated on.
 
     Raises:
         ValueError: for a source that is quantised already, a target that holds something else, or windows longer than
@@ -134,7 +134,7 @@ def _begin(target: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _stream(origin: _Source, target: Path, finished: int, windows_NL: torch.Tensor) -> torch.Tensor:
-    """The residual stream of the text behind the layers that are finished, float32."""
+    """The residual stream of the text after the finished layers, float32."""
     if finished == origin.spec.num_layers:
         return torch.empty(0)  # nothing is left to run
     if finished:
@@ -158,7 +158,7 @@ def _one_layer(
     method: CalibratedMethod,
     backend: TorchBackend,
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Quantise a layer and write it; the stream behind it, and what is reported of it."""
+    """Quantise a layer and write it; returns the stream after it, and its report."""
     spec, layout = origin.spec, origin.layout.layers[number]
     layer = read_layer(origin.checkpoint, layout, spec)
     exact = OneLayer(spec, number, pack_layer(backend, layer, spec.activation), backend)
@@ -178,7 +178,7 @@ def _one_layer(
 
 
 def _finish(origin: _Source, target: Path, method: CalibratedMethod, report: dict[str, Any]) -> None:
-    """What is not quantised, index and configuration. The configuration comes last: with it the model is whole."""
+    """Write what is not quantised, the index, and last the configuration, which completes the model."""
     checkpoint = origin.checkpoint
     names = [EMBEDDING, FINAL_NORM, *([origin.layout.lm_head] if origin.layout.lm_head else [])]
     write_tensors(target / _REST, {name: checkpoint.view(name).clone() for name in names})

@@ -1,6 +1,6 @@
-"""GPTQ (Frantar et al. 2023): round one input after the other, and let the inputs still to come make up for the error.
+"""GPTQ (Frantar et al. 2023): round one input after the other; the remaining inputs compensate for the error.
 
-Inputs are taken in the order of their size (act-order). The grids of all groups are laid before (static groups), so
+Inputs are taken in the order of their size (act-order). The grids of all groups are fixed before (static groups), so
 that groups stay contiguous whatever the order. Shape suffixes as in ``statistics.py``.
 """
 
@@ -11,7 +11,7 @@ import torch
 from ...kernels.api.quantized_weight import QuantizedWeight
 from .grid import Int4Grid, full_grid, searched_grid
 
-_BLOCK = 128  # inputs between two updates of all that is still to come
+_BLOCK = 128  # inputs between two updates of all remaining ones
 _MOST_DAMPING = 1.0
 
 
@@ -34,7 +34,7 @@ def gptq_int4(
         symmetric: the zero point is 8 everywhere.
         damping: share of the mean second moment that is added to each; more where that is not enough to invert.
         act_order: take inputs with large second moments first.
-        search: look for the share of each group's range that serves best; else the whole range.
+        search: use the share of each group's range with the smallest error; else the whole range.
 
     Raises:
         ValueError: for shapes that do not fit, another group, or a Hessian that is not finite or all zero.
@@ -44,7 +44,7 @@ def gptq_int4(
     grid = searched_grid(weight, hessian_BII, group, symmetric) if search else full_grid(weight, group, symmetric)
     hessian = hessian_BII.float().clone()
     diagonal_BI = hessian.diagonal(dim1=-2, dim2=-1)
-    dead_BI = diagonal_BI == 0  # inputs that were never anything but zero: any weight does, and its own is nearest
+    dead_BI = diagonal_BI == 0  # inputs that were always zero: any weight works, and its own is nearest
     diagonal_BI += dead_BI * diagonal_BI.mean(-1, keepdim=True)
     size_BI = diagonal_BI.clone()
     order_BI = (

@@ -1,4 +1,4 @@
-"""Grids of int4 weights: a scale and a zero point for each output and group of inputs, and how far they reach.
+"""Grids of int4 weights: a scale and a zero point for each output and group of inputs, and their range.
 
 Shape suffixes as in ``statistics.py``; G groups of inputs, the last one may be shorter.
 """
@@ -20,7 +20,7 @@ _SHRINKS = tuple(1 - 0.05 * step for step in range(10))  # shares of a group's r
 
 @dataclass(frozen=True, kw_only=True)
 class Int4Grid:
-    """Where weights can lie: ``(q - zero) · scale`` for q in 0 … 15.
+    """The representable weights: ``(q - zero) · scale`` for q in 0 … 15.
 
     Arguments:
         scale_BOG: float32, above zero.
@@ -45,7 +45,7 @@ class Int4Grid:
         return ((weight_BOI / scale).round() + zero).clamp(0, 15).to(torch.uint8)
 
     def values(self, codes_BOI: torch.Tensor) -> torch.Tensor:
-        """The weights that codes stand for, float32."""
+        """The dequantised weights of codes, float32."""
         scale, zero = self.per_input(codes_BOI.shape[-1])
         return (codes_BOI.float() - zero) * scale
 
@@ -62,12 +62,12 @@ class Int4Grid:
 
 
 def full_grid(weight_BOI: torch.Tensor, group: int, symmetric: bool, shrink: float = 1.0) -> Int4Grid:
-    """The grid that reaches from end to end of each group, as :func:`.rounding.quantize_int4` takes it.
+    """The grid over the whole range of each group, as :func:`.rounding.quantize_int4` takes it.
 
     Arguments:
         weight_BOI: float32.
         group: 32, 64 or 128.
-        shrink: share of the range that is kept; what lies outside is clipped.
+        shrink: share of the range that is kept; values outside are clipped.
 
     Raises:
         ValueError: for another group.

@@ -1,4 +1,4 @@
-"""Running calibration text through one layer, and what its linear parts read while it runs.
+"""Runs calibration text through one layer and records the inputs of its linear parts.
 
 Shape suffixes as in ``kernels/api/types.py``.
 """
@@ -46,7 +46,7 @@ class OneLayer:
         )
 
     def run(self, stream_NLD: torch.Tensor) -> torch.Tensor:
-        """The residual stream behind the layer, float32, from that in front of it: N windows of L tokens."""
+        """The residual stream after the layer, float32, from that before it: N windows of L tokens."""
         length = stream_NLD.shape[1]
         out = []
         for part_NLD in stream_NLD.split(max(1, _STEP_ROWS // length)):
@@ -56,21 +56,21 @@ class OneLayer:
         return torch.cat(out)
 
     def watch(self, stream_NLD: torch.Tensor) -> tuple[torch.Tensor, LayerInputs]:
-        """As :meth:`run`, and what the linear parts of the layer read meanwhile."""
+        """As :meth:`run`, and the inputs of the layer's linear parts."""
         plain_backend = self._decoder.backend
-        watching = _WatchingBackend(plain_backend, self._decoder.layers[0])
-        stack, self._decoder.stack = self._decoder.stack, None  # operation by operation, so that they can be watched
-        self._decoder.backend = cast(TorchBackend, watching)
+        recorder = _RecordingBackend(plain_backend, self._decoder.layers[0])
+        stack, self._decoder.stack = self._decoder.stack, None  # operation by operation, so that they can be recorded
+        self._decoder.backend = cast(TorchBackend, recorder)
         try:
             after_NLD = self.run(stream_NLD)
         finally:
             self._decoder.backend, self._decoder.stack = plain_backend, stack
-        return after_NLD, watching.inputs()
+        return after_NLD, recorder.inputs()
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerInputs:
-    """What the linear parts of a layer read, for T tokens of calibration text; on the CPU.
+    """Inputs of a layer's linear parts for T tokens of calibration text; on the CPU.
 
     Arguments:
         attention_TD: the projections of queries, keys and values.
@@ -85,7 +85,7 @@ class LayerInputs:
     routing: Routing | None
 
     def expert_rows(self, expert: int) -> torch.Tensor:
-        """What one expert read of ``ffn_TD``."""
+        """The rows of ``ffn_TD`` that one expert read."""
         routing = self.routing
         if routing is None:
             return self.ffn_TD
@@ -98,15 +98,15 @@ class LayerInputs:
 
 
 def neurons(x_TD: torch.Tensor, ffn: FFNTensors, expert: int, activation: str) -> torch.Tensor:
-    """What an expert's down projection reads for these inputs, (T, F), float32."""
+    """Inputs of an expert's down projection for these rows, (T, F), float32."""
     gate_F, up_F = (ffn.biases[0][expert], ffn.biases[1][expert]) if ffn.biases else (None, None)
     gate_TF = torch.nn.functional.linear(x_TD, plain(ffn.gate_EFD)[expert], gate_F)
     up_TF = torch.nn.functional.linear(x_TD, plain(ffn.up_EFD)[expert], up_F)
     return reference.activate(gate_TF, up_TF, activation)
 
 
-class _WatchingBackend:
-    """A backend that remembers what a layer's linear parts read."""
+class _RecordingBackend:
+    """A backend that records the inputs of a layer's linear parts."""
 
     def __init__(self, backend: TorchBackend, layer: LayerWeights) -> None:
         self._backend = backend
@@ -138,7 +138,7 @@ class _WatchingBackend:
         return self._backend.all_experts(x_TD, weights)
 
     def inputs(self) -> LayerInputs:
-        """All that was seen."""
+        """All recorded inputs."""
         return LayerInputs(
             attention_TD=torch.cat(self._attention),
             o_TX=torch.cat(self._o),

@@ -84,7 +84,7 @@ def plain(weight: Weight) -> torch.Tensor:
 
 
 def read_layer(checkpoint: Checkpoint, layout: LayerLayout, spec: ModelSpec) -> LayerTensors:
-    """A layer in float32, in memory of its own."""
+    """A layer in float32, copied from the file."""
 
     def one(*names: str) -> torch.Tensor:
         return torch.cat([checkpoint.view(name).float() for name in names])
@@ -119,7 +119,7 @@ def read_layer(checkpoint: Checkpoint, layout: LayerLayout, spec: ModelSpec) -> 
 def pack_layer(
     backend: TorchBackend, layer: LayerTensors, activation: str, scheme: ActivationScheme = UNQUANTIZED
 ) -> LayerWeights:
-    """The layer as the backend keeps it; ``scheme`` says how the inputs of quantised weights are rounded."""
+    """The layer packed for the backend; ``scheme``: how the inputs of quantised weights are rounded."""
 
     def norm(weight: torch.Tensor) -> torch.Tensor:
         return weight.to(backend.device, backend.dtype)
@@ -182,7 +182,7 @@ def fold_into_ffn_norm(layer: LayerTensors, scale_D: torch.Tensor) -> LayerTenso
 
 
 def fold_into_values(layer: LayerTensors, scale_GC: torch.Tensor, queries_per_key: int) -> LayerTensors:
-    """Divide the values by a scale, and multiply what the output projection makes of them by it.
+    """Divide the values by a scale, and multiply the output projection's weights by it.
 
     All query heads that share values share their scales.
     """

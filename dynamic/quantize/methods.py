@@ -1,6 +1,6 @@
-"""The calibrated methods on a whole layer: which parts get which statistics, and where scales are folded into.
+"""The calibrated methods on a whole layer: which statistics each part uses, and where scales are folded in.
 
-Shape suffixes as in ``kernels/api/types.py``; B experts that are treated at once, X outputs of several projections.
+Shape suffixes as in ``kernels/api/types.py``; B experts treated at once, X outputs of several projections.
 """
 
 from __future__ import annotations
@@ -12,12 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...kernels.api.format_join import stack_experts
-from ...kernels.api.formats import (
-    GROUPS,
-    INT8_PER_GROUP,
-    UNQUANTIZED,
-    ActivationScheme,
-)
+from ...kernels.api.formats import GROUPS, INT8_PER_GROUP, UNQUANTIZED, ActivationScheme
 from ...kernels.api.quantized_weight import QuantizedWeight
 from ...kernels.api.rounding import quantize_int4, quantize_int8
 from ..model.attention.gqa import GqaSpec
@@ -52,7 +47,7 @@ class CalibratedMethod:
         symmetric: whether int4 zero points are 8 everywhere.
         damping: GPTQ's, see :func:`gptq_int4`.
         strength: SmoothQuant's, see :func:`smooth_scale`.
-        fewest_tokens: an expert that saw fewer tokens than this goes by all tokens of its layer.
+        fewest_tokens: an expert that saw fewer tokens than this uses all tokens of its layer.
 
     Raises:
         ValueError: naming the value that is out of range.
@@ -84,7 +79,7 @@ class CalibratedMethod:
 
 
 class LayerMethod:
-    """A method at work on one layer. ``sources`` counts what the layer's experts went by.
+    """A method applied to one layer. ``sources`` counts which rows the layer's experts were calibrated on.
 
     Arguments:
         norm_dtype: in which norms are stored: scales are chosen so that what is folded into a norm is stored exactly.
@@ -97,7 +92,7 @@ class LayerMethod:
         self.sources: Counter[str] = Counter()
 
     def scaled(self, layer: LayerTensors, inputs: LayerInputs) -> tuple[LayerTensors, LayerInputs]:
-        """The layer with scales folded into it, which computes what it did before; and what its parts read then."""
+        """The layer with scales folded into it, which computes the same, and its parts' new inputs."""
         if self.method.name == "gptq":
             return layer, inputs
         layer, inputs = self._scale_attention(layer, inputs)
@@ -181,7 +176,7 @@ class LayerMethod:
     def _chunks(
         self, ffn: FFNTensors, inputs: LayerInputs, *, count: bool = False
     ) -> Iterator[tuple[range, list[torch.Tensor]]]:
-        """Experts, as many as are treated at once, with the rows that each goes by."""
+        """Experts, as many as are treated at once, with the rows that each is calibrated on."""
         num_experts, _, hidden = ffn.gate_EFD.shape
         at_once = max(1, _CHUNK_BYTES // (4 * hidden * hidden))
         for first in range(0, num_experts, at_once):

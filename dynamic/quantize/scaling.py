@@ -1,6 +1,6 @@
 """Scales between activations and weights: AWQ (Lin et al. 2024), SmoothQuant (Xiao et al. 2023).
 
-An input is divided by its scale, its weights are multiplied by it, so that in full precision nothing changes. Shape
+An input is divided by its scale, its weights are multiplied by it, so full precision is unchanged. Shape
 suffixes as in ``statistics.py``.
 """
 
@@ -19,7 +19,7 @@ _SMALLEST = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class ScaledLayers:
-    """Layers whose inputs are divided by the scale that is sought.
+    """Layers whose inputs the searched scale divides.
 
     Arguments:
         weight_BOI: float32.
@@ -58,7 +58,7 @@ def awq_scale(
 def awq_scales(
     weight_BOI: torch.Tensor, statistics: InputStatistics, rounded: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """As :func:`awq_scale`, with scales of its own for each of the B layers: (B, I)."""
+    """As :func:`awq_scale`, with separate scales for each of the B layers: (B, I)."""
     candidates = torch.stack([_power(statistics.mean_abs_BI, exponent) for exponent in _EXPONENTS])
     errors = [
         output_error(rounded(weight_BOI * scale_BI[:, None]) / scale_BI[:, None] - weight_BOI, statistics.hessian_BII)
@@ -73,7 +73,7 @@ def smooth_scale(max_abs_x: torch.Tensor, max_abs_w: torch.Tensor, strength: flo
     Arguments:
         max_abs_x: float32, (…, I), largest absolute value of each input.
         max_abs_w: the same of the weights that multiply it.
-        strength: 0 … 1, how much of the difficulty the weights take over.
+        strength: 0 … 1, how much of the range moves into the weights.
 
     Returns: scales above zero, (…, I); 1 where inputs or weights are all zero.
 

@@ -1,4 +1,4 @@
-"""What the calibration text says about the inputs of linear layers: second moments and sizes, and nothing else.
+"""Statistics of linear layers' inputs on the calibration text: second moments and sizes.
 
 Shape suffixes: B layers of one shape that are treated alike (experts, or a single one), O outputs, I inputs, T rows.
 """
@@ -42,10 +42,10 @@ class InputStatistics:
 
     @property
     def usable_B(self) -> torch.Tensor:
-        """Whether there is anything to go by: some rows, finite, not all zero."""
+        """Whether there are rows to calibrate on: some, finite, not all zero."""
         return self.hessian_BII.isfinite().all(-1).all(-1) & (self.hessian_BII.diagonal(dim1=-2, dim2=-1).sum(-1) > 0)
 
 
 def output_error(error_BOI: torch.Tensor, hessian_BII: torch.Tensor) -> torch.Tensor:
-    """Mean squared change of each layer's output, summed over outputs, that a change of its weight makes: (B)."""
+    """Mean squared change of each layer's output, summed over outputs, when its weight changes: (B)."""
     return ((error_BOI @ hessian_BII) * error_BOI).sum((-1, -2))

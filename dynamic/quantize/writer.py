@@ -1,6 +1,6 @@
-"""Which tensors stand for a quantised layer in a checkpoint.
+"""The tensors of a quantised layer in a checkpoint.
 
-Experts are written one by one, whichever way the source stored them: groups of inputs then begin with each expert.
+Experts are written one by one, however the source stored them: groups of inputs then begin with each expert.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Chat templates: a conversation becomes the prompt text that the model was trained on.
 
-Templates come with checkpoints, so they are treated as untrusted programs: they run in Jinja's immutable sandbox, see
-plain data only, and are cut off when they write too much or take too long.
+Templates come with checkpoints, so they are treated as untrusted programs: they run in Jinja's immutable sandbox, get
+plain data only, and are stopped when they write too much or take too long.
 """
 
 from __future__ import annotations
@@ -24,26 +24,12 @@ import jinja2.utils
 MAX_RENDERED_CHARACTERS = 4_000_000
 MAX_RENDER_SECONDS = 5.0
 
-# What published templates read. `chat_template` itself is not among them: a caller must not bring a program.
-ALLOWED_VARIABLES = frozenset(
-    {
-        "add_vision_id",
-        "builtin_tools",
-        "clear_thinking",
-        "custom_tools",
-        "date_string",
-        "documents",
-        "enable_thinking",
-        "preserve_thinking",
-        "python_tools",
-        "reasoning_effort",
-        "thinking",
-        "thinking_budget",
-        "tools",
-        "tools_in_user_message",
-        "xml_tools",
-    }
-)
+# What published templates read. `chat_template` itself is not among them: a caller must not supply a program.
+ALLOWED_VARIABLES = frozenset({
+    "add_vision_id", "builtin_tools", "clear_thinking", "custom_tools", "date_string", "documents", "enable_thinking",
+    "preserve_thinking", "python_tools", "reasoning_effort", "thinking", "thinking_budget", "tools",
+    "tools_in_user_message", "xml_tools",
+})  # fmt: skip
 
 
 class _Generation(jinja2.ext.Extension):
@@ -77,7 +63,7 @@ def _check_name(name: object) -> None:
 
 
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """The sandbox, with a deadline that every attribute, item and call looks at."""
+    """The sandbox, with a deadline that every attribute, item and call checks."""
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
@@ -126,7 +112,7 @@ def _new_dict(*args: Any, **kwargs: Any) -> dict:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """A copy made of JSON's types alone: objects with methods have no place in a sandbox."""
+    """A copy made of JSON's types alone: objects with methods must not enter the sandbox."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, Mapping):
@@ -170,7 +156,7 @@ class ChatTemplate:
 
         Raises:
             ValueError: for an empty conversation, a message that is not a dict, a variable that is not allowed, a
-                template that refuses the conversation, writes too much or takes too long.
+                template that rejects the conversation, writes too much or takes too long.
         """
         if unknown := sorted(set(variables) - ALLOWED_VARIABLES):
             raise ValueError(f"chat template variables {unknown} are not allowed; allowed: {sorted(ALLOWED_VARIABLES)}")
@@ -199,15 +185,15 @@ class ChatTemplate:
     def _run(self, context: dict[str, Any]) -> str:
         environment = self._environment
         environment.clock.deadline = time.monotonic() + MAX_RENDER_SECONDS
-        pieces, size = [], 0
+        parts, size = [], 0
         try:
-            for piece in self._template.generate(context):
-                pieces.append(piece)
-                size += len(piece)
+            for part in self._template.generate(context):
+                parts.append(part)
+                size += len(part)
                 environment.check_time()
                 if size > MAX_RENDERED_CHARACTERS:
                     message = f"wrote more than {MAX_RENDERED_CHARACTERS} characters"
                     raise jinja2.exceptions.TemplateRuntimeError(message)
         finally:
             environment.clock.deadline = float("inf")
-        return "".join(pieces)
+        return "".join(parts)

@@ -70,12 +70,12 @@ def build_corpus(
 
     Arguments:
         cache: for downloaded packages and finished corpora.
-        say: is told what goes on.
+        say: called with progress messages.
 
     Returns: a directory that :func:`load_corpus` reads.
 
     Raises:
-        ValueError: when the text cannot be had; the message names the alternative.
+        ValueError: when the text is not available; the message names the alternative.
     """
     recipe = {"format": _FORMAT, "config": asdict(config), "sources": [asdict(s) for s in sources]}
     if config.text_folder:
@@ -108,7 +108,7 @@ def load_corpus(directory: Path) -> Corpus:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE; id 0 is ``<|endoftext|>``. Digits are tokens of their own.
+    """A byte-level BPE; id 0 is ``<|endoftext|>``. Every digit is a token.
 
     Arguments:
         texts: consumed once.
@@ -135,7 +135,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 class Windows:
-    """Training batches out of one stream, in an order that a seed and the step's number alone decide.
+    """Training batches out of one stream, in an order that depends only on a seed and the step's number.
 
     The stream is cut into long windows, shuffled anew in every epoch. A batch may cut its windows into shorter
     sequences, so that the length can change during a run without changing the order.

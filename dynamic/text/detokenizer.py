@@ -1,4 +1,4 @@
-"""Token ids become text while they are being generated; pieces add up to exactly ``tokenizer.decode`` of all ids."""
+"""Turns token ids into text while they are generated; the parts add up to exactly ``tokenizer.decode`` of all ids."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .tokenizer import Tokenizer
 
 
 class Detokenizer(Protocol):
-    """What turns a growing list of ids into pieces of text."""
+    """Turns a growing list of ids into parts of a text."""
 
     def add(self, token_id: int) -> str:
         """The text that is certain after one more token; what may still change is held back."""
@@ -53,7 +53,7 @@ class ByteDetokenizer:
         alphabet = _byte_of_character()
         try:
             data = bytes([alphabet[character] for character in name])
-        except KeyError:  # an added token, which is spelled as it reads
+        except KeyError:  # an added token, which is plain text
             data = name.encode()
         return self._decoder.decode(data)
 
@@ -66,7 +66,7 @@ class ByteDetokenizer:
 class WindowDetokenizer:
     """For all other decoders: decodes a short window and reports what a token added to it.
 
-    A decoder may look at neighbours (spaces, runs of byte tokens), so the window begins with the last piece reported,
+    A decoder may look at neighbours (spaces, runs of byte tokens), so the window begins with the last part reported,
     and nothing is reported while it ends in a character that a further token could change.
     """
 
@@ -93,8 +93,8 @@ class WindowDetokenizer:
         text = self._tokenizer.decode(self._ids, skip_special_tokens=False)
         if len(text) <= len(self._reported_text) or (held_back is not None and text.endswith(held_back)):
             return ""
-        piece = text[len(self._reported_text) :]
+        added = text[len(self._reported_text) :]
         self._ids = self._ids[self._reported :]
         self._reported = len(self._ids)
         self._reported_text = self._tokenizer.decode(self._ids, skip_special_tokens=False)
-        return piece
+        return added

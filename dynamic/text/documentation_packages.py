@@ -178,7 +178,7 @@ def _archive(source: Source, cache: Path) -> Path:
     if missing:
         raise ValueError(_NO_APT.format(missing=", ".join(missing)))
     names = [n for n in _run(["apt-cache", "pkgnames"]).split() if pattern.fullmatch(n)]
-    # Some names that apt knows have no package behind them; newest version number first.
+    # Some names in apt's list have no package; newest version number first.
     for name in sorted(names, key=lambda n: [int(x) for x in re.findall(r"\d+", n)], reverse=True):
         if subprocess.run(["apt-get", "download", name], cwd=cache, capture_output=True, check=False).returncode == 0:
             return next(p for p in cache.glob("*.deb") if p.name.split("_")[0] == name)

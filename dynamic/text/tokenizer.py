@@ -27,7 +27,7 @@ class Tokenizer:
 
     Arguments:
         backend: the tokenizer proper.
-        settings: what ``tokenizer_config.json`` says.
+        settings: contents of ``tokenizer_config.json``.
         chat_templates: Jinja sources by name (``default``, ``tool_use``).
         path: the checkpoint's directory.
     """
@@ -101,7 +101,7 @@ class Tokenizer:
 
     @cached_property
     def is_byte_level(self) -> bool:
-        """Whether decoding is nothing but gluing together the tokens' bytes."""
+        """Whether decoding only concatenates the tokens' bytes."""
         return isinstance(self.backend.decoder, decoders.ByteLevel)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -136,7 +136,7 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the checkpoint brings a chat template."""
+        """Whether the checkpoint has a chat template."""
         return bool(self._chat_sources)
 
     def chat_template(self, tools: bool = False) -> ChatTemplate:

@@ -38,7 +38,7 @@ from .frozen_states import (
     save_states,
     served_backbone,
 )
-from .recipe import check_run, keep_freed_memory, plot_path
+from .recipe import claim, keep_freed_memory, plot_path
 from .served import blocks_from, continuations
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def make_frozen_exits(config: FrozenConfig, *, progress: bool = True, say: Calla
     rows = config.served_prompts * config.new_tokens + config.exit_rows
     refuse_if_too_many(needed_memory(spec, rows, len(layers), training), available_memory(torch.device("cpu")))
     settings = {k: v for k, v in asdict(config).items() if k not in ("output", "threads")}
-    check_run(output, {**settings, "backbone_sha256": backbone_hash(source)})
+    claim(output, {**settings, "backbone_sha256": backbone_hash(source)})
     link_checkpoint(source, target)
     blocks = text_blocks(config, llm.model.tokenizer, say)
     states = _states(config, llm, blocks, output / "states.safetensors", progress)

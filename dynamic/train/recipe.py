@@ -62,7 +62,7 @@ def run_recipe(
     keep_freed_memory()
     corpus = load_corpus(build_corpus(config.corpus, cache_home() / "corpora", say=say))
     model, task = build_task(config, corpus)
-    check_run(output, {k: v for k, v in asdict(config).items() if k not in ("trainer", "heads")})
+    claim(output, {k: v for k, v in asdict(config).items() if k not in ("trainer", "heads")})
     if learn is None:
         result = train(model, task, config.trainer, output / "training", progress=progress)
     else:
@@ -151,7 +151,7 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def check_run(output: Path, settings: dict[str, Any]) -> None:
+def claim(output: Path, settings: dict[str, Any]) -> None:
     """Make a run's directory, or check that it holds a run with the same settings.
 
     Arguments:
