@@ -120,14 +120,13 @@ def curve_command_line(description: str | None) -> argparse.ArgumentParser:
 
 def load(options: argparse.Namespace) -> tuple[LLM, Prompts]:
     """The engine and the prompts of a curve."""
-    llm = LLM(
-        resolve_model(options.model), dtype=options.dtype, max_num_seqs=options.at_once, enable_prefix_caching=False
-    )
+    path = resolve_model(options.model)
+    llm = LLM(path, dtype=options.dtype, max_num_seqs=options.at_once, enable_prefix_caching=False)
     return llm, chosen_prompts(llm, options.text, options.requests, options.prompt_tokens)
 
 
 def facts(options: argparse.Namespace, prompts: Prompts) -> dict[str, Any]:
-    """What a curve's results file says of its settings."""
+    """The settings of a curve for its results file."""
     return {
         "model": name_of(options),
         "dtype": options.dtype,
@@ -143,7 +142,7 @@ def facts(options: argparse.Namespace, prompts: Prompts) -> dict[str, Any]:
 def compared(
     llm: LLM, prompts: Prompts, full: SamplingParams, params: SamplingParams
 ) -> tuple[list[RequestOutput], np.ndarray, dict[str, Any]]:
-    """Serve prompts beside a run of the full model: outputs, the loss of each, and what both say together."""
+    """Serve prompts beside a run of the full model: outputs, the loss of each, and the figures of both runs."""
     _, full_rate = timed(llm, prompts.tokens, full)
     outputs, rate = timed(llm, prompts.tokens, params)
     losses_N = disagreements(llm.model.decoder, outputs)

@@ -83,15 +83,8 @@ def load(path: Path, dtype: str) -> LoadedModel:
 def without_exits(model: LoadedModel) -> LoadedModel:
     """The same weights in the same memory, loaded without exits."""
     d = model.decoder
-    decoder = Decoder(
-        d.spec,
-        d.backend,
-        embedding_VD=d.embedding_VD,
-        layers=d.layers,
-        final_norm_D=d.final_norm_D,
-        lm_head=d.lm_head,
-    )
-    return replace(model, decoder=decoder)
+    parts = {name: getattr(d, name) for name in ("embedding_VD", "layers", "final_norm_D", "lm_head")}
+    return replace(model, decoder=Decoder(d.spec, d.backend, **parts))
 
 
 def thresholds(model: LoadedModel, share: float) -> dict[int, float]:
@@ -127,12 +120,17 @@ def decode(engine: Engine, batch: int, exits: dict[int, float]) -> tuple[float, 
         engine.add_request(str(number), prompt.tolist(), params)
     for _ in range(1 + CHUNK // 2):  # the prompts, and some steps to warm up
         engine.step()
-    before, started = engine.stats().generation_tokens, time.perf_counter()
-    for _ in range(CHUNK):
-        engine.step()
-    seconds, tokens = time.perf_counter() - started, engine.stats().generation_tokens - before
+    measured = timed_steps(engine, CHUNK)
     engine.abort([str(number) for number in range(batch)])
-    return seconds, tokens
+    return measured
+
+
+def timed_steps(engine: Engine, count: int) -> tuple[float, int]:
+    """Seconds and tokens of some steps."""
+    before, started = engine.stats().generation_tokens, time.perf_counter()
+    for _ in range(count):
+        engine.step()
+    return time.perf_counter() - started, engine.stats().generation_tokens - before
 
 
 def measure(

@@ -11,7 +11,6 @@ themselves (timed alone, with a short context).
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from checkout import RESULTS
@@ -23,7 +22,7 @@ from dynamoe.dynamic.engine.step_times import measure_step_times
 from dynamoe.dynamic.llm import LLM
 from dynamoe.dynamic.model.loaded import LoadedModel
 from exits_curve import corpus_prompts, executed, settings
-from exits_overhead import without_exits
+from exits_overhead import timed_steps, without_exits
 from record import command_line, in_turns, name_of, surroundings, write
 
 CHUNK = 8  # steps of one turn
@@ -35,11 +34,7 @@ def seconds_per_token(engines: dict[str, Engine], turns: int) -> dict[str, float
     names = list(engines)
     for turn in range(turns):
         for name in in_turns(names, turn):
-            before, started = engines[name].stats().generation_tokens, time.perf_counter()
-            for _ in range(CHUNK):
-                engines[name].step()
-            seconds = time.perf_counter() - started
-            found[name].append((seconds, engines[name].stats().generation_tokens - before))
+            found[name].append(timed_steps(engines[name], CHUNK))
     kept = {name: sorted(turns)[: -max(1, len(turns) // 10)] for name, turns in found.items()}
     return {name: sum(s for s, _ in turns) / sum(t for _, t in turns) for name, turns in kept.items()}
 
@@ -60,10 +55,7 @@ def relative(model: LoadedModel, prompts: list[list[int]], at_once: int, tokens:
     totals = {"full": 0.0, "exits": 0.0}
     groups = [prompts[n : n + at_once] for n in range(0, len(prompts) - at_once + 1, at_once)]
     for group in groups:
-        engines = {
-            "full": decoding(plain, group, tokens, None),
-            "exits": decoding(model, group, tokens, threshold),
-        }
+        engines = {"full": decoding(plain, group, tokens, None), "exits": decoding(model, group, tokens, threshold)}
         for name, seconds in seconds_per_token(engines, turns).items():
             totals[name] += seconds / len(groups)
     cache = plain.decoder.allocate_cache(at_once, EngineConfig().block_size)
@@ -79,9 +71,7 @@ def relative(model: LoadedModel, prompts: list[list[int]], at_once: int, tokens:
 
 def main() -> None:
     parser = command_line(__doc__, name=True)
-    parser.add_argument(
-        "model", help="a model with exits that was made by a recipe on the corpus: tiny, or a directory"
-    )
+    parser.add_argument("model", help="with exits, made by a recipe on the corpus: tiny, or a directory")
     parser.add_argument("--threshold", type=float, required=True, help="calibrated probability, the same at every exit")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--sequences", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32])

@@ -2,8 +2,8 @@
 
 Held-out text runs through the model with every position on a budget, under several rules, each set so that an equal
 share of the experts is skipped. Reported: the mean KL divergence of the next-token distribution from the full model's,
-and the share of positions whose most likely token stays. The model must have been through ``dynamoe experts``. Written
-to ``results/expert_budget_rules_NAME.json``.
+and the share of positions whose most likely token is unchanged. The model must have been through ``dynamoe experts``.
+Written to ``results/expert_budget_rules_NAME.json``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Rule:
     Arguments:
         calibrated: by estimated contribution, otherwise by the router's weight.
         spread: over the layers by their impact, otherwise the same share everywhere.
-        raise_weights: kept weights are raised so that a row's sum stays what it was.
+        raise_weights: kept weights are raised so that a row's sum is unchanged.
     """
 
     calibrated: bool

@@ -2,14 +2,14 @@
 
 ``python benchmarks/peers.py --model DIR --gguf FILE --llama-bin DIR --vllm-python PYTHON``; either peer may be left
 out. ``--quantization none int8 int4`` measures us with each, ``--gguf`` takes several files, ``--vllm-quantization``
-several of vLLM's methods; whoever has weights of about as many bits is compared. ``--make DIR`` writes the checkpoint
+several of vLLM's methods; engines with weights of about as many bits are compared. ``--make DIR`` writes the checkpoint
 first: random weights in the shape of Granite-3.1-1B-A400M. How to get the peers is in ``docs/benchmarks.md``.
 
 Cells: prefill of one prompt of 512 tokens; decode of 1, 4 and 16 prompts of 128 tokens, 64 tokens each, counted from
 the first token on: c * (64 - 1) / (time for 64 - time for 1). Every engine is a process; all but the one that is
 measured are stopped. Engines take turns cell by cell, and the machine's limits are probed in between, because machines
 drift: only ratios within a run mean anything. A repetition in which other programs took more than 15 % of the machine
-is done again, twice at most; the results say how many stayed disturbed.
+is done again, twice at most; the results state how many remained disturbed.
 
 The limits: bytes that a decode step must read (the weights of the experts that are hit, counted in our engine, and of
 everything else once, and the cache) at the read bandwidth; operations of the prefill at the rate of torch's better
@@ -198,25 +198,11 @@ def make_checkpoint(directory: Path) -> None:
     from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
 
     config = GraniteMoeConfig(
-        vocab_size=49152,
-        hidden_size=1024,
-        intermediate_size=512,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        num_local_experts=32,
-        num_experts_per_tok=8,
-        max_position_embeddings=8192,
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=True,
-        embedding_multiplier=12.0,
-        logits_scaling=6.0,
-        residual_multiplier=0.22,
-        attention_multiplier=0.015625,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
+        vocab_size=49152, hidden_size=1024, intermediate_size=512, num_hidden_layers=24, num_attention_heads=16,
+        num_key_value_heads=8, num_local_experts=32, num_experts_per_tok=8, max_position_embeddings=8192,
+        rms_norm_eps=1e-6, tie_word_embeddings=True, embedding_multiplier=12.0, logits_scaling=6.0,
+        residual_multiplier=0.22, attention_multiplier=0.015625, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
     torch.manual_seed(20261123)
     GraniteMoeForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
     source = resolve_model("default", progress=True)
@@ -233,12 +219,8 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, nargs="*", default=[], help="the same checkpoint for llama.cpp")
     parser.add_argument("--llama-bin", type=Path, help="folder with llama-bench and llama-batched-bench")
     parser.add_argument("--vllm-python", type=Path, help="Python of an environment that has vLLM for CPUs")
-    parser.add_argument(
-        "--vllm-quantization", nargs="+", default=["none"], metavar="METHOD", help="of vLLM: experts_int8 …"
-    )
-    parser.add_argument(
-        "--vllm-env", nargs="*", default=[], metavar="KEY=VALUE", help="for vLLM: LD_PRELOAD, PYTHONPATH …"
-    )
+    parser.add_argument("--vllm-quantization", nargs="+", default=["none"], metavar="METHOD", help="experts_int8 …")
+    parser.add_argument("--vllm-env", nargs="*", default=[], metavar="KEY=VALUE", help="LD_PRELOAD, PYTHONPATH …")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repetitions", type=int, default=5)

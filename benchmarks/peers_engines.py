@@ -31,7 +31,7 @@ def weight_bits(name: str) -> int:
 
 
 class Worker:
-    """An engine that stays loaded in a process group of its own, stopped except while it is measured."""
+    """An engine loaded in its own process group, stopped except while it is measured."""
 
     def __init__(self, name: str, command: list[str], environment: dict[str, str]) -> None:
         self.name = name
@@ -51,7 +51,7 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self.name} ended with {self._process.wait()}; its own output above says why")
+            raise SystemExit(f"{self.name} ended with {self._process.wait()}; see its own output above")
         return json.loads(line)
 
     def ask(self, tokens: list[list[int]], output_len: int) -> dict[str, float]:

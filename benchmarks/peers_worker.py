@@ -1,8 +1,8 @@
 """One engine in a process of its own, for ``peers.py``: loads a model, then answers one measurement per line of input.
 
 It runs in that engine's Python environment, so it imports nothing but the standard library and the engine. A line of
-input is ``{"tokens": [prompt ids, ...], "output_len": N}``; the answer is ``{"seconds": …}``. The first answer says how
-long the start took. End of input ends the process.
+input is ``{"tokens": [prompt ids, ...], "output_len": N}``; the answer is ``{"seconds": …}``. The first answer states
+how long the start took. End of input ends the process.
 """
 
 from __future__ import annotations

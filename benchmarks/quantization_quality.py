@@ -37,11 +37,15 @@ AT_LOAD = ("int8", "int8-g32", "w8a8", *INT4, "w4a8", "w4a8-g32", "fp8", "fp8-bl
 
 def log_probabilities(decoder: Decoder, windows_NL: torch.Tensor) -> Iterator[torch.Tensor]:
     """Of the token after each but the last of every window: (L - 1, V), one window at a time."""
-    whole = Segment(index=0, layers=range(decoder.spec.num_layers))
     for ids_L in windows_NL:
-        kv, batch = fresh_cache(decoder, [len(ids_L)])
-        x_LD = decoder.run_segment(whole, decoder.embed(ids_L), kv, batch)
-        yield decoder.logits(x_LD[:-1]).log_softmax(-1)
+        yield logits(decoder, ids_L)[:-1].log_softmax(-1)
+
+
+def logits(decoder: Decoder, ids_L: torch.Tensor) -> torch.Tensor:
+    """Of every position of a text, (L, V), float32."""
+    whole = Segment(index=0, layers=range(decoder.spec.num_layers))
+    kv, batch = fresh_cache(decoder, [len(ids_L)])
+    return decoder.logits(decoder.run_segment(whole, decoder.embed(ids_L), kv, batch))
 
 
 @torch.inference_mode()

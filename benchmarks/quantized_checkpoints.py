@@ -24,9 +24,8 @@ import torch
 from checkout import RESULTS
 from dynamoe.dynamic.convert.model_store import resolve_model
 from dynamoe.dynamic.model.loader import load_decoder
-from dynamoe.dynamic.model.prompt_pass import fresh_cache
-from dynamoe.exits.segments import Segment
 from dynamoe.kernels.api.tolerance import error
+from quantization_quality import logits
 from record import command_line, surroundings, write
 
 RECIPES = {
@@ -72,10 +71,7 @@ def write_model(kind: str, directory: Path) -> Path:
 @torch.inference_mode()
 def our_logits(path: Path, ids_T: torch.Tensor, backend: str) -> torch.Tensor:
     """Of every position of a prompt, (T, V), float32."""
-    decoder = load_decoder(path, dtype="float32", backend=backend, device="cpu")
-    kv, batch = fresh_cache(decoder, [len(ids_T)])
-    whole = Segment(index=0, layers=range(decoder.spec.num_layers))
-    return decoder.logits(decoder.run_segment(whole, decoder.embed(ids_T), kv, batch))
+    return logits(load_decoder(path, dtype="float32", backend=backend, device="cpu"), ids_T)
 
 
 def distance(logits_TV: torch.Tensor, expected_TV: torch.Tensor) -> float:
@@ -87,14 +83,8 @@ def make(source: Path, folder: Path, python: str, library: str, recipes: Sequenc
     """Let a library quantise a model, each recipe into a directory of its own."""
     folder.mkdir()
     environment = {**os.environ, "GPTQMODEL_CPU_WORKERS": "2"}  # it starts with no fewer
-    command = [
-        os.path.abspath(shutil.which(python) or python),
-        str(WORKER),
-        library,
-        str(source),
-        str(folder),
-        *recipes,
-    ]
+    interpreter = os.path.abspath(shutil.which(python) or python)
+    command = [interpreter, str(WORKER), library, str(source), str(folder), *recipes]
     # Some of the libraries write a folder of logs where they run.
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, cwd=folder)
 
@@ -119,12 +109,12 @@ def compare(source: Path, target: Path) -> dict[str, Any]:
         "made": True,
         "loads": True,
         "unquantised_error": error(our_logits(source, theirs["ids"], "torch"), exact),
-        "error": {backend: error(logits, exact) for backend, logits in ours.items()},
+        "error": {backend: error(found, exact) for backend, found in ours.items()},
         "versions": versions,
     }
     row["holds"] = all(value <= MOST for value in row["error"].values())
     if not row["holds"]:
-        row["distance"] = {backend: distance(logits, exact) for backend, logits in ours.items()}
+        row["distance"] = {backend: distance(found, exact) for backend, found in ours.items()}
         row["their_distance"] = distance(theirs["as_run"], exact)
         row["holds"] = all(value <= 1.05 * row["their_distance"] for value in row["distance"].values())
     return row

@@ -1,7 +1,7 @@
 """What depth and exits are worth in the tiny model: three runs compared on the same held-out text.
 
 ``python benchmarks/tiny_report.py`` trains ``tiny``, ``tiny_no_exits`` and ``tiny_shallow`` one after the other, each
-into ``runs/NAME``, and goes on where it was interrupted; then it writes ``results/tiny.json``. Overrides of
+into ``runs/NAME``, resuming interrupted runs; then it writes ``results/tiny.json``. Overrides of
 ``dynamoe train`` may follow: ``python benchmarks/tiny_report.py max_minutes=10`` gives each unfinished run ten minutes.
 
 The perplexity of a genre is the geometric mean over its packages, apart for packages that training never saw.

@@ -1,6 +1,6 @@
 """What an expert adds to the residual stream per unit of router weight, measured on text with the frozen model.
 
-A router's weight says how much the router wants an expert, not how much the expert adds. For expert e with output
+A router's weight is the router's preference for an expert, not how much the expert adds. For expert e with output
 ``f_e(x)`` and weight ``w_e``, the scale is ``E[|w_e f_e(x)|] / E[w_e]`` over the tokens that chose it; weight times
 scale then estimates a slot's contribution before the expert has run. The rule that spends these estimates is
 :func:`..kernels.reference.budget.limit_experts`.

@@ -108,7 +108,7 @@ def distill_layer(layer: ExpertLayer, x_TD: torch.Tensor, config: DistillConfig)
     with torch.no_grad():
         teacher_TD = F.linear(F.silu(F.linear(x_TD, layer.gate_ND)) * F.linear(x_TD, layer.up_ND), layer.down_DN)
     names = ["router_ED"] + (["gate_ND", "up_ND", "down_DN"] if config.train_experts else [])
-    # Adam's step does not depend on a gradient's size: bring the router to unit size first, the ranking stays.
+    # Adam's step does not depend on a gradient's size: scale the router to unit size first, which keeps the ranking.
     layer.router_ED = layer.router_ED / layer.router_ED.square().mean().sqrt().clamp_min(1e-12)
     groups = []
     for name in names:

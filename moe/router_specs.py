@@ -169,7 +169,7 @@ def _llama4(c: _Config, layer: int) -> RouterSpec:
 
 
 def _phimoe(c: _Config, layer: int) -> RouterSpec:
-    # transformers' sparsemixer always returns two choices, whatever num_experts_per_tok says.
+    # transformers' sparsemixer always returns two choices, whatever num_experts_per_tok is.
     return RouterSpec(
         num_experts=_experts(c), top_k=2, score="sparsemixer", jitter=c("router_jitter_noise", default=0.01)
     )

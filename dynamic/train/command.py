@@ -20,8 +20,8 @@ class TrainConfig:
     """``dynamoe train``.
 
     Arguments:
-        output: directory of the run; the same command goes on where it was interrupted.
-        max_minutes: stop after about this long, with a checkpoint to go on from; null runs to the end.
+        output: directory of the run; the same command resumes an interrupted run.
+        max_minutes: stop after about this long, with a checkpoint to resume from; null runs to the end.
         threads: CPU threads; null leaves torch's own choice.
         zero: how DeepSpeed divides the run where a launcher started several processes.
     """

@@ -4,7 +4,7 @@ ZeRO stage 1 divides the first, 2 the first two, 3 all of them. Started with ``t
 With ``expert`` ranks in a group, each holds a part of every mixture's experts, and rows are exchanged.
 
 The objective, the data order and the schedule are those of the plain loop; one process and several see the same tokens
-in the same step. Checkpoints are DeepSpeed's own and need the same number of ranks to go on.
+in the same step. Checkpoints are DeepSpeed's own and need the same number of ranks to resume.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def train_with_deepspeed(
     Arguments:
         model: on every rank with the same weights. After a run with stage 0-2 it holds the trained ones, of the
             experts this rank's part.
-        config: ``optimizer`` must be ``adamw``: ZeRO cuts matrices into flat pieces, which Muon cannot orthogonalise.
+        config: ``optimizer`` must be ``adamw``: ZeRO cuts matrices into flat parts, which Muon cannot orthogonalise.
 
     Raises:
         ValueError: when DeepSpeed is not installed, for another optimiser, a batch or experts that the ranks cannot

@@ -36,7 +36,7 @@ class ExpertsConfig:
 
     Arguments:
         model: a local directory; the result is written beside its weights.
-        windows: pieces of text that are run.
+        windows: of text that are run.
         window_tokens: length of each.
         text_folder: a folder of .txt and .html files; nothing takes the language reference that every Python has.
         dtype: that the model runs in: ``float32``, ``bfloat16``, ``float16``, or ``auto`` (the checkpoint's own).
@@ -112,7 +112,7 @@ def measure_scales(
     """Run text through a decoder and measure its experts' contributions.
 
     Arguments:
-        windows_NL: token ids of N pieces of text of L tokens each, int64.
+        windows_NL: token ids of N windows of L tokens, int64.
         watch: called with the number of tokens done.
 
     Returns: what was measured in each layer; None for layers without experts.

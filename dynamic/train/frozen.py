@@ -54,8 +54,8 @@ class FrozenConfig:
 
     Arguments:
         model: a local directory, a Hub id, or the name of a shipped model: ``default``.
-        output: directory of the run; the same command goes on where it was interrupted. ``model/`` in it has links to
-            the checkpoint's files, and the exits.
+        output: directory of the run; the same command resumes an interrupted run. ``model/`` in it has links to the
+            checkpoint's files, and the exits.
         exit_layers: layers in front of each exit; nothing puts exits at 1/2, 2/3, 4/5 and 14/15 of the depth.
         adapter_rank: rank of the exit-head adapters.
         text: ``python`` (the language reference that every Python has) or ``debian`` (that, and documentation packages

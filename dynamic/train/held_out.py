@@ -37,7 +37,7 @@ def held_out_prompts(
     """Prompts after the first ``skip``, in turn from each label, and there from each package, until one is used up.
 
     Arguments:
-        config: of the recipe; says which blocks its exits took.
+        config: of the recipe; determines the blocks that its exits used.
         length: tokens of a prompt; at most a block of the recipe.
         strict: refuse to give fewer.
 

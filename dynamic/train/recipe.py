@@ -54,7 +54,7 @@ def run_recipe(
         learn: trains a model on a task, in a directory, with a progress line or without; None: in this process.
         progress: show a progress line.
 
-    Returns: where training stands; ``finished`` says whether the model has been exported.
+    Returns: the state of training; ``finished``: whether the model has been exported.
 
     Raises:
         ValueError: for text that cannot be had, a run that cannot fit, or settings that differ from the run's own.
@@ -144,7 +144,7 @@ def as_exported(model: TrainableDecoder, dtype: torch.dtype = torch.bfloat16) ->
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc's allocator to reuse large blocks: returning them means a page fault for every 4 KiB of every step."""
+    """Make glibc's allocator reuse large blocks: returning them means a page fault for every 4 KiB of every step."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)

@@ -83,7 +83,7 @@ class Backbone:
 
 
 def compared_probes(hidden_size: int, layer_flops: int, *, routes: bool = True) -> dict[str, ProbeSpec]:
-    """Every kind in ``COMPARED`` that suits; an ``mlp`` gets the greatest width that 1 % of a layer pays for.
+    """Every applicable kind in ``COMPARED``; an ``mlp`` has the greatest width within 1 % of a layer's cost.
 
     Arguments:
         layer_flops: floating-point operations of a layer for one token.

@@ -120,7 +120,7 @@ def fit_adapter(
 
 
 def fit_probe(spec: ProbeSpec, layer: int, states: ExitStates, correct_R: torch.Tensor, config: HeadTraining) -> Probe:
-    """Train a probe to tell the rows whose early token is the full model's.
+    """Train a probe to detect rows whose early token is the full model's.
 
     Arguments:
         correct_R: 1 where it is, from :func:`exit_labels`.

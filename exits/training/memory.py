@@ -82,7 +82,7 @@ def available_memory(device: torch.device) -> int:
 
 def refuse_if_too_large(estimate: MemoryEstimate, available: int) -> None:
     """Raises:
-    ValueError: when the estimate exceeds what is available; the message says by how much and what to change.
+    ValueError: when the estimate exceeds what is available; the message states by how much and what to change.
     """
     if estimate.total > available:
         raise ValueError(

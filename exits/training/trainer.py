@@ -37,7 +37,7 @@ class TrainerConfig:
         log_every: steps between records in ``metrics.jsonl``.
         evaluate_every: steps between evaluations; 0 evaluates at the end only.
         checkpoint_minutes: time between checkpoints; one more is written at the end.
-        max_minutes: stop after this long with a checkpoint; the same call goes on from there. None runs to the end.
+        max_minutes: stop after this long with a checkpoint; the same call resumes it. None runs to the end.
         tensorboard: write TensorBoard events beside the checkpoints.
 
     Raises:
