@@ -15,12 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from benchmark import command_line
 from dynamoe.kernels.api.router_spec import RouterSpec
 from dynamoe.kernels.api.types import AttentionBatch, KVLayer, Routing
 from dynamoe.kernels.cpu.backend import CpuBackend
 from dynamoe.kernels.cpu.build import isas
 from limits import Limits
-from record import command_line
 
 
 @dataclass(frozen=True, kw_only=True)

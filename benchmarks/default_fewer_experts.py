@@ -9,10 +9,10 @@ import math
 from pathlib import Path
 
 import torch
+from benchmark import command_line, surroundings, write
 from checkout import RESULTS
 from dynamoe import LLM, SamplingParams
 from dynamoe.dynamic.text.calibration_text import reference_pages, token_windows
-from record import command_line, surroundings, write
 
 
 def perplexity(llm: LLM, windows_BL: torch.Tensor) -> float:

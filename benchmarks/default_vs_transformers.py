@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark import command_line, surroundings, write
 from checkout import RESULTS
 from dynamoe import LLM, SamplingParams
 from dynamoe.dynamic.convert.default_model import dense_default_file
 from dynamoe.dynamic.convert.gguf_import import import_gguf
 from dynamoe.dynamic.text.calibration_text import reference_pages, token_windows
-from record import command_line, surroundings, write
 
 
 def ours(dtype: str, concurrency: int, output_len: int) -> tuple[LLM, Callable[[torch.Tensor], list[list[int]]]]:

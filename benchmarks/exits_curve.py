@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmark import command_line, name_of, surroundings, write
 from dynamoe.dynamic.contract.calibration_runs import decoded_layers
 from dynamoe.dynamic.contract.intervals import mean
 from dynamoe.dynamic.contract.served_loss import disagreements
@@ -35,7 +36,6 @@ from dynamoe.dynamic.text.corpus import build_corpus, load_corpus
 from dynamoe.dynamic.train.held_out import held_out_prompts
 from dynamoe.dynamic.train.recipe_config import RecipeConfig
 from dynamoe.dynamic.train.served import blocks_from
-from record import command_line, name_of, surroundings, write
 
 
 def settings(threshold: float | None, exits: tuple[int, ...], tokens: int) -> SamplingParams:

@@ -21,6 +21,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from benchmark import command_line, in_turns, surroundings, write
 from dynamoe.dynamic.convert.model_store import resolve_model
 from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine
@@ -36,7 +37,6 @@ from dynamoe.exits.calibrators import Temperature
 from dynamoe.exits.exit_head import ExitHeadAdapter
 from dynamoe.exits.probes import Probe, ProbeSpec
 from dynamoe.exits.sidecar import JSON_FILE, ExitHeads, backbone_hash, save_heads
-from record import command_line, in_turns, surroundings, write
 
 PROBE = ProbeSpec(kind="mlp", width=2, previous=True, router_entropy=True)
 PROMPT = 32

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmark import command_line, in_turns, name_of, surroundings, write
 from checkout import RESULTS
 from dynamoe.dynamic.contract.served_loss import disagreements
 from dynamoe.dynamic.convert.model_store import resolve_model
@@ -23,7 +24,6 @@ from dynamoe.dynamic.llm import LLM
 from dynamoe.dynamic.model.loaded import LoadedModel
 from exits_curve import corpus_prompts, executed, settings
 from exits_overhead import timed_steps, without_exits
-from record import command_line, in_turns, name_of, surroundings, write
 
 CHUNK = 8  # steps of one turn
 

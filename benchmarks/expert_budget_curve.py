@@ -13,11 +13,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from benchmark import write
 from dynamoe.dynamic.engine.outputs import RequestOutput
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.llm import LLM
 from exits_curve import Prompts, compared, curve_command_line, facts, load, timed
-from record import write
 
 
 def executed_share(outputs: list[RequestOutput], experts_per_row: int) -> float:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import time
 
 import torch
+from benchmark import command_line, surroundings, write
 from dynamoe.kernels.api.router_spec import RouterSpec
 from dynamoe.kernels.cpu.backend import CpuBackend
-from record import command_line, surroundings, write
 
 ROUTINGS = 24  # different ones, so that no cache holds the experts of the next
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
+from benchmark import command_line, name_of, surroundings, write
 from dynamoe.dynamic.convert.model_store import resolve_model
 from dynamoe.dynamic.llm import LLM
 from dynamoe.dynamic.model.decoder import Decoder
@@ -22,7 +23,6 @@ from dynamoe.exits.segments import Segment
 from dynamoe.kernels.api.types import ExpertBudget, Routing
 from dynamoe.moe.contribution import keep_by_layer
 from exits_curve import chosen_prompts
-from record import command_line, name_of, surroundings, write
 
 ROUNDS = 12  # of the search for the setting that skips the wanted share
 STEP = 8  # windows that run at once

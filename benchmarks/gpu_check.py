@@ -29,6 +29,7 @@ if "--rehearse" in sys.argv:
 import moe_layer
 import torch
 import triton
+from benchmark import command_line, write
 from dynamoe.kernels.api.router_spec import RouterSpec
 from dynamoe.kernels.api.support import DTYPES, EXPERTS, REFUSED, ROUTERS
 from dynamoe.kernels.api.types import ExpertWeights, Routing
@@ -39,7 +40,6 @@ from dynamoe.kernels.triton.backend import TritonBackend
 from dynamoe.kernels.triton.tune import tune_experts
 from gpu_attention import check_attention, measure_caches
 from gpu_expect import expect
-from record import command_line, write
 
 GOALS = ((8192, "TFLOP/s", 550.0), (1, "share", 0.50), (8, "share", 0.75), (32, "share", 0.85), (256, "share", 0.85))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark import command_line, surroundings, write
 from checkout import RESULTS
 from dynamoe.dynamic.convert.load_model import load_model
 from dynamoe.dynamic.convert.model_store import resolve_model
@@ -24,7 +25,6 @@ from dynamoe.dynamic.model.loader import load_decoder
 from dynamoe.dynamic.text.calibration_text import reference_pages, token_windows
 from dynamoe.dynamic.text.tokenizer import Tokenizer
 from quantization_quality import compare, log_probabilities
-from record import command_line, surroundings, write
 
 POOL_PAGES = 96  # of bfloat16; int8 gets as many bytes
 NEW_TOKENS, PROMPT_TOKENS = 120, 8

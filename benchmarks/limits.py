@@ -11,8 +11,8 @@ import statistics
 import time
 
 import torch
+from benchmark import command_line
 from dynamoe.kernels.cpu import build as cpu_build
-from record import command_line
 
 
 class Limits:

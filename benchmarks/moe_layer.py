@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from benchmark import command_line, write
 from dynamoe.kernels.api.router_spec import RouterSpec
 from dynamoe.kernels.cpu.build import BuildError
 from dynamoe.kernels.select import select_backend
 from dynamoe.kernels.torch.backend import TorchBackend
 from limits import Limits as MachineLimits
-from record import command_line, write
 
 Layer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 # These wait for the device, which a graph cannot record.

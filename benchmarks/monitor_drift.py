@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmark import command_line, surroundings, write
 from checkout import RESULTS
 from dynamoe.dynamic.contract.catalog import CertificateSource, spent_under
 from dynamoe.dynamic.contract.certificate import Certificate
@@ -27,7 +28,6 @@ from dynamoe.dynamic.convert.model_store import resolve_model
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.llm import LLM
 from dynamoe.dynamic.text.prompt_file import read_prompts
-from record import command_line, surroundings, write
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 

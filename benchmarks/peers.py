@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark import command_line, surroundings, write
 from checkout import RESULTS
 from limits import Limits
 from peers_engines import (
@@ -42,7 +43,6 @@ from peers_engines import (
     prompts,
     weight_bits,
 )
-from record import command_line, surroundings, write
 
 MOST_FOREIGN = 0.15
 WORKER = Path(__file__).with_name("peers_worker.py")

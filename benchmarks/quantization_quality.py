@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark import command_line, name_of, surroundings, write
 from checkout import RESULTS
 from dynamoe.dynamic.convert.model_store import resolve_model
 from dynamoe.dynamic.model.decoder import Decoder
@@ -29,7 +30,6 @@ from dynamoe.dynamic.quantize.methods import METHODS, CalibratedMethod
 from dynamoe.dynamic.text.calibration_text import reference_pages, token_windows
 from dynamoe.dynamic.text.tokenizer import Tokenizer
 from dynamoe.exits.segments import Segment
-from record import command_line, name_of, surroundings, write
 
 INT4 = tuple(f"int4{group}{ending}" for group in ("-g32", "", "-g128") for ending in ("", "-asym"))
 AT_LOAD = ("int8", "int8-g32", "w8a8", *INT4, "w4a8", "w4a8-g32", "fp8", "fp8-block")

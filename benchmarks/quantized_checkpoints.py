@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark import command_line, surroundings, write
 from checkout import RESULTS
 from dynamoe.dynamic.convert.model_store import resolve_model
 from dynamoe.dynamic.model.loader import load_decoder
 from dynamoe.kernels.api.tolerance import error
 from quantization_quality import logits
-from record import command_line, surroundings, write
 
 RECIPES = {
     "llmcompressor": ("gptq", "awq-asym", "int8-groups", "W8A16", "W8A8", "FP8_DYNAMIC", "FP8_BLOCK"),

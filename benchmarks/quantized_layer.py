@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark import command_line, surroundings, write
 from dynamoe.dynamic.model.quantization import methods
 from dynamoe.kernels.api.types import ExpertWeights, Routing
 from dynamoe.kernels.cpu.backend import CpuBackend
-from record import command_line, surroundings, write
 from tqdm import tqdm
 
 EXPERTS, TOP_K, HIDDEN, WIDTH, LAYERS = 32, 8, 1024, 512, 4

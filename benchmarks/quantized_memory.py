@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmark import command_line, surroundings, write
 from checkout import RESULTS
-from record import command_line, surroundings, write
 
 METHODS = ("none", "int8", "w8a8", "int4", "int4-g128")
 MARGIN = 0.5e9  # bytes on top of weights and cache

@@ -1,4 +1,7 @@
-"""What the benchmarks share: their command line, where they ran, and the file their results go into."""
+"""What the benchmarks share: their command line, where they ran, and the file their results go into.
+
+Importing it makes ``import dynamoe`` mean this checkout, so its name sorts before the package's.
+"""
 
 from __future__ import annotations
 
