@@ -4,8 +4,8 @@ Variants decode the same number of sequences and take turns, a few steps each, b
 are compared, those with exits in relation to the same engine's without. A model without exits gets random ones: a share
 of the rows exits at each of them. The output is then meaningless, but its cost is realistic.
 
-Variants: ``off``: the model has exits, and requests run exactly; ``0 % exit``: every probe is evaluated and no row
-exits; and shares of the rows that exit at each exit.
+Variants (named as in earlier results): ``off``: the model has exits, requests run exactly; ``0 % leave``: every
+probe is evaluated and no row exits; and shares of the rows that exit at each exit.
 """
 
 from __future__ import annotations
@@ -143,9 +143,9 @@ def measure(
     needs an engine of its own.
     """
     variants: dict[str, tuple[str, dict[int, float]]] = {"none": ("plain", {}), "off": ("exits", {})}
-    variants["0 % exit"] = ("exits", thresholds(model, 0.0))
+    variants["0 % leave"] = ("exits", thresholds(model, 0.0))
     for share in (0.1, 0.5, 0.9):
-        variants[f"{share:.0%} exit"] = ("exits", thresholds(model, share))
+        variants[f"{share:.0%} leave"] = ("exits", thresholds(model, share))
     names = [name for name in variants if only is None or name in ("none", "off", *only)]
     for batch in batches:
         measured: list[dict[str, float]] = []
