@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .contract.catalog import catalog_for
 from .convert.load_model import load_model
 from .engine.config import EngineConfig
 from .engine.offline import OfflineEngine
+from .engine.vllm_keywords import check_vllm_keywords
 from .model.load_config import LoadConfig
 from .parallel.config import ParallelConfig
 
@@ -35,8 +37,12 @@ class LLM(OfflineEngine):
         parallel: instead of these four, with time-out and micro-batches.
         max_model_len, max_num_seqs, max_num_batched_tokens, enable_prefix_caching, kv_memory, block_size, seed,
             cache_policy, logits_processors: see :class:`EngineConfig`.
+        skip_tokenizer_init: leave the tokenizer alone, or do without one; the model takes and gives token ids.
+        vllm_keywords: further keywords of vLLM's ``LLM``, where they change nothing (:mod:`.engine.vllm_keywords`);
+            ``kv_cache_memory_bytes`` stands for ``kv_memory``.
 
     Raises:
+        TypeError: for a keyword that neither this class nor vLLM's knows.
         ValueError: for a model that cannot be found or is not supported, settings out of range, or a plug-in that
             cannot be loaded.
     """
@@ -68,12 +74,18 @@ class LLM(OfflineEngine):
         pipeline_parallel_size: int = 1,
         data_parallel_size: int = 1,
         parallel: ParallelConfig | None = None,
+        skip_tokenizer_init: bool = False,
+        **vllm_keywords: Any,
     ) -> None:
+        kv_bytes = vllm_keywords.pop("kv_cache_memory_bytes", None)
+        if None not in (kv_bytes, kv_memory):
+            raise ValueError(f"give either kv_memory={kv_memory!r} or kv_cache_memory_bytes={kv_bytes!r}")
+        check_vllm_keywords(vllm_keywords)
         config = EngineConfig(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
-            kv_memory=kv_memory,
+            kv_memory=kv_bytes if kv_memory is None else kv_memory,
             block_size=block_size,
             enable_prefix_caching=enable_prefix_caching,
             seed=seed,
@@ -94,7 +106,7 @@ class LLM(OfflineEngine):
             quantize_lm_head=quantize_lm_head,
             kv_cache_dtype=kv_cache_dtype,
         )
-        self._start(model, load, config, progress, experts_per_token, certificates, parallel)
+        self._start(model, load, config, progress, experts_per_token, certificates, parallel, skip_tokenizer_init)
 
     @classmethod
     def from_config(
@@ -122,8 +134,16 @@ class LLM(OfflineEngine):
         experts_per_token: int | None,
         certificates: str | Path | None,
         parallel: ParallelConfig | None,
+        skip_tokenizer_init: bool = False,
     ) -> None:
-        loaded = load_model(model, load, progress=progress, experts_per_token=experts_per_token, parallel=parallel)
+        loaded = load_model(
+            model,
+            load,
+            progress=progress,
+            experts_per_token=experts_per_token,
+            parallel=parallel,
+            skip_tokenizer_init=skip_tokenizer_init,
+        )
         OfflineEngine.__init__(self, loaded, engine)
         self.catalog = catalog_for(self.engine, None if certificates is None else Path(certificates))
         self.engine.contracts = self.catalog

@@ -48,9 +48,7 @@ class TextPool:
         """
 
         def render_and_encode() -> tuple[str, list[int]]:
-            text = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=add_generation_prompt, **variables
-            )
+            text = self.tokenizer.chat_prompt(messages, add_generation_prompt=add_generation_prompt, **variables)
             text.encode()  # template variables may hold lone surrogates, which tokenizers refuse
             return text, self.tokenizer.encode(text, add_special_tokens)
 

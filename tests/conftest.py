@@ -28,6 +28,7 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 # The kernels are imported after that.
 from dynamoe.kernels.cpu import build as cpu_build
 from dynamoe.kernels.cpu.backend import CpuBackend
+from timeouts import pytest_timeout_set_timer  # noqa: F401 - pytest finds hooks by their names
 
 VOCAB_SIZE = 320
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # ids 0, 1, 2

@@ -68,6 +68,7 @@ def check_report(file: Path, where: str) -> None:
     report = json.loads(file.read_text())
     assert report["target"] == where
     assert "api_key" not in report["settings"]["bench"]
+    assert {"git_revision", "version", "date", "torch", "processor", "threads"} <= set(report["machine"])
     assert [(p["concurrency"], p["input_tokens"], p["requests"]) for p in report["points"]] == [
         (1, 8, 6),
         (3, 8, 6),
@@ -111,7 +112,9 @@ def test_server(server: Any, tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
     assert main(["bench", f"bench.url={server.url}", *GRID, f"bench.json={file}"]) == 0
     check_report(file, server.url)
-    assert json.loads(file.read_text())["model"] == "tiny"
+    report = json.loads(file.read_text())
+    assert report["model"] == "tiny"
+    assert set(report["settings"]) == {"bench"}, "how the server loaded its model is not known here"
 
 
 def test_refusal_of_the_server_is_one_line(server: Any, capfd: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -244,3 +245,49 @@ def test_output_that_nobody_reads_to_its_end_is_no_failure() -> None:
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.startswith("dynamoe serve")
     assert done.stderr == ""
+
+
+def test_completion_offers_commands_settings_and_values(capsys: pytest.CaptureFixture[str]) -> None:
+    def offered(line: str, shell: str = "bash") -> list[str]:
+        assert main(["--complete", shell, line]) == 0
+        return capsys.readouterr().out.split("\n")[:-1]
+
+    assert offered("dynamoe ")[: len(COMMAND_NAMES)] == [f"{name} " for name in COMMAND_NAMES]
+    assert offered("dynamoe ge") == ["generate "]
+    assert offered("dynamoe generate sampling.tem") == ["sampling.temperature="]
+    assert offered("dynamoe generate chat=false engine.enable_prefix_caching=t") == ["true"]
+    assert offered("dynamoe generate engine=thr", "zsh") == ["engine=throughput"]
+    assert offered("dynamoe nothing ") == [""]
+    assert main(["completion", "tcsh"]) == 2
+
+
+def test_bash_completes_a_command_line(tmp_path: Path) -> None:
+    script = tmp_path / "complete.bash"
+    script.write_text(
+        f"""dynamoe() {{ {sys.executable} -m dynamoe "$@"; }}
+eval "$(dynamoe completion bash)"
+COMP_LINE="dynamoe bench engine=lo"; COMP_POINT=${{#COMP_LINE}}
+_dynamoe; printf '%s|' "${{COMPREPLY[@]}}"
+complete -p dynamoe
+"""
+    )
+    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.startswith("low_memory|complete ")
+
+
+def test_several_runs_leave_nothing_behind(received: list[GenerateConfig]) -> None:
+    assert main(["generate", "-m", "sampling.seed=1,2"]) == 0
+    assert [config.sampling.seed for config in received] == [1, 2]
+
+
+def test_a_progress_bar_is_not_written_into_a_file(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    model = make_checkpoint("llama")
+    code = f"import dynamoe; dynamoe.LLM({str(model)!r}).generate(['Hello', 'a'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert "\r" not in done.stderr
+    folders = (Path(__file__).parents[1] / name for name in ("dynamic", "exits", "kernels", "moe", "serve"))
+    sources = [file.read_text() for folder in folders for file in folder.rglob("*.py")]
+    bars = [call for source in sources for call in re.findall(r"\btqdm\([^\n]*\)", source)]
+    assert len(bars) > 5
+    # None: only on a terminal.
+    assert all("disable=None" in call or "or None" in call for call in bars)

@@ -70,7 +70,7 @@ def llm(default_model: Path) -> LLM:
 
 def prompt_ids(tokenizer: Tokenizer) -> list[list[int]]:
     """Ten chats and ten beginnings of texts, alternating, of different lengths."""
-    chats = [tokenizer.apply_chat_template([{"role": "user", "content": question}]) for question in QUESTIONS]
+    chats = [tokenizer.chat_prompt([{"role": "user", "content": question}]) for question in QUESTIONS]
     texts = [text for pair in zip(chats, BEGINNINGS, strict=True) for text in pair]
     return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
 
@@ -146,7 +146,7 @@ def test_chats_are_framed_as_the_file_says(default_model: Path, dense_parent: An
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
     messages += [{"role": "user", "content": "Nothing."}]
     wanted = dense_parent[1].apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert ours.apply_chat_template(messages, add_generation_prompt=True) == wanted
+    assert ours.chat_prompt(messages, add_generation_prompt=True) == wanted
     assert wanted.startswith("<|im_start|>system\n")
     assert ours.special_tokens["eos_token"] == "<|im_end|>"
 

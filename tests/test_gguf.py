@@ -62,7 +62,7 @@ def test_a_gguf_file_is_imported_once_and_is_the_model_it_was_made_from(
     tokenizer = Tokenizer.from_directory(imported)
     wanted = Tokenizer.from_directory(checkpoint).encode(text, add_special_tokens=False)
     assert tokenizer.encode(text, add_special_tokens=False) == wanted
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "hello"}]) == "hello"
+    assert tokenizer.chat_prompt([{"role": "user", "content": "hello"}]) == "hello"
 
 
 ARCHITECTURES = {"mixtral": "llama"}

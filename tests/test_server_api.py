@@ -114,7 +114,7 @@ def test_streamed_text_equals_whole_text(client: openai.OpenAI, settings: dict[s
 
 
 def test_chat_is_the_completion_of_the_rendered_template(client: openai.OpenAI, tokenizer: Tokenizer) -> None:
-    rendered = tokenizer.encode(tokenizer.apply_chat_template(MESSAGES), add_special_tokens=False)
+    rendered = tokenizer.encode(tokenizer.chat_prompt(MESSAGES), add_special_tokens=False)
     asked: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_tokens": 12}
     chat = client.chat.completions.create(messages=MESSAGES, **asked)
     plain = client.completions.create(prompt=rendered, **asked)
@@ -309,7 +309,7 @@ def test_tokenize_and_back(http: httpx.Client, tokenizer: Tokenizer) -> None:
     assert answer["count"] == len(answer["tokens"]) == len(answer["token_strs"])
     assert http.post("/detokenize", json={"tokens": answer["tokens"]}).json() == {"prompt": PROMPT}
     chat = http.post("/tokenize", json={"messages": MESSAGES}).json()
-    assert chat["tokens"] == tokenizer.encode(tokenizer.apply_chat_template(MESSAGES), add_special_tokens=False)
+    assert chat["tokens"] == tokenizer.encode(tokenizer.chat_prompt(MESSAGES), add_special_tokens=False)
     assert http.post("/detokenize", json={"tokens": [2], "skip_special_tokens": True}).json() == {"prompt": ""}
     assert http.post("/detokenize", json={"tokens": [320]}).status_code == 400
     assert http.post("/tokenize", json={}).status_code == 400

@@ -88,14 +88,14 @@ def test_a_tokenizer_without_a_fast_file_is_converted(checkpoint: Path, tmp_path
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     tokenizer = Tokenizer.from_directory(tmp_path)
     same_as_transformers(tokenizer)
-    assert tokenizer.apply_chat_template(CHATS[0]) == CHATS[0][0]["content"]
+    assert tokenizer.chat_prompt(CHATS[0]) == CHATS[0][0]["content"]
 
 
 def test_a_fast_file_needs_no_transformers(checkpoint: Path) -> None:
     program = (
         "import sys; from dynamoe.dynamic.text.tokenizer import Tokenizer; "
         f"t = Tokenizer.from_directory({str(checkpoint)!r}); t.encode('a'); "
-        "t.apply_chat_template([{'role': 'user', 'content': 'a'}]); assert 'transformers' not in sys.modules"
+        "t.chat_prompt([{'role': 'user', 'content': 'a'}]); assert 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
 
@@ -143,24 +143,24 @@ def test_chat_templates_equal_transformers(
         expected = theirs.apply_chat_template(
             chat, tokenize=False, add_generation_prompt=add_generation_prompt, **variables
         )
-        assert tokenizer.apply_chat_template(chat, add_generation_prompt, **variables) == expected
+        assert tokenizer.chat_prompt(chat, add_generation_prompt, **variables) == expected
 
 
 def test_the_jinja_file_wins_and_named_templates_are_chosen_by_tools(checkpoint: Path, tmp_path: Path) -> None:
     named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "with tools"}]
     path = copy_with(checkpoint, tmp_path / "t", chat_template=named)
     tokenizer = Tokenizer.from_directory(path)
-    assert tokenizer.apply_chat_template(CHATS[0]) == "plain"
-    assert tokenizer.apply_chat_template(CHATS[0], tools=TOOLS) == "with tools"
+    assert tokenizer.chat_prompt(CHATS[0]) == "plain"
+    assert tokenizer.chat_prompt(CHATS[0], tools=TOOLS) == "with tools"
     (path / "chat_template.jinja").write_text("from the file")
-    assert Tokenizer.from_directory(path).apply_chat_template(CHATS[0]) == "from the file"
+    assert Tokenizer.from_directory(path).chat_prompt(CHATS[0]) == "from the file"
 
 
 def test_a_missing_template_is_an_error_that_says_so(checkpoint: Path, tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_directory(copy_with(checkpoint, tmp_path / "t", chat_template=None))
     assert not tokenizer.has_chat_template
     with pytest.raises(ValueError, match="has no chat template"):
-        tokenizer.apply_chat_template(CHATS[0])
+        tokenizer.chat_prompt(CHATS[0])
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ..convert.model_config import SharedModelConfig
 from ..engine.config import EngineConfig
-from ..model.machine import processor
+from ..model.machine import run_facts
 from .timing import PointResult, RequestTiming, summarize, table
 
 Measure = Callable[..., tuple[list[RequestTiming], float]]
@@ -127,11 +127,13 @@ def report(target: Target, config: BenchCommandConfig, points: Sequence[PointRes
     """The results with what they depend on, ready for JSON."""
     settings = asdict(config)
     settings["bench"].pop("api_key")
+    if config.bench.url is not None:  # the server chose its model and how it runs
+        settings = {"bench": settings["bench"]}
     return {
         "model": target.name,
         "target": target.where,
         "settings": settings,
-        "machine": {"platform": platform.platform(), "processor": processor(), "cores": os.cpu_count()},
+        "machine": {"platform": platform.platform(), "cores": os.cpu_count(), **run_facts()},
         "points": [asdict(point) for point in points],
     }
 

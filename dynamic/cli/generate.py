@@ -72,7 +72,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, *, chat: bool, system: str 
     if chat and tokenizer.has_chat_template:
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages.append({"role": "user", "content": prompt})
-        return tokenizer.encode(tokenizer.apply_chat_template(messages), add_special_tokens=False)
+        return tokenizer.encode(tokenizer.chat_prompt(messages), add_special_tokens=False)
     if system is not None:
         raise ValueError("system= needs chat=true and a model with a chat template")
     return tokenizer.encode(prompt)

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -27,8 +28,6 @@ HYDRA_OPTIONS = {
     "-cd": True,
     "--config-dir": True,
     "--hydra-help": False,
-    "-sc": True,
-    "--shell-completion": True,
 }
 
 
@@ -53,6 +52,8 @@ def _main(argv: Sequence[str] | None) -> int:
     if arguments[0] == "--version":
         print(importlib.import_module(PACKAGE).__version__)
         return 0
+    if arguments[0] in ("completion", "--complete"):
+        return _complete(arguments)
     command = next((command for command in COMMANDS if command.name == arguments[0]), None)
     if command is None:
         known = ", ".join(command.name for command in COMMANDS)
@@ -77,8 +78,22 @@ def overview() -> str:
             *lines,
             "",
             "`dynamoe COMMAND --help` lists a command's keys.",
+            'Tab completion: eval "$(dynamoe completion bash)", or zsh, or fish.',
         )
     )
+
+
+def _complete(arguments: list[str]) -> int:
+    from .completion import candidates, completion_script
+
+    if arguments[0] == "--complete" and len(arguments) == 3:
+        print("\n".join(candidates(*arguments[1:])))
+        return 0
+    try:
+        print(completion_script(" ".join(arguments[1:])), end="")
+    except ValueError as error:
+        return _fail("dynamoe completion", str(error))
+    return 0
 
 
 def _run(command: Command, arguments: list[str]) -> int:
@@ -95,8 +110,12 @@ def _run(command: Command, arguments: list[str]) -> int:
             raise ValueError(f"it runs in one process; the launcher started {processes}")
         settings, verbatim = _split(arguments, config_class)
         check_arguments(arguments)
-        sys.argv = [f"dynamoe {command.name}", *settings]
-        _hydra_application(command, config_class, verbatim)()
+        with tempfile.TemporaryDirectory(prefix="dynamoe-") as folder:
+            if not command.multirun and not any(setting.startswith("hydra.sweep.dir=") for setting in settings):
+                # Of several runs Hydra writes a list; these commands leave nothing behind.
+                settings += [f"hydra.sweep.dir={folder}", "hydra.sweep.subdir=."]
+            sys.argv = [f"dynamoe {command.name}", *settings]
+            _hydra_application(command, config_class, verbatim)()
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:

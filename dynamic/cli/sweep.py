@@ -6,6 +6,7 @@ A finished job is not run again, a failed one is; a failure is a row with its er
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import traceback
 from dataclasses import asdict
@@ -31,11 +32,13 @@ from .job import JobFailed
 _POLL = 0.5  # seconds between two counts of finished jobs
 
 
-def job(config: DictConfig) -> None:
+def job(config: DictConfig) -> float | tuple[float, ...]:
     """One job of a sweep: measure it, skip it if it was measured before, or record why it failed.
 
     Arguments:
         config: as Hydra composed it.
+
+    Returns: what a sweeper that searches optimises (``objective``); NaN for a job that failed.
     """
     number, records = HydraConfig.get().job.num, Records(Path(str(config.output)).expanduser())
     raw: Any = OmegaConf.to_container(config)
@@ -56,6 +59,15 @@ def job(config: DictConfig) -> None:
     finally:
         logging.disable(logging.NOTSET)
     records.done(number, key)
+    return _objective(records.read(key), list(config.objective), str(config.quality_metric))
+
+
+def _objective(record: dict[str, Any], names: list[str], default: str) -> float | tuple[float, ...]:
+    metrics = record.get("metrics")
+    if metrics is not None and (unknown := [name for name in names if name not in metrics]):
+        raise JobFailed(ValueError(f"objective={unknown[0]} was not measured; there are: {', '.join(metrics)}"))
+    values = tuple(float(metrics[n]["value"]) if metrics and n in metrics else math.nan for n in names or [default])
+    return values if len(values) > 1 else values[0]
 
 
 def measure(config: SweepConfig) -> dict[str, Any]:
@@ -107,7 +119,7 @@ class SweepCallback(Callback):
             raise SystemExit(1)
 
     def _watch(self, records: Records, total: int | None) -> None:
-        with tqdm(total=total, desc="sweep", unit="job") as bar:
+        with tqdm(total=total, desc="sweep", unit="job", disable=None) as bar:
             running = True
             while running:
                 running = not self._stop.wait(_POLL)

@@ -1,4 +1,4 @@
-"""Restricts what a configuration may instantiate through Hydra: objects of this package and Hydra's launchers.
+"""Restricts what a configuration may instantiate through Hydra: objects of this package, and plug-ins of Hydra.
 
 Hydra imports and calls the value of ``_target_``, and Python's logging that of ``()``. A configuration file from
 somebody else must not be able to run code.
@@ -15,15 +15,16 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 PACKAGE = __name__.split(".")[0]
-PLUGINS = frozenset(
-    {
-        "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
-        "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
-        "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher",
-    }
-)
+# Launchers and sweepers of Hydra, and what its Optuna sweeper builds: modules, and the base class of what they offer.
+PLUGINS = {
+    "hydra._internal.core_plugins.": "hydra.plugins.plugin.Plugin",
+    "hydra_plugins.": "hydra.plugins.plugin.Plugin",
+    "optuna.samplers.": "optuna.samplers.BaseSampler",
+}
 _SEARCH = "searchpath"
-_PLUGIN_KEYS = frozenset({"cache_policy", "logits_processors"})
+# What runs code or commands: our plug-ins, and the shell lines of the submitit and Ray launchers.
+_CODE_KEYS = frozenset({"cache_policy", "logits_processors", "setup", "srun_args", "python", "custom_search_space"})
+_CODE_KEYS |= {"setup_commands", "initialization_commands", "worker_setup_commands", "head_setup_commands"}
 
 
 def refuse_foreign_targets(config: Any, where: str) -> None:
@@ -43,8 +44,8 @@ def refuse_foreign_targets(config: Any, where: str) -> None:
                 raise ValueError(f"{where}: a logging factory ('()') is not allowed: {value!r}")
             elif key == _SEARCH and value:
                 raise ValueError(f"{where}: hydra.searchpath is not allowed; use --config-dir")
-            elif key in _PLUGIN_KEYS and value:
-                raise ValueError(f"{where}: {key} run code and are named on the command line only: {value!r}")
+            elif key in _CODE_KEYS and value:
+                raise ValueError(f"{where}: {key} runs code and is given on the command line only: {value!r}")
             refuse_foreign_targets(value, where)
     elif isinstance(config, list):
         for value in config:
@@ -82,16 +83,19 @@ def _config_dirs(arguments: Sequence[str]) -> Iterable[Path]:
 
 
 def _check(target: Any, where: str) -> None:
-    if target in PLUGINS:
-        return
-    if not isinstance(target, str) or not target.startswith(f"{PACKAGE}."):
-        raise ValueError(f"{where}: _target_ must be in {PACKAGE}, not {target!r}")
-    from hydra.utils import get_object
+    from hydra.utils import get_class, get_object
 
+    name = target if isinstance(target, str) else ""
+    prefix = next((p for p in (f"{PACKAGE}.", *PLUGINS) if name.startswith(p)), None)
+    if prefix is None:
+        raise ValueError(f"{where}: _target_ must be in {PACKAGE} or a plug-in of Hydra, not {target!r}")
     try:
-        found = get_object(target)
+        found = get_object(name)
+        base = get_class(PLUGINS[prefix]) if prefix in PLUGINS else object
     except Exception as error:  # whatever an import raises
         raise ValueError(f"{where}: _target_ {target!r} is not there") from error
     # A module's imports can be reached through it too: `package.module.os.system`.
-    if not str(getattr(found, "__module__", "")).startswith(f"{PACKAGE}."):
-        raise ValueError(f"{where}: _target_ must be in {PACKAGE}, and {target!r} is only imported there")
+    if not str(getattr(found, "__module__", "")).startswith(prefix):
+        raise ValueError(f"{where}: _target_ must be in {prefix[:-1]}, and {target!r} is only imported there")
+    if prefix in PLUGINS and not (isinstance(found, type) and issubclass(found, base)):
+        raise ValueError(f"{where}: _target_ {target!r} is no {base.__name__}")

@@ -154,7 +154,7 @@ def _served(llm: OfflineEngine, prompts: Sequence[list[int]], params: Sequence[S
     from tqdm import tqdm
 
     name = ", ".join(f"{layer}: {p}" for layer, p in params[0].exit_thresholds.items())
-    with tqdm(total=len(prompts), desc=f"{{{name}}}", unit="request", disable=not progress) as bar:
+    with tqdm(total=len(prompts), desc=f"{{{name}}}", unit="request", disable=not progress or None) as bar:
         for start in range(0, len(prompts), _GROUP):
             part = [list(prompt) for prompt in prompts[start : start + _GROUP]]
             yield llm.generate(part, params[start : start + len(part)], use_tqdm=False)

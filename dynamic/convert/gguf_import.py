@@ -154,7 +154,7 @@ def _write_direct(
     if kept:
         config["quantization_config"] = kept_codes_config()
     weights = {}
-    for name, tensor in tqdm(tensors.items(), desc="Converting", unit="tensor", disable=not progress):
+    for name, tensor in tqdm(tensors.items(), desc="Converting", unit="tensor", disable=not progress or None):
         num_heads = next((heads[part] for part in name.split(".") if part in heads), None)
         if name in kept:
             codes = codes_of(tensor)

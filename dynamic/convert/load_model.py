@@ -20,6 +20,7 @@ def load_model(
     progress: bool = True,
     parallel: ParallelConfig | None = None,
     experts_per_token: int | None = None,
+    skip_tokenizer_init: bool = False,
     **options: Any,
 ) -> LoadedModel:
     """Load a model by name.
@@ -31,17 +32,19 @@ def load_model(
         parallel: the processes that share the model. In all of them but rank 0 this function does not return: they
             serve rank 0 until it ends, and exit.
         experts_per_token: use fewer routed experts per token than the model was made for.
+        skip_tokenizer_init: leave the tokenizer alone, or do without one; the model takes and gives token ids.
         options: fields of :class:`LoadConfig` that differ from ``config``.
 
     Raises:
         ValueError: when the model or the settings cannot be used.
     """
+    from ..text.no_tokenizer import NoTokenizer
     from ..text.tokenizer import Tokenizer
     from .model_store import resolve_model
 
     settings = replace(config or LoadConfig(), **options)
     path = resolve_model(model, progress=progress)
-    tokenizer = Tokenizer.from_directory(path)
+    tokenizer = None if skip_tokenizer_init else Tokenizer.from_directory(path)
     decoder = load_decoder(
         path, settings, progress=progress, join=joining(parallel), experts_per_token=experts_per_token
     )
@@ -52,6 +55,6 @@ def load_model(
         path=path,
         spec=spec,
         decoder=decoder,
-        tokenizer=tokenizer,
+        tokenizer=tokenizer or NoTokenizer(path, spec.vocab_size),
         generation_defaults=read_generation_defaults(path, spec),
     )

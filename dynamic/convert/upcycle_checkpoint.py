@@ -61,7 +61,7 @@ def plan_splits(
     from tqdm import tqdm
 
     splits: list[ExpertSplit] = []
-    bar = tqdm(total=len(model.model.layers), desc="Splitting into experts", unit="layer", disable=not progress)
+    bar = tqdm(total=len(model.model.layers), desc="Splitting into experts", unit="layer", disable=not progress or None)
     hooks = []
     for layer in model.model.layers:
         inputs: list[torch.Tensor] = []

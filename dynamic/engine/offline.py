@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from ..text.no_tokenizer import NoTokenizer
 from .config import EngineConfig
 from .engine import Engine, EngineFull
 from .outputs import CompletionOutput, RequestOutput
@@ -92,7 +93,7 @@ class OfflineEngine:
         tokenizer = self.model.tokenizer
         requests = []
         for conversation in conversations:
-            text = tokenizer.apply_chat_template(conversation, add_generation_prompt, **variables)
+            text = tokenizer.chat_prompt(conversation, add_generation_prompt, **variables)
             requests.append(_Prompt(text, tokenizer.encode(text, add_special_tokens=False)))
         return self._run(requests, sampling_params, use_tqdm)
 
@@ -139,7 +140,9 @@ class OfflineEngine:
 
         unfinished = len(queue)
         tokens, started = 0, time.perf_counter()
-        with tqdm(total=unfinished, desc="Generating", unit="prompt", disable=not use_tqdm, dynamic_ncols=True) as bar:
+        with tqdm(
+            total=unfinished, desc="Generating", unit="prompt", disable=not use_tqdm or None, dynamic_ncols=True
+        ) as bar:
             while unfinished:
                 self._feed(queue)
                 for delta in self.engine.step():
@@ -171,9 +174,11 @@ class OfflineEngine:
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
         if isinstance(sampling_params, SamplingParams):
-            return [sampling_params] * count
+            sampling_params = [sampling_params] * count
         if len(sampling_params) != count:
             raise ValueError(f"{len(sampling_params)} sampling_params for {count} prompts; give one, or one per prompt")
+        if isinstance(self.model.tokenizer, NoTokenizer):
+            return [replace(params, detokenize=False) for params in sampling_params]
         return list(sampling_params)
 
 

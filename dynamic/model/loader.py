@@ -198,7 +198,7 @@ class _Builder:
         held = range(self.spec.num_layers) if self.placement is None else self.placement.held
         ends = self._ends() if held.start == 0 else self._no_ends()
         layers = []
-        for number in tqdm(held, desc="Loading weights", unit="layer", disable=not progress):
+        for number in tqdm(held, desc="Loading weights", unit="layer", disable=not progress or None):
             layers.append(self._layer(self.layout.layers[number], self.scales[number]))
             self._release()
         spec = self.spec

@@ -1,12 +1,19 @@
-"""The machine's processor, for the records of measurements."""
+"""What ran where: processor, versions, revision of the code, for the records of measurements."""
 
 from __future__ import annotations
 
 import ctypes
+import datetime
+import os
 import platform
+import subprocess
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+
+import torch
+
+from ...version import __version__
 
 
 @cache
@@ -17,6 +24,37 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor()
+
+
+def run_facts() -> dict[str, str | int]:
+    """Revision of the code, versions, date and machine of what this process measures."""
+    return {
+        "git_revision": git_revision(),
+        "version": __version__,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "torch": torch.__version__,
+        "processor": processor(),
+        "cpus": os.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+    }
+
+
+@cache
+def git_revision() -> str:
+    """The commit of the checkout that the package runs from, with ``-dirty`` where files differ; ``none`` elsewhere."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():  # installed: a repository around it would be somebody else's
+        return "none"
+    try:
+        head = _git(root, "rev-parse", "HEAD")
+        return head + ("-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "none"
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def release_free_memory() -> None:

@@ -85,7 +85,9 @@ def quantize_checkpoint(
     }
     layers: list[dict[str, Any]] = _begin(target, settings)
     stream_NLD = _stream(origin, target, len(layers), windows_NL)
-    bar = tqdm(total=origin.spec.num_layers, initial=len(layers), desc="Quantising", unit="layer", disable=not progress)
+    bar = tqdm(
+        total=origin.spec.num_layers, initial=len(layers), desc="Quantising", unit="layer", disable=not progress or None
+    )
     with bar:
         for number in range(len(layers), origin.spec.num_layers):
             stream_NLD, report = _one_layer(origin, target, number, stream_NLD, method, backend)

@@ -164,7 +164,7 @@ def run(config: EvaluateConfig, *, progress: bool | None = True) -> Evaluation:
         quality = _with_keep(config, llm, engine, reference, texts)
     setting = resolve(quality, llm, config.max_tokens)
     unlimited = config.quality.expert_keep is None and config.quality.expert_share is None
-    with tqdm(total=len(prompts) + len(texts), desc="requests", unit="request", disable=not shown) as bar:
+    with tqdm(total=len(prompts) + len(texts), desc="requests", unit="request", disable=not shown or None) as bar:
         served = serve_in_turns(llm, reference, prompts, setting.params, config.timing_groups, bar.update)
         context = config.context_tokens
         forced = force(engine, reference, texts, context, setting.params, bar.update) if texts else None

@@ -15,7 +15,7 @@ from ..contract.catalog import CERTIFICATES
 from ..convert.model_store import resolve_model
 
 # Where results go and how a job runs, not what is measured.
-NO_PART_OF_A_RESULT = frozenset({"output", "compare", "json", "threads", "quality_metric"})
+NO_PART_OF_A_RESULT = frozenset({"output", "compare", "json", "threads", "quality_metric", "objective"})
 
 
 def job_key(config: dict[str, Any]) -> str:
@@ -54,7 +54,11 @@ class Records:
     def finished(self, key: str) -> bool:
         """Whether a job of this key has measured what it should."""
         file = self._jobs / f"{key}.json"
-        return file.exists() and "error" not in json.loads(file.read_text())
+        return file.exists() and "error" not in self.read(key)
+
+    def read(self, key: str) -> dict[str, Any]:
+        """A job's record."""
+        return json.loads((self._jobs / f"{key}.json").read_text())
 
     def write(self, key: str, record: dict[str, Any]) -> None:
         """Store a job's result, atomically."""
@@ -76,7 +80,7 @@ class Records:
         """The records of this run's jobs, by their number; each once."""
         files = sorted((f for f in self._run.iterdir() if not f.name.startswith(".")), key=lambda f: int(f.name))
         keys = dict.fromkeys(file.read_text() for file in files)
-        return [json.loads((self._jobs / f"{key}.json").read_text()) for key in keys]
+        return [self.read(key) for key in keys]
 
 
 def _model_hash(name: str) -> str:

@@ -80,6 +80,8 @@ class SweepConfig(EvaluateConfig):
         output: directory of the sweep; the same command goes on where it was interrupted.
         compare: a key: pairs of jobs that differ in it alone are compared request by request.
         quality_metric: what the plots show against compute.
+        objective: metrics that a job returns to a sweeper that searches (``hydra/sweeper=optuna``), in the order of its
+            directions; empty returns ``quality_metric`` alone. A job that failed returns NaN.
     """
 
     FREE_TEXT: ClassVar[frozenset[str]] = frozenset()  # every key may take several values
@@ -87,6 +89,7 @@ class SweepConfig(EvaluateConfig):
     output: str = "runs/sweep"
     compare: str | None = None
     quality_metric: str = "agreement"
+    objective: list[str] = field(default_factory=list)
     calibration: CalibrationStudyConfig = field(default_factory=CalibrationStudyConfig)
     probes: ProbeStudyConfig = field(default_factory=ProbeStudyConfig)
 

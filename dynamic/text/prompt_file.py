@@ -45,7 +45,7 @@ def _read(line: str, where: str, tokenizer: Tokenizer) -> list[int]:
     if found[0] == "prompt" and isinstance(value, str):
         tokens = tokenizer.encode(value)
     elif found[0] == "messages" and isinstance(value, list):
-        tokens = tokenizer.encode(tokenizer.apply_chat_template(value, True), add_special_tokens=False)
+        tokens = tokenizer.encode(tokenizer.chat_prompt(value, True), add_special_tokens=False)
     elif found[0] == "prompt_token_ids" and isinstance(value, list) and all(type(t) is int for t in value):
         tokens = value
     else:

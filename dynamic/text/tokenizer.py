@@ -154,7 +154,7 @@ class Tokenizer:
             self._chat_templates[name] = ChatTemplate(self._chat_sources[name], self.special_tokens)
         return self._chat_templates[name]
 
-    def apply_chat_template(
+    def chat_prompt(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
     ) -> str:
         """The prompt text of a conversation; encode it with ``add_special_tokens=False``.
@@ -164,8 +164,20 @@ class Tokenizer:
         template = self.chat_template(tools=variables.get("tools") is not None)
         return template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
 
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """What the tokenizer of transformers returns for the same call."""
+        return self.hf()(*arguments, **options)
+
+    def apply_chat_template(self, *arguments: Any, **options: Any) -> Any:
+        """What the tokenizer of transformers returns for the same call."""
+        return self.hf().apply_chat_template(*arguments, **options)
+
     def hf(self) -> PreTrainedTokenizerBase:
-        """The same tokenizer as transformers loads it (slow: imports transformers)."""
+        """The same tokenizer as transformers loads it; the first call imports transformers, which is slow."""
+        return self._hf
+
+    @cached_property
+    def _hf(self) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)

@@ -21,7 +21,8 @@ class TrainConfig:
 
     Arguments:
         output: directory of the run; the same command resumes an interrupted run.
-        max_minutes: stop after about this long, with a checkpoint to resume from; null runs to the end.
+        max_minutes: stop after about this long, with a checkpoint to resume from; null takes
+            ``recipe.trainer.max_minutes``, which is null as well unless set: run to the end.
         threads: CPU threads; null leaves torch's own choice.
         zero: how DeepSpeed divides the run where a launcher started several processes.
     """
@@ -43,8 +44,9 @@ def train(config: TrainConfig) -> None:
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    trainer = replace(config.recipe.trainer, max_minutes=config.max_minutes)
-    recipe, output = replace(config.recipe, trainer=trainer), Path(config.output).expanduser()
+    recipe, output = config.recipe, Path(config.output).expanduser()
+    if config.max_minutes is not None:
+        recipe = replace(recipe, trainer=replace(recipe.trainer, max_minutes=config.max_minutes))
     config.zero.check(launched_size(), recipe.decoder.num_experts)
     if launched_size() > 1:
         run_recipe_together(recipe, output, config.zero)

@@ -168,7 +168,7 @@ def make_exits(
             fit_adapter(adapter, layer, fit, logits, config.training)
         adapter.requires_grad_(False)
     common = frequent_tokens(stream, _REDUCED_VOCABULARY)
-    bar = tqdm(total=1 + len(adapters) * (1 + len(specs)), desc="probes", unit="fit", disable=not progress)
+    bar = tqdm(total=1 + len(adapters) * (1 + len(specs)), desc="probes", unit="fit", disable=not progress or None)
     parts = [(part, choices(part.final_RD, logits)) for part in (fit, calibrate, test)]
     bar.update()
     labels: dict[int, list[torch.Tensor]] = {}

@@ -176,7 +176,7 @@ class TritonBackend(TorchBackend):
         if progress:
             from tqdm import tqdm
 
-            bar = tqdm(launches, desc="compiling kernels", unit="kernel")
+            bar = tqdm(launches, desc="compiling kernels", unit="kernel", disable=None)
         with self._on_device():
             for launch in bar:
                 launch.warm()
