@@ -118,3 +118,57 @@ def test_a_progress_bar_is_shown_by_default(llm: LLM, capfd: pytest.CaptureFixtu
     assert "2/2" in capfd.readouterr().err
     llm.generate([[5, 6]], GREEDY, use_tqdm=False)
     assert capfd.readouterr().err == ""
+
+
+def test_keywords_of_vllm_that_change_nothing_warn_once(
+    make_checkpoint: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    harmless = {"gpu_memory_utilization": 0.9, "enforce_eager": True, "swap_space": 4, "trust_remote_code": False}
+    llm = LLM(make_checkpoint("llama"), progress=False, kv_cache_memory_bytes=1 << 20, **harmless)
+    (warning,) = [record.getMessage() for record in caplog.records if "vLLM" in record.getMessage()]
+    assert warning.endswith("no effect here: enforce_eager, gpu_memory_utilization, swap_space")
+    assert llm.engine.config.kv_memory == 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("keyword", "error", "message"),
+    [
+        ({"trust_remote_code": True}, ValueError, "trust_remote_code=True is not supported here, only False"),
+        ({"cpu_offload_gb": 4}, ValueError, "cpu_offload_gb=4"),
+        ({"speculative_config": {"method": "ngram"}}, ValueError, "speculative_config"),
+        ({"gpu_memory": 0.9}, TypeError, "unexpected keyword argument 'gpu_memory'"),
+    ],
+)
+def test_other_keywords_are_refused_before_a_model_is_loaded(
+    keyword: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        LLM("nowhere", **keyword)
+
+
+def test_the_tokenizer_is_called_as_that_of_transformers(llm: LLM) -> None:
+    tokenizer, theirs = llm.get_tokenizer(), llm.get_tokenizer().hf()
+    chat = [{"role": "user", "content": "Hello"}]
+    assert tokenizer("Hello there")["input_ids"] == theirs("Hello there")["input_ids"]
+    for options in ({"tokenize": False}, {"add_generation_prompt": True, "return_dict": False}):
+        assert tokenizer.apply_chat_template(chat, **options) == theirs.apply_chat_template(chat, **options)
+
+
+def test_a_checkpoint_without_a_tokenizer_serves_token_ids(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    whole = make_checkpoint("llama")
+    bare = tmp_path / "bare"
+    shutil.copytree(whole, bare, ignore=shutil.ignore_patterns("token*", "special*", "chat*"))
+    with pytest.raises(ValueError, match="tokenizer"):
+        LLM(bare, progress=False)
+    llm = LLM(bare, progress=False, skip_tokenizer_init=True)
+    params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True, logprobs=1)
+    (result,) = llm.generate([[5, 6, 7]], params, use_tqdm=False)
+    (same,) = LLM(whole, progress=False).generate([[5, 6, 7]], params, use_tqdm=False)
+    assert result.outputs[0].token_ids == same.outputs[0].token_ids
+    assert result.outputs[0].text == ""
+    with pytest.raises(ValueError, match="without its tokenizer"):
+        llm.generate("Hello", params, use_tqdm=False)
+    with pytest.raises(ValueError, match="stop strings need detokenize"):
+        llm.generate([[5]], SamplingParams(stop=["a"]), use_tqdm=False)

@@ -22,6 +22,7 @@ from dynamoe.dynamic.convert.model_store import resolve_model
 from dynamoe.dynamic.studies.report import comparisons, pareto, swept, tidy, write_report
 from dynamoe.dynamic.studies.serve_configs import write_serve_configs
 from dynamoe.serve.settings import ServerSettings
+from omegaconf import OmegaConf
 
 SMALL = ["model=tiny", "requests=4", "texts=4", "max_tokens=8", "timing_groups=2", "engine.max_num_seqs=4"]
 GRID = ["quality.alpha=null,0.05", "quality.experts_per_token=null,1"]
@@ -211,8 +212,11 @@ FOREIGN = [
     ("a:\n  _target_: dynamoe_evil.run\n", "must be in dynamoe"),
     ("a:\n  _target_: ${oc.env:HOME}\n", "must be in dynamoe"),
     ("hydra:\n  job_logging:\n    handlers:\n      x:\n        (): os.mkdir\n", "logging factory"),
+    ("hydra:\n  launcher:\n    setup: [touch made]\n", "setup runs code"),
+    ("a:\n  _target_: hydra_plugins.hydra_joblib_launcher.joblib_launcher.os.getcwd\n", "only imported there"),
+    ("a:\n  _target_: hydra_plugins.hydra_joblib_launcher.config.JobLibLauncherConf\n", "is no Plugin"),
     ("hydra:\n  searchpath: [file:///tmp]\n", "searchpath is not allowed"),
-    ("engine:\n  logits_processors: [evil.py:Rule]\n", "logits_processors run code"),
+    ("engine:\n  logits_processors: [evil.py:Rule]\n", "logits_processors runs code"),
     ("a: [\n", "cannot be read"),
 ]
 
@@ -248,7 +252,39 @@ def test_a_foreign_target_on_the_command_line_is_refused(argument: str) -> None:
 def test_targets_of_our_own_and_the_launchers_are_allowed() -> None:
     ours = {"_target_": "dynamoe.dynamic.cli.sweep.SweepCallback"}
     joblib = {"_target_": "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"}
-    refuse_foreign_targets({"hydra": {"callbacks": {"sweep": ours}, "launcher": joblib}}, "here")
+    sweeper = {"_target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"}
+    refuse_foreign_targets({"hydra": {"callbacks": {"sweep": ours}, "launcher": joblib, "sweeper": sweeper}}, "here")
+
+
+@pytest.mark.parametrize("wanted", ["hydra_optuna_sweeper", "hydra_submitit_launcher"])
+def test_plug_ins_that_are_installed_are_allowed(wanted: str) -> None:
+    pytest.importorskip(f"hydra_plugins.{wanted}")
+    targets = {
+        "hydra_optuna_sweeper": ("hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper", "optuna.samplers.TPESampler"),
+        "hydra_submitit_launcher": ("hydra_submitit_launcher.submitit_launcher.SlurmLauncher",),
+    }
+    for name in targets[wanted]:
+        target = name if name.startswith("optuna.") else f"hydra_plugins.{name}"
+        refuse_foreign_targets({"hydra": {"plugin": {"_target_": target}}}, "here")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_optuna_searches_for_the_objective(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1"]
+    space = ["quality.exit_threshold=interval(0.5,0.99)", "hydra.sweeper.direction=[maximize,minimize]"]
+    assert sweep(tmp_path, *search, *space, "objective=[agreement,layers_share]") == 0
+    table = pd.read_csv(tmp_path / "table.csv")
+    assert len(table) == 3
+    best = OmegaConf.load(tmp_path / "optimization_results.yaml")
+    measured = {tuple(row) for row in table[["agreement", "layers_share"]].round(9).to_numpy().tolist()}
+    assert {tuple(round(v, 9) for v in solution["values"]) for solution in best.solutions} <= measured
+
+
+def test_an_objective_that_is_not_measured_ends_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep(tmp_path, "requests=2", "texts=2", "max_tokens=2", "objective=[beauty]") == 2
+    assert "objective=beauty was not measured; there are: agreement" in capsys.readouterr().err
 
 
 @pytest.mark.slow
