@@ -16,8 +16,7 @@ from dynamoe.dynamic.cli.main import main
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.llm import LLM
 from dynamoe.dynamic.model.loader import load_decoder
-from dynamoe.dynamic.train.frozen import FrozenConfig, make_frozen_exits
-from dynamoe.dynamic.train.frozen_states import (
+from dynamoe.dynamic.train.exit_states import (
     collect_served_states,
     default_exit_layers,
     load_states,
@@ -25,6 +24,7 @@ from dynamoe.dynamic.train.frozen_states import (
     refuse_if_too_many,
     served_backbone,
 )
+from dynamoe.dynamic.train.frozen import FrozenConfig, make_frozen_exits
 from dynamoe.exits.sidecar import load_heads
 from dynamoe.exits.training.exit_heads import ExitHeadsConfig
 from dynamoe.exits.training.heads import HeadTraining
