@@ -6,9 +6,8 @@
 Needs torch ≥ 2.11, triton ≥ 3.6, transformers and this checkout, which need not be installed. Correctness comes first:
 every backend, dtype, routing rule, cache format and edge shape against the oracles, determinism, and replay from a CUDA
 graph, bfloat16 first. Then attention over long contexts is timed for every cache format, every shape is tuned, and the
-tables are measured. Compiling takes most of the first part, which
-gets at most half of the time; what it did not come to is in the results. A failure is reported at the end and makes the
-exit status 1.
+tables are measured. Compiling takes most of the first part, which gets at most half of the time; what was left out is
+in the results. A failure is reported at the end and makes the exit status 1.
 """
 
 from __future__ import annotations
@@ -38,8 +37,7 @@ from dynamoe.kernels.select import select_backend
 from dynamoe.kernels.torch.backend import TorchBackend
 from dynamoe.kernels.triton.backend import TritonBackend
 from dynamoe.kernels.triton.tune import tune_experts
-from gpu_attention import check_attention, measure_caches
-from gpu_expect import expect
+from gpu_attention import check_attention, expect, measure_caches
 
 GOALS = ((8192, "TFLOP/s", 550.0), (1, "share", 0.50), (8, "share", 0.75), (32, "share", 0.85), (256, "share", 0.85))
 
@@ -191,7 +189,7 @@ def correctness(report: Report, device: torch.device, small: bool, until: float)
 
 
 def run_checks(cell: str, checks: list[Callable[[], Any]], report: Report, until: float) -> None:
-    """Run all checks even if one fails, because a machine with a GPU is rare and each failure is news."""
+    """Run all checks even if one fails, because time on a GPU is rare and every failure is to be reported."""
     begin, fine = time.monotonic(), True
     if begin > until:
         report.left_out.append(cell)
@@ -217,7 +215,7 @@ def long_contexts(report: Report, device: torch.device, small: bool) -> None:
     """Time attention for every format of keys and values; what fails is reported like a wrong result."""
     try:
         report.attention += measure_caches(TritonBackend(device, torch.bfloat16), small)
-    except Exception as error:  # the tables are still worth having
+    except Exception as error:  # the tables are measured all the same
         report.failures.append(f"attention over long contexts: {type(error).__name__}: {error}")
         print(report.failures[-1], file=sys.stderr)
 

@@ -28,8 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import command_line, surroundings, write
-from checkout import RESULTS
+from benchmark import RESULTS, command_line, surroundings, write
 from limits import Limits
 from peers_engines import (
     CELLS,
@@ -94,7 +93,8 @@ def experts_hit(options: argparse.Namespace) -> dict[str, float]:
     worker.signal(signal.SIGCONT)
     shares = {}
     for count in CONCURRENCY:
-        shares[f"decode {count}"] = worker.ask(prompts(count, PROMPT, 2000), 24)["experts_hit"]
+        question = {"tokens": prompts(count, PROMPT, 2000), "output_len": 24}
+        shares[f"decode {count}"] = worker.ask(question)["experts_hit"]
     worker.close()
     return shares
 

@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import command_line, surroundings, write
-from checkout import RESULTS
+from benchmark import RESULTS, command_line, surroundings, write
 from dynamoe.dynamic.convert.model_store import resolve_model
 from dynamoe.dynamic.model.loader import load_decoder
 from dynamoe.kernels.api.tolerance import error

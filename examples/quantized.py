@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def describe(model: str, method: str) -> str:
-    """Load, answer, and let go of the model again."""
+    """Load the model, answer, and release it."""
     llm = LLM(model, dtype="bfloat16", quantization=method, kv_memory="64MiB")
     (result,) = llm.chat(QUESTION, SamplingParams(temperature=0, max_tokens=40), use_tqdm=False)
     tokens = result.compute.tokens

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 def provenance(llm: LLM) -> dict[str, Scalar]:
     """Flat names and values; those of the deployment are what a certificate is bound to."""
-    engine = llm.engine
-    facts = deployment(llm.model, engine.runner.exits, engine.logits_plugins, engine.cache_plugins)
     return {
         "git_revision": git_revision(),
         "version": __version__,
@@ -32,8 +30,14 @@ def provenance(llm: LLM) -> dict[str, Scalar]:
         "processor": processor(),
         "cpus": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
-        **{f"deployment.{name}": value for name, value in facts.items()},
+        **{f"deployment.{name}": value for name, value in deployment_of(llm).items()},
     }
+
+
+def deployment_of(llm: LLM) -> dict[str, Scalar]:
+    """What certificates of a running model are bound to."""
+    engine = llm.engine
+    return deployment(llm.model, engine.runner.exits, engine.logits_plugins, engine.cache_plugins)
 
 
 @cache
