@@ -3,8 +3,6 @@
 Importing it makes ``import dynamoe`` mean this checkout, installed or not, so its name sorts before the package's.
 """
 
-from __future__ import annotations
-
 import argparse
 import datetime
 import importlib.util

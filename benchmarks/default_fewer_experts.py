@@ -3,8 +3,6 @@
 ``python benchmarks/default_fewer_experts.py`` writes ``benchmarks/results/default_fewer_experts.json``.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

@@ -6,8 +6,6 @@ number of tokens greedily. The two take turns, who goes first alternates, and me
 drift. Prefill is part of the time; the prefix cache is off, or every repetition but the first would skip it.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import statistics

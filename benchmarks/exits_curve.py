@@ -13,8 +13,6 @@ never saw count apart. With ``--choose 0.02`` one half of the prompts chooses th
 and, with matplotlib, an SVG beside it.
 """
 
-from __future__ import annotations
-
 import argparse
 import time
 from collections import Counter

@@ -8,8 +8,6 @@ Variants (named as in earlier results): ``off``: the model has exits, requests r
 probe is evaluated and no row exits; and shares of the rows that exit at each exit.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import tempfile

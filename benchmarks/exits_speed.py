@@ -9,8 +9,6 @@ that was launched for decoded tokens, the disagreement, and what part of a full 
 themselves (timed alone, with a short context).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from benchmark import RESULTS, command_line, in_turns, name_of, surroundings, write

@@ -8,8 +8,6 @@ of the full model. The model must have been through ``dynamoe experts``. Written
 ``results/expert_budget_curve_NAME.json``.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from benchmark import write

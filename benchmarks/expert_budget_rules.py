@@ -6,8 +6,6 @@ and the share of positions whose most likely token is unchanged. The model must 
 Written to ``results/expert_budget_rules_NAME.json``.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Attention in ``gpu_check.py``: every cache format against the oracle, then their times at long contexts."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

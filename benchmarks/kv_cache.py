@@ -6,8 +6,6 @@ bytes per token against bfloat16, and how many requests of one length run in a p
 preempted, with int8.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

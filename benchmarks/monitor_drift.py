@@ -7,8 +7,6 @@ with probes that are too sure of themselves, as after a mistake in a conversion.
 found: each stream's mean loss is reported as well. Written to ``results/monitor_drift_tiny.json``.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import tempfile

@@ -16,8 +16,6 @@ everything else once, and the cache) at the read bandwidth; operations of the pr
 matrix product, bf16 or fp32.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -30,18 +28,7 @@ from typing import Any
 import torch
 from benchmark import RESULTS, command_line, surroundings, write
 from limits import Limits
-from peers_engines import (
-    CELLS,
-    CONCURRENCY,
-    OUTPUT,
-    PREFILL,
-    PROMPT,
-    Foreign,
-    LlamaCpp,
-    Worker,
-    prompts,
-    weight_bits,
-)
+from peers_engines import CELLS, CONCURRENCY, OUTPUT, PREFILL, PROMPT, Foreign, LlamaCpp, Worker, prompts, weight_bits
 
 MOST_FOREIGN = 0.15
 WORKER = Path(__file__).with_name("peers_worker.py")

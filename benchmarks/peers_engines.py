@@ -1,7 +1,5 @@
 """The engines of ``peers.py``, each behind ``turn(cell, seed)`` -> tokens per second, and the share others took."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -5,8 +5,6 @@ input is ``{"tokens": [prompt ids, ...], "output_len": N}``; the answer is ``{"s
 how long the start took. End of input ends the process.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

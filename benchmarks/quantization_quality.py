@@ -9,8 +9,6 @@ measures on windows of the other pages that calibration left out: what variants 
 file is written anew after each method: ``results/quantization_quality_NAME.json``, with matplotlib an SVG beside it.
 """
 
-from __future__ import annotations
-
 import argparse
 import tempfile
 import time

@@ -8,8 +8,6 @@ dequantised weights give, as a share of the largest logit. Where inputs are roun
 inputs, ``distance`` (of ours) and ``their_distance`` are those from the logits without rounded inputs.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

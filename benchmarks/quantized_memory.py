@@ -4,8 +4,6 @@ For each model and method a separate process loads it, serves prompts and report
 what its cache takes, and its peak memory (``VmHWM`` of Linux, shared libraries included).
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import subprocess

@@ -11,8 +11,6 @@ programs on the machine disturb less; and whether the two gave the same tokens. 
 16 tokens each.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -10,8 +10,6 @@ alpha in a share of at most delta of the calibrations; conformal risk control, t
 Shape suffixes: M settings, safest first; N requests.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

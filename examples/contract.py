@@ -8,8 +8,6 @@ most that share may differ from what all layers would have chosen. Certificates 
 were calibrated on: elsewhere the request runs exactly, and ``reason`` says so (then calibrate: own_certificate.py).
 """
 
-from __future__ import annotations
-
 import httpx
 from running_server import running_server, server_arguments
 

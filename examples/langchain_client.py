@@ -6,8 +6,6 @@ starts a server for itself; ``--base-url http://127.0.0.1:8000/v1`` takes one th
 ``pip install langchain-openai``.
 """
 
-from __future__ import annotations
-
 import sys
 
 from running_server import running_server, server_arguments

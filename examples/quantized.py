@@ -7,8 +7,6 @@ faster by about what is saved here. int8 is all but free for the default model, 
 docs/quantization.md has the numbers, and ``dynamoe prepare quantization=gptq`` is the better int4.
 """
 
-from __future__ import annotations
-
 import argparse
 import resource
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What the examples that need a server share: take the one that runs, or start one for as long as the example does."""
 
-from __future__ import annotations
-
 import argparse
 import re
 import subprocess

@@ -6,8 +6,6 @@ starts a server for itself. To use one that runs already (``make serve``), name 
 ``python examples/streaming_client.py --base-url http://127.0.0.1:8000/v1``. The client is ``pip install openai``.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 

@@ -157,12 +157,7 @@ def _engine_target(config: BenchCommandConfig) -> Target:
 
 
 def measure_engine(
-    engine: Engine,
-    prompts: Sequence[Sequence[int]],
-    *,
-    concurrency: int,
-    output_len: int,
-    done: Callable[[], object],
+    engine: Engine, prompts: Sequence[Sequence[int]], *, concurrency: int, output_len: int, done: Callable[[], object]
 ) -> tuple[list[RequestTiming], float]:
     """Keep ``concurrency`` requests in the engine until every prompt has been answered.
 

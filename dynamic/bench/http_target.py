@@ -12,6 +12,7 @@ import httpx
 
 from .timing import RequestTiming
 
+_TIMEOUT = 600.0  # seconds without a byte after which a request counts as failed
 # Source of token ids for random prompts.
 SAMPLE_TEXT = """
 Every morning the harbour master writes down which ships came in, how deep they lay in the water, and what they carried:
@@ -27,16 +28,14 @@ class ServerTarget:
     Arguments:
         url: its address, with or without ``/v1``.
         api_key: sent as a bearer token.
-        timeout: seconds without a byte after which a request counts as failed.
 
     Raises:
         ValueError: when it does not answer.
     """
 
-    def __init__(self, url: str, api_key: str | None = None, timeout: float = 600.0) -> None:
+    def __init__(self, url: str, api_key: str | None = None) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        self._timeout = timeout
         self.model: str = self._call("GET", "/v1/models")["data"][0]["id"]
 
     def token_ids(self, text: str) -> list[int]:
@@ -54,12 +53,7 @@ class ServerTarget:
         return reply.json()
 
     def measure(
-        self,
-        prompts: Sequence[Sequence[int] | str],
-        *,
-        concurrency: int,
-        output_len: int,
-        done: Callable[[], object],
+        self, prompts: Sequence[Sequence[int] | str], *, concurrency: int, output_len: int, done: Callable[[], object]
     ) -> tuple[list[RequestTiming], float]:
         """Keep ``concurrency`` requests open until every prompt has been answered; see :func:`measure_engine`.
 
@@ -76,7 +70,7 @@ class ServerTarget:
                 done()
 
         async def run() -> float:
-            async with httpx.AsyncClient(headers=self._headers, timeout=self._timeout, limits=limits) as client:
+            async with httpx.AsyncClient(headers=self._headers, timeout=_TIMEOUT, limits=limits) as client:
                 begin = time.perf_counter()
                 async with asyncio.TaskGroup() as group:
                     for _ in range(min(concurrency, len(prompts))):
