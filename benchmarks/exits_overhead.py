@@ -12,10 +12,11 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 import torch
@@ -114,9 +115,14 @@ def decode(engine: Engine, batch: int, spent: dict[str, Any]) -> tuple[float, in
     return measured
 
 
-def without_slowest(turns: list[Any]) -> list[Any]:
-    """All but the slowest tenth."""
-    return sorted(turns)[: -max(1, len(turns) // 10)]
+def seconds_per_token(measurements: dict[str, Callable[[], tuple[float, int]]], turns: int) -> dict[str, float]:
+    """Over all turns but the slowest tenth, of measurements that take turns and give seconds and tokens."""
+    names, found = list(measurements), {name: list[tuple[float, int]]() for name in measurements}
+    for turn in range(turns):
+        for name in in_turns(names, turn):
+            found[name].append(measurements[name]())
+    kept = {name: sorted(pairs)[: -max(1, turns // 10)] for name, pairs in found.items()}
+    return {name: sum(s for s, _ in pairs) / sum(t for _, t in pairs) for name, pairs in kept.items()}
 
 
 def timed_steps(engine: Engine, count: int) -> tuple[float, int]:
@@ -138,8 +144,8 @@ def measure(
     """
     variants: dict[str, tuple[str, dict[str, Any]]] = {"none": ("plain", {}), "off": ("exits", {})}
     for name, share in (("0 % leave", 0.0), ("10% leave", 0.1), ("50% leave", 0.5), ("90% leave", 0.9)):
-        variants[name] = ("exits", {"exit_thresholds": thresholds(model, share)})
-    names = [name for name in variants if only is None or name in ("none", "off", *only)]
+        if only is None or name in only:
+            variants[name] = ("exits", {"exit_thresholds": thresholds(model, share)})
     for batch in batches:
         measured: list[dict[str, float]] = []
         for _ in range(rounds):
@@ -147,13 +153,8 @@ def measure(
                 kind: Engine(which, EngineConfig(max_num_seqs=batch, enable_prefix_caching=False))
                 for kind, which in (("plain", plain), ("exits", model))
             }
-            found: dict[str, list[float]] = {name: [] for name in names}
-            for turn in range(turns):
-                for name in in_turns(names, turn):
-                    kind, spent = variants[name]
-                    seconds, tokens = decode(engines[kind], batch, spent)
-                    found[name].append(seconds / tokens)
-            measured.append({name: mean(without_slowest(times)) for name, times in found.items()})
+            decoding = {name: partial(decode, engines[kind], batch, spent) for name, (kind, spent) in variants.items()}
+            measured.append(seconds_per_token(decoding, turns))
         yield batch, measured
 
 

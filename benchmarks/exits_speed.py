@@ -9,9 +9,10 @@ that was launched for decoded tokens, the disagreement, and what part of a full 
 themselves (timed alone, with a short context).
 """
 
+from functools import partial
 from typing import Any
 
-from benchmark import RESULTS, command_line, in_turns, name_of, surroundings, write
+from benchmark import RESULTS, command_line, name_of, surroundings, write
 from dynamoe.dynamic.contract.served_loss import disagreements
 from dynamoe.dynamic.convert.model_store import resolve_model
 from dynamoe.dynamic.engine.config import EngineConfig
@@ -21,20 +22,9 @@ from dynamoe.dynamic.engine.step_times import measure_step_times
 from dynamoe.dynamic.llm import LLM
 from dynamoe.dynamic.model.loaded import LoadedModel
 from exits_curve import corpus_prompts, executed, greedy, spent
-from exits_overhead import timed_steps, without_exits, without_slowest
+from exits_overhead import seconds_per_token, timed_steps, without_exits
 
 CHUNK = 8  # steps of one turn
-
-
-def seconds_per_token(engines: dict[str, Engine], turns: int) -> dict[str, float]:
-    """Over all turns but the slowest tenth; who goes first changes from turn to turn."""
-    found: dict[str, list[tuple[float, int]]] = {name: [] for name in engines}
-    names = list(engines)
-    for turn in range(turns):
-        for name in in_turns(names, turn):
-            found[name].append(timed_steps(engines[name], CHUNK))
-    kept = {name: without_slowest(turns) for name, turns in found.items()}
-    return {name: sum(s for s, _ in turns) / sum(t for _, t in turns) for name, turns in kept.items()}
 
 
 def decoding(model: LoadedModel, prompts: list[list[int]], params: SamplingParams) -> Engine:
@@ -55,7 +45,8 @@ def relative(model: LoadedModel, prompts: list[list[int]], at_once: int, params:
     groups = [prompts[n : n + at_once] for n in range(0, len(prompts) - at_once + 1, at_once)]
     for group in groups:
         engines = {"full": decoding(plain, group, greedy(tokens)), "exits": decoding(model, group, params)}
-        for name, seconds in seconds_per_token(engines, turns).items():
+        steps = {name: partial(timed_steps, engine, CHUNK) for name, engine in engines.items()}
+        for name, seconds in seconds_per_token(steps, turns).items():
             totals[name] += seconds / len(groups)
     cache = plain.decoder.allocate_cache(at_once, EngineConfig().block_size)
     alone, step = measure_step_times(plain.decoder, cache, at_once), totals["full"] * at_once

@@ -30,7 +30,7 @@ from ..parallel.config import ParallelConfig
 from ..text.prompt_file import read_prompts
 from ..train.held_out import PROMPTS_FILE
 from ..train.recipe import claim, plot_path
-from .provenance import deployment_of
+from .records import deployment_of
 from .requests import draw
 
 if TYPE_CHECKING:

@@ -21,8 +21,7 @@ from ..contract.intervals import Estimate, mean
 from ..engine.config import EngineConfig
 from ..llm import LLM
 from .evaluate import Evaluation
-from .provenance import provenance
-from .records import job_key
+from .records import job_key, provenance
 from .requests import draw, requests_from
 from .sweep_config import CONFORMAL, CalibrationStudyConfig, SweepConfig
 

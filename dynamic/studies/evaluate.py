@@ -23,7 +23,7 @@ from ..engine.config import EngineConfig
 from ..llm import LLM
 from ..model.decoder import Decoder
 from .forced import Forced, ForcingEngine, force
-from .provenance import provenance
+from .records import provenance
 from .requests import draw, forced_texts, read_requests, requests_from
 from .served import Served, serve_in_turns
 from .setting import StudiedQuality, by_router_weight, find_keep, resolve

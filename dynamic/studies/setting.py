@@ -15,7 +15,7 @@ from ..contract.resolve import Contracts
 from ..engine.quality import Quality
 from ..engine.sampling_params import SamplingParams
 from ..model.decoder import make_stack
-from .provenance import deployment_of
+from .records import deployment_of
 
 if TYPE_CHECKING:
     from ..llm import LLM
