@@ -1,19 +1,30 @@
 """What the benchmarks share: their command line, where they ran, and the file their results go into.
 
-Importing it makes ``import dynamoe`` mean this checkout, so its name sorts before the package's.
+Importing it makes ``import dynamoe`` mean this checkout, installed or not, so its name sorts before the package's.
 """
-
-from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from checkout import RESULTS
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+if "dynamoe" not in sys.modules:
+    _spec = importlib.util.spec_from_file_location(
+        "dynamoe", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
+    assert _spec is not None
+    assert _spec.loader is not None
+    _package = importlib.util.module_from_spec(_spec)
+    sys.modules["dynamoe"] = _package
+    _spec.loader.exec_module(_package)
 
 
 def command_line(description: str | None, *, name: bool = False, output: bool = False) -> argparse.ArgumentParser:

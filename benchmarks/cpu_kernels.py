@@ -7,8 +7,6 @@ The limits are probed between the repetitions; medians are compared with medians
 rotate over several copies, so that no cache holds them.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable

@@ -3,28 +3,23 @@
 ``python benchmarks/default_fewer_experts.py`` writes ``benchmarks/results/default_fewer_experts.json``.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 
 import torch
-from benchmark import command_line, surroundings, write
-from checkout import RESULTS
-from dynamoe import LLM, SamplingParams
-from dynamoe.dynamic.text.calibration_text import reference_pages, token_windows
+from benchmark import RESULTS, command_line, surroundings, write
+from dynamoe.dynamic.convert.model_store import resolve_model
+from dynamoe.dynamic.model.decoder import Decoder
+from dynamoe.dynamic.model.loader import load_decoder
+from quantization_quality import held_out_windows, log_probabilities
 
 
-def perplexity(llm: LLM, windows_BL: torch.Tensor) -> float:
+@torch.inference_mode()
+def perplexity(decoder: Decoder, windows_NL: torch.Tensor) -> float:
     """Over all tokens of the windows but the first of each."""
-    params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
-    total = 0.0
-    for output in llm.generate(windows_BL.tolist(), params, use_tqdm=False):
-        assert output.prompt_logprobs is not None
-        for token, choices in zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True):
-            assert choices is not None
-            total -= choices[token].logprob
-    return math.exp(total / (windows_BL.shape[0] * (windows_BL.shape[1] - 1)))
+    pairs = zip(windows_NL, log_probabilities(decoder, windows_NL), strict=True)
+    total = sum(float(found_LV.gather(1, ids_L[1:, None]).double().sum()) for ids_L, found_LV in pairs)
+    return math.exp(-total / (windows_NL.numel() - len(windows_NL)))
 
 
 def main() -> None:
@@ -37,16 +32,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS / "default_fewer_experts.json")
     options = parser.parse_args()
 
-    rows = []
+    path, rows = resolve_model(options.model), []
+    windows_NL = held_out_windows(path, options.windows, options.length)
     for count in options.experts_per_token:
-        llm = LLM(options.model, dtype=options.dtype, experts_per_token=count, progress=False)
-        tokenizer = llm.get_tokenizer().backend
-        pages = reference_pages(held_out=True)
-        windows_BL = token_windows(tokenizer, pages, count=options.windows, length=options.length)
-        moe = llm.model.spec.layers[0].moe
+        decoder = load_decoder(path, dtype=options.dtype, experts_per_token=count)
+        moe = decoder.spec.layers[0].moe
         assert moe is not None
         share = (count + moe.num_always_on) / moe.num_experts
-        found = perplexity(llm, windows_BL)
+        found = perplexity(decoder, windows_NL)
         rows.append({"routed_experts": count, "share_of_ffn": share, "perplexity": found})
         print(f"{count:2} routed experts, {share:6.1%} of the FFN: perplexity {found:.2f}", flush=True)
     record = {

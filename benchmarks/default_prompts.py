@@ -4,8 +4,6 @@ One JSON object per line with ``messages``, as ``dynamoe calibrate prompts=FILE`
 for functions and methods of the standard library that have a docstring, in an order that a seed draws.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import inspect

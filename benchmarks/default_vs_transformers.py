@@ -6,8 +6,6 @@ number of tokens greedily. The two take turns, who goes first alternates, and me
 drift. Prefill is part of the time; the prefix cache is off, or every repetition but the first would skip it.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import statistics
@@ -18,24 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import command_line, surroundings, write
-from checkout import RESULTS
+from benchmark import RESULTS, command_line, surroundings, write
 from dynamoe import LLM, SamplingParams
 from dynamoe.dynamic.convert.default_model import dense_default_file
 from dynamoe.dynamic.convert.gguf_import import import_gguf
-from dynamoe.dynamic.text.calibration_text import reference_pages, token_windows
-
-
-def ours(dtype: str, concurrency: int, output_len: int) -> tuple[LLM, Callable[[torch.Tensor], list[list[int]]]]:
-    """Our engine on the default model, all experts on, and a function that answers a batch of prompts with it."""
-    llm = LLM("default", dtype=dtype, max_num_seqs=concurrency, enable_prefix_caching=False, progress=False)
-    params = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True)
-
-    def generate(prompts_BL: torch.Tensor) -> list[list[int]]:
-        outputs = llm.generate(prompts_BL.tolist(), params, use_tqdm=False)
-        return [list(output.outputs[0].token_ids) for output in outputs]
-
-    return llm, generate
+from quantization_quality import held_out_windows
 
 
 def transformers_parent(dtype: str, output_len: int) -> Callable[[torch.Tensor], list[list[int]]]:
@@ -67,12 +52,16 @@ def seconds(run: Callable[[torch.Tensor], list[list[int]]], prompts_BL: torch.Te
 
 def measure(dtype: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per concurrency: tokens per second of both, and the ratio of the medians."""
-    llm, engine = ours(dtype, max(options.concurrency), options.output_len)
-    runs = {"dynamoe": engine, "transformers": transformers_parent(dtype, options.output_len)}
-    pages = reference_pages(held_out=True)
-    prompts_BL = token_windows(
-        llm.get_tokenizer().backend, pages, count=max(options.concurrency), length=options.input_len
-    )
+    most = max(options.concurrency)
+    llm = LLM("default", dtype=dtype, max_num_seqs=most, enable_prefix_caching=False, progress=False)
+    params = SamplingParams(temperature=0.0, max_tokens=options.output_len, ignore_eos=True)
+
+    def ours(prompts_BL: torch.Tensor) -> list[list[int]]:
+        outputs = llm.generate(prompts_BL.tolist(), params, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    runs = {"dynamoe": ours, "transformers": transformers_parent(dtype, options.output_len)}
+    prompts_BL = held_out_windows(llm.model.path, most, options.input_len)
     times: dict[tuple[str, int], list[float]] = {(name, c): [] for name in runs for c in options.concurrency}
     for concurrency in options.concurrency:
         for run in runs.values():

@@ -13,18 +13,17 @@ never saw count apart. With ``--choose 0.02`` one half of the prompts chooses th
 and, with matplotlib, an SVG beside it.
 """
 
-from __future__ import annotations
-
 import argparse
 import time
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from benchmark import command_line, name_of, surroundings, write
-from dynamoe.dynamic.contract.calibration_runs import decoded_layers
+from dynamoe.dynamic.contract.calibration_runs import decoded_work
 from dynamoe.dynamic.contract.intervals import mean
 from dynamoe.dynamic.contract.served_loss import disagreements
 from dynamoe.dynamic.convert.model_store import cache_home, resolve_model
@@ -38,71 +37,60 @@ from dynamoe.dynamic.train.recipe_config import RecipeConfig
 from dynamoe.dynamic.train.served import blocks_from
 
 
-def settings(threshold: float | None, exits: tuple[int, ...], tokens: int) -> SamplingParams:
-    """Greedy, to a fixed length; None runs all layers."""
-    return SamplingParams(
-        temperature=0.0,
-        max_tokens=tokens,
-        ignore_eos=True,
-        detokenize=False,
-        quality="exact" if threshold is None else None,
-        exit_thresholds={} if threshold is None else dict.fromkeys(exits, threshold),
-    )
+def greedy(tokens: int, **spent: Any) -> SamplingParams:
+    """Greedy, to a fixed length: with thresholds or a budget, or all layers and experts."""
+    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    return replace(params, quality=None, **spent) if spent else params
+
+
+def spent(llm: LLM, setting: dict[str, Any]) -> dict[str, Any]:
+    """What a request spends at a setting: a ``threshold`` is the same at every exit, and None runs all layers."""
+    if "threshold" not in setting:
+        return setting
+    threshold = setting["threshold"]
+    return {} if threshold is None else {"exit_thresholds": dict.fromkeys(llm.model.decoder.exits, threshold)}
 
 
 def executed(outputs: list[RequestOutput], num_layers: int) -> dict[str, Any]:
-    """Launched rows of decoded tokens: prompts, which run all layers, are taken off."""
-    rows, full, projected, depths = 0, 0, 0, dict[int, int]()
-    for output in outputs:
-        assert output.compute is not None
-        ran, all_layers = decoded_layers(output, num_layers)
-        rows, full = rows + ran, full + all_layers
-        projected += output.compute.projected_rows
-        for depth in output.outputs[0].layers[1:]:
-            depths[depth] = depths.get(depth, 0) + 1
-    total = sum(depths.values())
+    """Launched rows of decoded tokens, of layers and of their experts: prompts, which run in full, are taken off."""
+    works = [decoded_work(output, num_layers) for output in outputs]
+    _, rows, full, experts, skipped = (sum(counts) for counts in zip(*works, strict=True))
+    depths = Counter(depth for output in outputs for depth in output.outputs[0].layers[1:])
     return {
         "executed_layer_share": rows / full,
-        "projected_layer_share": projected / full,
-        "tokens_by_layers": {str(depth): count / total for depth, count in sorted(depths.items())},
+        "projected_layer_share": sum(o.compute.projected_rows for o in outputs if o.compute is not None) / full,
+        "tokens_by_layers": {str(depth): count / depths.total() for depth, count in sorted(depths.items())},
+        "executed_expert_share": 1 - skipped / experts if experts else 1.0,
     }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prompts:
-    """Beginnings of held-out text, all of one length, with the genre of each."""
+class Prompt(NamedTuple):
+    """The beginning of a held-out text."""
 
-    tokens: list[list[int]]
-    genres: list[str]
-
-    def halves(self) -> tuple[Prompts, Prompts]:
-        """Every other prompt of each genre."""
-        by_genre = sorted(range(len(self.genres)), key=lambda n: self.genres[n])  # stable: in order inside a genre
-        first, second = (by_genre[half::2] for half in (0, 1))
-        return self._of(first), self._of(second)
-
-    def _of(self, numbers: list[int]) -> Prompts:
-        return Prompts(tokens=[self.tokens[n] for n in numbers], genres=[self.genres[n] for n in numbers])
+    genre: str
+    tokens: list[int]
 
 
-def reference_prompts(llm: LLM, count: int, length: int) -> Prompts:
+def halves(prompts: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
+    """Every other prompt of each genre."""
+    ordered = sorted(prompts, key=lambda prompt: prompt.genre)  # stable: in order inside a genre
+    return ordered[::2], ordered[1::2]
+
+
+def chosen_prompts(llm: LLM, text: str, count: int, length: int) -> list[Prompt]:
+    """Held-out prompts of the kind that ``--text`` names, all of one length."""
+    if text == "corpus":
+        return corpus_prompts(count, length)
     pages = llm.model.tokenizer.encode_batch(reference_pages(held_out=True), add_special_tokens=False)
     stream = torch.tensor([token for page in pages for token in page])
-    tokens = blocks_from({"held out": stream}, count, length, 0)
-    return Prompts(tokens=tokens, genres=["reference"] * len(tokens))
+    return [Prompt("reference", tokens) for tokens in blocks_from({"held out": stream}, count, length, 0)]
 
 
-def corpus_prompts(count: int, length: int, skip: int = 0) -> Prompts:
-    """About ``count`` prompts of all genres after the first ``skip``."""
+def corpus_prompts(count: int, length: int) -> list[Prompt]:
+    """About ``count`` prompts of all genres."""
     recipe = RecipeConfig()
     corpus = load_corpus(build_corpus(recipe.corpus, cache_home() / "corpora"))
-    found = held_out_prompts(corpus, recipe, count, length, skip=skip)
-    return Prompts(tokens=[p.tokens for p in found], genres=[p.label for p in found])
-
-
-def chosen_prompts(llm: LLM, text: str, count: int, length: int) -> Prompts:
-    """Held-out prompts of the kind that ``--text`` names."""
-    return corpus_prompts(count, length) if text == "corpus" else reference_prompts(llm, count, length)
+    return [Prompt(found.label, found.tokens) for found in held_out_prompts(corpus, recipe, count, length)]
 
 
 def curve_command_line(description: str | None) -> argparse.ArgumentParser:
@@ -118,37 +106,25 @@ def curve_command_line(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def load(options: argparse.Namespace) -> tuple[LLM, Prompts]:
+def load(options: argparse.Namespace) -> tuple[LLM, list[Prompt]]:
     """The engine and the prompts of a curve."""
     path = resolve_model(options.model)
     llm = LLM(path, dtype=options.dtype, max_num_seqs=options.at_once, enable_prefix_caching=False)
     return llm, chosen_prompts(llm, options.text, options.requests, options.prompt_tokens)
 
 
-def facts(options: argparse.Namespace, prompts: Prompts) -> dict[str, Any]:
+def facts(options: argparse.Namespace, prompts: list[Prompt]) -> dict[str, Any]:
     """The settings of a curve for its results file."""
     return {
         "model": name_of(options),
         "dtype": options.dtype,
         "text": options.text,
-        "requests": len(prompts.tokens),
+        "requests": len(prompts),
         "prompt_tokens": options.prompt_tokens,
         "new_tokens": options.tokens,
         "at_once": options.at_once,
         **surroundings(),
     }
-
-
-def compared(
-    llm: LLM, prompts: Prompts, full: SamplingParams, params: SamplingParams
-) -> tuple[list[RequestOutput], np.ndarray, dict[str, Any]]:
-    """Serve prompts beside a run of the full model: outputs, the loss of each, and the figures of both runs."""
-    _, full_rate = timed(llm, prompts.tokens, full)
-    outputs, rate = timed(llm, prompts.tokens, params)
-    losses_N = disagreements(llm.model.decoder, outputs)
-    around = mean(losses_N)
-    figures = {"disagreement": around.value, "interval_95": [around.low, around.high]}
-    return outputs, losses_N, figures | {"tokens_per_second": rate, "full_tokens_per_second": full_rate}
 
 
 def timed(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> tuple[list[RequestOutput], float]:
@@ -157,18 +133,29 @@ def timed(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> tuple[l
     return outputs, sum(len(o.outputs[0].token_ids) for o in outputs) / (time.perf_counter() - started)
 
 
-def measure(llm: LLM, prompts: Prompts, thresholds: list[float], tokens: int) -> list[dict[str, Any]]:
-    """One record per threshold, full depth first. Every timed run stands beside one of the full model."""
-    exits, num_layers = tuple(llm.model.decoder.exits), llm.model.spec.num_layers
-    timed(llm, prompts.tokens[:1], settings(1.0, exits, 4))  # compiled kernels, measured segments
-    timed(llm, prompts.tokens[:1], settings(None, exits, 4))
+def measure(llm: LLM, prompts: list[Prompt], settings: list[dict[str, Any]], tokens: int) -> list[dict[str, Any]]:
+    """One record per setting. A run of the full model precedes every timed run."""
+    num_layers, starts = llm.model.spec.num_layers, [prompt.tokens for prompt in prompts]
+    for setting in (settings[-1], {}):  # compiled kernels, measured segments
+        timed(llm, starts[:1], greedy(4, **spent(llm, setting)))
     points = []
-    for threshold in (None, *thresholds):
-        full, params = settings(None, exits, tokens), settings(threshold, exits, tokens)
-        outputs, losses_N, figures = compared(llm, prompts, full, params)
-        genres = by_genre(outputs, losses_N, prompts.genres, num_layers)
-        points.append({"threshold": threshold, **figures, **executed(outputs, num_layers), "by_genre": genres})
-        print(row(points[-1]), flush=True)
+    for setting in settings:
+        _, full_rate = timed(llm, starts, greedy(tokens))
+        outputs, rate = timed(llm, starts, greedy(tokens, **spent(llm, setting)))
+        losses_N = disagreements(llm.model.decoder, outputs)
+        around = mean(losses_N)
+        points.append(
+            {
+                **setting,
+                "disagreement": around.value,
+                "interval_95": [around.low, around.high],
+                "tokens_per_second": rate,
+                "full_tokens_per_second": full_rate,
+                **executed(outputs, num_layers),
+                "by_genre": by_genre(outputs, losses_N, [prompt.genre for prompt in prompts], num_layers),
+            }
+        )
+        print(row(setting, points[-1]), flush=True)
     return points
 
 
@@ -189,14 +176,17 @@ def choose(points: list[dict[str, Any]], limit: float) -> float | None:
     return min(allowed, key=lambda p: p["executed_layer_share"])["threshold"]
 
 
-def row(point: dict[str, Any]) -> str:
+HEADER = "| setting | disagreement (95 %) | layers | experts | tokens/s | of full |\n|---|---|---|---|---|---|"
+
+
+def row(setting: dict[str, Any], point: dict[str, Any]) -> str:
     """One line of the table."""
     low, high = point["interval_95"]
-    name = "full" if point["threshold"] is None else f"{point['threshold']:.3f}"
+    name = ", ".join(f"{key}={value}" for key, value in setting.items() if value is not None) or "full"
+    shares = f"{point['executed_layer_share']:.1%} | {point['executed_expert_share']:.1%}"
     rate, full = point["tokens_per_second"], point["full_tokens_per_second"]
     return (
-        f"| {name} | {point['disagreement']:.2%} ({low:.2%} … {high:.2%}) | {point['executed_layer_share']:.1%}"
-        f" | {rate:.1f} | {rate / full:.2f} |"
+        f"| {name} | {point['disagreement']:.2%} ({low:.2%} … {high:.2%}) | {shares} | {rate:.1f} | {rate / full:.2f} |"
     )
 
 
@@ -229,15 +219,15 @@ def main() -> None:
     llm, prompts = load(options)
     if not llm.model.decoder.exits:
         parser.error(f"{options.model} has no exits")
-    print("| threshold | disagreement (95 %) | layers executed | tokens/s | of full |\n|---|---|---|---|---|")
-    chosen = None
-    if options.choose is None:
-        points = measure(llm, prompts, options.thresholds, options.tokens)
-    else:
-        first, prompts = prompts.halves()
-        threshold = choose(measure(llm, first, options.thresholds, options.tokens), options.choose)
-        print(f"chosen on these {len(first.tokens)} prompts: {threshold}; on the others:")
-        points = measure(llm, prompts, options.thresholds, options.tokens)
+    print(HEADER)
+    settings: list[dict[str, Any]] = [{"threshold": threshold} for threshold in (None, *options.thresholds)]
+    threshold = chosen = None
+    if options.choose is not None:
+        first, prompts = halves(prompts)
+        threshold = choose(measure(llm, first, settings, options.tokens), options.choose)
+        print(f"chosen on these {len(first)} prompts: {threshold}; on the others:")
+    points = measure(llm, prompts, settings, options.tokens)
+    if options.choose is not None:
         chosen = {"limit": options.choose, **next(p for p in points if p["threshold"] == threshold)}
     result = facts(options, prompts) | {
         "layers": llm.model.spec.num_layers,

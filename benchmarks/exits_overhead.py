@@ -8,14 +8,13 @@ Variants (named as in earlier results): ``off``: the model has exits, requests r
 probe is evaluated and no row exits; and shares of the rows that exit at each exit.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,7 +24,6 @@ from benchmark import command_line, in_turns, surroundings, write
 from dynamoe.dynamic.convert.model_store import resolve_model
 from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine
-from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.engine.step_times import last_slots
 from dynamoe.dynamic.model.decoder import Decoder
 from dynamoe.dynamic.model.kv_cache import allocate_layers
@@ -37,6 +35,7 @@ from dynamoe.exits.calibrators import Temperature
 from dynamoe.exits.exit_head import ExitHeadAdapter
 from dynamoe.exits.probes import Probe, ProbeSpec
 from dynamoe.exits.sidecar import JSON_FILE, ExitHeads, backbone_hash, save_heads
+from exits_curve import greedy
 
 PROBE = ProbeSpec(kind="mlp", width=2, previous=True, router_entropy=True)
 PROMPT = 32
@@ -104,25 +103,26 @@ def thresholds(model: LoadedModel, share: float) -> dict[int, float]:
     return found
 
 
-def decode(engine: Engine, batch: int, exits: dict[int, float]) -> tuple[float, int]:
+def decode(engine: Engine, batch: int, spent: dict[str, Any]) -> tuple[float, int]:
     """Seconds and tokens of some steps in which so many sequences decode, all of them past their prompts."""
     vocabulary = engine.model.spec.vocab_size
     for number in range(batch):
         prompt = torch.randint(3, vocabulary, (PROMPT,), generator=torch.Generator().manual_seed(number))
-        params = SamplingParams(
-            temperature=0.0,
-            max_tokens=4 * CHUNK,
-            ignore_eos=True,
-            detokenize=False,
-            quality=None if exits else "exact",
-            exit_thresholds=exits,
-        )
-        engine.add_request(str(number), prompt.tolist(), params)
-    for _ in range(1 + CHUNK // 2):  # the prompts, and some steps to warm up
-        engine.step()
+        engine.add_request(str(number), prompt.tolist(), greedy(4 * CHUNK, **spent))
+    timed_steps(engine, 1 + CHUNK // 2)  # the prompts, and some steps to warm up
     measured = timed_steps(engine, CHUNK)
     engine.abort([str(number) for number in range(batch)])
     return measured
+
+
+def seconds_per_token(measurements: dict[str, Callable[[], tuple[float, int]]], turns: int) -> dict[str, float]:
+    """Over all turns but the slowest tenth, of measurements that take turns and give seconds and tokens."""
+    names, found = list(measurements), {name: list[tuple[float, int]]() for name in measurements}
+    for turn in range(turns):
+        for name in in_turns(names, turn):
+            found[name].append(measurements[name]())
+    kept = {name: sorted(pairs)[: -max(1, turns // 10)] for name, pairs in found.items()}
+    return {name: sum(s for s, _ in pairs) / sum(t for _, t in pairs) for name, pairs in kept.items()}
 
 
 def timed_steps(engine: Engine, count: int) -> tuple[float, int]:
@@ -142,11 +142,10 @@ def measure(
     whatever is compared runs in one engine, turn by turn, and every round has new engines; only the model without exits
     needs an engine of its own.
     """
-    variants: dict[str, tuple[str, dict[int, float]]] = {"none": ("plain", {}), "off": ("exits", {})}
-    variants["0 % leave"] = ("exits", thresholds(model, 0.0))
-    for share in (0.1, 0.5, 0.9):
-        variants[f"{share:.0%} leave"] = ("exits", thresholds(model, share))
-    names = [name for name in variants if only is None or name in ("none", "off", *only)]
+    variants: dict[str, tuple[str, dict[str, Any]]] = {"none": ("plain", {}), "off": ("exits", {})}
+    for name, share in (("0 % leave", 0.0), ("10% leave", 0.1), ("50% leave", 0.5), ("90% leave", 0.9)):
+        if only is None or name in only:
+            variants[name] = ("exits", {"exit_thresholds": thresholds(model, share)})
     for batch in batches:
         measured: list[dict[str, float]] = []
         for _ in range(rounds):
@@ -154,14 +153,8 @@ def measure(
                 kind: Engine(which, EngineConfig(max_num_seqs=batch, enable_prefix_caching=False))
                 for kind, which in (("plain", plain), ("exits", model))
             }
-            found: dict[str, list[float]] = {name: [] for name in names}
-            for turn in range(turns):
-                for name in in_turns(names, turn):
-                    kind, exits = variants[name]
-                    seconds, tokens = decode(engines[kind], batch, exits)
-                    found[name].append(seconds / tokens)
-            kept = {name: sorted(times)[: -max(1, turns // 10)] for name, times in found.items()}
-            measured.append({name: sum(times) / len(times) for name, times in kept.items()})
+            decoding = {name: partial(decode, engines[kind], batch, spent) for name, (kind, spent) in variants.items()}
+            measured.append(seconds_per_token(decoding, turns))
         yield batch, measured
 
 

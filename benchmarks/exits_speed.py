@@ -9,54 +9,44 @@ that was launched for decoded tokens, the disagreement, and what part of a full 
 themselves (timed alone, with a short context).
 """
 
-from __future__ import annotations
-
+from functools import partial
 from typing import Any
 
-from benchmark import command_line, in_turns, name_of, surroundings, write
-from checkout import RESULTS
+from benchmark import RESULTS, command_line, name_of, surroundings, write
 from dynamoe.dynamic.contract.served_loss import disagreements
 from dynamoe.dynamic.convert.model_store import resolve_model
 from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine
+from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.engine.step_times import measure_step_times
 from dynamoe.dynamic.llm import LLM
 from dynamoe.dynamic.model.loaded import LoadedModel
-from exits_curve import corpus_prompts, executed, settings
-from exits_overhead import timed_steps, without_exits
+from exits_curve import corpus_prompts, executed, greedy, spent
+from exits_overhead import seconds_per_token, timed_steps, without_exits
 
 CHUNK = 8  # steps of one turn
 
 
-def seconds_per_token(engines: dict[str, Engine], turns: int) -> dict[str, float]:
-    """Over all turns but the slowest tenth; who goes first changes from turn to turn."""
-    found: dict[str, list[tuple[float, int]]] = {name: [] for name in engines}
-    names = list(engines)
-    for turn in range(turns):
-        for name in in_turns(names, turn):
-            found[name].append(timed_steps(engines[name], CHUNK))
-    kept = {name: sorted(turns)[: -max(1, len(turns) // 10)] for name, turns in found.items()}
-    return {name: sum(s for s, _ in turns) / sum(t for _, t in turns) for name, turns in kept.items()}
-
-
-def decoding(model: LoadedModel, prompts: list[list[int]], tokens: int, threshold: float | None) -> Engine:
+def decoding(model: LoadedModel, prompts: list[list[int]], params: SamplingParams) -> Engine:
     """An engine whose sequences are all past their prompts."""
     engine = Engine(model, EngineConfig(max_num_seqs=len(prompts), enable_prefix_caching=False))
     for number, prompt in enumerate(prompts):
-        engine.add_request(str(number), prompt, settings(threshold, tuple(model.decoder.exits), tokens))
+        engine.add_request(str(number), prompt, params)
     while engine.stats().generation_tokens < len(prompts):
         engine.step()
     return engine
 
 
-def relative(model: LoadedModel, prompts: list[list[int]], at_once: int, tokens: int, threshold: float) -> dict:
+def relative(model: LoadedModel, prompts: list[list[int]], at_once: int, params: SamplingParams) -> dict:
     """Seconds per token with and without thresholds; every group of prompts is decoded by both, in turns."""
+    tokens = params.max_tokens or 1
     plain, turns = without_exits(model), (tokens - 1) // CHUNK
     totals = {"full": 0.0, "exits": 0.0}
     groups = [prompts[n : n + at_once] for n in range(0, len(prompts) - at_once + 1, at_once)]
     for group in groups:
-        engines = {"full": decoding(plain, group, tokens, None), "exits": decoding(model, group, tokens, threshold)}
-        for name, seconds in seconds_per_token(engines, turns).items():
+        engines = {"full": decoding(plain, group, greedy(tokens)), "exits": decoding(model, group, params)}
+        steps = {name: partial(timed_steps, engine, CHUNK) for name, engine in engines.items()}
+        for name, seconds in seconds_per_token(steps, turns).items():
             totals[name] += seconds / len(groups)
     cache = plain.decoder.allocate_cache(at_once, EngineConfig().block_size)
     alone, step = measure_step_times(plain.decoder, cache, at_once), totals["full"] * at_once
@@ -76,17 +66,15 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--sequences", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--skip", type=int, default=240, help="prompts in front that a curve may have used")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=97)
     options = parser.parse_args()
     llm = LLM(resolve_model(options.model), dtype=options.dtype, enable_prefix_caching=False)
     # The curve takes its prompts from the beginning of the same order; these are others.
-    every = corpus_prompts(3 * options.prompts, options.prompt_tokens).tokens
-    prompts = every[2::3]
-    outputs = llm.generate(
-        list(prompts), settings(options.threshold, tuple(llm.model.decoder.exits), options.tokens), use_tqdm=False
-    )
+    every = corpus_prompts(3 * options.prompts, options.prompt_tokens)
+    prompts = [prompt.tokens for prompt in every[2::3]]
+    params = greedy(options.tokens, **spent(llm, {"threshold": options.threshold}))
+    outputs = llm.generate(list(prompts), params, use_tqdm=False)
     work = executed(outputs, llm.model.spec.num_layers)
     facts: dict[str, Any] = {
         "model": name_of(options),
@@ -102,7 +90,7 @@ def main() -> None:
     }
     print(f"disagreement {facts['disagreement']:.2%}, layers executed {work['executed_layer_share']:.1%}")
     for at_once in options.sequences:
-        facts["rows"].append(relative(llm.model, prompts, at_once, options.tokens, options.threshold))
+        facts["rows"].append(relative(llm.model, prompts, at_once, params))
         print(f"{at_once:3} sequences: {facts['rows'][-1]['speedup']:.3f} x full depth", flush=True)
     write(RESULTS / f"exits_speed_{facts['model']}.json", facts)
 

@@ -4,8 +4,6 @@ Times the experts of a layer with random weights and random routing, all rows ca
 rounds of all caps taking turns. Written to ``results/expert_budget_layer.json``.
 """
 
-from __future__ import annotations
-
 import time
 
 import torch

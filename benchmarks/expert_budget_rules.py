@@ -6,8 +6,6 @@ and the share of positions whose most likely token is unchanged. The model must 
 Written to ``results/expert_budget_rules_NAME.json``.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -127,7 +125,8 @@ def main() -> None:
     parser.add_argument("--skip", type=float, nargs="*", default=[0.1, 0.2, 0.3], help="shares of the experts")
     options = parser.parse_args()
     llm = LLM(resolve_model(options.model), dtype="float32", device="cpu", max_num_seqs=1)
-    windows_NL = torch.tensor(chosen_prompts(llm, options.text, options.windows, options.length).tokens)
+    prompts = chosen_prompts(llm, options.text, options.windows, options.length)
+    windows_NL = torch.tensor([prompt.tokens for prompt in prompts])
     points = []
     for share in options.skip:
         for name, rule in RULES.items():

@@ -6,12 +6,9 @@
 Needs torch ≥ 2.11, triton ≥ 3.6, transformers and this checkout, which need not be installed. Correctness comes first:
 every backend, dtype, routing rule, cache format and edge shape against the oracles, determinism, and replay from a CUDA
 graph, bfloat16 first. Then attention over long contexts is timed for every cache format, every shape is tuned, and the
-tables are measured. Compiling takes most of the first part, which
-gets at most half of the time; what it did not come to is in the results. A failure is reported at the end and makes the
-exit status 1.
+tables are measured. Compiling takes most of the first part, which gets at most half of the time; what was left out is
+in the results. A failure is reported at the end and makes the exit status 1.
 """
-
-from __future__ import annotations
 
 import datetime
 import os
@@ -38,8 +35,7 @@ from dynamoe.kernels.select import select_backend
 from dynamoe.kernels.torch.backend import TorchBackend
 from dynamoe.kernels.triton.backend import TritonBackend
 from dynamoe.kernels.triton.tune import tune_experts
-from gpu_attention import check_attention, measure_caches
-from gpu_expect import expect
+from gpu_attention import check_attention, expect, measure_caches
 
 GOALS = ((8192, "TFLOP/s", 550.0), (1, "share", 0.50), (8, "share", 0.75), (32, "share", 0.85), (256, "share", 0.85))
 
@@ -74,15 +70,10 @@ def pack(
     return backend.pack_experts(*parts, "silu", *more), tuple(t.float() for t in (*parts, *more))
 
 
-class OutOfTimeError(Exception):
-    """A check was not finished; the message states where it stopped."""
-
-
-def check_experts(backend: TorchBackend, small: bool, until: float) -> None:
+def check_experts(backend: TorchBackend, small: bool, until: float) -> str | None:
     """Edge shapes, and both sides of every change of path, against the oracle; twice, bit by bit.
 
-    Raises:
-        OutOfTimeError: at ``until`` (of the monotonic clock).
+    Returns: where it stopped, when ``until`` (of the monotonic clock) came first.
     """
     shapes = [(4, 2, 48, 40), (3, 3, 72, 104), (9, 1, 32, 32), (14, 12, 576, 96), (128, 8, 2048, 768)]
     shapes += [(32, 8, 1024, 512)]
@@ -93,7 +84,7 @@ def check_experts(backend: TorchBackend, small: bool, until: float) -> None:
         weights, plain = pack(backend, e, d, f, biases=e == 3)
         for tokens in counts:
             if time.monotonic() > until:
-                raise OutOfTimeError(f"experts from {e}/{k}/{d}/{f}, {tokens} rows on")
+                return f"experts from {e}/{k}/{d}/{f}, {tokens} rows on"
             x_TD = torch.randn(tokens, d, device=backend.device).to(backend.dtype)
             spec = RouterSpec(num_experts=e, top_k=k, renormalize=True)
             routing = backend.route(torch.randn(tokens, e, device=backend.device), spec)
@@ -112,6 +103,7 @@ def check_experts(backend: TorchBackend, small: bool, until: float) -> None:
                 if name != "counted" or expected_TD.any():
                     expect(out_TD, expected_TD, backend.dtype, f"experts {e}/{k}/{d}/{f}, {tokens} rows, {name}")
                 assert torch.equal(out_TD, backend.experts(x_TD, weights, case)), "two runs differ"
+    return None
 
 
 def check_routing(backend: TorchBackend, small: bool) -> None:
@@ -191,7 +183,7 @@ def correctness(report: Report, device: torch.device, small: bool, until: float)
 
 
 def run_checks(cell: str, checks: list[Callable[[], Any]], report: Report, until: float) -> None:
-    """Run all checks even if one fails, because a machine with a GPU is rare and each failure is news."""
+    """Run all checks even if one fails, because time on a GPU is rare and every failure is to be reported."""
     begin, fine = time.monotonic(), True
     if begin > until:
         report.left_out.append(cell)
@@ -199,9 +191,8 @@ def run_checks(cell: str, checks: list[Callable[[], Any]], report: Report, until
     for check in checks:
         torch.manual_seed(1)
         try:
-            check()
-        except OutOfTimeError as error:
-            report.left_out.append(f"{cell}: {error}")
+            if stopped := check():
+                report.left_out.append(f"{cell}: {stopped}")
         except Exception as error:  # whatever it is belongs into the report
             fine = False
             where = traceback.extract_tb(error.__traceback__)[-1]
@@ -217,7 +208,7 @@ def long_contexts(report: Report, device: torch.device, small: bool) -> None:
     """Time attention for every format of keys and values; what fails is reported like a wrong result."""
     try:
         report.attention += measure_caches(TritonBackend(device, torch.bfloat16), small)
-    except Exception as error:  # the tables are still worth having
+    except Exception as error:  # the tables are measured all the same
         report.failures.append(f"attention over long contexts: {type(error).__name__}: {error}")
         print(report.failures[-1], file=sys.stderr)
 

@@ -6,15 +6,12 @@ bytes per token against bfloat16, and how many requests of one length run in a p
 preempted, with int8.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import command_line, surroundings, write
-from checkout import RESULTS
+from benchmark import RESULTS, command_line, surroundings, write
 from dynamoe.dynamic.convert.load_model import load_model
 from dynamoe.dynamic.convert.model_store import resolve_model
 from dynamoe.dynamic.engine.config import EngineConfig
@@ -22,21 +19,16 @@ from dynamoe.dynamic.engine.engine import Engine
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.model.kv_cache import bytes_per_page
 from dynamoe.dynamic.model.loader import load_decoder
-from dynamoe.dynamic.text.calibration_text import reference_pages, token_windows
-from dynamoe.dynamic.text.tokenizer import Tokenizer
-from quantization_quality import compare, log_probabilities
+from quantization_quality import compare, held_out_windows, log_probabilities
 
 POOL_PAGES = 96  # of bfloat16; int8 gets as many bytes
 NEW_TOKENS, PROMPT_TOKENS = 120, 8
-PAGES_EACH = (NEW_TOKENS + PROMPT_TOKENS) // 16
 
 
 def quality(model: str, kept: torch.dtype, windows: int, window_tokens: int) -> dict[str, float]:
     """8 bits against the model's own numbers, both in float32."""
     path = resolve_model(model)
-    text = token_windows(
-        Tokenizer.from_directory(path).backend, reference_pages(held_out=True), count=windows, length=window_tokens
-    )
+    text = held_out_windows(path, windows, window_tokens)
     backend = "auto" if kept == torch.int8 else "torch"
     plain = load_decoder(path, dtype="float32", device="cpu", backend=backend)
     with torch.inference_mode():
@@ -72,10 +64,8 @@ def main() -> None:
         row: dict[str, Any] = quality(model, torch.int8, args.windows, args.window_tokens)
         row["fp8"] = quality(model, torch.float8_e4m3fn, args.windows, args.window_tokens)
         spec = load_model(model, progress=False).spec
-        kept = {
-            name: bytes_per_page(spec, dtype, 1)
-            for name, dtype in (("bfloat16", torch.bfloat16), ("int8", torch.int8), ("fp8", torch.float8_e4m3fn))
-        }
+        dtypes = {"bfloat16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+        kept = {name: bytes_per_page(spec, dtype, 1) for name, dtype in dtypes.items()}
         row |= {"bytes_per_token": kept, "memory": kept["int8"] / kept["bfloat16"]}
         memory = 16 * kept["bfloat16"] * POOL_PAGES
         row["requests_before_preemption"] = {

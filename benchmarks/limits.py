@@ -5,8 +5,6 @@ and reports ratios. A probe takes a few milliseconds, so that on a busy machine 
 Run it alone to see the figures: ``python benchmarks/limits.py [--threads N] [--rounds N]``.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 

@@ -7,8 +7,6 @@ measured in the same run. Bytes count the experts that the rows really hit, once
 from a graph where the implementation can be captured. Caches are flushed before each repetition.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib.util
@@ -17,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +63,7 @@ class Weights:
     down_EDF: torch.Tensor
 
     @classmethod
-    def random(cls, shape: Shape, device: torch.device, dtype: torch.dtype) -> Weights:
+    def random(cls, shape: Shape, device: torch.device, dtype: torch.dtype) -> Self:
         e, f, d = shape.num_experts, shape.expert_size, shape.hidden_size
 
         def normal(*sizes: int) -> torch.Tensor:

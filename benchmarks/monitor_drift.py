@@ -4,22 +4,18 @@ Requests are served under certificates of the model ``tiny`` that hold on this m
 monitor makes, and their losses bet against the certificate's claim, one after the other. Four streams: prompts of the
 kind that was calibrated on, which neither calibration nor test saw; tables of numbers; random tokens; and the first
 with probes that are too sure of themselves, as after a mistake in a conversion. A drift that does no harm must not be
-found: each stream's mean loss stands beside. Written to ``results/monitor_drift_tiny.json``.
+found: each stream's mean loss is reported as well. Written to ``results/monitor_drift_tiny.json``.
 """
-
-from __future__ import annotations
 
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from benchmark import command_line, surroundings, write
-from checkout import RESULTS
+from benchmark import RESULTS, command_line, surroundings, write
 from dynamoe.dynamic.contract.catalog import CertificateSource, spent_under
 from dynamoe.dynamic.contract.certificate import Certificate
 from dynamoe.dynamic.contract.e_process import EProcess
@@ -49,18 +45,14 @@ def stream(llm: LLM, prompts: list[list[int]], certificate: Certificate) -> dict
     """Serve prompts until the bet fires or they end."""
     params = SamplingParams(temperature=0.0, max_tokens=certificate.scope.max_tokens, detokenize=False)
     bet = EProcess.start(certificate.alpha, certificate.delta)
-    for losses_N in _losses(llm, prompts, spent_under(certificate, params)):
-        for loss in losses_N.tolist():
+    for start in range(0, len(prompts), AT_ONCE):
+        part = [list(prompt) for prompt in prompts[start : start + AT_ONCE]]
+        outputs = llm.generate(part, spent_under(certificate, params), use_tqdm=False)
+        for loss in disagreements(llm.model.decoder, outputs).tolist():
             bet = bet.observe(loss)
             if bet.fired:
                 return {"fired_at": bet.fired_at, "mean_loss": bet.mean}
     return {"fired_at": None, "mean_loss": bet.mean, "requests": bet.count}
-
-
-def _losses(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> Iterator[np.ndarray]:
-    for start in range(0, len(prompts), AT_ONCE):
-        outputs = llm.generate([list(p) for p in prompts[start : start + AT_ONCE]], params, use_tqdm=False)
-        yield disagreements(llm.model.decoder, outputs)
 
 
 def main() -> None:

@@ -16,8 +16,6 @@ everything else once, and the cache) at the read bandwidth; operations of the pr
 matrix product, bf16 or fp32.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -28,21 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import command_line, surroundings, write
-from checkout import RESULTS
+from benchmark import RESULTS, command_line, surroundings, write
 from limits import Limits
-from peers_engines import (
-    CELLS,
-    CONCURRENCY,
-    OUTPUT,
-    PREFILL,
-    PROMPT,
-    Foreign,
-    LlamaCpp,
-    Worker,
-    prompts,
-    weight_bits,
-)
+from peers_engines import CELLS, CONCURRENCY, OUTPUT, PREFILL, PROMPT, Foreign, LlamaCpp, Worker, prompts, weight_bits
 
 MOST_FOREIGN = 0.15
 WORKER = Path(__file__).with_name("peers_worker.py")
@@ -94,7 +80,8 @@ def experts_hit(options: argparse.Namespace) -> dict[str, float]:
     worker.signal(signal.SIGCONT)
     shares = {}
     for count in CONCURRENCY:
-        shares[f"decode {count}"] = worker.ask(prompts(count, PROMPT, 2000), 24)["experts_hit"]
+        question = {"tokens": prompts(count, PROMPT, 2000), "output_len": 24}
+        shares[f"decode {count}"] = worker.ask(question)["experts_hit"]
     worker.close()
     return shares
 

@@ -1,7 +1,5 @@
 """The engines of ``peers.py``, each behind ``turn(cell, seed)`` -> tokens per second, and the share others took."""
 
-from __future__ import annotations
-
 import json
 import os
 import random
@@ -30,43 +28,60 @@ def weight_bits(name: str) -> int:
     return 4 if any(mark in name for mark in ("int4", "w4a", "Q4")) else 16
 
 
-class Worker:
-    """An engine loaded in its own process group, stopped except while it is measured."""
+class Process:
+    """A process in a group of its own that answers questions: a line of JSON each way.
+
+    Its first answer, ``facts``, says what it is.
+    """
 
     def __init__(self, name: str, command: list[str], environment: dict[str, str]) -> None:
         self.name = name
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
         )
         self.facts = self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name} ended with {self.process.wait()}; see its own output above")
+        return json.loads(line)
+
+    def ask(self, question: Any) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        print(json.dumps(question), file=self.process.stdin, flush=True)
+        return self._read()
+
+    def signal(self, number: int) -> None:
+        os.killpg(self.process.pid, number)
+
+    def close(self) -> None:
+        self.signal(signal.SIGKILL)
+        self.process.wait()
+
+
+class Worker(Process):
+    """An engine loaded in its own process, stopped except while it is measured."""
+
+    def __init__(self, name: str, command: list[str], environment: dict[str, str]) -> None:
+        super().__init__(name, command, environment)
         self.peak_bytes = 0.0
         self.measure("prefill", 0)  # warm up
         self.measure("decode 4", 0)
         self.signal(signal.SIGSTOP)
 
-    def signal(self, number: int) -> None:
-        os.killpg(self._process.pid, number)
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.name} ended with {self._process.wait()}; see its own output above")
-        return json.loads(line)
-
-    def ask(self, tokens: list[list[int]], output_len: int) -> dict[str, float]:
-        assert self._process.stdin is not None
-        print(json.dumps({"tokens": tokens, "output_len": output_len}), file=self._process.stdin, flush=True)
-        return self._read()
+    def seconds(self, tokens: list[list[int]], output_len: int) -> float:
+        return self.ask({"tokens": tokens, "output_len": output_len})["seconds"]
 
     def measure(self, cell: str, seed: int) -> float:
         """Tokens per second."""
         if cell == "prefill":
-            return PREFILL / self.ask(prompts(1, PREFILL, seed), 1)["seconds"]
+            return PREFILL / self.seconds(prompts(1, PREFILL, seed), 1)
         count = int(cell.split()[1])
-        first = self.ask(prompts(count, PROMPT, 1000 + seed), 1)["seconds"]
-        whole = self.ask(prompts(count, PROMPT, 2000 + seed), OUTPUT)["seconds"]
-        self.peak_bytes = max(self.peak_bytes, _resident(self._process.pid))
+        first = self.seconds(prompts(count, PROMPT, 1000 + seed), 1)
+        whole = self.seconds(prompts(count, PROMPT, 2000 + seed), OUTPUT)
+        self.peak_bytes = max(self.peak_bytes, _resident(self.process.pid))
         return count * (OUTPUT - 1) / (whole - first)
 
     def turn(self, cell: str, seed: int) -> float:
@@ -75,10 +90,6 @@ class Worker:
             return self.measure(cell, seed)
         finally:
             self.signal(signal.SIGSTOP)
-
-    def close(self) -> None:
-        self.signal(signal.SIGKILL)
-        self._process.wait()
 
 
 class LlamaCpp:

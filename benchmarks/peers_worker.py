@@ -5,8 +5,6 @@ input is ``{"tokens": [prompt ids, ...], "output_len": N}``; the answer is ``{"s
 how long the start took. End of input ends the process.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -20,7 +18,7 @@ Run = Callable[[list[list[int]], int], None]
 
 def start_dynamoe(options: argparse.Namespace) -> tuple[Run, dict[str, Any], Callable[[], float]]:
     """Our engine, and a function that returns the share of a layer's experts a decode step hits."""
-    import checkout  # noqa: F401
+    import benchmark  # noqa: F401
     from dynamoe import LLM, SamplingParams
 
     llm = LLM(
@@ -34,10 +32,13 @@ def start_dynamoe(options: argparse.Namespace) -> tuple[Run, dict[str, Any], Cal
         progress=False,
     )
     decoder = llm.model.decoder
-    backend, stack = decoder.backend, decoder.stack
+    backend = decoder.backend
     hits: list[float] = []
+    at_once = 0
 
     def run(prompts: list[list[int]], output_len: int) -> None:
+        nonlocal at_once
+        at_once = len(prompts)
         params = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True, detokenize=False)
         outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         assert all(len(o.outputs[0].token_ids) == output_len for o in outputs)
@@ -47,28 +48,19 @@ def start_dynamoe(options: argparse.Namespace) -> tuple[Run, dict[str, Any], Cal
         hits.clear()
         return share
 
-    def counting_run(prompts: list[list[int]], output_len: int) -> None:
-        plain = type(backend).experts
+    def counted(x: Any, weights: Any, routing: Any) -> Any:
+        if x.shape[0] == at_once:  # a step that only decodes
+            hits.append(len(routing.expert_ids_TK.unique()) / weights.num_experts)
+        return type(backend).experts(backend, x, weights, routing)
 
-        def counted(x: Any, weights: Any, routing: Any) -> Any:
-            if x.shape[0] == len(prompts):  # a step that only decodes
-                hits.append(len(routing.expert_ids_TK.unique()) / weights.num_experts)
-            return plain(backend, x, weights, routing)
-
+    if options.count:
         backend.experts = counted  # type: ignore[method-assign]
         decoder.stack = None  # operation by operation, so that the experts' one is seen
-        try:
-            run(prompts, output_len)
-        finally:
-            del backend.experts
-            decoder.stack = stack
-
-    def answer(prompts: list[list[int]], output_len: int) -> None:
-        (counting_run if options.count else run)(prompts, output_len)
 
     import torch
 
     experts = sum(layer.ffn.nbytes for layer in decoder.layers)
+    keys_BGPC = [layer.keys_BGPC for layer in llm.engine.runner.kv]
     embedding = 0 if decoder.embedding_VD is None else decoder.embedding_VD.nbytes  # of which a step reads few rows
     facts = {
         "version": "this checkout",
@@ -77,14 +69,9 @@ def start_dynamoe(options: argparse.Namespace) -> tuple[Run, dict[str, Any], Cal
         "isa": getattr(backend, "isa", None),
         "expert_bytes": experts,
         "other_bytes": decoder.weight_bytes - experts - embedding,
-        "cache_bytes_per_token": sum(2 * k.element_size() * k[0, :, 0].numel() for k in _keys(llm)),
+        "cache_bytes_per_token": sum(2 * k.element_size() * k[0, :, 0].numel() for k in keys_BGPC),
     }
-    return answer, facts, experts_hit
-
-
-def _keys(llm: Any) -> list[Any]:
-    """Each layer's keys, (page, head, offset, channel)."""
-    return [layer.keys_BGPC for layer in llm.engine.runner.kv]
+    return run, facts, experts_hit
 
 
 def start_vllm(options: argparse.Namespace) -> tuple[Run, dict[str, Any], None]:

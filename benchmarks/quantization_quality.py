@@ -9,8 +9,6 @@ measures on windows of the other pages that calibration left out: what variants 
 file is written anew after each method: ``results/quantization_quality_NAME.json``, with matplotlib an SVG beside it.
 """
 
-from __future__ import annotations
-
 import argparse
 import tempfile
 import time
@@ -19,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import command_line, name_of, surroundings, write
-from checkout import RESULTS
+from benchmark import RESULTS, command_line, name_of, surroundings, write
 from dynamoe.dynamic.convert.model_store import resolve_model
 from dynamoe.dynamic.model.decoder import Decoder
 from dynamoe.dynamic.model.loader import load_decoder
@@ -33,6 +30,12 @@ from dynamoe.exits.segments import Segment
 
 INT4 = tuple(f"int4{group}{ending}" for group in ("-g32", "", "-g128") for ending in ("", "-asym"))
 AT_LOAD = ("int8", "int8-g32", "w8a8", *INT4, "w4a8", "w4a8-g32", "fp8", "fp8-block")
+
+
+def held_out_windows(path: Path, count: int, length: int) -> torch.Tensor:
+    """Windows of the pages that calibration never sees, in a model's tokens, (count, length)."""
+    backend = Tokenizer.from_directory(path).backend
+    return token_windows(backend, reference_pages(held_out=True), count=count, length=length)
 
 
 def log_probabilities(decoder: Decoder, windows_NL: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -138,11 +141,7 @@ def main() -> None:
     )
     kept = torch.linspace(0, len(others) - 1, wanted).round().long()  # none unless --choose
     windows = {"calibration": others[[i for i in range(len(others)) if i not in set(kept.tolist())]]}
-    windows["held out"] = (
-        others[kept]
-        if args.choose
-        else token_windows(tokenizer, reference_pages(held_out=True), count=args.windows, length=args.window_tokens)
-    )
+    windows["held out"] = others[kept] if args.choose else held_out_windows(path, args.windows, args.window_tokens)
     with torch.inference_mode():
         plain = list(log_probabilities(load_decoder(path, dtype="float32", device="cpu"), windows["held out"]))
     name, rows = name_of(args), []

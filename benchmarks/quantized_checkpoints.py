@@ -8,8 +8,6 @@ dequantised weights give, as a share of the largest logit. Where inputs are roun
 inputs, ``distance`` (of ours) and ``their_distance`` are those from the logits without rounded inputs.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -21,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import command_line, surroundings, write
-from checkout import RESULTS
+from benchmark import RESULTS, command_line, surroundings, write
 from dynamoe.dynamic.convert.model_store import resolve_model
 from dynamoe.dynamic.model.loader import load_decoder
 from dynamoe.kernels.api.tolerance import error

@@ -6,8 +6,6 @@ of the library's own logits, float32: as it runs the model, and with its dequant
 rounded. Where the library failed, ``RECIPE.error`` has the reason.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Callable

@@ -9,8 +9,6 @@ because machines drift. Bytes count the experts that the rows really hit, once e
 rate at which one pass over plain words reads memory, measured between the repetitions.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable

@@ -4,8 +4,6 @@ For each model and method a separate process loads it, serves prompts and report
 what its cache takes, and its peak memory (``VmHWM`` of Linux, shared libraries included).
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import subprocess
@@ -13,8 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmark import command_line, surroundings, write
-from checkout import RESULTS
+from benchmark import RESULTS, command_line, surroundings, write
 
 METHODS = ("none", "int8", "w8a8", "int4", "int4-g128")
 MARGIN = 0.5e9  # bytes on top of weights and cache

@@ -11,25 +11,22 @@ programs on the machine disturb less; and whether the two gave the same tokens. 
 16 tokens each.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
+from peers_engines import Process
 
 TEXT = (
     "To install the package, unpack the archive and run the configure script, which looks for a compiler and for the "
@@ -73,8 +70,8 @@ class Cell:
         return self.repeats * self.requests * (self.prompt if self.output == 1 else self.output)
 
 
-def cells() -> list[Cell]:
-    """All of them."""
+def chosen_cells(pattern: str) -> list[Cell]:
+    """Those whose names hold a regular expression."""
     found: list[Cell] = []
     exits = {"quality": None, "exit_thresholds": EXITS}
     for name, model, settings, sampling, scale in (
@@ -88,7 +85,7 @@ def cells() -> list[Cell]:
             Cell(name=f"{name}, decode 8", **common, requests=8, prompt=16, output=24 * scale),
             Cell(name=f"{name}, prefill 512", **common, requests=1, prompt=512, output=1, repeats=scale),
         ]
-    return found
+    return [cell for cell in found if re.search(pattern, cell.name)]
 
 
 def work(chosen: Sequence[Cell]) -> None:
@@ -126,73 +123,30 @@ def work(chosen: Sequence[Cell]) -> None:
         print(json.dumps(measure(chosen[int(line)])), file=answers)
 
 
-class Worker:
-    """A process that measures one of the two.
-
-    Arguments:
-        package: folder with a ``dynamoe`` in it.
-        chosen: the cells.
-        threads: of the process.
-        log: takes what it logs beside its answers.
-    """
-
-    def __init__(self, package: Path, chosen: Sequence[Cell], threads: int, log: IO[str]) -> None:
-        self.log = log
-        environment = {**os.environ, "PYTHONPATH": str(package.resolve()), "OMP_NUM_THREADS": str(threads)}
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", json.dumps([asdict(cell) for cell in chosen])],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            bufsize=1,
-            env=environment | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
-        )
-
-    def answer(self) -> dict[str, Any]:
-        """The next one."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            self.log.seek(0)
-            raise SystemExit(f"a process ended with {self.process.wait()}:\n{self.log.read()[-3000:]}")
-        return json.loads(line)
-
-    def ask(self, number: int) -> dict[str, Any]:
-        """Measure a cell."""
-        assert self.process.stdin is not None
-        time.sleep(PAUSE)
-        self.process.stdin.write(f"{number}\n")
-        return self.answer()
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.communicate()
+def start(package: Path, pattern: str, threads: int) -> Process:
+    """A process that measures what is in a folder with a ``dynamoe``."""
+    environment = {**os.environ, "PYTHONPATH": str(package.resolve()), "OMP_NUM_THREADS": str(threads)}
+    environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return Process(str(package), [sys.executable, __file__, "--worker", pattern], environment)
 
 
-def measure_start(
-    packages: Sequence[Path], chosen: Sequence[Cell], pairs: int, threads: int, title: str
-) -> tuple[list[str], list[list[list[dict[str, Any]]]]]:
+def measure_start(options: argparse.Namespace, count: int, title: str) -> tuple[list[str], list[list[list[dict]]]]:
     """One start of both: which files they are, and by cell, pair and package, the answers."""
     with ExitStack() as stack:
-        workers: list[Worker] = []
-        files = []
-        for package in packages:  # one after the other, as loading would disturb
-            log = stack.enter_context(tempfile.TemporaryFile("w+"))
-            workers.append(stack.enter_context(Worker(package, chosen, threads, log)))
-            files.append(workers[-1].answer()["package"])
-        found: list[list[list[dict[str, Any]]]] = [[] for _ in chosen]
-        for pair in range(pairs):
-            print(f"\r{title}, pair {pair + 1} of {pairs} ", end="", file=sys.stderr, flush=True)
-            for number in range(len(chosen)):
-                order = [0, 1] if (pair + number) % 2 == 0 else [1, 0]
-                answers = {which: workers[which].ask(number) for which in order}
+        workers = [  # one after the other, as loading would disturb
+            stack.enter_context(closing(start(package, options.only, options.threads))) for package in options.packages
+        ]
+        found: list[list[list[dict[str, Any]]]] = [[] for _ in range(count)]
+        for pair in range(options.pairs):
+            print(f"\r{title}, pair {pair + 1} of {options.pairs} ", end="", file=sys.stderr, flush=True)
+            for number in range(count):
+                answers: dict[int, dict[str, Any]] = {}
+                for which in (0, 1) if (pair + number) % 2 == 0 else (1, 0):
+                    time.sleep(PAUSE)
+                    answers[which] = workers[which].ask(number)
                 found[number].append([answers[0], answers[1]])
         print(file=sys.stderr)
-    return files, found
+    return [worker.facts["package"] for worker in workers], found
 
 
 def interval(ratios_SP: np.ndarray) -> dict[str, float]:
@@ -235,7 +189,7 @@ def table(entries: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     if sys.argv[1:2] == ["--worker"]:
-        work([Cell(**_sampling(settings)) for settings in json.loads(sys.argv[2])])
+        work(chosen_cells(sys.argv[2]))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("packages", type=Path, nargs=2, metavar="FOLDER", help="FIRST and SECOND")
@@ -243,11 +197,9 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=6, help="of both processes")
     parser.add_argument("--pairs", type=int, default=3, help="of measurements per start")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
-    parser.add_argument(
-        "--only", type=re.compile, default=re.compile(""), metavar="PATTERN", help="cells' names hold it"
-    )
+    parser.add_argument("--only", default="", metavar="PATTERN", help="cells' names hold it")
     options = parser.parse_args()
-    chosen = [cell for cell in cells() if options.only.search(cell.name)]
+    chosen = chosen_cells(options.only)
     if not chosen or min(options.starts, options.pairs) < 1:
         parser.error("there is nothing to measure")
     for package in options.packages:
@@ -255,22 +207,13 @@ def main() -> None:
             parser.error(f"{package} holds no dynamoe")
     measured: list[list[list[list[dict[str, Any]]]]] = []
     files: list[str] = []
-    for start in range(options.starts):
-        title = f"start {start + 1} of {options.starts}"
-        files, found = measure_start(options.packages, chosen, options.pairs, options.threads, title)
+    for number in range(options.starts):
+        files, found = measure_start(options, len(chosen), f"start {number + 1} of {options.starts}")
         measured.append(found)
     entries = {cell.name: summary(cell, [found[n] for found in measured]) for n, cell in enumerate(chosen)}
     facts = {"packages": files, "threads": options.threads, "when": datetime.now(UTC).isoformat(timespec="seconds")}
     options.output.write_text(json.dumps({"about": facts, "cells": entries}, indent=1) + "\n")
     print(table(entries))
-
-
-def _sampling(settings: dict[str, Any]) -> dict[str, Any]:
-    """JSON has made texts of the layers in front of exits."""
-    sampling = dict(settings["sampling"])
-    if "exit_thresholds" in sampling:
-        sampling["exit_thresholds"] = {int(layer): limit for layer, limit in sampling["exit_thresholds"].items()}
-    return settings | {"sampling": sampling}
 
 
 if __name__ == "__main__":

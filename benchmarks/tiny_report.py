@@ -7,8 +7,6 @@ into ``runs/NAME``, resuming interrupted runs; then it writes ``results/tiny.jso
 The perplexity of a genre is the geometric mean over its packages, apart for packages that training never saw.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -10,15 +10,14 @@ alpha in a share of at most delta of the calibrations; conformal risk control, t
 Shape suffixes: M settings, safest first; N requests.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from dynamoe.dynamic.contract.bounds import conformal_risk_control, learn_then_test
+from dynamoe.dynamic.studies.calibration_methods import drawn_choices
+from dynamoe.dynamic.studies.sweep_config import CONFORMAL, CalibrationStudyConfig
 from scipy.stats import binom
 
 RESULTS = Path(__file__).parent / "results"
@@ -46,17 +45,12 @@ def resample(losses_MN: np.ndarray, alpha: float, delta: float, runs: int, seed:
         of the chosen setting (full compute: -1); and the number of violations that ``delta`` allows for within
         binomial error (its 99.9 % quantile).
     """
-    risks_M = losses_MN.mean(1)
-    generator = np.random.default_rng(seed)
-    chosen: dict[str, list[int]] = {name: [] for name in (*BOUNDS, "crc")}
-    for _ in range(runs):
-        drawn_MN = losses_MN[:, generator.integers(losses_MN.shape[1], size=losses_MN.shape[1])]
-        for bound in BOUNDS:
-            found = learn_then_test(drawn_MN, alpha, delta, bound)
-            chosen[bound].append(-1 if found is None else found)
-        found = conformal_risk_control(drawn_MN, alpha)
-        chosen["crc"].append(-1 if found is None else found)
-    reached = np.append(risks_M, 0.0)  # number -1 is full compute
+    chosen = {}
+    for name, method in (*zip(BOUNDS, BOUNDS, strict=True), ("crc", CONFORMAL)):
+        size = losses_MN.shape[1]
+        study = CalibrationStudyConfig(method=method, alpha=alpha, delta=delta, size=size, resamples=runs)
+        chosen[name] = drawn_choices(study, losses_MN, seed)
+    reached = np.append(losses_MN.mean(1), 0.0)  # number -1 is full compute
     return {
         "alpha": alpha,
         "delta": delta,

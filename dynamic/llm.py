@@ -20,16 +20,9 @@ class LLM(OfflineEngine):
 
     Arguments:
         model: a local directory, a Hub id, or a shipped model (``default``, ``tiny``).
-        dtype: ``auto`` (the checkpoint's own), ``float32``, ``bfloat16`` or ``float16``.
-        device: ``auto`` takes a GPU where there is one.
-        backend: which kernels to use; ``auto`` takes the fastest that runs here, ``cpu:avx512vnni`` the CPU's with this
-            instruction set.
+        dtype, device, backend, quantization, quantize_lm_head, kv_cache_dtype: see :class:`LoadConfig`.
         progress: show a bar while loading.
         experts_per_token: use fewer routed experts per token than the model was made for.
-        quantization: ``none``, or what the weights become while they are loaded: ``int8``, ``w8a8``, ``int4``, ``fp8``
-            (see docs/quantization.md for more).
-        quantize_lm_head: whether LM head and embedding become int8 then.
-        kv_cache_dtype: ``auto`` (as ``dtype``), ``int8`` or ``fp8``, half the memory: what keys and values are kept in.
         certificates: directory that ``dynamoe calibrate`` filled, for requests with a :class:`Quality`; None takes the
             certificates that lie beside the model.
         tensor_parallel_size, expert_parallel_size, pipeline_parallel_size, data_parallel_size: see

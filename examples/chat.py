@@ -6,8 +6,6 @@ Each question goes to the model with all turns before it. Their keys and values 
 only what is new is computed. Name questions of your own: ``python examples/chat.py "Who are you?" "Since when?"``.
 """
 
-from __future__ import annotations
-
 import argparse
 
 from dynamoe import LLM, SamplingParams

@@ -8,24 +8,18 @@ most that share may differ from what all layers would have chosen. Certificates 
 were calibrated on: elsewhere the request runs exactly, and ``reason`` says so (then calibrate: own_certificate.py).
 """
 
-from __future__ import annotations
-
-import argparse
-
 import httpx
-from running_server import running_server
+from running_server import running_server, server_arguments
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = server_arguments(__doc__, model="tiny")
     parser.add_argument("--alpha", type=float, default=0.05, help="risk that the request accepts")
-    parser.add_argument("--base-url", help="of a running server; left out, one is started")
-    parser.add_argument("--model", default="tiny", help="what a server that is started here serves")
     arguments = parser.parse_args()
 
     with running_server(arguments.base_url, arguments.model) as base_url, httpx.Client(timeout=120) as client:
-        for offer in client.get(f"{base_url}/contracts").raise_for_status().json()["data"]:
-            print(f"on offer: alpha={offer['alpha']}, delta={offer['delta']}, certificate {offer['id']}")
+        for contract in client.get(f"{base_url}/contracts").raise_for_status().json()["data"]:
+            print(f"available: alpha={contract['alpha']}, delta={contract['delta']}, certificate {contract['id']}")
         for quality in ("exact", {"alpha": arguments.alpha}):
             body = {"prompt": "To install the package,", "temperature": 0, "max_tokens": 48, "quality": quality}
             answer = client.post(f"{base_url}/completions", json=body).raise_for_status().json()

@@ -6,12 +6,9 @@ starts a server for itself; ``--base-url http://127.0.0.1:8000/v1`` takes one th
 ``pip install langchain-openai``.
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
 
-from running_server import running_server
+from running_server import running_server, server_arguments
 
 try:
     from langchain_core.output_parsers import StrOutputParser
@@ -22,10 +19,7 @@ except ImportError:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base-url", help="of a running server; left out, one is started")
-    parser.add_argument("--model", default="default", help="what the server serves")
-    arguments = parser.parse_args()
+    arguments = server_arguments(__doc__, model="default").parse_args()
 
     with running_server(arguments.base_url, arguments.model) as base_url:
         model = ChatOpenAI(

@@ -5,8 +5,6 @@
 Log-probabilities are natural logarithms, and those of the raw logits, before penalties and temperature.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 

@@ -6,8 +6,6 @@ The engine runs all prompts in the same steps, however many there are, and each 
 ``--model tiny`` starts faster and says less.
 """
 
-from __future__ import annotations
-
 import argparse
 
 from dynamoe import LLM, SamplingParams

@@ -6,8 +6,6 @@ A calibration runs prompts like those to be served at several settings, compares
 for a level of risk how much may be saved. So few prompts prove little: only a high alpha. A real one takes about 1000.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import subprocess

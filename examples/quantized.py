@@ -7,8 +7,6 @@ faster by about what is saved here. int8 is all but free for the default model, 
 docs/quantization.md has the numbers, and ``dynamoe prepare quantization=gptq`` is the better int4.
 """
 
-from __future__ import annotations
-
 import argparse
 import resource
 from pathlib import Path
@@ -33,7 +31,7 @@ def main() -> None:
 
 
 def describe(model: str, method: str) -> str:
-    """Load, answer, and let go of the model again."""
+    """Load the model, answer, and release it."""
     llm = LLM(model, dtype="bfloat16", quantization=method, kv_memory="64MiB")
     (result,) = llm.chat(QUESTION, SamplingParams(temperature=0, max_tokens=40), use_tqdm=False)
     tokens = result.compute.tokens

@@ -1,7 +1,6 @@
 """What the examples that need a server share: take the one that runs, or start one for as long as the example does."""
 
-from __future__ import annotations
-
+import argparse
 import re
 import subprocess
 import sys
@@ -12,6 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 START_SECONDS = 300  # the first start of all compiles the kernels and prepares the default model
+
+
+def server_arguments(description: str | None, model: str) -> argparse.ArgumentParser:
+    """Which server an example asks."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base-url", help="of a running server; left out, one is started")
+    parser.add_argument("--model", default=model, help="what a server that is started here serves")
+    return parser
 
 
 @contextmanager

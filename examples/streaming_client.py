@@ -6,13 +6,10 @@ starts a server for itself. To use one that runs already (``make serve``), name 
 ``python examples/streaming_client.py --base-url http://127.0.0.1:8000/v1``. The client is ``pip install openai``.
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
 import time
 
-from running_server import running_server
+from running_server import running_server, server_arguments
 
 try:
     from openai import OpenAI
@@ -21,10 +18,7 @@ except ImportError:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base-url", help="of a running server; left out, one is started")
-    parser.add_argument("--model", default="default", help="what a server that is started here serves")
-    arguments = parser.parse_args()
+    arguments = server_arguments(__doc__, model="default").parse_args()
 
     with running_server(arguments.base_url, arguments.model) as base_url:
         client = OpenAI(base_url=base_url, api_key="none")

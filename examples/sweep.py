@@ -7,8 +7,6 @@ one. ``--output DIRECTORY`` keeps the table, the plots and the configurations to
 where it was interrupted. It needs ``pip install 'dynamoe[sweep]'``.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import shlex

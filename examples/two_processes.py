@@ -7,8 +7,6 @@ until the first ends. Other axes are ``expert_parallel_size``, ``pipeline_parall
 (docs/parallelism.md); their product is the number of processes.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

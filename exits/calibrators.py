@@ -7,6 +7,7 @@ Arguments: ``logits`` float (R,), ``correct`` 0/1 (R,).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,7 @@ def calibrator_from_json(record: dict) -> Temperature | Isotonic:
     raise ValueError(f"unknown calibrator {record['kind']!r}; known: temperature, isotonic")
 
 
+@lru_cache(maxsize=1024)
 def logit_threshold(calibrator: Temperature | Isotonic, probability: float) -> float:
     """The lowest float32 logit whose calibrated probability is at least ``probability``; inf where none is.
 

@@ -10,22 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def apply_exit_head(x: torch.Tensor, down_JD: torch.Tensor, up_DJ: torch.Tensor) -> torch.Tensor:
-    """``x + up (down x)``, the input of the final norm and the LM head at an exit.
-
-    Arguments:
-        x: (..., D) hidden state at the exit.
-        down_JD, up_DJ: the adapter's two factors, in the dtype of ``x``.
-    """
-    return x + F.linear(F.linear(x, down_JD), up_DJ)
-
-
 class ExitHeadAdapter(nn.Module):
     """A residual low-rank linear map. It starts as the identity, so that adding one changes nothing.
-
-    Arguments:
-        hidden_size: D.
-        rank: J.
 
     Raises:
         ValueError: for a rank that is not between 1 and ``hidden_size``.
@@ -46,9 +32,5 @@ class ExitHeadAdapter(nn.Module):
             self.up_DJ.zero_()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return apply_exit_head(x, self.down_JD.to(x.dtype), self.up_DJ.to(x.dtype))
-
-    @property
-    def flops_per_row(self) -> int:
-        """Multiply-adds counted twice, for one row that exits here."""
-        return 4 * self.down_JD.numel()
+        """``x + up (down x)``, the input of the final norm and the LM head at an exit; ``x`` is (..., D)."""
+        return x + F.linear(F.linear(x, self.down_JD.to(x.dtype)), self.up_DJ.to(x.dtype))

@@ -142,8 +142,3 @@ def frequent_tokens(stream: torch.Tensor, count: int) -> torch.Tensor:
         stream: token ids of any integer type.
     """
     return torch.bincount(stream.long()).argsort(descending=True, stable=True)[:count]
-
-
-def agreement_labels(exit_choice_R: torch.Tensor, full_choice_R: torch.Tensor) -> torch.Tensor:
-    """1.0 where the exit chose the full model's token, else 0.0, float32."""
-    return (exit_choice_R == full_choice_R).float()

@@ -42,10 +42,20 @@ def select_backend(device: torch.device | str, dtype: torch.dtype, name: str = "
         from .torch.megablocks import MegaBlocksBackend
 
         return MegaBlocksBackend(device, dtype)
-    if name == "auto" and torch.device(device).type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        return _triton_or_torch(device, dtype)
-    if name == "auto" and torch.device(device).type == "cpu" and dtype in (torch.float32, torch.bfloat16):
-        return _cpu_or_torch(device, dtype)
+    return _fastest(device, dtype) if name == "auto" else TorchBackend(device, dtype)
+
+
+def _fastest(device: torch.device | str, dtype: torch.dtype) -> TorchBackend:
+    kind = torch.device(device).type
+    try:
+        if kind == "cuda" and dtype in (torch.bfloat16, torch.float16):
+            return select_backend(device, dtype, "triton")
+        if kind == "cpu" and dtype in (torch.float32, torch.bfloat16):
+            return select_backend(device, dtype, "cpu")
+    except (ImportError, ValueError) as error:
+        slower = ", several times slower" if kind == "cpu" else ""
+        # The warnings module shows the same text from the same place once per process.
+        warnings.warn(f"running on torch's own operations{slower}: {error}", RuntimeWarning, stacklevel=3)
     return TorchBackend(device, dtype)
 
 
@@ -57,25 +67,3 @@ def _cpu(device: torch.device | str, dtype: torch.dtype, isa: str) -> TorchBacke
         return CpuBackend(device, dtype, isa)
     except BuildError as error:
         raise ValueError(f"the cpu backend cannot run here: {error}") from error
-
-
-def _cpu_or_torch(device: torch.device | str, dtype: torch.dtype) -> TorchBackend:
-    from .cpu.backend import CpuBackend
-    from .cpu.build import BuildError
-
-    try:
-        return CpuBackend(device, dtype)
-    except BuildError as error:
-        # The warnings module shows the same text from the same place once per process.
-        warnings.warn(f"running on torch's own operations, several times slower: {error}", RuntimeWarning, stacklevel=3)
-        return TorchBackend(device, dtype)
-
-
-def _triton_or_torch(device: torch.device | str, dtype: torch.dtype) -> TorchBackend:
-    try:
-        from .triton.backend import TritonBackend
-
-        return TritonBackend(device, dtype)
-    except (ImportError, ValueError) as error:
-        warnings.warn(f"running on torch's own operations: {error}", RuntimeWarning, stacklevel=3)
-        return TorchBackend(device, dtype)

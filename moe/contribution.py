@@ -94,11 +94,7 @@ def slot_norms(x_TD: torch.Tensor, weights: ExpertWeights, routing: Routing, bac
 
 
 class ContributionMeter:
-    """Sums over tokens of the router weights, output norms and residual norms of one layer's experts.
-
-    Arguments:
-        num_experts: routed experts.
-    """
+    """Sums over tokens of the router weights, output norms and residual norms of one layer's routed experts."""
 
     def __init__(self, num_experts: int) -> None:
         self.norms_E = torch.zeros(num_experts, dtype=torch.float64)

@@ -26,32 +26,31 @@ class _Config:
             raise ValueError(f"config of model_type {self('model_type', default='?')!r} lacks {' / '.join(names)}")
         return default
 
-    def as_mapping(self) -> dict[str, Any]:
-        return dict(self._config) if isinstance(self._config, Mapping) else self._config.to_dict()
-
-    def nested(self, name: str) -> _Config:
-        return _Config(self(name))
-
 
 _Rule = Callable[[_Config, int], RouterSpec]
 
 
-def _experts(c: _Config) -> int:
-    return c("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+class _Key:
+    """What the config says under the first of these names that it has; without a default one of them must be there."""
+
+    def __init__(self, *names: str, default: Any = ...) -> None:
+        self.names, self.default = names, default
 
 
-def _softmax(renormalize: bool, *, flag: bool = False) -> _Rule:
-    """Softmax over all experts; with ``flag``, ``norm_topk_prob`` of the config comes before ``renormalize``."""
-
-    def rule(c: _Config, layer: int) -> RouterSpec:
-        wanted = c("norm_topk_prob", default=renormalize) if flag else renormalize
-        return RouterSpec(num_experts=_experts(c), top_k=c("num_experts_per_tok"), renormalize=wanted)
-
-    return rule
+_EXPERTS = _Key("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_TOP_K = _Key("num_experts_per_tok")
 
 
-def _topk_softmax(c: _Config, layer: int) -> RouterSpec:
-    return RouterSpec(num_experts=_experts(c), top_k=c("num_experts_per_tok", "moe_topk"), softmax_after_topk=True)
+def _spec(c: _Config, *, num_experts: Any = _EXPERTS, top_k: Any = _TOP_K, **fields: Any) -> RouterSpec:
+    """A :class:`RouterSpec` whose fields are constants, or what the config says where they are keys."""
+    fields = {"num_experts": num_experts, "top_k": top_k, **fields}
+    found = {name: c(*f.names, default=f.default) if isinstance(f, _Key) else f for name, f in fields.items()}
+    return RouterSpec(**found)
+
+
+def _rule(**fields: Any) -> _Rule:
+    """The same fields in every layer, see :func:`_spec`."""
+    return lambda c, layer: _spec(c, **fields)
 
 
 def _hunyuan(c: _Config, layer: int) -> RouterSpec:
@@ -65,7 +64,7 @@ def _hunyuan(c: _Config, layer: int) -> RouterSpec:
 
 
 def _dbrx(c: _Config, layer: int) -> RouterSpec:
-    ffn = c.nested("ffn_config")
+    ffn = _Config(c("ffn_config"))
     # A config that spells the norm as null switches it off, so a missing key must be told apart from null.
     raw = ffn._config
     p = raw.get("moe_normalize_expert_weights", 1.0) if isinstance(raw, Mapping) else raw.moe_normalize_expert_weights
@@ -76,9 +75,8 @@ def _dbrx(c: _Config, layer: int) -> RouterSpec:
 
 def _deepseek_v2(c: _Config, layer: int) -> RouterSpec:
     grouped = c("topk_method", default="greedy") == "group_limited_greedy"
-    return RouterSpec(
-        num_experts=_experts(c),
-        top_k=c("num_experts_per_tok"),
+    return _spec(
+        c,
         scale=c("routed_scaling_factor", default=1.0),
         num_groups=c("n_group") if grouped else 1,
         top_groups=c("topk_group") if grouped else 1,
@@ -86,92 +84,16 @@ def _deepseek_v2(c: _Config, layer: int) -> RouterSpec:
     )
 
 
-def _deepseek_v3(c: _Config, layer: int) -> RouterSpec:
-    return RouterSpec(
-        num_experts=_experts(c),
-        top_k=c("num_experts_per_tok"),
-        score="sigmoid",
-        renormalize=c("norm_topk_prob"),
-        norm_epsilon=1e-20,
-        scale=c("routed_scaling_factor"),
-        selection_bias=True,
-        num_groups=c("n_group", default=1),
-        top_groups=c("topk_group", default=1),
-        group_score="top2_sum",
-        float32_logits=True,
-    )
-
-
-def _mimo(c: _Config, layer: int) -> RouterSpec:
-    # The published config.json spells the scaling factor as null.
-    return _deepseek_v3(
-        _Config({**c.as_mapping(), "routed_scaling_factor": c("routed_scaling_factor", default=1.0)}), layer
-    )
-
-
-def _afmoe(c: _Config, layer: int) -> RouterSpec:
-    return RouterSpec(
-        num_experts=_experts(c),
-        top_k=c("num_experts_per_tok"),
-        score="sigmoid",
-        renormalize=True,
-        norm_epsilon=1e-20,
-        scale=c("route_scale", default=1.0),
-        selection_bias=True,
-    )
-
-
-def _minimax_m2(c: _Config, layer: int) -> RouterSpec:
-    return RouterSpec(
-        num_experts=_experts(c), top_k=c("num_experts_per_tok"), score="sigmoid", renormalize=True, selection_bias=True
-    )
-
-
-def _lfm2_moe(c: _Config, layer: int) -> RouterSpec:
-    return RouterSpec(
-        num_experts=_experts(c),
-        top_k=c("num_experts_per_tok"),
-        score="sigmoid",
-        renormalize=c("norm_topk_prob", default=True),
-        norm_epsilon=1e-6,
-        scale=c("routed_scaling_factor", default=1.0),
-        selection_bias=c("use_expert_bias", default=True),
-    )
-
-
-def _ernie(c: _Config, layer: int) -> RouterSpec:
-    return RouterSpec(
-        num_experts=_experts(c),
-        top_k=c("num_experts_per_tok", "moe_k"),
-        renormalize=True,
-        norm_floor=c("moe_norm_min", default=1e-12),
-        selection_bias=True,
-        float32_logits=True,
-    )
-
-
 def _longcat(c: _Config, layer: int) -> RouterSpec:
     zero_experts = c("zero_expert_num", default=0)
-    return RouterSpec(
+    return _spec(
+        c,
         num_experts=c("n_routed_experts") + zero_experts,
         top_k=c("moe_topk"),
         scale=c("routed_scaling_factor", default=1.0),
         selection_bias=True,
         zero_experts=zero_experts,
         float32_logits=True,
-    )
-
-
-def _llama4(c: _Config, layer: int) -> RouterSpec:
-    return RouterSpec(
-        num_experts=_experts(c), top_k=c("num_experts_per_tok", default=1), score="sigmoid", weight_on_input=True
-    )
-
-
-def _phimoe(c: _Config, layer: int) -> RouterSpec:
-    # transformers' sparsemixer always returns two choices, whatever num_experts_per_tok is.
-    return RouterSpec(
-        num_experts=_experts(c), top_k=2, score="sparsemixer", jitter=c("router_jitter_noise", default=0.01)
     )
 
 
@@ -184,9 +106,8 @@ def _deepseek_v4(c: _Config, layer: int) -> RouterSpec:
         raise ValueError(f"scoring_func must be one of {tuple(_DEEPSEEK_V4_SCORES)}, not {scoring!r}")
     layer_types = c("mlp_layer_types", default=None)
     forced = layer_types[layer] == "hash_moe" if layer_types else layer < c("num_hash_layers", default=3)
-    return RouterSpec(
-        num_experts=_experts(c),
-        top_k=c("num_experts_per_tok"),
+    return _spec(
+        c,
         score=_DEEPSEEK_V4_SCORES[scoring],
         renormalize=True,
         norm_epsilon=1e-20,
@@ -196,27 +117,13 @@ def _deepseek_v4(c: _Config, layer: int) -> RouterSpec:
     )
 
 
-def _gemma4(c: _Config, layer: int) -> RouterSpec:
-    return RouterSpec(
-        num_experts=_experts(c),
-        top_k=c("top_k_experts"),
-        renormalize=True,
-        expert_scale=True,
-        input_norm_eps=c("rms_norm_eps", default=1e-6),
-    )
-
-
-def _switch(c: _Config, layer: int) -> RouterSpec:
-    return RouterSpec(num_experts=_experts(c), top_k=1, capacity=c("expert_capacity", default=64), float32_logits=True)
-
-
 def _nllb(c: _Config, layer: int) -> RouterSpec:
     policy = c("second_expert_policy", default="all")
     if policy != "all" or c("batch_prioritized_routing", default=False):
         raise ValueError(f"NLLB routing with second_expert_policy={policy!r} or batch priority has no fixed rule")
     fraction = c("moe_eval_capacity_token_fraction", default=1.0)
-    return RouterSpec(
-        num_experts=_experts(c),
+    return _spec(
+        c,
         top_k=2,
         renormalize=True,
         norm_floor=2.0**-23,
@@ -227,41 +134,76 @@ def _nllb(c: _Config, layer: int) -> RouterSpec:
     )
 
 
+_RENORMALIZED = _rule(renormalize=True)
+_SOFTMAX_BY_FLAG = _rule(renormalize=_Key("norm_topk_prob", default=False))
+_TOPK_SOFTMAX = _rule(top_k=_Key("num_experts_per_tok", "moe_topk"), softmax_after_topk=True)
+_SIGMOID: dict[str, Any] = {"score": "sigmoid", "renormalize": True, "selection_bias": True}
+_DEEPSEEK_V3_FIELDS: dict[str, Any] = {
+    **_SIGMOID,
+    "renormalize": _Key("norm_topk_prob"),
+    "norm_epsilon": 1e-20,
+    "scale": _Key("routed_scaling_factor"),
+    "num_groups": _Key("n_group", default=1),
+    "top_groups": _Key("topk_group", default=1),
+    "group_score": "top2_sum",
+    "float32_logits": True,
+}
+_DEEPSEEK_V3 = _rule(**_DEEPSEEK_V3_FIELDS)
+
 FAMILIES: dict[str, _Rule] = {
-    "mixtral": _softmax(True),
-    "minimax": _softmax(True),
-    "qwen3_moe": _softmax(False, flag=True),
-    "qwen3_next": _softmax(True, flag=True),
+    "mixtral": _RENORMALIZED,
+    "minimax": _RENORMALIZED,
+    "qwen3_moe": _SOFTMAX_BY_FLAG,
+    "qwen3_next": _rule(renormalize=_Key("norm_topk_prob", default=True)),
     "hunyuan_v1_moe": _hunyuan,
     "dbrx": _dbrx,
-    "olmoe": _softmax(False, flag=True),
-    "qwen2_moe": _softmax(False, flag=True),
-    "flex_olmo": _softmax(False, flag=True),
-    "jamba": _softmax(False),
-    "gpt_oss": _topk_softmax,
-    "granitemoe": _topk_softmax,
-    "granitemoeshared": _topk_softmax,
-    "granitemoehybrid": _topk_softmax,
-    "jetmoe": _topk_softmax,
-    "aria_text": _topk_softmax,
+    "olmoe": _SOFTMAX_BY_FLAG,
+    "qwen2_moe": _SOFTMAX_BY_FLAG,
+    "flex_olmo": _SOFTMAX_BY_FLAG,
+    "jamba": _rule(),
+    "gpt_oss": _TOPK_SOFTMAX,
+    "granitemoe": _TOPK_SOFTMAX,
+    "granitemoeshared": _TOPK_SOFTMAX,
+    "granitemoehybrid": _TOPK_SOFTMAX,
+    "jetmoe": _TOPK_SOFTMAX,
+    "aria_text": _TOPK_SOFTMAX,
     "deepseek_v2": _deepseek_v2,
-    "deepseek_v3": _deepseek_v3,
-    "glm4_moe": _deepseek_v3,
-    "dots1": _deepseek_v3,
-    "solar_open": _deepseek_v3,
-    "exaone_moe": _deepseek_v3,
-    "nemotron_h": _deepseek_v3,
-    "mimo_v2_flash": _mimo,
-    "afmoe": _afmoe,
-    "minimax_m2": _minimax_m2,
-    "lfm2_moe": _lfm2_moe,
-    "ernie4_5_moe": _ernie,
+    "deepseek_v3": _DEEPSEEK_V3,
+    "glm4_moe": _DEEPSEEK_V3,
+    "dots1": _DEEPSEEK_V3,
+    "solar_open": _DEEPSEEK_V3,
+    "exaone_moe": _DEEPSEEK_V3,
+    "nemotron_h": _DEEPSEEK_V3,
+    # The published config.json spells the scaling factor as null.
+    "mimo_v2_flash": _rule(**{**_DEEPSEEK_V3_FIELDS, "scale": _Key("routed_scaling_factor", default=1.0)}),
+    "afmoe": _rule(**_SIGMOID, norm_epsilon=1e-20, scale=_Key("route_scale", default=1.0)),
+    "minimax_m2": _rule(**_SIGMOID),
+    "lfm2_moe": _rule(
+        score="sigmoid",
+        renormalize=_Key("norm_topk_prob", default=True),
+        norm_epsilon=1e-6,
+        scale=_Key("routed_scaling_factor", default=1.0),
+        selection_bias=_Key("use_expert_bias", default=True),
+    ),
+    "ernie4_5_moe": _rule(
+        top_k=_Key("num_experts_per_tok", "moe_k"),
+        renormalize=True,
+        norm_floor=_Key("moe_norm_min", default=1e-12),
+        selection_bias=True,
+        float32_logits=True,
+    ),
     "longcat_flash": _longcat,
-    "llama4_text": _llama4,
-    "phimoe": _phimoe,
+    "llama4_text": _rule(top_k=_Key("num_experts_per_tok", default=1), score="sigmoid", weight_on_input=True),
+    # transformers' sparsemixer always returns two choices, whatever num_experts_per_tok is.
+    "phimoe": _rule(top_k=2, score="sparsemixer", jitter=_Key("router_jitter_noise", default=0.01)),
     "deepseek_v4": _deepseek_v4,
-    "gemma4_text": _gemma4,
-    "switch_transformers": _switch,
+    "gemma4_text": _rule(
+        top_k=_Key("top_k_experts"),
+        renormalize=True,
+        expert_scale=True,
+        input_norm_eps=_Key("rms_norm_eps", default=1e-6),
+    ),
+    "switch_transformers": _rule(top_k=1, capacity=_Key("expert_capacity", default=64), float32_logits=True),
     "nllb-moe": _nllb,
 }
 

@@ -45,9 +45,6 @@ def load_scales(directory: Path) -> ExpertScales | None:
         return None
     try:
         summary = json.loads(file.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} is damaged: {error!r}") from error
-    try:
         if summary["format"] != _FORMAT:
             raise ValueError(f"{file} has format {summary['format']}; this version reads {_FORMAT}")
         return ExpertScales(
@@ -55,7 +52,7 @@ def load_scales(directory: Path) -> ExpertScales | None:
             tokens=summary["tokens"],
             backbone_sha256=summary["backbone_sha256"],
         )
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{file} is damaged: {error!r}") from error
 
 

@@ -66,43 +66,25 @@ def _weight_gradient(grad_RO: torch.Tensor, x_RI: torch.Tensor, counts: list[int
     return grad_EOI
 
 
-class _Dispatch(torch.autograd.Function):
-    """Copy every token to its K sorted rows; the gradient gathers them back and adds them slot by slot."""
+class _Move(torch.autograd.Function):
+    """Copies every token to its K sorted rows, or with ``back`` adds the K rows of every token, slot by slot.
+
+    Each is the other's gradient.
+    """
 
     @staticmethod
-    def forward(ctx, x_TD: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor, top_k: int) -> torch.Tensor:
-        ctx.save_for_backward(inverse_R)
-        ctx.top_k = top_k
-        return x_TD.index_select(0, order_R // top_k)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grad_outputs: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (grad_RD,) = grad_outputs
-        (inverse_R,) = ctx.saved_tensors
-        return _sum_slots(grad_RD, inverse_R, ctx.top_k), None, None, None
-
-
-class _Combine(torch.autograd.Function):
-    """Add the K rows of every token; the gradient copies each token's gradient to its rows."""
-
-    @staticmethod
-    def forward(ctx, y_RD: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor, top_k: int) -> torch.Tensor:
-        ctx.save_for_backward(order_R)
-        ctx.top_k = top_k
-        return _sum_slots(y_RD, inverse_R, top_k)
+    def forward(ctx, x: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor, top_k: int, back: bool):
+        ctx.save_for_backward(order_R, inverse_R)
+        ctx.top_k, ctx.back = top_k, back
+        if back:  # without gathering the rows first
+            return F.embedding_bag(inverse_R.view(-1, top_k), x, mode="sum")
+        return x.index_select(0, order_R // top_k)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_outputs: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (grad_TD,) = grad_outputs
-        (order_R,) = ctx.saved_tensors
-        return grad_TD.index_select(0, order_R // ctx.top_k), None, None, None
-
-
-def _sum_slots(rows_RD: torch.Tensor, inverse_R: torch.Tensor, top_k: int) -> torch.Tensor:
-    """The sum of every token's K sorted rows, (T, D), without gathering them first."""
-    return F.embedding_bag(inverse_R.view(-1, top_k), rows_RD, mode="sum")
+        grad = _Move.apply(grad_outputs[0], *ctx.saved_tensors, ctx.top_k, not ctx.back)
+        return grad, None, None, None, None
 
 
 def mixture(
@@ -143,12 +125,12 @@ def arranged(expert_ids_R: torch.Tensor, num_experts: int) -> tuple[torch.Tensor
 
 def dispatch(x_TD: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor, top_k: int) -> torch.Tensor:
     """Every token once per slot, sorted by expert, (R, D)."""
-    return _Dispatch.apply(x_TD, order_R, inverse_R, top_k)
+    return _Move.apply(x_TD, order_R, inverse_R, top_k, False)
 
 
 def combine(y_RD: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor, top_k: int) -> torch.Tensor:
     """The sum of every token's sorted rows, (T, D)."""
-    return _Combine.apply(y_RD, order_R, inverse_R, top_k)
+    return _Move.apply(y_RD, order_R, inverse_R, top_k, True)
 
 
 def gated_experts(
@@ -160,3 +142,19 @@ def gated_experts(
         counts: rows of each expert.
     """
     return _GatedExperts.apply(x_RD, gate_up_EID, down_EDF, weights_R1, counts)
+
+
+def load_balancing_loss(probs_TE: torch.Tensor, expert_ids_TK: torch.Tensor) -> torch.Tensor:
+    """``E * sum_e f_e p_e``: 1 when experts share the load evenly, E when one expert takes everything.
+
+    f_e is the share of the T*K slots that went to expert e (no gradient), p_e the mean router probability of e.
+
+    Arguments:
+        probs_TE: softmax of the router's logits, float32.
+        expert_ids_TK: chosen experts, any integer dtype.
+
+    Returns: float32 scalar. Source: Switch Transformer, Fedus et al. 2021, eq. 4, over K slots.
+    """
+    num_experts = probs_TE.shape[1]
+    load_E = torch.bincount(expert_ids_TK.flatten().long(), minlength=num_experts).float()
+    return num_experts * torch.dot(load_E / load_E.sum(), probs_TE.mean(0))

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
-from dynamoe.dynamic.engine.stopping import StopStrings
-from dynamoe.dynamic.engine.text import OutputText
+from dynamoe.dynamic.engine.text import OutputText, StopStrings
 from dynamoe.dynamic.text.detokenizer import ByteDetokenizer, WindowDetokenizer, make_detokenizer
 from dynamoe.dynamic.text.tokenizer import Tokenizer
 from tokenizers import AddedToken, decoders, models, pre_tokenizers

@@ -82,7 +82,7 @@ def check_streaming_client(out: str) -> None:
 
 
 def check_contract(out: str) -> None:
-    assert len(re.findall(r"^on offer: alpha=.* certificate [0-9a-f]{16}$", out, re.MULTILINE)) >= 1
+    assert len(re.findall(r"^available: alpha=.* certificate [0-9a-f]{16}$", out, re.MULTILINE)) >= 1
     exact, contract = numbers(r"([\d.]+) layers per token", out)
     assert exact == 16
     bounded = re.search(r"bounded, certificates: \['([0-9a-f]{16})'\], reason: certificate \1 holds alpha=", out)
@@ -182,7 +182,7 @@ def test_an_example_prints_what_it_promises(name: str, tmp_path: Path, default_m
 def test_an_example_takes_a_server_that_runs(server: Any, tmp_path: Path) -> None:
     done = run(command_of("contract.py"), tmp_path, "--base-url", f"{server.url}/v1")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "on offer" not in done.stdout  # this model has no certificates
+    assert "available:" not in done.stdout  # this model has no certificates
     assert done.stdout.count("3.00 layers per token, 100.0% of the flops") == 2
 
 

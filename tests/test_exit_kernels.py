@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dynamoe.kernels.api.kv_codes import decode, encode
+from coded_heads import decode, encode
 from dynamoe.kernels.api.types import AttentionBatch, KVLayer, KVProjection, ProbeWeights
 from dynamoe.kernels.cpu.backend import CpuBackend
 from dynamoe.kernels.reference import exits as exit_reference

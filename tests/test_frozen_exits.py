@@ -16,8 +16,7 @@ from dynamoe.dynamic.cli.main import main
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.llm import LLM
 from dynamoe.dynamic.model.loader import load_decoder
-from dynamoe.dynamic.train.frozen import FrozenConfig, make_frozen_exits
-from dynamoe.dynamic.train.frozen_states import (
+from dynamoe.dynamic.train.exit_states import (
     collect_served_states,
     default_exit_layers,
     load_states,
@@ -25,6 +24,7 @@ from dynamoe.dynamic.train.frozen_states import (
     refuse_if_too_many,
     served_backbone,
 )
+from dynamoe.dynamic.train.frozen import FrozenConfig, make_frozen_exits
 from dynamoe.exits.sidecar import load_heads
 from dynamoe.exits.training.exit_heads import ExitHeadsConfig
 from dynamoe.exits.training.heads import HeadTraining
@@ -196,10 +196,11 @@ def test_the_curve_counts_launched_layers_and_scores_served_prefixes(
     monkeypatch.setitem(sys.modules, "exits_curve", curve)
     spec.loader.exec_module(curve)
     llm = LLM(run / "model", dtype="float32", progress=False, max_num_seqs=4, enable_prefix_caching=False)
-    halves = curve.Prompts(tokens=[[n] for n in range(8)], genres=["a", "b"] * 4).halves()
-    assert [half.genres for half in halves] == [["a", "a", "b", "b"]] * 2
-    prompts = curve.Prompts(tokens=[[5, 6, 7, 8], [9, 10, 11, 12]], genres=["one", "other"])
-    full, never, always = curve.measure(llm, prompts, [1.0, 0.0], 10)
+    halves = curve.halves([curve.Prompt(genre, [n]) for n, genre in enumerate(["a", "b"] * 4)])
+    assert [[prompt.genre for prompt in half] for half in halves] == [["a", "a", "b", "b"]] * 2
+    prompts = [curve.Prompt("one", [5, 6, 7, 8]), curve.Prompt("other", [9, 10, 11, 12])]
+    settings = [{"threshold": threshold} for threshold in (None, 1.0, 0.0)]
+    full, never, always = curve.measure(llm, prompts, settings, 10)
     assert full["disagreement"] == 0
     assert full["executed_layer_share"] == 1
     assert never["executed_layer_share"] <= 1

@@ -64,11 +64,12 @@ def test_megablocks_products(counts: list[int] | None) -> None:
 
 def test_megablocks_hands_over_what_its_product_refuses() -> None:
     gate, up, down = make_experts(24)
-    pack = TorchBackend("cpu", torch.bfloat16).pack_experts
-    assert megablocks_backend.refused(pack(gate, up, down, "silu").data) is None
-    assert megablocks_backend.refused(pack(gate, up, down, "silu", torch.ones(4, 24)).data) == "biases"
+    pack, x_TD = TorchBackend("cpu", torch.bfloat16).pack_experts, torch.ones(1, 32)
+    refused = megablocks_backend.MegaBlocksBackend.refused
+    assert refused(x_TD, pack(gate, up, down, "silu").data) is None
+    assert refused(x_TD, pack(gate, up, down, "silu", torch.ones(4, 24)).data) == "biases"
     view = down.permute(1, 0, 2).reshape(32, 96).view(32, 4, 24).permute(1, 0, 2)
-    assert megablocks_backend.refused(pack(gate, up, view, "silu").data) == "weights that are views of wider ones"
+    assert refused(x_TD, pack(gate, up, view, "silu").data) == "weights that are views of wider ones"
 
 
 def test_megablocks_is_refused_without_a_gpu() -> None:

@@ -22,8 +22,7 @@ from dynamoe.dynamic.model.layout import plan_layout
 from dynamoe.dynamic.model.parts import part_of
 from dynamoe.dynamic.model.quantization import methods
 from dynamoe.dynamic.parallel.config import ParallelConfig
-from dynamoe.dynamic.parallel.data_ranks import SharedCache, spread
-from dynamoe.dynamic.parallel.decoder import rows_at
+from dynamoe.dynamic.parallel.data_ranks import SharedCache, rows_at, spread
 from dynamoe.dynamic.parallel.plan import FIRST, Message, Operation, decode, length
 from dynamoe.dynamic.parallel.stages import micro_batches, split_into_stages
 from dynamoe.kernels.api.types import AttentionBatch, KVLayer

@@ -13,7 +13,7 @@ from dynamoe.dynamic.checkpoint.stored_weight import Part
 from dynamoe.dynamic.checkpoint.weights import Checkpoint, CheckpointError, read_json
 from dynamoe.dynamic.model.families import family_of, model_spec
 from dynamoe.dynamic.model.layout import Layout, plan_layout
-from dynamoe.dynamic.parallel.sharded_checkpoint import ShardedCheckpoint
+from dynamoe.dynamic.parallel.shards import ShardedCheckpoint
 from dynamoe.dynamic.parallel.start import Shard
 from gguf_files import write_gguf
 from parallel_jobs import compare, shard_of

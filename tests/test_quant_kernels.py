@@ -18,7 +18,7 @@ from dynamoe.kernels.reference import quantized as quant_reference
 from dynamoe.kernels.torch.backend import TorchBackend
 from dynamoe.kernels.triton.backend import TritonBackend
 from dynamoe.kernels.triton.device import H100
-from dynamoe.kernels.triton.rounding import plan_round_rows
+from dynamoe.kernels.triton.rounding import plan_rows
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -173,7 +173,7 @@ def test_triton_rounds_rows_as_the_oracle_does(scheme: ActivationScheme, width: 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.randn(6, width + 5).to(device, dtype)[:, :width]
     x[1], x[2], x[3] = 0.0, x[2] * 1e4, x[3] * 1e-4
-    rounded, launch = plan_round_rows(x, scheme)
+    rounded, (launch,) = plan_rows(x, scheme)
     launch.run()
     codes = rounded.codes if scheme.kind == "int8" else rounded.codes.view(torch.float8_e4m3fn)
     assert scheme.group is not None
@@ -186,7 +186,7 @@ def test_a_row_that_is_not_finite_stays_so_on_triton():
     for scheme in (INT8_PER_GROUP, FP8_PER_GROUP):
         x = torch.ones(3, 300, device=device)
         x[0, 5], x[2, 299] = torch.nan, torch.inf
-        rounded, launch = plan_round_rows(x, scheme)
+        rounded, (launch,) = plan_rows(x, scheme)
         launch.run()
         assert rounded.scales.isnan().tolist() == [[True, False, False], [False] * 3, [False, False, True]]
 

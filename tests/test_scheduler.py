@@ -168,7 +168,7 @@ def test_a_full_pool_takes_the_pages_of_the_lowest_rank_and_keeps_its_tokens() -
     world = World(num_pages=6, page_size=2, enable_prefix_caching=False)
     low = world.add([1, 1], priority=1, max_tokens=8).sequences[0]
     high = world.add([2, 2], priority=0, max_tokens=8).sequences[0]
-    while world.scheduler.counters.preemptions == 0:
+    while world.scheduler.preemptions == 0:
         world.step()
     assert high.state is State.RUNNING
     assert low.state is State.WAITING
@@ -190,7 +190,7 @@ def test_a_prefix_hit_shares_pages_with_a_running_sequence() -> None:
     entries = {e.sequence: e for e in world.step().entries}
     assert (entries[second].start, entries[second].count) == (8, 2)
     assert second.pages[:2] == first.pages[:2]
-    assert world.scheduler.counters.prefix_cache_hits == 8
+    assert world.scheduler.prefix_cache_hits == 8
 
 
 def test_a_sequence_goes_where_its_beginning_is_else_where_there_is_most_room() -> None:
@@ -206,7 +206,7 @@ def test_a_sequence_goes_where_its_beginning_is_else_where_there_is_most_room() 
     world.step()
     assert elsewhere.kv_shard == 1, "there is no room where its beginning is"
     assert not set(elsewhere.pages) & set(third.pages)
-    assert not world.scheduler.counters.preemptions
+    assert not world.scheduler.preemptions
 
 
 def test_a_full_home_takes_pages_from_its_own_sequences() -> None:
@@ -215,7 +215,7 @@ def test_a_full_home_takes_pages_from_its_own_sequences() -> None:
     first, _, third, last = (request.sequences[0] for request in requests)
     world.step()
     assert [first.kv_shard, third.kv_shard, last.kv_shard] == [0, 0, 1]
-    while world.scheduler.counters.preemptions == 0:
+    while world.scheduler.preemptions == 0:
         world.step()
     assert third.state is State.WAITING
     assert last.state is State.RUNNING, "its pages are of no use to the other KV shard"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine
@@ -55,10 +53,6 @@ def test_a_step_is_its_layers_and_the_head_on_sampled_rows() -> None:
         PLANTED.seconds(0)
 
 
-def test_the_table_survives_json() -> None:
-    assert StepTimes.from_json(json.loads(json.dumps(PLANTED.to_json()))) == PLANTED
-
-
 def test_tiny_is_measured_where_it_is_asked_for() -> None:
     model = LLM("tiny", progress=False).model
     assert Engine(model).step_times is None
@@ -75,4 +69,3 @@ def test_tiny_is_measured_where_it_is_asked_for() -> None:
         assert experts[-1] <= min(size * top_k, num_experts)
     assert times.points[-1].experts > top_k
     assert all(point.layers > 0 and point.head > 0 for point in times.points)
-    assert StepTimes.from_json(json.loads(json.dumps(times.to_json()))) == times

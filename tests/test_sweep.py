@@ -19,8 +19,7 @@ from dynamoe import Quality
 from dynamoe.dynamic.cli.main import main
 from dynamoe.dynamic.cli.targets import check_arguments, refuse_foreign_targets
 from dynamoe.dynamic.convert.model_store import resolve_model
-from dynamoe.dynamic.studies.report import comparisons, pareto, swept, tidy, write_report
-from dynamoe.dynamic.studies.serve_configs import write_serve_configs
+from dynamoe.dynamic.studies.report import comparisons, pareto, swept, tidy, write_report, write_serve_configs
 from dynamoe.serve.settings import ServerSettings
 from omegaconf import OmegaConf
 

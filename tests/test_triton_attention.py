@@ -8,8 +8,13 @@ from dynamoe.kernels.api.kv_codes import codes_and_scales, quantize, read_pages,
 from dynamoe.kernels.api.tolerance import TOLERANCE, error
 from dynamoe.kernels.api.types import AttentionBatch, KVLayer
 from dynamoe.kernels.reference import operations as reference
-from dynamoe.kernels.triton.attention import AttentionConfig, plan_attention
-from dynamoe.kernels.triton.norm import plan_rms_norm, plan_rope_and_write
+from dynamoe.kernels.triton.attention import AttentionConfig
+from dynamoe.kernels.triton.device import A100, H100
+from dynamoe.kernels.triton.norm import NormCall, RopeCall, RowNorm, RowRope
+from dynamoe.kernels.triton.paged_attention import AttentionCall, PagedAttention
+from dynamoe.kernels.triton.variants import Call, OpVariant, ResultT
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = list(TOLERANCE)
@@ -89,6 +94,16 @@ def make_batch(
     return layer, batch
 
 
+def run(
+    variant: OpVariant, call: Call[ResultT], config: AttentionConfig | None = None, native_fp8: bool = False
+) -> ResultT:
+    """What a variant makes of a call; tensors that it makes are NaN until a launch writes them."""
+    result, launches = variant.plan(call, {"attention": config}, H100 if native_fp8 else A100)
+    for launch in launches:
+        launch.run()
+    return result
+
+
 def check(
     contexts: list[int],
     queries: list[int],
@@ -108,13 +123,11 @@ def check(
     torch.manual_seed(3)
     layer, batch = make_batch(contexts, queries, page, heads[1], head_dim, *(NARROW[cache] if cache else (dtype,)))
     q_THC = torch.randn(sum(queries), heads[0], head_dim).to(DEVICE, dtype)
-    out_THC = torch.full_like(q_THC, float("nan"))
     config = AttentionConfig(block_q=block_q, block_l=16, splits=splits, num_warps=4, num_stages=2)
     scale = head_dim**-0.5
     lse_TH, oracle_lse_TH = (torch.full(q_THC.shape[:2], float("nan"), device=DEVICE) for _ in range(2))
-    given = {"scale": scale, "window": window, "config": config, "native_fp8": native_fp8, "sinks_H": sinks_H}
-    for launch in plan_attention(q_THC, layer, batch, out_THC, **given, lse_TH=lse_TH if lse else None):
-        launch.run()
+    call = AttentionCall(q_THC, layer, batch, scale, window, sinks_H, lse_TH if lse else None)
+    out_THC = run(PagedAttention(), call, config, native_fp8)
     oracle_THC = reference.paged_attention(
         q_THC.double(), widened(layer), batch, scale=scale, window=window, sinks_H=sinks_H, lse_TH=oracle_lse_TH
     )
@@ -206,10 +219,8 @@ def test_a_key_that_is_not_finite_spoils_its_own_head_only() -> None:
     layer, batch = make_batch([9], [1], 4, 2, 16, torch.int8, True)
     _, scales_BGP = codes_and_scales(layer.keys_BGPC, True)
     scales_BGP[batch.block_table_SM[0, 1].item(), 1, 2] = float("nan")
-    q_THC, out_THC = torch.randn(1, 4, 16, device=DEVICE), torch.empty(1, 4, 16, device=DEVICE)
     config = AttentionConfig(block_q=1, block_l=16, splits=1, num_warps=4, num_stages=2)
-    for launch in plan_attention(q_THC, layer, batch, out_THC, scale=1.0, window=None, config=config):
-        launch.run()
+    out_THC = run(PagedAttention(), AttentionCall(torch.randn(1, 4, 16, device=DEVICE), layer, batch, 1.0), config)
     assert out_THC[:, :2].isfinite().all()
     assert out_THC[:, 2:].isnan().all()
 
@@ -219,15 +230,13 @@ def test_strided_channels_are_refused() -> None:
     q_THC = torch.randn(1, 8, 1, device=DEVICE).transpose(1, 2)[..., ::2]
     config = AttentionConfig(block_q=1, block_l=16, splits=1, num_warps=4, num_stages=2)
     with pytest.raises(ValueError, match="q_THC must have contiguous channels"):
-        plan_attention(q_THC, layer, batch, q_THC, scale=1.0, window=None, config=config)
+        run(PagedAttention(), AttentionCall(q_THC, layer, batch, 1.0), config)
     other = KVLayer(
         keys_BGPC=layer.keys_BGPC, values_BGPC=layer.values_BGPC.transpose(1, 2).contiguous().transpose(1, 2)
     )
     if other.values_BGPC.stride() != layer.keys_BGPC.stride():
         with pytest.raises(ValueError, match="laid out alike"):
-            plan_attention(
-                torch.randn(1, 1, 8), other, batch, torch.empty(1, 1, 8), scale=1.0, window=None, config=config
-            )
+            run(PagedAttention(), AttentionCall(torch.randn(1, 1, 8), other, batch, 1.0), config)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -242,9 +251,8 @@ def test_rope_and_write(dtype: torch.dtype, heads: tuple[int, int], head_dim: in
         for part in fused.split((heads[0] * head_dim, heads[1] * head_dim, heads[1] * head_dim), 1)
     )
     table_LC = torch.randn(16, head_dim, device=DEVICE)
-    out_THC = torch.full((rows, heads[0], head_dim), float("nan"), device=DEVICE, dtype=dtype)
     expected = KVLayer(keys_BGPC=layer.keys_BGPC.clone(), values_BGPC=layer.values_BGPC.clone())
-    plan_rope_and_write(q, k, v, table_LC, batch, layer, out_THC).run()
+    out_THC = run(RowRope(), RopeCall(q, k, v, table_LC, batch, layer))
     oracle_THC = reference.rope(q, table_LC, batch.positions_T)
     reference.write_kv(reference.rope(k, table_LC, batch.positions_T), v, expected, batch.slots_T)
     close = {"rtol": 1.6e-2 if dtype == torch.bfloat16 else 2e-3, "atol": 1e-2, "equal_nan": True}
@@ -283,8 +291,7 @@ def test_8_bit_caches_are_written_bit_by_bit_as_the_oracle_does(cache: str, dtyp
     table_LC = torch.randn(rows, channels, device=DEVICE)
     copies = [t.view(torch.uint8).clone().view(kept) for t in (layer.keys_BGPC, layer.values_BGPC)]
     expected = KVLayer(keys_BGPC=copies[0], values_BGPC=copies[1], scales_behind_page=behind)
-    out_TGC = torch.full_like(k_TGC, float("nan"))
-    plan_rope_and_write(k_TGC, k_TGC, v_TGC, table_LC, batch, layer, out_TGC).run()
+    out_TGC = run(RowRope(), RopeCall(k_TGC, k_TGC, v_TGC, table_LC, batch, layer))
     # The keys went along as queries: what came back is what the cache was to keep.
     reference.write_kv(out_TGC, v_TGC, expected, batch.slots_T)
     for ours, oracle in ((layer.keys_BGPC, expected.keys_BGPC), (layer.values_BGPC, expected.values_BGPC)):
@@ -304,13 +311,11 @@ def test_norms(dtype: torch.dtype, width: int, stream: torch.dtype | None) -> No
     residual_TD = torch.randn(3, width).to(DEVICE, stream or dtype)
     weight_D = torch.randn(width).to(DEVICE, dtype)
     close = {"rtol": 1.6e-2 if dtype == torch.bfloat16 else 2e-3, "atol": 1e-2}
-    out_TD, sum_TD = torch.full_like(x_TD, float("nan")), torch.full_like(residual_TD, float("nan"))
-    plan_rms_norm(residual_TD, weight_D, 1e-5, out_TD).run()
-    torch.testing.assert_close(out_TD, reference.rms_norm(residual_TD, weight_D, 1e-5), **close)
-    plan_rms_norm(x_TD, weight_D, 1e-5, out_TD).run()
-    torch.testing.assert_close(out_TD, reference.rms_norm(x_TD, weight_D, 1e-5), **close)
+    for rows_TD in (residual_TD, x_TD):
+        out_TD, _ = run(RowNorm(), NormCall(rows_TD, weight_D, 1e-5))
+        torch.testing.assert_close(out_TD, reference.rms_norm(rows_TD, weight_D, 1e-5), **close)
     for scale in (1.0, 0.3):
-        plan_rms_norm(x_TD, weight_D, 1e-5, out_TD, residual_TD, sum_TD, scale).run()
+        out_TD, sum_TD = run(RowNorm(), NormCall(x_TD, weight_D, 1e-5, residual_TD, scale))
         added_TD = x_TD.to(residual_TD.dtype)
         expected_TD = residual_TD + (added_TD if scale == 1.0 else added_TD * scale)
         torch.testing.assert_close(sum_TD, expected_TD, **close)
@@ -319,8 +324,8 @@ def test_norms(dtype: torch.dtype, width: int, stream: torch.dtype | None) -> No
 
 def test_norm_of_rows_that_are_part_of_wider_ones() -> None:
     wide = torch.randn(3, 80, device=DEVICE)
-    weight_D, out_TD = torch.randn(48, device=DEVICE), torch.empty(3, 48, device=DEVICE)
-    plan_rms_norm(wide[:, 16:64], weight_D, 1e-5, out_TD).run()
+    weight_D = torch.randn(48, device=DEVICE)
+    out_TD, _ = run(RowNorm(), NormCall(wide[:, 16:64], weight_D, 1e-5))
     torch.testing.assert_close(out_TD, reference.rms_norm(wide[:, 16:64], weight_D, 1e-5))
     with pytest.raises(ValueError, match="contiguous rows"):
-        plan_rms_norm(wide.t(), weight_D, 1e-5, out_TD)
+        run(RowNorm(), NormCall(wide.t(), weight_D, 1e-5))

@@ -11,10 +11,12 @@ from dynamoe.kernels.api.tolerance import TOLERANCE, error
 from dynamoe.kernels.api.types import Routing
 from dynamoe.kernels.reference import operations as reference
 from dynamoe.kernels.torch.experts import PlainExperts
-from dynamoe.kernels.triton.combine import plan_combine
-from dynamoe.kernels.triton.gemv import GemvConfig, plan_pair_down, plan_pair_gate_up
-from dynamoe.kernels.triton.grouped_gemm import GemmConfig, describable, plan_down, plan_gate_up
-from dynamoe.kernels.triton.index import plan_index
+from dynamoe.kernels.triton.device import A100
+from dynamoe.kernels.triton.experts import ExpertsCall, Pairs, Tiles
+from dynamoe.kernels.triton.gemv import GemvConfig
+from dynamoe.kernels.triton.grouped_gemm import GemmConfig, describable
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PATHS = {
@@ -46,26 +48,16 @@ def make_weights(
 def run_path(
     path: str, x_TD: torch.Tensor, weights: PlainExperts, routing: Routing, activation: str = "silu"
 ) -> torch.Tensor:
-    num_slots = routing.expert_ids_TK.numel()
-    num_experts, width, hidden = weights.gate_EFD.shape
-    h_XF = x_TD.new_full((num_slots, width), float("nan"))
-    y_XD = x_TD.new_full((num_slots, hidden), float("nan"))
-    out_TD = torch.full_like(x_TD, float("nan"))
-    config = PATHS[path]
+    ticket, config, gemv = (
+        torch.zeros(1, dtype=torch.int32, device=DEVICE),
+        PATHS[path],
+        GemvConfig(block_n=32, block_k=64),
+    )
+    call = ExpertsCall(x_TD, weights, routing, activation, ticket)
     if config is None:
-        gemv = GemvConfig(block_n=32, block_k=64)
-        launches = [
-            plan_pair_gate_up(x_TD, weights, routing, h_XF, activation, gemv),
-            plan_pair_down(x_TD, h_XF, weights, routing, out_TD, gemv),
-        ]
+        out_TD, launches = Pairs().plan(call, {"pair_gate_up": gemv, "pair_down": gemv}, A100)
     else:
-        ticket = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-        index, launches = plan_index(routing, num_experts, config.block_m, ticket)
-        launches += [
-            plan_gate_up(x_TD, weights, routing, h_XF, index, activation, config),
-            plan_down(h_XF, weights, routing, y_XD, index, config),
-            plan_combine(y_XD, x_TD, routing, out_TD),
-        ]
+        out_TD, launches = Tiles().plan(call, {"gate_up": config, "down": config}, A100)
     for launch in launches:
         launch.run()
     return out_TD

@@ -7,8 +7,10 @@ import torch
 from dynamoe.kernels.api.router_spec import RouterSpec
 from dynamoe.kernels.api.types import Routing
 from dynamoe.kernels.reference import operations as reference
+from dynamoe.kernels.triton.device import A100
 from dynamoe.kernels.triton.index import ExpertIndex, max_row_tiles, plan_index
-from dynamoe.kernels.triton.router import plan_route
+from dynamoe.kernels.triton.launch import Launch
+from dynamoe.kernels.triton.router import FusedRoute, RouteCall
 
 # The interpreter computes lanes that a mask discards later, and numpy warns about them.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -49,9 +51,14 @@ def tensors_for(spec: RouterSpec, num_tokens: int) -> dict[str, torch.Tensor]:
     return given
 
 
+def plan_route(call: RouteCall) -> tuple[Routing, list[Launch]]:
+    assert FusedRoute().refuses(call.problem(), A100) is None
+    return FusedRoute().plan(call, {}, A100)
+
+
 def run_route(logits_TE: torch.Tensor, spec: RouterSpec, block_m: int | None = 16, **given: torch.Tensor) -> Routing:
     ticket = torch.zeros(1, dtype=torch.int32, device=logits_TE.device)
-    routing, launches = plan_route(logits_TE, spec, block_m=block_m, ticket=ticket, **given)
+    routing, launches = plan_route(RouteCall(logits_TE, spec, block_m, ticket, **given))
     assert len(launches) == (3 if logits_TE.shape[0] > 1024 and block_m else 1)
     routing.weights_TK.fill_(float("nan"))
     routing.expert_ids_TK.fill_(1 << 30)
@@ -77,10 +84,7 @@ def assert_index_describes(routing: Routing, num_experts: int, block_m: int) -> 
     index = routing.index
     assert isinstance(index, ExpertIndex)
     assert index.matches(routing, num_experts)
-    used_TK = torch.ones_like(routing.expert_ids_TK, dtype=torch.bool)
-    if routing.counts_T is not None:
-        slots = torch.arange(used_TK.shape[1], device=used_TK.device)
-        used_TK = slots < routing.counts_T[:, None]
+    used_TK = routing.used_TK
     ids = routing.expert_ids_TK.masked_fill(~used_TK, num_experts).flatten().cpu()
     expected = ids.sort(stable=True).indices[: int(used_TK.sum())]
     assert torch.equal(index.sorted_slots_X[: len(expected)].cpu().long(), expected)
@@ -120,7 +124,7 @@ def test_many_rows_take_three_launches_and_one_row_more_than_a_chunk_is_ranked()
     assert_same_routing(ours, reference.route(logits_TE, spec))
     assert_index_describes(ours, 3, block_m=64)
     ticket = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    assert len(plan_route(logits_TE[:1024], spec, block_m=64, ticket=ticket)[1]) == 1
+    assert len(plan_route(RouteCall(logits_TE[:1024], spec, 64, ticket))[1]) == 1
 
 
 def test_ties_go_to_the_lower_expert() -> None:
@@ -201,5 +205,6 @@ def test_most_tiles() -> None:
 
 
 def test_capacity_is_refused() -> None:
-    with pytest.raises(ValueError, match="capacity"):
-        run_route(torch.randn(2, 4, device=DEVICE), RouterSpec(num_experts=4, top_k=1, capacity=1))
+    spec = RouterSpec(num_experts=4, top_k=1, capacity=1)
+    call = RouteCall(torch.randn(2, 4), spec, None, torch.zeros(1, dtype=torch.int32))
+    assert FusedRoute().refuses(call.problem(), A100) == "routing with a capacity"

@@ -10,17 +10,22 @@ import json
 import os
 import platform
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from ..convert.model_config import SharedModelConfig
 from ..engine.config import EngineConfig
 from ..model.machine import run_facts
+from ..engine.sampling_params import SamplingParams
 from .timing import PointResult, RequestTiming, summarize, table
+
+if TYPE_CHECKING:
+    from ..engine.engine import Engine
 
 Measure = Callable[..., tuple[list[RequestTiming], float]]
 
@@ -74,7 +79,7 @@ class Target:
     Arguments:
         name: of the model.
         where: ``engine`` or the server's address.
-        measure: see :func:`.engine_target.measure_engine`.
+        measure: see :func:`measure_engine`.
         token_pool: ids that random prompts are sampled from.
         encode: token ids of a text.
     """
@@ -141,7 +146,6 @@ def report(target: Target, config: BenchCommandConfig, points: Sequence[PointRes
 def _engine_target(config: BenchCommandConfig) -> Target:
     from ..convert.load_model import load_model
     from ..engine.engine import Engine
-    from .engine_target import measure_engine
 
     model = load_model(config.model, **config.load_arguments())
     special = model.tokenizer.special_ids
@@ -154,18 +158,57 @@ def _engine_target(config: BenchCommandConfig) -> Target:
     )
 
 
+def measure_engine(
+    engine: Engine, prompts: Sequence[Sequence[int]], *, concurrency: int, output_len: int, done: Callable[[], object]
+) -> tuple[list[RequestTiming], float]:
+    """Keep ``concurrency`` requests in the engine until every prompt has been answered.
+
+    Arguments:
+        prompts: token ids.
+        output_len: tokens per output, chosen greedily; end-of-sequence tokens do not end it.
+        done: called after every request.
+
+    Returns: the requests' timings in the prompts' order, and the elapsed seconds.
+
+    Raises:
+        ValueError: for a prompt that the engine refuses.
+    """
+    params = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True, detokenize=False)
+    timings: list[RequestTiming] = []
+    open_requests = 0
+    begin = time.perf_counter()
+    while len(timings) < len(prompts) or open_requests:
+        while open_requests < concurrency and len(timings) < len(prompts):
+            timings.append(RequestTiming(start=time.perf_counter()))
+            engine.add_request(str(len(timings) - 1), prompts[len(timings) - 1], params)
+            open_requests += 1
+        deltas = engine.step()
+        now = time.perf_counter()
+        for delta in deltas:
+            if delta.error is not None:
+                raise ValueError(f"the engine failed a request: {delta.error}")
+            timing = timings[int(delta.request_id)]
+            tokens = sum(len(completion.token_ids) for completion in delta.completions)
+            if tokens:
+                timing.arrivals.append(now)
+                timing.output_tokens += tokens
+            if delta.finished:
+                open_requests -= 1
+                done()
+    return timings, time.perf_counter() - begin
+
+
 def _server_target(config: BenchConfig) -> Target:
     from .http_target import SAMPLE_TEXT, ServerTarget
 
     assert config.url is not None
     server = ServerTarget(config.url, config.api_key or os.environ.get("OPENAI_API_KEY"))
-    name = server.model_name()
     return Target(
-        name=name,
+        name=server.model,
         where=server.url,
-        measure=functools.partial(server.measure, name),
-        token_pool=server.token_ids(name, SAMPLE_TEXT),
-        encode=functools.partial(server.token_ids, name),
+        measure=server.measure,
+        token_pool=server.token_ids(SAMPLE_TEXT),
+        encode=server.token_ids,
     )
 
 

@@ -12,6 +12,7 @@ import httpx
 
 from .timing import RequestTiming
 
+_TIMEOUT = 600.0  # seconds without a byte after which a request counts as failed
 # Source of token ids for random prompts.
 SAMPLE_TEXT = """
 Every morning the harbour master writes down which ships came in, how deep they lay in the water, and what they carried:
@@ -22,26 +23,25 @@ answered within an afternoon what a survey could not have found out in a year. d
 
 
 class ServerTarget:
-    """A server that speaks OpenAI's protocol.
+    """A server that speaks OpenAI's protocol; ``model`` is the first one that it lists.
 
     Arguments:
         url: its address, with or without ``/v1``.
         api_key: sent as a bearer token.
-        timeout: seconds without a byte after which a request counts as failed.
+
+    Raises:
+        ValueError: when it does not answer.
     """
 
-    def __init__(self, url: str, api_key: str | None = None, timeout: float = 600.0) -> None:
+    def __init__(self, url: str, api_key: str | None = None) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        self._timeout = timeout
+        self.model: str = self._call("GET", "/v1/models")["data"][0]["id"]
 
-    def model_name(self) -> str:
-        """The first model that the server lists."""
-        return self._call("GET", "/v1/models")["data"][0]["id"]
-
-    def token_ids(self, model: str, text: str) -> list[int]:
+    def token_ids(self, text: str) -> list[int]:
         """Token ids of a text, by the server's own tokenizer."""
-        return self._call("POST", "/tokenize", {"model": model, "prompt": text, "add_special_tokens": False})["tokens"]
+        body = {"model": self.model, "prompt": text, "add_special_tokens": False}
+        return self._call("POST", "/tokenize", body)["tokens"]
 
     def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         try:
@@ -53,13 +53,7 @@ class ServerTarget:
         return reply.json()
 
     def measure(
-        self,
-        model: str,
-        prompts: Sequence[Sequence[int] | str],
-        *,
-        concurrency: int,
-        output_len: int,
-        done: Callable[[], object],
+        self, prompts: Sequence[Sequence[int] | str], *, concurrency: int, output_len: int, done: Callable[[], object]
     ) -> tuple[list[RequestTiming], float]:
         """Keep ``concurrency`` requests open until every prompt has been answered; see :func:`measure_engine`.
 
@@ -72,11 +66,11 @@ class ServerTarget:
 
         async def work(client: httpx.AsyncClient) -> None:
             for index, prompt in waiting:
-                timings[index] = await self._stream(client, model, prompt, output_len)
+                timings[index] = await self._stream(client, prompt, output_len)
                 done()
 
         async def run() -> float:
-            async with httpx.AsyncClient(headers=self._headers, timeout=self._timeout, limits=limits) as client:
+            async with httpx.AsyncClient(headers=self._headers, timeout=_TIMEOUT, limits=limits) as client:
                 begin = time.perf_counter()
                 async with asyncio.TaskGroup() as group:
                     for _ in range(min(concurrency, len(prompts))):
@@ -92,11 +86,9 @@ class ServerTarget:
             raise error from None
         return [timing for timing in timings if timing is not None], seconds
 
-    async def _stream(
-        self, client: httpx.AsyncClient, model: str, prompt: Sequence[int] | str, output_len: int
-    ) -> RequestTiming:
+    async def _stream(self, client: httpx.AsyncClient, prompt: Sequence[int] | str, output_len: int) -> RequestTiming:
         body = {
-            "model": model,
+            "model": self.model,
             "prompt": prompt if isinstance(prompt, str) else list(prompt),
             "max_tokens": output_len,
             "temperature": 0.0,

@@ -1,4 +1,4 @@
-"""The table of subcommands."""
+"""The table of subcommands, and how one of them fails."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 PACKAGE = __name__.split(".")[0]
+
+
+class JobFailed(SystemExit):
+    """Carries an error through Hydra, which would print its own report of an ordinary exception."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(1)
+        self.error = error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,24 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from ..parallel.config import launched_size
-from .commands import COMMANDS, PACKAGE, Command
-from .job import JobFailed
+from .commands import COMMANDS, PACKAGE, Command, JobFailed
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
-# Hydra's own options that are passed on, and whether a value follows.
-HYDRA_OPTIONS = {
-    "-m": False,
-    "--multirun": False,
-    "-c": True,
-    "--cfg": True,
-    "--resolve": False,
-    "-p": True,
-    "--package": True,
-    "-cd": True,
-    "--config-dir": True,
-    "--hydra-help": False,
-}
+# Hydra's own options that are passed on: alone, and those that a value follows.
+HYDRA_FLAGS = frozenset({"-m", "--multirun", "--resolve", "--hydra-help"})
+HYDRA_VALUES = frozenset({"-c", "--cfg", "-p", "--package", "-cd", "--config-dir"})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -149,10 +138,10 @@ def _split(arguments: list[str], config_class: type) -> tuple[list[str], dict[st
             options.append(argument)
             value_follows = False
         elif argument.startswith("-"):
-            if key not in HYDRA_OPTIONS:
+            if key not in HYDRA_FLAGS | HYDRA_VALUES:
                 raise ValueError(f"there is no option {key}; settings are written key=value, without dashes")
             options.append(argument)
-            value_follows = HYDRA_OPTIONS[key] and not equals
+            value_follows = key in HYDRA_VALUES and not equals
         elif equals and key in free_text and not sweep:
             verbatim[key] = value
         else:

@@ -1,9 +1,20 @@
-"""``dynamoe prepare``: the work of a first start, done ahead of time."""
+"""``dynamoe prepare``: the work of a first start, done ahead of time; or a quantised checkpoint out of a model."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
+import torch
+
+from ...kernels.cpu.build import BuildError, build
+from ..convert.model_store import resolve_model
+from ..model.loader import choose_device
+from ..quantize.driver import REPORT, quantize_checkpoint
+from ..quantize.methods import NEAREST, POOLED, CalibratedMethod
+from ..text.calibration_text import reference_pages, token_windows
+from ..text.documentation_packages import collect_folder
+from ..text.tokenizer import Tokenizer
 from .config import PrepareConfig
 
 __all__ = ["PrepareConfig", "prepare"]
@@ -13,21 +24,44 @@ def prepare(config: PrepareConfig) -> None:
     """Fetch or convert the model, compile the kernels, and print the model's path; or quantise it.
 
     Raises:
-        ValueError: for a model that does not exist or cannot be had here, or settings that are out of range.
+        ValueError: for a model that does not exist or cannot be had here, settings that are out of range, text that is
+            too short, or what :func:`quantize_checkpoint` refuses.
     """
     if config.quantization != "none":
-        from .quantize import quantize_model
-
-        quantize_model(config)
+        _quantize(config)
         return
     if config.output is not None:
         raise ValueError("output=… goes with quantization=gptq, awq or smoothquant")
-    from ...kernels.cpu.build import BuildError, build
-    from ..convert.model_store import resolve_model
-
     path = resolve_model(config.model)
     try:
         build(progress=True)
     except BuildError as error:
         print(f"the CPU kernels are not available, torch's own operations take their place: {error}", file=sys.stderr)
     print(f"{config.model}: {path}")
+
+
+def _quantize(config: PrepareConfig) -> None:
+    method = CalibratedMethod(name=config.quantization, group=config.group, symmetric=config.symmetric)
+    if config.output is None:
+        raise ValueError("output=DIRECTORY is needed: the quantised checkpoint is written there")
+    for name in ("windows", "window_tokens"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    source, target = resolve_model(config.model), Path(config.output).expanduser()
+    pages = reference_pages(held_out=False)
+    if config.text_folder is not None:
+        parts = collect_folder(Path(config.text_folder).expanduser())
+        pages = [document for part in parts if not part.held_out for document in part.documents]
+    tokenizer = Tokenizer.from_directory(source)
+    windows_NL = token_windows(tokenizer.backend, pages, count=config.windows, length=config.window_tokens)
+    device = choose_device(config.device)
+    report = quantize_checkpoint(source, target, windows_NL, method, device=device)
+    for source_of, meaning in ((POOLED, "saw few tokens and used all tokens of their layer"), (NEAREST, "saw none")):
+        count = sum(layer["experts"].get(source_of, 0) for layer in report["layers"])
+        if count:
+            print(f"{count} experts {meaning}, see {target / REPORT}")
+    worst = max(report["layers"], key=lambda layer: layer["relative_error"])
+    error = f"{worst['relative_error']:.1%} (layer {worst['layer']})"
+    print(f"{target}: {config.quantization}; largest error of a layer {error}")

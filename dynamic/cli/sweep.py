@@ -26,8 +26,8 @@ from ..studies.evaluate import run
 from ..studies.probe_kinds import with_probes
 from ..studies.records import Records, job_key
 from ..studies.sweep_config import SweepConfig
+from .commands import JobFailed
 from .config import schema
-from .job import JobFailed
 
 _POLL = 0.5  # seconds between two counts of finished jobs
 

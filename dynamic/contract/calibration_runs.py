@@ -118,18 +118,12 @@ def measure(
         if {name: record.get(name) for name in facts} != facts:
             raise ValueError(f"{file} holds another measurement; take another output directory")
         return _measured(record)
-    found, rows, full, decoded, experts, skipped = [], 0, 0, 0, 0, 0
+    found, works = [], []
     params = [setting.params(max_tokens, temperature, seed) for seed in range(len(prompts))]
     for outputs in _served(llm, prompts, params, progress):
         found.append(losses(llm.model.decoder, outputs, temperature))
-        for output in outputs:
-            ran, all_layers = decoded_layers(output, llm.model.spec.num_layers)
-            rows, full = rows + ran, full + all_layers
-            assert output.compute is not None
-            prompt_rows = len(output.prompt_token_ids) - output.num_cached_tokens
-            experts += output.compute.full_expert_rows - prompt_rows * sum(output.compute.segment_experts)
-            skipped += output.compute.skipped_experts
-            decoded += sum(len(c.token_ids) - 1 for c in output.outputs)
+        works += [decoded_work(output, llm.model.spec.num_layers) for output in outputs]
+    decoded, rows, full, experts, skipped = (sum(counts) for counts in zip(*works, strict=True))
     share = rows / full if full else 1.0
     record = {**facts, "losses": np.concatenate(found).tolist(), "layers_share": share, "decoded": decoded}
     record["experts_share"] = 1 - skipped / experts if experts else 1.0
@@ -139,15 +133,20 @@ def measure(
     return _measured(record)
 
 
-def decoded_layers(output: RequestOutput, num_layers: int) -> tuple[int, int]:
-    """Rows times layers that were launched for a request's decoded tokens, and those that the full model launches.
+def decoded_work(output: RequestOutput, num_layers: int) -> tuple[int, int, int, int, int]:
+    """What was executed for a request's decoded tokens: without the prompt, which always runs in full, and the last
+    token, which is never fed back.
 
-    Without the prompt, which always runs in full, and the last token, which is never fed back.
+    Returns: how many tokens; rows times layers that were launched, and that the full model launches; rows times experts
+        that the routers chose in the launched layers, and those of them that a budget left out.
     """
-    assert output.compute is not None
+    compute = output.compute
+    assert compute is not None
     prompt = len(output.prompt_token_ids) - output.num_cached_tokens
-    full = num_layers * sum(len(completion.token_ids) - 1 for completion in output.outputs)
-    return output.compute.layer_rows - num_layers * prompt, full
+    tokens = sum(len(completion.token_ids) - 1 for completion in output.outputs)
+    experts = compute.full_expert_rows - prompt * sum(compute.segment_experts)
+    layer_rows = compute.layer_rows - num_layers * prompt
+    return tokens, layer_rows, num_layers * tokens, experts, compute.skipped_experts
 
 
 def _served(llm: OfflineEngine, prompts: Sequence[list[int]], params: Sequence[SamplingParams], progress: bool):

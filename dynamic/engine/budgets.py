@@ -16,7 +16,7 @@ import torch
 from ...kernels.api.types import ExpertBudget
 from ...moe.contribution import keep_by_layer
 from ..model.budgeted_layers import limited_layers
-from .request_budget import RequestBudget
+from .request import RequestBudget
 
 if TYPE_CHECKING:
     from ..model.decoder import Decoder
@@ -28,11 +28,7 @@ NO_CAP = np.int32(2**31 - 1)
 
 
 class ExpertBudgets:
-    """Counts what budgets leave out in one engine.
-
-    Arguments:
-        decoder: the model.
-    """
+    """Counts what budgets leave out in one engine."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder

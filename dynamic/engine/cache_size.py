@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from ...exits.training.memory import available_memory
 from ..model.kv_cache import bytes_per_page
 from .config import EngineConfig
 
@@ -36,27 +35,6 @@ def parse_bytes(amount: int | str) -> int:
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that a new allocation on the device could take now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists() and (match := re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())):
-        free = int(match[1]) * 1024
-    else:
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    return min(free, _cgroup_headroom())
-
-
-def _cgroup_headroom() -> int:
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except OSError:  # no cgroup v2 here
-        return 1 << 62
-    return 1 << 62 if limit == "max" else max(int(limit) - used, 0)
-
-
 def count_pages(
     config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device, kv_shards: int = 1
 ) -> int:
@@ -71,7 +49,7 @@ def count_pages(
         typical = -(-min(longest, TYPICAL_TOKENS) // config.block_size)
         least = -(-longest // config.block_size) * kv_shards if config.max_model_len else 0
         wanted = max(config.max_num_seqs * typical, least)
-        pages = min(wanted, free_memory(device) // 4 // page_bytes)
+        pages = min(wanted, available_memory(device) // 4 // page_bytes)
     else:
         pages = parse_bytes(config.kv_memory) // page_bytes
     if pages < kv_shards:

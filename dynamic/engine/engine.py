@@ -19,7 +19,6 @@ from .exit_runner import launched_rows
 from .logits_processors import processor_classes
 from .logprobs import position_logprobs
 from .outputs import CompletionDelta, PositionLogprobs, RequestDelta
-from .pace import Pace
 from .plugins import load_plugins
 from .prefix_cache import PrefixCache
 from .protocols import LogitsProcessor
@@ -30,7 +29,7 @@ from .sampler import NO_TOKEN, sample
 from .sampling_params import SamplingParams
 from .schedule import Schedule
 from .scheduler import Scheduler
-from .stats import EngineStats
+from .stats import EngineStats, Pace
 from .step_times import StepTimes, measure_step_times
 from .text import OutputText
 from .token_costs import TokenCosts, TokenTally
@@ -52,10 +51,6 @@ class EngineFull(Exception):
 
 class Engine:
     """Runs requests on one model. Not thread-safe: one thread drives it. After an exception out of ``step`` it is dead.
-
-    Arguments:
-        model: the loaded model.
-        config: limits.
 
     Raises:
         ValueError: when the memory for keys and values does not hold one sequence of the configured length, and for a
@@ -201,18 +196,18 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """A snapshot of the engine's numbers."""
-        pool, counters = self.scheduler.pool, self.scheduler.counters
+        scheduler, pool = self.scheduler, self.scheduler.pool
         return EngineStats(
-            num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting),
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
             free_pages=pool.num_free,
             total_pages=pool.num_pages,
             kv_usage=1 - pool.num_free / pool.num_pages,
-            prefix_cache_queries=counters.prefix_cache_queries,
-            prefix_cache_hits=counters.prefix_cache_hits,
+            prefix_cache_queries=scheduler.prefix_cache_queries,
+            prefix_cache_hits=scheduler.prefix_cache_hits,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._tokens.count,
-            preemptions=counters.preemptions,
+            preemptions=scheduler.preemptions,
             segment_layers=self._segment_layers,
             segment_rows=launched_rows(self.runner.exits.ended_rows, self.runner.full_rows),
             segment_experts=self._segment_experts,
@@ -220,7 +215,7 @@ class Engine:
             skipped_experts=self.runner.budgets.skipped_experts,
             tokens=self._tokens.total(),
             exchange=self.model.decoder.exchange(),
-            evicted_pages=self.scheduler.evicted_pages,
+            evicted_pages=scheduler.evicted_pages,
         )
 
     def _record_computed(self, schedule: Schedule, hidden_TD: torch.Tensor) -> None:
@@ -327,7 +322,9 @@ class Engine:
         """Append one token; decide whether the output ends with it; find the text to show."""
         request, params = sequence.request, sequence.request.params
         sequence.append(token_id)
-        cost = self._costs.of(self._depth(sequence), sequence.skipped_experts)
+        # In front of the exit head that chose the token; the first one comes from the prompt.
+        layers = sequence.depths[-1] if sequence.depths else self.model.spec.num_layers
+        cost = self._costs.of(layers, sequence.skipped_experts)
         sequence.skipped_experts = 0
         request.tokens.add(cost)
         self._tokens.add(cost)
@@ -341,10 +338,6 @@ class Engine:
         if params.detokenize:
             self._add_text(sequence, token_id, stop_enabled, delta)
         return delta
-
-    def _depth(self, sequence: Sequence) -> int:
-        """Layers in front of the exit head that chose the last token; the first one comes from the prompt."""
-        return sequence.depths[-1] if sequence.depths else self.model.spec.num_layers
 
     def _compute(self, request: Request) -> Compute:
         ended = request.ended_rows or [0] * len(self._segment_layers)

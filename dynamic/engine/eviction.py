@@ -20,11 +20,6 @@ from .request import Sequence
 class Eviction:
     """Asks the policy of one group of layers, whose pages these are.
 
-    Arguments:
-        policy: what to keep.
-        pool: where the pages live.
-        page_size: tokens per page.
-
     Attributes:
         evicted_pages: given up so far.
     """

@@ -54,9 +54,6 @@ class Planner:
     """Sorts the rows of every step.
 
     Most steps decode the sequences of the step before and nothing else. What was found for those is used again.
-
-    Arguments:
-        decoder: the model.
     """
 
     def __init__(self, decoder: Decoder) -> None:

@@ -44,11 +44,7 @@ class _Live:
 
 
 class ExitRunner:
-    """Drives a decoder with exits.
-
-    Arguments:
-        decoder, kv: the model and its cache.
-    """
+    """Drives a decoder with exits."""
 
     def __init__(self, decoder: Decoder, kv: list[KVLayer]) -> None:
         self.decoder = decoder

@@ -23,12 +23,7 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 class OfflineEngine:
-    """A loaded model with an engine of its own.
-
-    Arguments:
-        model: what runs.
-        config: limits of the engine.
-    """
+    """A loaded model with an engine of its own."""
 
     def __init__(self, model: LoadedModel, config: EngineConfig | None = None) -> None:
         self.model = model

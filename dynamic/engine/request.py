@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from ..text.tokenizer import Tokenizer
     from .outputs import PositionLogprobs
     from .quality import ContractOutcome
-    from .request_budget import RequestBudget
     from .text import OutputText
 
 NEVER = 1 << 62
@@ -45,6 +44,14 @@ class StopTokens:
     @property
     def all(self) -> frozenset[int]:
         return self.eos | self.listed
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestBudget:
+    """What every decoded token of a request may use: see :class:`ExpertBudget`; L layers."""
+
+    keep_L: np.ndarray  # float32
+    cap_L: np.ndarray  # int32
 
 
 class Request:
@@ -99,7 +106,7 @@ class Request:
         )
         own = tuple(kind(context) for kind in processors if kind.needed(params))
         self.sequences: list[Sequence] = [Sequence(self, 0, own)]
-        self.prompt_logprobs: list[PositionLogprobs | None] | None = [None] if self.wants_prompt_logprobs else None
+        self.prompt_logprobs: list[PositionLogprobs | None] | None = None if params.prompt_logprobs is None else [None]
         self.num_cached_tokens = 0
         self.arrival_time = time.monotonic()
         self.queue_seconds: float | None = None  # until the first step that ran a part of it
@@ -109,10 +116,6 @@ class Request:
         self.projected_rows = 0  # rows times layers whose keys and values were projected
         self.skipped_experts = 0  # rows times experts that its budget left out
         self.tokens = TokenTally()
-
-    @property
-    def wants_prompt_logprobs(self) -> bool:
-        return self.params.prompt_logprobs is not None
 
     @property
     def prompt_logprobs_complete(self) -> bool:

@@ -25,12 +25,7 @@ LOGITS_CHUNK_BYTES = 64 << 20
 
 
 class Runner:
-    """Owns the cache's tensors and drives the decoder.
-
-    Arguments:
-        decoder: the model.
-        num_pages, page_size: shape of the cache.
-    """
+    """Owns the cache's tensors and drives the decoder."""
 
     def __init__(self, decoder: Decoder, num_pages: int, page_size: int) -> None:
         self.decoder = decoder

@@ -42,32 +42,21 @@ def sample(logits_RV: torch.Tensor, sequences: list[Sequence]) -> list[int]:
     """
     edit_logits(logits_RV, [s.processors for s in sequences])
     greedy = [row for row, s in enumerate(sequences) if s.request.params.greedy]
-    if not on_host(logits_RV):
-        return _sample_on_device(logits_RV, sequences, greedy)
-    if len(greedy) == len(sequences):
-        return _largest(logits_RV)
     drawn = [row for row, s in enumerate(sequences) if not s.request.params.greedy]
     params, keys = [sequences[row].request.params for row in drawn], [sequences[row].peek() for row in drawn]
-    if not greedy:
-        return draw_tokens(logits_RV, params, keys)
-    tokens = dict(zip(greedy, _largest(_rows(logits_RV, greedy)), strict=True))
-    tokens |= zip(drawn, draw_tokens(_rows(logits_RV, drawn), params, keys), strict=True)
-    return [tokens[row] for row in range(len(sequences))]
-
-
-def _sample_on_device(logits_RV: torch.Tensor, sequences: list[Sequence], greedy: list[int]) -> list[int]:
-    """As :func:`sample`; the host waits for the device once, however many rows there are."""
-    order, parts = greedy, []
-    if greedy:
-        best_R, tokens_R = (logits_RV if len(greedy) == len(sequences) else _rows(logits_RV, greedy)).max(-1)
-        parts.append(torch.where(best_R.isfinite(), tokens_R, NO_TOKEN))
-    if len(greedy) < len(sequences):
-        drawn = [row for row, s in enumerate(sequences) if not s.request.params.greedy]
-        params, keys = [sequences[row].request.params for row in drawn], [sequences[row].peek() for row in drawn]
-        scaled_RV, weights_RV = filter_logits(_rows(logits_RV, drawn) if greedy else logits_RV, params)
-        parts.append(choose_among_all(scaled_RV, weights_RV, keys_tensor(keys, logits_RV.device)))
-        order = greedy + drawn
-    tokens = dict(zip(order, torch.cat(parts).tolist(), strict=True))
+    if on_host(logits_RV):
+        found = _largest(_rows(logits_RV, greedy)) if greedy else []
+        found += draw_tokens(_rows(logits_RV, drawn), params, keys) if drawn else []
+    else:  # the host waits for the device once, however many rows there are
+        parts = []
+        if greedy:
+            best_R, tokens_R = _rows(logits_RV, greedy).max(-1)
+            parts.append(torch.where(best_R.isfinite(), tokens_R, NO_TOKEN))
+        if drawn:
+            filtered = filter_logits(_rows(logits_RV, drawn), params)
+            parts.append(choose_among_all(*filtered, keys_tensor(keys, logits_RV.device)))
+        found = torch.cat(parts).tolist()
+    tokens = dict(zip(greedy + drawn, found, strict=True))
     return [tokens[row] for row in range(len(sequences))]
 
 
@@ -77,6 +66,8 @@ def _largest(logits_RV: torch.Tensor) -> list[int]:
 
 
 def _rows(logits_RV: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    if len(rows) == logits_RV.shape[0]:  # all, in their order
+        return logits_RV
     return logits_RV[torch.tensor(rows, device=logits_RV.device)]
 
 

@@ -16,15 +16,6 @@ from .schedule import Entry, Schedule
 _rank = attrgetter("rank")
 
 
-@dataclass(slots=True)
-class SchedulerCounters:
-    """What happened since the start; tokens unless named otherwise."""
-
-    preemptions: int = 0  # sequences
-    prefix_cache_queries: int = 0
-    prefix_cache_hits: int = 0
-
-
 @dataclass(frozen=True, slots=True)
 class _Place:
     """Room for a sequence: pages that hold its beginning, how many it needs beside, how many are free now."""
@@ -72,7 +63,8 @@ class Scheduler:
         self.running: list[Sequence] = []  # by rank
         self._changes = 0  # of which sequences these are
         self.waiting: list[Sequence] = []  # by rank
-        self.counters = SchedulerCounters()
+        self.preemptions = 0  # sequences, since the start
+        self.prefix_cache_queries = self.prefix_cache_hits = 0  # tokens, since the start
 
     @property
     def evicted_pages(self) -> int:
@@ -89,7 +81,7 @@ class Scheduler:
         counts: dict[Sequence, int] = {}
         copies: dict[int, int] = {}  # to page → from page
         rows = self.max_rows
-        preempted_before = self.counters.preemptions
+        preempted_before = self.preemptions
         for sequence in self.running.copy():
             if not rows:
                 break
@@ -102,7 +94,7 @@ class Scheduler:
             if rows and sequence.num_uncomputed > 1:
                 counts[sequence] = min(rows, self._chunk(sequence))
                 rows -= counts[sequence]
-        while rows and self.counters.preemptions == preempted_before and (sequence := self._admit()) is not None:
+        while rows and self.preemptions == preempted_before and (sequence := self._admit()) is not None:
             counts[sequence] = min(rows, self._chunk(sequence))
             rows -= counts[sequence]
         entries = [Entry(s, s.num_computed, count) for s, count in counts.items()]
@@ -141,7 +133,7 @@ class Scheduler:
         self._changes += 1
         if not sequence.request.prompt_logprobs_complete:
             sequence.request.prompt_logprobs = [None]
-        self.counters.preemptions += 1
+        self.preemptions += 1
         self.add(sequence)
 
     def _admit(self) -> Sequence | None:
@@ -164,8 +156,8 @@ class Scheduler:
         if self.eviction is not None:
             self.eviction.computed(sequence)
         if self.cache.enabled:
-            self.counters.prefix_cache_queries += sequence.num_tokens
-            self.counters.prefix_cache_hits += sequence.num_computed
+            self.prefix_cache_queries += sequence.num_tokens
+            self.prefix_cache_hits += sequence.num_computed
         self.waiting.pop(0)
         sequence.state = State.RUNNING
         insort(self.running, sequence, key=_rank)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
-from ..model.counters import Compute, Exchange, TokenCost
+from ..model.counters import Compute, Exchange
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EngineStats:
-    """A snapshot. Counters count from the engine's start.
+class EngineStats(Compute):
+    """A snapshot. Counters count from the engine's start, those of :class:`Compute` for all requests together.
 
     Arguments:
         num_running, num_waiting: sequences.
@@ -19,11 +20,6 @@ class EngineStats:
         prompt_tokens: prompt tokens of the requests whose prompt has been run.
         generation_tokens: tokens sampled.
         preemptions: sequences that lost their pages and were computed again.
-        segment_layers, segment_rows: layers of each segment between exits, and rows that were launched through it.
-        segment_experts: experts that a row uses in each segment without a budget.
-        projected_rows: rows times layers whose keys and values were made of the state at an exit.
-        skipped_experts: rows times experts that budgets left out of layers that ran.
-        tokens: what chose the tokens sampled.
         exchange: between the processes that share the model; None where there is one.
         evicted_pages: that a cache policy gave up.
     """
@@ -38,23 +34,30 @@ class EngineStats:
     prompt_tokens: int
     generation_tokens: int
     preemptions: int
-    segment_layers: tuple[int, ...]
-    segment_rows: tuple[int, ...]
-    segment_experts: tuple[int, ...]
-    projected_rows: int
-    skipped_experts: int
-    tokens: TokenCost
     exchange: Exchange | None = None
     evicted_pages: int = 0
 
     @property
     def compute(self) -> Compute:
-        """What was executed since the engine's start, for all requests together."""
-        return Compute(
-            segment_layers=self.segment_layers,
-            segment_rows=self.segment_rows,
-            segment_experts=self.segment_experts,
-            projected_rows=self.projected_rows,
-            skipped_experts=self.skipped_experts,
-            tokens=self.tokens,
-        )
+        """What was executed."""
+        return self
+
+
+class Pace:
+    """How fast requests finish, as a moving average."""
+
+    def __init__(self) -> None:
+        self._last: float | None = None
+        self._interval = 1.0
+
+    def finished(self) -> None:
+        """A request is done."""
+        now = time.monotonic()
+        if self._last is not None:
+            self._interval += 0.1 * (now - self._last - self._interval)
+        self._last = now
+
+    @property
+    def seconds_per_request(self) -> float:
+        """At least one second, at most a minute."""
+        return min(max(self._interval, 1.0), 60.0)

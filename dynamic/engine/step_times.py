@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,6 +19,7 @@ import torch
 
 from ...exits.segments import Segment
 from ...kernels.api.types import AttentionBatch, ExpertWeights, KVLayer, Routing
+from ...moe.dispatch import UNUSED, used_ids
 
 if TYPE_CHECKING:
     from ...kernels.torch.backend import TorchBackend
@@ -70,15 +71,6 @@ class StepTimes:
     def head(self, rows: int) -> float:
         """Seconds of final norm and LM head on so many rows; none for none."""
         return self._between(rows, lambda size: self._by_rows[size][-1].head) if rows else 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        """What :meth:`from_json` reads."""
-        return {"points": [asdict(point) for point in self.points]}
-
-    @classmethod
-    def from_json(cls, table: Mapping[str, Any]) -> StepTimes:
-        """The table of :meth:`to_json`."""
-        return cls(tuple(StepTime(**point) for point in table["points"]))
 
     @cached_property
     def _by_rows(self) -> dict[int, list[StepTime]]:
@@ -192,9 +184,6 @@ class _ExpertCounter:
         return getattr(self._backend, name)
 
     def experts(self, x_TD: torch.Tensor, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
-        ids_N = routing.expert_ids_TK.flatten()
-        if routing.counts_T is not None:
-            slots_K = torch.arange(routing.expert_ids_TK.shape[1], device=ids_N.device)
-            ids_N = routing.expert_ids_TK[slots_K < routing.counts_T[:, None]]
-        self.used += len(ids_N.unique())
+        ids_TK = used_ids(routing)
+        self.used += len(ids_TK[ids_TK != UNUSED].unique())
         return self._backend.experts(x_TD, weights, routing)

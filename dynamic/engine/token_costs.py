@@ -36,11 +36,7 @@ class TokenTally:
 
 
 class TokenCosts:
-    """The price list of one model. Sizes are those of the weights as the backend keeps them.
-
-    Arguments:
-        decoder: the model.
-    """
+    """The price list of one model. Sizes are those of the weights as the backend keeps them."""
 
     def __init__(self, decoder: Decoder) -> None:
         layers = list(zip(decoder.layers, decoder.spec.layers, strict=True))

@@ -17,21 +17,18 @@ if TYPE_CHECKING:
     from ..model.spec import ModelSpec
 
 
-def warm_up(decoder: Decoder, config: EngineConfig, max_model_len: int, progress: bool = True) -> int:
-    """Compile what steps within the limits can launch; does nothing for backends that compile nothing.
-
-    Returns: how many kernels were prepared.
-    """
+def warm_up(decoder: Decoder, config: EngineConfig, max_model_len: int) -> None:
+    """Compile what steps within the limits can launch; does nothing for backends that compile nothing."""
     from ...kernels.torch.backend import TorchBackend
 
     backend: TorchBackend = decoder.backend
     if backend.name != "triton":
-        return 0
+        return
     from ...kernels.triton.backend import TritonBackend
 
     assert isinstance(backend, TritonBackend), "only the Triton backend carries this name"
     exits = decoder.exits.values()
-    return backend.warm_up(warm_up_shapes(decoder.spec, config, max_model_len, exits, decoder.kv_dtype), progress)
+    backend.warm_up(warm_up_shapes(decoder.spec, config, max_model_len, exits, decoder.kv_dtype))
 
 
 def warm_up_shapes(

@@ -8,7 +8,9 @@ Shape suffixes (also in ``kernels/api/types.py``):
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -29,14 +31,25 @@ from .attention.kind import AttentionContext
 from .blocks import Attention, Block, Norm
 from .counters import Exchange
 from .exits import DecoderExit
-from .inference_mode import in_inference_mode
 from .kv_cache import allocate_layers, copy_pages
 from .layer_weights import LayerWeights
-from .moe_spec import MoESpec
 from .rope import rope_table
 from .spec import ModelSpec
 
 FIRST_TABLE_LENGTH = 4096  # positions; longer contexts grow the table
+_P, _R = ParamSpec("_P"), TypeVar("_R")
+
+
+def in_inference_mode(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The function under ``torch.inference_mode``, which it enters only where its caller has not: a step would enter it
+    four times."""
+    entering = torch.inference_mode()(function)
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        return (function if torch.is_inference_mode_enabled() else entering)(*args, **kwargs)
+
+    return call
 
 
 class Decoder:
@@ -113,7 +126,7 @@ class Decoder:
     def allocate_cache(self, num_pages: int, page_size: int, kv_shards: int = 1) -> list[KVLayer]:
         """Keys and values of every layer, zeroed; each of the ``kv_shards`` KV shards has an equal run of the pages."""
         behind = self.backend.scales_behind_page
-        return allocate_layers(self.spec, num_pages, page_size, self.kv_dtype, self.device, behind)
+        return allocate_layers(self.local_spec, num_pages, page_size, self.kv_dtype, self.device, behind)
 
     def copy_pages(self, kv: list[KVLayer], copies: list[tuple[int, int]]) -> None:
         """Copy whole pages, (from, to), in all layers."""
@@ -270,7 +283,11 @@ class Decoder:
         weights, moe = self.layers[number], self.spec.layers[number].moe
         if moe is None or moe.is_dense:
             return self.backend.all_experts(x_TD, weights.ffn)
-        routing = self._route(weights, moe, x_TD, routed)
+        assert weights.router is not None
+        logits_TE = self.backend.linear(x_TD, weights.router)
+        if routed is not None:
+            routed.append(logits_TE)
+        routing = self.backend.route(logits_TE, moe.router)
         if budget is not None:
             routing = self._limit(routing, number, budget)
         if moe.num_always_on:
@@ -294,15 +311,6 @@ class Decoder:
 
     def _make_stack(self) -> Stack | None:
         return make_stack(self)
-
-    def _route(
-        self, weights: LayerWeights, moe: MoESpec, x_TD: torch.Tensor, routed: list[torch.Tensor] | None
-    ) -> Routing:
-        assert weights.router is not None
-        logits_TE = self.backend.linear(x_TD, weights.router)
-        if routed is not None:
-            routed.append(logits_TE)
-        return self.backend.route(logits_TE, moe.router)
 
     def _limit(self, routing: Routing, number: int, budget: ExpertBudget) -> Routing:
         """Take experts from rows that are on a budget."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,10 +41,7 @@ class DecoderExit:
     def logit_threshold(self, probability: float) -> float:
         """The probe's logit from which on the calibrated probability is at least this."""
         assert self.calibrator is not None
-        return _logit_threshold(self.calibrator, probability)
-
-
-_logit_threshold = lru_cache(maxsize=1024)(logit_threshold)
+        return logit_threshold(self.calibrator, probability)
 
 
 def pack_exits(

@@ -65,7 +65,6 @@ class Family:
         qk_norm: see :class:`.GqaSpec`.
         scales, attention_numbers: read factors that other families do not have, those of attention apart.
         ignored: configuration keys without effect in this family.
-        ffn_size: key of a dense FFN's width.
         experts: ways in which checkpoints store the experts.
         router: possible names of the router's weight.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -155,20 +155,6 @@ def _naming(tensor: str) -> Iterator[None]:
         raise CheckpointError(f"{tensor!r} and what runs with it: {error}") from error
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Ends:
-    """What lies in front of the layers and behind them; see :class:`Decoder`.
-
-    Arguments:
-        tied: the LM head is the embedding table.
-    """
-
-    tied: bool
-    embedding_VD: torch.Tensor | QuantizedWeight | None
-    final_norm_D: torch.Tensor
-    lm_head: LinearWeights
-
-
 class _Builder:
     """Converts a checkpoint for a backend, one layer at a time, and gives the pages read back after each."""
 
@@ -206,30 +192,29 @@ class _Builder:
             layers, spec = self.placement.all_layers(layers, self.source), self.placement.spec
         make = Decoder if self.placement is None else self.placement.make_decoder
         return make(
-            replace(self.spec, tie_embeddings=ends.tied),
+            replace(self.spec, tie_embeddings=ends["embedding_VD"] is None),
             self.backend,
-            embedding_VD=ends.embedding_VD,
             layers=layers,
-            final_norm_D=ends.final_norm_D,
-            lm_head=ends.lm_head,
+            **ends,
             exits=pack_exits(heads, spec, layers, self.backend, held) if heads else {},
             expert_impacts={n: scales.impact for n, scales in enumerate(self.scales) if scales is not None},
             quantization=self.described,
         )
 
-    def _ends(self) -> _Ends:
+    def _ends(self) -> dict[str, Any]:
+        """What lies in front of the layers and behind them, as :class:`Decoder` takes it."""
         tied = not self.layout.lm_head
         if not tied and self.spec.tie_embeddings:
             tied = torch.equal(self.source.view(EMBEDDING), self.source.view(self.layout.lm_head))
         lm_head = self._linear(EMBEDDING if tied else self.layout.lm_head, method=self.quantization.head)
         self._release()
         embedding_VD = None if tied else self._embedding()
-        return _Ends(tied=tied, embedding_VD=embedding_VD, final_norm_D=self._copy(FINAL_NORM), lm_head=lm_head)
+        return {"embedding_VD": embedding_VD, "final_norm_D": self._copy(FINAL_NORM), "lm_head": lm_head}
 
-    def _no_ends(self) -> _Ends:
+    def _no_ends(self) -> dict[str, Any]:
         """Of a stage of a pipeline that is not the first."""
         lm_head = absent_linear(self.spec.vocab_size, self.spec.hidden_size)
-        return _Ends(tied=True, embedding_VD=None, final_norm_D=torch.empty(0), lm_head=lm_head)
+        return {"embedding_VD": None, "final_norm_D": torch.empty(0), "lm_head": lm_head}
 
     def _release(self) -> None:
         """Give back the pages that were read and what was freed."""

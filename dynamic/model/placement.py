@@ -47,7 +47,11 @@ class Placement(Protocol):
         ...
 
     def check_quantization(self, name: str, method: Method) -> None:
-        """Raise ValueError unless parts of quantised tensors are those of the whole tensors quantised."""
+        """Raise ValueError unless parts of quantised tensors are those of the whole tensors quantised.
+
+        Arguments:
+            name: of the method, for the message.
+        """
         ...
 
     def checkpoint(self, whole: Checkpoint) -> Source:
@@ -55,7 +59,7 @@ class Placement(Protocol):
         ...
 
     def quantize(self, name: str, weight: torch.Tensor, method: Method) -> QuantizedWeight:
-        """This process's part of a weight, quantised as the whole weight would be."""
+        """This process's part of a weight, (O, I) or (E, O, I), with the scales that the whole weight would have."""
         ...
 
     def all_layers(self, layers: Sequence[LayerWeights], source: Any) -> list[LayerWeights]:

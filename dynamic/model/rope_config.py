@@ -42,17 +42,10 @@ def rope_spec(config: ConfigReader, head_dim: int, max_position: int, default_th
     original = config.integer(
         "original_max_position_embeddings", rope.integer("original_max_position_embeddings", max_position)
     )
-    scaled = {
-        "default": lambda: {},
-        "dynamic": lambda: {},
-        "linear": lambda: {"factor": rope.number("factor")},
-        "llama3": lambda: {
-            "factor": rope.number("factor"),
-            "low_freq_factor": rope.number("low_freq_factor"),
-            "high_freq_factor": rope.number("high_freq_factor"),
-        },
-        "yarn": lambda: _yarn_values(rope, max_position / max(original, 1)),
-    }[kind]()
+    required = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+    scaled: dict[str, Any] = {name: rope.number(name) for name in required.get(kind, ())}
+    if kind == "yarn":
+        scaled = _yarn_values(rope, max_position / max(original, 1))
     return RopeSpec(head_dim=head_dim, theta=theta, rope_type=kind, original_max_position=original, **scaled)
 
 

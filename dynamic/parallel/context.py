@@ -9,19 +9,21 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from ...kernels.cpu.shared_memory import CpuSharedGroup
+from ...kernels.cpu.backend import CpuBackend
+from ...kernels.cpu.shared_memory import CpuSharedGroup, make_shared_file
 from ...kernels.torch.backend import TorchBackend
+from ...moe.exchange import ExpertAxis
 from .config import ParallelConfig, launched_rank, launched_size
 from .plan import FIRST, Message, decode, length
-from .shared_memory import share_memory
 
 AXES = ("pipeline", "data", "expert", "tensor")
 _IDLE = timedelta(days=30)  # workers wait this long for the next step
@@ -78,6 +80,8 @@ class ParallelContext:
         self.mesh = DeviceMesh.from_group(groups, device.type, ranks_PAET, mesh_dim_names=AXES)
         self.tensor_group: Any = self.mesh.get_group("tensor")
         self.expert_group: Any = self.mesh.get_group("expert")
+        first = self.data_rank * config.expert
+        self.expert_axis = ExpertAxis(group=self.expert_group, size=config.expert, rank=self.expert_rank, first=first)
         self.shards_group: Any = self._my_group(ranks_PAET.flatten(1, 2).movedim(1, -1))
 
     @property
@@ -239,7 +243,7 @@ class ParallelContext:
     def share_memory(self, backend: TorchBackend) -> None:
         """Exchange through shared memory from now on in groups whose ranks are on one machine; all ranks call this."""
         for group in (self._plans, self.tensor_group, self.expert_group, self.shards_group):
-            if group not in self._shared and (memory := share_memory(backend, group, self.config.timeout)) is not None:
+            if group not in self._shared and (memory := _share_memory(backend, group, self.config.timeout)) is not None:
                 self._shared[group] = memory
 
     @property
@@ -275,6 +279,35 @@ class ParallelContext:
                 shared.broadcast(numbers, 0, _IDLE.total_seconds() if group is self._plans else None)
             else:
                 dist.broadcast(numbers, src=0, group=group)
+
+
+def _share_memory(backend: TorchBackend, group: Any, timeout: float) -> CpuSharedGroup | None:
+    """Set up shared memory among the ranks of a group, all of which call this.
+
+    Arguments:
+        timeout: seconds until a rank that does not come counts as hung.
+
+    Returns: None on all of them where one is on another machine, or there is no memory for it.
+    """
+    size = dist.get_world_size(group)
+    if size == 1 or not isinstance(backend, CpuBackend):
+        return None
+    rank, leader = dist.get_rank(group), dist.get_process_group_ranks(group)[0]
+    path: Path | None = None
+    if rank == 0:
+        with suppress(OSError):
+            path = make_shared_file(size)
+    said = [path]
+    dist.broadcast_object_list(said, src=leader, group=group)
+    opened = None
+    if said[0] is not None:
+        with suppress(RuntimeError):
+            opened = CpuSharedGroup(backend, said[0], rank, size, timeout)
+    everybody = torch.tensor([int(opened is not None)])
+    dist.all_reduce(everybody, dist.ReduceOp.MIN, group=group)
+    if path is not None:
+        path.unlink()
+    return opened if everybody.item() else None
 
 
 def _axes(config: ParallelConfig) -> str:

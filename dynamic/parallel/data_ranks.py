@@ -141,3 +141,9 @@ def share_rows(
     order_T = torch.cat(spread.rows).to(own_WY.device)
     rows_TY[order_T] = torch.cat([rows.view(-1, width) for rows, _ in parts])
     return rows_TY, torch.stack([executed.view(torch.int32) for _, executed in parts]).sum(0)
+
+
+def rows_at(slots_T: torch.Tensor, wanted_R: torch.Tensor) -> torch.Tensor:
+    """Numbers of the rows that live at some slots; every slot is one row's."""
+    sorted_T, order_T = slots_T.sort()
+    return order_T[torch.searchsorted(sorted_T, wanted_R)]

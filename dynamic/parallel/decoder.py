@@ -22,19 +22,19 @@ import torch.nn.functional as F
 from ...exits.segments import Segment
 from ...kernels.api.types import AttentionBatch, ExpertBudget, KVLayer, Routing
 from ...moe.dispatch import share_experts
-from ...moe.exchange import ExpertAxis, ExpertExchange, PendingDispatch
+from ...moe.exchange import ExpertExchange, PendingDispatch
 from ...moe.placement import ExpertLoad, write_load
 from ..model.attention.kind import AttentionContext
 from ..model.counters import Exchange
 from ..model.decoder import Decoder
 from ..model.exits import DecoderExit
-from ..model.kv_cache import allocate_layers, copy_pages
+from ..model.kv_cache import copy_pages
 from ..model.spec import ModelSpec
-from .data_ranks import SharedCache, cache_of, on_device, share_rows, spread
+from .data_ranks import SharedCache, cache_of, on_device, rows_at, share_rows, spread
 from .norms import norm_over_ranks, propagate_over_ranks, spread_norms
 from .plan import Message, Operation, exit_message, read_batch, read_budget, read_exited, run_message
 from .shards import Shard, part_of, width
-from .stage_stack import make_held_stack
+from .stages import make_held_stack
 
 
 class ParallelDecoder(Decoder):
@@ -51,15 +51,9 @@ class ParallelDecoder(Decoder):
         self.processes = str(shard.context.config) + shard.placed
         config = shard.context.config
         self.kv_shards = config.kv_shards
-        self.held = shard.held
+        self.stages, self.stage, self.held = shard.stages, self.context.stage, shard.held
         self.load = ExpertLoad(shard.whole.experts_by_layer, self.device)
-        axis = ExpertAxis(
-            group=self.context.expert_group,
-            size=config.expert,
-            rank=self.context.expert_rank,
-            first=self.context.data_rank * config.expert,
-        )
-        self._exchange = ExpertExchange(self.context, axis, config.padded_rows)
+        self._exchange = ExpertExchange(self.context, self.context.expert_axis, config.padded_rows)
         self._executed_X = torch.zeros_like(self._exchange.executed_X)  # of all KV shards
         self._shares = {
             number: share_experts(shard.placement[number], moe.router.top_k + moe.num_always_on, self.device)
@@ -67,16 +61,16 @@ class ParallelDecoder(Decoder):
             if moe is not None and not moe.is_dense and config.expert > 1
         }
         self._spread_norms = spread_norms(shard)
+        shared = self.context.shared_tensor_group
         alone = not self._shares and self._spread_norms is None and config.record_load is None
-        self._held_stack = make_held_stack(self, self.held, self.context) if alone else None
+        added_up = config.tensor == 1 or shared is not None  # attention's and the experts' results
+        self._held_stack = make_held_stack(self, self.held, shared) if alone and added_up else None
         self.vocabulary = shard.vocabulary
         self._token_ids_T: torch.Tensor | None = None
         self._embedded_TD: torch.Tensor | None = None  # of a worker: rows that the next layer 0 runs
         self._caches = 0  # allocated so far
         self._dropped: list[int] = []  # caches that rank 0 has no use for any more, and workers still hold
-        self._rows: dict[
-            int, tuple[torch.Tensor, torch.Tensor]
-        ] = {}  # of a worker, by cache: the last ones, their slots
+        self._ran: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of a worker, by cache: last rows, their slots
 
     def allocate_cache(self, num_pages: int, page_size: int, kv_shards: int = 1) -> list[KVLayer]:
         """See :meth:`Decoder.allocate_cache`; on all ranks. The workers' shares go when rank 0 lets go of its own."""
@@ -84,15 +78,14 @@ class ParallelDecoder(Decoder):
         kv_shard, pages = self.context.kv_shard, num_pages // kv_shards
         layers = self._allocate(pages if kv_shard < kv_shards else 0, page_size)
         cache = SharedCache(layers, self._caches, pages, kv_shard)
-        sizes = (num_pages, page_size, kv_shards)
-        self._tell(Message(operation=Operation.ALLOCATE, cache=cache.number, arguments=sizes))
+        arguments = (num_pages, page_size, kv_shards)
+        self._tell(Message(operation=Operation.ALLOCATE, cache=cache.number, arguments=arguments))
         if self.context.leads:
             finalize(cache, self._dropped.append, cache.number)
         return cache
 
     def _allocate(self, num_pages: int, page_size: int) -> list[KVLayer]:
-        behind = self.backend.scales_behind_page
-        return allocate_layers(self.local_spec, num_pages, page_size, self.kv_dtype, self.device, behind)
+        return super().allocate_cache(num_pages, page_size)
 
     def copy_pages(self, kv: list[KVLayer], copies: list[tuple[int, int]]) -> None:
         """See :meth:`Decoder.copy_pages`; on all ranks."""
@@ -147,36 +140,34 @@ class ParallelDecoder(Decoder):
         router_entropy_T: torch.Tensor | None = None,
         budget: ExpertBudget | None = None,
     ) -> torch.Tensor:
-        """See :meth:`Decoder.run_segment`; all ranks run it."""
-        message = self._tell_run(segment, kv, batch, router_entropy_T, budget)
-        return self._run_layers(segment.layers, x_TD, kv, read_batch(message), router_entropy_T, budget)
-
-    def _tell_run(
-        self,
-        segment: Segment,
-        kv: Sequence[KVLayer],
-        batch: AttentionBatch,
-        router_entropy_T: torch.Tensor | None,
-        budget: ExpertBudget | None,
-    ) -> Message:
+        """See :meth:`Decoder.run_segment`; all ranks run it. The slots, (T, 1), stand for rows on another stage."""
         self.reserve_positions(batch.num_positions)  # refused before anybody is told
         entropy, number = router_entropy_T is not None, cache_of(kv).number
         message = run_message(number, segment.layers, self._token_ids_T, batch, budget, entropy)
         self._tell(message)
         self._token_ids_T = None
-        return message
+        ran_TD = self._run_layers(segment.layers, x_TD, kv, read_batch(message), router_entropy_T, budget)
+        return batch.slots_T[:, None] if ran_TD is None else ran_TD
 
     @torch.inference_mode()
     def _run_layers(
         self,
         layers: range,
-        x_TD: torch.Tensor,
+        x_TD: torch.Tensor | None,
         kv: Sequence[KVLayer],
         batch: AttentionBatch,
         entropy_T: torch.Tensor | None,
         budget: ExpertBudget | None,
-    ) -> torch.Tensor:
-        """Run rows that all ranks of the stage have; ``batch`` is on the host. See :meth:`Decoder.run_segment`."""
+    ) -> torch.Tensor | None:
+        """This rank's share of some layers, of rows that all ranks of the stage have.
+
+        Arguments:
+            x_TD: the rows, where this stage has them.
+            batch: on the host.
+
+        Returns: the rows behind these layers, where this rank has them; rank 0 has them behind the last one, too.
+        """
+        assert x_TD is not None, "the first of these layers is here"
         cache = cache_of(kv)
         if self.kv_shards == 1:
             return self._run_own(layers, x_TD, cache, batch, entropy_T, budget)
@@ -212,10 +203,18 @@ class ParallelDecoder(Decoder):
         """Run the rows of this rank's KV shard."""
         batch = on_device(batch, self.device)
         if self._held_stack is None:
-            segment = Segment(index=0, layers=layers)
-            return super().run_segment(segment, x_WD, cache, batch, entropy_W, budget)
+            return super().run_segment(Segment(index=0, layers=layers), x_WD, cache, batch, entropy_W, budget)
         self.reserve_positions(batch.num_positions)
-        return self._held_stack.run(layers, x_WD, cache, self.cos_sin_LC, batch, entropy_W, budget)
+        first, stop = self.held.start, self.held.stop  # the stack counts these layers only
+        if budget is not None:
+            keep_WL, cap_WL = (x_WL[:, first:stop].contiguous() for x_WL in (budget.keep_TL, budget.cap_TL))
+            budget = replace(budget, keep_TL=keep_WL, cap_TL=cap_WL)
+        own = range(layers.start - first, layers.stop - first)
+        if others := self.context.config.tensor - 1:
+            sums = 2 * len(own)
+            self.context.count_sums(sums, sums * others * x_WD.numel() * self.dtype.itemsize)
+        with self.context.watched():
+            return self._held_stack.run(own, x_WD, cache[first:stop], self.cos_sin_LC, batch, entropy_W, budget)
 
     def _lend_experts(self, layers: range) -> None:
         """Run other KV shards' rows through the experts that are here; this one has none in this step."""
@@ -227,15 +226,29 @@ class ParallelDecoder(Decoder):
                 self._through_experts(number, self._exchange.dispatch(x_0D, nobody, shares))
 
     def propagate_kv(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
-        """See :meth:`Decoder.propagate_kv`; every rank writes those of its heads, of its KV shard's rows."""
+        """See :meth:`Decoder.propagate_kv`; every rank writes those of its heads, of its KV shard's rows. The stages
+        behind that of the exit write theirs when rows next go there."""
+        self.reserve_positions(batch.num_positions)
         message = exit_message(cache_of(kv).number, exit.after_layers, batch)
         self._tell(message)
-        self._write_own(exit, x_RD, kv, read_exited(message))
+        self._exit(exit, x_RD, kv, read_exited(message))
 
-    def _write_own(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
+    def _exit(self, exit: DecoderExit, x_RD: torch.Tensor | None, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
+        """Rows exit: every stage writes its own layers; ``x_RD`` where this stage has the rows."""
+        assert x_RD is not None, "one stage has all rows"
+        self._write(exit, x_RD, kv, batch)
+
+    @torch.inference_mode()
+    def _write(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
+        """Write this stage's keys and values of rows that exited, for its layers behind their exit."""
+        self.reserve_positions(batch.num_positions)
         own_W, own = cache_of(kv).own_rows(batch)
-        if len(own_W):
-            super().propagate_kv(exit, x_RD[own_W.to(self.device)], kv, on_device(own, self.device))
+        if exit.projections and len(own_W):
+            behind = kv[max(exit.after_layers, self.held.start) : self.held.stop]
+            self._propagate(exit, x_RD[own_W.to(self.device)], behind, on_device(own, self.device))
+
+    def _stage_of(self, exit: DecoderExit) -> int:
+        return self.stages.owner(exit.after_layers - 1)
 
     def exchange(self) -> Exchange:
         """See :meth:`Decoder.exchange`."""
@@ -256,12 +269,8 @@ class ParallelDecoder(Decoder):
         counts = self.context.gather(self.load.rows_NE.cpu())
         if self.context.leads:
             rows_NE = torch.stack(counts[:: self.context.config.tensor]).sum(0)
-            write_load(
-                rows_NE,
-                self.spec.experts_by_layer,
-                self.spec.family,
-                Path(self.context.config.record_load).expanduser(),
-            )
+            file = Path(self.context.config.record_load).expanduser()
+            write_load(rows_NE, self.spec.experts_by_layer, self.spec.family, file)
 
     @torch.inference_mode()
     def follow(self) -> None:
@@ -286,7 +295,7 @@ class ParallelDecoder(Decoder):
             elif message.operation is Operation.PROPAGATE:
                 self._obey_propagate(message, caches[message.cache])
             elif message.operation is Operation.EMBED:
-                if self.context.stage == 0:
+                if self.stage == 0:
                     self._embedded_TD = self._embed_together(message.blocks[0].to(self.device))
             elif message.operation is Operation.LOGITS:
                 if self.context.world_rank < self.context.config.tensor:
@@ -299,15 +308,14 @@ class ParallelDecoder(Decoder):
     def _obey_run(self, message: Message, kv: list[KVLayer]) -> None:
         batch, layers = read_batch(message), range(*message.arguments[:2])
         self.reserve_positions(batch.num_positions)
-        x_TD = self._beginning(message) if layers.start == 0 else self._pick(message.cache, batch.slots_T)
-        entropy_T, budget = self._counters(message, batch)
-        self._rows[message.cache] = self._run_layers(layers, x_TD, kv, batch, entropy_T, budget), batch.slots_T
-
-    def _counters(self, message: Message, batch: AttentionBatch) -> tuple[torch.Tensor | None, ExpertBudget | None]:
-        """What is written down beside rows: the routers' entropy, where it is wanted, and the experts' budget."""
+        x_TD: torch.Tensor | None = None
+        if self.stages.owner(max(layers.start - 1, 0)) == self.stage:
+            x_TD = self._beginning(message) if layers.start == 0 else self._pick(message.cache, batch.slots_T)
         count = len(batch.slots_T)
         entropy_T = torch.zeros(count, device=self.device) if message.arguments[5] else None
-        return entropy_T, read_budget(message, count, self.device)
+        ran_TD = self._run_layers(layers, x_TD, kv, batch, entropy_T, read_budget(message, count, self.device))
+        if ran_TD is not None:
+            self._ran[message.cache] = ran_TD, batch.slots_T
 
     def _beginning(self, message: Message) -> torch.Tensor:
         """The rows that layer 0 runs."""
@@ -317,17 +325,17 @@ class ParallelDecoder(Decoder):
         return x_TD
 
     def _obey_propagate(self, message: Message, kv: list[KVLayer]) -> None:
-        exited = read_exited(message)
-        x_RD = self._pick(message.cache, exited.slots_T)
-        self._write_own(self.exits[message.arguments[0]], x_RD, kv, exited)
+        exit, exited = self.exits[message.arguments[0]], read_exited(message)
+        here = self._stage_of(exit) == self.stage
+        self._exit(exit, self._pick(message.cache, exited.slots_T) if here else None, kv, exited)
 
     def _pick(self, cache: int, slots_R: torch.Tensor) -> torch.Tensor:
-        x_TD, slots_T = self._rows[cache]
+        x_TD, slots_T = self._ran[cache]
         return x_TD[rows_at(slots_T, slots_R).to(self.device)]
 
     def _forget(self, cache: int) -> None:
         """Drop what is remembered beside a cache that is gone."""
-        self._rows.pop(cache, None)
+        self._ran.pop(cache, None)
 
     def _obey_decide(self, message: Message) -> None:
         """Only stages are asked: without them rank 0 has every row itself."""
@@ -344,7 +352,6 @@ class ParallelDecoder(Decoder):
 
     def _make_stack(self) -> None:
         """Steps are run segment by segment: all ranks must hear of each."""
-        return None
 
     def _attention(
         self, number: int, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
@@ -359,8 +366,7 @@ class ParallelDecoder(Decoder):
 
     def _propagate(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
         if self._spread_norms is None:
-            super()._propagate(exit, x_RD, kv, batch)
-            return
+            return super()._propagate(exit, x_RD, kv, batch)
         kind, norm, attention = self.local_spec.layers[-1].attention, self._spread_norms[1], self._attention_context()
         propagate_over_ranks(self.context, attention, kind, exit.projections, norm, x_RD, kv, batch)
 
@@ -392,9 +398,3 @@ class ParallelDecoder(Decoder):
         if len(rows_RD):
             rows_RD = self.backend.experts(rows_RD, self.layers[number].ffn, routing)
         return self._exchange.combine(pending, rows_RD)
-
-
-def rows_at(slots_T: torch.Tensor, wanted_R: torch.Tensor) -> torch.Tensor:
-    """Numbers of the rows that live at some slots; every slot is one row's."""
-    sorted_T, order_T = slots_T.sort()
-    return order_T[torch.searchsorted(sorted_T, wanted_R)]

@@ -10,39 +10,24 @@ Shape suffixes as in ``kernels/api/types.py``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ...exits.segments import Segment
 from ...kernels.api.types import AttentionBatch, ExitDecision, ExpertBudget, KVLayer
 from ..model.counters import Exchange
 from ..model.exits import DecoderExit
 from ..model.spec import ModelSpec
-from .data_ranks import SharedCache, cache_of, on_device
-from .decoder import ParallelDecoder, rows_at
+from .data_ranks import SharedCache, cache_of
+from .decoder import ParallelDecoder
 from .deferred_kv import DeferredRow, DeferredWrites, exited_rows, slots_read, take_vectors
-from .plan import Message, Operation, exit_message, read_batch, read_exited, rows_to_write
+from .plan import Message, Operation, rows_to_write
 from .shards import Shard
 from .stage_links import StageLinks
 from .stages import budget_part, micro_batches
 
 MAX_DEFERRED = 4096  # rows of a cache that wait in front of one stage; vectors of memory
-
-
-@dataclass(frozen=True)
-class _Ran:
-    """The rows that this stage ran last, their slots on the host, and what the probe behind them looks at beside."""
-
-    x_TD: torch.Tensor
-    slots_T: torch.Tensor
-    previous_TD: torch.Tensor | None
-    entropy_T: torch.Tensor | None
-
-    def pick(self, slots_R: torch.Tensor) -> torch.Tensor:
-        """The rows at some slots, (R, D)."""
-        return self.x_TD[rows_at(self.slots_T, slots_R).to(self.x_TD.device)]
 
 
 class PipelineDecoder(ParallelDecoder):
@@ -54,12 +39,11 @@ class PipelineDecoder(ParallelDecoder):
 
     def __init__(self, spec: ModelSpec, *arguments: Any, shard: Shard, **more: Any) -> None:
         super().__init__(spec, *arguments, shard=shard, **more)
-        self.stages, self.stage = shard.stages, shard.context.stage
         self.read_bytes = shard.read_bytes
         self.links = StageLinks(self.context)
         self._parts = self.context.config.micro_batches or len(self.stages)
-        self._ran: dict[int, _Ran] = {}  # by cache
-        self._last = 0  # the cache that rows ran on last
+        # What this stage ran last: the rows, and what the probe behind them looks at beside.
+        self._probed: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | None = None
         self._deferred: dict[int, list[DeferredWrites]] = {}  # by cache, between each stage and the next
 
     @property
@@ -88,20 +72,6 @@ class PipelineDecoder(ParallelDecoder):
             writes.drop(targets)
         super()._copy(cache, copies)
 
-    def run_segment(
-        self,
-        segment: Segment,
-        x_TD: torch.Tensor,
-        kv: Sequence[KVLayer],
-        batch: AttentionBatch,
-        router_entropy_T: torch.Tensor | None = None,
-        budget: ExpertBudget | None = None,
-    ) -> torch.Tensor:
-        """See :meth:`Decoder.run_segment`; behind a layer of another stage that is not the last: the slots, (T, 1)."""
-        message = self._tell_run(segment, kv, batch, router_entropy_T, budget)
-        ran_TD = self._run(segment.layers, x_TD, kv, read_batch(message), router_entropy_T, budget)
-        return batch.slots_T[:, None] if ran_TD is None else ran_TD
-
     def decide(
         self,
         exit: DecoderExit,
@@ -121,48 +91,23 @@ class PipelineDecoder(ParallelDecoder):
         nothing = torch.empty(0, device=self.device)
         return ExitDecision(logits_T=nothing, order_T=found[:count], num_staying=int(found[count]))
 
-    def propagate_kv(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
-        """See :meth:`Decoder.propagate_kv`; the stages behind that of the exit write theirs when rows next go there."""
-        self.reserve_positions(batch.num_positions)
-        message = exit_message(cache_of(kv).number, exit.after_layers, batch)
-        self._tell(message)
-        self._exit(exit, x_RD, kv, read_exited(message))
-
     def apply_exit_head(self, exit: DecoderExit, x_RD: torch.Tensor) -> torch.Tensor:
         """See :meth:`Decoder.apply_exit_head`; :meth:`propagate_kv` for these rows has sent the results here."""
         if (stage := self._stage_of(exit)) == self.stage:
             return super().apply_exit_head(exit, x_RD)
         return self.links.collect(stage, (len(x_RD), self.spec.hidden_size), torch.float32)
 
-    def _obey_run(self, message: Message, kv: list[KVLayer]) -> None:
-        batch, layers = read_batch(message), range(*message.arguments[:2])
-        self.reserve_positions(batch.num_positions)
-        x_TD: torch.Tensor | None = None
-        if layers.start == 0:
-            x_TD = self._beginning(message) if self.stage == 0 else None
-        elif self.stages.owner(layers.start - 1) == self.stage:
-            x_TD = self._ran[message.cache].pick(batch.slots_T)
-        self._run(layers, x_TD, kv, batch, *self._counters(message, batch))
-
     def _obey_decide(self, message: Message) -> None:
         exit = self.exits[message.arguments[0]]
         if self._stage_of(exit) == self.stage and self.context.rank == 0:
-            ran = self._ran[self._last]
+            assert self._probed is not None, "rows ran before"
+            x_TD, previous_TD, entropy_T = self._probed
             thresholds_T = message.blocks[0].int().view(torch.float32).to(self.device)
-            decision = super().decide(exit, ran.x_TD, thresholds_T, ran.previous_TD, ran.entropy_T)
+            decision = super().decide(exit, x_TD, thresholds_T, previous_TD, entropy_T)
             self.links.back(torch.cat((decision.order_T, decision.order_T.new_tensor([decision.num_staying]))))
             self.links.wait()
 
-    def _obey_propagate(self, message: Message, kv: list[KVLayer]) -> None:
-        exit = self.exits[message.arguments[0]]
-        batch = read_exited(message)
-        self.reserve_positions(batch.num_positions)
-        x_RD = None
-        if self._stage_of(exit) == self.stage:
-            x_RD = self._ran[message.cache].pick(batch.slots_T)
-        self._exit(exit, x_RD, kv, batch)
-
-    def _run(
+    def _run_layers(
         self,
         layers: range,
         x_TD: torch.Tensor | None,
@@ -171,16 +116,7 @@ class PipelineDecoder(ParallelDecoder):
         entropy_T: torch.Tensor | None,
         budget: ExpertBudget | None,
     ) -> torch.Tensor | None:
-        """This rank's share of some layers.
-
-        Arguments:
-            x_TD: the rows, where this stage has them.
-            batch: on the host.
-
-        Returns: the rows behind these layers, where this rank has them; rank 0 has them behind the last one, too.
-        """
         cache = cache_of(kv)
-        self._last = cache.number
         if layers.start == 0:
             for writes in filter(None, self._deferred_writes(cache)):
                 writes.overwrite(batch.slots_T.tolist())
@@ -202,7 +138,9 @@ class PipelineDecoder(ParallelDecoder):
             if self.stage == end and self._looks_back(layers.stop):
                 previous_TD = part_TD.clone()
             if mine:
-                part_TD = self._run_layers(mine, part_TD, kv, part, entropy_T, part_budget)
+                ran_TD = super()._run_layers(mine, part_TD, kv, part, entropy_T, part_budget)
+                assert ran_TD is not None
+                part_TD = ran_TD
             if self.stage < end:
                 deferred_RD, departing = take_vectors(departing, self.spec.hidden_size, self.device), []
                 self.links.ahead(_with_counters(part_TD, part_budget), deferred_RD)
@@ -212,7 +150,7 @@ class PipelineDecoder(ParallelDecoder):
         self.links.wait()
         if self.stage == end:
             x_TD = torch.cat(ran) if len(ran) > 1 else ran[0]
-            self._ran[cache.number] = _Ran(x_TD, batch.slots_T, previous_TD, entropy_T)
+            self._probed = x_TD, previous_TD, entropy_T
             return x_TD
         return self._collect(layers.stop, end, parts, budget) if self.context.leads else None
 
@@ -273,14 +211,6 @@ class PipelineDecoder(ParallelDecoder):
             batch = rows_to_write(positions_R, slots_R, int(positions_R.max()))
             self._write(self.exits[after_layers], x_RD[torch.tensor(here, device=x_RD.device)], kv, batch)
 
-    def _write(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
-        """Write this stage's keys and values of rows that exited, for its layers behind their exit."""
-        self.reserve_positions(batch.num_positions)
-        own_W, own = cache_of(kv).own_rows(batch)
-        if exit.projections and len(own_W):
-            behind = kv[max(exit.after_layers, self.held.start) : self.held.stop]
-            self._propagate(exit, x_RD[own_W.to(self.device)], behind, on_device(own, self.device))
-
     def _move_deferred(
         self, cache: SharedCache, crossed: range, slots: dict[int, int] | None
     ) -> tuple[list[DeferredRow], list[DeferredRow]]:
@@ -315,11 +245,8 @@ class PipelineDecoder(ParallelDecoder):
         return self._deferred[cache.number]
 
     def _forget(self, cache: int) -> None:
-        self._ran.pop(cache, None)
+        super()._forget(cache)
         self._deferred.pop(cache, None)
-
-    def _stage_of(self, exit: DecoderExit) -> int:
-        return self.stages.owner(exit.after_layers - 1)
 
     def _looks_back(self, stop: int) -> bool:
         """Whether the probe behind some layers compares their rows with those in front of them."""

@@ -6,7 +6,10 @@ Shape suffixes as in ``kernels/api/types.py``; X several experts' neurons side b
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,8 +20,8 @@ import torch.distributed as dist
 from ...kernels.api.quantized_weight import QuantizedWeight
 from ...moe.placement import read_placement
 from ..checkpoint.quantized_checkpoint import QuantizedCheckpoint
-from ..checkpoint.stored_weight import Part
-from ..checkpoint.weights import Checkpoint, CheckpointError
+from ..checkpoint.stored_weight import Index, Part
+from ..checkpoint.weights import Checkpoint, CheckpointError, StoredWeights
 from ..model.layer_weights import LayerWeights
 from ..model.layout import EMBEDDING, FFNLayout, LayerLayout, Layout
 from ..model.parts import part_of, width
@@ -26,8 +29,72 @@ from ..model.quantization import Method
 from ..model.spec import ModelSpec
 from .config import ParallelConfig
 from .context import ParallelContext
-from .sharded_checkpoint import Cut, ShardedCheckpoint
 from .stages import SIZES, layer_sizes, split_into_stages, stand_in
+
+logger = logging.getLogger(__name__)
+
+Cut = Callable[[torch.Tensor], torch.Tensor]
+
+
+class ShardedCheckpoint:
+    """Hands out this rank's part of every tensor that is split.
+
+    Arguments:
+        whole: the checkpoint; of a quantised one nothing but parts comes any more.
+        cuts: by name, of tensors that are split; those of quantised ones are :class:`Part`.
+
+    Attributes:
+        split_bytes, whole_bytes: read so far of tensors that are split, and of those that every rank keeps.
+        replicated: names of the latter, and their bytes.
+    """
+
+    def __init__(self, whole: Checkpoint, cuts: Mapping[str, Cut]) -> None:
+        self.whole = whole
+        self._cuts = cuts
+        self.split_bytes = self.whole_bytes = 0
+        self._split: dict[str, int] = {}
+        self.replicated: dict[str, int] = {}
+        if isinstance(whole, QuantizedCheckpoint):
+            parts = {name: cut for name, cut in cuts.items() if isinstance(cut, Part)}
+            whole.restrict(parts, self._read)
+
+    def describe(self) -> str:
+        """What was read: of tensors that are split, and of those that are not, largest first."""
+        kinds: Counter[str] = Counter()
+        for name, count in self.replicated.items():
+            kinds[re.sub(r"\.\d+\.", ".N.", name)] += count
+        kept = ", ".join(f"{kind} {count / 2**20:.2f}" for kind, count in kinds.most_common())
+        whole = f"{self.whole_bytes / 2**20:.2f} MiB of whole ones" + (f": {kept}" if kept else "")
+        return f"{self.split_bytes / 2**20:.2f} MiB of tensors that are split, and {whole}"
+
+    def view(self, name: str) -> torch.Tensor:
+        """See :meth:`Checkpoint.view`; pages of other ranks' parts are not touched."""
+        whole = self.whole.view(name)
+        if isinstance(self.whole, QuantizedCheckpoint) and self.whole.keeps_codes(name):
+            return whole  # it is a part already
+        return self._counted(name, whole, self._cuts[name](whole) if name in self._cuts else whole)
+
+    def quantized(self, *names: str) -> StoredWeights | None:
+        """See :meth:`Checkpoint.quantized`; codes, scales and zero points of this rank's part."""
+        return self.whole.quantized(*names)
+
+    def release(self) -> None:
+        """See :meth:`Checkpoint.release`."""
+        self.whole.release()
+
+    def _read(self, name: str, index: Index) -> torch.Tensor:
+        """One of the tensors of a quantised weight."""
+        whole = self.whole.raw(name)
+        return self._counted(name, whole, whole[index])
+
+    def _counted(self, name: str, whole: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+        if part.nbytes == whole.nbytes:
+            self.replicated[name] = whole.nbytes
+            self.whole_bytes = sum(self.replicated.values())
+        else:
+            self.split_bytes += part.nbytes - self._split.get(name, 0)  # looking twice is reading once
+            self._split[name] = part.nbytes
+        return part
 
 
 class Shard:
@@ -40,7 +107,7 @@ class Shard:
 
     Attributes:
         stages: of the model; held: layers of this rank's stage.
-        read_bytes: of the checkpoint, by rank; empty until :meth:`with_stand_ins`.
+        read_bytes: of the checkpoint, by rank; empty until :meth:`all_layers`.
         whole: the model; spec: the same with this rank's heads only.
         vocabulary: tokens whose embeddings and outputs this rank keeps, on the first stage.
         placement: by layer with a mixture, the experts of each rank of the expert axis.
@@ -84,21 +151,14 @@ class Shard:
         return placement
 
     def layout(self, layout: Layout) -> Layout:
-        """The layout of this rank's part; fills :attr:`cuts`."""
+        """See :meth:`.Placement.layout`; fills :attr:`cuts`."""
         for name in (EMBEDDING, layout.lm_head):
             if name:
                 self.cuts[name] = Part(outputs=self.vocabulary)
         return replace(layout, layers=tuple(self._layer(layer, n) for n, layer in enumerate(layout.layers)))
 
     def check_quantization(self, name: str, method: Method) -> None:
-        """Raise unless this rank's parts of quantised tensors are those of the whole tensors quantised.
-
-        Arguments:
-            name: of the method, for the message.
-
-        Raises:
-            ValueError: where a scale of weights, or of what they are multiplied with, would belong to several ranks.
-        """
+        """See :meth:`.Placement.check_quantization`: no scale of weights or inputs may belong to several ranks."""
         if method.block_out > 1 and self.input_cuts:
             raise ValueError(
                 f"quantization={name} has scales for blocks of outputs, which {self.context.config} splits"
@@ -128,11 +188,7 @@ class Shard:
         return ShardedCheckpoint(whole, self.cuts)
 
     def quantize(self, name: str, weight: torch.Tensor, method: Method) -> QuantizedWeight:
-        """This rank's part of a tensor, with the scales that the whole tensor has.
-
-        Arguments:
-            weight: the part, (O, I) or (E, O, I).
-        """
+        """See :meth:`.Placement.quantize`."""
         if method.group is not None or name not in self.input_cuts:
             return method.quantize(weight)
         low, high = weight.aminmax(dim=-1, keepdim=True)  # abs() would copy the weight
@@ -141,15 +197,11 @@ class Shard:
         whole = method.quantize(torch.cat((weight, wide.to(weight.dtype)), -1))
         return whole.columns(0, weight.shape[-1])
 
-    def with_stand_ins(self, layers: Sequence[LayerWeights], read_bytes: int) -> list[LayerWeights]:
-        """All layers of the model: this rank's, and what the ranks of the same place in other stages tell of theirs.
-
-        Arguments:
-            layers: those that this rank holds.
-            read_bytes: of the checkpoint, for all ranks to know.
-        """
+    def all_layers(self, layers: Sequence[LayerWeights], source: ShardedCheckpoint) -> list[LayerWeights]:
+        """This rank's layers, and what the ranks of the same place in other stages tell of theirs."""
+        logger.info("rank %d has read %s", self.context.world_rank, source.describe())
         told = torch.zeros(1 + self.spec.num_layers * SIZES, dtype=torch.int64)
-        told[0] = read_bytes
+        told[0] = source.split_bytes + source.whole_bytes
         sizes_LX = told[1:].view(-1, SIZES)
         for number, weights in zip(self.held, layers, strict=True):
             sizes_LX[number] = torch.tensor(layer_sizes(weights))

@@ -11,8 +11,10 @@ from itertools import accumulate, pairwise
 
 import torch
 
+from ...kernels.api.stack import SharedGroup, Stack
 from ...kernels.api.types import AttentionBatch, ExpertBudget, ExpertWeights
 from ..model.attention.kind import AttentionWeights
+from ..model.decoder import Decoder, make_stack
 from ..model.layer_weights import LayerWeights
 from ..model.spec import ModelSpec
 
@@ -112,6 +114,18 @@ def stand_in(spec: ModelSpec, sizes: Sequence[int]) -> LayerWeights:
         ),
         contribution_scale_E=torch.empty(scales, dtype=torch.uint8, device="meta") if scales else None,
     )
+
+
+def make_held_stack(decoder: Decoder, held: range, shared: SharedGroup | None) -> Stack | None:
+    """The layers that a rank holds in one call of the C++ kernels; None where that cannot be.
+
+    Arguments:
+        shared: where ranks that have parts of the heads add up attention's and the experts' results.
+    """
+    stack = make_stack(decoder, held)
+    if stack is not None and shared is not None:
+        stack.share(shared)
+    return stack
 
 
 def micro_batches(batch: AttentionBatch, count: int) -> list[tuple[slice, AttentionBatch]]:

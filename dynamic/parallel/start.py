@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import atexit
 import hashlib
-import logging
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from ...kernels.torch.backend import TorchBackend
 from ...version import __version__
 from ..checkpoint.weights import Checkpoint
-from ..model.decoder import Decoder, LayerWeights
+from ..model.decoder import Decoder
 from ..model.placement import Join
 from ..model.quantization import Quantization
 from ..model.spec import ModelSpec
@@ -24,19 +23,11 @@ from .config import ParallelConfig, launched_size
 from .context import ParallelContext
 from .decoder import ParallelDecoder
 from .pipeline import PipelineDecoder
-from .sharded_checkpoint import ShardedCheckpoint
 from .shards import Shard
-
-logger = logging.getLogger(__name__)
 
 
 class PlacedShard(Shard):
     """A shard as the loader follows it: :class:`..model.placement.Placement`."""
-
-    def all_layers(self, layers: Sequence[LayerWeights], source: ShardedCheckpoint) -> list[LayerWeights]:
-        """This rank's layers, and what the ranks of the same place in other stages tell of theirs."""
-        logger.info("rank %d has read %s", self.context.world_rank, source.describe())
-        return self.with_stand_ins(layers, source.split_bytes + source.whole_bytes)
 
     def make_decoder(self, spec: ModelSpec, backend: TorchBackend, **parts: Any) -> Decoder:
         """This rank's decoder; takes what :class:`Decoder` takes."""

@@ -24,9 +24,8 @@ from ..model.families import Family, family_of, model_spec
 from ..model.layout import EMBEDDING, FINAL_NORM, Layout, plan_layout
 from ..model.spec import ModelSpec
 from .inputs import OneLayer
-from .layer import pack_layer, read_layer
+from .layer import layer_tensors, pack_layer, read_layer
 from .methods import CalibratedMethod, LayerMethod
-from .writer import layer_tensors
 
 PROGRESS, REPORT = "quantization_progress.json", "quantization_report.json"
 _REST, _INDEX = "model-rest.safetensors", "model.safetensors.index.json"

@@ -1,7 +1,7 @@
 """GPTQ (Frantar et al. 2023): round one input after the other; the remaining inputs compensate for the error.
 
 Inputs are taken in the order of their size (act-order). The grids of all groups are fixed before (static groups), so
-that groups stay contiguous whatever the order. Shape suffixes as in ``statistics.py``.
+that groups stay contiguous whatever the order. Shape suffixes as in ``scaling.py``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ def gptq_int4(
     group: int = 64,
     symmetric: bool = True,
     damping: float = 0.01,
-    act_order: bool = True,
     search: bool = True,
 ) -> QuantizedWeight:
     """Quantise B layers of one shape at once.
@@ -33,7 +32,6 @@ def gptq_int4(
         group: inputs per scale: 32, 64 or 128; the last group may be shorter.
         symmetric: the zero point is 8 everywhere.
         damping: share of the mean second moment that is added to each; more where that is not enough to invert.
-        act_order: take inputs with large second moments first.
         search: use the share of each group's range with the smallest error; else the whole range.
 
     Raises:
@@ -46,12 +44,7 @@ def gptq_int4(
     diagonal_BI = hessian.diagonal(dim1=-2, dim2=-1)
     dead_BI = diagonal_BI == 0  # inputs that were always zero: any weight works, and its own is nearest
     diagonal_BI += dead_BI * diagonal_BI.mean(-1, keepdim=True)
-    size_BI = diagonal_BI.clone()
-    order_BI = (
-        size_BI.argsort(-1, descending=True)
-        if act_order
-        else torch.arange(size_BI.shape[-1], device=size_BI.device).expand_as(size_BI)
-    )
+    order_BI = diagonal_BI.argsort(-1, descending=True)
     ordered = hessian.gather(-2, order_BI[:, :, None].expand_as(hessian))
     ordered = ordered.gather(-1, order_BI[:, None, :].expand_as(hessian))
     factor_BII = _inverse_factor(ordered, damping)

@@ -1,6 +1,6 @@
 """Grids of int4 weights: a scale and a zero point for each output and group of inputs, and their range.
 
-Shape suffixes as in ``statistics.py``; G groups of inputs, the last one may be shorter.
+Shape suffixes as in ``scaling.py``; G groups of inputs, the last one may be shorter.
 """
 
 from __future__ import annotations

@@ -109,11 +109,8 @@ class _RecordingBackend:
     """A backend that records the inputs of a layer's linear parts."""
 
     def __init__(self, backend: TorchBackend, layer: LayerWeights) -> None:
-        self._backend = backend
-        self._layer = layer
-        self._attention: list[torch.Tensor] = []
-        self._o: list[torch.Tensor] = []
-        self._ffn: list[torch.Tensor] = []
+        self._backend, self._layer = backend, layer
+        self._rows: dict[str, list[torch.Tensor]] = {"attention_TD": [], "o_TX": [], "ffn_TD": []}
         self._routings: list[Routing] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -121,30 +118,28 @@ class _RecordingBackend:
 
     def linear(self, x_TI: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
         attention: Any = self._layer.attention
-        for part, seen in ((attention.qkv, self._attention), (attention.o, self._o)):
-            if weights is part:
-                seen.append(x_TI.float().cpu().clone())
+        self._record("attention_TD", x_TI, weights is attention.qkv)
+        self._record("o_TX", x_TI, weights is attention.o)
         return self._backend.linear(x_TI, weights)
 
     def experts(self, x_TD: torch.Tensor, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
+        self._record("ffn_TD", x_TD, weights is self._layer.ffn)
         if weights is self._layer.ffn:
-            self._ffn.append(x_TD.float().cpu().clone())
             self._routings.append(routing)
         return self._backend.experts(x_TD, weights, routing)
 
     def all_experts(self, x_TD: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
-        if weights is self._layer.ffn:
-            self._ffn.append(x_TD.float().cpu().clone())
+        self._record("ffn_TD", x_TD, weights is self._layer.ffn)
         return self._backend.all_experts(x_TD, weights)
+
+    def _record(self, name: str, rows: torch.Tensor, wanted: bool) -> None:
+        if wanted:
+            self._rows[name].append(rows.float().cpu().clone())
 
     def inputs(self) -> LayerInputs:
         """All recorded inputs."""
-        return LayerInputs(
-            attention_TD=torch.cat(self._attention),
-            o_TX=torch.cat(self._o),
-            ffn_TD=torch.cat(self._ffn),
-            routing=_joined(self._routings),
-        )
+        rows = {name: torch.cat(parts) for name, parts in self._rows.items()}
+        return LayerInputs(**rows, routing=_joined(self._routings))
 
 
 def _joined(routings: Sequence[Routing]) -> Routing | None:

@@ -29,8 +29,7 @@ from .layer import (
     fold_into_values,
     plain,
 )
-from .scaling import ScaledLayers, awq_scale, awq_scales, smooth_scale
-from .statistics import InputStatistics
+from .scaling import InputStatistics, ScaledLayers, awq_scale, smooth_scale
 
 METHODS = ("gptq", "awq", "smoothquant")
 _CHUNK_BYTES = 256 << 20  # of second moments that are held at once
@@ -163,11 +162,8 @@ class LayerMethod:
         down_EDF, scales = plain(ffn.down_EDF), []
         for expert, x_TD in enumerate(rows):
             statistics = InputStatistics.of([neurons(x_TD, ffn, expert, self.spec.activation)])
-            if self.method.name == "awq":
-                scales.append(awq_scales(down_EDF[expert, None], statistics, self._nearest)[0])
-            else:
-                largest_F = down_EDF[expert].abs().amax(0)
-                scales.append(smooth_scale(statistics.max_abs_BI[0], largest_F, self.method.strength))
+            layers = ScaledLayers(weight_BOI=down_EDF[expert, None], statistics=statistics)
+            scales.append(self._input_scale([layers], statistics))
         return torch.stack(scales)
 
     def _nearest(self, weight_BOI: torch.Tensor) -> torch.Tensor:

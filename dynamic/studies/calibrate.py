@@ -20,7 +20,6 @@ from ..contract.bounds import BOUNDS, betting_bound, conformal_risk_control, lea
 from ..contract.calibration_runs import PROBABILITIES, Measured, Setting, measure, path_through
 from ..contract.catalog import CERTIFICATES
 from ..contract.certificate import Certificate, HeldOut, Scope, save_certificate
-from ..contract.deployment import deployment
 from ..contract.intervals import mean
 from ..convert.model_store import resolve_model
 from ..engine.config import EngineConfig
@@ -31,6 +30,8 @@ from ..parallel.config import ParallelConfig
 from ..text.prompt_file import read_prompts
 from ..train.held_out import PROMPTS_FILE
 from ..train.recipe import claim, plot_path
+from .records import deployment_of
+from .requests import draw
 
 if TYPE_CHECKING:
     from ..contract.certificate import Scalar
@@ -125,8 +126,7 @@ def calibrate(config: CalibrateConfig, *, progress: bool = True, say: Callable[[
     probed = [exit.after_layers for exit in llm.model.decoder.exits.values() if exit.probe is not None]
     settings = path_through(probed, config.probabilities, config.keeps)
     source, chosen, tested = _prompts(config, path, llm)
-    engine = llm.engine
-    facts = deployment(llm.model, engine.runner.exits, engine.logits_plugins, engine.cache_plugins)
+    facts = deployment_of(llm)
     kept = {
         k: v
         for k, v in asdict(config).items()
@@ -139,7 +139,11 @@ def calibrate(config: CalibrateConfig, *, progress: bool = True, say: Callable[[
             llm, prompts, setting, config.max_tokens, file, temperature=config.temperature, progress=progress
         )
 
-    measured = _walk(measured_at, settings, chosen, output, max(config.alphas))
+    measured = []
+    for number, setting in enumerate(settings):
+        measured.append(measured_at(chosen, setting, output / f"setting-{number:02}.json"))
+        if measured[-1].losses_N.mean() > 1.5 * max(config.alphas):  # the tests of every level stop before later ones
+            break
     say(_table(settings, measured, config.temperature))
     losses_MN = np.stack([m.losses_N for m in measured])
     target = output / CERTIFICATES
@@ -166,7 +170,7 @@ def calibrate(config: CalibrateConfig, *, progress: bool = True, say: Callable[[
             f" in expectation only: {crc}"
         )
     if file := plot_path(output):
-        plot(settings, measured, certificates, config.delta, file.with_name("risk.svg"), config.temperature)
+        plot(measured, certificates, config.delta, config.temperature, file.with_name("risk.svg"))
     _write_report(output, settings, measured, target)
     say(f"{len(certificates)} certificates in {target}")
     return target
@@ -188,27 +192,9 @@ def _prompts(config: CalibrateConfig, path: Path, llm: LLM) -> tuple[str, list[l
     for number, prompt in enumerate(prompts[:wanted], 1):
         if len(prompt) > limit:
             raise ValueError(f"prompt {number} of {file} has {len(prompt)} tokens; with max_tokens, {limit} fit")
-    order = np.random.default_rng(0).permutation(wanted)
-    shuffled = [prompts[place] for place in order]
+    shuffled = draw(prompts[:wanted], wanted, 0, str(file))
     source = file.name if config.prompts else f"{file.name} beside {path.name}"
     return source, shuffled[: config.requests], shuffled[config.requests :]
-
-
-def _walk(
-    measured_at: Callable[[list[list[int]], Setting, Path], Measured],
-    settings: Sequence[Setting],
-    prompts: list[list[int]],
-    output: Path,
-    highest: float,
-) -> list[Measured]:
-    """Losses along the path, as far as the ``highest`` level might accept a setting: tests stop before later ones."""
-    found = []
-    for number, setting in enumerate(settings):
-        file = output / f"setting-{number:02}.json"
-        found.append(measured_at(prompts, setting, file))
-        if found[-1].losses_N.mean() > 1.5 * highest:
-            break
-    return found
 
 
 def _certificate(
@@ -283,12 +269,7 @@ def _table(settings: Sequence[Setting], measured: Sequence[Measured], temperatur
 
 
 def plot(
-    settings: Sequence[Setting],
-    measured: Sequence[Measured],
-    certificates: Sequence[Certificate],
-    delta: float,
-    file: Path,
-    temperature: float = 0.0,
+    measured: Sequence[Measured], certificates: Sequence[Certificate], delta: float, temperature: float, file: Path
 ) -> None:
     """Risk against compute along the path, with the upper bounds, and the certified points on other requests."""
     from matplotlib.figure import Figure

@@ -21,8 +21,7 @@ from ..contract.intervals import Estimate, mean
 from ..engine.config import EngineConfig
 from ..llm import LLM
 from .evaluate import Evaluation
-from .provenance import provenance
-from .records import job_key
+from .records import job_key, provenance
 from .requests import draw, requests_from
 from .sweep_config import CONFORMAL, CalibrationStudyConfig, SweepConfig
 
@@ -43,7 +42,7 @@ def compare_methods(config: SweepConfig) -> Evaluation:
     llm = LLM.from_config(config.model, config, engine, progress=False, experts_per_token=config.moe.experts_per_token)
     source, measured = _pool(config, llm)
     losses_MN, layers_M = np.stack([m.losses_N for m in measured]), np.array([m.layers_share for m in measured])
-    chosen = _draws(study, losses_MN, config.seed)
+    chosen = drawn_choices(study, losses_MN, config.seed)
     # Full compute, the choice of a calibration that proves nothing, is behind the last setting: index -1.
     risk = np.append(losses_MN.mean(1), 0.0)[chosen]
     found: dict[str, Estimate] = {
@@ -61,7 +60,7 @@ def compare_methods(config: SweepConfig) -> Evaluation:
     )
 
 
-def _draws(study: CalibrationStudyConfig, losses_MN: np.ndarray, seed: int) -> np.ndarray:
+def drawn_choices(study: CalibrationStudyConfig, losses_MN: np.ndarray, seed: int) -> np.ndarray:
     """The setting that each drawn calibration chooses; -1 is full compute."""
     generator = np.random.default_rng(seed)
     chosen = []

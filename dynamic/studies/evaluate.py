@@ -23,7 +23,7 @@ from ..engine.config import EngineConfig
 from ..llm import LLM
 from ..model.decoder import Decoder
 from .forced import Forced, ForcingEngine, force
-from .provenance import provenance
+from .records import provenance
 from .requests import draw, forced_texts, read_requests, requests_from
 from .served import Served, serve_in_turns
 from .setting import StudiedQuality, by_router_weight, find_keep, resolve
@@ -133,7 +133,7 @@ def evaluate(config: EvaluateConfig) -> None:
     print(table(result))
 
 
-def run(config: EvaluateConfig, *, progress: bool | None = True) -> Evaluation:
+def run(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
     """Measure one setting.
 
     Arguments:
@@ -144,17 +144,16 @@ def run(config: EvaluateConfig, *, progress: bool | None = True) -> Evaluation:
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    shown = bool(progress)
     llm = LLM.from_config(
         config.model,
         config,
         config.engine,
-        progress=shown,
+        progress=progress,
         experts_per_token=config.moe.experts_per_token,
         certificates=None if config.quality.uncertified else config.quality.certificates,
         parallel=config.parallel,
     )
-    reference = _reference(config, llm, shown)
+    reference = _reference(config, llm, progress)
     source, prompts, texts = _requests(config, llm)
     if config.quality.expert_rule == "router_weight":
         by_router_weight(llm.model.decoder)
@@ -164,7 +163,7 @@ def run(config: EvaluateConfig, *, progress: bool | None = True) -> Evaluation:
         quality = _with_keep(config, llm, engine, reference, texts)
     setting = resolve(quality, llm, config.max_tokens)
     unlimited = config.quality.expert_keep is None and config.quality.expert_share is None
-    with tqdm(total=len(prompts) + len(texts), desc="requests", unit="request", disable=not shown or None) as bar:
+    with tqdm(total=len(prompts) + len(texts), desc="requests", unit="request", disable=not progress or None) as bar:
         served = serve_in_turns(llm, reference, prompts, setting.params, config.timing_groups, bar.update)
         context = config.context_tokens
         forced = force(engine, reference, texts, context, setting.params, bar.update) if texts else None
@@ -264,9 +263,7 @@ def _metrics(served: Served, forced: Forced | None) -> dict[str, Estimate]:
             "reference_perplexity": ratio(forced.reference_nll_N, forced.tokens_N, np.exp),
             "perplexity_ratio": ratio(forced.nll_N - forced.reference_nll_N, forced.tokens_N, np.exp),
         }
-    if served.decoded_N.sum():
-        found |= served.executed()
-    return found | served.throughput()
+    return found | served.executed | served.throughput
 
 
 def _by_request(served: Served, forced: Forced | None) -> dict[str, list[float]]:

@@ -110,14 +110,8 @@ def force(
         engine.judge = judge
         computes += _run(engine, {str(first + n): text for n, text in enumerate(part)}, context, params)
         done(len(part))
-    return Forced(
-        tokens_N=np.array([len(text) - context for text in texts], dtype=np.float64),
-        nll_N=sums["nll"],
-        reference_nll_N=sums["reference_nll"],
-        kl_N=sums["kl"],
-        differ_N=sums["differ"],
-        computes=computes,
-    )
+    tokens_N = np.array([len(text) - context for text in texts], dtype=np.float64)
+    return Forced(tokens_N=tokens_N, computes=computes, **{f"{name}_N": values for name, values in sums.items()})
 
 
 @torch.inference_mode()

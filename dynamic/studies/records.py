@@ -1,4 +1,5 @@
-"""Records of a sweep's jobs: one JSON file per distinct configuration, and the list of this run's jobs."""
+"""Records of a sweep's jobs: one JSON file per distinct configuration, and the list of this run's jobs; and the
+provenance of results: revision of the code, versions, machine, hashes of the deployment."""
 
 from __future__ import annotations
 
@@ -7,12 +8,18 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...exits.sidecar import JSON_FILE, TENSOR_FILE, backbone_hash
 from ...moe.sidecar import JSON_FILE as CONTRIBUTIONS
 from ..contract.catalog import CERTIFICATES
+from ..contract.deployment import deployment
 from ..convert.model_store import resolve_model
+from ..model.machine import run_facts
+
+if TYPE_CHECKING:
+    from ..contract.certificate import Scalar
+    from ..llm import LLM
 
 # Where results go and how a job runs, not what is measured.
 NO_PART_OF_A_RESULT = frozenset({"output", "compare", "json", "threads", "quality_metric", "objective"})
@@ -98,3 +105,14 @@ def _folder_hash(folder: Path) -> str:
 
 def _file_hash(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "none"
+
+
+def provenance(llm: LLM) -> dict[str, Scalar]:
+    """Flat names and values; those of the deployment are what a certificate is bound to."""
+    return run_facts() | {f"deployment.{name}": value for name, value in deployment_of(llm).items()}
+
+
+def deployment_of(llm: LLM) -> dict[str, Scalar]:
+    """What certificates of a running model are bound to."""
+    engine = llm.engine
+    return deployment(llm.model, engine.runner.exits, engine.logits_plugins, engine.cache_plugins)

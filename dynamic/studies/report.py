@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import OmegaConf
 
 from ..contract.intervals import paired_difference
 from .plots import draw_html, draw_png
-from .serve_configs import write_serve_configs
 
 Frame = Any  # a table or a column of pandas, whose own types say of most results that they may be either
 TABLE, COMPARISON = "table", "comparison"
 LOWER_IS_BETTER = frozenset({"kl", "perplexity", "perplexity_ratio", "true_risk", "violations"})
+_POINT = "point"  # the folder, and Hydra's group, of the configurations to serve
+_ENGINE = ("max_num_seqs", "max_num_batched_tokens", "block_size")
 COSTS = ("flops_share", "layers_share")  # the first that was measured is the plots' measure of compute
 
 
@@ -36,7 +39,8 @@ def write_report(
     frame.to_csv(output / f"{TABLE}.csv", index=False)
     frame.to_parquet(output / f"{TABLE}.parquet", index=False)
     good = frame[frame["error"].isna()].copy()
-    failures = [f"{_setting(frame, row)}: {row['error']}" for _, row in frame[frame["error"].notna()].iterrows()]
+    label = frame.apply(lambda row: _setting(frame, row), axis=1)
+    failures = [f"{label[number]}: {row['error']}" for number, row in frame[frame["error"].notna()].iterrows()]
     for failure in failures:
         print(f"failed: {failure}")
     if not len(good):
@@ -47,7 +51,7 @@ def write_report(
     cost = next(name for name in COSTS if name in good)
     value = good[quality_metric] * (-1 if quality_metric in LOWER_IS_BETTER else 1)
     fastest = pareto(-good["tokens_per_second"], value) if "tokens_per_second" in good else False
-    good = good.assign(pareto=pareto(good[cost], value), fastest=fastest, label=labels(frame).loc[good.index])
+    good = good.assign(pareto=pareto(good[cost], value), fastest=fastest, label=label[good.index])
     frame["pareto"] = good["pareto"].reindex(frame.index)
     frame.to_csv(output / f"{TABLE}.csv", index=False)
     frame.to_parquet(output / f"{TABLE}.parquet", index=False)
@@ -108,11 +112,6 @@ def swept(frame: Frame) -> list[str]:
     return [name for name in columns if frame[name].map(str).nunique() > 1]
 
 
-def labels(frame: Frame) -> Frame:
-    """The settings that tell each job from the others, as text."""
-    return frame.apply(lambda row: _setting(frame, row), axis=1)
-
-
 def pareto(costs: Frame, qualities: Frame) -> np.ndarray:
     """Which points no other beats: lower cost at no less quality, or more quality at no more cost."""
     cost, quality = costs.to_numpy(), qualities.to_numpy()
@@ -129,10 +128,11 @@ def comparisons(records: list[dict[str, Any]], frame: Frame, key: str) -> Frame:
     """
     import pandas as pd
 
-    column = f"config.{key}"
-    if column not in swept(frame):
-        raise ValueError(f"compare={key}: no jobs differ in that key; they do in {', '.join(_swept_keys(frame))}")
-    others = [name for name in swept(frame) if name != column]
+    column, known = f"config.{key}", swept(frame)
+    if column not in known:
+        names = ", ".join(name.removeprefix("config.") for name in known) or "none"
+        raise ValueError(f"compare={key}: no jobs differ in that key; they do in {names}")
+    others = [name for name in known if name != column]
     rows, first = [], {}
     for record, (_, row) in zip(records, frame.iterrows(), strict=True):
         if row["error"] is not None and row["error"] == row["error"]:
@@ -150,17 +150,13 @@ def comparisons(records: list[dict[str, Any]], frame: Frame, key: str) -> Frame:
     return pd.DataFrame(rows)
 
 
-def _swept_keys(frame: Frame) -> list[str]:
-    return [name.removeprefix("config.") for name in swept(frame)] or ["none"]
-
-
 def _setting(frame: Frame, row: Any) -> str:
     found = [f"{name.split('.')[-1]}={_short(row[name])}" for name in swept(frame)]
     return ", ".join(found) or "the only job"
 
 
 def _short(value: Any) -> str:
-    if value is None or value != value:
+    if _given(value) is None:
         return "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
@@ -173,3 +169,58 @@ def _summary(good: Frame, cost: str, quality: str) -> str:
         cells = "".join(f"{row[n]:9.4f} ±{(row[n + '_high'] - row[n + '_low']) / 2:6.4f}    " for n in columns)
         lines.append(f"{'* ' if row['pareto'] else '  '}{row['label'][:58]:58}{cells}")
     return "\n".join((*lines, "* not beaten in both; ±: half of the 95 % interval over requests"))
+
+
+def write_serve_configs(points: Frame, folder: Path) -> int:
+    """One file per point that a server can run: full compute, or a contract with a valid certificate.
+
+    Raw thresholds and uncertified settings are for studies: no server runs them, so they get no file.
+
+    Arguments:
+        points: rows of the table.
+        folder: emptied first; ``dynamoe serve --config-dir FOLDER +point=NAME`` takes them.
+
+    Returns: how many were written.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / _POINT).mkdir(parents=True)
+    servable = [row for _, row in points.iterrows() if _servable(row)]
+    for number, row in enumerate(servable, 1):
+        (folder / _POINT / f"{number:02}.yaml").write_text(_text(row, f"{number:02}"))
+    return len(servable)
+
+
+def _servable(row: Any) -> bool:
+    if "setting.promised" not in row:
+        return False
+    raw = ("setting.expert_keep", "setting.experts_per_token")
+    exact = row["setting.exit_thresholds"] == "{}" and all(_given(row.get(name)) is None for name in raw)
+    return bool(exact or row["setting.promised"])
+
+
+def _text(row: Any, name: str) -> str:
+    config: dict[str, Any] = {key: row[f"config.{key}"] for key in ("model", "dtype", "device", "backend")}
+    if Path(str(config["model"])).is_dir():
+        config["model"] = str(Path(config["model"]).resolve())
+    if (experts := _given(row["config.moe.experts_per_token"])) is not None:
+        config["moe"] = {"experts_per_token": int(experts)}
+    config["engine"] = {key: _plain(row[f"config.engine.{key}"]) for key in _ENGINE}
+    if (certificates := _given(row["config.quality.certificates"])) is not None:
+        config["quality"] = {"certificates": str(Path(certificates).expanduser().resolve())}
+    if (alpha := _given(row["config.quality.alpha"])) is not None and row["setting.promised"]:
+        config["server"] = {"default_alpha": float(alpha), "default_delta": float(row["config.quality.delta"])}
+    measured = [f"{name} {row[name]:.4f}" for name in ("agreement", "flops_share", "tokens_per_second") if name in row]
+    return (
+        "# @package _global_\n"
+        f"# dynamoe serve --config-dir THIS_FILES_PARENT_FOLDER +{_POINT}={name}\n"
+        f"# Measured: {', '.join(measured)} ({row['label']}).\n{OmegaConf.to_yaml(config)}"
+    )
+
+
+def _given(value: Any) -> Any:
+    """None for what the table leaves empty."""
+    return None if value is None or value != value else value
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else value

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..contract.catalog import CERTIFICATES, nearest, spent_under
 from ..contract.certificate import RequestFacts
-from ..contract.deployment import deployment
 from ..contract.quality_config import QualityConfig
 from ..contract.resolve import Contracts
 from ..engine.quality import Quality
 from ..engine.sampling_params import SamplingParams
 from ..model.decoder import make_stack
+from .records import deployment_of
 
 if TYPE_CHECKING:
     from ..llm import LLM
@@ -155,9 +155,7 @@ def _uncertified(quality: StudiedQuality, contract: Quality, llm: LLM, exact: Sa
     directory = Path(quality.certificates).expanduser() if quality.certificates else llm.model.path / CERTIFICATES
     if not directory.is_dir():
         raise ValueError(f"no such directory of certificates: {directory}")
-    engine = llm.engine
-    running = deployment(llm.model, engine.runner.exits, engine.logits_plugins, engine.cache_plugins)
-    contracts = Contracts(nearest(directory, running))
+    contracts = Contracts(nearest(directory, deployment_of(llm)))
     facts = RequestFacts(greedy=True, temperature=0.0, max_tokens=exact.max_tokens or 1, adjusted=False)
     found = contracts.resolve(contract.alpha, contract.delta, facts)
     certificate = found.certificate

@@ -1,18 +1,24 @@
-"""``dynamoe train``: run a recipe."""
+"""``dynamoe train``: run a recipe; on several processes that a launcher started all train, rank 0 does the rest."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
 import torch
+import torch.distributed as dist
 
-from ..parallel.config import launched_size
-from .deepspeed import ZeroConfig
-from .recipe import run_recipe
+from ...exits.training.trainer import TrainResult, evaluate
+from ..convert.model_store import cache_home
+from ..parallel.config import launched_rank, launched_size
+from ..text.corpus import build_corpus, load_corpus
+from .deepspeed import ZeroConfig, gathered, join, leave, train_with_deepspeed
+from .language_model import LanguageModelTask
+from .model import TrainableDecoder
+from .recipe import build_task, run_recipe
 from .recipe_config import RecipeConfig
-from .together import run_recipe_together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,3 +58,31 @@ def train(config: TrainConfig) -> None:
         run_recipe_together(recipe, output, config.zero)
     else:
         run_recipe(recipe, output)
+
+
+def run_recipe_together(config: RecipeConfig, output: Path, zero: ZeroConfig) -> None:
+    """As :func:`.recipe.run_recipe`, the training itself under DeepSpeed."""
+    rank = launched_rank()
+
+    def learn(
+        model: TrainableDecoder, task: LanguageModelTask, directory: Path, progress: bool
+    ) -> tuple[TrainResult, TrainableDecoder]:
+        if rank == 0:
+            dist.barrier()  # the others wait until the text is there and the directory is known to be this run's
+        result = train_with_deepspeed(model, task, config.trainer, directory, zero, progress=progress)
+        whole = gathered(model, zero)
+        leave(model)
+        if rank == 0:  # which from here on runs alone: the launcher's variables are removed
+            for name in ("RANK", "WORLD_SIZE"):
+                os.environ.pop(name, None)
+            if result.finished:
+                result = replace(result, evaluation=evaluate(whole, task))
+        return result, whole
+
+    join(torch.device(config.device))
+    if rank == 0:
+        run_recipe(config, output, learn=learn)
+    else:
+        dist.barrier()
+        corpus = load_corpus(build_corpus(config.corpus, cache_home() / "corpora"))
+        learn(*build_task(config, corpus), output / "training", False)

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.distributed.nn.functional import all_to_all_single
 
 from ...moe.trainable_experts import arranged, combine, dispatch, gated_experts
@@ -25,20 +24,6 @@ def _exchange(rows: torch.Tensor, sent: list[int], received: list[int], group: A
     """Sends rows to their ranks, and their gradients back."""
     found = rows.new_empty(sum(received), *rows.shape[1:])
     return all_to_all_single(found, rows.contiguous(), received, sent, group=group)
-
-
-class _Permute(torch.autograd.Function):
-    """``rows[order]``; the gradient is permuted back instead of added up."""
-
-    @staticmethod
-    def forward(ctx, rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(inverse)
-        return rows.index_select(0, order)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grad_outputs: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return grad_outputs[0].index_select(0, ctx.saved_tensors[0]), None, None
 
 
 def spread_mixture(
@@ -69,10 +54,10 @@ def spread_mixture(
     # Received rows lie rank by rank, each rank's in the order of the experts.
     numbers_A = torch.arange(here, device=x_TD.device).repeat(ranks).repeat_interleave(received_GE.flatten())
     order_A, inverse_A, counts_E = arranged(numbers_A, here)
-    sorted_A = _Permute.apply(received_A, order_A, inverse_A)
+    sorted_A = dispatch(received_A, order_A, inverse_A, 1)
     rows_AD, weights_A1 = sorted_A.split([x_TD.shape[1], 1], 1)
     y_AD = gated_experts(rows_AD.contiguous(), gate_up_EID, down_EDF, weights_A1, counts_E.tolist())
-    returned_RD = _exchange(_Permute.apply(y_AD, inverse_A, order_A), received, sent, group)
+    returned_RD = _exchange(dispatch(y_AD, inverse_A, order_A, 1), received, sent, group)
     return combine(returned_RD, order_R, inverse_R, top_k)
 
 

@@ -21,8 +21,8 @@ from ..convert.model_store import SHIPPED_MODELS, resolve_model
 from ..model.budgeted_layers import limited_layers
 from ..model.decoder import Decoder
 from ..model.loader import load_decoder
+from ..model.moe_spec import MoESpec
 from ..model.prompt_pass import fresh_cache
-from ..model.spec import ModelSpec
 from ..text.calibration_text import reference_pages, token_windows
 from ..text.documentation_packages import collect_folder
 from ..text.tokenizer import Tokenizer
@@ -121,7 +121,8 @@ def measure_scales(
         ValueError: for a model without routers that weigh their experts, or no text.
     """
     limited = limited_layers(decoder.spec)
-    meters = {number: ContributionMeter(_num_experts(decoder.spec, number)) for number in limited}
+    mixtures = {number: cast(MoESpec, decoder.spec.layers[number].moe) for number in limited}
+    meters = {number: ContributionMeter(moe.router.num_experts) for number, moe in mixtures.items()}
     watched = copy.copy(decoder)
     watched.stack = None  # operation by operation, so that the experts' operation is intercepted
     backend = _MeasuringBackend(decoder, meters)
@@ -135,12 +136,6 @@ def measure_scales(
         if watch is not None:
             watch(done)
     return tuple(meters[n].scales() if n in meters else None for n in range(decoder.spec.num_layers))
-
-
-def _num_experts(spec: ModelSpec, number: int) -> int:
-    moe = spec.layers[number].moe
-    assert moe is not None
-    return moe.router.num_experts
 
 
 class _MeasuringBackend:

@@ -29,7 +29,7 @@ from ..engine.config import EngineConfig
 from ..engine.offline import OfflineEngine
 from ..text.calibration_text import reference_pages
 from ..text.documentation_packages import SOURCES, collect, collect_folder
-from .frozen_states import (
+from .exit_states import (
     collect_served_states,
     default_exit_layers,
     load_states,

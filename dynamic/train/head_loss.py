@@ -88,7 +88,7 @@ def head_losses(
     targets_T: torch.Tensor,
     distillation: float,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Cross-entropy of the full model, and :func:`exits.training.objectives.exit_loss` of an exit against it.
+    """Cross-entropy of the full model, and that of an exit against the true tokens and the full model's distribution.
 
     Arguments:
         final_TD, exit_TD: states that the LM head multiplies, in the dtype of ``weight_VD``; None for no exit.

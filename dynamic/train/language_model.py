@@ -160,10 +160,8 @@ class LanguageModelTask:
         return numbers
 
     def _evaluation_batches(self, stream: torch.Tensor, device: torch.device):
-        length = self.config.window
         usable = min(stream.numel() - 1, self.config.evaluation_tokens)
-        if usable < length:
-            length = usable
+        length = min(usable, self.config.window)
         per_batch = max(1, self.config.batch_tokens // max(1, length))
         starts = list(range(0, usable - length + 1, length)) if length else []
         for first in range(0, len(starts), per_batch):

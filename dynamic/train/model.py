@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...exits.exit_head import ExitHeadAdapter
-from ...moe.losses import load_balancing_loss
-from ...moe.trainable_experts import mixture
+from ...moe.trainable_experts import load_balancing_loss, mixture
 from .attention import causal_attention, norm_and_rotate, rope_table
 from .expert_groups import spread_mixture
 from .functions import fork_normed, rms_norm
@@ -74,15 +73,10 @@ class DecoderConfig:
         return 2 * (attention + experts + self.hidden_size * self.num_experts)
 
     @property
-    def head_flops(self) -> int:
-        """Floating-point operations of the LM head for one token."""
-        return 2 * self.hidden_size * self.vocab_size
-
-    @property
     def layers_share(self) -> float:
         """The share of a decoded token's floating-point operations that the layers do."""
         layers = self.num_layers * self.layer_flops
-        return layers / (layers + self.head_flops)
+        return layers / (layers + 2 * self.hidden_size * self.vocab_size)  # the LM head
 
 
 class RMSNorm(nn.Module):

@@ -24,6 +24,7 @@ from ..convert.model_store import cache_home
 from ..engine.config import EngineConfig
 from ..engine.offline import OfflineEngine
 from ..text.corpus import Corpus, build_corpus, load_corpus
+from .exit_states import collect_states, trained_backbone
 from .expert_scales import ExpertsConfig, make_expert_scales
 from .export import export_checkpoint
 from .held_out import PROMPTS_FILE, held_out_prompts, write_prompts
@@ -31,7 +32,6 @@ from .language_model import LanguageModelTask
 from .model import TrainableDecoder
 from .recipe_config import DTYPES, RecipeConfig
 from .served import blocks_from, continuations
-from .trained_states import collect_states, trained_backbone
 
 _M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1
 

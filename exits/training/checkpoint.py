@@ -69,7 +69,10 @@ def load_checkpoint(
     Raises:
         ValueError: when the checkpoint belongs to another model or another set of optimisers.
     """
-    load_weights(checkpoint, model)
+    try:
+        model.load_state_dict(load_file(checkpoint / _MODEL))
+    except RuntimeError as error:
+        raise ValueError(f"{checkpoint} does not fit this model: {error}") from error
     state = json.loads((checkpoint / _STATE).read_text())
     if len(state["optimizers"]) != len(optimizers):
         raise ValueError(f"{checkpoint} was written with {len(state['optimizers'])} optimisers, not {len(optimizers)}")
@@ -83,18 +86,6 @@ def load_checkpoint(
                 tensors.setdefault(int(index), {})[key] = tensor
         optimizer.load_state_dict({"state": tensors, "param_groups": groups})
     return state
-
-
-def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
-    """Take a checkpoint's weights into a model.
-
-    Raises:
-        ValueError: when the checkpoint belongs to another model.
-    """
-    try:
-        model.load_state_dict(load_file(checkpoint / _MODEL))
-    except RuntimeError as error:
-        raise ValueError(f"{checkpoint} does not fit this model: {error}") from error
 
 
 def _flatten(optimizers: list[torch.optim.Optimizer]) -> tuple[dict[str, torch.Tensor], list[Any]]:

@@ -7,7 +7,6 @@ Shape suffixes: R rows, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -198,7 +197,8 @@ def make_exits(
     for name, by_exit in scores.items():
         for layer, score in by_exit.items():
             reports[f"{name}, after {layer}"] = report(score, labels[layer][2], probability=name in specs)
-    chosen = config.probe if config.probe != "best" else min(specs, key=lambda n: _mean_aurc(reports, n, adapters))
+    aurcs = {name: [reports[f"{name}, after {e}"].aurc for e in adapters] for name in specs}
+    chosen = config.probe if config.probe != "best" else min(specs, key=lambda n: sum(aurcs[n]) / len(adapters))
     point = operating_point(scores[chosen], {e: labels[e][2] for e in adapters}, model.num_layers, 0.02)
     if plot:
         names = (chosen, "margin, reduced vocabulary")
@@ -229,8 +229,3 @@ def _calibrator(
     if config.calibrator == "isotonic" and int(correct_R.sum()) >= ISOTONIC_MINIMUM:
         return fit_isotonic(raw_R, correct_R)
     return fit_temperature(raw_R, correct_R)
-
-
-def _mean_aurc(reports: dict[str, ProbeReport], name: str, exits: Iterable[int]) -> float:
-    values = [reports[f"{name}, after {e}"].aurc for e in exits]
-    return sum(values) / len(values)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ..exit_head import ExitHeadAdapter
-from ..probes import Probe, ProbeSpec, agreement_labels
+from ..probes import Probe, ProbeSpec
 
 Logits = Callable[[torch.Tensor], torch.Tensor]  # (R, D) in front of the final norm → float32 (R, V)
 
@@ -155,7 +155,7 @@ def exit_labels(
     """
     with torch.no_grad():
         early = choices(adapter(states.hidden_RD[layer]), logits)
-    return agreement_labels(early, full_R)
+    return (early == full_R).float()
 
 
 class _Divergence(torch.autograd.Function):

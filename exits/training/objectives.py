@@ -3,8 +3,6 @@
 Source of both: LayerSkip (Elhoushi et al. 2024), with two changes. Layers are dropped for whole sequences, so that a
 dropped layer costs nothing; and an exit learns from the full model's distribution beside the true next token, since
 agreeing with the full model is what an exit is for.
-
-Shape suffixes: N sequences, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,24 +81,3 @@ def sequences_kept(
         runs = row[mine] >= rate
         kept.append(None if bool(runs.all()) else runs.nonzero()[:, 0].to(device))
     return kept
-
-
-def exit_loss(
-    exit_logits_TV: torch.Tensor, final_logits_TV: torch.Tensor, targets_T: torch.Tensor, distillation: float
-) -> torch.Tensor:
-    """Cross-entropy of an exit against the true tokens, mixed with that against the full model's distribution.
-
-    Arguments:
-        exit_logits_TV: float32 logits of the exit.
-        final_logits_TV: logits of the full model; they get no gradient.
-        targets_T: int64 true next tokens.
-        distillation: weight of the second part, 0 … 1.
-
-    Returns: float32 scalar.
-    """
-    log_probs_TV = exit_logits_TV.log_softmax(-1)
-    loss = (1 - distillation) * F.nll_loss(log_probs_TV, targets_T)
-    if distillation > 0:
-        teacher_TV = final_logits_TV.detach().softmax(-1)
-        loss = loss - distillation * (teacher_TV * log_probs_TV).sum(-1).mean()
-    return loss

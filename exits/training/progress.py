@@ -8,19 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any
+
+_QUIET_SECONDS = 30.0
 
 
-class ScalarWriter(Protocol):
-    """What TensorBoard's ``SummaryWriter`` offers and this package uses."""
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
-
-    def close(self) -> None: ...
-
-
-def tensorboard_writer(directory: Path) -> ScalarWriter:
-    """A writer of TensorBoard events.
+def tensorboard_writer(directory: Path) -> Any:
+    """TensorBoard's ``SummaryWriter``, which writes events into a directory.
 
     Raises:
         ValueError: when the package ``tensorboard`` is not installed.
@@ -33,27 +27,18 @@ def tensorboard_writer(directory: Path) -> ScalarWriter:
 
 
 class ProgressLine:
-    """Step, losses, speed and estimated end, rewritten in place on a terminal, every ``quiet_seconds`` elsewhere."""
+    """Step, losses, speed and estimated end, rewritten in place on a terminal, every half a minute elsewhere."""
 
-    def __init__(
-        self,
-        total: int,
-        first: int,
-        stream: TextIO | None = None,
-        quiet_seconds: float = 30.0,
-        what: str = "step",
-    ) -> None:
-        self.total, self.first = total, first
-        self.stream = sys.stderr if stream is None else stream
+    def __init__(self, total: int, first: int, what: str = "step") -> None:
+        self.total, self.first, self.what = total, first, what
+        self.stream = sys.stderr
         self.started = self.shown = time.monotonic()
-        self.quiet_seconds = quiet_seconds
-        self.what = what
 
-    def update(self, done: int, values: dict[str, float], *, force: bool = False) -> None:
+    def update(self, done: int, values: dict[str, float]) -> None:
         """Show the state after ``done`` steps, if it is time for it."""
         now = time.monotonic()
         terminal = self.stream.isatty()
-        if not force and now - self.shown < (0.2 if terminal else self.quiet_seconds):
+        if now - self.shown < (0.2 if terminal else _QUIET_SECONDS):
             return
         self.shown = now
         per_step = (now - self.started) / max(1, done - self.first)

@@ -18,7 +18,7 @@ import torch
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from .memory import available_memory, estimate_memory, refuse_if_too_large
 from .optimizers import cosine_rate, make_optimizers
-from .progress import LossLog, ProgressLine, ScalarWriter, tensorboard_writer
+from .progress import LossLog, ProgressLine, tensorboard_writer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +153,7 @@ def train(
                 if line:
                     line.update(step, numbers)
             if config.evaluate_every and step % config.evaluate_every == 0 and step < config.steps:
-                _record(log, writer, step, _evaluate(model, task))
+                _record(log, writer, step, evaluate(model, task))
             now = time.monotonic()
             stop, save = due(config, step, now - started, now - saved)
             if save:
@@ -162,7 +162,7 @@ def train(
             if stop:
                 break
         if step == config.steps:
-            evaluation = _evaluate(model, task)
+            evaluation = evaluate(model, task)
             _record(log, writer, step, evaluation)
     seconds = seconds_before + time.monotonic() - started
     return TrainResult(step=step, finished=step == config.steps, evaluation=evaluation, seconds=seconds)
@@ -198,13 +198,14 @@ def optimizer_step(
     return {"loss": loss.detach(), **values, "gradient_norm": norm, "learning_rate": rate}
 
 
-def _evaluate(model: torch.nn.Module, task: Task) -> dict[str, float]:
+def evaluate(model: torch.nn.Module, task: Task) -> dict[str, float]:
+    """The task's numbers on held-out data, without gradients."""
     model.eval()
     with torch.no_grad():
         return task.evaluate(model)
 
 
-def _record(log: LossLog, writer: ScalarWriter | None, step: int, numbers: dict[str, float]) -> None:
+def _record(log: LossLog, writer: Any, step: int, numbers: dict[str, float]) -> None:
     log.add({"step": step, **numbers})
     if writer:
         for name, value in numbers.items():

@@ -41,18 +41,6 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes, scale.bfloat16()
 
 
-def encode(x: torch.Tensor) -> torch.Tensor:
-    """Heads (..., C), floating, with their scales right behind their codes: int8 (..., C + 2)."""
-    codes, scale = quantize(x)
-    return torch.cat((codes, scale[..., None].view(torch.int8)), -1)
-
-
-def decode(stored: torch.Tensor) -> torch.Tensor:
-    """The inverse of :func:`encode`: float32 (..., C)."""
-    codes, scale = stored.split((stored.shape[-1] - SCALE_BYTES, SCALE_BYTES), -1)
-    return codes.float() * scale.contiguous().view(torch.bfloat16).float()
-
-
 def codes_and_scales(stored_BGPX: torch.Tensor, scales_behind_page: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Views of int8 pages, (B, G, P, C + 2): codes (B, G, P, C) and bfloat16 scales (B, G, P)."""
     page, channels = stored_BGPX.shape[-2], stored_BGPX.shape[-1] - SCALE_BYTES

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 SCORES = ("softmax", "sigmoid", "sqrt_softplus", "constant", "sparsemixer")
 GROUP_SCORES = ("max", "top2_sum")
+# What plain rules may set, of the logits and of the rule.
+_PLAIN = {"float32_logits", "input_norm_eps"}
+_PLAIN |= {"num_experts", "top_k", "score", "softmax_after_topk", "renormalize", "scale"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,14 +131,5 @@ class RouterSpec:
     @cached_property
     def is_plain(self) -> bool:
         """Whether the rule is scores, top-k, weights and nothing else: what every kernel can do, on the hot path."""
-        plain = RouterSpec(
-            num_experts=self.num_experts,
-            top_k=self.top_k,
-            score=self.score,
-            softmax_after_topk=self.softmax_after_topk,
-            renormalize=self.renormalize,
-            scale=self.scale,
-            float32_logits=self.float32_logits,
-            input_norm_eps=self.input_norm_eps,
-        )
-        return self == plain and self.score != "sparsemixer"
+        rest = (f for f in fields(self) if f.name not in _PLAIN)
+        return self.score != "sparsemixer" and all(getattr(self, f.name) == f.default for f in rest)

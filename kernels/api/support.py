@@ -8,6 +8,7 @@ a results file that says it computed them correctly.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,70 +59,41 @@ def quantised_outcomes(weights: Format) -> dict[str, str]:
     return {"cpu": KERNELS if weights.cpu is not None else TORCH, "triton": KERNELS if weights.triton else TORCH}
 
 
-_BASE: dict[str, Any] = {"num_experts": 8, "top_k": 2}
-# rule: (spec, families, outcome per backend with a routing kernel of its own)
+def _rule(families: str, **fields: Any) -> tuple[RouterSpec, str, dict[str, str]]:
+    """A rule with these fields, who uses it, and what happens to it per backend with a routing kernel of its own."""
+    spec = RouterSpec(num_experts=8, top_k=2, **fields)
+    return spec, families, {"cpu": KERNELS if spec.is_plain else TORCH, "triton": TORCH if spec.drops else KERNELS}
+
+
 ROUTERS: dict[str, tuple[RouterSpec, str, dict[str, str]]] = {
-    "softmax": (RouterSpec(**_BASE), "OLMoE, Qwen2-MoE, Jamba", {"cpu": KERNELS, "triton": KERNELS}),
-    "softmax, renormalised": (
-        RouterSpec(**_BASE, renormalize=True),
-        "Mixtral, Qwen3-MoE, MiniMax, HunYuan",
-        {"cpu": KERNELS, "triton": KERNELS},
-    ),
-    "p-norm": (
-        RouterSpec(**_BASE, renormalize=True, norm_p=2.0), "DBRX", {"cpu": TORCH, "triton": KERNELS}
-    ),
-    "top-k, then softmax": (
-        RouterSpec(**_BASE, softmax_after_topk=True),
-        "GPT-OSS, Granite, JetMoe, Aria",
-        {"cpu": KERNELS, "triton": KERNELS},
-    ),
-    "softmax, groups by best, scaled": (
-        RouterSpec(**_BASE, num_groups=4, top_groups=2, scale=2.0), "DeepSeek-V2", {"cpu": TORCH, "triton": KERNELS}
-    ),
-    "sigmoid, bias, groups by best two": (
-        RouterSpec(
-            **_BASE, score="sigmoid", selection_bias=True, num_groups=4, top_groups=2, group_score="top2_sum",
-            renormalize=True, norm_epsilon=1e-20, scale=2.5,
-        ),
+    "softmax": _rule("OLMoE, Qwen2-MoE, Jamba"),
+    "softmax, renormalised": _rule("Mixtral, Qwen3-MoE, MiniMax, HunYuan", renormalize=True),
+    "p-norm": _rule("DBRX", renormalize=True, norm_p=2.0),
+    "top-k, then softmax": _rule("GPT-OSS, Granite, JetMoe, Aria", softmax_after_topk=True),
+    "softmax, groups by best, scaled": _rule("DeepSeek-V2", num_groups=4, top_groups=2, scale=2.0),
+    "sigmoid, bias, groups by best two": _rule(
         "DeepSeek-V3, GLM-4.5, Dots, Solar, EXAONE, Nemotron-H",
-        {"cpu": TORCH, "triton": KERNELS},
+        score="sigmoid",
+        selection_bias=True,
+        num_groups=4,
+        top_groups=2,
+        group_score="top2_sum",
+        renormalize=True,
+        norm_epsilon=1e-20,
+        scale=2.5,
     ),
-    "sigmoid, bias": (
-        RouterSpec(**_BASE, score="sigmoid", selection_bias=True, renormalize=True),
-        "MiniMax-M2, LFM2, MiMo, AFMoE",
-        {"cpu": TORCH, "triton": KERNELS},
+    "sigmoid, bias": _rule("MiniMax-M2, LFM2, MiMo, AFMoE", score="sigmoid", selection_bias=True, renormalize=True),
+    "softmax, bias, norm floor": _rule("Ernie 4.5", selection_bias=True, renormalize=True, norm_floor=1e-12),
+    "softmax, bias, zero experts": _rule("LongCat-Flash", selection_bias=True, zero_experts=3),
+    "sigmoid, weight on the input": _rule("Llama 4", score="sigmoid", weight_on_input=True),
+    "sparsemixer": _rule("Phi-3.5-MoE", score="sparsemixer", jitter=0.01),
+    "sqrt-softplus, bias": _rule("DeepSeek-V4", score="sqrt_softplus", selection_bias=True, renormalize=True),
+    "experts by token id": _rule(
+        "DeepSeek-V4, first layers", score="sqrt_softplus", forced_experts=True, renormalize=True
     ),
-    "softmax, bias, norm floor": (
-        RouterSpec(**_BASE, selection_bias=True, renormalize=True, norm_floor=1e-12),
-        "Ernie 4.5",
-        {"cpu": TORCH, "triton": KERNELS},
-    ),
-    "softmax, bias, zero experts": (
-        RouterSpec(**_BASE, selection_bias=True, zero_experts=3), "LongCat-Flash", {"cpu": TORCH, "triton": KERNELS}
-    ),
-    "sigmoid, weight on the input": (
-        RouterSpec(**_BASE, score="sigmoid", weight_on_input=True), "Llama 4", {"cpu": TORCH, "triton": KERNELS}
-    ),
-    "sparsemixer": (
-        RouterSpec(**_BASE, score="sparsemixer", jitter=0.01), "Phi-3.5-MoE", {"cpu": TORCH, "triton": KERNELS}
-    ),
-    "sqrt-softplus, bias": (
-        RouterSpec(**_BASE, score="sqrt_softplus", selection_bias=True, renormalize=True),
-        "DeepSeek-V4",
-        {"cpu": TORCH, "triton": KERNELS},
-    ),
-    "experts by token id": (
-        RouterSpec(**_BASE, score="sqrt_softplus", forced_experts=True, renormalize=True),
-        "DeepSeek-V4, first layers",
-        {"cpu": TORCH, "triton": KERNELS},
-    ),
-    "softmax, scale per expert": (
-        RouterSpec(**_BASE, renormalize=True, expert_scale=True), "Gemma 4", {"cpu": TORCH, "triton": KERNELS}
-    ),
-    "capacity": (
-        RouterSpec(**_BASE, capacity=3, renormalize=True), "Switch, NLLB", {"cpu": TORCH, "triton": TORCH}
-    ),
-}  # fmt: skip
+    "softmax, scale per expert": _rule("Gemma 4", renormalize=True, expert_scale=True),
+    "capacity": _rule("Switch, NLLB", capacity=3, renormalize=True),
+}
 
 # How weights are quantised: outcome per backend; the others are torch's.
 QUANTISED: dict[str, dict[str, str]] = {
@@ -175,7 +147,7 @@ def verified_on_gpu(results: Path = RESULTS) -> dict[str, str]:
 def render(results: Path = RESULTS) -> str:
     """The page as Markdown."""
     seen = verified_on_gpu(results)
-    lines = [_HEAD, "| backend | device | float32 | bfloat16 | float16 |", "|---|---|---|---|---|"]
+    experts = []
     for row in EXPERTS:
         cells = []
         for dtype, outcome in zip(DTYPES, row.outcomes, strict=True):
@@ -184,8 +156,16 @@ def render(results: Path = RESULTS) -> str:
             else:
                 where = seen.get(f"{row.backend}/{dtype}")
                 cells.append(f"{outcome} ({where})" if where else f"{outcome}, *unverified*")
-        lines.append(f"| {row.backend} | {row.label} | {' | '.join(cells)} |")
-    lines += [
+        experts.append((row.backend, row.label, *cells))
+    gpu = "" if any(cell.startswith("triton/") for cell in seen) else "; on a GPU *unverified*"
+
+    def by_backend(outcomes: dict[str, str]) -> tuple[str, str, str]:
+        return TORCH, outcomes["cpu"], outcomes["triton"] + (gpu if outcomes["triton"] == KERNELS else "")
+
+    backends = ("torch, grouped_mm, megablocks", "cpu", "triton")
+    lines = [
+        _HEAD,
+        *_table(("backend", "device", *DTYPES), *experts),
         "",
         "Activations SiLU, GELU and tanh-GELU, biases, expert counts per row, zero experts and weights on the input",
         "work on every backend. On `triton`, weights whose rows are strided run on torch; on `grouped_mm` so do",
@@ -193,14 +173,7 @@ def render(results: Path = RESULTS) -> str:
         "",
         "## Routing rules",
         "",
-        "| rule | families | torch, grouped_mm, megablocks | cpu | triton |",
-        "|---|---|---|---|---|",
-    ]
-    gpu = "" if any(cell.startswith("triton/") for cell in seen) else "; on a GPU *unverified*"
-    for rule, (_, families, outcomes) in ROUTERS.items():
-        triton = outcomes["triton"] + (gpu if outcomes["triton"] == KERNELS else "")
-        lines.append(f"| {rule} | {families} | {TORCH} | {outcomes['cpu']} | {triton} |")
-    lines += [
+        *_table(("rule", "families", *backends), *((r, f, *by_backend(o)) for r, (_, f, o) in ROUTERS.items())),
         "",
         "## Quantised weights",
         "",
@@ -208,25 +181,21 @@ def render(results: Path = RESULTS) -> str:
         "On `triton` rounded rows meet weights in tensor cores for int8, and for e4m3 where a GPU has them (sm_89 and",
         "later; others multiply its numbers in float16). Rows as they are meet weights widened to the model's dtype.",
         "",
-        "| weights | torch, grouped_mm, megablocks | cpu | triton |",
-        "|---|---|---|---|",
-    ]
-    for weights, outcomes in QUANTISED.items():
-        triton = outcomes["triton"] + (gpu if outcomes["triton"] == KERNELS else "")
-        lines.append(f"| {weights} | {TORCH} | {outcomes['cpu']} | {triton} |")
-    lines += [
+        *_table(("weights", *backends), *((weights, *by_backend(o)) for weights, o in QUANTISED.items())),
         "",
         "## Keys and values",
         "",
         "Rotation, cache write and attention over pages; `triton` in float32 runs its attention on torch, except",
         "interpreted.",
         "",
-        "| `kv_cache_dtype=` | torch, grouped_mm, megablocks | cpu | triton |",
-        "|---|---|---|---|",
+        *_table(("`kv_cache_dtype=`", *backends), *((f"`{kept}`", *by_backend(o)) for kept, o in CACHES.items())),
     ]
-    for kept, outcomes in CACHES.items():
-        lines.append(f"| `{kept}` | {TORCH} | {outcomes['cpu']} | {outcomes['triton']}{gpu} |")
     return "\n".join(lines) + "\n"
+
+
+def _table(*rows: Sequence[str]) -> list[str]:
+    titles, *others = (f"| {' | '.join(row)} |" for row in rows)
+    return [titles, "|---" * len(rows[0]) + "|", *others]
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ Shape suffixes used in this package:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -37,6 +38,13 @@ class Routing:
     identity_weights_T: torch.Tensor | None = None  # float32
     weight_on_input: bool = False
     index: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def used_TK(self) -> torch.Tensor:
+        """Which slots are used, bool."""
+        if self.counts_T is None:
+            return torch.ones_like(self.expert_ids_TK, dtype=torch.bool)
+        return torch.arange(self.expert_ids_TK.shape[1], device=self.counts_T.device) < self.counts_T[:, None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +81,12 @@ class LinearWeights:
 
     nbytes: int = 0
 
+    @classmethod
+    def of(cls, shape: Sequence[int], dtype: torch.dtype, data: Any, *parts: Any) -> LinearWeights:
+        """A layer whose weight is (O, I); ``parts`` are what counts of ``data``, None for what is not there."""
+        outputs, inputs = shape
+        return cls(out_features=outputs, in_features=inputs, dtype=dtype, data=data, nbytes=count_bytes(*parts))
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertWeights:
@@ -86,6 +100,17 @@ class ExpertWeights:
     data: Any = field(repr=False)
 
     nbytes: int = 0
+
+    @classmethod
+    def of(cls, shape: Sequence[int], activation: str, dtype: torch.dtype, data: Any, *parts: Any) -> ExpertWeights:
+        """Experts whose gate is (E, F, D); ``parts`` as for :meth:`LinearWeights.of`."""
+        sizes = dict(zip(("num_experts", "expert_size", "hidden_size"), shape, strict=True))
+        return cls(**sizes, activation=activation, dtype=dtype, data=data, nbytes=count_bytes(*parts))
+
+
+def count_bytes(*parts: Any) -> int:
+    """Size of the tensors and quantised weights that are there."""
+    return sum(part.nbytes for part in parts if part is not None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,26 +23,30 @@ from ..api.types import (
     Routing,
 )
 from ..reference.router import check_route_arguments
+from ..torch.experts import PlainExperts
 from . import build as cpu_build
-from .layout import ACTIVATIONS, BLOCK, count_bytes, join_gate_up_bias, padded
-from .quantized import CpuQuantExperts, CpuQuantLinear, CpuQuantPacking, layout_of, skipped_outputs
+from .layout import BLOCK, activation_number, join_gate_up_bias
+from .quantized import CpuLinear, CpuQuantPacking
 from .stack import CpuStack
 
 
 @dataclass(frozen=True)
-class _Linear:
-    packed: torch.Tensor
-    bias: torch.Tensor | None
-
-
-@dataclass(frozen=True)
 class _Experts:
+    isa: int
     gate_up: torch.Tensor
     down: torch.Tensor
     gate_up_bias: torch.Tensor | None
     down_bias: torch.Tensor | None
     down_bias_sum: torch.Tensor | None
     shape: tuple[int, int, int, int, int]  # experts, hidden, width, dense down, activation
+
+    def run(self, x_TD: torch.Tensor, routing: Routing | None) -> torch.Tensor:
+        """As :meth:`CpuQuantExperts.run`."""
+        ops, arguments = torch.ops.dynamoe_cpu, (self.isa, x_TD, self.gate_up, self.down, self.gate_up_bias)
+        if routing is None:
+            return ops.all_experts.default(*arguments, self.down_bias_sum, self.shape)
+        routed = (routing.expert_ids_TK, routing.weights_TK, routing.counts_T)
+        return ops.experts.default(*arguments, self.down_bias, self.shape, *routed)
 
 
 class CpuBackend(CpuQuantPacking):
@@ -80,126 +84,60 @@ class CpuBackend(CpuQuantPacking):
 
     def pack_linear(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> LinearWeights:
         packed = self._ops.pack_linear(self._isa, self._source(weight_OI))
-        bias = None if bias_O is None else padded(bias_O.to(self.dtype), BLOCK)
-        out_features, in_features = weight_OI.shape
-        return LinearWeights(
-            out_features=out_features,
-            in_features=in_features,
-            dtype=self.dtype,
-            data=_Linear(packed, bias),
-            nbytes=count_bytes(packed, bias),
-        )
+        data = CpuLinear(self._isa, packed, self._padded(bias_O), weight_OI.shape[0])
+        return LinearWeights.of(weight_OI.shape, self.dtype, data, packed, data.bias)
 
     def linear_tail(self, weights: LinearWeights, start: int) -> LinearWeights:
-        if isinstance(weights.data, CpuQuantLinear):
-            tail = weights.data.tail(start)
-            return replace(weights, out_features=weights.out_features - start, data=tail, nbytes=0)
-        packed, bias, outputs = weights.data.packed, weights.data.bias, weights.out_features
-        if start % BLOCK:  # the outputs begin inside a block
-            rows = self.weight_rows(weights, torch.arange(start, outputs))
-            return self.pack_linear(rows, None if bias is None else bias[start:outputs])
-        words_per_block = packed.numel() // -(-outputs // BLOCK)
-        tail = _Linear(packed[start // BLOCK * words_per_block :], None if bias is None else bias[start:])
-        return replace(weights, out_features=outputs - start, data=tail, nbytes=0)
+        data: CpuLinear = weights.data
+        if start % BLOCK and not data.layout:  # the outputs begin inside a block
+            rows = self.weight_rows(weights, torch.arange(start, data.outputs))
+            return self.pack_linear(rows, None if data.bias is None else data.bias[start : data.outputs])
+        return replace(weights, out_features=data.outputs - start, data=data.tail(start), nbytes=0)
 
     def linear(self, x_TI: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
-        if isinstance(weights.data, CpuQuantLinear):
-            return weights.data.run(x_TI)
-        return self._ops.linear.default(
-            self._isa, x_TI, weights.data.packed, weights.data.bias, weights.out_features, False
-        )
+        return weights.data.run(x_TI)
 
     def logits_linear(self, x_TI: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
-        if isinstance(weights.data, CpuQuantLinear):
-            return weights.data.run(x_TI, float_out=True)
-        return self._ops.linear.default(
-            self._isa, x_TI, weights.data.packed, weights.data.bias, weights.out_features, True
-        )
+        return weights.data.run(x_TI, float_out=True)
 
     def logits(
         self, x_TD: torch.Tensor, norm_D: torch.Tensor, eps: float, weights: LinearWeights, divisor: float
     ) -> torch.Tensor:
-        assert not skipped_outputs(weights), "an LM head is no tail of a layer"
-        data, layout = weights.data, layout_of(weights)
+        data: CpuLinear = weights.data
+        assert not data.skip, "an LM head is no tail of a layer"
         return self._ops.logits.default(
-            self._isa, x_TD, norm_D, eps, data.packed, data.bias, layout, weights.out_features, divisor
+            self._isa, x_TD, norm_D, eps, data.packed, data.bias, data.layout, data.outputs, divisor
         )
 
     def embed(self, weights: LinearWeights, ids_T: torch.Tensor, scale: float) -> torch.Tensor:
-        skip = skipped_outputs(weights)
-        if skip:
-            ids_T = ids_T + skip
-        shape = (weights.out_features + skip, weights.in_features)
-        return self._ops.embed.default(
-            self._isa, weights.data.packed, layout_of(weights), ids_T, *shape, self.dtype, scale
-        )
+        data: CpuLinear = weights.data
+        ids_T = ids_T + data.skip if data.skip else ids_T
+        shape = (data.outputs + data.skip, weights.in_features)
+        return self._ops.embed.default(self._isa, data.packed, data.layout, ids_T, *shape, self.dtype, scale)
 
     def weight_rows(self, weights: LinearWeights, ids_T: torch.Tensor) -> torch.Tensor:
         return self.embed(weights, ids_T, 1.0).to(self.dtype)
 
-    def pack_experts(
-        self,
-        gate_EFD: torch.Tensor,
-        up_EFD: torch.Tensor,
-        down_EDF: torch.Tensor,
-        activation: str,
-        gate_bias_EF: torch.Tensor | None = None,
-        up_bias_EF: torch.Tensor | None = None,
-        down_bias_ED: torch.Tensor | None = None,
-    ) -> ExpertWeights:
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
-        num_experts, expert_size, hidden_size = gate_EFD.shape
+    def _pack_experts(self, experts: PlainExperts, activation: str) -> ExpertWeights:
+        number = activation_number(activation)
+        num_experts, expert_size, hidden_size = experts.gate_EFD.shape
         # Slices of one dense matrix are most often used all together, and are laid out for that.
-        dense_down = num_experts > 1 and down_EDF.stride(0) < down_EDF.stride(1)
-        sources = [self._source(t) for t in (gate_EFD, up_EFD, down_EDF)]
-        gate_up, down = self._ops.pack_experts(self._isa, *sources, dense_down)
-        gate_up_biases = join_gate_up_bias(gate_bias_EF, up_bias_EF, self.dtype)
-        down_bias = None if down_bias_ED is None else padded(down_bias_ED.to(self.dtype), BLOCK)
-        data = _Experts(
-            gate_up,
-            down,
-            gate_up_biases,
-            down_bias,
-            None if down_bias is None else down_bias.sum(0),
-            (num_experts, hidden_size, expert_size, int(dense_down), ACTIVATIONS.index(activation)),
-        )
-        return ExpertWeights(
-            num_experts=num_experts,
-            hidden_size=hidden_size,
-            expert_size=expert_size,
-            activation=activation,
-            dtype=self.dtype,
-            data=data,
-            nbytes=count_bytes(gate_up, down, gate_up_biases, down_bias),
-        )
+        dense_down = num_experts > 1 and experts.down_EDF.stride(0) < experts.down_EDF.stride(1)
+        sources = [self._source(t) for t in (experts.gate_EFD, experts.up_EFD, experts.down_EDF)]
+        packed = self._ops.pack_experts(self._isa, *sources, dense_down)
+        biases = join_gate_up_bias(experts.gate_bias_EF, experts.up_bias_EF), self._padded(experts.down_bias_ED)
+        down_bias_sum = None if biases[1] is None else biases[1].sum(0)
+        shape = (num_experts, hidden_size, expert_size, int(dense_down), number)
+        data = _Experts(self._isa, *packed, *biases, down_bias_sum, shape)
+        return ExpertWeights.of(experts.gate_EFD.shape, activation, self.dtype, data, *packed, *biases)
 
     def experts(self, x_TD: torch.Tensor, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
         if routing.weight_on_input or routing.identity_weights_T is not None:
             return self._unusual_experts(x_TD, weights, routing)
-        if isinstance(weights.data, CpuQuantExperts):
-            return weights.data.run(x_TD, routing)
-        w: _Experts = weights.data
-        return self._ops.experts.default(
-            self._isa,
-            x_TD,
-            w.gate_up,
-            w.down,
-            w.gate_up_bias,
-            w.down_bias,
-            w.shape,
-            routing.expert_ids_TK,
-            routing.weights_TK,
-            routing.counts_T,
-        )
+        return weights.data.run(x_TD, routing)
 
     def all_experts(self, x_TD: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
-        if isinstance(weights.data, CpuQuantExperts):
-            return weights.data.run(x_TD, None)
-        w: _Experts = weights.data
-        return self._ops.all_experts.default(
-            self._isa, x_TD, w.gate_up, w.down, w.gate_up_bias, w.down_bias_sum, w.shape
-        )
+        return weights.data.run(x_TD, None)
 
     def _unusual_experts(self, x_TD: torch.Tensor, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
         """Weights on the input, and rows that join the sum themselves, in terms of the plain operation."""
@@ -208,10 +146,7 @@ class CpuBackend(CpuQuantPacking):
         if routing.weight_on_input:
             # Every slot becomes a row of its own, for its input is its own.
             scaled_XD = (x_TD[:, None] * routing.weights_TK[..., None]).to(x_TD.dtype).flatten(0, 1)
-            counts_X = None
-            if routing.counts_T is not None:
-                used_TK = torch.arange(top_k) < routing.counts_T[:, None]
-                counts_X = used_TK.flatten().int()
+            counts_X = None if routing.counts_T is None else routing.used_TK.flatten().int()
             ids_X1 = routing.expert_ids_TK.reshape(-1, 1)
             slots = Routing(expert_ids_TK=ids_X1, weights_TK=torch.ones(len(ids_X1), 1), counts_T=counts_X)
             out_TD = self.experts(scaled_XD, weights, slots).float().view(num_rows, top_k, -1).sum(1)
@@ -334,9 +269,9 @@ class CpuBackend(CpuQuantPacking):
         norm_eps: float,
         clip: float | None = None,
     ) -> None:
-        if any(isinstance(p.kv.data, CpuQuantLinear) for p in projections):
+        linears: list[CpuLinear] = [p.kv.data for p in projections]
+        if any(linear.layout for linear in linears):
             return super().project_kv(x_TD, projections, layers, cos_sin_LC, batch, norm_eps=norm_eps, clip=clip)
-        linears = [p.kv.data for p in projections]
         self._ops.project_kv.default(
             self._isa,
             x_TD,
@@ -364,8 +299,7 @@ class CpuBackend(CpuQuantPacking):
         if len({(b.num_kv_heads, b.head_dim) for b in blocks if isinstance(b, StackAttention)}) != 1:
             return None
         # Keys and values that begin inside a block of quantised weights come with outputs that are not theirs.
-        pairs = [projection.kv.data for exit in exits for projection in exit.projections]
-        if any(isinstance(pair, CpuQuantLinear) and pair.skip for pair in pairs):
+        if any(projection.kv.data.skip for exit in exits for projection in exit.projections):
             return None
         return CpuStack(self._isa, self.dtype, shape, layers, exits)
 

@@ -6,7 +6,8 @@ Shape suffixes are explained in ``types.py``; X stands for whatever the last dim
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +17,9 @@ from ..api.formats import UNQUANTIZED, ActivationScheme
 from ..api.quantized_weight import QuantizedWeight
 from ..api.types import ExpertWeights, LinearWeights, Routing
 from ..torch.backend import TorchBackend
-from ..torch.quantized import check_experts
-from .layout import ACTIVATIONS, BLOCK, GATED, count_bytes, join_gate_up_bias, padded
+from ..torch.experts import PlainExperts
+from ..torch.quantized import QuantExperts
+from .layout import BLOCK, GATED, activation_number, join_gate_up_bias, padded
 
 log = logging.getLogger(__name__)
 _SCALES = (torch.float32, torch.float16, torch.bfloat16)
@@ -45,45 +47,37 @@ class Layout(NamedTuple):
 
 
 @dataclass(frozen=True)
-class CpuQuantLinear:
-    """A packed linear layer. ``skip`` outputs in front are computed and dropped: its tail began inside a block."""
+class CpuLinear:
+    """A packed linear layer of so many outputs; ``layout`` is empty unless it is quantised.
+
+    ``skip`` outputs in front are computed and dropped: the tail of a quantised layer began inside a block.
+    """
 
     isa: int
     packed: torch.Tensor
     bias: torch.Tensor | None
-    layout: Layout
+    outputs: int
+    layout: Layout | tuple[()] = ()
     skip: int = 0
 
     def run(self, x_TI: torch.Tensor, *, float_out: bool = False) -> torch.Tensor:
         """(T, O), of x's dtype or float32."""
-        out_TO = torch.ops.dynamoe_cpu.quant_linear.default(
-            self.isa, x_TI, self.packed, self.bias, self.layout, float_out
-        )
+        ops, arguments = torch.ops.dynamoe_cpu, (self.isa, x_TI, self.packed, self.bias)
+        if not self.layout:
+            return ops.linear.default(*arguments, self.outputs, float_out)
+        out_TO = ops.quant_linear.default(*arguments, self.layout, float_out)
         return out_TO[:, self.skip :] if self.skip else out_TO
 
-    def tail(self, start: int) -> CpuQuantLinear:
-        """The layer that computes the outputs from ``start`` on; it shares this one's memory."""
-        start += self.skip
-        first = start // BLOCK
-        outputs = self.layout.outputs
-        words = self.packed.numel() // -(-outputs // BLOCK)
-        return replace(
-            self,
-            packed=self.packed[first * words :],
-            bias=None if self.bias is None else self.bias[first * BLOCK :],
-            layout=self.layout._replace(outputs=outputs - first * BLOCK),
-            skip=start % BLOCK,
-        )
-
-
-def layout_of(weights: LinearWeights) -> list[int]:
-    """The layout of a linear layer of the CPU's kernels as they take it: empty unless it is quantised."""
-    return list(weights.data.layout) if isinstance(weights.data, CpuQuantLinear) else []
-
-
-def skipped_outputs(weights: LinearWeights) -> int:
-    """See :class:`CpuQuantLinear`; 0 unless the layer is quantised."""
-    return weights.data.skip if isinstance(weights.data, CpuQuantLinear) else 0
+    def tail(self, start: int) -> CpuLinear:
+        """The layer that computes the outputs from ``start`` on, which shares this one's memory. Unless the layer is
+        quantised they begin with a block."""
+        first, skip = divmod(start + self.skip, BLOCK)
+        words = self.packed.numel() // -(-(self.outputs + self.skip) // BLOCK)
+        assert self.layout or not skip
+        packed, bias = self.packed[first * words :], None if self.bias is None else self.bias[first * BLOCK :]
+        outputs = self.outputs - start
+        layout = self.layout._replace(outputs=outputs + skip) if self.layout else ()
+        return CpuLinear(self.isa, packed, bias, outputs, layout, skip)
 
 
 @dataclass(frozen=True)
@@ -101,21 +95,11 @@ class CpuQuantExperts:
 
     def run(self, x_TD: torch.Tensor, routing: Routing | None) -> torch.Tensor:
         """(T, D); without a routing every row uses every expert with weight 1."""
+        packed = (self.gate_up, self.gate_up_layout, self.down, self.down_layout, self.gate_up_bias, self.down_bias)
         parts: tuple[Any, ...] = (None, None, None)
         if routing is not None:
             parts = (routing.expert_ids_TK, routing.weights_TK, routing.counts_T)
-        return torch.ops.dynamoe_cpu.quant_experts.default(
-            self.isa,
-            x_TD,
-            self.gate_up,
-            self.gate_up_layout,
-            self.down,
-            self.down_layout,
-            self.gate_up_bias,
-            self.down_bias,
-            self.shape,
-            *parts,
-        )
+        return torch.ops.dynamoe_cpu.quant_experts.default(self.isa, x_TD, *packed, self.shape, *parts)
 
 
 @dataclass(frozen=True)
@@ -125,51 +109,6 @@ class _Codes:
     codes: torch.Tensor
     scales: torch.Tensor
     offsets: torch.Tensor | None
-
-
-def pack_linear(
-    isa: int, weight_OI: QuantizedWeight, bias: torch.Tensor | None, scheme: ActivationScheme
-) -> CpuQuantLinear:
-    """Take a quantised weight into the kernels' layout; ``bias`` is padded to whole blocks.
-
-    Raises:
-        ValueError: for fp8 codes that are NaN.
-    """
-    packed, layout = _pack(isa, weight_OI, _read(weight_OI, has_offsets=weight_OI.needs_offsets), scheme)
-    return CpuQuantLinear(isa, packed, bias, layout)
-
-
-def pack_experts(
-    isa: int,
-    gate_EFD: QuantizedWeight,
-    up_EFD: QuantizedWeight,
-    down_EDF: QuantizedWeight,
-    gate_up_bias: torch.Tensor | None,
-    down_bias: torch.Tensor | None,
-    activation: int,
-    scheme: ActivationScheme,
-) -> CpuQuantExperts:
-    """Take the experts of a layer into the kernels' layout; biases are in that layout already.
-
-    Raises:
-        ValueError: for gate and up of different formats or groups, or fp8 codes that are NaN.
-    """
-    num_experts, width, hidden = gate_EFD.shape
-    if gate_EFD.format != up_EFD.format or _group(gate_EFD) != _group(up_EFD):
-        raise ValueError(
-            f"gate and up must have one format, not {gate_EFD.format.name} in groups of {_group(gate_EFD)} and "
-            f"{up_EFD.format.name} in groups of {_group(up_EFD)}"
-        )
-    has_offsets = gate_EFD.needs_offsets or up_EFD.needs_offsets
-    gate, up = (_read(weight, has_offsets=has_offsets) for weight in (gate_EFD, up_EFD))
-    both = _interleaved(gate, up)
-    del gate, up  # a layer's codes are large, and here twice
-    gate_up, gate_up_layout = _pack(isa, gate_EFD, both, scheme)
-    del both
-    down = _read(down_EDF, has_offsets=down_EDF.needs_offsets)
-    down_packed, down_layout = _pack(isa, down_EDF, _map(lambda t: _padded_rows(t, BLOCK).flatten(0, 1), down), scheme)
-    shape = (num_experts, hidden, width, activation)
-    return CpuQuantExperts(isa, gate_up, gate_up_layout, down_packed, down_layout, gate_up_bias, down_bias, shape)
 
 
 def _pack(isa: int, weight: QuantizedWeight, stored: _Codes, scheme: ActivationScheme) -> tuple[torch.Tensor, Layout]:
@@ -214,28 +153,27 @@ def _group(weight: QuantizedWeight) -> int:
     return weight.group or weight.in_features
 
 
-def _read(weight: QuantizedWeight, *, has_offsets: bool) -> _Codes:
+def _read(weight: QuantizedWeight, has_offsets: bool = False) -> _Codes:
+    """A weight's codes; with zero offsets where ``has_offsets`` asks for some that it does not need."""
     codes = weight.codes()
     if weight.format.codes.dtype == torch.float8_e4m3fn and bool(((codes & 127) == 127).any()):
         raise ValueError(f"an {weight.format.name} weight of shape {weight.shape} holds NaN")
-    return _Codes(codes, weight.scales(), weight.offsets() if has_offsets else None)
+    return _Codes(codes, weight.scales(), weight.offsets() if has_offsets or weight.needs_offsets else None)
 
 
-def _map(function: Any, stored: _Codes) -> _Codes:
-    parts = (stored.codes, stored.scales, stored.offsets)
-    return _Codes(*(None if t is None else function(t) for t in parts))  # type: ignore[arg-type]
+def _map(function: Callable[..., torch.Tensor], *stored: _Codes) -> _Codes:
+    """``function`` of the codes, of the scales, and of the offsets where there are any."""
+    parts = zip(*((s.codes, s.scales, s.offsets) for s in stored), strict=True)
+    codes, scales, offsets = (None if tensors[0] is None else function(*tensors) for tensors in parts)
+    assert codes is not None
+    assert scales is not None
+    return _Codes(codes, scales, offsets)
 
 
-def _interleaved(gate: _Codes, up: _Codes) -> _Codes:
+def _interleaved(gate_EFX: torch.Tensor, up_EFX: torch.Tensor) -> torch.Tensor:
     """Gated blocks of all experts: 16 gate outputs, then the 16 up outputs that belong to them."""
-
-    def join(gate_EFX: torch.Tensor | None, up_EFX: torch.Tensor | None) -> Any:
-        if gate_EFX is None or up_EFX is None:
-            return None
-        halves = [_padded_rows(t, GATED).unflatten(1, (-1, GATED)) for t in (gate_EFX, up_EFX)]
-        return torch.cat(halves, 2).flatten(0, 2)
-
-    return _Codes(join(gate.codes, up.codes), join(gate.scales, up.scales), join(gate.offsets, up.offsets))
+    halves = [_padded_rows(t, GATED).unflatten(1, (-1, GATED)) for t in (gate_EFX, up_EFX)]
+    return torch.cat(halves, 2).flatten(0, 2)
 
 
 def _padded_rows(t_EOX: torch.Tensor, multiple: int) -> torch.Tensor:
@@ -254,48 +192,37 @@ class CpuQuantPacking(TorchBackend):
         scheme.check(weight_OI.format, weight_OI.group)
         if weight_OI.format.cpu is None:
             return self.pack_linear(self._dequantized(weight_OI, scheme), bias_O)
-        bias = None if bias_O is None else padded(bias_O.to(self.dtype), BLOCK)
-        data = pack_linear(self._isa, weight_OI, bias, scheme)
-        return LinearWeights(
-            out_features=weight_OI.out_features,
-            in_features=weight_OI.in_features,
-            dtype=self.dtype,
-            data=data,
-            nbytes=count_bytes(data.packed, bias),
-        )
+        packed, layout = _pack(self._isa, weight_OI, _read(weight_OI), scheme)
+        data = CpuLinear(self._isa, packed, self._padded(bias_O), weight_OI.out_features, layout)
+        return LinearWeights.of(weight_OI.shape, self.dtype, data, packed, data.bias)
 
-    def pack_quantized_experts(
-        self,
-        gate_EFD: QuantizedWeight,
-        up_EFD: QuantizedWeight,
-        down_EDF: QuantizedWeight,
-        activation: str,
-        gate_bias_EF: torch.Tensor | None = None,
-        up_bias_EF: torch.Tensor | None = None,
-        down_bias_ED: torch.Tensor | None = None,
-        scheme: ActivationScheme = UNQUANTIZED,
-    ) -> ExpertWeights:
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
-        num_experts, expert_size, hidden_size = check_experts(gate_EFD, up_EFD, down_EDF)
-        for weight in (gate_EFD, up_EFD, down_EDF):
-            scheme.check(weight.format, weight.group)
-        if any(weight.format.cpu is None for weight in (gate_EFD, up_EFD, down_EDF)):
-            gate, up, down = (self._dequantized(weight, scheme) for weight in (gate_EFD, up_EFD, down_EDF))
-            return self.pack_experts(gate, up, down, activation, gate_bias_EF, up_bias_EF, down_bias_ED)
-        gate_up_bias = join_gate_up_bias(gate_bias_EF, up_bias_EF, self.dtype)
-        down_bias = None if down_bias_ED is None else padded(down_bias_ED.to(self.dtype), BLOCK)
-        number = ACTIVATIONS.index(activation)
-        data = pack_experts(self._isa, gate_EFD, up_EFD, down_EDF, gate_up_bias, down_bias, number, scheme)
-        return ExpertWeights(
-            num_experts=num_experts,
-            hidden_size=hidden_size,
-            expert_size=expert_size,
-            activation=activation,
-            dtype=self.dtype,
-            data=data,
-            nbytes=count_bytes(data.gate_up, data.down, gate_up_bias, down_bias),
-        )
+    def _pack_quantized_experts(self, experts: QuantExperts, activation: str) -> ExpertWeights:
+        if any(weight.format.cpu is None for weight in experts.weights):
+            weights = (self._dequantized(weight, experts.scheme) for weight in experts.weights)
+            return self._pack_experts(PlainExperts(*weights, *experts.biases), activation)
+        number = activation_number(activation)
+        gate_EFD, up_EFD, down_EDF = experts.weights
+        if gate_EFD.format != up_EFD.format or _group(gate_EFD) != _group(up_EFD):
+            raise ValueError(
+                f"gate and up must have one format, not {gate_EFD.format.name} in groups of {_group(gate_EFD)} and "
+                f"{up_EFD.format.name} in groups of {_group(up_EFD)}"
+            )
+        has_offsets = gate_EFD.needs_offsets or up_EFD.needs_offsets
+        gate, up = (_read(weight, has_offsets) for weight in (gate_EFD, up_EFD))
+        both = _map(_interleaved, gate, up)
+        del gate, up  # a layer's codes are large, and here twice
+        first = _pack(self._isa, gate_EFD, both, experts.scheme)
+        del both
+        down = _map(lambda t: _padded_rows(t, BLOCK).flatten(0, 1), _read(down_EDF))
+        second = _pack(self._isa, down_EDF, down, experts.scheme)
+        biases = join_gate_up_bias(experts.gate_bias_EF, experts.up_bias_EF), self._padded(experts.down_bias_ED)
+        num_experts, width, hidden = gate_EFD.shape
+        data = CpuQuantExperts(self._isa, *first, *second, *biases, (num_experts, hidden, width, number))
+        return ExpertWeights.of(gate_EFD.shape, activation, self.dtype, data, first[0], second[0], *biases)
+
+    def _padded(self, bias: torch.Tensor | None) -> torch.Tensor | None:
+        """A bias rounded to this backend's dtype and padded to whole blocks."""
+        return None if bias is None else padded(bias.to(self.dtype), BLOCK)
 
     def _dequantized(self, weight: QuantizedWeight, scheme: ActivationScheme) -> torch.Tensor:
         """A weight for whose format there are no kernels, to be packed like any other.

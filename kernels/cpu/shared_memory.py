@@ -7,11 +7,12 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from . import build as cpu_build
+from .backend import CpuBackend
 
 FOLDER = Path("/dev/shm")
 
@@ -36,15 +37,6 @@ def make_shared_file(size: int) -> Path:
     return path
 
 
-class HasKernels(Protocol):
-    """A backend of the C++ kernels."""
-
-    @property
-    def isa_number(self) -> int:
-        """How the kernels call the instruction set."""
-        ...
-
-
 class CpuSharedGroup:
     """This process in a group of ``size``. All of them call the same methods in the same order; tensors are contiguous.
 
@@ -59,7 +51,7 @@ class CpuSharedGroup:
         RuntimeError: when the file cannot be opened or mapped.
     """
 
-    def __init__(self, backend: HasKernels, path: Path, rank: int, size: int, timeout: float) -> None:
+    def __init__(self, backend: CpuBackend, path: Path, rank: int, size: int, timeout: float) -> None:
         self.handle: Any = torch.classes.dynamoe_cpu.SharedGroup(backend.isa_number, str(path), rank, size, timeout)
         self._rank, self._size, self._timeout = rank, size, timeout
 

@@ -19,7 +19,7 @@ from ..api.stack import (
     StackShape,
 )
 from ..api.types import AttentionBatch, ExpertBudget, KVLayer, KVLayers, LinearWeights
-from .quantized import CpuQuantExperts, layout_of
+from .quantized import CpuQuantExperts
 
 
 class CpuStack:
@@ -53,22 +53,21 @@ class CpuStack:
         self._handle.share(group.handle)
 
     def _add_exit(self, exit: StackExit) -> None:
-        probe, pairs = exit.probe, [p.kv.data for p in exit.projections]
+        probe: tuple[Any, ...] = (None, None, None, None, False, False)
+        if exit.probe is not None:
+            p = exit.probe
+            probe = (p.weight_JX, p.bias_J, p.out_J, p.out_bias, p.previous, p.router_entropy)
+        pairs = [projection.kv.data for projection in exit.projections]
         biased = bool(pairs) and pairs[0].bias is not None
         self._handle.add_exit(
             exit.after_layers,
             exit.down.data.packed,
             exit.up.data.packed,
             exit.down.out_features,
-            None if probe is None else probe.weight_JX,
-            None if probe is None else probe.bias_J,
-            None if probe is None else probe.out_J,
-            None if probe is None else probe.out_bias,
-            probe is not None and probe.previous,
-            probe is not None and probe.router_entropy,
+            *probe,
             [pair.packed for pair in pairs],
             [pair.bias for pair in pairs] if biased else [],
-            [layout_of(projection.kv) for projection in exit.projections],
+            [list(pair.layout) for pair in pairs],
         )
 
     def run(
@@ -137,7 +136,7 @@ def _attention(block: StackAttention) -> Any:
         {**_linear("qkv", block.qkv), **_linear("o", block.o), "q_norm": block.q_norm, "k_norm": block.k_norm},
         {**heads, "norm_per_head": block.norm_per_head, "window": block.window or 0},
         {"scale": block.scale},
-        {"qkv": layout_of(block.qkv), "o": layout_of(block.o)},
+        {"qkv": list(block.qkv.data.layout), "o": list(block.o.data.layout)},
     )
 
 

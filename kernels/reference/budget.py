@@ -31,10 +31,7 @@ def limit_experts(routing: Routing, scale_E: torch.Tensor | None, keep_T: torch.
     """
     num_rows, top_k = routing.expert_ids_TK.shape
     slots_K = torch.arange(top_k, device=routing.weights_TK.device)
-    if routing.counts_T is None:
-        used_TK = torch.ones_like(routing.expert_ids_TK, dtype=torch.bool)
-    else:
-        used_TK = slots_K < routing.counts_T[:, None]
+    used_TK = routing.used_TK
     worth_TK = routing.weights_TK.abs()
     if scale_E is not None:
         worth_TK = worth_TK * scale_E[routing.expert_ids_TK.masked_fill(~used_TK, 0).long()]

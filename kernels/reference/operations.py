@@ -5,6 +5,8 @@ Shape suffixes are explained in ``types.py``. Reductions run in float32 whatever
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -118,25 +120,33 @@ def experts(
 
     The sum over k runs in float32 in the order of the slots, zero experts last.
     """
-    num_tokens, top_k = routing.expert_ids_TK.shape
-    slots_TKD = torch.zeros(num_tokens, top_k, x_TD.shape[1], dtype=torch.float32, device=x_TD.device)
-    used_TK = torch.ones_like(routing.expert_ids_TK, dtype=torch.bool)
-    if routing.counts_T is not None:
-        used_TK = torch.arange(top_k, device=x_TD.device) < routing.counts_T[:, None]
+
+    def run_expert(expert: int, x: torch.Tensor) -> torch.Tensor:
+        gate = F.linear(x, gate_EFD[expert], None if gate_bias_EF is None else gate_bias_EF[expert])
+        up = F.linear(x, up_EFD[expert], None if up_bias_EF is None else up_bias_EF[expert])
+        down = F.linear(activate(gate, up, activation), down_EDF[expert])
+        return down if down_bias_ED is None else down + down_bias_ED[expert]
+
+    return mix_experts(x_TD, routing, run_expert).to(x_TD.dtype)
+
+
+def mix_experts(
+    x_TD: torch.Tensor, routing: Routing, run_expert: Callable[[int, torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """The weighted sum of what ``run_expert`` makes of each expert's rows, (T, D), float32; see :func:`experts`."""
+    slots_TKD = torch.zeros(*routing.expert_ids_TK.shape, x_TD.shape[1], dtype=torch.float32, device=x_TD.device)
+    used_TK = routing.used_TK
     chosen_TK = routing.expert_ids_TK.masked_fill(~used_TK, -1)
     for expert in chosen_TK[used_TK].unique().tolist():
         rows, slots = (chosen_TK == expert).nonzero(as_tuple=True)
         x = x_TD[rows]
         if routing.weight_on_input:
             x = (x * routing.weights_TK[rows, slots, None]).to(x.dtype)
-        gate = F.linear(x, gate_EFD[expert], None if gate_bias_EF is None else gate_bias_EF[expert])
-        up = F.linear(x, up_EFD[expert], None if up_bias_EF is None else up_bias_EF[expert])
-        down = F.linear(activate(gate, up, activation), down_EDF[expert])
-        slots_TKD[rows, slots] = (down if down_bias_ED is None else down + down_bias_ED[expert]).float()
+        slots_TKD[rows, slots] = run_expert(expert, x).float()
     weights_TK = used_TK.float() if routing.weight_on_input else routing.weights_TK.masked_fill(~used_TK, 0.0)
     out_TD = torch.zeros_like(slots_TKD[:, 0])
-    for k in range(top_k):
+    for k in range(slots_TKD.shape[1]):
         out_TD = out_TD + weights_TK[:, k, None] * slots_TKD[:, k]
     if routing.identity_weights_T is not None:
         out_TD = out_TD + routing.identity_weights_T[:, None] * x_TD.float()
-    return out_TD.to(x_TD.dtype)
+    return out_TD

@@ -63,29 +63,14 @@ def experts(
     What enters the down projection is rounded as well, for each row and expert by itself. Only experts that are used
     are dequantised.
     """
-    num_rows, top_k = routing.expert_ids_TK.shape
-    used_TK = torch.ones_like(routing.expert_ids_TK, dtype=torch.bool)
-    if routing.counts_T is not None:
-        used_TK = torch.arange(top_k, device=x_TD.device) < routing.counts_T[:, None]
-    chosen_TK = routing.expert_ids_TK.masked_fill(~used_TK, -1)
-    slots_TKD = torch.zeros(num_rows, top_k, x_TD.shape[1], dtype=torch.float32, device=x_TD.device)
-    for expert in chosen_TK[used_TK].unique().tolist():
-        rows, slots = (chosen_TK == expert).nonzero(as_tuple=True)
-        x = x_TD[rows]
-        if routing.weight_on_input:
-            x = (x * routing.weights_TK[rows, slots, None]).to(x.dtype)
+
+    def run_expert(expert: int, x: torch.Tensor) -> torch.Tensor:
         bias = [None if b is None else b[expert] for b in (gate_bias_EF, up_bias_EF, down_bias_ED)]
         gate = linear(x, gate_EFD.expert(expert), bias[0], scheme)
         up = linear(x, up_EFD.expert(expert), bias[1], scheme)
-        hidden = reference.activate(gate, up, activation)
-        slots_TKD[rows, slots] = linear(hidden, down_EDF.expert(expert), bias[2], scheme)
-    weights_TK = used_TK.float() if routing.weight_on_input else routing.weights_TK.masked_fill(~used_TK, 0.0)
-    out_TD = torch.zeros_like(slots_TKD[:, 0])
-    for k in range(top_k):
-        out_TD = out_TD + weights_TK[:, k, None] * slots_TKD[:, k]
-    if routing.identity_weights_T is not None:
-        out_TD = out_TD + routing.identity_weights_T[:, None] * x_TD.float()
-    return out_TD
+        return linear(reference.activate(gate, up, activation), down_EDF.expert(expert), bias[2], scheme)
+
+    return reference.mix_experts(x_TD, routing, run_expert)
 
 
 def all_on(x_TD: torch.Tensor, num_experts: int) -> Routing:

@@ -89,31 +89,25 @@ def _one_sequence(
     past = length - num_rows
     first = 0 if window is None else max(0, past - window + 1) // page
     pages_1W = table_M[first : -(-length // page)].long()[None]
-    start, stop = first * page, length
-    k_1GLC = _gather(layer.keys_BGPC, pages_1W, layer, q_RHC.dtype)[:, :, : stop - start]
-    v_1GLC = _gather(layer.values_BGPC, pages_1W, layer, q_RHC.dtype)[:, :, : stop - start]
+    start = first * page
+    k_1GLC = _gather(layer.keys_BGPC, pages_1W, layer, q_RHC.dtype)[:, :, : length - start]
+    v_1GLC = _gather(layer.values_BGPC, pages_1W, layer, q_RHC.dtype)[:, :, : length - start]
     explicit = sinks_H is not None or lse_RH is not None
     causal = past == 0 and (window is None or length <= window) and not explicit
     mask_RL = None
     if not causal:
-        behind_RL = torch.arange(past, length, device=q_RHC.device)[:, None] - torch.arange(
-            start, stop, device=q_RHC.device
-        )
+        index_L = torch.arange(start, length, device=q_RHC.device)
+        behind_RL = index_L[past - start :, None] - index_L
         mask_RL = behind_RL >= 0
         if window is not None:
             mask_RL &= behind_RL < window
+    q_1HRC, grouped = q_RHC.transpose(0, 1)[None], q_RHC.shape[1] != k_1GLC.shape[1]
     if explicit:
         assert mask_RL is not None
-        q_1HRC, lse_1HR = q_RHC.transpose(0, 1)[None], None if lse_RH is None else lse_RH.T[None]
+        lse_1HR = None if lse_RH is None else lse_RH.T[None]
         return _with_sinks(q_1HRC, k_1GLC, v_1GLC, mask_RL, scale, sinks_H, lse_1HR)[0].transpose(0, 1)
     out_1HRC = F.scaled_dot_product_attention(
-        q_RHC.transpose(0, 1)[None],
-        k_1GLC,
-        v_1GLC,
-        attn_mask=mask_RL,
-        is_causal=causal,
-        scale=scale,
-        enable_gqa=q_RHC.shape[1] != k_1GLC.shape[1],
+        q_1HRC, k_1GLC, v_1GLC, attn_mask=mask_RL, is_causal=causal, scale=scale, enable_gqa=grouped
     )
     return out_1HRC[0].transpose(0, 1)
 

@@ -34,10 +34,6 @@ from .quantized import QuantExperts, QuantLinear, check_experts
 log = logging.getLogger(__name__)
 
 
-def _nbytes(*tensors: torch.Tensor | None) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
-
 class TorchBackend:
     """Operations of a decoder on plain tensors.
 
@@ -63,16 +59,8 @@ class TorchBackend:
 
     def pack_linear(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> LinearWeights:
         """Take a linear layer's weight into this backend's layout. The source may be a memory-mapped view."""
-        weight_OI = weight_OI.to(self.device, self.dtype)
-        bias_O = None if bias_O is None else bias_O.to(self.device, self.dtype)
-        out_features, in_features = weight_OI.shape
-        return LinearWeights(
-            out_features=out_features,
-            in_features=in_features,
-            dtype=self.dtype,
-            data=(weight_OI, bias_O),
-            nbytes=_nbytes(weight_OI, bias_O),
-        )
+        data = weight_OI.to(self.device, self.dtype), self._moved(bias_O)
+        return LinearWeights.of(weight_OI.shape, self.dtype, data, *data)
 
     def pack_quantized_linear(
         self, weight_OI: QuantizedWeight, bias_O: torch.Tensor | None = None, scheme: ActivationScheme = UNQUANTIZED
@@ -83,20 +71,15 @@ class TorchBackend:
             ValueError: when rows that are rounded like this do not meet weights of this format.
         """
         scheme.check(weight_OI.format, weight_OI.group)
-        data = QuantLinear(
-            self._kept(weight_OI), None if bias_O is None else bias_O.to(self.device, self.dtype), scheme
-        )
-        return LinearWeights(
-            out_features=weight_OI.out_features,
-            in_features=weight_OI.in_features,
-            dtype=self.dtype,
-            data=data,
-            nbytes=data.weight.nbytes + _nbytes(data.bias_O),
-        )
+        data = QuantLinear(self._kept(weight_OI), self._moved(bias_O), scheme)
+        return LinearWeights.of(weight_OI.shape, self.dtype, data, data.weight, data.bias_O)
 
     def _kept(self, weight: QuantizedWeight) -> QuantizedWeight:
         """A quantised weight as this backend keeps it."""
         return weight.to(self.device)
+
+    def _moved(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor.to(self.device, self.dtype)
 
     def logits(
         self, x_TD: torch.Tensor, norm_D: torch.Tensor, eps: float, weights: LinearWeights, divisor: float
@@ -158,18 +141,13 @@ class TorchBackend:
 
         ``down_EDF`` may be a strided view of one dense (D, E*F) matrix, so that all experts together are one dense FFN.
         """
-        parts = (gate_EFD, up_EFD, down_EDF, gate_bias_EF, up_bias_EF, down_bias_ED)
-        data = PlainExperts(*(None if t is None else t.to(self.device, self.dtype) for t in parts))  # type: ignore[arg-type]
-        num_experts, expert_size, hidden_size = gate_EFD.shape
-        return ExpertWeights(
-            num_experts=num_experts,
-            hidden_size=hidden_size,
-            expert_size=expert_size,
-            activation=activation,
-            dtype=self.dtype,
-            data=data,
-            nbytes=_nbytes(*vars(data).values()),
-        )
+        weights = (t.to(self.device, self.dtype) for t in (gate_EFD, up_EFD, down_EDF))
+        biases = (self._moved(t) for t in (gate_bias_EF, up_bias_EF, down_bias_ED))
+        return self._pack_experts(PlainExperts(*weights, *biases), activation)
+
+    def _pack_experts(self, experts: PlainExperts, activation: str) -> ExpertWeights:
+        """Experts on this device, in this dtype, in this backend's layout."""
+        return ExpertWeights.of(experts.gate_EFD.shape, activation, self.dtype, experts, *vars(experts).values())
 
     def pack_quantized_experts(
         self,
@@ -183,23 +161,17 @@ class TorchBackend:
         scheme: ActivationScheme = UNQUANTIZED,
     ) -> ExpertWeights:
         """As :meth:`pack_experts`, for quantised weights; see :meth:`pack_quantized_linear`."""
-        num_experts, expert_size, hidden_size = check_experts(gate_EFD, up_EFD, down_EDF)
-        weights = [self._kept(weight) for weight in (gate_EFD, up_EFD, down_EDF)]
-        for weight in weights:
+        check_experts(gate_EFD, up_EFD, down_EDF)
+        for weight in (gate_EFD, up_EFD, down_EDF):
             scheme.check(weight.format, weight.group)
-        biases = [
-            None if b is None else b.to(self.device, self.dtype) for b in (gate_bias_EF, up_bias_EF, down_bias_ED)
-        ]
-        data = QuantExperts(weights[0], weights[1], weights[2], biases[0], biases[1], biases[2], scheme)
-        return ExpertWeights(
-            num_experts=num_experts,
-            hidden_size=hidden_size,
-            expert_size=expert_size,
-            activation=activation,
-            dtype=self.dtype,
-            data=data,
-            nbytes=sum(w.nbytes for w in weights) + _nbytes(data.gate_bias_EF, data.up_bias_EF, data.down_bias_ED),
-        )
+        biases = (self._moved(t) for t in (gate_bias_EF, up_bias_EF, down_bias_ED))
+        return self._pack_quantized_experts(QuantExperts(gate_EFD, up_EFD, down_EDF, *biases, scheme), activation)
+
+    def _pack_quantized_experts(self, experts: QuantExperts, activation: str) -> ExpertWeights:
+        """Quantised experts, whose biases are on this device already, in this backend's layout."""
+        gate_EFD, up_EFD, down_EDF = (self._kept(weight) for weight in experts.weights)
+        data = replace(experts, gate_EFD=gate_EFD, up_EFD=up_EFD, down_EDF=down_EDF)
+        return ExpertWeights.of(gate_EFD.shape, activation, self.dtype, data, *data.weights, *data.biases)
 
     def experts(self, x_TD: torch.Tensor, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
         """The weighted sum of each row's experts, (T, D). See :func:`reference.experts`."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,17 +15,44 @@ import torch.nn.functional as F
 from ..api.types import Routing
 from ..reference import operations as reference
 
+WeightT = TypeVar("WeightT")
+
 
 @dataclass(frozen=True)
-class PlainExperts:
-    """Expert weights as plain tensors; biases may be missing."""
+class ExpertParts(Generic[WeightT]):
+    """The weights of a layer's experts; biases may be missing."""
 
-    gate_EFD: torch.Tensor
-    up_EFD: torch.Tensor
-    down_EDF: torch.Tensor
+    gate_EFD: WeightT
+    up_EFD: WeightT
+    down_EDF: WeightT
     gate_bias_EF: torch.Tensor | None
     up_bias_EF: torch.Tensor | None
     down_bias_ED: torch.Tensor | None
+
+    @property
+    def weights(self) -> tuple[WeightT, WeightT, WeightT]:
+        return self.gate_EFD, self.up_EFD, self.down_EDF
+
+    @property
+    def biases(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        return self.gate_bias_EF, self.up_bias_EF, self.down_bias_ED
+
+
+@dataclass(frozen=True)
+class PlainExperts(ExpertParts[torch.Tensor]):
+    """Expert weights as plain tensors."""
+
+    @property
+    def biased(self) -> bool:
+        return any(bias is not None for bias in self.biases)
+
+    @property
+    def aligned(self) -> bool:
+        """Whether rows are contiguous, and whole 16 bytes apart and long: what grouped products of torch take."""
+        return all(
+            t.stride(-1) == 1 and not any(n * t.element_size() % 16 for n in (*t.shape[1:], *t.stride()[:-1]))
+            for t in self.weights
+        )
 
 
 Product = Callable[[torch.Tensor, PlainExperts, torch.Tensor, str], torch.Tensor]
@@ -51,7 +79,7 @@ def run_experts(
     slots_TKD[order_N] = product(rows_ND, weights, ends_E, activation)
     slots_TKD = slots_TKD.view(num_rows, top_k, x_TD.shape[1])
     if routing.counts_T is not None:
-        unused_TK = torch.arange(top_k, device=x_TD.device) >= routing.counts_T[:, None]
+        unused_TK = ~routing.used_TK
         slots_TKD.masked_fill_(unused_TK[..., None], 0.0)  # whatever lies there, even NaN
         weights_TK = weights_TK.masked_fill(unused_TK, 0.0)
     out_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
@@ -66,8 +94,7 @@ def slots_by_expert(routing: Routing, num_experts: int) -> tuple[torch.Tensor, t
     """Slot numbers (``t * K + k``, int64) sorted by expert, unused ones last, and where each expert's slots end."""
     ids_TK = routing.expert_ids_TK
     if routing.counts_T is not None:
-        used_TK = torch.arange(ids_TK.shape[1], device=ids_TK.device) < routing.counts_T[:, None]
-        ids_TK = torch.where(used_TK, ids_TK, num_experts)
+        ids_TK = torch.where(routing.used_TK, ids_TK, num_experts)
     sorted_N, order_N = ids_TK.flatten().sort(stable=True)
     experts_E = torch.arange(num_experts, dtype=sorted_N.dtype, device=sorted_N.device)
     return order_N, torch.searchsorted(sorted_N, experts_E, right=True, out_int32=True)
@@ -75,10 +102,7 @@ def slots_by_expert(routing: Routing, num_experts: int) -> tuple[torch.Tensor, t
 
 def can_group(x_TD: torch.Tensor, weights: PlainExperts) -> bool:
     """Whether torch's grouped product takes these weights: bfloat16 on a GPU, rows of whole 16 bytes, no biases."""
-    tensors = (weights.gate_EFD, weights.up_EFD, weights.down_EDF)
-    aligned = all(t.stride(-1) == 1 and not any(n % 8 for n in (*t.shape[1:], *t.stride()[:-1])) for t in tensors)
-    plain = weights.gate_bias_EF is None and weights.up_bias_EF is None and weights.down_bias_ED is None
-    return x_TD.is_cuda and x_TD.dtype == torch.bfloat16 and plain and aligned
+    return x_TD.is_cuda and x_TD.dtype == torch.bfloat16 and not weights.biased and weights.aligned
 
 
 def grouped_products(

@@ -6,7 +6,7 @@ import torch
 
 from ..api.types import ExpertWeights, Routing
 from .backend import TorchBackend
-from .experts import PlainExperts, grouped_products, run_experts
+from .experts import PlainExperts, Product, grouped_products, run_experts
 from .quantized import QuantExperts
 
 
@@ -15,27 +15,23 @@ class GroupedMmBackend(TorchBackend):
     (biases, rows that are not whole 16 bytes) run expert by expert, with one log line."""
 
     name = "grouped_mm"
+    products: Product = staticmethod(grouped_products)  # of all experts at once
 
     def experts(self, x_TD: torch.Tensor, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
-        if isinstance(weights.data, QuantExperts):
-            self._fall_back("quantised experts")
-            return super().experts(x_TD, weights, routing)
-        reason = self._refused(x_TD, weights.data)
+        quantised = isinstance(weights.data, QuantExperts)
+        reason = "quantised experts" if quantised else self.refused(x_TD, weights.data)
         if reason is None:
-            return run_experts(x_TD, weights.data, routing, weights.activation, grouped_products)
+            return run_experts(x_TD, weights.data, routing, weights.activation, self.products)
         self._fall_back(reason)
         return super().experts(x_TD, weights, routing)
 
-    def _refused(self, x_TD: torch.Tensor, plain: PlainExperts) -> str | None:
-        if plain.gate_bias_EF is not None or plain.up_bias_EF is not None or plain.down_bias_ED is not None:
+    @staticmethod
+    def refused(x_TD: torch.Tensor, plain: PlainExperts) -> str | None:
+        """What about these rows and weights the product does not take, if anything."""
+        if plain.biased:
             return "biases"
         if x_TD.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             return str(x_TD.dtype)
         if x_TD.is_cuda and x_TD.dtype != torch.bfloat16:
             return f"{x_TD.dtype} on a GPU"
-        size = x_TD.element_size()
-        for tensor in (plain.gate_EFD, plain.up_EFD, plain.down_EDF):
-            rows = (*tensor.shape[1:], *tensor.stride()[:-1])
-            if tensor.stride(-1) != 1 or any(n * size % 16 for n in rows):
-                return "rows that are not whole 16 bytes"
-        return None
+        return None if plain.aligned else "rows that are not whole 16 bytes"

@@ -8,14 +8,12 @@ from functools import partial
 
 import torch
 
-from ..api.types import ExpertWeights, Routing
 from ..reference import operations as reference
-from .backend import TorchBackend
-from .experts import PlainExperts, run_experts
-from .quantized import QuantExperts
+from .experts import PlainExperts
+from .grouped_mm import GroupedMmBackend
 
 
-class MegaBlocksBackend(TorchBackend):
+class MegaBlocksBackend(GroupedMmBackend):
     """Dropless experts on ``megablocks.grouped_gemm_util`` (Gale et al. 2022). Group sizes go through the host.
 
     Raises:
@@ -34,26 +32,13 @@ class MegaBlocksBackend(TorchBackend):
             raise ValueError(f"the megablocks backend needs the package megablocks: {error}") from error
         if not util.grouped_gemm_is_available():
             raise ValueError("the megablocks backend needs the package grouped_gemm beside megablocks")
-        self._products = partial(products, gmm=util.ops.gmm)
+        self.products = partial(products, gmm=util.ops.gmm)
 
-    def experts(self, x_TD: torch.Tensor, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
-        if isinstance(weights.data, QuantExperts):
-            self._fall_back("quantised experts")
-            return super().experts(x_TD, weights, routing)
-        reason = refused(weights.data)
-        if reason is None:
-            return run_experts(x_TD, weights.data, routing, weights.activation, self._products)
-        self._fall_back(reason)
-        return super().experts(x_TD, weights, routing)
-
-
-def refused(plain: PlainExperts) -> str | None:
-    """What about these weights the grouped product does not take, if anything."""
-    if plain.gate_bias_EF is not None or plain.up_bias_EF is not None or plain.down_bias_ED is not None:
-        return "biases"
-    if not all(t.is_contiguous() for t in (plain.gate_EFD, plain.up_EFD, plain.down_EDF)):
-        return "weights that are views of wider ones"
-    return None
+    @staticmethod
+    def refused(x_TD: torch.Tensor, plain: PlainExperts) -> str | None:
+        if plain.biased:
+            return "biases"
+        return None if all(t.is_contiguous() for t in plain.weights) else "weights that are views of wider ones"
 
 
 def products(

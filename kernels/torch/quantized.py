@@ -13,6 +13,7 @@ from ..api.formats import ActivationScheme
 from ..api.quantized_weight import QuantizedWeight
 from ..api.types import Routing
 from ..reference import quantized as quant_reference
+from .experts import ExpertParts
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,7 @@ class QuantLinear:
 
     def rows(self, ids_T: torch.Tensor) -> torch.Tensor:
         """Rows of the weight, dequantised, (T, I), float32."""
-        own = self.weight.take(ids_T)
-        return own.dequantize()
+        return self.weight.take(ids_T).dequantize()
 
     def tail(self, start: int) -> QuantLinear:
         """The layer that computes the outputs from ``start`` on."""
@@ -39,22 +39,14 @@ class QuantLinear:
 
 
 @dataclass(frozen=True)
-class QuantExperts:
-    """The experts of a layer; biases may be missing."""
+class QuantExperts(ExpertParts[QuantizedWeight]):
+    """The experts of a layer, and how their input is rounded."""
 
-    gate_EFD: QuantizedWeight
-    up_EFD: QuantizedWeight
-    down_EDF: QuantizedWeight
-    gate_bias_EF: torch.Tensor | None
-    up_bias_EF: torch.Tensor | None
-    down_bias_ED: torch.Tensor | None
     scheme: ActivationScheme
 
     def run(self, x_TD: torch.Tensor, routing: Routing, activation: str) -> torch.Tensor:
         """(T, D), float32."""
-        biases = (self.gate_bias_EF, self.up_bias_EF, self.down_bias_ED)
-        weights = (self.gate_EFD, self.up_EFD, self.down_EDF)
-        return quant_reference.experts(x_TD, *weights, routing, activation, *biases, scheme=self.scheme)
+        return quant_reference.experts(x_TD, *self.weights, routing, activation, *self.biases, scheme=self.scheme)
 
     def run_all(self, x_TD: torch.Tensor, activation: str) -> torch.Tensor:
         """Every expert with weight 1, (T, D), float32."""
@@ -63,16 +55,8 @@ class QuantExperts:
         return self.run(x_TD, quant_reference.all_on(x_TD, experts), activation)
 
 
-def check_experts(gate: QuantizedWeight, up: QuantizedWeight, down: QuantizedWeight) -> tuple[int, int, int]:
-    """Number of experts, their width, hidden size.
-
-    Raises:
-        ValueError: when the three do not fit together.
-    """
-    if (
-        gate.num_experts is None
-        or up.shape != gate.shape
-        or down.shape != (gate.shape[0], gate.shape[2], gate.shape[1])
-    ):
+def check_experts(gate: QuantizedWeight, up: QuantizedWeight, down: QuantizedWeight) -> None:
+    """Raise ValueError when the three do not fit together."""
+    transposed = (*gate.shape[:-2], gate.shape[-1], gate.shape[-2])
+    if gate.num_experts is None or up.shape != gate.shape or down.shape != transposed:
         raise ValueError(f"shapes of gate {gate.shape}, up {up.shape} and down {down.shape} do not fit together")
-    return gate.shape[0], gate.shape[1], gate.shape[2]

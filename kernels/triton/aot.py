@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -30,8 +31,9 @@ from .experts import ACTIVATIONS, ExpertsCall
 from .launch import Launch
 from .norm import RopeCall
 from .paged_attention import AttentionCall
-from .quantized import StoredWeight, plan_quant, plan_rows, quant_config
+from .quantized import StoredWeight, plan_quant, quant_config
 from .quantized_layers import LinearCall
+from .rounding import plan_rows
 from .router import RouteCall
 from .shapes import Steps, WarmUpShape, meta
 from .tuning import TuningCache
@@ -141,14 +143,9 @@ def quantised_launches(dtype: torch.dtype, planner: Planner) -> Iterator[tuple[i
         ("fp8", 128, False),
     )
     formats = [(*form, UNQUANTIZED) for form in as_they_are]
-    formats += [
-        ("int8", 0, False, INT8_PER_GROUP),
-        ("fp8", 128, False, FP8_PER_GROUP),
-        ("fp8", 0, False, FP8_PER_GROUP),
-    ]
-    formats += [
-        ("int4", group, offsets, ActivationScheme("int8", group)) for group in GROUPS for offsets in (False, True)
-    ]
+    formats += [("int8", 0, False, INT8_PER_GROUP), *(("fp8", group, False, FP8_PER_GROUP) for group in (128, 0))]
+    for group, has_offsets in product(GROUPS, (False, True)):
+        formats.append(("int4", group, has_offsets, ActivationScheme("int8", group)))
     for name, group, has_offsets, scheme in formats:
         scales, codes = meta(n, k // group if group else 1), meta(n, k // 2 if name == "int4" else k, dtype=torch.uint8)
         weight = StoredWeight(name, codes, scales, scales if has_offsets else None, group, n, k)

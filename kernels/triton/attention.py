@@ -11,14 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 import triton
 import triton.language as tl
 
-from ..api.types import AttentionBatch, KVLayer
-from .kv import load_kv_tile, stored_kv
-from .launch import Launch, cdiv, next_power_of_2, require_contiguous, require_contiguous_channels
+from .kv import load_kv_tile
 from .tiles import dot
 
 
@@ -162,126 +158,3 @@ def merge_kernel(
         tl.store(lse_ptr + item, (top + tl.log2(total)) * 0.6931471805599453)
     out_C = tl.sum(factor_S[:, None] * part_SC, axis=0) / total
     tl.store(out_ptr + item * C + c, out_C.to(out_ptr.dtype.element_ty), mask=ok_C)
-
-
-def plan_attention(
-    q_THC: torch.Tensor,
-    layer: KVLayer,
-    batch: AttentionBatch,
-    out_THC: torch.Tensor,
-    *,
-    scale: float,
-    window: int | None,
-    config: AttentionConfig,
-    native_fp8: bool = False,
-    sinks_H: torch.Tensor | None = None,
-    lse_TH: torch.Tensor | None = None,
-) -> list[Launch]:
-    """Launches that write every element of ``out_THC`` (contiguous). Channels of all inputs must be contiguous.
-
-    Arguments:
-        native_fp8: whether the device converts e4m3, so that arithmetic need not.
-        sinks_H, lse_TH: see :func:`reference.paged_attention`.
-
-    Raises:
-        ValueError: when the channels of an input or the batch's numbers are strided, or keys and values have different
-            strides.
-    """
-    kv = stored_kv(layer)
-    require_contiguous_channels(q_THC=q_THC, keys_BGPC=kv.keys, values_BGPC=kv.values)
-    require_contiguous(
-        cache_index_T=batch.cache_index_T,
-        query_start_S1=batch.query_start_S1,
-        context_len_S=batch.context_len_S,
-        block_table_SM=batch.block_table_SM[:1],  # its rows may lie apart
-        sinks_H=sinks_H,
-        lse_TH=lse_TH,
-    )
-    num_rows, num_heads, head_dim = q_THC.shape
-    num_kv_heads = kv.keys.shape[1]
-    heads = num_heads // num_kv_heads
-    c_pad = max(16, next_power_of_2(head_dim))
-    splits = config.splits
-    parts = part_max = part_sum = None
-    if splits > 1:
-        parts = torch.empty(splits, num_rows, num_heads, head_dim, dtype=torch.float32, device=q_THC.device)
-        part_max = torch.empty(splits, num_rows, num_heads, dtype=torch.float32, device=q_THC.device)
-        part_sum = torch.empty_like(part_max)
-    launches = [
-        Launch(
-            kernel=attention_kernel,
-            grid=(cdiv(batch.max_query_len, config.block_q), batch.num_sequences * num_kv_heads, splits),
-            args={
-                "q_ptr": q_THC,
-                "keys_ptr": kv.keys,
-                "values_ptr": kv.values,
-                "key_scales_ptr": kv.key_scales,
-                "value_scales_ptr": kv.value_scales,
-                "out_ptr": out_THC,
-                "part_ptr": parts,
-                "part_max_ptr": part_max,
-                "part_sum_ptr": part_sum,
-                "sinks_ptr": sinks_H if splits == 1 else None,
-                "lse_ptr": lse_TH if splits == 1 else None,
-                "cache_index_ptr": batch.cache_index_T,
-                "query_start_ptr": batch.query_start_S1,
-                "context_len_ptr": batch.context_len_S,
-                "block_table_ptr": batch.block_table_SM,
-                "log2_scale": float(scale) * 1.4426950408889634,
-                "window": window or 0,
-                "num_rows": num_rows,
-                "q_stride_t": q_THC.stride(0),
-                "q_stride_h": q_THC.stride(1),
-                "stride_b": kv.keys.stride(0),
-                "stride_g": kv.keys.stride(1),
-                "stride_p": kv.keys.stride(2),
-                **kv.scale_strides,
-                "table_stride": batch.block_table_SM.stride(0),
-            },
-            constexprs={
-                "G": num_kv_heads,
-                "HEADS": heads,
-                "PAGE": layer.page_size,
-                "C": head_dim,
-                "C_PAD": c_pad,
-                "BLOCK_Q": config.block_q,
-                "BLOCK_M": max(16, next_power_of_2(config.block_q * heads)),
-                "BLOCK_L": config.block_l,
-                "SPLITS": splits,
-                "WINDOW": window is not None,
-                "FORMAT": kv.format,
-                "NATIVE_FP8": native_fp8 and kv.format == "fp8",
-                "SINKS": sinks_H is not None and splits == 1,
-                "LSE": lse_TH is not None and splits == 1,
-            },
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
-    ]
-    if splits > 1:
-        launches.append(
-            Launch(
-                kernel=merge_kernel,
-                grid=(num_rows * num_heads,),
-                args={
-                    "part_ptr": parts,
-                    "part_max_ptr": part_max,
-                    "part_sum_ptr": part_sum,
-                    "out_ptr": out_THC,
-                    "sinks_ptr": sinks_H,
-                    "lse_ptr": lse_TH,
-                    "num_items": num_rows * num_heads,
-                },
-                constexprs={
-                    "HEADS": num_heads,
-                    "C": head_dim,
-                    "C_PAD": c_pad,
-                    "SPLITS": splits,
-                    "SPLITS_PAD": next_power_of_2(splits),
-                    "SINKS": sinks_H is not None,
-                    "LSE": lse_TH is not None,
-                },
-                num_warps=2,
-            )
-        )
-    return launches

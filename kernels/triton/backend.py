@@ -16,6 +16,7 @@ from ..api.router_spec import RouterSpec
 from ..api.types import AttentionBatch, ExitDecision, ExpertWeights, KVLayer, LinearWeights, ProbeWeights, Routing
 from ..reference.quantized import all_on
 from ..torch.backend import TorchBackend
+from ..torch.experts import PlainExperts
 from ..torch.quantized import QuantExperts, QuantLinear
 from .device import device_properties
 from .exits import ExitCall
@@ -58,18 +59,9 @@ class TritonBackend(TorchBackend):
         self._streams: dict[int, int] = {}
         self._mixtures: dict[int, ExpertProblem] = {}
 
-    def pack_experts(
-        self,
-        gate_EFD: torch.Tensor,
-        up_EFD: torch.Tensor,
-        down_EDF: torch.Tensor,
-        activation: str,
-        *biases: torch.Tensor | None,
-        **named_biases: torch.Tensor | None,
-    ) -> ExpertWeights:
-        weights = super().pack_experts(gate_EFD, up_EFD, down_EDF, activation, *biases, **named_biases)
-        self._mixtures[weights.num_experts] = ExpertProblem.of(weights.data, activation, self.dtype)
-        return weights
+    def _pack_experts(self, experts: PlainExperts, activation: str) -> ExpertWeights:
+        self._mixtures[len(experts.gate_EFD)] = ExpertProblem.of(experts, activation, self.dtype)
+        return super()._pack_experts(experts, activation)
 
     def route(self, logits_TE: torch.Tensor, spec: RouterSpec, **inputs: torch.Tensor | None) -> Routing:
         # Tables are built along the way if experts of this number are known to want them; otherwise with the experts.
@@ -87,11 +79,10 @@ class TritonBackend(TorchBackend):
         if not x_TD.shape[0]:
             return torch.empty_like(x_TD)
         try:
+            given = (weights.data, routing, weights.activation, self._ticket())
             if isinstance(weights.data, QuantExperts):
-                x_TD = x_TD.contiguous()
-                call = QuantExpertsCall.of(x_TD, weights.data, routing, weights.activation, self._ticket())
-                return self._do(call)
-            return self._do(ExpertsCall(x_TD, weights.data, routing, weights.activation, self._ticket()))
+                return self._do(QuantExpertsCall.of(x_TD.contiguous(), *given))
+            return self._do(ExpertsCall(x_TD, *given))
         except NoKernelError as reason:
             self._fall_back(str(reason))
         return super().experts(x_TD, weights, routing)
@@ -172,13 +163,10 @@ class TritonBackend(TorchBackend):
         launches = planned_launches(shapes, self.dtype, self.planner)
         if interpreted():
             return len(launches)
-        bar: Iterable[Launch] = launches
-        if progress:
-            from tqdm import tqdm
+        from tqdm import tqdm
 
-            bar = tqdm(launches, desc="compiling kernels", unit="kernel", disable=None)
         with self._on_device():
-            for launch in bar:
+            for launch in tqdm(launches, desc="compiling kernels", unit="kernel", disable=not progress or None):
                 launch.warm()
         return len(launches)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -72,18 +72,13 @@ def device_properties(device: torch.device) -> DeviceProperties:
         return A100
     found = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        arch = found.gcnArchName.split(":")[0]
-        warp = getattr(found, "warp_size", 64)
-        base = LISTED.get(arch, MI300X)
-        return DeviceProperties(
+        return replace(
+            MI300X,
             name=found.name,
-            backend="hip",
-            arch=arch,
+            arch=found.gcnArchName.split(":")[0],
             num_sms=found.multi_processor_count,
-            shared_bytes=65536,
-            bandwidth=base.bandwidth,
-            flops=base.flops * found.multi_processor_count / base.num_sms,
-            warp_size=warp,
+            flops=MI300X.flops * found.multi_processor_count / MI300X.num_sms,
+            warp_size=getattr(found, "warp_size", 64),
         )
     arch = found.major * 10 + found.minor
     if arch < _OLDEST_ARCH:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,17 +16,18 @@ from ..api.types import Routing
 from ..torch.experts import PlainExperts
 from .combine import combine_kernel, plan_combine
 from .device import DeviceProperties
-from .gemv import GemvConfig, pair_down_kernel, pair_gate_up_kernel, plan_pair_down, plan_pair_gate_up
-from .grouped_gemm import describable, down_kernel, gate_up_kernel, plan_down, plan_gate_up
+from .gemv import GemvConfig, pair_down_kernel, pair_gate_up_kernel
+from .grouped_gemm import GemmConfig, describable, down_kernel, gate_up_kernel, grouped_launch, operand
 from .index import index_kernels, index_tables, usable_index
-from .launch import require_contiguous
+from .launch import Launch, cdiv, next_power_of_2, require_contiguous
 from .shapes import Steps, WarmUpShape, meta
-from .tuning import GemmProblem, best_gemms, best_gemv, experts_hit, row_tile, token_bucket
+from .tuning import GemmProblem, best_gemms, best_gemv, experts_hit, row_tile
 from .variants import Call, NoKernelError, OpVariant, Planned, Planner, Ranked, Tilings, has_tensor_cores, register
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 _LAUNCH = 2.0e-6  # seconds that one more launch costs inside a graph
 _MOST_PAIRS = 256
+_MOST_UNROLLED = 32
 _GEMVS = (
     (1, 1024, 2), (2, 1024, 2), (4, 1024, 4), (2, 2048, 4), (4, 512, 2), (8, 512, 4), (1, 512, 1), (4, 256, 1),
     (8, 256, 2), (16, 256, 4), (8, 128, 1), (16, 128, 2),
@@ -56,15 +57,14 @@ class ExpertProblem(NamedTuple):
     def of(cls, weights: PlainExperts, activation: str, dtype: torch.dtype) -> ExpertProblem:
         """The problem of one token and one expert per token."""
         num_experts, expert_size, hidden_size = weights.gate_EFD.shape
-        matrices = (weights.gate_EFD, weights.up_EFD, weights.down_EDF)
-        tma = expert_size * weights.gate_EFD.element_size() % 16 == 0 and all(describable(t) for t in matrices)
-        strided = any(t.stride(-1) != 1 for t in matrices)
+        tma = expert_size * weights.gate_EFD.element_size() % 16 == 0 and all(describable(t) for t in weights.weights)
+        strided = any(t.stride(-1) != 1 for t in weights.weights)
         sizes = (1, num_experts, 1, hidden_size, expert_size)
         return cls(*sizes, activation, dtype, weights.gate_EFD.dtype, tma, strided)
 
     def of_rows(self, num_tokens: int, top_k: int) -> ExpertProblem:
         """The same mixture for other rows."""
-        return self._replace(tokens=token_bucket(num_tokens), top_k=top_k)
+        return self._replace(tokens=next_power_of_2(num_tokens), top_k=top_k)
 
     @property
     def hit(self) -> float:
@@ -208,14 +208,34 @@ class Tiles(PlainVariant):
 
     def plan(self, call: ExpertsCall, tilings: Tilings, device: DeviceProperties) -> Planned[torch.Tensor]:
         x_TD, weights, routing = call.x_TD, call.weights, call.routing
+        first, second = tilings["gate_up"], tilings["down"]
         out_TD = self.outputs(call)
         num_experts, expert_size, hidden_size = weights.gate_EFD.shape
         slots = routing.expert_ids_TK.numel()
         h_XF, y_XD = x_TD.new_empty(slots, expert_size), x_TD.new_empty(slots, hidden_size)
-        index, launches = usable_index(routing, num_experts, self.table_rows(tilings), call.ticket)
-        gate_up = plan_gate_up(x_TD, weights, routing, h_XF, index, call.activation, tilings["gate_up"])
-        down = plan_down(h_XF, weights, routing, y_XD, index, tilings["down"])
-        return out_TD, [*launches, gate_up, down, plan_combine(y_XD, x_TD, routing, out_TD)]
+        index, launches = usable_index(routing, num_experts, first.block_m, call.ticket)
+        block = [1, first.block_n, first.block_k]
+        gate_up_args = {
+            **_gate_up_arguments(call, h_XF),
+            "gate": operand(weights.gate_EFD, first, block),
+            "up": operand(weights.up_EFD, first, block),
+            "stride_x": x_TD.stride(0),
+        }
+        down_args = {
+            **_down_arguments(call),
+            "h": operand(h_XF, second, [second.block_m, second.block_k]),
+            "down": operand(weights.down_EDF, second, [1, second.block_n, second.block_k]),
+            "y_ptr": y_XD,
+            "expert_size": expert_size,
+        }
+        gate_up_constexprs = _gate_up_constexprs(call, first)
+        down_constexprs = _tiling(routing, second, hidden_size, expert_size)
+        launches += [
+            grouped_launch(gate_up_kernel, first, index, expert_size, gate_up_args, gate_up_constexprs),
+            grouped_launch(down_kernel, second, index, hidden_size, down_args, down_constexprs),
+            plan_combine(y_XD, x_TD, routing, out_TD),
+        ]
+        return out_TD, launches
 
 
 @register
@@ -244,8 +264,89 @@ class Pairs(PlainVariant):
 
     def plan(self, call: ExpertsCall, tilings: Tilings, device: DeviceProperties) -> Planned[torch.Tensor]:
         x_TD, weights, routing = call.x_TD, call.weights, call.routing
+        first, second = tilings["pair_gate_up"], tilings["pair_down"]
         out_TD = self.outputs(call)
-        h_XF = x_TD.new_empty(routing.expert_ids_TK.numel(), weights.gate_EFD.shape[1])
-        gate_up = plan_pair_gate_up(x_TD, weights, routing, h_XF, call.activation, tilings["pair_gate_up"])
-        down = plan_pair_down(x_TD, h_XF, weights, routing, out_TD, tilings["pair_down"])
+        _, expert_size, hidden_size = weights.gate_EFD.shape
+        slots, top_k = routing.expert_ids_TK.numel(), routing.expert_ids_TK.shape[1]
+        h_XF = x_TD.new_empty(slots, expert_size)
+        chosen = {"ids_ptr": routing.expert_ids_TK, "used_counts_ptr": routing.counts_T}
+        gate_up = Launch(
+            kernel=pair_gate_up_kernel,
+            grid=(slots, cdiv(expert_size, first.block_n)),
+            args={**_gate_up_arguments(call, h_XF), **chosen},
+            constexprs=_gate_up_constexprs(call, first),
+            num_warps=first.num_warps,
+            num_stages=first.num_stages,
+        )
+        tiling = _tiling(routing, second, hidden_size, expert_size)
+        down = Launch(
+            kernel=pair_down_kernel,
+            grid=(x_TD.shape[0], cdiv(hidden_size, second.block_n)),
+            args={
+                **_down_arguments(call),
+                **chosen,
+                "h_ptr": h_XF,
+                "identity_ptr": routing.identity_weights_T,
+                "x_ptr": x_TD,
+                "out_ptr": out_TD,
+            },
+            constexprs={
+                **tiling,
+                "K": top_k,
+                "F": expert_size,
+                "UNROLL": top_k * cdiv(expert_size, second.block_k) <= _MOST_UNROLLED,
+                "EVEN_N": tiling["EVEN_N"] and routing.counts_T is None,
+            },
+            num_warps=second.num_warps,
+            num_stages=second.num_stages,
+        )
         return out_TD, [gate_up, down]
+
+
+def _gate_up_arguments(call: ExpertsCall, h_XF: torch.Tensor) -> dict[str, Any]:
+    """Of both kernels that fill ``h_XF``: slots in expert order or as they are; unused ones stay as they are."""
+    weights = call.weights
+    _, expert_size, hidden_size = weights.gate_EFD.shape
+    return {
+        "x_ptr": call.x_TD,
+        "gate": weights.gate_EFD,
+        "up": weights.up_EFD,
+        "gate_bias_ptr": weights.gate_bias_EF,
+        "up_bias_ptr": weights.up_bias_EF,
+        "weights_ptr": call.routing.weights_TK,
+        "h_ptr": h_XF,
+        "hidden_size": hidden_size,
+        "expert_size": expert_size,
+        "gate_stride_e": weights.gate_EFD.stride(0),
+        "gate_stride_n": weights.gate_EFD.stride(1),
+        "up_stride_e": weights.up_EFD.stride(0),
+        "up_stride_n": weights.up_EFD.stride(1),
+    }
+
+
+def _gate_up_constexprs(call: ExpertsCall, config: GemmConfig | GemvConfig) -> dict[str, Any]:
+    _, expert_size, hidden_size = call.weights.gate_EFD.shape
+    tiling = _tiling(call.routing, config, expert_size, hidden_size)
+    return {**tiling, "K": call.routing.expert_ids_TK.shape[1], "ACTIVATION": call.activation}
+
+
+def _down_arguments(call: ExpertsCall) -> dict[str, Any]:
+    down_EDF = call.weights.down_EDF
+    return {
+        "down": down_EDF,
+        "down_bias_ptr": call.weights.down_bias_ED,
+        "weights_ptr": call.routing.weights_TK,
+        "hidden_size": down_EDF.shape[1],
+        "down_stride_e": down_EDF.stride(0),
+        "down_stride_n": down_EDF.stride(1),
+    }
+
+
+def _tiling(routing: Routing, config: GemmConfig | GemvConfig, n_size: int, k_size: int) -> dict[str, Any]:
+    return {
+        "WEIGHT_ON_INPUT": routing.weight_on_input,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "EVEN_N": n_size % config.block_n == 0,
+        "EVEN_K": k_size % config.block_k == 0,
+    }

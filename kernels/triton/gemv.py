@@ -8,17 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 import triton
 import triton.language as tl
 
-from ..api.types import Routing
-from ..torch.experts import PlainExperts
-from .launch import Launch, cdiv
 from .tiles import gated_activation, load_weight_tile
-
-MAX_UNROLLED = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,87 +128,3 @@ def pair_down_kernel(
         x_N = tl.load(x_ptr + row * hidden_size + n_N, mask=ok_N, other=0.0).to(tl.float32)
         out_N += tl.load(identity_ptr + row) * x_N
     tl.store(out_ptr + row * hidden_size + n_N, out_N.to(out_ptr.dtype.element_ty), mask=ok_N)
-
-
-def plan_pair_gate_up(
-    x_TD: torch.Tensor, weights: PlainExperts, routing: Routing, h_XF: torch.Tensor, activation: str, config: GemvConfig
-) -> Launch:
-    """Launch of the first half into ``h_XF`` (by slot; unused slots stay as they are)."""
-    gate_EFD, up_EFD = weights.gate_EFD, weights.up_EFD
-    _, expert_size, hidden_size = gate_EFD.shape
-    return Launch(
-        kernel=pair_gate_up_kernel,
-        grid=(routing.expert_ids_TK.numel(), cdiv(expert_size, config.block_n)),
-        args={
-            "x_ptr": x_TD,
-            "gate": gate_EFD,
-            "up": up_EFD,
-            "gate_bias_ptr": weights.gate_bias_EF,
-            "up_bias_ptr": weights.up_bias_EF,
-            "ids_ptr": routing.expert_ids_TK,
-            "weights_ptr": routing.weights_TK,
-            "used_counts_ptr": routing.counts_T,
-            "h_ptr": h_XF,
-            "hidden_size": hidden_size,
-            "expert_size": expert_size,
-            "gate_stride_e": gate_EFD.stride(0),
-            "gate_stride_n": gate_EFD.stride(1),
-            "up_stride_e": up_EFD.stride(0),
-            "up_stride_n": up_EFD.stride(1),
-        },
-        constexprs={
-            "K": routing.expert_ids_TK.shape[1],
-            "ACTIVATION": activation,
-            "WEIGHT_ON_INPUT": routing.weight_on_input,
-            "BLOCK_N": config.block_n,
-            "BLOCK_K": config.block_k,
-            "EVEN_N": expert_size % config.block_n == 0,
-            "EVEN_K": hidden_size % config.block_k == 0,
-        },
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-
-
-def plan_pair_down(
-    x_TD: torch.Tensor,
-    h_XF: torch.Tensor,
-    weights: PlainExperts,
-    routing: Routing,
-    out_TD: torch.Tensor,
-    config: GemvConfig,
-) -> Launch:
-    """Launch of the second half, which writes every element of ``out_TD``."""
-    down_EDF = weights.down_EDF
-    _, hidden_size, expert_size = down_EDF.shape
-    top_k = routing.expert_ids_TK.shape[1]
-    return Launch(
-        kernel=pair_down_kernel,
-        grid=(x_TD.shape[0], cdiv(hidden_size, config.block_n)),
-        args={
-            "h_ptr": h_XF,
-            "down": down_EDF,
-            "down_bias_ptr": weights.down_bias_ED,
-            "ids_ptr": routing.expert_ids_TK,
-            "weights_ptr": routing.weights_TK,
-            "used_counts_ptr": routing.counts_T,
-            "identity_ptr": routing.identity_weights_T,
-            "x_ptr": x_TD,
-            "out_ptr": out_TD,
-            "hidden_size": hidden_size,
-            "down_stride_e": down_EDF.stride(0),
-            "down_stride_n": down_EDF.stride(1),
-        },
-        constexprs={
-            "K": top_k,
-            "F": expert_size,
-            "UNROLL": top_k * cdiv(expert_size, config.block_k) <= MAX_UNROLLED,
-            "WEIGHT_ON_INPUT": routing.weight_on_input,
-            "BLOCK_N": config.block_n,
-            "BLOCK_K": config.block_k,
-            "EVEN_N": hidden_size % config.block_n == 0 and routing.counts_T is None,
-            "EVEN_K": expert_size % config.block_k == 0,
-        },
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )

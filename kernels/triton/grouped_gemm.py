@@ -12,6 +12,7 @@ With few rows per tile the operands swap places (weights as the left operand), b
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -19,8 +20,6 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..api.types import Routing
-from ..torch.experts import PlainExperts
 from .index import ExpertIndex
 from .launch import Launch, cdiv
 from .tiles import dot, gated_activation, load_weight_tile, tile_coordinates
@@ -170,118 +169,34 @@ def describable(tensor: torch.Tensor) -> bool:
     return tensor.stride(-1) == 1 and steps and tensor.data_ptr() % 16 == 0
 
 
-def _operand(tensor_ENK: torch.Tensor, config: GemmConfig) -> torch.Tensor | TensorDescriptor:
-    if not config.tma:
-        return tensor_ENK
-    block = [1, config.block_n, config.block_k]
-    return TensorDescriptor(tensor_ENK, list(tensor_ENK.shape), list(tensor_ENK.stride()), block)
+def operand(tensor: torch.Tensor, config: GemmConfig, block: list[int]) -> torch.Tensor | TensorDescriptor:
+    """A tensor as a kernel takes it that reads ``block`` of it at once."""
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block) if config.tma else tensor
 
 
-def _tables(index: ExpertIndex) -> dict[str, torch.Tensor]:
-    return {
-        "sorted_ptr": index.sorted_slots_X,
-        "starts_ptr": index.starts_E1,
-        "tile_expert_ptr": index.tile_expert,
-        "tile_row_ptr": index.tile_row,
-        "num_tiles_ptr": index.num_tiles,
-    }
+def grouped_launch(
+    kernel: Any, config: GemmConfig, index: ExpertIndex, n_size: int, args: dict[str, Any], constexprs: dict[str, Any]
+) -> Launch:
+    """Launch of a grouped GEMM with ``n_size`` outputs over the tiles of an index.
 
-
-def _tiling(config: GemmConfig, n_size: int, k_size: int) -> dict[str, object]:
-    return {
-        "SWAP": config.swap,
-        "TMA": config.tma,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "GROUP_M": config.group_m,
-        "EVEN_N": n_size % config.block_n == 0,
-        "EVEN_K": k_size % config.block_k == 0,
-        # Few rows per tile means that every weight is read once: nothing is gained by keeping it.
-        "EVICT": "evict_first" if config.block_m < 64 else "",
-    }
-
-
-def _grid(config: GemmConfig, index: ExpertIndex, n_size: int) -> tuple[int, ...]:
+    Arguments:
+        args, constexprs: what neither the index nor the tiling of rows says.
+    """
+    assert config.block_m == index.block_m, f"tables have tiles of {index.block_m} rows, not {config.block_m}"
     tiles = index.max_tiles * cdiv(n_size, config.block_n)
-    return (min(tiles, config.programs) if config.programs else tiles,)
-
-
-def plan_gate_up(
-    x_TD: torch.Tensor,
-    weights: PlainExperts,
-    routing: Routing,
-    h_XF: torch.Tensor,
-    index: ExpertIndex,
-    activation: str,
-    config: GemmConfig,
-) -> Launch:
-    """Launch of GEMM 1 into ``h_XF`` (slots in expert order; entries beyond the used slots stay as they are)."""
-    assert config.block_m == index.block_m, f"tables have tiles of {index.block_m} rows, not {config.block_m}"
-    gate_EFD, up_EFD = weights.gate_EFD, weights.up_EFD
-    _, expert_size, hidden_size = gate_EFD.shape
     return Launch(
-        kernel=gate_up_kernel,
-        grid=_grid(config, index, expert_size),
-        args={
-            "x_ptr": x_TD,
-            "gate": _operand(gate_EFD, config),
-            "up": _operand(up_EFD, config),
-            "gate_bias_ptr": weights.gate_bias_EF,
-            "up_bias_ptr": weights.up_bias_EF,
-            "weights_ptr": routing.weights_TK,
-            "h_ptr": h_XF,
-            **_tables(index),
-            "hidden_size": hidden_size,
-            "expert_size": expert_size,
-            "stride_x": x_TD.stride(0),
-            "gate_stride_e": gate_EFD.stride(0),
-            "gate_stride_n": gate_EFD.stride(1),
-            "up_stride_e": up_EFD.stride(0),
-            "up_stride_n": up_EFD.stride(1),
-        },
+        kernel=kernel,
+        grid=(min(tiles, config.programs) if config.programs else tiles,),
+        args={**args, **index.arguments},
         constexprs={
-            **_tiling(config, expert_size, hidden_size),
-            "K": routing.weights_TK.shape[1],
-            "ACTIVATION": activation,
-            "WEIGHT_ON_INPUT": routing.weight_on_input,
+            **constexprs,
+            "SWAP": config.swap,
+            "TMA": config.tma,
+            "BLOCK_M": config.block_m,
+            "GROUP_M": config.group_m,
+            # Few rows per tile means that every weight is read once: nothing is gained by keeping it.
+            "EVICT": "evict_first" if config.block_m < 64 else "",
         },
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-
-
-def plan_down(
-    h_XF: torch.Tensor,
-    weights: PlainExperts,
-    routing: Routing,
-    y_XD: torch.Tensor,
-    index: ExpertIndex,
-    config: GemmConfig,
-) -> Launch:
-    """Launch of GEMM 2 into ``y_XD`` (by slot; unused slots stay as they are)."""
-    assert config.block_m == index.block_m, f"tables have tiles of {index.block_m} rows, not {config.block_m}"
-    down_EDF = weights.down_EDF
-    _, hidden_size, expert_size = down_EDF.shape
-    h = h_XF
-    if config.tma:
-        h = TensorDescriptor(h_XF, list(h_XF.shape), list(h_XF.stride()), [config.block_m, config.block_k])
-    return Launch(
-        kernel=down_kernel,
-        grid=_grid(config, index, hidden_size),
-        args={
-            "h": h,
-            "down": _operand(down_EDF, config),
-            "down_bias_ptr": weights.down_bias_ED,
-            "weights_ptr": routing.weights_TK,
-            "y_ptr": y_XD,
-            **_tables(index),
-            "hidden_size": hidden_size,
-            "expert_size": expert_size,
-            "down_stride_e": down_EDF.stride(0),
-            "down_stride_n": down_EDF.stride(1),
-        },
-        constexprs={**_tiling(config, hidden_size, expert_size), "WEIGHT_ON_INPUT": routing.weight_on_input},
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

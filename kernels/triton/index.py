@@ -11,6 +11,7 @@ Shape suffixes: R rows of a chunk, E real experts, K choices, X = T * K slots; t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -51,12 +52,13 @@ def rank_and_count(
     tl.store(counts_ptr + chunk * E + lane_E, total_E, mask=lane_E < E)
 
 
-@triton.jit
-def _scan(
+@triton.jit(do_not_specialize=["num_chunks"])
+def scan_kernel(
     counts_ptr, starts_ptr, tile_expert_ptr, tile_row_ptr, num_tiles_ptr, num_chunks,
     E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_M: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Turn counts per chunk into offsets per chunk, experts into row ranges, and row ranges into tiles of BLOCK_M."""
+    """Turn counts per chunk into offsets per chunk, experts into row ranges, and row ranges into tiles of BLOCK_M: the
+    second of three launches, or part of the only one."""
     lane_E = tl.arange(0, E_PAD)
     ok_E = lane_E < E
     total_E = tl.zeros((E_PAD,), dtype=tl.int32)
@@ -110,7 +112,7 @@ def finish_index(
     tl.debug_barrier()
     ticket = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu")
     if ticket == tl.num_programs(0) - 1:
-        _scan(
+        scan_kernel(
             counts_ptr, starts_ptr, tile_expert_ptr, tile_row_ptr, num_tiles_ptr, tl.num_programs(0),
             E, E_PAD, BLOCK_M, CHUNKS,
         )  # fmt: skip
@@ -149,15 +151,6 @@ def rank_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_chunks"])
-def scan_kernel(
-    counts_ptr, starts_ptr, tile_expert_ptr, tile_row_ptr, num_tiles_ptr, num_chunks,
-    E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_M: tl.constexpr, CHUNKS: tl.constexpr,
-):  # fmt: skip
-    """Second of three launches: see :func:`_scan`."""
-    _scan(counts_ptr, starts_ptr, tile_expert_ptr, tile_row_ptr, num_tiles_ptr, num_chunks, E, E_PAD, BLOCK_M, CHUNKS)
-
-
 @triton.jit(do_not_specialize=["num_slots"])
 def scatter_kernel(
     ids_ptr, used_counts_ptr, ranks_ptr, counts_ptr, starts_ptr, sorted_ptr, num_slots,
@@ -193,6 +186,17 @@ class ExpertIndex:
     routed_ids_TK: torch.Tensor
     routed_counts_T: torch.Tensor | None
 
+    @property
+    def arguments(self) -> dict[str, torch.Tensor]:
+        """The tables as kernels take them."""
+        return {
+            "sorted_ptr": self.sorted_slots_X,
+            "starts_ptr": self.starts_E1,
+            "tile_expert_ptr": self.tile_expert,
+            "tile_row_ptr": self.tile_row,
+            "num_tiles_ptr": self.num_tiles,
+        }
+
     def matches(self, routing: Routing, num_experts: int) -> bool:
         """Whether this index describes ``routing``."""
         same = self.routed_ids_TK is routing.expert_ids_TK and self.routed_counts_T is routing.counts_T
@@ -205,30 +209,23 @@ def max_row_tiles(num_slots: int, num_experts: int, block_m: int) -> int:
     return (num_slots + hit * (block_m - 1)) // block_m
 
 
-def chunk_rows(num_tokens: int, num_experts: int) -> int:
-    """Rows routed per program: small enough that a decode step spreads, large enough that the scan stays short."""
-    widest = max(1, 2048 // next_power_of_2(num_experts))
-    return min(widest, 8 if num_tokens <= SINGLE_LAUNCH_TOKENS else 16)
-
-
 @dataclass(frozen=True, kw_only=True)
 class IndexTables:
-    """Buffers of one index build, and the launches that follow the first one."""
+    """What the first launch of an index build takes, and the launches that follow it."""
 
     index: ExpertIndex
-    rows: int
     num_chunks: int
     single: bool
-    args: dict[str, torch.Tensor | None]
+    args: dict[str, Any]
     constexprs: dict[str, int]
 
-    def following(self, num_tokens: int, top_k: int) -> list[Launch]:
+    def following(self) -> list[Launch]:
         if self.single:
             return []
         a, c = self.args, self.constexprs
         scan = ("counts_ptr", "starts_ptr", "tile_expert_ptr", "tile_row_ptr", "num_tiles_ptr")
         scatter = ("ids_ptr", "used_counts_ptr", "ranks_ptr", "counts_ptr", "starts_ptr", "sorted_ptr")
-        num_slots = num_tokens * top_k
+        num_slots = a["ids_ptr"].numel()
         return [
             Launch(
                 kernel=scan_kernel,
@@ -241,7 +238,7 @@ class IndexTables:
                 kernel=scatter_kernel,
                 grid=(cdiv(num_slots, c["SLOTS"]),),
                 args={**{k: a[k] for k in scatter}, "num_slots": num_slots},
-                constexprs={"E": c["E"], "K": top_k, "CHUNK_ROWS": self.rows, "SLOTS": c["SLOTS"]},
+                constexprs={"E": c["E"], "K": c["K"], "CHUNK_ROWS": c["ROWS"], "SLOTS": c["SLOTS"]},
             ),
         ]
 
@@ -251,7 +248,9 @@ def index_tables(
 ) -> IndexTables:
     num_tokens, top_k = ids_TK.shape
     num_slots, device = num_tokens * top_k, ids_TK.device
-    rows = chunk_rows(num_tokens, num_experts)
+    e_pad, single = next_power_of_2(num_experts), num_tokens <= SINGLE_LAUNCH_TOKENS
+    # Rows per program: small enough that a decode step spreads, large enough that the scan stays short.
+    rows = min(max(1, 2048 // e_pad), 8 if single else 16)
     num_chunks = cdiv(num_tokens, rows)
     max_tiles = max_row_tiles(num_slots, num_experts, block_m)
 
@@ -274,27 +273,25 @@ def index_tables(
         routed_ids_TK=ids_TK,
         routed_counts_T=counts_T,
     )
-    e_pad = next_power_of_2(num_experts)
     return IndexTables(
         index=index,
-        rows=rows,
         num_chunks=num_chunks,
-        single=num_tokens <= SINGLE_LAUNCH_TOKENS,
+        single=single,
         args={
             "ids_ptr": ids_TK,
             "used_counts_ptr": counts_T,
             "ranks_ptr": ranks,
             "counts_ptr": counts,
-            "starts_ptr": index.starts_E1,
-            "sorted_ptr": index.sorted_slots_X,
-            "tile_expert_ptr": index.tile_expert,
-            "tile_row_ptr": index.tile_row,
-            "num_tiles_ptr": index.num_tiles,
+            **index.arguments,
             "ticket_ptr": ticket,
+            "num_tokens": num_tokens,
         },
         constexprs={
             "E": num_experts,
             "E_PAD": e_pad,
+            "K": top_k,
+            "K_PAD": next_power_of_2(top_k),
+            "ROWS": rows,
             "BLOCK_M": block_m,
             "CHUNKS": max(1, min(32, 4096 // e_pad)),
             "SLOTS": 512,
@@ -310,21 +307,10 @@ def plan_index(
     Arguments:
         ticket: int32, one element, zero between launches of a stream.
     """
-    num_tokens, top_k = routing.expert_ids_TK.shape
     tables = index_tables(routing.expert_ids_TK, routing.counts_T, num_experts, block_m, ticket)
-    first = Launch(
-        kernel=rank_kernel,
-        grid=(tables.num_chunks,),
-        args={**tables.args, "num_tokens": num_tokens},
-        constexprs={
-            **tables.constexprs,
-            "K": top_k,
-            "K_PAD": next_power_of_2(top_k),
-            "ROWS": tables.rows,
-            "FINISH": tables.single,
-        },
-    )
-    return tables.index, [first, *tables.following(num_tokens, top_k)]
+    constexprs = {**tables.constexprs, "FINISH": tables.single}
+    first = Launch(kernel=rank_kernel, grid=(tables.num_chunks,), args=tables.args, constexprs=constexprs)
+    return tables.index, [first, *tables.following()]
 
 
 def usable_index(

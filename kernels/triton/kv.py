@@ -86,10 +86,17 @@ class StoredKV:
     format: str
 
     @property
-    def scale_strides(self) -> dict[str, int]:
-        """Arguments of kernels that find a scale."""
-        strides = (0, 0, 0) if self.key_scales is None else self.key_scales.stride()
-        return dict(zip(("scale_b", "scale_g", "scale_p"), strides, strict=True))
+    def arguments(self) -> dict[str, torch.Tensor | int | None]:
+        """What kernels take to find heads and scales."""
+        scale_strides = (0, 0, 0) if self.key_scales is None else self.key_scales.stride()
+        return {
+            "keys_ptr": self.keys,
+            "values_ptr": self.values,
+            "key_scales_ptr": self.key_scales,
+            "value_scales_ptr": self.value_scales,
+            **dict(zip(("stride_b", "stride_g", "stride_p"), self.keys.stride()[:3], strict=True)),
+            **dict(zip(("scale_b", "scale_g", "scale_p"), scale_strides, strict=True)),
+        }
 
 
 def stored_kv(layer: KVLayer) -> StoredKV:

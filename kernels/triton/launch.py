@@ -51,20 +51,23 @@ class Launch:
         """What its configuration is called among a variant's tilings."""
         return self.name.removesuffix("_kernel")
 
+    @property
+    def options(self) -> dict[str, int]:
+        """What the compiler is told beside them."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
     def run(self) -> None:
         """Launch on the current device. A grid with no programs is skipped."""
         if all(self.grid):
-            options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-            self.kernel[self.grid](**self.args, **self.constexprs, **options)
+            self.kernel[self.grid](**self.args, **self.constexprs, **self.options)
 
     def warm(self) -> None:
         """Compile for the current device without launching; tensors may be on the meta device."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        self.kernel.warmup(grid=self.grid, **self.args, **self.constexprs, **options)
+        self.kernel.warmup(grid=self.grid, **self.args, **self.constexprs, **self.options)
 
     def compile(self, target: GPUTarget) -> CompiledKernel:
         """Compile for a target that need not be present, specialised as :meth:`run` would be on it."""
-        fixed = {self.kernel.arg_names[i] for i in self._unspecialized()}
+        fixed = self._unspecialized()
         signature, constants, attrs = {}, dict(self.constexprs), {}
         for index, name in enumerate(self.kernel.arg_names):
             value = self.args.get(name)
@@ -84,13 +87,11 @@ class Launch:
                 if name not in fixed and value % 16 == 0:
                     attrs[(index,)] = _ALIGNED
         source = ASTSource(self.kernel, signature, constants, attrs)
-        return triton.compile(
-            source, target=target, options={"num_warps": self.num_warps, "num_stages": self.num_stages}
-        )
+        return triton.compile(source, target=target, options=self.options)
 
     def variant(self) -> tuple:
         """What decides which compiled kernel a launch uses: equal variants share one."""
-        fixed = {self.kernel.arg_names[i] for i in self._unspecialized()}
+        fixed = self._unspecialized()
         kinds: list[tuple] = []
         for name, value in self.args.items():
             if isinstance(value, torch.Tensor):
@@ -104,8 +105,8 @@ class Launch:
         constexprs = tuple(sorted(self.constexprs.items()))
         return self.name, tuple(sorted(kinds)), constexprs, self.num_warps, self.num_stages
 
-    def _unspecialized(self) -> list[int]:
-        return [p.num for p in getattr(self.kernel, "params", ()) if p.do_not_specialize]  # the interpreter has none
+    def _unspecialized(self) -> set[str]:
+        return {p.name for p in getattr(self.kernel, "params", ()) if p.do_not_specialize}  # the interpreter has none
 
 
 def next_power_of_2(value: int) -> int:

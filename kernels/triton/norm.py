@@ -95,110 +95,12 @@ def rope_and_write_kernel(
     store_heads(values_ptr, value_scales_ptr, at_GC, scale_at_G, a, b, ok_GC, ok_G, HALF, FORMAT)
 
 
-def plan_rms_norm(
-    x_TD: torch.Tensor,
-    weight_D: torch.Tensor,
-    eps: float,
-    out_TD: torch.Tensor,
-    residual_TD: torch.Tensor | None = None,
-    sum_TD: torch.Tensor | None = None,
-    scale: float = 1.0,
-) -> Launch:
-    """Launch of the norm of ``x`` or of ``residual + scale * x``; rows of x may be strided.
-
-    Raises:
-        ValueError: when the elements of a row are strided.
-    """
-    require_contiguous(residual_TD=residual_TD, weight_D=weight_D)
-    num_rows, width = x_TD.shape
-    if x_TD.stride(1) != 1:
-        raise ValueError(f"x_TD must have contiguous rows; its strides are {x_TD.stride()}")
-    d_pad = next_power_of_2(width)
-    return Launch(
-        kernel=rms_norm_kernel,
-        grid=(num_rows,),
-        args={
-            "x_ptr": x_TD,
-            "residual_ptr": residual_TD,
-            "weight_ptr": weight_D,
-            "out_ptr": out_TD,
-            "sum_ptr": sum_TD,
-            "stride_x": x_TD.stride(0),
-            "width": width,
-            "eps": float(eps),
-            "scale": float(scale),
-        },
-        constexprs={"D_PAD": d_pad, "SCALED": scale != 1.0},
-        num_warps=max(1, min(16, d_pad // 256)),
-    )
-
-
-def plan_rope_and_write(
-    q_THC: torch.Tensor,
-    k_TGC: torch.Tensor,
-    v_TGC: torch.Tensor,
-    cos_sin_LC: torch.Tensor,
-    batch: AttentionBatch,
-    layer: KVLayer,
-    out_THC: torch.Tensor,
-) -> Launch:
-    """Launch that rotates into ``out_THC`` (contiguous) and fills the rows' slots; heads and rows may be strided.
-
-    Raises:
-        ValueError: when the channels of an input are strided, positions or slots are, or keys and values have different
-            strides.
-    """
-    kv = stored_kv(layer)
-    require_contiguous(positions_T=batch.positions_T, slots_T=batch.slots_T)
-    require_contiguous_channels(
-        q_THC=q_THC, k_TGC=k_TGC, v_TGC=v_TGC, cos_sin_LC=cos_sin_LC, keys_BGPC=kv.keys, values_BGPC=kv.values
-    )
-    num_rows, num_heads, head_dim = q_THC.shape
-    num_kv_heads = k_TGC.shape[1]
-    return Launch(
-        kernel=rope_and_write_kernel,
-        grid=(num_rows,),
-        args={
-            "q_ptr": q_THC,
-            "k_ptr": k_TGC,
-            "v_ptr": v_TGC,
-            "q_out_ptr": out_THC,
-            "keys_ptr": kv.keys,
-            "values_ptr": kv.values,
-            "key_scales_ptr": kv.key_scales,
-            "value_scales_ptr": kv.value_scales,
-            "cos_sin_ptr": cos_sin_LC,
-            "positions_ptr": batch.positions_T,
-            "slots_ptr": batch.slots_T,
-            "q_stride_t": q_THC.stride(0),
-            "q_stride_h": q_THC.stride(1),
-            "k_stride_t": k_TGC.stride(0),
-            "k_stride_h": k_TGC.stride(1),
-            "v_stride_t": v_TGC.stride(0),
-            "v_stride_h": v_TGC.stride(1),
-            "stride_b": kv.keys.stride(0),
-            "stride_g": kv.keys.stride(1),
-            "stride_p": kv.keys.stride(2),
-            **kv.scale_strides,
-            "cos_sin_stride": cos_sin_LC.stride(0),
-        },
-        constexprs={
-            "H": num_heads,
-            "G": num_kv_heads,
-            "C": head_dim,
-            "PAGE": layer.page_size,
-            "H_PAD": next_power_of_2(num_heads),
-            "G_PAD": next_power_of_2(num_kv_heads),
-            "HALF_PAD": next_power_of_2(head_dim // 2),
-            "FORMAT": kv.format,
-        },
-        num_warps=4,
-    )
-
-
 @dataclass(frozen=True)
 class NormCall(Call[Normed]):
-    """The norm of ``x`` in the weight's dtype; with a residual that of ``residual + scale * x``, and this sum."""
+    """The norm of ``x`` in the weight's dtype; with a residual that of ``residual + scale * x``, and this sum.
+
+    Rows of x may be strided; planning raises ValueError when their elements are.
+    """
 
     operation = "rms_norm"
 
@@ -232,14 +134,40 @@ class RowNorm(OpVariant[NormCall, RowProblem]):
 
     def plan(self, call: NormCall, tilings: Tilings, device: DeviceProperties) -> Planned[Normed]:
         x_TD, weight_D, residual_TD = call.x_TD, call.weight_D, call.residual_TD
+        require_contiguous(residual_TD=residual_TD, weight_D=weight_D)
+        num_rows, width = x_TD.shape
+        if x_TD.stride(1) != 1:
+            raise ValueError(f"x_TD must have contiguous rows; its strides are {x_TD.stride()}")
         out_TD = torch.empty(x_TD.shape, dtype=weight_D.dtype, device=x_TD.device)
         sum_TD = None if residual_TD is None else torch.empty_like(residual_TD)
-        return (out_TD, sum_TD), [plan_rms_norm(x_TD, weight_D, call.eps, out_TD, residual_TD, sum_TD, call.scale)]
+        d_pad = next_power_of_2(width)
+        launch = Launch(
+            kernel=rms_norm_kernel,
+            grid=(num_rows,),
+            args={
+                "x_ptr": x_TD,
+                "residual_ptr": residual_TD,
+                "weight_ptr": weight_D,
+                "out_ptr": out_TD,
+                "sum_ptr": sum_TD,
+                "stride_x": x_TD.stride(0),
+                "width": width,
+                "eps": float(call.eps),
+                "scale": float(call.scale),
+            },
+            constexprs={"D_PAD": d_pad, "SCALED": call.scale != 1.0},
+            num_warps=max(1, min(16, d_pad // 256)),
+        )
+        return (out_TD, sum_TD), [launch]
 
 
 @dataclass(frozen=True)
 class RopeCall(Call[torch.Tensor]):
-    """The rotated queries; rotated keys, and values, go to the rows' slots."""
+    """The rotated queries; rotated keys, and values, go to the rows' slots. Heads and rows may be strided.
+
+    Planning raises ValueError when the channels of an input are strided, positions or slots are, or keys and values
+    have different strides.
+    """
 
     operation = "rope_and_write"
 
@@ -275,9 +203,45 @@ class RowRope(OpVariant[RopeCall, RowProblem]):
 
     call, name, kernels = RopeCall, "rows", (rope_and_write_kernel,)
 
-    def plan(self, call: RopeCall, tilings: Tilings, device: DeviceProperties) -> tuple[torch.Tensor, list[Launch]]:
-        q_THC = call.q_THC
+    def plan(self, call: RopeCall, tilings: Tilings, device: DeviceProperties) -> Planned[torch.Tensor]:
+        q_THC, k_TGC, v_TGC, cos_sin_LC, batch = call.q_THC, call.k_TGC, call.v_TGC, call.cos_sin_LC, call.batch
+        kv = stored_kv(call.layer)
+        require_contiguous(positions_T=batch.positions_T, slots_T=batch.slots_T)
+        require_contiguous_channels(
+            q_THC=q_THC, k_TGC=k_TGC, v_TGC=v_TGC, cos_sin_LC=cos_sin_LC, keys_BGPC=kv.keys, values_BGPC=kv.values
+        )
+        num_rows, num_heads, head_dim = q_THC.shape
+        num_kv_heads = k_TGC.shape[1]
         out_THC = torch.empty(q_THC.shape, dtype=q_THC.dtype, device=q_THC.device)
-        return out_THC, [
-            plan_rope_and_write(q_THC, call.k_TGC, call.v_TGC, call.cos_sin_LC, call.batch, call.layer, out_THC)
-        ]
+        launch = Launch(
+            kernel=rope_and_write_kernel,
+            grid=(num_rows,),
+            args={
+                "q_ptr": q_THC,
+                "k_ptr": k_TGC,
+                "v_ptr": v_TGC,
+                "q_out_ptr": out_THC,
+                "cos_sin_ptr": cos_sin_LC,
+                "positions_ptr": batch.positions_T,
+                "slots_ptr": batch.slots_T,
+                "q_stride_t": q_THC.stride(0),
+                "q_stride_h": q_THC.stride(1),
+                "k_stride_t": k_TGC.stride(0),
+                "k_stride_h": k_TGC.stride(1),
+                "v_stride_t": v_TGC.stride(0),
+                "v_stride_h": v_TGC.stride(1),
+                **kv.arguments,
+                "cos_sin_stride": cos_sin_LC.stride(0),
+            },
+            constexprs={
+                "H": num_heads,
+                "G": num_kv_heads,
+                "C": head_dim,
+                "PAGE": call.layer.page_size,
+                "H_PAD": next_power_of_2(num_heads),
+                "G_PAD": next_power_of_2(num_kv_heads),
+                "HALF_PAD": next_power_of_2(head_dim // 2),
+                "FORMAT": kv.format,
+            },
+        )
+        return out_THC, [launch]

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 
 from ..api.types import AttentionBatch, KVLayer
-from .attention import AttentionConfig, attention_kernel, merge_kernel, plan_attention
+from .attention import AttentionConfig, attention_kernel, merge_kernel
 from .device import DeviceProperties
-from .launch import cdiv, next_power_of_2
+from .kv import stored_kv
+from .launch import Launch, cdiv, next_power_of_2, require_contiguous, require_contiguous_channels
 from .shapes import Steps, WarmUpShape, meta
 from .variants import Call, OpVariant, Planned, Planner, Ranked, Tilings, has_tensor_cores, register
 
@@ -38,7 +39,11 @@ class AttentionProblem(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionCall(Call[torch.Tensor]):
-    """Causal attention of a batch, (T, H, C); it fills ``lse_TH`` too. See :func:`reference.paged_attention`."""
+    """Causal attention of a batch, (T, H, C); it fills ``lse_TH`` too. See :func:`reference.paged_attention`.
+
+    Planning raises ValueError when the channels of an input or the batch's numbers are strided, or keys and values have
+    different strides.
+    """
 
     operation = "attention"
 
@@ -87,20 +92,78 @@ class PagedAttention(OpVariant[AttentionCall, AttentionProblem]):
         return [{"attention": [best_attention(problem, device)]}]
 
     def plan(self, call: AttentionCall, tilings: Tilings, device: DeviceProperties) -> Planned[torch.Tensor]:
-        q_THC = call.q_THC
-        out_THC = torch.empty(q_THC.shape, dtype=q_THC.dtype, device=q_THC.device)
-        return out_THC, plan_attention(
-            q_THC,
-            call.layer,
-            call.batch,
-            out_THC,
-            scale=call.scale,
-            window=call.window,
-            config=tilings["attention"],
-            native_fp8=device.has_fp8,
+        q_THC, batch, config, kv = call.q_THC, call.batch, tilings["attention"], stored_kv(call.layer)
+        require_contiguous_channels(q_THC=q_THC, keys_BGPC=kv.keys, values_BGPC=kv.values)
+        require_contiguous(
+            cache_index_T=batch.cache_index_T,
+            query_start_S1=batch.query_start_S1,
+            context_len_S=batch.context_len_S,
+            block_table_SM=batch.block_table_SM[:1],  # its rows may lie apart
             sinks_H=call.sinks_H,
             lse_TH=call.lse_TH,
         )
+        num_rows, num_heads, head_dim = q_THC.shape
+        num_kv_heads, splits = kv.keys.shape[1], config.splits
+        heads = num_heads // num_kv_heads
+        out_THC = torch.empty(q_THC.shape, dtype=q_THC.dtype, device=q_THC.device)
+        outputs: dict[str, torch.Tensor | None] = {
+            "out_ptr": out_THC,
+            "part_ptr": None,
+            "part_max_ptr": None,
+            "part_sum_ptr": None,
+        }
+        if splits > 1:
+            for name, size in (("part_ptr", (head_dim,)), ("part_max_ptr", ()), ("part_sum_ptr", ())):
+                outputs[name] = q_THC.new_empty(splits, num_rows, num_heads, *size, dtype=torch.float32)
+        # Of the kernel that writes the output.
+        last = {"sinks_ptr": call.sinks_H, "lse_ptr": call.lse_TH}
+        last_flags = {"SINKS": call.sinks_H is not None, "LSE": call.lse_TH is not None}
+        sizes = {"C": head_dim, "C_PAD": max(16, next_power_of_2(head_dim)), "SPLITS": splits}
+        launch = Launch(
+            kernel=attention_kernel,
+            grid=(cdiv(batch.max_query_len, config.block_q), batch.num_sequences * num_kv_heads, splits),
+            args={
+                "q_ptr": q_THC,
+                **kv.arguments,
+                **outputs,
+                **(last if splits == 1 else dict.fromkeys(last)),
+                "cache_index_ptr": batch.cache_index_T,
+                "query_start_ptr": batch.query_start_S1,
+                "context_len_ptr": batch.context_len_S,
+                "block_table_ptr": batch.block_table_SM,
+                "log2_scale": float(call.scale) * 1.4426950408889634,
+                "window": call.window or 0,
+                "num_rows": num_rows,
+                "q_stride_t": q_THC.stride(0),
+                "q_stride_h": q_THC.stride(1),
+                "table_stride": batch.block_table_SM.stride(0),
+            },
+            constexprs={
+                **sizes,
+                **(last_flags if splits == 1 else dict.fromkeys(last_flags, False)),
+                "G": num_kv_heads,
+                "HEADS": heads,
+                "PAGE": call.layer.page_size,
+                "BLOCK_Q": config.block_q,
+                "BLOCK_M": max(16, next_power_of_2(config.block_q * heads)),
+                "BLOCK_L": config.block_l,
+                "WINDOW": call.window is not None,
+                "FORMAT": kv.format,
+                "NATIVE_FP8": device.has_fp8 and kv.format == "fp8",
+            },
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+        if splits == 1:
+            return out_THC, [launch]
+        merge = Launch(
+            kernel=merge_kernel,
+            grid=(num_rows * num_heads,),
+            args={**outputs, **last, "num_items": num_rows * num_heads},
+            constexprs={**sizes, **last_flags, "HEADS": num_heads, "SPLITS_PAD": next_power_of_2(splits)},
+            num_warps=2,
+        )
+        return out_THC, [launch, merge]
 
 
 def best_attention(problem: AttentionProblem, device: DeviceProperties) -> AttentionConfig:

@@ -19,15 +19,9 @@ from ..api.formats import UNQUANTIZED, ActivationScheme
 from ..api.quantized_weight import QuantizedWeight
 from .index import ExpertIndex
 from .launch import Launch, cdiv
-from .rounding import RoundedRows, plan_round_rows
-from .tiles import (
-    dot,
-    fp8_to_float16,
-    gated_activation,
-    load_quant_scales,
-    load_quant_tile,
-    tile_coordinates,
-)
+from .rounding import RoundedRows
+from .tiles import dot, fp8_to_float16, gated_activation, load_quant_scales, load_quant_tile, tile_coordinates
+from .variants import NoKernelError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,12 +182,17 @@ def kernel_form(weight: QuantizedWeight) -> QuantizedWeight:
 
 
 def store_weight(weight: QuantizedWeight) -> StoredWeight:
-    """The kernel's view of a weight in :func:`kernel_form`; nothing is copied."""
-    name, codes = weight.format.triton, weight.data.view(torch.uint8)
-    assert name is not None
+    """The kernel's view of a weight in :func:`kernel_form`; nothing is copied.
+
+    Raises:
+        NoKernelError: for a format without a kernel.
+    """
+    name = weight.format.triton
+    if name is None:
+        raise NoKernelError(f"{weight.format.name} weights")
     assert all(t.is_contiguous() for t in weight.tensors().values())
     assert weight.scale.dtype == torch.float32
-    shape = (weight.out_features, weight.in_features)
+    codes, shape = weight.data.view(torch.uint8), (weight.out_features, weight.in_features)
     return StoredWeight(name, codes, weight.scale, weight.offset, weight.group or 0, *shape)
 
 
@@ -240,19 +239,10 @@ def plan_quant(
     rows = x.codes if isinstance(x, RoundedRows) else x
     if index is None:
         tiles = cdiv(rows.shape[0], config.block_m)
-        tables: dict[str, torch.Tensor | None] = dict.fromkeys(
-            ("sorted_ptr", "starts_ptr", "tile_expert_ptr", "tile_row_ptr", "num_tiles_ptr")
-        )
+        tables = dict.fromkeys(("sorted_ptr", "starts_ptr", "tile_expert_ptr", "tile_row_ptr", "num_tiles_ptr"))
     else:
         assert config.block_m == index.block_m, f"tables have tiles of {index.block_m} rows, not {config.block_m}"
-        tiles = index.max_tiles
-        tables = {
-            "sorted_ptr": index.sorted_slots_X,
-            "starts_ptr": index.starts_E1,
-            "tile_expert_ptr": index.tile_expert,
-            "tile_row_ptr": index.tile_row,
-            "num_tiles_ptr": index.num_tiles,
-        }
+        tiles, tables = index.max_tiles, index.arguments
     return Launch(
         kernel=quant_gemm_kernel,
         grid=(tiles * cdiv(weight.outputs, config.block_n),),
@@ -292,11 +282,3 @@ def plan_quant(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-
-
-def plan_rows(x_TK: torch.Tensor, scheme: ActivationScheme) -> tuple[torch.Tensor | RoundedRows, list[Launch]]:
-    """Rows as a product takes them, and what has to run before it."""
-    if scheme.kind == "none":
-        return x_TK, []
-    rounded, launch = plan_round_rows(x_TK, scheme)
-    return rounded, [launch]

@@ -8,23 +8,16 @@ from typing import NamedTuple
 import torch
 
 from ..api.formats import ActivationScheme
-from ..api.quantized_weight import QuantizedWeight
 from ..api.types import Routing
 from ..torch.quantized import QuantExperts, QuantLinear
 from .combine import combine_kernel, plan_combine
 from .device import DeviceProperties
 from .experts import ACTIVATIONS
 from .index import index_kernels, usable_index
-from .launch import Launch, cdiv, next_power_of_2
-from .quantized import StoredWeight, plan_quant, plan_rows, quant_config, quant_gemm_kernel, store_weight
-from .rounding import round_rows_kernel
-from .variants import Call, NoKernelError, OpVariant, Planned, Ranked, Tilings, has_tensor_cores, register
-
-
-def _stored(weight: QuantizedWeight) -> StoredWeight:
-    if weight.format.triton is None:
-        raise NoKernelError(f"{weight.format.name} weights")
-    return store_weight(weight)
+from .launch import cdiv, next_power_of_2
+from .quantized import StoredWeight, plan_quant, quant_config, quant_gemm_kernel, store_weight
+from .rounding import plan_rows, round_rows_kernel
+from .variants import Call, OpVariant, Planned, Ranked, Tilings, has_tensor_cores, register
 
 
 class LinearProblem(NamedTuple):
@@ -53,7 +46,7 @@ class LinearCall(Call[torch.Tensor]):
 
     @classmethod
     def of(cls, x_TI: torch.Tensor, linear: QuantLinear, dtype: torch.dtype) -> LinearCall:
-        return cls(x_TI, _stored(linear.weight), linear.bias_O, linear.scheme, dtype)
+        return cls(x_TI, store_weight(linear.weight), linear.bias_O, linear.scheme, dtype)
 
     def problem(self) -> LinearProblem:
         rows, weight = next_power_of_2(self.x_TI.shape[0]), self.weight
@@ -75,7 +68,7 @@ class QuantProduct(OpVariant[LinearCall, LinearProblem]):
     def tilings(self, problem: LinearProblem, device: DeviceProperties, count: int) -> list[Ranked]:
         return [{"quant_gemm": [quant_config(problem.rows, problem.group, gated=False, scheme=problem.scheme)]}]
 
-    def plan(self, call: LinearCall, tilings: Tilings, device: DeviceProperties) -> tuple[torch.Tensor, list[Launch]]:
+    def plan(self, call: LinearCall, tilings: Tilings, device: DeviceProperties) -> Planned[torch.Tensor]:
         x_TI, weight = call.x_TI, call.weight
         out_TO = torch.empty(x_TI.shape[0], weight.outputs, dtype=call.dtype, device=x_TI.device)
         x, launches = plan_rows(x_TI, call.scheme)
@@ -121,9 +114,8 @@ class QuantExpertsCall(Call[torch.Tensor]):
     def of(
         cls, x_TD: torch.Tensor, experts: QuantExperts, routing: Routing, activation: str, ticket: torch.Tensor
     ) -> QuantExpertsCall:
-        gate, up, down = (_stored(w) for w in (experts.gate_EFD, experts.up_EFD, experts.down_EDF))
-        biases = (experts.gate_bias_EF, experts.up_bias_EF, experts.down_bias_ED)
-        return cls(x_TD, gate, up, down, biases, experts.scheme, routing, activation, ticket)
+        gate, up, down = (store_weight(weight) for weight in experts.weights)
+        return cls(x_TD, gate, up, down, experts.biases, experts.scheme, routing, activation, ticket)
 
     def problem(self) -> QuantProblem:
         tokens, top_k = self.routing.expert_ids_TK.shape

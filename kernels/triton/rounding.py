@@ -79,8 +79,10 @@ class RoundedRows:
     group: int
 
 
-def plan_round_rows(x_TK: torch.Tensor, scheme: ActivationScheme) -> tuple[RoundedRows, Launch]:
-    """Room for rounded rows, and the launch that fills it. The elements of a row must be contiguous."""
+def plan_rows(x_TK: torch.Tensor, scheme: ActivationScheme) -> tuple[torch.Tensor | RoundedRows, list[Launch]]:
+    """Rows as a product takes them, and what has to run before it. The elements of a row must be contiguous."""
+    if scheme.kind == "none":
+        return x_TK, []
     assert scheme.group is not None
     rows, width = x_TK.shape
     groups = cdiv(width, scheme.group)
@@ -102,4 +104,4 @@ def plan_round_rows(x_TK: torch.Tensor, scheme: ActivationScheme) -> tuple[Round
         },
         constexprs={"KIND": scheme.kind, "GROUP": scheme.group, "GROUPS": _GROUPS},
     )
-    return rounded, launch
+    return rounded, [launch]

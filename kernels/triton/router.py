@@ -26,7 +26,7 @@ from .experts import routed_rows
 from .index import finish_index, index_kernels, index_tables, rank_and_count
 from .launch import Launch, next_power_of_2, require_contiguous
 from .shapes import Steps, WarmUpShape, meta
-from .variants import Call, OpVariant, Planner, Tilings, register
+from .variants import Call, OpVariant, Planned, Planner, Tilings, register
 
 _LOWEST = tl.constexpr(-3.0e38)
 
@@ -184,95 +184,6 @@ def route_kernel(
             )  # fmt: skip
 
 
-def route_warps(lanes: int) -> int:
-    """Warps per routing program: wide rows would not fit the registers of four."""
-    return 4 if lanes <= 128 else 8
-
-
-def plan_route(
-    logits_TE: torch.Tensor,
-    spec: RouterSpec,
-    *,
-    block_m: int | None,
-    ticket: torch.Tensor,
-    selection_bias_E: torch.Tensor | None = None,
-    expert_scale_E: torch.Tensor | None = None,
-    forced_ids_TK: torch.Tensor | None = None,
-) -> tuple[Routing, list[Launch]]:
-    """A routing with its tables, and the launches that fill both: one up to 1,024 rows, three beyond.
-
-    Arguments:
-        logits_TE: contiguous, any float dtype.
-        block_m: rows per tile of the tables; None builds no tables (the pair path needs none).
-        ticket: as in :func:`plan_index`.
-
-    Raises:
-        ValueError: as :func:`router_reference.route` does, and for a rule with a capacity.
-    """
-    check_route_arguments(logits_TE, spec, selection_bias_E, expert_scale_E, forced_ids_TK)
-    if spec.drops:
-        raise ValueError("routing with a capacity depends on all rows of a call and has no kernel")
-    num_tokens, device, top_k = logits_TE.shape[0], logits_TE.device, spec.top_k
-    ids_TK = torch.empty(num_tokens, top_k, dtype=torch.int32, device=device)
-    weights_TK = torch.empty(num_tokens, top_k, dtype=torch.float32, device=device)
-    counts_T = identity_T = None
-    if spec.zero_experts:
-        counts_T = torch.empty(num_tokens, dtype=torch.int32, device=device)
-        identity_T = torch.empty(num_tokens, dtype=torch.float32, device=device)
-    tables = index_tables(ids_TK, counts_T, spec.num_real_experts, block_m or 16, ticket)
-    grouped = spec.grouped
-    groups, size = (spec.num_groups, spec.group_size) if grouped else (1, spec.num_experts)
-    constexprs = {k: v for k, v in tables.constexprs.items() if k != "E"}
-    first = Launch(
-        kernel=route_kernel,
-        grid=(tables.num_chunks,),
-        args={
-            **tables.args,
-            "logits_ptr": logits_TE,
-            "selection_bias_ptr": selection_bias_E,
-            "expert_scale_ptr": expert_scale_E,
-            "forced_ptr": forced_ids_TK,
-            "weights_ptr": weights_TK,
-            "identity_ptr": identity_T,
-            "num_tokens": num_tokens,
-            "scale": float(spec.scale),
-            "norm_epsilon": float(spec.norm_epsilon),
-            "norm_floor": float(spec.norm_floor),
-            "jitter": float(spec.jitter),
-        },
-        constexprs={
-            **constexprs,
-            "GROUPS": groups,
-            "GROUP_SIZE": size,
-            "TOP_GROUPS": spec.top_groups if grouped else 1,
-            "TOP2": spec.group_score == "top2_sum",
-            "K": top_k,
-            "SCORE": spec.score,
-            "SOFTMAX_AFTER": spec.softmax_after_topk,
-            "RENORMALIZE": spec.renormalize,
-            "NORM_P": float(spec.norm_p),
-            "ZERO_EXPERTS": spec.zero_experts,
-            "ROWS": tables.rows,
-            "GROUPS_PAD": next_power_of_2(groups),
-            "SIZE_PAD": next_power_of_2(size),
-            "K_PAD": next_power_of_2(top_k),
-            "INDEX": block_m is not None,
-            "FINISH": block_m is not None and tables.single,
-        },
-        num_warps=route_warps(next_power_of_2(groups) * next_power_of_2(size)),
-    )
-    routing = Routing(
-        expert_ids_TK=ids_TK,
-        weights_TK=weights_TK,
-        counts_T=counts_T,
-        identity_weights_T=identity_T,
-        weight_on_input=spec.weight_on_input,
-        index=None if block_m is None else tables.index,
-    )
-    following = tables.following(num_tokens, top_k) if block_m is not None else []
-    return routing, [first, *following]
-
-
 class RouteProblem(NamedTuple):
     """A rule and its rows; ``rows`` is a power of two, ``block_m`` rows per tile of the tables."""
 
@@ -283,7 +194,15 @@ class RouteProblem(NamedTuple):
 
 @dataclass(frozen=True)
 class RouteCall(Call[Routing]):
-    """Experts and weights of every row; see :func:`plan_route`."""
+    """Experts and weights of every row, and tables: one launch up to 1,024 rows, three beyond.
+
+    Planning raises ValueError as :func:`router_reference.route` does, and where a tensor is not contiguous.
+
+    Arguments:
+        logits_TE: any float dtype.
+        block_m: rows per tile of the tables; None builds no tables (the pair path needs none).
+        ticket: as in :func:`plan_index`.
+    """
 
     operation = "route"
 
@@ -325,11 +244,63 @@ class FusedRoute(OpVariant[RouteCall, RouteProblem]):
     def refuses(self, problem: RouteProblem, device: DeviceProperties) -> str | None:
         return "routing with a capacity" if problem.spec.drops else None
 
-    def plan(self, call: RouteCall, tilings: Tilings, device: DeviceProperties) -> tuple[Routing, list[Launch]]:
-        given = {
-            "selection_bias_E": call.selection_bias_E,
-            "expert_scale_E": call.expert_scale_E,
-            "forced_ids_TK": call.forced_ids_TK,
-        }
-        require_contiguous(logits_TE=call.logits_TE, **given)
-        return plan_route(call.logits_TE, call.spec, block_m=call.block_m, ticket=call.ticket, **given)
+    def plan(self, call: RouteCall, tilings: Tilings, device: DeviceProperties) -> Planned[Routing]:
+        logits_TE, spec, block_m = call.logits_TE, call.spec, call.block_m
+        given = (call.selection_bias_E, call.expert_scale_E, call.forced_ids_TK)
+        require_contiguous(
+            logits_TE=logits_TE, selection_bias_E=given[0], expert_scale_E=given[1], forced_ids_TK=given[2]
+        )
+        check_route_arguments(logits_TE, spec, *given)
+        num_tokens, top_k = logits_TE.shape[0], spec.top_k
+        ids_TK = logits_TE.new_empty(num_tokens, top_k, dtype=torch.int32)
+        weights_TK = logits_TE.new_empty(num_tokens, top_k, dtype=torch.float32)
+        counts_T = identity_T = None
+        if spec.zero_experts:
+            counts_T = logits_TE.new_empty(num_tokens, dtype=torch.int32)
+            identity_T = logits_TE.new_empty(num_tokens, dtype=torch.float32)
+        tables = index_tables(ids_TK, counts_T, spec.num_real_experts, block_m or 16, call.ticket)
+        groups, size = (spec.num_groups, spec.group_size) if spec.grouped else (1, spec.num_experts)
+        groups_pad, size_pad = next_power_of_2(groups), next_power_of_2(size)
+        first = Launch(
+            kernel=route_kernel,
+            grid=(tables.num_chunks,),
+            args={
+                **tables.args,
+                "logits_ptr": logits_TE,
+                "selection_bias_ptr": call.selection_bias_E,
+                "expert_scale_ptr": call.expert_scale_E,
+                "forced_ptr": call.forced_ids_TK,
+                "weights_ptr": weights_TK,
+                "identity_ptr": identity_T,
+                "scale": float(spec.scale),
+                "norm_epsilon": float(spec.norm_epsilon),
+                "norm_floor": float(spec.norm_floor),
+                "jitter": float(spec.jitter),
+            },
+            constexprs={
+                **{name: value for name, value in tables.constexprs.items() if name != "E"},
+                "GROUPS": groups,
+                "GROUP_SIZE": size,
+                "TOP_GROUPS": spec.top_groups if spec.grouped else 1,
+                "TOP2": spec.group_score == "top2_sum",
+                "SCORE": spec.score,
+                "SOFTMAX_AFTER": spec.softmax_after_topk,
+                "RENORMALIZE": spec.renormalize,
+                "NORM_P": float(spec.norm_p),
+                "ZERO_EXPERTS": spec.zero_experts,
+                "GROUPS_PAD": groups_pad,
+                "SIZE_PAD": size_pad,
+                "INDEX": block_m is not None,
+                "FINISH": block_m is not None and tables.single,
+            },
+            num_warps=4 if groups_pad * size_pad <= 128 else 8,  # wide rows would not fit the registers of four
+        )
+        routing = Routing(
+            expert_ids_TK=ids_TK,
+            weights_TK=weights_TK,
+            counts_T=counts_T,
+            identity_weights_T=identity_T,
+            weight_on_input=spec.weight_on_input,
+            index=None if block_m is None else tables.index,
+        )
+        return routing, [first, *(tables.following() if block_m is not None else ())]

@@ -12,7 +12,7 @@ from ..api.router_spec import RouterSpec
 from ..torch.experts import PlainExperts
 from .experts import ExpertProblem, ExpertsCall
 from .launch import Launch
-from .router import plan_route
+from .router import RouteCall
 from .tuning import refine
 from .variants import Choice, OpVariant, Planner, Ranked, variants
 
@@ -69,7 +69,7 @@ def tune_experts(
                 continue
             for ranked in variant.tilings(problem, planner.device, candidates):
                 rows = variant.table_rows({part: configs[0] for part, configs in ranked.items()})
-                routing, launches = plan_route(logits_TE, spec, block_m=rows, ticket=ticket)
+                routing, launches = planner.plan(RouteCall(logits_TE, spec, rows, ticket))
                 for launch in launches:
                     launch.run()
                 call = ExpertsCall(x_TD, weights, routing, activation, ticket)

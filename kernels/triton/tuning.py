@@ -110,9 +110,7 @@ def gemm_time(problem: GemmProblem, config: GemmConfig, device: DeviceProperties
     rows = problem.slots / max(problem.hit, 1.0)
     row_tiles = problem.hit * math.ceil(rows / config.block_m)
     tiles = row_tiles * cdiv(problem.n, config.block_n)
-    shared = shared_bytes(problem, config, device)
-    by_registers = 65536 // (_registers(problem, config, device) * config.num_warps * 32)
-    resident = max(1, min(device.shared_bytes // shared, by_registers, 8))
+    resident = min(_resident(problem, config, device), 8)
     depth = cdiv(problem.k, config.block_k) * config.block_k
     width = config.block_n * problem.matrices
     reuse = config.block_m * width / (config.block_m + width)
@@ -138,9 +136,12 @@ def gemm_time(problem: GemmProblem, config: GemmConfig, device: DeviceProperties
     return waves * (resident * max(arithmetic, memory, through_l2) + steps + startup)
 
 
-def _registers(problem: GemmProblem, config: GemmConfig, device: DeviceProperties) -> int:
+def _resident(problem: GemmProblem, config: GemmConfig, device: DeviceProperties) -> int:
+    """Programs that a multiprocessor holds at once."""
     sums = problem.block_m * config.block_n * problem.matrices // (config.num_warps * device.warp_size)
-    return min(255, sums + (64 if device.has_tma else 96))
+    registers = min(255, sums + (64 if device.has_tma else 96))
+    by_registers = 65536 // (registers * config.num_warps * 32)
+    return max(1, min(device.shared_bytes // shared_bytes(problem, config, device), by_registers))
 
 
 def best_gemms(problem: GemmProblem, device: DeviceProperties, tma_possible: bool, count: int = 1) -> list[GemmConfig]:
@@ -149,13 +150,7 @@ def best_gemms(problem: GemmProblem, device: DeviceProperties, tma_possible: boo
     candidates.sort(key=lambda config: gemm_time(problem, config, device))
     if problem.block_m < 64:
         return candidates[:count]
-    persistent = []
-    for config in candidates[:count]:
-        shared = shared_bytes(problem, config, device)
-        by_registers = 65536 // (_registers(problem, config, device) * config.num_warps * 32)
-        resident = max(1, min(device.shared_bytes // shared, by_registers))
-        persistent.append(replace(config, programs=device.num_sms * resident))
-    return persistent
+    return [replace(c, programs=device.num_sms * _resident(problem, c, device)) for c in candidates[:count]]
 
 
 def best_gemv(n: int, k: int, groups: int, matrices: int, device: DeviceProperties, together: int = 1) -> GemvConfig:
@@ -249,11 +244,6 @@ class TuningCache:
         scratch = self.path.with_suffix(f".{os.getpid()}.tmp")
         scratch.write_text(json.dumps({"entries": self._entries}, indent=1, sort_keys=True))
         scratch.replace(self.path)
-
-
-def token_bucket(num_tokens: int) -> int:
-    """Token counts that share a configuration: the next power of two."""
-    return next_power_of_2(num_tokens)
 
 
 def refine(candidates: Iterable[Config], measure: Callable[[Config], float]) -> tuple[Config, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -38,12 +39,5 @@ def layer_launches(
     """What a layer launches in these steps. Calls that no variant runs launch nothing."""
     for operation in operations:
         for call in operation.of_layer(shape, steps, dtype, planner):
-            yield from call_launches(call, planner)
-
-
-def call_launches(call: Call, planner: Planner) -> list[Launch]:
-    """What one call launches; nothing if no variant runs it."""
-    try:
-        return planner.plan(call)[1]
-    except NoKernelError:
-        return []
+            with contextlib.suppress(NoKernelError):
+                yield from planner.plan(call)[1]

@@ -163,11 +163,7 @@ class AttentionSpec(ABC):
     def forward(
         self, weights: Any, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
     ) -> torch.Tensor:
-        """What attention adds to the residual stream, (T, D), made of normed rows; they are written to the cache first.
-
-        Arguments:
-            weights: of this kind.
-        """
+        """What attention adds to the residual stream, (T, D), made of normed rows, which are cached first."""
 
     @abstractmethod
     def cache_shapes(self, page_size: int, dtype: torch.dtype) -> tuple[Shape, ...]:

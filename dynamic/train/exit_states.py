@@ -1,4 +1,6 @@
-"""Hidden states of a frozen model at its future exits.
+"""What making exits needs of a model: its backbone, and its hidden states on text where its exits are.
+
+The model is one that the engine serves, or a decoder that a recipe has trained.
 
 Shape suffixes: N sequences, L positions, T = N*L rows of a step, R rows, D hidden size, V vocabulary.
 """
@@ -19,6 +21,7 @@ from ..checkpoint.directory import write_tensors
 from ..model.decoder import Decoder
 from ..model.prompt_pass import fresh_cache
 from ..model.spec import ModelSpec
+from .model import TrainableDecoder
 
 _LOGIT_ROWS = 4096  # rows whose logits are in memory at once when choices are compared
 _GIB = 2**30
@@ -34,11 +37,6 @@ def default_exit_layers(num_layers: int) -> tuple[int, ...]:
         raise ValueError("a model of one layer has no room for an exit")
     shares = ((1, 2), (2, 3), (4, 5), (14, 15))
     return tuple(sorted({min(num_layers - 1, max(1, num_layers * a // b)) for a, b in shares}))
-
-
-def routes(spec: ModelSpec) -> bool:
-    """Whether any layer's router chooses among its experts."""
-    return any(layer.moe is not None and not layer.moe.is_dense for layer in spec.layers)
 
 
 def served_backbone(decoder: Decoder, exit_layers: Sequence[int], adapter_rank: int, seed: int) -> Backbone:
@@ -59,7 +57,7 @@ def served_backbone(decoder: Decoder, exit_layers: Sequence[int], adapter_rank: 
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,
         layer_flops=min(spec.layer_flops(layer) for layer in spec.layers),
-        routes=routes(spec),
+        routes=any(layer.moe is not None and not layer.moe.is_dense for layer in spec.layers),
         logits=frozen_logits(norm_D, head_VD, spec.norm_eps, torch.float32, spec.logits_divisor),
         adapters=adapters,
     )
@@ -153,4 +151,48 @@ def load_states(file: Path) -> ExitStates:
         router_entropy_R=of("entropy."),
         final_RD=tensors["final"],
         group_R=tensors["group"],
+    )
+
+
+def trained_backbone(model: TrainableDecoder) -> Backbone:
+    """A decoder that a recipe trained, with copies of its adapters."""
+    config, adapters = model.config, {}
+    for layer in config.exit_layers:
+        adapters[layer] = ExitHeadAdapter(config.hidden_size, config.adapter_rank)
+        adapters[layer].load_state_dict(model.adapters[str(layer)].state_dict())
+    return Backbone(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        layer_flops=config.layer_flops,
+        routes=True,
+        logits=frozen_logits(model.norm.weight, model.embedding, model.norm.eps, model.dtype),
+        adapters=adapters,
+    )
+
+
+@torch.no_grad()
+def collect_states(model: TrainableDecoder, sequences: Iterable[tuple[int, torch.Tensor, int]]) -> ExitStates:
+    """Hidden states of some text.
+
+    Arguments:
+        sequences: (group, tokens, first): int64 (N, L) of one document or request, and the first position whose row is
+            taken.
+    """
+    model.eval()
+    hidden: dict[int, list[torch.Tensor]] = {layer: [] for layer in (0, *model.config.exit_layers)}
+    entropy: dict[int, list[torch.Tensor]] = {layer: [] for layer in model.config.exit_layers}
+    final, groups = [], []
+    for group, tokens_NL, first in sequences:
+        output = model(tokens_NL.to(model.embedding.device), entropy=True)
+        for layer, parts in hidden.items():
+            parts.append(output.exits[layer][:, first:].flatten(0, 1))
+        for layer, parts in entropy.items():
+            parts.append(output.entropy_T[layer].view_as(tokens_NL)[:, first:].flatten())
+        final.append(output.final_NLD[:, first:].flatten(0, 1))
+        groups.append(torch.full((final[-1].shape[0],), group))
+    return ExitStates(
+        hidden_RD={layer: torch.cat(parts) for layer, parts in hidden.items()},
+        router_entropy_R={layer: torch.cat(parts) for layer, parts in entropy.items()},
+        final_RD=torch.cat(final),
+        group_R=torch.cat(groups),
     )
