@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..kernels.api.ranges import check_ranges
 from ..kernels.api.types import ProbeWeights
 from ..kernels.reference.exits import probe_logits
 
@@ -43,8 +44,7 @@ class ProbeSpec:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"probe kind must be one of {', '.join(KINDS)}, not {self.kind!r}")
-        if self.width < 1:
-            raise ValueError(f"probe width must be at least 1, not {self.width}")
+        check_ranges(self, "width", where="probe ", least=1)
 
     def features(self, hidden_size: int) -> int:
         """Inputs of the classifier."""

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from ..kernels.api.ranges import check_ranges
+
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
@@ -49,10 +51,9 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kept", tuple(self.kept))
-        if not self.kept or not all(0 < share < 1 for share in self.kept):
-            raise ValueError(f"kept must hold shares between 0 and 1, not {self.kept}")
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out must be between 0 and 1, not {self.held_out}")
+        if not self.kept:
+            raise ValueError("kept must hold shares between 0 and 1; it is empty")
+        check_ranges(self, "kept", "held_out", above=0, below=1)
 
 
 @dataclass(kw_only=True)

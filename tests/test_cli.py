@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast, get_type_hints
 
 import pytest
 from dynamoe.dynamic.cli import generate
@@ -291,3 +293,39 @@ def test_a_progress_bar_is_not_written_into_a_file(make_checkpoint: Callable[...
     assert len(bars) > 5
     # None: only on a terminal.
     assert all("disable=None" in call or "or None" in call for call in bars)
+
+
+def number_keys(config_class: type, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The keys of a configuration that hold numbers, and their types as text."""
+    hints = get_type_hints(config_class)
+    for item in dataclasses.fields(config_class):
+        kind = hints[item.name]
+        if dataclasses.is_dataclass(kind):
+            yield from number_keys(cast(type, kind), f"{prefix}{item.name}.")
+        elif "int" in str(kind) or "float" in str(kind):
+            yield prefix + item.name, str(kind)
+
+
+MODEL = {
+    "train": ["output=/dev/null/nowhere"],
+    "generate": ["model=nowhere", "prompt=Hello"],
+    "prepare": ["model=nowhere", "quantization=gptq", "output=nowhere"],
+}
+
+
+@pytest.mark.parametrize("name", [name for name in COMMAND_NAMES if name != "sweep"])  # jobs check their own settings
+def test_ranges_are_checked_before_a_model_is_loaded(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = next(command for command in COMMANDS if command.name == name)
+    accepted = []
+    for key, kind in number_keys(command.load(command.config)):
+        if key.endswith("seed"):  # any number will do where it is only hashed
+            continue
+        wrong = ["-7", "nan"] if "float" in kind else ["-7"]
+        for value in wrong:
+            given = f"[{value}]" if "tuple" in kind or "list" in kind else f"{{4:{value}}}" if "dict" in kind else value
+            assert main([name, *MODEL.get(name, ["model=nowhere"]), f"{key}={given}"]) == 2
+            error = capsys.readouterr().err
+            assert error.count("\n") == 1
+            if key.split(".")[-1] not in error and "must be" not in error:
+                accepted.append(f"{key}={given}: {error}")
+    assert accepted == []

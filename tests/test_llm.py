@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,12 @@ def test_an_interrupted_call_leaves_nothing_behind(llm: LLM, monkeypatch: pytest
     assert llm.engine.stats().free_pages == llm.engine.stats().total_pages
 
 
-def test_a_progress_bar_is_shown_by_default(llm: LLM, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_progress_bar_is_shown_on_a_terminal(
+    llm: LLM, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm.generate([[5, 6], [7]], GREEDY)
+    assert capfd.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     llm.generate([[5, 6], [7]], GREEDY)
     assert "2/2" in capfd.readouterr().err
     llm.generate([[5, 6]], GREEDY, use_tqdm=False)

@@ -205,14 +205,14 @@ def test_the_ablation_of_calibrations_runs(tmp_path: Path, capsys: pytest.Captur
 
 
 FOREIGN = [
-    ("hydra:\n  callbacks:\n    mine:\n      _target_: os.mkdir\n", "_target_ must be in dynamoe, not 'os.mkdir'"),
+    ("hydra:\n  callbacks:\n    mine:\n      _target_: os.mkdir\n", "_target_ must be in dynamoe or a plug-in of Hydra, not 'os.mkdir'"),
     ("a:\n  - _target_: dynamoe.dynamic.cli.main.os.getcwd\n", "only imported there"),
     ("a:\n  _target_: dynamoe.nothing.here\n", "is not there"),
     ("a:\n  _target_: dynamoe_evil.run\n", "must be in dynamoe"),
     ("a:\n  _target_: ${oc.env:HOME}\n", "must be in dynamoe"),
     ("hydra:\n  job_logging:\n    handlers:\n      x:\n        (): os.mkdir\n", "logging factory"),
     ("hydra:\n  launcher:\n    setup: [touch made]\n", "setup runs code"),
-    ("a:\n  _target_: hydra_plugins.hydra_joblib_launcher.joblib_launcher.os.getcwd\n", "only imported there"),
+    ("a:\n  _target_: hydra_plugins.hydra_joblib_launcher.joblib_launcher.SearchPathPlugin\n", "is not there"),
     ("a:\n  _target_: hydra_plugins.hydra_joblib_launcher.config.JobLibLauncherConf\n", "is no Plugin"),
     ("hydra:\n  searchpath: [file:///tmp]\n", "searchpath is not allowed"),
     ("engine:\n  logits_processors: [evil.py:Rule]\n", "logits_processors runs code"),

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from ...kernels.api.ranges import check_ranges
 from ..convert.model_config import SharedModelConfig
 from ..engine.config import EngineConfig
-from ..model.machine import run_facts
 from ..engine.sampling_params import SamplingParams
+from ..model.machine import run_facts
 from .timing import PointResult, RequestTiming, summarize, table
 
 if TYPE_CHECKING:
@@ -57,11 +58,10 @@ class BenchConfig:
     json: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("concurrency", "input_len", "output_len", "requests"):
-            value = getattr(self, name)
-            values = value if isinstance(value, (tuple, list)) else () if value is None else (value,)
-            if any(item < 1 for item in values) or value in ((), []):
-                raise ValueError(f"bench.{name} must be at least 1, not {value}")
+        for name in ("concurrency", "input_len"):
+            if not getattr(self, name):
+                raise ValueError(f"bench.{name} must be at least 1 number, not {getattr(self, name)}")
+        check_ranges(self, "concurrency", "input_len", "output_len", "requests", where="bench.", least=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, cast
 
 from omegaconf import DictConfig, OmegaConf
 
+from ...kernels.api.ranges import check_ranges
 from ..convert.model_config import SharedModelConfig
 from ..engine.config import EngineConfig
 
@@ -100,6 +101,9 @@ class PrepareConfig:
     text_folder: str | None = None
     device: str = "auto"
     threads: int | None = None
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "windows", "window_tokens", "threads", least=1)
 
 
 def schema(config_class: type) -> DictConfig:

@@ -44,9 +44,6 @@ def _quantize(config: PrepareConfig) -> None:
     method = CalibratedMethod(name=config.quantization, group=config.group, symmetric=config.symmetric)
     if config.output is None:
         raise ValueError("output=DIRECTORY is needed: the quantised checkpoint is written there")
-    for name in ("windows", "window_tokens"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     source, target = resolve_model(config.model), Path(config.output).expanduser()

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...kernels.api.ranges import check_ranges
 from .e_process import EProcess
 from .monitor_store import Draws, MonitorStore, PendingRun, PickCounts, Served
 
@@ -44,10 +45,8 @@ class MonitorConfig:
     keep: int = 10_000
 
     def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"share must be between 0 and 1, not {self.share}")
-        if self.keep < 1:
-            raise ValueError(f"keep must be at least 1, not {self.keep}")
+        check_ranges(self, "share", least=0, most=1)
+        check_ranges(self, "keep", least=1)
 
 
 @dataclass(frozen=True, kw_only=True)

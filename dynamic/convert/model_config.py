@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...kernels.api.ranges import check_ranges
 from ..model.load_config import LoadConfig
 from ..parallel.config import ParallelConfig
 
@@ -18,6 +19,9 @@ class MoEConfig:
     """
 
     experts_per_token: int | None = None
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "experts_per_token", where="moe.", least=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import re
 from typing import TYPE_CHECKING
 
 import torch
 
 from ...exits.training.memory import available_memory
 from ..model.kv_cache import bytes_per_page
-from .config import EngineConfig
+from .config import EngineConfig, parse_bytes
 
 if TYPE_CHECKING:
     from ..model.spec import ModelSpec
@@ -18,21 +17,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TYPICAL_TOKENS = 2048  # of one sequence, when the pool's size is left to us
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-
-
-def parse_bytes(amount: int | str) -> int:
-    """``"2GiB"``, ``"512 MB"`` or a number, in bytes.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    if isinstance(amount, int):
-        return amount
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", amount)
-    if match is None or match[2].lower() not in _UNITS:
-        raise ValueError(f"engine.kv_memory must be a number of bytes or like '2GiB', not {amount!r}")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
 def count_pages(

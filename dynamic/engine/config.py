@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+
+from ...kernels.api.ranges import check_ranges
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +50,20 @@ class EngineConfig:
         if isinstance(self.logits_processors, str):
             raise ValueError(f"engine.logits_processors must be a list, not {self.logits_processors!r}")
         object.__setattr__(self, "logits_processors", tuple(self.logits_processors))
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_waiting"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"engine.{name} must be at least 1, not {getattr(self, name)}")
-        if self.max_model_len is not None and self.max_model_len < 1:
-            raise ValueError(f"engine.max_model_len must be at least 1, not {self.max_model_len}")
+        counts = ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "block_size", "max_waiting")
+        check_ranges(self, *counts, where="engine.", least=1)
+        check_ranges(self, "seed", where="engine.", least=-(2**63), below=2**63)
+        if self.kv_memory is not None:
+            parse_bytes(self.kv_memory)
+
+
+def parse_bytes(amount: int | str) -> int:
+    """``"2GiB"``, ``"512 MB"`` or a number, in bytes.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(amount))
+    if match is None or match[2].lower() not in _UNITS:
+        raise ValueError(f"engine.kv_memory must be a number of bytes or like '2GiB', not {amount!r}")
+    return int(float(match[1]) * _UNITS[match[2].lower()])

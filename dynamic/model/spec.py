@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ...kernels.api.ranges import check_ranges
 from .attention.kind import AttentionSpec
 from .blocks import PRE_NORM, Block
 from .moe_spec import MoESpec
@@ -63,9 +64,7 @@ class ModelSpec:
     bos_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "max_position"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check_ranges(self, "vocab_size", "hidden_size", "max_position", least=1)
         if not self.layers:
             raise ValueError("num_hidden_layers must be at least 1")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from ...kernels.api.ranges import check_ranges
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
@@ -35,14 +37,9 @@ class ParallelConfig:
     shared_memory: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "expert", "pipeline", "data"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"parallel.{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("micro_batches", "padded_rows"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"parallel.{name} must be at least 0, not {getattr(self, name)}")
-        if not self.timeout > 0:
-            raise ValueError(f"parallel.timeout must be above 0 seconds, not {self.timeout}")
+        check_ranges(self, "tensor", "expert", "pipeline", "data", where="parallel.", least=1)
+        check_ranges(self, "micro_batches", "padded_rows", where="parallel.", least=0)
+        check_ranges(self, "timeout", where="parallel.", above=0)
         if self.placement is not None and self.expert == 1:
             raise ValueError(f"parallel.placement={self.placement} needs parallel.expert above 1")
 

@@ -14,6 +14,7 @@ import torch
 from ...kernels.api.format_join import stack_experts
 from ...kernels.api.formats import GROUPS, INT8_PER_GROUP, UNQUANTIZED, ActivationScheme
 from ...kernels.api.quantized_weight import QuantizedWeight
+from ...kernels.api.ranges import check_ranges
 from ...kernels.api.rounding import quantize_int4, quantize_int8
 from ..model.attention.gqa import GqaSpec
 from ..model.spec import ModelSpec
@@ -64,12 +65,9 @@ class CalibratedMethod:
             raise ValueError(f"quantization must be one of {', '.join(METHODS)}, not {self.name!r}")
         if self.group not in GROUPS:
             raise ValueError(f"group must be one of {', '.join(map(str, GROUPS))}, not {self.group}")
-        if not 0 < self.damping <= 1:
-            raise ValueError(f"damping must be above 0, at most 1, not {self.damping}")
-        if not 0 <= self.strength <= 1:
-            raise ValueError(f"strength must be 0 … 1, not {self.strength}")
-        if self.fewest_tokens < 1:
-            raise ValueError(f"fewest_tokens must be at least 1, not {self.fewest_tokens}")
+        check_ranges(self, "damping", above=0, most=1)
+        check_ranges(self, "strength", least=0, most=1)
+        check_ranges(self, "fewest_tokens", least=1)
 
     @property
     def scheme(self) -> ActivationScheme:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import torch
 
+from ...kernels.api.ranges import check_ranges
 from ..contract.bounds import BOUNDS, betting_bound, conformal_risk_control, learn_then_test
 from ..contract.calibration_runs import PROBABILITIES, Measured, Setting, measure, path_through
 from ..contract.catalog import CERTIFICATES
@@ -92,18 +93,16 @@ class CalibrateConfig(LoadConfig):
     def __post_init__(self) -> None:
         for name in ("alphas", "probabilities", "keeps", "logits_processors"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for value in (*self.alphas, self.delta):
-            if not 0 < value < 1:
-                raise ValueError(f"alphas and delta must be between 0 and 1, not {value}")
+        check_ranges(self, "alphas", "delta", above=0, below=1)
+        check_ranges(self, "probabilities", least=0, most=1)
+        check_ranges(self, "keeps", above=0, most=1)
         if not self.alphas:
             raise ValueError("alphas is empty: there is no level to certify")
         if self.method not in BOUNDS:
             raise ValueError(f"method must be one of {', '.join(BOUNDS)}, not {self.method!r}")
         if not (self.temperature == 0 or GREEDY_EPSILON <= self.temperature <= 100):
             raise ValueError(f"temperature must be 0 or between {GREEDY_EPSILON} and 100, not {self.temperature}")
-        for name in ("requests", "test_requests", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check_ranges(self, "requests", "test_requests", "max_tokens", "threads", least=1)
 
 
 def calibrate(config: CalibrateConfig, *, progress: bool = True, say: Callable[[str], None] = print) -> Path:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ...kernels.api.ranges import check_ranges
 from ..contract.intervals import Estimate, mean, ratio
 from ..convert.load_model import load_model
 from ..convert.model_config import SharedModelConfig
@@ -47,6 +48,9 @@ class ReferenceConfig:
     experts_per_token: int | None = None
     quantization: str | None = "none"
     kv_cache_dtype: str | None = "auto"
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "experts_per_token", where="reference.", least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +93,8 @@ class EvaluateConfig(SharedModelConfig):
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(max_num_seqs=8, enable_prefix_caching=False))
 
     def __post_init__(self) -> None:
-        for name in ("requests", "max_tokens", "context_tokens", "timing_groups"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.texts < 0:
-            raise ValueError(f"texts must be at least 0, not {self.texts}")
+        check_ranges(self, "requests", "max_tokens", "context_tokens", "timing_groups", "threads", least=1)
+        check_ranges(self, "texts", least=0)
         if self.parallel.size > 1 and self.quality.expert_rule == "router_weight":
             raise ValueError("quality.expert_rule=router_weight is measured in one process only")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...kernels.api.ranges import check_ranges
 from ..contract.catalog import CERTIFICATES, nearest, spent_under
 from ..contract.certificate import RequestFacts
 from ..contract.quality_config import QualityConfig
@@ -55,8 +56,10 @@ class StudiedQuality(QualityConfig):
     def __post_init__(self) -> None:
         if self.expert_rule not in EXPERT_RULES:
             raise ValueError(f"quality.expert_rule must be one of {', '.join(EXPERT_RULES)}, not {self.expert_rule!r}")
-        if self.expert_share is not None and not 0 < self.expert_share <= 1:
-            raise ValueError(f"quality.expert_share must be in (0, 1], not {self.expert_share}")
+        check_ranges(self, "alpha", "delta", where="quality.", above=0, below=1)
+        check_ranges(self, "exit_threshold", where="quality.", least=0, most=1)
+        check_ranges(self, "expert_keep", "expert_share", where="quality.", above=0, most=1)
+        check_ranges(self, "experts_per_token", where="quality.", least=1)
         if self.expert_share is not None and (self.expert_keep is not None or self.alpha is not None):
             raise ValueError(
                 "quality.expert_share looks for an expert_keep; give neither expert_keep nor alpha with it"

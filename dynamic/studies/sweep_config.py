@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from ...exits.training.exit_heads import COMPARED
+from ...kernels.api.ranges import check_ranges
 from ..contract.bounds import BOUNDS
 from ..contract.calibration_runs import PROBABILITIES
 from .evaluate import EvaluateConfig
@@ -33,9 +34,7 @@ class ProbeStudyConfig:
     def __post_init__(self) -> None:
         if self.kind is not None and self.kind not in COMPARED:
             raise ValueError(f"probes.kind must be one of {', '.join(COMPARED)}, not {self.kind!r}")
-        for name in ("steps", "exit_rows", "served_prompts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"probes.{name} must be at least 1, not {getattr(self, name)}")
+        check_ranges(self, "steps", "exit_rows", "served_prompts", where="probes.", least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +63,10 @@ class CalibrationStudyConfig:
     def __post_init__(self) -> None:
         if self.method is not None and self.method not in METHODS:
             raise ValueError(f"calibration.method must be one of {', '.join(METHODS)}, not {self.method!r}")
-        for name in ("alpha", "delta"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"calibration.{name} must be between 0 and 1, not {getattr(self, name)}")
-        for name in ("size", "resamples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"calibration.{name} must be at least 1, not {getattr(self, name)}")
+        check_ranges(self, "alpha", "delta", where="calibration.", above=0, below=1)
+        check_ranges(self, "size", "resamples", where="calibration.", least=1)
+        check_ranges(self, "probabilities", where="calibration.", least=0, most=1)
+        check_ranges(self, "keeps", where="calibration.", above=0, most=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ...exits.training.trainer import TrainResult, evaluate
+from ...kernels.api.ranges import check_ranges
 from ..convert.model_store import cache_home
 from ..parallel.config import launched_rank, launched_size
 from ..text.corpus import build_corpus, load_corpus
@@ -40,6 +41,10 @@ class TrainConfig:
     threads: int | None = None
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "threads", least=1)
+        check_ranges(self, "max_minutes", above=0)
 
 
 def train(config: TrainConfig) -> None:

@@ -24,6 +24,7 @@ from torch import nn
 from ...exits.training.optimizers import cosine_rate, make_optimizers
 from ...exits.training.progress import LossLog, ProgressLine
 from ...exits.training.trainer import TrainerConfig, TrainResult, due
+from ...kernels.api.ranges import check_ranges
 from .deepspeed_experts import ExpertGroups, clip_gradients, refuse_other_groups
 from .expert_groups import collect_experts
 from .language_model import LanguageModelTask
@@ -52,8 +53,7 @@ class ZeroConfig:
     def __post_init__(self) -> None:
         if self.stage not in (0, 1, 2, 3):
             raise ValueError(f"ZeRO stage must be 0, 1, 2 or 3, not {self.stage}")
-        if self.expert < 1:
-            raise ValueError(f"zero.expert must be at least 1, not {self.expert}")
+        check_ranges(self, "expert", where="zero.", least=1)
         if self.expert > 1 and self.stage == 3:
             raise ValueError(f"zero.stage=3 divides experts itself; zero.expert={self.expert} needs stage 0, 1 or 2")
         if self.expert > 1 and self.stage == 0 and self.bf16:

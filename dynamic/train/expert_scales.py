@@ -13,6 +13,7 @@ import torch
 from ...exits.segments import Segment
 from ...exits.sidecar import backbone_hash
 from ...exits.training.progress import progress_line
+from ...kernels.api.ranges import check_ranges
 from ...kernels.api.types import ExpertWeights, Routing
 from ...kernels.torch.backend import TorchBackend
 from ...moe.contribution import ContributionMeter, ExpertScales, LayerScales, slot_norms
@@ -60,9 +61,7 @@ class ExpertsConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("windows", "window_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check_ranges(self, "windows", "window_tokens", "threads", least=1)
 
 
 def make_expert_scales(

@@ -22,6 +22,7 @@ from ...exits.training.exit_heads import Backbone, ExitHeadsConfig, exit_splits,
 from ...exits.training.heads import ExitStates, HeadTraining, fit_adapter
 from ...exits.training.memory import available_memory
 from ...exits.training.progress import progress_line
+from ...kernels.api.ranges import check_ranges
 from ..checkpoint.directory import write_tensors
 from ..convert.load_model import load_model
 from ..convert.model_store import cache_home, resolve_model
@@ -99,9 +100,17 @@ class FrozenConfig:
         object.__setattr__(self, "exit_layers", tuple(self.exit_layers))
         if self.text not in TEXTS:
             raise ValueError(f"text must be one of {', '.join(TEXTS)}, not {self.text!r}")
-        for name in ("served_prompts", "prompt_tokens", "new_tokens", "exit_rows", "adapter_rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        counts = (
+            "served_prompts",
+            "prompt_tokens",
+            "new_tokens",
+            "exit_rows",
+            "adapter_rank",
+            "exit_layers",
+            "threads",
+        )
+        check_ranges(self, *counts, least=1)
+        check_ranges(self, "seed", least=0, below=2**63)
 
 
 def make_frozen_exits(config: FrozenConfig, *, progress: bool = True, say: Callable[[str], None] = print) -> Path:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ...exits.training.objectives import ExitTraining, layer_dropout_rates, sequences_kept
+from ...kernels.api.ranges import check_ranges
 from ..text.corpus import Windows
 from .head_loss import head_losses
 from .model import TrainableDecoder
@@ -48,10 +49,11 @@ class LanguageModelConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.grow_from < 0:
-            raise ValueError(f"grow_from must be at least 0, not {self.grow_from}")
-        if not 0 <= self.grow_at < 1:
-            raise ValueError(f"grow_at must be at least 0 and below 1, not {self.grow_at}")
+        check_ranges(self, "batch_tokens", "sequence_length", "window", "evaluation_tokens", least=1)
+        check_ranges(self, "grow_from", "balance_weight", "z_weight", least=0)
+        check_ranges(self, "grow_at", least=0, below=1)
+        check_ranges(self, "long_from", least=0, most=1)
+        check_ranges(self, "seed", least=0, below=2**63)
 
 
 class LanguageModelTask:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...exits.exit_head import ExitHeadAdapter
+from ...kernels.api.ranges import check_ranges
 from ...moe.trainable_experts import load_balancing_loss, mixture
 from .attention import causal_attention, norm_and_rotate, rope_table
 from .expert_groups import spread_mixture
@@ -59,6 +60,9 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "exit_layers", tuple(self.exit_layers))
+        shape = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "num_experts")
+        check_ranges(self, *shape, "experts_per_token", "expert_size", "adapter_rank", "max_position", least=1)
+        check_ranges(self, "rope_theta", "norm_eps", above=0)
         inside = all(0 < e < self.num_layers for e in self.exit_layers)
         if not inside or list(self.exit_layers) != sorted(set(self.exit_layers)):
             raise ValueError(f"exit_layers must rise within 1…{self.num_layers - 1}, not {self.exit_layers}")

@@ -9,6 +9,7 @@ import torch
 from ...exits.training.exit_heads import ExitHeadsConfig
 from ...exits.training.objectives import ExitTraining
 from ...exits.training.trainer import TrainerConfig
+from ...kernels.api.ranges import check_ranges
 from ..text.corpus import CorpusConfig
 from .language_model import LanguageModelConfig
 from .model import DecoderConfig
@@ -52,6 +53,9 @@ class RecipeConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        counts = ("served_prompts", "prompt_tokens", "new_tokens", "exit_rows", "shipped_prompts")
+        check_ranges(self, *counts, least=1)
+        check_ranges(self, "seed", least=0, below=2**63)
         if self.decoder.vocab_size != self.corpus.vocab_size:
             raise ValueError(
                 f"decoder.vocab_size={self.decoder.vocab_size} and corpus.vocab_size={self.corpus.vocab_size} differ"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ...kernels.api.ranges import check_ranges
 from ..exit_head import ExitHeadAdapter
 from ..probes import Probe, ProbeSpec
 
@@ -85,6 +86,12 @@ class HeadTraining:
     learning_rate: float = 3e-3
     weight_decay: float = 1e-3
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "steps", "batch_rows", least=1)
+        check_ranges(self, "learning_rate", above=0)
+        check_ranges(self, "weight_decay", least=0)
+        check_ranges(self, "seed", least=0, below=2**63)
 
 
 @torch.no_grad()

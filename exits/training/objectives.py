@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ...kernels.api.ranges import check_ranges
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExitTraining:
@@ -34,16 +36,10 @@ class ExitTraining:
     layer_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.loss_weight < 0:
-            raise ValueError(f"loss_weight must be at least 0, not {self.loss_weight}")
-        if not 0 <= self.distillation <= 1:
-            raise ValueError(f"distillation must be between 0 and 1, not {self.distillation}")
-        if not 0 <= self.start < 1:
-            raise ValueError(f"start must be at least 0 and below 1, not {self.start}")
-        if not 0 < self.ramp <= 1:
-            raise ValueError(f"ramp must be above 0 and at most 1, not {self.ramp}")
-        if not 0 <= self.layer_dropout < 1:
-            raise ValueError(f"layer_dropout must be at least 0 and below 1, not {self.layer_dropout}")
+        check_ranges(self, "loss_weight", least=0)
+        check_ranges(self, "distillation", least=0, most=1)
+        check_ranges(self, "start", "layer_dropout", least=0, below=1)
+        check_ranges(self, "ramp", above=0, most=1)
 
     def strength(self, step: int, total_steps: int) -> float:
         """How far the curriculum has come at a step, 0 … 1."""

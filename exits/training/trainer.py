@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ...kernels.api.ranges import check_ranges
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from .memory import available_memory, estimate_memory, refuse_if_too_large
 from .optimizers import cosine_rate, make_optimizers
@@ -59,16 +60,12 @@ class TrainerConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("warmup_steps", "evaluate_every", "clip_norm", "checkpoint_minutes", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be above 0, not {self.learning_rate}")
-        if self.max_minutes is not None and not self.max_minutes > 0:
-            raise ValueError(f"max_minutes must be above 0, not {self.max_minutes}")
+        check_ranges(self, "steps", "log_every", least=1)
+        not_negative = ("warmup_steps", "evaluate_every", "clip_norm", "checkpoint_minutes", "weight_decay")
+        check_ranges(self, *not_negative, least=0)
+        check_ranges(self, "learning_rate", "max_minutes", above=0)
+        check_ranges(self, "final_rate", least=0, most=1)
+        check_ranges(self, "seed", least=0, below=2**63)
 
 
 class Task(Protocol):

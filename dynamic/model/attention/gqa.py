@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from ....kernels.api.kv_codes import stored_channels
+from ....kernels.api.ranges import check_ranges
 from ....kernels.api.stack import StackAttention
 from ....kernels.api.types import AttentionBatch, KVLayer, KVProjection, LinearWeights
 from ....kernels.torch.backend import TorchBackend
@@ -75,9 +76,7 @@ class GqaSpec(AttentionSpec):
     clip: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_heads", "num_kv_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check_ranges(self, "num_heads", "num_kv_heads", "head_dim", least=1)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_heads} is no multiple of num_key_value_heads={self.num_kv_heads}"
