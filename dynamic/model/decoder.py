@@ -37,7 +37,8 @@ from .rope import rope_table
 from .spec import ModelSpec
 
 FIRST_TABLE_LENGTH = 4096  # positions; longer contexts grow the table
-_P, _R = ParamSpec("_P"), TypeVar("_R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def in_inference_mode(function: Callable[_P, _R]) -> Callable[_P, _R]:

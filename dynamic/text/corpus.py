@@ -77,9 +77,8 @@ def build_corpus(
     Raises:
         ValueError: when the text is not available; the message names the alternative.
     """
-    recipe = {"format": _FORMAT, "config": asdict(config), "sources": [asdict(s) for s in sources]}
-    if config.text_folder:
-        recipe["sources"] = []
+    used = () if config.text_folder else sources
+    recipe = {"format": _FORMAT, "config": asdict(config), "sources": [asdict(source) for source in used]}
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
     target = cache / f"corpus-{digest}"
     if target.is_dir():

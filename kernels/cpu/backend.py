@@ -124,12 +124,12 @@ class CpuBackend(CpuQuantPacking):
         # Slices of one dense matrix are most often used all together, and are laid out for that.
         dense_down = num_experts > 1 and experts.down_EDF.stride(0) < experts.down_EDF.stride(1)
         sources = [self._source(t) for t in (experts.gate_EFD, experts.up_EFD, experts.down_EDF)]
-        packed = self._ops.pack_experts(self._isa, *sources, dense_down)
+        gate_up, down = self._ops.pack_experts(self._isa, *sources, dense_down)
         biases = join_gate_up_bias(experts.gate_bias_EF, experts.up_bias_EF), self._padded(experts.down_bias_ED)
         down_bias_sum = None if biases[1] is None else biases[1].sum(0)
         shape = (num_experts, hidden_size, expert_size, int(dense_down), number)
-        data = _Experts(self._isa, *packed, *biases, down_bias_sum, shape)
-        return ExpertWeights.of(experts.gate_EFD.shape, activation, self.dtype, data, *packed, *biases)
+        data = _Experts(self._isa, gate_up, down, *biases, down_bias_sum, shape)
+        return ExpertWeights.of(experts.gate_EFD.shape, activation, self.dtype, data, gate_up, down, *biases)
 
     def experts(self, x_TD: torch.Tensor, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
         if routing.weight_on_input or routing.identity_weights_T is not None:

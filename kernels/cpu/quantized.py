@@ -198,8 +198,8 @@ class CpuQuantPacking(TorchBackend):
 
     def _pack_quantized_experts(self, experts: QuantExperts, activation: str) -> ExpertWeights:
         if any(weight.format.cpu is None for weight in experts.weights):
-            weights = (self._dequantized(weight, experts.scheme) for weight in experts.weights)
-            return self._pack_experts(PlainExperts(*weights, *experts.biases), activation)
+            gate, up, down = (self._dequantized(weight, experts.scheme) for weight in experts.weights)
+            return self._pack_experts(PlainExperts(gate, up, down, *experts.biases), activation)
         number = activation_number(activation)
         gate_EFD, up_EFD, down_EDF = experts.weights
         if gate_EFD.format != up_EFD.format or _group(gate_EFD) != _group(up_EFD):

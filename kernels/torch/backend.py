@@ -141,9 +141,9 @@ class TorchBackend:
 
         ``down_EDF`` may be a strided view of one dense (D, E*F) matrix, so that all experts together are one dense FFN.
         """
-        weights = (t.to(self.device, self.dtype) for t in (gate_EFD, up_EFD, down_EDF))
-        biases = (self._moved(t) for t in (gate_bias_EF, up_bias_EF, down_bias_ED))
-        return self._pack_experts(PlainExperts(*weights, *biases), activation)
+        gate, up, down = (t.to(self.device, self.dtype) for t in (gate_EFD, up_EFD, down_EDF))
+        gate_bias, up_bias, down_bias = (self._moved(t) for t in (gate_bias_EF, up_bias_EF, down_bias_ED))
+        return self._pack_experts(PlainExperts(gate, up, down, gate_bias, up_bias, down_bias), activation)
 
     def _pack_experts(self, experts: PlainExperts, activation: str) -> ExpertWeights:
         """Experts on this device, in this dtype, in this backend's layout."""
@@ -164,8 +164,9 @@ class TorchBackend:
         check_experts(gate_EFD, up_EFD, down_EDF)
         for weight in (gate_EFD, up_EFD, down_EDF):
             scheme.check(weight.format, weight.group)
-        biases = (self._moved(t) for t in (gate_bias_EF, up_bias_EF, down_bias_ED))
-        return self._pack_quantized_experts(QuantExperts(gate_EFD, up_EFD, down_EDF, *biases, scheme), activation)
+        gate_bias, up_bias, down_bias = (self._moved(t) for t in (gate_bias_EF, up_bias_EF, down_bias_ED))
+        experts = QuantExperts(gate_EFD, up_EFD, down_EDF, gate_bias, up_bias, down_bias, scheme)
+        return self._pack_quantized_experts(experts, activation)
 
     def _pack_quantized_experts(self, experts: QuantExperts, activation: str) -> ExpertWeights:
         """Quantised experts, whose biases are on this device already, in this backend's layout."""

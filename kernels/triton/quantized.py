@@ -9,6 +9,7 @@ Shape suffixes are explained in ``types.py``; N outputs, K inputs of a product.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -239,10 +240,12 @@ def plan_quant(
     rows = x.codes if isinstance(x, RoundedRows) else x
     if index is None:
         tiles = cdiv(rows.shape[0], config.block_m)
-        tables = dict.fromkeys(("sorted_ptr", "starts_ptr", "tile_expert_ptr", "tile_row_ptr", "num_tiles_ptr"))
+        names = ("sorted_ptr", "starts_ptr", "tile_expert_ptr", "tile_row_ptr", "num_tiles_ptr")
+        tables: dict[str, Any] = dict.fromkeys(names)
     else:
         assert config.block_m == index.block_m, f"tables have tiles of {index.block_m} rows, not {config.block_m}"
-        tiles, tables = index.max_tiles, index.arguments
+        tiles = index.max_tiles
+        tables = index.arguments
     return Launch(
         kernel=quant_gemm_kernel,
         grid=(tiles * cdiv(weight.outputs, config.block_n),),
