@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 __all__ = ["LLM", "Quality", "SamplingParams", "__version__"]
@@ -11,6 +12,12 @@ if TYPE_CHECKING:
     from .dynamic.engine.sampling_params import SamplingParams
     from .dynamic.llm import LLM
     from .version import __version__
+
+
+# Threads of libgomp spin at barriers for 3 ms before they sleep, so that processes which share their cores keep them from
+# each other. libgomp reads its bound while torch is loaded; results: benchmarks/side_by_side.py.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 
 def __getattr__(name: str) -> object:

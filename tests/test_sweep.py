@@ -205,7 +205,10 @@ def test_the_ablation_of_calibrations_runs(tmp_path: Path, capsys: pytest.Captur
 
 
 FOREIGN = [
-    ("hydra:\n  callbacks:\n    mine:\n      _target_: os.mkdir\n", "_target_ must be in dynamoe or a plug-in of Hydra, not 'os.mkdir'"),
+    (
+        "hydra:\n  callbacks:\n    mine:\n      _target_: os.mkdir\n",
+        "_target_ must be in dynamoe or a plug-in of Hydra, not 'os.mkdir'",
+    ),
     ("a:\n  - _target_: dynamoe.dynamic.cli.main.os.getcwd\n", "only imported there"),
     ("a:\n  _target_: dynamoe.nothing.here\n", "is not there"),
     ("a:\n  _target_: dynamoe_evil.run\n", "must be in dynamoe"),

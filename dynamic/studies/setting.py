@@ -57,7 +57,7 @@ class StudiedQuality(QualityConfig):
         if self.expert_rule not in EXPERT_RULES:
             raise ValueError(f"quality.expert_rule must be one of {', '.join(EXPERT_RULES)}, not {self.expert_rule!r}")
         check_ranges(self, "alpha", "delta", where="quality.", above=0, below=1)
-        check_ranges(self, "exit_threshold", where="quality.", least=0, most=1)
+        check_ranges(self, "exit_threshold", "exit_thresholds", where="quality.", least=0, most=1)
         check_ranges(self, "expert_keep", "expert_share", where="quality.", above=0, most=1)
         check_ranges(self, "experts_per_token", where="quality.", least=1)
         if self.expert_share is not None and (self.expert_keep is not None or self.alpha is not None):

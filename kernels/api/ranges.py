@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -14,7 +15,7 @@ def check_ranges(
     most: float | None = None,
     below: float | None = None,
 ) -> None:
-    """Check numbers, or sequences of numbers, in the attributes of an object. None passes; NaN never does.
+    """Check numbers, or sequences and mappings of numbers, in the attributes of an object. None passes; NaN never does.
 
     Arguments:
         config: holds the attributes.
@@ -28,7 +29,8 @@ def check_ranges(
     """
     for name in names:
         value: Any = getattr(config, name)
-        for number in value if isinstance(value, (tuple, list)) else () if value is None else (value,):
+        numbers = value.values() if isinstance(value, Mapping) else value
+        for number in numbers if isinstance(numbers, Iterable) else () if value is None else (value,):
             inside = (
                 number == number
                 and (least is None or number >= least)
