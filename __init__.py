@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from .version import __version__
 
 
-# Threads of libgomp spin at barriers for 3 ms before they sleep, so that processes which share their cores keep them from
-# each other. libgomp reads its bound while torch is loaded; results: benchmarks/side_by_side.py.
+# Threads of libgomp spin at barriers for 3 ms before they sleep, so that processes that share cores keep them from each
+# other. libgomp reads its bound while torch is loaded. benchmarks/side_by_side.py measures it.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 

@@ -2,7 +2,7 @@
 
 ``python benchmarks/side_by_side.py result.json`` runs 1, 2 and 4 processes side by side, each with as many threads as
 there are cores, with several bounds on how long a thread of libgomp spins at a barrier (``GOMP_SPINCOUNT``; ``none`` is
-libgomp's own), with the engine on the main thread or on one of its own. It prints the tokens per second of each process.
+libgomp's own), with the engine on the main thread or on one of its own. It prints each process's tokens per second.
 """
 
 import os

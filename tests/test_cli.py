@@ -329,3 +329,13 @@ def test_ranges_are_checked_before_a_model_is_loaded(name: str, capsys: pytest.C
             if key.split(".")[-1] not in error and "must be" not in error:
                 accepted.append(f"{key}={given}: {error}")
     assert accepted == []
+
+
+@pytest.mark.parametrize(
+    ("given", "bound"), [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "x"}, "")]
+)
+def test_waiting_threads_stop_spinning_before_torch_is_loaded(given: dict[str, str], bound: str) -> None:
+    code = "import sys, os, dynamoe; print(os.environ.get('GOMP_SPINCOUNT', ''), 'torch' in sys.modules)"
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | given
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split(" ")[:2] == [bound, "False\n"]

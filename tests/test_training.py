@@ -15,8 +15,10 @@ import pytest
 import torch
 from dynamoe.dynamic.text.corpus import Windows
 from dynamoe.dynamic.train import head_loss
+from dynamoe.dynamic.train.command import TrainConfig
 from dynamoe.dynamic.train.language_model import LanguageModelConfig, LanguageModelTask
 from dynamoe.dynamic.train.model import DecoderConfig, TrainableDecoder
+from dynamoe.dynamic.train.recipe_config import RecipeConfig
 from dynamoe.exits.training.memory import MemoryEstimate, estimate_memory, refuse_if_too_large
 from dynamoe.exits.training.objectives import ExitTraining, layer_dropout_rates, sequences_kept
 from dynamoe.exits.training.optimizers import cosine_rate, make_optimizers, orthogonalize
@@ -252,6 +254,12 @@ def test_pieces_give_the_same_curve_as_one_run(tmp_path: Path) -> None:
     assert calls == 12
     whole, pieces = (read_losses(tmp_path / name / "metrics.jsonl") for name in ("whole", "pieces"))
     assert whole == pieces
+
+
+def test_the_longest_time_of_a_recipe_counts_unless_the_command_gives_one() -> None:
+    recipe = RecipeConfig(trainer=TrainerConfig(steps=4, max_minutes=3))
+    assert TrainConfig(recipe=recipe).recipe.trainer.max_minutes == 3
+    assert TrainConfig(recipe=recipe, max_minutes=5).recipe.trainer.max_minutes == 5
 
 
 KILLED_RUN = """

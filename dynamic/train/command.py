@@ -45,6 +45,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_ranges(self, "threads", least=1)
         check_ranges(self, "max_minutes", above=0)
+        if self.max_minutes is not None:
+            trainer = replace(self.recipe.trainer, max_minutes=self.max_minutes)
+            object.__setattr__(self, "recipe", replace(self.recipe, trainer=trainer))
 
 
 def train(config: TrainConfig) -> None:
@@ -56,8 +59,6 @@ def train(config: TrainConfig) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     recipe, output = config.recipe, Path(config.output).expanduser()
-    if config.max_minutes is not None:
-        recipe = replace(recipe, trainer=replace(recipe.trainer, max_minutes=config.max_minutes))
     config.zero.check(launched_size(), recipe.decoder.num_experts)
     if launched_size() > 1:
         run_recipe_together(recipe, output, config.zero)
