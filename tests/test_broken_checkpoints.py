@@ -77,6 +77,34 @@ def header_with(entry: Any) -> Callable[[Path], None]:
     return write
 
 
+def edit_header(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        data = (path / WEIGHTS).read_bytes()
+        end = 8 + struct.unpack("<Q", data[:8])[0]
+        header = json.loads(data[8:end])
+        change(header)
+        text = json.dumps(header).encode()
+        (path / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + data[end:])
+
+    return write
+
+
+def overlap(header: dict[str, Any]) -> None:
+    """Two tensors over the same bytes: memory that a small file could ask for many times."""
+    header["model.embed_tokens.weight"]["data_offsets"] = header["lm_head.weight"]["data_offsets"]
+
+
+def twice_in_header(path: Path) -> None:
+    data = (path / WEIGHTS).read_bytes()
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    text = data[8:end].rstrip()[:-1] + b', "model.norm.weight": {}}'
+    (path / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + data[end:])
+
+
+def longer(path: Path) -> None:
+    (path / WEIGHTS).write_bytes((path / WEIGHTS).read_bytes() + b"7 bytes")
+
+
 def only_pickles(path: Path) -> None:
     (path / WEIGHTS).rename(path / "pytorch_model.bin")
 
@@ -114,6 +142,15 @@ BROKEN: list[tuple[Callable[[Path], None], str]] = [
     (header_with({"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}), r"corrupt header: tensor 'x'"),
     (header_with({"dtype": "F32", "shape": [-1], "data_offsets": [8, 4]}), r"corrupt header: tensor 'x'"),
     (header_with({"dtype": "Q9", "shape": [1], "data_offsets": [0, 4]}), r"corrupt header: tensor 'x'"),
+    (edit_header(lambda h: h["model.norm.weight"].update(made_up=1)), r"tensor 'model.norm.weight' is described as"),
+    (
+        edit_header(lambda h: h["model.norm.weight"].update(shape=[1] * 100 + [64])),
+        r"corrupt header: tensor 'model.norm",
+    ),
+    (edit_header(overlap), r"corrupt header: tensor 'lm_head.weight' and tensor 'model.embed.* overlap"),
+    (edit_header(lambda h: h.pop("model.norm.weight")), r"no tensor has the 256 bytes behind|have 256 bytes between"),
+    (twice_in_header, r"corrupt header: 'model.norm.weight' is there twice"),
+    (longer, r"is corrupt: no tensor has the 7 bytes behind tensor '"),
     (only_pickles, r"only pytorch_model.bin; pickled weights are never loaded"),
     (no_weights, r"has no weights"),
     (no_config, r"config.json is missing"),
@@ -141,6 +178,14 @@ def edit_index(path: Path, change: Callable[[dict[str, str]], Any]) -> None:
     (path / INDEX).write_text(json.dumps(index))
 
 
+def twice_in_shards(path: Path) -> None:
+    """One tensor in two files: which of them is meant is anyone's guess."""
+    index = json.loads((path / INDEX).read_text())["weight_map"]
+    other = next(file for file in sorted(set(index.values())) if file != index["lm_head.weight"])
+    tensor = load_file(path / index["lm_head.weight"])["lm_head.weight"]
+    save_file({**load_file(path / other), "lm_head.weight": tensor}, path / other)
+
+
 BROKEN_SHARDS: list[tuple[Callable[[Path], Any], str]] = [
     (lambda path: first_shard(path).unlink(), r"model-00001-of-\d+.safetensors is missing; .*index.json names it"),
     (lambda path: first_shard(path).write_bytes(b""), r"model-00001-of-\d+.safetensors cannot be read"),
@@ -151,6 +196,12 @@ BROKEN_SHARDS: list[tuple[Callable[[Path], Any], str]] = [
         lambda path: edit_index(path, lambda m: m.update(made_up=first_shard(path).name)),
         r"lacks the tensor 'made_up' that the index promises",
     ),
+    (lambda path: edit_index(path, lambda m: m.update({min(m): "x\0.safetensors"})), r"which is not a plain file name"),
+    (
+        lambda path: edit_index(path, lambda m: m.update({"model.layers.0.input_layernorm.weight": max(m.values())})),
+        r"tensor 'model.layers.0.input_layernorm.weight' is in model-.*; the index says that it is in 'model-",
+    ),
+    (twice_in_shards, r"tensor 'lm_head.weight' is in model-00001-of-\d+.safetensors; the index says"),
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from dynamoe.dynamic.model.decoder import Decoder
 from dynamoe.dynamic.model.kv_cache import allocate_layers
 from dynamoe.dynamic.model.loader import load_decoder
 from dynamoe.kernels.api.types import AttentionBatch
+from dynamoe.serve.sampling import sampling_params
+from dynamoe.serve.wire.openai import CompletionRequest
 from safetensors.torch import load_file, save_file
 
 WEIGHTS = "model.safetensors"
@@ -149,19 +152,61 @@ def test_dtype_auto_is_the_checkpoints_own(copy_checkpoint: Callable[..., Path])
         load(path, dtype="int3")
 
 
-def test_extra_tensors_are_ignored_and_reported(
+def test_tensors_that_nothing_uses_are_refused_unless_they_say_nothing(
     copy_checkpoint: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     path = copy_checkpoint("llama")
     expected = prompt_logits(load(path), TOKENS)
-    edit_weights(path, lambda w: w.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
-    with caplog.at_level(logging.WARNING):
-        load(path)
-    assert not caplog.records
-    edit_weights(path, lambda w: w.update({"model.layers.3.mlp.up_proj.weight": torch.ones(8)}))
+    bias = "model.layers.1.self_attn.q_proj.bias"
+    # Buffers of older libraries, and biases of zeros as some quantisers store them.
+    harmless = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8), bias: torch.zeros(64)}
+    edit_weights(path, lambda weights: weights.update(harmless))
     with caplog.at_level(logging.WARNING):
         assert torch.equal(prompt_logits(load(path), TOKENS), expected)
-    assert "model.layers.3.mlp.up_proj.weight" in caplog.text
+    assert not caplog.records
+    for name, message in (
+        (bias, f"tensor '{bias}' in model.safetensors belongs to no part of the model"),
+        ("model.layers.3.mlp.up_proj.weight", "num_hidden_layers must be 4, which is how many layers the files hold"),
+        ("model.layers.1.mlp.experts.0.up_proj.weight", "layer 1 has 0 experts; the files hold 1 of it"),
+        ("model.layers.1.self_attn.sinks", "tensor 'model.layers.1.self_attn.sinks' in model.safetensors belongs to"),
+    ):
+        edit_weights(path, lambda weights, name=name: weights.update({name: torch.ones(8)}))
+        with pytest.raises(CheckpointError, match=message):
+            load(path)
+        edit_weights(path, lambda weights, name=name: weights.pop(name))
+
+
+@pytest.mark.parametrize("field", ["num_experts", "num_attention_heads", "vocab_size", "head_dim", "num_hidden_layers"])
+def test_counts_that_the_files_cannot_hold_are_named_at_once(copy_checkpoint: Callable[..., Path], field: str) -> None:
+    path = copy_checkpoint("qwen3_moe")
+    changes = {"num_experts": {"num_local_experts": None}, "head_dim": {"head_dim": 2**31 - 2}}.get(field, {})
+    edit_json(path / "config.json", **{field: 2**31 - 1, **changes})
+    with pytest.raises(
+        CheckpointError, match=r"num_hidden_layers must be 3|experts; the files hold 8|config.json implies|multiple"
+    ):
+        load(path)
+
+
+@pytest.mark.parametrize("prefix", ["", "language_model.model.", "model.language_model.", "language_model."])
+def test_other_names_of_the_same_tensors(prefix: str, copy_checkpoint: Callable[..., Path]) -> None:
+    path = copy_checkpoint("llama", tie_word_embeddings=prefix == "")
+    expected = prompt_logits(load(path), TOKENS)
+    head = "language_model.lm_head.weight" if prefix.startswith("language_model") else "lm_head.weight"
+    names = {"lm_head.weight": head}
+
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        for name in list(weights):
+            weights[names.get(name, prefix + name.removeprefix("model."))] = weights.pop(name)
+
+    edit_weights(path, change)
+    assert torch.equal(prompt_logits(load(path), TOKENS), expected)
+
+
+def test_two_text_models_in_one_file_are_refused(copy_checkpoint: Callable[..., Path]) -> None:
+    path = copy_checkpoint("llama")
+    edit_weights(path, lambda weights: weights.update({"embed_tokens.weight": torch.ones(8)}))
+    with pytest.raises(CheckpointError, match=r"two text models: model\.embed_tokens and embed_tokens"):
+        load(path)
 
 
 def test_the_files_may_vanish_after_loading(copy_checkpoint: Callable[..., Path]) -> None:
@@ -193,9 +238,73 @@ def test_generation_config_may_be_missing_or_wrong(copy_checkpoint: Callable[...
     with pytest.raises(
         CheckpointError, match=r"generation_config.json: temperature must be a finite number, not 'hot'"
     ):
-        load(path)
+        load_model(path, device="cpu", progress=False)
     (path / "generation_config.json").unlink()
     assert load(path).spec.eos_token_ids == (2,)
+
+
+RECOMMENDED = [
+    ({"top_k": -1, "top_p": 0, "temperature": 0}, {"top_p": 1e-9, "temperature": 0}, ""),
+    ({"top_k": 0, "max_new_tokens": 0, "min_p": None, "repetition_penalty": 1.1}, {"repetition_penalty": 1.1}, ""),
+    ({"top_k": 50.0, "top_p": 1, "min_p": 0.05}, {"top_k": 50, "top_p": 1, "min_p": 0.05}, ""),
+    ({"temperature": -1, "top_p": 1.5}, {}, "not applied to requests: temperature=-1, top_p=1.5"),
+    ({"top_k": -7, "min_p": 2, "repetition_penalty": 0}, {}, "top_k=-7, min_p=2, repetition_penalty=0"),
+    ({"temperature": float("inf"), "max_new_tokens": 1.5}, {}, "temperature=inf, max_new_tokens=1.5"),
+    ({"num_beams": 4, "suppress_tokens": [3], "forced_bos_token_id": 5}, {}, r"num_beams=4, suppress_tokens=\[3\], fo"),
+    ({"num_beams": 1, "suppress_tokens": [], "typical_p": 1.0, "max_length": 20, "do_sample": False}, {}, ""),
+    ({"made_up": [1]}, {}, r"made_up=\[1\]"),
+]
+
+
+@pytest.mark.parametrize(("given", "expected", "warning"), RECOMMENDED)
+def test_recommendations_are_read_as_they_are_meant(
+    given: dict[str, Any],
+    expected: dict[str, Any],
+    warning: str,
+    copy_checkpoint: Callable[..., Path],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """None of them stops the model, or the requests that take its defaults; what is not applied is named once."""
+    path = copy_checkpoint("llama", num_hidden_layers=1)
+    edit_json(path / "generation_config.json", **given)
+    with caplog.at_level(logging.WARNING):
+        model = load_model(path, device="cpu", progress=False, backend="torch")
+    assert model.generation_defaults == {**expected, "eos_token_id": [2, 0]}
+    said = [record.getMessage() for record in caplog.records if "generation_config.json" in record.getMessage()]
+    assert len(said) == bool(warning)
+    assert re.search(warning, "".join(said))
+    params = sampling_params(CompletionRequest(model="m", prompt="a"), model.generation_defaults)
+    assert params.greedy == (expected.get("temperature") == 0)
+    assert params.top_p == expected.get("top_p", 1)
+
+
+def test_stop_tokens_that_only_the_tokenizer_names(copy_checkpoint: Callable[..., Path]) -> None:
+    path = copy_checkpoint("llama", num_hidden_layers=1)
+    edit_json(path / "config.json", eos_token_id=5)
+    edit_json(path / "generation_config.json", eos_token_id=[-1, 7])
+    model = load_model(path, device="cpu", progress=False, backend="torch")
+    assert model.tokenizer.eos_token_id == 2
+    assert model.spec.eos_token_ids == (7, 5, 2)
+    assert model.generation_defaults["eos_token_id"] == [7, 5, 2]
+
+
+def test_float16_becomes_a_dtype_that_cpus_compute_in(
+    copy_checkpoint: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = copy_checkpoint("llama", dtype="float16")
+    with caplog.at_level(logging.WARNING):
+        decoder = load(path, dtype="auto")
+    assert (decoder.dtype, decoder.backend.name) == (torch.float32, "cpu")
+    assert "it runs in float32, which holds the same numbers" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert load(path, dtype="auto", quantization="int8").dtype == torch.bfloat16
+    assert "it runs in bfloat16, which leaves codes and scales as they are" in caplog.text
+    with pytest.warns(RuntimeWarning, match="dtype=float16 has no CPU kernels"):
+        assert load(path, dtype="float16").dtype == torch.float16
+    edit_json(path / "config.json", dtype="float17")
+    with pytest.raises(CheckpointError, match="dtype must be the name of a dtype, not 'float17'"):
+        load(path, dtype="auto")
 
 
 def test_fewer_experts_per_token_equals_a_model_made_for_fewer(

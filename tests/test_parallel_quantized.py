@@ -56,7 +56,7 @@ def test_a_part_is_that_of_the_whole_weight(tmp_path: Path, layout: str) -> None
             assert torch.equal(part.view("a.weight"), plain[outputs, inputs])
             found = part.quantized("a.weight")
             assert found is not None
-            assert torch.equal(found.weights[0].dequantize(), plain[outputs, inputs])
+            assert torch.equal(found.weight.dequantize(), plain[outputs, inputs])
             rows, columns = outputs.stop - outputs.start, inputs.stop - inputs.start
             words = (rows + 16) * (columns + 16)  # what lies in words of which a part is wanted
             read = part.split_bytes + part.replicated.get("a.qweight", 0) + part.replicated.get("a.weight_packed", 0)
@@ -76,7 +76,7 @@ def load_all(layout: Layout, checkpoint: ShardedCheckpoint) -> dict[str, torch.T
     for name in names:
         stored = checkpoint.quantized(name)
         assert stored is not None
-        found[name] = stored.weights[0].dequantize()
+        found[name] = stored.weight.dequantize()
     return found
 
 

@@ -72,6 +72,8 @@ def checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
         {"extra_special_tokens": ["<b", "<|tool|>"]},
         {"added_tokens_decoder": {"320": {"content": "<b", "special": False, "normalized": False}}},
         {"unk_token": "<|unknown|>", "pad_token": None},
+        {"split_special_tokens": True},
+        {"add_prefix_space": True, "legacy": False, "do_lower_case": True},
     ],
 )
 def test_encoding_and_decoding_equal_transformers(checkpoint: Path, tmp_path: Path, settings: dict) -> None:
@@ -106,6 +108,52 @@ def test_unusable_directories_are_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"model": 3}')
     with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read"):
         Tokenizer.from_directory(tmp_path)
+
+
+def added(file: dict, **token: object) -> None:
+    file["added_tokens"][0] |= token
+
+
+ODD_FILES = [
+    (lambda file: file.update(made_up=1), "tokenizer.json cannot be read"),
+    (lambda file: file["pre_tokenizer"].update(made_up=1), "pre_tokenizer/'made_up' is unknown"),
+    (lambda file: file["model"].update(dropout=0.1), "model/dropout=0.1 leaves out merges by chance"),
+    (lambda file: file["model"]["vocab"].update({"ab": 300}), "model/vocab gives '.*' and 'ab' the same id"),
+    (lambda file: added(file, id=7), "added_tokens gives '<|endoftext|>' the id 7, but it has 0"),
+    (lambda file: added(file, made_up=True), "added_tokens/'made_up' is unknown"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), ODD_FILES, ids=[message for _, message in ODD_FILES])
+def test_what_the_library_passes_over_is_refused(
+    checkpoint: Path, tmp_path: Path, change: Callable[[dict], None], message: str
+) -> None:
+    path = copy_with(checkpoint, tmp_path / "t")
+    file = json.loads((path / "tokenizer.json").read_text())
+    change(file)
+    (path / "tokenizer.json").write_text(json.dumps(file))
+    with pytest.raises(ValueError, match=message.replace("|", r"\|")):
+        Tokenizer.from_directory(path)
+
+
+ODD_SETTINGS = [
+    ("tokenizer_config.json", [1], "must hold a JSON object, not list"),
+    ("tokenizer_config.json", {"eos_token": 5}, "eos_token must be a token, not '5'"),
+    ("tokenizer_config.json", {"chat_template": 5}, "chat_template must be a text, not '5'"),
+    ("tokenizer_config.json", {"added_tokens_decoder": [5]}, "holds something of a wrong type"),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"999": {"content": "<b"}}}, "token '<b' has id 999 in"),
+    ("added_tokens.json", {"<|im_end|>": 7}, r"token '<\|im_end\|>' has id 7 in .*, but 2 in tokenizer.json"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), ODD_SETTINGS, ids=[message for *_, message in ODD_SETTINGS])
+def test_settings_that_do_not_fit_the_tokenizer(
+    checkpoint: Path, tmp_path: Path, name: str, content: object, message: str
+) -> None:
+    path = copy_with(checkpoint, tmp_path / "t")
+    (path / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.from_directory(path)
 
 
 TEMPLATES = {

@@ -14,9 +14,10 @@ import torch
 from ...kernels.api.codes import pack_int4
 from ...kernels.api.formats import UNQUANTIZED, ActivationScheme
 from ...kernels.api.quantized_weight import QuantizedWeight
+from .config_reader import ConfigReader
 from .stored_codes import NIBBLES, from_first_word, nibbles, words_of
 from .stored_groups import grouped_int4, groups_of, int4_step, known_group
-from .stored_layout import FLOATS, group_size, setting_error, two_sizes, want
+from .stored_layout import CALIBRATION_KEYS, FLOATS, WHAT, group_size, setting_error, two_sizes, want
 from .stored_weight import StoredWeight
 
 _ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # positions of the codes of outputs 0 … 7 in a word
@@ -70,9 +71,13 @@ class Awq:
 
 def open_awq(settings: Mapping[str, Any]) -> Awq:
     """From ``quantization_config``; raises CheckpointError for what is not understood."""
+    reader = ConfigReader(settings, WHAT)
     want(settings, "bits", 4, alias="w_bit")
-    version = str(settings.get("version", "gemm")).lower()
-    if version != "gemm":
-        raise setting_error("version", version, "gemm, the only layout of AWQ that is understood")
-    zero_points = settings.get("zero_point", True) is not False
-    return Awq(group=group_size(settings, alias="q_group_size"), zero_points=zero_points)
+    for key in ("version", "format", "checkpoint_format"):
+        if str(version := reader.get(key, "gemm")).lower() != "gemm":
+            raise setting_error(key, version, "gemm, the only layout of AWQ that is understood")
+    zero_points = reader.flag("zero_point", True)
+    group = group_size(settings, alias="q_group_size")
+    known = CALIBRATION_KEYS | {"bits", "w_bit", "group_size", "q_group_size", "sym"}
+    reader.refuse_unread(known, {"dynamic": ({},), "pack_dtype": ("int32",)})
+    return Awq(group=group, zero_points=zero_points)

@@ -14,9 +14,15 @@ import torch
 
 from ...kernels.api.formats import FP8, FP8_BLOCK, FP8_PER_GROUP, UNQUANTIZED, ActivationScheme
 from ...kernels.api.quantized_weight import QuantizedWeight
+from .config_reader import ConfigReader
 from .stored_codes import width, words_of
-from .stored_layout import FLOATS, setting_error
+from .stored_layout import FLOATS, WHAT
 from .stored_weight import StoredWeight
+
+# The tensors themselves say which modules are quantised; the cache has a format of its own here.
+_IRRELEVANT = frozenset(
+    {"ignored_layers", "kv_cache_scheme", "modules_to_convert", "modules_to_not_convert", "quant_method"}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +60,16 @@ class BlockFp8:
 
 def open_block_fp8(settings: Mapping[str, Any]) -> BlockFp8:
     """From ``quantization_config``; raises CheckpointError for what is not understood."""
-    block = settings.get("weight_block_size")
-    if block is not None and list(block) != [FP8_BLOCK, FP8_BLOCK]:
-        raise setting_error("weight_block_size", block, f"[{FP8_BLOCK}, {FP8_BLOCK}]")
-    if settings.get("fmt", "e4m3") != "e4m3":
-        raise setting_error("fmt", settings["fmt"], "e4m3")
-    return BlockFp8(dynamic=settings.get("activation_scheme", "dynamic") == "dynamic")
+    reader = ConfigReader(settings, WHAT)
+    block = reader.get("weight_block_size", [FP8_BLOCK, FP8_BLOCK])
+    if block != [FP8_BLOCK, FP8_BLOCK]:
+        raise reader.error("weight_block_size", block, f"[{FP8_BLOCK}, {FP8_BLOCK}]")
+    reader.choice("fmt", {"e4m3": "e4m3"}, "e4m3")
+    schemes = {"dynamic": "dynamic", "static": "static"}
+    dynamic = reader.choice("activation_scheme", schemes, "dynamic") == "dynamic"
+    neutral = {"dequantize": (False,), "expert_dtype": ("fp8",), "scale_fmt": ("float",)}
+    reader.refuse_unread(_IRRELEVANT, neutral)
+    return BlockFp8(dynamic=dynamic)
 
 
 def scale_per_output(weight: StoredWeight, part: str, rows: slice) -> torch.Tensor:

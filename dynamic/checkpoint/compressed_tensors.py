@@ -6,9 +6,8 @@ Shape suffixes: O outputs, I inputs, G groups of inputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -24,9 +23,10 @@ from ...kernels.api.formats import (
 )
 from ...kernels.api.quantized_weight import QuantizedWeight
 from .block_fp8 import load_fp8, one_per_output, scale_per_output
+from .layer_groups import LayerGroup
 from .stored_codes import NIBBLES, packed_inputs, some_nibbles, width, words_of
 from .stored_groups import Groups, check_order, grouped_int4, groups_of, known_group
-from .stored_layout import FLOATS, setting_error
+from .stored_layout import FLOATS
 from .stored_weight import StoredWeight
 
 
@@ -35,9 +35,7 @@ class CompressedTensors:
     """What compressed-tensors writes: packed int4 or int8, plain int8, fp8. Offsets are an addition of ours.
 
     Arguments:
-        weights: the weights' settings of every group of layers.
-        int8_activations: inputs of int8 weights become int8.
-        fp8_activations: inputs of fp8 weights in blocks become fp8.
+        groups: of layers, each with settings of its own.
     """
 
     markers: ClassVar[tuple[str, ...]] = ("weight_packed", "weight_scale")
@@ -45,17 +43,16 @@ class CompressedTensors:
         *("weight_packed", "weight_scale", "weight_zero_point", "weight_offset", "weight_shape", "weight_g_idx"),
         *("input_scale", "input_zero_point", "output_scale", "k_scale", "v_scale"),
     )
-    weights: tuple[Mapping[str, Any], ...]
-    int8_activations: bool = False
-    fp8_activations: bool = False
+    groups: tuple[LayerGroup, ...]
 
     def scheme(self, weight: StoredWeight) -> ActivationScheme:
         if weight.has("weight_packed"):
             return UNQUANTIZED
         if weight.info("weight", "I8", "F8_E4M3").dtype == "I8":
             scale = weight.info("weight_scale", *FLOATS).shape
-            return INT8_PER_GROUP if self.int8_activations and math.prod(scale[1:]) == 1 else UNQUANTIZED
-        return FP8_PER_GROUP if self.fp8_activations else UNQUANTIZED
+            asked = any(group.rows == "int8" for group in self._groups_of(weight))
+            return INT8_PER_GROUP if asked and math.prod(scale[1:]) == 1 else UNQUANTIZED
+        return FP8_PER_GROUP if any(group.rows == "fp8" for group in self._groups_of(weight)) else UNQUANTIZED
 
     def shape(self, weight: StoredWeight) -> tuple[int, ...]:
         """(O, I); what belongs to the weight is checked."""
@@ -79,10 +76,12 @@ class CompressedTensors:
         if bits == 4:
             if weight.has("weight_offset"):
                 weight.shaped("weight_offset", scale.shape, *FLOATS)
-            if weight.has("weight_zero_point") or self._asymmetric:
+            if weight.has("weight_zero_point") or self._asymmetric(weight):
                 weight.shaped("weight_zero_point", (-(-outputs // NIBBLES), scale.shape[1]), "I32")
         elif weight.has("weight_zero_point"):
             raise weight.error("int8 with zero points has no counterpart here")
+        if any(group.scattered for group in self._groups_of(weight)):
+            weight.info("weight_g_idx", "I32", "I64")
         return shape
 
     def input_step(self, weight: StoredWeight) -> int:
@@ -120,11 +119,16 @@ class CompressedTensors:
         data = packed_inputs(weight.read("weight_packed", rows, words_of(columns)), columns)
         return replace(grouped_int4(data, scale, zero, columns, groups), offset=offset)
 
-    @property
-    def _asymmetric(self) -> bool:
-        """Whether every int4 weight has zero points."""
-        kinds = [w.get("symmetric", True) for w in self.weights if w.get("num_bits") == 4]
-        return not any(kinds)
+    def _asymmetric(self, weight: StoredWeight) -> bool:
+        """Whether an int4 weight has zero points."""
+        return not any(group.symmetric for group in self._groups_of(weight) if group.bits == 4)
+
+    def _groups_of(self, weight: StoredWeight) -> tuple[LayerGroup, ...]:
+        """The settings of a weight: those that name it, else those of all linear layers, else any."""
+        if len(self.groups) == 1:
+            return self.groups
+        named = [group for group in self.groups if any(name.fullmatch(weight.listed) for name in group.names)]
+        return tuple(named[:1]) or tuple(group for group in self.groups if group.all_linear) or self.groups
 
     def _int8(self, weight: StoredWeight, data_OI: torch.Tensor, shape: tuple[int, ...]) -> QuantizedWeight:
         scale = weight.info("weight_scale", *FLOATS).shape
@@ -148,40 +152,13 @@ class CompressedTensors:
         if len(scales) != 2 or scales[0] != outputs:
             raise weight.error(f"scales of shape {tuple(scales)} do not fit the shape {shape}")
         groups = scales[1]
-        if groups == 1 and any(w.get("strategy") in ("channel", "tensor") for w in self.weights):
+        own = [group for group in self._groups_of(weight) if group.bits == bits]
+        if groups == 1 and any(group.strategy in ("channel", "tensor") for group in own):
             return inputs
-        sizes = {w.get("group_size") for w in self.weights if w.get("num_bits") == bits}
-        fitting = [s for s in sizes if isinstance(s, int) and s > 0 and -(-inputs // s) == groups]
+        sizes = {group.size for group in own}
+        fitting = [size for size in sizes if size and -(-inputs // size) == groups]
         if len(fitting) != 1:
             raise weight.error(
                 f"{groups} groups of {inputs} inputs fit none of the group sizes in config.json: {sizes}"
             )
         return known_group(weight, fitting[0], inputs)
-
-
-def open_compressed_tensors(settings: Mapping[str, Any]) -> CompressedTensors:
-    """From ``quantization_config``; raises CheckpointError for what is not understood."""
-    groups = settings.get("config_groups")
-    if not isinstance(groups, Mapping) or not groups:
-        raise setting_error("config_groups", groups, "an object with at least one group of layers")
-    if settings.get("sparsity_config") and settings["sparsity_config"].get("format", "dense") != "dense":
-        raise setting_error("sparsity_config", settings["sparsity_config"], "dense")
-    weights, activations = [], []
-    for group in groups.values():
-        if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
-            raise setting_error("config_groups", group, "groups with settings of their weights")
-        kind = (group["weights"].get("type", "int"), group["weights"].get("num_bits"))
-        if kind not in (("int", 4), ("int", 8), ("float", 8)):
-            raise setting_error("config_groups", f"{kind[1]}-bit {kind[0]}", "weights of int 4, int 8 or float 8 bits")
-        weights.append(group["weights"])
-        inputs = group.get("input_activations")
-        activations.append(None if not inputs else (inputs.get("type", "int"), inputs.get("num_bits")))
-    strange = [kind for kind in activations if kind not in (None, ("int", 8), ("float", 8))]
-    if strange:
-        raise setting_error("input_activations", f"{strange[0][1]}-bit {strange[0][0]}", "8 bits or none")
-    blocks = any(w.get("strategy") == "block" for w in weights)
-    return CompressedTensors(
-        weights=tuple(weights),
-        int8_activations=("int", 8) in activations,
-        fp8_activations=blocks and ("float", 8) in activations,
-    )

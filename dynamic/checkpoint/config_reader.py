@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
-from .weights import CheckpointError
+from .weights import CheckpointError, shown
 
 # Keys that alter the forward pass in some family, and the values with no effect. A family that understands a
 # key reads it; a key that was not read must hold one of these values (or null).
@@ -19,6 +19,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "auto_map": (),
     "clip_qkv": (),
     "compression_config": (),
+    "decoder_sparse_step": (1,),
     "embedding_multiplier": (1,),
     "final_logit_softcapping": (),
     "first_k_dense_replace": (0,),
@@ -35,10 +36,13 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "n_shared_experts": (0,),
     "no_rope_layers": ([],),
     "norm_topk_prob": (),
+    "num_nextn_predict_layers": (0,),
     "num_shared_experts": (0,),
     "parallel_attn": (False,),
     "partial_rotary_factor": (1,),
+    "per_layer_config": ({},),
     "position_embedding_type": ("rope", "rotary"),
+    "pruned_heads": ({},),
     "q_lora_rank": (),
     "qk_layernorm": (False,),
     "qkv_bias": (False,),
@@ -51,13 +55,47 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "shared_expert_intermediate_size": (0,),
     "shared_intermediate_size": (0,),
     "sliding_window": (),
+    "tie_encoder_decoder": (False,),
     "topk_group": (0, 1),
     "topk_method": ("greedy",),
     "use_alibi": (False,),
+    "use_mrope": (False,),
     "use_parallel_residual": (False,),
     "use_qk_norm": (False,),
     "use_sliding_window": (False,),
 }
+
+# Keys that no forward pass of ours depends on, whatever they hold. A key in neither table is refused.
+IRRELEVANT_KEYS = frozenset(
+    {
+        # where the file comes from and what reads it
+        *("architectures", "dtype", "is_decoder", "is_llama_config", "model_type", "name_or_path", "prefix"),
+        *("tokenizer_class", "torch_dtype", "torchscript", "transformers.js_config", "transformers_version"),
+        *("unsloth_fixed", "unsloth_version", "use_bfloat16", "xla_device"),
+        # training and fine-tuning
+        *("attention_dropout", "attn_pdrop", "classifier_dropout", "embd_pdrop", "embedding_dropout", "ep_size"),
+        *("finetuning_task", "gradient_checkpointing", "hidden_dropout", "id2label", "init_method"),
+        *("initializer_range", "label2id", "loss_type", "num_labels", "output_router_logits", "problem_type"),
+        *("resid_pdrop", "residual_dropout", "router_aux_loss_coef", "router_jitter_noise", "router_z_loss_coef"),
+        *("task_specific_params", "tf_legacy_loss"),
+        # how something is computed or returned, not what
+        *("attn_implementation", "chunk_size_feed_forward", "output_attentions", "output_hidden_states"),
+        *("pretraining_tp", "return_dict", "tie_last_hidden_states", "use_cache"),
+        # tokens that no decoder of ours meets
+        *("cls_token_id", "decoder_start_token_id", "mask_token_id", "pad_token_id", "sep_token_id", "unk_token_id"),
+        # sizes that only some layers or windows need; whoever needs them reads them
+        *("intermediate_size", "max_sequence_length", "max_window_layers", "model_max_length"),
+        # defaults of generation in files of older versions of transformers, which ignores them there as well
+        *("assistant_confidence_threshold", "assistant_lookbehind", "encoder_repetition_penalty", "epsilon_cutoff"),
+        *("eta_cutoff", "num_assistant_tokens", "num_assistant_tokens_schedule", "target_lookbehind"),
+        *("bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping"),
+        *("encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id"),
+        *("forced_eos_token_id", "length_penalty", "max_length", "max_new_tokens", "min_length"),
+        *("no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_scores"),
+        *("remove_invalid_values", "repetition_penalty", "return_dict_in_generate", "suppress_tokens"),
+        *("temperature", "top_k", "top_p", "typical_p"),
+    }
+)
 
 LARGEST_NUMBER = 1e30  # larger numbers are mistakes and would overflow float32
 
@@ -81,15 +119,15 @@ class ConfigReader:
         value = self.values.get(key)
         return default if value is None else value
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        """A whole number of at least 0 that fits 32 bits.
+    def integer(self, key: str, default: int | None = None, *, most: int = 2**31 - 1) -> int:
+        """A whole number between 0 and ``most``.
 
         Raises:
             CheckpointError: when it is something else, or missing without a default.
         """
         value = self._required(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
-            raise self.error(key, value, "a whole number of at least 0")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
+            raise self.error(key, value, f"a whole number of at least 0 and at most {most}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -141,24 +179,32 @@ class ConfigReader:
         """The error for a value that cannot be used."""
         return CheckpointError(f"{self._what}: {key} must be {expected}, not {str(value)[:200]!r}")
 
-    def refuse_unread(self, ignored: frozenset[str] = frozenset()) -> None:
-        """Reject keys that were not read although they change what the model computes.
+    def refuse_unread(
+        self, ignored: Container[str] = IRRELEVANT_KEYS, neutral: Mapping[str, tuple[Any, ...]] = NEUTRAL_VALUES
+    ) -> None:
+        """Reject keys that were not read, because they change what the model computes or may do so.
+
+        Keys that are null, or begin with an underscore (a writer's private notes), say nothing.
 
         Arguments:
-            ignored: keys that have no effect in this family.
+            ignored: keys that have no effect.
+            neutral: by key, values that have none.
 
         Raises:
             CheckpointError: naming key and value.
         """
-        for key, neutral in NEUTRAL_VALUES.items():
-            value = self.values.get(key)
-            if key in self._read or key in ignored or value is None or value in neutral:
+        for key, value in self.values.items():
+            if key in self._read or key in ignored or value is None or key.startswith("_"):
                 continue
-            if key == "layer_types" and isinstance(value, list) and set(value) <= {"full_attention"}:
+            if value in neutral.get(key, ()):
                 continue
+            if key == "layer_types" and isinstance(value, list) and all(kind == "full_attention" for kind in value):
+                continue
+            kind = self.values.get("model_type")
+            where = "" if kind is None else f" for model_type {kind!r}"
+            effect = "would give wrong results" if key in neutral else "could give wrong results: it is unknown"
             raise CheckpointError(
-                f"{self._what}: {key}={str(value)[:200]} is not supported for model_type "
-                f"{self.values.get('model_type')!r}, and ignoring it would give wrong results"
+                f"{self._what}: {shown(key)}={shown(value)} is not supported{where}, and ignoring it {effect}"
             )
 
     def _required(self, key: str, default: Any) -> Any:

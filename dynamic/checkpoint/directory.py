@@ -29,6 +29,7 @@ def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy what belongs to the tokenizer and to generation from one checkpoint directory to another."""
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+    tokens = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    for name in (*tokens, "chat_template.jinja", "generation_config.json"):
         if (source / name).exists():
             shutil.copyfile(source / name, target / name)

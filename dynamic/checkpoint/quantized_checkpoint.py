@@ -11,22 +11,30 @@ import torch
 
 from .awq import open_awq
 from .block_fp8 import open_block_fp8
-from .compressed_tensors import open_compressed_tensors
+from .compressed_tensors import CompressedTensors
 from .gptq import open_gptq
+from .layer_groups import read_groups
 from .stored_layout import StoredLayout, setting_error
 from .stored_weight import ALL, Index, Part, StoredWeight
-from .weights import DTYPES, Checkpoint, CheckpointError, StoredWeights, TensorInfo
+from .weights import DTYPES, Checkpoint, CheckpointError, Rename, StoredCodes, TensorInfo
 
 _KEYS = ("quantization_config", "compression_config")
 _NEVER_ALONE = ("qzeros", "scales", "g_idx", "weight_zero_point", "weight_shape")
+_PACKED = ("qweight", "weight_packed")
 _OURS = "dynamoe"  # codes that were kept from a GGUF file
+
+
+def _open_compressed_tensors(settings: Mapping[str, Any]) -> CompressedTensors:
+    return CompressedTensors(groups=read_groups(settings))
+
+
 OpenLayout = Callable[[Mapping[str, Any]], StoredLayout]
 _LAYOUTS: dict[str, OpenLayout] = {
-    "compressed-tensors": open_compressed_tensors,
+    "compressed-tensors": _open_compressed_tensors,
     "gptq": open_gptq,
     "awq": open_awq,
     "fp8": open_block_fp8,
-    _OURS: open_compressed_tensors,
+    _OURS: _open_compressed_tensors,
 }
 
 
@@ -52,17 +60,19 @@ def split_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], StoredLayou
         CheckpointError: for a method or a setting of it that is not understood, naming key and value.
     """
     rest = {key: value for key, value in config.items() if key not in _KEYS}
-    settings = next((config[key] for key in _KEYS if config.get(key)), None)
-    return rest, None if settings is None else _layout(settings)
+    given = [config[key] for key in _KEYS if config.get(key)]
+    if given and given[0] != given[-1]:
+        raise setting_error(_KEYS[1], given[-1], f"the same as {_KEYS[0]}, or absent")
+    return rest, _layout(given[0]) if given else None
 
 
-def open_checkpoint(directory: Path, layout: StoredLayout | None) -> Checkpoint:
+def open_checkpoint(directory: Path, layout: StoredLayout | None, rename: Rename | None = None) -> Checkpoint:
     """The checkpoint of a directory, quantised or not.
 
     Raises:
         CheckpointError: see the classes.
     """
-    return Checkpoint(directory) if layout is None else QuantizedCheckpoint(directory, layout)
+    return Checkpoint(directory, rename) if layout is None else QuantizedCheckpoint(directory, layout, rename)
 
 
 class QuantizedCheckpoint(Checkpoint):
@@ -72,8 +82,8 @@ class QuantizedCheckpoint(Checkpoint):
         CheckpointError: when a quantised weight lacks a tensor, or its tensors' shapes do not fit together.
     """
 
-    def __init__(self, directory: Path, layout: StoredLayout) -> None:
-        super().__init__(directory)
+    def __init__(self, directory: Path, layout: StoredLayout, rename: Rename | None = None) -> None:
+        super().__init__(directory, rename)
         self._layout = layout
         self._stored: dict[str, StoredWeight] = {}
         modules = {name.rpartition(".")[0] for name in self._tensors if name.rpartition(".")[2] in layout.markers}
@@ -84,7 +94,12 @@ class QuantizedCheckpoint(Checkpoint):
                     f"the quantised weight {module!r} lacks its tensor {module + '.' + layout.markers[0]!r}"
                 )
         for module in sorted(modules):
-            self._stored[f"{module}.weight"] = StoredWeight(name=module, tensors=self._tensors, load=self._part)
+            anchor = next(f"{module}.{part}" for part in layout.markers if f"{module}.{part}" in self._tensors)
+            listed = self.name_in_files(anchor).rpartition(".")[0]
+            weight = StoredWeight(name=module, listed=listed, tensors=self._tensors, load=self._part)
+            if any(weight.has(part) for part in _PACKED) and weight.has("weight"):
+                raise weight.error("it is stored twice, packed and as a tensor 'weight'")
+            self._stored[f"{module}.weight"] = weight
         self._shown = {
             name: info
             for name, info in self._tensors.items()
@@ -133,32 +148,24 @@ class QuantizedCheckpoint(Checkpoint):
 
     def view(self, name: str) -> torch.Tensor:
         """As it was stored, or dequantised: for the small weights that nothing runs quantised, such as routers."""
-        stored = self._stored.get(name)
-        return super().view(name) if stored is None else self._layout.load(stored).dequantize()
+        codes = self.quantized(name)
+        return super().view(name) if codes is None else codes.weight.dequantize()
 
-    def quantized(self, *names: str) -> StoredWeights | None:
-        """Weights that are stored quantised.
+    def quantized(self, name: str) -> StoredCodes | None:
+        """A weight that is stored quantised; None: it is not.
 
         Raises:
-            CheckpointError: when some of these are and others are not, or one makes no sense.
+            CheckpointError: when it makes no sense.
         """
-        stored = [self._stored.get(name) for name in names]
-        if not any(stored):
+        stored = self._stored.get(name)
+        if stored is None:
             return None
-        weights, schemes = [], set()
-        for name, weight in zip(names, stored, strict=True):
-            if weight is None:
-                raise CheckpointError(f"{name!r} is not quantised, but {names[stored.index(None) - 1]!r} beside it is")
-            try:
-                weights.append(self._layout.load(weight))
-            except CheckpointError:
-                raise
-            except ValueError as error:
-                raise weight.error(str(error)) from error
-            schemes.add(self._layout.scheme(weight))
-        if len(schemes) > 1:
-            raise CheckpointError(f"{names[0]!r} and its neighbours differ in how their inputs are rounded")
-        return StoredWeights(weights=tuple(weights), scheme=schemes.pop())
+        try:
+            return StoredCodes(weight=self._layout.load(stored), scheme=self._layout.scheme(stored))
+        except CheckpointError:
+            raise
+        except ValueError as error:
+            raise stored.error(str(error)) from error
 
 
 def _layout(settings: Any) -> StoredLayout:

@@ -6,15 +6,29 @@ names, such as ``model.layers.0.self_attn.q_proj``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
 from ...kernels.api.formats import ActivationScheme
 from ...kernels.api.quantized_weight import QuantizedWeight
+from .config_reader import ConfigReader
 from .stored_weight import StoredWeight
 from .weights import CheckpointError
 
 FLOATS = ("F32", "F16", "BF16")
+# Settings of GPTQ and AWQ that say how the codes were found, or which library's kernels shall read them.
+CALIBRATION_KEYS = frozenset(
+    {
+        *("act_group_aware", "backend", "batch_size", "block_name_to_quantize", "cache_block_outputs"),
+        *("damp_auto_increment", "damp_percent", "dataset", "desc_act", "disable_exllama", "do_fuse", "exllama_config"),
+        *("fuse_max_seq_len", "ignore", "lm_head", "max_input_length", "meta", "model_file_base_name"),
+        *("model_name_or_path", "model_seqlen", "module_name_preceding_first_block", "modules_in_block_to_quantize"),
+        *("modules_to_fuse", "modules_to_not_convert", "mse", "pack_impl", "pad_token_id", "quant_method"),
+        *("static_groups", "tokenizer", "true_sequential", "use_cuda_fp16", "use_exllama"),
+    }
+)
+WHAT = "config.json: quantisation"
 
 
 class StoredLayout(Protocol):
@@ -47,13 +61,13 @@ class StoredLayout(Protocol):
 
 def setting_error(key: str, value: Any, expected: str) -> CheckpointError:
     """For a setting of ``quantization_config`` that is not understood."""
-    return CheckpointError(f"config.json: quantisation: {key} must be {expected}, not {str(value)[:200]!r}")
+    return ConfigReader({}, WHAT).error(key, value, expected)
 
 
 def want(settings: Mapping[str, Any], key: str, wanted: Any, alias: str = "") -> None:
     """Raises CheckpointError unless a setting has the only value that is understood."""
     value = settings.get(key, settings.get(alias))
-    if value != wanted:
+    if value != wanted or isinstance(value, bool) != isinstance(wanted, bool):
         raise setting_error(key, value, f"{wanted}")
 
 
@@ -64,9 +78,23 @@ def group_size(settings: Mapping[str, Any], alias: str = "group_size") -> int:
         CheckpointError: for anything else.
     """
     value = settings.get("group_size", settings.get(alias))
-    if isinstance(value, bool) or not isinstance(value, int) or (value < 1 and value != -1):
+    if isinstance(value, bool) or not isinstance(value, int) or not (1 <= value < 2**31 or value == -1):
         raise setting_error("group_size", value, "a positive whole number, or -1 for all inputs")
     return value
+
+
+def pattern(text: Any) -> re.Pattern[str]:
+    """A regular expression out of a file, for names of modules.
+
+    Raises:
+        CheckpointError: for one that is wrong, or could take for ever: with a repeated group, or many repetitions.
+    """
+    try:
+        if not isinstance(text, str) or re.search(r"\)[*+{]", text) or len(re.findall(r"[*+{]", text)) > 4:
+            raise ValueError
+        return re.compile(text)
+    except (ValueError, re.error):
+        raise setting_error("a pattern of module names", text, "a simple regular expression") from None
 
 
 def two_sizes(weight: StoredWeight, part: str) -> tuple[int, int]:

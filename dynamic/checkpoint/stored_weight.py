@@ -45,6 +45,7 @@ class StoredWeight:
 
     Arguments:
         name: of the module.
+        listed: what patterns in ``config.json`` call it.
         tensors: from the files' headers.
         load: reads a part of a tensor by its full name.
         kept: the part of the weight to read.
@@ -54,6 +55,7 @@ class StoredWeight:
     tensors: Mapping[str, TensorInfo]
     load: Callable[[str, Index], torch.Tensor]
     kept: Part = ALL
+    listed: str = ""
 
     def has(self, part: str) -> bool:
         """Whether there is a tensor ``name.part``."""

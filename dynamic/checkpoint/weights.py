@@ -9,7 +9,7 @@ import json
 import math
 import mmap
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from ...kernels.api.formats import ActivationScheme
 from ...kernels.api.quantized_weight import QuantizedWeight
 
+MAX_DIMENSIONS = 64  # torch has no more
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CODE_DTYPES = {
@@ -31,6 +32,9 @@ ITEM_BITS = {
     **{"I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8},
     **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
 }
+
+
+Rename = Callable[[Iterable[str]], Mapping[str, str]]
 
 
 class CheckpointError(ValueError):
@@ -46,6 +50,11 @@ class TensorInfo:
     shape: tuple[int, ...]
     begin: int
     end: int
+
+
+def shown(value: Any) -> str:
+    """A value of a file for a message of one line: short, without line breaks."""
+    return repr(value)[1:-1][:200] if isinstance(value, str) else " ".join(str(value)[:200].split())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -66,15 +75,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoredWeights:
-    """Weights as they were stored quantised.
+class StoredCodes:
+    """A weight as it was stored quantised, (O, I), and how its inputs are rounded."""
 
-    Arguments:
-        weights: one for each name that was asked for, (O, I).
-        scheme: how their inputs are rounded.
-    """
-
-    weights: tuple[QuantizedWeight, ...]
+    weight: QuantizedWeight
     scheme: ActivationScheme
 
 
@@ -84,11 +88,15 @@ class Checkpoint(Mapping[str, TensorInfo]):
     ``view(name)`` is a tensor over the mapped file; ``release()`` lets the operating system drop the pages that have
     been read, which keeps the peak of a load near the size of the converted weights.
 
+    Arguments:
+        directory: holds one file of weights, or several and their index.
+        rename: from the names in the files to those that tensors shall have; those that are not in it are left out.
+
     Raises:
         CheckpointError: for a missing, truncated or malformed file.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, rename: Rename | None = None) -> None:
         self.directory = directory
         files, self._index = _weight_files(directory)
         self._maps: dict[str, mmap.mmap] = {}
@@ -98,6 +106,12 @@ class Checkpoint(Mapping[str, TensorInfo]):
         for name, file in self._index.items():
             if name not in self._tensors:
                 raise CheckpointError(f"{directory / file} lacks the tensor {name!r} that the index promises")
+        names = {name: name for name in self._tensors} if rename is None else rename(self._tensors)
+        self._names_in_files = {ours: theirs for theirs, ours in names.items()}
+        if len(self._names_in_files) < len(names):
+            theirs, ours = next(pair for pair in names.items() if self._names_in_files[pair[1]] != pair[0])
+            raise CheckpointError(f"the tensors {theirs!r} and {self._names_in_files[ours]!r} are both {ours!r}")
+        self._tensors = {ours: self._tensors[theirs] for theirs, ours in names.items()}
 
     def __getitem__(self, name: str) -> TensorInfo:
         return self._tensors[name]
@@ -120,10 +134,15 @@ class Checkpoint(Mapping[str, TensorInfo]):
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         self._maps[file] = mapped
         for name, info in _parse_header(path, file, mapped).items():
-            if name in self._tensors and self._index.get(name, file) == file:
+            if name in self._tensors:
                 raise CheckpointError(f"tensor {name!r} is in both {self._tensors[name].file} and {file}")
-            if self._index.get(name, file) == file:
-                self._tensors[name] = info
+            if (promised := self._index.get(name, file)) != file:
+                raise CheckpointError(f"tensor {name!r} is in {file}; the index says that it is in {promised!r}")
+            self._tensors[name] = info
+
+    def name_in_files(self, name: str) -> str:
+        """What a tensor is called in its file."""
+        return self._names_in_files[name]
 
     def view(self, name: str) -> torch.Tensor:
         """The tensor over the mapped file: do not write to it.
@@ -159,8 +178,8 @@ class Checkpoint(Mapping[str, TensorInfo]):
         count = math.prod(info.shape)
         return torch.frombuffer(self._maps[info.file], dtype=dtype, count=count, offset=info.begin).view(info.shape)
 
-    def quantized(self, *names: str) -> StoredWeights | None:
-        """Weights that are stored quantised; None: these are stored as they are. See :mod:`.quantized_checkpoint`."""
+    def quantized(self, name: str) -> StoredCodes | None:
+        """A weight that is stored quantised; None: it is not. See :mod:`.quantized_checkpoint`."""
         return None
 
     def release(self) -> None:
@@ -181,7 +200,9 @@ def _weight_files(directory: Path) -> tuple[list[str], dict[str, str]]:
             raise CheckpointError(f"{index_path} has no usable weight_map")
         files = sorted(set(weight_map.values()))
         for file in files:
-            if Path(file).name != file:  # an index must not reach outside its directory
+            if (
+                Path(file).name != file or not file.isprintable() or len(file) > 255
+            ):  # an index must not reach outside its directory
                 raise CheckpointError(f"{index_path} names {file!r}, which is not a plain file name")
             if not (directory / file).is_file():
                 raise CheckpointError(f"{directory / file} is missing; {index_path.name} names it")
@@ -206,27 +227,44 @@ def _parse_header(path: Path, file: str, mapped: mmap.mmap) -> dict[str, TensorI
     if start > size:
         raise CheckpointError(f"{path} is truncated: the header ends at byte {start}, the file at {size}")
     try:
-        header = json.loads(mapped[8:start])
+        header = json.loads(mapped[8:start], object_pairs_hook=_no_twins)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} has a corrupt header: {error}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} has a corrupt header: it is no JSON object")
     header.pop("__metadata__", None)
     tensors = {name: _parse_entry(path, file, name, entry, start) for name, entry in header.items()}
-    for name, info in sorted(tensors.items(), key=lambda item: item[1].end):
+    end, before = start, "the header"
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if info.end > size:
             raise CheckpointError(f"{path} is truncated: tensor {name!r} ends at byte {info.end}, the file at {size}")
+        if info.begin != end:
+            how = "overlap" if info.begin < end else f"have {info.begin - end} bytes between them"
+            raise CheckpointError(f"{path} has a corrupt header: {before} and tensor {name!r} {how}")
+        end, before = info.end, f"tensor {name!r}"
+    if end < size:
+        raise CheckpointError(f"{path} is corrupt: no tensor has the {size - end} bytes behind {before}")
     return tensors
+
+
+def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in out:
+            raise ValueError(f"{name!r} is there twice")
+        out[name] = value
+    return out
 
 
 def _parse_entry(path: Path, file: str, name: str, entry: Any, start: int) -> TensorInfo:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        whole = all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end))
+        whole = all(type(number) is int and 0 <= number < 2**63 for number in (*shape, begin, end))
+        whole = whole and len(shape) <= MAX_DIMENSIONS and len(entry) == 3
         valid = whole and dtype in ITEM_BITS and (end - begin) * 8 == math.prod(shape) * ITEM_BITS[dtype]
     except (KeyError, TypeError, ValueError):
         valid = False
         dtype, shape, begin, end = "", (), 0, 0
     if not valid:
-        raise CheckpointError(f"{path} has a corrupt header: tensor {name!r} is described as {str(entry)[:200]}")
+        raise CheckpointError(f"{path} has a corrupt header: tensor {name!r} is described as {shown(entry)}")
     return TensorInfo(file=file, dtype=dtype, shape=shape, begin=start + begin, end=start + end)

@@ -9,7 +9,7 @@ import torch
 
 from ...kernels.cpu.build import BuildError, build
 from ..convert.model_store import resolve_model
-from ..model.loader import choose_device
+from ..model.dtype import choose_device
 from ..quantize.driver import REPORT, quantize_checkpoint
 from ..quantize.methods import NEAREST, POOLED, CalibratedMethod
 from ..text.calibration_text import reference_pages, token_windows

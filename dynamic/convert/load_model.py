@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.weights import CheckpointError
+from ..model.generation_defaults import read_generation_defaults
 from ..model.load_config import LoadConfig
 from ..model.loaded import LoadedModel
-from ..model.loader import load_decoder, read_generation_defaults
+from ..model.loader import load_decoder
 from ..parallel.config import ParallelConfig
 from ..parallel.start import follow_if_worker, joining
 
@@ -44,9 +46,17 @@ def load_model(
 
     settings = replace(config or LoadConfig(), **options)
     path = resolve_model(model, progress=progress)
-    tokenizer = None if skip_tokenizer_init else Tokenizer.from_directory(path)
+    try:
+        tokenizer = None if skip_tokenizer_init else Tokenizer.from_directory(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     decoder = load_decoder(
-        path, settings, progress=progress, join=joining(parallel), experts_per_token=experts_per_token
+        path,
+        settings,
+        progress=progress,
+        join=joining(parallel),
+        experts_per_token=experts_per_token,
+        stop_token_ids=[] if tokenizer is None or tokenizer.eos_token_id is None else [tokenizer.eos_token_id],
     )
     follow_if_worker(decoder)
     spec = decoder.spec
@@ -56,5 +66,5 @@ def load_model(
         spec=spec,
         decoder=decoder,
         tokenizer=tokenizer or NoTokenizer(path, spec.vocab_size),
-        generation_defaults=read_generation_defaults(path, spec),
+        generation_defaults=read_generation_defaults(path, spec.eos_token_ids),
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...kernels.api.router_spec import RouterSpec
 from ...moe.router_specs import router_spec
-from ..checkpoint.config_reader import ConfigReader
+from ..checkpoint.config_reader import IRRELEVANT_KEYS, ConfigReader
 from ..checkpoint.weights import CheckpointError
 from .attention.registry import attention_kind
 from .family import QWEN_EXPERTS, ExpertNames, Family, WindowRule
@@ -19,6 +19,7 @@ from .moe_spec import MoESpec
 from .rope_config import rope_spec
 from .spec import LayerSpec, ModelSpec
 
+MAX_LAYERS = 10_000  # a mistake beyond; how many there are is compared with the files later
 ACTIVATIONS = {
     **{"silu": "silu", "swish": "silu", "gelu": "gelu"},
     **{"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"},
@@ -51,6 +52,9 @@ DYNAMOE_EXPERTS = (DENSE_FFN, ONE_EACH)
 def _router(config: ConfigReader, layer: int) -> RouterSpec:
     for key in ("num_experts", "num_local_experts", "num_experts_per_tok"):
         config.integer(key, 1)  # checks the type; the rule itself comes from the table of routers
+    one, other = config.get("num_experts"), config.get("num_local_experts")
+    if None not in (one, other) and one != other:
+        raise config.error("num_experts", one, f"the same as num_local_experts, {other}")
     config.flag("norm_topk_prob", False)
     try:
         return router_spec(config.values, layer)
@@ -247,13 +251,14 @@ def model_spec(config: Mapping[str, Any]) -> ModelSpec:
         raise
     except ValueError as error:
         raise CheckpointError(f"config.json: {error}") from error
-    reader.refuse_unread(family.ignored)
+    reader.refuse_unread(IRRELEVANT_KEYS | family.ignored)
     return spec
 
 
 def _model_spec(config: ConfigReader, family: Family) -> ModelSpec:
     max_position = config.integer("max_position_embeddings")
-    layers = tuple(_layer_spec(config, family, layer) for layer in range(config.integer("num_hidden_layers")))
+    num_layers = config.integer("num_hidden_layers", most=MAX_LAYERS)
+    layers = tuple(_layer_spec(config, family, layer) for layer in range(num_layers))
     if not layers:
         raise ValueError("num_hidden_layers must be at least 1")
     rope = rope_spec(config, layers[0].attention.rotary_channels, max_position, family.theta)

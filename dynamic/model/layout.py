@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import logging
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
-from ..checkpoint.weights import DTYPES, CheckpointError, TensorInfo
+from ..checkpoint.weights import DTYPES, Checkpoint, CheckpointError, TensorInfo
 from .attention.kind import AttentionLayout
 from .families import DENSE_FFN, SHARED_EXPERT
 from .family import ExpertNames, Family
 from .spec import LayerSpec, ModelSpec
 
-logger = logging.getLogger(__name__)
-
 EMBEDDING, FINAL_NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-HARMLESS_EXTRAS = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
+# Buffers that older libraries stored, and scales of a cache in 8 bits: ours has scales of its own.
+HARMLESS_EXTRAS = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias", ".k_scale", ".v_scale", ".kv_scale")
 
 Shape = tuple[int, ...]
 
@@ -104,8 +103,10 @@ def plan_layout(spec: ModelSpec, family: Family, tensors: Mapping[str, TensorInf
     """Find every tensor that the model needs and check its shape and dtype.
 
     Raises:
-        CheckpointError: naming the first tensor that is missing, or has a shape or dtype that does not fit.
+        CheckpointError: naming the first tensor that is missing or left over, or has a shape or dtype that does not
+            fit.
     """
+    _check_experts(spec, tensors)
     claims = _Claims(tensors)
     claims.claim(EMBEDDING, spec.vocab_size, spec.hidden_size)
     claims.claim(FINAL_NORM, spec.hidden_size)
@@ -118,7 +119,7 @@ def plan_layout(spec: ModelSpec, family: Family, tensors: Mapping[str, TensorInf
         for number, layer in enumerate(spec.layers)
     )
     _check(claims.shapes, tensors)
-    _report_extras(claims.shapes, tensors)
+    _refuse_extras(claims.shapes, tensors)
     return Layout(layers=layers, lm_head=lm_head)
 
 
@@ -198,7 +199,41 @@ def _check(shapes: Mapping[str, Shape], tensors: Mapping[str, TensorInfo]) -> No
             )
 
 
-def _report_extras(shapes: Mapping[str, Shape], tensors: Mapping[str, TensorInfo]) -> None:
+def layers_in(names: Iterable[str]) -> int:
+    """How many layers a checkpoint has tensors of, from the highest number."""
+    found = (re.match(r"model\.layers\.(\d{1,6})\.", name) for name in names)
+    return max((int(match[1]) for match in found if match), default=-1) + 1
+
+
+def _check_experts(spec: ModelSpec, tensors: Iterable[str]) -> None:
+    """Raises CheckpointError where config.json names more or fewer experts than the files hold one by one."""
+    names = [name for name in tensors if ".experts." in name]
+    counts: dict[int, int] = {}
+    for name in names:
+        if match := re.match(r"model\.layers\.(\d{1,6})\..*\.experts\.(\d{1,6})\.", name):
+            counts[int(match[1])] = max(counts.get(int(match[1]), 0), int(match[2]) + 1)
+    for number, layer in enumerate(spec.layers):
+        wanted = 0 if layer.moe is None else layer.moe.num_experts
+        if number in counts and counts[number] != wanted:
+            raise CheckpointError(
+                f"config.json: layer {number} has {wanted} experts; the files hold {counts[number]} of it"
+            )
+
+
+def _refuse_extras(shapes: Mapping[str, Shape], tensors: Mapping[str, TensorInfo]) -> None:
     extras = [name for name in tensors if name not in shapes and not name.endswith(HARMLESS_EXTRAS)]
+    extras = [name for name in extras if not _adds_nothing(name, shapes, tensors)]
     if extras:
-        logger.warning("%d tensors of the checkpoint are not used, among them %s", len(extras), ", ".join(extras[:3]))
+        more = f" (and {len(extras) - 1} more)" if len(extras) > 1 else ""
+        raise CheckpointError(
+            f"tensor {extras[0]!r} in {tensors[extras[0]].file}{more} belongs to no part of the model that config.json"
+            " describes, and ignoring it could give wrong results"
+        )
+
+
+def _adds_nothing(name: str, shapes: Mapping[str, Shape], tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether a tensor is a bias of zeros, which some quantisers store with every layer."""
+    module, _, part = name.rpartition(".")
+    if part != "bias" or f"{module}.weight" not in shapes or not isinstance(tensors, Checkpoint):
+        return False
+    return tensors[name].dtype in DTYPES and not bool(tensors.view(name).count_nonzero())

@@ -10,7 +10,8 @@ class LoadConfig:
     """How a model is loaded.
 
     Arguments:
-        dtype: ``auto`` (the checkpoint's own), ``float32``, ``bfloat16`` or ``float16``.
+        dtype: ``auto`` (the checkpoint's own; instead of float16, CPUs take float32, or bfloat16 with quantised
+            weights), ``float32``, ``bfloat16`` or ``float16``.
         device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         backend: which kernels compute; ``auto`` takes the fastest that run here, ``cpu:avx512vnni`` (or another
             instruction set) what a processor would choose that has no better one.

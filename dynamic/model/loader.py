@@ -6,38 +6,37 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...exits.sidecar import ExitHeads, load_heads
-from ...kernels.api.format_join import concatenate, stack_experts
+from ...kernels.api.format_join import concatenate, kind, stack_experts
 from ...kernels.api.kv_codes import KV_DTYPES
 from ...kernels.api.quantized_weight import QuantizedWeight
 from ...kernels.api.types import ExpertWeights, LinearWeights
 from ...kernels.select import select_backend
 from ...kernels.torch.backend import TorchBackend
 from ...moe.contribution import LayerScales
-from ..checkpoint.config_reader import ConfigReader
-from ..checkpoint.quantized_checkpoint import open_checkpoint, split_config
-from ..checkpoint.weights import DTYPES, Checkpoint, CheckpointError, StoredWeights, read_json
+from ..checkpoint.weights import DTYPES, CheckpointError, StoredCodes
 from .attention.kind import AttentionLayout, AttentionWeights
 from .budgeted_layers import read_scales
 from .decoder import Decoder
+from .dtype import choose_device, choose_dtype
 from .exits import pack_exits
-from .families import family_of, model_spec
+from .generation_defaults import stop_tokens
 from .layer_weights import LayerWeights
-from .layout import EMBEDDING, FINAL_NORM, FFNLayout, LayerLayout, Layout, expert_tensors, plan_layout
+from .layout import EMBEDDING, FINAL_NORM, FFNLayout, LayerLayout, Layout, expert_tensors
 from .load_config import LoadConfig
 from .machine import release_free_memory
+from .model_files import open_files
 from .placement import Join, Placement, Source, absent_linear
 from .quantization import NONE, Method, Quantization
 from .spec import ModelSpec
 
-DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORED = "as the checkpoint stores it"
-GENERATION_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
 
 
 def load_decoder(
@@ -47,6 +46,7 @@ def load_decoder(
     progress: bool = False,
     join: Join | None = None,
     experts_per_token: int | None = None,
+    stop_token_ids: Sequence[int] = (),
     **options: Any,
 ) -> Decoder:
     """Load the decoder of a directory, without its tokenizer.
@@ -60,6 +60,7 @@ def load_decoder(
         progress: show a progress bar.
         join: meets the other processes that share the model; None: there are none.
         experts_per_token: use fewer routed experts per token than the model was made for.
+        stop_token_ids: tokens that end a text beside those that the checkpoint's configuration names.
         options: fields of :class:`LoadConfig` that differ from ``config``.
 
     Raises:
@@ -69,20 +70,18 @@ def load_decoder(
     wanted = Quantization(method=settings.quantization, lm_head=settings.quantize_lm_head)
     if settings.kv_cache_dtype not in KV_DTYPES:
         raise ValueError(f"kv_cache_dtype must be {', '.join(KV_DTYPES)}, not {settings.kv_cache_dtype!r}")
-    model_config, stored = split_config(read_json(path / "config.json"))
+    files = open_files(path)
+    spec, checkpoint, layout, stored = files.spec, files.checkpoint, files.layout, files.stored
     if stored is not None and settings.quantization != NONE:
         raise ValueError(
             f"the weights in {path} are quantised already: leave quantization={settings.quantization} away"
         )
-    spec = model_spec(model_config)
-    checkpoint = open_checkpoint(path, stored)
-    layout = plan_layout(spec, family_of(model_config), checkpoint)
-    defaults = read_generation_defaults(path, spec)
-    spec = replace(spec, eos_token_ids=tuple(defaults["eos_token_id"]))
+    spec = replace(spec, eos_token_ids=stop_tokens(path, (*spec.eos_token_ids, *stop_token_ids)))
     if experts_per_token is not None:
         spec = spec.with_experts_per_token(experts_per_token)
-    torch_dtype = _choose_dtype(settings.dtype, model_config, checkpoint)
-    chosen = select_backend(choose_device(settings.device), torch_dtype, settings.backend)
+    device, coded = choose_device(settings.device), stored is not None or settings.quantization != NONE
+    torch_dtype = choose_dtype(settings.dtype, files.config, DTYPES[checkpoint[EMBEDDING].dtype], device, coded=coded)
+    chosen = select_backend(device, torch_dtype, settings.backend)
     if settings.kv_cache_dtype not in chosen.kv_formats:
         known = ", ".join(chosen.kv_formats)
         raise ValueError(
@@ -100,50 +99,6 @@ def load_decoder(
     decoder = builder.build(progress=progress, heads=heads)
     decoder.kv_dtype = KV_DTYPES[settings.kv_cache_dtype] or torch_dtype
     return decoder
-
-
-def read_generation_defaults(path: Path, spec: ModelSpec) -> dict[str, Any]:
-    """What ``generation_config.json`` recommends; the end-of-sequence tokens include those of ``config.json``.
-
-    Raises:
-        CheckpointError: when the file is there and malformed.
-    """
-    file = path / "generation_config.json"
-    config = ConfigReader(read_json(file) if file.is_file() else {}, file.name)
-    defaults: dict[str, Any] = {
-        key: config.number(key) if key not in ("top_k", "max_new_tokens") else config.integer(key)
-        for key in GENERATION_KEYS
-        if config.get(key) is not None
-    }
-    defaults["eos_token_id"] = list(dict.fromkeys((*config.integers("eos_token_id"), *spec.eos_token_ids)))
-    return defaults
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto`` (a GPU when there is one), or a torch device.
-
-    Raises:
-        ValueError: for a device that does not exist or is not here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"unknown device {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} was asked for, but torch sees no GPU")
-    return device
-
-
-def _choose_dtype(name: str, config: dict[str, Any], checkpoint: Checkpoint) -> torch.dtype:
-    if name == "auto":
-        named = config.get("dtype") or config.get("torch_dtype")
-        stored = DTYPES[checkpoint[EMBEDDING].dtype]
-        return DTYPE_NAMES.get(str(named), torch.float32 if stored == torch.float64 else stored)
-    if name not in DTYPE_NAMES:
-        raise ValueError(f"dtype must be auto, {', '.join(DTYPE_NAMES)}, not {name!r}")
-    return DTYPE_NAMES[name]
 
 
 @contextmanager
@@ -223,21 +178,43 @@ class _Builder:
 
     def _embedding(self) -> torch.Tensor | QuantizedWeight:
         if (stored := self.source.quantized(EMBEDDING)) is not None:
-            return stored.weights[0].to(self.backend.device)
+            return stored.weight.to(self.backend.device)
         if self.quantization.head is None:
             return self._copy(EMBEDDING)
         return self.quantization.head.quantize(self._source(EMBEDDING, method=self.quantization.head))
 
     def _linear(self, *names: str, method: Method | None = None, bias: tuple[str, ...] = ()) -> LinearWeights:
         """One layer of tensors whose outputs follow each other, as it is or quantised."""
+        stored = [self.source.quantized(name) for name in names]
+        if not any(stored):
+            bias_O = self._copy(*bias) if bias else None
+            weight_OI = self._source(*names, method=method)
+            if method is None:
+                return self.backend.pack_linear(weight_OI, bias_O)
+            quantized = self._quantize(names[0], weight_OI, method)
+            return self.backend.pack_quantized_linear(quantized, bias_O, method.scheme)
+        parts, first = [], 0
+        for _, run in groupby(stored, lambda codes: None if codes is None else (kind(codes.weight), codes.scheme)):
+            last = first + len(alike := list(run))
+            parts.append(self._part(names[first:last], alike, bias[first:last]))
+            first = last
+        return self.backend.join_linear(*parts)
+
+    def _part(
+        self, names: Sequence[str], stored: Sequence[StoredCodes | None], bias: Sequence[str] = ()
+    ) -> LinearWeights:
+        """Tensors that are stored alike as one layer."""
         bias_O = self._copy(*bias) if bias else None
-        if (stored := self.source.quantized(*names)) is not None:
-            with _naming(names[0]):
-                return self.backend.pack_quantized_linear(concatenate(stored.weights), bias_O, stored.scheme)
-        weight_OI = self._source(*names, method=method)
-        if method is None:
-            return self.backend.pack_linear(weight_OI, bias_O)
-        return self.backend.pack_quantized_linear(self._quantize(names[0], weight_OI, method), bias_O, method.scheme)
+        codes = [part for part in stored if part is not None]
+        if not codes:
+            return self.backend.pack_linear(self._source(*names), bias_O)
+        with _naming(names[0]):
+            joined = concatenate([part.weight for part in codes])
+            return self.backend.pack_quantized_linear(joined, bias_O, codes[0].scheme)
+
+    def _plain(self, name: str) -> LinearWeights:
+        """A small layer that runs as it is; where it was stored quantised, it is dequantised."""
+        return self.backend.pack_linear(self._source(name))
 
     def _quantize(self, name: str, weight: torch.Tensor, method: Method) -> QuantizedWeight:
         return method.quantize(weight) if self.placement is None else self.placement.quantize(name, weight, method)
@@ -265,15 +242,14 @@ class _Builder:
         return self._copy(*names, dtype=None if method is None else mapped.dtype)
 
     def _layer(self, layout: LayerLayout, scales: LayerScales | None) -> LayerWeights:
-        linear = self._linear
         return LayerWeights(
             attention_norm_D=self._copy(layout.attention_norm),
             attention=self._attention(layout.attention),
             ffn_norm_D=self._copy(layout.ffn_norm),
             ffn=self._ffn(layout.ffn),
-            router=linear(layout.router) if layout.router else None,
+            router=self._plain(layout.router) if layout.router else None,
             shared=self._ffn(layout.shared) if layout.shared else None,
-            shared_gate=linear(layout.shared_gate) if layout.shared_gate else None,
+            shared_gate=self._plain(layout.shared_gate) if layout.shared_gate else None,
             contribution_scale_E=None if scales is None else scales.scale_E.to(self.backend.device),
         )
 
@@ -286,8 +262,9 @@ class _Builder:
         return layout.kind.weights(parts)
 
     def _ffn(self, layout: FFNLayout) -> ExpertWeights:
-        if (stored := self.source.quantized(*layout.gate, *layout.up, *layout.down)) is not None:
-            return self._stored_ffn(layout, stored)
+        parts = [[self.source.quantized(name) for name in names] for names in (layout.gate, layout.up, layout.down)]
+        if any(part for names in parts for part in names):
+            return self._stored_ffn(layout, *parts)
         method = self.quantization.layers
         gate_EFD, up_EFD, down_EDF = expert_tensors(layout, self.spec.hidden_size, partial(self._source, method=method))
         biases = [self._copy(name).view(1, -1) for name in layout.biases] or [None, None, None]
@@ -302,14 +279,29 @@ class _Builder:
         gate, up, down = quantized
         return self.backend.pack_quantized_experts(gate, up, down, self.spec.activation, *biases, scheme=method.scheme)
 
-    def _stored_ffn(self, layout: FFNLayout, stored: StoredWeights) -> ExpertWeights:
-        """Experts that were stored quantised, one by one."""
-        count = layout.num_experts
-        if len(layout.down) != count:
+    def _stored_ffn(self, layout: FFNLayout, *parts: Sequence[StoredCodes | None]) -> ExpertWeights:
+        """Experts that were stored quantised, all of them or some of their projections, one by one."""
+        if len(layout.down) != layout.num_experts:
             raise CheckpointError(f"{layout.down[0]!r} is quantised; only experts that are stored one by one can be")
-        with _naming(layout.gate[0]):
-            gate, up, down = (
-                stack_experts(stored.weights[first : first + count]) for first in range(0, 3 * count, count)
-            )
+        codes = [[part for part in names if part is not None] for names in parts]
         biases = [self._copy(name).view(1, -1) for name in layout.biases] or [None, None, None]
-        return self.backend.pack_quantized_experts(gate, up, down, self.spec.activation, *biases, scheme=stored.scheme)
+        if all(len(names) == layout.num_experts for names in codes) and _run_together(*codes):
+            gate, up, down = (stack_experts([part.weight for part in names]) for names in codes)
+            scheme = codes[0][0].scheme
+            with _naming(layout.gate[0]):
+                return self.backend.pack_quantized_experts(gate, up, down, self.spec.activation, *biases, scheme=scheme)
+        linears = [
+            [
+                self._part([name], [part], layout.biases[number : number + 1])
+                for name, part in zip(names, stored, strict=True)
+            ]
+            for number, (names, stored) in enumerate(zip((layout.gate, layout.up, layout.down), parts, strict=True))
+        ]
+        return self.backend.join_experts(*linears, self.spec.activation)
+
+
+def _run_together(gate: Sequence[StoredCodes], up: Sequence[StoredCodes], down: Sequence[StoredCodes]) -> bool:
+    """Whether kernels can run these projections of all experts as one."""
+    alike = all(len({kind(part.weight) for part in names}) == 1 for names in (gate, up, down))
+    grids = {(part.weight.format, part.weight.group) for part in (*gate, *up)}
+    return alike and len(grids) == 1 and len({part.scheme for part in (*gate, *up, *down)}) == 1

@@ -13,7 +13,7 @@ from ...kernels.api.types import LinearWeights
 if TYPE_CHECKING:
     from ...kernels.api.quantized_weight import QuantizedWeight
     from ...kernels.torch.backend import TorchBackend
-    from ..checkpoint.weights import Checkpoint, StoredWeights
+    from ..checkpoint.weights import Checkpoint, StoredCodes
     from .decoder import Decoder
     from .layer_weights import LayerWeights
     from .layout import Layout
@@ -26,7 +26,7 @@ class Source(Protocol):
 
     def view(self, name: str) -> torch.Tensor: ...
 
-    def quantized(self, *names: str) -> StoredWeights | None: ...
+    def quantized(self, name: str) -> StoredCodes | None: ...
 
     def release(self) -> None: ...
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from ..checkpoint.config_reader import ConfigReader
-from ..checkpoint.weights import CheckpointError
+from ..checkpoint.weights import shown
 from .rope import ROPE_TYPES, RopeSpec, yarn_attention_factor
 
 ROPE_KEYS = frozenset(
     {
-        *("rope_type", "type", "rope_theta", "factor", "partial_rotary_factor", "original_max_position_embeddings"),
+        *("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"),
         *("attention_factor", "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim", "finetuned"),
         *("low_freq_factor", "high_freq_factor"),
     }
@@ -28,16 +28,18 @@ def rope_spec(config: ConfigReader, head_dim: int, max_position: int, default_th
     Raises:
         ValueError: for a kind of scaling, or a key of it, that is not supported; the message names it.
     """
-    values = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    older, newer = config.get("rope_scaling"), config.get("rope_parameters")
+    values = older or newer or {}
+    if older and newer and _scaling(older) != _scaling(newer):
+        raise config.error("rope_scaling", older, f"what rope_parameters says, {shown(newer)}, or absent")
     if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
         raise config.error("rope_parameters", values, "one set of values for all layers")
     rope = ConfigReader(values, "config.json: rope_parameters")
-    unknown = sorted(key for key, value in values.items() if key not in ROPE_KEYS and value is not None)
-    if unknown:
-        raise CheckpointError(f"config.json: rope_parameters has {unknown[0]}={values[unknown[0]]}: not supported")
-    rope.refuse_unread()
+    rope.refuse_unread(ROPE_KEYS)
     kinds = {kind: kind for kind in ROPE_TYPES}
     kind = rope.choice("rope_type" if "rope_type" in values else "type", kinds, "default")
+    if rope.choice("type", kinds, kind) != kind:
+        raise rope.error("type", values["type"], f"the same as rope_type, {kind}")
     theta = rope.number("rope_theta", config.number("rope_theta", default_theta))
     original = config.integer(
         "original_max_position_embeddings", rope.integer("original_max_position_embeddings", max_position)
@@ -47,6 +49,14 @@ def rope_spec(config: ConfigReader, head_dim: int, max_position: int, default_th
     if kind == "yarn":
         scaled = _yarn_values(rope, max_position / max(original, 1))
     return RopeSpec(head_dim=head_dim, theta=theta, rope_type=kind, original_max_position=original, **scaled)
+
+
+def _scaling(values: Any) -> Any:
+    """What says how the range is stretched, whichever keys it is under."""
+    if not isinstance(values, dict):
+        return values
+    rest = {key: value for key, value in values.items() if key not in ("type", "rope_type", "rope_theta")}
+    return values.get("rope_type", values.get("type")), rest
 
 
 def _yarn_values(rope: ConfigReader, default_factor: float) -> dict[str, Any]:

@@ -67,6 +67,8 @@ class ModelSpec:
         check_ranges(self, "vocab_size", "hidden_size", "max_position", least=1)
         if not self.layers:
             raise ValueError("num_hidden_layers must be at least 1")
+        if self.norm_eps < 0:
+            raise ValueError(f"rms_norm_eps must be at least 0, not {self.norm_eps}")
 
     @property
     def num_layers(self) -> int:

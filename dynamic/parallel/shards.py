@@ -21,7 +21,7 @@ from ...kernels.api.quantized_weight import QuantizedWeight
 from ...moe.placement import read_placement
 from ..checkpoint.quantized_checkpoint import QuantizedCheckpoint
 from ..checkpoint.stored_weight import Index, Part
-from ..checkpoint.weights import Checkpoint, CheckpointError, StoredWeights
+from ..checkpoint.weights import Checkpoint, CheckpointError, StoredCodes
 from ..model.layer_weights import LayerWeights
 from ..model.layout import EMBEDDING, FFNLayout, LayerLayout, Layout
 from ..model.parts import part_of, width
@@ -74,9 +74,9 @@ class ShardedCheckpoint:
             return whole  # it is a part already
         return self._counted(name, whole, self._cuts[name](whole) if name in self._cuts else whole)
 
-    def quantized(self, *names: str) -> StoredWeights | None:
+    def quantized(self, name: str) -> StoredCodes | None:
         """See :meth:`Checkpoint.quantized`; codes, scales and zero points of this rank's part."""
-        return self.whole.quantized(*names)
+        return self.whole.quantized(name)
 
     def release(self) -> None:
         """See :meth:`Checkpoint.release`."""

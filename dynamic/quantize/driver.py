@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +18,16 @@ from ...kernels.select import select_backend
 from ...kernels.torch.backend import TorchBackend
 from ..checkpoint.compressed_writer import compressed_config
 from ..checkpoint.directory import copy_tokenizer, write_json, write_tensors
-from ..checkpoint.weights import DTYPES, Checkpoint, CheckpointError, read_json
+from ..checkpoint.weights import DTYPES, CheckpointError, read_json
 from ..model.attention.gqa import GqaSpec
-from ..model.families import Family, family_of, model_spec
-from ..model.layout import EMBEDDING, FINAL_NORM, Layout, plan_layout
-from ..model.spec import ModelSpec
+from ..model.layout import EMBEDDING, FINAL_NORM
+from ..model.model_files import ModelFiles, open_files
 from .inputs import OneLayer
 from .layer import layer_tensors, pack_layer, read_layer
 from .methods import CalibratedMethod, LayerMethod
 
 PROGRESS, REPORT = "quantization_progress.json", "quantization_report.json"
 _REST, _INDEX = "model-rest.safetensors", "model.safetensors.index.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Source:
-    """The checkpoint that is quantised."""
-
-    path: Path
-    config: dict[str, Any]
-    checkpoint: Checkpoint
-    spec: ModelSpec
-    family: Family
-    layout: Layout
 
 
 def quantize_checkpoint(
@@ -103,15 +90,13 @@ def quantize_checkpoint(
     return report
 
 
-def _open(source: Path) -> _Source:
-    config = read_json(source / "config.json")
-    if config.get("quantization_config") or config.get("compression_config"):
+def _open(source: Path) -> ModelFiles:
+    files = open_files(source)
+    if files.stored is not None:
         raise ValueError(f"{source} is quantised already; name the checkpoint that it was made of")
-    spec, family, checkpoint = model_spec(config), family_of(config), Checkpoint(source)
-    if other := {layer.attention.kind for layer in spec.layers} - {GqaSpec.kind}:
+    if other := {layer.attention.kind for layer in files.spec.layers} - {GqaSpec.kind}:
         raise ValueError(f"{source} has attention of kind {other.pop()!r}; only {GqaSpec.kind!r} can be quantised")
-    layout = plan_layout(spec, family, checkpoint)
-    return _Source(path=source, config=config, checkpoint=checkpoint, spec=spec, family=family, layout=layout)
+    return files
 
 
 def _begin(target: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -134,7 +119,7 @@ def _begin(target: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     return []
 
 
-def _stream(origin: _Source, target: Path, finished: int, windows_NL: torch.Tensor) -> torch.Tensor:
+def _stream(origin: ModelFiles, target: Path, finished: int, windows_NL: torch.Tensor) -> torch.Tensor:
     """The residual stream of the text after the finished layers, float32."""
     if finished == origin.spec.num_layers:
         return torch.empty(0)  # nothing is left to run
@@ -152,7 +137,7 @@ def _stream(origin: _Source, target: Path, finished: int, windows_NL: torch.Tens
 
 @torch.inference_mode()
 def _one_layer(
-    origin: _Source,
+    origin: ModelFiles,
     target: Path,
     number: int,
     stream_NLD: torch.Tensor,
@@ -178,7 +163,7 @@ def _one_layer(
     return after_NLD, {"layer": number, "relative_error": error, "experts": dict(worker.sources)}
 
 
-def _finish(origin: _Source, target: Path, method: CalibratedMethod, report: dict[str, Any]) -> None:
+def _finish(origin: ModelFiles, target: Path, method: CalibratedMethod, report: dict[str, Any]) -> None:
     """Write what is not quantised, the index, and last the configuration, which completes the model."""
     checkpoint = origin.checkpoint
     names = [EMBEDDING, FINAL_NORM, *([origin.layout.lm_head] if origin.layout.lm_head else [])]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import tokenizers
 from tokenizers import AddedToken, decoders
+
+from .tokenizer_file import read_json, read_tokenizer, run_rust
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,9 +42,10 @@ class Tokenizer:
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
+        backend.encode_special_tokens = settings.get("split_special_tokens") is True
         self.backend = backend
         self.path = path
-        self.special_tokens = {n: t for n in NAMED_SPECIAL_TOKENS if (t := _content(settings.get(n))) is not None}
+        self.special_tokens = {n: t for n in NAMED_SPECIAL_TOKENS if (t := _content(settings.get(n), n)) is not None}
         self._add_missing_tokens(settings)
         self._chat_sources = dict(chat_templates)
         self._chat_templates: dict[str, ChatTemplate] = {}
@@ -59,31 +61,42 @@ class Tokenizer:
             ValueError: when there is no tokenizer, or one that transformers cannot turn into a fast one.
         """
         path = Path(path)
-        settings = _read_json(path / "tokenizer_config.json")
-        for name, token in _read_json(path / "special_tokens_map.json").items():
+        settings = read_json(path / "tokenizer_config.json")
+        for name, token in read_json(path / "special_tokens_map.json").items():
             settings.setdefault(name, token)
         file = path / "tokenizer.json"
         if file.exists():
-            try:
-                backend = tokenizers.Tokenizer.from_file(str(file))
-            except Exception as error:  # the Rust library raises bare Exception
-                raise ValueError(f"{file} cannot be read: {error}") from error
+            backend = read_tokenizer(file)
         else:
             backend, settings = _convert_slow(path, settings)
-        return cls(backend, settings, _chat_sources(path, settings), path)
+        try:
+            tokenizer = cls(backend, settings, _chat_sources(path, settings), path)
+            tokenizer._check_added(read_json(path / "added_tokens.json"), settings.get("added_tokens_decoder") or {})
+        except (TypeError, LookupError, AttributeError, OverflowError, UnicodeError) as error:
+            raise ValueError(f"{path / 'tokenizer_config.json'} holds something of a wrong type: {error}") from error
+        run_rust(lambda: tokenizer.decode(tokenizer.encode("a b")), f"{file} does not work")
+        return tokenizer
 
     def _add_missing_tokens(self, settings: Mapping[str, Any]) -> None:
-        listed = settings.get("added_tokens_decoder", {})
+        listed = settings.get("added_tokens_decoder") or {}
         wanted = [_added_token(listed[key]) for key in sorted(listed, key=int)]
         extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
         extra = list(extra.values()) if isinstance(extra, dict) else extra
         for token in [*(settings.get(n) for n in self.special_tokens), *extra]:
-            wanted.append(AddedToken(_content(token) or "", special=True, normalized=False))
+            text = _content(token, "extra_special_tokens")
+            wanted.append(AddedToken(text or "", special=True, normalized=False))
         known = {t.content: t.special for t in self.backend.get_added_tokens_decoder().values()}
         for token in wanted:
             if token.content and known.get(token.content) is not True and (token.special or token.content not in known):
                 self.backend.add_special_tokens([token]) if token.special else self.backend.add_tokens([token])
                 known[token.content] = token.special
+
+    def _check_added(self, by_text: Mapping[str, int], by_id: Mapping[str, Mapping[str, Any]]) -> None:
+        """Raises ValueError where a file says that an added token has another id than it has."""
+        wanted = [*by_text.items(), *((entry["content"], int(number)) for number, entry in by_id.items())]
+        for text, number in wanted:
+            if (found := self.backend.token_to_id(text)) != number:
+                raise ValueError(f"the token {text!r} has id {number} in {self.path}, but {found} in tokenizer.json")
 
     def _special_id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
@@ -183,8 +196,11 @@ class Tokenizer:
         return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
 
 
-def _content(token: Any) -> str | None:
-    return token.get("content") if isinstance(token, dict) else token
+def _content(token: Any, name: str) -> str | None:
+    text = token.get("content") if isinstance(token, dict) else token
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"tokenizer_config.json: {name} must be a token, not {str(token)[:100]!r}")
+    return text
 
 
 def _added_token(entry: Mapping[str, Any]) -> AddedToken:
@@ -192,17 +208,10 @@ def _added_token(entry: Mapping[str, Any]) -> AddedToken:
     return AddedToken(entry["content"], **flags)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        return {}
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-
-
 def _chat_sources(path: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    listed = settings.get("chat_template")
+    listed = settings.get("chat_template") or None
+    if listed is not None and not isinstance(listed, str | list):
+        raise ValueError(f"tokenizer_config.json: chat_template must be a text, not {str(listed)[:100]!r}")
     if isinstance(listed, list):
         sources = {entry["name"]: entry["template"] for entry in listed}
     else:

@@ -18,7 +18,7 @@ def concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     """
     if any(w.out_features % w.block_out for w in weights[:-1]) or len({w.block_out for w in weights}) > 1:
         weights = [w.per_output() for w in weights]
-    _check_alike([(*_kind(w), w.num_experts) for w in weights], "joined")
+    _check_alike([(*kind(w), w.num_experts) for w in weights], "joined")
     parts = {name: torch.cat([w.tensors()[name] for w in weights], -2) for name in weights[0].tensors()}
     return replace(weights[0], **parts)  # type: ignore[arg-type]
 
@@ -29,7 +29,7 @@ def stack_experts(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     Raises:
         ValueError: for weights of different formats, groups or shapes.
     """
-    _check_alike([(*_kind(w), w.out_features) for w in weights], "stacked")
+    _check_alike([(*kind(w), w.out_features) for w in weights], "stacked")
     parts: dict[str, list[torch.Tensor]] = {}
     for weight in weights:
         for name, tensor in weight.tensors().items():
@@ -37,7 +37,7 @@ def stack_experts(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     return replace(weights[0], **{name: torch.cat(tensors) for name, tensors in parts.items()})  # type: ignore[arg-type]
 
 
-def _kind(weight: QuantizedWeight) -> tuple[object, ...]:
+def kind(weight: QuantizedWeight) -> tuple[object, ...]:
     """What weights must have in common to become one."""
     return (weight.format, weight.in_features, weight.group, weight.block_out, *sorted(weight.tensors()))
 

@@ -24,6 +24,7 @@ from ..api.types import (
 )
 from ..reference.router import check_route_arguments
 from ..torch.experts import PlainExperts
+from ..torch.split import SplitExperts, SplitLinear
 from . import build as cpu_build
 from .layout import BLOCK, activation_number, join_gate_up_bias
 from .quantized import CpuLinear, CpuQuantPacking
@@ -88,6 +89,8 @@ class CpuBackend(CpuQuantPacking):
         return LinearWeights.of(weight_OI.shape, self.dtype, data, packed, data.bias)
 
     def linear_tail(self, weights: LinearWeights, start: int) -> LinearWeights:
+        if isinstance(weights.data, SplitLinear):
+            return super().linear_tail(weights, start)
         data: CpuLinear = weights.data
         if start % BLOCK and not data.layout:  # the outputs begin inside a block
             rows = self.weight_rows(weights, torch.arange(start, data.outputs))
@@ -270,7 +273,7 @@ class CpuBackend(CpuQuantPacking):
         clip: float | None = None,
     ) -> None:
         linears: list[CpuLinear] = [p.kv.data for p in projections]
-        if any(linear.layout for linear in linears):
+        if any(isinstance(linear, SplitLinear) or linear.layout for linear in linears):
             return super().project_kv(x_TD, projections, layers, cos_sin_LC, batch, norm_eps=norm_eps, clip=clip)
         self._ops.project_kv.default(
             self._isa,
@@ -294,6 +297,10 @@ class CpuBackend(CpuQuantPacking):
         blocks = [block for layer in layers for block in layer]
         rules = [block.rule for block in blocks if isinstance(block, StackExperts) and block.rule is not None]
         if not all(rule.is_plain for rule in rules):
+            return None
+        packed = [linear.data for b in blocks if isinstance(b, StackAttention) for linear in (b.qkv, b.o)]
+        packed += [block.ffn.data for block in blocks if isinstance(block, StackExperts)]
+        if any(isinstance(data, SplitLinear | SplitExperts) for data in packed):
             return None
         # One table of rotations and one shape of caches for all layers.
         if len({(b.num_kv_heads, b.head_dim) for b in blocks if isinstance(b, StackAttention)}) != 1:

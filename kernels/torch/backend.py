@@ -30,6 +30,7 @@ from ..reference import operations as reference
 from .attention import run_attention
 from .experts import PlainExperts, run_experts
 from .quantized import QuantExperts, QuantLinear, check_experts
+from .split import SplitExperts, SplitLinear, join_linear
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +106,8 @@ class TorchBackend:
 
     def linear_tail(self, weights: LinearWeights, start: int) -> LinearWeights:
         """The layer that computes the outputs from ``start`` on; it shares the weights' memory where it can."""
+        if isinstance(weights.data, SplitLinear):
+            return weights.data.tail(start, self.linear_tail)
         if isinstance(weights.data, QuantLinear):
             return replace(weights, out_features=weights.out_features - start, data=weights.data.tail(start), nbytes=0)
         weight_OI, bias_O = weights.data
@@ -113,6 +116,8 @@ class TorchBackend:
 
     def linear(self, x_TI: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
         """``x @ weight.T + bias``, (T, O)."""
+        if isinstance(weights.data, SplitLinear):
+            return weights.data.run(x_TI)
         if isinstance(weights.data, QuantLinear):
             return weights.data.run(x_TI).to(x_TI.dtype)
         return F.linear(x_TI, *weights.data)
@@ -174,14 +179,41 @@ class TorchBackend:
         data = replace(experts, gate_EFD=gate_EFD, up_EFD=up_EFD, down_EDF=down_EDF)
         return ExpertWeights.of(gate_EFD.shape, activation, self.dtype, data, *data.weights, *data.biases)
 
+    def join_linear(self, *parts: LinearWeights) -> LinearWeights:
+        """Packed layers with the same inputs as one, in whichever formats they are."""
+        return join_linear(parts, self.linear)
+
+    def join_experts(
+        self,
+        gate: Sequence[LinearWeights],
+        up: Sequence[LinearWeights],
+        down: Sequence[LinearWeights],
+        activation: str,
+    ) -> ExpertWeights:
+        """Experts of packed projections, one for each expert, in whichever formats they are."""
+        self._fall_back("experts whose projections are in different formats")
+        return ExpertWeights(
+            num_experts=len(gate),
+            hidden_size=gate[0].in_features,
+            expert_size=gate[0].out_features,
+            activation=activation,
+            dtype=self.dtype,
+            data=SplitExperts(tuple(gate), tuple(up), tuple(down), activation, self.linear),
+            nbytes=sum(part.nbytes for part in (*gate, *up, *down)),
+        )
+
     def experts(self, x_TD: torch.Tensor, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
         """The weighted sum of each row's experts, (T, D). See :func:`reference.experts`."""
+        if isinstance(weights.data, SplitExperts):
+            return weights.data.run(x_TD, routing)
         if isinstance(weights.data, QuantExperts):
             return weights.data.run(x_TD, routing, weights.activation).to(x_TD.dtype)
         return run_experts(x_TD, weights.data, routing, weights.activation)
 
     def all_experts(self, x_TD: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
         """Every expert with weight 1, run as one dense FFN over the same storage, (T, D)."""
+        if isinstance(weights.data, SplitExperts):
+            return weights.data.run(x_TD, None)
         if isinstance(weights.data, QuantExperts):
             return weights.data.run_all(x_TD, weights.activation).to(x_TD.dtype)
         w: PlainExperts = weights.data

@@ -56,6 +56,7 @@ class PlainExperts(ExpertParts[torch.Tensor]):
 
 
 Product = Callable[[torch.Tensor, PlainExperts, torch.Tensor, str], torch.Tensor]
+SlotProduct = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def run_experts(
@@ -66,17 +67,24 @@ def run_experts(
     On a GPU, bfloat16 weights without biases go through grouped products, which need no word from the device;
     everything else runs expert by expert, which needs one. ``product`` takes the place of this choice.
     """
+    if product is None:
+        product = grouped_products if can_group(x_TD, weights) else products_one_by_one
+    return weighted_sum(
+        x_TD, routing, weights.gate_EFD.shape[0], lambda rows_ND, ends_E: product(rows_ND, weights, ends_E, activation)
+    )
+
+
+def weighted_sum(x_TD: torch.Tensor, routing: Routing, num_experts: int, product: SlotProduct) -> torch.Tensor:
+    """As :func:`run_experts`: ``product`` takes every slot's row, sorted by expert, and where each expert's end."""
     num_rows, top_k = routing.expert_ids_TK.shape
-    order_N, ends_E = slots_by_expert(routing, weights.gate_EFD.shape[0])
+    order_N, ends_E = slots_by_expert(routing, num_experts)
     rows_ND = x_TD[order_N // top_k]
     weights_TK = routing.weights_TK
     if routing.weight_on_input:
         rows_ND = (rows_ND * weights_TK.flatten()[order_N, None]).to(x_TD.dtype)
         weights_TK = torch.ones_like(weights_TK)
-    if product is None:
-        product = grouped_products if can_group(x_TD, weights) else products_one_by_one
     slots_TKD = torch.empty_like(rows_ND)
-    slots_TKD[order_N] = product(rows_ND, weights, ends_E, activation)
+    slots_TKD[order_N] = product(rows_ND, ends_E)
     slots_TKD = slots_TKD.view(num_rows, top_k, x_TD.shape[1])
     if routing.counts_T is not None:
         unused_TK = ~routing.used_TK

@@ -8,6 +8,7 @@ from ..api.types import ExpertWeights, Routing
 from .backend import TorchBackend
 from .experts import PlainExperts, Product, grouped_products, run_experts
 from .quantized import QuantExperts
+from .split import SplitExperts
 
 
 class GroupedMmBackend(TorchBackend):
@@ -18,7 +19,7 @@ class GroupedMmBackend(TorchBackend):
     products: Product = staticmethod(grouped_products)  # of all experts at once
 
     def experts(self, x_TD: torch.Tensor, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
-        quantised = isinstance(weights.data, QuantExperts)
+        quantised = isinstance(weights.data, QuantExperts | SplitExperts)
         reason = "quantised experts" if quantised else self.refused(x_TD, weights.data)
         if reason is None:
             return run_experts(x_TD, weights.data, routing, weights.activation, self.products)

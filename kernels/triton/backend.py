@@ -18,6 +18,7 @@ from ..reference.quantized import all_on
 from ..torch.backend import TorchBackend
 from ..torch.experts import PlainExperts
 from ..torch.quantized import QuantExperts, QuantLinear
+from ..torch.split import SplitExperts
 from .device import device_properties
 from .exits import ExitCall
 from .experts import ExpertProblem, ExpertsCall, table_rows
@@ -78,6 +79,8 @@ class TritonBackend(TorchBackend):
     def experts(self, x_TD: torch.Tensor, weights: ExpertWeights, routing: Routing) -> torch.Tensor:
         if not x_TD.shape[0]:
             return torch.empty_like(x_TD)
+        if isinstance(weights.data, SplitExperts):
+            return super().experts(x_TD, weights, routing)
         try:
             given = (weights.data, routing, weights.activation, self._ticket())
             if isinstance(weights.data, QuantExperts):

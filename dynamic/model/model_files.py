@@ -1,0 +1,61 @@
+"""A checkpoint's directory, read as far as its headers: what the model is, and where its tensors are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.config_reader import ConfigReader
+from ..checkpoint.quantized_checkpoint import open_checkpoint, split_config
+from ..checkpoint.stored_layout import StoredLayout
+from ..checkpoint.weights import Checkpoint, read_json
+from .families import family_of, model_spec
+from .family import Family
+from .layout import Layout, layers_in, plan_layout
+from .spec import ModelSpec
+from .text_part import text_config, text_names
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFiles:
+    """What a directory holds.
+
+    Arguments:
+        path: the directory.
+        config: ``config.json`` of the text model, without the settings of its quantisation.
+        stored: how the weights are quantised; None: they are not.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    stored: StoredLayout | None
+    spec: ModelSpec
+    family: Family
+    checkpoint: Checkpoint
+    layout: Layout
+
+
+def open_files(path: Path) -> ModelFiles:
+    """Read ``config.json`` and the headers of all weights, and check each against the other. No weight is read.
+
+    Arguments:
+        path: a directory in Hugging Face layout.
+
+    Raises:
+        CheckpointError: naming the file, key or tensor that is missing, wrong, not understood or left over.
+    """
+    whole = read_json(path / "config.json")
+    config, stored = split_config(text_config(whole))
+    family = family_of(config)
+    checkpoint = open_checkpoint(path, stored, text_names(whole))
+    # Before anything is made for each of the layers: there may be 2³¹ of them.
+    reader, there = ConfigReader(config), layers_in(checkpoint)
+    if (layers := reader.integer("num_hidden_layers")) and layers != there:
+        raise reader.error("num_hidden_layers", layers, f"{there}, which is how many layers the files hold")
+    spec = model_spec(config)
+    layout = plan_layout(spec, family, checkpoint)
+    return ModelFiles(
+        path=path, config=config, stored=stored, spec=spec, family=family, checkpoint=checkpoint, layout=layout
+    )

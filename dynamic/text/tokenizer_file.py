@@ -1,0 +1,101 @@
+"""Reading ``tokenizer.json``: what the library would pass over in silence is refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+_PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+_KEYS = frozenset({"version", "truncation", "padding", "added_tokens", "model", *_PARTS})
+_MODEL_KEYS = frozenset(
+    {
+        *("type", "vocab", "merges", "dropout", "unk_token", "unk_id", "continuing_subword_prefix"),
+        *("end_of_word_suffix", "fuse_unk", "byte_fallback", "ignore_merges", "max_input_chars_per_word"),
+    }
+)
+_TOKEN_KEYS = frozenset({"id", "content", "single_word", "lstrip", "rstrip", "normalized", "special"})
+_OLDER_KEYS = frozenset({"add_prefix_space", "str_rep"})  # under which older files say what newer keys say
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is no file.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if not file.exists():
+        return {}
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def read_tokenizer(file: Path) -> tokenizers.Tokenizer:
+    """The tokenizer in a ``tokenizer.json``.
+
+    Raises:
+        ValueError: for a file that the library cannot read, a key that it does not know, token ids that are not those
+            of the file, or merges that are left out by chance.
+    """
+    backend = run_rust(lambda: tokenizers.Tokenizer.from_file(str(file)), f"{file} cannot be read")
+    content = read_json(file)
+    _check_keys(file, "", content, _KEYS)
+    model = content.get("model")
+    if isinstance(model, Mapping):
+        _check_keys(file, "model/", model, _MODEL_KEYS)
+        if model.get("dropout"):
+            raise ValueError(f"{file}: model/dropout={model['dropout']} leaves out merges by chance")
+        vocab = model.get("vocab")
+        if isinstance(vocab, Mapping) and len(set(vocab.values())) < len(vocab):
+            seen: dict[int, str] = {}
+            first = next((seen[n], text) for text, n in vocab.items() if seen.setdefault(n, text) != text)
+            raise ValueError(f"{file}: model/vocab gives {first[0]!r} and {first[1]!r} the same id")
+    for token in content.get("added_tokens") or ():
+        _check_keys(file, "added_tokens/", token, _TOKEN_KEYS)
+        if (found := backend.token_to_id(token["content"])) != token["id"]:
+            raise ValueError(
+                f"{file}: added_tokens gives {token['content']!r} the id {token['id']}, but it has {found}"
+            )
+    for name in _PARTS:
+        if content.get(name) is not None:
+            _check_part(file, f"{name}/", content[name], json.loads(getattr(backend, name).__getstate__()))
+    return backend
+
+
+def run_rust(call: Callable[[], Any], failure: str) -> Any:
+    """The result of a call of the Rust library, which raises bare exceptions, and panics where it has a mistake.
+
+    Raises:
+        ValueError: of one line, for any of them.
+    """
+    try:
+        return call()
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{failure}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _check_keys(file: Path, where: str, content: Mapping[str, Any], known: frozenset[str]) -> None:
+    unknown = sorted(key for key, value in content.items() if key not in known and value is not None)
+    if unknown:
+        raise ValueError(f"{file}: {where}{unknown[0]!r} is unknown, and ignoring it could give other tokens")
+
+
+def _check_part(file: Path, where: str, ours: Any, theirs: Any) -> None:
+    """Compare a part of the file with what the library has made of it."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        _check_keys(file, where, ours, _OLDER_KEYS | theirs.keys())
+        for key in ours.keys() & theirs.keys():
+            _check_part(file, f"{where}{key}/", ours[key], theirs[key])
+    elif isinstance(ours, list) and isinstance(theirs, list):
+        for one, other in zip(ours, theirs, strict=False):
+            _check_part(file, where, one, other)
