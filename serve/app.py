@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
+from fastapi.routing import APIRoute
 
 from ..dynamic.contract.full_runs import FullRuns
 from ..dynamic.engine.engine import Engine
@@ -19,9 +20,10 @@ from .bridge import EngineBridge, EngineRequest
 from .context import ServerContext
 from .contracts import ContractManager
 from .errors import install_error_handlers
-from .gate import Admission, Gate
+from .gate import Admission, BodyBudget, Gate
+from .json_body import BodyReader
 from .metrics import ServerMetrics
-from .middleware import BodyLimit, HeaderLimit, RequestContext
+from .middleware import HeaderLimit, HostCheck, RequestContext, is_loopback
 from .request_checks import RequestChecks
 from .routes.chat import chat_routes
 from .routes.completions import completion_routes
@@ -63,6 +65,7 @@ def make_context(engine: Engine, settings: ServerSettings, contracts: ContractMa
         idle_work=FullRuns(decoder=model.decoder, monitor=lambda: contracts.monitor).work,
     )
     contracts.on_pending = bridge.wake
+    text = TextPool(model.tokenizer, settings.text_threads, settings.limits.max_text_characters)
     return ServerContext(
         settings=settings,
         model=model,
@@ -71,8 +74,10 @@ def make_context(engine: Engine, settings: ServerSettings, contracts: ContractMa
         bridge=bridge,
         contracts=contracts,
         gate=Gate(settings.limits.max_open_requests),
+        bodies=BodyBudget(settings.limits.max_bodies_bytes),
         metrics=metrics,
-        text=TextPool(model.tokenizer, settings.text_threads),
+        text=text,
+        reader=BodyReader(limits=settings.limits, run=text.run_large),
         checks=RequestChecks(limits=settings.limits, vocab_size=engine.vocab_size, served_model=name),
     )
 
@@ -100,15 +105,19 @@ def create_app(context: ServerContext) -> FastAPI:
     # The interactive documentation would fetch scripts from elsewhere; /openapi.json holds the same.
     app = FastAPI(title="dynamoe", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     install_error_handlers(app)
-    for routes in (completion_routes, chat_routes, token_routes, contract_routes, operation_routes):
-        app.include_router(routes(context))
+    routers = [
+        routes(context) for routes in (completion_routes, chat_routes, token_routes, contract_routes, operation_routes)
+    ]
+    for router in routers:
+        app.include_router(router)
 
     keys = KeyRing(settings.all_api_keys(), settings.admin_key)
     open_paths = OPEN_PATHS | {"/"} if settings.public_page else OPEN_PATHS
     limits = settings.limits
     # The middleware added last is the outermost.
-    app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes, timeout=limits.body_timeout)
-    app.add_middleware(Admission, gate=context.gate)
+    app.add_middleware(
+        Admission, gate=context.gate, bodies=context.bodies, limits=limits, paths=_paths_of_bodies(routers)
+    )
     app.add_middleware(Authentication, keys=keys, open_paths=open_paths)
     if settings.cors_origins:
         app.add_middleware(
@@ -118,10 +127,18 @@ def create_app(context: ServerContext) -> FastAPI:
             allow_headers=["authorization", "content-type", "x-request-id"],
             expose_headers=["x-request-id"],
         )
+    loopback = settings.uds is None and is_loopback(settings.host)
+    if settings.allowed_hosts or (loopback and not keys.required):
+        app.add_middleware(HostCheck, allowed=settings.allowed_hosts, loopback=loopback)
     app.add_middleware(HeaderLimit, max_bytes=limits.max_header_bytes)
     app.add_middleware(RequestContext, on_done=context.metrics.on_http)
     _describe_errors(app)
     return app
+
+
+def _paths_of_bodies(routers: Sequence[APIRouter]) -> frozenset[str]:
+    routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
+    return frozenset(route.path for route in routes if "POST" in (route.methods or ()))
 
 
 async def warm_up(bridge: EngineBridge) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 from dataclasses import dataclass, field
 
 from ..dynamic.contract.quality_config import QualityConfig
@@ -39,7 +40,7 @@ def serve(config: ServeConfig) -> None:
         from ..dynamic.convert.load_model import load_model
 
         load_model(config.model, **config.load_arguments())
-    from .server import run
+    from .server import END_SECONDS, run
 
     code = run(
         config.model,
@@ -49,5 +50,6 @@ def serve(config: ServeConfig) -> None:
         certificates=config.quality.certificates,
         monitor=config.quality.monitor,
     )
+    faulthandler.dump_traceback_later(END_SECONDS, exit=True)  # should a thread keep the interpreter from ending
     if code:
         raise SystemExit(code)

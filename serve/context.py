@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from ..dynamic.model.loaded import LoadedModel
 from .bridge import EngineBridge
 from .contracts import ContractManager
-from .gate import Gate
+from .gate import BodyBudget, Gate
+from .json_body import BodyReader
 from .metrics import ServerMetrics
 from .request_checks import RequestChecks
 from .settings import ServerSettings
@@ -26,7 +27,9 @@ class ServerContext:
     bridge: EngineBridge
     contracts: ContractManager
     gate: Gate
+    bodies: BodyBudget
     metrics: ServerMetrics
     text: TextPool
+    reader: BodyReader
     checks: RequestChecks
     started_at: int = field(default_factory=lambda: int(time.time()))

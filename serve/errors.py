@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -81,19 +81,15 @@ def unavailable(message: str, code: str) -> ApiError:
     return ApiError(503, message, code=code, headers={"Retry-After": "5"})
 
 
-def describe_validation_error(error: RequestValidationError) -> ApiError:
-    """Pydantic's finding in one sentence, without repeating the client's data."""
-    problems = error.errors()
-    first = problems[0]
-    if first["type"] == "json_invalid":
-        return invalid(f"The body is not valid JSON: {first['ctx']['error']} at position {first['loc'][-1]}.")
-    path = [str(part) for part in first["loc"] if part != "body"]
-    if not path:
+def describe_problems(problems: Sequence[Mapping[str, Any]]) -> ApiError:
+    """Pydantic's findings in one sentence, without repeating the client's data."""
+    paths = [[str(part) for part in problem["loc"] if part != "body"] for problem in problems]
+    if not paths[0]:
         return invalid("The body must be a JSON object, sent with the header 'Content-Type: application/json'.")
-    param = path[0]
-    same_field = [problem["msg"] for problem in problems if len(problem["loc"]) > 1 and str(problem["loc"][1]) == param]
+    param = paths[0][0]
+    same_field = [problem["msg"] for path, problem in zip(paths, problems, strict=True) if path[:1] == [param]]
     reasons = "; or: ".join(dict.fromkeys(same_field[:4]))
-    where = ".".join(path[:4]) if len(same_field) == 1 else param
+    where = ".".join(paths[0][:4]) if len(same_field) == 1 else param
     # Keys come from the client and may not be encodable in UTF-8.
     where, param = (name[:100].encode("utf-8", "replace").decode() for name in (where, param))
     return invalid(f"{where}: {reasons}", param=param)
@@ -110,7 +106,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def on_invalid(_request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return describe_validation_error(error).response()
+        return describe_problems(error.errors()).response()
 
     app.add_exception_handler(HTTPException, on_api_error)
     app.add_exception_handler(RequestValidationError, on_invalid)

@@ -1,16 +1,21 @@
-"""Admission control: counts requests in flight, refuses new ones when there are too many or the server is stopping."""
+"""Admission of requests and their bodies: how many requests are in flight, and how many bytes they may hold."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Set
+from dataclasses import dataclass
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import ApiError, overloaded, unavailable
+from .errors import ApiError, invalid, overloaded, unavailable
+from .settings import Limits
 
 
 class Gate:
-    """Counts the requests in flight. Not thread-safe: for the event loop's thread only.
+    """Counts the requests in flight, from the moment when their bodies are here. Not thread-safe: for the event loop's
+    thread only.
 
     Arguments:
         max_open: requests in flight beyond which new ones are refused.
@@ -52,21 +57,159 @@ class Gate:
         return True
 
 
-class Admission:
-    """ASGI middleware that applies admission control to POST requests; others are cheap and always admitted."""
+@dataclass(slots=True, eq=False)
+class _Arriving:
+    """A body of which a part is here."""
 
-    def __init__(self, app: ASGIApp, *, gate: Gate) -> None:
+    deadline: asyncio.Timeout | None = None
+    size: int = 0
+
+
+class BodyBudget:
+    """The bytes of the bodies of all open requests. Where there are too many, unfinished ones end, the oldest first, so
+    that clients who never finish cannot keep others out.
+
+    Arguments:
+        max_bytes: of all bodies together.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.used = 0
+        self._arriving: dict[_Arriving, None] = {}  # the oldest first
+
+    def begin(self, body: _Arriving, deadline: asyncio.Timeout) -> None:
+        """A body begins to arrive; ``deadline`` ends its reader."""
+        body.deadline = deadline
+        self._arriving[body] = None
+
+    def grow(self, body: _Arriving, size: int) -> None:
+        """Bytes have arrived.
+
+        Raises:
+            TimeoutError: this body is the one that has to end.
+            ApiError: status 429 when finished bodies use the whole budget.
+        """
+        body.size += size
+        self.used += size
+        while self.used > self.max_bytes and self._arriving:
+            self._end(next(iter(self._arriving)))
+        if body not in self._arriving:
+            raise TimeoutError
+        if self.used > self.max_bytes:
+            raise overloaded("The bodies of the requests in flight use all of their memory.", 1.0)
+
+    def finish(self, body: _Arriving) -> None:
+        """All of a body is here; it counts until :meth:`release`."""
+        del self._arriving[body]
+
+    def release(self, body: _Arriving) -> None:
+        """A request has ended, admitted or not."""
+        self._arriving.pop(body, None)
+        self.used -= body.size
+        body.size = 0
+
+    def end_arriving(self) -> None:
+        """End every unfinished body, as if its time were over."""
+        for body in list(self._arriving):
+            self._end(body)
+
+    def _end(self, body: _Arriving) -> None:
+        assert body.deadline is not None
+        body.deadline.reschedule(0.0)
+        self.release(body)
+
+
+class Admission:
+    """ASGI middleware that admits POST requests: reads their JSON bodies within limits of size and time, then counts
+    them as in flight. Other requests are cheap; nobody reads their bodies.
+
+    Arguments:
+        gate: counts the requests in flight.
+        bodies: counts their bytes.
+        limits: of one body.
+        paths: that take POST requests; the application answers all others.
+    """
+
+    def __init__(self, app: ASGIApp, *, gate: Gate, bodies: BodyBudget, limits: Limits, paths: Set[str]) -> None:
         self._app = app
         self._gate = gate
+        self._bodies = bodies
+        self._limits = limits
+        self._paths = paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST":
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in self._paths:
             return await self._app(scope, receive, send)
+        arriving = _Arriving()
+        try:
+            try:
+                body = await self._admit(scope, receive, arriving)
+            except ApiError as error:
+                return await error.response()(scope, receive, send)
+            if body is None:
+                return None
+            self._gate.enter()
+            try:
+                await self._app(scope, _replay(body, receive), send)
+            finally:
+                self._gate.leave()
+        finally:
+            self._bodies.release(arriving)
+
+    async def _admit(self, scope: Scope, receive: Receive, arriving: _Arriving) -> bytes | None:
+        """The body of an admitted request, or None when the client disconnected."""
+        self._check(scope)
+        try:
+            async with asyncio.timeout(self._limits.body_timeout) as deadline:
+                self._bodies.begin(arriving, deadline)
+                body = await self._read(arriving, receive)
+        except TimeoutError:
+            message = f"The body did not arrive in time: within {self._limits.body_timeout:g} s, or less under load."
+            raise self._gate.refusal() or ApiError(408, message) from None
+        self._bodies.finish(arriving)
+        self._check(scope)
+        return body
+
+    def _check(self, scope: Scope) -> None:
+        """Refuse what can be refused without the body.
+
+        Browsers let any page post ``text/plain`` and forms to any server, but ask before they send JSON.
+        """
+        headers = Headers(scope=scope)
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+            raise invalid("The body must be a JSON object, sent with the header 'Content-Type: application/json'.")
+        declared = headers.get("content-length", "0")
+        if declared.isdecimal() and int(declared[:20]) > self._limits.max_body_bytes:
+            raise self._too_large()
         refusal = self._gate.refusal()
         if refusal is not None:
-            return await refusal.response()(scope, receive, send)
-        self._gate.enter()
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            self._gate.leave()
+            raise refusal
+
+    async def _read(self, arriving: _Arriving, receive: Receive) -> bytes | None:
+        """The whole body, or None when the client disconnected."""
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            part = message.get("body", b"")
+            if len(body) + len(part) > self._limits.max_body_bytes:
+                raise self._too_large()
+            self._bodies.grow(arriving, len(part))
+            body += part
+            if not message.get("more_body", False):
+                return bytes(body)
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"The body is larger than {self._limits.max_body_bytes} bytes.", code="request_too_large")
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return pending.pop() if pending else await receive()
+
+    return replay

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from ..dynamic.engine.engine import EngineFull
 from ..dynamic.engine.outputs import CompletionOutput, RequestDelta, RequestOutput
@@ -19,6 +19,7 @@ from .compute_usage import ComputeTally
 from .context import ServerContext
 from .errors import ApiError, invalid, overloaded, unavailable
 from .formats import AnswerFormat, Prompt, PromptLogprobs, usage, write_prompt_logprobs
+from .json_answer import JsonAnswer
 from .sampling import requested_length, sampling_params, with_length
 from .streaming import DONE, EventStream, aborted_on_disconnect, event
 from .submission import ClientGone, EngineFailure, Submission
@@ -50,8 +51,16 @@ class Generation:
         """
         submission = await self._submit()
         if self.body.stream:
-            return EventStream(self._events(submission), submission)
-        return await self._collect(submission)
+            response: Response = EventStream(self._events(submission), submission)
+        else:
+            response = await self._collect(submission)
+        if self._priority > (self.body.priority or 0):
+            response.headers["x-priority"] = str(self._priority)  # in place of the one that was asked for
+        return response
+
+    @property
+    def _priority(self) -> int:
+        return max(self.body.priority or 0, self.context.settings.min_priority)
 
     async def _submit(self) -> Submission:
         """Resolve the contracts and submit the prompts to the engine, which accepts all of them or none."""
@@ -60,7 +69,7 @@ class Generation:
             EngineRequest(
                 prompt_token_ids=prompt.token_ids,
                 params=params,
-                priority=self.body.priority or 0,
+                priority=self._priority,
                 cache_salt=caller.cache_salt(self.body.cache_salt),
             )
             for prompt, params in zip(self.prompts, self.params, strict=True)
@@ -125,7 +134,7 @@ class Generation:
         if isinstance(self.body, ChatCompletionRequest) and self.body.prompt_logprobs is not None:
             answer["prompt_logprobs"] = write_prompt_logprobs(outputs[0].prompt_logprobs)
         self._log(used, [output.finish_reason for result in outputs for output in result.outputs])
-        return JSONResponse(answer)
+        return JsonAnswer(answer)
 
     async def _events(self, submission: Submission) -> AsyncIterator[bytes]:
         envelope = self._envelope(self.format.chunk_object)
@@ -139,7 +148,6 @@ class Generation:
         tally = self._tally()
         try:
             async for batch in submission.batches():
-                events = []
                 for number, delta in batch:
                     check_delta(delta)
                     cached[number] = max(cached[number], delta.num_cached_tokens)
@@ -149,11 +157,13 @@ class Generation:
                         tokens += len(completion.token_ids)
                         if completion.finish_reason is not None:
                             reasons.append(completion.finish_reason)
-                        choice = self.format.chunk(number, completion, prompt_logprobs[number])
-                        if choice is not None:
-                            events.append(event({**envelope, "choices": [choice]}))
+                arguments = batch, prompt_logprobs, envelope
+                if any(prompt_logprobs[number] for number, _ in batch):  # those of a long prompt are megabytes
+                    events = await self.context.text.run(self._write_events, *arguments, True)
+                else:
+                    events = self._write_events(*arguments)
                 if events:
-                    yield b"".join(events)
+                    yield events
         except ClientGone:
             reasons.append("client_gone")
             self._log(self._usage(tokens, sum(cached)), reasons)
@@ -168,6 +178,21 @@ class Generation:
         self._log(used, reasons)
         last = event({**envelope, "choices": [], "usage": used}) if include_usage else b""
         yield last + DONE
+
+    def _write_events(
+        self,
+        batch: Sequence[tuple[int, RequestDelta]],
+        prompt_logprobs: Sequence[PromptLogprobs | None],
+        envelope: dict[str, Any],
+        large: bool = False,
+    ) -> bytes:
+        events = []
+        for number, delta in batch:
+            for completion in delta.completions:
+                choice = self.format.chunk(number, completion, prompt_logprobs[number])
+                if choice is not None:
+                    events.append(event({**envelope, "choices": [choice]}, large))
+        return b"".join(events)
 
     def _envelope(self, kind: str) -> dict[str, Any]:
         return {

@@ -1,4 +1,4 @@
-"""Log lines as text (``name=value``) or JSON, one line per record."""
+"""Log lines as text (``name=value``) or JSON, one line per record; those that clients can cause at will are rare."""
 
 from __future__ import annotations
 
@@ -32,8 +32,37 @@ class LineFormatter(logging.Formatter):
         return line if trace is None else f"{line}\n{trace}"
 
 
+class OncePerMinute(logging.Filter):
+    """Lets one record of each kind pass per minute; the next one says how many were left out.
+
+    A record's kind is its attribute ``kind``, else the message of a warning. Others all pass.
+    """
+
+    SECONDS = 60.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[str, tuple[float, int]] = {}  # kind → when one has passed, how many were left out since
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        kind = getattr(record, "kind", None) or (record.msg if record.levelno >= logging.WARNING else None)
+        if kind is None:
+            return True
+        now = time.monotonic()
+        passed, left_out = self._seen.get(kind, (-self.SECONDS, 0))
+        if now - passed < self.SECONDS:
+            self._seen[kind] = passed, left_out + 1
+            return False
+        self._seen[kind] = now, 0
+        if left_out:
+            record.fields = {**getattr(record, "fields", {}), "left_out": left_out}
+        return True
+
+
 def configure_logging(log_format: str) -> None:
     """Send the package's log to standard error, unless the program has configured logging."""
+    for name in ("dynamoe.requests", "dynamoe.connections", "dynamoe.server", "uvicorn.error"):
+        logging.getLogger(name).filters = [OncePerMinute()]
     if logging.getLogger().handlers:
         return
     handler = logging.StreamHandler()

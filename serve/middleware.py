@@ -1,13 +1,14 @@
-"""Middleware around every request: its id, its log line, its metrics, limits on its size."""
+"""Middleware around every request: its id, its log line, its metrics, limits on its header, the hosts it may name."""
 
 from __future__ import annotations
 
-import asyncio
+import ipaddress
 import logging
 import re
 import time
+import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -21,7 +22,8 @@ _SAFE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 class RequestContext:
     """ASGI middleware that gives every request an id (the client's ``x-request-id`` if it has only safe characters),
-    returns it as a header, logs one line when the request ends, and turns an unexpected exception into a 500.
+    returns it as a header, logs one line when the request ends, and turns an unexpected exception into a 500. A
+    connection is closed behind an answer that did not wait for the whole body, so that nobody sends the rest.
 
     Routes add fields to the line through ``request.state.log``.
 
@@ -36,7 +38,9 @@ class RequestContext:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        given = Headers(scope=scope).get("x-request-id", "")
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
         request_id = given if _SAFE_ID.fullmatch(given) else uuid.uuid4().hex
         state = scope.setdefault("state", {})
         fields: dict[str, Any] = {}
@@ -44,21 +48,32 @@ class RequestContext:
         status = 0
         start = time.perf_counter()
 
+        async def receive_noting() -> Message:
+            nonlocal unread
+            message = await receive()
+            if message["type"] == "http.request" and not message.get("more_body", False):
+                unread = False
+            return message
+
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                answer = MutableHeaders(scope=message)
+                answer["x-request-id"] = request_id
+                if unread:
+                    answer["connection"] = "close"
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_id)
-        except Exception:
-            logger.exception("unexpected error in request %s", request_id)
+            await self._app(scope, receive_noting, send_with_id)
+        except Exception as error:
+            kind = f"{type(error).__name__} in {traceback.extract_tb(error.__traceback__)[-1]}"
+            logger.exception("unexpected error in request %s", request_id, extra={"kind": kind})
             if status:
                 raise  # the answer has begun: closing the connection is the only signal left
-            error = ApiError(500, f"Internal error, logged by the server under {request_id}.")
-            await error.response()(scope, receive, send_with_id)
+            failure = ApiError(500, f"Internal error, logged by the server under {request_id}.")
+            await failure.response()(scope, receive, send_with_id)
         finally:
             caller = state.get("caller")
             line = {
@@ -70,9 +85,11 @@ class RequestContext:
                 "key": getattr(caller, "key_id", None),
                 **fields,
             }
-            self._on_done(line["method"], getattr(scope.get("route"), "path", "unmatched"), line["status"])
+            route = getattr(scope.get("route"), "path", "unmatched")
+            self._on_done(line["method"], route, line["status"])
             routine = scope["path"] in ("/health", "/metrics") and status == 200  # polled every few seconds
-            logger.log(logging.DEBUG if routine else logging.INFO, "request", extra={"fields": line})
+            kind = f"{line['status']} {route}" if line["status"] >= 400 else None
+            logger.log(logging.DEBUG if routine else logging.INFO, "request", extra={"fields": line, "kind": kind})
 
 
 class HeaderLimit:
@@ -93,51 +110,45 @@ class HeaderLimit:
         await self._app(scope, receive, send)
 
 
-class BodyLimit:
-    """ASGI middleware that reads the body within a size and a time limit before the application sees the request."""
+class HostCheck:
+    """ASGI middleware that refuses requests for foreign hosts: a browser that was made to resolve somebody else's name
+    to this server's address (DNS rebinding) sends that name.
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int, timeout: float) -> None:
+    Arguments:
+        allowed: host names in lower case; ``*.example.com`` stands for all below it, ``*`` for every one.
+        loopback: names of the loopback interface are allowed as well.
+    """
+
+    def __init__(self, app: ASGIApp, *, allowed: Sequence[str], loopback: bool) -> None:
         self._app = app
-        self._max_bytes = max_bytes
-        self._timeout = timeout
+        self._allowed = frozenset(name.lower() for name in allowed)
+        self._loopback = loopback
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        try:
-            async with asyncio.timeout(self._timeout):
-                body = await self._read(scope, receive)
-        except TimeoutError:
-            message = f"The body did not arrive within {self._timeout:g} s."
-            error = ApiError(408, message, headers={"Connection": "close"})
-            return await error.response()(scope, receive, send)
-        except ApiError as error:
-            return await error.response()(scope, receive, send)
-        if body is None:
-            return None
-        pending = [{"type": "http.request", "body": body, "more_body": False}]
+        if scope["type"] == "http":
+            given = Headers(scope=scope).get("host")
+            if given is not None and not self._allows(host_name(given)):
+                message = f"The host {given[:100]!r} is not this server; server.allowed_hosts can name further ones."
+                return await ApiError(403, message, code="host_not_allowed").response()(scope, receive, send)
+        await self._app(scope, receive, send)
 
-        async def replay() -> Message:
-            return pending.pop() if pending else await receive()
+    def _allows(self, name: str) -> bool:
+        parents = (f"*{name[dot:]}" for dot, letter in enumerate(name) if letter == ".")
+        return (self._loopback and is_loopback(name)) or not self._allowed.isdisjoint((name, "*", *parents))
 
-        await self._app(scope, replay, send)
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The whole body, or None when the client disconnected."""
-        declared = Headers(scope=scope).get("content-length", "0")
-        if declared.isdecimal() and int(declared) > self._max_bytes:
-            raise self._too_large()
-        body = bytearray()
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            body += message.get("body", b"")
-            if len(body) > self._max_bytes:
-                raise self._too_large()
-            if not message.get("more_body", False):
-                return bytes(body)
+def host_name(host: str) -> str:
+    """The name in a ``Host`` header: without its port, brackets and final dot, in lower case."""
+    name = host.strip().lower()
+    name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
+    return name.rstrip(".")
 
-    def _too_large(self) -> ApiError:
-        message = f"The body is larger than {self._max_bytes} bytes."
-        return ApiError(413, message, code="request_too_large", headers={"Connection": "close"})
+
+def is_loopback(name: str) -> bool:
+    """Whether a host name means the loopback interface on every machine."""
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False

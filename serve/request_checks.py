@@ -1,4 +1,5 @@
-"""Checks beyond the schema: the operator's limits, the served model, fields that are not supported."""
+"""Checks beyond the schema: the operator's limits, the served model, fields that are not supported. Before validation,
+``json_body.py`` has bounded all lists."""
 
 from __future__ import annotations
 
@@ -112,8 +113,6 @@ class RequestChecks:
         prompts = _as_list(body.prompt)
         if not prompts:
             raise invalid("prompt must not be empty.", param="prompt")
-        if len(prompts) > self.limits.max_prompts:
-            raise invalid(f"{len(prompts)} prompts are more than {self.limits.max_prompts}.", param="prompt")
         for prompt in prompts:
             if not isinstance(prompt, str):
                 self.token_ids(prompt, "prompt")
@@ -129,7 +128,6 @@ class RequestChecks:
         Raises:
             ApiError: status 400 or 404.
         """
-        self._at_most("messages", len(body.messages), self.limits.max_messages)
         self._generation(body, 1)
         self._at_most("top_logprobs", body.top_logprobs, self.limits.max_logprobs)
         self._at_most("max_completion_tokens", body.max_completion_tokens, self.limits.max_tokens)
@@ -155,14 +153,10 @@ class RequestChecks:
         if n * num_prompts > limits.max_choices:
             raise invalid(f"n times the number of prompts is {n * num_prompts}, more than {limits.max_choices}.", "n")
         stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
-        if len(stops) > limits.max_stop:
-            raise invalid(f"{len(stops)} stop strings are more than {limits.max_stop}.", param="stop")
         for stop in stops:
             if not 0 < len(stop) <= limits.max_stop_length:
                 raise invalid(f"A stop string must have 1 to {limits.max_stop_length} characters.", param="stop")
-        self._at_most("stop_token_ids", len(body.stop_token_ids or ()), limits.max_stop_token_ids)
         self.token_ids(body.stop_token_ids or (), "stop_token_ids")
-        self._at_most("logit_bias", len(body.logit_bias or ()), limits.max_logit_bias)
         for key in body.logit_bias or ():
             if not (key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < self.vocab_size):
                 raise invalid(f"logit_bias: {key[:20]!r} is no token id below {self.vocab_size}.", "logit_bias")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import json
 import logging
 import os
@@ -15,9 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import h11
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..dynamic.contract.catalog import CertificateSource
 from ..dynamic.convert.load_model import load_model
@@ -25,9 +24,9 @@ from ..dynamic.engine.config import EngineConfig
 from ..dynamic.engine.engine import Engine
 from ..version import __version__
 from .app import create_app, make_context
+from .connections import SEND_BUFFER, Config, ConnectionTable, connection_limit
 from .context import ServerContext
 from .contracts import ContractManager, MonitorSettings, default_monitor_file
-from .errors import error_body
 from .logs import configure_logging
 from .settings import ServerSettings
 
@@ -35,6 +34,8 @@ logger = logging.getLogger("dynamoe.server")
 
 QUESTION = "What is the capital of France?"
 FLUSH_SECONDS = 5.0  # for answers to reach their clients after the engine has stopped
+END_SECONDS = 20.0  # for everything after draining; then the process ends whatever it does
+LISTEN_BACKLOG = 2048
 
 
 def run(
@@ -100,6 +101,7 @@ def serve_engine(
             return 1
         return 0 if context.bridge.ended_well else 1
     finally:
+        faulthandler.cancel_dump_traceback_later()
         listener.close()
         if settings.uds is not None and os.path.exists(settings.uds):
             os.unlink(settings.uds)
@@ -153,35 +155,22 @@ def _answers(path: str) -> bool:
         return probe.connect_ex(path) == 0
 
 
-class _Protocol(H11Protocol):
-    """HTTP/1.1 with a bounded header (h11 has a bound, httptools has none) and errors in OpenAI's format."""
-
-    def send_400_response(self, msg: str) -> None:
-        limit = self.config.h11_max_incomplete_event_size
-        message = f"{msg.rstrip('.')}, or its header is larger than {limit} bytes."
-        body = json.dumps(error_body(400, message, code="bad_http_request")).encode()
-        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
-                self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
-
-
 class _Server(uvicorn.Server):
     """uvicorn, draining on signals instead of its own handling."""
 
     def __init__(self, context: ServerContext, listener: socket.socket) -> None:
+        limits = context.settings.limits
+        self._table = ConnectionTable(connection_limit(limits.max_connections), limits)
         super().__init__(
-            uvicorn.Config(
+            Config(
                 create_app(context),
-                http=_Protocol,
+                table=self._table,
                 ws="none",
                 lifespan="on",
                 log_config=None,
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                h11_max_incomplete_event_size=context.settings.limits.max_header_bytes,
                 timeout_graceful_shutdown=int(FLUSH_SECONDS),
             )
         )
@@ -190,23 +179,40 @@ class _Server(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._hurry = asyncio.Event()
         self._drain_task: asyncio.Task[None] | None = None
+        self._watch_task: asyncio.Task[None] | None = None
+        self._signalled = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
+        self._loop.set_exception_handler(_log_loop_error)
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         await super().startup(sockets)
+        # uvicorn's number also says how many connections are accepted before any is counted: the queue may be longer.
+        self._listener.listen(LISTEN_BACKLOG)
+        self._watch_task = asyncio.create_task(self._table.watch())
         print(greeting(self._context, self._listener), flush=True)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._watch_task is not None:
+            self._watch_task.cancel()
+        await super().shutdown(sockets)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal starts draining, the second one ends it."""
+        """The first signal starts draining, the second one ends it. Each also sets a time after which the process
+        ends whatever its threads do, once it has written to the log where they are."""
+        patience = END_SECONDS / 2 if self._signalled else self._context.settings.drain_timeout + END_SECONDS
+        self._signalled = True
+        faulthandler.dump_traceback_later(patience, exit=True)
         if self._loop is None:
             self.should_exit = True  # not started yet: there is nothing to drain
-        else:
+        elif not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._on_signal, sig)
 
     def _on_signal(self, sig: int) -> None:
         if self._drain_task is None:
             logger.info("%s: draining", signal.Signals(sig).name)
             self._context.gate.draining = True
+            self._context.bodies.end_arriving()
             self._drain_task = asyncio.create_task(self._drain())
         else:
             self._hurry.set()
@@ -221,8 +227,17 @@ class _Server(uvicorn.Server):
         if context.gate.num_open:
             logger.warning("ending %d requests that have not finished", context.gate.num_open)
             context.bridge.close()
-            await context.gate.wait_empty(FLUSH_SECONDS)
+            if not await context.gate.wait_empty(FLUSH_SECONDS):
+                self._table.end_all()  # of clients that do not read
         self.should_exit = True
+
+
+def _log_loop_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log what went wrong outside of any request, such as a connection that could not be accepted."""
+    error = context.get("exception")
+    kind = f"{context.get('message')} ({type(error).__name__})"
+    expected = error is None or isinstance(error, OSError)
+    logger.error("%s: %s", kind, error, exc_info=None if expected else error, extra={"kind": kind})
 
 
 def greeting(context: ServerContext, listener: socket.socket) -> str:

@@ -23,9 +23,16 @@ class Limits:
         max_logit_bias: entries of ``logit_bias``.
         max_messages: messages in one chat.
         max_tokens: cap on the output's length; None leaves it to the model's maximum length.
+        max_text_characters: characters in one text that is tokenised.
         max_body_bytes, max_header_bytes: size of a request.
-        body_timeout: seconds a client may take to send a body.
+        max_json_values, max_json_depth: values in a body, and how deep they are nested.
+        max_bodies_bytes: bodies of all requests in flight together. Beyond it unfinished ones end, the oldest first;
+            when there are none, the answer is 429.
+        header_timeout, body_timeout: seconds a client may take to send a header, a body.
+        write_timeout: seconds in which a client must take what its connection holds, which is at most some 300 KiB.
         max_open_requests: requests in flight; beyond it the answer is 429.
+        max_connections: open connections. Beyond it, or beyond what the limit on open files allows, those end that have
+            kept the server waiting longest.
     """
 
     max_prompts: int = 128
@@ -39,10 +46,17 @@ class Limits:
     max_logit_bias: int = 300
     max_messages: int = 2048
     max_tokens: int | None = None
+    max_text_characters: int = 1_000_000
     max_body_bytes: int = 4 * 1024 * 1024
     max_header_bytes: int = 16 * 1024
+    max_json_values: int = 1_000_000
+    max_json_depth: int = 64
+    max_bodies_bytes: int = 64 * 1024 * 1024
+    header_timeout: float = 20.0
     body_timeout: float = 60.0
+    write_timeout: float = 30.0
     max_open_requests: int = 1024
+    max_connections: int = 2048
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -65,6 +79,9 @@ class ServerSettings:
         public_page: with keys set, serve the page at ``/`` without one. It holds no data; its requests need a key.
         playground: serve the page at ``/``.
         cors_origins: web origins whose scripts may call the server; none by default.
+        allowed_hosts: host names under which clients may call the server, ``*.example.com`` for all below one. Without
+            any, a server without keys on the loopback interface allows that interface's names, every other all names.
+        min_priority: earliest priority that a request may ask for; lower ones count as this one.
         drain_timeout: seconds that running requests get to finish after SIGTERM.
         hang_timeout: seconds without progress, while there is work, after which the engine counts as hung.
         text_threads: threads that tokenise and render chat templates.
@@ -84,6 +101,8 @@ class ServerSettings:
     public_page: bool = False
     playground: bool = True
     cors_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    min_priority: int = 0
     drain_timeout: float = 30.0
     hang_timeout: float = 300.0
     text_threads: int = 2
@@ -96,6 +115,7 @@ class ServerSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "api_keys", tuple(self.api_keys))
         object.__setattr__(self, "cors_origins", tuple(self.cors_origins))
+        object.__setattr__(self, "allowed_hosts", tuple(self.allowed_hosts))
         if not 0 <= self.port <= 65535:
             raise ValueError(f"server.port must be between 0 and 65535, not {self.port}")
         if self.drain_timeout < 0:

@@ -11,6 +11,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from .json_answer import json_parts, send_pieces
 from .submission import Submission
 
 DONE = b"data: [DONE]\n\n"
@@ -18,9 +19,9 @@ DONE = b"data: [DONE]\n\n"
 _LINE_ENDS = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
 
 
-def event(data: dict[str, Any]) -> bytes:
-    """One server-sent event."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+def event(data: dict[str, Any], large: bool = False) -> bytes:
+    """One server-sent event; ``large`` if it may be megabytes, see :class:`JsonAnswer`."""
+    text = "".join(json_parts(data)) if large else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     if not text.isascii():
         text = text.translate(_LINE_ENDS)
     return b"data: " + text.encode() + b"\n\n"
@@ -63,5 +64,5 @@ class EventStream(Response):
         async with aborted_on_disconnect(receive, self._submission):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for chunk in self._events:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                await send_pieces(send, chunk)
             await send({"type": "http.response.body", "body": b"", "more_body": False})

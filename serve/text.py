@@ -1,4 +1,5 @@
-"""Tokenises, detokenises and renders chat templates in threads, so that a long prompt does not block the event loop."""
+"""Tokenises, detokenises, renders chat templates and parses large bodies in threads, so that none of it blocks the
+event loop."""
 
 from __future__ import annotations
 
@@ -7,31 +8,50 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from ..dynamic.text.chat_template import ALLOWED_VARIABLES
 from ..dynamic.text.tokenizer import Tokenizer
-from .errors import invalid
+from .errors import invalid, overloaded
 
 Result = TypeVar("Result")
+LARGE_TEXT = 1 << 16  # characters or tokens
+MAX_RENDERINGS = 256  # conversations that wait for the chat template or are in it
+# Fields of the request, or not supported.
+_RESERVED = frozenset({"tools", "documents"})
 
 
 class TextPool:
-    """A tokenizer with a small thread pool.
+    """A tokenizer with a small thread pool. Chat templates have a thread of their own, and so has everything large, so
+    that neither keeps ordinary texts waiting.
 
     Arguments:
         tokenizer: thread-safe.
         threads: how many texts are processed at once.
+        max_characters: of one text; a tokenizer needs some 200 bytes of memory for each.
     """
 
-    def __init__(self, tokenizer: Tokenizer, threads: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, threads: int, max_characters: int) -> None:
         self.tokenizer = tokenizer
+        self._max_characters = max_characters
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="text")
+        self._templates = ThreadPoolExecutor(1, thread_name_prefix="template")
+        self._large = ThreadPoolExecutor(1, thread_name_prefix="large")
+        self._renderings = 0
 
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text."""
-        return await self.run(self.tokenizer.encode, text, add_special_tokens)
+        """Token ids of a text.
+
+        Raises:
+            ApiError: status 400 when it is too long.
+        """
+        if len(text) > self._max_characters:
+            raise invalid(f"A text of {len(text)} characters is longer than {self._max_characters}.", param="prompt")
+        pool = self._pool if len(text) <= LARGE_TEXT else self._large
+        return await _call(pool, self.tokenizer.encode, text, add_special_tokens)
 
     async def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """The text of token ids."""
-        return await self.run(self.tokenizer.decode, token_ids, skip_special_tokens)
+        pool = self._pool if len(token_ids) <= LARGE_TEXT else self._large
+        return await _call(pool, self.tokenizer.decode, token_ids, skip_special_tokens)
 
     async def encode_chat(
         self,
@@ -47,23 +67,41 @@ class TextPool:
             ApiError: status 400 when the model has no template, or the template refuses the conversation.
         """
 
-        def render_and_encode() -> tuple[str, list[int]]:
+        def render() -> str:
             text = self.tokenizer.chat_prompt(messages, add_generation_prompt=add_generation_prompt, **variables)
             text.encode()  # template variables may hold lone surrogates, which tokenizers refuse
-            return text, self.tokenizer.encode(text, add_special_tokens)
+            return text
 
-        reserved = {"messages", "add_generation_prompt", "tools", "documents"} & set(variables)
-        if reserved:
-            raise invalid(f"chat_template_kwargs must not hold {sorted(reserved)}.", param="chat_template_kwargs")
+        allowed = ALLOWED_VARIABLES - _RESERVED
+        if wrong := sorted(set(variables) - allowed):
+            shown = [name[:50].encode("utf-8", "replace").decode() for name in wrong[:5]]
+            message = f"chat_template_kwargs must not hold {shown}; allowed: {sorted(allowed)}."
+            raise invalid(message, param="chat_template_kwargs")
+        if self._renderings >= MAX_RENDERINGS:
+            raise overloaded("Too many conversations wait for the chat template.", 5.0)
+        self._renderings += 1
         try:
-            return await self.run(render_and_encode)
+            text = await _call(self._templates, render)
         except ValueError as error:
             raise invalid(f"{error}.", param="messages") from error
+        finally:
+            self._renderings -= 1
+        return text, await self.encode(text, add_special_tokens)
 
     def close(self) -> None:
-        """Shut the threads down."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """Shut the threads down, and end what chat templates are doing."""
+        self.tokenizer.close()
+        for pool in (self._pool, self._templates, self._large):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     async def run(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """Call a function in one of the threads."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+        """Call a function in one of the threads for ordinary texts."""
+        return await _call(self._pool, function, *arguments)
+
+    async def run_large(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """Call a function in the thread for everything large."""
+        return await _call(self._large, function, *arguments)
+
+
+async def _call(pool: ThreadPoolExecutor, function: Callable[..., Result], *arguments: Any) -> Result:
+    return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)

@@ -1,7 +1,10 @@
-"""A server whose runner fails after some full steps: ``faulty_server.py CHECKPOINT crash|hang STEPS HANG_TIMEOUT``."""
+"""A server whose runner fails after some full steps: ``faulty_server.py CHECKPOINT crash|hang STEPS HANG_TIMEOUT``; or
+whose event loop is stuck from the first step on: ``faulty_server.py CHECKPOINT stuck 0 DRAIN_TIMEOUT``."""
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import sys
 import time
 from typing import Any
@@ -9,7 +12,7 @@ from typing import Any
 from dynamoe.dynamic.convert.load_model import load_model
 from dynamoe.dynamic.engine.engine import Engine
 from dynamoe.dynamic.engine.runner import Runner
-from dynamoe.serve.server import serve_engine
+from dynamoe.serve import server
 from dynamoe.serve.settings import ServerSettings
 
 
@@ -25,7 +28,22 @@ class FaultyRunner(Runner):
             if self.kind == "crash":
                 raise RuntimeError("injected")
             time.sleep(3600)
+        if self.kind == "stuck":
+            server_loop().call_soon_threadsafe(block)
+            time.sleep(3600)
         return super().run(schedule)
+
+
+def server_loop() -> asyncio.AbstractEventLoop:
+    """The event loop of this process."""
+    (loop,) = (o for o in gc.get_objects() if isinstance(o, asyncio.AbstractEventLoop) and o.is_running())
+    return loop
+
+
+def block() -> None:
+    """Hold the event loop."""
+    print("the event loop is stuck now", flush=True)
+    time.sleep(3600)
 
 
 def make_engine() -> Engine:
@@ -36,4 +54,9 @@ def make_engine() -> Engine:
 
 
 if __name__ == "__main__":
-    sys.exit(serve_engine(make_engine, ServerSettings(port=0, hang_timeout=float(sys.argv[4]), drain_timeout=1)))
+    if sys.argv[2] == "stuck":
+        server.END_SECONDS = 2.0
+        settings = ServerSettings(port=0, warm_up=False, drain_timeout=float(sys.argv[4]))
+    else:
+        settings = ServerSettings(port=0, hang_timeout=float(sys.argv[4]), drain_timeout=1)
+    sys.exit(server.serve_engine(make_engine, settings))

@@ -151,8 +151,8 @@ def test_log_probabilities_of_one_answer_are_bounded(guarded: httpx.Client) -> N
 
 def test_slow_bodies_are_cut_off(guarded: httpx.Client) -> None:
     with socket.create_connection((guarded.base_url.host, guarded.base_url.port), timeout=10) as connection:
-        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer alice\r\nContent-Length: 100\r\n\r\n{"
-        connection.sendall(head.encode())
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer alice\r\nContent-Length: 100\r\n"
+        connection.sendall(f"{head}Content-Type: application/json\r\n\r\n{{".encode())
         assert connection.recv(4096).startswith(b"HTTP/1.1 408")
 
 

@@ -156,14 +156,14 @@ def replace_while_serving(
     """New certificates while requests come and go: bad ones change nothing, a good one takes the place of the old."""
     url = f"{client.server.url}/v1/contracts/reload"
     before = client.contracts()
-    assert httpx.post(url, headers=USER).status_code == 403
+    assert httpx.post(url, json={}, headers=USER).status_code == 403
     (directory / "broken.json").write_text('{"format": 1')
-    answer = httpx.post(url, headers=OPERATOR, timeout=60)
+    answer = httpx.post(url, json={}, headers=OPERATOR, timeout=60)
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "bad_certificates")
     assert "broken.json" in answer.json()["error"]["message"]
     (directory / "broken.json").unlink()
     renewed = certify(directory, running, 0.01, CAREFUL)
-    answer = httpx.post(url, headers=OPERATOR, timeout=60)  # two of one level
+    answer = httpx.post(url, json={}, headers=OPERATOR, timeout=60)  # two of one level
     assert answer.status_code == 409
     assert drifted.id in answer.json()["error"]["message"]
     assert client.contracts() == before
@@ -178,7 +178,7 @@ def replace_while_serving(
     others.start()
     (directory / f"{drifted.id}.json").unlink()
     elsewhere = certify(directory, {**running, "dtype": "float32"}, 0.02, CAREFUL)
-    answer = httpx.post(url, headers=OPERATOR, timeout=60)
+    answer = httpx.post(url, json={}, headers=OPERATOR, timeout=60)
     assert answer.status_code == 200
     (card,) = answer.json()["data"]
     assert (card["id"], card["state"], card["monitor"]["wealth"]) == (renewed.id, "watched", 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,25 @@ import pytest
 from dynamoe.dynamic.text.tokenizer import Tokenizer
 from dynamoe.serve.auth import KeyRing
 from dynamoe.serve.errors import ApiError
+from dynamoe.serve.json_body import BodyReader
 from dynamoe.serve.request_checks import RequestChecks, plain_messages
 from dynamoe.serve.sampling import sampling_params, with_length
 from dynamoe.serve.settings import Limits, ServerSettings
 from dynamoe.serve.text import TextPool
 from dynamoe.serve.wire.openai import ChatCompletionRequest, ChatMessage, CompletionRequest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 CHECKS = RequestChecks(limits=Limits(max_tokens=100), vocab_size=320, served_model="tiny")
+
+
+def read(model: type[BaseModel], /, **fields: Any) -> Any:
+    """A body as the server reads it."""
+
+    async def never(*_: Any) -> None:
+        raise AssertionError("a small body is parsed where it is")
+
+    reader = BodyReader(limits=CHECKS.limits, run=never)
+    return asyncio.run(reader.read(model, json.dumps(fields).encode()))
 
 
 def completion(**fields: Any) -> CompletionRequest:
@@ -116,7 +128,7 @@ def test_requests_beyond_a_limit_are_refused_and_the_field_is_named(
     fields: dict[str, Any], param: str, status: int
 ) -> None:
     with pytest.raises(ApiError) as caught:
-        CHECKS.completion(completion(**fields))
+        CHECKS.completion(read(CompletionRequest, **{"prompt": "hi", **fields}))
     assert (caught.value.status_code, caught.value.param) == (status, param)
 
 
@@ -172,7 +184,7 @@ def test_template_variables_that_are_no_text_are_refused(make_checkpoint: Any, t
     for file in make_checkpoint("llama").glob("tokenizer*.json"):
         shutil.copy(file, tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{{ date_string }}")
-    pool = TextPool(Tokenizer.from_directory(tmp_path), threads=1)
+    pool = TextPool(Tokenizer.from_directory(tmp_path), threads=1, max_characters=1000)
 
     def render(variables: dict[str, Any]) -> str:
         call = pool.encode_chat(

@@ -10,8 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from dynamoe.dynamic.text import chat_template
-from dynamoe.dynamic.text.chat_template import ChatTemplate
+from dynamoe.dynamic.text.chat_template import ChatTemplate, RenderLimits
 from dynamoe.dynamic.text.tokenizer import Tokenizer
 
 TEXTS = [
@@ -229,15 +228,82 @@ def test_templates_run_in_a_sandbox(source: str, message: str) -> None:
         ChatTemplate(source, {}).render(CHATS[0])
 
 
-def test_templates_that_write_too_much_or_take_too_long_are_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "MAX_RENDERED_CHARACTERS", 10_000)
-    loop = "{% for i in range(90000) %}xxxxxxxxxxxxxxxxxxxx{% endfor %}"
+LOOP = "{% for i in range(90000) %}"
+HOSTILE = {
+    "nested loops": LOOP * 4 + "{% endfor %}" * 4,
+    "nested loops over one list": "{% set r = range(90000) %}"
+    "{% for i in r %}{% for j in r %}{% for k in r %}{% endfor %}{% endfor %}{% endfor %}",
+    "loops without a body": "{% set r = range(90000) %}"
+    "{% for i in r %}{% for j in r if false %}{% endfor %}{% endfor %}",
+    "power": "{{ 10 ** 100000000 }}",
+    "power of a variable": "{% set x = messages | length * 10 %}{{ (x ** 100000000) % 7 }}",
+    "repeated text": "{{ 'a' * 10 ** 9 }}",
+    "repeated list": "{{ ([0] * 10 ** 9) | length }}",
+    "doubling": "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    "lists in lists": "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}"
+    "{{ ns.x }}",
+    "center": "{{ 'a' | center(10 ** 10) }}",
+    "center as a method": "{{ 'a'.center(10 ** 10) }}",
+    "indent": "{{ 'a\nb' | indent(10 ** 10) }}",
+    "width of a format": "{{ '%10000000000d' % 1 }}",
+    "width of another format": "{{ '{:10000000000}'.format(1) }}",
+    "bytes": "{{ (1).to_bytes(10 ** 10, 'big') | length }}",
+    "lipsum": "{{ lipsum(n=10 ** 8) }}",
+    "lipsum in loops": LOOP + "{% set x = lipsum(n=100) %}{% endfor %}",
+    "batch": "{{ [1] | batch(10 ** 10, 0) | list | length }}",
+    "replace": "{% set a = 'a' * 10 ** 5 %}{{ a | replace('a', a) | length }}",
+    "join": "{% set a = 'a' * 10 ** 5 %}{{ range(90000) | join(a) | length }}",
+    "indented JSON": "{{ messages | tojson(indent=10 ** 10) }}",
+    "macro": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "recursion": "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
+    "output": LOOP + "x" * 100 + "{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_templates_are_stopped_and_harm_only_their_own_process(name: str) -> None:
+    """Each ends with one of the limits; compiling, which evaluates constants, has them as well."""
+    limit = r"0\.2 s of processor time|512 MiB|too big|more than 4000000 characters|recursion|too large"
+    with pytest.raises(ValueError, match=limit):
+        ChatTemplate(HOSTILE[name], {}, RenderLimits(seconds=0.2)).render(CHATS[0])
+
+
+def test_a_template_that_was_stopped_renders_the_next_conversation() -> None:
+    source = "{% if messages[0].content == 'loop' %}" + HOSTILE["nested loops"] + "{% endif %}{{ messages[0].content }}"
+    template = ChatTemplate(source, {}, RenderLimits(seconds=0.2))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="processor time"):
+            template.render([{"role": "user", "content": "loop"}])
+        assert template.render([{"role": "user", "content": "hi"}]) == "hi"
+    template.close()
+    assert template.render([{"role": "user", "content": "again"}]) == "again"
+
+
+def test_output_of_templates_is_limited() -> None:
+    template = ChatTemplate(LOOP + "xxxx{% endfor %}", {}, RenderLimits(characters=10_000))
     with pytest.raises(ValueError, match="more than 10000 characters"):
-        ChatTemplate(loop, {}).render(CHATS[0])
-    monkeypatch.setattr(chat_template, "MAX_RENDER_SECONDS", 0.2)
-    busy = "{% for i in range(90000) %}{% for j in range(90000) %}{% set x = messages[0] %}{% endfor %}{% endfor %}"
-    with pytest.raises(ValueError, match=r"more than 0\.2 s"):
-        ChatTemplate(busy, {}).render(CHATS[0])
+        template.render(CHATS[0])
+
+
+def test_templates_see_nothing_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DYNAMOE_SECRET", "x")
+    template = ChatTemplate("{{ messages[0].content }}", {})
+    environment = Path(f"/proc/{template._worker._process.pid}/environ").read_bytes()
+    assert b"PYTHONPATH" in environment
+    assert b"DYNAMOE_SECRET" not in environment
+
+
+def test_nesting_is_limited_and_names_of_parameters_are_no_special_names() -> None:
+    deep: list = []
+    for _ in range(900):
+        deep = [deep]
+    template = ChatTemplate("{{ messages[0].content }}", {})
+    with pytest.raises(ValueError, match="documents is nested deeper than 64"):
+        template.render(CHATS[0], documents=deep)
+    with pytest.raises(ValueError, match="a chat message is nested deeper than 64"):
+        template.render([{"role": "user", "content": "a", "tool_calls": deep}])
+    with pytest.raises(ValueError, match=r"\['self'\] are not allowed"):
+        template.render(CHATS[0], **{"self": 1})
 
 
 def test_what_callers_may_pass_is_limited() -> None:

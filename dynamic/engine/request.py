@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from array import array
 from collections.abc import Iterable
@@ -24,6 +25,16 @@ if TYPE_CHECKING:
     from .text import OutputText
 
 NEVER = 1 << 62
+LEVEL_ARRIVALS = 64  # later requests that pass one of priority 1, see age_rank
+
+
+def age_rank(priority: int, arrival: int) -> float:
+    """Where a request stands in the queue; lower goes first.
+
+    A priority counts as a number of arrivals, which makes requests age: one of priority p > 0 lets at most
+    64 · log2(1 + p) later ones of priority 0 pass, so that nobody waits for ever behind a stream of others.
+    """
+    return arrival + math.copysign(LEVEL_ARRIVALS * math.log2(1 + abs(priority)), priority)
 
 
 class State(Enum):
@@ -165,7 +176,7 @@ class Sequence:
         self.num_evicted = 0  # tokens whose pages a cache policy gave up: cache index = position - num_evicted
         self.kept_blocks: list[int] = []  # under a cache policy: numbers of the full blocks that are in the pages
         self.block_digests: list[bytes] = []  # of the full blocks of token_ids, as far as they were needed
-        self.rank = (request.priority, request.arrival, index)
+        self.rank = (age_rank(request.priority, request.arrival), request.arrival, index)
         self.state = State.WAITING
         self.text: OutputText | None = None
         self.depths = array("h")  # of a request with exits: layers that each computed position behind the prompt ran

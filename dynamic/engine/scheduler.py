@@ -31,7 +31,7 @@ class Scheduler:
 
     A waiting sequence is admitted when the free pages hold all of its known tokens, so only decodes ask for pages
     later. When none is left, the running sequence of the lowest rank gives its pages up and is computed again later,
-    keeping the tokens it has; rank is priority, then arrival, then number of the completion.
+    keeping the tokens it has; rank is priority with ageing (see ``age_rank``), then number of the completion.
 
     Where the pool has several KV shards, a waiting sequence goes to the one that has most of its beginning, among
     equals to the one with the most free pages, and stays there. A sequence that needs a page takes it from one of the

@@ -1,28 +1,29 @@
 """Chat templates: a conversation becomes the prompt text that the model was trained on.
 
-Templates come with checkpoints, so they are treated as untrusted programs: they run in Jinja's immutable sandbox, get
-plain data only, and are stopped when they write too much or take too long.
+Templates come with checkpoints, so they are treated as untrusted programs: they get plain data only, and run in Jinja's
+immutable sandbox in a process of their own (``template_worker.py``), whose processor time, memory and output are
+limited. No operation of a template runs in the caller's process, not even those that Jinja evaluates when it compiles.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import select
+import signal
+import subprocess
+import sys
 import threading
 import time
+import weakref
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.runtime
-import jinja2.sandbox
-import jinja2.utils
-
-MAX_RENDERED_CHARACTERS = 4_000_000
-MAX_RENDER_SECONDS = 5.0
+WORKER = Path(__file__).with_name("template_worker.py")
+INHERITED = ("LANG", "LC_ALL", "LC_TIME", "LD_LIBRARY_PATH", "PYTHONHOME", "TZ")  # of the environment; no secrets
+MAX_DEPTH = 64  # of lists and dicts in a message or a variable
 
 # What published templates read. `chat_template` itself is not among them: a caller must not supply a program.
 ALLOWED_VARIABLES = frozenset({
@@ -32,120 +33,157 @@ ALLOWED_VARIABLES = frozenset({
 })  # fmt: skip
 
 
-class _Generation(jinja2.ext.Extension):
-    """``{% generation %}`` marks what the assistant wrote, for training; here its body is rendered as it is."""
+@dataclass(frozen=True, kw_only=True)
+class RenderLimits:
+    """What a template may use.
 
-    tags = {"generation"}  # noqa: RUF012
+    Arguments:
+        characters: of its output.
+        seconds: of processor time, for each conversation and for compiling.
+        memory: bytes of address space.
+        patience: seconds that the caller waits, which matters only when the processor has no time for the template.
+    """
 
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """Jinja's ``namespace`` without names that begin with an underscore."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        self, *rest = args
-        attributes = dict(*rest, **kwargs)
-        for name in attributes:
-            _check_name(name)
-        jinja2.utils.Namespace.__init__(self, attributes)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_name(name)
-        super().__setitem__(name, value)
+    characters: int = 4_000_000
+    seconds: float = 2.0
+    memory: int = 512 << 20
+    patience: float = 60.0
 
 
-def _check_name(name: object) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"chat templates must not set the attribute {name!r} of a namespace")
+class _Worker:
+    """A running process with one compiled template.
+
+    Raises:
+        ValueError: the template does not compile within the limits.
+    """
+
+    def __init__(self, source: str, limits: RenderLimits) -> None:
+        self.owner = os.getpid()
+        self._limits = limits
+        self._process = subprocess.Popen(
+            [sys.executable, "-S", "-P", str(WORKER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            env={name: os.environ[name] for name in INHERITED if name in os.environ}
+            | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            start_new_session=True,  # Ctrl-C is for the parent, which may have conversations to finish
+        )
+        end = weakref.finalize(self, _end, self._process, self.owner)
+        try:
+            self.ask({
+                "source": source,
+                "characters": limits.characters,
+                "seconds": limits.seconds,
+                "memory": limits.memory,
+            })  # fmt: skip
+        except ValueError:
+            end()
+            raise
+
+    def kill(self) -> None:
+        """End the process; whoever waits for its answer gets an error."""
+        self._process.kill()
+        self._process.wait()
+
+    @property
+    def usable(self) -> bool:
+        """Whether this process owns a worker that still runs; a forked process must not talk through its pipes."""
+        return self.owner == os.getpid() and self._process.poll() is None
+
+    def ask(self, message: Mapping[str, Any]) -> str:
+        """Send one frame and wait for the answer; a worker that breaks a limit is ended.
+
+        Raises:
+            ValueError: what went wrong.
+        """
+        assert self._process.stdin is not None
+        data = json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass")
+        view = memoryview(len(data).to_bytes(4, "big") + data)
+        try:
+            while view:
+                view = view[self._process.stdin.write(view) :]
+            deadline = time.monotonic() + self._limits.patience
+            length = int.from_bytes(self._read(4, deadline), "big")
+            if length > 4 * self._limits.characters + 4096:  # bytes of UTF-8; the worker does not send such frames
+                raise EOFError
+            answer = self._read(length, deadline)
+        except (OSError, EOFError):
+            self._process.kill()
+            raise ValueError(self._ending(self._process.wait())) from None
+        text = answer[1:].decode("utf-8", "surrogatepass")
+        if answer[:1] != b"+":
+            raise ValueError(text)
+        return text
+
+    def _ending(self, code: int) -> str:
+        if code == -signal.SIGPROF:
+            return f"the chat template took more than {self._limits.seconds:g} s of processor time"
+        if code == -signal.SIGKILL:
+            return f"the chat template was ended: no answer within {self._limits.patience:g} s, or out of memory"
+        return f"the chat template's process ended with exit code {code}"
+
+    def _read(self, size: int, deadline: float) -> bytes:
+        assert self._process.stdout is not None
+        poll, data = select.poll(), bytearray()
+        poll.register(self._process.stdout, select.POLLIN)
+        while len(data) < size:
+            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                raise TimeoutError
+            part = self._process.stdout.read(min(size - len(data), 1 << 20))
+            if not part:
+                raise EOFError
+            data += part
+        return bytes(data)
 
 
-class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """The sandbox, with a deadline that every attribute, item and call checks."""
-
-    def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
-        self.clock = threading.local()
-        self.filters["tojson"] = _to_json
-        self.globals.update(raise_exception=_raise, strftime_now=_strftime_now, dict=_new_dict, namespace=_Namespace)
-
-    def check_time(self) -> None:
-        if time.monotonic() > getattr(self.clock, "deadline", float("inf")):
-            raise jinja2.exceptions.TemplateRuntimeError(f"took more than {MAX_RENDER_SECONDS} s")
-
-    def getattr(self, obj: Any, attribute: str) -> Any:
-        self.check_time()
-        return super().getattr(obj, attribute)
-
-    def getitem(self, obj: Any, argument: Any) -> Any:
-        self.check_time()
-        return super().getitem(obj, argument)
-
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        __self.check_time()
-        return super().call(__context, __obj, *args, **kwargs)
+def _end(process: subprocess.Popen[bytes], owner: int) -> None:
+    if os.getpid() != owner:
+        return
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            stream.close()
 
 
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own filter escapes HTML characters, which no model was trained on.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise(message: str) -> None:
-    raise jinja2.exceptions.TemplateError(message)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
-
-
-def _new_dict(*args: Any, **kwargs: Any) -> dict:
-    return dict(*args, **kwargs)
-
-
-def _plain(value: Any, where: str) -> Any:
+def _plain(value: Any, where: str, depth: int = 0) -> Any:
     """A copy made of JSON's types alone: objects with methods must not enter the sandbox."""
     if value is None or type(value) in (str, int, float, bool):
         return value
+    if depth > MAX_DEPTH:
+        raise ValueError(f"{where} is nested deeper than {MAX_DEPTH}")
     if isinstance(value, Mapping):
-        return {str(key): _plain(item, where) for key, item in value.items()}
+        return {str(key): _plain(item, where, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item, where) for item in value]
+        return [_plain(item, where, depth + 1) for item in value]
     if isinstance(value, str):
         return str.__str__(value)
     raise ValueError(f"{where} must hold plain JSON values, not {type(value).__name__}")
 
 
 class ChatTemplate:
-    """One compiled chat template.
+    """One compiled chat template. Safe to use from several threads, one of which renders at a time.
 
     Arguments:
         source: the Jinja text.
         special_tokens: variables such as ``bos_token`` that the template may read.
+        limits: of each rendering.
 
     Raises:
         ValueError: when the text is not a template.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+    def __init__(self, source: str, special_tokens: Mapping[str, str], limits: RenderLimits | None = None) -> None:
         self.source = source
-        self._environment = _Environment()
+        self._limits = limits or RenderLimits()
         self._special_tokens = dict(special_tokens)
-        try:
-            self._template = self._environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the model's chat template does not compile: {error}") from error
+        self._lock = threading.Lock()
+        self._worker = _Worker(source, self._limits)
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
+        self, messages: Sequence[Mapping[str, Any]], /, *, add_generation_prompt: bool = True, **variables: Any
     ) -> str:
         """The prompt text of a conversation.
 
@@ -156,7 +194,7 @@ class ChatTemplate:
 
         Raises:
             ValueError: for an empty conversation, a message that is not a dict, a variable that is not allowed, a
-                template that rejects the conversation, writes too much or takes too long.
+                template that rejects the conversation or exceeds its limits.
         """
         if unknown := sorted(set(variables) - ALLOWED_VARIABLES):
             raise ValueError(f"chat template variables {unknown} are not allowed; allowed: {sorted(ALLOWED_VARIABLES)}")
@@ -175,25 +213,11 @@ class ChatTemplate:
             "messages": chat,
             "add_generation_prompt": add_generation_prompt,
         }
-        try:
-            return self._run(context)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template refused the conversation: {error}") from error
-        except (TypeError, KeyError, AttributeError, ZeroDivisionError, OverflowError, RecursionError) as error:
-            raise ValueError(f"the chat template failed on the conversation: {error}") from error
+        with self._lock:
+            if not self._worker.usable:
+                self._worker = _Worker(self.source, self._limits)
+            return self._worker.ask(context)
 
-    def _run(self, context: dict[str, Any]) -> str:
-        environment = self._environment
-        environment.clock.deadline = time.monotonic() + MAX_RENDER_SECONDS
-        parts, size = [], 0
-        try:
-            for part in self._template.generate(context):
-                parts.append(part)
-                size += len(part)
-                environment.check_time()
-                if size > MAX_RENDERED_CHARACTERS:
-                    message = f"wrote more than {MAX_RENDERED_CHARACTERS} characters"
-                    raise jinja2.exceptions.TemplateRuntimeError(message)
-        finally:
-            environment.clock.deadline = float("inf")
-        return "".join(parts)
+    def close(self) -> None:
+        """End the template's process, and with an error what it is rendering; the next rendering starts another."""
+        self._worker.kill()

@@ -25,6 +25,7 @@ class NoTokenizer(Tokenizer):
         self.special_tokens: dict[str, str] = {}
         self.special_ids: frozenset[int] = frozenset()
         self._chat_sources: dict[str, str] = {}
+        self._chat_templates = {}
 
     def _refuse(self) -> NoReturn:
         raise ValueError(f"the model in {self.path} was loaded without its tokenizer; it takes and gives token ids")

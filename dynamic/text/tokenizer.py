@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from .chat_template import ChatTemplate
 
+LONG = 1000  # characters or tokens; the library lets other threads run only while it works on a batch
 NAMED_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -119,6 +120,8 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Special tokens written out in the text become their ids."""
+        if len(text) > LONG:
+            return self.encode_batch([text], add_special_tokens)[0]
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
@@ -127,6 +130,8 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; bytes that are no UTF-8 become U+FFFD."""
+        if len(token_ids) > LONG:
+            return self.backend.decode_batch([list(token_ids)], skip_special_tokens=skip_special_tokens)[0]
         return self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
     def token_text(self, token_id: int) -> str:
@@ -168,7 +173,7 @@ class Tokenizer:
         return self._chat_templates[name]
 
     def chat_prompt(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
+        self, messages: Sequence[Mapping[str, Any]], /, add_generation_prompt: bool = True, **variables: Any
     ) -> str:
         """The prompt text of a conversation; encode it with ``add_special_tokens=False``.
 
@@ -184,6 +189,11 @@ class Tokenizer:
     def apply_chat_template(self, *arguments: Any, **options: Any) -> Any:
         """What the tokenizer of transformers returns for the same call."""
         return self.hf().apply_chat_template(*arguments, **options)
+
+    def close(self) -> None:
+        """End the processes of the chat templates, whatever they are rendering."""
+        for template in list(self._chat_templates.values()):
+            template.close()
 
     def hf(self) -> PreTrainedTokenizerBase:
         """The same tokenizer as transformers loads it; the first call imports transformers, which is slow."""

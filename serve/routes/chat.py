@@ -10,13 +10,14 @@ from starlette.responses import Response
 from ..context import ServerContext
 from ..formats import ChatFormat, Prompt
 from ..generation import Generation, params_per_prompt
+from ..json_body import body_route
 from ..wire.openai import ChatCompletionRequest
 from ..wire.openai_answers import POST_ERRORS, ChatCompletionResponse, answer_or_stream
 
 
 def chat_routes(context: ServerContext) -> APIRouter:
     """The chat endpoint of one server."""
-    router = APIRouter(tags=["OpenAI"])
+    router = APIRouter(tags=["OpenAI"], route_class=body_route(context.reader))
 
     @router.post("/v1/chat/completions", responses={**answer_or_stream(ChatCompletionResponse), **POST_ERRORS})
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:

@@ -10,6 +10,7 @@ from starlette.responses import Response
 from ..context import ServerContext
 from ..formats import CompletionFormat, Prompt
 from ..generation import Generation, params_per_prompt
+from ..json_body import body_route
 from ..sampling import COMPLETION_MAX_TOKENS
 from ..wire.openai import CompletionRequest
 from ..wire.openai_answers import POST_ERRORS, CompletionResponse, answer_or_stream
@@ -17,7 +18,7 @@ from ..wire.openai_answers import POST_ERRORS, CompletionResponse, answer_or_str
 
 def completion_routes(context: ServerContext) -> APIRouter:
     """The completions endpoint of one server."""
-    router = APIRouter(tags=["OpenAI"])
+    router = APIRouter(tags=["OpenAI"], route_class=body_route(context.reader))
 
     @router.post("/v1/completions", responses={**answer_or_stream(CompletionResponse), **POST_ERRORS})
     async def create_completion(body: CompletionRequest, request: Request) -> Response:

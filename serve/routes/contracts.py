@@ -33,7 +33,7 @@ def contract_routes(context: ServerContext) -> APIRouter:
         """The certificates of the catalog, the boldest first, and the monitor's state of each."""
         return await described()
 
-    @router.post("/v1/contracts/reload", responses=error_responses(401, 403, 409, 429, 500, 503))
+    @router.post("/v1/contracts/reload", responses=error_responses(400, 401, 403, 408, 409, 413, 429, 500, 503))
     async def reload_contracts() -> ContractList:
         """Read the certificates' directory again. If a file is invalid, the catalog does not change."""
         try:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter
+from starlette.responses import Response
 
 from ..context import ServerContext
 from ..errors import invalid
+from ..json_answer import JsonAnswer
+from ..json_body import body_route
 from ..request_checks import check_model, plain_messages
 from ..wire.openai import DetokenizeRequest, TokenizeRequest
 from ..wire.openai_answers import POST_ERRORS, DetokenizeResponse, TokenizeResponse, TokenizerInfo, error_responses
@@ -13,11 +18,11 @@ from ..wire.openai_answers import POST_ERRORS, DetokenizeResponse, TokenizeRespo
 
 def token_routes(context: ServerContext) -> APIRouter:
     """The tokenizer's endpoints of one server."""
-    router = APIRouter(tags=["tokens"])
+    router = APIRouter(tags=["tokens"], route_class=body_route(context.reader))
     tokenizer = context.model.tokenizer
 
-    @router.post("/tokenize", responses=POST_ERRORS, response_model_exclude_none=True)
-    async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
+    @router.post("/tokenize", responses={200: {"model": TokenizeResponse}, **POST_ERRORS})
+    async def tokenize(body: TokenizeRequest) -> Response:
         """Token ids of a prompt, or of a conversation in the model's chat template."""
         check_model(body.model, context.model_name)
         if (body.prompt is None) == (body.messages is None):
@@ -32,15 +37,25 @@ def token_routes(context: ServerContext) -> APIRouter:
                 add_special_tokens=bool(body.add_special_tokens),
                 variables=body.chat_template_kwargs or {},
             )
-        names = [tokenizer.token_name(token) or "" for token in tokens] if body.return_token_strs else None
-        return TokenizeResponse(count=len(tokens), max_model_len=context.max_model_len, tokens=tokens, token_strs=names)
+        most = context.settings.limits.max_json_values
+        if len(tokens) > most:
+            raise invalid(f"The text has {len(tokens)} tokens; one answer holds at most {most}.", param="prompt")
 
-    @router.post("/detokenize", responses=POST_ERRORS)
-    async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
+        def write() -> Response:
+            answer: dict[str, Any] = {"count": len(tokens), "max_model_len": context.max_model_len, "tokens": tokens}
+            if body.return_token_strs:
+                answer["token_strs"] = [tokenizer.token_name(token) or "" for token in tokens]
+            return JsonAnswer(answer)
+
+        return await context.text.run_large(write)
+
+    @router.post("/detokenize", responses={200: {"model": DetokenizeResponse}, **POST_ERRORS})
+    async def detokenize(body: DetokenizeRequest) -> Response:
         """The text of token ids. Special tokens are kept unless ``skip_special_tokens`` is true."""
         check_model(body.model, context.model_name)
         context.checks.token_ids(body.tokens, "tokens")
-        return DetokenizeResponse(prompt=await context.text.decode(body.tokens, bool(body.skip_special_tokens)))
+        text = await context.text.decode(body.tokens, bool(body.skip_special_tokens))
+        return await context.text.run_large(JsonAnswer, {"prompt": text})
 
     @router.get("/tokenizer_info", responses=error_responses(401, 500))
     async def tokenizer_info() -> TokenizerInfo:

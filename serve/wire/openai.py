@@ -1,12 +1,13 @@
 """Request bodies. Field names and defaults are OpenAI's, with vLLM's extensions.
 
 Validation is strict (``"5"`` is not a number, ``true`` not an integer, NaN is refused). Limits that the operator may
-set are checked in ``request_checks.py``; unknown fields are ignored unless they change the meaning of the answer.
+set are checked in ``json_body.py`` and ``request_checks.py``; unknown fields are ignored unless they change the meaning
+of the answer. Every list is a :data:`Many`, so that its first wrong element ends its validation.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -23,6 +24,8 @@ def _encodable(text: str) -> str:
     return text
 
 
+Item = TypeVar("Item")
+Many = Annotated[list[Item], Field(fail_fast=True)]
 Text = Annotated[str, AfterValidator(_encodable)]
 TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
 Count = Annotated[int, Field(ge=0, le=INT32_MAX)]
@@ -73,8 +76,8 @@ class GenerationRequest(Body):
     )
     seed: Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX)] | None = None
     n: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
-    stop: Text | list[Text] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop: Text | Many[Text] | None = None
+    stop_token_ids: Many[TokenId] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: Count | None = None
@@ -104,7 +107,7 @@ class GenerationRequest(Body):
 class CompletionRequest(GenerationRequest):
     """Body of ``POST /v1/completions``."""
 
-    prompt: Text | list[Text] | list[TokenId] | list[list[TokenId]]
+    prompt: Text | Many[Text] | Many[TokenId] | Many[Many[TokenId]]
     max_tokens: Count | None = Field(None, description="16 when absent; 0 is allowed with echo or prompt_logprobs.")
     echo: bool | None = Field(None, description="Begin the answer with the prompt.")
     logprobs: Count | None = Field(None, description="Alternatives per token.")
@@ -122,14 +125,14 @@ class ChatMessage(Body):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Text | list[TextPart] | None = None
+    content: Text | Many[TextPart] | None = None
     name: Text | None = None
 
 
 class ChatCompletionRequest(GenerationRequest):
     """Body of ``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[Many[ChatMessage], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = Field(
         None, description="The newer name of max_tokens. Without either: up to the model's maximum length."
@@ -148,7 +151,7 @@ class TokenizeRequest(Body):
 
     model: Text | None = None
     prompt: Text | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    messages: Annotated[Many[ChatMessage], Field(min_length=1)] | None = None
     add_special_tokens: bool | None = Field(None, description="On for prompts, off for conversations when absent.")
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -159,5 +162,5 @@ class DetokenizeRequest(Body):
     """Body of ``POST /detokenize``."""
 
     model: Text | None = None
-    tokens: list[TokenId]
+    tokens: Many[TokenId]
     skip_special_tokens: bool | None = None
