@@ -95,6 +95,7 @@ def create_app(context: ServerContext) -> FastAPI:
         context.bridge.start()
         if settings.warm_up:
             await warm_up(context.bridge)
+            await context.text.warm_up()
         context.metrics.observe_engine(context.bridge, context.gate)
         context.metrics.observe_contracts(context.contracts)
         yield

@@ -11,6 +11,7 @@ from typing import Any
 
 import h11
 import uvicorn
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .errors import error_body
@@ -22,6 +23,7 @@ ACCEPTED_AT_ONCE = 128  # connections, before any of them is counted
 WANTED_FILES = 8192  # open files that the process asks for
 SEND_BUFFER = 256 * 1024  # bytes per connection that the kernel keeps for a client that does not read
 CHECK_SECONDS = 0.5
+PARSED_AT_ONCE = 16 * 1024  # bytes that one connection may parse before others have their turn
 
 
 def connection_limit(wanted: int) -> int:
@@ -100,6 +102,27 @@ class Config(uvicorn.Config):
         self.table = table
 
 
+class _Flow(FlowControl):
+    """uvicorn's flow control, which reads nothing while earlier bytes wait to be parsed."""
+
+    _holding = False
+
+    def hold(self) -> None:
+        self._holding = True
+        self._transport.pause_reading()
+
+    def release(self) -> None:
+        self._holding = False
+        if not self.read_paused:
+            self._transport.resume_reading()
+
+    def resume_reading(self) -> None:
+        if self._holding:
+            self.read_paused = False
+        else:
+            super().resume_reading()
+
+
 class Connection(H11Protocol):
     """HTTP/1.1 with deadlines, errors in OpenAI's format and a bounded header, which httptools would not have."""
 
@@ -138,6 +161,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._flow = self.flow = _Flow(transport)
         self._follow()
         self.config.table.add(self)
 
@@ -146,8 +170,17 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
+        """Parse what has arrived, in parts: 256 KiB of tiny chunks would take 300 ms."""
+        super().data_received(data[:PARSED_AT_ONCE])
         self._follow()
+        if len(data) > PARSED_AT_ONCE and not self.transport.is_closing():
+            self._flow.hold()
+            self.loop.call_soon(self._parse_rest, data[PARSED_AT_ONCE:])
+
+    def _parse_rest(self, data: bytes) -> None:
+        self._flow.release()
+        if not self.transport.is_closing():
+            self.data_received(data)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -162,8 +195,11 @@ class Connection(H11Protocol):
         self._paused_since = None
 
     def send_400_response(self, msg: str) -> None:
-        limit = self.config.h11_max_incomplete_event_size
-        self.send_error(400, f"{msg.rstrip('.')}, or its header is larger than {limit} bytes.", "bad_http_request")
+        limit = self.config.table.limits.max_header_bytes
+        if self.conn.their_state is h11.ERROR and len(self.conn.trailing_data[0]) > limit:
+            self.send_error(431, f"The header is larger than {limit} bytes.", "header_too_large")
+        else:
+            self.send_error(400, msg, "bad_http_request")
 
     def send_error(self, status: int, message: str, code: str) -> None:
         """Answer with an error that no application sees, and close the connection."""

@@ -88,7 +88,7 @@ class RequestContext:
             route = getattr(scope.get("route"), "path", "unmatched")
             self._on_done(line["method"], route, line["status"])
             routine = scope["path"] in ("/health", "/metrics") and status == 200  # polled every few seconds
-            kind = f"{line['status']} {route}" if line["status"] >= 400 else None
+            kind = f"{line['status']} {route}" if line["status"] >= 300 else None  # anybody can cause these
             logger.log(logging.DEBUG if routine else logging.INFO, "request", extra={"fields": line, "kind": kind})
 
 

@@ -4,6 +4,7 @@ event loop."""
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -11,6 +12,8 @@ from typing import Any, TypeVar
 from ..dynamic.text.chat_template import ALLOWED_VARIABLES
 from ..dynamic.text.tokenizer import Tokenizer
 from .errors import invalid, overloaded
+
+logger = logging.getLogger("dynamoe.server")
 
 Result = TypeVar("Result")
 LARGE_TEXT = 1 << 16  # characters or tokens
@@ -87,6 +90,14 @@ class TextPool:
         finally:
             self._renderings -= 1
         return text, await self.encode(text, add_special_tokens)
+
+    async def warm_up(self) -> None:
+        """Start the chat template's process before the first conversation."""
+        if self.tokenizer.has_chat_template:
+            try:
+                await _call(self._templates, self.tokenizer.chat_template)
+            except ValueError as error:
+                logger.warning("%s; conversations will be refused", error)
 
     def close(self) -> None:
         """Shut the threads down, and end what chat templates are doing."""

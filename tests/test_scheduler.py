@@ -249,3 +249,32 @@ def test_more_completions_than_places_wait_and_finish() -> None:
         world.step()
     assert request.finished
     assert world.pool.num_free == 100
+
+
+@pytest.mark.parametrize(("priority", "passing"), [(1, 64), (3, 128), (2**31 - 1, 64 * 31)])
+def test_a_stream_of_others_passes_a_waiting_request_a_bounded_number_of_times(priority: int, passing: int) -> None:
+    """Somebody new with priority 0 comes whenever somebody finishes; the one who waits has its turn all the same."""
+    world = World(100, max_num_seqs=1)
+    world.add([1], max_tokens=1)
+    waiting = world.add([2], priority, max_tokens=1)
+    for _ in range(passing + 2):
+        world.add([3], max_tokens=1)
+        world.step()
+        if waiting.finished:
+            break
+    assert waiting.finished
+    assert world.arrivals - 2 >= passing  # and no earlier than its priority says
+
+
+def test_a_raised_priority_is_worth_a_number_of_arrivals() -> None:
+    world = World(100, max_num_seqs=1)
+    waiting = world.add([1], max_tokens=1)
+    for number in range(63):
+        urgent = world.add([2], -1, max_tokens=1)
+        world.step()
+        assert urgent.finished, number
+    world.add([2], -1, max_tokens=1)
+    world.add([2], -1, max_tokens=1)
+    world.step()
+    world.step()
+    assert waiting.finished

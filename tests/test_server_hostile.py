@@ -14,6 +14,7 @@ import httpx
 import psutil
 import pytest
 from hostile_bodies import hostile_bodies
+from hostile_clients import Clients, lines_per_kind
 
 FAULTY_SERVER = Path(__file__).parent / "faulty_server.py"
 COMPLETION = {"prompt": [5, 6], "max_tokens": 2}
@@ -284,3 +285,28 @@ def test_two_thousand_hostile_bodies(start_server: Any, make_checkpoint: Callabl
     assert statuses[400] > 1000
     assert most - before < 512 << 20, f"{(most - before) >> 20} MiB more"
     assert "Traceback" not in server.log
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_soak_with_hostile_clients(start_server: Any, make_checkpoint: Callable[..., Path]) -> None:
+    """Two minutes of what ``benchmarks/hostile_clients.py`` does for ten, where the times are measured as well."""
+    server = start_server(make_checkpoint("mixtral"), "server.limits.write_timeout=5", "server.limits.header_timeout=3")
+    clients = Clients(server.url, server.process.pid)
+    observed = clients.run(120, hostile=True)
+    assert set(observed.failures) <= {"connection"}, observed.failures
+    assert len(observed.seconds) > 100
+    assert len(observed.hostile) >= 8, observed.hostile
+    begin = max(size for second, size in observed.memory if second < 60)
+    assert max(size for _, size in observed.memory) - begin < 64 << 20
+    with httpx.Client(base_url=server.url) as client:
+        deadline = time.monotonic() + 60
+        while open_requests(client) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert open_requests(client) == 0
+        metrics = dict(line.rpartition(" ")[::2] for line in client.get("/metrics").text.splitlines() if line[0] != "#")
+    pages = {name.partition("{")[0]: value for name, value in metrics.items() if name.startswith("dynamoe:kv_pages")}
+    assert pages["dynamoe:kv_pages_free"] == pages["dynamoe:kv_pages_total"]
+    assert max(lines_per_kind(server.log).values()) == 1, lines_per_kind(server.log)
+    assert "Traceback" not in server.log
+    assert server.stop() == 0

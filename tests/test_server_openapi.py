@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,11 +20,28 @@ CHECKS = (
 )
 
 
-@pytest.mark.skipif(importlib.util.find_spec("schemathesis") is None, reason="schemathesis is not installed")
-def test_schemathesis_finds_nothing(server: Any, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", "--no-color"]
-    command += ["--checks", ",".join(CHECKS), "--max-examples", "5", "--seed", "1", "--phases", "coverage,fuzzing"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+def run_schemathesis(server: Any, directory: Path, examples: int, timeout: float) -> str:
+    """What it prints; fails if it finds something."""
+    command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", "--no-color", "--mode"]
+    command += ["all", "--checks", ",".join(CHECKS), "--max-examples", str(examples), "--seed", "1"]
+    command += ["--phases", "coverage,fuzzing", "--generation-database", "none"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=directory)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "12 selected / 12 total" in result.stdout
     assert "Traceback" not in server.log
+    return result.stdout
+
+
+@pytest.mark.skipif(importlib.util.find_spec("schemathesis") is None, reason="schemathesis is not installed")
+def test_schemathesis_finds_nothing(server: Any, tmp_path: Path) -> None:
+    run_schemathesis(server, tmp_path, 5, 240)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7300)
+@pytest.mark.skipif(importlib.util.find_spec("schemathesis") is None, reason="schemathesis is not installed")
+def test_ten_thousand_cases_find_nothing(server: Any, tmp_path: Path) -> None:
+    """Data that fits the document, data that does not, and the edges between, over all paths."""
+    found = re.search(r"(\d+) generated", run_schemathesis(server, tmp_path, 2500, 7200))
+    assert found is not None
+    assert int(found[1]) >= 10_000

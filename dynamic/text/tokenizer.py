@@ -157,6 +157,11 @@ class Tokenizer:
         """Whether the checkpoint has a chat template."""
         return bool(self._chat_sources)
 
+    @property
+    def chat_source(self) -> str | None:
+        """The text of the template for plain conversations; None where the checkpoint has none."""
+        return self._chat_sources.get("default")
+
     def chat_template(self, tools: bool = False) -> ChatTemplate:
         """The template for plain conversations, or the one for tools where the checkpoint has a separate one.
 

@@ -69,7 +69,7 @@ def token_routes(context: ServerContext) -> APIRouter:
             eos_token=special.get("eos_token"),
             pad_token=special.get("pad_token"),
             unk_token=special.get("unk_token"),
-            chat_template=tokenizer.chat_template().source if tokenizer.has_chat_template else None,
+            chat_template=tokenizer.chat_source,
         )
 
     return router
