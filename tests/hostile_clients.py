@@ -1,4 +1,4 @@
-"""Hostile clients beside honest ones, against one server: for the soak test and ``benchmarks/hostile_clients.py``."""
+"""Hostile clients beside honest ones, against one server: for the soak test and ``benchmarks/hostile_load.py``."""
 
 from __future__ import annotations
 

@@ -290,13 +290,13 @@ def test_two_thousand_hostile_bodies(start_server: Any, make_checkpoint: Callabl
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_soak_with_hostile_clients(start_server: Any, make_checkpoint: Callable[..., Path]) -> None:
-    """Two minutes of what ``benchmarks/hostile_clients.py`` does for ten, where the times are measured as well."""
+    """Two minutes of what ``benchmarks/hostile_load.py`` does for ten, where the times are measured as well."""
     server = start_server(make_checkpoint("mixtral"), "server.limits.write_timeout=5", "server.limits.header_timeout=3")
     clients = Clients(server.url, server.process.pid)
     observed = clients.run(120, hostile=True)
     assert set(observed.failures) <= {"connection"}, observed.failures
     assert len(observed.seconds) > 100
-    assert len(observed.hostile) >= 8, observed.hostile
+    assert len(observed.hostile) >= 7, observed.hostile
     begin = max(size for second, size in observed.memory if second < 60)
     assert max(size for _, size in observed.memory) - begin < 64 << 20
     with httpx.Client(base_url=server.url) as client:

@@ -4,8 +4,8 @@ First every body of a generator is sent alone while another connection asks for 
 answer bounds how long the event loop was occupied. Then honest clients work alone, and after that beside hostile ones
 (floods of invalid bodies, half headers, unfinished bodies, readers that never read, raised priorities, disconnects).
 
-``python benchmarks/hostile_clients.py [--model default] [--bodies 2000] [--minutes 10]``; the table goes to the
-terminal, all numbers into ``benchmarks/results/hostile_clients.json``. Clients and server share the machine's cores.
+``python benchmarks/hostile_load.py [--model default] [--bodies 2000] [--minutes 10]``; the table goes to the
+terminal, all numbers into ``benchmarks/results/hostile_load.json``. Clients and server share the machine's cores.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def main() -> None:
             server.terminate()
             result["seconds_to_stop"] = _timed(server)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "hostile_clients.json").write_text(json.dumps(result, indent=2) + "\n")
+    (RESULTS / "hostile_load.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"{'kind of body':20}{'bodies':>8}{'p99 ms':>9}{'worst ms':>10}   (bound: {BOUND_SECONDS * 1000:.0f} ms)")
     for kind, row in result["steps"].items():
         print(f"{kind:20}{row['bodies']:8}{row['p99'] * 1000:9.0f}{row['worst'] * 1000:10.0f}")
