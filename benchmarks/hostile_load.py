@@ -4,25 +4,25 @@ First every body of a generator is sent alone while another connection asks for 
 answer bounds how long the event loop was occupied. Then honest clients work alone, and after that beside hostile ones
 (floods of invalid bodies, half headers, unfinished bodies, readers that never read, raised priorities, disconnects).
 
-``python benchmarks/hostile_load.py [--model default] [--bodies 2000] [--minutes 10]``; the table goes to the
-terminal, all numbers into ``benchmarks/results/hostile_load.json``. Clients and server share the machine's cores.
+``python benchmarks/hostile_load.py [--model default] [--bodies 2000] [--minutes 10]``; all numbers go
+into ``hostile_load.json``. Clients and server share the machine's cores.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import multiprocessing
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import defaultdict
+from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
 import httpx
-from checkout import RESULTS, ROOT
+from benchmark import ROOT, command_line, surroundings, write
 
 sys.path.append(str(ROOT / "tests"))
 
@@ -32,29 +32,41 @@ from hostile_clients import Clients, Observed, lines_per_kind
 BOUND_SECONDS = 0.25
 
 
-def health_times(url: str, ended: threading.Event) -> list[tuple[float, float]]:
-    """(when it was asked, seconds until the answer) of ``/health``, asked without a pause until ``ended``."""
+def ask_health(url: str, ended: Event, pipe: Connection) -> None:
+    """Ask for ``/health`` without a pause until ``ended``; sends [(asked at, answered at), …]. A process of its own, so
+    that nothing but the server and the machine's other work keeps its answers waiting."""
     found = []
     with httpx.Client(base_url=url, timeout=60) as client:
         while not ended.is_set():
-            began = time.perf_counter()
+            began = time.monotonic()
             client.get("/health").raise_for_status()
-            found.append((began, time.perf_counter() - began))
-    return found
+            found.append((began, time.monotonic()))
+    pipe.send(found)
 
 
 def steps(url: str, count: int) -> dict[str, dict[str, float]]:
-    """Per kind of body: how many, and the slowest and the 99th percentile of the slowest answers beside each."""
-    slowest: dict[str, list[float]] = defaultdict(list)
+    """Per kind of body, and without any: how many, and of the slowest answer beside each the 99th percentile and the
+    largest, in seconds."""
+    context = multiprocessing.get_context("spawn")
+    ended, (ours, theirs) = context.Event(), context.Pipe()
+    other = context.Process(target=ask_health, args=(url, ended, theirs))
+    other.start()
+    bodies: list[tuple[str, float, float]] = []
     with httpx.Client(base_url=url, timeout=600) as client:
         for body in hostile_bodies(seed=2, count=count):
-            ended, times = threading.Event(), []
-            other = threading.Thread(target=lambda e=ended, t=times: t.extend(health_times(url, e)))
-            other.start()
+            if len(bodies) % 10 == 0:
+                bodies.append(("none", time.monotonic(), time.monotonic() + 0.2))
+                time.sleep(0.2)
+            began = time.monotonic()
             client.post(body.path, content=body.data, headers={"Content-Type": "application/json"})
-            ended.set()
-            other.join()
-            slowest[body.kind].append(max(seconds for _, seconds in times))
+            bodies.append((body.kind, began, time.monotonic()))
+    ended.set()
+    asked = ours.recv()
+    other.join()
+    slowest: dict[str, list[float]] = defaultdict(list)
+    for kind, began, done in bodies:
+        beside = [last - first for first, last in asked if first <= done and last >= began]
+        slowest[kind].append(max(beside, default=0.0))
     return {
         kind: {"bodies": len(found), "p99": sorted(found)[int(0.99 * (len(found) - 1))], "worst": max(found)}
         for kind, found in sorted(slowest.items())
@@ -76,15 +88,16 @@ def summary(observed: Observed) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = command_line(__doc__, output=True)
     parser.add_argument("--model", default="default")
     parser.add_argument("--bodies", type=int, default=2000)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--max-tokens", type=int, default=32)
     arguments = parser.parse_args()
+    result: dict[str, Any] = {"model": arguments.model, **surroundings()}
     with tempfile.TemporaryDirectory() as directory:
         log = Path(directory) / "log"
-        run = "import checkout; from dynamoe.dynamic.cli.main import main; main()"
+        run = "import benchmark; from dynamoe.dynamic.cli.main import main; main()"
         command = [sys.executable, "-c", run, "serve", f"model={arguments.model}", "server.port=0"]
         server = subprocess.Popen(
             command, cwd=ROOT / "benchmarks", stdout=log.open("wb"), stderr=subprocess.STDOUT, text=True
@@ -95,7 +108,7 @@ def main() -> None:
                     raise SystemExit(log.read_text())
                 time.sleep(0.2)
             url = "http://" + log.read_text().partition(" on http://")[2].split()[0]
-            result: dict[str, Any] = {"model": arguments.model, "steps": steps(url, arguments.bodies)}
+            result["steps"] = steps(url, arguments.bodies)
             clients = Clients(url, server.pid, arguments.max_tokens)
             result["alone"] = summary(clients.run(60 * min(2.0, arguments.minutes), hostile=False))
             result["beside"] = summary(clients.run(60 * arguments.minutes, hostile=True))
@@ -103,8 +116,7 @@ def main() -> None:
         finally:
             server.terminate()
             result["seconds_to_stop"] = _timed(server)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "hostile_load.json").write_text(json.dumps(result, indent=2) + "\n")
+    write(arguments.output / "hostile_load.json", result)
     print(f"{'kind of body':20}{'bodies':>8}{'p99 ms':>9}{'worst ms':>10}   (bound: {BOUND_SECONDS * 1000:.0f} ms)")
     for kind, row in result["steps"].items():
         print(f"{kind:20}{row['bodies']:8}{row['p99'] * 1000:9.0f}{row['worst'] * 1000:10.0f}")

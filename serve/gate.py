@@ -141,6 +141,7 @@ class Admission:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in self._paths:
             return await self._app(scope, receive, send)
+        scope.setdefault("state", {})["path"] = scope["path"]  # of a route, also if the request never gets there
         arriving = _Arriving()
         try:
             try:

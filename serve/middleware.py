@@ -85,7 +85,7 @@ class RequestContext:
                 "key": getattr(caller, "key_id", None),
                 **fields,
             }
-            route = getattr(scope.get("route"), "path", "unmatched")
+            route = state.get("path") or getattr(scope.get("route"), "path", "unmatched")
             self._on_done(line["method"], route, line["status"])
             routine = scope["path"] in ("/health", "/metrics") and status == 200  # polled every few seconds
             kind = f"{line['status']} {route}" if line["status"] >= 300 else None  # anybody can cause these

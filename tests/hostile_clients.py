@@ -7,6 +7,7 @@ import contextlib
 import json
 import random
 import re
+import socket
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -69,8 +70,8 @@ class Clients:
         kinds: list[Callable[[Observed], Awaitable[None]]] = [self._sample]
         kinds += [self._honest] * HONEST_CLIENTS
         if hostile:
-            kinds += [self._bodies] * 2 + [self._half_headers, self._unfinished_bodies]
-            kinds += [self._unread] * 4 + [self._raised] * 2 + [self._disconnecting] * 2
+            kinds += [self._bodies] * 2 + [self._unread] * 2
+            kinds += [self._half_headers, self._unfinished_bodies, self._raised, self._disconnecting]
         tasks = [asyncio.create_task(self._again(kind, observed)) for kind in kinds]
         await asyncio.sleep(seconds)
         for task in tasks:
@@ -110,7 +111,12 @@ class Clients:
 
     async def _send(self, data: bytes, reads: int = 0) -> bytes:
         """Open a connection, send, and read up to ``reads`` bytes; 0 reads nothing until the task is cancelled."""
-        reader, writer = await asyncio.open_connection(self.url.host, self.url.port, limit=1 << 12)
+        connection = socket.socket()
+        connection.setblocking(False)
+        if not reads:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # so that the server notices soon
+        await asyncio.get_running_loop().sock_connect(connection, (self.url.host, self.url.port))
+        reader, writer = await asyncio.open_connection(sock=connection, limit=1 << 12)
         try:
             with contextlib.suppress(ConnectionError):
                 writer.write(data)
@@ -124,7 +130,7 @@ class Clients:
         body = self.rng.choice(self.bodies)
         answer = await self._send(request(body.path, body.data), 4096)
         observed.hostile[f"body {answer[9:12].decode()}"] += 1
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.1)
 
     async def _half_headers(self, observed: Observed) -> None:
         held = [asyncio.create_task(self._send(b"GET /health HTTP/1.1\r\nHost: loc", 100)) for _ in range(20)]
@@ -151,8 +157,8 @@ class Clients:
     async def _unread(self, observed: Observed) -> None:
         observed.hostile["unread stream"] += 1
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(10):
-                await self._send(self._stream(logprobs=20, n=4))
+            async with asyncio.timeout(60):
+                await self._send(self._stream(logprobs=20, max_tokens=480))
 
     async def _raised(self, observed: Observed) -> None:
         answer = await self._send(self._stream(priority=-1000, max_tokens=4), 4096)

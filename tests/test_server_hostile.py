@@ -129,6 +129,8 @@ def test_floods_of_broken_requests_cost_one_line_of_each_kind(small: Any, http: 
         assert http.post("/nowhere", json={}).status_code == 404
     small.logged(r'path="/nowhere" status=404')
     assert small.log.count("Invalid HTTP request received") == 1
+    form = {"Content-Type": "text/plain"}  # refused before its route
+    assert http.post("/v1/completions", content="", headers=form).status_code == 400
     assert small.log.count('path="/v1/completions" status=400') == 1
     assert small.log.count("status=404") == 1
 

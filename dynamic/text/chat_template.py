@@ -54,22 +54,25 @@ class _Worker:
     """A running process with one compiled template.
 
     Raises:
-        ValueError: the template does not compile within the limits.
+        ValueError: the template does not compile within the limits, or no process can be started.
     """
 
     def __init__(self, source: str, limits: RenderLimits) -> None:
         self.owner = os.getpid()
         self._limits = limits
-        self._process = subprocess.Popen(
-            [sys.executable, "-S", "-P", str(WORKER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            bufsize=0,
-            env={name: os.environ[name] for name in INHERITED if name in os.environ}
-            | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-            start_new_session=True,  # Ctrl-C is for the parent, which may have conversations to finish
-        )
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-S", "-P", str(WORKER)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                bufsize=0,
+                env={name: os.environ[name] for name in INHERITED if name in os.environ}
+                | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+                start_new_session=True,  # Ctrl-C is for the parent, which may have conversations to finish
+            )
+        except OSError as error:
+            raise ValueError(f"no process for the chat template can be started: {error}") from error
         end = weakref.finalize(self, _end, self._process, self.owner)
         try:
             self.ask({
