@@ -20,7 +20,7 @@ class LLM(OfflineEngine):
 
     Arguments:
         model: a local directory, a Hub id, or a shipped model (``default``, ``tiny``).
-        dtype, device, backend, quantization, quantize_lm_head, kv_cache_dtype: see :class:`LoadConfig`.
+        dtype, device, backend, quantization, quantize_lm_head, dequantize, kv_cache_dtype: see :class:`LoadConfig`.
         progress: show a bar while loading.
         experts_per_token: use fewer routed experts per token than the model was made for.
         certificates: directory that ``dynamoe calibrate`` filled, for requests with a :class:`Quality`; None takes the
@@ -60,6 +60,7 @@ class LLM(OfflineEngine):
         experts_per_token: int | None = None,
         quantization: str | None = None,
         quantize_lm_head: bool = True,
+        dequantize: bool = False,
         kv_cache_dtype: str = "auto",
         certificates: str | Path | None = None,
         tensor_parallel_size: int = 1,
@@ -97,6 +98,7 @@ class LLM(OfflineEngine):
             backend=backend,
             quantization=quantization or "none",
             quantize_lm_head=quantize_lm_head,
+            dequantize=dequantize,
             kv_cache_dtype=kv_cache_dtype,
         )
         self._start(model, load, config, progress, experts_per_token, certificates, parallel, skip_tokenizer_init)

@@ -1,87 +1,221 @@
-"""Writes GGUF files of tiny checkpoints, for tests."""
+"""Writes GGUF files of tiny checkpoints, for tests: as llama.cpp's converter does, by names of its own."""
 
 from __future__ import annotations
 
 import json
+import math
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+
+ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
+MERGED_ROTARY = ("llama", "granitemoe")  # architectures whose rotary pairs lie next to each other
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    **dict.fromkeys(
+        ("mlp.gate", "block_sparse_moe.gate", "block_sparse_moe.router.layer", "block_sparse_moe.router"),
+        "ffn_gate_inp",
+    ),
+}
+ROUTERS = ("gate", "router.layer", "router", "shared_expert_gate")
+SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}  # bytes of float16 scales
+FLOATS = ("F16", "BF16")
+Blocks = dict[bytes, bytes]
+Edit = Callable[[dict[str, Any], dict[str, torch.Tensor]], None]
 
 
-def write_gguf(checkpoint: Path, file: Path, architecture: str, kinds: dict[str, str] | None = None) -> None:
-    """A tiny checkpoint as llama.cpp's converter would write it, its weights in float32.
+def write_gguf(
+    checkpoint: Path,
+    file: Path,
+    kinds: Mapping[str, str] | str | None = None,
+    *,
+    blocks: Blocks | None = None,
+    pre: str = "smollm",
+    edit: Edit | None = None,
+    architecture: str = "",
+    one_each: bool = False,
+    **writing: Any,
+) -> Path:
+    """A tiny checkpoint as a GGUF file.
 
     Arguments:
-        kinds: by GGUF's names of projections, what they are quantised to.
+        kinds: by GGUF's names of projections, what they are quantised to; one for all; None: float32.
+        blocks: from :func:`rounded_checkpoint`; None: the library quantises.
+        architecture: another than the usual one for the checkpoint.
+        pre: ``tokenizer.ggml.pre``.
+        edit: changes metadata (see :func:`metadata`) and tensors before they are written.
+        one_each: experts are written one by one, as the first converters of Mixtral did.
+        writing: for the writer, such as ``split_max_tensors``.
     """
-    from gguf import GGMLQuantizationType, GGUFWriter, quantize
+    from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, quantize
 
     config = json.loads((checkpoint / "config.json").read_text())
-    tokenizer = json.loads((checkpoint / "tokenizer.json").read_text())
-    writer = GGUFWriter(file, architecture)
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
-    vocabulary = sorted(tokenizer["model"]["vocab"].items(), key=lambda item: item[1])
-    writer.add_vocab_size(len(vocabulary))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list([token for token, _ in vocabulary])
-    writer.add_token_types([3 if index < 3 else 1 for _, index in vocabulary])
-    writer.add_token_merges([" ".join(merge) for merge in tokenizer["model"]["merges"]])
-    for name, token in (("bos", 1), ("eos", 2), ("pad", 0)):
-        getattr(writer, f"add_{name}_token_id")(token)
-    writer.add_chat_template("{{ messages[0]['content'] }}")
-    if "num_local_experts" in config:
-        writer.add_expert_count(config["num_local_experts"])
-        writer.add_expert_used_count(config["num_experts_per_tok"])
-    if architecture == "granitemoe":
-        writer.add_attention_scale(config["attention_multiplier"])
-        writer.add_embedding_scale(config["embedding_multiplier"])
-        writer.add_residual_scale(config["residual_multiplier"])
-        writer.add_logit_scale(config["logits_scaling"])
-    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    for name, weight in gguf_tensors(load_file(checkpoint / "model.safetensors")).items():
-        part, kind = name.split(".")[-2:]
-        if architecture != "qwen2" and kind == "weight" and part in heads:
-            weight = weight.unflatten(0, (heads[part], 2, -1)).transpose(1, 2).flatten(0, 2)
-        array = weight.contiguous().numpy()
-        if part in (kinds or {}):
-            raw_type = GGMLQuantizationType[(kinds or {})[part]]
-            writer.add_tensor(name, quantize(array, raw_type), raw_dtype=raw_type)
+    architecture = architecture or ARCHITECTURES.get(config["model_type"], config["model_type"])
+    values = {**metadata(config, architecture), **tokenizer_metadata(checkpoint, pre)}
+    tensors = gguf_tensors(load_file(checkpoint / "model.safetensors"), config, architecture)
+    if edit is not None:
+        edit(values, tensors)
+    if one_each:
+        for name in [name for name in tensors if "_exps" in name]:
+            for number, expert in enumerate(tensors.pop(name)):
+                tensors[name.replace("_exps", f".{number}")] = expert
+    writer = GGUFWriter(file, values.pop("general.architecture", architecture), **writing)
+    types = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32}
+    for key, value in values.items():
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
         else:
+            writer.add_key_value(key, value, types[type(value)])
+    for name, weight in tensors.items():
+        part = name.split(".")[2] if name.startswith("blk.") else name.split(".")[0]
+        kind = kinds if isinstance(kinds, str) else (kinds or {}).get(part)
+        array = weight.contiguous().float().numpy()
+        raw = GGMLQuantizationType[kind] if kind and (weight.dim() > 1 and "norm" not in name) else None
+        if raw is None or "ffn_gate_inp" in name:
             writer.add_tensor(name, array)
+        else:
+            data = quantize(array, raw) if blocks is None or kind in FLOATS else blocks_of(array, blocks)
+            writer.add_tensor(name, data, raw_dtype=raw)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return file
 
 
-def gguf_tensors(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """By GGUF's names; the experts of a layer in one tensor."""
-    names = {
-        "model.embed_tokens": "token_embd",
-        "model.norm": "output_norm",
-        "lm_head": "output",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-        **{f"self_attn.{part}_proj": f"attn_{part}" for part in "qkv"},
-        "self_attn.o_proj": "attn_output",
-        **{f"mlp.{part}_proj": f"ffn_{part}" for part in ("gate", "up", "down")},
-        **dict.fromkeys(("mlp.gate", "block_sparse_moe.gate", "block_sparse_moe.router.layer"), "ffn_gate_inp"),
-        "block_sparse_moe.router": "ffn_gate_inp",
+def rounded_checkpoint(checkpoint: Path, target: Path, kind: str) -> Blocks:
+    """Write a checkpoint with the weights that its GGUF file stands for, and return the blocks of every row.
+
+    The library writes only some types; of others come random blocks.
+    """
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize, quantize
+
+    shutil.copytree(checkpoint, target)
+    raw_type = GGMLQuantizationType[kind]
+    block, size = GGML_QUANT_SIZES[raw_type]
+    generator = torch.Generator().manual_seed(0)
+    weights, blocks = load_file(checkpoint / "model.safetensors"), Blocks()
+    for name, weight in weights.items():
+        if weight.dim() < 2 or "norm" in name or any(f"{small}.weight" in name for small in ROUTERS):
+            continue
+        rows = weight.float().flatten(0, -2).contiguous()
+        if kind in FLOATS:
+            weights[name] = weight.to(torch.float16 if kind == "F16" else torch.bfloat16).float()
+            continue
+        try:
+            raw = quantize(rows.numpy(), raw_type)
+        except NotImplementedError:
+            shape = (rows.shape[0], rows.shape[1] // block, size)
+            bytes_OGX = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+            for at in SCALES.get(kind, (0,)):
+                scale = torch.rand((*shape[:2], 1), generator=generator) * 1e-4 + 1e-4
+                bytes_OGX[..., at : at + 2] = scale.half().view(torch.uint8)
+            raw = bytes_OGX.flatten(1).numpy()
+        numbers = torch.tensor(dequantize(raw, raw_type))
+        blocks.update({row.numpy().tobytes(): data.tobytes() for row, data in zip(numbers, raw, strict=True)})
+        weights[name] = numbers.view(weight.shape).contiguous()
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    return blocks
+
+
+def blocks_of(array: Any, blocks: Blocks) -> Any:
+    """The blocks of a tensor whose rows are known."""
+    rows = [np.frombuffer(blocks[row.tobytes()], np.uint8) for row in array.reshape(-1, array.shape[-1])]
+    return np.stack(rows).reshape(*array.shape[:-1], -1)
+
+
+def metadata(config: dict[str, Any], architecture: str) -> dict[str, Any]:
+    """What a converter writes of a model's configuration, by key."""
+    rope = config.get("rope_parameters") or {}
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    own: dict[str, Any] = {
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "block_count": config["num_hidden_layers"],
+        "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": config["num_attention_heads"],
+        "attention.head_count_kv": config["num_key_value_heads"],
+        "attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+        "attention.key_length": config.get("head_dim"),
+        "attention.value_length": config.get("head_dim"),
+        "attention.sliding_window": window,
+        "attention.scale": config.get("attention_multiplier"),
+        "attention.clamp_kqv": config.get("clip_qkv"),
+        "embedding_scale": config.get("embedding_multiplier"),
+        "residual_scale": config.get("residual_multiplier"),
+        "logit_scale": config.get("logits_scaling"),
+        "rope.freq_base": float(rope["rope_theta"]),
+        "expert_count": config.get("num_local_experts", config.get("num_experts")),
+        "expert_used_count": config.get("num_experts_per_tok"),
+        "expert_feed_forward_length": config.get("moe_intermediate_size"),
+        "expert_shared_feed_forward_length": config.get("shared_expert_intermediate_size"),
+        "vocab_size": config["vocab_size"],
     }
+    if rope.get("rope_type") in ("linear", "yarn"):
+        own |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": float(rope["factor"])}
+    if rope.get("rope_type") == "yarn":
+        own["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
+    return {
+        "general.type": "model",
+        "general.name": "tiny",
+        "general.quantization_version": 2,
+        "quantize.imatrix.file": "somewhere",
+        **{f"{architecture}.{key}": value for key, value in own.items() if value is not None},
+    }
+
+
+def tokenizer_metadata(checkpoint: Path, pre: str) -> dict[str, Any]:
+    """What a converter writes of a byte-level tokenizer."""
+    tokenizer = json.loads((checkpoint / "tokenizer.json").read_text())
+    vocabulary = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
+    special = {token["content"] for token in tokenizer["added_tokens"]}
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": vocabulary,
+        "tokenizer.ggml.token_type": [3 if token in special else 1 for token in vocabulary],
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in tokenizer["model"]["merges"]],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.padding_token_id": 0,
+        "tokenizer.chat_template": "{{ messages[0]['content'] }}",
+    }
+
+
+def gguf_tensors(
+    weights: dict[str, torch.Tensor], config: dict[str, Any], architecture: str
+) -> dict[str, torch.Tensor]:
+    """By GGUF's names; the experts of a layer in one tensor, queries and keys in the file's order."""
     parts = {"w1": "gate", "w3": "up", "w2": "down", **{f"{part}_proj": part for part in ("gate", "up", "down")}}
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     out, experts = {}, dict[str, dict[int, torch.Tensor]]()
     for name, weight in weights.items():
-        stem, kind = name.removesuffix(".weight"), "bias" if name.endswith(".bias") else "weight"
-        stem, block = stem.removesuffix(".bias"), ""
+        kind = "bias" if name.endswith(".bias") else "weight"
+        stem, block = name.removesuffix(f".{kind}"), ""
         if stem.startswith("model.layers."):
             _, _, number, stem = stem.split(".", 3)
             block = f"blk.{number}."
@@ -94,5 +228,25 @@ def gguf_tensors(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         elif stem.endswith(("experts.down_proj", "output_linear")):
             out[f"{block}ffn_down_exps.weight"] = weight
         else:
-            out[f"{block}{names[stem]}.{kind}"] = weight
-    return out | {name: torch.stack([e for _, e in sorted(of.items())]) for name, of in experts.items()}
+            part = NAMES[stem]
+            if part in heads and architecture in MERGED_ROTARY:
+                weight = weight.unflatten(0, (heads[part], 2, -1)).transpose(1, 2).flatten(0, 2)
+            out[f"{block}{part}.{kind}"] = weight.squeeze(0) if part == "ffn_gate_inp_shexp" else weight
+    out |= {name: torch.stack([e for _, e in sorted(of.items())]) for name, of in experts.items()}
+    rope = config.get("rope_parameters") or {}
+    if rope.get("rope_type") == "llama3":
+        out["rope_freqs.weight"] = llama3_factors(rope, config)
+    return out
+
+
+def llama3_factors(rope: dict[str, Any], config: dict[str, Any]) -> torch.Tensor:
+    """The divisor of every frequency."""
+    dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
+    factors = []
+    for exponent in torch.arange(0, dim, 2) / dim:
+        wavelength = 2 * math.pi * rope["rope_theta"] ** float(exponent)
+        turns = rope["original_max_position_embeddings"] / wavelength
+        smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
+        factors.append(1 / ((1 - smooth) / factor + smooth))
+    return torch.tensor(factors)

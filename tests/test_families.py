@@ -107,7 +107,17 @@ def test_layers_without_experts() -> None:
             "rope_scaling",
         ),
         ({"rope_scaling": {"rope_type": "linear", "type": "yarn", "factor": 2}}, "type must be the same as rope_type"),
-        ({"rope_scaling": {"type": "longrope", "factor": 2}}, "type must be one of default, linear"),
+        ({"rope_scaling": {"type": "longropes", "factor": 2}}, "type must be one of default, linear"),
+        (
+            {"rope_scaling": {"type": "longrope", "factor": 2}},
+            "short_factor must be numbers, and the same as long",
+        ),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1], "long_factor": [2]}}, "the same as long_factor"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1], "long_factor": [1]}}, "lacks attention_factor"),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1], "long_factor": [1], "attention_factor": 1}},
+            "channels cannot have 1 factors",
+        ),
         ({"rope_scaling": {"type": "linear"}}, "rope_parameters lacks factor"),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor of the rotary embedding must be positive, not 0"),
         ({"rope_scaling": {"type": "linear", "factor": 2, "mrope_section": [1]}}, r"mrope_section=\[1\]"),
@@ -150,6 +160,9 @@ def test_old_and_new_rope_keys_mean_the_same(new: dict[str, Any]) -> None:
     assert spec.rope.rope_type == new["rope_type"]
 
 
+FACTORS = [1.0 + 0.25 * pair for pair in range(64)]
+
+
 @pytest.mark.parametrize(
     "values",
     [
@@ -167,8 +180,17 @@ def test_old_and_new_rope_keys_mean_the_same(new: dict[str, Any]) -> None:
             **{"rope_type": "yarn", "factor": 2.0, "attention_factor": 1.25},
             "original_max_position_embeddings": 128,
         },
+        {
+            **{
+                "rope_type": "longrope",
+                "factor": 1.0,
+                "attention_factor": 1.5,
+                "original_max_position_embeddings": 128,
+            },
+            **dict.fromkeys(("short_factor", "long_factor"), FACTORS),
+        },
     ],
-    ids=["linear", "llama3", "yarn", "yarn-mscale", "yarn-attention-factor"],
+    ids=["linear", "llama3", "yarn", "yarn-mscale", "yarn-attention-factor", "longrope"],
 )
 def test_scaled_frequencies_equal_transformers(values: dict[str, Any]) -> None:
     """At the sizes of real models: the tiny checkpoints have too few channels to meet every branch."""

@@ -185,6 +185,6 @@ def test_tokens_of_a_gguf_file(
     parts = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
     ends = dict.fromkeys(("token_embd", "output"), "Q8_0")
     file = tmp_path / "tiny.gguf"
-    write_gguf(make_checkpoint("mixtral", **SIZES["mixtral"]), file, "llama", {**dict.fromkeys(parts, kind), **ends})
+    write_gguf(make_checkpoint("mixtral", **SIZES["mixtral"]), file, {**dict.fromkeys(parts, kind), **ends})
     found = compare(tmp_path, str(file), {axis: 2})
     assert found["deployment"]["quantisation"] == "as the checkpoint stores it"

@@ -6,7 +6,7 @@ Shape suffixes: O outputs, I inputs, G groups of inputs.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -32,7 +32,7 @@ from .stored_weight import StoredWeight
 
 @dataclass(frozen=True, kw_only=True)
 class CompressedTensors:
-    """What compressed-tensors writes: packed int4 or int8, plain int8, fp8. Offsets are an addition of ours.
+    """What compressed-tensors writes: packed int4 or int8, plain int8, fp8.
 
     Arguments:
         groups: of layers, each with settings of its own.
@@ -40,7 +40,7 @@ class CompressedTensors:
 
     markers: ClassVar[tuple[str, ...]] = ("weight_packed", "weight_scale")
     parts: ClassVar[tuple[str, ...]] = (
-        *("weight_packed", "weight_scale", "weight_zero_point", "weight_offset", "weight_shape", "weight_g_idx"),
+        *("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
         *("input_scale", "input_zero_point", "output_scale", "k_scale", "v_scale"),
     )
     groups: tuple[LayerGroup, ...]
@@ -74,8 +74,6 @@ class CompressedTensors:
         bits = per_word[packed.shape[1]]
         self._groups(weight, shape, scale.shape, bits)
         if bits == 4:
-            if weight.has("weight_offset"):
-                weight.shaped("weight_offset", scale.shape, *FLOATS)
             if weight.has("weight_zero_point") or self._asymmetric(weight):
                 weight.shaped("weight_zero_point", (-(-outputs // NIBBLES), scale.shape[1]), "I32")
         elif weight.has("weight_zero_point"):
@@ -110,14 +108,12 @@ class CompressedTensors:
         groups = self._stored_groups(weight, shape, 4)
         stored = groups.stored
         scale = weight.scale("weight_scale", rows, stored)
-        zero = offset = None
+        zero = None
         if weight.has("weight_zero_point"):
             zero = some_nibbles(weight.read("weight_zero_point", words_of(rows), stored).T, rows).T
-        if weight.has("weight_offset"):
-            offset = groups.spread(weight.scale("weight_offset", rows, stored))
         check_order(weight, "weight_g_idx", columns, groups.theirs)
         data = packed_inputs(weight.read("weight_packed", rows, words_of(columns)), columns)
-        return replace(grouped_int4(data, scale, zero, columns, groups), offset=offset)
+        return grouped_int4(data, scale, zero, columns, groups)
 
     def _asymmetric(self, weight: StoredWeight) -> bool:
         """Whether an int4 weight has zero points."""

@@ -18,22 +18,20 @@ def compressed(name: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
 
     Arguments:
         name: of the weight, with ``.weight`` at its end.
-        weight: (O, I), int8 or int4. Offsets (GGUF's Q4_1) are our addition: the library has zero points only.
+        weight: (O, I), int8 or int4 without offsets: the library has zero points only.
 
     Raises:
         ValueError: for another format.
     """
     if weight.format == INT8:
         return {name: weight.data.contiguous(), f"{name}_scale": weight.scale.contiguous()}
-    if weight.format != INT4:
-        raise ValueError(f"{name!r} is {weight.format.name}; only int8 and int4 weights are written")
+    if weight.format != INT4 or weight.offset is not None:
+        raise ValueError(f"{name!r} is {weight.format.name}; only int8 and int4 without offsets are written")
     out = {
         f"{name}_packed": _words(weight.data),
         f"{name}_scale": weight.scale.contiguous(),
         f"{name}_shape": torch.tensor(weight.shape),
     }
-    if weight.offset is not None:
-        out[f"{name}_offset"] = weight.offset.contiguous()
     if weight.zero is not None:
         out[f"{name}_zero_point"] = _words(pack_int4(weight.zero.T)).T.contiguous()
     return out
@@ -75,10 +73,3 @@ def compressed_config(
         "ignore": list(unquantized),
         "kv_cache_scheme": None,
     }
-
-
-def kept_codes_config() -> dict[str, Any]:
-    """The entry of ``config.json`` for codes kept from a GGUF file: the same layout, with offsets."""
-    weights = {"type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
-    groups = {f"gguf{bits}": {"weights": {**weights, "num_bits": bits}} for bits in (4, 8)}
-    return {"quant_method": "dynamoe", "config_groups": groups}

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from .weights import ITEM_BITS
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
@@ -24,6 +30,50 @@ def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
 
     unfinished = file.with_suffix(".unfinished")
     save_file(tensors, unfinished, metadata={"format": "pt"})
+    os.replace(unfinished, file)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LateTensor:
+    """A tensor of a file that is written piece by piece.
+
+    Arguments:
+        dtype: in safetensors' terms, ``F32``.
+        shape: its sizes.
+        make: the tensor itself, when it is its turn.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    make: Callable[[], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in the file."""
+        return math.prod(self.shape) * ITEM_BITS[self.dtype] // 8
+
+
+def write_tensors_one_by_one(file: Path, tensors: Mapping[str, LateTensor], done: Callable[[str], None]) -> None:
+    """Write a safetensors file with no more than one tensor in memory.
+
+    Arguments:
+        done: called with each name when its tensor was written.
+    """
+    end = 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    unfinished = file.with_suffix(".unfinished")
+    with unfinished.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for name, tensor in tensors.items():
+            data = tensor.make().contiguous().view(-1).view(torch.uint8).numpy()
+            assert data.nbytes == tensor.nbytes, f"{name} has {data.nbytes} bytes, not {tensor.nbytes}"
+            stream.write(data.data)
+            done(name)
     os.replace(unfinished, file)
 
 

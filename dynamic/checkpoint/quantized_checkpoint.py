@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from ...kernels.api.quantized_weight import QuantizedWeight
 from .awq import open_awq
 from .block_fp8 import open_block_fp8
 from .compressed_tensors import CompressedTensors
+from .gguf_layout import METHOD, GgufBlocks, open_gguf_blocks
 from .gptq import open_gptq
 from .layer_groups import read_groups
 from .stored_layout import StoredLayout, setting_error
@@ -21,7 +23,6 @@ from .weights import DTYPES, Checkpoint, CheckpointError, Rename, StoredCodes, T
 _KEYS = ("quantization_config", "compression_config")
 _NEVER_ALONE = ("qzeros", "scales", "g_idx", "weight_zero_point", "weight_shape")
 _PACKED = ("qweight", "weight_packed")
-_OURS = "dynamoe"  # codes that were kept from a GGUF file
 
 
 def _open_compressed_tensors(settings: Mapping[str, Any]) -> CompressedTensors:
@@ -34,7 +35,7 @@ _LAYOUTS: dict[str, OpenLayout] = {
     "gptq": open_gptq,
     "awq": open_awq,
     "fp8": open_block_fp8,
-    _OURS: _open_compressed_tensors,
+    METHOD: open_gguf_blocks,
 }
 
 
@@ -148,20 +149,39 @@ class QuantizedCheckpoint(Checkpoint):
 
     def view(self, name: str) -> torch.Tensor:
         """As it was stored, or dequantised: for the small weights that nothing runs quantised, such as routers."""
-        codes = self.quantized(name)
-        return super().view(name) if codes is None else codes.weight.dequantize()
+        if (stored := self._stored.get(name)) is None:
+            return super().view(name)
+        weight = self._load(stored)
+        return weight if isinstance(weight, torch.Tensor) else weight.dequantize()
+
+    def admit(self, *, dequantize: bool) -> None:
+        """Check that all weights may run as they would: those of some layouts have no format of ours.
+
+        Arguments:
+            dequantize: whether such weights may run dequantised.
+
+        Raises:
+            CheckpointError: naming one that may not.
+        """
+        if isinstance(self._layout, GgufBlocks):
+            self._layout.admit(self._stored.values(), dequantize)
 
     def quantized(self, name: str) -> StoredCodes | None:
-        """A weight that is stored quantised; None: it is not.
+        """A weight that is stored quantised; None: it is not, or it can only run dequantised.
 
         Raises:
             CheckpointError: when it makes no sense.
         """
         stored = self._stored.get(name)
-        if stored is None:
+        if stored is None or (isinstance(self._layout, GgufBlocks) and not self._layout.keeps(stored)):
             return None
+        weight = self._load(stored)
+        assert not isinstance(weight, torch.Tensor), f"{name} has no format"
+        return StoredCodes(weight=weight, scheme=self._layout.scheme(stored))
+
+    def _load(self, stored: StoredWeight) -> QuantizedWeight | torch.Tensor:
         try:
-            return StoredCodes(weight=self._layout.load(stored), scheme=self._layout.scheme(stored))
+            return self._layout.load(stored)
         except CheckpointError:
             raise
         except ValueError as error:
@@ -173,6 +193,6 @@ def _layout(settings: Any) -> StoredLayout:
         raise setting_error("quantization_config", settings, "an object")
     method = settings.get("quant_method")
     if not isinstance(method, str) or method not in _LAYOUTS:
-        known = ", ".join(name for name in _LAYOUTS if name != _OURS)
+        known = ", ".join(name for name in _LAYOUTS if name != METHOD)
         raise setting_error("quant_method", method, f"one of {known}")
     return _LAYOUTS[method](settings)

@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
+import torch
+
 from ...kernels.api.formats import ActivationScheme
 from ...kernels.api.quantized_weight import QuantizedWeight
 from .config_reader import ConfigReader
@@ -54,8 +56,12 @@ class StoredLayout(Protocol):
         """Parts may begin at multiples of so many inputs."""
         ...
 
-    def load(self, weight: StoredWeight) -> QuantizedWeight:
-        """What is wanted of a weight (:attr:`StoredWeight.kept`); raises ValueError where it is inconsistent."""
+    def load(self, weight: StoredWeight) -> QuantizedWeight | torch.Tensor:
+        """What is wanted of a weight (:attr:`StoredWeight.kept`), float32 where no format of ours holds it.
+
+        Raises:
+            ValueError: where it is inconsistent.
+        """
         ...
 
 

@@ -182,6 +182,9 @@ class Checkpoint(Mapping[str, TensorInfo]):
         """A weight that is stored quantised; None: it is not. See :mod:`.quantized_checkpoint`."""
         return None
 
+    def admit(self, *, dequantize: bool) -> None:
+        """See :meth:`.QuantizedCheckpoint.admit`; plain weights run as they are."""
+
     def release(self) -> None:
         """Drop the pages read so far from this process; reading them again works and reads the file again."""
         for mapped in self._maps.values():

@@ -16,12 +16,13 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ..checkpoint.gguf_file import SUFFIX, find_gguf, gguf_parts
 from .default_model import default_recipe, prepare_default
-from .gguf_import import import_gguf
+from .gguf_import import import_gguf, importer_digest
 
 _HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "*.tiktoken")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_IMPORT_FORMAT = 3
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 _PACKAGED = Path(__file__).parents[1] / "shipped"
 
@@ -37,7 +38,8 @@ def resolve_model(model: str | Path, *, progress: bool = True) -> Path:
     """The directory of a model, prepared or downloaded when it is not there yet.
 
     Arguments:
-        model: a directory in Hugging Face layout; a ``.gguf`` file; the name of a shipped model (``default``,
+        model: a directory in Hugging Face layout; a ``.gguf`` file, any part of one that was split, or a directory of
+            one model's; the name of a shipped model (``default``,
             ``tiny``); or a Hub id (``org/name``). A path that exists wins over the other meanings.
         progress: show progress bars.
 
@@ -47,10 +49,13 @@ def resolve_model(model: str | Path, *, progress: bool = True) -> Path:
     """
     path = Path(model).expanduser()
     if path.is_dir() and not (str(model) in SHIPPED_MODELS and not (path / "config.json").exists()):
-        if not (path / "config.json").is_file():
-            raise ValueError(f"{path} is not a model: it has no config.json")
+        described = (path / "config.json").is_file()
+        if not (described and any((path / name).exists() for name in _WEIGHTS)) and (file := find_gguf(path)):
+            return _import_once(file, progress)
+        if not described:
+            raise ValueError(f"{path} is not a model: it has no config.json and no {SUFFIX} file")
         return path
-    if path.suffix == ".gguf":
+    if path.suffix == SUFFIX:
         return _import_once(path, progress)
     if str(model) in SHIPPED_MODELS:
         return SHIPPED_MODELS[str(model)](progress)
@@ -113,11 +118,12 @@ def _locked(file: Path) -> FileLock:
 
 
 def _import_once(file: Path, progress: bool) -> Path:
-    if not file.is_file():
-        raise ValueError(f"no such file: {file}")
-    stat = file.stat()
-    recipe = {"format": _IMPORT_FORMAT, "file": str(file.resolve()), "bytes": stat.st_size, "changed": stat.st_mtime_ns}
-    return prepare_once(file.stem, recipe, lambda target: import_gguf(file, target, keep_codes=True, progress=progress))
+    parts = gguf_parts(file)
+    stats = [(str(part.resolve()), part.stat().st_size, part.stat().st_mtime_ns) for part in parts]
+    recipe = {"importer": importer_digest(), "files": stats}
+    return prepare_once(
+        parts[0].stem, recipe, lambda target: import_gguf(file, target, keep_codes=True, progress=progress)
+    )
 
 
 def _download(model: str) -> Path:

@@ -18,6 +18,7 @@ class LoadConfig:
         quantization: ``none``, or what the weights become while they are loaded: ``int8``, ``w8a8``, ``int4`` (also
             ``int4-g32``, ``int4-g128``, each also with ``-asym``), ``fp8`` or ``fp8-block``.
         quantize_lm_head: whether LM head and embedding become int8 then.
+        dequantize: also load weights whose stored type has no format here, such as GGUF's IQ types, in 16 bits.
         kv_cache_dtype: ``auto`` (as ``dtype``), ``int8`` or ``fp8``, half the memory: what keys and values are kept in.
     """
 
@@ -26,4 +27,5 @@ class LoadConfig:
     backend: str = "auto"
     quantization: str = "none"
     quantize_lm_head: bool = True
+    dequantize: bool = False
     kv_cache_dtype: str = "auto"

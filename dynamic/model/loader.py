@@ -76,6 +76,7 @@ def load_decoder(
         raise ValueError(
             f"the weights in {path} are quantised already: leave quantization={settings.quantization} away"
         )
+    checkpoint.admit(dequantize=settings.dequantize)
     spec = replace(spec, eos_token_ids=stop_tokens(path, (*spec.eos_token_ids, *stop_token_ids)))
     if experts_per_token is not None:
         spec = spec.with_experts_per_token(experts_per_token)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,11 +18,13 @@ class RopeSpec:
         head_dim: channels that are rotated, even.
         theta: base of the frequencies.
         rope_type: ``default``; ``linear`` (position interpolation); ``dynamic`` (NTK-aware: equals ``default`` up to
-            the trained length, and longer contexts are not served); ``llama3``; ``yarn`` (Peng et al. 2023).
+            the trained length, and longer contexts are not served); ``llama3``; ``yarn`` (Peng et al. 2023);
+            ``longrope`` (a divisor for each frequency).
         factor: how far the range is stretched.
         original_max_position: trained length, for ``llama3`` and ``yarn``.
         low_freq_factor, high_freq_factor: ``llama3``.
         beta_fast, beta_slow, attention_factor, truncate: ``yarn``. The attention factor multiplies cosine and sine.
+        factors: ``longrope``: one for every channel pair, fastest first.
 
     Raises:
         ValueError: naming the value that makes no sense.
@@ -39,6 +41,7 @@ class RopeSpec:
     beta_slow: float = 1.0
     attention_factor: float = 1.0
     truncate: bool = True
+    factors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES:
@@ -54,6 +57,12 @@ class RopeSpec:
             raise ValueError(f"rope_type {self.rope_type!r} needs original_max_position_embeddings")
         if self.rope_type == "llama3" and self.high_freq_factor == self.low_freq_factor:
             raise ValueError(f"high_freq_factor and low_freq_factor are both {self.low_freq_factor}")
+        if len(self.factors) != (self.head_dim // 2 if self.rope_type == "longrope" else 0):
+            raise ValueError(
+                f"rope_type {self.rope_type!r} with {self.head_dim} channels cannot have {len(self.factors)} factors"
+            )
+        if any(factor <= 0 for factor in self.factors):
+            raise ValueError(f"factors of the rotary embedding must be positive, not {min(self.factors)}")
 
 
 def frequencies(spec: RopeSpec) -> torch.Tensor:
@@ -62,6 +71,8 @@ def frequencies(spec: RopeSpec) -> torch.Tensor:
     plain = 1.0 / spec.theta**exponents
     if spec.rope_type == "linear":
         return plain / spec.factor
+    if spec.rope_type == "longrope":
+        return 1.0 / (torch.tensor(spec.factors) * spec.theta**exponents)
     if spec.rope_type == "llama3":
         return _llama3(plain, spec)
     if spec.rope_type == "yarn":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..checkpoint.config_reader import ConfigReader
+from ..checkpoint.config_reader import LARGEST_NUMBER, ConfigReader
 from ..checkpoint.weights import shown
 from .rope import ROPE_TYPES, RopeSpec, yarn_attention_factor
 
@@ -12,7 +12,7 @@ ROPE_KEYS = frozenset(
     {
         *("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"),
         *("attention_factor", "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim", "finetuned"),
-        *("low_freq_factor", "high_freq_factor"),
+        *("low_freq_factor", "high_freq_factor", "short_factor", "long_factor"),
     }
 )
 
@@ -46,6 +46,8 @@ def rope_spec(config: ConfigReader, head_dim: int, max_position: int, default_th
     )
     required = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
     scaled: dict[str, Any] = {name: rope.number(name) for name in required.get(kind, ())}
+    if kind == "longrope":
+        scaled = _longrope_values(rope)
     if kind == "yarn":
         scaled = _yarn_values(rope, max_position / max(original, 1))
     return RopeSpec(head_dim=head_dim, theta=theta, rope_type=kind, original_max_position=original, **scaled)
@@ -57,6 +59,15 @@ def _scaling(values: Any) -> Any:
         return values
     rest = {key: value for key, value in values.items() if key not in ("type", "rope_type", "rope_theta")}
     return values.get("rope_type", values.get("type")), rest
+
+
+def _longrope_values(rope: ConfigReader) -> dict[str, Any]:
+    """One divisor for each frequency, whatever the length of the context."""
+    factors = rope.get("long_factor")
+    numeric = isinstance(factors, list) and all(type(f) in (int, float) and f < LARGEST_NUMBER for f in factors)
+    if not numeric or rope.get("short_factor") != factors:
+        raise rope.error("short_factor", rope.get("short_factor"), "numbers, and the same as long_factor")
+    return {"factors": tuple(map(float, factors)), "attention_factor": rope.number("attention_factor")}
 
 
 def _yarn_values(rope: ConfigReader, default_factor: float) -> dict[str, Any]:

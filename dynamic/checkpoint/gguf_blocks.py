@@ -1,0 +1,129 @@
+"""Blocks of quantised numbers as GGUF files store them: in a format of ours where there is one, else as float32.
+
+Shape suffixes: O outputs, I inputs, G groups of inputs, X bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+from ...kernels.api.codes import pack_int4
+from ...kernels.api.formats import INT4, INT8, Format
+from ...kernels.api.quantized_weight import QuantizedWeight
+from .weights import CheckpointError
+
+_BLOCK = 32  # inputs that share a scale
+# Types without a format of ours that run dequantised unasked, with a warning: they are not far smaller than that.
+WIDENED = ("Q4_K", "Q5_K", "Q6_K", "Q5_1", "MXFP4")
+# Numbers of float32 that are made from blocks at a time.
+_CHUNK = 1 << 22
+
+
+@cache
+def block_sizes() -> dict[str, tuple[int, int]]:
+    """By type of quantised blocks: inputs in a block, and its bytes."""
+    from gguf import GGML_QUANT_SIZES
+
+    return {kind.name: sizes for kind, sizes in GGML_QUANT_SIZES.items() if sizes[0] > 1}
+
+
+def gguf_weight(raw_OX: torch.Tensor, kind: str, shape: tuple[int, int]) -> QuantizedWeight | None:
+    """A weight at its own width; None for types that have no format here.
+
+    Arguments:
+        raw_OX: whole blocks of the wanted outputs and inputs, uint8, in any strides.
+        kind: GGUF's name of the type.
+        shape: (O, I).
+
+    Raises:
+        ValueError: for scales that are not finite.
+    """
+    if (read := _FORMATS.get(kind)) is None:
+        return None
+    weight = read(raw_OX.contiguous().view(shape[0], shape[1] // _BLOCK, -1))
+    for name, numbers in (("scales", weight.scale), ("minima", weight.offset)):
+        if numbers is not None and not bool(numbers.isfinite().all()):
+            raise ValueError(f"{int((~numbers.isfinite()).sum())} {name} of its {kind} blocks are not finite")
+    return weight
+
+
+def has_format(kind: str) -> bool:
+    """Whether weights of a type stay at their width."""
+    return kind in _FORMATS
+
+
+def dequantized(raw_OX: torch.Tensor, kind: str, shape: tuple[int, int]) -> torch.Tensor:
+    """The weight in float32, (O, I); a part of the rows at a time, so that it takes little more memory than that.
+
+    Raises:
+        CheckpointError: for a type that cannot be dequantised.
+        ValueError: for scales that are not finite.
+    """
+    from gguf import GGMLQuantizationType, dequantize
+
+    outputs, inputs = shape
+    step = max(_CHUNK // inputs, 1)
+    weight_OI = torch.empty(shape)
+    for first in range(0, outputs, step):
+        rows = raw_OX[first : first + step].contiguous().numpy()
+        try:
+            part = dequantize(rows, GGMLQuantizationType[kind])
+        except NotImplementedError as error:
+            raise CheckpointError(f"type {kind} cannot be dequantised") from error
+        weight_OI[first : first + step] = torch.from_numpy(part)
+    if not bool(weight_OI.isfinite().all()):
+        raise ValueError(f"some scales of its {kind} blocks are not finite")
+    return weight_OI
+
+
+def _halves(bytes_OGX: torch.Tensor) -> torch.Tensor:
+    """Bytes of float16 numbers as numbers."""
+    return bytes_OGX.contiguous().view(torch.float16)
+
+
+def _nibbles(bytes_OGX: torch.Tensor) -> torch.Tensor:
+    """Codes of blocks: a block's first half is in the low nibbles."""
+    return torch.cat((bytes_OGX & 15, bytes_OGX >> 4), -1)
+
+
+def _weight(form: Format, codes_OG: torch.Tensor, numbers_OGX: torch.Tensor) -> QuantizedWeight:
+    """From codes of whole rows, and a scale for each block with or without the smallest value behind it."""
+    codes_OI = codes_OG.flatten(1)
+    return QuantizedWeight(
+        format=form,
+        data=codes_OI.contiguous() if form == INT8 else pack_int4(codes_OI),
+        scale=numbers_OGX[..., 0].contiguous(),
+        inputs=codes_OI.shape[1],
+        group=_BLOCK,
+        offset=numbers_OGX[..., 1].contiguous() if numbers_OGX.shape[-1] == 2 else None,
+    )
+
+
+def _q4_0(blocks: torch.Tensor) -> QuantizedWeight:
+    return _weight(INT4, _nibbles(blocks[..., 2:]), _halves(blocks[..., :2]))
+
+
+def _q4_1(blocks: torch.Tensor) -> QuantizedWeight:
+    return _weight(INT4, _nibbles(blocks[..., 4:]), _halves(blocks[..., :4]))
+
+
+def _q5_0(blocks: torch.Tensor) -> QuantizedWeight:
+    """-16 … 15 in 8 bits; the fifth bits come first, one for each input."""
+    fifth = (blocks[..., 2:6, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    codes = _nibbles(blocks[..., 6:]) | (fifth.flatten(-2) << 4)
+    return _weight(INT8, codes.view(torch.int8) - 16, _halves(blocks[..., :2]))
+
+
+def _q8_0(blocks: torch.Tensor) -> QuantizedWeight:
+    return _weight(INT8, blocks[..., 2:].view(torch.int8), _halves(blocks[..., :2]))
+
+
+_FORMATS: dict[str, Callable[[torch.Tensor], QuantizedWeight]] = {
+    "Q4_0": _q4_0,
+    "Q4_1": _q4_1,
+    "Q5_0": _q5_0,
+    "Q8_0": _q8_0,
+}

@@ -1,0 +1,371 @@
+"""The table of GGUF's architectures: their metadata as a ``config.json``, their tensors under Hugging Face's names.
+
+A new architecture is a new entry here. Rules and defaults are those of llama.cpp, which the files are made for.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..checkpoint.gguf_file import GgufTensor
+from ..checkpoint.weights import CheckpointError
+from ..model.families import FAMILIES
+from ..model.family import one_each
+from .gguf_metadata import Metadata
+
+Tensors = Mapping[str, GgufTensor]
+Settings = Callable[[Metadata, Tensors], dict[str, Any]]
+
+ROPE_FREQUENCIES = "rope_freqs.weight"
+STACKED = "_exps."  # in the names of tensors that hold all experts of a layer
+_MOST_EXPERTS, _MOST_LAYERS = 1 << 16, 1 << 12
+_SMALLEST_EXPERT = 1024  # bytes of a projection: no file may name far more tensors than it has bytes for
+# Frequencies of the rotary embedding, which follow from the metadata: old files have them, llama.cpp skips them.
+_SKIPPED = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")
+_BLOCK_TENSOR = re.compile(
+    r"blk\.(?P<block>0|[1-9]\d{0,4})\.(?P<part>\w+?)(\.(?P<expert>0|[1-9]\d{0,4}))?\.(?P<kind>weight|bias)"
+)
+_OTHER_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_BLOCK_NAMES = {
+    "attn_norm": "input_layernorm",
+    **{f"attn_{part}": f"self_attn.{part}_proj" for part in "qkv"},
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    **{f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
+    **{f"ffn_{part}_shexp": f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")},
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+}
+_EXPERTS = {"ffn_gate": "gate", "ffn_up": "up", "ffn_down": "down"}
+_CLASSES = {
+    **{"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "mixtral": "MixtralForCausalLM"},
+    **{"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "olmoe": "OlmoeForCausalLM"},
+    **{"qwen2_moe": "Qwen2MoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"},
+    "granitemoe": "GraniteMoeForCausalLM",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What sets files of one architecture apart.
+
+    Arguments:
+        settings: keys of ``config.json`` beyond those that all have; ``model_type`` is one of them.
+        rotary_pairs: rows of queries and keys that are rotated together lie next to each other, and not half a head
+            apart as Hugging Face has them.
+    """
+
+    settings: Settings
+    rotary_pairs: bool = False
+
+
+def _llama(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
+    """Llama, Mistral and Mixtral, and what has Llama's shape and biases."""
+    window = {"sliding_window": meta.integer(".attention.sliding_window", 0) or None}
+    if meta.integer(".expert_count", 0):
+        return {"model_type": "mixtral", **window, **_experts(meta, tensors, "num_local_experts", normalised=True)}
+    if window["sliding_window"]:
+        return {"model_type": "mistral", **window}
+    if _has_bias(tensors, "attn_q") and not _has_bias(tensors, "attn_output"):
+        return {"model_type": "qwen2", "use_sliding_window": False}
+    return {
+        "model_type": "llama",
+        "attention_bias": _has_bias(tensors, "attn_q", "attn_output"),
+        "mlp_bias": _has_bias(tensors, "ffn_up"),
+    }
+
+
+def _granitemoe(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
+    scales = {
+        "embedding_multiplier": ".embedding_scale",
+        "residual_multiplier": ".residual_scale",
+        "logits_scaling": ".logit_scale",
+    }
+    return {
+        "model_type": "granitemoe",
+        "attention_bias": _has_bias(tensors, "attn_q"),
+        # 0 is a scale that is not there.
+        "attention_multiplier": meta.number(".attention.scale", 0.0) or _head_dim(meta) ** -0.5,
+        **{ours: value for ours, theirs in scales.items() if (value := meta.number(theirs, 0.0))},
+        **_experts(meta, tensors, "num_local_experts", normalised=True),
+    }
+
+
+def _qwen2(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
+    return {"model_type": "qwen2", **_window(meta)}
+
+
+def _qwen3(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
+    return {"model_type": "qwen3", "attention_bias": _has_bias(tensors, "attn_q"), **_window(meta)}
+
+
+def _olmoe(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
+    clip = meta.number(".attention.clamp_kqv", 0.0)
+    return {
+        "model_type": "olmoe",
+        "attention_bias": _has_bias(tensors, "attn_q"),
+        "clip_qkv": clip or None,
+        "norm_topk_prob": meta.flag(".expert_weights_norm", False),
+        **_experts(meta, tensors, "num_experts"),
+    }
+
+
+def _qwen2moe(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
+    shared = next((t.shape[0] for name, t in tensors.items() if name.endswith(".ffn_up_shexp.weight")), 0)
+    if meta.integer(".expert_shared_count", 1) != 1:
+        raise meta.error(".expert_shared_count", meta.get(".expert_shared_count"), "1")
+    return {
+        "model_type": "qwen2_moe",
+        "qkv_bias": _has_bias(tensors, "attn_q"),
+        "shared_expert_intermediate_size": meta.integer(".expert_shared_feed_forward_length", shared),
+        **_window(meta),
+        **_sparse_qwen(meta, tensors, normalised=False),
+    }
+
+
+def _qwen3moe(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
+    window = _window(meta)
+    if "full_attention" in window.pop("layer_types", ()):
+        raise meta.error(".attention.sliding_window_pattern", "some layers", "all layers, or none")
+    bias = {"attention_bias": _has_bias(tensors, "attn_q")}
+    return {"model_type": "qwen3_moe", **bias, **window, **_sparse_qwen(meta, tensors, normalised=True)}
+
+
+def _sparse_qwen(meta: Metadata, tensors: Tensors, *, normalised: bool) -> dict[str, Any]:
+    dense = [n for n in range(meta.integer(".block_count")) if f"blk.{n}.ffn_gate.weight" in tensors]
+    experts = _experts(meta, tensors, "num_experts")
+    return {
+        "norm_topk_prob": meta.flag(".expert_weights_norm", normalised),
+        "moe_intermediate_size": experts.pop("intermediate_size"),
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": dense,
+        **experts,
+    }
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture(settings=_llama, rotary_pairs=True),
+    "granitemoe": Architecture(settings=_granitemoe, rotary_pairs=True),
+    "qwen2": Architecture(settings=_qwen2),
+    "qwen2moe": Architecture(settings=_qwen2moe),
+    "qwen3": Architecture(settings=_qwen3),
+    "qwen3moe": Architecture(settings=_qwen3moe),
+    "olmoe": Architecture(settings=_olmoe),
+}
+
+
+def model_config(
+    meta: Metadata, tensors: Tensors, read: Callable[[GgufTensor], torch.Tensor]
+) -> tuple[dict[str, Any], Architecture]:
+    """The ``config.json`` of a file, without what belongs to its tokenizer, and its entry in the table.
+
+    Arguments:
+        read: the numbers of a small tensor, float32.
+
+    Raises:
+        CheckpointError: naming an architecture, a key or a tensor that is missing or not understood.
+    """
+    if meta.architecture not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise meta.error("general.architecture", meta.architecture, f"one of {known}; nothing else is supported")
+    architecture = ARCHITECTURES[meta.architecture]
+    if (embedding := tensors.get("token_embd.weight")) is None or len(embedding.shape) != 2:
+        raise CheckpointError(f"{meta.file} lacks the tensor 'token_embd.weight' of two dimensions")
+    layers = meta.integer(".block_count")
+    if layers > (most := min(len(tensors), _MOST_LAYERS)):
+        raise meta.error(".block_count", layers, f"at most {most}, for {len(tensors)} tensors")
+    hidden, heads, head_dim = meta.integer(".embedding_length"), _heads(meta), _head_dim(meta)
+    for key in (".attention.value_length", ".rope.dimension_count"):
+        if meta.integer(key, head_dim) != head_dim:
+            raise meta.error(key, meta.get(key), f"the width of a head, {head_dim}")
+    vocabulary = meta.integer(".vocab_size", embedding.shape[0])
+    if vocabulary != embedding.shape[0]:
+        raise meta.error(".vocab_size", vocabulary, f"the rows of 'token_embd.weight', {embedding.shape[0]}")
+    own = architecture.settings(meta, tensors)
+    return {
+        "architectures": [_CLASSES[own["model_type"]]],
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": meta.of_all_layers(".feed_forward_length", 0),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": meta.of_all_layers(".attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": meta.integer(".context_length"),
+        "rms_norm_eps": meta.number(".attention.layer_norm_rms_epsilon"),
+        "rope_theta": meta.number(".rope.freq_base", 10000.0),
+        "rope_scaling": _rope_scaling(meta, tensors, read),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        **own,
+    }, architecture
+
+
+def hugging_face_names(tensor: GgufTensor, model_type: str, num_experts: int) -> list[str]:
+    """What Hugging Face calls a tensor: one name, or one for each expert that it holds; none for one that is skipped.
+
+    Raises:
+        CheckpointError: for a name that is not known.
+    """
+    name, family = tensor.name, FAMILIES[model_type]
+    if name in _OTHER_NAMES:
+        return [_OTHER_NAMES[name]]
+    if name == ROPE_FREQUENCIES or _SKIPPED.fullmatch(name):
+        return []
+    match = _BLOCK_TENSOR.fullmatch(name)
+    if match:
+        part, kind, prefix = match["part"], match["kind"], f"model.layers.{match['block']}."
+        if match["expert"]:
+            if part in _EXPERTS and kind == "weight":
+                return [prefix + getattr(one_each(family), _EXPERTS[part]).replace("{e}", match["expert"])]
+        elif part in _BLOCK_NAMES:
+            return [f"{prefix}{_BLOCK_NAMES[part]}.{kind}"]
+        elif part == "ffn_gate_inp" and kind == "weight":
+            return [prefix + family.router[0]]
+        elif (stem := part.removesuffix("_exps")) in _EXPERTS and kind == "weight":
+            smallest = num_experts * _SMALLEST_EXPERT
+            if len(tensor.shape) != 3 or tensor.shape[0] != num_experts or tensor.end - tensor.begin < smallest:
+                raise CheckpointError(
+                    f"{tensor.file}: tensor {name!r} has shape {tensor.shape}, and there are {num_experts} experts"
+                )
+            pattern = getattr(one_each(family), _EXPERTS[stem])
+            return [prefix + pattern.replace("{e}", str(expert)) for expert in range(num_experts)]
+    raise CheckpointError(f"{tensor.file}: tensor {name[:100]!r} is not one of the model's")
+
+
+def gguf_names(model_type: str, message: str) -> str:
+    """A message in which tensors are called what the file calls them."""
+    names = {theirs: ours for ours, theirs in _OTHER_NAMES.items()}
+    parts = {
+        f"{theirs}.{kind}": f"{ours}.{kind}" for ours, theirs in _BLOCK_NAMES.items() for kind in ("weight", "bias")
+    }
+    parts[FAMILIES[model_type].router[0]] = "ffn_gate_inp.weight"
+
+    def renamed(match: re.Match[str]) -> str:
+        name = match[1]
+        block, _, part = name.removeprefix("model.layers.").partition(".")
+        if part in parts:
+            name = f"blk.{block}.{parts[part]}"
+        elif (expert := re.search(r"experts\.(\d+)\.(\w+)", part)) is not None:
+            kind = {"w1": "gate", "w2": "down", "w3": "up"}.get(expert[2], expert[2].removesuffix("_proj"))
+            name = f"blk.{block}.ffn_{kind}_exps.weight"
+        return repr(names.get(name, name))
+
+    return re.sub(r"'((?:model|lm_head)\.[\w.]+)'", renamed, message)
+
+
+def _heads(meta: Metadata) -> int:
+    heads = meta.of_all_layers(".attention.head_count")
+    if heads < 1:
+        raise meta.error(".attention.head_count", heads, "at least 1")
+    return heads
+
+
+def _head_dim(meta: Metadata) -> int:
+    """Channels of a head."""
+    head_dim = meta.integer(".attention.key_length", meta.integer(".embedding_length") // _heads(meta))
+    if head_dim < 1:
+        raise meta.error(".attention.key_length", head_dim, "at least 1")
+    return head_dim
+
+
+def _has_bias(tensors: Tensors, *parts: str) -> bool:
+    endings = tuple(f".{part}.bias" for part in parts)
+    return any(name.endswith(endings) for name in tensors)
+
+
+def _experts(meta: Metadata, tensors: Tensors, count_key: str, *, normalised: bool = False) -> dict[str, Any]:
+    """How many experts there are and are used, and how wide they are.
+
+    Arguments:
+        count_key: what ``config.json`` calls their number.
+        normalised: the family's rule makes the weights of a token's experts add up to 1.
+    """
+    count = meta.integer(".expert_count")
+    if not 1 <= count <= _MOST_EXPERTS:
+        raise meta.error(".expert_count", count, f"between 1 and {_MOST_EXPERTS}")
+    if normalised and not meta.flag(".expert_weights_norm", True):
+        raise meta.error(".expert_weights_norm", False, "true")
+    # One tensor for all experts of a layer, or in old files one each.
+    up = re.compile(r"blk\.\d+\.(ffn_up_exps|ffn_up\.\d+)\.weight")
+    size = next((t.shape[-2] for name, t in tensors.items() if up.fullmatch(name) and len(t.shape) > 1), 0)
+    return {
+        count_key: count,
+        "num_experts_per_tok": meta.integer(".expert_used_count"),
+        "intermediate_size": meta.integer(".expert_feed_forward_length", size),
+    }
+
+
+def _window(meta: Metadata) -> dict[str, Any]:
+    """Qwen's sliding windows, in the layers that a pattern names."""
+    size, layers = meta.integer(".attention.sliding_window", 0), meta.integer(".block_count")
+    pattern = ".attention.sliding_window_pattern"
+    if not size or (size >= meta.integer(".context_length") and not meta.has(pattern)):
+        return {"use_sliding_window": False}
+    # Without a pattern some layers slide and others do not, and the file does not say which.
+    slides = [bool(value) for value in meta.numbers(pattern, layers)]
+    kinds = ["sliding_attention" if value else "full_attention" for value in slides]
+    return {"use_sliding_window": True, "sliding_window": size, "layer_types": kinds}
+
+
+def _rope_scaling(
+    meta: Metadata, tensors: Tensors, read: Callable[[GgufTensor], torch.Tensor]
+) -> dict[str, Any] | None:
+    """How the range of positions was stretched; a factor of 0 or 1 is none."""
+    factor = meta.number(".rope.scaling.factor", meta.number(".rope.scale_linear", 0.0)) or 1.0
+    kind = meta.text(".rope.scaling.type", "linear")
+    yarn_keys = [f".rope.scaling.yarn_{key}" for key in ("ext_factor", "attn_factor", "log_multiplier")]
+    for key in (*yarn_keys, ".rope.scaling.alpha"):
+        if meta.number(key, 0.0) not in ((-1.0, 0.0, 1.0) if key in yarn_keys[:2] else (0.0,)):
+            raise meta.error(key, meta.get(key), "left away; nothing else is supported")
+    original = meta.integer(".rope.scaling.original_context_length", 0) or meta.integer(".context_length")
+    attention_factor = meta.number(".rope.scaling.attn_factor", 0.0) or 1.0
+    if kind not in ("none", "linear", "yarn"):
+        raise meta.error(".rope.scaling.type", kind, "none, linear or yarn; nothing else is supported")
+    if kind != "yarn" and attention_factor != 1:
+        raise meta.error(".rope.scaling.attn_factor", attention_factor, f"1 with the scaling {kind!r}")
+    if (tensor := tensors.get(ROPE_FREQUENCIES)) is not None:
+        if kind != "none" and factor != 1:
+            raise meta.error(".rope.scaling.type", kind, f"none beside the tensor {ROPE_FREQUENCIES!r}")
+        return _rope_factors(meta, tensor, read(tensor), original)
+    if kind == "none" or (kind == "linear" and factor == 1):
+        return None
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": factor}
+    # llama.cpp multiplies the factor that YaRN recommends.
+    recommended = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+    return {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": original,
+        "attention_factor": attention_factor * recommended,
+        "beta_fast": meta.number(".rope.scaling.yarn_beta_fast", 32.0),
+        "beta_slow": meta.number(".rope.scaling.yarn_beta_slow", 1.0),
+    }
+
+
+def _rope_factors(meta: Metadata, tensor: GgufTensor, factors_C: torch.Tensor, original: int) -> dict[str, Any]:
+    """A divisor for each frequency (Llama 3.1), in the words of LongRoPE. Old files have frequencies in their place."""
+    factors = [float(str(np.float32(value))) for value in factors_C.flatten().tolist()]
+    if not factors or any(not 1 <= value < 1e6 for value in factors):
+        raise CheckpointError(f"{meta.file}: tensor {tensor.name!r} must hold factors of 1 or more, not {factors[-1:]}")
+    return {
+        "rope_type": "longrope",
+        "factor": 1.0,
+        "attention_factor": 1.0,
+        "original_max_position_embeddings": original,
+        "short_factor": factors,
+        "long_factor": factors,
+    }

@@ -1,0 +1,208 @@
+"""Metadata of GGUF files, read key by key: every key is used, or known to mean nothing here, or the file is refused."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from ..checkpoint.config_reader import LARGEST_NUMBER
+from ..checkpoint.gguf_file import GgufArray, GgufFile
+from ..checkpoint.weights import CheckpointError
+
+# Keys, or beginnings of keys, that describe the file and not what the model computes.
+_DESCRIPTIONS = (
+    *("general.", "quantize.", "imatrix.", "split.", "GGUF.", "tokenizer.huggingface.json"),
+    # Tokens of infilling have their names in the vocabulary as well.
+    *("tokenizer.ggml.fim_", "tokenizer.ggml.prefix_token_id", "tokenizer.ggml.suffix_token_id"),
+    *("tokenizer.ggml.middle_token_id", "tokenizer.ggml.token_type_count"),
+)
+_DESCRIPTIONS_OF_ARCHITECTURES = (".tensor_data_layout", ".rope.scaling.finetuned")
+# Keys of architectures that change what is computed, and the values that do not.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    ".attention.causal": (True,),
+    ".attention.clamp_kqv": (0.0,),
+    ".attention.max_alibi_bias": (0.0,),
+    ".attention.output_scale": (0.0, 1.0),
+    ".attention.scale": (0.0,),
+    ".attention.sliding_window": (0,),
+    ".attn_logit_softcapping": (0.0,),
+    ".embedding_scale": (0.0, 1.0),
+    ".expert_count": (0,),
+    ".expert_gating_func": (0, 1),
+    ".expert_group_count": (0, 1),
+    ".expert_group_used_count": (0, 1),
+    ".expert_shared_count": (0,),
+    ".expert_used_count": (0,),
+    ".expert_weights_scale": (0.0, 1.0),
+    ".final_logit_softcapping": (0.0,),
+    ".leading_dense_block_count": (0,),
+    ".logit_scale": (0.0, 1.0),
+    ".nextn_predict_layers": (0,),
+    ".pooling_type": (0,),
+    ".residual_scale": (0.0, 1.0),
+    ".router_logit_softcapping": (0.0,),
+    ".use_parallel_residual": (False,),
+}
+
+
+class Metadata:
+    """The metadata of a file. Every read is typed and remembered.
+
+    Keys that begin with a dot belong to the file's architecture: ``.block_count`` is ``llama.block_count``.
+
+    Arguments:
+        file: whose metadata.
+
+    Raises:
+        CheckpointError: when the file is not of a model.
+    """
+
+    def __init__(self, file: GgufFile) -> None:
+        self.file = file.files[0]
+        self._values = file.metadata
+        self._read: set[str] = set()
+        self.architecture = ""
+        self.architecture = self.text("general.architecture")
+        for key, wanted in (("general.type", "model"), ("general.quantization_version", 2)):
+            if (value := self.get(key, wanted)) != wanted:
+                raise self.error(key, value, repr(wanted))
+
+    def full(self, key: str) -> str:
+        """A key as it stands in the file."""
+        return self.architecture + key if key.startswith(".") else key
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The raw value; a key that is missing gives the default."""
+        self._read.add(self.full(key))
+        return self._values.get(self.full(key), default)
+
+    def has(self, key: str) -> bool:
+        """Whether a key is there; that is no use of it."""
+        return self.full(key) in self._values
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """A whole number from 0 to 2^31 - 1.
+
+        Raises:
+            CheckpointError: when it is something else, or missing without a default.
+        """
+        value = self._required(key, default)
+        if type(value) is not int or not 0 <= value < 2**31:
+            raise self.error(key, value, "a whole number of at least 0")
+        return value
+
+    def of_all_layers(self, key: str, default: int | None = None) -> int:
+        """As :meth:`integer`; an array for all layers must hold one value."""
+        value = self.get(key, default)
+        if isinstance(value, GgufArray) and value.numbers() is not None:
+            values = sorted(set(np.asarray(value.numbers()).tolist()))
+            if len(values) != 1 or type(values[0]) is not int or not 0 <= values[0] < 2**31:
+                raise self.error(key, values, "the same for all layers")
+            return values[0]
+        return self.integer(key, default)
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A finite number.
+
+        Raises:
+            CheckpointError: as for :meth:`integer`.
+        """
+        value = self._required(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.error(key, value, "a finite number")
+        return _decimal(float(value))
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false.
+
+        Raises:
+            CheckpointError: for anything else.
+        """
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise self.error(key, value, "true or false")
+        return value
+
+    def text(self, key: str, default: str | None = None) -> str:
+        """A text.
+
+        Raises:
+            CheckpointError: for anything else, or when it is missing without a default.
+        """
+        value = self._required(key, default)
+        if not isinstance(value, str):
+            raise self.error(key, value, "a text")
+        return value
+
+    def strings(self, key: str, most: int) -> list[str]:
+        """An array of texts.
+
+        Arguments:
+            most: how many there may be.
+
+        Raises:
+            CheckpointError: for anything else, or when it is missing.
+        """
+        value = self._required(key, None)
+        if isinstance(value, GgufArray) and value.count > most:
+            raise self.error(key, value, f"at most {most} texts")
+        try:
+            found = value.strings() if isinstance(value, GgufArray) else None
+        except UnicodeDecodeError as error:
+            raise self.error(key, str(error), "texts in UTF-8") from error
+        if found is None:
+            raise self.error(key, value, "an array of texts")
+        return found
+
+    def numbers(self, key: str, count: int) -> np.ndarray:
+        """An array of numbers.
+
+        Arguments:
+            count: how many there must be.
+
+        Raises:
+            CheckpointError: for anything else, or when it is missing.
+        """
+        value = self._required(key, None)
+        found = value.numbers() if isinstance(value, GgufArray) else None
+        if found is None or len(found) != count:
+            raise self.error(key, value, f"an array of {count} numbers")
+        return found
+
+    def error(self, key: str, value: Any, expected: str) -> CheckpointError:
+        """The error for a value that cannot be used."""
+        shown = f"an array of {value.count}" if isinstance(value, GgufArray) else repr(value)
+        return CheckpointError(f"{self.file}: {self.full(key)} must be {expected}, not {shown[:200]}")
+
+    def refuse_unread(self) -> None:
+        """Reject what was not read and is not known to mean nothing.
+
+        Raises:
+            CheckpointError: naming key and value.
+        """
+        neutral = {self.full(key): values for key, values in _NEUTRAL.items()}
+        for key, value in self._values.items():
+            if key in self._read or key.startswith(_DESCRIPTIONS):
+                continue
+            if key in map(self.full, _DESCRIPTIONS_OF_ARCHITECTURES) or value in neutral.get(key, ()):
+                continue
+            shown = f"an array of {value.count}" if isinstance(value, GgufArray) else repr(value)[:200]
+            raise CheckpointError(
+                f"{self.file}: {key[:200]!r} = {shown} is not supported for the architecture {self.architecture!r},"
+                " and ignoring it could give wrong results"
+            )
+
+    def _required(self, key: str, default: Any) -> Any:
+        value = self.get(key, default)
+        if value is None:
+            raise CheckpointError(f"{self.file} lacks the metadata entry {self.full(key)!r}")
+        return value
+
+
+def _decimal(value: float) -> float:
+    """What a float32 stands for: the shortest decimal number that rounds to it, such as 1e-6."""
+    if abs(value) >= LARGEST_NUMBER or float(np.float32(value)) != value:
+        return value
+    return float(str(np.float32(value)))
