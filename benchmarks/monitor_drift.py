@@ -23,11 +23,13 @@ from dynamoe.dynamic.contract.served_loss import disagreements
 from dynamoe.dynamic.convert.model_store import resolve_model
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.llm import LLM
+from dynamoe.dynamic.studies.requests import draw
 from dynamoe.dynamic.text.prompt_file import read_prompts
 from safetensors.torch import load_file, save_file
+from shipped_certificates import REQUESTS, TEST_REQUESTS
 from tqdm import tqdm
 
-UNSEEN = 500  # the last prompts of the file; `dynamoe calibrate` takes the first 1500
+UNSEEN = 500  # prompts that neither chose nor tested the shipped certificates
 AT_ONCE = 25
 CORRUPT = 4.0  # added to the logits of all probes
 
@@ -55,6 +57,11 @@ def stream(llm: LLM, prompts: list[list[int]], certificate: Certificate) -> dict
     return {"fired_at": None, "mean_loss": bet.mean, "requests": bet.count}
 
 
+def unseen(prompts: list[list[int]]) -> list[list[int]]:
+    """Prompts that the calibration of the shipped certificates has not drawn."""
+    return draw(prompts, len(prompts), 0, "the file")[REQUESTS + TEST_REQUESTS :][:UNSEEN]
+
+
 def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--requests", type=int, default=UNSEEN, help="of each stream, at most")
@@ -67,7 +74,7 @@ def main() -> None:
     catalog = CertificateSource(llm.engine).read()
     if not catalog.contracts.certificates:
         raise SystemExit(f"no certificate of tiny holds here: {'; '.join(catalog.refused)}")
-    usual = [list(p) for p in read_prompts(path / "prompts.jsonl", llm.get_tokenizer())][-UNSEEN:][: args.requests]
+    usual = unseen(read_prompts(path / "prompts.jsonl", llm.get_tokenizer()))[: args.requests]
     rng = np.random.default_rng(0)
     random = [rng.integers(1, llm.model.spec.vocab_size, len(prompt)).tolist() for prompt in usual]
     rows = [" ".join(str(number) for number in rng.integers(0, 10_000, 12)) for _ in usual]

@@ -21,7 +21,7 @@ from dynamoe.dynamic.studies.calibrate import CalibrateConfig, calibrate
 from dynamoe.dynamic.studies.ledger import LEDGER
 from dynamoe.kernels.cpu import build
 
-REQUESTS, TEST_REQUESTS = 600, 250
+REQUESTS, TEST_REQUESTS, LONGEST = 800, 250, 128
 ISAS = ("avx512bf16", "avx512vnni")
 PATH = {0.99: 0.85, 0.98: 0.85, 0.96: 0.8, 0.92: 0.75, 0.84: 0.7}  # 1 - probability doubles; expert_keep beside it
 
@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--isas", nargs="*", default=ISAS, help="instruction sets")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "certificates", help="directory of the runs")
-    parser.add_argument("--max-tokens", type=int, default=512)
+    parser.add_argument("--max-tokens", type=int, default=LONGEST)
     parser.add_argument("--threads", type=int, help="CPU threads")
     options = parser.parse_args()
     build.load(progress=True)
