@@ -236,6 +236,9 @@ class ContractManager:
                 for certificate in certificates:
                     if not self.monitor.register(certificate):
                         logger.warning("certificate %s has fired before: its requests run exactly", certificate.id)
+                    elif tenants := self.monitor.state(certificate.id).bets.reverted:
+                        text = "certificate %s has fired before for %d tenants: their requests run exactly"
+                        logger.warning(text, certificate.id, tenants)
             except sqlite3.Error as error:
                 raise ValueError(f"the monitor cannot store new certificates: {error}") from error
         return catalog

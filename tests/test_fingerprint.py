@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -111,6 +113,16 @@ def test_threads_and_unwritten_memory_do_not_count(backend: CpuBackend, plain: F
             assert [hash_of([tensor]) for tensor in vectors()[PLAIN](backend)] == plain[0]
     finally:
         torch.set_num_threads(threads)
+
+
+def test_another_process_finds_the_same() -> None:
+    code = (
+        "import torch; from dynamoe.kernels.cpu.backend import CpuBackend; from dynamoe.kernels.cpu.vectors import *;"
+        "from dynamoe.kernels.cpu.fingerprint import hash_of;"
+        "print(hash_of(vectors()[PLAIN](CpuBackend('cpu', torch.bfloat16))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600)
+    assert done.stdout.strip() == hash_of(vectors()[PLAIN](CpuBackend("cpu", torch.bfloat16)))
 
 
 @pytest.mark.parametrize("name", OPERATORS)

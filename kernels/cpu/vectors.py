@@ -141,7 +141,7 @@ def _norms(backend: TorchBackend, numbers: Numbers) -> Outputs:
     for hidden in (1, 45, 576):
         weight_D = (1 + numbers.floats(hidden, scale=0.5)).to(backend.dtype)
         for rows in ROWS:
-            for stream in {torch.float32, backend.dtype}:
+            for stream in dict.fromkeys((torch.float32, backend.dtype)):
                 x_TD = numbers.floats(rows, hidden, scale=3).to(stream)
                 yield backend.rms_norm(x_TD, weight_D, EPS)
                 for scale in (1.0, 0.22):
