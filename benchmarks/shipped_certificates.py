@@ -6,14 +6,12 @@ it depends on has changed. The new certificates take the place of the old ones o
 an earlier format go; ``ledger.jsonl`` beside them keeps what was ever tried.
 """
 
-from __future__ import annotations
-
 import argparse
 import shutil
 from pathlib import Path
 
 import torch
-from checkout import ROOT
+from benchmark import ROOT
 from dynamoe.dynamic.contract.catalog import CERTIFICATES
 from dynamoe.dynamic.contract.certificate import OutdatedCertificate, load_certificate
 from dynamoe.dynamic.convert.model_store import resolve_model
@@ -21,7 +19,6 @@ from dynamoe.dynamic.studies.calibrate import CalibrateConfig, calibrate
 from dynamoe.dynamic.studies.ledger import LEDGER
 from dynamoe.kernels.cpu import build
 
-REQUESTS, TEST_REQUESTS, LONGEST = 800, 250, 128
 ISAS = ("avx512bf16", "avx512vnni")
 PATH = {0.99: 0.85, 0.98: 0.85, 0.96: 0.8, 0.92: 0.75, 0.84: 0.7}  # 1 - probability doubles; expert_keep beside it
 
@@ -46,8 +43,12 @@ def install(found: Path, shipped: Path, backend: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--isas", nargs="*", default=ISAS, help="instruction sets")
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "certificates", help="directory of the runs")
-    parser.add_argument("--max-tokens", type=int, default=LONGEST)
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "runs" / "certificates", help="directory of the runs"
+    )
+    parser.add_argument("--max-tokens", type=int, default=512)
+    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--test-requests", type=int, default=500)
     parser.add_argument("--threads", type=int, help="CPU threads")
     options = parser.parse_args()
     build.load(progress=True)
@@ -60,8 +61,8 @@ def main() -> None:
             model="tiny",
             backend=f"cpu:{isa}",
             output=str(options.output / isa),
-            requests=REQUESTS,
-            test_requests=TEST_REQUESTS,
+            requests=options.requests,
+            test_requests=options.test_requests,
             max_tokens=options.max_tokens,
             probabilities=tuple(PATH),
             keeps=tuple(PATH.values()),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from dynamoe.kernels.cpu import build as cpu_build
 
-pytestmark = pytest.mark.slow  # each build takes minutes
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]  # each build takes minutes
 
 # Prints what the kernels built from a folder compute, in both dtypes, formats and cache codes included.
 FINGERPRINTS = """
