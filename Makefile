@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.t
 PINS := pyproject.toml constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 
-.PHONY: help serve test test-all lint types bench clean
+.PHONY: help serve test test-all lint types bench certificates clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +41,9 @@ types: $(VENV)/.dev ## types: pyright on the package
 
 bench: $(VENV)/.run ## time MODEL at several concurrencies (ARGS='bench.output_len=32')
 	@$(BIN)/dynamoe bench model=$(MODEL) $(ARGS)
+
+certificates: $(VENV)/.test ## calibrate tiny again and ship the certificates (hours; resumable)
+	$(BIN)/python benchmarks/shipped_certificates.py $(ARGS)
 
 clean: ## remove what make made, the virtual environment too
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

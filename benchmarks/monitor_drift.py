@@ -16,18 +16,19 @@ from typing import Any
 import numpy as np
 import torch
 from benchmark import RESULTS, command_line, surroundings, write
-from dynamoe.dynamic.contract.catalog import CertificateSource, spent_under
+from dynamoe.dynamic.contract.catalog import CertificateSource, ContractCatalog, spent_under
 from dynamoe.dynamic.contract.certificate import Certificate
 from dynamoe.dynamic.contract.e_process import EProcess
 from dynamoe.dynamic.contract.served_loss import disagreements
 from dynamoe.dynamic.convert.model_store import resolve_model
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.llm import LLM
+from dynamoe.dynamic.studies.requests import draw
 from dynamoe.dynamic.text.prompt_file import read_prompts
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-UNSEEN = 500  # the last prompts of the file; `dynamoe calibrate` takes the first 1500
+UNSEEN = 500  # prompts that neither chose nor tested the shipped certificates
 AT_ONCE = 25
 CORRUPT = 4.0  # added to the logits of all probes
 
@@ -55,6 +56,12 @@ def stream(llm: LLM, prompts: list[list[int]], certificate: Certificate) -> dict
     return {"fired_at": None, "mean_loss": bet.mean, "requests": bet.count}
 
 
+def unseen(prompts: list[list[int]], catalog: ContractCatalog) -> list[list[int]]:
+    """Prompts that the calibration of the shipped certificates has not drawn."""
+    used = max(c.requests + c.held_out.requests for c in catalog.contracts.certificates)
+    return draw(prompts, len(prompts), 0, "the file")[used:][:UNSEEN]
+
+
 def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--requests", type=int, default=UNSEEN, help="of each stream, at most")
@@ -67,7 +74,7 @@ def main() -> None:
     catalog = CertificateSource(llm.engine).read()
     if not catalog.contracts.certificates:
         raise SystemExit(f"no certificate of tiny holds here: {'; '.join(catalog.refused)}")
-    usual = [list(p) for p in read_prompts(path / "prompts.jsonl", llm.get_tokenizer())][-UNSEEN:][: args.requests]
+    usual = unseen(read_prompts(path / "prompts.jsonl", llm.get_tokenizer()), catalog)[: args.requests]
     rng = np.random.default_rng(0)
     random = [rng.integers(1, llm.model.spec.vocab_size, len(prompt)).tolist() for prompt in usual]
     rows = [" ".join(str(number) for number in rng.integers(0, 10_000, 12)) for _ in usual]

@@ -2,10 +2,11 @@
 
 ``python benchmarks/validity.py runs/calibration --name tiny`` reads the losses that ``dynamoe calibrate`` left in a
 directory, keeps them in ``results/losses_NAME.npz``, and writes ``results/validity_NAME.json``. The requests are the
-population: their mean loss at a setting is its true risk, and each calibration sees as many of them, drawn with
-replacement. Beside the levels that ship, alpha lies just below the true risk of each setting in turn, where choosing it
-is barely wrong and as likely as it can be. Learn-then-Test guarantees that the chosen setting's true risk exceeds
-alpha in a share of at most delta of the calibrations; conformal risk control, that it does not in the mean.
+population: the mean loss of their whole outputs at a setting is its true risk, and each calibration sees as many of
+them, drawn with replacement. Beside the levels that ship, alpha lies just below the true risk of each setting in turn,
+where choosing it is barely wrong and as likely as it can be. Learn-then-Test guarantees that the chosen setting's true
+risk exceeds alpha in a share of at most delta of the calibrations, and conformal risk control that it does not in the
+mean.
 
 Shape suffixes: M settings, safest first; N requests.
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from dynamoe.dynamic.contract.calibration_runs import read_measured
 from dynamoe.dynamic.studies.calibration_methods import drawn_choices
 from dynamoe.dynamic.studies.sweep_config import CONFORMAL, CalibrationStudyConfig
 from scipy.stats import binom
@@ -32,7 +34,7 @@ def read_losses(directory: Path) -> np.ndarray:
         ValueError: when there are none, or not of the same requests.
     """
     files = sorted(directory.glob("setting-*.json"))
-    losses = [json.loads(file.read_text())["losses"] for file in files]
+    losses = [read_measured(file).losses_N for file in files]
     if not losses or len({len(row) for row in losses}) != 1:
         raise ValueError(f"{directory} does not hold the settings of one finished calibration")
     return np.array(losses)

@@ -8,7 +8,6 @@ import torch
 
 from .torch.backend import TorchBackend
 
-NUMERICS = 1  # goes up with every change that may change a result, so that no certificate outlives it
 BACKENDS = ("auto", "torch", "cpu", "triton", "grouped_mm", "megablocks")
 
 

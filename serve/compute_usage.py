@@ -69,11 +69,15 @@ class ComputeTally:
         certificates = sorted({c.certificate for c in self._contracts if c.certificate is not None})
         quality = "bounded" if certificates else "uncertified" if self.uncertified else "exact"
         reasons = dict.fromkeys(c.reason for c in self._contracts)
+        covered = [c.certified_tokens for c in self._contracts if c.certified_tokens is not None]
+        beyond = [c.exact_after for c in self._contracts if c.exact_after is not None]
         all_layers = range(self.spec.num_layers)
         return {
             "quality": quality,
             "certificates": certificates,
             "reason": "; ".join(reasons) or self.uncertified,
+            "certified_tokens": min(covered, default=None),
+            "exact_after": min(beyond, default=None),
             "layers_per_token": work["token_layers"] / count if count else float(len(all_layers)),
             "experts_per_token": work["token_experts"] / count if count else float(self.spec.experts_in(all_layers)),
             **work,

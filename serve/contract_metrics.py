@@ -35,12 +35,17 @@ def family(
 def picks(state: ContractState) -> int:
     """All requests that were ever sampled for the monitor under a certificate."""
     waiting = state.picks
-    return state.process.count + waiting.running + waiting.pending + waiting.interrupted
+    return state.bets.losses + waiting.running + waiting.pending + waiting.interrupted
 
 
 def wealth(state: ContractState) -> float:
-    """Wealth of the e-process; the certificate fires at 1 / delta."""
-    return math.exp(min(state.process.log_wealth, _LARGEST_LOG))
+    """The largest wealth of its e-processes; one fires at 1 / delta."""
+    return math.exp(min(state.bets.log_wealth, _LARGEST_LOG))
+
+
+def fired(state: ContractState) -> bool:
+    """Whether requests of everybody or of a tenant run exactly."""
+    return state.process.fired or state.bets.reverted > 0
 
 
 class ContractCollector(Collector):
@@ -58,16 +63,17 @@ class ContractCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         gauges = {
             "armed": ("1 for a certificate that is registered with the monitor.", lambda _: 1),
-            "fired": ("1 once its requests run exactly.", lambda s: int(s.process.fired)),
+            "fired": ("1 once requests of everybody, or of a tenant, run exactly.", lambda s: int(fired(s))),
+            "reverted_tenants": ("Tenants whose own e-process has fired.", lambda s: s.bets.reverted),
             "picks_running": ("Sampled requests that have not ended.", lambda s: s.picks.running),
             "picks_pending": ("Sampled requests that wait for their full run.", lambda s: s.picks.pending),
-            "realised_risk": ("Mean of the losses.", lambda s: math.nan if s.process.mean is None else s.process.mean),
-            "wealth": ("Wealth of the e-process, which fires at 1 / delta.", wealth),
+            "realised_risk": ("Mean of the losses.", lambda s: math.nan if s.bets.mean is None else s.bets.mean),
+            "wealth": ("Largest wealth of its e-processes, one of which fires at 1 / delta.", wealth),
         }
         counters = {
             "picks": ("Requests sampled for the monitor.", picks),
             "picks_interrupted": ("Sampled requests that never get a loss.", lambda s: s.picks.interrupted),
-            "losses": ("Sampled requests whose losses are counted.", lambda s: s.process.count),
+            "losses": ("Sampled requests whose losses are counted.", lambda s: s.bets.losses),
         }
         states = self._contracts.states
         for kind, metrics in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import ipaddress
 import logging
 import re
 import sqlite3
@@ -22,7 +23,7 @@ import torch
 
 from ..dynamic.contract.catalog import CertificateSource, ContractCatalog
 from ..dynamic.contract.monitor import ContractState, MonitorConfig, RiskMonitor
-from ..dynamic.contract.monitor_store import Draws
+from ..dynamic.contract.monitor_records import Draws
 from ..dynamic.convert.model_store import cache_home
 from ..dynamic.engine.outputs import RequestDelta
 from ..dynamic.engine.quality import ContractOutcome, Quality
@@ -43,6 +44,9 @@ class MonitorSettings(MonitorConfig):
         share: share of the requests under a certificate that are run again in full, 0 to 1. 0 samples none;
             certificates that have fired stay reverted.
         seed: of the sampling decisions.
+        tenant_share: of the losses that can revert a certificate for everybody, the most that one tenant's may be. A
+            tenant is an API key, without keys an address. With fewer than 1 / tenant_share tenants each is watched by
+            its own losses alone.
     """
 
     file: str | None = None
@@ -55,12 +59,29 @@ def default_monitor_file(model: Path, address: str) -> Path:
     return cache_home() / "monitor" / f"{name}-{key}.db"
 
 
+def tenant(key_id: str | None, host: str | None) -> str:
+    """Whose a request is: its key's, without keys its address's (of IPv6 the network, of which one client has all).
+
+    Arguments:
+        key_id: see :class:`.auth.Caller`; host: the peer's address, None on a UNIX socket.
+    """
+    if key_id is not None:
+        return f"key {key_id}"
+    try:
+        address = ipaddress.ip_address(host or "")
+    except ValueError:
+        return "local"
+    network = ipaddress.ip_network((address, 64 if address.version == 6 else 32), strict=False)
+    return f"address {network.network_address}"
+
+
 @dataclass(slots=True)
 class _Served:
-    """Output so far of a request that is sampled for the monitor."""
+    """Output so far of a request that is sampled for the monitor, as far as it is certified."""
 
     prompt_tokens: Sequence[int]
     temperature: float  # 0 if it is greedy
+    certified_tokens: int
     completions: list[list[int]] = field(default_factory=list)
     states: list[list[torch.Tensor]] = field(default_factory=list)  # of each completion's tokens, if it samples
 
@@ -69,8 +90,9 @@ class _Served:
             while len(self.completions) <= completion.index:
                 self.completions.append([])
                 self.states.append([])
-            self.completions[completion.index] += completion.token_ids
-            self.states[completion.index] += completion.states
+            room = self.certified_tokens - len(self.completions[completion.index])
+            self.completions[completion.index] += completion.token_ids[:room]
+            self.states[completion.index] += completion.states[:room]
 
     def draws(self) -> Draws | None:
         states = [state for completion in self.states for state in completion]
@@ -144,13 +166,14 @@ class ContractManager:
         )
 
     async def resolve(
-        self, request_id: str, prompt_tokens: Sequence[int], params: SamplingParams
+        self, request_id: str, prompt_tokens: Sequence[int], params: SamplingParams, tenant: str = ""
     ) -> tuple[SamplingParams, ContractOutcome | None]:
         """A request's settings and the outcome of its contract; the monitor's sampling decision is persisted first.
 
         Arguments:
             request_id: unique across servers.
             params: with ``max_tokens`` set.
+            tenant: whose it is, see :func:`tenant`.
         """
         if not isinstance(params.quality, Quality):
             return params, None
@@ -158,11 +181,14 @@ class ContractManager:
         spends, outcome = self.catalog.resolve(params.quality, params, params.max_tokens)
         if outcome.certificate is None or self.monitor is None:
             return spends, outcome
-        served = _Served(prompt_tokens, 0.0 if params.greedy else params.temperature)
-        reason = await self._off_loop(self._admit, request_id, outcome.certificate, served)
+        assert outcome.certified_tokens is not None
+        served = _Served(prompt_tokens, 0.0 if params.greedy else params.temperature, outcome.certified_tokens)
+        reason = await self._off_loop(self._admit, request_id, outcome.certificate, served, tenant)
         if reason is None:
             return replace(spends, keep_states=not params.greedy and request_id in self._served), outcome
-        return replace(params, quality="exact"), replace(outcome, certificate=None, reason=reason)
+        return replace(params, quality="exact"), ContractOutcome(
+            quality=outcome.quality, certificate=None, reason=reason
+        )
 
     def on_delta(self, delta: RequestDelta) -> None:
         """Record a request's output."""
@@ -210,6 +236,9 @@ class ContractManager:
                 for certificate in certificates:
                     if not self.monitor.register(certificate):
                         logger.warning("certificate %s has fired before: its requests run exactly", certificate.id)
+                    elif tenants := self.monitor.state(certificate.id).bets.reverted:
+                        text = "certificate %s has fired before for %d tenants: their requests run exactly"
+                        logger.warning(text, certificate.id, tenants)
             except sqlite3.Error as error:
                 raise ValueError(f"the monitor cannot store new certificates: {error}") from error
         return catalog
@@ -227,18 +256,17 @@ class ContractManager:
         logger.info("%g of the requests under a certificate are run again in full; %s", self.settings.share, file)
         return monitor
 
-    def _admit(self, request_id: str, certificate_id: str, served: _Served) -> str | None:
+    def _admit(self, request_id: str, certificate_id: str, served: _Served, tenant: str) -> str | None:
         """Why a request must run exactly; None if it may run under its certificate."""
         assert self.monitor is not None
         try:
-            if self.monitor.is_reverted(certificate_id):
-                bet = self.monitor.state(certificate_id).process
+            if (bet := self.monitor.fired_bet(certificate_id, tenant)) is not None:
                 return (
                     f"certificate {certificate_id} is reverted: {bet.count} monitored requests have a mean loss of"
                     f" {bet.mean:.4f}, against a risk of at most {bet.alpha:g} at delta={bet.delta:g}; a new"
                     " certificate is needed"
                 )
-            if self.monitor.admit(request_id, certificate_id):
+            if self.monitor.admit(request_id, certificate_id, tenant):
                 self._served[request_id] = served
         except sqlite3.Error as error:
             self._disk.failed(error)

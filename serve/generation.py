@@ -17,6 +17,7 @@ from .auth import Caller
 from .bridge import EngineRequest
 from .compute_usage import ComputeTally
 from .context import ServerContext
+from .contracts import tenant
 from .errors import ApiError, invalid, overloaded, unavailable
 from .formats import AnswerFormat, Prompt, PromptLogprobs, usage, write_prompt_logprobs
 from .json_answer import JsonAnswer
@@ -90,9 +91,13 @@ class Generation:
 
     async def _resolve(self, request: EngineRequest) -> EngineRequest:
         params, contract = await self.context.contracts.resolve(
-            request.request_id, request.prompt_token_ids, request.params
+            request.request_id, request.prompt_token_ids, request.params, self._tenant()
         )
         return replace(request, params=params, contract=contract)
+
+    def _tenant(self) -> str:
+        caller: Caller = self.request.state.caller
+        return tenant(caller.key_id, self.request.client.host if self.request.client else None)
 
     async def _collect(self, submission: Submission) -> Response:
         outputs = [

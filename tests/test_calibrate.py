@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 from dynamoe import LLM, Quality, SamplingParams
 from dynamoe.dynamic.cli.main import main
+from dynamoe.dynamic.contract.bounds import betting, learn_then_test
+from dynamoe.dynamic.contract.calibration_runs import Measured, read_measured
 from dynamoe.dynamic.contract.catalog import CertificateSource
 from dynamoe.dynamic.contract.certificate import load_certificate, save_certificate
 from dynamoe.dynamic.convert.model_store import resolve_model
-from dynamoe.dynamic.studies.calibrate import CalibrateConfig, calibrate
+from dynamoe.dynamic.studies.calibrate import CalibrateConfig, _prompts, calibrate
+from dynamoe.dynamic.studies.ledger import LEDGER, enter
 from dynamoe.dynamic.text.prompt_file import read_prompts
 
 ALPHA = 0.2
@@ -57,6 +62,65 @@ def test_levels_that_can_be_proved_get_a_certificate_and_others_none(certificate
     report = json.loads((certificates.parent / "report.json").read_text())
     assert report["certificates"] == [json.loads(file.read_text())]
     assert [point["requests"] for point in report["path"]] == [60] * len(report["path"])
+    assert (found.scope.min_tokens, found.scope.max_tokens) == (8, 12)
+    held_out = found.held_out
+    assert held_out.worst_length in range(8, 13)
+    assert held_out.worst_length_loss is not None
+    assert held_out.worst_cut_loss is not None
+    assert held_out.mean_loss <= held_out.worst_length_loss <= held_out.worst_cut_loss < 1
+
+
+def test_every_length_is_proved(certificates: Path) -> None:
+    """What the certificate rests on, computed again from the losses of single tokens."""
+    (file,) = certificates.glob("*.json")
+    found = load_certificate(file)
+    thresholds = list(dict.fromkeys(found.exit_thresholds.values()))
+    place = (0.95, 0.8, 0.6).index(thresholds[0])
+    measured = read_measured(certificates.parent / f"setting-{place:02}.json")
+    assert measured.losses_NT.shape == (60, 12)
+    for length in range(8, 13):
+        cut_N = np.array(
+            [row[: min(length, n)].mean() for row, n in zip(measured.losses_NT, measured.lengths_N, strict=True)]
+        )
+        assert betting(cut_N[None], ALPHA, 0.05)[0] <= 0.05
+        np.testing.assert_allclose(measured.cut_losses_KN[length - 8], cut_N)
+    assert measured.worst_cut_N.mean() > measured.cut_losses_KN.mean(1).max() >= measured.losses_N.mean() - 1e-12
+
+
+def test_a_setting_whose_beginnings_are_worse_than_its_whole_outputs_is_not_proved() -> None:
+    """Outputs that differ in their first eight tokens only: 4 % of 64, 31 % of 8."""
+    losses_NT = np.zeros((1000, 64), dtype=np.float32)
+    losses_NT[np.random.default_rng(0).random((1000, 64)) < np.where(np.arange(64) < 8, 0.3, 0.0)] = 1
+    measured = Measured(losses_NT=losses_NT, layers_share=0.5, experts_share=1.0, decoded=63_000)
+    assert learn_then_test(measured.losses_N[None], 0.05, 0.05) == 0  # the mean over whole outputs
+    assert learn_then_test(measured.cut_losses_KN[None], 0.05, 0.05) is None
+    assert measured.cut_losses_KN.shape == (57, 1000)
+    assert learn_then_test(measured.cut_losses_KN[None], 0.35, 0.05) == 0
+
+
+def test_tokens_and_requests_weigh_differently() -> None:
+    losses_NT = np.full((2, 20), np.nan, dtype=np.float32)
+    losses_NT[0, :2], losses_NT[1] = [1, 0], 0
+    measured = Measured(losses_NT=losses_NT, layers_share=0.5, experts_share=1.0, decoded=20)
+    assert measured.losses_N.tolist() == [0.5, 0.0]
+    assert measured.token_loss == pytest.approx(1 / 22)
+
+
+def test_the_ledger_keeps_every_level_that_was_tried(certificates: Path, tmp_path: Path) -> None:
+    (file,) = certificates.glob("*.json")
+    entries = [json.loads(line) for line in (certificates / LEDGER).read_text().splitlines()]
+    assert [(entry["alpha"], entry["proved"]) for entry in entries] == [
+        (0.001, None),
+        (ALPHA, load_certificate(file).id),
+    ]
+    assert {entry["prompts_hash"] for entry in entries} == {load_certificate(file).scope.prompts_hash}
+    entry = {name: value for name, value in entries[0].items() if name != "date"}
+    assert enter(tmp_path, entry) == 0
+    assert enter(tmp_path, entry) == 0  # the same run, resumed
+    assert enter(tmp_path, {**entry, "method": "hoeffding_bentkus"}) == 1
+    assert enter(tmp_path, {**entry, "method": "hoeffding_bentkus", "path": ["0.9"]}) == 2
+    assert enter(tmp_path, {**entry, "alpha": 0.05}) == 0
+    assert len((tmp_path / LEDGER).read_text().splitlines()) == 4
 
 
 def test_a_second_run_measures_nothing_again(certificates: Path) -> None:
@@ -66,8 +130,57 @@ def test_a_second_run_measures_nothing_again(certificates: Path) -> None:
     calibrate(config(certificates.parent), progress=False, say=said.append)
     assert {file: file.stat().st_mtime_ns for file in files} == files
     assert any("alpha=0.001: nothing but full compute" in line for line in said)
+    assert "alpha=0.001 needs at least 2996 requests, even without any loss; there are 60" in said
+    assert not any("was tried" in line for line in said)
     with pytest.raises(ValueError, match=r"another recipe.*max_tokens"):
         calibrate(config(certificates.parent, max_tokens=8), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [("sources_hash", lambda *folders: "other code"), ("processor", lambda: "another processor")],
+)
+def test_a_run_goes_on_only_where_it_was_begun(
+    certificates: Path, monkeypatch: pytest.MonkeyPatch, name: str, changed: Callable[..., str]
+) -> None:
+    monkeypatch.setattr(f"dynamoe.dynamic.studies.calibrate.{name}", changed)
+    with pytest.raises(ValueError, match=r"another recipe \((code|processor): .* → (other code|another processor)"):
+        calibrate(config(certificates.parent), progress=False, say=lambda _: None)
+
+
+def numbered(file: Path, prompts: list[list[int]]) -> str:
+    file.write_text("".join(json.dumps({"prompt_token_ids": prompt}) + "\n" for prompt in prompts))
+    return str(file)
+
+
+def test_other_prompts_in_the_same_file_are_another_run(certificates: Path, tmp_path: Path) -> None:
+    prompts = [[7, 8, 9 + n] for n in range(80)]
+    fast = {"requests": 4, "test_requests": 2, "max_tokens": 8, "probabilities": (0.6,), "keeps": (0.5,)}
+    file = numbered(tmp_path / "prompts.jsonl", prompts)
+    calibrate(config(tmp_path / "run", prompts=file, **fast), progress=False, say=lambda _: None)
+    numbered(tmp_path / "prompts.jsonl", prompts[::-1])
+    with pytest.raises(ValueError, match=r"another recipe \(prompts_hash"):
+        calibrate(config(tmp_path / "run", prompts=file, **fast), progress=False, say=lambda _: None)
+
+
+def test_prompts_are_drawn_from_the_whole_file(llm: LLM, tmp_path: Path) -> None:
+    file = numbered(tmp_path / "prompts.jsonl", [[7, 8, n] for n in range(1000)])
+    drawn = _prompts(config(tmp_path, prompts=file), tmp_path, llm, print)
+    lines = [prompt[2] for prompt in (*drawn.choose, *drawn.test)]
+    assert len(set(lines)) == 80
+    assert max(lines) > 900  # not the first 80
+    assert min(lines) < 100
+
+
+def test_a_prompt_counts_once(llm: LLM, tmp_path: Path) -> None:
+    said: list[str] = []
+    file = numbered(tmp_path / "prompts.jsonl", [[7, 8, 9]] * 200)
+    with pytest.raises(ValueError, match=r"holds 200 prompts, 1 of them distinct; .* want 80 distinct ones"):
+        _prompts(config(tmp_path, prompts=file), tmp_path, llm, said.append)
+    numbered(tmp_path / "prompts.jsonl", [[7, 8, n] for n in range(100)] + [[7, 8, 9]] * 30)
+    drawn = _prompts(config(tmp_path, prompts=file), tmp_path, llm, said.append)
+    assert len({tuple(prompt) for prompt in (*drawn.choose, *drawn.test)}) == 80
+    assert said == [f"30 of the 130 prompts in {file} are repetitions: each counts once"]
 
 
 def test_a_request_runs_under_the_certificate_that_it_asked_for(llm: LLM, certificates: Path) -> None:
@@ -99,7 +212,7 @@ def test_a_request_runs_under_the_certificate_that_it_asked_for(llm: LLM, certif
     [
         ({"alpha": 0.01}, {}, r"no certificate is as strict as alpha=0.01.*there are \(0.2, 0.05\)"),
         ({"alpha": 0.2, "delta": 0.01}, {}, "no certificate is as strict"),
-        ({"alpha": 0.2}, {"max_tokens": 13}, "at most 12 tokens, not max_tokens=13"),
+        ({"alpha": 0.2}, {"max_tokens": 7}, "covers max_tokens from 8 on, not max_tokens=7"),
         ({"alpha": 0.2}, {"temperature": 0.7}, "greedy requests only, not temperature 0.7"),
         ({"alpha": 0.2}, {"repetition_penalty": 1.2}, "without penalties"),
     ],
@@ -180,9 +293,9 @@ def test_over_http_a_contract_is_kept_and_accounted_for(start_server, certificat
     assert bounded["layers_per_token"] < 16
     assert bounded["expert_rows"] < 2 * bounded["layer_rows"]
     assert bounded["flops"] < bounded["full_flops"] == exact["full_flops"]
-    refused = httpx.post(url, json={**body, "quality": {"alpha": ALPHA}, "max_tokens": 40}, timeout=60).json()
+    refused = httpx.post(url, json={**body, "quality": {"alpha": ALPHA}, "max_tokens": 7}, timeout=60).json()
     assert refused["usage"]["compute"]["quality"] == "exact"
-    assert "max_tokens=40" in refused["usage"]["compute"]["reason"]
+    assert "max_tokens=7" in refused["usage"]["compute"]["reason"]
     totals = httpx.get(f"{server.url}/metrics", timeout=60).text
     rows = {
         first: float(n) for first, n in re.findall(r'dynamoe:segment_rows_total{.*layers="(\d+)-\d+".*} (\S+)', totals)
@@ -223,6 +336,7 @@ def test_prompt_files_are_read_and_mistakes_named(tmp_path: Path, llm: LLM) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["max_tokens=7"], "max_tokens must be at least 8, not 7"),
         (["alphas=[2.0]"], "alphas and delta must be between 0 and 1, not 2.0"),
         (["method=clt"], "method must be one of"),
         (["prompts=/nowhere.jsonl"], "/nowhere.jsonl cannot be read"),

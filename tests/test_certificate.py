@@ -11,6 +11,7 @@ import pytest
 from dynamoe.dynamic.contract.certificate import (
     Certificate,
     HeldOut,
+    OutdatedCertificate,
     RequestFacts,
     Scope,
     differences,
@@ -84,8 +85,8 @@ def spoil(text: str, how: str) -> bytes:
         return b"[]"
     if how == "no format":
         del content["format"]
-    if how == "format 2":
-        content["format"] = 2
+    if how == "format 3":
+        content["format"] = 3
     if how == "no alpha":
         del content["alpha"]
     if how == "no scope":
@@ -112,7 +113,7 @@ def spoil(text: str, how: str) -> bytes:
         ("not text", "is not text"),
         ("a list", "is not a certificate: it has no format number"),
         ("no format", "is not a certificate: it has no format number"),
-        ("format 2", "has format 2; this version reads 1"),
+        ("format 3", "has format 3; this version reads 2"),
         ("no alpha", "is damaged: .*alpha"),
         ("no scope", "has no field 'scope'"),
         ("more", "is damaged: .*colour"),
@@ -171,9 +172,10 @@ def test_nonsense_in_a_certificate_is_refused(changes: dict[str, Any], message: 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Scope(max_tokens=0, prompts="x"), "max_tokens must be at least 1, not 0"),
-        (lambda: Scope(max_tokens=1, prompts=""), "prompts must say"),
-        (lambda: Scope(max_tokens=1, prompts="x", lowest_temperature=0.5), "not 0.5 to 0.0"),
+        (lambda: Scope(max_tokens=7, prompts="x"), "at most max_tokens=7, not 8"),
+        (lambda: Scope(max_tokens=9, min_tokens=0, prompts="x"), "at least 1 and at most max_tokens=9, not 0"),
+        (lambda: Scope(max_tokens=9, prompts=""), "prompts must say"),
+        (lambda: Scope(max_tokens=9, prompts="x", lowest_temperature=0.5), "not 0.5 to 0.0"),
         (lambda: HeldOut(requests=0, mean_loss=0, low=0, high=0, layers_executed=1), "at least 1, not 0"),
         (lambda: HeldOut(requests=1, mean_loss=0.5, low=0.6, high=1, layers_executed=1), "0.5 in 0.6 … 1"),
         (lambda: HeldOut(requests=1, mean_loss=0, low=0, high=0, layers_executed=0), "layers_executed must"),
@@ -203,7 +205,10 @@ SAMPLED = Scope(max_tokens=64, prompts="x", lowest_temperature=0.5, highest_temp
         (Scope(max_tokens=64, prompts="x"), {}, None),
         (Scope(max_tokens=64, prompts="x"), {"temperature": 1e-6}, None),  # greedy, though not quite 0
         (Scope(max_tokens=64, prompts="x"), {"greedy": False, "temperature": 0.7}, "greedy requests only"),
-        (Scope(max_tokens=64, prompts="x"), {"max_tokens": 65}, "at most 64 tokens, not max_tokens=65"),
+        (Scope(max_tokens=64, prompts="x"), {"max_tokens": 65}, None),  # it goes on exactly behind the 64th
+        (Scope(max_tokens=64, prompts="x"), {"max_tokens": 8}, None),
+        (Scope(max_tokens=64, prompts="x"), {"max_tokens": 7}, "max_tokens from 8 on, not max_tokens=7"),
+        (Scope(max_tokens=64, prompts="x"), {"stops": True}, "not at stop strings or tokens"),
         (Scope(max_tokens=64, prompts="x"), {"adjusted": True}, "penalties"),
         (SAMPLED, {"greedy": False, "temperature": 0.5}, None),
         (SAMPLED, {"greedy": False, "temperature": 1.0}, None),
@@ -255,10 +260,19 @@ def test_a_stricter_certificate_serves_when_the_nearest_does_not_cover_the_reque
     contracts = Contracts([short, long])
     assert contracts.resolve(0.05, 0.1, GREEDY).certificate is short
     assert contracts.resolve(0.05, 0.1, replace(GREEDY, max_tokens=512)).certificate is long
-    resolution = contracts.resolve(0.05, 0.1, replace(GREEDY, max_tokens=1024))
+    assert contracts.resolve(0.05, 0.1, replace(GREEDY, max_tokens=1024)).certificate is short  # for its beginning
+    resolution = contracts.resolve(0.05, 0.1, replace(GREEDY, max_tokens=4))
     assert resolution.certificate is None
     for refused in (short, long):
-        assert f"certificate {refused.id}: it covers outputs of at most" in resolution.reason
+        assert f"certificate {refused.id}: it covers max_tokens from 8 on" in resolution.reason
+
+
+def test_a_certificate_of_an_earlier_format_says_what_to_do(tmp_path: Path) -> None:
+    file = tmp_path / "c.json"
+    save_certificate(certificate(), file)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format": 1}))
+    with pytest.raises(OutdatedCertificate, match=r"format 1, which binds neither .* `dynamoe calibrate model="):
+        load_certificate(file)
 
 
 def test_one_level_may_have_a_certificate_for_greedy_requests_and_one_for_sampling() -> None:

@@ -254,6 +254,19 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
         ratio(np.zeros(2), np.zeros(2))
 
 
+def test_no_loss_on_some_requests_is_no_proof_of_none() -> None:
+    for count in (10, 500):
+        none, all_of_them = mean(np.zeros(count)), mean(np.ones(count))
+        assert (none.value, none.low) == (0.0, 0.0)
+        assert (1 - none.high) ** count == pytest.approx(0.025)  # a larger risk would have shown
+        assert (all_of_them.value, all_of_them.high) == (1.0, 1.0)
+        assert all_of_them.low == pytest.approx(1 - none.high)
+    same = mean(np.full(10, 0.25))
+    assert (same.low, same.high) == (0.25, 0.25)
+    paired = paired_difference(np.zeros(10), np.zeros(10))
+    assert (paired.low, paired.high) == (0.0, 0.0)
+
+
 def test_pairs_are_compared_request_by_request() -> None:
     first = np.random.default_rng(0).random(50)
     found = paired_difference(first, first + 0.01)

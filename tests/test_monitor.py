@@ -19,7 +19,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-ALL = MonitorConfig(share=1.0)
+ALL = MonitorConfig(share=1.0, tenant_share=1.0)
 
 
 def certificate(alpha: float = 0.05, delta: float = 0.05, created: str = "2026-01-31") -> Certificate:
@@ -225,7 +225,7 @@ def test_other_files_are_refused_and_left_as_they_are(file: Path) -> None:
     file.unlink()
     opened(file).close()
     make_other_database(file, "PRAGMA user_version = 7")
-    with pytest.raises(ValueError, match=r"monitor\.db has format 7; this version reads 1"):
+    with pytest.raises(ValueError, match=r"monitor\.db has format 7; this version reads 2"):
         RiskMonitor(file)
     with pytest.raises(ValueError, match="cannot be opened"):
         RiskMonitor(file.parent / "nowhere" / "monitor.db")
@@ -290,7 +290,7 @@ class Model(RuleBasedStateMachine):
         self.open()
 
     def open(self) -> None:
-        self.monitor = opened(self.file, MonitorConfig(share=0.7, keep=self.KEEP), FIRST, SECOND)
+        self.monitor = opened(self.file, MonitorConfig(share=0.7, keep=self.KEEP, tenant_share=1.0), FIRST, SECOND)
 
     def move(self, request_id: str, state: str) -> None:
         number, watched, before = self.picks[request_id]

@@ -26,7 +26,7 @@ from dynamoe.dynamic.contract.monitor import MonitorConfig, RiskMonitor
 
 file, journal, run = Path(sys.argv[1]), os.open(sys.argv[2], os.O_WRONLY | os.O_APPEND | os.O_CREAT), int(sys.argv[3])
 note = lambda *words: os.write(journal, (" ".join(words) + "\\n").encode())
-monitor = RiskMonitor(file, MonitorConfig(share=0.8))
+monitor = RiskMonitor(file, MonitorConfig(share=0.8, tenant_share=1.0))
 monitor.register(SimpleNamespace(id="c", alpha=0.05, delta=0.05))
 choose, running, number = random.Random(run), [], 0
 while True:

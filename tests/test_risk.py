@@ -12,6 +12,7 @@ from dynamoe.dynamic.contract.bounds import (
     exact_binomial,
     hoeffding_bentkus,
     learn_then_test,
+    requests_needed,
 )
 from scipy.stats import beta, binom, binomtest
 
@@ -79,6 +80,30 @@ def test_the_betting_bound_and_its_p_value_agree() -> None:
 def test_betting_needs_fewer_requests_than_hoeffding_bentkus_where_losses_hardly_vary() -> None:
     losses = np.full((1, 600), 0.012)
     assert betting(losses, 0.02, 0.05)[0] < 0.05 < hoeffding_bentkus(losses, 0.02, 0.05)[0]
+
+
+def test_a_setting_is_proved_where_all_of_its_means_are() -> None:
+    good, bad = constant(0.01, 400), constant(0.2, 400)
+    for bound in BOUNDS:
+        assert learn_then_test(np.stack([[good, good], [good, bad]]), 0.05, 0.05, bound) == 0
+        assert learn_then_test(np.stack([[bad, good], [good, good]]), 0.05, 0.05, bound) is None
+    assert conformal_risk_control(np.stack([[good, good], [good, bad]]), 0.05) == 0
+
+
+def test_nothing_is_paid_for_the_number_of_means() -> None:
+    """However many nulls there are, all of them must be rejected: the level of each stays delta."""
+    losses_N = np.random.default_rng(0).beta(0.05, 2.0, 400)
+    alone, together = losses_N[None, None], np.repeat(losses_N[None, None], 500, axis=1)
+    for alpha in np.linspace(0.01, 0.1, 20):
+        assert learn_then_test(alone, alpha, 0.05) == learn_then_test(together, alpha, 0.05)
+
+
+@pytest.mark.parametrize(("alpha", "least"), [(0.01, 300), (0.001, 2996)])
+def test_a_level_needs_a_number_of_requests_even_without_any_loss(alpha: float, least: int) -> None:
+    assert requests_needed(alpha, 0.05) == least
+    assert learn_then_test(np.zeros((1, int(least * 0.98))), alpha, 0.05) is None
+    assert learn_then_test(np.zeros((1, int(least * 1.15))), alpha, 0.05) == 0  # first stakes are small
+    assert requests_needed(alpha, 0.05, alpha / 2) == pytest.approx(2 * least, abs=2)
 
 
 @pytest.mark.parametrize("bound", ["hoeffding_bentkus", "wsr"])

@@ -99,7 +99,7 @@ def test_a_planted_drift_ends_the_contract_for_good_and_a_new_certificate_brings
     monkeypatch.setenv("DYNAMOE_HOME", str(tmp_path / "home"))
     directory = tmp_path / "certificates"
     drifted = certify(directory, running, 0.01, RECKLESS)
-    arguments = ["server.api_keys=[user]", "server.admin_key=operator", "quality.monitor.share=1"]
+    arguments = ["server.api_keys=[user,other]", "server.admin_key=operator", "quality.monitor.share=1"]
     arguments.append(f"quality.certificates={json.dumps(str(directory))}")
     client = Client(start_server(resolve_model("tiny"), *arguments), 0.01)
     assert (client.card()["state"], client.card()["monitor"]["fires_at"]) == ("watched", 20)
@@ -131,10 +131,20 @@ def test_a_planted_drift_ends_the_contract_for_good_and_a_new_certificate_brings
         assert "a new certificate is needed" in compute["reason"]
 
     runs_exactly()
-    client.server.logged(f"certificate {drifted.id} has fired")
+    body = {"prompt": prompts[0], "temperature": 0, "max_tokens": MAX_TOKENS, "quality": {"alpha": 0.01}, "n": 1}
+    others = httpx.post(
+        f"{client.server.url}/v1/completions", json=body, headers={"authorization": "Bearer other"}, timeout=60
+    ).json()
+    assert others["usage"]["compute"]["certificates"] == [drifted.id]  # whose own requests have done no harm yet
+    client.settled()
+    card = client.card()
+    assert (card["state"], card["monitor"]["tenants"], card["monitor"]["reverted_tenants"]) == ("watched", 2, 1)
+    assert not card["monitor"]["everybody"]
+    client.server.logged(f"certificate {drifted.id} has fired for key")
     metrics = client.metrics(drifted.id)
     assert (metrics["armed"], metrics["fired"], metrics["offered"]) == (1, 1, 1)
-    assert metrics["picks_total"] == metrics["losses_total"] == asked
+    assert metrics["reverted_tenants"] == 1
+    assert metrics["picks_total"] == metrics["losses_total"] == asked + 1
     assert (metrics["picks_pending"], metrics["picks_interrupted_total"]) == (0, 0)
     assert metrics["realised_risk"] == card["monitor"]["realised_risk"]
     assert metrics["wealth"] == card["monitor"]["wealth"]

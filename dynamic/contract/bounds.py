@@ -3,11 +3,15 @@
 The unit is a request: its loss is one number in [0, 1]; requests are exchangeable, tokens are not. Settings lie on one
 path that was fixed before any loss was seen, from the safest (full compute) to the boldest.
 
-Shape suffixes: M settings, safest first; N requests.
+A setting may come with several means at once, those of outputs cut at one length after the other. It is proved where
+each of them is: all of its nulls must be rejected, so the largest p-value counts, and nothing is paid for their number.
+
+Shape suffixes: M settings, safest first; K means of a setting; N requests.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -75,25 +79,41 @@ BOUNDS: dict[str, PValues] = {
 }
 
 
-def learn_then_test(losses_MN: np.ndarray, alpha: float, delta: float, bound: str = "wsr") -> int | None:
+def learn_then_test(losses: np.ndarray, alpha: float, delta: float, bound: str = "wsr") -> int | None:
     """The boldest setting whose risk is at most ``alpha`` with probability 1 - ``delta``, by fixed-sequence testing.
 
     Tests settings from the safest on and stops at the first whose p-value exceeds ``delta``; later settings are not
     considered. No monotonicity is needed.
+
+    Arguments:
+        losses: (M, N), or (M, K, N) of settings that hold where all of their K means do.
 
     Returns: the last setting before the stop; None when not even the first passes, which leaves full compute.
 
     Raises:
         ValueError: for a level outside (0, 1), a loss outside [0, 1], no requests, an unknown bound.
     """
-    losses_MN = _checked(losses_MN)
+    losses_MKN = _checked(losses)
     check_levels(alpha=alpha, delta=delta)
     if bound not in BOUNDS:
         raise ValueError(f"unknown bound {bound!r}; known: {', '.join(BOUNDS)}")
-    return _last_before_stop(BOUNDS[bound](losses_MN, alpha, delta) <= delta)
+    passed = 0
+    while passed < len(losses_MKN) and BOUNDS[bound](losses_MKN[passed], alpha, delta).max() <= delta:
+        passed += 1
+    return passed - 1 if passed else None
 
 
-def conformal_risk_control(losses_MN: np.ndarray, alpha: float) -> int | None:
+def requests_needed(alpha: float, delta: float, risk: float = 0.0) -> int:
+    """About how many requests prove a level where the risk is ``risk``: ln(1 / delta) / (alpha - risk).
+
+    No stake is above 1, so that a request without any loss multiplies the wealth by at most 1 + alpha: even at no risk
+    fewer requests prove nothing.
+    """
+    assert risk < alpha, "no number of requests proves a level below the risk"
+    return math.ceil(math.log(1 / delta) / (alpha - risk))
+
+
+def conformal_risk_control(losses: np.ndarray, alpha: float) -> int | None:
     """The boldest setting such that it and every safer one have a mean loss of at most ``a - (1 - a) / N``, a = alpha.
 
     For losses that grow along the path the expected loss of a further request is at most ``alpha`` (Angelopoulos et al.
@@ -101,10 +121,12 @@ def conformal_risk_control(losses_MN: np.ndarray, alpha: float) -> int | None:
 
     Returns: as for :func:`learn_then_test`.
     """
-    losses_MN = _checked(losses_MN)
+    losses_MKN = _checked(losses)
     check_levels(alpha=alpha)
-    means_M, count = _means(losses_MN)
-    return _last_before_stop(means_M <= alpha - (1 - alpha) / count)
+    means_M, count = losses_MKN.mean(2).max(1), losses_MKN.shape[2]
+    passed_M = means_M <= alpha - (1 - alpha) / count
+    stop = len(passed_M) if passed_M.all() else int(np.argmin(passed_M))
+    return stop - 1 if stop else None
 
 
 def check_levels(**levels: float) -> None:
@@ -118,18 +140,14 @@ def check_levels(**levels: float) -> None:
             raise ValueError(f"{name} must be between 0 and 1, not {value}")
 
 
-def _last_before_stop(passed_M: np.ndarray) -> int | None:
-    stop = len(passed_M) if passed_M.all() else int(np.argmin(passed_M))
-    return stop - 1 if stop else None
-
-
-def _checked(losses_MN: np.ndarray) -> np.ndarray:
-    losses_MN = np.atleast_2d(np.asarray(losses_MN, dtype=np.float64))
-    if losses_MN.shape[1] == 0:
+def _checked(losses: np.ndarray) -> np.ndarray:
+    losses = np.atleast_2d(np.asarray(losses, dtype=np.float64))
+    losses_MKN = losses if losses.ndim == 3 else losses[:, None]
+    if losses_MKN.shape[2] == 0:
         raise ValueError("there are no requests to test on")
-    if not ((losses_MN >= 0) & (losses_MN <= 1)).all():
+    if not ((losses_MKN >= 0) & (losses_MKN <= 1)).all():
         raise ValueError("losses must lie between 0 and 1")
-    return losses_MN
+    return losses_MKN
 
 
 def _means(losses_MN: np.ndarray) -> tuple[np.ndarray, int]:

@@ -11,7 +11,7 @@ from ..engine.logits_processors import changes_distribution, processor_classes
 from ..engine.protocols import LogitsProcessor
 from ..engine.quality import ContractOutcome, Quality
 from ..engine.sampling_params import SamplingParams
-from .certificate import RequestFacts, differences, load_certificate
+from .certificate import OutdatedCertificate, RequestFacts, differences, load_certificate
 from .deployment import deployment
 from .resolve import Contracts
 
@@ -51,17 +51,21 @@ class ContractCatalog:
             greedy=params.greedy,
             temperature=params.temperature,
             max_tokens=max_tokens,
+            stops=bool(params.stop or params.stop_token_ids),
             adjusted=adjusts_scores(params, self.processors),
         )
         found = self.contracts.resolve(quality.alpha, quality.delta, facts)
         reason = found.reason
         if found.certificate is None and self.refused:
             reason = f"{reason}; refused: {'; '.join(self.refused)}"
-        outcome = ContractOutcome(
-            quality=quality, certificate=found.certificate.id if found.certificate else None, reason=reason
-        )
         if found.certificate is None:
-            return replace(params, quality="exact"), outcome
+            return replace(params, quality="exact"), ContractOutcome(quality=quality, certificate=None, reason=reason)
+        outcome = ContractOutcome(
+            quality=quality,
+            certificate=found.certificate.id,
+            reason=reason,
+            certified_tokens=found.certificate.scope.max_tokens,
+        )
         return spent_under(found.certificate, params), outcome
 
 
@@ -95,8 +99,11 @@ class CertificateSource:
         if self._running is None:
             engine = self._engine
             self._running = deployment(engine.model, engine.runner.exits, engine.logits_plugins, engine.cache_plugins)
-        valid, refused = [], []
-        for certificate in nearest(self.directory, self._running):
+        valid = []
+        certificates, refused = nearest(self.directory, self._running)
+        for outdated in refused:
+            logger.warning("refused: %s", outdated)
+        for certificate in certificates:
             reason = self._refusal(certificate)
             if reason is None:
                 valid.append(certificate)
@@ -118,16 +125,21 @@ class CertificateSource:
         return None
 
 
-def nearest(directory: Path, running: Mapping[str, Scalar]) -> list[Certificate]:
+def nearest(directory: Path, running: Mapping[str, Scalar]) -> tuple[list[Certificate], list[str]]:
     """The certificates in a directory; of several for the same contract and temperatures, those that differ least from
-    the running deployment.
+    the running deployment. And why others, which are outdated, are left out.
 
     Raises:
         ValueError: naming a file that is not a certificate.
     """
     found: dict[tuple[float, ...], list[tuple[int, Certificate]]] = {}
+    outdated = []
     for file in sorted(directory.glob("*.json")):
-        certificate = load_certificate(file)
+        try:
+            certificate = load_certificate(file)
+        except OutdatedCertificate as error:
+            outdated.append(str(error))
+            continue
         scope = certificate.scope
         contract = certificate.alpha, certificate.delta, scope.lowest_temperature, scope.highest_temperature
         distance = len(differences(certificate.deployment, running))
@@ -136,7 +148,7 @@ def nearest(directory: Path, running: Mapping[str, Scalar]) -> list[Certificate]
     for candidates in found.values():
         least = min(distance for distance, _ in candidates)
         kept += [certificate for distance, certificate in candidates if distance == least]
-    return kept
+    return kept, outdated
 
 
 def catalog_for(engine: Engine, directory: Path | None) -> ContractCatalog:

@@ -18,7 +18,7 @@ from types import MappingProxyType
 
 from .bounds import BOUNDS, check_levels
 
-_FORMAT = 1
+_FORMAT = 2
 Scalar = str | int | float | bool
 
 
@@ -30,37 +30,44 @@ class RequestFacts:
         greedy: every token is the most likely one.
         temperature: of the sampling; ignored for a greedy request.
         max_tokens: its longest possible output, in tokens; never open-ended.
+        stops: its output may end at strings or tokens of the caller's.
         adjusted: the model's distribution is changed or truncated: penalties, biases, top-p, top-k, min-p.
     """
 
     greedy: bool
     temperature: float
     max_tokens: int
+    stops: bool = False
     adjusted: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scope:
-    """The requests that a certificate covers.
+    """The requests that a certificate covers: their outputs end at ``max_tokens`` or at the model's end of text.
 
     Arguments:
         lowest_temperature, highest_temperature: both 0: greedy requests only.
-        max_tokens: longest output, in tokens.
-        prompts: source of the calibration's prompts, in words.
+        min_tokens: smallest ``max_tokens`` of a request.
+        max_tokens: longest output, in tokens; what a request asks for beyond it runs exactly.
+        prompts: source of the calibration's prompts, in words; prompts_hash: of their token ids.
     """
 
     lowest_temperature: float = 0.0
     highest_temperature: float = 0.0
+    min_tokens: int = 8
     max_tokens: int
     prompts: str
+    prompts_hash: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.lowest_temperature <= self.highest_temperature < math.inf:
             raise ValueError(
                 f"temperatures must be a range from 0 on, not {self.lowest_temperature} to {self.highest_temperature}"
             )
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, not {self.max_tokens}")
+        if not 1 <= self.min_tokens <= self.max_tokens:
+            raise ValueError(
+                f"min_tokens must be at least 1 and at most max_tokens={self.max_tokens}, not {self.min_tokens}"
+            )
         if not self.prompts:
             raise ValueError("prompts must say where the calibration's prompts came from")
 
@@ -73,6 +80,10 @@ class HeldOut:
         requests: how many.
         mean_loss, low, high: mean over requests and its 95 % interval.
         layers_executed: share of the layers that were launched for decoded tokens.
+        worst_length: where all outputs must be cut for the mean loss to be largest, in tokens; worst_length_loss: that.
+        token_loss: mean over all tokens: long outputs count more.
+        worst_cut_loss: mean over requests of each one's largest loss, cut at its own worst length. Reported, not
+            certified.
     """
 
     requests: int
@@ -80,6 +91,10 @@ class HeldOut:
     low: float
     high: float
     layers_executed: float
+    worst_length: int | None = None
+    worst_length_loss: float | None = None
+    token_loss: float | None = None
+    worst_cut_loss: float | None = None
 
     def __post_init__(self) -> None:
         if self.requests < 1:
@@ -107,7 +122,8 @@ class Certificate:
         held_out: the setting on other requests.
         created: ISO date.
         deployment: names → hashes and values of everything that the losses depend on: weights, quantisation, dtype,
-            format and eviction of keys and values, probes, KV propagation, batching rule, device kind, kernel version.
+            format and eviction of keys and values, probes, KV propagation, batching rule, device kind; the model's
+            specification, what the kernels compute, the model's own logits.
 
     Raises:
         ValueError: naming the field and the invalid value.
@@ -168,11 +184,19 @@ class Certificate:
                 f"it covers temperatures {scope.lowest_temperature:g} to {scope.highest_temperature:g}, not"
                 f" {temperature:g}"
             )
-        if facts.max_tokens > scope.max_tokens:
-            return f"it covers outputs of at most {scope.max_tokens} tokens, not max_tokens={facts.max_tokens}"
+        if facts.max_tokens < scope.min_tokens:
+            return f"it covers max_tokens from {scope.min_tokens} on, not max_tokens={facts.max_tokens}"
+        if facts.stops:
+            return (
+                "it covers outputs that end at max_tokens or at the model's end of text, not at stop strings or tokens"
+            )
         if facts.adjusted:
             return "it covers the model's own scores, without penalties, biases or cuts"
         return None
+
+
+class OutdatedCertificate(ValueError):
+    """A certificate in a format that says less than is needed to know whether it holds."""
 
 
 def differences(certified: Mapping[str, Scalar], running: Mapping[str, Scalar]) -> list[str]:
@@ -206,6 +230,7 @@ def load_certificate(file: Path) -> Certificate:
     Raises:
         ValueError: naming the file and what is wrong with it: unreadable, not JSON or truncated, another format, a
             missing, unknown or invalid field, content that does not match the id.
+        OutdatedCertificate: for one of an earlier format.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -217,6 +242,11 @@ def load_certificate(file: Path) -> Certificate:
         raise ValueError(f"certificate {file} is not JSON, or was cut short: {error}") from error
     if not isinstance(content, dict) or "format" not in content:
         raise ValueError(f"{file} is not a certificate: it has no format number")
+    if isinstance(content["format"], int) and content["format"] < _FORMAT:
+        raise OutdatedCertificate(
+            f"certificate {file} has format {content['format']}, which binds neither the model's configuration nor what"
+            " the kernels compute; make a new one with `dynamoe calibrate model=… output=…`"
+        )
     if content["format"] != _FORMAT:
         raise ValueError(f"certificate {file} has format {content['format']!r}; this version reads {_FORMAT}")
     try:

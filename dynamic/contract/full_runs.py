@@ -13,8 +13,8 @@ import torch
 
 from ..engine.outputs import CompletionOutput, RequestOutput
 from .monitor import RiskMonitor
-from .monitor_store import PendingRun
-from .served_loss import Steps, loss_steps
+from .monitor_records import PendingRun
+from .served_loss import Steps, loss_steps, request_loss
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +36,7 @@ class FullRuns:
     decoder: Decoder
     monitor: Callable[[], RiskMonitor | None]
     _run: PendingRun | None = field(default=None, init=False)
-    _steps: Steps[np.ndarray] | None = field(default=None, init=False)
+    _steps: Steps[list[list[np.ndarray]]] | None = field(default=None, init=False)
 
     def work(self) -> bool:
         """Do a small part; returns whether more is ready."""
@@ -61,7 +61,7 @@ class FullRuns:
             next(self._steps)
             return True
         except StopIteration as end:
-            loss = float(end.value[0])
+            loss = request_loss(end.value[0])
         except Exception:
             logger.exception("a full run is impossible: it counts with the worst loss, 1")
             loss = 1.0

@@ -1,4 +1,7 @@
-"""The monitor's durable state in one SQLite file: sampled requests ("picks") and the e-process of each certificate.
+"""The monitor's durable state in one SQLite file: sampled requests ("picks") and each certificate's e-processes.
+
+A certificate has an e-process of its own for each tenant, over all of that tenant's losses, and a pooled one, in which
+no tenant has more than a share of the losses: one tenant's requests can revoke the certificate for that tenant alone.
 
 A pick is *running* from before its request runs, *pending* once its output is stored, and *counted* when its loss has
 updated the e-process, in the same transaction. One that ends without an output, for example because its process ended,
@@ -15,69 +18,37 @@ import contextlib
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from .e_process import EProcess
+from .monitor_records import BetTotals, Counted, Draws, PendingRun, PickCounts, Served
 
-_FORMAT = 1
+_FORMAT = 2
+_BETS = (
+    "CREATE TABLE bets (certificate TEXT NOT NULL, tenant TEXT NOT NULL, process TEXT NOT NULL,"
+    " pooled INTEGER NOT NULL, losses INTEGER NOT NULL, total REAL NOT NULL, log_wealth REAL NOT NULL, fired INTEGER,"
+    " PRIMARY KEY (certificate, tenant))"
+)
 _TABLES = (
     "CREATE TABLE openings (count INTEGER NOT NULL)",
     "INSERT INTO openings VALUES (0)",
     "CREATE TABLE certificates (id TEXT PRIMARY KEY, process TEXT NOT NULL, interrupted INTEGER NOT NULL)",
     "CREATE TABLE picks (number INTEGER PRIMARY KEY, request TEXT NOT NULL UNIQUE, certificate TEXT NOT NULL,"
-    " state TEXT NOT NULL, prompt TEXT, served TEXT)",
+    " state TEXT NOT NULL, prompt TEXT, served TEXT, tenant TEXT NOT NULL DEFAULT '')",
     "CREATE INDEX picks_by_state ON picks (state, number)",
+    _BETS,
     f"PRAGMA user_version = {_FORMAT}",
 )
+_FROM_FORMAT_1 = (
+    "ALTER TABLE picks ADD COLUMN tenant TEXT NOT NULL DEFAULT ''",
+    _BETS,
+    f"PRAGMA user_version = {_FORMAT}",
+)
+MOST_TENANTS = 10_000  # with a bet of their own, per certificate
+OTHERS = "others"  # all later ones together
 RUNNING, PENDING, COUNTED, INTERRUPTED = "running", "pending", "counted", "interrupted"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Draws:
-    """What the tokens of a request with temperature > 0 were drawn from.
-
-    Arguments:
-        temperature: above 0.
-        states: LM head inputs of each token, completions concatenated, float32.
-    """
-
-    temperature: float
-    states: bytes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Served:
-    """Prompt and output of a request.
-
-    Arguments:
-        prompt_tokens: token ids.
-        served_tokens: token ids of each of its completions.
-        draws: None for a greedy request.
-    """
-
-    prompt_tokens: Sequence[int]
-    served_tokens: Sequence[Sequence[int]]
-    draws: Draws | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class PendingRun(Served):
-    """A finished request that waits for its loss."""
-
-    request_id: str
-    certificate_id: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class PickCounts:
-    """Numbers of a certificate's picks that have no loss yet, or never will (``interrupted``)."""
-
-    running: int
-    pending: int
-    interrupted: int
 
 
 class MonitorStore:
@@ -89,13 +60,16 @@ class MonitorStore:
         file: created if it does not exist.
         keep: counted and interrupted picks are deleted when so many newer picks exist, at least 1. Until then repeating
             one of their steps changes nothing.
+        tenant_share: of the losses in a pooled e-process, the most that one tenant's may be; 1 pools all. Those of a
+            tenant whose own e-process has fired are pooled no longer.
 
     Raises:
         ValueError: naming the file, when it is in use, damaged, of another program or another format.
     """
 
-    def __init__(self, file: Path, keep: int = 10_000) -> None:
+    def __init__(self, file: Path, keep: int = 10_000, tenant_share: float = 1.0) -> None:
         self._keep = keep
+        self._tenant_share = tenant_share
         try:
             _create(file)
             self._connection = sqlite3.connect(file, timeout=1, isolation_level=None, check_same_thread=False)
@@ -119,13 +93,13 @@ class MonitorStore:
         new = self._connection.execute("SELECT 1 FROM sqlite_master").fetchone() is None
         if not new and found == 0:
             raise ValueError(f"{file} is the database of another program")
-        if not new and found != _FORMAT:
+        if not new and found not in (1, _FORMAT):
             raise ValueError(f"{file} has format {found}; this version reads {_FORMAT}")
         self._connection.execute("PRAGMA journal_mode = WAL")
         self._connection.execute("PRAGMA synchronous = FULL")
         with self._connection as connection:
             connection.execute("BEGIN IMMEDIATE")
-            for statement in _TABLES if new else ():
+            for statement in _TABLES if new else _FROM_FORMAT_1 if found == 1 else ():
                 connection.execute(statement)
             for (request_id,) in connection.execute("SELECT request FROM picks WHERE state = ?", (RUNNING,)).fetchall():
                 self._interrupt(request_id)
@@ -157,6 +131,38 @@ class MonitorStore:
             raise ValueError(f"certificate {certificate_id!r} is not monitored")
         return EProcess.from_json(found[0])
 
+    def bettor(self, certificate_id: str, tenant: str) -> str:
+        """Under whose name a tenant's losses are kept: its own, or :data:`OTHERS` once there are too many."""
+        known = "SELECT count(*), coalesce(max(tenant = ?), 0) FROM bets WHERE certificate = ?"
+        tenants, mine = self._connection.execute(known, (tenant, certificate_id)).fetchone()
+        return tenant if mine or tenants < MOST_TENANTS else OTHERS
+
+    def bet(self, certificate_id: str, tenant: str) -> EProcess | None:
+        """A tenant's own e-process; None before its first loss."""
+        found = self._connection.execute(
+            "SELECT process FROM bets WHERE certificate = ? AND tenant = ?", (certificate_id, tenant)
+        ).fetchone()
+        return found and EProcess.from_json(found[0])
+
+    def reverted_for(self, certificate_id: str) -> set[str]:
+        """Tenants whose own e-process has fired."""
+        found = self._connection.execute(
+            "SELECT tenant FROM bets WHERE certificate = ? AND fired IS NOT NULL", (certificate_id,)
+        )
+        return {tenant for (tenant,) in found.fetchall()}
+
+    def totals(self, certificate_id: str) -> BetTotals:
+        """All bets of a certificate together."""
+        losses, total, log_wealth, tenants, reverted, fired_at = self._connection.execute(
+            "SELECT coalesce(sum(losses), 0), coalesce(sum(total), 0.0), coalesce(max(log_wealth), 0.0), count(*),"
+            " count(fired), min(fired) FROM bets WHERE certificate = ?",
+            (certificate_id,),
+        ).fetchone()
+        largest = max(log_wealth, self.process(certificate_id).log_wealth) if tenants else 0.0
+        return BetTotals(
+            losses=losses, total=total, log_wealth=largest, tenants=tenants, reverted=reverted, fired_at=fired_at
+        )
+
     def counts(self, certificate_id: str) -> PickCounts:
         """Picks of a certificate without a loss."""
         states = dict(
@@ -173,15 +179,15 @@ class MonitorStore:
         found = self._connection.execute("SELECT state FROM picks WHERE request = ?", (request_id,)).fetchone()
         return found and found[0]
 
-    def pick(self, request_id: str, certificate_id: str) -> None:
+    def pick(self, request_id: str, certificate_id: str, tenant: str = "") -> None:
         """Store that a request is sampled, before it runs. An interrupted one runs again; others are unchanged."""
         with self._connection as connection:
             connection.execute("BEGIN IMMEDIATE")
             state = self.pick_state(request_id)
             if state is None:
                 connection.execute(
-                    "INSERT INTO picks (request, certificate, state) VALUES (?, ?, ?)",
-                    (request_id, certificate_id, RUNNING),
+                    "INSERT INTO picks (request, certificate, state, tenant) VALUES (?, ?, ?, ?)",
+                    (request_id, certificate_id, RUNNING, tenant),
                 )
             elif state == INTERRUPTED:
                 self._count_interrupted(request_id, -1)
@@ -236,30 +242,54 @@ class MonitorStore:
             draws=draws,
         )
 
-    def count_loss(self, request_id: str, loss: float) -> tuple[str, EProcess] | None:
+    def count_loss(self, request_id: str, loss: float) -> Counted | None:
         """Count the loss of a pending pick, once.
 
-        Returns: the certificate's id and its new e-process; None when the pick was counted before, or is unknown.
+        Returns: the new e-processes; None when the pick was counted before, or is unknown.
 
         Raises:
             ValueError: for a loss outside [0, 1], or a pick without output.
         """
         with self._connection as connection:
             connection.execute("BEGIN IMMEDIATE")
-            pick = "SELECT certificate, state FROM picks WHERE request = ?"
+            pick = "SELECT certificate, state, tenant FROM picks WHERE request = ?"
             found = connection.execute(pick, (request_id,)).fetchone()
             if found is None or found[1] == COUNTED:
                 return None
-            certificate_id, state = found
+            certificate_id, state, tenant = found
             if state != PENDING:
                 raise ValueError(f"request {request_id!r} is {state}: it has no output and can have no loss")
-            process = self.process(certificate_id).observe(loss)
-            connection.execute("UPDATE certificates SET process = ? WHERE id = ?", (process.to_json(), certificate_id))
+            counted = self._bet(certificate_id, tenant, loss)
             self._move(request_id, COUNTED)
             self._delete_old()
-            return certificate_id, process
+            return counted
 
     # From here on: inside a transaction.
+
+    def _bet(self, certificate_id: str, tenant: str, loss: float) -> Counted:
+        """Let the tenant's own e-process see a loss, and the pooled one if it is not too much of one tenant's.
+
+        Whether the pooled one sees it depends on earlier losses and on whose it is, never on the loss.
+        """
+        pooled, tenant = self.process(certificate_id), self.bettor(certificate_id, tenant)
+        where = "WHERE certificate = ? AND tenant = ?"
+        found = self._connection.execute(
+            f"SELECT process, pooled FROM bets {where}", (certificate_id, tenant)
+        ).fetchone()
+        own = EProcess.start(pooled.alpha, pooled.delta) if found is None else EProcess.from_json(found[0])
+        in_pool = 0 if found is None else found[1]
+        room = max(1.0, self._tenant_share * (pooled.count + 1))
+        if self._tenant_share == 1 or (not own.fired and in_pool + 1 <= room):
+            pooled, in_pool = pooled.observe(loss), in_pool + 1
+            self._connection.execute(
+                "UPDATE certificates SET process = ? WHERE id = ?", (pooled.to_json(), certificate_id)
+            )
+        own = own.observe(loss)
+        self._connection.execute(
+            "INSERT OR REPLACE INTO bets VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (certificate_id, tenant, own.to_json(), in_pool, own.count, own.total, own.log_wealth, own.fired_at),
+        )
+        return Counted(certificate_id=certificate_id, tenant=tenant, own=own, pooled=pooled)
 
     def _move(self, request_id: str, state: str, prompt: list[int] | None = None, served: Any = None) -> None:
         tokens = [None if value is None else json.dumps(value, separators=(",", ":")) for value in (prompt, served)]

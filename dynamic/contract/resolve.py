@@ -51,7 +51,8 @@ class Contracts:
     def resolve(self, alpha: float, delta: float, facts: RequestFacts) -> Resolution:
         """The boldest certificate that is at least as strict as asked and covers the request; exact if there is none.
 
-        The boldest has the largest alpha, among equals the largest delta: the closest to the requested contract.
+        The boldest has the largest alpha, among equals the largest delta: the closest to the requested contract. One
+        that covers the whole output goes before those that cover its beginning only.
 
         Raises:
             ValueError: for a level outside (0, 1).
@@ -59,6 +60,7 @@ class Contracts:
         check_levels(alpha=alpha, delta=delta)
         asked = f"alpha={alpha:g}, delta={delta:g}"
         strict = [c for c in self._certificates if c.alpha <= alpha and c.delta <= delta]
+        strict.sort(key=lambda c: c.scope.max_tokens < facts.max_tokens)
         for certificate in strict:
             if certificate.refusal(facts) is None:
                 exactly = (certificate.alpha, certificate.delta) == (alpha, delta)

@@ -2,7 +2,8 @@
 
 Each token is judged after the *served* prefix, in one full pass over prompt and output. The loss of a greedy token is
 whether the full model would have chosen another one; that of a drawn token is the total-variation distance between the
-distribution that it was drawn from and the full model's.
+distribution that it was drawn from and the full model's. A completion's loss is the mean over its tokens, a request's
+the mean over its completions: each of these is as likely as a request of one completion.
 
 Shape suffixes as in ``kernels/api/types.py``; R rows that chose a token.
 """
@@ -31,8 +32,7 @@ _Group = list[tuple[int, CompletionOutput]]  # numbers of requests, completions
 def disagreements(decoder: Decoder, outputs: Sequence[RequestOutput]) -> np.ndarray:
     """The share of each request's served tokens that differ from the full model's choice, float64, (N,).
 
-    All completions of a request count together, first tokens, which come from the full prompt pass, included. A request
-    without a token has loss 0.
+    First tokens, which come from the full prompt pass, are included. A request without a token has loss 0.
     """
     return losses(decoder, outputs, 0.0)
 
@@ -45,13 +45,27 @@ def losses(decoder: Decoder, outputs: Sequence[RequestOutput], temperature: floa
         outputs: with a temperature, including the states that the tokens were chosen from (``keep_states``).
         temperature: of these requests; 0 is greedy.
     """
+    return np.array([request_loss(found) for found in token_losses(decoder, outputs, temperature)])
+
+
+def token_losses(decoder: Decoder, outputs: Sequence[RequestOutput], temperature: float) -> list[list[np.ndarray]]:
+    """The losses of every served token, float64: of each request, those of each completion that has tokens.
+
+    Arguments:
+        outputs, temperature: see :func:`losses`.
+    """
     return _run(loss_steps(decoder, outputs, temperature))
 
 
+def request_loss(completions: Sequence[np.ndarray]) -> float:
+    """The loss of a request from those of its completions' tokens."""
+    return float(np.mean([losses_T.mean() for losses_T in completions])) if completions else 0.0
+
+
 @torch.inference_mode()
-def loss_steps(decoder: Decoder, outputs: Sequence[RequestOutput], temperature: float) -> Steps[np.ndarray]:
-    """:func:`losses`, yielding after every layer; others may use the model in between."""
-    lost, served = np.zeros(len(outputs)), np.zeros(len(outputs))
+def loss_steps(decoder: Decoder, outputs: Sequence[RequestOutput], temperature: float) -> Steps[list[list[np.ndarray]]]:
+    """:func:`token_losses`, yielding after every layer; others may use the model in between."""
+    found: list[list[np.ndarray]] = [[] for _ in outputs]
     for group in _groups(outputs):
         sequences = [[*outputs[n].prompt_token_ids, *completion.token_ids] for n, completion in group]
         x_RD = yield from _state_steps(decoder, sequences, [len(outputs[n].prompt_token_ids) for n, _ in group])
@@ -59,13 +73,10 @@ def loss_steps(decoder: Decoder, outputs: Sequence[RequestOutput], temperature: 
             loss_R = _greedy_losses(decoder, x_RD, group)
         else:
             loss_R = _distances(decoder, x_RD, group, temperature)
-        start = 0
-        for number, completion in group:
-            count = len(completion.token_ids)
-            lost[number] += float(loss_R[start : start + count].sum())
-            served[number] += count
-            start += count
-    return lost / np.maximum(served, 1)
+        lengths = [len(completion.token_ids) for _, completion in group]
+        for (number, _), loss_T in zip(group, loss_R.split(lengths), strict=True):
+            found[number].append(loss_T.numpy())
+    return found
 
 
 def _greedy_losses(decoder: Decoder, x_RD: torch.Tensor, group: _Group) -> torch.Tensor:

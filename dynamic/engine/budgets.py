@@ -77,7 +77,7 @@ class ExpertBudgets:
         keep_TL = np.ones((num_rows, num_layers), dtype=np.float32)
         cap_TL = np.full((num_rows, num_layers), NO_CAP, dtype=np.int32)
         for entry in entries:
-            budget, limited = entry.sequence.request.expert_budget, _limited_rows(entry)
+            budget, limited = entry.sequence.expert_budget, _limited_rows(entry)
             first += entry.count
             if budget is not None and limited:
                 keep_TL[first - limited : first] = budget.keep_L
@@ -108,7 +108,7 @@ class ExpertBudgets:
 
 def _limited_rows(entry: Entry) -> int:
     """How many of an entry's rows, its last ones, are on a budget."""
-    if entry.sequence.request.expert_budget is None:
+    if entry.sequence.expert_budget is None:
         return 0
     return min(entry.count, max(0, entry.start + entry.count - entry.sequence.num_prompt))
 

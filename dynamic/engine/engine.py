@@ -301,9 +301,11 @@ class Engine:
             delta.completions.append(completion)
             if completion.finish_reason is not None:
                 self.scheduler.finish(sequence)
+            elif sequence.ends_certified():
+                self.scheduler.go_exact(sequence)
         for request, delta in deltas.items():
             if request.finished:
-                delta.finished, delta.compute, delta.contract = True, self._compute(request), request.contract
+                delta.finished, delta.compute, delta.contract = True, self._compute(request), request.outcome()
                 del self._requests[request.request_id]
                 self._pace.finished()
         return list(deltas.values())

@@ -93,7 +93,7 @@ class Planner:
         thresholds_ET = np.full((self._num_exits, len(rows)), CONTINUES, dtype=np.float32)
         first = 0
         for entry in entries:
-            sequence, logits_E = entry.sequence, entry.sequence.request.exit_logits_E
+            sequence, logits_E = entry.sequence, entry.sequence.exit_logits_E
             if logits_E is not None:
                 for position in range(max(entry.start, sequence.num_prompt), entry.start + entry.count):
                     row, known = first + position - entry.start, position - sequence.num_prompt
@@ -106,7 +106,7 @@ class Planner:
 
 
 def _may_exit(entry: Entry) -> bool:
-    return entry.sequence.request.exit_logits_E is not None
+    return entry.sequence.exit_logits_E is not None
 
 
 def _is_new(entry: Entry) -> bool:

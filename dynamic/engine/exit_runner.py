@@ -181,7 +181,7 @@ class ExitRunner:
             if ended is None:
                 ended = request.ended_rows = [0] * len(self.ended_rows)
             whole = entry.count  # prompts and requests without exits run all layers
-            if request.exit_logits_E is not None:
+            if sequence.exit_logits_E is not None:
                 whole = min(whole, max(0, sequence.num_prompt - entry.start))
             if whole:
                 self._count(ended, len(ended), whole)
@@ -204,7 +204,7 @@ class ExitRunner:
             last = segments_in[depth] - 1
             request.ended_rows[last] += 1
             total[last] += 1
-            if request.exit_logits_E is None:
+            if sequence.exit_logits_E is None:
                 continue
             sequence.depths.append(depth)
             if depth < num_layers:

@@ -37,11 +37,15 @@ class ContractOutcome:
         quality: what was asked for.
         certificate: id of the certificate that the request ran under; None: it ran exactly.
         reason: why, in words.
+        certified_tokens: of each completion, from its beginning on; what follows runs exactly. None: without one.
+        exact_after: once a completion was longer: how many tokens it had when it was computed anew to go on exactly.
     """
 
     quality: Quality
     certificate: str | None
     reason: str
+    certified_tokens: int | None = None
+    exact_after: int | None = None
 
 
 def read_quality(value: Any) -> str | Quality | None:

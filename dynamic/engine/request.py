@@ -6,7 +6,7 @@ import math
 import time
 from array import array
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -132,6 +132,12 @@ class Request:
     def prompt_logprobs_complete(self) -> bool:
         return self.prompt_logprobs is None or len(self.prompt_logprobs) == len(self.prompt_token_ids)
 
+    def outcome(self) -> ContractOutcome | None:
+        """What became of its contract; whether a completion went beyond it is known at the end."""
+        if self.contract is None or not any(sequence.exact for sequence in self.sequences):
+            return self.contract
+        return replace(self.contract, exact_after=self.contract.certified_tokens)
+
     @property
     def finished(self) -> bool:
         return len(self.sequences) == self.params.n and all(s.state is State.FINISHED for s in self.sequences)
@@ -144,6 +150,7 @@ class Sequence:
         "_draws",
         "block_digests",
         "depths",
+        "exact",
         "first_approximate",
         "first_page",
         "index",
@@ -182,6 +189,7 @@ class Sequence:
         self.depths = array("h")  # of a request with exits: layers that each computed position behind the prompt ran
         self.first_approximate = NEVER  # position from which on keys and values are not those of the full model
         self.skipped_experts = 0  # that the row of the last token did without
+        self.exact = False  # whether it runs in full from here on, whatever its request may spend
 
     @property
     def num_tokens(self) -> int:
@@ -194,6 +202,27 @@ class Sequence:
     @property
     def num_uncomputed(self) -> int:
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def exit_logits_E(self) -> np.ndarray | None:
+        """See :class:`Request`; None as soon as the sequence goes on exactly."""
+        return None if self.exact else self.request.exit_logits_E
+
+    @property
+    def expert_budget(self) -> RequestBudget | None:
+        """See :class:`Request`; None as soon as the sequence goes on exactly."""
+        return None if self.exact else self.request.expert_budget
+
+    def ends_certified(self) -> bool:
+        """Whether its certificate covers no further token."""
+        contract = self.request.contract
+        return not self.exact and contract is not None and contract.certified_tokens == self.num_output
+
+    def go_exact(self) -> None:
+        """Forget how its positions ran: those that are computed from here on run in full."""
+        self.exact = True
+        del self.depths[:]
+        self.first_approximate = NEVER
 
     @property
     def draws(self) -> Draws:

@@ -51,7 +51,7 @@ class Runner:
         entries, planner, plan = schedule.entries, self.exits.planner, None
         rows = StepRows(entries, self.page_size, self.staging)
         # Whatever needs numbers on the device beside the rows' own lets them go with these, in one copy.
-        if planner.goes_on(schedule) or any(e.sequence.request.exit_logits_E is not None for e in entries):
+        if planner.goes_on(schedule) or any(e.sequence.exit_logits_E is not None for e in entries):
             plan = planner.plan(schedule, rows)
         sampled = [] if schedule.decoding is not None else _sampled_rows(entries)
         number = rows.carry(np.array(sampled, dtype=np.int64)) if sampled else None

@@ -136,6 +136,16 @@ class Scheduler:
         self.preemptions += 1
         self.add(sequence)
 
+    def go_exact(self, sequence: Sequence) -> None:
+        """Let a running sequence go on exactly; where pages are approximate, all its tokens are computed again."""
+        approximate = sequence.first_approximate < sequence.num_computed
+        sequence.go_exact()
+        self._changes += 1
+        if approximate:
+            self._drop_pages(sequence)
+            self.running.pop(self._position(self.running, sequence))
+            self.add(sequence)
+
     def _admit(self) -> Sequence | None:
         """Move the first waiting sequence to the running ones, if there is room for it."""
         if not self.waiting or len(self.running) >= self.max_num_seqs:

@@ -145,7 +145,7 @@ def _runs(entries: list[Entry]) -> Iterator[tuple[Sequence, int, int]]:
     """
     for entry in entries:
         sequence, start, end = entry.sequence, entry.start, entry.start + entry.count
-        if entry.count > 1 and sequence.request.exit_logits_E is not None and end > sequence.num_prompt:
+        if entry.count > 1 and sequence.exit_logits_E is not None and end > sequence.num_prompt:
             if start < sequence.num_prompt:
                 yield sequence, start, sequence.num_prompt - start
             for position in range(max(start, sequence.num_prompt), end):

@@ -7,6 +7,7 @@ chosen settings.
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,8 +18,17 @@ import numpy as np
 import torch
 
 from ...kernels.api.ranges import check_ranges
-from ..contract.bounds import BOUNDS, betting_bound, conformal_risk_control, learn_then_test
-from ..contract.calibration_runs import PROBABILITIES, Measured, Setting, measure, path_through
+from ...kernels.api.sources import sources_hash
+from ..contract.bounds import BOUNDS, conformal_risk_control, learn_then_test, requests_needed
+from ..contract.calibration_runs import (
+    PROBABILITIES,
+    SHORTEST,
+    Measured,
+    Setting,
+    measure,
+    path_through,
+    prompts_hash,
+)
 from ..contract.catalog import CERTIFICATES
 from ..contract.certificate import Certificate, HeldOut, Scope, save_certificate
 from ..contract.intervals import mean
@@ -27,17 +37,20 @@ from ..engine.config import EngineConfig
 from ..engine.sampling_params import GREEDY_EPSILON
 from ..llm import LLM
 from ..model.load_config import LoadConfig
+from ..model.machine import processor
 from ..parallel.config import ParallelConfig
 from ..text.prompt_file import read_prompts
 from ..train.held_out import PROMPTS_FILE
 from ..train.recipe import claim, plot_path
+from .calibration_report import plot, setting_name, summary, table, write_report
+from .ledger import LEDGER, enter
 from .records import deployment_of
 from .requests import draw
 
 if TYPE_CHECKING:
     from ..contract.certificate import Scalar
 
-REPORT = "report.json"
+_AT_ONCE = 64  # sequences that run in one step
 GREEDY_LOSS = "share of a request's served tokens that are not the full model's choice after the served prefix, greedy"
 SAMPLED_LOSS = (
     "mean total-variation distance between the distributions that a request's tokens were drawn from and the full"
@@ -58,9 +71,10 @@ class CalibrateConfig(LoadConfig):
         alphas: levels of risk to certify.
         delta: probability that a calibration is wrong, for each level.
         method: bound of the test: ``wsr``, ``hoeffding_bentkus`` or ``exact_binomial``.
-        requests: prompts that choose the settings.
+        requests: prompts that choose the settings; at a risk of R a level needs about ln(1 / delta) / (alpha - R).
         test_requests: further prompts that measure the chosen settings.
-        max_tokens: longest output; requests that ask for more are not covered.
+        max_tokens: longest output, at least 8. A level is proved for outputs cut at every length from 8 on; what a
+            request asks for beyond the longest runs exactly.
         temperature: of the requests, and the one that the certificates hold for; 0 is greedy.
         probabilities: the path, the same calibrated probability at every exit, from the safest to the boldest.
         keeps: ``expert_keep`` beside each of them, not rising (it needs ``dynamoe experts``); empty uses all experts.
@@ -102,7 +116,8 @@ class CalibrateConfig(LoadConfig):
             raise ValueError(f"method must be one of {', '.join(BOUNDS)}, not {self.method!r}")
         if not (self.temperature == 0 or GREEDY_EPSILON <= self.temperature <= 100):
             raise ValueError(f"temperature must be 0 or between {GREEDY_EPSILON} and 100, not {self.temperature}")
-        check_ranges(self, "requests", "test_requests", "max_tokens", "threads", least=1)
+        check_ranges(self, "requests", "test_requests", "threads", least=1)
+        check_ranges(self, "max_tokens", least=SHORTEST)
 
 
 def calibrate(config: CalibrateConfig, *, progress: bool = True, say: Callable[[str], None] = print) -> Path:
@@ -115,23 +130,27 @@ def calibrate(config: CalibrateConfig, *, progress: bool = True, say: Callable[[
 
     Raises:
         ValueError: for a model without exits, prompts that cannot be read, are too few or too long, or a directory that
-            holds another run.
+            holds another run: other settings, prompts, code, deployment or processor.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     path, output = resolve_model(config.model, progress=progress), Path(config.output).expanduser()
-    engine = EngineConfig(logits_processors=config.logits_processors)
+    engine = EngineConfig(max_num_seqs=_AT_ONCE, logits_processors=config.logits_processors)
     llm = LLM.from_config(path, config, engine, progress=progress, parallel=config.parallel)
     probed = [exit.after_layers for exit in llm.model.decoder.exits.values() if exit.probe is not None]
     settings = path_through(probed, config.probabilities, config.keeps)
-    source, chosen, tested = _prompts(config, path, llm)
+    for alpha in config.alphas:
+        if config.requests < (least := requests_needed(alpha, config.delta)):
+            say(f"alpha={alpha:g} needs at least {least} requests, even without any loss; there are {config.requests}")
+    prompts = _prompts(config, path, llm, say)
     facts = deployment_of(llm)
     kept = {
         k: v
         for k, v in asdict(config).items()
         if k not in ("output", "threads", "alphas", "delta", "method", "parallel", "logits_processors")
     }
-    claim(output, {**kept, "deployment": facts})
+    made_by = {"code": sources_hash("kernels", "moe", "exits", "dynamic"), "processor": processor()}
+    claim(output, {**kept, "deployment": facts, "prompts_hash": prompts.hash, **made_by})
 
     def measured_at(prompts: list[list[int]], setting: Setting, file: Path) -> Measured:
         return measure(
@@ -140,60 +159,82 @@ def calibrate(config: CalibrateConfig, *, progress: bool = True, say: Callable[[
 
     measured = []
     for number, setting in enumerate(settings):
-        measured.append(measured_at(chosen, setting, output / f"setting-{number:02}.json"))
-        if measured[-1].losses_N.mean() > 1.5 * max(config.alphas):  # the tests of every level stop before later ones
+        measured.append(measured_at(prompts.choose, setting, output / f"setting-{number:02}.json"))
+        # The tests of every level stop before later ones.
+        if measured[-1].cut_losses_KN.mean(1).max() > 1.5 * max(config.alphas):
             break
-    say(_table(settings, measured, config.temperature))
-    losses_MN = np.stack([m.losses_N for m in measured])
+    say(table(settings, measured, config.temperature))
+    losses_MKN = np.stack([m.cut_losses_KN for m in measured])
     target = output / CERTIFICATES
     target.mkdir(exist_ok=True)
     for stale in target.glob("*.json"):
         stale.unlink()
     certificates = []
     for alpha in config.alphas:
-        place = learn_then_test(losses_MN, alpha, config.delta, config.method)
-        expected = conformal_risk_control(losses_MN, alpha)
-        crc = "none" if expected is None else _name(settings[expected])
+        place = learn_then_test(losses_MKN, alpha, config.delta, config.method)
+        expected = conformal_risk_control(losses_MKN, alpha)
+        crc = "none" if expected is None else setting_name(settings[expected])
+        certificate = None
         if place is None:
-            say(f"alpha={alpha:g}: nothing but full compute, on {len(chosen)} requests; in expectation only: {crc}")
-            continue
-        held_out = measured_at(tested, settings[place], output / f"test-{place:02}.json")
-        certificate = _certificate(config, alpha, settings[place], held_out, len(chosen), source, facts)
-        save_certificate(certificate, target / f"alpha-{alpha:g}-{certificate.id}.json")
-        certificates.append(certificate)
-        found = certificate.held_out
-        say(
-            f"alpha={alpha:g}, delta={config.delta:g}: exits at {_name(settings[place])}; on {found.requests} other"
-            f" requests {_differ(config.temperature, found.mean_loss)} ({found.low:.2%} … {found.high:.2%}),"
-            f" {found.layers_executed:.1%} of the layers, {held_out.experts_share:.1%} of their experts;"
-            f" in expectation only: {crc}"
-        )
+            say(
+                f"alpha={alpha:g}: nothing but full compute, on {config.requests} requests"
+                f"{_would_need(config, alpha, losses_MKN[0])}; in expectation only: {crc}"
+            )
+        else:
+            held_out = measured_at(prompts.test, settings[place], output / f"test-{place:02}.json")
+            certificate = _certificate(config, alpha, settings[place], held_out, prompts, facts)
+            save_certificate(certificate, target / f"alpha-{alpha:g}-{certificate.id}.json")
+            certificates.append(certificate)
+            say(f"{summary(certificate, setting_name(settings[place]), held_out)}; in expectation only: {crc}")
+        again = enter(target, _tried(config, alpha, settings, prompts.hash, facts, certificate))
+        if again:
+            say(f"alpha={alpha:g} was tried {again} times before, see {LEDGER}: delta holds for one calibration alone")
     if file := plot_path(output):
         plot(measured, certificates, config.delta, config.temperature, file.with_name("risk.svg"))
-    _write_report(output, settings, measured, target)
+    write_report(output, settings, measured, target)
     say(f"{len(certificates)} certificates in {target}")
     return target
 
 
-def _prompts(config: CalibrateConfig, path: Path, llm: LLM) -> tuple[str, list[list[int]], list[list[int]]]:
-    """Where the prompts came from; those that choose; those that test."""
+@dataclass(frozen=True, kw_only=True)
+class _Prompts:
+    """Where prompts came from, those that choose, those that test, and a hash of all of them in their order."""
+
+    source: str
+    choose: list[list[int]]
+    test: list[list[int]]
+
+    @property
+    def hash(self) -> str:
+        return prompts_hash([*self.choose, *self.test])
+
+
+def _prompts(config: CalibrateConfig, path: Path, llm: LLM, say: Callable[[str], None]) -> _Prompts:
+    """Distinct prompts, drawn from all that there are."""
     file = path / PROMPTS_FILE if config.prompts is None else Path(config.prompts).expanduser()
     if config.prompts is None and not file.is_file():
         raise ValueError(f"no prompts lie beside {config.model}; name a file of them: prompts=requests.jsonl")
     prompts = read_prompts(file, llm.model.tokenizer)
-    wanted = config.requests + config.test_requests
-    if len(prompts) < wanted:
+    numbers: dict[tuple[int, ...], int] = {}
+    for number, prompt in enumerate(prompts, 1):
+        numbers.setdefault(tuple(prompt), number)
+    wanted, repeated = config.requests + config.test_requests, len(prompts) - len(numbers)
+    if len(numbers) < wanted:
         raise ValueError(
-            f"{file} holds {len(prompts)} prompts, requests={config.requests} and"
-            f" test_requests={config.test_requests} want {wanted}"
+            f"{file} holds {len(prompts)} prompts, {len(numbers)} of them distinct; requests={config.requests} and"
+            f" test_requests={config.test_requests} want {wanted} distinct ones"
         )
+    if repeated:
+        say(f"{repeated} of the {len(prompts)} prompts in {file} are repetitions: each counts once")
+    drawn = draw([list(prompt) for prompt in numbers], wanted, 0, str(file))
     limit = llm.engine.max_model_len - config.max_tokens
-    for number, prompt in enumerate(prompts[:wanted], 1):
+    for prompt in drawn:
         if len(prompt) > limit:
-            raise ValueError(f"prompt {number} of {file} has {len(prompt)} tokens; with max_tokens, {limit} fit")
-    shuffled = draw(prompts[:wanted], wanted, 0, str(file))
+            raise ValueError(
+                f"prompt {numbers[tuple(prompt)]} of {file} has {len(prompt)} tokens; with max_tokens, {limit} fit"
+            )
     source = file.name if config.prompts else f"{file.name} beside {path.name}"
-    return source, shuffled[: config.requests], shuffled[config.requests :]
+    return _Prompts(source=source, choose=drawn[: config.requests], test=drawn[config.requests :])
 
 
 def _certificate(
@@ -201,22 +242,23 @@ def _certificate(
     alpha: float,
     setting: Setting,
     held_out: Measured,
-    requests: int,
-    source: str,
+    prompts: _Prompts,
     facts: dict[str, Scalar],
 ) -> Certificate:
-    loss = mean(held_out.losses_N)
+    loss, cut_means_K = mean(held_out.losses_N), held_out.cut_losses_KN.mean(1)
     return Certificate(
         alpha=alpha,
         delta=config.delta,
-        requests=requests,
+        requests=config.requests,
         method=config.method,
         loss=SAMPLED_LOSS if config.temperature else GREEDY_LOSS,
         scope=Scope(
             lowest_temperature=config.temperature,
             highest_temperature=config.temperature,
+            min_tokens=SHORTEST,
             max_tokens=config.max_tokens,
-            prompts=source,
+            prompts=prompts.source,
+            prompts_hash=prompts.hash,
         ),
         exit_thresholds=setting.exit_thresholds,
         expert_budget={} if setting.expert_keep is None else {"expert_keep": setting.expert_keep},
@@ -226,76 +268,42 @@ def _certificate(
             low=loss.low,
             high=loss.high,
             layers_executed=held_out.layers_share,
+            worst_length=SHORTEST + int(cut_means_K.argmax()),
+            worst_length_loss=float(cut_means_K.max()),
+            token_loss=held_out.token_loss,
+            worst_cut_loss=float(held_out.worst_cut_N.mean()),
         ),
         created=datetime.date.today().isoformat(),
         deployment=facts,
     )
 
 
-def _write_report(output: Path, settings: Sequence[Setting], measured: Sequence[Measured], certified: Path) -> None:
-    """``report.json``: the path with its means, and what was certified."""
-    path = [
-        {
-            **asdict(setting),
-            "requests": len(found.losses_N),
-            "mean_loss": float(found.losses_N.mean()),
-            "layers_share": found.layers_share,
-            "experts_share": found.experts_share,
-        }
-        for setting, found in zip(settings, measured, strict=False)
-    ]
-    certificates = [json.loads(file.read_text()) for file in sorted(certified.glob("*.json"))]
-    (output / REPORT).write_text(json.dumps({"path": path, "certificates": certificates}, indent=1) + "\n")
-
-
-def _name(setting: Setting) -> str:
-    values = set(setting.exit_thresholds.values())
-    keep = "" if setting.expert_keep is None else f", experts {setting.expert_keep:g}"
-    return (f"{values.pop():g}" if len(values) == 1 else str(setting.exit_thresholds)) + keep
-
-
-def _differ(temperature: float, loss: float) -> str:
-    return f"distributions differ by {loss:.2%}" if temperature else f"{loss:.2%} of the tokens differ"
-
-
-def _table(settings: Sequence[Setting], measured: Sequence[Measured], temperature: float) -> str:
-    what = "distance of the distributions" if temperature else "tokens that differ"
-    lines = [f"| setting | {what} | layers executed | of their experts |", "|---|---|---|---|"]
-    for setting, found in zip(settings, measured, strict=False):
-        shares = f"{found.layers_share:.1%} | {found.experts_share:.1%}"
-        lines.append(f"| {_name(setting)} | {found.losses_N.mean():.2%} | {shares} |")
-    return "\n".join(lines)
-
-
-def plot(
-    measured: Sequence[Measured], certificates: Sequence[Certificate], delta: float, temperature: float, file: Path
-) -> None:
-    """Risk against compute along the path, with the upper bounds, and the certified points on other requests."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    layers = [100 * m.layers_share for m in measured]
-    axes.plot(layers, [100 * m.losses_N.mean() for m in measured], "o-", label="mean of the requests that choose")
-    bounds = [100 * betting_bound(m.losses_N, delta) for m in measured]
-    axes.plot(layers, bounds, "--", color="0.5", label=f"upper bound (betting, delta = {delta:g})")
-    for certificate in certificates:
-        found = certificate.held_out
-        reach = [[100 * (found.mean_loss - found.low)], [100 * (found.high - found.mean_loss)]]
-        axes.errorbar(
-            100 * found.layers_executed, 100 * found.mean_loss, reach, fmt="s", capsize=4,
-            label=f"alpha = {certificate.alpha:g}, on other requests",
-        )  # fmt: skip
-    axes.set(
-        xlabel="layers executed for decoded tokens, % of all",
-        ylabel=(
-            f"distance of the distributions at temperature {temperature:g}, %"
-            if temperature
-            else "served tokens that differ from the full model's, %"
-        ),
-        title=f"risk against compute, {len(measured[0].losses_N)} requests",
-        ylim=(0, None),
+def _would_need(config: CalibrateConfig, alpha: float, losses_KN: np.ndarray) -> str:
+    """How many requests might prove a level at the safest setting, in words."""
+    risk = float(losses_KN.mean(1).max())
+    return (
+        f"; about {requests_needed(alpha, config.delta, risk)} might prove the safest setting" if risk < alpha else ""
     )
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(file)
+
+
+def _tried(
+    config: CalibrateConfig,
+    alpha: float,
+    settings: Sequence[Setting],
+    prompts: str,
+    facts: dict[str, Scalar],
+    certificate: Certificate | None,
+) -> dict[str, object]:
+    """An entry of the ledger."""
+    return {
+        "alpha": alpha,
+        "delta": config.delta,
+        "temperature": config.temperature,
+        "method": config.method,
+        "requests": config.requests,
+        "max_tokens": config.max_tokens,
+        "path": [setting_name(setting) for setting in settings],
+        "prompts_hash": prompts,
+        "deployment": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest(),
+        "proved": None if certificate is None else certificate.id,
+    }

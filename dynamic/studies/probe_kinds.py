@@ -100,4 +100,5 @@ def _exits_key(config: SweepConfig) -> str:
     kept = {name: plain[name] for name in ("model", "dtype", "device", "backend", "seed", "requests", "texts")}
     study = {name: value for name, value in plain["probes"].items() if name != "kind"}
     nothing = {"prompts": None, "text": None, "reference": {"model": None}, "quality": {"certificates": None}}
+    nothing |= {"engine": {"logits_processors": (), "cache_policy": None}}
     return job_key({**nothing, **kept, "probes": study})

@@ -7,26 +7,31 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...exits.sidecar import JSON_FILE, TENSOR_FILE, backbone_hash
+from ...kernels.api.sources import sources_hash
 from ...moe.sidecar import JSON_FILE as CONTRIBUTIONS
 from ..contract.catalog import CERTIFICATES
 from ..contract.deployment import deployment
 from ..convert.model_store import resolve_model
-from ..model.machine import run_facts
+from ..model.machine import processor, run_facts
+from ..train.held_out import PROMPTS_FILE
 
 if TYPE_CHECKING:
     from ..contract.certificate import Scalar
     from ..llm import LLM
 
+_CONFIGURATION = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 # Where results go and how a job runs, not what is measured.
 NO_PART_OF_A_RESULT = frozenset({"output", "compare", "json", "threads", "quality_metric", "objective"})
 
 
 def job_key(config: dict[str, Any]) -> str:
-    """What a job measures, as text that names its file: its configuration and the content of the models it runs.
+    """What a job measures, as text that names its file: its configuration, the content of all that it reads, the code
+    and the processor that run it.
 
     Raises:
         ValueError: for a model that cannot be found.
@@ -37,7 +42,12 @@ def job_key(config: dict[str, Any]) -> str:
     certificates = config["quality"]["certificates"]
     files = [] if certificates is None else [_folder_hash(Path(certificates).expanduser())]
     inputs = [_file_hash(Path(config[name]).expanduser()) for name in ("prompts", "text") if config[name] is not None]
-    text = json.dumps([measured, models, files, inputs], sort_keys=True, default=str)
+    engine = config["engine"]
+    plugins = [name for name in (*engine["logits_processors"], engine["cache_policy"]) if name is not None]
+    inputs += [_file_hash(Path(name.rpartition(":")[0]).expanduser()) for name in plugins]
+    # Python brings the pages that are read where no file is named.
+    made_by = [sources_hash("kernels", "moe", "exits", "dynamic"), processor(), sys.version]
+    text = json.dumps([measured, models, files, inputs, made_by], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -93,7 +103,7 @@ class Records:
 def _model_hash(name: str) -> str:
     path = resolve_model(name, progress=False)
     digest = hashlib.sha256(backbone_hash(path).encode())
-    for file in (JSON_FILE, TENSOR_FILE, CONTRIBUTIONS, "config.json", "tokenizer.json"):
+    for file in (JSON_FILE, TENSOR_FILE, CONTRIBUTIONS, PROMPTS_FILE, *_CONFIGURATION):
         digest.update(_file_hash(path / file).encode())
     digest.update(_folder_hash(path / CERTIFICATES).encode())
     return digest.hexdigest()

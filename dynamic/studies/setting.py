@@ -113,8 +113,13 @@ def resolve(quality: StudiedQuality, llm: LLM, max_tokens: int) -> Resolved:
         if quality.uncertified:
             return _uncertified(quality, contract, llm, exact)
         spends, outcome = llm.engine.contracts.resolve(contract, replace(exact, quality=contract), max_tokens)
-        held = outcome.certificate is not None
-        return Resolved(params=spends, certificate=outcome.certificate, promised=held, reason=outcome.reason)
+        covered = outcome.certified_tokens or 0
+        held = outcome.certificate is not None and max_tokens <= covered
+        beyond = (
+            "" if held or not covered else f"; it covers {covered} tokens, here its settings run for all {max_tokens}"
+        )
+        reason = outcome.reason + beyond
+        return Resolved(params=spends, certificate=outcome.certificate, promised=held, reason=reason)
     thresholds = dict(quality.exit_thresholds)
     if quality.exit_threshold is not None and not thresholds:
         probed = [e.after_layers for e in llm.model.decoder.exits.values() if e.probe is not None]
@@ -158,7 +163,7 @@ def _uncertified(quality: StudiedQuality, contract: Quality, llm: LLM, exact: Sa
     directory = Path(quality.certificates).expanduser() if quality.certificates else llm.model.path / CERTIFICATES
     if not directory.is_dir():
         raise ValueError(f"no such directory of certificates: {directory}")
-    contracts = Contracts(nearest(directory, deployment_of(llm)))
+    contracts = Contracts(nearest(directory, deployment_of(llm))[0])
     facts = RequestFacts(greedy=True, temperature=0.0, max_tokens=exact.max_tokens or 1, adjusted=False)
     found = contracts.resolve(contract.alpha, contract.delta, facts)
     certificate = found.certificate
@@ -166,6 +171,7 @@ def _uncertified(quality: StudiedQuality, contract: Quality, llm: LLM, exact: Sa
     as_calibrated = quality.experts_per_token is None and quality.expert_rule == EXPERT_RULES[0]
     valid = {other.id for other in llm.catalog.contracts.certificates}
     holds = certificate is not None and as_calibrated and certificate.id in valid
+    holds = holds and facts.max_tokens <= certificate.scope.max_tokens
     return Resolved(
         params=replace(spends, experts_per_token=quality.experts_per_token),
         certificate=None if certificate is None else certificate.id,

@@ -26,9 +26,11 @@ from ..reference.router import check_route_arguments
 from ..torch.experts import PlainExperts
 from ..torch.split import SplitExperts, SplitLinear
 from . import build as cpu_build
+from .fingerprint import fingerprint
 from .layout import BLOCK, activation_number, join_gate_up_bias
 from .quantized import CpuLinear, CpuQuantPacking
 from .stack import CpuStack
+from .vectors import CODED_CACHE
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,10 @@ class CpuBackend(CpuQuantPacking):
         if self._isa < 0:
             raise ValueError(f"this processor has no {isa}")
         self.isa = names[self._isa]
+
+    def numerics(self, processor: str, coded_cache: bool) -> str:
+        parts = {*self.formats, *([CODED_CACHE] if coded_cache else [])}
+        return f"outputs {fingerprint(self, self.isa, parts, processor)}"
 
     def pack_linear(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> LinearWeights:
         packed = self._ops.pack_linear(self._isa, self._source(weight_OI))

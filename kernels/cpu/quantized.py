@@ -192,6 +192,7 @@ class CpuQuantPacking(TorchBackend):
         scheme.check(weight_OI.format, weight_OI.group)
         if weight_OI.format.cpu is None:
             return self.pack_linear(self._dequantized(weight_OI, scheme), bias_O)
+        self.formats.add(weight_OI.format.name)
         packed, layout = _pack(self._isa, weight_OI, _read(weight_OI), scheme)
         data = CpuLinear(self._isa, packed, self._padded(bias_O), weight_OI.out_features, layout)
         return LinearWeights.of(weight_OI.shape, self.dtype, data, packed, data.bias)
@@ -200,6 +201,7 @@ class CpuQuantPacking(TorchBackend):
         if any(weight.format.cpu is None for weight in experts.weights):
             gate, up, down = (self._dequantized(weight, experts.scheme) for weight in experts.weights)
             return self._pack_experts(PlainExperts(gate, up, down, *experts.biases), activation)
+        self.formats.update(weight.format.name for weight in experts.weights)
         number = activation_number(activation)
         gate_EFD, up_EFD, down_EDF = experts.weights
         if gate_EFD.format != up_EFD.format or _group(gate_EFD) != _group(up_EFD):

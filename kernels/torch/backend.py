@@ -13,6 +13,7 @@ from ..api.formats import UNQUANTIZED, ActivationScheme
 from ..api.kv_codes import KV_DTYPES
 from ..api.quantized_weight import QuantizedWeight
 from ..api.router_spec import RouterSpec
+from ..api.sources import sources_hash
 from ..api.stack import Stack, StackBlock, StackExit, StackShape
 from ..api.types import (
     AttentionBatch,
@@ -51,6 +52,21 @@ class TorchBackend:
         self.device = torch.device(device)
         self.dtype = dtype
         self._said: set[str] = set()
+        self.formats: set[str] = set()  # of the quantised weights that were packed for kernels of its own
+
+    def numerics(self, processor: str, coded_cache: bool) -> str:
+        """What the operations compute, as text that changes when their results may have changed.
+
+        Sources and versions alone say less than outputs do: the same source may compute something else elsewhere.
+
+        Arguments:
+            processor: the host's, by name.
+            coded_cache: whether keys and values are codes.
+        """
+        return f"by sources only: {sources_hash(*self._source_folders())}, torch {torch.__version__}"
+
+    def _source_folders(self) -> tuple[str, ...]:
+        return "kernels/api", "kernels/reference", "kernels/torch"
 
     def _fall_back(self, reason: str) -> None:
         """Say once per reason that torch's own operations take over from this backend's."""

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+import triton
+
 from ..api.quantized_weight import QuantizedWeight
 from ..api.router_spec import RouterSpec
 from ..api.types import AttentionBatch, ExitDecision, ExpertWeights, KVLayer, LinearWeights, ProbeWeights, Routing
@@ -59,6 +61,13 @@ class TritonBackend(TorchBackend):
         self._tickets = torch.zeros(_MAX_STREAMS, 4, dtype=torch.int32, device=self.device)
         self._streams: dict[int, int] = {}
         self._mixtures: dict[int, ExpertProblem] = {}
+
+    def numerics(self, processor: str, coded_cache: bool) -> str:
+        tuned = self.planner.measured.digest()
+        return f"{super().numerics(processor, coded_cache)}, triton {triton.__version__}, tuned {tuned}"
+
+    def _source_folders(self) -> tuple[str, ...]:
+        return *super()._source_folders(), "kernels/triton"
 
     def _pack_experts(self, experts: PlainExperts, activation: str) -> ExpertWeights:
         self._mixtures[len(experts.gate_EFD)] = ExpertProblem.of(experts, activation, self.dtype)

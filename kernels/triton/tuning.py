@@ -233,6 +233,10 @@ class TuningCache:
         except (FileNotFoundError, ValueError):
             return {}  # a file cut short by a crash only means that tuning starts over
 
+    def digest(self) -> str:
+        """A hash of all measurements."""
+        return hashlib.sha256(json.dumps(self._entries, sort_keys=True).encode()).hexdigest()[:16]
+
     def get(self, key: str) -> dict:
         """What was measured for ``key``; empty if nothing was."""
         return self._entries.get(key, {})

@@ -49,7 +49,7 @@ def _card(certificate: Certificate, state: ContractState | None) -> ContractCard
     return ContractCard(
         id=certificate.id,
         object="contract",
-        state="unwatched" if state is None else "reverted" if state.process.fired else "watched",
+        state="unwatched" if state is None else "reverted" if _for_all(state) else "watched",
         alpha=certificate.alpha,
         delta=certificate.delta,
         method=certificate.method,
@@ -64,15 +64,23 @@ def _card(certificate: Certificate, state: ContractState | None) -> ContractCard
     )
 
 
+def _for_all(state: ContractState) -> bool:
+    """Whether it is reverted for everybody, or for all tenants that there were."""
+    return state.process.fired or 0 < state.bets.tenants == state.bets.reverted
+
+
 def _bet(state: ContractState) -> ContractBet:
     return ContractBet(
         picks=picks(state),
         running=state.picks.running,
         pending=state.picks.pending,
         interrupted=state.picks.interrupted,
-        losses=state.process.count,
-        realised_risk=state.process.mean,
+        losses=state.bets.losses,
+        realised_risk=state.bets.mean,
         wealth=wealth(state),
         fires_at=1 / state.process.delta,
-        fired_at_loss=state.process.fired_at,
+        fired_at_loss=state.bets.fired_at if state.process.fired_at is None else state.process.fired_at,
+        tenants=state.bets.tenants,
+        reverted_tenants=state.bets.reverted,
+        everybody=state.process.fired,
     )

@@ -38,16 +38,20 @@ class ComputeUsage(Answer):
     """What was executed for the request, counted at kernel launches, prompts included.
 
     ``quality`` is ``bounded`` under a certificate, ``uncertified`` with an expert cap that no certificate covers, else
-    ``exact``; ``reason`` says why. Layers and experts per token are means over generated tokens, ``token_layers`` and
-    ``token_experts`` their sums: of the one row that chose each token. Rows times layers, rows times experts and FLOPs
-    are totals, prompts included. FLOPs are those of the layers, of KV propagation through skipped layers, and of the LM
-    head for generated tokens, without attention over the context, probes and adapters. Weight bytes are what the
-    generated tokens need, each as if it ran alone. ``full_…``: the same with all layers and experts.
+    ``exact``; ``reason`` says why. A certificate covers the first ``certified_tokens`` tokens of a completion. One that
+    was longer was computed anew when it had ``exact_after`` tokens, and went on exactly. Layers and experts per token
+    are means over generated tokens, ``token_layers`` and ``token_experts`` their sums: of the one row that chose each
+    token. Rows times layers, rows times experts and FLOPs are totals, prompts included. FLOPs are those of the layers,
+    of KV propagation through skipped layers, and of the LM head for generated tokens, without attention over the
+    context, probes and adapters. Weight bytes are what the generated tokens need, each as if it ran alone. ``full_…``:
+    the same with all layers and experts.
     """
 
     quality: Literal["exact", "bounded", "uncertified"]
     certificates: list[str]
     reason: str | None
+    certified_tokens: int | None
+    exact_after: int | None
     layers_per_token: float
     experts_per_token: float
     token_layers: int
@@ -221,26 +225,37 @@ class ModelList(Answer):
 
 
 class ContractScope(Answer):
-    """The requests that a certificate covers: temperatures (0 to 0: greedy only), longest output, kind of prompts."""
+    """The requests that a certificate covers: temperatures (0 to 0: greedy only), smallest ``max_tokens``, tokens of an
+    output that are covered, kind of prompts, a hash of those that were calibrated on."""
 
     lowest_temperature: float
     highest_temperature: float
+    min_tokens: int
     max_tokens: int
     prompts: str
+    prompts_hash: str
 
 
 class HeldOutLoss(Answer):
-    """The certificate's setting on requests that were not used to choose or calibrate it."""
+    """The certificate's setting on requests that were not used to choose or calibrate it: mean loss and 95 % interval;
+    the mean loss with all outputs cut at ``worst_length`` tokens; the mean over all tokens; and the mean of each
+    request's loss at its own worst length, which is reported and not certified."""
 
     requests: int
     mean_loss: float
     low: float
     high: float
     layers_executed: float
+    worst_length: int | None
+    worst_length_loss: float | None
+    token_loss: float | None
+    worst_cut_loss: float | None
 
 
 class ContractBet(Answer):
-    """State of the monitor. The certificate is reverted once ``wealth`` has reached ``fires_at``."""
+    """State of the monitor, over all tenants. ``wealth`` is the largest of any bet. Where a tenant's own has reached
+    ``fires_at``, the certificate is reverted for that tenant (``reverted_tenants`` counts them); where the pooled one
+    has, for ``everybody``. ``fired_at_loss``: how many losses the first bet that fired had seen."""
 
     picks: int
     running: int
@@ -251,10 +266,14 @@ class ContractBet(Answer):
     wealth: float
     fires_at: float
     fired_at_loss: int | None
+    tenants: int
+    reverted_tenants: int
+    everybody: bool
 
 
 class ContractCard(Answer):
-    """A certificate in the catalog. ``state``: ``watched``, ``reverted`` (requests run exactly), or ``unwatched``."""
+    """A certificate in the catalog. ``state``: ``watched``, ``reverted`` (for everybody, or for all tenants so far:
+    requests run exactly), or ``unwatched``."""
 
     id: str
     object: Literal["contract"]

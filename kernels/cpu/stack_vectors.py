@@ -1,0 +1,134 @@
+"""The test vectors of the stack: a small model that has every kind of block and two exits (:mod:`.vectors`).
+
+Shape suffixes as in ``kernels/api/types.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from ..api.router_spec import RouterSpec
+from ..api.stack import StackAttention, StackBlock, StackExit, StackExperts, StackNorm, StackShape
+from ..api.types import AttentionBatch, ExpertBudget, KVLayers, KVProjection
+from ..torch.backend import TorchBackend
+from .vector_inputs import EPS, Numbers, cache, places, probe, rotations, thresholds
+
+Outputs = Iterator[torch.Tensor]
+
+
+def stack_vectors(backend: TorchBackend, numbers: Numbers, kept: torch.dtype) -> Outputs:
+    """A small model in one call: a prompt in two chunks, decodes; with exits; with budgets."""
+    hidden, heads, kv_heads, channels, page = 64, 4, 2, 32, 16
+    shape = StackShape(hidden_size=hidden, norm_eps=EPS, residual_scale=0.7)
+    table_LC = rotations(channels, 64)
+    for with_exits, biased in ((False, False), (True, False), (True, True)):
+        sizes = hidden, heads, kv_heads, channels
+        blocks = [_layer(backend, numbers, sizes, number, biased) for number in range(3)]
+        exits = [_exit(backend, numbers, hidden, blocks, after) for after in (1, 2)]
+        stack = backend.make_stack(shape, blocks, exits)
+        assert stack is not None
+        ends = [(17, 1, 16), (18, 2, 33), (19, 3, 34)]
+        kv = KVLayers(cache((64,) * 3, page, kv_heads, channels, kept) for _ in range(3))
+        for before, lengths in zip([(0, 0, 0), *ends], ends, strict=False):
+            rows = [length - start for start, length in zip(before, lengths, strict=True)]
+            batch = _held_pages(lengths, rows, page)
+            count, limited = sum(rows), before != (0, 0, 0)
+            budget = ExpertBudget(
+                keep_TL=numbers.floats(count, 3).abs(),
+                cap_TL=(1 + numbers.whole(3, count, 3)).int(),
+                skipped_T=torch.zeros(count, dtype=torch.int64),
+            )
+            x_TD, entropy_T = numbers.floats(count, hidden, scale=2), torch.zeros(count)
+            if with_exits:
+                # A sequence of several rows continues or exits as a whole.
+                owners = torch.repeat_interleave(torch.arange(3), torch.tensor(rows))
+                result = stack.run_with_exits(
+                    x_TD, kv, table_LC, batch, thresholds(numbers, 2, 3)[:, owners].contiguous(), budget
+                )
+                yield from (result.out_TD, result.counts)
+            else:
+                out = stack.run(range(3), x_TD, kv, table_LC, batch, entropy_T, budget if limited else None)
+                yield from (out, entropy_T)
+            yield budget.skipped_T
+        for layer in kv:
+            yield from (layer.keys_BGPC, layer.values_BGPC)
+
+
+def _held_pages(lengths: Sequence[int], rows: Sequence[int], page: int) -> AttentionBatch:
+    """As :func:`_places`, where every sequence has the pages of 64 tokens from the beginning."""
+    whole = places((64,) * len(lengths), (64,) * len(lengths), page)
+    taken = torch.cat(
+        [
+            torch.arange(64 * s + length - n, 64 * s + length)
+            for s, (length, n) in enumerate(zip(lengths, rows, strict=True))
+        ]
+    )
+    return replace(
+        whole,
+        positions_T=whole.positions_T[taken],
+        slots_T=whole.slots_T[taken],
+        query_start_S1=torch.tensor([0, *np.cumsum(rows)], dtype=torch.int32),
+        context_len_S=torch.tensor(list(lengths), dtype=torch.int32),
+        max_query_len=max(rows),
+        max_context_len=max(lengths),
+    )
+
+
+def _layer(
+    backend: TorchBackend, numbers: Numbers, sizes: tuple[int, int, int, int], number: int, biased: bool
+) -> list[StackBlock]:
+    """Layer 0: a mixture, norms of each head; 1: a window, the other routing rule; 2: a dense FFN."""
+    hidden, heads, kv_heads, channels = sizes
+    norms = [(1 + numbers.floats(n, scale=0.5)).to(backend.dtype) for n in (hidden, hidden, channels, channels)]
+    width = (heads + 2 * kv_heads) * channels
+    qkv = backend.pack_linear(numbers.floats(width, hidden, scale=0.3), numbers.floats(width) if biased else None)
+    attention = StackAttention(
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=channels,
+        qkv=qkv,
+        q_norm=norms[2] if number == 0 else None,
+        k_norm=norms[3] if number == 0 else None,
+        norm_per_head=True,
+        o=backend.pack_linear(numbers.floats(hidden, heads * channels, scale=0.2)),
+        scale=channels**-0.5,
+        window=5 if number == 1 else None,
+    )
+    count, neurons = (1, 96) if number == 2 else (8, 48)
+    parts = [numbers.floats(count, neurons, hidden, scale=0.4) for _ in range(2)]
+    ffn = backend.pack_experts(*parts, numbers.floats(count, hidden, neurons, scale=0.4), "silu")
+    router = backend.pack_linear(numbers.floats(count, hidden, scale=0.5))
+    rule = RouterSpec(num_experts=8, top_k=3, renormalize=number == 0, softmax_after_topk=number == 1)
+    return [
+        StackNorm(weight_D=norms[0]),
+        attention,
+        StackNorm(weight_D=norms[1]),
+        StackExperts(
+            ffn=ffn,
+            router=None if number == 2 else router,
+            rule=None if number == 2 else rule,
+            contribution_scale_E=numbers.floats(count).abs() if number == 0 else None,
+        ),
+    ]
+
+
+def _exit(
+    backend: TorchBackend, numbers: Numbers, hidden: int, blocks: Sequence[Sequence[StackBlock]], after: int
+) -> StackExit:
+    projections = []
+    for norm, attention, *_ in blocks[after:]:
+        assert isinstance(norm, StackNorm)
+        assert isinstance(attention, StackAttention)
+        kv = backend.linear_tail(attention.qkv, attention.num_heads * attention.head_dim)
+        projections.append(KVProjection(norm_D=norm.weight_D, kv=kv, k_norm=attention.k_norm))
+    return StackExit(
+        after_layers=after,
+        down=backend.pack_linear(numbers.floats(4, hidden, scale=0.3)),
+        up=backend.pack_linear(numbers.floats(hidden, 4, scale=0.3)),
+        probe=probe(numbers, hidden, 4, previous=after == 2, entropy=after == 1),
+        projections=projections,
+    )

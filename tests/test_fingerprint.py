@@ -1,0 +1,154 @@
+"""What the kernels compute on fixed inputs: every operator is asked, any bit counts, and nothing else does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from dynamoe.kernels.cpu import build as cpu_build
+from dynamoe.kernels.cpu.backend import CpuBackend
+from dynamoe.kernels.cpu.fingerprint import fingerprint, hash_of
+from dynamoe.kernels.cpu.vectors import CODED_CACHE, PLAIN, cpu_formats, vectors
+from torch.utils._python_dispatch import TorchDispatchMode
+
+NOTHING_COMPUTED = {"isas", "find_isa", "shared_bytes", "allocate", "read_words"}
+OPERATORS = (
+    *("add_rms_norm", "all_experts", "attention", "embed", "exit_decide", "experts", "limit_experts", "linear"),
+    *("logits", "pack_experts", "pack_linear", "pack_quant", "project_kv", "quant_experts", "quant_linear"),
+    *("rms_norm", "rope_and_write", "route", "router_entropy"),
+)
+WRITES = {"rope_and_write": (7, 8), "project_kv": (6, 7), "add_rms_norm": (2,), "attention": (10,)}  # their arguments
+
+
+class Watch(TorchDispatchMode):
+    """Sees every operator of the C++ kernels, and may flip one bit of what one of them computes.
+
+    Arguments:
+        plant: the operator; call: which of its calls.
+    """
+
+    def __init__(self, plant: str = "", call: int = 0) -> None:
+        super().__init__()
+        self.calls: dict[str, int] = {}
+        self.planted = False
+        self._plant, self._call = plant, call
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func.namespace != "dynamoe_cpu":
+            return found
+        name = func._schema.name.split("::")[1]
+        self.calls[name] = self.calls.get(name, 0) + 1
+        if (name, self.calls[name]) == (self._plant, self._call):
+            flip_a_bit(next(tensors([found, [args[place] for place in WRITES.get(name, ())]])))
+            self.planted = True
+        return found
+
+
+def tensors(values: Any) -> Iterator[torch.Tensor]:
+    if isinstance(values, torch.Tensor) and values.numel():
+        yield values
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from tensors(value)
+
+
+def flip_a_bit(tensor: torch.Tensor) -> None:
+    """Of a number, in its highest byte, so that it is not rounded away where it is a weight; else the lowest."""
+    tensor.view(-1)[:1].view(torch.uint8)[-1 if tensor.is_floating_point() else 0] ^= 1
+
+
+def operators() -> set[str]:
+    names = torch._C._dispatch_get_all_op_names()
+    return {name.split("::")[1].split(".")[0] for name in names if name.startswith("dynamoe_cpu::")}
+
+
+@pytest.fixture(scope="module")
+def backend() -> CpuBackend:
+    return CpuBackend("cpu", torch.float32)
+
+
+Found = tuple[list[str], dict[str, int]]
+
+
+def found_by(backend: CpuBackend, part: str) -> Found:
+    """The hash of every output, and how often each operator is called."""
+    watch = Watch()
+    with torch.inference_mode(), watch:
+        return [hash_of([tensor]) for tensor in vectors()[part](backend)], watch.calls
+
+
+@pytest.fixture(scope="module")
+def plain(backend: CpuBackend) -> Found:
+    return found_by(backend, PLAIN)
+
+
+@pytest.fixture(scope="module")
+def quantised(backend: CpuBackend) -> Found:
+    return found_by(backend, "int8")
+
+
+def test_every_operator_has_vectors(plain: Found, quantised: Found) -> None:
+    assert {*plain[1], *quantised[1]} == operators() - NOTHING_COMPUTED
+    stack = torch.classes.dynamoe_cpu.Stack(0, torch.float32, 64, 1e-5, 1.0)
+    assert set(stack._method_names()) == {"__init__", "add_layer", "add_exit", "share", "run", "run_with_exits"}
+
+
+def test_every_format_with_kernels_has_vectors(backend: CpuBackend) -> None:
+    assert {format.name for format in cpu_formats()} == set(vectors()) - {PLAIN, CODED_CACHE}
+    assert {"int4", "int8", "fp8"} <= set(vectors())
+    with pytest.raises(ValueError, match="no test vectors for toy"):
+        fingerprint(backend, backend.isa, ["toy"], "any processor")
+
+
+def test_threads_and_unwritten_memory_do_not_count(backend: CpuBackend, plain: Found, poisoned_memory: None) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with torch.inference_mode():
+            assert [hash_of([tensor]) for tensor in vectors()[PLAIN](backend)] == plain[0]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_another_process_finds_the_same() -> None:
+    code = (
+        "import torch; from dynamoe.kernels.cpu.backend import CpuBackend; from dynamoe.kernels.cpu.vectors import *;"
+        "from dynamoe.kernels.cpu.fingerprint import hash_of;"
+        "print(hash_of(vectors()[PLAIN](CpuBackend('cpu', torch.bfloat16))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600)
+    assert done.stdout.strip() == hash_of(vectors()[PLAIN](CpuBackend("cpu", torch.bfloat16)))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_one_bit_in_any_operator_changes_it(name: str, backend: CpuBackend, plain: Found, quantised: Found) -> None:
+    part, (hashes, calls) = ("int8", quantised) if "quant" in name else (PLAIN, plain)
+    watch = Watch(name, calls[name] // 2 + 1)
+    with torch.inference_mode(), watch:
+        outputs = vectors()[part](backend)
+        assert any(hash_of([tensor]) != known for tensor, known in zip(outputs, hashes, strict=True))
+    assert watch.planted
+
+
+def test_the_hashes_are_kept_beside_the_build(monkeypatch: pytest.MonkeyPatch, backend: CpuBackend) -> None:
+    found = fingerprint(backend, backend.isa, ["int8"], "any processor")
+    files = list(cpu_build.build().parent.glob(f"outputs-{backend.isa}-float32-*.json"))
+    assert files
+    monkeypatch.setattr("dynamoe.kernels.cpu.fingerprint.hash_of", None)  # nothing is computed again
+    assert fingerprint(backend, backend.isa, ["int8"], "any processor") == found
+    assert fingerprint(backend, backend.isa, [], "any processor") != found
+    with pytest.raises(TypeError):
+        fingerprint(backend, backend.isa, ["int8"], "another processor")
+
+
+def test_a_cut_file_of_hashes_is_made_again(backend: CpuBackend) -> None:
+    found = fingerprint(backend, backend.isa, [], "a third processor")
+    newest = max(cpu_build.build().parent.glob("outputs-*.json"), key=lambda file: file.stat().st_mtime_ns)
+    newest.write_text(newest.read_text()[:20])
+    assert fingerprint(backend, backend.isa, [], "a third processor") == found
+    newest.unlink()
