@@ -204,9 +204,18 @@ def test_one_part_of_a_layer_that_is_stored_otherwise(
     check_logits(write(source, tmp_path / "mixed", mixed, groups), tmp_path / "dequantised")
 
 
-@pytest.mark.parametrize("layout", ["gptq", "ct-int8"])
-def test_a_router_that_is_quantised(make_checkpoint: Callable[..., Path], tmp_path: Path, layout: str) -> None:
-    source = make_checkpoint("qwen2_moe", **SIZES["qwen2_moe"], num_experts=8)
+@pytest.mark.parametrize(
+    ("layout", "family", "sizes"),
+    [
+        ("gptq", "qwen3_moe", {"moe_intermediate_size": 64, "head_dim": 32}),
+        ("ct-int8", "qwen2_moe", {"num_experts": 8}),
+    ],
+)
+def test_a_router_that_is_quantised(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, layout: str, family: str, sizes: dict[str, int]
+) -> None:
+    """Where a layer runs in the stack of the C++ kernels, and where it does not: its shared expert has a gate."""
+    source = make_checkpoint(family, **{**SIZES.get(family, {}), **sizes})
     settings = LAYOUTS[layout]
     plain = store_all(source, tmp_path / "whole", settings)
     tensors = load_file(tmp_path / "whole" / "model.safetensors")

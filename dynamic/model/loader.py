@@ -291,14 +291,14 @@ class _Builder:
             scheme = codes[0][0].scheme
             with _naming(layout.gate[0]):
                 return self.backend.pack_quantized_experts(gate, up, down, self.spec.activation, *biases, scheme=scheme)
-        linears = [
+        gate, up, down = (
             [
                 self._part([name], [part], layout.biases[number : number + 1])
                 for name, part in zip(names, stored, strict=True)
             ]
             for number, (names, stored) in enumerate(zip((layout.gate, layout.up, layout.down), parts, strict=True))
-        ]
-        return self.backend.join_experts(*linears, self.spec.activation)
+        )
+        return self.backend.join_experts(gate, up, down, self.spec.activation)
 
 
 def _run_together(gate: Sequence[StoredCodes], up: Sequence[StoredCodes], down: Sequence[StoredCodes]) -> bool:
