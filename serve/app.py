@@ -50,12 +50,16 @@ def make_context(engine: Engine, settings: ServerSettings, contracts: ContractMa
     metrics = ServerMetrics(name)
 
     def on_delta(times: RequestTimes, delta: RequestDelta, made_at: float) -> None:
-        metrics.on_delta(times, delta, made_at)
-        contracts.on_delta(delta)
+        try:
+            metrics.on_delta(times, delta, made_at)
+        finally:
+            contracts.on_delta(delta)
 
     def on_abort(request_ids: Sequence[str]) -> None:
-        metrics.on_abort(len(request_ids))
-        contracts.ended(request_ids)
+        try:
+            metrics.on_abort(len(request_ids))
+        finally:
+            contracts.ended(request_ids)
 
     bridge = EngineBridge(
         engine,

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ..dynamic.engine.engine import Engine, EngineFull
+from ..dynamic.engine.fault_log import FaultLog
 from ..dynamic.engine.outputs import RequestDelta
 from ..dynamic.engine.quality import ContractOutcome
 from ..dynamic.engine.sampling_params import SamplingParams
@@ -54,7 +55,8 @@ class EngineBridge:
         engine: only the bridge's thread may use it after :meth:`start`.
         hang_timeout: seconds without progress, while there is work, after which the engine counts as hung: requests
             then end with an error and new ones are refused until it makes progress again.
-        on_delta: called on the event loop for every delta, with its request's times and the time of its step.
+        on_delta: called on the event loop for every delta, with its request's times and the time of its step. An error
+            that it, ``on_abort`` or ``idle_work`` raises is logged and ends nothing.
         on_abort: called on the event loop with the ids of aborted prompts.
         idle_work: called by the bridge's thread while the engine is idle: does a small part of other work and returns
             whether more is ready. If not, it is called again after :meth:`wake` or a request.
@@ -74,6 +76,7 @@ class EngineBridge:
         self._on_abort = on_abort
         self._idle_work = idle_work
         self._hang_timeout = hang_timeout
+        self._faults = FaultLog(logger)
         self._on_delta = on_delta
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()  # None: stop
         self._open: dict[str, Submission] = {}
@@ -138,7 +141,7 @@ class EngineBridge:
         self._commands.put(functools.partial(self._add, submission, requests))
         try:
             await submission.accepted
-        except (ValueError, EngineFull):
+        except (ValueError, EngineFull, EngineFailure):
             for request_id in submission.ids:  # the engine has dropped them itself
                 self._open.pop(request_id, None)
             raise
@@ -151,8 +154,8 @@ class EngineBridge:
         """Abort requests; their pages are freed after the engine's current step."""
         known = [request_id for request_id in ids if self._open.pop(request_id, None) is not None]
         if known:
-            self._on_abort(known)
             self._commands.put(functools.partial(self.engine.abort, known))
+            self._guarded("an observer of aborts", self._on_abort, known)
 
     def wake(self) -> None:
         """Signal that ``idle_work`` has something to do. Callable from any thread."""
@@ -176,7 +179,15 @@ class EngineBridge:
                 continue  # aborted while the step ran
             if delta.finished:
                 del self._open[delta.request_id]
-            self._on_delta(submission.deliver(delta), delta, made_at)
+            self._guarded("an observer of deltas", self._on_delta, submission.deliver(delta), delta, made_at)
+
+    def _guarded(self, kind: str, function: Callable[..., object], *arguments: object) -> object:
+        """Call what must not stop its caller; None if it raises an error."""
+        try:
+            return function(*arguments)
+        except Exception as error:  # whatever it raises
+            self._faults.report(kind, error)
+            return None
 
     def _report_death(self, death: BaseException) -> None:
         self._death = death
@@ -238,7 +249,7 @@ class EngineBridge:
             try:
                 return self._commands.get_nowait()
             except queue.Empty:
-                if not self._idle_work():
+                if not self._guarded("idle work", self._idle_work):
                     return self._commands.get()
 
     def _add(self, submission: Submission, requests: Sequence[EngineRequest]) -> None:
@@ -255,9 +266,12 @@ class EngineBridge:
                     contract=request.contract,
                 )
                 added.append(request_id)
-        except (ValueError, EngineFull) as refusal:
+        except Exception as refusal:
             self.engine.abort(added)
             error = refusal
+            if not isinstance(refusal, (ValueError, EngineFull)):
+                self._faults.report("adding a request", refusal)  # a plug-in's constructor, say
+                error = EngineFailure(f"The request cannot be run ({type(refusal).__name__}).", "request_failed")
         self._notify(submission.resolve, error)
 
     def _step(self) -> None:

@@ -23,8 +23,10 @@ import torch
 
 from ..dynamic.contract.catalog import CertificateSource, ContractCatalog
 from ..dynamic.contract.monitor import ContractState, MonitorConfig, RiskMonitor
+from ..dynamic.contract.monitor_files import KEEP_DAYS, open_first, remove_stale
 from ..dynamic.contract.monitor_records import Draws
 from ..dynamic.convert.model_store import cache_home
+from ..dynamic.engine.fault_log import FaultLog
 from ..dynamic.engine.outputs import RequestDelta
 from ..dynamic.engine.quality import ContractOutcome, Quality
 from ..dynamic.engine.sampling_params import SamplingParams
@@ -38,9 +40,9 @@ class MonitorSettings(MonitorConfig):
     """The live monitor of contracts.
 
     Arguments:
-        file: SQLite file of sampled requests and e-processes, used by one server at a time; null takes a file in the
-            cache for this model and address. It holds prompts and outputs of sampled requests until their losses are
-            counted.
+        file: SQLite file of sampled requests and e-processes, used by one server at a time; null takes one in the
+            cache for this model, of several servers at once the first that is free. It holds prompts and outputs of
+            sampled requests until their losses are counted.
         share: share of the requests under a certificate that are run again in full, 0 to 1. 0 samples none;
             certificates that have fired stay reverted.
         seed: of the sampling decisions.
@@ -52,10 +54,10 @@ class MonitorSettings(MonitorConfig):
     file: str | None = None
 
 
-def default_monitor_file(model: Path, address: str) -> Path:
-    """The monitor's file of the server of a model at an address, in the user's cache."""
-    key = hashlib.sha256(f"{model.resolve()}\0{address}".encode()).hexdigest()[:12]
-    name = re.sub(r"[^\w.]+", "-", f"{model.name}-{address}").strip("-")[-80:]
+def default_monitor_file(model: Path) -> Path:
+    """The monitor's file of the servers of a model, in the user's cache; see :func:`.monitor_files.open_first`."""
+    key = hashlib.sha256(str(model.resolve()).encode()).hexdigest()[:12]
+    name = re.sub(r"[^\w.]+", "-", model.name).strip("-")[-80:]
     return cache_home() / "monitor" / f"{name}-{key}.db"
 
 
@@ -139,6 +141,7 @@ class ContractManager:
     _served: dict[str, _Served] = field(default_factory=dict, init=False)
     _unsaved: deque[tuple[str, _Served]] = field(default_factory=deque, init=False)
     _disk: _DiskLog = field(default_factory=_DiskLog, init=False)
+    _faults: FaultLog = field(default_factory=lambda: FaultLog(logger), init=False)
     _reloading: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
     _thread: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="monitor"), init=False
@@ -252,8 +255,15 @@ class ContractManager:
             file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"{file.parent} cannot be made: {error}") from error
-        monitor = RiskMonitor(file, self.settings)
-        logger.info("%g of the requests under a certificate are run again in full; %s", self.settings.share, file)
+        if named is None:
+            monitor = open_first(file, lambda free: RiskMonitor(free, self.settings))
+            for stale in remove_stale(file.parent):
+                logger.info("removed %s: nobody has used it for %d days", stale, KEEP_DAYS)
+        else:
+            monitor = RiskMonitor(file, self.settings)
+        logger.info(
+            "%g of the requests under a certificate are run again in full; %s", self.settings.share, monitor.file
+        )
         return monitor
 
     def _admit(self, request_id: str, certificate_id: str, served: _Served, tenant: str) -> str | None:
@@ -290,7 +300,12 @@ class ContractManager:
         try:
             while self._unsaved:
                 request_id, served = self._unsaved[0]
-                self.monitor.finished(request_id, served.prompt_tokens, served.completions, served.draws())
+                try:
+                    self.monitor.finished(request_id, served.prompt_tokens, served.completions, served.draws())
+                except sqlite3.Error:
+                    raise
+                except Exception as error:  # it counts as interrupted when the file is opened again
+                    self._faults.report("storing a sampled request", error)
                 self._unsaved.popleft()
         except sqlite3.Error as error:
             self._disk.failed(error)

@@ -85,6 +85,8 @@ class Generation:
                     raise invalid(f"{error}.") from error
                 case EngineFull():
                     raise overloaded("Too many requests are waiting.", error.retry_after_seconds) from error
+                case EngineFailure(code="request_failed"):
+                    raise failed(error) from error
                 case EngineFailure():
                     raise unavailable(str(error), error.code) from error
             raise

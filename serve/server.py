@@ -89,7 +89,7 @@ def serve_engine(
         contracts = ContractManager(
             source=CertificateSource(engine, None if certificates is None else Path(certificates).expanduser()),
             settings=monitor or MonitorSettings(),
-            default_file=default_monitor_file(engine.model.path, _address(settings, listener)),
+            default_file=default_monitor_file(engine.model.path),
         )
         contracts.open()
         context = make_context(engine, settings, contracts)
@@ -105,11 +105,6 @@ def serve_engine(
         listener.close()
         if settings.uds is not None and os.path.exists(settings.uds):
             os.unlink(settings.uds)
-
-
-def _address(settings: ServerSettings, listener: socket.socket) -> str:
-    host, port = (settings.uds, None) if settings.uds is not None else listener.getsockname()[:2]
-    return str(host) if port is None else f"{host}:{port}"
 
 
 def bind(settings: ServerSettings) -> socket.socket:

@@ -203,10 +203,13 @@ def test_a_certificate_knows_what_was_evicted(model: LoadedModel) -> None:
     assert deployment(model, engine.runner.exits)["keys_and_values"] == "float32, nothing evicted"
 
 
-def test_what_cannot_be_is_refused(model: LoadedModel, make_checkpoint: Callable[..., Path]) -> None:
+def test_what_cannot_be_is_refused(
+    model: LoadedModel, make_checkpoint: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
     engine = Engine(model, evicting(cache_policy=f"{__file__}:Confused"))
-    with pytest.raises(ValueError, match=r"cache policy Confused evicts blocks \[99\]; the sequence holds \[0\]"):
-        run(engine, [[5, 6, 7, 8, 9]])
+    (output,) = run(engine, [[5, 6, 7, 8, 9]])
+    assert output.outputs[0].finish_reason == "error"
+    assert "plug-in Confused failed: ValueError: it evicts blocks [99]; the sequence holds [0]" in caplog.text
     windowed = load_model(make_checkpoint("mixtral", sliding_window=11), backend="cpu", progress=False)
     with pytest.raises(ValueError, match="sliding window"):
         Engine(windowed, evicting())

@@ -86,6 +86,7 @@ class RiskMonitor:
 
     def __init__(self, file: Path, config: MonitorConfig | None = None) -> None:
         self.config = config or MonitorConfig()
+        self.file = file
         self._store = MonitorStore(file, self.config.keep, self.config.tenant_share)
         self._random = random.Random(f"{self.config.seed}/{self._store.opened}")
         self._lock = threading.Lock()

@@ -9,12 +9,15 @@ is *interrupted*: it gets no loss, and the number of such picks is reported. Eve
 
 Commits wait for the disk (``synchronous=FULL``), three times per pick. Otherwise a power cut could lose a pick whose
 answer the client already has, and the sample would be biased unnoticed.
+
+Prompts and outputs are in the file from the end of a request until its loss is counted. Once that step has returned
+their bytes are in no file: what is deleted is overwritten, the journal is cut to nothing by every commit (a write-ahead
+log would keep old pages), and nothing is sorted on disk.
 """
 
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
 import os
 import sqlite3
@@ -51,6 +54,10 @@ OTHERS = "others"  # all later ones together
 RUNNING, PENDING, COUNTED, INTERRUPTED = "running", "pending", "counted", "interrupted"
 
 
+class MonitorInUse(ValueError):
+    """Another process has the file."""
+
+
 class MonitorStore:
     """The file of one monitor. Not thread-safe. Readable by its owner only: prompts and outputs of picks are in it.
 
@@ -64,7 +71,8 @@ class MonitorStore:
             tenant whose own e-process has fired are pooled no longer.
 
     Raises:
-        ValueError: naming the file, when it is in use, damaged, of another program or another format.
+        MonitorInUse: another process has it.
+        ValueError: naming the file, when it is damaged, of another program or another format.
     """
 
     def __init__(self, file: Path, keep: int = 10_000, tenant_share: float = 1.0) -> None:
@@ -79,9 +87,9 @@ class MonitorStore:
             self.opened = self._open(file)
         except sqlite3.Error as error:
             self._connection.close()
-            busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
-            reason = "is in use" if busy else f"cannot be used: {error}"
-            raise ValueError(f"{file} {reason}") from error
+            if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:
+                raise MonitorInUse(f"{file} is in use") from error
+            raise ValueError(f"{file} cannot be used: {error}") from error
         except ValueError:
             self._connection.close()
             raise
@@ -95,7 +103,10 @@ class MonitorStore:
             raise ValueError(f"{file} is the database of another program")
         if not new and found not in (1, _FORMAT):
             raise ValueError(f"{file} has format {found}; this version reads {_FORMAT}")
-        self._connection.execute("PRAGMA journal_mode = WAL")
+        for (found_fault,) in self._connection.execute("PRAGMA quick_check(1)").fetchall():
+            if found_fault != "ok":
+                raise ValueError(f"{file} is damaged: {found_fault}")
+        self._forget_deleted()
         self._connection.execute("PRAGMA synchronous = FULL")
         with self._connection as connection:
             connection.execute("BEGIN IMMEDIATE")
@@ -105,6 +116,15 @@ class MonitorStore:
                 self._interrupt(request_id)
             (opened,) = connection.execute("UPDATE openings SET count = count + 1 RETURNING count").fetchone()
         return opened
+
+    def _forget_deleted(self) -> None:
+        """From now on leave no copy of what is deleted. A file of a version that did is written anew, without it."""
+        self._connection.execute("PRAGMA secure_delete = ON")
+        self._connection.execute("PRAGMA temp_store = MEMORY")
+        (before,) = self._connection.execute("PRAGMA journal_mode").fetchone()
+        self._connection.execute("PRAGMA journal_mode = TRUNCATE")
+        if before == "wal":
+            self._connection.execute("VACUUM")
 
     def close(self) -> None:
         """Close the file."""
@@ -318,9 +338,13 @@ class MonitorStore:
 
 
 def _create(file: Path) -> None:
-    """Create the file if it does not exist. SQLite gives its log the same mode.
+    """Create the file if it does not exist. SQLite gives its journal the same mode.
 
     An existing one is not opened: closing it here would release the locks that this process may hold on it (POSIX).
     """
-    with contextlib.suppress(FileExistsError):
+    try:
         os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError:
+        # SQLite would take it for a new one, and certificates that have fired would be forgotten.
+        if not file.stat().st_size:
+            raise ValueError(f"{file} is empty: it was cut off; remove it to begin anew") from None

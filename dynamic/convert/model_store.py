@@ -1,7 +1,8 @@
 """From the name of a model to a directory that holds it: local paths, shipped models, Hub ids, GGUF files.
 
 Models that must be prepared are prepared once, in a cache (``DYNAMOE_HOME``, else ``dynamoe`` in the user's cache
-directory), also if two processes need one at once. An interrupted preparation leaves no incomplete model.
+directory), also if two processes need one at once. An interrupted preparation leaves no incomplete model, and one whose
+files have been damaged since is prepared again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..checkpoint.gguf_file import SUFFIX, find_gguf, gguf_parts
+from ..text.sealed_directory import is_intact, seal
 from .default_model import default_recipe, prepare_default
 from .gguf_import import import_gguf, importer_digest
 
@@ -89,18 +91,20 @@ def prepare_once(name: str, recipe: dict[str, object], prepare: Callable[[Path],
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
     root = cache_home() / "models"
     target = root / f"{name}-{digest}"
-    if target.is_dir():
+    if is_intact(target):
         return target
     root.mkdir(parents=True, exist_ok=True)
     with _locked(root / f".{target.name}.lock"):
         # Another process may have made it while this one waited for the lock.
-        if not target.is_dir():
+        if not is_intact(target):
             partial = root / f".{target.name}.partial"
             # Left over when a preparation was killed; holding the lock means that no other process uses it.
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             try:
                 prepare(partial)
+                seal(partial)
+                shutil.rmtree(target, ignore_errors=True)  # damaged, or of a version that sealed nothing
                 partial.rename(target)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)

@@ -16,6 +16,7 @@ from .config import EngineConfig
 from .contracts import ContractResolver, NoContracts
 from .eviction import load_cache_policy
 from .exit_runner import launched_rows
+from .fault_log import FaultLog
 from .logits_processors import processor_classes
 from .logprobs import position_logprobs
 from .outputs import CompletionDelta, PositionLogprobs, RequestDelta
@@ -86,6 +87,7 @@ class Engine:
         self._costs = TokenCosts(decoder)
         self._tokens = TokenTally()
         self._pace = Pace()
+        self._faults = FaultLog(logger)
 
     def add_request(
         self,
@@ -290,9 +292,7 @@ class Engine:
                 delta = deltas[request] = RequestDelta(request.request_id, [])
                 self._announce(request, delta)
             if token_id == NO_TOKEN:
-                delta.error = (
-                    "no token can be chosen: the logits are not finite, or the request's rules forbid all tokens"
-                )
+                delta.error = self._why_no_token(sequence)
                 completion = CompletionDelta(sequence.index, [], "", finish_reason="error")
             else:
                 completion = self._advance(sequence, token_id)
@@ -309,6 +309,13 @@ class Engine:
                 del self._requests[request.request_id]
                 self._pace.finished()
         return list(deltas.values())
+
+    def _why_no_token(self, sequence: Sequence) -> str:
+        if sequence.failure is None:
+            return "no token can be chosen: the logits are not finite, or the request's rules forbid all tokens"
+        plugin, error = sequence.failure
+        self._faults.report(f"plug-in {plugin}", error)
+        return f"the server's plug-in {plugin} failed: {type(error).__name__}"  # the rest is for the log only
 
     def _announce(self, request: Request, delta: RequestDelta) -> None:
         """Add what is said once, with a request's first tokens."""

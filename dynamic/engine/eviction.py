@@ -37,20 +37,22 @@ class Eviction:
     def computed(self, sequence: Sequence) -> None:
         """A sequence's tokens up to ``num_computed`` are in its pages.
 
-        Raises:
-            ValueError: when the policy names blocks that the sequence does not hold.
+        It fails when the policy raises an error or names blocks that it does not hold.
         """
         size, kept = self._page_size, sequence.kept_blocks
         kept.extend(range(len(kept) + sequence.num_evicted // size, sequence.num_computed // size))
         behind_prompt = sequence.num_computed - sequence.num_prompt
         if behind_prompt < 0 or (behind_prompt and sequence.num_computed % size):
             return
-        evicted = set(self._policy.evict(kept, sequence.num_computed))
+        try:
+            evicted = set(self._policy.evict(kept, sequence.num_computed))
+            if unknown := evicted.difference(kept):
+                raise ValueError(f"it evicts blocks {sorted(unknown)}; the sequence holds {kept}")
+        except Exception as error:  # whatever the code raises
+            sequence.fail(self._policy, error)
+            return
         if not evicted:
             return
-        if unknown := evicted.difference(kept):
-            name = type(self._policy).__name__
-            raise ValueError(f"cache policy {name} evicts blocks {sorted(unknown)}; the sequence holds {kept}")
         self._pool.release(page for page, block in zip(sequence.pages, kept, strict=False) if block in evicted)
         own = [page for page, block in zip(sequence.pages, kept, strict=False) if block not in evicted]
         sequence.pages = array("i", own) + sequence.pages[len(kept) :]

@@ -264,13 +264,18 @@ def changes_distribution(params: SamplingParams, classes: Iterable[type[LogitsPr
     return any(kind.changes_distribution and kind.needed(params) for kind in classes)
 
 
-def edit_logits(logits_RV: torch.Tensor, processors: Sequence[Sequence[LogitsProcessor]]) -> None:
+def edit_logits(
+    logits_RV: torch.Tensor, processors: Sequence[Sequence[LogitsProcessor]]
+) -> dict[int, tuple[LogitsProcessor, Exception]]:
     """Let each row's processors edit it, in place.
 
     Arguments:
         logits_RV: float32.
         processors: of each row, as :func:`processor_classes` orders them.
+
+    Returns: rows whose plug-in has raised something, which are of no use.
     """
+    failed: dict[int, tuple[LogitsProcessor, Exception]] = {}
     rows_of: dict[type, tuple[list[int], list[Any]]] = {}
     for row, found in enumerate(processors):
         for processor in found:
@@ -282,9 +287,13 @@ def edit_logits(logits_RV: torch.Tensor, processors: Sequence[Sequence[LogitsPro
         rows, found = rows_of.get(kind, ([], []))
         if kind is LogitsProcessor:
             for row, processor in zip(rows, found, strict=True):
-                processor.edit(logits_RV[row])
+                try:
+                    processor.edit(logits_RV[row])
+                except Exception as error:  # whatever the code raises
+                    failed[row] = processor, error
         elif rows:
             kind.edit_rows(logits_RV, rows, found)
+    return failed
 
 
 def word_token_ids(tokenizer: Tokenizer, words: Sequence[str]) -> list[array[int]]:

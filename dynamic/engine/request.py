@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -151,6 +151,7 @@ class Sequence:
         "block_digests",
         "depths",
         "exact",
+        "failure",
         "first_approximate",
         "first_page",
         "index",
@@ -190,6 +191,7 @@ class Sequence:
         self.first_approximate = NEVER  # position from which on keys and values are not those of the full model
         self.skipped_experts = 0  # that the row of the last token did without
         self.exact = False  # whether it runs in full from here on, whatever its request may spend
+        self.failure: tuple[str, Exception] | None = None  # the plug-in that cannot go on with it, and why
 
     @property
     def num_tokens(self) -> int:
@@ -250,7 +252,24 @@ class Sequence:
     def fork(self, index: int) -> Sequence:
         """Another completion of the same prompt, without pages. This one has no output yet."""
         assert not self.num_output
-        return Sequence(self.request, index, tuple(processor.fork() for processor in self.processors))
+        other = Sequence(self.request, index)
+        other.failure = self.failure
+        forks: list[LogitsProcessor] = []
+        other._for_each(lambda processor: forks.append(processor.fork()), self.processors)
+        other.processors = tuple(forks)
+        return other
+
+    def fail(self, plugin: object, error: Exception) -> None:
+        """A plug-in has raised an error: the sequence gets no further token. The first one counts."""
+        if self.failure is None:
+            self.failure = type(plugin).__name__, error
+
+    def _for_each(self, do: Callable[[LogitsProcessor], None], processors: Iterable[LogitsProcessor]) -> None:
+        for processor in processors:
+            try:
+                do(processor)
+            except Exception as error:  # whatever the code raises
+                self.fail(processor, error)
 
     def record_depth(self, position: int, depth: int, num_layers: int) -> None:
         """Remember how many layers a position behind the prompt ran.
@@ -270,12 +289,10 @@ class Sequence:
     def append(self, token_id: int) -> None:
         """Add a sampled token; the next one is drawn with the numbers of the next position."""
         self.token_ids.append(token_id)
-        for processor in self.processors:
-            processor.accept(token_id)
+        self._for_each(lambda processor: processor.accept(token_id), self.processors)
 
     def rollback(self, count: int) -> None:
         """Take the newest tokens back, whose keys and values were not computed yet and whose text nobody has seen."""
         assert 0 <= count <= min(self.num_output, self.num_uncomputed), f"{count} tokens cannot be taken back"
         del self.token_ids[len(self.token_ids) - count :]
-        for processor in self.processors:
-            processor.rollback(count)
+        self._for_each(lambda processor: processor.rollback(count), self.processors)

@@ -38,9 +38,10 @@ def sample(logits_RV: torch.Tensor, sequences: list[Sequence]) -> list[int]:
         logits_RV: float32; overwritten.
         sequences: one per row.
 
-    Returns: token ids; :data:`NO_TOKEN` for a row that has no finite best logit.
+    Returns: token ids; :data:`NO_TOKEN` for a row that has no finite best logit, or whose sequence a plug-in failed.
     """
-    edit_logits(logits_RV, [s.processors for s in sequences])
+    for row, failure in edit_logits(logits_RV, [s.processors for s in sequences]).items():
+        sequences[row].fail(*failure)
     greedy = [row for row, s in enumerate(sequences) if s.request.params.greedy]
     drawn = [row for row, s in enumerate(sequences) if not s.request.params.greedy]
     params, keys = [sequences[row].request.params for row in drawn], [sequences[row].peek() for row in drawn]
@@ -57,7 +58,7 @@ def sample(logits_RV: torch.Tensor, sequences: list[Sequence]) -> list[int]:
             parts.append(choose_among_all(*filtered, keys_tensor(keys, logits_RV.device)))
         found = torch.cat(parts).tolist()
     tokens = dict(zip(greedy + drawn, found, strict=True))
-    return [tokens[row] for row in range(len(sequences))]
+    return [NO_TOKEN if s.failure else tokens[row] for row, s in enumerate(sequences)]
 
 
 def _largest(logits_RV: torch.Tensor) -> list[int]:

@@ -124,12 +124,13 @@ def _stream(origin: ModelFiles, target: Path, finished: int, windows_NL: torch.T
     if finished == origin.spec.num_layers:
         return torch.empty(0)  # nothing is left to run
     if finished:
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         file = _stream_file(target, finished)
         try:
             return load_file(file)["stream"]
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
             raise ValueError(f"{file} is missing or damaged ({error}); remove {target} and start again") from error
     rows_NLD = origin.checkpoint.view(EMBEDDING)[windows_NL].float()
     return rows_NLD * origin.spec.embedding_scale

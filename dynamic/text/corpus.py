@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from .documentation_packages import SOURCES, Collected, Source, collect, collect_folder
+from .sealed_directory import is_intact, seal
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -81,13 +82,15 @@ def build_corpus(
     recipe = {"format": _FORMAT, "config": asdict(config), "sources": [asdict(source) for source in used]}
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
     target = cache / f"corpus-{digest}"
-    if target.is_dir():
+    if is_intact(target):
         return target
     collected = _collect(config, cache / "packages", sources, say)
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
         _write(config, collected, partial, say)
+        seal(partial)
+        shutil.rmtree(target, ignore_errors=True)  # damaged, or of a version that sealed nothing
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

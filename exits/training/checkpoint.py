@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 _MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -67,16 +68,19 @@ def load_checkpoint(
     Returns: the JSON state, with ``step``.
 
     Raises:
-        ValueError: when the checkpoint belongs to another model or another set of optimisers.
+        ValueError: when the checkpoint is damaged, or belongs to another model or another set of optimisers.
     """
     try:
-        model.load_state_dict(load_file(checkpoint / _MODEL))
+        weights, moments = load_file(checkpoint / _MODEL), load_file(checkpoint / _OPTIMIZER)
+        state = json.loads((checkpoint / _STATE).read_text())
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{checkpoint} is damaged: {error}; remove it and start again") from error
+    try:
+        model.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"{checkpoint} does not fit this model: {error}") from error
-    state = json.loads((checkpoint / _STATE).read_text())
     if len(state["optimizers"]) != len(optimizers):
         raise ValueError(f"{checkpoint} was written with {len(state['optimizers'])} optimisers, not {len(optimizers)}")
-    moments = load_file(checkpoint / _OPTIMIZER)
     torch.set_rng_state(moments.pop("torch_rng"))
     for number, (optimizer, groups) in enumerate(zip(optimizers, state["optimizers"], strict=True)):
         tensors: dict[int, dict[str, torch.Tensor]] = {}

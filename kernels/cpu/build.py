@@ -1,5 +1,8 @@
 """Build and load the C++ kernels: once per source, compiler and torch version, kept in the user's cache.
 
+A library lies beside its hash and is loaded only if it has that hash: one that a crash or a full disk has cut off or
+filled with zeros would end the process by a signal. Such a one is built again.
+
 ``$DYNAMOE_CPU_EXTRA_SOURCES`` names C++ files (``:`` between them) that are compiled against ``csrc`` and loaded with
 the kernels. Such a file may register an instruction set of its own, as those in ``csrc/isa`` do.
 """
@@ -105,19 +108,50 @@ def _built(compiler: tuple[str, str], name: str, sources: list[Path], link: list
     path, version = compiler
     directory = cache_directory() / name
     library = directory / f"{name}.so"
-    if library.exists():
+    if _is_intact(library):
         return library
     directory.mkdir(parents=True, exist_ok=True)
     with _locked(directory / "build.lock"):
-        if library.exists():
+        if _is_intact(library):
             return library
         if what:
             print(f"compiling {what} with {version} (about a minute, once)", file=sys.stderr, flush=True)
-        _compile(path, name, directory, sources, link)
+        _store(_compile(path, name, directory, sources, link), library)
     return library
 
 
-def _compile(compiler: str, name: str, directory: Path, sources: list[Path], link: list[str]) -> None:
+def _hash_file(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
+def _is_intact(library: Path) -> bool:
+    try:
+        return _hash_file(library).read_bytes() == hashlib.sha256(library.read_bytes()).hexdigest().encode()
+    except OSError:
+        return False
+
+
+def _store(built: Path, library: Path) -> None:
+    """Move a library to its place, and its hash beside it, all of it on the disk before it can be found."""
+    digest = built.with_suffix(".sha256")
+    digest.write_text(hashlib.sha256(built.read_bytes()).hexdigest())
+    for path in (built, digest):
+        _flush(path)
+    os.replace(digest, _hash_file(library))
+    os.replace(built, library)
+    _flush(library.parent)
+    shutil.rmtree(built.parent, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _compile(compiler: str, name: str, directory: Path, sources: list[Path], link: list[str]) -> Path:
     from torch.utils import cpp_extension  # slow to import, and only needed here
 
     work = directory / "work"
@@ -144,8 +178,7 @@ def _compile(compiler: str, name: str, directory: Path, sources: list[Path], lin
                 os.environ.pop(key, None)
             else:
                 os.environ[key] = value
-    os.replace(work / f"{name}.so", directory / f"{name}.so")
-    shutil.rmtree(work, ignore_errors=True)
+    return work / f"{name}.so"
 
 
 def load(progress: bool = False) -> None:

@@ -229,9 +229,10 @@ class TuningCache:
 
     def _read(self, path: Path) -> dict[str, dict]:
         try:
-            return json.loads(path.read_text())["entries"]
-        except (FileNotFoundError, ValueError):
+            entries = dict(json.loads(path.read_text())["entries"])
+        except (OSError, ValueError, KeyError, TypeError):
             return {}  # a file cut short by a crash only means that tuning starts over
+        return {key: entry for key, entry in entries.items() if isinstance(entry, dict)}
 
     def digest(self) -> str:
         """A hash of all measurements."""

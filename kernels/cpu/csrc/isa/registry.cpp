@@ -18,7 +18,7 @@ std::vector<const Isa*>& registered() {
 }  // namespace
 
 Isa::Isa(const char* name, int rank, Fit (*fit)(), const Kernels& kernels)
-    : name(name), rank(rank), fit(fit), kernels(kernels) {
+    : name(name), rank(rank), fit(fit), usable(fit() != Fit::none), kernels(kernels) {
   auto& all = registered();
   for (const Isa* other : all)
     if (!std::strcmp(name, other->name)) throw std::logic_error(std::string("two instruction sets are called ") + name);
@@ -35,7 +35,7 @@ int64_t find_isa(const char* name) {
   const bool any = !std::strcmp(name, "auto");
   const auto& all = isas();
   const auto found = std::find_if(all.begin(), all.end(), [&](const Isa* isa) {
-    return any ? isa->fit() == Fit::automatic : !std::strcmp(name, isa->name) && isa->fit() != Fit::none;
+    return any ? isa->fit() == Fit::automatic : !std::strcmp(name, isa->name) && isa->usable;
   });
   return found == all.end() ? -1 : found - all.begin();
 }

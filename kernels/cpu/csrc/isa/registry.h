@@ -21,6 +21,7 @@ struct Isa {
   const char* const name;
   const int rank;
   Fit (*const fit)();
+  const bool usable;  // on this processor
   const Kernels kernels;
 };
 

@@ -5,23 +5,11 @@
 #include <vector>
 
 #include "ops/exits.h"
+#include "ops/paged.h"
 #include "ops/parallel.h"
-#include "ops/tensors.h"
 
 namespace dynamoe_cpu {
 namespace {
-
-template <class T>
-T* data_of(const Tensor& t, at::ScalarType type, int64_t count, const char* name) {
-  TORCH_CHECK_VALUE(t.scalar_type() == type && t.is_contiguous() && t.numel() == count, name,
-                    " must hold ", count, " contiguous elements of type ", type, ", not shape ", t.sizes(),
-                    " of type ", t.scalar_type());
-  return static_cast<T*>(t.data_ptr());
-}
-
-const float* floats(const OptionalTensor& t, int64_t count, const char* name) {
-  return t ? data_of<float>(*t, at::kFloat, count, name) : nullptr;
-}
 
 std::tuple<Tensor, Tensor, int64_t> exit_decide_op(int64_t isa, const Tensor& x, const OptionalTensor& previous,
                                                    const OptionalTensor& entropy, const Tensor& weight,
@@ -43,6 +31,7 @@ std::tuple<Tensor, Tensor, int64_t> exit_decide_op(int64_t isa, const Tensor& x,
   call.weight = data_of<float>(weight, at::kFloat, inner * inputs, "weight");
   call.bias = data_of<float>(bias, at::kFloat, inner, "bias");
   call.out = floats(out, inner, "out");
+  TORCH_CHECK_VALUE(!out || out_bias, "out needs an out_bias");
   call.out_bias = out ? *floats(out_bias, 1, "out_bias") : 0.0f;
   call.logits = static_cast<float*>(logits.data_ptr());
   probe(context_of(isa), call);
@@ -59,7 +48,8 @@ Tensor router_entropy_op(int64_t isa, at::TensorList logits) {
   for (const Tensor& layer : logits) {
     TORCH_CHECK_VALUE(layer.dim() == 2 && layer.is_contiguous() && layer.size(0) == rows,
                       "logits must be contiguous matrices of ", rows, " rows");
-    router_entropy(context_of(isa), {layer.data_ptr(), layer.size(1), dtype_of(layer, "logits")}, rows, layer.size(1),
+    const int64_t experts = size_of(layer.size(1), "columns of logits");
+    router_entropy(context_of(isa), {layer.data_ptr(), experts, dtype_of(layer, "logits")}, rows, experts,
                    1.0f / static_cast<float>(logits.size()), static_cast<float*>(out.data_ptr()));
   }
   return out;
@@ -80,22 +70,17 @@ void project_kv_op(int64_t isa, const Tensor& x, at::TensorList norms, at::Tenso
   call.x = {data_of<float>(x, at::kFloat, rows * hidden, "x"), hidden, Dtype::fp32};
   call.rows = rows;
   call.hidden = hidden;
+  check_caches(keys[0], values[0]);
   call.kv_heads = keys[0].size(1);
   call.channels = cos_sin.size(-1);
   call.page_size = keys[0].size(2);
   call.dtype = dtype_of(norms[0], "a norm");
   call.eps = static_cast<float>(eps);
   call.clip = static_cast<float>(clip);
-  TORCH_CHECK_VALUE(cos_sin.dim() == 2, "the rotary table must be a matrix, not of shape ", cos_sin.sizes());
-  call.cos_sin = data_of<float>(cos_sin, at::kFloat, cos_sin.numel(), "cos_sin");
-  call.positions = data_of<int64_t>(positions, at::kLong, rows, "positions");
-  call.slots = data_of<int64_t>(slots, at::kLong, rows, "slots");
-  for (int64_t t = 0; t < rows; ++t) {
-    TORCH_CHECK_INDEX(0 <= call.positions[t] && call.positions[t] < cos_sin.size(0), "position ", call.positions[t],
-                      " is not in the rotary table of ", cos_sin.size(0));
-    TORCH_CHECK_INDEX(0 <= call.slots[t] && call.slots[t] < keys[0].size(0) * call.page_size, "slot ", call.slots[t],
-                      " is not in the cache");
-  }
+  const RowPlaces places = row_places(rows, positions, slots, cos_sin, keys[0]);
+  call.cos_sin = contiguous_data<float>(cos_sin, at::kFloat, "cos_sin");
+  call.positions = places.positions;
+  call.slots = places.slots;
   const int64_t width = call.kv_heads * call.channels, outputs = 2 * width;
   const int64_t words = packed_words(context.kernels->gemm[static_cast<int>(call.dtype)], outputs, hidden);
   const int64_t padded = ceil_div(outputs, kBlockOutputs) * kBlockOutputs;
@@ -105,17 +90,18 @@ void project_kv_op(int64_t isa, const Tensor& x, at::TensorList norms, at::Tenso
   for (size_t layer = 0; layer < layers; ++layer) {
     call.norm = norms[layer].data_ptr();
     TORCH_CHECK_VALUE(norms[layer].numel() == hidden && norms[layer].scalar_type() == norms[0].scalar_type() &&
-                          norms[layer].is_contiguous(),
+                          norms[layer].is_contiguous() && norms[layer].is_cpu(),
                       "a norm must be contiguous with ", hidden, " entries");
     call.kv = reinterpret_cast<uint32_t*>(data_of<int32_t>(weights[layer], at::kInt, words, "weights"));
     call.kv_bias = biases.empty() ? nullptr : data_of<float>(biases[layer], at::kFloat, padded, "a bias");
     call.k_norm = k_norms.empty() ? nullptr : k_norms[layer].data_ptr();
     call.k_norm_width = k_norms.empty() ? 0 : k_norms[layer].numel();
     TORCH_CHECK_VALUE(k_norms.empty() || ((call.k_norm_width == call.channels || call.k_norm_width == width) &&
-                                          k_norms[layer].scalar_type() == norms[0].scalar_type()),
-                      "a key norm must have ", call.channels, " or ", width, " entries, not ", call.k_norm_width);
-    TORCH_CHECK_VALUE(keys[layer].sizes() == keys[0].sizes() && values[layer].sizes() == keys[0].sizes(),
-                      "the caches must have one shape");
+                                          k_norms[layer].scalar_type() == norms[0].scalar_type() &&
+                                          k_norms[layer].is_contiguous() && k_norms[layer].is_cpu()),
+                      "a key norm must be contiguous and have ", call.channels, " or ", width, " entries, not ", call.k_norm_width);
+    check_caches(keys[layer], values[layer]);
+    TORCH_CHECK_VALUE(keys[layer].sizes() == keys[0].sizes(), "the caches must have one shape");
     call.keys = cache_of(keys[layer], call.channels, "keys");
     call.values = cache_of(values[layer], call.channels, "values");
     call.scratch = static_cast<char*>(scratch.data_ptr()) + layer * elements * element_bytes(call.dtype);

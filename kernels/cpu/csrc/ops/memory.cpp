@@ -14,6 +14,7 @@ namespace dynamoe_cpu {
 // On huge pages: walking the tables of small ones costs a quarter of the bandwidth. Weights
 // that are smaller than a few huge pages share a slab, which lives as long as any of them.
 Tensor allocate(int64_t count) {
+  TORCH_CHECK_VALUE(0 <= count && count < int64_t{1} << 56, "words must not be ", count);
   constexpr size_t kHuge = size_t{2} << 20, kSlab = 16 * kHuge;
   static std::mutex mutex;
   static std::weak_ptr<char> current;
@@ -56,8 +57,7 @@ namespace {
 // Reads every word once, as a packed weight is read, and does next to nothing with it: the limit for the other
 // operators.
 int64_t read_words_op(const Tensor& source) {
-  TORCH_CHECK_VALUE(source.scalar_type() == at::kInt && source.is_contiguous(), "source must be contiguous int32");
-  const uint32_t* data = static_cast<const uint32_t*>(source.data_ptr());
+  const uint32_t* data = words(source, source.numel(), "source");
   constexpr int64_t kWords = 64 * 1024, kLanes = 64, kAhead = 1024;
   std::atomic<uint32_t> total{0};
   for_each_task(at::get_num_threads(), source.numel() / kWords, [&](int64_t task) {

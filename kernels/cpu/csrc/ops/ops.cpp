@@ -3,7 +3,7 @@
 #include <tuple>
 #include <vector>
 
-#include "ops/tensors.h"
+#include "ops/paged.h"
 
 namespace dynamoe_cpu {
 namespace {
@@ -30,9 +30,10 @@ Tensor linear_op(int64_t isa, const Tensor& x, const Tensor& weights, const Opti
   const Context context = context_of(isa);
   const Rows rows = rows_of(x, "x");
   const Gemm& gemm = context.kernels->gemm[static_cast<int>(rows.dtype)];
-  const uint32_t* packed = words(weights, packed_words(gemm, outputs, x.size(1)), "weights");
+  const int64_t inputs = size_of(x.size(1), "columns of x");
+  const uint32_t* packed = words(weights, packed_words(gemm, size_of(outputs, "outputs", 0), inputs), "weights");
   Tensor out = at::empty({x.size(0), outputs}, x.options().dtype(float_out ? at::kFloat : x.scalar_type()));
-  linear(context, {rows, x.size(0), x.size(1), outputs, packed, floats(bias, "bias"), out.data_ptr(), outputs,
+  linear(context, {rows, x.size(0), inputs, outputs, packed, bias_of(bias, outputs, "bias"), out.data_ptr(), outputs,
                    float_out ? Dtype::fp32 : rows.dtype});
   return out;
 }
@@ -78,22 +79,19 @@ Tensor rope_and_write_op(int64_t isa, const Tensor& q, const Tensor& k, const Te
       head_rows_of(q, "q"), head_rows_of(k, "k"), head_rows_of(v, "v"), q.size(0), q.size(1), k.size(1), q.size(2)};
   TORCH_CHECK_VALUE(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
                     "q, k and v must have one dtype");
-  TORCH_CHECK_VALUE(q.size(2) % 2 == 0 && cos_sin.size(1) == q.size(2), "rotary table of shape ", cos_sin.sizes(),
-                    " does not fit heads of ", q.size(2));
-  TORCH_CHECK_VALUE(positions.numel() == q.size(0) && slots.numel() == q.size(0),
-                    "positions and slots must have one entry per row");
+  check_caches(keys, values);
+  const RowPlaces places = row_places(q.size(0), positions, slots, cos_sin, keys);
+  TORCH_CHECK_VALUE(cos_sin.size(1) == q.size(2), "rotary table of shape ", cos_sin.sizes(), " does not fit heads of ",
+                    q.size(2));
+  TORCH_CHECK_VALUE(k.sizes() == at::IntArrayRef({q.size(0), keys.size(1), q.size(2)}) && v.sizes() == k.sizes(),
+                    "k of shape ", k.sizes(), " and v of shape ", v.sizes(), " do not fit ", q.size(0), " rows and the ",
+                    keys.size(1), " heads of keys");
   call.cos_sin = contiguous_data<float>(cos_sin, at::kFloat, "cos_sin");
-  call.positions = contiguous_data<int64_t>(positions, at::kLong, "positions");
-  call.slots = contiguous_data<int64_t>(slots, at::kLong, "slots");
+  call.positions = places.positions;
+  call.slots = places.slots;
   call.keys = cache_of(keys, q.size(2), "keys");
   call.values = cache_of(values, q.size(2), "values");
   call.page_size = keys.size(2);
-  for (int64_t t = 0; t < q.size(0); ++t) {
-    TORCH_CHECK_INDEX(0 <= call.positions[t] && call.positions[t] < cos_sin.size(0), "position ", call.positions[t],
-                      " is not in the rotary table of ", cos_sin.size(0));
-    TORCH_CHECK_INDEX(0 <= call.slots[t] && call.slots[t] < keys.size(0) * keys.size(2), "slot ", call.slots[t],
-                      " is not in the cache");
-  }
   call.q_out = out.data_ptr();
   rope_and_write(context_of(isa), call);
   return out;
@@ -103,22 +101,20 @@ Tensor attention_op(int64_t isa, const Tensor& q, const Tensor& keys, const Tens
                     const Tensor& context_len, const Tensor& block_table, double scale, int64_t window,
                     const OptionalTensor& sinks, const OptionalTensor& lse) {
   Tensor out = at::empty(q.sizes(), q.options());
+  check_caches(keys, values);
   AttentionCall call{head_rows_of(q, "q"),       q.size(1),   keys.size(1), q.size(2), cache_of(keys, q.size(2), "keys"),
                      cache_of(values, q.size(2), "values"), keys.size(2)};
-  TORCH_CHECK_VALUE(keys.size(1) > 0 && q.size(1) % keys.size(1) == 0, q.size(1), " query heads do not divide among ",
-                    keys.size(1), " key heads");
-  call.query_start = contiguous_data<int32_t>(query_start, at::kInt, "query_start");
-  call.context_len = contiguous_data<int32_t>(context_len, at::kInt, "context_len");
-  TORCH_CHECK_VALUE(block_table.scalar_type() == at::kInt && block_table.dim() == 2 &&
-                        (block_table.stride(1) == 1 || block_table.size(1) == 1),
-                    "block_table must be an int32 matrix with contiguous rows");
-  call.block_table = static_cast<const int32_t*>(block_table.data_ptr());
-  call.block_table_stride = block_table.stride(0);
-  call.sequences = context_len.numel();
-  TORCH_CHECK_VALUE(query_start.numel() == call.sequences + 1 && call.query_start[call.sequences] <= q.size(0),
-                    "query_start does not fit the rows");
+  size_of(q.size(2), "channels of q");
+  TORCH_CHECK_VALUE(keys.size(1) > 0 && q.size(1) > 0 && q.size(1) % keys.size(1) == 0, q.size(1),
+                    " query heads do not divide among ", keys.size(1), " key heads");
+  call.window = size_of(window, "window", 0);
+  const SequencePlaces places = sequence_places(q.size(0), query_start, context_len, block_table, keys, window);
+  call.query_start = places.query_start;
+  call.context_len = places.context_len;
+  call.block_table = places.block_table;
+  call.block_table_stride = places.table_stride;
+  call.sequences = places.sequences;
   call.scale = static_cast<float>(scale);
-  call.window = window;
   call.out = out.data_ptr();
   TORCH_CHECK_VALUE(!sinks || sinks->numel() == call.heads, "sinks must have one entry for each of ", call.heads,
                     " heads, not shape ", sinks->sizes());
@@ -136,7 +132,7 @@ std::tuple<Tensor, Tensor> route_op(int64_t isa, const Tensor& logits, int64_t t
   TORCH_CHECK_VALUE(1 <= top_k && top_k <= logits.size(1), "top_k ", top_k, " is not in 1 … ", logits.size(1));
   Tensor ids = at::empty({logits.size(0), top_k}, logits.options().dtype(at::kInt));
   Tensor weights = at::empty({logits.size(0), top_k}, logits.options().dtype(at::kFloat));
-  call.score = static_cast<Score>(score);
+  call.score = enum_of(score, Score::constant, "score");
   call.softmax_after_topk = softmax_after_topk;
   call.renormalize = renormalize;
   call.scale = static_cast<float>(scale);

@@ -12,7 +12,9 @@ Tensor embed_op(int64_t isa, const Tensor& packed, at::IntArrayRef layout, const
                 int64_t inputs, at::ScalarType type, double scale) {
   const Context context = context_of(isa);
   const Kernels& kernels = *context.kernels;
-  const Dtype dtype = type == at::kBFloat16 ? Dtype::bf16 : Dtype::fp32;
+  const Dtype dtype = dtype_of(type, "dtype");
+  size_of(outputs, "outputs", 0);
+  size_of(inputs, "inputs");
   const int64_t* numbers = contiguous_data<int64_t>(ids, at::kLong, "ids");
   const int64_t rows = ids.numel();
   for (int64_t i = 0; i < rows; ++i)
@@ -47,13 +49,15 @@ Tensor embed_op(int64_t isa, const Tensor& packed, at::IntArrayRef layout, const
 Tensor logits_op(int64_t isa, const Tensor& x, const Tensor& norm, double eps, const Tensor& packed,
                  const OptionalTensor& bias, at::IntArrayRef layout, int64_t outputs, double divisor) {
   const Context context = context_of(isa);
-  const int64_t rows = x.size(0), hidden = x.size(1);
+  const Rows source = rows_of(x, "x");
+  const int64_t rows = x.size(0), hidden = size_of(x.size(1), "columns of x");
+  size_of(outputs, "outputs", 0);
   const Dtype dtype = dtype_of(norm, "norm");
   TORCH_CHECK_VALUE(norm.is_contiguous() && norm.numel() == hidden, "the norm's weight must be contiguous with ",
                     hidden, " entries");
   char* normed = scratch(Buffer::stack).get<char>(rows * hidden * element_bytes(dtype));
   NormCall call{};
-  call.x = rows_of(x, "x");
+  call.x = source;
   call.scale = 1.0f;
   call.weight = norm.data_ptr();
   call.weight_dtype = dtype;
@@ -73,7 +77,7 @@ Tensor logits_op(int64_t isa, const Tensor& x, const Tensor& norm, double eps, c
   } else {
     const Gemm& gemm = context.kernels->gemm[static_cast<int>(dtype)];
     linear(context, {input, rows, hidden, outputs, words(packed, packed_words(gemm, outputs, hidden), "weights"),
-                     floats(bias, "bias"), logits, outputs, Dtype::fp32});
+                     bias_of(bias, outputs, "bias"), logits, outputs, Dtype::fp32});
   }
   const float by = static_cast<float>(divisor);
   constexpr int64_t kPart = 8192;

@@ -9,7 +9,7 @@ namespace dynamoe_cpu {
 namespace {
 
 ExpertLayout layout_of(Dtype dtype, int64_t num_experts, int64_t hidden, int64_t width, bool dense_down) {
-  return {dtype, num_experts, hidden, width, dense_down};
+  return checked_layout({dtype, num_experts, hidden, width, dense_down});
 }
 
 std::tuple<Tensor, Tensor> pack_experts_op(int64_t isa, const Tensor& gate, const Tensor& up, const Tensor& down,
@@ -17,6 +17,7 @@ std::tuple<Tensor, Tensor> pack_experts_op(int64_t isa, const Tensor& gate, cons
   const auto strided = [](const Tensor& t, const char* name) -> Strided3 {
     TORCH_CHECK_VALUE(t.dim() == 3 && (t.stride(2) == 1 || t.size(2) == 1), name,
                       " must have three dimensions, the last contiguous, not strides ", t.strides());
+    check_host(t, name);
     return {t.data_ptr(), t.stride(0), t.stride(1)};
   };
   const ExpertLayout layout = layout_of(dtype_of(gate, "gate"), gate.size(0), gate.size(2), gate.size(1), dense_down);
@@ -32,17 +33,17 @@ std::tuple<Tensor, Tensor> pack_experts_op(int64_t isa, const Tensor& gate, cons
 }
 
 ExpertsCall experts_call(const Tensor& x, const Tensor& gate_up, const Tensor& down, const OptionalTensor& gate_up_bias,
-                         const OptionalTensor& down_bias, at::IntArrayRef shape, Tensor& out) {
+                         const OptionalTensor& down_bias, bool routed, at::IntArrayRef shape, Tensor& out) {
+  TORCH_CHECK_VALUE(shape.size() == 5, "shape must be experts, hidden size, width, dense down and activation");
   ExpertsCall call{};
   call.x = rows_of(x, "x");
   call.rows = x.size(0);
   call.layout = layout_of(call.x.dtype, shape[0], shape[1], shape[2], shape[3] != 0);
   TORCH_CHECK_VALUE(x.size(1) == shape[1], "x has ", x.size(1), " columns, the experts take ", shape[1]);
-  call.activation = static_cast<Activation>(shape[4]);
+  call.activation = enum_of(shape[4], Activation::gelu_tanh, "activation");
   call.gate_up = words(gate_up, call.layout.gate_words(), "gate_up");
   call.down = words(down, call.layout.down_words(), "down");
-  call.gate_up_bias = floats(gate_up_bias, "gate_up_bias");
-  call.down_bias = floats(down_bias, "down_bias");
+  set_biases(call, gate_up_bias, down_bias, routed);
   out = at::empty({x.size(0), x.size(1)}, x.options());
   call.out = out.data_ptr();
   return call;
@@ -62,7 +63,7 @@ Tensor experts_op(int64_t isa, const Tensor& x, const Tensor& gate_up, const Ten
                   const OptionalTensor& gate_up_bias, const OptionalTensor& down_bias, at::IntArrayRef shape,
                   const Tensor& ids, const Tensor& weights, const OptionalTensor& counts) {
   Tensor out;
-  ExpertsCall call = experts_call(x, gate_up, down, gate_up_bias, down_bias, shape, out);
+  ExpertsCall call = experts_call(x, gate_up, down, gate_up_bias, down_bias, true, shape, out);
   set_routing(call, ids, weights, counts);
   const int64_t bad = experts(context_of(isa), call);
   TORCH_CHECK_VALUE(bad < 0, "an expert number is out of range: there are ", call.layout.experts, " experts");
@@ -72,7 +73,7 @@ Tensor experts_op(int64_t isa, const Tensor& x, const Tensor& gate_up, const Ten
 Tensor all_experts_op(int64_t isa, const Tensor& x, const Tensor& gate_up, const Tensor& down,
                       const OptionalTensor& gate_up_bias, const OptionalTensor& down_bias, at::IntArrayRef shape) {
   Tensor out;
-  all_experts(context_of(isa), experts_call(x, gate_up, down, gate_up_bias, down_bias, shape, out));
+  all_experts(context_of(isa), experts_call(x, gate_up, down, gate_up_bias, down_bias, false, shape, out));
   return out;
 }
 

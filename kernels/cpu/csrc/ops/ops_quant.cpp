@@ -39,13 +39,12 @@ Tensor quant_experts_op(int64_t isa, const Tensor& x, const Tensor& gate_up, at:
   ExpertsCall call{};
   call.x = rows_of(x, "x");
   call.rows = x.size(0);
-  call.layout = {call.x.dtype, shape[0], shape[1], shape[2], false};
+  call.layout = checked_layout({call.x.dtype, shape[0], shape[1], shape[2], false});
   const ExpertLayout& layout = call.layout;
   TORCH_CHECK_VALUE(x.size(1) == layout.hidden, "x has ", x.size(1), " columns, the experts take ", layout.hidden);
   const QuantExperts experts = quant_experts_of(layout, gate_up, gate_up_layout, down, down_layout);
-  call.activation = static_cast<Activation>(shape[3]);
-  call.gate_up_bias = floats(gate_up_bias, "gate_up_bias");
-  call.down_bias = floats(down_bias, "down_bias");
+  call.activation = enum_of(shape[3], Activation::gelu_tanh, "activation");
+  set_biases(call, gate_up_bias, down_bias, true);
   if (ids) {
     TORCH_CHECK_VALUE(weights && ids->dim() == 2 && ids->size(0) == call.rows && weights->sizes() == ids->sizes() &&
                           (!counts || counts->numel() == call.rows),

@@ -113,6 +113,18 @@ struct Stack {
   std::function<void(void*, int64_t)> add_up;
   int64_t most_qkv = 0, most_queries = 0, most_experts = 0, most_top_k = 0;  // of any block
 
+  // Behind how many tokens no layer sees anything; 0: one sees all.
+  int64_t widest_window() const {
+    int64_t widest = 0;
+    for (const Layer& layer : layers)
+      for (const Block& block : layer.blocks)
+        if (const auto* attention = std::get_if<AttentionBlock>(&block)) {
+          if (!attention->window) return 0;
+          widest = std::max(widest, attention->window);
+        }
+    return widest;
+  }
+
   void add(Layer layer) {
     for (const Block& block : layer.blocks) {
       if (const auto* attention = std::get_if<AttentionBlock>(&block)) {

@@ -4,6 +4,7 @@
 namespace dynamoe_cpu {
 
 const void* StackWeights::plain(const Tensor& t, int64_t count, const char* name) {
+  check_host(t, name);
   TORCH_CHECK_VALUE(t.is_contiguous() && t.numel() == count && t.scalar_type() == type_, name,
                     " must be contiguous with ", count, " entries of type ", type_, ", not shape ", t.sizes());
   return keep(t).data_ptr();
@@ -41,11 +42,14 @@ NormBlock StackWeights::norm(NamedBlock& named, int64_t hidden) {
 
 AttentionBlock StackWeights::attention(NamedBlock& named, int64_t hidden) {
   AttentionBlock block{};
-  block.heads = named.integer("heads");
-  block.kv_heads = named.integer("kv_heads");
-  block.channels = named.integer("channels");
+  block.heads = size_of(named.integer("heads"), "heads");
+  block.kv_heads = size_of(named.integer("kv_heads"), "kv_heads");
+  block.channels = size_of(named.integer("channels"), "channels");
+  TORCH_CHECK_VALUE(block.heads % block.kv_heads == 0 && block.channels % 2 == 0, block.heads,
+                    " heads must be a multiple of ", block.kv_heads, " kv_heads, and ", block.channels, " channels even");
+  size_of(block.heads * block.channels, "heads times channels");
   block.norm_per_head = named.integer("norm_per_head") != 0;
-  block.window = named.integer("window");
+  block.window = size_of(named.integer("window"), "window", 0);
   block.scale = named.number("scale");
   block.qkv = projection(named.tensor("qkv"), named.optional("qkv_bias"), hidden,
                          block.q_width() + 2 * block.kv_width(), "qkv", named.layout("qkv"));
@@ -64,8 +68,8 @@ ExpertsBlock StackWeights::experts(NamedBlock& named, int64_t hidden) {
   ExpertsCall& call = block.experts;
   const int64_t count = named.integer("experts");
   TORCH_CHECK_VALUE(named.integer("hidden") == hidden, "the experts are for another hidden size");
-  call.layout = {dtype(), count, hidden, named.integer("width"), named.integer("dense_down") != 0};
-  call.activation = static_cast<Activation>(named.integer("activation"));
+  call.layout = checked_layout({dtype(), count, hidden, named.integer("width"), named.integer("dense_down") != 0});
+  call.activation = enum_of(named.integer("activation"), Activation::gelu_tanh, "activation");
   const Tensor gate_up = keep(named.tensor("gate_up")), down = keep(named.tensor("down"));
   const std::vector<int64_t> gate_up_layout = named.layout("gate_up"), down_layout = named.layout("down");
   if (gate_up_layout.empty()) {
@@ -74,15 +78,15 @@ ExpertsBlock StackWeights::experts(NamedBlock& named, int64_t hidden) {
   } else {
     block.quant_experts = quant_experts_of(call.layout, gate_up, gate_up_layout, down, down_layout);
   }
-  call.gate_up_bias = floats(keep(named.optional("gate_up_bias")), "gate_up_bias");
-  call.down_bias = floats(keep(named.optional("down_bias")), "down_bias");
   const OptionalTensor router = named.optional("router"), contribution = named.optional("contribution_scale");
+  set_biases(call, keep(named.optional("gate_up_bias")), keep(named.optional("down_bias")),
+             router || block.quant_experts);
   if (!router) return block;
   RouteCall& rule = block.rule;
   rule.experts = count;
   rule.top_k = named.integer("top_k");
   TORCH_CHECK_VALUE(1 <= rule.top_k && rule.top_k <= count, "top_k must be in 1 … ", count);
-  rule.score = static_cast<Score>(named.integer("score"));
+  rule.score = enum_of(named.integer("score"), Score::constant, "score");
   rule.softmax_after_topk = named.integer("softmax_after_topk") != 0;
   rule.renormalize = named.integer("renormalize") != 0;
   rule.scale = named.number("routing_scale");

@@ -69,7 +69,7 @@ class StackWeights {
  public:
   StackWeights(int64_t isa, at::ScalarType type) : isa_(isa), type_(type) {}
 
-  Dtype dtype() const { return type_ == at::kBFloat16 ? Dtype::bf16 : Dtype::fp32; }
+  Dtype dtype() const { return dtype_of(type_, "dtype"); }
   const Tensor& keep(const Tensor& t) { return kept_.emplace_back(t); }
   const OptionalTensor& keep(const OptionalTensor& t) {
     if (t) kept_.push_back(*t);

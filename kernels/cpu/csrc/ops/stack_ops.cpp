@@ -5,6 +5,7 @@
 #include <tuple>
 #include <vector>
 
+#include "ops/paged.h"
 #include "ops/stack_blocks.h"
 #include "shared/shared_group.h"
 
@@ -19,12 +20,13 @@ class CacheHolder : public torch::CustomClassHolder {
   CacheHolder(Tensors keys, Tensors values, int64_t channels) : keys_(std::move(keys)), values_(std::move(values)) {
     TORCH_CHECK_VALUE(!keys_.empty() && values_.size() == keys_.size(), "there must be keys and values of every layer");
     channels_ = channels;
+    check_caches(keys_[0], values_[0]);
     caches_.page_size = keys_[0].size(2);
     for (size_t layer = 0; layer < keys_.size(); ++layer) {
       caches_.keys.push_back(cache_of(keys_[layer], channels, "keys"));
       caches_.values.push_back(cache_of(values_[layer], channels, "values"));
-      TORCH_CHECK_VALUE(keys_[layer].sizes() == keys_[0].sizes() && values_[layer].sizes() == keys_[0].sizes(),
-                        "a cache of shape ", keys_[layer].sizes(), " is not like that of the first layer");
+      check_caches(keys_[layer], values_[layer]);
+      TORCH_CHECK_VALUE(keys_[layer].sizes() == keys_[0].sizes(), "a cache of shape ", keys_[layer].sizes(), " is not like that of the first layer");
     }
   }
 
@@ -50,11 +52,13 @@ class StackHolder : public torch::CustomClassHolder {
  public:
   StackHolder(int64_t isa, at::ScalarType dtype, int64_t hidden, double eps, double residual_scale)
       : isa_(isa), weights_(isa, dtype) {
-    stack_.shape = {weights_.dtype(), hidden, static_cast<float>(eps), static_cast<float>(residual_scale)};
+    context_of(isa);
+    stack_.shape = {dtype_of(dtype, "dtype"), size_of(hidden, "hidden"), static_cast<float>(eps), static_cast<float>(residual_scale)};
   }
 
   // Blocks in the order in which they run.
   void add_layer(std::vector<c10::intrusive_ptr<NamedBlock>> blocks) {
+    TORCH_CHECK_VALUE(stack_.exits.empty(), "layers must be added before exits");
     Layer layer;
     for (const auto& block : blocks) layer.blocks.push_back(weights_.block(*block, stack_.shape.hidden));
     TORCH_CHECK_VALUE(layer.blocks.size() > 1 && std::holds_alternative<NormBlock>(layer.blocks.front()),
@@ -74,6 +78,7 @@ class StackHolder : public torch::CustomClassHolder {
                       "an exit after ", after_layers, " of ", layers, " layers does not fit");
     Exit exit{};
     exit.after_layers = after_layers;
+    size_of(rank, "rank");
     exit.down = weights_.projection(down, {}, shape.hidden, rank, "the adapter's first factor");
     exit.up = weights_.projection(up, {}, rank, shape.hidden, "the adapter's second factor");
     exit.can_exit = weight.has_value();
@@ -82,9 +87,10 @@ class StackHolder : public torch::CustomClassHolder {
     if (weight) {
       ProbeCall& probe = exit.probe;
       probe.hidden = shape.hidden;
-      probe.inner = weight->size(0);
+      probe.inner = weight->dim() ? weight->size(0) : 0;
       TORCH_CHECK_VALUE(weight->dim() == 2 && weight->size(1) == shape.hidden * (1 + previous) + entropy && bias &&
-                            bias->numel() == probe.inner && (out ? out->numel() : 1) == probe.inner,
+                            bias->numel() == probe.inner && (out ? out->numel() : 1) == probe.inner &&
+                            (!out || (out_bias && out_bias->numel() == 1)),
                         "the probe does not fit hidden size ", shape.hidden);
       probe.weight = floats(weights_.keep(weight), "weight");
       probe.bias = floats(weights_.keep(bias), "bias");
@@ -133,9 +139,8 @@ class StackHolder : public torch::CustomClassHolder {
     Places places =
         places_of(x.size(0), cache->first(), cos_sin, positions, slots, query_start, context_len, block_table);
     places.budget = budget_of(x.size(0), keep, cap, skipped);
-    TORCH_CHECK_VALUE(!entropy || entropy->numel() == x.size(0), "entropy must have one entry per row");
     run_layers(context_of(isa_), stack_, first, last, static_cast<float*>(x.data_ptr()), places, caches,
-               const_cast<float*>(floats(entropy, "entropy")));
+               floats(entropy, x.size(0), "entropy"));
     return x;
   }
 
@@ -173,6 +178,7 @@ class StackHolder : public torch::CustomClassHolder {
     TORCH_CHECK_VALUE(x.dim() == 2 && x.size(1) == stack_.shape.hidden && x.scalar_type() == at::kFloat,
                       "x must be float32 with ", stack_.shape.hidden, " columns, not ", x.scalar_type(), " of shape ",
                       x.sizes());
+    check_host(x, "x");
     return x.contiguous();
   }
 
@@ -200,29 +206,15 @@ class StackHolder : public torch::CustomClassHolder {
             const_cast<int64_t*>(contiguous_data<int64_t>(*skipped, at::kLong, "skipped")), layers};
   }
 
-  static Places places_of(int64_t rows, const Tensor& keys, const Tensor& cos_sin, const Tensor& positions,
-                          const Tensor& slots, const Tensor& query_start, const Tensor& context_len,
-                          const Tensor& block_table) {
-    Places places{rows};
-    TORCH_CHECK_VALUE(positions.numel() == rows && slots.numel() == rows,
-                      "positions and slots must have one entry per row");
-    places.positions = contiguous_data<int64_t>(positions, at::kLong, "positions");
-    places.slots = contiguous_data<int64_t>(slots, at::kLong, "slots");
-    for (int64_t t = 0; t < rows; ++t) {
-      TORCH_CHECK_INDEX(0 <= places.positions[t] && places.positions[t] < cos_sin.size(0), "position ",
-                        places.positions[t], " is not in the rotary table of ", cos_sin.size(0));
-      TORCH_CHECK_INDEX(0 <= places.slots[t] && places.slots[t] < keys.size(0) * keys.size(2), "slot ",
-                        places.slots[t], " is not in the cache");
-    }
-    places.query_start = contiguous_data<int32_t>(query_start, at::kInt, "query_start");
-    places.context_len = contiguous_data<int32_t>(context_len, at::kInt, "context_len");
-    places.block_table = contiguous_data<int32_t>(block_table, at::kInt, "block_table");
-    places.sequences = context_len.numel();
-    TORCH_CHECK_VALUE(query_start.numel() == places.sequences + 1 && places.query_start[places.sequences] == rows &&
-                          block_table.dim() == 2 && block_table.size(0) == places.sequences,
-                      "query_start and block_table do not fit the rows");
-    places.block_table_stride = block_table.size(1);
-    return places;
+  Places places_of(int64_t rows, const Tensor& keys, const Tensor& cos_sin, const Tensor& positions,
+                   const Tensor& slots, const Tensor& query_start, const Tensor& context_len,
+                   const Tensor& block_table) const {
+    const RowPlaces own = row_places(rows, positions, slots, cos_sin, keys);
+    TORCH_CHECK_VALUE(block_table.is_contiguous(), "block_table must be contiguous");
+    const SequencePlaces of =
+        sequence_places(rows, query_start, context_len, block_table, keys, stack_.widest_window());
+    return {rows, own.positions, own.slots, of.query_start, of.context_len, of.block_table, block_table.size(1),
+            of.sequences, {}};
   }
 
   int64_t isa_;
@@ -233,7 +225,7 @@ class StackHolder : public torch::CustomClassHolder {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(dynamoe_cpu, m) {
-  m.def("shared_bytes(int size) -> int", &SharedMemory::file_bytes);
+  m.def("shared_bytes(int size) -> int", &SharedGroup::file_bytes);
   m.class_<SharedGroup>("SharedGroup")
       .def(torch::init<int64_t, const std::string&, int64_t, int64_t, double>())
       .def("sum", &SharedGroup::sum)

@@ -9,6 +9,8 @@ namespace dynamoe_cpu {
 
 inline QuantLayout quant_layout(at::IntArrayRef numbers) {
   TORCH_CHECK_VALUE(numbers.size() == 7, "a quantised layout has 7 numbers, not ", numbers.size());
+  size_of(numbers[1], "outputs of a layout");
+  size_of(numbers[2], "inputs of a layout");
   const QuantLayout layout{static_cast<Format>(numbers[0]), numbers[1], numbers[2], numbers[3], static_cast<Offsets>(numbers[4]),
                            numbers[5] != 0, static_cast<ScaleType>(numbers[6])};
   TORCH_CHECK_VALUE(0 <= numbers[0] && numbers[0] <= 2 && 0 <= numbers[6] && numbers[6] <= 2 && layout.outputs > 0 && layout.inputs > 0 &&

@@ -92,7 +92,9 @@ SharedMemory::SharedMemory(const std::string& path, int64_t rank, int64_t size, 
   file_ = open(path.c_str(), O_RDWR | O_CLOEXEC);
   if (file_ < 0) fail("shared memory " + path + " cannot be opened");
   void* data = MAP_FAILED;
-  if (take_lock(file_, rank))
+  // Reading behind the end of a file ends the process.
+  if (lseek(file_, 0, SEEK_END) < file_bytes(size)) errno = EINVAL;
+  else if (take_lock(file_, rank))
     data = mmap(nullptr, file_bytes(size), PROT_READ | PROT_WRITE, MAP_SHARED, file_, 0);
   if (data == MAP_FAILED) {
     const int error = errno;

@@ -1,0 +1,501 @@
+"""Numbers from Python become addresses in the C++ operators only after they were checked: wrong ones raise, by name."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dynamoe.kernels.api.types import KVLayers
+from dynamoe.kernels.cpu.backend import CpuBackend
+from dynamoe.kernels.cpu.shared_memory import make_shared_file
+from dynamoe.kernels.cpu.vector_inputs import cache, places, rotations
+
+ERRORS = (ValueError, IndexError, RuntimeError, TypeError, NotImplementedError)
+ROWS, HIDDEN, HEADS, KV_HEADS, CHANNELS, PAGE = 5, 48, 4, 2, 32, 4
+INT8_LAYOUT = [0, HIDDEN, HIDDEN, HIDDEN, 0, 0, 0]
+backend = CpuBackend("cpu", torch.float32)
+ops, isa = torch.ops.dynamoe_cpu, backend.isa_number
+Arguments = dict[str, Any]
+
+
+def paged() -> Arguments:
+    """Two sequences of 7 and 9 tokens, of which the last 2 and 3 are rows."""
+    batch, layer = places((7, 9), (2, 3), PAGE), cache((7, 9), PAGE, KV_HEADS, CHANNELS, torch.float32)
+    return {
+        "keys": layer.keys_BGPC,
+        "values": layer.values_BGPC,
+        "cos_sin": rotations(CHANNELS, 16),
+        "positions": batch.positions_T,
+        "slots": batch.slots_T,
+        "query_start": batch.query_start_S1,
+        "context_len": batch.context_len_S,
+        "block_table": batch.block_table_SM,
+    }
+
+
+def taken(*names: str) -> Arguments:
+    whole = paged()
+    return {name: whole[name] for name in names}
+
+
+def experts(routed: bool) -> Arguments:
+    parts = torch.randn(3, 24, HIDDEN), torch.randn(3, 24, HIDDEN), torch.randn(3, HIDDEN, 24)
+    data = backend.pack_experts(*parts, "silu", *(torch.randn(3, n) for n in (24, 24, HIDDEN))).data
+    down_bias = data.down_bias if routed else data.down_bias_sum
+    found = {"isa": isa, "x": torch.randn(ROWS, HIDDEN), "gate_up": data.gate_up, "down": data.down}
+    found |= {"gate_up_bias": data.gate_up_bias, "down_bias": down_bias, "shape": list(data.shape)}
+    return found | (routing() if routed else {})
+
+
+def routing() -> Arguments:
+    return {
+        "ids": torch.arange(2 * ROWS).view(ROWS, 2).remainder(3).int(),
+        "weights": torch.rand(ROWS, 2),
+        "counts": torch.full((ROWS,), 2, dtype=torch.int32),
+    }
+
+
+def packed_codes(outputs: int, inputs: int) -> torch.Tensor:
+    codes = torch.zeros(outputs, inputs, dtype=torch.uint8)
+    extra = [None] * (len(ops.pack_quant.default._schema.arguments) - 5)  # of formats with scales on two levels
+    return ops.pack_quant(isa, codes, torch.ones(outputs, 1), None, *extra, [0, outputs, inputs, inputs, 0, 0, 0])
+
+
+def quant_experts() -> Arguments:
+    gate_up, down = packed_codes(3 * 64, HIDDEN), packed_codes(3 * 64, 24)
+    shape = {"shape": [3, HIDDEN, 24, 0]}
+    return {
+        "isa": isa,
+        "x": torch.randn(ROWS, HIDDEN),
+        "gate_up": gate_up,
+        "gate_up_layout": [0, 3 * 64, HIDDEN, HIDDEN, 0, 0, 0],
+        "down": down,
+        "down_layout": [0, 3 * 64, 24, 24, 0, 0, 0],
+        "gate_up_bias": torch.zeros(3 * 64),
+        "down_bias": torch.zeros(3 * 64),
+        **shape,
+        **routing(),
+    }
+
+
+def project_kv() -> Arguments:
+    weights = ops.pack_linear(isa, torch.randn(2 * KV_HEADS * CHANNELS, HIDDEN))
+    return {
+        "isa": isa,
+        "x": torch.randn(ROWS, HIDDEN),
+        "norms": [torch.ones(HIDDEN)],
+        "weights": [weights],
+        "biases": [torch.zeros(2 * KV_HEADS * CHANNELS)],
+        "k_norms": [torch.ones(CHANNELS)],
+        "keys": [paged()["keys"]],
+        "values": [paged()["values"]],
+        **taken("cos_sin", "positions", "slots"),
+        "eps": 1e-5,
+        "clip": 0.0,
+    }
+
+
+WEIGHT = torch.randn(HIDDEN, HIDDEN)
+VALID: dict[str, Callable[[], Arguments]] = {
+    "pack_linear": lambda: {"isa": isa, "weight": WEIGHT},
+    "linear": lambda: {
+        "isa": isa,
+        "x": torch.randn(ROWS, HIDDEN),
+        "weights": ops.pack_linear(isa, WEIGHT),
+        "bias": torch.zeros(64),
+        "outputs": HIDDEN,
+        "float_out": False,
+    },
+    "rms_norm": lambda: {"isa": isa, "x": torch.randn(ROWS, HIDDEN), "weight": torch.ones(HIDDEN), "eps": 1e-5},
+    "add_rms_norm": lambda: {
+        "isa": isa,
+        "x": torch.randn(ROWS, HIDDEN),
+        "residual": torch.randn(ROWS, HIDDEN),
+        "weight": torch.ones(HIDDEN),
+        "eps": 1e-5,
+        "scale": 1.0,
+    },
+    "rope_and_write": lambda: {
+        "isa": isa,
+        "q": torch.randn(ROWS, HEADS, CHANNELS),
+        "k": torch.randn(ROWS, KV_HEADS, CHANNELS),
+        "v": torch.randn(ROWS, KV_HEADS, CHANNELS),
+        **taken("cos_sin", "positions", "slots", "keys", "values"),
+    },
+    "attention": lambda: {
+        "isa": isa,
+        "q": torch.randn(ROWS, HEADS, CHANNELS),
+        **taken("keys", "values", "query_start", "context_len", "block_table"),
+        "scale": 0.2,
+        "window": 0,
+        "sinks": torch.zeros(HEADS),
+        "lse": torch.zeros(ROWS, HEADS),
+    },
+    "route": lambda: {
+        "isa": isa,
+        "logits": torch.randn(ROWS, 8),
+        "top_k": 3,
+        "score": 1,
+        "softmax_after_topk": False,
+        "renormalize": True,
+        "scale": 1.0,
+    },
+    "embed": lambda: {
+        "isa": isa,
+        "packed": ops.pack_linear(isa, WEIGHT),
+        "layout": [],
+        "ids": torch.tensor([0, 47]),
+        "outputs": HIDDEN,
+        "inputs": HIDDEN,
+        "dtype": torch.float32,
+        "scale": 1.0,
+    },
+    "logits": lambda: {
+        "isa": isa,
+        "x": torch.randn(ROWS, HIDDEN),
+        "norm": torch.ones(HIDDEN),
+        "eps": 1e-5,
+        "packed": ops.pack_linear(isa, WEIGHT),
+        "bias": torch.zeros(64),
+        "layout": [],
+        "outputs": HIDDEN,
+        "divisor": 1.0,
+    },
+    "pack_experts": lambda: {
+        "isa": isa,
+        "gate": torch.randn(3, 24, HIDDEN),
+        "up": torch.randn(3, 24, HIDDEN),
+        "down": torch.randn(3, HIDDEN, 24),
+        "dense_down": False,
+    },
+    "experts": lambda: experts(True),
+    "all_experts": lambda: experts(False),
+    "limit_experts": lambda: {
+        "isa": isa,
+        **routing(),
+        "scale": torch.rand(3),
+        "keep": torch.rand(ROWS),
+        "cap": torch.ones(ROWS, dtype=torch.int32),
+    },
+    "pack_quant": lambda: {
+        "isa": isa,
+        "codes": torch.zeros(HIDDEN, HIDDEN, dtype=torch.uint8),
+        "scales": torch.ones(HIDDEN, 1),
+        "offsets": None,
+        "layout": INT8_LAYOUT,
+    },
+    "quant_linear": lambda: {
+        "isa": isa,
+        "x": torch.randn(ROWS, HIDDEN),
+        "packed": packed_codes(HIDDEN, HIDDEN),
+        "bias": torch.zeros(64),
+        "layout": INT8_LAYOUT,
+        "float_out": False,
+    },
+    "quant_experts": quant_experts,
+    "exit_decide": lambda: {
+        "isa": isa,
+        "x": torch.randn(ROWS, HIDDEN),
+        "previous": torch.randn(ROWS, HIDDEN),
+        "entropy": torch.rand(ROWS),
+        "weight": torch.randn(4, 2 * HIDDEN + 1),
+        "bias": torch.zeros(4),
+        "out": torch.ones(4),
+        "out_bias": torch.zeros(()),
+        "thresholds": torch.zeros(ROWS),
+    },
+    "router_entropy": lambda: {"isa": isa, "logits": [torch.randn(ROWS, 8), torch.randn(ROWS, 8)]},
+    "project_kv": project_kv,
+    "allocate": lambda: {"words": 64},
+    "read_words": lambda: {"source": torch.zeros(70_000, dtype=torch.int32)},
+    "shared_bytes": lambda: {"size": 2},
+}
+
+
+def call(name: str, arguments: Arguments) -> Any:
+    return getattr(ops, name)(**arguments)
+
+
+def with_entry(tensor: torch.Tensor, value: int, place: int = 0) -> torch.Tensor:
+    changed = tensor.clone()
+    changed.view(-1)[place] = value
+    return changed
+
+
+def test_every_operator_is_tested() -> None:
+    registered = {n.removeprefix("dynamoe_cpu::") for n in torch._C._dispatch_get_all_op_names() if "dynamoe_cpu" in n}
+    assert registered == {*VALID, "isas", "find_isa"}
+
+
+NAMED: list[tuple[str, str, Callable[[Any], Any], str]] = [
+    ("attention", "block_table", lambda t: t[:, :1].clone(), "context_len 7 of sequence 0 .* block_table"),
+    ("attention", "block_table", lambda t: with_entry(t, 5), "block_table holds page 5"),
+    ("attention", "block_table", lambda t: with_entry(t, -1), "block_table holds page -1"),
+    ("attention", "block_table", lambda t: t[:1].clone(), "block_table must"),
+    ("attention", "context_len", lambda t: with_entry(t, 2**31 - 1), "context_len 2147483647"),
+    ("attention", "context_len", lambda t: with_entry(t, 1), "context_len 1 of sequence 0"),
+    ("attention", "context_len", lambda t: with_entry(t, -3), "context_len -3"),
+    ("attention", "query_start", lambda t: with_entry(t, -5), "query_start"),
+    ("attention", "query_start", lambda t: with_entry(t, -1, 1), "query_start falls"),
+    ("attention", "query_start", lambda t: with_entry(t, 1000, 2), "query_start must go from 0 to the 5 rows"),
+    ("attention", "window", lambda _: -1, "window must"),
+    ("attention", "values", lambda t: t[:, :1].clone(), "keys and values"),
+    ("attention", "values", lambda t: t.to(torch.bfloat16), "keys and values"),
+    ("attention", "keys", lambda t: t.to("meta"), "keys"),
+    ("rope_and_write", "k", lambda t: t[:, :1].clone(), "k of shape"),
+    ("rope_and_write", "v", lambda t: t[:2].clone(), "v of shape"),
+    ("rope_and_write", "slots", lambda t: with_entry(t, 20), "slot 20 is not in the cache"),
+    ("rope_and_write", "positions", lambda t: with_entry(t, -1), "position -1"),
+    ("rope_and_write", "values", lambda t: t[:1].clone(), "keys and values"),
+    ("project_kv", "slots", lambda t: with_entry(t, -1), "slot -1"),
+    ("project_kv", "values", lambda v: [v[0][:1].clone()], "keys and values"),
+    ("project_kv", "k_norms", lambda v: [v[0].repeat(2)[::2]], "a key norm must be contiguous"),
+    ("route", "score", lambda _: 4, "score must be in 0 … 3, not 4"),
+    ("route", "top_k", lambda _: 9, "top_k"),
+    ("experts", "shape", lambda s: [*s[:4], 77], "activation must be in 0 … 2, not 77"),
+    ("experts", "shape", lambda s: s[:2], "shape must be"),
+    ("experts", "shape", lambda s: [-3, *s[1:]], "experts must be"),
+    ("experts", "ids", lambda t: with_entry(t, 3), "expert number is out of range"),
+    ("experts", "ids", lambda t: with_entry(t, -1), "expert number is out of range"),
+    ("experts", "gate_up_bias", lambda t: t.reshape(-1)[:32].clone(), "gate_up_bias must hold"),
+    ("experts", "down_bias", lambda t: t[:1].clone(), "down_bias must hold"),
+    ("all_experts", "shape", lambda s: [*s[:4], -1], "activation must"),
+    ("all_experts", "down_bias", lambda t: t[:32].clone(), "down_bias must hold"),
+    ("quant_experts", "shape", lambda s: [*s[:3], 3], "activation must"),
+    ("quant_experts", "ids", lambda t: with_entry(t, 3), "expert number is out of range"),
+    ("quant_experts", "down_bias", lambda t: t[:32].clone(), "down_bias must hold"),
+    ("quant_experts", "gate_up_layout", lambda s: [77, *s[1:]], "impossible quantised layout"),
+    ("limit_experts", "ids", lambda t: with_entry(t, 3), "expert number is out of range"),
+    ("limit_experts", "counts", lambda t: with_entry(t, 3), "count 3"),
+    ("quant_linear", "layout", lambda s: [-1, *s[1:]], "impossible quantised layout"),
+    ("quant_linear", "layout", lambda s: [s[0], 2**61, *s[2:]], "outputs of a layout"),
+    ("linear", "bias", lambda t: t[:1].clone(), "bias must hold"),
+    ("linear", "x", lambda t: t[:, :0], "columns of x"),
+    ("linear", "outputs", lambda _: -1, "outputs must"),
+    ("logits", "bias", lambda t: t[:1].clone(), "bias must hold"),
+    ("embed", "ids", lambda t: with_entry(t, HIDDEN), "row 48"),
+    ("embed", "dtype", lambda _: torch.int64, "dtype must be"),
+    ("embed", "inputs", lambda _: 0, "inputs must"),
+    ("exit_decide", "out_bias", lambda _: None, "out needs an out_bias"),
+    ("router_entropy", "logits", lambda _: [torch.randn(ROWS, 0)], "columns of logits"),
+    ("allocate", "words", lambda _: -1, "words must not be -1"),
+    ("shared_bytes", "size", lambda _: 0, "size must be in 1 … 1024, not 0"),
+]
+
+
+@pytest.mark.parametrize(("name", "argument", "change", "message"), NAMED)
+def test_a_wrong_argument_is_refused_by_name(
+    name: str, argument: str, change: Callable[[Any], Any], message: str
+) -> None:
+    arguments = VALID[name]()
+    call(name, arguments)
+    with pytest.raises((ValueError, IndexError), match=message):
+        call(name, {**arguments, argument: change(arguments[argument])})
+
+
+@pytest.mark.parametrize("name", [name for name, make in VALID.items() if "isa" in make()])
+def test_an_instruction_set_is_one_of_this_processor(name: str) -> None:
+    missing = [number for number, known in enumerate(ops.isas()) if ops.find_isa(known) < 0]
+    for number in (-1, 77, 2**40, *missing):
+        with pytest.raises(ValueError, match=f"isa {number} is no instruction set of this processor"):
+            call(name, VALID[name]() | {"isa": number})
+
+
+NUMBERS = (-(2**63), -(2**31), -1, 0, 3, 77, 2**31, 2**32, 2**61, 2**62)
+
+
+def wrong(value: Any) -> Iterator[Any]:
+    """What else somebody might give in place of an argument."""
+    match value:
+        case bool() | float() | torch.dtype():
+            yield from ()
+        case int():
+            yield from NUMBERS
+        case list() if not value or isinstance(value[0], int):
+            yield from ([], [0], value[:-1], [*value, 1])
+            for place, number in itertools.product(range(len(value)), NUMBERS):
+                yield [*value[:place], number, *value[place + 1 :]]
+        case list():
+            yield from ([], value * 2, *([other, *value[1:]] for other in wrong(value[0])))
+        case torch.Tensor():
+            yield from (value.to("meta"), value.double(), value.bool(), value[:0] if value.dim() else value[None][:0])
+            yield from (
+                value.flatten(),
+                value[None],
+                value.new_zeros(()),
+                value.repeat(2, *[1] * max(0, value.dim() - 1)),
+            )
+            if value.dim() > 1:
+                yield from (value.mT, value[..., :0], value[..., :1], value[:, :1].clone(), value.to_sparse())
+            if not value.is_floating_point():
+                ends = torch.iinfo(value.dtype)
+                yield from (torch.full_like(value, n) for n in (ends.min, -1, 3, 77, ends.max) if n >= ends.min)
+
+
+@pytest.mark.parametrize("name", VALID)
+def test_whatever_is_given_raises_or_returns(name: str) -> None:
+    raised = 0
+    for argument in VALID[name]():
+        for other in wrong(VALID[name]()[argument]):
+            try:
+                call(name, VALID[name]() | {argument: other})
+            except ERRORS:
+                raised += 1
+    assert raised > 0
+
+
+# A layer of attention and one expert, and an exit behind the first of two.
+def block(kind: str, tensors: Arguments, integers: Arguments, floats: Arguments | None = None) -> Any:
+    return torch.classes.dynamoe_cpu.Block(kind, tensors, integers, floats or {}, {})
+
+
+def attention_block(**changed: int) -> Any:
+    width = (HEADS + 2 * KV_HEADS) * CHANNELS
+    tensors = {"qkv": ops.pack_linear(isa, torch.randn(width, HIDDEN))}
+    tensors["o"] = ops.pack_linear(isa, torch.randn(HIDDEN, HEADS * CHANNELS))
+    integers = {"heads": HEADS, "kv_heads": KV_HEADS, "channels": CHANNELS, "norm_per_head": 0, "window": 0}
+    return block("attention", tensors, integers | changed, {"scale": 0.2})
+
+
+def experts_block(bias: torch.Tensor | None = None, **changed: int) -> Any:
+    whole = experts(True)
+    tensors = {
+        "gate_up": whole["gate_up"],
+        "down": whole["down"],
+        "router": ops.pack_linear(isa, torch.randn(3, HIDDEN)),
+    }
+    integers = {"experts": 3, "hidden": HIDDEN, "width": 24, "dense_down": 0, "activation": 0, "top_k": 2, "score": 0}
+    flags = {"softmax_after_topk": 0, "renormalize": 0}
+    tensors |= {} if bias is None else {"down_bias": bias}
+    return block("experts", tensors, integers | flags | changed, {"routing_scale": 1.0})
+
+
+def norm_block() -> Any:
+    return block("norm", {"weight": torch.ones(HIDDEN)}, {})
+
+
+def stack(attention: Any = None, ffn: Any = None, dtype: torch.dtype = torch.float32, number: int = isa) -> Any:
+    made = torch.classes.dynamoe_cpu.Stack(number, dtype, HIDDEN, 1e-5, 1.0)
+    attention = attention_block() if attention is None else attention
+    ffn = experts_block() if ffn is None else ffn
+    for _ in range(2):
+        made.add_layer([norm_block(), attention, norm_block(), ffn])
+    return made
+
+
+def add_exit(made: Any, rank: int = 4, out_bias: torch.Tensor | None = None) -> Any:
+    down, up = ops.pack_linear(isa, torch.randn(4, HIDDEN)), ops.pack_linear(isa, torch.randn(HIDDEN, 4))
+    kv = ops.pack_linear(isa, torch.randn(2 * KV_HEADS * CHANNELS, HIDDEN))
+    probe = (torch.randn(3, HIDDEN), torch.zeros(3), torch.ones(3), out_bias)
+    made.add_exit(1, down, up, rank, *probe, False, False, [kv], [], [[]])
+    return made
+
+
+@pytest.mark.parametrize("with_exits", [False, True])
+def test_a_stack_checks_where_rows_live_once_per_call(with_exits: bool) -> None:
+    made = stack()
+    if with_exits:
+        add_exit(made, out_bias=torch.zeros(()))
+    layers = KVLayers(cache((7, 9), PAGE, KV_HEADS, CHANNELS, torch.float32) for _ in range(2))
+    kept = [[layer.keys_BGPC for layer in layers], [layer.values_BGPC for layer in layers]]
+    held = torch.classes.dynamoe_cpu.Cache(*kept, CHANNELS)
+    names = ("cos_sin", "positions", "slots", "query_start", "context_len", "block_table")
+
+    def run(**changed: torch.Tensor) -> torch.Tensor:
+        where = [(paged() | changed)[name] for name in names]
+        x = torch.randn(ROWS, HIDDEN)
+        if with_exits:
+            counts = torch.zeros(ROWS + 4, dtype=torch.int64)
+            return made.run_with_exits(x, held, *where, torch.zeros(1, ROWS), counts, None, None, None)
+        return made.run(x, 0, 2, held, *where, None, None, None, None)
+
+    assert run().isfinite().all()
+    for name, argument, change, message in NAMED:
+        if name in ("attention", "rope_and_write") and argument in names:
+            with pytest.raises((ValueError, IndexError), match=message):
+                run(**{argument: change(paged()[argument])})
+    for argument in names:
+        for other in wrong(paged()[argument]):
+            try:
+                run(**{argument: other})
+            except ERRORS:
+                continue
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: stack(number=77), "isa 77"),
+        (lambda: stack(dtype=torch.int32), "dtype must be"),
+        (lambda: stack(attention_block(heads=0)), "heads must"),
+        (lambda: stack(attention_block(kv_heads=-2)), "kv_heads must"),
+        (lambda: stack(attention_block(channels=2**40)), "channels must"),
+        (lambda: stack(attention_block(window=-1)), "window must"),
+        (lambda: stack(ffn=experts_block(activation=77)), "activation must"),
+        (lambda: stack(ffn=experts_block(score=4)), "score must"),
+        (lambda: stack(ffn=experts_block(top_k=4)), "top_k must"),
+        (lambda: stack(ffn=experts_block(experts=2**62)), "experts must"),
+        (lambda: stack(ffn=experts_block(torch.zeros(64))), "down_bias must hold"),
+        (lambda: add_exit(stack(), rank=0), "rank must"),
+        (lambda: add_exit(stack()), "the probe does not fit"),
+        (
+            lambda: add_exit(stack(), out_bias=torch.zeros(())).add_layer([norm_block(), attention_block()]),
+            "before exits",
+        ),
+        (
+            lambda: torch.classes.dynamoe_cpu.Cache([torch.zeros(2, 2, 0, 4)] * 2, [torch.zeros(2, 2, 0, 4)] * 2, 4),
+            "page",
+        ),
+    ],
+)
+def test_a_stack_of_impossible_parts_is_refused(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        make()
+
+
+def test_pages_behind_every_window_may_be_gone() -> None:
+    windowed = attention_block(window=3)
+    layers = KVLayers(cache((7, 9), PAGE, KV_HEADS, CHANNELS, torch.float32) for _ in range(2))
+    held = torch.classes.dynamoe_cpu.Cache([v.keys_BGPC for v in layers], [v.values_BGPC for v in layers], CHANNELS)
+    names = ("cos_sin", "positions", "slots", "query_start", "context_len", "block_table")
+    where = [paged()[name] for name in names]
+    gone = with_entry(where[-1], 10**9, where[-1].shape[1])  # positions 0 to 3 of the second sequence; 4 to 8 are seen
+    arguments = (torch.randn(ROWS, HIDDEN), 0, 2, held, *where[:-1], gone, None, None, None, None)
+    assert stack(windowed).run(*arguments).isfinite().all()
+    with pytest.raises(ValueError, match="block_table holds page 1000000000"):
+        stack().run(*arguments)
+
+
+def test_a_group_checks_ranks_sizes_and_its_file(tmp_path: Path) -> None:
+    path = make_shared_file(2)
+    try:
+        make = torch.classes.dynamoe_cpu.SharedGroup
+        for arguments, message in (
+            ((-1, 2), "rank -1"),
+            ((2, 2), "rank 2"),
+            ((0, 2000), "size must"),
+            ((0, 0), "size must"),
+        ):
+            with pytest.raises((ValueError, RuntimeError), match=message):
+                make(isa, str(path), *arguments, 1.0)
+        with pytest.raises((ValueError, RuntimeError), match="isa 77"):
+            make(77, str(path), 0, 2, 1.0)
+        short = tmp_path / "short"
+        short.write_bytes(path.read_bytes()[:4096])
+        with pytest.raises(RuntimeError, match=r"shared memory .*short cannot be used"):
+            make(isa, str(short), 0, 2, 1.0)
+        group = make(isa, str(path), 0, 2, 1.0)
+        for do, message in (
+            (lambda: group.broadcast(torch.zeros(4), 2, 1.0), "rank 2"),
+            (lambda: group.gather(torch.zeros(4), torch.zeros(4), -1), "rank -1"),
+            (lambda: group.begin_swap(torch.zeros(2, 4), [3, -1]), "must have rows"),
+            (lambda: group.finish_swap(torch.zeros(2, 4), [1, 1]), "no swap has begun"),
+        ):
+            with pytest.raises((ValueError, RuntimeError), match=message):
+                do()
+    finally:
+        path.unlink()
