@@ -228,6 +228,7 @@ def test_posts_that_any_web_page_can_make_are_refused(http: httpx.Client, path: 
     assert answer.status_code == 400
     assert "application/json" in answer.json()["error"]["message"]
     assert http.post("/v1/contracts/reload", json={}).status_code == 200
+    assert http.post("/v1/contracts/reload", json={"directory": "/tmp"}).status_code == 400
 
 
 @pytest.mark.parametrize("signals", [1, 2])

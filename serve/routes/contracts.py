@@ -9,12 +9,14 @@ from ...dynamic.contract.monitor import ContractState
 from ..context import ServerContext
 from ..contract_metrics import picks, wealth
 from ..errors import ApiError, unavailable
+from ..json_body import body_route
+from ..wire.openai import ReloadRequest
 from ..wire.openai_answers import ContractBet, ContractCard, ContractList, ContractScope, HeldOutLoss, error_responses
 
 
 def contract_routes(context: ServerContext) -> APIRouter:
     """The contracts' endpoints of one server."""
-    router = APIRouter(tags=["operation"])
+    router = APIRouter(tags=["operation"], route_class=body_route(context.reader))
     manager = context.contracts
 
     async def described() -> ContractList:
@@ -34,7 +36,7 @@ def contract_routes(context: ServerContext) -> APIRouter:
         return await described()
 
     @router.post("/v1/contracts/reload", responses=error_responses(400, 401, 403, 408, 409, 413, 429, 500, 503))
-    async def reload_contracts() -> ContractList:
+    async def reload_contracts(body: ReloadRequest) -> ContractList:
         """Read the certificates' directory again. If a file is invalid, the catalog does not change."""
         try:
             await manager.reload()

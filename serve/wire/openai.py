@@ -158,6 +158,12 @@ class TokenizeRequest(Body):
     return_token_strs: bool | None = None
 
 
+class ReloadRequest(Body):
+    """Body of ``POST /v1/contracts/reload``: an empty object. Web pages cannot send it without asking first."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
 class DetokenizeRequest(Body):
     """Body of ``POST /detokenize``."""
 
