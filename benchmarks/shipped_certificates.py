@@ -43,9 +43,7 @@ def install(found: Path, shipped: Path, backend: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--isas", nargs="*", default=ISAS, help="instruction sets")
-    parser.add_argument(
-        "--output", type=Path, default=ROOT / "runs" / "certificates", help="directory of the runs"
-    )
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "certificates", help="directory of the runs")
     parser.add_argument("--max-tokens", type=int, default=512)
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--test-requests", type=int, default=500)
