@@ -83,7 +83,6 @@ def tokens(
         "rows": list(stats.segment_rows),
         "preemptions": stats.preemptions,
         "cached_tokens": stats.prefix_cache_hits,
-        "deployment": deployment(llm.model, llm.engine.runner.exits),
     }
     decoder = llm.model.decoder
     if isinstance(decoder, ParallelDecoder):
@@ -104,7 +103,8 @@ def tokens(
             "unsent": [rows * 4 * decoder.spec.hidden_size for rows in decoder.unsent_rows],
             "row": 4 * decoder.spec.hidden_size,
         }
-    return found
+    # Behind all counts: it runs some tokens.
+    return found | {"deployment": deployment(llm.model, llm.engine.runner.exits)}
 
 
 if __name__ == "__main__":
