@@ -27,7 +27,7 @@ def run_schemathesis(server: Any, directory: Path, examples: int, timeout: float
     command += ["--phases", "coverage,fuzzing", "--generation-database", "none"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=directory)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "12 selected / 12 total" in result.stdout
+    assert "14 selected / 14 total" in result.stdout
     assert "Traceback" not in server.log
     return result.stdout
 
