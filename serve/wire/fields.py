@@ -149,6 +149,8 @@ MESSAGE: Refused = {
     "tool_calls": ([],),
     "tools": ([],),
 }
-HINTS = dict.fromkeys(("enable_thinking", "thinking", "thinking_budget"), "; chat_template_kwargs may hold it")
+HINTS: dict[str, str] = dict.fromkeys(
+    ("enable_thinking", "thinking", "thinking_budget"), "; chat_template_kwargs may hold it"
+)
 HINTS |= dict.fromkeys(("partial", "prefix"), "; continue_final_message does that")
 HINTS |= dict.fromkeys(("max_completion_tokens", "max_new_tokens", "n_predict"), "; use max_tokens")

@@ -58,7 +58,7 @@ class _Lax:
         self._check = check
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        schema = handler(source)
+        schema: Any = handler(source)
         assert schema["type"] in ("int", "float")
         schema["strict"] = False
         return core_schema.no_info_before_validator_function(_no_boolean, schema) if self._check else schema
