@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import APIRouter, FastAPI
+from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.routing import APIRoute
 
@@ -23,7 +23,7 @@ from .errors import install_error_handlers
 from .gate import Admission, BodyBudget, Gate
 from .json_body import BodyReader
 from .metrics import ServerMetrics
-from .middleware import HeaderLimit, HostCheck, RequestContext, is_loopback
+from .middleware import HeaderLimit, HostCheck, RequestContext, SlashlessPath, is_loopback
 from .request_checks import RequestChecks
 from .routes.chat import chat_routes
 from .routes.completions import completion_routes
@@ -34,7 +34,7 @@ from .settings import ServerSettings
 from .submission import RequestTimes
 from .text import TextPool
 
-OPEN_PATHS = frozenset({"/health"})
+OPEN_PATHS = frozenset({"/health", "/ping"})
 
 
 def make_context(engine: Engine, settings: ServerSettings, contracts: ContractManager) -> ServerContext:
@@ -108,41 +108,49 @@ def create_app(context: ServerContext) -> FastAPI:
         await context.contracts.close()
 
     # The interactive documentation would fetch scripts from elsewhere; /openapi.json holds the same.
-    app = FastAPI(title="dynamoe", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    install_error_handlers(app)
+    app = FastAPI(
+        title="dynamoe",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,  # SlashlessPath does it without another request
+    )
     routers = [
         routes(context) for routes in (completion_routes, chat_routes, token_routes, contract_routes, operation_routes)
     ]
     for router in routers:
         app.include_router(router)
+    routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
+    install_error_handlers(app, routes)
 
     keys = KeyRing(settings.all_api_keys(), settings.admin_key)
     open_paths = OPEN_PATHS | {"/"} if settings.public_page else OPEN_PATHS
     limits = settings.limits
     # The middleware added last is the outermost.
     app.add_middleware(
-        Admission, gate=context.gate, bodies=context.bodies, limits=limits, paths=_paths_of_bodies(routers)
+        Admission, gate=context.gate, bodies=context.bodies, limits=limits, paths=_paths_of_bodies(routes)
     )
     app.add_middleware(Authentication, keys=keys, open_paths=open_paths)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-request-id"],
-            expose_headers=["x-request-id"],
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["*"],  # clients add their own, as OpenAI's x-stainless-*; the origin is what counts
+            expose_headers=["retry-after", "x-priority", "x-request-id"],
         )
     loopback = settings.uds is None and is_loopback(settings.host)
     if settings.allowed_hosts or (loopback and not keys.required):
         app.add_middleware(HostCheck, allowed=settings.allowed_hosts, loopback=loopback)
+    app.add_middleware(SlashlessPath)
     app.add_middleware(HeaderLimit, max_bytes=limits.max_header_bytes)
     app.add_middleware(RequestContext, on_done=context.metrics.on_http)
     _describe_errors(app)
     return app
 
 
-def _paths_of_bodies(routers: Sequence[APIRouter]) -> frozenset[str]:
-    routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
+def _paths_of_bodies(routes: Sequence[APIRoute]) -> frozenset[str]:
     return frozenset(route.path for route in routes if "POST" in (route.methods or ()))
 
 

@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
+from starlette.routing import Match, Route
 
 ERROR_TYPES = {
     400: "invalid_request_error",
@@ -95,14 +96,19 @@ def describe_problems(problems: Sequence[Mapping[str, Any]]) -> ApiError:
     return invalid(f"{where}: {reasons}", param=param)
 
 
-def install_error_handlers(app: FastAPI) -> None:
-    """Return every error of the application in OpenAI's format."""
+def install_error_handlers(app: FastAPI, routes: Sequence[Route]) -> None:
+    """Return every error of the application, which has these routes, in OpenAI's format."""
 
-    async def on_api_error(_request: Request, error: Exception) -> JSONResponse:
+    async def on_api_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         if isinstance(error, ApiError):
             return error.response()
-        return JSONResponse(error_body(error.status_code, error.detail), error.status_code, headers=error.headers)
+        headers = dict(error.headers or {})
+        if error.status_code == 405:  # several routes may share a path; Starlette names the methods of one
+            matching = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+            methods = {method for route in matching for method in route.methods or ()}
+            headers["Allow"] = ", ".join(sorted(methods)) or headers["Allow"]
+        return JSONResponse(error_body(error.status_code, error.detail), error.status_code, headers=headers)
 
     async def on_invalid(_request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)

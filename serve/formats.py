@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ..dynamic.engine.outputs import CompletionDelta, CompletionOutput, Logprob, PositionLogprobs
+from ..dynamic.text.detokenizer import TokenStarts
 from ..dynamic.text.tokenizer import Tokenizer
 
 LOWEST_LOGPROB = -9999.0  # JSON has no infinity
@@ -19,7 +20,8 @@ class Prompt:
     """One prompt of a request."""
 
     token_ids: list[int]
-    text: str = ""  # filled in where the answer repeats it
+    text: str = ""  # this and the next are filled in where the answer repeats it
+    starts: Sequence[int] = ()  # per token: where it begins in the text
 
 
 def finite(logprob: float) -> float:
@@ -66,6 +68,14 @@ def write_compute(delta: CompletionDelta) -> dict[str, Any]:
     return {"layers": delta.layers, "experts": delta.experts}
 
 
+@dataclass(slots=True)
+class _Written:
+    """What a choice holds so far."""
+
+    starts: TokenStarts
+    characters: int = 0
+
+
 class AnswerFormat(Protocol):
     """How one endpoint writes its answers."""
 
@@ -96,6 +106,7 @@ class CompletionFormat:
         logprobs: whether to write log-probabilities.
         prompt_logprobs: whether the ``prompt_logprobs`` field was asked for.
         compute: write what each token of a stream cost.
+        skip_special_tokens: whether special tokens are left out of the text.
     """
 
     id: str
@@ -109,7 +120,8 @@ class CompletionFormat:
     compute: bool = False
     whole_object: str = field(default="text_completion", init=False)
     chunk_object: str = field(default="text_completion", init=False)
-    _offsets: dict[int, int] = field(default_factory=dict, init=False)  # choice → characters written, for text_offset
+    skip_special_tokens: bool = True
+    _begun: dict[int, _Written] = field(default_factory=dict, init=False)  # by choice
 
     def whole(
         self, prompt_number: int, output: CompletionOutput, prompt_logprobs: PromptLogprobs | None
@@ -122,7 +134,7 @@ class CompletionFormat:
     def chunk(
         self, prompt_number: int, delta: CompletionDelta, prompt_logprobs: PromptLogprobs | None
     ) -> dict[str, Any] | None:
-        first = prompt_number * self.n + delta.index not in self._offsets
+        first = prompt_number * self.n + delta.index not in self._begun
         per_token = self.logprobs or self.compute
         if not (delta.text or delta.finish_reason or (per_token and delta.token_ids) or (first and self.echo)):
             return None
@@ -132,21 +144,28 @@ class CompletionFormat:
     def _write(self, prompt_number: int, output: Output, prompt_logprobs: PromptLogprobs | None) -> dict[str, Any]:
         index = prompt_number * self.n + output.index
         prompt = self.prompts[prompt_number]
-        echo = self.echo and index not in self._offsets
-        offset = self._offsets.setdefault(index, 0)
+        echo = self.echo and index not in self._begun
+        if index not in self._begun:
+            self._begun[index] = _Written(TokenStarts(self.tokenizer, self.skip_special_tokens))
+        written = self._begun[index]
         text = "" if self.drop_output else output.text
+        whole_text = prompt.text + text if echo else text
+        written.characters += len(whole_text)
         logprobs = None
         if self.logprobs:
             logprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
             if echo:
                 positions = prompt_logprobs or [None] * len(prompt.token_ids)
-                offset = self._add(logprobs, prompt.token_ids, positions, offset)
+                self._add(logprobs, prompt.token_ids, positions, prompt.starts)
             if not self.drop_output:
-                offset = self._add(logprobs, output.token_ids, output.logprobs or [], offset)
-            self._offsets[index] = offset
+                first = len(prompt.text) if self.echo else 0
+                starts = [first + written.starts.add(token) for token in output.token_ids]
+                if output.finish_reason is not None:  # a stop string may have cut the text
+                    starts = [min(start, written.characters) for start in starts]
+                self._add(logprobs, output.token_ids, output.logprobs or [], starts)
         choice: dict[str, Any] = {
             "index": index,
-            "text": prompt.text + text if echo else text,
+            "text": whole_text,
             "logprobs": logprobs,
             "finish_reason": "length" if self.drop_output and output.finish_reason else output.finish_reason,
         }
@@ -154,12 +173,12 @@ class CompletionFormat:
             choice["stop_reason"] = output.stop_reason
         return choice
 
-    def _add(self, out: dict[str, list[Any]], ids: Sequence[int], positions: PromptLogprobs, offset: int) -> int:
-        for token, position in zip(ids, positions, strict=True):
-            text = self.tokenizer.token_text(token)
-            out["tokens"].append(token_label(token, text))
-            out["text_offset"].append(offset)
-            offset += len(text)
+    def _add(
+        self, out: dict[str, list[Any]], ids: Sequence[int], positions: PromptLogprobs, starts: Sequence[int]
+    ) -> None:
+        for token, position, start in zip(ids, positions, starts, strict=True):
+            out["tokens"].append(token_label(token, self.tokenizer.token_text(token)))
+            out["text_offset"].append(start)
             if position is None:
                 out["token_logprobs"].append(None)
                 out["top_logprobs"].append(None)
@@ -169,7 +188,6 @@ class CompletionFormat:
             for other, p in sorted(position.items(), key=lambda item: item[1].rank):
                 top.setdefault(token_label(other, p.decoded_token), finite(p.logprob))
             out["top_logprobs"].append(top)
-        return offset
 
 
 @dataclass(kw_only=True)
@@ -178,12 +196,16 @@ class ChatFormat:
 
     Arguments:
         id: of the answer.
+        tokenizer: knows the tokens' bytes.
         top_logprobs: alternatives per token; None writes no log-probabilities.
+        echo: text in front of every choice.
         compute: write what each token of a stream cost.
     """
 
     id: str
+    tokenizer: Tokenizer
     top_logprobs: int | None
+    echo: str = ""
     compute: bool = False
     whole_object: str = field(default="chat.completion", init=False)
     chunk_object: str = field(default="chat.completion.chunk", init=False)
@@ -192,7 +214,7 @@ class ChatFormat:
     def whole(
         self, prompt_number: int, output: CompletionOutput, prompt_logprobs: PromptLogprobs | None
     ) -> dict[str, Any]:
-        message = {"role": "assistant", "content": output.text, "refusal": None}
+        message = {"role": "assistant", "content": self.echo + output.text, "refusal": None}
         return self._choice(output, "message", message)
 
     def chunk(
@@ -201,9 +223,9 @@ class ChatFormat:
         message: dict[str, Any] = {}
         if delta.index not in self._begun:
             self._begun.add(delta.index)
-            message = {"role": "assistant", "content": ""}
+            message = {"role": "assistant", "content": self.echo}
         if delta.text:
-            message["content"] = delta.text
+            message["content"] = message.get("content", "") + delta.text
         per_token = self.top_logprobs is not None or self.compute
         if not (message or delta.finish_reason or (per_token and delta.token_ids)):
             return None
@@ -227,13 +249,14 @@ class ChatFormat:
         content = []
         for token, position in zip(output.token_ids, output.logprobs or [], strict=True):
             best = sorted(position.items(), key=lambda item: item[1].rank)
-            top = [_alternative(other, p) for other, p in best if p.rank <= self.top_logprobs]
-            content.append({**_alternative(token, position[token]), "top_logprobs": top})
+            top = [self._alternative(other, p) for other, p in best if p.rank <= self.top_logprobs]
+            content.append({**self._alternative(token, position[token]), "top_logprobs": top})
         return {"content": content, "refusal": None}
 
-
-def _alternative(token: int, p: Logprob) -> dict[str, Any]:
-    label = token_label(token, p.decoded_token)
-    # Part of a character has no UTF-8 form of its own.
-    data = None if label is not p.decoded_token else list(label.encode())
-    return {"token": label, "logprob": finite(p.logprob), "bytes": data}
+    def _alternative(self, token: int, p: Logprob) -> dict[str, Any]:
+        data = self.tokenizer.token_bytes(token)
+        return {
+            "token": token_label(token, p.decoded_token),
+            "logprob": finite(p.logprob),
+            "bytes": None if data is None else list(data),
+        }

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..dynamic.engine.stats import Pace
 from .errors import ApiError, invalid, overloaded, unavailable
 from .settings import Limits
 
@@ -25,6 +26,7 @@ class Gate:
         self.max_open = max_open
         self.num_open = 0
         self.draining = False
+        self._pace = Pace()
         self._empty = asyncio.Event()
         self._empty.set()
 
@@ -33,7 +35,7 @@ class Gate:
         if self.draining:
             return unavailable("The server is shutting down.", "shutting_down")
         if self.num_open >= self.max_open:
-            return overloaded(f"{self.num_open} requests are in flight already.", 1.0)
+            return overloaded(f"{self.num_open} requests are in flight already.", self._pace.seconds_per_request)
         return None
 
     def enter(self) -> None:
@@ -44,6 +46,7 @@ class Gate:
     def leave(self) -> None:
         """Count a request that has ended."""
         self.num_open -= 1
+        self._pace.finished()
         if self.num_open == 0:
             self._empty.set()
 

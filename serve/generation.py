@@ -145,7 +145,9 @@ class Generation:
 
     async def _events(self, submission: Submission) -> AsyncIterator[bytes]:
         envelope = self._envelope(self.format.chunk_object)
-        include_usage = self.body.stream_options is not None and self.body.stream_options.include_usage
+        options = self.body.stream_options
+        include_usage = options is not None and options.include_usage
+        continuous = include_usage and options is not None and options.continuous_usage_stats
         if include_usage:
             envelope["usage"] = None  # as in OpenAI's chunks before the last one
         tokens = 0
@@ -155,6 +157,7 @@ class Generation:
         tally = self._tally()
         try:
             async for batch in submission.batches():
+                before = tokens
                 for number, delta in batch:
                     check_delta(delta)
                     cached[number] = max(cached[number], delta.num_cached_tokens)
@@ -164,7 +167,8 @@ class Generation:
                         tokens += len(completion.token_ids)
                         if completion.finish_reason is not None:
                             reasons.append(completion.finish_reason)
-                arguments = batch, prompt_logprobs, envelope
+                used_before = (before, sum(cached)) if continuous else None
+                arguments = batch, prompt_logprobs, envelope, used_before
                 if any(prompt_logprobs[number] for number, _ in batch):  # those of a long prompt are megabytes
                     events = await self.context.text.run(self._write_events, *arguments, True)
                 else:
@@ -191,11 +195,18 @@ class Generation:
         batch: Sequence[tuple[int, RequestDelta]],
         prompt_logprobs: Sequence[PromptLogprobs | None],
         envelope: dict[str, Any],
+        used_before: tuple[int, int] | None,
         large: bool = False,
     ) -> bytes:
+        """The events of a batch. Each holds the usage so far if ``used_before``, output tokens before the batch and
+        cached ones, is given."""
         events = []
+        tokens, cached = used_before or (0, 0)
         for number, delta in batch:
             for completion in delta.completions:
+                tokens += len(completion.token_ids)
+                if used_before is not None:
+                    envelope = {**envelope, "usage": self._usage(tokens, cached)}
                 choice = self.format.chunk(number, completion, prompt_logprobs[number])
                 if choice is not None:
                     events.append(event({**envelope, "choices": [choice]}, large))

@@ -118,7 +118,7 @@ class BodyReader:
         for name, value in fields.items():
             if not isinstance(value, (list, dict)):
                 continue
-            if name in ("prompt", "tokens") and value and isinstance(value, list) and type(value[0]) is int:
+            if name in ("prompt", "tokens") and value and isinstance(value, list) and type(value[0]) in (int, float):
                 continue  # one prompt's token ids, which the number of values bounds
             if len(value) > most.get(name, MAX_ENTRIES):
                 shown = name[:100].encode("utf-8", "replace").decode()

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .errors import ApiError
 
 logger = logging.getLogger("dynamoe.requests")
+POLLED = frozenset({"/health", "/ping", "/load", "/metrics"})  # every few seconds
 _SAFE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
@@ -87,7 +88,7 @@ class RequestContext:
             }
             route = state.get("path") or getattr(scope.get("route"), "path", "unmatched")
             self._on_done(line["method"], route, line["status"])
-            routine = scope["path"] in ("/health", "/metrics") and status == 200  # polled every few seconds
+            routine = scope["path"] in POLLED and status == 200
             kind = f"{line['status']} {route}" if line["status"] >= 300 else None  # anybody can cause these
             logger.log(logging.DEBUG if routine else logging.INFO, "request", extra={"fields": line, "kind": kind})
 
@@ -107,6 +108,18 @@ class HeaderLimit:
                 message = f"The header is larger than {self._max_bytes} bytes."
                 error = ApiError(431, message, code="header_too_large", headers={"Connection": "close"})
                 return await error.response()(scope, receive, send)
+        await self._app(scope, receive, send)
+
+
+class SlashlessPath:
+    """ASGI middleware that takes a path with slashes at its end for the one without, before anything looks at it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].endswith("/"):
+            scope["path"] = scope["path"].rstrip("/") or "/"
         await self._app(scope, receive, send)
 
 

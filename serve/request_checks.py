@@ -9,50 +9,28 @@ from typing import Any
 
 from .errors import ApiError, invalid
 from .settings import Limits
+from .wire.fields import CHAT, COMPLETION, HINTS, MESSAGE, Refused
 from .wire.openai import Body, ChatCompletionRequest, ChatMessage, CompletionRequest, GenerationRequest
 
-# Fields that change what the answer means, with their values that are no-ops. Ignoring others would answer wrongly.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "allowed_token_ids": ([],),
-    "audio": (),
-    "bad_words": ([],),
-    "best_of": (1,),
-    "chat_template": (),
-    "continue_final_message": (False,),
-    "documents": ([],),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "grammar": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "json_schema": (),
-    "length_penalty": (1, 1.0),
-    "logits_processors": ([],),
-    "modalities": (["text"],),
-    "prompt_embeds": (),
-    "response_format": ({"type": "text"},),
-    "return_tokens_as_token_ids": (False,),
-    "structured_outputs": (),
-    "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "truncate_prompt_tokens": (),
-    "use_beam_search": (False,),
-    "web_search_options": (),
-}
+TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}  # type → its field
 
 
-def check_supported(body: Body) -> None:
+def check_supported(body: Body, refused: Refused, where: str = "", param: str | None = None) -> None:
     """Refuse fields whose meaning is not supported; all other unknown fields are ignored.
+
+    Arguments:
+        body: validated.
+        refused: fields with the values that change nothing.
+        where: the body's place in the request, ending with a dot.
+        param: the request's field that holds the body; None if it is the request itself.
 
     Raises:
         ApiError: status 400 that names the field.
     """
     for name, value in (body.model_extra or {}).items():
-        if value is not None and name in _NEUTRAL and value not in _NEUTRAL[name]:
-            raise invalid(f"{name} is not supported by this server.", param=name, code="unsupported_parameter")
+        if value is not None and name in refused and value not in refused[name]:
+            message = f"{where}{name} is not supported by this server{HINTS.get(name, '')}."
+            raise invalid(message, param=param or name, code="unsupported_parameter")
 
 
 def check_model(requested: str | None, served: str) -> None:
@@ -67,26 +45,33 @@ def check_model(requested: str | None, served: str) -> None:
 
 
 def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """A conversation as chat templates read it: every content one string.
+    """A conversation as chat templates read it: every content one string, its parts on lines of their own.
 
     Raises:
         ApiError: status 400 for content that is not text.
     """
     plain: list[dict[str, Any]] = []
     for number, message in enumerate(messages):
+        check_supported(message, MESSAGE, f"messages[{number}].", "messages")
         content = message.content
         if isinstance(content, list):
             texts = []
             for part in content:
-                if part.type != "text" or part.text is None:
-                    text = f"messages[{number}] holds a part of type {part.type[:50]!r}; this model reads text only."
-                    raise invalid(text, param="messages", code="unsupported_content")
-                texts.append(part.text)
-            content = "".join(texts)
-        extra = message.model_extra or {}
-        if extra.get("tool_calls") or extra.get("function_call"):
-            raise invalid(f"messages[{number}].tool_calls is not supported.", "messages", "unsupported_content")
-        plain.append({"role": message.role, "content": content or "", "name": message.name})
+                text = getattr(part, TEXT_PARTS[part.type]) if part.type in TEXT_PARTS else None
+                if text is None:
+                    problem = f"messages[{number}] holds a part of type {part.type[:50]!r} without text"
+                    raise invalid(f"{problem}; this model reads text only.", "messages", "unsupported_content")
+                texts.append(text)
+            content = "\n".join(texts)
+        reasoning = message.reasoning_content or message.reasoning
+        plain.append({
+            "role": message.role,
+            "content": content or message.refusal or "",
+            "name": message.name,
+            "tool_call_id": message.tool_call_id,
+            "reasoning_content": reasoning,
+            "reasoning": reasoning,
+        })  # fmt: skip
     return plain
 
 
@@ -146,7 +131,7 @@ class RequestChecks:
         if (body.model_extra or {}).get("best_of") == body.n and body.n is not None:
             assert body.model_extra is not None
             del body.model_extra["best_of"]
-        check_supported(body)
+        check_supported(body, CHAT if isinstance(body, ChatCompletionRequest) else COMPLETION)
         limits = self.limits
         n = body.n or 1
         self._at_most("n", n, limits.max_n)

@@ -46,6 +46,8 @@ def sampling_params(
             value = defaults.get(name)
         if value is not None:
             chosen[name] = value
+    if body.seed == -1:  # as in vLLM, SGLang and llama.cpp: a random one
+        del chosen["seed"]
     chosen["stop"] = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     chosen["stop_token_ids"] = tuple(body.stop_token_ids or ())
     chosen["logit_bias"] = {int(token): bias for token, bias in (body.logit_bias or {}).items()}
@@ -99,11 +101,13 @@ def with_length(
         ApiError: status 400 when prompt and output do not fit together.
     """
     room = max_model_len - prompt_tokens
-    if room < max(1, requested or 0):
-        wanted = f" and up to {requested} tokens of output" if requested is not None else ""
+    wanted = max(1, requested or 0)
+    if room < wanted:
+        # Client libraries recognise the case by these words and by the code.
         message = (
-            f"The model's maximum length is {max_model_len} tokens, and the prompt has {prompt_tokens}{wanted}: "
-            "shorten the prompt or ask for fewer tokens."
+            f"This model's maximum context length is {max_model_len} tokens. However, you requested "
+            f"{prompt_tokens + wanted} tokens ({prompt_tokens} in the prompt, {wanted} in the completion); shorten the "
+            "prompt or ask for fewer tokens (context_length_exceeded)."
         )
         raise invalid(message, param="max_tokens" if room > 0 else "prompt", code="context_length_exceeded")
     if requested is not None:

@@ -63,15 +63,23 @@ class TextPool:
         add_generation_prompt: bool,
         add_special_tokens: bool,
         variables: Mapping[str, Any],
+        continue_final_message: bool = False,
+        reasoning_effort: str | None = None,
     ) -> tuple[str, list[int]]:
-        """The prompt text and the token ids of a conversation.
+        """The prompt text and the token ids of a conversation. Role ``developer`` counts as ``system`` for templates
+        that do not name it.
 
         Raises:
             ApiError: status 400 when the model has no template, or the template refuses the conversation.
         """
 
         def render() -> str:
-            text = self.tokenizer.chat_prompt(messages, add_generation_prompt=add_generation_prompt, **variables)
+            text = self.tokenizer.chat_prompt(
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **variables,
+            )
             text.encode()  # template variables may hold lone surrogates, which tokenizers refuse
             return text
 
@@ -80,6 +88,14 @@ class TextPool:
             shown = [name[:50].encode("utf-8", "replace").decode() for name in wrong[:5]]
             message = f"chat_template_kwargs must not hold {shown}; allowed: {sorted(allowed)}."
             raise invalid(message, param="chat_template_kwargs")
+        if add_generation_prompt and continue_final_message:
+            raise invalid(
+                "add_generation_prompt and continue_final_message exclude each other.", "continue_final_message"
+            )
+        source = self.tokenizer.chat_source or ""
+        variables = {**self._effort(source, reasoning_effort), **variables}
+        if "developer" not in source:
+            messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
         if self._renderings >= MAX_RENDERINGS:
             raise overloaded("Too many conversations wait for the chat template.", 5.0)
         self._renderings += 1
@@ -90,6 +106,18 @@ class TextPool:
         finally:
             self._renderings -= 1
         return text, await self.encode(text, add_special_tokens)
+
+    @staticmethod
+    def _effort(source: str, effort: str | None) -> dict[str, Any]:
+        """The template's variable for a ``reasoning_effort``."""
+        if effort is None:
+            return {}
+        if "reasoning_effort" in source:
+            return {"reasoning_effort": effort}
+        if effort == "none" and "enable_thinking" in source:
+            return {"enable_thinking": False}
+        message = f"reasoning_effort {effort[:50]!r} is not supported: the model's chat template does not read it."
+        raise invalid(message, param="reasoning_effort", code="unsupported_parameter")
 
     async def warm_up(self) -> None:
         """Start the chat template's process before the first conversation."""

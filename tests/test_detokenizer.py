@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.engine.text import OutputText, StopStrings
-from dynamoe.dynamic.text.detokenizer import ByteDetokenizer, WindowDetokenizer, make_detokenizer
+from dynamoe.dynamic.text.detokenizer import ByteDetokenizer, TokenStarts, WindowDetokenizer, make_detokenizer
 from dynamoe.dynamic.text.tokenizer import Tokenizer
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
 
@@ -76,6 +76,33 @@ def test_parts_of_a_character_are_held_back(kind: str, request: pytest.FixtureRe
     shown = "".join(cut.add(i) for i in ids[:-2])  # one byte of the character is missing
     assert shown == "a"
     assert "\ufffd" in cut.flush()
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece_like"])
+def test_starts_and_bytes_of_tokens_that_are_parts_of_characters(kind: str, request: pytest.FixtureRequest) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(kind)
+    text = "the cat naïve 日本語 🙂🙃 — the house"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert any("\ufffd" in tokenizer.token_text(token) for token in ids)
+    data = [tokenizer.token_bytes(token) or b"" for token in ids]
+    assert b"".join(data).decode().lstrip() == text
+    expected = [len(b"".join(data[:count]).decode(errors="ignore").lstrip()) for count in range(len(ids))]
+    assert TokenStarts(tokenizer, True).add_all(ids) == expected
+    assert tokenizer.token_starts(text, add_special_tokens=False) == expected
+    special = min(tokenizer.special_ids)
+    assert TokenStarts(tokenizer, True).add_all([special, ids[0]]) == [0, 0]  # it is left out of the text
+    assert TokenStarts(tokenizer, False).add_all([special, ids[0]])[1] > 0
+
+
+def test_added_tokens_have_no_width_in_the_text(make_checkpoint: Callable[..., Path]) -> None:
+    tokenizer = Tokenizer.from_directory(make_checkpoint("llama"))
+    bos, eos = ("<|im_start|>", 1), ("<|im_end|>", 2)
+    tokenizer.backend.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+        single=f"{bos[0]} $A {eos[0]}", special_tokens=[bos, eos]
+    )
+    starts = tokenizer.token_starts("the ☃")
+    assert (starts[0], starts[1], starts[-1]) == (0, 0, len("the ☃"))
+    assert starts == sorted(starts)
 
 
 def test_token_texts_keep_their_spaces(sentencepiece_like: Tokenizer, byte_level: Tokenizer) -> None:

@@ -164,7 +164,8 @@ def test_chat_logprobs(client: openai.OpenAI) -> None:
         assert (best.token, best.logprob) == (position.token, position.logprob)  # greedy
         assert position.logprob <= 0
         assert [p.logprob for p in position.top_logprobs] == sorted(p.logprob for p in position.top_logprobs)[::-1]
-        if position.bytes is not None:
+        assert position.bytes is not None
+        if not position.token.startswith("token_id:"):
             assert bytes(position.bytes).decode() == position.token
     streamed = [
         position.logprob
@@ -177,6 +178,79 @@ def test_chat_logprobs(client: openai.OpenAI) -> None:
     assert bare.logprobs.content is not None
     assert bare.logprobs.content[0].top_logprobs == []
     assert client.chat.completions.create(**asked).choices[0].logprobs is None
+
+
+def test_bytes_and_offsets_of_tokens_that_are_parts_of_characters(client: openai.OpenAI, tokenizer: Tokenizer) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "temperature": 2.0, "max_tokens": 60, "extra_body": {"ignore_eos": True}}
+    special = {tokenizer.token_text(token) for token in tokenizer.special_ids}
+    parts = 0
+    for seed in range(3):
+        chat = client.chat.completions.create(messages=MESSAGES, logprobs=True, seed=seed, **asked).choices[0]
+        assert chat.logprobs is not None
+        data = [bytes(p.bytes or []) for p in chat.logprobs.content or [] if p.token not in special]
+        assert b"".join(data).decode(errors="replace") == chat.message.content
+        choice = client.completions.create(prompt="the ☃ naïve", logprobs=0, echo=True, seed=seed, **asked).choices[0]
+        assert choice.logprobs is not None
+        assert choice.logprobs.text_offset == sorted(choice.logprobs.text_offset or [])
+        for token, offset in zip(choice.logprobs.tokens or [], choice.logprobs.text_offset or [], strict=True):
+            if token.startswith("token_id:"):
+                parts += 1
+            elif token not in special:
+                assert choice.text[offset : offset + len(token)] == token
+    assert parts > 10
+
+
+def test_offsets_lie_in_a_text_that_a_stop_string_has_cut(http: httpx.Client) -> None:
+    body = {"prompt": PROMPT, "temperature": 0, "max_tokens": 60, "ignore_eos": True, "logprobs": 0}
+    text = http.post("/v1/completions", json=body).json()["choices"][0]["text"]
+    cut = http.post("/v1/completions", json={**body, "stop": text[20:26]}).json()["choices"][0]
+    assert max(cut["logprobs"]["text_offset"]) <= len(cut["text"]) < 26
+
+
+def test_a_conversation_that_continues_its_last_message(http: httpx.Client, tokenizer: Tokenizer) -> None:
+    body = {"messages": [*MESSAGES, {"role": "assistant", "content": "The capital"}], "continue_final_message": True}
+    counted = http.post("/tokenize", json=body).json()["tokens"]
+    assert tokenizer.decode(counted, False).endswith("<|im_start|>assistant\nThe capital")
+    asked = {**body, "temperature": 0, "max_tokens": 6, "ignore_eos": True}
+    path = "/v1/chat/completions"
+    plain = http.post(path, json=asked).json()
+    assert plain["usage"]["prompt_tokens"] == len(counted)
+    echoed = {**asked, "echo": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    chunks = [ChatCompletionChunk.model_validate(chunk) for chunk in events(http, path, echoed)]
+    said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert said == "The capital" + plain["choices"][0]["message"]["content"]
+    usages = [(chunk.usage.prompt_tokens, chunk.usage.completion_tokens) for chunk in chunks if chunk.usage]
+    assert len(usages) == len(chunks)
+    assert usages == sorted(usages)
+    assert usages[-1] == (len(counted), 6)
+    whole = http.post(path, json={**asked, "echo": True}).json()
+    assert whole["choices"][0]["message"]["content"] == said
+
+
+def test_a_context_error_is_recognised(client: openai.OpenAI) -> None:
+    long: Any = [{"role": "user", "content": "hello " * 400}]
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match="This model's maximum context length is 512 tokens") as caught:
+            client.chat.completions.create(model="tiny", messages=long, stream=stream)
+        assert caught.value.code == "context_length_exceeded"
+        assert "context_length_exceeded" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"tools": [{}]},
+        {"chat_template": "{{ 1 }}"},
+        {"documents": [{}]},
+        {"truncate_prompt_tokens": 3},
+        {"reasoning_effort": "low"},
+    ],
+    ids=str,
+)
+def test_tokenize_refuses_what_would_change_the_prompt(http: httpx.Client, field: dict[str, Any]) -> None:
+    answer = http.post("/tokenize", json={"messages": MESSAGES, **field})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, *field)
+    assert http.post("/tokenize", json={"messages": MESSAGES, "temperature": 1, "max_tokens": 3}).status_code == 200
 
 
 def test_echo_scores_the_prompt_as_transformers_does(

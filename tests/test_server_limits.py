@@ -60,11 +60,12 @@ def bearer(key: str) -> dict[str, str]:
 
 
 def test_every_path_but_health_needs_a_key(guarded: httpx.Client) -> None:
-    assert guarded.get("/health").status_code == 200
+    assert [guarded.get(path).status_code for path in ("/health", "/health/", "/ping")] == [200, 200, 200]
+    assert guarded.get("/metrics/", headers=bearer("alice")).status_code == 403
     document = guarded.get("/openapi.json", headers=bearer("alice")).json()
-    others = ["/", "/openapi.json", "/nowhere", "/docs", "/health/", "//health", "/health/../metrics"]
+    others = ["/", "/openapi.json", "/nowhere", "/docs", "/metrics/", "//health", "/health/../metrics"]
     paths = [*document["paths"], *others]
-    for path in set(paths) - {"/health"}:
+    for path in set(paths) - {"/health", "/ping"}:
         for headers in (
             {},
             bearer("eve"),
@@ -114,6 +115,13 @@ def test_cors_is_for_the_named_origins_only(guarded: httpx.Client) -> None:
     ask = {"Origin": "https://friend.example", "Access-Control-Request-Method": "POST"}
     answer = guarded.options("/v1/completions", headers=ask)
     assert answer.headers["access-control-allow-origin"] == "https://friend.example"
+    assert "retry-after" in guarded.get("/health", headers=ask).headers["access-control-expose-headers"]
+    wanted = "authorization,content-type,x-stainless-arch,x-stainless-retry-count,x-stainless-timeout"
+    named = guarded.options("/v1/chat/completions", headers={**ask, "Access-Control-Request-Headers": wanted})
+    assert named.status_code == 200
+    assert set(wanted.split(",")) <= set(
+        named.headers["access-control-allow-headers"].lower().replace(" ", "").split(",")
+    )
     other = guarded.options("/v1/completions", headers={**ask, "Origin": "https://foe.example"})
     assert "access-control-allow-origin" not in other.headers
 
@@ -245,12 +253,32 @@ def test_wrong_methods_paths_and_content_types(http: httpx.Client) -> None:
     wrong_method = http.get("/v1/completions")
     assert (wrong_method.status_code, wrong_method.headers["allow"]) == (405, "POST")
     error_of(wrong_method)
+    assert http.post("/health", json={}).headers["allow"] == "GET, HEAD"
+    assert http.head("/v1/completions").headers["allow"] == "POST"
+    assert (http.head("/metrics").status_code, http.head("/metrics").headers["allow"]) == (405, "GET")
     nowhere = http.post("/v1/nowhere", json={})
     assert nowhere.status_code == 404
     error_of(nowhere)
     form = http.post("/v1/completions", data={"prompt": "a"})
     assert form.status_code == 400
     assert "application/json" in error_of(form)["message"]
+
+
+def test_probes_of_other_servers_are_answered(http: httpx.Client) -> None:
+    for path in ("/health", "/ping", "/v1/models", "/v1/models/tiny"):
+        head, get = http.head(path), http.get(path)
+        assert (head.status_code, head.content, get.status_code) == (200, b"", 200)
+        assert head.headers["content-length"] == get.headers["content-length"]
+    assert http.get("/load").json() == {"server_load": 0}
+
+
+def test_a_slash_at_the_end_of_a_path_changes_nothing(http: httpx.Client) -> None:
+    assert http.get("/v1/models/").json() == http.get("/v1/models").json()
+    answer = http.post("/v1/completions/", json=COMPLETION)
+    assert answer.status_code == 200
+    form = http.post("/v1/completions/", data={"prompt": "a"})  # its body is checked as well
+    assert "application/json" in error_of(form)["message"]
+    assert http.get("/").status_code == 200
 
 
 def test_broken_http_gets_400_and_harms_nobody(http: httpx.Client) -> None:

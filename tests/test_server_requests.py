@@ -13,11 +13,11 @@ from dynamoe.dynamic.text.tokenizer import Tokenizer
 from dynamoe.serve.auth import KeyRing
 from dynamoe.serve.errors import ApiError
 from dynamoe.serve.json_body import BodyReader
-from dynamoe.serve.request_checks import RequestChecks, plain_messages
+from dynamoe.serve.request_checks import RequestChecks
 from dynamoe.serve.sampling import sampling_params, with_length
 from dynamoe.serve.settings import Limits, ServerSettings
 from dynamoe.serve.text import TextPool
-from dynamoe.serve.wire.openai import ChatCompletionRequest, ChatMessage, CompletionRequest
+from dynamoe.serve.wire.openai import ChatCompletionRequest, CompletionRequest
 from pydantic import BaseModel, ValidationError
 
 CHECKS = RequestChecks(limits=Limits(max_tokens=100), vocab_size=320, served_model="tiny")
@@ -48,6 +48,9 @@ def chat(**fields: Any) -> ChatCompletionRequest:
         (["a", "b"], ["a", "b"]),
         ([1, 2], [[1, 2]]),
         ([[1, 2], [3]], [[1, 2], [3]]),
+        (["1", "2"], ["1", "2"]),
+        ([1.0, 2], [[1, 2]]),
+        ([[1.0], ["2"]], [[1], [2]]),
     ],
 )
 def test_every_form_of_prompt_is_a_list_of_prompts(prompt: Any, expected: Any) -> None:
@@ -59,9 +62,18 @@ def test_every_form_of_prompt_is_a_list_of_prompts(prompt: Any, expected: Any) -
     [
         {"n": 0},
         {"n": True},
-        {"n": "2"},
-        {"n": 2.0},
+        {"n": "two"},
+        {"n": 2.5},
+        {"n": 1e300},
+        {"n": "9" * 5000},
         {"seed": 2**63},
+        {"temperature": True},
+        {"temperature": "nan"},
+        {"logit_bias": {"5": True}},
+        {"stop_token_ids": [False]},
+        {"quality": {"alpha": True}},
+        {"prompt": [[5, True]]},
+        {"prompt": [-1.0]},
         {"max_tokens": -1},
         {"temperature": float("nan")},
         {"temperature": float("inf")},
@@ -89,6 +101,27 @@ def test_every_form_of_prompt_is_a_list_of_prompts(prompt: Any, expected: Any) -
 def test_fields_of_the_wrong_type_or_range_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         completion(**fields)
+
+
+@pytest.mark.parametrize(
+    ("sent", "read_as"),
+    [
+        ({"n": "2", "seed": 2.0, "max_tokens": "0"}, {"n": 2, "seed": 2, "max_tokens": 0}),
+        ({"temperature": "0.5", "presence_penalty": "-1"}, {"temperature": 0.5, "presence_penalty": -1.0}),
+        (
+            {"stop_token_ids": ["5", 6.0], "logit_bias": {"5": "1.5"}},
+            {"stop_token_ids": [5, 6], "logit_bias": {"5": 1.5}},
+        ),
+    ],
+    ids=str,
+)
+def test_numbers_may_be_strings_and_integers_may_be_floats(sent: dict[str, Any], read_as: dict[str, Any]) -> None:
+    body = read(CompletionRequest, prompt="hi", **sent)
+    assert {name: getattr(body, name) for name in sent} == read_as
+
+
+def test_long_prompts_of_ids_may_begin_with_a_float() -> None:
+    assert CHECKS.completion(read(CompletionRequest, prompt=[1.0, *range(300)]))[0][:2] == [1, 0]
 
 
 @pytest.mark.parametrize(
@@ -150,34 +183,6 @@ def test_requests_beyond_a_limit_are_refused_and_the_field_is_named(
 )
 def test_what_is_within_the_limits_passes(fields: dict[str, Any]) -> None:
     assert CHECKS.completion(completion(**fields)) == ["hi"]
-
-
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        ({"tools": [{"type": "function"}]}, "tools"),
-        ({"tool_choice": "required"}, "tool_choice"),
-        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
-        ({"modalities": ["text", "audio"]}, "modalities"),
-        ({"chat_template": "{{ x }}"}, "chat_template"),
-        ({"top_logprobs": 2}, "top_logprobs"),
-        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-        ({"max_completion_tokens": 101}, "max_completion_tokens"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
-        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages"),
-    ],
-    ids=lambda value: str(value)[:60],
-)
-def test_chat_refuses_what_would_change_the_meaning(fields: dict[str, Any], param: str) -> None:
-    with pytest.raises(ApiError) as caught:
-        CHECKS.chat(chat(**fields))
-    assert (caught.value.status_code, caught.value.param) == (400, param)
-
-
-def test_text_parts_of_a_message_are_joined() -> None:
-    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
-    message = ChatMessage.model_validate({"role": "user", "content": parts})
-    assert plain_messages([message])[0]["content"] == "one two"
 
 
 def test_template_variables_that_are_no_text_are_refused(make_checkpoint: Any, tmp_path: Path) -> None:
@@ -248,6 +253,14 @@ def test_prompt_and_output_must_fit_the_model(requested: int | None, prompt_toke
             max_model_len=100,
         )
     assert caught.value.code == "context_length_exceeded"
+    wanted = max(1, requested or 0)
+    begin = f"This model's maximum context length is 100 tokens. However, you requested {prompt_tokens + wanted} tokens"
+    assert caught.value.detail.startswith(begin)
+    assert "context_length_exceeded" in caught.value.detail
+
+
+def test_a_seed_of_minus_one_is_a_random_one() -> None:
+    assert [sampling_params(completion(seed=seed), {}).seed for seed in (-1, -2, 0)] == [None, -2, 0]
 
 
 def test_keys_open_what_they_should_and_nothing_else() -> None:

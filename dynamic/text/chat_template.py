@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -186,18 +187,25 @@ class ChatTemplate:
         self._worker = _Worker(source, self._limits)
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], /, *, add_generation_prompt: bool = True, **variables: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        /,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **variables: Any,
     ) -> str:
         """The prompt text of a conversation.
 
         Arguments:
             messages: dicts with at least ``role``; keys whose value is None count as absent.
             add_generation_prompt: end with the header of the assistant's turn.
+            continue_final_message: end with the last message's content instead.
             variables: further variables of the template; only ``ALLOWED_VARIABLES``.
 
         Raises:
             ValueError: for an empty conversation, a message that is not a dict, a variable that is not allowed, a
-                template that rejects the conversation or exceeds its limits.
+                template that rejects the conversation, cannot continue it, or exceeds its limits.
         """
         if unknown := sorted(set(variables) - ALLOWED_VARIABLES):
             raise ValueError(f"chat template variables {unknown} are not allowed; allowed: {sorted(ALLOWED_VARIABLES)}")
@@ -208,18 +216,26 @@ class ChatTemplate:
             if not isinstance(message, Mapping):
                 raise ValueError(f"a chat message must be a dict, not {type(message).__name__}")
             chat.append(_plain({k: v for k, v in message.items() if v is not None}, "a chat message"))
+        mark = f"<{uuid.uuid4().hex}>"  # behind the content, so that the template cannot trim the content's end
+        if continue_final_message:
+            chat[-1]["content"] = f"{chat[-1].get('content', '')}{mark}"
         context = {
             **self._special_tokens,
             "tools": None,
             "documents": None,
             **{name: _plain(value, name) for name, value in variables.items()},
             "messages": chat,
-            "add_generation_prompt": add_generation_prompt,
+            "add_generation_prompt": add_generation_prompt and not continue_final_message,
         }
         with self._lock:
             if not self._worker.usable:
                 self._worker = _Worker(self.source, self._limits)
-            return self._worker.ask(context)
+            text = self._worker.ask(context)
+        if not continue_final_message:
+            return text
+        if text.count(mark) != 1:
+            raise ValueError("the chat template does not write the last message exactly once: it cannot be continued")
+        return text.partition(mark)[0]
 
     def close(self) -> None:
         """End the template's process, and with an error what it is rendering; the next rendering starts another."""

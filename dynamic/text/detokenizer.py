@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import codecs
-from functools import lru_cache
+from collections.abc import Iterable
 from typing import Protocol
 
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, byte_of_name
 
 
 class Detokenizer(Protocol):
@@ -28,14 +28,6 @@ def make_detokenizer(tokenizer: Tokenizer, skip_special_tokens: bool) -> Detoken
     return WindowDetokenizer(tokenizer, skip_special_tokens)
 
 
-@lru_cache(maxsize=1)
-def _byte_of_character() -> dict[str, int]:
-    """The byte-level alphabet (Radford et al. 2019): printable Latin-1 is itself, the rest sits at U+0100."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in set(printable)]
-    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
-
-
 class ByteDetokenizer:
     """For byte-level vocabularies: constant work per token, and only an incomplete character is held back."""
 
@@ -47,15 +39,7 @@ class ByteDetokenizer:
     def add(self, token_id: int) -> str:
         if token_id in self._skipped:
             return ""
-        name = self._tokenizer.token_name(token_id)
-        if name is None:
-            return ""
-        alphabet = _byte_of_character()
-        try:
-            data = bytes([alphabet[character] for character in name])
-        except KeyError:  # an added token, which is plain text
-            data = name.encode()
-        return self._decoder.decode(data)
+        return self._decoder.decode(self._tokenizer.token_bytes(token_id) or b"")
 
     def flush(self) -> str:
         text = self._decoder.decode(b"", final=True)
@@ -82,7 +66,7 @@ class WindowDetokenizer:
         if name is None or token_id in self._skipped:
             return ""
         self._ids.append(token_id)
-        if len(name) == 6 and name.startswith("<0x"):
+        if byte_of_name(name) is not None:
             return ""  # one of a run of byte tokens, which becomes text as a whole
         return self._report(held_back="\ufffd")
 
@@ -98,3 +82,36 @@ class WindowDetokenizer:
         self._reported = len(self._ids)
         self._reported_text = self._tokenizer.decode(self._ids, skip_special_tokens=False)
         return added
+
+
+class TokenStarts:
+    """Where each token begins in the text that it becomes a part of, in characters. A token that is a part of a
+    character begins where that does, and one that is left out of the text where the next one does.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._detokenizer = make_detokenizer(tokenizer, skip_special_tokens)
+        self._certain = 0  # characters
+        self._held_back = b""
+
+    def add(self, token_id: int) -> int:
+        """Where the next token begins."""
+        before = self._certain
+        start = before + len(self._held_back.decode(errors="ignore"))
+        self._certain += len(added := self._detokenizer.add(token_id))
+        if token_id in self._skipped:
+            return start
+        text, name = self._tokenizer.token_text(token_id), self._tokenizer.token_name(token_id)
+        if not added:
+            if "\ufffd" in text or byte_of_name(name or "") is not None:  # otherwise it has no text
+                self._held_back += self._tokenizer.token_bytes(token_id) or b""
+            return start
+        self._held_back = b""
+        # What was held back may have become text of another length.
+        return start if "\ufffd" in text else max(before, self._certain - len(text))
+
+    def add_all(self, token_ids: Iterable[int]) -> list[int]:
+        """Where each of the next tokens begins."""
+        return [self.add(token_id) for token_id in token_ids]

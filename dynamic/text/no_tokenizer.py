@@ -26,6 +26,7 @@ class NoTokenizer(Tokenizer):
         self.special_ids: frozenset[int] = frozenset()
         self._chat_sources: dict[str, str] = {}
         self._chat_templates = {}
+        self._token_bytes = {}
 
     def _refuse(self) -> NoReturn:
         raise ValueError(f"the model in {self.path} was loaded without its tokenizer; it takes and gives token ids")

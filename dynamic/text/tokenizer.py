@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,7 @@ class Tokenizer:
         self._chat_sources = dict(chat_templates)
         self._chat_templates: dict[str, ChatTemplate] = {}
         self._token_texts: dict[int, str] = {}
+        self._token_bytes: dict[int, bytes] = {}
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.special_ids = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
 
@@ -144,6 +146,30 @@ class Tokenizer:
             self._token_texts[token_id] = text
         return text
 
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """What one token adds to a running text in UTF-8, also where it is a part of a character; None outside the
+        vocabulary."""
+        data = self._token_bytes.get(token_id)
+        if data is None and (name := self.token_name(token_id)) is not None:
+            byte, alphabet = byte_of_name(name), _byte_of_character()
+            if byte is not None and not self.is_byte_level:
+                data = bytes([byte])
+            elif (self.is_byte_level or "\ufffd" in self.token_text(token_id)) and alphabet.keys() >= set(name):
+                data = bytes([alphabet[character] for character in name])
+            else:  # an added token, which is plain text, or another kind of vocabulary
+                data = (name if self.is_byte_level else self.token_text(token_id)).encode()
+            self._token_bytes[token_id] = data
+        return data
+
+    def token_starts(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """For each token of :meth:`encode`: where it begins in the text, in characters. Tokens cover the text without
+        gaps; those that are not in it, as BOS, begin where the one before them ends."""
+        starts, end = [], 0
+        for first, last in self.backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].offsets:
+            starts.append(end if first == last else min(first, end))
+            end = max(end, last)
+        return starts
+
     def token_name(self, token_id: int) -> str | None:
         """The token as the vocabulary spells it; None outside the vocabulary."""
         return self.backend.id_to_token(token_id)
@@ -209,6 +235,19 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
+
+
+@lru_cache(maxsize=1)
+def _byte_of_character() -> dict[str, int]:
+    """The byte-level alphabet (Radford et al. 2019): printable Latin-1 is itself, the rest sits at U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in set(printable)]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+
+def byte_of_name(name: str) -> int | None:
+    """The byte that a token such as ``<0x0A>`` stands for; None for other tokens."""
+    return int(name[3:5], 16) if re.fullmatch(r"<0x[0-9A-F]{2}>", name) else None
 
 
 def _content(token: Any, name: str) -> str | None:

@@ -23,12 +23,7 @@ def chat_routes(context: ServerContext) -> APIRouter:
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation. With ``stream`` the answer is a stream of server-sent events."""
         messages = context.checks.chat(body)
-        _, token_ids = await context.text.encode_chat(
-            messages,
-            add_generation_prompt=True if body.add_generation_prompt is None else body.add_generation_prompt,
-            add_special_tokens=bool(body.add_special_tokens),
-            variables=body.chat_template_kwargs or {},
-        )
+        _, token_ids = await context.text.encode_chat(messages, **body.rendering)
         prompts = [Prompt(token_ids)]
         return await Generation(
             context=context,
@@ -39,7 +34,9 @@ def chat_routes(context: ServerContext) -> APIRouter:
             format=ChatFormat(
                 id=f"chatcmpl-{uuid.uuid4().hex}",
                 top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+                tokenizer=context.model.tokenizer,
                 compute=body.streams_compute,
+                echo=messages[-1]["content"] if body.echo and messages[-1]["role"] == "assistant" else "",
             ),
         ).respond()
 

@@ -7,11 +7,13 @@ import uuid
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from ...dynamic.text.detokenizer import TokenStarts
 from ..context import ServerContext
 from ..formats import CompletionFormat, Prompt
 from ..generation import Generation, params_per_prompt
 from ..json_body import body_route
 from ..sampling import COMPLETION_MAX_TOKENS
+from ..text import LARGE_TEXT
 from ..wire.openai import CompletionRequest
 from ..wire.openai_answers import POST_ERRORS, CompletionResponse, answer_or_stream
 
@@ -37,6 +39,7 @@ def completion_routes(context: ServerContext) -> APIRouter:
             logprobs=body.logprobs is not None,
             prompt_logprobs=body.prompt_logprobs is not None,
             compute=body.streams_compute,
+            skip_special_tokens=body.skip_special_tokens is not False,
         )
         return await Generation(
             context=context,
@@ -52,8 +55,15 @@ def completion_routes(context: ServerContext) -> APIRouter:
 
 
 async def _encode(context: ServerContext, prompt: str | list[int], body: CompletionRequest) -> Prompt:
+    text = context.text
+    offsets = body.echo and body.logprobs is not None
+    run = text.run if len(prompt) <= LARGE_TEXT else text.run_large
     if isinstance(prompt, str):
         special = True if body.add_special_tokens is None else body.add_special_tokens
-        return Prompt(await context.text.encode(prompt, special), prompt)
-    text = await context.text.decode(prompt, skip_special_tokens=False) if body.echo else ""
-    return Prompt(prompt, text)
+        token_ids = await text.encode(prompt, special)
+        starts = await run(context.model.tokenizer.token_starts, prompt, special) if offsets else ()
+        return Prompt(token_ids, prompt, starts)
+    if not body.echo:
+        return Prompt(prompt)
+    starts = await run(TokenStarts(context.model.tokenizer, False).add_all, prompt) if offsets else ()
+    return Prompt(prompt, await text.decode(prompt, skip_special_tokens=False), starts)

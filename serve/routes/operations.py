@@ -12,7 +12,7 @@ from ...version import __version__
 from ..context import ServerContext
 from ..errors import unavailable
 from ..request_checks import check_model
-from ..wire.openai_answers import HealthResponse, ModelCard, ModelList, VersionResponse, error_responses
+from ..wire.openai_answers import HealthResponse, LoadResponse, ModelCard, ModelList, VersionResponse, error_responses
 
 PAGE = Path(__file__).parents[1] / "static" / "index.html"
 PAGE_HEADERS = {
@@ -37,17 +37,22 @@ def operation_routes(context: ServerContext) -> APIRouter:
             max_model_len=context.max_model_len,
         )
 
+    @router.head("/v1/models", include_in_schema=False)
     @router.get("/v1/models", tags=["OpenAI"], responses=error_responses(401, 500))
     async def list_models() -> ModelList:
         """The models that are served: one."""
         return ModelList(object="list", data=[card()])
 
+    @router.head("/v1/models/{model:path}", include_in_schema=False)
     @router.get("/v1/models/{model:path}", tags=["OpenAI"], responses=error_responses(401, 404, 500))
     async def retrieve_model(model: str) -> ModelCard:
         """One model."""
         check_model(model, context.model_name)
         return card()
 
+    @router.head("/ping", include_in_schema=False)
+    @router.head("/health", include_in_schema=False)
+    @router.get("/ping", responses=error_responses(503))
     @router.get("/health", responses=error_responses(503))
     async def health() -> HealthResponse:
         """200 while requests can be served; 503 when the engine is dead or hung, or the server is shutting down."""
@@ -57,6 +62,11 @@ def operation_routes(context: ServerContext) -> APIRouter:
         if context.gate.draining:
             raise unavailable("The server is shutting down.", "shutting_down")
         return HealthResponse(status="ok")
+
+    @router.get("/load", responses=error_responses(401, 500))
+    async def load() -> LoadResponse:
+        """How many requests the server works on, as routers in front of several servers ask."""
+        return LoadResponse(server_load=context.gate.num_open)
 
     @router.get("/version", responses=error_responses(401, 500))
     async def version() -> VersionResponse:

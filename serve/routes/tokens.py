@@ -11,7 +11,8 @@ from ..context import ServerContext
 from ..errors import invalid
 from ..json_answer import JsonAnswer
 from ..json_body import body_route
-from ..request_checks import check_model, plain_messages
+from ..request_checks import check_model, check_supported, plain_messages
+from ..wire.fields import DETOKENIZE, TOKENIZE
 from ..wire.openai import DetokenizeRequest, TokenizeRequest
 from ..wire.openai_answers import POST_ERRORS, DetokenizeResponse, TokenizeResponse, TokenizerInfo, error_responses
 
@@ -25,18 +26,14 @@ def token_routes(context: ServerContext) -> APIRouter:
     async def tokenize(body: TokenizeRequest) -> Response:
         """Token ids of a prompt, or of a conversation in the model's chat template."""
         check_model(body.model, context.model_name)
+        check_supported(body, TOKENIZE)
         if (body.prompt is None) == (body.messages is None):
             raise invalid("Give either prompt or messages.", param="prompt")
         if body.prompt is not None:
             special = True if body.add_special_tokens is None else body.add_special_tokens
             tokens = await context.text.encode(body.prompt, special)
         else:
-            _, tokens = await context.text.encode_chat(
-                plain_messages(body.messages or []),
-                add_generation_prompt=True if body.add_generation_prompt is None else body.add_generation_prompt,
-                add_special_tokens=bool(body.add_special_tokens),
-                variables=body.chat_template_kwargs or {},
-            )
+            _, tokens = await context.text.encode_chat(plain_messages(body.messages or []), **body.rendering)
         most = context.settings.limits.max_json_values
         if len(tokens) > most:
             raise invalid(f"The text has {len(tokens)} tokens; one answer holds at most {most}.", param="prompt")
@@ -53,6 +50,7 @@ def token_routes(context: ServerContext) -> APIRouter:
     async def detokenize(body: DetokenizeRequest) -> Response:
         """The text of token ids. Special tokens are kept unless ``skip_special_tokens`` is true."""
         check_model(body.model, context.model_name)
+        check_supported(body, DETOKENIZE)
         context.checks.token_ids(body.tokens, "tokens")
         text = await context.text.decode(body.tokens, bool(body.skip_special_tokens))
         return await context.text.run_large(JsonAnswer, {"prompt": text})

@@ -337,6 +337,12 @@ class HealthResponse(Answer):
     status: Literal["ok"]
 
 
+class LoadResponse(Answer):
+    """Answer of ``GET /load``: requests in flight."""
+
+    server_load: int
+
+
 class VersionResponse(Answer):
     """Answer of ``GET /version``."""
 
