@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from k_blocks import k_blocks
 from safetensors.torch import load_file, save_file
 
 ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
@@ -69,7 +70,7 @@ def write_gguf(
         one_each: experts are written one by one, as the first converters of Mixtral did.
         writing: for the writer, such as ``split_max_tensors``.
     """
-    from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, quantize
+    from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
     config = json.loads((checkpoint / "config.json").read_text())
     architecture = architecture or ARCHITECTURES.get(config["model_type"], config["model_type"])
@@ -98,13 +99,23 @@ def write_gguf(
         if raw is None or "ffn_gate_inp" in name:
             writer.add_tensor(name, array)
         else:
-            data = quantize(array, raw) if blocks is None or kind in FLOATS else blocks_of(array, blocks)
+            data = rounded(array, kind) if blocks is None or kind in FLOATS else blocks_of(array, blocks)
             writer.add_tensor(name, data, raw_dtype=raw)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return file
+
+
+def rounded(array: Any, kind: str) -> Any:
+    """Rounded to blocks of a type, uint8 (…, bytes of a row); K-quants, which the library only reads, by us."""
+    from gguf import GGMLQuantizationType, quantize
+
+    if not kind.endswith("_K"):
+        return quantize(array, GGMLQuantizationType[kind])
+    rows = k_blocks(kind, torch.from_numpy(array).flatten(0, -2))
+    return rows.view(*array.shape[:-1], -1).numpy()
 
 
 def rounded_checkpoint(checkpoint: Path, target: Path, kind: str) -> Blocks:

@@ -1,4 +1,4 @@
-"""Formats that the package does not have, stated as descriptors: GGUF's K-quants, MXFP4, NVFP4.
+"""Formats as descriptors: those of GGUF's K-quants, and two that the package does not have, MXFP4 and NVFP4.
 
 What the gguf package makes of random blocks is the oracle.
 """
@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from dynamoe.dynamic.checkpoint.k_quants import K_QUANTS, k_quant_weight
 from dynamoe.kernels.api import format_join
 from dynamoe.kernels.api.codes import Codes, pack, unpack
 from dynamoe.kernels.api.formats import Format
@@ -21,17 +23,11 @@ from dynamoe.kernels.cpu.backend import CpuBackend
 from dynamoe.kernels.reference import quantized as quant_reference
 from dynamoe.kernels.torch.backend import TorchBackend
 from dynamoe.kernels.triton.backend import TritonBackend
-from gguf import quants
+from gguf import GGMLQuantizationType, dequantize, quants
+from k_blocks import random_blocks
 
 OUTPUTS, INPUTS = 40, 512
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-K_SCALES = {"groups": (32,), "scales": (torch.uint8,), "two_level": True, "outer_group": 256, "offsets": True}
-# Four bits with offsets per 32 inputs: the int4 kernels run it as it is.
-Q4_K = Format(name="q4_k", codes=Codes(bits=4), **K_SCALES, cpu=1, triton="int4")
-Q5_K = Format(name="q5_k", codes=Codes(bits=5), **K_SCALES)
-Q6_K = Format(
-    name="q6_k", codes=Codes(bits=6, zero=32), groups=(16,), scales=(torch.int8,), two_level=True, outer_group=256
-)
 MXFP4 = Format(name="mxfp4", codes=Codes(bits=4, table=E2M1), groups=(32,), scales=(torch.float8_e8m0fnu,))
 NVFP4 = Format(
     name="nvfp4", codes=Codes(bits=4, table=E2M1), groups=(16,), scales=(torch.float8_e4m3fn,), two_level=True
@@ -42,11 +38,6 @@ NVFP4 = Format(
 class Case:
     weight: QuantizedWeight
     plain: torch.Tensor
-
-
-def halves(count: int) -> np.ndarray:
-    """Small positive numbers of 16 bits as bytes, (count, 2)."""
-    return (np.random.default_rng(1).random((count, 1)) / 8 + 0.01).astype(np.float16).view(np.uint8)
 
 
 def random_bytes(*shape: int) -> np.ndarray:
@@ -62,48 +53,10 @@ def dequantized(kind: type, blocks: np.ndarray) -> torch.Tensor:
     return rows(kind.dequantize_blocks(blocks))  # type: ignore[attr-defined]
 
 
-def k_quant(form: Format) -> Case:
-    count = OUTPUTS * INPUTS // 256
-    d, dmin, scales, qh, qs = halves(count), halves(count), random_bytes(count, 12), random_bytes(count, 32), None
-    qs = random_bytes(count, 128)
-    high = [qh] if form == Q5_K else []
-    kind = quants.Q5_K if high else quants.Q4_K
-    plain = dequantized(kind, np.concatenate([d, dmin, scales, *high, qs], -1))
-    codes = (qs.reshape(count, 4, 1, 32) >> np.array([0, 4], np.uint8).reshape(1, 1, 2, 1) & 15).reshape(count, 8, 32)
-    if high:
-        codes = codes | ((qh[:, None] >> np.arange(8, dtype=np.uint8)[None, :, None]) & 1) << 4
-    scale, smallest = quants.Q4_K.get_scale_min(scales)
-    weight = QuantizedWeight(
-        format=form,
-        data=form.codes.pack(rows(codes)),
-        scale=rows(scale),
-        inputs=INPUTS,
-        group=32,
-        offset=rows(smallest),
-        outer_scale=rows(d.view(np.float16)),
-        outer_offset=-rows(dmin.view(np.float16)),
-    )
-    return Case(weight, plain)
-
-
-def q6_k() -> Case:
-    count = OUTPUTS * INPUTS // 256
-    codes, scales, d = random_bytes(count, 8, 32) % 64, random_bytes(count, 16), halves(count)
-    low = (codes & 15).reshape(count, 2, 2, 64)
-    high = (codes >> 4).reshape(count, 2, 4, 32)
-    ql = low[:, :, 0] | low[:, :, 1] << 4
-    qh = sum(high[:, :, n] << np.uint8(2 * n) for n in range(4))
-    assert isinstance(qh, np.ndarray)
-    blocks = np.concatenate([ql.reshape(count, 128), qh.reshape(count, 64), scales, d], -1)
-    weight = QuantizedWeight(
-        format=Q6_K,
-        data=Q6_K.codes.pack(rows(codes)),
-        scale=rows(scales.view(np.int8)),
-        inputs=INPUTS,
-        group=16,
-        outer_scale=rows(d.view(np.float16)),
-    )
-    return Case(weight, dequantized(quants.Q6_K, blocks))
+def k_quant(kind: str) -> Case:
+    raw = random_blocks(kind, OUTPUTS, INPUTS)
+    plain = torch.from_numpy(dequantize(raw.numpy(), GGMLQuantizationType[kind]))
+    return Case(k_quant_weight(raw, kind, (OUTPUTS, INPUTS)), plain)
 
 
 def mxfp4() -> Case:
@@ -133,9 +86,7 @@ def nvfp4() -> Case:
 
 
 CASES: dict[str, Callable[[], Case]] = {
-    "q4_k": lambda: k_quant(Q4_K),
-    "q5_k": lambda: k_quant(Q5_K),
-    "q6_k": q6_k,
+    **{kind: partial(k_quant, kind) for kind in K_QUANTS},
     "mxfp4": mxfp4,
     "nvfp4": nvfp4,
 }
@@ -170,16 +121,17 @@ def test_parts_and_joins_are_those_of_the_matrix(case: Case) -> None:
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # lanes that the interpreter computes and a mask discards
 def test_backends_run_them(case: Case) -> None:
-    """With kernels of their own, with those of a format that holds the same numbers, or dequantised."""
+    """With kernels of their own, or dequantised."""
     x, weight = torch.randn(5, INPUTS), case.weight
     expected = quant_reference.linear(x, weight)
-    assert set(quantised_outcomes(weight.format).values()) == {"kernels" if weight.format == Q4_K else "torch"}
+    kernels = weight.format.name.endswith("_k")
+    assert set(quantised_outcomes(weight.format).values()) == {"kernels" if kernels else "torch"}
     for make in (TorchBackend, CpuBackend, TritonBackend):
         backend = make("cpu", torch.float32)
         packed = backend.pack_quantized_linear(weight)
         assert error(backend.linear(x, packed), expected) <= QUANTIZED_TOLERANCE["none", torch.float32]
-        if weight.format == Q4_K:
-            assert packed.nbytes < 2 * weight.out_features * INPUTS
+        if kernels:
+            assert packed.nbytes < 1.05 * weight.nbytes * -(-OUTPUTS // 32) * 32 / OUTPUTS
         torch.testing.assert_close(backend.weight_rows(packed, torch.arange(3)), weight.dequantize()[:3])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from dynamoe.kernels.torch.backend import TorchBackend
 from dynamoe.kernels.triton.backend import TritonBackend
 from dynamoe.kernels.triton.device import H100
 from dynamoe.kernels.triton.rounding import plan_rows
+from k_blocks import k_weight
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -46,6 +48,7 @@ FORMATS: dict[str, tuple[Quantize, ActivationScheme]] = {
     ),
     "fp8": (rounding.quantize_fp8, UNQUANTIZED),
     "fp8 blocks": (lambda w: rounding.quantize_fp8(w, block=True), FP8_PER_GROUP),
+    **{kind.lower(): (partial(k_weight, kind), UNQUANTIZED) for kind in ("Q4_K", "Q5_K", "Q6_K")},
 }
 LINEAR_EDGES = {
     "one of everything": (1, 1, 1),
@@ -226,8 +229,8 @@ def test_packed_sizes_are_those_of_the_codes_and_scales():
         assert backend.pack_quantized_linear(quantize(weight), None, scheme).nbytes <= share * plain
 
 
-# Not those whose scales are for several rows.
-@pytest.mark.parametrize("form", [name for name in FORMATS if "blocks" not in name])
+# Not those whose scales are for several rows, or of a width of their own.
+@pytest.mark.parametrize("form", [name for name in FORMATS if "blocks" not in name and "_k" not in name])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_scales_of_16_bits_give_the_same_bits_as_wide_ones(cpu_backend: CpuBackend, form: str, dtype: torch.dtype):
     quantize, scheme = FORMATS[form]

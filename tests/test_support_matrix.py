@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from dynamoe.dynamic.model.quantization import methods
+from dynamoe.dynamic.model.quantization import Method, methods
 from dynamoe.kernels.api.kv_codes import KV_DTYPES, stored_channels
 from dynamoe.kernels.api.router_spec import RouterSpec
 from dynamoe.kernels.api.support import (
@@ -30,6 +31,7 @@ from dynamoe.kernels.reference import quantized as quant_reference
 from dynamoe.kernels.select import BACKENDS, select_backend
 from dynamoe.kernels.torch import backend as torch_backend
 from dynamoe.kernels.torch.backend import TorchBackend
+from k_blocks import k_weight
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 ROOT = Path(__file__).parents[1]
@@ -72,7 +74,8 @@ def test_quantised_weights(weights: str, name: str, monkeypatch: pytest.MonkeyPa
     device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
     backend = select_backend(device, torch.bfloat16 if device == "cuda" else torch.float32, name)
     names = ("int8", "int8-g32", "w8a8", "int4", "w4a8", "fp8", "fp8-block")
-    method = methods()[dict(zip(QUANTISED, names, strict=True))[weights]]
+    k_quants = [Method(partial(k_weight, kind)) for kind in ("Q4_K", "Q5_K", "Q6_K")]
+    method = dict(zip(QUANTISED, [*(methods()[name] for name in names), *k_quants], strict=True))[weights]
     fell_back = []
     oracle = quant_reference.experts
     monkeypatch.setattr(

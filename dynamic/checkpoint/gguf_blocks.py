@@ -13,11 +13,12 @@ import torch
 from ...kernels.api.codes import pack_int4
 from ...kernels.api.formats import INT4, INT8, Format
 from ...kernels.api.quantized_weight import QuantizedWeight
+from .k_quants import K_QUANTS, k_quant_weight
 from .weights import CheckpointError
 
 _BLOCK = 32  # inputs that share a scale
 # Types without a format of ours that run dequantised unasked, with a warning: they are not far smaller than that.
-WIDENED = ("Q4_K", "Q5_K", "Q6_K", "Q5_1", "MXFP4")
+WIDENED = ("Q5_1", "MXFP4")
 # Numbers of float32 that are made from blocks at a time.
 _CHUNK = 1 << 22
 
@@ -41,6 +42,8 @@ def gguf_weight(raw_OX: torch.Tensor, kind: str, shape: tuple[int, int]) -> Quan
     Raises:
         ValueError: for scales that are not finite.
     """
+    if kind in K_QUANTS:
+        return k_quant_weight(raw_OX, kind, shape)
     if (read := _FORMATS.get(kind)) is None:
         return None
     weight = read(raw_OX.contiguous().view(shape[0], shape[1] // _BLOCK, -1))
@@ -52,7 +55,7 @@ def gguf_weight(raw_OX: torch.Tensor, kind: str, shape: tuple[int, int]) -> Quan
 
 def has_format(kind: str) -> bool:
     """Whether weights of a type stay at their width."""
-    return kind in _FORMATS
+    return kind in K_QUANTS or kind in _FORMATS
 
 
 def dequantized(raw_OX: torch.Tensor, kind: str, shape: tuple[int, int]) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -70,9 +71,15 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
         return codes
     if bits == 4:
         return pack_int4(codes)
-    bits_X = (codes[..., None] >> torch.arange(bits, device=codes.device)).flatten(-2) & 1
-    bytes_X8 = F.pad(bits_X, (0, -bits_X.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    return (bytes_X8 << torch.arange(8, device=codes.device)).sum(-1).to(torch.uint8)
+    count, size = _unit(bits)
+    codes_XN = F.pad(codes, (0, -codes.shape[-1] % count)).unflatten(-1, (-1, count))
+    bytes_XB = codes.new_zeros(*codes_XN.shape[:-1], size)
+    for n in range(count):
+        byte, shift = divmod(n * bits, 8)
+        bytes_XB[..., byte] |= codes_XN[..., n] << shift
+        if shift + bits > 8:
+            bytes_XB[..., byte + 1] |= codes_XN[..., n] >> 8 - shift
+    return bytes_XB.flatten(-2)[..., : -(-codes.shape[-1] * bits // 8)]
 
 
 def unpack(data: torch.Tensor, bits: int) -> torch.Tensor:
@@ -81,9 +88,22 @@ def unpack(data: torch.Tensor, bits: int) -> torch.Tensor:
         return data
     if bits == 4:
         return unpack_int4(data)
-    bits_X = (data[..., None] >> torch.arange(8, device=data.device)).flatten(-2) & 1
-    bits_XB = bits_X[..., : bits_X.shape[-1] // bits * bits].unflatten(-1, (-1, bits))
-    return (bits_XB << torch.arange(bits, device=data.device)).sum(-1).to(torch.uint8)
+    count, size = _unit(bits)
+    bytes_XB = F.pad(data, (0, -data.shape[-1] % size)).unflatten(-1, (-1, size))
+    codes_XN = data.new_empty(*bytes_XB.shape[:-1], count)
+    for n in range(count):
+        byte, shift = divmod(n * bits, 8)
+        code = bytes_XB[..., byte] >> shift
+        if shift + bits > 8:
+            code |= bytes_XB[..., byte + 1] << 8 - shift
+        codes_XN[..., n] = code & (1 << bits) - 1
+    return codes_XN.flatten(-2)[..., : data.shape[-1] * 8 // bits]
+
+
+def _unit(bits: int) -> tuple[int, int]:
+    """How many codes fill how many bytes."""
+    common = math.gcd(bits, 8)
+    return 8 // common, bits // common
 
 
 def pack_int4(codes: torch.Tensor) -> torch.Tensor:

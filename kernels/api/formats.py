@@ -6,7 +6,7 @@ A new format is a :class:`Format`, and kernels where it shall be fast: without t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -34,6 +34,7 @@ class Format:
         scales: dtypes that scales and offsets may have. Powers of two are ``torch.float8_e8m0fnu``.
         two_level: whether there are outer scales.
         outer_group: inputs that share one of those; None: all of an output's.
+        outer_scales: dtypes that outer scales and offsets may have.
         zero_points: whether weights may have zero points, which are codes.
         offsets: whether weights may have offsets.
         rows: what the inputs of a product may be rounded to: ``int8``, ``fp8``, or nothing.
@@ -49,6 +50,7 @@ class Format:
     scales: tuple[torch.dtype, ...] = FLOATS
     two_level: bool = False
     outer_group: int | None = None
+    outer_scales: tuple[torch.dtype, ...] = FLOATS
     zero_points: bool = False
     offsets: bool = False
     rows: str = ""
@@ -75,6 +77,12 @@ INT4 = Format(name="int4", codes=Codes(bits=4, zero=8), groups=GROUPS, zero_poin
               cpu=1, triton="int4")  # fmt: skip
 FP8 = Format(name="fp8", codes=Codes(dtype=torch.float8_e4m3fn), groups=(None, FP8_BLOCK), block_outs=(1, FP8_BLOCK),
              rows="fp8", cpu=2, triton="fp8")  # fmt: skip
+# GGUF's K-quants: scales of groups, and offsets where there are any, in few bits; a float16 number for 256 inputs.
+Q4_K = Format(name="q4_k", codes=Codes(bits=4), groups=(32,), scales=(torch.uint8,), two_level=True, outer_group=256,
+              outer_scales=(torch.float16,), offsets=True, cpu=3, triton="int4")  # fmt: skip
+Q5_K = replace(Q4_K, name="q5_k", codes=Codes(bits=5), cpu=4, triton="int5")
+Q6_K = replace(Q5_K, name="q6_k", codes=Codes(bits=6, zero=32), groups=(16,), scales=(torch.int8,), offsets=False,
+               cpu=5, triton="int6")  # fmt: skip
 
 
 @dataclass(frozen=True)

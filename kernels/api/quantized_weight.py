@@ -26,7 +26,7 @@ class QuantizedWeight:
         block_out: outputs that share a scale.
         zero: codes, uint8, shaped as the scales; None: the format's own zero.
         offset: shaped as the scales: takes the place of zero points where they are no whole numbers (GGUF's Q4_1).
-        outer_scale, outer_offset: floating, (…, O, ⌈I / the format's outer group⌉); None: scales and offsets are whole.
+        outer_scale, outer_offset: (…, O, ⌈I / the format's outer group⌉); None: scales and offsets are whole.
 
     Raises:
         ValueError: for a tensor of another dtype or shape, or one that the format does not have, naming it.
@@ -55,8 +55,9 @@ class QuantizedWeight:
         outer = (*shape[:-1], self._groups_of(form.outer_group))
         whole = (*FLOATS, *form.scales) if self.outer_scale is None else form.scales
         self._check(self.scale, "scales", shape, whole)
-        self._check(self.outer_scale, "outer scales", outer, FLOATS, known=form.two_level)
-        self._check(self.outer_offset, "outer offsets", outer, FLOATS, known=form.two_level and form.offsets)
+        kinds = form.outer_scales
+        self._check(self.outer_scale, "outer scales", outer, kinds, known=form.two_level)
+        self._check(self.outer_offset, "outer offsets", outer, kinds, known=form.two_level and form.offsets)
         if self.zero is not None and self.offset is not None:
             raise ValueError("a weight has zero points or offsets, not both")
         self._check(self.offset, "offsets", shape, whole, known=form.offsets)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .formats import FP8, INT4, INT8, Format
+from .formats import FP8, INT4, INT8, Q4_K, Q5_K, Q6_K, Format
 from .router_spec import RouterSpec
 
 KERNELS, TORCH, REFUSED = "kernels", "torch", "refused"
@@ -106,6 +106,9 @@ QUANTISED: dict[str, dict[str, str]] = {
         ("int4, rows rounded to int8 (w4a8)", INT4),
         ("fp8 e4m3, a scale per output", FP8),
         ("fp8 e4m3, 128 x 128 blocks, rows rounded", FP8),
+        ("q4_k", Q4_K),
+        ("q5_k", Q5_K),
+        ("q6_k", Q6_K),
     )
 }
 
@@ -180,6 +183,7 @@ def render(results: Path = RESULTS) -> str:
         "Dense layers and experts alike. torch dequantises whole weights for each product: right, and slow.",
         "On `triton` rounded rows meet weights in tensor cores for int8, and for e4m3 where a GPU has them (sm_89 and",
         "later; others multiply its numbers in float16). Rows as they are meet weights widened to the model's dtype.",
+        "GGUF's Q8_0 is int8 in groups of 32.",
         "",
         *_table(("weights", *backends), *((weights, *by_backend(o)) for weights, o in QUANTISED.items())),
         "",

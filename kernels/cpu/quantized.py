@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ class Layout(NamedTuple):
         group: inputs that share a scale.
         offsets: 1 for offsets, 2 for zero points, 0 for neither.
         byte_rows: whether rows are rounded to 8 bits.
-        scale_type: where the scales' dtype is in ``_SCALES``.
+        scale_type: where the scales' dtype is in ``_SCALES``; with two levels that of the outer ones.
     """
 
     format: int
@@ -46,19 +47,38 @@ class Layout(NamedTuple):
     scale_type: int
 
 
+class Part(NamedTuple):
+    """Some outputs of a packed layer: their layout, and the words of 32 bits that a block takes."""
+
+    layout: Layout
+    block_words: int
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.layout.outputs // BLOCK)
+
+
 @dataclass(frozen=True)
 class CpuLinear:
-    """A packed linear layer of so many outputs; ``layout`` is empty unless it is quantised.
+    """A packed linear layer of so many outputs.
 
-    ``skip`` outputs in front are computed and dropped: the tail of a quantised layer began inside a block.
+    Arguments:
+        packed, bias: of a quantised layer those of its parts, one behind the other, each in whole blocks.
+        parts: of a quantised layer; their outputs follow each other, and their formats may differ.
+        skip: outputs in front that are computed and dropped: the tail of a quantised layer began inside a block.
     """
 
     isa: int
     packed: torch.Tensor
     bias: torch.Tensor | None
     outputs: int
-    layout: Layout | tuple[()] = ()
+    parts: tuple[Part, ...] = ()
     skip: int = 0
+
+    @cached_property
+    def layout(self) -> list[int]:
+        """Of all parts, as the C++ kernels take it."""
+        return [number for part in self.parts for number in part.layout]
 
     def run(self, x_TI: torch.Tensor, *, float_out: bool = False) -> torch.Tensor:
         """(T, O), of x's dtype or float32."""
@@ -71,13 +91,22 @@ class CpuLinear:
     def tail(self, start: int) -> CpuLinear:
         """The layer that computes the outputs from ``start`` on, which shares this one's memory. Unless the layer is
         quantised they begin with a block."""
-        first, skip = divmod(start + self.skip, BLOCK)
-        words = self.packed.numel() // -(-(self.outputs + self.skip) // BLOCK)
-        assert self.layout or not skip
-        packed, bias = self.packed[first * words :], None if self.bias is None else self.bias[first * BLOCK :]
-        outputs = self.outputs - start
-        layout = self.layout._replace(outputs=outputs + skip) if self.layout else ()
-        return CpuLinear(self.isa, packed, bias, outputs, layout, skip)
+        inside, words, blocks, parts = start + self.skip, 0, 0, list(self.parts)
+        while len(parts) > 1 and inside >= parts[0].layout.outputs:
+            gone = parts.pop(0)
+            inside -= gone.layout.outputs
+            words += gone.blocks * gone.block_words
+            blocks += gone.blocks
+        first, skip = divmod(inside, BLOCK)
+        if parts:
+            layout = parts[0].layout
+            words += first * parts[0].block_words
+            parts[0] = parts[0]._replace(layout=layout._replace(outputs=layout.outputs - first * BLOCK))
+        else:
+            assert not skip
+            words = first * (self.packed.numel() // -(-self.outputs // BLOCK))
+        bias = None if self.bias is None else self.bias[(blocks + first) * BLOCK :]
+        return CpuLinear(self.isa, self.packed[words:], bias, self.outputs - start, tuple(parts), skip)
 
 
 @dataclass(frozen=True)
@@ -102,19 +131,24 @@ class CpuQuantExperts:
         return torch.ops.dynamoe_cpu.quant_experts.default(self.isa, x_TD, *packed, self.shape, *parts)
 
 
-@dataclass(frozen=True)
-class _Codes:
-    """One byte per weight, (…, O, I), scales (…, O, G), and offsets likewise or None."""
+class _Codes(NamedTuple):
+    """One byte per weight, (…, O, I), scales (…, O, G), and offsets likewise or None.
+
+    With two levels of scales those of groups are bytes, and there are outer ones.
+    """
 
     codes: torch.Tensor
     scales: torch.Tensor
     offsets: torch.Tensor | None
+    outer_scales: torch.Tensor | None = None
+    outer_offsets: torch.Tensor | None = None
 
 
 def _pack(isa: int, weight: QuantizedWeight, stored: _Codes, scheme: ActivationScheme) -> tuple[torch.Tensor, Layout]:
-    offsets, dtype = stored.offsets, next(d for d in (*_SCALES[1:], torch.float32) if _holds(d, stored.scales))
+    offsets, two_level = stored.offsets, stored.outer_scales is not None
+    dtype = next(d for d in (*_SCALES[1:], torch.float32) if two_level or _holds(d, stored.scales))
     kind = int(offsets is not None)
-    if offsets is not None and not _holds(dtype, offsets):
+    if offsets is not None and not two_level and not _holds(dtype, offsets):
         zeros = _zero_points(stored.scales, offsets)
         if zeros is None:
             dtype = torch.float32
@@ -130,16 +164,18 @@ def _pack(isa: int, weight: QuantizedWeight, stored: _Codes, scheme: ActivationS
         byte_rows=int(scheme.kind != "none"),
         scale_type=_SCALES.index(dtype),
     )
-    parts = _map(lambda t: t.contiguous(), _Codes(stored.codes, stored.scales, offsets))
-    return torch.ops.dynamoe_cpu.pack_quant.default(isa, parts.codes, parts.scales, parts.offsets, layout), layout
+    parts = _map(lambda t: t.contiguous(), stored._replace(offsets=offsets))
+    return torch.ops.dynamoe_cpu.pack_quant.default(isa, *parts, layout), layout
 
 
 def _holds(dtype: torch.dtype, values: torch.Tensor) -> bool:
-    """Whether a dtype has exactly these values; of 16 bits only normal numbers and zeros are used."""
+    """Whether a dtype has exactly these values; of bfloat16 only normal numbers and zeros are used."""
     if dtype == torch.float32:
         return True
     same = (values.to(dtype).float() == values) & values.isfinite()
-    return bool((same & ((values == 0) | (values.abs() >= torch.finfo(dtype).tiny))).all())
+    if dtype == torch.bfloat16:
+        same &= (values == 0) | (values.abs() >= torch.finfo(dtype).tiny)
+    return bool(same.all())
 
 
 def _zero_points(scales: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor | None:
@@ -158,16 +194,20 @@ def _read(weight: QuantizedWeight, has_offsets: bool = False) -> _Codes:
     codes = weight.codes()
     if weight.format.codes.dtype == torch.float8_e4m3fn and bool(((codes & 127) == 127).any()):
         raise ValueError(f"an {weight.format.name} weight of shape {weight.shape} holds NaN")
-    return _Codes(codes, weight.scales(), weight.offsets() if has_offsets or weight.needs_offsets else None)
+    if not weight.format.two_level:
+        return _Codes(codes, weight.scales(), weight.offsets() if has_offsets or weight.needs_offsets else None)
+    offset, wants_offsets = weight.offset, weight.format.offsets
+    if weight.outer_scale is None or (wants_offsets and (offset is None or weight.outer_offset is None)):
+        wanted = "two levels of scales" + (" and of offsets" if wants_offsets else "")
+        raise ValueError(f"{weight.format.name} weights have {wanted}, not {', '.join(sorted(weight.tensors()))}")
+    scales = (weight.scale.view(torch.uint8), offset, weight.outer_scale, weight.outer_offset)
+    return _Codes(codes, *scales)
 
 
 def _map(function: Callable[..., torch.Tensor], *stored: _Codes) -> _Codes:
-    """``function`` of the codes, of the scales, and of the offsets where there are any."""
-    parts = zip(*((s.codes, s.scales, s.offsets) for s in stored), strict=True)
-    codes, scales, offsets = (None if tensors[0] is None else function(*tensors) for tensors in parts)
-    assert codes is not None
-    assert scales is not None
-    return _Codes(codes, scales, offsets)
+    """``function`` of the codes, of the scales, and of whatever else there is."""
+    fields = zip(*stored, strict=True)
+    return _Codes(*(None if tensors[0] is None else function(*tensors) for tensors in fields))  # type: ignore[arg-type]
 
 
 def _interleaved(gate_EFX: torch.Tensor, up_EFX: torch.Tensor) -> torch.Tensor:
@@ -194,8 +234,22 @@ class CpuQuantPacking(TorchBackend):
             return self.pack_linear(self._dequantized(weight_OI, scheme), bias_O)
         self.formats.add(weight_OI.format.name)
         packed, layout = _pack(self._isa, weight_OI, _read(weight_OI), scheme)
-        data = CpuLinear(self._isa, packed, self._padded(bias_O), weight_OI.out_features, layout)
+        outputs = weight_OI.out_features
+        part = Part(layout, packed.numel() // -(-outputs // BLOCK))
+        data = CpuLinear(self._isa, packed, self._padded(bias_O), outputs, (part,))
         return LinearWeights.of(weight_OI.shape, self.dtype, data, packed, data.bias)
+
+    def join_linear(self, *parts: LinearWeights) -> LinearWeights:
+        layers: list[CpuLinear] = [part.data for part in parts]
+        if len(parts) == 1 or not all(layer.parts and not layer.skip for layer in layers):
+            return super().join_linear(*parts)
+        packed, bias = torch.cat([layer.packed for layer in layers]), None
+        if any(layer.bias is not None for layer in layers):
+            zeros = (torch.zeros(-(-layer.outputs // BLOCK) * BLOCK) for layer in layers)
+            bias = torch.cat([z if layer.bias is None else layer.bias for z, layer in zip(zeros, layers, strict=True)])
+        outputs = sum(layer.outputs for layer in layers)
+        data = CpuLinear(self._isa, packed, bias, outputs, tuple(part for layer in layers for part in layer.parts))
+        return LinearWeights.of((outputs, parts[0].in_features), self.dtype, data, packed, bias)
 
     def _pack_quantized_experts(self, experts: QuantExperts, activation: str) -> ExpertWeights:
         if any(weight.format.cpu is None for weight in experts.weights):

@@ -197,16 +197,17 @@ def _exits(backend: TorchBackend, numbers: Numbers) -> Outputs:
 
 
 def _quantised(backend: TorchBackend, format: Format) -> Outputs:
-    numbers = Numbers()
+    numbers, inputs = Numbers(), 288 if format.two_level else 160  # more than share an outer scale
+    kinds = ["", *(["zero"] if format.zero_points else []), *(["offset"] if format.offsets else [])]
     for group in format.groups:
         schemes = [UNQUANTIZED]
         if format.rows and (group is None or format.grouped_rows):
             schemes.append(ActivationScheme(format.rows, group or ROW_GROUP))
         for block_out in (n for n in format.block_outs if n == 1 or group is not None):
-            for kind in ("", *(["zero"] if format.zero_points else []), *(["offset"] if format.offsets else [])):
+            for kind in kinds[-1:] if format.two_level else kinds:
                 for scales in format.scales:
-                    weight_OI = _weight(numbers, format, (70, 160), group, block_out, kind, scales)
-                    shapes = ((3, 40, 160), (3, 40, 160), (3, 160, 40))
+                    weight_OI = _weight(numbers, format, (70, inputs), group, block_out, kind, scales)
+                    shapes = ((3, 40, inputs), (3, 40, inputs), (3, inputs, 40))
                     parts = [_weight(numbers, format, shape, group, block_out, kind, scales) for shape in shapes]
                     for scheme in schemes:
                         bias_O = numbers.floats(70)
@@ -236,5 +237,13 @@ def _weight(
         parts["zero"] = numbers.whole(1 << format.codes.bits, *form).to(torch.uint8)
     if kind == "offset":
         parts["offset"] = numbers.floats(*form, scale=0.3).to(dtype)
+    if format.two_level:
+        assert format.outer_group is not None
+        outer = (*form[:-1], -(-inputs // format.outer_group))
+        parts["scale"] = (numbers.whole(64, *form) - (32 if dtype.is_signed else 0)).to(dtype)
+        parts["outer_scale"] = ((0.2 + numbers.floats(*outer).abs()) * 0.001).half()
+        if kind == "offset":
+            parts["offset"] = numbers.whole(64, *form).to(dtype)
+            parts["outer_offset"] = numbers.floats(*outer, scale=0.005).half()
     whole = None if format.codes.bits == 8 else inputs
     return QuantizedWeight(format=format, inputs=whole, group=group, block_out=block_out, **parts)

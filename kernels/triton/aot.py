@@ -135,24 +135,34 @@ def launches_of(name: str, planner: Planner, dtype: torch.dtype) -> Iterator[tup
 def quantised_launches(dtype: torch.dtype, planner: Planner) -> Iterator[tuple[int, Launch]]:
     """Gated and plain products with every format, for few rows and for many, with the number of rows."""
     n, k = 512, 1024
+
+    def weight_of(name: str, group: int, *, offsets: bool = False, outer: torch.dtype | None = None) -> StoredWeight:
+        bits = {"int4": 4, "int5": 5, "int6": 6}.get(name, 8)
+        scales = meta(n, k // group if group else 1, dtype=outer or torch.float32)
+        halves = None if outer is None else meta(n, k // 256, dtype=torch.float16)
+        own, above = (scales, halves) if offsets else (None, None)
+        codes = meta(n, k * bits // 8, dtype=torch.uint8)
+        return StoredWeight(name, codes, scales, own, group, n, k, halves, above, 256 if outer else 0)
+
     as_they_are = (
-        ("int8", 0, False),
-        ("int8", 32, False),
-        ("int4", 64, False),
-        ("int4", 32, True),
-        ("fp8", 128, False),
+        weight_of("int8", 0),
+        weight_of("int8", 32),
+        weight_of("int4", 64),
+        weight_of("int4", 32, offsets=True),
+        weight_of("int4", 32, offsets=True, outer=torch.uint8),
+        weight_of("int5", 32, offsets=True, outer=torch.uint8),
+        weight_of("int6", 16, outer=torch.int8),
+        weight_of("fp8", 128),
     )
-    formats = [(*form, UNQUANTIZED) for form in as_they_are]
-    formats += [("int8", 0, False, INT8_PER_GROUP), *(("fp8", group, False, FP8_PER_GROUP) for group in (128, 0))]
-    for group, has_offsets in product(GROUPS, (False, True)):
-        formats.append(("int4", group, has_offsets, ActivationScheme("int8", group)))
-    for name, group, has_offsets, scheme in formats:
-        scales, codes = meta(n, k // group if group else 1), meta(n, k // 2 if name == "int4" else k, dtype=torch.uint8)
-        weight = StoredWeight(name, codes, scales, scales if has_offsets else None, group, n, k)
+    formats = [(form, UNQUANTIZED) for form in as_they_are]
+    formats += [(weight_of("int8", 0), INT8_PER_GROUP), *((weight_of("fp8", g), FP8_PER_GROUP) for g in (128, 0))]
+    for group, offsets in product(GROUPS, (False, True)):
+        formats.append((weight_of("int4", group, offsets=offsets), ActivationScheme("int8", group)))
+    for weight, scheme in formats:
         for rows in (8, 2048):
             x_TI = meta(rows, k, dtype=dtype)
             out_TO, launches = planner.plan(LinearCall(x_TI, weight, None, scheme, dtype))
-            config = quant_config(rows, group, gated=True, scheme=scheme)
+            config = quant_config(rows, weight.group, gated=True, scheme=scheme, format=weight.format)
             x, _ = plan_rows(x_TI, scheme)
             gated = plan_quant(x, weight, None, out_TO, config, up=weight, native_fp8=planner.device.has_fp8)
             yield from ((rows, launch) for launch in (*launches, gated))

@@ -38,8 +38,8 @@ class QuantConfig:
 
 @triton.jit
 def multiply_tile(
-    x_MK, x_scale_M, acc, codes, scales, offsets, expert, n0, k0, n_size, k_size,
-    FORMAT: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, NATIVE_FP8: tl.constexpr,
+    x_MK, x_scale_M, acc, codes, scales, offsets, outer_scales, outer_offsets, expert, n0, k0, n_size, k_size,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, OUTER_GROUP: tl.constexpr, ROWS: tl.constexpr, NATIVE_FP8: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``acc + x · weights`` for one step along K; scales of whole outputs (GROUP 0) are left to the end.
@@ -47,7 +47,8 @@ def multiply_tile(
     Arguments:
         x_scale_M: what the step's share of the rows is scaled by; None for rows as they are (ROWS ``none``).
     """
-    zero: tl.constexpr = 8 if offsets is None else 0  # pyright: ignore[reportAssignmentType]
+    middle: tl.constexpr = 8 if FORMAT == "int4" else 16 if FORMAT == "int5" else 32  # pyright: ignore[reportAssignmentType]
+    zero: tl.constexpr = middle if offsets is None else 0  # pyright: ignore[reportAssignmentType]
     w_NK = load_quant_tile(codes, expert, n0, k0, n_size, k_size, zero, FORMAT, BLOCK_N, BLOCK_K)
     if ROWS == "none":
         wide_NK = fp8_to_float16(w_NK) if FORMAT == "fp8" else w_NK
@@ -69,21 +70,24 @@ def multiply_tile(
     if GROUP == 0:
         return acc + step
     tl.static_assert(GROUP % BLOCK_K == 0)
-    acc += step * load_quant_scales(scales, expert, n0, k0, n_size, k_size, GROUP, BLOCK_N)[None, :]
+    scale_N = load_quant_scales(scales, outer_scales, expert, n0, k0, n_size, k_size, GROUP, OUTER_GROUP, BLOCK_N)
+    acc += step * scale_N[None, :]
     if offsets is not None:
-        offset_N = load_quant_scales(offsets, expert, n0, k0, n_size, k_size, GROUP, BLOCK_N)
+        offset_N = load_quant_scales(
+            offsets, outer_offsets, expert, n0, k0, n_size, k_size, GROUP, OUTER_GROUP, BLOCK_N
+        )
         acc += row_M[:, None] * offset_N[None, :]
     return acc
 
 
 @triton.jit
 def quant_gemm_kernel(
-    x_ptr, x_scales_ptr, codes_ptr, scales_ptr, offsets_ptr, bias_ptr,
-    up_codes_ptr, up_scales_ptr, up_offsets_ptr, up_bias_ptr,
+    x_ptr, x_scales_ptr, codes_ptr, scales_ptr, offsets_ptr, outer_scales_ptr, outer_offsets_ptr, bias_ptr,
+    up_codes_ptr, up_scales_ptr, up_offsets_ptr, up_outer_scales_ptr, up_outer_offsets_ptr, up_bias_ptr,
     weights_ptr, out_ptr, sorted_ptr, starts_ptr, tile_expert_ptr, tile_row_ptr, num_tiles_ptr,
     num_rows, n_size, k_size, stride_x,
-    K: tl.constexpr, GATHER: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr, ACTIVATION: tl.constexpr,
-    ROWS: tl.constexpr, ROW_GROUP: tl.constexpr, NATIVE_FP8: tl.constexpr,
+    K: tl.constexpr, GATHER: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr, OUTER_GROUP: tl.constexpr,
+    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, ROW_GROUP: tl.constexpr, NATIVE_FP8: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """``out = x · weights + bias`` for the rows of one expert per tile; with ``up`` ``act(gate) * up`` of two products.
@@ -123,18 +127,19 @@ def quant_gemm_kernel(
             x_scale_at_M = x_scales_ptr + in_M.to(tl.int64) * tl.cdiv(k_size, ROW_GROUP) + k0 // ROW_GROUP
             x_scale_M = tl.load(x_scale_at_M, mask=ok_M, other=0.0)
         acc = multiply_tile(
-            x_MK, x_scale_M, acc, codes_ptr, scales_ptr, offsets_ptr, expert, n0, k0, n_size, k_size,
-            FORMAT, GROUP, ROWS, NATIVE_FP8, BLOCK_M, BLOCK_N, BLOCK_K,
+            x_MK, x_scale_M, acc, codes_ptr, scales_ptr, offsets_ptr, outer_scales_ptr, outer_offsets_ptr,
+            expert, n0, k0, n_size, k_size, FORMAT, GROUP, OUTER_GROUP, ROWS, NATIVE_FP8, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         if up_codes_ptr is not None:
             up_acc = multiply_tile(
-                x_MK, x_scale_M, up_acc, up_codes_ptr, up_scales_ptr, up_offsets_ptr, expert, n0, k0, n_size, k_size,
-                FORMAT, GROUP, ROWS, NATIVE_FP8, BLOCK_M, BLOCK_N, BLOCK_K,
+                x_MK, x_scale_M, up_acc, up_codes_ptr, up_scales_ptr, up_offsets_ptr, up_outer_scales_ptr,
+                up_outer_offsets_ptr, expert, n0, k0, n_size, k_size,
+                FORMAT, GROUP, OUTER_GROUP, ROWS, NATIVE_FP8, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
     if GROUP == 0:
-        acc *= load_quant_scales(scales_ptr, expert, n0, 0, n_size, k_size, GROUP, BLOCK_N)[None, :]
+        acc *= load_quant_scales(scales_ptr, None, expert, n0, 0, n_size, k_size, 0, 0, BLOCK_N)[None, :]
         if up_codes_ptr is not None:
-            up_acc *= load_quant_scales(up_scales_ptr, expert, n0, 0, n_size, k_size, GROUP, BLOCK_N)[None, :]
+            up_acc *= load_quant_scales(up_scales_ptr, None, expert, n0, 0, n_size, k_size, 0, 0, BLOCK_N)[None, :]
 
     n_N = n0 + tl.arange(0, BLOCK_N)
     ok_N = n_N < n_size
@@ -156,7 +161,8 @@ def quant_gemm_kernel(
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """A quantised weight as the kernel reads it: uint8 codes, float32 scales and offsets, all contiguous."""
+    """A quantised weight as the kernel reads it, all contiguous: uint8 codes; scales and offsets in float32, or in two
+    levels as they are, the outer ones for ``outer_group`` inputs each."""
 
     format: str
     codes: torch.Tensor
@@ -165,13 +171,19 @@ class StoredWeight:
     group: int
     outputs: int
     inputs: int
+    outer_scales: torch.Tensor | None = None
+    outer_offsets: torch.Tensor | None = None
+    outer_group: int = 0
 
 
 def kernel_form(weight: QuantizedWeight) -> QuantizedWeight:
     """A weight whose scales and offsets are what the kernel reads, so that no launch has to convert them: contiguous
-    float32, offsets in place of zero points, a scale for every output. Formats without a kernel stay as they are."""
+    float32 or two levels, offsets in place of zero points, a scale for every output. Formats without a kernel stay as
+    they are."""
     if weight.format.triton is None:
         return weight
+    if weight.outer_scale is not None:
+        return replace(weight, **{name: tensor.contiguous() for name, tensor in weight.tensors().items()})
     return QuantizedWeight(
         format=replace(weight.format, offsets=True) if weight.needs_offsets else weight.format,
         data=weight.data.contiguous(),
@@ -192,23 +204,29 @@ def store_weight(weight: QuantizedWeight) -> StoredWeight:
     if name is None:
         raise NoKernelError(f"{weight.format.name} weights")
     assert all(t.is_contiguous() for t in weight.tensors().values())
-    assert weight.scale.dtype == torch.float32
+    assert weight.scale.dtype == torch.float32 or weight.outer_scale is not None
     codes, shape = weight.data.view(torch.uint8), (weight.out_features, weight.in_features)
-    return StoredWeight(name, codes, weight.scale, weight.offset, weight.group or 0, *shape)
+    outer = (weight.outer_scale, weight.outer_offset, weight.format.outer_group or 0)
+    return StoredWeight(name, codes, weight.scale, weight.offset, weight.group or 0, *shape, *outer)
 
 
-def quant_config(num_rows: int, group: int, gated: bool, scheme: ActivationScheme = UNQUANTIZED) -> QuantConfig:
+def quant_config(
+    num_rows: int, group: int, gated: bool, scheme: ActivationScheme = UNQUANTIZED, format: str = ""
+) -> QuantConfig:
     """Tiling for tiles of about so many rows; a tile is never deeper than a group, which then has one scale for it.
 
     Arguments:
-        group: inputs that share a scale in the weight; 0: all. scheme: how rows were rounded.
+        group: inputs that share a scale in the weight; 0: all.
+        scheme: how rows were rounded.
+        format: of the weight, as the kernel calls it.
     """
     # Sums of integers come to float32 with every step, so that long steps pay; but two more factors need registers.
     block_k = scheme.group if scheme.kind == "int8" and not group else min(64, group or 64)
     assert block_k is not None
     # A step along K that is scaled before it is added needs a second set of accumulators.
     block_n = 32 if (group or scheme.group) and gated else 64
-    num_warps = 8 if gated and scheme.kind != "int8" else 4
+    # Cutting codes of 5 bits out of their bytes takes registers as well.
+    num_warps = 8 if (gated and scheme.kind != "int8") or format == "int5" else 4
     if num_rows > 32:
         return QuantConfig(block_m=64, block_n=block_n, block_k=block_k, num_warps=num_warps, num_stages=3)
     stages = 4 if scheme.kind == "fp8" else 3
@@ -255,10 +273,14 @@ def plan_quant(
             "codes_ptr": weight.codes,
             "scales_ptr": weight.scales,
             "offsets_ptr": weight.offsets,
+            "outer_scales_ptr": weight.outer_scales,
+            "outer_offsets_ptr": weight.outer_offsets,
             "bias_ptr": bias,
             "up_codes_ptr": None if up is None else up.codes,
             "up_scales_ptr": None if up is None else up.scales,
             "up_offsets_ptr": None if up is None else up.offsets,
+            "up_outer_scales_ptr": None if up is None else up.outer_scales,
+            "up_outer_offsets_ptr": None if up is None else up.outer_offsets,
             "up_bias_ptr": up_bias,
             "weights_ptr": weights_TK,
             "out_ptr": out,
@@ -273,6 +295,7 @@ def plan_quant(
             "GATHER": gather,
             "FORMAT": weight.format,
             "GROUP": weight.group,
+            "OUTER_GROUP": weight.outer_group,
             "ACTIVATION": activation,
             "ROWS": "none" if rounded is None else rounded.kind,
             "ROW_GROUP": 0 if rounded is None else rounded.group,

@@ -66,7 +66,8 @@ class QuantProduct(OpVariant[LinearCall, LinearProblem]):
         return None if has_tensor_cores(problem.dtype) else f"quantised weights in {problem.dtype}"
 
     def tilings(self, problem: LinearProblem, device: DeviceProperties, count: int) -> list[Ranked]:
-        return [{"quant_gemm": [quant_config(problem.rows, problem.group, gated=False, scheme=problem.scheme)]}]
+        config = quant_config(problem.rows, problem.group, False, problem.scheme, problem.format)
+        return [{"quant_gemm": [config]}]
 
     def plan(self, call: LinearCall, tilings: Tilings, device: DeviceProperties) -> Planned[torch.Tensor]:
         x_TI, weight = call.x_TI, call.weight
@@ -152,11 +153,11 @@ class QuantTiles(OpVariant[QuantExpertsCall, QuantProblem]):
 
     def tilings(self, problem: QuantProblem, device: DeviceProperties, count: int) -> list[Ranked]:
         rows = cdiv(problem.tokens * problem.top_k, problem.num_experts)
-        (_, first), _, (_, second) = problem.formats
+        (gated, first), _, (down, second) = problem.formats
         return [
             {
-                "gate_up": [quant_config(rows, first, gated=True, scheme=problem.scheme)],
-                "down": [quant_config(rows, second, gated=False, scheme=problem.scheme)],
+                "gate_up": [quant_config(rows, first, True, problem.scheme, gated)],
+                "down": [quant_config(rows, second, False, problem.scheme, down)],
             }
         ]
 

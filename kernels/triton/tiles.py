@@ -65,12 +65,12 @@ def load_quant_tile(
 ):  # fmt: skip
     """Tile (BLOCK_N, BLOCK_K) of one expert's quantised (N, K) matrix before scaling, zero beyond its edges.
 
-    Returns: int8 for int8 and int4, the bits for fp8: what stands for the weights exactly.
+    Returns: int8 for integers, the bits for fp8: what stands for the weights exactly.
 
     Arguments:
-        codes: uint8, (E, N, K) or for int4 (E, N, ⌈K / 2⌉), contiguous; 8-bit floats come as their bits, because not
-            every target that can run them has the type.
-        ZERO: what an int4 code is taken down by.
+        codes: uint8, (E, N, K), or (E, N, ⌈K · bits / 8⌉) of codes of 4, 5 and 6 bits, contiguous; 8-bit floats come as
+            their bits, because not every target that can run them has the type.
+        ZERO: what such a code of few bits is taken down by.
     """
     n = n0 + tl.arange(0, BLOCK_N)
     k = k0 + tl.arange(0, BLOCK_K)
@@ -82,6 +82,15 @@ def load_quant_tile(
         packed_at = codes + row[:, None] * width + byte[None, :]
         packed = tl.load(packed_at, mask=(n < n_size)[:, None] & (byte < width)[None, :], other=0)
         value = tl.interleave(packed & 15, packed >> 4).to(tl.int8) - ZERO
+    elif FORMAT == "int5" or FORMAT == "int6":
+        BITS: tl.constexpr = 5 if FORMAT == "int5" else 6
+        width = (k_size * BITS + 7) // 8
+        byte, shift = k * BITS // 8, k * BITS % 8
+        low_at = codes + row[:, None] * width + byte[None, :]
+        low = tl.load(low_at, mask=inside, other=0).to(tl.int16)
+        high = tl.load(low_at + 1, mask=inside & (shift + BITS > 8)[None, :], other=0).to(tl.int16)
+        both = (low | (high << 8)) >> shift.to(tl.int16)[None, :]
+        value = (both & ((1 << BITS) - 1)).to(tl.int8) - ZERO
     else:
         q = tl.load(codes + row[:, None] * k_size + k[None, :], mask=inside, other=0)
         value = q if FORMAT == "fp8" else q.to(tl.int8, bitcast=True)
@@ -89,12 +98,24 @@ def load_quant_tile(
 
 
 @triton.jit
-def load_quant_scales(scales, expert, n0, k0, n_size, k_size, GROUP: tl.constexpr, BLOCK_N: tl.constexpr):
-    """What the outputs of a tile are scaled by, (BLOCK_N,): float32, (E, N, G). GROUP: inputs per scale; 0: all."""
+def load_quant_scales(
+    scales, outer, expert, n0, k0, n_size, k_size,
+    GROUP: tl.constexpr, OUTER_GROUP: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """What the outputs of a tile are scaled by, (BLOCK_N,), float32.
+
+    Arguments:
+        scales: (E, N, G); GROUP: inputs per scale; 0: all.
+        outer: what those are multiplied with, one for OUTER_GROUP inputs; None: 1.
+    """
     n = n0 + tl.arange(0, BLOCK_N)
     row = expert.to(tl.int64) * n_size + n
     at = row if GROUP == 0 else row * tl.cdiv(k_size, GROUP) + k0 // GROUP
-    return tl.load(scales + at, mask=n < n_size, other=0.0)
+    value = tl.load(scales + at, mask=n < n_size, other=0).to(tl.float32)
+    if outer is not None:
+        outer_at = outer + row * tl.cdiv(k_size, OUTER_GROUP) + k0 // OUTER_GROUP
+        value *= tl.load(outer_at, mask=n < n_size, other=0.0).to(tl.float32)
+    return value
 
 
 @triton.jit

@@ -38,14 +38,17 @@ struct CodesAhead {
   int from, to, stride;
 };
 
-enum class Format : int { int8 = 0, int4 = 1, fp8 = 2 };
-// Of scales and offsets in memory. 16 bits hold no subnormal numbers, infinities or NaN.
+enum class Format : int { int8 = 0, int4 = 1, fp8 = 2, q4_k = 3, q5_k = 4, q6_k = 5 };
+// Of scales and offsets in memory. fp16 holds no infinities or NaN, bf16 no subnormal numbers either.
 enum class ScaleType : int { fp32 = 0, fp16 = 1, bf16 = 2 };
-// int4 only: weight = code * scale + offset. The offset is in memory, like a scale, or is -zero * scale, with a zero point
-// of 16 bits in memory; without either code - 8 takes the place of code.
+// Of int4, q4_k and q5_k: weight = code * scale + offset. The offset is in memory, like a scale, or for int4 -zero *
+// scale, with a zero point of 16 bits in memory; without either code - `zero()` takes the place of code.
 enum class Offsets : int { none = 0, values = 1, zeros = 2 };
 
-// How quantised weights lie in memory; see quant.h.
+constexpr int64_t kOuterInputs = 256;  // that share an outer scale
+
+// How quantised weights lie in memory; see quant.h. A block is made of sections: groups, or with two levels of scales
+// the groups of 256 inputs.
 struct QuantLayout {
   Format format;
   int64_t outputs, inputs;
@@ -56,20 +59,42 @@ struct QuantLayout {
 
   int64_t groups() const { return ceil_div(inputs, group); }
   int64_t blocks() const { return ceil_div(outputs, kBlockOutputs); }
+  bool has_offsets() const { return offsets != Offsets::none; }
+  bool two_level() const { return format >= Format::q4_k; }
+  int bits() const { return two_level() ? 1 + static_cast<int>(format) : format == Format::int4 ? 4 : 8; }
+  int zero() const { return 1 << (bits() - 1); }
+  int64_t section_groups() const { return two_level() ? kOuterInputs / group : 1; }
+  int64_t section_inputs() const { return section_groups() * group; }
   int64_t bytes_per_scale() const { return scale_type == ScaleType::fp32 ? 4 : 2; }
+  // Of outer scales and offsets, 16 bits each; what belongs to groups follows.
+  int64_t outer_bytes() const { return two_level() ? kBlockOutputs * (has_offsets() ? 4 : 2) : 0; }
+  // Of all that comes in front of a section's codes.
   int64_t scale_bytes() const {
+    if (two_level()) return outer_bytes() + kBlockOutputs * section_groups() * (has_offsets() ? 2 : 1);
     const int64_t bytes = bytes_per_scale();
     return kBlockOutputs * (bytes + (offsets == Offsets::none ? 0 : offsets == Offsets::zeros ? 2 : bytes));
   }
-  bool has_offsets() const { return offsets != Offsets::none; }
+  // Of the codes of a group, or of so many inputs at its beginning: a multiple of 8, or the whole group.
   static int64_t code_bytes(Format format, int64_t inputs) {
-    return format == Format::fp8 ? ceil_div(inputs, 2) * 2 * kBlockOutputs
-                                 : ceil_div(inputs, 8) * kBlockOutputs * (format == Format::int4 ? 4 : 8);
+    if (format == Format::fp8) return ceil_div(inputs, 2) * 2 * kBlockOutputs;
+    return ceil_div(inputs, 8) * kBlockOutputs * (format == Format::int8 ? 8 : 4);
   }
-  int64_t group_bytes() const { return scale_bytes() + code_bytes(format, group); }
+  int64_t low_bytes() const { return code_bytes(format, group); }  // of 4 bits of each code, where there are more
+  int64_t group_bytes() const { return low_bytes() + (4 < bits() && bits() < 8 ? 4 * kBlockOutputs : 0); }
+  int64_t section_bytes() const { return scale_bytes() + section_groups() * group_bytes(); }
   int64_t block_bytes() const {
+    if (two_level()) return ceil_div(inputs, kOuterInputs) * section_bytes();
     const int64_t last = inputs - (groups() - 1) * group;
-    return (groups() - 1) * group_bytes() + scale_bytes() + code_bytes(format, last);
+    return (groups() - 1) * section_bytes() + scale_bytes() + code_bytes(format, last);
+  }
+  // Where in a block the section of a group begins, the group's codes, and those from an input on, a multiple of 128.
+  int64_t section_at(int64_t number) const { return number / section_groups() * section_bytes(); }
+  int64_t codes_at(int64_t number) const {
+    return section_at(number) + scale_bytes() + number % section_groups() * group_bytes();
+  }
+  int64_t codes_of(int64_t input) const {
+    const int64_t number = input / group;
+    return codes_at(number) + code_bytes(format, input - number * group);
   }
 };
 
@@ -105,8 +130,8 @@ struct Quant {
                          const char* block, float* tile, CodesAhead ahead);
   // A row rounded to e4m3 and back, with a scale per 128 inputs.
   void (*round_fp8)(float* row, int n);
-  // A stretch of `inputs` inputs (all of one group; a multiple of 8 into it) as fp32 [input][32].
-  void (*widen_codes)(const QuantLayout& layout, const char* codes, const float* scales, int inputs, float* out);
+  // A stretch of a block's inputs as fp32 [input][32]; `first` is a multiple of 128.
+  void (*widen_codes)(const QuantLayout& layout, const char* block, int64_t first, int64_t inputs, float* out);
 };
 
 // A matrix product in one format. It owns the packed activations: a tile of rows in the order in which `run` reads them.

@@ -104,8 +104,8 @@ void project_kv(const Context& context, const ProjectCall& call) {
   norm.out = normed;
   rms_norm(context, norm);
   const Rows normed_rows{normed, call.hidden, call.dtype};
-  if (call.quant)
-    quant_linear(context, {normed_rows, call.rows, &*call.quant, kv, 2 * width, call.dtype});
+  if (!call.quant.empty())
+    quant_linear(context, {normed_rows, call.rows, &call.quant, kv, 2 * width, call.dtype});
   else
     linear(context, {normed_rows, call.rows, call.hidden, 2 * width, call.kv, call.kv_bias, kv, 2 * width, call.dtype});
 

@@ -39,7 +39,7 @@ struct ProjectCall {
   float eps;
   const uint32_t* kv;    // keys, then values
   const float* kv_bias;  // or null
-  std::optional<QuantWeights> quant;  // takes the place of kv and its bias
+  QuantLayer quant;      // where not empty it takes the place of kv and its bias
   const void* k_norm;    // or null
   int64_t k_norm_width;  // channels, or kv_heads * channels
   float clip;            // 0: none

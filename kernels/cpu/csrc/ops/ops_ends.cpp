@@ -24,10 +24,10 @@ Tensor embed_op(int64_t isa, const Tensor& packed, at::IntArrayRef layout, const
   const bool narrow = dtype == Dtype::bf16, quantised = !layout.empty();
   uint16_t* halves = scratch(Buffer::stack).get<uint16_t>(narrow ? rows * inputs : 0);
   if (quantised) {
-    const QuantWeights weights = quant_weights(packed, {}, layout, "weights");
-    TORCH_CHECK_VALUE(weights.layout.outputs == outputs && weights.layout.inputs == inputs, "the weights are not of ",
+    const QuantLayer layer = quant_layer(packed, {}, layout, "weights");
+    TORCH_CHECK_VALUE(outputs_of(layer) == outputs && layer[0].layout.inputs == inputs, "the weights are not of ",
                       outputs, " outputs and ", inputs, " inputs");
-    quant_rows(context, weights, numbers, rows, wide);
+    quant_rows(context, layer, numbers, rows, wide);
   } else {
     const int64_t count = packed_words(kernels.gemm[static_cast<int>(dtype)], outputs, inputs);
     unpack_rows(context, words(packed, count, "weights"), dtype, inputs, numbers, rows,
@@ -70,10 +70,10 @@ Tensor logits_op(int64_t isa, const Tensor& x, const Tensor& norm, double eps, c
   float* logits = static_cast<float*>(out.data_ptr());
   const Rows input{normed, hidden, dtype};
   if (!layout.empty()) {
-    const QuantWeights weights = quant_weights(packed, bias, layout, "weights");
-    TORCH_CHECK_VALUE(weights.layout.inputs == hidden && weights.layout.outputs == outputs, "the LM head is not of ",
+    const QuantLayer layer = quant_layer(packed, bias, layout, "weights");
+    TORCH_CHECK_VALUE(layer[0].layout.inputs == hidden && outputs_of(layer) == outputs, "the LM head is not of ",
                       outputs, " outputs and ", hidden, " inputs");
-    quant_linear(context, {input, rows, &weights, logits, outputs, Dtype::fp32});
+    quant_linear(context, {input, rows, &layer, logits, outputs, Dtype::fp32});
   } else {
     const Gemm& gemm = context.kernels->gemm[static_cast<int>(dtype)];
     linear(context, {input, rows, hidden, outputs, words(packed, packed_words(gemm, outputs, hidden), "weights"),

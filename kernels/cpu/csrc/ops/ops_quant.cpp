@@ -4,29 +4,46 @@
 namespace dynamoe_cpu {
 namespace {
 
+// With two levels scales and offsets are codes of 8 bits, the outer ones float16.
 Tensor pack_quant_op(int64_t isa, const Tensor& codes, const Tensor& scales, const OptionalTensor& offsets,
-                     at::IntArrayRef numbers) {
+                     const OptionalTensor& outer_scales, const OptionalTensor& outer_offsets, at::IntArrayRef numbers) {
   const QuantLayout layout = quant_layout(numbers);
-  TORCH_CHECK_VALUE(codes.numel() == layout.outputs * layout.inputs && scales.numel() == layout.outputs * layout.groups() &&
-                        offsets.has_value() == layout.has_offsets() && (!offsets || offsets->numel() == scales.numel()),
+  const auto fits = [&](const OptionalTensor& t, bool wanted, int64_t each) {
+    return t.has_value() == wanted && (!t || t->numel() == layout.outputs * each);
+  };
+  const bool two = layout.two_level();
+  const int64_t groups = layout.groups(), sections = ceil_div(layout.inputs, kOuterInputs);
+  TORCH_CHECK_VALUE(fits(codes, true, layout.inputs) && fits(scales, true, groups) &&
+                        fits(offsets, layout.has_offsets(), groups) && fits(outer_scales, two, sections) &&
+                        fits(outer_offsets, two && layout.has_offsets(), sections),
                     "codes and scales do not fit ", layout.outputs, " outputs and ", layout.inputs, " inputs");
+  const auto bytes = [](const OptionalTensor& t) {
+    return t ? contiguous_data<uint8_t>(*t, at::kByte, "codes of scales") : nullptr;
+  };
+  const auto halves = [](const OptionalTensor& t) {
+    return t ? reinterpret_cast<const uint16_t*>(contiguous_data<at::Half>(*t, at::kHalf, "outer scales")) : nullptr;
+  };
+  GroupValues values{};
+  if (two)
+    values = {nullptr, nullptr, bytes(scales), bytes(offsets), halves(outer_scales), halves(outer_offsets)};
+  else
+    values = {floats(scales, "scales"), floats(offsets, "offsets")};
   Tensor packed = allocate(layout.blocks() * layout.block_bytes() / 4);
-  pack_quant(context_of(isa), layout, contiguous_data<uint8_t>(codes, at::kByte, "codes"),
-             contiguous_data<float>(scales, at::kFloat, "scales"), floats(offsets, "offsets"),
+  pack_quant(context_of(isa), layout, contiguous_data<uint8_t>(codes, at::kByte, "codes"), values,
              static_cast<char*>(packed.data_ptr()));
   return packed;
 }
 
 Tensor quant_linear_op(int64_t isa, const Tensor& x, const Tensor& packed, const OptionalTensor& bias,
                        at::IntArrayRef numbers, bool float_out) {
-  const QuantWeights weights = quant_weights(packed, bias, numbers, "weights");
+  const QuantLayer layer = quant_layer(packed, bias, numbers, "weights");
   const Rows rows = rows_of(x, "x");
-  TORCH_CHECK_VALUE(x.size(1) == weights.layout.inputs, "x has ", x.size(1), " columns, the weights take ",
-                    weights.layout.inputs);
-  const int64_t outputs = weights.layout.outputs;
+  TORCH_CHECK_VALUE(!layer.empty() && x.size(1) == layer[0].layout.inputs, "x has ", x.size(1),
+                    " columns, which the weights do not take");
+  const int64_t outputs = outputs_of(layer);
   Tensor out = at::empty({x.size(0), outputs}, x.options().dtype(float_out ? at::kFloat : x.scalar_type()));
-  quant_linear(context_of(isa),
-               {rows, x.size(0), &weights, out.data_ptr(), outputs, float_out ? Dtype::fp32 : rows.dtype});
+  const Dtype out_dtype = float_out ? Dtype::fp32 : rows.dtype;
+  quant_linear(context_of(isa), {rows, x.size(0), &layer, out.data_ptr(), outputs, out_dtype});
   return out;
 }
 
@@ -64,7 +81,10 @@ Tensor quant_experts_op(int64_t isa, const Tensor& x, const Tensor& gate_up, at:
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(dynamoe_cpu, m) {
-  m.def("pack_quant(int isa, Tensor codes, Tensor scales, Tensor? offsets, int[] layout) -> Tensor", &pack_quant_op);
+  m.def(
+      "pack_quant(int isa, Tensor codes, Tensor scales, Tensor? offsets, Tensor? outer_scales, Tensor? outer_offsets, "
+      "int[] layout) -> Tensor",
+      &pack_quant_op);
   m.def("quant_linear(int isa, Tensor x, Tensor packed, Tensor? bias, int[] layout, bool float_out) -> Tensor",
         &quant_linear_op);
   m.def(

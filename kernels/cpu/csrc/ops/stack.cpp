@@ -9,8 +9,8 @@ namespace dynamoe_cpu {
 
 void project(const Context& context, const Shape& shape, const Projection& projection, const void* x, int64_t inputs,
              int64_t rows, void* out) {
-  if (projection.quant) {
-    quant_linear(context, {{x, inputs, shape.dtype}, rows, &*projection.quant, out, projection.outputs, shape.dtype});
+  if (!projection.quant.empty()) {
+    quant_linear(context, {{x, inputs, shape.dtype}, rows, &projection.quant, out, projection.outputs, shape.dtype});
     return;
   }
   linear(context, {{x, inputs, shape.dtype}, rows, inputs, projection.outputs, projection.weights, projection.bias, out,

@@ -18,9 +18,9 @@ struct Projection {
   const uint32_t* weights;  // null: there is none
   const float* bias;
   int64_t outputs;
-  std::optional<QuantWeights> quant;  // takes the place of weights and bias
+  QuantLayer quant;  // where not empty it takes the place of weights and bias
 
-  bool exists() const { return weights || quant; }
+  bool exists() const { return weights || !quant.empty(); }
 };
 
 // Adds what the last block left to the residual stream, and norms the sum.

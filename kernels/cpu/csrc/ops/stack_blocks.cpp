@@ -13,11 +13,11 @@ const void* StackWeights::plain(const Tensor& t, int64_t count, const char* name
 Projection StackWeights::projection(const Tensor& packed, const OptionalTensor& bias, int64_t inputs, int64_t outputs,
                                     const char* name, const std::vector<int64_t>& layout) {
   if (!layout.empty()) {
-    const QuantWeights weights = quant_weights(keep(packed), keep(bias), layout, name);
-    TORCH_CHECK_VALUE(weights.layout.inputs == inputs && weights.layout.outputs == outputs, name, " has ",
-                      weights.layout.outputs, " outputs and ", weights.layout.inputs, " inputs, not ", outputs, " and ",
+    const QuantLayer layer = quant_layer(keep(packed), keep(bias), layout, name);
+    TORCH_CHECK_VALUE(layer[0].layout.inputs == inputs && outputs_of(layer) == outputs, name, " has ",
+                      outputs_of(layer), " outputs and ", layer[0].layout.inputs, " inputs, not ", outputs, " and ",
                       inputs);
-    return {nullptr, nullptr, outputs, weights};
+    return {nullptr, nullptr, outputs, layer};
   }
   const Gemm& gemm = context_of(isa_).kernels->gemm[static_cast<int>(dtype())];
   TORCH_CHECK_VALUE(!bias || bias->numel() >= ceil_div(outputs, kBlockOutputs) * kBlockOutputs, name,

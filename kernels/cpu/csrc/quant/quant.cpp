@@ -14,7 +14,7 @@ constexpr int64_t kStretch = 128;  // inputs that are widened at once: 16 KiB
 float widen_code(const QuantLayout& layout, uint8_t code, float scale, float offset) {
   if (layout.format != Format::fp8) {
     if (layout.has_offsets()) return static_cast<float>(code) * scale + offset;
-    return static_cast<float>(code - (layout.format == Format::int4 ? 8 : 128)) * scale;
+    return static_cast<float>(code - layout.zero()) * scale;
   }
   const uint32_t size = code & 0x7f;
   const float normal = std::bit_cast<float>((size << 20) + (120u << 23));
@@ -22,11 +22,55 @@ float widen_code(const QuantLayout& layout, uint8_t code, float scale, float off
   return (code & 0x80 ? -value : value) * scale;
 }
 
-// Where the code of an input lies behind the scales of its group.
+// Where among the codes of its group the code of an input lies, or the lower 4 bits of it.
 int64_t code_offset(Format format, int64_t input, int64_t output) {
   if (format == Format::fp8) return input * kBlockOutputs + output;
   if (format == Format::int8) return (input / 4 * kBlockOutputs + output) * 4 + input % 4;
   return (input / 8 * kBlockOutputs + output) * 4 + input % 4;
+}
+
+// Likewise for the upper bits of codes of 5 and 6 bits, and where in their byte.
+int64_t upper_offset(const QuantLayout& layout, int64_t input, int64_t output) {
+  return layout.low_bytes() + output * 4 + input % 4;
+}
+int upper_shift(const QuantLayout& layout, int64_t input) { return static_cast<int>(input / 4) * (layout.bits() - 4); }
+
+uint8_t read_code(const QuantLayout& layout, const uint8_t* codes, int64_t input, int64_t output) {
+  uint8_t code = codes[code_offset(layout.format, input, output)];
+  if (layout.bits() == 8) return code;
+  code = input % 8 >= 4 ? code >> 4 : code & 15;
+  if (layout.bits() == 4) return code;
+  const int upper = codes[upper_offset(layout, input, output)] >> upper_shift(layout, input);
+  return static_cast<uint8_t>(code | (upper & ((1 << (layout.bits() - 4)) - 1)) << 4);
+}
+
+// Into codes that were zero.
+void write_code(const QuantLayout& layout, uint8_t* codes, int64_t input, int64_t output, uint8_t code) {
+  uint8_t& lower = codes[code_offset(layout.format, input, output)];
+  if (layout.bits() == 8) {
+    lower = code;
+    return;
+  }
+  lower |= static_cast<uint8_t>(input % 8 >= 4 ? code << 4 : code & 15);
+  if (layout.bits() > 4)
+    codes[upper_offset(layout, input, output)] |= static_cast<uint8_t>(code >> 4 << upper_shift(layout, input));
+}
+
+void write_scales(const QuantLayout& layout, const GroupValues& values, int64_t output, int64_t group, char* block) {
+  const int64_t o = output % kBlockOutputs, at = output * layout.groups() + group;
+  char* section = block + layout.section_at(group);
+  if (!layout.two_level()) {
+    write_scale(values.scales[at], section + layout.bytes_per_scale() * o, layout.scale_type);
+    if (layout.has_offsets()) write_offset(layout, section, o, values.offsets[at]);
+    return;
+  }
+  const int64_t outer = output * ceil_div(layout.inputs, kOuterInputs) + group / layout.section_groups();
+  uint8_t* codes = const_cast<uint8_t*>(scale_codes(layout, section, group % layout.section_groups())) + o;
+  *codes = values.scale_codes[at];
+  std::memcpy(section + 2 * o, values.outer_scales + outer, 2);
+  if (!layout.has_offsets()) return;
+  codes[layout.section_groups() * kBlockOutputs] = values.offset_codes[at];
+  std::memcpy(section + 2 * (kBlockOutputs + o), values.outer_offsets + outer, 2);
 }
 
 }  // namespace
@@ -83,9 +127,9 @@ void QuantProduct::pack_limbs(char* packed, const void* const* limbs, int num_ro
 // meanwhile, so that memory and arithmetic never wait for each other.
 CodesAhead QuantProduct::ahead(const char* block, bool first, const char* after, int64_t tile, int64_t tiles) const {
   const int64_t early = kernels_.quant.ahead;
-  const int lines = layout_.format == Format::int4 ? 2 : 4;
+  const bool nibbles = layout_.bits() < 8;
+  const int lines = nibbles ? 2 : 4, stride = nibbles ? 1 : kernels_.quant.byte_stride;
   const char* end = block + layout_.block_bytes();
-  const int stride = layout_.format == Format::int4 ? 1 : kernels_.quant.byte_stride;
   if (tiles == 1 && after) return {end - early, early, after - end + early, 0, lines, stride};
   if (tile == 0 && (tiles == 1 || first)) return {end, early, early, 0, lines, tiles == 1 ? stride : 1};
   const int64_t next = (after ? after : end) - block;
@@ -103,27 +147,22 @@ void QuantProduct::multiply(const char* packed, const PackedTiles& tiles, const 
     return;
   }
   alignas(64) float wide[kStretch * kBlockOutputs];
-  for (int64_t begin = 0; begin < layout_.inputs; begin += layout_.group) {
-    const int64_t end = std::min(begin + layout_.group, layout_.inputs);
-    const GroupScales scales(layout_, block);
-    const char* codes = block + layout_.scale_bytes();
-    for (int64_t first = begin; first < end; first += kStretch) {
-      const int count = static_cast<int>(std::min(kStretch, end - first));
-      kernels_.quant.widen_codes(layout_, codes, scales.values, count, wide);
-      codes += QuantLayout::code_bytes(layout_.format, count);
-      for (int64_t t = 0; t < tiles.count; ++t)
-        kernels_.gemm[0].run(tiles.size(t), tiles.at(packed, t) + kernels_.gemm[0].offset(tiles.size(t), first),
-                             reinterpret_cast<const uint32_t*>(wide), count, out + tiles.start(t) * kBlockOutputs,
-                             first > 0, {codes, 0});
-    }
-    block = codes;
+  for (int64_t begin = 0; begin < layout_.inputs; begin += kStretch) {
+    const int64_t end = std::min(begin + kStretch, layout_.inputs);
+    kernels_.quant.widen_codes(layout_, block, begin, end - begin, wide);
+    const char* next = block + (end < layout_.inputs ? layout_.codes_of(end) : layout_.block_bytes());
+    for (int64_t t = 0; t < tiles.count; ++t)
+      kernels_.gemm[0].run(tiles.size(t), tiles.at(packed, t) + kernels_.gemm[0].offset(tiles.size(t), begin),
+                           reinterpret_cast<const uint32_t*>(wide), static_cast<int>(end - begin),
+                           out + tiles.start(t) * kBlockOutputs, begin > 0, {next, 0});
   }
 }
 
-void quant_linear(const Context& context, const QuantLinearCall& call) {
-  if (!call.rows) return;
+namespace {
+
+// `out` is where the part's outputs begin.
+void linear_part(const Context& context, const QuantLinearCall& call, const QuantWeights& weights, char* out) {
   const Kernels& kernels = *context.kernels;
-  const QuantWeights& weights = *call.weights;
   const QuantProduct product(kernels, weights.layout, call.x.dtype);
   const int64_t blocks = weights.layout.blocks();
   const Tiles chunks(call.rows, product.most_rows());
@@ -151,51 +190,56 @@ void quant_linear(const Context& context, const QuantLinearCall& call) {
         kernels.store(tile, static_cast<int>(tiles.rows),
                       static_cast<int>(std::min<int64_t>(kBlockOutputs, weights.layout.outputs - output)),
                       weights.bias ? weights.bias + output : nullptr,
-                      static_cast<char*>(call.out) +
-                          (first_row * call.out_stride + output) * element_bytes(call.out_dtype),
+                      out + (first_row * call.out_stride + output) * element_bytes(call.out_dtype),
                       call.out_stride, call.out_dtype);
       }
     }
   });
 }
 
-void pack_quant(const Context& context, const QuantLayout& layout, const uint8_t* codes, const float* scales,
-                const float* offsets, char* packed) {
-  const int64_t groups = layout.groups(), bytes = layout.bytes_per_scale();
-  for_each_task(context.threads, layout.blocks(), [&](int64_t block) {
-    char* out = packed + block * layout.block_bytes();
-    std::memset(out, 0, layout.block_bytes());
-    for (int64_t group = 0; group < groups; ++group, out += layout.group_bytes()) {
+}  // namespace
+
+void quant_linear(const Context& context, const QuantLinearCall& call) {
+  if (!call.rows) return;
+  char* out = static_cast<char*>(call.out);
+  for (const QuantWeights& part : *call.layer) {
+    linear_part(context, call, part, out);
+    out += part.layout.outputs * element_bytes(call.out_dtype);
+  }
+}
+
+void pack_quant(const Context& context, const QuantLayout& layout, const uint8_t* codes, const GroupValues& values,
+                char* packed) {
+  for_each_task(context.threads, layout.blocks(), [&](int64_t number) {
+    char* block = packed + number * layout.block_bytes();
+    std::memset(block, 0, layout.block_bytes());
+    for (int64_t group = 0; group < layout.groups(); ++group) {
       const int64_t begin = group * layout.group, end = std::min(begin + layout.group, layout.inputs);
-      uint8_t* out_codes = reinterpret_cast<uint8_t*>(out) + layout.scale_bytes();
-      for (int64_t o = 0; o < kBlockOutputs && block * kBlockOutputs + o < layout.outputs; ++o) {
-        const int64_t output = block * kBlockOutputs + o;
-        write_scale(scales[output * groups + group], out + bytes * o, layout.scale_type);
-        if (layout.has_offsets()) write_offset(layout, out, o, offsets[output * groups + group]);
-        for (int64_t i = begin; i < end; ++i) {
-          const uint8_t code = codes[output * layout.inputs + i];
-          const bool high = layout.format == Format::int4 && (i - begin) % 8 >= 4;
-          out_codes[code_offset(layout.format, i - begin, o)] |= static_cast<uint8_t>(high ? code << 4 : code);
-        }
+      uint8_t* out = reinterpret_cast<uint8_t*>(block) + layout.codes_at(group);
+      for (int64_t o = 0; o < kBlockOutputs && number * kBlockOutputs + o < layout.outputs; ++o) {
+        const int64_t output = number * kBlockOutputs + o;
+        write_scales(layout, values, output, group, block);
+        for (int64_t i = begin; i < end; ++i) write_code(layout, out, i - begin, o, codes[output * layout.inputs + i]);
       }
     }
   });
 }
 
-void quant_rows(const Context& context, const QuantWeights& weights, const int64_t* ids, int64_t count, float* out) {
-  const QuantLayout& layout = weights.layout;
+void quant_rows(const Context& context, const QuantLayer& layer, const int64_t* ids, int64_t count, float* out) {
   for_each_task(count < 64 ? 1 : context.threads, count, [&](int64_t row) {
-    const int64_t o = ids[row] % kBlockOutputs, bytes = layout.bytes_per_scale();
-    const char* from = weights.block(ids[row] / kBlockOutputs);
-    for (int64_t begin = 0; begin < layout.inputs; begin += layout.group, from += layout.group_bytes()) {
-      const float scale = read_scale(from + bytes * o, layout.scale_type);
-      const float offset = layout.has_offsets() ? read_offset(layout, from, o, scale) : 0.0f;
-      const uint8_t* codes = reinterpret_cast<const uint8_t*>(from) + layout.scale_bytes();
-      for (int64_t i = begin; i < std::min(begin + layout.group, layout.inputs); ++i) {
-        uint8_t code = codes[code_offset(layout.format, i - begin, o)];
-        if (layout.format == Format::int4) code = (i - begin) % 8 >= 4 ? code >> 4 : code & 15;
-        out[row * layout.inputs + i] = widen_code(layout, code, scale, offset);
-      }
+    int64_t id = ids[row];
+    const QuantWeights* part = layer.data();
+    for (; id >= part->layout.outputs; ++part) id -= part->layout.outputs;
+    const QuantLayout& layout = part->layout;
+    const int64_t o = id % kBlockOutputs;
+    const char* block = part->block(id / kBlockOutputs);
+    for (int64_t group = 0; group < layout.groups(); ++group) {
+      const GroupScales scales(layout, block + layout.section_at(group), group % layout.section_groups());
+      const uint8_t* codes = reinterpret_cast<const uint8_t*>(block) + layout.codes_at(group);
+      const int64_t begin = group * layout.group;
+      for (int64_t i = begin; i < std::min(begin + layout.group, layout.inputs); ++i)
+        out[row * layout.inputs + i] = widen_code(layout, read_code(layout, codes, i - begin, o), scales.values[o],
+                                                  layout.has_offsets() ? scales.values[kBlockOutputs + o] : 0.0f);
     }
   });
 }

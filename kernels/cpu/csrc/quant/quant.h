@@ -2,14 +2,23 @@
 //
 // A block of 32 outputs lies together, to be read front to back: for each group of inputs that share scales
 //     scale[32], then offset[32] or zero point[32] if there are any, then the codes of the group.
+// With two levels of scales, for each 256 inputs:
+//     outer scale[32], outer offset[32] if there are any, scale[group][32], offset[group][32],
+//     then the codes, group by group.
+// Those of groups are integers of 8 bits, outer ones fp16. Where a row's inputs end, codes and scales are zero.
+//
 // Codes of 8-bit integers: [4 inputs][32 outputs][4], as code + 128. Codes of 4 bits: [8 inputs][32 outputs][4], of
 // which a byte holds input i in its low and input i + 4 in its high nibble. 8-bit floats: [input][32 outputs].
+// Of codes of 5 and 6 bits the lower 4 lie like those of 4 bits, and behind those of the group the upper ones:
+// [32 outputs][4], of which byte i holds those of inputs i, i + 4, i + 8 …, from its lowest bit up.
 //
 // A product runs in one of two ways, chosen by format, dtype and processor only, so that a row's result never depends on
 // the rows beside it:
 // - limbs: rows become integers of one or two int8 limbs, one scale per group of inputs; sums of a group are exact;
 // - wide: a stretch of a block is widened to fp32 in the first-level cache, where all rows meet it.
 #pragma once
+
+#include <vector>
 
 #include "ops/operators.h"
 #include "ops/packed.h"
@@ -24,6 +33,9 @@ struct QuantWeights {
 
   const char* block(int64_t number) const { return data + number * layout.block_bytes(); }
 };
+
+// A layer whose outputs may differ in format: parts one after the other.
+using QuantLayer = std::vector<QuantWeights>;
 
 // Whether rows of this dtype meet the weights as integers.
 bool uses_limbs(const Kernels& kernels, const QuantLayout& layout, Dtype dtype);
@@ -61,18 +73,25 @@ class QuantProduct {
 struct QuantLinearCall {
   Rows x;
   int64_t rows;
-  const QuantWeights* weights;
+  const QuantLayer* layer;
   void* out;
   int64_t out_stride;
   Dtype out_dtype;
 };
 void quant_linear(const Context& context, const QuantLinearCall& call);
 
-// Codes 0 … 255, one per byte, scales and offsets or zero points [output][group] to blocks.
-void pack_quant(const Context& context, const QuantLayout& layout, const uint8_t* codes, const float* scales,
-                const float* offsets, char* packed);
-// Rows of a weight, dequantised.
-void quant_rows(const Context& context, const QuantWeights& weights, const int64_t* ids, int64_t count, float* out);
+// Of every output and group: scales, and offsets or zero points if there are any; with two levels their codes, and fp16
+// of every output and section.
+struct GroupValues {
+  const float *scales, *offsets;
+  const uint8_t *scale_codes, *offset_codes;
+  const uint16_t *outer_scales, *outer_offsets;
+};
+// Codes 0 … 255, one per byte, to blocks.
+void pack_quant(const Context& context, const QuantLayout& layout, const uint8_t* codes, const GroupValues& values,
+                char* packed);
+// Rows of a layer, dequantised.
+void quant_rows(const Context& context, const QuantLayer& layer, const int64_t* ids, int64_t count, float* out);
 
 // Experts: gate and up interleaved in gated blocks, [expert][gate block], and down, [expert][block].
 struct QuantExperts {

@@ -4,7 +4,7 @@
 
 TARGET static void multiply_limbs(const QuantLayout& layout, const LimbShape& shape, int num_rows, const char* packed,
                                    const char* block, float* tile, CodesAhead) {
-  const bool nibbles = layout.format == Format::int4;
+  const bool nibbles = layout.bits() == 4;
   const bool grouped = layout.group < layout.inputs;  // else the scales are those of whole outputs
   GroupScales read(layout, block);
   const float* scales = read.values;
@@ -41,7 +41,7 @@ TARGET static void multiply_limbs(const QuantLayout& layout, const LimbShape& sh
           result += static_cast<float>(total) * scale * scales[kBlockOutputs + o];
           result += static_cast<float>(sum[o]) * scale * scales[o];
         } else {
-          const float product = static_cast<float>(sum[o] - (nibbles ? 8 : 128) * total) * scale;
+          const float product = static_cast<float>(sum[o] - layout.zero() * total) * scale;
           result += grouped ? product * scales[o] : product;
           if (!grouped && begin + inputs == shape.inputs) result *= scales[o];
         }

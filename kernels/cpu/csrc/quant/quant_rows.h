@@ -86,25 +86,45 @@ TARGET static void round_fp8(float* row, int n) {
   }
 }
 
-// The including file brings `widen_fp8_rows`.
-TARGET static void widen_codes(const QuantLayout& layout, const char* codes, const float* scales, int inputs,
-                               float* out) {
-  const uint8_t* code = reinterpret_cast<const uint8_t*>(codes);
+// Inputs of one group, the first a multiple of 8 into it, and of codes of 5 and 6 bits its own first. The including
+// file brings `widen_fp8_rows`.
+TARGET static inline void widen_group(const QuantLayout& layout, const char* codes, const float* scales, int64_t inputs,
+                                      float* out) {
+  if (layout.format == Format::fp8)
+    return widen_fp8_rows(reinterpret_cast<const uint8_t*>(codes), scales, static_cast<int>(inputs), out);
   const float* offsets = scales + kBlockOutputs;
-  if (layout.format == Format::fp8) {
-    widen_fp8_rows(code, scales, inputs, out);
-    return;
-  }
-  const bool nibbles = layout.format == Format::int4;
-  const int zero = nibbles ? 8 : 128;
+  const bool has_offsets = layout.has_offsets(), nibbles = layout.bits() < 8;
+  const int upper = nibbles ? layout.bits() - 4 : 0, zero = layout.zero();
+  const uint32_t lower_mask = nibbles ? 15 : 255, upper_mask = (1u << upper) - 1;
+  const uint32_t* highs = reinterpret_cast<const uint32_t*>(codes + layout.low_bytes());
   for (int i = 0; i < inputs; ++i, out += kBlockOutputs) {
-    const int shift = nibbles && i % 8 >= 4 ? 4 : 0;
-    const uint8_t* from = code + (nibbles ? i / 8 : i / 4) * 4 * kBlockOutputs + i % 4;
-    const int mask = nibbles ? 15 : 255;
-    for (int o = 0; o < kBlockOutputs; ++o) {
-      const int value = (from[4 * o] >> shift) & mask;
-      out[o] = layout.has_offsets() ? static_cast<float>(value) * scales[o] + offsets[o]
-                              : static_cast<float>(value - zero) * scales[o];
+    const int byte = 8 * (i % 4), quad = i / 4;
+    const uint32_t* lows = reinterpret_cast<const uint32_t*>(codes) + (nibbles ? i / 8 : quad) * kBlockOutputs;
+    const int shift = byte + (nibbles ? 4 * (quad % 2) : 0), upper_shift = byte + upper * quad;
+    if (upper) {
+      for (int o = 0; o < kBlockOutputs; ++o) {
+        const int value = static_cast<int>((lows[o] >> shift & 15) | (highs[o] >> upper_shift & upper_mask) << 4);
+        out[o] = has_offsets ? static_cast<float>(value) * scales[o] + offsets[o]
+                             : static_cast<float>(value - zero) * scales[o];
+      }
+    } else {
+      for (int o = 0; o < kBlockOutputs; ++o) {
+        const int value = static_cast<int>(lows[o] >> shift & lower_mask);
+        out[o] = has_offsets ? static_cast<float>(value) * scales[o] + offsets[o]
+                             : static_cast<float>(value - zero) * scales[o];
+      }
     }
+  }
+}
+
+TARGET static void widen_codes(const QuantLayout& layout, const char* block, int64_t first, int64_t inputs,
+                               float* out) {
+  for (int64_t i = first, end = first + inputs; i < end;) {
+    const int64_t group = i / layout.group, begin = group * layout.group;
+    const int64_t stop = end < begin + layout.group ? end : begin + layout.group;
+    const GroupScales scales(layout, block + layout.section_at(group), group % layout.section_groups());
+    widen_group(layout, block + layout.codes_of(i), scales.values, stop - i, out);
+    out += (stop - i) * kBlockOutputs;
+    i = stop;
   }
 }

@@ -1,5 +1,5 @@
-// Quantised weights as torch tensors. `layout` is format, outputs, inputs, group, offsets, byte_rows,
-// scale type.
+// Quantised weights as torch tensors. `layout` is format, outputs, inputs, group, offsets, byte_rows, scale type; of a
+// layer of several formats the same for each of its parts.
 #pragma once
 
 #include "quant/quant.h"
@@ -7,33 +7,64 @@
 
 namespace dynamoe_cpu {
 
+constexpr size_t kLayoutNumbers = 7;
+
 inline QuantLayout quant_layout(at::IntArrayRef numbers) {
-  TORCH_CHECK_VALUE(numbers.size() == 7, "a quantised layout has 7 numbers, not ", numbers.size());
+  TORCH_CHECK_VALUE(numbers.size() == kLayoutNumbers, "a quantised layout has 7 numbers, not ", numbers.size());
   size_of(numbers[1], "outputs of a layout");
   size_of(numbers[2], "inputs of a layout");
   const QuantLayout layout{static_cast<Format>(numbers[0]), numbers[1], numbers[2], numbers[3], static_cast<Offsets>(numbers[4]),
                            numbers[5] != 0, static_cast<ScaleType>(numbers[6])};
-  TORCH_CHECK_VALUE(0 <= numbers[0] && numbers[0] <= 2 && 0 <= numbers[6] && numbers[6] <= 2 && layout.outputs > 0 && layout.inputs > 0 &&
-                        (layout.group == layout.inputs || (layout.group > 0 && layout.group % 8 == 0)) &&
-                        (layout.format != Format::int8 || layout.group == layout.inputs || !layout.byte_rows) &&
-                        0 <= numbers[4] && numbers[4] <= 2 && (layout.format == Format::int4 || !layout.has_offsets()),
-                    "impossible quantised layout ", numbers);
+  const auto fits = [&] {
+    const auto within = [&](size_t place, int64_t last) { return 0 <= numbers[place] && numbers[place] <= last; };
+    if (!within(0, static_cast<int64_t>(Format::q6_k)) || !within(4, 2) || !within(6, 2)) return false;
+    if (layout.outputs <= 0 || layout.inputs <= 0) return false;
+    if (layout.two_level())
+      return layout.group == (layout.format == Format::q6_k ? 16 : 32) && !layout.byte_rows &&
+             layout.scale_type == ScaleType::fp16 &&
+             layout.offsets == (layout.format == Format::q6_k ? Offsets::none : Offsets::values);
+    return (layout.group == layout.inputs || (layout.group > 0 && layout.group % 8 == 0)) &&
+           (layout.format != Format::int8 || layout.group == layout.inputs || !layout.byte_rows) &&
+           (layout.format == Format::int4 || !layout.has_offsets());
+  };
+  TORCH_CHECK_VALUE(fits(), "impossible quantised layout ", numbers);
   return layout;
 }
 
-inline QuantWeights quant_weights(const Tensor& packed, const OptionalTensor& bias, at::IntArrayRef numbers,
-                                  const char* name) {
-  const QuantLayout layout = quant_layout(numbers);
-  TORCH_CHECK_VALUE(!bias || bias->numel() == layout.blocks() * kBlockOutputs, name,
-                    "'s bias must be padded to whole blocks");
-  return {layout, reinterpret_cast<const char*>(words(packed, layout.blocks() * layout.block_bytes() / 4, name)),
-          floats(bias, "bias")};
+// The parts of a layer, packed one behind the other; the layouts likewise.
+inline QuantLayer quant_layer(const Tensor& packed, const OptionalTensor& bias, at::IntArrayRef numbers,
+                              const char* name) {
+  QuantLayer layer;
+  int64_t bytes = 0, blocks = 0;
+  for (size_t at = 0; at < numbers.size(); at += kLayoutNumbers) {
+    const QuantLayout layout = quant_layout(numbers.slice(at, std::min(kLayoutNumbers, numbers.size() - at)));
+    TORCH_CHECK_VALUE(layer.empty() || layout.inputs == layer[0].layout.inputs, name, " has parts with ", layout.inputs,
+                      " and with ", layer[0].layout.inputs, " inputs");
+    layer.push_back({layout, static_cast<const char*>(packed.data_ptr()) + bytes,
+                     bias ? floats(bias, "bias") + blocks * kBlockOutputs : nullptr});
+    bytes += layout.blocks() * layout.block_bytes();
+    blocks += layout.blocks();
+  }
+  words(packed, bytes / 4, name);
+  TORCH_CHECK_VALUE(!bias || bias->numel() == blocks * kBlockOutputs, name, "'s bias must be padded to whole blocks");
+  return layer;
+}
+
+inline int64_t outputs_of(const QuantLayer& layer) {
+  int64_t outputs = 0;
+  for (const QuantWeights& part : layer) outputs += part.layout.outputs;
+  return outputs;
+}
+
+inline QuantWeights quant_weights(const Tensor& packed, at::IntArrayRef numbers, const char* name) {
+  TORCH_CHECK_VALUE(numbers.size() == kLayoutNumbers, name, " must be of one format");
+  return quant_layer(packed, {}, numbers, name)[0];
 }
 
 inline QuantExperts quant_experts_of(const ExpertLayout& layout, const Tensor& gate_up, at::IntArrayRef gate_up_layout,
                                      const Tensor& down, at::IntArrayRef down_layout) {
-  const QuantExperts experts{quant_weights(gate_up, {}, gate_up_layout, "gate_up"),
-                             quant_weights(down, {}, down_layout, "down")};
+  const QuantExperts experts{quant_weights(gate_up, gate_up_layout, "gate_up"),
+                             quant_weights(down, down_layout, "down")};
   TORCH_CHECK_VALUE(experts.gate_up.layout.inputs == layout.hidden && experts.down.layout.inputs == layout.width &&
                         experts.gate_up.layout.outputs == layout.experts * layout.gate_blocks() * kBlockOutputs &&
                         experts.down.layout.outputs == layout.experts * layout.down_blocks() * kBlockOutputs,

@@ -68,15 +68,27 @@ TARGET static inline void ask_for_codes(const CodesAhead& ahead, const char* cod
   for (int line = ahead.from; line < ahead.to; line += ahead.stride) _mm_prefetch(first + 64 * line, _MM_HINT_T1);
 }
 
+TARGET static inline __m512 load_halves(const char* from) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+
 // Scales 16 n … 16 n + 15 behind `from`.
 TARGET static inline __m512 load_scales(const char* from, int n, ScaleType type) {
   if (type == ScaleType::fp32) return _mm512_loadu_ps(from + 64 * n);
+  if (type == ScaleType::fp16) return load_halves(from + 32 * n);
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 32 * n));
-  if (type == ScaleType::fp16) return _mm512_cvtph_ps(half);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-// Their offsets.
+// The same with two levels, of codes at `codes`.
+template <bool kSigned>
+TARGET static inline __m512 outer_product(const char* outer, const uint8_t* codes, int n) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 16 * n));
+  const __m512i wide = kSigned ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes);
+  return _mm512_mul_ps(_mm512_cvtepi32_ps(wide), load_halves(outer + 32 * n));
+}
+
+// Offsets beside scales, with one level.
 TARGET static inline __m512 load_offsets(const QuantLayout& layout, const char* from, int n, __m512 scales) {
   if (layout.offsets == Offsets::values) return load_scales(from, 2 + n, layout.scale_type);
   from += kBlockOutputs * layout.bytes_per_scale();
@@ -84,20 +96,33 @@ TARGET static inline __m512 load_offsets(const QuantLayout& layout, const char* 
   return _mm512_mul_ps(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(zeros))), scales);
 }
 
-template <bool kNibbles, int kLimbs, int kRows>
+template <Format kFormat, int kLimbs, int kRows>
 TARGET static void multiply_tile(const QuantLayout& layout, const LimbShape& shape, const char* packed,
                                  const char* block, float* tile, CodesAhead ahead) {
+  constexpr bool kNibbles = kFormat != Format::int8, kTwoLevel = kFormat >= Format::q4_k;
+  constexpr bool kSigned = kFormat == Format::q6_k;  // scales, where there are no offsets
+  constexpr int kUpper = kFormat == Format::q5_k ? 1 : kFormat == Format::q6_k ? 2 : 0;  // bits above the lower four
+  constexpr int kZero = kSigned ? 32 : kNibbles ? 8 : 128;
   constexpr int kChains = kRows * kLimbs <= 2 ? 2 : 1;  // of sums that do not wait for each other
-  const char* scales = block;
+  const char* scales = block;  // with two levels those of the section
   const char* codes = block + layout.scale_bytes();
-  const bool grouped = layout.group < layout.inputs;  // else the scales are those of whole outputs
+  const uint8_t* group_scales = kTwoLevel ? scale_codes(layout, block, 0) : nullptr;
+  const int64_t outer_group = kTwoLevel ? layout.section_groups() : 1;
+  int64_t group = 0;  // of its section
+  const bool grouped = kTwoLevel || layout.group < layout.inputs;  // else the scales are those of whole outputs
   for (int64_t begin = 0; begin < shape.inputs; begin += shape.group) {
     const int64_t inputs = shape.inputs - begin < shape.group ? shape.inputs - begin : shape.group;
-    if (grouped && begin) {
+    if (grouped && begin && (!kTwoLevel || ++group == outer_group)) {
       scales = codes;
       codes += layout.scale_bytes();
+      group = 0;
+      if constexpr (kTwoLevel) group_scales = scale_codes(layout, scales, 0);
     }
-    if (grouped || !begin) ask_for_codes(ahead, scales);
+    if constexpr (kTwoLevel) {
+      for (const char* line = scales; !group && line < codes; line += 4 * kBlockOutputs) ask_for_codes(ahead, line);
+    } else if (grouped || !begin) {
+      ask_for_codes(ahead, scales);
+    }
     const char* a = packed + LimbShape::kHeader * kRows;
     __m512i sum[kChains][kRows][kLimbs][2];
 #pragma GCC unroll 16
@@ -106,6 +131,15 @@ TARGET static void multiply_tile(const QuantLayout& layout, const LimbShape& sha
       for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 16
         for (int d = 0; d < kLimbs; ++d) sum[c][r][d][0] = sum[c][r][d][1] = _mm512_setzero_si512();
+    // A group's upper bits are turned, quad by quad, to where they belong in their bytes.
+    __m512i upper[2];
+    const __m512i upper_mask = _mm512_set1_epi8(kUpper == 1 ? 16 : 48);
+    if constexpr (kUpper > 0) {
+      const char* behind = codes + layout.low_bytes();
+      ask_for_codes(ahead, behind);
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) upper[v] = _mm512_rol_epi32(_mm512_loadu_si512(behind + 64 * v), 4);
+    }
     for (int64_t pair = ceil_div(inputs, 8); pair > 0; --pair) {
       ask_for_codes(ahead, codes);
       const __m512i mask = _mm512_set1_epi8(15);
@@ -117,6 +151,10 @@ TARGET static void multiply_tile(const QuantLayout& layout, const LimbShape& sha
         for (int v = 0; v < 2; ++v) {
           w[v] = _mm512_loadu_si512(codes + (kNibbles ? 64 * v : 128 * half + 64 * v));
           if constexpr (kNibbles) w[v] = _mm512_and_si512(half ? _mm512_srli_epi16(w[v], 4) : w[v], mask);
+          if constexpr (kUpper > 0) {
+            w[v] = _mm512_or_si512(w[v], _mm512_and_si512(upper[v], upper_mask));
+            upper[v] = _mm512_ror_epi32(upper[v], kUpper);
+          }
         }
 #pragma GCC unroll 2
         for (int d = 0; d < kLimbs; ++d)
@@ -130,10 +168,18 @@ TARGET static void multiply_tile(const QuantLayout& layout, const LimbShape& sha
       codes += kNibbles ? 128 : 256;
       a += 8 * kLimbs * kRows;
     }
-    const bool scaled = grouped || begin + inputs == shape.inputs, offsets = kNibbles && layout.has_offsets();
+    const bool scaled = grouped || begin + inputs == shape.inputs;
+    const bool offsets = kTwoLevel ? !kSigned : kNibbles && layout.has_offsets();
     __m512 scale_of[2], offset_of[2];
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
+      if constexpr (kTwoLevel) {
+        scale_of[v] = outer_product<kSigned>(scales, group_scales, v);
+        if (offsets)
+          offset_of[v] =
+              outer_product<false>(scales + 2 * kBlockOutputs, group_scales + outer_group * kBlockOutputs, v);
+        continue;
+      }
       if (scaled) scale_of[v] = load_scales(scales, v, layout.scale_type);
       if (offsets) offset_of[v] = load_offsets(layout, scales, v, scale_of[v]);
     }
@@ -160,7 +206,7 @@ TARGET static void multiply_tile(const QuantLayout& layout, const LimbShape& sha
           result = _mm512_fmadd_ps(all, offset_of[v], result);
           result = _mm512_fmadd_ps(product, scale_of[v], result);
         } else {
-          total = _mm512_sub_epi32(total, _mm512_set1_epi32((kNibbles ? 8 : 128) * row_sum));
+          total = _mm512_sub_epi32(total, _mm512_set1_epi32(kZero * row_sum));
           const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(total), scale);
           result = grouped ? _mm512_fmadd_ps(product, scale_of[v], result) : _mm512_add_ps(product, result);
           if (!grouped && scaled) result = _mm512_mul_ps(result, scale_of[v]);
@@ -169,27 +215,38 @@ TARGET static void multiply_tile(const QuantLayout& layout, const LimbShape& sha
       }
     }
     packed += LimbShape::bytes(inputs, kLimbs) * kRows;
+    if constexpr (kTwoLevel) {
+      group_scales += kBlockOutputs;
+      if constexpr (kUpper > 0) codes += 4 * kBlockOutputs;
+    }
   }
 }
 
-template <bool kNibbles, int kLimbs, int kRows = kLimbRows>
+template <Format kFormat, int kLimbs, int kRows = kLimbRows>
 TARGET static void choose_tile(const QuantLayout& layout, const LimbShape& shape, int num_rows, const char* packed,
                                const char* block, float* tile, CodesAhead ahead) {
   if (num_rows == kRows) {
-    multiply_tile<kNibbles, kLimbs, kRows>(layout, shape, packed, block, tile, ahead);
+    multiply_tile<kFormat, kLimbs, kRows>(layout, shape, packed, block, tile, ahead);
   } else if constexpr (kRows > 1) {
-    choose_tile<kNibbles, kLimbs, kRows - 1>(layout, shape, num_rows, packed, block, tile, ahead);
+    choose_tile<kFormat, kLimbs, kRows - 1>(layout, shape, num_rows, packed, block, tile, ahead);
   }
 }
 
 TARGET static void multiply_limbs(const QuantLayout& layout, const LimbShape& shape, int num_rows, const char* packed,
                                    const char* block, float* tile, CodesAhead ahead) {
-  if (layout.format == Format::int4) {
-    if (shape.limbs == 2) return choose_tile<true, 2>(layout, shape, num_rows, packed, block, tile, ahead);
-    return choose_tile<true, 1, kRoundedRows>(layout, shape, num_rows, packed, block, tile, ahead);
+  const auto run = [&]<Format kFormat>() {
+    if (shape.limbs == 2) return choose_tile<kFormat, 2>(layout, shape, num_rows, packed, block, tile, ahead);
+    if constexpr (kFormat < Format::q4_k)
+      choose_tile<kFormat, 1, kRoundedRows>(layout, shape, num_rows, packed, block, tile, ahead);
+  };
+  switch (layout.format) {
+    case Format::int8: return run.template operator()<Format::int8>();
+    case Format::int4: return run.template operator()<Format::int4>();
+    case Format::q4_k: return run.template operator()<Format::q4_k>();
+    case Format::q5_k: return run.template operator()<Format::q5_k>();
+    case Format::q6_k: return run.template operator()<Format::q6_k>();
+    case Format::fp8: return;  // rows never become limbs for it
   }
-  if (shape.limbs == 2) return choose_tile<false, 2>(layout, shape, num_rows, packed, block, tile, ahead);
-  choose_tile<false, 1, kRoundedRows>(layout, shape, num_rows, packed, block, tile, ahead);
 }
 
 constexpr Quant kQuant{{kRoundedRows, kLimbRows}, true, make_limb_vectors, limb_bytes, pack_limbs, kLimbsAhead,
