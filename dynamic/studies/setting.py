@@ -170,8 +170,8 @@ def _uncertified(quality: StudiedQuality, contract: Quality, llm: LLM, exact: Sa
     spends = replace(exact, quality=None) if certificate is None else spent_under(certificate, exact)
     as_calibrated = quality.experts_per_token is None and quality.expert_rule == EXPERT_RULES[0]
     valid = {other.id for other in llm.catalog.contracts.certificates}
-    holds = certificate is not None and as_calibrated and certificate.id in valid
-    holds = holds and facts.max_tokens <= certificate.scope.max_tokens
+    covered = certificate is not None and facts.max_tokens <= certificate.scope.max_tokens
+    holds = certificate is not None and covered and as_calibrated and certificate.id in valid
     return Resolved(
         params=replace(spends, experts_per_token=quality.experts_per_token),
         certificate=None if certificate is None else certificate.id,

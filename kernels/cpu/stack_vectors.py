@@ -99,8 +99,8 @@ def _layer(
         window=5 if number == 1 else None,
     )
     count, neurons = (1, 96) if number == 2 else (8, 48)
-    parts = [numbers.floats(count, neurons, hidden, scale=0.4) for _ in range(2)]
-    ffn = backend.pack_experts(*parts, numbers.floats(count, hidden, neurons, scale=0.4), "silu")
+    gate, up = (numbers.floats(count, neurons, hidden, scale=0.4) for _ in range(2))
+    ffn = backend.pack_experts(gate, up, numbers.floats(count, hidden, neurons, scale=0.4), "silu")
     router = backend.pack_linear(numbers.floats(count, hidden, scale=0.5))
     rule = RouterSpec(num_experts=8, top_k=3, renormalize=number == 0, softmax_after_topk=number == 1)
     return [
