@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from ..dynamic.engine.quality import Quality
+from ..kernels.api.ranges import check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +60,7 @@ class Limits:
     max_connections: int = 2048
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if value is not None and not value > 0:
-                raise ValueError(f"server.limits.{item.name} must be positive, not {value}")
+        check_ranges(self, *(item.name for item in fields(self)), where="server.limits.", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,23 +114,16 @@ class ServerSettings:
         object.__setattr__(self, "api_keys", tuple(self.api_keys))
         object.__setattr__(self, "cors_origins", tuple(self.cors_origins))
         object.__setattr__(self, "allowed_hosts", tuple(self.allowed_hosts))
-        if not 0 <= self.port <= 65535:
-            raise ValueError(f"server.port must be between 0 and 65535, not {self.port}")
-        if self.drain_timeout < 0:
-            raise ValueError(f"server.drain_timeout must not be negative, not {self.drain_timeout}")
-        for name in ("hang_timeout", "text_threads"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"server.{name} must be positive, not {getattr(self, name)}")
+        check_ranges(self, "port", where="server.", least=0, most=65535)
+        check_ranges(self, "drain_timeout", where="server.", least=0)
+        check_ranges(self, "hang_timeout", "text_threads", where="server.", above=0)
+        check_ranges(self, "default_alpha", "default_delta", where="server.", above=0, below=1)
         if self.log_format not in ("text", "json"):
             raise ValueError(f"server.log_format must be text or json, not {self.log_format!r}")
         if any(not key.strip() for key in self.api_keys) or self.admin_key == "":
             raise ValueError("server.api_keys and server.admin_key must not be empty strings")
         if self.admin_key is not None and not (self.api_keys or self.api_keys_file):
             raise ValueError("server.admin_key needs server.api_keys: without them every path is open")
-        for name in ("default_alpha", "default_delta"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < 1:
-                raise ValueError(f"server.{name} must be between 0 and 1, not {value}")
 
     @property
     def default_quality(self) -> Quality | None:
