@@ -185,6 +185,12 @@ def cpu_backend(request: pytest.FixtureRequest) -> CpuBackend:
     return best if best.isa == isa else CpuBackend("cpu", dtype, isa=isa)
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random tensors in every run, whichever tests ran before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """``make_checkpoint(family, *, seed=0, dtype="float32", max_shard_size="1GB", **config) -> directory``.

@@ -337,7 +337,7 @@ def test_prompt_files_are_read_and_mistakes_named(tmp_path: Path, llm: LLM) -> N
     ("arguments", "message"),
     [
         (["max_tokens=7"], "max_tokens must be at least 8, not 7"),
-        (["alphas=[2.0]"], "alphas and delta must be between 0 and 1, not 2.0"),
+        (["alphas=[2.0]"], "alphas must be between 0 and 1, not (2.0,)"),
         (["method=clt"], "method must be one of"),
         (["prompts=/nowhere.jsonl"], "/nowhere.jsonl cannot be read"),
         (["requests=100000"], "holds 2000 prompts"),

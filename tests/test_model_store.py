@@ -85,7 +85,7 @@ def test_a_preparation_that_fails_leaves_nothing_and_can_be_repeated(home: Path)
     assert [path for path in (home / "models").iterdir() if path.is_dir()] == []
     target = prepare_once("thing", {}, lambda target: None)
     assert target.is_dir()
-    assert list(target.iterdir()) == []
+    assert [path.name for path in target.iterdir()] == [".sealed.json"]
 
 
 def test_a_preparation_that_was_killed_is_not_mistaken_for_a_model(home: Path, tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_preparation_that_was_killed_is_not_mistaken_for_a_model(home: Path, t
     process.communicate()
     assert not [path for path in (home / "models").iterdir() if path.name.startswith("thing")]
     target = prepare_once("thing", {"recipe": 1}, lambda target: (target / "whole").write_text("mine") and None)
-    assert [path.name for path in target.iterdir()] == ["whole"]
+    assert sorted(path.name for path in target.iterdir()) == [".sealed.json", "whole"]
     assert [path for path in (home / "models").iterdir() if path.is_dir()] == [target]
 
 
@@ -112,7 +112,7 @@ def test_two_processes_prepare_it_once_and_both_get_it(tmp_path: Path) -> None:
     assert [process.returncode for process in (first, second)] == [0, 0]
     assert log.read_text() == "started\n"
     assert outputs[0] == outputs[1]
-    assert sorted(path.name for path in Path(outputs[0][0]).iterdir()) == ["half", "whole"]
+    assert sorted(path.name for path in Path(outputs[0][0]).iterdir()) == [".sealed.json", "half", "whole"]
 
 
 def test_tiny_lies_in_the_package(home: Path) -> None:

@@ -186,6 +186,8 @@ VALID: dict[str, Callable[[], Arguments]] = {
         "codes": torch.zeros(HIDDEN, HIDDEN, dtype=torch.uint8),
         "scales": torch.ones(HIDDEN, 1),
         "offsets": None,
+        "outer_scales": None,
+        "outer_offsets": None,
         "layout": INT8_LAYOUT,
     },
     "quant_linear": lambda: {

@@ -78,5 +78,5 @@ def test_a_distilled_checkpoint_is_better_with_half_its_experts_and_the_parent_w
 
 
 def test_shares_are_checked() -> None:
-    with pytest.raises(ValueError, match=r"kept must hold shares between 0 and 1, not \(1\.0,\)"):
+    with pytest.raises(ValueError, match=r"kept must be between 0 and 1, not \(1\.0,\)"):
         DistillConfig(kept=(1.0,))

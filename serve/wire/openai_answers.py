@@ -351,7 +351,7 @@ class VersionResponse(Answer):
 
 def answer_or_stream(answer: type[Answer]) -> dict[int | str, dict[str, Any]]:
     """The OpenAPI entry of an answer that may be streamed as server-sent events."""
-    return {200: {"model": answer, "content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+    return {200: {"model": answer, "content": {"text/event-stream": {}}}}
 
 
 def error_responses(*codes: int) -> dict[int | str, dict[str, Any]]:
