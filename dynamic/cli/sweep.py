@@ -66,8 +66,10 @@ def _objective(record: dict[str, Any], names: list[str], default: str) -> float 
     metrics = record.get("metrics")
     if metrics is not None and (unknown := [name for name in names if name not in metrics]):
         raise JobFailed(ValueError(f"objective={unknown[0]} was not measured; there are: {', '.join(metrics)}"))
-    values = tuple(float(metrics[n]["value"]) if metrics and n in metrics else math.nan for n in names or [default])
-    return values if len(values) > 1 else values[0]
+    values: tuple[float, ...] = tuple(
+        float(metrics[n]["value"]) if metrics and n in metrics else math.nan for n in names or [default]
+    )
+    return values if len(names) > 1 else values[0]
 
 
 def measure(config: SweepConfig) -> dict[str, Any]:

@@ -29,9 +29,11 @@ def check_ranges(
     """
     for name in names:
         value: Any = getattr(config, name)
-        numbers = value.values() if isinstance(value, Mapping) else value
-        for number in numbers if isinstance(numbers, Iterable) else () if value is None else (value,):
-            inside = (
+        if isinstance(value, Mapping):
+            value = tuple(value.values())
+        numbers: tuple[Any, ...] = tuple(value) if isinstance(value, Iterable) else (value,)
+        for number in numbers:
+            inside = number is None or (
                 number == number
                 and (least is None or number >= least)
                 and (above is None or number > above)

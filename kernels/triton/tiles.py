@@ -83,14 +83,14 @@ def load_quant_tile(
         packed = tl.load(packed_at, mask=(n < n_size)[:, None] & (byte < width)[None, :], other=0)
         value = tl.interleave(packed & 15, packed >> 4).to(tl.int8) - ZERO
     elif FORMAT == "int5" or FORMAT == "int6":
-        BITS: tl.constexpr = 5 if FORMAT == "int5" else 6
+        BITS: tl.constexpr = 5 if FORMAT == "int5" else 6  # type: ignore[assignment]
         width = (k_size * BITS + 7) // 8
         byte, shift = k * BITS // 8, k * BITS % 8
         low_at = codes + row[:, None] * width + byte[None, :]
         low = tl.load(low_at, mask=inside, other=0).to(tl.int16)
         high = tl.load(low_at + 1, mask=inside & (shift + BITS > 8)[None, :], other=0).to(tl.int16)
         both = (low | (high << 8)) >> shift.to(tl.int16)[None, :]
-        value = (both & ((1 << BITS) - 1)).to(tl.int8) - ZERO
+        value = (both & ((1 << BITS) - 1)).to(tl.int8) - ZERO  # type: ignore[operator]
     else:
         q = tl.load(codes + row[:, None] * k_size + k[None, :], mask=inside, other=0)
         value = q if FORMAT == "fp8" else q.to(tl.int8, bitcast=True)
