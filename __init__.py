@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from .version import __version__
 
 
-# Threads of libgomp spin at barriers for 3 ms before they sleep, so that processes that share cores keep them from each
-# other. libgomp reads its bound while torch is loaded. benchmarks/side_by_side.py measures it.
+# Threads of libgomp spin at barriers before they sleep, and processes that share cores keep them from each other. The
+# bound is read while torch is loaded. benchmarks/side_by_side.py measures what it costs and brings.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 

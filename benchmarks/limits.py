@@ -23,7 +23,7 @@ class Limits:
     """
 
     def __init__(self, megabytes: int = 512, probe_megabytes: int = 64, gemm_size: int = 1024) -> None:
-        cpu_build.load(progress=True)
+        cpu_build.load()
         words = torch.ops.dynamoe_cpu.allocate(megabytes * 2**18)
         words.fill_(1)
         self._parts = words.split(probe_megabytes * 2**18)

@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--test-requests", type=int, default=500)
     parser.add_argument("--threads", type=int, help="CPU threads")
     options = parser.parse_args()
-    build.load(progress=True)
+    build.load()
     shipped = resolve_model("tiny") / CERTIFICATES
     for isa in options.isas:
         if torch.ops.dynamoe_cpu.find_isa(isa) < 0:

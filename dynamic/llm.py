@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .contract.catalog import catalog_for
+from .contract.catalog import CertificateSource
 from .convert.load_model import load_model
 from .engine.config import EngineConfig
 from .engine.offline import OfflineEngine
 from .engine.vllm_keywords import check_vllm_keywords
 from .model.load_config import LoadConfig
+from .model.machine import release_threads
 from .parallel.config import ParallelConfig
 
 
@@ -140,5 +141,7 @@ class LLM(OfflineEngine):
             skip_tokenizer_init=skip_tokenizer_init,
         )
         OfflineEngine.__init__(self, loaded, engine)
-        self.catalog = catalog_for(self.engine, None if certificates is None else Path(certificates))
+        self.certificates = CertificateSource(self.engine, None if certificates is None else Path(certificates))
+        self.catalog = self.certificates.read()
+        release_threads()  # whoever generates may be another thread
         self.engine.contracts = self.catalog

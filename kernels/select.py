@@ -49,13 +49,22 @@ def _fastest(device: torch.device | str, dtype: torch.dtype) -> TorchBackend:
     try:
         if kind == "cuda" and dtype in (torch.bfloat16, torch.float16):
             return select_backend(device, dtype, "triton")
-        if kind == "cpu" and dtype in (torch.float32, torch.bfloat16):
-            return select_backend(device, dtype, "cpu")
     except (ImportError, ValueError) as error:
-        slower = ", several times slower" if kind == "cpu" else ""
-        # The warnings module shows the same text from the same place once per process.
-        warnings.warn(f"running on torch's own operations{slower}: {error}", RuntimeWarning, stacklevel=3)
+        _warn(str(error))
+    if kind == "cpu" and dtype in (torch.float32, torch.bfloat16):
+        from .cpu.backend import CpuBackend
+        from .cpu.build import BuildError
+
+        try:
+            return CpuBackend(device, dtype)
+        except BuildError as error:  # anything else is a bug, and a slow server would hide it
+            _warn(f"several times slower: the cpu backend cannot run here: {error}")
     return TorchBackend(device, dtype)
+
+
+def _warn(why: str) -> None:
+    # The warnings module shows the same text from the same place once per process.
+    warnings.warn(f"running on torch's own operations, {why}", RuntimeWarning, stacklevel=4)
 
 
 def _cpu(device: torch.device | str, dtype: torch.dtype, isa: str) -> TorchBackend:

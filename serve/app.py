@@ -68,7 +68,7 @@ def make_context(engine: Engine, settings: ServerSettings, contracts: ContractMa
         on_abort=on_abort,
         idle_work=FullRuns(decoder=model.decoder, monitor=lambda: contracts.monitor).work,
     )
-    contracts.on_pending = bridge.wake
+    contracts.on_pending, contracts.between_steps = bridge.wake, bridge.call
     text = TextPool(model.tokenizer, settings.text_threads, settings.limits.max_text_characters)
     return ServerContext(
         settings=settings,

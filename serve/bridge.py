@@ -23,6 +23,7 @@ from ..dynamic.engine.fault_log import FaultLog
 from ..dynamic.engine.outputs import RequestDelta
 from ..dynamic.engine.quality import ContractOutcome
 from ..dynamic.engine.sampling_params import SamplingParams
+from ..dynamic.model.machine import release_threads
 from .submission import EngineFailure, RequestTimes, Submission
 
 logger = logging.getLogger("dynamoe.engine")
@@ -98,6 +99,7 @@ class EngineBridge:
         """Start the engine's thread; deltas are delivered on the running event loop."""
         self._loop = asyncio.get_running_loop()
         self._watchdog = asyncio.create_task(self._watch())
+        release_threads()  # of the loading
         self._thread.start()
 
     async def stop(self, timeout: float = 5.0) -> bool:
@@ -149,6 +151,36 @@ class EngineBridge:
             submission.close()
             raise
         return submission
+
+    async def call(self, function: Callable[[], object]) -> None:
+        """Call a function between two steps, on the engine's thread.
+
+        Raises:
+            EngineFailure: the engine is dead or hung, or the server is shutting down.
+            Exception: what the function raises.
+        """
+        if (failure := self.failure()) is not None:
+            raise failure
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def run() -> None:
+            error = None
+            try:
+                function()
+            except Exception as raised:  # its caller's to handle
+                error = raised
+            self._notify(settle, error)
+
+        def settle(error: Exception | None) -> None:
+            if not done.done():
+                done.set_result(None) if error is None else done.set_exception(error)
+
+        self._commands.put(run)
+        while not done.done():
+            await asyncio.wait((done,), timeout=1.0)
+            if not done.done() and (failure := self.failure()) is not None:
+                raise failure
+        done.result()
 
     def abort(self, ids: Iterable[str]) -> None:
         """Abort requests; their pages are freed after the engine's current step."""

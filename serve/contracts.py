@@ -13,7 +13,7 @@ import logging
 import re
 import sqlite3
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -129,12 +129,14 @@ class ContractManager:
         settings: of the monitor.
         default_file: of the monitor, if the settings name none.
         on_pending: called from another thread when a sampled request waits for its full run.
+        between_steps: calls a function where nothing else steps the engine.
     """
 
     source: CertificateSource
     settings: MonitorSettings
     default_file: Path
     on_pending: Callable[[], None] = lambda: None
+    between_steps: Callable[[Callable[[], object]], Awaitable[None]] = asyncio.to_thread
     catalog: ContractCatalog = field(default_factory=ContractCatalog, init=False)  # replaced as a whole
     monitor: RiskMonitor | None = field(default=None, init=False)  # from the first certificate on
     states: dict[str, ContractState] = field(default_factory=dict, init=False)  # as of the last refresh
@@ -162,6 +164,8 @@ class ContractManager:
             ValueError: as :meth:`open`; the catalog is unchanged.
         """
         async with self._reloading:
+            await asyncio.to_thread(self.source.prepare)
+            await self.between_steps(self.source.know_running)
             catalog = await asyncio.to_thread(self.source.read)
             self.catalog = await self._off_loop(self._register, catalog)
         logger.info(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from dynamoe.dynamic.contract.catalog import CERTIFICATES, CertificateSource
 from dynamoe.dynamic.convert.load_model import load_model
 from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine, EngineFull
@@ -18,6 +21,7 @@ from dynamoe.dynamic.engine.runner import Runner
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.model.loaded import LoadedModel
 from dynamoe.serve.bridge import EngineBridge, EngineRequest
+from dynamoe.serve.contracts import ContractManager, MonitorSettings
 from dynamoe.serve.submission import ClientGone, EngineFailure, Submission
 
 
@@ -246,5 +250,55 @@ def test_closing_ends_requests_and_refuses_new_ones(model: LoadedModel) -> None:
         with pytest.raises(EngineFailure, match="shutting down"):
             await harness.bridge.submit([asked(5)])
         assert (await harness.settled()).kv_usage == 0
+
+    run(Engine(model), scenario)
+
+
+def test_a_call_runs_between_two_steps_on_the_engines_thread(model: LoadedModel) -> None:
+    async def scenario(harness: Harness) -> None:
+        submission = await harness.bridge.submit([asked(5, max_tokens=100)])
+        threads: list[str] = []
+        await harness.bridge.call(lambda: threads.append(threading.current_thread().name))
+        assert threads == ["engine"]
+
+        def refuse() -> None:
+            raise ValueError("no")
+
+        with pytest.raises(ValueError, match="no"):
+            await harness.bridge.call(refuse)
+        assert len((await tokens_of(submission))[0]) == 100
+        harness.bridge.close()
+        with pytest.raises(EngineFailure, match="shutting down"):
+            await harness.bridge.call(refuse)
+
+    run(Engine(model), scenario)
+
+
+def test_certificates_that_appear_later_do_not_run_the_model_beside_the_engine(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(shutil.copytree(make_checkpoint("llama"), tmp_path / "model"), progress=False)
+    threads: set[str] = set()
+    embed = model.decoder.embed
+
+    def seen(ids_T: torch.Tensor) -> torch.Tensor:
+        threads.add(threading.current_thread().name)
+        return embed(ids_T)
+
+    monkeypatch.setattr(model.decoder, "embed", seen)
+
+    async def scenario(harness: Harness) -> None:
+        manager = ContractManager(
+            source=CertificateSource(harness.bridge.engine),
+            settings=MonitorSettings(),
+            default_file=tmp_path / "monitor.db",
+            between_steps=harness.bridge.call,
+        )
+        manager.open()
+        assert not threads, "without certificates nothing is run"
+        (model.path / CERTIFICATES).mkdir()
+        await manager.reload()
+        await manager.close()
+        assert threads == {"engine"}
 
     run(Engine(model), scenario)

@@ -119,8 +119,10 @@ def test_the_ledger_keeps_every_level_that_was_tried(certificates: Path, tmp_pat
     assert enter(tmp_path, entry) == 0  # the same run, resumed
     assert enter(tmp_path, {**entry, "method": "hoeffding_bentkus"}) == 1
     assert enter(tmp_path, {**entry, "method": "hoeffding_bentkus", "path": ["0.9"]}) == 2
+    assert enter(tmp_path, {**entry, "deployment": "of other kernels"}) == 3
+    assert enter(tmp_path, {**entry, "backend": "cpu portable"}) == 0
     assert enter(tmp_path, {**entry, "alpha": 0.05}) == 0
-    assert len((tmp_path / LEDGER).read_text().splitlines()) == 4
+    assert len((tmp_path / LEDGER).read_text().splitlines()) == 6
 
 
 def test_a_second_run_measures_nothing_again(certificates: Path) -> None:

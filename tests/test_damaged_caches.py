@@ -170,14 +170,19 @@ def test_a_damaged_corpus_is_made_again(tmp_path: Path, file: str, damage: Damag
     assert torch.equal(corpus.load_corpus(folder).train, expected)
 
 
-@damages
-def test_a_damaged_monitor_is_refused(tmp_path: Path, damage: Damage) -> None:
-    file = tmp_path / "monitor.db"
+def filled_monitor(folder: Path) -> Path:
+    file = folder / "monitor.db"
     store = MonitorStore(file)
     store.register("c", 0.05, 0.05)
     for number in range(200):
         store.pick(f"request {number}", "c")
     store.close()
+    return file
+
+
+@damages
+def test_a_damaged_monitor_is_refused(tmp_path: Path, damage: Damage) -> None:
+    file = filled_monitor(tmp_path)
     damage(file)
     with pytest.raises(ValueError, match=r"monitor\.db (is|cannot be)") as refusal:
         MonitorStore(file)
@@ -185,12 +190,7 @@ def test_a_damaged_monitor_is_refused(tmp_path: Path, damage: Damage) -> None:
 
 
 def test_a_monitor_with_a_damaged_page_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "monitor.db"
-    store = MonitorStore(file)
-    store.register("c", 0.05, 0.05)
-    for number in range(200):
-        store.pick(f"request {number}", "c")
-    store.close()
+    file = filled_monitor(tmp_path)
     with file.open("r+b") as stream:
         stream.seek(-4096, os.SEEK_END)
         stream.write(b"\0" * 4096)

@@ -190,7 +190,8 @@ def test_executed_layers_are_counted_where_they_are_launched(
 
     def counted_at_once(*arguments: Any) -> Any:
         result = run_with_exits(*arguments)
-        for segment, rows in zip(model.decoder.segments, result.launched_S.tolist(), strict=True):
+        launched_S = result.counts[len(result.out_TD) + 2 * len(result.decisions_N2) :]
+        for segment, rows in zip(model.decoder.segments, launched_S.tolist(), strict=True):
             for layer in segment.layers:
                 launched[layer] += rows
         return result

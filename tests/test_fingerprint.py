@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -144,6 +145,30 @@ def test_the_hashes_are_kept_beside_the_build(monkeypatch: pytest.MonkeyPatch, b
     assert fingerprint(backend, backend.isa, [], "any processor") != found
     with pytest.raises(TypeError):
         fingerprint(backend, backend.isa, ["int8"], "another processor")
+
+
+def test_kept_hashes_belong_to_the_python_that_packs_as_well(
+    monkeypatch: pytest.MonkeyPatch, backend: CpuBackend
+) -> None:
+    fingerprint(backend, backend.isa, [], "a fourth processor")
+    monkeypatch.setattr("dynamoe.kernels.cpu.fingerprint.hash_of", None)
+    fingerprint(backend, backend.isa, [], "a fourth processor")
+    monkeypatch.setattr("dynamoe.kernels.cpu.fingerprint.sources_hash", lambda *folders: f"others of {folders}")
+    with pytest.raises(TypeError):
+        fingerprint(backend, backend.isa, [], "a fourth processor")
+
+
+def test_a_folder_that_only_can_be_read_costs_a_warning(
+    monkeypatch: pytest.MonkeyPatch, backend: CpuBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError("read-only")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", refuse)
+        found = fingerprint(backend, backend.isa, [], "a fifth processor")
+    assert "computed at every start: read-only" in caplog.text
+    assert fingerprint(backend, backend.isa, [], "a fifth processor") == found
 
 
 def test_a_cut_file_of_hashes_is_made_again(backend: CpuBackend) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -178,3 +180,31 @@ def test_a_checkpoint_without_a_tokenizer_serves_token_ids(
         llm.generate("Hello", params, use_tqdm=False)
     with pytest.raises(ValueError, match="stop strings need detokenize"):
         llm.generate([[5]], SamplingParams(stop=["a"]), use_tqdm=False)
+
+
+def test_the_threads_that_loaded_a_model_are_gone_before_another_thread_generates(
+    make_checkpoint: Callable[..., Path],
+) -> None:
+    code = """
+import os, sys, threading, torch
+from dynamoe import LLM, SamplingParams
+torch.set_num_threads(3)
+def threads():
+    return len(os.listdir("/proc/self/task"))
+llm = LLM(sys.argv[1], progress=False)
+before = threads()
+torch.ones(1 << 20).add(1)
+used = threads()
+from dynamoe.dynamic.model.machine import release_threads
+release_threads()
+print(used - before, threads() - before)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(make_checkpoint("llama"))],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["2", "0"]

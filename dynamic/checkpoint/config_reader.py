@@ -100,24 +100,20 @@ IRRELEVANT_KEYS = frozenset(
 LARGEST_NUMBER = 1e30  # larger numbers are mistakes and would overflow float32
 
 
-class ConfigReader:
-    """A configuration of a checkpoint. Every read is typed and remembered.
-
-    Arguments:
-        values: the JSON object.
-        what: what to call it in errors.
-    """
-
-    def __init__(self, values: Mapping[str, Any], what: str = "config.json") -> None:
-        self.values = values
-        self._what = what
-        self._read: set[str] = set()
+class TypedReader:
+    """Values by key, each of a type. Who extends it says where they are from."""
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The raw value; a key that is missing or null gives the default."""
-        self._read.add(key)
-        value = self.values.get(key)
-        return default if value is None else value
+        """The raw value; a key that is missing gives the default."""
+        raise NotImplementedError
+
+    def error(self, key: str, value: Any, expected: str) -> CheckpointError:
+        """The error for a value that cannot be used."""
+        raise NotImplementedError
+
+    def lacks(self, key: str) -> CheckpointError:
+        """The error for a value that must be there."""
+        raise NotImplementedError
 
     def integer(self, key: str, default: int | None = None, *, most: int = 2**31 - 1) -> int:
         """A whole number between 0 and ``most``.
@@ -151,6 +147,43 @@ class ConfigReader:
         if not isinstance(value, bool):
             raise self.error(key, value, "true or false")
         return value
+
+    def text(self, key: str, default: str | None = None) -> str:
+        """A text.
+
+        Raises:
+            CheckpointError: as for :meth:`integer`.
+        """
+        value = self._required(key, default)
+        if not isinstance(value, str):
+            raise self.error(key, value, "a text")
+        return value
+
+    def _required(self, key: str, default: Any) -> Any:
+        value = self.get(key, default)
+        if value is None:
+            raise self.lacks(key)
+        return value
+
+
+class ConfigReader(TypedReader):
+    """A configuration of a checkpoint. Every read is typed and remembered.
+
+    Arguments:
+        values: the JSON object.
+        what: what to call it in errors.
+    """
+
+    def __init__(self, values: Mapping[str, Any], what: str = "config.json") -> None:
+        self.values = values
+        self._what = what
+        self._read: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The raw value; a key that is missing or null gives the default."""
+        self._read.add(key)
+        value = self.values.get(key)
+        return default if value is None else value
 
     def choice(self, key: str, options: Mapping[str, str], default: str) -> str:
         """One of several names, translated into ours.
@@ -207,8 +240,6 @@ class ConfigReader:
                 f"{self._what}: {shown(key)}={shown(value)} is not supported{where}, and ignoring it {effect}"
             )
 
-    def _required(self, key: str, default: Any) -> Any:
-        value = self.get(key, default)
-        if value is None:
-            raise CheckpointError(f"{self._what} lacks {key}")
-        return value
+    def lacks(self, key: str) -> CheckpointError:
+        """The error for a value that must be there."""
+        return CheckpointError(f"{self._what} lacks {key}")

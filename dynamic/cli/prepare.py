@@ -5,11 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
-
 from ...kernels.cpu.build import BuildError, build
 from ..convert.model_store import resolve_model
 from ..model.dtype import choose_device
+from ..model.machine import use_threads
 from ..quantize.driver import REPORT, quantize_checkpoint
 from ..quantize.methods import NEAREST, POOLED, CalibratedMethod
 from ..text.calibration_text import reference_pages, token_windows
@@ -44,8 +43,7 @@ def _quantize(config: PrepareConfig) -> None:
     method = CalibratedMethod(name=config.quantization, group=config.group, symmetric=config.symmetric)
     if config.output is None:
         raise ValueError("output=DIRECTORY is needed: the quantised checkpoint is written there")
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    use_threads(config.threads)
     source, target = resolve_model(config.model), Path(config.output).expanduser()
     pages = reference_pages(held_out=False)
     if config.text_folder is not None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...exits.sidecar import backbone_hash
 from ..engine.logits_processors import changes_distribution, processor_classes
 from ..engine.protocols import LogitsProcessor
 from ..engine.quality import ContractOutcome, Quality
@@ -73,7 +75,7 @@ class CertificateSource:
     """Reads an engine's certificates, repeatedly if wanted.
 
     Arguments:
-        engine: whose deployment they must match; it is hashed on the first read that finds a directory.
+        engine: whose deployment they must match.
         directory: of certificates; None takes those beside the model, if any.
     """
 
@@ -81,7 +83,23 @@ class CertificateSource:
         self.directory = engine.model.path / CERTIFICATES if directory is None else directory
         self._needed = directory is not None
         self._engine = engine
-        self._running: Mapping[str, Scalar] | None = None
+
+    @cached_property
+    def running(self) -> Mapping[str, Scalar]:
+        """The engine's deployment. The first use hashes the model's files and runs it on fixed tokens: nothing else may
+        step the engine meanwhile."""
+        engine = self._engine
+        return deployment(engine.model, engine.runner.exits, engine.logits_plugins, engine.cache_plugins)
+
+    def prepare(self) -> None:
+        """Hash the model's weights if there are certificates: the long part of :attr:`running`, beside the engine."""
+        if self.directory.is_dir():
+            backbone_hash(self._engine.model.path)
+
+    def know_running(self) -> None:
+        """Have :attr:`running` if there are certificates, so that :meth:`read` leaves the engine alone."""
+        if self.directory.is_dir():
+            _ = self.running
 
     def read(self) -> ContractCatalog:
         """The certificates that are valid for the running deployment; others are refused and the reason is logged.
@@ -96,11 +114,8 @@ class CertificateSource:
             if self._needed:
                 raise ValueError(f"no such directory of certificates: {self.directory}")
             return ContractCatalog()
-        if self._running is None:
-            engine = self._engine
-            self._running = deployment(engine.model, engine.runner.exits, engine.logits_plugins, engine.cache_plugins)
         valid = []
-        certificates, refused = nearest(self.directory, self._running)
+        certificates, refused = nearest(self.directory, self.running)
         for outdated in refused:
             logger.warning("refused: %s", outdated)
         for certificate in certificates:
@@ -115,8 +130,7 @@ class CertificateSource:
         )
 
     def _refusal(self, certificate: Certificate) -> str | None:
-        assert self._running is not None
-        if different := differences(certificate.deployment, self._running):
+        if different := differences(certificate.deployment, self.running):
             return ", ".join(different)
         try:
             self._engine.check([0], spent_under(certificate, SamplingParams()))
@@ -149,11 +163,6 @@ def nearest(directory: Path, running: Mapping[str, Scalar]) -> tuple[list[Certif
         least = min(distance for distance, _ in candidates)
         kept += [certificate for distance, certificate in candidates if distance == least]
     return kept, outdated
-
-
-def catalog_for(engine: Engine, directory: Path | None) -> ContractCatalog:
-    """The contract catalog of an engine; see :class:`CertificateSource`."""
-    return CertificateSource(engine, directory).read()
 
 
 def spent_under(certificate: Certificate, params: SamplingParams) -> SamplingParams:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from ...kernels.api.ranges import check_ranges
 from .e_process import EProcess
 from .monitor_records import BetTotals, Draws, PendingRun, PickCounts, Served
-from .monitor_store import MonitorStore
+from .monitor_store import OTHERS, MonitorStore
 
 if TYPE_CHECKING:
     from .certificate import Certificate
@@ -237,7 +237,7 @@ class RiskMonitor:
             ValueError: for a certificate that is not registered.
         """
         pooled = self._process(certificate_id)
-        if pooled.fired or not self._reverted_for[certificate_id]:
+        if pooled.fired or self._reverted_for[certificate_id].isdisjoint((tenant, OTHERS)):
             return pooled if pooled.fired else None
         with self._lock:
             own = self._store.bet(certificate_id, self._store.bettor(certificate_id, tenant))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 
-from ..checkpoint.config_reader import LARGEST_NUMBER
+from ..checkpoint.config_reader import LARGEST_NUMBER, TypedReader
 from ..checkpoint.gguf_file import GgufArray, GgufFile
 from ..checkpoint.weights import CheckpointError
 
@@ -47,7 +46,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-class Metadata:
+class Metadata(TypedReader):
     """The metadata of a file. Every read is typed and remembered.
 
     Keys that begin with a dot belong to the file's architecture: ``.block_count`` is ``llama.block_count``.
@@ -82,17 +81,6 @@ class Metadata:
         """Whether a key is there; that is no use of it."""
         return self.full(key) in self._values
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        """A whole number from 0 to 2^31 - 1.
-
-        Raises:
-            CheckpointError: when it is something else, or missing without a default.
-        """
-        value = self._required(key, default)
-        if type(value) is not int or not 0 <= value < 2**31:
-            raise self.error(key, value, "a whole number of at least 0")
-        return value
-
     def of_all_layers(self, key: str, default: int | None = None) -> int:
         """As :meth:`integer`; an array for all layers must hold one value."""
         value = self.get(key, default)
@@ -104,37 +92,8 @@ class Metadata:
         return self.integer(key, default)
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A finite number.
-
-        Raises:
-            CheckpointError: as for :meth:`integer`.
-        """
-        value = self._required(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise self.error(key, value, "a finite number")
-        return _decimal(float(value))
-
-    def flag(self, key: str, default: bool) -> bool:
-        """True or false.
-
-        Raises:
-            CheckpointError: for anything else.
-        """
-        value = self.get(key, default)
-        if not isinstance(value, bool):
-            raise self.error(key, value, "true or false")
-        return value
-
-    def text(self, key: str, default: str | None = None) -> str:
-        """A text.
-
-        Raises:
-            CheckpointError: for anything else, or when it is missing without a default.
-        """
-        value = self._required(key, default)
-        if not isinstance(value, str):
-            raise self.error(key, value, "a text")
-        return value
+        """A finite number, as the decimal that its 32 bits stand for."""
+        return _decimal(super().number(key, default))
 
     def strings(self, key: str, most: int) -> list[str]:
         """An array of texts.
@@ -194,11 +153,9 @@ class Metadata:
                 " and ignoring it could give wrong results"
             )
 
-    def _required(self, key: str, default: Any) -> Any:
-        value = self.get(key, default)
-        if value is None:
-            raise CheckpointError(f"{self.file} lacks the metadata entry {self.full(key)!r}")
-        return value
+    def lacks(self, key: str) -> CheckpointError:
+        """The error for a value that must be there."""
+        return CheckpointError(f"{self.file} lacks the metadata entry {self.full(key)!r}")
 
 
 def _decimal(value: float) -> float:

@@ -28,13 +28,13 @@ HARMLESS = frozenset(
         "distributed_executor_backend",
         "max_parallel_loading_workers",
         "use_tqdm_on_load",
-        "hf_token",
-        "download_dir",
     }
 )
 # Values that ask for what happens anyway; any other asks for what this engine cannot do.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "trust_remote_code": (False,),
+    "hf_token": (None,),  # HF_TOKEN and HF_HOME of huggingface_hub count
+    "download_dir": (None,),
     "cpu_offload_gb": (0,),
     "tokenizer": (None,),
     "tokenizer_mode": ("auto",),

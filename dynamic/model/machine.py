@@ -15,6 +15,8 @@ import torch
 
 from ...version import __version__
 
+_SOFT_PAUSE = 1  # omp_pause_soft: keeps the threads' settings
+
 
 @cache
 def processor() -> str:
@@ -55,6 +57,24 @@ def git_revision() -> str:
 def _git(root: Path, *arguments: str) -> str:
     done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
     return done.stdout.strip()
+
+
+def use_threads(count: int | None) -> None:
+    """Compute with so many CPU threads; None leaves torch's own choice."""
+    if count is not None:
+        torch.set_num_threads(count)
+
+
+def release_threads() -> None:
+    """Let go of the threads that parallel work of this thread has used, before another thread does such work.
+
+    libgomp counts them while they are idle. With more threads than cores each sleeps at once when it waits, which slows
+    an engine in a thread of its own. They are made again when needed.
+    """
+    with suppress(OSError, StopIteration, AttributeError):
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        library = next(line.split()[-1] for line in maps if "libgomp" in line)
+        ctypes.CDLL(library).omp_pause_resource_all(_SOFT_PAUSE)
 
 
 def release_free_memory() -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import torch
 
 from ...kernels.api.ranges import check_ranges
 from ...kernels.api.sources import sources_hash
@@ -37,14 +36,13 @@ from ..engine.config import EngineConfig
 from ..engine.sampling_params import GREEDY_EPSILON
 from ..llm import LLM
 from ..model.load_config import LoadConfig
-from ..model.machine import processor
+from ..model.machine import processor, use_threads
 from ..parallel.config import ParallelConfig
 from ..text.prompt_file import read_prompts
 from ..train.held_out import PROMPTS_FILE
 from ..train.recipe import claim, plot_path
 from .calibration_report import plot, setting_name, summary, table, write_report
 from .ledger import LEDGER, enter
-from .records import deployment_of
 from .requests import draw
 
 if TYPE_CHECKING:
@@ -132,8 +130,7 @@ def calibrate(config: CalibrateConfig, *, progress: bool = True, say: Callable[[
         ValueError: for a model without exits, prompts that cannot be read, are too few or too long, or a directory that
             holds another run: other settings, prompts, code, deployment or processor.
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    use_threads(config.threads)
     path, output = resolve_model(config.model, progress=progress), Path(config.output).expanduser()
     engine = EngineConfig(max_num_seqs=_AT_ONCE, logits_processors=config.logits_processors)
     llm = LLM.from_config(path, config, engine, progress=progress, parallel=config.parallel)
@@ -143,7 +140,7 @@ def calibrate(config: CalibrateConfig, *, progress: bool = True, say: Callable[[
         if config.requests < (least := requests_needed(alpha, config.delta)):
             say(f"alpha={alpha:g} needs at least {least} requests, even without any loss; there are {config.requests}")
     prompts = _prompts(config, path, llm, say)
-    facts = deployment_of(llm)
+    facts = dict(llm.certificates.running)
     kept = {
         k: v
         for k, v in asdict(config).items()
@@ -304,6 +301,8 @@ def _tried(
         "max_tokens": config.max_tokens,
         "path": [setting_name(setting) for setting in settings],
         "prompts_hash": prompts,
+        "backend": facts["backend"],
+        "dtype": facts["dtype"],
         "deployment": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest(),
         "proved": None if certificate is None else certificate.id,
     }

@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import torch
 from filelock import FileLock
 
 from ..contract.bounds import conformal_risk_control, learn_then_test
@@ -20,6 +19,7 @@ from ..contract.calibration_runs import Measured, measure, path_through
 from ..contract.intervals import Estimate, mean
 from ..engine.config import EngineConfig
 from ..llm import LLM
+from ..model.machine import use_threads
 from .evaluate import Evaluation
 from .records import job_key, provenance
 from .requests import draw, requests_from
@@ -36,8 +36,7 @@ def compare_methods(config: SweepConfig) -> Evaluation:
         ValueError: for a model without exits, or too few prompts.
     """
     study = config.calibration
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    use_threads(config.threads)
     engine = EngineConfig(max_num_seqs=config.engine.max_num_seqs)
     llm = LLM.from_config(config.model, config, engine, progress=False, experts_per_token=config.moe.experts_per_token)
     source, measured = _pool(config, llm)

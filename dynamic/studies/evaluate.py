@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from ...kernels.api.ranges import check_ranges
@@ -23,6 +22,7 @@ from ..convert.model_config import SharedModelConfig
 from ..engine.config import EngineConfig
 from ..llm import LLM
 from ..model.decoder import Decoder
+from ..model.machine import use_threads
 from .forced import Forced, ForcingEngine, force
 from .records import provenance
 from .requests import draw, forced_texts, read_requests, requests_from
@@ -143,8 +143,7 @@ def run(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
     Raises:
         ValueError: for a setting, a model or a file that cannot be used.
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    use_threads(config.threads)
     llm = LLM.from_config(
         config.model,
         config,

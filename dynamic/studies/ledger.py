@@ -21,7 +21,8 @@ def enter(directory: Path, level: Mapping[str, Any]) -> int:
         directory: of the certificates.
         level: JSON-able: what was to be proved (``alpha``, ``delta``), how, on what, and what came of it.
 
-    Returns: other tries at the same alpha and delta for the same deployment that the ledger holds.
+    Returns: other tries at the same alpha and delta on the same backend and dtype that the ledger holds, whatever the
+        state of code and model.
     """
     file = directory / LEDGER
     entry = json.loads(json.dumps(level))
@@ -30,5 +31,5 @@ def enter(directory: Path, level: Mapping[str, Any]) -> int:
     if entry not in known:
         with file.open("a") as stream:
             stream.write(json.dumps({"date": datetime.date.today().isoformat(), **entry}) + "\n")
-    same = ("alpha", "delta", "temperature", "deployment")
-    return sum(past != entry and all(past.get(name) == entry.get(name) for name in same) for past in known)
+    same = ("alpha", "delta", "temperature", "backend", "dtype")
+    return sum(past != entry and all(past.get(name) in (entry[name], None) for name in same) for past in known)

@@ -15,7 +15,6 @@ from ...exits.sidecar import JSON_FILE, TENSOR_FILE, backbone_hash
 from ...kernels.api.sources import sources_hash
 from ...moe.sidecar import JSON_FILE as CONTRIBUTIONS
 from ..contract.catalog import CERTIFICATES
-from ..contract.deployment import deployment
 from ..convert.model_store import resolve_model
 from ..model.machine import processor, run_facts
 from ..train.held_out import PROMPTS_FILE
@@ -119,10 +118,4 @@ def _file_hash(file: Path) -> str:
 
 def provenance(llm: LLM) -> dict[str, Scalar]:
     """Flat names and values; those of the deployment are what a certificate is bound to."""
-    return run_facts() | {f"deployment.{name}": value for name, value in deployment_of(llm).items()}
-
-
-def deployment_of(llm: LLM) -> dict[str, Scalar]:
-    """What certificates of a running model are bound to."""
-    engine = llm.engine
-    return deployment(llm.model, engine.runner.exits, engine.logits_plugins, engine.cache_plugins)
+    return run_facts() | {f"deployment.{name}": value for name, value in llm.certificates.running.items()}

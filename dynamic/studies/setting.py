@@ -16,7 +16,6 @@ from ..contract.resolve import Contracts
 from ..engine.quality import Quality
 from ..engine.sampling_params import SamplingParams
 from ..model.decoder import make_stack
-from .records import deployment_of
 
 if TYPE_CHECKING:
     from ..llm import LLM
@@ -163,7 +162,7 @@ def _uncertified(quality: StudiedQuality, contract: Quality, llm: LLM, exact: Sa
     directory = Path(quality.certificates).expanduser() if quality.certificates else llm.model.path / CERTIFICATES
     if not directory.is_dir():
         raise ValueError(f"no such directory of certificates: {directory}")
-    contracts = Contracts(nearest(directory, deployment_of(llm))[0])
+    contracts = Contracts(nearest(directory, llm.certificates.running)[0])
     facts = RequestFacts(greedy=True, temperature=0.0, max_tokens=exact.max_tokens or 1, adjusted=False)
     found = contracts.resolve(contract.alpha, contract.delta, facts)
     certificate = found.certificate

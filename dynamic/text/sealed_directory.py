@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
+
+from ...kernels.api.disk import flush
 
 _SEAL = ".sealed.json"
 
@@ -18,11 +19,7 @@ def seal(directory: Path) -> None:
     files = {name: [*_stamp(directory / name), _hash(directory / name)] for name in _files(directory)}
     (directory / _SEAL).write_text(json.dumps(files))
     for path in (*(directory / name for name in files), directory / _SEAL, directory):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        flush(path)
 
 
 def is_intact(directory: Path) -> bool:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from ...exits.training.trainer import TrainResult, evaluate
 from ...kernels.api.ranges import check_ranges
 from ..convert.model_store import cache_home
+from ..model.machine import use_threads
 from ..parallel.config import launched_rank, launched_size
 from ..text.corpus import build_corpus, load_corpus
 from .deepspeed import ZeroConfig, gathered, join, leave, train_with_deepspeed
@@ -56,8 +57,7 @@ def train(config: TrainConfig) -> None:
     Raises:
         ValueError: see :func:`.recipe.run_recipe` and :func:`.deepspeed.train_with_deepspeed`.
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    use_threads(config.threads)
     recipe, output = config.recipe, Path(config.output).expanduser()
     config.zero.check(launched_size(), recipe.decoder.num_experts)
     if launched_size() > 1:

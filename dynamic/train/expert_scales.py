@@ -22,6 +22,7 @@ from ..convert.model_store import SHIPPED_MODELS, resolve_model
 from ..model.budgeted_layers import limited_layers
 from ..model.decoder import Decoder
 from ..model.loader import load_decoder
+from ..model.machine import use_threads
 from ..model.moe_spec import MoESpec
 from ..model.prompt_pass import fresh_cache
 from ..text.calibration_text import reference_pages, token_windows
@@ -76,8 +77,7 @@ def make_expert_scales(
         ValueError: for a model without routers that weigh their experts, text that is too short, or a directory that
             cannot be written to.
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    use_threads(config.threads)
     if config.model is None:
         raise ValueError("model=DIRECTORY is needed: the result is written beside its weights")
     if config.model in SHIPPED_MODELS:

@@ -28,6 +28,7 @@ from ..convert.load_model import load_model
 from ..convert.model_store import cache_home, resolve_model
 from ..engine.config import EngineConfig
 from ..engine.offline import OfflineEngine
+from ..model.machine import use_threads
 from ..text.calibration_text import reference_pages
 from ..text.documentation_packages import SOURCES, collect, collect_folder
 from .exit_states import (
@@ -125,8 +126,7 @@ def make_frozen_exits(config: FrozenConfig, *, progress: bool = True, say: Calla
         ValueError: for exits outside the model, text that cannot be had or is too short, too little memory, or a
             directory that holds another run.
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    use_threads(config.threads)
     keep_freed_memory()
     output = Path(config.output).expanduser()
     source = resolve_model(config.model, progress=progress)

@@ -7,7 +7,6 @@ in JSON. It is written beside its final name, flushed to disk and renamed; older
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from ...kernels.api.disk import flush
 
 _MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 
@@ -50,10 +51,10 @@ def save_checkpoint(
     save_file(moments, partial / _OPTIMIZER)
     (partial / _STATE).write_text(json.dumps({"step": step, "optimizers": groups, **state}))
     for path in (*partial.iterdir(), partial):
-        _flush(path)
+        flush(path)
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
-    _flush(directory)
+    flush(directory)
     for old in directory.glob("step-*"):
         if old != final:
             shutil.rmtree(old, ignore_errors=True)
@@ -101,11 +102,3 @@ def _flatten(optimizers: list[torch.optim.Optimizer]) -> tuple[dict[str, torch.T
             for key, value in entries.items():
                 tensors[f"{number}.{index}.{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
     return tensors, groups
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -121,11 +121,6 @@ class StackResult(NamedTuple):
         launched = (len(self.counts) - len(self.out_TD) - 1) // 3 + 1
         return self.counts[len(self.out_TD) : -launched].view(-1, 2)
 
-    @property
-    def launched_S(self) -> torch.Tensor:
-        """Rows that were launched through each segment between exits."""
-        return self.counts[len(self.out_TD) + 2 * len(self.decisions_N2) :]
-
 
 class Stack(Protocol):
     """Layers and exits in a backend's hands. Results are bitwise those of its single operations."""

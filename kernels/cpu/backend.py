@@ -75,7 +75,7 @@ class CpuBackend(CpuQuantPacking):
             raise ValueError(f"the cpu backend cannot run on device {self.device}")
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"the cpu backend runs float32 and bfloat16, not {dtype}")
-        cpu_build.load(progress=True)
+        cpu_build.load()
         names = cpu_build.isas()
         if isa not in ("auto", *names):
             raise ValueError(f"unknown instruction set {isa!r}; known: auto, {', '.join(names)}")

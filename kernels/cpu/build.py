@@ -17,9 +17,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
+
+from ..api.disk import flush
 
 SOURCES = Path(__file__).parent / "csrc"
 EXTRA_SOURCES = "DYNAMOE_CPU_EXTRA_SOURCES"
@@ -136,19 +139,11 @@ def _store(built: Path, library: Path) -> None:
     digest = built.with_suffix(".sha256")
     digest.write_text(hashlib.sha256(built.read_bytes()).hexdigest())
     for path in (built, digest):
-        _flush(path)
+        flush(path)
     os.replace(digest, _hash_file(library))
     os.replace(built, library)
-    _flush(library.parent)
+    flush(library.parent)
     shutil.rmtree(built.parent, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _compile(compiler: str, name: str, directory: Path, sources: list[Path], link: list[str]) -> Path:
@@ -181,18 +176,23 @@ def _compile(compiler: str, name: str, directory: Path, sources: list[Path], lin
     return work / f"{name}.so"
 
 
-def load(progress: bool = False) -> None:
-    """Make ``torch.ops.dynamoe_cpu`` available, building it first if need be.
+def load() -> None:
+    """Make ``torch.ops.dynamoe_cpu`` available, building it first if need be, which it says on standard error.
 
     Raises:
         BuildError: it could not be built or loaded.
     """
-    if hasattr(torch.ops.dynamoe_cpu, "find_isa"):
-        return
-    library = build(progress)
+    loaded()
+
+
+@cache  # what is loaded stays, whatever happens to the sources
+def loaded() -> Path:
+    """The library that this process has loaded, now unless it was before; see :func:`load`."""
+    library = build(progress=True)
     _load(library)
     for source in filter(None, os.environ.get(EXTRA_SOURCES, "").split(os.pathsep)):
         _load(_build_extra(library, Path(source)))
+    return library
 
 
 def _load(library: Path) -> None:
@@ -208,5 +208,5 @@ def isas() -> tuple[str, ...]:
     Raises:
         BuildError: as :func:`load`.
     """
-    load(progress=True)
+    load()
     return tuple(torch.ops.dynamoe_cpu.isas())

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
+from ..api.sources import sources_hash
 from ..torch.backend import TorchBackend
 from . import build as cpu_build
 from .vectors import PLAIN, vectors
+
+logger = logging.getLogger(__name__)
 
 
 def fingerprint(backend: TorchBackend, isa: str, parts: Iterable[str], processor: str) -> str:
@@ -59,11 +63,10 @@ def _file(isa: str, dtype: torch.dtype, processor: str) -> Path | None:
     """Where the hashes are kept; None with sources from outside the package, which may change behind their back."""
     if os.environ.get(cpu_build.EXTRA_SOURCES):
         return None
-    definitions = hashlib.sha256(processor.encode())
-    for module in ("vectors.py", "fingerprint.py"):
-        definitions.update(Path(__file__).with_name(module).read_bytes())
-    name = f"outputs-{isa}-{str(dtype).removeprefix('torch.')}-{definitions.hexdigest()[:16]}.json"
-    return cpu_build.build().with_name(name)
+    # Packing and formats are Python, and the vectors go through them.
+    sources = sources_hash("kernels/api", "kernels/cpu", "kernels/reference", "kernels/torch")
+    definitions = hashlib.sha256(f"{processor} {sources}".encode()).hexdigest()[:16]
+    return cpu_build.loaded().with_name(f"outputs-{isa}-{str(dtype).removeprefix('torch.')}-{definitions}.json")
 
 
 def _read(file: Path | None) -> dict[str, str]:
@@ -74,7 +77,11 @@ def _read(file: Path | None) -> dict[str, str]:
 
 
 def _write(file: Path | None, hashes: dict[str, str]) -> None:
-    if file is not None:
-        partial = file.with_name(f".{file.name}.{os.getpid()}")
+    if file is None:
+        return
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
         partial.write_text(json.dumps(hashes))
         partial.replace(file)
+    except OSError as error:  # a library that was built elsewhere, in a folder that only can be read
+        logger.warning("the fingerprint of the kernels is computed at every start: %s", error)
