@@ -75,7 +75,13 @@ class ConnectionTable:
             await asyncio.sleep(CHECK_SECONDS)
             now = asyncio.get_running_loop().time()
             for connection in list(self.open):
-                connection.check(now)
+                try:
+                    connection.check(now)
+                except Exception as error:  # whatever it raises: others have deadlines too
+                    kind = f"a connection's deadlines cannot be checked ({type(error).__name__})"
+                    logger.exception("%s", kind, extra={"kind": kind})
+                    self.open.discard(connection)
+                    connection.transport.abort()
 
     def end_all(self) -> None:
         """Close every connection at once, whatever is still to be sent."""

@@ -72,7 +72,7 @@ def write_compute(delta: CompletionDelta) -> dict[str, Any]:
 class _Written:
     """What a choice holds so far."""
 
-    starts: TokenStarts
+    starts: TokenStarts | None  # None where no log-probabilities are written
     characters: int = 0
 
 
@@ -146,13 +146,15 @@ class CompletionFormat:
         prompt = self.prompts[prompt_number]
         echo = self.echo and index not in self._begun
         if index not in self._begun:
-            self._begun[index] = _Written(TokenStarts(self.tokenizer, self.skip_special_tokens))
+            self._begun[index] = _Written(
+                TokenStarts(self.tokenizer, self.skip_special_tokens) if self.logprobs else None
+            )
         written = self._begun[index]
         text = "" if self.drop_output else output.text
         whole_text = prompt.text + text if echo else text
         written.characters += len(whole_text)
         logprobs = None
-        if self.logprobs:
+        if written.starts is not None:
             logprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
             if echo:
                 positions = prompt_logprobs or [None] * len(prompt.token_ids)

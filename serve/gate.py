@@ -40,13 +40,16 @@ class Gate:
 
     def enter(self) -> None:
         """Count a request that begins."""
+        if self.num_open == 0:
+            self._pace.resume()
         self.num_open += 1
         self._empty.clear()
 
-    def leave(self) -> None:
-        """Count a request that has ended."""
+    def leave(self, submitted: bool) -> None:
+        """Count a request that has ended; ``submitted``: the engine had accepted it."""
         self.num_open -= 1
-        self._pace.finished()
+        if submitted:
+            self._pace.finished()
         if self.num_open == 0:
             self._empty.set()
 
@@ -61,7 +64,7 @@ class Gate:
 
 
 @dataclass(slots=True, eq=False)
-class _Arriving:
+class Arriving:
     """A body of which a part is here."""
 
     deadline: asyncio.Timeout | None = None
@@ -79,34 +82,36 @@ class BodyBudget:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.used = 0
-        self._arriving: dict[_Arriving, None] = {}  # the oldest first
+        self._arriving: dict[Arriving, None] = {}  # the oldest first
 
-    def begin(self, body: _Arriving, deadline: asyncio.Timeout) -> None:
+    def begin(self, body: Arriving, deadline: asyncio.Timeout) -> None:
         """A body begins to arrive; ``deadline`` ends its reader."""
         body.deadline = deadline
         self._arriving[body] = None
 
-    def grow(self, body: _Arriving, size: int) -> None:
+    def grow(self, body: Arriving, size: int) -> None:
         """Bytes have arrived.
 
         Raises:
             TimeoutError: this body is the one that has to end.
-            ApiError: status 429 when finished bodies use the whole budget.
+            ApiError: status 429 when finished bodies leave no room for this one, whoever else gives way.
         """
         body.size += size
         self.used += size
+        if self.used > self.max_bytes:
+            finished = self.used - sum(other.size for other in self._arriving)
+            if body in self._arriving and finished + body.size > self.max_bytes:
+                raise overloaded("The bodies of the requests in flight use all of their memory.", 1.0)
         while self.used > self.max_bytes and self._arriving:
             self._end(next(iter(self._arriving)))
         if body not in self._arriving:
             raise TimeoutError
-        if self.used > self.max_bytes:
-            raise overloaded("The bodies of the requests in flight use all of their memory.", 1.0)
 
-    def finish(self, body: _Arriving) -> None:
+    def finish(self, body: Arriving) -> None:
         """All of a body is here; it counts until :meth:`release`."""
-        del self._arriving[body]
+        self._arriving.pop(body, None)  # a client that has left may have been ended first
 
-    def release(self, body: _Arriving) -> None:
+    def release(self, body: Arriving) -> None:
         """A request has ended, admitted or not."""
         self._arriving.pop(body, None)
         self.used -= body.size
@@ -117,7 +122,7 @@ class BodyBudget:
         for body in list(self._arriving):
             self._end(body)
 
-    def _end(self, body: _Arriving) -> None:
+    def _end(self, body: Arriving) -> None:
         assert body.deadline is not None
         body.deadline.reschedule(0.0)
         self.release(body)
@@ -145,7 +150,7 @@ class Admission:
         if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in self._paths:
             return await self._app(scope, receive, send)
         scope.setdefault("state", {})["path"] = scope["path"]  # of a route, also if the request never gets there
-        arriving = _Arriving()
+        arriving = Arriving()
         try:
             try:
                 body = await self._admit(scope, receive, arriving)
@@ -157,11 +162,11 @@ class Admission:
             try:
                 await self._app(scope, _replay(body, receive), send)
             finally:
-                self._gate.leave()
+                self._gate.leave(submitted=scope["state"].get("submitted", False))
         finally:
             self._bodies.release(arriving)
 
-    async def _admit(self, scope: Scope, receive: Receive, arriving: _Arriving) -> bytes | None:
+    async def _admit(self, scope: Scope, receive: Receive, arriving: Arriving) -> bytes | None:
         """The body of an admitted request, or None when the client disconnected."""
         self._check(scope)
         try:
@@ -191,7 +196,7 @@ class Admission:
         if refusal is not None:
             raise refusal
 
-    async def _read(self, arriving: _Arriving, receive: Receive) -> bytes | None:
+    async def _read(self, arriving: Arriving, receive: Receive) -> bytes | None:
         """The whole body, or None when the client disconnected."""
         body = bytearray()
         while True:

@@ -77,7 +77,7 @@ class Generation:
         ]
         self.request.state.log["answer_id"] = self.format.id
         try:
-            return await self.context.bridge.submit([await self._resolve(request) for request in requests])
+            submission = await self.context.bridge.submit([await self._resolve(request) for request in requests])
         except BaseException as error:
             self.context.contracts.refused(request.request_id for request in requests)
             match error:
@@ -90,6 +90,8 @@ class Generation:
                 case EngineFailure():
                     raise unavailable(str(error), error.code) from error
             raise
+        self.request.state.submitted = True
+        return submission
 
     async def _resolve(self, request: EngineRequest) -> EngineRequest:
         params, contract = await self.context.contracts.resolve(

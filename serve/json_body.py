@@ -1,5 +1,5 @@
 """Request bodies from bytes to validated models. Counts of the bytes bound what a body can cause before values are made
-of them; the first error ends the validation; large bodies never occupy the event loop."""
+of them; the first error ends the validation; large bodies are not parsed on the event loop's thread."""
 
 from __future__ import annotations
 
@@ -48,6 +48,8 @@ def check_shape(body: bytes, limits: Limits) -> None:
     depth = 0
     for bracket in outside.translate(None, _NOT_BRACKETS):
         depth += 1 if bracket in b"[{" else -1
+        if depth < 0:
+            raise invalid("The body is not valid JSON: it closes more lists and objects than it opens.")
         if depth > limits.max_json_depth:
             raise invalid(f"The body is nested deeper than {limits.max_json_depth}.", code="body_too_complex")
 
@@ -116,14 +118,19 @@ class BodyReader:
             "prompt": self.limits.max_prompts,
         }
         for name, value in fields.items():
-            if not isinstance(value, (list, dict)):
-                continue
             if name in ("prompt", "tokens") and value and isinstance(value, list) and type(value[0]) in (int, float):
                 continue  # one prompt's token ids, which the number of values bounds
-            if len(value) > most.get(name, MAX_ENTRIES):
-                shown = name[:100].encode("utf-8", "replace").decode()
-                message = f"{shown} must have at most {most.get(name, MAX_ENTRIES)} entries, not {len(value)}."
-                raise invalid(message, param=shown)
+            _check_length(name, value, most.get(name, MAX_ENTRIES))
+        messages = fields.get("messages")
+        for message in messages if isinstance(messages, list) else ():
+            for name, value in message.items() if isinstance(message, dict) else ():
+                _check_length(name, value, MAX_ENTRIES, of=" of a message", param="messages")
+
+
+def _check_length(name: str, value: Any, most: int, of: str = "", param: str | None = None) -> None:
+    if isinstance(value, (list, dict)) and len(value) > most:
+        shown = name[:100].encode("utf-8", "replace").decode()
+        raise invalid(f"{shown}{of} must have at most {most} entries, not {len(value)}.", param=param or shown)
 
 
 def body_route(reader: BodyReader) -> type[APIRoute]:

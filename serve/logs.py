@@ -6,6 +6,8 @@ import json
 import logging
 import time
 
+from ..dynamic.engine.fault_log import OncePerMinute
+
 
 class LineFormatter(logging.Formatter):
     """Formats a record with its ``fields``.
@@ -32,37 +34,30 @@ class LineFormatter(logging.Formatter):
         return line if trace is None else f"{line}\n{trace}"
 
 
-class OncePerMinute(logging.Filter):
+class RepeatFilter(logging.Filter):
     """Lets one record of each kind pass per minute; the next one says how many were left out.
 
     A record's kind is its attribute ``kind``, else the message of a warning. Others all pass.
     """
 
-    SECONDS = 60.0
-
     def __init__(self) -> None:
         super().__init__()
-        self._seen: dict[str, tuple[float, int]] = {}  # kind → when one has passed, how many were left out since
+        self._kinds = OncePerMinute()
 
     def filter(self, record: logging.LogRecord) -> bool:
         kind = getattr(record, "kind", None) or (record.msg if record.levelno >= logging.WARNING else None)
         if kind is None:
             return True
-        now = time.monotonic()
-        passed, left_out = self._seen.get(kind, (-self.SECONDS, 0))
-        if now - passed < self.SECONDS:
-            self._seen[kind] = passed, left_out + 1
-            return False
-        self._seen[kind] = now, 0
+        left_out = self._kinds.admit(kind)
         if left_out:
             record.fields = {**getattr(record, "fields", {}), "left_out": left_out}
-        return True
+        return left_out is not None
 
 
 def configure_logging(log_format: str) -> None:
     """Send the package's log to standard error, unless the program has configured logging."""
     for name in ("dynamoe.requests", "dynamoe.connections", "dynamoe.server", "uvicorn.error"):
-        logging.getLogger(name).filters = [OncePerMinute()]
+        logging.getLogger(name).filters = [RepeatFilter()]
     if logging.getLogger().handlers:
         return
     handler = logging.StreamHandler()

@@ -73,6 +73,7 @@ class RequestContext:
             logger.exception("unexpected error in request %s", request_id, extra={"kind": kind})
             if status:
                 raise  # the answer has begun: closing the connection is the only signal left
+            fields["error"] = kind  # of whose traceback only one a minute is logged
             failure = ApiError(500, f"Internal error, logged by the server under {request_id}.")
             await failure.response()(scope, receive, send_with_id)
         finally:
@@ -89,7 +90,8 @@ class RequestContext:
             route = state.get("path") or getattr(scope.get("route"), "path", "unmatched")
             self._on_done(line["method"], route, line["status"])
             routine = scope["path"] in POLLED and status == 200
-            kind = f"{line['status']} {route}" if line["status"] >= 300 else None  # anybody can cause these
+            # Anybody can cause these; an answer with status 500 promises that its id is in the log.
+            kind = f"{line['status']} {route}" if line["status"] >= 300 and line["status"] != 500 else None
             logger.log(logging.DEBUG if routine else logging.INFO, "request", extra={"fields": line, "kind": kind})
 
 

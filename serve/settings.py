@@ -11,7 +11,8 @@ from ..kernels.api.ranges import check_ranges
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one request may ask for. A request beyond a limit is refused with status 400 (413 for its size).
+    """What one request may ask for. A request beyond a limit is refused: with status 413 or 431 for its size, 408 for
+    its slowness, 429 for those beside it, 400 for all else.
 
     Arguments:
         max_prompts: prompts in one completion request.
@@ -27,10 +28,10 @@ class Limits:
         max_text_characters: characters in one text that is tokenised.
         max_body_bytes, max_header_bytes: size of a request.
         max_json_values, max_json_depth: values in a body, and how deep they are nested.
-        max_bodies_bytes: bodies of all requests in flight together. Beyond it unfinished ones end, the oldest first;
-            when there are none, the answer is 429.
+        max_bodies_bytes: bodies of all requests in flight together. Beyond it unfinished ones end, the oldest first; a
+            body for which the finished ones leave no room gets 429.
         header_timeout, body_timeout: seconds a client may take to send a header, a body.
-        write_timeout: seconds in which a client must take what its connection holds, which is at most some 300 KiB.
+        write_timeout: seconds in which a client must take what its connection holds, which is at most some 350 KiB.
         max_open_requests: requests in flight; beyond it the answer is 429.
         max_connections: open connections. Beyond it, or beyond what the limit on open files allows, those end that have
             kept the server waiting longest.
@@ -71,7 +72,8 @@ class ServerSettings:
         host, port: where it listens; port 0 takes a free one.
         uds: path of a UNIX socket to listen on instead.
         served_model_name: name that clients use; None takes the model's own.
-        api_keys: when there are any, every path but ``/health`` needs one (``Authorization: Bearer KEY``).
+        api_keys: when there are any, every path but ``/health`` and ``/ping`` needs one (``Authorization: Bearer
+            KEY``).
         api_keys_file: file with one more key per line; keeps them out of the list of processes.
         admin_key: key for ``/metrics`` and for new certificates, which ordinary keys then no longer open.
         public_page: with keys set, serve the page at ``/`` without one. It holds no data; its requests need a key.
@@ -82,7 +84,7 @@ class ServerSettings:
         min_priority: earliest priority that a request may ask for; lower ones count as this one.
         drain_timeout: seconds that running requests get to finish after SIGTERM.
         hang_timeout: seconds without progress, while there is work, after which the engine counts as hung.
-        text_threads: threads that tokenise and render chat templates.
+        text_threads: threads that tokenise; large texts and chat templates have one each of their own.
         default_alpha, default_delta: contract of requests without ``quality``; without an alpha they run exactly.
         warm_up: run one tiny request before the server reports that it is ready.
         log_format: ``text`` or ``json``, one line per request.

@@ -46,15 +46,20 @@ class TextPool:
         Raises:
             ApiError: status 400 when it is too long.
         """
+        return await self._encode(self.tokenizer.encode, text, add_special_tokens)
+
+    async def encode_with_starts(self, text: str, add_special_tokens: bool) -> tuple[list[int], list[int]]:
+        """As :meth:`encode`, and where each token begins in the text."""
+        return await self._encode(self.tokenizer.encode_with_starts, text, add_special_tokens)
+
+    async def _encode(self, encode: Callable[[str, bool], Result], text: str, add_special_tokens: bool) -> Result:
         if len(text) > self._max_characters:
             raise invalid(f"A text of {len(text)} characters is longer than {self._max_characters}.", param="prompt")
-        pool = self._pool if len(text) <= LARGE_TEXT else self._large
-        return await _call(pool, self.tokenizer.encode, text, add_special_tokens)
+        return await self.run_sized(len(text), encode, text, add_special_tokens)
 
     async def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """The text of token ids."""
-        pool = self._pool if len(token_ids) <= LARGE_TEXT else self._large
-        return await _call(pool, self.tokenizer.decode, token_ids, skip_special_tokens)
+        return await self.run_sized(len(token_ids), self.tokenizer.decode, token_ids, skip_special_tokens)
 
     async def encode_chat(
         self,
@@ -136,6 +141,10 @@ class TextPool:
     async def run(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """Call a function in one of the threads for ordinary texts."""
         return await _call(self._pool, function, *arguments)
+
+    async def run_sized(self, size: int, function: Callable[..., Result], *arguments: Any) -> Result:
+        """Call a function in the thread that suits a text of ``size`` characters or tokens."""
+        return await (self.run if size <= LARGE_TEXT else self.run_large)(function, *arguments)
 
     async def run_large(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """Call a function in the thread for everything large."""

@@ -47,7 +47,7 @@ def _wide(rng: random.Random) -> bytes:
     element = rng.choice(
         (b"{}", b"[]", b"1", b"-1", b'""', b'"a"', b"null", b"1.5", b"[1]", b'{"role":"user"}', b"[{}]")
     )
-    count = rng.choice((10, 1000, 70_000, 300_000))
+    count = rng.choice((10, 1000, 70_000, 300_000, 1_100_000))
     last = rng.choice((element, b"{}", b'"x"'))
     return b"[" + b",".join([element] * count + [last]) + b"]"
 

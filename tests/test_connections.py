@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import resource
 from typing import Any
 
 import pytest
+from dynamoe.serve import connections
 from dynamoe.serve.connections import PARSED_AT_ONCE, Config, Connection, ConnectionTable, connection_limit
 from dynamoe.serve.settings import Limits
 from uvicorn.server import ServerState
@@ -55,6 +57,37 @@ def test_a_connection_parses_a_bounded_number_of_bytes_at_once(
     assert asyncio.run(main()).count(b"HTTP/1.1 200") == requests
     assert sum(parsed) > 200_000 * requests
     assert max(parsed) <= PARSED_AT_ONCE
+
+
+def test_a_deadline_that_cannot_be_checked_costs_no_other_its_own(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(connections, "CHECK_SECONDS", 0.01)
+
+    async def main() -> list[bytes]:
+        table = ConnectionTable(10, Limits(header_timeout=0.05))
+        config = Config(read_body, table=table, log_config=None, lifespan="off", ws="none")
+        config.load()
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(lambda: Connection(config, ServerState(), {}, loop), "127.0.0.1", 0)
+        clients = [await asyncio.open_connection(*server.sockets[0].getsockname()[:2]) for _ in range(2)]
+        while len(table.open) < 2:
+            await asyncio.sleep(0.01)
+        next(iter(table.open))._phase_since = None  # type: ignore[assignment]  # a mistake in one connection
+        watch = asyncio.create_task(table.watch())
+        async with asyncio.timeout(30):
+            ends = await asyncio.gather(*(reader.read() for reader, _ in clients))
+        assert not watch.done()
+        assert not table.open
+        watch.cancel()
+        for _, writer in clients:
+            writer.close()
+            await writer.wait_closed()
+        server.close()
+        return ends
+
+    assert asyncio.run(main()) == [b"", b""]
+    assert [record.levelno for record in caplog.records if record.exc_info] == [logging.ERROR]
 
 
 @pytest.mark.parametrize(("soft", "most"), [(200, 150), (1024, 768)])

@@ -88,7 +88,7 @@ def test_starts_and_bytes_of_tokens_that_are_parts_of_characters(kind: str, requ
     assert b"".join(data).decode().lstrip() == text
     expected = [len(b"".join(data[:count]).decode(errors="ignore").lstrip()) for count in range(len(ids))]
     assert TokenStarts(tokenizer, True).add_all(ids) == expected
-    assert tokenizer.token_starts(text, add_special_tokens=False) == expected
+    assert tokenizer.encode_with_starts(text, add_special_tokens=False) == (ids, expected)
     special = min(tokenizer.special_ids)
     assert TokenStarts(tokenizer, True).add_all([special, ids[0]]) == [0, 0]  # it is left out of the text
     assert TokenStarts(tokenizer, False).add_all([special, ids[0]])[1] > 0
@@ -100,7 +100,8 @@ def test_added_tokens_have_no_width_in_the_text(make_checkpoint: Callable[..., P
     tokenizer.backend.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
         single=f"{bos[0]} $A {eos[0]}", special_tokens=[bos, eos]
     )
-    starts = tokenizer.token_starts("the ☃")
+    ids, starts = tokenizer.encode_with_starts("the ☃")
+    assert ids == tokenizer.encode("the ☃")
     assert (starts[0], starts[1], starts[-1]) == (0, 0, len("the ☃"))
     assert starts == sorted(starts)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -53,7 +54,8 @@ class Counting:
             return describe(problems)
 
         def count_values(text: str, **arguments: Any) -> Any:
-            self.values.append(1 + text.count(",") + text.count("[") + text.count("{"))
+            outside = re.sub(r'"[^"\\]*(?:\\.[^"\\]*)*"', "", text, flags=re.DOTALL)
+            self.values.append(1 + sum(map(outside.count, ",[{")))
             if not self.moved:
                 self.on_loop.append(len(text.encode("utf-8", "surrogatepass")))
             return loads(text, **arguments)
@@ -81,6 +83,8 @@ def test_hostile_bodies_cause_a_bounded_amount_of_work(monkeypatch: pytest.Monke
     for _, error in refused:
         json.dumps(error.body(), ensure_ascii=False).encode()
     assert {kind for kind, _ in refused} == {"deep", "wide", "object", "text", "number", "broken", "template variables"}
+    assert max(counting.values) <= Limits().max_json_values + 1
+    assert any("1000000 values" in error.detail for _, error in refused)
     assert max(counting.on_loop) <= ON_LOOP_BYTES
     assert max(counting.errors) <= 16  # of at most two fields, each of a few alternatives
 
@@ -125,13 +129,26 @@ def test_every_list_of_a_body_ends_at_its_first_error(model: type[BaseModel]) ->
         (b"[" + b"[]," * 70_000 + b"1]", "65536 lists and objects"),
         (b"[" + b'"",' * 70_000 + b"1]", "65536 strings"),
         (b"[" + b"1," * 1_000_000 + b"1]", "1000000 values"),
+        (b"[]" + b"]" * (1 << 22), "not valid JSON: it closes more"),
     ],
-    ids=["lists", "objects", "many lists", "many strings", "many numbers"],
+    ids=["lists", "objects", "many lists", "many strings", "many numbers", "closed only"],
 )
 def test_shapes_are_bounded_before_anything_is_made(monkeypatch: pytest.MonkeyPatch, body: bytes, limit: str) -> None:
     monkeypatch.setattr(json_body.json, "loads", None)
     with pytest.raises(ApiError, match=limit):
         parse_json(body, Limits())
+
+
+def test_lists_in_messages_are_bounded() -> None:
+    def read(parts: int) -> BaseModel:
+        message = {"role": "user", "content": [{"type": "text", "text": ""}] * parts}
+        reader = BodyReader(limits=Limits(), run=asyncio.to_thread)
+        return asyncio.run(reader.read(ChatCompletionRequest, json.dumps({"messages": [message]}).encode()))
+
+    read(json_body.MAX_ENTRIES)
+    with pytest.raises(ApiError, match="content of a message must have at most 4096 entries, not 4097") as caught:
+        read(json_body.MAX_ENTRIES + 1)
+    assert caught.value.param == "messages"
 
 
 def random_value(rng: random.Random, depth: int) -> Any:

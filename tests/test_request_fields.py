@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from dynamoe.dynamic.text.tokenizer import Tokenizer
 from dynamoe.serve.errors import ApiError
-from dynamoe.serve.gate import Gate
 from dynamoe.serve.request_checks import RequestChecks, check_supported, plain_messages
 from dynamoe.serve.settings import Limits
 from dynamoe.serve.text import TextPool
@@ -229,17 +228,3 @@ def test_reasoning_effort_reaches_templates_that_read_it_and_is_refused_elsewher
         with pytest.raises(ApiError) as caught:
             prompt(user, reasoning_effort=effort)
         assert (caught.value.status_code, caught.value.param) == (400, "reasoning_effort")
-
-
-def test_retry_after_is_the_measured_pace(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-    monkeypatch.setattr("dynamoe.dynamic.engine.stats.time.monotonic", lambda: now)
-    gate = Gate(1)
-    for _ in range(200):
-        gate.enter()
-        now += 7.0
-        gate.leave()
-    gate.enter()
-    refusal = gate.refusal()
-    assert refusal is not None
-    assert refusal.headers == {"Retry-After": "7"}

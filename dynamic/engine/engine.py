@@ -141,6 +141,8 @@ class Engine:
             tokenizer=self.model.tokenizer,
         )
         self._arrivals += 1
+        if not self._requests:
+            self._pace.resume()
         self._requests[request_id] = request
         self.scheduler.add(request.sequences[0])
 

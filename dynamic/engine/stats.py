@@ -44,17 +44,20 @@ class EngineStats(Compute):
 
 
 class Pace:
-    """How fast requests finish, as a moving average."""
+    """How fast requests finish while there are any, as a moving average."""
 
     def __init__(self) -> None:
-        self._last: float | None = None
+        self._last = time.monotonic()
         self._interval = 1.0
+
+    def resume(self) -> None:
+        """A request begins where there was none: the idle time before it does not count."""
+        self._last = time.monotonic()
 
     def finished(self) -> None:
         """A request is done."""
         now = time.monotonic()
-        if self._last is not None:
-            self._interval += 0.1 * (now - self._last - self._interval)
+        self._interval += 0.1 * (now - self._last - self._interval)
         self._last = now
 
     @property

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from ...kernels.api.disk import flush
@@ -18,14 +20,14 @@ def seal(directory: Path) -> None:
     """
     files = {name: [*_stamp(directory / name), _hash(directory / name)] for name in _files(directory)}
     (directory / _SEAL).write_text(json.dumps(files))
-    for path in (*(directory / name for name in files), directory / _SEAL, directory):
+    for path in (*directory.rglob("*"), directory):
         flush(path)
 
 
 def is_intact(directory: Path) -> bool:
     """Whether the files of a directory are those that were sealed.
 
-    One that still has its size and its time of change is not read; a copy is.
+    One that still has its size and its time of change is not read; a copy is, and gets that time.
     """
     try:
         sealed = json.loads((directory / _SEAL).read_text())
@@ -38,7 +40,13 @@ def is_intact(directory: Path) -> bool:
 
 def _is_sealed(file: Path, size: int, changed: int, digest: str) -> bool:
     found = _stamp(file)
-    return found == [size, changed] or (found[0] == size and _hash(file) == digest)
+    if found == [size, changed]:
+        return True
+    if found[0] != size or _hash(file) != digest:
+        return False
+    with contextlib.suppress(OSError):  # where it cannot be written, it is read each time
+        os.utime(file, ns=(changed, changed))
+    return True
 
 
 def _files(directory: Path) -> list[str]:

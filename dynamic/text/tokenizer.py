@@ -161,14 +161,15 @@ class Tokenizer:
             self._token_bytes[token_id] = data
         return data
 
-    def token_starts(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """For each token of :meth:`encode`: where it begins in the text, in characters. Tokens cover the text without
-        gaps; those that are not in it, as BOS, begin where the one before them ends."""
+    def encode_with_starts(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[int]]:
+        """Token ids as of :meth:`encode`, and where each begins in the text, in characters. Tokens cover the text
+        without gaps; those that are not in it, as BOS, begin where the one before them ends."""
+        encoding = self.backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
         starts, end = [], 0
-        for first, last in self.backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].offsets:
+        for first, last in encoding.offsets:
             starts.append(end if first == last else min(first, end))
             end = max(end, last)
-        return starts
+        return encoding.ids, starts
 
     def token_name(self, token_id: int) -> str | None:
         """The token as the vocabulary spells it; None outside the vocabulary."""
@@ -247,6 +248,8 @@ def _byte_of_character() -> dict[str, int]:
 
 def byte_of_name(name: str) -> int | None:
     """The byte that a token such as ``<0x0A>`` stands for; None for other tokens."""
+    if len(name) != 6 or not name.startswith("<0x"):  # cheaper, and true of nearly all tokens
+        return None
     return int(name[3:5], 16) if re.fullmatch(r"<0x[0-9A-F]{2}>", name) else None
 
 

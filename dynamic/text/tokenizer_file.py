@@ -29,9 +29,13 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     if not file.exists():
         return {}
+    return _object(file, run_rust(file.read_bytes, f"{file} cannot be read"))
+
+
+def _object(file: Path, data: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        value = json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{file} must hold a JSON object, not {type(value).__name__}")
@@ -45,8 +49,9 @@ def read_tokenizer(file: Path) -> tokenizers.Tokenizer:
         ValueError: for a file that the library cannot read, a key that it does not know, token ids that are not those
             of the file, or merges that are left out by chance.
     """
-    backend = run_rust(lambda: tokenizers.Tokenizer.from_file(str(file)), f"{file} cannot be read")
-    content = read_json(file)
+    data = run_rust(file.read_bytes, f"{file} cannot be read")
+    backend = run_rust(lambda: tokenizers.Tokenizer.from_buffer(data), f"{file} cannot be read")
+    content = _object(file, data)
     _check_keys(file, "", content, _KEYS)
     model = content.get("model")
     if isinstance(model, Mapping):

@@ -13,7 +13,6 @@ from ..formats import CompletionFormat, Prompt
 from ..generation import Generation, params_per_prompt
 from ..json_body import body_route
 from ..sampling import COMPLETION_MAX_TOKENS
-from ..text import LARGE_TEXT
 from ..wire.openai import CompletionRequest
 from ..wire.openai_answers import POST_ERRORS, CompletionResponse, answer_or_stream
 
@@ -57,13 +56,14 @@ def completion_routes(context: ServerContext) -> APIRouter:
 async def _encode(context: ServerContext, prompt: str | list[int], body: CompletionRequest) -> Prompt:
     text = context.text
     offsets = body.echo and body.logprobs is not None
-    run = text.run if len(prompt) <= LARGE_TEXT else text.run_large
     if isinstance(prompt, str):
         special = True if body.add_special_tokens is None else body.add_special_tokens
-        token_ids = await text.encode(prompt, special)
-        starts = await run(context.model.tokenizer.token_starts, prompt, special) if offsets else ()
+        if not offsets:
+            return Prompt(await text.encode(prompt, special), prompt)
+        token_ids, starts = await text.encode_with_starts(prompt, special)
         return Prompt(token_ids, prompt, starts)
     if not body.echo:
         return Prompt(prompt)
-    starts = await run(TokenStarts(context.model.tokenizer, False).add_all, prompt) if offsets else ()
+    write = TokenStarts(context.model.tokenizer, False).add_all
+    starts = await text.run_sized(len(prompt), write, prompt) if offsets else ()
     return Prompt(prompt, await text.decode(prompt, skip_special_tokens=False), starts)

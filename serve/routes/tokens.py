@@ -44,7 +44,7 @@ def token_routes(context: ServerContext) -> APIRouter:
                 answer["token_strs"] = [tokenizer.token_name(token) or "" for token in tokens]
             return JsonAnswer(answer)
 
-        return await context.text.run_large(write)
+        return await context.text.run_sized(len(tokens), write)
 
     @router.post("/detokenize", responses={200: {"model": DetokenizeResponse}, **POST_ERRORS})
     async def detokenize(body: DetokenizeRequest) -> Response:
@@ -53,7 +53,7 @@ def token_routes(context: ServerContext) -> APIRouter:
         check_supported(body, DETOKENIZE)
         context.checks.token_ids(body.tokens, "tokens")
         text = await context.text.decode(body.tokens, bool(body.skip_special_tokens))
-        return await context.text.run_large(JsonAnswer, {"prompt": text})
+        return await context.text.run_sized(len(text), JsonAnswer, {"prompt": text})
 
     @router.get("/tokenizer_info", responses=error_responses(401, 500))
     async def tokenizer_info() -> TokenizerInfo:
