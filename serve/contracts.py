@@ -136,7 +136,7 @@ class ContractManager:
     settings: MonitorSettings
     default_file: Path
     on_pending: Callable[[], None] = lambda: None
-    between_steps: Callable[[Callable[[], object]], Awaitable[None]] = asyncio.to_thread
+    between_steps: Callable[[Callable[[], object]], Awaitable[object]] = asyncio.to_thread
     catalog: ContractCatalog = field(default_factory=ContractCatalog, init=False)  # replaced as a whole
     monitor: RiskMonitor | None = field(default=None, init=False)  # from the first certificate on
     states: dict[str, ContractState] = field(default_factory=dict, init=False)  # as of the last refresh
