@@ -13,6 +13,7 @@ import pytest
 import torch
 from dynamoe.dynamic.checkpoint.gguf_blocks import block_sizes, dequantized, gguf_weight, has_format
 from dynamoe.dynamic.checkpoint.quantized_checkpoint import open_checkpoint, split_config
+from dynamoe.dynamic.convert.default_model import default_recipe
 from dynamoe.dynamic.convert.gguf_architectures import ARCHITECTURES
 from dynamoe.dynamic.convert.gguf_import import import_gguf
 from dynamoe.dynamic.convert.model_store import resolve_model
@@ -231,7 +232,7 @@ def test_blocks_are_read_as_the_gguf_package_reads_them(kind: str, tmp_path: Pat
     weight = gguf_weight(raw, kind, (5, 768))
     assert (weight is not None) == has_format(kind)
     if weight is not None:
-        torch.testing.assert_close(weight.dequantize(), wanted, rtol=1e-6, atol=1e-6)
+        assert torch.equal(weight.dequantize(), wanted)
         assert weight.nbytes < 0.7 * 2 * wanted.numel()
 
 
@@ -261,8 +262,30 @@ def test_caches_of_another_importer_are_not_used(
 ) -> None:
     file = write_gguf(make_checkpoint("llama"), tmp_path / "tiny.gguf")
     first = resolve_model(file, progress=False)
-    monkeypatch.setattr("dynamoe.dynamic.convert.model_store.importer_digest", lambda: "another")
+    recipe = default_recipe()
+    for user in ("model_store", "default_model"):
+        monkeypatch.setattr(f"dynamoe.dynamic.convert.{user}.importer_digest", lambda: "another")
     assert resolve_model(file, progress=False) != first
+    assert default_recipe() != recipe
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [(None, "float32"), ("F16", "float16"), ("BF16", "bfloat16"), ("Q8_0", "bfloat16")]
+)
+def test_files_are_of_the_dtype_that_holds_their_numbers(
+    make_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    kind: str | None,
+    dtype: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    file = write_gguf(make_checkpoint("llama", num_hidden_layers=1), tmp_path / "tiny.gguf", kind)
+    imported = resolve_model(file, progress=False)
+    assert json.loads((imported / "config.json").read_text())["dtype"] == dtype
+    with caplog.at_level(logging.WARNING):
+        decoder = load_decoder(imported, device="cpu", dtype="auto")
+    assert ("it runs in float32, which holds the same numbers" in caplog.text) == (dtype == "float16")
+    assert decoder.dtype == (torch.bfloat16 if dtype == "bfloat16" else torch.float32)
 
 
 @pytest.mark.parametrize("given", ["first", "last", "folder", "folder beside config.json"])

@@ -53,6 +53,10 @@ KEYS: dict[str, tuple[str, Callable[[Values, Tensors], Any], str]] = {
     "logit scale": ("llama", add(logit_scale=2.0), "llama.logit_scale' = 2.0"),
     "rope type": ("llama", add(rope__scaling__type="longrope"), "rope.scaling.type must be none, linear or yarn"),
     "yarn extrapolation": ("llama", add(rope__scaling__yarn_ext_factor=0.5), "yarn_ext_factor must be left away"),
+    "yarn extrapolation without yarn": ("llama", add(rope__scaling__yarn_ext_factor=1.0), "yarn_ext_factor must be left away"),
+    "yarn without extrapolation": (
+        "llama", add(rope__scaling__type="yarn", rope__scaling__yarn_ext_factor=0.0), "yarn_ext_factor must be left away"
+    ),
     "partial rotary": ("llama", add(rope__dimension_count=8), "rope.dimension_count must be the width of a head, 16"),
     "value width": ("llama", add(attention__value_length=8), "value_length must be the width of a head"),
     "heads per layer": ("llama", add(attention__head_count=[4, 2, 4]), r"head_count must be the same for all layers"),

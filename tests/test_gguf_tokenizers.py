@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from conftest import TRAINING_TEXT
 from dynamoe.dynamic.convert.gguf_import import import_gguf
 from dynamoe.dynamic.convert.gguf_pre_tokenizers import PRE_TOKENIZERS
+from dynamoe.dynamic.model.generation_defaults import read_generation_defaults
 from dynamoe.dynamic.text.tokenizer import Tokenizer
 from gguf_files import tokenizer_metadata, write_gguf
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
@@ -324,7 +326,7 @@ def test_scores_that_say_nothing_are_refused(imported: Callable[..., Tokenizer])
 
 
 def test_roles_of_tokens_and_templates_are_kept(
-    make_checkpoint: Callable[..., Path], imported: Callable[..., Tokenizer]
+    make_checkpoint: Callable[..., Path], imported: Callable[..., Tokenizer], caplog: pytest.LogCaptureFixture
 ) -> None:
     tokens = tokenizer_metadata(make_checkpoint("llama", num_hidden_layers=1), "")["tokenizer.ggml.tokens"]
     tokenizer = imported(
@@ -340,12 +342,18 @@ def test_roles_of_tokens_and_templates_are_kept(
             "tokenizer.chat_template.tool_use": "tools",
             "general.sampling.temp": 0.6,
             "general.sampling.top_k": 20,
+            "general.sampling.top_p": float("nan"),
+            "general.sampling.mirostat": 2,
         }
     )
     settings = json.loads((tokenizer.path / "generation_config.json").read_text())
+    assert math.isnan(settings.pop("top_p"))
     assert settings == {
-        **{"bos_token_id": 1, "eos_token_id": [2, 5], "pad_token_id": 0, "temperature": 0.6, "top_k": 20}
+        **{"bos_token_id": 1, "eos_token_id": [2, 5], "pad_token_id": 0, "temperature": 0.6, "top_k": 20},
+        "general.sampling.mirostat": 2,
     }
+    assert read_generation_defaults(tokenizer.path) == {"temperature": 0.6, "top_k": 20}
+    assert "not applied to requests: top_p=nan, general.sampling.mirostat=2" in caplog.text
     ids = tokenizer.encode("The!")
     assert (ids[0], ids[-1]) == (1, 2)
     assert tokenizer.special_ids == {0, 1, 2}

@@ -131,8 +131,15 @@ def check_joined(backend: TorchBackend) -> None:
         torch.testing.assert_close(backend.linear(x, behind), whole[:, start + 2 :])
 
 
-def test_cpu_layers_of_several_formats(cpu_backend: CpuBackend) -> None:
+def test_cpu_layers_of_several_formats(cpu_backend: CpuBackend, caplog: pytest.LogCaptureFixture) -> None:
     check_joined(cpu_backend)
+    quantised = cpu_backend.pack_quantized_linear(joined_parts()[0])
+    assert not caplog.records
+    for _ in range(2):
+        cpu_backend.join_linear(quantised, cpu_backend.pack_linear(torch.randn(8, 256)))
+    assert [record.getMessage() for record in caplog.records] == [
+        "the cpu backend has no kernel for projections of which some are not quantised: torch's own operations run it"
+    ]
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

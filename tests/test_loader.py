@@ -187,6 +187,28 @@ def test_counts_that_the_files_cannot_hold_are_named_at_once(copy_checkpoint: Ca
         load(path)
 
 
+def test_experts_that_only_the_configuration_names_are_missed_at_once(copy_checkpoint: Callable[..., Path]) -> None:
+    path = copy_checkpoint("llama")
+    edit_json(
+        path / "config.json", model_type="mixtral", num_local_experts=2**31 - 1, num_experts_per_tok=2, mlp_bias=None
+    )
+    with pytest.raises(CheckpointError, match=r"lacks the tensor 'model\.layers\.0\."):
+        load(path)
+    # The highest number is no count either.
+    names = [f"model.layers.1.block_sparse_moe.experts.{e}.w{part}.weight" for e in (0, 999_999) for part in (1, 2, 3)]
+    edit_json(path / "config.json", num_local_experts=1_000_000)
+    edit_weights(path, lambda weights: weights.update({name: torch.ones(8) for name in names}))
+    with pytest.raises(CheckpointError, match="layer 1 has 1000000 experts; the files hold 2 of it"):
+        load(path)
+
+
+def test_an_adapter_beside_the_weights_is_refused(copy_checkpoint: Callable[..., Path]) -> None:
+    path = copy_checkpoint("llama", num_hidden_layers=1)
+    (path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: adapters are not supported"):
+        load(path)
+
+
 @pytest.mark.parametrize("prefix", ["", "language_model.model.", "model.language_model.", "language_model."])
 def test_other_names_of_the_same_tensors(prefix: str, copy_checkpoint: Callable[..., Path]) -> None:
     path = copy_checkpoint("llama", tie_word_embeddings=prefix == "")
@@ -222,10 +244,7 @@ def test_load_model_brings_tokenizer_and_generation_defaults(copy_checkpoint: Ca
     edit_json(path / "generation_config.json", temperature=0.7, top_k=20, do_sample=True, max_new_tokens=64)
     model = load_model(str(path), device="cpu", progress=False)
     assert model.path == path
-    assert model.generation_defaults == {
-        **{"temperature": 0.7, "top_k": 20, "max_new_tokens": 64},
-        "eos_token_id": [2, 0],
-    }
+    assert model.generation_defaults == {"temperature": 0.7, "top_k": 20, "max_new_tokens": 64}
     assert model.spec.eos_token_ids == (2, 0)
     assert model.spec is model.decoder.spec
     text = "The capital of France"
@@ -234,10 +253,8 @@ def test_load_model_brings_tokenizer_and_generation_defaults(copy_checkpoint: Ca
 
 def test_generation_config_may_be_missing_or_wrong(copy_checkpoint: Callable[..., Path]) -> None:
     path = copy_checkpoint("llama")
-    edit_json(path / "generation_config.json", temperature="hot")
-    with pytest.raises(
-        CheckpointError, match=r"generation_config.json: temperature must be a finite number, not 'hot'"
-    ):
+    edit_json(path / "generation_config.json", eos_token_id="two")
+    with pytest.raises(CheckpointError, match=r"generation_config.json: eos_token_id must be a whole number or a list"):
         load_model(path, device="cpu", progress=False)
     (path / "generation_config.json").unlink()
     assert load(path).spec.eos_token_ids == (2,)
@@ -253,6 +270,7 @@ RECOMMENDED = [
     ({"num_beams": 4, "suppress_tokens": [3], "forced_bos_token_id": 5}, {}, r"num_beams=4, suppress_tokens=\[3\], fo"),
     ({"num_beams": 1, "suppress_tokens": [], "typical_p": 1.0, "max_length": 20, "do_sample": False}, {}, ""),
     ({"made_up": [1]}, {}, r"made_up=\[1\]"),
+    ({"temperature": "0.7", "top_p": 1e31, "top_k": [5], "min_p": True}, {}, r"0\.7.*top_p=1e\+31, top_k=\[5\], min_p"),
 ]
 
 
@@ -269,7 +287,8 @@ def test_recommendations_are_read_as_they_are_meant(
     edit_json(path / "generation_config.json", **given)
     with caplog.at_level(logging.WARNING):
         model = load_model(path, device="cpu", progress=False, backend="torch")
-    assert model.generation_defaults == {**expected, "eos_token_id": [2, 0]}
+    assert model.generation_defaults == expected
+    assert model.spec.eos_token_ids == (2, 0)
     said = [record.getMessage() for record in caplog.records if "generation_config.json" in record.getMessage()]
     assert len(said) == bool(warning)
     assert re.search(warning, "".join(said))
@@ -285,7 +304,6 @@ def test_stop_tokens_that_only_the_tokenizer_names(copy_checkpoint: Callable[...
     model = load_model(path, device="cpu", progress=False, backend="torch")
     assert model.tokenizer.eos_token_id == 2
     assert model.spec.eos_token_ids == (7, 5, 2)
-    assert model.generation_defaults["eos_token_id"] == [7, 5, 2]
 
 
 def test_float16_becomes_a_dtype_that_cpus_compute_in(

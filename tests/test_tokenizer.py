@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from dynamoe.dynamic.text.chat_template import ChatTemplate, RenderLimits
 from dynamoe.dynamic.text.tokenizer import Tokenizer
+from dynamoe.dynamic.text.tokenizer_file import _check_part
 
 TEXTS = [
     "The capital of France is Paris.",
@@ -226,6 +227,11 @@ def test_a_missing_template_is_an_error_that_says_so(checkpoint: Path, tmp_path:
 def test_templates_run_in_a_sandbox(source: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ChatTemplate(source, {}).render(CHATS[0])
+
+
+def test_lists_that_the_library_shortens_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"'decoder/decoders' the library reads 1 parts, not 2"):
+        _check_part(Path("tokenizer.json"), "decoder/", {"decoders": [{}, {}]}, {"decoders": [{}]})
 
 
 LOOP = "{% for i in range(90000) %}"

@@ -6,7 +6,7 @@ It registers a method of quantisation and a layout of checkpoints. Nothing in th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from dynamoe.dynamic.checkpoint import quantized_checkpoint
 from dynamoe.dynamic.checkpoint.quantized_checkpoint import register_layout
-from dynamoe.dynamic.checkpoint.stored_layout import want
+from dynamoe.dynamic.checkpoint.stored_layout import StoredLayout, want
 from dynamoe.dynamic.checkpoint.stored_weight import StoredWeight
+from dynamoe.dynamic.checkpoint.weights import CheckpointError
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.llm import LLM
 from dynamoe.dynamic.model import quantization
@@ -62,7 +63,7 @@ def stands_for(toy: QuantizedWeight) -> torch.Tensor:
     return torch.tensor(TABLE)[codes_OI] * scale_OI
 
 
-class ToyLayout:
+class ToyLayout(StoredLayout):
     """``toy_codes``, (O, ⌈I / 2⌉) bytes, and ``toy_scale``, (O, G)."""
 
     markers: ClassVar[tuple[str, ...]] = ("toy_codes",)
@@ -79,11 +80,29 @@ class ToyLayout:
     def input_step(self, weight: StoredWeight) -> int:
         return GROUP
 
-    def load(self, weight: StoredWeight) -> QuantizedWeight:
+    def load(self, weight: StoredWeight) -> QuantizedWeight | torch.Tensor:
         outputs, inputs = weight.kept.of(self.shape(weight))
         data, scale = weight.read("toy_codes", outputs).clone(), weight.read("toy_scale", outputs).clone()
         whole = QuantizedWeight(format=TOY, data=data, scale=scale, inputs=2 * data.shape[1], group=GROUP)
         return whole.columns(inputs.start, inputs.stop)
+
+
+class WidenedLayout(ToyLayout):
+    """The same, of weights that run dequantised where that is allowed."""
+
+    kept = False
+
+    def load(self, weight: StoredWeight) -> torch.Tensor:
+        toy = super().load(weight)
+        assert isinstance(toy, QuantizedWeight)
+        return toy.dequantize()
+
+    def keeps(self, weight: StoredWeight) -> bool:
+        return self.kept
+
+    def admit(self, weights: Iterable[StoredWeight], dequantize: bool) -> None:
+        if not dequantize:
+            raise CheckpointError(f"{next(iter(weights)).name} needs dequantize=true")
 
 
 def open_toy(settings: Mapping[str, Any]) -> ToyLayout:
@@ -150,6 +169,17 @@ def test_a_model_runs_on_toy_weights(
         assert [tokens for tokens, _ in stored] == [tokens for tokens, _ in expected]
         for (_, found), (_, wanted) in zip(stored, expected, strict=True):
             assert found == pytest.approx(wanted, abs=1e-4)
+
+
+def test_a_layout_may_dequantise(paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(quantized_checkpoint._LAYOUTS, "toy", lambda settings: WidenedLayout())
+    widened = answers(paths["stored"], "cpu", "float32", dequantize=True)
+    assert widened == answers(paths["plain"], "cpu", "float32")
+    with pytest.raises(CheckpointError, match=r"layers\..* needs dequantize=true"):
+        answers(paths["stored"], "cpu", "float32")
+    monkeypatch.setattr(WidenedLayout, "kept", True)
+    with pytest.raises(CheckpointError, match=r"layers\..*WidenedLayout keeps it, and yet loads it as torch.float32"):
+        answers(paths["stored"], "cpu", "float32", dequantize=True)
 
 
 def test_the_file_holds_codes_and_the_deployment_says_so(paths: dict[str, Path]) -> None:

@@ -17,14 +17,14 @@ from ...kernels.api.quantized_weight import QuantizedWeight
 from .config_reader import ConfigReader
 from .stored_codes import NIBBLES, from_first_word, nibbles, words_of
 from .stored_groups import grouped_int4, groups_of, int4_step, known_group
-from .stored_layout import CALIBRATION_KEYS, FLOATS, WHAT, group_size, setting_error, two_sizes, want
+from .stored_layout import CALIBRATION_KEYS, FLOATS, WHAT, StoredLayout, group_size, setting_error, two_sizes, want
 from .stored_weight import StoredWeight
 
 _ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # positions of the codes of outputs 0 … 7 in a word
 
 
 @dataclass(frozen=True, kw_only=True)
-class Awq:
+class Awq(StoredLayout):
     """AWQ's layout: words along the outputs, with its own order within a word.
 
     Arguments:

@@ -16,7 +16,7 @@ from ...kernels.api.formats import FP8, FP8_BLOCK, FP8_PER_GROUP, UNQUANTIZED, A
 from ...kernels.api.quantized_weight import QuantizedWeight
 from .config_reader import ConfigReader
 from .stored_codes import width, words_of
-from .stored_layout import FLOATS, WHAT
+from .stored_layout import FLOATS, WHAT, StoredLayout
 from .stored_weight import StoredWeight
 
 # The tensors themselves say which modules are quantised; the cache has a format of its own here.
@@ -26,7 +26,7 @@ _IRRELEVANT = frozenset(
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockFp8:
+class BlockFp8(StoredLayout):
     """DeepSeek's layout, and the plain fp8 one: scales per block of 128 by 128, per output or for all."""
 
     markers: ClassVar[tuple[str, ...]] = ("weight_scale_inv", "weight_scale")

@@ -26,12 +26,12 @@ from .block_fp8 import load_fp8, one_per_output, scale_per_output
 from .layer_groups import LayerGroup
 from .stored_codes import NIBBLES, packed_inputs, some_nibbles, width, words_of
 from .stored_groups import Groups, check_order, grouped_int4, groups_of, known_group
-from .stored_layout import FLOATS
+from .stored_layout import FLOATS, StoredLayout
 from .stored_weight import StoredWeight
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressedTensors:
+class CompressedTensors(StoredLayout):
     """What compressed-tensors writes: packed int4 or int8, plain int8, fp8.
 
     Arguments:

@@ -13,14 +13,13 @@ import torch
 from ...kernels.api.codes import pack_int4
 from ...kernels.api.formats import INT4, INT8, Format
 from ...kernels.api.quantized_weight import QuantizedWeight
-from .k_quants import K_QUANTS, k_quant_weight
+from .k_quants import CHUNK, K_QUANTS, check_finite, halves, k_quant_weight, nibbles
 from .weights import CheckpointError
 
 _BLOCK = 32  # inputs that share a scale
+_HALF = _BLOCK // 2  # of a block in the low nibbles of its bytes, the rest in the high ones
 # Types without a format of ours that run dequantised unasked, with a warning: they are not far smaller than that.
 WIDENED = ("Q5_1", "MXFP4")
-# Numbers of float32 that are made from blocks at a time.
-_CHUNK = 1 << 22
 
 
 @cache
@@ -47,9 +46,7 @@ def gguf_weight(raw_OX: torch.Tensor, kind: str, shape: tuple[int, int]) -> Quan
     if (read := _FORMATS.get(kind)) is None:
         return None
     weight = read(raw_OX.contiguous().view(shape[0], shape[1] // _BLOCK, -1))
-    for name, numbers in (("scales", weight.scale), ("minima", weight.offset)):
-        if numbers is not None and not bool(numbers.isfinite().all()):
-            raise ValueError(f"{int((~numbers.isfinite()).sum())} {name} of its {kind} blocks are not finite")
+    check_finite(kind, weight.scale, weight.offset)
     return weight
 
 
@@ -68,7 +65,7 @@ def dequantized(raw_OX: torch.Tensor, kind: str, shape: tuple[int, int]) -> torc
     from gguf import GGMLQuantizationType, dequantize
 
     outputs, inputs = shape
-    step = max(_CHUNK // inputs, 1)
+    step = max(CHUNK // inputs, 1)
     weight_OI = torch.empty(shape)
     for first in range(0, outputs, step):
         rows = raw_OX[first : first + step].contiguous().numpy()
@@ -82,46 +79,38 @@ def dequantized(raw_OX: torch.Tensor, kind: str, shape: tuple[int, int]) -> torc
     return weight_OI
 
 
-def _halves(bytes_OGX: torch.Tensor) -> torch.Tensor:
-    """Bytes of float16 numbers as numbers."""
-    return bytes_OGX.contiguous().view(torch.float16)
-
-
-def _nibbles(bytes_OGX: torch.Tensor) -> torch.Tensor:
-    """Codes of blocks: a block's first half is in the low nibbles."""
-    return torch.cat((bytes_OGX & 15, bytes_OGX >> 4), -1)
-
-
-def _weight(form: Format, codes_OG: torch.Tensor, numbers_OGX: torch.Tensor) -> QuantizedWeight:
-    """From codes of whole rows, and a scale for each block with or without the smallest value behind it."""
-    codes_OI = codes_OG.flatten(1)
+def _weight(
+    form: Format, codes_OGX: torch.Tensor, scale_OG: torch.Tensor, offset_OG: torch.Tensor | None = None
+) -> QuantizedWeight:
+    """From codes of whole rows, and of each block its scale and its smallest value if it has one."""
+    codes_OI = codes_OGX.flatten(1)
     return QuantizedWeight(
         format=form,
         data=codes_OI.contiguous() if form == INT8 else pack_int4(codes_OI),
-        scale=numbers_OGX[..., 0].contiguous(),
+        scale=scale_OG,
         inputs=codes_OI.shape[1],
         group=_BLOCK,
-        offset=numbers_OGX[..., 1].contiguous() if numbers_OGX.shape[-1] == 2 else None,
+        offset=offset_OG,
     )
 
 
 def _q4_0(blocks: torch.Tensor) -> QuantizedWeight:
-    return _weight(INT4, _nibbles(blocks[..., 2:]), _halves(blocks[..., :2]))
+    return _weight(INT4, nibbles(blocks[..., 2:], _HALF), halves(blocks, 0))
 
 
 def _q4_1(blocks: torch.Tensor) -> QuantizedWeight:
-    return _weight(INT4, _nibbles(blocks[..., 4:]), _halves(blocks[..., :4]))
+    return _weight(INT4, nibbles(blocks[..., 4:], _HALF), halves(blocks, 0), halves(blocks, 2))
 
 
 def _q5_0(blocks: torch.Tensor) -> QuantizedWeight:
     """-16 … 15 in 8 bits; the fifth bits come first, one for each input."""
     fifth = (blocks[..., 2:6, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-    codes = _nibbles(blocks[..., 6:]) | (fifth.flatten(-2) << 4)
-    return _weight(INT8, codes.view(torch.int8) - 16, _halves(blocks[..., :2]))
+    codes = nibbles(blocks[..., 6:], _HALF) | (fifth.flatten(-2) << 4)
+    return _weight(INT8, codes.view(torch.int8) - 16, halves(blocks, 0))
 
 
 def _q8_0(blocks: torch.Tensor) -> QuantizedWeight:
-    return _weight(INT8, blocks[..., 2:].view(torch.int8), _halves(blocks[..., :2]))
+    return _weight(INT8, blocks[..., 2:].view(torch.int8), halves(blocks, 0))
 
 
 _FORMATS: dict[str, Callable[[torch.Tensor], QuantizedWeight]] = {

@@ -14,7 +14,7 @@ from ...kernels.api.formats import UNQUANTIZED, ActivationScheme
 from ...kernels.api.quantized_weight import QuantizedWeight
 from .gguf_blocks import WIDENED, block_sizes, dequantized, gguf_weight, has_format
 from .stored_codes import width
-from .stored_layout import setting_error
+from .stored_layout import StoredLayout, setting_error
 from .stored_weight import StoredWeight
 from .weights import CheckpointError
 
@@ -36,7 +36,7 @@ def stored_name(name: str, kind: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GgufBlocks:
+class GgufBlocks(StoredLayout):
     """The layout. The type of a weight stands in the name of its tensor, (outputs, bytes of a row)."""
 
     markers: ClassVar[tuple[str, ...]] = tuple(_PREFIX + kind.lower() for kind in block_sizes())

@@ -15,7 +15,17 @@ from ...kernels.api.quantized_weight import QuantizedWeight
 from .config_reader import ConfigReader
 from .stored_codes import NIBBLES, packed_inputs, some_nibbles, words_of
 from .stored_groups import check_order, grouped_int4, groups_of, int4_step, known_group
-from .stored_layout import CALIBRATION_KEYS, FLOATS, WHAT, group_size, pattern, setting_error, two_sizes, want
+from .stored_layout import (
+    CALIBRATION_KEYS,
+    FLOATS,
+    WHAT,
+    StoredLayout,
+    group_size,
+    pattern,
+    setting_error,
+    two_sizes,
+    want,
+)
 from .stored_weight import StoredWeight
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {"adapter": ({},), "is_marlin_format": (False,), "pack_dtype": ("int32",)}
@@ -35,7 +45,7 @@ class GptqGrid:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gptq:
+class Gptq(StoredLayout):
     """GPTQ's layout: words along the inputs, a scale and a zero point per group.
 
     Arguments:

@@ -15,7 +15,7 @@ from ...kernels.api.formats import Q4_K, Q5_K, Q6_K, Format
 from ...kernels.api.quantized_weight import QuantizedWeight
 
 BLOCK = 256  # inputs
-_CHUNK = 1 << 22  # weights whose codes are unpacked at once
+CHUNK = 1 << 22  # numbers that are made from blocks at a time
 
 
 class Parts(NamedTuple):
@@ -59,17 +59,13 @@ def k_quant_weight(raw: torch.Tensor, kind: str, shape: tuple[int, int]) -> Quan
             f"{outputs} outputs of {inputs} inputs in {kind} are blocks of {quant.nbytes} bytes for {BLOCK} inputs, not"
             f" {raw.dtype} of shape {tuple(raw.shape)}"
         )
-    chunks = raw.split(max(1, _CHUNK // inputs))
+    chunks = raw.split(max(1, CHUNK // inputs))
     return concatenate([_weight(quant, kind, chunk, inputs) for chunk in chunks])
 
 
 def _weight(quant: KQuant, kind: str, raw_OX: torch.Tensor, inputs: int) -> QuantizedWeight:
     parts = quant.read(raw_OX.unflatten(1, (-1, quant.nbytes)))
-    for outer in (parts.outer_scale, parts.outer_offset):
-        if outer is not None and not bool(outer.isfinite().all()):
-            raise ValueError(
-                f"{int((~outer.isfinite()).sum())} of {outer.numel()} scales of {kind} blocks are not finite"
-            )
+    check_finite(kind, parts.outer_scale, parts.outer_offset)
     return QuantizedWeight(
         format=quant.format,
         data=quant.format.codes.pack(parts.codes),
@@ -82,7 +78,14 @@ def _weight(quant: KQuant, kind: str, raw_OX: torch.Tensor, inputs: int) -> Quan
     )
 
 
-def _halves(blocks_OBX: torch.Tensor, at: int) -> torch.Tensor:
+def check_finite(kind: str, *scales: torch.Tensor | None) -> None:
+    """Raises ValueError where scales or minima of blocks are not finite."""
+    for some in scales:
+        if some is not None and (wrong := int((~some.isfinite()).sum())):
+            raise ValueError(f"{wrong} of {some.numel()} scales of {kind} blocks are not finite")
+
+
+def halves(blocks_OBX: torch.Tensor, at: int) -> torch.Tensor:
     """The float16 numbers of blocks that begin with byte ``at``, (O, B)."""
     return blocks_OBX[..., at : at + 2].contiguous().view(torch.float16)[..., 0]
 
@@ -99,7 +102,7 @@ def _six_bit_scales(blocks_OBX: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     return scale, offset
 
 
-def _nibbles(bytes_OBX: torch.Tensor, run: int) -> torch.Tensor:
+def nibbles(bytes_OBX: torch.Tensor, run: int) -> torch.Tensor:
     """Codes (O, B, 2 X): of each run of bytes all low nibbles, then all high ones."""
     bytes_OBNR = bytes_OBX.unflatten(-1, (-1, run))
     return torch.stack((bytes_OBNR & 15, bytes_OBNR >> 4), -2).flatten(-3)
@@ -107,23 +110,23 @@ def _nibbles(bytes_OBX: torch.Tensor, run: int) -> torch.Tensor:
 
 def _with_offsets(blocks_OBX: torch.Tensor, codes_OBI: torch.Tensor) -> Parts:
     scale, offset = _six_bit_scales(blocks_OBX)
-    return Parts(codes_OBI.flatten(1), scale, _halves(blocks_OBX, 0), offset, -_halves(blocks_OBX, 2))
+    return Parts(codes_OBI.flatten(1), scale, halves(blocks_OBX, 0), offset, -halves(blocks_OBX, 2))
 
 
 def _q4_k(blocks_OBX: torch.Tensor) -> Parts:
-    return _with_offsets(blocks_OBX, _nibbles(blocks_OBX[..., 16:], 32))
+    return _with_offsets(blocks_OBX, nibbles(blocks_OBX[..., 16:], 32))
 
 
 def _q5_k(blocks_OBX: torch.Tensor) -> Parts:
     high = [(blocks_OBX[..., 16:48] >> group & 1) << 4 for group in range(8)]
-    return _with_offsets(blocks_OBX, _nibbles(blocks_OBX[..., 48:], 32) | torch.cat(high, -1))
+    return _with_offsets(blocks_OBX, nibbles(blocks_OBX[..., 48:], 32) | torch.cat(high, -1))
 
 
 def _q6_k(blocks_OBX: torch.Tensor) -> Parts:
     high_OBHX = blocks_OBX[..., 128:192].unflatten(-1, (2, 32))
     high = torch.cat([(high_OBHX >> shift & 3) << 4 for shift in (0, 2, 4, 6)], -1).flatten(-2)
     scale = blocks_OBX[..., 192:208].contiguous().view(torch.int8).flatten(1)
-    return Parts((_nibbles(blocks_OBX[..., :128], 64) | high).flatten(1), scale, _halves(blocks_OBX, 208))
+    return Parts((nibbles(blocks_OBX[..., :128], 64) | high).flatten(1), scale, halves(blocks_OBX, 208))
 
 
 K_QUANTS = {"Q4_K": KQuant(Q4_K, 144, _q4_k), "Q5_K": KQuant(Q5_K, 176, _q5_k), "Q6_K": KQuant(Q6_K, 210, _q6_k)}

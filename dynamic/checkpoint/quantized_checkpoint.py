@@ -13,7 +13,7 @@ from ...kernels.api.quantized_weight import QuantizedWeight
 from .awq import open_awq
 from .block_fp8 import open_block_fp8
 from .compressed_tensors import CompressedTensors
-from .gguf_layout import METHOD, GgufBlocks, open_gguf_blocks
+from .gguf_layout import METHOD, open_gguf_blocks
 from .gptq import open_gptq
 from .layer_groups import read_groups
 from .stored_layout import StoredLayout, setting_error
@@ -163,8 +163,7 @@ class QuantizedCheckpoint(Checkpoint):
         Raises:
             CheckpointError: naming one that may not.
         """
-        if isinstance(self._layout, GgufBlocks):
-            self._layout.admit(self._stored.values(), dequantize)
+        self._layout.admit(self._stored.values(), dequantize)
 
     def quantized(self, name: str) -> StoredCodes | None:
         """A weight that is stored quantised; None: it is not, or it can only run dequantised.
@@ -173,10 +172,11 @@ class QuantizedCheckpoint(Checkpoint):
             CheckpointError: when it makes no sense.
         """
         stored = self._stored.get(name)
-        if stored is None or (isinstance(self._layout, GgufBlocks) and not self._layout.keeps(stored)):
+        if stored is None or not self._layout.keeps(stored):
             return None
         weight = self._load(stored)
-        assert not isinstance(weight, torch.Tensor), f"{name} has no format"
+        if isinstance(weight, torch.Tensor):
+            raise stored.error(f"{type(self._layout).__name__} keeps it, and yet loads it as {weight.dtype}")
         return StoredCodes(weight=weight, scheme=self._layout.scheme(stored))
 
     def _load(self, stored: StoredWeight) -> QuantizedWeight | torch.Tensor:

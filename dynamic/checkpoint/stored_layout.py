@@ -7,7 +7,7 @@ names, such as ``model.layers.0.self_attn.q_proj``.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -36,6 +36,8 @@ WHAT = "config.json: quantisation"
 class StoredLayout(Protocol):
     """How a checkpoint's quantised weights are stored. Equal checkpoints have equal ``repr``.
 
+    Layouts that extend it inherit :meth:`keeps` and :meth:`admit` of weights that all have a format of ours.
+
     Attributes:
         markers: the last part of tensor names by which a module is known to be quantised.
         parts: the last part of the names of all tensors that belong to such modules.
@@ -63,6 +65,17 @@ class StoredLayout(Protocol):
             ValueError: where it is inconsistent.
         """
         ...
+
+    def keeps(self, weight: StoredWeight) -> bool:
+        """Whether a weight stays at its width: :meth:`load` gives no tensor."""
+        return True
+
+    def admit(self, weights: Iterable[StoredWeight], dequantize: bool) -> None:
+        """Check that all weights may run as they would; ``dequantize`` says whether some may run dequantised.
+
+        Raises:
+            CheckpointError: naming one that may not.
+        """
 
 
 def setting_error(key: str, value: Any, expected: str) -> CheckpointError:

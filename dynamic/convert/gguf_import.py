@@ -29,10 +29,10 @@ from .gguf_tokenizer import read_vocabulary, write_tokenizer
 _PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SMALL = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")  # weights that nothing runs quantised
 _NAMED_IN_CONFIG = ("bos_token", "eos_token", "pad_token")
-_SAMPLING = {  # what ``generation_config.json`` calls recommended settings, and the file
-    **{name: f"general.sampling.{name}" for name in ("top_k", "top_p", "min_p")},
-    "temperature": "general.sampling.temp",
-    "repetition_penalty": "general.sampling.penalty_repeat",
+_SAMPLING = {  # what the file calls recommended settings, and ``generation_config.json``
+    **{f"general.sampling.{name}": name for name in ("top_k", "top_p", "min_p")},
+    "general.sampling.temp": "temperature",
+    "general.sampling.penalty_repeat": "repetition_penalty",
 }
 
 
@@ -91,13 +91,11 @@ def import_gguf(path: Path, target: Path, *, keep_codes: bool = False, progress:
     config, architecture = model_config(meta, file.tensors, lambda tensor: _numbers(file, tensor))
     vocabulary = read_vocabulary(meta, config["vocab_size"])
     config |= {f"{name}_id": index for name, index in vocabulary.special.items() if name in _NAMED_IN_CONFIG}
-    plain = all(tensor.kind == "F32" for tensor in file.tensors.values())
-    config["dtype"] = "float32" if plain else "bfloat16"
+    config["dtype"] = _dtype({tensor.kind for tensor in file.tensors.values()})
     pieces = _pieces(file, config, architecture)
     _check(file, config, pieces)
-    generation = {ours: meta.number(theirs) for ours, theirs in _SAMPLING.items() if meta.has(theirs)}
-    if "top_k" in generation:
-        generation["top_k"] = meta.integer(_SAMPLING["top_k"])
+    # Others keep their names: loading says that they are not applied.
+    generation = {_SAMPLING.get(key, key): value for key, value in meta.raw("general.sampling.").items()}
     write_tokenizer(meta, vocabulary, config["max_position_embeddings"], target)
     meta.refuse_unread()
     quantised = _write_weights(file, pieces, target / "model.safetensors", keep_codes, progress)
@@ -108,6 +106,13 @@ def import_gguf(path: Path, target: Path, *, keep_codes: bool = False, progress:
     if len(vocabulary.end_ids) > 1:
         ids["eos_token_id"] = vocabulary.end_ids
     write_json(target / "generation_config.json", {**ids, **generation})
+
+
+def _dtype(kinds: set[str]) -> str:
+    """The dtype that holds the numbers of all kinds; among blocks, which run as they are, bfloat16."""
+    if kinds <= {"F32", "F64"}:
+        return "float32"
+    return "float16" if kinds <= {"F16", "F32", "F64"} else "bfloat16"
 
 
 def _numbers(file: GgufFile, tensor: GgufTensor) -> torch.Tensor:

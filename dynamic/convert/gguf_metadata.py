@@ -130,6 +130,14 @@ class Metadata(TypedReader):
             raise self.error(key, value, f"an array of {count} numbers")
         return found
 
+    def raw(self, beginning: str) -> dict[str, Any]:
+        """By key, whatever begins so, as JSON has it."""
+        return {
+            key: _decimal(value) if isinstance(value, float) else value if isinstance(value, int | str) else "an array"
+            for key, value in self._values.items()
+            if key.startswith(beginning)
+        }
+
     def error(self, key: str, value: Any, expected: str) -> CheckpointError:
         """The error for a value that cannot be used."""
         shown = f"an array of {value.count}" if isinstance(value, GgufArray) else repr(value)

@@ -50,6 +50,7 @@ def load_model(
         tokenizer = None if skip_tokenizer_init else Tokenizer.from_directory(path)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
+    generation_defaults = read_generation_defaults(path)
     decoder = load_decoder(
         path,
         settings,
@@ -66,5 +67,5 @@ def load_model(
         spec=spec,
         decoder=decoder,
         tokenizer=tokenizer or NoTokenizer(path, spec.vocab_size),
-        generation_defaults=read_generation_defaults(path, spec.eos_token_ids),
+        generation_defaults=generation_defaults,
     )

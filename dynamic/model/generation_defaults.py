@@ -98,16 +98,15 @@ def stop_tokens(path: Path, named: Iterable[int]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(number for number in ids if number >= 0))
 
 
-def read_generation_defaults(path: Path, stop_ids: Iterable[int]) -> dict[str, Any]:
+def read_generation_defaults(path: Path) -> dict[str, Any]:
     """What ``generation_config.json`` recommends: any of temperature, top_p, top_k, min_p, repetition_penalty and
-    max_new_tokens, in the ranges that requests may have; and ``eos_token_id``, a list, always.
+    max_new_tokens, in the ranges that requests may have.
 
     Arguments:
         path: the checkpoint's directory.
-        stop_ids: tokens that end a text.
 
     Raises:
-        CheckpointError: when the file is there and malformed.
+        CheckpointError: when the file is there and holds no JSON object.
     """
     config = _reader(path)
     left_out: dict[str, Any] = {}
@@ -116,14 +115,11 @@ def read_generation_defaults(path: Path, stop_ids: Iterable[int]) -> dict[str, A
         value = config.get(key)
         if value is None or (not isinstance(value, bool) and value in _OFF.get(key, ())):
             continue
-        if isinstance(value, float) and not abs(value) < float("inf"):
-            left_out[key] = value
-            continue
-        number = config.number(key)
-        if not least <= number <= most or (key in _WHOLE and number != int(number)):
+        known = isinstance(value, int | float) and not isinstance(value, bool)
+        if not known or not least <= value <= most or (key in _WHOLE and value != int(value)):
             left_out[key] = value
         else:
-            defaults[key] = int(number) if key in _WHOLE else number
+            defaults[key] = int(value) if key in _WHOLE else float(value)
     if defaults.get("top_p") == 0:
         defaults["top_p"] = SMALLEST_TOP_P
     for key, value in config.values.items():
@@ -134,7 +130,6 @@ def read_generation_defaults(path: Path, stop_ids: Iterable[int]) -> dict[str, A
     if left_out:
         named = ", ".join(f"{shown(key)}={shown(value)}" for key, value in left_out.items())
         logger.warning("%s: not applied to requests: %s", path / FILE, named)
-    defaults["eos_token_id"] = list(stop_ids)
     return defaults
 
 

@@ -161,7 +161,8 @@ def _expert_layout(
     claims: _Claims, options: tuple[ExpertNames, ...], spec: ModelSpec, num_experts: int, size: int, prefix: str
 ) -> FFNLayout:
     hidden = spec.hidden_size
-    names = next((o for o in options if prefix + o.down.replace("{e}", "0") in claims.available), options[0])
+    found = [o for o in options if prefix + o.down.replace("{e}", "0") in claims.available]
+    names = (*found, *options)[0]
     if names.gate_up:
         return FFNLayout(
             num_experts=num_experts,
@@ -170,7 +171,8 @@ def _expert_layout(
             down=(claims.claim(prefix + names.down, num_experts, hidden, size),),
         )
     one_each = "{e}" in names.down
-    count, width = (num_experts, size) if one_each else (1, num_experts * size)
+    # Of experts that are not there the first is missed: config.json alone may name 2³¹ of them.
+    count, width = (num_experts if found else 1, size) if one_each else (1, num_experts * size)
 
     def claim(name: str, *shape: int) -> tuple[str, ...]:
         return tuple(claims.claim(prefix + name.replace("{e}", str(expert)), *shape) for expert in range(count))
@@ -208,15 +210,15 @@ def layers_in(names: Iterable[str]) -> int:
 def _check_experts(spec: ModelSpec, tensors: Iterable[str]) -> None:
     """Raises CheckpointError where config.json names more or fewer experts than the files hold one by one."""
     names = [name for name in tensors if ".experts." in name]
-    counts: dict[int, int] = {}
+    held: dict[int, set[int]] = {}
     for name in names:
         if match := re.match(r"model\.layers\.(\d{1,6})\..*\.experts\.(\d{1,6})\.", name):
-            counts[int(match[1])] = max(counts.get(int(match[1]), 0), int(match[2]) + 1)
+            held.setdefault(int(match[1]), set()).add(int(match[2]))
     for number, layer in enumerate(spec.layers):
         wanted = 0 if layer.moe is None else layer.moe.num_experts
-        if number in counts and counts[number] != wanted:
+        if number in held and len(held[number]) != wanted:
             raise CheckpointError(
-                f"config.json: layer {number} has {wanted} experts; the files hold {counts[number]} of it"
+                f"config.json: layer {number} has {wanted} experts; the files hold {len(held[number])} of it"
             )
 
 

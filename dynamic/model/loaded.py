@@ -21,7 +21,7 @@ class LoadedModel:
         name: what the caller asked for.
         path: the directory it came from.
         generation_defaults: what ``generation_config.json`` recommends: any of temperature, top_p, top_k, min_p,
-            repetition_penalty, max_new_tokens; and eos_token_id, a list, always.
+            repetition_penalty, max_new_tokens.
     """
 
     name: str

@@ -10,7 +10,7 @@ from typing import Any
 from ..checkpoint.config_reader import ConfigReader
 from ..checkpoint.quantized_checkpoint import open_checkpoint, split_config
 from ..checkpoint.stored_layout import StoredLayout
-from ..checkpoint.weights import Checkpoint, read_json
+from ..checkpoint.weights import Checkpoint, CheckpointError, read_json
 from .families import family_of, model_spec
 from .family import Family
 from .layout import Layout, layers_in, plan_layout
@@ -46,6 +46,8 @@ def open_files(path: Path) -> ModelFiles:
     Raises:
         CheckpointError: naming the file, key or tensor that is missing, wrong, not understood or left over.
     """
+    if (adapter := path / "adapter_config.json").exists():
+        raise CheckpointError(f"{adapter}: adapters are not supported, and ignoring it would give another model")
     whole = read_json(path / "config.json")
     config, stored = split_config(text_config(whole))
     family = family_of(config)

@@ -102,5 +102,7 @@ def _check_part(file: Path, where: str, ours: Any, theirs: Any) -> None:
         for key in ours.keys() & theirs.keys():
             _check_part(file, f"{where}{key}/", ours[key], theirs[key])
     elif isinstance(ours, list) and isinstance(theirs, list):
-        for one, other in zip(ours, theirs, strict=False):
+        if len(ours) != len(theirs):
+            raise ValueError(f"{file}: of {where[:-1]!r} the library reads {len(theirs)} parts, not {len(ours)}")
+        for one, other in zip(ours, theirs, strict=True):
             _check_part(file, where, one, other)

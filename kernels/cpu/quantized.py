@@ -242,6 +242,8 @@ class CpuQuantPacking(TorchBackend):
     def join_linear(self, *parts: LinearWeights) -> LinearWeights:
         layers: list[CpuLinear] = [part.data for part in parts]
         if len(parts) == 1 or not all(layer.parts and not layer.skip for layer in layers):
+            if len(parts) > 1:
+                self._fall_back("projections of which some are not quantised")
             return super().join_linear(*parts)
         packed, bias = torch.cat([layer.packed for layer in layers]), None
         if any(layer.bias is not None for layer in layers):
