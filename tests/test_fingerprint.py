@@ -143,9 +143,7 @@ def test_one_bit_in_any_operator_changes_it(name: str, backend: CpuBackend, plai
     assert watch.planted
 
 
-def test_the_hashes_are_kept_beside_the_build(
-    monkeypatch: pytest.MonkeyPatch, backend: CpuBackend, kept: Path
-) -> None:
+def test_the_hashes_are_kept_beside_the_build(monkeypatch: pytest.MonkeyPatch, backend: CpuBackend, kept: Path) -> None:
     found = fingerprint(backend, backend.isa, ["int8"], "any processor")
     assert [file.name.startswith(f"outputs-{backend.isa}-float32-") for file in kept.iterdir()] == [True]
     monkeypatch.setattr("dynamoe.kernels.cpu.fingerprint.hash_of", None)  # nothing is computed again
