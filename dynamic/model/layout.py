@@ -10,8 +10,8 @@ import torch
 
 from ..checkpoint.weights import DTYPES, Checkpoint, CheckpointError, TensorInfo
 from .attention.kind import AttentionLayout
-from .families import DENSE_FFN, SHARED_EXPERT
 from .family import ExpertNames, Family
+from .family_tables.rules import DENSE_FFN, SHARED_EXPERT
 from .spec import LayerSpec, ModelSpec
 
 EMBEDDING, FINAL_NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
