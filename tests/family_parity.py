@@ -1,0 +1,131 @@
+"""A family's random checkpoint against transformers: logits of the decoder, tokens of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import COMMON, randomize, write_tokenizer
+from dynamoe.dynamic.convert.load_model import load_model
+from dynamoe.dynamic.engine.config import EngineConfig
+from dynamoe.dynamic.engine.engine import Engine
+from dynamoe.dynamic.engine.sampling_params import SamplingParams
+from dynamoe.dynamic.model.decoder import Decoder
+from dynamoe.dynamic.model.kv_cache import bytes_per_page
+from dynamoe.dynamic.model.loader import load_decoder
+from test_decoder import TOLERANCE, PagedSequences, error, random_prompts
+
+LENGTHS = (37, 5, 18)
+NEW_TOKENS = 24
+ENGINE_PATHS: dict[str, dict[str, Any]] = {
+    "together": {},
+    "chunked": {"max_num_batched_tokens": 13, "enable_prefix_caching": False},
+    "preempted": {"block_size": 8, "max_num_batched_tokens": 64, "pages": 14},
+    "prefix": {"block_size": 8},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One configuration of a family.
+
+    Arguments:
+        family: ``model_type`` for transformers.
+        config: its keys beside :data:`conftest.COMMON`; None leaves a common key out.
+        prepare: changes the random model before it is saved, for parameters that ``randomize`` does not fit.
+        edit: changes the directory after it was saved, to what published checkpoints look like.
+    """
+
+    family: str
+    config: dict[str, Any] = field(default_factory=dict)
+    prepare: Callable[[torch.nn.Module], None] | None = None
+    edit: Callable[[Path], None] | None = None
+
+    def __str__(self) -> str:
+        return "-".join([self.family, *self.config])
+
+    def save(self, directory: Path, seed: int = 0) -> Path:
+        """Write the random checkpoint with its tokenizer."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        keys = {key: value for key, value in {**COMMON, **self.config}.items() if value is not None}
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(self.family, **keys), dtype=torch.float32, attn_implementation="eager"
+        )
+        randomize(model, seed)
+        if self.prepare is not None:
+            with torch.no_grad():
+                self.prepare(model)
+        model.generation_config.update(eos_token_id=[2, 0], pad_token_id=0, bos_token_id=1)
+        model.save_pretrained(directory)
+        write_tokenizer(directory)
+        if self.edit is not None:
+            self.edit(directory)
+        return directory
+
+
+def check_logits(directory: Path, reference: Any, backend: str = "cpu", tolerance: float = TOLERANCE) -> Decoder:
+    """Prefill, a second chunk beside a decode, and decodes through scattered pages, against transformers' logits."""
+    decoder = load_decoder(directory, dtype="float32", device="cpu", backend=backend)
+    prompts = random_prompts(list(LENGTHS))
+    with torch.inference_mode():
+        expected = [reference(torch.tensor([prompt])).logits[0] for prompt in prompts]
+    sequences = PagedSequences(decoder, len(prompts))
+    first = sequences.run([prompts[0][:30], prompts[1], prompts[2][:7]])
+    assert error(first, torch.cat((expected[0][:30], expected[1], expected[2][:7]))) < tolerance
+    mixed = sequences.run([prompts[0][30:31], [], prompts[2][7:14]])
+    assert error(mixed, torch.cat((expected[0][30:31], expected[2][7:14]))) < tolerance
+    for step in range(4):
+        rows = sequences.run([prompts[0][31 + step : 32 + step], [], prompts[2][14 + step : 15 + step]])
+        assert error(rows, torch.stack((expected[0][31 + step], expected[2][14 + step]))) < tolerance
+    return decoder
+
+
+def expected_tokens(reference: Any, prompts: Sequence[list[int]], count: int = NEW_TOKENS) -> list[list[int]]:
+    """What transformers generates greedily for each prompt alone."""
+    outputs = []
+    for prompt in prompts:
+        output = reference.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=count,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        outputs.append(output[0, len(prompt) :].tolist())
+    return outputs
+
+
+def check_engine(directory: Path, reference: Any, *, paths: Sequence[str] = ("together", "chunked")) -> None:
+    """Greedy tokens of prompts that run together equal transformers', on each path through the engine."""
+    prompts = random_prompts([1, 7, 16, 33, 60], seed=0)
+    expected = expected_tokens(reference, prompts)
+    model = load_model(directory, dtype="float32", device="cpu", progress=False)
+    for path in paths:
+        settings = dict(ENGINE_PATHS[path])
+        if (pages := settings.pop("pages", None)) is not None:
+            settings["kv_memory"] = pages * bytes_per_page(model.spec, torch.float32, settings["block_size"])
+        engine = Engine(model, EngineConfig(**settings))
+        assert generate(engine, prompts) == expected, path
+        if path == "preempted":
+            assert engine.stats().preemptions > 0
+        if path == "prefix":
+            assert generate(engine, prompts) == expected, "with prefix hits"
+            assert engine.stats().prefix_cache_hits > 0
+
+
+def generate(engine: Engine, prompts: Sequence[list[int]], count: int = NEW_TOKENS) -> list[list[int]]:
+    """Greedy tokens of prompts that run together."""
+    tokens: dict[str, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        tokens[str(number)] = []
+        engine.add_request(str(number), prompt, SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True))
+    while engine.has_unfinished():
+        for delta in engine.step():
+            tokens[delta.request_id] += delta.completions[0].token_ids
+    assert engine.stats().free_pages == engine.stats().total_pages
+    return list(tokens.values())
