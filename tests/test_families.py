@@ -121,7 +121,7 @@ def test_layers_without_experts() -> None:
         ({"rope_scaling": {"type": "linear"}}, "rope_parameters lacks factor"),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor of the rotary embedding must be positive, not 0"),
         ({"rope_scaling": {"type": "linear", "factor": 2, "mrope_section": [1]}}, r"mrope_section=\[1\]"),
-        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "rotary_factor must be 1"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "one set of values for all layers"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "rope_parameters lacks low_freq_factor"),
     ],

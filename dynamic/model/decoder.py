@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -23,6 +24,7 @@ from ...kernels.api.types import (
     ExitDecision,
     ExpertBudget,
     KVLayer,
+    KVProjection,
     LinearWeights,
     Routing,
 )
@@ -37,6 +39,7 @@ from .rope import rope_table
 from .spec import ModelSpec
 
 FIRST_TABLE_LENGTH = 4096  # positions; longer contexts grow the table
+Behind = tuple[int, KVProjection, KVLayer]  # a layer behind an exit: its number, what makes its keys and values, cache
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -98,13 +101,21 @@ class Decoder:
         self.layers = tuple(layers)
         self.final_norm_D = final_norm_D
         self.lm_head = lm_head
-        self.cos_sin_LC = rope_table(spec.rope, min(spec.max_position, FIRST_TABLE_LENGTH), self.device)
+        self.held = range(spec.num_layers)
+        self._make_tables(min(spec.max_position, FIRST_TABLE_LENGTH))
         self.stack = self._make_stack()
 
     @property
     def local_spec(self) -> ModelSpec:
         """The model with the heads that are here."""
         return self._local_spec or self.spec
+
+    def _make_tables(self, length: int) -> None:
+        """Set ``rope_tables``: of every layer, those that rotate alike sharing one, and ``cos_sin_LC``, the model's."""
+        ropes = self.spec.ropes
+        tables = {rope: rope_table(rope, length, self.device) for rope in dict.fromkeys((self.spec.rope, *ropes))}
+        self.cos_sin_LC = tables[self.spec.rope]
+        self.rope_tables = tuple(tables[rope] for rope in ropes)
 
     @property
     def weight_bytes(self) -> int:
@@ -120,9 +131,8 @@ class Decoder:
         """
         if length > self.spec.max_position:
             raise ValueError(f"a context of {length} tokens is longer than the model's {self.spec.max_position}")
-        if length > self.cos_sin_LC.shape[0]:
-            grown = min(self.spec.max_position, max(length, 2 * self.cos_sin_LC.shape[0]))
-            self.cos_sin_LC = rope_table(self.spec.rope, grown, self.device)
+        if length > (longest := self.cos_sin_LC.shape[0]):
+            self._make_tables(min(self.spec.max_position, max(length, 2 * longest)))
 
     def allocate_cache(self, num_pages: int, page_size: int, kv_shards: int = 1) -> list[KVLayer]:
         """Keys and values of every layer, zeroed; each of the ``kv_shards`` KV shards has an equal run of the pages."""
@@ -173,7 +183,6 @@ class Decoder:
         if self.stack is not None:
             return self.stack.run(segment.layers, x_TD, kv, self.cos_sin_LC, batch, router_entropy_T, budget)
         spec, backend = self.spec, self.backend
-        context = self._attention_context()
         routed: list[torch.Tensor] | None = None if router_entropy_T is None else []
         normed_TD: torch.Tensor = x_TD
         pending_TD: torch.Tensor | None = None  # what the last block adds to the residual stream
@@ -188,6 +197,7 @@ class Decoder:
                             pending_TD, x_TD, weight_D, spec.norm_eps, spec.residual_scale
                         )
                 elif isinstance(block, Attention):
+                    context = self._attention_context(number)
                     pending_TD = self._attention(number, normed_TD, kv[number], batch, context)
                 else:
                     pending_TD = self._ffn(number, normed_TD, routed, budget)
@@ -247,8 +257,16 @@ class Decoder:
 
     def _propagate(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
         """See :meth:`propagate_kv`; ``kv`` has the layers behind the exit that are here."""
-        context, kind = self._attention_context(), self.local_spec.layers[-1].attention
-        kind.propagate(exit.projections, x_RD, kv, batch, context)
+        behind = [number for number in self.held if number >= exit.after_layers]
+        layers = zip(behind, exit.projections, kv, strict=True)
+        for _, alike in groupby(layers, lambda layer: id(self.rope_tables[layer[0]])):
+            self._propagate_alike(list(alike), x_RD, batch)
+
+    def _propagate_alike(self, layers: Sequence[Behind], x_RD: torch.Tensor, batch: AttentionBatch) -> None:
+        """Of layers that rotate alike."""
+        numbers, projections, kv = zip(*layers, strict=True)
+        context, kind = self._attention_context(numbers[0]), self.local_spec.layers[-1].attention
+        kind.propagate(projections, x_RD, kv, batch, context)
 
     @in_inference_mode
     def logits(self, x_RD: torch.Tensor) -> torch.Tensor:
@@ -260,10 +278,10 @@ class Decoder:
         """What went between the processes that share the model, so far; None where there is one."""
         return None
 
-    def _attention_context(self) -> AttentionContext:
+    def _attention_context(self, number: int) -> AttentionContext:
         return AttentionContext(
             backend=self.backend,
-            cos_sin_LC=self.cos_sin_LC,
+            cos_sin_LC=self.rope_tables[number],
             norm_eps=self.spec.norm_eps,
             norm_over_heads=self._norm_over_heads,
         )
@@ -343,6 +361,8 @@ def make_stack(decoder: Decoder, held: range | None = None) -> Stack | None:
         held: numbers of the layers to take, without the exits; None takes all of both.
     """
     spec, layers = decoder.local_spec, []
+    if any(table is not decoder.cos_sin_LC for table in decoder.rope_tables):
+        return None  # stacks have one table of rotations
     for number in range(spec.num_layers) if held is None else held:
         blocks = [_stack_block(decoder, number, block) for block in spec.layers[number].blocks]
         known = [block for block in blocks if block is not None]

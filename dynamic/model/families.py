@@ -7,12 +7,14 @@ entry in one of :mod:`.family_tables`, not a new model.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..checkpoint.config_reader import IRRELEVANT_KEYS, ConfigReader
 from ..checkpoint.weights import CheckpointError
 from .attention.registry import attention_kind
 from .family import Family
+from .family_tables.attention_variants import ATTENTION_VARIANTS
 from .family_tables.llama_like import LLAMA_LIKE
 from .family_tables.own import OWN
 from .rope_config import rope_spec
@@ -24,7 +26,7 @@ ACTIVATIONS = {
     **{"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"},
 }
 
-FAMILIES: dict[str, Family] = {**LLAMA_LIKE, **OWN}
+FAMILIES: dict[str, Family] = {**LLAMA_LIKE, **ATTENTION_VARIANTS, **OWN}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -68,20 +70,26 @@ def _model_spec(config: ConfigReader, family: Family) -> ModelSpec:
     layers = tuple(_layer_spec(config, family, layer) for layer in range(num_layers))
     if not layers:
         raise ValueError("num_hidden_layers must be at least 1")
-    rope = rope_spec(config, layers[0].attention.rotary_channels, max_position, family.theta)
-    if rope.rope_type == "yarn":
-        max_position = max(max_position, int(rope.original_max_position * rope.factor))
+    channels = [(layer.attention.rotary_channels, layer.attention.unrotated_channels) for layer in layers]
+    ropes = [rope_spec(config, family, layer, *channels[layer], max_position) for layer in range(num_layers)]
+    for rope in ropes:
+        if rope.rope_type == "yarn":
+            max_position = max(max_position, int(rope.original_max_position * rope.factor))
+    if len(set(ropes)) > 1:
+        layers = tuple(
+            layer if rope == ropes[0] else replace(layer, rope=rope) for layer, rope in zip(layers, ropes, strict=True)
+        )
     return ModelSpec(
         family=str(config.get("model_type")),
         vocab_size=config.integer("vocab_size"),
         hidden_size=config.integer("hidden_size"),
         max_position=max_position,
         layers=layers,
-        rope=rope,
+        rope=ropes[0],
         norm_eps=config.number("rms_norm_eps", family.norm_eps),
         activation=config.choice("hidden_act", ACTIVATIONS, "silu"),
         mlp_bias=family.mlp_bias(config),
-        tie_embeddings=config.flag("tie_word_embeddings", False),
+        tie_embeddings=config.flag("tie_word_embeddings", family.tie_embeddings),
         eos_token_ids=config.integers("eos_token_id"),
         bos_token_id=next(iter(config.integers("bos_token_id")), None),
         **family.scales(config),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from ..checkpoint.config_reader import ConfigReader
@@ -33,6 +33,7 @@ QWEN_EXPERTS = (
 )
 MoERule = Callable[[ConfigReader, int], MoESpec | None]
 WindowRule = Callable[[ConfigReader, int], int | None]
+RopeRule = Callable[[ConfigReader, int], str | None]
 
 
 def _dense(config: ConfigReader, layer: int) -> None:
@@ -41,6 +42,10 @@ def _dense(config: ConfigReader, layer: int) -> None:
 
 def _gqa(config: ConfigReader, layer: int) -> str:
     return "gqa"
+
+
+def _one_rope(config: ConfigReader, layer: int) -> str:
+    return ""
 
 
 def _no_window(config: ConfigReader, layer: int) -> None:
@@ -59,11 +64,18 @@ class Family:
         kv_heads: default of ``num_key_value_heads``; None means as many as query heads.
         head_dim: default of ``head_dim``; None means ``hidden_size / num_attention_heads``.
         theta, norm_eps: defaults of ``rope_theta`` and ``rms_norm_eps``.
+        rope: which of several sets of ``rope_parameters`` a layer rotates with, by name; empty is the only set, None a
+            layer that does not rotate.
+        thetas: by set, the older key of its ``rope_theta``, which may be empty, and its default.
+        partial_rotary: default of ``partial_rotary_factor``, the part of a head's channels that is rotated; None: the
+            family rotates all of them.
+        rope_interleaved: neighbouring channels are rotated together, not those half a head apart.
         attention: the name of a layer's kind of attention, see :mod:`.attention.registry`.
         moe, window: the rules for a layer.
         qkv_bias, o_bias, mlp_bias: whether these projections have biases.
         qk_norm: see :class:`.GqaSpec`.
         scales, attention_numbers: read factors that other families do not have, those of attention apart.
+        tie_embeddings: default of ``tie_word_embeddings``.
         ignored: configuration keys without effect in this family.
         experts: ways in which checkpoints store the experts.
         router: possible names of the router's weight.
@@ -74,6 +86,10 @@ class Family:
     theta: float = 10000.0
     norm_eps: float = 1e-6
     attention: Callable[[ConfigReader, int], str] = _gqa
+    rope: RopeRule = _one_rope
+    thetas: Mapping[str, tuple[str, float]] = field(default_factory=dict)
+    partial_rotary: Callable[[ConfigReader], float] | None = None
+    rope_interleaved: bool = False
     moe: MoERule = _dense
     window: WindowRule = _no_window
     qkv_bias: Callable[[ConfigReader], bool] = _no
@@ -82,6 +98,7 @@ class Family:
     qk_norm: str = "none"
     scales: Callable[[ConfigReader], dict[str, float]] = field(default=lambda config: {})
     attention_numbers: Callable[[ConfigReader], dict[str, float]] = field(default=lambda config: {})
+    tie_embeddings: bool = False
     ignored: frozenset[str] = frozenset()
     experts: tuple[ExpertNames, ...] = QWEN_EXPERTS
     router: tuple[str, ...] = ("mlp.gate.weight",)

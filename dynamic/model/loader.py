@@ -23,6 +23,7 @@ from ...moe.contribution import LayerScales
 from ..checkpoint.weights import DTYPES, CheckpointError, StoredCodes
 from .attention.kind import AttentionLayout, AttentionWeights
 from .budgeted_layers import read_scales
+from .channel_order import in_order
 from .decoder import Decoder
 from .dtype import choose_device, choose_dtype
 from .exits import pack_exits
@@ -133,6 +134,7 @@ class _Builder:
         self.backend = backend
         self.quantization = quantization
         self.described = described
+        self.orders = {name: order for layer in layout.layers for name, order in layer.attention.orders().items()}
 
     def build(self, *, progress: bool, heads: ExitHeads | None) -> Decoder:
         from tqdm import tqdm
@@ -186,7 +188,7 @@ class _Builder:
 
     def _linear(self, *names: str, method: Method | None = None, bias: tuple[str, ...] = ()) -> LinearWeights:
         """One layer of tensors whose outputs follow each other, as it is or quantised."""
-        stored = [self.source.quantized(name) for name in names]
+        stored = [self._stored(name) for name in names]
         if not any(stored):
             bias_O = self._copy(*bias) if bias else None
             weight_OI = self._source(*names, method=method)
@@ -213,6 +215,15 @@ class _Builder:
             joined = concatenate([part.weight for part in codes])
             return self.backend.pack_quantized_linear(joined, bias_O, codes[0].scheme)
 
+    def _view(self, name: str) -> torch.Tensor:
+        return in_order(self.source.view(name), self.orders.get(name, ()))
+
+    def _stored(self, name: str) -> StoredCodes | None:
+        stored = self.source.quantized(name)
+        if stored is None or name not in self.orders:
+            return stored
+        return replace(stored, weight=in_order(stored.weight, self.orders[name]))
+
     def _plain(self, name: str) -> LinearWeights:
         """A small layer that runs as it is; where it was stored quantised, it is dequantised."""
         return self.backend.pack_linear(self._source(name))
@@ -222,7 +233,7 @@ class _Builder:
 
     def _copy(self, *names: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Tensors of equal width, one below the other, in memory of our own: the files may change or vanish later."""
-        views = [self.source.view(name) for name in names]
+        views = [self._view(name) for name in names]
         rows = sum(view.shape[0] for view in views)
         dtype = dtype or self.backend.dtype
         out = torch.empty((rows, *views[0].shape[1:]), dtype=dtype, device=self.backend.device)
@@ -235,7 +246,7 @@ class _Builder:
 
         What will be quantised comes as it was stored: rounding it to the backend's dtype before would move codes.
         """
-        mapped = self.source.view(names[0])
+        mapped = self._view(names[0])
         if len(names) == 1 and (
             self.backend.copies_weights or (method is not None and self.backend.device.type == "cpu")
         ):

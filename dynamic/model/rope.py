@@ -15,7 +15,8 @@ class RopeSpec:
     """How positions turn into angles (Su et al. 2021), and how the range of positions was stretched.
 
     Arguments:
-        head_dim: channels that are rotated, even.
+        head_dim: channels that are rotated, even; 0: positions do not matter to the layer.
+        unrotated: channels of a head that are not, even; see :func:`rotary_order`.
         theta: base of the frequencies.
         rope_type: ``default``; ``linear`` (position interpolation); ``dynamic`` (NTK-aware: equals ``default`` up to
             the trained length, and longer contexts are not served); ``llama3``; ``yarn`` (Peng et al. 2023);
@@ -31,6 +32,7 @@ class RopeSpec:
     """
 
     head_dim: int
+    unrotated: int = 0
     theta: float = 10000.0
     rope_type: str = "default"
     factor: float = 1.0
@@ -48,6 +50,8 @@ class RopeSpec:
             raise ValueError(f"rope_type must be one of {', '.join(ROPE_TYPES)}, not {self.rope_type!r}")
         if self.head_dim % 2:
             raise ValueError(f"rotary embedding needs an even head_dim, not {self.head_dim}")
+        if self.unrotated % 2:
+            raise ValueError(f"rotary embedding cannot leave out an odd number of channels, {self.unrotated}")
         if self.theta <= 1:
             raise ValueError(f"rope_theta must be greater than 1, not {self.theta}")
         for name in ("factor", "attention_factor", "beta_fast", "beta_slow"):
@@ -63,6 +67,24 @@ class RopeSpec:
             )
         if any(factor <= 0 for factor in self.factors):
             raise ValueError(f"factors of the rotary embedding must be positive, not {min(self.factors)}")
+
+
+def rotary_order(channels: int, rotated: int, interleaved: bool) -> tuple[int, ...]:
+    """How the channels of a head are kept, so that one rotation of the two halves of a head serves all layouts.
+
+    Each half has its part of the pairs that are rotated first, then half of the channels that are not.
+
+    Arguments:
+        channels: of a head, as checkpoints have them.
+        rotated: how many of them are, from the first on.
+        interleaved: channels 2 i and 2 i + 1 make a pair; otherwise i and i + rotated / 2.
+
+    Returns: the channel that comes to each place; empty where all stay.
+    """
+    pairs, rest = rotated // 2, range(rotated, channels)
+    one, other = (range(0, rotated, 2), range(1, rotated, 2)) if interleaved else (range(pairs), range(pairs, rotated))
+    order = (*one, *rest[: len(rest) // 2], *other, *rest[len(rest) // 2 :])
+    return () if order == tuple(range(channels)) else order
 
 
 def frequencies(spec: RopeSpec) -> torch.Tensor:
@@ -117,7 +139,10 @@ def yarn_attention_factor(factor: float, mscale: float = 0.0, mscale_all_dim: fl
 
 
 def rope_table(spec: RopeSpec, length: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Cosines, then sines, of positions ``0 … length - 1``: float32, (L, C)."""
+    """Cosines, then sines, of positions ``0 … length - 1``: float32, (L, C). Channels that are not rotated have exactly
+    1 and 0."""
     positions_L = torch.arange(length, dtype=torch.float32)
     angles = torch.outer(positions_L, frequencies(spec))
-    return (torch.cat((angles.cos(), angles.sin()), -1) * spec.attention_factor).to(device)
+    kept = torch.ones(length, spec.unrotated // 2, dtype=torch.float32)
+    cosines, sines = (part * spec.attention_factor for part in (angles.cos(), angles.sin()))
+    return torch.cat((cosines, kept, sines, torch.zeros_like(kept)), -1).to(device)

@@ -6,51 +6,106 @@ from typing import Any
 
 from ..checkpoint.config_reader import LARGEST_NUMBER, ConfigReader
 from ..checkpoint.weights import shown
+from .family import Family
 from .rope import ROPE_TYPES, RopeSpec, yarn_attention_factor
 
 ROPE_KEYS = frozenset(
     {
         *("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"),
         *("attention_factor", "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim", "finetuned"),
-        *("low_freq_factor", "high_freq_factor", "short_factor", "long_factor"),
+        *("low_freq_factor", "high_freq_factor", "short_factor", "long_factor", "partial_rotary_factor"),
     }
 )
 
 
-def rope_spec(config: ConfigReader, head_dim: int, max_position: int, default_theta: float) -> RopeSpec:
-    """How a model rotates, from the keys of transformers 5 (``rope_parameters``) or the older ones.
+def rope_spec(
+    config: ConfigReader, family: Family, layer: int, rotated: int, unrotated: int, max_position: int
+) -> RopeSpec:
+    """How a layer rotates, from the keys of transformers 5 (``rope_parameters``) or the older ones.
 
     Arguments:
-        head_dim: channels of one head.
+        rotated, unrotated: channels of one head that are rotated, and those that are not.
         max_position: the model's longest context.
-        default_theta: the family's ``rope_theta``.
 
     Raises:
         ValueError: for a kind of scaling, or a key of it, that is not supported; the message names it.
     """
-    older, newer = config.get("rope_scaling"), config.get("rope_parameters")
-    values = older or newer or {}
-    if older and newer and _scaling(older) != _scaling(newer):
-        raise config.error("rope_scaling", older, f"what rope_parameters says, {shown(newer)}, or absent")
-    if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
-        raise config.error("rope_parameters", values, "one set of values for all layers")
-    rope = ConfigReader(values, "config.json: rope_parameters")
+    name = family.rope(config, layer)
+    rope = _values(config, family, name)
+    if name is None:
+        config.get("rope_theta")
+        return RopeSpec(head_dim=0, unrotated=rotated + unrotated)
     rope.refuse_unread(ROPE_KEYS)
     kinds = {kind: kind for kind in ROPE_TYPES}
-    kind = rope.choice("rope_type" if "rope_type" in values else "type", kinds, "default")
+    kind = rope.choice("rope_type" if "rope_type" in rope.values else "type", kinds, "default")
     if rope.choice("type", kinds, kind) != kind:
-        raise rope.error("type", values["type"], f"the same as rope_type, {kind}")
-    theta = rope.number("rope_theta", config.number("rope_theta", default_theta))
-    original = config.integer(
-        "original_max_position_embeddings", rope.integer("original_max_position_embeddings", max_position)
-    )
+        raise rope.error("type", rope.values["type"], f"the same as rope_type, {kind}")
+    key, default = family.thetas.get(name, ("rope_theta", family.theta))
+    theta = rope.number("rope_theta", config.number(key, default) if key else default)
+    original = rope.integer("original_max_position_embeddings", max_position)
+    if not name:
+        original = config.integer("original_max_position_embeddings", original)
     required = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
     scaled: dict[str, Any] = {name: rope.number(name) for name in required.get(kind, ())}
     if kind == "longrope":
         scaled = _longrope_values(rope)
     if kind == "yarn":
         scaled = _yarn_values(rope, max_position / max(original, 1))
-    return RopeSpec(head_dim=head_dim, theta=theta, rope_type=kind, original_max_position=original, **scaled)
+    return RopeSpec(
+        head_dim=rotated,
+        unrotated=unrotated,
+        theta=theta,
+        rope_type=kind,
+        original_max_position=original,
+        **scaled,
+    )
+
+
+def rotated_channels(config: ConfigReader, family: Family, layer: int, head_dim: int) -> int:
+    """How many channels of a head are rotated; of a layer that does not rotate, as in the others.
+
+    Raises:
+        ValueError: for a part that the family does not have, or that makes no sense.
+    """
+    rope = _values(config, family, family.rope(config, layer))
+    default = 1.0
+    if family.partial_rotary is not None:
+        default = config.number("partial_rotary_factor", family.partial_rotary(config))
+    factor = rope.number("partial_rotary_factor", default)
+    if not 0 < factor <= 1 or (factor != 1 and family.partial_rotary is None):
+        expected = "1" if family.partial_rotary is None else "greater than 0 and at most 1"
+        raise rope.error("partial_rotary_factor", factor, expected)
+    return int(head_dim * factor)
+
+
+def _values(config: ConfigReader, family: Family, name: str | None) -> ConfigReader:
+    """The set of values of this name; of a layer that does not rotate, those of the others."""
+    older, newer = config.get("rope_scaling"), config.get("rope_parameters")
+    if name:
+        return ConfigReader(_named(config, family, name, older, newer), f"config.json: rope_parameters: {name}")
+    values = older or newer or {}
+    if older and newer and _scaling(older) != _scaling(newer):
+        raise config.error("rope_scaling", older, f"what rope_parameters says, {shown(newer)}, or absent")
+    if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
+        raise config.error("rope_parameters", values, "one set of values for all layers")
+    return ConfigReader(values, "config.json: rope_parameters")
+
+
+def _named(config: ConfigReader, family: Family, name: str, older: Any, newer: Any) -> dict[str, Any]:
+    """One of several sets. The older keys scale the rotations of layers with full attention only."""
+    if not newer:
+        values = older if name == "full_attention" else {}
+    elif older:
+        raise config.error("rope_scaling", older, "absent beside rope_parameters")
+    elif not isinstance(newer, dict) or not all(value is None or isinstance(value, dict) for value in newer.values()):
+        raise config.error("rope_parameters", newer, "a set of values for every type of layers")
+    else:
+        values = newer.get(name)
+        if values is None and name not in family.thetas:
+            raise config.error("rope_parameters", newer, f"a set of values for every type of layers, {name} too")
+    if values is not None and not isinstance(values, dict):
+        raise config.error("rope_scaling", values, "an object")
+    return values or {}
 
 
 def _scaling(values: Any) -> Any:

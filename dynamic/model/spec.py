@@ -20,12 +20,14 @@ class LayerSpec:
         ffn_size: neurons of a dense FFN; unused where there is a mixture.
         moe: the mixture, or None for a dense FFN.
         blocks: what the layer is made of, in the order in which it runs.
+        rope: how it rotates, where the model's layers differ in that; None: as the model.
     """
 
     attention: AttentionSpec
     ffn_size: int
     moe: MoESpec | None = None
     blocks: tuple[Block, ...] = PRE_NORM
+    rope: RopeSpec | None = None
 
     @property
     def window(self) -> int | None:
@@ -73,6 +75,11 @@ class ModelSpec:
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def ropes(self) -> list[RopeSpec]:
+        """How every layer rotates."""
+        return [layer.rope or self.rope for layer in self.layers]
 
     @property
     def longest_window(self) -> int | None:

@@ -26,7 +26,7 @@ from ...moe.exchange import ExpertExchange, PendingDispatch
 from ...moe.placement import ExpertLoad, write_load
 from ..model.attention.kind import AttentionContext
 from ..model.counters import Exchange
-from ..model.decoder import Decoder
+from ..model.decoder import Behind, Decoder
 from ..model.exits import DecoderExit
 from ..model.kv_cache import copy_pages
 from ..model.spec import ModelSpec
@@ -364,11 +364,11 @@ class ParallelDecoder(Decoder):
         parts = [(*pair, norm) for pair, norm in zip(pairs, self._spread_norms, strict=True)]
         return norm_over_ranks(self.context, self.spec.norm_eps, *parts)
 
-    def _propagate(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
+    def _propagate_alike(self, layers: Sequence[Behind], x_RD: torch.Tensor, batch: AttentionBatch) -> None:
         if self._spread_norms is None:
-            return super()._propagate(exit, x_RD, kv, batch)
-        kind, norm, attention = self.local_spec.layers[-1].attention, self._spread_norms[1], self._attention_context()
-        propagate_over_ranks(self.context, attention, kind, exit.projections, norm, x_RD, kv, batch)
+            return super()._propagate_alike(layers, x_RD, batch)
+        kind, context = self.local_spec.layers[-1].attention, self._attention_context(layers[0][0])
+        propagate_over_ranks(self.context, context, kind, self._spread_norms[1], layers, x_RD, batch)
 
     def _ffn(
         self, number: int, x_TD: torch.Tensor, routed: list[torch.Tensor] | None, budget: ExpertBudget | None

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ...kernels.api.types import AttentionBatch, KVLayer, KVProjection
+from ...kernels.api.types import AttentionBatch
 from ..model.attention.gqa import GqaSpec
 from ..model.attention.kind import AttentionContext, AttentionSpec
+from ..model.decoder import Behind
 from .context import ParallelContext
 from .shards import Shard
 
@@ -60,13 +61,12 @@ def propagate_over_ranks(
     context: ParallelContext,
     attention: AttentionContext,
     kind: AttentionSpec,
-    projections: Sequence[KVProjection],
     norm: SpreadNorm,
+    layers: Sequence[Behind],
     x_RD: torch.Tensor,
-    kv: Sequence[KVLayer],
     batch: AttentionBatch,
 ) -> None:
-    """Write this rank's keys and values of the layers behind an exit; one sum among the ranks for all layers.
+    """Write this rank's keys and values of layers behind an exit; one sum among the ranks for all of them.
 
     Arguments:
         kind: attention of these layers, which are alike.
@@ -75,14 +75,14 @@ def propagate_over_ranks(
     """
     assert isinstance(kind, GqaSpec), "no other kind has norms that are spread"
     backend, eps, parts, values = attention.backend, attention.norm_eps, [], []
-    for projection in projections:
+    for _, projection, _ in layers:
         assert projection.k_norm is not None
         k_RX, v_RX = backend.linear(backend.rms_norm(x_RD, projection.norm_D, eps), projection.kv).chunk(2, -1)
         parts.append((k_RX, projection.k_norm, norm))
         values.append(v_RX)
-    for layer, k_RX, v_RX in zip(kv, norm_over_ranks(context, eps, *parts), values, strict=True):
+    for (_, _, cache), k_RX, v_RX in zip(layers, norm_over_ranks(context, eps, *parts), values, strict=True):
         if kind.clip is not None:
             k_RX, v_RX = (part.clamp(-kind.clip, kind.clip) for part in (k_RX, v_RX))
         k_RGC, v_RGC = (part.unflatten(-1, (-1, kind.head_dim)) for part in (k_RX, v_RX))
         # Queries are rotated as well; keys stand in for them, and nobody looks at the result.
-        backend.rope_and_write(k_RGC, k_RGC, v_RGC, attention.cos_sin_LC, batch, layer)
+        backend.rope_and_write(k_RGC, k_RGC, v_RGC, attention.cos_sin_LC, batch, cache)

@@ -18,6 +18,7 @@ from ...kernels.torch.backend import TorchBackend
 from ..checkpoint.compressed_writer import compressed
 from ..checkpoint.weights import Checkpoint
 from ..model.attention.kind import AttentionLayout
+from ..model.channel_order import in_order, inverse
 from ..model.family import Family, one_each
 from ..model.layer_weights import LayerWeights
 from ..model.layout import FFNLayout, LayerLayout, expert_tensors
@@ -88,8 +89,10 @@ def plain(weight: Weight) -> torch.Tensor:
 def read_layer(checkpoint: Checkpoint, layout: LayerLayout, spec: ModelSpec) -> LayerTensors:
     """A layer in float32, copied from the file."""
 
+    orders = layout.attention.orders()
+
     def one(*names: str) -> torch.Tensor:
-        return torch.cat([checkpoint.view(name).float() for name in names])
+        return torch.cat([in_order(checkpoint.view(name).float(), orders.get(name, ())) for name in names])
 
     def maybe(name: str) -> torch.Tensor | None:
         return one(name) if name else None
@@ -240,10 +243,15 @@ def layer_tensors(
         if part is not None and ffn is not None:
             weights += _ffn_weights(ffn, part, family, prefix)
             kept += [(name, bias.view(-1)) for name, bias in zip(part.biases, ffn.biases, strict=True)]
-    out = {name: tensor.to(dtype).contiguous() for name, tensor in kept if name and tensor is not None}
+    stored = {name: inverse(order) for name, order in layout.attention.orders().items()}
+    out = {
+        name: in_order(tensor.to(dtype), stored.get(name, ())).contiguous()
+        for name, tensor in kept
+        if name and tensor is not None
+    }
     for name, weight in weights:
         assert not isinstance(weight, torch.Tensor)
-        out |= compressed(name, weight)
+        out |= compressed(name, in_order(weight, stored.get(name, ())))
     return out
 
 

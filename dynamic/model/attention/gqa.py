@@ -19,8 +19,11 @@ from ....kernels.api.stack import StackAttention
 from ....kernels.api.types import AttentionBatch, KVLayer, KVProjection, LinearWeights
 from ....kernels.torch.backend import TorchBackend
 from ...checkpoint.config_reader import ConfigReader
+from ..channel_order import Order
 from ..family import Family
 from ..parts import part_of, width
+from ..rope import rotary_order
+from ..rope_config import rotated_channels
 from .kind import (
     AttentionContext,
     AttentionCuts,
@@ -60,6 +63,8 @@ class GqaSpec(AttentionSpec):
         qkv_bias, o_bias: whether these projections have biases.
         qk_norm: RMS norm of queries and keys before rotation: ``none``, per ``head``, or over the ``full`` width.
         clip: queries, keys and values are clipped to ± this value.
+        rotated: channels of a head that positions rotate; None: all.
+        interleaved: neighbouring channels are rotated together, not those half a head apart.
 
     Raises:
         ValueError: for sizes that do not go together.
@@ -74,6 +79,8 @@ class GqaSpec(AttentionSpec):
     o_bias: bool = False
     qk_norm: str = "none"
     clip: float | None = None
+    rotated: int | None = None
+    interleaved: bool = False
 
     def __post_init__(self) -> None:
         check_ranges(self, "num_heads", "num_kv_heads", "head_dim", least=1)
@@ -83,6 +90,8 @@ class GqaSpec(AttentionSpec):
             )
         if self.qk_norm not in ("none", "head", "full"):
             raise ValueError(f"qk_norm must be none, head or full, not {self.qk_norm!r}")
+        if not 0 <= self.rotary_channels <= self.head_dim:
+            raise ValueError(f"{self.rotary_channels} of {self.head_dim} channels cannot be rotated")
 
     @classmethod
     def from_config(cls, config: ConfigReader, family: Family, layer: int) -> Self:
@@ -92,6 +101,7 @@ class GqaSpec(AttentionSpec):
         head_dim = config.integer("head_dim", family.head_dim or config.integer("hidden_size") // num_heads)
         if head_dim < 1:
             raise config.error("head_dim", head_dim, "at least 1")
+        rotated = rotated_channels(config, family, layer, head_dim)
         return cls(
             window=family.window(config, layer),
             num_heads=num_heads,
@@ -100,12 +110,18 @@ class GqaSpec(AttentionSpec):
             qkv_bias=family.qkv_bias(config),
             o_bias=family.o_bias(config),
             qk_norm=family.qk_norm,
+            rotated=None if rotated == head_dim else rotated,
+            interleaved=family.rope_interleaved,
             **{"scale": head_dim**-0.5, **family.attention_numbers(config)},
         )
 
     @property
     def rotary_channels(self) -> int:
-        return self.head_dim
+        return self.head_dim if self.rotated is None else self.rotated
+
+    @property
+    def unrotated_channels(self) -> int:
+        return self.head_dim - self.rotary_channels
 
     @property
     def q_size(self) -> int:
@@ -122,23 +138,30 @@ class GqaSpec(AttentionSpec):
         return {"none": None, "head": (self.head_dim, self.head_dim), "full": (self.q_size, self.kv_size)}[self.qk_norm]
 
     def layout(self, prefix: str, hidden_size: int, available: Container[str]) -> AttentionLayout:
-        def linear(inputs: int, bias: bool, **outputs: int) -> LinearLayout:
+        order = rotary_order(self.head_dim, self.rotary_channels, self.interleaved)
+
+        def linear(inputs: int, bias: bool, orders: tuple[Order, ...], **outputs: int) -> LinearLayout:
             names = [f"{prefix}self_attn.{part}_proj" for part in outputs]
             return LinearLayout(
                 weights=tuple(f"{name}.weight" for name in names),
                 outputs=tuple(outputs.values()),
                 inputs=inputs,
                 biases=tuple(f"{name}.bias" for name in names) if bias else (),
+                orders=orders,
             )
 
         norms = zip(("q_norm", "k_norm"), self.norm_sizes or (), strict=False)
         return AttentionLayout(
             kind=self,
             linears={
-                "qkv": linear(hidden_size, self.qkv_bias, q=self.q_size, k=self.kv_size, v=self.kv_size),
-                "o": linear(self.q_size, self.o_bias, o=hidden_size),
+                "qkv": linear(
+                    hidden_size, self.qkv_bias, (order, order, ()), q=self.q_size, k=self.kv_size, v=self.kv_size
+                ),
+                "o": linear(self.q_size, self.o_bias, (), o=hidden_size),
             },
-            tensors={n: TensorLayout(name=f"{prefix}self_attn.{n}.weight", shape=(size,)) for n, size in norms},
+            tensors={
+                n: TensorLayout(name=f"{prefix}self_attn.{n}.weight", shape=(size,), order=order) for n, size in norms
+            },
         )
 
     def weights(self, parts: Mapping[str, LinearWeights | torch.Tensor]) -> GqaWeights:

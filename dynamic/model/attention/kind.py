@@ -19,6 +19,7 @@ from ....kernels.api.stack import StackBlock
 from ....kernels.api.types import AttentionBatch, KVLayer, KVProjection, LinearWeights
 from ....kernels.torch.backend import TorchBackend
 from ...checkpoint.config_reader import ConfigReader
+from ..channel_order import Order
 from ..family import Family
 
 Shape = tuple[int, ...]
@@ -33,12 +34,14 @@ class LinearLayout:
         weights: names of its tensors; outputs: of each of them.
         inputs: what all of them read.
         biases: a name for each tensor, or none.
+        orders: for each tensor, and its bias, see :func:`.in_order`; or none.
     """
 
     weights: tuple[str, ...]
     outputs: tuple[int, ...]
     inputs: int
     biases: tuple[str, ...] = ()
+    orders: tuple[Order, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +51,13 @@ class TensorLayout:
     Arguments:
         name: in the checkpoint.
         float32: it keeps this dtype whatever the model computes in.
+        order: see :func:`.in_order`.
     """
 
     name: str
     shape: Shape
     float32: bool = False
+    order: Order = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +67,14 @@ class AttentionLayout:
     kind: AttentionSpec
     linears: Mapping[str, LinearLayout]
     tensors: Mapping[str, TensorLayout] = field(default_factory=dict)
+
+    def orders(self) -> dict[str, Order]:
+        """By name, of tensors whose rows the decoder keeps in another order than the checkpoint."""
+        orders = {tensor.name: tensor.order for tensor in self.tensors.values()}
+        for linear in self.linears.values():
+            orders |= zip(linear.weights, linear.orders, strict=False)
+            orders |= zip(linear.biases, linear.orders, strict=False)
+        return {name: order for name, order in orders.items() if order}
 
     def shapes(self) -> Iterator[tuple[str, Shape]]:
         """Name and shape of every tensor."""
@@ -145,6 +158,11 @@ class AttentionSpec(ABC):
     @abstractmethod
     def rotary_channels(self) -> int:
         """Channels of a head that are rotated."""
+
+    @property
+    def unrotated_channels(self) -> int:
+        """Channels of the same head that are not."""
+        return 0
 
     @abstractmethod
     def layout(self, prefix: str, hidden_size: int, available: Container[str]) -> AttentionLayout:

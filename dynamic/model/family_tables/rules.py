@@ -18,6 +18,7 @@ SHARED_EXPERT = ExpertNames(
     up="mlp.shared_expert.up_proj.weight",
     down="mlp.shared_expert.down_proj.weight",
 )
+FULL = "full_attention"
 ONE_EACH = QWEN_EXPERTS[0]
 
 
@@ -61,20 +62,24 @@ def window_by_layer_type(slides: Callable[[int, int], bool]) -> WindowRule:
         size = config.get("sliding_window", 4096)
         last_full = config.integer("max_window_layers", 28)
         enabled = config.flag("use_sliding_window", False)
-        kinds = config.get("layer_types")
-        if kinds is None:
-            kind = "sliding_attention" if enabled and slides(layer, last_full) else "full_attention"
-        elif isinstance(kinds, list) and len(kinds) >= config.integer("num_hidden_layers"):
-            kind = kinds[layer]
-        else:
-            raise config.error("layer_types", kinds, "a list with an entry for every layer")
-        if kind == "full_attention":
+        kind = layer_type(config, layer, "sliding_attention" if enabled and slides(layer, last_full) else FULL)
+        if kind == FULL:
             return None
         if kind != "sliding_attention" or not enabled:
-            raise config.error("layer_types", kinds, "full_attention or, with use_sliding_window, sliding_attention")
+            raise config.error("layer_types", kind, "full_attention or, with use_sliding_window, sliding_attention")
         return positive_window(config, size)
 
     return rule
+
+
+def layer_type(config: ConfigReader, layer: int, default: str) -> str:
+    """What ``layer_types`` calls a layer; ``default`` where the list is missing."""
+    kinds = config.get("layer_types")
+    if kinds is None:
+        return default
+    if not isinstance(kinds, list) or len(kinds) < config.integer("num_hidden_layers"):
+        raise config.error("layer_types", kinds, "a list with an entry for every layer")
+    return kinds[layer]
 
 
 def positive_window(config: ConfigReader, size: Any) -> int | None:

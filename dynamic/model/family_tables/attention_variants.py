@@ -1,0 +1,54 @@
+"""Families whose layers differ in how they see positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ...checkpoint.config_reader import ConfigReader
+from ..family import Family
+from .rules import ATTENTION_BIAS, FULL, flag_of, layer_type, positive_window
+
+
+def rope_by_flags(interval: int) -> Callable[[ConfigReader, int], str | None]:
+    """``no_rope_layers`` has a 1 for each layer that rotates; without it one in ``no_rope_layer_interval`` does not."""
+
+    def rule(config: ConfigReader, layer: int) -> str | None:
+        flags, step = config.integers("no_rope_layers"), config.integer("no_rope_layer_interval", interval)
+        if config.get("no_rope_layers") is None:
+            if step < 1:
+                raise config.error("no_rope_layer_interval", step, "at least 1")
+            return "" if (layer + 1) % step else None
+        if len(flags) < config.integer("num_hidden_layers"):
+            raise config.error("no_rope_layers", list(flags), "a list with a number for every layer")
+        return "" if flags[layer] else None
+
+    return rule
+
+
+_SMOLLM3_ROPE = rope_by_flags(4)
+
+
+def _smollm3_window(config: ConfigReader, layer: int) -> int | None:
+    """Layers that do not rotate have windows, where the model has any."""
+    size, enabled = config.get("sliding_window"), config.flag("use_sliding_window", False)
+    slides = enabled and size is not None and _SMOLLM3_ROPE(config, layer) is None
+    kind = layer_type(config, layer, "sliding_attention" if slides else FULL)
+    if kind == FULL:
+        return None
+    if kind != "sliding_attention" or not enabled or size is None:
+        raise config.error("layer_types", kind, "full_attention or, with use_sliding_window, sliding_attention")
+    return positive_window(config, size)
+
+
+ATTENTION_VARIANTS: dict[str, Family] = {
+    "smollm3": Family(
+        kv_heads=4,
+        theta=2e6,
+        rope=_SMOLLM3_ROPE,
+        window=_smollm3_window,
+        qkv_bias=ATTENTION_BIAS,
+        o_bias=ATTENTION_BIAS,
+        mlp_bias=flag_of("mlp_bias", False),
+        tie_embeddings=True,
+    ),
+}

@@ -1,0 +1,71 @@
+"""Families whose layers differ in how they see positions, against transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dynamoe.dynamic.model.channel_order import in_order, inverse
+from dynamoe.dynamic.model.rope import RopeSpec, frequencies, rope_table, rotary_order
+from dynamoe.kernels.reference.operations import rope
+from family_parity import Variant, check_engine, check_logits
+
+WINDOWS = {"use_sliding_window": True, "sliding_window": 11}
+VARIANTS = [
+    Variant(
+        family="smollm3",
+        config={"num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0], **WINDOWS},
+    ),
+]
+MORE = [
+    Variant(family="smollm3", config={"num_hidden_layers": 4, "attention_bias": True, "mlp_bias": True}),
+]
+
+
+@pytest.mark.parametrize(
+    "variant", [*VARIANTS, *(pytest.param(variant, marks=pytest.mark.slow) for variant in MORE)], ids=str
+)
+def test_family(variant: Variant, tmp_path: Path, reference_model: Callable[[Path], Any]) -> None:
+    reference = reference_model(variant.save(tmp_path))
+    check_logits(tmp_path, reference)
+    check_engine(tmp_path, reference)
+
+
+@pytest.mark.parametrize(
+    ("family", "rotated", "interleaved"),
+    [("llama", 24, False), ("glm4_moe", 12, False), ("ernie4_5_moe", 24, True), ("glm4", 8, True), ("glm4", 24, True)],
+)
+def test_one_rotation_serves_all_layouts(family: str, rotated: int, interleaved: bool) -> None:
+    """Scores of reordered heads, rotated in halves, are those of transformers' rotation of heads as they are stored."""
+    channels, length = 24, 5
+    theirs = import_module(f"transformers.models.{family}.modeling_{family}")
+    q_THC, k_THC = torch.randn(2, length, 3, channels, generator=torch.Generator().manual_seed(0))
+    angles = torch.outer(torch.arange(length).float(), frequencies(RopeSpec(head_dim=rotated)))
+    tables = [torch.cat((part, part), -1)[None] for part in (angles.cos(), angles.sin())]
+    rotated_q, rotated_k = theirs.apply_rotary_pos_emb(q_THC[None], k_THC[None], *tables, unsqueeze_dim=2)
+    expected = torch.einsum("qhc,khc->hqk", rotated_q[0], rotated_k[0])
+
+    order = rotary_order(channels, rotated, interleaved)
+    assert bool(order) == (family != "llama")
+    table_LC = rope_table(RopeSpec(head_dim=rotated, unrotated=channels - rotated), length)
+    positions_T = torch.arange(length)
+    ours = [
+        rope(in_order(x_THC.reshape(length, -1).T, order).T.reshape(x_THC.shape), table_LC, positions_T)
+        for x_THC in (q_THC, k_THC)
+    ]
+    torch.testing.assert_close(torch.einsum("qhc,khc->hqk", *ours), expected, rtol=1e-5, atol=1e-5)
+    rows = torch.randn(3 * channels, 4)
+    assert torch.equal(in_order(in_order(rows, order), inverse(order)), rows)
+
+
+def test_channels_that_are_not_rotated_stay_bitwise() -> None:
+    table_LC = rope_table(RopeSpec(head_dim=4, unrotated=8, attention_factor=1.3), 50)
+    x_TGC = torch.randn(50, 2, 12)
+    out_TGC = rope(x_TGC, table_LC, torch.arange(50))
+    kept = [2, 3, 4, 5, 8, 9, 10, 11]
+    assert torch.equal(out_TGC[..., kept], x_TGC[..., kept])
+    assert torch.equal(rope(x_TGC, rope_table(RopeSpec(head_dim=0, unrotated=12), 50), torch.arange(50)), x_TGC)
