@@ -24,11 +24,18 @@ class ExpertShares:
             :data:`UNUSED` itself points to, as well.
         top_k: slots of a row.
         held: experts of each rank.
+        weight_on_input: of the layer's routings.
     """
 
     local_XE1: torch.Tensor
     top_k: int
     held: tuple[int, ...]
+    weight_on_input: bool = False
+
+    def no_rows(self) -> Routing:
+        """The routing of a rank that has no rows."""
+        ids_0K = self.local_XE1.new_empty(0, self.top_k)
+        return Routing(expert_ids_TK=ids_0K, weights_TK=ids_0K.float(), weight_on_input=self.weight_on_input)
 
     def reached(self, ids_TK: torch.Tensor) -> torch.Tensor:
         """Whether the expert of a slot is on a rank, bool, (X, T, K).
@@ -56,18 +63,20 @@ class ExpertShares:
         )
 
 
-def share_experts(parts: Sequence[Sequence[int]], top_k: int, device: torch.device | str) -> ExpertShares:
+def share_experts(
+    parts: Sequence[Sequence[int]], top_k: int, device: torch.device | str, weight_on_input: bool = False
+) -> ExpertShares:
     """Experts as they are spread over ranks.
 
     Arguments:
         parts: the experts of each rank, in the order in which it keeps them.
-        top_k: slots of a row.
+        top_k, weight_on_input: slots of a row, and where their weights go.
     """
     held = tuple(map(len, parts))
     local_XE1 = torch.full((len(parts), sum(held) + 1), UNUSED, dtype=torch.int32)
     for local_E1, experts in zip(local_XE1, parts, strict=True):
         local_E1[list(experts)] = torch.arange(len(experts), dtype=torch.int32)
-    return ExpertShares(local_XE1=local_XE1.to(device), top_k=top_k, held=held)
+    return ExpertShares(local_XE1=local_XE1.to(device), top_k=top_k, held=held, weight_on_input=weight_on_input)
 
 
 def used_ids(routing: Routing) -> torch.Tensor:

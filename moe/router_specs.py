@@ -177,6 +177,9 @@ FAMILIES: dict[str, _Rule] = {
     # The published config.json spells the scaling factor as null.
     "mimo_v2_flash": _rule(**{**_DEEPSEEK_V3_FIELDS, "scale": _Key("routed_scaling_factor", default=1.0)}),
     "afmoe": _rule(**_SIGMOID, norm_epsilon=1e-20, scale=_Key("route_scale", default=1.0)),
+    "hy_v3": _rule(
+        **_SIGMOID, norm_epsilon=1e-20, scale=_Key("router_scaling_factor", default=2.826), float32_logits=True
+    ),
     "minimax_m2": _rule(**_SIGMOID),
     "lfm2_moe": _rule(
         score="sigmoid",

@@ -231,6 +231,8 @@ def test_every_key_of_transformers_is_known(family: str) -> None:
     from transformers import AutoConfig, GenerationConfig
 
     sizes = {key: value for key, value in LLAMA.items() if key != "model_type"}
+    if family == "dots1":
+        sizes |= {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2}
     whole = AutoConfig.for_model(family, **sizes).to_dict()
     older = GenerationConfig._get_default_generation_params()
     older |= {"torchscript": False, "use_bfloat16": False, "pruned_heads": {}, "tf_legacy_loss": False, "prefix": None}
@@ -243,14 +245,24 @@ STRANGE = (None, True, "x", "", [], ["x"], {}, {"a": {}}, -1, 0, 1, 0.5, float("
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_value_crashes_the_parser(family: str) -> None:
     """Whatever one key holds, the answer is a spec or an error meant for people."""
-    sizes = {"num_local_experts": 8, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    sizes = {
+        **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), 8),
+        **{"num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1, "shared_intermediate_size": 8},
+    }
     read = {
         **{
             "mixtral": ("num_local_experts", "num_experts_per_tok"),
             "granitemoe": ("num_local_experts", "num_experts_per_tok"),
         },
         **{"olmoe": ("num_experts", "num_experts_per_tok"), "dynamoe": ("num_experts", "num_experts_per_tok")},
-        **dict.fromkeys(("qwen2_moe", "qwen3_moe"), ("num_experts", "num_experts_per_tok", "moe_intermediate_size")),
+        **dict.fromkeys(
+            ("qwen2_moe", "qwen3_moe", "hy_v3"), ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+        ),
+        **dict.fromkeys(
+            ("dots1", "solar_open"),
+            ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts"),
+        ),
+        "granitemoeshared": ("num_local_experts", "num_experts_per_tok", "shared_intermediate_size"),
     }
     valid = {**LLAMA, "model_type": family, "rope_parameters": {}, **{key: sizes[key] for key in read.get(family, ())}}
     if family == "dynamoe":
@@ -258,6 +270,7 @@ def test_no_value_crashes_the_parser(family: str) -> None:
     keys = {
         *(*valid, "head_dim", "rms_norm_eps", "sliding_window", "use_sliding_window", "layer_types", "hidden_act"),
         *("max_window_layers", "decoder_sparse_step", "mlp_only_layers", "norm_topk_prob", "num_always_on_experts"),
+        *("first_k_dense_replace", "mlp_layer_types", "n_group", "topk_group", "routed_scaling_factor"),
         *("clip_qkv", "logits_scaling", "attention_multiplier", "rope_theta", "rope_scaling", "eos_token_id"),
     }
     assert model_spec(valid).family == family

@@ -17,6 +17,7 @@ from dynamoe.kernels.api.types import AttentionBatch, KVLayer, Routing
 from dynamoe.kernels.reference import operations as reference
 from dynamoe.kernels.select import select_backend
 from dynamoe.kernels.torch.backend import TorchBackend
+from dynamoe.kernels.torch.elementwise import sigmoid
 
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.usefixtures("poisoned_memory")]
 GPU = torch.cuda.is_available()
@@ -404,3 +405,11 @@ def test_a_strided_input_is_refused_by_name_or_computed_rightly(backend: TorchBa
         assert "contiguous" in refusal, f"{name}: {refusal}"
         for ours, wanted in zip(results, expected, strict=bool(results)):
             assert error(ours, wanted) <= TOLERANCE[backend.dtype], f"{name} was misread"
+
+
+@pytest.mark.parametrize("width", [1, 6, 37])
+def test_a_rows_sigmoid_does_not_depend_on_the_number_of_rows(width: int) -> None:
+    x_TD = torch.randn(2000, width) * 3
+    whole = sigmoid(x_TD)
+    assert torch.equal(torch.cat([sigmoid(row) for row in x_TD.split(1)]), whole)
+    torch.testing.assert_close(whole, x_TD.sigmoid(), rtol=1e-6, atol=0)

@@ -49,6 +49,7 @@ CASES = [
     ("nemotron_h", "NemotronHConfig", "NemotronHTopkRouter", ROUTED),
     ("mimo_v2_flash", "MiMoV2FlashConfig", "MiMoV2FlashTopkRouter", {**ONE_GROUP, "routed_scaling_factor": None}),
     ("afmoe", "AfmoeConfig", "AfmoeTokenChoiceRouter", {**NAMED, "route_scale": 2.5}),
+    ("hy_v3", "HYV3Config", "HYV3TopKRouter", {**NAMED, "router_scaling_factor": 1.7}),
     ("minimax_m2", "MiniMaxM2Config", "MiniMaxM2TopKRouter", SIMPLE),
     ("lfm2_moe", "Lfm2MoeConfig", "Lfm2MoeTopKRouter", {**NAMED, "routed_scaling_factor": 0.5}),
     ("lfm2_moe", "Lfm2MoeConfig", "Lfm2MoeTopKRouter", {**NAMED, "use_expert_bias": False}),
@@ -107,7 +108,7 @@ def test_rule_equals_transformers(module: str, config_class: str, router_class: 
         if module == "afmoe":
             bias_E = torch.randn(EXPERTS) * 0.3
             _, their_weights, their_ids = router(x_TD[None], bias_E)
-        elif module in ("minimax_m2", "lfm2_moe"):
+        elif module in ("hy_v3", "minimax_m2", "lfm2_moe"):
             bias_E = torch.randn(EXPERTS) * 0.3 if spec.selection_bias else None
             _, their_weights, their_ids = router(x_TD, bias_E)
         elif router_class == "DeepseekV4HashRouter":

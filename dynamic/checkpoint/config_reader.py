@@ -36,7 +36,6 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "n_shared_experts": (0,),
     "no_rope_layers": ([],),
     "norm_topk_prob": (),
-    "num_nextn_predict_layers": (0,),
     "num_shared_experts": (0,),
     "parallel_attn": (False,),
     "partial_rotary_factor": (1,),
@@ -81,6 +80,8 @@ IRRELEVANT_KEYS = frozenset(
         # how something is computed or returned, not what
         *("attn_implementation", "chunk_size_feed_forward", "output_attentions", "output_hidden_states"),
         *("pretraining_tp", "return_dict", "tie_last_hidden_states", "use_cache"),
+        # layers for further tokens, which are left out
+        *("num_mtp_layers", "num_nextn_predict_layers"),
         # tokens that no decoder of ours meets
         *("cls_token_id", "decoder_start_token_id", "mask_token_id", "pad_token_id", "sep_token_id", "unk_token_id"),
         # sizes that only some layers or windows need; whoever needs them reads them

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from ...exits.segments import Segment, split_into_segments
 from ...kernels.api.quantized_weight import QuantizedWeight
+from ...kernels.api.router_spec import RouterSpec
 from ...kernels.api.stack import Stack, StackBlock, StackExit, StackExperts, StackNorm, StackResult, StackShape
 from ...kernels.api.types import (
     AttentionBatch,
@@ -29,6 +30,7 @@ from ...kernels.api.types import (
     Routing,
 )
 from ...kernels.torch.backend import TorchBackend
+from ...kernels.torch.elementwise import sigmoid
 from .attention.kind import AttentionContext
 from .blocks import Attention, Block, Norm
 from .counters import Exchange
@@ -302,16 +304,23 @@ class Decoder:
         weights, moe = self.layers[number], self.spec.layers[number].moe
         if moe is None or moe.is_dense:
             return self.backend.all_experts(x_TD, weights.ffn)
-        assert weights.router is not None
-        logits_TE = self.backend.linear(x_TD, weights.router)
+        logits_TE = self._router_logits(weights, moe.router, x_TD)
         if routed is not None:
             routed.append(logits_TE)
-        routing = self.backend.route(logits_TE, moe.router)
+        routing = self.backend.route(logits_TE, moe.router, **weights.routing)
         if budget is not None:
             routing = self._limit(routing, number, budget)
         if moe.num_always_on:
             routing = with_always_on(routing, moe.num_always_on)
         return self._mixture(number, x_TD, routing)
+
+    def _router_logits(self, weights: LayerWeights, rule: RouterSpec, x_TD: torch.Tensor) -> torch.Tensor:
+        """What the rule makes experts and weights of, (T, E)."""
+        assert weights.router is not None
+        if rule.input_norm_eps is not None:
+            assert weights.router_norm_D is not None
+            x_TD = self.backend.rms_norm(x_TD, weights.router_norm_D, rule.input_norm_eps)
+        return self.backend.linear(x_TD.to(weights.router.dtype), weights.router)
 
     def _mixture(self, number: int, x_TD: torch.Tensor, routing: Routing) -> torch.Tensor:
         """The chosen experts of a layer, and its shared one."""
@@ -326,7 +335,7 @@ class Decoder:
         shared_TD = self.backend.all_experts(x_TD, weights.shared)
         if weights.shared_gate is None:
             return shared_TD
-        return shared_TD * self.backend.linear(x_TD, weights.shared_gate).sigmoid()
+        return shared_TD * sigmoid(self.backend.linear(x_TD, weights.shared_gate))
 
     def _make_stack(self) -> Stack | None:
         return make_stack(self)
@@ -385,7 +394,10 @@ def _stack_block(decoder: Decoder, number: int, block: Block) -> StackBlock | No
     if isinstance(block, Attention):
         return layer.attention.stack_block(weights.attention)
     moe = layer.moe if layer.moe and not layer.moe.is_dense else None
-    if weights.shared is not None or (moe and moe.num_always_on):
+    if weights.shared is not None or (moe and (moe.num_always_on or moe.router_bias)):
+        return None
+    # Plain rules may still differ in how their logits are made.
+    if moe and (moe.router.float32_logits or moe.router.input_norm_eps is not None or not moe.router.is_plain):
         return None
     return StackExperts(
         ffn=weights.ffn,

@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..checkpoint.config_reader import IRRELEVANT_KEYS, ConfigReader
+from ..checkpoint.config_reader import IRRELEVANT_KEYS, NEUTRAL_VALUES, ConfigReader
 from ..checkpoint.weights import CheckpointError
 from .attention.registry import attention_kind
 from .family import Family
 from .family_tables.attention_variants import ATTENTION_VARIANTS
 from .family_tables.llama_like import LLAMA_LIKE
 from .family_tables.own import OWN
+from .family_tables.shared_experts import SHARED_EXPERTS
 from .rope_config import rope_spec
 from .spec import LayerSpec, ModelSpec
 
@@ -26,7 +27,7 @@ ACTIVATIONS = {
     **{"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"},
 }
 
-FAMILIES: dict[str, Family] = {**LLAMA_LIKE, **ATTENTION_VARIANTS, **OWN}
+FAMILIES: dict[str, Family] = {**LLAMA_LIKE, **ATTENTION_VARIANTS, **SHARED_EXPERTS, **OWN}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -53,14 +54,14 @@ def model_spec(config: Mapping[str, Any]) -> ModelSpec:
             mathematics in a way that is not supported; the message names key and value.
     """
     family = family_of(config)
-    reader = ConfigReader(config)
+    reader = ConfigReader({**family.defaults, **config})
     try:
         spec = _model_spec(reader, family)
     except CheckpointError:
         raise
     except ValueError as error:
         raise CheckpointError(f"config.json: {error}") from error
-    reader.refuse_unread(IRRELEVANT_KEYS | family.ignored)
+    reader.refuse_unread(IRRELEVANT_KEYS | family.ignored, {**NEUTRAL_VALUES, **family.fixed})
     return spec
 
 
@@ -98,6 +99,6 @@ def _model_spec(config: ConfigReader, family: Family) -> ModelSpec:
 
 def _layer_spec(config: ConfigReader, family: Family, layer: int) -> LayerSpec:
     moe = family.moe(config, layer)
-    ffn_size = config.integer("intermediate_size") if moe is None else 0
+    ffn_size = config.integer(family.dense_size) if moe is None else 0
     attention = attention_kind(family.attention(config, layer)).from_config(config, family, layer)
     return LayerSpec(attention=attention, ffn_size=ffn_size, moe=moe)

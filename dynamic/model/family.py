@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..checkpoint.config_reader import ConfigReader
 from .moe_spec import MoESpec
@@ -14,14 +15,23 @@ class ExpertNames:
     """What the tensors of a layer's FFN are called, below the layer's prefix.
 
     ``{e}`` stands for an expert's number: one tensor per expert. Without it one tensor holds all experts: with
-    ``gate_up``, (E, 2F, D) and (E, D, F); with ``gate`` and ``up``, neurons side by side, (E·F, D) and (D, E·F).
+    ``gate_up``, (E, 2F, D) and (E, D, F), where one FFN may do without the E; with ``gate`` and ``up``, neurons side
+    by side, (E·F, D) and (D, E·F). ``transposed``: (E, D, 2F) and (E, F, D).
     """
 
     down: str
     gate: str = ""
     up: str = ""
     gate_up: str = ""
+    transposed: bool = False
 
+
+DENSE_FFN = ExpertNames(gate="mlp.gate_proj.weight", up="mlp.up_proj.weight", down="mlp.down_proj.weight")
+SHARED_EXPERT = ExpertNames(
+    gate="mlp.shared_expert.gate_proj.weight",
+    up="mlp.shared_expert.up_proj.weight",
+    down="mlp.shared_expert.down_proj.weight",
+)
 
 QWEN_EXPERTS = (
     ExpertNames(
@@ -76,9 +86,14 @@ class Family:
         qk_norm: see :class:`.GqaSpec`.
         scales, attention_numbers: read factors that other families do not have, those of attention apart.
         tie_embeddings: default of ``tie_word_embeddings``.
+        defaults: values of keys that a configuration may leave out.
         ignored: configuration keys without effect in this family.
-        experts: ways in which checkpoints store the experts.
+        fixed: values that keys must have where they are there: the family's mathematics knows no others.
+        dense_size: key of the neurons of a dense FFN.
+        dense, experts, shared: ways in which checkpoints store dense FFNs, experts and shared experts.
+        shared_gate: name of the weight of the shared expert's gate.
         router: possible names of the router's weight.
+        router_tensors: possible names of what else a router reads, by fields of :class:`.LayerWeights`.
     """
 
     kv_heads: int | None = None
@@ -99,9 +114,18 @@ class Family:
     scales: Callable[[ConfigReader], dict[str, float]] = field(default=lambda config: {})
     attention_numbers: Callable[[ConfigReader], dict[str, float]] = field(default=lambda config: {})
     tie_embeddings: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    dense_size: str = "intermediate_size"
+    dense: tuple[ExpertNames, ...] = (DENSE_FFN,)
     experts: tuple[ExpertNames, ...] = QWEN_EXPERTS
+    shared: tuple[ExpertNames, ...] = (SHARED_EXPERT,)
+    shared_gate: str = "mlp.shared_expert_gate.weight"
     router: tuple[str, ...] = ("mlp.gate.weight",)
+    router_tensors: Mapping[str, tuple[str, ...]] = field(
+        default_factory=lambda: {"selection_bias_E": ("mlp.gate.e_score_correction_bias",)}
+    )
 
 
 def one_each(family: Family) -> ExpertNames:

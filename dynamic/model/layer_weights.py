@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import torch
@@ -18,6 +19,8 @@ class LayerWeights:
         attention: of the layer's kind.
         ffn: all experts, or the dense FFN as one expert.
         router: logits over the routed experts.
+        selection_bias_E, expert_scale_E: float32, what its rule takes beside the logits, see :class:`.RouterSpec`.
+        router_norm_D: scale of the norm in front of the router.
         shared, shared_gate: the shared expert and its gate.
         contribution_scale_E: float32, what each routed expert adds per unit of router weight; None: not calibrated.
     """
@@ -30,8 +33,32 @@ class LayerWeights:
     shared: ExpertWeights | None = None
     shared_gate: LinearWeights | None = None
     contribution_scale_E: torch.Tensor | None = None
+    selection_bias_E: torch.Tensor | None = None
+    expert_scale_E: torch.Tensor | None = None
+    router_norm_D: torch.Tensor | None = None
+
+    @property
+    def routing(self) -> dict[str, torch.Tensor]:
+        """What a backend's ``route`` takes beside logits and rule."""
+        given = {"selection_bias_E": self.selection_bias_E, "expert_scale_E": self.expert_scale_E}
+        return {name: tensor for name, tensor in given.items() if tensor is not None}
 
     @property
     def nbytes(self) -> int:
         """Size in memory."""
         return sum(getattr(self, f.name).nbytes for f in fields(self) if getattr(self, f.name) is not None)
+
+
+def packed_router_tensors(
+    tensors: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """What a router reads beside its weight, as :class:`LayerWeights` takes it.
+
+    Arguments:
+        tensors: float32, by field, as checkpoints have them.
+        dtype: of norms.
+    """
+    packed = {name: tensor.flatten().to(device) for name, tensor in tensors.items()}
+    if (scale_D := packed.get("router_norm_D")) is not None:
+        packed["router_norm_D"] = (scale_D * len(scale_D) ** -0.5).to(dtype)
+    return packed

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from ..checkpoint.weights import DTYPES, Checkpoint, CheckpointError, TensorInfo
 from .attention.kind import AttentionLayout
 from .family import ExpertNames, Family
-from .family_tables.rules import DENSE_FFN, SHARED_EXPERT
+from .moe_spec import MoESpec
 from .spec import LayerSpec, ModelSpec
 
 EMBEDDING, FINAL_NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -28,6 +28,7 @@ class FFNLayout:
     Arguments:
         gate, up, down: one name per expert, or one name for all.
         gate_up: the fused tensor instead of gate and up.
+        transposed: fused tensors have their inputs in front of their outputs.
         biases: names of gate, up and down bias, or none.
     """
 
@@ -37,7 +38,13 @@ class FFNLayout:
     up: tuple[str, ...] = ()
     down: tuple[str, ...] = ()
     gate_up: str = ""
+    transposed: bool = False
     biases: tuple[str, ...] = ()
+
+    def fused(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A fused tensor as (E, O, I), as a view; the other way round where it was that already."""
+        tensor = tensor.view(-1, *tensor.shape[-2:])
+        return tensor.transpose(1, 2) if self.transposed else tensor
 
 
 def expert_tensors(
@@ -52,8 +59,8 @@ def expert_tensors(
     count, size = layout.num_experts, layout.expert_size
     down = read(*layout.down)
     if layout.gate_up:
-        gate_up_EXD = read(layout.gate_up)
-        return gate_up_EXD[:, :size], gate_up_EXD[:, size:], down
+        gate_up_EXD = layout.fused(read(layout.gate_up))
+        return gate_up_EXD[:, :size], gate_up_EXD[:, size:], layout.fused(down)
     gate_EFD, up_EFD = (read(*names).view(count, size, hidden) for names in (layout.gate, layout.up))
     if len(layout.down) == count:
         return gate_EFD, up_EFD, down.view(count, hidden, size)
@@ -63,7 +70,12 @@ def expert_tensors(
 
 @dataclass(frozen=True, kw_only=True)
 class LayerLayout:
-    """The tensors of one layer."""
+    """The tensors of one layer.
+
+    Arguments:
+        router, router_bias: of the linear layer that makes the logits.
+        router_tensors: what else the router reads, by fields of :class:`.LayerWeights`.
+    """
 
     attention_norm: str
     attention: AttentionLayout
@@ -72,6 +84,8 @@ class LayerLayout:
     router: str
     shared: FFNLayout | None
     shared_gate: str
+    router_bias: str = ""
+    router_tensors: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,32 +143,57 @@ def _layer_layout(claims: _Claims, spec: ModelSpec, layer: LayerSpec, family: Fa
     attention_norm = claims.claim(f"{prefix}input_layernorm.weight", hidden)
     for name, shape in attention.shapes():
         claims.claim(name, *shape)
+    router = claims.first_present(prefix + name for name in family.router) if moe else ""
+    if moe:
+        claims.claim(router, moe.router.num_experts, hidden)
     return LayerLayout(
         attention_norm=attention_norm,
         attention=attention,
         ffn_norm=claims.claim(f"{prefix}post_attention_layernorm.weight", hidden),
-        ffn=_dense_layout(claims, DENSE_FFN, spec, layer.ffn_size, prefix)
+        ffn=_dense_layout(claims, family.dense, spec, layer.ffn_size, prefix)
         if moe is None
         else _expert_layout(claims, family.experts, spec, moe.num_experts, moe.expert_size, prefix),
-        router=claims.claim(
-            claims.first_present(prefix + name for name in family.router), moe.router.num_experts, hidden
-        )
-        if moe
+        router=router,
+        router_bias=claims.claim(router.replace(".weight", ".bias"), moe.router.num_experts)
+        if moe and moe.router_bias
         else "",
-        shared=_dense_layout(claims, SHARED_EXPERT, spec, moe.shared_size, prefix) if moe and moe.shared_size else None,
-        shared_gate=claims.claim(f"{prefix}mlp.shared_expert_gate.weight", 1, hidden)
+        router_tensors=_router_tensors(claims, family, moe, hidden, prefix) if moe else {},
+        shared=_dense_layout(claims, family.shared, spec, moe.shared_size, prefix) if moe and moe.shared_size else None,
+        shared_gate=claims.claim(prefix + family.shared_gate, 1, hidden)
         if moe and moe.shared_size and moe.shared_gate
         else "",
     )
 
 
-def _dense_layout(claims: _Claims, names: ExpertNames, spec: ModelSpec, size: int, prefix: str) -> FFNLayout:
-    layout = _expert_layout(claims, (names,), spec, 1, size, prefix)
+def _router_tensors(claims: _Claims, family: Family, moe: MoESpec, hidden: int, prefix: str) -> dict[str, str]:
+    """What a routing rule reads beside the logits, and the scale of what the router reads."""
+    rule, found = moe.router, {}
+    for field_name, wanted, size in (
+        ("selection_bias_E", rule.selection_bias, rule.num_experts),
+        ("expert_scale_E", rule.expert_scale, rule.num_experts),
+        ("router_norm_D", rule.input_norm_eps is not None, hidden),
+    ):
+        if wanted:
+            name = claims.first_present(prefix + name for name in family.router_tensors[field_name])
+            info = claims.available.get(name)
+            # Some store a group of one in front.
+            shape = (1, size) if info is not None and info.shape == (1, size) else (size,)
+            found[field_name] = claims.claim(name, *shape)
+    return found
+
+
+def _dense_layout(
+    claims: _Claims, options: tuple[ExpertNames, ...], spec: ModelSpec, size: int, prefix: str
+) -> FFNLayout:
+    layout = _expert_layout(claims, options, spec, 1, size, prefix)
     if not spec.mlp_bias:
         return layout
-    biases = [(prefix + name).replace(".weight", ".bias") for name in (names.gate, names.up, names.down)]
-    claimed = (claims.claim(biases[0], size), claims.claim(biases[1], size), claims.claim(biases[2], spec.hidden_size))
-    return FFNLayout(num_experts=1, expert_size=size, gate=layout.gate, up=layout.up, down=layout.down, biases=claimed)
+    if layout.gate_up:
+        raise CheckpointError(f"{layout.gate_up!r}: biases of fused gates and ups are not supported")
+    names = [*layout.gate, *layout.up, *layout.down]
+    sizes = (size, size, spec.hidden_size)
+    biases = [claims.claim(n.replace(".weight", ".bias"), count) for n, count in zip(names, sizes, strict=True)]
+    return replace(layout, biases=tuple(biases))
 
 
 def _expert_layout(
@@ -164,11 +203,16 @@ def _expert_layout(
     found = [o for o in options if prefix + o.down.replace("{e}", "0") in claims.available]
     names = (*found, *options)[0]
     if names.gate_up:
+        info = claims.available.get(prefix + names.gate_up)
+        flat = num_experts == 1 and info is not None and len(info.shape) == 2  # one FFN without a dimension of experts
+        parts = [(names.gate_up, 2 * size, hidden), (names.down, hidden, size)]
+        shapes = [(i, o) if names.transposed else (o, i) for _, o, i in parts]
+        gate_up, down = (
+            claims.claim(prefix + name, *(() if flat else (num_experts,)), *shape)
+            for (name, *_), shape in zip(parts, shapes, strict=True)
+        )
         return FFNLayout(
-            num_experts=num_experts,
-            expert_size=size,
-            gate_up=claims.claim(prefix + names.gate_up, num_experts, 2 * size, hidden),
-            down=(claims.claim(prefix + names.down, num_experts, hidden, size),),
+            num_experts=num_experts, expert_size=size, gate_up=gate_up, down=(down,), transposed=names.transposed
         )
     one_each = "{e}" in names.down
     # Of experts that are not there the first is missed: config.json alone may name 2³¹ of them.

@@ -16,6 +16,7 @@ from ...exits.sidecar import ExitHeads, load_heads
 from ...kernels.api.format_join import concatenate, kind, stack_experts
 from ...kernels.api.kv_codes import KV_DTYPES
 from ...kernels.api.quantized_weight import QuantizedWeight
+from ...kernels.api.router_spec import RouterSpec
 from ...kernels.api.types import ExpertWeights, LinearWeights
 from ...kernels.select import select_backend
 from ...kernels.torch.backend import TorchBackend
@@ -28,11 +29,12 @@ from .decoder import Decoder
 from .dtype import choose_device, choose_dtype
 from .exits import pack_exits
 from .generation_defaults import stop_tokens
-from .layer_weights import LayerWeights
+from .layer_weights import LayerWeights, packed_router_tensors
 from .layout import EMBEDDING, FINAL_NORM, FFNLayout, LayerLayout, Layout, expert_tensors
 from .load_config import LoadConfig
 from .machine import release_free_memory
 from .model_files import open_files
+from .moe_spec import MoESpec
 from .placement import Join, Placement, Source, absent_linear
 from .quantization import NONE, Method, Quantization
 from .spec import ModelSpec
@@ -143,7 +145,8 @@ class _Builder:
         ends = self._ends() if held.start == 0 else self._no_ends()
         layers = []
         for number in tqdm(held, desc="Loading weights", unit="layer", disable=not progress or None):
-            layers.append(self._layer(self.layout.layers[number], self.scales[number]))
+            moe = self.spec.layers[number].moe
+            layers.append(self._layer(self.layout.layers[number], moe, self.scales[number]))
             self._release()
         spec = self.spec
         if self.placement is not None:
@@ -228,6 +231,14 @@ class _Builder:
         """A small layer that runs as it is; where it was stored quantised, it is dequantised."""
         return self.backend.pack_linear(self._source(name))
 
+    def _router(self, layout: LayerLayout, rule: RouterSpec) -> dict[str, Any]:
+        """The router and what its rule reads, as :class:`LayerWeights` takes them."""
+        dtype = torch.float32 if rule.float32_logits else self.backend.dtype
+        bias_E = self._copy(layout.router_bias, dtype=dtype) if layout.router_bias else None
+        router = self.backend.pack_linear(self._copy(layout.router, dtype=dtype), bias_E, dtype)
+        more = {field: self._copy(name, dtype=torch.float32) for field, name in layout.router_tensors.items()}
+        return {"router": router, **packed_router_tensors(more, self.backend.device, self.backend.dtype)}
+
     def _quantize(self, name: str, weight: torch.Tensor, method: Method) -> QuantizedWeight:
         return method.quantize(weight) if self.placement is None else self.placement.quantize(name, weight, method)
 
@@ -253,13 +264,13 @@ class _Builder:
             return mapped
         return self._copy(*names, dtype=None if method is None else mapped.dtype)
 
-    def _layer(self, layout: LayerLayout, scales: LayerScales | None) -> LayerWeights:
+    def _layer(self, layout: LayerLayout, moe: MoESpec | None, scales: LayerScales | None) -> LayerWeights:
         return LayerWeights(
             attention_norm_D=self._copy(layout.attention_norm),
             attention=self._attention(layout.attention),
             ffn_norm_D=self._copy(layout.ffn_norm),
             ffn=self._ffn(layout.ffn),
-            router=self._plain(layout.router) if layout.router else None,
+            **({} if moe is None else self._router(layout, moe.router)),
             shared=self._ffn(layout.shared) if layout.shared else None,
             shared_gate=self._plain(layout.shared_gate) if layout.shared_gate else None,
             contribution_scale_E=None if scales is None else scales.scale_E.to(self.backend.device),

@@ -14,6 +14,7 @@ from ..checkpoint.weights import Checkpoint, CheckpointError, read_json
 from .families import family_of, model_spec
 from .family import Family
 from .layout import Layout, layers_in, plan_layout
+from .mtp_layers import without_mtp
 from .spec import ModelSpec
 from .text_part import text_config, text_names
 
@@ -51,7 +52,7 @@ def open_files(path: Path) -> ModelFiles:
     whole = read_json(path / "config.json")
     config, stored = split_config(text_config(whole))
     family = family_of(config)
-    checkpoint = open_checkpoint(path, stored, text_names(whole))
+    checkpoint = open_checkpoint(path, stored, without_mtp(text_names(whole), config))
     # Before anything is made for each of the layers: there may be 2³¹ of them.
     reader, there = ConfigReader(config), layers_in(checkpoint)
     if (layers := reader.integer("num_hidden_layers")) and layers != there:

@@ -13,9 +13,10 @@ class MoESpec:
 
     Arguments:
         router: the rule that chooses among the routed experts.
+        router_bias: the router's linear layer has a bias, which is part of the logits.
         expert_size: neurons of one expert.
         num_always_on: experts in front of the routed ones that every token uses with weight 1.
-        shared_size: neurons of a shared expert beside the mixture; 0 is none.
+        shared_size: neurons of a shared expert beside the mixture, or of several together; 0 is none.
         shared_gate: the shared expert's output is multiplied by the sigmoid of a gate.
     """
 
@@ -24,6 +25,7 @@ class MoESpec:
     num_always_on: int = 0
     shared_size: int = 0
     shared_gate: bool = False
+    router_bias: bool = False
 
     @property
     def num_experts(self) -> int:

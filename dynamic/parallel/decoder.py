@@ -56,7 +56,9 @@ class ParallelDecoder(Decoder):
         self._exchange = ExpertExchange(self.context, self.context.expert_axis, config.padded_rows)
         self._executed_X = torch.zeros_like(self._exchange.executed_X)  # of all KV shards
         self._shares = {
-            number: share_experts(shard.placement[number], moe.router.top_k + moe.num_always_on, self.device)
+            number: share_experts(
+                shard.placement[number], moe.router.top_k + moe.num_always_on, self.device, moe.router.weight_on_input
+            )
             for number, moe in ((number, layer.moe) for number, layer in enumerate(spec.layers))
             if moe is not None and not moe.is_dense and config.expert > 1
         }
@@ -221,9 +223,7 @@ class ParallelDecoder(Decoder):
         x_0D = torch.empty(0, self.spec.hidden_size, dtype=self.dtype, device=self.device)
         for number in layers:
             if shares := self._shares.get(number):
-                ids_0K = torch.empty(0, shares.top_k, dtype=torch.int32, device=self.device)
-                nobody = Routing(expert_ids_TK=ids_0K, weights_TK=ids_0K.float())
-                self._through_experts(number, self._exchange.dispatch(x_0D, nobody, shares))
+                self._through_experts(number, self._exchange.dispatch(x_0D, shares.no_rows(), shares))
 
     def propagate_kv(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
         """See :meth:`Decoder.propagate_kv`; every rank writes those of its heads, of its KV shard's rows. The stages

@@ -246,8 +246,8 @@ class Shard:
         if layout.biases and self.context.tensor_rank:
             self.cuts[layout.biases[2]] = torch.zeros_like
         if layout.gate_up:
-            self.cuts[layout.gate_up] = partial(_fused, experts=run, neurons=neurons, size=size)
-            self.cuts[layout.down[0]] = lambda down_EDF: down_EDF[run, :, neurons]
+            self.cuts[layout.gate_up] = partial(_fused, layout=layout, experts=run, neurons=neurons)
+            self.cuts[layout.down[0]] = lambda down: layout.fused(layout.fused(down)[run, :, neurons])
             return part
         if len(layout.down) == count:
             gate, up, down = (tuple(names[e] for e in experts) for names in (layout.gate, layout.up, layout.down))
@@ -269,7 +269,8 @@ def _split(what: str, total: int, parts: int, part: int) -> slice:
     return part_of(total, parts, part)
 
 
-def _fused(x_EXD: torch.Tensor, experts: slice | list[int], neurons: slice, size: int) -> torch.Tensor:
+def _fused(tensor: torch.Tensor, layout: FFNLayout, experts: slice | list[int], neurons: slice) -> torch.Tensor:
     """Gate and up of some experts' neurons from the fused tensor."""
+    x_EXD, size = layout.fused(tensor), layout.expert_size
     ups = slice(size + neurons.start, size + neurons.stop)
-    return torch.cat((x_EXD[experts, neurons], x_EXD[experts, ups]), 1)
+    return layout.fused(torch.cat((x_EXD[experts, neurons], x_EXD[experts, ups]), 1))

@@ -20,7 +20,7 @@ from ..checkpoint.weights import Checkpoint
 from ..model.attention.kind import AttentionLayout
 from ..model.channel_order import in_order, inverse
 from ..model.family import Family, one_each
-from ..model.layer_weights import LayerWeights
+from ..model.layer_weights import LayerWeights, packed_router_tensors
 from ..model.layout import FFNLayout, LayerLayout, expert_tensors
 from ..model.spec import ModelSpec
 
@@ -52,6 +52,8 @@ class LayerTensors:
     Arguments:
         attention: what its tensors are.
         linears, tensors: of attention, by the names of the fields of the kind's weights.
+        router_bias_E: of the router's linear layer.
+        router_tensors: what else the router reads, by fields of :class:`.LayerWeights`.
     """
 
     attention: AttentionLayout
@@ -61,6 +63,8 @@ class LayerTensors:
     tensors: Mapping[str, torch.Tensor]
     ffn: FFNTensors
     router_ED: torch.Tensor | None
+    router_bias_E: torch.Tensor | None
+    router_tensors: Mapping[str, torch.Tensor]
     shared: FFNTensors | None
     shared_gate_1D: torch.Tensor | None
 
@@ -116,6 +120,8 @@ def read_layer(checkpoint: Checkpoint, layout: LayerLayout, spec: ModelSpec) -> 
         tensors={field: one(tensor.name) for field, tensor in layout.attention.tensors.items()},
         ffn=ffn(layout.ffn),
         router_ED=maybe(layout.router),
+        router_bias_E=maybe(layout.router_bias),
+        router_tensors={field: one(name) for field, name in layout.router_tensors.items()},
         shared=ffn(layout.shared) if layout.shared else None,
         shared_gate_1D=maybe(layout.shared_gate),
     )
@@ -158,7 +164,8 @@ def pack_layer(
         attention=layer.attention.kind.weights({**linears, **tensors}),
         ffn_norm_D=norm(layer.ffn_norm_D),
         ffn=ffn(layer.ffn),
-        router=None if layer.router_ED is None else linear(layer.router_ED),
+        router=None if layer.router_ED is None else linear(layer.router_ED, layer.router_bias_E),
+        **packed_router_tensors(layer.router_tensors, backend.device, backend.dtype),
         shared=None if layer.shared is None else ffn(layer.shared),
         shared_gate=None if layer.shared_gate_1D is None else linear(layer.shared_gate_1D),
     )
@@ -171,7 +178,13 @@ def fold_into_attention_norm(layer: LayerTensors, scale_D: torch.Tensor) -> Laye
 
 
 def fold_into_ffn_norm(layer: LayerTensors, scale_D: torch.Tensor) -> LayerTensors:
-    """The same for all that reads the normed input of the FFN: experts, router, shared expert and its gate."""
+    """The same for all that reads the normed input of the FFN: experts, router, shared expert and its gate.
+
+    Raises:
+        ValueError: for a router with a norm of its own, which undoes the scale.
+    """
+    if "router_norm_D" in layer.router_tensors:
+        raise ValueError("a router that norms its input cannot read scaled ones; a method that scales none can be used")
 
     def ffn(part: FFNTensors) -> FFNTensors:
         return replace(part, gate_EFD=plain(part.gate_EFD) * scale_D, up_EFD=plain(part.up_EFD) * scale_D)
@@ -231,6 +244,7 @@ def layer_tensors(
         (layout.attention_norm, layer.attention_norm_D),
         (layout.ffn_norm, layer.ffn_norm_D),
         (layout.router, layer.router_ED),
+        (layout.router_bias, layer.router_bias_E),
         (layout.shared_gate, layer.shared_gate_1D),
         *((layout.attention.tensors[field].name, tensor) for field, tensor in layer.tensors.items()),
     ]
@@ -249,6 +263,7 @@ def layer_tensors(
         for name, tensor in kept
         if name and tensor is not None
     }
+    out |= {layout.router_tensors[field]: tensor for field, tensor in layer.router_tensors.items()}
     for name, weight in weights:
         assert not isinstance(weight, torch.Tensor)
         out |= compressed(name, in_order(weight, stored.get(name, ())))

@@ -22,6 +22,7 @@ from ..api.types import (
     ProbeWeights,
     Routing,
 )
+from ..reference import router as reference
 from ..reference.router import check_route_arguments
 from ..torch.experts import PlainExperts
 from ..torch.split import SplitExperts, SplitLinear
@@ -89,10 +90,13 @@ class CpuBackend(CpuQuantPacking):
         parts = {*self.formats, *([CODED_CACHE] if coded_cache else [])}
         return f"outputs {fingerprint(self, self.isa, parts, processor)}"
 
-    def pack_linear(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> LinearWeights:
-        packed = self._ops.pack_linear(self._isa, self._source(weight_OI))
+    def pack_linear(
+        self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> LinearWeights:
+        dtype = dtype or self.dtype
+        packed = self._ops.pack_linear(self._isa, self._source(weight_OI, dtype))
         data = CpuLinear(self._isa, packed, self._padded(bias_O), weight_OI.shape[0])
-        return LinearWeights.of(weight_OI.shape, self.dtype, data, packed, data.bias)
+        return LinearWeights.of(weight_OI.shape, dtype, data, packed, data.bias)
 
     def linear_tail(self, weights: LinearWeights, start: int) -> LinearWeights:
         if isinstance(weights.data, SplitLinear):
@@ -168,8 +172,11 @@ class CpuBackend(CpuQuantPacking):
     def route(self, logits_TE: torch.Tensor, spec: RouterSpec, **inputs: torch.Tensor | None) -> Routing:
         if not spec.is_plain:
             self._fall_back("this routing rule")
-            return super().route(logits_TE, spec, **inputs)
+            return reference.route(logits_TE, spec, **inputs, scores_TE=self._scores(logits_TE, spec))
         check_route_arguments(logits_TE, spec, **inputs)
+        return self._plain_route(logits_TE, spec)
+
+    def _plain_route(self, logits_TE: torch.Tensor, spec: RouterSpec) -> Routing:
         ids_TK, weights_TK = self._ops.route.default(
             self._isa,
             logits_TE,
@@ -180,6 +187,15 @@ class CpuBackend(CpuQuantPacking):
             spec.scale,
         )
         return Routing(expert_ids_TK=ids_TK, weights_TK=weights_TK)
+
+    def _scores(self, logits_TE: torch.Tensor, spec: RouterSpec) -> torch.Tensor | None:
+        """What a rule makes of the logits, by the kernels: torch's own functions may differ with the number of rows."""
+        if spec.score == "sparsemixer" or spec.softmax_after_topk or not logits_TE.numel():
+            return None
+        every = self._plain_route(
+            logits_TE, RouterSpec(num_experts=spec.num_experts, top_k=spec.num_experts, score=spec.score)
+        )
+        return torch.empty_like(every.weights_TK).scatter_(1, every.expert_ids_TK.long(), every.weights_TK)
 
     def limit_experts(
         self, routing: Routing, scale_E: torch.Tensor | None, keep_T: torch.Tensor, cap_T: torch.Tensor
@@ -321,7 +337,7 @@ class CpuBackend(CpuQuantPacking):
         """How the kernels call the instruction set."""
         return self._isa
 
-    def _source(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight in this backend's dtype; its rows must be contiguous."""
-        weight = weight.to(self.device, self.dtype)
+    def _source(self, weight: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The weight in this dtype, or in this backend's; its rows must be contiguous."""
+        weight = weight.to(self.device, dtype or self.dtype)
         return weight if weight.stride(-1) == 1 or weight.shape[-1] == 1 else weight.contiguous()

@@ -106,6 +106,7 @@ def route(
     selection_bias_E: torch.Tensor | None = None,
     expert_scale_E: torch.Tensor | None = None,
     forced_ids_TK: torch.Tensor | None = None,
+    scores_TE: torch.Tensor | None = None,
 ) -> Routing:
     """Scores, groups, top-k, weights. Ties go to the lower expert number. Sorted by falling choice score within a row.
 
@@ -114,6 +115,7 @@ def route(
         selection_bias_E: required by ``spec.selection_bias``.
         expert_scale_E: required by ``spec.expert_scale``.
         forced_ids_TK: required by ``spec.forced_experts``; integer, distinct within a row.
+        scores_TE: what the rule makes of the logits, float32, where the caller has it.
 
     Returns: a :class:`Routing`. Choices of zero experts and choices that found no room are not among its slots: the
         former add up in ``identity_weights_T``.
@@ -123,7 +125,7 @@ def route(
     """
     check_route_arguments(logits_TE, spec, selection_bias_E, expert_scale_E, forced_ids_TK)
     logits_TE = logits_TE.float()
-    scores_TE = _scores(logits_TE, spec)
+    scores_TE = _scores(logits_TE, spec) if scores_TE is None else scores_TE
     if spec.score == "sparsemixer":
         ids_TK, weights_TK = _sparsemixer(logits_TE, spec)
     else:

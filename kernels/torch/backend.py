@@ -74,10 +74,17 @@ class TorchBackend:
             self._said.add(reason)
             log.warning("the %s backend has no kernel for %s: torch's own operations run it", self.name, reason)
 
-    def pack_linear(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> LinearWeights:
-        """Take a linear layer's weight into this backend's layout. The source may be a memory-mapped view."""
-        data = weight_OI.to(self.device, self.dtype), self._moved(bias_O)
-        return LinearWeights.of(weight_OI.shape, self.dtype, data, *data)
+    def pack_linear(
+        self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> LinearWeights:
+        """Take a linear layer's weight into this backend's layout. The source may be a memory-mapped view.
+
+        Arguments:
+            dtype: of the weight and of the rows that it meets, this backend's or float32; None is this backend's.
+        """
+        dtype = dtype or self.dtype
+        data = weight_OI.to(self.device, dtype), None if bias_O is None else bias_O.to(self.device, dtype)
+        return LinearWeights.of(weight_OI.shape, dtype, data, *data)
 
     def pack_quantized_linear(
         self, weight_OI: QuantizedWeight, bias_O: torch.Tensor | None = None, scheme: ActivationScheme = UNQUANTIZED

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ....kernels.api.router_spec import RouterSpec
 from ...checkpoint.config_reader import ConfigReader
-from ..family import Family
+from ..family import DENSE_FFN, Family
 from ..moe_spec import MoESpec
-from .rules import ATTENTION_BIAS, DENSE_FFN, ONE_EACH
+from .rules import ATTENTION_BIAS, ONE_EACH
 
 DYNAMOE_EXPERTS = (DENSE_FFN, ONE_EACH)
 

@@ -2,35 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ....kernels.api.router_spec import RouterSpec
 from ....moe.router_specs import router_spec
 from ...checkpoint.config_reader import ConfigReader
 from ...checkpoint.weights import CheckpointError
-from ..family import QWEN_EXPERTS, ExpertNames, WindowRule
+from ..family import QWEN_EXPERTS, WindowRule
 from ..moe_spec import MoESpec
 
-DENSE_FFN = ExpertNames(gate="mlp.gate_proj.weight", up="mlp.up_proj.weight", down="mlp.down_proj.weight")
-SHARED_EXPERT = ExpertNames(
-    gate="mlp.shared_expert.gate_proj.weight",
-    up="mlp.shared_expert.up_proj.weight",
-    down="mlp.shared_expert.down_proj.weight",
-)
 FULL = "full_attention"
 ONE_EACH = QWEN_EXPERTS[0]
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+class _RouterKeys(Mapping[str, Any]):
+    """A configuration whose keys are checked, and count as read, when a routing rule asks for them."""
+
+    _INTEGERS = frozenset((*_EXPERT_COUNTS, "num_experts_per_tok", "moe_k", "n_group", "topk_group", "top_k_experts"))
+    _NUMBERS = frozenset(
+        ("routed_scaling_factor", "router_scaling_factor", "route_scale", "moe_norm_min", "router_jitter_noise")
+    )
+    _FLAGS = frozenset(("norm_topk_prob", "use_expert_bias"))
+
+    def __init__(self, config: ConfigReader) -> None:
+        self._config = config
+
+    def __getitem__(self, key: str) -> Any:
+        if (value := self._config.get(key)) is None:
+            raise KeyError(key)
+        if key in self._INTEGERS:
+            return self._config.integer(key)
+        if key in self._NUMBERS:
+            return self._config.number(key)
+        return self._config.flag(key, False) if key in self._FLAGS else value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._config.values)
+
+    def __len__(self) -> int:
+        return len(self._config.values)
 
 
 def router(config: ConfigReader, layer: int) -> RouterSpec:
-    for key in ("num_experts", "num_local_experts", "num_experts_per_tok"):
-        config.integer(key, 1)  # checks the type; the rule itself comes from the table of routers
-    one, other = config.get("num_experts"), config.get("num_local_experts")
-    if None not in (one, other) and one != other:
-        raise config.error("num_experts", one, f"the same as num_local_experts, {other}")
-    config.flag("norm_topk_prob", False)
+    """The routing rule of a layer, from the table of all families' rules."""
+    counts = {key: config.integer(key) for key in _EXPERT_COUNTS if config.values.get(key) is not None}
+    first, *others = counts or ("",)
+    for other in others:
+        if counts[first] != counts[other]:
+            raise config.error(first, counts[first], f"the same as {other}, {counts[other]}")
     try:
-        return router_spec(config.values, layer)
+        return router_spec(_RouterKeys(config), layer)
+    except CheckpointError:
+        raise
     except ValueError as error:
         raise CheckpointError(f"config.json: {error}") from error
 
@@ -55,13 +80,17 @@ def window_everywhere(default: int | None) -> WindowRule:
     return rule
 
 
-def window_by_layer_type(slides: Callable[[int, int], bool]) -> WindowRule:
-    """Qwen's rule: ``layer_types`` decides, or where it is missing ``slides(layer, max_window_layers)``."""
+def window_by_layer_type(slides: Callable[[int, int], bool], switch: str | None = "use_sliding_window") -> WindowRule:
+    """Qwen's rule: ``layer_types`` decides, or where it is missing ``slides(layer, max_window_layers)``.
+
+    Arguments:
+        switch: key that turns windows on; None: they are on.
+    """
 
     def rule(config: ConfigReader, layer: int) -> int | None:
         size = config.get("sliding_window", 4096)
         last_full = config.integer("max_window_layers", 28)
-        enabled = config.flag("use_sliding_window", False)
+        enabled = switch is None or config.flag(switch, False)
         kind = layer_type(config, layer, "sliding_attention" if enabled and slides(layer, last_full) else FULL)
         if kind == FULL:
             return None
