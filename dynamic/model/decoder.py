@@ -18,7 +18,6 @@ import torch.nn.functional as F
 
 from ...exits.segments import Segment, split_into_segments
 from ...kernels.api.quantized_weight import QuantizedWeight
-from ...kernels.api.router_spec import RouterSpec
 from ...kernels.api.stack import Stack, StackBlock, StackExit, StackExperts, StackNorm, StackResult, StackShape
 from ...kernels.api.types import (
     AttentionBatch,
@@ -38,6 +37,7 @@ from .exits import DecoderExit
 from .kv_cache import allocate_layers, copy_pages
 from .layer_weights import LayerWeights
 from .rope import rope_table
+from .routing import router_logits, with_always_on
 from .spec import ModelSpec
 
 FIRST_TABLE_LENGTH = 4096  # positions; longer contexts grow the table
@@ -304,7 +304,7 @@ class Decoder:
         weights, moe = self.layers[number], self.spec.layers[number].moe
         if moe is None or moe.is_dense:
             return self.backend.all_experts(x_TD, weights.ffn)
-        logits_TE = self._router_logits(weights, moe.router, x_TD)
+        logits_TE = router_logits(self.backend, weights, moe.router, x_TD)
         if routed is not None:
             routed.append(logits_TE)
         routing = self.backend.route(logits_TE, moe.router, **weights.routing)
@@ -313,14 +313,6 @@ class Decoder:
         if moe.num_always_on:
             routing = with_always_on(routing, moe.num_always_on)
         return self._mixture(number, x_TD, routing)
-
-    def _router_logits(self, weights: LayerWeights, rule: RouterSpec, x_TD: torch.Tensor) -> torch.Tensor:
-        """What the rule makes experts and weights of, (T, E)."""
-        assert weights.router is not None
-        if rule.input_norm_eps is not None:
-            assert weights.router_norm_D is not None
-            x_TD = self.backend.rms_norm(x_TD, weights.router_norm_D, rule.input_norm_eps)
-        return self.backend.linear(x_TD.to(weights.router.dtype), weights.router)
 
     def _mixture(self, number: int, x_TD: torch.Tensor, routing: Routing) -> torch.Tensor:
         """The chosen experts of a layer, and its shared one."""
@@ -350,17 +342,6 @@ class Decoder:
         before = moe.router.top_k if routing.counts_T is None else routing.counts_T
         budget.skipped_T.add_(before - limited.counts_T)
         return limited
-
-
-def with_always_on(routing: Routing, count: int) -> Routing:
-    """Put ``count`` experts that every row uses with weight 1 in front; the routed ones come after them in storage."""
-    num_rows = routing.expert_ids_TK.shape[0]
-    always_TK = torch.arange(count, dtype=torch.int32, device=routing.expert_ids_TK.device).expand(num_rows, -1)
-    return Routing(
-        expert_ids_TK=torch.cat((always_TK, routing.expert_ids_TK + count), -1),
-        weights_TK=torch.cat((torch.ones_like(always_TK, dtype=torch.float32), routing.weights_TK), -1),
-        counts_T=None if routing.counts_T is None else routing.counts_T + count,
-    )
 
 
 def make_stack(decoder: Decoder, held: range | None = None) -> Stack | None:
