@@ -15,10 +15,27 @@ from dynamoe.kernels.reference.operations import rope
 from family_parity import Variant, check_engine, check_logits
 
 WINDOWS = {"use_sliding_window": True, "sliding_window": 11}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16}
+SCALES = {
+    **{"embedding_multiplier": 3.0, "attention_multiplier": 0.35, "residual_multiplier": 0.6, "logits_scaling": 1.7},
+}
 VARIANTS = [
     Variant(
         family="smollm3",
         config={"num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0], **WINDOWS},
+    ),
+    Variant(
+        family="ministral3",
+        config={
+            "head_dim": 24,
+            "max_position_embeddings": 64,
+            "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.7},
+        },
+    ),
+    Variant(family="granite", config=SCALES),
+    Variant(
+        family="hunyuan_v1_dense",
+        config={"head_dim": 24, "rope_parameters": {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0}},
     ),
 ]
 MORE = [

@@ -76,6 +76,8 @@ class Family:
         theta, norm_eps: defaults of ``rope_theta`` and ``rms_norm_eps``.
         rope: which of several sets of ``rope_parameters`` a layer rotates with, by name; empty is the only set, None a
             layer that does not rotate.
+        rope_parameters: where a configuration has none.
+        rope_keys: of ``rope_parameters``, understood by this family alone.
         thetas: by set, the older key of its ``rope_theta``, which may be empty, and its default.
         partial_rotary: default of ``partial_rotary_factor``, the part of a head's channels that is rotated; None: the
             family rotates all of them.
@@ -85,6 +87,7 @@ class Family:
         qkv_bias, o_bias, mlp_bias: whether these projections have biases.
         qk_norm: see :class:`.GqaSpec`.
         scales, attention_numbers: read factors that other families do not have, those of attention apart.
+        attention_parts: fields of a layer's attention that other families do not have.
         tie_embeddings: default of ``tie_word_embeddings``.
         defaults: values of keys that a configuration may leave out.
         ignored: configuration keys without effect in this family.
@@ -102,6 +105,8 @@ class Family:
     norm_eps: float = 1e-6
     attention: Callable[[ConfigReader, int], str] = _gqa
     rope: RopeRule = _one_rope
+    rope_parameters: Mapping[str, Any] = field(default_factory=dict)
+    rope_keys: frozenset[str] = frozenset()
     thetas: Mapping[str, tuple[str, float]] = field(default_factory=dict)
     partial_rotary: Callable[[ConfigReader], float] | None = None
     rope_interleaved: bool = False
@@ -115,6 +120,7 @@ class Family:
     attention_numbers: Callable[[ConfigReader], dict[str, float]] = field(default=lambda config: {})
     tie_embeddings: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    attention_parts: Callable[[ConfigReader, int], dict[str, Any]] = field(default=lambda config, layer: {})
     ignored: frozenset[str] = frozenset()
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     dense_size: str = "intermediate_size"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..checkpoint.config_reader import LARGEST_NUMBER, ConfigReader
@@ -31,17 +32,20 @@ def rope_spec(
         ValueError: for a kind of scaling, or a key of it, that is not supported; the message names it.
     """
     name = family.rope(config, layer)
-    rope = _values(config, family, name)
+    rope = rope_values(config, family, name)
     if name is None:
         config.get("rope_theta")
         return RopeSpec(head_dim=0, unrotated=rotated + unrotated)
-    rope.refuse_unread(ROPE_KEYS)
+    rope.refuse_unread(ROPE_KEYS | family.rope_keys)
     kinds = {kind: kind for kind in ROPE_TYPES}
     kind = rope.choice("rope_type" if "rope_type" in rope.values else "type", kinds, "default")
     if rope.choice("type", kinds, kind) != kind:
         raise rope.error("type", rope.values["type"], f"the same as rope_type, {kind}")
     key, default = family.thetas.get(name, ("rope_theta", family.theta))
     theta = rope.number("rope_theta", config.number(key, default) if key else default)
+    if kind == "dynamic" and "alpha" in family.rope_keys and rope.number("alpha", 0.0):
+        # A fixed stretch of the base, whatever the length of the context.
+        kind, theta = "default", theta * rope.number("alpha") ** (rotated / (rotated - 2))
     original = rope.integer("original_max_position_embeddings", max_position)
     if not name:
         original = config.integer("original_max_position_embeddings", original)
@@ -67,7 +71,7 @@ def rotated_channels(config: ConfigReader, family: Family, layer: int, head_dim:
     Raises:
         ValueError: for a part that the family does not have, or that makes no sense.
     """
-    rope = _values(config, family, family.rope(config, layer))
+    rope = rope_values(config, family, family.rope(config, layer))
     default = 1.0
     if family.partial_rotary is not None:
         default = config.number("partial_rotary_factor", family.partial_rotary(config))
@@ -78,15 +82,15 @@ def rotated_channels(config: ConfigReader, family: Family, layer: int, head_dim:
     return int(head_dim * factor)
 
 
-def _values(config: ConfigReader, family: Family, name: str | None) -> ConfigReader:
+def rope_values(config: ConfigReader, family: Family, name: str | None) -> ConfigReader:
     """The set of values of this name; of a layer that does not rotate, those of the others."""
     older, newer = config.get("rope_scaling"), config.get("rope_parameters")
     if name:
         return ConfigReader(_named(config, family, name, older, newer), f"config.json: rope_parameters: {name}")
-    values = older or newer or {}
+    values = older or newer or family.rope_parameters
     if older and newer and _scaling(older) != _scaling(newer):
         raise config.error("rope_scaling", older, f"what rope_parameters says, {shown(newer)}, or absent")
-    if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
+    if not isinstance(values, Mapping) or any(isinstance(value, dict) for value in values.values()):
         raise config.error("rope_parameters", values, "one set of values for all layers")
     return ConfigReader(values, "config.json: rope_parameters")
 
@@ -94,7 +98,7 @@ def _values(config: ConfigReader, family: Family, name: str | None) -> ConfigRea
 def _named(config: ConfigReader, family: Family, name: str, older: Any, newer: Any) -> dict[str, Any]:
     """One of several sets. The older keys scale the rotations of layers with full attention only."""
     if not newer:
-        values = older if name == "full_attention" else {}
+        values = family.rope_parameters.get(name) or (older if name == "full_attention" else {})
     elif older:
         raise config.error("rope_scaling", older, "absent beside rope_parameters")
     elif not isinstance(newer, dict) or not all(value is None or isinstance(value, dict) for value in newer.values()):

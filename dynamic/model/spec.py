@@ -31,8 +31,8 @@ class LayerSpec:
 
     @property
     def window(self) -> int | None:
-        """How many positions a row sees, its own included; None sees all."""
-        return self.attention.window
+        """How many positions a row sees at most, its own included; None sees all."""
+        return self.attention.reach
 
 
 @dataclass(frozen=True, kw_only=True)

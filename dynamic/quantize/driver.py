@@ -94,8 +94,9 @@ def _open(source: Path) -> ModelFiles:
     files = open_files(source)
     if files.stored is not None:
         raise ValueError(f"{source} is quantised already; name the checkpoint that it was made of")
-    if other := {layer.attention.kind for layer in files.spec.layers} - {GqaSpec.kind}:
-        raise ValueError(f"{source} has attention of kind {other.pop()!r}; only {GqaSpec.kind!r} can be quantised")
+    kinds = [layer.attention for layer in files.spec.layers]
+    if other := [kind.kind for kind in kinds if not isinstance(kind, GqaSpec)]:
+        raise ValueError(f"{source} has attention of kind {other[0]!r}; only {GqaSpec.kind!r} can be quantised")
     return files
 
 

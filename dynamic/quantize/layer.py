@@ -172,9 +172,13 @@ def pack_layer(
 
 
 def fold_into_attention_norm(layer: LayerTensors, scale_D: torch.Tensor) -> LayerTensors:
-    """Divide what the projections of queries, keys and values read by a scale; multiply their weights by it."""
-    qkv = tuple(plain(part) * scale_D for part in layer.qkv)
-    return replace(layer.with_attention(qkv=qkv), attention_norm_D=layer.attention_norm_D / scale_D)
+    """Divide what attention's projections read by a scale, all but that of its output; multiply their weights by it."""
+    scaled = {
+        field: tuple(plain(weight) * scale_D for weight in part.weights)
+        for field, part in layer.linears.items()
+        if field != "o"
+    }
+    return replace(layer.with_attention(**scaled), attention_norm_D=layer.attention_norm_D / scale_D)
 
 
 def fold_into_ffn_norm(layer: LayerTensors, scale_D: torch.Tensor) -> LayerTensors:

@@ -103,17 +103,21 @@ class LayerMethod:
     def quantized(self, layer: LayerTensors, inputs: LayerInputs) -> LayerTensors:
         """The layer with its projections and experts quantised."""
         attention, output = InputStatistics.of([inputs.attention_TD]), InputStatistics.of([inputs.o_TX])
-        qkv = tuple(self._one(plain(part), attention) for part in layer.qkv)
+        linears = {
+            field: tuple(self._one(plain(weight), output if field == "o" else attention) for weight in part.weights)
+            for field, part in layer.linears.items()
+        }
         shared = layer.shared
         if shared is not None:
             shared = self._ffn(shared, [(range(1), [inputs.ffn_TD])])
         ffn = self._ffn(layer.ffn, self._chunks(layer.ffn, inputs, count=True))
-        layer = layer.with_attention(qkv=qkv, o=(self._one(plain(layer.o), output),))
+        layer = layer.with_attention(**linears)
         return replace(layer, ffn=ffn, shared=shared)
 
     def _scale_attention(self, layer: LayerTensors, inputs: LayerInputs) -> tuple[LayerTensors, LayerInputs]:
         statistics = InputStatistics.of([inputs.attention_TD])
-        weight_XD = torch.cat([plain(part) for part in layer.qkv])
+        readers = [part for field, part in layer.linears.items() if field != "o"]
+        weight_XD = torch.cat([plain(weight) for part in readers for weight in part.weights])
         scale_D = self._input_scale([ScaledLayers(weight_BOI=weight_XD[None], statistics=statistics)], statistics)
         scale_D = _storable(layer.attention_norm_D, scale_D, self.norm_dtype)
         layer = fold_into_attention_norm(layer, scale_D)

@@ -11,7 +11,7 @@ Shape suffixes used in this package:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -226,6 +226,11 @@ class AttentionBatch:
     @property
     def num_sequences(self) -> int:
         return self.context_len_S.shape[0]
+
+    @cached_property
+    def derived(self) -> dict[Hashable, AttentionBatch]:
+        """Batches that were made of this one, for layers that see parts of the contexts only."""
+        return {}
 
     @cached_property
     def cache_index_T(self) -> torch.Tensor:

@@ -35,6 +35,9 @@ from .kind import (
     TensorLayout,
 )
 
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Norms = tuple[torch.Tensor | None, torch.Tensor | None]
+
 
 @dataclass(frozen=True, kw_only=True)
 class GqaWeights(AttentionWeights):
@@ -102,18 +105,19 @@ class GqaSpec(AttentionSpec):
         if head_dim < 1:
             raise config.error("head_dim", head_dim, "at least 1")
         rotated = rotated_channels(config, family, layer, head_dim)
-        return cls(
-            window=family.window(config, layer),
-            num_heads=num_heads,
-            num_kv_heads=config.integer("num_key_value_heads", family.kv_heads or num_heads),
-            head_dim=head_dim,
-            qkv_bias=family.qkv_bias(config),
-            o_bias=family.o_bias(config),
-            qk_norm=family.qk_norm,
-            rotated=None if rotated == head_dim else rotated,
-            interleaved=family.rope_interleaved,
-            **{"scale": head_dim**-0.5, **family.attention_numbers(config)},
-        )
+        parts: dict[str, Any] = {
+            "window": family.window(config, layer),
+            "num_heads": num_heads,
+            "num_kv_heads": config.integer("num_key_value_heads", family.kv_heads or num_heads),
+            "head_dim": head_dim,
+            "scale": head_dim**-0.5,
+            "qkv_bias": family.qkv_bias(config),
+            "o_bias": family.o_bias(config),
+            "qk_norm": family.qk_norm,
+            "rotated": None if rotated == head_dim else rotated,
+            "interleaved": family.rope_interleaved,
+        }
+        return cls(**{**parts, **family.attention_numbers(config), **family.attention_parts(config, layer)})
 
     @property
     def rotary_channels(self) -> int:
@@ -133,6 +137,11 @@ class GqaSpec(AttentionSpec):
         return self.num_kv_heads * self.head_dim
 
     @property
+    def value_channels(self) -> int:
+        """Of one head's value and output, as the projections have them."""
+        return self.head_dim
+
+    @property
     def norm_sizes(self) -> tuple[int, int] | None:
         """Widths of the norms of queries and keys."""
         return {"none": None, "head": (self.head_dim, self.head_dim), "full": (self.q_size, self.kv_size)}[self.qk_norm]
@@ -150,17 +159,27 @@ class GqaSpec(AttentionSpec):
                 orders=orders,
             )
 
-        norms = zip(("q_norm", "k_norm"), self.norm_sizes or (), strict=False)
+        def norm_name(*names: str) -> str:
+            names = tuple(f"{prefix}self_attn.{name}.weight" for name in names)
+            return next((name for name in names if name in available), names[0])
+
+        names = {"q_norm": norm_name("q_norm", "query_layernorm"), "k_norm": norm_name("k_norm", "key_layernorm")}
         return AttentionLayout(
             kind=self,
             linears={
                 "qkv": linear(
-                    hidden_size, self.qkv_bias, (order, order, ()), q=self.q_size, k=self.kv_size, v=self.kv_size
+                    hidden_size,
+                    self.qkv_bias,
+                    (order, order, ()),
+                    q=self.q_size,
+                    k=self.kv_size,
+                    v=self.num_kv_heads * self.value_channels,
                 ),
-                "o": linear(self.q_size, self.o_bias, (), o=hidden_size),
+                "o": linear(self.num_heads * self.value_channels, self.o_bias, (), o=hidden_size),
             },
             tensors={
-                n: TensorLayout(name=f"{prefix}self_attn.{n}.weight", shape=(size,), order=order) for n, size in norms
+                field: TensorLayout(name=name, shape=(size,), order=order)
+                for (field, name), size in zip(names.items(), self.norm_sizes or (), strict=False)
             },
         )
 
@@ -170,30 +189,48 @@ class GqaSpec(AttentionSpec):
     def forward(
         self, weights: Any, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
     ) -> torch.Tensor:
-        backend = context.backend
+        out_THC = self.attended(weights, x_TD, kv, batch, context)
+        return context.backend.linear(out_THC.flatten(1), weights.o)
+
+    def attended(
+        self, weights: Any, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
+    ) -> torch.Tensor:
+        """The heads' outputs, (T, H, C)."""
         q_THC = self.rotated_queries(weights, x_TD, kv, batch, context)
-        out_THC = backend.attention(q_THC, kv, batch, scale=self.scale, window=self.window)
-        return backend.linear(out_THC.flatten(1), weights.o)
+        return context.backend.attention(q_THC, kv, batch, scale=self.scale, window=self.window)
 
     def rotated_queries(
         self, weights: GqaWeights, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
     ) -> torch.Tensor:
         """What looks at the cache, (T, H, C); the rows' keys and values are written to it."""
-        qkv_TXC = context.backend.linear(x_TD, weights.qkv).view(x_TD.shape[0], -1, self.head_dim)
-        q_THC = qkv_TXC[:, : self.num_heads]
-        k_TGC = qkv_TXC[:, self.num_heads : self.num_heads + self.num_kv_heads]
-        v_TGC = qkv_TXC[:, self.num_heads + self.num_kv_heads :]
+        heads = self.heads(context.backend.linear(x_TD, weights.qkv))
+        heads = self.normed(heads, (weights.q_norm, weights.k_norm), context)
+        return context.backend.rope_and_write(*heads, context.cos_sin_LC, batch, kv)
+
+    def heads(self, qkv_TX: torch.Tensor) -> Heads:
+        """Queries (T, H, C), keys and values (T, G, C), views of their projection."""
+        qkv_TXC = qkv_TX.view(qkv_TX.shape[0], -1, self.head_dim)
+        first, last = self.num_heads, self.num_heads + self.num_kv_heads
+        return qkv_TXC[:, :first], qkv_TXC[:, first:last], qkv_TXC[:, last:]
+
+    def normed(self, heads: Heads, norms: Norms, context: AttentionContext) -> Heads:
+        """Queries, keys and values, normed and clipped, not rotated yet.
+
+        Arguments:
+            norms: weights for queries and keys.
+        """
+        (q_THC, k_TGC, v_TGC), (q_norm, k_norm) = heads, norms
         if self.qk_norm == "full":
-            pairs = (q_THC.flatten(1), weights.q_norm), (k_TGC.flatten(1), weights.k_norm)
+            pairs = (q_THC.flatten(1), q_norm), (k_TGC.flatten(1), k_norm)
             q_TX, k_TX = context.norm_over_heads(*pairs)
             q_THC, k_TGC = q_TX.view(q_THC.shape), k_TX.view(k_TGC.shape)
         if self.clip is not None:
             q_THC, k_TGC, v_TGC = (part.clamp(-self.clip, self.clip) for part in (q_THC, k_TGC, v_TGC))
         if self.qk_norm == "head":
-            assert weights.q_norm is not None
-            assert weights.k_norm is not None
-            q_THC, k_TGC = context.norm(q_THC, weights.q_norm), context.norm(k_TGC, weights.k_norm)
-        return context.backend.rope_and_write(q_THC, k_TGC, v_TGC, context.cos_sin_LC, batch, kv)
+            assert q_norm is not None
+            assert k_norm is not None
+            q_THC, k_TGC = context.norm(q_THC, q_norm), context.norm(k_TGC, k_norm)
+        return q_THC, k_TGC, v_TGC
 
     def cache_shapes(self, page_size: int, dtype: torch.dtype) -> tuple[Shape, ...]:
         page = (self.num_kv_heads, page_size, stored_channels(self.head_dim, dtype))
@@ -204,24 +241,23 @@ class GqaSpec(AttentionSpec):
         return replace(self, num_heads=width(queries), num_kv_heads=width(keys))
 
     def cuts(self, layout: AttentionLayout, parts: int, part: int) -> AttentionCuts:
-        shares = [
-            tuple(slice(s.start * self.head_dim, s.stop * self.head_dim) for s in split_heads(self, parts, number))
-            for number in range(parts)
-        ]
-        queries, keys = shares[part]
+        shares = [split_heads(self, parts, number) for number in range(parts)]
+        queries, keys = (_channels(share, self.head_dim) for share in shares[part])
+        values = _channels(shares[part][1], self.value_channels)
         qkv, tensors = layout.linears["qkv"], layout.tensors
-        outputs = dict(zip((*qkv.weights, *qkv.biases), (queries, keys, keys) * 2, strict=False))
+        outputs = dict(zip((*qkv.weights, *qkv.biases), (queries, keys, values) * 2, strict=False))
         if self.qk_norm == "full":
             outputs |= {tensors["q_norm"].name: queries, tensors["k_norm"].name: keys}
         return AttentionCuts(
-            outputs=outputs, inputs={layout.linears["o"].weights[0]: tuple(share[0] for share in shares)}
+            outputs=outputs,
+            inputs={layout.linears["o"].weights[0]: tuple(_channels(q, self.value_channels) for q, _ in shares)},
         )
 
     def flops(self, hidden_size: int) -> int:
-        return 4 * hidden_size * (self.q_size + self.kv_size)
+        return 2 * hidden_size * (self.num_heads + self.num_kv_heads) * (self.head_dim + self.value_channels)
 
     def propagation_flops(self, hidden_size: int) -> int:
-        return 4 * hidden_size * self.kv_size
+        return 2 * hidden_size * self.num_kv_heads * (self.head_dim + self.value_channels)
 
     def stack_block(self, weights: Any) -> StackAttention | None:
         if self.clip is not None or type(self) is not GqaSpec:  # a kind made of this one computes something else
@@ -254,6 +290,11 @@ class GqaSpec(AttentionSpec):
         context.backend.project_kv(
             x_RD, projections, kv, context.cos_sin_LC, batch, norm_eps=context.norm_eps, clip=self.clip
         )
+
+
+def _channels(heads: slice, channels: int) -> slice:
+    """The rows of a projection that belong to some heads."""
+    return slice(heads.start * channels, heads.stop * channels)
 
 
 def split_heads(spec: GqaSpec, parts: int, part: int) -> tuple[slice, slice]:

@@ -155,6 +155,11 @@ class AttentionSpec(ABC):
         """
 
     @property
+    def reach(self) -> int | None:
+        """How many positions a row sees at most, its own included; None sees all."""
+        return self.window
+
+    @property
     @abstractmethod
     def rotary_channels(self) -> int:
         """Channels of a head that are rotated."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from .extended import ExtendedGqaSpec
 from .gqa import GqaSpec
 from .kind import AttentionSpec
 
-KINDS: dict[str, type[AttentionSpec]] = {GqaSpec.kind: GqaSpec}
+KINDS: dict[str, type[AttentionSpec]] = {kind.kind: kind for kind in (GqaSpec, ExtendedGqaSpec)}
 
 
 def register(kind: type[AttentionSpec]) -> type[AttentionSpec]:

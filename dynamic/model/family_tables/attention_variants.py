@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from ...checkpoint.config_reader import ConfigReader
+from ..attention.extended import ExtendedGqaSpec, QueryGrowth
 from ..family import Family
-from .rules import ATTENTION_BIAS, FULL, flag_of, layer_type, positive_window
+from ..rope_config import rope_values
+from .rules import ATTENTION_BIAS, FULL, flag_of, layer_type, positive_window, window_everywhere
 
 
 def rope_by_flags(interval: int) -> Callable[[ConfigReader, int], str | None]:
@@ -25,6 +28,7 @@ def rope_by_flags(interval: int) -> Callable[[ConfigReader, int], str | None]:
     return rule
 
 
+HUNYUAN_ROPE = frozenset({"alpha"})
 _SMOLLM3_ROPE = rope_by_flags(4)
 
 
@@ -40,7 +44,46 @@ def _smollm3_window(config: ConfigReader, layer: int) -> int | None:
     return positive_window(config, size)
 
 
+def extended(config: ConfigReader, layer: int) -> str:
+    """The kind of attention whose ``attention_parts`` are those of :class:`.ExtendedGqaSpec`."""
+    return ExtendedGqaSpec.kind
+
+
+def norms_behind_rotation(config: ConfigReader, layer: int) -> dict[str, Any]:
+    return {"norm_after_rotation": True}
+
+
+def _ministral3_growth(config: ConfigReader, layer: int) -> dict[str, Any]:
+    rope = rope_values(config, MINISTRAL3, "")
+    period = rope.integer("original_max_position_embeddings", config.integer("max_position_embeddings"))
+    return {"growth": QueryGrowth(rate=rope.number("llama_4_scaling_beta"), period=period)}
+
+
+MINISTRAL3 = Family(
+    kv_heads=8,
+    head_dim=128,
+    norm_eps=1e-5,
+    rope_parameters={
+        **{"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384},
+        **{"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
+    },
+    rope_keys=frozenset({"llama_4_scaling_beta", "max_position_embeddings"}),
+    window=window_everywhere(None),
+    attention=extended,
+    attention_parts=_ministral3_growth,
+)
 ATTENTION_VARIANTS: dict[str, Family] = {
+    "ministral3": MINISTRAL3,
+    "hunyuan_v1_dense": Family(
+        norm_eps=1e-5,
+        rope_keys=HUNYUAN_ROPE,
+        qkv_bias=ATTENTION_BIAS,
+        o_bias=ATTENTION_BIAS,
+        qk_norm="head",
+        attention=extended,
+        attention_parts=norms_behind_rotation,
+        ignored=frozenset({"eod_token_id"}),
+    ),
     "smollm3": Family(
         kv_heads=4,
         theta=2e6,

@@ -102,6 +102,13 @@ LLAMA_LIKE: dict[str, Family] = {
         qk_norm="full",
         attention_numbers=_olmoe_attention,
     ),
+    "granite": Family(
+        qkv_bias=ATTENTION_BIAS,
+        o_bias=ATTENTION_BIAS,
+        mlp_bias=flag_of("mlp_bias", False),
+        scales=_granite_scales,
+        attention_numbers=_granite_attention,
+    ),
     "granitemoe": Family(
         moe=every_layer,
         qkv_bias=ATTENTION_BIAS,

@@ -1,0 +1,187 @@
+"""Grouped-query attention with parts that few families have.
+
+Optional: a gate on the output, norms without weights or behind the rotation, queries that grow with their position,
+chunks that see nothing of each other, values narrower than keys.
+
+Shape suffixes as in ``kernels/api/types.py``; V the channels of a value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from ....kernels.api.ranges import check_ranges
+from ....kernels.api.types import AttentionBatch, KVLayer, KVProjection, LinearWeights
+from ....kernels.reference.operations import rope
+from .chunks import within_chunks
+from .gqa import GqaSpec, GqaWeights, Heads, Norms
+from .kind import AttentionContext, AttentionCuts, AttentionLayout, LinearLayout, Shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryGrowth:
+    """Queries at position p are multiplied by ``1 + rate · log(1 + floor((p + offset) / period))``."""
+
+    rate: float
+    period: int
+    offset: int = 0
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "period", least=1)
+
+    def factors(self, positions_T: torch.Tensor) -> torch.Tensor:
+        """float32, (T,)."""
+        return 1 + self.rate * torch.log1p(torch.floor((positions_T.float() + self.offset) / self.period))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtendedWeights(GqaWeights):
+    """See :class:`GqaWeights`.
+
+    Arguments:
+        gate: reads what the queries read; H · V outputs.
+    """
+
+    gate: LinearWeights | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtendedGqaSpec(GqaSpec):
+    """See :class:`GqaSpec`.
+
+    Arguments:
+        output_gate: the heads' outputs are multiplied by the sigmoid of a projection of the normed rows.
+        unit_norm: queries and keys are normed per head without weights, whatever ``qk_norm`` says of other norms.
+        norm_after_rotation: the norms per head come behind the rotation.
+        growth: of the queries.
+        chunk: positions that see each other; None: all do.
+        values: channels of a value; None: as many as a key has.
+        value_scale: factor on the values.
+    """
+
+    kind: ClassVar[str] = "extended_gqa"
+    output_gate: bool = False
+    unit_norm: bool = False
+    norm_after_rotation: bool = False
+    growth: QueryGrowth | None = None
+    chunk: int | None = None
+    values: int | None = None
+    value_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.chunk is not None:
+            check_ranges(self, "chunk", least=1)
+        if not 1 <= self.value_channels <= self.head_dim:
+            raise ValueError(f"values cannot have {self.value_channels} channels where keys have {self.head_dim}")
+        if self.qk_norm == "full" or (self.unit_norm and self.qk_norm != "none"):
+            raise ValueError(f"qk_norm {self.qk_norm!r} does not go with attention of kind {self.kind!r}")
+
+    @property
+    def reach(self) -> int | None:
+        return min((size for size in (self.window, self.chunk) if size is not None), default=None)
+
+    @property
+    def value_channels(self) -> int:
+        return self.head_dim if self.values is None else self.values
+
+    def layout(self, prefix: str, hidden_size: int, available: Container[str]) -> AttentionLayout:
+        layout = super().layout(prefix, hidden_size, available)
+        if not self.output_gate:
+            return layout
+        size = self.num_heads * self.value_channels
+        gate = LinearLayout(weights=(f"{prefix}self_attn.gate_proj.weight",), outputs=(size,), inputs=hidden_size)
+        return replace(layout, linears={**layout.linears, "gate": gate})
+
+    def weights(self, parts: Mapping[str, LinearWeights | torch.Tensor]) -> ExtendedWeights:
+        return ExtendedWeights(**parts)  # type: ignore[arg-type]
+
+    def forward(
+        self, weights: Any, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
+    ) -> torch.Tensor:
+        if self.chunk is not None:
+            batch = within_chunks(batch, self.chunk, kv.page_size)
+        out_TX = self.attended(weights, x_TD, kv, batch, context)[..., : self.value_channels].flatten(1)
+        if weights.gate is not None:
+            out_TX = out_TX * context.backend.linear(x_TD, weights.gate).sigmoid()
+        return context.backend.linear(out_TX, weights.o)
+
+    def rotated_queries(
+        self, weights: GqaWeights, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
+    ) -> torch.Tensor:
+        heads = self.heads(context.backend.linear(x_TD, weights.qkv))
+        return self._write(heads, (weights.q_norm, weights.k_norm), kv, batch, context)
+
+    def heads(self, qkv_TX: torch.Tensor) -> Heads:
+        q_TX, k_TX, v_TX = qkv_TX.split((self.q_size, self.kv_size, self.num_kv_heads * self.value_channels), -1)
+        return self._heads(q_TX), self._heads(k_TX), self._padded(v_TX)
+
+    def _heads(self, x_TX: torch.Tensor) -> torch.Tensor:
+        return x_TX.unflatten(-1, (-1, self.head_dim))
+
+    def _padded(self, v_TX: torch.Tensor) -> torch.Tensor:
+        """Values as wide as keys: zeros behind them add nothing."""
+        v_TGV = v_TX.unflatten(-1, (self.num_kv_heads, -1))
+        v_TGV = v_TGV if self.value_scale == 1.0 else v_TGV * self.value_scale
+        return F.pad(v_TGV, (0, self.head_dim - self.value_channels)).contiguous()
+
+    def _write(
+        self, heads: Heads, norms: Norms, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
+    ) -> torch.Tensor:
+        """The rotated queries; keys and values go to the cache."""
+        table_LC, positions_T = context.cos_sin_LC, batch.positions_T
+        if self.norm_after_rotation:
+            q_THC, k_TGC, v_TGC = heads
+            heads = rope(q_THC, table_LC, positions_T), rope(k_TGC, table_LC, positions_T), v_TGC
+            # Written as they are, by a table with one row: cosine 1, sine 0.
+            columns_C = torch.arange(self.head_dim, device=table_LC.device)
+            table_LC = (columns_C < self.head_dim // 2).to(table_LC.dtype)[None]
+            batch = replace(batch, positions_T=torch.zeros_like(positions_T))
+        q_THC, k_TGC, v_TGC = self.normed(heads, norms, context)
+        if self.unit_norm:
+            ones_C = torch.ones(self.head_dim, dtype=q_THC.dtype, device=q_THC.device)
+            q_THC, k_TGC = context.norm(q_THC, ones_C), context.norm(k_TGC, ones_C)
+        if self.growth is not None:
+            q_THC = (q_THC * self.growth.factors(positions_T)[:, None, None]).to(q_THC.dtype)
+        return context.backend.rope_and_write(q_THC, k_TGC, v_TGC, table_LC, batch, kv)
+
+    def cache_shapes(self, page_size: int, dtype: torch.dtype) -> tuple[Shape, ...]:
+        if self.chunk is not None and self.chunk % page_size:
+            raise ValueError(
+                f"engine.block_size={page_size} does not divide the model's chunks of {self.chunk} positions"
+            )
+        return super().cache_shapes(page_size, dtype)
+
+    def cuts(self, layout: AttentionLayout, parts: int, part: int) -> AttentionCuts:
+        cuts = super().cuts(layout, parts, part)
+        if not self.output_gate:
+            return cuts
+        own = cuts.inputs[layout.linears["o"].weights[0]][part]
+        return replace(cuts, outputs={**cuts.outputs, layout.linears["gate"].weights[0]: own})
+
+    def flops(self, hidden_size: int) -> int:
+        gate = 2 * hidden_size * self.num_heads * self.value_channels if self.output_gate else 0
+        return super().flops(hidden_size) + gate
+
+    def propagate(
+        self,
+        projections: Sequence[KVProjection],
+        x_RD: torch.Tensor,
+        kv: Sequence[KVLayer],
+        batch: AttentionBatch,
+        context: AttentionContext,
+    ) -> None:
+        backend = context.backend
+        for projection, layer in zip(projections, kv, strict=True):
+            normed_RD = backend.rms_norm(x_RD, projection.norm_D, context.norm_eps)
+            k_RX, v_RX = backend.linear(normed_RD, projection.kv).split(
+                (self.kv_size, self.num_kv_heads * self.value_channels), -1
+            )
+            k_RGC = self._heads(k_RX)
+            # Queries are rotated as well; keys stand in for them, and nobody looks at the result.
+            self._write((k_RGC, k_RGC, self._padded(v_RX)), (projection.k_norm,) * 2, layer, batch, context)
