@@ -16,6 +16,10 @@ from family_parity import Variant, check_engine, check_logits
 
 WINDOWS = {"use_sliding_window": True, "sliding_window": 11}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16}
+LONGROPE = {
+    **{"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 256, "factor": 2.0},
+    **{"short_factor": [1.0, 1.5, 2.0, 4.0], "long_factor": [1.5, 2.0, 2.5, 9.0]},
+}
 SCALES = {
     **{"embedding_multiplier": 3.0, "attention_multiplier": 0.35, "residual_multiplier": 0.6, "logits_scaling": 1.7},
 }
@@ -34,11 +38,16 @@ VARIANTS = [
     ),
     Variant(family="granite", config=SCALES),
     Variant(
+        family="phi3",
+        config={"partial_rotary_factor": 0.5, "rope_parameters": {**LONGROPE, "long_factor": [1.5, 2.0, 2.5, 9.0]}},
+    ),
+    Variant(
         family="hunyuan_v1_dense",
         config={"head_dim": 24, "rope_parameters": {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0}},
     ),
 ]
 MORE = [
+    Variant(family="phi3", config={"sliding_window": 9}),
     Variant(family="smollm3", config={"num_hidden_layers": 4, "attention_bias": True, "mlp_bias": True}),
 ]
 

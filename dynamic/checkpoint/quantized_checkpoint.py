@@ -18,7 +18,7 @@ from .gptq import open_gptq
 from .layer_groups import read_groups
 from .stored_layout import StoredLayout, setting_error
 from .stored_weight import ALL, Index, Part, StoredWeight
-from .weights import DTYPES, Checkpoint, CheckpointError, Rename, StoredCodes, TensorInfo
+from .weights import DTYPES, Checkpoint, CheckpointError, Divide, Rename, StoredCodes, TensorInfo
 
 _KEYS = ("quantization_config", "compression_config")
 _NEVER_ALONE = ("qzeros", "scales", "g_idx", "weight_zero_point", "weight_shape")
@@ -67,13 +67,17 @@ def split_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], StoredLayou
     return rest, _layout(given[0]) if given else None
 
 
-def open_checkpoint(directory: Path, layout: StoredLayout | None, rename: Rename | None = None) -> Checkpoint:
+def open_checkpoint(
+    directory: Path, layout: StoredLayout | None, rename: Rename | None = None, divide: Divide | None = None
+) -> Checkpoint:
     """The checkpoint of a directory, quantised or not.
 
     Raises:
         CheckpointError: see the classes.
     """
-    return Checkpoint(directory, rename) if layout is None else QuantizedCheckpoint(directory, layout, rename)
+    if layout is None:
+        return Checkpoint(directory, rename, divide)
+    return QuantizedCheckpoint(directory, layout, rename, divide)
 
 
 class QuantizedCheckpoint(Checkpoint):
@@ -83,8 +87,10 @@ class QuantizedCheckpoint(Checkpoint):
         CheckpointError: when a quantised weight lacks a tensor, or its tensors' shapes do not fit together.
     """
 
-    def __init__(self, directory: Path, layout: StoredLayout, rename: Rename | None = None) -> None:
-        super().__init__(directory, rename)
+    def __init__(
+        self, directory: Path, layout: StoredLayout, rename: Rename | None = None, divide: Divide | None = None
+    ) -> None:
+        super().__init__(directory, rename, divide)
         self._layout = layout
         self._stored: dict[str, StoredWeight] = {}
         modules = {name.rpartition(".")[0] for name in self._tensors if name.rpartition(".")[2] in layout.markers}

@@ -10,7 +10,7 @@ import math
 import mmap
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,24 @@ class TensorInfo:
     end: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A part of a stored tensor that is shown as a tensor of its own, such as one of several experts.
+
+    Arguments:
+        source: the stored tensor, which is not shown itself.
+        take: gives the part, a view.
+    """
+
+    source: str
+    shape: tuple[int, ...]
+    take: Callable[[torch.Tensor], torch.Tensor]
+
+
+# From all tensors to the pieces, by name, that some of them are shown as.
+Divide = Callable[[Mapping[str, TensorInfo]], Mapping[str, Piece]]
+
+
 def shown(value: Any) -> str:
     """A value of a file for a message of one line: short, without line breaks."""
     return repr(value)[1:-1][:200] if isinstance(value, str) else " ".join(str(value)[:200].split())
@@ -91,12 +109,13 @@ class Checkpoint(Mapping[str, TensorInfo]):
     Arguments:
         directory: holds one file of weights, or several and their index.
         rename: from the names in the files to those that tensors shall have; those that are not in it are left out.
+        divide: finds tensors that are shown in pieces.
 
     Raises:
         CheckpointError: for a missing, truncated or malformed file.
     """
 
-    def __init__(self, directory: Path, rename: Rename | None = None) -> None:
+    def __init__(self, directory: Path, rename: Rename | None = None, divide: Divide | None = None) -> None:
         self.directory = directory
         files, self._index = _weight_files(directory)
         self._maps: dict[str, mmap.mmap] = {}
@@ -111,7 +130,14 @@ class Checkpoint(Mapping[str, TensorInfo]):
         if len(self._names_in_files) < len(names):
             theirs, ours = next(pair for pair in names.items() if self._names_in_files[pair[1]] != pair[0])
             raise CheckpointError(f"the tensors {theirs!r} and {self._names_in_files[ours]!r} are both {ours!r}")
-        self._tensors = {ours: self._tensors[theirs] for theirs, ours in names.items()}
+        self._whole = {ours: self._tensors[theirs] for theirs, ours in names.items()}
+        self._pieces = {} if divide is None else dict(divide(self._whole))
+        sources = {piece.source for piece in self._pieces.values()}
+        self._tensors = {name: info for name, info in self._whole.items() if name not in sources}
+        for name, piece in self._pieces.items():
+            if name in self._tensors:
+                raise CheckpointError(f"the tensor {name!r} is there twice, by itself and in {piece.source!r}")
+            self._tensors[name] = replace(self._whole[piece.source], shape=piece.shape)
 
     def __getitem__(self, name: str) -> TensorInfo:
         return self._tensors[name]
@@ -142,7 +168,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
     def name_in_files(self, name: str) -> str:
         """What a tensor is called in its file."""
-        return self._names_in_files[name]
+        return self._names_in_files[self._pieces[name].source if name in self._pieces else name]
 
     def view(self, name: str) -> torch.Tensor:
         """The tensor over the mapped file: do not write to it.
@@ -164,7 +190,9 @@ class Checkpoint(Mapping[str, TensorInfo]):
         Raises:
             CheckpointError: for any other dtype.
         """
-        info = self._tensors[name]
+        if (piece := self._pieces.get(name)) is not None:
+            return piece.take(self.raw(piece.source))
+        info = self._whole[name]
         dtype = {**DTYPES, **CODE_DTYPES}.get(info.dtype)
         if dtype is None:
             raise CheckpointError(

@@ -76,6 +76,7 @@ def _model_spec(config: ConfigReader, family: Family) -> ModelSpec:
     for rope in ropes:
         if rope.rope_type == "yarn":
             max_position = max(max_position, int(rope.original_max_position * rope.factor))
+        max_position = min(max_position, rope.longest or max_position)
     if len(set(ropes)) > 1:
         layers = tuple(
             layer if rope == ropes[0] else replace(layer, rope=rope) for layer, rope in zip(layers, ropes, strict=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..checkpoint.config_reader import ConfigReader
+from ..checkpoint.weights import Divide
 from .moe_spec import MoESpec
 
 
@@ -76,7 +77,7 @@ class Family:
         theta, norm_eps: defaults of ``rope_theta`` and ``rms_norm_eps``.
         rope: which of several sets of ``rope_parameters`` a layer rotates with, by name; empty is the only set, None a
             layer that does not rotate.
-        rope_parameters: where a configuration has none.
+        rope_types: what this family calls types of ``rope_parameters``.
         rope_keys: of ``rope_parameters``, understood by this family alone.
         thetas: by set, the older key of its ``rope_theta``, which may be empty, and its default.
         partial_rotary: default of ``partial_rotary_factor``, the part of a head's channels that is rotated; None: the
@@ -95,6 +96,8 @@ class Family:
         dense_size: key of the neurons of a dense FFN.
         dense, experts, shared: ways in which checkpoints store dense FFNs, experts and shared experts.
         shared_gate: name of the weight of the shared expert's gate.
+        default_rope: ``rope_parameters`` where a configuration has none.
+        divide: finds stored tensors that are read as several.
         router: possible names of the router's weight.
         router_tensors: possible names of what else a router reads, by fields of :class:`.LayerWeights`.
     """
@@ -105,7 +108,7 @@ class Family:
     norm_eps: float = 1e-6
     attention: Callable[[ConfigReader, int], str] = _gqa
     rope: RopeRule = _one_rope
-    rope_parameters: Mapping[str, Any] = field(default_factory=dict)
+    rope_types: Mapping[str, str] = field(default_factory=dict)
     rope_keys: frozenset[str] = frozenset()
     thetas: Mapping[str, tuple[str, float]] = field(default_factory=dict)
     partial_rotary: Callable[[ConfigReader], float] | None = None
@@ -121,6 +124,8 @@ class Family:
     tie_embeddings: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     attention_parts: Callable[[ConfigReader, int], dict[str, Any]] = field(default=lambda config, layer: {})
+    default_rope: Mapping[str, Any] = field(default_factory=dict)
+    divide: Divide | None = None
     ignored: frozenset[str] = frozenset()
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     dense_size: str = "intermediate_size"

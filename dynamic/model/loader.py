@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -38,6 +39,8 @@ from .moe_spec import MoESpec
 from .placement import Join, Placement, Source, absent_linear
 from .quantization import NONE, Method, Quantization
 from .spec import ModelSpec
+
+logger = logging.getLogger(__name__)
 
 STORED = "as the checkpoint stores it"
 
@@ -83,6 +86,10 @@ def load_decoder(
     spec = replace(spec, eos_token_ids=stop_tokens(path, (*spec.eos_token_ids, *stop_token_ids)))
     if experts_per_token is not None:
         spec = spec.with_experts_per_token(experts_per_token)
+    if any(rope.longest for rope in spec.ropes):
+        logger.warning(
+            "contexts of up to %d tokens are served: longer ones rotate with other factors", spec.max_position
+        )
     device, coded = choose_device(settings.device), stored is not None or settings.quantization != NONE
     torch_dtype = choose_dtype(settings.dtype, files.config, DTYPES[checkpoint[EMBEDDING].dtype], device, coded=coded)
     chosen = select_backend(device, torch_dtype, settings.backend)

@@ -52,7 +52,7 @@ def open_files(path: Path) -> ModelFiles:
     whole = read_json(path / "config.json")
     config, stored = split_config(text_config(whole))
     family = family_of(config)
-    checkpoint = open_checkpoint(path, stored, without_mtp(text_names(whole), config))
+    checkpoint = open_checkpoint(path, stored, without_mtp(text_names(whole), config), family.divide)
     # Before anything is made for each of the layers: there may be 2³¹ of them.
     reader, there = ConfigReader(config), layers_in(checkpoint)
     if (layers := reader.integer("num_hidden_layers")) and layers != there:

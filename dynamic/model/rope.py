@@ -26,6 +26,7 @@ class RopeSpec:
         low_freq_factor, high_freq_factor: ``llama3``.
         beta_fast, beta_slow, attention_factor, truncate: ``yarn``. The attention factor multiplies cosine and sine.
         factors: ``longrope``: one for every channel pair, fastest first.
+        longest: ``longrope``: contexts that are longer rotate with other factors, and are not served; 0: none do.
 
     Raises:
         ValueError: naming the value that makes no sense.
@@ -44,6 +45,7 @@ class RopeSpec:
     attention_factor: float = 1.0
     truncate: bool = True
     factors: tuple[float, ...] = ()
+    longest: int = 0
 
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES:

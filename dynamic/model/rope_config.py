@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from typing import Any
 
 from ..checkpoint.config_reader import LARGEST_NUMBER, ConfigReader
@@ -37,7 +37,7 @@ def rope_spec(
         config.get("rope_theta")
         return RopeSpec(head_dim=0, unrotated=rotated + unrotated)
     rope.refuse_unread(ROPE_KEYS | family.rope_keys)
-    kinds = {kind: kind for kind in ROPE_TYPES}
+    kinds = {**{kind: kind for kind in ROPE_TYPES}, **family.rope_types}
     kind = rope.choice("rope_type" if "rope_type" in rope.values else "type", kinds, "default")
     if rope.choice("type", kinds, kind) != kind:
         raise rope.error("type", rope.values["type"], f"the same as rope_type, {kind}")
@@ -52,7 +52,9 @@ def rope_spec(
     required = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
     scaled: dict[str, Any] = {name: rope.number(name) for name in required.get(kind, ())}
     if kind == "longrope":
-        scaled = _longrope_values(rope)
+        if original < 2:
+            raise rope.error("original_max_position_embeddings", original, "at least 2")
+        scaled = _longrope_values(rope, max_position / original, original)
     if kind == "yarn":
         scaled = _yarn_values(rope, max_position / max(original, 1))
     return RopeSpec(
@@ -87,20 +89,20 @@ def rope_values(config: ConfigReader, family: Family, name: str | None) -> Confi
     older, newer = config.get("rope_scaling"), config.get("rope_parameters")
     if name:
         return ConfigReader(_named(config, family, name, older, newer), f"config.json: rope_parameters: {name}")
-    values = older or newer or family.rope_parameters
+    values = dict(family.default_rope) if older is None and newer is None else older or newer or {}
     if older and newer and _scaling(older) != _scaling(newer):
         raise config.error("rope_scaling", older, f"what rope_parameters says, {shown(newer)}, or absent")
-    if not isinstance(values, Mapping) or any(isinstance(value, dict) for value in values.values()):
+    if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
         raise config.error("rope_parameters", values, "one set of values for all layers")
     return ConfigReader(values, "config.json: rope_parameters")
 
 
 def _named(config: ConfigReader, family: Family, name: str, older: Any, newer: Any) -> dict[str, Any]:
     """One of several sets. The older keys scale the rotations of layers with full attention only."""
-    if not newer:
-        values = family.rope_parameters.get(name) or (older if name == "full_attention" else {})
+    if not newer and not (older and family.default_rope):
+        values = family.default_rope.get(name) or (older if name == "full_attention" else {})
     elif older:
-        raise config.error("rope_scaling", older, "absent beside rope_parameters")
+        raise config.error("rope_scaling", older, "absent: rope_parameters says how each type of layers rotates")
     elif not isinstance(newer, dict) or not all(value is None or isinstance(value, dict) for value in newer.values()):
         raise config.error("rope_parameters", newer, "a set of values for every type of layers")
     else:
@@ -120,13 +122,23 @@ def _scaling(values: Any) -> Any:
     return values.get("rope_type", values.get("type")), rest
 
 
-def _longrope_values(rope: ConfigReader) -> dict[str, Any]:
-    """One divisor for each frequency, whatever the length of the context."""
-    factors = rope.get("long_factor")
-    numeric = isinstance(factors, list) and all(type(f) in (int, float) and f < LARGEST_NUMBER for f in factors)
-    if not numeric or rope.get("short_factor") != factors:
-        raise rope.error("short_factor", rope.get("short_factor"), "numbers, and the same as long_factor")
-    return {"factors": tuple(map(float, factors)), "attention_factor": rope.number("attention_factor")}
+def _longrope_values(rope: ConfigReader, default_factor: float, original: int) -> dict[str, Any]:
+    """One divisor for each frequency, which long contexts may have others of."""
+    short, long = (_numbers(rope, key) for key in ("short_factor", "long_factor"))
+    factor = rope.number("factor", default_factor)
+    recommended = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return {
+        "factors": short,
+        "attention_factor": rope.number("attention_factor", recommended),
+        "longest": 0 if short == long else original,
+    }
+
+
+def _numbers(rope: ConfigReader, key: str) -> tuple[float, ...]:
+    values = rope.get(key)
+    if not isinstance(values, list) or not all(type(v) in (int, float) and abs(v) < LARGEST_NUMBER for v in values):
+        raise rope.error(key, values, "a list of numbers")
+    return tuple(map(float, values))
 
 
 def _yarn_values(rope: ConfigReader, default_factor: float) -> dict[str, Any]:

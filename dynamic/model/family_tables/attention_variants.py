@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...checkpoint.config_reader import ConfigReader
+from ...checkpoint.fused import rows_of
+from ...checkpoint.weights import Piece, TensorInfo
 from ..attention.extended import ExtendedGqaSpec, QueryGrowth
 from ..family import Family
 from ..rope_config import rope_values
@@ -28,6 +31,7 @@ def rope_by_flags(interval: int) -> Callable[[ConfigReader, int], str | None]:
     return rule
 
 
+_EMBEDDING = "model.embed_tokens.weight"
 HUNYUAN_ROPE = frozenset({"alpha"})
 _SMOLLM3_ROPE = rope_by_flags(4)
 
@@ -49,6 +53,21 @@ def extended(config: ConfigReader, layer: int) -> str:
     return ExtendedGqaSpec.kind
 
 
+def _phi3_divide(tensors: Mapping[str, TensorInfo]) -> dict[str, Piece]:
+    """Queries, keys and values; gate and up."""
+    hidden = tensors[_EMBEDDING].shape[-1] if _EMBEDDING in tensors else 0
+    pieces: dict[str, Piece] = {}
+    for name in tensors:
+        if match := re.fullmatch(r"(.*\.self_attn\.)qkv_proj\.(?:weight|weight_packed)", name):
+            keys = (tensors[name].shape[0] - hidden) // 2
+            parts = {"q_proj": hidden, "k_proj": keys, "v_proj": keys}
+            pieces |= rows_of(tensors, name, {match[1] + part: size for part, size in parts.items()})
+        elif match := re.fullmatch(r"(.*\.mlp\.)gate_up_proj\.(?:weight|weight_packed)", name):
+            half = tensors[name].shape[0] // 2
+            pieces |= rows_of(tensors, name, {match[1] + part: half for part in ("gate_proj", "up_proj")})
+    return pieces
+
+
 def norms_behind_rotation(config: ConfigReader, layer: int) -> dict[str, Any]:
     return {"norm_after_rotation": True}
 
@@ -63,7 +82,7 @@ MINISTRAL3 = Family(
     kv_heads=8,
     head_dim=128,
     norm_eps=1e-5,
-    rope_parameters={
+    default_rope={
         **{"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384},
         **{"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
     },
@@ -74,6 +93,13 @@ MINISTRAL3 = Family(
 )
 ATTENTION_VARIANTS: dict[str, Family] = {
     "ministral3": MINISTRAL3,
+    "phi3": Family(
+        norm_eps=1e-5,
+        partial_rotary=lambda config: 1.0,
+        rope_types={"su": "longrope", "yarn": "longrope"},
+        window=window_everywhere(None),
+        divide=_phi3_divide,
+    ),
     "hunyuan_v1_dense": Family(
         norm_eps=1e-5,
         rope_keys=HUNYUAN_ROPE,
