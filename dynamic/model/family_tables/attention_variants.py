@@ -97,6 +97,7 @@ ATTENTION_VARIANTS: dict[str, Family] = {
         norm_eps=1e-5,
         partial_rotary=lambda config: 1.0,
         rope_types={"su": "longrope", "yarn": "longrope"},
+        defaults={"original_max_position_embeddings": 4096},
         window=window_everywhere(None),
         divide=_phi3_divide,
     ),
