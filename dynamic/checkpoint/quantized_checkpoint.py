@@ -16,6 +16,7 @@ from .compressed_tensors import CompressedTensors
 from .gguf_layout import METHOD, open_gguf_blocks
 from .gptq import open_gptq
 from .layer_groups import read_groups
+from .mxfp4 import open_mxfp4
 from .stored_layout import StoredLayout, setting_error
 from .stored_weight import ALL, Index, Part, StoredWeight
 from .weights import DTYPES, Checkpoint, CheckpointError, Divide, Rename, StoredCodes, TensorInfo
@@ -35,6 +36,7 @@ _LAYOUTS: dict[str, OpenLayout] = {
     "gptq": open_gptq,
     "awq": open_awq,
     "fp8": open_block_fp8,
+    "mxfp4": open_mxfp4,
     METHOD: open_gguf_blocks,
 }
 

@@ -15,6 +15,7 @@ from ..checkpoint.weights import CheckpointError
 from .attention.registry import attention_kind
 from .family import Family
 from .family_tables.attention_variants import ATTENTION_VARIANTS
+from .family_tables.gpt_oss import GPT_OSS
 from .family_tables.llama_like import LLAMA_LIKE
 from .family_tables.own import OWN
 from .family_tables.shared_experts import SHARED_EXPERTS
@@ -22,12 +23,8 @@ from .rope_config import rope_spec
 from .spec import LayerSpec, ModelSpec
 
 MAX_LAYERS = 10_000  # a mistake beyond; how many there are is compared with the files later
-ACTIVATIONS = {
-    **{"silu": "silu", "swish": "silu", "gelu": "gelu"},
-    **{"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"},
-}
 
-FAMILIES: dict[str, Family] = {**LLAMA_LIKE, **ATTENTION_VARIANTS, **SHARED_EXPERTS, **OWN}
+FAMILIES: dict[str, Family] = {**LLAMA_LIKE, **ATTENTION_VARIANTS, **SHARED_EXPERTS, **GPT_OSS, **OWN}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -89,7 +86,7 @@ def _model_spec(config: ConfigReader, family: Family) -> ModelSpec:
         layers=layers,
         rope=ropes[0],
         norm_eps=config.number("rms_norm_eps", family.norm_eps),
-        activation=config.choice("hidden_act", ACTIVATIONS, "silu"),
+        activation=family.activation(config),
         mlp_bias=family.mlp_bias(config),
         tie_embeddings=config.flag("tie_word_embeddings", family.tie_embeddings),
         eos_token_ids=config.integers("eos_token_id"),

@@ -42,6 +42,10 @@ QWEN_EXPERTS = (
     ),
     ExpertNames(gate_up="mlp.experts.gate_up_proj", down="mlp.experts.down_proj"),
 )
+ACTIVATIONS = {
+    **{"silu": "silu", "swish": "silu", "gelu": "gelu"},
+    **{"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"},
+}
 MoERule = Callable[[ConfigReader, int], MoESpec | None]
 WindowRule = Callable[[ConfigReader, int], int | None]
 RopeRule = Callable[[ConfigReader, int], str | None]
@@ -65,6 +69,10 @@ def _no_window(config: ConfigReader, layer: int) -> None:
 
 def _no(config: ConfigReader) -> bool:
     return False
+
+
+def _activation(config: ConfigReader) -> str:
+    return config.choice("hidden_act", ACTIVATIONS, "silu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +104,7 @@ class Family:
         dense_size: key of the neurons of a dense FFN.
         dense, experts, shared: ways in which checkpoints store dense FFNs, experts and shared experts.
         shared_gate: name of the weight of the shared expert's gate.
+        activation: of the FFNs, by our name for it.
         default_rope: ``rope_parameters`` where a configuration has none.
         divide: finds stored tensors that are read as several.
         router: possible names of the router's weight.
@@ -124,6 +133,7 @@ class Family:
     tie_embeddings: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     attention_parts: Callable[[ConfigReader, int], dict[str, Any]] = field(default=lambda config, layer: {})
+    activation: Callable[[ConfigReader], str] = _activation
     default_rope: Mapping[str, Any] = field(default_factory=dict)
     divide: Divide | None = None
     ignored: frozenset[str] = frozenset()

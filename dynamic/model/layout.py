@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -29,7 +29,7 @@ class FFNLayout:
         gate, up, down: one name per expert, or one name for all.
         gate_up: the fused tensor instead of gate and up.
         transposed: fused tensors have their inputs in front of their outputs.
-        biases: names of gate, up and down bias, or none.
+        biases: likewise, one name per expert, of gate, up and down, or none.
     """
 
     num_experts: int
@@ -39,7 +39,11 @@ class FFNLayout:
     down: tuple[str, ...] = ()
     gate_up: str = ""
     transposed: bool = False
-    biases: tuple[str, ...] = ()
+    biases: tuple[tuple[str, ...], ...] = ()
+
+    def named_biases(self, part: int) -> Sequence[tuple[str, ...]]:
+        """For each expert, the name of the bias of its gate (0), up (1) or down (2), if it has one."""
+        return [(name,) for name in self.biases[part]] if self.biases else [()] * self.num_experts
 
     def fused(self, tensor: torch.Tensor) -> torch.Tensor:
         """A fused tensor as (E, O, I), as a view; the other way round where it was that already."""
@@ -152,11 +156,14 @@ def _layer_layout(claims: _Claims, spec: ModelSpec, layer: LayerSpec, family: Fa
         ffn_norm=claims.claim(f"{prefix}post_attention_layernorm.weight", hidden),
         ffn=_dense_layout(claims, family.dense, spec, layer.ffn_size, prefix)
         if moe is None
-        else _expert_layout(claims, family.experts, spec, moe.num_experts, moe.expert_size, prefix),
+        else _biased(
+            claims,
+            _expert_layout(claims, family.experts, spec, moe.num_experts, moe.expert_size, prefix),
+            hidden,
+            moe.expert_bias,
+        ),
         router=router,
-        router_bias=claims.claim(router.replace(".weight", ".bias"), moe.router.num_experts)
-        if moe and moe.router_bias
-        else "",
+        router_bias=claims.claim(bias_of(router), moe.router.num_experts) if moe and moe.router_bias else "",
         router_tensors=_router_tensors(claims, family, moe, hidden, prefix) if moe else {},
         shared=_dense_layout(claims, family.shared, spec, moe.shared_size, prefix) if moe and moe.shared_size else None,
         shared_gate=claims.claim(prefix + family.shared_gate, 1, hidden)
@@ -186,14 +193,23 @@ def _dense_layout(
     claims: _Claims, options: tuple[ExpertNames, ...], spec: ModelSpec, size: int, prefix: str
 ) -> FFNLayout:
     layout = _expert_layout(claims, options, spec, 1, size, prefix)
-    if not spec.mlp_bias:
+    return _biased(claims, layout, spec.hidden_size, spec.mlp_bias)
+
+
+def bias_of(weight: str) -> str:
+    """The name of a weight's bias."""
+    return weight.removesuffix("weight") + "bias"
+
+
+def _biased(claims: _Claims, layout: FFNLayout, hidden: int, biased: bool) -> FFNLayout:
+    """The layout with a bias beside each weight, if there are any."""
+    if not biased:
         return layout
     if layout.gate_up:
         raise CheckpointError(f"{layout.gate_up!r}: biases of fused gates and ups are not supported")
-    names = [*layout.gate, *layout.up, *layout.down]
-    sizes = (size, size, spec.hidden_size)
-    biases = [claims.claim(n.replace(".weight", ".bias"), count) for n, count in zip(names, sizes, strict=True)]
-    return replace(layout, biases=tuple(biases))
+    sizes = ((layout.gate, layout.expert_size), (layout.up, layout.expert_size), (layout.down, hidden))
+    biases = tuple(tuple(claims.claim(bias_of(name), size) for name in names) for names, size in sizes)
+    return replace(layout, biases=biases)
 
 
 def _expert_layout(

@@ -295,9 +295,8 @@ class _Builder:
         parts = [[self.source.quantized(name) for name in names] for names in (layout.gate, layout.up, layout.down)]
         if any(part for names in parts for part in names):
             return self._stored_ffn(layout, *parts)
-        method = self.quantization.layers
+        method, biases = self.quantization.layers, self._biases(layout)
         gate_EFD, up_EFD, down_EDF = expert_tensors(layout, self.spec.hidden_size, partial(self._source, method=method))
-        biases = [self._copy(name).view(1, -1) for name in layout.biases] or [None, None, None]
         if method is None:
             return self.backend.pack_experts(gate_EFD, up_EFD, down_EDF, self.spec.activation, *biases)
         quantized = []
@@ -309,12 +308,16 @@ class _Builder:
         gate, up, down = quantized
         return self.backend.pack_quantized_experts(gate, up, down, self.spec.activation, *biases, scheme=method.scheme)
 
+    def _biases(self, layout: FFNLayout) -> list[torch.Tensor] | list[None]:
+        """Of gate and up (E, F) and of down (E, D)."""
+        return [self._copy(*names).view(len(names), -1) for names in layout.biases] or [None, None, None]
+
     def _stored_ffn(self, layout: FFNLayout, *parts: Sequence[StoredCodes | None]) -> ExpertWeights:
         """Experts that were stored quantised, all of them or some of their projections, one by one."""
         if len(layout.down) != layout.num_experts:
             raise CheckpointError(f"{layout.down[0]!r} is quantised; only experts that are stored one by one can be")
         codes = [[part for part in names if part is not None] for names in parts]
-        biases = [self._copy(name).view(1, -1) for name in layout.biases] or [None, None, None]
+        biases = self._biases(layout)
         if all(len(names) == layout.num_experts for names in codes) and _run_together(*codes):
             gate, up, down = (stack_experts([part.weight for part in names]) for names in codes)
             scheme = codes[0][0].scheme
@@ -322,8 +325,8 @@ class _Builder:
                 return self.backend.pack_quantized_experts(gate, up, down, self.spec.activation, *biases, scheme=scheme)
         gate, up, down = (
             [
-                self._part([name], [part], layout.biases[number : number + 1])
-                for name, part in zip(names, stored, strict=True)
+                self._part([name], [part], bias)
+                for name, part, bias in zip(names, stored, layout.named_biases(number), strict=True)
             ]
             for number, (names, stored) in enumerate(zip((layout.gate, layout.up, layout.down), parts, strict=True))
         )

@@ -42,7 +42,7 @@ class ModelSpec:
     Arguments:
         family: ``model_type`` of the checkpoint.
         max_position: longest context, in tokens.
-        activation: ``silu``, ``gelu`` or ``gelu_tanh``.
+        activation: see :func:`reference.activate`.
         embedding_scale, residual_scale: factors on the embeddings and on what a block adds to the residual stream.
         logits_divisor: the logits are divided by it.
         tie_embeddings: the LM head is the embedding table.

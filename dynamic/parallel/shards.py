@@ -241,10 +241,12 @@ class Shard:
         in_order = experts == list(range(experts[0], experts[-1] + 1))
         run = slice(experts[0], experts[-1] + 1) if in_order else experts  # a view of the file where it can be one
         part = replace(layout, num_experts=len(experts), expert_size=width(neurons))
-        for name in layout.biases[:2]:
-            self.cuts[name] = Part(outputs=neurons)
-        if layout.biases and self.context.tensor_rank:
-            self.cuts[layout.biases[2]] = torch.zeros_like
+        if layout.biases:
+            part = replace(part, biases=tuple(tuple(names[e] for e in experts) for names in layout.biases))
+            for name in (*part.biases[0], *part.biases[1]):
+                self.cuts[name] = Part(outputs=neurons)
+            if self.context.tensor_rank:
+                self.cuts |= dict.fromkeys(part.biases[2], torch.zeros_like)
         if layout.gate_up:
             self.cuts[layout.gate_up] = partial(_fused, layout=layout, experts=run, neurons=neurons)
             self.cuts[layout.down[0]] = lambda down: layout.fused(layout.fused(down)[run, :, neurons])

@@ -29,7 +29,7 @@ Weight = torch.Tensor | QuantizedWeight
 
 @dataclass(frozen=True, kw_only=True)
 class FFNTensors:
-    """Experts of a layer, or a dense FFN as one expert. Biases: of gate, up and down, (1, …), or none."""
+    """Experts of a layer, or a dense FFN as one expert. Biases: of gate, up and down, (E, …), or none."""
 
     gate_EFD: Weight
     up_EFD: Weight
@@ -102,7 +102,7 @@ def read_layer(checkpoint: Checkpoint, layout: LayerLayout, spec: ModelSpec) -> 
         return one(name) if name else None
 
     def ffn(part: FFNLayout) -> FFNTensors:
-        biases = tuple(one(name).view(1, -1) for name in part.biases)
+        biases = tuple(one(*names).view(len(names), -1) for names in part.biases)
         gate, up, down = (t.contiguous() for t in expert_tensors(part, spec.hidden_size, one))
         return FFNTensors(gate_EFD=gate, up_EFD=up, down_EDF=down, biases=biases)
 
@@ -260,7 +260,8 @@ def layer_tensors(
     for part, ffn in ((layout.ffn, layer.ffn), (layout.shared, layer.shared)):
         if part is not None and ffn is not None:
             weights += _ffn_weights(ffn, part, family, prefix)
-            kept += [(name, bias.view(-1)) for name, bias in zip(part.biases, ffn.biases, strict=True)]
+            for names, biases in zip(part.biases, ffn.biases, strict=True):
+                kept += zip(names, biases, strict=True)
     stored = {name: inverse(order) for name, order in layout.attention.orders().items()}
     out = {
         name: in_order(tensor.to(dtype), stored.get(name, ())).contiguous()

@@ -118,7 +118,8 @@ class QuantizedWeight:
     @property
     def needs_offsets(self) -> bool:
         """Whether :meth:`offsets` say more than kernels know: they take the code in the middle for 0."""
-        return not (self.symmetric and self.format.codes.centred)
+        codes = self.format.codes
+        return not (self.symmetric and (codes.centred or codes.table is not None))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Codes, scales and whatever else there is, by field."""

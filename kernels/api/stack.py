@@ -44,6 +44,7 @@ class StackAttention:
         norm_per_head: norms of queries and keys, where there are any, go over each head, not over the full width.
         scale: factor on the scores.
         window: how many positions a row sees, its own included; None sees all.
+        sinks_H: see :func:`reference.paged_attention`.
     """
 
     num_heads: int
@@ -56,6 +57,7 @@ class StackAttention:
     o: LinearWeights
     scale: float
     window: int | None
+    sinks_H: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

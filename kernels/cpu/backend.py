@@ -28,10 +28,10 @@ from ..torch.experts import PlainExperts
 from ..torch.split import SplitExperts, SplitLinear
 from . import build as cpu_build
 from .fingerprint import fingerprint
-from .layout import BLOCK, activation_number, join_gate_up_bias
+from .layout import BLOCK, join_gate_up_bias
 from .quantized import CpuLinear, CpuQuantPacking
 from .stack import CpuStack
-from .vectors import CODED_CACHE
+from .vectors import CODED_CACHE, SINKS
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class CpuBackend(CpuQuantPacking):
         return self.embed(weights, ids_T, 1.0).to(self.dtype)
 
     def _pack_experts(self, experts: PlainExperts, activation: str) -> ExpertWeights:
-        number = activation_number(activation)
+        number = self._activation(activation)
         num_experts, expert_size, hidden_size = experts.gate_EFD.shape
         # Slices of one dense matrix are most often used all together, and are laid out for that.
         dense_down = num_experts > 1 and experts.down_EDF.stride(0) < experts.down_EDF.stride(1)
@@ -327,6 +327,12 @@ class CpuBackend(CpuQuantPacking):
         # One table of rotations and one shape of caches for all layers.
         if len({(b.num_kv_heads, b.head_dim) for b in blocks if isinstance(b, StackAttention)}) != 1:
             return None
+        sinks = any(isinstance(b, StackAttention) and b.sinks_H is not None for b in blocks)
+        routers = [
+            block.router.data for block in blocks if isinstance(block, StackExperts) and block.router is not None
+        ]
+        if sinks or any(router.bias is not None for router in routers):
+            self.formats.add(SINKS)
         # Keys and values that begin inside a block of quantised weights come with outputs that are not theirs.
         if any(projection.kv.data.skip for exit in exits for projection in exit.projections):
             return None

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+from ..reference.operations import CLAMPED_SWIGLU
+
+PLAIN_ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+ACTIVATIONS = (*PLAIN_ACTIVATIONS, CLAMPED_SWIGLU)
 BLOCK = 32  # outputs of a block
 GATED = 16  # gate outputs of a gated block; the up outputs that belong to them follow
 

@@ -14,16 +14,16 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..api.formats import UNQUANTIZED, ActivationScheme
+from ..api.formats import MXFP4, UNQUANTIZED, ActivationScheme
 from ..api.quantized_weight import QuantizedWeight
 from ..api.types import ExpertWeights, LinearWeights, Routing
 from ..torch.backend import TorchBackend
 from ..torch.experts import PlainExperts
 from ..torch.quantized import QuantExperts
-from .layout import BLOCK, GATED, activation_number, join_gate_up_bias, padded
+from .layout import BLOCK, GATED, PLAIN_ACTIVATIONS, activation_number, join_gate_up_bias, padded
 
 log = logging.getLogger(__name__)
-_SCALES = (torch.float32, torch.float16, torch.bfloat16)
+_SCALES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e8m0fnu)
 
 
 class Layout(NamedTuple):
@@ -146,7 +146,8 @@ class _Codes(NamedTuple):
 
 def _pack(isa: int, weight: QuantizedWeight, stored: _Codes, scheme: ActivationScheme) -> tuple[torch.Tensor, Layout]:
     offsets, two_level = stored.offsets, stored.outer_scales is not None
-    dtype = next(d for d in (*_SCALES[1:], torch.float32) if two_level or _holds(d, stored.scales))
+    types = (torch.float8_e8m0fnu,) if weight.format == MXFP4 else _SCALES[1:3]
+    dtype = next(d for d in (*types, torch.float32) if two_level or _holds(d, stored.scales))
     kind = int(offsets is not None)
     if offsets is not None and not two_level and not _holds(dtype, offsets):
         zeros = _zero_points(stored.scales, offsets)
@@ -169,12 +170,14 @@ def _pack(isa: int, weight: QuantizedWeight, stored: _Codes, scheme: ActivationS
 
 
 def _holds(dtype: torch.dtype, values: torch.Tensor) -> bool:
-    """Whether a dtype has exactly these values; of bfloat16 only normal numbers and zeros are used."""
+    """Whether a dtype has exactly these values; of bfloat16 only normal numbers and zeros are used, of powers of two
+    only normal ones."""
     if dtype == torch.float32:
         return True
     same = (values.to(dtype).float() == values) & values.isfinite()
-    if dtype == torch.bfloat16:
-        same &= (values == 0) | (values.abs() >= torch.finfo(dtype).tiny)
+    if dtype in (torch.bfloat16, torch.float8_e8m0fnu):
+        zero = (values == 0) & (dtype == torch.bfloat16)
+        same &= zero | (values.abs() >= torch.finfo(torch.float32).tiny)
     return bool(same.all())
 
 
@@ -194,6 +197,8 @@ def _read(weight: QuantizedWeight, has_offsets: bool = False) -> _Codes:
     codes = weight.codes()
     if weight.format.codes.dtype == torch.float8_e4m3fn and bool(((codes & 127) == 127).any()):
         raise ValueError(f"an {weight.format.name} weight of shape {weight.shape} holds NaN")
+    if weight.format == MXFP4:  # the kernels' numbers are whole: twice what codes stand for
+        return _Codes(codes, weight.scales() / 2, None)
     if not weight.format.two_level:
         return _Codes(codes, weight.scales(), weight.offsets() if has_offsets or weight.needs_offsets else None)
     offset, wants_offsets = weight.offset, weight.format.offsets
@@ -258,7 +263,7 @@ class CpuQuantPacking(TorchBackend):
             gate, up, down = (self._dequantized(weight, experts.scheme) for weight in experts.weights)
             return self._pack_experts(PlainExperts(gate, up, down, *experts.biases), activation)
         self.formats.update(weight.format.name for weight in experts.weights)
-        number = activation_number(activation)
+        number = self._activation(activation)
         gate_EFD, up_EFD, down_EDF = experts.weights
         if gate_EFD.format != up_EFD.format or _group(gate_EFD) != _group(up_EFD):
             raise ValueError(
@@ -277,6 +282,13 @@ class CpuQuantPacking(TorchBackend):
         num_experts, width, hidden = gate_EFD.shape
         data = CpuQuantExperts(self._isa, *first, *second, *biases, (num_experts, hidden, width, number))
         return ExpertWeights.of(gate_EFD.shape, activation, self.dtype, data, first[0], second[0], *biases)
+
+    def _activation(self, activation: str) -> int:
+        """What the kernels call an activation."""
+        number = activation_number(activation)
+        if activation not in PLAIN_ACTIVATIONS:
+            self.formats.add(activation)
+        return number
 
     def _padded(self, bias: torch.Tensor | None) -> torch.Tensor | None:
         """A bias rounded to this backend's dtype and padded to whole blocks."""

@@ -133,7 +133,13 @@ def _attention(block: StackAttention) -> Any:
     heads = {"heads": block.num_heads, "kv_heads": block.num_kv_heads, "channels": block.head_dim}
     return _block(
         "attention",
-        {**_linear("qkv", block.qkv), **_linear("o", block.o), "q_norm": block.q_norm, "k_norm": block.k_norm},
+        {
+            **_linear("qkv", block.qkv),
+            **_linear("o", block.o),
+            "q_norm": block.q_norm,
+            "k_norm": block.k_norm,
+            "sinks": block.sinks_H,
+        },
         {**heads, "norm_per_head": block.norm_per_head, "window": block.window or 0},
         {"scale": block.scale},
         {"qkv": list(block.qkv.data.layout), "o": list(block.o.data.layout)},
@@ -156,7 +162,7 @@ def _experts(block: StackExperts) -> Any:
     layouts = {"gate_up": list(data.gate_up_layout), "down": list(data.down_layout)} if quantised else {}
     if router is None or rule is None:
         return _block("experts", tensors, integers, {}, layouts)
-    tensors["router"] = router.data.packed
+    tensors |= _linear("router", router)
     integers |= {"top_k": rule.top_k, "score": SCORES.index(rule.score), "renormalize": rule.renormalize}
     integers["softmax_after_topk"] = rule.softmax_after_topk
     return _block("experts", tensors, integers, {"routing_scale": rule.scale}, layouts)

@@ -20,14 +20,18 @@ from .vector_inputs import EPS, Numbers, cache, places, probe, rotations, thresh
 Outputs = Iterator[torch.Tensor]
 
 
-def stack_vectors(backend: TorchBackend, numbers: Numbers, kept: torch.dtype) -> Outputs:
-    """A small model in one call: a prompt in two chunks, decodes; with exits; with budgets."""
+def stack_vectors(backend: TorchBackend, numbers: Numbers, kept: torch.dtype, *, sinks: bool = False) -> Outputs:
+    """A small model in one call: a prompt in two chunks, decodes; with exits; with budgets.
+
+    Arguments:
+        sinks: whether attention has sinks, and routers have biases.
+    """
     hidden, heads, kv_heads, channels, page = 64, 4, 2, 32, 16
     shape = StackShape(hidden_size=hidden, norm_eps=EPS, residual_scale=0.7)
     table_LC = rotations(channels, 64)
     for with_exits, biased in ((False, False), (True, False), (True, True)):
         sizes = hidden, heads, kv_heads, channels
-        blocks = [_layer(backend, numbers, sizes, number, biased) for number in range(3)]
+        blocks = [_layer(backend, numbers, sizes, number, biased, sinks) for number in range(3)]
         exits = [_exit(backend, numbers, hidden, blocks, after) for after in (1, 2)]
         stack = backend.make_stack(shape, blocks, exits)
         assert stack is not None
@@ -79,7 +83,7 @@ def _held_pages(lengths: Sequence[int], rows: Sequence[int], page: int) -> Atten
 
 
 def _layer(
-    backend: TorchBackend, numbers: Numbers, sizes: tuple[int, int, int, int], number: int, biased: bool
+    backend: TorchBackend, numbers: Numbers, sizes: tuple[int, int, int, int], number: int, biased: bool, sinks: bool
 ) -> list[StackBlock]:
     """Layer 0: a mixture, norms of each head; 1: a window, the other routing rule; 2: a dense FFN."""
     hidden, heads, kv_heads, channels = sizes
@@ -97,11 +101,12 @@ def _layer(
         o=backend.pack_linear(numbers.floats(hidden, heads * channels, scale=0.2)),
         scale=channels**-0.5,
         window=5 if number == 1 else None,
+        sinks_H=numbers.floats(heads, scale=4) if sinks else None,
     )
     count, neurons = (1, 96) if number == 2 else (8, 48)
     gate, up = (numbers.floats(count, neurons, hidden, scale=0.4) for _ in range(2))
     ffn = backend.pack_experts(gate, up, numbers.floats(count, hidden, neurons, scale=0.4), "silu")
-    router = backend.pack_linear(numbers.floats(count, hidden, scale=0.5))
+    router = backend.pack_linear(numbers.floats(count, hidden, scale=0.5), numbers.floats(count) if sinks else None)
     rule = RouterSpec(num_experts=8, top_k=3, renormalize=number == 0, softmax_after_topk=number == 1)
     return [
         StackNorm(weight_D=norms[0]),

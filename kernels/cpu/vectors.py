@@ -9,7 +9,7 @@ Shape suffixes as in ``kernels/api/types.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,13 +19,14 @@ from ..api.formats import ROW_GROUP, UNQUANTIZED, ActivationScheme, Format
 from ..api.quantized_weight import QuantizedWeight
 from ..api.router_spec import RouterSpec
 from ..api.types import ExpertWeights, KVProjection, LinearWeights, Routing
+from ..reference.operations import CLAMPED_SWIGLU
 from ..torch.backend import TorchBackend
-from .layout import ACTIVATIONS
+from .layout import PLAIN_ACTIVATIONS
 from .stack_vectors import stack_vectors
 from .vector_inputs import EPS, Numbers, cache, places, probe, rotations, thresholds
 
 Outputs = Iterator[torch.Tensor]
-PLAIN, CODED_CACHE = "plain", "int8 cache"
+PLAIN, CODED_CACHE, SINKS = "plain", "int8 cache", "sinks and biases of routers"
 ROWS = (1, 2, 7, 16, 17, 33)
 _LINEARS = ((33, 45), (96, 64), (70, 130))  # outputs, inputs
 _EXPERTS = ((5, 45, 40), (3, 64, 32))  # experts, hidden size, width
@@ -43,9 +44,10 @@ _WINDOWS = (None, 1, 5, 16, 64, 65)
 
 
 def vectors() -> dict[str, Callable[[TorchBackend], Outputs]]:
-    """What is computed, by what a model must use for it to matter: everybody :data:`PLAIN`, codes in the cache, or a
-    format by its name. The backend is the CPU's."""
+    """What is computed, by what a model must use for it to matter: everybody :data:`PLAIN`, codes in the cache, sinks,
+    or a format or an activation by its name. The backend is the CPU's."""
     found: dict[str, Callable[[TorchBackend], Outputs]] = {PLAIN: _plain, CODED_CACHE: _coded_cache}
+    found |= {SINKS: _sinks, CLAMPED_SWIGLU: lambda backend: _mixtures(backend, Numbers(), (CLAMPED_SWIGLU,), 12.0)}
     for format in cpu_formats():
         found[format.name] = lambda backend, format=format: _quantised(backend, format)
     return found
@@ -63,19 +65,7 @@ def _plain(backend: TorchBackend) -> Outputs:
         weight_OI = numbers.floats(outputs, inputs, scale=3 * inputs**-0.5)
         for bias_O in (None, numbers.floats(outputs)):
             yield from _linear(backend, numbers, backend.pack_linear(weight_OI, bias_O))
-    for num_experts, hidden, width in _EXPERTS:
-        gate_EFD, up_EFD = (numbers.floats(num_experts, width, hidden, scale=0.4) for _ in range(2))
-        down_EDF = numbers.floats(num_experts, hidden, width, scale=0.4)
-        biases = (
-            numbers.floats(num_experts, width),
-            numbers.floats(num_experts, width),
-            numbers.floats(num_experts, hidden),
-        )
-        side_by_side = down_EDF.permute(1, 0, 2).contiguous().permute(1, 0, 2)
-        for activation in ACTIVATIONS:
-            for given, down in (((), down_EDF), (biases, down_EDF), ((), side_by_side)):
-                packed = backend.pack_experts(gate_EFD, up_EFD, down, activation, *given)
-                yield from _experts(backend, numbers, packed)
+    yield from _mixtures(backend, numbers, PLAIN_ACTIVATIONS)
     yield from _routing(backend, numbers)
     yield from _norms(backend, numbers)
     yield from _attention(backend, numbers, backend.dtype)
@@ -83,10 +73,32 @@ def _plain(backend: TorchBackend) -> Outputs:
     yield from stack_vectors(backend, numbers, backend.dtype)
 
 
+def _mixtures(backend: TorchBackend, numbers: Numbers, activations: Sequence[str], size: float = 1.0) -> Outputs:
+    """Plain experts; ``size`` is that of what their activation reads."""
+    for num_experts, hidden, width in _EXPERTS:
+        gate_EFD, up_EFD = (numbers.floats(num_experts, width, hidden, scale=0.4 * size) for _ in range(2))
+        down_EDF = numbers.floats(num_experts, hidden, width, scale=0.4)
+        biases = (
+            numbers.floats(num_experts, width),
+            numbers.floats(num_experts, width),
+            numbers.floats(num_experts, hidden),
+        )
+        side_by_side = down_EDF.permute(1, 0, 2).contiguous().permute(1, 0, 2)
+        for activation in activations:
+            for given, down in (((), down_EDF), (biases, down_EDF), ((), side_by_side)):
+                packed = backend.pack_experts(gate_EFD, up_EFD, down, activation, *given)
+                yield from _experts(backend, numbers, packed)
+
+
 def _coded_cache(backend: TorchBackend) -> Outputs:
     numbers = Numbers()
     yield from _attention(backend, numbers, torch.int8)
     yield from stack_vectors(backend, numbers, torch.int8)
+
+
+def _sinks(backend: TorchBackend) -> Outputs:
+    for kept in (backend.dtype, torch.int8):
+        yield from stack_vectors(backend, Numbers(), kept, sinks=True)
 
 
 def _linear(backend: TorchBackend, numbers: Numbers, weights: LinearWeights) -> Outputs:

@@ -15,6 +15,8 @@ from ..api.types import AttentionBatch, KVLayer, Routing
 from .router import route as route
 from .router import router_logits as router_logits
 
+CLAMPED_SWIGLU, SWIGLU_LIMIT, SWIGLU_GAIN = "clamped_swiglu", 7.0, 1.702
+
 
 def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
     """Root-mean-square norm over the last dimension, computed in float32, returned in the weight's dtype."""
@@ -37,14 +39,20 @@ def rope(x_TXC: torch.Tensor, cos_sin_LC: torch.Tensor, positions_T: torch.Tenso
 
 
 def activate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    """Gated activation ``act(gate) * up``; ``activation`` is ``silu``, ``gelu`` (exact) or ``gelu_tanh``."""
+    """Gated activation ``act(gate) * up``; ``activation`` is ``silu``, ``gelu`` (exact) or ``gelu_tanh``.
+
+    ``clamped_swiglu`` is ``gate · sigmoid(1.702 gate) · (up + 1)`` of a gate that is at most 7 and an up within ± 7.
+    """
     if activation == "silu":
         return F.silu(gate) * up
     if activation == "gelu":
         return F.gelu(gate) * up
     if activation == "gelu_tanh":
         return F.gelu(gate, approximate="tanh") * up
-    raise ValueError(f"unknown activation {activation!r}; known: silu, gelu, gelu_tanh")
+    if activation == CLAMPED_SWIGLU:
+        gate, up = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+        return gate * (SWIGLU_GAIN * gate).sigmoid() * (up + 1)
+    raise ValueError(f"unknown activation {activation!r}; known: silu, gelu, gelu_tanh, {CLAMPED_SWIGLU}")
 
 
 def write_kv(k_TGC: torch.Tensor, v_TGC: torch.Tensor, layer: KVLayer, slots_T: torch.Tensor) -> None:

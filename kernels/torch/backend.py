@@ -52,7 +52,7 @@ class TorchBackend:
         self.device = torch.device(device)
         self.dtype = dtype
         self._said: set[str] = set()
-        self.formats: set[str] = set()  # of the quantised weights that were packed for kernels of its own
+        self.formats: set[str] = set()  # packed for kernels of its own, and other parts of :meth:`numerics`
 
     def numerics(self, processor: str, coded_cache: bool) -> str:
         """What the operations compute, as text that changes when their results may have changed.

@@ -1,6 +1,6 @@
 """Grouped-query attention: query heads share key/value heads; multi-head and multi-query attention are its ends.
 
-Ainslie et al. 2023. Optional: biases, RMS norms of queries and keys, clipping, a sliding window.
+Ainslie et al. 2023. Optional: biases, RMS norms of queries and keys, clipping, a sliding window, sinks.
 
 Shape suffixes as in ``kernels/api/types.py``; X the channels of all heads.
 """
@@ -51,6 +51,7 @@ class GqaWeights(AttentionWeights):
     o: LinearWeights
     q_norm: torch.Tensor | None = None
     k_norm: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
 
     @property
     def propagated_bytes(self) -> int:
@@ -68,6 +69,7 @@ class GqaSpec(AttentionSpec):
         clip: queries, keys and values are clipped to ± this value.
         rotated: channels of a head that positions rotate; None: all.
         interleaved: neighbouring channels are rotated together, not those half a head apart.
+        sinks: each head has a learned logit that takes part in the softmax and has no value.
 
     Raises:
         ValueError: for sizes that do not go together.
@@ -84,6 +86,7 @@ class GqaSpec(AttentionSpec):
     clip: float | None = None
     rotated: int | None = None
     interleaved: bool = False
+    sinks: bool = False
 
     def __post_init__(self) -> None:
         check_ranges(self, "num_heads", "num_kv_heads", "head_dim", least=1)
@@ -164,6 +167,13 @@ class GqaSpec(AttentionSpec):
             return next((name for name in names if name in available), names[0])
 
         names = {"q_norm": norm_name("q_norm", "query_layernorm"), "k_norm": norm_name("k_norm", "key_layernorm")}
+        tensors = {
+            field: TensorLayout(name=name, shape=(size,), order=order)
+            for (field, name), size in zip(names.items(), self.norm_sizes or (), strict=False)
+        }
+        if self.sinks:
+            name = f"{prefix}self_attn.sinks"
+            tensors["sinks"] = TensorLayout(name=name, shape=(self.num_heads,), float32=True)
         return AttentionLayout(
             kind=self,
             linears={
@@ -177,10 +187,7 @@ class GqaSpec(AttentionSpec):
                 ),
                 "o": linear(self.num_heads * self.value_channels, self.o_bias, (), o=hidden_size),
             },
-            tensors={
-                field: TensorLayout(name=name, shape=(size,), order=order)
-                for (field, name), size in zip(names.items(), self.norm_sizes or (), strict=False)
-            },
+            tensors=tensors,
         )
 
     def weights(self, parts: Mapping[str, LinearWeights | torch.Tensor]) -> GqaWeights:
@@ -197,7 +204,7 @@ class GqaSpec(AttentionSpec):
     ) -> torch.Tensor:
         """The heads' outputs, (T, H, C)."""
         q_THC = self.rotated_queries(weights, x_TD, kv, batch, context)
-        return context.backend.attention(q_THC, kv, batch, scale=self.scale, window=self.window)
+        return context.backend.attention(q_THC, kv, batch, scale=self.scale, window=self.window, sinks_H=weights.sinks)
 
     def rotated_queries(
         self, weights: GqaWeights, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
@@ -248,6 +255,8 @@ class GqaSpec(AttentionSpec):
         outputs = dict(zip((*qkv.weights, *qkv.biases), (queries, keys, values) * 2, strict=False))
         if self.qk_norm == "full":
             outputs |= {tensors["q_norm"].name: queries, tensors["k_norm"].name: keys}
+        if self.sinks:
+            outputs[tensors["sinks"].name] = split_heads(self, parts, part)[0]
         return AttentionCuts(
             outputs=outputs,
             inputs={layout.linears["o"].weights[0]: tuple(_channels(q, self.value_channels) for q, _ in shares)},
@@ -273,6 +282,7 @@ class GqaSpec(AttentionSpec):
             o=weights.o,
             scale=self.scale,
             window=self.window,
+            sinks_H=weights.sinks,
         )
 
     def projection(self, norm_D: torch.Tensor, weights: Any, backend: TorchBackend) -> KVProjection:

@@ -17,7 +17,8 @@ constexpr int kKeyBlock = 64;  // keys that attention takes in one step, aligned
 
 // int8 is for keys and values in the cache only: a head's codes, then their scale.
 enum class Dtype : int { fp32 = 0, bf16 = 1, int8 = 2 };
-enum class Activation : int { silu = 0, gelu = 1, gelu_tanh = 2 };
+// The last takes gate · sigmoid(1.702 gate) and up + 1, with gate up to 7 and up within ± 7.
+enum class Activation : int { silu = 0, gelu = 1, gelu_tanh = 2, clamped_swiglu = 3 };
 
 constexpr int kScaleBytes = 2;  // behind the codes of a head
 inline int element_bytes(Dtype dtype) { return dtype == Dtype::fp32 ? 4 : dtype == Dtype::bf16 ? 2 : 1; }
@@ -38,14 +39,21 @@ struct CodesAhead {
   int from, to, stride;
 };
 
-enum class Format : int { int8 = 0, int4 = 1, fp8 = 2, q4_k = 3, q5_k = 4, q6_k = 5 };
-// Of scales and offsets in memory. fp16 holds no infinities or NaN, bf16 no subnormal numbers either.
-enum class ScaleType : int { fp32 = 0, fp16 = 1, bf16 = 2 };
+enum class Format : int { int8 = 0, int4 = 1, fp8 = 2, q4_k = 3, q5_k = 4, q6_k = 5, mxfp4 = 6 };
+// Of scales and offsets in memory. fp16 holds no infinities or NaN, bf16 no subnormal numbers either; e8m0 is the exponent
+// of a normal power of two, for mxfp4 only.
+enum class ScaleType : int { fp32 = 0, fp16 = 1, bf16 = 2, e8m0 = 3 };
 // Of int4, q4_k and q5_k: weight = code * scale + offset. The offset is in memory, like a scale, or for int4 -zero *
 // scale, with a zero point of 16 bits in memory; without either code - `zero()` takes the place of code.
 enum class Offsets : int { none = 0, values = 1, zeros = 2 };
 
 constexpr int64_t kOuterInputs = 256;  // that share an outer scale
+
+// Twice what a code of mxfp4 stands for, a whole number within ± 12: 4-bit floats (e2m1), the sign in the upper bit.
+inline constexpr int mxfp4_number(int code) {
+  const int size = code & 7, twice = size + (size > 4) + (size > 5) + 3 * (size > 6);
+  return code & 8 ? -twice : twice;
+}
 
 // How quantised weights lie in memory; see quant.h. A block is made of sections: groups, or with two levels of scales
 // the groups of 256 inputs.
@@ -60,12 +68,17 @@ struct QuantLayout {
   int64_t groups() const { return ceil_div(inputs, group); }
   int64_t blocks() const { return ceil_div(outputs, kBlockOutputs); }
   bool has_offsets() const { return offsets != Offsets::none; }
-  bool two_level() const { return format >= Format::q4_k; }
-  int bits() const { return two_level() ? 1 + static_cast<int>(format) : format == Format::int4 ? 4 : 8; }
+  bool two_level() const { return Format::q4_k <= format && format <= Format::q6_k; }
+  int bits() const {
+    if (two_level()) return 1 + static_cast<int>(format);
+    return format == Format::int4 || format == Format::mxfp4 ? 4 : 8;
+  }
   int zero() const { return 1 << (bits() - 1); }
   int64_t section_groups() const { return two_level() ? kOuterInputs / group : 1; }
   int64_t section_inputs() const { return section_groups() * group; }
-  int64_t bytes_per_scale() const { return scale_type == ScaleType::fp32 ? 4 : 2; }
+  int64_t bytes_per_scale() const {
+    return scale_type == ScaleType::fp32 ? 4 : scale_type == ScaleType::e8m0 ? 1 : 2;
+  }
   // Of outer scales and offsets, 16 bits each; what belongs to groups follows.
   int64_t outer_bytes() const { return two_level() ? kBlockOutputs * (has_offsets() ? 4 : 2) : 0; }
   // Of all that comes in front of a section's codes.

@@ -105,6 +105,8 @@ TARGET static inline Vec::F activate(Vec::F x, Activation activation) {
     const Vec::F cubic = Vec::mul(x, Vec::fma(Vec::mul(x, x), Vec::set(0.044715f), one));
     return Vec::div(x, Vec::add(one, exponential(Vec::mul(cubic, Vec::set(-2 * 0.7978845608f)))));
   }
+  if (activation == Activation::clamped_swiglu)
+    return Vec::div(x, Vec::add(one, exponential(Vec::mul(x, Vec::set(-1.702f)))));
   alignas(64) float lane[Vec::kLanes];
   Vec::store(lane, x);
   for (float& value : lane) value = 0.5f * value * (1.0f + std::erf(value * 0.70710678f));

@@ -92,8 +92,13 @@ TARGET static void gated_rows(const float* tile, int num_rows, const float* bias
   for (int r = 0; r < num_rows; ++r) {
     const float* row = with_bias(tile + r * kBlockOutputs, bias, biased);
     for (int o = 0; o < kGatedOutputs; o += Vec::kLanes) {
-      const Vec::F up = Vec::load(row + kGatedOutputs + o);
-      Vec::store(out + r * stride + o, Vec::mul(activate(Vec::load(row + o), activation), up));
+      Vec::F gate = Vec::load(row + o), up = Vec::load(row + kGatedOutputs + o);
+      if (activation == Activation::clamped_swiglu) {
+        const Vec::F limit = Vec::set(7.0f);
+        gate = Vec::min(limit, gate);
+        up = Vec::add(Vec::set(1.0f), Vec::max(Vec::set(-7.0f), Vec::min(limit, up)));
+      }
+      Vec::store(out + r * stride + o, Vec::mul(activate(gate, activation), up));
     }
   }
 }

@@ -40,7 +40,7 @@ ExpertsCall experts_call(const Tensor& x, const Tensor& gate_up, const Tensor& d
   call.rows = x.size(0);
   call.layout = layout_of(call.x.dtype, shape[0], shape[1], shape[2], shape[3] != 0);
   TORCH_CHECK_VALUE(x.size(1) == shape[1], "x has ", x.size(1), " columns, the experts take ", shape[1]);
-  call.activation = enum_of(shape[4], Activation::gelu_tanh, "activation");
+  call.activation = enum_of(shape[4], Activation::clamped_swiglu, "activation");
   call.gate_up = words(gate_up, call.layout.gate_words(), "gate_up");
   call.down = words(down, call.layout.down_words(), "down");
   set_biases(call, gate_up_bias, down_bias, routed);

@@ -60,7 +60,7 @@ Tensor quant_experts_op(int64_t isa, const Tensor& x, const Tensor& gate_up, at:
   const ExpertLayout& layout = call.layout;
   TORCH_CHECK_VALUE(x.size(1) == layout.hidden, "x has ", x.size(1), " columns, the experts take ", layout.hidden);
   const QuantExperts experts = quant_experts_of(layout, gate_up, gate_up_layout, down, down_layout);
-  call.activation = enum_of(shape[3], Activation::gelu_tanh, "activation");
+  call.activation = enum_of(shape[3], Activation::clamped_swiglu, "activation");
   set_biases(call, gate_up_bias, down_bias, true);
   if (ids) {
     TORCH_CHECK_VALUE(weights && ids->dim() == 2 && ids->size(0) == call.rows && weights->sizes() == ids->sizes() &&

@@ -109,6 +109,7 @@ void attend(const Context& context, const Shape& shape, const AttentionBlock& bl
   call.sequences = places.sequences;
   call.scale = block.scale;
   call.window = block.window;
+  call.sinks = block.sinks;
   call.out = work.attended;
   attention(context, call);
   project(context, shape, block.o, work.attended, block.q_width(), rows, work.pending);

@@ -36,6 +36,7 @@ struct AttentionBlock {
   bool norm_per_head;           // of queries and keys; otherwise over their full width
   float scale;
   int64_t window;
+  const float* sinks;  // or null, see AttentionCall
 
   int64_t q_width() const { return heads * channels; }
   int64_t kv_width() const { return kv_heads * channels; }

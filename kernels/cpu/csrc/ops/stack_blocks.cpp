@@ -60,6 +60,10 @@ AttentionBlock StackWeights::attention(NamedBlock& named, int64_t hidden) {
   };
   block.q_norm = head_norm("q_norm", block.q_width());
   block.k_norm = head_norm("k_norm", block.kv_width());
+  const OptionalTensor sinks = named.optional("sinks");
+  TORCH_CHECK_VALUE(!sinks || sinks->numel() == block.heads, "sinks must have one entry for each of ", block.heads,
+                    " heads");
+  block.sinks = floats(keep(sinks), "sinks");
   return block;
 }
 
@@ -69,7 +73,7 @@ ExpertsBlock StackWeights::experts(NamedBlock& named, int64_t hidden) {
   const int64_t count = named.integer("experts");
   TORCH_CHECK_VALUE(named.integer("hidden") == hidden, "the experts are for another hidden size");
   call.layout = checked_layout({dtype(), count, hidden, named.integer("width"), named.integer("dense_down") != 0});
-  call.activation = enum_of(named.integer("activation"), Activation::gelu_tanh, "activation");
+  call.activation = enum_of(named.integer("activation"), Activation::clamped_swiglu, "activation");
   const Tensor gate_up = keep(named.tensor("gate_up")), down = keep(named.tensor("down"));
   const std::vector<int64_t> gate_up_layout = named.layout("gate_up"), down_layout = named.layout("down");
   if (gate_up_layout.empty()) {
@@ -90,7 +94,7 @@ ExpertsBlock StackWeights::experts(NamedBlock& named, int64_t hidden) {
   rule.softmax_after_topk = named.integer("softmax_after_topk") != 0;
   rule.renormalize = named.integer("renormalize") != 0;
   rule.scale = named.number("routing_scale");
-  block.router = projection(*router, {}, hidden, count, "router");
+  block.router = projection(*router, named.optional("router_bias"), hidden, count, "router");
   TORCH_CHECK_VALUE(!contribution || contribution->numel() == count, "contribution_scale must have one entry for each of ",
                     count, " experts");
   block.scale = floats(keep(contribution), "contribution_scale");

@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t kStretch = 128;  // inputs that are widened at once: 16 KiB
 
 float widen_code(const QuantLayout& layout, uint8_t code, float scale, float offset) {
+  if (layout.format == Format::mxfp4) return static_cast<float>(mxfp4_number(code)) * scale;
   if (layout.format != Format::fp8) {
     if (layout.has_offsets()) return static_cast<float>(code) * scale + offset;
     return static_cast<float>(code - layout.zero()) * scale;

@@ -7,6 +7,8 @@
 //     then the codes, group by group.
 // Those of groups are integers of 8 bits, outer ones fp16. Where a row's inputs end, codes and scales are zero.
 //
+// mxfp4 is twice the code's value, so that all are whole numbers, times half its scale.
+//
 // Codes of 8-bit integers: [4 inputs][32 outputs][4], as code + 128. Codes of 4 bits: [8 inputs][32 outputs][4], of
 // which a byte holds input i in its low and input i + 4 in its high nibble. 8-bit floats: [input][32 outputs].
 // Of codes of 5 and 6 bits the lower 4 lie like those of 4 bits, and behind those of the group the upper ones:

@@ -101,7 +101,10 @@ TARGET static inline void widen_group(const QuantLayout& layout, const char* cod
     const int byte = 8 * (i % 4), quad = i / 4;
     const uint32_t* lows = reinterpret_cast<const uint32_t*>(codes) + (nibbles ? i / 8 : quad) * kBlockOutputs;
     const int shift = byte + (nibbles ? 4 * (quad % 2) : 0), upper_shift = byte + upper * quad;
-    if (upper) {
+    if (layout.format == Format::mxfp4) {
+      for (int o = 0; o < kBlockOutputs; ++o)
+        out[o] = static_cast<float>(mxfp4_number(static_cast<int>(lows[o] >> shift & lower_mask))) * scales[o];
+    } else if (upper) {
       for (int o = 0; o < kBlockOutputs; ++o) {
         const int value = static_cast<int>((lows[o] >> shift & 15) | (highs[o] >> upper_shift & upper_mask) << 4);
         out[o] = has_offsets ? static_cast<float>(value) * scales[o] + offsets[o]

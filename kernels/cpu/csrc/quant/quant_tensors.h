@@ -17,12 +17,14 @@ inline QuantLayout quant_layout(at::IntArrayRef numbers) {
                            numbers[5] != 0, static_cast<ScaleType>(numbers[6])};
   const auto fits = [&] {
     const auto within = [&](size_t place, int64_t last) { return 0 <= numbers[place] && numbers[place] <= last; };
-    if (!within(0, static_cast<int64_t>(Format::q6_k)) || !within(4, 2) || !within(6, 2)) return false;
+    if (!within(0, static_cast<int64_t>(Format::mxfp4)) || !within(4, 2) || !within(6, 3)) return false;
     if (layout.outputs <= 0 || layout.inputs <= 0) return false;
     if (layout.two_level())
       return layout.group == (layout.format == Format::q6_k ? 16 : 32) && !layout.byte_rows &&
              layout.scale_type == ScaleType::fp16 &&
              layout.offsets == (layout.format == Format::q6_k ? Offsets::none : Offsets::values);
+    if (layout.format == Format::mxfp4) return layout.group == 32 && !layout.byte_rows && !layout.has_offsets();
+    if (layout.scale_type == ScaleType::e8m0) return false;
     return (layout.group == layout.inputs || (layout.group > 0 && layout.group % 8 == 0)) &&
            (layout.format != Format::int8 || layout.group == layout.inputs || !layout.byte_rows) &&
            (layout.format == Format::int4 || !layout.has_offsets());

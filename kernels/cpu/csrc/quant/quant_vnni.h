@@ -76,6 +76,10 @@ TARGET static inline __m512 load_halves(const char* from) {
 TARGET static inline __m512 load_scales(const char* from, int n, ScaleType type) {
   if (type == ScaleType::fp32) return _mm512_loadu_ps(from + 64 * n);
   if (type == ScaleType::fp16) return load_halves(from + 32 * n);
+  if (type == ScaleType::e8m0) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 16 * n));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), 23));
+  }
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 32 * n));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
@@ -86,6 +90,13 @@ TARGET static inline __m512 outer_product(const char* outer, const uint8_t* code
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 16 * n));
   const __m512i wide = kSigned ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes);
   return _mm512_mul_ps(_mm512_cvtepi32_ps(wide), load_halves(outer + 32 * n));
+}
+
+// What codes of mxfp4 become: twice their values, with 12 added.
+constexpr int kMxfp4Zero = 12;
+TARGET static inline __m512i mxfp4_table() {
+  alignas(16) constexpr uint8_t kTable[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+  return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(kTable)));
 }
 
 // Offsets beside scales, with one level.
@@ -99,10 +110,11 @@ TARGET static inline __m512 load_offsets(const QuantLayout& layout, const char* 
 template <Format kFormat, int kLimbs, int kRows>
 TARGET static void multiply_tile(const QuantLayout& layout, const LimbShape& shape, const char* packed,
                                  const char* block, float* tile, CodesAhead ahead) {
-  constexpr bool kNibbles = kFormat != Format::int8, kTwoLevel = kFormat >= Format::q4_k;
+  constexpr bool kNibbles = kFormat != Format::int8, kTable = kFormat == Format::mxfp4;
+  constexpr bool kTwoLevel = Format::q4_k <= kFormat && kFormat <= Format::q6_k;
   constexpr bool kSigned = kFormat == Format::q6_k;  // scales, where there are no offsets
   constexpr int kUpper = kFormat == Format::q5_k ? 1 : kFormat == Format::q6_k ? 2 : 0;  // bits above the lower four
-  constexpr int kZero = kSigned ? 32 : kNibbles ? 8 : 128;
+  constexpr int kZero = kSigned ? 32 : kTable ? kMxfp4Zero : kNibbles ? 8 : 128;
   constexpr int kChains = kRows * kLimbs <= 2 ? 2 : 1;  // of sums that do not wait for each other
   const char* scales = block;  // with two levels those of the section
   const char* codes = block + layout.scale_bytes();
@@ -140,6 +152,7 @@ TARGET static void multiply_tile(const QuantLayout& layout, const LimbShape& sha
 #pragma GCC unroll 2
       for (int v = 0; v < 2; ++v) upper[v] = _mm512_rol_epi32(_mm512_loadu_si512(behind + 64 * v), 4);
     }
+    [[maybe_unused]] const __m512i table = mxfp4_table();
     for (int64_t pair = ceil_div(inputs, 8); pair > 0; --pair) {
       ask_for_codes(ahead, codes);
       const __m512i mask = _mm512_set1_epi8(15);
@@ -151,6 +164,7 @@ TARGET static void multiply_tile(const QuantLayout& layout, const LimbShape& sha
         for (int v = 0; v < 2; ++v) {
           w[v] = _mm512_loadu_si512(codes + (kNibbles ? 64 * v : 128 * half + 64 * v));
           if constexpr (kNibbles) w[v] = _mm512_and_si512(half ? _mm512_srli_epi16(w[v], 4) : w[v], mask);
+          if constexpr (kTable) w[v] = _mm512_shuffle_epi8(table, w[v]);
           if constexpr (kUpper > 0) {
             w[v] = _mm512_or_si512(w[v], _mm512_and_si512(upper[v], upper_mask));
             upper[v] = _mm512_ror_epi32(upper[v], kUpper);
@@ -245,6 +259,7 @@ TARGET static void multiply_limbs(const QuantLayout& layout, const LimbShape& sh
     case Format::q4_k: return run.template operator()<Format::q4_k>();
     case Format::q5_k: return run.template operator()<Format::q5_k>();
     case Format::q6_k: return run.template operator()<Format::q6_k>();
+    case Format::mxfp4: return run.template operator()<Format::mxfp4>();
     case Format::fp8: return;  // rows never become limbs for it
   }
 }

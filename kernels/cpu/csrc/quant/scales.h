@@ -24,7 +24,8 @@ inline void write_scale(float value, char* to, ScaleType type) {
     const uint32_t code = small ? static_cast<uint32_t>(std::bit_cast<float>(size) * 0x1p24f) : normal;
     half = static_cast<uint16_t>((half & 0x8000u) | code);
   }
-  if (type == ScaleType::fp32) std::memcpy(to, &value, 4);
+  if (type == ScaleType::e8m0) *to = static_cast<char>(bits >> 23);
+  else if (type == ScaleType::fp32) std::memcpy(to, &value, 4);
   else std::memcpy(to, &half, 2);
 }
 
@@ -68,6 +69,11 @@ struct GroupScales {
   __attribute__((always_inline)) static void widen(const char* from, ScaleType type, float* out) {
     if (type == ScaleType::fp32) {
       std::memcpy(out, from, 4 * kBlockOutputs);
+      return;
+    }
+    if (type == ScaleType::e8m0) {
+      const uint8_t* exponents = reinterpret_cast<const uint8_t*>(from);
+      for (int o = 0; o < kBlockOutputs; ++o) out[o] = std::bit_cast<float>(static_cast<uint32_t>(exponents[o]) << 23);
       return;
     }
     const uint16_t* halves = reinterpret_cast<const uint16_t*>(from);
