@@ -14,7 +14,13 @@ import torch
 from k_blocks import k_blocks
 from safetensors.torch import load_file, save_file
 
-ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
+ARCHITECTURES = {
+    "gpt_oss": "gpt-oss",
+    "mistral": "llama",
+    "mixtral": "llama",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+}
 MERGED_ROTARY = ("llama", "granitemoe")  # architectures whose rotary pairs lie next to each other
 NAMES = {
     "model.embed_tokens": "token_embd",
@@ -36,7 +42,7 @@ NAMES = {
     "mlp.shared_expert.down_proj": "ffn_down_shexp",
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
     **dict.fromkeys(
-        ("mlp.gate", "block_sparse_moe.gate", "block_sparse_moe.router.layer", "block_sparse_moe.router"),
+        ("mlp.gate", "mlp.router", "block_sparse_moe.gate", "block_sparse_moe.router.layer", "block_sparse_moe.router"),
         "ffn_gate_inp",
     ),
 }
@@ -95,7 +101,8 @@ def write_gguf(
         part = name.split(".")[2] if name.startswith("blk.") else name.split(".")[0]
         kind = kinds if isinstance(kinds, str) else (kinds or {}).get(part)
         array = weight.contiguous().float().numpy()
-        raw = GGMLQuantizationType[kind] if kind and (weight.dim() > 1 and "norm" not in name) else None
+        quantised = weight.dim() > 1 and "norm" not in name and not name.endswith(".bias")
+        raw = GGMLQuantizationType[kind] if kind and quantised else None
         if raw is None or "ffn_gate_inp" in name:
             writer.add_tensor(name, array)
         else:
@@ -230,7 +237,9 @@ def gguf_tensors(
         if stem.startswith("model.layers."):
             _, _, number, stem = stem.split(".", 3)
             block = f"blk.{number}."
-        if ".experts." in stem and stem.split(".")[-2].isdigit():
+        if architecture == "gpt-oss" and (found := gpt_oss_tensors(block, stem, kind, weight)):
+            out |= found
+        elif ".experts." in stem and stem.split(".")[-2].isdigit():
             expert, part = stem.split(".")[-2:]
             experts.setdefault(f"{block}ffn_{parts[part]}_exps.weight", {})[int(expert)] = weight
         elif stem.endswith(("experts.gate_up_proj", "input_linear")):
@@ -248,6 +257,21 @@ def gguf_tensors(
     if rope.get("rope_type") == "llama3":
         out["rope_freqs.weight"] = llama3_factors(rope, config)
     return out
+
+
+def gpt_oss_tensors(block: str, stem: str, kind: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of those that other architectures do not have: outputs come first, and gate and up apart."""
+    if stem.endswith("sinks"):
+        return {f"{block}attn_sinks.weight": weight}
+    if stem == "post_attention_layernorm":
+        return {f"{block}post_attention_norm.weight": weight}
+    if ".experts." not in stem:
+        return {}
+    part, biased = stem.split(".")[-1].removesuffix("_bias"), stem.endswith("_bias")
+    weight, kind = (weight, "bias") if biased else (weight.transpose(1, 2), "weight")
+    if part == "down_proj":
+        return {f"{block}ffn_down_exps.{kind}": weight}
+    return {f"{block}ffn_{name}_exps.{kind}": weight[:, first::2] for first, name in enumerate(("gate", "up"))}
 
 
 def llama3_factors(rope: dict[str, Any], config: dict[str, Any]) -> torch.Tensor:

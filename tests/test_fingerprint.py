@@ -13,7 +13,8 @@ import torch
 from dynamoe.kernels.cpu import build as cpu_build
 from dynamoe.kernels.cpu.backend import CpuBackend
 from dynamoe.kernels.cpu.fingerprint import fingerprint, hash_of
-from dynamoe.kernels.cpu.vectors import CODED_CACHE, PLAIN, cpu_formats, vectors
+from dynamoe.kernels.cpu.vectors import CODED_CACHE, PLAIN, SINKS, cpu_formats, vectors
+from dynamoe.kernels.reference.operations import CLAMPED_SWIGLU
 from torch.utils._python_dispatch import TorchDispatchMode
 
 NOTHING_COMPUTED = {"isas", "find_isa", "shared_bytes", "allocate", "read_words"}
@@ -107,8 +108,8 @@ def test_every_operator_has_vectors(plain: Found, quantised: Found) -> None:
 
 
 def test_every_format_with_kernels_has_vectors(backend: CpuBackend) -> None:
-    assert {format.name for format in cpu_formats()} == set(vectors()) - {PLAIN, CODED_CACHE}
-    assert {"int4", "int8", "fp8"} <= set(vectors())
+    assert {format.name for format in cpu_formats()} == set(vectors()) - {PLAIN, CODED_CACHE, SINKS, CLAMPED_SWIGLU}
+    assert {"int4", "int8", "fp8", "mxfp4"} <= set(vectors())
     with pytest.raises(ValueError, match="no test vectors for toy"):
         fingerprint(backend, backend.isa, ["toy"], "any processor")
 

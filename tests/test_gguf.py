@@ -143,9 +143,9 @@ def test_an_imported_file_computes_what_transformers_does(
 def test_all_families_are_covered() -> None:
     """A family that loads from safetensors alone is here on purpose."""
     covered = {family for family, *_ in FILES.values()}
-    assert covered == set(FAMILIES) - {"dynamoe"}
+    assert covered == set(FAMILIES) - {"dynamoe", "gpt_oss"}  # the last has a file of its own
     assert {"llama", *covered} - {"mistral", "mixtral", "qwen2_moe", "qwen3_moe"} == (
-        set(ARCHITECTURES) - {"qwen2moe", "qwen3moe"}
+        set(ARCHITECTURES) - {"qwen2moe", "qwen3moe", "gpt-oss"}
     )
 
 

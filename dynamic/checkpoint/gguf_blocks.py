@@ -14,12 +14,13 @@ from ...kernels.api.codes import pack_int4
 from ...kernels.api.formats import INT4, INT8, Format
 from ...kernels.api.quantized_weight import QuantizedWeight
 from .k_quants import CHUNK, K_QUANTS, check_finite, halves, k_quant_weight, nibbles
+from .mxfp4 import mxfp4_weight
 from .weights import CheckpointError
 
 _BLOCK = 32  # inputs that share a scale
 _HALF = _BLOCK // 2  # of a block in the low nibbles of its bytes, the rest in the high ones
 # Types without a format of ours that run dequantised unasked, with a warning: they are not far smaller than that.
-WIDENED = ("Q5_1", "MXFP4")
+WIDENED = ("Q5_1",)
 
 
 @cache
@@ -46,7 +47,7 @@ def gguf_weight(raw_OX: torch.Tensor, kind: str, shape: tuple[int, int]) -> Quan
     if (read := _FORMATS.get(kind)) is None:
         return None
     weight = read(raw_OX.contiguous().view(shape[0], shape[1] // _BLOCK, -1))
-    check_finite(kind, weight.scale, weight.offset)
+    check_finite(kind, weight.scale.float(), weight.offset)
     return weight
 
 
@@ -113,9 +114,15 @@ def _q8_0(blocks: torch.Tensor) -> QuantizedWeight:
     return _weight(INT8, blocks[..., 2:].view(torch.int8), halves(blocks, 0))
 
 
+def _mxfp4(blocks: torch.Tensor) -> QuantizedWeight:
+    data = pack_int4(nibbles(blocks[..., 1:], _HALF))
+    return mxfp4_weight(data, blocks[..., 0])
+
+
 _FORMATS: dict[str, Callable[[torch.Tensor], QuantizedWeight]] = {
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
     "Q5_0": _q5_0,
     "Q8_0": _q8_0,
+    "MXFP4": _mxfp4,
 }

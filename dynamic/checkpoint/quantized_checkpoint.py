@@ -23,7 +23,7 @@ from .weights import DTYPES, Checkpoint, CheckpointError, Divide, Rename, Stored
 
 _KEYS = ("quantization_config", "compression_config")
 _NEVER_ALONE = ("qzeros", "scales", "g_idx", "weight_zero_point", "weight_shape")
-_PACKED = ("qweight", "weight_packed")
+_PACKED = ("qweight", "weight_packed", "blocks")
 
 
 def _open_compressed_tensors(settings: Mapping[str, Any]) -> CompressedTensors:

@@ -7,25 +7,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..checkpoint.gguf_file import GgufTensor
 from ..checkpoint.weights import CheckpointError
 from ..model.families import FAMILIES
 from ..model.family import one_each
-from ..model.rope import yarn_attention_factor
 from .gguf_metadata import Metadata
+from .gguf_rope import ROPE_FREQUENCIES, rope_scaling
 
 Tensors = Mapping[str, GgufTensor]
 Settings = Callable[[Metadata, Tensors], dict[str, Any]]
 
-ROPE_FREQUENCIES = "rope_freqs.weight"
 STACKED = "_exps."  # in the names of tensors that hold all experts of a layer
 _MOST_EXPERTS, _MOST_LAYERS = 1 << 16, 1 << 12
+_TOP_K_THEN_SOFTMAX = 3  # among llama.cpp's rules of routers
 _SMALLEST_EXPERT = 1024  # bytes of a projection: no file may name far more tensors than it has bytes for
 # Frequencies of the rotary embedding, which follow from the metadata: old files have them, llama.cpp skips them.
 _SKIPPED = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")
@@ -53,7 +52,7 @@ _CLASSES = {
     **{"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "mixtral": "MixtralForCausalLM"},
     **{"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "olmoe": "OlmoeForCausalLM"},
     **{"qwen2_moe": "Qwen2MoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"},
-    "granitemoe": "GraniteMoeForCausalLM",
+    **{"granitemoe": "GraniteMoeForCausalLM", "gpt_oss": "GptOssForCausalLM"},
 }
 
 
@@ -65,10 +64,14 @@ class Architecture:
         settings: keys of ``config.json`` beyond those that all have; ``model_type`` is one of them.
         rotary_pairs: rows of queries and keys that are rotated together lie next to each other, and not half a head
             apart as Hugging Face has them.
+        names: of blocks' tensors beside those that all architectures have.
+        yarn: more settings of YaRN.
     """
 
     settings: Settings
     rotary_pairs: bool = False
+    names: Mapping[str, str] = field(default_factory=dict)
+    yarn: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _llama(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
@@ -143,6 +146,17 @@ def _qwen3moe(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
     return {"model_type": "qwen3_moe", **bias, **window, **_sparse_qwen(meta, tensors, normalised=True)}
 
 
+def _gpt_oss(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
+    if (rule := meta.integer(".expert_gating_func", 0)) not in (0, _TOP_K_THEN_SOFTMAX):
+        raise meta.error(".expert_gating_func", rule, f"{_TOP_K_THEN_SOFTMAX}, or left away")
+    return {
+        "model_type": "gpt_oss",
+        "attention_bias": _has_bias(tensors, "attn_q", "attn_output"),
+        "sliding_window": meta.integer(".attention.sliding_window"),
+        **_experts(meta, tensors, "num_local_experts", normalised=True),
+    }
+
+
 def _sparse_qwen(meta: Metadata, tensors: Tensors, *, normalised: bool) -> dict[str, Any]:
     dense = [n for n in range(meta.integer(".block_count")) if f"blk.{n}.ffn_gate.weight" in tensors]
     experts = _experts(meta, tensors, "num_experts")
@@ -163,6 +177,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": Architecture(settings=_qwen3),
     "qwen3moe": Architecture(settings=_qwen3moe),
     "olmoe": Architecture(settings=_olmoe),
+    "gpt-oss": Architecture(
+        settings=_gpt_oss,
+        names={"post_attention_norm.weight": "post_attention_layernorm.weight", "attn_sinks.weight": "self_attn.sinks"},
+        yarn={"truncate": False},  # which the files do not say
+    ),
 }
 
 
@@ -194,6 +213,9 @@ def model_config(
     if vocabulary != embedding.shape[0]:
         raise meta.error(".vocab_size", vocabulary, f"the rows of 'token_embd.weight', {embedding.shape[0]}")
     own = architecture.settings(meta, tensors)
+    scaling = rope_scaling(meta, tensors, read)
+    if scaling is not None and scaling["rope_type"] == "yarn":
+        scaling |= architecture.yarn
     return {
         "architectures": [_CLASSES[own["model_type"]]],
         "vocab_size": vocabulary,
@@ -207,13 +229,13 @@ def model_config(
         "max_position_embeddings": meta.integer(".context_length"),
         "rms_norm_eps": meta.number(".attention.layer_norm_rms_epsilon"),
         "rope_theta": meta.number(".rope.freq_base", 10000.0),
-        "rope_scaling": _rope_scaling(meta, tensors, read),
+        "rope_scaling": scaling,
         "tie_word_embeddings": "output.weight" not in tensors,
         **own,
     }, architecture
 
 
-def hugging_face_names(tensor: GgufTensor, model_type: str, num_experts: int) -> list[str]:
+def hugging_face_names(tensor: GgufTensor, architecture: Architecture, model_type: str, num_experts: int) -> list[str]:
     """What Hugging Face calls a tensor: one name, or one for each expert that it holds; none for one that is skipped.
 
     Raises:
@@ -227,31 +249,43 @@ def hugging_face_names(tensor: GgufTensor, model_type: str, num_experts: int) ->
     match = _BLOCK_TENSOR.fullmatch(name)
     if match:
         part, kind, prefix = match["part"], match["kind"], f"model.layers.{match['block']}."
+        if (own := architecture.names.get(f"{part}.{kind}")) is not None:
+            return [prefix + own]
         if match["expert"]:
             if part in _EXPERTS and kind == "weight":
                 return [prefix + getattr(one_each(family), _EXPERTS[part]).replace("{e}", match["expert"])]
         elif part in _BLOCK_NAMES:
             return [f"{prefix}{_BLOCK_NAMES[part]}.{kind}"]
-        elif part == "ffn_gate_inp" and kind == "weight":
-            return [prefix + family.router[0]]
-        elif (stem := part.removesuffix("_exps")) in _EXPERTS and kind == "weight":
-            smallest = num_experts * _SMALLEST_EXPERT
-            if len(tensor.shape) != 3 or tensor.shape[0] != num_experts or tensor.end - tensor.begin < smallest:
+        elif part == "ffn_gate_inp":
+            return [prefix + of_kind(family.router[0], kind)]
+        elif (stem := part.removesuffix("_exps")) in _EXPERTS and stem != part:
+            dimensions, smallest = (3, num_experts * _SMALLEST_EXPERT) if kind == "weight" else (2, 0)
+            if (
+                len(tensor.shape) != dimensions
+                or tensor.shape[0] != num_experts
+                or tensor.end - tensor.begin < smallest
+            ):
                 raise CheckpointError(
                     f"{tensor.file}: tensor {name!r} has shape {tensor.shape}, and there are {num_experts} experts"
                 )
-            pattern = getattr(one_each(family), _EXPERTS[stem])
+            pattern = of_kind(getattr(one_each(family), _EXPERTS[stem]), kind)
             return [prefix + pattern.replace("{e}", str(expert)) for expert in range(num_experts)]
     raise CheckpointError(f"{tensor.file}: tensor {name[:100]!r} is not one of the model's")
 
 
-def gguf_names(model_type: str, message: str) -> str:
+def of_kind(weight: str, kind: str) -> str:
+    """The name of a weight, or of its bias."""
+    return weight.removesuffix("weight") + kind
+
+
+def gguf_names(architecture: Architecture, model_type: str, message: str) -> str:
     """A message in which tensors are called what the file calls them."""
     names = {theirs: ours for ours, theirs in _OTHER_NAMES.items()}
     parts = {
         f"{theirs}.{kind}": f"{ours}.{kind}" for ours, theirs in _BLOCK_NAMES.items() for kind in ("weight", "bias")
     }
-    parts[FAMILIES[model_type].router[0]] = "ffn_gate_inp.weight"
+    parts |= {of_kind(FAMILIES[model_type].router[0], kind): f"ffn_gate_inp.{kind}" for kind in ("weight", "bias")}
+    parts |= {theirs: ours for ours, theirs in architecture.names.items()}
 
     def renamed(match: re.Match[str]) -> str:
         name = match[1]
@@ -260,7 +294,7 @@ def gguf_names(model_type: str, message: str) -> str:
             name = f"blk.{block}.{parts[part]}"
         elif (expert := re.search(r"experts\.(\d+)\.(\w+)", part)) is not None:
             kind = {"w1": "gate", "w2": "down", "w3": "up"}.get(expert[2], expert[2].removesuffix("_proj"))
-            name = f"blk.{block}.ffn_{kind}_exps.weight"
+            name = f"blk.{block}.ffn_{kind}_exps.{part.rpartition('.')[2]}"
         return repr(names.get(name, name))
 
     return re.sub(r"'((?:model|lm_head)\.[\w.]+)'", renamed, message)
@@ -318,55 +352,3 @@ def _window(meta: Metadata) -> dict[str, Any]:
     slides = [bool(value) for value in meta.numbers(pattern, layers)]
     kinds = ["sliding_attention" if value else "full_attention" for value in slides]
     return {"use_sliding_window": True, "sliding_window": size, "layer_types": kinds}
-
-
-def _rope_scaling(
-    meta: Metadata, tensors: Tensors, read: Callable[[GgufTensor], torch.Tensor]
-) -> dict[str, Any] | None:
-    """How the range of positions was stretched; a factor of 0 or 1 is none."""
-    factor = meta.number(".rope.scaling.factor", meta.number(".rope.scale_linear", 0.0)) or 1.0
-    kind = meta.text(".rope.scaling.type", "linear")
-    # -1: what the type says, which is 1 for YaRN.
-    known = {"yarn_ext_factor": (-1.0, float(kind == "yarn")), "yarn_attn_factor": (-1.0, 0.0, 1.0)}
-    for name in (*known, "yarn_log_multiplier", "alpha"):
-        key, values = f".rope.scaling.{name}", known.get(name, (0.0,))
-        if meta.number(key, values[0]) not in values:
-            raise meta.error(key, meta.get(key), "left away; nothing else is supported")
-    original = meta.integer(".rope.scaling.original_context_length", 0) or meta.integer(".context_length")
-    attention_factor = meta.number(".rope.scaling.attn_factor", 0.0) or 1.0
-    if kind not in ("none", "linear", "yarn"):
-        raise meta.error(".rope.scaling.type", kind, "none, linear or yarn; nothing else is supported")
-    if kind != "yarn" and attention_factor != 1:
-        raise meta.error(".rope.scaling.attn_factor", attention_factor, f"1 with the scaling {kind!r}")
-    if (tensor := tensors.get(ROPE_FREQUENCIES)) is not None:
-        if kind != "none" and factor != 1:
-            raise meta.error(".rope.scaling.type", kind, f"none beside the tensor {ROPE_FREQUENCIES!r}")
-        return _rope_factors(meta, tensor, read(tensor), original)
-    if kind == "none" or (kind == "linear" and factor == 1):
-        return None
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": factor}
-    # llama.cpp multiplies the factor that YaRN recommends.
-    return {
-        "rope_type": "yarn",
-        "factor": factor,
-        "original_max_position_embeddings": original,
-        "attention_factor": attention_factor * yarn_attention_factor(factor),
-        "beta_fast": meta.number(".rope.scaling.yarn_beta_fast", 32.0),
-        "beta_slow": meta.number(".rope.scaling.yarn_beta_slow", 1.0),
-    }
-
-
-def _rope_factors(meta: Metadata, tensor: GgufTensor, factors_C: torch.Tensor, original: int) -> dict[str, Any]:
-    """A divisor for each frequency (Llama 3.1), in the words of LongRoPE. Old files have frequencies in their place."""
-    factors = [float(str(np.float32(value))) for value in factors_C.flatten().tolist()]
-    if not factors or any(not 1 <= value < 1e6 for value in factors):
-        raise CheckpointError(f"{meta.file}: tensor {tensor.name!r} must hold factors of 1 or more, not {factors[-1:]}")
-    return {
-        "rope_type": "longrope",
-        "factor": 1.0,
-        "attention_factor": 1.0,
-        "original_max_position_embeddings": original,
-        "short_factor": factors,
-        "long_factor": factors,
-    }

@@ -93,7 +93,7 @@ def import_gguf(path: Path, target: Path, *, keep_codes: bool = False, progress:
     config |= {f"{name}_id": index for name, index in vocabulary.special.items() if name in _NAMED_IN_CONFIG}
     config["dtype"] = _dtype({tensor.kind for tensor in file.tensors.values()})
     pieces = _pieces(file, config, architecture)
-    _check(file, config, pieces)
+    _check(file, config, architecture, pieces)
     # Others keep their names: loading says that they are not applied.
     generation = {_SAMPLING.get(key, key): value for key, value in meta.raw("general.sampling.").items()}
     write_tokenizer(meta, vocabulary, config["max_position_embeddings"], target)
@@ -133,7 +133,7 @@ def _pieces(file: GgufFile, config: Mapping[str, Any], architecture: Architectur
     rotary = {"self_attn.q_proj": config["num_attention_heads"], "self_attn.k_proj": config["num_key_value_heads"]}
     pieces: dict[str, _Piece] = {}
     for tensor in file.tensors.values():
-        names = hugging_face_names(tensor, config["model_type"], experts)
+        names = hugging_face_names(tensor, architecture, config["model_type"], experts)
         quantised = tensor.kind in block_sizes()
         if tensor.kind not in _PLAIN and not (quantised and tensor.name.endswith(".weight") and len(tensor.shape) > 1):
             raise CheckpointError(f"{tensor.file}: tensor {tensor.name!r} cannot have type {tensor.kind}")
@@ -154,7 +154,7 @@ def _pieces(file: GgufFile, config: Mapping[str, Any], architecture: Architectur
     return pieces
 
 
-def _check(file: GgufFile, config: Mapping[str, Any], pieces: Mapping[str, _Piece]) -> None:
+def _check(file: GgufFile, config: Mapping[str, Any], architecture: Architecture, pieces: Mapping[str, _Piece]) -> None:
     """Check that the file holds the model's tensors, all of them and nothing else, in their shapes.
 
     Raises:
@@ -167,7 +167,7 @@ def _check(file: GgufFile, config: Mapping[str, Any], pieces: Mapping[str, _Piec
     try:
         plan_layout(model_spec(config), family_of(config), shown)
     except CheckpointError as error:
-        reason = gguf_names(config["model_type"], str(error)).replace("config.json", "the metadata")
+        reason = gguf_names(architecture, config["model_type"], str(error)).replace("config.json", "the metadata")
         raise CheckpointError(f"{file.files[0]}: {reason}") from error
 
 
