@@ -252,6 +252,7 @@ def test_no_value_crashes_the_parser(family: str) -> None:
         **{
             "mixtral": ("num_local_experts", "num_experts_per_tok"),
             "granitemoe": ("num_local_experts", "num_experts_per_tok"),
+            "gpt_oss": ("num_local_experts", "num_experts_per_tok"),
         },
         **{"olmoe": ("num_experts", "num_experts_per_tok"), "dynamoe": ("num_experts", "num_experts_per_tok")},
         **dict.fromkeys(
