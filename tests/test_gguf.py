@@ -14,10 +14,9 @@ import torch
 from dynamoe.dynamic.checkpoint.gguf_blocks import block_sizes, dequantized, gguf_weight, has_format
 from dynamoe.dynamic.checkpoint.quantized_checkpoint import open_checkpoint, split_config
 from dynamoe.dynamic.convert.default_model import default_recipe
-from dynamoe.dynamic.convert.gguf_architectures import ARCHITECTURES
+from dynamoe.dynamic.convert.gguf_architectures import ARCHITECTURES, CLASSES
 from dynamoe.dynamic.convert.gguf_import import import_gguf
 from dynamoe.dynamic.convert.model_store import resolve_model
-from dynamoe.dynamic.model.families import FAMILIES
 from dynamoe.dynamic.model.loader import load_decoder
 from dynamoe.dynamic.model.prompt_pass import fresh_cache
 from dynamoe.dynamic.text.tokenizer import Tokenizer
@@ -141,10 +140,10 @@ def test_an_imported_file_computes_what_transformers_does(
 
 
 def test_all_families_are_covered() -> None:
-    """A family that loads from safetensors alone is here on purpose."""
-    covered = {family for family, *_ in FILES.values()}
-    assert covered == set(FAMILIES) - {"dynamoe", "gpt_oss"}  # the last has a file of its own
-    assert {"llama", *covered} - {"mistral", "mixtral", "qwen2_moe", "qwen3_moe"} == (
+    """All that files become; gpt_oss has a test beside its parity."""
+    covered = {*(family for family, *_ in FILES.values()), "gpt_oss"}
+    assert covered == set(CLASSES)
+    assert {"llama", *covered} - {"mistral", "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"} == (
         set(ARCHITECTURES) - {"qwen2moe", "qwen3moe", "gpt-oss"}
     )
 

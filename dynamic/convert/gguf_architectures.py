@@ -48,7 +48,7 @@ _BLOCK_NAMES = {
     "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
 }
 _EXPERTS = {"ffn_gate": "gate", "ffn_up": "up", "ffn_down": "down"}
-_CLASSES = {
+CLASSES = {
     **{"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "mixtral": "MixtralForCausalLM"},
     **{"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "olmoe": "OlmoeForCausalLM"},
     **{"qwen2_moe": "Qwen2MoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"},
@@ -217,7 +217,7 @@ def model_config(
     if scaling is not None and scaling["rope_type"] == "yarn":
         scaling |= architecture.yarn
     return {
-        "architectures": [_CLASSES[own["model_type"]]],
+        "architectures": [CLASSES[own["model_type"]]],
         "vocab_size": vocabulary,
         "hidden_size": hidden,
         "intermediate_size": meta.of_all_layers(".feed_forward_length", 0),
