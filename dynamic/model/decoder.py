@@ -375,7 +375,7 @@ def _stack_block(decoder: Decoder, number: int, block: Block) -> StackBlock | No
     if isinstance(block, Attention):
         return layer.attention.stack_block(weights.attention)
     moe = layer.moe if layer.moe and not layer.moe.is_dense else None
-    if weights.shared is not None or (moe and (moe.num_always_on or moe.router_bias)):
+    if weights.shared is not None or (moe and moe.num_always_on):
         return None
     # Plain rules may still differ in how their logits are made.
     if moe and (moe.router.float32_logits or moe.router.input_norm_eps is not None or not moe.router.is_plain):
