@@ -265,8 +265,9 @@ def test_no_value_crashes_the_parser(family: str) -> None:
         "granitemoeshared": ("num_local_experts", "num_experts_per_tok", "shared_intermediate_size"),
     }
     valid = {**LLAMA, "model_type": family, "rope_parameters": {}, **{key: sizes[key] for key in read.get(family, ())}}
-    if family == "dynamoe":
-        valid["expert_size"] = 12
+    valid |= {"dynamoe": {"expert_size": 12}, "ministral3": {"rope_parameters": {"llama_4_scaling_beta": 0.1}}}.get(
+        family, {}
+    )
     keys = {
         *(*valid, "head_dim", "rms_norm_eps", "sliding_window", "use_sliding_window", "layer_types", "hidden_act"),
         *("max_window_layers", "decoder_sparse_step", "mlp_only_layers", "norm_topk_prob", "num_always_on_experts"),
