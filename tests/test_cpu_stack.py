@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dynamoe.dynamic.model.decoder import Decoder, make_stack
+from dynamoe.dynamic.model.decoder import Decoder
 from dynamoe.dynamic.model.kv_cache import allocate_layers
 from dynamoe.dynamic.model.loader import load_decoder
 from dynamoe.exits.segments import Segment
@@ -102,7 +102,7 @@ def test_a_stack_with_budgets_equals_its_operations(
         decoder.layers = tuple(
             replace(layer, contribution_scale_E=scale_E) for layer, scale_E in zip(decoder.layers, scales, strict=True)
         )
-        decoder.stack = make_stack(decoder)
+        decoder.stack = decoder.make_stack()
     found = assert_equal_steps(decoder, limited=True)
     assert (int(found[-1].sum()) > 0) == (family != "llama")
 

@@ -185,8 +185,12 @@ def without_norm(name: str) -> Callable[[Decoder], None]:
     """Drop the norm itself, not only its weights, in every layer."""
 
     def drop(decoder: Decoder) -> None:
-        owners = [layer.attention if name in ("q_norm", "k_norm") else layer for layer in decoder.layers]
-        dropped = [decoder.final_norm_D] if name == "final" else [getattr(owner, name) for owner in owners]
+        if name == "final":
+            dropped = [decoder.final_norm_D]
+        elif name in ("q_norm", "k_norm"):
+            dropped = [getattr(layer.attention, name) for layer in decoder.layers]
+        else:
+            dropped = [layer.norms[name] for layer in decoder.layers]
         assert all(weight is not None for weight in dropped)
         full = decoder.backend.rms_norm
 
@@ -258,8 +262,8 @@ def without_scale(name: str, neutral: float | None = 1.0) -> Callable[[Decoder],
 
 ABLATIONS: dict[str, tuple[str, dict[str, Any], Callable[[Decoder], None]]] = {
     "rope": ("llama", {}, without_rope),
-    "attention norm": ("llama", {}, without_norm("attention_norm_D")),
-    "ffn norm": ("llama", {}, without_norm("ffn_norm_D")),
+    "attention norm": ("llama", {}, without_norm("attention")),
+    "ffn norm": ("llama", {}, without_norm("ffn")),
     "final norm": ("llama", {}, without_norm("final")),
     "qkv bias": ("qwen2", {}, without_bias("qkv")),
     "o bias": ("llama", {"attention_bias": True}, without_bias("o")),

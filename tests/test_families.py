@@ -254,7 +254,8 @@ def test_no_value_crashes_the_parser(family: str) -> None:
             "granitemoe": ("num_local_experts", "num_experts_per_tok"),
             "gpt_oss": ("num_local_experts", "num_experts_per_tok"),
         },
-        **{"olmoe": ("num_experts", "num_experts_per_tok"), "dynamoe": ("num_experts", "num_experts_per_tok")},
+        **dict.fromkeys(("olmoe", "flex_olmo", "dynamoe"), ("num_experts", "num_experts_per_tok")),
+        "phimoe": ("num_local_experts", "num_experts_per_tok"),
         **dict.fromkeys(
             ("qwen2_moe", "qwen3_moe", "hy_v3"), ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
         ),

@@ -1,7 +1,7 @@
 """What a layer is made of: the one description that the decoder and a backend's stack both run.
 
-A row has a residual stream, its normed copy, and what the last block adds to the stream. Blocks name their weights by
-fields of :class:`.LayerWeights`, so that one description serves all layers that are alike.
+A row has a residual stream, what the blocks read, and what the last block adds to the stream. Norms are named as in
+:attr:`.LayerWeights.norms`, so that one description serves all layers that are alike.
 """
 
 from __future__ import annotations
@@ -14,7 +14,28 @@ class Norm:
     """Adds what the last block left to the residual stream, and norms the sum for the blocks behind.
 
     Arguments:
-        weight: field of the norm's weight.
+        weight: name of the norm.
+    """
+
+    weight: str
+
+
+@dataclass(frozen=True)
+class Read:
+    """Adds what the last block left to the residual stream; the blocks behind read the sum as it is."""
+
+
+@dataclass(frozen=True)
+class Add:
+    """Adds what the last block left to the residual stream; the blocks behind read what that block read."""
+
+
+@dataclass(frozen=True)
+class OutNorm:
+    """Norms what the last block left, before it is added to the residual stream.
+
+    Arguments:
+        weight: name of the norm.
     """
 
     weight: str
@@ -22,14 +43,39 @@ class Norm:
 
 @dataclass(frozen=True)
 class Attention:
-    """The layer's attention, of whichever kind, over the normed rows."""
+    """The layer's attention, of whichever kind, over the rows that are read."""
 
 
 @dataclass(frozen=True)
 class FeedForward:
-    """The layer's mixture of experts or dense FFN over the normed rows."""
+    """The layer's mixture of experts or dense FFN over the rows that are read."""
 
 
-Block = Norm | Attention | FeedForward
+Block = Norm | Read | Add | OutNorm | Attention | FeedForward
 
-PRE_NORM: tuple[Block, ...] = (Norm("attention_norm_D"), Attention(), Norm("ffn_norm_D"), FeedForward())
+PRE_NORM: tuple[Block, ...] = (Norm("attention"), Attention(), Norm("ffn"), FeedForward())
+POST_NORM: tuple[Block, ...] = (
+    *(Read(), Attention(), OutNorm("attention_out")),
+    *(Read(), FeedForward(), OutNorm("ffn_out")),
+)
+SANDWICH: tuple[Block, ...] = (
+    *(Norm("attention"), Attention(), OutNorm("attention_out")),
+    *(Norm("ffn"), FeedForward(), OutNorm("ffn_out")),
+)
+PARALLEL: tuple[Block, ...] = (Norm("attention"), Attention(), Add(), FeedForward())
+
+
+def norm_names(blocks: tuple[Block, ...]) -> tuple[str, ...]:
+    """The norms of a layer, in the order in which they run."""
+    return tuple(block.weight for block in blocks if isinstance(block, Norm | OutNorm))
+
+
+def norm_before_attention(blocks: tuple[Block, ...]) -> str | None:
+    """The norm whose output attention reads; None: it reads the residual stream itself."""
+    before = None
+    for block in blocks:
+        if isinstance(block, Attention):
+            break
+        if isinstance(block, Norm | Read):
+            before = block
+    return before.weight if isinstance(before, Norm) else None

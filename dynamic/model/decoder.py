@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from ...exits.segments import Segment, split_into_segments
 from ...kernels.api.quantized_weight import QuantizedWeight
-from ...kernels.api.stack import Stack, StackBlock, StackExit, StackExperts, StackNorm, StackResult, StackShape
+from ...kernels.api.stack import Stack, StackResult
 from ...kernels.api.types import (
     AttentionBatch,
     ExitDecision,
@@ -31,14 +31,16 @@ from ...kernels.api.types import (
 from ...kernels.torch.backend import TorchBackend
 from ...kernels.torch.elementwise import sigmoid
 from .attention.kind import AttentionContext
-from .blocks import Attention, Block, Norm
+from .blocks import Add, Attention, Norm, OutNorm, Read
 from .counters import Exchange
 from .exits import DecoderExit
 from .kv_cache import allocate_layers, copy_pages
 from .layer_weights import LayerWeights
+from .norms import NORM_KINDS, run_norm
 from .rope import rope_table
 from .routing import router_logits, with_always_on
 from .spec import ModelSpec
+from .stack import make_stack
 
 FIRST_TABLE_LENGTH = 4096  # positions; longer contexts grow the table
 Behind = tuple[int, KVProjection, KVLayer]  # a layer behind an exit: its number, what makes its keys and values, cache
@@ -66,7 +68,7 @@ class Decoder:
         backend: runs the operations; the weights are in its layout.
         embedding_VD: the embedding table, maybe quantised; None where it is the LM head's weight, kept once.
         layers: one entry per layer.
-        final_norm_D: norm before the LM head.
+        final_norm_D, final_norm_bias_D: norm before the LM head.
         lm_head: projection to the vocabulary.
         exits: by the number of layers in front of them; they cut the model into segments.
         expert_impacts: by layer, see :class:`.LayerScales`; empty where the experts are not calibrated.
@@ -85,6 +87,7 @@ class Decoder:
         embedding_VD: torch.Tensor | QuantizedWeight | None,
         layers: Sequence[LayerWeights],
         final_norm_D: torch.Tensor,
+        final_norm_bias_D: torch.Tensor | None = None,
         lm_head: LinearWeights,
         exits: Mapping[int, DecoderExit] | None = None,
         expert_impacts: Mapping[int, float] | None = None,
@@ -94,6 +97,7 @@ class Decoder:
         self.spec = spec
         self.backend = backend
         self.device, self.dtype = backend.device, backend.dtype
+        backend.formats |= spec.uncommon
         self.kv_dtype = self.dtype  # of keys and values in the cache
         self.exits = dict(sorted((exits or {}).items()))
         self.segments = split_into_segments(spec.num_layers, self.exits)
@@ -101,11 +105,13 @@ class Decoder:
         self.embedding_VD = embedding_VD
         self.quantization = quantization
         self.layers = tuple(layers)
-        self.final_norm_D = final_norm_D
+        self.final_norm_D, self.final_norm_bias_D = final_norm_D, final_norm_bias_D
         self.lm_head = lm_head
+        scale = torch.tensor(spec.embedding_scale, dtype=self.dtype if spec.rounded_embedding_scale else torch.float64)
+        self.embedding_scale = float(scale)
         self.held = range(spec.num_layers)
         self._make_tables(min(spec.max_position, FIRST_TABLE_LENGTH))
-        self.stack = self._make_stack()
+        self.stack = self.make_stack()
 
     @property
     def local_spec(self) -> ModelSpec:
@@ -153,12 +159,12 @@ class Decoder:
         where one step of bfloat16 is larger than what most layers add.
         """
         if self.embedding_VD is None:
-            return self.backend.embed(self.lm_head, token_ids_T, self.spec.embedding_scale)
+            return self.backend.embed(self.lm_head, token_ids_T, self.embedding_scale)
         if isinstance(self.embedding_VD, QuantizedWeight):
             x_TD = self.embedding_VD.take(token_ids_T).dequantize()
         else:
             x_TD = F.embedding(token_ids_T, self.embedding_VD).float()
-        return x_TD if self.spec.embedding_scale == 1.0 else x_TD * self.spec.embedding_scale
+        return x_TD if self.embedding_scale == 1.0 else x_TD * self.embedding_scale
 
     @in_inference_mode
     def run_segment(
@@ -186,28 +192,49 @@ class Decoder:
             return self.stack.run(segment.layers, x_TD, kv, self.cos_sin_LC, batch, router_entropy_T, budget)
         spec, backend = self.spec, self.backend
         routed: list[torch.Tensor] | None = None if router_entropy_T is None else []
-        normed_TD: torch.Tensor = x_TD
+        read_TD: torch.Tensor = x_TD
         pending_TD: torch.Tensor | None = None  # what the last block adds to the residual stream
         for number in segment.layers:
             for block in spec.layers[number].blocks:
                 if isinstance(block, Norm):
-                    weight_D: torch.Tensor = getattr(self.layers[number], block.weight)
-                    if pending_TD is None:
-                        normed_TD = backend.rms_norm(x_TD, weight_D, spec.norm_eps)
-                    else:
-                        normed_TD, x_TD = backend.add_rms_norm(
-                            pending_TD, x_TD, weight_D, spec.norm_eps, spec.residual_scale
-                        )
+                    read_TD, x_TD = self._add_norm(number, block.weight, pending_TD, x_TD)
+                    pending_TD = None
+                elif isinstance(block, Read | Add):
+                    x_TD, pending_TD = self._added(pending_TD, x_TD), None
+                    read_TD = x_TD.to(backend.dtype) if isinstance(block, Read) else read_TD
+                elif isinstance(block, OutNorm):
+                    assert pending_TD is not None, "a norm of what a block adds has that block in front of it"
+                    pending_TD = self._norm(number, block.weight, pending_TD)
                 elif isinstance(block, Attention):
                     context = self._attention_context(number)
-                    pending_TD = self._attention(number, normed_TD, kv[number], batch, context)
+                    pending_TD = self._attention(number, read_TD, kv[number], batch, context)
                 else:
-                    pending_TD = self._ffn(number, normed_TD, routed, budget)
-        assert pending_TD is not None, "a segment has at least one layer"
+                    pending_TD = self._ffn(number, read_TD, routed, budget)
         if routed and router_entropy_T is not None:
             router_entropy_T.copy_(backend.router_entropy(routed))
-        pending_TD = pending_TD.to(x_TD.dtype)
-        return x_TD + (pending_TD if spec.residual_scale == 1.0 else pending_TD * spec.residual_scale)
+        return self._added(pending_TD, x_TD)
+
+    def _added(self, pending_TD: torch.Tensor | None, x_TD: torch.Tensor) -> torch.Tensor:
+        """The residual stream with what a block adds to it."""
+        if pending_TD is None:
+            return x_TD
+        pending_TD, scale = pending_TD.to(x_TD.dtype), self.spec.residual_scale
+        return x_TD + (pending_TD if scale == 1.0 else pending_TD * scale)
+
+    def _norm(self, number: int, name: str, x_TD: torch.Tensor) -> torch.Tensor:
+        norms, spec = self.layers[number].norms, self.spec
+        return run_norm(self.backend, spec.norm, x_TD, norms[name], norms.get(f"{name}_bias"), spec.norm_eps)
+
+    def _add_norm(
+        self, number: int, name: str, pending_TD: torch.Tensor | None, x_TD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream with what a block adds to it: normed, and as it is."""
+        if pending_TD is None or NORM_KINDS[self.spec.norm].centred:
+            x_TD = self._added(pending_TD, x_TD)
+            return self._norm(number, name, x_TD), x_TD
+        weight_D, spec = self.layers[number].norms[name], self.spec
+        read_TD, x_TD = self.backend.add_rms_norm(pending_TD, x_TD, weight_D, spec.norm_eps, spec.residual_scale)
+        return read_TD.to(self.dtype), x_TD
 
     @in_inference_mode
     def run_with_exits(
@@ -273,8 +300,15 @@ class Decoder:
     @in_inference_mode
     def logits(self, x_RD: torch.Tensor) -> torch.Tensor:
         """Final norm and LM head on the rows given: float32, (R, V)."""
-        spec = self.spec
-        return self.backend.logits(x_RD, self.final_norm_D, spec.norm_eps, self.lm_head, spec.logits_divisor)
+        spec, backend, head = self.spec, self.backend, self.lm_head
+        if not NORM_KINDS[spec.norm].float32:
+            logits_RV = backend.logits(x_RD, self.final_norm_D, spec.norm_eps, head, spec.logits_divisor)
+        else:
+            norm = self.final_norm_D, self.final_norm_bias_D
+            logits_RV = backend.logits_linear(run_norm(backend, spec.norm, x_RD, *norm, spec.norm_eps), head)
+            logits_RV = logits_RV if spec.logits_divisor == 1.0 else logits_RV.div_(spec.logits_divisor)
+        cap = spec.logits_cap
+        return logits_RV if cap is None else backend.cap_logits(logits_RV, cap)
 
     def exchange(self) -> Exchange | None:
         """What went between the processes that share the model, so far; None where there is one."""
@@ -296,7 +330,8 @@ class Decoder:
 
     def _norm_over_heads(self, *pairs: tuple[torch.Tensor, torch.Tensor]) -> Sequence[torch.Tensor]:
         """RMS norms over all heads: rows (T, X), each with its weight (X)."""
-        return [self.backend.rms_norm(x_TX.contiguous(), weight_X, self.spec.norm_eps) for x_TX, weight_X in pairs]
+        eps = self.spec.norm_eps
+        return [self.backend.rounded_rms_norm(x_TX.contiguous(), weight_X, eps) for x_TX, weight_X in pairs]
 
     def _ffn(
         self, number: int, x_TD: torch.Tensor, routed: list[torch.Tensor] | None, budget: ExpertBudget | None
@@ -329,8 +364,9 @@ class Decoder:
             return shared_TD
         return shared_TD * sigmoid(self.backend.linear(x_TD, weights.shared_gate))
 
-    def _make_stack(self) -> Stack | None:
-        return make_stack(self)
+    def make_stack(self) -> Stack | None:
+        """The layers and exits as the backend's stack; None where they run operation by operation."""
+        return make_stack(self.backend, self.local_spec, self.layers, self.held, self.exits.values())
 
     def _limit(self, routing: Routing, number: int, budget: ExpertBudget) -> Routing:
         """Take experts from rows that are on a budget."""
@@ -342,47 +378,3 @@ class Decoder:
         before = moe.router.top_k if routing.counts_T is None else routing.counts_T
         budget.skipped_T.add_(before - limited.counts_T)
         return limited
-
-
-def make_stack(decoder: Decoder, held: range | None = None) -> Stack | None:
-    """The decoder's layers and exits as one thing, where the backend has that and can do what the model needs.
-
-    Arguments:
-        held: numbers of the layers to take, without the exits; None takes all of both.
-    """
-    spec, layers = decoder.local_spec, []
-    if any(table is not decoder.cos_sin_LC for table in decoder.rope_tables):
-        return None  # stacks have one table of rotations
-    for number in range(spec.num_layers) if held is None else held:
-        blocks = [_stack_block(decoder, number, block) for block in spec.layers[number].blocks]
-        known = [block for block in blocks if block is not None]
-        if len(known) < len(blocks):
-            return None
-        layers.append(known)
-    shape = StackShape(hidden_size=spec.hidden_size, norm_eps=spec.norm_eps, residual_scale=spec.residual_scale)
-    exits = [
-        StackExit(after_layers=e.after_layers, down=e.down, up=e.up, probe=e.probe, projections=e.projections)
-        for e in (decoder.exits.values() if held is None else ())
-    ]
-    return decoder.backend.make_stack(shape, layers, exits)
-
-
-def _stack_block(decoder: Decoder, number: int, block: Block) -> StackBlock | None:
-    """A block as stacks run it; None where they do not."""
-    weights, layer = decoder.layers[number], decoder.local_spec.layers[number]
-    if isinstance(block, Norm):
-        return StackNorm(weight_D=getattr(weights, block.weight))
-    if isinstance(block, Attention):
-        return layer.attention.stack_block(weights.attention)
-    moe = layer.moe if layer.moe and not layer.moe.is_dense else None
-    if weights.shared is not None or (moe and moe.num_always_on):
-        return None
-    # Plain rules may still differ in how their logits are made.
-    if moe and (moe.router.float32_logits or moe.router.input_norm_eps is not None or not moe.router.is_plain):
-        return None
-    return StackExperts(
-        ffn=weights.ffn,
-        router=weights.router if moe else None,
-        rule=moe.router if moe else None,
-        contribution_scale_E=weights.contribution_scale_E,
-    )

@@ -12,12 +12,14 @@ from ...exits.segments import split_into_segments
 from ...exits.sidecar import ExitHeads
 from ...kernels.api.types import KVProjection, LinearWeights, ProbeWeights
 from ...kernels.torch.backend import TorchBackend
+from .blocks import norm_before_attention
+from .norms import NORM_KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .layer_weights import LayerWeights
-    from .spec import ModelSpec
+    from .spec import LayerSpec, ModelSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +70,9 @@ def pack_exits(
     kinds = {replace(layer.attention, window=None) for layer in spec.layers}
     if len(kinds) > 1:
         raise ValueError("exits need layers of one kind of attention, which differ in their windows only")
-    projections = {
-        n: spec.layers[n].attention.projection(w.attention_norm_D, w.attention, backend)
-        for n, w in enumerate(layers)
-        if n in held
-    }
+    if NORM_KINDS[spec.norm].centred:
+        raise ValueError(f"exits need root-mean-square norms; this {spec.family} model has norms of kind {spec.norm!r}")
+    projections = {n: _projection(spec.layers[n], w, backend) for n, w in enumerate(layers) if n in held}
     exits = {}
     for layer, adapter in heads.adapters.items():
         exits[layer] = DecoderExit(
@@ -84,6 +84,12 @@ def pack_exits(
             projections=tuple(projection for n, projection in projections.items() if n >= layer),
         )
     return exits
+
+
+def _projection(layer: LayerSpec, weights: LayerWeights, backend: TorchBackend) -> KVProjection:
+    before = norm_before_attention(layer.blocks)
+    norm_D = None if before is None else weights.norms[before]
+    return layer.attention.projection(norm_D, weights.attention, backend)
 
 
 def _on_device(probe: ProbeWeights, device: torch.device) -> ProbeWeights:

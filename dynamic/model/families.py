@@ -15,8 +15,11 @@ from ..checkpoint.weights import CheckpointError
 from .attention.registry import attention_kind
 from .family import Family
 from .family_tables.attention_variants import ATTENTION_VARIANTS
+from .family_tables.gemma import GEMMA
 from .family_tables.gpt_oss import GPT_OSS
+from .family_tables.layer_norms import LAYER_NORMS
 from .family_tables.llama_like import LLAMA_LIKE
+from .family_tables.olmo import OLMO
 from .family_tables.own import OWN
 from .family_tables.shared_experts import SHARED_EXPERTS
 from .rope_config import rope_spec
@@ -24,7 +27,16 @@ from .spec import LayerSpec, ModelSpec
 
 MAX_LAYERS = 10_000  # a mistake beyond; how many there are is compared with the files later
 
-FAMILIES: dict[str, Family] = {**LLAMA_LIKE, **ATTENTION_VARIANTS, **SHARED_EXPERTS, **GPT_OSS, **OWN}
+FAMILIES: dict[str, Family] = {
+    **LLAMA_LIKE,
+    **ATTENTION_VARIANTS,
+    **SHARED_EXPERTS,
+    **GPT_OSS,
+    **GEMMA,
+    **LAYER_NORMS,
+    **OLMO,
+    **OWN,
+}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -78,6 +90,7 @@ def _model_spec(config: ConfigReader, family: Family) -> ModelSpec:
         layers = tuple(
             layer if rope == ropes[0] else replace(layer, rope=rope) for layer, rope in zip(layers, ropes, strict=True)
         )
+    norm, norm_eps = family.norm(config, family.norm_eps)
     return ModelSpec(
         family=str(config.get("model_type")),
         vocab_size=config.integer("vocab_size"),
@@ -85,7 +98,8 @@ def _model_spec(config: ConfigReader, family: Family) -> ModelSpec:
         max_position=max_position,
         layers=layers,
         rope=ropes[0],
-        norm_eps=config.number("rms_norm_eps", family.norm_eps),
+        norm=norm,
+        norm_eps=norm_eps,
         activation=family.activation(config),
         mlp_bias=family.mlp_bias(config),
         tie_embeddings=config.flag("tie_word_embeddings", family.tie_embeddings),
@@ -99,4 +113,4 @@ def _layer_spec(config: ConfigReader, family: Family, layer: int) -> LayerSpec:
     moe = family.moe(config, layer)
     ffn_size = config.integer(family.dense_size) if moe is None else 0
     attention = attention_kind(family.attention(config, layer)).from_config(config, family, layer)
-    return LayerSpec(attention=attention, ffn_size=ffn_size, moe=moe)
+    return LayerSpec(attention=attention, ffn_size=ffn_size, moe=moe, blocks=family.blocks)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..checkpoint.config_reader import ConfigReader
 from ..checkpoint.weights import Divide
+from .blocks import PRE_NORM, Block
 from .moe_spec import MoESpec
 
 
@@ -51,6 +52,15 @@ WindowRule = Callable[[ConfigReader, int], int | None]
 RopeRule = Callable[[ConfigReader, int], str | None]
 
 
+NormRule = Callable[[ConfigReader, float], tuple[str, float]]
+LLAMA_NORMS = {"attention": "input_layernorm", "ffn": "post_attention_layernorm"}
+
+
+def norm_of(kind: str, key: str = "rms_norm_eps") -> NormRule:
+    """Norms of one kind, whose epsilon is under a key."""
+    return lambda config, default: (kind, config.number(key, default))
+
+
 def _dense(config: ConfigReader, layer: int) -> None:
     return None
 
@@ -82,7 +92,11 @@ class Family:
     Arguments:
         kv_heads: default of ``num_key_value_heads``; None means as many as query heads.
         head_dim: default of ``head_dim``; None means ``hidden_size / num_attention_heads``.
-        theta, norm_eps: defaults of ``rope_theta`` and ``rms_norm_eps``.
+        theta, norm_eps: defaults of ``rope_theta`` and of the norms' epsilon.
+        tie_embeddings: default of ``tie_word_embeddings``.
+        norm: from the configuration and ``norm_eps`` to the norms' kind and epsilon.
+        blocks: what the layers are made of.
+        norm_modules: what the checkpoint calls the norms of the blocks, below a layer's prefix.
         rope: which of several sets of ``rope_parameters`` a layer rotates with, by name; empty is the only set, None a
             layer that does not rotate.
         rope_types: what this family calls types of ``rope_parameters``.
@@ -95,9 +109,10 @@ class Family:
         moe, window: the rules for a layer.
         qkv_bias, o_bias, mlp_bias: whether these projections have biases.
         qk_norm: see :class:`.GqaSpec`.
-        scales, attention_numbers: read factors that other families do not have, those of attention apart.
+        scales, attention_numbers: read what other families do not have, fields of :class:`.ModelSpec` and of the
+            attention's.
         attention_parts: fields of a layer's attention that other families do not have.
-        tie_embeddings: default of ``tie_word_embeddings``.
+        activation: of the FFNs, by our name for it.
         defaults: values of keys that a configuration may leave out.
         ignored: configuration keys without effect in this family.
         fixed: values that keys must have where they are there: the family's mathematics knows no others.
@@ -115,6 +130,10 @@ class Family:
     head_dim: int | None = None
     theta: float = 10000.0
     norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    norm: NormRule = field(default_factory=lambda: norm_of("rms"))
+    blocks: tuple[Block, ...] = PRE_NORM
+    norm_modules: Mapping[str, str] = field(default_factory=lambda: LLAMA_NORMS)
     attention: Callable[[ConfigReader, int], str] = _gqa
     rope: RopeRule = _one_rope
     rope_types: Mapping[str, str] = field(default_factory=dict)
@@ -128,9 +147,9 @@ class Family:
     o_bias: Callable[[ConfigReader], bool] = _no
     mlp_bias: Callable[[ConfigReader], bool] = _no
     qk_norm: str = "none"
-    scales: Callable[[ConfigReader], dict[str, float]] = field(default=lambda config: {})
-    attention_numbers: Callable[[ConfigReader], dict[str, float]] = field(default=lambda config: {})
-    tie_embeddings: bool = False
+    scales: Callable[[ConfigReader], dict[str, Any]] = field(default=lambda config: {})
+    attention_numbers: Callable[[ConfigReader], dict[str, Any]] = field(default=lambda config: {})
+    activation: Callable[[ConfigReader], str] = _activation
     defaults: Mapping[str, Any] = field(default_factory=dict)
     attention_parts: Callable[[ConfigReader, int], dict[str, Any]] = field(default=lambda config, layer: {})
     activation: Callable[[ConfigReader], str] = _activation

@@ -16,6 +16,7 @@ class LayerWeights:
     """One layer's weights as the backend keeps them.
 
     Arguments:
+        norms: by the names in the layer's blocks; a norm's bias has its name with ``_bias`` behind it.
         attention: of the layer's kind.
         ffn: all experts, or the dense FFN as one expert.
         router: logits over the routed experts.
@@ -25,9 +26,8 @@ class LayerWeights:
         contribution_scale_E: float32, what each routed expert adds per unit of router weight; None: not calibrated.
     """
 
-    attention_norm_D: torch.Tensor
+    norms: Mapping[str, torch.Tensor]
     attention: AttentionWeights
-    ffn_norm_D: torch.Tensor
     ffn: ExpertWeights
     router: LinearWeights | None = None
     shared: ExpertWeights | None = None
@@ -46,7 +46,8 @@ class LayerWeights:
     @property
     def nbytes(self) -> int:
         """Size in memory."""
-        return sum(getattr(self, f.name).nbytes for f in fields(self) if getattr(self, f.name) is not None)
+        others = [getattr(self, f.name) for f in fields(self) if f.name != "norms"]
+        return sum(part.nbytes for part in (*self.norms.values(), *others) if part is not None)
 
 
 def packed_router_tensors(

@@ -10,11 +10,13 @@ import torch
 
 from ..checkpoint.weights import DTYPES, Checkpoint, CheckpointError, TensorInfo
 from .attention.kind import AttentionLayout
+from .blocks import norm_names
 from .family import ExpertNames, Family
 from .moe_spec import MoESpec
+from .norms import TensorLayout, norm_tensors
 from .spec import LayerSpec, ModelSpec
 
-EMBEDDING, FINAL_NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+EMBEDDING, FINAL_NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm", "lm_head.weight"
 # Buffers that older libraries stored, and scales of a cache in 8 bits: ours has scales of its own.
 HARMLESS_EXTRAS = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias", ".k_scale", ".v_scale", ".kv_scale")
 
@@ -77,13 +79,13 @@ class LayerLayout:
     """The tensors of one layer.
 
     Arguments:
+        norms: by the names of :attr:`.LayerWeights.norms`.
         router, router_bias: of the linear layer that makes the logits.
         router_tensors: what else the router reads, by fields of :class:`.LayerWeights`.
     """
 
-    attention_norm: str
+    norms: Mapping[str, TensorLayout]
     attention: AttentionLayout
-    ffn_norm: str
     ffn: FFNLayout
     router: str
     shared: FFNLayout | None
@@ -94,10 +96,17 @@ class LayerLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The tensors of a model. Without ``lm_head`` the embedding table takes its place."""
+    """The tensors of a model. Without ``lm_head`` the embedding table takes its place.
+
+    Arguments:
+        final_norm: norm in front of the LM head, ``weight`` and maybe ``weight_bias``.
+        lm_head_bias: empty where there is none.
+    """
 
     layers: tuple[LayerLayout, ...]
+    final_norm: Mapping[str, TensorLayout]
     lm_head: str
+    lm_head_bias: str
 
 
 @dataclass
@@ -110,6 +119,11 @@ class _Claims:
     def claim(self, name: str, *shape: int) -> str:
         self.shapes[name] = shape
         return name
+
+    def claim_tensors(self, tensors: Mapping[str, TensorLayout]) -> Mapping[str, TensorLayout]:
+        for tensor in tensors.values():
+            self.claim(tensor.name, *tensor.shape)
+        return tensors
 
     def first_present(self, names: Iterable[str]) -> str:
         """The first of several possible names that the checkpoint has; the first of all when it has none."""
@@ -127,33 +141,34 @@ def plan_layout(spec: ModelSpec, family: Family, tensors: Mapping[str, TensorInf
     _check_experts(spec, tensors)
     claims = _Claims(tensors)
     claims.claim(EMBEDDING, spec.vocab_size, spec.hidden_size)
-    claims.claim(FINAL_NORM, spec.hidden_size)
+    final_norm = claims.claim_tensors(norm_tensors(spec.norm, {"weight": FINAL_NORM}, spec.hidden_size))
     # Some tied checkpoints store the head as well; it may differ, so it is looked at.
     lm_head = "" if spec.tie_embeddings and LM_HEAD not in tensors else LM_HEAD
     if lm_head:
         claims.claim(lm_head, spec.vocab_size, spec.hidden_size)
+    lm_head_bias = claims.claim(LM_HEAD.replace(".weight", ".bias"), spec.vocab_size) if spec.lm_head_bias else ""
     layers = tuple(
         _layer_layout(claims, spec, layer, family, f"model.layers.{number}.")
         for number, layer in enumerate(spec.layers)
     )
     _check(claims.shapes, tensors)
     _refuse_extras(claims.shapes, tensors)
-    return Layout(layers=layers, lm_head=lm_head)
+    return Layout(layers=layers, final_norm=final_norm, lm_head=lm_head, lm_head_bias=lm_head_bias)
 
 
 def _layer_layout(claims: _Claims, spec: ModelSpec, layer: LayerSpec, family: Family, prefix: str) -> LayerLayout:
     hidden, moe = spec.hidden_size, layer.moe
     attention = layer.attention.layout(prefix, hidden, claims.available)
-    attention_norm = claims.claim(f"{prefix}input_layernorm.weight", hidden)
+    modules = {name: prefix + family.norm_modules[name] for name in norm_names(layer.blocks)}
+    norms = claims.claim_tensors(norm_tensors(spec.norm, modules, hidden))
     for name, shape in attention.shapes():
         claims.claim(name, *shape)
     router = claims.first_present(prefix + name for name in family.router) if moe else ""
     if moe:
         claims.claim(router, moe.router.num_experts, hidden)
     return LayerLayout(
-        attention_norm=attention_norm,
+        norms=norms,
         attention=attention,
-        ffn_norm=claims.claim(f"{prefix}post_attention_layernorm.weight", hidden),
         ffn=_dense_layout(claims, family.dense, spec, layer.ffn_size, prefix)
         if moe is None
         else _biased(

@@ -31,11 +31,12 @@ from .dtype import choose_device, choose_dtype
 from .exits import pack_exits
 from .generation_defaults import stop_tokens
 from .layer_weights import LayerWeights, packed_router_tensors
-from .layout import EMBEDDING, FINAL_NORM, FFNLayout, LayerLayout, Layout, expert_tensors
+from .layout import EMBEDDING, FFNLayout, LayerLayout, Layout, expert_tensors
 from .load_config import LoadConfig
 from .machine import release_free_memory
 from .model_files import open_files
 from .moe_spec import MoESpec
+from .norms import TensorLayout
 from .placement import Join, Placement, Source, absent_linear
 from .quantization import NONE, Method, Quantization
 from .spec import ModelSpec
@@ -174,10 +175,15 @@ class _Builder:
         tied = not self.layout.lm_head
         if not tied and self.spec.tie_embeddings:
             tied = torch.equal(self.source.view(EMBEDDING), self.source.view(self.layout.lm_head))
-        lm_head = self._linear(EMBEDDING if tied else self.layout.lm_head, method=self.quantization.head)
+        bias = (self.layout.lm_head_bias,) if self.layout.lm_head_bias else ()
+        lm_head = self._linear(EMBEDDING if tied else self.layout.lm_head, method=self.quantization.head, bias=bias)
         self._release()
         embedding_VD = None if tied else self._embedding()
-        return {"embedding_VD": embedding_VD, "final_norm_D": self._copy(FINAL_NORM), "lm_head": lm_head}
+        norm = {name: self._tensor(tensor) for name, tensor in self.layout.final_norm.items()}
+        return {
+            **{"embedding_VD": embedding_VD, "lm_head": lm_head},
+            **{"final_norm_D": norm["weight"], "final_norm_bias_D": norm.get("weight_bias")},
+        }
 
     def _no_ends(self) -> dict[str, Any]:
         """Of a stage of a pipeline that is not the first."""
@@ -259,6 +265,10 @@ class _Builder:
             part.copy_(view)
         return out
 
+    def _tensor(self, layout: TensorLayout) -> torch.Tensor:
+        kept = self._copy(layout.name, dtype=layout.dtype(self.backend.dtype))
+        return kept.add_(layout.offset) if layout.offset else kept
+
     def _source(self, *names: str, method: Method | None = None) -> torch.Tensor:
         """As :meth:`_copy`, for the backend to pack; one that copies reads the mapped file itself.
 
@@ -273,9 +283,8 @@ class _Builder:
 
     def _layer(self, layout: LayerLayout, moe: MoESpec | None, scales: LayerScales | None) -> LayerWeights:
         return LayerWeights(
-            attention_norm_D=self._copy(layout.attention_norm),
+            norms={name: self._tensor(tensor) for name, tensor in layout.norms.items()},
             attention=self._attention(layout.attention),
-            ffn_norm_D=self._copy(layout.ffn_norm),
             ffn=self._ffn(layout.ffn),
             **({} if moe is None else self._router(layout, moe.router)),
             shared=self._ffn(layout.shared) if layout.shared else None,
@@ -288,7 +297,7 @@ class _Builder:
         for field, linear in layout.linears.items():
             parts[field] = self._linear(*linear.weights, method=self.quantization.layers, bias=linear.biases)
         for field, tensor in layout.tensors.items():
-            parts[field] = self._copy(tensor.name, dtype=torch.float32 if tensor.float32 else None)
+            parts[field] = self._tensor(tensor)
         return layout.kind.weights(parts)
 
     def _ffn(self, layout: FFNLayout) -> ExpertWeights:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ...kernels.api.ranges import check_ranges
+from ...kernels.api.uncommon import CAPS
 from .attention.kind import AttentionSpec
 from .blocks import PRE_NORM, Block
 from .moe_spec import MoESpec
+from .norms import NORM_KINDS
 from .rope import RopeSpec
 
 
@@ -42,9 +44,13 @@ class ModelSpec:
     Arguments:
         family: ``model_type`` of the checkpoint.
         max_position: longest context, in tokens.
+        norm: kind of the norms of the residual stream, see ``NORM_KINDS``.
         activation: see :func:`reference.activate`.
         embedding_scale, residual_scale: factors on the embeddings and on what a block adds to the residual stream.
+        rounded_embedding_scale: that factor is rounded to the dtype that the model computes in.
         logits_divisor: the logits are divided by it.
+        logits_cap: logits z become ``cap · tanh(z / cap)``.
+        lm_head_bias: whether the LM head has a bias.
         tie_embeddings: the LM head is the embedding table.
         eos_token_ids: tokens that end a text; bos_token_id: the token that begins one, where there is one.
     """
@@ -56,11 +62,15 @@ class ModelSpec:
     layers: tuple[LayerSpec, ...]
     rope: RopeSpec
     norm_eps: float
+    norm: str = "rms"
     activation: str = "silu"
     mlp_bias: bool = False
     embedding_scale: float = 1.0
+    rounded_embedding_scale: bool = False
     residual_scale: float = 1.0
     logits_divisor: float = 1.0
+    logits_cap: float | None = None
+    lm_head_bias: bool = False
     tie_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
@@ -80,6 +90,12 @@ class ModelSpec:
     def ropes(self) -> list[RopeSpec]:
         """How every layer rotates."""
         return [layer.rope or self.rope for layer in self.layers]
+
+    @property
+    def uncommon(self) -> set[str]:
+        """What the model computes that others do not, by the names that kernels have for it."""
+        attention = {part for layer in self.layers for part in layer.attention.uncommon}
+        return attention | NORM_KINDS[self.norm].uncommon | (set() if self.logits_cap is None else {CAPS})
 
     @property
     def longest_window(self) -> int | None:

@@ -350,7 +350,7 @@ class ParallelDecoder(Decoder):
             self._forget(cache)
         self.context.send(message)
 
-    def _make_stack(self) -> None:
+    def make_stack(self) -> None:
         """Steps are run segment by segment: all ranks must hear of each."""
 
     def _attention(

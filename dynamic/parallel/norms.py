@@ -43,7 +43,7 @@ def spread_norms(shard: Shard) -> tuple[SpreadNorm, SpreadNorm] | None:
 def norm_over_ranks(
     context: ParallelContext, eps: float, *parts: tuple[torch.Tensor, torch.Tensor, SpreadNorm]
 ) -> list[torch.Tensor]:
-    """Root-mean-square norms over the heads of a tensor group, in their weights' dtypes.
+    """Root-mean-square norms over the heads of a tensor group, in the rows' dtype.
 
     Arguments:
         parts: for each norm this rank's rows (T, X), weight (X), and what the norm goes over.
@@ -53,7 +53,7 @@ def norm_over_ranks(
     out = []
     for (x_TX, weight_X, norm), total_T in zip(parts, total_TN.unbind(-1), strict=True):
         normed_TX = x_TX.float() * torch.rsqrt(total_T / norm.width + eps)[:, None]
-        out.append((weight_X * normed_TX.to(x_TX.dtype)).to(weight_X.dtype))
+        out.append((weight_X * normed_TX.to(weight_X.dtype)).to(x_TX.dtype))
     return out
 
 
@@ -77,7 +77,7 @@ def propagate_over_ranks(
     backend, eps, parts, values = attention.backend, attention.norm_eps, [], []
     for _, projection, _ in layers:
         assert projection.k_norm is not None
-        k_RX, v_RX = backend.linear(backend.rms_norm(x_RD, projection.norm_D, eps), projection.kv).chunk(2, -1)
+        k_RX, v_RX = backend.linear(backend.read_by(projection, x_RD, eps), projection.kv).chunk(2, -1)
         parts.append((k_RX, projection.k_norm, norm))
         values.append(v_RX)
     for (_, _, cache), k_RX, v_RX in zip(layers, norm_over_ranks(context, eps, *parts), values, strict=True):

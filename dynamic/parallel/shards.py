@@ -152,7 +152,7 @@ class Shard:
 
     def layout(self, layout: Layout) -> Layout:
         """See :meth:`.Placement.layout`; fills :attr:`cuts`."""
-        for name in (EMBEDDING, layout.lm_head):
+        for name in (EMBEDDING, layout.lm_head, layout.lm_head_bias):
             if name:
                 self.cuts[name] = Part(outputs=self.vocabulary)
         return replace(layout, layers=tuple(self._layer(layer, n) for n, layer in enumerate(layout.layers)))

@@ -14,9 +14,10 @@ import torch
 from ...kernels.api.stack import SharedGroup, Stack
 from ...kernels.api.types import AttentionBatch, ExpertBudget, ExpertWeights
 from ..model.attention.kind import AttentionWeights
-from ..model.decoder import Decoder, make_stack
+from ..model.decoder import Decoder
 from ..model.layer_weights import LayerWeights
 from ..model.spec import ModelSpec
+from ..model.stack import make_stack
 
 SIZES = 4  # numbers that describe a layer
 
@@ -98,11 +99,9 @@ class _AbsentAttention(AttentionWeights):
 def stand_in(spec: ModelSpec, sizes: Sequence[int]) -> LayerWeights:
     """A layer that another stage holds: it can be weighed, not run."""
     total, ffn, propagated, scales = sizes
-    nothing = torch.empty(0, device="meta")
     return LayerWeights(
-        attention_norm_D=nothing,
+        norms={},
         attention=_AbsentAttention(total=total - ffn - scales, propagated=propagated),
-        ffn_norm_D=nothing,
         ffn=ExpertWeights(
             num_experts=0,
             hidden_size=spec.hidden_size,
@@ -122,7 +121,7 @@ def make_held_stack(decoder: Decoder, held: range, shared: SharedGroup | None) -
     Arguments:
         shared: where ranks that have parts of the heads add up attention's and the experts' results.
     """
-    stack = make_stack(decoder, held)
+    stack = make_stack(decoder.backend, decoder.local_spec, decoder.layers, held, ())
     if stack is not None and shared is not None:
         stack.share(shared)
     return stack

@@ -20,7 +20,8 @@ from ..checkpoint.compressed_writer import compressed_config
 from ..checkpoint.directory import copy_tokenizer, write_json, write_tensors
 from ..checkpoint.weights import DTYPES, CheckpointError, read_json
 from ..model.attention.gqa import GqaSpec
-from ..model.layout import EMBEDDING, FINAL_NORM
+from ..model.blocks import PRE_NORM
+from ..model.layout import EMBEDDING
 from ..model.model_files import ModelFiles, open_files
 from .inputs import OneLayer
 from .layer import layer_tensors, pack_layer, read_layer
@@ -59,7 +60,7 @@ def quantize_checkpoint(
     """
     from tqdm import tqdm
 
-    origin = _open(source)
+    origin = _open(source, method)
     if windows_NL.shape[1] > origin.spec.max_position:
         raise ValueError(f"windows of {windows_NL.shape[1]} tokens exceed the model's {origin.spec.max_position}")
     backend = select_backend(device or torch.device("cpu"), torch.float32, "auto")
@@ -90,13 +91,19 @@ def quantize_checkpoint(
     return report
 
 
-def _open(source: Path) -> ModelFiles:
+def _open(source: Path, method: CalibratedMethod) -> ModelFiles:
     files = open_files(source)
     if files.stored is not None:
         raise ValueError(f"{source} is quantised already; name the checkpoint that it was made of")
     kinds = [layer.attention for layer in files.spec.layers]
     if other := [kind.kind for kind in kinds if not isinstance(kind, GqaSpec)]:
         raise ValueError(f"{source} has attention of kind {other[0]!r}; only {GqaSpec.kind!r} can be quantised")
+    spec = files.spec
+    if method.name != "gptq" and (spec.norm != "rms" or any(layer.blocks != PRE_NORM for layer in spec.layers)):
+        raise ValueError(
+            f"quantization={method.name} folds scales into norms in front of attention and FFN; those of {spec.family} "
+            "are others, use gptq"
+        )
     return files
 
 
@@ -152,7 +159,7 @@ def _one_layer(
     exact = OneLayer(spec, number, pack_layer(backend, layer, spec.activation), backend)
     expected_NLD, inputs = exact.watch(stream_NLD)
     del exact
-    dtype = DTYPES[origin.checkpoint[layout.attention_norm].dtype]
+    dtype = DTYPES[origin.checkpoint[next(iter(layout.norms.values())).name].dtype]
     worker = LayerMethod(method, spec, dtype)
     layer, inputs = worker.scaled(layer, inputs)
     quantized = worker.quantized(layer, inputs)
@@ -168,7 +175,8 @@ def _one_layer(
 def _finish(origin: ModelFiles, target: Path, method: CalibratedMethod, report: dict[str, Any]) -> None:
     """Write what is not quantised, the index, and last the configuration, which completes the model."""
     checkpoint = origin.checkpoint
-    names = [EMBEDDING, FINAL_NORM, *([origin.layout.lm_head] if origin.layout.lm_head else [])]
+    names = [EMBEDDING, *(tensor.name for tensor in origin.layout.final_norm.values())]
+    names += [name for name in (origin.layout.lm_head, origin.layout.lm_head_bias) if name]
     write_tensors(target / _REST, {name: checkpoint.view(name).clone() for name in names})
     copy_tokenizer(origin.path, target)
     files = [*(_layer_file(number) for number in range(origin.spec.num_layers)), _REST]

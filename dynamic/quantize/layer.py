@@ -22,6 +22,7 @@ from ..model.channel_order import in_order, inverse
 from ..model.family import Family, one_each
 from ..model.layer_weights import LayerWeights, packed_router_tensors
 from ..model.layout import FFNLayout, LayerLayout, expert_tensors
+from ..model.norms import TensorLayout
 from ..model.spec import ModelSpec
 
 Weight = torch.Tensor | QuantizedWeight
@@ -50,15 +51,15 @@ class LayerTensors:
     """What :class:`.LayerWeights` is made of; floating tensors are float32. Fields as there.
 
     Arguments:
-        attention: what its tensors are.
+        attention, norm_layouts: what the tensors of attention and of the norms are.
         linears, tensors: of attention, by the names of the fields of the kind's weights.
         router_bias_E: of the router's linear layer.
         router_tensors: what else the router reads, by fields of :class:`.LayerWeights`.
     """
 
     attention: AttentionLayout
-    attention_norm_D: torch.Tensor
-    ffn_norm_D: torch.Tensor
+    norm_layouts: Mapping[str, TensorLayout]
+    norms: Mapping[str, torch.Tensor]
     linears: Mapping[str, LinearTensors]
     tensors: Mapping[str, torch.Tensor]
     ffn: FFNTensors
@@ -114,8 +115,8 @@ def read_layer(checkpoint: Checkpoint, layout: LayerLayout, spec: ModelSpec) -> 
     }
     return LayerTensors(
         attention=layout.attention,
-        attention_norm_D=one(layout.attention_norm),
-        ffn_norm_D=one(layout.ffn_norm),
+        norm_layouts=layout.norms,
+        norms={name: one(tensor.name) for name, tensor in layout.norms.items()},
         linears=linears,
         tensors={field: one(tensor.name) for field, tensor in layout.attention.tensors.items()},
         ffn=ffn(layout.ffn),
@@ -132,8 +133,11 @@ def pack_layer(
 ) -> LayerWeights:
     """The layer packed for the backend; ``scheme``: how the inputs of quantised weights are rounded."""
 
-    def norm(weight: torch.Tensor) -> torch.Tensor:
-        return weight.to(backend.device, backend.dtype)
+    def kept(tensors: Mapping[str, torch.Tensor], layouts: Mapping[str, TensorLayout]) -> dict[str, torch.Tensor]:
+        return {
+            name: tensor.to(backend.device, layouts[name].dtype(backend.dtype)) + layouts[name].offset
+            for name, tensor in tensors.items()
+        }
 
     def linear(weight: Weight, bias: torch.Tensor | None = None) -> LinearWeights:
         if isinstance(weight, torch.Tensor):
@@ -153,16 +157,10 @@ def pack_layer(
         weight = concatenate(quantized) if quantized else torch.cat([plain(part) for part in parts.weights])
         return linear(weight, torch.cat(parts.biases) if parts.biases else None)
 
-    described = layer.attention.tensors
-    tensors = {
-        field: tensor.to(backend.device) if described[field].float32 else norm(tensor)
-        for field, tensor in layer.tensors.items()
-    }
     linears = {field: joined(parts) for field, parts in layer.linears.items()}
     return LayerWeights(
-        attention_norm_D=norm(layer.attention_norm_D),
-        attention=layer.attention.kind.weights({**linears, **tensors}),
-        ffn_norm_D=norm(layer.ffn_norm_D),
+        norms=kept(layer.norms, layer.norm_layouts),
+        attention=layer.attention.kind.weights({**linears, **kept(layer.tensors, layer.attention.tensors)}),
         ffn=ffn(layer.ffn),
         router=None if layer.router_ED is None else linear(layer.router_ED, layer.router_bias_E),
         **packed_router_tensors(layer.router_tensors, backend.device, backend.dtype),
@@ -178,7 +176,8 @@ def fold_into_attention_norm(layer: LayerTensors, scale_D: torch.Tensor) -> Laye
         for field, part in layer.linears.items()
         if field != "o"
     }
-    return replace(layer.with_attention(**scaled), attention_norm_D=layer.attention_norm_D / scale_D)
+    norms = {**layer.norms, "attention": layer.norms["attention"] / scale_D}
+    return replace(layer.with_attention(**scaled), norms=norms)
 
 
 def fold_into_ffn_norm(layer: LayerTensors, scale_D: torch.Tensor) -> LayerTensors:
@@ -195,7 +194,7 @@ def fold_into_ffn_norm(layer: LayerTensors, scale_D: torch.Tensor) -> LayerTenso
 
     return replace(
         layer,
-        ffn_norm_D=layer.ffn_norm_D / scale_D,
+        norms={**layer.norms, "ffn": layer.norms["ffn"] / scale_D},
         ffn=ffn(layer.ffn),
         router_ED=None if layer.router_ED is None else layer.router_ED * scale_D,
         shared=None if layer.shared is None else ffn(layer.shared),
@@ -245,8 +244,7 @@ def layer_tensors(
         dtype: of what is not quantised.
     """
     kept: list[tuple[str, torch.Tensor | None]] = [
-        (layout.attention_norm, layer.attention_norm_D),
-        (layout.ffn_norm, layer.ffn_norm_D),
+        *((layout.norms[name].name, tensor) for name, tensor in layer.norms.items()),
         (layout.router, layer.router_ED),
         (layout.router_bias, layer.router_bias_E),
         (layout.shared_gate, layer.shared_gate_1D),

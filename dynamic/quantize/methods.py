@@ -119,7 +119,7 @@ class LayerMethod:
         readers = [part for field, part in layer.linears.items() if field != "o"]
         weight_XD = torch.cat([plain(weight) for part in readers for weight in part.weights])
         scale_D = self._input_scale([ScaledLayers(weight_BOI=weight_XD[None], statistics=statistics)], statistics)
-        scale_D = _storable(layer.attention_norm_D, scale_D, self.norm_dtype)
+        scale_D = _storable(layer.norms["attention"], scale_D, self.norm_dtype)
         layer = fold_into_attention_norm(layer, scale_D)
         inputs = replace(inputs, attention_TD=inputs.attention_TD / scale_D)
         kind = layer.attention.kind
@@ -149,7 +149,7 @@ class LayerMethod:
         if layer.shared is not None:
             weight_1XD = torch.cat((plain(layer.shared.gate_EFD), plain(layer.shared.up_EFD)), 1)
             readers.append(ScaledLayers(weight_BOI=weight_1XD, statistics=everything))
-        scale_D = _storable(layer.ffn_norm_D, self._input_scale(readers, everything), self.norm_dtype)
+        scale_D = _storable(layer.norms["ffn"], self._input_scale(readers, everything), self.norm_dtype)
         return fold_into_ffn_norm(layer, scale_D), replace(inputs, ffn_TD=inputs.ffn_TD / scale_D)
 
     def _input_scale(self, readers: list[ScaledLayers], statistics: InputStatistics) -> torch.Tensor:

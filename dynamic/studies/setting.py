@@ -15,7 +15,6 @@ from ..contract.quality_config import QualityConfig
 from ..contract.resolve import Contracts
 from ..engine.quality import Quality
 from ..engine.sampling_params import SamplingParams
-from ..model.decoder import make_stack
 
 if TYPE_CHECKING:
     from ..llm import LLM
@@ -155,7 +154,7 @@ def find_keep(executed_share: Callable[[float], float], wanted: float, rounds: i
 def by_router_weight(decoder: Decoder) -> None:
     """Let a decoder drop experts by the router's weight, without the calibrated scales; the layers' shares stay."""
     decoder.layers = tuple(replace(layer, contribution_scale_E=None) for layer in decoder.layers)
-    decoder.stack = make_stack(decoder)
+    decoder.stack = decoder.make_stack()
 
 
 def _uncertified(quality: StudiedQuality, contract: Quality, llm: LLM, exact: SamplingParams) -> Resolved:

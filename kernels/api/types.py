@@ -155,9 +155,12 @@ class ExitDecision:
 
 @dataclass(frozen=True, kw_only=True)
 class KVProjection:
-    """What turns a residual stream into a layer's keys and values: norm, projection (keys, then values), key norm."""
+    """What turns a residual stream into a layer's keys and values: norm, projection (keys, then values), key norm.
 
-    norm_D: torch.Tensor
+    Without a norm the projection reads the stream itself.
+    """
+
+    norm_D: torch.Tensor | None
     kv: LinearWeights
     k_norm: torch.Tensor | None
 

@@ -24,6 +24,7 @@ from ..api.types import (
 )
 from ..reference import router as reference
 from ..reference.router import check_route_arguments
+from ..torch.attention import attention_by_rows
 from ..torch.experts import PlainExperts
 from ..torch.split import SplitExperts, SplitLinear
 from . import build as cpu_build
@@ -244,7 +245,12 @@ class CpuBackend(CpuQuantPacking):
         window: int | None = None,
         sinks_H: torch.Tensor | None = None,
         lse_TH: torch.Tensor | None = None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
+        if softcap is not None:
+            self._fall_back("attention with capped scores")
+            options = {"scale": scale, "window": window, "sinks_H": sinks_H, "lse_TH": lse_TH, "softcap": softcap}
+            return attention_by_rows(q_THC, layer, batch, **options)
         return self._ops.attention.default(
             self._isa,
             q_THC,
@@ -295,12 +301,15 @@ class CpuBackend(CpuQuantPacking):
         clip: float | None = None,
     ) -> None:
         linears: list[CpuLinear] = [p.kv.data for p in projections]
-        if any(isinstance(linear, SplitLinear) or linear.layout for linear in linears):
+        norms = [norm for p in projections for norm in (p.norm_D, p.k_norm)]
+        wide = any(norm is not None and norm.dtype != self.dtype for norm in norms)
+        plain = not wide and all(p.norm_D is not None for p in projections)
+        if not plain or any(isinstance(linear, SplitLinear) or linear.layout for linear in linears):
             return super().project_kv(x_TD, projections, layers, cos_sin_LC, batch, norm_eps=norm_eps, clip=clip)
         self._ops.project_kv.default(
             self._isa,
             x_TD,
-            [p.norm_D for p in projections],
+            [p.norm_D for p in projections if p.norm_D is not None],
             [linear.packed for linear in linears],
             [linear.bias for linear in linears if linear.bias is not None],
             [p.k_norm for p in projections if p.k_norm is not None],

@@ -19,6 +19,7 @@ from ..api.formats import ROW_GROUP, UNQUANTIZED, ActivationScheme, Format
 from ..api.quantized_weight import QuantizedWeight
 from ..api.router_spec import RouterSpec
 from ..api.types import ExpertWeights, KVProjection, LinearWeights, Routing
+from ..api.uncommon import CAPS, FLOAT32_NORMS, LAYER_NORMS
 from ..reference.operations import CLAMPED_SWIGLU
 from ..torch.backend import TorchBackend
 from .layout import PLAIN_ACTIVATIONS
@@ -45,9 +46,10 @@ _WINDOWS = (None, 1, 5, 16, 64, 65)
 
 def vectors() -> dict[str, Callable[[TorchBackend], Outputs]]:
     """What is computed, by what a model must use for it to matter: everybody :data:`PLAIN`, codes in the cache, sinks,
-    or a format or an activation by its name. The backend is the CPU's."""
+    or a format, an activation or something else uncommon by its name. The backend is the CPU's."""
     found: dict[str, Callable[[TorchBackend], Outputs]] = {PLAIN: _plain, CODED_CACHE: _coded_cache}
     found |= {SINKS: _sinks, CLAMPED_SWIGLU: lambda backend: _mixtures(backend, Numbers(), (CLAMPED_SWIGLU,), 12.0)}
+    found |= {CAPS: _caps, FLOAT32_NORMS: _float32_norms, LAYER_NORMS: _layer_norms}
     for format in cpu_formats():
         found[format.name] = lambda backend, format=format: _quantised(backend, format)
     return found
@@ -162,7 +164,34 @@ def _norms(backend: TorchBackend, numbers: Numbers) -> Outputs:
                     yield from backend.add_rms_norm(added_TD, x_TD.clone(), weight_D, EPS, scale)
 
 
-def _attention(backend: TorchBackend, numbers: Numbers, kept: torch.dtype) -> Outputs:
+def _float32_norms(backend: TorchBackend) -> Outputs:
+    numbers = Numbers()
+    for hidden in (1, 45, 576):
+        weight_D = 1 + numbers.floats(hidden, scale=0.5)
+        for rows in ROWS:
+            x_TD, added_TD = (numbers.floats(rows, hidden, scale=3) for _ in range(2))
+            yield backend.rounded_rms_norm(x_TD.to(backend.dtype), weight_D, EPS)
+            yield from backend.add_rms_norm(added_TD.to(backend.dtype), x_TD, weight_D, EPS, 0.22)
+
+
+def _layer_norms(backend: TorchBackend) -> Outputs:
+    numbers = Numbers()
+    for hidden in (1, 45, 576):
+        weight_D = 1 + numbers.floats(hidden, scale=0.5)
+        for rows in ROWS:
+            for bias_D in (None, numbers.floats(hidden)):
+                yield backend.layer_norm(numbers.floats(rows, hidden, scale=3), weight_D, bias_D, EPS)
+
+
+def _caps(backend: TorchBackend) -> Outputs:
+    numbers = Numbers()
+    for kept in (backend.dtype, torch.int8):
+        yield from _attention(backend, numbers, kept, softcap=2.5)
+    for rows in ROWS:
+        yield backend.cap_logits(numbers.floats(rows, 45, scale=20), 3.0)
+
+
+def _attention(backend: TorchBackend, numbers: Numbers, kept: torch.dtype, softcap: float | None = None) -> Outputs:
     for heads, kv_heads, channels, page in ((6, 2, 40, 16), (2, 2, 64, 4)):
         layer, table_LC = cache(_CONTEXTS, page, kv_heads, channels, kept), rotations(channels, max(_CONTEXTS))
         written, asked = places(_CONTEXTS, _CONTEXTS, page), places(_CONTEXTS, _NEW_ROWS, page)
@@ -175,9 +204,8 @@ def _attention(backend: TorchBackend, numbers: Numbers, kept: torch.dtype) -> Ou
         for window in _WINDOWS:
             for sinks_H in (None, numbers.floats(heads)):
                 lse_TH = torch.zeros(sum(_NEW_ROWS), heads)
-                yield backend.attention(
-                    q_THC, layer, asked, scale=channels**-0.5, window=window, sinks_H=sinks_H, lse_TH=lse_TH
-                )
+                options = {"window": window, "sinks_H": sinks_H, "lse_TH": lse_TH, "softcap": softcap}
+                yield backend.attention(q_THC, layer, asked, scale=channels**-0.5, **options)
                 yield lse_TH
 
 

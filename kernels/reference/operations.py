@@ -71,6 +71,7 @@ def paged_attention(
     window: int | None = None,
     sinks_H: torch.Tensor | None = None,
     lse_TH: torch.Tensor | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Causal grouped-query attention of this step's rows over their sequences' pages.
 
@@ -82,6 +83,7 @@ def paged_attention(
         sinks_H: float32, a logit of each head that takes part in the softmax and has no value; it is not scaled.
         lse_TH: float32; if given, takes the logarithm of the softmax's denominator, the sink's term included. It joins
             parts of a context that were attended apart.
+        softcap: scores s, scaled, become ``softcap · tanh(s / softcap)``; a sink does not.
 
     Returns: attention output, (T, H, C), in the queries' dtype.
     """
@@ -97,6 +99,7 @@ def paged_attention(
         )
         k_HLC, v_HLC = k_GLC.repeat_interleave(groups, 0), v_GLC.repeat_interleave(groups, 0)
         scores_HTL = torch.einsum("thc,hlc->htl", q_THC[rows].float(), k_HLC) * scale
+        scores_HTL = scores_HTL if softcap is None else softcap * (scores_HTL / softcap).tanh()
         index_L = torch.arange(length, device=q_THC.device)
         behind_TL = index_L[length - (starts[s + 1] - starts[s]) :, None] - index_L
         hidden_TL = behind_TL < 0

@@ -6,6 +6,8 @@ key/value head.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -22,18 +24,33 @@ def run_attention(
     window: int | None = None,
     sinks_H: torch.Tensor | None = None,
     lse_TH: torch.Tensor | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """What :func:`reference.paged_attention` computes, (T, H, C). A step that only decodes never waits for a device."""
     if batch.max_query_len == 1:
-        return _decode(q_THC, layer, batch, scale, window, sinks_H, lse_TH)
+        return _decode(q_THC, layer, batch, scale, window, sinks_H, lse_TH, softcap)
     out_THC = torch.empty_like(q_THC)
     starts, lengths = batch.query_start_S1.tolist(), batch.context_len_S.tolist()
     for s, length in enumerate(lengths):
         rows = slice(starts[s], starts[s + 1])
         lse_RH = None if lse_TH is None else lse_TH[rows]
         out_THC[rows] = _one_sequence(
-            q_THC[rows], layer, batch.block_table_SM[s], length, scale, window, sinks_H, lse_RH
+            q_THC[rows], layer, batch.block_table_SM[s], length, scale, window, sinks_H, lse_RH, softcap
         )
+    return out_THC
+
+
+def attention_by_rows(q_THC: torch.Tensor, layer: KVLayer, batch: AttentionBatch, **options: Any) -> torch.Tensor:
+    """As :func:`run_attention`, every row by itself: its bits depend on its own context and on nothing else."""
+    out_THC, lse_TH = torch.empty_like(q_THC), options.pop("lse_TH", None)
+    arguments = (options["scale"], options.get("window"), options.get("sinks_H"))
+    starts, lengths = batch.query_start_S1.tolist(), batch.context_len_S.tolist()
+    for s, length in enumerate(lengths):
+        for row in range(starts[s], starts[s + 1]):
+            one, lse_1H = slice(row, row + 1), None if lse_TH is None else lse_TH[row : row + 1]
+            seen = length - (starts[s + 1] - row) + 1
+            table_M, query_1HC = batch.block_table_SM[s], q_THC[one].contiguous()
+            out_THC[one] = _one_sequence(query_1HC, layer, table_M, seen, *arguments, lse_1H, options.get("softcap"))
     return out_THC
 
 
@@ -45,6 +62,7 @@ def _decode(
     window: int | None,
     sinks_H: torch.Tensor | None,
     lse_SH: torch.Tensor | None,
+    softcap: float | None,
 ) -> torch.Tensor:
     page, device = layer.page_size, q_SHC.device
     lengths_S1 = batch.context_len_S[:, None].long()
@@ -67,10 +85,10 @@ def _decode(
     # Heads of a group become rows, so that one pass over the keys serves them all.
     q_SGRC = q_SHC.unflatten(1, (k_SGLC.shape[1], -1))
     seen_S11L = ~hidden_SL[:, None, None, :]
-    if sinks_H is not None or lse_SH is not None:
+    if sinks_H is not None or lse_SH is not None or softcap is not None:
         q_SH1C = q_SHC[:, :, None]
         lse_SH1 = None if lse_SH is None else lse_SH[:, :, None]
-        return _with_sinks(q_SH1C, k_SGLC, v_SGLC, seen_S11L, scale, sinks_H, lse_SH1)[:, :, 0]
+        return _step_by_step(q_SH1C, k_SGLC, v_SGLC, seen_S11L, scale, sinks_H, lse_SH1, softcap)[:, :, 0]
     return F.scaled_dot_product_attention(q_SGRC, k_SGLC, v_SGLC, attn_mask=seen_S11L, scale=scale).flatten(1, 2)
 
 
@@ -83,6 +101,7 @@ def _one_sequence(
     window: int | None,
     sinks_H: torch.Tensor | None,
     lse_RH: torch.Tensor | None,
+    softcap: float | None,
 ) -> torch.Tensor:
     """Attention of a sequence's last rows, (R, H, C), with R rows here."""
     page, num_rows = layer.page_size, q_RHC.shape[0]
@@ -92,7 +111,7 @@ def _one_sequence(
     start = first * page
     k_1GLC = _gather(layer.keys_BGPC, pages_1W, layer, q_RHC.dtype)[:, :, : length - start]
     v_1GLC = _gather(layer.values_BGPC, pages_1W, layer, q_RHC.dtype)[:, :, : length - start]
-    explicit = sinks_H is not None or lse_RH is not None
+    explicit = sinks_H is not None or lse_RH is not None or softcap is not None
     causal = past == 0 and (window is None or length <= window) and not explicit
     mask_RL = None
     if not causal:
@@ -105,14 +124,14 @@ def _one_sequence(
     if explicit:
         assert mask_RL is not None
         lse_1HR = None if lse_RH is None else lse_RH.T[None]
-        return _with_sinks(q_1HRC, k_1GLC, v_1GLC, mask_RL, scale, sinks_H, lse_1HR)[0].transpose(0, 1)
+        return _step_by_step(q_1HRC, k_1GLC, v_1GLC, mask_RL, scale, sinks_H, lse_1HR, softcap)[0].transpose(0, 1)
     out_1HRC = F.scaled_dot_product_attention(
         q_1HRC, k_1GLC, v_1GLC, attn_mask=mask_RL, is_causal=causal, scale=scale, enable_gqa=grouped
     )
     return out_1HRC[0].transpose(0, 1)
 
 
-def _with_sinks(
+def _step_by_step(
     q_SHRC: torch.Tensor,
     k_SGLC: torch.Tensor,
     v_SGLC: torch.Tensor,
@@ -120,8 +139,9 @@ def _with_sinks(
     scale: float,
     sinks_H: torch.Tensor | None,
     lse_SHR: torch.Tensor | None,
+    softcap: float | None,
 ) -> torch.Tensor:
-    """Attention step by step, (S, H, R, C): torch's own takes no sinks and does not tell its denominator.
+    """Attention step by step, (S, H, R, C): torch's own takes no sinks, caps nothing, does not tell its denominator.
 
     Arguments:
         seen: which positions every row sees; broadcast to (S, H, R, L).
@@ -130,6 +150,8 @@ def _with_sinks(
     repeats = q_SHRC.shape[1] // k_SGLC.shape[1]
     k_SHLC, v_SHLC = (x.float().repeat_interleave(repeats, 1) for x in (k_SGLC, v_SGLC))
     scores_SHRL = q_SHRC.float() @ k_SHLC.transpose(-1, -2) * scale
+    if softcap is not None:
+        scores_SHRL = scores_SHRL.div_(softcap).tanh_().mul_(softcap)
     total_SHR = scores_SHRL.masked_fill_(~seen, float("-inf")).logsumexp(-1)
     if sinks_H is not None:
         total_SHR = torch.logaddexp(total_SHR, sinks_H[:, None])

@@ -116,6 +116,10 @@ class TorchBackend:
         logits_TV = self.logits_linear(self.rms_norm(x_TD, norm_D, eps), weights)
         return logits_TV if divisor == 1.0 else logits_TV.div_(divisor)
 
+    def cap_logits(self, logits_TV: torch.Tensor, cap: float) -> torch.Tensor:
+        """``cap · tanh(logits / cap)``, in place."""
+        return logits_TV.div_(cap).tanh_().mul_(cap)
+
     def embed(self, weights: LinearWeights, ids_T: torch.Tensor, scale: float) -> torch.Tensor:
         """:meth:`weight_rows` times ``scale``, float32: embeddings of a model whose head is tied to them."""
         rows_TD = self.weight_rows(weights, ids_T).float()
@@ -274,6 +278,17 @@ class TorchBackend:
         """Root-mean-square norm over the last dimension, in the weight's dtype."""
         return reference.rms_norm(x_TD, weight_D, eps)
 
+    def rounded_rms_norm(self, x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+        """:meth:`rms_norm` in this backend's dtype; with a float32 weight it rounds once, at its end."""
+        wide_TD = x_TD.float() if weight_D.dtype == torch.float32 else x_TD
+        return self.rms_norm(wide_TD, weight_D, eps).to(self.dtype)
+
+    def layer_norm(
+        self, x_TD: torch.Tensor, weight_D: torch.Tensor, bias_D: torch.Tensor | None, eps: float
+    ) -> torch.Tensor:
+        """Layer norm over the last dimension in float32, in this backend's dtype; weight and bias are float32."""
+        return F.layer_norm(x_TD.float(), weight_D.shape, weight_D, bias_D, eps).to(self.dtype)
+
     def add_rms_norm(
         self, x_TD: torch.Tensor, residual_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, scale: float = 1.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -309,9 +324,11 @@ class TorchBackend:
         window: int | None = None,
         sinks_H: torch.Tensor | None = None,
         lse_TH: torch.Tensor | None = None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         """Causal attention over the paged cache, (T, H, C). See :func:`reference.paged_attention`."""
-        return run_attention(q_THC, layer, batch, scale=scale, window=window, sinks_H=sinks_H, lse_TH=lse_TH)
+        options = {"scale": scale, "window": window, "sinks_H": sinks_H, "lse_TH": lse_TH, "softcap": softcap}
+        return run_attention(q_THC, layer, batch, **options)
 
     def exit_decide(
         self,
@@ -327,6 +344,12 @@ class TorchBackend:
     def router_entropy(self, logits: Sequence[torch.Tensor]) -> torch.Tensor:
         """Mean entropy of some layers' routers, (T,). See :func:`exit_reference.router_entropy`."""
         return exit_reference.router_entropy(logits)
+
+    def read_by(self, projection: KVProjection, x_TD: torch.Tensor, eps: float) -> torch.Tensor:
+        """What a projection to keys and values reads of the residual stream."""
+        if projection.norm_D is None:
+            return x_TD.to(self.dtype)
+        return self.rounded_rms_norm(x_TD, projection.norm_D, eps)
 
     def project_kv(
         self,
@@ -349,17 +372,17 @@ class TorchBackend:
                 per head.
         """
         for projection, layer in zip(projections, layers, strict=True):
-            normed_TD = self.rms_norm(x_TD, projection.norm_D, norm_eps)
-            k_TX, v_TX = self.linear(normed_TD, projection.kv).chunk(2, -1)
+            k_TX, v_TX = self.linear(self.read_by(projection, x_TD, norm_eps), projection.kv).chunk(2, -1)
             head_dim, k_norm = cos_sin_LC.shape[-1], projection.k_norm
             per_head = k_norm is not None and k_norm.shape[0] == head_dim
             if k_norm is not None and not per_head:
-                k_TX = self.rms_norm(k_TX.contiguous(), k_norm, norm_eps)
+                k_TX = self.rounded_rms_norm(k_TX.contiguous(), k_norm, norm_eps)
             if clip is not None:
                 k_TX, v_TX = k_TX.clamp(-clip, clip), v_TX.clamp(-clip, clip)
             k_TGC, v_TGC = (part.unflatten(-1, (-1, head_dim)) for part in (k_TX, v_TX))
             if k_norm is not None and per_head:
-                k_TGC = self.rms_norm(k_TGC.reshape(-1, head_dim).contiguous(), k_norm, norm_eps).view(k_TGC.shape)
+                rows = k_TGC.reshape(-1, head_dim).contiguous()
+                k_TGC = self.rounded_rms_norm(rows, k_norm, norm_eps).view(k_TGC.shape)
             # The operation rotates queries too; keys are passed in their place, and the result is not used.
             self.rope_and_write(k_TGC, k_TGC, v_TGC, cos_sin_LC, batch, layer)
 

@@ -147,12 +147,16 @@ class TritonBackend(TorchBackend):
     ) -> torch.Tensor:
         return self._do(RopeCall(q_THC, k_TGC, v_TGC, cos_sin_LC, batch, layer))
 
-    def attention(self, q_THC: torch.Tensor, layer: KVLayer, batch: AttentionBatch, **options: Any) -> torch.Tensor:
+    def attention(
+        self, q_THC: torch.Tensor, layer: KVLayer, batch: AttentionBatch, softcap: float | None = None, **options: Any
+    ) -> torch.Tensor:
         try:
+            if softcap is not None:
+                raise NoKernelError("attention with capped scores")
             return self._do(AttentionCall(q_THC, layer, batch, **options))
         except NoKernelError as reason:
             self._fall_back(str(reason))
-        return super().attention(q_THC, layer, batch, **options)
+        return super().attention(q_THC, layer, batch, softcap=softcap, **options)
 
     def exit_decide(
         self,

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from ....kernels.api.ranges import check_ranges
 from ....kernels.api.types import AttentionBatch, KVLayer, KVProjection, LinearWeights
 from ....kernels.reference.operations import rope
+from ....kernels.torch.elementwise import sigmoid
 from .chunks import within_chunks
 from .gqa import GqaSpec, GqaWeights, Heads, Norms
 from .kind import AttentionContext, AttentionCuts, AttentionLayout, LinearLayout, Shape
@@ -108,7 +109,7 @@ class ExtendedGqaSpec(GqaSpec):
             batch = within_chunks(batch, self.chunk, kv.page_size)
         out_TX = self.attended(weights, x_TD, kv, batch, context)[..., : self.value_channels].flatten(1)
         if weights.gate is not None:
-            out_TX = out_TX * context.backend.linear(x_TD, weights.gate).sigmoid()
+            out_TX = out_TX * sigmoid(context.backend.linear(x_TD, weights.gate))
         return context.backend.linear(out_TX, weights.o)
 
     def rotated_queries(
@@ -178,8 +179,8 @@ class ExtendedGqaSpec(GqaSpec):
     ) -> None:
         backend = context.backend
         for projection, layer in zip(projections, kv, strict=True):
-            normed_RD = backend.rms_norm(x_RD, projection.norm_D, context.norm_eps)
-            k_RX, v_RX = backend.linear(normed_RD, projection.kv).split(
+            read_RD = backend.read_by(projection, x_RD, context.norm_eps)
+            k_RX, v_RX = backend.linear(read_RD, projection.kv).split(
                 (self.kv_size, self.num_kv_heads * self.value_channels), -1
             )
             k_RGC = self._heads(k_RX)

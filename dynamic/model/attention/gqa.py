@@ -17,10 +17,12 @@ from ....kernels.api.kv_codes import stored_channels
 from ....kernels.api.ranges import check_ranges
 from ....kernels.api.stack import StackAttention
 from ....kernels.api.types import AttentionBatch, KVLayer, KVProjection, LinearWeights
+from ....kernels.api.uncommon import CAPS
 from ....kernels.torch.backend import TorchBackend
 from ...checkpoint.config_reader import ConfigReader
 from ..channel_order import Order
 from ..family import Family
+from ..norms import TensorLayout, norm_tensor
 from ..parts import part_of, width
 from ..rope import rotary_order
 from ..rope_config import rotated_channels
@@ -32,7 +34,6 @@ from .kind import (
     AttentionWeights,
     LinearLayout,
     Shape,
-    TensorLayout,
 )
 
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -66,6 +67,8 @@ class GqaSpec(AttentionSpec):
         scale: factor on the scores.
         qkv_bias, o_bias: whether these projections have biases.
         qk_norm: RMS norm of queries and keys before rotation: ``none``, per ``head``, or over the ``full`` width.
+        norm: of which kind that is, see ``NORM_KINDS``.
+        softcap: scores s become ``softcap · tanh(s / softcap)``.
         clip: queries, keys and values are clipped to ± this value.
         rotated: channels of a head that positions rotate; None: all.
         interleaved: neighbouring channels are rotated together, not those half a head apart.
@@ -83,6 +86,8 @@ class GqaSpec(AttentionSpec):
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: str = "none"
+    norm: str = "rms"
+    softcap: float | None = None
     clip: float | None = None
     rotated: int | None = None
     interleaved: bool = False
@@ -117,10 +122,15 @@ class GqaSpec(AttentionSpec):
             "qkv_bias": family.qkv_bias(config),
             "o_bias": family.o_bias(config),
             "qk_norm": family.qk_norm,
+            "norm": "rms" if family.qk_norm == "none" else family.norm(config, family.norm_eps)[0],
             "rotated": None if rotated == head_dim else rotated,
             "interleaved": family.rope_interleaved,
         }
         return cls(**{**parts, **family.attention_numbers(config), **family.attention_parts(config, layer)})
+
+    @property
+    def uncommon(self) -> set[str]:
+        return set() if self.softcap is None else {CAPS}
 
     @property
     def rotary_channels(self) -> int:
@@ -168,7 +178,7 @@ class GqaSpec(AttentionSpec):
 
         names = {"q_norm": norm_name("q_norm", "query_layernorm"), "k_norm": norm_name("k_norm", "key_layernorm")}
         tensors = {
-            field: TensorLayout(name=name, shape=(size,), order=order)
+            field: replace(norm_tensor(self.norm, name, size), order=order)
             for (field, name), size in zip(names.items(), self.norm_sizes or (), strict=False)
         }
         if self.sinks:
@@ -204,7 +214,8 @@ class GqaSpec(AttentionSpec):
     ) -> torch.Tensor:
         """The heads' outputs, (T, H, C)."""
         q_THC = self.rotated_queries(weights, x_TD, kv, batch, context)
-        return context.backend.attention(q_THC, kv, batch, scale=self.scale, window=self.window, sinks_H=weights.sinks)
+        options = {"scale": self.scale, "window": self.window, "sinks_H": weights.sinks, "softcap": self.softcap}
+        return context.backend.attention(q_THC, kv, batch, **options)
 
     def rotated_queries(
         self, weights: GqaWeights, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
@@ -271,6 +282,10 @@ class GqaSpec(AttentionSpec):
     def stack_block(self, weights: Any) -> StackAttention | None:
         if self.clip is not None or type(self) is not GqaSpec:  # a kind made of this one computes something else
             return None
+        if self.softcap is not None:
+            return None
+        if weights.q_norm is not None and weights.q_norm.dtype != weights.qkv.dtype:
+            return None
         return StackAttention(
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
@@ -285,7 +300,7 @@ class GqaSpec(AttentionSpec):
             sinks_H=weights.sinks,
         )
 
-    def projection(self, norm_D: torch.Tensor, weights: Any, backend: TorchBackend) -> KVProjection:
+    def projection(self, norm_D: torch.Tensor | None, weights: Any, backend: TorchBackend) -> KVProjection:
         kv = backend.linear_tail(weights.qkv, self.q_size)
         return KVProjection(norm_D=norm_D, kv=kv, k_norm=weights.k_norm)
 

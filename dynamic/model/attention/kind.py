@@ -21,6 +21,7 @@ from ....kernels.torch.backend import TorchBackend
 from ...checkpoint.config_reader import ConfigReader
 from ..channel_order import Order
 from ..family import Family
+from ..norms import TensorLayout
 
 Shape = tuple[int, ...]
 FullNorms = Callable[..., Sequence[torch.Tensor]]
@@ -42,22 +43,6 @@ class LinearLayout:
     inputs: int
     biases: tuple[str, ...] = ()
     orders: tuple[Order, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorLayout:
-    """A tensor that is kept as it is: a norm, a logit for each head.
-
-    Arguments:
-        name: in the checkpoint.
-        float32: it keeps this dtype whatever the model computes in.
-        order: see :func:`.in_order`.
-    """
-
-    name: str
-    shape: Shape
-    float32: bool = False
-    order: Order = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +116,7 @@ class AttentionContext:
     def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """RMS norm over the last dimension of a slice of a fused projection."""
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        return self.backend.rms_norm(rows, weight, self.norm_eps).view(x.shape)
+        return self.backend.rounded_rms_norm(rows, weight, self.norm_eps).view(x.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +143,11 @@ class AttentionSpec(ABC):
     def reach(self) -> int | None:
         """How many positions a row sees at most, its own included; None sees all."""
         return self.window
+
+    @property
+    def uncommon(self) -> set[str]:
+        """See :attr:`.ModelSpec.uncommon`."""
+        return set()
 
     @property
     @abstractmethod
@@ -221,8 +211,11 @@ class AttentionSpec(ABC):
         """The same for a backend's stack; None where no stack runs it, so that it goes operation by operation."""
         return None
 
-    def projection(self, norm_D: torch.Tensor, weights: Any, backend: TorchBackend) -> KVProjection:
+    def projection(self, norm_D: torch.Tensor | None, weights: Any, backend: TorchBackend) -> KVProjection:
         """What makes the keys and values of rows that skip the layer.
+
+        Arguments:
+            norm_D: in front of attention; None: it reads the residual stream itself.
 
         Raises:
             ValueError: when this kind's cannot be made of the residual stream at an exit.

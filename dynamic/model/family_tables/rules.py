@@ -12,7 +12,7 @@ from ...checkpoint.weights import CheckpointError
 from ..family import QWEN_EXPERTS, WindowRule
 from ..moe_spec import MoESpec
 
-FULL = "full_attention"
+FULL, SLIDING = "full_attention", "sliding_attention"
 ONE_EACH = QWEN_EXPERTS[0]
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -91,10 +91,10 @@ def window_by_layer_type(slides: Callable[[int, int], bool], switch: str | None 
         size = config.get("sliding_window", 4096)
         last_full = config.integer("max_window_layers", 28)
         enabled = switch is None or config.flag(switch, False)
-        kind = layer_type(config, layer, "sliding_attention" if enabled and slides(layer, last_full) else FULL)
+        kind = layer_type(config, layer, SLIDING if enabled and slides(layer, last_full) else FULL)
         if kind == FULL:
             return None
-        if kind != "sliding_attention" or not enabled:
+        if kind != SLIDING or not enabled:
             raise config.error("layer_types", kind, "full_attention or, with use_sliding_window, sliding_attention")
         return positive_window(config, size)
 
@@ -122,3 +122,34 @@ def flag_of(name: str, default: bool) -> Callable[[ConfigReader], bool]:
 
 
 ATTENTION_BIAS = flag_of("attention_bias", False)
+
+
+def full_every(count: int, size: int, key: str = "") -> WindowRule:
+    """``layer_types`` decides, or where it is missing every so many layers one sees all, the last of them.
+
+    Arguments:
+        count: of layers; size: default of ``sliding_window``.
+        key: of ``count`` in the configuration.
+    """
+
+    def rule(config: ConfigReader, layer: int) -> int | None:
+        every = config.integer(key, count) if key else count
+        if every < 1:
+            raise config.error(key, every, "at least 1")
+        kind = layer_type(config, layer, SLIDING if (layer + 1) % every else FULL)
+        window = config.integer("sliding_window", size)
+        if kind not in (FULL, SLIDING):
+            raise config.error("layer_types", kind, f"{FULL} or {SLIDING}")
+        return None if kind == FULL else positive_window(config, window)
+
+    return rule
+
+
+def maybe_number(config: ConfigReader, key: str, default: float | None = None) -> float | None:
+    """A positive number, or None where the configuration says null, which is a statement here."""
+    config.get(key)
+    if (value := config.values.get(key, default)) is None:
+        return None
+    if (number := config.number(key, default)) <= 0:
+        raise config.error(key, value, "greater than 0 or null")
+    return number
