@@ -39,6 +39,9 @@ GRANITE = {
 }
 HY = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "head_dim": 24}
 
+MINIMAX = {"num_local_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 40, "head_dim": 24}
+ERNIE = {"moe_num_experts": 8, "moe_k": 3, "moe_intermediate_size": 40, "moe_norm_min": 0.4}
+
 
 def variant(family: str, **config: Any) -> Variant:
     return Variant(family=family, config=config, prepare=random_selection_bias)
@@ -49,6 +52,8 @@ VARIANTS = [
     variant("dots1", **ROUTED, n_shared_experts=2, first_k_dense_replace=1, norm_topk_prob=True),
     variant("solar_open", **ROUTED, n_shared_experts=1, head_dim=24),
     variant("hy_v3", **HY),
+    variant("minimax_m2", **MINIMAX, rotary_dim=8),
+    variant("ernie4_5_moe", **ERNIE),
 ]
 MORE = [
     variant("granitemoeshared", **GRANITE, attention_bias=True, tie_word_embeddings=True),
@@ -60,6 +65,9 @@ MORE = [
     ),
     variant("solar_open", **ROUTED, n_shared_experts=2, head_dim=24, attention_bias=True, norm_topk_prob=False),
     variant("hy_v3", **HY, mlp_layer_types=["sparse", "dense", "sparse"], num_shared_experts=2),
+    variant("minimax_m2", **MINIMAX, num_key_value_heads=1),
+    variant("ernie4_5_moe", **ERNIE, moe_layer_interval=2, moe_layer_start_index=0, num_hidden_layers=4),
+    variant("ernie4_5_moe", **ERNIE, moe_layer_end_index=1, moe_num_shared_experts=0, tie_word_embeddings=False),
     variant("hy_v3", **HY, attention_bias=True, mlp_bias=True, tie_word_embeddings=True, router_scaling_factor=0.7),
 ]  # fmt: skip
 

@@ -8,7 +8,7 @@ from typing import Any
 from ...checkpoint.config_reader import ConfigReader
 from ..family import ExpertNames, Family
 from ..moe_spec import MoESpec
-from .llama_like import LLAMA_LIKE
+from .llama_like import LLAMA_LIKE, MIXTRAL_EXPERTS
 from .rules import ATTENTION_BIAS, every_layer, flag_of, router, window_by_layer_type
 
 # Rules that the routers of these families compute, where a configuration spells them out.
@@ -53,6 +53,31 @@ def _granitemoeshared(config: ConfigReader, layer: int) -> MoESpec:
     return replace(every_layer(config, layer), shared_size=config.integer("shared_intermediate_size", 0))
 
 
+def _ernie(config: ConfigReader, layer: int) -> MoESpec | None:
+    """Mixtures in one layer of an interval, from a first layer to a last one."""
+    first, step = config.integer("moe_layer_start_index", 1), config.integer("moe_layer_interval", 1)
+    last = config.get("moe_layer_end_index", -1)
+    if last != -1:
+        last = config.integer("moe_layer_end_index")
+    if step < 1:
+        raise config.error("moe_layer_interval", step, "at least 1")
+    mixture = with_shared(config, layer, "moe_num_shared_experts")
+    return mixture if (layer + 1) % step == 0 and first <= layer and last in (-1, max(layer, last)) else None
+
+
+def _minimax_m2(config: ConfigReader, layer: int) -> MoESpec:
+    kinds = config.integers("attn_type_list")
+    if any(kind != 1 for kind in kinds):
+        raise config.error("attn_type_list", list(kinds), "1 for every layer: full attention")
+    return every_layer(config, layer)
+
+
+def _minimax_rotary(config: ConfigReader) -> float:
+    head_dim = config.integer("head_dim", 128)
+    return config.integer("rotary_dim", head_dim) / max(head_dim, 1)
+
+
+_USE_BIAS = flag_of("use_bias", False)
 _DEEPSEEK_LIKE = Family(
     moe=dense_first,
     qkv_bias=ATTENTION_BIAS,
@@ -99,5 +124,51 @@ SHARED_EXPERTS: dict[str, Family] = {
         shared=ffn_names("mlp.shared_mlp", "mlp.shared_experts"),
         router=("mlp.router.gate.weight", "mlp.gate.weight"),
         router_tensors={"selection_bias_E": ("mlp.expert_bias", "mlp.e_score_correction_bias")},
+    ),
+    "minimax_m2": Family(
+        kv_heads=8,
+        head_dim=128,
+        theta=5e6,
+        partial_rotary=_minimax_rotary,
+        moe=_minimax_m2,
+        qk_norm="full",
+        ignored=frozenset(
+            ("mlp_intermediate_size", "mtp_transformer_layers", "num_mtp_modules", "shared_moe_mode", "use_mtp")
+        ),
+        fixed={
+            **_SIGMOID,
+            **{"use_routing_bias": (True,), "use_qk_norm": (True,), "qk_norm_type": ("per_layer",)},
+            **dict.fromkeys(("layernorm_full_attention_beta", "layernorm_linear_attention_beta"), (1,)),
+            **{"layernorm_mlp_beta": (1,), "swa_rope_theta": (-1,)},
+        },
+        experts=MIXTRAL_EXPERTS,
+        router=("block_sparse_moe.gate.weight", "mlp.gate.weight"),
+        router_tensors={
+            "selection_bias_E": ("block_sparse_moe.e_score_correction_bias", "mlp.e_score_correction_bias")
+        },
+    ),
+    "ernie4_5_moe": Family(
+        kv_heads=4,
+        theta=500000.0,
+        norm_eps=1e-5,
+        rope_interleaved=True,
+        tie_embeddings=True,
+        moe=_ernie,
+        qkv_bias=_USE_BIAS,
+        o_bias=_USE_BIAS,
+        mlp_bias=_USE_BIAS,
+        defaults={
+            **{"moe_num_experts": 64, "moe_k": 6, "moe_num_shared_experts": 2, "moe_intermediate_size": 1536},
+            "moe_norm_min": 1e-12,
+        },
+        ignored=frozenset({"moe_capacity"}),
+        fixed={"moe_gate": ("topk",), "moe_use_aux_free": (True,)},
+        shared=ffn_names("mlp.shared_experts"),
+        router_tensors={
+            "selection_bias_E": (
+                "mlp.moe_statics.e_score_correction_bias",
+                "mlp.gate.moe_statics.e_score_correction_bias",
+            )
+        },
     ),
 }
