@@ -83,6 +83,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.6,
         "logits_scaling": 1.7,
     },
+    "granitemoeshared": {
+        **{"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 40, "shared_intermediate_size": 72},
+        **{"embedding_multiplier": 3.0, "attention_multiplier": 0.35, "residual_multiplier": 0.6},
+        "logits_scaling": 1.7,
+    },
+    "dots1": {
+        **{"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "n_shared_experts": 2},
+        **{"first_k_dense_replace": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.7},
+    },
 }
 
 
@@ -136,6 +145,9 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
                 parameter.normal_(0.0, 1.0, generator=generator)
             else:
                 parameter.normal_(0.0, 1.6 / math.sqrt(parameter.shape[-1]), generator=generator)
+        for name, buffer in sorted(model.named_buffers()):
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.3, generator=generator)
 
 
 def build_checkpoint(

@@ -23,15 +23,6 @@ from family_parity import Variant, check_engine, check_logits
 from safetensors.torch import load_file, save_file
 from test_decoder import PagedSequences, greedy, random_prompts
 
-
-def random_selection_bias(model: torch.nn.Module) -> None:
-    """Selection biases are buffers of zeros; as large as the differences between scores they decide."""
-    generator = torch.Generator().manual_seed(5)
-    for name, buffer in [*model.named_buffers(), *model.named_parameters()]:
-        if "e_score_correction_bias" in name:
-            buffer.normal_(0.0, 0.3, generator=generator)
-
-
 ROUTED = {"moe_intermediate_size": 40, "n_routed_experts": 8, "num_experts_per_tok": 3, "routed_scaling_factor": 1.7}
 GRANITE = {
     **{"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 40, "shared_intermediate_size": 72},
@@ -44,7 +35,7 @@ ERNIE = {"moe_num_experts": 8, "moe_k": 3, "moe_intermediate_size": 40, "moe_nor
 
 
 def variant(family: str, **config: Any) -> Variant:
-    return Variant(family=family, config=config, prepare=random_selection_bias)
+    return Variant(family=family, config=config)
 
 
 VARIANTS = [
