@@ -159,6 +159,7 @@ FAMILIES: dict[str, _Rule] = {
     "dbrx": _dbrx,
     "olmoe": _SOFTMAX_BY_FLAG,
     "qwen2_moe": _SOFTMAX_BY_FLAG,
+    "mellum": _SOFTMAX_BY_FLAG,
     "flex_olmo": _SOFTMAX_BY_FLAG,
     "jamba": _rule(),
     "gpt_oss": _TOPK_SOFTMAX,

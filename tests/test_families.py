@@ -245,7 +245,8 @@ STRANGE = (None, True, "x", "", [], ["x"], {}, {"a": {}}, -1, 0, 1, 0.5, float("
 def test_no_value_crashes_the_parser(family: str) -> None:
     """Whatever one key holds, the answer is a spec or an error meant for people."""
     sizes = {
-        **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), 8),
+        **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 8),
+        **{"moe_k": 2, "moe_topk": 2},
         **{"num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1, "shared_intermediate_size": 8},
     }
     read = {
@@ -257,13 +258,17 @@ def test_no_value_crashes_the_parser(family: str) -> None:
         **dict.fromkeys(("olmoe", "flex_olmo", "dynamoe"), ("num_experts", "num_experts_per_tok")),
         "phimoe": ("num_local_experts", "num_experts_per_tok"),
         **dict.fromkeys(
-            ("qwen2_moe", "qwen3_moe", "hy_v3"), ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+            ("qwen2_moe", "qwen3_moe", "hy_v3", "exaone_moe", "mellum"),
+            ("num_experts", "num_experts_per_tok", "moe_intermediate_size"),
         ),
         **dict.fromkeys(
-            ("dots1", "solar_open"),
+            ("dots1", "solar_open", "glm4_moe"),
             ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts"),
         ),
         "granitemoeshared": ("num_local_experts", "num_experts_per_tok", "shared_intermediate_size"),
+        "minimax_m2": ("num_local_experts", "num_experts_per_tok"),
+        "ernie4_5_moe": ("moe_num_experts", "moe_k"),
+        "hunyuan_v1_moe": ("num_experts", "moe_topk"),
     }
     valid = {**LLAMA, "model_type": family, "rope_parameters": {}, **{key: sizes[key] for key in read.get(family, ())}}
     valid |= {"dynamoe": {"expert_size": 12}, "ministral3": {"rope_parameters": {"llama_4_scaling_beta": 0.1}}}.get(
@@ -272,6 +277,7 @@ def test_no_value_crashes_the_parser(family: str) -> None:
     keys = {
         *(*valid, "head_dim", "rms_norm_eps", "sliding_window", "use_sliding_window", "layer_types", "hidden_act"),
         *("max_window_layers", "decoder_sparse_step", "mlp_only_layers", "norm_topk_prob", "num_always_on_experts"),
+        *("moe_layer_interval", "moe_layer_end_index", "sliding_window_pattern", "rotary_dim", "use_qk_norm"),
         *("first_k_dense_replace", "mlp_layer_types", "n_group", "topk_group", "routed_scaling_factor"),
         *("clip_qkv", "logits_scaling", "attention_multiplier", "rope_theta", "rope_scaling", "eos_token_id"),
     }

@@ -33,6 +33,11 @@ HY = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "
 MINIMAX = {"num_local_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 40, "head_dim": 24}
 ERNIE = {"moe_num_experts": 8, "moe_k": 3, "moe_intermediate_size": 40, "moe_norm_min": 0.4}
 
+HUNYUAN = {"num_experts": 8, "intermediate_size": 40, "head_dim": 24}
+EXAONE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
+MELLUM = {**EXAONE, "head_dim": 24}
+SLIDES = "sliding_attention"
+
 
 def variant(family: str, **config: Any) -> Variant:
     return Variant(family=family, config=config)
@@ -45,6 +50,10 @@ VARIANTS = [
     variant("hy_v3", **HY),
     variant("minimax_m2", **MINIMAX, rotary_dim=8),
     variant("ernie4_5_moe", **ERNIE),
+    variant("glm4_moe", **ROUTED, use_qk_norm=True, partial_rotary_factor=0.5),
+    variant("hunyuan_v1_moe", **HUNYUAN, moe_topk=[2, 3, 1]),
+    variant("exaone_moe", **EXAONE, sliding_window=9, sliding_window_pattern=2),
+    variant("mellum", **MELLUM, sliding_window=9, layer_types=[SLIDES, "full_attention", SLIDES]),
 ]
 MORE = [
     variant("granitemoeshared", **GRANITE, attention_bias=True, tie_word_embeddings=True),
@@ -56,6 +65,13 @@ MORE = [
     ),
     variant("solar_open", **ROUTED, n_shared_experts=2, head_dim=24, attention_bias=True, norm_topk_prob=False),
     variant("hy_v3", **HY, mlp_layer_types=["sparse", "dense", "sparse"], num_shared_experts=2),
+    variant("glm4_moe", **ROUTED, n_group=4, topk_group=2, n_shared_experts=2, attention_bias=True, head_dim=24),
+    variant("hunyuan_v1_moe", **HUNYUAN, moe_topk=2, attention_bias=True,
+            rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 50.0, "factor": 1.0}),
+    variant("exaone_moe", **EXAONE, sliding_window=None, layer_types=["full_attention"] * 3, n_group=2),
+    variant("exaone_moe", **EXAONE, mlp_layer_types=["sparse", "dense", "sparse"], num_shared_experts=2,
+            layer_types=["full_attention", SLIDES, SLIDES], sliding_window=7),
+    variant("mellum", **MELLUM, mlp_layer_types=["sparse", "dense", "sparse"], norm_topk_prob=False),
     variant("minimax_m2", **MINIMAX, num_key_value_heads=1),
     variant("ernie4_5_moe", **ERNIE, moe_layer_interval=2, moe_layer_start_index=0, num_hidden_layers=4),
     variant("ernie4_5_moe", **ERNIE, moe_layer_end_index=1, moe_num_shared_experts=0, tie_word_embeddings=False),

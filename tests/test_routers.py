@@ -30,6 +30,7 @@ CASES = [
     ("hunyuan_v1_moe", "HunYuanMoEV1Config", "HunYuanMoEV1Gate", {**NAMED, "moe_topk": [4, 2]}),
     ("olmoe", "OlmoeConfig", "OlmoeTopKRouter", NAMED),
     ("qwen2_moe", "Qwen2MoeConfig", "Qwen2MoeTopKRouter", NAMED),
+    ("mellum", "MellumConfig", "MellumTopKRouter", {**NAMED, "norm_topk_prob": True}),
     ("flex_olmo", "FlexOlmoConfig", "FlexOlmoTopKRouter", {**NAMED, "norm_topk_prob": True}),
     ("jamba", "JambaConfig", "JambaTopKRouter", NAMED),
     ("gpt_oss", "GptOssConfig", "GptOssTopKRouter", SIMPLE),

@@ -17,8 +17,8 @@ class ExpertNames:
     """What the tensors of a layer's FFN are called, below the layer's prefix.
 
     ``{e}`` stands for an expert's number: one tensor per expert. Without it one tensor holds all experts: with
-    ``gate_up``, (E, 2F, D) and (E, D, F), where one FFN may do without the E; with ``gate`` and ``up``, neurons side
-    by side, (E·F, D) and (D, E·F). ``transposed``: (E, D, 2F) and (E, F, D).
+    ``gate_up``, (E, 2F, D) and (E, D, F); with ``gate`` and ``up``, neurons side by side, (E·F, D) and (D, E·F).
+    ``transposed``: (E, D, 2F) and (E, F, D).
     """
 
     down: str

@@ -49,7 +49,6 @@ class FFNLayout:
 
     def fused(self, tensor: torch.Tensor) -> torch.Tensor:
         """A fused tensor as (E, O, I), as a view; the other way round where it was that already."""
-        tensor = tensor.view(-1, *tensor.shape[-2:])
         return tensor.transpose(1, 2) if self.transposed else tensor
 
 
@@ -234,13 +233,10 @@ def _expert_layout(
     found = [o for o in options if prefix + o.down.replace("{e}", "0") in claims.available]
     names = (*found, *options)[0]
     if names.gate_up:
-        info = claims.available.get(prefix + names.gate_up)
-        flat = num_experts == 1 and info is not None and len(info.shape) == 2  # one FFN without a dimension of experts
-        parts = [(names.gate_up, 2 * size, hidden), (names.down, hidden, size)]
-        shapes = [(i, o) if names.transposed else (o, i) for _, o, i in parts]
+        shapes = (2 * size, hidden), (hidden, size)
         gate_up, down = (
-            claims.claim(prefix + name, *(() if flat else (num_experts,)), *shape)
-            for (name, *_), shape in zip(parts, shapes, strict=True)
+            claims.claim(prefix + name, num_experts, *(shape[::-1] if names.transposed else shape))
+            for name, shape in zip((names.gate_up, names.down), shapes, strict=True)
         )
         return FFNLayout(
             num_experts=num_experts, expert_size=size, gate_up=gate_up, down=(down,), transposed=names.transposed

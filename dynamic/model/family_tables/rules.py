@@ -101,13 +101,13 @@ def window_by_layer_type(slides: Callable[[int, int], bool], switch: str | None 
     return rule
 
 
-def layer_type(config: ConfigReader, layer: int, default: str) -> str:
-    """What ``layer_types`` calls a layer; ``default`` where the list is missing."""
-    kinds = config.get("layer_types")
+def layer_type(config: ConfigReader, layer: int, default: str, key: str = "layer_types") -> str:
+    """What a list with a name for every layer calls a layer; ``default`` where the list is missing."""
+    kinds = config.get(key)
     if kinds is None:
         return default
     if not isinstance(kinds, list) or len(kinds) < config.integer("num_hidden_layers"):
-        raise config.error("layer_types", kinds, "a list with an entry for every layer")
+        raise config.error(key, kinds, "a list with an entry for every layer")
     return kinds[layer]
 
 

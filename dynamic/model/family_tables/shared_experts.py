@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from ...checkpoint.config_reader import ConfigReader
+from ...checkpoint.fused import rows_of
+from ...checkpoint.weights import Piece, TensorInfo
 from ..family import ExpertNames, Family
 from ..moe_spec import MoESpec
+from .attention_variants import HUNYUAN_ROPE, extended, norms_behind_rotation
 from .llama_like import LLAMA_LIKE, MIXTRAL_EXPERTS
-from .rules import ATTENTION_BIAS, every_layer, flag_of, router, window_by_layer_type
+from .rules import (
+    ATTENTION_BIAS,
+    FULL,
+    every_layer,
+    flag_of,
+    layer_type,
+    positive_window,
+    qwen_moe,
+    router,
+    window_by_layer_type,
+)
 
 # Rules that the routers of these families compute, where a configuration spells them out.
 _SIGMOID: dict[str, tuple[Any, ...]] = {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)}
+
+SLIDING = "sliding_attention"
 
 
 def ffn_names(*modules: str) -> tuple[ExpertNames, ...]:
@@ -36,17 +53,31 @@ def dense_first(config: ConfigReader, layer: int) -> MoESpec | None:
     return None if layer < config.integer("first_k_dense_replace", 0) else mixture
 
 
+def mlp_type(config: ConfigReader, layer: int, default: str) -> str:
+    """``dense`` or ``sparse``, as ``mlp_layer_types`` calls a layer; ``default`` where the list is missing."""
+    kind = layer_type(config, layer, default, "mlp_layer_types")
+    if kind not in ("dense", "sparse"):
+        raise config.error("mlp_layer_types", kind, "dense or sparse for every layer")
+    return kind
+
+
 def _hy_v3(config: ConfigReader, layer: int) -> MoESpec | None:
-    kinds = config.get("mlp_layer_types")
-    if kinds is None:
-        dense = layer == 0
-    elif isinstance(kinds, list) and len(kinds) == config.integer("num_hidden_layers"):
-        if kinds[layer] not in ("dense", "sparse"):
-            raise config.error("mlp_layer_types", kinds, "dense or sparse for every layer")
-        dense = kinds[layer] == "dense"
-    else:
-        raise config.error("mlp_layer_types", kinds, "a list with an entry for every layer")
-    return None if dense else with_shared(config, layer, "num_shared_experts")
+    kind = mlp_type(config, layer, "sparse" if layer else "dense")
+    return None if kind == "dense" else with_shared(config, layer, "num_shared_experts")
+
+
+def _glm4_norms(config: ConfigReader, layer: int) -> dict[str, Any]:
+    return {"qk_norm": "head" if config.flag("use_qk_norm", False) else "none"}
+
+
+def _granite_divide(tensors: Mapping[str, TensorInfo]) -> dict[str, Piece]:
+    """Gate and up of shared experts."""
+    pieces: dict[str, Piece] = {}
+    for name in tensors:
+        if match := re.fullmatch(r"(.*\.shared_mlp\.)input_linear\.(?:weight|weight_packed)", name):
+            half = tensors[name].shape[0] // 2
+            pieces |= rows_of(tensors, name, {match[1] + part: half for part in ("gate_proj", "up_proj")})
+    return pieces
 
 
 def _granitemoeshared(config: ConfigReader, layer: int) -> MoESpec:
@@ -77,6 +108,76 @@ def _minimax_rotary(config: ConfigReader) -> float:
     return config.integer("rotary_dim", head_dim) / max(head_dim, 1)
 
 
+def _exaone(config: ConfigReader, layer: int) -> MoESpec | None:
+    kind = mlp_type(config, layer, "dense" if layer < config.integer("first_k_dense_replace", 1) else "sparse")
+    return None if kind == "dense" else with_shared(config, layer, "num_shared_experts")
+
+
+def _exaone_slides(config: ConfigReader, layer: int) -> bool:
+    """Layers with a window: those that ``layer_types`` names, or all but one in ``sliding_window_pattern``."""
+    windows, kind = _exaone_size(config) is not None, FULL
+    pattern = config.get("sliding_window_pattern", 4)
+    if config.get("layer_types") is not None or pattern is None:
+        kind = layer_type(config, layer, FULL)
+    elif windows:
+        step = config.integer("sliding_window_pattern", 4)
+        if step < 1:
+            raise config.error("sliding_window_pattern", step, "at least 1")
+        kind = SLIDING if (layer + 1) % step else FULL
+    if kind not in (FULL, SLIDING) or (kind == SLIDING and not windows):
+        raise config.error("layer_types", kind, f"{FULL} or, with sliding_window, {SLIDING}")
+    return kind == SLIDING
+
+
+def _exaone_size(config: ConfigReader) -> int | None:
+    config.get("sliding_window")
+    # A null is a statement: no window.
+    return positive_window(config, config.values.get("sliding_window", 4096))
+
+
+def _exaone_window(config: ConfigReader, layer: int) -> int | None:
+    return _exaone_size(config) if _exaone_slides(config, layer) else None
+
+
+def _exaone_rope(config: ConfigReader, layer: int) -> str | None:
+    """Where there are windows, layers without one do not rotate."""
+    return "" if _exaone_size(config) is None or _exaone_slides(config, layer) else None
+
+
+def _mellum_type(config: ConfigReader, layer: int) -> str:
+    kind = layer_type(config, layer, FULL)
+    if kind not in (FULL, SLIDING):
+        raise config.error("layer_types", kind, f"{FULL} or {SLIDING}")
+    return kind
+
+
+def _mellum_window(config: ConfigReader, layer: int) -> int | None:
+    size = positive_window(config, config.get("sliding_window", 1024))
+    return size if _mellum_type(config, layer) == SLIDING else None
+
+
+def _mellum(config: ConfigReader, layer: int) -> MoESpec | None:
+    kind = mlp_type(config, layer, "sparse")
+    return None if kind == "dense" else qwen_moe(config, layer)
+
+
+def _same_everywhere(config: ConfigReader, key: str, value: int) -> None:
+    """A key that names a number for every layer, or one for all, must name this one."""
+    if found := [number for number in config.integers(key) if number != value]:
+        raise config.error(key, found[0], f"{value} in every layer")
+
+
+def _hunyuan(config: ConfigReader, layer: int) -> MoESpec:
+    chosen = config.get("moe_topk", 1)
+    if isinstance(chosen, list) and len(chosen) < config.integer("num_hidden_layers"):
+        raise config.error("moe_topk", chosen, "a number, or one for every layer")
+    config.integers("moe_topk")
+    mixture = every_layer(config, layer)
+    _same_everywhere(config, "moe_intermediate_size", mixture.expert_size)
+    _same_everywhere(config, "num_shared_expert", 1)
+    return replace(mixture, shared_size=mixture.expert_size)
+
+
 _USE_BIAS = flag_of("use_bias", False)
 _DEEPSEEK_LIKE = Family(
     moe=dense_first,
@@ -90,7 +191,8 @@ SHARED_EXPERTS: dict[str, Family] = {
     "granitemoeshared": replace(
         LLAMA_LIKE["granitemoe"],
         moe=_granitemoeshared,
-        shared=(ExpertNames(gate_up="shared_mlp.input_linear.weight", down="shared_mlp.output_linear.weight"),),
+        shared=(replace(*ffn_names("shared_mlp"), down="shared_mlp.output_linear.weight"),),
+        divide=_granite_divide,
     ),
     "dots1": replace(
         _DEEPSEEK_LIKE,
@@ -107,6 +209,60 @@ SHARED_EXPERTS: dict[str, Family] = {
         norm_eps=1e-5,
         defaults={**_DEEPSEEK_LIKE.defaults, "n_shared_experts": 1, "n_routed_experts": 128, "num_experts_per_tok": 8},
     ),
+    "glm4_moe": replace(
+        _DEEPSEEK_LIKE,
+        kv_heads=8,
+        norm_eps=1e-5,
+        partial_rotary=lambda config: 0.5,
+        attention_parts=_glm4_norms,
+        defaults={
+            **_DEEPSEEK_LIKE.defaults,
+            **{"first_k_dense_replace": 1, "n_shared_experts": 1, "n_routed_experts": 128, "num_experts_per_tok": 8},
+            "moe_intermediate_size": 1408,
+        },
+    ),
+    "exaone_moe": Family(
+        kv_heads=32,
+        norm_eps=1e-5,
+        rope=_exaone_rope,
+        window=_exaone_window,
+        moe=_exaone,
+        qk_norm="head",
+        defaults={
+            **_DEEPSEEK_LIKE.defaults,
+            **{"routed_scaling_factor": 2.5, "num_shared_experts": 1, "num_experts_per_tok": 8},
+            "moe_intermediate_size": 1024,
+        },
+        fixed=_SIGMOID,
+        shared=ffn_names("mlp.shared_experts"),
+        router_tensors={"selection_bias_E": ("mlp.e_score_correction_bias", "mlp.gate.e_score_correction_bias")},
+    ),
+    "mellum": Family(
+        kv_heads=4,
+        head_dim=128,
+        rope=_mellum_type,
+        thetas={FULL: ("", 500000.0), SLIDING: ("", 10000.0)},
+        window=_mellum_window,
+        moe=_mellum,
+        qkv_bias=ATTENTION_BIAS,
+        o_bias=ATTENTION_BIAS,
+        qk_norm="head",
+        defaults={"num_experts_per_tok": 8, "norm_topk_prob": True, "moe_intermediate_size": 896},
+        ignored=frozenset({"mtp_layer_types", "mtp_mlp_layer_types"}),
+    ),
+    "hunyuan_v1_moe": Family(
+        norm_eps=1e-5,
+        rope_keys=HUNYUAN_ROPE,
+        moe=_hunyuan,
+        qkv_bias=ATTENTION_BIAS,
+        o_bias=ATTENTION_BIAS,
+        qk_norm="head",
+        attention=extended,
+        attention_parts=norms_behind_rotation,
+        ignored=frozenset({"eod_token_id"}),
+        shared=ffn_names("mlp.shared_mlp"),
+        router=("mlp.gate.wg.weight",),
+    ),
     "hy_v3": Family(
         head_dim=128,
         kv_heads=8,
@@ -117,7 +273,7 @@ SHARED_EXPERTS: dict[str, Family] = {
         o_bias=ATTENTION_BIAS,
         mlp_bias=flag_of("mlp_bias", False),
         qk_norm="head",
-        defaults={"router_scaling_factor": 2.826, "num_shared_experts": 1, "num_experts": 192},
+        defaults={"router_scaling_factor": 2.826, "num_shared_experts": 1},
         # Adding up in float32 and rounding is what an addition of two 16-bit numbers does.
         ignored=frozenset({"enable_moe_fp32_combine"}),
         fixed={**_SIGMOID, "first_k_dense_replace": (1,)},
