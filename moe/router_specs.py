@@ -97,6 +97,15 @@ def _longcat(c: _Config, layer: int) -> RouterSpec:
     )
 
 
+def _cohere2_moe(c: _Config, layer: int) -> RouterSpec:
+    chosen_by, normalised = c("expert_selection_fn", default="softmax"), c("norm_topk_prob", default=True)
+    if chosen_by not in ("softmax", "sigmoid"):
+        raise ValueError(f"expert_selection_fn must be softmax or sigmoid, not {chosen_by!r}")
+    if chosen_by == "softmax":
+        return _spec(c, softmax_after_topk=True)
+    return _spec(c, score="sigmoid", renormalize=normalised)
+
+
 _DEEPSEEK_V4_SCORES = {"sqrtsoftplus": "sqrt_softplus", "sigmoid": "sigmoid"}
 
 
@@ -201,6 +210,7 @@ FAMILIES: dict[str, _Rule] = {
     # transformers' sparsemixer always returns two choices, whatever num_experts_per_tok is.
     "phimoe": _rule(top_k=2, score="sparsemixer", jitter=_Key("router_jitter_noise", default=0.01)),
     "deepseek_v4": _deepseek_v4,
+    "cohere2_moe": _cohere2_moe,
     "gemma4_text": _rule(
         top_k=_Key("top_k_experts"),
         renormalize=True,

@@ -257,6 +257,7 @@ def test_no_value_crashes_the_parser(family: str) -> None:
         },
         **dict.fromkeys(("olmoe", "flex_olmo", "dynamoe"), ("num_experts", "num_experts_per_tok")),
         "phimoe": ("num_local_experts", "num_experts_per_tok"),
+        **dict.fromkeys(("cohere2_moe", "afmoe"), ("num_experts", "num_experts_per_tok")),
         **dict.fromkeys(
             ("qwen2_moe", "qwen3_moe", "hy_v3", "exaone_moe", "mellum"),
             ("num_experts", "num_experts_per_tok", "moe_intermediate_size"),

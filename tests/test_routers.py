@@ -63,6 +63,10 @@ CASES = [
     ("deepseek_v4", "DeepseekV4Config", "DeepseekV4TopKRouter", {**ONE_GROUP, "mlp_layer_types": ["moe"] * 2}),
     ("deepseek_v4", "DeepseekV4Config", "DeepseekV4HashRouter",
      {**ONE_GROUP, "mlp_layer_types": ["hash_moe"] * 2, "vocab_size": 50}),
+    ("cohere2_moe", "Cohere2MoeConfig", "Cohere2MoeTopKRouter", NAMED),
+    ("cohere2_moe", "Cohere2MoeConfig", "Cohere2MoeTopKRouter", {**NAMED, "expert_selection_fn": "sigmoid"}),
+    ("cohere2_moe", "Cohere2MoeConfig", "Cohere2MoeTopKRouter",
+     {**NAMED, "expert_selection_fn": "sigmoid", "norm_topk_prob": False}),
     ("gemma4", "Gemma4TextConfig", "Gemma4TextRouter",
      {"hidden_size": HIDDEN, "num_experts": EXPERTS, "top_k_experts": 4, "enable_moe_block": True}),
 ]  # fmt: skip

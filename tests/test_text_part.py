@@ -31,6 +31,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "mistral3": {"text_config": {"model_type": "mistral", **TEXT, "sliding_window": 8},
                  "vision_config": {"model_type": "pixtral", **CLIP}},
     "qwen2_5_vl": {"text_config": {**TEXT, "rope_parameters": ROTATIONS}, "vision_config": QWEN},
+    "gemma3": {"text_config": {**TEXT, "head_dim": 24, "sliding_window": 8, "num_hidden_layers": 3,
+                               "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+               "vision_config": {"model_type": "siglip_vision_model", **CLIP}},
     "qwen3_vl": {"text_config": {**TEXT, "head_dim": 16, "rope_parameters": ROTATIONS},
                  "vision_config": {**QWEN, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}},
 }  # fmt: skip

@@ -356,10 +356,11 @@ class Decoder:
         return out_TD if shared_TD is None else out_TD + shared_TD
 
     def _shared(self, number: int, x_TD: torch.Tensor) -> torch.Tensor | None:
-        weights = self.layers[number]
-        if weights.shared is None:
+        weights, moe = self.layers[number], self.spec.layers[number].moe
+        if weights.shared is None or moe is None:
             return None
         shared_TD = self.backend.all_experts(x_TD, weights.shared)
+        shared_TD = shared_TD if moe.shared_scale == 1.0 else shared_TD * moe.shared_scale
         if weights.shared_gate is None:
             return shared_TD
         return shared_TD * sigmoid(self.backend.linear(x_TD, weights.shared_gate))

@@ -14,6 +14,7 @@ from ..checkpoint.config_reader import IRRELEVANT_KEYS, NEUTRAL_VALUES, ConfigRe
 from ..checkpoint.weights import CheckpointError
 from .attention.registry import attention_kind
 from .family import Family
+from .family_tables.afmoe import AFMOE
 from .family_tables.attention_variants import ATTENTION_VARIANTS
 from .family_tables.gemma import GEMMA
 from .family_tables.gpt_oss import GPT_OSS
@@ -34,6 +35,7 @@ FAMILIES: dict[str, Family] = {
     **GPT_OSS,
     **GEMMA,
     **LAYER_NORMS,
+    **AFMOE,
     **OLMO,
     **OWN,
 }
@@ -111,6 +113,7 @@ def _model_spec(config: ConfigReader, family: Family) -> ModelSpec:
 
 def _layer_spec(config: ConfigReader, family: Family, layer: int) -> LayerSpec:
     moe = family.moe(config, layer)
-    ffn_size = config.integer(family.dense_size) if moe is None else 0
+    size = next((key for key in family.dense_size if config.get(key) is not None), family.dense_size[-1])
+    ffn_size = config.integer(size) if moe is None else 0
     attention = attention_kind(family.attention(config, layer)).from_config(config, family, layer)
     return LayerSpec(attention=attention, ffn_size=ffn_size, moe=moe, blocks=family.blocks)

@@ -116,7 +116,7 @@ class Family:
         defaults: values of keys that a configuration may leave out.
         ignored: configuration keys without effect in this family.
         fixed: values that keys must have where they are there: the family's mathematics knows no others.
-        dense_size: key of the neurons of a dense FFN.
+        dense_size: keys of the neurons of a dense FFN; the first that is there counts.
         dense, experts, shared: ways in which checkpoints store dense FFNs, experts and shared experts.
         shared_gate: name of the weight of the shared expert's gate.
         activation: of the FFNs, by our name for it.
@@ -157,7 +157,7 @@ class Family:
     divide: Divide | None = None
     ignored: frozenset[str] = frozenset()
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    dense_size: str = "intermediate_size"
+    dense_size: tuple[str, ...] = ("intermediate_size",)
     dense: tuple[ExpertNames, ...] = (DENSE_FFN,)
     experts: tuple[ExpertNames, ...] = QWEN_EXPERTS
     shared: tuple[ExpertNames, ...] = (SHARED_EXPERT,)

@@ -18,6 +18,7 @@ class MoESpec:
         num_always_on: experts in front of the routed ones that every token uses with weight 1.
         shared_size: neurons of a shared expert beside the mixture, or of several together; 0 is none.
         shared_gate: the shared expert's output is multiplied by the sigmoid of a gate.
+        shared_scale: factor on the shared expert's output.
         expert_bias: whether the projections of routed experts have biases.
     """
 
@@ -26,6 +27,7 @@ class MoESpec:
     num_always_on: int = 0
     shared_size: int = 0
     shared_gate: bool = False
+    shared_scale: float = 1.0
     router_bias: bool = False
     expert_bias: bool = False
 

@@ -29,7 +29,7 @@ _OUTER_KEYS = IRRELEVANT_KEYS | {
     *("perceiver_config", "projector_hidden_act", "scale_factor", "spatial_merge_size", "text_config"),
     *("use_image_newline_parameter", "video_token_id", "video_token_index", "vision_aspect_ratio"),
     *("vision_end_token_id", "vision_feature_layer", "vision_feature_select_strategy", "vision_start_token_id"),
-    *("vision_token_id",),
+    *("vision_token_id", "mm_tokens_per_image", "boi_token_index", "eoi_token_index"),
 }
 # The text model takes these from around it where it does not have them itself.
 _INHERITED = ("bos_token_id", "compression_config", "dtype", "eos_token_id", "quantization_config", "torch_dtype")
@@ -41,6 +41,7 @@ _DEFAULTS: dict[str, tuple[int, ...]] = {
     "mixtral": (32000, 4096, 14336, 32, 32, 131072),
     "qwen2": (151936, 4096, 22016, 32, 32, 32768),
     "qwen3": (151936, 4096, 22016, 32, 32, 32768),
+    "gemma3_text": (262208, 2304, 9216, 26, 8, 131072),
 }
 _PREFIXES = ("model.", "", "model.language_model.", "language_model.model.", "language_model.", "model.text_model.")
 _HEADS = ("lm_head.", "language_model.lm_head.")

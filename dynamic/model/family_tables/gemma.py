@@ -7,7 +7,7 @@ from typing import Any
 from ...checkpoint.config_reader import ConfigReader
 from ..blocks import SANDWICH
 from ..family import ACTIVATIONS, Family, norm_of
-from .rules import ATTENTION_BIAS, full_every, maybe_number
+from .rules import ATTENTION_BIAS, FULL, SLIDING, full_every, maybe_number, windows
 
 GEMMA_NORMS = {
     "attention": "input_layernorm",
@@ -57,14 +57,25 @@ _GEMMA: dict[str, Any] = {
     "ignored": frozenset({"hidden_act", "cache_implementation"}),
 }
 
+_GEMMA3_LAYERS = full_every(6, "sliding_window_pattern")
+
 GEMMA: dict[str, Family] = {
     "gemma2": Family(
-        window=full_every(2, 4096),
+        window=windows(full_every(2), 4096),
         scales=lambda config: scales(config, 30.0),
         attention_numbers=lambda config: {
             **score_scale(config),
             "softcap": maybe_number(config, "attn_logit_softcapping", 50.0),
         },
+        **_GEMMA,
+    ),
+    "gemma3_text": Family(
+        qk_norm="head",
+        window=windows(_GEMMA3_LAYERS, 4096),
+        rope=_GEMMA3_LAYERS,
+        thetas={FULL: ("rope_theta", 1e6), SLIDING: ("rope_local_base_freq", 1e4)},
+        scales=scales,
+        attention_numbers=score_scale,
         **_GEMMA,
     ),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..blocks import POST_NORM
 from ..family import Family, norm_of
-from .rules import ATTENTION_BIAS, every_layer
+from .rules import ATTENTION_BIAS, FULL, SLIDING, every_layer, full_every, windows
 
 _OLMO2 = {
     "qkv_bias": ATTENTION_BIAS,
@@ -15,7 +15,16 @@ _OLMO2 = {
     "norm_modules": {"attention_out": "post_attention_layernorm", "ffn_out": "post_feedforward_layernorm"},
 }
 
+_OLMO3_LAYERS = full_every(4)
+
 OLMO: dict[str, Family] = {
     "olmo2": Family(norm_eps=1e-5, **_OLMO2),
+    "olmo3": Family(
+        norm_eps=1e-5,
+        window=windows(_OLMO3_LAYERS, 4096),
+        rope=_OLMO3_LAYERS,
+        thetas={FULL: ("rope_theta", 500000.0), SLIDING: ("", 500000.0)},
+        **_OLMO2,
+    ),
     "flex_olmo": Family(theta=500000.0, moe=every_layer, **_OLMO2),
 }

@@ -9,11 +9,12 @@ from ....kernels.api.router_spec import RouterSpec
 from ....moe.router_specs import router_spec
 from ...checkpoint.config_reader import ConfigReader
 from ...checkpoint.weights import CheckpointError
-from ..family import QWEN_EXPERTS, WindowRule
+from ..family import QWEN_EXPERTS, RopeRule, WindowRule
 from ..moe_spec import MoESpec
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 ONE_EACH = QWEN_EXPERTS[0]
+LayerTypes = Callable[[ConfigReader, int], str]
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -124,25 +125,38 @@ def flag_of(name: str, default: bool) -> Callable[[ConfigReader], bool]:
 ATTENTION_BIAS = flag_of("attention_bias", False)
 
 
-def full_every(count: int, size: int, key: str = "") -> WindowRule:
-    """``layer_types`` decides, or where it is missing every so many layers one sees all, the last of them.
+def full_every(count: int, key: str = "") -> LayerTypes:
+    """What a layer sees, as ``layer_types`` says, or where it is missing: of every so many layers the last sees all.
 
     Arguments:
-        count: of layers; size: default of ``sliding_window``.
-        key: of ``count`` in the configuration.
+        key: of ``count`` in the configuration, which may have none.
     """
 
-    def rule(config: ConfigReader, layer: int) -> int | None:
+    def rule(config: ConfigReader, layer: int) -> str:
         every = config.integer(key, count) if key else count
         if every < 1:
             raise config.error(key, every, "at least 1")
         kind = layer_type(config, layer, SLIDING if (layer + 1) % every else FULL)
-        window = config.integer("sliding_window", size)
         if kind not in (FULL, SLIDING):
             raise config.error("layer_types", kind, f"{FULL} or {SLIDING}")
-        return None if kind == FULL else positive_window(config, window)
+        return kind
 
     return rule
+
+
+def windows(kinds: LayerTypes, size: int) -> WindowRule:
+    """Layers of type ``SLIDING`` have a window; ``size`` is the default of ``sliding_window``."""
+
+    def rule(config: ConfigReader, layer: int) -> int | None:
+        window = config.integer("sliding_window", size)
+        return positive_window(config, window) if kinds(config, layer) == SLIDING else None
+
+    return rule
+
+
+def rotating_windows(kinds: LayerTypes) -> RopeRule:
+    """Layers with a window rotate, the others see no positions."""
+    return lambda config, layer: "" if kinds(config, layer) == SLIDING else None
 
 
 def maybe_number(config: ConfigReader, key: str, default: float | None = None) -> float | None:
