@@ -7,7 +7,8 @@ in memory, for better or worse, both are started anew several times (``--starts`
 
 For every cell it prints the median over the pairs of SECOND's tokens per second by FIRST's (above 1: SECOND is faster)
 with its 95 % bootstrap interval, which draws starts and, in each, pairs; the same for the processor's time, which other
-programs on the machine disturb less; and whether the two gave the same tokens. Prompts count in the rates of decoding:
+programs on the machine disturb less; and whether the two gave the same tokens; then the same for each model's cells
+together, and for all. Prompts count in the rates of decoding:
 16 tokens each.
 """
 
@@ -149,15 +150,30 @@ def measure_start(options: argparse.Namespace, count: int, title: str) -> tuple[
     return [worker.facts["package"] for worker in workers], found
 
 
-def interval(ratios_SP: np.ndarray) -> dict[str, float]:
-    """Median of ratios by start and pair, with the 95 % interval of a bootstrap that draws starts, then pairs."""
-    starts, pairs = ratios_SP.shape
+def interval(ratios_CSP: np.ndarray) -> dict[str, float]:
+    """Median of ratios by cell, start and pair, with the 95 % interval of a bootstrap that draws starts, then pairs."""
+    _, starts, pairs = ratios_CSP.shape
     generator = np.random.default_rng(0)
-    start_NSP = generator.integers(starts, size=(DRAWS, starts, 1))
-    pair_NSP = generator.integers(pairs, size=(DRAWS, starts, pairs))
-    medians_N = np.median(ratios_SP[start_NSP, pair_NSP].reshape(DRAWS, -1), axis=1)
-    low, high = np.quantile(medians_N, [0.025, 0.975])
-    return {"median": float(np.median(ratios_SP)), "low": float(low), "high": float(high)}
+    medians = []
+    for _ in range(DRAWS):
+        start_S1 = generator.integers(starts, size=(starts, 1))
+        pair_SP = generator.integers(pairs, size=(starts, pairs))
+        medians.append(np.median(ratios_CSP[:, start_S1, pair_SP]))
+    low, high = np.quantile(medians, [0.025, 0.975])
+    return {"median": float(np.median(ratios_CSP)), "low": float(low), "high": float(high)}
+
+
+def together(entries: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The cells of each model as one, and all cells as one: :func:`interval` by clock."""
+    models = dict.fromkeys(name.partition(",")[0] for name in entries)
+    groups = {f"{model}, all": [n for n in entries if n.startswith(f"{model},")] for model in models}
+    found: dict[str, dict[str, Any]] = {}
+    for group, names in {**groups, "all cells": list(entries)}.items():
+        found[group] = {}
+        for clock in ("seconds", "processor"):
+            times = np.array([entries[name][clock]["by_start_pair_and_package"] for name in names])
+            found[group][clock] = {"ratio": interval(times[..., 0] / times[..., 1])}
+    return found
 
 
 def summary(cell: Cell, starts: list[list[list[dict[str, Any]]]]) -> dict[str, Any]:
@@ -167,7 +183,7 @@ def summary(cell: Cell, starts: list[list[list[dict[str, Any]]]]) -> dict[str, A
     for clock in ("seconds", "processor"):
         times_SP2 = np.array([[[answer[clock] for answer in pair] for pair in pairs] for pairs in starts])
         entry[clock] = {
-            "ratio": interval(times_SP2[..., 0] / times_SP2[..., 1]),
+            "ratio": interval((times_SP2[..., 0] / times_SP2[..., 1])[None]),
             "tokens_per_second": [float(cell.tokens / np.median(times_SP2[..., which])) for which in (0, 1)],
             "by_start_pair_and_package": times_SP2.round(6).tolist(),
         }
@@ -175,15 +191,16 @@ def summary(cell: Cell, starts: list[list[list[dict[str, Any]]]]) -> dict[str, A
 
 
 def table(entries: dict[str, dict[str, Any]]) -> str:
-    """What is printed."""
+    """What is printed: cells, and several of them together."""
     lines = [f"{'':28}{'first':>9}{'second':>9}  {'second / first':24}{'in processor time':24}tokens"]
     for name, entry in entries.items():
-        rates = "".join(f"{rate:9.1f}" for rate in entry["seconds"]["tokens_per_second"])
+        rates = "".join(f"{rate:9.1f}" for rate in entry["seconds"].get("tokens_per_second", ())) or " " * 18
         ratios = []
         for clock in ("seconds", "processor"):
             ratio = entry[clock]["ratio"]
             ratios.append(f"{ratio['median']:.3f} ({ratio['low']:.3f} … {ratio['high']:.3f})".ljust(24))
-        lines.append(f"{name:28}{rates}  {''.join(ratios)}{'same' if entry['same_tokens'] else 'DIFFERENT'}")
+        same = {True: "same", False: "DIFFERENT"}.get(entry.get("same_tokens"), "")
+        lines.append(f"{name:28}{rates}  {''.join(ratios)}{same}".rstrip())
     return "\n".join(lines)
 
 
@@ -212,8 +229,9 @@ def main() -> None:
         measured.append(found)
     entries = {cell.name: summary(cell, [found[n] for found in measured]) for n, cell in enumerate(chosen)}
     facts = {"packages": files, "threads": options.threads, "when": datetime.now(UTC).isoformat(timespec="seconds")}
-    options.output.write_text(json.dumps({"about": facts, "cells": entries}, indent=1) + "\n")
-    print(table(entries))
+    pooled = together(entries)
+    options.output.write_text(json.dumps({"about": facts, "cells": entries, "together": pooled}, indent=1) + "\n")
+    print(table({**entries, **pooled}))
 
 
 if __name__ == "__main__":
