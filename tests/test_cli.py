@@ -320,14 +320,13 @@ def test_ranges_are_checked_before_a_model_is_loaded(name: str, capsys: pytest.C
     for key, kind in number_keys(command.load(command.config)):
         if key.endswith(("seed", "priority")):  # any number will do where it is only hashed or compared
             continue
-        wrong = ["-7", "nan"] if "float" in kind else ["-7"]
-        for value in wrong:
-            given = f"[{value}]" if "tuple" in kind or "list" in kind else f"{{4:{value}}}" if "dict" in kind else value
-            assert main([name, *MODEL.get(name, ["model=nowhere"]), f"{key}={given}"]) == 2
-            error = capsys.readouterr().err
-            assert error.count("\n") == 1
-            if key.split(".")[-1] not in error and "must be" not in error:
-                accepted.append(f"{key}={given}: {error}")
+        value = "nan" if "float" in kind else "-7"
+        given = f"[{value}]" if "tuple" in kind or "list" in kind else f"{{4:{value}}}" if "dict" in kind else value
+        assert main([name, *MODEL.get(name, ["model=nowhere"]), f"{key}={given}"]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        if key.split(".")[-1] not in error and "must be" not in error:
+            accepted.append(f"{key}={given}: {error}")
     assert accepted == []
 
 

@@ -15,7 +15,7 @@ from dynamoe.dynamic.text.tokenizer import Tokenizer
 # Making the model takes a minute on two idle cores, and the first test that wants it pays for that.
 pytestmark = pytest.mark.timeout(1200)
 
-NUM_TOKENS = 64
+NUM_TOKENS = 32
 QUESTIONS = (
     "What is the capital of France?",
     "Write a haiku about the sea.",
