@@ -9,6 +9,8 @@ import torch
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
+MOST_CHANNELS = 65536  # of a head: a mistake beyond
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeSpec:
@@ -82,7 +84,14 @@ def rotary_order(channels: int, rotated: int, interleaved: bool) -> tuple[int, .
         interleaved: channels 2 i and 2 i + 1 make a pair; otherwise i and i + rotated / 2.
 
     Returns: the channel that comes to each place; empty where all stay.
+
+    Raises:
+        ValueError: for more channels than any head has.
     """
+    if rotated == channels and not interleaved:
+        return ()
+    if channels > MOST_CHANNELS:
+        raise ValueError(f"head_dim must be at most {MOST_CHANNELS}, not {channels}")
     pairs, rest = rotated // 2, range(rotated, channels)
     one, other = (range(0, rotated, 2), range(1, rotated, 2)) if interleaved else (range(pairs), range(pairs, rotated))
     order = (*one, *rest[: len(rest) // 2], *other, *rest[len(rest) // 2 :])
