@@ -266,6 +266,7 @@ def test_no_value_crashes_the_parser(family: str) -> None:
             ("dots1", "solar_open", "glm4_moe"),
             ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts"),
         ),
+        "mimo_v2_flash": ("n_routed_experts",),
         "granitemoeshared": ("num_local_experts", "num_experts_per_tok", "shared_intermediate_size"),
         "minimax_m2": ("num_local_experts", "num_experts_per_tok"),
         "ernie4_5_moe": ("moe_num_experts", "moe_k"),

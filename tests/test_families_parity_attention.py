@@ -14,7 +14,9 @@ from dynamoe.dynamic.model.rope import RopeSpec, frequencies, rope_table, rotary
 from dynamoe.kernels.reference.operations import rope
 from family_parity import Variant, check_engine, check_logits
 
-WINDOWS = {"use_sliding_window": True, "sliding_window": 11}
+WINDOWS = {"head_dim": 24, "sliding_window": 9}
+GROWTH = {"llama_4_scaling_beta": 0.7}
+FOUR = {"num_hidden_layers": 4}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16}
 LONGROPE = {
     **{"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 256, "factor": 2.0},
@@ -23,32 +25,56 @@ LONGROPE = {
 SCALES = {
     **{"embedding_multiplier": 3.0, "attention_multiplier": 0.35, "residual_multiplier": 0.6, "logits_scaling": 1.7},
 }
+FULL, SLIDING = "full_attention", "sliding_attention"
+ROUTED = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
+ROPES = {
+    FULL: {**YARN, "rope_theta": 5e3, "partial_rotary_factor": 1.0},
+    SLIDING: {"rope_type": "default", "rope_theta": 1e3},
+}
+MIMO = {
+    **{"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "head_dim": 24},
+    **{"v_head_dim": 16, "sliding_window": 9},
+}
+LLAMA4 = {
+    **{"num_local_experts": 6, "num_experts_per_tok": 1, "intermediate_size": 40, "intermediate_size_mlp": 72},
+    **{"head_dim": 24, "attention_chunk_size": 32, "floor_scale": 8, "attn_scale": 0.6},
+}
+
+
+def random_tensors(model: torch.nn.Module) -> None:
+    """Selection biases and sinks decide something; experts whose inputs are their first dimension."""
+    generator = torch.Generator().manual_seed(5)
+    for name, tensor in [*model.named_buffers(), *model.named_parameters()]:
+        if "e_score_correction_bias" in name:
+            tensor.normal_(0.0, 0.3, generator=generator)
+        elif "sinks" in name:
+            tensor.normal_(1.0, 1.5, generator=generator)
+
+
+def variant(family: str, **config: Any) -> Variant:
+    return Variant(family=family, config=config, prepare=random_tensors)
+
+
 VARIANTS = [
-    Variant(
-        family="smollm3",
-        config={"num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0], **WINDOWS},
-    ),
-    Variant(
-        family="ministral3",
-        config={
-            "head_dim": 24,
-            "max_position_embeddings": 64,
-            "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.7},
-        },
-    ),
-    Variant(family="granite", config=SCALES),
-    Variant(
-        family="phi3",
-        config={"partial_rotary_factor": 0.5, "rope_parameters": {**LONGROPE, "long_factor": [1.5, 2.0, 2.5, 9.0]}},
-    ),
-    Variant(
-        family="hunyuan_v1_dense",
-        config={"head_dim": 24, "rope_parameters": {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0}},
-    ),
+    variant("smollm3", **FOUR, no_rope_layers=[1, 0, 1, 0], use_sliding_window=True, sliding_window=11),
+    variant("ministral3", head_dim=24, max_position_embeddings=128, rope_parameters={**YARN, **GROWTH}),
+    variant("granite", **SCALES),
+    variant("phi3", partial_rotary_factor=0.5, rope_parameters=LONGROPE),
+    variant("hunyuan_v1_dense", head_dim=24, rope_parameters={"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0}),
+    variant("mellum", **ROUTED, **FOUR, **WINDOWS, layer_types=[SLIDING, FULL] * 2, rope_parameters=ROPES),
+    variant("exaone_moe", **ROUTED, **FOUR, sliding_window_pattern=2, sliding_window=9),
+    variant("mimo_v2_flash", **MIMO, **FOUR, layer_types=[FULL, SLIDING] * 2, rope_parameters=ROPES),
+    variant("llama4_text", **LLAMA4, **FOUR, no_rope_layers=[1, 0, 1, 0], interleave_moe_layer_step=2),
 ]
 MORE = [
-    Variant(family="phi3", config={"sliding_window": 9}),
-    Variant(family="smollm3", config={"num_hidden_layers": 4, "attention_bias": True, "mlp_bias": True}),
+    variant("smollm3", **FOUR, attention_bias=True, mlp_bias=True),
+    variant("phi3", sliding_window=9),
+    variant("mellum", **ROUTED, mlp_layer_types=["sparse", "dense", "sparse"], attention_bias=True),
+    variant("exaone_moe", **ROUTED, n_group=4, topk_group=2, num_shared_experts=2, sliding_window=9),
+    variant("exaone_moe", **ROUTED, sliding_window=None, layer_types=[FULL] * 3),
+    variant("mimo_v2_flash", **MIMO, attention_bias=True, attention_value_scale=None),
+    variant("llama4_text", **{**LLAMA4, "num_experts_per_tok": 2}, use_qk_norm=False, attention_bias=True),
+    variant("llama4_text", **LLAMA4, attn_temperature_tuning=False, moe_layers=[1], no_rope_layer_interval=2),
 ]
 
 

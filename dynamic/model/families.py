@@ -19,6 +19,7 @@ from .family_tables.attention_variants import ATTENTION_VARIANTS
 from .family_tables.gemma import GEMMA
 from .family_tables.gpt_oss import GPT_OSS
 from .family_tables.layer_norms import LAYER_NORMS
+from .family_tables.layer_types import LAYER_TYPES
 from .family_tables.llama_like import LLAMA_LIKE
 from .family_tables.olmo import OLMO
 from .family_tables.own import OWN
@@ -32,6 +33,7 @@ FAMILIES: dict[str, Family] = {
     **LLAMA_LIKE,
     **ATTENTION_VARIANTS,
     **SHARED_EXPERTS,
+    **LAYER_TYPES,
     **GPT_OSS,
     **GEMMA,
     **LAYER_NORMS,

@@ -73,9 +73,10 @@ def rotated_channels(config: ConfigReader, family: Family, layer: int, head_dim:
     Raises:
         ValueError: for a part that the family does not have, or that makes no sense.
     """
-    rope = rope_values(config, family, family.rope(config, layer))
-    default = 1.0
-    if family.partial_rotary is not None:
+    name = family.rope(config, layer)
+    rope, default = rope_values(config, family, name), 1.0
+    # Of several sets, those that are scaled do not know the family's default.
+    if family.partial_rotary is not None and not (name and rope.get("rope_type", "default") != "default"):
         default = config.number("partial_rotary_factor", family.partial_rotary(config))
     factor = rope.number("partial_rotary_factor", default)
     if not 0 < factor <= 1 or (factor != 1 and family.partial_rotary is None):
@@ -99,8 +100,9 @@ def rope_values(config: ConfigReader, family: Family, name: str | None) -> Confi
 
 def _named(config: ConfigReader, family: Family, name: str, older: Any, newer: Any) -> dict[str, Any]:
     """One of several sets. The older keys scale the rotations of layers with full attention only."""
-    if not newer and not (older and family.default_rope):
-        values = family.default_rope.get(name) or (older if name == "full_attention" else {})
+    key, _ = family.thetas.get("full_attention", ("", 0.0))  # empty: the family never had the older keys
+    if not newer and (key or not older):
+        values = older if name == "full_attention" else {}
     elif older:
         raise config.error("rope_scaling", older, "absent: rope_parameters says how each type of layers rotates")
     elif not isinstance(newer, dict) or not all(value is None or isinstance(value, dict) for value in newer.values()):

@@ -25,6 +25,7 @@ _FAMILY_OF_TEXT = {
 _OTHER_PARTS = ("vision_config", "audio_config")
 _OUTER_KEYS = IRRELEVANT_KEYS | {
     *(*_OTHER_PARTS, "audio_token_id", "audio_token_index", "boi_token_id", "eoi_token_id", "ignore_index"),
+    *("boi_token_index", "eoi_token_index"),
     *("image_grid_pinpoints", "image_seq_length", "image_token_id", "image_token_index", "multimodal_projector_bias"),
     *("perceiver_config", "projector_hidden_act", "scale_factor", "spatial_merge_size", "text_config"),
     *("use_image_newline_parameter", "video_token_id", "video_token_index", "vision_aspect_ratio"),
@@ -42,6 +43,8 @@ _DEFAULTS: dict[str, tuple[int, ...]] = {
     "qwen2": (151936, 4096, 22016, 32, 32, 32768),
     "qwen3": (151936, 4096, 22016, 32, 32, 32768),
     "gemma3_text": (262208, 2304, 9216, 26, 8, 131072),
+    "llama4_text": (202048, 5120, 8192, 48, 40, 131072),
+    "ministral3": (131072, 4096, 14336, 34, 32, 262144),
 }
 _PREFIXES = ("model.", "", "model.language_model.", "language_model.model.", "language_model.", "model.text_model.")
 _HEADS = ("lm_head.", "language_model.lm_head.")

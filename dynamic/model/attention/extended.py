@@ -8,6 +8,7 @@ Shape suffixes as in ``kernels/api/types.py``; V the channels of a value.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -35,9 +36,11 @@ class QueryGrowth:
     def __post_init__(self) -> None:
         check_ranges(self, "period", least=1)
 
-    def factors(self, positions_T: torch.Tensor) -> torch.Tensor:
-        """float32, (T,)."""
-        return 1 + self.rate * torch.log1p(torch.floor((positions_T.float() + self.offset) / self.period))
+    def factors(self, batch: AttentionBatch) -> torch.Tensor:
+        """float32, (T,). Looked up: torch's logarithm of an element depends on how many there are."""
+        last = (batch.num_positions - 1 + self.offset) // self.period
+        known = torch.tensor([1 + self.rate * math.log1p(steps) for steps in range(last + 1)], dtype=torch.float32)
+        return known.to(batch.positions_T.device)[(batch.positions_T + self.offset) // self.period]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +138,7 @@ class ExtendedGqaSpec(GqaSpec):
         self, heads: Heads, norms: Norms, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
     ) -> torch.Tensor:
         """The rotated queries; keys and values go to the cache."""
-        table_LC, positions_T = context.cos_sin_LC, batch.positions_T
+        rows, table_LC, positions_T = batch, context.cos_sin_LC, batch.positions_T
         if self.norm_after_rotation:
             q_THC, k_TGC, v_TGC = heads
             heads = rope(q_THC, table_LC, positions_T), rope(k_TGC, table_LC, positions_T), v_TGC
@@ -148,7 +151,7 @@ class ExtendedGqaSpec(GqaSpec):
             ones_C = torch.ones(self.head_dim, dtype=q_THC.dtype, device=q_THC.device)
             q_THC, k_TGC = context.norm(q_THC, ones_C), context.norm(k_TGC, ones_C)
         if self.growth is not None:
-            q_THC = (q_THC * self.growth.factors(positions_T)[:, None, None]).to(q_THC.dtype)
+            q_THC = (q_THC * self.growth.factors(rows)[:, None, None]).to(q_THC.dtype)
         return context.backend.rope_and_write(q_THC, k_TGC, v_TGC, table_LC, batch, kv)
 
     def cache_shapes(self, page_size: int, dtype: torch.dtype) -> tuple[Shape, ...]:

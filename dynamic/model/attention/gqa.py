@@ -172,17 +172,20 @@ class GqaSpec(AttentionSpec):
                 orders=orders,
             )
 
-        def norm_name(*names: str) -> str:
-            names = tuple(f"{prefix}self_attn.{name}.weight" for name in names)
+        def present(*names: str) -> str:
+            names = tuple(f"{prefix}self_attn.{name}" for name in names)
             return next((name for name in names if name in available), names[0])
 
-        names = {"q_norm": norm_name("q_norm", "query_layernorm"), "k_norm": norm_name("k_norm", "key_layernorm")}
+        names = {
+            "q_norm": present("q_norm.weight", "query_layernorm.weight"),
+            "k_norm": present("k_norm.weight", "key_layernorm.weight"),
+        }
         tensors = {
             field: replace(norm_tensor(self.norm, name, size), order=order)
             for (field, name), size in zip(names.items(), self.norm_sizes or (), strict=False)
         }
         if self.sinks:
-            name = f"{prefix}self_attn.sinks"
+            name = present("sinks", "attention_sink_bias")
             tensors["sinks"] = TensorLayout(name=name, shape=(self.num_heads,), float32=True)
         return AttentionLayout(
             kind=self,

@@ -20,7 +20,7 @@ def rope_by_flags(interval: int) -> Callable[[ConfigReader, int], str | None]:
 
     def rule(config: ConfigReader, layer: int) -> str | None:
         flags, step = config.integers("no_rope_layers"), config.integer("no_rope_layer_interval", interval)
-        if config.get("no_rope_layers") is None:
+        if not flags:
             if step < 1:
                 raise config.error("no_rope_layer_interval", step, "at least 1")
             return "" if (layer + 1) % step else None

@@ -27,8 +27,8 @@ from .rules import (
 )
 
 # Rules that the routers of these families compute, where a configuration spells them out.
-_SIGMOID: dict[str, tuple[Any, ...]] = {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)}
-
+SIGMOID: dict[str, tuple[Any, ...]] = {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)}
+DEEPSEEK_RULES = {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, "norm_topk_prob": True}
 SLIDING = "sliding_attention"
 
 
@@ -183,8 +183,8 @@ _DEEPSEEK_LIKE = Family(
     moe=dense_first,
     qkv_bias=ATTENTION_BIAS,
     shared=ffn_names("mlp.shared_experts"),
-    fixed=_SIGMOID,
-    defaults={"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, "norm_topk_prob": True},
+    fixed=SIGMOID,
+    defaults=DEEPSEEK_RULES,
 )
 
 SHARED_EXPERTS: dict[str, Family] = {
@@ -196,7 +196,7 @@ SHARED_EXPERTS: dict[str, Family] = {
     ),
     "dots1": replace(
         _DEEPSEEK_LIKE,
-        defaults={**_DEEPSEEK_LIKE.defaults, "norm_topk_prob": False, "max_window_layers": 62},
+        defaults={**DEEPSEEK_RULES, "norm_topk_prob": False, "max_window_layers": 62},
         o_bias=ATTENTION_BIAS,
         qk_norm="head",
         window=window_by_layer_type(lambda layer, last_full: layer >= last_full, switch=None),
@@ -207,7 +207,7 @@ SHARED_EXPERTS: dict[str, Family] = {
         kv_heads=8,
         theta=1e6,
         norm_eps=1e-5,
-        defaults={**_DEEPSEEK_LIKE.defaults, "n_shared_experts": 1, "n_routed_experts": 128, "num_experts_per_tok": 8},
+        defaults={**DEEPSEEK_RULES, "n_shared_experts": 1, "n_routed_experts": 128, "num_experts_per_tok": 8},
     ),
     "glm4_moe": replace(
         _DEEPSEEK_LIKE,
@@ -216,7 +216,7 @@ SHARED_EXPERTS: dict[str, Family] = {
         partial_rotary=lambda config: 0.5,
         attention_parts=_glm4_norms,
         defaults={
-            **_DEEPSEEK_LIKE.defaults,
+            **DEEPSEEK_RULES,
             **{"first_k_dense_replace": 1, "n_shared_experts": 1, "n_routed_experts": 128, "num_experts_per_tok": 8},
             "moe_intermediate_size": 1408,
         },
@@ -229,11 +229,11 @@ SHARED_EXPERTS: dict[str, Family] = {
         moe=_exaone,
         qk_norm="head",
         defaults={
-            **_DEEPSEEK_LIKE.defaults,
+            **DEEPSEEK_RULES,
             **{"routed_scaling_factor": 2.5, "num_shared_experts": 1, "num_experts_per_tok": 8},
             "moe_intermediate_size": 1024,
         },
-        fixed=_SIGMOID,
+        fixed=SIGMOID,
         shared=ffn_names("mlp.shared_experts"),
         router_tensors={"selection_bias_E": ("mlp.e_score_correction_bias", "mlp.gate.e_score_correction_bias")},
     ),
@@ -276,7 +276,7 @@ SHARED_EXPERTS: dict[str, Family] = {
         defaults={"router_scaling_factor": 2.826, "num_shared_experts": 1},
         # Adding up in float32 and rounding is what an addition of two 16-bit numbers does.
         ignored=frozenset({"enable_moe_fp32_combine"}),
-        fixed={**_SIGMOID, "first_k_dense_replace": (1,)},
+        fixed={**SIGMOID, "first_k_dense_replace": (1,)},
         shared=ffn_names("mlp.shared_mlp", "mlp.shared_experts"),
         router=("mlp.router.gate.weight", "mlp.gate.weight"),
         router_tensors={"selection_bias_E": ("mlp.expert_bias", "mlp.e_score_correction_bias")},
@@ -292,7 +292,7 @@ SHARED_EXPERTS: dict[str, Family] = {
             ("mlp_intermediate_size", "mtp_transformer_layers", "num_mtp_modules", "shared_moe_mode", "use_mtp")
         ),
         fixed={
-            **_SIGMOID,
+            **SIGMOID,
             **{"use_routing_bias": (True,), "use_qk_norm": (True,), "qk_norm_type": ("per_layer",)},
             **dict.fromkeys(("layernorm_full_attention_beta", "layernorm_linear_attention_beta"), (1,)),
             **{"layernorm_mlp_beta": (1,), "swa_rope_theta": (-1,)},
