@@ -149,7 +149,6 @@ class Family:
     qk_norm: str = "none"
     scales: Callable[[ConfigReader], dict[str, Any]] = field(default=lambda config: {})
     attention_numbers: Callable[[ConfigReader], dict[str, Any]] = field(default=lambda config: {})
-    activation: Callable[[ConfigReader], str] = _activation
     defaults: Mapping[str, Any] = field(default_factory=dict)
     attention_parts: Callable[[ConfigReader, int], dict[str, Any]] = field(default=lambda config, layer: {})
     activation: Callable[[ConfigReader], str] = _activation

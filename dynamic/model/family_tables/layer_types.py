@@ -113,7 +113,7 @@ LAYER_TYPES: dict[str, Family] = {
         attention_parts=_llama4_parts,
         defaults={"num_local_experts": 16, "num_experts_per_tok": 1, "intermediate_size_mlp": 16384},
         ignored=frozenset({"intermediate_size_mlp", "for_llm_compressor"}),  # dense layers read the first
-        dense_size="intermediate_size_mlp",
+        dense_size=("intermediate_size_mlp",),
         dense=ffn_names("feed_forward"),
         experts=(
             *ffn_names("feed_forward.experts.{e}"),
