@@ -118,12 +118,15 @@ def check_engine(directory: Path, reference: Any, *, paths: Sequence[str] = ("to
             assert engine.stats().prefix_cache_hits > 0
 
 
-def generate(engine: Engine, prompts: Sequence[list[int]], count: int = NEW_TOKENS) -> list[list[int]]:
-    """Greedy tokens of prompts that run together."""
+def generate(
+    engine: Engine, prompts: Sequence[list[int]], count: int = NEW_TOKENS, params: SamplingParams | None = None
+) -> list[list[int]]:
+    """Tokens of prompts that run together, greedy unless said otherwise."""
+    params = params or SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
     tokens: dict[str, list[int]] = {}
     for number, prompt in enumerate(prompts):
         tokens[str(number)] = []
-        engine.add_request(str(number), prompt, SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True))
+        engine.add_request(str(number), prompt, params)
     while engine.has_unfinished():
         for delta in engine.step():
             tokens[delta.request_id] += delta.completions[0].token_ids

@@ -9,6 +9,7 @@ import torch
 from dynamoe.dynamic.checkpoint.weights import CheckpointError
 from dynamoe.dynamic.model.attention.gqa import GqaSpec
 from dynamoe.dynamic.model.families import FAMILIES, model_spec
+from dynamoe.dynamic.model.family_tables.latent import LATENT
 from dynamoe.dynamic.model.rope import RopeSpec, frequencies, rope_table
 
 LLAMA: dict[str, Any] = {
@@ -230,12 +231,14 @@ def test_every_key_of_transformers_is_known(family: str) -> None:
     from transformers import AutoConfig, GenerationConfig
 
     sizes = {key: value for key, value in LLAMA.items() if key != "model_type"}
+    if family in LATENT:
+        sizes |= {"num_key_value_heads": 4, "num_experts_per_tok": 8}
     if family == "dots1":
         sizes |= {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2}
-    whole = AutoConfig.for_model(family, **sizes).to_dict()
+    whole = AutoConfig.for_model("deepseek_v3" if family == "kimi_k2" else family, **sizes).to_dict()
     older = GenerationConfig._get_default_generation_params()
     older |= {"torchscript": False, "use_bfloat16": False, "pruned_heads": {}, "tf_legacy_loss": False, "prefix": None}
-    assert model_spec({**older, **whole}).family == family
+    assert model_spec({**older, **whole, "model_type": family}).family == family
 
 
 STRANGE = (None, True, "x", "", [], ["x"], {}, {"a": {}}, -1, 0, 1, 0.5, float("inf"), float("nan"), 10**30, -(10**400))
@@ -263,7 +266,7 @@ def test_no_value_crashes_the_parser(family: str) -> None:
             ("num_experts", "num_experts_per_tok", "moe_intermediate_size"),
         ),
         **dict.fromkeys(
-            ("dots1", "solar_open", "glm4_moe"),
+            ("dots1", "solar_open", "glm4_moe", *LATENT),
             ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts"),
         ),
         "mimo_v2_flash": ("n_routed_experts",),
@@ -276,6 +279,11 @@ def test_no_value_crashes_the_parser(family: str) -> None:
     valid |= {"dynamoe": {"expert_size": 12}, "ministral3": {"rope_parameters": {"llama_4_scaling_beta": 0.1}}}.get(
         family, {}
     )
+    if family in LATENT:
+        valid |= {"num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 32, "v_head_dim": 20, "n_group": 1}
+        valid |= {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "topk_group": 1}
+    if family in ("deepseek_v32", "glm_moe_dsa"):
+        valid |= {"index_topk": 128, "index_n_heads": 2, "index_head_dim": 16}
     keys = {
         *(*valid, "head_dim", "rms_norm_eps", "sliding_window", "use_sliding_window", "layer_types", "hidden_act"),
         *("max_window_layers", "decoder_sparse_step", "mlp_only_layers", "norm_topk_prob", "num_always_on_experts"),

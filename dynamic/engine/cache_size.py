@@ -42,11 +42,11 @@ def count_pages(
     return pages - pages % kv_shards
 
 
-def longest_sequence(config: EngineConfig, max_position: int, num_pages: int) -> int:
+def longest_sequence(config: EngineConfig, spec: ModelSpec, num_pages: int) -> int:
     """Tokens of prompt and output together that one sequence may have; ``num_pages`` are those of one KV shard."""
-    wanted = max_position if config.max_model_len is None else config.max_model_len
-    if wanted > max_position:
-        raise ValueError(f"engine.max_model_len={wanted} exceeds the model's maximum of {max_position} positions")
+    wanted = spec.max_position if config.max_model_len is None else config.max_model_len
+    if wanted > spec.max_position:
+        raise ValueError(f"engine.max_model_len={wanted} exceeds {spec.longest_context}")
     held = num_pages * config.block_size
     if wanted <= held:
         return wanted

@@ -67,7 +67,7 @@ class Engine:
         self.vocab_size: int = spec.vocab_size
         device, kv_shards = torch.device(decoder.device), decoder.kv_shards
         num_pages = count_pages(config, spec, decoder.kv_dtype, device, kv_shards)
-        self.max_model_len = longest_sequence(config, spec.max_position, num_pages // kv_shards)
+        self.max_model_len = longest_sequence(config, spec, num_pages // kv_shards)
         pool = BlockPool(num_pages, kv_shards)
         cache = PrefixCache(pool, config.block_size, config.enable_prefix_caching)
         self.cache_plugins, eviction = load_cache_policy(config, spec, pool)

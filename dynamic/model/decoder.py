@@ -138,7 +138,7 @@ class Decoder:
             ValueError: when the model was not made for contexts that long.
         """
         if length > self.spec.max_position:
-            raise ValueError(f"a context of {length} tokens is longer than the model's {self.spec.max_position}")
+            raise ValueError(f"a context of {length} tokens exceeds {self.spec.longest_context}")
         if length > (longest := self.cos_sin_LC.shape[0]):
             self._make_tables(min(self.spec.max_position, max(length, 2 * longest)))
 

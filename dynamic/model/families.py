@@ -18,6 +18,7 @@ from .family_tables.afmoe import AFMOE
 from .family_tables.attention_variants import ATTENTION_VARIANTS
 from .family_tables.gemma import GEMMA
 from .family_tables.gpt_oss import GPT_OSS
+from .family_tables.latent import LATENT
 from .family_tables.layer_norms import LAYER_NORMS
 from .family_tables.layer_types import LAYER_TYPES
 from .family_tables.llama_like import LLAMA_LIKE
@@ -39,6 +40,7 @@ FAMILIES: dict[str, Family] = {
     **LAYER_NORMS,
     **AFMOE,
     **OLMO,
+    **LATENT,
     **OWN,
 }
 
@@ -90,6 +92,7 @@ def _model_spec(config: ConfigReader, family: Family) -> ModelSpec:
         if rope.rope_type == "yarn":
             max_position = max(max_position, int(rope.original_max_position * rope.factor))
         max_position = min(max_position, rope.longest or max_position)
+    max_position = min(max_position, *(layer.attention.dense_positions or max_position for layer in layers))
     if len(set(ropes)) > 1:
         layers = tuple(
             layer if rope == ropes[0] else replace(layer, rope=rope) for layer, rope in zip(layers, ropes, strict=True)

@@ -298,7 +298,7 @@ class _Builder:
             parts[field] = self._linear(*linear.weights, method=self.quantization.layers, bias=linear.biases)
         for field, tensor in layout.tensors.items():
             parts[field] = self._tensor(tensor)
-        return layout.kind.weights(parts)
+        return layout.kind.pack(parts, self.backend)
 
     def _ffn(self, layout: FFNLayout) -> ExpertWeights:
         parts = [[self.source.quantized(name) for name in names] for names in (layout.gate, layout.up, layout.down)]

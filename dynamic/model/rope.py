@@ -140,13 +140,18 @@ def _yarn_ramp(spec: RopeSpec) -> torch.Tensor:
 
 def yarn_attention_factor(factor: float, mscale: float = 0.0, mscale_all_dim: float = 0.0) -> float:
     """The factor that YaRN recommends where the configuration names none; 0 is a multiplier that is not given."""
-
-    def scale(multiplier: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1.0
-
     if mscale and mscale_all_dim:
-        return scale(mscale) / scale(mscale_all_dim)
-    return scale(1.0)
+        return _yarn_scale(factor, mscale) / _yarn_scale(factor, mscale_all_dim)
+    return _yarn_scale(factor, 1.0)
+
+
+def yarn_score_factor(factor: float, mscale_all_dim: float) -> float:
+    """What DeepSeek's models multiply the scores with beside."""
+    return _yarn_scale(factor, mscale_all_dim) ** 2
+
+
+def _yarn_scale(factor: float, multiplier: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1.0
 
 
 def rope_table(spec: RopeSpec, length: int, device: torch.device | str = "cpu") -> torch.Tensor:

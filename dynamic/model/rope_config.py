@@ -8,7 +8,7 @@ from typing import Any
 from ..checkpoint.config_reader import LARGEST_NUMBER, ConfigReader
 from ..checkpoint.weights import shown
 from .family import Family
-from .rope import ROPE_TYPES, RopeSpec, yarn_attention_factor
+from .rope import ROPE_TYPES, RopeSpec, yarn_attention_factor, yarn_score_factor
 
 ROPE_KEYS = frozenset(
     {
@@ -83,6 +83,15 @@ def rotated_channels(config: ConfigReader, family: Family, layer: int, head_dim:
         expected = "1" if family.partial_rotary is None else "greater than 0 and at most 1"
         raise rope.error("partial_rotary_factor", factor, expected)
     return int(head_dim * factor)
+
+
+def score_factor(config: ConfigReader, family: Family, layer: int) -> float:
+    """What sharpens the scores where the range of positions was stretched, in families that read ``mscale_all_dim``."""
+    rope = rope_values(config, family, family.rope(config, layer))
+    multiplier = rope.number("mscale_all_dim", 0.0)
+    if not multiplier or rope.get("rope_type", rope.get("type", "default")) == "default":
+        return 1.0
+    return yarn_score_factor(rope.number("factor"), multiplier)
 
 
 def rope_values(config: ConfigReader, family: Family, name: str | None) -> ConfigReader:

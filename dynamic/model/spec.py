@@ -103,6 +103,14 @@ class ModelSpec:
         windows = [layer.window for layer in self.layers]
         return None if None in windows else max(window for window in windows if window is not None)
 
+    @property
+    def longest_context(self) -> str:
+        """Of how many tokens, in words."""
+        words = f"the model's maximum of {self.max_position} positions"
+        if any(layer.attention.dense_positions == self.max_position for layer in self.layers):
+            return f"{words}, its index_topk: attention that chooses among more is not supported"
+        return words
+
     def layer_flops(self, layer: LayerSpec) -> int:
         """Floating-point operations of one layer for one token, without the part that grows with the context."""
         attention = layer.attention.flops(self.hidden_size)

@@ -160,7 +160,7 @@ def pack_layer(
     linears = {field: joined(parts) for field, parts in layer.linears.items()}
     return LayerWeights(
         norms=kept(layer.norms, layer.norm_layouts),
-        attention=layer.attention.kind.weights({**linears, **kept(layer.tensors, layer.attention.tensors)}),
+        attention=layer.attention.kind.pack({**linears, **kept(layer.tensors, layer.attention.tensors)}, backend),
         ffn=ffn(layer.ffn),
         router=None if layer.router_ED is None else linear(layer.router_ED, layer.router_bias_E),
         **packed_router_tensors(layer.router_tensors, backend.device, backend.dtype),

@@ -170,7 +170,7 @@ class KVLayer:
     """Paged keys and values of one layer, floating, or int8 codes with scales (``kv_codes.py``).
 
     Arguments:
-        keys_BGPC, values_BGPC: with int8 codes C + 2 bytes per token and head.
+        keys_BGPC, values_BGPC: with int8 codes C + 2 bytes per token and head. One tensor where values are keys.
         scales_behind_page: whether the scales of a page lie behind its codes, not each behind its own.
     """
 
@@ -181,7 +181,8 @@ class KVLayer:
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """All that holds the layer's cache; the first dimension is that of the pages."""
-        return self.keys_BGPC, self.values_BGPC
+        shared = self.values_BGPC is self.keys_BGPC
+        return (self.keys_BGPC,) if shared else (self.keys_BGPC, self.values_BGPC)
 
     @property
     def coded(self) -> bool:

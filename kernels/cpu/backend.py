@@ -111,6 +111,15 @@ class CpuBackend(CpuQuantPacking):
     def linear(self, x_TI: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
         return weights.data.run(x_TI)
 
+    def pack_head_linear(self, weight_HOI: torch.Tensor) -> LinearWeights:
+        heads = [self.pack_linear(weight_OI) for weight_OI in weight_HOI]
+        return replace(heads[0], data=heads, nbytes=sum(head.nbytes for head in heads))
+
+    def head_linear(self, x_THI: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
+        return torch.stack(
+            [self.linear(x_TI, head) for x_TI, head in zip(x_THI.unbind(1), weights.data, strict=True)], 1
+        )
+
     def logits_linear(self, x_TI: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
         return weights.data.run(x_TI, float_out=True)
 

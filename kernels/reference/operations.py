@@ -25,17 +25,21 @@ def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Te
     return (weight_D * x32.to(x_TD.dtype)).to(weight_D.dtype)
 
 
-def rope(x_TXC: torch.Tensor, cos_sin_LC: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding, half-split layout (Su et al. 2021, as Llama stores it).
+def rope(
+    x_TXC: torch.Tensor, cos_sin_LC: torch.Tensor, positions_T: torch.Tensor, interleaved: bool = False
+) -> torch.Tensor:
+    """Rotary embedding (Su et al. 2021), half-split as Llama stores it, or of channels that follow each other.
 
     Arguments:
         x_TXC: queries or keys, X heads.
         cos_sin_LC: float32 table; row p holds cos for C/2 frequencies, then sin for C/2 frequencies, of position p.
         positions_T: int64.
+        interleaved: channels 0 and 1 make a pair, not 0 and C/2; the result is half-split all the same.
     """
     cos, sin = cos_sin_LC[positions_T].unsqueeze(1).chunk(2, -1)
-    a, b = x_TXC.float().chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x_TXC.dtype)
+    x_TXC, dtype = x_TXC.float(), x_TXC.dtype
+    a, b = (x_TXC[..., ::2], x_TXC[..., 1::2]) if interleaved else x_TXC.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(dtype)
 
 
 def activate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:

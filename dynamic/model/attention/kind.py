@@ -47,11 +47,16 @@ class LinearLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionLayout:
-    """The tensors of one layer's attention, by the names of the fields of the kind's weights."""
+    """The tensors of one layer's attention, by the names of the fields of the kind's weights.
+
+    Arguments:
+        unused: shapes of tensors that the checkpoint has and that nothing here reads, by name.
+    """
 
     kind: AttentionSpec
     linears: Mapping[str, LinearLayout]
     tensors: Mapping[str, TensorLayout] = field(default_factory=dict)
+    unused: Mapping[str, Shape] = field(default_factory=dict)
 
     def orders(self) -> dict[str, Order]:
         """By name, of tensors whose rows the decoder keeps in another order than the checkpoint."""
@@ -69,6 +74,7 @@ class AttentionLayout:
             )
             yield from ((name, (size,)) for name, size in zip(linear.biases, linear.outputs, strict=False))
         yield from ((tensor.name, tensor.shape) for tensor in self.tensors.values())
+        yield from self.unused.items()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +165,12 @@ class AttentionSpec(ABC):
         """Channels of the same head that are not."""
         return 0
 
+    @property
+    def dense_positions(self) -> int | None:
+        """Up to how many positions rows see all of those that come before them, where attention chooses among more,
+        which no kind here can; None: always."""
+        return None
+
     @abstractmethod
     def layout(self, prefix: str, hidden_size: int, available: Container[str]) -> AttentionLayout:
         """The tensors of a layer.
@@ -171,6 +183,10 @@ class AttentionSpec(ABC):
     @abstractmethod
     def weights(self, parts: Mapping[str, LinearWeights | torch.Tensor]) -> AttentionWeights:
         """The weights, made of what :meth:`layout` names."""
+
+    def pack(self, parts: Mapping[str, LinearWeights | torch.Tensor], backend: TorchBackend) -> AttentionWeights:
+        """:meth:`weights` for kinds that keep some tensors in the backend's layout."""
+        return self.weights(parts)
 
     @abstractmethod
     def forward(

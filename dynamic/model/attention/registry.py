@@ -5,8 +5,9 @@ from __future__ import annotations
 from .extended import ExtendedGqaSpec
 from .gqa import GqaSpec
 from .kind import AttentionSpec
+from .mla import MlaSpec
 
-KINDS: dict[str, type[AttentionSpec]] = {kind.kind: kind for kind in (GqaSpec, ExtendedGqaSpec)}
+KINDS: dict[str, type[AttentionSpec]] = {kind.kind: kind for kind in (GqaSpec, ExtendedGqaSpec, MlaSpec)}
 
 
 def register(kind: type[AttentionSpec]) -> type[AttentionSpec]:

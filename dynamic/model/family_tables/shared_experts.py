@@ -179,7 +179,7 @@ def _hunyuan(config: ConfigReader, layer: int) -> MoESpec:
 
 
 _USE_BIAS = flag_of("use_bias", False)
-_DEEPSEEK_LIKE = Family(
+DEEPSEEK_LIKE = Family(
     moe=dense_first,
     qkv_bias=ATTENTION_BIAS,
     shared=ffn_names("mlp.shared_experts"),
@@ -195,14 +195,14 @@ SHARED_EXPERTS: dict[str, Family] = {
         divide=_granite_divide,
     ),
     "dots1": replace(
-        _DEEPSEEK_LIKE,
+        DEEPSEEK_LIKE,
         defaults={**DEEPSEEK_RULES, "norm_topk_prob": False, "max_window_layers": 62},
         o_bias=ATTENTION_BIAS,
         qk_norm="head",
         window=window_by_layer_type(lambda layer, last_full: layer >= last_full, switch=None),
     ),
     "solar_open": replace(
-        _DEEPSEEK_LIKE,
+        DEEPSEEK_LIKE,
         head_dim=128,
         kv_heads=8,
         theta=1e6,
@@ -210,7 +210,7 @@ SHARED_EXPERTS: dict[str, Family] = {
         defaults={**DEEPSEEK_RULES, "n_shared_experts": 1, "n_routed_experts": 128, "num_experts_per_tok": 8},
     ),
     "glm4_moe": replace(
-        _DEEPSEEK_LIKE,
+        DEEPSEEK_LIKE,
         kv_heads=8,
         norm_eps=1e-5,
         partial_rotary=lambda config: 0.5,

@@ -1,0 +1,277 @@
+"""Families with multi-head latent attention against transformers; what of it matters, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import add_exits
+from dynamoe.dynamic.checkpoint.weights import Checkpoint, CheckpointError, read_json
+from dynamoe.dynamic.convert.load_model import load_model
+from dynamoe.dynamic.engine.config import EngineConfig
+from dynamoe.dynamic.engine.engine import Engine
+from dynamoe.dynamic.engine.sampling_params import SamplingParams
+from dynamoe.dynamic.model.attention.mla import MlaSpec
+from dynamoe.dynamic.model.families import family_of, model_spec
+from dynamoe.dynamic.model.kv_cache import bytes_per_page
+from dynamoe.dynamic.model.layout import plan_layout
+from dynamoe.dynamic.model.loader import load_decoder
+from dynamoe.dynamic.model.prompt_pass import fresh_cache
+from family_parity import ENGINE_PATHS, Variant, check_engine, check_logits, generate
+from parallel_jobs import shard_of
+from safetensors.torch import load_file, save_file
+from test_decoder import TOLERANCE, PagedSequences, error, random_prompts
+
+SIZES = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "n_group": 4,
+    "topk_group": 2,
+    "rms_norm_eps": 1e-2,  # far from that of the latent's norm, which no configuration sets
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.9,
+}
+
+
+DENSE_FIRST = {"first_k_dense_replace": 1}
+INDEXER = {"index_topk": 128, "index_n_heads": 2, "index_head_dim": 16}
+
+
+def random_selection_bias(model: torch.nn.Module) -> None:
+    """Selection biases are buffers of zeros."""
+    generator = torch.Generator().manual_seed(5)
+    for name, buffer in model.named_buffers():
+        if "e_score_correction_bias" in name:
+            buffer.normal_(0.0, 0.3, generator=generator)
+
+
+def variant(family: str, **config: Any) -> Variant:
+    return Variant(family=family, config={**SIZES, **config}, prepare=random_selection_bias)
+
+
+def as_kimi_k2(directory: Path) -> None:
+    """The same mathematics under the name that Kimi K2's own code has."""
+    file = directory / "config.json"
+    config = {**read_json(file), "model_type": "kimi_k2", "auto_map": {"AutoConfig": "configuration_deepseek.X"}}
+    config |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "seq_aux": True, "aux_loss_alpha": 0.001}
+    file.write_text(json.dumps(config))
+
+
+FAST = {
+    "v3": variant("deepseek_v3", **DENSE_FIRST, attention_bias=True),
+    "v2": variant("deepseek_v2", **DENSE_FIRST, topk_method="group_limited_greedy", rope_parameters=YARN),
+    "v3.2": variant("deepseek_v32", **DENSE_FIRST, **INDEXER),
+    "glm-lite": variant("glm4_moe_lite"),
+    "glm-5": variant("glm_moe_dsa", **DENSE_FIRST, **INDEXER, indexer_types=["full", "full", "shared"]),
+}
+SLOW = {
+    "v3-half-split": variant(
+        "deepseek_v3", **DENSE_FIRST, q_lora_rank=None, attention_bias=True, rope_interleave=False, n_shared_experts=2
+    ),
+    "v3-yarn": variant("deepseek_v3", **DENSE_FIRST, rope_parameters={**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}),
+    "kimi-k2": replace(variant("deepseek_v3", n_group=1, topk_group=1, **DENSE_FIRST), edit=as_kimi_k2),
+    "v2-lite": variant("deepseek_v2", **DENSE_FIRST, q_lora_rank=None, attention_bias=True, mlp_bias=True),
+    "v3.2-yarn": variant(
+        "deepseek_v32", **INDEXER, mlp_layer_types=["sparse", "dense", "sparse"], rope_parameters=YARN
+    ),
+    "glm-lite-types": variant("glm4_moe_lite", q_lora_rank=None, mlp_layer_types=["sparse", "dense", "sparse"]),
+    "glm-5-bias": variant("glm_moe_dsa", **INDEXER, n_group=1, topk_group=1, attention_bias=True),
+}
+
+
+@pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_logits_and_tokens_are_those_of_transformers(
+    name: str, tmp_path: Path, reference_model: Callable[[Path], Any]
+) -> None:
+    given = {**FAST, **SLOW}[name]
+    reference = reference_model(replace(given, edit=None).save(tmp_path / "theirs"))
+    directory = given.save(tmp_path / "ours")
+    for backend in ("cpu", "torch", "triton") if name in SLOW else ("cpu",):
+        check_logits(directory, reference, backend)
+    check_engine(directory, reference, paths=tuple(ENGINE_PATHS) if name in SLOW else ("chunked", "preempted"))
+
+
+@pytest.fixture(scope="module")
+def latent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return FAST["v3"].save(tmp_path_factory.mktemp("latent"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_rows_bits_do_not_depend_on_how_it_is_scheduled(latent: Path, dtype: str) -> None:
+    decoder = load_decoder(latent, dtype=dtype, backend="cpu")
+    prompts = random_prompts([33, 60, 7])
+    together = PagedSequences(decoder, 3).run(prompts).split([33, 60, 7])
+    alone, chunked, one_by_one = (PagedSequences(decoder, 3, seed) for seed in (1, 2, 3))
+    assert torch.equal(alone.run([[], prompts[1], []]), together[1])
+    cuts = ((0, 13), (13, 14), (14, 60))
+    parts = [chunked.run([prompts[0][start % 33 : start % 33 + 1], prompts[1][start:stop], []]) for start, stop in cuts]
+    assert torch.equal(torch.cat([part[1:] for part in parts]), together[1])
+    rows = [one_by_one.run([prompts[0][i : i + 1], [], prompts[2][i : i + 1]])[:1] for i in range(33)]
+    assert torch.equal(torch.cat(rows), together[0])
+
+
+@pytest.mark.parametrize(
+    "part", ["kv_a_layernorm.weight", "q_a_layernorm.weight", "kv_a_proj_with_mqa.bias", "q_a_proj.bias", "o_proj.bias"]
+)
+def test_every_tensor_changes_the_logits(latent: Path, tmp_path: Path, part: str) -> None:
+    tensors = load_file(latent / "model.safetensors")
+    name = f"model.layers.1.self_attn.{part}"
+    tensors[name] = torch.ones_like(tensors[name]) if "norm" in part else torch.zeros_like(tensors[name])
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((latent / "config.json").read_text())
+    prompt = random_prompts([20])
+    logits = [PagedSequences(load_decoder(path, dtype="float32"), 1).run(prompt) for path in (latent, tmp_path)]
+    assert error(*logits) > 1e-2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"interleaved": False}, {"latent_eps": 1e-2}, {"scale": 0.9 * 24**-0.5}],
+    ids=lambda change: next(iter(change)),
+)
+def test_every_number_changes_the_logits(latent: Path, change: dict[str, Any]) -> None:
+    decoder, prompt = load_decoder(latent, dtype="float32"), random_prompts([20])
+    logits = PagedSequences(decoder, 1).run(prompt)
+    layers = [replace(layer, attention=replace(layer.attention, **change)) for layer in decoder.spec.layers]
+    decoder.spec = replace(decoder.spec, layers=tuple(layers))
+    assert error(PagedSequences(decoder, 1).run(prompt), logits) > 1e-3
+
+
+def test_a_token_takes_one_entry_in_the_cache(latent: Path) -> None:
+    decoder = load_decoder(latent, dtype="bfloat16")
+    assert bytes_per_page(decoder.spec, torch.bfloat16, 16) == 3 * 16 * (32 + 8) * 2
+    cache = decoder.allocate_cache(4, 16)
+    cache[0].keys_BGPC[:2] = torch.tensor([1.0, 2.0]).view(2, 1, 1, 1)
+    decoder.copy_pages(cache, [(0, 1), (1, 2)])  # read before it is written, once
+    assert cache[0].keys_BGPC[:3, 0, 0, 0].tolist() == [1.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q_lora_rank": ...}, "lacks q_lora_rank"),
+        ({"kv_lora_rank": None}, "lacks kv_lora_rank"),
+        ({"v_head_dim": 0}, "value_dim must be at least 1"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads must be 4 with this attention, not '2'"),
+        ({"head_dim": 16}, "head_dim must be 8 with this attention, not '16'"),
+        ({"qk_head_dim": 16}, "qk_head_dim must be 24 with this attention, not '16'"),
+        ({"qk_rope_head_dim": 7, "head_dim": 7, "qk_head_dim": 23}, "even head_dim, not 7"),
+        ({"rope_parameters": {"rope_type": "yarn", "mscale_all_dim": 1.0}}, "lacks factor"),
+        ({"rope_scaling": 3, "rope_parameters": None}, "one set of values for all layers"),
+        ({"model_type": "deepseek_v2", "rope_interleave": False}, "rope_interleave must be true, not 'False'"),
+        ({"sliding_window": 8}, "sliding_window=8 is not supported"),
+        ({"index_topk": 8}, "index_topk=8 is not supported"),
+        ({"scoring_func": "softmax"}, "scoring_func=softmax is not supported"),
+        ({"model_type": "deepseek_v2", "topk_method": "noaux_tc"}, "topk_method must be one of greedy, group_limited"),
+        (
+            {"model_type": "deepseek_v2", "n_group": 1, "topk_group": 1, "norm_topk_prob": True},
+            "norm_topk_prob=True is not supported",
+        ),
+        ({"model_type": "glm4_moe_lite", "first_k_dense_replace": 2}, "first_k_dense_replace=2 is not supported"),
+        ({"model_type": "deepseek_v32"}, "lacks index_topk"),
+        ({"model_type": "deepseek_v32", **INDEXER, "index_topk": 0}, "index_topk must be at least 1"),
+        ({"model_type": "deepseek_v32", **INDEXER, "layer_types": ["full_attention"] * 3}, "indexed_attention for ev"),
+        ({"moe_layer_freq": 2}, "moe_layer_freq=2 is not supported"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_honoured_is_refused(latent: Path, change: dict[str, Any], message: str) -> None:
+    config = {**read_json(latent / "config.json"), **change}
+    with pytest.raises(CheckpointError, match=message):
+        model_spec({key: value for key, value in config.items() if value is not ...})
+
+
+def test_rows_that_exit_leave_their_entries_behind(latent: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(latent, tmp_path / "exits")
+    add_exits(copy, {1: 0.5, 2: 0.5})
+    model = load_model(copy, dtype="float32", device="cpu", progress=False)
+    thresholds = {1: 0.5, 2: 0.5}
+    early = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True, quality=None, exit_thresholds=thresholds)
+    prompts, found = random_prompts([9, 30]), []
+    for requests in (prompts, prompts[:1], prompts[1:]):  # together, then alone
+        engine = Engine(model, EngineConfig())
+        found.append(generate(engine, requests, params=early))
+        assert engine.stats().compute.projected_rows > 0
+    assert found[0] == found[1] + found[2]
+    # Behind one layer the state at the exit is what the next layer reads: its entries are those of the full model.
+    decoder, (ran, batch), (propagated, _) = model.decoder, *(fresh_cache(model.decoder, [9]) for _ in range(2))
+    x_TD = decoder.embed(torch.tensor(prompts[0]))
+    first, *rest = decoder.segments
+    x_TD = decoder.run_segment(first, x_TD, ran, batch)
+    decoder.propagate_kv(decoder.exits[1], x_TD, propagated, batch)
+    for segment in rest:
+        x_TD = decoder.run_segment(segment, x_TD, ran, batch)
+    entries = [[layer.keys_BGPC for layer in cache] for cache in (ran, propagated)]
+    assert not entries[1][0].any()
+    assert entries[0][1].any()
+    assert torch.equal(entries[0][1], entries[1][1])
+    assert not torch.equal(entries[0][2], entries[1][2])
+
+
+def test_ranks_share_the_heads_and_each_has_the_latent(latent: Path) -> None:
+    config, whole = read_json(latent / "config.json"), Checkpoint(latent)
+    spec, name = model_spec(config), "model.layers.0.self_attn."
+    parts: list[dict[str, torch.Tensor]] = []
+    for rank in range(2):
+        shard = shard_of(spec, 2, 1, rank)
+        shard.layout(plan_layout(spec, family_of(config), whole))
+        part = shard.checkpoint(whole)
+        parts.append({key: part.view(key) for key in whole if key.startswith(name)})
+        attention = shard.spec.layers[0].attention
+        assert isinstance(attention, MlaSpec)
+        assert attention.num_heads == 2
+        assert attention.cache_shapes(16, torch.bfloat16) == spec.layers[0].attention.cache_shapes(16, torch.bfloat16)
+    for split, axis in (("q_b_proj", 0), ("kv_b_proj", 0), ("o_proj", 1)):
+        key = f"{name}{split}.weight"
+        assert torch.equal(torch.cat([part[key] for part in parts], axis), whole.view(key))
+    for key in (f"{name}{part}" for part in ("kv_a_proj_with_mqa.weight", "q_a_proj.weight", "kv_a_layernorm.weight")):
+        assert torch.equal(parts[1][key], whole.view(key))
+    with pytest.raises(ValueError, match=r"parallel\.tensor=5 does not go with 4 heads"):
+        spec.layers[0].attention.part(5, 0)
+
+
+@pytest.mark.parametrize("method", ["int8", "int4-g32"])
+def test_quantised_at_load(latent: Path, method: str) -> None:
+    plain, coded = (load_decoder(latent, dtype="bfloat16", quantization=name) for name in ("none", method))
+    sizes = [(d.layers[1].attention.q.nbytes, d.layers[1].attention.key_up.nbytes) for d in (plain, coded)]  # type: ignore[attr-defined]
+    assert sizes[1][0] < 0.7 * sizes[0][0]
+    assert sizes[1][1] == sizes[0][1]  # what reads and makes latents stays as it is
+    backends = [load_decoder(latent, dtype="float32", quantization=method, backend=name) for name in ("cpu", "torch")]
+    logits = [PagedSequences(decoder, 1).run(random_prompts([40])) for decoder in (plain, *backends)]
+    assert error(*logits[1:]) < TOLERANCE
+    assert error(*logits[:2]) > 1e-3
+
+
+def test_longer_contexts_than_an_indexer_would_leave_whole_are_refused(tmp_path: Path) -> None:
+    directory = variant("deepseek_v32", **DENSE_FIRST, **{**INDEXER, "index_topk": 32}).save(tmp_path)
+    model = load_model(directory, dtype="float32", device="cpu", progress=False)
+    assert Engine(model, EngineConfig()).max_model_len == 32
+    message = "exceeds the model's maximum of 32 positions, its index_topk: attention that chooses among more is not"
+    with pytest.raises(ValueError, match=f"engine.max_model_len=33 {message}"):
+        Engine(model, EngineConfig(max_model_len=33))
+    with pytest.raises(ValueError, match=f"a context of 33 tokens {message}"):
+        PagedSequences(model.decoder, 1).run(random_prompts([33]))
+    tensors = load_file(directory / "model.safetensors")
+    name = "model.layers.1.self_attn.indexer.wk.weight"
+    save_file({**tensors, name: tensors[name][:8].contiguous()}, directory / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"{name}.* has shape .8, 64.; config.json implies .16, 64."):
+        load_decoder(directory)
