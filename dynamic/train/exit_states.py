@@ -19,6 +19,7 @@ from ...exits.training.exit_heads import Backbone, frozen_logits
 from ...exits.training.heads import ExitStates, HeadTraining
 from ..checkpoint.directory import write_tensors
 from ..model.decoder import Decoder
+from ..model.norms import NORM_KINDS
 from ..model.prompt_pass import fresh_cache
 from ..model.spec import ModelSpec
 from .model import TrainableDecoder
@@ -43,8 +44,12 @@ def served_backbone(decoder: Decoder, exit_layers: Sequence[int], adapter_rank: 
     """What training exits needs of a loaded model; the adapters start as the identity.
 
     Raises:
-        ValueError: for a rank out of range.
+        ValueError: for a rank out of range, or a model whose logits are made in another way.
     """
+    if NORM_KINDS[decoder.spec.norm].centred or decoder.spec.lm_head_bias:
+        raise ValueError(
+            f"exits need root-mean-square norms and an LM head without bias; {decoder.spec.family} differs"
+        )
     spec, generator, adapters = decoder.spec, torch.Generator().manual_seed(seed), {}
     for layer in exit_layers:
         adapters[layer] = ExitHeadAdapter(spec.hidden_size, adapter_rank)
@@ -58,7 +63,7 @@ def served_backbone(decoder: Decoder, exit_layers: Sequence[int], adapter_rank: 
         hidden_size=spec.hidden_size,
         layer_flops=min(spec.layer_flops(layer) for layer in spec.layers),
         routes=any(layer.moe is not None and not layer.moe.is_dense for layer in spec.layers),
-        logits=frozen_logits(norm_D, head_VD, spec.norm_eps, torch.float32, spec.logits_divisor),
+        logits=frozen_logits(norm_D, head_VD, spec.norm_eps, torch.float32, spec.logits_divisor, spec.logits_cap),
         adapters=adapters,
     )
 

@@ -107,7 +107,12 @@ def compared_probes(hidden_size: int, layer_flops: int, *, routes: bool = True) 
 
 
 def frozen_logits(
-    norm_D: torch.Tensor, head_VD: torch.Tensor, eps: float, dtype: torch.dtype, divisor: float = 1.0
+    norm_D: torch.Tensor,
+    head_VD: torch.Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    divisor: float = 1.0,
+    cap: float | None = None,
 ) -> Logits:
     """Final norm and LM head as a function whose only gradient is that of its argument.
 
@@ -115,13 +120,15 @@ def frozen_logits(
         norm_D, head_VD, eps: weights of the norm and of the head, epsilon of the norm.
         dtype: that the head multiplies in.
         divisor: of the logits.
+        cap: logits z become ``cap · tanh(z / cap)``.
     """
     norm_D, head_VD = norm_D.detach(), head_VD.detach().to(dtype)
 
     def logits(x_RD: torch.Tensor) -> torch.Tensor:
         x32 = x_RD.float()
         normed_RD = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps) * norm_D
-        return F.linear(normed_RD.to(dtype), head_VD).float() / divisor
+        logits_RV = F.linear(normed_RD.to(dtype), head_VD).float() / divisor
+        return logits_RV if cap is None else cap * (logits_RV / cap).tanh()
 
     return logits
 
