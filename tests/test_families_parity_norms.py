@@ -59,6 +59,17 @@ MORE = [
             "layer_types": ["full_attention", "sliding_attention", "full_attention"],
         },
     ),
+    Variant(
+        family="phimoe",
+        config={
+            **PHIMOE,
+            "rope_parameters": {
+                **{"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 256},
+                **{"short_factor": [1.0 + 0.2 * pair for pair in range(8)], "long_factor": [4.0] * 8},
+                **{"short_mscale": 1.2, "long_mscale": 1.4},
+            },
+        },
+    ),
     Variant(family="phimoe", config={**PHIMOE, "lm_head_bias": False, "attention_bias": False, "sliding_window": 9}),
     Variant(
         family="olmo3",
@@ -291,6 +302,7 @@ def test_exits_are_trained_on_capped_logits(tmp_path: Path) -> None:
         ("gemma3_text", "layer_types", ["odd"] * 3, "layer_types must be full_attention or sliding_attention"),
         ("olmo3", "sliding_window", 0, "sliding_window must be a positive whole number"),
         ("olmo2", "clip_qkv", 3.0, "clip_qkv=3.0 is not supported"),
+        ("phimoe", "rope_parameters", {"rope_type": "linear", "factor": 2.0}, "rope_parameters lacks short_mscale"),
         ("phimoe", "num_experts_per_tok", 3, "num_experts_per_tok must be 2"),
         ("cohere2_moe", "expert_selection_fn", "odd", "expert_selection_fn must be softmax or sigmoid"),
         ("cohere2_moe", "shared_expert_combination_strategy", "max", "must be one of average, sum"),

@@ -57,6 +57,10 @@ def rope_spec(
         scaled = _longrope_values(rope, max_position / original, original)
     if kind == "yarn":
         scaled = _yarn_values(rope, max_position / max(original, 1))
+    if "short_mscale" in family.rope_keys and kind != "default":
+        short, long = rope.number("short_mscale"), rope.number("long_mscale")
+        scaled["attention_factor"] = short
+        scaled["longest"] = original if short != long else scaled.get("longest", 0)
     return RopeSpec(
         head_dim=rotated,
         unrotated=unrotated,

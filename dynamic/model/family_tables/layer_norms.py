@@ -82,6 +82,7 @@ LAYER_NORMS: dict[str, Family] = {
         theta=1e6,
         norm_eps=1e-5,
         norm=norm_of("layer_bias"),
+        rope_keys=frozenset({"short_mscale", "long_mscale"}),
         moe=_phimoe,
         window=window_everywhere(None),
         qkv_bias=ATTENTION_BIAS,
