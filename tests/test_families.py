@@ -235,6 +235,8 @@ def test_every_key_of_transformers_is_known(family: str) -> None:
         sizes |= {"num_key_value_heads": 4, "num_experts_per_tok": 8}
     if family == "dots1":
         sizes |= {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2}
+    if family == "gemma4_text":
+        sizes |= {"hidden_size_per_layer_input": 0}
     whole = AutoConfig.for_model("deepseek_v3" if family == "kimi_k2" else family, **sizes).to_dict()
     older = GenerationConfig._get_default_generation_params()
     older |= {"torchscript": False, "use_bfloat16": False, "pruned_heads": {}, "tf_legacy_loss": False, "prefix": None}
@@ -249,7 +251,7 @@ def test_no_value_crashes_the_parser(family: str) -> None:
     """Whatever one key holds, the answer is a spec or an error meant for people."""
     sizes = {
         **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 8),
-        **{"moe_k": 2, "moe_topk": 2},
+        **{"moe_k": 2, "moe_topk": 2, "hidden_size_per_layer_input": 0},
         **{"num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1, "shared_intermediate_size": 8},
     }
     read = {
@@ -260,6 +262,7 @@ def test_no_value_crashes_the_parser(family: str) -> None:
         },
         **dict.fromkeys(("olmoe", "flex_olmo", "dynamoe"), ("num_experts", "num_experts_per_tok")),
         "phimoe": ("num_local_experts", "num_experts_per_tok"),
+        "gemma4_text": ("hidden_size_per_layer_input",),
         **dict.fromkeys(("cohere2_moe", "afmoe"), ("num_experts", "num_experts_per_tok")),
         **dict.fromkeys(
             ("qwen2_moe", "qwen3_moe", "hy_v3", "exaone_moe", "mellum"),

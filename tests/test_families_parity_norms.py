@@ -36,6 +36,22 @@ AFMOE = {
     **{"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "num_shared_experts": 2},
     **{"head_dim": 24, "sliding_window": 8, "layer_types": KINDS, "mup_enabled": True, "route_scale": 2.2},
 }
+GEMMA4 = {
+    **{"head_dim": 24, "sliding_window": 8, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    **{"hidden_size_per_layer_input": 0, "final_logit_softcapping": 4.0, "global_head_dim": 32},
+}
+GEMMA4_MOE = {
+    **{**GEMMA4, "enable_moe_block": True, "num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 40},
+    **{"attention_k_eq_v": True, "num_global_key_value_heads": 1},
+}
+
+
+def with_layer_scales(model: torch.nn.Module) -> None:
+    for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            buffer.uniform_(0.5, 1.5)
+
+
 FIRST = [
     Variant(family="olmo2", config={"num_key_value_heads": 4}),
     Variant(family="flex_olmo", config=MOE),
@@ -45,6 +61,7 @@ FIRST = [
     Variant(family="gemma3_text", config=GEMMA3),
     Variant(family="cohere2_moe", config=COHERE),
     Variant(family="afmoe", config=AFMOE),
+    Variant(family="gemma4_text", config=GEMMA4_MOE, prepare=with_layer_scales),
 ]
 MORE = [
     Variant(family="olmo2", config={"attention_bias": True, "tie_word_embeddings": True, "rms_norm_eps": 0.1}),
@@ -108,6 +125,15 @@ MORE = [
         family="afmoe",
         config={**AFMOE, "layer_types": None, "num_hidden_layers": 4, "num_dense_layers": 2, "attention_bias": True},
     ),
+    Variant(family="gemma4_text", config=GEMMA4, prepare=with_layer_scales),
+    Variant(
+        family="gemma4_text",
+        prepare=with_layer_scales,
+        config={
+            **{**GEMMA4_MOE, "attention_k_eq_v": False, "attention_bias": True, "tie_word_embeddings": False},
+            **{"layer_types": None, "num_hidden_layers": 7},
+        },
+    ),
     Variant(family="afmoe", config={**AFMOE, "mup_enabled": False, "num_dense_layers": 0, "tie_word_embeddings": True}),
     Variant(family="flex_olmo", config={**MOE, "norm_topk_prob": True, "attention_bias": True}),
 ]
@@ -164,6 +190,18 @@ def with_blocks(layer: Any) -> Any:
     return replace(layer, blocks=tuple(Norm("attention") if block == Add() else block for block in layer.blocks))
 
 
+def without_expert_scales(decoder: Decoder) -> None:
+    scales = [layer.expert_scale_E for layer in decoder.layers]
+    decoder.layers = tuple(
+        replace(layer, expert_scale_E=None if scale_E is None else torch.ones_like(scale_E))
+        for layer, scale_E in zip(decoder.layers, scales, strict=True)
+    )
+
+
+def with_ones(dropped: str) -> Callable[[Decoder], None]:
+    return changed_norms(lambda name, norm: torch.ones_like(norm) if name == dropped else norm)
+
+
 def without_head_bias(decoder: Decoder) -> None:
     packed = decoder.lm_head.data
     decoder.lm_head = replace(decoder.lm_head, data=(packed[0], None))
@@ -193,6 +231,16 @@ PARTS: dict[str, tuple[str, Callable[[Decoder], None]]] = {
         "cohere2_moe",
         changed_layers(lambda layer: replace(layer, moe=layer.moe and replace(layer.moe, shared_scale=1.0))),
     ),
+    "scale of a layer": (
+        "gemma4_text",
+        with_ones("layer_scale"),
+    ),
+    "norm of the mixture": (
+        "gemma4_text",
+        with_ones("mixture"),
+    ),
+    "norm of values": ("gemma4_text", changed_attention(value_norm=False)),
+    "scale of experts": ("gemma4_text", without_expert_scales),
     "output gate": ("afmoe", changed_attention(output_gate=False)),
 }
 
@@ -209,7 +257,7 @@ def test_dropping_a_part_changes_the_logits(part: str, tmp_path: Path) -> None:
     assert error(PagedSequences(decoder, 1).run(prompts), full) > 1e-2
 
 
-@pytest.mark.parametrize("family", ["olmo3", "gemma2", "phimoe", "cohere2_moe", "afmoe"])
+@pytest.mark.parametrize("family", ["olmo3", "gemma2", "phimoe", "cohere2_moe", "afmoe", "gemma4_text"])
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_rows_logits_are_the_same_alone_and_in_a_batch(family: str, dtype: str, tmp_path: Path) -> None:
     decoder = load_decoder(of_family(family).save(tmp_path), dtype=dtype, device="cpu", backend="cpu")
@@ -308,6 +356,11 @@ def test_exits_are_trained_on_capped_logits(tmp_path: Path) -> None:
         ("cohere2_moe", "shared_expert_combination_strategy", "max", "must be one of average, sum"),
         ("cohere2_moe", "logit_scale", 0, "logit_scale must be greater than 0"),
         ("cohere2_moe", "mlp_layer_types", ["odd"] * 3, "mlp_layer_types must be dense or sparse"),
+        ("gemma4_text", "hidden_size_per_layer_input", 256, "hidden_size_per_layer_input=256 is not supported"),
+        ("gemma4_text", "num_kv_shared_layers", 1, "num_kv_shared_layers=1 is not supported"),
+        ("gemma4_text", "use_bidirectional_attention", "all", "use_bidirectional_attention must be one of vision"),
+        ("gemma4_text", "per_layer_config", {"0": {"window": 3}}, "window=3 is not supported"),
+        ("gemma4_text", "per_layer_config", [1], "per_layer_config must be an object for each layer"),
         ("afmoe", "score_func", "softmax", "score_func='?softmax'? is not supported"),
         ("afmoe", "route_norm", False, "route_norm=False is not supported"),
         ("afmoe", "global_attn_every_n_layers", 0, "global_attn_every_n_layers must be at least 1"),

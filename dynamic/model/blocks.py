@@ -51,7 +51,32 @@ class FeedForward:
     """The layer's mixture of experts or dense FFN over the rows that are read."""
 
 
-Block = Norm | Read | Add | OutNorm | Attention | FeedForward
+@dataclass(frozen=True)
+class FeedForwards:
+    """The shared expert over the rows that are read, beside the mixture over the residual stream.
+
+    Arguments:
+        shared_out: name of the norm of what the shared expert leaves.
+        mixture, mixture_out: of the norms in front of the mixture, not of its router, and of what it leaves.
+    """
+
+    shared_out: str
+    mixture: str
+    mixture_out: str
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Adds what the last block left to the residual stream, and multiplies the sum by a number.
+
+    Arguments:
+        weight: its name among the norms.
+    """
+
+    weight: str
+
+
+Block = Norm | Read | Add | OutNorm | Attention | FeedForward | FeedForwards | Scale
 
 PRE_NORM: tuple[Block, ...] = (Norm("attention"), Attention(), Norm("ffn"), FeedForward())
 POST_NORM: tuple[Block, ...] = (
@@ -62,12 +87,24 @@ SANDWICH: tuple[Block, ...] = (
     *(Norm("attention"), Attention(), OutNorm("attention_out")),
     *(Norm("ffn"), FeedForward(), OutNorm("ffn_out")),
 )
+GEMMA4_DENSE: tuple[Block, ...] = (*SANDWICH, Scale("layer_scale"))
+GEMMA4: tuple[Block, ...] = (
+    *(Norm("attention"), Attention(), OutNorm("attention_out")),
+    *(Norm("ffn"), FeedForwards("shared_out", "mixture", "mixture_out"), OutNorm("ffn_out")),
+    Scale("layer_scale"),
+)
 PARALLEL: tuple[Block, ...] = (Norm("attention"), Attention(), Add(), FeedForward())
 
 
 def norm_names(blocks: tuple[Block, ...]) -> tuple[str, ...]:
     """The norms of a layer, in the order in which they run."""
-    return tuple(block.weight for block in blocks if isinstance(block, Norm | OutNorm))
+    names: list[str] = []
+    for block in blocks:
+        if isinstance(block, FeedForwards):
+            names += (block.shared_out, block.mixture, block.mixture_out)
+        elif isinstance(block, Norm | OutNorm):
+            names.append(block.weight)
+    return tuple(names)
 
 
 def norm_before_attention(blocks: tuple[Block, ...]) -> str | None:

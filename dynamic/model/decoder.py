@@ -8,10 +8,8 @@ Shape suffixes (also in ``kernels/api/types.py``):
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,11 +29,13 @@ from ...kernels.api.types import (
 from ...kernels.torch.backend import TorchBackend
 from ...kernels.torch.elementwise import sigmoid
 from .attention.kind import AttentionContext
-from .blocks import Add, Attention, Norm, OutNorm, Read
+from .blocks import Add, Attention, FeedForwards, Norm, OutNorm, Read, Scale
 from .counters import Exchange
 from .exits import DecoderExit
+from .inference_mode import in_inference_mode
 from .kv_cache import allocate_layers, copy_pages
 from .layer_weights import LayerWeights
+from .moe_spec import MoESpec
 from .norms import NORM_KINDS, run_norm
 from .rope import rope_table
 from .routing import router_logits, with_always_on
@@ -44,20 +44,6 @@ from .stack import make_stack
 
 FIRST_TABLE_LENGTH = 4096  # positions; longer contexts grow the table
 Behind = tuple[int, KVProjection, KVLayer]  # a layer behind an exit: its number, what makes its keys and values, cache
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
-
-def in_inference_mode(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """The function under ``torch.inference_mode``, which it enters only where its caller has not: a step would enter it
-    four times."""
-    entering = torch.inference_mode()(function)
-
-    @functools.wraps(function)
-    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        return (function if torch.is_inference_mode_enabled() else entering)(*args, **kwargs)
-
-    return call
 
 
 class Decoder:
@@ -205,6 +191,11 @@ class Decoder:
                 elif isinstance(block, OutNorm):
                     assert pending_TD is not None, "a norm of what a block adds has that block in front of it"
                     pending_TD = self._norm(number, block.weight, pending_TD)
+                elif isinstance(block, Scale):
+                    x_TD = self._added(pending_TD, x_TD) * self.layers[number].norms[block.weight]
+                    pending_TD = None
+                elif isinstance(block, FeedForwards):
+                    pending_TD = self._feed_forwards(number, block, read_TD, x_TD, routed, budget)
                 elif isinstance(block, Attention):
                     context = self._attention_context(number)
                     pending_TD = self._attention(number, read_TD, kv[number], batch, context)
@@ -339,15 +330,41 @@ class Decoder:
         weights, moe = self.layers[number], self.spec.layers[number].moe
         if moe is None or moe.is_dense:
             return self.backend.all_experts(x_TD, weights.ffn)
+        return self._mixture(number, x_TD, self._routing(number, moe, x_TD, routed, budget))
+
+    def _routing(
+        self,
+        number: int,
+        moe: MoESpec,
+        x_TD: torch.Tensor,
+        routed: list[torch.Tensor] | None,
+        budget: ExpertBudget | None,
+    ) -> Routing:
+        weights = self.layers[number]
         logits_TE = router_logits(self.backend, weights, moe.router, x_TD)
         if routed is not None:
             routed.append(logits_TE)
         routing = self.backend.route(logits_TE, moe.router, **weights.routing)
         if budget is not None:
             routing = self._limit(routing, number, budget)
-        if moe.num_always_on:
-            routing = with_always_on(routing, moe.num_always_on)
-        return self._mixture(number, x_TD, routing)
+        return with_always_on(routing, moe.num_always_on) if moe.num_always_on else routing
+
+    def _feed_forwards(
+        self,
+        number: int,
+        block: FeedForwards,
+        read_TD: torch.Tensor,
+        x_TD: torch.Tensor,
+        routed: list[torch.Tensor] | None,
+        budget: ExpertBudget | None,
+    ) -> torch.Tensor:
+        """What a shared expert and a mixture leave that have norms of their own."""
+        moe, shared_TD = self.spec.layers[number].moe, self._shared(number, read_TD)
+        assert moe is not None
+        assert shared_TD is not None
+        routing = self._routing(number, moe, x_TD, routed, budget)
+        mixed_TD = self.backend.experts(self._norm(number, block.mixture, x_TD), self.layers[number].ffn, routing)
+        return self._norm(number, block.shared_out, shared_TD) + self._norm(number, block.mixture_out, mixed_TD)
 
     def _mixture(self, number: int, x_TD: torch.Tensor, routing: Routing) -> torch.Tensor:
         """The chosen experts of a layer, and its shared one."""

@@ -121,4 +121,4 @@ def _layer_spec(config: ConfigReader, family: Family, layer: int) -> LayerSpec:
     size = next((key for key in family.dense_size if config.get(key) is not None), family.dense_size[-1])
     ffn_size = config.integer(size) if moe is None else 0
     attention = attention_kind(family.attention(config, layer)).from_config(config, family, layer)
-    return LayerSpec(attention=attention, ffn_size=ffn_size, moe=moe, blocks=family.blocks)
+    return LayerSpec(attention=attention, ffn_size=ffn_size, moe=moe, blocks=family.blocks(config, layer))

@@ -61,6 +61,15 @@ def norm_of(kind: str, key: str = "rms_norm_eps") -> NormRule:
     return lambda config, default: (kind, config.number(key, default))
 
 
+def blocks_of(blocks: tuple[Block, ...]) -> Callable[[ConfigReader, int], tuple[Block, ...]]:
+    """All layers are made of these."""
+    return lambda config, layer: blocks
+
+
+def _pre_norm(config: ConfigReader, layer: int) -> tuple[Block, ...]:
+    return PRE_NORM
+
+
 def _dense(config: ConfigReader, layer: int) -> None:
     return None
 
@@ -95,7 +104,7 @@ class Family:
         theta, norm_eps: defaults of ``rope_theta`` and of the norms' epsilon.
         tie_embeddings: default of ``tie_word_embeddings``.
         norm: from the configuration and ``norm_eps`` to the norms' kind and epsilon.
-        blocks: what the layers are made of.
+        blocks: what a layer is made of.
         norm_modules: what the checkpoint calls the norms of the blocks, below a layer's prefix.
         rope: which of several sets of ``rope_parameters`` a layer rotates with, by name; empty is the only set, None a
             layer that does not rotate.
@@ -132,7 +141,7 @@ class Family:
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
     norm: NormRule = field(default_factory=lambda: norm_of("rms"))
-    blocks: tuple[Block, ...] = PRE_NORM
+    blocks: Callable[[ConfigReader, int], tuple[Block, ...]] = _pre_norm
     norm_modules: Mapping[str, str] = field(default_factory=lambda: LLAMA_NORMS)
     attention: Callable[[ConfigReader, int], str] = _gqa
     rope: RopeRule = _one_rope

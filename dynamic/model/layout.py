@@ -10,7 +10,7 @@ import torch
 
 from ..checkpoint.weights import DTYPES, Checkpoint, CheckpointError, TensorInfo
 from .attention.kind import AttentionLayout
-from .blocks import norm_names
+from .blocks import Scale, norm_names
 from .family import ExpertNames, Family
 from .moe_spec import MoESpec
 from .norms import TensorLayout, norm_tensors
@@ -159,7 +159,10 @@ def _layer_layout(claims: _Claims, spec: ModelSpec, layer: LayerSpec, family: Fa
     hidden, moe = spec.hidden_size, layer.moe
     attention = layer.attention.layout(prefix, hidden, claims.available)
     modules = {name: prefix + family.norm_modules[name] for name in norm_names(layer.blocks)}
-    norms = claims.claim_tensors(norm_tensors(spec.norm, modules, hidden))
+    norms = norm_tensors(spec.norm, modules, hidden)
+    for scale in (block.weight for block in layer.blocks if isinstance(block, Scale)):
+        norms[scale] = TensorLayout(name=prefix + family.norm_modules[scale], shape=(1,), float32=True)
+    claims.claim_tensors(norms)
     for name, shape in attention.shapes():
         claims.claim(name, *shape)
     router = claims.first_present(prefix + name for name in family.router) if moe else ""

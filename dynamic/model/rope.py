@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
 
 MOST_CHANNELS = 65536  # of a head: a mistake beyond
 
@@ -22,12 +22,13 @@ class RopeSpec:
         theta: base of the frequencies.
         rope_type: ``default``; ``linear`` (position interpolation); ``dynamic`` (NTK-aware: equals ``default`` up to
             the trained length, and longer contexts are not served); ``llama3``; ``yarn`` (Peng et al. 2023);
-            ``longrope`` (a divisor for each frequency).
+            ``longrope`` (a divisor for each frequency); ``proportional`` (only the fastest channel pairs turn).
         factor: how far the range is stretched.
         original_max_position: trained length, for ``llama3`` and ``yarn``.
         low_freq_factor, high_freq_factor: ``llama3``.
         beta_fast, beta_slow, attention_factor, truncate: ``yarn``. The attention factor multiplies cosine and sine.
         factors: ``longrope``: one for every channel pair, fastest first.
+        pairs: ``proportional``: channel pairs that turn.
         longest: ``longrope``: contexts that are longer rotate with other factors, and are not served; 0: none do.
 
     Raises:
@@ -48,6 +49,7 @@ class RopeSpec:
     truncate: bool = True
     factors: tuple[float, ...] = ()
     longest: int = 0
+    pairs: int = 0
 
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES:
@@ -102,6 +104,8 @@ def frequencies(spec: RopeSpec) -> torch.Tensor:
     """Radians per position of every channel pair: float32, (C/2,), fastest first."""
     exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim
     plain = 1.0 / spec.theta**exponents
+    if spec.rope_type == "proportional":
+        return plain * (torch.arange(len(plain)) < spec.pairs) / spec.factor
     if spec.rope_type == "linear":
         return plain / spec.factor
     if spec.rope_type == "longrope":

@@ -55,6 +55,9 @@ def rope_spec(
         if original < 2:
             raise rope.error("original_max_position_embeddings", original, "at least 2")
         scaled = _longrope_values(rope, max_position / original, original)
+    if kind == "proportional":
+        part = _part(rope)
+        scaled = {"factor": rope.number("factor", 1.0), "pairs": int(part * rotated // 2)}
     if kind == "yarn":
         scaled = _yarn_values(rope, max_position / max(original, 1))
     if "short_mscale" in family.rope_keys and kind != "default":
@@ -79,6 +82,8 @@ def rotated_channels(config: ConfigReader, family: Family, layer: int, head_dim:
     """
     name = family.rope(config, layer)
     rope, default = rope_values(config, family, name), 1.0
+    if rope.get("rope_type") == "proportional":  # all are, some of them by no angle
+        return head_dim
     # Of several sets, those that are scaled do not know the family's default.
     if family.partial_rotary is not None and not (name and rope.get("rope_type", "default") != "default"):
         default = config.number("partial_rotary_factor", family.partial_rotary(config))
@@ -96,6 +101,13 @@ def score_factor(config: ConfigReader, family: Family, layer: int) -> float:
     if not multiplier or rope.get("rope_type", rope.get("type", "default")) == "default":
         return 1.0
     return yarn_score_factor(rope.number("factor"), multiplier)
+
+
+def _part(rope: ConfigReader) -> float:
+    part = rope.number("partial_rotary_factor", 1.0)
+    if not 0 < part <= 1:
+        raise rope.error("partial_rotary_factor", part, "greater than 0 and at most 1")
+    return part
 
 
 def rope_values(config: ConfigReader, family: Family, name: str | None) -> ConfigReader:

@@ -22,6 +22,7 @@ from ...moe.placement import read_placement
 from ..checkpoint.quantized_checkpoint import QuantizedCheckpoint
 from ..checkpoint.stored_weight import Index, Part
 from ..checkpoint.weights import Checkpoint, CheckpointError, StoredCodes
+from ..model.blocks import FeedForwards
 from ..model.layer_weights import LayerWeights
 from ..model.layout import EMBEDDING, FFNLayout, LayerLayout, Layout
 from ..model.parts import part_of, width
@@ -120,6 +121,10 @@ class Shard:
 
     def __init__(self, spec: ModelSpec, context: ParallelContext, exit_layers: Collection[int] = ()) -> None:
         tensor, rank = context.config.tensor, context.tensor_rank
+        if any(isinstance(block, FeedForwards) for layer in spec.layers for block in layer.blocks):
+            raise ValueError(
+                f"{spec.family} models run in one process: their FFNs and mixtures have norms of their own"
+            )
         self.context = context
         self.whole = spec
         self.spec = replace(

@@ -66,6 +66,8 @@ class ExtendedGqaSpec(GqaSpec):
         chunk: positions that see each other; None: all do.
         values: channels of a value; None: as many as a key has.
         value_scale: factor on the values.
+        value_norm: values are normed per head without weights.
+        values_are_keys: values are what the keys' projection makes, not normed as keys and not rotated.
     """
 
     kind: ClassVar[str] = "extended_gqa"
@@ -76,11 +78,15 @@ class ExtendedGqaSpec(GqaSpec):
     chunk: int | None = None
     values: int | None = None
     value_scale: float = 1.0
+    value_norm: bool = False
+    values_are_keys: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.chunk is not None:
             check_ranges(self, "chunk", least=1)
+        if self.values is not None and (self.value_norm or self.values_are_keys):
+            raise ValueError("values that are normed, or are the keys, are as wide as these")
         if not 1 <= self.value_channels <= self.head_dim:
             raise ValueError(f"values cannot have {self.value_channels} channels where keys have {self.head_dim}")
         if self.qk_norm == "full" or (self.unit_norm and self.qk_norm != "none"):
@@ -96,6 +102,10 @@ class ExtendedGqaSpec(GqaSpec):
 
     def layout(self, prefix: str, hidden_size: int, available: Container[str]) -> AttentionLayout:
         layout = super().layout(prefix, hidden_size, available)
+        if self.values_are_keys:
+            qkv = layout.linears["qkv"]
+            both = {name: getattr(qkv, name)[:2] for name in ("weights", "outputs", "biases", "orders")}
+            layout = replace(layout, linears={**layout.linears, "qkv": replace(qkv, **both)})
         if not self.output_gate:
             return layout
         size = self.num_heads * self.value_channels
@@ -122,8 +132,12 @@ class ExtendedGqaSpec(GqaSpec):
         return self._write(heads, (weights.q_norm, weights.k_norm), kv, batch, context)
 
     def heads(self, qkv_TX: torch.Tensor) -> Heads:
-        q_TX, k_TX, v_TX = qkv_TX.split((self.q_size, self.kv_size, self.num_kv_heads * self.value_channels), -1)
-        return self._heads(q_TX), self._heads(k_TX), self._padded(v_TX)
+        q_TX, kv_TX = qkv_TX[:, : self.q_size], qkv_TX[:, self.q_size :]
+        return self._heads(q_TX), *self._keys_and_values(kv_TX)
+
+    def _keys_and_values(self, kv_TX: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        k_TX = kv_TX[:, : self.kv_size]
+        return self._heads(k_TX), self._padded(k_TX if self.values_are_keys else kv_TX[:, self.kv_size :])
 
     def _heads(self, x_TX: torch.Tensor) -> torch.Tensor:
         return x_TX.unflatten(-1, (-1, self.head_dim))
@@ -150,6 +164,8 @@ class ExtendedGqaSpec(GqaSpec):
         if self.unit_norm:
             ones_C = torch.ones(self.head_dim, dtype=q_THC.dtype, device=q_THC.device)
             q_THC, k_TGC = context.norm(q_THC, ones_C), context.norm(k_TGC, ones_C)
+        if self.value_norm:
+            v_TGC = context.norm(v_TGC, torch.ones(self.head_dim, device=v_TGC.device))
         if self.growth is not None:
             q_THC = (q_THC * self.growth.factors(rows)[:, None, None]).to(q_THC.dtype)
         return context.backend.rope_and_write(q_THC, k_TGC, v_TGC, table_LC, batch, kv)
@@ -162,6 +178,8 @@ class ExtendedGqaSpec(GqaSpec):
         return super().cache_shapes(page_size, dtype)
 
     def cuts(self, layout: AttentionLayout, parts: int, part: int) -> AttentionCuts:
+        if self.values_are_keys and parts > 1:
+            raise ValueError(f"parallel.tensor={parts}: attention whose values are its keys is not split")
         cuts = super().cuts(layout, parts, part)
         if not self.output_gate:
             return cuts
@@ -183,9 +201,6 @@ class ExtendedGqaSpec(GqaSpec):
         backend = context.backend
         for projection, layer in zip(projections, kv, strict=True):
             read_RD = backend.read_by(projection, x_RD, context.norm_eps)
-            k_RX, v_RX = backend.linear(read_RD, projection.kv).split(
-                (self.kv_size, self.num_kv_heads * self.value_channels), -1
-            )
-            k_RGC = self._heads(k_RX)
+            k_RGC, v_RGC = self._keys_and_values(backend.linear(read_RD, projection.kv))
             # Queries are rotated as well; keys stand in for them, and nobody looks at the result.
-            self._write((k_RGC, k_RGC, self._padded(v_RX)), (projection.k_norm,) * 2, layer, batch, context)
+            self._write((k_RGC, k_RGC, v_RGC), (projection.k_norm,) * 2, layer, batch, context)

@@ -6,7 +6,7 @@ from typing import Any
 
 from ...checkpoint.config_reader import ConfigReader
 from ..blocks import SANDWICH
-from ..family import Family, norm_of
+from ..family import Family, blocks_of, norm_of
 from ..moe_spec import MoESpec
 from .rules import ATTENTION_BIAS, full_every, rotating_windows, windows
 from .shared_experts import ffn_names, with_shared
@@ -28,7 +28,7 @@ AFMOE: dict[str, Family] = {
         head_dim=128,
         norm_eps=1e-5,
         norm=norm_of("rms_float32"),
-        blocks=SANDWICH,
+        blocks=blocks_of(SANDWICH),
         norm_modules={
             "attention": "input_layernorm",
             "attention_out": "post_attention_layernorm",

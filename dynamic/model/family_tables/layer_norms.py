@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ...checkpoint.config_reader import ConfigReader
 from ..blocks import PARALLEL
-from ..family import Family, norm_of
+from ..family import Family, blocks_of, norm_of
 from ..moe_spec import MoESpec
 from .llama_like import MIXTRAL_EXPERTS
 from .rules import ATTENTION_BIAS, FULL, SLIDING, every_layer, layer_type, window_everywhere, windows
@@ -97,7 +97,7 @@ LAYER_NORMS: dict[str, Family] = {
         norm_eps=1e-5,
         tie_embeddings=True,
         norm=_cohere_norm,
-        blocks=PARALLEL,
+        blocks=blocks_of(PARALLEL),
         moe=_cohere2_moe,
         window=windows(_cohere_layers, 4096),
         rope=_cohere_rope,

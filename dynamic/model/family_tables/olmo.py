@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..blocks import POST_NORM
-from ..family import Family, norm_of
+from ..family import Family, blocks_of, norm_of
 from .rules import ATTENTION_BIAS, FULL, SLIDING, every_layer, full_every, windows
 
 _OLMO2 = {
@@ -11,7 +11,7 @@ _OLMO2 = {
     "o_bias": ATTENTION_BIAS,
     "qk_norm": "full",
     "norm": norm_of("rms_float32"),
-    "blocks": POST_NORM,
+    "blocks": blocks_of(POST_NORM),
     "norm_modules": {"attention_out": "post_attention_layernorm", "ffn_out": "post_feedforward_layernorm"},
 }
 
