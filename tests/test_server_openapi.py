@@ -43,6 +43,6 @@ def test_schemathesis_finds_nothing(server: Any, tmp_path: Path) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("schemathesis") is None, reason="schemathesis is not installed")
 def test_ten_thousand_cases_find_nothing(server: Any, tmp_path: Path) -> None:
     """Data that fits the document, data that does not, and the edges between, over all paths."""
-    found = re.search(r"(\d+) generated", run_schemathesis(server, tmp_path, 800, "coverage,fuzzing", 7200))
+    found = re.search(r"(\d+) generated", run_schemathesis(server, tmp_path, 1600, "coverage,fuzzing", 7200))
     assert found is not None
     assert int(found[1]) >= 10_000
