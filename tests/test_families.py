@@ -85,7 +85,6 @@ def test_layers_without_experts() -> None:
         ({"hidden_act": "relu2"}, "hidden_act must be one of silu"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false, not 'yes'"),
         ({"quantization_config": {"bits": 4}}, r"quantization_config=\{'bits': 4\} is not supported"),
-        ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map="),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not supported"),
         ({"sliding_window": 64}, "sliding_window=64 is not supported for model_type 'llama'"),
@@ -171,6 +170,10 @@ FACTORS = [1.0 + 0.25 * pair for pair in range(64)]
             **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
             "original_max_position_embeddings": 8192,
         },
+        {
+            **{"rope_type": "llama3", "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 1.0},
+            "original_max_position_embeddings": 8192,
+        },
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096},
         {
             **{"rope_type": "yarn", "factor": 40.0, "mscale": 0.7, "mscale_all_dim": 1.3, "truncate": False},
@@ -190,7 +193,7 @@ FACTORS = [1.0 + 0.25 * pair for pair in range(64)]
             **dict.fromkeys(("short_factor", "long_factor"), FACTORS),
         },
     ],
-    ids=["linear", "llama3", "yarn", "yarn-mscale", "yarn-attention-factor", "longrope"],
+    ids=["linear", "llama3", "llama4", "yarn", "yarn-mscale", "yarn-attention-factor", "longrope"],
 )
 def test_scaled_frequencies_equal_transformers(values: dict[str, Any]) -> None:
     """At the sizes of real models: the tiny checkpoints have too few channels to meet every branch."""

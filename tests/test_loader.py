@@ -202,6 +202,17 @@ def test_experts_that_only_the_configuration_names_are_missed_at_once(copy_check
         load(path)
 
 
+def test_code_of_its_own_is_named_and_never_run(
+    copy_checkpoint: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = copy_checkpoint("llama")
+    expected = prompt_logits(load(path), TOKENS)
+    edit_json(path / "config.json", auto_map={"AutoModelForCausalLM": "modeling.Model"})
+    (path / "modeling.py").write_text("raise SystemExit('this was run')")
+    assert torch.equal(prompt_logits(load(path), TOKENS), expected)
+    assert "names code of its own (auto_map), which is never run" in caplog.text
+
+
 def test_an_adapter_beside_the_weights_is_refused(copy_checkpoint: Callable[..., Path]) -> None:
     path = copy_checkpoint("llama", num_hidden_layers=1)
     (path / "adapter_config.json").write_text("{}")

@@ -16,7 +16,6 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "attention_multiplier": (),
     "attn_logit_softcapping": (),
     "attn_output_gate": (False,),
-    "auto_map": (),
     "clip_qkv": (),
     "compression_config": (),
     "decoder_sparse_step": (1,),
@@ -68,7 +67,16 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 IRRELEVANT_KEYS = frozenset(
     {
         # where the file comes from and what reads it
-        *("architectures", "dtype", "is_decoder", "is_llama_config", "model_type", "name_or_path", "prefix"),
+        *(
+            "architectures",
+            "auto_map",
+            "dtype",
+            "is_decoder",
+            "is_llama_config",
+            "model_type",
+            "name_or_path",
+            "prefix",
+        ),
         *("tokenizer_class", "torch_dtype", "torchscript", "transformers.js_config", "transformers_version"),
         *("unsloth_fixed", "unsloth_version", "use_bfloat16", "xla_device"),
         # training and fine-tuning

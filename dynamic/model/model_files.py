@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from .layout import Layout, layers_in, plan_layout
 from .mtp_layers import without_mtp
 from .spec import ModelSpec
 from .text_part import text_config, text_names
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,11 @@ def open_files(path: Path) -> ModelFiles:
     whole = read_json(path / "config.json")
     config, stored = split_config(text_config(whole))
     family = family_of(config)
+    if config.get("auto_map"):
+        logger.warning(
+            "%s names code of its own (auto_map), which is never run: the model runs as transformers' %s",
+            *(path / "config.json", config["model_type"]),
+        )
     checkpoint = open_checkpoint(path, stored, without_mtp(text_names(whole), config), family.divide)
     # Before anything is made for each of the layers: there may be 2³¹ of them.
     reader, there = ConfigReader(config), layers_in(checkpoint)

@@ -65,8 +65,6 @@ class RopeSpec:
                 raise ValueError(f"{name} of the rotary embedding must be positive, not {getattr(self, name)}")
         if self.rope_type in ("llama3", "yarn") and self.original_max_position < 1:
             raise ValueError(f"rope_type {self.rope_type!r} needs original_max_position_embeddings")
-        if self.rope_type == "llama3" and self.high_freq_factor == self.low_freq_factor:
-            raise ValueError(f"high_freq_factor and low_freq_factor are both {self.low_freq_factor}")
         if len(self.factors) != (self.head_dim // 2 if self.rope_type == "longrope" else 0):
             raise ValueError(
                 f"rope_type {self.rope_type!r} with {self.head_dim} channels cannot have {len(self.factors)} factors"
@@ -120,10 +118,10 @@ def frequencies(spec: RopeSpec) -> torch.Tensor:
 
 
 def _llama3(plain: torch.Tensor, spec: RopeSpec) -> torch.Tensor:
-    """Llama 3.1: short waves stay, long waves are stretched, those in between are blended."""
+    """Llama 3.1: short waves stay, long waves are stretched, those in between are blended; Llama 4 has none between."""
     waves_per_context = spec.original_max_position * plain / (2 * math.pi)
-    blend = (waves_per_context - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)
-    blend = blend.clamp(0.0, 1.0)
+    above, width = waves_per_context - spec.low_freq_factor, spec.high_freq_factor - spec.low_freq_factor
+    blend = (above / width).clamp(0.0, 1.0) if width else (above >= 0).float()
     return (1.0 - blend) * plain / spec.factor + blend * plain
 
 

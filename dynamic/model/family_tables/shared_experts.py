@@ -178,6 +178,29 @@ def _hunyuan(config: ConfigReader, layer: int) -> MoESpec:
     return replace(mixture, shared_size=mixture.expert_size)
 
 
+# What the published configuration says of tokens, pictures and older parts of the model.
+_HUNYUAN_OTHERS = frozenset(
+    (
+        *(
+            "attention_head_dim",
+            "cla_share_factor",
+            "class_num",
+            "dense_list",
+            "eod_token_id",
+            "im_end_id",
+            "im_newline_id",
+        ),
+        *("im_start_id", "image_token_id", "mask_init_id", "num_media_embeds", "org_vocab_size", "pad_id", "pool_type"),
+        *("text_end_id", "text_start_id", "video_end_id", "video_start_id"),
+    )
+)
+_HUNYUAN_RULES: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("add_classification_head", "skip_cls_token", "use_cla", "use_mla"), (False,)),
+    **dict.fromkeys(("group_limited_greedy", "moe_drop_tokens", "moe_random_routing_dropped_token"), (False,)),
+    **dict.fromkeys(("norm_topk_prob", "use_mixed_mlp_moe", "use_qk_norm", "use_rotary_pos_emb"), (True,)),
+    **{"moe_layer_num_skipped": (0,), "norm_type": ("rms",), "position_embedding_xdrope": (False,)},
+    **{"routed_scaling_factor": (False, 1)},
+}
 _USE_BIAS = flag_of("use_bias", False)
 DEEPSEEK_LIKE = Family(
     moe=dense_first,
@@ -197,6 +220,7 @@ SHARED_EXPERTS: dict[str, Family] = {
     "dots1": replace(
         DEEPSEEK_LIKE,
         defaults={**DEEPSEEK_RULES, "norm_topk_prob": False, "max_window_layers": 62},
+        fixed={**SIGMOID, "scoring_func": ("sigmoid", "noaux_tc")},
         o_bias=ATTENTION_BIAS,
         qk_norm="head",
         window=window_by_layer_type(lambda layer, last_full: layer >= last_full, switch=None),
@@ -259,7 +283,8 @@ SHARED_EXPERTS: dict[str, Family] = {
         qk_norm="head",
         attention=extended,
         attention_parts=norms_behind_rotation,
-        ignored=frozenset({"eod_token_id"}),
+        ignored=_HUNYUAN_OTHERS,
+        fixed=_HUNYUAN_RULES,
         shared=ffn_names("mlp.shared_mlp"),
         router=("mlp.gate.wg.weight",),
     ),
