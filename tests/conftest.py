@@ -88,6 +88,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **{"embedding_multiplier": 3.0, "attention_multiplier": 0.35, "residual_multiplier": 0.6},
         "logits_scaling": 1.7,
     },
+    "glm4_moe": {
+        **{"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "n_shared_experts": 2},
+        **{"first_k_dense_replace": 1, "routed_scaling_factor": 1.7, "use_qk_norm": True, "num_mtp_layers": 0},
+        "head_dim": 24,
+    },
+    "ernie4_5_moe": {"moe_num_experts": 8, "moe_k": 3, "moe_intermediate_size": 40, "moe_norm_min": 0.4},
+    "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": 3, "intermediate_size": 40, "head_dim": 24},
     "dots1": {
         **{"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "n_shared_experts": 2},
         **{"first_k_dense_replace": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.7},

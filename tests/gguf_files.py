@@ -15,7 +15,11 @@ from k_blocks import k_blocks
 from safetensors.torch import load_file, save_file
 
 ARCHITECTURES = {
+    "ernie4_5_moe": "ernie4_5-moe",
+    "glm4_moe": "glm4moe",
     "gpt_oss": "gpt-oss",
+    "granitemoeshared": "granitemoe",
+    "hunyuan_v1_moe": "hunyuan-moe",
     "mistral": "llama",
     "mixtral": "llama",
     "qwen2_moe": "qwen2moe",
@@ -40,13 +44,24 @@ NAMES = {
     "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
     "mlp.shared_expert.up_proj": "ffn_up_shexp",
     "mlp.shared_expert.down_proj": "ffn_down_shexp",
+    **{
+        f"mlp.{module}.{part}_proj": f"ffn_{part}_shexp"
+        for module in ("shared_experts", "shared_mlp")
+        for part in ("gate", "up", "down")
+    },
+    "shared_mlp.output_linear": "ffn_down_shexp",
+    "self_attn.query_layernorm": "attn_q_norm",
+    "self_attn.key_layernorm": "attn_k_norm",
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
     **dict.fromkeys(
-        ("mlp.gate", "mlp.router", "block_sparse_moe.gate", "block_sparse_moe.router.layer", "block_sparse_moe.router"),
+        (
+            *("mlp.gate", "mlp.gate.wg", "mlp.router", "block_sparse_moe.gate"),
+            *("block_sparse_moe.router.layer", "block_sparse_moe.router"),
+        ),
         "ffn_gate_inp",
     ),
 }
-ROUTERS = ("gate", "router.layer", "router", "shared_expert_gate")
+ROUTERS = ("gate", "wg", "router.layer", "router", "shared_expert_gate")
 SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}  # bytes of float16 scales
 FLOATS = ("F16", "BF16")
 Blocks = dict[bytes, bytes]
@@ -187,12 +202,15 @@ def metadata(config: dict[str, Any], architecture: str) -> dict[str, Any]:
         "residual_scale": config.get("residual_multiplier"),
         "logit_scale": config.get("logits_scaling"),
         "rope.freq_base": float(rope["rope_theta"]),
-        "expert_count": config.get("num_local_experts", config.get("num_experts")),
-        "expert_used_count": config.get("num_experts_per_tok"),
+        "expert_count": first_of(config, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
+        "expert_used_count": first_of(config, "num_experts_per_tok", "moe_k", "moe_topk"),
         "expert_feed_forward_length": config.get("moe_intermediate_size"),
-        "expert_shared_feed_forward_length": config.get("shared_expert_intermediate_size"),
+        "expert_shared_feed_forward_length": first_of(
+            config, "shared_expert_intermediate_size", "shared_intermediate_size"
+        ),
         "vocab_size": config["vocab_size"],
     }
+    own |= shared_metadata(config, architecture)
     if rope.get("rope_type") in ("linear", "yarn"):
         own |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": float(rope["factor"])}
     if rope.get("rope_type") == "yarn":
@@ -204,6 +222,42 @@ def metadata(config: dict[str, Any], architecture: str) -> dict[str, Any]:
         "quantize.imatrix.file": "somewhere",
         **{f"{architecture}.{key}": value for key, value in own.items() if value is not None},
     }
+
+
+def first_of(config: dict[str, Any], *keys: str) -> Any:
+    return next((config[key] for key in keys if config.get(key) is not None), None)
+
+
+def shared_metadata(config: dict[str, Any], architecture: str) -> dict[str, Any]:
+    """What converters write of routers beyond the plain ones, and of shared experts."""
+    if architecture in ("glm4moe", "dots1"):
+        head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        factor = config["rope_parameters"].get("partial_rotary_factor", 1.0)
+        return {
+            "rope.dimension_count": int(head_dim * factor),
+            "attention.key_length": head_dim,
+            "attention.value_length": head_dim,
+            "leading_dense_block_count": config["first_k_dense_replace"],
+            "expert_shared_count": config["n_shared_experts"],
+            "expert_weights_scale": float(config["routed_scaling_factor"]),
+            "expert_weights_norm": config["norm_topk_prob"],
+            "expert_gating_func": 2,
+            "expert_group_count": config["n_group"],
+            "expert_group_used_count": config["topk_group"],
+            "attention.sliding_window": None,
+        }
+    if architecture == "ernie4_5-moe":
+        return {
+            "leading_dense_block_count": config["moe_layer_start_index"],
+            "interleave_moe_layer_step": config["moe_layer_interval"],
+            "expert_shared_count": config["moe_num_shared_experts"],
+            "expert_shared_feed_forward_length": 7,  # a number of no meaning
+        }
+    if architecture == "hunyuan-moe":
+        size = config["intermediate_size"]
+        sizes = {"expert_feed_forward_length": size, "expert_shared_feed_forward_length": size}
+        return {**sizes, "expert_shared_count": 1}
+    return {}
 
 
 def tokenizer_metadata(checkpoint: Path, pre: str) -> dict[str, Any]:
@@ -242,10 +296,18 @@ def gguf_tensors(
         elif ".experts." in stem and stem.split(".")[-2].isdigit():
             expert, part = stem.split(".")[-2:]
             experts.setdefault(f"{block}ffn_{parts[part]}_exps.weight", {})[int(expert)] = weight
+        elif stem.endswith("e_score_correction_bias"):
+            out[f"{block}exp_probs_b.bias"] = weight.flatten()
+        elif stem == "shared_mlp.input_linear":
+            out |= {
+                f"{block}ffn_{part}_shexp.weight": w for part, w in zip(("gate", "up"), weight.chunk(2), strict=True)
+            }
+        elif architecture == "glm4moe" and stem == "post_attention_layernorm":
+            out[f"{block}post_attention_norm.weight"] = weight
         elif stem.endswith(("experts.gate_up_proj", "input_linear")):
             gate, up = weight.chunk(2, 1)
             out |= {f"{block}ffn_gate_exps.weight": gate, f"{block}ffn_up_exps.weight": up}
-        elif stem.endswith(("experts.down_proj", "output_linear")):
+        elif stem.endswith((".experts.down_proj", "block_sparse_moe.output_linear")):
             out[f"{block}ffn_down_exps.weight"] = weight
         else:
             part = NAMES[stem]

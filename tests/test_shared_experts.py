@@ -18,7 +18,7 @@ from parallel_jobs import compare
 from test_decoder import random_prompts
 from test_quant_model import logits_of, prompt_of
 
-MODELS = ["dots1", "granitemoeshared"]
+MODELS = ["glm4_moe", "granitemoeshared"]
 
 
 @pytest.mark.parametrize("family", MODELS)

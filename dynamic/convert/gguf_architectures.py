@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,12 +17,11 @@ from ..model.families import FAMILIES
 from ..model.family import one_each
 from .gguf_metadata import Metadata
 from .gguf_rope import ROPE_FREQUENCIES, rope_scaling
-
-Tensors = Mapping[str, GgufTensor]
-Settings = Callable[[Metadata, Tensors], dict[str, Any]]
+from .gguf_settings import Architecture, Tensors, experts_of, has_bias, head_dim_of, heads_of
+from .gguf_shared_experts import SHARED_EXPERTS
 
 STACKED = "_exps."  # in the names of tensors that hold all experts of a layer
-_MOST_EXPERTS, _MOST_LAYERS = 1 << 16, 1 << 12
+_MOST_LAYERS = 1 << 12
 _TOP_K_THEN_SOFTMAX = 3  # among llama.cpp's rules of routers
 _SMALLEST_EXPERT = 1024  # bytes of a projection: no file may name far more tensors than it has bytes for
 # Frequencies of the rotary embedding, which follow from the metadata: old files have them, llama.cpp skips them.
@@ -53,56 +51,25 @@ CLASSES = {
     **{"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "olmoe": "OlmoeForCausalLM"},
     **{"qwen2_moe": "Qwen2MoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"},
     **{"granitemoe": "GraniteMoeForCausalLM", "gpt_oss": "GptOssForCausalLM"},
+    **{"granitemoeshared": "GraniteMoeSharedForCausalLM", "glm4_moe": "Glm4MoeForCausalLM"},
+    **{"dots1": "Dots1ForCausalLM", "ernie4_5_moe": "Ernie4_5_MoeForCausalLM"},
+    "hunyuan_v1_moe": "HunYuanMoEV1ForCausalLM",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """What sets files of one architecture apart.
-
-    Arguments:
-        settings: keys of ``config.json`` beyond those that all have; ``model_type`` is one of them.
-        rotary_pairs: rows of queries and keys that are rotated together lie next to each other, and not half a head
-            apart as Hugging Face has them.
-        names: of blocks' tensors beside those that all architectures have.
-        yarn: more settings of YaRN.
-    """
-
-    settings: Settings
-    rotary_pairs: bool = False
-    names: Mapping[str, str] = field(default_factory=dict)
-    yarn: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _llama(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
     """Llama, Mistral and Mixtral, and what has Llama's shape and biases."""
     window = {"sliding_window": meta.integer(".attention.sliding_window", 0) or None}
     if meta.integer(".expert_count", 0):
-        return {"model_type": "mixtral", **window, **_experts(meta, tensors, "num_local_experts", normalised=True)}
+        return {"model_type": "mixtral", **window, **experts_of(meta, tensors, "num_local_experts", normalised=True)}
     if window["sliding_window"]:
         return {"model_type": "mistral", **window}
-    if _has_bias(tensors, "attn_q") and not _has_bias(tensors, "attn_output"):
+    if has_bias(tensors, "attn_q") and not has_bias(tensors, "attn_output"):
         return {"model_type": "qwen2", "use_sliding_window": False}
     return {
         "model_type": "llama",
-        "attention_bias": _has_bias(tensors, "attn_q", "attn_output"),
-        "mlp_bias": _has_bias(tensors, "ffn_up"),
-    }
-
-
-def _granitemoe(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
-    scales = {
-        "embedding_multiplier": ".embedding_scale",
-        "residual_multiplier": ".residual_scale",
-        "logits_scaling": ".logit_scale",
-    }
-    return {
-        "model_type": "granitemoe",
-        "attention_bias": _has_bias(tensors, "attn_q"),
-        # 0 is a scale that is not there.
-        "attention_multiplier": meta.number(".attention.scale", 0.0) or _head_dim(meta) ** -0.5,
-        **{ours: value for ours, theirs in scales.items() if (value := meta.number(theirs, 0.0))},
-        **_experts(meta, tensors, "num_local_experts", normalised=True),
+        "attention_bias": has_bias(tensors, "attn_q", "attn_output"),
+        "mlp_bias": has_bias(tensors, "ffn_up"),
     }
 
 
@@ -111,17 +78,17 @@ def _qwen2(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
 
 
 def _qwen3(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
-    return {"model_type": "qwen3", "attention_bias": _has_bias(tensors, "attn_q"), **_window(meta)}
+    return {"model_type": "qwen3", "attention_bias": has_bias(tensors, "attn_q"), **_window(meta)}
 
 
 def _olmoe(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
     clip = meta.number(".attention.clamp_kqv", 0.0)
     return {
         "model_type": "olmoe",
-        "attention_bias": _has_bias(tensors, "attn_q"),
+        "attention_bias": has_bias(tensors, "attn_q"),
         "clip_qkv": clip or None,
         "norm_topk_prob": meta.flag(".expert_weights_norm", False),
-        **_experts(meta, tensors, "num_experts"),
+        **experts_of(meta, tensors, "num_experts"),
     }
 
 
@@ -131,7 +98,7 @@ def _qwen2moe(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
         raise meta.error(".expert_shared_count", meta.get(".expert_shared_count"), "1")
     return {
         "model_type": "qwen2_moe",
-        "qkv_bias": _has_bias(tensors, "attn_q"),
+        "qkv_bias": has_bias(tensors, "attn_q"),
         "shared_expert_intermediate_size": meta.integer(".expert_shared_feed_forward_length", shared),
         **_window(meta),
         **_sparse_qwen(meta, tensors, normalised=False),
@@ -142,7 +109,7 @@ def _qwen3moe(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
     window = _window(meta)
     if "full_attention" in window.pop("layer_types", ()):
         raise meta.error(".attention.sliding_window_pattern", "some layers", "all layers, or none")
-    bias = {"attention_bias": _has_bias(tensors, "attn_q")}
+    bias = {"attention_bias": has_bias(tensors, "attn_q")}
     return {"model_type": "qwen3_moe", **bias, **window, **_sparse_qwen(meta, tensors, normalised=True)}
 
 
@@ -151,15 +118,15 @@ def _gpt_oss(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
         raise meta.error(".expert_gating_func", rule, f"{_TOP_K_THEN_SOFTMAX}, or left away")
     return {
         "model_type": "gpt_oss",
-        "attention_bias": _has_bias(tensors, "attn_q", "attn_output"),
+        "attention_bias": has_bias(tensors, "attn_q", "attn_output"),
         "sliding_window": meta.integer(".attention.sliding_window"),
-        **_experts(meta, tensors, "num_local_experts", normalised=True),
+        **experts_of(meta, tensors, "num_local_experts", normalised=True),
     }
 
 
 def _sparse_qwen(meta: Metadata, tensors: Tensors, *, normalised: bool) -> dict[str, Any]:
     dense = [n for n in range(meta.integer(".block_count")) if f"blk.{n}.ffn_gate.weight" in tensors]
-    experts = _experts(meta, tensors, "num_experts")
+    experts = experts_of(meta, tensors, "num_experts")
     return {
         "norm_topk_prob": meta.flag(".expert_weights_norm", normalised),
         "moe_intermediate_size": experts.pop("intermediate_size"),
@@ -171,7 +138,6 @@ def _sparse_qwen(meta: Metadata, tensors: Tensors, *, normalised: bool) -> dict[
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(settings=_llama, rotary_pairs=True),
-    "granitemoe": Architecture(settings=_granitemoe, rotary_pairs=True),
     "qwen2": Architecture(settings=_qwen2),
     "qwen2moe": Architecture(settings=_qwen2moe),
     "qwen3": Architecture(settings=_qwen3),
@@ -182,6 +148,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         names={"post_attention_norm.weight": "post_attention_layernorm.weight", "attn_sinks.weight": "self_attn.sinks"},
         yarn={"truncate": False},  # which the files do not say
     ),
+    **SHARED_EXPERTS,
 }
 
 
@@ -202,12 +169,12 @@ def model_config(
     architecture = ARCHITECTURES[meta.architecture]
     if (embedding := tensors.get("token_embd.weight")) is None or len(embedding.shape) != 2:
         raise CheckpointError(f"{meta.file} lacks the tensor 'token_embd.weight' of two dimensions")
-    layers = meta.integer(".block_count")
-    if layers > (most := min(len(tensors), _MOST_LAYERS)):
-        raise meta.error(".block_count", layers, f"at most {most}, for {len(tensors)} tensors")
-    hidden, heads, head_dim = meta.integer(".embedding_length"), _heads(meta), _head_dim(meta)
+    layers = architecture.layers(meta)
+    if not 0 <= layers <= (most := min(len(tensors), _MOST_LAYERS)):
+        raise meta.error(".block_count", meta.get(".block_count"), f"at most {most}, for {len(tensors)} tensors")
+    hidden, heads, head_dim = meta.integer(".embedding_length"), heads_of(meta), head_dim_of(meta)
     for key in (".attention.value_length", ".rope.dimension_count"):
-        if meta.integer(key, head_dim) != head_dim:
+        if meta.integer(key, head_dim) != head_dim and not (architecture.partial_rotary and key.startswith(".rope")):
             raise meta.error(key, meta.get(key), f"the width of a head, {head_dim}")
     vocabulary = meta.integer(".vocab_size", embedding.shape[0])
     if vocabulary != embedding.shape[0]:
@@ -235,16 +202,21 @@ def model_config(
     }, architecture
 
 
-def hugging_face_names(tensor: GgufTensor, architecture: Architecture, model_type: str, num_experts: int) -> list[str]:
+def hugging_face_names(
+    tensor: GgufTensor, architecture: Architecture, config: Mapping[str, Any], num_experts: int
+) -> list[str]:
     """What Hugging Face calls a tensor: one name, or one for each expert that it holds; none for one that is skipped.
 
     Raises:
         CheckpointError: for a name that is not known.
     """
-    name, family = tensor.name, FAMILIES[model_type]
+    name, family = tensor.name, FAMILIES[config["model_type"]]
     if name in _OTHER_NAMES:
         return [_OTHER_NAMES[name]]
     if name == ROPE_FREQUENCIES or _SKIPPED.fullmatch(name):
+        return []
+    block = re.match(r"blk\.(\d{1,6})\.", name)
+    if architecture.further_tokens and block and int(block[1]) >= config["num_hidden_layers"]:
         return []
     match = _BLOCK_TENSOR.fullmatch(name)
     if match:
@@ -298,48 +270,6 @@ def gguf_names(architecture: Architecture, model_type: str, message: str) -> str
         return repr(names.get(name, name))
 
     return re.sub(r"'((?:model|lm_head)\.[\w.]+)'", renamed, message)
-
-
-def _heads(meta: Metadata) -> int:
-    heads = meta.of_all_layers(".attention.head_count")
-    if heads < 1:
-        raise meta.error(".attention.head_count", heads, "at least 1")
-    return heads
-
-
-def _head_dim(meta: Metadata) -> int:
-    """Channels of a head."""
-    head_dim = meta.integer(".attention.key_length", meta.integer(".embedding_length") // _heads(meta))
-    if head_dim < 1:
-        raise meta.error(".attention.key_length", head_dim, "at least 1")
-    return head_dim
-
-
-def _has_bias(tensors: Tensors, *parts: str) -> bool:
-    endings = tuple(f".{part}.bias" for part in parts)
-    return any(name.endswith(endings) for name in tensors)
-
-
-def _experts(meta: Metadata, tensors: Tensors, count_key: str, *, normalised: bool = False) -> dict[str, Any]:
-    """How many experts there are and are used, and how wide they are.
-
-    Arguments:
-        count_key: what ``config.json`` calls their number.
-        normalised: the family's rule makes the weights of a token's experts add up to 1.
-    """
-    count = meta.integer(".expert_count")
-    if not 1 <= count <= _MOST_EXPERTS:
-        raise meta.error(".expert_count", count, f"between 1 and {_MOST_EXPERTS}")
-    if normalised and not meta.flag(".expert_weights_norm", True):
-        raise meta.error(".expert_weights_norm", False, "true")
-    # One tensor for all experts of a layer, or in old files one each.
-    up = re.compile(r"blk\.\d+\.(ffn_up_exps|ffn_up\.\d+)\.weight")
-    size = next((t.shape[-2] for name, t in tensors.items() if up.fullmatch(name) and len(t.shape) > 1), 0)
-    return {
-        count_key: count,
-        "num_experts_per_tok": meta.integer(".expert_used_count"),
-        "intermediate_size": meta.integer(".expert_feed_forward_length", size),
-    }
 
 
 def _window(meta: Metadata) -> dict[str, Any]:

@@ -129,11 +129,12 @@ def _pieces(file: GgufFile, config: Mapping[str, Any], architecture: Architectur
     Raises:
         CheckpointError: naming a tensor that is not known, that has a type of no weights, or that is there twice.
     """
-    experts = config.get("num_local_experts", config.get("num_experts", 0))
+    counts = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    experts = next((config[key] for key in counts if key in config), 0)
     rotary = {"self_attn.q_proj": config["num_attention_heads"], "self_attn.k_proj": config["num_key_value_heads"]}
     pieces: dict[str, _Piece] = {}
     for tensor in file.tensors.values():
-        names = hugging_face_names(tensor, architecture, config["model_type"], experts)
+        names = hugging_face_names(tensor, architecture, config, experts)
         quantised = tensor.kind in block_sizes()
         if tensor.kind not in _PLAIN and not (quantised and tensor.name.endswith(".weight") and len(tensor.shape) > 1):
             raise CheckpointError(f"{tensor.file}: tensor {tensor.name!r} cannot have type {tensor.kind}")

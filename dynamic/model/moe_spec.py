@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...kernels.api.router_spec import RouterSpec
+from ...kernels.api.uncommon import ROUTING, SHARED_EXPERTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,12 @@ class MoESpec:
     def num_experts(self) -> int:
         """Routed and always-on experts together."""
         return self.router.num_experts + self.num_always_on
+
+    @property
+    def uncommon(self) -> set[str]:
+        """See :attr:`.ModelSpec.uncommon`."""
+        rules = {ROUTING} if self.router.float32_logits or not self.router.is_plain else set[str]()
+        return rules | ({SHARED_EXPERTS} if self.shared_size else set())
 
     @property
     def is_dense(self) -> bool:

@@ -94,8 +94,9 @@ class ModelSpec:
     @property
     def uncommon(self) -> set[str]:
         """What the model computes that others do not, by the names that kernels have for it."""
-        attention = {part for layer in self.layers for part in layer.attention.uncommon}
-        return attention | NORM_KINDS[self.norm].uncommon | (set() if self.logits_cap is None else {CAPS})
+        parts = {part for layer in self.layers for part in layer.attention.uncommon}
+        parts |= {part for layer in self.layers if layer.moe is not None for part in layer.moe.uncommon}
+        return parts | NORM_KINDS[self.norm].uncommon | (set() if self.logits_cap is None else {CAPS})
 
     @property
     def longest_window(self) -> int | None:

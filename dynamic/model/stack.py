@@ -51,14 +51,16 @@ def _stack_block(backend: TorchBackend, layer: LayerSpec, weights: LayerWeights,
     if isinstance(block, Attention):
         return layer.attention.stack_block(weights.attention)
     moe = layer.moe if layer.moe and not layer.moe.is_dense else None
-    if not isinstance(block, FeedForward) or weights.shared is not None or (moe and moe.num_always_on):
+    if not isinstance(block, FeedForward) or (moe and moe.num_always_on):
         return None
-    # Plain rules may still differ in how their logits are made.
-    if moe and (moe.router.float32_logits or moe.router.input_norm_eps is not None or not moe.router.is_plain):
+    if moe and (moe.router.weight_on_input or moe.router.input_norm_eps is not None):
         return None
     return StackExperts(
         ffn=weights.ffn,
         router=weights.router if moe else None,
         rule=moe.router if moe else None,
         contribution_scale_E=weights.contribution_scale_E,
+        **(weights.routing if moe else {}),
+        shared=weights.shared,
+        shared_gate=weights.shared_gate,
     )

@@ -133,3 +133,9 @@ class RouterSpec:
         """Whether the rule is scores, top-k, weights and nothing else: what every kernel can do, on the hot path."""
         rest = (f for f in fields(self) if f.name not in _PLAIN)
         return self.score != "sparsemixer" and all(getattr(self, f.name) == f.default for f in rest)
+
+    @property
+    def is_regular(self) -> bool:
+        """Whether the rule is scores, a choice by score, bias and groups, and weights that are divided by their sum."""
+        others = self.zero_experts or self.forced_experts or self.drops or self.norm_p != 1
+        return self.score != "sparsemixer" and not others

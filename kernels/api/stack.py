@@ -67,12 +67,18 @@ class StackExperts:
     Arguments:
         router, rule: how experts are chosen; None where each has weight 1.
         contribution_scale_E: what a budget ranks experts by, see :func:`.budget_reference.limit_experts`.
+        selection_bias_E, expert_scale_E: what the rule takes beside logits.
+        shared, shared_gate: an expert that every row uses beside them, and the logit of its weight's sigmoid.
     """
 
     ffn: ExpertWeights
     router: LinearWeights | None
     rule: RouterSpec | None
     contribution_scale_E: torch.Tensor | None = None
+    selection_bias_E: torch.Tensor | None = None
+    expert_scale_E: torch.Tensor | None = None
+    shared: ExpertWeights | None = None
+    shared_gate: LinearWeights | None = None
 
 
 StackBlock = StackNorm | StackAttention | StackExperts

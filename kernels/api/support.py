@@ -62,7 +62,7 @@ def quantised_outcomes(weights: Format) -> dict[str, str]:
 def _rule(families: str, **fields: Any) -> tuple[RouterSpec, str, dict[str, str]]:
     """A rule with these fields, who uses it, and what happens to it per backend with a routing kernel of its own."""
     spec = RouterSpec(num_experts=8, top_k=2, **fields)
-    return spec, families, {"cpu": KERNELS if spec.is_plain else TORCH, "triton": TORCH if spec.drops else KERNELS}
+    return spec, families, {"cpu": KERNELS if spec.is_regular else TORCH, "triton": TORCH if spec.drops else KERNELS}
 
 
 ROUTERS: dict[str, tuple[RouterSpec, str, dict[str, str]]] = {

@@ -3,3 +3,5 @@
 CAPS = "capped scores and logits"
 FLOAT32_NORMS = "norms with float32 weights"
 LAYER_NORMS = "layer norms"
+ROUTING = "routing beyond plain rules"
+SHARED_EXPERTS = "shared experts"

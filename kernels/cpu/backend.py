@@ -22,7 +22,6 @@ from ..api.types import (
     ProbeWeights,
     Routing,
 )
-from ..reference import router as reference
 from ..reference.router import check_route_arguments
 from ..torch.attention import attention_by_rows
 from ..torch.experts import PlainExperts
@@ -180,13 +179,10 @@ class CpuBackend(CpuQuantPacking):
         return out_TD.to(x_TD.dtype)
 
     def route(self, logits_TE: torch.Tensor, spec: RouterSpec, **inputs: torch.Tensor | None) -> Routing:
-        if not spec.is_plain:
+        if not spec.is_regular:
             self._fall_back("this routing rule")
-            return reference.route(logits_TE, spec, **inputs, scores_TE=self._scores(logits_TE, spec))
+            return super().route(logits_TE, spec, **inputs)
         check_route_arguments(logits_TE, spec, **inputs)
-        return self._plain_route(logits_TE, spec)
-
-    def _plain_route(self, logits_TE: torch.Tensor, spec: RouterSpec) -> Routing:
         ids_TK, weights_TK = self._ops.route.default(
             self._isa,
             logits_TE,
@@ -195,14 +191,21 @@ class CpuBackend(CpuQuantPacking):
             spec.softmax_after_topk,
             spec.renormalize,
             spec.scale,
+            inputs.get("selection_bias_E"),
+            inputs.get("expert_scale_E"),
+            spec.num_groups,
+            spec.top_groups,
+            spec.group_score == "top2_sum",
+            spec.norm_floor,
+            spec.norm_epsilon,
         )
-        return Routing(expert_ids_TK=ids_TK, weights_TK=weights_TK)
+        return Routing(expert_ids_TK=ids_TK, weights_TK=weights_TK, weight_on_input=spec.weight_on_input)
 
     def _scores(self, logits_TE: torch.Tensor, spec: RouterSpec) -> torch.Tensor | None:
-        """What a rule makes of the logits, by the kernels: torch's own functions may differ with the number of rows."""
+        # torch's own functions may differ with the number of rows.
         if spec.score == "sparsemixer" or spec.softmax_after_topk or not logits_TE.numel():
             return None
-        every = self._plain_route(
+        every = self.route(
             logits_TE, RouterSpec(num_experts=spec.num_experts, top_k=spec.num_experts, score=spec.score)
         )
         return torch.empty_like(every.weights_TK).scatter_(1, every.expert_ids_TK.long(), every.weights_TK)
@@ -335,20 +338,18 @@ class CpuBackend(CpuQuantPacking):
         self, shape: StackShape, layers: Sequence[Sequence[StackBlock]], exits: Sequence[StackExit]
     ) -> Stack | None:
         blocks = [block for layer in layers for block in layer]
-        rules = [block.rule for block in blocks if isinstance(block, StackExperts) and block.rule is not None]
-        if not all(rule.is_plain for rule in rules):
+        mixtures = [block for block in blocks if isinstance(block, StackExperts)]
+        if not all(block.rule.is_regular for block in mixtures if block.rule is not None):
             return None
         packed = [linear.data for b in blocks if isinstance(b, StackAttention) for linear in (b.qkv, b.o)]
-        packed += [block.ffn.data for block in blocks if isinstance(block, StackExperts)]
+        packed += [ffn.data for block in mixtures for ffn in (block.ffn, block.shared) if ffn is not None]
         if any(isinstance(data, SplitLinear | SplitExperts) for data in packed):
             return None
         # One table of rotations and one shape of caches for all layers.
         if len({(b.num_kv_heads, b.head_dim) for b in blocks if isinstance(b, StackAttention)}) != 1:
             return None
         sinks = any(isinstance(b, StackAttention) and b.sinks_H is not None for b in blocks)
-        routers = [
-            block.router.data for block in blocks if isinstance(block, StackExperts) and block.router is not None
-        ]
+        routers = [block.router.data for block in mixtures if block.router is not None]
         if sinks or any(router.bias is not None for router in routers):
             self.formats.add(SINKS)
         # Keys and values that begin inside a block of quantised weights come with outputs that are not theirs.

@@ -18,7 +18,8 @@ from ..api.stack import (
     StackResult,
     StackShape,
 )
-from ..api.types import AttentionBatch, ExpertBudget, KVLayer, KVLayers, LinearWeights
+from ..api.types import AttentionBatch, ExpertBudget, ExpertWeights, KVLayer, KVLayers, LinearWeights
+from .layout import activation_number
 from .quantized import CpuQuantExperts
 
 
@@ -147,25 +148,43 @@ def _attention(block: StackAttention) -> Any:
 
 
 def _experts(block: StackExperts) -> Any:
-    data, rule, router = block.ffn.data, block.rule, block.router
+    rule, router, shared, gate = block.rule, block.router, block.shared, block.shared_gate
+    tensors, integers, layouts = _ffn(block.ffn, "", routed=rule is not None)
+    integers |= {"experts": block.ffn.num_experts, "hidden": block.ffn.hidden_size, "shared": shared is not None}
+    integers["activation"] = activation_number(block.ffn.activation)
+    tensors["contribution_scale"] = block.contribution_scale_E
+    if shared is not None:
+        more = _ffn(shared, "shared_", routed=False)
+        tensors, integers, layouts = tensors | more[0], integers | more[1], layouts | more[2]
+    if gate is not None:
+        tensors["shared_gate"] = gate.data.packed
+    if router is None or rule is None:
+        return _block("experts", tensors, integers, {}, layouts)
+    tensors |= _linear("router", router)
+    tensors |= {"selection_bias": block.selection_bias_E, "expert_scale": block.expert_scale_E}
+    integers |= {"top_k": rule.top_k, "score": SCORES.index(rule.score), "renormalize": rule.renormalize}
+    integers |= {"softmax_after_topk": rule.softmax_after_topk, "float32_logits": rule.float32_logits}
+    integers |= {"groups": rule.num_groups, "top_groups": rule.top_groups, "top2_sum": rule.group_score == "top2_sum"}
+    floats = {"routing_scale": rule.scale, "norm_floor": rule.norm_floor, "norm_epsilon": rule.norm_epsilon}
+    return _block("experts", tensors, integers, floats, layouts)
+
+
+def _ffn(
+    weights: ExpertWeights, prefix: str, *, routed: bool
+) -> tuple[dict[str, torch.Tensor | None], dict[str, int], dict[str, list[int]]]:
+    """Tensors, sizes and layouts of experts; where none is chosen their biases are one."""
+    data = weights.data
     quantised = isinstance(data, CpuQuantExperts)
     tensors = {
         "gate_up": data.gate_up,
         "down": data.down,
         "gate_up_bias": data.gate_up_bias,
-        "down_bias": data.down_bias if quantised or rule is not None else data.down_bias_sum,
-        "contribution_scale": block.contribution_scale_E,
+        "down_bias": data.down_bias if quantised or routed else data.down_bias_sum,
     }
-    sizes = dict(zip(("experts", "hidden", "width"), data.shape, strict=False))
-    dense_down, activation = (0, data.shape[3]) if quantised else data.shape[3:]
-    integers = {**sizes, "dense_down": dense_down, "activation": activation}
+    integers = {"width": weights.expert_size, "dense_down": 0 if quantised else data.shape[3]}
     layouts = {"gate_up": list(data.gate_up_layout), "down": list(data.down_layout)} if quantised else {}
-    if router is None or rule is None:
-        return _block("experts", tensors, integers, {}, layouts)
-    tensors |= _linear("router", router)
-    integers |= {"top_k": rule.top_k, "score": SCORES.index(rule.score), "renormalize": rule.renormalize}
-    integers["softmax_after_topk"] = rule.softmax_after_topk
-    return _block("experts", tensors, integers, {"routing_scale": rule.scale}, layouts)
+    named = tuple({prefix + name: value for name, value in part.items()} for part in (tensors, integers, layouts))
+    return named  # type: ignore[return-value]
 
 
 def _linear(name: str, weights: LinearWeights) -> dict[str, torch.Tensor | None]:

@@ -20,11 +20,21 @@ from .vector_inputs import EPS, Numbers, cache, places, probe, rotations, thresh
 Outputs = Iterator[torch.Tensor]
 
 
-def stack_vectors(backend: TorchBackend, numbers: Numbers, kept: torch.dtype, *, sinks: bool = False) -> Outputs:
+def stack_vectors(
+    backend: TorchBackend,
+    numbers: Numbers,
+    kept: torch.dtype,
+    *,
+    sinks: bool = False,
+    shared: bool = False,
+    rule: RouterSpec | None = None,
+) -> Outputs:
     """A small model in one call: a prompt in two chunks, decodes; with exits; with budgets.
 
     Arguments:
         sinks: whether attention has sinks, and routers have biases.
+        shared: whether there are shared experts.
+        rule: the routing rule of 8 experts; None: plain ones.
     """
     hidden, heads, kv_heads, channels, page = 64, 4, 2, 32, 16
     shape = StackShape(hidden_size=hidden, norm_eps=EPS, residual_scale=0.7)
@@ -32,6 +42,10 @@ def stack_vectors(backend: TorchBackend, numbers: Numbers, kept: torch.dtype, *,
     for with_exits, biased in ((False, False), (True, False), (True, True)):
         sizes = hidden, heads, kv_heads, channels
         blocks = [_layer(backend, numbers, sizes, number, biased, sinks) for number in range(3)]
+        if shared:
+            blocks = [_with_shared(backend, numbers, layer, number) for number, layer in enumerate(blocks)]
+        if rule is not None:
+            blocks = [_with_rule(backend, numbers, layer, rule) for layer in blocks]
         exits = [_exit(backend, numbers, hidden, blocks, after) for after in (1, 2)]
         stack = backend.make_stack(shape, blocks, exits)
         assert stack is not None
@@ -119,6 +133,33 @@ def _layer(
             contribution_scale_E=numbers.floats(count).abs() if number == 0 else None,
         ),
     ]
+
+
+def _with_shared(backend: TorchBackend, numbers: Numbers, layer: Sequence[StackBlock], number: int) -> list[StackBlock]:
+    """The layer with a shared expert; in layer 1 it has a gate."""
+    *others, mixture = layer
+    assert isinstance(mixture, StackExperts)
+    hidden, neurons = mixture.ffn.hidden_size, 70
+    gate, up = (numbers.floats(1, neurons, hidden, scale=0.4) for _ in range(2))
+    shared = backend.pack_experts(gate, up, numbers.floats(1, hidden, neurons, scale=0.4), "silu")
+    logit = backend.pack_linear(numbers.floats(1, hidden, scale=0.5)) if number == 1 else None
+    return [*others, replace(mixture, shared=shared, shared_gate=logit)]
+
+
+def _with_rule(
+    backend: TorchBackend, numbers: Numbers, layer: Sequence[StackBlock], rule: RouterSpec
+) -> list[StackBlock]:
+    *others, mixture = layer
+    assert isinstance(mixture, StackExperts)
+    if mixture.rule is None:
+        return list(layer)
+    dtype = torch.float32 if rule.float32_logits else None
+    router = backend.pack_linear(numbers.floats(rule.num_experts, mixture.ffn.hidden_size, scale=0.5), dtype=dtype)
+    given = {
+        "selection_bias_E": numbers.floats(rule.num_experts, scale=0.3) if rule.selection_bias else None,
+        "expert_scale_E": numbers.floats(rule.num_experts) if rule.expert_scale else None,
+    }
+    return [*others, replace(mixture, router=router, rule=rule, **given)]
 
 
 def _exit(

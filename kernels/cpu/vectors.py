@@ -19,7 +19,7 @@ from ..api.formats import ROW_GROUP, UNQUANTIZED, ActivationScheme, Format
 from ..api.quantized_weight import QuantizedWeight
 from ..api.router_spec import RouterSpec
 from ..api.types import ExpertWeights, KVProjection, LinearWeights, Routing
-from ..api.uncommon import CAPS, FLOAT32_NORMS, LAYER_NORMS
+from ..api.uncommon import CAPS, FLOAT32_NORMS, LAYER_NORMS, ROUTING, SHARED_EXPERTS
 from ..reference.operations import CLAMPED_SWIGLU
 from ..torch.backend import TorchBackend
 from .layout import PLAIN_ACTIVATIONS
@@ -39,6 +39,15 @@ _RULES = (
     RouterSpec(num_experts=8, top_k=2, score="sqrt_softplus"),
     RouterSpec(num_experts=8, top_k=8, score="constant"),
 )
+_RULES_BEYOND = (
+    RouterSpec(
+        **{"num_experts": 8, "top_k": 3, "score": "sigmoid", "renormalize": True, "norm_epsilon": 1e-20, "scale": 2.5},
+        **{"selection_bias": True, "num_groups": 4, "top_groups": 2, "group_score": "top2_sum"},
+        float32_logits=True,
+    ),
+    RouterSpec(num_experts=8, top_k=2, num_groups=2, top_groups=1, expert_scale=True),
+    RouterSpec(num_experts=67, top_k=6, renormalize=True, norm_floor=0.3, selection_bias=True),
+)
 _CONTEXTS = (1, 2, 15, 16, 17, 63, 64, 65, 130, 300)
 _NEW_ROWS = (1, 2, 7, 16, 17, 1, 2, 7, 16, 17)  # of each context's end
 _WINDOWS = (None, 1, 5, 16, 64, 65)
@@ -49,6 +58,7 @@ def vectors() -> dict[str, Callable[[TorchBackend], Outputs]]:
     or a format, an activation or something else uncommon by its name. The backend is the CPU's."""
     found: dict[str, Callable[[TorchBackend], Outputs]] = {PLAIN: _plain, CODED_CACHE: _coded_cache}
     found |= {SINKS: _sinks, CLAMPED_SWIGLU: lambda backend: _mixtures(backend, Numbers(), (CLAMPED_SWIGLU,), 12.0)}
+    found |= {ROUTING: _routing_beyond, SHARED_EXPERTS: _shared_experts}
     found |= {CAPS: _caps, FLOAT32_NORMS: _float32_norms, LAYER_NORMS: _layer_norms}
     for format in cpu_formats():
         found[format.name] = lambda backend, format=format: _quantised(backend, format)
@@ -103,6 +113,18 @@ def _sinks(backend: TorchBackend) -> Outputs:
         yield from stack_vectors(backend, Numbers(), kept, sinks=True)
 
 
+def _routing_beyond(backend: TorchBackend) -> Outputs:
+    yield from _routing(backend, Numbers(), _RULES_BEYOND)
+    for rule in _RULES_BEYOND[:2]:
+        for kept in (backend.dtype, torch.int8):
+            yield from stack_vectors(backend, Numbers(), kept, rule=rule)
+
+
+def _shared_experts(backend: TorchBackend) -> Outputs:
+    for kept in (backend.dtype, torch.int8):
+        yield from stack_vectors(backend, Numbers(), kept, shared=True)
+
+
 def _linear(backend: TorchBackend, numbers: Numbers, weights: LinearWeights) -> Outputs:
     for rows in ROWS:
         x_TI = numbers.floats(rows, weights.in_features).to(backend.dtype)
@@ -137,11 +159,16 @@ def _experts(backend: TorchBackend, numbers: Numbers, weights: ExpertWeights) ->
                 yield backend.experts(x_TD, weights, unusual)
 
 
-def _routing(backend: TorchBackend, numbers: Numbers) -> Outputs:
-    for rule in _RULES:
+def _routing(backend: TorchBackend, numbers: Numbers, rules: Sequence[RouterSpec] = _RULES) -> Outputs:
+    for rule in rules:
+        given: dict[str, torch.Tensor] = {}
+        if rule.selection_bias:
+            given["selection_bias_E"] = numbers.floats(rule.num_experts, scale=0.3)
+        if rule.expert_scale:
+            given["expert_scale_E"] = numbers.floats(rule.num_experts)
         for rows in (1, 17):
-            logits_TE = numbers.floats(rows, rule.num_experts, scale=4).to(backend.dtype)
-            routing = backend.route(logits_TE, rule)
+            logits_TE = numbers.floats(rows, rule.num_experts, scale=4)
+            routing = backend.route(logits_TE if rule.float32_logits else logits_TE.to(backend.dtype), rule, **given)
             yield from (routing.expert_ids_TK, routing.weights_TK)
             for scale_E in (None, numbers.floats(rule.num_experts).abs()):
                 keep_T, cap_T = numbers.floats(rows).abs(), 1 + numbers.whole(rule.top_k, rows).int()

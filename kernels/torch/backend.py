@@ -267,7 +267,12 @@ class TorchBackend(HeadLinears):
             selection_bias_E=selection_bias_E,
             expert_scale_E=expert_scale_E,
             forced_ids_TK=forced_ids_TK,
+            scores_TE=self._scores(logits_TE, spec),
         )
+
+    def _scores(self, logits_TE: torch.Tensor, spec: RouterSpec) -> torch.Tensor | None:
+        """What a rule makes of the logits, (T, E), float32, where a backend knows better than torch; else None."""
+        return None
 
     def limit_experts(
         self, routing: Routing, scale_E: torch.Tensor | None, keep_T: torch.Tensor, cap_T: torch.Tensor

@@ -4,6 +4,8 @@
 // per row, H query heads, G key/value heads, C channels of a head, P tokens per page, S sequences.
 #pragma once
 
+#include <cstring>
+
 #include "isa/kernels.h"
 
 namespace dynamoe_cpu {
@@ -139,6 +141,26 @@ struct AttentionCall {
 void attention(const Context& context, const AttentionCall& call);
 
 enum class Score : int { softmax = 0, sigmoid = 1, sqrt_softplus = 2, constant = 3 };
+// A number of a row of fp32 or bf16.
+inline float read_number(const void* row, Dtype dtype, int64_t i) {
+  if (dtype == Dtype::fp32) return static_cast<const float*>(row)[i];
+  const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(row)[i]) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+// The same, rounded to the nearest, ties to even.
+inline void write_number(void* row, Dtype dtype, int64_t i, float value) {
+  if (dtype == Dtype::fp32) {
+    static_cast<float*>(row)[i] = value;
+    return;
+  }
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof value);
+  const bool nan = (bits & 0x7fffffff) > 0x7f800000;
+  static_cast<uint16_t*>(row)[i] = nan ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
 struct RouteCall {
   Rows logits;
   int64_t rows, experts, top_k;
@@ -147,6 +169,11 @@ struct RouteCall {
   float scale;
   int32_t* ids;
   float* weights;
+  const float* selection_bias;     // (E), or null: added to the scores for choosing only
+  const float* expert_scale;       // (E), or null: factor on the final weights
+  int64_t groups, top_groups;      // experts in runs of equal length, and how many of these a row chooses from
+  bool top2_sum;                   // a run is worth its two best experts together, not its best one
+  float norm_floor, norm_epsilon;  // what the chosen weights' sum is at least, and what is added to it
 };
 void route(const Context& context, const RouteCall& call);
 

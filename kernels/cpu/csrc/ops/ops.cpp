@@ -127,7 +127,10 @@ Tensor attention_op(int64_t isa, const Tensor& q, const Tensor& keys, const Tens
 }
 
 std::tuple<Tensor, Tensor> route_op(int64_t isa, const Tensor& logits, int64_t top_k, int64_t score,
-                                    bool softmax_after_topk, bool renormalize, double scale) {
+                                    bool softmax_after_topk, bool renormalize, double scale,
+                                    const OptionalTensor& selection_bias, const OptionalTensor& expert_scale,
+                                    int64_t groups, int64_t top_groups, bool top2_sum, double norm_floor,
+                                    double norm_epsilon) {
   RouteCall call{rows_of(logits, "logits"), logits.size(0), logits.size(1), top_k};
   TORCH_CHECK_VALUE(1 <= top_k && top_k <= logits.size(1), "top_k ", top_k, " is not in 1 … ", logits.size(1));
   Tensor ids = at::empty({logits.size(0), top_k}, logits.options().dtype(at::kInt));
@@ -138,6 +141,11 @@ std::tuple<Tensor, Tensor> route_op(int64_t isa, const Tensor& logits, int64_t t
   call.scale = static_cast<float>(scale);
   call.ids = static_cast<int32_t*>(ids.data_ptr());
   call.weights = static_cast<float*>(weights.data_ptr());
+  call.selection_bias = floats(selection_bias, logits.size(1), "selection_bias");
+  call.expert_scale = floats(expert_scale, logits.size(1), "expert_scale");
+  set_groups(call, groups, top_groups, top2_sum);
+  call.norm_floor = static_cast<float>(norm_floor);
+  call.norm_epsilon = static_cast<float>(norm_epsilon);
   route(context_of(isa), call);
   return {ids, weights};
 }
@@ -161,8 +169,9 @@ TORCH_LIBRARY(dynamoe_cpu, m) {
       "Tensor block_table, float scale, int window, Tensor? sinks, Tensor(a!)? lse) -> Tensor",
       &attention_op);
   m.def(
-      "route(int isa, Tensor logits, int top_k, int score, bool softmax_after_topk, bool renormalize, float scale) -> "
-      "(Tensor, Tensor)",
+      "route(int isa, Tensor logits, int top_k, int score, bool softmax_after_topk, bool renormalize, float scale, "
+      "Tensor? selection_bias, Tensor? expert_scale, int groups, int top_groups, bool top2_sum, float norm_floor, "
+      "float norm_epsilon) -> (Tensor, Tensor)",
       &route_op);
 }
 

@@ -2,6 +2,7 @@
 #include "ops/stack.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "ops/parallel.h"
 
@@ -29,7 +30,8 @@ namespace {
 
 // What lies between the operators of a layer.
 struct Work {
-  char *normed, *qkv, *q, *attended, *pending, *logits;
+  char *normed, *qkv, *q, *attended, *pending, *logits, *shared, *gates;
+  float* wide;  // normed rows in float32
   int32_t *ids, *counts;
   float* weights;
 
@@ -41,7 +43,10 @@ struct Work {
     q = arena.take(bytes * stack.most_queries);
     attended = arena.take(bytes * stack.most_queries);
     pending = arena.take(bytes * shape.hidden);
-    logits = arena.take(bytes * stack.most_experts);
+    logits = arena.take((stack.float32_logits ? rows * 4 : bytes) * stack.most_experts);
+    shared = arena.take(stack.shared ? bytes * shape.hidden : 0);
+    gates = arena.take(stack.shared ? bytes : 0);
+    wide = arena.take<float>(stack.float32_logits && shape.dtype != Dtype::fp32 ? rows * shape.hidden : 0);
     ids = arena.take<int32_t>(rows * stack.most_top_k);
     counts = arena.take<int32_t>(rows);
     weights = arena.take<float>(rows * stack.most_top_k);
@@ -130,39 +135,79 @@ void limit(const Context& context, const ExpertsBlock& block, const Work& work, 
     budget.skipped[budget.numbers ? budget.numbers[row] : row] += top_k - work.counts[row];
 }
 
+void run_experts(const Context& context, const ExpertsCall& call, const std::optional<QuantExperts>& quant) {
+  if (quant)
+    quant_experts(context, call, *quant);
+  else if (call.ids)
+    experts(context, call);
+  else
+    all_experts(context, call);
+}
+
+// Adds what the shared expert makes of the normed rows.
+void add_shared(const Context& context, const Shape& shape, const ExpertsBlock& block, const Work& work, int64_t rows) {
+  ExpertsCall call = block.shared->call;
+  call.x = {work.normed, shape.hidden, shape.dtype};
+  call.rows = rows;
+  call.out = work.shared;
+  run_experts(context, call, block.shared->quant);
+  if (block.shared_gate.exists()) project(context, shape, block.shared_gate, work.normed, shape.hidden, rows, work.gates);
+  const Dtype dtype = shape.dtype;
+  for_each_light_row(context.threads, rows, shape.hidden, [&](int64_t row) {
+    const int64_t first = row * shape.hidden * element_bytes(dtype);
+    char *out = work.pending + first, *shared = work.shared + first;
+    if (block.shared_gate.exists()) {  // rounded where the single operators round
+      write_number(work.gates, dtype, row, 1.0f / (1.0f + std::exp(-read_number(work.gates, dtype, row))));
+      const float gate = read_number(work.gates, dtype, row);
+      for (int64_t i = 0; i < shape.hidden; ++i) write_number(shared, dtype, i, gate * read_number(shared, dtype, i));
+    }
+    for (int64_t i = 0; i < shape.hidden; ++i)
+      write_number(out, dtype, i, read_number(out, dtype, i) + read_number(shared, dtype, i));
+  });
+}
+
+// The router's logits of the normed rows.
+Rows router_logits(const Context& context, const Shape& shape, const ExpertsBlock& block, const Work& work,
+                   int64_t rows) {
+  const Projection& router = block.router;
+  if (!block.float32_logits || shape.dtype == Dtype::fp32) {
+    project(context, shape, router, work.normed, shape.hidden, rows, work.logits);
+    return {work.logits, router.outputs, shape.dtype};
+  }
+  for_each_light_row(context.threads, rows, shape.hidden, [&](int64_t row) {
+    for (int64_t i = row * shape.hidden; i < (row + 1) * shape.hidden; ++i)
+      work.wide[i] = read_number(work.normed, shape.dtype, i);
+  });
+  linear(context, {{work.wide, shape.hidden, Dtype::fp32}, rows, shape.hidden, router.outputs, router.weights,
+                   router.bias, work.logits, router.outputs, Dtype::fp32});
+  return {work.logits, router.outputs, Dtype::fp32};
+}
+
 // From the normed rows to what the experts add to the residual stream.
 void feed_forward(const Context& context, const Shape& shape, const ExpertsBlock& block, const Work& work,
                   int64_t rows, const Budget& budget, int64_t layer, float* entropy, float share) {
-  ExpertsCall call = block.experts;
+  ExpertsCall call = block.experts.call;
   call.x = {work.normed, shape.hidden, shape.dtype};
   call.rows = rows;
   call.out = work.pending;
-  if (!block.router.exists()) {
-    if (block.quant_experts)
-      quant_experts(context, call, *block.quant_experts);
-    else
-      all_experts(context, call);
-    return;
+  if (block.router.exists()) {
+    RouteCall rule = block.rule;
+    rule.logits = router_logits(context, shape, block, work, rows);
+    rule.rows = rows;
+    rule.ids = work.ids;
+    rule.weights = work.weights;
+    if (entropy) router_entropy(context, rule.logits, rows, rule.experts, share, entropy);
+    route(context, rule);
+    call.ids = work.ids;
+    call.weights = work.weights;
+    call.top_k = rule.top_k;
+    if (budget.keep) {
+      limit(context, block, work, rows, budget, layer);
+      call.counts = work.counts;
+    }
   }
-  project(context, shape, block.router, work.normed, shape.hidden, rows, work.logits);
-  RouteCall rule = block.rule;
-  rule.logits = {work.logits, block.router.outputs, shape.dtype};
-  rule.rows = rows;
-  rule.ids = work.ids;
-  rule.weights = work.weights;
-  if (entropy) router_entropy(context, rule.logits, rows, rule.experts, share, entropy);
-  route(context, rule);
-  call.ids = work.ids;
-  call.weights = work.weights;
-  call.top_k = rule.top_k;
-  if (budget.keep) {
-    limit(context, block, work, rows, budget, layer);
-    call.counts = work.counts;
-  }
-  if (block.quant_experts)
-    quant_experts(context, call, *block.quant_experts);
-  else
-    experts(context, call);
+  run_experts(context, call, block.experts.quant);
+  if (block.shared) add_shared(context, shape, block, work, rows);
 }
 
 // What each routed block contributes to the mean entropy of the routers in layers [first, last).

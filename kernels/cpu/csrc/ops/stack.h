@@ -42,13 +42,21 @@ struct AttentionBlock {
   int64_t kv_width() const { return kv_heads * channels; }
 };
 
+// Experts, without what depends on the rows.
+struct Ffn {
+  ExpertsCall call;
+  std::optional<QuantExperts> quant;  // takes the place of the call's weights
+};
+
 // A mixture of experts over the normed rows.
 struct ExpertsBlock {
-  Projection router;     // none: every expert has weight 1
-  RouteCall rule;        // what does not depend on the rows
-  const float* scale;    // contribution of each expert per unit of weight, or null
-  ExpertsCall experts;   // likewise
-  std::optional<QuantExperts> quant_experts;  // takes the place of the call's weights
+  Projection router;         // none: every expert has weight 1
+  bool float32_logits;       // the router runs in float32, whatever the rows are
+  RouteCall rule;            // what does not depend on the rows
+  const float* scale;        // contribution of each expert per unit of weight, or null
+  Ffn experts;
+  std::optional<Ffn> shared;  // an expert that every row uses beside them
+  Projection shared_gate;     // none: with weight 1; otherwise with the sigmoid of this
 };
 
 using Block = std::variant<NormBlock, AttentionBlock, ExpertsBlock>;
@@ -113,6 +121,7 @@ struct Stack {
   // Where several processes share heads and neurons: makes so many numbers, of the shape's dtype, the sum of everybody's.
   std::function<void(void*, int64_t)> add_up;
   int64_t most_qkv = 0, most_queries = 0, most_experts = 0, most_top_k = 0;  // of any block
+  bool float32_logits = false, shared = false;                               // whether any block has them
 
   // Behind how many tokens no layer sees anything; 0: one sees all.
   int64_t widest_window() const {
@@ -134,6 +143,8 @@ struct Stack {
       } else if (const auto* experts = std::get_if<ExpertsBlock>(&block)) {
         most_experts = std::max(most_experts, experts->router.outputs);
         most_top_k = std::max(most_top_k, experts->rule.top_k);
+        float32_logits |= experts->float32_logits;
+        shared |= experts->shared.has_value();
       }
     }
     layers.push_back(std::move(layer));

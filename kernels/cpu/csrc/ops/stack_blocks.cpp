@@ -11,7 +11,7 @@ const void* StackWeights::plain(const Tensor& t, int64_t count, const char* name
 }
 
 Projection StackWeights::projection(const Tensor& packed, const OptionalTensor& bias, int64_t inputs, int64_t outputs,
-                                    const char* name, const std::vector<int64_t>& layout) {
+                                    const char* name, const std::vector<int64_t>& layout, Dtype dtype) {
   if (!layout.empty()) {
     const QuantLayer layer = quant_layer(keep(packed), keep(bias), layout, name);
     TORCH_CHECK_VALUE(layer[0].layout.inputs == inputs && outputs_of(layer) == outputs, name, " has ",
@@ -19,7 +19,7 @@ Projection StackWeights::projection(const Tensor& packed, const OptionalTensor& 
                       inputs);
     return {nullptr, nullptr, outputs, layer};
   }
-  const Gemm& gemm = context_of(isa_).kernels->gemm[static_cast<int>(dtype())];
+  const Gemm& gemm = context_of(isa_).kernels->gemm[static_cast<int>(dtype)];
   TORCH_CHECK_VALUE(!bias || bias->numel() >= ceil_div(outputs, kBlockOutputs) * kBlockOutputs, name,
                     "'s bias must be padded to whole blocks");
   return {words(keep(packed), packed_words(gemm, outputs, inputs), name), floats(keep(bias), name), outputs, {}};
@@ -67,24 +67,36 @@ AttentionBlock StackWeights::attention(NamedBlock& named, int64_t hidden) {
   return block;
 }
 
-ExpertsBlock StackWeights::experts(NamedBlock& named, int64_t hidden) {
-  ExpertsBlock block{};
-  ExpertsCall& call = block.experts;
-  const int64_t count = named.integer("experts");
-  TORCH_CHECK_VALUE(named.integer("hidden") == hidden, "the experts are for another hidden size");
-  call.layout = checked_layout({dtype(), count, hidden, named.integer("width"), named.integer("dense_down") != 0});
+Ffn StackWeights::ffn(NamedBlock& named, const std::string& prefix, int64_t count, int64_t hidden,
+                      bool down_per_expert) {
+  Ffn ffn{};
+  ExpertsCall& call = ffn.call;
+  call.layout = checked_layout({dtype(), count, hidden, named.integer(prefix + "width"),
+                                named.integer(prefix + "dense_down") != 0});
   call.activation = enum_of(named.integer("activation"), Activation::clamped_swiglu, "activation");
-  const Tensor gate_up = keep(named.tensor("gate_up")), down = keep(named.tensor("down"));
-  const std::vector<int64_t> gate_up_layout = named.layout("gate_up"), down_layout = named.layout("down");
+  const Tensor gate_up = keep(named.tensor(prefix + "gate_up")), down = keep(named.tensor(prefix + "down"));
+  const std::vector<int64_t> gate_up_layout = named.layout(prefix + "gate_up"),
+                             down_layout = named.layout(prefix + "down");
   if (gate_up_layout.empty()) {
     call.gate_up = words(gate_up, call.layout.gate_words(), "gate_up");
     call.down = words(down, call.layout.down_words(), "down");
   } else {
-    block.quant_experts = quant_experts_of(call.layout, gate_up, gate_up_layout, down, down_layout);
+    ffn.quant = quant_experts_of(call.layout, gate_up, gate_up_layout, down, down_layout);
   }
-  const OptionalTensor router = named.optional("router"), contribution = named.optional("contribution_scale");
-  set_biases(call, keep(named.optional("gate_up_bias")), keep(named.optional("down_bias")),
-             router || block.quant_experts);
+  set_biases(call, keep(named.optional(prefix + "gate_up_bias")), keep(named.optional(prefix + "down_bias")),
+             down_per_expert || ffn.quant);
+  return ffn;
+}
+
+ExpertsBlock StackWeights::experts(NamedBlock& named, int64_t hidden) {
+  ExpertsBlock block{};
+  const int64_t count = named.integer("experts");
+  TORCH_CHECK_VALUE(named.integer("hidden") == hidden, "the experts are for another hidden size");
+  const OptionalTensor router = named.optional("router"), contribution = named.optional("contribution_scale"),
+                       gate = named.optional("shared_gate");
+  block.experts = ffn(named, "", count, hidden, router.has_value());
+  if (named.integer("shared")) block.shared = ffn(named, "shared_", 1, hidden, false);
+  if (gate) block.shared_gate = projection(*gate, {}, hidden, 1, "shared_gate");
   if (!router) return block;
   RouteCall& rule = block.rule;
   rule.experts = count;
@@ -94,7 +106,14 @@ ExpertsBlock StackWeights::experts(NamedBlock& named, int64_t hidden) {
   rule.softmax_after_topk = named.integer("softmax_after_topk") != 0;
   rule.renormalize = named.integer("renormalize") != 0;
   rule.scale = named.number("routing_scale");
-  block.router = projection(*router, named.optional("router_bias"), hidden, count, "router");
+  rule.selection_bias = floats(keep(named.optional("selection_bias")), count, "selection_bias");
+  rule.expert_scale = floats(keep(named.optional("expert_scale")), count, "expert_scale");
+  set_groups(rule, named.integer("groups"), named.integer("top_groups"), named.integer("top2_sum") != 0);
+  rule.norm_floor = named.number("norm_floor");
+  rule.norm_epsilon = named.number("norm_epsilon");
+  block.float32_logits = named.integer("float32_logits") != 0;
+  block.router = projection(*router, named.optional("router_bias"), hidden, count, "router", {},
+                            block.float32_logits ? Dtype::fp32 : dtype());
   TORCH_CHECK_VALUE(!contribution || contribution->numel() == count, "contribution_scale must have one entry for each of ",
                     count, " experts");
   block.scale = floats(keep(contribution), "contribution_scale");

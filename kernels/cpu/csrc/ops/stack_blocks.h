@@ -77,13 +77,19 @@ class StackWeights {
   }
   const void* plain(const Tensor& t, int64_t count, const char* name);
   Projection projection(const Tensor& packed, const OptionalTensor& bias, int64_t inputs, int64_t outputs,
-                        const char* name, const std::vector<int64_t>& layout = {});
+                        const char* name, const std::vector<int64_t>& layout = {}) {
+    return projection(packed, bias, inputs, outputs, name, layout, dtype());
+  }
+  Projection projection(const Tensor& packed, const OptionalTensor& bias, int64_t inputs, int64_t outputs,
+                        const char* name, const std::vector<int64_t>& layout, Dtype dtype);
   // What a block says; `hidden` is the width of the residual stream.
   Block block(NamedBlock& named, int64_t hidden);
 
  private:
   NormBlock norm(NamedBlock& named, int64_t hidden);
   AttentionBlock attention(NamedBlock& named, int64_t hidden);
+  // So many experts whose names begin like this; `down_per_expert`: their biases stay apart.
+  Ffn ffn(NamedBlock& named, const std::string& prefix, int64_t count, int64_t hidden, bool down_per_expert);
   ExpertsBlock experts(NamedBlock& named, int64_t hidden);
 
   int64_t isa_;

@@ -131,6 +131,19 @@ inline void set_biases(ExpertsCall& call, const OptionalTensor& gate_up_bias, co
   call.down_bias = floats(down_bias, down_blocks * kBlockOutputs, "down_bias");
 }
 
+inline void set_groups(RouteCall& call, int64_t groups, int64_t top_groups, bool top2_sum) {
+  const int64_t experts = call.experts;
+  TORCH_CHECK_VALUE(1 <= groups && groups <= experts && experts % groups == 0, groups, " groups do not share ", experts,
+                    " experts");
+  const int64_t size = experts / groups;
+  TORCH_CHECK_VALUE(1 <= top_groups && top_groups <= groups && call.top_k <= top_groups * size, top_groups, " of ",
+                    groups, " groups have too few experts for ", call.top_k);
+  TORCH_CHECK_VALUE(!top2_sum || size > 1 || top_groups == groups, "groups of one expert have no two best");
+  call.groups = groups;
+  call.top_groups = top_groups;
+  call.top2_sum = top2_sum;
+}
+
 // Uninitialised packed weights of `count` words.
 Tensor allocate(int64_t count);
 
