@@ -34,6 +34,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma3": {"text_config": {**TEXT, "head_dim": 24, "sliding_window": 8, "num_hidden_layers": 3,
                                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
                "vision_config": {"model_type": "siglip_vision_model", **CLIP}},
+    "gemma4": {"text_config": {**TEXT, "head_dim": 24, "global_head_dim": 32, "sliding_window": 8,
+                               "hidden_size_per_layer_input": 0, "attention_k_eq_v": True,
+                               "layer_types": ["sliding_attention", "full_attention"]},
+               "vision_config": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+                                 "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16},
+               "audio_config": None},
     "qwen3_vl": {"text_config": {**TEXT, "head_dim": 16, "rope_parameters": ROTATIONS},
                  "vision_config": {**QWEN, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}},
 }  # fmt: skip

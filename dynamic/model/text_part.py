@@ -31,6 +31,7 @@ _OUTER_KEYS = IRRELEVANT_KEYS | {
     *("use_image_newline_parameter", "video_token_id", "video_token_index", "vision_aspect_ratio"),
     *("vision_end_token_id", "vision_feature_layer", "vision_feature_select_strategy", "vision_start_token_id"),
     *("vision_token_id", "mm_tokens_per_image", "boi_token_index", "eoi_token_index"),
+    *("boa_token_id", "eoa_token_id", "eoa_token_index", "vision_soft_tokens_per_image"),
 }
 # The text model takes these from around it where it does not have them itself.
 _INHERITED = ("bos_token_id", "compression_config", "dtype", "eos_token_id", "quantization_config", "torch_dtype")
@@ -43,6 +44,7 @@ _DEFAULTS: dict[str, tuple[int, ...]] = {
     "qwen2": (151936, 4096, 22016, 32, 32, 32768),
     "qwen3": (151936, 4096, 22016, 32, 32, 32768),
     "gemma3_text": (262208, 2304, 9216, 26, 8, 131072),
+    "gemma4_text": (262144, 2304, 9216, 30, 8, 131072),
     "llama4_text": (202048, 5120, 8192, 48, 40, 131072),
     "ministral3": (131072, 4096, 14336, 34, 32, 262144),
 }
@@ -50,7 +52,7 @@ _PREFIXES = ("model.", "", "model.language_model.", "language_model.model.", "la
 _HEADS = ("lm_head.", "language_model.lm_head.")
 _OTHER_NAMES = re.compile(
     r"(model\.)?(vision_tower|vision_model|vision_encoder|vision_language_adapter|visual|multi_modal_projector|"
-    r"mm_projector|image_newline|patch_merger|connector|audio_tower|audio_projection|audio_model)\b"
+    r"embed_vision|embed_audio|mm_projector|image_newline|patch_merger|connector|audio_tower|audio_projection|audio_model)\b"
 )
 
 

@@ -69,7 +69,7 @@ ROUTERS: dict[str, tuple[RouterSpec, str, dict[str, str]]] = {
     "softmax": _rule("OLMoE, Qwen2-MoE, Jamba"),
     "softmax, renormalised": _rule("Mixtral, Qwen3-MoE, MiniMax, HunYuan", renormalize=True),
     "p-norm": _rule("DBRX", renormalize=True, norm_p=2.0),
-    "top-k, then softmax": _rule("GPT-OSS, Granite, JetMoe, Aria", softmax_after_topk=True),
+    "top-k, then softmax": _rule("GPT-OSS, Granite, JetMoe, Aria, Cohere 2", softmax_after_topk=True),
     "softmax, groups by best, scaled": _rule("DeepSeek-V2", num_groups=4, top_groups=2, scale=2.0),
     "sigmoid, bias, groups by best two": _rule(
         "DeepSeek-V3, GLM-4.5, Dots, Solar, EXAONE, Nemotron-H",
