@@ -144,6 +144,11 @@ def test_gguf_files_are_the_same_model(
         assert data.gate_up_layout.format == data.down_layout.format == MXFP4.cpu
 
 
+@pytest.mark.parametrize("kind", ["mxfp4", "plain"])
+def test_the_gpu_backend_gives_the_same_logits(kind: str, saved: Callable[..., Path]) -> None:
+    check_logits(saved(kind), reference(saved(kind)), backend="triton")
+
+
 def test_mxfp4_takes_little_more_memory_than_the_file(saved: Callable[..., Path]) -> None:
     """Numbers of 4 bits and a byte for 32; the 6 experts of 96 neurons and 64 channels fill whole blocks of 32."""
     for backend in ("cpu", "torch"):

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from dynamoe.dynamic.model.quantization import Method, methods
+from dynamoe.kernels.api.formats import MXFP4
 from dynamoe.kernels.api.kv_codes import KV_DTYPES, stored_channels
+from dynamoe.kernels.api.quantized_weight import QuantizedWeight
 from dynamoe.kernels.api.router_spec import RouterSpec
 from dynamoe.kernels.api.support import (
     CACHES,
@@ -68,14 +70,23 @@ def test_experts(row: Row, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert (TORCH if fell_back else KERNELS) == outcome
 
 
+def mxfp4_weight(like: torch.Tensor) -> QuantizedWeight:
+    """Any weight of this shape."""
+    inputs = like.shape[-1]
+    data = torch.randint(256, (*like.shape[:-1], inputs // 2), dtype=torch.uint8)
+    scale = torch.randint(118, 124, (*like.shape[:-1], -(-inputs // 32)), dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    return QuantizedWeight(format=MXFP4, data=data, scale=scale, inputs=inputs, group=32).to(like.device)
+
+
 @pytest.mark.parametrize("weights", QUANTISED)
 @pytest.mark.parametrize("name", ["cpu", "triton", "grouped_mm"])
 def test_quantised_weights(weights: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
     backend = select_backend(device, torch.bfloat16 if device == "cuda" else torch.float32, name)
     names = ("int8", "int8-g32", "w8a8", "int4", "w4a8", "fp8", "fp8-block")
-    k_quants = [Method(partial(k_weight, kind)) for kind in ("Q4_K", "Q5_K", "Q6_K")]
-    method = dict(zip(QUANTISED, [*(methods()[name] for name in names), *k_quants], strict=True))[weights]
+    others = [mxfp4_weight, *(partial(k_weight, kind) for kind in ("Q4_K", "Q5_K", "Q6_K"))]
+    known = [*(methods()[name] for name in names), *map(Method, others)]
+    method = dict(zip(QUANTISED, known, strict=True))[weights]
     fell_back = []
     oracle = quant_reference.experts
     monkeypatch.setattr(

@@ -153,11 +153,11 @@ def test_zero_experts_and_weight_on_the_input(path: str) -> None:
     assert_equals_oracle(path, x_TD, weights, reference.route(logits_TE[:, :3].contiguous(), on_input))
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "clamped_swiglu"])
 @pytest.mark.parametrize("path", ["pairs", "tiles"])
 def test_activations_and_biases(path: str, activation: str) -> None:
-    weights = make_weights(3, 32, 40, biases=True)
-    assert_equals_oracle(path, torch.randn(4, 32, device=DEVICE), weights, random_routing(4, 3, 2), activation)
+    weights, size = make_weights(3, 32, 40, biases=True), 12 if activation == "clamped_swiglu" else 1
+    assert_equals_oracle(path, size * torch.randn(4, 32, device=DEVICE), weights, random_routing(4, 3, 2), activation)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -16,6 +16,7 @@ from ...kernels.api.formats import GROUPS, INT8_PER_GROUP, UNQUANTIZED, Activati
 from ...kernels.api.quantized_weight import QuantizedWeight
 from ...kernels.api.ranges import check_ranges
 from ...kernels.api.rounding import quantize_int4, quantize_int8
+from ...kernels.reference.operations import CLAMPED_SWIGLU
 from ..model.attention.gqa import GqaSpec
 from ..model.spec import ModelSpec
 from .gptq import gptq_int4
@@ -94,6 +95,8 @@ class LayerMethod:
             return layer, inputs
         layer, inputs = self._scale_attention(layer, inputs)
         layer, inputs = self._scale_ffn_inputs(layer, inputs)
+        if self.spec.activation == CLAMPED_SWIGLU:  # what the up projections give is no factor of its result
+            return layer, inputs
         shared = layer.shared
         if shared is not None:
             shared = fold_into_up(shared, self._neuron_scales(shared, [inputs.ffn_TD]))

@@ -80,7 +80,7 @@ FP8 = Format(name="fp8", codes=Codes(dtype=torch.float8_e4m3fn), groups=(None, F
 # OCP's MXFP4: 4-bit floats (e2m1) and a power of two for 32 inputs.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 MXFP4 = Format(name="mxfp4", codes=Codes(bits=4, table=(*_E2M1, *(-value for value in _E2M1))), groups=(32,),
-               scales=(torch.float8_e8m0fnu,), cpu=6)  # fmt: skip
+               scales=(torch.float8_e8m0fnu,), cpu=6, triton="mxfp4")  # fmt: skip
 # GGUF's K-quants: scales of groups, and offsets where there are any, in few bits; a float16 number for 256 inputs.
 Q4_K = Format(name="q4_k", codes=Codes(bits=4), groups=(32,), scales=(torch.uint8,), two_level=True, outer_group=256,
               outer_scales=(torch.float16,), offsets=True, cpu=3, triton="int4")  # fmt: skip

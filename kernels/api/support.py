@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .formats import FP8, INT4, INT8, Q4_K, Q5_K, Q6_K, Format
+from .formats import FP8, INT4, INT8, MXFP4, Q4_K, Q5_K, Q6_K, Format
 from .router_spec import RouterSpec
 
 KERNELS, TORCH, REFUSED = "kernels", "torch", "refused"
@@ -106,6 +106,7 @@ QUANTISED: dict[str, dict[str, str]] = {
         ("int4, rows rounded to int8 (w4a8)", INT4),
         ("fp8 e4m3, a scale per output", FP8),
         ("fp8 e4m3, 128 x 128 blocks, rows rounded", FP8),
+        ("mxfp4", MXFP4),
         ("q4_k", Q4_K),
         ("q5_k", Q5_K),
         ("q6_k", Q6_K),
@@ -170,9 +171,10 @@ def render(results: Path = RESULTS) -> str:
         _HEAD,
         *_table(("backend", "device", *DTYPES), *experts),
         "",
-        "Activations SiLU, GELU and tanh-GELU, biases, expert counts per row, zero experts and weights on the input",
-        "work on every backend. On `triton`, weights whose rows are strided run on torch; on `grouped_mm` so do",
-        "biases and rows that are no multiple of 16 bytes; on `megablocks` so do biases and views of wider weights.",
+        "Activations SiLU, GELU, tanh-GELU and gpt-oss's clamped SwiGLU, biases, expert counts per row, zero experts",
+        "and weights on the input work on every backend. On `triton`, weights whose rows are strided run on torch; on",
+        "`grouped_mm` so do biases and rows that are no multiple of 16 bytes; on `megablocks` so do biases and views",
+        "of wider weights.",
         "",
         "## Routing rules",
         "",

@@ -137,8 +137,9 @@ def quantised_launches(dtype: torch.dtype, planner: Planner) -> Iterator[tuple[i
     n, k = 512, 1024
 
     def weight_of(name: str, group: int, *, offsets: bool = False, outer: torch.dtype | None = None) -> StoredWeight:
-        bits = {"int4": 4, "int5": 5, "int6": 6}.get(name, 8)
-        scales = meta(n, k // group if group else 1, dtype=outer or torch.float32)
+        bits = {"int4": 4, "mxfp4": 4, "int5": 5, "int6": 6}.get(name, 8)
+        exponents = torch.uint8 if name == "mxfp4" else torch.float32
+        scales = meta(n, k // group if group else 1, dtype=outer or exponents)
         halves = None if outer is None else meta(n, k // 256, dtype=torch.float16)
         own, above = (scales, halves) if offsets else (None, None)
         codes = meta(n, k * bits // 8, dtype=torch.uint8)
@@ -148,6 +149,7 @@ def quantised_launches(dtype: torch.dtype, planner: Planner) -> Iterator[tuple[i
         weight_of("int8", 0),
         weight_of("int8", 32),
         weight_of("int4", 64),
+        weight_of("mxfp4", 32),
         weight_of("int4", 32, offsets=True),
         weight_of("int4", 32, offsets=True, outer=torch.uint8),
         weight_of("int5", 32, offsets=True, outer=torch.uint8),

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..api.types import Routing
+from ..reference.operations import CLAMPED_SWIGLU
 from ..torch.experts import PlainExperts
 from .combine import combine_kernel, plan_combine
 from .device import DeviceProperties
@@ -24,7 +25,7 @@ from .shapes import Steps, WarmUpShape, meta
 from .tuning import GemmProblem, best_gemms, best_gemv, experts_hit, row_tile
 from .variants import Call, NoKernelError, OpVariant, Planned, Planner, Ranked, Tilings, has_tensor_cores, register
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", CLAMPED_SWIGLU)
 _LAUNCH = 2.0e-6  # seconds that one more launch costs inside a graph
 _MOST_PAIRS = 256
 _MOST_UNROLLED = 32

@@ -71,6 +71,8 @@ def multiply_tile(
         return acc + step
     tl.static_assert(GROUP % BLOCK_K == 0)
     scale_N = load_quant_scales(scales, outer_scales, expert, n0, k0, n_size, k_size, GROUP, OUTER_GROUP, BLOCK_N)
+    if FORMAT == "mxfp4":  # twice its numbers were multiplied
+        scale_N *= 0.5
     acc += step * scale_N[None, :]
     if offsets is not None:
         offset_N = load_quant_scales(
@@ -161,8 +163,8 @@ def quant_gemm_kernel(
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """A quantised weight as the kernel reads it, all contiguous: uint8 codes; scales and offsets in float32, or in two
-    levels as they are, the outer ones for ``outer_group`` inputs each."""
+    """A quantised weight as the kernel reads it, all contiguous: uint8 codes; scales and offsets in float32, powers of
+    two as their exponents, or in two levels as they are, the outer ones for ``outer_group`` inputs each."""
 
     format: str
     codes: torch.Tensor
@@ -178,11 +180,11 @@ class StoredWeight:
 
 def kernel_form(weight: QuantizedWeight) -> QuantizedWeight:
     """A weight whose scales and offsets are what the kernel reads, so that no launch has to convert them: contiguous
-    float32 or two levels, offsets in place of zero points, a scale for every output. Formats without a kernel stay as
-    they are."""
+    float32, powers of two or two levels, offsets in place of zero points, a scale for every output. Formats without a
+    kernel stay as they are."""
     if weight.format.triton is None:
         return weight
-    if weight.outer_scale is not None:
+    if weight.outer_scale is not None or weight.scale.dtype == torch.float8_e8m0fnu:
         return replace(weight, **{name: tensor.contiguous() for name, tensor in weight.tensors().items()})
     return QuantizedWeight(
         format=replace(weight.format, offsets=True) if weight.needs_offsets else weight.format,
@@ -204,10 +206,12 @@ def store_weight(weight: QuantizedWeight) -> StoredWeight:
     if name is None:
         raise NoKernelError(f"{weight.format.name} weights")
     assert all(t.is_contiguous() for t in weight.tensors().values())
-    assert weight.scale.dtype == torch.float32 or weight.outer_scale is not None
+    exponents = weight.scale.dtype == torch.float8_e8m0fnu
+    assert weight.scale.dtype == torch.float32 or exponents or weight.outer_scale is not None
+    scale = weight.scale.view(torch.uint8) if exponents else weight.scale
     codes, shape = weight.data.view(torch.uint8), (weight.out_features, weight.in_features)
     outer = (weight.outer_scale, weight.outer_offset, weight.format.outer_group or 0)
-    return StoredWeight(name, codes, weight.scale, weight.offset, weight.group or 0, *shape, *outer)
+    return StoredWeight(name, codes, scale, weight.offset, weight.group or 0, *shape, *outer)
 
 
 def quant_config(

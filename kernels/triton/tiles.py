@@ -65,7 +65,7 @@ def load_quant_tile(
 ):  # fmt: skip
     """Tile (BLOCK_N, BLOCK_K) of one expert's quantised (N, K) matrix before scaling, zero beyond its edges.
 
-    Returns: int8 for integers, the bits for fp8: what stands for the weights exactly.
+    Returns: int8 for integers and for twice the values of mxfp4, the bits for fp8: what stands for the weights exactly.
 
     Arguments:
         codes: uint8, (E, N, K), or (E, N, ⌈K · bits / 8⌉) of codes of 4, 5 and 6 bits, contiguous; 8-bit floats come as
@@ -76,12 +76,18 @@ def load_quant_tile(
     k = k0 + tl.arange(0, BLOCK_K)
     row = expert.to(tl.int64) * n_size + n
     inside = (n < n_size)[:, None] & (k < k_size)[None, :]
-    if FORMAT == "int4":
+    if FORMAT == "int4" or FORMAT == "mxfp4":
         byte = k0 // 2 + tl.arange(0, BLOCK_K // 2)
         width = (k_size + 1) // 2
         packed_at = codes + row[:, None] * width + byte[None, :]
         packed = tl.load(packed_at, mask=(n < n_size)[:, None] & (byte < width)[None, :], other=0)
-        value = tl.interleave(packed & 15, packed >> 4).to(tl.int8) - ZERO
+        code = tl.interleave(packed & 15, packed >> 4).to(tl.int8)
+        if FORMAT == "int4":
+            value = code - ZERO
+        else:  # twice what 4-bit floats stand for
+            size = code & 7
+            twice = size + (size > 4).to(tl.int8) + (size > 5).to(tl.int8) + 3 * (size > 6).to(tl.int8)
+            value = tl.where(code >= 8, -twice, twice).to(tl.int8)
     elif FORMAT == "int5" or FORMAT == "int6":
         BITS: tl.constexpr = 5 if FORMAT == "int5" else 6  # type: ignore[assignment]
         width = (k_size * BITS + 7) // 8
@@ -105,13 +111,18 @@ def load_quant_scales(
     """What the outputs of a tile are scaled by, (BLOCK_N,), float32.
 
     Arguments:
-        scales: (E, N, G); GROUP: inputs per scale; 0: all.
+        scales: (E, N, G), with one level uint8 for powers of two; GROUP: inputs per scale; 0: all.
         outer: what those are multiplied with, one for OUTER_GROUP inputs; None: 1.
     """
     n = n0 + tl.arange(0, BLOCK_N)
     row = expert.to(tl.int64) * n_size + n
     at = row if GROUP == 0 else row * tl.cdiv(k_size, GROUP) + k0 // GROUP
-    value = tl.load(scales + at, mask=n < n_size, other=0).to(tl.float32)
+    value = tl.load(scales + at, mask=n < n_size, other=0)
+    if outer is None and scales.dtype.element_ty == tl.uint8:
+        # Exponents of powers of two; that of the first is below those of normal numbers.
+        exponent = value.to(tl.int32)
+        return tl.where(exponent == 0, 1 << 22, exponent << 23).to(tl.float32, bitcast=True)
+    value = value.to(tl.float32)
     if outer is not None:
         outer_at = outer + row * tl.cdiv(k_size, OUTER_GROUP) + k0 // OUTER_GROUP
         value *= tl.load(outer_at, mask=n < n_size, other=0.0).to(tl.float32)
@@ -125,6 +136,9 @@ def gated_activation(gate, up, ACTIVATION: tl.constexpr):
         return gate / (1.0 + tl.exp(-gate)) * up
     elif ACTIVATION == "gelu":
         return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
+    elif ACTIVATION == "clamped_swiglu":
+        bounded, other = tl.minimum(gate, 7.0), tl.clamp(up, -7.0, 7.0)
+        return bounded / (1.0 + tl.exp(-1.702 * bounded)) * (other + 1.0)
     else:
         tl.static_assert(ACTIVATION == "gelu_tanh")
         inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
