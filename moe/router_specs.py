@@ -174,6 +174,7 @@ FAMILIES: dict[str, _Rule] = {
     "gpt_oss": _TOPK_SOFTMAX,
     "granitemoe": _TOPK_SOFTMAX,
     "granitemoeshared": _TOPK_SOFTMAX,
+    "granitemoe_swa": _TOPK_SOFTMAX,
     "granitemoehybrid": _TOPK_SOFTMAX,
     "jetmoe": _TOPK_SOFTMAX,
     "aria_text": _TOPK_SOFTMAX,

@@ -262,6 +262,7 @@ def test_no_value_crashes_the_parser(family: str) -> None:
             "mixtral": ("num_local_experts", "num_experts_per_tok"),
             "granitemoe": ("num_local_experts", "num_experts_per_tok"),
             "gpt_oss": ("num_local_experts", "num_experts_per_tok"),
+            "granitemoe_swa": ("num_local_experts", "num_experts_per_tok"),
         },
         **dict.fromkeys(("olmoe", "flex_olmo", "dynamoe"), ("num_experts", "num_experts_per_tok")),
         "phimoe": ("num_local_experts", "num_experts_per_tok"),

@@ -18,6 +18,7 @@ from .family_tables.afmoe import AFMOE
 from .family_tables.attention_variants import ATTENTION_VARIANTS
 from .family_tables.gemma import GEMMA
 from .family_tables.gpt_oss import GPT_OSS
+from .family_tables.granite_swa import GRANITE_SWA
 from .family_tables.latent import LATENT
 from .family_tables.layer_norms import LAYER_NORMS
 from .family_tables.layer_types import LAYER_TYPES
@@ -36,6 +37,7 @@ FAMILIES: dict[str, Family] = {
     **SHARED_EXPERTS,
     **LAYER_TYPES,
     **GPT_OSS,
+    **GRANITE_SWA,
     **GEMMA,
     **LAYER_NORMS,
     **AFMOE,

@@ -111,6 +111,7 @@ class Family:
         rope_types: what this family calls types of ``rope_parameters``.
         rope_keys: of ``rope_parameters``, understood by this family alone.
         thetas: by set, the older key of its ``rope_theta``, which may be empty, and its default.
+        layer_theta: takes the place of ``rope_theta`` in a layer; None: it does not.
         partial_rotary: default of ``partial_rotary_factor``, the part of a head's channels that is rotated; None: the
             family rotates all of them.
         rope_interleaved: neighbouring channels are rotated together, not those half a head apart.
@@ -128,7 +129,6 @@ class Family:
         dense_size: keys of the neurons of a dense FFN; the first that is there counts.
         dense, experts, shared: ways in which checkpoints store dense FFNs, experts and shared experts.
         shared_gate: name of the weight of the shared expert's gate.
-        activation: of the FFNs, by our name for it.
         default_rope: ``rope_parameters`` where a configuration has none.
         divide: finds stored tensors that are read as several.
         router: possible names of the router's weight.
@@ -148,6 +148,7 @@ class Family:
     rope_types: Mapping[str, str] = field(default_factory=dict)
     rope_keys: frozenset[str] = frozenset()
     thetas: Mapping[str, tuple[str, float]] = field(default_factory=dict)
+    layer_theta: Callable[[ConfigReader, int], float | None] = field(default=lambda config, layer: None)
     partial_rotary: Callable[[ConfigReader], float] | None = None
     rope_interleaved: bool = False
     moe: MoERule = _dense
@@ -160,7 +161,6 @@ class Family:
     attention_numbers: Callable[[ConfigReader], dict[str, Any]] = field(default=lambda config: {})
     defaults: Mapping[str, Any] = field(default_factory=dict)
     attention_parts: Callable[[ConfigReader, int], dict[str, Any]] = field(default=lambda config, layer: {})
-    activation: Callable[[ConfigReader], str] = _activation
     default_rope: Mapping[str, Any] = field(default_factory=dict)
     divide: Divide | None = None
     ignored: frozenset[str] = frozenset()

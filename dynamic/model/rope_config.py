@@ -43,6 +43,7 @@ def rope_spec(
         raise rope.error("type", rope.values["type"], f"the same as rope_type, {kind}")
     key, default = family.thetas.get(name, ("rope_theta", family.theta))
     theta = rope.number("rope_theta", config.number(key, default) if key else default)
+    theta = family.layer_theta(config, layer) or theta
     if kind == "dynamic" and "alpha" in family.rope_keys and rope.number("alpha", 0.0):
         # A fixed stretch of the base, whatever the length of the context.
         kind, theta = "default", theta * rope.number("alpha") ** (rotated / (rotated - 2))
