@@ -129,6 +129,7 @@ class Family:
         dense_size: keys of the neurons of a dense FFN; the first that is there counts.
         dense, experts, shared: ways in which checkpoints store dense FFNs, experts and shared experts.
         shared_gate: name of the weight of the shared expert's gate.
+        activation: of the FFNs, by our name for it.
         default_rope: ``rope_parameters`` where a configuration has none.
         divide: finds stored tensors that are read as several.
         router: possible names of the router's weight.
@@ -161,6 +162,7 @@ class Family:
     attention_numbers: Callable[[ConfigReader], dict[str, Any]] = field(default=lambda config: {})
     defaults: Mapping[str, Any] = field(default_factory=dict)
     attention_parts: Callable[[ConfigReader, int], dict[str, Any]] = field(default=lambda config, layer: {})
+    activation: Callable[[ConfigReader], str] = _activation
     default_rope: Mapping[str, Any] = field(default_factory=dict)
     divide: Divide | None = None
     ignored: frozenset[str] = frozenset()
