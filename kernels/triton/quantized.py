@@ -21,7 +21,15 @@ from ..api.quantized_weight import QuantizedWeight
 from .index import ExpertIndex
 from .launch import Launch, cdiv
 from .rounding import RoundedRows
-from .tiles import dot, fp8_to_float16, gated_activation, load_quant_scales, load_quant_tile, tile_coordinates
+from .tiles import (
+    dot,
+    fp4_to_float16,
+    fp8_to_float16,
+    gated_activation,
+    load_quant_scales,
+    load_quant_tile,
+    tile_coordinates,
+)
 from .variants import NoKernelError
 
 
@@ -51,7 +59,7 @@ def multiply_tile(
     zero: tl.constexpr = middle if offsets is None else 0  # pyright: ignore[reportAssignmentType]
     w_NK = load_quant_tile(codes, expert, n0, k0, n_size, k_size, zero, FORMAT, BLOCK_N, BLOCK_K)
     if ROWS == "none":
-        wide_NK = fp8_to_float16(w_NK) if FORMAT == "fp8" else w_NK
+        wide_NK = fp8_to_float16(w_NK) if FORMAT == "fp8" else fp4_to_float16(w_NK) if FORMAT == "mxfp4" else w_NK
         wide_NK = wide_NK.to(tl.float32).to(x_MK.dtype)
         if GROUP == 0:
             return dot(x_MK, tl.trans(wide_NK), acc)
@@ -71,8 +79,6 @@ def multiply_tile(
         return acc + step
     tl.static_assert(GROUP % BLOCK_K == 0)
     scale_N = load_quant_scales(scales, outer_scales, expert, n0, k0, n_size, k_size, GROUP, OUTER_GROUP, BLOCK_N)
-    if FORMAT == "mxfp4":  # twice its numbers were multiplied
-        scale_N *= 0.5
     acc += step * scale_N[None, :]
     if offsets is not None:
         offset_N = load_quant_scales(

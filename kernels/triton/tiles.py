@@ -59,13 +59,20 @@ def fp8_to_float16(codes):
 
 
 @triton.jit
+def fp4_to_float16(codes):
+    """What e2m1 values stand for, given as their bits, int8: the same bits, but for an exponent that is 14 less."""
+    bits = codes.to(tl.int16)
+    return (((bits & 7) << 9) | ((bits & 8) << 12)).to(tl.float16, bitcast=True) * 16384.0
+
+
+@triton.jit
 def load_quant_tile(
     codes, expert, n0, k0, n_size, k_size, ZERO: tl.constexpr, FORMAT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Tile (BLOCK_N, BLOCK_K) of one expert's quantised (N, K) matrix before scaling, zero beyond its edges.
 
-    Returns: int8 for integers and for twice the values of mxfp4, the bits for fp8: what stands for the weights exactly.
+    Returns: int8 for integers, the bits for fp8 and mxfp4: what stands for the weights exactly.
 
     Arguments:
         codes: uint8, (E, N, K), or (E, N, ⌈K · bits / 8⌉) of codes of 4, 5 and 6 bits, contiguous; 8-bit floats come as
@@ -81,13 +88,7 @@ def load_quant_tile(
         width = (k_size + 1) // 2
         packed_at = codes + row[:, None] * width + byte[None, :]
         packed = tl.load(packed_at, mask=(n < n_size)[:, None] & (byte < width)[None, :], other=0)
-        code = tl.interleave(packed & 15, packed >> 4).to(tl.int8)
-        if FORMAT == "int4":
-            value = code - ZERO
-        else:  # twice what 4-bit floats stand for
-            size = code & 7
-            twice = size + (size > 4).to(tl.int8) + (size > 5).to(tl.int8) + 3 * (size > 6).to(tl.int8)
-            value = tl.where(code >= 8, -twice, twice).to(tl.int8)
+        value = tl.interleave(packed & 15, packed >> 4).to(tl.int8) - (ZERO if FORMAT == "int4" else 0)
     elif FORMAT == "int5" or FORMAT == "int6":
         BITS: tl.constexpr = 5 if FORMAT == "int5" else 6  # type: ignore[assignment]
         width = (k_size * BITS + 7) // 8
