@@ -24,7 +24,7 @@ from dynamoe.dynamic.model.layout import plan_layout
 from dynamoe.dynamic.model.loader import load_decoder
 from dynamoe.dynamic.model.prompt_pass import fresh_cache
 from family_parity import ENGINE_PATHS, Variant, check_engine, check_logits, generate
-from parallel_jobs import shard_of
+from parallel_jobs import compare, shard_of
 from safetensors.torch import load_file, save_file
 from test_decoder import TOLERANCE, PagedSequences, error, random_prompts
 
@@ -89,7 +89,9 @@ SLOW = {
     ),
     "v3-yarn": variant("deepseek_v3", **DENSE_FIRST, rope_parameters={**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}),
     "kimi-k2": replace(variant("deepseek_v3", n_group=1, topk_group=1, **DENSE_FIRST), edit=as_kimi_k2),
-    "v2-lite": variant("deepseek_v2", **DENSE_FIRST, q_lora_rank=None, attention_bias=True, mlp_bias=True),
+    "v2-lite": variant(
+        "deepseek_v2", **DENSE_FIRST, q_lora_rank=None, n_group=1, topk_group=1, attention_bias=True, mlp_bias=True
+    ),
     "v3.2-yarn": variant(
         "deepseek_v32", **INDEXER, mlp_layer_types=["sparse", "dense", "sparse"], rope_parameters=YARN
     ),
@@ -227,6 +229,12 @@ def test_rows_that_exit_leave_their_entries_behind(latent: Path, tmp_path: Path)
     assert not torch.equal(entries[0][2], entries[1][2])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"tensor": 2}, {"expert": 2}, {"pipeline": 2}], ids=str)
+def test_tokens_of_two_ranks_are_those_of_one_process(latent: Path, tmp_path: Path, sizes: dict[str, int]) -> None:
+    compare(tmp_path, str(latent), sizes)
+
+
 def test_ranks_share_the_heads_and_each_has_the_latent(latent: Path) -> None:
     config, whole = read_json(latent / "config.json"), Checkpoint(latent)
     spec, name = model_spec(config), "model.layers.0.self_attn."
@@ -275,3 +283,39 @@ def test_longer_contexts_than_an_indexer_would_leave_whole_are_refused(tmp_path:
     save_file({**tensors, name: tensors[name][:8].contiguous()}, directory / "model.safetensors")
     with pytest.raises(CheckpointError, match=f"{name}.* has shape .8, 64.; config.json implies .16, 64."):
         load_decoder(directory)
+
+
+def test_a_cache_in_8_bits_keeps_the_rotated_key(latent: Path) -> None:
+    decoders = [load_decoder(latent, dtype="float32", kv_cache_dtype=kept) for kept in ("auto", "int8")]
+    assert bytes_per_page(decoders[1].spec, torch.int8, 16) == 3 * 16 * (32 + 2 + 2 * 8)
+    found, entries, prompt = [], [], random_prompts([50])[0]
+    for decoder in decoders:
+        kv, batch = fresh_cache(decoder, [50])
+        x_TD = decoder.embed(torch.tensor(prompt))
+        for segment in decoder.segments:
+            x_TD = decoder.run_segment(segment, x_TD, kv, batch)
+        found.append(decoder.logits(x_TD))
+        entries.append(kv[0].keys_BGPC)
+    off_T = (found[1] - found[0]).abs().amax(-1) / found[0].abs().max()
+    assert 1e-4 < off_T.median() < 0.05  # a few rows are routed to other experts
+    plain, coded = entries
+    assert torch.equal(coded[..., 34:].contiguous().view(torch.bfloat16), plain[..., 32:].bfloat16())
+    codes, scale = coded[..., :32].float(), coded[..., 32:34].contiguous().view(torch.bfloat16).float()
+    assert ((codes * scale - plain[..., :32]).abs() <= 0.5 * scale).all()
+    with pytest.raises(ValueError, match="kv_cache_dtype=fp8 does not go with 'mla' attention; auto, int8 do"):
+        load_decoder(latent, dtype="float32", kv_cache_dtype="fp8", backend="torch")
+
+
+def test_tokens_on_a_cache_in_8_bits_do_not_depend_on_the_schedule(latent: Path) -> None:
+    model = load_model(latent, dtype="bfloat16", kv_cache_dtype="int8", device="cpu", progress=False)
+    prompts = random_prompts([1, 40, 17])
+    together = generate(Engine(model, EngineConfig()), prompts)
+    assert [generate(Engine(model, EngineConfig()), [prompt])[0] for prompt in prompts] == together
+    chunked = EngineConfig(
+        max_num_batched_tokens=7, block_size=8, kv_memory=14 * bytes_per_page(model.spec, torch.int8, 8)
+    )
+    engine = Engine(model, chunked)
+    assert generate(engine, prompts) == together
+    assert engine.stats().preemptions > 0
+    assert generate(engine, prompts) == together  # on pages that are found again
+    assert engine.stats().prefix_cache_hits > 0

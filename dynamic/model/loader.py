@@ -99,6 +99,12 @@ def load_decoder(
         raise ValueError(
             f"kv_cache_dtype={settings.kv_cache_dtype} does not run on the {chosen.name} backend; {known} do"
         )
+    for attention in (layer.attention for layer in spec.layers):
+        if settings.kv_cache_dtype not in attention.kv_formats:
+            known = ", ".join(attention.kv_formats)
+            raise ValueError(
+                f"kv_cache_dtype={settings.kv_cache_dtype} does not go with {attention.kind!r} attention; {known} do"
+            )
     heads, placement = load_heads(path), None
     if join is not None:
         placement = join(spec, path, chosen, wanted, stored, heads.exit_layers if heads else ())

@@ -3,5 +3,6 @@
 CAPS = "capped scores and logits"
 FLOAT32_NORMS = "norms with float32 weights"
 LAYER_NORMS = "layer norms"
+LATENTS = "latent attention"
 ROUTING = "routing beyond plain rules"
 SHARED_EXPERTS = "shared experts"

@@ -18,9 +18,9 @@ from ..api import formats
 from ..api.formats import ROW_GROUP, UNQUANTIZED, ActivationScheme, Format
 from ..api.quantized_weight import QuantizedWeight
 from ..api.router_spec import RouterSpec
-from ..api.types import ExpertWeights, KVProjection, LinearWeights, Routing
-from ..api.uncommon import CAPS, FLOAT32_NORMS, LAYER_NORMS, ROUTING, SHARED_EXPERTS
-from ..reference.operations import CLAMPED_SWIGLU
+from ..api.types import ExpertWeights, KVLayer, KVProjection, LinearWeights, Routing
+from ..api.uncommon import CAPS, FLOAT32_NORMS, LATENTS, LAYER_NORMS, ROUTING, SHARED_EXPERTS
+from ..reference.operations import CLAMPED_SWIGLU, rope
 from ..torch.backend import TorchBackend
 from .layout import PLAIN_ACTIVATIONS
 from .stack_vectors import stack_vectors
@@ -59,7 +59,7 @@ def vectors() -> dict[str, Callable[[TorchBackend], Outputs]]:
     found: dict[str, Callable[[TorchBackend], Outputs]] = {PLAIN: _plain, CODED_CACHE: _coded_cache}
     found |= {SINKS: _sinks, CLAMPED_SWIGLU: lambda backend: _mixtures(backend, Numbers(), (CLAMPED_SWIGLU,), 12.0)}
     found |= {ROUTING: _routing_beyond, SHARED_EXPERTS: _shared_experts}
-    found |= {CAPS: _caps, FLOAT32_NORMS: _float32_norms, LAYER_NORMS: _layer_norms}
+    found |= {CAPS: _caps, FLOAT32_NORMS: _float32_norms, LAYER_NORMS: _layer_norms, LATENTS: _latents}
     for format in cpu_formats():
         found[format.name] = lambda backend, format=format: _quantised(backend, format)
     return found
@@ -234,6 +234,22 @@ def _attention(backend: TorchBackend, numbers: Numbers, kept: torch.dtype, softc
                 options = {"window": window, "sinks_H": sinks_H, "lse_TH": lse_TH, "softcap": softcap}
                 yield backend.attention(q_THC, layer, asked, scale=channels**-0.5, **options)
                 yield lse_TH
+
+
+def _latents(backend: TorchBackend) -> Outputs:
+    """Many heads over one key that is the value too, and what every head multiplies with."""
+    numbers = Numbers()
+    for heads, latent, rotated, plain in ((20, 40, 8, 24), (4, 64, 32, 33)):
+        channels = latent + rotated
+        keys = cache(_CONTEXTS, 16, 1, channels, backend.dtype).keys_BGPC
+        keys.copy_(numbers.floats(*keys.shape))
+        layer, asked = KVLayer(keys_BGPC=keys, values_BGPC=keys), places(_CONTEXTS, _NEW_ROWS, 16)
+        up = backend.pack_head_linear(numbers.floats(heads, latent, plain))
+        q_THN, q_THR = (numbers.floats(sum(_NEW_ROWS), heads, size).to(backend.dtype) for size in (plain, rotated))
+        for interleaved in (False, True):
+            q_THR = rope(q_THR, rotations(rotated, max(_CONTEXTS)), asked.positions_T, interleaved)
+            q_THC = torch.cat((backend.head_linear(q_THN, up), q_THR), -1)
+            yield backend.attention(q_THC, layer, asked, scale=channels**-0.5)
 
 
 def _exits(backend: TorchBackend, numbers: Numbers) -> Outputs:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 
+from ....kernels.api.kv_codes import KV_DTYPES
 from ....kernels.api.stack import StackBlock
 from ....kernels.api.types import AttentionBatch, KVLayer, KVProjection, LinearWeights
 from ....kernels.torch.backend import TorchBackend
@@ -134,6 +135,7 @@ class AttentionSpec(ABC):
     """
 
     kind: ClassVar[str]
+    kv_formats: ClassVar[tuple[str, ...]] = tuple(KV_DTYPES)  # in which its cache may be kept
     window: int | None = None
 
     @classmethod

@@ -17,9 +17,9 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from ....kernels.api.kv_codes import write_heads
 from ....kernels.api.ranges import check_ranges
 from ....kernels.api.types import AttentionBatch, KVLayer, KVProjection, LinearWeights
+from ....kernels.api.uncommon import LATENTS
 from ....kernels.reference.operations import rope
 from ....kernels.torch.backend import TorchBackend
 from ...checkpoint.config_reader import ConfigReader
@@ -36,6 +36,7 @@ from .kind import (
     LinearLayout,
     Shape,
 )
+from .latent_cache import KV_FORMATS, entry_size, readable, write_entries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,7 @@ class MlaSpec(AttentionSpec):
     """
 
     kind: ClassVar[str] = "mla"
+    kv_formats: ClassVar[tuple[str, ...]] = KV_FORMATS
     num_heads: int
     query_rank: int | None
     latent: int
@@ -131,6 +133,10 @@ class MlaSpec(AttentionSpec):
             scale=score_factor(config, family, layer) * (plain_dim + rotated_dim) ** -0.5,
             **family.attention_numbers(config),
         )
+
+    @property
+    def uncommon(self) -> set[str]:
+        return {LATENTS}
 
     @property
     def rotary_channels(self) -> int:
@@ -221,9 +227,10 @@ class MlaSpec(AttentionSpec):
         plain_THN, rotated_THR = q_THX.split((self.plain_dim, self.rotated_dim), -1)
         latent_TZ, key_TR = self._cached(backend.linear(x_TD, w.kv_a), w.kv_norm, backend)
         rotated_TXR = self._rotated(torch.cat((rotated_THR, key_TR[:, None]), 1), batch, context)
-        self._write(latent_TZ, rotated_TXR[:, -1], kv, batch)
+        write_entries(latent_TZ, rotated_TXR[:, -1], kv, batch)
         q_THC = torch.cat((backend.head_linear(plain_THN, w.key_up), rotated_TXR[:, :-1]), -1)
-        out_THC = backend.attention(q_THC, kv, batch, scale=self.scale, window=self.window)
+        read, places = readable(kv, batch, self.latent, backend.dtype)
+        out_THC = backend.attention(q_THC, read, places, scale=self.scale, window=self.window)
         value_THV = backend.head_linear(out_THC[..., : self.latent], w.value_up)
         return backend.linear(value_THV.flatten(1), w.o)
 
@@ -237,13 +244,8 @@ class MlaSpec(AttentionSpec):
     def _rotated(self, x_TXR: torch.Tensor, batch: AttentionBatch, context: AttentionContext) -> torch.Tensor:
         return rope(x_TXR, context.cos_sin_LC, batch.positions_T, self.interleaved)
 
-    def _write(self, latent_TZ: torch.Tensor, key_TR: torch.Tensor, kv: KVLayer, batch: AttentionBatch) -> None:
-        entry_T1C = torch.cat((latent_TZ, key_TR), -1)[:, None]
-        pages_T, offsets_T = batch.slots_T // kv.page_size, batch.slots_T % kv.page_size
-        write_heads(kv.keys_BGPC, entry_T1C, pages_T, offsets_T, kv)
-
     def cache_shapes(self, page_size: int, dtype: torch.dtype) -> tuple[Shape, ...]:
-        return ((1, page_size, self.cached_dim),)
+        return ((1, page_size, entry_size(self.latent, self.rotated_dim, dtype)),)
 
     def cache(self, tensors: Sequence[torch.Tensor], scales_behind_page: bool) -> KVLayer:
         (entries,) = tensors
@@ -297,4 +299,4 @@ class MlaSpec(AttentionSpec):
             assert projection.k_norm is not None
             normed_RD = backend.read_by(projection, x_RD, context.norm_eps)
             latent_RZ, key_RR = self._cached(backend.linear(normed_RD, projection.kv), projection.k_norm, backend)
-            self._write(latent_RZ, self._rotated(key_RR[:, None], batch, context)[:, 0], layer, batch)
+            write_entries(latent_RZ, self._rotated(key_RR[:, None], batch, context)[:, 0], layer, batch)
