@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 ARCHITECTURES = {
     "ernie4_5_moe": "ernie4_5-moe",
     "glm4_moe": "glm4moe",
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), "deepseek2"),
     "gpt_oss": "gpt-oss",
     "granitemoeshared": "granitemoe",
     "hunyuan_v1_moe": "hunyuan-moe",
@@ -211,6 +212,8 @@ def metadata(config: dict[str, Any], architecture: str) -> dict[str, Any]:
         "vocab_size": config["vocab_size"],
     }
     own |= shared_metadata(config, architecture)
+    if architecture == "deepseek2":
+        own |= deepseek2_metadata(config)
     if rope.get("rope_type") in ("linear", "yarn"):
         own |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": float(rope["factor"])}
     if rope.get("rope_type") == "yarn":
@@ -291,7 +294,7 @@ def gguf_tensors(
         if stem.startswith("model.layers."):
             _, _, number, stem = stem.split(".", 3)
             block = f"blk.{number}."
-        if architecture == "gpt-oss" and (found := gpt_oss_tensors(block, stem, kind, weight)):
+        if found := OWN_TENSORS.get(architecture, nothing)(block, stem, kind, weight, config):
             out |= found
         elif ".experts." in stem and stem.split(".")[-2].isdigit():
             expert, part = stem.split(".")[-2:]
@@ -321,7 +324,58 @@ def gguf_tensors(
     return out
 
 
-def gpt_oss_tensors(block: str, stem: str, kind: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+LATENT_NAMES = {
+    **{"self_attn.q_a_proj": "attn_q_a", "self_attn.q_a_layernorm": "attn_q_a_norm", "self_attn.q_b_proj": "attn_q_b"},
+    **{"self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa", "self_attn.kv_a_layernorm": "attn_kv_a_norm"},
+    **{f"mlp.shared_experts.{part}_proj": f"ffn_{part}_shexp" for part in ("gate", "up", "down")},
+}
+
+
+def deepseek2_tensors(
+    block: str, stem: str, kind: str, weight: torch.Tensor, config: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """Of those that other architectures do not have: keys and values are made of a latent head by head."""
+    if stem in LATENT_NAMES:
+        return {f"{block}{LATENT_NAMES[stem]}.weight": weight}
+    if stem.endswith("e_score_correction_bias"):
+        return {f"{block}exp_probs_b.bias": weight}
+    if stem != "self_attn.kv_b_proj":
+        return {}
+    key_HNZ, value_HVZ = weight.unflatten(0, (config["num_attention_heads"], -1)).split(
+        (config["qk_nope_head_dim"], config["v_head_dim"]), 1
+    )
+    return {f"{block}attn_k_b.weight": key_HNZ.transpose(1, 2).contiguous(), f"{block}attn_v_b.weight": value_HVZ}
+
+
+def deepseek2_metadata(config: dict[str, Any]) -> dict[str, Any]:
+    rank, rotated = config["kv_lora_rank"], config["qk_rope_head_dim"]
+    sigmoid, rope = config["model_type"] == "deepseek_v3", config["rope_parameters"]
+    own = {
+        "attention.head_count_kv": 1,
+        "attention.key_length": rank + rotated,
+        "attention.value_length": rank,
+        "attention.key_length_mla": config["qk_nope_head_dim"] + rotated,
+        "attention.value_length_mla": config["v_head_dim"],
+        "attention.kv_lora_rank": rank,
+        "attention.q_lora_rank": config["q_lora_rank"],
+        "rope.dimension_count": rotated,
+        "leading_dense_block_count": config["first_k_dense_replace"],
+        "expert_count": config["n_routed_experts"],
+        "expert_shared_count": config["n_shared_experts"],
+        "expert_weights_scale": float(config["routed_scaling_factor"]),
+        "expert_weights_norm": config["norm_topk_prob"],
+        "expert_gating_func": 2 if sigmoid else 1,
+    }
+    if sigmoid:
+        own |= {"expert_group_count": config["n_group"], "expert_group_used_count": config["topk_group"]}
+    if rope["rope_type"] == "yarn":
+        own["rope.scaling.yarn_log_multiplier"] = 0.1 * rope["mscale_all_dim"]
+    return own
+
+
+def gpt_oss_tensors(
+    block: str, stem: str, kind: str, weight: torch.Tensor, config: dict[str, Any]
+) -> dict[str, torch.Tensor]:
     """Of those that other architectures do not have: outputs come first, and gate and up apart."""
     if stem.endswith("sinks"):
         return {f"{block}attn_sinks.weight": weight}
@@ -347,3 +401,11 @@ def llama3_factors(rope: dict[str, Any], config: dict[str, Any]) -> torch.Tensor
         smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
         factors.append(1 / ((1 - smooth) / factor + smooth))
     return torch.tensor(factors)
+
+
+def nothing(*_: Any) -> dict[str, torch.Tensor]:
+    """Of an architecture whose tensors others have too."""
+    return {}
+
+
+OWN_TENSORS = {"deepseek2": deepseek2_tensors, "gpt-oss": gpt_oss_tensors}

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import add_exits
 from dynamoe.dynamic.checkpoint.weights import Checkpoint, CheckpointError, read_json
+from dynamoe.dynamic.convert.gguf_import import import_gguf
 from dynamoe.dynamic.convert.load_model import load_model
 from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine
@@ -24,6 +25,7 @@ from dynamoe.dynamic.model.layout import plan_layout
 from dynamoe.dynamic.model.loader import load_decoder
 from dynamoe.dynamic.model.prompt_pass import fresh_cache
 from family_parity import ENGINE_PATHS, Variant, check_engine, check_logits, generate
+from gguf_files import write_gguf
 from parallel_jobs import compare, shard_of
 from safetensors.torch import load_file, save_file
 from test_decoder import TOLERANCE, PagedSequences, error, random_prompts
@@ -319,3 +321,46 @@ def test_tokens_on_a_cache_in_8_bits_do_not_depend_on_the_schedule(latent: Path)
     assert engine.stats().preemptions > 0
     assert generate(engine, prompts) == together  # on pages that are found again
     assert engine.stats().prefix_cache_hits > 0
+
+
+def one_tensor_for_keys_and_values(values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """As files were before keys and values came apart; there the sizes of heads are under the plain keys."""
+    for part in ("key", "value"):
+        values[f"deepseek2.attention.{part}_length"] = values.pop(f"deepseek2.attention.{part}_length_mla")
+    values["deepseek2.attention.head_count_kv"] = values["deepseek2.attention.head_count"]
+    for name in [name for name in tensors if name.endswith("attn_k_b.weight")]:
+        keys, v_HVZ = tensors.pop(name), tensors.pop(name.replace("_k_b", "_v_b"))
+        tensors[name.replace("_k_b", "_kv_b")] = torch.cat((keys.transpose(1, 2), v_HVZ), 1).flatten(0, 1)
+
+
+GGUF = {
+    "v3": (variant("deepseek_v3", **DENSE_FIRST, rope_parameters={**YARN, "mscale": 0.9}), {}),
+    "v3-older": (variant("deepseek_v3", **DENSE_FIRST), {"edit": one_tensor_for_keys_and_values}),
+    "v2-lite": (variant("deepseek_v2", **DENSE_FIRST, q_lora_rank=None, n_group=1, topk_group=1), {}),
+}
+
+
+@pytest.mark.parametrize("name", GGUF)
+def test_gguf_files_compute_what_the_checkpoint_does(name: str, tmp_path: Path) -> None:
+    given, writing = GGUF[name]
+    checkpoint, target = given.save(tmp_path / "checkpoint"), tmp_path / "imported"
+    target.mkdir()
+    import_gguf(write_gguf(checkpoint, tmp_path / "tiny.gguf", **writing), target, progress=False)
+    decoders = [load_decoder(path, dtype="float32") for path in (checkpoint, target)]
+    assert error(*(PagedSequences(decoder, 1).run(random_prompts([40])) for decoder in decoders)) < 1e-5
+
+
+def test_quantised_gguf_files_run_on_their_codes(tmp_path: Path) -> None:
+    sizes = {"q_lora_rank": 32, "qk_nope_head_dim": 32, "v_head_dim": 32, "moe_intermediate_size": 64}
+    given, decoders = Variant(family="deepseek_v3", config={**SIZES, **DENSE_FIRST, **sizes}), []
+    file = write_gguf(given.save(tmp_path / "checkpoint"), tmp_path / "tiny.gguf", "Q8_0")
+    for keep_codes in (True, False):
+        target = tmp_path / str(keep_codes)
+        target.mkdir()
+        import_gguf(file, target, keep_codes=keep_codes, progress=False)
+        decoders.append(load_decoder(target, dtype="float32"))
+    coded, plain = ([getattr(d.layers[1].attention, p).nbytes for p in ("q", "o", "key_up")] for d in decoders)
+    assert coded[0] < plain[0] / 3
+    assert coded[1] < plain[1] / 3
+    assert coded[2] == plain[2]
+    assert error(*(PagedSequences(decoder, 1).run(random_prompts([40])) for decoder in decoders)) < TOLERANCE

@@ -15,6 +15,7 @@ from ..checkpoint.gguf_file import GgufTensor
 from ..checkpoint.weights import CheckpointError
 from ..model.families import FAMILIES
 from ..model.family import one_each
+from .gguf_latent import DEEPSEEK2
 from .gguf_metadata import Metadata
 from .gguf_rope import ROPE_FREQUENCIES, rope_scaling
 from .gguf_settings import Architecture, Tensors, experts_of, has_bias, head_dim_of, heads_of
@@ -54,6 +55,7 @@ CLASSES = {
     **{"granitemoeshared": "GraniteMoeSharedForCausalLM", "glm4_moe": "Glm4MoeForCausalLM"},
     **{"dots1": "Dots1ForCausalLM", "ernie4_5_moe": "Ernie4_5_MoeForCausalLM"},
     "hunyuan_v1_moe": "HunYuanMoEV1ForCausalLM",
+    **{"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"},
 }
 
 
@@ -143,6 +145,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": Architecture(settings=_qwen3),
     "qwen3moe": Architecture(settings=_qwen3moe),
     "olmoe": Architecture(settings=_olmoe),
+    "deepseek2": DEEPSEEK2,
     "gpt-oss": Architecture(
         settings=_gpt_oss,
         names={"post_attention_norm.weight": "post_attention_layernorm.weight", "attn_sinks.weight": "self_attn.sinks"},
@@ -173,14 +176,14 @@ def model_config(
     if not 0 <= layers <= (most := min(len(tensors), _MOST_LAYERS)):
         raise meta.error(".block_count", meta.get(".block_count"), f"at most {most}, for {len(tensors)} tensors")
     hidden, heads, head_dim = meta.integer(".embedding_length"), heads_of(meta), head_dim_of(meta)
-    for key in (".attention.value_length", ".rope.dimension_count"):
+    for key in () if architecture.latent else (".attention.value_length", ".rope.dimension_count"):
         if meta.integer(key, head_dim) != head_dim and not (architecture.partial_rotary and key.startswith(".rope")):
             raise meta.error(key, meta.get(key), f"the width of a head, {head_dim}")
     vocabulary = meta.integer(".vocab_size", embedding.shape[0])
     if vocabulary != embedding.shape[0]:
         raise meta.error(".vocab_size", vocabulary, f"the rows of 'token_embd.weight', {embedding.shape[0]}")
     own = architecture.settings(meta, tensors)
-    scaling = rope_scaling(meta, tensors, read)
+    scaling = rope_scaling(meta, tensors, read, architecture.latent)
     if scaling is not None and scaling["rope_type"] == "yarn":
         scaling |= architecture.yarn
     return {

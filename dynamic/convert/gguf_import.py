@@ -7,6 +7,7 @@ refused; and every tensor of the model comes from the file.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -23,11 +24,12 @@ from ..checkpoint.weights import CheckpointError, TensorInfo
 from ..model.families import family_of, model_spec
 from ..model.layout import plan_layout
 from .gguf_architectures import STACKED, Architecture, gguf_names, hugging_face_names, model_config
+from .gguf_latent import SMALL
 from .gguf_metadata import Metadata
 from .gguf_tokenizer import read_vocabulary, write_tokenizer
 
 _PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_SMALL = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")  # weights that nothing runs quantised
+_SMALL = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", *SMALL)  # weights that nothing runs quantised
 _NAMED_IN_CONFIG = ("bos_token", "eos_token", "pad_token")
 _SAMPLING = {  # what the file calls recommended settings, and ``generation_config.json``
     **{f"general.sampling.{name}": name for name in ("top_k", "top_p", "min_p")},
@@ -64,7 +66,7 @@ class _Piece:
 
     def widened(self, file: GgufFile) -> torch.Tensor:
         """Its numbers in float32."""
-        return dequantized(self.rows(file), self.tensor.kind, (self.shape[0], self.shape[-1]))
+        return dequantized(self.rows(file), self.tensor.kind, (math.prod(self.shape[:-1]), self.shape[-1]))
 
 
 def importer_digest() -> str:

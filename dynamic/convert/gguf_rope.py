@@ -17,12 +17,16 @@ ROPE_FREQUENCIES = "rope_freqs.weight"
 
 
 def rope_scaling(
-    meta: Metadata, tensors: Mapping[str, GgufTensor], read: Callable[[GgufTensor], torch.Tensor]
+    meta: Metadata,
+    tensors: Mapping[str, GgufTensor],
+    read: Callable[[GgufTensor], torch.Tensor],
+    latent: bool = False,
 ) -> dict[str, Any] | None:
     """How the range of positions was stretched, as ``rope_scaling`` of a ``config.json``; a factor of 0 or 1 is none.
 
     Arguments:
         read: the numbers of a small tensor, float32.
+        latent: YaRN sharpens the scores as with latent attention.
 
     Raises:
         CheckpointError: naming a key or tensor that is not understood.
@@ -31,7 +35,7 @@ def rope_scaling(
     kind = meta.text(".rope.scaling.type", "linear")
     # -1: what the type says, which is 1 for YaRN.
     known = {"yarn_ext_factor": (-1.0, float(kind == "yarn")), "yarn_attn_factor": (-1.0, 0.0, 1.0)}
-    for name in (*known, "yarn_log_multiplier", "alpha"):
+    for name in (*known, *(() if latent else ("yarn_log_multiplier",)), "alpha"):
         key, values = f".rope.scaling.{name}", known.get(name, (0.0,))
         if meta.number(key, values[0]) not in values:
             raise meta.error(key, meta.get(key), "left away; nothing else is supported")
@@ -49,12 +53,16 @@ def rope_scaling(
         return None
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
-    # llama.cpp multiplies the factor that YaRN recommends.
+    # llama.cpp multiplies the factor that YaRN recommends; with latents it takes that back.
+    sharpened = {"mscale_all_dim": 10 * meta.number(".rope.scaling.yarn_log_multiplier", 0.0)} if latent else {}
+    if latent and attention_factor != 1:
+        raise meta.error(".rope.scaling.attn_factor", attention_factor, "1")
     return {
         "rope_type": "yarn",
         "factor": factor,
         "original_max_position_embeddings": original,
-        "attention_factor": attention_factor * yarn_attention_factor(factor),
+        "attention_factor": 1.0 if latent else attention_factor * yarn_attention_factor(factor),
+        **sharpened,
         "beta_fast": meta.number(".rope.scaling.yarn_beta_fast", 32.0),
         "beta_slow": meta.number(".rope.scaling.yarn_beta_slow", 1.0),
     }

@@ -27,6 +27,7 @@ class Architecture:
         names: of blocks' tensors beside those that all architectures have.
         yarn: more settings of YaRN.
         partial_rotary: only the first channels of a head may be rotated.
+        latent: heads have the sizes that ``settings`` reads.
         further_tokens: the last blocks may be layers that predict further tokens, which are left out.
     """
 
@@ -35,6 +36,7 @@ class Architecture:
     names: Mapping[str, str] = field(default_factory=dict)
     yarn: Mapping[str, Any] = field(default_factory=dict)
     partial_rotary: bool = False
+    latent: bool = False
     further_tokens: bool = False
 
     def layers(self, meta: Metadata) -> int:

@@ -175,10 +175,12 @@ class MlaSpec(AttentionSpec):
             "kv_a": linear("kv_a_proj_with_mqa", hidden_size, self.cached_dim, self.bias),
             "o": linear("o_proj", self.num_heads * self.value_dim, hidden_size, self.bias),
         }
-        tensors = {
-            "kv_norm": tensor("kv_a_layernorm", self.latent),
-            "kv_b": tensor("kv_b_proj", self.num_heads * (self.plain_dim + self.value_dim), self.latent),
-        }
+        tensors = {"kv_norm": tensor("kv_a_layernorm", self.latent)}
+        if f"{prefix}k_b_proj.weight" in available:  # as GGUF files have them
+            tensors["k_b"] = tensor("k_b_proj", self.num_heads, self.latent, self.plain_dim)
+            tensors["v_b"] = tensor("v_b_proj", self.num_heads, self.value_dim, self.latent)
+        else:
+            tensors["kv_b"] = tensor("kv_b_proj", self.num_heads * (self.plain_dim + self.value_dim), self.latent)
         if rank is None:
             linears["q"] = linear("q_proj", hidden_size, queries)
         else:
@@ -208,10 +210,14 @@ class MlaSpec(AttentionSpec):
     def pack(self, parts: Mapping[str, LinearWeights | torch.Tensor], backend: TorchBackend) -> MlaWeights:
         """See :meth:`AttentionSpec.pack`; one rank's share has fewer heads than this."""
         fields: dict[str, Any] = dict(parts)
-        kv_b_HXZ = fields.pop("kv_b").unflatten(0, (-1, self.plain_dim + self.value_dim))
-        key_HNZ, value_HVZ = kv_b_HXZ.split((self.plain_dim, self.value_dim), 1)
-        key_up = backend.pack_head_linear(key_HNZ.transpose(1, 2))
-        return MlaWeights(**fields, key_up=key_up, value_up=backend.pack_head_linear(value_HVZ))
+        if "kv_b" in fields:
+            kv_b_HXZ = fields.pop("kv_b").unflatten(0, (-1, self.plain_dim + self.value_dim))
+            key_HNZ, value_HVZ = kv_b_HXZ.split((self.plain_dim, self.value_dim), 1)
+            key_HZN = key_HNZ.transpose(1, 2)
+        else:
+            key_HZN, value_HVZ = fields.pop("k_b"), fields.pop("v_b")
+        up = {"key_up": backend.pack_head_linear(key_HZN), "value_up": backend.pack_head_linear(value_HVZ)}
+        return MlaWeights(**fields, **up)
 
     def weights(self, parts: Mapping[str, LinearWeights | torch.Tensor]) -> MlaWeights:
         raise NotImplementedError("this kind's weights are in the backend's layout: see pack")
@@ -264,10 +270,9 @@ class MlaSpec(AttentionSpec):
             heads = self._heads(parts, number)
             return slice(heads.start * size, heads.stop * size)
 
-        outputs = {
-            layout.linears["q"].weights[0]: channels(self.query_dim, part),
-            layout.tensors["kv_b"].name: channels(self.plain_dim + self.value_dim, part),
-        }
+        rows = {"kv_b": self.plain_dim + self.value_dim, "k_b": 1, "v_b": 1}
+        outputs = {t.name: channels(rows[field], part) for field, t in layout.tensors.items() if field in rows}
+        outputs[layout.linears["q"].weights[0]] = channels(self.query_dim, part)
         inputs = tuple(channels(self.value_dim, number) for number in range(parts))
         return AttentionCuts(outputs=outputs, inputs={layout.linears["o"].weights[0]: inputs})
 

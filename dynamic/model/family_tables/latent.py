@@ -27,13 +27,16 @@ def _deepseek_v2(config: ConfigReader, layer: int) -> MoESpec | None:
 
 def _by_type(config: ConfigReader, layer: int) -> MoESpec | None:
     """Dense layers are those that ``mlp_layer_types`` names, or the first ones."""
-    default = "dense" if layer < config.integer("first_k_dense_replace") else "sparse"
-    return None if mlp_type(config, layer, default) == "dense" else with_shared(config, layer, "n_shared_experts")
+    return _of_type(config, layer, layer < config.integer("first_k_dense_replace"))
 
 
 def _first_dense(config: ConfigReader, layer: int) -> MoESpec | None:
-    dense = mlp_type(config, layer, "sparse" if layer else "dense") == "dense"
-    return None if dense else with_shared(config, layer, "n_shared_experts")
+    return _of_type(config, layer, layer == 0)
+
+
+def _of_type(config: ConfigReader, layer: int, dense: bool) -> MoESpec | None:
+    mixture = with_shared(config, layer, "n_shared_experts")
+    return None if mlp_type(config, layer, "dense" if dense else "sparse") == "dense" else mixture
 
 
 def _interleaved(config: ConfigReader) -> dict[str, Any]:

@@ -1,0 +1,84 @@
+"""Files of the architecture ``deepseek2``: multi-head latent attention.
+
+Newer files have the weights that make keys and values of a latent apart and by head, and name the sizes of heads under
+keys of their own; older ones have them together, as Hugging Face does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .gguf_metadata import Metadata
+from .gguf_settings import Architecture, Tensors, experts_of, heads_of
+from .gguf_shared_experts import shared_names
+
+_SOFTMAX, _SIGMOID = 1, 2  # llama.cpp's rules of routers
+_ATTENTION = {
+    **{"attn_q_a": "q_a_proj", "attn_q_a_norm": "q_a_layernorm", "attn_q_b": "q_b_proj"},
+    **{"attn_kv_a_mqa": "kv_a_proj_with_mqa", "attn_kv_a_norm": "kv_a_layernorm"},
+    **{"attn_kv_b": "kv_b_proj", "attn_k_b": "k_b_proj", "attn_v_b": "v_b_proj"},
+}
+NAMES = {
+    **{f"{theirs}.weight": f"self_attn.{ours}.weight" for theirs, ours in _ATTENTION.items()},
+    **shared_names("mlp.shared_experts"),
+}
+# What nothing runs quantised.
+SMALL = ("attn_kv_b.weight", "attn_k_b.weight", "attn_v_b.weight")
+
+
+def _deepseek2(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
+    rule = meta.integer(".expert_gating_func", _SOFTMAX)
+    if rule not in (_SOFTMAX, _SIGMOID):
+        raise meta.error(".expert_gating_func", rule, f"{_SOFTMAX} (softmax) or {_SIGMOID} (sigmoid)")
+    groups = {
+        "n_group": meta.integer(".expert_group_count", 0) or 1,
+        "topk_group": meta.integer(".expert_group_used_count", 0) or 1,
+    }
+    normalised = meta.flag(".expert_weights_norm", False)
+    family = {"model_type": "deepseek_v3", "norm_topk_prob": normalised}
+    if rule == _SOFTMAX:
+        family = {"model_type": "deepseek_v2"}
+        if normalised:
+            raise meta.error(".expert_weights_norm", normalised, "false where scores are a softmax")
+        if groups["n_group"] > 1:
+            raise meta.error(".expert_group_count", groups["n_group"], "1 where scores are a softmax")
+    experts = experts_of(meta, tensors, "n_routed_experts")
+    return {
+        **family,
+        **_sizes(meta),
+        **groups,
+        "moe_intermediate_size": experts.pop("intermediate_size"),
+        **experts,
+        "q_lora_rank": meta.integer(".attention.q_lora_rank", 0) or None,
+        "first_k_dense_replace": meta.integer(".leading_dense_block_count", 0),
+        "n_shared_experts": meta.integer(".expert_shared_count", 0),
+        "routed_scaling_factor": meta.number(".expert_weights_scale", 0.0) or 1.0,  # 0 is a factor that is not there
+    }
+
+
+def _sizes(meta: Metadata) -> dict[str, int]:
+    heads, rank = heads_of(meta), meta.integer(".attention.kv_lora_rank")
+    rotated = meta.integer(".rope.dimension_count")
+    stored = {"key": meta.integer(".attention.key_length"), "value": meta.integer(".attention.value_length")}
+    own, caches = dict(stored), stored
+    if meta.has(".attention.key_length_mla"):  # the keys without it are sizes of the cache
+        own = {part: meta.integer(f".attention.{part}_length_mla") for part in stored}
+        caches = {"key": rank + rotated, "value": rank}
+    for part, size in caches.items():
+        if stored[part] != size:
+            raise meta.error(f".attention.{part}_length", stored[part], str(size))
+    if own["key"] <= rotated:
+        raise meta.error(".attention.key_length", own["key"], f"more than .rope.dimension_count={rotated}")
+    if (groups := meta.of_all_layers(".attention.head_count_kv", heads)) not in (1, heads):
+        raise meta.error(".attention.head_count_kv", groups, f"1 or {heads}")
+    return {
+        "num_key_value_heads": heads,
+        "head_dim": rotated,
+        "kv_lora_rank": rank,
+        "qk_rope_head_dim": rotated,
+        "qk_nope_head_dim": own["key"] - rotated,
+        "v_head_dim": own["value"],
+    }
+
+
+DEEPSEEK2 = Architecture(settings=_deepseek2, names=NAMES, latent=True, further_tokens=True)
