@@ -35,7 +35,7 @@ def _deepseek2(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
         "topk_group": meta.integer(".expert_group_used_count", 0) or 1,
     }
     normalised = meta.flag(".expert_weights_norm", False)
-    family = {"model_type": "deepseek_v3", "norm_topk_prob": normalised}
+    family: dict[str, Any] = {"model_type": "deepseek_v3", "norm_topk_prob": normalised}
     if rule == _SOFTMAX:
         family = {"model_type": "deepseek_v2"}
         if normalised:
