@@ -59,8 +59,9 @@ VARIANTS = [
     variant("smollm3", **FOUR, no_rope_layers=[1, 0, 1, 0], use_sliding_window=True, sliding_window=11),
     variant("ministral3", head_dim=24, max_position_embeddings=128, rope_parameters={**YARN, **GROWTH}),
     variant("granite", **SCALES),
-    variant("phi3", partial_rotary_factor=0.5, rope_parameters=LONGROPE),
+    variant("phi3", partial_rotary_factor=0.5, rope_parameters=LONGROPE, original_max_position_embeddings=256),
     variant("hunyuan_v1_dense", head_dim=24, rope_parameters={"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0}),
+    variant("glm4", head_dim=24),
     variant("mellum", **ROUTED, **FOUR, **WINDOWS, layer_types=[SLIDING, FULL] * 2, rope_parameters=ROPES),
     variant("exaone_moe", **ROUTED, **FOUR, sliding_window_pattern=2, sliding_window=9),
     variant("mimo_v2_flash", **MIMO, **FOUR, layer_types=[FULL, SLIDING] * 2, rope_parameters=ROPES),
@@ -69,6 +70,7 @@ VARIANTS = [
 MORE = [
     variant("smollm3", **FOUR, attention_bias=True, mlp_bias=True),
     variant("phi3", sliding_window=9),
+    variant("glm", head_dim=24, attention_bias=True, partial_rotary_factor=1.0),
     variant("mellum", **ROUTED, mlp_layer_types=["sparse", "dense", "sparse"], attention_bias=True),
     variant("exaone_moe", **ROUTED, n_group=4, topk_group=2, num_shared_experts=2, sliding_window=9),
     variant("exaone_moe", **ROUTED, sliding_window=None, layer_types=[FULL] * 3),

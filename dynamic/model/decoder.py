@@ -9,6 +9,7 @@ Shape suffixes (also in ``kernels/api/types.py``):
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 
 import torch
@@ -28,7 +29,7 @@ from ...kernels.api.types import (
 )
 from ...kernels.torch.backend import TorchBackend
 from ...kernels.torch.elementwise import sigmoid
-from .attention.kind import AttentionContext
+from .attention.kind import AttentionContext, AttentionSpec
 from .blocks import Add, Attention, FeedForwards, Norm, OutNorm, Read, Scale
 from .counters import Exchange
 from .exits import DecoderExit
@@ -279,13 +280,17 @@ class Decoder:
         """See :meth:`propagate_kv`; ``kv`` has the layers behind the exit that are here."""
         behind = [number for number in self.held if number >= exit.after_layers]
         layers = zip(behind, exit.projections, kv, strict=True)
-        for _, alike in groupby(layers, lambda layer: id(self.rope_tables[layer[0]])):
+        for _, alike in groupby(layers, lambda layer: self._propagated_as(layer[0])):
             self._propagate_alike(list(alike), x_RD, batch)
 
+    def _propagated_as(self, number: int) -> tuple[int, AttentionSpec]:
+        """What layers share whose keys and values are made at once: rotations, and attention but for windows."""
+        return id(self.rope_tables[number]), replace(self.local_spec.layers[number].attention, window=None)
+
     def _propagate_alike(self, layers: Sequence[Behind], x_RD: torch.Tensor, batch: AttentionBatch) -> None:
-        """Of layers that rotate alike."""
+        """Of layers that are alike."""
         numbers, projections, kv = zip(*layers, strict=True)
-        context, kind = self._attention_context(numbers[0]), self.local_spec.layers[-1].attention
+        context, kind = self._attention_context(numbers[0]), self.local_spec.layers[numbers[0]].attention
         kind.propagate(projections, x_RD, kv, batch, context)
 
     @in_inference_mode

@@ -67,9 +67,6 @@ def pack_exits(
     if heads.hidden_size != spec.hidden_size:
         raise ValueError(f"the exits are for hidden size {heads.hidden_size}, the model has {spec.hidden_size}")
     split_into_segments(spec.num_layers, heads.exit_layers)  # refuses exits outside the model
-    kinds = {replace(layer.attention, window=None) for layer in spec.layers}
-    if len(kinds) > 1:
-        raise ValueError("exits need layers of one kind of attention, which differ in their windows only")
     if NORM_KINDS[spec.norm].centred:
         raise ValueError(f"exits need root-mean-square norms; this {spec.family} model has norms of kind {spec.norm!r}")
     projections = {n: _projection(spec.layers[n], w, backend) for n, w in enumerate(layers) if n in held}

@@ -367,7 +367,7 @@ class ParallelDecoder(Decoder):
     def _propagate_alike(self, layers: Sequence[Behind], x_RD: torch.Tensor, batch: AttentionBatch) -> None:
         if self._spread_norms is None:
             return super()._propagate_alike(layers, x_RD, batch)
-        kind, context = self.local_spec.layers[-1].attention, self._attention_context(layers[0][0])
+        kind, context = self.local_spec.layers[layers[0][0]].attention, self._attention_context(layers[0][0])
         propagate_over_ranks(self.context, context, kind, self._spread_norms[1], layers, x_RD, batch)
 
     def _ffn(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from ...checkpoint.config_reader import ConfigReader
 from ...checkpoint.fused import rows_of
 from ...checkpoint.weights import Piece, TensorInfo
 from ..attention.extended import ExtendedGqaSpec, QueryGrowth
+from ..blocks import SANDWICH
 from ..family import Family
 from ..rope_config import rope_values
 from .rules import ATTENTION_BIAS, FULL, flag_of, layer_type, positive_window, window_everywhere
@@ -53,7 +55,7 @@ def extended(config: ConfigReader, layer: int) -> str:
     return ExtendedGqaSpec.kind
 
 
-def _phi3_divide(tensors: Mapping[str, TensorInfo]) -> dict[str, Piece]:
+def _divide_fused(tensors: Mapping[str, TensorInfo]) -> dict[str, Piece]:
     """Queries, keys and values; gate and up."""
     hidden = tensors[_EMBEDDING].shape[-1] if _EMBEDDING in tensors else 0
     pieces: dict[str, Piece] = {}
@@ -91,7 +93,25 @@ MINISTRAL3 = Family(
     attention=extended,
     attention_parts=_ministral3_growth,
 )
+_GLM = Family(
+    kv_heads=2,
+    head_dim=128,
+    norm_eps=1.5625e-7,
+    rope_interleaved=True,
+    partial_rotary=lambda config: 0.5,
+    qkv_bias=flag_of("attention_bias", True),
+    divide=_divide_fused,
+)
 ATTENTION_VARIANTS: dict[str, Family] = {
+    "glm": _GLM,
+    "glm4": replace(
+        _GLM,
+        blocks=SANDWICH,
+        norm_modules={
+            **{"attention": "input_layernorm", "attention_out": "post_self_attn_layernorm"},
+            **{"ffn": "post_attention_layernorm", "ffn_out": "post_mlp_layernorm"},
+        },
+    ),
     "ministral3": MINISTRAL3,
     "phi3": Family(
         norm_eps=1e-5,
@@ -99,7 +119,7 @@ ATTENTION_VARIANTS: dict[str, Family] = {
         rope_types={"su": "longrope", "yarn": "longrope"},
         defaults={"original_max_position_embeddings": 4096},
         window=window_everywhere(None),
-        divide=_phi3_divide,
+        divide=_divide_fused,
     ),
     "hunyuan_v1_dense": Family(
         norm_eps=1e-5,
