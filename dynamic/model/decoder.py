@@ -9,7 +9,6 @@ Shape suffixes (also in ``kernels/api/types.py``):
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import groupby
 
 import torch
@@ -29,7 +28,7 @@ from ...kernels.api.types import (
 )
 from ...kernels.torch.backend import TorchBackend
 from ...kernels.torch.elementwise import sigmoid
-from .attention.kind import AttentionContext, AttentionSpec
+from .attention.kind import AttentionContext
 from .blocks import Add, Attention, FeedForwards, Norm, OutNorm, Read, Scale
 from .counters import Exchange
 from .exits import DecoderExit
@@ -280,12 +279,8 @@ class Decoder:
         """See :meth:`propagate_kv`; ``kv`` has the layers behind the exit that are here."""
         behind = [number for number in self.held if number >= exit.after_layers]
         layers = zip(behind, exit.projections, kv, strict=True)
-        for _, alike in groupby(layers, lambda layer: self._propagated_as(layer[0])):
+        for _, alike in groupby(layers, lambda layer: self.local_spec.layers[layer[0]].keys_alike):
             self._propagate_alike(list(alike), x_RD, batch)
-
-    def _propagated_as(self, number: int) -> tuple[int, AttentionSpec]:
-        """What layers share whose keys and values are made at once: rotations, and attention but for windows."""
-        return id(self.rope_tables[number]), replace(self.local_spec.layers[number].attention, window=None)
 
     def _propagate_alike(self, layers: Sequence[Behind], x_RD: torch.Tensor, batch: AttentionBatch) -> None:
         """Of layers that are alike."""

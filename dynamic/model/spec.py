@@ -32,6 +32,11 @@ class LayerSpec:
     rope: RopeSpec | None = None
 
     @property
+    def keys_alike(self) -> tuple[AttentionSpec, RopeSpec | None]:
+        """What layers share whose keys and values are made at once: all of attention but windows."""
+        return replace(self.attention, window=None), self.rope
+
+    @property
     def window(self) -> int | None:
         """How many positions a row sees at most, its own included; None sees all."""
         return self.attention.reach

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 import torch
 
@@ -38,7 +37,7 @@ def make_stack(
         stacked.append(known)
     shape = StackShape(hidden_size=spec.hidden_size, norm_eps=spec.norm_eps, residual_scale=spec.residual_scale)
     exits = tuple(exits)
-    if exits and len({replace(layer.attention, window=None) for layer in spec.layers}) > 1:
+    if exits and len({layer.keys_alike for layer in spec.layers}) > 1:
         return None  # keys and values of all layers behind an exit are made at once
     stacked_exits = [
         StackExit(after_layers=e.after_layers, down=e.down, up=e.up, probe=e.probe, projections=e.projections)

@@ -25,7 +25,7 @@ def within_chunks(batch: AttentionBatch, chunk: int, page_size: int) -> Attentio
 
 
 def _split(batch: AttentionBatch, chunk: int, page_size: int) -> AttentionBatch:
-    assert batch.max_position is None, "a cache policy evicts nothing of layers that see parts of a context"
+    # Cache policies are refused for layers that see parts of a context: positions are indices into it.
     owners, first_pages, starts, contexts = [], [], [0], []
     for sequence, (length, first, last) in enumerate(
         zip(
