@@ -106,7 +106,7 @@ ATTENTION_VARIANTS: dict[str, Family] = {
     "glm": _GLM,
     "glm4": replace(
         _GLM,
-        blocks=SANDWICH,
+        blocks=lambda config, layer: SANDWICH,
         norm_modules={
             **{"attention": "input_layernorm", "attention_out": "post_self_attn_layernorm"},
             **{"ffn": "post_attention_layernorm", "ffn_out": "post_mlp_layernorm"},
