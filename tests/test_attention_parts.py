@@ -136,7 +136,7 @@ def test_what_cannot_be_is_refused_by_name(saved: Callable[[str], Path]) -> None
     with pytest.raises(ValueError, match="block_size=64 does not divide the model's chunks of 32 positions"):
         Engine(model, EngineConfig(block_size=64))
     decoder = load_decoder(saved("phi3"), **SETTINGS)
-    with pytest.raises(ValueError, match="a context of 257 tokens is longer than the model's 256"):
+    with pytest.raises(ValueError, match="a context of 257 tokens exceeds the model's maximum of 256"):
         decoder.reserve_positions(257)
 
 

@@ -12,7 +12,7 @@ from ...checkpoint.fused import rows_of
 from ...checkpoint.weights import Piece, TensorInfo
 from ..attention.extended import ExtendedGqaSpec, QueryGrowth
 from ..blocks import SANDWICH
-from ..family import Family
+from ..family import Family, blocks_of
 from ..rope_config import rope_values
 from .rules import ATTENTION_BIAS, FULL, flag_of, layer_type, positive_window, window_everywhere
 
@@ -106,7 +106,7 @@ ATTENTION_VARIANTS: dict[str, Family] = {
     "glm": _GLM,
     "glm4": replace(
         _GLM,
-        blocks=lambda config, layer: SANDWICH,
+        blocks=blocks_of(SANDWICH),
         norm_modules={
             **{"attention": "input_layernorm", "attention_out": "post_self_attn_layernorm"},
             **{"ffn": "post_attention_layernorm", "ffn_out": "post_mlp_layernorm"},
