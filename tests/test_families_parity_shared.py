@@ -73,7 +73,8 @@ MORE = [
             layer_types=["full_attention", SLIDES, SLIDES], sliding_window=7),
     variant("mellum", **MELLUM, mlp_layer_types=["sparse", "dense", "sparse"], norm_topk_prob=False),
     variant("minimax_m2", **MINIMAX, num_key_value_heads=1),
-    variant("ernie4_5_moe", **ERNIE, moe_layer_interval=2, moe_layer_start_index=0, num_hidden_layers=4),
+    variant("ernie4_5_moe", **ERNIE, use_bias=True, tie_word_embeddings=False, moe_layer_interval=2,
+            moe_layer_start_index=0, num_hidden_layers=4),
     variant("ernie4_5_moe", **ERNIE, moe_layer_end_index=1, moe_num_shared_experts=0, tie_word_embeddings=False),
     variant("hy_v3", **HY, attention_bias=True, mlp_bias=True, tie_word_embeddings=True, router_scaling_factor=0.7),
 ]  # fmt: skip

@@ -43,7 +43,10 @@ def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
-@pytest.mark.parametrize("family", ["llama", "qwen2_moe", "granitemoe"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "qwen2_moe", "granitemoe", "glm4_moe", pytest.param("granitemoeshared", marks=pytest.mark.slow)],
+)
 def test_written_checkpoints_are_what_compressed_tensors_makes_of_them(
     make_checkpoint: Callable[..., Path], tmp_path: Path, family: str, method: CalibratedMethod
 ) -> None:
@@ -54,6 +57,10 @@ def test_written_checkpoints_are_what_compressed_tensors_makes_of_them(
     sizes: dict[str, Any] = {"intermediate_size": 64} if family != "qwen2_moe" else {}
     if family == "qwen2_moe":
         sizes = {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 96}
+    if family == "glm4_moe":
+        sizes["moe_intermediate_size"] = 64
+    if family == "granitemoeshared":
+        sizes["shared_intermediate_size"] = 96
     source, ours, theirs = make_checkpoint(family, **sizes), tmp_path / "ours", tmp_path / "theirs"
     report = quantize_checkpoint(source, ours, TEXT_NL, method, progress=False, say=lambda line: None)
     assert [layer["layer"] for layer in report["layers"]] == [0, 1, 2]
@@ -66,7 +73,8 @@ def test_written_checkpoints_are_what_compressed_tensors_makes_of_them(
     scheme = QuantizationConfig.model_validate(settings).config_groups["group_0"]
     compressor = BaseCompressor.get_value_from_registry(settings["format"])
     stored = tensors_of(ours)
-    plain = {name: t for name, t in stored.items() if name.rpartition(".")[2] in ("weight", "bias")}
+    kept = ("weight", "bias", "e_score_correction_bias")
+    plain = {name: t for name, t in stored.items() if name.rpartition(".")[2] in kept}
     for scale in [name for name in stored if name.endswith("weight_scale")]:
         module = scale.removesuffix(".weight_scale")
         parts = {name.rpartition(".")[2]: t for name, t in stored.items() if name.rpartition(".")[0] == module}

@@ -338,6 +338,7 @@ SHARED_EXPERTS: dict[str, Family] = {
         qkv_bias=_USE_BIAS,
         o_bias=_USE_BIAS,
         mlp_bias=_USE_BIAS,
+        scales=lambda config: {"lm_head_bias": _USE_BIAS(config)},
         defaults={
             **{"moe_num_experts": 64, "moe_k": 6, "moe_num_shared_experts": 2, "moe_intermediate_size": 1536},
             "moe_norm_min": 1e-12,
