@@ -1,0 +1,173 @@
+"""gpt-oss's shape on this machine: ``python benchmarks/gpt_oss_shape.py FOLDER --layers 2``.
+
+Writes a checkpoint of random numbers in gpt-oss's own layout (experts in MXFP4) layer by layer, unless the folder holds
+one of these sizes; loads it, and reports the time and the peak of memory that took, decodes against the time of reading
+what they read at this machine's bandwidth, and prompts against the rate of torch's matrix product. The limits are
+probed between the measurements. The defaults are the sizes of gpt-oss-20b, which takes 14 GB of disk and of memory.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmark import command_line, surroundings
+from dynamoe.dynamic.model.decoder import Decoder
+from dynamoe.dynamic.model.loader import load_decoder
+from dynamoe.dynamic.model.prompt_pass import fresh_cache
+from dynamoe.exits.segments import Segment
+from dynamoe.kernels.api.types import AttentionBatch, Routing
+from limits import Limits
+from safetensors.torch import save_file
+
+GROUP = 32
+EXPONENTS = (116, 120)  # of scales: weights are then about as large as trained ones
+
+
+def config_of(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        **{"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "vocab_size": options.vocabulary},
+        **{"hidden_size": options.hidden, "intermediate_size": options.hidden, "num_hidden_layers": options.layers},
+        **{"num_local_experts": options.experts, "num_experts_per_tok": 4, "sliding_window": 128},
+        **{"num_attention_heads": options.heads, "num_key_value_heads": 8, "head_dim": 64},
+        **{"max_position_embeddings": 131072, "eos_token_id": 2},
+        "quantization_config": {"quant_method": "mxfp4"},
+    }
+
+
+def write(folder: Path, config: dict[str, Any]) -> None:
+    """A checkpoint of random numbers, one file for each layer and one for the rest."""
+    if (folder / "config.json").is_file():
+        if json.loads((folder / "config.json").read_text()) != config:
+            raise SystemExit(f"{folder} holds a model of other sizes; name another folder")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    hidden, experts, layers = config["hidden_size"], config["num_local_experts"], config["num_hidden_layers"]
+    q_size, kv_size = (config[name] * config["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
+    index: dict[str, str] = {}
+
+    def save(file: str, tensors: dict[str, torch.Tensor]) -> None:
+        save_file(tensors, folder / file)
+        index.update(dict.fromkeys(tensors, file))
+
+    def plain(*shape: int, size: float = 0.02) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16).normal_(0, size)
+
+    for layer in range(layers):
+        prefix, tensors = f"model.layers.{layer}.", dict[str, torch.Tensor]()
+        for part, outputs, inputs in (
+            *(("q", q_size, hidden), ("k", kv_size, hidden), ("v", kv_size, hidden)),
+            ("o", hidden, q_size),
+        ):
+            name = f"{prefix}self_attn.{part}_proj"
+            tensors |= {f"{name}.weight": plain(outputs, inputs), f"{name}.bias": plain(outputs)}
+        tensors[f"{prefix}self_attn.sinks"] = plain(config["num_attention_heads"], size=1.0)
+        tensors |= {f"{prefix}mlp.router.weight": plain(experts, hidden), f"{prefix}mlp.router.bias": plain(experts)}
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}{norm}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+        for part, outputs in (("gate_up_proj", 2 * hidden), ("down_proj", hidden)):
+            name, shape = f"{prefix}mlp.experts.{part}", (experts, outputs, hidden // GROUP)
+            tensors[f"{name}_blocks"] = torch.randint(256, (*shape, GROUP // 2), dtype=torch.uint8)
+            tensors[f"{name}_scales"] = torch.randint(*EXPONENTS, shape, dtype=torch.uint8)
+            tensors[f"{name}_bias"] = plain(experts, outputs)
+        save(f"model-{layer:05}.safetensors", tensors)
+    ends = {name: plain(config["vocab_size"], hidden) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    save("model-ends.safetensors", {**ends, "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16)})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def run(decoder: Decoder, kv: Any, batch: AttentionBatch) -> None:
+    """Some tokens from embedding to logits, those of each sequence's last row."""
+    rows = len(batch.positions_T)
+    x_TD = decoder.embed(torch.randint(decoder.spec.vocab_size, (rows,)))
+    x_TD = decoder.run_segment(Segment(index=0, layers=range(decoder.spec.num_layers)), x_TD, kv, batch)
+    decoder.logits(x_TD[batch.query_start_S1[1:].long() - 1])
+
+
+def last_rows(batch: AttentionBatch) -> AttentionBatch:
+    """A decode: of each sequence the last row alone."""
+    last_S = batch.query_start_S1[1:].long() - 1
+    starts_S1 = torch.arange(len(last_S) + 1, dtype=torch.int32)
+    places = {"positions_T": batch.positions_T[last_S], "slots_T": batch.slots_T[last_S]}
+    return replace(batch, **places, query_start_S1=starts_S1, max_query_len=1)
+
+
+def experts_read(decoder: Decoder, kv: Any, batch: AttentionBatch) -> float:
+    """How many experts the rows of a step use together, in all layers."""
+    stack, route, found = decoder.stack, decoder.backend.route, list[int]()
+
+    def watched(*arguments: Any, **more: Any) -> Routing:
+        routing = route(*arguments, **more)
+        found.append(len(routing.expert_ids_TK.unique()))
+        return routing
+
+    decoder.stack, decoder.backend.route = None, watched  # type: ignore[method-assign]
+    for _ in range(3):
+        run(decoder, kv, batch)
+    decoder.stack, decoder.backend.route = stack, route  # type: ignore[method-assign]
+    return sum(found) / 3
+
+
+def timed(decoder: Decoder, kv: Any, batch: AttentionBatch, rounds: int, probe: Any) -> tuple[float, float]:
+    """Median seconds of a step, and the median of a limit that is probed beside each."""
+    seconds, limits = [], []
+    for _ in range(rounds + 1):
+        limits.append(probe())
+        start = time.perf_counter()
+        run(decoder, kv, batch)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:]), statistics.median(limits[1:])
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = command_line(__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--experts", type=int, default=32)
+    parser.add_argument("--hidden", type=int, default=2880)
+    parser.add_argument("--heads", type=int, default=64)
+    parser.add_argument("--vocabulary", type=int, default=201088)
+    parser.add_argument("--requests", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=10)
+    options = parser.parse_args()
+    write(options.folder, config_of(options))
+    start = time.perf_counter()
+    decoder = load_decoder(options.folder, dtype="bfloat16", device="cpu", backend="cpu")
+    report: dict[str, Any] = {**surroundings(), "load_seconds": time.perf_counter() - start}
+    report |= {"weight_gib": decoder.weight_bytes / 2**30}
+    report |= {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    limits, spec = Limits(), decoder.spec
+    in_experts = sum(layer.ffn.nbytes for layer in decoder.layers)
+    per_expert = in_experts / spec.num_layers / options.experts
+    embedding = 0 if decoder.embedding_VD is None else decoder.embedding_VD.nbytes
+    for requests in options.requests:
+        kv, prompts = fresh_cache(decoder, [options.context] * requests)
+        batch = last_rows(prompts)
+        experts = experts_read(decoder, kv, batch)
+        moved = decoder.weight_bytes - in_experts - embedding + experts * per_expert
+        seconds, bandwidth = timed(decoder, kv, batch, options.rounds, limits.read_bandwidth)
+        report[f"decode_{requests}"] = {
+            **{"tokens_per_second": requests / seconds, "gigabytes_read": moved / 1e9, "read_gb_s": bandwidth / 1e9},
+            "share_of_read_limit": moved / bandwidth / seconds,
+        }
+    kv, batch = fresh_cache(decoder, [options.prompt])
+    seconds, rate = timed(decoder, kv, batch, max(options.rounds // 3, 1), limits.gemm_rate)
+    operations = options.prompt * sum(spec.layer_flops(layer) for layer in spec.layers)
+    report["prefill"] = {
+        **{"tokens_per_second": options.prompt / seconds, "product_gflop_s": rate / 1e9},
+        "share_of_product_rate": operations / rate / seconds,
+    }
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()
