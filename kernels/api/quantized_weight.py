@@ -141,6 +141,11 @@ class QuantizedWeight:
             raise ValueError(f"a weight of shape {self.shape} holds no experts")
         return self._with({name: tensor[number] for name, tensor in self.tensors().items()})
 
+    def experts(self, part: slice) -> QuantizedWeight:
+        """Some of stacked experts, (…, O, I), in the same memory."""
+        assert self.num_experts is not None
+        return self._with({name: tensor[part] for name, tensor in self.tensors().items()})
+
     def rows(self, start: int, stop: int) -> QuantizedWeight:
         """Outputs ``start … stop - 1``, with a scale of their own for each."""
         return self._select(slice(start, stop))

@@ -23,6 +23,7 @@ from ..torch.quantized import QuantExperts
 from .layout import BLOCK, GATED, PLAIN_ACTIVATIONS, activation_number, join_gate_up_bias, padded
 
 log = logging.getLogger(__name__)
+_MOST_CODES = 1 << 26  # unpacked at once
 _SCALES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e8m0fnu)
 
 
@@ -169,6 +170,24 @@ def _pack(isa: int, weight: QuantizedWeight, stored: _Codes, scheme: ActivationS
     return torch.ops.dynamoe_cpu.pack_quant.default(isa, *parts, layout), layout
 
 
+def _pack_by_parts(
+    isa: int, weight: QuantizedWeight, codes_of: Callable[[slice], _Codes], scheme: ActivationScheme
+) -> tuple[torch.Tensor, Layout]:
+    """Experts, some at a time, because their codes take a byte each on the way."""
+    count = weight.num_experts
+    assert count is not None
+    step = max(1, _MOST_CODES // (weight.out_features * weight.in_features))
+    parts = [_pack(isa, weight, codes_of(slice(at, at + step)), scheme) for at in range(0, count, step)]
+    layouts = {layout._replace(outputs=0) for _, layout in parts}
+    if len(parts) == 1:
+        return parts[0]
+    if len(layouts) > 1:  # scales of all together are of the type that holds them all
+        return _pack(isa, weight, codes_of(slice(0, count)), scheme)
+    packed = torch.ops.dynamoe_cpu.allocate(sum(words.numel() for words, _ in parts))
+    torch.cat([words.view(-1) for words, _ in parts], out=packed)
+    return packed, layouts.pop()._replace(outputs=sum(layout.outputs for _, layout in parts))
+
+
 def _holds(dtype: torch.dtype, values: torch.Tensor) -> bool:
     """Whether a dtype has exactly these values; of bfloat16 only normal numbers and zeros are used, of powers of two
     only normal ones."""
@@ -271,13 +290,15 @@ class CpuQuantPacking(TorchBackend):
                 f"{up_EFD.format.name} in groups of {_group(up_EFD)}"
             )
         has_offsets = gate_EFD.needs_offsets or up_EFD.needs_offsets
-        gate, up = (_read(weight, has_offsets) for weight in (gate_EFD, up_EFD))
-        both = _map(_interleaved, gate, up)
-        del gate, up  # a layer's codes are large, and here twice
-        first = _pack(self._isa, gate_EFD, both, experts.scheme)
-        del both
-        down = _map(lambda t: _padded_rows(t, BLOCK).flatten(0, 1), _read(down_EDF))
-        second = _pack(self._isa, down_EDF, down, experts.scheme)
+
+        def gate_up(part: slice) -> _Codes:
+            return _map(_interleaved, *(_read(weight.experts(part), has_offsets) for weight in (gate_EFD, up_EFD)))
+
+        def down(part: slice) -> _Codes:
+            return _map(lambda t: _padded_rows(t, BLOCK).flatten(0, 1), _read(down_EDF.experts(part)))
+
+        first = _pack_by_parts(self._isa, gate_EFD, gate_up, experts.scheme)
+        second = _pack_by_parts(self._isa, down_EDF, down, experts.scheme)
         biases = join_gate_up_bias(experts.gate_bias_EF, experts.up_bias_EF), self._padded(experts.down_bias_ED)
         num_experts, width, hidden = gate_EFD.shape
         data = CpuQuantExperts(self._isa, *first, *second, *biases, (num_experts, hidden, width, number))
