@@ -364,3 +364,11 @@ def test_quantised_gguf_files_run_on_their_codes(tmp_path: Path) -> None:
     assert coded[1] < plain[1] / 3
     assert coded[2] == plain[2]
     assert error(*(PagedSequences(decoder, 1).run(random_prompts([40])) for decoder in decoders)) < TOLERANCE
+
+
+def test_triton_leaves_wide_entries_to_torch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sizes = {"kv_lora_rank": 256, "qk_rope_head_dim": 16, "num_hidden_layers": 1, "first_k_dense_replace": 0}
+    directory = variant("deepseek_v3", **sizes).save(tmp_path)
+    decoders = [load_decoder(directory, dtype="bfloat16", backend=name) for name in ("triton", "torch")]
+    assert error(*(PagedSequences(decoder, 1).run(random_prompts([9])) for decoder in decoders)) < 0.1
+    assert "no kernel for attention over heads of 272 channels" in caplog.text

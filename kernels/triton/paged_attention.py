@@ -17,6 +17,7 @@ from .shapes import Steps, WarmUpShape, meta
 from .variants import Call, OpVariant, Planned, Planner, Ranked, Tilings, has_tensor_cores, register
 
 _CONTEXT_STEP = 128
+_MOST_CHANNELS = 256  # of a head, whose tiles fit into registers and shared memory
 
 
 class AttentionProblem(NamedTuple):
@@ -86,6 +87,8 @@ class PagedAttention(OpVariant[AttentionCall, AttentionProblem]):
     call, name, kernels = AttentionCall, "paged", (attention_kernel, merge_kernel)
 
     def refuses(self, problem: AttentionProblem, device: DeviceProperties) -> str | None:
+        if problem.head_dim > _MOST_CHANNELS:
+            return f"attention over heads of {problem.head_dim} channels"
         return None if has_tensor_cores(problem.dtype) else f"attention in {problem.dtype}"
 
     def tilings(self, problem: AttentionProblem, device: DeviceProperties, count: int) -> list[Ranked]:
