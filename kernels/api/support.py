@@ -195,7 +195,8 @@ def render(results: Path = RESULTS) -> str:
         "## Keys and values",
         "",
         "Rotation, cache write and attention over pages; `triton` in float32 runs its attention on torch, except",
-        "interpreted.",
+        "interpreted, and that over heads of more than 256 channels always (the entries of latent attention,",
+        "whose cache in int8 becomes floating in front of the kernels, and is refused in fp8).",
         "",
         *_table(("`kv_cache_dtype=`", *backends), *((f"`{kept}`", *by_backend(o)) for kept, o in CACHES.items())),
     ]
