@@ -111,7 +111,9 @@ def load(path: Path) -> None:
     model = load_model(path, dtype="float32", device="cpu", progress=False)
     tokens = model.tokenizer.encode("The capital of France is Paris. é")
     model.tokenizer.decode(tokens)
-    ids = torch.tensor([token for token in tokens if token < model.spec.vocab_size][:5] or [0])
+    ids = torch.tensor(
+        [token for token in tokens if token < model.spec.vocab_size][: min(5, model.spec.max_position)] or [0]
+    )
     kv, batch = fresh_cache(model.decoder, [len(ids)])
     whole = Segment(index=0, layers=range(model.spec.num_layers))
     model.decoder.logits(model.decoder.run_segment(whole, model.decoder.embed(ids), kv, batch))

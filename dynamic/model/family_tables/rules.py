@@ -17,6 +17,8 @@ ONE_EACH = QWEN_EXPERTS[0]
 LayerTypes = Callable[[ConfigReader, int], str]
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
+LARGEST_WINDOW = 1 << 28  # what kernels count with; no context is that long
+
 
 class _RouterKeys(Mapping[str, Any]):
     """A configuration whose keys are checked, and count as read, when a routing rule asks for them."""
@@ -115,7 +117,7 @@ def layer_type(config: ConfigReader, layer: int, default: str, key: str = "layer
 def positive_window(config: ConfigReader, size: Any) -> int | None:
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or not 0 < size < 2**31):
         raise config.error("sliding_window", size, "a positive whole number or null")
-    return size
+    return None if size is None else min(size, LARGEST_WINDOW)
 
 
 def flag_of(name: str, default: bool) -> Callable[[ConfigReader], bool]:
