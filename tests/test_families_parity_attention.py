@@ -9,10 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import COMMON, randomize
+from dynamoe.dynamic.checkpoint.weights import CheckpointError
 from dynamoe.dynamic.model.channel_order import in_order, inverse
+from dynamoe.dynamic.model.families import model_spec
+from dynamoe.dynamic.model.loader import load_decoder
 from dynamoe.dynamic.model.rope import RopeSpec, frequencies, rope_table, rotary_order
 from dynamoe.kernels.reference.operations import rope
 from family_parity import Variant, check_engine, check_logits
+from test_decoder import TOLERANCE, PagedSequences, error, random_prompts
 
 WINDOWS = {"head_dim": 24, "sliding_window": 9}
 GROWTH = {"llama_4_scaling_beta": 0.7}
@@ -123,3 +128,39 @@ def test_channels_that_are_not_rotated_stay_bitwise() -> None:
     kept = [2, 3, 4, 5, 8, 9, 10, 11]
     assert torch.equal(out_TGC[..., kept], x_TGC[..., kept])
     assert torch.equal(rope(x_TGC, rope_table(RopeSpec(head_dim=0, unrotated=12), 50), torch.arange(50)), x_TGC)
+
+
+def test_published_words_of_mimo() -> None:
+    """Layers' types, keys and rotations under the published names load where they say what the family computes."""
+    published = {
+        **{"hybrid_layer_pattern": [0, 1, 1], "moe_layer_freq": [0, 1, 1], "swa_num_key_value_heads": 4},
+        **{
+            "swa_head_dim": 24,
+            "swa_v_head_dim": 16,
+            "rope_theta": 5e6,
+            "swa_rope_theta": 1e4,
+            "sliding_window_size": 8,
+        },
+        **{"add_swa_attention_sink_bias": True, "partial_rotary_factor": 0.334, "layernorm_epsilon": 1e-5},
+    }
+    config = {**COMMON, **MIMO, "model_type": "mimo_v2_flash"}
+    assert model_spec({**config, **published}) == model_spec(config)
+    for key, value in {"swa_head_dim": 16, "hybrid_layer_pattern": [1, 1, 1], "moe_layer_freq": [0]}.items():
+        with pytest.raises(CheckpointError, match=f"{key} must be"):
+            model_spec({**config, **published, key: value})
+
+
+def test_text_part_of_llama4(tmp_path: Path) -> None:
+    from transformers import Llama4Config, Llama4ForConditionalGeneration
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    sizes |= dict.fromkeys(("projector_input_dim", "projector_output_dim", "vision_output_dim"), 32)
+    settings = Llama4Config(text_config={**COMMON, **LLAMA4}, vision_config={**sizes, "intermediate_size": 64})
+    model = Llama4ForConditionalGeneration(settings).float().eval()
+    randomize(model, 0)
+    model.save_pretrained(tmp_path)
+    prompt = random_prompts([60])[0]
+    with torch.inference_mode():
+        expected = model.language_model(torch.tensor([prompt])).logits[0]
+    decoder = load_decoder(tmp_path, dtype="float32", device="cpu")
+    assert error(PagedSequences(decoder, 1).run([prompt]), expected) < TOLERANCE

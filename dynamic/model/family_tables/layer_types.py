@@ -40,15 +40,28 @@ def _mimo_window(config: ConfigReader, layer: int) -> int | None:
 
 
 def _mimo_parts(config: ConfigReader, layer: int) -> dict[str, Any]:
-    """Layers with windows have twice the keys, and sinks."""
-    slides = _mimo_kind(config, layer) == SLIDING
+    """Layers with windows have twice the keys, and sinks. The published configuration says so in words of its own."""
+    slides, sparse = _mimo_kind(config, layer) == SLIDING, _mimo_moe(config, layer) is not None
+    keys, values = config.integer("num_key_value_heads", 4), config.integer("v_head_dim", 128)
+    _agree(config, "swa_num_key_value_heads", 2 * keys)
+    _agree(config, "swa_num_attention_heads", config.integer("num_attention_heads"))
+    _agree(config, "swa_head_dim", config.integer("head_dim", 192))
+    _agree(config, "swa_v_head_dim", values)
+    for key, wanted in (("hybrid_layer_pattern", slides), ("moe_layer_freq", sparse)):
+        if (found := config.integers(key)) and found[layer : layer + 1] != (int(wanted),):
+            raise config.error(key, list(found), f"{int(wanted)} for layer {layer}, as its type says")
     scale = config.values.get("attention_value_scale", 0.707)
     return {
-        "num_kv_heads": config.integer("num_key_value_heads", 4) * (2 if slides else 1),
-        "values": config.integer("v_head_dim", 128),
+        "num_kv_heads": keys * (2 if slides else 1),
+        "values": values,
         "value_scale": 1.0 if scale is None else config.number("attention_value_scale", 0.707),
         "sinks": slides,
     }
+
+
+def _agree(config: ConfigReader, key: str, value: int) -> None:
+    if config.integer(key, value) != value:
+        raise config.error(key, config.get(key), str(value))
 
 
 _LLAMA4_ROPE = rope_by_flags(4)
@@ -87,11 +100,15 @@ def _llama4_parts(config: ConfigReader, layer: int) -> dict[str, Any]:
 LAYER_TYPES: dict[str, Family] = {
     "mimo_v2_flash": Family(
         qkv_bias=ATTENTION_BIAS,
-        fixed=SIGMOID,
+        fixed={
+            **{**SIGMOID, "add_full_attention_sink_bias": (False,), "add_swa_attention_sink_bias": (True,)},
+            "layernorm_epsilon": (1e-5,),
+        },
+        ignored=frozenset({"attention_chunk_size"}),
         head_dim=192,
         norm_eps=1e-5,
         rope=_mimo_kind,
-        thetas={FULL: ("", 5e6), SLIDING: ("", 1e4)},
+        thetas={FULL: ("rope_theta", 5e6), SLIDING: ("swa_rope_theta", 1e4)},
         partial_rotary=lambda config: 0.334,
         window=_mimo_window,
         moe=_mimo_moe,
@@ -112,7 +129,9 @@ LAYER_TYPES: dict[str, Family] = {
         attention=extended,
         attention_parts=_llama4_parts,
         defaults={"num_local_experts": 16, "num_experts_per_tok": 1, "intermediate_size_mlp": 16384},
-        ignored=frozenset({"intermediate_size_mlp", "for_llm_compressor"}),  # dense layers read the first
+        ignored=frozenset(
+            {"intermediate_size_mlp", "for_llm_compressor", "cache_implementation"}
+        ),  # dense layers read the first
         dense_size=("intermediate_size_mlp",),
         dense=ffn_names("feed_forward"),
         experts=(
