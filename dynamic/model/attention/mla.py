@@ -216,8 +216,8 @@ class MlaSpec(AttentionSpec):
             key_HZN = key_HNZ.transpose(1, 2)
         else:
             key_HZN, value_HVZ = fields.pop("k_b"), fields.pop("v_b")
-        up = {"key_up": backend.pack_head_linear(key_HZN), "value_up": backend.pack_head_linear(value_HVZ)}
-        return MlaWeights(**fields, **up)
+        key_up, value_up = backend.pack_head_linear(key_HZN), backend.pack_head_linear(value_HVZ)
+        return MlaWeights(**fields, key_up=key_up, value_up=value_up)
 
     def weights(self, parts: Mapping[str, LinearWeights | torch.Tensor]) -> MlaWeights:
         raise NotImplementedError("this kind's weights are in the backend's layout: see pack")
