@@ -134,7 +134,7 @@ def test_an_order_of_inputs_that_is_asked_for_but_not_stored(
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"quant_method": "bitsandbytes"}, "quant_method must be one of compressed-tensors, gptq, awq, fp8, not 'bits"),
+        ({"quant_method": "bitsandbytes"}, "gptq, awq, fp8, mxfp4, not 'bitsandbytes'"),
         ({**LAYOUTS["gptq"], "bits": 3}, "bits must be 4, not '3'"),
         ({**LAYOUTS["gptq"], "group_size": 0}, "group_size must be a positive whole number"),
         ({**LAYOUTS["awq"], "version": "gemv"}, "version must be gemm"),

@@ -35,7 +35,8 @@ SLIDING = "sliding_attention"
 def ffn_names(*modules: str) -> tuple[ExpertNames, ...]:
     """Gate, up and down projection below one of some modules."""
     return tuple(
-        ExpertNames(**{part: f"{module}.{part}_proj.weight" for part in ("gate", "up", "down")}) for module in modules
+        ExpertNames(gate=f"{module}.gate_proj.weight", up=f"{module}.up_proj.weight", down=f"{module}.down_proj.weight")
+        for module in modules
     )
 
 
