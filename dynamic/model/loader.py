@@ -327,15 +327,20 @@ class _Builder:
         """Of gate and up (E, F) and of down (E, D)."""
         return [self._copy(*names).view(len(names), -1) for names in layout.biases] or [None, None, None]
 
-    def _stored_ffn(self, layout: FFNLayout, *parts: Sequence[StoredCodes | None]) -> ExpertWeights:
-        """Experts that were stored quantised, all of them or some of their projections, one by one."""
+    def _stored_ffn(self, layout: FFNLayout, *parts: list[StoredCodes | None]) -> ExpertWeights:
+        """Experts that were stored quantised, all or some of their projections, one by one; ``parts`` are emptied."""
         if len(layout.down) != layout.num_experts:
             raise CheckpointError(f"{layout.down[0]!r} is quantised; only experts that are stored one by one can be")
         codes = [[part for part in names if part is not None] for names in parts]
         biases = self._biases(layout)
         if all(len(names) == layout.num_experts for names in codes) and _run_together(*codes):
-            gate, up, down = (stack_experts([part.weight for part in names]) for names in codes)
-            scheme = codes[0][0].scheme
+            scheme, stacked = codes[0][0].scheme, []
+            for names, stored in zip(codes, parts, strict=True):
+                stacked.append(stack_experts([part.weight for part in names]))
+                names.clear()  # a layer's codes are large, and packing takes memory too
+                stored.clear()
+            self._release()
+            gate, up, down = stacked
             with _naming(layout.gate[0]):
                 return self.backend.pack_quantized_experts(gate, up, down, self.spec.activation, *biases, scheme=scheme)
         gate, up, down = (
