@@ -206,6 +206,6 @@ def test_refusals(paths: dict[str, Path]) -> None:
     settings["quantization_config"]["quant_method"] = "tin"
     config.write_text(json.dumps(settings))
     with pytest.raises(
-        ValueError, match="quant_method must be one of compressed-tensors, gptq, awq, fp8, toy, not 'tin'"
+        ValueError, match="quant_method must be one of compressed-tensors, gptq, awq, fp8, mxfp4, toy, not 'tin'"
     ):
         LLM(paths["stored"], progress=False)
