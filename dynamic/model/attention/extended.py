@@ -203,4 +203,5 @@ class ExtendedGqaSpec(GqaSpec):
             read_RD = backend.read_by(projection, x_RD, context.norm_eps)
             k_RGC, v_RGC = self._keys_and_values(backend.linear(read_RD, projection.kv))
             # Queries are rotated as well; keys stand in for them, and nobody looks at the result.
-            self._write((k_RGC, k_RGC, v_RGC), (projection.k_norm,) * 2, layer, batch, context)
+            norms = projection.k_norm, projection.k_norm
+            self._write((k_RGC, k_RGC, v_RGC), norms, layer, batch, context)
