@@ -56,7 +56,7 @@ def _gemma4_attention(config: ConfigReader, layer: int) -> dict[str, Any]:
     one_projection = config.flag("attention_k_eq_v", False)
     entries, full = config.get("per_layer_config"), _gemma4_layers(config, layer) == FULL
     width, heads = config.integer("global_head_dim", 512), config.get("num_global_key_value_heads")
-    own: dict[str, Any] = {}
+    own: Any = {}
     if entries is not None:
         own = entries.get(str(layer), {}) if isinstance(entries, dict) else None
     elif full:
