@@ -69,7 +69,7 @@ VARIANTS = [
     variant("glm4", head_dim=24),
     variant("mellum", **ROUTED, **FOUR, **WINDOWS, layer_types=[SLIDING, FULL] * 2, rope_parameters=ROPES),
     variant("exaone_moe", **ROUTED, **FOUR, sliding_window_pattern=2, sliding_window=9),
-    variant("mimo_v2_flash", **MIMO, **FOUR, layer_types=[FULL, SLIDING] * 2, rope_parameters=ROPES),
+    variant("mimo_v2_flash", **MIMO, layer_types=[FULL, SLIDING, SLIDING], rope_parameters=ROPES),
     variant("llama4_text", **LLAMA4, **FOUR, no_rope_layers=[1, 0, 1, 0], interleave_moe_layer_step=2),
 ]
 MORE = [
@@ -80,6 +80,7 @@ MORE = [
     variant("exaone_moe", **ROUTED, n_group=4, topk_group=2, num_shared_experts=2, sliding_window=9),
     variant("exaone_moe", **ROUTED, sliding_window=None, layer_types=[FULL] * 3),
     variant("mimo_v2_flash", **MIMO, attention_bias=True, attention_value_scale=None),
+    variant("mimo_v2_flash", **MIMO, **FOUR, layer_types=[FULL, SLIDING] * 2, rope_parameters=ROPES),
     variant("llama4_text", **{**LLAMA4, "num_experts_per_tok": 2}, use_qk_norm=False, attention_bias=True),
     variant("llama4_text", **LLAMA4, attn_temperature_tuning=False, moe_layers=[1], no_rope_layer_interval=2),
 ]
