@@ -150,6 +150,7 @@ class _EngineCollector(Collector):
             "vllm:kv_cache_usage_perc": ("Share of the cache's pages in use, 0 to 1.", stats.kv_usage),
             "dynamoe:kv_pages_free": ("Pages of the cache that are free.", stats.free_pages),
             "dynamoe:kv_pages_total": ("Pages of the cache.", stats.total_pages),
+            "dynamoe:state_bytes": ("Bytes of recurrent states, beside the cache's pages.", stats.state_bytes),
             "dynamoe:open_prompts": ("Prompts that are waiting or running in the engine.", self._bridge.num_open),
             "dynamoe:open_http_requests": ("Admitted HTTP requests in flight.", self._gate.num_open),
             "dynamoe:engine_healthy": ("1 while the engine can take requests.", int(self._bridge.failure() is None)),

@@ -14,7 +14,7 @@ from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.model.decoder import Decoder
-from dynamoe.dynamic.model.kv_cache import bytes_per_page
+from dynamoe.dynamic.model.kv_cache import bytes_per_page, bytes_per_sequence
 from dynamoe.dynamic.model.loader import load_decoder
 from test_decoder import TOLERANCE, PagedSequences, error, random_prompts
 
@@ -108,7 +108,11 @@ def check_engine(directory: Path, reference: Any, *, paths: Sequence[str] = ("to
     for path in paths:
         settings = dict(ENGINE_PATHS[path])
         if (pages := settings.pop("pages", None)) is not None:
-            settings["kv_memory"] = pages * bytes_per_page(model.spec, torch.float32, settings["block_size"])
+            page, states = (
+                bytes_per_page(model.spec, torch.float32, settings["block_size"]),
+                EngineConfig().max_num_seqs,
+            )
+            settings["kv_memory"] = pages * page + states * bytes_per_sequence(model.spec)
         engine = Engine(model, EngineConfig(**settings))
         assert generate(engine, prompts) == expected, path
         if path == "preempted":

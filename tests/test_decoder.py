@@ -12,7 +12,7 @@ import torch
 from dynamoe.dynamic.model.decoder import Decoder
 from dynamoe.dynamic.model.kv_cache import allocate_layers
 from dynamoe.dynamic.model.loader import load_decoder
-from dynamoe.kernels.api.types import AttentionBatch
+from dynamoe.kernels.api.types import AttentionBatch, StateLayer
 
 PAGE_SIZE = 4
 NUM_PAGES = 64
@@ -25,9 +25,10 @@ class PagedSequences:
 
     def __init__(self, decoder: Decoder, num_sequences: int, seed: int = 0) -> None:
         self.decoder = decoder
-        self.kv = allocate_layers(decoder.spec, NUM_PAGES, PAGE_SIZE, decoder.dtype, torch.device("cpu"))
+        spec, device = decoder.spec, torch.device("cpu")
+        self.kv = allocate_layers(spec, NUM_PAGES, PAGE_SIZE, decoder.dtype, device, num_states=num_sequences)
         for layer in self.kv:
-            for tensor in layer.tensors:
+            for tensor in (*layer.tensors, *(layer.states if isinstance(layer, StateLayer) else ())):
                 tensor.fill_(float("nan"))
         self.free = torch.randperm(NUM_PAGES, generator=torch.Generator().manual_seed(seed)).tolist()
         self.pages: list[list[int]] = [[] for _ in range(num_sequences)]
@@ -57,6 +58,7 @@ class PagedSequences:
             block_table_SM=torch.tensor(table, dtype=torch.int32),
             max_query_len=max(len(new_tokens[s]) for s in active),
             max_context_len=max(self.lengths[s] for s in active),
+            state_slots_S=torch.tensor(active),
         )
         x_TD = self.decoder.embed(torch.tensor([token for s in active for token in new_tokens[s]]))
         for segment in self.decoder.segments:

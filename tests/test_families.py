@@ -11,6 +11,7 @@ from dynamoe.dynamic.model.attention.gqa import GqaSpec
 from dynamoe.dynamic.model.families import FAMILIES, model_spec
 from dynamoe.dynamic.model.family_tables.latent import LATENT
 from dynamoe.dynamic.model.rope import RopeSpec, frequencies, rope_table
+from dynamoe.dynamic.model.text_part import text_config
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -228,6 +229,16 @@ def test_fewer_experts_per_token() -> None:
         model_spec(LLAMA).with_experts_per_token(1)
 
 
+# At least one layer has keys and values.
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "granitemoehybrid": {
+        **{"mamba_n_heads": 8, "position_embedding_type": "rope"},
+        "layer_types": ["mamba", "mamba", "attention", "mamba"],
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "conv"]},
+}
+
+
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "dynamoe"])
 def test_every_key_of_transformers_is_known(family: str) -> None:
     """All that its configuration classes write, defaults too, and what older versions wrote into every file."""
@@ -240,10 +251,12 @@ def test_every_key_of_transformers_is_known(family: str) -> None:
         sizes |= {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2}
     if family == "gemma4_text":
         sizes |= {"hidden_size_per_layer_input": 0}
-    whole = AutoConfig.for_model("deepseek_v3" if family == "kimi_k2" else family, **sizes).to_dict()
+    sizes |= HYBRIDS.get(family, {})
+    named = {"kimi_k2": "deepseek_v3", "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
+    whole = AutoConfig.for_model(named.get(family, family), **sizes).to_dict()
     older = GenerationConfig._get_default_generation_params()
     older |= {"torchscript": False, "use_bfloat16": False, "pruned_heads": {}, "tf_legacy_loss": False, "prefix": None}
-    assert model_spec({**older, **whole, "model_type": family}).family == family
+    assert model_spec(text_config({**older, **whole, "model_type": family})).family == family
 
 
 STRANGE = (None, True, "x", "", [], ["x"], {}, {"a": {}}, -1, 0, 1, 0.5, float("inf"), float("nan"), 10**30, -(10**400))
@@ -269,7 +282,7 @@ def test_no_value_crashes_the_parser(family: str) -> None:
         "gemma4_text": ("hidden_size_per_layer_input",),
         **dict.fromkeys(("cohere2_moe", "afmoe"), ("num_experts", "num_experts_per_tok")),
         **dict.fromkeys(
-            ("qwen2_moe", "qwen3_moe", "hy_v3", "exaone_moe", "mellum"),
+            ("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "lfm2_moe", "hy_v3", "exaone_moe", "mellum"),
             ("num_experts", "num_experts_per_tok", "moe_intermediate_size"),
         ),
         **dict.fromkeys(
@@ -277,12 +290,16 @@ def test_no_value_crashes_the_parser(family: str) -> None:
             ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts"),
         ),
         "mimo_v2_flash": ("n_routed_experts",),
-        "granitemoeshared": ("num_local_experts", "num_experts_per_tok", "shared_intermediate_size"),
         "minimax_m2": ("num_local_experts", "num_experts_per_tok"),
         "ernie4_5_moe": ("moe_num_experts", "moe_k"),
         "hunyuan_v1_moe": ("num_experts", "moe_topk"),
+        **dict.fromkeys(
+            ("granitemoeshared", "granitemoehybrid"),
+            ("num_local_experts", "num_experts_per_tok", "shared_intermediate_size"),
+        ),
     }
     valid = {**LLAMA, "model_type": family, "rope_parameters": {}, **{key: sizes[key] for key in read.get(family, ())}}
+    valid |= HYBRIDS.get(family, {})
     valid |= {"dynamoe": {"expert_size": 12}, "ministral3": {"rope_parameters": {"llama_4_scaling_beta": 0.1}}}.get(
         family, {}
     )
@@ -297,6 +314,7 @@ def test_no_value_crashes_the_parser(family: str) -> None:
         *("moe_layer_interval", "moe_layer_end_index", "sliding_window_pattern", "rotary_dim", "use_qk_norm"),
         *("first_k_dense_replace", "mlp_layer_types", "n_group", "topk_group", "routed_scaling_factor"),
         *("clip_qkv", "logits_scaling", "attention_multiplier", "rope_theta", "rope_scaling", "eos_token_id"),
+        *("mamba_d_head", "mamba_d_conv", "mamba_n_groups", "time_step_limit", "position_embedding_type"),
     }
     assert model_spec(valid).family == family
     refused = 0
@@ -315,4 +333,6 @@ def test_no_value_crashes_the_parser(family: str) -> None:
                     spec = model_spec({**valid, "rope_scaling": {**scaling, key: value}})
                 except CheckpointError:
                     continue
-                assert frequencies(spec.rope).shape == (spec.layers[0].attention.rotary_channels // 2,)
+                assert frequencies(spec.rope).shape == (
+                    max(layer.attention.rotary_channels for layer in spec.layers) // 2,
+                )

@@ -15,9 +15,9 @@ from dynamoe.kernels.api.support import DTYPES, EXPERTS, REFUSED, ROUTERS
 from dynamoe.kernels.api.tolerance import TOLERANCE, error
 from dynamoe.kernels.api.types import AttentionBatch, KVLayer, Routing
 from dynamoe.kernels.reference import operations as reference
+from dynamoe.kernels.reference.elementwise import sigmoid
 from dynamoe.kernels.select import select_backend
 from dynamoe.kernels.torch.backend import TorchBackend
-from dynamoe.kernels.torch.elementwise import sigmoid
 
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.usefixtures("poisoned_memory")]
 GPU = torch.cuda.is_available()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...exits.training.memory import available_memory
-from ..model.kv_cache import bytes_per_page
+from ..model.kv_cache import bytes_per_page, bytes_per_sequence
 from .config import EngineConfig, parse_bytes
 
 if TYPE_CHECKING:
@@ -24,21 +24,25 @@ def count_pages(
 ) -> int:
     """How many pages the pool gets: as many in each KV shard.
 
+    Recurrent states of ``max_num_seqs`` sequences come out of the same memory first.
+
     Raises:
         ValueError: when the memory holds no page for each KV shard.
     """
+    states = bytes_per_sequence(spec) * config.max_num_seqs
     page_bytes = bytes_per_page(spec, dtype, config.block_size)
     longest = min(config.max_model_len or spec.max_position, spec.max_position)
     if config.kv_memory is None:
         typical = -(-min(longest, TYPICAL_TOKENS) // config.block_size)
         least = -(-longest // config.block_size) * kv_shards if config.max_model_len else 0
         wanted = max(config.max_num_seqs * typical, least)
-        pages = min(wanted, available_memory(device) // 4 // page_bytes)
+        pages = min(wanted, max(0, available_memory(device) // 4 - states) // page_bytes)
     else:
-        pages = parse_bytes(config.kv_memory) // page_bytes
+        pages = max(0, parse_bytes(config.kv_memory) - states) // page_bytes
     if pages < kv_shards:
         many = f"{kv_shards} pages, one for each KV shard" if kv_shards > 1 else "page"
-        raise ValueError(f"engine.kv_memory={config.kv_memory} holds no {many}; one takes {page_bytes} bytes")
+        beside = f" beside {states} bytes of states for {config.max_num_seqs} sequences" if states else ""
+        raise ValueError(f"engine.kv_memory={config.kv_memory} holds no {many}{beside}; one takes {page_bytes} bytes")
     return pages - pages % kv_shards
 
 

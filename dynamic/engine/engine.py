@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..model.counters import Compute
+from ..model.kv_cache import bytes_per_sequence
 from .block_pool import BlockPool
 from .cache_size import count_pages, longest_sequence
 from .config import EngineConfig
@@ -30,6 +31,7 @@ from .sampler import NO_TOKEN, sample
 from .sampling_params import SamplingParams
 from .schedule import Schedule
 from .scheduler import Scheduler
+from .state_slots import StateSlots
 from .stats import EngineStats, Pace
 from .step_times import StepTimes, measure_step_times
 from .text import OutputText
@@ -67,12 +69,16 @@ class Engine:
         self.vocab_size: int = spec.vocab_size
         device, kv_shards = torch.device(decoder.device), decoder.kv_shards
         num_pages = count_pages(config, spec, decoder.kv_dtype, device, kv_shards)
+        self._state_bytes = bytes_per_sequence(spec) * config.max_num_seqs
         self.max_model_len = longest_sequence(config, spec, num_pages // kv_shards)
         pool = BlockPool(num_pages, kv_shards)
-        cache = PrefixCache(pool, config.block_size, config.enable_prefix_caching)
+        states = StateSlots(config.max_num_seqs) if spec.has_states else None
+        if states is not None and config.enable_prefix_caching:
+            logger.info("no prefixes are shared: this %s model has recurrent states, which are not kept", spec.family)
+        cache = PrefixCache(pool, config.block_size, config.enable_prefix_caching and states is None)
         self.cache_plugins, eviction = load_cache_policy(config, spec, pool)
-        self.scheduler = Scheduler(config, pool, cache, spec.longest_window, eviction)
-        self.runner = Runner(decoder, num_pages, config.block_size)
+        self.scheduler = Scheduler(config, pool, cache, spec.longest_window, eviction, states)
+        self.runner = Runner(decoder, num_pages, config.block_size, config.max_num_seqs)
         warm_up(decoder, config, self.max_model_len)
         self.step_times: StepTimes | None = None  # if they were asked for
         if config.measure_step_times:
@@ -204,6 +210,7 @@ class Engine:
         return EngineStats(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
+            state_bytes=self._state_bytes,
             free_pages=pool.num_free,
             total_pages=pool.num_pages,
             kv_usage=1 - pool.num_free / pool.num_pages,

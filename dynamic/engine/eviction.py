@@ -70,7 +70,7 @@ def load_cache_policy(
     All layers are one group, because they share the pages of a sequence.
 
     Raises:
-        ValueError: for a plug-in that cannot be loaded, or a model with sliding windows.
+        ValueError: for a plug-in that cannot be loaded, or a model with sliding windows or recurrent states.
     """
     if config.cache_policy is None:
         return (), None
@@ -78,6 +78,11 @@ def load_cache_policy(
         raise ValueError(
             f"engine.cache_policy={config.cache_policy} needs layers that see all positions; this {spec.family} model"
             " has a sliding window, which is counted in positions"
+        )
+    if spec.has_states:
+        raise ValueError(
+            f"engine.cache_policy={config.cache_policy} needs layers that keep all keys and values; this {spec.family}"
+            " model has recurrent states, from which no position can be taken"
         )
     (plugin,) = load_plugins([config.cache_policy], CachePolicy)
     policy = plugin.implementation(range(spec.num_layers), config.block_size)

@@ -16,6 +16,7 @@ from .draws import Draws
 from .logits_processors import processor_classes
 from .protocols import LogitsProcessor, ProcessorContext, SequenceSnapshot
 from .sampling_params import SamplingParams
+from .state_slots import NO_SLOT
 from .token_costs import TokenTally
 
 if TYPE_CHECKING:
@@ -166,6 +167,7 @@ class Sequence:
         "request",
         "skipped_experts",
         "state",
+        "state_slot",
         "text",
         "token_ids",
     )
@@ -180,6 +182,7 @@ class Sequence:
         self.num_computed = 0  # tokens whose keys and values are in the pages
         self.kv_shard = 0  # where its pages are, while it has any
         self.pages = array("i")
+        self.state_slot = NO_SLOT  # of its recurrent states, while it has any
         self.first_page = 0  # those before were given back: no later token sees them
         self.num_evicted = 0  # tokens whose pages a cache policy gave up: cache index = position - num_evicted
         self.kept_blocks: list[int] = []  # under a cache policy: numbers of the full blocks that are in the pages

@@ -12,6 +12,7 @@ import torch
 
 from ...exits.segments import Segment
 from ...kernels.api.types import ExpertBudget
+from ..model.kv_cache import copy_states
 from .budgets import ExpertBudgets
 from .exit_runner import ExitRunner
 from .schedule import Entry, Schedule
@@ -27,12 +28,13 @@ LOGITS_CHUNK_BYTES = 64 << 20
 class Runner:
     """Owns the cache's tensors and drives the decoder."""
 
-    def __init__(self, decoder: Decoder, num_pages: int, page_size: int) -> None:
+    def __init__(self, decoder: Decoder, num_pages: int, page_size: int, num_states: int = 1) -> None:
         self.decoder = decoder
         self.device = torch.device(decoder.device)
         self.page_size = page_size
         self.staging = HostStaging(self.device)
-        self.kv = decoder.allocate_cache(num_pages, page_size, decoder.kv_shards)
+        self.kv = decoder.allocate_cache(num_pages, page_size, decoder.kv_shards, num_states)
+        self._has_states = decoder.spec.has_states
         # Long prompts with logprobs would need rows x vocabulary floats at once.
         self.max_logit_rows = max(1, LOGITS_CHUNK_BYTES // (4 * decoder.spec.vocab_size))
         self.exits = ExitRunner(decoder, self.kv)
@@ -48,8 +50,10 @@ class Runner:
         """
         if schedule.copies:
             self.decoder.copy_pages(self.kv, schedule.copies)
+        if schedule.state_copies:
+            copy_states(self.kv, schedule.state_copies)
         entries, planner, plan = schedule.entries, self.exits.planner, None
-        rows = StepRows(entries, self.page_size, self.staging)
+        rows = StepRows(entries, self.page_size, self.staging, self._has_states)
         # Whatever needs numbers on the device beside the rows' own lets them go with these, in one copy.
         if planner.goes_on(schedule) or any(e.sequence.exit_logits_E is not None for e in entries):
             plan = planner.plan(schedule, rows)

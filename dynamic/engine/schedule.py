@@ -27,10 +27,12 @@ class Schedule:
 
     Arguments:
         copies: (from page, to page), before anything else runs.
+        state_copies: the same for recurrent states: (from slot, to slot).
         decoding: where every running sequence decodes one token and nothing else runs: a number that stays the same as
             long as they are the same sequences.
     """
 
     entries: list[Entry] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
+    state_copies: list[tuple[int, int]] = field(default_factory=list)
     decoding: int | None = None

@@ -12,6 +12,7 @@ from .eviction import Eviction
 from .prefix_cache import PrefixCache
 from .request import Sequence, State
 from .schedule import Entry, Schedule
+from .state_slots import NO_SLOT, StateSlots
 
 _rank = attrgetter("rank")
 
@@ -43,6 +44,8 @@ class Scheduler:
         cache: finds shared pages.
         window: how many positions a token sees at most, itself included; None: all. Pages behind it are given back.
         eviction: gives up pages as a cache policy wants it; None keeps all.
+        states: a slot for each running sequence's recurrent states; None: the model has none. They are lost with the
+            sequence's pages, and computed again with them.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Scheduler:
         cache: PrefixCache,
         window: int | None = None,
         eviction: Eviction | None = None,
+        states: StateSlots | None = None,
     ) -> None:
         self.max_num_seqs = config.max_num_seqs
         self.max_rows = config.max_num_batched_tokens
@@ -59,6 +63,7 @@ class Scheduler:
         self.cache = cache
         self.window = window
         self.eviction = eviction
+        self.states = states
         self.page_size = cache.page_size
         self.running: list[Sequence] = []  # by rank
         self._changes = 0  # of which sequences these are
@@ -99,7 +104,8 @@ class Scheduler:
             rows -= counts[sequence]
         entries = [Entry(s, s.num_computed, count) for s, count in counts.items()]
         decoding = changes if only_decodes and changes == self._changes else None
-        return Schedule(entries, [(source, target) for target, source in copies.items()], decoding)
+        state_copies = [] if self.states is None else self.states.copies()
+        return Schedule(entries, [(source, target) for target, source in copies.items()], state_copies, decoding)
 
     def _chunk(self, sequence: Sequence) -> int:
         """How many of its tokens a sequence may compute in one step."""
@@ -163,6 +169,9 @@ class Scheduler:
         sequence.pages.extend(shared)
         sequence.pages.extend(self.pool.allocate(place.kv_shard) for _ in range(place.new))
         sequence.num_computed = len(shared) * self.page_size
+        if self.states is not None:
+            assert not shared, "there are no states behind shared pages"
+            sequence.state_slot = self.states.take()
         if self.eviction is not None:
             self.eviction.computed(sequence)
         if self.cache.enabled:
@@ -218,6 +227,8 @@ class Scheduler:
                 self.pool.retain(page)
             sibling.kv_shard = sequence.kv_shard
             sibling.pages.extend(sequence.pages)
+            if self.states is not None:
+                sibling.state_slot = self.states.take_copy(sequence.state_slot)
             sibling.first_page = sequence.first_page
             sibling.num_computed = sequence.num_computed
             sibling.num_evicted, sibling.kept_blocks = sequence.num_evicted, list(sequence.kept_blocks)
@@ -242,6 +253,9 @@ class Scheduler:
         # Backwards: of a freed sequence, the end is forgotten first, the beginning is what others may share.
         self.pool.release(reversed(sequence.pages[sequence.first_page :]))
         del sequence.pages[:]
+        if self.states is not None and sequence.state_slot != NO_SLOT:
+            self.states.release(sequence.state_slot)
+            sequence.state_slot = NO_SLOT
         sequence.first_page = 0
         sequence.num_computed = sequence.num_evicted = 0
         sequence.kept_blocks.clear()

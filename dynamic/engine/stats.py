@@ -22,6 +22,7 @@ class EngineStats(Compute):
         preemptions: sequences that lost their pages and were computed again.
         exchange: between the processes that share the model; None where there is one.
         evicted_pages: that a cache policy gave up.
+        state_bytes: memory of the recurrent states of as many sequences as run at a time.
     """
 
     num_running: int
@@ -36,6 +37,7 @@ class EngineStats(Compute):
     preemptions: int
     exchange: Exchange | None = None
     evicted_pages: int = 0
+    state_bytes: int = 0
 
     @property
     def compute(self) -> Compute:

@@ -26,9 +26,10 @@ class StepRows:
         entries: the step's work.
         page_size: tokens per page.
         staging: takes everything to the device, in one copy when it is first asked for.
+        has_states: whether the rows' sequences have recurrent states.
     """
 
-    def __init__(self, entries: list[Entry], page_size: int, staging: HostStaging) -> None:
+    def __init__(self, entries: list[Entry], page_size: int, staging: HostStaging, has_states: bool = False) -> None:
         self._staging = staging
         self._carried: list[np.ndarray] = []
         runs = list(_runs(entries))
@@ -52,6 +53,8 @@ class StepRows:
         self._token_ids_T = np.array(token_ids, dtype=np.int64)
         evicted = any(sequence.num_evicted for sequence, _, _ in runs)
         self._max_position = max(positions) if evicted else None
+        states = [sequence.state_slot for sequence, _, _ in runs] if has_states else None
+        self._states = None if states is None else self.carry(np.array(states, dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self._token_ids_T)
@@ -82,6 +85,7 @@ class StepRows:
             at_R: the same on the device.
         """
         whole, counts = self._batch, self._counts_S
+        assert self._states is None, "models with recurrent states have no exits"
         if len(counts) == len(self):  # every run is one row
             kept, kept_S, starts_S1, counts = rows_R, at_R, whole.query_start_S1[: len(rows_R) + 1], counts[rows_R]
         else:
@@ -131,6 +135,7 @@ class StepRows:
             max_query_len=int(self._counts_S.max()),
             max_context_len=int(self._context_len_S.max()),
             max_position=self._max_position,
+            state_slots_S=None if self._states is None else self.carried(self._states),
         )
 
 

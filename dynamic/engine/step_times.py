@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ...exits.segments import Segment
-from ...kernels.api.types import AttentionBatch, ExpertWeights, KVLayer, Routing
+from ...kernels.api.types import AttentionBatch, ExpertWeights, KVLayer, Routing, StateLayer
 from ...moe.dispatch import UNUSED, used_ids
 
 if TYPE_CHECKING:
@@ -115,9 +115,11 @@ def measure_step_times(decoder: Decoder, kv: list[KVLayer], max_rows: int) -> St
     mixtures = sum(layer.moe is not None and not layer.moe.is_dense for layer in decoder.spec.layers)
     generator = torch.Generator().manual_seed(0)
     points = []
-    most = min(max_rows, len(kv[0].keys_BGPC))
+    paged = next(layer for layer in kv if layer.tensors)
+    states = [len(layer.states[0]) for layer in kv if isinstance(layer, StateLayer)]
+    most = min(max_rows, len(paged.keys_BGPC), *states)
     for size in (1 << i for i in range(most.bit_length())):
-        batch = last_slots(size, kv[0].page_size, torch.device(decoder.device))
+        batch = last_slots(size, paged.page_size, torch.device(decoder.device))
         for different in sorted({1, round(size**0.5), size} if mixtures else {size}):
             kinds = torch.randint(decoder.spec.vocab_size, (different,), generator=generator)
             tokens_R = kinds[torch.arange(size) % different].to(decoder.device)
@@ -138,6 +140,7 @@ def last_slots(size: int, page_size: int, device: torch.device) -> AttentionBatc
         block_table_SM=pages.int()[:, None],
         max_query_len=1,
         max_context_len=page_size,
+        state_slots_S=torch.arange(size, device=device),
     )
 
 

@@ -26,8 +26,8 @@ from ...kernels.api.types import (
     LinearWeights,
     Routing,
 )
+from ...kernels.reference.elementwise import sigmoid
 from ...kernels.torch.backend import TorchBackend
-from ...kernels.torch.elementwise import sigmoid
 from .attention.kind import AttentionContext
 from .blocks import Add, Attention, FeedForwards, Norm, OutNorm, Read, Scale
 from .counters import Exchange
@@ -128,10 +128,11 @@ class Decoder:
         if length > (longest := self.cos_sin_LC.shape[0]):
             self._make_tables(min(self.spec.max_position, max(length, 2 * longest)))
 
-    def allocate_cache(self, num_pages: int, page_size: int, kv_shards: int = 1) -> list[KVLayer]:
-        """Keys and values of every layer, zeroed; each of the ``kv_shards`` KV shards has an equal run of the pages."""
+    def allocate_cache(self, num_pages: int, page_size: int, kv_shards: int = 1, num_states: int = 1) -> list[KVLayer]:
+        """Keys and values of every layer, zeroed; each of the ``kv_shards`` KV shards has an equal run of the pages.
+        Layers with recurrent states have ``num_states`` slots."""
         behind = self.backend.scales_behind_page
-        return allocate_layers(self.local_spec, num_pages, page_size, self.kv_dtype, self.device, behind)
+        return allocate_layers(self.local_spec, num_pages, page_size, self.kv_dtype, self.device, behind, num_states)
 
     def copy_pages(self, kv: list[KVLayer], copies: list[tuple[int, int]]) -> None:
         """Copy whole pages, (from, to), in all layers."""

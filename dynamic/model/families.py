@@ -19,6 +19,7 @@ from .family_tables.attention_variants import ATTENTION_VARIANTS
 from .family_tables.gemma import GEMMA
 from .family_tables.gpt_oss import GPT_OSS
 from .family_tables.granite_swa import GRANITE_SWA
+from .family_tables.hybrids import HYBRIDS
 from .family_tables.latent import LATENT
 from .family_tables.layer_norms import LAYER_NORMS
 from .family_tables.layer_types import LAYER_TYPES
@@ -38,6 +39,7 @@ FAMILIES: dict[str, Family] = {
     **LAYER_TYPES,
     **GPT_OSS,
     **GRANITE_SWA,
+    **HYBRIDS,
     **GEMMA,
     **LAYER_NORMS,
     **AFMOE,
@@ -88,17 +90,22 @@ def _model_spec(config: ConfigReader, family: Family) -> ModelSpec:
     layers = tuple(_layer_spec(config, family, layer) for layer in range(num_layers))
     if not layers:
         raise ValueError("num_hidden_layers must be at least 1")
-    channels = [(layer.attention.rotary_channels, layer.attention.unrotated_channels) for layer in layers]
-    ropes = [rope_spec(config, family, layer, *channels[layer], max_position) for layer in range(num_layers)]
-    for rope in ropes:
+    paged = [number for number, layer in enumerate(layers) if not layer.attention.state_shapes()]
+    if not paged:
+        raise ValueError("at least one layer must have keys and values; all of them have recurrent states")
+    ropes = {}
+    for number in paged:
+        attention = layers[number].attention
+        channels = (attention.rotary_channels, attention.unrotated_channels)
+        ropes[number] = rope_spec(config, family, number, *channels, max_position)
+    for rope in ropes.values():
         if rope.rope_type == "yarn":
             max_position = max(max_position, int(rope.original_max_position * rope.factor))
         max_position = min(max_position, rope.longest or max_position)
     max_position = min(max_position, *(layer.attention.dense_positions or max_position for layer in layers))
-    if len(set(ropes)) > 1:
-        layers = tuple(
-            layer if rope == ropes[0] else replace(layer, rope=rope) for layer, rope in zip(layers, ropes, strict=True)
-        )
+    model_rope = ropes[paged[0]]
+    own = {number: rope for number, rope in ropes.items() if rope != model_rope}
+    layers = tuple(replace(layer, rope=own.get(number)) for number, layer in enumerate(layers))
     norm, norm_eps = family.norm(config, family.norm_eps)
     return ModelSpec(
         family=str(config.get("model_type")),
@@ -106,7 +113,7 @@ def _model_spec(config: ConfigReader, family: Family) -> ModelSpec:
         hidden_size=config.integer("hidden_size"),
         max_position=max_position,
         layers=layers,
-        rope=ropes[0],
+        rope=model_rope,
         norm=norm,
         norm_eps=norm_eps,
         activation=family.activation(config),
@@ -120,7 +127,6 @@ def _model_spec(config: ConfigReader, family: Family) -> ModelSpec:
 
 def _layer_spec(config: ConfigReader, family: Family, layer: int) -> LayerSpec:
     moe = family.moe(config, layer)
-    size = next((key for key in family.dense_size if config.get(key) is not None), family.dense_size[-1])
-    ffn_size = config.integer(size) if moe is None else 0
+    ffn_size = family.dense_size(config) if moe is None else 0
     attention = attention_kind(family.attention(config, layer)).from_config(config, family, layer)
     return LayerSpec(attention=attention, ffn_size=ffn_size, moe=moe, blocks=family.blocks(config, layer))

@@ -94,6 +94,10 @@ def _activation(config: ConfigReader) -> str:
     return config.choice("hidden_act", ACTIVATIONS, "silu")
 
 
+def _dense_size(config: ConfigReader) -> int:
+    return config.integer("intermediate_size")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """What sets a family apart from Llama.
@@ -126,12 +130,12 @@ class Family:
         defaults: values of keys that a configuration may leave out.
         ignored: configuration keys without effect in this family.
         fixed: values that keys must have where they are there: the family's mathematics knows no others.
-        dense_size: keys of the neurons of a dense FFN; the first that is there counts.
+        dense_size: neurons of a dense FFN.
         dense, experts, shared: ways in which checkpoints store dense FFNs, experts and shared experts.
         shared_gate: name of the weight of the shared expert's gate.
-        activation: of the FFNs, by our name for it.
         default_rope: ``rope_parameters`` where a configuration has none.
         divide: finds stored tensors that are read as several.
+        names: parts of its tensors' names, as regular expressions, and what stands for them here.
         router: possible names of the router's weight.
         router_tensors: possible names of what else a router reads, by fields of :class:`.LayerWeights`.
     """
@@ -167,8 +171,9 @@ class Family:
     divide: Divide | None = None
     ignored: frozenset[str] = frozenset()
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    dense_size: tuple[str, ...] = ("intermediate_size",)
+    dense_size: Callable[[ConfigReader], int] = _dense_size
     dense: tuple[ExpertNames, ...] = (DENSE_FFN,)
+    names: Mapping[str, str] = field(default_factory=dict)
     experts: tuple[ExpertNames, ...] = QWEN_EXPERTS
     shared: tuple[ExpertNames, ...] = (SHARED_EXPERT,)
     shared_gate: str = "mlp.shared_expert_gate.weight"

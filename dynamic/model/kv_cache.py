@@ -1,4 +1,4 @@
-"""The tensors that hold keys and values.
+"""The tensors that hold keys and values in pages, and recurrent states in slots.
 
 Which tensors a layer's cache has, and of which shape, its kind of attention says.
 """
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ...kernels.api.types import KVLayer, KVLayers
+from ...kernels.api.types import KVLayer, KVLayers, StateLayer
 
 if TYPE_CHECKING:
     from .attention.kind import AttentionSpec
@@ -27,6 +27,12 @@ def bytes_per_page(spec: ModelSpec, dtype: torch.dtype, page_size: int) -> int:
     return sum(math.prod(shape) for shape in shapes) * dtype.itemsize
 
 
+def bytes_per_sequence(spec: ModelSpec) -> int:
+    """Of the recurrent states of all layers together, which one sequence has whatever its length."""
+    shapes = [shape for layer in spec.layers for shape in layer.attention.state_shapes()]
+    return sum(math.prod(shape) for shape in shapes) * torch.float32.itemsize
+
+
 def allocate_layers(
     spec: ModelSpec,
     num_pages: int,
@@ -34,15 +40,21 @@ def allocate_layers(
     dtype: torch.dtype,
     device: torch.device,
     scales_behind_page: bool = False,
+    num_states: int = 1,
 ) -> KVLayers:
     """Zeroed keys and values of every layer: attention multiplies slots it must not see by zero, so no slot is NaN.
 
     Arguments:
         scales_behind_page: as the backend wants it, see :class:`KVLayer`.
+        num_states: sequences that have recurrent states at a time.
     """
     zeros = _lazy_zeros if device.type == "cpu" else torch.zeros
+    none = torch.empty(0, dtype=dtype, device=device)
 
     def cache(attention: AttentionSpec) -> KVLayer:
+        if states := attention.state_shapes():
+            tensors = [zeros((num_states, *shape), dtype=torch.float32, device=device) for shape in states]
+            return StateLayer(keys_BGPC=none, values_BGPC=none, states=tuple(tensors))
         shapes = attention.cache_shapes(page_size, dtype)
         tensors = [zeros((num_pages, *shape), dtype=dtype, device=device) for shape in shapes]
         return attention.cache(tensors, scales_behind_page)
@@ -65,3 +77,11 @@ def copy_pages(layers: Sequence[KVLayer], copies: list[tuple[int, int]]) -> None
         for tensor in layer.tensors:
             pages = tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor  # torch indexes no 8-bit floats
             pages[targets] = pages[sources]
+
+
+def copy_states(layers: Sequence[KVLayer], copies: list[tuple[int, int]]) -> None:
+    """Copy the recurrent states of sequences, (from slot, to slot), in all layers, as :func:`copy_pages` does pages."""
+    sources, targets = (list(slots) for slots in zip(*copies, strict=True))
+    for layer in layers:
+        for states in layer.states if isinstance(layer, StateLayer) else ():
+            states[targets] = states[sources]

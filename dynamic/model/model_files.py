@@ -17,6 +17,7 @@ from .family import Family
 from .layout import Layout, layers_in, plan_layout
 from .mtp_layers import without_mtp
 from .spec import ModelSpec
+from .tensor_names import family_names
 from .text_part import text_config, text_names
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,8 @@ def open_files(path: Path) -> ModelFiles:
             "%s names code of its own (auto_map), which is never run: the model runs as transformers' %s",
             *(path / "config.json", config["model_type"]),
         )
-    checkpoint = open_checkpoint(path, stored, without_mtp(text_names(whole), config), family.divide)
+    names = without_mtp(family_names(family, text_names(whole)), config)
+    checkpoint = open_checkpoint(path, stored, names, family.divide)
     # Before anything is made for each of the layers: there may be 2³¹ of them.
     reader, there = ConfigReader(config), layers_in(checkpoint)
     if (layers := reader.integer("num_hidden_layers")) and layers != there:

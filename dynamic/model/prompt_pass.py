@@ -42,5 +42,6 @@ def fresh_cache(decoder: Decoder, lengths: Sequence[int]) -> tuple[list[KVLayer]
         block_table_SM=table_SM.to(device),
         max_query_len=max(lengths),
         max_context_len=max(lengths),
+        state_slots_S=torch.arange(len(lengths), device=device) if decoder.spec.has_states else None,
     )
-    return decoder.allocate_cache(max(used) * decoder.kv_shards, _PAGE, decoder.kv_shards), batch
+    return decoder.allocate_cache(max(used) * decoder.kv_shards, _PAGE, decoder.kv_shards, len(lengths)), batch

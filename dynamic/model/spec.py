@@ -117,6 +117,11 @@ class ModelSpec:
             return f"{words}, its index_topk: attention that chooses among more is not supported"
         return words
 
+    @property
+    def has_states(self) -> bool:
+        """Whether layers keep a recurrent state for each sequence instead of keys and values."""
+        return any(layer.attention.state_shapes() for layer in self.layers)
+
     def layer_flops(self, layer: LayerSpec) -> int:
         """Floating-point operations of one layer for one token, without the part that grows with the context."""
         attention = layer.attention.flops(self.hidden_size)

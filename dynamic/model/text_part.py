@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 # dimensions are the plain ones where all three positions are the same, as they are for text.
 _FAMILY_OF_TEXT = {
     **{"qwen2_vl": "qwen2", "qwen2_vl_text": "qwen2", "qwen2_5_vl": "qwen2", "qwen2_5_vl_text": "qwen2"},
-    "qwen3_vl_text": "qwen3",
+    **{"qwen3_vl_text": "qwen3", "qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"},
 }
 _OTHER_PARTS = ("vision_config", "audio_config")
 _OUTER_KEYS = IRRELEVANT_KEYS | {
@@ -57,15 +57,15 @@ _OTHER_NAMES = re.compile(
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of the text model; that of a model for text alone is returned as it is.
+    """The configuration of the text model; that of a model for text alone stays as it is, but for its family's name.
 
     Raises:
         CheckpointError: naming a key that is not understood, or that says two things.
     """
     inner = config.get("text_config")
     if inner is None and not has_other_parts(config):
-        return dict(config)
-    if inner is None:
+        text = dict(config)
+    elif inner is None:
         text = {key: value for key, value in config.items() if key not in _OUTER_KEYS - IRRELEVANT_KEYS}
     elif not isinstance(inner, Mapping):
         raise ConfigReader(config).error("text_config", inner, "an object")

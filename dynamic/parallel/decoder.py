@@ -74,8 +74,8 @@ class ParallelDecoder(Decoder):
         self._dropped: list[int] = []  # caches that rank 0 has no use for any more, and workers still hold
         self._ran: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of a worker, by cache: last rows, their slots
 
-    def allocate_cache(self, num_pages: int, page_size: int, kv_shards: int = 1) -> list[KVLayer]:
-        """See :meth:`Decoder.allocate_cache`; on all ranks. The workers' shares go when rank 0 lets go of its own."""
+    def allocate_cache(self, num_pages: int, page_size: int, kv_shards: int = 1, num_states: int = 1) -> list[KVLayer]:
+        """See :meth:`Decoder.allocate_cache`; on all ranks. Workers' shares go with rank 0's. No states are shared."""
         self._caches += 1
         kv_shard, pages = self.context.kv_shard, num_pages // kv_shards
         layers = self._allocate(pages if kv_shard < kv_shards else 0, page_size)

@@ -120,6 +120,8 @@ class Shard:
     """
 
     def __init__(self, spec: ModelSpec, context: ParallelContext, exit_layers: Collection[int] = ()) -> None:
+        if spec.has_states:
+            raise ValueError(f"{context.config}: this {spec.family} model has recurrent states, which are not shared")
         tensor, rank = context.config.tensor, context.tensor_rank
         if any(isinstance(block, FeedForwards) for layer in spec.layers for block in layer.blocks):
             raise ValueError(

@@ -194,6 +194,21 @@ class KVLayer:
         return self.keys_BGPC.shape[2]
 
 
+@dataclass(frozen=True, kw_only=True)
+class StateLayer(KVLayer):
+    """The cache of a layer that keeps a state of fixed size for each sequence, and no keys or values.
+
+    Arguments:
+        states: float32; the first dimension is that of the slots, one for each sequence.
+    """
+
+    states: tuple[torch.Tensor, ...]
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return ()
+
+
 class KVLayers(list[KVLayer]):
     """The cache of all layers, which stay the same. ``native`` is what a backend has made of them, to be used again."""
 
@@ -221,11 +236,22 @@ class AttentionBatch:
     max_query_len: int
     max_context_len: int
     max_position: int | None = None  # of positions_T; None: max_context_len - 1, for nothing was evicted
+    state_slots_S: torch.Tensor | None = None  # int64, where each sequence's recurrent states are; None: it has none
 
     @property
     def num_positions(self) -> int:
         """How long the table of rotations must be."""
         return self.max_context_len if self.max_position is None else self.max_position + 1
+
+    @cached_property
+    def state_runs(self) -> list[tuple[int, int, int, bool]]:
+        """For layers with recurrent states, by sequence: its slot, its rows' first and end, whether it begins here."""
+        assert self.state_slots_S is not None, "the batch does not say where its sequences' states are"
+        slots, starts, lengths = (
+            numbers.tolist() for numbers in (self.state_slots_S, self.query_start_S1, self.context_len_S)
+        )
+        bounds = zip(slots, starts, starts[1:], lengths, strict=False)
+        return [(slot, first, end, length == end - first) for slot, first, end, length in bounds]
 
     @property
     def num_sequences(self) -> int:

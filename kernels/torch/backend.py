@@ -33,11 +33,12 @@ from .experts import PlainExperts, run_experts
 from .head_linears import HeadLinears
 from .quantized import QuantExperts, QuantLinear, check_experts
 from .split import SplitExperts, SplitLinear, join_linear
+from .states import StateOperations
 
 log = logging.getLogger(__name__)
 
 
-class TorchBackend(HeadLinears):
+class TorchBackend(HeadLinears, StateOperations):
     """Operations of a decoder on plain tensors.
 
     A faster backend subclasses this one and replaces what it does better; whatever it leaves alone keeps working.
@@ -395,6 +396,5 @@ class TorchBackend(HeadLinears):
     def make_stack(
         self, shape: StackShape, layers: Sequence[Sequence[StackBlock]], exits: Sequence[StackExit]
     ) -> Stack | None:
-        """Layers, as lists of blocks, and exits that this backend runs at once; None where it goes operation by
-        operation."""
+        """Layers, as lists of blocks, and exits that run at once; None where each operation is a call of its own."""
         return None

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 
 from ....kernels.api.ranges import check_ranges
 from ....kernels.api.types import AttentionBatch, KVLayer, KVProjection, LinearWeights
+from ....kernels.reference.elementwise import sigmoid
 from ....kernels.reference.operations import rope
-from ....kernels.torch.elementwise import sigmoid
 from .chunks import within_chunks
 from .gqa import GqaSpec, GqaWeights, Heads, Norms
 from .kind import AttentionContext, AttentionCuts, AttentionLayout, LinearLayout, Shape

@@ -200,6 +200,10 @@ class AttentionSpec(ABC):
     def cache_shapes(self, page_size: int, dtype: torch.dtype) -> tuple[Shape, ...]:
         """Of one page in each tensor of a layer's cache."""
 
+    def state_shapes(self) -> tuple[Shape, ...]:
+        """Of one sequence in each tensor of recurrent states, for kinds that keep these instead of keys and values."""
+        return ()
+
     def cache(self, tensors: Sequence[torch.Tensor], scales_behind_page: bool) -> KVLayer:
         """A layer's cache, of tensors of :meth:`cache_shapes` with a dimension of pages in front."""
         keys, values = tensors

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from .extended import ExtendedGqaSpec
+from .gated_delta import GatedDeltaSpec
+from .gated_gqa import GatedGqaSpec
 from .gqa import GqaSpec
 from .kind import AttentionSpec
+from .mamba2 import Mamba2Spec
 from .mla import MlaSpec
+from .short_conv import ShortConvSpec
 
-KINDS: dict[str, type[AttentionSpec]] = {kind.kind: kind for kind in (GqaSpec, ExtendedGqaSpec, MlaSpec)}
+_OWN = (GqaSpec, ExtendedGqaSpec, GatedGqaSpec, MlaSpec, GatedDeltaSpec, Mamba2Spec, ShortConvSpec)
+KINDS: dict[str, type[AttentionSpec]] = {kind.kind: kind for kind in _OWN}
 
 
 def register(kind: type[AttentionSpec]) -> type[AttentionSpec]:

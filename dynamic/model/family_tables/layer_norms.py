@@ -63,6 +63,12 @@ def _cohere2_moe(config: ConfigReader, layer: int) -> MoESpec | None:
     return replace(mixture, router=router, shared_size=mixture.expert_size * count, shared_scale=share)
 
 
+def _cohere_size(config: ConfigReader) -> int:
+    """Of the dense layers in front, where these have a size of their own."""
+    own = "prefix_dense_intermediate_size"
+    return config.integer("intermediate_size" if config.get(own) is None else own)
+
+
 def _cohere_norm(config: ConfigReader, default: float) -> tuple[str, float]:
     eps = config.number("layer_norm_eps", default)
     return ("layer", eps) if config.get("rms_norm_eps") is None else ("rms", config.number("rms_norm_eps"))
@@ -107,6 +113,6 @@ LAYER_NORMS: dict[str, Family] = {
         scales=_cohere_scales,
         shared=ffn_names("mlp.shared_experts"),
         defaults={"num_experts": 8, "num_experts_per_tok": 2},
-        dense_size=("prefix_dense_intermediate_size", "intermediate_size"),
+        dense_size=_cohere_size,
     ),
 }

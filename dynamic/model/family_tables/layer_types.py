@@ -132,7 +132,7 @@ LAYER_TYPES: dict[str, Family] = {
         ignored=frozenset(
             {"intermediate_size_mlp", "for_llm_compressor", "cache_implementation"}
         ),  # dense layers read the first
-        dense_size=("intermediate_size_mlp",),
+        dense_size=lambda config: config.integer("intermediate_size_mlp"),
         dense=ffn_names("feed_forward"),
         experts=(
             *ffn_names("feed_forward.experts.{e}"),

@@ -1,0 +1,171 @@
+"""Gated DeltaNet: linear attention whose memory forgets by a learned gate and is corrected by the delta rule.
+
+Yang et al. 2024. Queries, keys and values go through a short convolution; the output is normed and gated.
+
+Shape suffixes as in ``kernels/reference/states.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+
+from ....kernels.api.ranges import check_ranges
+from ....kernels.api.types import AttentionBatch, KVLayer, LinearWeights, StateLayer
+from ....kernels.reference.elementwise import sigmoid, silu, softplus
+from ...checkpoint.config_reader import ConfigReader
+from ..family import Family
+from .kind import AttentionContext, AttentionLayout, AttentionWeights, LinearLayout, Shape, TensorLayout
+from .states import StateSpec, check_activation, with_taps_first
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedDeltaWeights(AttentionWeights):
+    """See :class:`AttentionWeights`.
+
+    Arguments:
+        qkvz: queries, keys, values and the output's gate in one projection, of each group or one behind the other.
+        ba: what becomes the step and the decay of each head.
+        conv_WX: taps of the channels of queries, keys and values.
+        log_decay_H, decay_bias_H: float32.
+        norm_V: of a head's output.
+    """
+
+    qkvz: LinearWeights
+    ba: LinearWeights
+    out: LinearWeights
+    conv_WX: torch.Tensor
+    log_decay_H: torch.Tensor
+    decay_bias_H: torch.Tensor
+    norm_V: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedDeltaSpec(StateSpec):
+    """See :class:`AttentionSpec`.
+
+    Arguments:
+        num_groups: of heads that share queries and keys.
+        key_channels, value_channels: of one head.
+        taps: of the convolution.
+        by_group: whether the projections' outputs are ordered by groups, as in Qwen3-Next; else by parts.
+
+    Raises:
+        ValueError: for sizes that do not go together.
+    """
+
+    kind: ClassVar[str] = "gated_delta"
+    num_groups: int
+    num_heads: int
+    key_channels: int
+    value_channels: int
+    taps: int
+    by_group: bool = False
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "num_groups", "num_heads", "key_channels", "value_channels", least=1)
+        check_ranges(self, "taps", least=2)
+        if self.num_heads % self.num_groups:
+            raise ValueError(
+                f"linear_num_value_heads={self.num_heads} is no multiple of linear_num_key_heads={self.num_groups}"
+            )
+
+    @classmethod
+    def from_config(cls, config: ConfigReader, family: Family, layer: int) -> Self:
+        check_activation(config)
+        return cls(
+            num_groups=config.integer("linear_num_key_heads", 16),
+            num_heads=config.integer("linear_num_value_heads", 32),
+            key_channels=config.integer("linear_key_head_dim", 128),
+            value_channels=config.integer("linear_value_head_dim", 128),
+            taps=config.integer("linear_conv_kernel_dim", 4),
+            by_group=config.get("model_type") == "qwen3_next",
+        )
+
+    @property
+    def key_size(self) -> int:
+        """Channels of all keys."""
+        return self.num_groups * self.key_channels
+
+    @property
+    def value_size(self) -> int:
+        """Channels of all values."""
+        return self.num_heads * self.value_channels
+
+    @property
+    def conv_size(self) -> int:
+        """Channels that go through the convolution."""
+        return 2 * self.key_size + self.value_size
+
+    def layout(self, prefix: str, hidden_size: int, available: Container[str]) -> AttentionLayout:
+        prefix += "linear_attn."
+
+        def linear(inputs: int, **outputs: int) -> LinearLayout:
+            names = tuple(f"{prefix}{name}.weight" for name in outputs)
+            return LinearLayout(weights=names, outputs=tuple(outputs.values()), inputs=inputs)
+
+        def float32(name: str, *shape: int) -> TensorLayout:
+            return TensorLayout(name=prefix + name, shape=shape, float32=True)
+
+        if self.by_group:
+            qkvz = linear(hidden_size, in_proj_qkvz=self.conv_size + self.value_size)
+            ba = linear(hidden_size, in_proj_ba=2 * self.num_heads)
+        else:
+            qkvz = linear(hidden_size, in_proj_qkv=self.conv_size, in_proj_z=self.value_size)
+            ba = linear(hidden_size, in_proj_b=self.num_heads, in_proj_a=self.num_heads)
+        return AttentionLayout(
+            kind=self,
+            linears={"qkvz": qkvz, "ba": ba, "out": linear(self.value_size, out_proj=hidden_size)},
+            tensors={
+                "conv_WX": float32("conv1d.weight", self.conv_size, 1, self.taps),
+                "log_decay_H": float32("A_log", self.num_heads),
+                "decay_bias_H": float32("dt_bias", self.num_heads),
+                "norm_V": TensorLayout(name=f"{prefix}norm.weight", shape=(self.value_channels,)),
+            },
+        )
+
+    def weights(self, parts: Mapping[str, LinearWeights | torch.Tensor]) -> GatedDeltaWeights:
+        return GatedDeltaWeights(**with_taps_first(parts, "conv_WX"))
+
+    def state_shapes(self) -> tuple[Shape, ...]:
+        memory = (self.num_heads, self.key_channels, self.value_channels)
+        return memory, (self.taps - 1, self.conv_size)
+
+    def forward(
+        self, weights: Any, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
+    ) -> torch.Tensor:
+        assert isinstance(kv, StateLayer)
+        backend, (memory_NHCV, tails_NWX) = context.backend, kv.states
+        mixed_TX, z_THV = self._ordered(backend.linear(x_TD, weights.qkvz).float())
+        ba_TGX = backend.linear(x_TD, weights.ba).float().unflatten(1, (self.num_groups if self.by_group else 1, -1))
+        b_TH, a_TH = (part.flatten(1) for part in ba_TGX.chunk(2, 2))
+        mixed_TX = backend.short_convolution(mixed_TX, weights.conv_WX, None, tails_NWX, batch, "silu")
+        q_TX, k_TX, v_TX = mixed_TX.split((self.key_size, self.key_size, self.value_size), 1)
+        out_THV = backend.recurrence(
+            *(part.unflatten(1, (self.num_groups, -1)) for part in (q_TX, k_TX)),
+            v_TX.unflatten(1, (self.num_heads, -1)),
+            torch.exp(-torch.exp(weights.log_decay_H) * softplus(a_TH + weights.decay_bias_H)),
+            sigmoid(b_TH),
+            memory_NHCV,
+            batch,
+            delta_rule=True,
+        )
+        normed_THV = context.norm(out_THV, weights.norm_V)
+        return backend.linear((normed_THV.float() * silu(z_THV)).flatten(1).to(x_TD.dtype), weights.out)
+
+    def _ordered(self, x_TX: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries, keys and values one behind the other; the gate of each head."""
+        if not self.by_group:
+            mixed_TX, z_TX = x_TX.split((self.conv_size, self.value_size), 1)
+            return mixed_TX, z_TX.unflatten(1, (self.num_heads, -1))
+        values = self.value_size // self.num_groups
+        x_TGX = x_TX.unflatten(1, (self.num_groups, -1))
+        *mixed, z_TGX = x_TGX.split((self.key_channels, self.key_channels, values, values), 2)
+        return torch.cat([part.flatten(1) for part in mixed], 1), z_TGX.reshape(len(x_TX), self.num_heads, -1)
+
+    def flops(self, hidden_size: int) -> int:
+        projections = 2 * hidden_size * (self.conv_size + 2 * self.value_size + 2 * self.num_heads)
+        return projections + 2 * self.taps * self.conv_size + 7 * self.value_size * self.key_channels

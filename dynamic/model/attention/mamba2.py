@@ -1,0 +1,169 @@
+"""Mamba2: a state space whose decay and input depend on the row (Dao and Gu 2024), as linear attention.
+
+The state's input and output matrices take the places of keys and queries, the time step is what a row writes with.
+Shape suffixes as in ``kernels/reference/states.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+
+from ....kernels.api.ranges import check_ranges
+from ....kernels.api.types import AttentionBatch, KVLayer, LinearWeights, StateLayer
+from ....kernels.reference.elementwise import silu, softplus
+from ...checkpoint.config_reader import ConfigReader
+from ..family import Family
+from .kind import AttentionContext, AttentionLayout, AttentionWeights, LinearLayout, Shape, TensorLayout
+from .states import StateSpec, check_activation, with_taps_first
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba2Weights(AttentionWeights):
+    """See :class:`AttentionWeights`.
+
+    Arguments:
+        into: the output's gate, what the convolution mixes, and the time steps, in one projection.
+        conv_WX, conv_bias_X, log_decay_H, step_bias_H: float32.
+        skip_H: float32, what of a head's input goes past its state.
+        norm_X: float32, of the output.
+    """
+
+    into: LinearWeights
+    out: LinearWeights
+    conv_WX: torch.Tensor
+    log_decay_H: torch.Tensor
+    step_bias_H: torch.Tensor
+    skip_H: torch.Tensor
+    norm_X: torch.Tensor
+    conv_bias_X: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba2Spec(StateSpec):
+    """See :class:`AttentionSpec`.
+
+    Arguments:
+        num_groups: of heads that share the state's input and output matrices, and a norm.
+        state_size: numbers that a channel of a head remembers.
+        taps: of the convolution.
+        conv_bias, linear_bias: whether the convolution and the projections have biases.
+
+    Raises:
+        ValueError: for sizes that do not go together.
+    """
+
+    kind: ClassVar[str] = "mamba2"
+    num_groups: int
+    num_heads: int
+    head_channels: int
+    state_size: int
+    taps: int
+    conv_bias: bool = True
+    linear_bias: bool = False
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "num_groups", "num_heads", "head_channels", "state_size", least=1)
+        check_ranges(self, "taps", least=2)
+        if self.num_heads % self.num_groups:
+            raise ValueError(f"{self.num_heads} heads of Mamba2 do not divide among {self.num_groups} groups")
+
+    @classmethod
+    def from_config(cls, config: ConfigReader, family: Family, layer: int) -> Self:
+        check_activation(config)
+        heads = config.integer("mamba_n_heads", 128)
+        size = config.integer("mamba_expand", 2) * config.integer("hidden_size")
+        channels = config.get("mamba_d_head", "auto")
+        if heads < 1 or size % heads or channels not in ("auto", size // heads):
+            raise ValueError(f"mamba_n_heads={heads} heads of mamba_d_head={channels} channels do not make {size}")
+        # transformers holds time steps to limits in prompts only.
+        limits = config.get("time_step_limit")
+        if limits is not None and [float(str(limit)) for limit in _numbers(limits)] != [0.0, float("inf")]:
+            raise config.error("time_step_limit", limits, "0 and infinity")
+        return cls(
+            num_groups=config.integer("mamba_n_groups", 1),
+            num_heads=heads,
+            head_channels=size // heads,
+            state_size=config.integer("mamba_d_state", 256),
+            taps=config.integer("mamba_d_conv", 4),
+            conv_bias=config.flag("mamba_conv_bias", True),
+            linear_bias=config.flag("mamba_proj_bias", False),
+        )
+
+    @property
+    def size(self) -> int:
+        """Channels of all heads."""
+        return self.num_heads * self.head_channels
+
+    @property
+    def conv_size(self) -> int:
+        """Channels that go through the convolution."""
+        return self.size + 2 * self.num_groups * self.state_size
+
+    def layout(self, prefix: str, hidden_size: int, available: Container[str]) -> AttentionLayout:
+        prefix += "mamba."
+
+        def linear(name: str, inputs: int, outputs: int) -> LinearLayout:
+            biases = (f"{prefix}{name}.bias",) if self.linear_bias else ()
+            return LinearLayout(weights=(f"{prefix}{name}.weight",), outputs=(outputs,), inputs=inputs, biases=biases)
+
+        def float32(name: str, *shape: int) -> TensorLayout:
+            return TensorLayout(name=prefix + name, shape=shape, float32=True)
+
+        tensors = {
+            "conv_WX": float32("conv1d.weight", self.conv_size, 1, self.taps),
+            "log_decay_H": float32("A_log", self.num_heads),
+            "step_bias_H": float32("dt_bias", self.num_heads),
+            "skip_H": float32("D", self.num_heads),
+            "norm_X": float32("norm.weight", self.size),
+        }
+        if self.conv_bias:
+            tensors["conv_bias_X"] = float32("conv1d.bias", self.conv_size)
+        return AttentionLayout(
+            kind=self,
+            linears={
+                "into": linear("in_proj", hidden_size, self.size + self.conv_size + self.num_heads),
+                "out": linear("out_proj", self.size, hidden_size),
+            },
+            tensors=tensors,
+        )
+
+    def weights(self, parts: Mapping[str, LinearWeights | torch.Tensor]) -> Mamba2Weights:
+        return Mamba2Weights(**with_taps_first(parts, "conv_WX"))
+
+    def state_shapes(self) -> tuple[Shape, ...]:
+        memory = (self.num_heads, self.state_size, self.head_channels)
+        return memory, (self.taps - 1, self.conv_size)
+
+    def forward(
+        self, weights: Any, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
+    ) -> torch.Tensor:
+        assert isinstance(kv, StateLayer)
+        backend, (memory_NHCV, tails_NWX) = context.backend, kv.states
+        sizes = (self.size, self.conv_size, self.num_heads)
+        gate_TX, mixed_TX, step_TH = backend.linear(x_TD, weights.into).float().split(sizes, 1)
+        mixed_TX = backend.short_convolution(mixed_TX, weights.conv_WX, weights.conv_bias_X, tails_NWX, batch, "silu")
+        matrices = self.num_groups * self.state_size
+        v_TX, k_TX, q_TX = mixed_TX.split((self.size, matrices, matrices), 1)
+        q_TGC, k_TGC = (part.unflatten(1, (self.num_groups, -1)) for part in (q_TX, k_TX))
+        v_THV = v_TX.unflatten(1, (self.num_heads, -1))
+        step_TH = softplus(step_TH + weights.step_bias_H)
+        decay_TH = torch.exp(-torch.exp(weights.log_decay_H) * step_TH)
+        out_THV = backend.recurrence(q_TGC, k_TGC, v_THV, decay_TH, step_TH, memory_NHCV, batch, delta_rule=False)
+        out_TX = (out_THV + v_THV * weights.skip_H[:, None]).flatten(1) * silu(gate_TX)
+        out_TX = out_TX.view(len(x_TD) * self.num_groups, -1)  # each group is normed by itself
+        normed_TX = backend.rms_norm(out_TX, torch.ones(out_TX.shape[1], device=out_TX.device), context.norm_eps)
+        return backend.linear((normed_TX.view(len(x_TD), -1) * weights.norm_X).to(x_TD.dtype), weights.out)
+
+    def flops(self, hidden_size: int) -> int:
+        projections = 2 * hidden_size * (2 * self.size + self.conv_size + self.num_heads)
+        return projections + 2 * self.taps * self.conv_size + 5 * self.size * self.state_size
+
+
+def _numbers(limits: Any) -> list[Any]:
+    """The two limits, the upper of which JSON has no number for."""
+    values = limits if isinstance(limits, list | tuple) else []
+    return [value.get("__float__", "") if isinstance(value, dict) else value for value in values]

@@ -1,0 +1,102 @@
+"""Gated short convolution, as in LFM2: a row sees itself and the few rows before it, channel by channel.
+
+Shape suffixes as in ``kernels/reference/states.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+
+from ....kernels.api.ranges import check_ranges
+from ....kernels.api.types import AttentionBatch, KVLayer, LinearWeights, StateLayer
+from ...checkpoint.config_reader import ConfigReader
+from ..family import Family
+from .kind import AttentionContext, AttentionLayout, AttentionWeights, LinearLayout, Shape, TensorLayout
+from .states import StateSpec, with_taps_first
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortConvWeights(AttentionWeights):
+    """See :class:`AttentionWeights`.
+
+    Arguments:
+        gates: of the convolution's input, of its output, and the input, in one projection.
+        conv_WX, conv_bias_X: float32.
+    """
+
+    gates: LinearWeights
+    out: LinearWeights
+    conv_WX: torch.Tensor
+    conv_bias_X: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortConvSpec(StateSpec):
+    """See :class:`AttentionSpec`.
+
+    Arguments:
+        channels: of the convolution.
+        taps: of it.
+        bias: of the convolution and both projections.
+    """
+
+    kind: ClassVar[str] = "short_conv"
+    channels: int
+    taps: int
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "channels", least=1)
+        check_ranges(self, "taps", least=2)
+
+    @classmethod
+    def from_config(cls, config: ConfigReader, family: Family, layer: int) -> Self:
+        return cls(
+            channels=config.integer("hidden_size"),
+            taps=config.integer("conv_L_cache", 3),
+            bias=config.flag("conv_bias", False),
+        )
+
+    def layout(self, prefix: str, hidden_size: int, available: Container[str]) -> AttentionLayout:
+        prefix += "conv."
+
+        def linear(name: str, inputs: int, outputs: int) -> LinearLayout:
+            biases = (f"{prefix}{name}.bias",) if self.bias else ()
+            return LinearLayout(weights=(f"{prefix}{name}.weight",), outputs=(outputs,), inputs=inputs, biases=biases)
+
+        shape = (self.channels, 1, self.taps)
+        tensors = {"conv_WX": TensorLayout(name=f"{prefix}conv.weight", shape=shape, float32=True)}
+        if self.bias:
+            tensors["conv_bias_X"] = TensorLayout(name=f"{prefix}conv.bias", shape=(self.channels,), float32=True)
+        return AttentionLayout(
+            kind=self,
+            linears={
+                "gates": linear("in_proj", hidden_size, 3 * self.channels),
+                "out": linear("out_proj", self.channels, hidden_size),
+            },
+            tensors=tensors,
+        )
+
+    def weights(self, parts: Mapping[str, LinearWeights | torch.Tensor]) -> ShortConvWeights:
+        return ShortConvWeights(**with_taps_first(parts, "conv_WX"))
+
+    def state_shapes(self) -> tuple[Shape, ...]:
+        return ((self.taps - 1, self.channels),)
+
+    def forward(
+        self, weights: Any, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
+    ) -> torch.Tensor:
+        assert isinstance(kv, StateLayer)
+        backend = context.backend
+        before_TX, behind_TX, x_TX = backend.linear(x_TD, weights.gates).float().chunk(3, 1)
+        mixed_TX = backend.short_convolution(
+            before_TX * x_TX, weights.conv_WX, weights.conv_bias_X, kv.states[0], batch
+        )
+        return backend.linear((behind_TX * mixed_TX).to(x_TD.dtype), weights.out)
+
+    def flops(self, hidden_size: int) -> int:
+        return 2 * self.channels * (4 * hidden_size + self.taps)

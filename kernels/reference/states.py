@@ -1,0 +1,93 @@
+"""Layers whose memory is a state of fixed size for each sequence, row after row: the truth for every backend.
+
+Every row of a sequence is computed by the same recurrence from the state that the row before it left, whether it
+belongs to a prompt or not. So a row's result depends neither on how its sequence was cut into steps, nor on others.
+
+Shape suffixes as in ``kernels/api/types.py``; X channels of a convolution, W taps of it, N slots of states,
+H heads that have states, G groups of them that share queries and keys, C channels of a key, V channels of a value.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..api.types import AttentionBatch
+from .elementwise import silu
+
+L2_EPS = 1e-6
+
+
+def short_convolution(
+    x_TX: torch.Tensor,
+    weight_WX: torch.Tensor,
+    bias_X: torch.Tensor | None,
+    tails_NWX: torch.Tensor,
+    batch: AttentionBatch,
+    activation: str = "none",
+) -> torch.Tensor:
+    """Causal convolution of every channel with its own few taps, (T, X). Rows before a sequence's first are zero.
+
+    Arguments:
+        x_TX: float32.
+        weight_WX: float32, the newest row's tap last.
+        tails_NWX: float32, the last W - 1 rows of each sequence before this step; overwritten with those after it.
+        activation: ``none`` or ``silu``, of the sum.
+    """
+    out_TX, taps = torch.empty_like(x_TX), weight_WX.shape[0]
+    for slot, first, end, begins in batch.state_runs:
+        tail_WX = torch.zeros_like(tails_NWX[slot]) if begins else tails_NWX[slot]
+        rows_RX = torch.cat((tail_WX, x_TX[first:end]))
+        sum_RX = rows_RX[: end - first] * weight_WX[0]
+        for tap in range(1, taps):
+            sum_RX += rows_RX[tap : tap + end - first] * weight_WX[tap]
+        out_TX[first:end] = sum_RX
+        tails_NWX[slot] = rows_RX[end - first :]
+    if bias_X is not None:
+        out_TX += bias_X
+    return silu(out_TX) if activation == "silu" else out_TX
+
+
+def recurrence(
+    q_TGC: torch.Tensor,
+    k_TGC: torch.Tensor,
+    v_THV: torch.Tensor,
+    decay_TH: torch.Tensor,
+    step_TH: torch.Tensor,
+    states_NHCV: torch.Tensor,
+    batch: AttentionBatch,
+    *,
+    delta_rule: bool,
+) -> torch.Tensor:
+    """What each row reads from its sequence's states after it has written to them, (T, H, V).
+
+    ``S ← decay · S``, ``S ← S + step · k ⊗ v``, ``out = Sᵀ q``. With the delta rule (Yang et al. 2024) a row writes
+    ``step · k ⊗ (v - Sᵀ k)`` instead, keys and queries have length one, and queries are divided by √C.
+
+    Arguments:
+        q_TGC, k_TGC: float32; head ``h`` uses those of group ``h // (H / G)``.
+        v_THV, decay_TH, step_TH: float32.
+        states_NHCV: float32, before this step; overwritten with those after it.
+    """
+    out_THV, per_group = torch.empty_like(v_THV), v_THV.shape[1] // q_TGC.shape[1]
+    for slot, first, end, begins in batch.state_runs:
+        state_HCV = states_NHCV[slot]
+        if begins:
+            state_HCV.zero_()
+        # All shapes below are those of one row: torch's sums depend on the shape.
+        for row in range(first, end):
+            q_GC, k_GC = q_TGC[row], k_TGC[row]
+            if delta_rule:
+                q_GC = _unit_length(q_GC) * q_GC.shape[-1] ** -0.5
+                k_GC = _unit_length(k_GC)
+            q_HC1, k_HC1 = (part.repeat_interleave(per_group, 0).unsqueeze(-1) for part in (q_GC, k_GC))
+            state_HCV *= decay_TH[row, :, None, None]
+            value_HV = v_THV[row]
+            if delta_rule:
+                value_HV = value_HV - (state_HCV * k_HC1).sum(1)
+            state_HCV += k_HC1 * (value_HV * step_TH[row, :, None]).unsqueeze(1)
+            out_THV[row] = (state_HCV * q_HC1).sum(1)
+    return out_THV
+
+
+def _unit_length(x_GC: torch.Tensor) -> torch.Tensor:
+    return x_GC * torch.rsqrt(x_GC.square().sum(-1, keepdim=True) + L2_EPS)
