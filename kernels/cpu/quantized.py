@@ -291,14 +291,14 @@ class CpuQuantPacking(TorchBackend):
             )
         has_offsets = gate_EFD.needs_offsets or up_EFD.needs_offsets
 
-        def gate_up(part: slice) -> _Codes:
+        def gate_up_codes(part: slice) -> _Codes:
             return _map(_interleaved, *(_read(weight.experts(part), has_offsets) for weight in (gate_EFD, up_EFD)))
 
-        def down(part: slice) -> _Codes:
+        def down_codes(part: slice) -> _Codes:
             return _map(lambda t: _padded_rows(t, BLOCK).flatten(0, 1), _read(down_EDF.experts(part)))
 
-        first = _pack_by_parts(self._isa, gate_EFD, gate_up, experts.scheme)
-        second = _pack_by_parts(self._isa, down_EDF, down, experts.scheme)
+        first = _pack_by_parts(self._isa, gate_EFD, gate_up_codes, experts.scheme)
+        second = _pack_by_parts(self._isa, down_EDF, down_codes, experts.scheme)
         biases = join_gate_up_bias(experts.gate_bias_EF, experts.up_bias_EF), self._padded(experts.down_bias_ED)
         num_experts, width, hidden = gate_EFD.shape
         data = CpuQuantExperts(self._isa, *first, *second, *biases, (num_experts, hidden, width, number))
