@@ -99,12 +99,16 @@ def test_attention(backend: CpuBackend, edge: str, window: int | None):
     assert_near(out, oracle_attention(q, layer, batch, scale=0.2, window=window), backend.dtype)
 
 
+@pytest.mark.parametrize("softcap", [None, 0.7])
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("edge", ATTENTION_EDGES)
-def test_sinks_and_denominators(backend: CpuBackend, edge: str, window: int | None):
+def test_sinks_and_denominators(backend: CpuBackend, edge: str, window: int | None, softcap: float | None):
     q, layer, batch = paged_problem(backend, **ATTENTION_EDGES[edge])
     rows, heads, _ = q.shape
-    plain, options = backend.attention(q, layer, batch, scale=0.2, window=window), {"scale": 0.2, "window": window}
+    options = {"scale": 0.2, "window": window, "softcap": softcap}
+    plain = backend.attention(q, layer, batch, **options)
+    uncapped = backend.attention(q, layer, batch, **{**options, "softcap": None})
+    assert edge == "one token of context" or window == 1 or torch.equal(plain, uncapped) == (softcap is None)
     for sinks in (None, torch.linspace(-3, 5, heads), torch.full((heads,), -torch.inf), torch.full((heads,), 200.0)):
         lse, expected_lse = (torch.full((rows, heads), torch.nan) for _ in range(2))
         out = backend.attention(q, layer, batch, **options, sinks_H=sinks, lse_TH=lse)

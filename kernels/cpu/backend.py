@@ -23,7 +23,6 @@ from ..api.types import (
     Routing,
 )
 from ..reference.router import check_route_arguments
-from ..torch.attention import attention_by_rows
 from ..torch.experts import PlainExperts
 from ..torch.split import SplitExperts, SplitLinear
 from . import build as cpu_build
@@ -259,10 +258,6 @@ class CpuBackend(CpuQuantPacking):
         lse_TH: torch.Tensor | None = None,
         softcap: float | None = None,
     ) -> torch.Tensor:
-        if softcap is not None:
-            self._fall_back("attention with capped scores")
-            options = {"scale": scale, "window": window, "sinks_H": sinks_H, "lse_TH": lse_TH, "softcap": softcap}
-            return attention_by_rows(q_THC, layer, batch, **options)
         return self._ops.attention.default(
             self._isa,
             q_THC,
@@ -275,6 +270,7 @@ class CpuBackend(CpuQuantPacking):
             window or 0,
             sinks_H,
             lse_TH,
+            softcap or 0.0,
         )
 
     def exit_decide(

@@ -6,8 +6,6 @@ key/value head.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 
@@ -37,20 +35,6 @@ def run_attention(
         out_THC[rows] = _one_sequence(
             q_THC[rows], layer, batch.block_table_SM[s], length, scale, window, sinks_H, lse_RH, softcap
         )
-    return out_THC
-
-
-def attention_by_rows(q_THC: torch.Tensor, layer: KVLayer, batch: AttentionBatch, **options: Any) -> torch.Tensor:
-    """As :func:`run_attention`, every row by itself: its bits depend on its own context and on nothing else."""
-    out_THC, lse_TH = torch.empty_like(q_THC), options.pop("lse_TH", None)
-    arguments = (options["scale"], options.get("window"), options.get("sinks_H"))
-    starts, lengths = batch.query_start_S1.tolist(), batch.context_len_S.tolist()
-    for s, length in enumerate(lengths):
-        for row in range(starts[s], starts[s + 1]):
-            one, lse_1H = slice(row, row + 1), None if lse_TH is None else lse_TH[row : row + 1]
-            seen = length - (starts[s + 1] - row) + 1
-            table_M, query_1HC = batch.block_table_SM[s], q_THC[one].contiguous()
-            out_THC[one] = _one_sequence(query_1HC, layer, table_M, seen, *arguments, lse_1H, options.get("softcap"))
     return out_THC
 
 

@@ -209,6 +209,8 @@ struct Kernels {
   void (*rms_norm)(const void* x, Dtype x_dtype, const void* residual, float scale, const void* weight,
                    Dtype weight_dtype, float eps, int n, void* sum, Dtype stream_dtype, void* out);
   void (*rope)(const void* in, const float* cos_sin, int channels, void* out, Dtype dtype);
+  // Scores s of 64 keys, in two halves `half_stride` apart, become cap · tanh(scale · s / cap).
+  void (*cap_scores)(float* scores, int64_t half_stride, float scale, float cap);
   // One step of the online softmax over 64 keys, of which [first, last) are visible. Their scores lie in two halves,
   // `half_stride` apart, and are lost; state is {running max, running sum}; the row's accumulator (`blocks` of 32 channels,
   // `stride` apart) is rescaled.

@@ -148,6 +148,16 @@ TARGET static void rope(const void* in, const float* cos_sin, int channels, void
   }
 }
 
+TARGET static void cap_scores(float* scores, int64_t half_stride, float scale, float cap) {
+  const Vec::F one = Vec::set(1.0f), twice = Vec::set(2.0f * scale / cap);
+  for (int i = 0; i < kKeyBlock; i += Vec::kLanes) {
+    float* at = scores + i / kBlockOutputs * half_stride + i % kBlockOutputs;
+    // tanh u = (e^(2u) - 1) / (e^(2u) + 1)
+    const Vec::F power = exponential(Vec::mul(Vec::load(at), twice));
+    Vec::store(at, Vec::mul(Vec::set(cap), Vec::div(Vec::sub(power, one), Vec::add(power, one))));
+  }
+}
+
 TARGET static void softmax_step(float* scores, int64_t half_stride, int first, int last, float scale, float* state,
                                 float* probabilities, float* accumulator, int blocks, int stride) {
   const float infinity = std::numeric_limits<float>::infinity();

@@ -20,6 +20,7 @@ static Kernels common_kernels() {
   kernels.decode_head = decode_head;
   kernels.rms_norm = rms_norm;
   kernels.rope = rope;
+  kernels.cap_scores = cap_scores;
   kernels.softmax_step = softmax_step;
   kernels.softmax_merge = softmax_merge;
   return kernels;

@@ -236,18 +236,18 @@ class Attend {
 
   void weigh(int64_t block, const KeyRows& keys, int64_t t, const Partial& partial, const void* const* ahead) {
     const int size = tiles_.size(t);
-    float* probabilities = scores_ + size * kKeyBlock;  // [query][64]
     const int64_t half_stride = size * kBlockOutputs;
-    float* accumulator = partial.accumulator(queries_, tiles_, t);
+    float *probabilities = scores_ + size * kKeyBlock, *accumulator = partial.accumulator(queries_, tiles_, t);  // [query][64]
     for (int r = 0; r < size; ++r) {
       const int64_t index = index_of(tiles_.start(t) + r);
-      const int64_t first = std::clamp<int64_t>(plan_.first_visible(index) - block, 0, kKeyBlock);
-      const int64_t last = std::clamp<int64_t>(index + 1 - block, 0, kKeyBlock);
+      const int first = static_cast<int>(std::clamp<int64_t>(plan_.first_visible(index) - block, 0, kKeyBlock));
+      const int last = static_cast<int>(std::clamp<int64_t>(index + 1 - block, 0, kKeyBlock));
       if (first >= last) {
         std::memset(probabilities + r * kKeyBlock, 0, kKeyBlock * sizeof(float));
       } else {
-        plan_.kernels.softmax_step(scores_ + r * kBlockOutputs, half_stride, static_cast<int>(first),
-                                   static_cast<int>(last), plan_.call.scale, partial.state(tiles_.start(t) + r),
+        float *scores = scores_ + r * kBlockOutputs, cap = plan_.call.softcap, scale = cap > 0.0f ? 1.0f : plan_.call.scale;
+        if (cap > 0.0f) plan_.kernels.cap_scores(scores, half_stride, plan_.call.scale, cap);
+        plan_.kernels.softmax_step(scores, half_stride, first, last, scale, partial.state(tiles_.start(t) + r),
                                    probabilities + r * kKeyBlock, accumulator + r * kBlockOutputs,
                                    static_cast<int>(plan_.blocks), size * kBlockOutputs);
       }

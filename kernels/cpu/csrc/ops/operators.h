@@ -137,6 +137,7 @@ struct AttentionCall {
   void* out;           // contiguous, q's dtype
   const float* sinks;  // (H): a logit of each head that takes part in the softmax and has no value, or null
   float* lse;          // (T, H): takes the logarithm of the softmax's denominator, sinks included, or null
+  float softcap;       // scaled scores s become softcap · tanh(s / softcap); 0: they stay
 };
 void attention(const Context& context, const AttentionCall& call);
 

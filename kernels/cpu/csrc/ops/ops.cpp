@@ -99,7 +99,7 @@ Tensor rope_and_write_op(int64_t isa, const Tensor& q, const Tensor& k, const Te
 
 Tensor attention_op(int64_t isa, const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& query_start,
                     const Tensor& context_len, const Tensor& block_table, double scale, int64_t window,
-                    const OptionalTensor& sinks, const OptionalTensor& lse) {
+                    const OptionalTensor& sinks, const OptionalTensor& lse, double softcap) {
   Tensor out = at::empty(q.sizes(), q.options());
   check_caches(keys, values);
   AttentionCall call{head_rows_of(q, "q"),       q.size(1),   keys.size(1), q.size(2), cache_of(keys, q.size(2), "keys"),
@@ -122,6 +122,8 @@ Tensor attention_op(int64_t isa, const Tensor& q, const Tensor& keys, const Tens
                     " rows and ", call.heads, " heads, not shape ", lse->sizes());
   call.sinks = floats(sinks, "sinks");
   call.lse = const_cast<float*>(floats(lse, "lse"));
+  TORCH_CHECK_VALUE(softcap >= 0, "softcap must be at least 0, not ", softcap);
+  call.softcap = static_cast<float>(softcap);
   attention(context_of(isa), call);
   return out;
 }
@@ -166,7 +168,7 @@ TORCH_LIBRARY(dynamoe_cpu, m) {
       &rope_and_write_op);
   m.def(
       "attention(int isa, Tensor q, Tensor keys, Tensor values, Tensor query_start, Tensor context_len, "
-      "Tensor block_table, float scale, int window, Tensor? sinks, Tensor(a!)? lse) -> Tensor",
+      "Tensor block_table, float scale, int window, Tensor? sinks, Tensor(a!)? lse, float softcap) -> Tensor",
       &attention_op);
   m.def(
       "route(int isa, Tensor logits, int top_k, int score, bool softmax_after_topk, bool renormalize, float scale, "
