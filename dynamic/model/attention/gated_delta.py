@@ -144,8 +144,10 @@ class GatedDeltaSpec(StateSpec):
         b_TH, a_TH = (part.flatten(1) for part in ba_TGX.chunk(2, 2))
         mixed_TX = backend.short_convolution(mixed_TX, weights.conv_WX, None, tails_NWX, batch, "silu")
         q_TX, k_TX, v_TX = mixed_TX.split((self.key_size, self.key_size, self.value_size), 1)
+        q_TGC, k_TGC = (part.unflatten(1, (self.num_groups, -1)) for part in (q_TX, k_TX))
         out_THV = backend.recurrence(
-            *(part.unflatten(1, (self.num_groups, -1)) for part in (q_TX, k_TX)),
+            q_TGC,
+            k_TGC,
             v_TX.unflatten(1, (self.num_heads, -1)),
             torch.exp(-torch.exp(weights.log_decay_H) * softplus(a_TH + weights.decay_bias_H)),
             sigmoid(b_TH),

@@ -44,7 +44,8 @@ class GatedGqaSpec(GqaSpec):
         backend = context.backend
         qkv_TXC = backend.linear(x_TD, weights.qkv).view(x_TD.shape[0], -1, self.head_dim)
         q_THC, gate_THC, kv_TXC = qkv_TXC.split((self.num_heads, self.num_heads, 2 * self.num_kv_heads), 1)
-        heads = self.normed((q_THC, *kv_TXC.chunk(2, 1)), (weights.q_norm, weights.k_norm), context)
+        k_TGC, v_TGC = kv_TXC.chunk(2, 1)
+        heads = self.normed((q_THC, k_TGC, v_TGC), (weights.q_norm, weights.k_norm), context)
         q_THC = backend.rope_and_write(*heads, context.cos_sin_LC, batch, kv)
         out_THC = backend.attention(q_THC, kv, batch, scale=self.scale, window=self.window)
         gated_THC = out_THC.float() * sigmoid(gate_THC.float())
@@ -58,5 +59,5 @@ class GatedGqaSpec(GqaSpec):
     def flops(self, hidden_size: int) -> int:
         return super().flops(hidden_size) + 2 * hidden_size * self.q_size
 
-    def projection(self, norm_D: torch.Tensor, weights: Any, backend: TorchBackend) -> KVProjection:
+    def projection(self, norm_D: torch.Tensor | None, weights: Any, backend: TorchBackend) -> KVProjection:
         raise ValueError(f"attention of kind {self.kind!r} makes no keys and values for rows that exit early")
