@@ -51,7 +51,8 @@ def variants() -> dict[str, Variant]:
                 if name in KNOWN:  # another family by the name of its class
                     found.setdefault(name, variant)
                 elif variant.edit is None:
-                    found.setdefault(variant.family, variant)
+                    family = variant.family.removesuffix("_text")
+                    found.setdefault(family if family in KNOWN else variant.family, variant)
     return found
 
 
