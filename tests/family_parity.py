@@ -45,7 +45,7 @@ class Variant:
     edit: Callable[[Path], None] | None = None
 
     def __str__(self) -> str:
-        return "-".join([self.family, *self.config])
+        return "-".join([self.family, *list(self.config)[-2:]])
 
     def save(self, directory: Path, seed: int = 0) -> Path:
         """Write the random checkpoint with its tokenizer."""

@@ -21,6 +21,7 @@ from dynamoe.dynamic.engine.engine import Engine
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.model.families import model_spec
 from dynamoe.dynamic.model.kv_cache import bytes_per_sequence
+from dynamoe.dynamic.model.loaded import LoadedModel
 from dynamoe.dynamic.model.loader import load_decoder
 from dynamoe.dynamic.model.text_part import text_config
 from family_parity import Variant, check_engine, check_logits, expected_tokens, generate
@@ -113,27 +114,37 @@ def test_forks_go_on_from_copies_of_the_state(saved: Callable[..., tuple[Path, A
     assert tokens == {(str(n), index): expected[n] for n in range(3) for index in range(2)}
 
 
+def logprobs(
+    model: LoadedModel, together: list[list[int]], limits: dict[str, int], **settings: Any
+) -> list[list[float]]:
+    """Of the greedy tokens of prompts that run together."""
+    engine = Engine(model, EngineConfig(**limits))
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=0, **settings)
+    found: list[list[float]] = [[] for _ in together]
+    for number, prompt in enumerate(together):
+        engine.add_request(str(number), prompt, params)
+    while engine.has_unfinished():
+        for delta in engine.step():
+            completion = delta.completions[0]
+            rows = zip(completion.token_ids, completion.logprobs or [], strict=True)
+            found[int(delta.request_id)] += [row[token].logprob for token, row in rows]
+    return found
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_a_row_does_not_see_its_neighbours(saved: Callable[..., tuple[Path, Any]], variant: Variant) -> None:
     model = load_model(saved(variant)[0], dtype="bfloat16", device="cpu", progress=False)
     prompts = random_prompts([1, 7, 16, 33], seed=1)
+    alone = [logprobs(model, [prompt], {})[0] for prompt in prompts]
+    assert logprobs(model, prompts, {}) == alone
+    assert logprobs(model, prompts, {"max_num_batched_tokens": 5, "max_num_seqs": 3}) == alone
 
-    def logprobs(together: list[list[int]], **limits: int) -> list[list[float]]:
-        engine = Engine(model, EngineConfig(**limits))
-        params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=0)
-        found: list[list[float]] = [[] for _ in together]
-        for number, prompt in enumerate(together):
-            engine.add_request(str(number), prompt, params)
-        while engine.has_unfinished():
-            for delta in engine.step():
-                completion = delta.completions[0]
-                rows = zip(completion.token_ids, completion.logprobs or [], strict=True)
-                found[int(delta.request_id)] += [row[token].logprob for token, row in rows]
-        return found
 
-    alone = [logprobs([prompt])[0] for prompt in prompts]
-    assert logprobs(prompts) == alone
-    assert logprobs(prompts, max_num_batched_tokens=5, max_num_seqs=3) == alone
+def test_budgets_of_experts_beside_states(saved: Callable[..., tuple[Path, Any]]) -> None:
+    model = load_model(saved(VARIANTS[0])[0], dtype="float32", device="cpu", progress=False)
+    prompts, budget = random_prompts([3, 18], seed=1), {"quality": None, "experts_per_token": 1}
+    alone = [logprobs(model, [prompt], {}, **budget)[0] for prompt in prompts]
+    assert logprobs(model, prompts, {}, **budget) == alone != logprobs(model, prompts, {})
 
 
 def test_states_come_out_of_the_memory_and_prefixes_are_not_shared(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from ..api.router_spec import RouterSpec
 from ..api.types import Routing
+from .elementwise import sigmoid, softplus
 
 
 def router_logits(
@@ -47,9 +48,9 @@ def _scores(logits_TE: torch.Tensor, spec: RouterSpec) -> torch.Tensor:
     if spec.score == "softmax" and not spec.softmax_after_topk:
         return logits_TE.softmax(-1)
     if spec.score == "sigmoid":
-        return logits_TE.sigmoid()
+        return sigmoid(logits_TE)
     if spec.score == "sqrt_softplus":
-        return F.softplus(logits_TE).sqrt()
+        return softplus(logits_TE).sqrt()
     return logits_TE
 
 
