@@ -164,6 +164,7 @@ FAMILIES: dict[str, _Rule] = {
     "minimax": _RENORMALIZED,
     "qwen3_moe": _SOFTMAX_BY_FLAG,
     "qwen3_5_moe": _RENORMALIZED,
+    "qwen3_5_moe_text": _RENORMALIZED,
     "qwen3_next": _rule(renormalize=_Key("norm_topk_prob", default=True)),
     "hunyuan_v1_moe": _hunyuan,
     "dbrx": _dbrx,

@@ -27,6 +27,7 @@ CASES = [
     ("qwen3_moe", "Qwen3MoeConfig", "Qwen3MoeTopKRouter", {**NAMED, "norm_topk_prob": True}),
     ("qwen3_moe", "Qwen3MoeConfig", "Qwen3MoeTopKRouter", {**NAMED, "norm_topk_prob": False}),
     ("qwen3_next", "Qwen3NextConfig", "Qwen3NextTopKRouter", NAMED),
+    ("qwen3_5_moe", "Qwen3_5MoeTextConfig", "Qwen3_5MoeTopKRouter", NAMED),
     ("hunyuan_v1_moe", "HunYuanMoEV1Config", "HunYuanMoEV1Gate", {**NAMED, "moe_topk": [4, 2]}),
     ("olmoe", "OlmoeConfig", "OlmoeTopKRouter", NAMED),
     ("qwen2_moe", "Qwen2MoeConfig", "Qwen2MoeTopKRouter", NAMED),
@@ -36,6 +37,7 @@ CASES = [
     ("gpt_oss", "GptOssConfig", "GptOssTopKRouter", SIMPLE),
     ("granitemoe", "GraniteMoeConfig", "GraniteMoeTopKRouter", SIMPLE),
     ("granitemoeshared", "GraniteMoeSharedConfig", "GraniteMoeSharedTopKRouter", SIMPLE),
+    ("granitemoe_swa", "GraniteMoeSWAConfig", "GraniteMoeSWATopKRouter", SIMPLE),
     ("granitemoehybrid", "GraniteMoeHybridConfig", "GraniteMoeHybridTopKRouter", {**SIMPLE, "mamba_n_heads": 4}),
     ("aria", "AriaTextConfig", "AriaTextTopKRouter",
      {"hidden_size": HIDDEN, "moe_num_experts": EXPERTS, "moe_topk": 3}),
@@ -231,9 +233,10 @@ def test_nllb_capacity_and_two_normalisations(before: bool, fraction: float) -> 
 
 def test_every_family_is_tested() -> None:
     modules = {case[0] for case in CASES} | {"dbrx", "jetmoe", "switch_transformers", "nllb-moe"}
-    renamed = {"aria": "aria_text", "llama4": "llama4_text", "gemma4": "gemma4_text"}
-    assert {renamed.get(m, m) for m in modules} | {"kimi_k2"} == set(FAMILIES)
-    assert FAMILIES["kimi_k2"] is FAMILIES["deepseek_v3"]
+    renamed = {"aria": "aria_text", "llama4": "llama4_text", "gemma4": "gemma4_text", "qwen3_5_moe": "qwen3_5_moe_text"}
+    others = {"kimi_k2": "deepseek_v3", "qwen3_5_moe": "qwen3_5_moe_text"}
+    assert {renamed.get(m, m) for m in modules} | set(others) == set(FAMILIES)
+    assert all(FAMILIES[name] is FAMILIES[other] for name, other in others.items())
 
 
 def test_layers_may_differ() -> None:
