@@ -64,18 +64,20 @@ def logits(directory: Path, **options: Any) -> torch.Tensor:
     return torch.cat((sequences.run([prompt[:30]]), sequences.run([prompt[30:]]))).float()
 
 
-def tokens(directory: Path, backend: str, settings: dict[str, Any]) -> list[list[int]]:
-    """Greedy tokens of prompts that run together."""
+def logprobs(directory: Path, backend: str, settings: dict[str, Any]) -> torch.Tensor:
+    """Of the greedy tokens of prompts that run together."""
     model = load_model(directory, dtype="float32", device="cpu", backend=backend, progress=False)
     engine, found = Engine(model, EngineConfig(max_num_batched_tokens=24)), {}
     for number, prompt in enumerate(random_prompts([1, 7, 33])):
         found[str(number)] = []
-        params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, quality=None, **settings)
+        params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, quality=None, logprobs=0, **settings)
         engine.add_request(str(number), prompt, params)
     while engine.has_unfinished():
         for delta in engine.step():
-            found[delta.request_id] += delta.completions[0].token_ids
-    return list(found.values())
+            completion = delta.completions[0]
+            rows = zip(completion.token_ids, completion.logprobs or [], strict=True)
+            found[delta.request_id] += [row[token].logprob for token, row in rows]
+    return torch.tensor(list(found.values()))
 
 
 def attempt(cell: Callable[[], str]) -> str:
@@ -108,8 +110,9 @@ def row(variant: Variant, reference: Callable[[Path], Any]) -> dict[str, str]:
             path = Path(shutil.copytree(directory, root / "exits"))
             add_exits(path, {1: 0.5, 2: 0.5})
             settings = {"exit_thresholds": {1: 0.5, 2: 0.5}}
-            found = tokens(path, "cpu", settings)
-            assert found == tokens(path, "torch", settings) != tokens(path, "cpu", {})
+            found = logprobs(path, "cpu", settings)
+            assert torch.allclose(found, logprobs(path, "torch", settings), atol=1e-3), f"{variant}: exits"
+            assert not torch.allclose(found, logprobs(path, "cpu", {}), atol=1e-3), f"{variant}: no row exits"
             return EXACT
 
         def axis(name: str) -> Callable[[], str]:
