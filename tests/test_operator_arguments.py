@@ -134,6 +134,7 @@ VALID: dict[str, Callable[[], Arguments]] = {
         "window": 0,
         "sinks": torch.zeros(HEADS),
         "lse": torch.zeros(ROWS, HEADS),
+        "softcap": 0.0,
     },
     "route": lambda: {
         "isa": isa,
@@ -143,6 +144,13 @@ VALID: dict[str, Callable[[], Arguments]] = {
         "softmax_after_topk": False,
         "renormalize": True,
         "scale": 1.0,
+        "selection_bias": torch.zeros(8),
+        "expert_scale": torch.ones(8),
+        "groups": 4,
+        "top_groups": 2,
+        "top2_sum": True,
+        "norm_floor": 0.0,
+        "norm_epsilon": 0.0,
     },
     "embed": lambda: {
         "isa": isa,
@@ -258,7 +266,14 @@ NAMED: list[tuple[str, str, Callable[[Any], Any], str]] = [
     ("project_kv", "k_norms", lambda v: [v[0].repeat(2)[::2]], "a key norm must be contiguous"),
     ("route", "score", lambda _: 4, "score must be in 0 … 3, not 4"),
     ("route", "top_k", lambda _: 9, "top_k"),
-    ("experts", "shape", lambda s: [*s[:4], 77], "activation must be in 0 … 2, not 77"),
+    ("route", "selection_bias", lambda t: t[:7].clone(), "selection_bias"),
+    ("route", "expert_scale", lambda t: t[:7].clone(), "expert_scale"),
+    ("route", "groups", lambda _: 3, "groups"),
+    ("route", "groups", lambda _: 0, "groups"),
+    ("route", "groups", lambda _: -4, "groups"),
+    ("route", "top_groups", lambda _: 5, "groups"),
+    ("route", "top_groups", lambda _: 0, "groups"),
+    ("experts", "shape", lambda s: [*s[:4], 77], "activation must be in 0 … 3, not 77"),
     ("experts", "shape", lambda s: s[:2], "shape must be"),
     ("experts", "shape", lambda s: [-3, *s[1:]], "experts must be"),
     ("experts", "ids", lambda t: with_entry(t, 3), "expert number is out of range"),
@@ -267,7 +282,7 @@ NAMED: list[tuple[str, str, Callable[[Any], Any], str]] = [
     ("experts", "down_bias", lambda t: t[:1].clone(), "down_bias must hold"),
     ("all_experts", "shape", lambda s: [*s[:4], -1], "activation must"),
     ("all_experts", "down_bias", lambda t: t[:32].clone(), "down_bias must hold"),
-    ("quant_experts", "shape", lambda s: [*s[:3], 3], "activation must"),
+    ("quant_experts", "shape", lambda s: [*s[:3], 4], "activation must"),
     ("quant_experts", "ids", lambda t: with_entry(t, 3), "expert number is out of range"),
     ("quant_experts", "down_bias", lambda t: t[:32].clone(), "down_bias must hold"),
     ("quant_experts", "gate_up_layout", lambda s: [77, *s[1:]], "impossible quantised layout"),
@@ -371,9 +386,11 @@ def experts_block(bias: torch.Tensor | None = None, **changed: int) -> Any:
         "router": ops.pack_linear(isa, torch.randn(3, HIDDEN)),
     }
     integers = {"experts": 3, "hidden": HIDDEN, "width": 24, "dense_down": 0, "activation": 0, "top_k": 2, "score": 0}
-    flags = {"softmax_after_topk": 0, "renormalize": 0}
+    flags = {"softmax_after_topk": 0, "renormalize": 0, "float32_logits": 0, "shared": 0}
+    groups = {"groups": 1, "top_groups": 1, "top2_sum": 0}
     tensors |= {} if bias is None else {"down_bias": bias}
-    return block("experts", tensors, integers | flags | changed, {"routing_scale": 1.0})
+    floats = {"routing_scale": 1.0, "norm_floor": 0.0, "norm_epsilon": 0.0}
+    return block("experts", tensors, integers | flags | groups | changed, floats)
 
 
 def norm_block() -> Any:
