@@ -258,6 +258,7 @@ def without_scale(name: str, neutral: float | None = 1.0) -> Callable[[Decoder],
     def drop(decoder: Decoder) -> None:
         assert getattr(decoder.spec, name) != neutral
         decoder.spec = replace(decoder.spec, **{name: neutral})
+        decoder.embedding_scale = decoder.spec.embedding_scale
 
     return drop
 
@@ -336,7 +337,7 @@ def test_the_table_of_rotations_grows_with_the_context(
     assert decoder.cos_sin_LC.shape[0] == 8
     assert torch.equal(PagedSequences(decoder, 1).run(prompt), expected)
     assert 50 <= decoder.cos_sin_LC.shape[0] <= decoder.spec.max_position
-    with pytest.raises(ValueError, match="513 tokens is longer than the model's 512"):
+    with pytest.raises(ValueError, match="513 tokens exceeds the model's maximum of 512"):
         decoder.reserve_positions(513)
 
 

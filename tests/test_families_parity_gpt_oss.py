@@ -145,6 +145,7 @@ def test_gguf_files_are_the_same_model(
         assert data.gate_up_layout.format == data.down_layout.format == MXFP4.cpu
 
 
+@pytest.mark.slow  # interpreted kernels
 @pytest.mark.parametrize("kind", ["mxfp4", "plain"])
 def test_the_gpu_backend_gives_the_same_logits(kind: str, saved: Callable[..., Path]) -> None:
     check_logits(saved(kind), reference(saved(kind)), backend="triton")
