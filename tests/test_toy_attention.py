@@ -265,5 +265,5 @@ def test_tensors_of_the_kind_are_checked_quantised_and_split(make_toy: Callable[
 def test_an_unknown_kind_is_refused(make_toy: Callable[..., Path]) -> None:
     path = make_toy("toy_gated", range(3))
     registry.KINDS.pop("toy_gated")
-    with pytest.raises(CheckpointError, match="unknown attention kind 'toy_gated'; known: gqa, .*, toy_unknown"):
+    with pytest.raises(CheckpointError, match=r"unknown attention kind 'toy_gated'; known: gqa, .*, toy_unknown"):
         load_decoder(path)
