@@ -67,17 +67,8 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 IRRELEVANT_KEYS = frozenset(
     {
         # where the file comes from and what reads it
-        *(
-            "architectures",
-            "auto_map",
-            "dtype",
-            "is_decoder",
-            "is_llama_config",
-            "model_type",
-            "name_or_path",
-            "prefix",
-        ),
-        *("tokenizer_class", "torch_dtype", "torchscript", "transformers.js_config", "transformers_version"),
+        *("architectures", "auto_map", "dtype", "is_decoder", "is_llama_config", "model_type", "name_or_path"),
+        *("prefix", "tokenizer_class", "torch_dtype", "torchscript", "transformers.js_config", "transformers_version"),
         *("unsloth_fixed", "unsloth_version", "use_bfloat16", "xla_device"),
         # training and fine-tuning
         *("attention_dropout", "attn_pdrop", "classifier_dropout", "embd_pdrop", "embedding_dropout", "ep_size"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import partial
 
@@ -45,6 +46,20 @@ def rows_of(tensors: Mapping[str, TensorInfo], weight: str, outputs: Mapping[str
                 )
             pieces[f"{part}.{last}"] = piece
             first += size
+    return pieces
+
+
+def gate_and_up(tensors: Mapping[str, TensorInfo], module: str) -> dict[str, Piece]:
+    """Halves of fused linear layers as ``gate_proj`` and ``up_proj``.
+
+    Arguments:
+        module: regular expression of their names, whose first group is what stands in front of the halves' names.
+    """
+    pieces: dict[str, Piece] = {}
+    for name in tensors:
+        if match := re.fullmatch(rf"{module}\.(?:weight|weight_packed)", name):
+            half = tensors[name].shape[0] // 2
+            pieces |= rows_of(tensors, name, {match[1] + part: half for part in ("gate_proj", "up_proj")})
     return pieces
 
 

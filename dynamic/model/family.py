@@ -123,9 +123,8 @@ class Family:
         moe, window: the rules for a layer.
         qkv_bias, o_bias, mlp_bias: whether these projections have biases.
         qk_norm: see :class:`.GqaSpec`.
-        scales, attention_numbers: read what other families do not have, fields of :class:`.ModelSpec` and of the
-            attention's.
-        attention_parts: fields of a layer's attention that other families do not have.
+        scales, attention_parts: read what other families do not have, fields of :class:`.ModelSpec` and of a layer's
+            attention.
         activation: of the FFNs, by our name for it.
         defaults: values of keys that a configuration may leave out.
         ignored: configuration keys without effect in this family.
@@ -163,7 +162,6 @@ class Family:
     mlp_bias: Callable[[ConfigReader], bool] = _no
     qk_norm: str = "none"
     scales: Callable[[ConfigReader], dict[str, Any]] = field(default=lambda config: {})
-    attention_numbers: Callable[[ConfigReader], dict[str, Any]] = field(default=lambda config: {})
     defaults: Mapping[str, Any] = field(default_factory=dict)
     attention_parts: Callable[[ConfigReader, int], dict[str, Any]] = field(default=lambda config, layer: {})
     activation: Callable[[ConfigReader], str] = _activation

@@ -126,7 +126,7 @@ class GqaSpec(AttentionSpec):
             "rotated": None if rotated == head_dim else rotated,
             "interleaved": family.rope_interleaved,
         }
-        return cls(**{**parts, **family.attention_numbers(config), **family.attention_parts(config, layer)})
+        return cls(**{**parts, **family.attention_parts(config, layer)})
 
     @property
     def uncommon(self) -> set[str]:

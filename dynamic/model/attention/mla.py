@@ -131,7 +131,7 @@ class MlaSpec(AttentionSpec):
             value_dim=config.integer("v_head_dim"),
             bias=family.qkv_bias(config),
             scale=score_factor(config, family, layer) * (plain_dim + rotated_dim) ** -0.5,
-            **family.attention_numbers(config),
+            **family.attention_parts(config, layer),
         )
 
     @property

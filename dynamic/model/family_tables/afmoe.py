@@ -8,8 +8,9 @@ from ...checkpoint.config_reader import ConfigReader
 from ..blocks import SANDWICH
 from ..family import Family, blocks_of, norm_of
 from ..moe_spec import MoESpec
+from .attention_variants import extended
+from .mixtures import ffn_names, with_shared
 from .rules import ATTENTION_BIAS, full_every, rotating_windows, windows
-from .shared_experts import ffn_names, with_shared
 
 _LAYERS = full_every(4, "global_attn_every_n_layers")
 
@@ -35,7 +36,7 @@ AFMOE: dict[str, Family] = {
             "ffn": "pre_mlp_layernorm",
             "ffn_out": "post_mlp_layernorm",
         },
-        attention=lambda config, layer: "extended_gqa",
+        attention=extended,
         attention_parts=lambda config, layer: {"output_gate": True},
         qk_norm="head",
         window=windows(_LAYERS, 1024),

@@ -8,13 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 from ...checkpoint.config_reader import ConfigReader
-from ...checkpoint.fused import rows_of
+from ...checkpoint.fused import gate_and_up, rows_of
 from ...checkpoint.weights import Piece, TensorInfo
 from ..attention.extended import ExtendedGqaSpec, QueryGrowth
 from ..blocks import SANDWICH
 from ..family import Family, blocks_of
 from ..rope_config import rope_values
-from .rules import ATTENTION_BIAS, FULL, flag_of, layer_type, positive_window, window_everywhere
+from .rules import ATTENTION_BIAS, FULL, SLIDING, flag_of, layer_type, positive_window, window_everywhere
 
 
 def rope_by_flags(interval: int) -> Callable[[ConfigReader, int], str | None]:
@@ -42,11 +42,10 @@ def _smollm3_window(config: ConfigReader, layer: int) -> int | None:
     """Layers that do not rotate have windows, where the model has any."""
     size, enabled = config.get("sliding_window"), config.flag("use_sliding_window", False)
     slides = enabled and size is not None and _SMOLLM3_ROPE(config, layer) is None
-    kind = layer_type(config, layer, "sliding_attention" if slides else FULL)
-    if kind == FULL:
+    if layer_type(config, layer, SLIDING if slides else FULL) == FULL:
         return None
-    if kind != "sliding_attention" or not enabled or size is None:
-        raise config.error("layer_types", kind, "full_attention or, with use_sliding_window, sliding_attention")
+    if not enabled or size is None:
+        raise config.error("layer_types", SLIDING, f"{FULL} or, with use_sliding_window, {SLIDING}")
     return positive_window(config, size)
 
 
@@ -58,15 +57,12 @@ def extended(config: ConfigReader, layer: int) -> str:
 def _divide_fused(tensors: Mapping[str, TensorInfo]) -> dict[str, Piece]:
     """Queries, keys and values; gate and up."""
     hidden = tensors[_EMBEDDING].shape[-1] if _EMBEDDING in tensors else 0
-    pieces: dict[str, Piece] = {}
+    pieces = gate_and_up(tensors, r"(.*\.mlp\.)gate_up_proj")
     for name in tensors:
         if match := re.fullmatch(r"(.*\.self_attn\.)qkv_proj\.(?:weight|weight_packed)", name):
             keys = (tensors[name].shape[0] - hidden) // 2
             parts = {"q_proj": hidden, "k_proj": keys, "v_proj": keys}
             pieces |= rows_of(tensors, name, {match[1] + part: size for part, size in parts.items()})
-        elif match := re.fullmatch(r"(.*\.mlp\.)gate_up_proj\.(?:weight|weight_packed)", name):
-            half = tensors[name].shape[0] // 2
-            pieces |= rows_of(tensors, name, {match[1] + part: half for part in ("gate_proj", "up_proj")})
     return pieces
 
 

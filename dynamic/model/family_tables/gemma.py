@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ...checkpoint.config_reader import ConfigReader
 from ..blocks import GEMMA4, GEMMA4_DENSE, SANDWICH
 from ..family import ACTIVATIONS, ExpertNames, Family, blocks_of, norm_of
 from ..moe_spec import MoESpec
-from .rules import ATTENTION_BIAS, FULL, SLIDING, full_every, maybe_number, router, windows
-from .shared_experts import ffn_names
+from .attention_variants import extended
+from .mixtures import ffn_names, router
+from .rules import ATTENTION_BIAS, FULL, SLIDING, full_every, maybe_number, windows
 
-GEMMA_NORMS = {
+_GEMMA_NORMS = {
     "attention": "input_layernorm",
     "attention_out": "post_attention_layernorm",
     "ffn": "pre_feedforward_layernorm",
@@ -19,18 +21,16 @@ GEMMA_NORMS = {
 }
 
 
-def activation(config: ConfigReader) -> str:
+def _activation(config: ConfigReader) -> str:
     return config.choice("hidden_activation", ACTIVATIONS, "gelu_pytorch_tanh")
 
 
-def scales(config: ConfigReader, logits_cap: float | None = None) -> dict[str, Any]:
+def _scaled(config: ConfigReader, logits_cap: float | None = None) -> dict[str, Any]:
     """Embeddings and logits.
 
     Arguments:
         logits_cap: default of ``final_logit_softcapping``.
     """
-    if config.flag("use_bidirectional_attention", False):
-        raise config.error("use_bidirectional_attention", True, "false: rows see what is in front of them")
     return {
         "embedding_scale": config.integer("hidden_size") ** 0.5,
         "rounded_embedding_scale": True,
@@ -38,7 +38,16 @@ def scales(config: ConfigReader, logits_cap: float | None = None) -> dict[str, A
     }
 
 
-def score_scale(config: ConfigReader) -> dict[str, Any]:
+def _scales(logits_cap: float | None = None) -> Callable[[ConfigReader], dict[str, Any]]:
+    def rule(config: ConfigReader) -> dict[str, Any]:
+        if config.flag("use_bidirectional_attention", False):
+            raise config.error("use_bidirectional_attention", True, "false: rows see what is in front of them")
+        return _scaled(config, logits_cap)
+
+    return rule
+
+
+def _score_scale(config: ConfigReader, layer: int) -> dict[str, Any]:
     width = config.number("query_pre_attn_scalar", 256)
     if width <= 0:
         raise config.error("query_pre_attn_scalar", width, "greater than 0")
@@ -81,21 +90,17 @@ def _gemma4_moe(config: ConfigReader, layer: int) -> MoESpec | None:
 
 def _gemma4_scales(config: ConfigReader) -> dict[str, Any]:
     config.choice("use_bidirectional_attention", {"vision": "vision"}, "vision")  # which is no matter of text
-    return {
-        "embedding_scale": config.integer("hidden_size") ** 0.5,
-        "rounded_embedding_scale": True,
-        "logits_cap": maybe_number(config, "final_logit_softcapping"),
-    }
+    return _scaled(config)
 
 
 _GEMMA: dict[str, Any] = {
     "kv_heads": 4,
     "head_dim": 256,
     "tie_embeddings": True,
-    "activation": activation,
+    "activation": _activation,
     "norm": norm_of("rms_offset"),
     "blocks": blocks_of(SANDWICH),
-    "norm_modules": GEMMA_NORMS,
+    "norm_modules": _GEMMA_NORMS,
     "qkv_bias": ATTENTION_BIAS,
     "o_bias": ATTENTION_BIAS,
     # Published files have these beside those that count.
@@ -107,9 +112,9 @@ _GEMMA3_LAYERS = full_every(6, "sliding_window_pattern")
 GEMMA: dict[str, Family] = {
     "gemma2": Family(
         window=windows(full_every(2), 4096),
-        scales=lambda config: scales(config, 30.0),
-        attention_numbers=lambda config: {
-            **score_scale(config),
+        scales=_scales(30.0),
+        attention_parts=lambda config, layer: {
+            **_score_scale(config, layer),
             "softcap": maybe_number(config, "attn_logit_softcapping", 50.0),
         },
         **_GEMMA,
@@ -119,8 +124,8 @@ GEMMA: dict[str, Family] = {
         window=windows(_GEMMA3_LAYERS, 4096),
         rope=_GEMMA3_LAYERS,
         thetas={FULL: ("rope_theta", 1e6), SLIDING: ("rope_local_base_freq", 1e4)},
-        scales=scales,
-        attention_numbers=score_scale,
+        scales=_scales(),
+        attention_parts=_score_scale,
         **_GEMMA,
     ),
     "gemma4_text": Family(
@@ -133,12 +138,12 @@ GEMMA: dict[str, Family] = {
             | {"top_k_experts", "moe_intermediate_size", "num_experts"},
             "blocks": lambda config, layer: GEMMA4 if config.flag("enable_moe_block", False) else GEMMA4_DENSE,
             "norm_modules": {
-                **GEMMA_NORMS,
+                **_GEMMA_NORMS,
                 **{"shared_out": "post_feedforward_layernorm_1", "mixture": "pre_feedforward_layernorm_2"},
                 **{"mixture_out": "post_feedforward_layernorm_2", "layer_scale": "layer_scalar"},
             },
         },
-        attention=lambda config, layer: "extended_gqa",
+        attention=extended,
         attention_parts=_gemma4_attention,
         qk_norm="head",
         window=windows(_gemma4_layers, 512),

@@ -13,7 +13,8 @@ from ...checkpoint.config_reader import ConfigReader
 from ...checkpoint.weights import Piece, TensorInfo
 from ..family import Family
 from ..moe_spec import MoESpec
-from .rules import ONE_EACH, flag_of, positive_window, router
+from .mixtures import ONE_EACH, router
+from .rules import FULL, SLIDING, flag_of, layer_type, positive_window
 
 _FUSED = re.compile(r"(.*\.mlp\.experts\.)(gate_up_proj|down_proj)(_bias|_blocks|_scales)?")
 _ENDINGS = {None: "weight", "_bias": "bias", "_blocks": "blocks", "_scales": "scales"}
@@ -36,19 +37,10 @@ def _window(config: ConfigReader, layer: int) -> int | None:
     """Every other layer, from the first on, unless ``layer_types`` says which."""
     size = positive_window(config, config.values.get("sliding_window", 128))
     config.get("sliding_window")
-    kinds = config.get("layer_types")
-    if kinds is None:
-        kind = "full_attention" if layer % 2 else "sliding_attention"
-    elif isinstance(kinds, list) and len(kinds) == config.integer("num_hidden_layers"):
-        kind = kinds[layer]
-    else:
-        raise config.error("layer_types", kinds, "a list with an entry for every layer")
-    if kind == "full_attention":
+    if layer_type(config, layer, FULL if layer % 2 else SLIDING) == FULL:
         return None
-    if kind != "sliding_attention":
-        raise config.error("layer_types", kinds, "full_attention or sliding_attention")
     if size is None:
-        raise config.error("sliding_window", size, "a positive whole number where layer_types has sliding_attention")
+        raise config.error("sliding_window", size, f"a positive whole number where layer_types has {SLIDING}")
     return size
 
 

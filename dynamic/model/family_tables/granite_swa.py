@@ -13,8 +13,6 @@ def _window(config: ConfigReader, layer: int) -> int | None:
     """Every fourth layer, from the first on, sees all, unless ``layer_types`` says which."""
     size = config.get("sliding_window", 128)
     kind = layer_type(config, layer, SLIDING if layer % 4 else FULL)
-    if kind not in (FULL, SLIDING):
-        raise config.error("layer_types", kind, f"{FULL} or {SLIDING}")
     if kind == SLIDING and config.values.get("sliding_window", 128) is None:
         raise config.error("sliding_window", None, f"a positive whole number where layer_types has {SLIDING}")
     return positive_window(config, size) if kind == SLIDING else None
@@ -33,12 +31,13 @@ def _theta(config: ConfigReader, layer: int) -> float | None:
     return theta
 
 
+_GRANITE = SHARED_EXPERTS["granitemoeshared"]
 GRANITE_SWA = {
     "granitemoe_swa": replace(
-        SHARED_EXPERTS["granitemoeshared"],
+        _GRANITE,
         window=_window,
         rope=lambda config, layer: None if _theta(config, layer) == 0 else "",
         layer_theta=_theta,
-        attention_parts=lambda config, layer: {"sinks": True},
+        attention_parts=lambda config, layer: {**_GRANITE.attention_parts(config, layer), "sinks": True},
     ),
 }

@@ -7,8 +7,11 @@ from dataclasses import replace
 from ...checkpoint.config_reader import ConfigReader
 from ..family import Family, norm_of
 from ..moe_spec import MoESpec
-from .rules import ATTENTION_BIAS, FULL, every_layer, layer_type, qwen_moe, router
+from .mixtures import every_layer, qwen_moe, router
+from .rules import ATTENTION_BIAS, FULL, layer_type
 from .shared_experts import SHARED_EXPERTS
+
+_LINEAR = "linear_attention"
 
 
 def _qwen_attention(config: ConfigReader, layer: int) -> str:
@@ -16,9 +19,7 @@ def _qwen_attention(config: ConfigReader, layer: int) -> str:
     interval = config.integer("full_attention_interval", 4)
     if interval < 1:
         raise config.error("full_attention_interval", interval, "at least 1")
-    kind = layer_type(config, layer, "linear_attention" if (layer + 1) % interval else FULL)
-    if kind not in (FULL, "linear_attention"):
-        raise config.error("layer_types", kind, f"{FULL} or linear_attention")
+    kind = layer_type(config, layer, _LINEAR if (layer + 1) % interval else FULL, (FULL, _LINEAR))
     return "gated_gqa" if kind == FULL else "gated_delta"
 
 
@@ -38,7 +39,7 @@ def _with_shared(config: ConfigReader, moe: MoESpec) -> MoESpec:
 
 
 # Of layers with states; they are read where there are any.
-_LINEAR = frozenset(
+_LINEAR_KEYS = frozenset(
     {
         *("linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim"),
         *("linear_num_key_heads", "linear_num_value_heads"),
@@ -62,24 +63,19 @@ _QWEN = Family(
     qk_norm="head",
     norm=norm_of("rms_offset"),
     # States are float32 here, and layers for further tokens are left out.
-    ignored=frozenset({"mamba_ssm_dtype", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"}) | _LINEAR,
+    ignored=frozenset({"mamba_ssm_dtype", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"}) | _LINEAR_KEYS,
     fixed={"attn_output_gate": (True,)},
 )
 
-_MAMBA = {"mamba": "mamba2", "linear_attention": "mamba2", "attention": "gqa", FULL: "gqa"}
+_MAMBA = {"mamba": "mamba2", _LINEAR: "mamba2", "attention": "gqa", FULL: "gqa"}
 
 
 def _granite_attention(config: ConfigReader, layer: int) -> str:
-    kind = layer_type(config, layer, "mamba")
-    if kind not in _MAMBA:
-        raise config.error("layer_types", kind, f"one of {', '.join(_MAMBA)}")
-    return _MAMBA[kind]
+    return _MAMBA[layer_type(config, layer, "mamba", _MAMBA)]
 
 
 def _granite_rope(config: ConfigReader, layer: int) -> str | None:
-    kind = config.get("position_embedding_type", "nope")
-    if kind not in ("nope", "rope"):
-        raise config.error("position_embedding_type", kind, "nope or rope")
+    kind = config.choice("position_embedding_type", {"nope": "nope", "rope": "rope"}, "nope")
     return "" if kind == "rope" else None
 
 
@@ -95,9 +91,7 @@ def _granite_moe(config: ConfigReader, layer: int) -> MoESpec | None:
 def _lfm2_attention(config: ConfigReader, layer: int) -> str:
     """``layer_types``, or in older files ``full_attn_idxs``; without either all layers have keys and values."""
     full = config.integers("full_attn_idxs") if config.get("full_attn_idxs") is not None else (layer,)
-    kind = layer_type(config, layer, FULL if layer in full else "conv")
-    if kind not in (FULL, "conv"):
-        raise config.error("layer_types", kind, f"{FULL} or conv")
+    kind = layer_type(config, layer, FULL if layer in full else "conv", (FULL, "conv"))
     return "gqa" if kind == FULL else "short_conv"
 
 

@@ -8,11 +8,11 @@ from typing import Any
 from ...checkpoint.config_reader import ConfigReader
 from ..family import Family
 from ..moe_spec import MoESpec
+from .mixtures import SIGMOID, dense_first, mlp_type, with_shared
 from .rules import flag_of
-from .shared_experts import DEEPSEEK_LIKE, SIGMOID, dense_first, mlp_type, with_shared
+from .shared_experts import DEEPSEEK_LIKE
 
-# Of training, and of the code that checkpoints bring for libraries that do not know them.
-_IGNORED = frozenset({"aux_loss_alpha", "auto_map", "seq_aux"})
+_IGNORED = frozenset({"aux_loss_alpha", "seq_aux"})  # of training
 
 
 def _latent(config: ConfigReader, layer: int) -> str:
@@ -39,43 +39,43 @@ def _of_type(config: ConfigReader, layer: int, dense: bool) -> MoESpec | None:
     return None if mlp_type(config, layer, "dense" if dense else "sparse") == "dense" else mixture
 
 
-def _interleaved(config: ConfigReader) -> dict[str, Any]:
+def _interleaved(config: ConfigReader, layer: int) -> dict[str, Any]:
     return {"interleaved": config.flag("rope_interleave", True)}
 
 
-def _always_interleaved(config: ConfigReader) -> dict[str, Any]:
+def _always_interleaved(config: ConfigReader, layer: int) -> dict[str, Any]:
     if not config.flag("rope_interleave", True):
         raise config.error("rope_interleave", False, "true")
     return {}
 
 
-def _indexed(config: ConfigReader) -> dict[str, Any]:
+def _indexed(config: ConfigReader, layer: int) -> dict[str, Any]:
     """Attention whose indexer chooses positions where there are many."""
     kinds = config.get("layer_types")
     if kinds is not None and kinds != ["indexed_attention"] * config.integer("num_hidden_layers"):
         raise config.error("layer_types", kinds, "indexed_attention for every layer")
     sizes = {"index_topk": "index_topk", "index_heads": "index_n_heads", "index_dim": "index_head_dim"}
-    return {**_always_interleaved(config), **{field: config.integer(key) for field, key in sizes.items()}}
+    return {**_always_interleaved(config, layer), **{field: config.integer(key) for field, key in sizes.items()}}
 
 
 _V3 = replace(
     DEEPSEEK_LIKE,
     attention=_latent,
-    attention_numbers=_interleaved,
+    attention_parts=_interleaved,
     defaults={
         **{"n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, "norm_topk_prob": True},
         **{"n_shared_experts": 1, "first_k_dense_replace": 3},
     },
     ignored=_IGNORED,
 )
-_V32 = replace(_V3, moe=_by_type, attention_numbers=_indexed)
+_V32 = replace(_V3, moe=_by_type, attention_parts=_indexed)
 
 LATENT: dict[str, Family] = {
     "deepseek_v2": replace(
         _V3,
         moe=_deepseek_v2,
         mlp_bias=flag_of("mlp_bias", False),
-        attention_numbers=_always_interleaved,
+        attention_parts=_always_interleaved,
         defaults={"n_shared_experts": 2},
         fixed={"norm_topk_prob": (False,), "scoring_func": ("softmax",)},
     ),
@@ -98,12 +98,7 @@ LATENT: dict[str, Family] = {
         defaults={**_V3.defaults, "n_group": 1, "topk_group": 1},
         # Which indexers layers share, and how these rotate, matters only where they choose.
         ignored=_IGNORED
-        | {
-            "indexer_types",
-            "index_topk_pattern",
-            "index_topk_freq",
-            "index_skip_topk_offset",
-            "indexer_rope_interleave",
-        },
+        | {"indexer_types", "index_topk_pattern", "index_topk_freq"}
+        | {"index_skip_topk_offset", "indexer_rope_interleave"},
     ),
 }

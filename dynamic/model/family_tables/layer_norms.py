@@ -9,8 +9,8 @@ from ..blocks import PARALLEL
 from ..family import Family, blocks_of, norm_of
 from ..moe_spec import MoESpec
 from .llama_like import MIXTRAL_EXPERTS
-from .rules import ATTENTION_BIAS, FULL, SLIDING, every_layer, layer_type, window_everywhere, windows
-from .shared_experts import ffn_names
+from .mixtures import every_layer, ffn_names, mlp_type
+from .rules import ATTENTION_BIAS, FULL, SLIDING, layer_type, window_everywhere, windows
 
 
 def _phimoe(config: ConfigReader, layer: int) -> MoESpec:
@@ -21,14 +21,7 @@ def _phimoe(config: ConfigReader, layer: int) -> MoESpec:
 
 def _is_dense(config: ConfigReader, layer: int) -> bool:
     dense_first = config.integer("first_k_dense_replace", 0)
-    kinds = config.get("mlp_layer_types")
-    if kinds is None:
-        return layer < dense_first
-    if not isinstance(kinds, list) or len(kinds) < config.integer("num_hidden_layers"):
-        raise config.error("mlp_layer_types", kinds, "a list with an entry for every layer")
-    if kinds[layer] not in ("dense", "sparse"):
-        raise config.error("mlp_layer_types", kinds[layer], "dense or sparse")
-    return kinds[layer] == "dense"
+    return mlp_type(config, layer, "dense" if layer < dense_first else "sparse") == "dense"
 
 
 def _cohere_layers(config: ConfigReader, layer: int) -> str:
@@ -38,10 +31,7 @@ def _cohere_layers(config: ConfigReader, layer: int) -> str:
     if not every or not prefix:
         raise config.error("sliding_window_pattern", 0, "at least 1")
     number, pattern = (layer, prefix) if layer < first else (layer - first, every)
-    kind = layer_type(config, layer, SLIDING if (number + 1) % pattern else FULL)
-    if kind not in (FULL, SLIDING):
-        raise config.error("layer_types", kind, f"{FULL} or {SLIDING}")
-    return kind
+    return layer_type(config, layer, SLIDING if (number + 1) % pattern else FULL)
 
 
 def _cohere_rope(config: ConfigReader, layer: int) -> str | None:

@@ -9,21 +9,14 @@ from ..attention.extended import QueryGrowth
 from ..family import ExpertNames, Family
 from ..moe_spec import MoESpec
 from .attention_variants import extended, rope_by_flags
-from .rules import ATTENTION_BIAS, FULL, layer_type, positive_window, router
-from .shared_experts import DEEPSEEK_RULES, SIGMOID, SLIDING, ffn_names, mlp_type
+from .mixtures import DEEPSEEK_RULES, SIGMOID, ffn_names, mlp_type, router
+from .rules import ATTENTION_BIAS, FULL, SLIDING, layer_type, positive_window
 
 CHUNKED = "chunked_attention"
 
 
-def _kind(config: ConfigReader, layer: int, default: str, other: str) -> str:
-    kind = layer_type(config, layer, default)
-    if kind not in (FULL, other):
-        raise config.error("layer_types", kind, f"{FULL} or {other}")
-    return kind
-
-
 def _mimo_kind(config: ConfigReader, layer: int) -> str:
-    return _kind(config, layer, FULL if layer == 0 or (layer + 1) % 6 == 0 else SLIDING, SLIDING)
+    return layer_type(config, layer, FULL if layer == 0 or (layer + 1) % 6 == 0 else SLIDING)
 
 
 def _mimo_moe(config: ConfigReader, layer: int) -> MoESpec | None:
@@ -68,7 +61,7 @@ _LLAMA4_ROPE = rope_by_flags(4)
 
 
 def _llama4_kind(config: ConfigReader, layer: int) -> str:
-    return _kind(config, layer, FULL if _LLAMA4_ROPE(config, layer) is None else CHUNKED, CHUNKED)
+    return layer_type(config, layer, FULL if _LLAMA4_ROPE(config, layer) is None else CHUNKED, (FULL, CHUNKED))
 
 
 def _llama4_moe(config: ConfigReader, layer: int) -> MoESpec | None:
@@ -129,9 +122,8 @@ LAYER_TYPES: dict[str, Family] = {
         attention=extended,
         attention_parts=_llama4_parts,
         defaults={"num_local_experts": 16, "num_experts_per_tok": 1, "intermediate_size_mlp": 16384},
-        ignored=frozenset(
-            {"intermediate_size_mlp", "for_llm_compressor", "cache_implementation"}
-        ),  # dense layers read the first
+        # Dense layers read the first.
+        ignored=frozenset({"intermediate_size_mlp", "for_llm_compressor", "cache_implementation"}),
         dense_size=lambda config: config.integer("intermediate_size_mlp"),
         dense=ffn_names("feed_forward"),
         experts=(

@@ -5,16 +5,8 @@ from __future__ import annotations
 from ...checkpoint.config_reader import ConfigReader
 from ..family import ExpertNames, Family
 from ..moe_spec import MoESpec
-from .rules import (
-    ATTENTION_BIAS,
-    ONE_EACH,
-    every_layer,
-    flag_of,
-    positive_window,
-    qwen_moe,
-    window_by_layer_type,
-    window_everywhere,
-)
+from .mixtures import ONE_EACH, every_layer, qwen_moe
+from .rules import ATTENTION_BIAS, flag_of, positive_window, window_by_layer_type, window_everywhere
 
 MIXTRAL_EXPERTS = (
     ExpertNames(
@@ -31,7 +23,7 @@ GRANITE_EXPERTS = (
 )
 
 
-def qwen2_moe(config: ConfigReader, layer: int) -> MoESpec | None:
+def _qwen2_moe(config: ConfigReader, layer: int) -> MoESpec | None:
     moe = qwen_moe(config, layer)
     if moe is None:
         return None
@@ -39,7 +31,7 @@ def qwen2_moe(config: ConfigReader, layer: int) -> MoESpec | None:
     return MoESpec(router=moe.router, expert_size=moe.expert_size, shared_size=shared_size, shared_gate=True)
 
 
-def qwen3_moe_window(config: ConfigReader, layer: int) -> int | None:
+def _qwen3_moe_window(config: ConfigReader, layer: int) -> int | None:
     if not config.flag("use_sliding_window", False):
         config.get("sliding_window")
         return None
@@ -54,11 +46,11 @@ def _granite_scales(config: ConfigReader) -> dict[str, float]:
     }
 
 
-def _granite_attention(config: ConfigReader) -> dict[str, float]:
+def _granite_attention(config: ConfigReader, layer: int) -> dict[str, float]:
     return {"scale": config.number("attention_multiplier", 1.0)}
 
 
-def _olmoe_attention(config: ConfigReader) -> dict[str, float]:
+def _olmoe_attention(config: ConfigReader, layer: int) -> dict[str, float]:
     return {} if config.get("clip_qkv") is None else {"clip": config.number("clip_qkv")}
 
 
@@ -81,7 +73,7 @@ LLAMA_LIKE: dict[str, Family] = {
         router=("block_sparse_moe.gate.weight", "mlp.gate.weight"),
     ),
     "qwen2_moe": Family(
-        moe=qwen2_moe,
+        moe=_qwen2_moe,
         window=window_by_layer_type(lambda layer, last_full: layer % 2 == 0 and layer < last_full),
         qkv_bias=flag_of("qkv_bias", True),
         ignored=frozenset({"attention_bias"}),
@@ -89,7 +81,7 @@ LLAMA_LIKE: dict[str, Family] = {
     "qwen3_moe": Family(
         kv_heads=4,
         moe=qwen_moe,
-        window=qwen3_moe_window,
+        window=_qwen3_moe_window,
         qkv_bias=ATTENTION_BIAS,
         o_bias=ATTENTION_BIAS,
         qk_norm="head",
@@ -100,21 +92,21 @@ LLAMA_LIKE: dict[str, Family] = {
         qkv_bias=ATTENTION_BIAS,
         o_bias=ATTENTION_BIAS,
         qk_norm="full",
-        attention_numbers=_olmoe_attention,
+        attention_parts=_olmoe_attention,
     ),
     "granite": Family(
         qkv_bias=ATTENTION_BIAS,
         o_bias=ATTENTION_BIAS,
         mlp_bias=flag_of("mlp_bias", False),
         scales=_granite_scales,
-        attention_numbers=_granite_attention,
+        attention_parts=_granite_attention,
     ),
     "granitemoe": Family(
         moe=every_layer,
         qkv_bias=ATTENTION_BIAS,
         o_bias=ATTENTION_BIAS,
         scales=_granite_scales,
-        attention_numbers=_granite_attention,
+        attention_parts=_granite_attention,
         experts=GRANITE_EXPERTS,
         router=("block_sparse_moe.router.layer.weight", "block_sparse_moe.router.weight"),
     ),

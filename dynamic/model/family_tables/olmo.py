@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ..blocks import POST_NORM
 from ..family import Family, blocks_of, norm_of
-from .rules import ATTENTION_BIAS, FULL, SLIDING, every_layer, full_every, windows
+from .mixtures import every_layer
+from .rules import ATTENTION_BIAS, FULL, SLIDING, full_every, windows
 
 _OLMO2 = {
     "qkv_bias": ATTENTION_BIAS,

@@ -6,7 +6,8 @@ from ....kernels.api.router_spec import RouterSpec
 from ...checkpoint.config_reader import ConfigReader
 from ..family import DENSE_FFN, Family
 from ..moe_spec import MoESpec
-from .rules import ATTENTION_BIAS, ONE_EACH
+from .mixtures import ONE_EACH
+from .rules import ATTENTION_BIAS
 
 DYNAMOE_EXPERTS = (DENSE_FFN, ONE_EACH)
 

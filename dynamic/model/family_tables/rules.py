@@ -1,77 +1,17 @@
-"""Rules that several families share: mixtures, windows, flags, and what the tensors of FFNs are called."""
+"""Rules that several families share: types of layers, windows, rotations, flags."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from ....kernels.api.router_spec import RouterSpec
-from ....moe.router_specs import router_spec
 from ...checkpoint.config_reader import ConfigReader
-from ...checkpoint.weights import CheckpointError
-from ..family import QWEN_EXPERTS, RopeRule, WindowRule
-from ..moe_spec import MoESpec
+from ..family import RopeRule, WindowRule
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-ONE_EACH = QWEN_EXPERTS[0]
 LayerTypes = Callable[[ConfigReader, int], str]
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 LARGEST_WINDOW = 1 << 28  # what kernels count with; no context is that long
-
-
-class _RouterKeys(Mapping[str, Any]):
-    """A configuration whose keys are checked, and count as read, when a routing rule asks for them."""
-
-    _INTEGERS = frozenset((*_EXPERT_COUNTS, "num_experts_per_tok", "moe_k", "n_group", "topk_group", "top_k_experts"))
-    _NUMBERS = frozenset(
-        ("routed_scaling_factor", "router_scaling_factor", "route_scale", "moe_norm_min", "router_jitter_noise")
-    )
-    _FLAGS = frozenset(("norm_topk_prob", "use_expert_bias"))
-
-    def __init__(self, config: ConfigReader) -> None:
-        self._config = config
-
-    def __getitem__(self, key: str) -> Any:
-        if (value := self._config.get(key)) is None:
-            raise KeyError(key)
-        if key in self._INTEGERS:
-            return self._config.integer(key)
-        if key in self._NUMBERS:
-            return self._config.number(key)
-        return self._config.flag(key, False) if key in self._FLAGS else value
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._config.values)
-
-    def __len__(self) -> int:
-        return len(self._config.values)
-
-
-def router(config: ConfigReader, layer: int) -> RouterSpec:
-    """The routing rule of a layer, from the table of all families' rules."""
-    counts = {key: config.integer(key) for key in _EXPERT_COUNTS if config.values.get(key) is not None}
-    first, *others = counts or ("",)
-    for other in others:
-        if counts[first] != counts[other]:
-            raise config.error(first, counts[first], f"the same as {other}, {counts[other]}")
-    try:
-        return router_spec(_RouterKeys(config), layer)
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"config.json: {error}") from error
-
-
-def every_layer(config: ConfigReader, layer: int) -> MoESpec:
-    return MoESpec(router=router(config, layer), expert_size=config.integer("intermediate_size"))
-
-
-def qwen_moe(config: ConfigReader, layer: int) -> MoESpec | None:
-    step = config.integer("decoder_sparse_step", 1)
-    if layer in config.integers("mlp_only_layers") or step < 1 or (layer + 1) % step:
-        return None
-    return MoESpec(router=router(config, layer), expert_size=config.integer("moe_intermediate_size"))
 
 
 def window_everywhere(default: int | None) -> WindowRule:
@@ -97,21 +37,33 @@ def window_by_layer_type(slides: Callable[[int, int], bool], switch: str | None 
         kind = layer_type(config, layer, SLIDING if enabled and slides(layer, last_full) else FULL)
         if kind == FULL:
             return None
-        if kind != SLIDING or not enabled:
-            raise config.error("layer_types", kind, "full_attention or, with use_sliding_window, sliding_attention")
+        if not enabled:
+            raise config.error("layer_types", kind, f"{FULL} or, with {switch}, {SLIDING}")
         return positive_window(config, size)
 
     return rule
 
 
-def layer_type(config: ConfigReader, layer: int, default: str, key: str = "layer_types") -> str:
-    """What a list with a name for every layer calls a layer; ``default`` where the list is missing."""
-    kinds = config.get(key)
-    if kinds is None:
+def layer_type(
+    config: ConfigReader, layer: int, default: str, kinds: Iterable[str] = (FULL, SLIDING), key: str = "layer_types"
+) -> str:
+    """What a list with a name for every layer calls a layer.
+
+    Arguments:
+        default: where the list is missing.
+        kinds: that there are.
+
+    Raises:
+        CheckpointError: for a list that is too short, or another kind.
+    """
+    names = config.get(key)
+    if names is None:
         return default
-    if not isinstance(kinds, list) or len(kinds) < config.integer("num_hidden_layers"):
-        raise config.error(key, kinds, "a list with an entry for every layer")
-    return kinds[layer]
+    if not isinstance(names, list) or len(names) < config.integer("num_hidden_layers"):
+        raise config.error(key, names, "a list with an entry for every layer")
+    if names[layer] not in kinds:
+        raise config.error(key, names[layer], " or ".join(kinds))
+    return names[layer]
 
 
 def positive_window(config: ConfigReader, size: Any) -> int | None:
@@ -138,10 +90,7 @@ def full_every(count: int, key: str = "") -> LayerTypes:
         every = config.integer(key, count) if key else count
         if every < 1:
             raise config.error(key, every, "at least 1")
-        kind = layer_type(config, layer, SLIDING if (layer + 1) % every else FULL)
-        if kind not in (FULL, SLIDING):
-            raise config.error("layer_types", kind, f"{FULL} or {SLIDING}")
-        return kind
+        return layer_type(config, layer, SLIDING if (layer + 1) % every else FULL)
 
     return rule
 

@@ -2,64 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from ...checkpoint.config_reader import ConfigReader
-from ...checkpoint.fused import rows_of
+from ...checkpoint.fused import gate_and_up
 from ...checkpoint.weights import Piece, TensorInfo
-from ..family import ExpertNames, Family
+from ..family import Family
 from ..moe_spec import MoESpec
 from .attention_variants import HUNYUAN_ROPE, extended, norms_behind_rotation
 from .llama_like import LLAMA_LIKE, MIXTRAL_EXPERTS
-from .rules import (
-    ATTENTION_BIAS,
-    FULL,
-    every_layer,
-    flag_of,
-    layer_type,
-    positive_window,
-    qwen_moe,
-    router,
-    window_by_layer_type,
-)
-
-# Rules that the routers of these families compute, where a configuration spells them out.
-SIGMOID: dict[str, tuple[Any, ...]] = {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)}
-DEEPSEEK_RULES = {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, "norm_topk_prob": True}
-SLIDING = "sliding_attention"
-
-
-def ffn_names(*modules: str) -> tuple[ExpertNames, ...]:
-    """Gate, up and down projection below one of some modules."""
-    return tuple(
-        ExpertNames(gate=f"{module}.gate_proj.weight", up=f"{module}.up_proj.weight", down=f"{module}.down_proj.weight")
-        for module in modules
-    )
-
-
-def with_shared(config: ConfigReader, layer: int, count_key: str) -> MoESpec:
-    """A mixture beside shared experts of the same width, which run as one wide FFN."""
-    size = config.integer("moe_intermediate_size")
-    return MoESpec(
-        router=router(config, layer), expert_size=size, shared_size=size * config.integer(count_key, most=1 << 16)
-    )
-
-
-def dense_first(config: ConfigReader, layer: int) -> MoESpec | None:
-    """DeepSeek's rule: some dense layers, then mixtures."""
-    mixture = with_shared(config, layer, "n_shared_experts")
-    return None if layer < config.integer("first_k_dense_replace", 0) else mixture
-
-
-def mlp_type(config: ConfigReader, layer: int, default: str) -> str:
-    """``dense`` or ``sparse``, as ``mlp_layer_types`` calls a layer; ``default`` where the list is missing."""
-    kind = layer_type(config, layer, default, "mlp_layer_types")
-    if kind not in ("dense", "sparse"):
-        raise config.error("mlp_layer_types", kind, "dense or sparse for every layer")
-    return kind
+from .mixtures import DEEPSEEK_RULES, SIGMOID, dense_first, every_layer, ffn_names, mlp_type, qwen_moe, with_shared
+from .rules import ATTENTION_BIAS, FULL, SLIDING, flag_of, layer_type, positive_window, window_by_layer_type, windows
 
 
 def _hy_v3(config: ConfigReader, layer: int) -> MoESpec | None:
@@ -73,12 +28,7 @@ def _glm4_norms(config: ConfigReader, layer: int) -> dict[str, Any]:
 
 def _granite_divide(tensors: Mapping[str, TensorInfo]) -> dict[str, Piece]:
     """Gate and up of shared experts."""
-    pieces: dict[str, Piece] = {}
-    for name in tensors:
-        if match := re.fullmatch(r"(.*\.shared_mlp\.)input_linear\.(?:weight|weight_packed)", name):
-            half = tensors[name].shape[0] // 2
-            pieces |= rows_of(tensors, name, {match[1] + part: half for part in ("gate_proj", "up_proj")})
-    return pieces
+    return gate_and_up(tensors, r"(.*\.shared_mlp\.)input_linear")
 
 
 def _granitemoeshared(config: ConfigReader, layer: int) -> MoESpec:
@@ -116,16 +66,16 @@ def _exaone(config: ConfigReader, layer: int) -> MoESpec | None:
 
 def _exaone_slides(config: ConfigReader, layer: int) -> bool:
     """Layers with a window: those that ``layer_types`` names, or all but one in ``sliding_window_pattern``."""
-    windows, kind = _exaone_size(config) is not None, FULL
+    has_windows, kind = _exaone_size(config) is not None, FULL
     pattern = config.get("sliding_window_pattern", 4)
     if config.get("layer_types") is not None or pattern is None:
         kind = layer_type(config, layer, FULL)
-    elif windows:
+    elif has_windows:
         step = config.integer("sliding_window_pattern", 4)
         if step < 1:
             raise config.error("sliding_window_pattern", step, "at least 1")
         kind = SLIDING if (layer + 1) % step else FULL
-    if kind not in (FULL, SLIDING) or (kind == SLIDING and not windows):
+    if kind == SLIDING and not has_windows:
         raise config.error("layer_types", kind, f"{FULL} or, with sliding_window, {SLIDING}")
     return kind == SLIDING
 
@@ -146,15 +96,7 @@ def _exaone_rope(config: ConfigReader, layer: int) -> str | None:
 
 
 def _mellum_type(config: ConfigReader, layer: int) -> str:
-    kind = layer_type(config, layer, FULL)
-    if kind not in (FULL, SLIDING):
-        raise config.error("layer_types", kind, f"{FULL} or {SLIDING}")
-    return kind
-
-
-def _mellum_window(config: ConfigReader, layer: int) -> int | None:
-    size = positive_window(config, config.get("sliding_window", 1024))
-    return size if _mellum_type(config, layer) == SLIDING else None
+    return layer_type(config, layer, FULL)
 
 
 def _mellum(config: ConfigReader, layer: int) -> MoESpec | None:
@@ -182,17 +124,9 @@ def _hunyuan(config: ConfigReader, layer: int) -> MoESpec:
 # What the published configuration says of tokens, pictures and older parts of the model.
 _HUNYUAN_OTHERS = frozenset(
     (
-        *(
-            "attention_head_dim",
-            "cla_share_factor",
-            "class_num",
-            "dense_list",
-            "eod_token_id",
-            "im_end_id",
-            "im_newline_id",
-        ),
-        *("im_start_id", "image_token_id", "mask_init_id", "num_media_embeds", "org_vocab_size", "pad_id", "pool_type"),
-        *("text_end_id", "text_start_id", "video_end_id", "video_start_id"),
+        *("attention_head_dim", "cla_share_factor", "class_num", "dense_list", "eod_token_id", "im_end_id"),
+        *("im_newline_id", "im_start_id", "image_token_id", "mask_init_id", "num_media_embeds", "org_vocab_size"),
+        *("pad_id", "pool_type", "text_end_id", "text_start_id", "video_end_id", "video_start_id"),
     )
 )
 _HUNYUAN_RULES: dict[str, tuple[Any, ...]] = {
@@ -267,7 +201,7 @@ SHARED_EXPERTS: dict[str, Family] = {
         head_dim=128,
         rope=_mellum_type,
         thetas={FULL: ("", 500000.0), SLIDING: ("", 10000.0)},
-        window=_mellum_window,
+        window=windows(_mellum_type, 1024),
         moe=_mellum,
         qkv_bias=ATTENTION_BIAS,
         o_bias=ATTENTION_BIAS,
