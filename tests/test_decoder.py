@@ -258,7 +258,6 @@ def without_scale(name: str, neutral: float | None = 1.0) -> Callable[[Decoder],
     def drop(decoder: Decoder) -> None:
         assert getattr(decoder.spec, name) != neutral
         decoder.spec = replace(decoder.spec, **{name: neutral})
-        decoder.embedding_scale = decoder.spec.embedding_scale
 
     return drop
 

@@ -207,10 +207,6 @@ def without_head_bias(decoder: Decoder) -> None:
     decoder.lm_head = replace(decoder.lm_head, data=(packed[0], None))
 
 
-def without_embedding_scale(decoder: Decoder) -> None:
-    decoder.embedding_scale = 1.0
-
-
 PARTS: dict[str, tuple[str, Callable[[Decoder], None]]] = {
     "norm of what attention adds": ("olmo2", without_block(OutNorm("attention_out"))),
     "norm of what the FFN adds": ("flex_olmo", without_block(OutNorm("ffn_out"))),
@@ -222,8 +218,8 @@ PARTS: dict[str, tuple[str, Callable[[Decoder], None]]] = {
     "capped scores": ("gemma2", changed_attention(softcap=None)),
     "capped logits": ("gemma2", changed_spec(logits_cap=None)),
     "scale of scores": ("gemma3_text", changed_attention(scale=24**-0.5)),
-    "scale of embeddings": ("gemma2", without_embedding_scale),
-    "mup's scale of embeddings": ("afmoe", without_embedding_scale),
+    "scale of embeddings": ("gemma2", changed_spec(embedding_scale=1.0, rounded_embedding_scale=False)),
+    "mup's scale of embeddings": ("afmoe", changed_spec(embedding_scale=1.0)),
     "bias of the LM head": ("phimoe", without_head_bias),
     "scale of logits": ("cohere2_moe", changed_spec(logits_divisor=1.0)),
     "one norm for attention and FFN": ("cohere2_moe", changed_layers(with_blocks)),

@@ -18,12 +18,11 @@ from ..model.family import one_each
 from .gguf_latent import DEEPSEEK2
 from .gguf_metadata import Metadata
 from .gguf_rope import ROPE_FREQUENCIES, rope_scaling
-from .gguf_settings import Architecture, Tensors, experts_of, has_bias, head_dim_of, heads_of
+from .gguf_settings import TOP_K_THEN_SOFTMAX, Architecture, Tensors, experts_of, has_bias, head_dim_of, heads_of
 from .gguf_shared_experts import SHARED_EXPERTS
 
 STACKED = "_exps."  # in the names of tensors that hold all experts of a layer
 _MOST_LAYERS = 1 << 12
-_TOP_K_THEN_SOFTMAX = 3  # among llama.cpp's rules of routers
 _SMALLEST_EXPERT = 1024  # bytes of a projection: no file may name far more tensors than it has bytes for
 # Frequencies of the rotary embedding, which follow from the metadata: old files have them, llama.cpp skips them.
 _SKIPPED = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")
@@ -116,8 +115,8 @@ def _qwen3moe(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
 
 
 def _gpt_oss(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
-    if (rule := meta.integer(".expert_gating_func", 0)) not in (0, _TOP_K_THEN_SOFTMAX):
-        raise meta.error(".expert_gating_func", rule, f"{_TOP_K_THEN_SOFTMAX}, or left away")
+    if (rule := meta.integer(".expert_gating_func", 0)) not in (0, TOP_K_THEN_SOFTMAX):
+        raise meta.error(".expert_gating_func", rule, f"{TOP_K_THEN_SOFTMAX}, or left away")
     return {
         "model_type": "gpt_oss",
         "attention_bias": has_bias(tensors, "attn_q", "attn_output"),

@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from .gguf_metadata import Metadata
-from .gguf_settings import Architecture, Tensors, experts_of, heads_of
+from .gguf_settings import SIGMOID, SOFTMAX, Architecture, Tensors, experts_of, heads_of
 from .gguf_shared_experts import shared_names
 
-_SOFTMAX, _SIGMOID = 1, 2  # llama.cpp's rules of routers
 _ATTENTION = {
     **{"attn_q_a": "q_a_proj", "attn_q_a_norm": "q_a_layernorm", "attn_q_b": "q_b_proj"},
     **{"attn_kv_a_mqa": "kv_a_proj_with_mqa", "attn_kv_a_norm": "kv_a_layernorm"},
@@ -27,16 +26,16 @@ SMALL = ("attn_kv_b.weight", "attn_k_b.weight", "attn_v_b.weight")
 
 
 def _deepseek2(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
-    rule = meta.integer(".expert_gating_func", _SOFTMAX)
-    if rule not in (_SOFTMAX, _SIGMOID):
-        raise meta.error(".expert_gating_func", rule, f"{_SOFTMAX} (softmax) or {_SIGMOID} (sigmoid)")
+    rule = meta.integer(".expert_gating_func", SOFTMAX)
+    if rule not in (SOFTMAX, SIGMOID):
+        raise meta.error(".expert_gating_func", rule, f"{SOFTMAX} (softmax) or {SIGMOID} (sigmoid)")
     groups = {
         "n_group": meta.integer(".expert_group_count", 0) or 1,
         "topk_group": meta.integer(".expert_group_used_count", 0) or 1,
     }
     normalised = meta.flag(".expert_weights_norm", False)
     family: dict[str, Any] = {"model_type": "deepseek_v3", "norm_topk_prob": normalised}
-    if rule == _SOFTMAX:
+    if rule == SOFTMAX:
         family = {"model_type": "deepseek_v2"}
         if normalised:
             raise meta.error(".expert_weights_norm", normalised, "false where scores are a softmax")

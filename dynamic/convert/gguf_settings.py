@@ -14,6 +14,7 @@ Tensors = Mapping[str, GgufTensor]
 Settings = Callable[[Metadata, Tensors], dict[str, Any]]
 
 _MOST_EXPERTS = 1 << 16
+SOFTMAX, SIGMOID, TOP_K_THEN_SOFTMAX = 1, 2, 3  # llama.cpp's rules of routers
 
 
 @dataclass(frozen=True, kw_only=True)

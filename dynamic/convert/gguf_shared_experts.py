@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .gguf_metadata import Metadata
-from .gguf_settings import Architecture, Tensors, experts_of, has_bias, head_dim_of
-
-_SOFTMAX, _SIGMOID = 1, 2  # among llama.cpp's rules of routers
+from .gguf_settings import SIGMOID, SOFTMAX, Architecture, Tensors, experts_of, has_bias, head_dim_of
 
 _GRANITE_SCALES = {
     "embedding_multiplier": ".embedding_scale",
@@ -38,7 +36,7 @@ def _mixture(meta: Metadata, tensors: Tensors, count_key: str, shared_key: str) 
 
 def _sigmoid(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
     """DeepSeek's rule of routers and its dense layers in front."""
-    _rule(meta, _SIGMOID)
+    _rule(meta, SIGMOID)
     return {
         "attention_bias": has_bias(tensors, "attn_q"),
         "first_k_dense_replace": meta.integer(".leading_dense_block_count", 0),
@@ -66,7 +64,7 @@ def _dots1(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
 
 
 def _ernie(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
-    _rule(meta, _SOFTMAX)
+    _rule(meta, SOFTMAX)
     mixture = _mixture(meta, tensors, "moe_num_experts", "moe_num_shared_experts")
     return {
         "model_type": "ernie4_5_moe",
@@ -78,7 +76,7 @@ def _ernie(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
 
 
 def _hunyuan(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
-    _rule(meta, _SOFTMAX)
+    _rule(meta, SOFTMAX)
     mixture = _mixture(meta, tensors, "num_experts", "num_shared_expert")
     return {
         "model_type": "hunyuan_v1_moe",

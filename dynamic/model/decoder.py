@@ -93,8 +93,6 @@ class Decoder:
         self.layers = tuple(layers)
         self.final_norm_D, self.final_norm_bias_D = final_norm_D, final_norm_bias_D
         self.lm_head = lm_head
-        scale = torch.tensor(spec.embedding_scale, dtype=self.dtype if spec.rounded_embedding_scale else torch.float64)
-        self.embedding_scale = float(scale)
         self.held = range(spec.num_layers)
         self._make_tables(min(spec.max_position, FIRST_TABLE_LENGTH))
         self.stack = self.make_stack()
@@ -103,6 +101,12 @@ class Decoder:
     def local_spec(self) -> ModelSpec:
         """The model with the heads that are here."""
         return self._local_spec or self.spec
+
+    @property
+    def embedding_scale(self) -> float:
+        """Factor on the embeddings; some models round it to their dtype."""
+        scale = self.spec.embedding_scale
+        return float(torch.tensor(scale, dtype=self.dtype)) if self.spec.rounded_embedding_scale else scale
 
     def _make_tables(self, length: int) -> None:
         """Set ``rope_tables``: of every layer, those that rotate alike sharing one, and ``cos_sin_LC``, the model's."""
@@ -307,12 +311,9 @@ class Decoder:
         return None
 
     def _attention_context(self, number: int) -> AttentionContext:
-        return AttentionContext(
-            backend=self.backend,
-            cos_sin_LC=self.rope_tables[number],
-            norm_eps=self.spec.norm_eps,
-            norm_over_heads=self._norm_over_heads,
-        )
+        eps, over_heads = self.spec.norm_eps, self._norm_over_heads
+        table_LC = self.rope_tables[number]
+        return AttentionContext(backend=self.backend, cos_sin_LC=table_LC, norm_eps=eps, norm_over_heads=over_heads)
 
     def _attention(
         self, number: int, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch, context: AttentionContext

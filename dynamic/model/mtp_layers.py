@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..checkpoint.config_reader import ConfigReader
+from .text_part import Rename
 
 logger = logging.getLogger(__name__)
-
-Rename = Callable[[Iterable[str]], dict[str, str]]
 
 _LAYER = re.compile(r"model\.layers\.(\d{1,6})\.(.*)")
 _MODULE = re.compile(r"(model\.)?mtp\w*\.")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from .family import Family
-
-Rename = Callable[[Iterable[str]], dict[str, str]]
+from .text_part import Rename
 
 
 def family_names(family: Family, rename: Rename) -> Rename:

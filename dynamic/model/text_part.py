@@ -16,6 +16,8 @@ from ..checkpoint.weights import CheckpointError
 
 logger = logging.getLogger(__name__)
 
+Rename = Callable[[Iterable[str]], dict[str, str]]  # names of files → names that are used here, of what is kept
+
 # What the text model is called in models for images, and the family whose mathematics it has: their rotations in three
 # dimensions are the plain ones where all three positions are the same, as they are for text.
 _FAMILY_OF_TEXT = {
@@ -86,7 +88,7 @@ def has_other_parts(config: Mapping[str, Any]) -> bool:
     return any(config.get(key) for key in _OTHER_PARTS)
 
 
-def text_names(config: Mapping[str, Any]) -> Callable[[Iterable[str]], dict[str, str]]:
+def text_names(config: Mapping[str, Any]) -> Rename:
     """What turns the names of a checkpoint's tensors into those that are used here, ``model.layers.…``.
 
     Arguments:

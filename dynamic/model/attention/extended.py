@@ -22,7 +22,7 @@ from ....kernels.reference.elementwise import sigmoid
 from ....kernels.reference.operations import rope
 from .chunks import within_chunks
 from .gqa import GqaSpec, GqaWeights, Heads, Norms
-from .kind import AttentionContext, AttentionCuts, AttentionLayout, LinearLayout, Shape
+from .kind import AttentionContext, AttentionCuts, AttentionLayout, Shape, linear_layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ class ExtendedGqaSpec(GqaSpec):
         if not self.output_gate:
             return layout
         size = self.num_heads * self.value_channels
-        gate = LinearLayout(weights=(f"{prefix}self_attn.gate_proj.weight",), outputs=(size,), inputs=hidden_size)
+        gate = linear_layout(f"{prefix}self_attn.", hidden_size, {"gate_proj": size})
         return replace(layout, linears={**layout.linears, "gate": gate})
 
     def weights(self, parts: Mapping[str, LinearWeights | torch.Tensor]) -> ExtendedWeights:

@@ -18,7 +18,8 @@ from ....kernels.api.types import AttentionBatch, KVLayer, LinearWeights, StateL
 from ....kernels.reference.elementwise import sigmoid, silu, softplus
 from ...checkpoint.config_reader import ConfigReader
 from ..family import Family
-from .kind import AttentionContext, AttentionLayout, AttentionWeights, LinearLayout, Shape, TensorLayout
+from ..norms import TensorLayout
+from .kind import AttentionContext, AttentionLayout, AttentionWeights, Shape, linear_layout
 from .states import StateSpec, check_activation, with_taps_first
 
 
@@ -103,22 +104,21 @@ class GatedDeltaSpec(StateSpec):
     def layout(self, prefix: str, hidden_size: int, available: Container[str]) -> AttentionLayout:
         prefix += "linear_attn."
 
-        def linear(inputs: int, **outputs: int) -> LinearLayout:
-            names = tuple(f"{prefix}{name}.weight" for name in outputs)
-            return LinearLayout(weights=names, outputs=tuple(outputs.values()), inputs=inputs)
-
         def float32(name: str, *shape: int) -> TensorLayout:
             return TensorLayout(name=prefix + name, shape=shape, float32=True)
 
+        size, heads = self.value_size, self.num_heads
         if self.by_group:
-            qkvz = linear(hidden_size, in_proj_qkvz=self.conv_size + self.value_size)
-            ba = linear(hidden_size, in_proj_ba=2 * self.num_heads)
+            qkvz, ba = {"in_proj_qkvz": self.conv_size + size}, {"in_proj_ba": 2 * heads}
         else:
-            qkvz = linear(hidden_size, in_proj_qkv=self.conv_size, in_proj_z=self.value_size)
-            ba = linear(hidden_size, in_proj_b=self.num_heads, in_proj_a=self.num_heads)
+            qkvz, ba = {"in_proj_qkv": self.conv_size, "in_proj_z": size}, {"in_proj_b": heads, "in_proj_a": heads}
         return AttentionLayout(
             kind=self,
-            linears={"qkvz": qkvz, "ba": ba, "out": linear(self.value_size, out_proj=hidden_size)},
+            linears={
+                "qkvz": linear_layout(prefix, hidden_size, qkvz),
+                "ba": linear_layout(prefix, hidden_size, ba),
+                "out": linear_layout(prefix, size, {"out_proj": hidden_size}),
+            },
             tensors={
                 "conv_WX": float32("conv1d.weight", self.conv_size, 1, self.taps),
                 "log_decay_H": float32("A_log", self.num_heads),

@@ -20,7 +20,6 @@ from ....kernels.api.types import AttentionBatch, KVLayer, KVProjection, LinearW
 from ....kernels.api.uncommon import CAPS
 from ....kernels.torch.backend import TorchBackend
 from ...checkpoint.config_reader import ConfigReader
-from ..channel_order import Order
 from ..family import Family
 from ..norms import TensorLayout, norm_tensor
 from ..parts import part_of, width
@@ -32,8 +31,8 @@ from .kind import (
     AttentionLayout,
     AttentionSpec,
     AttentionWeights,
-    LinearLayout,
     Shape,
+    linear_layout,
 )
 
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -162,16 +161,6 @@ class GqaSpec(AttentionSpec):
     def layout(self, prefix: str, hidden_size: int, available: Container[str]) -> AttentionLayout:
         order = rotary_order(self.head_dim, self.rotary_channels, self.interleaved)
 
-        def linear(inputs: int, bias: bool, orders: tuple[Order, ...], **outputs: int) -> LinearLayout:
-            names = [f"{prefix}self_attn.{part}_proj" for part in outputs]
-            return LinearLayout(
-                weights=tuple(f"{name}.weight" for name in names),
-                outputs=tuple(outputs.values()),
-                inputs=inputs,
-                biases=tuple(f"{name}.bias" for name in names) if bias else (),
-                orders=orders,
-            )
-
         def present(*names: str) -> str:
             names = tuple(f"{prefix}self_attn.{name}" for name in names)
             return next((name for name in names if name in available), names[0])
@@ -190,15 +179,19 @@ class GqaSpec(AttentionSpec):
         return AttentionLayout(
             kind=self,
             linears={
-                "qkv": linear(
+                "qkv": linear_layout(
+                    f"{prefix}self_attn.",
                     hidden_size,
-                    self.qkv_bias,
-                    (order, order, ()),
-                    q=self.q_size,
-                    k=self.kv_size,
-                    v=self.num_kv_heads * self.value_channels,
+                    {"q_proj": self.q_size, "k_proj": self.kv_size, "v_proj": self.num_kv_heads * self.value_channels},
+                    bias=self.qkv_bias,
+                    orders=(order, order, ()),
                 ),
-                "o": linear(self.num_heads * self.value_channels, self.o_bias, (), o=hidden_size),
+                "o": linear_layout(
+                    f"{prefix}self_attn.",
+                    self.num_heads * self.value_channels,
+                    {"o_proj": hidden_size},
+                    bias=self.o_bias,
+                ),
             },
             tensors=tensors,
         )

@@ -46,6 +46,25 @@ class LinearLayout:
     orders: tuple[Order, ...] = ()
 
 
+def linear_layout(
+    prefix: str, inputs: int, outputs: Mapping[str, int], *, bias: bool = False, orders: tuple[Order, ...] = ()
+) -> LinearLayout:
+    """A linear layer of modules below a prefix.
+
+    Arguments:
+        outputs: by the name of the module.
+        bias: whether each has one.
+        orders: see :class:`LinearLayout`.
+    """
+    return LinearLayout(
+        weights=tuple(f"{prefix}{name}.weight" for name in outputs),
+        outputs=tuple(outputs.values()),
+        inputs=inputs,
+        biases=tuple(f"{prefix}{name}.bias" for name in outputs) if bias else (),
+        orders=orders,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttentionLayout:
     """The tensors of one layer's attention, by the names of the fields of the kind's weights.

@@ -17,7 +17,8 @@ from ....kernels.api.types import AttentionBatch, KVLayer, LinearWeights, StateL
 from ....kernels.reference.elementwise import silu, softplus
 from ...checkpoint.config_reader import ConfigReader
 from ..family import Family
-from .kind import AttentionContext, AttentionLayout, AttentionWeights, LinearLayout, Shape, TensorLayout
+from ..norms import TensorLayout
+from .kind import AttentionContext, AttentionLayout, AttentionWeights, Shape, linear_layout
 from .states import StateSpec, check_activation, with_taps_first
 
 
@@ -106,10 +107,6 @@ class Mamba2Spec(StateSpec):
     def layout(self, prefix: str, hidden_size: int, available: Container[str]) -> AttentionLayout:
         prefix += "mamba."
 
-        def linear(name: str, inputs: int, outputs: int) -> LinearLayout:
-            biases = (f"{prefix}{name}.bias",) if self.linear_bias else ()
-            return LinearLayout(weights=(f"{prefix}{name}.weight",), outputs=(outputs,), inputs=inputs, biases=biases)
-
         def float32(name: str, *shape: int) -> TensorLayout:
             return TensorLayout(name=prefix + name, shape=shape, float32=True)
 
@@ -125,8 +122,10 @@ class Mamba2Spec(StateSpec):
         return AttentionLayout(
             kind=self,
             linears={
-                "into": linear("in_proj", hidden_size, self.size + self.conv_size + self.num_heads),
-                "out": linear("out_proj", self.size, hidden_size),
+                "into": linear_layout(
+                    prefix, hidden_size, {"in_proj": self.size + self.conv_size + self.num_heads}, bias=self.linear_bias
+                ),
+                "out": linear_layout(prefix, self.size, {"out_proj": hidden_size}, bias=self.linear_bias),
             },
             tensors=tensors,
         )

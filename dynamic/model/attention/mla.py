@@ -33,8 +33,8 @@ from .kind import (
     AttentionLayout,
     AttentionSpec,
     AttentionWeights,
-    LinearLayout,
     Shape,
+    linear_layout,
 )
 from .latent_cache import KV_FORMATS, entry_size, readable, write_entries
 
@@ -159,21 +159,13 @@ class MlaSpec(AttentionSpec):
     def layout(self, prefix: str, hidden_size: int, available: Container[str]) -> AttentionLayout:
         prefix = f"{prefix}self_attn."
 
-        def linear(name: str, inputs: int, outputs: int, bias: bool = False) -> LinearLayout:
-            return LinearLayout(
-                weights=(f"{prefix}{name}.weight",),
-                outputs=(outputs,),
-                inputs=inputs,
-                biases=(f"{prefix}{name}.bias",) if bias else (),
-            )
-
         def tensor(name: str, *shape: int) -> TensorLayout:
             return TensorLayout(name=f"{prefix}{name}.weight", shape=shape)
 
         queries, rank = self.num_heads * self.query_dim, self.query_rank
         linears = {
-            "kv_a": linear("kv_a_proj_with_mqa", hidden_size, self.cached_dim, self.bias),
-            "o": linear("o_proj", self.num_heads * self.value_dim, hidden_size, self.bias),
+            "kv_a": linear_layout(prefix, hidden_size, {"kv_a_proj_with_mqa": self.cached_dim}, bias=self.bias),
+            "o": linear_layout(prefix, self.num_heads * self.value_dim, {"o_proj": hidden_size}, bias=self.bias),
         }
         tensors = {"kv_norm": tensor("kv_a_layernorm", self.latent)}
         if f"{prefix}k_b_proj.weight" in available:  # as GGUF files have them
@@ -182,10 +174,10 @@ class MlaSpec(AttentionSpec):
         else:
             tensors["kv_b"] = tensor("kv_b_proj", self.num_heads * (self.plain_dim + self.value_dim), self.latent)
         if rank is None:
-            linears["q"] = linear("q_proj", hidden_size, queries)
+            linears["q"] = linear_layout(prefix, hidden_size, {"q_proj": queries})
         else:
-            linears["q_a"] = linear("q_a_proj", hidden_size, rank, self.bias)
-            linears["q"] = linear("q_b_proj", rank, queries)
+            linears["q_a"] = linear_layout(prefix, hidden_size, {"q_a_proj": rank}, bias=self.bias)
+            linears["q"] = linear_layout(prefix, rank, {"q_b_proj": queries})
             tensors["q_norm"] = tensor("q_a_layernorm", rank)
         unused = self._indexer(hidden_size) if self.index_topk is not None else {}
         unused = {f"{prefix}indexer.{name}": shape for name, shape in unused.items()}

@@ -15,7 +15,8 @@ from ....kernels.api.ranges import check_ranges
 from ....kernels.api.types import AttentionBatch, KVLayer, LinearWeights, StateLayer
 from ...checkpoint.config_reader import ConfigReader
 from ..family import Family
-from .kind import AttentionContext, AttentionLayout, AttentionWeights, LinearLayout, Shape, TensorLayout
+from ..norms import TensorLayout
+from .kind import AttentionContext, AttentionLayout, AttentionWeights, Shape, linear_layout
 from .states import StateSpec, with_taps_first
 
 
@@ -64,10 +65,6 @@ class ShortConvSpec(StateSpec):
     def layout(self, prefix: str, hidden_size: int, available: Container[str]) -> AttentionLayout:
         prefix += "conv."
 
-        def linear(name: str, inputs: int, outputs: int) -> LinearLayout:
-            biases = (f"{prefix}{name}.bias",) if self.bias else ()
-            return LinearLayout(weights=(f"{prefix}{name}.weight",), outputs=(outputs,), inputs=inputs, biases=biases)
-
         shape = (self.channels, 1, self.taps)
         tensors = {"conv_WX": TensorLayout(name=f"{prefix}conv.weight", shape=shape, float32=True)}
         if self.bias:
@@ -75,8 +72,8 @@ class ShortConvSpec(StateSpec):
         return AttentionLayout(
             kind=self,
             linears={
-                "gates": linear("in_proj", hidden_size, 3 * self.channels),
-                "out": linear("out_proj", self.channels, hidden_size),
+                "gates": linear_layout(prefix, hidden_size, {"in_proj": 3 * self.channels}, bias=self.bias),
+                "out": linear_layout(prefix, self.channels, {"out_proj": hidden_size}, bias=self.bias),
             },
             tensors=tensors,
         )
