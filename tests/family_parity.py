@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,23 @@ def check_logits(directory: Path, reference: Any, backend: str = "cpu", toleranc
         rows = sequences.run([prompts[0][31 + step : 32 + step], [], prompts[2][14 + step : 15 + step]])
         assert error(rows, torch.stack((expected[0][31 + step], expected[2][14 + step]))) < tolerance
     return decoder
+
+
+def check_variant(variant: Variant, folder: Path, reference_model: Callable[[Path], Any]) -> Path:
+    """Logits and tokens of a variant, which lies in ``folder / "model"`` then.
+
+    Where the LM head is the embedding, random models repeat the last token whatever they attend to: tokens are then
+    those of the same model with a head of its own.
+    """
+    directory = variant.save(folder / "model")
+    check_logits(directory, reference_model(directory))
+    if json.loads((directory / "config.json").read_text()).get("tie_word_embeddings"):
+        untied = replace(variant, config={**variant.config, "tie_word_embeddings": False})
+        directory_of_tokens = untied.save(folder / "untied")
+    else:
+        directory_of_tokens = directory
+    check_engine(directory_of_tokens, reference_model(directory_of_tokens))
+    return directory
 
 
 def expected_tokens(reference: Any, prompts: Sequence[list[int]], count: int = NEW_TOKENS) -> list[list[int]]:

@@ -24,7 +24,7 @@ from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.model.families import FAMILIES as KNOWN
-from family_parity import Variant, check_engine, check_logits
+from family_parity import Variant, check_engine, check_logits, check_variant
 from parallel_jobs import compare
 from test_decoder import PagedSequences, random_prompts
 
@@ -93,11 +93,13 @@ def row(variant: Variant, reference: Callable[[Path], Any]) -> dict[str, str]:
     """The cells of a family, by column."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        directory = variant.save(root / "model")
-        # transformers may not know what an edit made of it.
-        model = reference(replace(variant, edit=None).save(root / "unedited") if variant.edit else directory)
-        check_logits(directory, model)
-        check_engine(directory, model, paths=("together", "chunked"))
+        if variant.edit is None:
+            directory = check_variant(variant, root, reference)
+        else:  # transformers may not know what that made of it
+            directory = variant.save(root / "model")
+            model = reference(replace(variant, edit=None).save(root / "unedited"))
+            check_logits(directory, model)
+            check_engine(directory, model)
         exact = logits(directory, dtype="float32")
 
         def close(name: str, **options: Any) -> Callable[[], str]:

@@ -16,7 +16,7 @@ from dynamoe.dynamic.model.families import model_spec
 from dynamoe.dynamic.model.loader import load_decoder
 from dynamoe.dynamic.model.rope import RopeSpec, frequencies, rope_table, rotary_order
 from dynamoe.kernels.reference.operations import rope
-from family_parity import Variant, check_engine, check_logits
+from family_parity import Variant, check_variant
 from test_decoder import TOLERANCE, PagedSequences, error, random_prompts
 
 WINDOWS = {"head_dim": 24, "sliding_window": 9}
@@ -90,9 +90,7 @@ MORE = [
     "variant", [*VARIANTS, *(pytest.param(variant, marks=pytest.mark.slow) for variant in MORE)], ids=str
 )
 def test_family(variant: Variant, tmp_path: Path, reference_model: Callable[[Path], Any]) -> None:
-    reference = reference_model(variant.save(tmp_path))
-    check_logits(tmp_path, reference)
-    check_engine(tmp_path, reference)
+    check_variant(variant, tmp_path, reference_model)
 
 
 @pytest.mark.parametrize(

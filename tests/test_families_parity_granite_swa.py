@@ -12,7 +12,7 @@ import pytest
 import torch
 from dynamoe.dynamic.checkpoint.weights import CheckpointError
 from dynamoe.dynamic.model.loader import load_decoder
-from family_parity import Variant, check_engine, check_logits
+from family_parity import Variant, check_variant
 from test_decoder import PagedSequences, error, random_prompts
 
 SIZES = {
@@ -44,9 +44,7 @@ MORE = [
 def test_logits_and_tokens_equal_transformers(
     variant: Variant, tmp_path: Path, reference_model: Callable[[Path], Any]
 ) -> None:
-    path = variant.save(tmp_path)
-    check_logits(path, reference_model(path))
-    check_engine(path, reference_model(path))
+    check_variant(variant, tmp_path, reference_model)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from dynamoe.dynamic.model.norms import run_norm
 from dynamoe.dynamic.model.prompt_pass import fresh_cache
 from dynamoe.dynamic.train.exit_states import served_backbone
 from dynamoe.kernels.torch.backend import TorchBackend
-from family_parity import Variant, check_engine, check_logits
+from family_parity import Variant, check_variant
 from test_decoder import PagedSequences, error, random_prompts
 
 MOE = {"num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 40}
@@ -142,10 +142,7 @@ CASES = [*FIRST, *(pytest.param(variant, marks=pytest.mark.slow) for variant in 
 
 @pytest.mark.parametrize("variant", CASES, ids=str)
 def test_a_family_equals_transformers(variant: Variant, tmp_path: Path, reference_model: Any) -> None:
-    directory = variant.save(tmp_path)
-    reference = reference_model(directory)
-    check_logits(directory, reference)
-    check_engine(directory, reference)
+    check_variant(variant, tmp_path, reference_model)
 
 
 def of_family(family: str) -> Variant:

@@ -19,7 +19,7 @@ from dynamoe.dynamic.model.families import FAMILIES, model_spec
 from dynamoe.dynamic.model.loader import load_decoder
 from dynamoe.dynamic.model.moe_spec import MoESpec
 from dynamoe.kernels.api.types import Routing
-from family_parity import Variant, check_engine, check_logits
+from family_parity import Variant, check_variant
 from safetensors.torch import load_file, save_file
 from test_decoder import PagedSequences, greedy, random_prompts
 
@@ -87,12 +87,9 @@ def saved(tmp_path: Path) -> Callable[[Variant], Path]:
 
 @pytest.mark.parametrize("variant", [*VARIANTS, *(pytest.param(v, marks=pytest.mark.slow) for v in MORE)], ids=str)
 def test_logits_and_tokens_equal_transformers(
-    variant: Variant, saved: Callable[[Variant], Path], reference_model: Callable[[Path], Any]
+    variant: Variant, tmp_path: Path, reference_model: Callable[[Path], Any]
 ) -> None:
-    path = saved(variant)
-    reference = reference_model(path)
-    check_logits(path, reference)
-    check_engine(path, reference)
+    check_variant(variant, tmp_path, reference_model)
 
 
 def changed_layers(**fields: Any) -> Callable[[Decoder], None]:
