@@ -190,6 +190,15 @@ def summary(cell: Cell, starts: list[list[list[dict[str, Any]]]]) -> dict[str, A
     return entry
 
 
+def as_text(result: dict[str, dict[str, Any]]) -> str:
+    """JSON with a line for each cell: numbers of single measurements would be thousands."""
+    parts = (
+        f"{json.dumps(name)}: {{\n" + ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in part.items()) + "\n}"
+        for name, part in result.items()
+    )
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
 def table(entries: dict[str, dict[str, Any]]) -> str:
     """What is printed: cells, and several of them together."""
     lines = [f"{'':28}{'first':>9}{'second':>9}  {'second / first':24}{'in processor time':24}tokens"]
@@ -230,7 +239,7 @@ def main() -> None:
     entries = {cell.name: summary(cell, [found[n] for found in measured]) for n, cell in enumerate(chosen)}
     facts = {"packages": files, "threads": options.threads, "when": datetime.now(UTC).isoformat(timespec="seconds")}
     pooled = together(entries)
-    options.output.write_text(json.dumps({"about": facts, "cells": entries, "together": pooled}, indent=1) + "\n")
+    options.output.write_text(as_text({"about": facts, "cells": entries, "together": pooled}))
     print(table({**entries, **pooled}))
 
 
