@@ -199,6 +199,12 @@ def render(results: Path = RESULTS) -> str:
         "whose cache in int8 becomes floating in front of the kernels, and is refused in fp8).",
         "",
         *_table(("`kv_cache_dtype=`", *backends), *((f"`{kept}`", *by_backend(o)) for kept, o in CACHES.items())),
+        "",
+        "## States",
+        "",
+        "Recurrences and short convolutions of [layers that keep states](checkpoints.md#layers-that-keep-states) run on",
+        "torch's operations on every backend, a row at a time; there are no C++ or Triton kernels for them yet.",
+        "Everything else in these models runs on the backend's kernels. On a GPU they are *unverified*.",
     ]
     return "\n".join(lines) + "\n"
 
