@@ -294,16 +294,10 @@ def test_norms_in_bfloat16_lose_no_bits_of_their_weights(kind: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["olmo2", "gemma2", "gemma3_text", "cohere2_moe", "phimoe"])
-def test_exits_make_keys_and_values_of_the_stream_or_are_refused(
-    family: str, tmp_path: Path, reference_model: Any
-) -> None:
+def test_exits_make_keys_and_values_of_the_stream(family: str, tmp_path: Path, reference_model: Any) -> None:
     directory = of_family(family).save(tmp_path)
     reference = reference_model(directory)
     add_exits(directory, {1: 0.5})
-    if family in ("cohere2_moe", "phimoe"):
-        with pytest.raises(ValueError, match=f"root-mean-square norms; this {family} model|layers of one kind"):
-            load_decoder(directory, dtype="float32", device="cpu")
-        return
     for backend in ("torch", "cpu"):
         decoder = load_decoder(directory, dtype="float32", device="cpu", backend=backend)
         x_TD = torch.randn(7, decoder.spec.hidden_size)

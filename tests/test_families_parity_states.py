@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import add_exits
 from dynamoe.dynamic.checkpoint.config_reader import CheckpointError
 from dynamoe.dynamic.checkpoint.weights import read_json
 from dynamoe.dynamic.convert.load_model import load_model
@@ -25,7 +24,6 @@ from dynamoe.dynamic.model.loaded import LoadedModel
 from dynamoe.dynamic.model.loader import load_decoder
 from dynamoe.dynamic.model.text_part import text_config
 from family_parity import Variant, check_engine, check_logits, expected_tokens, generate
-from parallel_jobs import shard_of
 from safetensors.torch import load_file, save_file
 from test_decoder import PagedSequences, error, random_prompts
 
@@ -234,15 +232,3 @@ def test_every_tensor_of_a_layer_with_states_matters(
         save_file({**tensors, name: tensors[name] * 0.5}, tmp_path / "model.safetensors")
         changed = PagedSequences(load_decoder(tmp_path, dtype="float32", device="cpu"), 1).run(prompt)
         assert error(changed, expected) > 1e-3, name
-
-
-def test_exits_and_several_processes_are_refused(saved: Callable[..., tuple[Path, Any]], tmp_path: Path) -> None:
-    for file in saved(VARIANTS[0])[0].iterdir():
-        shutil.copy(file, tmp_path)
-    add_exits(tmp_path, {1: 0.5})
-    with pytest.raises(ValueError, match="makes no keys and values for rows that exit early"):
-        load_decoder(tmp_path, dtype="float32", device="cpu")
-    spec = model_spec(read_json(tmp_path / "config.json"))
-    for tensor, expert in ((2, 1), (1, 2)):
-        with pytest.raises(ValueError, match="this qwen3_next model has recurrent states, which are not shared"):
-            shard_of(spec, tensor, expert, 0)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ...kernels.api.format_join import concatenate
 from ...kernels.api.quantized_weight import QuantizedWeight
 from .awq import open_awq
 from .block_fp8 import open_block_fp8
@@ -18,7 +19,7 @@ from .gptq import open_gptq
 from .layer_groups import read_groups
 from .mxfp4 import open_mxfp4
 from .stored_layout import StoredLayout, setting_error
-from .stored_weight import ALL, Index, Part, StoredWeight
+from .stored_weight import ALL, Index, Part, Runs, StoredWeight
 from .weights import DTYPES, Checkpoint, CheckpointError, Divide, Rename, StoredCodes, TensorInfo
 
 _KEYS = ("quantization_config", "compression_config")
@@ -95,6 +96,7 @@ class QuantizedCheckpoint(Checkpoint):
         super().__init__(directory, rename, divide)
         self._layout = layout
         self._stored: dict[str, StoredWeight] = {}
+        self._runs: dict[str, Runs] = {}
         modules = {name.rpartition(".")[0] for name in self._tensors if name.rpartition(".")[2] in layout.markers}
         for name in self._tensors:
             module, _, part = name.rpartition(".")
@@ -142,15 +144,17 @@ class QuantizedCheckpoint(Checkpoint):
         """A part of a quantised weight may begin at multiples of this many inputs; from the files' headers."""
         return self._layout.input_step(self._stored[name])
 
-    def restrict(self, parts: Mapping[str, Part], load: Callable[[str, Index], torch.Tensor]) -> None:
+    def restrict(self, parts: Mapping[str, Part | Runs], load: Callable[[str, Index], torch.Tensor]) -> None:
         """Show only parts of some quantised weights from now on.
 
         Arguments:
             parts: by name; their inputs begin at multiples of :meth:`input_step`.
             load: reads a part of a tensor in place of this class.
         """
+        self._runs = {name: part for name, part in parts.items() if isinstance(part, Runs)}
         for name, weight in self._stored.items():
-            self._stored[name] = replace(weight, kept=parts.get(name, ALL), load=load)
+            part = parts.get(name, ALL)
+            self._stored[name] = replace(weight, kept=ALL if isinstance(part, Runs) else part, load=load)
 
     def _part(self, name: str, index: Index) -> torch.Tensor:
         return self.raw(name)[index]
@@ -159,8 +163,14 @@ class QuantizedCheckpoint(Checkpoint):
         """As it was stored, or dequantised: for the small weights that nothing runs quantised, such as routers."""
         if (stored := self._stored.get(name)) is None:
             return super().view(name)
-        weight = self._load(stored)
-        return weight if isinstance(weight, torch.Tensor) else weight.dequantize()
+        weights = [self._load(run) for run in self._runs_of(name, stored)]
+        plain = [weight if isinstance(weight, torch.Tensor) else weight.dequantize() for weight in weights]
+        return torch.cat(plain) if len(plain) > 1 else plain[0]
+
+    def _runs_of(self, name: str, stored: StoredWeight) -> list[StoredWeight]:
+        """A weight as the runs of outputs that are wanted of it."""
+        runs = self._runs.get(name)
+        return [stored] if runs is None else [replace(stored, kept=part) for part in runs.parts]
 
     def admit(self, *, dequantize: bool) -> None:
         """Check that all weights may run as they would: those of some layouts have no format of ours.
@@ -182,10 +192,15 @@ class QuantizedCheckpoint(Checkpoint):
         stored = self._stored.get(name)
         if stored is None or not self._layout.keeps(stored):
             return None
-        weight = self._load(stored)
-        if isinstance(weight, torch.Tensor):
-            raise stored.error(f"{type(self._layout).__name__} keeps it, and yet loads it as {weight.dtype}")
-        return StoredCodes(weight=weight, scheme=self._layout.scheme(stored))
+        codes: list[QuantizedWeight] = []
+        for run in self._runs_of(name, stored):
+            weight = self._load(run)
+            if isinstance(weight, torch.Tensor):
+                raise stored.error(f"{type(self._layout).__name__} keeps it, and yet loads it as {weight.dtype}")
+            codes.append(weight)
+        return StoredCodes(
+            weight=concatenate(codes) if len(codes) > 1 else codes[0], scheme=self._layout.scheme(stored)
+        )
 
     def _load(self, stored: StoredWeight) -> QuantizedWeight | torch.Tensor:
         try:

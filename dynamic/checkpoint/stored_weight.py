@@ -17,7 +17,7 @@ Index = tuple[slice, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Some outputs and inputs of a weight (O, I), or some outputs of a bias (O).
+    """Some outputs and inputs of a weight (O, I), or some outputs of a bias (O) or of a convolution (O, 1, W).
 
     Arguments:
         outputs, inputs: without steps; None: all.
@@ -32,11 +32,22 @@ class Part:
 
     def of(self, shape: tuple[int, ...]) -> tuple[slice, ...]:
         """As numbers from 0 on, for a weight of this shape."""
-        parts = (self.outputs, self.inputs)[: len(shape)]
+        parts = (self.outputs, self.inputs, None)[: len(shape)]
         return tuple(slice(0, size) if part is None else part for part, size in zip(parts, shape, strict=True))
 
 
 ALL = Part()
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Several runs of outputs, one behind the other."""
+
+    parts: tuple[Part, ...]
+
+    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+        """The runs, copied."""
+        return torch.cat([part(weight) for part in self.parts])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -159,7 +159,7 @@ class ExitRunner:
         rows_R = live.rows_R[decision.order]
         x_RD = live.x_RD.index_select(0, order_T[continuing:])
         # In front of any deeper layer of this step: rows that continue may attend to these.
-        self.decoder.propagate_kv(exit, x_RD, self.kv, rows.slots_of(at_R[continuing:]))
+        self.decoder.propagate_kv(exit, x_RD, self.kv, rows.exiting(rows_R[continuing:], at_R[continuing:]))
         out_TD.index_copy_(0, at_R[continuing:], self.decoder.apply_exit_head(exit, x_RD))
         depths_T[rows_R[continuing:]] = exit.after_layers
         rows_R, at_R = rows_R[:continuing], at_R[:continuing]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from array import array
@@ -207,6 +208,21 @@ class Sequence:
     @property
     def num_uncomputed(self) -> int:
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_together(self) -> int:
+        """Of the tokens that are not computed, how many can run in one step where layers have recurrent states.
+
+        No row may get to a layer before one that comes earlier in its sequence, whether it runs there or skips it: so
+        only such rows run together as leave after equally many layers.
+        """
+        known, behind = self.depths, self.num_computed - self.num_prompt
+        if self.exit_logits_E is None:
+            return self.num_uncomputed
+        if behind < 0:
+            return min(self.num_uncomputed, -behind)  # prompts run all layers
+        alike = itertools.takewhile(lambda depth: depth == known[behind], known[behind:])
+        return max(1, sum(1 for _ in alike))
 
     @property
     def exit_logits_E(self) -> np.ndarray | None:

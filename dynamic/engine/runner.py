@@ -12,7 +12,6 @@ import torch
 
 from ...exits.segments import Segment
 from ...kernels.api.types import ExpertBudget
-from ..model.kv_cache import copy_states
 from .budgets import ExpertBudgets
 from .exit_runner import ExitRunner
 from .schedule import Entry, Schedule
@@ -48,10 +47,8 @@ class Runner:
 
         Rows of requests with exits may leave early: their sequences remember after how many layers.
         """
-        if schedule.copies:
-            self.decoder.copy_pages(self.kv, schedule.copies)
-        if schedule.state_copies:
-            copy_states(self.kv, schedule.state_copies)
+        if schedule.copies or schedule.state_copies:
+            self.decoder.copy_pages(self.kv, schedule.copies, schedule.state_copies)
         entries, planner, plan = schedule.entries, self.exits.planner, None
         rows = StepRows(entries, self.page_size, self.staging, self._has_states)
         # Whatever needs numbers on the device beside the rows' own lets them go with these, in one copy.

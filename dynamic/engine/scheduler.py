@@ -109,6 +109,8 @@ class Scheduler:
 
     def _chunk(self, sequence: Sequence) -> int:
         """How many of its tokens a sequence may compute in one step."""
+        if self.states is not None:
+            return sequence.num_together
         return sequence.num_uncomputed if self.eviction is None else self.eviction.chunk(sequence)
 
     def _take_page(self, sequence: Sequence, copies: dict[int, int]) -> bool:

@@ -32,7 +32,7 @@ class StepRows:
     def __init__(self, entries: list[Entry], page_size: int, staging: HostStaging, has_states: bool = False) -> None:
         self._staging = staging
         self._carried: list[np.ndarray] = []
-        runs = list(_runs(entries))
+        runs = list(_runs(entries, has_states))
         # In plain lists: a step that only decodes has few rows, for which a dozen calls of numpy would take longer.
         positions: list[int] = []
         slots: list[int] = []
@@ -85,7 +85,6 @@ class StepRows:
             at_R: the same on the device.
         """
         whole, counts = self._batch, self._counts_S
-        assert self._states is None, "models with recurrent states have no exits"
         if len(counts) == len(self):  # every run is one row
             kept, kept_S, starts_S1, counts = rows_R, at_R, whole.query_start_S1[: len(rows_R) + 1], counts[rows_R]
         else:
@@ -99,7 +98,12 @@ class StepRows:
             block_table_SM=whole.block_table_SM.index_select(0, kept_S),
             max_query_len=int(counts.max()),
             max_context_len=int(self._context_len_S[kept].max()),
+            state_slots_S=None if whole.state_slots_S is None else whole.state_slots_S.index_select(0, kept_S),
         )
+
+    def exiting(self, rows_R: np.ndarray, at_R: torch.Tensor) -> AttentionBatch:
+        """A batch for what rows leave in layers that they skip; arguments as for :meth:`batch_of`."""
+        return self.slots_of(at_R) if self._states is None else self.batch_of(rows_R, at_R)
 
     def slots_of(self, at_R: torch.Tensor) -> AttentionBatch:
         """A batch for writing to the cache only: positions and slots of some rows, all else of all rows."""
@@ -143,14 +147,15 @@ def _padded(pages: array[int], width: int) -> array[int]:
     return pages if len(pages) == width else pages + array("i", [0]) * (width - len(pages))
 
 
-def _runs(entries: list[Entry]) -> Iterator[tuple[Sequence, int, int]]:
+def _runs(entries: list[Entry], has_states: bool) -> Iterator[tuple[Sequence, int, int]]:
     """(sequence, first position, rows): what attention sees as one sequence of rows.
 
-    Rows that may exit on their own become runs of one row, so that an exit never tears a run apart.
+    Rows that may exit on their own become runs of one row, so that an exit never tears a run apart. Where there are
+    recurrent states, rows of a sequence exit together, see :attr:`.Sequence.num_together`.
     """
     for entry in entries:
         sequence, start, end = entry.sequence, entry.start, entry.start + entry.count
-        if entry.count > 1 and sequence.exit_logits_E is not None and end > sequence.num_prompt:
+        if not has_states and entry.count > 1 and sequence.exit_logits_E is not None and end > sequence.num_prompt:
             if start < sequence.num_prompt:
                 yield sequence, start, sequence.num_prompt - start
             for position in range(max(start, sequence.num_prompt), end):

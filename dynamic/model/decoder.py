@@ -9,6 +9,7 @@ Shape suffixes (also in ``kernels/api/types.py``):
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -33,9 +34,8 @@ from .blocks import Add, Attention, FeedForwards, Norm, OutNorm, Read, Scale
 from .counters import Exchange
 from .exits import DecoderExit
 from .inference_mode import in_inference_mode
-from .kv_cache import allocate_layers, copy_pages
+from .kv_cache import Copies, allocate_layers, copy_pages, copy_states
 from .layer_weights import LayerWeights
-from .moe_spec import MoESpec
 from .norms import NORM_KINDS, run_norm
 from .rope import rope_table
 from .routing import router_logits, with_always_on
@@ -138,9 +138,10 @@ class Decoder:
         behind = self.backend.scales_behind_page
         return allocate_layers(self.local_spec, num_pages, page_size, self.kv_dtype, self.device, behind, num_states)
 
-    def copy_pages(self, kv: list[KVLayer], copies: list[tuple[int, int]]) -> None:
-        """Copy whole pages, (from, to), in all layers."""
+    def copy_pages(self, kv: list[KVLayer], copies: Copies, states: Copies = ()) -> None:
+        """Copy whole pages, (from, to), in all layers; and the recurrent states of sequences by their slots."""
         copy_pages(kv, copies)
+        copy_states(kv, states)
 
     @in_inference_mode
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
@@ -202,8 +203,7 @@ class Decoder:
                 elif isinstance(block, FeedForwards):
                     pending_TD = self._feed_forwards(number, block, read_TD, x_TD, routed, budget)
                 elif isinstance(block, Attention):
-                    context = self._attention_context(number)
-                    pending_TD = self._attention(number, read_TD, kv[number], batch, context)
+                    pending_TD = self._attention(number, read_TD, kv[number], batch)
                 else:
                     pending_TD = self._ffn(number, read_TD, routed, budget)
         if routed and router_entropy_T is not None:
@@ -271,11 +271,12 @@ class Decoder:
 
     @in_inference_mode
     def propagate_kv(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
-        """Write the keys and values of the layers behind an exit, made of the residual stream at the exit.
+        """Write the keys and values of the layers behind an exit, made of the residual stream at the exit; where layers
+        keep recurrent states, advance these.
 
         Arguments:
             kv: the cache of every layer of the model.
-            batch: only positions and slots of the rows are read.
+            batch: only positions and slots of the rows are read, and where the states of their sequences are.
         """
         self.reserve_positions(batch.num_positions)
         self._propagate(exit, x_RD, kv[exit.after_layers :], batch)
@@ -311,15 +312,16 @@ class Decoder:
         return None
 
     def _attention_context(self, number: int) -> AttentionContext:
-        eps, over_heads = self.spec.norm_eps, self._norm_over_heads
-        table_LC = self.rope_tables[number]
-        return AttentionContext(backend=self.backend, cos_sin_LC=table_LC, norm_eps=eps, norm_over_heads=over_heads)
+        eps, over_heads, over_ranks = self.spec.norm_eps, self._norm_over_heads, partial(self._summed, purpose="norms")
+        return AttentionContext(self.backend, self.rope_tables[number], eps, over_heads, over_ranks)
 
-    def _attention(
-        self, number: int, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
-    ) -> torch.Tensor:
-        kind = self.local_spec.layers[number].attention
-        return kind.forward(self.layers[number].attention, x_TD, kv, batch, context)
+    def _summed(self, x: torch.Tensor, purpose: str = "sums") -> torch.Tensor:
+        """Of what several processes have parts of, the sum."""
+        return x
+
+    def _attention(self, number: int, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch) -> torch.Tensor:
+        kind, context = self.local_spec.layers[number].attention, self._attention_context(number)
+        return self._summed(kind.forward(self.layers[number].attention, x_TD, kv, batch, context))
 
     def _norm_over_heads(self, *pairs: tuple[torch.Tensor, torch.Tensor]) -> Sequence[torch.Tensor]:
         """RMS norms over all heads: rows (T, X), each with its weight (X)."""
@@ -331,18 +333,14 @@ class Decoder:
     ) -> torch.Tensor:
         weights, moe = self.layers[number], self.spec.layers[number].moe
         if moe is None or moe.is_dense:
-            return self.backend.all_experts(x_TD, weights.ffn)
-        return self._mixture(number, x_TD, self._routing(number, moe, x_TD, routed, budget))
+            return self._summed(self.backend.all_experts(x_TD, weights.ffn))
+        return self._summed(self._mixture(number, x_TD, self._routing(number, x_TD, routed, budget)))
 
     def _routing(
-        self,
-        number: int,
-        moe: MoESpec,
-        x_TD: torch.Tensor,
-        routed: list[torch.Tensor] | None,
-        budget: ExpertBudget | None,
+        self, number: int, x_TD: torch.Tensor, routed: list[torch.Tensor] | None, budget: ExpertBudget | None
     ) -> Routing:
-        weights = self.layers[number]
+        weights, moe = self.layers[number], self.spec.layers[number].moe
+        assert moe is not None
         logits_TE = router_logits(self.backend, weights, moe.router, x_TD)
         if routed is not None:
             routed.append(logits_TE)
@@ -361,17 +359,17 @@ class Decoder:
         budget: ExpertBudget | None,
     ) -> torch.Tensor:
         """What a shared expert and a mixture leave that have norms of their own."""
-        moe, shared_TD = self.spec.layers[number].moe, self._shared(number, read_TD)
-        assert moe is not None
+        shared_TD, routing = self._shared(number, read_TD), self._routing(number, x_TD, routed, budget)
         assert shared_TD is not None
-        routing = self._routing(number, moe, x_TD, routed, budget)
-        mixed_TD = self.backend.experts(self._norm(number, block.mixture, x_TD), self.layers[number].ffn, routing)
-        return self._norm(number, block.shared_out, shared_TD) + self._norm(number, block.mixture_out, mixed_TD)
+        mixed_TD = self._mixture(number, self._norm(number, block.mixture, x_TD), routing, shared=False)
+        parts = (block.shared_out, shared_TD), (block.mixture_out, mixed_TD)
+        first_TD, second_TD = (self._norm(number, name, self._summed(part_TD)) for name, part_TD in parts)
+        return first_TD + second_TD
 
-    def _mixture(self, number: int, x_TD: torch.Tensor, routing: Routing) -> torch.Tensor:
+    def _mixture(self, number: int, x_TD: torch.Tensor, routing: Routing, shared: bool = True) -> torch.Tensor:
         """The chosen experts of a layer, and its shared one."""
         out_TD = self.backend.experts(x_TD, self.layers[number].ffn, routing)
-        shared_TD = self._shared(number, x_TD)
+        shared_TD = self._shared(number, x_TD) if shared else None
         return out_TD if shared_TD is None else out_TD + shared_TD
 
     def _shared(self, number: int, x_TD: torch.Tensor) -> torch.Tensor | None:
@@ -390,11 +388,9 @@ class Decoder:
 
     def _limit(self, routing: Routing, number: int, budget: ExpertBudget) -> Routing:
         """Take experts from rows that are on a budget."""
-        weights, moe = self.layers[number], self.spec.layers[number].moe
-        assert moe is not None
         keep_T, cap_T = (limits_TL[:, number].contiguous() for limits_TL in (budget.keep_TL, budget.cap_TL))
-        limited = self.backend.limit_experts(routing, weights.contribution_scale_E, keep_T, cap_T)
+        limited = self.backend.limit_experts(routing, self.layers[number].contribution_scale_E, keep_T, cap_T)
         assert limited.counts_T is not None
-        before = moe.router.top_k if routing.counts_T is None else routing.counts_T
+        before = routing.expert_ids_TK.shape[1] if routing.counts_T is None else routing.counts_T
         budget.skipped_T.add_(before - limited.counts_T)
         return limited

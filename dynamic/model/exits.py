@@ -30,7 +30,7 @@ class DecoderExit:
         after_layers: layers in front of it.
         down, up: factors of the exit head's adapter.
         probe, calibrator: None where the exit has only an adapter, so that no row can exit.
-        projections: keys and values of the layers behind it, those that are here.
+        projections: keys and values, or recurrent states, of the layers behind it, those that are here.
     """
 
     after_layers: int
@@ -67,9 +67,8 @@ def pack_exits(
     if heads.hidden_size != spec.hidden_size:
         raise ValueError(f"the exits are for hidden size {heads.hidden_size}, the model has {spec.hidden_size}")
     split_into_segments(spec.num_layers, heads.exit_layers)  # refuses exits outside the model
-    if NORM_KINDS[spec.norm].centred:
-        raise ValueError(f"exits need root-mean-square norms; this {spec.family} model has norms of kind {spec.norm!r}")
-    projections = {n: _projection(spec.layers[n], w, backend) for n, w in enumerate(layers) if n in held}
+    centred = NORM_KINDS[spec.norm].centred
+    projections = {n: _projection(spec.layers[n], w, backend, centred) for n, w in enumerate(layers) if n in held}
     exits = {}
     for layer, adapter in heads.adapters.items():
         exits[layer] = DecoderExit(
@@ -83,10 +82,11 @@ def pack_exits(
     return exits
 
 
-def _projection(layer: LayerSpec, weights: LayerWeights, backend: TorchBackend) -> KVProjection:
+def _projection(layer: LayerSpec, weights: LayerWeights, backend: TorchBackend, centred: bool) -> KVProjection:
     before = norm_before_attention(layer.blocks)
     norm_D = None if before is None else weights.norms[before]
-    return layer.attention.projection(norm_D, weights.attention, backend)
+    found = layer.attention.projection(norm_D, weights.attention, backend)
+    return replace(found, centred=True, norm_bias_D=weights.norms.get(f"{before}_bias")) if centred else found
 
 
 def _on_device(probe: ProbeWeights, device: torch.device) -> ProbeWeights:

@@ -31,5 +31,8 @@ def head_flops(spec: ModelSpec, tokens: int) -> int:
 
 
 def projection_flops(spec: ModelSpec, compute: Compute) -> int:
-    """Of the keys and values that were made for skipped layers."""
-    return compute.projected_rows * spec.layers[-1].attention.propagation_flops(spec.hidden_size)
+    """Of what was propagated to skipped layers, by the rows that did not get to them."""
+    skipped = [max(compute.segment_rows) - launched for launched in compute.segment_rows]
+    rows = [count for count, layers in zip(skipped, compute.segment_layers, strict=True) for _ in range(layers)]
+    layers = zip(rows, spec.layers, strict=True)
+    return sum(count * layer.attention.propagation_flops(spec.hidden_size) for count, layer in layers)

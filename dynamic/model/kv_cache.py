@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .spec import ModelSpec
 
 _ALIGNMENT = 64
+Copies = Sequence[tuple[int, int]]  # (from, to)
 
 
 def bytes_per_page(spec: ModelSpec, dtype: torch.dtype, page_size: int) -> int:
@@ -70,8 +71,10 @@ def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     return torch.from_numpy(raw[offset : offset + nbytes]).view(dtype).view(shape)
 
 
-def copy_pages(layers: Sequence[KVLayer], copies: list[tuple[int, int]]) -> None:
+def copy_pages(layers: Sequence[KVLayer], copies: Copies) -> None:
     """Copy whole pages, in all layers. All sources are read before any target is written."""
+    if not copies:
+        return
     sources, targets = (list(pages) for pages in zip(*copies, strict=True))
     for layer in layers:
         for tensor in layer.tensors:
@@ -79,8 +82,10 @@ def copy_pages(layers: Sequence[KVLayer], copies: list[tuple[int, int]]) -> None
             pages[targets] = pages[sources]
 
 
-def copy_states(layers: Sequence[KVLayer], copies: list[tuple[int, int]]) -> None:
+def copy_states(layers: Sequence[KVLayer], copies: Copies) -> None:
     """Copy the recurrent states of sequences, (from slot, to slot), in all layers, as :func:`copy_pages` does pages."""
+    if not copies:
+        return
     sources, targets = (list(slots) for slots in zip(*copies, strict=True))
     for layer in layers:
         for states in layer.states if isinstance(layer, StateLayer) else ():

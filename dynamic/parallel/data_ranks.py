@@ -14,25 +14,27 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...kernels.api.types import AttentionBatch, KVLayer, KVLayers
+from ..model.kv_cache import Copies
 from .context import ParallelContext
+from .plan import rows_to_write
 
 
 class SharedCache(KVLayers):
     """One rank's share of a cache that all ranks know by its number.
 
     Arguments:
-        shard_pages: pages of a KV shard.
+        shard_pages: pages of a KV shard; page_size: tokens per page.
         kv_shard: of this rank; KV shards beyond those that the cache has hold nothing.
     """
 
-    def __init__(self, layers: Iterable[KVLayer], number: int, shard_pages: int, kv_shard: int) -> None:
+    def __init__(self, layers: Iterable[KVLayer], number: int, shard_pages: int, kv_shard: int, page_size: int) -> None:
         super().__init__(layers)
-        self.number, self.shard_pages, self.kv_shard = number, shard_pages, kv_shard
+        self.number, self.shard_pages, self.kv_shard, self.page_size = number, shard_pages, kv_shard, page_size
 
     @property
     def shard_slots(self) -> int:
         """Slots of a KV shard."""
-        return self.shard_pages * self[0].page_size
+        return self.shard_pages * self.page_size
 
     @property
     def first_page(self) -> int:
@@ -44,7 +46,7 @@ class SharedCache(KVLayers):
         """Of this rank's KV shard."""
         return self.kv_shard * self.shard_slots
 
-    def own_copies(self, copies: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    def own_copies(self, copies: Copies) -> list[tuple[int, int]]:
         """Those copies of pages, (from, to), that are within this KV shard, by its own page numbers."""
         first = self.first_page
         return [(s - first, t - first) for s, t in copies if s // self.shard_pages == self.kv_shard]
@@ -53,11 +55,13 @@ class SharedCache(KVLayers):
         """The numbers of the rows that live here, int64, and a batch that writes them to this KV shard's slots.
 
         Arguments:
-            batch: of which positions and slots are read; on the host.
+            batch: see :func:`rows_to_write`; on the host.
         """
         own_W = (batch.slots_T // self.shard_slots == self.kv_shard).nonzero()[:, 0]
-        slots_W = batch.slots_T[own_W] - self.first_slot
-        return own_W, replace(batch, positions_T=batch.positions_T[own_W], slots_T=slots_W)
+        states_T = batch.state_slots_T
+        positions_W, slots_W = batch.positions_T[own_W], batch.slots_T[own_W] - self.first_slot
+        states_W = None if states_T is None else states_T[own_W]
+        return own_W, rows_to_write(positions_W, slots_W, batch.num_positions - 1, states_W)
 
 
 def cache_of(kv: Sequence[KVLayer]) -> SharedCache:
@@ -107,6 +111,7 @@ def spread(batch: AttentionBatch, cache: SharedCache, kv_shards: int) -> Spread:
         max_query_len=int(counts_S.max()),
         max_context_len=int(context_len_S.max()),
         max_position=batch.max_position,
+        state_slots_S=None if batch.state_slots_S is None else batch.state_slots_S[here_S],
     )
     return Spread(rows=rows, own=own)
 

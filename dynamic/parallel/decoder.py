@@ -24,15 +24,24 @@ from ...kernels.api.types import AttentionBatch, ExpertBudget, KVLayer, Routing
 from ...moe.dispatch import share_experts
 from ...moe.exchange import ExpertExchange, PendingDispatch
 from ...moe.placement import ExpertLoad, write_load
-from ..model.attention.kind import AttentionContext
 from ..model.counters import Exchange
 from ..model.decoder import Behind, Decoder
 from ..model.exits import DecoderExit
-from ..model.kv_cache import copy_pages
+from ..model.kv_cache import Copies
 from ..model.spec import ModelSpec
 from .data_ranks import SharedCache, cache_of, on_device, rows_at, share_rows, spread
 from .norms import norm_over_ranks, propagate_over_ranks, spread_norms
-from .plan import Message, Operation, exit_message, read_batch, read_budget, read_exited, run_message
+from .plan import (
+    Message,
+    Operation,
+    copy_message,
+    exit_message,
+    read_batch,
+    read_budget,
+    read_copies,
+    read_exited,
+    run_message,
+)
 from .shards import Shard, part_of, width
 from .stages import make_held_stack
 
@@ -75,29 +84,28 @@ class ParallelDecoder(Decoder):
         self._ran: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of a worker, by cache: last rows, their slots
 
     def allocate_cache(self, num_pages: int, page_size: int, kv_shards: int = 1, num_states: int = 1) -> list[KVLayer]:
-        """See :meth:`Decoder.allocate_cache`; on all ranks. Workers' shares go with rank 0's. No states are shared."""
+        """See :meth:`Decoder.allocate_cache`; on all ranks. Workers' shares go with rank 0's. Every rank has all slots
+        of states, and uses those of its KV shard's sequences."""
         self._caches += 1
         kv_shard, pages = self.context.kv_shard, num_pages // kv_shards
-        layers = self._allocate(pages if kv_shard < kv_shards else 0, page_size)
-        cache = SharedCache(layers, self._caches, pages, kv_shard)
-        arguments = (num_pages, page_size, kv_shards)
+        layers = self._allocate(pages if kv_shard < kv_shards else 0, page_size, num_states)
+        cache = SharedCache(layers, self._caches, pages, kv_shard, page_size)
+        arguments = (num_pages, page_size, kv_shards, num_states)
         self._tell(Message(operation=Operation.ALLOCATE, cache=cache.number, arguments=arguments))
         if self.context.leads:
             finalize(cache, self._dropped.append, cache.number)
         return cache
 
-    def _allocate(self, num_pages: int, page_size: int) -> list[KVLayer]:
-        return super().allocate_cache(num_pages, page_size)
+    def _allocate(self, num_pages: int, page_size: int, num_states: int) -> list[KVLayer]:
+        return super().allocate_cache(num_pages, page_size, num_states=num_states)
 
-    def copy_pages(self, kv: list[KVLayer], copies: list[tuple[int, int]]) -> None:
+    def copy_pages(self, kv: list[KVLayer], copies: Copies, states: Copies = ()) -> None:
         """See :meth:`Decoder.copy_pages`; on all ranks."""
-        blocks = tuple(torch.tensor(copies).T)
-        self._tell(Message(operation=Operation.COPY, cache=cache_of(kv).number, blocks=blocks))
-        self._copy(cache_of(kv), copies)
+        self._tell(copy_message(cache_of(kv).number, copies, states))
+        self._copy(cache_of(kv), copies, states)
 
-    def _copy(self, cache: SharedCache, copies: list[tuple[int, int]]) -> None:
-        if own := cache.own_copies(copies):
-            copy_pages(cache[self.held.start : self.held.stop], own)
+    def _copy(self, cache: SharedCache, copies: Copies, states: Copies) -> None:
+        super().copy_pages(cache[self.held.start : self.held.stop], cache.own_copies(copies), states)
 
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         """See :meth:`Decoder.embed`; the ids are sent in the first segment's message, where no rank needs another's
@@ -283,13 +291,12 @@ class ParallelDecoder(Decoder):
         caches: dict[int, list[KVLayer]] = {}
         while (message := self.context.receive()).operation is not Operation.STOP:
             if message.operation is Operation.ALLOCATE:
-                caches[message.cache] = self.allocate_cache(*message.arguments[:3])
+                caches[message.cache] = self.allocate_cache(*message.arguments[:4])
             elif message.operation is Operation.FREE:
                 del caches[message.cache]
                 self._forget(message.cache)
             elif message.operation is Operation.COPY:
-                pages, copies = (block.tolist() for block in message.blocks[:2])
-                self._copy(cache_of(caches[message.cache]), list(zip(pages, copies, strict=True)))
+                self._copy(cache_of(caches[message.cache]), *read_copies(message))
             elif message.operation is Operation.RUN:
                 self._obey_run(message, caches[message.cache])
             elif message.operation is Operation.PROPAGATE:
@@ -353,10 +360,8 @@ class ParallelDecoder(Decoder):
     def make_stack(self) -> None:
         """Steps are run segment by segment: all ranks must hear of each."""
 
-    def _attention(
-        self, number: int, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
-    ) -> torch.Tensor:
-        return self.context.sum(super()._attention(number, x_TD, kv, batch, context), self.context.tensor_group)
+    def _summed(self, x: torch.Tensor, purpose: str = "sums") -> torch.Tensor:
+        return self.context.sum(x, self.context.tensor_group, purpose)
 
     def _norm_over_heads(self, *pairs: tuple[torch.Tensor, torch.Tensor]) -> Sequence[torch.Tensor]:
         if self._spread_norms is None:
@@ -370,12 +375,7 @@ class ParallelDecoder(Decoder):
         kind, context = self.local_spec.layers[layers[0][0]].attention, self._attention_context(layers[0][0])
         propagate_over_ranks(self.context, context, kind, self._spread_norms[1], layers, x_RD, batch)
 
-    def _ffn(
-        self, number: int, x_TD: torch.Tensor, routed: list[torch.Tensor] | None, budget: ExpertBudget | None
-    ) -> torch.Tensor:
-        return self.context.sum(super()._ffn(number, x_TD, routed, budget), self.context.tensor_group)
-
-    def _mixture(self, number: int, x_TD: torch.Tensor, routing: Routing) -> torch.Tensor:
+    def _mixture(self, number: int, x_TD: torch.Tensor, routing: Routing, shared: bool = True) -> torch.Tensor:
         if self.context.config.record_load is not None:
             self.load.observe(number, routing)
         identity_T = routing.identity_weights_T
@@ -383,9 +383,9 @@ class ParallelDecoder(Decoder):
             identity_T = torch.zeros_like(identity_T)
         shares = self._shares.get(number)
         if shares is None:
-            return super()._mixture(number, x_TD, replace(routing, identity_weights_T=identity_T))
+            return super()._mixture(number, x_TD, replace(routing, identity_weights_T=identity_T), shared)
         pending = self._exchange.dispatch(x_TD, routing, shares)
-        shared_TD = self._shared(number, x_TD)  # while the rows are on their way
+        shared_TD = self._shared(number, x_TD) if shared else None  # while the rows are on their way
         total_TD = self._through_experts(number, pending)
         if identity_T is not None:
             total_TD.addcmul_(x_TD.float(), identity_T[:, None])

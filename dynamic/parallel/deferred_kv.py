@@ -15,19 +15,29 @@ from ...kernels.api.types import AttentionBatch
 
 @dataclass(eq=False)
 class DeferredRow:
-    """A row that exited after ``after_layers`` layers; ``x_D`` is its hidden vector, where this stage has it."""
+    """A row that exited after ``after_layers`` layers; ``x_D`` is its hidden vector, where this stage has it.
+
+    ``state_slot``: where its sequence has its recurrent states, if it has any.
+    """
 
     slot: int
     position: int
     after_layers: int
     x_D: torch.Tensor | None
+    state_slot: int = 0
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """Position, slot, slot of states."""
+        return self.position, self.slot, self.state_slot
 
 
 def exited_rows(batch: AttentionBatch, after_layers: int, x_RD: torch.Tensor | None) -> list[DeferredRow]:
-    """The rows of a batch, of which positions and slots are read, on the host; their vectors are copied."""
+    """The rows of a batch, see :func:`.rows_to_write`, on the host; their vectors are copied."""
     vectors = [None] * len(batch.slots_T) if x_RD is None else x_RD.clone().unbind()
-    places = zip(batch.slots_T.tolist(), batch.positions_T.tolist(), vectors, strict=True)
-    return [DeferredRow(slot, position, after_layers, x_D) for slot, position, x_D in places]
+    states_T = torch.zeros_like(batch.slots_T) if batch.state_slots_T is None else batch.state_slots_T
+    places = zip(batch.slots_T.tolist(), batch.positions_T.tolist(), vectors, states_T.tolist(), strict=True)
+    return [DeferredRow(slot, position, after_layers, x_D, state) for slot, position, x_D, state in places]
 
 
 def take_vectors(rows: Sequence[DeferredRow], width: int, device: torch.device) -> torch.Tensor:

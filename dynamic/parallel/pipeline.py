@@ -18,6 +18,7 @@ import torch
 from ...kernels.api.types import AttentionBatch, ExitDecision, ExpertBudget, KVLayer
 from ..model.counters import Exchange
 from ..model.exits import DecoderExit
+from ..model.kv_cache import Copies
 from ..model.spec import ModelSpec
 from .data_ranks import SharedCache, cache_of
 from .decoder import ParallelDecoder
@@ -42,6 +43,8 @@ class PipelineDecoder(ParallelDecoder):
         self.read_bytes = shard.read_bytes
         self.links = StageLinks(self.context)
         self._parts = self.context.config.micro_batches or len(self.stages)
+        # Recurrent states are advanced in the order of the positions: by no row before one that came earlier.
+        self._max_deferred = 0 if spec.has_states else MAX_DEFERRED
         # What this stage ran last: the rows, and what the probe behind them looks at beside.
         self._probed: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | None = None
         self._deferred: dict[int, list[DeferredWrites]] = {}  # by cache, between each stage and the next
@@ -58,19 +61,18 @@ class PipelineDecoder(ParallelDecoder):
         back = self.links.bytes_back + self.links.bytes_decided
         return replace(found, received={**found.received, "stages": back})
 
-    def _allocate(self, num_pages: int, page_size: int) -> list[KVLayer]:
+    def _allocate(self, num_pages: int, page_size: int, num_states: int) -> list[KVLayer]:
         """Layers of other stages have no pages here."""
-        layers = super()._allocate(num_pages, page_size)
+        layers = super()._allocate(num_pages, page_size, num_states)
         none = torch.empty_like(layers[0].keys_BGPC[:0])
         absent = KVLayer(keys_BGPC=none, values_BGPC=none)
         return [layer if number in self.held else absent for number, layer in enumerate(layers)]
 
-    def _copy(self, cache: SharedCache, copies: list[tuple[int, int]]) -> None:
-        sources, targets = zip(*copies, strict=True)
-        self._write_now(cache, dict.fromkeys(sources, cache[0].page_size))
+    def _copy(self, cache: SharedCache, copies: Copies, states: Copies) -> None:
+        self._write_now(cache, dict.fromkeys((source for source, _ in copies), cache.page_size))
         for writes in self._deferred_writes(cache):
-            writes.drop(targets)
-        super()._copy(cache, copies)
+            writes.drop(target for _, target in copies)
+        super()._copy(cache, copies, states)
 
     def decide(
         self,
@@ -122,7 +124,7 @@ class PipelineDecoder(ParallelDecoder):
                 writes.overwrite(batch.slots_T.tolist())
         begin, end = self.stages.owner(max(layers.start - 1, 0)), self.stages.owner(layers.stop - 1)
         waiting = any(self._deferred_writes(cache)[begin:end])
-        slots = slots_read(batch, cache[0].page_size) if waiting else {}
+        slots = slots_read(batch, cache.page_size) if waiting else {}
         arriving, departing = self._move_deferred(cache, range(begin, end), slots)
         mine = range(max(layers.start, self.held.start), min(layers.stop, self.held.stop))
         parts = micro_batches(batch, self._parts if self.stages.owner(layers.start) < end else 1)
@@ -195,7 +197,7 @@ class PipelineDecoder(ParallelDecoder):
             self._write(exit, x_RD, kv, batch)
         if stage < len(between):
             between[stage].add(exited_rows(batch, exit.after_layers, x_RD))
-            if len(between[stage]) > MAX_DEFERRED:
+            if len(between[stage]) > self._max_deferred:
                 self._write_now(cache_of(kv))
         self.links.wait()
 
@@ -206,9 +208,10 @@ class PipelineDecoder(ParallelDecoder):
                 row.x_D = x_D
         for after_layers in sorted({row.after_layers for row in deferred}):
             here = [number for number, row in enumerate(deferred) if row.after_layers == after_layers]
-            places = [(deferred[number].position, deferred[number].slot) for number in here]
-            positions_R, slots_R = torch.tensor(places).T.contiguous()
-            batch = rows_to_write(positions_R, slots_R, int(positions_R.max()))
+            places = [deferred[number].place for number in here]
+            positions_R, slots_R, states_R = torch.tensor(places).T.contiguous()
+            states = states_R if self.spec.has_states else None
+            batch = rows_to_write(positions_R, slots_R, int(positions_R.max()), states)
             self._write(self.exits[after_layers], x_RD[torch.tensor(here, device=x_RD.device)], kv, batch)
 
     def _move_deferred(
@@ -241,7 +244,7 @@ class PipelineDecoder(ParallelDecoder):
 
     def _deferred_writes(self, cache: SharedCache) -> list[DeferredWrites]:
         if cache.number not in self._deferred:
-            self._deferred[cache.number] = [DeferredWrites(cache[0].page_size) for _ in range(len(self.stages) - 1)]
+            self._deferred[cache.number] = [DeferredWrites(cache.page_size) for _ in range(len(self.stages) - 1)]
         return self._deferred[cache.number]
 
     def _forget(self, cache: int) -> None:

@@ -6,15 +6,16 @@ A message is one broadcast of ``FIRST`` int64; what does not fit follows in a se
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
 
 from ...kernels.api.types import AttentionBatch, ExpertBudget
+from ..model.kv_cache import Copies
 
 FIRST = 2048
-ARGUMENTS, BLOCKS = 6, 8
+ARGUMENTS, BLOCKS = 6, 9
 HEADER = 2 + ARGUMENTS + BLOCKS
 
 
@@ -22,8 +23,8 @@ class Operation(IntEnum):
     """What the workers do next."""
 
     STOP = 0
-    ALLOCATE = 1  # pages, tokens per page, KV shards
-    COPY = 2  # pages read, pages written
+    ALLOCATE = 1  # pages, tokens per page, KV shards, slots of recurrent states
+    COPY = 2  # pages read, pages written; slots of states read, and written
     RUN = 3  # layers from, to; longest query, longest context; number of sequences; whether routers' entropy is wanted
     PROPAGATE = 4  # layers in front of the exit; highest position
     DECIDE = 5  # layers in front of the exit
@@ -34,7 +35,7 @@ class Operation(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """One instruction: at most 6 numbers, and at most 8 blocks of them; ``cache`` says by number on which cache."""
+    """One instruction: at most 6 numbers, and at most 9 blocks of them; ``cache`` says by number on which cache."""
 
     operation: Operation
     cache: int = 0
@@ -58,7 +59,7 @@ def length(first: torch.Tensor) -> int:
 
 
 def decode(numbers: torch.Tensor) -> Message:
-    """The message; it always has 6 arguments and 8 blocks, zeros and empty ones where none was given."""
+    """The message; it always has 6 arguments and 9 blocks, zeros and empty ones where none was given."""
     header = numbers[:HEADER].tolist()
     sizes = header[2 + ARGUMENTS :]
     blocks = numbers[HEADER : HEADER + sum(sizes)].split(sizes)
@@ -68,6 +69,18 @@ def decode(numbers: torch.Tensor) -> Message:
 
 def _padded(numbers: Sequence[int], count: int) -> list[int]:
     return [*numbers, *[0] * (count - len(numbers))]
+
+
+def copy_message(cache: int, pages: Copies, states: Copies) -> Message:
+    """Copy whole pages and recurrent states."""
+    blocks = [block for copies in (pages, states) for block in torch.tensor(copies, dtype=torch.int64).view(-1, 2).T]
+    return Message(operation=Operation.COPY, cache=cache, blocks=tuple(blocks))
+
+
+def read_copies(message: Message) -> tuple[Copies, Copies]:
+    """Pages and states of :func:`copy_message`."""
+    blocks = [block.tolist() for block in message.blocks[:4]]
+    return list(zip(*blocks[:2], strict=True)), list(zip(*blocks[2:], strict=True))
 
 
 def run_message(
@@ -92,6 +105,7 @@ def run_message(
         batch.context_len_S,
         batch.block_table_SM,
         torch.empty(0) if token_ids_T is None else token_ids_T,
+        torch.empty(0) if batch.state_slots_S is None else batch.state_slots_S,
     ]
     if budget is not None:
         blocks += [budget.keep_TL.float().contiguous().view(torch.int32), budget.cap_TL]
@@ -102,7 +116,7 @@ def run_message(
 
 def read_batch(message: Message) -> AttentionBatch:
     """The rows of :func:`run_message`, on the host."""
-    positions, slots, starts, lengths, table = message.blocks[:5]
+    positions, slots, starts, lengths, table, _, states = message.blocks[:7]
     return AttentionBatch(
         positions_T=positions,
         slots_T=slots,
@@ -112,26 +126,34 @@ def read_batch(message: Message) -> AttentionBatch:
         max_query_len=message.arguments[2],
         max_context_len=message.arguments[3],
         max_position=int(positions.max()),
+        state_slots_S=states if states.numel() else None,
     )
 
 
 def exit_message(cache: int, after_layers: int, batch: AttentionBatch) -> Message:
-    """Rows exit; only positions and slots of the batch are read."""
-    blocks = batch.positions_T.cpu(), batch.slots_T.cpu()
+    """Rows exit; where each is written is read of the batch, with the states of its sequence."""
+    states_R = batch.state_slots_T
+    blocks = batch.positions_T.cpu(), batch.slots_T.cpu(), torch.empty(0) if states_R is None else states_R.cpu()
     arguments = (after_layers, batch.num_positions - 1)
     return Message(operation=Operation.PROPAGATE, cache=cache, arguments=arguments, blocks=blocks)
 
 
 def read_exited(message: Message) -> AttentionBatch:
     """The rows of :func:`exit_message`: a batch for writing to the cache only, on the host."""
-    positions_R, slots_R = message.blocks[:2]
-    return rows_to_write(positions_R, slots_R, message.arguments[1])
+    positions_R, slots_R, states_R = message.blocks[:3]
+    return rows_to_write(positions_R, slots_R, message.arguments[1], states_R if states_R.numel() else None)
 
 
-def rows_to_write(positions_R: torch.Tensor, slots_R: torch.Tensor, max_position: int) -> AttentionBatch:
-    """A batch for writing to the cache only."""
+def rows_to_write(
+    positions_R: torch.Tensor, slots_R: torch.Tensor, max_position: int, states_R: torch.Tensor | None = None
+) -> AttentionBatch:
+    """A batch for writing to the cache only.
+
+    Arguments:
+        states_R: where each row's sequence has its recurrent states, if it has any; rows of a sequence are neighbours.
+    """
     empty = torch.empty(0, dtype=torch.int32)
-    return AttentionBatch(
+    batch = AttentionBatch(
         positions_T=positions_R,
         slots_T=slots_R,
         query_start_S1=empty,
@@ -141,11 +163,18 @@ def rows_to_write(positions_R: torch.Tensor, slots_R: torch.Tensor, max_position
         max_context_len=0,
         max_position=max_position,
     )
+    if states_R is None:
+        return batch
+    slots_S, counts_S = states_R.unique_consecutive(return_counts=True)
+    ends_S = counts_S.cumsum(0)
+    starts_S1 = torch.cat((ends_S.new_zeros(1), ends_S))
+    lengths_S = positions_R[ends_S - 1] + 1
+    return replace(batch, query_start_S1=starts_S1.int(), context_len_S=lengths_S.int(), state_slots_S=slots_S)
 
 
 def read_budget(message: Message, num_rows: int, device: torch.device) -> ExpertBudget | None:
     """The expert budget of :func:`run_message`."""
-    keep, cap = message.blocks[6:8]
+    keep, cap = message.blocks[7:9]
     if not keep.numel():
         return None
     return ExpertBudget(

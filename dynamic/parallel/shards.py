@@ -20,9 +20,8 @@ import torch.distributed as dist
 from ...kernels.api.quantized_weight import QuantizedWeight
 from ...moe.placement import read_placement
 from ..checkpoint.quantized_checkpoint import QuantizedCheckpoint
-from ..checkpoint.stored_weight import Index, Part
+from ..checkpoint.stored_weight import Index, Part, Runs
 from ..checkpoint.weights import Checkpoint, CheckpointError, StoredCodes
-from ..model.blocks import FeedForwards
 from ..model.layer_weights import LayerWeights
 from ..model.layout import EMBEDDING, FFNLayout, LayerLayout, Layout
 from ..model.parts import part_of, width
@@ -42,7 +41,7 @@ class ShardedCheckpoint:
 
     Arguments:
         whole: the checkpoint; of a quantised one nothing but parts comes any more.
-        cuts: by name, of tensors that are split; those of quantised ones are :class:`Part`.
+        cuts: by name, of tensors that are split; those of quantised ones are :class:`Part` or :class:`Runs`.
 
     Attributes:
         split_bytes, whole_bytes: read so far of tensors that are split, and of those that every rank keeps.
@@ -53,10 +52,10 @@ class ShardedCheckpoint:
         self.whole = whole
         self._cuts = cuts
         self.split_bytes = self.whole_bytes = 0
-        self._split: dict[str, int] = {}
+        self._split: dict[object, int] = {}
         self.replicated: dict[str, int] = {}
         if isinstance(whole, QuantizedCheckpoint):
-            parts = {name: cut for name, cut in cuts.items() if isinstance(cut, Part)}
+            parts = {name: cut for name, cut in cuts.items() if isinstance(cut, Part | Runs)}
             whole.restrict(parts, self._read)
 
     def describe(self) -> str:
@@ -86,15 +85,15 @@ class ShardedCheckpoint:
     def _read(self, name: str, index: Index) -> torch.Tensor:
         """One of the tensors of a quantised weight."""
         whole = self.whole.raw(name)
-        return self._counted(name, whole, whole[index])
+        return self._counted(name, whole, whole[index], repr(index))
 
-    def _counted(self, name: str, whole: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    def _counted(self, name: str, whole: torch.Tensor, part: torch.Tensor, place: str = "") -> torch.Tensor:
         if part.nbytes == whole.nbytes:
             self.replicated[name] = whole.nbytes
             self.whole_bytes = sum(self.replicated.values())
         else:
-            self.split_bytes += part.nbytes - self._split.get(name, 0)  # looking twice is reading once
-            self._split[name] = part.nbytes
+            self.split_bytes += part.nbytes - self._split.get((name, place), 0)  # looking twice is reading once
+            self._split[name, place] = part.nbytes
         return part
 
 
@@ -120,13 +119,7 @@ class Shard:
     """
 
     def __init__(self, spec: ModelSpec, context: ParallelContext, exit_layers: Collection[int] = ()) -> None:
-        if spec.has_states:
-            raise ValueError(f"{context.config}: this {spec.family} model has recurrent states, which are not shared")
         tensor, rank = context.config.tensor, context.tensor_rank
-        if any(isinstance(block, FeedForwards) for layer in spec.layers for block in layer.blocks):
-            raise ValueError(
-                f"{spec.family} models run in one process: their FFNs and mixtures have norms of their own"
-            )
         self.context = context
         self.whole = spec
         self.spec = replace(
@@ -222,7 +215,9 @@ class Shard:
     def _layer(self, layout: LayerLayout, number: int) -> LayerLayout:
         tensor, rank = self.context.config.tensor, self.context.tensor_rank
         cuts = self.whole.layers[number].attention.cuts(layout.attention, tensor, rank)
-        self.cuts |= {name: Part(outputs=rows) for name, rows in cuts.outputs.items()}
+        for name, rows in cuts.outputs.items():
+            runs = [Part(outputs=run) for run in (rows if isinstance(rows, tuple) else (rows,))]
+            self.cuts[name] = runs[0] if len(runs) == 1 else Runs(tuple(runs))
         self.cuts |= {name: Part(inputs=parts[rank]) for name, parts in cuts.inputs.items()}
         for name, parts in cuts.inputs.items():
             self._cut_inputs([name], [part.start for part in parts])

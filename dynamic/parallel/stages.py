@@ -163,6 +163,7 @@ def _part(
         max_query_len=max(end - start for start, end in pairwise(starts[first : stop + 1])),
         max_context_len=max(contexts[first:stop]),
         max_position=batch.max_position,
+        state_slots_S=None if batch.state_slots_S is None else batch.state_slots_S[first:stop],
     )
 
 

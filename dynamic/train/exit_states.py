@@ -44,12 +44,8 @@ def served_backbone(decoder: Decoder, exit_layers: Sequence[int], adapter_rank: 
     """What training exits needs of a loaded model; the adapters start as the identity.
 
     Raises:
-        ValueError: for a rank out of range, or a model whose logits are made in another way.
+        ValueError: for a rank out of range.
     """
-    if NORM_KINDS[decoder.spec.norm].centred or decoder.spec.lm_head_bias:
-        raise ValueError(
-            f"exits need root-mean-square norms and an LM head without bias; {decoder.spec.family} differs"
-        )
     spec, generator, adapters = decoder.spec, torch.Generator().manual_seed(seed), {}
     for layer in exit_layers:
         adapters[layer] = ExitHeadAdapter(spec.hidden_size, adapter_rank)
@@ -57,13 +53,30 @@ def served_backbone(decoder: Decoder, exit_layers: Sequence[int], adapter_rank: 
     ids_V = torch.arange(spec.vocab_size, device=decoder.device)
     with torch.no_grad():
         head_VD = decoder.backend.weight_rows(decoder.lm_head, ids_V).float().cpu().clone()
-        norm_D = decoder.final_norm_D.float().cpu().clone()
+        norm_D, norm_bias_D = (
+            None if part is None else part.float().cpu().clone()
+            for part in (decoder.final_norm_D, decoder.final_norm_bias_D)
+        )
+        zero_1D = torch.zeros(1, spec.hidden_size, dtype=decoder.dtype, device=decoder.device)
+        # Whatever a backend has made of the head: what it adds to nothing is its bias.
+        bias_V = decoder.backend.logits_linear(zero_1D, decoder.lm_head)[0].cpu().clone() if spec.lm_head_bias else None
+    assert norm_D is not None
     return Backbone(
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,
         layer_flops=min(spec.layer_flops(layer) for layer in spec.layers),
         routes=any(layer.moe is not None and not layer.moe.is_dense for layer in spec.layers),
-        logits=frozen_logits(norm_D, head_VD, spec.norm_eps, torch.float32, spec.logits_divisor, spec.logits_cap),
+        logits=frozen_logits(
+            norm_D,
+            head_VD,
+            spec.norm_eps,
+            torch.float32,
+            spec.logits_divisor,
+            spec.logits_cap,
+            centred=NORM_KINDS[spec.norm].centred,
+            norm_bias_D=norm_bias_D,
+            head_bias_V=bias_V,
+        ),
         adapters=adapters,
     )
 

@@ -113,6 +113,10 @@ def frozen_logits(
     dtype: torch.dtype,
     divisor: float = 1.0,
     cap: float | None = None,
+    *,
+    centred: bool = False,
+    norm_bias_D: torch.Tensor | None = None,
+    head_bias_V: torch.Tensor | None = None,
 ) -> Logits:
     """Final norm and LM head as a function whose only gradient is that of its argument.
 
@@ -121,13 +125,18 @@ def frozen_logits(
         dtype: that the head multiplies in.
         divisor: of the logits.
         cap: logits z become ``cap · tanh(z / cap)``.
+        centred: the norm is a layer norm instead of a root-mean-square norm; norm_bias_D: its bias.
+        head_bias_V: of the head.
     """
     norm_D, head_VD = norm_D.detach(), head_VD.detach().to(dtype)
 
     def logits(x_RD: torch.Tensor) -> torch.Tensor:
         x32 = x_RD.float()
-        normed_RD = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps) * norm_D
-        logits_RV = F.linear(normed_RD.to(dtype), head_VD).float() / divisor
+        if centred:
+            normed_RD = F.layer_norm(x32, norm_D.shape, norm_D, norm_bias_D, eps)
+        else:
+            normed_RD = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps) * norm_D
+        logits_RV = F.linear(normed_RD.to(dtype), head_VD, head_bias_V).float() / divisor
         return logits_RV if cap is None else cap * (logits_RV / cap).tanh()
 
     return logits

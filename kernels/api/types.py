@@ -157,12 +157,14 @@ class ExitDecision:
 class KVProjection:
     """What turns a residual stream into a layer's keys and values: norm, projection (keys, then values), key norm.
 
-    Without a norm the projection reads the stream itself.
+    Without a norm the projection reads the stream itself. ``centred`` makes it a layer norm, which may have a bias.
     """
 
     norm_D: torch.Tensor | None
     kv: LinearWeights
     k_norm: torch.Tensor | None
+    centred: bool = False
+    norm_bias_D: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,6 +254,13 @@ class AttentionBatch:
         )
         bounds = zip(slots, starts, starts[1:], lengths, strict=False)
         return [(slot, first, end, length == end - first) for slot, first, end, length in bounds]
+
+    @property
+    def state_slots_T(self) -> torch.Tensor | None:
+        """``state_slots_S`` for every row."""
+        if self.state_slots_S is None:
+            return None
+        return self.state_slots_S.repeat_interleave(self.query_start_S1.diff(), output_size=len(self.slots_T))
 
     @property
     def num_sequences(self) -> int:

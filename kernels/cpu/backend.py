@@ -311,7 +311,7 @@ class CpuBackend(CpuQuantPacking):
         linears: list[CpuLinear] = [p.kv.data for p in projections]
         norms = [norm for p in projections for norm in (p.norm_D, p.k_norm)]
         wide = any(norm is not None and norm.dtype != self.dtype for norm in norms)
-        plain = not wide and all(p.norm_D is not None for p in projections)
+        plain = not wide and all(p.norm_D is not None and not p.centred for p in projections)
         if not plain or any(isinstance(linear, SplitLinear) or linear.layout for linear in linears):
             return super().project_kv(x_TD, projections, layers, cos_sin_LC, batch, norm_eps=norm_eps, clip=clip)
         self._ops.project_kv.default(

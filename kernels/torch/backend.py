@@ -356,6 +356,8 @@ class TorchBackend(HeadLinears, StateOperations):
         """What a projection to keys and values reads of the residual stream."""
         if projection.norm_D is None:
             return x_TD.to(self.dtype)
+        if projection.centred:
+            return self.layer_norm(x_TD, projection.norm_D, projection.norm_bias_D, eps)
         return self.rounded_rms_norm(x_TD, projection.norm_D, eps)
 
     def project_kv(
@@ -372,22 +374,20 @@ class TorchBackend(HeadLinears, StateOperations):
         """KV propagation: write the keys and values of layers that exiting rows skip, from the state at the exit.
 
         Arguments:
-            x_TD: residual stream at the exit.
+            x_TD: residual stream at the exit; of the batch only positions and slots are read.
             projections, layers: of the layers that the rows skip, in the same order.
-            batch: only its positions and slots are read.
             clip: keys and values are clipped to ± this value: behind a key norm over the full width, in front of one
                 per head.
         """
         for projection, layer in zip(projections, layers, strict=True):
             k_TX, v_TX = self.linear(self.read_by(projection, x_TD, norm_eps), projection.kv).chunk(2, -1)
             head_dim, k_norm = cos_sin_LC.shape[-1], projection.k_norm
-            per_head = k_norm is not None and k_norm.shape[0] == head_dim
-            if k_norm is not None and not per_head:
+            if k_norm is not None and k_norm.shape[0] != head_dim:
                 k_TX = self.rounded_rms_norm(k_TX.contiguous(), k_norm, norm_eps)
             if clip is not None:
                 k_TX, v_TX = k_TX.clamp(-clip, clip), v_TX.clamp(-clip, clip)
             k_TGC, v_TGC = (part.unflatten(-1, (-1, head_dim)) for part in (k_TX, v_TX))
-            if k_norm is not None and per_head:
+            if k_norm is not None and k_norm.shape[0] == head_dim:
                 rows = k_TGC.reshape(-1, head_dim).contiguous()
                 k_TGC = self.rounded_rms_norm(rows, k_norm, norm_eps).view(k_TGC.shape)
             # The operation rotates queries too; keys are passed in their place, and the result is not used.

@@ -178,8 +178,6 @@ class ExtendedGqaSpec(GqaSpec):
         return super().cache_shapes(page_size, dtype)
 
     def cuts(self, layout: AttentionLayout, parts: int, part: int) -> AttentionCuts:
-        if self.values_are_keys and parts > 1:
-            raise ValueError(f"parallel.tensor={parts}: attention whose values are its keys is not split")
         cuts = super().cuts(layout, parts, part)
         if not self.output_gate:
             return cuts

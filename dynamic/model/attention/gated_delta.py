@@ -8,7 +8,7 @@ Shape suffixes as in ``kernels/reference/states.py``.
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -19,12 +19,13 @@ from ....kernels.reference.elementwise import sigmoid, silu, softplus
 from ...checkpoint.config_reader import ConfigReader
 from ..family import Family
 from ..norms import TensorLayout
-from .kind import AttentionContext, AttentionLayout, AttentionWeights, Shape, linear_layout
-from .states import StateSpec, check_activation, with_taps_first
+from ..parts import scaled, share_heads, width
+from .kind import AttentionContext, AttentionCuts, AttentionLayout, Shape, linear_layout
+from .states import StateSpec, StateWeights, check_activation, with_taps_first
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatedDeltaWeights(AttentionWeights):
+class GatedDeltaWeights(StateWeights):
     """See :class:`AttentionWeights`.
 
     Arguments:
@@ -42,6 +43,10 @@ class GatedDeltaWeights(AttentionWeights):
     log_decay_H: torch.Tensor
     decay_bias_H: torch.Tensor
     norm_V: torch.Tensor
+
+    @property
+    def reading(self) -> tuple[LinearWeights, ...]:
+        return self.qkvz, self.ba
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +142,14 @@ class GatedDeltaSpec(StateSpec):
     def forward(
         self, weights: Any, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
     ) -> torch.Tensor:
+        out_THV, z_THV = self.advance(weights, x_TD, kv, batch, context)
+        normed_THV = context.norm(out_THV, weights.norm_V)
+        gated_TX = (normed_THV.float() * silu(z_THV)).flatten(1)
+        return context.backend.linear(gated_TX.to(x_TD.dtype), weights.out)
+
+    def advance(
+        self, weights: Any, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         assert isinstance(kv, StateLayer)
         backend, (memory_NHCV, tails_NWX) = context.backend, kv.states
         mixed_TX, z_THV = self._ordered(backend.linear(x_TD, weights.qkvz).float())
@@ -155,8 +168,7 @@ class GatedDeltaSpec(StateSpec):
             batch,
             delta_rule=True,
         )
-        normed_THV = context.norm(out_THV, weights.norm_V)
-        return backend.linear((normed_THV.float() * silu(z_THV)).flatten(1).to(x_TD.dtype), weights.out)
+        return out_THV, z_THV
 
     def _ordered(self, x_TX: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries, keys and values one behind the other; the gate of each head."""
@@ -168,6 +180,41 @@ class GatedDeltaSpec(StateSpec):
         *mixed, z_TGX = x_TGX.split((self.key_channels, self.key_channels, values, values), 2)
         return torch.cat([part.flatten(1) for part in mixed], 1), z_TGX.reshape(len(x_TX), self.num_heads, -1)
 
+    def part(self, parts: int, part: int) -> Self:
+        heads, groups = share_heads(self.num_heads, self.num_groups, parts, part)
+        return replace(self, num_groups=width(groups), num_heads=width(heads))
+
+    def cuts(self, layout: AttentionLayout, parts: int, part: int) -> AttentionCuts:
+        shares = [share_heads(self.num_heads, self.num_groups, parts, number) for number in range(parts)]
+        heads, groups = shares[part]
+        linears, values = layout.linears, self.value_channels
+        keys = [scaled(groups, self.key_channels, first) for first in (0, self.key_size)]
+        mixed = (*keys, scaled(heads, values, 2 * self.key_size))
+        if self.by_group:
+            rows = self._in_groups(heads, groups, 2 * self.key_channels, values), self._in_groups(heads, groups, 0, 1)
+        else:
+            rows = mixed, scaled(heads, values), heads, heads
+        outputs = dict(zip((*linears["qkvz"].weights, *linears["ba"].weights), rows, strict=True))
+        outputs |= {layout.tensors[name].name: heads for name in ("log_decay_H", "decay_bias_H")}
+        inputs = tuple(scaled(heads, values) for heads, _ in shares)
+        return AttentionCuts(
+            outputs={**outputs, layout.tensors["conv_WX"].name: mixed}, inputs={linears["out"].weights[0]: inputs}
+        )
+
+    def _in_groups(self, heads: slice, groups: slice, shared: int, own: int) -> tuple[slice, ...]:
+        """Rows of some heads in a tensor that has, for each group, ``shared`` rows and twice ``own`` of every head."""
+        per_group = self.num_heads // self.num_groups
+        size = shared + 2 * own * per_group
+        if width(heads) == per_group * width(groups):
+            return (scaled(groups, size),)
+        first = groups.start * size
+        inner = slice(heads.start - groups.start * per_group, heads.stop - groups.start * per_group)
+        parts = [scaled(inner, own, first + shared + own * before) for before in (0, per_group)]
+        return (slice(first, first + shared), *parts) if shared else tuple(parts)
+
     def flops(self, hidden_size: int) -> int:
-        projections = 2 * hidden_size * (self.conv_size + 2 * self.value_size + 2 * self.num_heads)
+        return self.propagation_flops(hidden_size) + 2 * hidden_size * self.value_size
+
+    def propagation_flops(self, hidden_size: int) -> int:
+        projections = 2 * hidden_size * (self.conv_size + self.value_size + 2 * self.num_heads)
         return projections + 2 * self.taps * self.conv_size + 7 * self.value_size * self.key_channels

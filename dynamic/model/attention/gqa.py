@@ -22,7 +22,7 @@ from ....kernels.torch.backend import TorchBackend
 from ...checkpoint.config_reader import ConfigReader
 from ..family import Family
 from ..norms import TensorLayout, norm_tensor
-from ..parts import part_of, width
+from ..parts import scaled, share_heads, width
 from ..rope import rotary_order
 from ..rope_config import rotated_channels
 from .kind import (
@@ -154,6 +154,11 @@ class GqaSpec(AttentionSpec):
         return self.head_dim
 
     @property
+    def rows_per_head(self) -> tuple[int, int]:
+        """Of the projections to queries and keys."""
+        return self.head_dim, self.head_dim
+
+    @property
     def norm_sizes(self) -> tuple[int, int] | None:
         """Widths of the norms of queries and keys."""
         return {"none": None, "head": (self.head_dim, self.head_dim), "full": (self.q_size, self.kv_size)}[self.qk_norm]
@@ -256,17 +261,19 @@ class GqaSpec(AttentionSpec):
 
     def cuts(self, layout: AttentionLayout, parts: int, part: int) -> AttentionCuts:
         shares = [split_heads(self, parts, number) for number in range(parts)]
-        queries, keys = (_channels(share, self.head_dim) for share in shares[part])
-        values = _channels(shares[part][1], self.value_channels)
+        queries, keys = (scaled(share, size) for share, size in zip(shares[part], self.rows_per_head, strict=True))
+        values = scaled(shares[part][1], self.value_channels)
         qkv, tensors = layout.linears["qkv"], layout.tensors
-        outputs = dict(zip((*qkv.weights, *qkv.biases), (queries, keys, values) * 2, strict=False))
+        outputs: dict[str, slice | tuple[slice, ...]] = {}
+        for names in (qkv.weights, qkv.biases):
+            outputs |= zip(names, (queries, keys, values), strict=False)
         if self.qk_norm == "full":
-            outputs |= {tensors["q_norm"].name: queries, tensors["k_norm"].name: keys}
+            outputs |= {tensors["q_norm"].name: scaled(shares[part][0], self.head_dim), tensors["k_norm"].name: keys}
         if self.sinks:
-            outputs[tensors["sinks"].name] = split_heads(self, parts, part)[0]
+            outputs[tensors["sinks"].name] = shares[part][0]
         return AttentionCuts(
             outputs=outputs,
-            inputs={layout.linears["o"].weights[0]: tuple(_channels(q, self.value_channels) for q, _ in shares)},
+            inputs={layout.linears["o"].weights[0]: tuple(scaled(q, self.value_channels) for q, _ in shares)},
         )
 
     def flops(self, hidden_size: int) -> int:
@@ -313,27 +320,6 @@ class GqaSpec(AttentionSpec):
         )
 
 
-def _channels(heads: slice, channels: int) -> slice:
-    """The rows of a projection that belong to some heads."""
-    return slice(heads.start * channels, heads.stop * channels)
-
-
 def split_heads(spec: GqaSpec, parts: int, part: int) -> tuple[slice, slice]:
-    """Query heads and key/value heads of one rank: whole groups, or a part of one where ranks outnumber the groups.
-
-    Raises:
-        ValueError: when the heads cannot be shared out like this.
-    """
-    groups, per_group = spec.num_kv_heads, spec.num_heads // spec.num_kv_heads
-    if parts <= groups:
-        kv = part_of(groups, parts, part)
-        return slice(kv.start * per_group, kv.stop * per_group), kv
-    if parts % groups or parts // groups > per_group:
-        raise ValueError(
-            f"parallel.tensor={parts} does not go with {spec.num_heads} heads in {groups} groups: it must be at most "
-            f"{groups}, or a multiple of it up to {spec.num_heads}"
-        )
-    group, inner = divmod(part, parts // groups)
-    queries = part_of(per_group, parts // groups, inner)
-    first = group * per_group
-    return slice(first + queries.start, first + queries.stop), slice(group, group + 1)
+    """Query heads and key/value heads of one rank, see :func:`.share_heads`."""
+    return share_heads(spec.num_heads, spec.num_kv_heads, parts, part)

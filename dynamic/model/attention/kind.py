@@ -28,6 +28,11 @@ Shape = tuple[int, ...]
 FullNorms = Callable[..., Sequence[torch.Tensor]]
 
 
+def _alone(x: torch.Tensor) -> torch.Tensor:
+    """The sum over one rank."""
+    return x
+
+
 @dataclass(frozen=True, kw_only=True)
 class LinearLayout:
     """A linear layer in a checkpoint: tensors whose outputs follow each other.
@@ -102,11 +107,11 @@ class AttentionCuts:
     """How the tensor axis splits a layer's attention; what is not named every rank has whole.
 
     Arguments:
-        outputs: by tensor, the first dimension's part of one rank.
+        outputs: by tensor, the first dimension's part of one rank, or several one behind the other.
         inputs: by weight, the inputs of all ranks in their order. Such a layer's bias is the first rank's.
     """
 
-    outputs: Mapping[str, slice]
+    outputs: Mapping[str, slice | tuple[slice, ...]]
     inputs: Mapping[str, tuple[slice, ...]]
 
 
@@ -125,19 +130,21 @@ class AttentionWeights:
         return 0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class AttentionContext:
     """What attention needs beside a layer's own weights and cache.
 
     Arguments:
         cos_sin_LC: see :func:`.rope_table`.
         norm_over_heads: RMS norms that go over the heads of all ranks: takes pairs of rows (T, X) and weight (X).
+        sum_over_ranks: adds numbers up among the ranks that share the heads.
     """
 
     backend: TorchBackend
     cos_sin_LC: torch.Tensor
     norm_eps: float
     norm_over_heads: FullNorms
+    sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] = _alone
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """RMS norm over the last dimension of a slice of a fused projection."""
@@ -271,5 +278,6 @@ class AttentionSpec(ABC):
         batch: AttentionBatch,
         context: AttentionContext,
     ) -> None:
-        """Write the keys and values of layers that rows skip, all of this kind and alike but for their windows."""
+        """Write the keys and values of layers that rows skip, or advance their recurrent states; all of this kind and
+        alike but for their windows."""
         raise NotImplementedError

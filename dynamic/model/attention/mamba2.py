@@ -7,7 +7,7 @@ Shape suffixes as in ``kernels/reference/states.py``.
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -18,12 +18,27 @@ from ....kernels.reference.elementwise import silu, softplus
 from ...checkpoint.config_reader import ConfigReader
 from ..family import Family
 from ..norms import TensorLayout
-from .kind import AttentionContext, AttentionLayout, AttentionWeights, Shape, linear_layout
-from .states import StateSpec, check_activation, with_taps_first
+from ..parts import scaled, share_heads, width
+from .kind import AttentionContext, AttentionCuts, AttentionLayout, Shape, linear_layout
+from .states import StateSpec, StateWeights, check_activation, with_taps_first
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mamba2Weights(AttentionWeights):
+class SharedGroup:
+    """A group of heads of which this rank has some.
+
+    Arguments:
+        number: of the group; groups: how many there are.
+        channels: of all its heads.
+    """
+
+    number: int
+    groups: int
+    channels: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba2Weights(StateWeights):
     """See :class:`AttentionWeights`.
 
     Arguments:
@@ -42,6 +57,10 @@ class Mamba2Weights(AttentionWeights):
     norm_X: torch.Tensor
     conv_bias_X: torch.Tensor | None = None
 
+    @property
+    def reading(self) -> tuple[LinearWeights, ...]:
+        return (self.into,)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Mamba2Spec(StateSpec):
@@ -52,6 +71,7 @@ class Mamba2Spec(StateSpec):
         state_size: numbers that a channel of a head remembers.
         taps: of the convolution.
         conv_bias, linear_bias: whether the convolution and the projections have biases.
+        shared: where other ranks have heads of the only group that is here.
 
     Raises:
         ValueError: for sizes that do not go together.
@@ -65,6 +85,7 @@ class Mamba2Spec(StateSpec):
     taps: int
     conv_bias: bool = True
     linear_bias: bool = False
+    shared: SharedGroup | None = None
 
     def __post_init__(self) -> None:
         check_ranges(self, "num_groups", "num_heads", "head_channels", "state_size", least=1)
@@ -140,6 +161,24 @@ class Mamba2Spec(StateSpec):
     def forward(
         self, weights: Any, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
     ) -> torch.Tensor:
+        out_THV, gate_TX = self.advance(weights, x_TD, kv, batch, context)
+        normed_TX = self._normed(out_THV.flatten(1) * silu(gate_TX), context) * weights.norm_X
+        return context.backend.linear(normed_TX.to(x_TD.dtype), weights.out)
+
+    def _normed(self, x_TX: torch.Tensor, context: AttentionContext) -> torch.Tensor:
+        """Each group by itself, whichever ranks have its heads."""
+        if self.shared is None:
+            x_GX = x_TX.view(len(x_TX) * self.num_groups, -1)
+            ones_X = torch.ones(x_GX.shape[1], device=x_GX.device)
+            return context.backend.rms_norm(x_GX, ones_X, context.norm_eps).view(x_TX.shape)
+        squares_TG = torch.zeros(len(x_TX), self.shared.groups, device=x_TX.device)
+        squares_TG[:, self.shared.number] = x_TX.square().sum(-1)
+        mean_T = context.sum_over_ranks(squares_TG)[:, self.shared.number] / self.shared.channels
+        return x_TX * torch.rsqrt(mean_T + context.norm_eps)[:, None]
+
+    def advance(
+        self, weights: Any, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         assert isinstance(kv, StateLayer)
         backend, (memory_NHCV, tails_NWX) = context.backend, kv.states
         sizes = (self.size, self.conv_size, self.num_heads)
@@ -152,13 +191,42 @@ class Mamba2Spec(StateSpec):
         step_TH = softplus(step_TH + weights.step_bias_H)
         decay_TH = torch.exp(-torch.exp(weights.log_decay_H) * step_TH)
         out_THV = backend.recurrence(q_TGC, k_TGC, v_THV, decay_TH, step_TH, memory_NHCV, batch, delta_rule=False)
-        out_TX = (out_THV + v_THV * weights.skip_H[:, None]).flatten(1) * silu(gate_TX)
-        out_TX = out_TX.view(len(x_TD) * self.num_groups, -1)  # each group is normed by itself
-        normed_TX = backend.rms_norm(out_TX, torch.ones(out_TX.shape[1], device=out_TX.device), context.norm_eps)
-        return backend.linear((normed_TX.view(len(x_TD), -1) * weights.norm_X).to(x_TD.dtype), weights.out)
+        return out_THV + v_THV * weights.skip_H[:, None], gate_TX
+
+    def part(self, parts: int, part: int) -> Self:
+        heads, groups = share_heads(self.num_heads, self.num_groups, parts, part)
+        shared = SharedGroup(number=groups.start, groups=self.num_groups, channels=self.size // self.num_groups)
+        return replace(
+            self,
+            num_groups=width(groups),
+            num_heads=width(heads),
+            shared=shared if parts > self.num_groups else None,
+        )
+
+    def cuts(self, layout: AttentionLayout, parts: int, part: int) -> AttentionCuts:
+        shares = [share_heads(self.num_heads, self.num_groups, parts, number) for number in range(parts)]
+        heads, groups = shares[part]
+        channels, matrices = scaled(heads, self.head_channels), self.num_groups * self.state_size
+
+        def mixed(first: int) -> tuple[slice, ...]:
+            """What goes through the convolution, behind ``first`` other rows."""
+            own = scaled(heads, self.head_channels, first)
+            firsts = first + self.size, first + self.size + matrices
+            return own, *(scaled(groups, self.state_size, before) for before in firsts)
+
+        linears, tensors = layout.linears, layout.tensors
+        into = (channels, *mixed(self.size), scaled(heads, 1, self.size + self.conv_size))
+        rows = {"conv_WX": mixed(0), "conv_bias_X": mixed(0), "norm_X": channels}
+        outputs = {tensor.name: rows.get(name, heads) for name, tensor in tensors.items()}
+        outputs |= dict.fromkeys((*linears["into"].weights, *linears["into"].biases), into)
+        inputs = tuple(scaled(heads, self.head_channels) for heads, _ in shares)
+        return AttentionCuts(outputs=outputs, inputs={linears["out"].weights[0]: inputs})
 
     def flops(self, hidden_size: int) -> int:
-        projections = 2 * hidden_size * (2 * self.size + self.conv_size + self.num_heads)
+        return self.propagation_flops(hidden_size) + 2 * hidden_size * self.size
+
+    def propagation_flops(self, hidden_size: int) -> int:
+        projections = 2 * hidden_size * (self.size + self.conv_size + self.num_heads)
         return projections + 2 * self.taps * self.conv_size + 5 * self.size * self.state_size
 
 

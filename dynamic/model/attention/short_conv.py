@@ -6,7 +6,7 @@ Shape suffixes as in ``kernels/reference/states.py``.
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -16,12 +16,13 @@ from ....kernels.api.types import AttentionBatch, KVLayer, LinearWeights, StateL
 from ...checkpoint.config_reader import ConfigReader
 from ..family import Family
 from ..norms import TensorLayout
-from .kind import AttentionContext, AttentionLayout, AttentionWeights, Shape, linear_layout
-from .states import StateSpec, with_taps_first
+from ..parts import part_of, scaled, width
+from .kind import AttentionContext, AttentionCuts, AttentionLayout, Shape, linear_layout
+from .states import StateSpec, StateWeights, with_taps_first
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShortConvWeights(AttentionWeights):
+class ShortConvWeights(StateWeights):
     """See :class:`AttentionWeights`.
 
     Arguments:
@@ -33,6 +34,10 @@ class ShortConvWeights(AttentionWeights):
     out: LinearWeights
     conv_WX: torch.Tensor
     conv_bias_X: torch.Tensor | None = None
+
+    @property
+    def reading(self) -> tuple[LinearWeights, ...]:
+        return (self.gates,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,13 +92,35 @@ class ShortConvSpec(StateSpec):
     def forward(
         self, weights: Any, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
     ) -> torch.Tensor:
+        mixed_TX, gate_TX = self.advance(weights, x_TD, kv, batch, context)
+        return context.backend.linear((gate_TX * mixed_TX).to(x_TD.dtype), weights.out)
+
+    def advance(
+        self, weights: Any, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         assert isinstance(kv, StateLayer)
         backend = context.backend
         before_TX, behind_TX, x_TX = backend.linear(x_TD, weights.gates).float().chunk(3, 1)
         mixed_TX = backend.short_convolution(
             before_TX * x_TX, weights.conv_WX, weights.conv_bias_X, kv.states[0], batch
         )
-        return backend.linear((behind_TX * mixed_TX).to(x_TD.dtype), weights.out)
+        return mixed_TX, behind_TX
+
+    def part(self, parts: int, part: int) -> Self:
+        if parts > self.channels:
+            raise ValueError(f"parallel.tensor={parts} does not go with {self.channels} channels")
+        return replace(self, channels=width(part_of(self.channels, parts, part)))
+
+    def cuts(self, layout: AttentionLayout, parts: int, part: int) -> AttentionCuts:
+        shares = tuple(part_of(self.channels, parts, number) for number in range(parts))
+        linears, own = layout.linears, shares[part]
+        gates = tuple(scaled(own, 1, number * self.channels) for number in range(3))
+        outputs: dict[str, slice | tuple[slice, ...]] = {tensor.name: own for tensor in layout.tensors.values()}
+        outputs |= dict.fromkeys((*linears["gates"].weights, *linears["gates"].biases), gates)
+        return AttentionCuts(outputs=outputs, inputs={linears["out"].weights[0]: shares})
 
     def flops(self, hidden_size: int) -> int:
-        return 2 * self.channels * (4 * hidden_size + self.taps)
+        return self.propagation_flops(hidden_size) + 2 * hidden_size * self.channels
+
+    def propagation_flops(self, hidden_size: int) -> int:
+        return 2 * self.channels * (3 * hidden_size + self.taps)

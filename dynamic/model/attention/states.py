@@ -1,17 +1,46 @@
-"""What kinds of layers that keep recurrent states have in common: they have no keys and values, and cannot be split."""
+"""What kinds of layers that keep recurrent states have in common: they have no keys and values.
+
+Rows that skip such a layer advance its states as if it had read the residual stream at their exit.
+"""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 
-from ....kernels.api.types import LinearWeights
+from ....kernels.api.types import AttentionBatch, KVLayer, KVProjection, LinearWeights
+from ....kernels.torch.backend import TorchBackend
 from ...checkpoint.config_reader import ConfigReader
-from .kind import AttentionCuts, AttentionLayout, AttentionSpec, Shape
+from .kind import AttentionContext, AttentionSpec, AttentionWeights, Shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateWeights(AttentionWeights, ABC):
+    """See :class:`AttentionWeights`."""
+
+    @property
+    @abstractmethod
+    def reading(self) -> tuple[LinearWeights, ...]:
+        """The projections that read the layer's input; the first one is the largest."""
+
+    @property
+    def propagated_bytes(self) -> int:
+        return sum(linear.nbytes for linear in self.reading)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateProjection(KVProjection):
+    """What advances the states of rows that skip a layer: all of it but its output.
+
+    Arguments:
+        weights: of the layer.
+    """
+
+    weights: StateWeights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +57,27 @@ class StateSpec(AttentionSpec):
     def cache_shapes(self, page_size: int, dtype: torch.dtype) -> tuple[Shape, ...]:
         return ()
 
-    def part(self, parts: int, part: int) -> Self:
-        if parts > 1:
-            raise ValueError(f"parallel.tensor={parts}: layers of kind {self.kind!r} are not shared out")
-        return self
+    @abstractmethod
+    def advance(
+        self, weights: Any, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Let normed rows (T, D) into the states of their sequences; what they read there, and the output's gate."""
 
-    def cuts(self, layout: AttentionLayout, parts: int, part: int) -> AttentionCuts:
-        return AttentionCuts(outputs={}, inputs={})
+    def projection(self, norm_D: torch.Tensor | None, weights: Any, backend: TorchBackend) -> KVProjection:
+        return StateProjection(norm_D=norm_D, kv=weights.reading[0], k_norm=None, weights=weights)
+
+    def propagate(
+        self,
+        projections: Sequence[KVProjection],
+        x_RD: torch.Tensor,
+        kv: Sequence[KVLayer],
+        batch: AttentionBatch,
+        context: AttentionContext,
+    ) -> None:
+        for projection, layer in zip(projections, kv, strict=True):
+            assert isinstance(projection, StateProjection)
+            read_RD = context.backend.read_by(projection, x_RD, context.norm_eps)
+            self.advance(projection.weights, read_RD, layer, batch, context)
 
 
 def check_activation(config: ConfigReader) -> None:
