@@ -23,7 +23,18 @@ from dynamoe.dynamic.model.parts import part_of
 from dynamoe.dynamic.model.quantization import methods
 from dynamoe.dynamic.parallel.config import ParallelConfig
 from dynamoe.dynamic.parallel.data_ranks import SharedCache, rows_at, spread
-from dynamoe.dynamic.parallel.plan import FIRST, Message, Operation, decode, length
+from dynamoe.dynamic.parallel.plan import (
+    FIRST,
+    Message,
+    Operation,
+    copy_message,
+    decode,
+    exit_message,
+    length,
+    read_copies,
+    read_exited,
+    rows_to_write,
+)
 from dynamoe.dynamic.parallel.stages import micro_batches, split_into_stages
 from dynamoe.kernels.api.types import AttentionBatch, KVLayer
 from dynamoe.moe.placement import read_placement
@@ -192,6 +203,18 @@ def test_a_message_survives_its_way() -> None:
     assert [block.tolist() for block in found.blocks[:3]] == [blocks[0].tolist(), [-5, 7], []]
 
 
+def test_copies_and_rows_that_exit_survive_their_way() -> None:
+    for pages, states in (([(3, 4), (9, 2)], []), ([], [(1, 0)])):
+        assert read_copies(decode(copy_message(1, pages, states).encode())) == (pages, states)
+    # Two rows of one sequence, and one of another.
+    batch = rows_to_write(torch.tensor([5, 6, 2]), torch.tensor([21, 22, 9]), 6, torch.tensor([3, 3, 0]))
+    found = read_exited(decode(exit_message(1, 2, batch).encode()))
+    assert found.state_runs == batch.state_runs == [(3, 0, 2, False), (0, 2, 3, False)]
+    assert (found.positions_T.tolist(), found.slots_T.tolist()) == ([5, 6, 2], [21, 22, 9])
+    plain = rows_to_write(torch.tensor([5]), torch.tensor([21]), 6)
+    assert read_exited(decode(exit_message(1, 2, plain).encode())).state_slots_S is None
+
+
 def test_parts_and_rows_are_found() -> None:
     assert [part_of(6, 4, n).stop for n in range(4)] == [2, 4, 5, 6]
     assert rows_at(torch.tensor([40, 3, 17]), torch.tensor([17, 40])).tolist() == [2, 0]
@@ -200,7 +223,7 @@ def test_parts_and_rows_are_found() -> None:
 def test_every_home_finds_its_rows_and_its_own_pages() -> None:
     def cache(kv_shard: int, kv_shards: int = 2) -> SharedCache:
         pages = torch.zeros(10 if kv_shard < kv_shards else 0, 1, 4, 1)
-        return SharedCache([KVLayer(keys_BGPC=pages, values_BGPC=pages)], 1, 20 // kv_shards, kv_shard)
+        return SharedCache([KVLayer(keys_BGPC=pages, values_BGPC=pages)], 1, 20 // kv_shards, kv_shard, 4)
 
     batch = AttentionBatch(
         positions_T=torch.tensor([5, 0, 1, 2, 7]),
@@ -210,6 +233,7 @@ def test_every_home_finds_its_rows_and_its_own_pages() -> None:
         block_table_SM=torch.tensor([[12, 13], [0, 0], [15, 19]], dtype=torch.int32),
         max_query_len=3,
         max_context_len=8,
+        state_slots_S=torch.tensor([7, 4, 2]),
     )
     first, second = spread(batch, cache(0), 2), spread(batch, cache(1), 2)
     assert first.counts == second.counts == [3, 2]
@@ -224,8 +248,11 @@ def test_every_home_finds_its_rows_and_its_own_pages() -> None:
     assert second.own.query_start_S1.tolist() == [0, 1, 2]
     assert second.own.block_table_SM.tolist() == [[2, 3], [5, 9]]
     assert (second.own.max_query_len, second.own.max_context_len) == (1, 8)
+    assert first.own.state_runs == [(4, 0, 3, True)]
+    assert second.own.state_runs == [(7, 0, 1, False), (2, 1, 2, False)]
     rows, writing = cache(1).own_rows(batch)
     assert (rows.tolist(), writing.slots_T.tolist()) == ([0, 4], second.own.slots_T.tolist())
+    assert writing.state_runs == second.own.state_runs
     assert cache(1).own_copies([(3, 4), (12, 19)]) == [(2, 9)]
     alone = spread(batch, cache(1, kv_shards=1), 2)  # a cache that lies in the first KV shard alone
     assert (alone.counts, alone.own) == ([5, 0], None)
