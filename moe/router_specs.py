@@ -184,6 +184,7 @@ FAMILIES: dict[str, _Rule] = {
     "deepseek_v3": _DEEPSEEK_V3,
     "deepseek_v32": _DEEPSEEK_V3,
     "kimi_k2": _DEEPSEEK_V3,
+    "kimi_linear": _DEEPSEEK_V3,
     "glm_moe_dsa": _DEEPSEEK_V3,
     "glm4_moe": _DEEPSEEK_V3,
     "glm4_moe_lite": _DEEPSEEK_V3,

@@ -29,7 +29,7 @@ from parallel_jobs import compare
 from test_decoder import PagedSequences, random_prompts
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "models.md"
-PARITY = ("attention", "gpt_oss", "granite_swa", "latent", "norms", "shared", "states")
+PARITY = ("attention", "gpt_oss", "granite_swa", "latent", "nemotron", "norms", "shared", "states")
 EXACT, CLOSE, REFUSED, NONE = "exact", "within tolerance", "refused", "—"
 # Median over rows of the cosine between the logits and those of float32: of random weights, which quantise badly.
 LEAST = {"bfloat16": 0.995, "int8": 0.97, "int4": 0.6, "int8 cache": 0.99}

@@ -236,6 +236,13 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         "layer_types": ["mamba", "mamba", "attention", "mamba"],
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "conv"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [2]},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"]},
+    "kimi_linear": {
+        **{"layer_types": ["linear_attention", "full_attention"] * 2, "num_key_value_heads": 4, "num_experts": 8},
+        "num_experts_per_tok": 2,
+    },
 }
 
 
@@ -314,6 +321,7 @@ def test_no_value_crashes_the_parser(family: str) -> None:
         *("moe_layer_interval", "moe_layer_end_index", "sliding_window_pattern", "rotary_dim", "use_qk_norm"),
         *("first_k_dense_replace", "mlp_layer_types", "n_group", "topk_group", "routed_scaling_factor"),
         *("clip_qkv", "logits_scaling", "attention_multiplier", "rope_theta", "rope_scaling", "eos_token_id"),
+        *("hybrid_override_pattern", "layers_block_type", "linear_attn_config", "attn_layer_indices", "mlp_hidden_act"),
         *("mamba_d_head", "mamba_d_conv", "mamba_n_groups", "time_step_limit", "position_embedding_type"),
     }
     assert model_spec(valid).family == family
@@ -333,6 +341,5 @@ def test_no_value_crashes_the_parser(family: str) -> None:
                     spec = model_spec({**valid, "rope_scaling": {**scaling, key: value}})
                 except CheckpointError:
                     continue
-                assert frequencies(spec.rope).shape == (
-                    max(layer.attention.rotary_channels for layer in spec.layers) // 2,
-                )
+                rotated = max(layer.attention.rotary_channels for layer in spec.layers) if spec.rope.head_dim else 0
+                assert frequencies(spec.rope).shape == (rotated // 2,)

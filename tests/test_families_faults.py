@@ -9,16 +9,18 @@ from pathlib import Path
 
 import pytest
 import test_families_parity_attention as attention
+import test_families_parity_nemotron as nemotron
 import test_families_parity_norms as norms
 import test_families_parity_shared as shared
 import torch
+from conftest import COMMON
 from dynamoe.dynamic.checkpoint.weights import CheckpointError
-from dynamoe.dynamic.model.families import family_of
+from dynamoe.dynamic.model.families import FAMILIES, family_of, model_spec
 from dynamoe.dynamic.model.model_files import open_files
 from safetensors.torch import load_file, save_file
 from test_file_fuzz import check
 
-ALL = {v.family: v for v in (*shared.VARIANTS, *norms.FIRST, *attention.VARIANTS)}
+ALL = {v.family: v for v in (*shared.VARIANTS, *norms.FIRST, *attention.VARIANTS, *nemotron.VARIANTS)}
 
 
 @pytest.fixture(params=ALL.values(), ids=ALL)
@@ -79,3 +81,13 @@ def test_damaged_configurations(checkpoint: Path) -> None:
 
 def test_some_damage_of_each_kind(tmp_path: Path) -> None:
     check(2, [variant.save(tmp_path / name) / "config.json" for name, variant in ALL.items()])
+
+
+def test_every_other_language_model_of_transformers_is_refused_by_name() -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    others = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in FAMILIES]
+    assert {"bailing_hybrid", "deepseek_v4", "jetmoe", "longcat_flash", "minimax"} <= set(others)
+    for name in others:
+        with pytest.raises(CheckpointError, match=f"model_type '{re.escape(name)}' is not supported; supported: llama"):
+            model_spec({**COMMON, "model_type": name, "num_local_experts": 4, "num_experts_per_tok": 2})

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from dynamoe.kernels.api.router_spec import RouterSpec
 from dynamoe.kernels.api.types import AttentionBatch, KVLayer, Routing
 from dynamoe.kernels.reference import operations as reference
 from dynamoe.kernels.select import select_backend
@@ -51,6 +52,33 @@ def test_activations(activation: str) -> None:
     name = {"gelu_tanh": "gelu_pytorch_tanh"}.get(activation, activation)
     gate, up = randn(4, 6), randn(4, 6, seed=1)
     close(reference.activate(gate, up, activation), ACT2FN[name](gate) * up)
+
+
+def test_the_activation_without_a_gate() -> None:
+    from transformers.activations import ACT2FN
+
+    up, gate = randn(4, 6), randn(4, 6, seed=1)
+    assert torch.equal(reference.activate(None, up, "relu2"), ACT2FN["relu2"](up))
+    for args in ((gate, up, "relu2"), (None, up, "silu")):
+        with pytest.raises(ValueError, match=f"activation '{args[2]}': relu2 has no gate, all others have one"):
+            reference.activate(*args)
+    x, down, routing = (
+        randn(4, 6, seed=2),
+        randn(3, 6, 5, seed=3),
+        reference.route(randn(4, 3), RouterSpec(num_experts=3, top_k=2)),
+    )
+    ups = randn(3, 5, 6, seed=4)
+    expected = sum(
+        routing.weights_TK[:, k, None]
+        * torch.stack(
+            [down[e] @ (ups[e] @ row).relu().square() for e, row in zip(routing.expert_ids_TK[:, k], x, strict=True)]
+        )
+        for k in range(2)
+    )
+    close(reference.experts(x, None, ups, down, routing, "relu2"), expected)
+    backend = TorchBackend("cpu", torch.float32)
+    linears = ([backend.pack_linear(weight) for weight in weights] for weights in (ups, down))
+    close(backend.experts(x, backend.join_experts((), *linears, "relu2"), routing), expected)
 
 
 def test_an_unknown_activation_is_named() -> None:

@@ -53,6 +53,7 @@ CASES = [
     ("solar_open", "SolarOpenConfig", "SolarOpenTopkRouter", ONE_GROUP),
     ("exaone_moe", "ExaoneMoeConfig", "ExaoneMoeTopkRouter", {**ROUTED, "num_experts": EXPERTS}),
     ("nemotron_h", "NemotronHConfig", "NemotronHTopkRouter", ROUTED),
+    ("kimi_linear", "KimiLinearConfig", "KimiLinearTopkRouter", {**ROUTED, **SIMPLE}),
     ("mimo_v2_flash", "MiMoV2FlashConfig", "MiMoV2FlashTopkRouter", {**ONE_GROUP, "routed_scaling_factor": None}),
     ("afmoe", "AfmoeConfig", "AfmoeTokenChoiceRouter", {**NAMED, "route_scale": 2.5}),
     ("hy_v3", "HYV3Config", "HYV3TopKRouter", {**NAMED, "router_scaling_factor": 1.7}),

@@ -116,7 +116,7 @@ def measure_step_times(decoder: Decoder, kv: list[KVLayer], max_rows: int) -> St
     generator = torch.Generator().manual_seed(0)
     points = []
     paged = next(layer for layer in kv if layer.tensors)
-    states = [len(layer.states[0]) for layer in kv if isinstance(layer, StateLayer)]
+    states = [len(layer.states[0]) for layer in kv if isinstance(layer, StateLayer) and layer.states]
     most = min(max_rows, len(paged.keys_BGPC), *states)
     for size in (1 << i for i in range(most.bit_length())):
         batch = last_slots(size, paged.page_size, torch.device(decoder.device))

@@ -107,6 +107,11 @@ def norm_names(blocks: tuple[Block, ...]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def has_ffn(blocks: tuple[Block, ...]) -> bool:
+    """Whether a layer has an FFN or a mixture."""
+    return any(isinstance(block, FeedForward | FeedForwards) for block in blocks)
+
+
 def norm_before_attention(blocks: tuple[Block, ...]) -> str | None:
     """The norm whose output attention reads; None: it reads the residual stream itself."""
     before = None

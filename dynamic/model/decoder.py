@@ -35,10 +35,10 @@ from .counters import Exchange
 from .exits import DecoderExit
 from .inference_mode import in_inference_mode
 from .kv_cache import Copies, allocate_layers, copy_pages, copy_states
-from .layer_weights import LayerWeights
+from .layer_weights import LayerWeights, MtpWeights
 from .norms import NORM_KINDS, run_norm
 from .rope import rope_table
-from .routing import router_logits, with_always_on
+from .routing import chosen_experts, router_logits, with_always_on
 from .spec import ModelSpec
 from .stack import make_stack
 
@@ -63,6 +63,7 @@ class Decoder:
 
     processes: str | None = None  # the axes of those that share the model, in words; None: there is one
     _local_spec: ModelSpec | None = None  # where several processes share the heads
+    mtp: tuple[MtpWeights, ...] = ()  # layers that predict further tokens, where they were asked for
     kv_shards = 1  # places that sequences live in, each with a part of the cache
 
     def __init__(
@@ -118,8 +119,8 @@ class Decoder:
     @property
     def weight_bytes(self) -> int:
         """Size of the weights in memory."""
-        embedding = 0 if self.embedding_VD is None else self.embedding_VD.nbytes
-        return embedding + self.lm_head.nbytes + self.final_norm_D.nbytes + sum(layer.nbytes for layer in self.layers)
+        parts = (self.embedding_VD, self.lm_head, self.final_norm_D, *self.layers, *self.mtp)
+        return sum(part.nbytes for part in parts if part is not None)
 
     def reserve_positions(self, length: int) -> None:
         """Make the table of rotations long enough for contexts of ``length`` tokens.
@@ -304,8 +305,7 @@ class Decoder:
             norm = self.final_norm_D, self.final_norm_bias_D
             logits_RV = backend.logits_linear(run_norm(backend, spec.norm, x_RD, *norm, spec.norm_eps), head)
             logits_RV = logits_RV if spec.logits_divisor == 1.0 else logits_RV.div_(spec.logits_divisor)
-        cap = spec.logits_cap
-        return logits_RV if cap is None else backend.cap_logits(logits_RV, cap)
+        return logits_RV if spec.logits_cap is None else backend.cap_logits(logits_RV, spec.logits_cap)
 
     def exchange(self) -> Exchange | None:
         """What went between the processes that share the model, so far; None where there is one."""
@@ -368,7 +368,7 @@ class Decoder:
 
     def _mixture(self, number: int, x_TD: torch.Tensor, routing: Routing, shared: bool = True) -> torch.Tensor:
         """The chosen experts of a layer, and its shared one."""
-        out_TD = self.backend.experts(x_TD, self.layers[number].ffn, routing)
+        out_TD = chosen_experts(self.backend, self.layers[number], x_TD, routing)
         shared_TD = self._shared(number, x_TD) if shared else None
         return out_TD if shared_TD is None else out_TD + shared_TD
 

@@ -13,6 +13,7 @@ from typing import Any
 from ..checkpoint.config_reader import IRRELEVANT_KEYS, NEUTRAL_VALUES, ConfigReader
 from ..checkpoint.weights import CheckpointError
 from .attention.registry import attention_kind
+from .blocks import has_ffn
 from .family import Family
 from .family_tables.afmoe import AFMOE
 from .family_tables.attention_variants import ATTENTION_VARIANTS
@@ -20,13 +21,16 @@ from .family_tables.gemma import GEMMA
 from .family_tables.gpt_oss import GPT_OSS
 from .family_tables.granite_swa import GRANITE_SWA
 from .family_tables.hybrids import HYBRIDS
+from .family_tables.kimi_linear import KIMI_LINEAR
 from .family_tables.latent import LATENT
 from .family_tables.layer_norms import LAYER_NORMS
 from .family_tables.layer_types import LAYER_TYPES
 from .family_tables.llama_like import LLAMA_LIKE
+from .family_tables.nemotron import NEMOTRON
 from .family_tables.olmo import OLMO
 from .family_tables.own import OWN
 from .family_tables.shared_experts import SHARED_EXPERTS
+from .family_tables.state_spaces import STATE_SPACES
 from .rope_config import rope_spec
 from .spec import LayerSpec, ModelSpec
 
@@ -40,11 +44,14 @@ FAMILIES: dict[str, Family] = {
     **GPT_OSS,
     **GRANITE_SWA,
     **HYBRIDS,
+    **NEMOTRON,
+    **STATE_SPACES,
     **GEMMA,
     **LAYER_NORMS,
     **AFMOE,
     **OLMO,
     **LATENT,
+    **KIMI_LINEAR,
     **OWN,
 }
 
@@ -73,7 +80,7 @@ def model_spec(config: Mapping[str, Any]) -> ModelSpec:
             mathematics in a way that is not supported; the message names key and value.
     """
     family = family_of(config)
-    reader = ConfigReader({**family.defaults, **config})
+    reader = ConfigReader({**family.defaults, **family.settings(config)})
     try:
         spec = _model_spec(reader, family)
     except CheckpointError:
@@ -90,9 +97,9 @@ def _model_spec(config: ConfigReader, family: Family) -> ModelSpec:
     layers = tuple(_layer_spec(config, family, layer) for layer in range(num_layers))
     if not layers:
         raise ValueError("num_hidden_layers must be at least 1")
-    paged = [number for number, layer in enumerate(layers) if not layer.attention.state_shapes()]
+    paged = [number for number, layer in enumerate(layers) if layer.attention.keeps_keys]
     if not paged:
-        raise ValueError("at least one layer must have keys and values; all of them have recurrent states")
+        raise ValueError("at least one layer must have keys and values")
     ropes = {}
     for number in paged:
         attention = layers[number].attention
@@ -125,8 +132,31 @@ def _model_spec(config: ConfigReader, family: Family) -> ModelSpec:
     )
 
 
+def mtp_layer_specs(config: Mapping[str, Any], count: int) -> tuple[LayerSpec, ...]:
+    """What the first ``count`` layers compute that predict further tokens.
+
+    Raises:
+        CheckpointError: as for :func:`model_spec`, or when the family's are not known.
+    """
+    if not count:
+        return ()
+    family = family_of(config)
+    if family.mtp is None:
+        raise CheckpointError(f"layers that predict further tokens are not known of {config.get('model_type')} models")
+    settings = {**family.defaults, **family.settings(config)}
+    layers = ConfigReader(settings).integer("num_hidden_layers")
+    more = {key: [kind] * (layers + count) if isinstance(kind, str) else kind for key, kind in family.mtp.items()}
+    reader, specs = ConfigReader({**settings, **more, "num_hidden_layers": layers + count}), []
+    for number in range(layers, layers + count):
+        spec = _layer_spec(reader, family, number)
+        channels = (spec.attention.rotary_channels, spec.attention.unrotated_channels)
+        rope = rope_spec(reader, family, number, *channels, reader.integer("max_position_embeddings"))
+        specs.append(replace(spec, rope=rope))
+    return tuple(specs)
+
+
 def _layer_spec(config: ConfigReader, family: Family, layer: int) -> LayerSpec:
-    moe = family.moe(config, layer)
-    ffn_size = family.dense_size(config) if moe is None else 0
+    moe, blocks = family.moe(config, layer), family.blocks(config, layer)
+    ffn_size = family.dense_size(config) if moe is None and has_ffn(blocks) else 0
     attention = attention_kind(family.attention(config, layer)).from_config(config, family, layer)
-    return LayerSpec(attention=attention, ffn_size=ffn_size, moe=moe, blocks=family.blocks(config, layer))
+    return LayerSpec(attention=attention, ffn_size=ffn_size, moe=moe, blocks=blocks)

@@ -18,6 +18,7 @@ class ExpertNames:
 
     ``{e}`` stands for an expert's number: one tensor per expert. Without it one tensor holds all experts: with
     ``gate_up``, (E, 2F, D) and (E, D, F); with ``gate`` and ``up``, neurons side by side, (E·F, D) and (D, E·F).
+    With ``up`` alone FFNs have no gate; their experts are stored one by one.
     ``transposed``: (E, D, 2F) and (E, F, D).
     """
 
@@ -125,6 +126,11 @@ class Family:
         qk_norm: see :class:`.GqaSpec`.
         scales, attention_parts: read what other families do not have, fields of :class:`.ModelSpec` and of a layer's
             attention.
+        state_parts: reads the fields of a layer with recurrent states, where a family has keys of its own for them.
+        settings: the configuration with the keys that are read here, of families that say the same in other words. What
+            it has been done to once it leaves as it is.
+        mtp: settings of layers that predict further tokens, in the place of the model's: for lists with an entry for
+            every layer, what theirs are. None: they are not known.
         activation: of the FFNs, by our name for it.
         defaults: values of keys that a configuration may leave out.
         ignored: configuration keys without effect in this family.
@@ -132,6 +138,7 @@ class Family:
         dense_size: neurons of a dense FFN.
         dense, experts, shared: ways in which checkpoints store dense FFNs, experts and shared experts.
         shared_gate: name of the weight of the shared expert's gate.
+        latents: modules of the projections to and from what experts read and give, see :attr:`.MoESpec.latent_size`.
         default_rope: ``rope_parameters`` where a configuration has none.
         divide: finds stored tensors that are read as several.
         names: parts of its tensors' names, as regular expressions, and what stands for them here.
@@ -164,6 +171,9 @@ class Family:
     scales: Callable[[ConfigReader], dict[str, Any]] = field(default=lambda config: {})
     defaults: Mapping[str, Any] = field(default_factory=dict)
     attention_parts: Callable[[ConfigReader, int], dict[str, Any]] = field(default=lambda config, layer: {})
+    state_parts: Callable[[ConfigReader], dict[str, Any]] | None = None
+    settings: Callable[[Mapping[str, Any]], Mapping[str, Any]] = field(default=lambda config: config)
+    mtp: Mapping[str, Any] | None = None
     activation: Callable[[ConfigReader], str] = _activation
     default_rope: Mapping[str, Any] = field(default_factory=dict)
     divide: Divide | None = None
@@ -175,6 +185,7 @@ class Family:
     experts: tuple[ExpertNames, ...] = QWEN_EXPERTS
     shared: tuple[ExpertNames, ...] = (SHARED_EXPERT,)
     shared_gate: str = "mlp.shared_expert_gate.weight"
+    latents: tuple[str, str] = ("mlp.fc1_latent_proj", "mlp.fc2_latent_proj")
     router: tuple[str, ...] = ("mlp.gate.weight",)
     router_tensors: Mapping[str, tuple[str, ...]] = field(
         default_factory=lambda: {"selection_bias_E": ("mlp.gate.e_score_correction_bias",)}

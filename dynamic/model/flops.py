@@ -16,7 +16,7 @@ def layer_flops(spec: ModelSpec, compute: Compute) -> int:
     for layers, launched in zip(compute.segment_layers, compute.segment_rows, strict=True):
         flops += launched * sum(by_layer[first : first + layers])
         first += layers
-    expert = max((6 * spec.hidden_size * layer.moe.expert_size for layer in spec.layers if layer.moe), default=0)
+    expert = max((spec.expert_flops(layer.moe) for layer in spec.layers if layer.moe), default=0)
     return flops - compute.skipped_experts * expert
 
 

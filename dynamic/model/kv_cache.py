@@ -12,14 +12,29 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ...kernels.api.kv_codes import KV_DTYPES
 from ...kernels.api.types import KVLayer, KVLayers, StateLayer
 
 if TYPE_CHECKING:
+    from ...kernels.torch.backend import TorchBackend
     from .attention.kind import AttentionSpec
     from .spec import ModelSpec
 
 _ALIGNMENT = 64
 Copies = Sequence[tuple[int, int]]  # (from, to)
+
+
+def check_kv_dtype(name: str, spec: ModelSpec | None = None, backend: TorchBackend | None = None) -> None:
+    """Raises ValueError for a ``kv_cache_dtype`` that does not exist, or that a backend or a layer does not take."""
+    if name not in KV_DTYPES:
+        raise ValueError(f"kv_cache_dtype must be {', '.join(KV_DTYPES)}, not {name!r}")
+    if backend is not None and name not in backend.kv_formats:
+        known = ", ".join(backend.kv_formats)
+        raise ValueError(f"kv_cache_dtype={name} does not run on the {backend.name} backend; {known} do")
+    for attention in (layer.attention for layer in (spec.layers if spec is not None else ())):
+        if name not in attention.kv_formats:
+            known = ", ".join(attention.kv_formats)
+            raise ValueError(f"kv_cache_dtype={name} does not go with {attention.kind!r} attention; {known} do")
 
 
 def bytes_per_page(spec: ModelSpec, dtype: torch.dtype, page_size: int) -> int:
@@ -53,8 +68,9 @@ def allocate_layers(
     none = torch.empty(0, dtype=dtype, device=device)
 
     def cache(attention: AttentionSpec) -> KVLayer:
-        if states := attention.state_shapes():
-            tensors = [zeros((num_states, *shape), dtype=torch.float32, device=device) for shape in states]
+        if not attention.keeps_keys:
+            shapes = attention.state_shapes()
+            tensors = [zeros((num_states, *shape), dtype=torch.float32, device=device) for shape in shapes]
             return StateLayer(keys_BGPC=none, values_BGPC=none, states=tuple(tensors))
         shapes = attention.cache_shapes(page_size, dtype)
         tensors = [zeros((num_pages, *shape), dtype=dtype, device=device) for shape in shapes]

@@ -7,8 +7,10 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from ...kernels.api.quantized_weight import QuantizedWeight
 from ...kernels.api.types import ExpertWeights, LinearWeights
 from .attention.kind import AttentionWeights
+from .spec import LayerSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,11 +20,12 @@ class LayerWeights:
     Arguments:
         norms: by the names in the layer's blocks; a norm's bias has its name with ``_bias`` behind it.
         attention: of the layer's kind.
-        ffn: all experts, or the dense FFN as one expert.
+        ffn: all experts, or the dense FFN as one expert; of a layer without either, none.
         router: logits over the routed experts.
         selection_bias_E, expert_scale_E: float32, what its rule takes beside the logits, see :class:`.RouterSpec`.
         router_norm_D: scale of the norm in front of the router.
         shared, shared_gate: the shared expert and its gate.
+        latent_in, latent_out: what makes the experts' input of the hidden state, and the mixture's output of theirs.
         contribution_scale_E: float32, what each routed expert adds per unit of router weight; None: not calibrated.
     """
 
@@ -32,6 +35,8 @@ class LayerWeights:
     router: LinearWeights | None = None
     shared: ExpertWeights | None = None
     shared_gate: LinearWeights | None = None
+    latent_in: LinearWeights | None = None
+    latent_out: LinearWeights | None = None
     contribution_scale_E: torch.Tensor | None = None
     selection_bias_E: torch.Tensor | None = None
     expert_scale_E: torch.Tensor | None = None
@@ -48,6 +53,33 @@ class LayerWeights:
         """Size in memory."""
         others = [getattr(self, f.name) for f in fields(self) if f.name != "norms"]
         return sum(part.nbytes for part in (*self.norms.values(), *others) if part is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MtpWeights:
+    """A layer that predicts further tokens, as the backend keeps it.
+
+    It reads ``join(embedding norm of the next token's embedding, hidden norm of the last hidden state)``; what it
+    leaves goes through its final norm, if it has one, and the LM head.
+
+    Arguments:
+        spec: of the layer.
+        norms: ``embedding``, ``hidden`` and maybe ``final``; biases as in :class:`LayerWeights`.
+        embedding, head: its own, where they are not the model's; as the model keeps these.
+    """
+
+    spec: LayerSpec
+    norms: Mapping[str, torch.Tensor]
+    join: LinearWeights
+    layer: LayerWeights
+    embedding: torch.Tensor | QuantizedWeight | None = None
+    head: LinearWeights | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Size in memory."""
+        parts = (*self.norms.values(), self.join, self.layer, self.embedding, self.head)
+        return sum(part.nbytes for part in parts if part is not None)
 
 
 def packed_router_tensors(

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..checkpoint.weights import DTYPES, Checkpoint, CheckpointError, TensorInfo
-from .attention.kind import AttentionLayout
-from .blocks import Scale, norm_names
+from .attention.kind import AttentionLayout, LinearLayout, linear_layout
+from .blocks import Scale, has_ffn, norm_names
 from .family import ExpertNames, Family
 from .moe_spec import MoESpec
 from .norms import TensorLayout, norm_tensors
@@ -25,10 +25,10 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class FFNLayout:
-    """The tensors of one FFN: E experts of F neurons; a dense FFN is one expert.
+    """The tensors of one FFN: E experts of F neurons; a dense FFN is one expert, and none is no FFN.
 
     Arguments:
-        gate, up, down: one name per expert, or one name for all.
+        gate, up, down: one name per expert, or one name for all; gates may be missing.
         gate_up: the fused tensor instead of gate and up.
         transposed: fused tensors have their inputs in front of their outputs.
         biases: likewise, one name per expert, of gate, up and down, or none.
@@ -46,6 +46,11 @@ class FFNLayout:
     def named_biases(self, part: int) -> Sequence[tuple[str, ...]]:
         """For each expert, the name of the bias of its gate (0), up (1) or down (2), if it has one."""
         return [(name,) for name in self.biases[part]] if self.biases else [()] * self.num_experts
+
+    @property
+    def gated(self) -> bool:
+        """Whether experts have gates."""
+        return bool(self.gate or self.gate_up)
 
     def fused(self, tensor: torch.Tensor) -> torch.Tensor:
         """A fused tensor as (E, O, I), as a view; the other way round where it was that already."""
@@ -81,6 +86,7 @@ class LayerLayout:
         norms: by the names of :attr:`.LayerWeights.norms`.
         router, router_bias: of the linear layer that makes the logits.
         router_tensors: what else the router reads, by fields of :class:`.LayerWeights`.
+        latents: the projections to and from what experts read and give, where that is not the hidden state.
     """
 
     norms: Mapping[str, TensorLayout]
@@ -91,6 +97,24 @@ class LayerLayout:
     shared_gate: str
     router_bias: str = ""
     router_tensors: Mapping[str, str] = field(default_factory=dict)
+    latents: tuple[LinearLayout, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MtpLayout:
+    """The tensors of a layer that predicts further tokens.
+
+    Arguments:
+        norms: ``embedding`` and ``hidden``, of what is joined, and maybe ``final``, behind the layer.
+        join: of both, embedding first, to the layer's input.
+        embedding, head: copies of the model's, empty where there are none.
+    """
+
+    norms: Mapping[str, TensorLayout]
+    join: str
+    layer: LayerLayout
+    embedding: str
+    head: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +124,19 @@ class Layout:
     Arguments:
         final_norm: norm in front of the LM head, ``weight`` and maybe ``weight_bias``.
         lm_head_bias: empty where there is none.
+        mtp: layers that predict further tokens, where they were asked for.
     """
 
     layers: tuple[LayerLayout, ...]
     final_norm: Mapping[str, TensorLayout]
     lm_head: str
     lm_head_bias: str
+    mtp: tuple[MtpLayout, ...] = ()
+
+    @property
+    def every_layer(self) -> tuple[LayerLayout, ...]:
+        """Those of the model, and those that predict further tokens."""
+        return *self.layers, *(further.layer for further in self.mtp)
 
 
 @dataclass
@@ -130,8 +161,13 @@ class _Claims:
         return next((name for name in names if name in self.available), names[0])
 
 
-def plan_layout(spec: ModelSpec, family: Family, tensors: Mapping[str, TensorInfo]) -> Layout:
+def plan_layout(
+    spec: ModelSpec, family: Family, tensors: Mapping[str, TensorInfo], mtp: Sequence[LayerSpec] = ()
+) -> Layout:
     """Find every tensor that the model needs and check its shape and dtype.
+
+    Arguments:
+        mtp: layers that predict further tokens, whose tensors are called as in :mod:`.mtp_layers`.
 
     Raises:
         CheckpointError: naming the first tensor that is missing or left over, or has a shape or dtype that does not
@@ -150,9 +186,10 @@ def plan_layout(spec: ModelSpec, family: Family, tensors: Mapping[str, TensorInf
         _layer_layout(claims, spec, layer, family, f"model.layers.{number}.")
         for number, layer in enumerate(spec.layers)
     )
+    further = tuple(_mtp_layout(claims, spec, layer, family, f"mtp.{number}.") for number, layer in enumerate(mtp))
     _check(claims.shapes, tensors)
     _refuse_extras(claims.shapes, tensors)
-    return Layout(layers=layers, final_norm=final_norm, lm_head=lm_head, lm_head_bias=lm_head_bias)
+    return Layout(layers=layers, final_norm=final_norm, lm_head=lm_head, lm_head_bias=lm_head_bias, mtp=further)
 
 
 def _layer_layout(claims: _Claims, spec: ModelSpec, layer: LayerSpec, family: Family, prefix: str) -> LayerLayout:
@@ -171,21 +208,32 @@ def _layer_layout(claims: _Claims, spec: ModelSpec, layer: LayerSpec, family: Fa
     return LayerLayout(
         norms=norms,
         attention=attention,
-        ffn=_dense_layout(claims, family.dense, spec, layer.ffn_size, prefix)
-        if moe is None
-        else _biased(
-            claims,
-            _expert_layout(claims, family.experts, spec, moe.num_experts, moe.expert_size, prefix),
-            hidden,
-            moe.expert_bias,
-        ),
+        ffn=_ffn_layout(claims, spec, layer, family, prefix),
         router=router,
         router_bias=claims.claim(bias_of(router), moe.router.num_experts) if moe and moe.router_bias else "",
         router_tensors=_router_tensors(claims, family, moe, hidden, prefix) if moe else {},
+        latents=_latents(claims, spec, moe, family, prefix) if moe and moe.latent_size else (),
         shared=_dense_layout(claims, family.shared, spec, moe.shared_size, prefix) if moe and moe.shared_size else None,
         shared_gate=claims.claim(prefix + family.shared_gate, 1, hidden)
         if moe and moe.shared_size and moe.shared_gate
         else "",
+    )
+
+
+def _mtp_layout(claims: _Claims, spec: ModelSpec, layer: LayerSpec, family: Family, prefix: str) -> MtpLayout:
+    modules = {"embedding": f"{prefix}embedding_norm", "hidden": f"{prefix}hidden_norm"}
+    if f"{prefix}norm.weight" in claims.available:
+        modules["final"] = f"{prefix}norm"
+    copies = (f"{prefix}{name}.weight" for name in ("embed_tokens", "head"))
+    embedding, head = (
+        claims.claim(name, spec.vocab_size, spec.hidden_size) if name in claims.available else "" for name in copies
+    )
+    return MtpLayout(
+        norms=claims.claim_tensors(norm_tensors(spec.norm, modules, spec.hidden_size)),
+        join=claims.claim(f"{prefix}join.weight", spec.hidden_size, 2 * spec.hidden_size),
+        layer=_layer_layout(claims, spec, layer, family, prefix),
+        embedding=embedding,
+        head=head,
     )
 
 
@@ -206,10 +254,32 @@ def _router_tensors(claims: _Claims, family: Family, moe: MoESpec, hidden: int, 
     return found
 
 
+def _ffn_layout(claims: _Claims, spec: ModelSpec, layer: LayerSpec, family: Family, prefix: str) -> FFNLayout:
+    moe = layer.moe
+    if not has_ffn(layer.blocks):
+        return FFNLayout(num_experts=0, expert_size=0)
+    if moe is None:
+        return _dense_layout(claims, family.dense, spec, layer.ffn_size, prefix)
+    hidden = moe.latent_size or spec.hidden_size
+    layout = _expert_layout(claims, family.experts, hidden, moe.num_experts, moe.expert_size, prefix)
+    return _biased(claims, layout, hidden, moe.expert_bias)
+
+
+def _latents(
+    claims: _Claims, spec: ModelSpec, moe: MoESpec, family: Family, prefix: str
+) -> tuple[LinearLayout, LinearLayout]:
+    sizes, (first, last) = (spec.hidden_size, moe.latent_size), family.latents
+    into = linear_layout(prefix, sizes[0], {first: sizes[1]}, bias=spec.mlp_bias)
+    out = linear_layout(prefix, sizes[1], {last: sizes[0]}, bias=spec.mlp_bias)
+    for name, shape in (*into.shapes(), *out.shapes()):
+        claims.claim(name, *shape)
+    return into, out
+
+
 def _dense_layout(
     claims: _Claims, options: tuple[ExpertNames, ...], spec: ModelSpec, size: int, prefix: str
 ) -> FFNLayout:
-    layout = _expert_layout(claims, options, spec, 1, size, prefix)
+    layout = _expert_layout(claims, options, spec.hidden_size, 1, size, prefix)
     return _biased(claims, layout, spec.hidden_size, spec.mlp_bias)
 
 
@@ -230,9 +300,8 @@ def _biased(claims: _Claims, layout: FFNLayout, hidden: int, biased: bool) -> FF
 
 
 def _expert_layout(
-    claims: _Claims, options: tuple[ExpertNames, ...], spec: ModelSpec, num_experts: int, size: int, prefix: str
+    claims: _Claims, options: tuple[ExpertNames, ...], hidden: int, num_experts: int, size: int, prefix: str
 ) -> FFNLayout:
-    hidden = spec.hidden_size
     found = [o for o in options if prefix + o.down.replace("{e}", "0") in claims.available]
     names = (*found, *options)[0]
     if names.gate_up:
@@ -254,7 +323,7 @@ def _expert_layout(
     return FFNLayout(
         num_experts=num_experts,
         expert_size=size,
-        gate=claim(names.gate, width, hidden),
+        gate=claim(names.gate, width, hidden) if names.gate else (),
         up=claim(names.up, width, hidden),
         down=claim(names.down, hidden, width),
     )

@@ -23,14 +23,15 @@ from ...kernels.select import select_backend
 from ...kernels.torch.backend import TorchBackend
 from ...moe.contribution import LayerScales
 from ..checkpoint.weights import DTYPES, CheckpointError, StoredCodes
-from .attention.kind import AttentionLayout, AttentionWeights
+from .attention.kind import AttentionLayout, AttentionWeights, LinearLayout
 from .budgeted_layers import read_scales
 from .channel_order import in_order
 from .decoder import Decoder
 from .dtype import choose_device, choose_dtype
 from .exits import pack_exits
 from .generation_defaults import stop_tokens
-from .layer_weights import LayerWeights, packed_router_tensors
+from .kv_cache import check_kv_dtype
+from .layer_weights import LayerWeights, MtpWeights, packed_router_tensors
 from .layout import EMBEDDING, FFNLayout, LayerLayout, Layout, expert_tensors
 from .load_config import LoadConfig
 from .machine import release_free_memory
@@ -39,7 +40,7 @@ from .moe_spec import MoESpec
 from .norms import TensorLayout
 from .placement import Join, Placement, Source, absent_linear
 from .quantization import NONE, Method, Quantization
-from .spec import ModelSpec
+from .spec import LayerSpec, ModelSpec
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ def load_decoder(
     progress: bool = False,
     join: Join | None = None,
     experts_per_token: int | None = None,
+    load_mtp: bool = False,
     stop_token_ids: Sequence[int] = (),
     **options: Any,
 ) -> Decoder:
@@ -67,6 +69,7 @@ def load_decoder(
         progress: show a progress bar.
         join: meets the other processes that share the model; None: there are none.
         experts_per_token: use fewer routed experts per token than the model was made for.
+        load_mtp: load the layers that predict further tokens, if there are any, into :attr:`.Decoder.mtp`.
         stop_token_ids: tokens that end a text beside those that the checkpoint's configuration names.
         options: fields of :class:`LoadConfig` that differ from ``config``.
 
@@ -75,9 +78,10 @@ def load_decoder(
     """
     settings = replace(config or LoadConfig(), **options)
     wanted = Quantization(method=settings.quantization, lm_head=settings.quantize_lm_head)
-    if settings.kv_cache_dtype not in KV_DTYPES:
-        raise ValueError(f"kv_cache_dtype must be {', '.join(KV_DTYPES)}, not {settings.kv_cache_dtype!r}")
-    files = open_files(path)
+    check_kv_dtype(settings.kv_cache_dtype)
+    if load_mtp and join is not None:
+        raise ValueError("load_mtp: layers that predict further tokens are loaded in one process")
+    files = open_files(path, load_mtp)
     spec, checkpoint, layout, stored = files.spec, files.checkpoint, files.layout, files.stored
     if stored is not None and settings.quantization != NONE:
         raise ValueError(
@@ -94,17 +98,7 @@ def load_decoder(
     device, coded = choose_device(settings.device), stored is not None or settings.quantization != NONE
     torch_dtype = choose_dtype(settings.dtype, files.config, DTYPES[checkpoint[EMBEDDING].dtype], device, coded=coded)
     chosen = select_backend(device, torch_dtype, settings.backend)
-    if settings.kv_cache_dtype not in chosen.kv_formats:
-        known = ", ".join(chosen.kv_formats)
-        raise ValueError(
-            f"kv_cache_dtype={settings.kv_cache_dtype} does not run on the {chosen.name} backend; {known} do"
-        )
-    for attention in (layer.attention for layer in spec.layers):
-        if settings.kv_cache_dtype not in attention.kv_formats:
-            known = ", ".join(attention.kv_formats)
-            raise ValueError(
-                f"kv_cache_dtype={settings.kv_cache_dtype} does not go with {attention.kind!r} attention; {known} do"
-            )
+    check_kv_dtype(settings.kv_cache_dtype, spec, chosen)
     heads, placement = load_heads(path), None
     if join is not None:
         placement = join(spec, path, chosen, wanted, stored, heads.exit_layers if heads else ())
@@ -115,6 +109,7 @@ def load_decoder(
     described = str(wanted) if stored is None else STORED
     builder = _Builder(spec, layout, source, chosen, read_scales(path, spec), wanted, described, placement)
     decoder = builder.build(progress=progress, heads=heads)
+    decoder.mtp = builder.mtp_layers(files.mtp)
     decoder.kv_dtype = KV_DTYPES[settings.kv_cache_dtype] or torch_dtype
     return decoder
 
@@ -150,7 +145,7 @@ class _Builder:
         self.backend = backend
         self.quantization = quantization
         self.described = described
-        self.orders = {name: order for layer in layout.layers for name, order in layer.attention.orders().items()}
+        self.orders = {name: order for layer in layout.every_layer for name, order in layer.attention.orders().items()}
 
     def build(self, *, progress: bool, heads: ExitHeads | None) -> Decoder:
         from tqdm import tqdm
@@ -175,6 +170,28 @@ class _Builder:
             expert_impacts={n: scales.impact for n, scales in enumerate(self.scales) if scales is not None},
             quantization=self.described,
         )
+
+    def mtp_layers(self, specs: Sequence[LayerSpec]) -> tuple[MtpWeights, ...]:
+        """The layers that predict further tokens."""
+        layers = []
+        for spec, layout in zip(specs, self.layout.mtp, strict=True):
+            head = self._own(layout.head, self.layout.lm_head or EMBEDDING)
+            layers.append(
+                MtpWeights(
+                    spec=spec,
+                    norms={name: self._tensor(tensor) for name, tensor in layout.norms.items()},
+                    join=self._linear(layout.join, method=self.quantization.layers),
+                    layer=self._layer(layout.layer, spec.moe, None),
+                    embedding=self._embedding(name) if (name := self._own(layout.embedding, EMBEDDING)) else None,
+                    head=self._linear(head, method=self.quantization.head) if head else None,
+                )
+            )
+            self._release()
+        return tuple(layers)
+
+    def _own(self, name: str, model: str) -> str:
+        """A tensor that is stored beside one of the model, where both are not the same; else nothing."""
+        return name if name and not torch.equal(self.source.view(name), self.source.view(model)) else ""
 
     def _ends(self) -> dict[str, Any]:
         """What lies in front of the layers and behind them, as :class:`Decoder` takes it."""
@@ -201,12 +218,12 @@ class _Builder:
         self.source.release()
         release_free_memory()
 
-    def _embedding(self) -> torch.Tensor | QuantizedWeight:
-        if (stored := self.source.quantized(EMBEDDING)) is not None:
+    def _embedding(self, name: str = EMBEDDING) -> torch.Tensor | QuantizedWeight:
+        if (stored := self.source.quantized(name)) is not None:
             return stored.weight.to(self.backend.device)
         if self.quantization.head is None:
-            return self._copy(EMBEDDING)
-        return self.quantization.head.quantize(self._source(EMBEDDING, method=self.quantization.head))
+            return self._copy(name)
+        return self.quantization.head.quantize(self._source(name, method=self.quantization.head))
 
     def _linear(self, *names: str, method: Method | None = None, bias: tuple[str, ...] = ()) -> LinearWeights:
         """One layer of tensors whose outputs follow each other, as it is or quantised."""
@@ -295,6 +312,7 @@ class _Builder:
             **({} if moe is None else self._router(layout, moe.router)),
             shared=self._ffn(layout.shared) if layout.shared else None,
             shared_gate=self._plain(layout.shared_gate) if layout.shared_gate else None,
+            **self._latents(layout.latents),
             contribution_scale_E=None if scales is None else scales.scale_E.to(self.backend.device),
         )
 
@@ -306,7 +324,18 @@ class _Builder:
             parts[field] = self._tensor(tensor)
         return layout.kind.pack(parts, self.backend)
 
+    def _latents(self, linears: Sequence[LinearLayout]) -> dict[str, Any]:
+        """The projections to and from what experts read and give, as :class:`LayerWeights` takes them."""
+        method, packed = self.quantization.layers, {}
+        for field, linear in zip(("latent_in", "latent_out"), linears, strict=False):
+            packed[field] = self._linear(*linear.weights, method=method, bias=linear.biases)
+        return packed
+
     def _ffn(self, layout: FFNLayout) -> ExpertWeights:
+        if not layout.num_experts:
+            return ExpertWeights.none(self.spec.hidden_size, self.spec.activation)
+        if not layout.gated:
+            return self._ungated_ffn(layout)
         parts = [[self.source.quantized(name) for name in names] for names in (layout.gate, layout.up, layout.down)]
         if any(part for names in parts for part in names):
             return self._stored_ffn(layout, *parts)
@@ -322,6 +351,17 @@ class _Builder:
         weight = gate_EFD = up_EFD = down_EDF = None  # packing takes memory too
         gate, up, down = quantized
         return self.backend.pack_quantized_experts(gate, up, down, self.spec.activation, *biases, scheme=method.scheme)
+
+    def _ungated_ffn(self, layout: FFNLayout) -> ExpertWeights:
+        """Experts of two matrices, which run one by one."""
+        up, down = (
+            [
+                self._linear(name, method=self.quantization.layers, bias=bias)
+                for name, bias in zip(names, layout.named_biases(number), strict=True)
+            ]
+            for number, names in ((1, layout.up), (2, layout.down))
+        )
+        return self.backend.join_experts((), up, down, self.spec.activation)
 
     def _biases(self, layout: FFNLayout) -> list[torch.Tensor] | list[None]:
         """Of gate and up (E, F) and of down (E, D)."""

@@ -12,11 +12,11 @@ from ..checkpoint.config_reader import ConfigReader
 from ..checkpoint.quantized_checkpoint import open_checkpoint, split_config
 from ..checkpoint.stored_layout import StoredLayout
 from ..checkpoint.weights import Checkpoint, CheckpointError, read_json
-from .families import family_of, model_spec
+from .families import family_of, model_spec, mtp_layer_specs
 from .family import Family
 from .layout import Layout, layers_in, plan_layout
-from .mtp_layers import without_mtp
-from .spec import ModelSpec
+from .mtp_layers import layers_found, mtp_names
+from .spec import LayerSpec, ModelSpec
 from .tensor_names import family_names
 from .text_part import text_config, text_names
 
@@ -31,6 +31,7 @@ class ModelFiles:
         path: the directory.
         config: ``config.json`` of the text model, without the settings of its quantisation.
         stored: how the weights are quantised; None: they are not.
+        mtp: the layers that predict further tokens, where they were asked for; see :attr:`.Layout.mtp`.
     """
 
     path: Path
@@ -40,13 +41,15 @@ class ModelFiles:
     family: Family
     checkpoint: Checkpoint
     layout: Layout
+    mtp: tuple[LayerSpec, ...] = ()
 
 
-def open_files(path: Path) -> ModelFiles:
+def open_files(path: Path, mtp: bool = False) -> ModelFiles:
     """Read ``config.json`` and the headers of all weights, and check each against the other. No weight is read.
 
     Arguments:
         path: a directory in Hugging Face layout.
+        mtp: with the layers that predict further tokens, if there are any.
 
     Raises:
         CheckpointError: naming the file, key or tensor that is missing, wrong, not understood or left over.
@@ -56,19 +59,28 @@ def open_files(path: Path) -> ModelFiles:
     whole = read_json(path / "config.json")
     config, stored = split_config(text_config(whole))
     family = family_of(config)
+    config = family.settings(config)
     if config.get("auto_map"):
         logger.warning(
             "%s names code of its own (auto_map), which is never run: the model runs as transformers' %s",
             *(path / "config.json", config["model_type"]),
         )
-    names = without_mtp(family_names(family, text_names(whole)), config)
+    names = mtp_names(family_names(family, text_names(whole)), config, keep=mtp)
     checkpoint = open_checkpoint(path, stored, names, family.divide)
     # Before anything is made for each of the layers: there may be 2³¹ of them.
     reader, there = ConfigReader(config), layers_in(checkpoint)
     if (layers := reader.integer("num_hidden_layers")) and layers != there:
         raise reader.error("num_hidden_layers", layers, f"{there}, which is how many layers the files hold")
     spec = model_spec(config)
-    layout = plan_layout(spec, family, checkpoint)
+    further = mtp_layer_specs(config, layers_found(checkpoint)) if mtp else ()
+    layout = plan_layout(spec, family, checkpoint, further)
     return ModelFiles(
-        path=path, config=config, stored=stored, spec=spec, family=family, checkpoint=checkpoint, layout=layout
+        path=path,
+        config=config,
+        stored=stored,
+        spec=spec,
+        family=family,
+        checkpoint=checkpoint,
+        layout=layout,
+        mtp=further,
     )

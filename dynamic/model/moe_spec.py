@@ -21,6 +21,8 @@ class MoESpec:
         shared_gate: the shared expert's output is multiplied by the sigmoid of a gate.
         shared_scale: factor on the shared expert's output.
         expert_bias: whether the projections of routed experts have biases.
+        latent_size: channels of what experts read and give: one projection makes it of the hidden state, another the
+            mixture's output of it; 0: experts read and give the hidden state itself.
     """
 
     router: RouterSpec
@@ -31,6 +33,7 @@ class MoESpec:
     shared_scale: float = 1.0
     router_bias: bool = False
     expert_bias: bool = False
+    latent_size: int = 0
 
     @property
     def num_experts(self) -> int:

@@ -31,3 +31,10 @@ def with_always_on(routing: Routing, count: int) -> Routing:
         weights_TK=torch.cat((torch.ones_like(always_TK, dtype=torch.float32), routing.weights_TK), -1),
         counts_T=None if routing.counts_T is None else routing.counts_T + count,
     )
+
+
+def chosen_experts(backend: TorchBackend, weights: LayerWeights, x_TD: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """The weighted sum of each row's experts, (T, D), of those that read and give latents too."""
+    read_TX = x_TD if weights.latent_in is None else backend.linear(x_TD, weights.latent_in)
+    out_TX = backend.experts(read_TX, weights.ffn, routing)
+    return out_TX if weights.latent_out is None else backend.linear(out_TX, weights.latent_out)

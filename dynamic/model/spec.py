@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ...kernels.api.ranges import check_ranges
-from ...kernels.api.uncommon import CAPS
+from ...kernels.api.uncommon import CAPS, UNGATED
+from ...kernels.reference.operations import SQUARED_RELU
 from .attention.kind import AttentionSpec
 from .blocks import PRE_NORM, Block
 from .moe_spec import MoESpec
@@ -101,6 +102,7 @@ class ModelSpec:
         """What the model computes that others do not, by the names that kernels have for it."""
         parts = {part for layer in self.layers for part in layer.attention.uncommon}
         parts |= {part for layer in self.layers if layer.moe is not None for part in layer.moe.uncommon}
+        parts |= {UNGATED} if self.activation == SQUARED_RELU else set()
         return parts | NORM_KINDS[self.norm].uncommon | (set() if self.logits_cap is None else {CAPS})
 
     @property
@@ -124,13 +126,20 @@ class ModelSpec:
 
     def layer_flops(self, layer: LayerSpec) -> int:
         """Floating-point operations of one layer for one token, without the part that grows with the context."""
-        attention = layer.attention.flops(self.hidden_size)
-        if layer.moe is None:
-            return attention + 2 * self.hidden_size * 3 * layer.ffn_size
-        moe = layer.moe
-        neurons = (moe.router.top_k + moe.num_always_on) * moe.expert_size + moe.shared_size
+        attention, moe = layer.attention.flops(self.hidden_size), layer.moe
+        if moe is None:
+            return attention + self._ffn_flops(self.hidden_size, layer.ffn_size)
+        experts = (moe.router.top_k + moe.num_always_on) * self.expert_flops(moe)
         routers = 0 if moe.is_dense else moe.router.num_experts + moe.shared_gate
-        return attention + 2 * self.hidden_size * (3 * neurons + routers)
+        beside = self._ffn_flops(self.hidden_size, moe.shared_size) + 2 * self.hidden_size * 2 * moe.latent_size
+        return attention + experts + beside + 2 * self.hidden_size * routers
+
+    def expert_flops(self, moe: MoESpec) -> int:
+        """Of one expert of a mixture for one token."""
+        return self._ffn_flops(moe.latent_size or self.hidden_size, moe.expert_size)
+
+    def _ffn_flops(self, inputs: int, neurons: int) -> int:
+        return 2 * inputs * neurons * (2 if self.activation == SQUARED_RELU else 3)
 
     @property
     def experts_by_layer(self) -> list[int]:

@@ -56,7 +56,12 @@ def _stack_block(backend: TorchBackend, layer: LayerSpec, weights: LayerWeights,
     moe = layer.moe if layer.moe and not layer.moe.is_dense else None
     if not isinstance(block, FeedForward) or (moe and moe.num_always_on):
         return None
-    if moe and (moe.router.weight_on_input or moe.router.input_norm_eps is not None or moe.shared_scale != 1.0):
+    if moe and (
+        moe.latent_size
+        or moe.router.weight_on_input
+        or moe.router.input_norm_eps is not None
+        or moe.shared_scale != 1.0
+    ):
         return None
     return StackExperts(
         ffn=weights.ffn,

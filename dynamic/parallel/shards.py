@@ -120,6 +120,8 @@ class Shard:
 
     def __init__(self, spec: ModelSpec, context: ParallelContext, exit_layers: Collection[int] = ()) -> None:
         tensor, rank = context.config.tensor, context.tensor_rank
+        if any(layer.attention.kind == "none" or (layer.moe and layer.moe.latent_size) for layer in spec.layers):
+            raise ValueError(f"{context.config}: layers of one block, and experts of latents, are not shared")
         self.context = context
         self.whole = spec
         self.spec = replace(

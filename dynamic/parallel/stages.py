@@ -102,15 +102,7 @@ def stand_in(spec: ModelSpec, sizes: Sequence[int]) -> LayerWeights:
     return LayerWeights(
         norms={},
         attention=_AbsentAttention(total=total - ffn - scales, propagated=propagated),
-        ffn=ExpertWeights(
-            num_experts=0,
-            hidden_size=spec.hidden_size,
-            expert_size=0,
-            activation=spec.activation,
-            dtype=torch.float32,
-            data=None,
-            nbytes=ffn,
-        ),
+        ffn=ExpertWeights.none(spec.hidden_size, spec.activation, ffn),
         contribution_scale_E=torch.empty(scales, dtype=torch.uint8, device="meta") if scales else None,
     )
 

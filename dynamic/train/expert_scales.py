@@ -121,6 +121,8 @@ def measure_scales(
     """
     limited = limited_layers(decoder.spec)
     mixtures = {number: cast(MoESpec, decoder.spec.layers[number].moe) for number in limited}
+    if any(moe.latent_size for moe in mixtures.values()):
+        raise ValueError(f"what experts of latents add is not measured; this {decoder.spec.family} model has them")
     meters = {number: ContributionMeter(moe.router.num_experts) for number, moe in mixtures.items()}
     watched = copy.copy(decoder)
     watched.stack = None  # operation by operation, so that the experts' operation is intercepted

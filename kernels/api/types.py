@@ -107,6 +107,12 @@ class ExpertWeights:
         sizes = dict(zip(("num_experts", "expert_size", "hidden_size"), shape, strict=True))
         return cls(**sizes, activation=activation, dtype=dtype, data=data, nbytes=count_bytes(*parts))
 
+    @classmethod
+    def none(cls, hidden_size: int, activation: str, nbytes: int = 0) -> ExpertWeights:
+        """Of a layer that has no experts, or none that are here: they can be weighed, not run."""
+        sizes = {"num_experts": 0, "hidden_size": hidden_size, "expert_size": 0}
+        return cls(**sizes, activation=activation, dtype=torch.float32, data=None, nbytes=nbytes)
+
 
 def count_bytes(*parts: Any) -> int:
     """Size of the tensors and quantised weights that are there."""

@@ -19,8 +19,8 @@ from ..api.formats import ROW_GROUP, UNQUANTIZED, ActivationScheme, Format
 from ..api.quantized_weight import QuantizedWeight
 from ..api.router_spec import RouterSpec
 from ..api.types import ExpertWeights, KVLayer, KVProjection, LinearWeights, Routing
-from ..api.uncommon import CAPS, FLOAT32_NORMS, LATENTS, LAYER_NORMS, ROUTING, SHARED_EXPERTS
-from ..reference.operations import CLAMPED_SWIGLU, rope
+from ..api.uncommon import CAPS, FLOAT32_NORMS, LATENTS, LAYER_NORMS, ROUTING, SHARED_EXPERTS, UNGATED
+from ..reference.operations import CLAMPED_SWIGLU, SQUARED_RELU, rope
 from ..torch.backend import TorchBackend
 from .layout import PLAIN_ACTIVATIONS
 from .stack_vectors import stack_vectors
@@ -58,7 +58,7 @@ def vectors() -> dict[str, Callable[[TorchBackend], Outputs]]:
     or a format, an activation or something else uncommon by its name. The backend is the CPU's."""
     found: dict[str, Callable[[TorchBackend], Outputs]] = {PLAIN: _plain, CODED_CACHE: _coded_cache}
     found |= {SINKS: _sinks, CLAMPED_SWIGLU: lambda backend: _mixtures(backend, Numbers(), (CLAMPED_SWIGLU,), 12.0)}
-    found |= {ROUTING: _routing_beyond, SHARED_EXPERTS: _shared_experts}
+    found |= {ROUTING: _routing_beyond, SHARED_EXPERTS: _shared_experts, UNGATED: _ungated}
     found |= {CAPS: _caps, FLOAT32_NORMS: _float32_norms, LAYER_NORMS: _layer_norms, LATENTS: _latents}
     for format in cpu_formats():
         found[format.name] = lambda backend, format=format: _quantised(backend, format)
@@ -123,6 +123,19 @@ def _routing_beyond(backend: TorchBackend) -> Outputs:
 def _shared_experts(backend: TorchBackend) -> Outputs:
     for kept in (backend.dtype, torch.int8):
         yield from stack_vectors(backend, Numbers(), kept, shared=True)
+
+
+def _ungated(backend: TorchBackend) -> Outputs:
+    numbers = Numbers()
+    for num_experts, hidden, width in _EXPERTS:
+        up, down = (
+            [
+                backend.pack_linear(numbers.floats(*shape, scale=0.4), numbers.floats(shape[0]))
+                for _ in range(num_experts)
+            ]
+            for shape in ((width, hidden), (hidden, width))
+        )
+        yield from _experts(backend, numbers, backend.join_experts((), up, down, SQUARED_RELU))
 
 
 def _linear(backend: TorchBackend, numbers: Numbers, weights: LinearWeights) -> Outputs:

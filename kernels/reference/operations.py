@@ -16,6 +16,7 @@ from .router import route as route
 from .router import router_logits as router_logits
 
 CLAMPED_SWIGLU, SWIGLU_LIMIT, SWIGLU_GAIN = "clamped_swiglu", 7.0, 1.702
+SQUARED_RELU = "relu2"  # the only activation without a gate: of FFNs of two matrices
 
 
 def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
@@ -42,11 +43,16 @@ def rope(
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(dtype)
 
 
-def activate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+def activate(gate: torch.Tensor | None, up: torch.Tensor, activation: str) -> torch.Tensor:
     """Gated activation ``act(gate) * up``; ``activation`` is ``silu``, ``gelu`` (exact) or ``gelu_tanh``.
 
     ``clamped_swiglu`` is ``gate · sigmoid(1.702 gate) · (up + 1)`` of a gate that is at most 7 and an up within ± 7.
+    ``relu2`` is ``max(up, 0)²`` and has no gate.
     """
+    if (gate is None) != (activation == SQUARED_RELU):
+        raise ValueError(f"activation {activation!r}: {SQUARED_RELU} has no gate, all others have one")
+    if gate is None:
+        return up.relu().square()
     if activation == "silu":
         return F.silu(gate) * up
     if activation == "gelu":
@@ -122,7 +128,7 @@ def paged_attention(
 
 def experts(
     x_TD: torch.Tensor,
-    gate_EFD: torch.Tensor,
+    gate_EFD: torch.Tensor | None,
     up_EFD: torch.Tensor,
     down_EDF: torch.Tensor,
     routing: Routing,
@@ -133,11 +139,13 @@ def experts(
 ) -> torch.Tensor:
     """``sum_k weight_k * down_e(act(gate_e x) * up_e x)`` with ``e = expert_ids[k]``: the mixture, expert by expert.
 
-    The sum over k runs in float32 in the order of the slots, zero experts last.
+    The sum over k runs in float32 in the order of the slots, zero experts last. Without a gate an expert is
+    ``down_e(act(up_e x))``.
     """
 
     def run_expert(expert: int, x: torch.Tensor) -> torch.Tensor:
-        gate = F.linear(x, gate_EFD[expert], None if gate_bias_EF is None else gate_bias_EF[expert])
+        bias = None if gate_bias_EF is None else gate_bias_EF[expert]
+        gate = None if gate_EFD is None else F.linear(x, gate_EFD[expert], bias)
         up = F.linear(x, up_EFD[expert], None if up_bias_EF is None else up_bias_EF[expert])
         down = F.linear(activate(gate, up, activation), down_EDF[expert])
         return down if down_bias_ED is None else down + down_bias_ED[expert]

@@ -65,10 +65,12 @@ def recurrence(
 
     Arguments:
         q_TGC, k_TGC: float32; head ``h`` uses those of group ``h // (H / G)``.
-        v_THV, decay_TH, step_TH: float32.
+        v_THV, step_TH: float32.
+        decay_TH: float32, or one for each channel of the keys, (T, H, C).
         states_NHCV: float32, before this step; overwritten with those after it.
     """
     out_THV, per_group = torch.empty_like(v_THV), v_THV.shape[1] // q_TGC.shape[1]
+    decay_THX1 = decay_TH.view(*decay_TH.shape[:2], -1, 1)
     for slot, first, end, begins in batch.state_runs:
         state_HCV = states_NHCV[slot]
         if begins:
@@ -80,7 +82,7 @@ def recurrence(
                 q_GC = _unit_length(q_GC) * q_GC.shape[-1] ** -0.5
                 k_GC = _unit_length(k_GC)
             q_HC1, k_HC1 = (part.repeat_interleave(per_group, 0).unsqueeze(-1) for part in (q_GC, k_GC))
-            state_HCV *= decay_TH[row, :, None, None]
+            state_HCV *= decay_THX1[row]
             value_HV = v_THV[row]
             if delta_rule:
                 value_HV = value_HV - (state_HCV * k_HC1).sum(1)

@@ -219,12 +219,12 @@ class TorchBackend(HeadLinears, StateOperations):
         down: Sequence[LinearWeights],
         activation: str,
     ) -> ExpertWeights:
-        """Experts of packed projections, one for each expert, in whichever formats they are."""
-        self._fall_back("experts whose projections are in different formats")
+        """Experts of packed projections, one for each expert, in whichever formats they are; gates may be missing."""
+        self._fall_back("experts whose projections are in different formats" if gate else "experts without gates")
         return ExpertWeights(
-            num_experts=len(gate),
-            hidden_size=gate[0].in_features,
-            expert_size=gate[0].out_features,
+            num_experts=len(down),
+            hidden_size=up[0].in_features,
+            expert_size=up[0].out_features,
             activation=activation,
             dtype=self.dtype,
             data=SplitExperts(tuple(gate), tuple(up), tuple(down), activation, self.linear),

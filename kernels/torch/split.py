@@ -1,4 +1,5 @@
-"""Layers whose parts are in different formats: each part is packed by itself, runs by itself, and keeps its format.
+"""Layers whose parts are packed by themselves, run by themselves, and keep their formats: parts in different formats,
+and experts without gates.
 
 Shape suffixes are explained in ``types.py``; N rows that are sorted by expert.
 """
@@ -45,7 +46,10 @@ class SplitLinear:
 
 @dataclass(frozen=True)
 class SplitExperts:
-    """Experts whose projections are linear layers of their own, one for each expert; ``linear`` is the backend's."""
+    """Experts whose projections are linear layers of their own, one for each expert; ``linear`` is the backend's.
+
+    Without gates an expert is the activation between two of them.
+    """
 
     gate: tuple[LinearWeights, ...]
     up: tuple[LinearWeights, ...]
@@ -55,17 +59,19 @@ class SplitExperts:
 
     def run(self, x_TD: torch.Tensor, routing: Routing | None) -> torch.Tensor:
         """(T, D), of x's dtype; without a routing every row uses every expert with weight 1."""
-        routing = all_on(x_TD, len(self.gate)) if routing is None else routing
-        return weighted_sum(x_TD, routing, len(self.gate), self._products)
+        routing = all_on(x_TD, len(self.down)) if routing is None else routing
+        return weighted_sum(x_TD, routing, len(self.down), self._products)
 
     def _products(self, rows_ND: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
         """Every sorted row through its expert, (N, D); unused rows come out undefined."""
         out_ND = torch.empty_like(rows_ND)
         begin, linear = 0, self.linear
-        for gate, up, down, end in zip(self.gate, self.up, self.down, ends_E.tolist(), strict=True):
+        for expert, end in enumerate(ends_E.tolist()):
             if begin < end:
                 x = rows_ND[begin:end].contiguous()
-                out_ND[begin:end] = linear(_activated(linear(x, gate), linear(x, up), self.activation), down)
+                gate_NF = linear(x, self.gate[expert]) if self.gate else None
+                inner_NF = _activated(gate_NF, linear(x, self.up[expert]), self.activation)
+                out_ND[begin:end] = linear(inner_NF, self.down[expert])
             begin = end
         return out_ND
 
@@ -83,14 +89,14 @@ def join_linear(parts: tuple[LinearWeights, ...], linear: Linear) -> LinearWeigh
     )
 
 
-def _activated(gate_NF: torch.Tensor, up_NF: torch.Tensor, activation: str) -> torch.Tensor:
+def _activated(gate_NF: torch.Tensor | None, up_NF: torch.Tensor, activation: str) -> torch.Tensor:
     """The rows' activations, whose bits do not depend on the number of rows.
 
     torch computes what is left over at the end of a tensor, or of a thread's share of it, one by one and with another
     exponential. So rows are whole vectors here, and few enough for one thread.
     """
-    width = gate_NF.shape[1]
-    if gate_NF.is_cuda:
+    width = up_NF.shape[1]
+    if gate_NF is None or gate_NF.is_cuda:  # squares need no exponential
         return reference.activate(gate_NF, up_NF, activation)
     rows = max(1, _SERIAL // (width + _VECTOR))
     wide = [F.pad(part, (0, -width % _VECTOR)).split(rows) for part in (gate_NF, up_NF)]

@@ -50,6 +50,11 @@ class LinearLayout:
     biases: tuple[str, ...] = ()
     orders: tuple[Order, ...] = ()
 
+    def shapes(self) -> Iterator[tuple[str, Shape]]:
+        """Name and shape of every tensor."""
+        yield from ((name, (size, self.inputs)) for name, size in zip(self.weights, self.outputs, strict=True))
+        yield from ((name, (size,)) for name, size in zip(self.biases, self.outputs, strict=False))
+
 
 def linear_layout(
     prefix: str, inputs: int, outputs: Mapping[str, int], *, bias: bool = False, orders: tuple[Order, ...] = ()
@@ -94,10 +99,7 @@ class AttentionLayout:
     def shapes(self) -> Iterator[tuple[str, Shape]]:
         """Name and shape of every tensor."""
         for linear in self.linears.values():
-            yield from (
-                (name, (size, linear.inputs)) for name, size in zip(linear.weights, linear.outputs, strict=True)
-            )
-            yield from ((name, (size,)) for name, size in zip(linear.biases, linear.outputs, strict=False))
+            yield from linear.shapes()
         yield from ((tensor.name, tensor.shape) for tensor in self.tensors.values())
         yield from self.unused.items()
 
@@ -192,6 +194,11 @@ class AttentionSpec(ABC):
     def unrotated_channels(self) -> int:
         """Channels of the same head that are not."""
         return 0
+
+    @property
+    def keeps_keys(self) -> bool:
+        """Whether rows leave keys and values, or what stands for them, in pages of the cache."""
+        return True
 
     @property
     def dense_positions(self) -> int | None:

@@ -95,16 +95,18 @@ class Mamba2Spec(StateSpec):
 
     @classmethod
     def from_config(cls, config: ConfigReader, family: Family, layer: int) -> Self:
+        # transformers holds time steps to limits in prompts only.
+        limits = config.get("time_step_limit")
+        if limits is not None and [float(str(limit)) for limit in _numbers(limits)] != [0.0, float("inf")]:
+            raise config.error("time_step_limit", limits, "0 and infinity")
+        if family.state_parts is not None:
+            return cls(**family.state_parts(config))
         check_activation(config)
         heads = config.integer("mamba_n_heads", 128)
         size = config.integer("mamba_expand", 2) * config.integer("hidden_size")
         channels = config.get("mamba_d_head", "auto")
         if heads < 1 or size % heads or channels not in ("auto", size // heads):
             raise ValueError(f"mamba_n_heads={heads} heads of mamba_d_head={channels} channels do not make {size}")
-        # transformers holds time steps to limits in prompts only.
-        limits = config.get("time_step_limit")
-        if limits is not None and [float(str(limit)) for limit in _numbers(limits)] != [0.0, float("inf")]:
-            raise config.error("time_step_limit", limits, "0 and infinity")
         return cls(
             num_groups=config.integer("mamba_n_groups", 1),
             num_heads=heads,

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from .absent import NoAttentionSpec
 from .extended import ExtendedGqaSpec
 from .gated_delta import GatedDeltaSpec
 from .gated_gqa import GatedGqaSpec
 from .gqa import GqaSpec
+from .kimi_delta import KimiDeltaSpec
 from .kind import AttentionSpec
+from .mamba1 import Mamba1Spec
 from .mamba2 import Mamba2Spec
 from .mla import MlaSpec
 from .short_conv import ShortConvSpec
 
-_OWN = (GqaSpec, ExtendedGqaSpec, GatedGqaSpec, MlaSpec, GatedDeltaSpec, Mamba2Spec, ShortConvSpec)
+_OWN = (
+    *(GqaSpec, ExtendedGqaSpec, GatedGqaSpec, MlaSpec, NoAttentionSpec),
+    *(GatedDeltaSpec, KimiDeltaSpec, Mamba1Spec, Mamba2Spec, ShortConvSpec),
+)
 KINDS: dict[str, type[AttentionSpec]] = {kind.kind: kind for kind in _OWN}
 
 

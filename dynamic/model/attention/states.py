@@ -51,6 +51,10 @@ class StateSpec(AttentionSpec):
     def rotary_channels(self) -> int:
         return 0
 
+    @property
+    def keeps_keys(self) -> bool:
+        return False
+
     @abstractmethod
     def state_shapes(self) -> tuple[Shape, ...]: ...
 

@@ -65,6 +65,7 @@ _QWEN = Family(
     # States are float32 here, and layers for further tokens are left out.
     ignored=frozenset({"mamba_ssm_dtype", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"}) | _LINEAR_KEYS,
     fixed={"attn_output_gate": (True,)},
+    mtp={"layer_types": FULL},
 )
 
 _MAMBA = {"mamba": "mamba2", _LINEAR: "mamba2", "attention": "gqa", FULL: "gqa"}

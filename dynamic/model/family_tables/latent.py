@@ -25,7 +25,7 @@ def _deepseek_v2(config: ConfigReader, layer: int) -> MoESpec | None:
     return dense_first(config, layer)
 
 
-def _by_type(config: ConfigReader, layer: int) -> MoESpec | None:
+def by_mlp_type(config: ConfigReader, layer: int) -> MoESpec | None:
     """Dense layers are those that ``mlp_layer_types`` names, or the first ones."""
     return _of_type(config, layer, layer < config.integer("first_k_dense_replace"))
 
@@ -67,8 +67,9 @@ _V3 = replace(
         **{"n_shared_experts": 1, "first_k_dense_replace": 3},
     },
     ignored=_IGNORED,
+    mtp={"mlp_layer_types": "sparse", "layer_types": None},
 )
-_V32 = replace(_V3, moe=_by_type, attention_parts=_indexed)
+_V32 = replace(_V3, moe=by_mlp_type, attention_parts=_indexed)
 
 LATENT: dict[str, Family] = {
     "deepseek_v2": replace(

@@ -98,6 +98,10 @@ LAYER_TYPES: dict[str, Family] = {
             "layernorm_epsilon": (1e-5,),
         },
         ignored=frozenset({"attention_chunk_size"}),
+        mtp={
+            **{"layer_types": SLIDING, "mlp_layer_types": "dense"},
+            **{"hybrid_layer_pattern": None, "moe_layer_freq": None},
+        },
         head_dim=192,
         norm_eps=1e-5,
         rope=_mimo_kind,

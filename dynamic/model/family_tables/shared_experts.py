@@ -179,6 +179,7 @@ SHARED_EXPERTS: dict[str, Family] = {
             **{"first_k_dense_replace": 1, "n_shared_experts": 1, "n_routed_experts": 128, "num_experts_per_tok": 8},
             "moe_intermediate_size": 1408,
         },
+        mtp={},
     ),
     "exaone_moe": Family(
         kv_heads=32,
@@ -279,6 +280,7 @@ SHARED_EXPERTS: dict[str, Family] = {
             "moe_norm_min": 1e-12,
         },
         ignored=frozenset({"moe_capacity"}),
+        mtp={"moe_layer_start_index": 1 << 16},  # a dense FFN
         fixed={"moe_gate": ("topk",), "moe_use_aux_free": (True,)},
         shared=ffn_names("mlp.shared_experts"),
         router_tensors={
