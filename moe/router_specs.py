@@ -184,7 +184,14 @@ FAMILIES: dict[str, _Rule] = {
     "deepseek_v3": _DEEPSEEK_V3,
     "deepseek_v32": _DEEPSEEK_V3,
     "kimi_k2": _DEEPSEEK_V3,
-    "kimi_linear": _DEEPSEEK_V3,
+    "kimi_linear": _rule(
+        **{
+            **_DEEPSEEK_V3_FIELDS,
+            "top_k": _Key("num_experts_per_tok", "num_experts_per_token"),
+            "renormalize": _Key("norm_topk_prob", "moe_renormalize"),
+            "num_groups": _Key("n_group", "num_expert_group", default=1),
+        }
+    ),
     "glm_moe_dsa": _DEEPSEEK_V3,
     "glm4_moe": _DEEPSEEK_V3,
     "glm4_moe_lite": _DEEPSEEK_V3,

@@ -57,7 +57,8 @@ def test_every_tensor_is_needed_and_no_other_is(checkpoint: Path) -> None:
 
 def test_unknown_keys_layer_types_and_rotations_are_refused(checkpoint: Path) -> None:
     before = (checkpoint / "config.json").read_text()
-    layers, ignored = json.loads(before)["num_hidden_layers"], family_of(json.loads(before)).ignored
+    family = family_of(json.loads(before))
+    layers, ignored = family.settings(json.loads(before))["num_hidden_layers"], family.ignored
     for key, value in (
         ("made_up", 1),
         ("layer_types", ["made_up"] * layers),

@@ -172,6 +172,7 @@ def test_every_tensor_matters(saved: Saved, variant: Variant, tmp_path: Path) ->
         (0, "mamba_hidden_act", "gelu"),
         (0, "layers_block_type", [STATES, "made_up"]),
         (0, "layers_block_type", ["moe", "mlp"]),
+        (0, "layer_types", ["moe", FULL]),
         (0, "hybrid_override_pattern", "ME*-"),
         (0, "hybrid_override_pattern", "MX"),
         (0, "num_hidden_layers", 3),
@@ -203,11 +204,11 @@ def test_what_cannot_be_is_refused(saved: Saved, variant: int, key: str, value: 
 
 
 def test_several_processes_are_refused(saved: Saved) -> None:
-    for variant in (*VARIANTS, MORE[2]):
+    """Layers of one block on any axis; memories of these kinds on the tensor axis."""
+    for variant, expert in ((VARIANTS[0], 1), (VARIANTS[0], 2), (VARIANTS[1], 1), (VARIANTS[3], 1)):
         spec = model_spec(read_json(saved(variant)[0] / "config.json"))
-        for tensor, expert in ((2, 1), (1, 2)):
-            with pytest.raises(ValueError, match="are not shared"):
-                shard_of(spec, tensor, expert, 0)
+        with pytest.raises(ValueError, match="are not shared"):
+            shard_of(spec, 3 - expert, expert, 0)
 
 
 def test_what_experts_of_latents_add_is_not_measured(saved: Saved) -> None:

@@ -33,14 +33,14 @@ def rope_spec(
     """
     name = family.rope(config, layer)
     rope = rope_values(config, family, name)
-    if name is None:
-        config.get("rope_theta")
-        return RopeSpec(head_dim=0, unrotated=rotated + unrotated)
     rope.refuse_unread(ROPE_KEYS | family.rope_keys)
     kinds = {**{kind: kind for kind in ROPE_TYPES}, **family.rope_types}
     kind = rope.choice("rope_type" if "rope_type" in rope.values else "type", kinds, "default")
     if rope.choice("type", kinds, kind) != kind:
         raise rope.error("type", rope.values["type"], f"the same as rope_type, {kind}")
+    if name is None:
+        config.get("rope_theta")
+        return RopeSpec(head_dim=0, unrotated=rotated + unrotated)
     key, default = family.thetas.get(name, ("rope_theta", family.theta))
     theta = rope.number("rope_theta", config.number(key, default) if key else default)
     theta = family.layer_theta(config, layer) or theta

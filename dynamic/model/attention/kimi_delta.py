@@ -20,7 +20,7 @@ from ....kernels.reference.elementwise import sigmoid, softplus
 from ...checkpoint.config_reader import ConfigReader
 from ..family import Family
 from ..norms import TensorLayout
-from .kind import AttentionContext, AttentionLayout, AttentionWeights, Shape, linear_layout
+from .kind import AttentionContext, AttentionCuts, AttentionLayout, AttentionWeights, Shape, linear_layout
 from .states import StateSpec, check_activation
 
 _CONVOLUTIONS = ("q_conv1d", "k_conv1d", "v_conv1d")
@@ -48,6 +48,11 @@ class KimiDeltaWeights(AttentionWeights):
     log_decay_H: torch.Tensor
     decay_bias_X: torch.Tensor
     norm_V: torch.Tensor
+
+    @property
+    def reading(self) -> tuple[LinearWeights, ...]:
+        """The projections that read the layer's input; the first one is the largest."""
+        return self.qkv, self.few
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +123,15 @@ class KimiDeltaSpec(StateSpec):
     def forward(
         self, weights: Any, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
     ) -> torch.Tensor:
+        out_THV, gate_TX = self.advance(weights, x_TD, kv, batch, context)
+        normed_XV = context.backend.rms_norm(out_THV.flatten(0, 1), weights.norm_V, context.norm_eps)
+        gated_TX = normed_XV.view(gate_TX.shape) * sigmoid(gate_TX)
+        return context.backend.linear(gated_TX.to(x_TD.dtype), weights.out)
+
+    def advance(
+        self, weights: Any, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Let normed rows into the states of their sequences: what they read there, and the output's gate."""
         assert isinstance(kv, StateLayer)
         backend, (memory_NHCV, tails_NWX) = context.backend, kv.states
         mixed_TX = backend.linear(x_TD, weights.qkv).float()
@@ -130,9 +144,15 @@ class KimiDeltaSpec(StateSpec):
         decay_THC = torch.exp(-torch.exp(weights.log_decay_H)[:, None] * rate_THC)
         step_TH = sigmoid(step_TH.float())
         out_THV = backend.recurrence(q_THC, k_THC, v_THV, decay_THC, step_TH, memory_NHCV, batch, delta_rule=True)
-        normed_XV = backend.rms_norm(out_THV.flatten(0, 1), weights.norm_V, context.norm_eps)
-        gate_TX = sigmoid(backend.linear(gate_TC.contiguous(), weights.gate).float())
-        return backend.linear((normed_XV.view(gate_TX.shape) * gate_TX).to(x_TD.dtype), weights.out)
+        return out_THV, backend.linear(gate_TC.contiguous(), weights.gate).float()
+
+    def part(self, parts: int, part: int) -> Self:
+        if parts > 1:
+            raise ValueError(f"parallel.tensor={parts}: layers of kind {self.kind!r} are not shared out")
+        return self
+
+    def cuts(self, layout: AttentionLayout, parts: int, part: int) -> AttentionCuts:
+        return AttentionCuts(outputs={}, inputs={})
 
     def flops(self, hidden_size: int) -> int:
         projections = hidden_size * (4 * self.size + 2 * self.channels + self.num_heads)

@@ -18,7 +18,7 @@ from ....kernels.reference.elementwise import silu, softplus
 from ...checkpoint.config_reader import ConfigReader
 from ..family import Family
 from ..norms import TensorLayout
-from .kind import AttentionContext, AttentionLayout, AttentionWeights, Shape, linear_layout
+from .kind import AttentionContext, AttentionCuts, AttentionLayout, AttentionWeights, Shape, linear_layout
 from .states import StateSpec, check_activation, with_taps_first
 
 _NORMS = {"step_norm": "dt_layernorm", "in_norm": "b_layernorm", "out_norm": "c_layernorm"}
@@ -49,6 +49,11 @@ class Mamba1Weights(AttentionWeights):
     step_bias_X: torch.Tensor
     skip_X: torch.Tensor
     conv_bias_X: torch.Tensor | None = None
+
+    @property
+    def reading(self) -> tuple[LinearWeights, ...]:
+        """The projections that read the layer's input; the first one is the largest."""
+        return (self.into,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +133,13 @@ class Mamba1Spec(StateSpec):
     def forward(
         self, weights: Any, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
     ) -> torch.Tensor:
+        out_TX, gate_TX = self.advance(weights, x_TD, kv, batch, context)
+        return context.backend.linear((out_TX * silu(gate_TX)).to(x_TD.dtype), weights.out)
+
+    def advance(
+        self, weights: Any, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Let normed rows into the states of their sequences: what they read there, and the output's gate."""
         assert isinstance(kv, StateLayer)
         backend, (memory_NXC1, tails_NWX) = context.backend, kv.states
         mixed_TX, gate_TX = backend.linear(x_TD, weights.into).float().chunk(2, 1)
@@ -148,8 +160,15 @@ class Mamba1Spec(StateSpec):
         matrices = (part.float()[:, None] for part in (q_TC, k_TC))
         values = mixed_TX[..., None], decay_TXC, step_TX
         out_TX1 = backend.recurrence(*matrices, *values, memory_NXC1, batch, delta_rule=False)
-        out_TX = (out_TX1[..., 0] + mixed_TX * weights.skip_X) * silu(gate_TX)
-        return backend.linear(out_TX.to(x_TD.dtype), weights.out)
+        return out_TX1[..., 0] + mixed_TX * weights.skip_X, gate_TX
+
+    def part(self, parts: int, part: int) -> Self:
+        if parts > 1:
+            raise ValueError(f"parallel.tensor={parts}: layers of kind {self.kind!r} are not shared out")
+        return self
+
+    def cuts(self, layout: AttentionLayout, parts: int, part: int) -> AttentionCuts:
+        return AttentionCuts(outputs={}, inputs={})
 
     def flops(self, hidden_size: int) -> int:
         few = self.rank + 2 * self.state_size

@@ -14,30 +14,33 @@ from .mixtures import DEEPSEEK_RULES, router
 from .rules import FULL, flag_of, layer_type
 
 _STATES, _MIXTURE, _FFN = "linear_attention", "moe", "mlp"
-_LISTS = ("layers_block_type", "layer_types")
+_LISTS, _PATTERN = ("layers_block_type", "layer_types"), "hybrid_override_pattern"
 _LETTERS = {"M": _STATES, "E": _MIXTURE, "*": FULL, "-": _FFN}
 _KINDS = {**{kind: kind for kind in _LETTERS.values()}, "mamba": _STATES, "attention": FULL}
 
 
 def _settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Published files say in letters what each layer is."""
-    reader, pattern = ConfigReader(config), config.get("hybrid_override_pattern")
-    listed = next((config[key] for key in _LISTS if config.get(key) is not None), None)
-    if not isinstance(listed, list | None) or any(kind not in _KINDS for kind in map(str, listed or ())):
-        raise reader.error(_LISTS[0], listed, f"a list of {', '.join(_KINDS)}")
-    kinds = None if listed is None else [_KINDS[kind] for kind in listed]
-    if pattern is not None:
+    reader, said = ConfigReader(config), dict[str, list[str]]()
+    for key in _LISTS:
+        if (listed := config.get(key)) is None:
+            continue
+        if not isinstance(listed, list) or any(str(kind) not in _KINDS for kind in listed):
+            raise reader.error(key, listed, f"a list of {', '.join(_KINDS)}")
+        said[key] = [_KINDS[kind] for kind in listed]
+    if (pattern := config.get(_PATTERN)) is not None:
         if not isinstance(pattern, str) or set(pattern) - set(_LETTERS):
-            raise reader.error("hybrid_override_pattern", pattern, f"a text of the letters {' '.join(_LETTERS)}")
-        spelt = [_LETTERS[letter] for letter in pattern]
-        if kinds not in (None, spelt):
-            raise reader.error("hybrid_override_pattern", pattern, f"what {_LISTS[0]} says, {kinds}")
-        kinds = spelt
-    if kinds is None:
-        raise reader.lacks("hybrid_override_pattern")
+            raise reader.error(_PATTERN, pattern, f"a text of the letters {' '.join(_LETTERS)}")
+        said[_PATTERN] = [_LETTERS[letter] for letter in pattern]
+    if not said:
+        raise reader.lacks(_PATTERN)
+    (first, kinds), *others = said.items()
+    for key, same in others:
+        if same != kinds:
+            raise reader.error(key, config[key], f"what {first} says, {kinds}")
     if (count := reader.integer("num_hidden_layers", len(kinds))) != len(kinds):
         raise reader.error("num_hidden_layers", count, f"{len(kinds)}, as many as there are types of layers")
-    kept = {key: value for key, value in config.items() if key not in (*_LISTS, "hybrid_override_pattern")}
+    kept = {key: value for key, value in config.items() if key not in (*_LISTS, _PATTERN)}
     return {**kept, _LISTS[0]: kinds, "num_hidden_layers": len(kinds)}
 
 
