@@ -25,6 +25,7 @@ from dynamoe.exits.training.exit_heads import ExitHeadsConfig
 from dynamoe.exits.training.heads import HeadTraining
 from dynamoe.kernels.api.types import AttentionBatch
 from test_decoder import random_prompts
+from test_families_parity_nemotron import VARIANTS as OTHERS
 from test_families_parity_states import VARIANTS
 
 EXITS = {1: 0.4, 2: 0.4}
@@ -36,7 +37,10 @@ PROMPTS = random_prompts([1, 7, 33, 12, 20, 5], seed=2)
 Served = list[tuple[list[int], list[int], list[float]]]  # for each prompt: tokens, layers behind each, logprobs
 
 
-@pytest.fixture(scope="module", params=VARIANTS, ids=str)
+MODELS = [*VARIANTS, *(pytest.param(variant, marks=pytest.mark.slow) for variant in OTHERS[1:])]
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=str)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     directory = request.param.save(tmp_path_factory.mktemp("exits"))
     add_exits(directory, EXITS)

@@ -20,14 +20,14 @@ from ....kernels.reference.elementwise import sigmoid, softplus
 from ...checkpoint.config_reader import ConfigReader
 from ..family import Family
 from ..norms import TensorLayout
-from .kind import AttentionContext, AttentionCuts, AttentionLayout, AttentionWeights, Shape, linear_layout
-from .states import StateSpec, check_activation
+from .kind import AttentionContext, AttentionCuts, AttentionLayout, Shape, linear_layout
+from .states import StateSpec, StateWeights, check_activation
 
 _CONVOLUTIONS = ("q_conv1d", "k_conv1d", "v_conv1d")
 
 
 @dataclass(frozen=True, kw_only=True)
-class KimiDeltaWeights(AttentionWeights):
+class KimiDeltaWeights(StateWeights):
     """See :class:`AttentionWeights`.
 
     Arguments:
@@ -51,7 +51,6 @@ class KimiDeltaWeights(AttentionWeights):
 
     @property
     def reading(self) -> tuple[LinearWeights, ...]:
-        """The projections that read the layer's input; the first one is the largest."""
         return self.qkv, self.few
 
 
@@ -131,7 +130,6 @@ class KimiDeltaSpec(StateSpec):
     def advance(
         self, weights: Any, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Let normed rows into the states of their sequences: what they read there, and the output's gate."""
         assert isinstance(kv, StateLayer)
         backend, (memory_NHCV, tails_NWX) = context.backend, kv.states
         mixed_TX = backend.linear(x_TD, weights.qkv).float()
@@ -155,6 +153,9 @@ class KimiDeltaSpec(StateSpec):
         return AttentionCuts(outputs={}, inputs={})
 
     def flops(self, hidden_size: int) -> int:
-        projections = hidden_size * (4 * self.size + 2 * self.channels + self.num_heads)
+        return self.propagation_flops(hidden_size) + 2 * hidden_size * self.size
+
+    def propagation_flops(self, hidden_size: int) -> int:
+        projections = hidden_size * (3 * self.size + 2 * self.channels + self.num_heads)
         gates = 2 * self.channels * self.size
         return 2 * (projections + gates + self.taps * 3 * self.size) + 7 * self.size * self.channels

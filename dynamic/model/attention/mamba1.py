@@ -18,14 +18,14 @@ from ....kernels.reference.elementwise import silu, softplus
 from ...checkpoint.config_reader import ConfigReader
 from ..family import Family
 from ..norms import TensorLayout
-from .kind import AttentionContext, AttentionCuts, AttentionLayout, AttentionWeights, Shape, linear_layout
-from .states import StateSpec, check_activation, with_taps_first
+from .kind import AttentionContext, AttentionCuts, AttentionLayout, Shape, linear_layout
+from .states import StateSpec, StateWeights, check_activation, with_taps_first
 
 _NORMS = {"step_norm": "dt_layernorm", "in_norm": "b_layernorm", "out_norm": "c_layernorm"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mamba1Weights(AttentionWeights):
+class Mamba1Weights(StateWeights):
     """See :class:`AttentionWeights`.
 
     Arguments:
@@ -52,7 +52,6 @@ class Mamba1Weights(AttentionWeights):
 
     @property
     def reading(self) -> tuple[LinearWeights, ...]:
-        """The projections that read the layer's input; the first one is the largest."""
         return (self.into,)
 
 
@@ -139,7 +138,6 @@ class Mamba1Spec(StateSpec):
     def advance(
         self, weights: Any, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Let normed rows into the states of their sequences: what they read there, and the output's gate."""
         assert isinstance(kv, StateLayer)
         backend, (memory_NXC1, tails_NWX) = context.backend, kv.states
         mixed_TX, gate_TX = backend.linear(x_TD, weights.into).float().chunk(2, 1)
@@ -171,6 +169,9 @@ class Mamba1Spec(StateSpec):
         return AttentionCuts(outputs={}, inputs={})
 
     def flops(self, hidden_size: int) -> int:
+        return self.propagation_flops(hidden_size) + 2 * hidden_size * self.num_heads
+
+    def propagation_flops(self, hidden_size: int) -> int:
         few = self.rank + 2 * self.state_size
-        projections = self.num_heads * (3 * hidden_size + few + self.rank)
+        projections = self.num_heads * (2 * hidden_size + few + self.rank)
         return 2 * (projections + self.taps * self.num_heads) + 5 * self.num_heads * self.state_size
