@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from gguf_converters import CONVERTERS, as_converted
 from k_blocks import k_blocks
 from safetensors.torch import load_file, save_file
 
 ARCHITECTURES = {
     "ernie4_5_moe": "ernie4_5-moe",
     "glm4_moe": "glm4moe",
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), "deepseek2"),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite"), "deepseek2"),
+    **{"deepseek_v32": "deepseek32", "glm_moe_dsa": "glm-dsa"},
     "gpt_oss": "gpt-oss",
     "granitemoeshared": "granitemoe",
     "hunyuan_v1_moe": "hunyuan-moe",
@@ -65,6 +67,10 @@ NAMES = {
 ROUTERS = ("gate", "wg", "router.layer", "router", "shared_expert_gate")
 SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}  # bytes of float16 scales
 FLOATS = ("F16", "BF16")
+GENERAL = {
+    **{"general.type": "model", "general.name": "tiny", "general.quantization_version": 2},
+    "quantize.imatrix.file": "somewhere",
+}
 Blocks = dict[bytes, bytes]
 Edit = Callable[[dict[str, Any], dict[str, torch.Tensor]], None]
 
@@ -95,9 +101,14 @@ def write_gguf(
     from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
     config = json.loads((checkpoint / "config.json").read_text())
-    architecture = architecture or ARCHITECTURES.get(config["model_type"], config["model_type"])
-    values = {**metadata(config, architecture), **tokenizer_metadata(checkpoint, pre)}
-    tensors = gguf_tensors(load_file(checkpoint / "model.safetensors"), config, architecture)
+    weights = load_file(checkpoint / "model.safetensors")
+    if config["model_type"] in CONVERTERS:
+        architecture, own, tensors = as_converted(config, weights)
+        values = {**GENERAL, **{f"{architecture}.{key}": value for key, value in own.items()}}
+    else:
+        architecture = architecture or ARCHITECTURES.get(config["model_type"], config["model_type"])
+        values, tensors = metadata(config, architecture), gguf_tensors(weights, config, architecture)
+    values |= tokenizer_metadata(checkpoint, pre)
     if edit is not None:
         edit(values, tensors)
     if one_each:
@@ -117,8 +128,7 @@ def write_gguf(
         part = name.split(".")[2] if name.startswith("blk.") else name.split(".")[0]
         kind = kinds if isinstance(kinds, str) else (kinds or {}).get(part)
         array = weight.contiguous().float().numpy()
-        quantised = weight.dim() > 1 and "norm" not in name and not name.endswith(".bias")
-        raw = GGMLQuantizationType[kind] if kind and quantised else None
+        raw = GGMLQuantizationType[kind] if kind and is_quantised(name, weight, kind) else None
         if raw is None or "ffn_gate_inp" in name:
             writer.add_tensor(name, array)
         else:
@@ -129,6 +139,14 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return file
+
+
+def is_quantised(name: str, weight: torch.Tensor, kind: str) -> bool:
+    """Whether a tensor is one that llama.cpp quantises."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    block, _ = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    return weight.dim() > 1 and "norm" not in name and not name.endswith(".bias") and weight.shape[-1] % block == 0
 
 
 def rounded(array: Any, kind: str) -> Any:
@@ -212,17 +230,14 @@ def metadata(config: dict[str, Any], architecture: str) -> dict[str, Any]:
         "vocab_size": config["vocab_size"],
     }
     own |= shared_metadata(config, architecture)
-    if architecture == "deepseek2":
+    if architecture in LATENT:
         own |= deepseek2_metadata(config)
     if rope.get("rope_type") in ("linear", "yarn"):
         own |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": float(rope["factor"])}
     if rope.get("rope_type") == "yarn":
         own["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
     return {
-        "general.type": "model",
-        "general.name": "tiny",
-        "general.quantization_version": 2,
-        "quantize.imatrix.file": "somewhere",
+        **GENERAL,
         **{f"{architecture}.{key}": value for key, value in own.items() if value is not None},
     }
 
@@ -328,7 +343,10 @@ LATENT_NAMES = {
     **{"self_attn.q_a_proj": "attn_q_a", "self_attn.q_a_layernorm": "attn_q_a_norm", "self_attn.q_b_proj": "attn_q_b"},
     **{"self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa", "self_attn.kv_a_layernorm": "attn_kv_a_norm"},
     **{f"mlp.shared_experts.{part}_proj": f"ffn_{part}_shexp" for part in ("gate", "up", "down")},
+    **{"self_attn.indexer.wq_b": "indexer.attn_q_b", "self_attn.indexer.wk": "indexer.attn_k"},
+    **{"self_attn.indexer.k_norm": "indexer.k_norm", "self_attn.indexer.weights_proj": "indexer.proj"},
 }
+LATENT = ("deepseek2", "deepseek32", "glm-dsa")
 
 
 def deepseek2_tensors(
@@ -336,7 +354,7 @@ def deepseek2_tensors(
 ) -> dict[str, torch.Tensor]:
     """Of those that other architectures do not have: keys and values are made of a latent head by head."""
     if stem in LATENT_NAMES:
-        return {f"{block}{LATENT_NAMES[stem]}.weight": weight}
+        return {f"{block}{LATENT_NAMES[stem]}.{kind}": weight}
     if stem.endswith("e_score_correction_bias"):
         return {f"{block}exp_probs_b.bias": weight}
     if stem != "self_attn.kv_b_proj":
@@ -349,7 +367,8 @@ def deepseek2_tensors(
 
 def deepseek2_metadata(config: dict[str, Any]) -> dict[str, Any]:
     rank, rotated = config["kv_lora_rank"], config["qk_rope_head_dim"]
-    sigmoid, rope = config["model_type"] == "deepseek_v3", config["rope_parameters"]
+    sigmoid, rope = config["model_type"] != "deepseek_v2", config["rope_parameters"]
+    dense = (config.get("mlp_layer_types") or []).count("dense")
     own = {
         "attention.head_count_kv": 1,
         "attention.key_length": rank + rotated,
@@ -359,12 +378,15 @@ def deepseek2_metadata(config: dict[str, Any]) -> dict[str, Any]:
         "attention.kv_lora_rank": rank,
         "attention.q_lora_rank": config["q_lora_rank"],
         "rope.dimension_count": rotated,
-        "leading_dense_block_count": config["first_k_dense_replace"],
+        "leading_dense_block_count": config.get("first_k_dense_replace", dense),
         "expert_count": config["n_routed_experts"],
         "expert_shared_count": config["n_shared_experts"],
         "expert_weights_scale": float(config["routed_scaling_factor"]),
         "expert_weights_norm": config["norm_topk_prob"],
-        "expert_gating_func": 2 if sigmoid else 1,
+        "expert_gating_func": None if config["model_type"] == "glm4_moe_lite" else 2 if sigmoid else 1,
+        "attention.indexer.head_count": config.get("index_n_heads"),
+        "attention.indexer.key_length": config.get("index_head_dim"),
+        "attention.indexer.top_k": config.get("index_topk"),
     }
     if sigmoid:
         own |= {"expert_group_count": config["n_group"], "expert_group_used_count": config["topk_group"]}
@@ -408,4 +430,4 @@ def nothing(*_: Any) -> dict[str, torch.Tensor]:
     return {}
 
 
-OWN_TENSORS = {"deepseek2": deepseek2_tensors, "gpt-oss": gpt_oss_tensors}
+OWN_TENSORS = {**dict.fromkeys(LATENT, deepseek2_tensors), "gpt-oss": gpt_oss_tensors}

@@ -16,7 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import test_families_parity_latent
 import test_gguf
+import test_gguf_families
 import torch
 from conftest import FAMILIES, add_exits
 from dynamoe.dynamic.convert.load_model import load_model
@@ -149,13 +151,14 @@ def row(variant: Variant, reference: Callable[[Path], Any]) -> dict[str, str]:
         if not any(layer.moe for layer in spec.layers):
             del cells["expert axis"]
         found = {name: attempt(cell) for name, cell in cells.items()}
-        return {**found, "GGUF": EXACT if variant.family in gguf_families() else REFUSED}
+        name = variant.family.removesuffix("_text")
+        return {**found, "GGUF": EXACT if {name, variant.family} & gguf_families() else REFUSED}
 
 
 def gguf_families() -> set[str]:
     """Families whose GGUF files are tested against transformers."""
-    latent = {"deepseek_v2", "deepseek_v3"}  # in test_families_parity_latent.py
-    return {"gpt_oss", *latent, *(family for family, _, _ in test_gguf.FILES.values())}
+    latent = {variant.family for variant, _ in test_families_parity_latent.GGUF.values()}
+    return {"gpt_oss", *latent, *(family for family, *_ in test_gguf.FILES.values()), *test_gguf_families.FAMILIES}
 
 
 COLUMNS = ("float32", "bfloat16", "int8", "int4", "int8 cache", "GGUF", "exits", "tensor axis", "expert axis")

@@ -337,6 +337,10 @@ GGUF = {
     "v3": (variant("deepseek_v3", **DENSE_FIRST, rope_parameters={**YARN, "mscale": 0.9}), {}),
     "v3-older": (variant("deepseek_v3", **DENSE_FIRST), {"edit": one_tensor_for_keys_and_values}),
     "v2-lite": (variant("deepseek_v2", **DENSE_FIRST, q_lora_rank=None, n_group=1, topk_group=1), {}),
+    "v3.2": (FAST["v3.2"], {}),
+    "glm-lite": (variant("glm4_moe_lite", n_group=1, topk_group=1), {}),
+    "glm-5": (FAST["glm-5"], {}),
+    "kimi-k2": (SLOW["kimi-k2"], {"pre": "kimi-k2"}),
 }
 
 

@@ -51,7 +51,7 @@ KEYS: dict[str, tuple[str, Callable[[Values, Tensors], Any], str]] = {
     "final softcap": ("llama", add(final_logit_softcapping=30.0), "final_logit_softcapping' = 30.0"),
     "scale": ("llama", add(attention__scale=0.5), "llama.attention.scale' = 0.5"),
     "logit scale": ("llama", add(logit_scale=2.0), "llama.logit_scale' = 2.0"),
-    "rope type": ("llama", add(rope__scaling__type="longrope"), "rope.scaling.type must be none, linear or yarn"),
+    "rope type": ("llama", add(rope__scaling__type="su"), "rope.scaling.type must be none, linear, yarn or longrope"),
     "yarn extrapolation": ("llama", add(rope__scaling__yarn_ext_factor=0.5), "yarn_ext_factor must be left away"),
     "yarn extrapolation without yarn": ("llama", add(rope__scaling__yarn_ext_factor=1.0), "yarn_ext_factor must be left away"),
     "yarn without extrapolation": (

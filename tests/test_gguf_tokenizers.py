@@ -125,6 +125,11 @@ GPT4O = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Kimi K2's, as its own code has them: GPT-4o's, with Chinese characters apart.
+KIMI = r"\p{Han}+|" + GPT4O.replace(r"[\p{Lu}", r"(?:(?!\p{Han})[\p{Lu}").replace(r"[\p{Ll}", r"(?:(?!\p{Han})[\p{Ll}")
+for case in (r"\p{M}]*", r"\p{M}]+"):
+    KIMI = KIMI.replace(case, case[:-1] + ")" + case[-1])
+KIMI = KIMI.replace(r"[\r\n/]*", r"[\r\n]*")
 SOURCES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "gpt-2": of_transformers("gpt2", "GPT2Tokenizer"),
     "qwen2": of_transformers("qwen2", "Qwen2Tokenizer"),
@@ -138,6 +143,7 @@ SOURCES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "dbrx": tiktoken(LLAMA3),
     "gpt-4o": tiktoken(GPT4O),
     "llama4": tiktoken(GPT4O),
+    "kimi-k2": tiktoken(KIMI),
 }
 
 
@@ -166,6 +172,10 @@ PIECES = {
     "deepseek-llm": ["He", "'", "LL", " pay", " ", "12345", " HelloWorld", "'", "s", " <", "é", "漢字", ">", "\n", "\n", " ", " ok"],
     "deepseek-coder": ["He", "'", "LL", " pay", " ", *"12345", " HelloWorld", "'", "s", " <", "é", "漢字", ">", "\n", "\n", " ", " ok"],
     "seed-coder": ["He", "'LL", " pay", " ", *"12345", " HelloWorld", "'s", " <", "é漢字", ">", "\n\n", " ", " ok"],
+    "kimi-k2": ["He'LL", " pay", " ", "123", "45", " Hello", "World's", " <", "é", "漢字", ">\n\n", " ", " ok"],
+    "tiny_aya": ["He'LL", " pay", " ", "12", "345", " Hello", "World's", " <", "é漢字", ">\n\n", " ", " ok"],
+    "afmoe": ["He", "'LL", " pay", " ", "12", "345", " HelloWorld", "'s", " <", "é", "漢字", ">\n\n", " ", " ok"],
+    "exaone-moe": ["He", "'LL", " pay", " ", *"12345", " HelloWorld", "'s", " <", "é漢字", ">\n", "\n", " ", " ok"],
     "falcon": ["He", "'", "LL", " pay", " ", "123", "45", " HelloWorld", "'", "s", " ", "<", "é漢字", ">", "\n\n ", " ok"],
     "bloom": ["He'LL", " pay", " 12345", " HelloWorld's", " <é漢字>", "\n\n ", " ok"],
     "viking": ["He'LL", " pay", " ", *"12345", " HelloWorld's", " <é漢字>", "\n\n ", " ok"],
@@ -197,9 +207,9 @@ def test_every_rule_compiles_and_loses_no_text(imported: Callable[..., Tokenizer
     ("values", "fault"),
     [
         ({"tokenizer.ggml.pre": "my-own"}, "tokenizer.ggml.pre must be a pre-tokenizer that is known.*'my-own'"),
-        ({"tokenizer.ggml.pre": "kimi-k2"}, "tokenizer.ggml.pre must be .*'kimi-k2'"),
+        ({"tokenizer.ggml.pre": "superbpe"}, "tokenizer.ggml.pre must be .*'superbpe'"),
         ({"tokenizer.ggml.pre": None}, "lacks the metadata entry 'tokenizer.ggml.pre'"),
-        ({"tokenizer.ggml.model": "t5"}, "tokenizer.ggml.model must be gpt2 or llama.*'t5'"),
+        ({"tokenizer.ggml.model": "t5"}, "tokenizer.ggml.model must be one of gpt2, llama.*'t5'"),
         ({"tokenizer.ggml.merges": ["ab"]}, "tokenizer.ggml.merges must be pairs"),
         ({"tokenizer.ggml.merges": ["no such"]}, "its tokenizer makes no sense"),
         ({"tokenizer.ggml.merges": None}, "lacks the metadata entry 'tokenizer.ggml.merges'"),
@@ -294,6 +304,40 @@ def test_sentence_piece_tokenizers_give_the_same_ids_and_texts(
         assert tokenizer.decode(wanted.ids) == source.decode(wanted.ids)
     assert tokenizer.bos_token_id == 1
     assert tokenizer.eos_token_id == 2
+
+
+def in_gemma4(source: Backend) -> dict[str, Any]:
+    """As a converter writes Gemma 4's tokenizer: merges on texts whose spaces are replaced, and no space in front."""
+    merges = json.loads(source.to_str())["model"]["merges"]
+    return {
+        **scores_in_gguf(source),
+        "tokenizer.ggml.model": "gemma4",
+        "tokenizer.ggml.pre": "gemma4",
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in merges],
+    }
+
+
+def test_gemma4_tokenizers_give_the_same_ids_and_texts(imported: Callable[..., Tokenizer]) -> None:
+    source = sentence_piece(prefix=False)
+    tokenizer = imported(in_gemma4(source))
+    for text in TEXTS:
+        wanted = source.encode(text)
+        assert tokenizer.encode(text) == wanted.ids, text
+        assert tokenizer.decode(wanted.ids) == source.decode(wanted.ids)
+
+
+@pytest.mark.parametrize(
+    ("values", "fault"),
+    [
+        ({"tokenizer.ggml.merges": None}, "lacks the metadata entry 'tokenizer.ggml.merges'"),
+        ({"tokenizer.ggml.pre": "qwen2"}, "tokenizer.ggml.pre must be default with the tokenizer gemma4"),
+    ],
+)
+def test_gemma4_tokenizers_without_their_rule_are_refused(
+    imported: Callable[..., Tokenizer], values: dict[str, Any], fault: str
+) -> None:
+    with pytest.raises(ValueError, match=fault):
+        imported({**in_gemma4(sentence_piece(prefix=False)), **values})
 
 
 def test_scores_merge_as_sentence_piece_does(imported: Callable[..., Tokenizer]) -> None:

@@ -1,12 +1,14 @@
-"""The table of GGUF's architectures: their metadata as a ``config.json``, their tensors under Hugging Face's names.
+"""From a GGUF file to a ``config.json`` and to tensors under Hugging Face's names, by the tables of architectures.
 
-A new architecture is a new entry here. Rules and defaults are those of llama.cpp, which the files are made for.
+A new architecture is a new entry in one of the tables. Rules and defaults are those of llama.cpp, which the files are
+made for.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,143 +16,52 @@ import torch
 from ..checkpoint.gguf_file import GgufTensor
 from ..checkpoint.weights import CheckpointError
 from ..model.families import FAMILIES
-from ..model.family import one_each
-from .gguf_latent import DEEPSEEK2
+from ..model.family import Family, one_each
+from .gguf_latent import LATENT
+from .gguf_layer_types import LAYER_TYPES
+from .gguf_llama_like import LLAMA_LIKE
 from .gguf_metadata import Metadata
-from .gguf_rope import ROPE_FREQUENCIES, rope_scaling
-from .gguf_settings import TOP_K_THEN_SOFTMAX, Architecture, Tensors, experts_of, has_bias, head_dim_of, heads_of
+from .gguf_norms import NORMS
+from .gguf_parts import Config, Part, Rule, less, shape_error
+from .gguf_rope import SKIPPED, rope_scaling
+from .gguf_settings import FULL, SLIDING, Architecture, Tensors, layers_of
 from .gguf_shared_experts import SHARED_EXPERTS
+from .gguf_states import STATES
 
-STACKED = "_exps."  # in the names of tensors that hold all experts of a layer
 _MOST_LAYERS = 1 << 12
 _SMALLEST_EXPERT = 1024  # bytes of a projection: no file may name far more tensors than it has bytes for
-# Frequencies of the rotary embedding, which follow from the metadata: old files have them, llama.cpp skips them.
-_SKIPPED = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")
 _BLOCK_TENSOR = re.compile(
-    r"blk\.(?P<block>0|[1-9]\d{0,4})\.(?P<part>\w+?)(\.(?P<expert>0|[1-9]\d{0,4}))?\.(?P<kind>weight|bias)"
+    r"blk\.(?P<block>0|[1-9]\d{0,4})\.(?P<part>\w+(\.[a-z]\w*)?)(\.(?P<expert>0|[1-9]\d{0,4}))?\.(?P<kind>weight|bias|scale)"
 )
+_BARE_TENSOR = re.compile(r"blk\.(?P<block>0|[1-9]\d{0,4})\.(?P<part>ssm_[ad]|exp_probs_b)(?P<kind>)(?P<expert>)")
 _OTHER_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-_BLOCK_NAMES = {
-    "attn_norm": "input_layernorm",
+_ATTENTION = {
     **{f"attn_{part}": f"self_attn.{part}_proj" for part in "qkv"},
     "attn_output": "self_attn.o_proj",
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    **{f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
-    **{f"ffn_{part}_shexp": f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")},
-    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
 }
-_EXPERTS = {"ffn_gate": "gate", "ffn_up": "up", "ffn_down": "down"}
-CLASSES = {
-    **{"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "mixtral": "MixtralForCausalLM"},
-    **{"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "olmoe": "OlmoeForCausalLM"},
-    **{"qwen2_moe": "Qwen2MoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"},
-    **{"granitemoe": "GraniteMoeForCausalLM", "gpt_oss": "GptOssForCausalLM"},
-    **{"granitemoeshared": "GraniteMoeSharedForCausalLM", "glm4_moe": "Glm4MoeForCausalLM"},
-    **{"dots1": "Dots1ForCausalLM", "ernie4_5_moe": "Ernie4_5_MoeForCausalLM"},
-    "hunyuan_v1_moe": "HunYuanMoEV1ForCausalLM",
-    **{"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"},
+_NORMS = {
+    "attention": "attn_norm",
+    "attention_out": "post_attention_norm",
+    "ffn": "ffn_norm",
+    "ffn_out": "post_ffw_norm",
 }
-
-
-def _llama(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
-    """Llama, Mistral and Mixtral, and what has Llama's shape and biases."""
-    window = {"sliding_window": meta.integer(".attention.sliding_window", 0) or None}
-    if meta.integer(".expert_count", 0):
-        return {"model_type": "mixtral", **window, **experts_of(meta, tensors, "num_local_experts", normalised=True)}
-    if window["sliding_window"]:
-        return {"model_type": "mistral", **window}
-    if has_bias(tensors, "attn_q") and not has_bias(tensors, "attn_output"):
-        return {"model_type": "qwen2", "use_sliding_window": False}
-    return {
-        "model_type": "llama",
-        "attention_bias": has_bias(tensors, "attn_q", "attn_output"),
-        "mlp_bias": has_bias(tensors, "ffn_up"),
-    }
-
-
-def _qwen2(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
-    return {"model_type": "qwen2", **_window(meta)}
-
-
-def _qwen3(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
-    return {"model_type": "qwen3", "attention_bias": has_bias(tensors, "attn_q"), **_window(meta)}
-
-
-def _olmoe(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
-    clip = meta.number(".attention.clamp_kqv", 0.0)
-    return {
-        "model_type": "olmoe",
-        "attention_bias": has_bias(tensors, "attn_q"),
-        "clip_qkv": clip or None,
-        "norm_topk_prob": meta.flag(".expert_weights_norm", False),
-        **experts_of(meta, tensors, "num_experts"),
-    }
-
-
-def _qwen2moe(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
-    shared = next((t.shape[0] for name, t in tensors.items() if name.endswith(".ffn_up_shexp.weight")), 0)
-    if meta.integer(".expert_shared_count", 1) != 1:
-        raise meta.error(".expert_shared_count", meta.get(".expert_shared_count"), "1")
-    return {
-        "model_type": "qwen2_moe",
-        "qkv_bias": has_bias(tensors, "attn_q"),
-        "shared_expert_intermediate_size": meta.integer(".expert_shared_feed_forward_length", shared),
-        **_window(meta),
-        **_sparse_qwen(meta, tensors, normalised=False),
-    }
-
-
-def _qwen3moe(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
-    window = _window(meta)
-    if "full_attention" in window.pop("layer_types", ()):
-        raise meta.error(".attention.sliding_window_pattern", "some layers", "all layers, or none")
-    bias = {"attention_bias": has_bias(tensors, "attn_q")}
-    return {"model_type": "qwen3_moe", **bias, **window, **_sparse_qwen(meta, tensors, normalised=True)}
-
-
-def _gpt_oss(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
-    if (rule := meta.integer(".expert_gating_func", 0)) not in (0, TOP_K_THEN_SOFTMAX):
-        raise meta.error(".expert_gating_func", rule, f"{TOP_K_THEN_SOFTMAX}, or left away")
-    return {
-        "model_type": "gpt_oss",
-        "attention_bias": has_bias(tensors, "attn_q", "attn_output"),
-        "sliding_window": meta.integer(".attention.sliding_window"),
-        **experts_of(meta, tensors, "num_local_experts", normalised=True),
-    }
-
-
-def _sparse_qwen(meta: Metadata, tensors: Tensors, *, normalised: bool) -> dict[str, Any]:
-    dense = [n for n in range(meta.integer(".block_count")) if f"blk.{n}.ffn_gate.weight" in tensors]
-    experts = experts_of(meta, tensors, "num_experts")
-    return {
-        "norm_topk_prob": meta.flag(".expert_weights_norm", normalised),
-        "moe_intermediate_size": experts.pop("intermediate_size"),
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": dense,
-        **experts,
-    }
-
+_PROJECTIONS = ("gate", "up", "down")
+_EXPERTS = {f"ffn_{part}": part for part in _PROJECTIONS}
+_GATES_AND_UPS = "ffn_gate_up_exps"
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture(settings=_llama, rotary_pairs=True),
-    "qwen2": Architecture(settings=_qwen2),
-    "qwen2moe": Architecture(settings=_qwen2moe),
-    "qwen3": Architecture(settings=_qwen3),
-    "qwen3moe": Architecture(settings=_qwen3moe),
-    "olmoe": Architecture(settings=_olmoe),
-    "deepseek2": DEEPSEEK2,
-    "gpt-oss": Architecture(
-        settings=_gpt_oss,
-        names={"post_attention_norm.weight": "post_attention_layernorm.weight", "attn_sinks.weight": "self_attn.sinks"},
-        yarn={"truncate": False},  # which the files do not say
-    ),
+    **LLAMA_LIKE,
     **SHARED_EXPERTS,
+    **LATENT,
+    **LAYER_TYPES,
+    **NORMS,
+    **STATES,
 }
 
 
@@ -171,80 +82,160 @@ def model_config(
     architecture = ARCHITECTURES[meta.architecture]
     if (embedding := tensors.get("token_embd.weight")) is None or len(embedding.shape) != 2:
         raise CheckpointError(f"{meta.file} lacks the tensor 'token_embd.weight' of two dimensions")
-    layers = architecture.layers(meta)
+    layers = layers_of(meta)
     if not 0 <= layers <= (most := min(len(tensors), _MOST_LAYERS)):
         raise meta.error(".block_count", meta.get(".block_count"), f"at most {most}, for {len(tensors)} tensors")
-    hidden, heads, head_dim = meta.integer(".embedding_length"), heads_of(meta), head_dim_of(meta)
-    for key in () if architecture.latent else (".attention.value_length", ".rope.dimension_count"):
-        if meta.integer(key, head_dim) != head_dim and not (architecture.partial_rotary and key.startswith(".rope")):
-            raise meta.error(key, meta.get(key), f"the width of a head, {head_dim}")
     vocabulary = meta.integer(".vocab_size", embedding.shape[0])
     if vocabulary != embedding.shape[0]:
         raise meta.error(".vocab_size", vocabulary, f"the rows of 'token_embd.weight', {embedding.shape[0]}")
-    own = architecture.settings(meta, tensors)
-    scaling = rope_scaling(meta, tensors, read, architecture.latent)
-    if scaling is not None and scaling["rope_type"] == "yarn":
-        scaling |= architecture.yarn
+    heads, own = architecture.heads(meta), architecture.settings(meta, tensors)
+    epsilon = next((item for item in architecture.epsilons.items() if meta.has(item[1])), None)
+    name, key = epsilon or next(iter(architecture.epsilons.items()))
     return {
-        "architectures": [CLASSES[own["model_type"]]],
         "vocab_size": vocabulary,
-        "hidden_size": hidden,
+        "hidden_size": meta.integer(".embedding_length"),
         "intermediate_size": meta.of_all_layers(".feed_forward_length", 0),
         "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": meta.of_all_layers(".attention.head_count_kv", heads),
-        "head_dim": head_dim,
+        **heads,
         "hidden_act": "silu",
         "max_position_embeddings": meta.integer(".context_length"),
-        "rms_norm_eps": meta.number(".attention.layer_norm_rms_epsilon"),
-        "rope_theta": meta.number(".rope.freq_base", 10000.0),
-        "rope_scaling": scaling,
+        name: meta.number(key),
+        **_rotations(meta, rope_scaling(meta, tensors, read, architecture.latent), architecture, {**heads, **own}),
         "tie_word_embeddings": "output.weight" not in tensors,
         **own,
     }, architecture
 
 
-def hugging_face_names(
-    tensor: GgufTensor, architecture: Architecture, config: Mapping[str, Any], num_experts: int
-) -> list[str]:
-    """What Hugging Face calls a tensor: one name, or one for each expert that it holds; none for one that is skipped.
+def _rotations(
+    meta: Metadata, scaling: dict[str, Any] | None, architecture: Architecture, config: Config
+) -> dict[str, Any]:
+    base = meta.number(".rope.freq_base", 10000.0)
+    if scaling is not None:
+        scaling |= architecture.scaling(meta)
+    if FULL not in FAMILIES[config["model_type"]].thetas:
+        # A null would be a statement in some families.
+        return {"rope_theta": base, **({} if scaling is None else {"rope_scaling": scaling})}
+    # Layers with a window rotate by a base of their own, and unscaled.
+    own = meta.number(".rope.freq_base_swa", architecture.window_theta or base)
+    part = {name: config[name] for name in ("partial_rotary_factor",) if name in config}
+    plain = {"rope_type": "default", **part}
+    full = {**(plain if scaling is None else {**part, **scaling}), "rope_theta": base}
+    return {"rope_parameters": {FULL: full, SLIDING: {**plain, "rope_theta": own}}}
+
+
+def parts_of(
+    tensor: GgufTensor, architecture: Architecture, config: Config, num_experts: int, num_blocks: int
+) -> list[Part]:
+    """What a tensor holds, under Hugging Face's names; nothing for one that is skipped.
+
+    Arguments:
+        num_blocks: those behind the model's layers are for further tokens, and skipped.
 
     Raises:
-        CheckpointError: for a name that is not known.
+        CheckpointError: for a name that is not known, or a shape that cannot be.
     """
     name, family = tensor.name, FAMILIES[config["model_type"]]
-    if name in _OTHER_NAMES:
-        return [_OTHER_NAMES[name]]
-    if name == ROPE_FREQUENCIES or _SKIPPED.fullmatch(name):
+    if (whole := {**_OTHER_NAMES, **architecture.others}.get(name)) is not None:
+        return [_norm_part(Part(name=whole, shape=tensor.shape), name, architecture)]
+    if SKIPPED.fullmatch(name):
         return []
-    block = re.match(r"blk\.(\d{1,6})\.", name)
-    if architecture.further_tokens and block and int(block[1]) >= config["num_hidden_layers"]:
+    match = _BLOCK_TENSOR.fullmatch(name) or _BARE_TENSOR.fullmatch(name)
+    if match is None:
+        raise _unknown(tensor)
+    if config["num_hidden_layers"] <= int(match["block"]) < num_blocks:
         return []
-    match = _BLOCK_TENSOR.fullmatch(name)
-    if match:
-        part, kind, prefix = match["part"], match["kind"], f"model.layers.{match['block']}."
-        if (own := architecture.names.get(f"{part}.{kind}")) is not None:
-            return [prefix + own]
-        if match["expert"]:
-            if part in _EXPERTS and kind == "weight":
-                return [prefix + getattr(one_each(family), _EXPERTS[part]).replace("{e}", match["expert"])]
-        elif part in _BLOCK_NAMES:
-            return [f"{prefix}{_BLOCK_NAMES[part]}.{kind}"]
-        elif part == "ffn_gate_inp":
-            return [prefix + of_kind(family.router[0], kind)]
-        elif (stem := part.removesuffix("_exps")) in _EXPERTS and stem != part:
-            dimensions, smallest = (3, num_experts * _SMALLEST_EXPERT) if kind == "weight" else (2, 0)
-            if (
-                len(tensor.shape) != dimensions
-                or tensor.shape[0] != num_experts
-                or tensor.end - tensor.begin < smallest
-            ):
-                raise CheckpointError(
-                    f"{tensor.file}: tensor {name!r} has shape {tensor.shape}, and there are {num_experts} experts"
-                )
-            pattern = of_kind(getattr(one_each(family), _EXPERTS[stem]), kind)
-            return [prefix + pattern.replace("{e}", str(expert)) for expert in range(num_experts)]
-    raise CheckpointError(f"{tensor.file}: tensor {name[:100]!r} is not one of the model's")
+    prefix, theirs = f"model.layers.{match['block']}.", f"{match['part']}.{match['kind']}"
+    parts = _block_parts(match, tensor, architecture, family, config, num_experts)
+    return [_norm_part(replace(part, name=prefix + part.name), theirs, architecture) for part in parts]
+
+
+def _block_parts(
+    match: re.Match[str],
+    tensor: GgufTensor,
+    architecture: Architecture,
+    family: Family,
+    config: Config,
+    num_experts: int,
+) -> list[Part]:
+    part, kind, expert = match["part"], match["kind"], match["expert"]
+    if expert:
+        if part in _EXPERTS and kind == "weight":
+            name = getattr(one_each(family), _EXPERTS[part]).replace("{e}", expert)
+            return [Part(name=name, shape=tensor.shape)]
+        raise _unknown(tensor)
+    own = architecture.names.get(f"{part}.{kind}" if kind else part)
+    if isinstance(own, Rule):
+        return own.make(tensor, config)
+    if own is None and kind in ("weight", "bias"):
+        own = _own_names(family, kind).get(part)
+    if own is not None:
+        shape = (1, *tensor.shape) if part == "ffn_gate_inp_shexp" and len(tensor.shape) == 1 else tensor.shape
+        return [_paired(Part(name=own, shape=shape), part, tensor, architecture, config)]
+    stem = part.removesuffix("_exps")
+    if kind == "scale" or (part != _GATES_AND_UPS and (stem not in _EXPERTS or stem == part)):
+        raise _unknown(tensor)
+    dimensions, smallest = (3, num_experts * _SMALLEST_EXPERT) if kind == "weight" else (2, 0)
+    if len(tensor.shape) != dimensions or tensor.shape[0] != num_experts or tensor.end - tensor.begin < smallest:
+        raise CheckpointError(
+            f"{tensor.file}: tensor {tensor.name!r} has shape {tensor.shape}, and there are {num_experts} experts"
+        )
+    return _expert_parts(tensor, family, kind, ("gate", "up") if part == _GATES_AND_UPS else (_EXPERTS[stem],))
+
+
+def _expert_parts(tensor: GgufTensor, family: Family, kind: str, projections: tuple[str, ...]) -> list[Part]:
+    """One expert after the other, of each first its gate and then its up where both are in one tensor."""
+    count, outputs = tensor.shape[:2]
+    size = outputs // len(projections)
+    if (kind != "weight" and len(projections) > 1) or size * len(projections) != outputs:
+        raise shape_error(tensor, "as many gates as ups, and no biases")
+    shape, parts = (size, *tensor.shape[2:]), []
+    # Of a bias the last dimension is that of a row.
+    step = size if kind == "weight" else 1
+    for expert in range(count):
+        for number, projection in enumerate(projections):
+            name = of_kind(getattr(one_each(family), projection), kind).replace("{e}", str(expert))
+            first = (expert * len(projections) + number) * step
+            parts.append(Part(name=name, shape=shape, rows=slice(first, first + step)))
+    return parts
+
+
+def _paired(part: Part, stem: str, tensor: GgufTensor, architecture: Architecture, config: Config) -> Part:
+    """Rows of queries and keys in Hugging Face's order."""
+    keys = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
+    if stem not in keys or not architecture.rotary_pairs:
+        return part
+    heads, rows = config[keys[stem]], tensor.shape[0]
+    if heads < 1 or rows % (2 * heads):
+        raise CheckpointError(
+            f"{tensor.file}: tensor {tensor.name!r} has shape {tensor.shape}, which {heads} heads do not share"
+        )
+    order = torch.arange(rows).view(heads, rows // heads // 2, 2).transpose(1, 2).flatten()
+    return replace(part, rows=order)
+
+
+def _norm_part(part: Part, theirs: str, architecture: Architecture) -> Part:
+    """Without the offset that the family adds."""
+    if not architecture.norm_offset or not theirs.endswith("_norm.weight") or theirs.startswith("ssm_"):
+        return part
+    return replace(part, change=less(architecture.norm_offset))
+
+
+def _own_names(family: Family, kind: str) -> dict[str, str]:
+    """What a family calls parts of a block, by what all files call them."""
+    dense, shared = family.dense[0], family.shared[0]
+    names = {theirs: f"{ours}.{kind}" for theirs, ours in _ATTENTION.items()}
+    names |= {_NORMS[ours]: f"{module}.{kind}" for ours, module in family.norm_modules.items() if ours in _NORMS}
+    for part in _PROJECTIONS:
+        names[f"ffn_{part}"] = of_kind(getattr(dense, part), kind)
+        names[f"ffn_{part}_shexp"] = of_kind(getattr(shared, part), kind)
+    names |= {"ffn_gate_inp": of_kind(family.router[0], kind), "ffn_gate_inp_shexp": of_kind(family.shared_gate, kind)}
+    if kind == "bias" and "selection_bias_E" in family.router_tensors:
+        names["exp_probs_b"] = family.router_tensors["selection_bias_E"][0]
+    return names
+
+
+def _unknown(tensor: GgufTensor) -> CheckpointError:
+    return CheckpointError(f"{tensor.file}: tensor {tensor.name[:100]!r} is not one of the model's")
 
 
 def of_kind(weight: str, kind: str) -> str:
@@ -254,12 +245,13 @@ def of_kind(weight: str, kind: str) -> str:
 
 def gguf_names(architecture: Architecture, model_type: str, message: str) -> str:
     """A message in which tensors are called what the file calls them."""
-    names = {theirs: ours for ours, theirs in _OTHER_NAMES.items()}
+    family = FAMILIES[model_type]
+    names = {theirs: ours for ours, theirs in {**_OTHER_NAMES, **architecture.others}.items()}
     parts = {
-        f"{theirs}.{kind}": f"{ours}.{kind}" for ours, theirs in _BLOCK_NAMES.items() for kind in ("weight", "bias")
+        theirs: f"{ours}.{kind}" for kind in ("bias", "weight") for ours, theirs in _own_names(family, kind).items()
     }
-    parts |= {of_kind(FAMILIES[model_type].router[0], kind): f"ffn_gate_inp.{kind}" for kind in ("weight", "bias")}
-    parts |= {theirs: ours for ours, theirs in architecture.names.items()}
+    for ours, own in architecture.names.items():
+        parts |= dict.fromkeys(own.names if isinstance(own, Rule) else (own,), ours)
 
     def renamed(match: re.Match[str]) -> str:
         name = match[1]
@@ -272,15 +264,3 @@ def gguf_names(architecture: Architecture, model_type: str, message: str) -> str
         return repr(names.get(name, name))
 
     return re.sub(r"'((?:model|lm_head)\.[\w.]+)'", renamed, message)
-
-
-def _window(meta: Metadata) -> dict[str, Any]:
-    """Qwen's sliding windows, in the layers that a pattern names."""
-    size, layers = meta.integer(".attention.sliding_window", 0), meta.integer(".block_count")
-    pattern = ".attention.sliding_window_pattern"
-    if not size or (size >= meta.integer(".context_length") and not meta.has(pattern)):
-        return {"use_sliding_window": False}
-    # Without a pattern some layers slide and others do not, and the file does not say which.
-    slides = [bool(value) for value in meta.numbers(pattern, layers)]
-    kinds = ["sliding_attention" if value else "full_attention" for value in slides]
-    return {"use_sliding_window": True, "sliding_window": size, "layer_types": kinds}

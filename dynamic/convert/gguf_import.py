@@ -7,9 +7,7 @@ refused; and every tensor of the model comes from the file.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,18 +15,19 @@ from typing import Any
 import torch
 
 from ..checkpoint.directory import LateTensor, write_json, write_tensors_one_by_one
-from ..checkpoint.gguf_blocks import block_sizes, dequantized
+from ..checkpoint.gguf_blocks import block_sizes
 from ..checkpoint.gguf_file import GgufFile, GgufTensor
 from ..checkpoint.gguf_layout import METHOD, stored_name
 from ..checkpoint.weights import CheckpointError, TensorInfo
 from ..model.families import family_of, model_spec
 from ..model.layout import plan_layout
-from .gguf_architectures import STACKED, Architecture, gguf_names, hugging_face_names, model_config
+from .gguf_architectures import gguf_names, model_config, parts_of
 from .gguf_latent import SMALL
 from .gguf_metadata import Metadata
+from .gguf_parts import PLAIN, Part, Piece
+from .gguf_settings import Architecture
 from .gguf_tokenizer import read_vocabulary, write_tokenizer
 
-_PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SMALL = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", *SMALL)  # weights that nothing runs quantised
 _NAMED_IN_CONFIG = ("bos_token", "eos_token", "pad_token")
 _SAMPLING = {  # what the file calls recommended settings, and ``generation_config.json``
@@ -36,37 +35,6 @@ _SAMPLING = {  # what the file calls recommended settings, and ``generation_conf
     "general.sampling.temp": "temperature",
     "general.sampling.penalty_repeat": "repetition_penalty",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Piece:
-    """A tensor under Hugging Face's name: a whole tensor of the file, or one expert of it.
-
-    Arguments:
-        experts: how many the tensor holds; expert: the number of this one.
-        heads: rows are in rotary pairs, of so many heads; 0: they stay where they are.
-    """
-
-    tensor: GgufTensor
-    shape: tuple[int, ...]
-    expert: int = 0
-    experts: int = 1
-    heads: int = 0
-
-    def rows(self, file: GgufFile) -> torch.Tensor:
-        """Its bytes, (rows, bytes per row)."""
-        raw = file.raw(self.tensor)
-        count = raw.shape[0] // self.experts
-        raw = raw[self.expert * count : (self.expert + 1) * count]
-        if not self.heads:
-            return raw
-        per_head = self.shape[0] // self.heads
-        # Of a bias the elements are the rows.
-        return raw.reshape(self.heads, per_head // 2, 2, -1).transpose(1, 2).reshape(raw.shape)
-
-    def widened(self, file: GgufFile) -> torch.Tensor:
-        """Its numbers in float32."""
-        return dequantized(self.rows(file), self.tensor.kind, (math.prod(self.shape[:-1]), self.shape[-1]))
 
 
 def importer_digest() -> str:
@@ -94,7 +62,7 @@ def import_gguf(path: Path, target: Path, *, keep_codes: bool = False, progress:
     vocabulary = read_vocabulary(meta, config["vocab_size"])
     config |= {f"{name}_id": index for name, index in vocabulary.special.items() if name in _NAMED_IN_CONFIG}
     config["dtype"] = _dtype({tensor.kind for tensor in file.tensors.values()})
-    pieces = _pieces(file, config, architecture)
+    pieces = _pieces(file, config, architecture, meta.integer(".block_count"))
     _check(file, config, architecture, pieces)
     # Others keep their names: loading says that they are not applied.
     generation = {_SAMPLING.get(key, key): value for key, value in meta.raw("general.sampling.").items()}
@@ -119,13 +87,10 @@ def _dtype(kinds: set[str]) -> str:
 
 def _numbers(file: GgufFile, tensor: GgufTensor) -> torch.Tensor:
     """A small tensor in float32."""
-    raw = file.raw(tensor)
-    if tensor.kind in _PLAIN:
-        return raw.flatten().clone().view(_PLAIN[tensor.kind]).float()
-    return dequantized(raw, tensor.kind, (tensor.rows, tensor.shape[-1])).flatten()
+    return Piece(tensor=tensor, part=Part(name=tensor.name, shape=tensor.shape)).numbers(file).flatten()
 
 
-def _pieces(file: GgufFile, config: Mapping[str, Any], architecture: Architecture) -> dict[str, _Piece]:
+def _pieces(file: GgufFile, config: Mapping[str, Any], architecture: Architecture, num_blocks: int) -> dict[str, Piece]:
     """What the checkpoint will hold, by name.
 
     Raises:
@@ -133,31 +98,21 @@ def _pieces(file: GgufFile, config: Mapping[str, Any], architecture: Architectur
     """
     counts = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
     experts = next((config[key] for key in counts if key in config), 0)
-    rotary = {"self_attn.q_proj": config["num_attention_heads"], "self_attn.k_proj": config["num_key_value_heads"]}
-    pieces: dict[str, _Piece] = {}
+    pieces: dict[str, Piece] = {}
     for tensor in file.tensors.values():
-        names = hugging_face_names(tensor, architecture, config, experts)
+        parts = parts_of(tensor, architecture, config, experts, num_blocks)
         quantised = tensor.kind in block_sizes()
-        if tensor.kind not in _PLAIN and not (quantised and tensor.name.endswith(".weight") and len(tensor.shape) > 1):
+        if tensor.kind not in PLAIN and not (quantised and tensor.name.endswith(".weight") and len(tensor.shape) > 1):
             raise CheckpointError(f"{tensor.file}: tensor {tensor.name!r} cannot have type {tensor.kind}")
-        for number, name in enumerate(names):
-            if name in pieces:
-                other = pieces[name].tensor.name
+        for part in parts:
+            if part.name in pieces:
+                other = pieces[part.name].tensor.name
                 raise CheckpointError(f"{tensor.file}: tensors {other!r} and {tensor.name!r} are the same part")
-            shape = tensor.shape[1:] if STACKED in tensor.name else tensor.shape
-            if name.endswith("shared_expert_gate.weight") and len(shape) == 1:
-                shape = (1, *shape)
-            part = name.split(".", 3)[-1].rpartition(".")[0]
-            heads = rotary.get(part, 0) if architecture.rotary_pairs else 0
-            if heads and (heads < 1 or shape[0] % (2 * heads)):
-                raise CheckpointError(
-                    f"{tensor.file}: tensor {tensor.name!r} has shape {shape}, which {heads} heads do not share"
-                )
-            pieces[name] = _Piece(tensor=tensor, shape=shape, expert=number, experts=len(names), heads=heads)
+            pieces[part.name] = Piece(tensor=tensor, part=part)
     return pieces
 
 
-def _check(file: GgufFile, config: Mapping[str, Any], architecture: Architecture, pieces: Mapping[str, _Piece]) -> None:
+def _check(file: GgufFile, config: Mapping[str, Any], architecture: Architecture, pieces: Mapping[str, Piece]) -> None:
     """Check that the file holds the model's tensors, all of them and nothing else, in their shapes.
 
     Raises:
@@ -174,9 +129,7 @@ def _check(file: GgufFile, config: Mapping[str, Any], architecture: Architecture
         raise CheckpointError(f"{file.files[0]}: {reason}") from error
 
 
-def _write_weights(
-    file: GgufFile, pieces: Mapping[str, _Piece], target: Path, keep_codes: bool, progress: bool
-) -> bool:
+def _write_weights(file: GgufFile, pieces: Mapping[str, Piece], target: Path, keep_codes: bool, progress: bool) -> bool:
     """Write all tensors, one at a time; returns whether some are quantised."""
     from tqdm import tqdm
 
@@ -184,14 +137,14 @@ def _write_weights(
     quantised = False
     for name, piece in pieces.items():
         kind = piece.tensor.kind
-        if kind in _PLAIN:
+        if kind in PLAIN and not piece.is_widened:
             late[name] = LateTensor(dtype=kind, shape=piece.shape, make=partial(piece.rows, file))
-        elif keep_codes and not piece.tensor.name.endswith(_SMALL):
+        elif keep_codes and not piece.is_widened and not piece.tensor.name.endswith(_SMALL):
             shape = (piece.shape[0], (piece.tensor.end - piece.tensor.begin) // piece.tensor.rows)
             late[stored_name(name, kind)] = LateTensor(dtype="U8", shape=shape, make=partial(piece.rows, file))
             quantised = True
         else:
-            late[name] = LateTensor(dtype="F32", shape=piece.shape, make=partial(piece.widened, file))
+            late[name] = LateTensor(dtype="F32", shape=piece.shape, make=partial(piece.numbers, file))
     with tqdm(total=len(late), desc="Converting", unit="tensor", disable=not progress or None) as bar:
 
         def done(name: str) -> None:

@@ -1,4 +1,4 @@
-"""Files of the architecture ``deepseek2``: multi-head latent attention.
+"""GGUF architectures with multi-head latent attention.
 
 Newer files have the weights that make keys and values of a latent apart and by head, and name the sizes of heads under
 keys of their own; older ones have them together, as Hugging Face does.
@@ -9,24 +9,36 @@ from __future__ import annotations
 from typing import Any
 
 from .gguf_metadata import Metadata
-from .gguf_settings import SIGMOID, SOFTMAX, Architecture, Tensors, experts_of, heads_of
-from .gguf_shared_experts import shared_names
+from .gguf_settings import (
+    SIGMOID,
+    SOFTMAX,
+    Architecture,
+    Settings,
+    Tensors,
+    heads_of,
+    mixture,
+    sigmoid_router,
+    weights_scale,
+)
 
 _ATTENTION = {
     **{"attn_q_a": "q_a_proj", "attn_q_a_norm": "q_a_layernorm", "attn_q_b": "q_b_proj"},
     **{"attn_kv_a_mqa": "kv_a_proj_with_mqa", "attn_kv_a_norm": "kv_a_layernorm"},
     **{"attn_kv_b": "kv_b_proj", "attn_k_b": "k_b_proj", "attn_v_b": "v_b_proj"},
 }
-NAMES = {
-    **{f"{theirs}.weight": f"self_attn.{ours}.weight" for theirs, ours in _ATTENTION.items()},
-    **shared_names("mlp.shared_experts"),
-}
+_NAMES = {f"{theirs}.weight": f"self_attn.{ours}.weight" for theirs, ours in _ATTENTION.items()}
+_INDEXER = {"proj.weight": "weights_proj.weight", "attn_k.weight": "wk.weight", "attn_q_b.weight": "wq_b.weight"}
+_INDEXER |= {name: name for name in ("k_norm.weight", "k_norm.bias")}
+_INDEXED_NAMES = {**_NAMES, **{f"indexer.{ours}": f"self_attn.indexer.{theirs}" for ours, theirs in _INDEXER.items()}}
 # What nothing runs quantised.
 SMALL = ("attn_kv_b.weight", "attn_k_b.weight", "attn_v_b.weight")
 
 
 def _deepseek2(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
-    rule = meta.integer(".expert_gating_func", SOFTMAX)
+    """DeepSeek, Kimi-K2 and GLM-4.7-Flash."""
+    # Files of GLM-4.7-Flash do not name the rule; only one of them has a bias.
+    biased = any(name.endswith(".exp_probs_b.bias") for name in tensors)
+    rule = meta.integer(".expert_gating_func", 0) or (SIGMOID if biased else SOFTMAX)
     if rule not in (SOFTMAX, SIGMOID):
         raise meta.error(".expert_gating_func", rule, f"{SOFTMAX} (softmax) or {SIGMOID} (sigmoid)")
     groups = {
@@ -41,21 +53,36 @@ def _deepseek2(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
             raise meta.error(".expert_weights_norm", normalised, "false where scores are a softmax")
         if groups["n_group"] > 1:
             raise meta.error(".expert_group_count", groups["n_group"], "1 where scores are a softmax")
-    experts = experts_of(meta, tensors, "n_routed_experts")
+    return {**_latent(meta, tensors), **groups, **family}
+
+
+def _latent(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
     return {
-        **family,
-        **_sizes(meta),
-        **groups,
-        "moe_intermediate_size": experts.pop("intermediate_size"),
-        **experts,
+        **mixture(meta, tensors, "n_routed_experts", "n_shared_experts"),
         "q_lora_rank": meta.integer(".attention.q_lora_rank", 0) or None,
         "first_k_dense_replace": meta.integer(".leading_dense_block_count", 0),
-        "n_shared_experts": meta.integer(".expert_shared_count", 0),
-        "routed_scaling_factor": meta.number(".expert_weights_scale", 0.0) or 1.0,  # 0 is a factor that is not there
+        "routed_scaling_factor": weights_scale(meta),
     }
 
 
-def _sizes(meta: Metadata) -> dict[str, int]:
+def _indexed(family: str) -> Settings:
+    """Attention whose indexer chooses positions where there are many."""
+
+    def settings(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
+        meta.get(".attention.indexer.types")  # which layers share an indexer matters only where it chooses
+        return {
+            "model_type": family,
+            **_latent(meta, tensors),
+            **sigmoid_router(meta),
+            "index_topk": meta.integer(".attention.indexer.top_k"),
+            "index_n_heads": meta.integer(".attention.indexer.head_count"),
+            "index_head_dim": meta.integer(".attention.indexer.key_length"),
+        }
+
+    return settings
+
+
+def _heads(meta: Metadata) -> dict[str, int]:
     heads, rank = heads_of(meta), meta.integer(".attention.kv_lora_rank")
     rotated = meta.integer(".rope.dimension_count")
     stored = {"key": meta.integer(".attention.key_length"), "value": meta.integer(".attention.value_length")}
@@ -71,6 +98,7 @@ def _sizes(meta: Metadata) -> dict[str, int]:
     if (groups := meta.of_all_layers(".attention.head_count_kv", heads)) not in (1, heads):
         raise meta.error(".attention.head_count_kv", groups, f"1 or {heads}")
     return {
+        "num_attention_heads": heads,
         "num_key_value_heads": heads,
         "head_dim": rotated,
         "kv_lora_rank": rank,
@@ -80,4 +108,8 @@ def _sizes(meta: Metadata) -> dict[str, int]:
     }
 
 
-DEEPSEEK2 = Architecture(settings=_deepseek2, names=NAMES, latent=True, further_tokens=True)
+LATENT: dict[str, Architecture] = {
+    "deepseek2": Architecture(settings=_deepseek2, heads=_heads, names=_NAMES, latent=True),
+    "deepseek32": Architecture(settings=_indexed("deepseek_v32"), heads=_heads, names=_INDEXED_NAMES, latent=True),
+    "glm-dsa": Architecture(settings=_indexed("glm_moe_dsa"), heads=_heads, names=_INDEXED_NAMES, latent=True),
+}

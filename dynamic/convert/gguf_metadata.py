@@ -38,7 +38,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     ".final_logit_softcapping": (0.0,),
     ".leading_dense_block_count": (0,),
     ".logit_scale": (0.0, 1.0),
-    ".nextn_predict_layers": (0,),
     ".pooling_type": (0,),
     ".residual_scale": (0.0, 1.0),
     ".router_logit_softcapping": (0.0,),
@@ -81,15 +80,22 @@ class Metadata(TypedReader):
         """Whether a key is there; that is no use of it."""
         return self.full(key) in self._values
 
+    def by_layer(self, key: str, default: int | None = None) -> list[int]:
+        """As :meth:`integer`, for every layer, or one number for all of them."""
+        value = self.get(key, default)
+        if not isinstance(value, GgufArray) or value.numbers() is None:
+            return [self.integer(key, default)]
+        values = np.asarray(value.numbers()).tolist()
+        if not all(type(number) is int and 0 <= number < 2**31 for number in values):
+            raise self.error(key, values[:20], "whole numbers of at least 0")
+        return values
+
     def of_all_layers(self, key: str, default: int | None = None) -> int:
         """As :meth:`integer`; an array for all layers must hold one value."""
-        value = self.get(key, default)
-        if isinstance(value, GgufArray) and value.numbers() is not None:
-            values = sorted(set(np.asarray(value.numbers()).tolist()))
-            if len(values) != 1 or type(values[0]) is not int or not 0 <= values[0] < 2**31:
-                raise self.error(key, values, "the same for all layers")
-            return values[0]
-        return self.integer(key, default)
+        values = sorted(set(self.by_layer(key, default)))
+        if len(values) != 1:
+            raise self.error(key, values, "the same for all layers")
+        return values[0]
 
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number, as the decimal that its 32 bits stand for."""

@@ -1,8 +1,8 @@
 """How byte-level tokenizers of GGUF files cut a text before merging: the rules behind ``tokenizer.ggml.pre``.
 
 A rule is a list of patterns. Each cuts every piece into what it matches and what lies between. Names and patterns are
-those of llama.cpp, and where its patterns stand for others, those of the models' own ``tokenizer.json``. Names whose
-rules need more than patterns (kimi-k2, afmoe, superbpe, gemma4 …) are not here, so that such files are refused.
+those of llama.cpp, and where its patterns stand for others, those of the models' own ``tokenizer.json``. Files with
+names that are not here (superbpe, chameleon …) are refused.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _HAN_KANA = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
 _HAN_HANGUL = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+_ASIAN = (
+    "[\u4e00-\u9fff\u3400-\u4dbf\uf900-\ufaff\u3040-\u309f\u30a0-\u30ff\uff65-\uff9f\u2f00-\u2fdf\u0e40-\u0e7f"
+    "\u0e80-\u0eff\u1780-\u17ff\u1000-\u109f\uaa60-\uaa7f\ua9e0-\ua9ff\uac00-\ud7af\u1100-\u11ff]+"
+)
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 # DeepSeek's list of letters that have a case.
 _CASED = (
@@ -54,25 +58,31 @@ def _words(letters: str, digits: str, symbols: str) -> PreTokenizer:
     return PreTokenizer(patterns=(f"{letters}|{digits}| ?{symbols}|{_SPACES}",))
 
 
-def _by_case(ending: str, digits: str) -> PreTokenizer:
+def _by_case(
+    ending: str, digits: str, upper: str = _UPPER, lower: str = _LOWER, lines: str = r"[\r\n/]*"
+) -> PreTokenizer:
     """The pattern of GPT-4o: words end before capital letters."""
-    first = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{ending}"
-    second = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{ending}"
-    return _words(f"{first}|{second}", digits, r"[^\s\p{L}\p{N}]+[\r\n/]*")
+    first = rf"[^\r\n\p{{L}}\p{{N}}]?{upper}*{lower}+{ending}"
+    second = rf"[^\r\n\p{{L}}\p{{N}}]?{upper}+{lower}*{ending}"
+    return _words(f"{first}|{second}", digits, rf"[^\s\p{{L}}\p{{N}}]+{lines}")
+
+
+def _but_han(letters: str) -> str:
+    """Without Chinese characters."""
+    return f"[{letters}&&[^\\p{{Han}}]]"
 
 
 _LETTERS = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+"
 _SYMBOLS = r"[^\s\p{L}\p{N}]+[\r\n]*"
 _ONE_DIGIT = _words(_LETTERS, DIGIT, _SYMBOLS)
 _THREE_DIGITS = _words(_LETTERS, r"\p{N}{1,3}", _SYMBOLS)
-_DEEPSEEK3 = PreTokenizer(
-    patterns=(
-        r"\p{N}{1,3}",
-        _HAN_KANA,
-        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
-        rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}",
-    )
+_PUNCTUATED_WORDS = (
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}"
 )
+_DEEPSEEK3 = PreTokenizer(patterns=(r"\p{N}{1,3}", _HAN_KANA, _PUNCTUATED_WORDS))
+_CASES = _by_case(f"{_CONTRACTIONS}?", r"\p{N}{1,3}")
+_KIMI = _by_case(f"{_CONTRACTIONS}?", r"\p{N}{1,3}", _but_han(_UPPER), _but_han(_LOWER), r"[\r\n]*")
 _PUNCTUATED = PreTokenizer(patterns=(" ?[^(\\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+",))
 _GPT2_RULE, _DIGITS_GPT2 = PreTokenizer(patterns=(GPT2,)), PreTokenizer(patterns=(DIGIT, GPT2))
 
@@ -102,7 +112,17 @@ _RULES: dict[tuple[str, ...], PreTokenizer] = {
         PreTokenizer(patterns=(r"\p{N}{1,3}", *_words(_LETTERS, r"\p{N}+", _SYMBOLS).patterns)), whole_words=True
     ),
     ("tekken",): replace(_by_case("", DIGIT), whole_words=True, add_bos=True),
-    ("gpt-4o", "llama4", "kanana2", "minimax-m2"): _by_case(f"{_CONTRACTIONS}?", r"\p{N}{1,3}"),
+    ("gpt-4o", "llama4", "kanana2", "minimax-m2"): _CASES,
+    ("tiny_aya",): PreTokenizer(patterns=(r"\d{1,3}(?=(?:\d{3})*\b)", *_CASES.patterns)),
+    ("kimi-k2",): PreTokenizer(patterns=(rf"\p{{Han}}+|{_KIMI.patterns[0]}",)),
+    ("exaone-moe",): PreTokenizer(
+        patterns=(
+            rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}"
+            r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+",
+        )
+    ),
+    # Digits in threes, counted from the end of a number.
+    ("afmoe",): PreTokenizer(patterns=(r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))", _ASIAN, _PUNCTUATED_WORDS)),
     ("deepseek-llm",): PreTokenizer(
         patterns=(
             "[\r\n]",

@@ -98,10 +98,10 @@ def write_tokenizer(meta: Metadata, vocabulary: Vocabulary, context: int, target
     Raises:
         CheckpointError: for a kind of tokenizer or a pre-tokenizer that is not known, or one that makes no sense.
     """
-    kinds = {"gpt2": _byte_level, "llama": _sentence_piece}
+    kinds = {"gpt2": _byte_level, "llama": _sentence_piece, "gemma4": _gemma4}
     kind, tokens, special = meta.text("tokenizer.ggml.model"), vocabulary.tokens, vocabulary.special
     if kind not in kinds:
-        raise meta.error("tokenizer.ggml.model", kind, f"{' or '.join(kinds)}; nothing else is supported")
+        raise meta.error("tokenizer.ggml.model", kind, f"one of {', '.join(kinds)}; nothing else is supported")
     if meta.flag("tokenizer.ggml.add_sep_token", False):
         raise meta.error("tokenizer.ggml.add_sep_token", True, "false")
     try:
@@ -162,11 +162,12 @@ def splitter_of(rule: PreTokenizer) -> Any:
     return steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(steps)
 
 
-def _sentence_piece(meta: Metadata, vocabulary: Vocabulary) -> tuple[Any, bool]:
+def _sentence_piece(meta: Metadata, vocabulary: Vocabulary, prefix: bool = True) -> tuple[Any, bool]:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers
 
-    if (pre := meta.text("tokenizer.ggml.pre", "default")) != "default":
-        raise meta.error("tokenizer.ggml.pre", pre, "default with the tokenizer llama")
+    kind, pre = meta.text("tokenizer.ggml.model"), meta.text("tokenizer.ggml.pre", "default")
+    if pre != "default" and (kind, pre) != ("gemma4", "gemma4"):
+        raise meta.error("tokenizer.ggml.pre", pre, f"default with the tokenizer {kind}")
     tokens, unknown = vocabulary.tokens, vocabulary.special.get("unk_token")
     merges = _merges(meta, vocabulary) if meta.has("tokenizer.ggml.merges") else _merges_of_scores(meta, vocabulary)
     model = models.BPE(
@@ -180,13 +181,20 @@ def _sentence_piece(meta: Metadata, vocabulary: Vocabulary) -> tuple[Any, bool]:
     steps: list[Any] = []
     if meta.flag("tokenizer.ggml.remove_extra_whitespaces", False):
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    prefix = meta.flag("tokenizer.ggml.add_space_prefix", True)
+    prefix = meta.flag("tokenizer.ggml.add_space_prefix", prefix)
     if prefix:
         steps.append(normalizers.Prepend("▁"))
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
     ends = [decoders.Strip(" ", 1, 0)] if prefix else []
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *ends])
     return tokenizer, True
+
+
+def _gemma4(meta: Metadata, vocabulary: Vocabulary) -> tuple[Any, bool]:
+    """Gemma 4's merges on texts whose spaces are ``▁``: SentencePiece's tokenizer without a space in front."""
+    if not meta.has("tokenizer.ggml.merges"):
+        raise meta.lacks("tokenizer.ggml.merges")
+    return _sentence_piece(meta, vocabulary, prefix=False)
 
 
 def _merges(meta: Metadata, vocabulary: Vocabulary) -> list[tuple[str, str]]:

@@ -156,7 +156,10 @@ GEMMA: dict[str, Family] = {
         scales=_gemma4_scales,
         moe=_gemma4_moe,
         shared=ffn_names("mlp"),
-        experts=(ExpertNames(gate_up="experts.gate_up_proj", down="experts.down_proj"),),
+        experts=(
+            ExpertNames(gate_up="experts.gate_up_proj", down="experts.down_proj"),
+            *ffn_names("experts.{e}"),  # as GGUF files' experts become
+        ),
         router=("router.proj.weight",),
         router_tensors={"router_norm_D": ("router.scale",), "expert_scale_E": ("router.per_expert_scale",)},
         defaults={"hidden_size_per_layer_input": 256},

@@ -1,0 +1,270 @@
+"""GGUF architectures in which most layers keep states: Gated DeltaNet, Mamba2, short convolutions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..checkpoint.gguf_file import GgufArray, GgufTensor
+from .gguf_metadata import Metadata
+from .gguf_parts import Config, Part, Rule, decay, flat, shape_error, taps
+from .gguf_settings import (
+    FULL,
+    SIGMOID,
+    Architecture,
+    Tensors,
+    experts_of,
+    first_size,
+    granite_scales,
+    has_bias,
+    heads,
+    layers_of,
+    routed_by,
+    some_rotated,
+    weights_scale,
+)
+
+_LINEAR, _DELTA = "linear_attention", "linear_attn."
+_CONV, _DECAY, _STEP = f"{_DELTA}conv1d.weight", f"{_DELTA}A_log", f"{_DELTA}dt_bias"
+_QUERIES_TO_VALUES, _GATE, _OUT = (f"{_DELTA}{name}.weight" for name in ("in_proj_qkv", "in_proj_z", "out_proj"))
+_B, _A = (f"{_DELTA}in_proj_{name}.weight" for name in "ba")
+
+
+def _qwen(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
+    """What is alike in Qwen3-Next and Qwen3.5."""
+    sections = meta.get(".rope.dimension_sections")  # of pictures; all of them are the position where there is text
+    if sections is not None and not (isinstance(sections, GgufArray) and sections.count == 4):
+        raise meta.error(".rope.dimension_sections", sections, "an array of 4 numbers")
+    layers, interval = layers_of(meta), meta.integer(".full_attention_interval", 4)
+    if interval < 1:
+        raise meta.error(".full_attention_interval", interval, "at least 1")
+    linear = [bool((layer + 1) % interval) for layer in range(layers)]
+    if meta.has(key := ".attention.recurrent_layers"):
+        linear = [bool(flag) for flag in meta.numbers(key, meta.integer(".block_count"))[:layers]]
+    value_heads, inner = meta.integer(".ssm.time_step_rank"), meta.integer(".ssm.inner_size")
+    if not value_heads or inner % value_heads:
+        raise meta.error(".ssm.inner_size", inner, f"a multiple of .ssm.time_step_rank={value_heads}")
+    return {
+        "layer_types": [_LINEAR if is_linear else FULL for is_linear in linear],
+        "attention_bias": has_bias(tensors, "attn_q"),
+        "linear_conv_kernel_dim": meta.integer(".ssm.conv_kernel"),
+        "linear_key_head_dim": meta.integer(".ssm.state_size"),
+        "linear_num_key_heads": meta.integer(".ssm.group_count"),
+        "linear_num_value_heads": value_heads,
+        "linear_value_head_dim": inner // value_heads,
+    }
+
+
+def _qwen35(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
+    return {"model_type": "qwen3_5", **_qwen(meta, tensors)}
+
+
+def _qwen35moe(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
+    """Also of Qwen3-Next, whose projections lie apart in files as Qwen3.5's do."""
+    experts = experts_of(meta, tensors, "num_experts", normalised=True)
+    shared = first_size(tensors, ".ffn_up_shexp.weight")
+    return {
+        "model_type": "qwen3_5_moe",
+        **_qwen(meta, tensors),
+        "moe_intermediate_size": experts.pop("intermediate_size"),
+        "shared_expert_intermediate_size": meta.integer(".expert_shared_feed_forward_length", shared),
+        **experts,
+    }
+
+
+def _value_heads(config: Config) -> torch.Tensor:
+    """Where each head of values is in a file: one of every group after the other, and not group by group."""
+    groups, count = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    if groups < 1 or count % groups:
+        return torch.arange(count)  # which is refused with the configuration
+    return torch.arange(count).view(-1, groups).T.flatten()
+
+
+def _rows_of_heads(tensor: GgufTensor, config: Config, width: int, first: int = 0) -> torch.Tensor:
+    """Rows up to ``first``, and those of heads of values, each of ``width`` rows, group by group."""
+    count = config["linear_num_value_heads"]
+    if width < 1 or tensor.shape[0] != first + count * width:
+        raise shape_error(tensor, f"{first} + {count} x {width} rows")
+    heads = _value_heads(config)[:, None] * width + torch.arange(width)
+    return torch.cat((torch.arange(first), first + heads.flatten()))
+
+
+def _by_group(name: str, width: str = "", *, behind_keys: bool = False) -> Rule:
+    """Rows of heads of values.
+
+    Arguments:
+        width: key of a head's rows; empty: one.
+        behind_keys: rows of queries and keys are in front.
+    """
+
+    def make(tensor: GgufTensor, config: Config) -> list[Part]:
+        keys = 2 * config["linear_num_key_heads"] * config["linear_key_head_dim"] if behind_keys else 0
+        rows = _rows_of_heads(tensor, config, config[width] if width else 1, keys)
+        (part,) = taps(name).make(tensor, config) if name == _CONV else [Part(name=name, shape=tensor.shape)]
+        change = decay(name).make(tensor, config)[0].change if name == _DECAY else None
+        return [Part(name=name, shape=part.shape, rows=rows, change=change)]
+
+    return Rule(names=(name,), make=make)
+
+
+def _outputs(tensor: GgufTensor, config: Config) -> list[Part]:
+    """The projection that reads heads of values."""
+    width, count = config["linear_value_head_dim"], config["linear_num_value_heads"]
+    if len(tensor.shape) != 2 or tensor.shape[1] != width * count:
+        raise shape_error(tensor, f"two dimensions and {count} x {width} inputs")
+    heads = _value_heads(config)
+    return [
+        Part(
+            name=_OUT,
+            shape=tensor.shape,
+            heads=None if bool((heads == torch.arange(count)).all()) else heads,
+            width=width,
+        )
+    ]
+
+
+def _queries_to_gates(tensor: GgufTensor, config: Config) -> list[Part]:
+    """As the first files of Qwen3-Next had them: of each group its queries, keys, values and gates."""
+    groups, keys = config["linear_num_key_heads"], config["linear_key_head_dim"]
+    values = config["linear_num_value_heads"] // max(groups, 1) * config["linear_value_head_dim"]
+    if len(tensor.shape) != 2 or tensor.shape[0] != groups * 2 * (keys + values) or not groups:
+        raise shape_error(tensor, f"two dimensions and {groups} x {2 * (keys + values)} rows")
+    rows = torch.arange(tensor.shape[0]).view(groups, -1).split((keys, keys, values, values), 1)
+    *mixed, gates = [part.flatten() for part in rows]
+    both = {_QUERIES_TO_VALUES: torch.cat(mixed), _GATE: gates}
+    return [Part(name=name, shape=(len(r), tensor.shape[1]), rows=r) for name, r in both.items()]
+
+
+def _steps_and_decays(tensor: GgufTensor, config: Config) -> list[Part]:
+    """Of each group first what becomes the steps of its heads, then the decays."""
+    groups, count = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    if len(tensor.shape) != 2 or tensor.shape[0] != 2 * count or groups < 1 or count % groups:
+        raise shape_error(tensor, f"two dimensions and 2 x {count} rows")
+    rows = torch.arange(2 * count).view(groups, 2, -1)
+    both = {_B: rows[:, 0].flatten(), _A: rows[:, 1].flatten()}
+    return [Part(name=name, shape=(count, tensor.shape[1]), rows=r) for name, r in both.items()]
+
+
+_POST_NORM = {"post_attention_norm.weight": "post_attention_layernorm.weight"}
+_QWEN_NAMES = {
+    **_POST_NORM,
+    "attn_qkv.weight": _by_group(_QUERIES_TO_VALUES, "linear_value_head_dim", behind_keys=True),
+    "attn_gate.weight": _by_group(_GATE, "linear_value_head_dim"),
+    "ssm_conv1d.weight": _by_group(_CONV, "linear_value_head_dim", behind_keys=True),
+    "ssm_beta.weight": _by_group(_B),
+    "ssm_alpha.weight": _by_group(_A),
+    "ssm_dt.bias": _by_group(_STEP),
+    "ssm_a": _by_group(_DECAY),
+    "ssm_norm.weight": f"{_DELTA}norm.weight",
+    "ssm_out.weight": Rule(names=(_OUT,), make=_outputs),
+}
+_QWEN_NEXT_NAMES = {
+    **_POST_NORM,
+    "attn_qkv.weight": _QUERIES_TO_VALUES,
+    "attn_gate.weight": _GATE,
+    "ssm_in.weight": Rule(names=(_QUERIES_TO_VALUES, _GATE), make=_queries_to_gates),
+    "ssm_conv1d.weight": taps(_CONV),
+    "ssm_ba.weight": Rule(names=(_B, _A), make=_steps_and_decays),
+    "ssm_dt.bias": _STEP,
+    "ssm_a": decay(_DECAY),
+    "ssm_norm.weight": f"{_DELTA}norm.weight",
+    "ssm_out.weight": _OUT,
+}
+
+
+def _with_keys(meta: Metadata) -> list[bool]:
+    """Which layers have keys and values: those with heads for them."""
+    counts, layers = meta.by_layer(".attention.head_count_kv"), layers_of(meta)
+    if len(counts) == 1:
+        counts *= layers
+    if len(counts) < layers:
+        raise meta.error(".attention.head_count_kv", counts, f"an array of {layers} numbers")
+    return [bool(count) for count in counts[:layers]]
+
+
+def _granitehybrid(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
+    inner, hidden = meta.integer(".ssm.inner_size"), meta.integer(".embedding_length")
+    if not hidden or inner % hidden:
+        raise meta.error(".ssm.inner_size", inner, f"a multiple of .embedding_length={hidden}")
+    width, experts = meta.integer(".feed_forward_length", 0), {"num_local_experts": 0}
+    meta.get(".expert_used_count")  # there without experts too
+    if meta.integer(".expert_count", 0):
+        experts = experts_of(meta, tensors, "num_local_experts", normalised=True)
+        experts["intermediate_size"] = experts["intermediate_size"] or width
+    return {
+        "model_type": "granitemoehybrid",
+        "attention_bias": has_bias(tensors, "attn_q"),
+        "layer_types": ["attention" if keys else "mamba" for keys in _with_keys(meta)],
+        "position_embedding_type": "rope" if meta.flag(".rope.scaling.finetuned", True) else "nope",
+        "shared_intermediate_size": meta.integer(".expert_shared_feed_forward_length", 0) or width,
+        "mamba_expand": inner // hidden,
+        "mamba_n_heads": meta.integer(".ssm.time_step_rank"),
+        "mamba_d_state": meta.integer(".ssm.state_size"),
+        "mamba_n_groups": meta.integer(".ssm.group_count"),
+        "mamba_d_conv": meta.integer(".ssm.conv_kernel"),
+        "mamba_conv_bias": has_bias(tensors, "ssm_conv1d"),
+        "mamba_proj_bias": has_bias(tensors, "ssm_in"),
+        **granite_scales(meta),
+        **experts,
+    }
+
+
+_MAMBA_NAMES = {
+    **{f"ssm_in.{kind}": f"mamba.in_proj.{kind}" for kind in ("weight", "bias")},
+    **{f"ssm_out.{kind}": f"mamba.out_proj.{kind}" for kind in ("weight", "bias")},
+    "ssm_conv1d.weight": taps("mamba.conv1d.weight"),
+    "ssm_conv1d.bias": "mamba.conv1d.bias",
+    "ssm_dt.bias": "mamba.dt_bias",
+    "ssm_a": decay("mamba.A_log"),
+    "ssm_d": flat("mamba.D"),
+    "ssm_norm.weight": flat("mamba.norm.weight"),
+}
+
+
+def _lfm2(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
+    return {
+        "model_type": "lfm2",
+        "layer_types": [FULL if keys else "conv" for keys in _with_keys(meta)],
+        "conv_L_cache": meta.integer(".shortconv.l_cache"),
+        "conv_bias": has_bias(tensors, "shortconv.conv", "shortconv.in_proj"),
+        "block_auto_adjust_ff_dim": False,
+    }
+
+
+def _lfm2moe(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
+    routed_by(meta, SIGMOID)
+    experts = experts_of(meta, tensors, "num_experts", normalised=True)
+    found = {**_lfm2(meta, tensors), "model_type": "lfm2_moe"}
+    del found["block_auto_adjust_ff_dim"]
+    return {
+        **found,
+        "moe_intermediate_size": experts.pop("intermediate_size"),
+        "num_dense_layers": meta.integer(".leading_dense_block_count", 0),
+        "use_expert_bias": any(name.endswith(".exp_probs_b.bias") for name in tensors),
+        "routed_scaling_factor": weights_scale(meta),
+        **experts,
+    }
+
+
+_LFM2: dict[str, Any] = {
+    "heads": heads,
+    "epsilons": {"norm_eps": ".attention.layer_norm_rms_epsilon"},
+    "others": {"token_embd_norm.weight": "model.norm.weight"},
+    "names": {
+        **{f"shortconv.in_proj.{kind}": f"conv.in_proj.{kind}" for kind in ("weight", "bias")},
+        **{f"shortconv.out_proj.{kind}": f"conv.out_proj.{kind}" for kind in ("weight", "bias")},
+        "shortconv.conv.weight": taps("conv.conv.weight"),
+        "shortconv.conv.bias": "conv.conv.bias",
+    },
+}
+_QWEN: dict[str, Any] = {"heads": some_rotated, "norm_offset": 1.0}
+
+STATES: dict[str, Architecture] = {
+    "qwen3next": Architecture(settings=_qwen35moe, names=_QWEN_NEXT_NAMES, **_QWEN),
+    "qwen35": Architecture(settings=_qwen35, names=_QWEN_NAMES, **_QWEN),
+    "qwen35moe": Architecture(settings=_qwen35moe, names=_QWEN_NAMES, **_QWEN),
+    "granitehybrid": Architecture(settings=_granitehybrid, rotary_pairs=True, names=_MAMBA_NAMES),
+    "lfm2": Architecture(settings=_lfm2, **_LFM2),
+    "lfm2moe": Architecture(settings=_lfm2moe, **_LFM2),
+}
