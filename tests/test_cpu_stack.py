@@ -140,8 +140,7 @@ def assert_equal_steps(decoder: Decoder, limited: bool) -> list[torch.Tensor]:
     return found
 
 
-def test_what_a_stack_cannot_do_runs_operation_by_operation(make_checkpoint: Callable[..., Path]) -> None:
-    assert load_decoder(make_checkpoint("olmoe", clip_qkv=0.7), backend="cpu").stack is None
+def test_backends_without_a_stack_run_operation_by_operation(make_checkpoint: Callable[..., Path]) -> None:
     assert load_decoder(make_checkpoint("mixtral"), backend="torch", device="cpu").stack is None
 
 
@@ -149,22 +148,22 @@ def test_arguments_that_do_not_fit_are_refused(make_checkpoint: Callable[..., Pa
     decoder = load_decoder(make_checkpoint("mixtral"), dtype="float32", backend="cpu")
     kv = allocate_layers(decoder.spec, 24, PAGE, decoder.dtype, torch.device("cpu"))
     assert decoder.stack is not None
-    x_TD, batch, table_LC = decoder.embed(torch.tensor([5, 6, 7])), batch_of([0], [3]), decoder.cos_sin_LC
+    x_TD, batch, tables = decoder.embed(torch.tensor([5, 6, 7])), batch_of([0], [3]), decoder.distinct_tables
     layers = range(decoder.spec.num_layers)
     with pytest.raises(ValueError, match="x must be float32"):
-        decoder.stack.run(layers, x_TD[:, 1:], kv, table_LC, batch)
+        decoder.stack.run(layers, x_TD[:, 1:], kv, tables, batch)
     with pytest.raises(ValueError, match="one cache per layer"):
-        decoder.stack.run(layers, x_TD, kv[1:], table_LC, batch)
+        decoder.stack.run(layers, x_TD, kv[1:], tables, batch)
     with pytest.raises(ValueError, match="one entry per row"):
-        decoder.stack.run(layers, x_TD[:2], kv, table_LC, batch)
+        decoder.stack.run(layers, x_TD[:2], kv, tables, batch)
     with pytest.raises(IndexError, match="rotary table"):
-        decoder.stack.run(layers, x_TD, kv, table_LC[:2], batch)
+        decoder.stack.run(layers, x_TD, kv, [tables[0][:2]], batch)
     with pytest.raises(ValueError, match=r"layers 0 … 99"):
-        decoder.stack.run(range(99), x_TD, kv, table_LC, batch)
+        decoder.stack.run(range(99), x_TD, kv, tables, batch)
     short = ExpertBudget(
         keep_TL=torch.ones(3, 1), cap_TL=torch.ones(3, 1).int(), skipped_T=torch.zeros(3, dtype=torch.int64)
     )
     with pytest.raises(ValueError, match="each of 3 rows and 3 layers"):
-        decoder.stack.run(layers, x_TD, kv, table_LC, batch, budget=short)
+        decoder.stack.run(layers, x_TD, kv, tables, batch, budget=short)
     with pytest.raises(ValueError, match="exits and 3 rows"):
-        decoder.stack.run_with_exits(x_TD, kv, table_LC, batch, torch.zeros(1, 3))
+        decoder.stack.run_with_exits(x_TD, kv, tables, batch, torch.zeros(1, 3))

@@ -33,12 +33,12 @@ def block(kind: str, tensors: Arguments, integers: Arguments, floats: Arguments 
     return torch.classes.dynamoe_cpu.Block(kind, tensors, integers, floats or {}, {})
 
 
-def attention_block(**changed: int) -> Any:
+def attention_block(tensors: Arguments | None = None, floats: Arguments | None = None, **changed: int) -> Any:
     width = (HEADS + 2 * KV_HEADS) * CHANNELS
-    tensors = {"qkv": ops.pack_linear(isa, torch.randn(width, HIDDEN))}
-    tensors["o"] = ops.pack_linear(isa, torch.randn(HIDDEN, HEADS * CHANNELS))
-    integers = {"heads": HEADS, "kv_heads": KV_HEADS, "channels": CHANNELS, "norm_per_head": 0, "window": 0}
-    return block("attention", tensors, integers | changed, {"scale": 0.2})
+    whole = {"qkv": ops.pack_linear(isa, torch.randn(width, HIDDEN))}
+    whole["o"] = ops.pack_linear(isa, torch.randn(HIDDEN, HEADS * CHANNELS))
+    integers = {"heads": HEADS, "kv_heads": KV_HEADS, "channels": CHANNELS, "norm_per_head": 1, "window": 0}
+    return block("attention", whole | (tensors or {}), integers | changed, {"scale": 0.2} | (floats or {}))
 
 
 def experts_block(bias: torch.Tensor | None = None, **changed: int) -> Any:
@@ -48,6 +48,8 @@ def experts_block(bias: torch.Tensor | None = None, **changed: int) -> Any:
         "down": whole["down"],
         "router": ops.pack_linear(isa, torch.randn(3, HIDDEN)),
     }
+    if changed.pop("norm_of_router", 0):
+        tensors["router_norm"] = torch.ones(HIDDEN)
     integers = {"experts": 3, "hidden": HIDDEN, "width": 24, "dense_down": 0, "activation": 0, "top_k": 2, "score": 0}
     flags = {"softmax_after_topk": 0, "renormalize": 0, "float32_logits": 0, "shared": 0}
     groups = {"groups": 1, "top_groups": 1, "top2_sum": 0}
@@ -56,8 +58,16 @@ def experts_block(bias: torch.Tensor | None = None, **changed: int) -> Any:
     return block("experts", tensors, integers | flags | groups | changed, floats)
 
 
-def norm_block() -> Any:
-    return block("norm", {"weight": torch.ones(HIDDEN)}, {})
+def norm_block(kind: str = "norm", size: int = HIDDEN, biased: bool = False, **integers: int) -> Any:
+    tensors = {"weight": torch.ones(size), **({"bias": torch.zeros(size)} if biased else {})}
+    return block(kind, tensors, integers)
+
+
+def layer(*blocks: Any) -> Any:
+    """A stack of one layer."""
+    made = torch.classes.dynamoe_cpu.Stack(isa, torch.float32, HIDDEN, 1e-5, 1.0)
+    made.add_layer(list(blocks))
+    return made
 
 
 def stack(attention: Any = None, ffn: Any = None, dtype: torch.dtype = torch.float32, number: int = isa) -> Any:
@@ -84,16 +94,16 @@ def test_a_stack_checks_where_rows_live_once_per_call(with_exits: bool) -> None:
         add_exit(made, out_bias=torch.zeros(()))
     layers = KVLayers(cache((7, 9), PAGE, KV_HEADS, CHANNELS, torch.float32) for _ in range(2))
     kept = [[layer.keys_BGPC for layer in layers], [layer.values_BGPC for layer in layers]]
-    held = torch.classes.dynamoe_cpu.Cache(*kept, CHANNELS)
+    held = torch.classes.dynamoe_cpu.Cache(*kept, [CHANNELS] * 2)
     names = ("cos_sin", "positions", "slots", "query_start", "context_len", "block_table")
 
     def run(**changed: torch.Tensor) -> torch.Tensor:
-        where = [(paged() | changed)[name] for name in names]
+        table, *where = ((paged() | changed)[name] for name in names)
         x = torch.randn(ROWS, HIDDEN)
         if with_exits:
             counts = torch.zeros(ROWS + 4, dtype=torch.int64)
-            return made.run_with_exits(x, held, *where, torch.zeros(1, ROWS), counts, None, None, None)
-        return made.run(x, 0, 2, held, *where, None, None, None, None)
+            return made.run_with_exits(x, held, [table], *where, torch.zeros(1, ROWS), counts, None, None, None)
+        return made.run(x, 0, 2, held, [table], *where, None, None, None, None)
 
     assert run().isfinite().all()
     for name, argument, change, message in NAMED:
@@ -122,6 +132,41 @@ def test_a_stack_checks_where_rows_live_once_per_call(with_exits: bool) -> None:
         (lambda: stack(ffn=experts_block(top_k=4)), "top_k must"),
         (lambda: stack(ffn=experts_block(experts=2**62)), "experts must"),
         (lambda: stack(ffn=experts_block(torch.zeros(64))), "down_bias must hold"),
+        (lambda: stack(attention_block(table=-1)), "table must"),
+        (lambda: stack(attention_block(chunk=-1)), "chunk must"),
+        (lambda: stack(attention_block(values=0)), "values must"),
+        (lambda: stack(attention_block(values=CHANNELS + 2)), "values must"),
+        (lambda: stack(attention_block(values=CHANNELS - 2, values_are_keys=1)), "values must"),
+        (lambda: stack(attention_block(values=CHANNELS - 2)), "qkv must be"),
+        (lambda: stack(attention_block(growth_period=-1)), "growth_period must"),
+        (lambda: stack(attention_block(growth_period=4, growth_offset=-1)), "growth_offset must"),
+        (lambda: stack(attention_block(floats={"softcap": -1.0})), "softcap and clip must"),
+        (lambda: stack(attention_block(floats={"clip": float("nan")})), "softcap and clip must"),
+        (lambda: stack(attention_block({"value_norm": torch.ones(CHANNELS + 1)})), "value_norm must hold"),
+        (lambda: stack(attention_block({"value_norm": torch.ones(CHANNELS).half()})), "value_norm must be"),
+        (lambda: stack(attention_block({"gate": ops.pack_linear(isa, torch.randn(8, HIDDEN))})), "gate must be"),
+        (lambda: stack(attention_block({"q_norm": torch.ones(CHANNELS + 1)})), "q_norm must hold"),
+        (lambda: stack(attention_block({"k_norm": torch.ones(CHANNELS).bfloat16()})), "k_norm must be"),
+        (lambda: stack(attention_block({"sinks": torch.ones(HEADS + 1)})), "sinks must have"),
+        (lambda: stack(attention_block({"other": torch.ones(1)})), "knows no 'other'"),
+        (lambda: stack(ffn=experts_block(always_on=3)), "always_on must"),
+        (lambda: stack(ffn=experts_block(always_on=-1)), "always_on must"),
+        (lambda: stack(ffn=experts_block(weight_on_input=1)), "weight_on_input needs"),
+        (lambda: stack(ffn=experts_block(norm_of_router=1)), "router_norm needs"),
+        (lambda: layer(norm_block(size=HIDDEN + 1), attention_block()), "a norm must hold"),
+        (lambda: layer(norm_block(biased=True), attention_block()), "only a layer norm has a bias"),
+        (
+            lambda: layer(norm_block(), attention_block(), norm_block("out_norm", centred=1)),
+            "norms the residual stream",
+        ),
+        (lambda: layer(norm_block(), norm_block("out_norm")), "stands behind"),
+        (lambda: layer(norm_block(), attention_block(), experts_block()), "must be added"),
+        (lambda: layer(norm_block(), attention_block(), norm_block(), attention_block()), "one attention"),
+        (lambda: layer(block("add", {}, {}), attention_block()), "begin with a norm or a read"),
+        (lambda: layer(block("read", {}, {})), "another block behind"),
+        (lambda: layer(norm_block(), block("scale", {"factor": torch.ones(2)}, {})), "factor must hold"),
+        (lambda: layer(norm_block(), block("odd", {}, {})), "no block of kind 'odd'"),
+        (lambda: add_exit(stack(attention_block(norm_after_rotation=1))), "plain attention"),
         (lambda: add_exit(stack(), rank=0), "rank must"),
         (lambda: add_exit(stack()), "the probe does not fit"),
         (
@@ -129,7 +174,9 @@ def test_a_stack_checks_where_rows_live_once_per_call(with_exits: bool) -> None:
             "before exits",
         ),
         (
-            lambda: torch.classes.dynamoe_cpu.Cache([torch.zeros(2, 2, 0, 4)] * 2, [torch.zeros(2, 2, 0, 4)] * 2, 4),
+            lambda: torch.classes.dynamoe_cpu.Cache(
+                [torch.zeros(2, 2, 0, 4)] * 2, [torch.zeros(2, 2, 0, 4)] * 2, [4] * 2
+            ),
             "page",
         ),
     ],
@@ -142,11 +189,42 @@ def test_a_stack_of_impossible_parts_is_refused(make: Callable[[], Any], message
 def test_pages_behind_every_window_may_be_gone() -> None:
     windowed = attention_block(window=3)
     layers = KVLayers(cache((7, 9), PAGE, KV_HEADS, CHANNELS, torch.float32) for _ in range(2))
-    held = torch.classes.dynamoe_cpu.Cache([v.keys_BGPC for v in layers], [v.values_BGPC for v in layers], CHANNELS)
+    held = torch.classes.dynamoe_cpu.Cache(
+        [v.keys_BGPC for v in layers], [v.values_BGPC for v in layers], [CHANNELS] * 2
+    )
     names = ("cos_sin", "positions", "slots", "query_start", "context_len", "block_table")
-    where = [paged()[name] for name in names]
+    table, *where = (paged()[name] for name in names)
     gone = with_entry(where[-1], 10**9, where[-1].shape[1])  # positions 0 to 3 of the second sequence; 4 to 8 are seen
-    arguments = (torch.randn(ROWS, HIDDEN), 0, 2, held, *where[:-1], gone, None, None, None, None)
+    arguments = (torch.randn(ROWS, HIDDEN), 0, 2, held, [table], *where[:-1], gone, None, None, None, None)
     assert stack(windowed).run(*arguments).isfinite().all()
     with pytest.raises(ValueError, match="block_table holds page 1000000000"):
         stack().run(*arguments)
+
+
+def run_made(made: Any, channels: int, tables: Callable[[torch.Tensor], list[torch.Tensor]]) -> torch.Tensor:
+    layers = KVLayers(cache((7, 9), PAGE, KV_HEADS, CHANNELS, torch.float32) for _ in range(2))
+    kept = [[layer.keys_BGPC for layer in layers], [layer.values_BGPC for layer in layers]]
+    names = ("cos_sin", "positions", "slots", "query_start", "context_len", "block_table")
+    table, *where = (paged()[name] for name in names)
+    held = torch.classes.dynamoe_cpu.Cache(*kept, [channels] * 2)
+    return made.run(torch.randn(ROWS, HIDDEN), 0, 2, held, tables(table), *where, None, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("changed", "channels", "tables", "message"),
+    [
+        ({"table": 1}, CHANNELS, lambda table: [table], "table 1 is not among 1"),
+        ({"chunk": PAGE + 1}, CHANNELS, lambda table: [table], f"pages of {PAGE} tokens do not divide chunks"),
+        ({}, CHANNELS - 2, lambda table: [table], "do not hold heads of"),
+        ({}, CHANNELS, lambda table: [], "a rotary table"),
+        ({}, CHANNELS, lambda table: [table, table[:3]], "rotary tables must be of one length"),
+        ({"table": 1}, CHANNELS, lambda table: [table, table[:, 2:]], "does not fit heads of"),
+    ],
+)
+def test_tables_and_caches_that_layers_cannot_use_are_refused(
+    changed: Arguments, channels: int, tables: Callable[[torch.Tensor], list[torch.Tensor]], message: str
+) -> None:
+    made = stack(attention_block(**changed))
+    with pytest.raises(ValueError, match=message):
+        run_made(made, channels, tables)
+    assert run_made(stack(), CHANNELS, lambda table: [table, table[:, 2:].contiguous()]).isfinite().all()

@@ -110,11 +110,11 @@ class Decoder:
         return float(torch.tensor(scale, dtype=self.dtype)) if self.spec.rounded_embedding_scale else scale
 
     def _make_tables(self, length: int) -> None:
-        """Set ``rope_tables``: of every layer, those that rotate alike sharing one, and ``cos_sin_LC``, the model's."""
+        """Set the layers' ``rope_tables``, ``distinct_tables``, which these are, and ``cos_sin_LC``, the model's."""
         ropes = self.spec.ropes
-        tables = {rope: rope_table(rope, length, self.device) for rope in dict.fromkeys((self.spec.rope, *ropes))}
+        tables = {rope: rope_table(rope, length, self.device) for rope in self.spec.distinct_ropes}
         self.cos_sin_LC = tables[self.spec.rope]
-        self.rope_tables = tuple(tables[rope] for rope in ropes)
+        self.rope_tables, self.distinct_tables = tuple(tables[rope] for rope in ropes), tuple(tables.values())
 
     @property
     def weight_bytes(self) -> int:
@@ -182,7 +182,7 @@ class Decoder:
         """
         self.reserve_positions(batch.num_positions)
         if self.stack is not None:
-            return self.stack.run(segment.layers, x_TD, kv, self.cos_sin_LC, batch, router_entropy_T, budget)
+            return self.stack.run(segment.layers, x_TD, kv, self.distinct_tables, batch, router_entropy_T, budget)
         spec, backend = self.spec, self.backend
         routed: list[torch.Tensor] | None = None if router_entropy_T is None else []
         read_TD: torch.Tensor = x_TD
@@ -249,7 +249,7 @@ class Decoder:
         """
         assert self.stack is not None
         self.reserve_positions(batch.num_positions)
-        return self.stack.run_with_exits(x_TD, kv, self.cos_sin_LC, batch, thresholds_NT, budget)
+        return self.stack.run_with_exits(x_TD, kv, self.distinct_tables, batch, thresholds_NT, budget)
 
     @in_inference_mode
     def decide(

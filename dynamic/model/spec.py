@@ -98,6 +98,11 @@ class ModelSpec:
         return [layer.rope or self.rope for layer in self.layers]
 
     @property
+    def distinct_ropes(self) -> list[RopeSpec]:
+        """The ways in which layers rotate, the model's first."""
+        return list(dict.fromkeys((self.rope, *self.ropes)))
+
+    @property
     def uncommon(self) -> set[str]:
         """What the model computes that others do not, by the names that kernels have for it."""
         parts = {part for layer in self.layers for part in layer.attention.uncommon}

@@ -2,43 +2,65 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
-import torch
-
-from ...kernels.api.stack import Stack, StackBlock, StackExit, StackExperts, StackNorm, StackShape
+from ...kernels.api.stack import (
+    NotStacked,
+    Stack,
+    StackAdd,
+    StackApart,
+    StackAttention,
+    StackBlock,
+    StackExit,
+    StackExperts,
+    StackNorm,
+    StackOutNorm,
+    StackRead,
+    StackScale,
+    StackShape,
+)
 from ...kernels.torch.backend import TorchBackend
-from .blocks import Attention, Block, FeedForward, Norm
+from .blocks import Add, Attention, Block, FeedForwards, Norm, OutNorm, Read, Scale
 from .exits import DecoderExit
 from .layer_weights import LayerWeights
 from .norms import NORM_KINDS
-from .spec import LayerSpec, ModelSpec
+from .spec import ModelSpec
+
+log = logging.getLogger(__name__)
 
 
 def make_stack(
     backend: TorchBackend, spec: ModelSpec, layers: Sequence[LayerWeights], held: range, exits: Iterable[DecoderExit]
 ) -> Stack | None:
-    """Layers and exits as one thing, where the backend has that and can do what the model needs.
+    """:func:`build_stack`; None where layers run operation by operation, which the log says once for a model."""
+    if type(backend).make_stack is TorchBackend.make_stack:  # each operation is a call of its own
+        return None
+    try:
+        return build_stack(backend, spec, layers, held, exits)
+    except NotStacked as reason:
+        log.info("layers run operation by operation: %s", reason)
+        return None
+
+
+def build_stack(
+    backend: TorchBackend, spec: ModelSpec, layers: Sequence[LayerWeights], held: range, exits: Iterable[DecoderExit]
+) -> Stack:
+    """Layers and exits as one thing.
 
     Arguments:
         spec: with the heads that are here.
         layers: of the whole model.
         held: numbers of those that are taken.
+
+    Raises:
+        NotStacked: the backend has no such thing, or cannot do what the model needs; the message says what.
     """
-    # Stacks have one table of rotations, and norms of one kind.
-    if NORM_KINDS[spec.norm].centred or any(rope != spec.rope for rope in spec.ropes):
-        return None
-    stacked = []
-    for number in held:
-        blocks = [_stack_block(backend, spec.layers[number], layers[number], b) for b in spec.layers[number].blocks]
-        known = [block for block in blocks if block is not None]
-        if len(known) < len(blocks):
-            return None
-        stacked.append(known)
+    stacked = [
+        [_stack_block(spec, number, layers[number], block) for block in spec.layers[number].blocks] for number in held
+    ]
     shape = StackShape(hidden_size=spec.hidden_size, norm_eps=spec.norm_eps, residual_scale=spec.residual_scale)
-    exits = tuple(exits)
-    if exits and len({layer.keys_alike for layer in spec.layers}) > 1:
-        return None  # keys and values of all layers behind an exit are made at once
     stacked_exits = [
         StackExit(after_layers=e.after_layers, down=e.down, up=e.up, probe=e.probe, projections=e.projections)
         for e in exits
@@ -46,29 +68,60 @@ def make_stack(
     return backend.make_stack(shape, stacked, stacked_exits)
 
 
-def _stack_block(backend: TorchBackend, layer: LayerSpec, weights: LayerWeights, block: Block) -> StackBlock | None:
-    """A block as stacks run it; None where they do not."""
+def _stack_block(spec: ModelSpec, number: int, weights: LayerWeights, block: Block) -> StackBlock:
+    """A block as stacks run it."""
     if isinstance(block, Norm):
-        weight_D: torch.Tensor = weights.norms[block.weight]
-        return StackNorm(weight_D=weight_D) if weight_D.dtype == backend.dtype else None
+        return _norm(spec, weights, block.weight)
+    if isinstance(block, OutNorm):
+        return StackOutNorm(**vars(_norm(spec, weights, block.weight)))
+    if isinstance(block, Read):
+        return StackRead()
+    if isinstance(block, Add):
+        return StackAdd()
+    if isinstance(block, Scale):
+        return StackScale(factor=weights.norms[block.weight])
+    layer = spec.layers[number]
     if isinstance(block, Attention):
-        return layer.attention.stack_block(weights.attention)
+        stacked = layer.attention.stack_block(weights.attention)
+        if not isinstance(stacked, StackAttention):
+            return stacked
+        return replace(stacked, table=spec.distinct_ropes.index(spec.ropes[number]))
     moe = layer.moe if layer.moe and not layer.moe.is_dense else None
-    if not isinstance(block, FeedForward) or (moe and moe.num_always_on):
-        return None
-    if moe and (
-        moe.latent_size
-        or moe.router.weight_on_input
-        or moe.router.input_norm_eps is not None
-        or moe.shared_scale != 1.0
-    ):
-        return None
+    if moe is None:
+        return StackExperts(ffn=weights.ffn, router=None, rule=None, shared=weights.shared)
+    if moe.latent_size:
+        raise NotStacked("experts that read and give latents")
+    rule = moe.router
+    apart = None
+    if isinstance(block, FeedForwards):
+        assert rule.input_norm_eps is not None
+        assert weights.router_norm_D is not None
+        apart = StackApart(
+            router=weights.router_norm_D,
+            router_eps=rule.input_norm_eps,
+            mixture=_norm(spec, weights, block.mixture),
+            mixture_out=_norm(spec, weights, block.mixture_out),
+            shared_out=_norm(spec, weights, block.shared_out),
+        )
+    elif rule.input_norm_eps is not None:
+        raise NotStacked("a router whose input has a norm of its own")
     return StackExperts(
         ffn=weights.ffn,
-        router=weights.router if moe else None,
-        rule=moe.router if moe else None,
+        router=weights.router,
+        rule=rule,
         contribution_scale_E=weights.contribution_scale_E,
-        **(weights.routing if moe else {}),
+        **weights.routing,
+        always_on=moe.num_always_on,
         shared=weights.shared,
         shared_gate=weights.shared_gate,
+        shared_scale=moe.shared_scale,
+        apart=apart,
+    )
+
+
+def _norm(spec: ModelSpec, weights: LayerWeights, name: str) -> StackNorm:
+    return StackNorm(
+        weight_D=weights.norms[name],
+        bias_D=weights.norms.get(f"{name}_bias"),
+        centred=NORM_KINDS[spec.norm].centred,
     )

@@ -224,7 +224,7 @@ class ParallelDecoder(Decoder):
             sums = 2 * len(own)
             self.context.count_sums(sums, sums * others * x_WD.numel() * self.dtype.itemsize)
         with self.context.watched():
-            return self._held_stack.run(own, x_WD, cache[first:stop], self.cos_sin_LC, batch, entropy_W, budget)
+            return self._held_stack.run(own, x_WD, cache[first:stop], self.distinct_tables, batch, entropy_W, budget)
 
     def _lend_experts(self, layers: range) -> None:
         """Run other KV shards' rows through the experts that are here; this one has none in this step."""

@@ -15,6 +15,10 @@ from .router_spec import RouterSpec
 from .types import AttentionBatch, ExpertBudget, ExpertWeights, KVLayer, KVProjection, LinearWeights, ProbeWeights
 
 
+class NotStacked(Exception):
+    """Why a model's layers run operation by operation."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StackShape:
     """What all layers have in common.
@@ -30,21 +34,72 @@ class StackShape:
 
 @dataclass(frozen=True, kw_only=True)
 class StackNorm:
-    """Adds what the last block left to the residual stream and norms the sum. A layer begins with one."""
+    """Adds what the last block left to the residual stream and norms the sum for the blocks behind.
+
+    Arguments:
+        weight_D: in the model's dtype, or float32; then rows are normed in float32 and rounded once.
+        bias_D: float32, of a layer norm.
+        centred: a layer norm, whose weight is float32, instead of a root-mean-square norm.
+    """
 
     weight_D: torch.Tensor
+    bias_D: torch.Tensor | None = None
+    centred: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackOutNorm(StackNorm):
+    """Norms what the last block left."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackRead:
+    """Adds what the last block left to the residual stream; the blocks behind read the sum as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackAdd:
+    """Adds what the last block left to the residual stream; the blocks behind read what that block read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackScale:
+    """Adds what the last block left to the residual stream, and multiplies the sum by a number, float32, (1,)."""
+
+    factor: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackGrowth:
+    """Queries at position p are multiplied by ``1 + rate · log(1 + floor((p + offset) / period))``."""
+
+    rate: float
+    period: int
+    offset: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class StackAttention:
-    """Grouped-query attention over the normed rows, over the layer's cache.
+    """Grouped-query attention over the rows that are read, over the layer's cache.
 
     Arguments:
         qkv: queries, keys and values in one projection.
+        q_norm, k_norm: in the model's dtype, or float32, see :class:`StackNorm`.
         norm_per_head: norms of queries and keys, where there are any, go over each head, not over the full width.
         scale: factor on the scores.
         window: how many positions a row sees, its own included; None sees all.
-        sinks_H: see :func:`reference.paged_attention`.
+        sinks_H, softcap: see :func:`reference.paged_attention`.
+        table: number of the table that it rotates with, among those that a step brings.
+        clip: queries, keys and values are clipped to ± this value, behind norms over the full width, in front of
+            norms per head.
+        gate: a projection of the rows that are read; the heads' outputs are multiplied by its sigmoid.
+        norm_after_rotation: the norms per head come behind the rotation.
+        growth: of the queries, behind norms.
+        chunk: positions that see each other; None: all do.
+        values: channels of a value; None: as many as a key has.
+        value_scale: factor on the values.
+        value_norm: float32, of each head's value.
+        values_are_keys: values are what the keys' projection makes, not normed as keys and not rotated.
     """
 
     num_heads: int
@@ -58,17 +113,50 @@ class StackAttention:
     scale: float
     window: int | None
     sinks_H: torch.Tensor | None = None
+    table: int = 0
+    softcap: float | None = None
+    clip: float | None = None
+    gate: LinearWeights | None = None
+    norm_after_rotation: bool = False
+    growth: StackGrowth | None = None
+    chunk: int | None = None
+    values: int | None = None
+    value_scale: float = 1.0
+    value_norm: torch.Tensor | None = None
+    values_are_keys: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackApart:
+    """Norms where a mixture, and its router, read the residual stream itself beside a shared expert over the rows that
+    are read.
+
+    Arguments:
+        router: in front of the router, in the model's dtype; router_eps: its epsilon.
+        mixture: in front of the mixture.
+        mixture_out, shared_out: of what each leaves.
+    """
+
+    router: torch.Tensor
+    router_eps: float
+    mixture: StackNorm
+    mixture_out: StackNorm
+    shared_out: StackNorm
 
 
 @dataclass(frozen=True, kw_only=True)
 class StackExperts:
-    """A mixture of experts over the normed rows.
+    """A mixture of experts over the rows that are read.
 
     Arguments:
-        router, rule: how experts are chosen; None where each has weight 1.
+        router, rule: how experts are chosen; None where each has weight 1. A weight on the input needs a rule that
+            chooses one expert.
         contribution_scale_E: what a budget ranks experts by, see :func:`.budget_reference.limit_experts`.
         selection_bias_E, expert_scale_E: what the rule takes beside logits.
+        always_on: so many experts in front of those that are chosen have weight 1 for every row.
         shared, shared_gate: an expert that every row uses beside them, and the logit of its weight's sigmoid.
+        shared_scale: factor on what it leaves.
+        apart: None where all read the same rows.
     """
 
     ffn: ExpertWeights
@@ -77,11 +165,14 @@ class StackExperts:
     contribution_scale_E: torch.Tensor | None = None
     selection_bias_E: torch.Tensor | None = None
     expert_scale_E: torch.Tensor | None = None
+    always_on: int = 0
     shared: ExpertWeights | None = None
     shared_gate: LinearWeights | None = None
+    shared_scale: float = 1.0
+    apart: StackApart | None = None
 
 
-StackBlock = StackNorm | StackAttention | StackExperts
+StackBlock = StackNorm | StackRead | StackAdd | StackScale | StackAttention | StackExperts
 
 
 class SharedGroup(Protocol):
@@ -143,7 +234,7 @@ class Stack(Protocol):
         layers: range,
         x_TD: torch.Tensor,
         kv: Sequence[KVLayer],
-        cos_sin_LC: torch.Tensor,
+        tables: Sequence[torch.Tensor],
         batch: AttentionBatch,
         router_entropy_T: torch.Tensor | None = None,
         budget: ExpertBudget | None = None,
@@ -153,6 +244,7 @@ class Stack(Protocol):
         Arguments:
             x_TD: the residual stream, float32; it may be overwritten.
             kv: the cache of every layer of the model.
+            tables: of rotations, which layers name by number, see :func:`.rope_table`; all of one length.
             router_entropy_T: float32; if given, takes the mean entropy of these layers' routers, in nats.
             budget: how many experts the rows may use; None is all that the router chose.
 
@@ -164,7 +256,7 @@ class Stack(Protocol):
         self,
         x_TD: torch.Tensor,
         kv: Sequence[KVLayer],
-        cos_sin_LC: torch.Tensor,
+        tables: Sequence[torch.Tensor],
         batch: AttentionBatch,
         thresholds_NT: torch.Tensor,
         budget: ExpertBudget | None = None,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..api.router_spec import SCORES, RouterSpec
-from ..api.stack import Stack, StackAttention, StackBlock, StackExit, StackExperts, StackShape
+from ..api.stack import Stack, StackBlock, StackExit, StackShape
 from ..api.types import (
     AttentionBatch,
     ExitDecision,
@@ -24,13 +24,14 @@ from ..api.types import (
 )
 from ..reference.router import check_route_arguments
 from ..torch.experts import PlainExperts
-from ..torch.split import SplitExperts, SplitLinear
+from ..torch.split import SplitLinear
 from . import build as cpu_build
 from .fingerprint import fingerprint
 from .layout import BLOCK, join_gate_up_bias
 from .quantized import CpuLinear, CpuQuantPacking
 from .stack import CpuStack
-from .vectors import CODED_CACHE, SINKS
+from .stack_checks import check_stack, stack_parts
+from .vectors import CODED_CACHE
 
 
 @dataclass(frozen=True)
@@ -332,25 +333,9 @@ class CpuBackend(CpuQuantPacking):
 
     def make_stack(
         self, shape: StackShape, layers: Sequence[Sequence[StackBlock]], exits: Sequence[StackExit]
-    ) -> Stack | None:
-        blocks = [block for layer in layers for block in layer]
-        mixtures = [block for block in blocks if isinstance(block, StackExperts)]
-        if not all(block.rule.is_regular for block in mixtures if block.rule is not None):
-            return None
-        packed = [linear.data for b in blocks if isinstance(b, StackAttention) for linear in (b.qkv, b.o)]
-        packed += [ffn.data for block in mixtures for ffn in (block.ffn, block.shared) if ffn is not None]
-        if any(isinstance(data, SplitLinear | SplitExperts) for data in packed):
-            return None
-        # One table of rotations and one shape of caches for all layers.
-        if len({(b.num_kv_heads, b.head_dim) for b in blocks if isinstance(b, StackAttention)}) != 1:
-            return None
-        sinks = any(isinstance(b, StackAttention) and b.sinks_H is not None for b in blocks)
-        routers = [block.router.data for block in mixtures if block.router is not None]
-        if sinks or any(router.bias is not None for router in routers):
-            self.formats.add(SINKS)
-        # Keys and values that begin inside a block of quantised weights come with outputs that are not theirs.
-        if any(projection.kv.data.skip for exit in exits for projection in exit.projections):
-            return None
+    ) -> Stack:
+        check_stack(layers, exits, self.dtype)
+        self.formats |= stack_parts(layers, self.dtype)
         return CpuStack(self._isa, self.dtype, shape, layers, exits)
 
     @property

@@ -10,17 +10,23 @@ import torch
 from ..api.router_spec import SCORES
 from ..api.stack import (
     SharedGroup,
+    StackAdd,
     StackAttention,
     StackBlock,
     StackExit,
     StackExperts,
     StackNorm,
+    StackOutNorm,
+    StackRead,
     StackResult,
+    StackScale,
     StackShape,
 )
 from ..api.types import AttentionBatch, ExpertBudget, ExpertWeights, KVLayer, KVLayers, LinearWeights
 from .layout import activation_number
 from .quantized import CpuQuantExperts
+
+Tensors = dict[str, torch.Tensor | None]
 
 
 class CpuStack:
@@ -43,9 +49,10 @@ class CpuStack:
         self._handle: Any = torch.classes.dynamoe_cpu.Stack(
             isa, dtype, shape.hidden_size, shape.norm_eps, shape.residual_scale
         )
-        self._channels = next(block.head_dim for block in layers[0] if isinstance(block, StackAttention))
+        self._channels: list[int] = []  # of every layer's heads
         self._counts: dict[int, torch.Tensor] = {}  # by rows
         for blocks in layers:
+            self._channels += [block.head_dim for block in blocks if isinstance(block, StackAttention)]
             self._handle.add_layer([_native(block) for block in blocks])
         for exit in exits:
             self._add_exit(exit)
@@ -76,21 +83,21 @@ class CpuStack:
         layers: range,
         x_TD: torch.Tensor,
         kv: Sequence[KVLayer],
-        cos_sin_LC: torch.Tensor,
+        tables: Sequence[torch.Tensor],
         batch: AttentionBatch,
         router_entropy_T: torch.Tensor | None = None,
         budget: ExpertBudget | None = None,
     ) -> torch.Tensor:
         places, limits = _places(batch), _limits(budget)
         return self._handle.run(
-            x_TD, layers.start, layers.stop, self._cache(kv), cos_sin_LC, *places, router_entropy_T, *limits
+            x_TD, layers.start, layers.stop, self._cache(kv), list(tables), *places, router_entropy_T, *limits
         )
 
     def run_with_exits(
         self,
         x_TD: torch.Tensor,
         kv: Sequence[KVLayer],
-        cos_sin_LC: torch.Tensor,
+        tables: Sequence[torch.Tensor],
         batch: AttentionBatch,
         thresholds_NT: torch.Tensor,
         budget: ExpertBudget | None = None,
@@ -100,7 +107,7 @@ class CpuStack:
         if counts is None:
             counts = self._counts[rows] = torch.empty(rows + 3 * num_exits + 1, dtype=torch.int64)
         out_TD = self._handle.run_with_exits(
-            x_TD, self._cache(kv), cos_sin_LC, *_places(batch), thresholds_NT, counts, *_limits(budget)
+            x_TD, self._cache(kv), list(tables), *_places(batch), thresholds_NT, counts, *_limits(budget)
         )
         return StackResult(out_TD, counts)
 
@@ -126,25 +133,42 @@ def _places(batch: AttentionBatch) -> tuple[torch.Tensor, ...]:
 def _native(block: StackBlock) -> Any:
     """A block as the C++ stack takes it: its kind, and tensors and numbers by name."""
     if isinstance(block, StackNorm):
-        return _block("norm", {"weight": block.weight_D})
+        return _block("out_norm" if isinstance(block, StackOutNorm) else "norm", *_norm(block, ""))
+    if isinstance(block, StackRead | StackAdd):
+        return _block("read" if isinstance(block, StackRead) else "add", {})
+    if isinstance(block, StackScale):
+        return _block("scale", {"factor": block.factor})
     return _attention(block) if isinstance(block, StackAttention) else _experts(block)
+
+
+def _norm(norm: StackNorm, prefix: str) -> tuple[Tensors, dict[str, int]]:
+    tensors: Tensors = {f"{prefix}weight": norm.weight_D, f"{prefix}bias": norm.bias_D}
+    return tensors, {f"{prefix}centred": True} if norm.centred else {}
 
 
 def _attention(block: StackAttention) -> Any:
     heads = {"heads": block.num_heads, "kv_heads": block.num_kv_heads, "channels": block.head_dim}
-    return _block(
-        "attention",
-        {
-            **_linear("qkv", block.qkv),
-            **_linear("o", block.o),
-            "q_norm": block.q_norm,
-            "k_norm": block.k_norm,
-            "sinks": block.sinks_H,
-        },
-        {**heads, "norm_per_head": block.norm_per_head, "window": block.window or 0},
-        {"scale": block.scale},
-        {"qkv": list(block.qkv.data.layout), "o": list(block.o.data.layout)},
-    )
+    tensors = {
+        **_linear("qkv", block.qkv),
+        **_linear("o", block.o),
+        "q_norm": block.q_norm,
+        "k_norm": block.k_norm,
+        "sinks": block.sinks_H,
+        "value_norm": block.value_norm,
+    }
+    integers = {**heads, "norm_per_head": block.norm_per_head, "window": block.window or 0, "table": block.table}
+    integers |= {"norm_after_rotation": block.norm_after_rotation, "values_are_keys": block.values_are_keys}
+    integers |= {"chunk": block.chunk or 0, "values": block.values or block.head_dim}
+    floats = {"scale": block.scale, "softcap": block.softcap or 0.0, "clip": block.clip or 0.0}
+    floats["value_scale"] = block.value_scale
+    layouts = {"qkv": list(block.qkv.data.layout), "o": list(block.o.data.layout)}
+    if block.gate is not None:
+        tensors |= _linear("gate", block.gate)
+        layouts["gate"] = list(block.gate.data.layout)
+    if block.growth is not None:
+        integers |= {"growth_period": block.growth.period, "growth_offset": block.growth.offset}
+        floats["growth_rate"] = block.growth.rate
+    return _block("attention", tensors, integers, floats, layouts)
 
 
 def _experts(block: StackExperts) -> Any:
@@ -152,6 +176,7 @@ def _experts(block: StackExperts) -> Any:
     tensors, integers, layouts = _ffn(block.ffn, "", routed=rule is not None)
     integers |= {"experts": block.ffn.num_experts, "hidden": block.ffn.hidden_size, "shared": shared is not None}
     integers["activation"] = activation_number(block.ffn.activation)
+    floats = {"shared_scale": block.shared_scale}
     tensors["contribution_scale"] = block.contribution_scale_E
     if shared is not None:
         more = _ffn(shared, "shared_", routed=False)
@@ -159,19 +184,26 @@ def _experts(block: StackExperts) -> Any:
     if gate is not None:
         tensors["shared_gate"] = gate.data.packed
     if router is None or rule is None:
-        return _block("experts", tensors, integers, {}, layouts)
+        return _block("experts", tensors, integers, floats, layouts)
     tensors |= _linear("router", router)
     tensors |= {"selection_bias": block.selection_bias_E, "expert_scale": block.expert_scale_E}
-    integers |= {"top_k": rule.top_k, "score": SCORES.index(rule.score), "renormalize": rule.renormalize}
+    mixes = rule.score == "sparsemixer"
+    integers |= {"top_k": rule.top_k, "score": 0 if mixes else SCORES.index(rule.score), "sparsemixer": mixes}
     integers |= {"softmax_after_topk": rule.softmax_after_topk, "float32_logits": rule.float32_logits}
+    integers["renormalize"] = rule.renormalize
     integers |= {"groups": rule.num_groups, "top_groups": rule.top_groups, "top2_sum": rule.group_score == "top2_sum"}
-    floats = {"routing_scale": rule.scale, "norm_floor": rule.norm_floor, "norm_epsilon": rule.norm_epsilon}
+    integers |= {"always_on": block.always_on, "weight_on_input": rule.weight_on_input}
+    floats |= {"routing_scale": rule.scale, "norm_floor": rule.norm_floor, "norm_epsilon": rule.norm_epsilon}
+    floats |= {"jitter": rule.jitter} if mixes else {}
+    if (apart := block.apart) is not None:
+        tensors["router_norm"], floats["router_eps"] = apart.router, apart.router_eps
+        for name, norm in (("in", apart.mixture), ("out", apart.mixture_out), ("shared_out", apart.shared_out)):
+            own = _norm(norm, f"{name}_norm_")
+            tensors, integers = tensors | own[0], integers | own[1]
     return _block("experts", tensors, integers, floats, layouts)
 
 
-def _ffn(
-    weights: ExpertWeights, prefix: str, *, routed: bool
-) -> tuple[dict[str, torch.Tensor | None], dict[str, int], dict[str, list[int]]]:
+def _ffn(weights: ExpertWeights, prefix: str, *, routed: bool) -> tuple[Tensors, dict[str, int], dict[str, list[int]]]:
     """Tensors, sizes and layouts of experts; where none is chosen their biases are one."""
     data = weights.data
     quantised = isinstance(data, CpuQuantExperts)
@@ -187,13 +219,13 @@ def _ffn(
     return named  # type: ignore[return-value]
 
 
-def _linear(name: str, weights: LinearWeights) -> dict[str, torch.Tensor | None]:
+def _linear(name: str, weights: LinearWeights) -> Tensors:
     return {name: weights.data.packed, f"{name}_bias": weights.data.bias}
 
 
 def _block(
     kind: str,
-    tensors: dict[str, torch.Tensor | None],
+    tensors: Tensors,
     integers: dict[str, int] | None = None,
     floats: dict[str, float] | None = None,
     layouts: dict[str, list[int]] | None = None,

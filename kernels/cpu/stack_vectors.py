@@ -15,6 +15,7 @@ from ..api.router_spec import RouterSpec
 from ..api.stack import StackAttention, StackBlock, StackExit, StackExperts, StackNorm, StackShape
 from ..api.types import AttentionBatch, ExpertBudget, KVLayers, KVProjection
 from ..torch.backend import TorchBackend
+from .stack_part_vectors import Change
 from .vector_inputs import EPS, Numbers, cache, places, probe, rotations, thresholds
 
 Outputs = Iterator[torch.Tensor]
@@ -28,6 +29,7 @@ def stack_vectors(
     sinks: bool = False,
     shared: bool = False,
     rule: RouterSpec | None = None,
+    change: Change | None = None,
 ) -> Outputs:
     """A small model in one call: a prompt in two chunks, decodes; with exits; with budgets.
 
@@ -35,10 +37,12 @@ def stack_vectors(
         sinks: whether attention has sinks, and routers have biases.
         shared: whether there are shared experts.
         rule: the routing rule of 8 experts; None: plain ones.
+        change: what becomes of each layer; there are no exits then.
     """
     hidden, heads, kv_heads, channels, page = 64, 4, 2, 32, 16
     shape = StackShape(hidden_size=hidden, norm_eps=EPS, residual_scale=0.7)
-    table_LC = rotations(channels, 64)
+    tables = [rotations(channels, 64)]
+    tables += [] if change is None else [numbers.floats(64, channels)]
     for with_exits, biased in ((False, False), (True, False), (True, True)):
         sizes = hidden, heads, kv_heads, channels
         blocks = [_layer(backend, numbers, sizes, number, biased, sinks) for number in range(3)]
@@ -46,9 +50,11 @@ def stack_vectors(
             blocks = [_with_shared(backend, numbers, layer, number) for number, layer in enumerate(blocks)]
         if rule is not None:
             blocks = [_with_rule(backend, numbers, layer, rule) for layer in blocks]
-        exits = [_exit(backend, numbers, hidden, blocks, after) for after in (1, 2)]
+        if change is not None:
+            blocks = [change(backend, numbers, layer, number) for number, layer in enumerate(blocks)]
+        with_exits = with_exits and change is None
+        exits = [_exit(backend, numbers, hidden, blocks, after) for after in (1, 2) if change is None]
         stack = backend.make_stack(shape, blocks, exits)
-        assert stack is not None
         ends = [(17, 1, 16), (18, 2, 33), (19, 3, 34)]
         kv = KVLayers(cache((64,) * 3, page, kv_heads, channels, kept) for _ in range(3))
         for before, lengths in zip([(0, 0, 0), *ends], ends, strict=False):
@@ -65,11 +71,11 @@ def stack_vectors(
                 # A sequence of several rows continues or exits as a whole.
                 owners = torch.repeat_interleave(torch.arange(3), torch.tensor(rows))
                 result = stack.run_with_exits(
-                    x_TD, kv, table_LC, batch, thresholds(numbers, 2, 3)[:, owners].contiguous(), budget
+                    x_TD, kv, tables, batch, thresholds(numbers, 2, 3)[:, owners].contiguous(), budget
                 )
                 yield from (result.out_TD, result.counts)
             else:
-                out = stack.run(range(3), x_TD, kv, table_LC, batch, entropy_T, budget if limited else None)
+                out = stack.run(range(3), x_TD, kv, tables, batch, entropy_T, budget if limited else None)
                 yield from (out, entropy_T)
             yield budget.skipped_T
         for layer in kv:

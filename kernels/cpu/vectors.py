@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import torch
 
-from ..api import formats
+from ..api import formats, uncommon
 from ..api.formats import ROW_GROUP, UNQUANTIZED, ActivationScheme, Format
 from ..api.quantized_weight import QuantizedWeight
 from ..api.router_spec import RouterSpec
@@ -23,6 +23,7 @@ from ..api.uncommon import CAPS, FLOAT32_NORMS, LATENTS, LAYER_NORMS, ROUTING, S
 from ..reference.operations import CLAMPED_SWIGLU, SQUARED_RELU, rope
 from ..torch.backend import TorchBackend
 from .layout import PLAIN_ACTIVATIONS
+from .stack_part_vectors import Change, other_attention, other_mixtures, other_norms
 from .stack_vectors import stack_vectors
 from .vector_inputs import EPS, Numbers, cache, places, probe, rotations, thresholds
 
@@ -60,6 +61,13 @@ def vectors() -> dict[str, Callable[[TorchBackend], Outputs]]:
     found |= {SINKS: _sinks, CLAMPED_SWIGLU: lambda backend: _mixtures(backend, Numbers(), (CLAMPED_SWIGLU,), 12.0)}
     found |= {ROUTING: _routing_beyond, SHARED_EXPERTS: _shared_experts, UNGATED: _ungated}
     found |= {CAPS: _caps, FLOAT32_NORMS: _float32_norms, LAYER_NORMS: _layer_norms, LATENTS: _latents}
+    changes = {
+        uncommon.STACK_ATTENTION: other_attention,
+        uncommon.STACK_MIXTURES: other_mixtures,
+        uncommon.STACK_NORMS: other_norms,
+    }
+    for part, change in changes.items():
+        found[part] = lambda backend, change=change: _changed_stack(backend, change)
     for format in cpu_formats():
         found[format.name] = lambda backend, format=format: _quantised(backend, format)
     return found
@@ -136,6 +144,11 @@ def _ungated(backend: TorchBackend) -> Outputs:
             for shape in ((width, hidden), (hidden, width))
         )
         yield from _experts(backend, numbers, backend.join_experts((), up, down, SQUARED_RELU))
+
+
+def _changed_stack(backend: TorchBackend, change: Change) -> Outputs:
+    for kept in (backend.dtype, torch.int8):
+        yield from stack_vectors(backend, Numbers(), kept, change=change)
 
 
 def _linear(backend: TorchBackend, numbers: Numbers, weights: LinearWeights) -> Outputs:

@@ -14,7 +14,7 @@ from ..api.kv_codes import KV_DTYPES
 from ..api.quantized_weight import QuantizedWeight
 from ..api.router_spec import RouterSpec
 from ..api.sources import sources_hash
-from ..api.stack import Stack, StackBlock, StackExit, StackShape
+from ..api.stack import NotStacked, Stack, StackBlock, StackExit, StackShape
 from ..api.types import (
     AttentionBatch,
     ExitDecision,
@@ -395,6 +395,6 @@ class TorchBackend(HeadLinears, StateOperations):
 
     def make_stack(
         self, shape: StackShape, layers: Sequence[Sequence[StackBlock]], exits: Sequence[StackExit]
-    ) -> Stack | None:
-        """Layers, as lists of blocks, and exits that run at once; None where each operation is a call of its own."""
-        return None
+    ) -> Stack:
+        """Layers, as lists of blocks, and exits that run at once; NotStacked says why they cannot."""
+        raise NotStacked(f"the {self.name} backend has no stack")

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from ....kernels.api.ranges import check_ranges
+from ....kernels.api.stack import StackAttention, StackGrowth
 from ....kernels.api.types import AttentionBatch, KVLayer, KVProjection, LinearWeights
 from ....kernels.reference.elementwise import sigmoid
 from ....kernels.reference.operations import rope
@@ -26,12 +27,8 @@ from .kind import AttentionContext, AttentionCuts, AttentionLayout, Shape, linea
 
 
 @dataclass(frozen=True, kw_only=True)
-class QueryGrowth:
-    """Queries at position p are multiplied by ``1 + rate · log(1 + floor((p + offset) / period))``."""
-
-    rate: float
-    period: int
-    offset: int = 0
+class QueryGrowth(StackGrowth):
+    """See :class:`.StackGrowth`."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "period", least=1)
@@ -203,3 +200,18 @@ class ExtendedGqaSpec(GqaSpec):
             # Queries are rotated as well; keys stand in for them, and nobody looks at the result.
             norms = projection.k_norm, projection.k_norm
             self._write((k_RGC, k_RGC, v_RGC), norms, layer, batch, context)
+
+    def stack_block(self, weights: Any) -> StackAttention:
+        if type(self) is not ExtendedGqaSpec:
+            return super().stack_block(weights)
+        more: dict[str, Any] = {
+            **{"gate": weights.gate, "norm_after_rotation": self.norm_after_rotation, "growth": self.growth},
+            **{"chunk": self.chunk, "values": self.values, "value_scale": self.value_scale},
+            "values_are_keys": self.values_are_keys,
+        }
+        if self.unit_norm:
+            ones_C = torch.ones(self.head_dim, dtype=weights.qkv.dtype)
+            more |= {"q_norm": ones_C, "k_norm": ones_C, "norm_per_head": True}
+        if self.value_norm:
+            more["value_norm"] = torch.ones(self.head_dim)
+        return self.stack_parts(weights, **more)

@@ -282,26 +282,33 @@ class GqaSpec(AttentionSpec):
     def propagation_flops(self, hidden_size: int) -> int:
         return 2 * hidden_size * self.num_kv_heads * (self.head_dim + self.value_channels)
 
-    def stack_block(self, weights: Any) -> StackAttention | None:
-        if self.clip is not None or type(self) is not GqaSpec:  # a kind made of this one computes something else
-            return None
-        if self.softcap is not None:
-            return None
-        if weights.q_norm is not None and weights.q_norm.dtype != weights.qkv.dtype:
-            return None
-        return StackAttention(
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            qkv=weights.qkv,
-            q_norm=weights.q_norm,
-            k_norm=weights.k_norm,
-            norm_per_head=self.qk_norm == "head",
-            o=weights.o,
-            scale=self.scale,
-            window=self.window,
-            sinks_H=weights.sinks,
-        )
+    def stack_block(self, weights: Any) -> StackAttention:
+        if type(self) is not GqaSpec:  # a kind made of this one computes something else
+            return super().stack_block(weights)
+        return self.stack_parts(weights)
+
+    def stack_parts(self, weights: GqaWeights, **more: Any) -> StackAttention:
+        """For a backend's stack.
+
+        Arguments:
+            more: what a kind that is made of this one has beside.
+        """
+        parts: dict[str, Any] = {
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "qkv": weights.qkv,
+            "q_norm": weights.q_norm,
+            "k_norm": weights.k_norm,
+            "norm_per_head": self.qk_norm == "head",
+            "o": weights.o,
+            "scale": self.scale,
+            "window": self.window,
+            "sinks_H": weights.sinks,
+            "softcap": self.softcap,
+            "clip": self.clip,
+        }
+        return StackAttention(**{**parts, **more})
 
     def projection(self, norm_D: torch.Tensor | None, weights: Any, backend: TorchBackend) -> KVProjection:
         kv = backend.linear_tail(weights.qkv, self.q_size)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from ....kernels.api.kv_codes import KV_DTYPES
-from ....kernels.api.stack import StackBlock
+from ....kernels.api.stack import NotStacked, StackBlock
 from ....kernels.api.types import AttentionBatch, KVLayer, KVProjection, LinearWeights
 from ....kernels.torch.backend import TorchBackend
 from ...checkpoint.config_reader import ConfigReader
@@ -262,9 +262,13 @@ class AttentionSpec(ABC):
         """Of the keys and values of a row that skips the layer."""
         return 0
 
-    def stack_block(self, weights: Any) -> StackBlock | None:
-        """The same for a backend's stack; None where no stack runs it, so that it goes operation by operation."""
-        return None
+    def stack_block(self, weights: Any) -> StackBlock:
+        """The same for a backend's stack.
+
+        Raises:
+            NotStacked: no stack runs it, so that it goes operation by operation.
+        """
+        raise NotStacked(f"attention of kind {self.kind!r}")
 
     def projection(self, norm_D: torch.Tensor | None, weights: Any, backend: TorchBackend) -> KVProjection:
         """What makes the keys and values of rows that skip the layer.

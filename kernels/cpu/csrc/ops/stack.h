@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <functional>
 #include <optional>
 #include <utility>
@@ -23,23 +24,77 @@ struct Projection {
   bool exists() const { return weights || !quant.empty(); }
 };
 
-// Adds what the last block left to the residual stream, and norms the sum.
-struct NormBlock {
+// Of the residual stream or of what a block adds to it, in the model's dtype.
+struct Norm {
   const void* weight;
+  Dtype dtype;        // of the weight; where it is wider than the model's, rows are normed wide and rounded once
+  const float* bias;  // of a layer norm, or null
+  bool centred;       // a layer norm, whose weight is fp32
 };
 
-// Grouped-query attention over the normed rows.
+// Adds what the last block left to the residual stream, and norms the sum for the blocks behind.
+struct NormBlock {
+  Norm norm;
+};
+
+// Adds what the last block left to the residual stream; the blocks behind read the sum as it is.
+struct ReadBlock {};
+
+// The same; the blocks behind read what that block read.
+struct AddBlock {};
+
+// Norms what the last block left.
+struct OutNormBlock {
+  Norm norm;
+};
+
+// Adds what the last block left to the residual stream, and multiplies the sum.
+struct ScaleBlock {
+  const float* factor;
+};
+
+// Queries at position p are multiplied by 1 + rate · log(1 + floor((p + offset) / period)).
+struct Growth {
+  double rate;
+  int64_t period, offset;
+
+  float factor(int64_t position) const {
+    return static_cast<float>(1.0 + rate * std::log1p(static_cast<double>((position + offset) / period)));
+  }
+};
+
+// Grouped-query attention over the rows that are read.
 struct AttentionBlock {
   int64_t heads, kv_heads, channels;
   Projection qkv, o;
   const void *q_norm, *k_norm;  // or null
+  Dtype norm_dtype;             // of these, see Norm
   bool norm_per_head;           // of queries and keys; otherwise over their full width
   float scale;
   int64_t window;
   const float* sinks;  // or null, see AttentionCall
+  int64_t table;       // of rotations, among those of the step
+  float softcap, clip;  // 0: none; clipped behind norms over the full width, in front of norms per head
+  Projection gate;      // none, or: the heads' outputs are multiplied by its sigmoid
+  bool norm_after_rotation;
+  std::optional<Growth> growth;
+  int64_t chunk;            // of positions that see each other; 0: all do
+  int64_t values;           // channels of a value, up to those of a key
+  float value_scale;        // factor on the values
+  const float* value_norm;  // of a value, or null
+  bool values_are_keys;     // what the keys' projection makes
 
   int64_t q_width() const { return heads * channels; }
   int64_t kv_width() const { return kv_heads * channels; }
+  int64_t out_width() const { return heads * values; }  // what `o` reads
+  // Whether values are something else than what stands behind the keys.
+  bool makes_values() const { return values < channels || value_scale != 1.0f || value_norm || values_are_keys; }
+  // Whether keys and values are made as `project_kv` makes them.
+  bool has_plain_keys(Dtype dtype) const {
+    return !makes_values() && !norm_after_rotation && clip == 0.0f && (!k_norm || norm_dtype == dtype);
+  }
+  // How many positions a row sees at most, its own included; 0: all.
+  int64_t reach() const { return window && chunk ? std::min(window, chunk) : std::max(window, chunk); }
 };
 
 // Experts, without what depends on the rows.
@@ -48,23 +103,41 @@ struct Ffn {
   std::optional<QuantExperts> quant;  // takes the place of the call's weights
 };
 
-// A mixture of experts over the normed rows.
+// Where a mixture and its router read the residual stream itself, beside a shared expert over the rows that are read.
+struct Apart {
+  const void* router;  // weight of the norm in front of the router, in the model's dtype
+  float router_eps;
+  Norm in, out, shared_out;  // in front of the mixture, of what it leaves, and of what the shared expert leaves
+};
+
+// A mixture of experts over the rows that are read.
 struct ExpertsBlock {
   Projection router;         // none: every expert has weight 1
   bool float32_logits;       // the router runs in float32, whatever the rows are
   RouteCall rule;            // what does not depend on the rows
   const float* scale;        // contribution of each expert per unit of weight, or null
+  std::optional<double> jitter;  // of the rule `sparsemixer`, which takes the place of the score
+  int64_t always_on;         // experts in front of those that are chosen, with weight 1
+  bool weight_on_input;      // of rules that choose one expert: the weight multiplies what it reads
   Ffn experts;
   std::optional<Ffn> shared;  // an expert that every row uses beside them
   Projection shared_gate;     // none: with weight 1; otherwise with the sigmoid of this
+  float shared_scale;
+  std::optional<Apart> apart;
+
+  int64_t slots() const { return rule.top_k + always_on; }  // of a row
 };
 
-using Block = std::variant<NormBlock, AttentionBlock, ExpertsBlock>;
+using Block = std::variant<NormBlock, ReadBlock, AddBlock, OutNormBlock, ScaleBlock, AttentionBlock, ExpertsBlock>;
 
 struct Layer {
-  std::vector<Block> blocks;  // a norm, then others
+  std::vector<Block> blocks;
 
-  const NormBlock& first_norm() const { return std::get<NormBlock>(blocks.front()); }
+  // The norm that it begins with, or null.
+  const Norm* first_norm() const {
+    const NormBlock* found = std::get_if<NormBlock>(&blocks.front());
+    return found ? &found->norm : nullptr;
+  }
   // The first block of a kind, or null.
   template <class Kind>
   const Kind* find() const {
@@ -98,11 +171,11 @@ struct Places {
   Budget budget;
 };
 
-// The caches of all layers.
+// The caches of all layers, and the tables of rotations.
 struct Caches {
   std::vector<Cache> keys, values;
   int64_t page_size;
-  const float* cos_sin;
+  std::vector<const float*> tables;
 };
 
 struct Exit {
@@ -114,14 +187,26 @@ struct Exit {
   std::vector<ProjectCall> projections;  // weights, one per layer behind the exit
 };
 
+// What the blocks of a model have at most, or whether any has it.
+struct Most {
+  int64_t qkv = 0, queries = 0, keys = 0, gates = 0, channels = 0;  // of attention; gates and keys of blocks that need room
+  int64_t experts = 0, slots = 0;                                   // of mixtures
+  bool float32_logits = false, shared = false, always_on = false, other_input = false, layer_norm = false;
+
+  void count(const Block& block);
+};
+
 struct Stack {
   Shape shape;
   std::vector<Layer> layers;
   std::vector<Exit> exits;  // rising
   // Where several processes share heads and neurons: makes so many numbers, of the shape's dtype, the sum of everybody's.
   std::function<void(void*, int64_t)> add_up;
-  int64_t most_qkv = 0, most_queries = 0, most_experts = 0, most_top_k = 0;  // of any block
-  bool float32_logits = false, shared = false;                               // whether any block has them
+  // Layer norms of contiguous rows, both fp32: torch's own.
+  std::function<void(const Norm&, const float*, int64_t, float*)> layer_norm;
+  // A routing rule that is torch's too, with its `jitter`.
+  std::function<void(const RouteCall&, double)> sparsemixer;
+  Most most;
 
   // Behind how many tokens no layer sees anything; 0: one sees all.
   int64_t widest_window() const {
@@ -129,44 +214,34 @@ struct Stack {
     for (const Layer& layer : layers)
       for (const Block& block : layer.blocks)
         if (const auto* attention = std::get_if<AttentionBlock>(&block)) {
-          if (!attention->window) return 0;
-          widest = std::max(widest, attention->window);
+          if (!attention->reach()) return 0;
+          widest = std::max(widest, attention->reach());
         }
     return widest;
   }
 
   void add(Layer layer) {
-    for (const Block& block : layer.blocks) {
-      if (const auto* attention = std::get_if<AttentionBlock>(&block)) {
-        most_qkv = std::max(most_qkv, attention->qkv.outputs);
-        most_queries = std::max(most_queries, attention->q_width());
-      } else if (const auto* experts = std::get_if<ExpertsBlock>(&block)) {
-        most_experts = std::max(most_experts, experts->router.outputs);
-        most_top_k = std::max(most_top_k, experts->rule.top_k);
-        float32_logits |= experts->float32_logits;
-        shared |= experts->shared.has_value();
-      }
-    }
+    for (const Block& block : layer.blocks) most.count(block);
     layers.push_back(std::move(layer));
   }
 };
 
-// One projection of contiguous rows.
-void project(const Context& context, const Shape& shape, const Projection& projection, const void* x, int64_t inputs,
+// One projection of rows.
+void project(const Context& context, const Shape& shape, const Projection& projection, const Rows& x, int64_t inputs,
              int64_t rows, void* out);
 // x += scale * added
 void add_pending(const Context& context, const Shape& shape, const void* pending, float scale, float* x, int64_t rows);
 
-// A fusion boundary, where a run of layers meets its neighbours: the sum at its end and the norm behind it are one pass over the rows, when
-// the next run is of the same rows and follows at once.
+// A fusion boundary, where a run of layers meets its neighbours: the sum at its end and the norm behind it are one pass
+// over the rows, when the next run is of the same rows and follows at once.
 struct Boundary {
   bool normed = false;     // the run before has done the first norm
-  bool norm_next = false;  // do that of the layer behind
+  bool norm_next = false;  // do that of the layer behind, if it begins with one
 };
 
 // Layers [first, last) on a residual stream of float32, in place. `entropy`, if given, takes the mean entropy of the
-// layers' routers.
-void run_layers(const Context& context, const Stack& stack, int64_t first, int64_t last, float* x, const Places& places,
+// layers' routers. Returns whether the first norm of the layer behind is done.
+bool run_layers(const Context& context, const Stack& stack, int64_t first, int64_t last, float* x, const Places& places,
                 const Caches& caches, float* entropy, Boundary boundary = {});
 
 // All layers, where rows may exit. As long as none does, x is what the rows hand to the LM head.

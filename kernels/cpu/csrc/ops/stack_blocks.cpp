@@ -26,18 +26,37 @@ Projection StackWeights::projection(const Tensor& packed, const OptionalTensor& 
 }
 
 Block StackWeights::block(NamedBlock& named, int64_t hidden) {
-  const auto checked = [&](Block block) {
-    named.refuse_unread();
-    return block;
-  };
-  if (named.kind() == "norm") return checked(norm(named, hidden));
-  if (named.kind() == "attention") return checked(attention(named, hidden));
-  TORCH_CHECK_VALUE(named.kind() == "experts", "a stack knows no block of kind '", named.kind(), "'");
-  return checked(experts(named, hidden));
+  Block block = block_of(named, hidden);
+  named.refuse_unread();
+  return block;
 }
 
-NormBlock StackWeights::norm(NamedBlock& named, int64_t hidden) {
-  return {plain(named.tensor("weight"), hidden, "a norm")};
+Block StackWeights::block_of(NamedBlock& named, int64_t hidden) {
+  const std::string& kind = named.kind();
+  if (kind == "norm") return NormBlock{norm(named, hidden, "", true)};
+  if (kind == "out_norm") return OutNormBlock{norm(named, hidden, "", false)};
+  if (kind == "read") return ReadBlock{};
+  if (kind == "add") return AddBlock{};
+  if (kind == "scale") return ScaleBlock{floats(keep(named.tensor("factor")), 1, "factor")};
+  if (kind == "attention") return attention(named, hidden);
+  TORCH_CHECK_VALUE(kind == "experts", "a stack knows no block of kind '", kind, "'");
+  return experts(named, hidden);
+}
+
+std::pair<const void*, Dtype> StackWeights::norm_weight(const Tensor& t, int64_t count, const std::string& name) {
+  if (t.scalar_type() != at::kFloat) return {plain(t, count, name.c_str()), dtype()};
+  return {data_of<float>(keep(t), at::kFloat, count, name.c_str()), Dtype::fp32};
+}
+
+Norm StackWeights::norm(NamedBlock& named, int64_t hidden, const std::string& prefix, bool stream) {
+  const std::string name = prefix.empty() ? "a norm" : prefix + "weight";
+  const auto [weight, type] = norm_weight(named.tensor(prefix + "weight"), hidden, name);
+  Norm norm{weight, type, nullptr, named.integer(prefix + "centred", 0) != 0};
+  norm.bias = floats(keep(named.optional(prefix + "bias")), hidden, (prefix + "bias").c_str());
+  TORCH_CHECK_VALUE(!norm.centred || (stream && type == Dtype::fp32),
+                    "a layer norm has a float32 weight, and norms the residual stream");
+  TORCH_CHECK_VALUE(norm.centred || !norm.bias, "only a layer norm has a bias");
+  return norm;
 }
 
 AttentionBlock StackWeights::attention(NamedBlock& named, int64_t hidden) {
@@ -51,20 +70,51 @@ AttentionBlock StackWeights::attention(NamedBlock& named, int64_t hidden) {
   block.norm_per_head = named.integer("norm_per_head") != 0;
   block.window = size_of(named.integer("window"), "window", 0);
   block.scale = named.number("scale");
+  attention_parts(named, hidden, block);
+  const int64_t value_width = block.values_are_keys ? 0 : block.kv_heads * block.values;
   block.qkv = projection(named.tensor("qkv"), named.optional("qkv_bias"), hidden,
-                         block.q_width() + 2 * block.kv_width(), "qkv", named.layout("qkv"));
-  block.o = projection(named.tensor("o"), named.optional("o_bias"), block.q_width(), hidden, "o", named.layout("o"));
+                         block.q_width() + block.kv_width() + value_width, "qkv", named.layout("qkv"));
+  block.o = projection(named.tensor("o"), named.optional("o_bias"), block.out_width(), hidden, "o", named.layout("o"));
+  block.norm_dtype = dtype();
   const auto head_norm = [&](const char* name, int64_t full) -> const void* {
     const OptionalTensor weight = named.optional(name);
-    return weight ? plain(*weight, block.norm_per_head ? block.channels : full, name) : nullptr;
+    if (!weight) return nullptr;
+    const auto [data, type] = norm_weight(*weight, block.norm_per_head ? block.channels : full, name);
+    block.norm_dtype = type;
+    return data;
   };
   block.q_norm = head_norm("q_norm", block.q_width());
+  const Dtype of_queries = block.norm_dtype;
   block.k_norm = head_norm("k_norm", block.kv_width());
+  TORCH_CHECK_VALUE(!block.q_norm || !block.k_norm || block.norm_dtype == of_queries,
+                    "q_norm and k_norm must be of one type");
   const OptionalTensor sinks = named.optional("sinks");
   TORCH_CHECK_VALUE(!sinks || sinks->numel() == block.heads, "sinks must have one entry for each of ", block.heads,
                     " heads");
   block.sinks = floats(keep(sinks), "sinks");
   return block;
+}
+
+// What only some models have.
+void StackWeights::attention_parts(NamedBlock& named, int64_t hidden, AttentionBlock& block) {
+  block.table = size_of(named.integer("table", 0), "table", 0);
+  block.chunk = size_of(named.integer("chunk", 0), "chunk", 0);
+  block.norm_after_rotation = named.integer("norm_after_rotation", 0) != 0;
+  block.values_are_keys = named.integer("values_are_keys", 0) != 0;
+  block.values = size_of(named.integer("values", block.channels), "values");
+  TORCH_CHECK_VALUE(block.values <= block.channels && (!block.values_are_keys || block.values == block.channels),
+                    "values must be in 1 … ", block.channels, ", the channels of keys, not ", block.values);
+  block.value_scale = static_cast<float>(named.number("value_scale", 1.0));
+  block.value_norm = floats(keep(named.optional("value_norm")), block.channels, "value_norm");
+  block.softcap = static_cast<float>(named.number("softcap", 0.0));
+  block.clip = static_cast<float>(named.number("clip", 0.0));
+  TORCH_CHECK_VALUE(block.softcap >= 0 && block.clip >= 0, "softcap and clip must be at least 0, not ", block.softcap,
+                    " and ", block.clip);
+  if (const OptionalTensor gate = named.optional("gate"))
+    block.gate = projection(*gate, named.optional("gate_bias"), hidden, block.out_width(), "gate", named.layout("gate"));
+  if (const int64_t period = named.integer("growth_period", 0))
+    block.growth = Growth{named.number("growth_rate", 0.0), size_of(period, "growth_period"),
+                          size_of(named.integer("growth_offset", 0), "growth_offset", 0)};
 }
 
 Ffn StackWeights::ffn(NamedBlock& named, const std::string& prefix, int64_t count, int64_t hidden,
@@ -92,17 +142,29 @@ ExpertsBlock StackWeights::experts(NamedBlock& named, int64_t hidden) {
   ExpertsBlock block{};
   const int64_t count = named.integer("experts");
   TORCH_CHECK_VALUE(named.integer("hidden") == hidden, "the experts are for another hidden size");
-  const OptionalTensor router = named.optional("router"), contribution = named.optional("contribution_scale"),
-                       gate = named.optional("shared_gate");
+  const OptionalTensor router = named.optional("router"), gate = named.optional("shared_gate");
   block.experts = ffn(named, "", count, hidden, router.has_value());
   if (named.integer("shared")) block.shared = ffn(named, "shared_", 1, hidden, false);
   if (gate) block.shared_gate = projection(*gate, {}, hidden, 1, "shared_gate");
-  if (!router) return block;
+  block.shared_scale = static_cast<float>(named.number("shared_scale", 1.0));
+  block.always_on = size_of(named.integer("always_on", 0), "always_on", 0);
+  TORCH_CHECK_VALUE(block.always_on < count, "always_on must be less than the ", count, " experts");
+  const OptionalTensor contribution = named.optional("contribution_scale");
+  if (router) route(named, hidden, block);
+  TORCH_CHECK_VALUE(!contribution || !router || contribution->numel() == block.rule.experts,
+                    "contribution_scale must have one entry for each of ", block.rule.experts, " experts");
+  block.scale = floats(keep(contribution), "contribution_scale");
+  return block;
+}
+
+void StackWeights::route(NamedBlock& named, int64_t hidden, ExpertsBlock& block) {
   RouteCall& rule = block.rule;
-  rule.experts = count;
+  rule.experts = block.experts.call.layout.experts - block.always_on;
+  const int64_t count = rule.experts;
   rule.top_k = named.integer("top_k");
   TORCH_CHECK_VALUE(1 <= rule.top_k && rule.top_k <= count, "top_k must be in 1 … ", count);
   rule.score = enum_of(named.integer("score"), Score::constant, "score");
+  if (named.integer("sparsemixer", 0)) block.jitter = named.number("jitter", 0.0);
   rule.softmax_after_topk = named.integer("softmax_after_topk") != 0;
   rule.renormalize = named.integer("renormalize") != 0;
   rule.scale = named.number("routing_scale");
@@ -112,12 +174,17 @@ ExpertsBlock StackWeights::experts(NamedBlock& named, int64_t hidden) {
   rule.norm_floor = named.number("norm_floor");
   rule.norm_epsilon = named.number("norm_epsilon");
   block.float32_logits = named.integer("float32_logits") != 0;
-  block.router = projection(*router, named.optional("router_bias"), hidden, count, "router", {},
+  block.router = projection(named.tensor("router"), named.optional("router_bias"), hidden, count, "router", {},
                             block.float32_logits ? Dtype::fp32 : dtype());
-  TORCH_CHECK_VALUE(!contribution || contribution->numel() == count, "contribution_scale must have one entry for each of ",
-                    count, " experts");
-  block.scale = floats(keep(contribution), "contribution_scale");
-  return block;
+  block.weight_on_input = named.integer("weight_on_input", 0) != 0;
+  TORCH_CHECK_VALUE(!block.weight_on_input || block.slots() == 1, "weight_on_input needs rows that use one expert, not ",
+                    block.slots());
+  if (const OptionalTensor norm_of_router = named.optional("router_norm")) {
+    TORCH_CHECK_VALUE(block.shared && !block.weight_on_input, "router_norm needs a shared expert and weights on outputs");
+    block.apart = Apart{plain(*norm_of_router, hidden, "router_norm"), named.number("router_eps"),
+                        norm(named, hidden, "in_norm_", false), norm(named, hidden, "out_norm_", false),
+                        norm(named, hidden, "shared_out_norm_", false)};
+  }
 }
 
 }  // namespace dynamoe_cpu

@@ -25,7 +25,11 @@ class NamedBlock : public torch::CustomClassHolder {
     return has(tensors_, name) ? OptionalTensor(tensors_.at(name)) : OptionalTensor();
   }
   int64_t integer(const std::string& name) { return required(integers_, name); }
+  int64_t integer(const std::string& name, int64_t otherwise) {
+    return has(integers_, name) ? integers_.at(name) : otherwise;
+  }
   float number(const std::string& name) { return static_cast<float>(required(floats_, name)); }
+  double number(const std::string& name, double otherwise) { return has(floats_, name) ? floats_.at(name) : otherwise; }
   // Of a quantised weight; empty where it is not.
   std::vector<int64_t> layout(const std::string& name) {
     if (!has(layouts_, name)) return {};
@@ -86,11 +90,17 @@ class StackWeights {
   Block block(NamedBlock& named, int64_t hidden);
 
  private:
-  NormBlock norm(NamedBlock& named, int64_t hidden);
+  Block block_of(NamedBlock& named, int64_t hidden);
+  // A weight in the model's dtype, or float32.
+  std::pair<const void*, Dtype> norm_weight(const Tensor& t, int64_t count, const std::string& name);
+  // Of the tensors whose names begin like this; `stream`: it may be a layer norm.
+  Norm norm(NamedBlock& named, int64_t hidden, const std::string& prefix, bool stream);
   AttentionBlock attention(NamedBlock& named, int64_t hidden);
+  void attention_parts(NamedBlock& named, int64_t hidden, AttentionBlock& block);
   // So many experts whose names begin like this; `down_per_expert`: their biases stay apart.
   Ffn ffn(NamedBlock& named, const std::string& prefix, int64_t count, int64_t hidden, bool down_per_expert);
   ExpertsBlock experts(NamedBlock& named, int64_t hidden);
+  void route(NamedBlock& named, int64_t hidden, ExpertsBlock& block);
 
   int64_t isa_;
   at::ScalarType type_;

@@ -79,7 +79,8 @@ class Exiting {
     if (!out_) out_ = call_.out();
     const Shape& shape = stack_.shape;
     const int64_t hidden = shape.hidden, bytes = element_bytes(shape.dtype);
-    const int64_t kv_width = exit.projections.front().kv_heads * exit.projections.front().channels;
+    int64_t kv_width = 0;
+    for (const ProjectCall& layer : exit.projections) kv_width = std::max(kv_width, layer.kv_heads * layer.channels);
     const int64_t scratch_elements = count * (hidden + 3 * kv_width);
     const int64_t layers = static_cast<int64_t>(exit.projections.size());
     const auto parts = [&](Arena& arena) {
@@ -111,7 +112,7 @@ class Exiting {
       ProjectCall call = exit.projections[behind];
       call.x = {x_, stack_.shape.hidden, Dtype::fp32};
       call.rows = count;
-      call.cos_sin = caches_.cos_sin;
+      call.cos_sin = caches_.tables[stack_.layers[layer].find<AttentionBlock>()->table];
       call.positions = positions_.data();
       call.slots = slots_.data();
       call.keys = caches_.keys[layer];
@@ -126,8 +127,9 @@ class Exiting {
     const Shape& shape = stack_.shape;
     const int64_t hidden = shape.hidden;
     context_.kernels->convert(x_, narrow_, static_cast<int>(count * hidden), shape.dtype);
-    project(context_, shape, exit.down, narrow_, hidden, count, inner_);
-    project(context_, shape, exit.up, inner_, exit.down.outputs, count, narrow_);
+    project(context_, shape, exit.down, {narrow_, hidden, shape.dtype}, hidden, count, inner_);
+    const int64_t rank = exit.down.outputs;
+    project(context_, shape, exit.up, {inner_, rank, shape.dtype}, rank, count, narrow_);
     add_pending(context_, shape, narrow_, 1.0f, x_, count);
     for (int64_t row = 0; row < count; ++row)
       std::copy_n(x_ + row * hidden, hidden, out_ + live.number(order[row]) * hidden);
@@ -166,10 +168,9 @@ void run_exits(const Context& context, const Stack& stack, const ExitsCall& call
     asked = asked && exit.can_exit;
     if (asked && exit.previous) previous.assign(live.x(), live.x() + live.rows() * hidden);
     call.launched[number] = live.rows();
-    run_layers(context, stack, first, exit.after_layers, live.x(), live.places(), caches,
-               asked && exit.entropy ? entropy.data() : nullptr, {normed, true});
+    normed = run_layers(context, stack, first, exit.after_layers, live.x(), live.places(), caches,
+                        asked && exit.entropy ? entropy.data() : nullptr, {normed, true});
     first = exit.after_layers;
-    normed = true;
     if (!asked) continue;
     ProbeCall probing = exit.probe;
     probing.x = live.x();

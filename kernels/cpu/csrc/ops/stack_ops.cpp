@@ -7,6 +7,7 @@
 
 #include "ops/paged.h"
 #include "ops/stack_blocks.h"
+#include "ops/stack_torch.h"
 #include "shared/shared_group.h"
 
 namespace dynamoe_cpu {
@@ -14,35 +15,43 @@ namespace {
 
 using Tensors = std::vector<Tensor>;
 
-// The caches of all layers, checked once.
+// The caches of all layers, checked once. `channels` are those of each layer's heads.
 class CacheHolder : public torch::CustomClassHolder {
  public:
-  CacheHolder(Tensors keys, Tensors values, int64_t channels) : keys_(std::move(keys)), values_(std::move(values)) {
-    TORCH_CHECK_VALUE(!keys_.empty() && values_.size() == keys_.size(), "there must be keys and values of every layer");
-    channels_ = channels;
+  CacheHolder(Tensors keys, Tensors values, std::vector<int64_t> channels)
+      : keys_(std::move(keys)), values_(std::move(values)), channels_(std::move(channels)) {
+    TORCH_CHECK_VALUE(!keys_.empty() && values_.size() == keys_.size() && channels_.size() == keys_.size(),
+                      "there must be keys and values of every layer");
     check_caches(keys_[0], values_[0]);
     caches_.page_size = keys_[0].size(2);
     for (size_t layer = 0; layer < keys_.size(); ++layer) {
-      caches_.keys.push_back(cache_of(keys_[layer], channels, "keys"));
-      caches_.values.push_back(cache_of(values_[layer], channels, "values"));
+      caches_.keys.push_back(cache_of(keys_[layer], channels_[layer], "keys"));
+      caches_.values.push_back(cache_of(values_[layer], channels_[layer], "values"));
       check_caches(keys_[layer], values_[layer]);
-      TORCH_CHECK_VALUE(keys_[layer].sizes() == keys_[0].sizes(), "a cache of shape ", keys_[layer].sizes(), " is not like that of the first layer");
+      TORCH_CHECK_VALUE(keys_[layer].size(0) == first().size(0) && keys_[layer].size(2) == first().size(2) &&
+                            keys_[layer].scalar_type() == first().scalar_type(),
+                        "a cache of shape ", keys_[layer].sizes(), " has other pages than that of the first layer, ",
+                        first().sizes());
     }
   }
 
   size_t layers() const { return keys_.size(); }
   const Tensor& first() const { return keys_[0]; }
-  const Caches& with(const Tensor& cos_sin, int64_t channels) {
-    TORCH_CHECK_VALUE(channels == channels_ && cos_sin.dim() == 2 && cos_sin.size(1) == channels,
-                      "rotary table of shape ", cos_sin.sizes(), " or a cache of ", channels_,
-                      " channels does not fit heads of ", channels);
-    caches_.cos_sin = contiguous_data<float>(cos_sin, at::kFloat, "cos_sin");
+  void check(size_t layer, const AttentionBlock& attention) const {
+    TORCH_CHECK_VALUE(keys_[layer].size(1) == attention.kv_heads && channels_[layer] == attention.channels,
+                      "a cache of shape ", keys_[layer].sizes(), " does not fit the model");
+    TORCH_CHECK_VALUE(attention.chunk % caches_.page_size == 0, "pages of ", caches_.page_size,
+                      " tokens do not divide chunks of ", attention.chunk);
+  }
+  const Caches& with(const Tensors& tables) {
+    caches_.tables.clear();
+    for (const Tensor& table : tables) caches_.tables.push_back(contiguous_data<float>(table, at::kFloat, "cos_sin"));
     return caches_;
   }
 
  private:
   Tensors keys_, values_;
-  int64_t channels_;
+  std::vector<int64_t> channels_;
   Caches caches_;
 };
 
@@ -53,7 +62,12 @@ class StackHolder : public torch::CustomClassHolder {
   StackHolder(int64_t isa, at::ScalarType dtype, int64_t hidden, double eps, double residual_scale)
       : isa_(isa), weights_(isa, dtype) {
     context_of(isa);
-    stack_.shape = {dtype_of(dtype, "dtype"), size_of(hidden, "hidden"), static_cast<float>(eps), static_cast<float>(residual_scale)};
+    stack_.shape = {dtype_of(dtype, "dtype"), size_of(hidden, "hidden"), static_cast<float>(eps),
+                    static_cast<float>(residual_scale)};
+    stack_.layer_norm = [width = hidden, eps](const Norm& norm, const float* x, int64_t rows, float* out) {
+      torch_layer_norm(norm, width, eps, x, rows, out);
+    };
+    stack_.sparsemixer = torch_sparsemixer;
   }
 
   // Blocks in the order in which they run.
@@ -61,8 +75,19 @@ class StackHolder : public torch::CustomClassHolder {
     TORCH_CHECK_VALUE(stack_.exits.empty(), "layers must be added before exits");
     Layer layer;
     for (const auto& block : blocks) layer.blocks.push_back(weights_.block(*block, stack_.shape.hidden));
-    TORCH_CHECK_VALUE(layer.blocks.size() > 1 && std::holds_alternative<NormBlock>(layer.blocks.front()),
-                      "a layer must begin with a norm and have another block behind it");
+    TORCH_CHECK_VALUE(layer.blocks.size() > 1 && (std::holds_alternative<NormBlock>(layer.blocks.front()) ||
+                                                  std::holds_alternative<ReadBlock>(layer.blocks.front())),
+                      "a layer must begin with a norm or a read and have another block behind it");
+    bool attended = false, left = false;  // whether attention ran, and whether a block left something
+    for (const Block& block : layer.blocks) {
+      const bool attends = std::holds_alternative<AttentionBlock>(block);
+      const bool leaves = attends || std::holds_alternative<ExpertsBlock>(block);
+      TORCH_CHECK_VALUE(!attends || !attended, "a layer has one attention");
+      TORCH_CHECK_VALUE(!leaves || !left, "what a block leaves must be added before the next one runs");
+      TORCH_CHECK_VALUE(left || !std::holds_alternative<OutNormBlock>(block), "an out_norm stands behind a block that leaves something");
+      attended = attended || attends;
+      left = leaves || (left && std::holds_alternative<OutNormBlock>(block));
+    }
     stack_.add(std::move(layer));
   }
 
@@ -100,13 +125,16 @@ class StackHolder : public torch::CustomClassHolder {
     for (int64_t behind = 0; behind < layers - after_layers; ++behind) {
       const Layer& layer = stack_.layers[after_layers + behind];
       const auto* attention = layer.find<AttentionBlock>();
-      TORCH_CHECK_VALUE(attention && std::holds_alternative<AttentionBlock>(layer.blocks[1]),
-                        "keys and values behind an exit need layers that begin with a norm and attention");
+      const Norm* before = layer.first_norm();
+      TORCH_CHECK_VALUE(before && !before->centred && before->dtype == shape.dtype && attention &&
+                            std::holds_alternative<AttentionBlock>(layer.blocks[1]) &&
+                            attention->has_plain_keys(shape.dtype),
+                        "keys and values behind an exit need layers that begin with a plain norm and plain attention");
       ProjectCall call{};
       call.hidden = shape.hidden;
       call.kv_heads = attention->kv_heads;
       call.channels = attention->channels;
-      call.norm = layer.first_norm().weight;
+      call.norm = before->weight;
       call.dtype = shape.dtype;
       call.eps = shape.eps;
       const OptionalTensor with = kv_bias.empty() ? OptionalTensor() : OptionalTensor(kv_bias[behind]);
@@ -128,16 +156,16 @@ class StackHolder : public torch::CustomClassHolder {
     stack_.add_up = [group, dtype = stack_.shape.dtype](void* x, int64_t count) { group->add_up(x, x, count, dtype); };
   }
 
-  Tensor run(Tensor x, int64_t first, int64_t last, const CachePointer& cache, const Tensor& cos_sin,
+  Tensor run(Tensor x, int64_t first, int64_t last, const CachePointer& cache, Tensors tables,
              const Tensor& positions, const Tensor& slots, const Tensor& query_start, const Tensor& context_len,
              const Tensor& block_table, const OptionalTensor& entropy, const OptionalTensor& keep,
              const OptionalTensor& cap, const OptionalTensor& skipped) {
     TORCH_CHECK_VALUE(0 <= first && first <= last && last <= static_cast<int64_t>(stack_.layers.size()), "layers ", first,
                       " … ", last, " are not those of a model of ", stack_.layers.size());
     x = stream(x);
-    const Caches& caches = caches_of(*cache, cos_sin);
+    const Caches& caches = caches_of(*cache, tables);
     Places places =
-        places_of(x.size(0), cache->first(), cos_sin, positions, slots, query_start, context_len, block_table);
+        places_of(x.size(0), cache->first(), tables[0], positions, slots, query_start, context_len, block_table);
     places.budget = budget_of(x.size(0), keep, cap, skipped);
     run_layers(context_of(isa_), stack_, first, last, static_cast<float*>(x.data_ptr()), places, caches,
                floats(entropy, x.size(0), "entropy"));
@@ -146,20 +174,20 @@ class StackHolder : public torch::CustomClassHolder {
 
   // What each row hands to the LM head. `counts` takes, in one piece: the depth of each row; per exit how many rows
   // decided and how many of them went on; rows launched between exits.
-  Tensor run_with_exits(Tensor x, const CachePointer& cache, const Tensor& cos_sin,
+  Tensor run_with_exits(Tensor x, const CachePointer& cache, Tensors tables,
                         const Tensor& positions, const Tensor& slots, const Tensor& query_start,
                         const Tensor& context_len, const Tensor& block_table, const Tensor& thresholds,
                         const Tensor& counts, const OptionalTensor& keep, const OptionalTensor& cap,
                         const OptionalTensor& skipped) {
     x = stream(x);
     const int64_t rows = x.size(0), exits = static_cast<int64_t>(stack_.exits.size());
-    const Caches& caches = caches_of(*cache, cos_sin);
+    const Caches& caches = caches_of(*cache, tables);
     TORCH_CHECK_VALUE(thresholds.dim() == 2 && thresholds.size(0) == exits && thresholds.size(1) == rows,
                       "thresholds must have one entry for each of ", exits, " exits and ", rows, " rows");
     TORCH_CHECK_VALUE(counts.numel() == rows + 3 * exits + 1, "counts must have ", rows + 3 * exits + 1, " entries");
     Tensor out = x;
     ExitsCall call{static_cast<float*>(x.data_ptr()),
-                   places_of(rows, cache->first(), cos_sin, positions, slots, query_start, context_len, block_table)};
+                   places_of(rows, cache->first(), tables[0], positions, slots, query_start, context_len, block_table)};
     call.places.budget = budget_of(rows, keep, cap, skipped);
     call.thresholds = contiguous_data<float>(thresholds, at::kFloat, "thresholds");
     call.out = [&] {
@@ -182,17 +210,22 @@ class StackHolder : public torch::CustomClassHolder {
     return x.contiguous();
   }
 
-  const Caches& caches_of(CacheHolder& cache, const Tensor& cos_sin) const {
+  const Caches& caches_of(CacheHolder& cache, const Tensors& tables) const {
     TORCH_CHECK_VALUE(cache.layers() == stack_.layers.size(), "there must be one cache per layer");
-    int64_t channels = 0;
-    for (const Layer& layer : stack_.layers) {
-      const auto* attention = layer.find<AttentionBlock>();
+    TORCH_CHECK_VALUE(!tables.empty(), "there must be a rotary table");
+    for (const Tensor& table : tables)
+      TORCH_CHECK_VALUE(table.dim() == 2 && tables[0].dim() == 2 && table.size(0) == tables[0].size(0),
+                        "rotary tables must be of one length, not ", table.sizes(), " and ", tables[0].sizes());
+    for (size_t layer = 0; layer < stack_.layers.size(); ++layer) {
+      const auto* attention = stack_.layers[layer].find<AttentionBlock>();
       if (!attention) continue;
-      TORCH_CHECK_VALUE(cache.first().size(1) == attention->kv_heads && (!channels || channels == attention->channels),
-                        "a cache of shape ", cache.first().sizes(), " does not fit the model");
-      channels = attention->channels;
+      cache.check(layer, *attention);
+      TORCH_CHECK_VALUE(attention->table < static_cast<int64_t>(tables.size()), "table ", attention->table, " is not among ",
+                        tables.size());
+      TORCH_CHECK_VALUE(tables[attention->table].size(1) == attention->channels, "rotary table of shape ",
+                        tables[attention->table].sizes(), " does not fit heads of ", attention->channels);
     }
-    return cache.with(cos_sin, channels);
+    return cache.with(tables);
   }
 
   Budget budget_of(int64_t rows, const OptionalTensor& keep, const OptionalTensor& cap,
@@ -236,7 +269,7 @@ TORCH_LIBRARY_FRAGMENT(dynamoe_cpu, m) {
   m.class_<NamedBlock>("Block")
       .def(torch::init<std::string, c10::Dict<std::string, Tensor>, c10::Dict<std::string, int64_t>,
                        c10::Dict<std::string, double>, c10::Dict<std::string, c10::List<int64_t>>>());
-  m.class_<CacheHolder>("Cache").def(torch::init<Tensors, Tensors, int64_t>());
+  m.class_<CacheHolder>("Cache").def(torch::init<Tensors, Tensors, std::vector<int64_t>>());
   m.class_<StackHolder>("Stack")
       .def(torch::init<int64_t, at::ScalarType, int64_t, double, double>())
       .def("add_layer", &StackHolder::add_layer)
