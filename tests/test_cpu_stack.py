@@ -152,7 +152,7 @@ def test_arguments_that_do_not_fit_are_refused(make_checkpoint: Callable[..., Pa
     layers = range(decoder.spec.num_layers)
     with pytest.raises(ValueError, match="x must be float32"):
         decoder.stack.run(layers, x_TD[:, 1:], kv, tables, batch)
-    with pytest.raises(ValueError, match="one cache per layer"):
+    with pytest.raises(ValueError, match="keys and values of every layer"):
         decoder.stack.run(layers, x_TD, kv[1:], tables, batch)
     with pytest.raises(ValueError, match="one entry per row"):
         decoder.stack.run(layers, x_TD[:2], kv, tables, batch)

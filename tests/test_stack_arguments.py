@@ -137,7 +137,7 @@ def test_a_stack_checks_where_rows_live_once_per_call(with_exits: bool) -> None:
         (lambda: stack(attention_block(values=0)), "values must"),
         (lambda: stack(attention_block(values=CHANNELS + 2)), "values must"),
         (lambda: stack(attention_block(values=CHANNELS - 2, values_are_keys=1)), "values must"),
-        (lambda: stack(attention_block(values=CHANNELS - 2)), "qkv must be"),
+        (lambda: stack(attention_block(values=CHANNELS - 2)), "o must be"),
         (lambda: stack(attention_block(growth_period=-1)), "growth_period must"),
         (lambda: stack(attention_block(growth_period=4, growth_offset=-1)), "growth_offset must"),
         (lambda: stack(attention_block(floats={"softcap": -1.0})), "softcap and clip must"),
@@ -166,7 +166,7 @@ def test_a_stack_checks_where_rows_live_once_per_call(with_exits: bool) -> None:
         (lambda: layer(block("read", {}, {})), "another block behind"),
         (lambda: layer(norm_block(), block("scale", {"factor": torch.ones(2)}, {})), "factor must hold"),
         (lambda: layer(norm_block(), block("odd", {}, {})), "no block of kind 'odd'"),
-        (lambda: add_exit(stack(attention_block(norm_after_rotation=1))), "plain attention"),
+        (lambda: add_exit(stack(attention_block(norm_after_rotation=1)), out_bias=torch.zeros(())), "plain attention"),
         (lambda: add_exit(stack(), rank=0), "rank must"),
         (lambda: add_exit(stack()), "the probe does not fit"),
         (

@@ -43,7 +43,7 @@ from .plan import (
     run_message,
 )
 from .shards import Shard, part_of, width
-from .stages import make_held_stack
+from .stages import make_held_stack, parts_added_up
 
 
 class ParallelDecoder(Decoder):
@@ -221,7 +221,7 @@ class ParallelDecoder(Decoder):
             budget = replace(budget, keep_TL=keep_WL, cap_TL=cap_WL)
         own = range(layers.start - first, layers.stop - first)
         if others := self.context.config.tensor - 1:
-            sums = 2 * len(own)
+            sums = sum(parts_added_up(self.spec.layers[number]) for number in layers)
             self.context.count_sums(sums, sums * others * x_WD.numel() * self.dtype.itemsize)
         with self.context.watched():
             return self._held_stack.run(own, x_WD, cache[first:stop], self.distinct_tables, batch, entropy_W, budget)

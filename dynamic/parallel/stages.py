@@ -14,9 +14,10 @@ import torch
 from ...kernels.api.stack import SharedGroup, Stack
 from ...kernels.api.types import AttentionBatch, ExpertBudget, ExpertWeights
 from ..model.attention.kind import AttentionWeights
+from ..model.blocks import Attention, FeedForward, FeedForwards
 from ..model.decoder import Decoder
 from ..model.layer_weights import LayerWeights
-from ..model.spec import ModelSpec
+from ..model.spec import LayerSpec, ModelSpec
 from ..model.stack import make_stack
 
 SIZES = 4  # numbers that describe a layer
@@ -117,6 +118,11 @@ def make_held_stack(decoder: Decoder, held: range, shared: SharedGroup | None) -
     if stack is not None and shared is not None:
         stack.share(shared)
     return stack
+
+
+def parts_added_up(layer: LayerSpec) -> int:
+    """How many results of a layer those ranks add up that share its heads and neurons."""
+    return sum(2 if isinstance(b, FeedForwards) else isinstance(b, Attention | FeedForward) for b in layer.blocks)
 
 
 def micro_batches(batch: AttentionBatch, count: int) -> list[tuple[slice, AttentionBatch]]:

@@ -193,8 +193,10 @@ bool run_layers(const Context& context, const Stack& stack, int64_t first, int64
         if (const auto* scale = std::get_if<ScaleBlock>(&block)) multiply(run, *scale->factor);
       }
       boundary.normed = false;
-      const bool leaves = std::holds_alternative<AttentionBlock>(block) || std::holds_alternative<ExpertsBlock>(block);
-      if (leaves && stack.add_up) stack.add_up(work.pending, rows * stack.shape.hidden);
+      const auto* mixture = std::get_if<ExpertsBlock>(&block);
+      const bool leaves = mixture || std::holds_alternative<AttentionBlock>(block);
+      const bool added = mixture && mixture->apart;  // by itself
+      if (leaves && !added && stack.add_up) stack.add_up(work.pending, rows * stack.shape.hidden);
       pending = leaves ? work.pending : nullptr;
     }
   }

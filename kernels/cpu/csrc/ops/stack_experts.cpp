@@ -174,6 +174,8 @@ void feed_forward(Run& run, const ExpertsBlock& block, int64_t layer, float* ent
   if (!block.shared) return;
   run_shared(run, block);
   if (block.apart) {
+    if (run.stack.add_up)  // what several processes have together is added up before it is normed
+      for (char* part : {work.pending, work.shared}) run.stack.add_up(part, run.rows() * hidden);
     norm_rows(run, block.apart->out, work.pending);
     norm_rows(run, block.apart->shared_out, work.shared);
   }
