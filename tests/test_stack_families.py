@@ -23,6 +23,7 @@ from test_families_parity_gpt_oss import VARIANTS as GPT_OSS
 from test_families_parity_granite_swa import FIRST as GRANITE_SWA
 from test_families_parity_granite_swa import MORE as MORE_GRANITE_SWA
 from test_families_parity_latent import FAST as LATENT
+from test_families_parity_nemotron import VARIANTS as NEMOTRON
 from test_families_parity_norms import FIRST as NORMS
 from test_families_parity_norms import MORE as MORE_NORMS
 from test_families_parity_shared import MORE as MORE_SHARED
@@ -36,7 +37,9 @@ from test_loader import as_dynamoe
 UNSTACKED: dict[str, set[str]] = {
     "attention of kind 'mla'": {"deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"},
     "attention of kind 'gated_delta'": {"qwen3_next", "qwen3_5_moe", "qwen3_5"},
-    "attention of kind 'mamba2'": {"granitemoehybrid"},
+    "attention of kind 'mamba2'": {"granitemoehybrid", "nemotron_h", "bamba"},
+    "attention of kind 'mamba1'": {"jamba"},
+    "attention of kind 'kimi_delta'": {"kimi_linear"},
     "attention of kind 'short_conv'": {"lfm2", "lfm2_moe"},
 }
 OWN = {"dynamoe", "kimi_k2"}  # which transformers does not write: tests of their own
@@ -52,7 +55,17 @@ FIRST: dict[str, Variant] = {
     for variant in reversed(
         [
             *(Variant(family=family, config=config) for family, config in PLAIN.items()),
-            *(*SHARED, *ATTENTION, *NORMS, *STATES, *MORE_STATES, GRANITE_SWA, GPT_OSS["mxfp4"], *LATENT.values()),
+            *(
+                *SHARED,
+                *ATTENTION,
+                *NORMS,
+                *NEMOTRON,
+                *STATES,
+                *MORE_STATES,
+                GRANITE_SWA,
+                GPT_OSS["mxfp4"],
+                *LATENT.values(),
+            ),
             *(variant for variant in MORE_ATTENTION if variant.family == "glm"),
         ]
     )

@@ -33,6 +33,8 @@ def check_stack(layers: Sequence[Sequence[StackBlock]], exits: Sequence[StackExi
     Arguments:
         dtype: of the model.
     """
+    if any(len(list(_of_kind([layer], StackAttention))) != 1 for layer in layers):
+        raise NotStacked("layers without attention")
     mixtures = list(_of_kind(layers, StackExperts))
     for rule in (block.rule for block in mixtures if block.rule is not None):
         if not (rule.is_regular or _is_sparsemixer(rule)):
@@ -41,7 +43,10 @@ def check_stack(layers: Sequence[Sequence[StackBlock]], exits: Sequence[StackExi
             raise NotStacked("weights on the input of several experts")
     packed = [linear for b in _of_kind(layers, StackAttention) for linear in (b.qkv, b.o, b.gate)]
     packed += [part for block in mixtures for part in (block.ffn, block.shared)]
-    if any(isinstance(part.data, SplitLinear | SplitExperts) for part in packed if part is not None):
+    split = [part.data for part in packed if part is not None and isinstance(part.data, SplitLinear | SplitExperts)]
+    if any(isinstance(data, SplitExperts) and not data.gate for data in split):
+        raise NotStacked("experts without gates")
+    if split:
         raise NotStacked("layers whose parts are in different formats")
     for exit in exits:
         # Keys and values that begin inside a block of quantised weights come with outputs that are not theirs.
