@@ -30,6 +30,7 @@ from .fingerprint import fingerprint
 from .layout import BLOCK, join_gate_up_bias
 from .quantized import CpuLinear, CpuQuantPacking
 from .stack import CpuStack
+from .states import CpuStateOperations
 from .vectors import CODED_CACHE, SINKS
 
 
@@ -52,7 +53,7 @@ class _Experts:
         return ops.experts.default(*arguments, self.down_bias, self.shape, *routed)
 
 
-class CpuBackend(CpuQuantPacking):
+class CpuBackend(CpuStateOperations, CpuQuantPacking):
     """Operations of a decoder on a CPU, float32 or bfloat16.
 
     Arguments:

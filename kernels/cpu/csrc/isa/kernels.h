@@ -225,9 +225,10 @@ struct Kernels {
                    int n, float* out);
   // x divided by its length, times `scale`.
   void (*unit_length)(const float* x, int n, float eps, float scale, float* out);
-  // One row of linear attention: what it writes to the state of a head, (keys, values), and what it reads from it.
-  void (*recur)(float* state, int keys, int values, const float* q, const float* k, const float* v, float decay,
-                float step, bool delta_rule, float* out);
+  // One row of linear attention: what it writes to some columns of a head's state, whose rows are `stride` apart and as
+  // many as there are keys, and what it reads from them.
+  void (*recur)(float* state, int64_t stride, int keys, int columns, const float* q, const float* k, const float* v,
+                float decay, float step, bool delta_rule, float* out);
 };
 
 }  // namespace dynamoe_cpu

@@ -26,18 +26,18 @@ TARGET static void unit_length(const float* x, int n, float eps, float scale, fl
 
 // Columns `first` … of the state; with `kWhole` no lane is beyond the last column.
 template <int kVectors, bool kWhole>
-TARGET static void recur_columns(float* state, int keys, int values, int first, const float* q, const float* k,
-                                 const float* v, float decay, float step, bool delta_rule, float* out) {
+TARGET static void recur_columns(float* state, int64_t stride, int keys, int columns, int first, const float* q,
+                                 const float* k, const float* v, float decay, float step, bool delta_rule, float* out) {
   const auto load = [&](const float* row, int vector) TARGET {
     const int i = first + vector * Vec::kLanes;
-    return kWhole ? Vec::load(row + i) : load_row(row, Dtype::fp32, i, values);
+    return kWhole ? Vec::load(row + i) : load_row(row, Dtype::fp32, i, columns);
   };
   const auto store = [&](float* row, int vector, Vec::F a) TARGET {
     const int i = first + vector * Vec::kLanes;
     if (kWhole)
       Vec::store(row + i, a);
     else
-      store_row(row, Dtype::fp32, i, values, a);
+      store_row(row, Dtype::fp32, i, columns, a);
   };
   const Vec::F kept = Vec::set(decay);
   Vec::F value[kVectors], sum[kVectors];
@@ -45,12 +45,12 @@ TARGET static void recur_columns(float* state, int keys, int values, int first, 
   if (delta_rule) {
     for (int c = 0; c < keys; ++c)
       for (int i = 0; i < kVectors; ++i)
-        sum[i] = Vec::fma(Vec::set(k[c]), load(state + static_cast<ptrdiff_t>(c) * values, i), sum[i]);
+        sum[i] = Vec::fma(Vec::set(k[c]), load(state + c * stride, i), sum[i]);
     for (int i = 0; i < kVectors; ++i) value[i] = Vec::sub(value[i], Vec::mul(kept, sum[i])), sum[i] = Vec::zero();
   }
   for (int i = 0; i < kVectors; ++i) value[i] = Vec::mul(value[i], Vec::set(step));
   for (int c = 0; c < keys; ++c) {
-    float* row = state + static_cast<ptrdiff_t>(c) * values;
+    float* row = state + c * stride;
     for (int i = 0; i < kVectors; ++i) {
       const Vec::F written = Vec::fma(Vec::set(k[c]), value[i], Vec::mul(kept, load(row, i)));
       store(row, i, written);
@@ -60,13 +60,13 @@ TARGET static void recur_columns(float* state, int keys, int values, int first, 
   for (int i = 0; i < kVectors; ++i) store(out, i, sum[i]);
 }
 
-TARGET static void recur(float* state, int keys, int values, const float* q, const float* k, const float* v, float decay,
-                         float step, bool delta_rule, float* out) {
-  constexpr int kVectors = Vec::kLanes == 16 ? 8 : 4;
-  int first = 0;
-  for (; first + kVectors * Vec::kLanes <= values; first += kVectors * Vec::kLanes)
-    recur_columns<kVectors, true>(state, keys, values, first, q, k, v, decay, step, delta_rule, out);
-  for (; first + Vec::kLanes <= values; first += Vec::kLanes)
-    recur_columns<1, true>(state, keys, values, first, q, k, v, decay, step, delta_rule, out);
-  if (first < values) recur_columns<1, false>(state, keys, values, first, q, k, v, decay, step, delta_rule, out);
+TARGET static void recur(float* state, int64_t stride, int keys, int columns, const float* q, const float* k,
+                         const float* v, float decay, float step, bool delta_rule, float* out) {
+  constexpr int kVectors = 4;
+  int i = 0;
+  for (; i + kVectors * Vec::kLanes <= columns; i += kVectors * Vec::kLanes)
+    recur_columns<kVectors, true>(state, stride, keys, columns, i, q, k, v, decay, step, delta_rule, out);
+  for (; i + Vec::kLanes <= columns; i += Vec::kLanes)
+    recur_columns<1, true>(state, stride, keys, columns, i, q, k, v, decay, step, delta_rule, out);
+  if (i < columns) recur_columns<1, false>(state, stride, keys, columns, i, q, k, v, decay, step, delta_rule, out);
 }
