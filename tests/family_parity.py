@@ -134,6 +134,7 @@ def check_engine(directory: Path, reference: Any, *, paths: Sequence[str] = ("to
                 EngineConfig().max_num_seqs,
             )
             settings["kv_memory"] = pages * page + states * bytes_per_sequence(model.spec)
+            settings["enable_prefix_caching"] = not model.spec.has_states  # for which it would share the memory
         engine = Engine(model, EngineConfig(**settings))
         assert generate(engine, prompts) == expected, path
         if path == "preempted":

@@ -20,6 +20,7 @@ SHAPES = (
     "variants",
     "caches",
     "quantised",
+    "states",
 )
 
 
@@ -65,6 +66,15 @@ def test_8_bit_keys_and_values_on_sm_90(compile_table: Callable[..., str]) -> No
     assert len(prefill) >= 10
     assert len(lines) > 2 * len(prefill)
     assert all(line[-1] == ("wgmma" if line in prefill else "mma") for line in lines)
+
+
+def test_recurrent_states_on_sm_90(compile_table: Callable[..., str]) -> None:
+    kernels = [line.split()[3] for line in compile_table("sm_90", "states").splitlines() if "_kernel" in line]
+    assert {kernel: kernels.count(kernel) for kernel in kernels} == {
+        "recurrence_kernel": 2,
+        "short_convolution_kernel": 6,
+        "convolution_tails_kernel": 3,
+    }
 
 
 @pytest.mark.slow

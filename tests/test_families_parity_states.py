@@ -19,7 +19,7 @@ from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.model.families import model_spec
-from dynamoe.dynamic.model.kv_cache import bytes_per_sequence
+from dynamoe.dynamic.model.kv_cache import bytes_per_page, bytes_per_sequence
 from dynamoe.dynamic.model.loaded import LoadedModel
 from dynamoe.dynamic.model.loader import load_decoder
 from dynamoe.dynamic.model.text_part import text_config
@@ -91,7 +91,7 @@ def test_logits_are_those_of_transformers(saved: Callable[..., tuple[Path, Any]]
 
 @pytest.mark.parametrize("variant", CASES, ids=str)
 def test_tokens_are_those_of_transformers(saved: Callable[..., tuple[Path, Any]], variant: Variant) -> None:
-    check_engine(*saved(variant), paths=("together", "chunked", "preempted"))
+    check_engine(*saved(variant), paths=("together", "chunked", "preempted", "prefix"))
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -145,20 +145,25 @@ def test_budgets_of_experts_beside_states(saved: Callable[..., tuple[Path, Any]]
     assert logprobs(model, prompts, {}, **budget) == alone != logprobs(model, prompts, {})
 
 
-def test_states_come_out_of_the_memory_and_prefixes_are_not_shared(
+def test_states_come_out_of_the_memory_and_leave_a_part_of_it_to_copies(
     saved: Callable[..., tuple[Path, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
     model = load_model(saved(VARIANTS[0])[0], dtype="float32", device="cpu", progress=False)
-    states = 4 * bytes_per_sequence(model.spec)
+    state, page = bytes_per_sequence(model.spec), bytes_per_page(model.spec, torch.float32, 16)
+    states, caching = 4 * state, {"max_num_seqs": 4, "max_model_len": 64}
     with pytest.raises(ValueError, match=f"holds no page beside {states} bytes of states for 4 sequences"):
         Engine(model, EngineConfig(max_num_seqs=4, kv_memory=states))
     with caplog.at_level(logging.INFO, "dynamoe"):
-        engine = Engine(model, EngineConfig(max_num_seqs=4, kv_memory=states + (1 << 20)))
-    assert "no prefixes are shared: this qwen3_next model has recurrent states" in caplog.text
+        engine = Engine(model, EngineConfig(**caching, kv_memory=states + 4 * page + 3 * state))
+    assert "no prefixes are shared: there is no memory for copies of recurrent states" in caplog.text
     assert engine.stats().state_bytes == states
     prompt = random_prompts([40])[0]
     assert generate(engine, [prompt], 4) == generate(engine, [prompt], 4)
     assert engine.stats().prefix_cache_hits == 0
+    for copies, memory in ((2, states + 4 * page + 8 * state), (16, 1 << 30)):
+        engine = Engine(model, EngineConfig(**caching, kv_memory=memory))
+        assert engine.stats().state_bytes == states + copies * state
+        assert engine.stats().total_pages == (memory - states - copies * state) // page
 
 
 def test_cache_policies_are_refused(saved: Callable[..., tuple[Path, Any]]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from dynamoe.kernels.api import uncommon
+from dynamoe.kernels.api.uncommon import STATES
 from dynamoe.kernels.cpu import build as cpu_build
 from dynamoe.kernels.cpu.backend import CpuBackend
 from dynamoe.kernels.cpu.fingerprint import fingerprint, hash_of
@@ -22,7 +23,10 @@ NOTHING_COMPUTED = {"isas", "find_isa", "shared_bytes", "allocate", "read_words"
 OPERATORS = (
     *("add_rms_norm", "all_experts", "attention", "embed", "exit_decide", "experts", "limit_experts", "linear"),
     *("logits", "pack_experts", "pack_linear", "pack_quant", "project_kv", "quant_experts", "quant_linear"),
-    *("rms_norm", "rope_and_write", "route", "router_entropy"),
+    *("rms_norm", "rope_and_write", "route", "router_entropy", "short_convolution", "recurrence"),
+)
+PART_OF = {"quant_linear": "int8", "quant_experts": "int8", "pack_quant": "int8"} | dict.fromkeys(
+    ("short_convolution", "recurrence"), STATES
 )
 WRITES = {"rope_and_write": (7, 8), "project_kv": (6, 7), "add_rms_norm": (2,), "attention": (10,)}  # their arguments
 
@@ -105,8 +109,13 @@ def quantised(backend: CpuBackend) -> Found:
     return found_by(backend, "int8")
 
 
-def test_every_operator_has_vectors(plain: Found, quantised: Found) -> None:
-    assert {*plain[1], *quantised[1]} == operators() - NOTHING_COMPUTED
+@pytest.fixture(scope="module")
+def found(backend: CpuBackend, plain: Found, quantised: Found) -> dict[str, Found]:
+    return {PLAIN: plain, "int8": quantised, STATES: found_by(backend, STATES)}
+
+
+def test_every_operator_has_vectors(found: dict[str, Found]) -> None:
+    assert {name for _, calls in found.values() for name in calls} == operators() - NOTHING_COMPUTED
     stack = torch.classes.dynamoe_cpu.Stack(0, torch.float32, 64, 1e-5, 1.0)
     assert set(stack._method_names()) == {"__init__", "add_layer", "add_exit", "share", "run", "run_with_exits"}
 
@@ -142,8 +151,9 @@ def test_another_process_finds_the_same() -> None:
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_one_bit_in_any_operator_changes_it(name: str, backend: CpuBackend, plain: Found, quantised: Found) -> None:
-    part, (hashes, calls) = ("int8", quantised) if "quant" in name else (PLAIN, plain)
+def test_one_bit_in_any_operator_changes_it(name: str, backend: CpuBackend, found: dict[str, Found]) -> None:
+    part = PART_OF.get(name, PLAIN)
+    hashes, calls = found[part]
     watch = Watch(name, calls[name] // 2 + 1)
     with torch.inference_mode(), watch:
         outputs = vectors()[part](backend)

@@ -98,6 +98,16 @@ def project_kv() -> Arguments:
     }
 
 
+def states() -> Arguments:
+    """Two sequences in slots 3 and 0, of which the first begins and the second is kept in slot 1."""
+    return {
+        "slots": torch.tensor([3, 0]),
+        "kept": torch.tensor([-1, 1]),
+        "query_start": torch.tensor([0, 2, ROWS], dtype=torch.int32),
+        "context_len": torch.tensor([2, 9], dtype=torch.int32),
+    }
+
+
 WEIGHT = torch.randn(HIDDEN, HIDDEN)
 VALID: dict[str, Callable[[], Arguments]] = {
     "pack_linear": lambda: {"isa": isa, "weight": WEIGHT},
@@ -219,6 +229,27 @@ VALID: dict[str, Callable[[], Arguments]] = {
     },
     "router_entropy": lambda: {"isa": isa, "logits": [torch.randn(ROWS, 8), torch.randn(ROWS, 8)]},
     "project_kv": project_kv,
+    "short_convolution": lambda: {
+        "isa": isa,
+        "x": torch.randn(ROWS, HIDDEN),
+        "weight": torch.randn(4, HIDDEN),
+        "bias": torch.zeros(HIDDEN),
+        "tails": torch.zeros(4, 3, HIDDEN),
+        **states(),
+        "silu": True,
+    },
+    "recurrence": lambda: {
+        "isa": isa,
+        "q": torch.randn(ROWS, KV_HEADS, CHANNELS),
+        "k": torch.randn(ROWS, KV_HEADS, CHANNELS),
+        "v": torch.randn(ROWS, HEADS, 24),
+        "decay": torch.rand(ROWS, HEADS),
+        "step": torch.rand(ROWS, HEADS),
+        "states": torch.zeros(4, HEADS, CHANNELS, 24),
+        **states(),
+        "delta_rule": True,
+        "eps": 1e-6,
+    },
     "allocate": lambda: {"words": 64},
     "read_words": lambda: {"source": torch.zeros(70_000, dtype=torch.int32)},
     "shared_bytes": lambda: {"size": 2},
@@ -298,6 +329,20 @@ NAMED: list[tuple[str, str, Callable[[Any], Any], str]] = [
     ("embed", "inputs", lambda _: 0, "inputs must"),
     ("exit_decide", "out_bias", lambda _: None, "out needs an out_bias"),
     ("router_entropy", "logits", lambda _: [torch.randn(ROWS, 0)], "columns of logits"),
+    ("short_convolution", "slots", lambda t: with_entry(t, 4), r"slot 4 is not in 0 … 3"),
+    ("short_convolution", "kept", lambda t: with_entry(t, -2), r"slot -2 is not in 0 … 3"),
+    ("short_convolution", "kept", lambda t: with_entry(t, 3), "slot 3 is written for two sequences"),
+    ("short_convolution", "weight", lambda t: t[:1].clone(), "weight must have 2 … 64 taps of 48 channels"),
+    ("short_convolution", "tails", lambda t: t[:, :2].clone(), "tails of shape"),
+    ("short_convolution", "context_len", lambda t: with_entry(t, 1), "sequence 0 has rows 0 … 2 and 1 tokens"),
+    ("recurrence", "slots", lambda t: with_entry(t, -1), r"slot -1 is not in 0 … 3"),
+    ("recurrence", "slots", lambda t: with_entry(t, 1), "slot 1 is written for two sequences"),
+    ("recurrence", "query_start", lambda t: with_entry(t, 1000, 2), "query_start must go from 0 to 5, not 0 to 1000"),
+    ("recurrence", "query_start", lambda t: with_entry(t, 7, 1), "sequence 0 has rows 0 … 7 and 2 tokens"),
+    ("recurrence", "k", lambda t: t[:, :1].clone(), "k of shape"),
+    ("recurrence", "v", lambda t: t[:, :3].clone(), "do not fit q of shape"),
+    ("recurrence", "decay", lambda t: t[:4].clone(), "decay must hold 20 elements"),
+    ("recurrence", "states", lambda t: t[:, :2].clone(), "states of shape"),
     ("allocate", "words", lambda _: -1, "words must not be -1"),
     ("shared_bytes", "size", lambda _: 0, "size must be in 1 … 1024, not 0"),
 ]

@@ -12,19 +12,35 @@ from dynamoe.dynamic.engine.prefix_cache import PrefixCache
 from dynamoe.dynamic.engine.request import Request, Sequence, State
 from dynamoe.dynamic.engine.schedule import Schedule
 from dynamoe.dynamic.engine.scheduler import Scheduler
+from dynamoe.dynamic.engine.state_slots import StateSlots
+from dynamoe.dynamic.engine.state_snapshots import StateSnapshots
 from request_maker import make_request
 
 
 class World:
-    """A scheduler, and in place of the cache's tensors the history behind every slot."""
+    """A scheduler, and in place of the cache's tensors the history behind every slot.
+
+    Arguments:
+        snapshots: of recurrent states; None: the model has none.
+    """
 
     def __init__(
-        self, num_pages: int, page_size: int = 4, window: int | None = None, kv_shards: int = 1, **config: object
+        self,
+        num_pages: int,
+        page_size: int = 4,
+        window: int | None = None,
+        kv_shards: int = 1,
+        snapshots: int | None = None,
+        **config: object,
     ) -> None:
         self.config = EngineConfig(block_size=page_size, **config)  # type: ignore[arg-type]
         self.pool = BlockPool(num_pages, kv_shards)
-        cache = PrefixCache(self.pool, page_size, self.config.enable_prefix_caching)
-        self.scheduler = Scheduler(self.config, self.pool, cache, window)
+        running = self.config.max_num_seqs
+        kept = None if snapshots is None else StateSnapshots(range(running, running + snapshots), page_size, 64)
+        cache = PrefixCache(self.pool, page_size, self.config.enable_prefix_caching, kept)
+        slots = None if snapshots is None else StateSlots(running)
+        self.scheduler = Scheduler(self.config, self.pool, cache, window, states=slots)
+        self.states: dict[int, int] = {}
         self.window = window or 1 << 30
         self.page_size = page_size
         self.memory: dict[tuple[int, int], int] = {}
@@ -51,6 +67,8 @@ class World:
         for source, target in schedule.copies:
             assert source // self.pool.shard_pages == target // self.pool.shard_pages, "a page left its KV shard"
             self.memory |= {(target, i): old[source, i] for i in range(self.page_size) if (source, i) in old}
+        if self.scheduler.states is not None:
+            self.run_states(schedule)
         for entry in schedule.entries:
             sequence = entry.sequence
             for position in range(entry.start, entry.start + entry.count):
@@ -67,6 +85,23 @@ class World:
                     if sequence.num_output >= sequence.request.max_output_tokens:
                         self.scheduler.finish(sequence)
         return schedule
+
+    def run_states(self, schedule: Schedule) -> None:
+        """What is in a sequence's slot is what its tokens up to now leave there."""
+        self.states |= {target: self.states[source] for source, target in schedule.state_copies}
+        own = [entry.sequence.state_slot for entry in schedule.entries]
+        kept = [slot for entry in schedule.entries for _, slot in entry.kept]
+        assert len({*own, *kept}) == len(own) + len(kept), "a slot is written twice"
+        assert all(slot < self.config.max_num_seqs for slot in own)
+        assert all(slot >= self.config.max_num_seqs for slot in kept)
+        for entry in schedule.entries:
+            sequence, end = entry.sequence, entry.start + entry.count
+            if entry.start:
+                assert self.states[sequence.state_slot] == history(sequence, entry.start - 1)
+            self.states[sequence.state_slot] = history(sequence, end - 1)
+            for at, slot in entry.kept:
+                assert entry.start < at <= end
+                self.states[slot] = history(sequence, at - 1)
 
     def check_limits(self, schedule: Schedule) -> None:
         assert sum(e.count for e in schedule.entries) <= self.config.max_num_batched_tokens
@@ -93,13 +128,14 @@ def history(sequence: Sequence, position: int) -> int:
     return hash((sequence.request.cache_salt, *sequence.token_ids[: position + 1]))
 
 
-@pytest.mark.parametrize("seed", range(80))
+@pytest.mark.parametrize("seed", range(110))
 def test_random_lives_keep_every_page_accounted_for(seed: int) -> None:
     rng = random.Random(seed)
     kv_shards = rng.choice((2, 3)) if seed >= 60 else 1
     world = World(
         num_pages=kv_shards * rng.choice((8, 14, 40)),
         kv_shards=kv_shards,
+        snapshots=rng.choice((0, 1, 3, 12)) if seed >= 80 else None,
         window=rng.choice((1, 4, 5, 9)) if 40 <= seed < 70 else None,
         max_num_seqs=rng.choice((1, 3, 6)),
         max_num_batched_tokens=rng.choice((2, 7, 64)),
@@ -219,6 +255,17 @@ def test_a_full_home_takes_pages_from_its_own_sequences() -> None:
         world.step()
     assert third.state is State.WAITING
     assert last.state is State.RUNNING, "its pages are of no use to the other KV shard"
+
+
+def test_a_prefix_hit_of_a_model_with_states_begins_where_states_were_kept() -> None:
+    world = World(100, snapshots=12)
+    common = [5] * 10
+    starts = []
+    for tail in ([1, 2, 3], [6, 7], [8, 9], [8, 9]):
+        sequence = world.add(common + tail, max_tokens=1).sequences[0]
+        starts += [entry.start for entry in world.step().entries if entry.sequence is sequence]
+    assert starts == [0, 0, 8, 8], "the second prompt shows where it stops being like the first"
+    assert world.scheduler.prefix_cache_hits == 16
 
 
 def test_generated_tokens_are_found_as_a_prefix_too() -> None:

@@ -8,17 +8,46 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dynamoe.dynamic.engine.state_slots import StateSlots
+from dynamoe.dynamic.engine.state_snapshots import LEAST_STRIDE, StateSnapshots
+from dynamoe.kernels.api.tolerance import TOLERANCE, error
 from dynamoe.kernels.api.types import AttentionBatch
+from dynamoe.kernels.cpu import build as cpu_build
+from dynamoe.kernels.cpu.backend import CpuBackend
 from dynamoe.kernels.reference import elementwise
-from dynamoe.kernels.reference.states import recurrence, short_convolution
+from dynamoe.kernels.reference.states import recurrence
 from dynamoe.kernels.torch.backend import TorchBackend
+from dynamoe.kernels.triton.backend import TritonBackend
+from dynamoe.kernels.triton.variants import interpreted
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 LENGTHS, SLOTS = (37, 1, 12), (3, 0, 2)
 CUTS = ((0, 37), (0, 1, 2, 3, 20, 37), (0, 16, 32, 37))
+SIZES = {  # groups, heads, channels of a key and of a value
+    "small": (2, 4, 16, 24),
+    "one number": (1, 1, 1, 1),
+    "channels that no vector divides": (1, 3, 33, 7),
+    "more columns than go together": (3, 3, 20, 150),
+    "as in Qwen3-Next": (1, 2, 128, 128),
+}
+delta_rules = pytest.mark.parametrize("delta_rule", [True, False], ids=["delta", "plain"])
 
 
-def state_batch(runs: list[tuple[int, int, int]]) -> AttentionBatch:
-    """Rows of sequences: (slot, rows, tokens with these)."""
+@pytest.fixture(params=["torch", "triton", *cpu_build.isas()])
+def backend(request: pytest.FixtureRequest) -> TorchBackend:
+    """torch's operations, Triton's interpreter, and the C++ kernels on each instruction set that this processor has."""
+    torch.manual_seed(0)
+    if request.param == "torch":
+        return TorchBackend("cpu", torch.float32)
+    if request.param == "triton":
+        return TritonBackend("cpu", torch.float32) if interpreted() else pytest.skip("Triton compiles for a GPU")
+    try:
+        return CpuBackend("cpu", torch.float32, request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+def state_batch(runs: list[tuple[int, int, int]], kept: list[int] | None = None) -> AttentionBatch:
+    """Rows of sequences: (slot, rows, tokens with these), and where each one's states are kept."""
     slots, counts, lengths = (torch.tensor(numbers) for numbers in zip(*runs, strict=True))
     none = torch.empty(0, dtype=torch.int64)
     return AttentionBatch(
@@ -30,13 +59,14 @@ def state_batch(runs: list[tuple[int, int, int]]) -> AttentionBatch:
         max_query_len=int(counts.max()),
         max_context_len=int(lengths.max()),
         state_slots_S=slots,
+        kept_slots_S=None if kept is None else torch.tensor(kept),
     )
 
 
 class Recurrence:
     """Random inputs of one sequence, run in pieces."""
 
-    def __init__(self, length: int, delta_rule: bool, seed: int, sizes: tuple[int, int, int, int] = (2, 4, 16, 24)):
+    def __init__(self, length: int, delta_rule: bool, seed: int, sizes: tuple[int, int, int, int] = SIZES["small"]):
         groups, heads, keys, values = sizes
         generator = torch.Generator().manual_seed(seed)
         shapes = (length, groups, keys), (length, groups, keys), (length, heads, values), (length, heads)
@@ -53,7 +83,7 @@ def nan_states(*shape: int) -> torch.Tensor:
     return torch.full((5, *shape), float("nan"))
 
 
-@pytest.mark.parametrize("delta_rule", [True, False], ids=["delta", "plain"])
+@delta_rules
 def test_recurrence_is_that_of_the_formula(delta_rule: bool) -> None:
     case = Recurrence(21, delta_rule, 0)
     q, k, v, decay, step = case.inputs
@@ -86,13 +116,35 @@ def test_the_delta_rule_is_that_of_transformers() -> None:
     torch.testing.assert_close(states[4], memory[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", SIZES)
+@delta_rules
+def test_every_backend_computes_the_oracles_recurrence(backend: TorchBackend, size: str, delta_rule: bool) -> None:
+    """A sequence that begins, one that goes on, one without rows; states that are kept; rows that lie apart."""
+    cases = [Recurrence(length, delta_rule, seed, SIZES[size]) for seed, length in enumerate((19, 6, 0))]
+    inputs = [torch.cat(parts) for parts in zip(*(case.inputs for case in cases), strict=True)]
+    apart = [F.pad(part.flatten(1), (3, 2))[:, 3:-2].unflatten(1, part.shape[1:]) for part in inputs]
+    batch = state_batch([(3, 19, 19), (0, 6, 9), (2, 0, 4)], kept=[-1, 4, -1])
+    states = nan_states(*cases[0].state_shape)
+    states[[0, 2]] = torch.randn(2, *cases[0].state_shape)
+    exact, before = states.double(), states.clone()
+    expected = recurrence(*(part.double() for part in inputs), exact, batch, delta_rule=delta_rule)
+    found = backend.recurrence(*apart, states, batch, delta_rule=delta_rule)
+    assert error(found, expected) <= TOLERANCE[torch.float32]
+    assert error(states[[0, 3]], exact[[0, 3]]) <= TOLERANCE[torch.float32]
+    assert torch.equal(states[4], states[0])
+    assert torch.equal(states[2], before[2])
+    assert states[1].isnan().all()
+
+
 @pytest.mark.parametrize("cut", CUTS, ids=lambda cut: "-".join(map(str, cut)))
-@pytest.mark.parametrize("delta_rule", [True, False], ids=["delta", "plain"])
-def test_no_cut_and_no_neighbour_changes_a_recurrence(cut: tuple[int, ...], delta_rule: bool) -> None:
-    cases = [Recurrence(length, delta_rule, seed) for seed, length in enumerate(LENGTHS)]
+@delta_rules
+def test_no_cut_and_no_neighbour_changes_a_recurrence(
+    backend: TorchBackend, cut: tuple[int, ...], delta_rule: bool
+) -> None:
+    cases = [Recurrence(length, delta_rule, seed, SIZES["small"]) for seed, length in enumerate(LENGTHS)]
     states = nan_states(*cases[0].state_shape)
     alone = [
-        recurrence(*case.inputs, states, state_batch([(slot, length, length)]), delta_rule=delta_rule)
+        backend.recurrence(*case.inputs, states, state_batch([(slot, length, length)]), delta_rule=delta_rule)
         for case, slot, length in zip(cases, SLOTS, LENGTHS, strict=True)
     ]
     whole, states = states, nan_states(*cases[0].state_shape)
@@ -101,7 +153,7 @@ def test_no_cut_and_no_neighbour_changes_a_recurrence(cut: tuple[int, ...], delt
         pieces = [(s, min(first, length), min(end, length)) for s, length in enumerate(LENGTHS) if first < length]
         batch = state_batch([(SLOTS[s], last - start, last) for s, start, last in pieces])
         inputs = [torch.cat(parts) for parts in zip(*(cases[s].rows(a, b) for s, a, b in pieces), strict=True)]
-        out_THV = recurrence(*inputs, states, batch, delta_rule=delta_rule)
+        out_THV = backend.recurrence(*inputs, states, batch, delta_rule=delta_rule)
         for (s, _, _), rows in zip(pieces, out_THV.split([b - a for _, a, b in pieces]), strict=True):
             found[s].append(rows)
     for expected, rows in zip(alone, found, strict=True):
@@ -110,20 +162,82 @@ def test_no_cut_and_no_neighbour_changes_a_recurrence(cut: tuple[int, ...], delt
     assert states[[1, 4]].isnan().all(), "slots of others were written"
 
 
+@delta_rules
+def test_a_decay_for_each_channel(backend: TorchBackend, delta_rule: bool) -> None:
+    case = Recurrence(9, delta_rule, 4)
+    q, k, v, decay_TH, step = case.inputs
+    states, same = nan_states(*case.state_shape), nan_states(*case.state_shape)
+    batch = state_batch([(1, 5, 5), (1, 4, 9)])
+    plain = backend.recurrence(q, k, v, decay_TH, step, same, batch, delta_rule=delta_rule)
+    every = decay_TH[..., None].expand(-1, -1, q.shape[-1]).contiguous()
+    found = backend.recurrence(q, k, v, every, step, states, batch, delta_rule=delta_rule)
+    assert error(found, plain) <= TOLERANCE[torch.float32]
+    every[:, :, 0] *= 0.5
+    found = backend.recurrence(q, k, v, every, step, nan_states(*case.state_shape), batch, delta_rule=delta_rule)
+    assert error(found, plain) > 1e-3
+
+
+@delta_rules
+def test_parts_of_a_sequence_run_one_after_the_other_and_keep_what_is_between(
+    backend: TorchBackend, delta_rule: bool
+) -> None:
+    case = Recurrence(20, delta_rule, 2)
+    states = nan_states(*case.state_shape)
+    whole = backend.recurrence(*case.inputs, states, state_batch([(1, 20, 20)]), delta_rule=delta_rule)
+    backend.recurrence(*case.rows(0, 16), states, state_batch([(2, 16, 16)]), delta_rule=delta_rule)
+    parts = state_batch([(0, 5, 5), (0, 11, 16), (0, 4, 20)], kept=[-1, 4, -1])
+    assert torch.equal(backend.recurrence(*case.inputs, states, parts, delta_rule=delta_rule), whole)
+    assert torch.equal(states[4], states[2]), "the states behind row 16"
+    assert torch.equal(states[0], states[1])
+    tails, x_TX, weight_WX = nan_states(3, 40), torch.randn(20, 40), torch.randn(4, 40)
+    whole = backend.short_convolution(x_TX, weight_WX, None, tails, state_batch([(1, 20, 20)]))
+    assert torch.equal(backend.short_convolution(x_TX, weight_WX, None, tails, parts), whole)
+    assert torch.equal(tails[[4, 0]], torch.stack((x_TX[13:16], x_TX[17:])))
+    assert tails[[2, 3]].isnan().all()
+
+
+@pytest.mark.parametrize(("taps", "channels", "biased"), [(2, 1, True), (4, 40, False), (3, 1100, True)])
 @pytest.mark.parametrize("activation", ["none", "silu"])
 @pytest.mark.parametrize("cut", CUTS, ids=lambda cut: "-".join(map(str, cut)))
-def test_convolution_is_torchs_and_no_cut_changes_it(cut: tuple[int, ...], activation: str) -> None:
-    x_TX, weight_WX, bias_X = torch.randn(37, 40), torch.randn(4, 40), torch.randn(40)
-    tails, pieces = nan_states(3, 40), []
+def test_convolution_is_torchs_and_no_cut_changes_it(
+    backend: TorchBackend, cut: tuple[int, ...], activation: str, taps: int, channels: int, biased: bool
+) -> None:
+    x_TX, weight_WX = torch.randn(37, channels + 3)[:, 3:], torch.randn(taps, channels)
+    bias_X = torch.randn(channels) if biased else None
+    tails, pieces = nan_states(taps - 1, channels), []
     for first, end in pairwise(cut):
         batch = state_batch([(2, end - first, end)])
-        pieces.append(short_convolution(x_TX[first:end], weight_WX, bias_X, tails, batch, activation))
-    expected = F.conv1d(x_TX.T[None], weight_WX.T[:, None], bias_X, padding=3, groups=40)[0, :, :37].T
+        pieces.append(backend.short_convolution(x_TX[first:end], weight_WX, bias_X, tails, batch, activation))
+    wide = [None if part is None else part.double() for part in (x_TX.T[None], weight_WX.T[:, None], bias_X)]
+    expected = F.conv1d(*wide, padding=taps - 1, groups=channels)[0, :, :37].T
     expected = F.silu(expected) if activation == "silu" else expected
-    torch.testing.assert_close(torch.cat(pieces), expected, rtol=1e-4, atol=1e-5)
-    whole = short_convolution(x_TX, weight_WX, bias_X, nan_states(3, 40), state_batch([(0, 37, 37)]), activation)
+    assert error(torch.cat(pieces), expected) <= TOLERANCE[torch.float32]
+    batch = state_batch([(0, 37, 37)])
+    whole = backend.short_convolution(x_TX, weight_WX, bias_X, nan_states(taps - 1, channels), batch, activation)
     assert torch.equal(torch.cat(pieces), whole)
-    assert torch.equal(tails[2], x_TX[-3:])
+    assert torch.equal(tails[2], x_TX[1 - taps :])
+
+
+def test_threads_do_not_count() -> None:
+    backend, case = CpuBackend("cpu", torch.float32), Recurrence(9, True, 3, SIZES["channels that no vector divides"])
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            states, tails = nan_states(*case.state_shape), nan_states(2, 2500)
+            batch = state_batch([(1, 4, 4), (0, 5, 5)])
+            x_TX = torch.arange(9 * 2500).view(9, 2500) / 1000
+            found.append(
+                (
+                    backend.recurrence(*case.inputs, states, batch, delta_rule=True),
+                    backend.short_convolution(x_TX, x_TX[:3].contiguous(), None, tails, batch, "silu"),
+                    states[:2],
+                    tails[:2],
+                )
+            )
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "silu", "softplus"])
@@ -145,10 +259,34 @@ def test_a_slot_is_copied_before_it_is_used_again() -> None:
     assert slots.copies() == [(first, copy)]
     assert slots.copies() == []
     assert {slots.take(), slots.take()} == {0, 1, 2} - {copy}
+    slots.release(copy)
+    slots.take_copy(9)
+    slots.release(copy)
+    assert slots.take_copy(7) == copy
+    assert slots.copies() == [(7, copy)], "what nobody wants any more is not copied"
 
 
-def test_a_batch_without_slots_is_refused() -> None:
-    backend, case = TorchBackend("cpu", torch.float32), Recurrence(1, True, 0)
+def test_snapshots_that_were_not_used_for_longest_go_first() -> None:
+    snapshots = StateSnapshots(range(4, 7), page_size=8, longest=100)
+    assert snapshots.stride == LEAST_STRIDE * 8
+    assert StateSnapshots(range(4), page_size=8, longest=4096).stride == 2048
+    taken = [snapshots.take() for _ in range(3)]
+    assert sorted(slot for slot in taken if slot is not None) == [4, 5, 6]
+    assert snapshots.take() is None, "all are being written"
+    for slot, digest in zip(taken, (b"a", b"b", b"a"), strict=True):
+        assert slot is not None
+        snapshots.publish(slot, 0, digest)
+    assert snapshots.find(0, b"a") == taken[0]
+    assert snapshots.find(1, b"a") is None, "another KV shard's"
+    assert snapshots.take() == taken[2], "what was published twice is free"
+    assert snapshots.take() == taken[1]
+    assert snapshots.find(0, b"b") is None
+    snapshots.forget(0, b"a")
+    assert (snapshots.find(0, b"a"), snapshots.take()) == (None, taken[0])
+
+
+def test_a_batch_without_slots_is_refused(backend: TorchBackend) -> None:
+    case = Recurrence(1, True, 0)
     batch = state_batch([(0, 1, 1)])
     object.__setattr__(batch, "state_slots_S", None)
     with pytest.raises(AssertionError, match="states"):

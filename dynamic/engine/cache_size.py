@@ -17,33 +17,39 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TYPICAL_TOKENS = 2048  # of one sequence, when the pool's size is left to us
+MOST_SNAPSHOTS = 4  # of recurrent states, for each sequence that may run
 
 
 def count_pages(
     config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device, kv_shards: int = 1
-) -> int:
-    """How many pages the pool gets: as many in each KV shard.
+) -> tuple[int, int]:
+    """How many pages the pool gets, as many in each KV shard, and how many snapshots of recurrent states are kept.
 
-    Recurrent states of ``max_num_seqs`` sequences come out of the same memory first.
+    States of ``max_num_seqs`` sequences come out of the same memory first. Snapshots of them get a quarter at most of
+    what is left, beside the pages of one sequence where its longest length is given.
 
     Raises:
         ValueError: when the memory holds no page for each KV shard.
     """
-    states = bytes_per_sequence(spec) * config.max_num_seqs
+    state_bytes = bytes_per_sequence(spec)
+    states = state_bytes * config.max_num_seqs
     page_bytes = bytes_per_page(spec, dtype, config.block_size)
     longest = min(config.max_model_len or spec.max_position, spec.max_position)
+    least = -(-longest // config.block_size) * kv_shards if config.max_model_len else 0
+    memory = available_memory(device) // 4 if config.kv_memory is None else parse_bytes(config.kv_memory)
+    snapshots = 0
+    if state_bytes and config.enable_prefix_caching:
+        spare = memory - states - least * page_bytes
+        snapshots = min(MOST_SNAPSHOTS * config.max_num_seqs, max(0, spare // 4) // state_bytes)
+    pages = max(0, memory - states - snapshots * state_bytes) // page_bytes
     if config.kv_memory is None:
         typical = -(-min(longest, TYPICAL_TOKENS) // config.block_size)
-        least = -(-longest // config.block_size) * kv_shards if config.max_model_len else 0
-        wanted = max(config.max_num_seqs * typical, least)
-        pages = min(wanted, max(0, available_memory(device) // 4 - states) // page_bytes)
-    else:
-        pages = max(0, parse_bytes(config.kv_memory) - states) // page_bytes
+        pages = min(pages, max(config.max_num_seqs * typical, least))
     if pages < kv_shards:
         many = f"{kv_shards} pages, one for each KV shard" if kv_shards > 1 else "page"
         beside = f" beside {states} bytes of states for {config.max_num_seqs} sequences" if states else ""
         raise ValueError(f"engine.kv_memory={config.kv_memory} holds no {many}{beside}; one takes {page_bytes} bytes")
-    return pages - pages % kv_shards
+    return pages - pages % kv_shards, snapshots
 
 
 def longest_sequence(config: EngineConfig, spec: ModelSpec, num_pages: int) -> int:

@@ -32,6 +32,7 @@ from .sampling_params import SamplingParams
 from .schedule import Schedule
 from .scheduler import Scheduler
 from .state_slots import StateSlots
+from .state_snapshots import StateSnapshots
 from .stats import EngineStats, Pace
 from .step_times import StepTimes, measure_step_times
 from .text import OutputText
@@ -68,17 +69,21 @@ class Engine:
         self.logits_processors = processor_classes(plugin.implementation for plugin in self.logits_plugins)
         self.vocab_size: int = spec.vocab_size
         device, kv_shards = torch.device(decoder.device), decoder.kv_shards
-        num_pages = count_pages(config, spec, decoder.kv_dtype, device, kv_shards)
-        self._state_bytes = bytes_per_sequence(spec) * config.max_num_seqs
+        num_pages, num_snapshots = count_pages(config, spec, decoder.kv_dtype, device, kv_shards)
+        num_states = config.max_num_seqs + num_snapshots
+        self._state_bytes = bytes_per_sequence(spec) * num_states
         self.max_model_len = longest_sequence(config, spec, num_pages // kv_shards)
         pool = BlockPool(num_pages, kv_shards)
         states = StateSlots(config.max_num_seqs) if spec.has_states else None
-        if states is not None and config.enable_prefix_caching:
-            logger.info("no prefixes are shared: this %s model has recurrent states, which are not kept", spec.family)
-        cache = PrefixCache(pool, config.block_size, config.enable_prefix_caching and states is None)
+        if states is not None and config.enable_prefix_caching and not num_snapshots:
+            logger.info("no prefixes are shared: there is no memory for copies of recurrent states")
+        shares = config.enable_prefix_caching and (states is None or num_snapshots > 0)
+        kept = range(config.max_num_seqs, num_states)
+        snapshots = None if states is None else StateSnapshots(kept, config.block_size, self.max_model_len)
+        cache = PrefixCache(pool, config.block_size, shares, snapshots)
         self.cache_plugins, eviction = load_cache_policy(config, spec, pool)
         self.scheduler = Scheduler(config, pool, cache, spec.longest_window, eviction, states)
-        self.runner = Runner(decoder, num_pages, config.block_size, config.max_num_seqs)
+        self.runner = Runner(decoder, num_pages, config.block_size, num_states)
         warm_up(decoder, config, self.max_model_len)
         self.step_times: StepTimes | None = None  # if they were asked for
         if config.measure_step_times:

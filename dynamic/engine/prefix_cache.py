@@ -7,6 +7,9 @@ from hashlib import blake2b
 
 from .block_pool import BlockPool
 from .request import Sequence
+from .schedule import Entry
+from .state_slots import NO_SLOT
+from .state_snapshots import StateSnapshots
 
 DIGEST_BYTES = 16
 
@@ -21,18 +24,29 @@ class PrefixCache:
         pool: where the pages live.
         page_size: tokens per block.
         enabled: when off, nothing is found or published.
+        snapshots: of recurrent states, for models that have them: only pages with states behind them can be shared.
     """
 
-    def __init__(self, pool: BlockPool, page_size: int, enabled: bool) -> None:
+    def __init__(self, pool: BlockPool, page_size: int, enabled: bool, snapshots: StateSnapshots | None = None) -> None:
         self.pool = pool
         self.page_size = page_size
         self.enabled = enabled
+        self._snapshots = snapshots
 
     def lookup(self, sequence: Sequence, kv_shard: int = 0) -> list[int]:
         """Pages of a KV shard that hold the beginning of a sequence's tokens. At least one token is left to compute.
 
         They are exact, so a sequence that was approximate before it lost its pages takes none beyond that point.
         """
+        pages = self._found(sequence, kv_shard)
+        if self._snapshots is not None:
+            digests = sequence.block_digests
+            while pages and self._snapshots.find(kv_shard, digests[len(pages) - 1]) is None:
+                pages.pop()
+        return pages
+
+    def _found(self, sequence: Sequence, kv_shard: int) -> list[int]:
+        """As :meth:`lookup`, whether there are states behind the pages or not."""
         request = sequence.request
         if not self.enabled or not request.prompt_logprobs_complete:
             return []  # logprobs of the prompt need every position to run
@@ -45,6 +59,55 @@ class PrefixCache:
                 break
             pages.append(page)
         return pages
+
+    def states_behind(self, sequence: Sequence, blocks: int) -> int:
+        """The slot of the states behind so many blocks that :meth:`lookup` found in the sequence's KV shard."""
+        assert self._snapshots is not None
+        sequence.num_shared = len(self._found(sequence, sequence.kv_shard)) * self.page_size
+        slot = self._snapshots.find(sequence.kv_shard, sequence.block_digests[blocks - 1]) if blocks else NO_SLOT
+        assert slot is not None, f"there are no states behind {blocks} blocks"
+        return slot
+
+    def keep_states(self, entry: Entry) -> None:
+        """Say where states of a model that has them are kept while an entry runs.
+
+        That is behind the last full block of the prompt of which a token is left to compute; where other sequences'
+        pages ended that begin like this one; every so many pages of the prompt; and behind the last full block of
+        output, in place of the one before it.
+        """
+        sequence, size, end = entry.sequence, self.page_size, entry.start + entry.count
+        blocks = range(entry.start // size + 1, end // size + 1)
+        if not blocks or not self.enabled or self._snapshots is None:
+            return
+        prompt, stride = sequence.num_prompt, self._snapshots.stride
+        borders = {(prompt - 1) // size * size, sequence.num_shared}
+        kept = []
+        for block in blocks:
+            at = block * size
+            in_prompt = at in borders or (at <= prompt and at % stride == 0)
+            if not (in_prompt or (at > prompt and block == blocks[-1])) or at > sequence.first_approximate:
+                continue
+            self._extend_digests(sequence, block)
+            if self._snapshots.find(sequence.kv_shard, sequence.block_digests[block - 1]) is None:
+                slot = self._snapshots.take()
+                if slot is not None:
+                    kept.append((at, slot))
+        entry.kept = tuple(kept)
+
+    def publish_states(self, entry: Entry) -> None:
+        """Let the states that a computed entry has kept be found, as far as they are exact."""
+        sequence = entry.sequence
+        for at, slot in entry.kept:
+            assert self._snapshots is not None
+            if at > sequence.first_approximate:
+                self._snapshots.release(slot)
+                continue
+            digest = sequence.block_digests[at // self.page_size - 1]
+            self._snapshots.publish(slot, sequence.kv_shard, digest)
+            if at > sequence.num_prompt:
+                if sequence.output_digest is not None:
+                    self._snapshots.forget(sequence.kv_shard, sequence.output_digest)
+                sequence.output_digest = digest
 
     def publish(self, sequence: Sequence, first_block: int) -> None:
         """Let the computed full blocks of a sequence be found, from ``first_block`` on, as far as they are exact."""

@@ -162,6 +162,8 @@ class Sequence:
         "num_computed",
         "num_evicted",
         "num_prompt",
+        "num_shared",
+        "output_digest",
         "pages",
         "processors",
         "rank",
@@ -184,6 +186,8 @@ class Sequence:
         self.kv_shard = 0  # where its pages are, while it has any
         self.pages = array("i")
         self.state_slot = NO_SLOT  # of its recurrent states, while it has any
+        self.num_shared = 0  # tokens whose pages were there when it was admitted, with or without states behind them
+        self.output_digest: bytes | None = None  # of the last block of output behind which its states were kept
         self.first_page = 0  # those before were given back: no later token sees them
         self.num_evicted = 0  # tokens whose pages a cache policy gave up: cache index = position - num_evicted
         self.kept_blocks: list[int] = []  # under a cache policy: numbers of the full blocks that are in the pages

@@ -9,11 +9,16 @@ from .request import Sequence
 
 @dataclass(slots=True)
 class Entry:
-    """Tokens ``start : start + count`` of a sequence run in this step."""
+    """Tokens ``start : start + count`` of a sequence run in this step.
+
+    Arguments:
+        kept: (position, slot): the recurrent states in front of that position are kept in that slot.
+    """
 
     sequence: Sequence
     start: int
     count: int
+    kept: tuple[tuple[int, int], ...] = ()
 
     @property
     def samples(self) -> bool:

@@ -45,7 +45,7 @@ class Scheduler:
         window: how many positions a token sees at most, itself included; None: all. Pages behind it are given back.
         eviction: gives up pages as a cache policy wants it; None keeps all.
         states: a slot for each running sequence's recurrent states; None: the model has none. They are lost with the
-            sequence's pages, and computed again with them.
+            sequence's pages, and computed again with them, from where the cache has kept some.
     """
 
     def __init__(
@@ -103,6 +103,9 @@ class Scheduler:
             counts[sequence] = min(rows, self._chunk(sequence))
             rows -= counts[sequence]
         entries = [Entry(s, s.num_computed, count) for s, count in counts.items()]
+        if self.states is not None:
+            for entry in entries:
+                self.cache.keep_states(entry)
         decoding = changes if only_decodes and changes == self._changes else None
         state_copies = [] if self.states is None else self.states.copies()
         return Schedule(entries, [(source, target) for target, source in copies.items()], state_copies, decoding)
@@ -172,8 +175,8 @@ class Scheduler:
         sequence.pages.extend(self.pool.allocate(place.kv_shard) for _ in range(place.new))
         sequence.num_computed = len(shared) * self.page_size
         if self.states is not None:
-            assert not shared, "there are no states behind shared pages"
-            sequence.state_slot = self.states.take()
+            kept = self.cache.states_behind(sequence, len(shared))
+            sequence.state_slot = self.states.take() if kept == NO_SLOT else self.states.take_copy(kept)
         if self.eviction is not None:
             self.eviction.computed(sequence)
         if self.cache.enabled:
@@ -203,6 +206,7 @@ class Scheduler:
             for page in sequence.pages[first : -(-(sequence.num_computed - sequence.num_evicted) // self.page_size)]:
                 self.pool.mark_approximate(page)
         self.cache.publish(sequence, entry.start // self.page_size)
+        self.cache.publish_states(entry)
         if self.window is not None:
             first_seen = max(sequence.num_computed - self.window + 1, 0)  # by the token that comes next
             first_page = first_seen // self.page_size

@@ -16,23 +16,24 @@ class StateSlots:
 
     def __init__(self, num_slots: int) -> None:
         self._free = list(range(num_slots - 1, -1, -1))
-        self._copies: list[tuple[int, int]] = []
+        self._copies: dict[int, int] = {}  # to slot → from slot
 
     def take(self) -> int:
         """A free slot. There must be one."""
         return self._free.pop()
 
     def take_copy(self, source: int) -> int:
-        """A free slot that will hold what is in ``source`` now."""
+        """A free slot that will hold what is in ``source`` now, which may be no slot of a running sequence."""
         slot = self.take()
-        self._copies.append((source, slot))
+        self._copies[slot] = source
         return slot
 
     def release(self, slot: int) -> None:
-        """Give a slot back; copies that are due are made before it is written again."""
+        """Give a slot back; copies of it that are due are made before it is written again."""
+        self._copies.pop(slot, None)
         self._free.append(slot)
 
     def copies(self) -> list[tuple[int, int]]:
         """(From slot, to slot), to be made before the next step; asked once per step."""
-        copies, self._copies = self._copies, []
-        return copies
+        copies, self._copies = self._copies, {}
+        return [(source, slot) for slot, source in copies.items()]

@@ -22,7 +22,8 @@ class EngineStats(Compute):
         preemptions: sequences that lost their pages and were computed again.
         exchange: between the processes that share the model; None where there is one.
         evicted_pages: that a cache policy gave up.
-        state_bytes: memory of the recurrent states of as many sequences as run at a time.
+        state_bytes: memory of the recurrent states of as many sequences as run at a time, and of the copies of states
+            that are kept for prefixes.
     """
 
     num_running: int

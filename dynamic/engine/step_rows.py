@@ -17,6 +17,7 @@ from ...kernels.api.types import AttentionBatch
 from .request import Sequence
 from .schedule import Entry
 from .staging import HostStaging
+from .state_slots import NO_SLOT
 
 
 class StepRows:
@@ -32,7 +33,8 @@ class StepRows:
     def __init__(self, entries: list[Entry], page_size: int, staging: HostStaging, has_states: bool = False) -> None:
         self._staging = staging
         self._carried: list[np.ndarray] = []
-        runs = list(_runs(entries, has_states))
+        cut = list(_runs(entries, has_states))
+        runs = [run for run, _ in cut]
         # In plain lists: a step that only decodes has few rows, for which a dozen calls of numpy would take longer.
         positions: list[int] = []
         slots: list[int] = []
@@ -55,6 +57,8 @@ class StepRows:
         self._max_position = max(positions) if evicted else None
         states = [sequence.state_slot for sequence, _, _ in runs] if has_states else None
         self._states = None if states is None else self.carry(np.array(states, dtype=np.int64))
+        kept = np.array([slot for _, slot in cut], dtype=np.int64) if any(entry.kept for entry in entries) else None
+        self._kept = None if kept is None else self.carry(kept)
 
     def __len__(self) -> int:
         return len(self._token_ids_T)
@@ -99,6 +103,7 @@ class StepRows:
             max_query_len=int(counts.max()),
             max_context_len=int(self._context_len_S[kept].max()),
             state_slots_S=None if whole.state_slots_S is None else whole.state_slots_S.index_select(0, kept_S),
+            kept_slots_S=None if whole.kept_slots_S is None else whole.kept_slots_S.index_select(0, kept_S),
         )
 
     def exiting(self, rows_R: np.ndarray, at_R: torch.Tensor) -> AttentionBatch:
@@ -140,6 +145,7 @@ class StepRows:
             max_context_len=int(self._context_len_S.max()),
             max_position=self._max_position,
             state_slots_S=None if self._states is None else self.carried(self._states),
+            kept_slots_S=None if self._kept is None else self.carried(self._kept),
         )
 
 
@@ -147,21 +153,21 @@ def _padded(pages: array[int], width: int) -> array[int]:
     return pages if len(pages) == width else pages + array("i", [0]) * (width - len(pages))
 
 
-def _runs(entries: list[Entry], has_states: bool) -> Iterator[tuple[Sequence, int, int]]:
-    """(sequence, first position, rows): what attention sees as one sequence of rows.
+def _runs(entries: list[Entry], has_states: bool) -> Iterator[tuple[tuple[Sequence, int, int], int]]:
+    """(Sequence, first position, rows), which attention sees as one sequence, and where its states are kept then.
 
     Rows that may exit on their own become runs of one row, so that an exit never tears a run apart. Where there are
     recurrent states, rows of a sequence exit together, see :attr:`.Sequence.num_together`.
     """
     for entry in entries:
         sequence, start, end = entry.sequence, entry.start, entry.start + entry.count
-        if not has_states and entry.count > 1 and sequence.exit_logits_E is not None and end > sequence.num_prompt:
-            if start < sequence.num_prompt:
-                yield sequence, start, sequence.num_prompt - start
-            for position in range(max(start, sequence.num_prompt), end):
-                yield sequence, position, 1
-        else:
-            yield sequence, start, entry.count
+        kept = dict(entry.kept)
+        ends = {end, *kept}
+        if not has_states and entry.count > 1 and sequence.exit_logits_E is not None:
+            ends.update(range(max(start + 1, sequence.num_prompt), end))
+        for stop in sorted(ends):
+            yield (sequence, start, stop - start), kept.get(stop, NO_SLOT)
+            start = stop
 
 
 def _boundaries(counts_S: np.ndarray) -> np.ndarray:

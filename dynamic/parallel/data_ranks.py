@@ -112,6 +112,7 @@ def spread(batch: AttentionBatch, cache: SharedCache, kv_shards: int) -> Spread:
         max_context_len=int(context_len_S.max()),
         max_position=batch.max_position,
         state_slots_S=None if batch.state_slots_S is None else batch.state_slots_S[here_S],
+        kept_slots_S=None if batch.kept_slots_S is None else batch.kept_slots_S[here_S],
     )
     return Spread(rows=rows, own=own)
 

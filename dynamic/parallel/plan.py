@@ -15,7 +15,7 @@ from ...kernels.api.types import AttentionBatch, ExpertBudget
 from ..model.kv_cache import Copies
 
 FIRST = 2048
-ARGUMENTS, BLOCKS = 6, 9
+ARGUMENTS, BLOCKS = 6, 10
 HEADER = 2 + ARGUMENTS + BLOCKS
 
 
@@ -35,7 +35,7 @@ class Operation(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """One instruction: at most 6 numbers, and at most 9 blocks of them; ``cache`` says by number on which cache."""
+    """One instruction: at most 6 numbers, and at most 10 blocks of them; ``cache`` says by number on which cache."""
 
     operation: Operation
     cache: int = 0
@@ -59,7 +59,7 @@ def length(first: torch.Tensor) -> int:
 
 
 def decode(numbers: torch.Tensor) -> Message:
-    """The message; it always has 6 arguments and 9 blocks, zeros and empty ones where none was given."""
+    """The message; it always has 6 arguments and 10 blocks, zeros and empty ones where none was given."""
     header = numbers[:HEADER].tolist()
     sizes = header[2 + ARGUMENTS :]
     blocks = numbers[HEADER : HEADER + sum(sizes)].split(sizes)
@@ -106,6 +106,7 @@ def run_message(
         batch.block_table_SM,
         torch.empty(0) if token_ids_T is None else token_ids_T,
         torch.empty(0) if batch.state_slots_S is None else batch.state_slots_S,
+        torch.empty(0) if batch.kept_slots_S is None else batch.kept_slots_S,
     ]
     if budget is not None:
         blocks += [budget.keep_TL.float().contiguous().view(torch.int32), budget.cap_TL]
@@ -116,7 +117,7 @@ def run_message(
 
 def read_batch(message: Message) -> AttentionBatch:
     """The rows of :func:`run_message`, on the host."""
-    positions, slots, starts, lengths, table, _, states = message.blocks[:7]
+    positions, slots, starts, lengths, table, _, states, kept = message.blocks[:8]
     return AttentionBatch(
         positions_T=positions,
         slots_T=slots,
@@ -127,6 +128,7 @@ def read_batch(message: Message) -> AttentionBatch:
         max_context_len=message.arguments[3],
         max_position=int(positions.max()),
         state_slots_S=states if states.numel() else None,
+        kept_slots_S=kept if kept.numel() else None,
     )
 
 
@@ -174,7 +176,7 @@ def rows_to_write(
 
 def read_budget(message: Message, num_rows: int, device: torch.device) -> ExpertBudget | None:
     """The expert budget of :func:`run_message`."""
-    keep, cap = message.blocks[7:9]
+    keep, cap = message.blocks[8:10]
     if not keep.numel():
         return None
     return ExpertBudget(

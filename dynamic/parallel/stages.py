@@ -162,6 +162,7 @@ def _part(
         max_context_len=max(contexts[first:stop]),
         max_position=batch.max_position,
         state_slots_S=None if batch.state_slots_S is None else batch.state_slots_S[first:stop],
+        kept_slots_S=None if batch.kept_slots_S is None else batch.kept_slots_S[first:stop],
     )
 
 

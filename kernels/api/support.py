@@ -202,9 +202,11 @@ def render(results: Path = RESULTS) -> str:
         "",
         "## States",
         "",
-        "Recurrences and short convolutions of [layers that keep states](checkpoints.md#layers-that-keep-states) run on",
-        "torch's operations on every backend, a row at a time; there are no C++ or Triton kernels for them yet.",
-        "Everything else in these models runs on the backend's kernels. On a GPU they are *unverified*.",
+        "Recurrences and short convolutions of [layers that keep states](checkpoints.md#layers-that-keep-states) have",
+        "kernels on `cpu`, whose threads share out sequences and heads, and on `triton`, whose programs share out",
+        "columns too; a sequence's rows run one after the other. The other backends run them on torch's operations,",
+        "and so does every backend where each channel has a decay (Kimi Delta Attention, Mamba1).",
+        "On a GPU they are *unverified*, and compile when they first run.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -244,7 +244,10 @@ class AttentionBatch:
     max_query_len: int
     max_context_len: int
     max_position: int | None = None  # of positions_T; None: max_context_len - 1, for nothing was evicted
-    state_slots_S: torch.Tensor | None = None  # int64, where each sequence's recurrent states are; None: it has none
+    # For layers with recurrent states, int64: where each sequence's are, and where they are kept as they are behind its
+    # rows, -1: nowhere. Sequences that follow each other may be parts of one, in one slot.
+    state_slots_S: torch.Tensor | None = None
+    kept_slots_S: torch.Tensor | None = None
 
     @property
     def num_positions(self) -> int:
@@ -252,14 +255,16 @@ class AttentionBatch:
         return self.max_context_len if self.max_position is None else self.max_position + 1
 
     @cached_property
-    def state_runs(self) -> list[tuple[int, int, int, bool]]:
-        """For layers with recurrent states, by sequence: its slot, its rows' first and end, whether it begins here."""
+    def state_runs(self) -> list[tuple[int, int, int, bool, int]]:
+        """For layers with recurrent states, by sequence: its slot, its rows' first and end, whether it begins here, and
+        where its states are kept behind these rows, -1: nowhere."""
         assert self.state_slots_S is not None, "the batch does not say where its sequences' states are"
+        kept = [-1] * self.num_sequences if self.kept_slots_S is None else self.kept_slots_S.tolist()
         slots, starts, lengths = (
             numbers.tolist() for numbers in (self.state_slots_S, self.query_start_S1, self.context_len_S)
         )
-        bounds = zip(slots, starts, starts[1:], lengths, strict=False)
-        return [(slot, first, end, length == end - first) for slot, first, end, length in bounds]
+        runs = zip(slots, starts, starts[1:], lengths, kept, strict=False)
+        return [(slot, first, end, length == end - first, target) for slot, first, end, length, target in runs]
 
     @property
     def state_slots_T(self) -> torch.Tensor | None:

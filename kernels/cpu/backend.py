@@ -31,6 +31,7 @@ from .layout import BLOCK, join_gate_up_bias
 from .quantized import CpuLinear, CpuQuantPacking
 from .stack import CpuStack
 from .stack_checks import check_stack, stack_parts
+from .states import CpuStateOperations
 from .vectors import CODED_CACHE
 
 
@@ -53,7 +54,7 @@ class _Experts:
         return ops.experts.default(*arguments, self.down_bias, self.shape, *routed)
 
 
-class CpuBackend(CpuQuantPacking):
+class CpuBackend(CpuStateOperations, CpuQuantPacking):
     """Operations of a decoder on a CPU, float32 or bfloat16.
 
     Arguments:

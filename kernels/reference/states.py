@@ -30,11 +30,12 @@ def short_convolution(
     Arguments:
         x_TX: float32.
         weight_WX: float32, the newest row's tap last.
-        tails_NWX: float32, the last W - 1 rows of each sequence before this step; overwritten with those after it.
+        tails_NWX: float32, the last W - 1 rows of each sequence before this step; overwritten with those after it, and
+            kept where the batch says so.
         activation: ``none`` or ``silu``, of the sum.
     """
     out_TX, taps = torch.empty_like(x_TX), weight_WX.shape[0]
-    for slot, first, end, begins in batch.state_runs:
+    for slot, first, end, begins, kept in batch.state_runs:
         tail_WX = torch.zeros_like(tails_NWX[slot]) if begins else tails_NWX[slot]
         rows_RX = torch.cat((tail_WX, x_TX[first:end]))
         sum_RX = rows_RX[: end - first] * weight_WX[0]
@@ -42,6 +43,8 @@ def short_convolution(
             sum_RX += rows_RX[tap : tap + end - first] * weight_WX[tap]
         out_TX[first:end] = sum_RX
         tails_NWX[slot] = rows_RX[end - first :]
+        if kept >= 0:
+            tails_NWX[kept] = tails_NWX[slot]
     if bias_X is not None:
         out_TX += bias_X
     return silu(out_TX) if activation == "silu" else out_TX
@@ -67,11 +70,11 @@ def recurrence(
         q_TGC, k_TGC: float32; head ``h`` uses those of group ``h // (H / G)``.
         v_THV, step_TH: float32.
         decay_TH: float32, or one for each channel of the keys, (T, H, C).
-        states_NHCV: float32, before this step; overwritten with those after it.
+        states_NHCV: float32, before this step; overwritten with those after it, and kept where the batch says so.
     """
     out_THV, per_group = torch.empty_like(v_THV), v_THV.shape[1] // q_TGC.shape[1]
     decay_THX1 = decay_TH.view(*decay_TH.shape[:2], -1, 1)
-    for slot, first, end, begins in batch.state_runs:
+    for slot, first, end, begins, kept in batch.state_runs:
         state_HCV = states_NHCV[slot]
         if begins:
             state_HCV.zero_()
@@ -88,6 +91,8 @@ def recurrence(
                 value_HV = value_HV - (state_HCV * k_HC1).sum(1)
             state_HCV += k_HC1 * (value_HV * step_TH[row, :, None]).unsqueeze(1)
             out_THV[row] = (state_HCV * q_HC1).sum(1)
+        if kept >= 0:
+            states_NHCV[kept] = state_HCV
     return out_THV
 
 

@@ -2,11 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
+
+from ..api.types import AttentionBatch
 from ..reference import states as reference
 
 
 class StateOperations:
-    """What a backend does for layers that keep a state for each sequence; see :mod:`.reference.states`."""
+    """What a backend does for layers that keep a state for each sequence; see :class:`.TorchBackend`."""
 
-    short_convolution = staticmethod(reference.short_convolution)
-    recurrence = staticmethod(reference.recurrence)
+    _fall_back: Callable[[str], None]
+
+    def short_convolution(
+        self,
+        x_TX: torch.Tensor,
+        weight_WX: torch.Tensor,
+        bias_X: torch.Tensor | None,
+        tails_NWX: torch.Tensor,
+        batch: AttentionBatch,
+        activation: str = "none",
+    ) -> torch.Tensor:
+        """Causal convolution of every channel, (T, X). See :func:`.states.short_convolution`."""
+        return reference.short_convolution(x_TX, weight_WX, bias_X, tails_NWX, batch, activation)
+
+    def recurrence(
+        self,
+        q_TGC: torch.Tensor,
+        k_TGC: torch.Tensor,
+        v_THV: torch.Tensor,
+        decay_TH: torch.Tensor,
+        step_TH: torch.Tensor,
+        states_NHCV: torch.Tensor,
+        batch: AttentionBatch,
+        *,
+        delta_rule: bool,
+    ) -> torch.Tensor:
+        """What rows read from their sequences' states, (T, H, V). See :func:`.states.recurrence`."""
+        inputs = (q_TGC, k_TGC, v_THV, decay_TH, step_TH)
+        return reference.recurrence(*inputs, states_NHCV, batch, delta_rule=delta_rule)

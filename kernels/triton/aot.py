@@ -36,6 +36,7 @@ from .quantized_layers import LinearCall
 from .rounding import plan_rows
 from .router import RouteCall
 from .shapes import Steps, WarmUpShape, meta
+from .states import ConvolutionCall, RecurrenceCall
 from .tuning import TuningCache
 from .variants import Planner, variants
 from .warmup import OPERATIONS, layer_launches
@@ -82,8 +83,9 @@ SHAPES = {
 TOKENS = (1, 8, 64, 512, 8192)
 CACHES = "caches"  # in place of a shape: keys and values in 8 bits, on the attention of every shape
 QUANTISED = "quantised"  # in place of a shape: every format of weights, on one layer
+STATES = "states"  # in place of a shape: recurrences and convolutions of some models
 VARIANTS = "variants"  # in place of a shape: every routing rule, activation and kind of bias, on one layer
-NAMES = (*SHAPES, VARIANTS, CACHES, QUANTISED)
+NAMES = (*SHAPES, VARIANTS, CACHES, QUANTISED, STATES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +117,9 @@ def launches_of(name: str, planner: Planner, dtype: torch.dtype) -> Iterator[tup
     """The launches of one of ``NAMES`` over some numbers of tokens, with the number that they are for."""
     if name == QUANTISED:
         yield from quantised_launches(dtype, planner)
+        return
+    if name == STATES:
+        yield from state_launches(planner)
         return
     shapes, counts, operations = [SHAPES.get(name, SHAPES["granite-1b-a400m"])], TOKENS, OPERATIONS
     if name == VARIANTS:
@@ -168,6 +173,25 @@ def quantised_launches(dtype: torch.dtype, planner: Planner) -> Iterator[tuple[i
             x, _ = plan_rows(x_TI, scheme)
             gated = plan_quant(x, weight, None, out_TO, config, up=weight, native_fp8=planner.device.has_fp8)
             yield from ((rows, launch) for launch in (*launches, gated))
+
+
+def state_launches(planner: Planner) -> Iterator[tuple[int, Launch]]:
+    """Of Qwen3-Next, Granite's hybrids and LFM2, for decodes and a prompt, with the number of rows."""
+    for rows, sequences in ((8, 8), (2048, 1)):
+        batch = replace(
+            SHAPES["olmoe"].batch(sequences, rows // sequences, 4096),
+            state_slots_S=meta(sequences, dtype=torch.int64),
+            kept_slots_S=meta(sequences, dtype=torch.int64),
+        )
+        for groups, heads, keys, values, delta_rule in ((16, 32, 128, 128, True), (1, 48, 128, 64, False)):
+            q_TGC, v_THV, by_head_TH = meta(rows, groups, keys), meta(rows, heads, values), meta(rows, heads)
+            inputs = (q_TGC, q_TGC, v_THV, by_head_TH, by_head_TH, meta(64, heads, keys, values))
+            yield from ((rows, launch) for launch in planner.plan(RecurrenceCall(*inputs, batch, delta_rule))[1])
+        convolutions = ((4, 8192, False, "silu"), (4, 3328, True, "silu"), (3, 2048, False, "none"))
+        for taps, channels, biased, activation in convolutions:
+            parts = meta(rows, channels), meta(taps, channels), meta(channels) if biased else None
+            call = ConvolutionCall(*parts, meta(64, taps - 1, channels), batch, activation)
+            yield from ((rows, launch) for launch in planner.plan(call)[1])
 
 
 def inspect(launch: Launch, target: str, tokens: int) -> Report:

@@ -31,6 +31,7 @@ from .quantized import kernel_form
 from .quantized_layers import LinearCall, QuantExpertsCall
 from .router import RouteCall
 from .shapes import WarmUpShape
+from .states import ConvolutionCall, RecurrenceCall
 from .tuning import TuningCache
 from .variants import Call, NoKernelError, Planner, ResultT, interpreted
 from .warmup import planned_launches
@@ -157,6 +158,35 @@ class TritonBackend(TorchBackend):
         except NoKernelError as reason:
             self._fall_back(str(reason))
         return super().attention(q_THC, layer, batch, softcap=softcap, **options)
+
+    def short_convolution(
+        self,
+        x_TX: torch.Tensor,
+        weight_WX: torch.Tensor,
+        bias_X: torch.Tensor | None,
+        tails_NWX: torch.Tensor,
+        batch: AttentionBatch,
+        activation: str = "none",
+    ) -> torch.Tensor:
+        return self._do(ConvolutionCall(x_TX, weight_WX, bias_X, tails_NWX, batch, activation))
+
+    def recurrence(
+        self,
+        q_TGC: torch.Tensor,
+        k_TGC: torch.Tensor,
+        v_THV: torch.Tensor,
+        decay_TH: torch.Tensor,
+        step_TH: torch.Tensor,
+        states_NHCV: torch.Tensor,
+        batch: AttentionBatch,
+        *,
+        delta_rule: bool,
+    ) -> torch.Tensor:
+        inputs = q_TGC, k_TGC, v_THV, decay_TH.contiguous(), step_TH.contiguous()
+        if decay_TH.dim() == 3:
+            self._fall_back("recurrences with a decay for each channel")
+            return super().recurrence(*inputs, states_NHCV, batch, delta_rule=delta_rule)
+        return self._do(RecurrenceCall(*inputs, states_NHCV, batch, delta_rule))
 
     def exit_decide(
         self,

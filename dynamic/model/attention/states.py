@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ....kernels.api.types import AttentionBatch, KVLayer, KVProjection, LinearWeights
+from ....kernels.api.uncommon import STATES
 from ....kernels.torch.backend import TorchBackend
 from ...checkpoint.config_reader import ConfigReader
 from .kind import AttentionContext, AttentionSpec, AttentionWeights, Shape
@@ -46,6 +47,10 @@ class StateProjection(KVProjection):
 @dataclass(frozen=True, kw_only=True)
 class StateSpec(AttentionSpec):
     """See :class:`AttentionSpec`. What a layer remembers is in :meth:`state_shapes`."""
+
+    @property
+    def uncommon(self) -> set[str]:
+        return {STATES}
 
     @property
     def rotary_channels(self) -> int:

@@ -15,6 +15,7 @@ constexpr int kCodesAhead = 4096;
 
 #include "isa/simd_avx512.h"
 #include "isa/row_kernels.h"
+#include "isa/state_kernels.h"
 #include "isa/packed_words.h"
 #include "ops/kv_codes.h"
 #include "isa/tile_kernels.h"

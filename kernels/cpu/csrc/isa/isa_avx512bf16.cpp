@@ -17,6 +17,7 @@ constexpr int kByteStride = 2;  // Zen 4 fetches lines in twos, and has few at a
 
 #include "isa/simd_avx512.h"
 #include "isa/row_kernels.h"
+#include "isa/state_kernels.h"
 #include "isa/packed_words.h"
 #include "ops/kv_codes.h"
 #include "isa/tile_kernels.h"

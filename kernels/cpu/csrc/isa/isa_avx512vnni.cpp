@@ -17,6 +17,7 @@ constexpr int kByteStride = 1;
 
 #include "isa/simd_avx512.h"
 #include "isa/row_kernels.h"
+#include "isa/state_kernels.h"
 #include "isa/packed_words.h"
 #include "ops/kv_codes.h"
 #include "isa/tile_kernels.h"

@@ -219,6 +219,16 @@ struct Kernels {
   // Joins the state and accumulator of a later stretch of keys to `state` and `accumulator`.
   void (*softmax_merge)(float* state, float* accumulator, const float* later_state, const float* later, int blocks,
                         int stride);
+
+  // One row of a convolution of every channel: `taps` rows of n channels, each times its weights (`stride` apart).
+  void (*convolve)(const float* const* rows, const float* weights, int64_t stride, int taps, const float* bias, bool silu,
+                   int n, float* out);
+  // x divided by its length, times `scale`.
+  void (*unit_length)(const float* x, int n, float eps, float scale, float* out);
+  // One row of linear attention: what it writes to some columns of a head's state, whose rows are `stride` apart and as
+  // many as there are keys, and what it reads from them.
+  void (*recur)(float* state, int64_t stride, int keys, int columns, const float* q, const float* k, const float* v,
+                float decay, float step, bool delta_rule, float* out);
 };
 
 }  // namespace dynamoe_cpu

@@ -23,5 +23,8 @@ static Kernels common_kernels() {
   kernels.cap_scores = cap_scores;
   kernels.softmax_step = softmax_step;
   kernels.softmax_merge = softmax_merge;
+  kernels.convolve = convolve;
+  kernels.unit_length = unit_length;
+  kernels.recur = recur;
   return kernels;
 }

@@ -1,0 +1,51 @@
+"""Operations of layers with recurrent states in C++: threads share out sequences and heads, rows run in their order."""
+
+from __future__ import annotations
+
+import torch
+
+from ..api.types import AttentionBatch
+from ..reference.states import L2_EPS
+from ..torch.states import StateOperations
+
+
+class CpuStateOperations(StateOperations):
+    """See :class:`.StateOperations`; a part of :class:`.CpuBackend`."""
+
+    _isa: int
+
+    def short_convolution(
+        self,
+        x_TX: torch.Tensor,
+        weight_WX: torch.Tensor,
+        bias_X: torch.Tensor | None,
+        tails_NWX: torch.Tensor,
+        batch: AttentionBatch,
+        activation: str = "none",
+    ) -> torch.Tensor:
+        parts, silu = (x_TX, weight_WX, bias_X, tails_NWX), activation == "silu"
+        return torch.ops.dynamoe_cpu.short_convolution.default(self._isa, *parts, *_places(batch), silu)
+
+    def recurrence(
+        self,
+        q_TGC: torch.Tensor,
+        k_TGC: torch.Tensor,
+        v_THV: torch.Tensor,
+        decay_TH: torch.Tensor,
+        step_TH: torch.Tensor,
+        states_NHCV: torch.Tensor,
+        batch: AttentionBatch,
+        *,
+        delta_rule: bool,
+    ) -> torch.Tensor:
+        if decay_TH.dim() == 3:
+            self._fall_back("recurrences with a decay for each channel")
+            inputs = (q_TGC, k_TGC, v_THV, decay_TH, step_TH)
+            return super().recurrence(*inputs, states_NHCV, batch, delta_rule=delta_rule)
+        parts = q_TGC, k_TGC, v_THV, decay_TH.contiguous(), step_TH.contiguous(), states_NHCV
+        return torch.ops.dynamoe_cpu.recurrence.default(self._isa, *parts, *_places(batch), delta_rule, L2_EPS)
+
+
+def _places(batch: AttentionBatch) -> tuple[torch.Tensor | None, ...]:
+    assert batch.state_slots_S is not None, "the batch does not say where its sequences' states are"
+    return batch.state_slots_S, batch.kept_slots_S, batch.query_start_S1, batch.context_len_S
