@@ -312,14 +312,10 @@ def test_exits_make_keys_and_values_of_the_stream(family: str, tmp_path: Path, r
             assert not torch.equal(kv[number].keys_BGPC[0], torch.zeros_like(kv[number].keys_BGPC[0]))
 
 
-def test_exits_are_not_trained_for_heads_that_they_cannot_compute(tmp_path: Path) -> None:
-    decoder = load_decoder(of_family("phimoe").save(tmp_path), dtype="float32", device="cpu")
-    with pytest.raises(ValueError, match="an LM head without bias; phimoe differs"):
-        served_backbone(decoder, [1], 4, 0)
-
-
-def test_exits_are_trained_on_capped_logits(tmp_path: Path) -> None:
-    decoder = load_decoder(of_family("gemma2").save(tmp_path), dtype="float32", device="cpu")
+@pytest.mark.parametrize("family", ["gemma2", "phimoe", "cohere2_moe"])
+def test_exits_are_trained_on_the_logits_that_are_served(family: str, tmp_path: Path) -> None:
+    """Caps, layer norms with biases, a head with a bias, divided logits."""
+    decoder = load_decoder(of_family(family).save(tmp_path), dtype="float32", device="cpu")
     x_RD = torch.randn(5, decoder.spec.hidden_size) * 3
     trained = served_backbone(decoder, [1], 4, 0).logits(x_RD)
     torch.testing.assert_close(trained, decoder.logits(x_RD), rtol=1e-4, atol=1e-3)

@@ -62,7 +62,7 @@ def test_quantised_weights_are_shared_out(variant: Variant, method: str, tmp_pat
 def test_what_cannot_be_shared_out_is_refused() -> None:
     for family, config, parts in (
         ("qwen3_next", {**NEXT, "linear_num_value_heads": 2}, 4),
-        ("qwen3_5_text", {**LINEAR, "linear_num_key_heads": 3, "linear_num_value_heads": 6}, 4),
+        ("qwen3_5", {**LINEAR, "linear_num_key_heads": 3, "linear_num_value_heads": 6}, 4),
     ):
         spec = model_spec({**COMMON, "model_type": family, "num_key_value_heads": 4, **config})
         with pytest.raises(ValueError, match=f"parallel.tensor={parts} does not go with"):
