@@ -34,7 +34,7 @@ DOCUMENT = Path(__file__).parents[1] / "docs" / "models.md"
 PARITY = ("attention", "gpt_oss", "granite_swa", "latent", "nemotron", "norms", "shared", "states")
 EXACT, CLOSE, REFUSED, NONE = "exact", "within tolerance", "refused", "—"
 # Median over rows of the cosine between the logits and those of float32: of random weights, which quantise badly.
-LEAST = {"bfloat16": 0.995, "int8": 0.97, "int4": 0.6, "int8 cache": 0.99}
+LEAST = {"bfloat16": 0.995, "int8": 0.97, "int4": 0.5, "int8 cache": 0.99}
 
 
 def variants() -> dict[str, Variant]:

@@ -109,7 +109,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Made]:
         if str(case) not in known:
             path = case.variant.save(tmp_path_factory.mktemp(str(case)))
             model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
-            decoder, settings = model.get_decoder(), copy.deepcopy(model.config)
+            decoder: Any = model.get_decoder()
+            settings = copy.deepcopy(model.config)
             for key, value in case.settings.items():
                 setattr(settings, key, value)
             kinds = type(decoder.layers[-1]), type(decoder.norm)

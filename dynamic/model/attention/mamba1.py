@@ -155,9 +155,10 @@ class Mamba1Spec(StateSpec):
         )
         step_TX = softplus(backend.linear(step_TR, weights.step).float() + weights.step_bias_X)
         decay_TXC = torch.exp(-torch.exp(weights.log_decay_XC) * step_TX[..., None])
-        matrices = (part.float()[:, None] for part in (q_TC, k_TC))
-        values = mixed_TX[..., None], decay_TXC, step_TX
-        out_TX1 = backend.recurrence(*matrices, *values, memory_NXC1, batch, delta_rule=False)
+        q_T1C, k_T1C = (part.float()[:, None] for part in (q_TC, k_TC))
+        out_TX1 = backend.recurrence(
+            q_T1C, k_T1C, mixed_TX[..., None], decay_TXC, step_TX, memory_NXC1, batch, delta_rule=False
+        )
         return out_TX1[..., 0] + mixed_TX * weights.skip_X, gate_TX
 
     def part(self, parts: int, part: int) -> Self:
