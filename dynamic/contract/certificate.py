@@ -16,6 +16,7 @@ from datetime import date
 from pathlib import Path
 from types import MappingProxyType
 
+from ...kernels.api.disk import read_regular
 from .bounds import BOUNDS, check_levels
 
 _FORMAT = 2
@@ -233,7 +234,7 @@ def load_certificate(file: Path) -> Certificate:
         OutdatedCertificate: for one of an earlier format.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(file).decode())
     except OSError as error:
         raise ValueError(f"certificate {file} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

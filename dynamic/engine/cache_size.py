@@ -39,6 +39,8 @@ def count_pages(
         pages = min(wanted, max(0, available_memory(device) // 4 - states) // page_bytes)
     else:
         pages = max(0, parse_bytes(config.kv_memory) - states) // page_bytes
+        if pages * page_bytes > (free := available_memory(device)):
+            raise ValueError(f"engine.kv_memory={config.kv_memory} is more than the {free} bytes that are free")
     if pages < kv_shards:
         many = f"{kv_shards} pages, one for each KV shard" if kv_shards > 1 else "page"
         beside = f" beside {states} bytes of states for {config.max_num_seqs} sequences" if states else ""

@@ -1,8 +1,10 @@
-"""Bytes that are on the disk before anything relies on them."""
+"""Bytes that are on the disk before anything relies on them, and bytes that end."""
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from pathlib import Path
 
 
@@ -13,3 +15,14 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def read_regular(file: Path) -> bytes:
+    """The bytes of a file. A pipe or a device under its name might give bytes for ever, or none.
+
+    Raises:
+        OSError: it is no file, and no link to one, or cannot be read.
+    """
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(file))
+    return file.read_bytes()
