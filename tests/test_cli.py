@@ -280,6 +280,15 @@ def test_a_reader_that_leaves_while_tokens_come_is_no_failure(make_checkpoint: C
     assert (len(done.stdout), done.stderr) == (1, b"")
 
 
+@pytest.mark.parametrize("command", [["bench", "bench.json"], ["evaluate", "json"]])
+def test_results_that_could_not_be_written_are_not_measured(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place, says in ((tmp_path / "none" / "x.json", "No such file or directory"), (tmp_path, "Is a directory")):
+        assert main([command[0], "model=nowhere", f"{command[1]}={place}"]) == 2
+        assert capsys.readouterr().err == f"dynamoe {command[0]}: {place}: {says}\n"
+
+
 @pytest.mark.parametrize(
     ("number", "says"), [(errno.ENOSPC, "No space left on device"), (errno.EFBIG, "File too large")]
 )

@@ -41,6 +41,8 @@ def explain(error: Exception, command: Command) -> str | None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError) and error.errno in DISK_FAULTS:
         return f"a file cannot be written: {error.strerror}"
+    if type(error).__name__ == "SafetensorError" and "(os error" in str(error):
+        return f"a file cannot be written: {_first_line(error)}"
     return None
 
 

@@ -26,3 +26,20 @@ def read_regular(file: Path) -> bytes:
     if not stat.S_ISREG(file.stat().st_mode):
         raise OSError(errno.EINVAL, "it is no regular file", str(file))
     return file.read_bytes()
+
+
+def check_writable(file: Path) -> None:
+    """Check that a file could be written, before the work whose result it is to hold.
+
+    Raises:
+        OSError: naming it.
+    """
+    place, number = file if file.exists() else file.parent, 0
+    if file.is_dir():
+        number = errno.EISDIR
+    elif not file.parent.is_dir():
+        number = errno.ENOENT
+    elif not os.access(place, os.W_OK):
+        number = errno.EACCES
+    if number:
+        raise OSError(number, os.strerror(number), str(file))
