@@ -245,7 +245,7 @@ def test_other_files_are_refused_and_left_as_they_are(file: Path) -> None:
         ),
         ("UPDATE picks SET served = '[]' WHERE state = 'pending'", "is damaged: an output holds no tokens"),
         ("UPDATE picks SET served = NULL WHERE state = 'pending'", "is damaged: the JSON object must be"),
-        ("UPDATE picks SET served = '{}' WHERE state = 'pending'", "is damaged: 'tokens'"),
+        ("UPDATE picks SET served = '{}' WHERE state = 'pending'", "is damaged: 'temperature'"),
     ],
 )
 def test_content_that_would_stop_the_bets_is_refused_at_the_start(file: Path, statement: str, message: str) -> None:
