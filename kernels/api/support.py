@@ -202,8 +202,8 @@ def render(results: Path = RESULTS) -> str:
         "",
         "## States",
         "",
-        "Recurrences and short convolutions of [layers that keep states](checkpoints.md#layers-that-keep-states) run on",
-        "torch's operations on every backend, a row at a time; there are no C++ or Triton kernels for them yet.",
+        "Recurrences and short convolutions of [layers that keep states](checkpoints.md#layers-that-keep-states) run",
+        "on torch's operations on every backend, a row at a time; there are no C++ or Triton kernels for them yet.",
         "Everything else in these models runs on the backend's kernels. On a GPU they are *unverified*.",
     ]
     return "\n".join(lines) + "\n"
