@@ -85,8 +85,8 @@ def unavailable(message: str, code: str) -> ApiError:
 def describe_problems(problems: Sequence[Mapping[str, Any]]) -> ApiError:
     """Pydantic's findings in one sentence, without repeating the client's data."""
     paths = [[str(part) for part in problem["loc"] if part != "body"] for problem in problems]
-    if not paths[0]:
-        return invalid("The body must be a JSON object, sent with the header 'Content-Type: application/json'.")
+    if not paths[0]:  # a name of a field that is no text; all else has been seen to be an object
+        return invalid(f"The body must be a JSON object: {problems[0]['msg']}.")
     param = paths[0][0]
     same_field = [problem["msg"] for path, problem in zip(paths, problems, strict=True) if path[:1] == [param]]
     reasons = "; or: ".join(dict.fromkeys(same_field[:4]))

@@ -189,6 +189,9 @@ class Admission:
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
             raise invalid("The body must be a JSON object, sent with the header 'Content-Type: application/json'.")
+        if (coding := headers.get("content-encoding", "identity").strip().lower()) not in ("", "identity"):
+            message = f"Bodies are read as they are, not with the Content-Encoding {coding[:50]!r}."
+            raise ApiError(415, message, code="unsupported_encoding")
         declared = headers.get("content-length", "0")
         if declared.isdecimal() and int(declared[:20]) > self._limits.max_body_bytes:
             raise self._too_large()

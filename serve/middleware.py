@@ -96,7 +96,8 @@ class RequestContext:
 
 
 class HeaderLimit:
-    """ASGI middleware that refuses large headers. The protocol's own bound sees only those that arrive in parts."""
+    """ASGI middleware that refuses large headers, of which the protocol's own bound sees only those that arrive in
+    parts, and those that say in two ways where the body ends, of which a proxy in front may believe the other."""
 
     def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
         self._app = app
@@ -109,6 +110,10 @@ class HeaderLimit:
             if size > self._max_bytes:
                 message = f"The header is larger than {self._max_bytes} bytes."
                 error = ApiError(431, message, code="header_too_large", headers={"Connection": "close"})
+                return await error.response()(scope, receive, send)
+            if {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}:
+                message = "Content-Length and Transfer-Encoding exclude each other."
+                error = ApiError(400, message, code="bad_http_request", headers={"Connection": "close"})
                 return await error.response()(scope, receive, send)
         await self._app(scope, receive, send)
 

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..dynamic.text.chat_template import TEXT_PARTS
 from .errors import ApiError, invalid
 from .settings import Limits
 from .wire.fields import CHAT, COMPLETION, HINTS, MESSAGE, Refused
 from .wire.openai import Body, ChatCompletionRequest, ChatMessage, CompletionRequest, GenerationRequest
-
-TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}  # type → its field
 
 
 def check_supported(body: Body, refused: Refused, where: str = "", param: str | None = None) -> None:
@@ -128,9 +127,9 @@ class RequestChecks:
 
     def _generation(self, body: GenerationRequest, num_prompts: int) -> None:
         check_model(body.model, self.served_model)
-        if (body.model_extra or {}).get("best_of") == body.n and body.n is not None:
-            assert body.model_extra is not None
-            del body.model_extra["best_of"]
+        extra = body.model_extra or {}
+        if extra.get("best_of") == (body.n or 1):
+            del extra["best_of"]
         check_supported(body, CHAT if isinstance(body, ChatCompletionRequest) else COMPLETION)
         limits = self.limits
         n = body.n or 1
@@ -143,7 +142,10 @@ class RequestChecks:
                 raise invalid(f"A stop string must have 1 to {limits.max_stop_length} characters.", param="stop")
         self.token_ids(body.stop_token_ids or (), "stop_token_ids")
         for key in body.logit_bias or ():
-            if not (key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < self.vocab_size):
+            if (
+                not (key.isascii() and key.isdecimal() and len(key) < 10 and str(int(key)) == key)
+                or int(key) >= self.vocab_size
+            ):
                 raise invalid(f"logit_bias: {key[:20]!r} is no token id below {self.vocab_size}.", "logit_bias")
         self._at_most("prompt_logprobs", body.prompt_logprobs, limits.max_logprobs)
         self._at_most("max_tokens", getattr(body, "max_tokens", None), limits.max_tokens)

@@ -55,7 +55,10 @@ class TextPool:
     async def _encode(self, encode: Callable[[str, bool], Result], text: str, add_special_tokens: bool) -> Result:
         if len(text) > self._max_characters:
             raise invalid(f"A text of {len(text)} characters is longer than {self._max_characters}.", param="prompt")
-        return await self.run_sized(len(text), encode, text, add_special_tokens)
+        try:
+            return await self.run_sized(len(text), encode, text, add_special_tokens)
+        except ValueError as error:
+            raise invalid(f"{error}.", param="prompt") from error
 
     async def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """The text of token ids."""
@@ -71,8 +74,7 @@ class TextPool:
         continue_final_message: bool = False,
         reasoning_effort: str | None = None,
     ) -> tuple[str, list[int]]:
-        """The prompt text and the token ids of a conversation. Role ``developer`` counts as ``system`` for templates
-        that do not name it.
+        """The prompt text and the token ids of a conversation.
 
         Raises:
             ApiError: status 400 when the model has no template, or the template refuses the conversation.
@@ -99,8 +101,6 @@ class TextPool:
             )
         source = self.tokenizer.chat_source or ""
         variables = {**self._effort(source, reasoning_effort), **variables}
-        if "developer" not in source:
-            messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
         if self._renderings >= MAX_RENDERINGS:
             raise overloaded("Too many conversations wait for the chat template.", 5.0)
         self._renderings += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import struct
 from collections.abc import Callable
@@ -149,6 +150,15 @@ BROKEN: list[tuple[Callable[[Path], None], str]] = [
     ),
     (edit_header(overlap), r"corrupt header: tensor 'lm_head.weight' and tensor 'model.embed.* overlap"),
     (edit_header(lambda h: h.pop("model.norm.weight")), r"no tensor has the 256 bytes behind|have 256 bytes between"),
+    (edit_header(lambda h: h.update({"n" * 300: h.pop("model.norm.weight")})), r"a tensor's name of 300 characters"),
+    (
+        lambda path: edit_json(path / "config.json", rope_theta=5e5),
+        r"rope_theta must be what rope_parameters says, 10000.0",
+    ),
+    (
+        lambda path: (path / "generation_config.json").unlink() or os.mkfifo(path / "generation_config.json"),
+        r"no regular file",
+    ),
     (twice_in_header, r"corrupt header: 'model.norm.weight' is there twice"),
     (longer, r"is corrupt: no tensor has the 7 bytes behind tensor '"),
     (only_pickles, r"only pytorch_model.bin; pickled weights are never loaded"),

@@ -320,9 +320,14 @@ def test_prompt_files_are_read_and_mistakes_named(tmp_path: Path, llm: LLM) -> N
         '{"prompt": "a b"}\n\n{"prompt_token_ids": [5, 6]}\n{"messages": [{"role": "user", "content": "x"}]}\n'
     )
     assert read_prompts(file, llm.get_tokenizer())[1] == [5, 6]
+    file.write_text('{"prompt": "line\u2028break\x85"}\n{"prompt": "b"}\n', encoding="utf-8")
+    assert len(read_prompts(file, llm.get_tokenizer())) == 2, "only a line feed ends a line of JSON"
     for text, message in (
         ("", "holds no prompt"),
         ("{", "line 1 is not JSON"),
+        ("[" * 100_000, "line 1 is not JSON"),
+        ("9" * 10_000, "line 1 is not JSON"),
+        ('{"prompt": "\\ud800"}', "half of a surrogate pair"),
         ('{"text": "a"}', "line 1 must hold one of prompt, messages, prompt_token_ids"),
         ('{"prompt": 3}', "prompt has the wrong type, int"),
         ('{"prompt_token_ids": [true]}', "wrong type"),

@@ -101,6 +101,16 @@ def spoil(text: str, how: str) -> bytes:
         content["exit_thresholds"] = [0.9]
     if how == "edited":
         content["alpha"] = 0.01
+    if how == "deep":
+        return b"[" * 100_000
+    if how == "half a request":
+        content["requests"] = 1.5
+    if how == "half a token":
+        content["scope"]["max_tokens"] = 64.5
+    if how == "not a number":
+        content["held_out"]["token_loss"] = float("nan")
+    if how == "true":
+        content["format"] = True
     if how == "nonsense":
         content["alpha"] = 2.0
     return json.dumps(content).encode()
@@ -121,6 +131,11 @@ def spoil(text: str, how: str) -> bytes:
         ("scope is a number", "is damaged"),
         ("thresholds are a list", "is damaged"),
         ("edited", "was changed: it names the id [0-9a-f]{16}, its content has"),
+        ("deep", "is not JSON, or was cut short: maximum recursion"),
+        ("half a request", "is damaged: requests must be a whole number, at least 1, not 1.5"),
+        ("half a token", "is damaged: max_tokens must be a whole number, at least 0, not 64.5"),
+        ("not a number", "is damaged: Out of range float"),
+        ("true", "has format True; this version reads 2"),
         ("nonsense", "is damaged: alpha must be between 0 and 1, not 2.0"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import os
 import re
@@ -103,6 +104,7 @@ def test_multirun_runs_every_combination(monkeypatch: pytest.MonkeyPatch, tmp_pa
         (["default"], "cannot read 'default'"),
         (["--port", "3"], "no option --port"),
         (["prompt_file=missing.txt"], "missing.txt: No such file"),
+        ([f"prompt_file={sys.executable}"], "is no text in UTF-8"),
         (["prompt=a", "prompt_file=b"], "not both"),
         (["prompt=", "model=nowhere"], "the prompt is empty"),
         (["prompt=hi", "model=nowhere"], "no model 'nowhere'"),
@@ -247,6 +249,67 @@ def test_output_that_nobody_reads_to_its_end_is_no_failure() -> None:
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.startswith("dynamoe serve")
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "error"),
+    [
+        ("generate --help >&-", 0, ""),
+        ("generate model=nowhere prompt=hi <&- >&- 2>&-", 2, ""),
+        ("generate model=nowhere <&-", 2, "dynamoe generate: the prompt is empty\n"),
+        ("--help >/dev/full", 2, "dynamoe: standard output cannot be written: No space left on device\n"),
+    ],
+)
+def test_streams_that_are_closed_or_full_are_no_bugs(command: str, code: int, error: str) -> None:
+    done = subprocess.run(f"{sys.executable} -m dynamoe {command}", shell=True, capture_output=True, timeout=120)
+    assert (done.returncode, done.stderr.decode()) == (code, error)
+
+
+def test_a_working_directory_that_is_gone_is_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    command = f"cd {folder} && rmdir {folder} && {sys.executable} -m dynamoe generate prompt=hi"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (2, "dynamoe generate: the working directory does not exist any more\n")
+
+
+def test_a_reader_that_leaves_while_tokens_come_is_no_failure(make_checkpoint: Callable[..., Path]) -> None:
+    settings = "prompt=hi chat=false sampling.max_tokens=200 sampling.ignore_eos=true"
+    command = f"{sys.executable} -m dynamoe generate model={make_checkpoint('llama')} {settings} | head -c 1"
+    done = subprocess.run(command, shell=True, capture_output=True, timeout=120)
+    assert (len(done.stdout), done.stderr) == (1, b"")
+
+
+@pytest.mark.parametrize("command", [["bench", "bench.json"], ["evaluate", "json"]])
+def test_results_that_could_not_be_written_are_not_measured(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place, says in ((tmp_path / "none" / "x.json", "No such file or directory"), (tmp_path, "Is a directory")):
+        assert main([command[0], "model=nowhere", f"{command[1]}={place}"]) == 2
+        assert capsys.readouterr().err == f"dynamoe {command[0]}: {place}: {says}\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "says"), [(errno.ENOSPC, "No space left on device"), (errno.EFBIG, "File too large")]
+)
+def test_a_full_disk_is_one_line(
+    number: int, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(config: GenerateConfig) -> None:
+        raise OSError(number, os.strerror(number))  # as a file object does: it names no file
+
+    monkeypatch.setattr(generate, "generate", write)
+    assert main(["generate"]) == 2
+    assert capsys.readouterr().err == f"dynamoe generate: a file cannot be written: {says}\n"
+
+
+def test_a_terminal_without_the_characters_gets_their_numbers(make_checkpoint: Callable[..., Path]) -> None:
+    command = [sys.executable, "-m", "dynamoe", "generate", f"model={make_checkpoint('llama')}", "prompt=hi"]
+    settings = ["chat=false", "sampling.max_tokens=20", "sampling.ignore_eos=true"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([*command, *settings], env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\\ufffd" in done.stdout
 
 
 def test_completion_offers_commands_settings_and_values(capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,6 +57,13 @@ KEYS: dict[str, tuple[str, Callable[[Values, Tensors], Any], str]] = {
     "yarn without extrapolation": (
         "llama", add(rope__scaling__type="yarn", rope__scaling__yarn_ext_factor=0.0), "yarn_ext_factor must be left away"
     ),
+    "two factors": (
+        "llama", add(rope__scaling__factor=2.0, rope__scale_linear=4.0), "rope.scale_linear must be the same as"
+    ),
+    "half types of tokens": (
+        "llama", lambda v, t: v.update({"tokenizer.ggml.token_type": [k + 0.5 for k in v["tokenizer.ggml.token_type"]]}),
+        "token_type must be 1 to 6"
+    ),
     "partial rotary": ("llama", add(rope__dimension_count=8), "rope.dimension_count must be the width of a head, 16"),
     "value width": ("llama", add(attention__value_length=8), "value_length must be the width of a head"),
     "heads per layer": ("llama", add(attention__head_count=[4, 2, 4]), r"head_count must be the same for all layers"),

@@ -83,8 +83,73 @@ def test_bad_input_is_refused_before_anything_runs(llm: LLM) -> None:
         llm.generate([{"text": "a"}], GREEDY, use_tqdm=False)
     with pytest.raises(ValueError, match="prompt_token_ids holds 320"):
         llm.generate([[320]], GREEDY, use_tqdm=False)
+    for prompt, message in (
+        ([[5, 6.5]], "token ids, not float"),
+        ([[True]], "token ids, not bool"),
+        ([["5"]], "token ids, not str"),
+        (b"abc", "not bytes"),
+        ({"prompt": None}, "a text or token ids, not None"),
+        ({"prompt": "a", "priority": float("nan")}, "priority must be a whole number, not nan"),
+        ({"prompt": "a", "cache_salt": 5}, "cache_salt must be a text, not 5"),
+        ("\ud800", "half of a surrogate pair"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            llm.generate(prompt, GREEDY, use_tqdm=False)
+    with pytest.raises(ValueError, match="must be SamplingParams"):
+        llm.generate("a", {"max_tokens": 1}, use_tqdm=False)  # type: ignore[arg-type]
     assert llm.engine.stats().generation_tokens == before
     assert not llm.engine.has_unfinished()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n": True}, "n must be a whole number, not True"),
+        ({"max_tokens": 2.5}, "max_tokens must be a whole number, not 2.5"),
+        ({"seed": "7"}, "seed must be a whole number, not '7'"),
+        ({"temperature": "0"}, "temperature must be a number, not '0'"),
+        ({"temperature": None}, "temperature must be a number, not None"),
+        ({"ignore_eos": "false"}, "ignore_eos must be true or false, not 'false'"),
+        ({"stop": [5]}, "stop must hold texts, not 5"),
+        ({"stop_token_ids": [5.5]}, "stop_token_ids must hold token ids, not 5.5"),
+        ({"logit_bias": {"5": 1.0}}, "logit_bias must hold token ids, not '5'"),
+        ({"quality": None, "experts_per_token": True}, "experts_per_token must be a whole number"),
+    ],
+    ids=str,
+)
+def test_settings_of_another_type_are_refused_by_name(settings: dict[str, Any], message: str) -> None:
+    """None would fail on its own: they would be cut, taken for true, or end the step of others."""
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**settings)
+    assert SamplingParams(bad_words="two words").bad_words == ("two words",)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_num_seqs": 1.5}, "engine.max_num_seqs must be a whole number, at least 1, not 1.5"),
+        ({"block_size": "16"}, "engine.block_size must be a whole number, at least 1, not '16'"),
+        ({"enable_prefix_caching": "no"}, "engine.enable_prefix_caching must be true or false, not 'no'"),
+        ({"tensor_parallel_size": True}, "parallel.tensor must be at least 1, not True"),
+        ({"kv_memory": "1000000GiB"}, "engine.kv_memory=1000000GiB is more than the .* bytes that are free"),
+    ],
+    ids=str,
+)
+def test_settings_of_the_engine_have_their_types_too(
+    make_checkpoint: Callable[..., Path], settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        LLM(make_checkpoint("llama"), progress=False, **settings)
+
+
+def test_conversations_are_read_as_the_server_reads_them(llm: LLM) -> None:
+    parts = [{"type": "text", "text": "Hello"}, {"type": "input_text", "text": "there"}]
+    given = [{"role": "developer", "content": "Be kind"}, {"role": "user", "content": parts}]
+    plain = [{"role": "system", "content": "Be kind"}, {"role": "user", "content": "Hello\nthere"}]
+    assert llm.chat(given, GREEDY, use_tqdm=False)[0].prompt == llm.chat(plain, GREEDY, use_tqdm=False)[0].prompt
+    image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
+    with pytest.raises(ValueError, match="a part without text, of type 'image_url'"):
+        llm.chat(image, GREEDY, use_tqdm=False)
 
 
 def test_defaults_come_from_the_checkpoint(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:

@@ -231,6 +231,37 @@ def test_other_files_are_refused_and_left_as_they_are(file: Path) -> None:
         RiskMonitor(file.parent / "nowhere" / "monitor.db")
 
 
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ("DROP TABLE bets", "cannot be used: no such table: bets"),
+        ("DELETE FROM openings", "is damaged: it does not say how often it was opened"),
+        ("UPDATE certificates SET process = '{'", "is damaged: '{' is not the state of a bet"),
+        ("UPDATE bets SET process = 'null'", "is damaged: 'null' is not the state of a bet"),
+        ("UPDATE picks SET prompt = '[1' WHERE state = 'pending'", "is damaged: Expecting"),
+        (
+            "UPDATE picks SET prompt = '[1.5]' WHERE state = 'pending'",
+            "is damaged: an output holds no tokens, or something",
+        ),
+        ("UPDATE picks SET served = '[]' WHERE state = 'pending'", "is damaged: an output holds no tokens"),
+        ("UPDATE picks SET served = NULL WHERE state = 'pending'", "is damaged: the JSON object must be"),
+        ("UPDATE picks SET served = '{}' WHERE state = 'pending'", "is damaged: 'temperature'"),
+    ],
+)
+def test_content_that_would_stop_the_bets_is_refused_at_the_start(file: Path, statement: str, message: str) -> None:
+    monitor = opened(file)
+    serve(monitor, "a", 0.0)
+    assert monitor.admit("b", FIRST.id)
+    assert monitor.finished("b", [1, 2], [[3]])
+    monitor.close()
+    opened(file).close()
+    connection = sqlite3.connect(file, isolation_level=None)
+    assert connection.execute(statement).rowcount != 0
+    connection.close()
+    with pytest.raises(ValueError, match=rf"monitor\.db {message}"):
+        RiskMonitor(file)
+
+
 def test_nonsense_is_refused(file: Path) -> None:
     with pytest.raises(ValueError, match=r"share must be between 0 and 1, not 1\.5"):
         MonitorConfig(share=1.5)

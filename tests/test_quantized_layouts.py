@@ -249,6 +249,7 @@ def test_settings_of_some_modules_by_pattern(make_checkpoint: Callable[..., Path
             ),
             ({r".*q_proj": {"rotation": "hadamard"}}, "rotation=hadamard is not supported"),
             ({r"(.+)+q_proj": {}}, "must be a simple regular expression"),
+            ({"m?" * 30 + "m" * 30: {}}, "must be a simple regular expression"),
         ]
     ):
         path = write(source, tmp_path / str(number), tensors, {**LAYOUTS["gptq"], "dynamic": {**dynamic, **entry}})

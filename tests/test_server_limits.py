@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import gzip
 import json
 import random
 import socket
@@ -287,6 +288,22 @@ def test_broken_http_gets_400_and_harms_nobody(http: httpx.Client) -> None:
             connection.sendall(sent + b"\r\n\r\n")
             assert connection.recv(4096).startswith(b"HTTP/1.1 400")
     assert http.get("/health").status_code == 200
+
+
+def test_bodies_in_a_coding_or_of_two_lengths_are_refused(http: httpx.Client) -> None:
+    body = json.dumps(COMPLETION).encode()
+    kind = {"Content-Type": "application/json"}
+    for coding, sent, status in (("gzip", gzip.compress(body), 415), ("br", body, 415), ("identity", body, 200)):
+        answer = http.post("/v1/completions", content=sent, headers={**kind, "Content-Encoding": coding})
+        assert answer.status_code == status
+        assert status == 200 or error_of(answer)["code"] == "unsupported_encoding"
+    both = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 4\r\n"
+    )
+    both += b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    with socket.create_connection((http.base_url.host, http.base_url.port), timeout=10) as connection:
+        connection.sendall(both)
+        assert connection.recv(4096).startswith(b"HTTP/1.1 400")
 
 
 def mutated(rng: random.Random) -> dict[str, Any]:

@@ -151,6 +151,8 @@ def test_long_prompts_of_ids_may_begin_with_a_float() -> None:
         ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs", 400),
         ({"stream_options": {"include_usage": True}}, "stream_options", 400),
         ({"best_of": 3}, "best_of", 400),
+        ({"best_of": 1, "n": 2}, "best_of", 400),
+        ({"logit_bias": {"05": 1}}, "logit_bias", 400),
         ({"suffix": "x"}, "suffix", 400),
         ({"guided_regex": "a*"}, "guided_regex", 400),
         ({"response_format": {"type": "json_object"}}, "response_format", 400),

@@ -98,6 +98,7 @@ def test_other_parts_are_left_out_only_where_the_configuration_has_them(
             "'mllama_text_model' is not supp",
         ),
         ({"text_config": [1]}, "text_config must be an object"),
+        ({"text_config": {**whole["text_config"], "text_config": {"rms_norm_eps": 1}}}, "text_config must be absent"),
         ({"quantization_config": {"quant_method": "odd"}}, "quant_method must be one of"),
         (
             {"text_config": {**whole["text_config"], "quantization_config": {"quant_method": "odd"}}},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -140,7 +141,17 @@ ODD_SETTINGS = [
     ("tokenizer_config.json", [1], "must hold a JSON object, not list"),
     ("tokenizer_config.json", {"eos_token": 5}, "eos_token must be a token, not '5'"),
     ("tokenizer_config.json", {"chat_template": 5}, "chat_template must be a text, not '5'"),
-    ("tokenizer_config.json", {"added_tokens_decoder": [5]}, "holds something of a wrong type"),
+    ("tokenizer_config.json", {"chat_template": [{"name": "default", "template": 5}]}, "must hold names and texts"),
+    ("tokenizer_config.json", {"chat_template": [5]}, "holds something of a wrong type"),
+    ("tokenizer_config.json", {"added_tokens_decoder": [5]}, r"added_tokens_decoder must be tokens by id, not \[5\]"),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "a"}}}, "added_tokens_decoder must be tokens"),
+    ("tokenizer_config.json", {"extra_special_tokens": "ab"}, "extra_special_tokens must be tokens, not 'ab'"),
+    ("tokenizer_config.json", {"split_special_tokens": "yes"}, "split_special_tokens must be true or false"),
+    (
+        "tokenizer_config.json",
+        {"tokenizer_class": "Qwen2Tokenizer", "add_prefix_space": True},
+        "add_prefix_space=True, but tokenizer.json says False",
+    ),
     ("tokenizer_config.json", {"added_tokens_decoder": {"999": {"content": "<b"}}}, "token '<b' has id 999 in"),
     ("added_tokens.json", {"<|im_end|>": 7}, r"token '<\|im_end\|>' has id 7 in .*, but 2 in tokenizer.json"),
 ]
@@ -154,6 +165,41 @@ def test_settings_that_do_not_fit_the_tokenizer(
     (path / name).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         Tokenizer.from_directory(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json", "chat_template.jinja"]
+)
+def test_pipes_and_devices_are_not_read(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    """Nobody may ever write to a pipe, and a device may never end."""
+    path = copy_with(checkpoint, tmp_path / "t")
+    (path / name).unlink(missing_ok=True)
+    os.mkfifo(path / name)
+    with pytest.raises(ValueError, match=f"{name} cannot be read: .*no regular file"):
+        Tokenizer.from_directory(path)
+    (path / name).unlink()
+    (path / name).symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=f"{name} cannot be read: .*no regular file"):
+        Tokenizer.from_directory(path)
+
+
+def test_texts_that_the_library_fails_on_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    """It calls half of a surrogate pair no text, and panics where a rule takes too many steps."""
+    path = copy_with(checkpoint, tmp_path / "t")
+    file = json.loads((path / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    file["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [split, {**file["pre_tokenizer"], "use_regex": False}],
+    }
+    (path / "tokenizer.json").write_text(json.dumps(file))
+    tokenizer = Tokenizer.from_directory(path)
+    assert tokenizer.decode(tokenizer.encode("aaa b")) == "aaa b"
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch([text]), tokenizer.encode_with_starts):
+        with pytest.raises(ValueError, match=r"cannot work on this text: .*retry-limit"):
+            encode("a" * 40 + " b")
+        with pytest.raises(ValueError, match=r"holds '\\ud800' at character 1, half of a surrogate pair"):
+            encode("a\ud800")
 
 
 TEMPLATES = {

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from ...kernels.api.disk import check_writable
 from ...kernels.api.ranges import check_ranges
 from ..convert.model_config import SharedModelConfig
 from ..engine.config import EngineConfig
@@ -97,11 +98,14 @@ def bench(config: BenchCommandConfig) -> None:
     Raises:
         ValueError: for settings, a model or a server that cannot be used.
     """
+    file = None if config.bench.json is None else Path(config.bench.json).expanduser()
+    if file is not None:
+        check_writable(file)
     target = _server_target(config.bench) if config.bench.url else _engine_target(config)
     points = run(target, config.bench)
     print(table(points))
-    if config.bench.json is not None:
-        Path(config.bench.json).write_text(json.dumps(report(target, config, points), indent=2) + "\n")
+    if file is not None:
+        file.write_text(json.dumps(report(target, config, points), indent=2) + "\n")
 
 
 def run(target: Target, config: BenchConfig) -> list[PointResult]:

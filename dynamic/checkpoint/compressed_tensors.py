@@ -123,8 +123,8 @@ class CompressedTensors(StoredLayout):
         """The settings of a weight: those that name it, else those of all linear layers, else any."""
         if len(self.groups) == 1:
             return self.groups
-        named = [group for group in self.groups if any(name.fullmatch(weight.listed) for name in group.names)]
-        return tuple(named[:1]) or tuple(group for group in self.groups if group.all_linear) or self.groups
+        named = tuple(group for group in self.groups if group.has(weight.listed))
+        return named[:1] or tuple(group for group in self.groups if group.all_linear) or self.groups
 
     def _int8(self, weight: StoredWeight, data_OI: torch.Tensor, shape: tuple[int, ...]) -> QuantizedWeight:
         scale = weight.info("weight_scale", *FLOATS).shape

@@ -5,7 +5,6 @@ Shape suffixes: O outputs, I inputs, G groups of inputs.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,9 +18,9 @@ from .stored_layout import (
     CALIBRATION_KEYS,
     FLOATS,
     WHAT,
+    ModulePattern,
     StoredLayout,
     group_size,
-    pattern,
     setting_error,
     two_sizes,
     want,
@@ -60,7 +59,7 @@ class Gptq(StoredLayout):
     grid: GptqGrid
     zero_offset: int
     ordered: bool = False
-    exceptions: tuple[tuple[re.Pattern[str], GptqGrid | None], ...] = ()
+    exceptions: tuple[tuple[ModulePattern, GptqGrid | None], ...] = ()
 
     def scheme(self, weight: StoredWeight) -> ActivationScheme:
         return UNQUANTIZED
@@ -94,9 +93,9 @@ class Gptq(StoredLayout):
 
     def _of(self, weight: StoredWeight) -> GptqGrid:
         for module, grid in self.exceptions:
-            if module.match(weight.listed):
+            if module.begins(weight.listed):
                 if grid is None:
-                    raise weight.error(f"config.json (dynamic, {module.pattern!r}) says that it has no 4 bits")
+                    raise weight.error(f"config.json (dynamic, {module.pattern.pattern!r}) says that it has no 4 bits")
                 return grid
         return self.grid
 
@@ -123,9 +122,9 @@ def open_gptq(settings: Mapping[str, Any]) -> Gptq:
     )
 
 
-def _exception(key: str, changes: Any, own: GptqGrid) -> tuple[re.Pattern[str], GptqGrid | None]:
+def _exception(key: str, changes: Any, own: GptqGrid) -> tuple[ModulePattern, GptqGrid | None]:
     """An entry of ``dynamic``: which modules it is for, and their grid; None: they are not quantised, or not so."""
-    found = pattern(key.removeprefix("-:").removeprefix("+:"))
+    found = ModulePattern.of(key.removeprefix("-:").removeprefix("+:"))
     if key.startswith("-:"):
         return found, None
     if not isinstance(changes, Mapping):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ...kernels.api.formats import FP8_BLOCK
 from .config_reader import ConfigReader
-from .stored_layout import WHAT, pattern, setting_error
+from .stored_layout import WHAT, ModulePattern, setting_error
 
 _KINDS = {("int", 4): 4, ("int", 8): 8, ("float", 8): 8}
 _FORMATS = ("dense", "float-quantized", "int-quantized", "mixed-precision", "naive-quantized", "pack-quantized")
@@ -25,7 +24,8 @@ class LayerGroup:
     """A group of layers.
 
     Arguments:
-        names: patterns of module names; all_linear: it is for every linear layer that no other group names.
+        names: of modules; patterns: what their names begin with.
+        all_linear: it is for every linear layer that no other group names.
         bits: of the weights; kind: ``int`` or ``float``.
         strategy: what shares a scale: ``tensor``, ``channel``, ``group`` or ``block``.
         size: inputs that share one; None: not in groups.
@@ -34,7 +34,8 @@ class LayerGroup:
         rows: what inputs are rounded to: ``int8``, ``fp8`` (of block weights) or nothing.
     """
 
-    names: tuple[re.Pattern[str], ...]
+    names: frozenset[str]
+    patterns: tuple[ModulePattern, ...]
     all_linear: bool
     bits: int
     kind: str
@@ -43,6 +44,10 @@ class LayerGroup:
     symmetric: bool
     scattered: bool
     rows: str
+
+    def has(self, module: str) -> bool:
+        """Whether it names a module."""
+        return module in self.names or any(pattern.begins(module) for pattern in self.patterns)
 
 
 def read_groups(settings: Mapping[str, Any]) -> tuple[LayerGroup, ...]:
@@ -79,10 +84,7 @@ def _group(settings: Any) -> LayerGroup:
     targets = reader.get("targets", ["Linear"])
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise reader.error("targets", targets, "a list of names")
-    names = tuple(
-        re.compile(pattern(target[3:]).pattern + ".*") if target.startswith("re:") else re.compile(re.escape(target))
-        for target in targets
-    )
+    patterns = tuple(ModulePattern.of(target[3:]) for target in targets if target.startswith("re:"))
     kind = (weights.get("type", "int"), weights.get("num_bits"))
     if not isinstance(kind[0], str) or not isinstance(kind[1], int) or kind not in _KINDS:
         raise setting_error("config_groups", f"{kind[1]}-bit {kind[0]}", "weights of int 4, int 8 or float 8 bits")
@@ -102,7 +104,8 @@ def _group(settings: Any) -> LayerGroup:
     rows = _rows(reader, strategy)
     reader.refuse_unread((), {})
     return LayerGroup(
-        names=names,
+        names=frozenset(targets),
+        patterns=patterns,
         all_linear="Linear" in targets,
         bits=_KINDS[kind],
         kind=kind[0],

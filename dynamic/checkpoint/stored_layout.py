@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -31,6 +33,9 @@ CALIBRATION_KEYS = frozenset(
     }
 )
 WHAT = "config.json: quantisation"
+# In a regular expression: * + { and ?, but not the ? of a lazy repetition or of a group's kind.
+_REPEATED = re.compile(r"[*+{]|(?<![(*+?}])\?")
+_MOST_REPEATS, _MOST_STEPS = 4, 10**8
 
 
 class StoredLayout(Protocol):
@@ -102,18 +107,47 @@ def group_size(settings: Mapping[str, Any], alias: str = "group_size") -> int:
     return value
 
 
-def pattern(text: Any) -> re.Pattern[str]:
+@lru_cache(maxsize=1 << 16)
+def _begins(pattern: re.Pattern[str], name: str) -> bool:
+    return pattern.match(name) is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModulePattern:
     """A regular expression out of a file, for names of modules.
 
-    Raises:
-        CheckpointError: for one that is wrong, or could take for ever: with a repeated group, or many repetitions.
+    Arguments:
+        pattern: it.
+        repeats: how many of its parts may be there several times, or not at all.
     """
-    try:
-        if not isinstance(text, str) or re.search(r"\)[*+{]", text) or len(re.findall(r"[*+{]", text)) > 4:
-            raise ValueError
-        return re.compile(text)
-    except (ValueError, re.error):
-        raise setting_error("a pattern of module names", text, "a simple regular expression") from None
+
+    pattern: re.Pattern[str]
+    repeats: int
+
+    @classmethod
+    def of(cls, text: Any) -> ModulePattern:
+        """From a text.
+
+        Raises:
+            CheckpointError: for one that is wrong, or could take for ever: with a repeated group, or many repetitions.
+        """
+        try:
+            repeats = len(_REPEATED.findall(text)) if isinstance(text, str) else _MOST_REPEATS + 1
+            if repeats > _MOST_REPEATS or re.search(r"\)[*+{]", text):
+                raise ValueError
+            return cls(pattern=re.compile(text), repeats=repeats)
+        except (ValueError, OverflowError, RecursionError, re.error):
+            raise setting_error("a pattern of module names", text, "a simple regular expression") from None
+
+    def begins(self, name: str) -> bool:
+        """Whether a name begins so.
+
+        Raises:
+            CheckpointError: for a name that is so long that finding out could take for ever.
+        """
+        if len(name) ** self.repeats > _MOST_STEPS:
+            raise setting_error("a pattern of module names", self.pattern.pattern, f"simpler, for {name[:60]!r}…")
+        return _begins(self.pattern, name)
 
 
 def two_sizes(weight: StoredWeight, part: str) -> tuple[int, int]:

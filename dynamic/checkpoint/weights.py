@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 
+from ...kernels.api.disk import read_regular
 from ...kernels.api.formats import ActivationScheme
 from ...kernels.api.quantized_weight import QuantizedWeight
 
 MAX_DIMENSIONS = 64  # torch has no more
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_NAME = 256  # characters; names are matched with patterns and shown in messages
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CODE_DTYPES = {
     **{"I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8},
@@ -82,7 +84,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: when the file is missing or holds no JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_regular(path).decode())
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -264,6 +266,8 @@ def _parse_header(path: Path, file: str, mapped: mmap.mmap) -> dict[str, TensorI
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} has a corrupt header: it is no JSON object")
     header.pop("__metadata__", None)
+    if (longest := max(map(len, header), default=0)) > MAX_NAME:
+        raise CheckpointError(f"{path} has a corrupt header: a tensor's name of {longest} characters")
     tensors = {name: _parse_entry(path, file, name, entry, start) for name, entry in header.items()}
     end, before = start, "the header"
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 from dataclasses import dataclass
 from typing import Any
 
 PACKAGE = __name__.split(".")[0]
+# Writing ends so where a disk is full or broken, or files may not grow; Python does not say which file it was.
+DISK_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
 
 
 class JobFailed(SystemExit):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
+from .commands import DISK_FAULTS
 from .config import keys
 
 if TYPE_CHECKING:
@@ -38,6 +39,10 @@ def explain(error: Exception, command: Command) -> str | None:
         return _first_line(error)
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in DISK_FAULTS:
+        return f"a file cannot be written: {error.strerror}"
+    if type(error).__name__ == "SafetensorError" and "(os error" in str(error):
+        return f"a file cannot be written: {_first_line(error)}"
     return None
 
 

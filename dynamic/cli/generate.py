@@ -49,7 +49,7 @@ def read_prompt(config: GenerateConfig, standard_input: TextIO) -> str:
     if config.prompt is not None and config.prompt_file is not None:
         raise ValueError("give either prompt= or prompt_file=, not both")
     if config.prompt_file is not None:
-        prompt = Path(config.prompt_file).read_text(encoding="utf-8")
+        prompt = _text_of(Path(config.prompt_file))
     elif config.prompt not in (None, "-"):
         prompt = config.prompt
     elif config.prompt == "-" or not standard_input.isatty():
@@ -61,6 +61,13 @@ def read_prompt(config: GenerateConfig, standard_input: TextIO) -> str:
     if not prompt:
         raise ValueError("the prompt is empty")
     return prompt
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8: {error}") from error
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, *, chat: bool, system: str | None = None) -> list[int]:

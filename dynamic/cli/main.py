@@ -8,10 +8,11 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from typing import Any, cast
 
 from ..parallel.config import launched_size
-from .commands import COMMANDS, PACKAGE, Command, JobFailed
+from .commands import COMMANDS, DISK_FAULTS, PACKAGE, Command, JobFailed
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -22,13 +23,40 @@ HYDRA_VALUES = frozenset({"-c", "--cfg", "-p", "--package", "-cd", "--config-dir
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for what the caller got wrong, 130 when interrupted."""
+    _open_standard_streams()
+    code = 0
     try:
         code = _main(argv)
         sys.stdout.flush()
+    except KeyboardInterrupt:  # outside of a command
+        return INTERRUPTED
     except BrokenPipeError:  # the reader has gone (`… | head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        _discard_output()
+    except OSError as error:
+        if error.errno not in DISK_FAULTS:
+            raise
+        _discard_output()
+        return code or _fail("dynamoe", f"standard output cannot be written: {error.strerror}")
     return code
+
+
+def _open_standard_streams() -> None:
+    """Give streams that the caller has closed a place that leads nowhere, so that no file gets their numbers; and let
+    no character fail that the terminal cannot show."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8"))
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _discard_output() -> None:
+    """Nothing is written when the interpreter ends, which would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _main(argv: Sequence[str] | None) -> int:
@@ -93,6 +121,7 @@ def _run(command: Command, arguments: list[str]) -> int:
     try:
         from .targets import check_arguments
 
+        _check_working_directory()
         config_class = command.load(command.config)
         shared = {"parallel", "zero"} & {field.name for field in dataclasses.fields(config_class)}
         if not shared and (processes := launched_size()) > 1:
@@ -107,12 +136,12 @@ def _run(command: Command, arguments: list[str]) -> int:
             _hydra_application(command, config_class, verbatim)()
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:
-        raise
     except (Exception, JobFailed) as failure:
         from .errors import explain
 
         error = failure.error if isinstance(failure, JobFailed) else failure
+        if isinstance(error, BrokenPipeError):
+            raise error from None
         message = None if full_errors else explain(error, command)
         if message is None:
             raise error from error.__cause__
@@ -122,6 +151,13 @@ def _run(command: Command, arguments: list[str]) -> int:
         if not full_errors:
             os.environ.pop("HYDRA_FULL_ERROR", None)
     return 0
+
+
+def _check_working_directory() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ValueError("the working directory does not exist any more") from None
 
 
 def _split(arguments: list[str], config_class: type) -> tuple[list[str], dict[str, str]]:
@@ -167,8 +203,6 @@ def _hydra_application(command: Command, config_class: type, verbatim: dict[str,
             typed = OmegaConf.merge(schema(config_class), cast(Any, OmegaConf.to_container(config)))
             settings = cast(Any, OmegaConf.to_object(typed))
             command.load(command.run)(dataclasses.replace(settings, **verbatim))
-        except BrokenPipeError:
-            raise
         except Exception as error:
             raise JobFailed(error) from error
 

@@ -132,6 +132,8 @@ class CertificateSource:
     def _refusal(self, certificate: Certificate) -> str | None:
         if different := differences(certificate.deployment, self.running):
             return ", ".join(different)
+        if unknown := sorted(certificate.expert_budget.keys() - {"expert_keep"}):
+            return f"cannot be run: nothing spends the {unknown[0]} of its expert budget"
         try:
             self._engine.check([0], spent_under(certificate, SamplingParams()))
         except ValueError as error:

@@ -16,6 +16,8 @@ from datetime import date
 from pathlib import Path
 from types import MappingProxyType
 
+from ...kernels.api.disk import read_regular
+from ...kernels.api.ranges import check_ranges
 from .bounds import BOUNDS, check_levels
 
 _FORMAT = 2
@@ -64,6 +66,7 @@ class Scope:
             raise ValueError(
                 f"temperatures must be a range from 0 on, not {self.lowest_temperature} to {self.highest_temperature}"
             )
+        check_ranges(self, "min_tokens", "max_tokens", least=0)
         if not 1 <= self.min_tokens <= self.max_tokens:
             raise ValueError(
                 f"min_tokens must be at least 1 and at most max_tokens={self.max_tokens}, not {self.min_tokens}"
@@ -150,8 +153,7 @@ class Certificate:
 
     def _check(self) -> None:
         check_levels(alpha=self.alpha, delta=self.delta)
-        if self.requests < 1:
-            raise ValueError(f"requests must be at least 1, not {self.requests}")
+        check_ranges(self, "requests", least=1)
         if self.method not in BOUNDS:
             raise ValueError(f"unknown method {self.method!r}; known: {', '.join(BOUNDS)}")
         if not self.loss:
@@ -233,16 +235,16 @@ def load_certificate(file: Path) -> Certificate:
         OutdatedCertificate: for one of an earlier format.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(file).decode())
     except OSError as error:
         raise ValueError(f"certificate {file} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"certificate {file} is not text: {error}") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"certificate {file} is not JSON, or was cut short: {error}") from error
     if not isinstance(content, dict) or "format" not in content:
         raise ValueError(f"{file} is not a certificate: it has no format number")
-    if isinstance(content["format"], int) and content["format"] < _FORMAT:
+    if type(content["format"]) is int and content["format"] < _FORMAT:
         raise OutdatedCertificate(
             f"certificate {file} has format {content['format']}, which binds neither the model's configuration nor what"
             " the kernels compute; make a new one with `dynamoe calibrate model=… output=…`"
@@ -251,12 +253,13 @@ def load_certificate(file: Path) -> Certificate:
         raise ValueError(f"certificate {file} has format {content['format']!r}; this version reads {_FORMAT}")
     try:
         certificate, named = _certificate(content), content["id"]
+        own_id = certificate.id
     except KeyError as error:
         raise ValueError(f"certificate {file} has no field {error}") from error
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"certificate {file} is damaged: {error}") from error
-    if named != certificate.id:
-        raise ValueError(f"certificate {file} was changed: it names the id {named}, its content has {certificate.id}")
+    if named != own_id:
+        raise ValueError(f"certificate {file} was changed: it names the id {named}, its content has {own_id}")
     return certificate
 
 

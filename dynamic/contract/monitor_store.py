@@ -106,6 +106,8 @@ class MonitorStore:
         for (found_fault,) in self._connection.execute("PRAGMA quick_check(1)").fetchall():
             if found_fault != "ok":
                 raise ValueError(f"{file} is damaged: {found_fault}")
+        if not new:
+            self._check_content(file, found)
         self._forget_deleted()
         self._connection.execute("PRAGMA synchronous = FULL")
         with self._connection as connection:
@@ -116,6 +118,20 @@ class MonitorStore:
                 self._interrupt(request_id)
             (opened,) = connection.execute("UPDATE openings SET count = count + 1 RETURNING count").fetchone()
         return opened
+
+    def _check_content(self, file: Path, version: int) -> None:
+        """Refuse bets and outputs that cannot be read: otherwise they would stop the bets of a server that runs."""
+        read = self._connection.execute
+        try:
+            for table in ("certificates", "bets")[:version]:
+                for (text,) in read(f"SELECT process FROM {table}"):
+                    EProcess.from_json(text)
+            for prompt, served in read("SELECT prompt, served FROM picks WHERE state = ?", (PENDING,)):
+                _read_output(prompt, served)
+            if read("SELECT count(*) FROM openings").fetchone() != (1,):
+                raise ValueError("it does not say how often it was opened")
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise ValueError(f"{file} is damaged: {error}") from error
 
     def _forget_deleted(self) -> None:
         """From now on leave no copy of what is deleted. A file of a version that did is written anew, without it."""
@@ -250,17 +266,8 @@ class MonitorStore:
         ).fetchone()
         if found is None:
             return None
-        served, draws = json.loads(found[3]), None
-        if isinstance(served, dict):
-            draws = Draws(temperature=served["temperature"], states=base64.b64decode(served["states"]))
-            served = served["tokens"]
-        return PendingRun(
-            request_id=found[0],
-            certificate_id=found[1],
-            prompt_tokens=json.loads(found[2]),
-            served_tokens=served,
-            draws=draws,
-        )
+        output = _read_output(found[2], found[3])
+        return PendingRun(request_id=found[0], certificate_id=found[1], **vars(output))
 
     def count_loss(self, request_id: str, loss: float) -> Counted | None:
         """Count the loss of a pending pick, once.
@@ -335,6 +342,19 @@ class MonitorStore:
             "DELETE FROM picks WHERE state IN (?, ?) AND number <= (SELECT max(number) FROM picks) - ?",
             (COUNTED, INTERRUPTED, self._keep),
         )
+
+
+def _read_output(prompt: str, served: str) -> Served:
+    """What :meth:`MonitorStore.finish` has stored."""
+    tokens, draws = json.loads(served), None
+    if isinstance(tokens, dict):
+        draws = Draws(temperature=tokens["temperature"], states=base64.b64decode(tokens["states"]))
+        tokens = tokens["tokens"]
+    output = Served(prompt_tokens=json.loads(prompt), served_tokens=tokens, draws=draws)
+    ids = [token for part in (output.prompt_tokens, *output.served_tokens) for token in part]
+    if not any(map(len, tokens)) or not all(type(token) is int and 0 <= token < 2**31 for token in ids):
+        raise ValueError("an output holds no tokens, or something else")
+    return output
 
 
 def _create(file: Path) -> None:

@@ -36,7 +36,10 @@ def rope_scaling(
     Raises:
         CheckpointError: naming a key or tensor that is not understood.
     """
-    factor = meta.number(".rope.scaling.factor", meta.number(".rope.scale_linear", 0.0)) or 1.0
+    older = meta.number(".rope.scale_linear", 0.0)
+    factor = meta.number(".rope.scaling.factor", older) or older or 1.0
+    if older not in (0, factor):
+        raise meta.error(".rope.scale_linear", older, f"the same as rope.scaling.factor, {factor}, or left away")
     kind = meta.text(".rope.scaling.type", "linear")
     # -1: what the type says, which is 1 for YaRN.
     recommended = _shown(yarn_attention_factor(factor)) if kind == "yarn" else 1.0

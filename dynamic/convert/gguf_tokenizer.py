@@ -67,7 +67,7 @@ def read_vocabulary(meta: Metadata, rows: int) -> Vocabulary:
         if seen.setdefault(token, index) != index:
             raise meta.error("tokenizer.ggml.tokens", token[:80], f"there once, not as {seen[token]} and {index}")
     types = meta.numbers("tokenizer.ggml.token_type", len(tokens))
-    if not bool(((types >= _NORMAL) & (types <= _BYTE)).all()):
+    if not bool(np.isin(types, range(_NORMAL, _BYTE + 1)).all()):
         raise meta.error("tokenizer.ggml.token_type", types.tolist()[:20], f"{_NORMAL} to {_BYTE}")
 
     def token_id(key: str, default: int | None = None) -> int | None:

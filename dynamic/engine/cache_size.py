@@ -45,6 +45,8 @@ def count_pages(
     if config.kv_memory is None:
         typical = -(-min(longest, TYPICAL_TOKENS) // config.block_size)
         pages = min(pages, max(config.max_num_seqs * typical, least))
+    elif pages * page_bytes > (free := available_memory(device)):
+        raise ValueError(f"engine.kv_memory={config.kv_memory} is more than the {free} bytes that are free")
     if pages < kv_shards:
         many = f"{kv_shards} pages, one for each KV shard" if kv_shards > 1 else "page"
         beside = f" beside {states} bytes of states for {config.max_num_seqs} sequences" if states else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from ...kernels.api.ranges import check_ranges
+from ...kernels.api.ranges import check_flags, check_ranges
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -50,6 +50,7 @@ class EngineConfig:
         if isinstance(self.logits_processors, str):
             raise ValueError(f"engine.logits_processors must be a list, not {self.logits_processors!r}")
         object.__setattr__(self, "logits_processors", tuple(self.logits_processors))
+        check_flags(self, "engine.")
         counts = ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "block_size", "max_waiting")
         check_ranges(self, *counts, where="engine.", least=1)
         check_ranges(self, "seed", where="engine.", least=-(2**63), below=2**63)

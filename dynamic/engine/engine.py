@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable
+from operator import index
 from typing import TYPE_CHECKING
 
 import torch
@@ -125,8 +126,13 @@ class Engine:
         """
         if request_id in self._requests:
             raise ValueError(f"request id {request_id!r} is in use")
-        prompt = [int(token) for token in prompt_token_ids]
+        if not isinstance(priority, int):
+            raise ValueError(f"priority must be a whole number, not {priority!r}")
+        if not isinstance(cache_salt, str | None):
+            raise ValueError(f"cache_salt must be a text, not {cache_salt!r}")
+        prompt = list(prompt_token_ids)
         self.check(prompt, params)
+        prompt = [index(token) for token in prompt]
         if len(self.scheduler.waiting) >= self.config.max_waiting:
             raise EngineFull(len(self.scheduler.waiting), self._pace.seconds_per_request)
         spends = params
@@ -161,6 +167,9 @@ class Engine:
         """Raise the ValueError that :meth:`add_request` would raise for this prompt and these settings."""
         if not prompt:
             raise ValueError("the prompt is empty")
+        for kind in set(map(type, prompt)):
+            if kind is bool or not hasattr(kind, "__index__"):
+                raise ValueError(f"a prompt must hold token ids, not {kind.__name__}")
         if len(prompt) >= self.max_model_len:
             raise ValueError(
                 f"the prompt has {len(prompt)} tokens; with at least one token of output, "

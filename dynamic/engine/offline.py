@@ -101,7 +101,11 @@ class OfflineEngine:
             if unknown or not ({"prompt", "prompt_token_ids"} & set(prompt)):
                 raise ValueError(f"a prompt dict needs 'prompt' or 'prompt_token_ids'; this one has {sorted(prompt)}")
             text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-            return _Prompt(text, list(self.model.tokenizer.encode(text or "") if ids is None else ids), extras)
+            if ids is None and not isinstance(text, str):
+                raise ValueError(f"a prompt must be a text or token ids, not {text!r}")
+            return _Prompt(text, list(self.model.tokenizer.encode(text) if ids is None else ids), extras)
+        if isinstance(prompt, bytes | bytearray):
+            raise ValueError("a prompt must be a text or token ids, not bytes")
         return _Prompt(None, list(prompt))
 
     def _run(
@@ -170,6 +174,8 @@ class OfflineEngine:
             sampling_params = self.get_default_sampling_params()
         if isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params] * count
+        if not all(isinstance(params, SamplingParams) for params in sampling_params):
+            raise ValueError(f"sampling_params must be SamplingParams, one or one per prompt, not {sampling_params!r}")
         if len(sampling_params) != count:
             raise ValueError(f"{len(sampling_params)} sampling_params for {count} prompts; give one, or one per prompt")
         if isinstance(self.model.tokenizer, NoTokenizer):

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 
 from .quality import Quality, read_quality
 
 GREEDY_EPSILON = 1e-5  # temperatures below this are greedy
+_TYPES = (
+    (("n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs"), Integral, "a whole number"),
+    (("temperature", "top_p", "min_p", "repetition_penalty"), Real, "a number"),
+    (("presence_penalty", "frequency_penalty"), Real, "a number"),
+    (("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"), bool, "true or false"),
+    (("detokenize", "keep_states"), bool, "true or false"),
+)
+_OPTIONAL = frozenset({"seed", "max_tokens", "logprobs", "prompt_logprobs"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +90,8 @@ class SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        object.__setattr__(self, "bad_words", tuple(self.bad_words or ()))
+        words = (self.bad_words,) if isinstance(self.bad_words, str) else tuple(self.bad_words or ())
+        object.__setattr__(self, "bad_words", words)
         if self.allowed_token_ids is not None:
             object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
@@ -90,7 +100,26 @@ class SamplingParams:
         for name in ("expert_keep", "experts_per_token"):
             if isinstance(limits := getattr(self, name), Mapping):
                 object.__setattr__(self, name, dict(limits) or None)
+        self._check_types()
         self._check()
+
+    def _check_types(self) -> None:
+        """Of what callers in Python may give; other types would be cut to whole numbers, or taken for true, later."""
+        for names, kind, words in _TYPES:
+            for name in names:
+                value = getattr(self, name)
+                if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+                    continue
+                if value is not None or name not in _OPTIONAL:
+                    raise ValueError(f"{name} must be {words}, not {value!r}")
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            for token in getattr(self, name) or ():
+                if not isinstance(token, Integral) or isinstance(token, bool):
+                    raise ValueError(f"{name} must hold token ids, not {token!r}")
+        for name in ("stop", "bad_words"):
+            for text in getattr(self, name):
+                if not isinstance(text, str):
+                    raise ValueError(f"{name} must hold texts, not {text!r}")
 
     def _check(self) -> None:
         limits: tuple[tuple[str, float, float], ...] = (
@@ -148,7 +177,7 @@ class SamplingParams:
             for limit in limits.values() if isinstance(limits, Mapping) else (limits,):
                 if name == "expert_keep" and not 0 < limit <= 1:
                     raise ValueError(f"expert_keep must be in (0, 1], not {limit}")
-                if name == "experts_per_token" and not (isinstance(limit, int) and 1 <= limit < 2**31):
+                if name == "experts_per_token" and (type(limit) is not int or not 1 <= limit < 2**31):
                     raise ValueError(f"experts_per_token must be a whole number, at least 1, not {limit}")
 
     @property

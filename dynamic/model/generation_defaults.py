@@ -135,4 +135,4 @@ def read_generation_defaults(path: Path) -> dict[str, Any]:
 
 def _reader(path: Path) -> ConfigReader:
     file = path / FILE
-    return ConfigReader(read_json(file) if file.is_file() else {}, FILE)
+    return ConfigReader(read_json(file) if file.exists() else {}, FILE)

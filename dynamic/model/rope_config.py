@@ -42,7 +42,10 @@ def rope_spec(
         config.get("rope_theta")
         return RopeSpec(head_dim=0, unrotated=rotated + unrotated)
     key, default = family.thetas.get(name, ("rope_theta", family.theta))
-    theta = rope.number("rope_theta", config.number(key, default) if key else default)
+    older = config.number(key) if key and config.get(key) is not None else None
+    theta = rope.number("rope_theta", default if older is None else older)
+    if older not in (None, theta):
+        raise config.error(key, older, f"what rope_parameters says, {theta}, or absent")
     theta = family.layer_theta(config, layer) or theta
     if kind == "dynamic" and "alpha" in family.rope_keys and rope.number("alpha", 0.0):
         # A fixed stretch of the base, whatever the length of the context.

@@ -126,6 +126,8 @@ def _renamed(name: str, prefix: str, head: str) -> str:
 
 def _inner(config: Mapping[str, Any], inner: Mapping[str, Any]) -> dict[str, Any]:
     """What is in ``text_config``, and what it takes from around it."""
+    if inner.get("text_config") is not None:
+        raise ConfigReader(inner, "config.json: text_config").error("text_config", inner["text_config"], "absent")
     text = {key: value for key, value in inner.items() if key not in _OUTER_KEYS - IRRELEVANT_KEYS}
     text |= {key: config[key] for key in _INHERITED if text.get(key) is None and config.get(key) is not None}
     outer = ConfigReader(config)

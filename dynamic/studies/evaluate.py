@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 from tqdm import tqdm
 
+from ...kernels.api.disk import check_writable
 from ...kernels.api.ranges import check_ranges
 from ..contract.intervals import Estimate, mean, ratio
 from ..convert.load_model import load_model
@@ -128,9 +129,12 @@ def evaluate(config: EvaluateConfig) -> None:
     Raises:
         ValueError: for a setting, a model or a file that cannot be used.
     """
+    file = None if config.json is None else Path(config.json).expanduser()
+    if file is not None:
+        check_writable(file)
     result = run(config)
-    if config.json is not None:
-        Path(config.json).expanduser().write_text(json.dumps(result.as_json(config), indent=1) + "\n")
+    if file is not None:
+        file.write_text(json.dumps(result.as_json(config), indent=1) + "\n")
     print(table(result))
 
 

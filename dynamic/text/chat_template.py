@@ -25,6 +25,7 @@ from typing import Any
 WORKER = Path(__file__).with_name("template_worker.py")
 INHERITED = ("LANG", "LC_ALL", "LC_TIME", "LD_LIBRARY_PATH", "PYTHONHOME", "TZ")  # of the environment; no secrets
 MAX_DEPTH = 64  # of lists and dicts in a message or a variable
+TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}  # type → its field
 
 # What published templates read. `chat_template` itself is not among them: a caller must not supply a program.
 ALLOWED_VARIABLES = frozenset({
@@ -167,6 +168,14 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
     raise ValueError(f"{where} must hold plain JSON values, not {type(value).__name__}")
 
 
+def _text_of(part: Any) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    text = part.get(TEXT_PARTS[kind]) if isinstance(kind, str) and kind in TEXT_PARTS else None
+    if not isinstance(text, str):
+        raise ValueError(f"a chat message holds a part without text, of type {str(kind)[:50]!r}; only text is read")
+    return text
+
+
 class ChatTemplate:
     """One compiled chat template. Safe to use from several threads, one of which renders at a time.
 
@@ -198,7 +207,8 @@ class ChatTemplate:
         """The prompt text of a conversation.
 
         Arguments:
-            messages: dicts with at least ``role``; keys whose value is None count as absent.
+            messages: dicts with at least ``role``; keys whose value is None count as absent. Parts of a content are
+                joined by newlines; role ``developer`` counts as ``system`` for templates that do not name it.
             add_generation_prompt: end with the header of the assistant's turn.
             continue_final_message: end with the last message's content instead.
             variables: further variables of the template; only ``ALLOWED_VARIABLES``.
@@ -215,7 +225,12 @@ class ChatTemplate:
         for message in messages:
             if not isinstance(message, Mapping):
                 raise ValueError(f"a chat message must be a dict, not {type(message).__name__}")
-            chat.append(_plain({k: v for k, v in message.items() if v is not None}, "a chat message"))
+            plain = _plain({k: v for k, v in message.items() if v is not None}, "a chat message")
+            if isinstance(plain.get("content"), list):
+                plain["content"] = "\n".join(_text_of(part) for part in plain["content"])
+            if plain.get("role") == "developer" and "developer" not in self.source:
+                plain["role"] = "system"
+            chat.append(plain)
         mark = f"<{uuid.uuid4().hex}>"  # behind the content, so that the template cannot trim the content's end
         if continue_final_message:
             chat[-1]["content"] = f"{chat[-1].get('content', '')}{mark}"

@@ -24,7 +24,8 @@ def read_prompts(file: Path, tokenizer: Tokenizer) -> list[list[int]]:
             number.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # Strings may hold other line ends of Unicode as they are.
+        lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     prompts = [_read(line, f"{file}, line {n}", tokenizer) for n, line in enumerate(lines, 1) if line.strip()]
@@ -36,8 +37,8 @@ def read_prompts(file: Path, tokenizer: Tokenizer) -> list[list[int]]:
 def _read(line: str, where: str, tokenizer: Tokenizer) -> list[int]:
     try:
         record: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON: {getattr(error, 'msg', error)}") from error
     found = [kind for kind in KINDS if isinstance(record, dict) and kind in record]
     if len(found) != 1:
         raise ValueError(f"{where} must hold one of {', '.join(KINDS)}")

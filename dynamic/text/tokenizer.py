@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tokenizers
 from tokenizers import AddedToken, decoders
 
-from .tokenizer_file import read_json, read_tokenizer, run_rust
+from ...kernels.api.disk import read_regular
+from .tokenizer_file import check_settings, read_json, read_tokenizer, run_rust
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from .chat_template import ChatTemplate
 
+Result = TypeVar("Result")
 LONG = 1000  # characters or tokens; the library lets other threads run only while it works on a batch
 NAMED_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -70,6 +72,7 @@ class Tokenizer:
         file = path / "tokenizer.json"
         if file.exists():
             backend = read_tokenizer(file)
+            check_settings(path / "tokenizer_config.json", settings, backend)
         else:
             backend, settings = _convert_slow(path, settings)
         try:
@@ -82,9 +85,15 @@ class Tokenizer:
 
     def _add_missing_tokens(self, settings: Mapping[str, Any]) -> None:
         listed = settings.get("added_tokens_decoder") or {}
+        if not all(isinstance(key, str) and key.isdecimal() for key in listed):
+            raise ValueError(
+                f"tokenizer_config.json: added_tokens_decoder must be tokens by id, not {list(listed)[:9]}"
+            )
         wanted = [_added_token(listed[key]) for key in sorted(listed, key=int)]
         extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
         extra = list(extra.values()) if isinstance(extra, dict) else extra
+        if not isinstance(extra, list):
+            raise ValueError(f"tokenizer_config.json: extra_special_tokens must be tokens, not {str(extra)[:100]!r}")
         for token in [*(settings.get(n) for n in self.special_tokens), *extra]:
             text = _content(token, "extra_special_tokens")
             wanted.append(AddedToken(text or "", special=True, normalized=False))
@@ -121,20 +130,31 @@ class Tokenizer:
         return isinstance(self.backend.decoder, decoders.ByteLevel)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text. Special tokens written out in the text become their ids."""
+        """Token ids of a text. Special tokens written out in the text become their ids.
+
+        Raises:
+            ValueError: for a text that UTF-8 cannot hold, or on which a rule of the tokenizer never ends.
+        """
         if len(text) > LONG:
             return self.encode_batch([text], add_special_tokens)[0]
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        _check_text(text)
+        return _call(lambda: self.backend.encode(text, add_special_tokens=add_special_tokens)).ids
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """Token ids of several texts, in parallel."""
-        return [e.ids for e in self.backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)]
+        return [e.ids for e in self._encodings(texts, add_special_tokens)]
+
+    def _encodings(self, texts: Sequence[str], add_special_tokens: bool) -> list[tokenizers.Encoding]:
+        for text in texts:
+            _check_text(text)
+        return _call(lambda: self.backend.encode_batch(list(texts), add_special_tokens=add_special_tokens))
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; bytes that are no UTF-8 become U+FFFD."""
         if len(token_ids) > LONG:
-            return self.backend.decode_batch([list(token_ids)], skip_special_tokens=skip_special_tokens)[0]
-        return self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+            batch = [list(token_ids)]
+            return _call(lambda: self.backend.decode_batch(batch, skip_special_tokens=skip_special_tokens))[0]
+        return _call(lambda: self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
     def token_text(self, token_id: int) -> str:
         """What one token adds to a running text: its leading space is kept. Empty for ids outside the vocabulary."""
@@ -164,7 +184,7 @@ class Tokenizer:
     def encode_with_starts(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[int]]:
         """Token ids as of :meth:`encode`, and where each begins in the text, in characters. Tokens cover the text
         without gaps; those that are not in it, as BOS, begin where the one before them ends."""
-        encoding = self.backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+        (encoding,) = self._encodings([text], add_special_tokens)
         starts, end = [], 0
         for first, last in encoding.offsets:
             starts.append(end if first == last else min(first, end))
@@ -238,6 +258,19 @@ class Tokenizer:
         return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
 
 
+def _call(call: Callable[[], Result]) -> Result:
+    return run_rust(call, "the tokenizer cannot work on this text")
+
+
+def _check_text(text: str) -> None:
+    """The library's own error says that it is no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = ascii(text[error.start])
+        raise ValueError(f"a text holds {found} at character {error.start}, half of a surrogate pair") from None
+
+
 @lru_cache(maxsize=1)
 def _byte_of_character() -> dict[str, int]:
     """The byte-level alphabet (Radford et al. 2019): printable Latin-1 is itself, the rest sits at U+0100."""
@@ -271,13 +304,22 @@ def _chat_sources(path: Path, settings: Mapping[str, Any]) -> dict[str, str]:
         raise ValueError(f"tokenizer_config.json: chat_template must be a text, not {str(listed)[:100]!r}")
     if isinstance(listed, list):
         sources = {entry["name"]: entry["template"] for entry in listed}
+        if not all(isinstance(text, str) for entry in sources.items() for text in entry):
+            raise ValueError("tokenizer_config.json: chat_template must hold names and texts")
     else:
         sources = {"default": listed} if listed else {}
     if (file := path / "chat_template.jinja").exists():
-        sources["default"] = file.read_text(encoding="utf-8")
+        sources["default"] = _template(file)
     for file in sorted((path / "additional_chat_templates").glob("*.jinja")):
-        sources[file.stem] = file.read_text(encoding="utf-8")
+        sources[file.stem] = _template(file)
     return sources
+
+
+def _template(file: Path) -> str:
+    try:
+        return read_regular(file).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
 
 
 def _convert_slow(path: Path, settings: dict[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:

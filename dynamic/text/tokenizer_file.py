@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tokenizers
 
+from ...kernels.api.disk import read_regular
+
+Result = TypeVar("Result")
 _PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _KEYS = frozenset({"version", "truncation", "padding", "added_tokens", "model", *_PARTS})
 _MODEL_KEYS = frozenset(
@@ -17,6 +20,8 @@ _MODEL_KEYS = frozenset(
         *("end_of_word_suffix", "fuse_unk", "byte_fallback", "ignore_merges", "max_input_chars_per_word"),
     }
 )
+# Tokenizers of transformers that leave a tokenizer.json as it is; others apply add_prefix_space to it.
+_PLAIN_CLASSES = (None, "PreTrainedTokenizerFast", "TokenizersBackend", "LlamaTokenizer", "LlamaTokenizerFast")
 _TOKEN_KEYS = frozenset({"id", "content", "single_word", "lstrip", "rstrip", "normalized", "special"})
 _OLDER_KEYS = frozenset({"add_prefix_space", "str_rep"})  # under which older files say what newer keys say
 
@@ -29,7 +34,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     if not file.exists():
         return {}
-    return _object(file, run_rust(file.read_bytes, f"{file} cannot be read"))
+    return _object(file, run_rust(lambda: read_regular(file), f"{file} cannot be read"))
 
 
 def _object(file: Path, data: bytes) -> dict[str, Any]:
@@ -49,7 +54,7 @@ def read_tokenizer(file: Path) -> tokenizers.Tokenizer:
         ValueError: for a file that the library cannot read, a key that it does not know, token ids that are not those
             of the file, or merges that are left out by chance.
     """
-    data = run_rust(file.read_bytes, f"{file} cannot be read")
+    data = run_rust(lambda: read_regular(file), f"{file} cannot be read")
     backend = run_rust(lambda: tokenizers.Tokenizer.from_buffer(data), f"{file} cannot be read")
     content = _object(file, data)
     _check_keys(file, "", content, _KEYS)
@@ -75,7 +80,25 @@ def read_tokenizer(file: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-def run_rust(call: Callable[[], Any], failure: str) -> Any:
+def check_settings(file: Path, settings: Mapping[str, Any], backend: tokenizers.Tokenizer) -> None:
+    """Refuse what a ``tokenizer_config.json`` says otherwise than the tokenizer beside it, or in another type.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    for name in ("add_prefix_space", "split_special_tokens"):
+        if not isinstance(value := settings.get(name), bool | None):
+            raise ValueError(f"{file}: {name} must be true or false, not {str(value)[:100]!r}")
+    prefix = settings.get("add_prefix_space")
+    if prefix is None or settings.get("tokenizer_class") in _PLAIN_CLASSES or backend.pre_tokenizer is None:
+        return
+    steps = json.loads(backend.pre_tokenizer.__getstate__())
+    for step in steps.get("pretokenizers", [steps]):
+        if step["type"] == "ByteLevel" and step["add_prefix_space"] != prefix:
+            raise ValueError(f"{file}: add_prefix_space={prefix}, but tokenizer.json says {step['add_prefix_space']}")
+
+
+def run_rust(call: Callable[[], Result], failure: str) -> Result:
     """The result of a call of the Rust library, which raises bare exceptions, and panics where it has a mistake.
 
     Raises:

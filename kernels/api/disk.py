@@ -1,8 +1,10 @@
-"""Bytes that are on the disk before anything relies on them."""
+"""Bytes that are on the disk before anything relies on them, and bytes that end."""
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from pathlib import Path
 
 
@@ -13,3 +15,31 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def read_regular(file: Path) -> bytes:
+    """The bytes of a file. A pipe or a device under its name might give bytes for ever, or none.
+
+    Raises:
+        OSError: it is no file, and no link to one, or cannot be read.
+    """
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(file))
+    return file.read_bytes()
+
+
+def check_writable(file: Path) -> None:
+    """Check that a file could be written, before the work whose result it is to hold.
+
+    Raises:
+        OSError: naming it.
+    """
+    place, number = file if file.exists() else file.parent, 0
+    if file.is_dir():
+        number = errno.EISDIR
+    elif not file.parent.is_dir():
+        number = errno.ENOENT
+    elif not os.access(place, os.W_OK):
+        number = errno.EACCES
+    if number:
+        raise OSError(number, os.strerror(number), str(file))

@@ -1,13 +1,15 @@
-"""Ranges of settings, checked when a configuration is made: before a model is loaded for it."""
+"""Ranges and types of settings, checked when a configuration is made: before a model is loaded for it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from numbers import Integral, Real
 from typing import Any
 
 
 def check_ranges(
-    config: object,
+    config: Any,
     *names: str,
     where: str = "",
     least: float | None = None,
@@ -15,7 +17,8 @@ def check_ranges(
     most: float | None = None,
     below: float | None = None,
 ) -> None:
-    """Check numbers, or sequences and mappings of numbers, in the attributes of an object. None passes; NaN never does.
+    """Check numbers, or sequences and mappings of numbers, in the fields of a dataclass. None passes; NaN never does,
+    nor does what is no number, or no whole one where the field is annotated as ``int``.
 
     Arguments:
         config: holds the attributes.
@@ -27,21 +30,38 @@ def check_ranges(
     Raises:
         ValueError: naming the attribute, its range and its value.
     """
+    annotations = {item.name: str(item.type) for item in fields(config)}
     for name in names:
         value: Any = getattr(config, name)
+        kind = Real if "float" in annotations[name] else Integral
         if isinstance(value, Mapping):
             value = tuple(value.values())
         numbers: tuple[Any, ...] = tuple(value) if isinstance(value, Iterable) else (value,)
         for number in numbers:
             inside = number is None or (
-                number == number
+                isinstance(number, kind)
+                and not isinstance(number, bool)
+                and number == number
                 and (least is None or number >= least)
                 and (above is None or number > above)
                 and (most is None or number <= most)
                 and (below is None or number < below)
             )
             if not inside:
-                raise ValueError(f"{where}{name} must be {_words(least, above, most, below)}, not {value}")
+                words = "" if isinstance(number, kind) else "a whole number, " if kind is Integral else "a number, "
+                raise ValueError(f"{where}{name} must be {words}{_words(least, above, most, below)}, not {value!r}")
+
+
+def check_flags(config: Any, where: str = "") -> None:
+    """Check that the fields of a dataclass that are annotated as ``bool`` are true or false.
+
+    Raises:
+        ValueError: naming the field and its value.
+    """
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if str(item.type) == "bool" and not isinstance(value, bool):
+            raise ValueError(f"{where}{item.name} must be true or false, not {value!r}")
 
 
 def _words(least: float | None, above: float | None, most: float | None, below: float | None) -> str:

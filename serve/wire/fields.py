@@ -42,7 +42,7 @@ _ANSWER: Refused = {
     "allowed_token_ids": ([],),
     "audio": (),
     "bad_words": ([],),
-    "best_of": (1,),
+    "best_of": (),
     "bootstrap_host": (),
     "custom_logit_processor": (),
     "custom_params": ({},),
