@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +27,13 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 # The kernels are imported after that.
 from dynamoe.kernels.cpu import build as cpu_build
 from dynamoe.kernels.cpu.backend import CpuBackend
+from forks import ForkedProcess
 from timeouts import pytest_timeout_set_timer  # noqa: F401 - pytest finds hooks by their names
+
+if os.environ["TRITON_INTERPRET"] == "1":
+    from interpreter import hasten
+
+    hasten()
 
 VOCAB_SIZE = 320
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # ids 0, 1, 2
@@ -326,11 +331,7 @@ class ServerProcess:
 
     def __init__(self, command: list[str], directory: Path) -> None:
         self.log_file = directory / f"server-{time.monotonic_ns()}.log"
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-        with self.log_file.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, *command], stdout=log, stderr=subprocess.STDOUT, cwd=directory, env=environment
-            )
+        self.process = ForkedProcess(command, self.log_file, directory)
         self.url = self._wait_until_ready()
 
     def _wait_until_ready(self) -> str:
@@ -345,7 +346,7 @@ class ServerProcess:
     @property
     def log(self) -> str:
         """What it has written so far."""
-        return self.log_file.read_text()
+        return self.process.output
 
     def logged(self, pattern: str, timeout: float = 20) -> str:
         """The first line of the log that holds ``pattern``; a request's line follows its answer."""

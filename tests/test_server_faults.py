@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from forks import run_processes
 
 FAULTY_SERVER = Path(__file__).parent / "faulty_server.py"
 
@@ -128,15 +129,11 @@ def test_an_idle_server_stops_at_once(start_server: Any, make_checkpoint: Callab
 def test_what_is_wrong_is_said_in_one_line_before_anything_is_loaded(
     server: Any, tmp_path: Path, make_checkpoint: Callable[..., Path]
 ) -> None:
-    import subprocess
-    import sys
-
     def failure(*arguments: str) -> str:
-        command = [sys.executable, "-m", "dynamoe", "serve", *arguments]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
-        assert result.returncode == 2
-        assert len(result.stderr.strip().splitlines()) == 1, result.stderr
-        return result.stderr
+        code, output = run_processes(["-m", "dynamoe", "serve", *arguments], 1, tmp_path)
+        assert code == 2
+        assert len(output.strip().splitlines()) == 1, output
+        return output
 
     port = server.url.rpartition(":")[2]
     assert port in failure(f"model={tmp_path}/none", f"server.port={port}")

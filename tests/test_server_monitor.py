@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import resource
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +19,7 @@ from dynamoe.dynamic.contract.served_loss import disagreements, losses
 from dynamoe.dynamic.convert.model_store import resolve_model
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.llm import LLM
+from forks import run_processes
 
 MAX_TOKENS = 12
 RECKLESS, CAREFUL = 0.0, 1.0  # probability from which on a token leaves
@@ -261,14 +260,9 @@ def test_a_failing_disk_costs_savings_and_no_answer(watched: Client, prompts: li
 
 
 def test_a_file_in_use_is_said_in_one_line(watched: Client, tmp_path: Path) -> None:
-    command = subprocess.Popen(
-        [sys.executable, "-m", "dynamoe", "serve", "model=tiny", "server.port=0", *watched.server.process.args[7:9]],
-        stderr=subprocess.PIPE,
-        cwd=tmp_path,
-        text=True,
-    )
-    _, error = command.communicate(timeout=120)
-    assert command.returncode == 2
+    same = watched.server.process.args[7:9]
+    code, error = run_processes(["-m", "dynamoe", "serve", "model=tiny", "server.port=0", *same], 1, tmp_path)
+    assert code == 2
     assert "monitor.db is in use" in error.splitlines()[-1]
     assert "Traceback" not in error
 
