@@ -6,6 +6,7 @@ directory in Hugging Face layout with weights, configuration, tokenizer and chat
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import math
@@ -105,6 +106,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **{"first_k_dense_replace": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.7},
     },
 }
+
+
+def pytest_collection_finish() -> None:
+    """What the imports have made stays: collecting garbage need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
