@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import triton.language as tl
@@ -24,4 +23,3 @@ def _call(function: Any, *arguments: Any, **more: Any) -> Any:
 def hasten() -> None:
     """For all kernels of this process."""
     interpreter.InterpretedFunction.__call__ = _call
-    interpreter._get_np_dtype = cache(interpreter._get_np_dtype)

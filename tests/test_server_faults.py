@@ -42,7 +42,7 @@ def outcome(events: list[Any]) -> str:
 def together(server: Any, scenario: Callable[[httpx.AsyncClient], Any]) -> Any:
     async def main() -> Any:
         limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits) as client:
+        async with httpx.AsyncClient(base_url=server.url, timeout=240, limits=limits) as client:
             return await scenario(client)
 
     return asyncio.run(main())
@@ -90,7 +90,7 @@ def test_sigterm_during_twenty_streams(
 
     async def scenario(client: httpx.AsyncClient) -> list[str]:
         admitted = asyncio.Semaphore(0)
-        streams = [asyncio.create_task(stream(client, admitted, max_tokens=500, n=4)) for _ in range(20)]
+        streams = [asyncio.create_task(stream(client, admitted, max_tokens=500, n=2)) for _ in range(20)]
         for _ in streams:
             await admitted.acquire()
         server.process.send_signal(signal.SIGTERM)
