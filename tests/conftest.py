@@ -342,7 +342,7 @@ class ServerProcess:
         self.url = self._wait_until_ready()
 
     def _wait_until_ready(self) -> str:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while time.monotonic() < deadline and self.process.poll() is None:
             if match := re.search(r"^dynamoe .* serves .* on (?:the UNIX socket .*|(http://\S+))$", self.log, re.M):
                 return match.group(1) or "http://localhost"
@@ -355,7 +355,7 @@ class ServerProcess:
         """What it has written so far."""
         return self.process.output
 
-    def logged(self, pattern: str, timeout: float = 20) -> str:
+    def logged(self, pattern: str, timeout: float = 120) -> str:
         """The first line of the log that holds ``pattern``; a request's line follows its answer."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
@@ -365,7 +365,7 @@ class ServerProcess:
             time.sleep(0.02)
         raise AssertionError(f"{pattern!r} is not in the log:\n{self.log}")
 
-    def stop(self, timeout: float = 60) -> int:
+    def stop(self, timeout: float = 120) -> int:
         """SIGTERM, then the exit code."""
         self.process.terminate()
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,16 +112,15 @@ def test_sigterm_during_twenty_streams(
 
 def test_an_idle_server_stops_at_once(start_server: Any, make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     socket = tmp_path / "s"
-    server = start_server(make_checkpoint("llama"), f"server.uds={json.dumps(str(socket))}", "server.log_format=json")
+    settings = ["server.log_format=json", "server.drain_timeout=3600"]  # which running requests would get
+    server = start_server(make_checkpoint("llama"), f"server.uds={json.dumps(str(socket))}", *settings)
     assert server.url == "http://localhost"
     with httpx.Client(transport=httpx.HTTPTransport(uds=str(socket)), base_url=server.url) as client:
         assert client.post("/v1/completions", json={"prompt": [5], "max_tokens": 1}).status_code == 200
     assert socket.stat().st_mode & 0o777 == 0o600
     line = json.loads(server.logged("/v1/completions"))
     assert (line["path"], line["status"], line["completion_tokens"]) == ("/v1/completions", 200, 1)
-    began = time.monotonic()
     assert server.stop() == 0
-    assert time.monotonic() - began < 20  # and not the 30 s that running requests would get
     assert not socket.exists()
 
 
