@@ -6,6 +6,7 @@ directory in Hugging Face layout with weights, configuration, tokenizer and chat
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import math
@@ -13,7 +14,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +28,13 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 # The kernels are imported after that.
 from dynamoe.kernels.cpu import build as cpu_build
 from dynamoe.kernels.cpu.backend import CpuBackend
+from forks import ForkedProcess
 from timeouts import pytest_timeout_set_timer  # noqa: F401 - pytest finds hooks by their names
+
+if os.environ["TRITON_INTERPRET"] == "1":
+    from interpreter import hasten
+
+    hasten()
 
 VOCAB_SIZE = 320
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # ids 0, 1, 2
@@ -100,6 +106,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **{"first_k_dense_replace": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.7},
     },
 }
+
+
+def pytest_collection_finish() -> None:
+    """What the imports have made stays: collecting garbage need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -326,15 +338,11 @@ class ServerProcess:
 
     def __init__(self, command: list[str], directory: Path) -> None:
         self.log_file = directory / f"server-{time.monotonic_ns()}.log"
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-        with self.log_file.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, *command], stdout=log, stderr=subprocess.STDOUT, cwd=directory, env=environment
-            )
+        self.process = ForkedProcess(command, self.log_file, directory)
         self.url = self._wait_until_ready()
 
     def _wait_until_ready(self) -> str:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while time.monotonic() < deadline and self.process.poll() is None:
             if match := re.search(r"^dynamoe .* serves .* on (?:the UNIX socket .*|(http://\S+))$", self.log, re.M):
                 return match.group(1) or "http://localhost"
@@ -345,9 +353,9 @@ class ServerProcess:
     @property
     def log(self) -> str:
         """What it has written so far."""
-        return self.log_file.read_text()
+        return self.process.output
 
-    def logged(self, pattern: str, timeout: float = 20) -> str:
+    def logged(self, pattern: str, timeout: float = 120) -> str:
         """The first line of the log that holds ``pattern``; a request's line follows its answer."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
@@ -357,7 +365,7 @@ class ServerProcess:
             time.sleep(0.02)
         raise AssertionError(f"{pattern!r} is not in the log:\n{self.log}")
 
-    def stop(self, timeout: float = 60) -> int:
+    def stop(self, timeout: float = 120) -> int:
         """SIGTERM, then the exit code."""
         self.process.terminate()
         try:

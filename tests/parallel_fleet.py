@@ -12,6 +12,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from forks import ForkedProcess
+
 LAUNCH = Path(__file__).with_name("parallel_launch.py")
 
 
@@ -34,13 +36,13 @@ class Fleet:
         self.log = folder / "log.txt"
         settings = [f"model={json.dumps(str(model))}", "server.port=0", "dtype=float32", *settings_of(sizes)]
         settings += [f"parallel.timeout={timeout}", "server.served_model_name=tiny", "engine.max_model_len=500", *more]
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, str(LAUNCH), str(math.prod(sizes.values())), "-m", "dynamoe", "serve", *settings],
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        processes, command = math.prod(sizes.values()), ["-m", "dynamoe", "serve", *settings]
+        if processes == 1:
+            self.process = ForkedProcess(command, self.log, folder)
+        else:
+            launch = [sys.executable, str(LAUNCH), str(processes), *command]
+            with self.log.open("wb") as log:
+                self.process = subprocess.Popen(launch, stdout=log, stderr=log, start_new_session=True)
         deadline = time.monotonic() + 240
         while not (found := re.search(r"serves .* on (http://\S+)$", self.log.read_text(), re.M)):
             assert time.monotonic() < deadline, self.log.read_text()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
@@ -15,9 +13,9 @@ from dynamoe.dynamic.model.spec import ModelSpec
 from dynamoe.dynamic.parallel.config import ParallelConfig
 from dynamoe.dynamic.parallel.context import ParallelContext
 from dynamoe.dynamic.parallel.shards import Shard
+from forks import run_processes
 
 SCRIPT = Path(__file__).with_name("parallel_run.py")
-LAUNCH = Path(__file__).with_name("parallel_launch.py")
 PATIENCE = 240.0  # seconds, where a machine is busy with other things: nothing here waits for a process that hangs
 
 
@@ -25,9 +23,8 @@ def run_job(folder: Path, processes: int, **job: Any) -> dict[str, Any]:
     folder.mkdir()
     (folder / "job.json").write_text(json.dumps({"thresholds": {}, "budget": {}, **job}))
     command = [str(SCRIPT), str(folder / "job.json"), str(folder / "answer.json")]
-    start = [sys.executable, str(LAUNCH), str(processes)]
-    done = subprocess.run([*start, *command], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    code, output = run_processes(command, processes, folder)
+    assert code == 0, output
     return json.loads((folder / "answer.json").read_text())
 
 

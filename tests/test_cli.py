@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import io
+import math
 import os
 import re
 import resource
@@ -17,10 +18,12 @@ from typing import cast, get_type_hints
 import pytest
 from dynamoe.dynamic.cli import generate
 from dynamoe.dynamic.cli import main as cli
-from dynamoe.dynamic.cli.config import GenerateConfig, SamplingConfig
+from dynamoe.dynamic.cli.config import GenerateConfig, SamplingConfig, schema
+from dynamoe.dynamic.cli.errors import explain
 from dynamoe.dynamic.cli.generate import encode_prompt, read_prompt, sampling_params
 from dynamoe.dynamic.cli.main import COMMANDS, Command, main
 from dynamoe.dynamic.text.tokenizer import Tokenizer
+from omegaconf import OmegaConf
 
 COMMAND_NAMES = [command.name for command in COMMANDS]
 
@@ -370,27 +373,39 @@ def number_keys(config_class: type, prefix: str = "") -> Iterator[tuple[str, str
 
 
 MODEL = {
-    "train": ["output=/dev/null/nowhere"],
-    "generate": ["model=nowhere", "prompt=Hello"],
-    "prepare": ["model=nowhere", "quantization=gptq", "output=nowhere"],
+    "train": {"output": "/dev/null/nowhere"},
+    "generate": {"model": "nowhere", "prompt": "Hello"},
+    "prepare": {"model": "nowhere", "quantization": "gptq", "output": "nowhere"},
 }
 
 
 @pytest.mark.parametrize("name", [name for name in COMMAND_NAMES if name != "sweep"])  # jobs check their own settings
 def test_ranges_are_checked_before_a_model_is_loaded(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every key as the command's function gets it, and the last one through the command line, which takes longer."""
     command = next(command for command in COMMANDS if command.name == name)
-    accepted = []
-    for key, kind in number_keys(command.load(command.config)):
+    config_class, run = command.load(command.config), command.load(command.run)
+    accepted, last = [], ""
+    for key, kind in number_keys(config_class):
         if key.endswith(("seed", "priority")):  # any number will do where it is only hashed or compared
             continue
-        value = "nan" if "float" in kind else "-7"
-        given = f"[{value}]" if "tuple" in kind or "list" in kind else f"{{4:{value}}}" if "dict" in kind else value
-        assert main([name, *MODEL.get(name, ["model=nowhere"]), f"{key}={given}"]) == 2
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1
+        value = math.nan if "float" in kind else -7
+        given = [value] if "tuple" in kind or "list" in kind else {4: value} if "dict" in kind else value
+        config = schema(config_class)
+        for path, setting in (*MODEL.get(name, {"model": "nowhere"}).items(), (key, given)):
+            OmegaConf.update(config, path, setting)
+        with pytest.raises(Exception) as caught:  # noqa: PT011 - what kind is the next line's business
+            run(OmegaConf.to_object(config))
+        error = explain(caught.value, command)
+        assert error is not None
+        assert "\n" not in error
         if key.split(".")[-1] not in error and "must be" not in error:
             accepted.append(f"{key}={given}: {error}")
+        last = f"{key}={given}"
     assert accepted == []
+    if last:
+        model = [f"{key}={value}" for key, value in MODEL.get(name, {"model": "nowhere"}).items()]
+        assert main([name, *model, last]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def case_name(value: tuple[str, dict[str, Any]] | str) -> str:
 
 
 # Interpreting kernels takes many seconds per case: a few run always, the rest with the slow tests.
-INTERPRETED: list[tuple[str, dict[str, Any]]] = [("llama", {}), ("mixtral", {}), ("qwen2_moe", {})]
+INTERPRETED: list[tuple[str, dict[str, Any]]] = [("llama", {}), ("qwen2_moe", {})]
 RUNS = [
     pytest.param(case, backend, marks=[pytest.mark.slow] if backend == "triton" and case not in INTERPRETED else [])
     for case in CASES

@@ -149,7 +149,7 @@ def collect(engine: Engine, tokens: dict[str, dict[int, list[int]]], steps: int 
                 tokens[delta.request_id].setdefault(completion.index, []).extend(completion.token_ids)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     wishes=st.lists(requests, min_size=2, max_size=8),
     pages=st.sampled_from((12, 18, 60)),

@@ -154,9 +154,9 @@ def test_the_kernel_refuses_what_does_not_fit(cpu_backend: CpuBackend) -> None:
 @pytest.mark.parametrize("backend", ["cpu", "triton", "grouped_mm"])
 def test_a_decoder_on_a_budget_is_the_same_on_every_backend(make_checkpoint: Callable[..., Path], backend: str) -> None:
     device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
-    outputs, skipped = [], []
+    path, outputs, skipped = make_checkpoint("qwen3_moe", num_hidden_layers=2), [], []
     for name, where in (("torch", "cpu"), (backend, device)):
-        decoder = load_decoder(make_checkpoint("qwen3_moe"), dtype="float32", backend=name, device=where)
+        decoder = load_decoder(path, dtype="float32", backend=name, device=where)
         layers, rows = decoder.spec.num_layers, 12
         keep_TL, cap_TL = torch.full((rows, layers), 0.6), torch.full((rows, layers), 2, dtype=torch.int32)
         keep_TL[:4], cap_TL[:4] = 1.0, NO_CAP
@@ -170,7 +170,7 @@ def test_a_decoder_on_a_budget_is_the_same_on_every_backend(make_checkpoint: Cal
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-3, atol=1e-3)
     assert skipped[0] == skipped[1]
     assert sum(skipped[0][:4]) == 0
-    assert min(skipped[0][4:]) >= 3, "one of three experts in each layer"
+    assert min(skipped[0][4:]) >= 2, "one of three experts in each layer"
 
 
 def test_a_meter_is_a_ratio_of_means_drawn_to_the_layers() -> None:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import pytest
 from dynamoe.dynamic.convert import default_model as prepare_default
 from dynamoe.dynamic.convert.model_store import cache_home, prepare_once, resolve_model
+from forks import ForkedProcess
 
 FILL = """
 import sys, time
@@ -39,13 +40,12 @@ def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "home"
 
 
-def start_filling(log: Path, release: Path) -> subprocess.Popen[str]:
+def start_filling(name: str, log: Path, release: Path) -> ForkedProcess:
     """A process that prepares something, writes a line to ``log`` and is not done before ``release`` exists."""
-    command = [sys.executable, "-c", FILL, str(log), str(release)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return ForkedProcess(["-c", FILL, str(log), str(release)], log.with_name(name), log.parent)
 
 
-def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
+def wait_for(file: Path, process: ForkedProcess) -> None:
     while not file.exists():
         assert process.poll() is None
         time.sleep(0.02)
@@ -90,10 +90,10 @@ def test_a_preparation_that_fails_leaves_nothing_and_can_be_repeated(home: Path)
 
 def test_a_preparation_that_was_killed_is_not_mistaken_for_a_model(home: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    process = start_filling(log, tmp_path / "never")
+    process = start_filling("output", log, tmp_path / "never")
     wait_for(log, process)
     process.kill()
-    process.communicate()
+    process.wait()
     assert not [path for path in (home / "models").iterdir() if path.name.startswith("thing")]
     target = prepare_once("thing", {"recipe": 1}, lambda target: (target / "whole").write_text("mine") and None)
     assert sorted(path.name for path in target.iterdir()) == [".sealed.json", "whole"]
@@ -102,17 +102,18 @@ def test_a_preparation_that_was_killed_is_not_mistaken_for_a_model(home: Path, t
 
 def test_two_processes_prepare_it_once_and_both_get_it(tmp_path: Path) -> None:
     log, release = tmp_path / "log", tmp_path / "release"
-    first = start_filling(log, release)
+    first = start_filling("first", log, release)
     wait_for(log, first)
-    second = start_filling(log, release)
-    assert second.stdout is not None
-    assert "Waiting for another process" in second.stdout.readline()
+    second = start_filling("second", log, release)
+    while "Waiting for another process" not in second.output:
+        assert second.poll() is None
+        time.sleep(0.02)
     release.touch()
-    outputs = [process.communicate(timeout=60)[0].splitlines() for process in (first, second)]
-    assert [process.returncode for process in (first, second)] == [0, 0]
+    assert [process.wait(60) for process in (first, second)] == [0, 0]
     assert log.read_text() == "started\n"
-    assert outputs[0] == outputs[1]
-    assert sorted(path.name for path in Path(outputs[0][0]).iterdir()) == [".sealed.json", "half", "whole"]
+    found = first.output.splitlines()[-1]
+    assert second.output.splitlines()[-1] == found
+    assert sorted(path.name for path in Path(found).iterdir()) == [".sealed.json", "half", "whole"]
 
 
 def test_tiny_lies_in_the_package(home: Path) -> None:

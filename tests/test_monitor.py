@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sqlite3
 import stat
-import subprocess
-import sys
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +13,7 @@ import pytest
 from dynamoe.dynamic.contract.certificate import Certificate, HeldOut, Scope
 from dynamoe.dynamic.contract.e_process import EProcess
 from dynamoe.dynamic.contract.monitor import MonitorConfig, RiskMonitor
+from forks import run_processes
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -199,8 +198,8 @@ def test_the_file_is_private_and_has_one_owner(file: Path) -> None:
         "import sys; from pathlib import Path; from dynamoe.dynamic.contract.monitor import RiskMonitor; "
         "RiskMonitor(Path(sys.argv[1]))"
     )
-    other = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, timeout=120)
-    assert "monitor.db is in use" in other.stderr
+    _, said = run_processes(["-c", code, str(file)], 1, file.parent)
+    assert "monitor.db is in use" in said
     serve(monitor, "b", 0.0)
     monitor.close()
     opened(file).close()

