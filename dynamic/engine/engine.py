@@ -69,7 +69,7 @@ class Engine:
         self.logits_plugins = load_plugins(config.logits_processors, LogitsProcessor)
         self.logits_processors = processor_classes(plugin.implementation for plugin in self.logits_plugins)
         self.vocab_size: int = spec.vocab_size
-        device, kv_shards = torch.device(decoder.device), decoder.kv_shards
+        kv_shards, device = decoder.kv_shards, torch.device(decoder.device)
         num_pages, num_snapshots = count_pages(config, spec, decoder.kv_dtype, device, kv_shards)
         num_states = config.max_num_seqs + num_snapshots
         self._state_bytes = bytes_per_sequence(spec) * num_states
@@ -79,9 +79,8 @@ class Engine:
         if states is not None and config.enable_prefix_caching and not num_snapshots:
             logger.info("no prefixes are shared: there is no memory for copies of recurrent states")
         shares = config.enable_prefix_caching and (states is None or num_snapshots > 0)
-        kept = range(config.max_num_seqs, num_states)
-        snapshots = None if states is None else StateSnapshots(kept, config.block_size, self.max_model_len)
-        cache = PrefixCache(pool, config.block_size, shares, snapshots)
+        kept = StateSnapshots(range(config.max_num_seqs, num_states), config.block_size, self.max_model_len)
+        cache = PrefixCache(pool, config.block_size, shares, None if states is None else kept)
         self.cache_plugins, eviction = load_cache_policy(config, spec, pool)
         self.scheduler = Scheduler(config, pool, cache, spec.longest_window, eviction, states)
         self.runner = Runner(decoder, num_pages, config.block_size, num_states)
@@ -187,7 +186,6 @@ class Engine:
         for name in ("logprobs", "prompt_logprobs"):
             if (count := getattr(params, name)) is not None and count > self.vocab_size:
                 raise ValueError(f"{name}={count} exceeds the vocabulary of {self.vocab_size}")
-
         self.runner.exits.logit_thresholds(params.exit_thresholds)
         self.runner.budgets.of_request(params)
 
@@ -397,7 +395,6 @@ class Engine:
 
 
 def _eos_token_ids(model: LoadedModel) -> frozenset[int]:
-    ids = model.spec.eos_token_ids
-    if not ids and model.tokenizer.eos_token_id is not None:
-        ids = (model.tokenizer.eos_token_id,)
+    its_own = model.tokenizer.eos_token_id
+    ids = model.spec.eos_token_ids or (() if its_own is None else (its_own,))
     return frozenset(token for token in ids if 0 <= token < model.spec.vocab_size)
