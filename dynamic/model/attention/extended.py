@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from ....kernels.api.ranges import check_ranges
-from ....kernels.api.stack import StackAttention, StackGrowth
+from ....kernels.api.stack import StackBlock, StackGrowth
 from ....kernels.api.types import AttentionBatch, KVLayer, KVProjection, LinearWeights
 from ....kernels.reference.elementwise import sigmoid
 from ....kernels.reference.operations import rope
@@ -201,7 +201,7 @@ class ExtendedGqaSpec(GqaSpec):
             norms = projection.k_norm, projection.k_norm
             self._write((k_RGC, k_RGC, v_RGC), norms, layer, batch, context)
 
-    def stack_block(self, weights: Any) -> StackAttention:
+    def stack_block(self, weights: Any) -> StackBlock:
         if type(self) is not ExtendedGqaSpec:
             return super().stack_block(weights)
         more: dict[str, Any] = {

@@ -15,7 +15,7 @@ import torch
 
 from ....kernels.api.kv_codes import stored_channels
 from ....kernels.api.ranges import check_ranges
-from ....kernels.api.stack import StackAttention
+from ....kernels.api.stack import StackAttention, StackBlock
 from ....kernels.api.types import AttentionBatch, KVLayer, KVProjection, LinearWeights
 from ....kernels.api.uncommon import CAPS
 from ....kernels.torch.backend import TorchBackend
@@ -282,7 +282,7 @@ class GqaSpec(AttentionSpec):
     def propagation_flops(self, hidden_size: int) -> int:
         return 2 * hidden_size * self.num_kv_heads * (self.head_dim + self.value_channels)
 
-    def stack_block(self, weights: Any) -> StackAttention:
+    def stack_block(self, weights: Any) -> StackBlock:
         if type(self) is not GqaSpec:  # a kind made of this one computes something else
             return super().stack_block(weights)
         return self.stack_parts(weights)
