@@ -81,7 +81,7 @@ def test_a_broken_engine_ends_all_requests_with_errors(
     assert server.stop() == 1
 
 
-@pytest.mark.parametrize("drain_timeout", [60, 0.1], ids=["they finish", "they are cut off"])
+@pytest.mark.parametrize("drain_timeout", [600, 0.1], ids=["they finish", "they are cut off"])
 def test_sigterm_during_twenty_streams(
     drain_timeout: float, start_server: Any, make_checkpoint: Callable[..., Path]
 ) -> None:
@@ -89,7 +89,7 @@ def test_sigterm_during_twenty_streams(
 
     async def scenario(client: httpx.AsyncClient) -> list[str]:
         admitted = asyncio.Semaphore(0)
-        streams = [asyncio.create_task(stream(client, admitted, max_tokens=500, n=2)) for _ in range(20)]
+        streams = [asyncio.create_task(stream(client, admitted, max_tokens=250, n=2)) for _ in range(20)]
         for _ in streams:
             await admitted.acquire()
         server.process.send_signal(signal.SIGTERM)
@@ -102,8 +102,8 @@ def test_sigterm_during_twenty_streams(
         return [outcome(events) for events in await asyncio.gather(*streams)]
 
     outcomes = together(server, scenario)
-    assert server.process.wait(30) == 0, server.log
-    if drain_timeout == 60:
+    assert server.process.wait(120) == 0, server.log
+    if drain_timeout == 600:
         assert outcomes == ["length"] * 20
     else:
         assert set(outcomes) <= {"length", "shutting_down"}
