@@ -209,7 +209,7 @@ def test_copies_and_rows_that_exit_survive_their_way() -> None:
     # Two rows of one sequence, and one of another.
     batch = rows_to_write(torch.tensor([5, 6, 2]), torch.tensor([21, 22, 9]), 6, torch.tensor([3, 3, 0]))
     found = read_exited(decode(exit_message(1, 2, batch).encode()))
-    assert found.state_runs == batch.state_runs == [(3, 0, 2, False), (0, 2, 3, False)]
+    assert found.state_runs == batch.state_runs == [(3, 0, 2, False, -1), (0, 2, 3, False, -1)]
     assert (found.positions_T.tolist(), found.slots_T.tolist()) == ([5, 6, 2], [21, 22, 9])
     plain = rows_to_write(torch.tensor([5]), torch.tensor([21]), 6)
     assert read_exited(decode(exit_message(1, 2, plain).encode())).state_slots_S is None
@@ -248,8 +248,8 @@ def test_every_home_finds_its_rows_and_its_own_pages() -> None:
     assert second.own.query_start_S1.tolist() == [0, 1, 2]
     assert second.own.block_table_SM.tolist() == [[2, 3], [5, 9]]
     assert (second.own.max_query_len, second.own.max_context_len) == (1, 8)
-    assert first.own.state_runs == [(4, 0, 3, True)]
-    assert second.own.state_runs == [(7, 0, 1, False), (2, 1, 2, False)]
+    assert first.own.state_runs == [(4, 0, 3, True, -1)]
+    assert second.own.state_runs == [(7, 0, 1, False, -1), (2, 1, 2, False, -1)]
     rows, writing = cache(1).own_rows(batch)
     assert (rows.tolist(), writing.slots_T.tolist()) == ([0, 4], second.own.slots_T.tolist())
     assert writing.state_runs == second.own.state_runs
