@@ -20,8 +20,8 @@ from dynamoe.kernels.triton.backend import TritonBackend
 from dynamoe.kernels.triton.variants import interpreted
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-LENGTHS, SLOTS = (37, 1, 12), (3, 0, 2)
-CUTS = ((0, 37), (0, 1, 2, 3, 20, 37), (0, 16, 32, 37))
+LENGTHS, SLOTS = (21, 1, 12), (3, 0, 2)
+CUTS = ((0, 21), (0, 1, 2, 3, 19, 21), (0, 8, 16, 21))
 SIZES = {  # groups, heads, channels of a key and of a value
     "small": (2, 4, 16, 24),
     "one number": (1, 1, 1, 1),
@@ -202,17 +202,18 @@ def test_parts_of_a_sequence_run_one_after_the_other_and_keep_what_is_between(
 def test_convolution_is_torchs_and_no_cut_changes_it(
     backend: TorchBackend, cut: tuple[int, ...], activation: str, taps: int, channels: int, biased: bool
 ) -> None:
-    x_TX, weight_WX = torch.randn(37, channels + 3)[:, 3:], torch.randn(taps, channels)
+    x_TX, weight_WX = torch.randn(21, channels + 3)[:, 3:], torch.randn(taps, channels)
     bias_X = torch.randn(channels) if biased else None
     tails, pieces = nan_states(taps - 1, channels), []
     for first, end in pairwise(cut):
         batch = state_batch([(2, end - first, end)])
         pieces.append(backend.short_convolution(x_TX[first:end], weight_WX, bias_X, tails, batch, activation))
-    wide = [None if part is None else part.double() for part in (x_TX.T[None], weight_WX.T[:, None], bias_X)]
-    expected = F.conv1d(*wide, padding=taps - 1, groups=channels)[0, :, :37].T
+    inputs, weight, bias = x_TX.T[None].double(), weight_WX.T[:, None].double(), torch.zeros(channels).double()
+    bias = bias if bias_X is None else bias_X.double()
+    expected = F.conv1d(inputs, weight, bias, padding=taps - 1, groups=channels)[0, :, :21].T
     expected = F.silu(expected) if activation == "silu" else expected
     assert error(torch.cat(pieces), expected) <= TOLERANCE[torch.float32]
-    batch = state_batch([(0, 37, 37)])
+    batch = state_batch([(0, 21, 21)])
     whole = backend.short_convolution(x_TX, weight_WX, bias_X, nan_states(taps - 1, channels), batch, activation)
     assert torch.equal(torch.cat(pieces), whole)
     assert torch.equal(tails[2], x_TX[1 - taps :])
