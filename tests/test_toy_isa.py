@@ -30,6 +30,7 @@ constexpr int kPassVectors = 4;
 #include "isa/simd_portable.h"
 #include "isa/transpose_portable.h"
 #include "isa/row_kernels.h"
+#include "isa/state_kernels.h"
 #include "isa/packed_words.h"
 #include "ops/kv_codes.h"
 #include "isa/tile_kernels.h"
