@@ -101,9 +101,11 @@ class OfflineEngine:
             if unknown or not ({"prompt", "prompt_token_ids"} & set(prompt)):
                 raise ValueError(f"a prompt dict needs 'prompt' or 'prompt_token_ids'; this one has {sorted(prompt)}")
             text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-            if ids is None and not isinstance(text, str):
+            if ids is not None:
+                return _Prompt(text, list(ids), extras)
+            if not isinstance(text, str):
                 raise ValueError(f"a prompt must be a text or token ids, not {text!r}")
-            return _Prompt(text, list(self.model.tokenizer.encode(text) if ids is None else ids), extras)
+            return _Prompt(text, self.model.tokenizer.encode(text), extras)
         if isinstance(prompt, bytes | bytearray):
             raise ValueError("a prompt must be a text or token ids, not bytes")
         return _Prompt(None, list(prompt))

@@ -33,7 +33,7 @@ def check_ranges(
     annotations = {item.name: str(item.type) for item in fields(config)}
     for name in names:
         value: Any = getattr(config, name)
-        kind = Real if "float" in annotations[name] else Integral
+        kind: Any = Real if "float" in annotations[name] else Integral
         if isinstance(value, Mapping):
             value = tuple(value.values())
         numbers: tuple[Any, ...] = tuple(value) if isinstance(value, Iterable) else (value,)
