@@ -11,6 +11,7 @@ import json
 import resource
 import statistics
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,26 +41,41 @@ def config_of(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def write(folder: Path, config: dict[str, Any]) -> None:
-    """A checkpoint of random numbers, one file for each layer and one for the rest."""
+Tensors = dict[str, torch.Tensor]
+
+
+def write(folder: Path, config: dict[str, Any], files: Iterable[tuple[str, Tensors]]) -> None:
+    """A checkpoint of some files, which are made one after the other, unless the folder holds it."""
     if (folder / "config.json").is_file():
         if json.loads((folder / "config.json").read_text()) != config:
             raise SystemExit(f"{folder} holds a model of other sizes; name another folder")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    hidden, experts, layers = config["hidden_size"], config["num_local_experts"], config["num_hidden_layers"]
-    q_size, kv_size = (config[name] * config["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
     index: dict[str, str] = {}
-
-    def save(file: str, tensors: dict[str, torch.Tensor]) -> None:
+    for file, tensors in files:
         save_file(tensors, folder / file)
         index.update(dict.fromkeys(tensors, file))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / "config.json").write_text(json.dumps(config))
 
-    def plain(*shape: int, size: float = 0.02) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.bfloat16).normal_(0, size)
 
+def plain(*shape: int, size: float = 0.02) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16).normal_(0, size)
+
+
+def ends(config: dict[str, Any]) -> tuple[str, Tensors]:
+    """The file of what is in front of the layers and behind them."""
+    hidden = config["hidden_size"]
+    tables = {name: plain(config["vocab_size"], hidden) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    return "model-ends.safetensors", {**tables, "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16)}
+
+
+def random_files(config: dict[str, Any]) -> Iterator[tuple[str, Tensors]]:
+    """One file for each layer and one for the rest."""
+    hidden, experts, layers = config["hidden_size"], config["num_local_experts"], config["num_hidden_layers"]
+    q_size, kv_size = (config[name] * config["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
     for layer in range(layers):
-        prefix, tensors = f"model.layers.{layer}.", dict[str, torch.Tensor]()
+        prefix, tensors = f"model.layers.{layer}.", Tensors()
         for part, outputs, inputs in (
             *(("q", q_size, hidden), ("k", kv_size, hidden), ("v", kv_size, hidden)),
             ("o", hidden, q_size),
@@ -75,11 +91,8 @@ def write(folder: Path, config: dict[str, Any]) -> None:
             tensors[f"{name}_blocks"] = torch.randint(256, (*shape, GROUP // 2), dtype=torch.uint8)
             tensors[f"{name}_scales"] = torch.randint(*EXPONENTS, shape, dtype=torch.uint8)
             tensors[f"{name}_bias"] = plain(experts, outputs)
-        save(f"model-{layer:05}.safetensors", tensors)
-    ends = {name: plain(config["vocab_size"], hidden) for name in ("model.embed_tokens.weight", "lm_head.weight")}
-    save("model-ends.safetensors", {**ends, "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16)})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    (folder / "config.json").write_text(json.dumps(config))
+        yield f"model-{layer:05}.safetensors", tensors
+    yield ends(config)
 
 
 def run(decoder: Decoder, kv: Any, batch: AttentionBatch) -> None:
@@ -139,7 +152,8 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=10)
     options = parser.parse_args()
-    write(options.folder, config_of(options))
+    config = config_of(options)
+    write(options.folder, config, random_files(config))
     start = time.perf_counter()
     decoder = load_decoder(options.folder, dtype="bfloat16", device="cpu", backend="cpu")
     report: dict[str, Any] = {**surroundings(), "load_seconds": time.perf_counter() - start}

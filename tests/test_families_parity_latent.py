@@ -28,6 +28,7 @@ from family_parity import ENGINE_PATHS, Variant, check_engine, check_logits, gen
 from gguf_files import write_gguf
 from parallel_jobs import compare, shard_of
 from safetensors.torch import load_file, save_file
+from test_cpu_stack import assert_equal_steps
 from test_decoder import TOLERANCE, PagedSequences, error, random_prompts
 
 SIZES = {
@@ -157,7 +158,21 @@ def test_every_number_changes_the_logits(latent: Path, change: dict[str, Any]) -
     logits = PagedSequences(decoder, 1).run(prompt)
     layers = [replace(layer, attention=replace(layer.attention, **change)) for layer in decoder.spec.layers]
     decoder.spec = replace(decoder.spec, layers=tuple(layers))
+    decoder.stack = decoder.make_stack()
     assert error(PagedSequences(decoder, 1).run(prompt), logits) > 1e-3
+
+
+@pytest.mark.parametrize("kept", ["auto", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("config", [{}, {"q_lora_rank": None, "rope_interleave": False}], ids=str)
+def test_layers_in_one_call_give_the_bits_of_their_operations(
+    tmp_path: Path, config: dict[str, Any], dtype: str, kept: str
+) -> None:
+    directory = variant("deepseek_v3", **DENSE_FIRST, attention_bias=True, **config).save(tmp_path)
+    for method in ("none", "int8"):
+        decoder = load_decoder(directory, dtype=dtype, backend="cpu", kv_cache_dtype=kept, quantization=method)
+        assert decoder.stack is not None
+        assert_equal_steps(decoder, limited=False)
 
 
 def test_a_token_takes_one_entry_in_the_cache(latent: Path) -> None:

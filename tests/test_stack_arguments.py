@@ -41,6 +41,16 @@ def attention_block(tensors: Arguments | None = None, floats: Arguments | None =
     return block("attention", whole | (tensors or {}), integers | changed, {"scale": 0.2} | (floats or {}))
 
 
+def latents_block(**changed: int) -> Any:
+    sizes = {"heads": HEADS, "latent": 24, "plain": 12, "rotated": 8, "values": 20}
+    outputs = {"q": (HEADS * 20, HIDDEN), "kv_a": (32, HIDDEN), "o": (HIDDEN, HEADS * 20)}
+    outputs |= {"key_up": (HEADS * 32, 12), "value_up": (HEADS * 32, 24)}  # heads in whole blocks
+    tensors = {name: ops.pack_linear(isa, torch.randn(size)) for name, size in outputs.items()}
+    tensors["kv_norm"] = torch.ones(24)
+    integers = {**sizes, "interleaved": 1, "window": 0}
+    return block("latents", tensors, integers | changed, {"scale": 0.2, "eps": 1e-6})
+
+
 def experts_block(bias: torch.Tensor | None = None, **changed: int) -> Any:
     whole = experts(True)
     tensors = {
@@ -127,6 +137,14 @@ def test_a_stack_checks_where_rows_live_once_per_call(with_exits: bool) -> None:
         (lambda: stack(attention_block(kv_heads=-2)), "kv_heads must"),
         (lambda: stack(attention_block(channels=2**40)), "channels must"),
         (lambda: stack(attention_block(window=-1)), "window must"),
+        (lambda: stack(latents_block(heads=0)), "heads must"),
+        (lambda: stack(latents_block(rotated=7)), "rotated must be even"),
+        (lambda: stack(latents_block(values=40)), "o must be"),
+        (lambda: stack(latents_block(latent=2**27)), "heads times channels must"),
+        (
+            lambda: add_exit(stack(latents_block()), out_bias=torch.zeros(())),
+            "begin with a plain norm and plain attention",
+        ),
         (lambda: stack(ffn=experts_block(activation=77)), "activation must"),
         (lambda: stack(ffn=experts_block(score=4)), "score must"),
         (lambda: stack(ffn=experts_block(top_k=4)), "top_k must"),
@@ -228,3 +246,20 @@ def test_tables_and_caches_that_layers_cannot_use_are_refused(
     with pytest.raises(ValueError, match=message):
         run_made(made, channels, tables)
     assert run_made(stack(), CHANNELS, lambda table: [table, table[:, 2:].contiguous()]).isfinite().all()
+
+
+def test_latents_need_a_cache_and_a_table_of_their_sizes() -> None:
+    made = stack(latents_block())
+    names = ("positions", "slots", "query_start", "context_len", "block_table")
+    where, x = [paged()[name] for name in names], torch.randn(ROWS, HIDDEN)
+
+    def run(channels: int, rotated: int) -> torch.Tensor:
+        entries = [layer.keys_BGPC for layer in (cache((7, 9), PAGE, 1, channels, torch.float32) for _ in range(2))]
+        held = torch.classes.dynamoe_cpu.Cache(entries, entries, [channels] * 2)
+        return made.run(x, 0, 2, held, [torch.ones(16, rotated)], *where, None, None, None, None)
+
+    assert run(32, 8).isfinite().all()
+    with pytest.raises(ValueError, match=r"entries of shape .* do not hold heads of 32 channels"):
+        run(40, 8)
+    with pytest.raises(ValueError, match="does not fit heads of 8"):
+        run(32, 16)

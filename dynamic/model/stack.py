@@ -15,6 +15,7 @@ from ...kernels.api.stack import (
     StackBlock,
     StackExit,
     StackExperts,
+    StackLatentAttention,
     StackNorm,
     StackOutNorm,
     StackRead,
@@ -83,7 +84,7 @@ def _stack_block(spec: ModelSpec, number: int, weights: LayerWeights, block: Blo
     layer = spec.layers[number]
     if isinstance(block, Attention):
         stacked = layer.attention.stack_block(weights.attention)
-        if not isinstance(stacked, StackAttention):
+        if not isinstance(stacked, StackAttention | StackLatentAttention):
             return stacked
         return replace(stacked, table=spec.distinct_ropes.index(spec.ropes[number]))
     moe = layer.moe if layer.moe and not layer.moe.is_dense else None

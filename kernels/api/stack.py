@@ -145,6 +145,44 @@ class StackApart:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StackLatentAttention:
+    """Multi-head latent attention over the rows that are read, over the layer's cache of latents.
+
+    Arguments:
+        latent, plain_dim, rotated_dim, value_dim: channels of a latent, of the parts of a query, of a head's values.
+        q_a, q_norm: what queries are made of where that is not those rows themselves.
+        key_up, value_up: of every head, see :meth:`.LatentOperations.pack_head_linear`.
+        norm_eps: of ``q_norm`` and ``kv_norm``.
+        interleaved: see :func:`reference.rope`.
+        Others as for :class:`StackAttention`.
+    """
+
+    num_heads: int
+    latent: int
+    plain_dim: int
+    rotated_dim: int
+    value_dim: int
+    q_a: LinearWeights | None
+    q_norm: torch.Tensor | None
+    q: LinearWeights
+    kv_a: LinearWeights
+    kv_norm: torch.Tensor
+    key_up: LinearWeights
+    value_up: LinearWeights
+    o: LinearWeights
+    norm_eps: float
+    scale: float
+    interleaved: bool
+    window: int | None
+    table: int = 0
+
+    @property
+    def linears(self) -> tuple[LinearWeights, ...]:
+        """Those of all heads together."""
+        return (*(() if self.q_a is None else (self.q_a,)), self.q, self.kv_a, self.o)
+
+
+@dataclass(frozen=True, kw_only=True)
 class StackExperts:
     """A mixture of experts over the rows that are read.
 
@@ -172,7 +210,7 @@ class StackExperts:
     apart: StackApart | None = None
 
 
-StackBlock = StackNorm | StackRead | StackAdd | StackScale | StackAttention | StackExperts
+StackBlock = StackNorm | StackRead | StackAdd | StackScale | StackAttention | StackLatentAttention | StackExperts
 
 
 class SharedGroup(Protocol):

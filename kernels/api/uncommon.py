@@ -3,6 +3,7 @@
 CAPS = "capped scores and logits"
 FLOAT32_NORMS = "norms with float32 weights"
 LAYER_NORMS = "layer norms"
+LATENT_PAGES = "latents in pages"
 LATENTS = "latent attention"
 ROUTING = "routing beyond plain rules"
 SHARED_EXPERTS = "shared experts"

@@ -27,8 +27,9 @@ from ..torch.experts import PlainExperts
 from ..torch.split import SplitLinear
 from . import build as cpu_build
 from .fingerprint import fingerprint
+from .latents import CpuLatentOperations
 from .layout import BLOCK, join_gate_up_bias
-from .quantized import CpuLinear, CpuQuantPacking
+from .quantized import CpuLinear
 from .stack import CpuStack
 from .stack_checks import check_stack, stack_parts
 from .states import CpuStateOperations
@@ -54,7 +55,7 @@ class _Experts:
         return ops.experts.default(*arguments, self.down_bias, self.shape, *routed)
 
 
-class CpuBackend(CpuStateOperations, CpuQuantPacking):
+class CpuBackend(CpuStateOperations, CpuLatentOperations):
     """Operations of a decoder on a CPU, float32 or bfloat16.
 
     Arguments:
@@ -110,15 +111,6 @@ class CpuBackend(CpuStateOperations, CpuQuantPacking):
 
     def linear(self, x_TI: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
         return weights.data.run(x_TI)
-
-    def pack_head_linear(self, weight_HOI: torch.Tensor) -> LinearWeights:
-        heads = [self.pack_linear(weight_OI) for weight_OI in weight_HOI]
-        return replace(heads[0], data=heads, nbytes=sum(head.nbytes for head in heads))
-
-    def head_linear(self, x_THI: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
-        return torch.stack(
-            [self.linear(x_TI, head) for x_TI, head in zip(x_THI.unbind(1), weights.data, strict=True)], 1
-        )
 
     def logits_linear(self, x_TI: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
         return weights.data.run(x_TI, float_out=True)

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ..api.kv_codes import SCALE_BYTES
+from ..api.latents import entry_size
 from ..api.router_spec import SCORES
 from ..api.stack import (
     SharedGroup,
@@ -15,6 +17,7 @@ from ..api.stack import (
     StackBlock,
     StackExit,
     StackExperts,
+    StackLatentAttention,
     StackNorm,
     StackOutNorm,
     StackRead,
@@ -49,10 +52,10 @@ class CpuStack:
         self._handle: Any = torch.classes.dynamoe_cpu.Stack(
             isa, dtype, shape.hidden_size, shape.norm_eps, shape.residual_scale
         )
-        self._channels: list[int] = []  # of every layer's heads
+        self._attentions: list[StackAttention | StackLatentAttention] = []  # of every layer
         self._counts: dict[int, torch.Tensor] = {}  # by rows
         for blocks in layers:
-            self._channels += [block.head_dim for block in blocks if isinstance(block, StackAttention)]
+            self._attentions += [b for b in blocks if isinstance(b, StackAttention | StackLatentAttention)]
             self._handle.add_layer([_native(block) for block in blocks])
         for exit in exits:
             self._add_exit(exit)
@@ -116,10 +119,18 @@ class CpuStack:
         native = kv.native if isinstance(kv, KVLayers) else None
         if native is None:
             pairs = [layer.keys_BGPC for layer in kv], [layer.values_BGPC for layer in kv]
-            native = torch.classes.dynamoe_cpu.Cache(*pairs, self._channels)
+            channels = [_channels(block, layer) for block, layer in zip(self._attentions, kv, strict=True)]
+            native = torch.classes.dynamoe_cpu.Cache(*pairs, channels)
             if isinstance(kv, KVLayers):
                 kv.native = native
         return native
+
+
+def _channels(block: StackAttention | StackLatentAttention, layer: KVLayer) -> int:
+    """Of a head in the cache, without the scale behind codes."""
+    if isinstance(block, StackAttention):
+        return block.head_dim
+    return entry_size(block.latent, block.rotated_dim, layer.keys_BGPC.dtype) - (SCALE_BYTES if layer.coded else 0)
 
 
 def _limits(budget: ExpertBudget | None) -> tuple[torch.Tensor | None, ...]:
@@ -138,6 +149,8 @@ def _native(block: StackBlock) -> Any:
         return _block("read" if isinstance(block, StackRead) else "add", {})
     if isinstance(block, StackScale):
         return _block("scale", {"factor": block.factor})
+    if isinstance(block, StackLatentAttention):
+        return _latents(block)
     return _attention(block) if isinstance(block, StackAttention) else _experts(block)
 
 
@@ -169,6 +182,22 @@ def _attention(block: StackAttention) -> Any:
         integers |= {"growth_period": block.growth.period, "growth_offset": block.growth.offset}
         floats["growth_rate"] = block.growth.rate
     return _block("attention", tensors, integers, floats, layouts)
+
+
+def _latents(block: StackLatentAttention) -> Any:
+    linears = {"q_a": block.q_a, "q": block.q, "kv_a": block.kv_a, "o": block.o}
+    present = {name: linear for name, linear in linears.items() if linear is not None}
+    tensors: Tensors = {"q_norm": block.q_norm, "kv_norm": block.kv_norm}
+    tensors |= {"key_up": block.key_up.data, "value_up": block.value_up.data}
+    integers = {"heads": block.num_heads, "latent": block.latent, "plain": block.plain_dim, "values": block.value_dim}
+    integers |= {"rotated": block.rotated_dim, "interleaved": block.interleaved, "window": block.window or 0}
+    integers["table"] = block.table
+    if block.q_a is not None:
+        integers["rank"] = block.q_a.out_features
+    for name, linear in present.items():
+        tensors |= _linear(name, linear)
+    layouts = {name: list(linear.data.layout) for name, linear in present.items()}
+    return _block("latents", tensors, integers, {"eps": block.norm_eps, "scale": block.scale}, layouts)
 
 
 def _experts(block: StackExperts) -> Any:

@@ -15,6 +15,7 @@ from ..api.stack import (
     StackBlock,
     StackExit,
     StackExperts,
+    StackLatentAttention,
     StackNorm,
     StackOutNorm,
     StackRead,
@@ -33,7 +34,7 @@ def check_stack(layers: Sequence[Sequence[StackBlock]], exits: Sequence[StackExi
     Arguments:
         dtype: of the model.
     """
-    if any(len(list(_of_kind([layer], StackAttention))) != 1 for layer in layers):
+    if any(sum(isinstance(b, StackAttention | StackLatentAttention) for b in layer) != 1 for layer in layers):
         raise NotStacked("layers without attention")
     mixtures = list(_of_kind(layers, StackExperts))
     for rule in (block.rule for block in mixtures if block.rule is not None):
@@ -42,6 +43,7 @@ def check_stack(layers: Sequence[Sequence[StackBlock]], exits: Sequence[StackExi
         if rule.weight_on_input and rule.top_k > 1:
             raise NotStacked("weights on the input of several experts")
     packed = [linear for b in _of_kind(layers, StackAttention) for linear in (b.qkv, b.o, b.gate)]
+    packed += [linear for block in _of_kind(layers, StackLatentAttention) for linear in block.linears]
     packed += [part for block in mixtures for part in (block.ffn, block.shared)]
     split = [part.data for part in packed if part is not None and isinstance(part.data, SplitLinear | SplitExperts)]
     if any(isinstance(data, SplitExperts) and not data.gate for data in split):

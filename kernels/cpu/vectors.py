@@ -19,10 +19,21 @@ from ..api.formats import ROW_GROUP, UNQUANTIZED, ActivationScheme, Format
 from ..api.quantized_weight import QuantizedWeight
 from ..api.router_spec import RouterSpec
 from ..api.types import ExpertWeights, KVLayer, KVProjection, LinearWeights, Routing
-from ..api.uncommon import CAPS, FLOAT32_NORMS, LATENTS, LAYER_NORMS, ROUTING, SHARED_EXPERTS, STATES, UNGATED
+from ..api.uncommon import (
+    CAPS,
+    FLOAT32_NORMS,
+    LATENT_PAGES,
+    LATENTS,
+    LAYER_NORMS,
+    ROUTING,
+    SHARED_EXPERTS,
+    STATES,
+    UNGATED,
+)
 from ..reference.elementwise import sigmoid, silu, softplus
 from ..reference.operations import CLAMPED_SWIGLU, SQUARED_RELU, rope
 from ..torch.backend import TorchBackend
+from .latent_vectors import latent_vectors
 from .layout import PLAIN_ACTIVATIONS
 from .stack_part_vectors import Change, other_attention, other_mixtures, other_norms
 from .stack_vectors import stack_vectors
@@ -63,6 +74,7 @@ def vectors() -> dict[str, Callable[[TorchBackend], Outputs]]:
     found |= {ROUTING: _routing_beyond, SHARED_EXPERTS: _shared_experts, UNGATED: _ungated}
     found |= {CAPS: _caps, FLOAT32_NORMS: _float32_norms, LAYER_NORMS: _layer_norms, LATENTS: _latents}
     found[STATES] = _states
+    found[LATENT_PAGES] = latent_vectors
     changes = {
         uncommon.STACK_ATTENTION: other_attention,
         uncommon.STACK_MIXTURES: other_mixtures,

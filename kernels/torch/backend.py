@@ -30,7 +30,7 @@ from ..reference import exits as exit_reference
 from ..reference import operations as reference
 from .attention import run_attention
 from .experts import PlainExperts, run_experts
-from .head_linears import HeadLinears
+from .latents import LatentOperations
 from .quantized import QuantExperts, QuantLinear, check_experts
 from .split import SplitExperts, SplitLinear, join_linear
 from .states import StateOperations
@@ -38,7 +38,7 @@ from .states import StateOperations
 log = logging.getLogger(__name__)
 
 
-class TorchBackend(HeadLinears, StateOperations):
+class TorchBackend(LatentOperations, StateOperations):
     """Operations of a decoder on plain tensors.
 
     A faster backend subclasses this one and replaces what it does better; whatever it leaves alone keeps working.

@@ -17,9 +17,11 @@ from typing import Any, ClassVar, Self
 
 import torch
 
+from ....kernels.api.latents import KV_FORMATS, entry_size, write_entries
 from ....kernels.api.ranges import check_ranges
+from ....kernels.api.stack import NotStacked, StackLatentAttention
 from ....kernels.api.types import AttentionBatch, KVLayer, KVProjection, LinearWeights
-from ....kernels.api.uncommon import LATENTS
+from ....kernels.api.uncommon import LATENT_PAGES, LATENTS
 from ....kernels.reference.operations import rope
 from ....kernels.torch.backend import TorchBackend
 from ...checkpoint.config_reader import ConfigReader
@@ -36,7 +38,6 @@ from .kind import (
     Shape,
     linear_layout,
 )
-from .latent_cache import KV_FORMATS, entry_size, readable, write_entries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class MlaWeights(AttentionWeights):
         q_a, q_norm: what queries are made of where that is not the hidden state itself.
         q: queries of all heads, H (N + R) outputs.
         kv_a: latent and shared key, Z + R outputs; kv_norm: of the latent.
-        key_up, value_up: of every head, (H, Z, N) and (H, V, Z), see :meth:`.HeadLinears.head_linear`.
+        key_up, value_up: of every head, (H, Z, N) and (H, V, Z), see :meth:`.LatentOperations.head_linear`.
     """
 
     q: LinearWeights
@@ -136,7 +137,7 @@ class MlaSpec(AttentionSpec):
 
     @property
     def uncommon(self) -> set[str]:
-        return {LATENTS}
+        return {LATENTS, LATENT_PAGES}
 
     @property
     def rotary_channels(self) -> int:
@@ -227,9 +228,9 @@ class MlaSpec(AttentionSpec):
         rotated_TXR = self._rotated(torch.cat((rotated_THR, key_TR[:, None]), 1), batch, context)
         write_entries(latent_TZ, rotated_TXR[:, -1], kv, batch)
         q_THC = torch.cat((backend.head_linear(plain_THN, w.key_up), rotated_TXR[:, :-1]), -1)
-        read, places = readable(kv, batch, self.latent, backend.dtype)
-        out_THC = backend.attention(q_THC, read, places, scale=self.scale, window=self.window)
-        value_THV = backend.head_linear(out_THC[..., : self.latent], w.value_up)
+        shape = {"latent": self.latent, "scale": self.scale, "window": self.window}
+        out_THZ = backend.latent_attention(q_THC, kv, batch, **shape)
+        value_THV = backend.head_linear(out_THZ, w.value_up)
         return backend.linear(value_THV.flatten(1), w.o)
 
     def _cached(
@@ -279,6 +280,30 @@ class MlaSpec(AttentionSpec):
 
     def propagation_flops(self, hidden_size: int) -> int:
         return 2 * hidden_size * self.cached_dim
+
+    def stack_block(self, weights: Any) -> StackLatentAttention:
+        w, norms = weights, (weights.q_norm, weights.kv_norm)
+        if any(norm is not None and norm.dtype != w.kv_a.dtype for norm in norms):
+            raise NotStacked("latent attention with norms of another dtype")
+        return StackLatentAttention(
+            num_heads=self.num_heads,
+            latent=self.latent,
+            plain_dim=self.plain_dim,
+            rotated_dim=self.rotated_dim,
+            value_dim=self.value_dim,
+            q_a=w.q_a,
+            q_norm=w.q_norm,
+            q=w.q,
+            kv_a=w.kv_a,
+            kv_norm=w.kv_norm,
+            key_up=w.key_up,
+            value_up=w.value_up,
+            o=w.o,
+            norm_eps=self.latent_eps,
+            scale=self.scale,
+            interleaved=self.interleaved,
+            window=self.window,
+        )
 
     def projection(self, norm_D: torch.Tensor | None, weights: Any, backend: TorchBackend) -> KVProjection:
         return KVProjection(norm_D=norm_D, kv=weights.kv_a, k_norm=weights.kv_norm)

@@ -31,32 +31,35 @@ void linear(const Context& context, const LinearCall& call) {
   const Gemm& gemm = kernels.gemm[static_cast<int>(call.x.dtype)];
   const int64_t words = gemm.words(call.inputs), blocks = ceil_div(call.outputs, kBlockOutputs);
   const Tiles chunks(call.rows, most_packed_rows(gemm, call.inputs));
-  WorkChunks work(chunks.count, blocks, context.threads);
+  WorkChunks work(call.heads * chunks.count, blocks, context.threads);
   on_all_threads(work.threads(), [&] {
     const Products products(kernels);
     alignas(64) float tile[kMostTileRows * kBlockOutputs];
     char* packed = nullptr;
-    int64_t packed_chunk = -1, first, last;
+    int64_t packed_part = -1, first, last;
     while (work.take(first, last)) {
-      const int64_t chunk = first / blocks, first_row = chunks.start(chunk);
+      const int64_t part = first / blocks, head = part / chunks.count, chunk = part % chunks.count;
+      const int64_t first_row = chunks.start(chunk), x_bytes = head * call.x_head_stride * element_bytes(call.x.dtype);
       const PackedTiles tiles(gemm, chunks.size(chunk), call.inputs);
-      if (packed_chunk != chunk) {
+      if (packed_part != part) {
         packed = scratch(Buffer::rows).get<char>(tiles.bytes());
         for (int64_t t = 0; t < tiles.count; ++t) {
           const void* rows[kMostTileRows];
-          for (int r = 0; r < tiles.size(t); ++r) rows[r] = call.x.at(first_row + tiles.start(t) + r);
+          for (int r = 0; r < tiles.size(t); ++r)
+            rows[r] = static_cast<const char*>(call.x.at(first_row + tiles.start(t) + r)) + x_bytes;
           gemm.pack(tiles.at(packed, t), rows, tiles.size(t), static_cast<int>(call.inputs));
         }
-        packed_chunk = chunk;
+        packed_part = part;
       }
       for (int64_t item = first; item < last; ++item) {
         const int64_t block = item % blocks, output = block * kBlockOutputs;
         const int width = static_cast<int>(std::min<int64_t>(kBlockOutputs, call.outputs - output));
-        const uint32_t* weights = call.weights + block * words * kBlockOutputs;
+        const uint32_t* weights = call.weights + (head * blocks + block) * words * kBlockOutputs;
         for (int64_t t = 0; t < tiles.count; ++t) {
           run_block(gemm, tiles.size(t), tiles.at(packed, t), weights, words, tile, false, item == first, nullptr, t,
                     tiles.count);
-          const int64_t element = (first_row + tiles.start(t)) * call.out_stride + output;
+          const int64_t element =
+              (first_row + tiles.start(t)) * call.out_stride + head * call.out_head_stride + output;
           kernels.store(tile, tiles.size(t), width, call.bias ? call.bias + output : nullptr,
                         static_cast<char*>(call.out) + element * element_bytes(call.out_dtype), call.out_stride,
                         call.out_dtype);

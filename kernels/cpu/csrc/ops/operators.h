@@ -35,6 +35,8 @@ struct LinearCall {
   void* out;
   int64_t out_stride;
   Dtype out_dtype;
+  // Of layers that every head has for itself, whose weights follow each other; they have no bias. Strides in elements.
+  int64_t heads = 1, x_head_stride = 0, out_head_stride = 0;
 };
 void linear(const Context& context, const LinearCall& call);
 // Rows of a packed weight as they were: the embedding of a model whose head is tied to it.
@@ -138,8 +140,32 @@ struct AttentionCall {
   const float* sinks;  // (H): a logit of each head that takes part in the softmax and has no value, or null
   float* lse;          // (T, H): takes the logarithm of the softmax's denominator, sinks included, or null
   float softcap;       // scaled scores s become softcap · tanh(s / softcap); 0: they stay
+  // Values are the first so many channels of the keys, which lie in the same memory; 0: they lie in a cache of their own.
+  // In int8 such an entry has the latent's codes, their scale, and the rest of the key in bf16.
+  int64_t latent = 0;
+
+  int64_t value_channels() const { return latent ? latent : channels; }
 };
 void attention(const Context& context, const AttentionCall& call);
+
+// Latents and the keys that heads share, on their way into the cache.
+struct LatentCall {
+  Rows x;  // (T, latent + rotated)
+  int64_t rows, latent, rotated;
+  const void* norm;  // of latents, x's dtype
+  float eps;
+  const float* cos_sin;
+  bool interleaved;  // see rotate_head
+  const int64_t *positions, *slots;
+  Cache entries;
+  int64_t page_size;
+};
+void write_latents(const Context& context, const LatentCall& call);
+// Rotary embedding of a head, half-split; `interleaved`: channels 0 and 1 make a pair, not 0 and channels / 2. The bits of
+// reference.rope, which rounds every product.
+void rotate_head(const void* in, const float* cos_sin, int64_t channels, bool interleaved, void* out, Dtype dtype);
+// Bytes of an entry behind the latent's codes, in int8.
+inline int64_t latent_tail(int64_t rotated) { return kScaleBytes + 2 * rotated; }
 
 enum class Score : int { softmax = 0, sigmoid = 1, sqrt_softplus = 2, constant = 3 };
 // A number of a row of fp32 or bf16.

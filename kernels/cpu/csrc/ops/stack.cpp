@@ -32,6 +32,10 @@ void Most::count(const Block& block) {
     if (attention->makes_values()) keys = std::max(keys, attention->kv_width());
     if (attention->gate.exists()) gates = std::max(gates, attention->out_width());
     if (attention->norm_after_rotation) channels = std::max(channels, attention->channels);
+  } else if (const auto* latents = std::get_if<LatentBlock>(&block)) {
+    const int64_t entry = latents->entry_channels();
+    qkv = std::max({qkv, latents->query_width(), latents->heads * latents->values});
+    queries = std::max({queries, latents->heads * entry, latents->q_a.outputs + entry});  // also what q_a and kv_a make
   } else if (const auto* mixture = std::get_if<ExpertsBlock>(&block)) {
     experts = std::max(experts, mixture->router.outputs);
     slots = std::max(slots, mixture->slots());
@@ -185,6 +189,8 @@ bool run_layers(const Context& context, const Stack& stack, int64_t first, int64
         continue;
       } else if (const auto* attention = std::get_if<AttentionBlock>(&block)) {
         attend(run, *attention, layer);
+      } else if (const auto* latents = std::get_if<LatentBlock>(&block)) {
+        attend_latents(run, *latents, layer);
       } else if (const auto* mixture = std::get_if<ExpertsBlock>(&block)) {
         feed_forward(run, *mixture, layer, entropy, share);
       } else {
@@ -194,7 +200,8 @@ bool run_layers(const Context& context, const Stack& stack, int64_t first, int64
       }
       boundary.normed = false;
       const auto* mixture = std::get_if<ExpertsBlock>(&block);
-      const bool leaves = mixture || std::holds_alternative<AttentionBlock>(block);
+      const bool leaves =
+          mixture || std::holds_alternative<AttentionBlock>(block) || std::holds_alternative<LatentBlock>(block);
       const bool added = mixture && mixture->apart;  // by itself
       if (leaves && !added && stack.add_up) stack.add_up(work.pending, rows * stack.shape.hidden);
       pending = leaves ? work.pending : nullptr;

@@ -97,6 +97,21 @@ struct AttentionBlock {
   int64_t reach() const { return window && chunk ? std::min(window, chunk) : std::max(window, chunk); }
 };
 
+// Multi-head latent attention over the rows that are read; see dynamic/model/attention/mla.py.
+struct LatentBlock {
+  int64_t heads, latent, plain, rotated, values;  // channels of a latent, of a query's parts, and of a head's values
+  Projection q_a, q, kv_a, o;                     // without q_a, queries are made of the rows that are read
+  const void *q_norm, *kv_norm;                   // of what q_a makes, or null; of latents
+  const uint32_t *key_up, *value_up;              // of every head
+  float eps, scale;
+  bool interleaved;
+  int64_t window;
+  int64_t table;  // of rotations, among those of the step
+
+  int64_t query_width() const { return heads * (plain + rotated); }
+  int64_t entry_channels() const { return latent + rotated; }
+};
+
 // Experts, without what depends on the rows.
 struct Ffn {
   ExpertsCall call;
@@ -128,7 +143,7 @@ struct ExpertsBlock {
   int64_t slots() const { return rule.top_k + always_on; }  // of a row
 };
 
-using Block = std::variant<NormBlock, ReadBlock, AddBlock, OutNormBlock, ScaleBlock, AttentionBlock, ExpertsBlock>;
+using Block = std::variant<NormBlock, ReadBlock, AddBlock, OutNormBlock, ScaleBlock, AttentionBlock, LatentBlock, ExpertsBlock>;
 
 struct Layer {
   std::vector<Block> blocks;
@@ -212,11 +227,14 @@ struct Stack {
   int64_t widest_window() const {
     int64_t widest = 0;
     for (const Layer& layer : layers)
-      for (const Block& block : layer.blocks)
-        if (const auto* attention = std::get_if<AttentionBlock>(&block)) {
-          if (!attention->reach()) return 0;
-          widest = std::max(widest, attention->reach());
-        }
+      for (const Block& block : layer.blocks) {
+        const auto* attention = std::get_if<AttentionBlock>(&block);
+        const auto* latents = std::get_if<LatentBlock>(&block);
+        if (!attention && !latents) continue;
+        const int64_t reach = attention ? attention->reach() : latents->window;
+        if (!reach) return 0;
+        widest = std::max(widest, reach);
+      }
     return widest;
   }
 

@@ -39,6 +39,7 @@ Block StackWeights::block_of(NamedBlock& named, int64_t hidden) {
   if (kind == "add") return AddBlock{};
   if (kind == "scale") return ScaleBlock{floats(keep(named.tensor("factor")), 1, "factor")};
   if (kind == "attention") return attention(named, hidden);
+  if (kind == "latents") return latents(named, hidden);
   TORCH_CHECK_VALUE(kind == "experts", "a stack knows no block of kind '", kind, "'");
   return experts(named, hidden);
 }
@@ -115,6 +116,41 @@ void StackWeights::attention_parts(NamedBlock& named, int64_t hidden, AttentionB
   if (const int64_t period = named.integer("growth_period", 0))
     block.growth = Growth{named.number("growth_rate", 0.0), size_of(period, "growth_period"),
                           size_of(named.integer("growth_offset", 0), "growth_offset", 0)};
+}
+
+LatentBlock StackWeights::latents(NamedBlock& named, int64_t hidden) {
+  LatentBlock block{};
+  block.heads = size_of(named.integer("heads"), "heads");
+  block.latent = size_of(named.integer("latent"), "latent");
+  block.plain = size_of(named.integer("plain"), "plain");
+  block.rotated = size_of(named.integer("rotated"), "rotated");
+  block.values = size_of(named.integer("values"), "values");
+  TORCH_CHECK_VALUE(block.rotated % 2 == 0, "rotated must be even, not ", block.rotated);
+  size_of(block.heads * (block.entry_channels() + block.plain + block.values), "heads times channels");
+  block.eps = named.number("eps");
+  block.scale = named.number("scale");
+  block.interleaved = named.integer("interleaved") != 0;
+  block.window = size_of(named.integer("window"), "window", 0);
+  block.table = size_of(named.integer("table", 0), "table", 0);
+  int64_t made_of = hidden;  // channels that queries are made of
+  if (const OptionalTensor q_a = named.optional("q_a")) {
+    made_of = size_of(named.integer("rank"), "rank");
+    block.q_a = projection(*q_a, named.optional("q_a_bias"), hidden, made_of, "q_a", named.layout("q_a"));
+  }
+  if (const OptionalTensor norm = named.optional("q_norm")) block.q_norm = plain(*norm, made_of, "q_norm");
+  block.q = projection(named.tensor("q"), named.optional("q_bias"), made_of, block.query_width(), "q", named.layout("q"));
+  block.kv_a = projection(named.tensor("kv_a"), named.optional("kv_a_bias"), hidden, block.entry_channels(), "kv_a",
+                          named.layout("kv_a"));
+  block.kv_norm = plain(named.tensor("kv_norm"), block.latent, "kv_norm");
+  block.o = projection(named.tensor("o"), named.optional("o_bias"), block.heads * block.values, hidden, "o",
+                       named.layout("o"));
+  const Gemm& gemm = context_of(isa_).kernels->gemm[static_cast<int>(dtype())];
+  const auto up = [&](const char* name, int64_t outputs, int64_t inputs) {
+    return words(keep(named.tensor(name)), block.heads * packed_words(gemm, outputs, inputs), name);
+  };
+  block.key_up = up("key_up", block.latent, block.plain);
+  block.value_up = up("value_up", block.values, block.latent);
+  return block;
 }
 
 Ffn StackWeights::ffn(NamedBlock& named, const std::string& prefix, int64_t count, int64_t hidden,

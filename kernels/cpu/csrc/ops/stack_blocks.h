@@ -96,6 +96,7 @@ class StackWeights {
   // Of the tensors whose names begin like this; `stream`: it may be a layer norm.
   Norm norm(NamedBlock& named, int64_t hidden, const std::string& prefix, bool stream);
   AttentionBlock attention(NamedBlock& named, int64_t hidden);
+  LatentBlock latents(NamedBlock& named, int64_t hidden);
   void attention_parts(NamedBlock& named, int64_t hidden, AttentionBlock& block);
   // So many experts whose names begin like this; `down_per_expert`: their biases stay apart.
   Ffn ffn(NamedBlock& named, const std::string& prefix, int64_t count, int64_t hidden, bool down_per_expert);

@@ -43,6 +43,11 @@ class CacheHolder : public torch::CustomClassHolder {
     TORCH_CHECK_VALUE(attention.chunk % caches_.page_size == 0, "pages of ", caches_.page_size,
                       " tokens do not divide chunks of ", attention.chunk);
   }
+  void check(size_t layer, const LatentBlock& block, Dtype dtype) const {
+    const Cache entries = entries_of(keys_[layer], block.latent, block.rotated);
+    TORCH_CHECK_VALUE(entries.dtype == Dtype::int8 || entries.dtype == dtype, "a cache of ", keys_[layer].scalar_type(),
+                      " does not fit the model");
+  }
   const Caches& with(const Tensors& tables) {
     caches_.tables.clear();
     for (const Tensor& table : tables) caches_.tables.push_back(contiguous_data<float>(table, at::kFloat, "cos_sin"));
@@ -217,15 +222,22 @@ class StackHolder : public torch::CustomClassHolder {
       TORCH_CHECK_VALUE(table.dim() == 2 && tables[0].dim() == 2 && table.size(0) == tables[0].size(0),
                         "rotary tables must be of one length, not ", table.sizes(), " and ", tables[0].sizes());
     for (size_t layer = 0; layer < stack_.layers.size(); ++layer) {
+      if (const auto* latents = stack_.layers[layer].find<LatentBlock>()) {
+        cache.check(layer, *latents, stack_.shape.dtype);
+        check_table(tables, latents->table, latents->rotated);
+      }
       const auto* attention = stack_.layers[layer].find<AttentionBlock>();
       if (!attention) continue;
       cache.check(layer, *attention);
-      TORCH_CHECK_VALUE(attention->table < static_cast<int64_t>(tables.size()), "table ", attention->table, " is not among ",
-                        tables.size());
-      TORCH_CHECK_VALUE(tables[attention->table].size(1) == attention->channels, "rotary table of shape ",
-                        tables[attention->table].sizes(), " does not fit heads of ", attention->channels);
+      check_table(tables, attention->table, attention->channels);
     }
     return cache.with(tables);
+  }
+
+  static void check_table(const Tensors& tables, int64_t number, int64_t channels) {
+    TORCH_CHECK_VALUE(number < static_cast<int64_t>(tables.size()), "table ", number, " is not among ", tables.size());
+    TORCH_CHECK_VALUE(tables[number].size(1) == channels, "rotary table of shape ", tables[number].sizes(),
+                      " does not fit heads of ", channels);
   }
 
   Budget budget_of(int64_t rows, const OptionalTensor& keep, const OptionalTensor& cap,

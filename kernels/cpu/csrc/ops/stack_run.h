@@ -66,6 +66,8 @@ inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 
 // From what is read to what attention adds to the residual stream.
 void attend(Run& run, const AttentionBlock& block, int64_t layer);
+// The same of latent attention.
+void attend_latents(Run& run, const LatentBlock& block, int64_t layer);
 // The same of experts. `entropy`, if given, takes `share` of each router's.
 void feed_forward(Run& run, const ExpertsBlock& block, int64_t layer, float* entropy, float share);
 

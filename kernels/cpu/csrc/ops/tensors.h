@@ -112,6 +112,14 @@ inline Cache cache_of(const Tensor& t, int64_t channels, const char* name) {
   return {t.data_ptr(), dtype, t.stride(0), t.stride(1), t.stride(2)};
 }
 
+// Latents with the keys that heads share: floating, or codes, their scale and a key of 16 bits.
+inline Cache entries_of(const Tensor& t, int64_t latent, int64_t rotated) {
+  TORCH_CHECK_VALUE(t.dim() == 4 && t.size(1) == 1 && t.stride(3) == 1, "entries must be of one head with contiguous "
+                    "channels, not of shape ", t.sizes(), " and strides ", t.strides());
+  const bool coded = t.scalar_type() == at::kChar;
+  return cache_of(t, coded ? latent + 2 * rotated : latent + rotated, "entries");
+}
+
 inline const ExpertLayout& checked_layout(const ExpertLayout& layout) {
   size_of(layout.experts, "experts");
   size_of(layout.hidden, "hidden size");

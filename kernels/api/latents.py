@@ -1,9 +1,10 @@
 """How the cache keeps latents and the keys that heads share: one entry per token, kernels' keys and values at once.
 
 In 8 bits the latent is int8 with one scale per token (``kv_codes.py``), and the rotated key behind it stays bfloat16:
-positions are told apart by it. What a step reads of such a cache becomes floating before kernels see it.
+positions are told apart by it.
 
-Shape suffixes as in :mod:`.mla`; X the elements of an entry, U pages that a step reads.
+Shape suffixes as in ``types.py``, and
+    Z channels of a latent    R channels of the key behind it    X elements of an entry    U pages that a step reads
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from dataclasses import replace
 
 import torch
 
-from ....kernels.api.kv_codes import SCALE_BYTES, quantize
-from ....kernels.api.types import AttentionBatch, KVLayer
+from .kv_codes import SCALE_BYTES, quantize
+from .types import AttentionBatch, KVLayer
 
 KV_FORMATS = ("auto", "int8")
 _KEY_BYTES = 2  # of a channel of the shared key, where latents are codes
