@@ -166,6 +166,8 @@ def pack_layer(
         **packed_router_tensors(layer.router_tensors, backend.device, backend.dtype),
         shared=None if layer.shared is None else ffn(layer.shared),
         shared_gate=None if layer.shared_gate_1D is None else linear(layer.shared_gate_1D),
+        latent_in=None,  # only of models with states, which are not written
+        latent_out=None,
     )
 
 
