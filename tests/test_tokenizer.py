@@ -167,6 +167,23 @@ def test_settings_that_do_not_fit_the_tokenizer(
         Tokenizer.from_directory(path)
 
 
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "Qwen2TokenizerFast", None])
+def test_a_space_in_front_that_transformers_leaves_out(checkpoint: Path, tmp_path: Path, kind: str | None) -> None:
+    path = copy_with(checkpoint, tmp_path / "t")
+    file = json.loads((path / "tokenizer.json").read_text())
+    file["pre_tokenizer"]["add_prefix_space"] = True
+    (path / "tokenizer.json").write_text(json.dumps(file))
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    settings.pop("add_prefix_space", None)
+    (path / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": kind}))
+    if kind is not None:
+        with pytest.raises(ValueError, match=r"add_prefix_space=False, but tokenizer\.json says True"):
+            Tokenizer.from_directory(path)
+        return
+    tokenizer = Tokenizer.from_directory(path)
+    assert tokenizer.encode("ab") == tokenizer.encode(" ab")
+
+
 @pytest.mark.parametrize(
     "name", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json", "chat_template.jinja"]
 )

@@ -22,6 +22,10 @@ _MODEL_KEYS = frozenset(
 )
 # Tokenizers of transformers that leave a tokenizer.json as it is; others apply add_prefix_space to it.
 _PLAIN_CLASSES = (None, "PreTrainedTokenizerFast", "TokenizersBackend", "LlamaTokenizer", "LlamaTokenizerFast")
+# Tokenizers of transformers that put no space in front unless they are told to, whatever a tokenizer.json says.
+_NO_PREFIX_CLASSES = frozenset(
+    f"{name}Tokenizer{fast}" for name in ("GPT2", "Qwen2", "Cohere", "GPTNeoX", "CodeGen") for fast in ("", "Fast")
+)
 _TOKEN_KEYS = frozenset({"id", "content", "single_word", "lstrip", "rstrip", "normalized", "special"})
 _OLDER_KEYS = frozenset({"add_prefix_space", "str_rep"})  # under which older files say what newer keys say
 
@@ -89,8 +93,10 @@ def check_settings(file: Path, settings: Mapping[str, Any], backend: tokenizers.
     for name in ("add_prefix_space", "split_special_tokens"):
         if not isinstance(value := settings.get(name), bool | None):
             raise ValueError(f"{file}: {name} must be true or false, not {str(value)[:100]!r}")
-    prefix = settings.get("add_prefix_space")
-    if prefix is None or settings.get("tokenizer_class") in _PLAIN_CLASSES or backend.pre_tokenizer is None:
+    prefix, kind = settings.get("add_prefix_space"), settings.get("tokenizer_class")
+    if prefix is None and kind in _NO_PREFIX_CLASSES:
+        prefix = False
+    if prefix is None or kind in _PLAIN_CLASSES or backend.pre_tokenizer is None:
         return
     steps = json.loads(backend.pre_tokenizer.__getstate__())
     for step in steps.get("pretokenizers", [steps]):
