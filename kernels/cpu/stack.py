@@ -118,6 +118,8 @@ class CpuStack:
         """Checked once: with tens of layers that takes longer than a small layer."""
         native = kv.native if isinstance(kv, KVLayers) else None
         if native is None:
+            if len(kv) != len(self._attentions):
+                raise ValueError(f"there must be keys and values of every layer, not of {len(kv)}")
             pairs = [layer.keys_BGPC for layer in kv], [layer.values_BGPC for layer in kv]
             channels = [_channels(block, layer) for block, layer in zip(self._attentions, kv, strict=True)]
             native = torch.classes.dynamoe_cpu.Cache(*pairs, channels)
