@@ -146,6 +146,7 @@ ODD_SETTINGS = [
     ("tokenizer_config.json", {"added_tokens_decoder": [5]}, r"added_tokens_decoder must be tokens by id, not \[5\]"),
     ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "a"}}}, "added_tokens_decoder must be tokens"),
     ("tokenizer_config.json", {"extra_special_tokens": "ab"}, "extra_special_tokens must be tokens, not 'ab'"),
+    ("tokenizer_config.json", {"tokenizer_class": {"a": {}}}, "tokenizer_class must be a text"),
     ("tokenizer_config.json", {"split_special_tokens": "yes"}, "split_special_tokens must be true or false"),
     (
         "tokenizer_config.json",

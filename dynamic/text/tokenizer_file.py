@@ -94,6 +94,8 @@ def check_settings(file: Path, settings: Mapping[str, Any], backend: tokenizers.
         if not isinstance(value := settings.get(name), bool | None):
             raise ValueError(f"{file}: {name} must be true or false, not {str(value)[:100]!r}")
     prefix, kind = settings.get("add_prefix_space"), settings.get("tokenizer_class")
+    if not isinstance(kind, str | None):
+        raise ValueError(f"{file}: tokenizer_class must be a text, not {str(kind)[:100]!r}")
     if prefix is None and kind in _NO_PREFIX_CLASSES:
         prefix = False
     if prefix is None or kind in _PLAIN_CLASSES or backend.pre_tokenizer is None:
