@@ -34,7 +34,8 @@ DOCUMENT = Path(__file__).parents[1] / "docs" / "models.md"
 PARITY = ("attention", "gpt_oss", "granite_swa", "latent", "nemotron", "norms", "shared", "states")
 EXACT, CLOSE, REFUSED, NONE = "exact", "within tolerance", "refused", "—"
 # Median over rows of the cosine between the logits and those of float32: of random weights, which quantise badly.
-LEAST = {"bfloat16": 0.995, "int8": 0.97, "int4": 0.5, "int8 cache": 0.99}
+LEAST = {"bfloat16": 0.995, "int8": 0.97, "int4": 0.6, "int8 cache": 0.99}
+LEAST_OF = {("kimi_linear", "int4"): 0.5}  # measured: 0.56
 
 
 def variants() -> dict[str, Variant]:
@@ -107,7 +108,8 @@ def row(variant: Variant, reference: Callable[[Path], Any]) -> dict[str, str]:
         def close(name: str, **options: Any) -> Callable[[], str]:
             def cell() -> str:
                 cosines = torch.cosine_similarity(logits(directory, **options), exact, dim=-1)
-                assert cosines.median() > LEAST[name], f"{variant}, {name}: {cosines.median()}"
+                least = LEAST_OF.get((variant.family, name), LEAST[name])
+                assert cosines.median() > least, f"{variant}, {name}: {cosines.median()}"
                 return CLOSE
 
             return cell

@@ -20,7 +20,7 @@ from ....kernels.reference.elementwise import sigmoid, softplus
 from ...checkpoint.config_reader import ConfigReader
 from ..family import Family
 from ..norms import TensorLayout
-from .kind import AttentionContext, AttentionCuts, AttentionLayout, Shape, linear_layout
+from .kind import AttentionContext, AttentionLayout, Shape, linear_layout
 from .states import StateSpec, StateWeights, check_activation
 
 _CONVOLUTIONS = ("q_conv1d", "k_conv1d", "v_conv1d")
@@ -143,14 +143,6 @@ class KimiDeltaSpec(StateSpec):
         step_TH = sigmoid(step_TH.float())
         out_THV = backend.recurrence(q_THC, k_THC, v_THV, decay_THC, step_TH, memory_NHCV, batch, delta_rule=True)
         return out_THV, backend.linear(gate_TC.contiguous(), weights.gate).float()
-
-    def part(self, parts: int, part: int) -> Self:
-        if parts > 1:
-            raise ValueError(f"parallel.tensor={parts}: layers of kind {self.kind!r} are not shared out")
-        return self
-
-    def cuts(self, layout: AttentionLayout, parts: int, part: int) -> AttentionCuts:
-        return AttentionCuts(outputs={}, inputs={})
 
     def flops(self, hidden_size: int) -> int:
         return self.propagation_flops(hidden_size) + 2 * hidden_size * self.size

@@ -18,7 +18,7 @@ from ....kernels.reference.elementwise import silu, softplus
 from ...checkpoint.config_reader import ConfigReader
 from ..family import Family
 from ..norms import TensorLayout
-from .kind import AttentionContext, AttentionCuts, AttentionLayout, Shape, linear_layout
+from .kind import AttentionContext, AttentionLayout, Shape, linear_layout
 from .states import StateSpec, StateWeights, check_activation, with_taps_first
 
 _NORMS = {"step_norm": "dt_layernorm", "in_norm": "b_layernorm", "out_norm": "c_layernorm"}
@@ -160,14 +160,6 @@ class Mamba1Spec(StateSpec):
             q_T1C, k_T1C, mixed_TX[..., None], decay_TXC, step_TX, memory_NXC1, batch, delta_rule=False
         )
         return out_TX1[..., 0] + mixed_TX * weights.skip_X, gate_TX
-
-    def part(self, parts: int, part: int) -> Self:
-        if parts > 1:
-            raise ValueError(f"parallel.tensor={parts}: layers of kind {self.kind!r} are not shared out")
-        return self
-
-    def cuts(self, layout: AttentionLayout, parts: int, part: int) -> AttentionCuts:
-        return AttentionCuts(outputs={}, inputs={})
 
     def flops(self, hidden_size: int) -> int:
         return self.propagation_flops(hidden_size) + 2 * hidden_size * self.num_heads
