@@ -42,7 +42,7 @@ types: $(VENV)/.dev ## types: pyright on the package
 bench: $(VENV)/.run ## time MODEL at several concurrencies (ARGS='bench.output_len=32')
 	@$(BIN)/dynamoe bench model=$(MODEL) $(ARGS)
 
-certificates: $(VENV)/.test ## calibrate tiny again and ship the certificates (an hour; resumable)
+certificates: $(VENV)/.test ## calibrate tiny again and ship the certificates (resumable)
 	$(BIN)/python benchmarks/shipped_certificates.py $(ARGS)
 
 clean: ## remove what make made, the virtual environment too

@@ -14,9 +14,10 @@ ROWS = {text.split("`")[1]: text for text in models_table.DOCUMENT.read_text().s
 EVERY = sorted(set(FAMILIES) - {"dynamoe"})
 
 
-def test_every_family_has_a_row_and_a_checkpoint() -> None:
+def test_every_family_has_a_row_and_a_checkpoint_and_bounds_are_those_of_the_page() -> None:
     assert sorted(ROWS) == EVERY
     assert set(EVERY) <= set(models_table.variants())
+    assert f"\n\n{models_table.bounds()}\n\n" in models_table.DOCUMENT.read_text()
     assert all(len(text.split("|")) == len(models_table.COLUMNS) + 3 for text in ROWS.values())
 
 
