@@ -84,10 +84,10 @@ def test_prefixes_are_found_by_full_blocks_and_leave_a_token_to_compute() -> Non
     cache = PrefixCache(pool, 4, enabled=True)
     first = make_sequence(list(range(12)))
     fill(pool, cache, first)
-    assert cache.lookup(make_sequence([*range(12), 99])) == list(first.pages)
-    assert cache.lookup(make_sequence(list(range(12)))) == list(first.pages[:2])  # all 12 cached, the last must run
-    assert cache.lookup(make_sequence([*range(7), 99, *range(8, 13)])) == list(first.pages[:1])
-    assert cache.lookup(make_sequence([99, *range(1, 13)])) == []
+    assert cache.lookup(make_sequence([*range(12), 99]))[0] == list(first.pages)
+    assert cache.lookup(make_sequence(list(range(12))))[0] == list(first.pages[:2])  # all 12 cached, the last must run
+    assert cache.lookup(make_sequence([*range(7), 99, *range(8, 13)]))[0] == list(first.pages[:1])
+    assert cache.lookup(make_sequence([99, *range(1, 13)]))[0] == []
 
 
 def test_a_block_is_found_only_behind_the_same_blocks() -> None:
@@ -95,27 +95,27 @@ def test_a_block_is_found_only_behind_the_same_blocks() -> None:
     cache = PrefixCache(pool, 2, enabled=True)
     fill(pool, cache, make_sequence([1, 2, 3, 4]))
     fill(pool, cache, make_sequence([3, 4, 1, 2]))
-    assert len(cache.lookup(make_sequence([3, 4, 3, 4, 5]))) == 1
+    assert len(cache.lookup(make_sequence([3, 4, 3, 4, 5]))[0]) == 1
 
 
 def test_salts_keep_requests_apart() -> None:
     pool = BlockPool(20)
     cache = PrefixCache(pool, 2, enabled=True)
     fill(pool, cache, make_sequence([1, 2, 3], salt="tenant"))
-    assert cache.lookup(make_sequence([1, 2, 3])) == []
-    assert cache.lookup(make_sequence([1, 2, 3], salt="")) == []
-    assert cache.lookup(make_sequence([1, 2, 3], salt="other")) == []
-    assert len(cache.lookup(make_sequence([1, 2, 3], salt="tenant"))) == 1
+    assert cache.lookup(make_sequence([1, 2, 3]))[0] == []
+    assert cache.lookup(make_sequence([1, 2, 3], salt=""))[0] == []
+    assert cache.lookup(make_sequence([1, 2, 3], salt="other"))[0] == []
+    assert len(cache.lookup(make_sequence([1, 2, 3], salt="tenant"))[0]) == 1
 
 
 def test_requests_with_prompt_logprobs_and_switched_off_caches_find_nothing() -> None:
     pool = BlockPool(20)
     cache = PrefixCache(pool, 2, enabled=True)
     fill(pool, cache, make_sequence([1, 2, 3]))
-    assert cache.lookup(make_sequence([1, 2, 3], prompt_logprobs=0)) == []
+    assert cache.lookup(make_sequence([1, 2, 3], prompt_logprobs=0))[0] == []
     off = PrefixCache(BlockPool(20), 2, enabled=False)
     fill(off.pool, off, make_sequence([1, 2, 3]))
-    assert off.lookup(make_sequence([1, 2, 3])) == []
+    assert off.lookup(make_sequence([1, 2, 3]))[0] == []
 
 
 def test_a_sequence_that_was_approximate_takes_no_exact_page_beyond_that_point() -> None:
@@ -123,9 +123,9 @@ def test_a_sequence_that_was_approximate_takes_no_exact_page_beyond_that_point()
     cache = PrefixCache(pool, 4, enabled=True)
     exact, early = make_sequence(list(range(18))), make_sequence(list(range(18)))
     fill(pool, cache, exact)
-    assert cache.lookup(early) == list(exact.pages[:4])
+    assert cache.lookup(early)[0] == list(exact.pages[:4])
     early.first_approximate = 9  # it lost its pages and is computed again
-    assert cache.lookup(early) == list(exact.pages[:2])
+    assert cache.lookup(early)[0] == list(exact.pages[:2])
 
 
 def test_approximate_pages_can_neither_be_found_nor_shared() -> None:
@@ -134,7 +134,7 @@ def test_approximate_pages_can_neither_be_found_nor_shared() -> None:
     sequence = make_sequence(list(range(18)))
     sequence.first_approximate = 9
     fill(pool, cache, sequence)
-    assert cache.lookup(make_sequence(list(range(18)))) == list(sequence.pages[:2])
+    assert cache.lookup(make_sequence(list(range(18))))[0] == list(sequence.pages[:2])
     page = sequence.pages[3]
     pool.mark_approximate(page)
     with pytest.raises(AssertionError, match="approximate and cannot be found"):

@@ -210,6 +210,7 @@ def test_copies_and_rows_that_exit_survive_their_way() -> None:
     batch = rows_to_write(torch.tensor([5, 6, 2]), torch.tensor([21, 22, 9]), 6, torch.tensor([3, 3, 0]))
     found = read_exited(decode(exit_message(1, 2, batch).encode()))
     assert found.state_runs == batch.state_runs == [(3, 0, 2, False, -1), (0, 2, 3, False, -1)]
+    assert found.max_query_len == batch.max_query_len == 2  # by which kernels of GPUs size their grids
     assert (found.positions_T.tolist(), found.slots_T.tolist()) == ([5, 6, 2], [21, 22, 9])
     plain = rows_to_write(torch.tensor([5]), torch.tensor([21]), 6)
     assert read_exited(decode(exit_message(1, 2, plain).encode())).state_slots_S is None

@@ -133,6 +133,30 @@ def test_rows_beside_a_restored_sequence_stay_what_they_are(model_of: ModelOf) -
     assert engine.stats().prefix_cache_hits == 48
 
 
+def test_states_behind_an_output_that_was_computed_again_stay(model_of: ModelOf) -> None:
+    """A sequence loses its pages and its states behind its output, and keeps them behind the same page again."""
+    model = model_of(VARIANTS[0])
+    (prompt,) = random_prompts([20], seed=7)
+    plain = engine_of(model, enable_prefix_caching=False)
+    output = [token for token, _ in answers(plain, [prompt])[0][0]]
+    engine = engine_of(model)
+    params = SamplingParams(temperature=1.0, seed=5, max_tokens=OUTPUT, ignore_eos=True)
+    engine.add_request("it", prompt, params)
+    scheduler = engine.scheduler
+    while engine.has_unfinished():
+        engine.step()
+        if scheduler.running and scheduler.running[0].num_computed == 42:
+            snapshots = scheduler.cache._snapshots
+            assert snapshots is not None
+            taken = [slot for slot in iter(snapshots.take, None) if slot is not None]
+            for slot in taken:
+                snapshots.release(slot)
+            scheduler._preempt(scheduler.running[0])
+    assert scheduler.preemptions == 1
+    follow_up = [*prompt, *output, 5, 6]
+    assert hits(engine, follow_up, answers(plain, [follow_up])) == 40
+
+
 def test_states_that_are_not_exact_are_not_kept() -> None:
     pool = BlockPool(8)
     snapshots = StateSnapshots(range(2, 6), PAGE, longest=64)
@@ -147,5 +171,5 @@ def test_states_that_are_not_exact_are_not_kept() -> None:
     cache.publish(sequence, 0)
     cache.publish_states(entry)
     assert pool.find(sequence.block_digests[2]) == sequence.pages[2]
-    assert cache.lookup(make_sequence(list(range(40)))) == []
+    assert cache.lookup(make_sequence(list(range(40))))[0] == []
     assert {snapshots.take() for _ in range(4)} == set(range(2, 6))

@@ -25,13 +25,13 @@ def count_pages(
 ) -> tuple[int, int]:
     """How many pages the pool gets, as many in each KV shard, and how many snapshots of recurrent states are kept.
 
-    States of ``max_num_seqs`` sequences come out of the same memory first. Snapshots of them get a quarter at most of
-    what is left, beside the pages of one sequence where its longest length is given.
+    States of ``max_num_seqs`` sequences come out of the same memory first, in each KV shard. Snapshots of them get a
+    quarter at most of what is left, beside the pages of one sequence where its longest length is given.
 
     Raises:
         ValueError: when the memory holds no page for each KV shard.
     """
-    state_bytes = bytes_per_sequence(spec)
+    state_bytes = bytes_per_sequence(spec) * kv_shards
     states = state_bytes * config.max_num_seqs
     page_bytes = bytes_per_page(spec, dtype, config.block_size)
     longest = min(config.max_model_len or spec.max_position, spec.max_position)
@@ -45,7 +45,7 @@ def count_pages(
     if config.kv_memory is None:
         typical = -(-min(longest, TYPICAL_TOKENS) // config.block_size)
         pages = min(pages, max(config.max_num_seqs * typical, least))
-    elif pages * page_bytes > (free := available_memory(device)):
+    elif pages * page_bytes + states + snapshots * state_bytes > (free := available_memory(device)):
         raise ValueError(f"engine.kv_memory={config.kv_memory} is more than the {free} bytes that are free")
     if pages < kv_shards:
         many = f"{kv_shards} pages, one for each KV shard" if kv_shards > 1 else "page"

@@ -72,7 +72,7 @@ class Engine:
         kv_shards, device = decoder.kv_shards, torch.device(decoder.device)
         num_pages, num_snapshots = count_pages(config, spec, decoder.kv_dtype, device, kv_shards)
         num_states = config.max_num_seqs + num_snapshots
-        self._state_bytes = bytes_per_sequence(spec) * num_states
+        self._state_bytes = bytes_per_sequence(spec) * num_states * kv_shards
         self.max_model_len = longest_sequence(config, spec, num_pages // kv_shards)
         pool = BlockPool(num_pages, kv_shards)
         states = StateSlots(config.max_num_seqs) if spec.has_states else None

@@ -33,20 +33,24 @@ class PrefixCache:
         self.enabled = enabled
         self._snapshots = snapshots
 
-    def lookup(self, sequence: Sequence, kv_shard: int = 0) -> list[int]:
+    def lookup(self, sequence: Sequence, kv_shard: int = 0) -> tuple[list[int], int]:
         """Pages of a KV shard that hold the beginning of a sequence's tokens. At least one token is left to compute.
+
+        With recurrent states, only pages up to the last one with states behind it can be shared; the second value is
+        how many there are.
 
         They are exact, so a sequence that was approximate before it lost its pages takes none beyond that point.
         """
         pages = self._found(sequence, kv_shard)
+        found = len(pages)
         if self._snapshots is not None:
             digests = sequence.block_digests
             while pages and self._snapshots.find(kv_shard, digests[len(pages) - 1]) is None:
                 pages.pop()
-        return pages
+        return pages, found
 
     def _found(self, sequence: Sequence, kv_shard: int) -> list[int]:
-        """As :meth:`lookup`, whether there are states behind the pages or not."""
+        """The pages of :meth:`lookup`, whether there are states behind them or not."""
         request = sequence.request
         if not self.enabled or not request.prompt_logprobs_complete:
             return []  # logprobs of the prompt need every position to run
@@ -63,7 +67,6 @@ class PrefixCache:
     def states_behind(self, sequence: Sequence, blocks: int) -> int:
         """The slot of the states behind so many blocks that :meth:`lookup` found in the sequence's KV shard."""
         assert self._snapshots is not None
-        sequence.num_shared = len(self._found(sequence, sequence.kv_shard)) * self.page_size
         slot = self._snapshots.find(sequence.kv_shard, sequence.block_digests[blocks - 1]) if blocks else NO_SLOT
         assert slot is not None, f"there are no states behind {blocks} blocks"
         return slot

@@ -19,10 +19,14 @@ _rank = attrgetter("rank")
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Room for a sequence: pages that hold its beginning, how many it needs beside, how many are free now."""
+    """Room for a sequence: pages that hold its beginning, how many it needs beside, how many are free now.
+
+    ``found`` pages are there that hold its beginning; without states behind them not all can be shared.
+    """
 
     kv_shard: int
     shared: list[int]
+    found: int
     new: int
     free: int
 
@@ -175,6 +179,7 @@ class Scheduler:
         sequence.pages.extend(self.pool.allocate(place.kv_shard) for _ in range(place.new))
         sequence.num_computed = len(shared) * self.page_size
         if self.states is not None:
+            sequence.num_shared = place.found * self.page_size
             kept = self.cache.states_behind(sequence, len(shared))
             sequence.state_slot = self.states.take() if kept == NO_SLOT else self.states.take_copy(kept)
         if self.eviction is not None:
@@ -190,12 +195,12 @@ class Scheduler:
 
     def _place(self, sequence: Sequence, kv_shard: int) -> _Place | None:
         """What a waiting sequence would get in a KV shard; None if there is no room for it."""
-        shared, free = self.cache.lookup(sequence, kv_shard), self.pool.free_in(kv_shard)
+        (shared, found), free = self.cache.lookup(sequence, kv_shard), self.pool.free_in(kv_shard)
         new = -(-sequence.num_tokens // self.page_size) - len(shared)
         taken = new + sum(self.pool.references(page) == 0 for page in shared)
         # One page in reserve for each running sequence: else an admission is soon followed by a preemption.
         reserve = self.running if self.pool.kv_shards == 1 else [s for s in self.running if s.kv_shard == kv_shard]
-        return None if taken + len(reserve) > free else _Place(kv_shard, shared, new, free)
+        return None if taken + len(reserve) > free else _Place(kv_shard, shared, found, new, free)
 
     def computed(self, entry: Entry) -> None:
         """Record that an entry has run."""
@@ -263,6 +268,7 @@ class Scheduler:
             self.states.release(sequence.state_slot)
             sequence.state_slot = NO_SLOT
         sequence.first_page = 0
+        sequence.output_digest = None
         sequence.num_computed = sequence.num_evicted = 0
         sequence.kept_blocks.clear()
         sequence.skipped_experts = 0

@@ -161,6 +161,9 @@ def _runs(entries: list[Entry], has_states: bool) -> Iterator[tuple[tuple[Sequen
     """
     for entry in entries:
         sequence, start, end = entry.sequence, entry.start, entry.start + entry.count
+        if entry.count == 1:
+            yield (sequence, start, 1), entry.kept[0][1] if entry.kept else NO_SLOT
+            continue
         kept = dict(entry.kept)
         ends = {end, *kept}
         if not has_states and entry.count > 1 and sequence.exit_logits_E is not None:

@@ -171,7 +171,13 @@ def rows_to_write(
     ends_S = counts_S.cumsum(0)
     starts_S1 = torch.cat((ends_S.new_zeros(1), ends_S))
     lengths_S = positions_R[ends_S - 1] + 1
-    return replace(batch, query_start_S1=starts_S1.int(), context_len_S=lengths_S.int(), state_slots_S=slots_S)
+    return replace(
+        batch,
+        query_start_S1=starts_S1.int(),
+        context_len_S=lengths_S.int(),
+        max_query_len=int(counts_S.max()) if len(counts_S) else 1,
+        state_slots_S=slots_S,
+    )
 
 
 def read_budget(message: Message, num_rows: int, device: torch.device) -> ExpertBudget | None:

@@ -29,7 +29,7 @@ def _first_run(slots_ptr, run):
     """The first of the runs that are parts of one sequence, which follow each other and have one slot."""
     slot = tl.load(slots_ptr + run)
     first = run
-    while tl.load(slots_ptr + first - 1, mask=first > 0, other=-1) == slot:
+    while tl.load(slots_ptr + first - 1, mask=first > 0, other=-2) == slot:
         first -= 1
     return first
 

@@ -21,7 +21,7 @@ from ..family import Family
 from ..norms import TensorLayout
 from ..parts import scaled, share_heads, width
 from .kind import AttentionContext, AttentionCuts, AttentionLayout, Shape, linear_layout
-from .states import StateSpec, StateWeights, check_activation, with_taps_first
+from .states import StateSpec, StateWeights, check_activation, with_decay_rate, with_taps_first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class GatedDeltaWeights(StateWeights):
         qkvz: queries, keys, values and the output's gate in one projection, of each group or one behind the other.
         ba: what becomes the step and the decay of each head.
         conv_WX: taps of the channels of queries, keys and values.
-        log_decay_H, decay_bias_H: float32.
+        decay_rate_H, decay_bias_H: float32.
         norm_V: of a head's output.
     """
 
@@ -40,7 +40,7 @@ class GatedDeltaWeights(StateWeights):
     ba: LinearWeights
     out: LinearWeights
     conv_WX: torch.Tensor
-    log_decay_H: torch.Tensor
+    decay_rate_H: torch.Tensor
     decay_bias_H: torch.Tensor
     norm_V: torch.Tensor
 
@@ -133,7 +133,7 @@ class GatedDeltaSpec(StateSpec):
         )
 
     def weights(self, parts: Mapping[str, LinearWeights | torch.Tensor]) -> GatedDeltaWeights:
-        return GatedDeltaWeights(**with_taps_first(parts, "conv_WX"))
+        return GatedDeltaWeights(**with_taps_first(with_decay_rate(parts, "H"), "conv_WX"))
 
     def state_shapes(self) -> tuple[Shape, ...]:
         memory = (self.num_heads, self.key_channels, self.value_channels)
@@ -162,7 +162,7 @@ class GatedDeltaSpec(StateSpec):
             q_TGC,
             k_TGC,
             v_TX.unflatten(1, (self.num_heads, -1)),
-            torch.exp(-torch.exp(weights.log_decay_H) * softplus(a_TH + weights.decay_bias_H)),
+            torch.exp(weights.decay_rate_H * softplus(a_TH + weights.decay_bias_H)),
             sigmoid(b_TH),
             memory_NHCV,
             batch,

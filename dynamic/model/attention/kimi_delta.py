@@ -21,7 +21,7 @@ from ...checkpoint.config_reader import ConfigReader
 from ..family import Family
 from ..norms import TensorLayout
 from .kind import AttentionContext, AttentionLayout, Shape, linear_layout
-from .states import StateSpec, StateWeights, check_activation
+from .states import StateSpec, StateWeights, check_activation, with_decay_rate
 
 _CONVOLUTIONS = ("q_conv1d", "k_conv1d", "v_conv1d")
 
@@ -35,7 +35,7 @@ class KimiDeltaWeights(StateWeights):
         few: the few channels of both gates, and what becomes the step of each head.
         decay, gate: what becomes the decay of each channel of the keys, and the output's gate, made of the few.
         conv_WX: taps of the channels of queries, keys and values.
-        log_decay_H, decay_bias_X: float32.
+        decay_rate_H, decay_bias_X: float32.
         norm_V: float32, of a head's output.
     """
 
@@ -45,7 +45,7 @@ class KimiDeltaWeights(StateWeights):
     gate: LinearWeights
     out: LinearWeights
     conv_WX: torch.Tensor
-    log_decay_H: torch.Tensor
+    decay_rate_H: torch.Tensor
     decay_bias_X: torch.Tensor
     norm_V: torch.Tensor
 
@@ -111,9 +111,9 @@ class KimiDeltaSpec(StateSpec):
         )
 
     def weights(self, parts: Mapping[str, LinearWeights | torch.Tensor]) -> KimiDeltaWeights:
-        fields: dict[str, Any] = dict(parts)
+        fields = with_decay_rate(parts, "H")
         conv_X1W = torch.cat([fields.pop(name) for name in _CONVOLUTIONS])
-        fields["log_decay_H"] = fields["log_decay_H"].flatten()
+        fields["decay_rate_H"] = fields["decay_rate_H"].flatten()
         return KimiDeltaWeights(**fields, conv_WX=conv_X1W[:, 0].T.contiguous())
 
     def state_shapes(self) -> tuple[Shape, ...]:
@@ -139,7 +139,7 @@ class KimiDeltaSpec(StateSpec):
         decay_TC, gate_TC, step_TH = backend.linear(x_TD, weights.few).split(sizes, 1)
         rate_TX = softplus(backend.linear(decay_TC.contiguous(), weights.decay).float() + weights.decay_bias_X)
         rate_THC = rate_TX.unflatten(1, (self.num_heads, -1))
-        decay_THC = torch.exp(-torch.exp(weights.log_decay_H)[:, None] * rate_THC)
+        decay_THC = torch.exp(weights.decay_rate_H[:, None] * rate_THC)
         step_TH = sigmoid(step_TH.float())
         out_THV = backend.recurrence(q_THC, k_THC, v_THV, decay_THC, step_TH, memory_NHCV, batch, delta_rule=True)
         return out_THV, backend.linear(gate_TC.contiguous(), weights.gate).float()

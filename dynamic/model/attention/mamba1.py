@@ -19,7 +19,7 @@ from ...checkpoint.config_reader import ConfigReader
 from ..family import Family
 from ..norms import TensorLayout
 from .kind import AttentionContext, AttentionLayout, Shape, linear_layout
-from .states import StateSpec, StateWeights, check_activation, with_taps_first
+from .states import StateSpec, StateWeights, check_activation, with_decay_rate, with_taps_first
 
 _NORMS = {"step_norm": "dt_layernorm", "in_norm": "b_layernorm", "out_norm": "c_layernorm"}
 
@@ -33,7 +33,7 @@ class Mamba1Weights(StateWeights):
         select: what becomes the time steps, and the state's input and output matrices, made of the mixed channels.
         step: of the few channels of the time steps to one for each head.
         step_norm, in_norm, out_norm: of these three.
-        conv_WX, conv_bias_X, log_decay_XC, step_bias_X: float32.
+        conv_WX, conv_bias_X, decay_rate_XC, step_bias_X: float32.
         skip_X: float32, what of a head's input goes past its state.
     """
 
@@ -45,7 +45,7 @@ class Mamba1Weights(StateWeights):
     in_norm: torch.Tensor
     out_norm: torch.Tensor
     conv_WX: torch.Tensor
-    log_decay_XC: torch.Tensor
+    decay_rate_XC: torch.Tensor
     step_bias_X: torch.Tensor
     skip_X: torch.Tensor
     conv_bias_X: torch.Tensor | None = None
@@ -124,7 +124,7 @@ class Mamba1Spec(StateSpec):
         )
 
     def weights(self, parts: Mapping[str, LinearWeights | torch.Tensor]) -> Mamba1Weights:
-        return Mamba1Weights(**with_taps_first(parts, "conv_WX"))
+        return Mamba1Weights(**with_taps_first(with_decay_rate(parts, "XC"), "conv_WX"))
 
     def state_shapes(self) -> tuple[Shape, ...]:
         return (self.num_heads, self.state_size, 1), (self.taps - 1, self.num_heads)
@@ -154,7 +154,7 @@ class Mamba1Spec(StateSpec):
             )
         )
         step_TX = softplus(backend.linear(step_TR, weights.step).float() + weights.step_bias_X)
-        decay_TXC = torch.exp(-torch.exp(weights.log_decay_XC) * step_TX[..., None])
+        decay_TXC = torch.exp(weights.decay_rate_XC * step_TX[..., None])
         q_T1C, k_T1C = (part.float()[:, None] for part in (q_TC, k_TC))
         out_TX1 = backend.recurrence(
             q_T1C, k_T1C, mixed_TX[..., None], decay_TXC, step_TX, memory_NXC1, batch, delta_rule=False

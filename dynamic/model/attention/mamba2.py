@@ -20,7 +20,7 @@ from ..family import Family
 from ..norms import TensorLayout
 from ..parts import scaled, share_heads, width
 from .kind import AttentionContext, AttentionCuts, AttentionLayout, Shape, linear_layout
-from .states import StateSpec, StateWeights, check_activation, with_taps_first
+from .states import StateSpec, StateWeights, check_activation, with_decay_rate, with_taps_first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Mamba2Weights(StateWeights):
 
     Arguments:
         into: the output's gate, what the convolution mixes, and the time steps, in one projection.
-        conv_WX, conv_bias_X, log_decay_H, step_bias_H: float32.
+        conv_WX, conv_bias_X, decay_rate_H, step_bias_H: float32.
         skip_H: float32, what of a head's input goes past its state.
         norm_X: float32, of the output.
     """
@@ -51,7 +51,7 @@ class Mamba2Weights(StateWeights):
     into: LinearWeights
     out: LinearWeights
     conv_WX: torch.Tensor
-    log_decay_H: torch.Tensor
+    decay_rate_H: torch.Tensor
     step_bias_H: torch.Tensor
     skip_H: torch.Tensor
     norm_X: torch.Tensor
@@ -154,7 +154,7 @@ class Mamba2Spec(StateSpec):
         )
 
     def weights(self, parts: Mapping[str, LinearWeights | torch.Tensor]) -> Mamba2Weights:
-        return Mamba2Weights(**with_taps_first(parts, "conv_WX"))
+        return Mamba2Weights(**with_taps_first(with_decay_rate(parts, "H"), "conv_WX"))
 
     def state_shapes(self) -> tuple[Shape, ...]:
         memory = (self.num_heads, self.state_size, self.head_channels)
@@ -191,7 +191,7 @@ class Mamba2Spec(StateSpec):
         q_TGC, k_TGC = (part.unflatten(1, (self.num_groups, -1)) for part in (q_TX, k_TX))
         v_THV = v_TX.unflatten(1, (self.num_heads, -1))
         step_TH = softplus(step_TH + weights.step_bias_H)
-        decay_TH = torch.exp(-torch.exp(weights.log_decay_H) * step_TH)
+        decay_TH = torch.exp(weights.decay_rate_H * step_TH)
         out_THV = backend.recurrence(q_TGC, k_TGC, v_THV, decay_TH, step_TH, memory_NHCV, batch, delta_rule=False)
         return out_THV + v_THV * weights.skip_H[:, None], gate_TX
 

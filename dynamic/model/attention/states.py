@@ -103,6 +103,13 @@ def check_activation(config: ConfigReader) -> None:
         raise config.error("hidden_act", name, "silu, in a model with recurrent states")
 
 
+def with_decay_rate(parts: Mapping[str, LinearWeights | torch.Tensor], axes: str) -> dict[str, Any]:
+    """The parts of a layer with ``decay_rate`` of those axes, below zero, instead of ``log_decay``."""
+    fields: dict[str, Any] = dict(parts)
+    fields[f"decay_rate_{axes}"] = -torch.exp(fields.pop(f"log_decay_{axes}"))
+    return fields
+
+
 def with_taps_first(parts: Mapping[str, LinearWeights | torch.Tensor], name: str) -> dict[str, Any]:
     """The parts of a layer with the weight of its convolution, (X, 1, W) in checkpoints, as (W, X)."""
     weight_X1W = parts[name]
