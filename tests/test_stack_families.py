@@ -16,6 +16,7 @@ from dynamoe.dynamic.model.loader import load_decoder
 from dynamoe.dynamic.model.stack import build_stack
 from dynamoe.kernels.api.stack import NotStacked
 from family_parity import Variant
+from parallel_jobs import compare
 from test_cpu_stack import assert_equal_steps, steps
 from test_families_parity_attention import MORE as MORE_ATTENTION
 from test_families_parity_attention import VARIANTS as ATTENTION
@@ -127,3 +128,10 @@ def test_experts_that_are_always_on_run_in_one_call(copy_checkpoint: Callable[..
     decoder = load_decoder(path, dtype=dtype, backend="cpu")
     assert decoder.stack is not None
     assert_equal_steps(decoder, limited=True)
+
+
+@pytest.mark.slow  # processes
+@pytest.mark.parametrize("family", ["gemma4_text", "afmoe", "mimo_v2_flash"])
+def test_several_processes_run_their_heads_and_neurons_in_the_stack(family: str, tmp_path: Path) -> None:
+    """What each leaves is added up before it is normed."""
+    compare(tmp_path, str(FIRST[family].save(tmp_path / "model")), {"tensor": 2})
