@@ -109,7 +109,7 @@ def test_row_operations(backend: CpuBackend):
     assert_same_in_all_parts(lambda rows: backend.route(x[rows], spec).weights_TK)
 
 
-@pytest.mark.parametrize("window", [None, 90])
+@pytest.mark.parametrize("window", [None, 90, 300])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(9, 3), (4, 4), (16, 2)])
 def test_attention_with_its_cache(backend: CpuBackend, heads: int, kv_heads: int, window: int | None):
     """Prompts written and attended to in chunks, behind 600 tokens that were there before, beside another sequence."""

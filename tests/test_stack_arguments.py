@@ -162,6 +162,7 @@ def test_a_stack_checks_where_rows_live_once_per_call(with_exits: bool) -> None:
         (lambda: stack(attention_block(floats={"clip": float("nan")})), "softcap and clip must"),
         (lambda: stack(attention_block({"value_norm": torch.ones(CHANNELS + 1)})), "value_norm must hold"),
         (lambda: stack(attention_block({"value_norm": torch.ones(CHANNELS).half()})), "value_norm must be"),
+        (lambda: stack(attention_block({"value_norm": torch.ones(CHANNELS)}, values=CHANNELS - 2)), "values as wide"),
         (lambda: stack(attention_block({"gate": ops.pack_linear(isa, torch.randn(8, HIDDEN))})), "gate must be"),
         (lambda: stack(attention_block({"q_norm": torch.ones(CHANNELS + 1)})), "q_norm must hold"),
         (lambda: stack(attention_block({"k_norm": torch.ones(CHANNELS).bfloat16()})), "k_norm must be"),
@@ -179,7 +180,10 @@ def test_a_stack_checks_where_rows_live_once_per_call(with_exits: bool) -> None:
         ),
         (lambda: layer(norm_block(), norm_block("out_norm")), "stands behind"),
         (lambda: layer(norm_block(), attention_block(), experts_block()), "must be added"),
+        (lambda: layer(norm_block(), latents_block(), experts_block()), "must be added"),
         (lambda: layer(norm_block(), attention_block(), norm_block(), attention_block()), "one attention"),
+        (lambda: layer(norm_block(), latents_block(), norm_block(), latents_block()), "one attention"),
+        (lambda: layer(norm_block(), attention_block(), norm_block(), latents_block()), "one attention"),
         (lambda: layer(block("add", {}, {}), attention_block()), "begin with a norm or a read"),
         (lambda: layer(block("read", {}, {})), "another block behind"),
         (lambda: layer(norm_block(), block("scale", {"factor": torch.ones(2)}, {})), "factor must hold"),
@@ -202,6 +206,10 @@ def test_a_stack_checks_where_rows_live_once_per_call(with_exits: bool) -> None:
 def test_a_stack_of_impossible_parts_is_refused(make: Callable[[], Any], message: str) -> None:
     with pytest.raises((ValueError, RuntimeError), match=message):
         make()
+
+
+def test_what_latents_leave_may_be_normed() -> None:
+    layer(norm_block(), latents_block(), norm_block("out_norm"), norm_block(), experts_block())
 
 
 def test_pages_behind_every_window_may_be_gone() -> None:

@@ -46,6 +46,10 @@ class StackNorm:
     bias_D: torch.Tensor | None = None
     centred: bool = False
 
+    def is_plain(self, dtype: torch.dtype) -> bool:
+        """Whether it is a root-mean-square norm of a model's dtype."""
+        return not self.centred and self.weight_D.dtype == dtype
+
 
 @dataclass(frozen=True, kw_only=True)
 class StackOutNorm(StackNorm):
@@ -124,6 +128,12 @@ class StackAttention:
     value_scale: float = 1.0
     value_norm: torch.Tensor | None = None
     values_are_keys: bool = False
+
+    def has_plain_keys(self, dtype: torch.dtype) -> bool:
+        """Whether keys and values are made as :meth:`TorchBackend.project_kv` makes them, in a model's dtype."""
+        values = self.values not in (None, self.head_dim) or self.value_scale != 1.0 or self.value_norm is not None
+        norms = any(norm is not None and norm.dtype != dtype for norm in (self.q_norm, self.k_norm))
+        return not (values or norms or self.values_are_keys or self.norm_after_rotation or self.clip is not None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,32 +71,21 @@ def _is_sparsemixer(rule: RouterSpec) -> bool:
 def _has_plain_keys(layer: Sequence[StackBlock], dtype: torch.dtype) -> bool:
     """Whether keys and values are made of the residual stream as KV propagation makes them."""
     norm, attention, *_ = layer
-    if not isinstance(norm, StackNorm) or _is_other_norm(norm, dtype):
-        return False
-    return isinstance(attention, StackAttention) and not _has_other_keys(attention, dtype)
-
-
-def _is_other_norm(norm: StackNorm, dtype: torch.dtype) -> bool:
-    return isinstance(norm, StackOutNorm) or norm.centred or norm.weight_D.dtype != dtype
-
-
-def _has_other_keys(block: StackAttention, dtype: torch.dtype) -> bool:
-    values = block.values is not None or block.value_scale != 1.0 or block.value_norm is not None
-    norms = any(norm is not None and norm.dtype != dtype for norm in (block.q_norm, block.k_norm))
-    return values or norms or block.values_are_keys or block.norm_after_rotation or block.clip is not None
+    plain_norm = isinstance(norm, StackNorm) and norm.is_plain(dtype)
+    return plain_norm and isinstance(attention, StackAttention) and attention.has_plain_keys(dtype)
 
 
 def stack_parts(layers: Sequence[Sequence[StackBlock]], dtype: torch.dtype) -> set[str]:
     """What layers compute that others do not, by the names of test vectors (:mod:`.vectors`)."""
     parts: set[str] = set()
     for block in _of_kind(layers, object):
-        if isinstance(block, StackRead | StackAdd | StackScale):
+        if isinstance(block, StackRead | StackAdd | StackScale | StackOutNorm):
             parts.add(STACK_NORMS)
         elif isinstance(block, StackNorm):
-            parts |= {STACK_NORMS} if _is_other_norm(block, dtype) else set()
+            parts |= set() if block.is_plain(dtype) else {STACK_NORMS}
         elif isinstance(block, StackAttention):
             others = block.softcap is not None or block.gate is not None or block.growth is not None
-            parts |= {STACK_ATTENTION} if others or block.chunk or _has_other_keys(block, dtype) else set()
+            parts |= {STACK_ATTENTION} if others or block.chunk or not block.has_plain_keys(dtype) else set()
             parts |= {SINKS} if block.sinks_H is not None else set()
         elif isinstance(block, StackExperts):
             rule = block.rule

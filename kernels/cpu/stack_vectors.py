@@ -43,7 +43,8 @@ def stack_vectors(
     shape = StackShape(hidden_size=hidden, norm_eps=EPS, residual_scale=0.7)
     tables = [rotations(channels, 64)]
     tables += [] if change is None else [numbers.floats(64, channels)]
-    for with_exits, biased in ((False, False), (True, False), (True, True)):
+    passes = ((False, False), (True, False), (True, True)) if change is None else ((False, False), (False, True))
+    for with_exits, biased in passes:
         sizes = hidden, heads, kv_heads, channels
         blocks = [_layer(backend, numbers, sizes, number, biased, sinks) for number in range(3)]
         if shared:
@@ -52,7 +53,6 @@ def stack_vectors(
             blocks = [_with_rule(backend, numbers, layer, rule) for layer in blocks]
         if change is not None:
             blocks = [change(backend, numbers, layer, number) for number, layer in enumerate(blocks)]
-        with_exits = with_exits and change is None
         exits = [_exit(backend, numbers, hidden, blocks, after) for after in (1, 2) if change is None]
         stack = backend.make_stack(shape, blocks, exits)
         ends = [(17, 1, 16), (18, 2, 33), (19, 3, 34)]
@@ -83,7 +83,7 @@ def stack_vectors(
 
 
 def _held_pages(lengths: Sequence[int], rows: Sequence[int], page: int) -> AttentionBatch:
-    """As :func:`_places`, where every sequence has the pages of 64 tokens from the beginning."""
+    """As :func:`.places`, where every sequence has the pages of 64 tokens from the beginning."""
     whole = places((64,) * len(lengths), (64,) * len(lengths), page)
     taken = torch.cat(
         [

@@ -83,13 +83,15 @@ void attention(const Context& context, const AttentionCall& call) {
   const bool narrow = call.q.dtype == Dtype::bf16 && (call.keys.dtype == Dtype::bf16 || kept);
   const Plan plan(*context.kernels, call, narrow ? Dtype::bf16 : Dtype::fp32);
   const int64_t most_rows = std::max<int64_t>(1, kQueryRows / plan.group);
-  int64_t row_tasks = 0, stretches = 0, most_stretches = 1, widest = 1;
+  int64_t row_tasks = 0, stretches = 0, most_stretches = 1, widest = 1;  // stretches that some row sees
   for (int64_t s = 0; s < call.sequences; ++s) {
     const int64_t rows = call.query_start[s + 1] - call.query_start[s];
     row_tasks += ceil_div(rows, most_rows);
     widest = std::max(widest, std::min(rows, most_rows));
-    most_stretches = std::max(most_stretches, ceil_div(call.context_len[s], kStretch));
-    stretches += ceil_div(call.context_len[s], kStretch);
+    const int64_t length = call.context_len[s];
+    const int64_t seen = ceil_div(length, kStretch) - plan.first_visible(length - rows) / kStretch;
+    most_stretches = std::max(most_stretches, seen);
+    stretches += seen;
   }
   // As many heads per task as leave enough tasks; with many rows the cache is read from cache anyway.
   const int64_t enough = context.threads > 1 ? 4 * context.threads : 1;
@@ -133,7 +135,8 @@ void attention(const Context& context, const AttentionCall& call) {
   float* memory = scratch(Buffer::output).get<float>(num_tasks * most_stretches * floats);
   for_each_task(context.threads, num_tasks * most_stretches, [&](int64_t i) {
     const Products products(*context.kernels);
-    TaskHeads(plan, tasks[i / most_stretches]).take_stretch(i % most_stretches, memory + i * floats, nullptr);
+    TaskHeads task(plan, tasks[i / most_stretches]);
+    task.take_stretch(task.first_stretch() + i % most_stretches, memory + i * floats, nullptr);  // behind the end: none
   });
   constexpr int64_t kManyStretches = 16;  // of which joining takes long enough to be shared out too
   const int64_t shares = most_stretches < kManyStretches ? 1 : context.threads;

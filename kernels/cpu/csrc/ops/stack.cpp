@@ -200,11 +200,9 @@ bool run_layers(const Context& context, const Stack& stack, int64_t first, int64
       }
       boundary.normed = false;
       const auto* mixture = std::get_if<ExpertsBlock>(&block);
-      const bool leaves =
-          mixture || std::holds_alternative<AttentionBlock>(block) || std::holds_alternative<LatentBlock>(block);
       const bool added = mixture && mixture->apart;  // by itself
-      if (leaves && !added && stack.add_up) stack.add_up(work.pending, rows * stack.shape.hidden);
-      pending = leaves ? work.pending : nullptr;
+      if (leaves(block) && !added && stack.add_up) stack.add_up(work.pending, rows * stack.shape.hidden);
+      pending = leaves(block) ? work.pending : nullptr;
     }
   }
   const Norm* next = boundary.norm_next ? stack.layers[last].first_norm() : nullptr;

@@ -68,7 +68,7 @@ struct AttentionBlock {
   int64_t heads, kv_heads, channels;
   Projection qkv, o;
   const void *q_norm, *k_norm;  // or null
-  Dtype norm_dtype;             // of these, see Norm
+  Dtype norm_dtype;             // of these, see Norm; the model's where there are none
   bool norm_per_head;           // of queries and keys; otherwise over their full width
   float scale;
   int64_t window;
@@ -91,7 +91,7 @@ struct AttentionBlock {
   bool makes_values() const { return values < channels || value_scale != 1.0f || value_norm || values_are_keys; }
   // Whether keys and values are made as `project_kv` makes them.
   bool has_plain_keys(Dtype dtype) const {
-    return !makes_values() && !norm_after_rotation && clip == 0.0f && (!k_norm || norm_dtype == dtype);
+    return !makes_values() && !norm_after_rotation && clip == 0.0f && norm_dtype == dtype;
   }
   // How many positions a row sees at most, its own included; 0: all.
   int64_t reach() const { return window && chunk ? std::min(window, chunk) : std::max(window, chunk); }
@@ -144,6 +144,12 @@ struct ExpertsBlock {
 };
 
 using Block = std::variant<NormBlock, ReadBlock, AddBlock, OutNormBlock, ScaleBlock, AttentionBlock, LatentBlock, ExpertsBlock>;
+
+inline bool attends(const Block& block) {
+  return std::holds_alternative<AttentionBlock>(block) || std::holds_alternative<LatentBlock>(block);
+}
+// Whether it leaves something that is to be added to the residual stream.
+inline bool leaves(const Block& block) { return attends(block) || std::holds_alternative<ExpertsBlock>(block); }
 
 struct Layer {
   std::vector<Block> blocks;

@@ -107,6 +107,7 @@ void StackWeights::attention_parts(NamedBlock& named, int64_t hidden, AttentionB
                     "values must be in 1 … ", block.channels, ", the channels of keys, not ", block.values);
   block.value_scale = static_cast<float>(named.number("value_scale", 1.0));
   block.value_norm = floats(keep(named.optional("value_norm")), block.channels, "value_norm");
+  TORCH_CHECK_VALUE(!block.value_norm || block.values == block.channels, "value_norm needs values as wide as keys");
   block.softcap = static_cast<float>(named.number("softcap", 0.0));
   block.clip = static_cast<float>(named.number("clip", 0.0));
   TORCH_CHECK_VALUE(block.softcap >= 0 && block.clip >= 0, "softcap and clip must be at least 0, not ", block.softcap,

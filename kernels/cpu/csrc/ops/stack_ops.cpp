@@ -85,13 +85,11 @@ class StackHolder : public torch::CustomClassHolder {
                       "a layer must begin with a norm or a read and have another block behind it");
     bool attended = false, left = false;  // whether attention ran, and whether a block left something
     for (const Block& block : layer.blocks) {
-      const bool attends = std::holds_alternative<AttentionBlock>(block);
-      const bool leaves = attends || std::holds_alternative<ExpertsBlock>(block);
-      TORCH_CHECK_VALUE(!attends || !attended, "a layer has one attention");
-      TORCH_CHECK_VALUE(!leaves || !left, "what a block leaves must be added before the next one runs");
+      TORCH_CHECK_VALUE(!attends(block) || !attended, "a layer has one attention");
+      TORCH_CHECK_VALUE(!leaves(block) || !left, "what a block leaves must be added before the next one runs");
       TORCH_CHECK_VALUE(left || !std::holds_alternative<OutNormBlock>(block), "an out_norm stands behind a block that leaves something");
-      attended = attended || attends;
-      left = leaves || (left && std::holds_alternative<OutNormBlock>(block));
+      attended = attended || attends(block);
+      left = leaves(block) || (left && std::holds_alternative<OutNormBlock>(block));
     }
     stack_.add(std::move(layer));
   }

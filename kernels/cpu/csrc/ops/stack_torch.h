@@ -30,14 +30,16 @@ inline void torch_sparsemixer(const RouteCall& call, double jitter) {
   const float none = -std::numeric_limits<float>::infinity();
   at::Tensor left = logits.clone();
   for (int64_t k = 0; k < call.top_k; ++k) {
-    const at::Tensor chosen = std::get<1>(left.sort(/*stable=*/true, -1, /*descending=*/true)).slice(1, 0, 1);
+    const at::Tensor chosen = std::get<1>(left.sort(/*stable=*/true, -1, /*descending=*/true)).slice(1, 0, 1).contiguous();
     const at::Tensor best = left.gather(-1, chosen);
     const at::Tensor distance = (best - logits) / logits.abs().clamp(best);
-    const at::Tensor weights = left.masked_fill(distance > 2 * jitter, none).softmax(-1).gather(-1, chosen);
+    const at::Tensor weights = left.masked_fill(distance > 2 * jitter, none).softmax(-1).gather(-1, chosen).contiguous();
     left = left.scatter(-1, chosen, none);
+    const int64_t* const ids = chosen.const_data_ptr<int64_t>();
+    const float* const of_ids = weights.const_data_ptr<float>();
     for (int64_t row = 0; row < call.rows; ++row) {
-      call.ids[row * call.top_k + k] = static_cast<int32_t>(chosen[row][0].item<int64_t>());
-      call.weights[row * call.top_k + k] = weights[row][0].item<float>();
+      call.ids[row * call.top_k + k] = static_cast<int32_t>(ids[row]);
+      call.weights[row * call.top_k + k] = of_ids[row];
     }
   }
 }
