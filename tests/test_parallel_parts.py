@@ -254,7 +254,10 @@ def test_every_home_finds_its_rows_and_its_own_pages() -> None:
     rows, writing = cache(1).own_rows(batch)
     assert (rows.tolist(), writing.slots_T.tolist()) == ([0, 4], second.own.slots_T.tolist())
     assert writing.state_runs == second.own.state_runs
-    assert cache(1).own_copies([(3, 4), (12, 19)]) == [(2, 9)]
+    shared = cache(1)
+    assert shared.own_copies([(3, 4), (12, 19)]) == [(2, 9)]
+    assert shared.held(range(1)) is shared.held(range(1))  # with what a backend made of it
+    assert [*shared.held(range(1))] == [*shared]
     alone = spread(batch, cache(1, kv_shards=1), 2)  # a cache that lies in the first KV shard alone
     assert (alone.counts, alone.own) == ([5, 0], None)
 

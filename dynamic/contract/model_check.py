@@ -74,6 +74,6 @@ def logits_hash(decoder: Decoder, exact: bool) -> str:
         logits_TV = decoder.logits(decoder.run_segment(whole_model, decoder.embed(tokens_T[start:end]), kv, batch))
         digest.update((logits_TV if exact else logits_TV.argmax(-1)).cpu().contiguous().numpy().tobytes())
     if exact:
-        for table_LC in {id(table_LC): table_LC for table_LC in decoder.rope_tables}.values():
+        for table_LC in decoder.distinct_tables:
             digest.update(table_LC[:FIRST_TABLE_LENGTH].contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -151,13 +151,14 @@ class Decoder:
         The stream stays in float32 whatever the weights are: some models drive single channels into the ten thousands,
         where one step of bfloat16 is larger than what most layers add.
         """
+        scale = self.embedding_scale
         if self.embedding_VD is None:
-            return self.backend.embed(self.lm_head, token_ids_T, self.embedding_scale)
+            return self.backend.embed(self.lm_head, token_ids_T, scale)
         if isinstance(self.embedding_VD, QuantizedWeight):
             x_TD = self.embedding_VD.take(token_ids_T).dequantize()
         else:
             x_TD = F.embedding(token_ids_T, self.embedding_VD).float()
-        return x_TD if self.embedding_scale == 1.0 else x_TD * self.embedding_scale
+        return x_TD if scale == 1.0 else x_TD * scale
 
     @in_inference_mode
     def run_segment(

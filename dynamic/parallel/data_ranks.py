@@ -30,6 +30,13 @@ class SharedCache(KVLayers):
     def __init__(self, layers: Iterable[KVLayer], number: int, shard_pages: int, kv_shard: int, page_size: int) -> None:
         super().__init__(layers)
         self.number, self.shard_pages, self.kv_shard, self.page_size = number, shard_pages, kv_shard, page_size
+        self._parts: dict[range, KVLayers] = {}
+
+    def held(self, part: range) -> KVLayers:
+        """The cache of those layers that a rank holds; always the same, so that a backend's own of it is made once."""
+        if part not in self._parts:
+            self._parts[part] = KVLayers(self[part.start : part.stop])
+        return self._parts[part]
 
     @property
     def shard_slots(self) -> int:

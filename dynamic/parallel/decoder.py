@@ -105,7 +105,7 @@ class ParallelDecoder(Decoder):
         self._copy(cache_of(kv), copies, states)
 
     def _copy(self, cache: SharedCache, copies: Copies, states: Copies) -> None:
-        super().copy_pages(cache[self.held.start : self.held.stop], cache.own_copies(copies), states)
+        super().copy_pages(cache.held(self.held), cache.own_copies(copies), states)
 
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         """See :meth:`Decoder.embed`; the ids are sent in the first segment's message, where no rank needs another's
@@ -215,7 +215,7 @@ class ParallelDecoder(Decoder):
         if self._held_stack is None:
             return super().run_segment(Segment(index=0, layers=layers), x_WD, cache, batch, entropy_W, budget)
         self.reserve_positions(batch.num_positions)
-        first, stop = self.held.start, self.held.stop  # the stack counts these layers only
+        first, stop, kv = self.held.start, self.held.stop, cache.held(self.held)  # the stack counts these layers only
         if budget is not None:
             keep_WL, cap_WL = (x_WL[:, first:stop].contiguous() for x_WL in (budget.keep_TL, budget.cap_TL))
             budget = replace(budget, keep_TL=keep_WL, cap_TL=cap_WL)
@@ -224,7 +224,7 @@ class ParallelDecoder(Decoder):
             sums = sum(parts_added_up(self.spec.layers[number]) for number in layers)
             self.context.count_sums(sums, sums * others * x_WD.numel() * self.dtype.itemsize)
         with self.context.watched():
-            return self._held_stack.run(own, x_WD, cache[first:stop], self.distinct_tables, batch, entropy_W, budget)
+            return self._held_stack.run(own, x_WD, kv, self.distinct_tables, batch, entropy_W, budget)
 
     def _lend_experts(self, layers: range) -> None:
         """Run other KV shards' rows through the experts that are here; this one has none in this step."""
