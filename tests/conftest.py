@@ -311,6 +311,18 @@ def default_model() -> Path:
 
 
 @pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of files of words in random order, to train on."""
+    folder = tmp_path_factory.mktemp("texts")
+    words = ["the", "router", "of", "an", "expert", "is", "a", "layer", "in", "the", "model", "and", "it", "reads"]
+    generator = torch.Generator().manual_seed(0)
+    for number in range(12):
+        picks = torch.randint(len(words), (200,), generator=generator).tolist()
+        (folder / f"{number}.txt").write_text(" ".join(words[i] for i in picks) + ".")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def reference_model() -> Callable[[Path], Any]:
     """``reference_model(directory)``: the checkpoint as a transformers model in float32 with eager attention."""
     models: dict[Path, Any] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,16 @@ from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.model.decoder import Decoder
 from dynamoe.dynamic.model.kv_cache import bytes_per_page, bytes_per_sequence
 from dynamoe.dynamic.model.loader import load_decoder
+from engine_answers import answers
 from test_decoder import TOLERANCE, PagedSequences, error, random_prompts
 
 LENGTHS = (37, 5, 18)
 NEW_TOKENS = 24
+PROMPT_LENGTHS = (1, 7, 16, 33, 60)
 ENGINE_PATHS: dict[str, dict[str, Any]] = {
     "together": {},
     "chunked": {"max_num_batched_tokens": 13, "enable_prefix_caching": False},
-    "preempted": {"block_size": 8, "max_num_batched_tokens": 64, "pages": 14},
+    "preempted": {"block_size": 8, "max_num_batched_tokens": 64},
     "prefix": {"block_size": 8},
 }
 
@@ -85,20 +87,29 @@ def check_logits(directory: Path, reference: Any, backend: str = "cpu", toleranc
     return decoder
 
 
-def check_variant(variant: Variant, folder: Path, reference_model: Callable[[Path], Any]) -> Path:
+def check_variant(variant: Variant, folder: Path, reference_model: Callable[[Path], Any], **engine: Any) -> Path:
     """Logits and tokens of a variant, which lies in ``folder / "model"`` then.
 
     Where the LM head is the embedding, random models repeat the last token whatever they attend to: tokens are then
     those of the same model with a head of its own.
+
+    Arguments:
+        engine: for :func:`check_engine`.
     """
-    directory = variant.save(folder / "model")
-    check_logits(directory, reference_model(directory))
+
+    def save(given: Variant, name: str) -> tuple[Path, Any]:
+        directory = plain = given.save(folder / name)
+        if given.edit is not None:  # transformers may not know what that made of it
+            plain = replace(given, edit=None).save(folder / f"{name}-unedited")
+        return directory, reference_model(plain)
+
+    directory, reference = save(variant, "model")
+    check_logits(directory, reference)
     if json.loads((directory / "config.json").read_text()).get("tie_word_embeddings"):
         untied = replace(variant, config={**variant.config, "tie_word_embeddings": False})
-        directory_of_tokens = untied.save(folder / "untied")
+        check_engine(*save(untied, "untied"), **engine)
     else:
-        directory_of_tokens = directory
-    check_engine(directory_of_tokens, reference_model(directory_of_tokens))
+        check_engine(directory, reference, **engine)
     return directory
 
 
@@ -118,17 +129,25 @@ def expected_tokens(reference: Any, prompts: Sequence[list[int]], count: int = N
     return outputs
 
 
-def check_engine(directory: Path, reference: Any, *, paths: Sequence[str] = ("together", "chunked")) -> None:
+def check_engine(
+    directory: Path,
+    reference: Any,
+    *,
+    paths: Iterable[str] = ("together", "chunked"),
+    lengths: Sequence[int] = PROMPT_LENGTHS,
+    count: int = NEW_TOKENS,
+) -> None:
     """Greedy tokens of prompts that run together equal transformers', on each path through the engine."""
-    prompts = random_prompts([1, 7, 16, 33, 60], seed=0)
-    expected = expected_tokens(reference, prompts)
+    prompts = random_prompts(list(lengths), seed=0)
+    expected = expected_tokens(reference, prompts, count)
     assert any(len(set(tokens)) > 2 for tokens in expected), (
         "answers that repeat a token would hide faults of the cache"
     )
     model = load_model(directory, dtype="float32", device="cpu", progress=False)
     for path in paths:
         settings = dict(ENGINE_PATHS[path])
-        if (pages := settings.pop("pages", None)) is not None:
+        if path == "preempted":  # three pages more than the longest sequence needs
+            pages = -(-(max(lengths) + count) // settings["block_size"]) + 3
             page, states = (
                 bytes_per_page(model.spec, torch.float32, settings["block_size"]),
                 EngineConfig().max_num_seqs,
@@ -136,11 +155,11 @@ def check_engine(directory: Path, reference: Any, *, paths: Sequence[str] = ("to
             settings["kv_memory"] = pages * page + states * bytes_per_sequence(model.spec)
             settings["enable_prefix_caching"] = not model.spec.has_states  # for which it would share the memory
         engine = Engine(model, EngineConfig(**settings))
-        assert generate(engine, prompts) == expected, path
+        assert generate(engine, prompts, count) == expected, path
         if path == "preempted":
             assert engine.stats().preemptions > 0
         if path == "prefix":
-            assert generate(engine, prompts) == expected, "with prefix hits"
+            assert generate(engine, prompts, count) == expected, "with prefix hits"
             assert engine.stats().prefix_cache_hits > 0
 
 
@@ -149,12 +168,4 @@ def generate(
 ) -> list[list[int]]:
     """Tokens of prompts that run together, greedy unless said otherwise."""
     params = params or SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
-    tokens: dict[str, list[int]] = {}
-    for number, prompt in enumerate(prompts):
-        tokens[str(number)] = []
-        engine.add_request(str(number), prompt, params)
-    while engine.has_unfinished():
-        for delta in engine.step():
-            tokens[delta.request_id] += delta.completions[0].token_ids
-    assert engine.stats().free_pages == engine.stats().total_pages
-    return list(tokens.values())
+    return [answer.tokens for answer in answers(engine, prompts, params)]

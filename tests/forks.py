@@ -51,7 +51,9 @@ class ForkedProcess:
             socket.send_fds(_template(), [json.dumps(request).encode()], [output.fileno(), status])
         os.close(status)
         self._lines = b""
-        self.pid = int(self._line(None) or 0)
+        number = self._line(120)  # the template may still be importing
+        assert number is not None, "the process that starts others starts none"
+        self.pid = int(number)
 
     @property
     def output(self) -> str:

@@ -13,7 +13,6 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,8 @@ from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.model.families import FAMILIES as KNOWN
-from family_parity import Variant, check_engine, check_logits, check_variant
+from engine_answers import answers
+from family_parity import Variant, check_variant
 from parallel_jobs import compare
 from test_decoder import PagedSequences, random_prompts
 
@@ -73,17 +73,10 @@ def logits(directory: Path, **options: Any) -> torch.Tensor:
 def logprobs(directory: Path, backend: str, settings: dict[str, Any]) -> tuple[torch.Tensor, tuple[int, ...]]:
     """Of the greedy tokens of prompts that run together; and how many rows ran each segment."""
     model = load_model(directory, dtype="float32", device="cpu", backend=backend, progress=False)
-    engine, found = Engine(model, EngineConfig(max_num_batched_tokens=24)), {}
-    for number, prompt in enumerate(random_prompts([1, 7, 33])):
-        found[str(number)] = []
-        params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, quality=None, logprobs=0, **settings)
-        engine.add_request(str(number), prompt, params)
-    while engine.has_unfinished():
-        for delta in engine.step():
-            completion = delta.completions[0]
-            rows = zip(completion.token_ids, completion.logprobs or [], strict=True)
-            found[delta.request_id] += [row[token].logprob for token, row in rows]
-    return torch.tensor(list(found.values())), tuple(engine.stats().segment_rows)
+    engine = Engine(model, EngineConfig(max_num_batched_tokens=24))
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, quality=None, logprobs=0, **settings)
+    found = [answer.logprobs for answer in answers(engine, random_prompts([1, 7, 33]), params)]
+    return torch.tensor(found), tuple(engine.stats().segment_rows)
 
 
 def attempt(cell: Callable[[], str]) -> str:
@@ -98,13 +91,7 @@ def row(variant: Variant, reference: Callable[[Path], Any]) -> dict[str, str]:
     """The cells of a family, by column."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        if variant.edit is None:
-            directory = check_variant(variant, root, reference)
-        else:  # transformers may not know what that made of it
-            directory = variant.save(root / "model")
-            model = reference(replace(variant, edit=None).save(root / "unedited"))
-            check_logits(directory, model)
-            check_engine(directory, model)
+        directory = check_variant(variant, root, reference)
         exact = logits(directory, dtype="float32")
 
         def close(name: str, **options: Any) -> Callable[[], str]:

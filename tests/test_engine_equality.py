@@ -15,10 +15,14 @@ from dynamoe.dynamic.engine.engine import Engine
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.model.kv_cache import bytes_per_page
 from dynamoe.dynamic.model.loaded import LoadedModel
+from engine_answers import answers
+from family_parity import expected_tokens
 
 FAMILIES = ("llama", "mistral", "mixtral", "qwen2_moe")  # one with windows, one with shared experts
 OTHERS = ("qwen2", "qwen3", "qwen3_moe", "olmoe", "granitemoe")  # which differ within a layer
 NEW_TOKENS = 24
+MORE_TOKENS = 48  # in the slow run
+FEW_TOKENS = 5  # of interpreted kernels
 LENGTHS = (1, 3, 7, 16, 17, 33, 60, 90)
 
 
@@ -28,15 +32,7 @@ def random_prompts(lengths: tuple[int, ...], seed: int = 0) -> list[list[int]]:
 
 
 def run(engine: Engine, prompts: list[list[int]], params: SamplingParams | list[SamplingParams]) -> list[list[int]]:
-    every = params if isinstance(params, list) else [params] * len(prompts)
-    for number, (prompt, settings) in enumerate(zip(prompts, every, strict=True)):
-        engine.add_request(str(number), prompt, settings)
-    tokens: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
-    while engine.has_unfinished():
-        for delta in engine.step():
-            tokens[delta.request_id] += delta.completions[0].token_ids
-    assert engine.stats().free_pages == engine.stats().total_pages
-    return list(tokens.values())
+    return [answer.tokens for answer in answers(engine, prompts, params)]
 
 
 @dataclass(frozen=True)
@@ -62,38 +58,33 @@ class Case:
 
 # Every kind of block on the kernels of a CPU, a mixture on those of the others. Interpreted kernels take half a second
 # per step, so there they run one layer, on short prompts.
+BACKENDS = ("torch", "grouped_mm", "triton")
+QUICK = [*((family, "cpu") for family in FAMILIES), *(("mixtral", backend) for backend in BACKENDS)]
+SLOW = [*((family, "cpu") for family in OTHERS), *(("llama", backend) for backend in BACKENDS)]
+SLOW += [case for case in QUICK if case != ("mixtral", "triton")]  # which has few tokens in any case
 CASES = [
-    *((family, "cpu") for family in FAMILIES),
-    *(("mixtral", backend) for backend in ("torch", "grouped_mm", "triton")),
-    *(pytest.param((family, "cpu"), marks=pytest.mark.slow) for family in OTHERS),
-    *(pytest.param(("llama", backend), marks=pytest.mark.slow) for backend in ("torch", "grouped_mm", "triton")),
+    *((*case, FEW_TOKENS if case[1] == "triton" else NEW_TOKENS) for case in QUICK),
+    *(
+        pytest.param((*case, FEW_TOKENS if case[1] == "triton" else MORE_TOKENS), marks=pytest.mark.slow)
+        for case in SLOW
+    ),
 ]
 
 
-@pytest.fixture(scope="module", params=CASES, ids="-".join)
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case)))
 def case(
     request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path], reference_model: Callable[[Path], Any]
 ) -> Case:
-    family, backend = request.param
+    family, backend, new_tokens = request.param
     interpreted = backend == "triton"
     if interpreted and torch.cuda.is_available():
         pytest.skip("with a GPU at hand kernels are compiled, not interpreted")
     path = make_checkpoint(family, **({"num_hidden_layers": 1} if interpreted else {}))
     few = 20 if family == "mistral" else 26  # its window gives pages back
-    prompts, new_tokens, pages_too_few = random_prompts(LENGTHS), NEW_TOKENS, few
+    prompts, pages_too_few = random_prompts(LENGTHS), few
     if interpreted:
-        prompts, new_tokens, pages_too_few = random_prompts((6, 7, 15, 9)), 5, 6
-    expected = []
-    for prompt in prompts:
-        output = reference_model(path).generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        expected.append(output[0, len(prompt) :].tolist())
+        prompts, pages_too_few = random_prompts((6, 7, 15, 9)), 6
+    expected = expected_tokens(reference_model(path), prompts, new_tokens)
     model = load_model(path, dtype="float32", device="cpu", backend=backend, progress=False)
     assert model.decoder.backend.name == backend
     return Case(model, prompts, expected, pages_too_few)
@@ -135,8 +126,9 @@ class TestTokensOfTransformers:
     [("llama", "float32"), *(("qwen2_moe", kept) for kept in ("float32", "int8", "w8a8", "int4", "fp8", "int8 cache"))],
 )
 @pytest.mark.parametrize("sampling", ["greedy", "seeded"])
+@pytest.mark.parametrize("count", [NEW_TOKENS, pytest.param(MORE_TOKENS, marks=pytest.mark.slow)])
 def test_a_request_gives_the_same_tokens_alone_and_among_15_others(
-    name: str, kept: str, sampling: str, make_checkpoint: Callable[..., Path]
+    name: str, kept: str, sampling: str, count: int, make_checkpoint: Callable[..., Path]
 ) -> None:
     settings = {"dtype": kept} if kept == "float32" else {"dtype": "bfloat16", "quantization": kept}
     if kept == "int8 cache":
@@ -150,7 +142,7 @@ def test_a_request_gives_the_same_tokens_alone_and_among_15_others(
             top_k=30 if i % 3 else 0,
             repetition_penalty=1.1 if i % 5 == 0 else 1.0,
             seed=i,
-            max_tokens=NEW_TOKENS,
+            max_tokens=count,
             ignore_eos=True,
         )
         for i in range(16)
@@ -160,10 +152,13 @@ def test_a_request_gives_the_same_tokens_alone_and_among_15_others(
     assert together == alone
 
 
-def test_seeded_draws_go_on_where_they_were_after_a_preemption(make_checkpoint: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("count", [NEW_TOKENS, pytest.param(MORE_TOKENS, marks=pytest.mark.slow)])
+def test_seeded_draws_go_on_where_they_were_after_a_preemption(
+    count: int, make_checkpoint: Callable[..., Path]
+) -> None:
     model = load_model(make_checkpoint("llama"), dtype="float32", progress=False)
     prompts = random_prompts(LENGTHS)
-    params = [SamplingParams(seed=i, max_tokens=NEW_TOKENS, ignore_eos=True) for i in range(8)]
+    params = [SamplingParams(seed=i, max_tokens=count, ignore_eos=True) for i in range(8)]
     roomy = run(Engine(model), prompts, params)
     small = Engine(model, EngineConfig(block_size=8, kv_memory=26 * 2 * 3 * 2 * 8 * 16 * 4))
     assert run(small, prompts, params) == roomy

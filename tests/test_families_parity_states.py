@@ -23,6 +23,7 @@ from dynamoe.dynamic.model.kv_cache import bytes_per_page, bytes_per_sequence
 from dynamoe.dynamic.model.loaded import LoadedModel
 from dynamoe.dynamic.model.loader import load_decoder
 from dynamoe.dynamic.model.text_part import text_config
+from engine_answers import answers, completions
 from family_parity import Variant, check_engine, check_logits, expected_tokens, generate
 from safetensors.torch import load_file, save_file
 from test_decoder import PagedSequences, error, random_prompts
@@ -102,14 +103,8 @@ def test_forks_go_on_from_copies_of_the_state(saved: Callable[..., tuple[Path, A
     model = load_model(directory, dtype="float32", device="cpu", progress=False)
     engine = Engine(model, EngineConfig(max_num_seqs=5, max_num_batched_tokens=16))
     params = SamplingParams(temperature=0.0, n=2, max_tokens=12, ignore_eos=True)
-    tokens: dict[tuple[str, int], list[int]] = {}
-    for number, prompt in enumerate(prompts):
-        engine.add_request(str(number), prompt, params)
-    while engine.has_unfinished():
-        for delta in engine.step():
-            for completion in delta.completions:
-                tokens.setdefault((delta.request_id, completion.index), []).extend(completion.token_ids)
-    assert tokens == {(str(n), index): expected[n] for n in range(3) for index in range(2)}
+    found = completions(engine, prompts, params)
+    assert [{n: answer.tokens for n, answer in each.items()} for each in found] == [{0: e, 1: e} for e in expected]
 
 
 def logprobs(
@@ -118,15 +113,7 @@ def logprobs(
     """Of the greedy tokens of prompts that run together."""
     engine = Engine(model, EngineConfig(**limits))
     params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=0, **settings)
-    found: list[list[float]] = [[] for _ in together]
-    for number, prompt in enumerate(together):
-        engine.add_request(str(number), prompt, params)
-    while engine.has_unfinished():
-        for delta in engine.step():
-            completion = delta.completions[0]
-            rows = zip(completion.token_ids, completion.logprobs or [], strict=True)
-            found[int(delta.request_id)] += [row[token].logprob for token, row in rows]
-    return found
+    return [answer.logprobs for answer in answers(engine, together, params)]
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)

@@ -48,17 +48,6 @@ def checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("texts")
-    words = ["the", "router", "of", "an", "expert", "is", "a", "layer", "in", "the", "model", "and", "it", "reads"]
-    generator = torch.Generator().manual_seed(0)
-    for number in range(12):
-        picks = torch.randint(len(words), (200,), generator=generator).tolist()
-        (folder / f"{number}.txt").write_text(" ".join(words[i] for i in picks) + ".")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def run(checkpoint: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a finished run."""
     config = config_of(checkpoint, texts, tmp_path_factory.mktemp("run"))

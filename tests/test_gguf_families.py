@@ -19,6 +19,7 @@ from gguf_files import write_gguf
 from safetensors.torch import load_file
 from test_decoder import PagedSequences, error, random_prompts
 from test_families_parity_attention import FULL, LONGROPE, ROUTED, SCALES, SLIDING, YARN, random_tensors
+from test_families_parity_nemotron import BAMBA
 from test_families_parity_norms import AFMOE, COHERE, GEMMA2, GEMMA3, GEMMA4, GEMMA4_MOE, PHIMOE, with_layer_scales
 from test_families_parity_shared import EXAONE, HY, MELLUM, MINIMAX
 from test_families_parity_shared import ROUTED as DEEPSEEK
@@ -234,6 +235,20 @@ def test_the_first_files_of_gemma_2_have_its_caps_and_window(tmp_path: Path) -> 
     config = read_json(imported(of_family("gemma2").save(tmp_path / "model"), tmp_path, edit=edit) / "config.json")
     found = config["attn_logit_softcapping"], config["final_logit_softcapping"], config["sliding_window"]
     assert found == (50.0, 30.0, 4096)
+
+
+@pytest.mark.parametrize("part", [0.5, 1.0])
+def test_bamba_is_granites_hybrid_if_it_rotates_whole_heads(
+    part: float, tmp_path: Path, reference_model: Callable[[Path], Any]
+) -> None:
+    """Files of Bamba have that architecture; the published ones rotate half of each head, which Granite does not."""
+    ropes = {"rope_type": "default", "rope_theta": 5e3, "partial_rotary_factor": part}
+    checkpoint = variant("bamba", **BAMBA, rope_parameters=ropes).save(tmp_path / "model")
+    if part < 1:
+        with pytest.raises(CheckpointError, match=r"rope.dimension_count must be the width of a head, 16, not 8"):
+            imported(checkpoint, tmp_path)
+    else:
+        check_logits(imported(checkpoint, tmp_path), reference_model(checkpoint))
 
 
 @pytest.mark.parametrize("family", ["qwen3_5_moe_text", "granitemoehybrid", "lfm2_moe", "phi3", "gemma4_text", "afmoe"])

@@ -16,13 +16,13 @@ from dynamoe.dynamic.engine.schedule import Entry
 from dynamoe.dynamic.engine.state_snapshots import StateSnapshots
 from dynamoe.dynamic.model.kv_cache import bytes_per_sequence
 from dynamoe.dynamic.model.loaded import LoadedModel
+from engine_answers import Answer, completions
 from family_parity import Variant
 from request_maker import make_sequence
 from test_decoder import random_prompts
 from test_families_parity_states import VARIANTS
 
 PAGE, OUTPUT = 8, 24
-Answer = list[tuple[int, float]]
 ModelOf = Callable[[Variant], LoadedModel]
 
 
@@ -44,18 +44,9 @@ def engine_of(model: LoadedModel, **settings: Any) -> Engine:
 
 
 def answers(engine: Engine, prompts: list[list[int]], **settings: Any) -> list[dict[int, Answer]]:
-    """Tokens and their log-probabilities, by completion, of prompts that run together."""
+    """By completion, of prompts that run together."""
     params = SamplingParams(temperature=1.0, seed=5, max_tokens=OUTPUT, ignore_eos=True, logprobs=0, **settings)
-    found: list[dict[int, Answer]] = [{} for _ in prompts]
-    for number, prompt in enumerate(prompts):
-        engine.add_request(str(number), prompt, params)
-    while engine.has_unfinished():
-        for delta in engine.step():
-            for completion in delta.completions:
-                rows = zip(completion.token_ids, completion.logprobs or [], strict=True)
-                answer = found[int(delta.request_id)].setdefault(completion.index, [])
-                answer += [(token, row[token].logprob) for token, row in rows]
-    return found
+    return completions(engine, prompts, params)
 
 
 def hits(engine: Engine, prompt: list[int], expected: list[dict[int, Answer]], **settings: Any) -> int:
@@ -75,7 +66,7 @@ def test_a_prompt_goes_on_from_the_states_that_were_kept(model_of: ModelOf, vari
     again = answers(plain, [first])
     assert hits(engine, first, again) == 0
     assert hits(engine, first, again) == 56, "behind the last full page in front of the last token"
-    follow_up = [*first, *(token for token, _ in again[0][0]), *third]
+    follow_up = [*first, *again[0][0].tokens, *third]
     expected = answers(plain, [follow_up])
     assert hits(engine, follow_up, expected) == 80, "behind the last full page of output"
     branch = answers(plain, [first[:42] + other])

@@ -24,6 +24,7 @@ from dynamoe.exits.segments import Segment
 from dynamoe.exits.training.exit_heads import ExitHeadsConfig
 from dynamoe.exits.training.heads import HeadTraining
 from dynamoe.kernels.api.types import AttentionBatch
+from engine_answers import Answer, answers
 from test_decoder import random_prompts
 from test_families_parity_nemotron import VARIANTS as OTHERS
 from test_families_parity_states import VARIANTS
@@ -34,8 +35,6 @@ EARLY = SamplingParams(
     temperature=0.0, max_tokens=TOKENS, ignore_eos=True, logprobs=0, quality=None, exit_thresholds={1: 0.5, 2: 0.5}
 )
 PROMPTS = random_prompts([1, 7, 33, 12, 20, 5], seed=2)
-Served = list[tuple[list[int], list[int], list[float]]]  # for each prompt: tokens, layers behind each, logprobs
-
 
 # Gated DeltaNet and Mamba2, whose full layers have output gates or none.
 MODELS = [*VARIANTS[1:3], *(pytest.param(v, marks=pytest.mark.slow) for v in (VARIANTS[0], VARIANTS[3], *OTHERS[1:]))]
@@ -48,18 +47,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return load_model(directory, dtype="float32", device="cpu", progress=False)
 
 
-def serve(engine: Engine, prompts: list[list[int]], params: SamplingParams = EARLY) -> Served:
-    found: Served = [([], [], []) for _ in prompts]
-    for number, prompt in enumerate(prompts):
-        engine.add_request(str(number), prompt, params)
-    while engine.has_unfinished():
-        for delta in engine.step():
-            (completion,), (tokens, depths, logprobs) = delta.completions, found[int(delta.request_id)]
-            tokens += completion.token_ids
-            depths += completion.layers or []
-            rows = zip(completion.token_ids, completion.logprobs or [], strict=True)
-            logprobs += [row[token].logprob for token, row in rows]
-    return found
+def serve(engine: Engine, prompts: list[list[int]], params: SamplingParams = EARLY) -> list[Answer]:
+    return answers(engine, prompts, params)
 
 
 def small_engine(model: LoadedModel, pages: int, **settings: Any) -> Engine:
@@ -69,7 +58,7 @@ def small_engine(model: LoadedModel, pages: int, **settings: Any) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def alone(model: LoadedModel) -> Served:
+def alone(model: LoadedModel) -> list[Answer]:
     """What every prompt gives when nobody is beside it."""
     return [serve(Engine(model), [prompt])[0] for prompt in PROMPTS]
 
@@ -109,7 +98,7 @@ def by_hand(decoder: Decoder, prompt: list[int], tokens: list[int], depths: list
     return found
 
 
-def test_layers_behind_an_exit_go_on_from_the_stream_there(model: LoadedModel, alone: Served) -> None:
+def test_layers_behind_an_exit_go_on_from_the_stream_there(model: LoadedModel, alone: list[Answer]) -> None:
     layers = [depth for _, depths, _ in alone for depth in depths]
     assert {1, 2, model.spec.num_layers} == set(layers)
     for prompt, (tokens, depths, logprobs) in zip(PROMPTS, alone, strict=True):
@@ -118,13 +107,13 @@ def test_layers_behind_an_exit_go_on_from_the_stream_there(model: LoadedModel, a
 
 
 def test_states_matter_to_rows_behind_one_that_exits(
-    model: LoadedModel, alone: Served, monkeypatch: pytest.MonkeyPatch
+    model: LoadedModel, alone: list[Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(StateSpec, "propagate", lambda *_: None)
     assert serve(Engine(model), PROMPTS) != alone
 
 
-def test_neighbours_chunks_and_preemption_change_no_bit(model: LoadedModel, alone: Served) -> None:
+def test_neighbours_chunks_and_preemption_change_no_bit(model: LoadedModel, alone: list[Answer]) -> None:
     assert serve(Engine(model), PROMPTS) == alone
     assert serve(Engine(model, EngineConfig(max_num_batched_tokens=5, max_num_seqs=3)), PROMPTS) == alone
     engine = small_engine(model, 12, max_num_batched_tokens=64)
@@ -132,7 +121,7 @@ def test_neighbours_chunks_and_preemption_change_no_bit(model: LoadedModel, alon
     assert engine.stats().preemptions > 0
 
 
-def test_budgets_of_experts_beside_exits(model: LoadedModel, alone: Served) -> None:
+def test_budgets_of_experts_beside_exits(model: LoadedModel, alone: list[Answer]) -> None:
     both = replace(EARLY, experts_per_token=1)
     together = serve(Engine(model), PROMPTS, both)
     assert together == [serve(Engine(model), [prompt], both)[0] for prompt in PROMPTS]
@@ -193,15 +182,3 @@ def test_probes_and_contributions_are_made_for_such_models(tmp_path: Path, texts
     assert all(depths == [4, *[1] * (TOKENS - 1)] for _, depths, _ in served)
     assert engine.stats().skipped_experts > 0
     assert serve(engine, PROMPTS, params) == served
-
-
-@pytest.fixture
-def texts(tmp_path: Path) -> Path:
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    words = ["the", "router", "of", "an", "expert", "is", "a", "layer", "in", "model", "and", "it", "reads"]
-    generator = torch.Generator().manual_seed(0)
-    for number in range(12):
-        picks = torch.randint(len(words), (200,), generator=generator).tolist()
-        (folder / f"{number}.txt").write_text(" ".join(words[i] for i in picks) + ".")
-    return folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import interpreter
 import pytest
 import torch
 from dynamoe.kernels.api.router_spec import RouterSpec
@@ -186,3 +187,21 @@ def test_order_of_the_rows_does_not_matter(path: str) -> None:
     )
     out_TD = run_path(path, x_TD, weights, routing)
     torch.testing.assert_close(run_path(path, x_TD[order].contiguous(), weights, shuffled), out_TD[order])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU at hand kernels are compiled, not interpreted")
+@pytest.mark.parametrize("path", PATHS)
+def test_the_hastened_interpreter_gives_the_bits_of_tritons_own(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x_TD, weights, routing = torch.randn(9, 64), make_weights(4, 64, 48, biases=True), random_routing(9, 4, 2)
+    hastened = run_path(path, x_TD, weights, routing)
+    calls: list[object] = []
+
+    def own(*arguments: object, **more: object) -> object:
+        calls.append(arguments[0])
+        assert interpreter.TRITONS_OWN is not None
+        return interpreter.TRITONS_OWN(*arguments, **more)
+
+    monkeypatch.setattr("triton.runtime.interpreter.InterpretedFunction.__call__", own)
+    assert torch.equal(run_path(path, x_TD, weights, routing), hastened)
+    assert calls
