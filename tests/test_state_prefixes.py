@@ -129,7 +129,7 @@ def test_states_behind_an_output_that_was_computed_again_stay(model_of: ModelOf)
     model = model_of(VARIANTS[0])
     (prompt,) = random_prompts([20], seed=7)
     plain = engine_of(model, enable_prefix_caching=False)
-    output = [token for token, _ in answers(plain, [prompt])[0][0]]
+    output = answers(plain, [prompt])[0][0].tokens
     engine = engine_of(model)
     params = SamplingParams(temperature=1.0, seed=5, max_tokens=OUTPUT, ignore_eos=True)
     engine.add_request("it", prompt, params)
