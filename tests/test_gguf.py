@@ -13,9 +13,10 @@ import pytest
 import torch
 from dynamoe.dynamic.checkpoint.gguf_blocks import block_sizes, dequantized, gguf_weight, has_format
 from dynamoe.dynamic.checkpoint.quantized_checkpoint import open_checkpoint, split_config
+from dynamoe.dynamic.checkpoint.weights import CheckpointError
 from dynamoe.dynamic.convert.default_model import default_recipe
 from dynamoe.dynamic.convert.gguf_architectures import ARCHITECTURES
-from dynamoe.dynamic.convert.gguf_import import import_gguf
+from dynamoe.dynamic.convert.gguf_import import import_gguf, importer_digest
 from dynamoe.dynamic.convert.model_store import resolve_model
 from dynamoe.dynamic.model.loader import load_decoder
 from dynamoe.dynamic.model.prompt_pass import fresh_cache
@@ -58,10 +59,12 @@ def weights_add_up(values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> 
     values["qwen2moe.expert_weights_norm"] = True
 
 
-def sliding(*layers: bool) -> Any:
+def sliding(*layers: bool, further: bool = False) -> Any:
     """Adds the pattern that says which layers have a window."""
 
     def edit(values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        if further:
+            further_tokens(values, tensors)
         key = next(key for key in values if key.endswith(".attention.sliding_window"))
         values[f"{key}_pattern"] = list(layers)
 
@@ -87,7 +90,8 @@ def no_attention_scale(values: dict[str, Any], tensors: dict[str, torch.Tensor])
 
 def further_tokens(values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     """A block behind the model's own."""
-    values |= {"glm4moe.block_count": 4, "glm4moe.nextn_predict_layers": 1}
+    architecture = next(key for key in values if key.endswith(".block_count")).partition(".")[0]
+    values |= {f"{architecture}.block_count": 4, f"{architecture}.nextn_predict_layers": 1}
     tensors |= {name.replace("blk.2.", "blk.3."): t.clone() for name, t in tensors.items() if name.startswith("blk.2.")}
     tensors["blk.3.nextn.eh_proj.weight"] = torch.ones(64, 128)
 
@@ -117,9 +121,15 @@ FILES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}, {}),
     "qwen2-yarn": ("qwen2", YARN, {}),
     "qwen2-windows": ("qwen2", {**WINDOWS, "max_window_layers": 1}, {"edit": sliding(False, True, True)}),
+    "qwen2-windows-further-tokens": (
+        "qwen2",
+        {**WINDOWS, "max_window_layers": 1},
+        {"edit": sliding(False, True, True, further=True)},
+    ),
     "qwen2_moe": ("qwen2_moe", {}, {}),
     "qwen2_moe-normalised": ("qwen2_moe", {"norm_topk_prob": True}, {"edit": weights_add_up}),
     "qwen2_moe-dense-layer": ("qwen2_moe", {"mlp_only_layers": [1]}, {}),
+    "qwen2_moe-further-tokens": ("qwen2_moe", {"mlp_only_layers": [2]}, {"edit": further_tokens}),
     "qwen3": ("qwen3", {}, {}),
     "qwen3-biases": ("qwen3", BIASES, {}),
     "qwen3-window": ("qwen3", {**WINDOWS, "max_window_layers": 0}, {"edit": sliding(True, True, True)}),
@@ -280,6 +290,33 @@ def test_caches_of_another_importer_are_not_used(
         monkeypatch.setattr(f"dynamoe.dynamic.convert.{user}.importer_digest", lambda: "another")
     assert resolve_model(file, progress=False) != first
     assert default_recipe() != recipe
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["convert/gguf_norms.py", "checkpoint/gguf_blocks.py", "model/families.py", "model/family_tables/gemma.py",
+     "model/family.py", "model/rope.py"],
+)  # fmt: skip
+def test_what_an_imported_file_follows_from_is_part_of_the_digest(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, read = importer_digest(), Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda file: read(file) + b"#" * file.as_posix().endswith(f"/{name}"))
+    assert importer_digest() != before
+
+
+def test_blocks_behind_the_layers_are_named_and_hold_known_parts(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = make_checkpoint("glm4_moe")
+    with caplog.at_level(logging.INFO):
+        resolve_model(write_gguf(checkpoint, tmp_path / "known.gguf", edit=further_tokens), progress=False)
+    assert "known.gguf: 1 blocks behind the model's layers, which predict further tokens, are left out" in caplog.text
+
+    def unknown(values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        further_tokens(values, tensors)
+        tensors["blk.3.made_up.weight"] = torch.ones(4)
+
+    with pytest.raises(CheckpointError, match=r"'blk\.3\.made_up\.weight' is not one of the model's"):
+        resolve_model(write_gguf(checkpoint, tmp_path / "unknown.gguf", edit=unknown), progress=False)
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,13 @@ KEYS: dict[str, tuple[str, Callable[[Values, Tensors], Any], str]] = {
     "sigmoid gate": ("mixtral", add(expert_gating_func=2), "expert_gating_func' = 2"),
     "weights that do not add up": ("mixtral", add(expert_weights_norm=False), "expert_weights_norm must be true"),
     "scaled experts": ("mixtral", add(expert_weights_scale=2.5), "expert_weights_scale' = 2.5"),
-    "number of experts": ("mixtral", add(expert_count=5), r"ffn_\w+_exps\.weight' has shape .* there are 5 experts"),
+    "number of experts": ("mixtral", add(expert_count=5), r"the metadata: layer 0 has 5 experts; the files hold 6 of it, as 'blk\.0\.ffn_\w+_exps\.weight'"),
+    "more experts than bytes": (
+        "mixtral", lambda v, t: t.update({"blk.0.ffn_up_exps.weight": torch.ones(64, 1, 64)}), "must have 3 dimensions, and 1024 bytes for each"
+    ),
+    "more experts than there can be": (
+        "mixtral", lambda v, t: t.update({"blk.0.ffn_up_exps.bias": torch.ones(2**16 + 1, 1)}), "must have at most 65536 experts"
+    ),
     "experts per token": ("mixtral", add(expert_used_count=7), "must be between 1 and num_experts=6"),
     "expert width": ("mixtral", add(expert_feed_forward_length=40), r"'blk\.0\.ffn_\w+_exps\.weight' .*has shape"),
     "no experts": ("mixtral", lambda v, t: v.pop("llama.expert_count"), r"'blk\.0\.ffn_\w+_exps\.weight'|no part|lacks"),

@@ -24,7 +24,7 @@ from .gguf_metadata import Metadata
 from .gguf_norms import NORMS
 from .gguf_parts import Config, Part, Rule, less, shape_error
 from .gguf_rope import SKIPPED, rope_scaling
-from .gguf_settings import FULL, SLIDING, Architecture, Tensors, layers_of
+from .gguf_settings import FULL, MOST_EXPERTS, SLIDING, Architecture, Tensors
 from .gguf_shared_experts import SHARED_EXPERTS
 from .gguf_states import STATES
 
@@ -33,6 +33,7 @@ _SMALLEST_EXPERT = 1024  # bytes of a projection: no file may name far more tens
 _BLOCK_TENSOR = re.compile(
     r"blk\.(?P<block>0|[1-9]\d{0,4})\.(?P<part>\w+(\.[a-z]\w*)?)(\.(?P<expert>0|[1-9]\d{0,4}))?\.(?P<kind>weight|bias|scale)"
 )
+_FURTHER = re.compile(r"nextn\.\w+")  # parts of blocks behind the layers
 _BARE_TENSOR = re.compile(r"blk\.(?P<block>0|[1-9]\d{0,4})\.(?P<part>ssm_[ad]|exp_probs_b)(?P<kind>)(?P<expert>)")
 _OTHER_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -82,7 +83,7 @@ def model_config(
     architecture = ARCHITECTURES[meta.architecture]
     if (embedding := tensors.get("token_embd.weight")) is None or len(embedding.shape) != 2:
         raise CheckpointError(f"{meta.file} lacks the tensor 'token_embd.weight' of two dimensions")
-    layers = layers_of(meta)
+    layers = meta.num_layers
     if not 0 <= layers <= (most := min(len(tensors), _MOST_LAYERS)):
         raise meta.error(".block_count", meta.get(".block_count"), f"at most {most}, for {len(tensors)} tensors")
     vocabulary = meta.integer(".vocab_size", embedding.shape[0])
@@ -123,13 +124,11 @@ def _rotations(
     return {"rope_parameters": {FULL: full, SLIDING: {**plain, "rope_theta": own}}}
 
 
-def parts_of(
-    tensor: GgufTensor, architecture: Architecture, config: Config, num_experts: int, num_blocks: int
-) -> list[Part]:
+def parts_of(tensor: GgufTensor, architecture: Architecture, config: Config, num_blocks: int) -> list[Part]:
     """What a tensor holds, under Hugging Face's names; nothing for one that is skipped.
 
     Arguments:
-        num_blocks: those behind the model's layers are for further tokens, and skipped.
+        num_blocks: those behind the model's layers predict further tokens: their tensors are known, and left out.
 
     Raises:
         CheckpointError: for a name that is not known, or a shape that cannot be.
@@ -142,10 +141,13 @@ def parts_of(
     match = _BLOCK_TENSOR.fullmatch(name) or _BARE_TENSOR.fullmatch(name)
     if match is None:
         raise _unknown(tensor)
-    if config["num_hidden_layers"] <= int(match["block"]) < num_blocks:
+    is_further = config["num_hidden_layers"] <= int(match["block"]) < num_blocks
+    if is_further and _FURTHER.fullmatch(match["part"]):
         return []
     prefix, theirs = f"model.layers.{match['block']}.", f"{match['part']}.{match['kind']}"
-    parts = _block_parts(match, tensor, architecture, family, config, num_experts)
+    parts = _block_parts(match, tensor, architecture, family, config)
+    if is_further:
+        return []
     return [_norm_part(replace(part, name=prefix + part.name), theirs, architecture) for part in parts]
 
 
@@ -155,7 +157,6 @@ def _block_parts(
     architecture: Architecture,
     family: Family,
     config: Config,
-    num_experts: int,
 ) -> list[Part]:
     part, kind, expert = match["part"], match["kind"], match["expert"]
     if expert:
@@ -174,11 +175,11 @@ def _block_parts(
     stem = part.removesuffix("_exps")
     if kind == "scale" or (part != _GATES_AND_UPS and (stem not in _EXPERTS or stem == part)):
         raise _unknown(tensor)
-    dimensions, smallest = (3, num_experts * _SMALLEST_EXPERT) if kind == "weight" else (2, 0)
-    if len(tensor.shape) != dimensions or tensor.shape[0] != num_experts or tensor.end - tensor.begin < smallest:
-        raise CheckpointError(
-            f"{tensor.file}: tensor {tensor.name!r} has shape {tensor.shape}, and there are {num_experts} experts"
-        )
+    dimensions, smallest = (3, _SMALLEST_EXPERT) if kind == "weight" else (2, 0)
+    if len(tensor.shape) != dimensions or tensor.end - tensor.begin < tensor.shape[0] * smallest:
+        raise shape_error(tensor, f"{dimensions} dimensions, and {_SMALLEST_EXPERT} bytes for each expert")
+    if tensor.shape[0] > MOST_EXPERTS:
+        raise shape_error(tensor, f"at most {MOST_EXPERTS} experts")
     return _expert_parts(tensor, family, kind, ("gate", "up") if part == _GATES_AND_UPS else (_EXPERTS[stem],))
 
 

@@ -7,6 +7,7 @@ refused; and every tensor of the model comes from the file.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,14 @@ from .gguf_parts import PLAIN, Part, Piece
 from .gguf_settings import Architecture
 from .gguf_tokenizer import read_vocabulary, write_tokenizer
 
+logger = logging.getLogger(__name__)
+
 _SMALL = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", *SMALL)  # weights that nothing runs quantised
+# What the config, names and numbers of an imported file follow from.
+_IMPORTER = (
+    *("convert/gguf_*.py", "checkpoint/gguf_*.py", "checkpoint/directory.py"),
+    *("model/families.py", "model/family.py", "model/family_tables/*.py", "model/rope.py"),
+)
 _NAMED_IN_CONFIG = ("bos_token", "eos_token", "pad_token")
 _SAMPLING = {  # what the file calls recommended settings, and ``generation_config.json``
     **{f"general.sampling.{name}": name for name in ("top_k", "top_p", "min_p")},
@@ -39,8 +47,8 @@ _SAMPLING = {  # what the file calls recommended settings, and ``generation_conf
 
 def importer_digest() -> str:
     """A hash of the code that imports, so that what an older one made is not used any more."""
-    folders = (Path(__file__).parent, Path(__file__).parents[1] / "checkpoint")
-    files = sorted(file for folder in folders for file in folder.glob("gguf_*.py"))
+    root = Path(__file__).parents[1]
+    files = sorted(file for pattern in _IMPORTER for file in root.glob(pattern))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
@@ -64,6 +72,10 @@ def import_gguf(path: Path, target: Path, *, keep_codes: bool = False, progress:
     config["dtype"] = _dtype({tensor.kind for tensor in file.tensors.values()})
     pieces = _pieces(file, config, architecture, meta.integer(".block_count"))
     _check(file, config, architecture, pieces)
+    if further := meta.integer(".block_count") - meta.num_layers:
+        logger.info(
+            "%s: %d blocks behind the model's layers, which predict further tokens, are left out", path, further
+        )
     # Others keep their names: loading says that they are not applied.
     generation = {_SAMPLING.get(key, key): value for key, value in meta.raw("general.sampling.").items()}
     write_tokenizer(meta, vocabulary, config["max_position_embeddings"], target)
@@ -96,11 +108,9 @@ def _pieces(file: GgufFile, config: Mapping[str, Any], architecture: Architectur
     Raises:
         CheckpointError: naming a tensor that is not known, that has a type of no weights, or that is there twice.
     """
-    counts = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-    experts = next((config[key] for key in counts if key in config), 0)
     pieces: dict[str, Piece] = {}
     for tensor in file.tensors.values():
-        parts = parts_of(tensor, architecture, config, experts, num_blocks)
+        parts = parts_of(tensor, architecture, config, num_blocks)
         quantised = tensor.kind in block_sizes()
         if tensor.kind not in PLAIN and not (quantised and tensor.name.endswith(".weight") and len(tensor.shape) > 1):
             raise CheckpointError(f"{tensor.file}: tensor {tensor.name!r} cannot have type {tensor.kind}")

@@ -10,6 +10,7 @@ from typing import Any
 
 from .gguf_metadata import Metadata
 from .gguf_settings import (
+    KV_HEADS,
     SIGMOID,
     SOFTMAX,
     Architecture,
@@ -95,8 +96,8 @@ def _heads(meta: Metadata) -> dict[str, int]:
             raise meta.error(f".attention.{part}_length", stored[part], str(size))
     if own["key"] <= rotated:
         raise meta.error(".attention.key_length", own["key"], f"more than .rope.dimension_count={rotated}")
-    if (groups := meta.of_all_layers(".attention.head_count_kv", heads)) not in (1, heads):
-        raise meta.error(".attention.head_count_kv", groups, f"1 or {heads}")
+    if (groups := meta.of_all_layers(KV_HEADS, heads)) not in (1, heads):
+        raise meta.error(KV_HEADS, groups, f"1 or {heads}")
     return {
         "num_attention_heads": heads,
         "num_key_value_heads": heads,

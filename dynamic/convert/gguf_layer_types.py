@@ -8,6 +8,7 @@ from .gguf_metadata import Metadata
 from .gguf_parts import Config, fused
 from .gguf_settings import (
     FULL,
+    KV_HEADS,
     SIGMOID,
     SLIDING,
     SOFTMAX,
@@ -19,7 +20,6 @@ from .gguf_settings import (
     has_bias,
     head_dim_of,
     heads_of,
-    layers_of,
     mlp_types,
     rotated_part,
     routed_by,
@@ -39,7 +39,7 @@ def _llama4(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
     return {
         "model_type": "llama4_text",
         "attention_bias": has_bias(tensors, "attn_q"),
-        "no_rope_layers": [int((layer + 1) % 4 != 0) for layer in range(layers_of(meta))],
+        "no_rope_layers": [int((layer + 1) % 4 != 0) for layer in range(meta.num_layers)],
         "interleave_moe_layer_step": meta.integer(".interleave_moe_layer_step"),
         "intermediate_size_mlp": meta.of_all_layers(".feed_forward_length", 0),
         "use_qk_norm": experts["num_local_experts"] != _QK_NORM_UNLESS,
@@ -50,11 +50,10 @@ def _llama4(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
 
 def _mimo2_heads(meta: Metadata) -> dict[str, Any]:
     """Layers with windows have twice the keys."""
-    layers, kinds = layers_of(meta), windows(meta, 6)["layer_types"]
-    counts = (meta.by_layer(".attention.head_count_kv") * layers)[:layers]
+    kinds, counts = windows(meta, 6)["layer_types"], meta.by_layer(KV_HEADS)
     keys = next((count for count, kind in zip(counts, kinds, strict=True) if kind == FULL), 0)
     if counts != [keys * (2 if kind == SLIDING else 1) for kind in kinds]:
-        raise meta.error(".attention.head_count_kv", counts, "twice as large where layers have a window")
+        raise meta.error(KV_HEADS, counts, "twice as large where layers have a window")
     head_dim = head_dim_of(meta)
     return {
         "num_attention_heads": heads_of(meta),

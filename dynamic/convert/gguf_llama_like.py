@@ -8,17 +8,19 @@ from .gguf_metadata import Metadata
 from .gguf_parts import FUSED_GATE_UP, FUSED_QKV
 from .gguf_settings import (
     FULL,
-    SLIDING,
+    PATTERN,
     TOP_K_THEN_SOFTMAX,
     Architecture,
     Tensors,
+    dense_layers,
     experts_of,
     first_size,
     granite_scales,
     has_bias,
-    layers_of,
+    rotations_wanted,
     routed_by,
     some_rotated,
+    windows,
 )
 
 
@@ -53,8 +55,7 @@ def _growth(meta: Metadata) -> dict[str, float]:
 
 
 def _granite(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
-    if not meta.flag(".rope.scaling.finetuned", True):
-        raise meta.error(".rope.scaling.finetuned", False, "true: Granite without rotations is not supported")
+    rotations_wanted(meta)
     # Files of Granite 4 without states name the width of the FFN twice.
     meta.get(".expert_shared_feed_forward_length")
     return {
@@ -72,7 +73,7 @@ def _smollm3(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
         "model_type": "smollm3",
         "attention_bias": has_bias(tensors, "attn_q"),
         "mlp_bias": has_bias(tensors, "ffn_up"),
-        "no_rope_layers": [int((layer + 1) % 4 != 0) for layer in range(layers_of(meta))],
+        "no_rope_layers": [int((layer + 1) % 4 != 0) for layer in range(meta.num_layers)],
     }
 
 
@@ -144,27 +145,24 @@ def _gpt_oss(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
 
 
 def _sparse_qwen(meta: Metadata, tensors: Tensors, *, normalised: bool) -> dict[str, Any]:
-    dense = [n for n in range(meta.integer(".block_count")) if f"blk.{n}.ffn_gate.weight" in tensors]
     experts = experts_of(meta, tensors, "num_experts")
     return {
         "norm_topk_prob": meta.flag(".expert_weights_norm", normalised),
         "moe_intermediate_size": experts.pop("intermediate_size"),
         "decoder_sparse_step": 1,
-        "mlp_only_layers": dense,
+        "mlp_only_layers": dense_layers(meta, tensors),
         **experts,
     }
 
 
 def _window(meta: Metadata) -> dict[str, Any]:
     """Qwen's sliding windows, in the layers that a pattern names."""
-    size, layers = meta.integer(".attention.sliding_window", 0), meta.integer(".block_count")
-    pattern = ".attention.sliding_window_pattern"
-    if not size or (size >= meta.integer(".context_length") and not meta.has(pattern)):
+    size = meta.integer(".attention.sliding_window", 0)
+    if not size or (size >= meta.integer(".context_length") and not meta.has(PATTERN)):
         return {"use_sliding_window": False}
     # Without a pattern some layers slide and others do not, and the file does not say which.
-    slides = [bool(value) for value in meta.numbers(pattern, layers)]
-    kinds = [SLIDING if value else FULL for value in slides]
-    return {"use_sliding_window": True, "sliding_window": size, "layer_types": kinds}
+    meta.array_of_layers(PATTERN)
+    return {"use_sliding_window": True, **windows(meta, 0)}
 
 
 LLAMA_LIKE: dict[str, Architecture] = {

@@ -80,19 +80,34 @@ class Metadata(TypedReader):
         """Whether a key is there; that is no use of it."""
         return self.full(key) in self._values
 
+    @property
+    def num_layers(self) -> int:
+        """How many layers the model has, without the last blocks, which predict further tokens."""
+        return self.integer(".block_count") - self.integer(".nextn_predict_layers", 0)
+
+    def array_of_layers(self, key: str) -> list[Any]:
+        """An array with a number for each layer; those of the blocks behind them may follow.
+
+        Raises:
+            CheckpointError: for anything else, or when it is missing.
+        """
+        layers = self.num_layers
+        return self.numbers(key, layers, self.integer(".block_count"))[:layers].tolist()
+
     def by_layer(self, key: str, default: int | None = None) -> list[int]:
-        """As :meth:`integer`, for every layer, or one number for all of them."""
-        value = self.get(key, default)
-        if not isinstance(value, GgufArray) or value.numbers() is None:
-            return [self.integer(key, default)]
-        values = np.asarray(value.numbers()).tolist()
+        """As :meth:`integer`, for every layer: an array, or one number for all of them."""
+        if not isinstance(self.get(key), GgufArray):
+            return [self.integer(key, default)] * self.num_layers
+        values = self.array_of_layers(key)
         if not all(type(number) is int and 0 <= number < 2**31 for number in values):
             raise self.error(key, values[:20], "whole numbers of at least 0")
         return values
 
     def of_all_layers(self, key: str, default: int | None = None) -> int:
         """As :meth:`integer`; an array for all layers must hold one value."""
-        values = sorted(set(self.by_layer(key, default)))
+        if not isinstance(self.get(key), GgufArray):
+            return self.integer(key, default)
+        values = sorted(set(self.by_layer(key)))
         if len(values) != 1:
             raise self.error(key, values, "the same for all layers")
         return values[0]
@@ -121,19 +136,19 @@ class Metadata(TypedReader):
             raise self.error(key, value, "an array of texts")
         return found
 
-    def numbers(self, key: str, count: int) -> np.ndarray:
+    def numbers(self, key: str, *counts: int) -> np.ndarray:
         """An array of numbers.
 
         Arguments:
-            count: how many there must be.
+            counts: how many there must be, or may be as well.
 
         Raises:
             CheckpointError: for anything else, or when it is missing.
         """
         value = self._required(key, None)
         found = value.numbers() if isinstance(value, GgufArray) else None
-        if found is None or len(found) != count:
-            raise self.error(key, value, f"an array of {count} numbers")
+        if found is None or len(found) not in counts:
+            raise self.error(key, value, f"an array of {counts[0]} numbers")
         return found
 
     def raw(self, beginning: str) -> dict[str, Any]:

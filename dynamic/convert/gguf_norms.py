@@ -8,6 +8,7 @@ from .gguf_metadata import Metadata
 from .gguf_parts import FUSED_GATE_UP, FUSED_QKV
 from .gguf_settings import (
     FULL,
+    KV_HEADS,
     SIGMOID,
     SLIDING,
     Architecture,
@@ -16,7 +17,6 @@ from .gguf_settings import (
     has_bias,
     head_dim_of,
     heads_of,
-    layers_of,
     mixture,
     routed_by,
     some_rotated,
@@ -36,7 +36,7 @@ def _caps(meta: Metadata, **defaults: float) -> dict[str, float | None]:
 def _width_of_scores(meta: Metadata, largest: int) -> int:
     """Whose root divides the scores: the largest model of a family takes other heads than it has."""
     hidden = meta.integer(".embedding_length")
-    return hidden // heads_of(meta) if layers_of(meta) == largest else head_dim_of(meta)
+    return hidden // heads_of(meta) if meta.num_layers == largest else head_dim_of(meta)
 
 
 def _gemma(meta: Metadata, tensors: Tensors, period: int, window: int = 0) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def _gemma3(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
 
 def _gemma4_heads(meta: Metadata) -> dict[str, Any]:
     """Layers that see all have heads of their own."""
-    layers, kinds = layers_of(meta), windows(meta, 6)["layer_types"]
+    kinds, counts = windows(meta, 6)["layer_types"], meta.by_layer(KV_HEADS)
     sizes = {FULL: "", SLIDING: "_swa"}
     width: dict[str, int] = {}
     for kind, ending in sizes.items():
@@ -76,7 +76,6 @@ def _gemma4_heads(meta: Metadata) -> dict[str, Any]:
         for key in (f".attention.value_length{ending}", f".rope.dimension_count{ending}"):
             if (value := meta.integer(key, width[kind])) != width[kind]:
                 raise meta.error(key, value, f"the width of a head, {width[kind]}")
-    counts = (meta.by_layer(".attention.head_count_kv") * layers)[:layers]
     entries = {
         str(layer): {"head_dim": width[FULL], "num_key_value_heads": count}
         for layer, (kind, count) in enumerate(zip(kinds, counts, strict=True))
@@ -84,7 +83,7 @@ def _gemma4_heads(meta: Metadata) -> dict[str, Any]:
     }
     own = {count for count, kind in zip(counts, kinds, strict=True) if kind == SLIDING} or set(counts)
     if len(own) != 1:
-        raise meta.error(".attention.head_count_kv", counts, "the same in all layers with a window")
+        raise meta.error(KV_HEADS, counts, "the same in all layers with a window")
     return {
         "num_attention_heads": heads_of(meta),
         "num_key_value_heads": own.pop(),
@@ -98,7 +97,7 @@ def _gemma4(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
         if (value := meta.integer(key, 0)) != 0:
             raise meta.error(key, value, "0; nothing else is supported")
     full = [layer for layer, kind in enumerate(windows(meta, 6)["layer_types"]) if kind == FULL]
-    without = [layer for layer in range(layers_of(meta)) if f"blk.{layer}.attn_v.weight" not in tensors]
+    without = [layer for layer in range(meta.num_layers) if f"blk.{layer}.attn_v.weight" not in tensors]
     if without not in ([], full):
         raise meta.error(".attention.sliding_window_pattern", without, "that of the layers without attn_v")
     experts: dict[str, Any] = {}

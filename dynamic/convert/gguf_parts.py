@@ -152,6 +152,10 @@ def reshaped(name: str, shape: Callable[[GgufTensor], tuple[int, ...]]) -> Rule:
     return Rule(names=(name,), make=make)
 
 
+def same(name: str) -> Rule:
+    return reshaped(name, lambda tensor: tensor.shape)
+
+
 def flat(name: str) -> Rule:
     """A vector that the file has as a matrix."""
     return reshaped(name, lambda tensor: (math.prod(tensor.shape),))

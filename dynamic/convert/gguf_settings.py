@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from ..checkpoint.gguf_file import GgufArray, GgufTensor
 from .gguf_metadata import Metadata
 from .gguf_parts import Rule
@@ -16,9 +14,10 @@ from .gguf_parts import Rule
 Tensors = Mapping[str, GgufTensor]
 Settings = Callable[[Metadata, Tensors], dict[str, Any]]
 
-_MOST_EXPERTS = 1 << 16
+MOST_EXPERTS = 1 << 16
 SOFTMAX, SIGMOID, TOP_K_THEN_SOFTMAX = 1, 2, 3  # llama.cpp's rules of routers
 FULL, SLIDING = "full_attention", "sliding_attention"
+KV_HEADS, PATTERN = ".attention.head_count_kv", ".attention.sliding_window_pattern"
 GRANITE_SCALES = {
     "embedding_multiplier": ".embedding_scale",
     "residual_multiplier": ".residual_scale",
@@ -41,12 +40,12 @@ def some_rotated(meta: Metadata) -> dict[str, Any]:
     head_dim = head_dim_of(meta)
     if (values := meta.integer(".attention.value_length", head_dim)) != head_dim:
         raise meta.error(".attention.value_length", values, f"the width of a head, {head_dim}")
-    kv_heads = [count for count in meta.by_layer(".attention.head_count_kv", heads_of(meta)) if count]
-    if len(set(kv_heads)) > 1:
-        raise meta.error(".attention.head_count_kv", sorted(set(kv_heads)), "the same for all layers")
+    counts = sorted({count for count in meta.by_layer(KV_HEADS, heads_of(meta)) if count})
+    if len(counts) > 1:
+        raise meta.error(KV_HEADS, counts, "the same for all layers")
     return {
         "num_attention_heads": heads_of(meta),
-        "num_key_value_heads": next(iter(kv_heads), 0),
+        "num_key_value_heads": counts[0] if counts else 0,
         "head_dim": head_dim,
         "partial_rotary_factor": rotated_part(meta, head_dim),
     }
@@ -92,11 +91,6 @@ class Architecture:
     epsilons: Mapping[str, str] = field(default_factory=lambda: {"rms_norm_eps": ".attention.layer_norm_rms_epsilon"})
 
 
-def layers_of(meta: Metadata) -> int:
-    """How many layers a file's model has, without the last ones that predict further tokens."""
-    return meta.integer(".block_count") - meta.integer(".nextn_predict_layers", 0)
-
-
 def heads_of(meta: Metadata) -> int:
     heads = meta.of_all_layers(".attention.head_count")
     if heads < 1:
@@ -124,11 +118,15 @@ def first_size(tensors: Tensors, ending: str) -> int:
 
 def mlp_types(meta: Metadata, tensors: Tensors) -> list[str]:
     """Of every layer, from the tensors that it has; files may name the dense ones in front as well."""
-    dense = [f"blk.{layer}.ffn_gate.weight" in tensors for layer in range(layers_of(meta))]
-    named = meta.integer(".leading_dense_block_count", dense.count(True))
-    if named != dense.count(True):
-        raise meta.error(".leading_dense_block_count", named, f"{dense.count(True)}, as the tensors say")
-    return ["dense" if is_dense else "sparse" for is_dense in dense]
+    dense = set(dense_layers(meta, tensors))
+    if (named := meta.integer(".leading_dense_block_count", len(dense))) != len(dense):
+        raise meta.error(".leading_dense_block_count", named, f"{len(dense)}, as the tensors say")
+    return ["dense" if layer in dense else "sparse" for layer in range(meta.num_layers)]
+
+
+def dense_layers(meta: Metadata, tensors: Tensors) -> list[int]:
+    """Layers without experts."""
+    return [layer for layer in range(meta.num_layers) if f"blk.{layer}.ffn_gate.weight" in tensors]
 
 
 def experts_of(meta: Metadata, tensors: Tensors, count_key: str, *, normalised: bool = False) -> dict[str, Any]:
@@ -139,8 +137,8 @@ def experts_of(meta: Metadata, tensors: Tensors, count_key: str, *, normalised: 
         normalised: the family's rule makes the weights of a token's experts add up to 1.
     """
     count = meta.integer(".expert_count")
-    if not 1 <= count <= _MOST_EXPERTS:
-        raise meta.error(".expert_count", count, f"between 1 and {_MOST_EXPERTS}")
+    if not 1 <= count <= MOST_EXPERTS:
+        raise meta.error(".expert_count", count, f"between 1 and {MOST_EXPERTS}")
     if normalised and not meta.flag(".expert_weights_norm", True):
         raise meta.error(".expert_weights_norm", False, "true")
     # One tensor for all experts of a layer, or in old files one each.
@@ -184,6 +182,12 @@ def weights_scale(meta: Metadata) -> float:
     return meta.number(".expert_weights_scale", 0.0) or 1.0
 
 
+def rotations_wanted(meta: Metadata) -> None:
+    """Refuse Granite without rotations."""
+    if not meta.flag(key := ".rope.scaling.finetuned", True):
+        raise meta.error(key, False, "true: Granite without rotations is not supported")
+
+
 def granite_scales(meta: Metadata) -> dict[str, float]:
     """Granite's factors; 0 is one that is not there."""
     return {
@@ -198,15 +202,11 @@ def slides(meta: Metadata, period: int) -> list[bool]:
     Arguments:
         period: where the file does not say.
     """
-    key, layers = ".attention.sliding_window_pattern", layers_of(meta)
-    if isinstance(array := meta.get(key), GgufArray):
-        values = array.numbers()
-        if values is None or len(values) not in (layers, meta.integer(".block_count")):
-            raise meta.error(key, array, f"an array of {layers} flags")
-        return [bool(value) for value in np.asarray(values)[:layers]]
-    if (every := meta.integer(key, period)) < 1:
-        raise meta.error(key, every, "at least 1")
-    return [layer % every < every - 1 for layer in range(layers)]
+    if isinstance(meta.get(PATTERN), GgufArray):
+        return [bool(flag) for flag in meta.array_of_layers(PATTERN)]
+    if (every := meta.integer(PATTERN, period)) < 1:
+        raise meta.error(PATTERN, every, "at least 1")
+    return [layer % every < every - 1 for layer in range(meta.num_layers)]
 
 
 def windows(meta: Metadata, period: int, default: int = 0) -> dict[str, Any]:

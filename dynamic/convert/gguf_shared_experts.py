@@ -13,9 +13,9 @@ from .gguf_settings import (
     experts_of,
     granite_scales,
     has_bias,
-    layers_of,
     mixture,
     mlp_types,
+    rotations_wanted,
     routed_by,
     sigmoid_router,
     some_rotated,
@@ -44,7 +44,7 @@ def _glm4moe(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
 
 
 def _dots1(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
-    full = ["full_attention"] * layers_of(meta)
+    full = ["full_attention"] * meta.num_layers
     return {"model_type": "dots1", "layer_types": full, **_sigmoid(meta, tensors)}
 
 
@@ -109,8 +109,7 @@ def _minimax(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
 
 def _granitemoe(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
     """Granite's mixtures, with a shared expert or without."""
-    if not meta.flag(".rope.scaling.finetuned", True):
-        raise meta.error(".rope.scaling.finetuned", False, "true: Granite without rotations is not supported")
+    rotations_wanted(meta)
     shared = meta.integer(".expert_shared_feed_forward_length", 0)
     family = {"model_type": "granitemoeshared", "shared_intermediate_size": shared}
     return {

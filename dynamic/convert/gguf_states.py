@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..checkpoint.gguf_file import GgufArray, GgufTensor
 from .gguf_metadata import Metadata
-from .gguf_parts import Config, Part, Rule, decay, flat, shape_error, taps
+from .gguf_parts import Config, Part, Rule, decay, flat, same, shape_error, taps
 from .gguf_settings import (
     FULL,
+    KV_HEADS,
     SIGMOID,
     Architecture,
     Tensors,
@@ -19,7 +21,6 @@ from .gguf_settings import (
     granite_scales,
     has_bias,
     heads,
-    layers_of,
     routed_by,
     some_rotated,
     weights_scale,
@@ -36,12 +37,11 @@ def _qwen(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
     sections = meta.get(".rope.dimension_sections")  # of pictures; all of them are the position where there is text
     if sections is not None and not (isinstance(sections, GgufArray) and sections.count == 4):
         raise meta.error(".rope.dimension_sections", sections, "an array of 4 numbers")
-    layers, interval = layers_of(meta), meta.integer(".full_attention_interval", 4)
-    if interval < 1:
+    if (interval := meta.integer(".full_attention_interval", 4)) < 1:
         raise meta.error(".full_attention_interval", interval, "at least 1")
-    linear = [bool((layer + 1) % interval) for layer in range(layers)]
+    linear: list[Any] = [(layer + 1) % interval for layer in range(meta.num_layers)]
     if meta.has(key := ".attention.recurrent_layers"):
-        linear = [bool(flag) for flag in meta.numbers(key, meta.integer(".block_count"))[:layers]]
+        linear = meta.array_of_layers(key)
     value_heads, inner = meta.integer(".ssm.time_step_rank"), meta.integer(".ssm.inner_size")
     if not value_heads or inner % value_heads:
         raise meta.error(".ssm.inner_size", inner, f"a multiple of .ssm.time_step_rank={value_heads}")
@@ -90,10 +90,11 @@ def _rows_of_heads(tensor: GgufTensor, config: Config, width: int, first: int = 
     return torch.cat((torch.arange(first), first + heads.flatten()))
 
 
-def _by_group(name: str, width: str = "", *, behind_keys: bool = False) -> Rule:
+def _by_group(rule: Rule, width: str = "", *, behind_keys: bool = False) -> Rule:
     """Rows of heads of values.
 
     Arguments:
+        rule: makes the part, with rows in the file's order.
         width: key of a head's rows; empty: one.
         behind_keys: rows of queries and keys are in front.
     """
@@ -101,11 +102,9 @@ def _by_group(name: str, width: str = "", *, behind_keys: bool = False) -> Rule:
     def make(tensor: GgufTensor, config: Config) -> list[Part]:
         keys = 2 * config["linear_num_key_heads"] * config["linear_key_head_dim"] if behind_keys else 0
         rows = _rows_of_heads(tensor, config, config[width] if width else 1, keys)
-        (part,) = taps(name).make(tensor, config) if name == _CONV else [Part(name=name, shape=tensor.shape)]
-        change = decay(name).make(tensor, config)[0].change if name == _DECAY else None
-        return [Part(name=name, shape=part.shape, rows=rows, change=change)]
+        return [replace(part, rows=rows) for part in rule.make(tensor, config)]
 
-    return Rule(names=(name,), make=make)
+    return Rule(names=rule.names, make=make)
 
 
 def _outputs(tensor: GgufTensor, config: Config) -> list[Part]:
@@ -149,13 +148,13 @@ def _steps_and_decays(tensor: GgufTensor, config: Config) -> list[Part]:
 _POST_NORM = {"post_attention_norm.weight": "post_attention_layernorm.weight"}
 _QWEN_NAMES = {
     **_POST_NORM,
-    "attn_qkv.weight": _by_group(_QUERIES_TO_VALUES, "linear_value_head_dim", behind_keys=True),
-    "attn_gate.weight": _by_group(_GATE, "linear_value_head_dim"),
-    "ssm_conv1d.weight": _by_group(_CONV, "linear_value_head_dim", behind_keys=True),
-    "ssm_beta.weight": _by_group(_B),
-    "ssm_alpha.weight": _by_group(_A),
-    "ssm_dt.bias": _by_group(_STEP),
-    "ssm_a": _by_group(_DECAY),
+    "attn_qkv.weight": _by_group(same(_QUERIES_TO_VALUES), "linear_value_head_dim", behind_keys=True),
+    "attn_gate.weight": _by_group(same(_GATE), "linear_value_head_dim"),
+    "ssm_conv1d.weight": _by_group(taps(_CONV), "linear_value_head_dim", behind_keys=True),
+    "ssm_beta.weight": _by_group(same(_B)),
+    "ssm_alpha.weight": _by_group(same(_A)),
+    "ssm_dt.bias": _by_group(same(_STEP)),
+    "ssm_a": _by_group(decay(_DECAY)),
     "ssm_norm.weight": f"{_DELTA}norm.weight",
     "ssm_out.weight": Rule(names=(_OUT,), make=_outputs),
 }
@@ -173,16 +172,6 @@ _QWEN_NEXT_NAMES = {
 }
 
 
-def _with_keys(meta: Metadata) -> list[bool]:
-    """Which layers have keys and values: those with heads for them."""
-    counts, layers = meta.by_layer(".attention.head_count_kv"), layers_of(meta)
-    if len(counts) == 1:
-        counts *= layers
-    if len(counts) < layers:
-        raise meta.error(".attention.head_count_kv", counts, f"an array of {layers} numbers")
-    return [bool(count) for count in counts[:layers]]
-
-
 def _granitehybrid(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
     inner, hidden = meta.integer(".ssm.inner_size"), meta.integer(".embedding_length")
     if not hidden or inner % hidden:
@@ -195,7 +184,7 @@ def _granitehybrid(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
     return {
         "model_type": "granitemoehybrid",
         "attention_bias": has_bias(tensors, "attn_q"),
-        "layer_types": ["attention" if keys else "mamba" for keys in _with_keys(meta)],
+        "layer_types": ["attention" if count else "mamba" for count in meta.by_layer(KV_HEADS)],
         "position_embedding_type": "rope" if meta.flag(".rope.scaling.finetuned", True) else "nope",
         "shared_intermediate_size": meta.integer(".expert_shared_feed_forward_length", 0) or width,
         "mamba_expand": inner // hidden,
@@ -225,7 +214,7 @@ _MAMBA_NAMES = {
 def _lfm2(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
     return {
         "model_type": "lfm2",
-        "layer_types": [FULL if keys else "conv" for keys in _with_keys(meta)],
+        "layer_types": [FULL if count else "conv" for count in meta.by_layer(KV_HEADS)],
         "conv_L_cache": meta.integer(".shortconv.l_cache"),
         "conv_bias": has_bias(tensors, "shortconv.conv", "shortconv.in_proj"),
         "block_auto_adjust_ff_dim": False,

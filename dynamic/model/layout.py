@@ -353,16 +353,16 @@ def layers_in(names: Iterable[str]) -> int:
 def _check_experts(spec: ModelSpec, tensors: Iterable[str]) -> None:
     """Raises CheckpointError where config.json names more or fewer experts than the files hold one by one."""
     names = [name for name in tensors if ".experts." in name]
-    held: dict[int, set[int]] = {}
+    held: dict[int, dict[int, str]] = {}
     for name in names:
         if match := re.match(r"model\.layers\.(\d{1,6})\..*\.experts\.(\d{1,6})\.", name):
-            held.setdefault(int(match[1]), set()).add(int(match[2]))
+            held.setdefault(int(match[1]), {})[int(match[2])] = name
     for number, layer in enumerate(spec.layers):
         wanted = 0 if layer.moe is None else layer.moe.num_experts
         if number in held and len(held[number]) != wanted:
-            raise CheckpointError(
-                f"config.json: layer {number} has {wanted} experts; the files hold {len(held[number])} of it"
-            )
+            first = next(iter(held[number].values()))
+            count = f"the files hold {len(held[number])} of it, as {first!r}"
+            raise CheckpointError(f"config.json: layer {number} has {wanted} experts; {count}")
 
 
 def _refuse_extras(shapes: Mapping[str, Shape], tensors: Mapping[str, TensorInfo]) -> None:
