@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..dynamic.text.chat_template import TEXT_PARTS
+from ..dynamic.text.chat_template import message_text
 from .errors import ApiError, invalid
 from .settings import Limits
 from .wire.fields import CHAT, COMPLETION, HINTS, MESSAGE, Refused
@@ -52,20 +52,14 @@ def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     plain: list[dict[str, Any]] = []
     for number, message in enumerate(messages):
         check_supported(message, MESSAGE, f"messages[{number}].", "messages")
-        content = message.content
-        if isinstance(content, list):
-            texts = []
-            for part in content:
-                text = getattr(part, TEXT_PARTS[part.type]) if part.type in TEXT_PARTS else None
-                if text is None:
-                    problem = f"messages[{number}] holds a part of type {part.type[:50]!r} without text"
-                    raise invalid(f"{problem}; this model reads text only.", "messages", "unsupported_content")
-                texts.append(text)
-            content = "\n".join(texts)
+        try:
+            text = message_text(message.model_dump(include={"content", "refusal"}))
+        except ValueError as error:
+            raise invalid(f"messages[{number}]: {error}.", "messages", "unsupported_content") from error
         reasoning = message.reasoning_content or message.reasoning
         plain.append({
             "role": message.role,
-            "content": content or message.refusal or "",
+            "content": text or "",
             "name": message.name,
             "tool_call_id": message.tool_call_id,
             "reasoning_content": reasoning,

@@ -40,25 +40,30 @@ class TextPool:
         self._large = ThreadPoolExecutor(1, thread_name_prefix="large")
         self._renderings = 0
 
-    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    async def encode(self, text: str, add_special_tokens: bool, *, param: str = "prompt") -> list[int]:
         """Token ids of a text.
 
+        Arguments:
+            param: the request's field that it comes from.
+
         Raises:
-            ApiError: status 400 when it is too long.
+            ApiError: status 400 when it is too long, or the tokenizer refuses it.
         """
-        return await self._encode(self.tokenizer.encode, text, add_special_tokens)
+        return await self._encode(self.tokenizer.encode, text, add_special_tokens, param)
 
     async def encode_with_starts(self, text: str, add_special_tokens: bool) -> tuple[list[int], list[int]]:
         """As :meth:`encode`, and where each token begins in the text."""
-        return await self._encode(self.tokenizer.encode_with_starts, text, add_special_tokens)
+        return await self._encode(self.tokenizer.encode_with_starts, text, add_special_tokens, "prompt")
 
-    async def _encode(self, encode: Callable[[str, bool], Result], text: str, add_special_tokens: bool) -> Result:
+    async def _encode(
+        self, encode: Callable[[str, bool], Result], text: str, add_special_tokens: bool, param: str
+    ) -> Result:
         if len(text) > self._max_characters:
-            raise invalid(f"A text of {len(text)} characters is longer than {self._max_characters}.", param="prompt")
+            raise invalid(f"A text of {len(text)} characters is longer than {self._max_characters}.", param=param)
         try:
             return await self.run_sized(len(text), encode, text, add_special_tokens)
         except ValueError as error:
-            raise invalid(f"{error}.", param="prompt") from error
+            raise invalid(f"{error}.", param=param) from error
 
     async def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """The text of token ids."""
@@ -81,14 +86,12 @@ class TextPool:
         """
 
         def render() -> str:
-            text = self.tokenizer.chat_prompt(
+            return self.tokenizer.chat_prompt(
                 messages,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 **variables,
             )
-            text.encode()  # template variables may hold lone surrogates, which tokenizers refuse
-            return text
 
         allowed = ALLOWED_VARIABLES - _RESERVED
         if wrong := sorted(set(variables) - allowed):
@@ -110,7 +113,7 @@ class TextPool:
             raise invalid(f"{error}.", param="messages") from error
         finally:
             self._renderings -= 1
-        return text, await self.encode(text, add_special_tokens)
+        return text, await self.encode(text, add_special_tokens, param="messages")
 
     @staticmethod
     def _effort(source: str, effort: str | None) -> dict[str, Any]:

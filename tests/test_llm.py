@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from dynamoe import LLM, SamplingParams
@@ -73,6 +74,19 @@ def test_chat_equals_generate_on_the_rendered_prompt(llm: LLM) -> None:
     assert llm.chat(chats[0], GREEDY, use_tqdm=False)[0].outputs == results[0].outputs
 
 
+def test_arrays_of_ids_are_read_as_lists_are(llm: LLM) -> None:
+    (wanted,) = llm.generate([5, 6, 7], GREEDY, use_tqdm=False)
+    ids = np.array([5, 6, 7])
+    for prompt in (ids, [ids], ids[None], torch.tensor([5, 6, 7]), list(ids), {"prompt_token_ids": ids}, (5, 6, 7)):
+        (found,) = llm.generate(prompt, GREEDY, use_tqdm=False)
+        assert found.prompt_token_ids == [5, 6, 7]
+        assert found.outputs == wanted.outputs
+    results = llm.generate(np.array([[5, 6, 7], [5, 6, 8]]), GREEDY, use_tqdm=False)
+    assert [result.prompt_token_ids for result in results] == [[5, 6, 7], [5, 6, 8]]
+    urgent = {"prompt_token_ids": ids, "priority": np.int64(-1)}
+    assert llm.generate(urgent, GREEDY, use_tqdm=False)[0].outputs == wanted.outputs
+
+
 def test_bad_input_is_refused_before_anything_runs(llm: LLM) -> None:
     before = llm.engine.stats().generation_tokens
     with pytest.raises(ValueError, match="prompt is empty"):
@@ -88,6 +102,13 @@ def test_bad_input_is_refused_before_anything_runs(llm: LLM) -> None:
         ([[True]], "token ids, not bool"),
         ([["5"]], "token ids, not str"),
         (b"abc", "not bytes"),
+        ([b"abc"], "not bytes"),
+        ({"prompt_token_ids": b"abc"}, "not bytes"),
+        ({"prompt_token_ids": "567"}, "not str"),
+        ({"prompt_token_ids": {5: 6}}, "not dict"),
+        ({"prompt_token_ids": 5}, "not int"),
+        (np.array([5.0, 6.0]), "token ids, not float"),
+        ({"prompt": "a", "priority": True}, "priority must be a whole number, not True"),
         ({"prompt": None}, "a text or token ids, not None"),
         ({"prompt": "a", "priority": float("nan")}, "priority must be a whole number, not nan"),
         ({"prompt": "a", "cache_salt": 5}, "cache_salt must be a text, not 5"),
@@ -104,15 +125,22 @@ def test_bad_input_is_refused_before_anything_runs(llm: LLM) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"n": True}, "n must be a whole number, not True"),
-        ({"max_tokens": 2.5}, "max_tokens must be a whole number, not 2.5"),
+        ({"n": True}, "n must be a whole number, between 1 and 128, not True"),
+        ({"n": (1,)}, r"n must be a whole number, between 1 and 128, not \(1,\)"),
+        ({"n": b"a"}, "n must be a whole number, between 1 and 128, not b'a'"),
+        ({"n": None}, "n must be a whole number, between 1 and 128, not None"),
+        ({"max_tokens": 2.5}, "max_tokens must be a whole number, at least 1, not 2.5"),
         ({"seed": "7"}, "seed must be a whole number, not '7'"),
-        ({"temperature": "0"}, "temperature must be a number, not '0'"),
-        ({"temperature": None}, "temperature must be a number, not None"),
+        ({"temperature": "0"}, "temperature must be a number, between 0 and 100, not '0'"),
+        ({"temperature": None}, "temperature must be a number, between 0 and 100, not None"),
         ({"ignore_eos": "false"}, "ignore_eos must be true or false, not 'false'"),
         ({"stop": [5]}, "stop must hold texts, not 5"),
         ({"stop_token_ids": [5.5]}, "stop_token_ids must hold token ids, not 5.5"),
         ({"logit_bias": {"5": 1.0}}, "logit_bias must hold token ids, not '5'"),
+        ({"logit_bias": {5: "1"}}, "logit_bias must be a number, between -100 and 100, not"),
+        ({"logit_bias": {5: True}}, "logit_bias must be a number, between -100 and 100, not"),
+        ({"quality": None, "exit_thresholds": {1: "0.5"}}, "exit_thresholds must be a number, between 0 and 1, not"),
+        ({"quality": None, "exit_thresholds": {1: True}}, "exit_thresholds must be a number, between 0 and 1, not"),
         ({"quality": None, "experts_per_token": True}, "experts_per_token must be a whole number"),
     ],
     ids=str,
@@ -130,7 +158,7 @@ def test_settings_of_another_type_are_refused_by_name(settings: dict[str, Any], 
         ({"max_num_seqs": 1.5}, "engine.max_num_seqs must be a whole number, at least 1, not 1.5"),
         ({"block_size": "16"}, "engine.block_size must be a whole number, at least 1, not '16'"),
         ({"enable_prefix_caching": "no"}, "engine.enable_prefix_caching must be true or false, not 'no'"),
-        ({"tensor_parallel_size": True}, "parallel.tensor must be at least 1, not True"),
+        ({"tensor_parallel_size": True}, "parallel.tensor must be a whole number, at least 1, not True"),
         ({"kv_memory": "1000000GiB"}, "engine.kv_memory=1000000GiB is more than the .* bytes that are free"),
     ],
     ids=str,
@@ -147,6 +175,10 @@ def test_conversations_are_read_as_the_server_reads_them(llm: LLM) -> None:
     given = [{"role": "developer", "content": "Be kind"}, {"role": "user", "content": parts}]
     plain = [{"role": "system", "content": "Be kind"}, {"role": "user", "content": "Hello\nthere"}]
     assert llm.chat(given, GREEDY, use_tqdm=False)[0].prompt == llm.chat(plain, GREEDY, use_tqdm=False)[0].prompt
+    for absent in ({}, {"content": None}, {"content": []}):
+        refused = [*plain, {"role": "assistant", **absent, "refusal": "No"}]
+        said = [*plain, {"role": "assistant", "content": "No"}]
+        assert llm.chat(refused, GREEDY, use_tqdm=False)[0].prompt == llm.chat(said, GREEDY, use_tqdm=False)[0].prompt
     image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
     with pytest.raises(ValueError, match="a part without text, of type 'image_url'"):
         llm.chat(image, GREEDY, use_tqdm=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import sqlite3
 import stat
 import tempfile
@@ -230,6 +231,13 @@ def test_other_files_are_refused_and_left_as_they_are(file: Path) -> None:
         RiskMonitor(file.parent / "nowhere" / "monitor.db")
 
 
+def drawn(temperature: str = "1.0", states: int = 16) -> str:
+    """Sets an output of two tokens that were drawn."""
+    text = base64.b64encode(bytes(states)).decode()
+    served = f'{{"tokens":[[3],[4]],"temperature":{temperature},"states":"{text}"}}'
+    return f"UPDATE picks SET served = '{served}' WHERE state = 'pending'"
+
+
 @pytest.mark.parametrize(
     ("statement", "message"),
     [
@@ -245,6 +253,13 @@ def test_other_files_are_refused_and_left_as_they_are(file: Path) -> None:
         ("UPDATE picks SET served = '[]' WHERE state = 'pending'", "is damaged: an output holds no tokens"),
         ("UPDATE picks SET served = NULL WHERE state = 'pending'", "is damaged: the JSON object must be"),
         ("UPDATE picks SET served = '{}' WHERE state = 'pending'", "is damaged: 'temperature'"),
+        (drawn(temperature='"1"'), "is damaged: the temperature of an output is '1'"),
+        (drawn(temperature="0"), "is damaged: the temperature of an output is 0"),
+        (drawn(temperature="NaN"), "is damaged: the temperature of an output is nan"),
+        (drawn(temperature="true"), "is damaged: the temperature of an output is True"),
+        (drawn(states=12), "is damaged: an output of 2 tokens has 12 bytes of states"),
+        (drawn(states=0), "is damaged: an output of 2 tokens has 0 bytes of states"),
+        (f"UPDATE picks SET served = '{'[' * 100_000}' WHERE state = 'pending'", "is damaged: maximum recursion"),
     ],
 )
 def test_content_that_would_stop_the_bets_is_refused_at_the_start(file: Path, statement: str, message: str) -> None:

@@ -16,7 +16,7 @@ from dynamoe.serve.contracts import default_monitor_file
 
 PROMPT = [123457 + 7 * number for number in range(2000)]  # several pages
 OUTPUT = Served(
-    prompt_tokens=PROMPT, served_tokens=[[98765, 98764]], draws=Draws(temperature=1.0, states=b"SECRETSTATE" * 999)
+    prompt_tokens=PROMPT, served_tokens=[[98765, 98764]], draws=Draws(temperature=1.0, states=b"SECRETSTATE" * 1000)
 )
 MARKS = (b"123464,123471", b"98765,98764", b"U0VDUkVUU1RBVEVTRUNSRVRTVEFUR")
 

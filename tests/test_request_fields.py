@@ -205,6 +205,18 @@ def test_developers_are_the_system_unless_the_template_knows_them(render: Callab
     assert render("{# developer #}" + ROLES)(*messages) == "developer:be kind;user:hi;go"
 
 
+def test_texts_that_no_tokenizer_takes_are_faults_of_the_messages(render: Callable[[str], Render]) -> None:
+    prompt = render("{{ messages[0].content }}{{ reasoning_effort }}")
+    half = {"chat_template_kwargs": {"reasoning_effort": "\ud800"}}
+    for content, further, fault in (
+        ("a" * 1001, {}, "1001 characters is longer"),
+        ("a", half, "half of a surrogate pair"),
+    ):
+        with pytest.raises(ApiError, match=fault) as caught:
+            prompt({"role": "user", "content": content}, **further)
+        assert (caught.value.status_code, caught.value.param) == (400, "messages")
+
+
 def test_the_final_message_is_continued(render: Callable[[str], Render]) -> None:
     messages = {"role": "user", "content": "hi"}, {"role": "assistant", "content": " Well, "}
     prompt = render(ROLES)

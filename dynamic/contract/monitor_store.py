@@ -130,7 +130,7 @@ class MonitorStore:
                 _read_output(prompt, served)
             if read("SELECT count(*) FROM openings").fetchone() != (1,):
                 raise ValueError("it does not say how often it was opened")
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise ValueError(f"{file} is damaged: {error}") from error
 
     def _forget_deleted(self) -> None:
@@ -348,12 +348,17 @@ def _read_output(prompt: str, served: str) -> Served:
     """What :meth:`MonitorStore.finish` has stored."""
     tokens, draws = json.loads(served), None
     if isinstance(tokens, dict):
-        draws = Draws(temperature=tokens["temperature"], states=base64.b64decode(tokens["states"]))
+        draws = Draws(temperature=tokens["temperature"], states=base64.b64decode(tokens["states"], validate=True))
         tokens = tokens["tokens"]
     output = Served(prompt_tokens=json.loads(prompt), served_tokens=tokens, draws=draws)
     ids = [token for part in (output.prompt_tokens, *output.served_tokens) for token in part]
     if not any(map(len, tokens)) or not all(type(token) is int and 0 <= token < 2**31 for token in ids):
         raise ValueError("an output holds no tokens, or something else")
+    if draws is not None:
+        if type(draws.temperature) not in (int, float) or not 0 < draws.temperature <= 100:
+            raise ValueError(f"the temperature of an output is {draws.temperature!r}")
+        if not draws.states or len(draws.states) % (4 * sum(map(len, tokens))):
+            raise ValueError(f"an output of {sum(map(len, tokens))} tokens has {len(draws.states)} bytes of states")
     return output
 
 

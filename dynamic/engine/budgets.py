@@ -8,6 +8,7 @@ Shape suffixes as in ``kernels/api/types.py``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,9 +56,9 @@ class ExpertBudgets:
             keep_L=np.ones(num_layers, dtype=np.float32), cap_L=np.full(num_layers, NO_CAP, dtype=np.int32)
         )
         keep, cap = params.expert_keep, params.experts_per_token
-        if isinstance(keep, float | int):
+        if keep is not None and not isinstance(keep, Mapping):
             keep = dict(zip(limited, keep_by_layer(keep, [impacts[n] for n in limited]), strict=True))
-        if isinstance(cap, int):
+        if cap is not None and not isinstance(cap, Mapping):
             cap = dict.fromkeys(limited, cap)
         for name, by_layer, limits_L in (
             ("expert_keep", keep, budget.keep_L),

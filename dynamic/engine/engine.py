@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ...kernels.api.ranges import is_whole
 from ..model.counters import Compute
 from ..model.kv_cache import bytes_per_sequence
 from .block_pool import BlockPool
@@ -93,8 +94,7 @@ class Engine:
         self._segment_experts = tuple(spec.experts_in(segment.layers) for segment in decoder.segments)
         self._eos = _eos_token_ids(model)
         self._requests: dict[str, Request] = {}
-        self._arrivals = 0
-        self._prompt_tokens = 0
+        self._arrivals = self._prompt_tokens = 0
         self._costs = TokenCosts(decoder)
         self._tokens = TokenTally()
         self._pace = Pace()
@@ -125,7 +125,7 @@ class Engine:
         """
         if request_id in self._requests:
             raise ValueError(f"request id {request_id!r} is in use")
-        if not isinstance(priority, int):
+        if not is_whole(priority):
             raise ValueError(f"priority must be a whole number, not {priority!r}")
         if not isinstance(cache_salt, str | None):
             raise ValueError(f"cache_salt must be a text, not {cache_salt!r}")
@@ -142,7 +142,7 @@ class Engine:
             request_id,
             prompt,
             params,
-            priority=priority,
+            priority=index(priority),
             cache_salt=cache_salt,
             arrival=self._arrivals,
             max_total_tokens=self.max_model_len,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from ..text.no_tokenizer import NoTokenizer
@@ -51,8 +52,8 @@ class OfflineEngine:
         """Complete prompts; results come in the prompts' order.
 
         Arguments:
-            prompts: a text, a list of token ids, ``{"prompt": text}`` or ``{"prompt_token_ids": ids}`` (both may hold
-                ``cache_salt`` and ``priority``), or a list of these.
+            prompts: a text, a list or array of token ids, ``{"prompt": text}`` or ``{"prompt_token_ids": ids}`` (both
+                may hold ``cache_salt`` and ``priority``), or a list of these.
             sampling_params: for all prompts, or one per prompt; None takes the model's own defaults.
             use_tqdm: show a progress bar.
 
@@ -102,13 +103,11 @@ class OfflineEngine:
                 raise ValueError(f"a prompt dict needs 'prompt' or 'prompt_token_ids'; this one has {sorted(prompt)}")
             text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
             if ids is not None:
-                return _Prompt(text, list(ids), extras)
+                return _Prompt(text, _token_ids(ids), extras)
             if not isinstance(text, str):
                 raise ValueError(f"a prompt must be a text or token ids, not {text!r}")
             return _Prompt(text, self.model.tokenizer.encode(text), extras)
-        if isinstance(prompt, bytes | bytearray):
-            raise ValueError("a prompt must be a text or token ids, not bytes")
-        return _Prompt(None, list(prompt))
+        return _Prompt(None, _token_ids(prompt))
 
     def _run(
         self,
@@ -192,6 +191,20 @@ class _Prompt:
     extras: dict[str, Any] = field(default_factory=dict)
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    is_one = isinstance(prompts, (str, Mapping)) or (len(prompts) > 0 and isinstance(prompts[0], int))
-    return [prompts] if is_one else list(prompts)  # type: ignore[list-item]
+def _as_list(prompts: Any) -> list[Prompt]:
+    prompts = _listed(prompts)
+    is_one = isinstance(prompts, str | bytes | bytearray | Mapping) or isinstance(next(iter(prompts), None), Real)
+    return [prompts] if is_one else list(prompts)
+
+
+def _token_ids(given: Any) -> list[int]:
+    """What :meth:`Engine.check` takes: it refuses what ids cannot be."""
+    given = _listed(given)
+    if not isinstance(given, Iterable) or isinstance(given, str | bytes | bytearray | Mapping):
+        raise ValueError(f"a prompt must be a text or token ids, not {type(given).__name__}")
+    return list(given)
+
+
+def _listed(given: Any) -> Any:
+    """Arrays as lists of Python's numbers."""
+    return given.tolist() if hasattr(given, "tolist") else given

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 
+from ...kernels.api.ranges import check_flags, check_ranges, is_whole
 from .quality import Quality, read_quality
 
 GREEDY_EPSILON = 1e-5  # temperatures below this are greedy
-_TYPES = (
-    (("n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs"), Integral, "a whole number"),
-    (("temperature", "top_p", "min_p", "repetition_penalty"), Real, "a number"),
-    (("presence_penalty", "frequency_penalty"), Real, "a number"),
-    (("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"), bool, "true or false"),
-    (("detokenize", "keep_states"), bool, "true or false"),
-)
-_OPTIONAL = frozenset({"seed", "max_tokens", "logprobs", "prompt_logprobs"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,16 +97,11 @@ class SamplingParams:
 
     def _check_types(self) -> None:
         """Of what callers in Python may give; other types would be cut to whole numbers, or taken for true, later."""
-        for names, kind, words in _TYPES:
-            for name in names:
-                value = getattr(self, name)
-                if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-                    continue
-                if value is not None or name not in _OPTIONAL:
-                    raise ValueError(f"{name} must be {words}, not {value!r}")
+        check_flags(self)
+        check_ranges(self, "seed")
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             for token in getattr(self, name) or ():
-                if not isinstance(token, Integral) or isinstance(token, bool):
+                if not is_whole(token):
                     raise ValueError(f"{name} must hold token ids, not {token!r}")
         for name in ("stop", "bad_words"):
             for text in getattr(self, name):
@@ -122,32 +109,18 @@ class SamplingParams:
                     raise ValueError(f"{name} must hold texts, not {text!r}")
 
     def _check(self) -> None:
-        limits: tuple[tuple[str, float, float], ...] = (
-            ("n", 1, 128),
-            ("temperature", 0, 100),
-            ("min_p", 0, 1),
-            ("presence_penalty", -2, 2),
-            ("frequency_penalty", -2, 2),
-            ("min_tokens", 0, float("inf")),
-        )
-        for name, low, high in limits:
-            value = getattr(self, name)
-            if not low <= value <= high:  # NaN fails this too
-                raise ValueError(f"{name} must be between {low} and {high}, not {value}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], not {self.top_p}")
-        if self.top_k < -1:
-            raise ValueError(f"top_k must be -1 or 0 (off) or positive, not {self.top_k}")
-        if not 0 < self.repetition_penalty <= 100:
-            raise ValueError(f"repetition_penalty must be in (0, 100], not {self.repetition_penalty}")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, not {self.max_tokens}")
+        check_ranges(self, "n", least=1, most=128)
+        check_ranges(self, "temperature", least=0, most=100)
+        check_ranges(self, "top_p", above=0, most=1)
+        check_ranges(self, "top_k", least=-1)
+        check_ranges(self, "min_p", least=0, most=1)
+        check_ranges(self, "repetition_penalty", above=0, most=100)
+        check_ranges(self, "presence_penalty", "frequency_penalty", least=-2, most=2)
+        check_ranges(self, "logit_bias", least=-100, most=100)
+        check_ranges(self, "max_tokens", least=1)
+        check_ranges(self, "min_tokens", "logprobs", "prompt_logprobs", least=0)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} is greater than max_tokens={self.max_tokens}")
-        for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"{name} must be at least 0, not {value}")
         if any(not s for s in self.stop):
             raise ValueError("stop strings must not be empty")
         if any(not word.strip() for word in self.bad_words):
@@ -156,29 +129,17 @@ class SamplingParams:
             raise ValueError("allowed_token_ids must not be empty")
         if self.stop and not self.detokenize:
             raise ValueError("stop strings need detokenize=True")
-        for token, bias in self.logit_bias.items():
-            if not -100 <= bias <= 100:
-                raise ValueError(f"logit_bias of token {token} must be between -100 and 100, not {bias}")
-
         self._check_quality()
 
     def _check_quality(self) -> None:
         if self.exit_thresholds and self.quality is not None:
             raise ValueError(f"exit_thresholds contradict quality={self.quality!r}; set quality=None")
-        for layer, probability in self.exit_thresholds.items():
-            if not 0 <= probability <= 1:
-                raise ValueError(f"exit_thresholds[{layer}] must be a probability between 0 and 1, not {probability}")
+        check_ranges(self, "exit_thresholds", least=0, most=1)
+        check_ranges(self, "expert_keep", above=0, most=1)
+        check_ranges(self, "experts_per_token", least=1, below=2**31)
         for name in ("expert_keep", "experts_per_token"):
-            limits = getattr(self, name)
-            if limits is None:
-                continue
-            if self.quality is not None:
+            if (limits := getattr(self, name)) is not None and self.quality is not None:
                 raise ValueError(f"{name}={limits} contradicts quality={self.quality!r}; set quality=None")
-            for limit in limits.values() if isinstance(limits, Mapping) else (limits,):
-                if name == "expert_keep" and not 0 < limit <= 1:
-                    raise ValueError(f"expert_keep must be in (0, 1], not {limit}")
-                if name == "experts_per_token" and (type(limit) is not int or not 1 <= limit < 2**31):
-                    raise ValueError(f"experts_per_token must be a whole number, at least 1, not {limit}")
 
     @property
     def greedy(self) -> bool:

@@ -25,7 +25,28 @@ from typing import Any
 WORKER = Path(__file__).with_name("template_worker.py")
 INHERITED = ("LANG", "LC_ALL", "LC_TIME", "LD_LIBRARY_PATH", "PYTHONHOME", "TZ")  # of the environment; no secrets
 MAX_DEPTH = 64  # of lists and dicts in a message or a variable
-TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}  # type → its field
+_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}  # type → its field
+
+
+def message_text(message: Mapping[str, Any]) -> Any:
+    """The content of a message as templates read it: parts become lines, and a refusal stands for an absent text.
+
+    Raises:
+        ValueError: for a part that is not text.
+    """
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "\n".join(_text_of(part) for part in content)
+    return content or message.get("refusal") or content
+
+
+def _text_of(part: Any) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    text = part.get(_TEXT_PARTS[kind]) if isinstance(kind, str) and kind in _TEXT_PARTS else None
+    if not isinstance(text, str):
+        raise ValueError(f"a chat message holds a part without text, of type {str(kind)[:50]!r}; only text is read")
+    return text
+
 
 # What published templates read. `chat_template` itself is not among them: a caller must not supply a program.
 ALLOWED_VARIABLES = frozenset({
@@ -168,14 +189,6 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
     raise ValueError(f"{where} must hold plain JSON values, not {type(value).__name__}")
 
 
-def _text_of(part: Any) -> str:
-    kind = part.get("type") if isinstance(part, dict) else None
-    text = part.get(TEXT_PARTS[kind]) if isinstance(kind, str) and kind in TEXT_PARTS else None
-    if not isinstance(text, str):
-        raise ValueError(f"a chat message holds a part without text, of type {str(kind)[:50]!r}; only text is read")
-    return text
-
-
 class ChatTemplate:
     """One compiled chat template. Safe to use from several threads, one of which renders at a time.
 
@@ -207,8 +220,8 @@ class ChatTemplate:
         """The prompt text of a conversation.
 
         Arguments:
-            messages: dicts with at least ``role``; keys whose value is None count as absent. Parts of a content are
-                joined by newlines; role ``developer`` counts as ``system`` for templates that do not name it.
+            messages: dicts with at least ``role``; keys whose value is None count as absent. Contents are read by
+                :func:`message_text`; role ``developer`` counts as ``system`` for templates that do not name it.
             add_generation_prompt: end with the header of the assistant's turn.
             continue_final_message: end with the last message's content instead.
             variables: further variables of the template; only ``ALLOWED_VARIABLES``.
@@ -226,8 +239,8 @@ class ChatTemplate:
             if not isinstance(message, Mapping):
                 raise ValueError(f"a chat message must be a dict, not {type(message).__name__}")
             plain = _plain({k: v for k, v in message.items() if v is not None}, "a chat message")
-            if isinstance(plain.get("content"), list):
-                plain["content"] = "\n".join(_text_of(part) for part in plain["content"])
+            if (text := message_text(plain)) is not None:
+                plain["content"] = text
             if plain.get("role") == "developer" and "developer" not in self.source:
                 plain["role"] = "system"
             chat.append(plain)

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any
+
+_MAPPING = re.compile(r"(dict|Mapping)\[")
+_SEQUENCE = re.compile(r"(tuple|list|Sequence|Iterable)\[")
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number, of Python or of an array; true and false are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def check_ranges(
@@ -17,8 +26,9 @@ def check_ranges(
     most: float | None = None,
     below: float | None = None,
 ) -> None:
-    """Check numbers, or sequences and mappings of numbers, in the fields of a dataclass. None passes; NaN never does,
-    nor does what is no number, or no whole one where the field is annotated as ``int``.
+    """Check numbers in the fields of a dataclass, and sequences and mappings of numbers where a field is annotated as
+    one. None passes where it is annotated; NaN never does, nor does what is no number, or no whole one where the field
+    is annotated as ``int``.
 
     Arguments:
         config: holds the attributes.
@@ -33,14 +43,18 @@ def check_ranges(
     annotations = {item.name: str(item.type) for item in fields(config)}
     for name in names:
         value: Any = getattr(config, name)
-        kind: Any = Real if "float" in annotations[name] else Integral
-        if isinstance(value, Mapping):
+        annotation = annotations[name]
+        kind: Any = Real if "float" in annotation else Integral
+        if isinstance(value, Mapping) and _MAPPING.search(annotation):
             value = tuple(value.values())
-        numbers: tuple[Any, ...] = tuple(value) if isinstance(value, Iterable) else (value,)
+            numbers = value
+        else:
+            is_many = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
+            numbers = tuple(value) if is_many and _SEQUENCE.search(annotation) else (value,)
         for number in numbers:
-            inside = number is None or (
-                isinstance(number, kind)
-                and not isinstance(number, bool)
+            is_typed = isinstance(number, kind) and not isinstance(number, bool)
+            inside = (number is None and "None" in annotation) or (
+                is_typed
                 and number == number
                 and (least is None or number >= least)
                 and (above is None or number > above)
@@ -48,8 +62,9 @@ def check_ranges(
                 and (below is None or number < below)
             )
             if not inside:
-                words = "" if isinstance(number, kind) else "a whole number, " if kind is Integral else "a number, "
-                raise ValueError(f"{where}{name} must be {words}{_words(least, above, most, below)}, not {value!r}")
+                words = "" if is_typed else "a whole number" if kind is Integral else "a number"
+                expected = ", ".join(filter(None, (words, _words(least, above, most, below)))) or "a number"
+                raise ValueError(f"{where}{name} must be {expected}, not {value!r}")
 
 
 def check_flags(config: Any, where: str = "") -> None:
