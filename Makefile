@@ -8,6 +8,8 @@ PYTHON ?= python3
 MODEL ?= default
 ARGS ?=
 WORKERS ?= 2
+SHARD ?= 1
+SHARDS ?= 1
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -28,9 +30,9 @@ test: $(VENV)/.test ## the tests, without the slow proofs (ARGS='-k name')
 	@$(BIN)/dynamoe prepare model=default
 	$(PYTEST) $(ARGS)
 
-test-all: $(VENV)/.test-all ## every test, the slow proofs too
+test-all: $(VENV)/.test-all ## every test, the slow proofs too; goes on where it was stopped (SHARD=2 SHARDS=4: a part)
 	@$(BIN)/dynamoe prepare model=default
-	$(PYTEST) -m 'slow or not slow' $(ARGS)
+	$(PYTEST) -m 'slow or not slow' --resume --splits $(SHARDS) --group $(SHARD) --splitting-algorithm least_duration $(ARGS)
 
 lint: $(VENV)/.dev ## style: ruff
 	$(BIN)/ruff check .

@@ -29,7 +29,8 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 from dynamoe.kernels.cpu import build as cpu_build
 from dynamoe.kernels.cpu.backend import CpuBackend
 from forks import ForkedProcess
-from timeouts import pytest_timeout_set_timer  # noqa: F401 - pytest finds hooks by their names
+from resume import pytest_addoption, pytest_configure  # noqa: F401 - pytest finds hooks by their names
+from timeouts import pytest_timeout_set_timer  # noqa: F401
 
 if os.environ["TRITON_INTERPRET"] == "1":
     from interpreter import hasten
