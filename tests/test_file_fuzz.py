@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from models_table import variants
 from stored_layouts import LAYOUTS, SIZES, store_all
 
 FUZZ = Path(__file__).with_name("file_fuzz.py")
@@ -32,6 +33,12 @@ FILES = [
     *(("gptq", CONFIG, 100), ("awq", CONFIG, 100), ("fp8-block", CONFIG, 100), ("ct-int4", CONFIG, 200)),
 ]
 NORMAL = 6  # of each in a normal run
+# Families with parts of their own: their configs have most to say.
+NEWER = [
+    *("afmoe", "bamba", "cohere2_moe", "deepseek_v3", "deepseek_v32", "exaone_moe", "gemma4_text", "glm4_moe_lite"),
+    *("gpt_oss", "granitemoehybrid", "hunyuan_v1_moe", "jamba", "kimi_linear", "lfm2_moe", "llama4_text"),
+    *("mimo_v2_flash", "minimax_m2", "nemotron_h", "phimoe", "qwen3_5_moe", "qwen3_next"),
+]
 NAMED = re.compile(r"config\.json|safetensors|tokenizer|tensor|quantis|model_type|rotary|experts")
 
 
@@ -40,6 +47,8 @@ def damageable(make_checkpoint: Callable[..., Path], tmp_path: Path) -> Callable
     """``damageable(checkpoint, file)``: the file, in a copy of the checkpoint."""
 
     def copy(checkpoint: str, file: str) -> Path:
+        if checkpoint in NEWER:
+            return variants()[checkpoint].save(tmp_path / f"{checkpoint} {file}") / file
         family = checkpoint if checkpoint == "qwen3_moe" else "llama"
         source = make_checkpoint(family, num_hidden_layers=1, **SIZES.get(family, {}))
         path = tmp_path / f"{checkpoint} {file}"
@@ -67,9 +76,17 @@ def check(count: int, files: list[Path]) -> None:
 
 def test_some_damage_of_each_kind(damageable: Callable[[str, str], Path]) -> None:
     check(NORMAL, [damageable(checkpoint, file) for checkpoint, file, _ in FILES])
+    check(NORMAL, [damageable(family, CONFIG) for family in ("gpt_oss", "qwen3_next")])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("checkpoint", "file", "count"), FILES, ids=[f"{c}-{f}" for c, f, _ in FILES])
 def test_much_damage(checkpoint: str, file: str, count: int, damageable: Callable[[str, str], Path]) -> None:
     check(count, [damageable(checkpoint, file)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", NEWER)
+def test_much_damage_to_other_families(family: str, damageable: Callable[[str, str], Path]) -> None:
+    check(100, [damageable(family, CONFIG)])
+    check(40, [damageable(family, WEIGHTS)])

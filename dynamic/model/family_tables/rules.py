@@ -61,7 +61,7 @@ def layer_type(
         return default
     if not isinstance(names, list) or len(names) < config.integer("num_hidden_layers"):
         raise config.error(key, names, "a list with an entry for every layer")
-    if names[layer] not in kinds:
+    if names[layer] not in list(kinds):  # a list asks for equality, whatever the file has
         raise config.error(key, names[layer], " or ".join(kinds))
     return names[layer]
 
