@@ -1,0 +1,77 @@
+// Torch operators of layers with recurrent states.
+#include "ops/state_tensors.h"
+
+namespace dynamoe_cpu {
+namespace {
+
+Tensor short_convolution_op(int64_t isa, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                            Tensor& tails, const Tensor& slots, const OptionalTensor& kept,
+                            const Tensor& query_start, const Tensor& context_len, bool silu) {
+  const Context context = context_of(isa);
+  ConvolutionCall call{rows_of(x, "x")};
+  TORCH_CHECK_VALUE(call.x.dtype == Dtype::fp32, "x must be float32");
+  call.channels = size_of(x.size(1), "columns of x");
+  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == call.channels && 2 <= weight.size(0) &&
+                        weight.size(0) <= kMostTaps,
+                    "weight must have 2 … ", kMostTaps, " taps of ", call.channels, " channels, not shape ", weight.sizes());
+  call.taps = static_cast<int>(weight.size(0));
+  call.weights = contiguous_data<float>(weight, at::kFloat, "weight");
+  call.bias = floats(bias, call.channels, "bias");
+  call.silu = silu;
+  TORCH_CHECK_VALUE(tails.dim() == 3 && tails.size(1) == call.taps - 1 && tails.size(2) == call.channels,
+                    "tails of shape ", tails.sizes(), " do not fit ", call.taps, " taps of ", call.channels, " channels");
+  call.tails = data_of<float>(tails, at::kFloat, tails.numel(), "tails");
+  const StateRuns runs = runs_of(x.size(0), tails.size(0), slots, kept, query_start, context_len);
+  call.runs = &runs;
+  Tensor out = at::empty({x.size(0), call.channels}, x.options());
+  call.out = static_cast<float*>(out.data_ptr());
+  short_convolution(context, call);
+  return out;
+}
+
+Tensor recurrence_op(int64_t isa, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& decay,
+                     const Tensor& step, Tensor& states, const Tensor& slots, const OptionalTensor& kept,
+                     const Tensor& query_start, const Tensor& context_len, bool delta_rule, double eps) {
+  const Context context = context_of(isa);
+  RecurrenceCall call{head_rows_of(q, "q"), head_rows_of(k, "k"), head_rows_of(v, "v")};
+  TORCH_CHECK_VALUE(call.queries.dtype == Dtype::fp32 && call.keys.dtype == Dtype::fp32 &&
+                        call.values.dtype == Dtype::fp32,
+                    "q, k and v must be float32");
+  const int64_t rows = q.size(0);
+  call.groups = size_of(q.size(1), "groups");
+  call.heads = size_of(v.size(1), "heads");
+  call.key_channels = size_of(q.size(2), "channels of q");
+  call.value_channels = size_of(v.size(2), "channels of v");
+  TORCH_CHECK_VALUE(k.sizes() == q.sizes() && v.size(0) == rows && call.heads % call.groups == 0, "k of shape ",
+                    k.sizes(), " and v of shape ", v.sizes(), " do not fit q of shape ", q.sizes());
+  call.decay = data_of<float>(decay, at::kFloat, rows * call.heads, "decay");
+  call.step = data_of<float>(step, at::kFloat, rows * call.heads, "step");
+  call.delta_rule = delta_rule;
+  call.eps = static_cast<float>(eps);
+  TORCH_CHECK_VALUE(states.dim() == 4 && states.size(1) == call.heads && states.size(2) == call.key_channels &&
+                        states.size(3) == call.value_channels,
+                    "states of shape ", states.sizes(), " do not fit ", call.heads, " heads of ", call.key_channels,
+                    " and ", call.value_channels, " channels");
+  call.states = data_of<float>(states, at::kFloat, states.numel(), "states");
+  const StateRuns runs = runs_of(rows, states.size(0), slots, kept, query_start, context_len);
+  call.runs = &runs;
+  Tensor out = at::empty({rows, call.heads, call.value_channels}, v.options());
+  call.out = static_cast<float*>(out.data_ptr());
+  recurrence(context, call);
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(dynamoe_cpu, m) {
+  m.def(
+      "short_convolution(int isa, Tensor x, Tensor weight, Tensor? bias, Tensor(a!) tails, Tensor slots, "
+      "Tensor? kept, Tensor query_start, Tensor context_len, bool silu) -> Tensor",
+      &short_convolution_op);
+  m.def(
+      "recurrence(int isa, Tensor q, Tensor k, Tensor v, Tensor decay, Tensor step, Tensor(a!) states, Tensor slots, "
+      "Tensor? kept, Tensor query_start, Tensor context_len, bool delta_rule, float eps) -> Tensor",
+      &recurrence_op);
+}
+
+}  // namespace dynamoe_cpu

@@ -1,0 +1,54 @@
+// Layers whose memory is a state of fixed size for each sequence, on plain pointers: a short convolution, and linear
+// attention. Shapes as in kernels/reference/states.py: X channels of a convolution, W taps of it, N slots of states, H
+// heads that have states, G groups of them that share queries and keys, C channels of a key, V channels of a value.
+#pragma once
+
+#include <vector>
+
+#include "ops/operators.h"
+
+namespace dynamoe_cpu {
+
+constexpr int64_t kMostTaps = 64;
+
+// Where the sequences of a step are. Runs of rows that follow each other and have one slot are one sequence.
+struct StateRuns {
+  const int64_t *slots, *kept;       // of each run; `kept`: where its states are kept behind its rows, -1: nowhere; or null
+  const int32_t *starts, *lengths;   // first row of each run, and their number; tokens of its sequence, with its rows
+  std::vector<int64_t> firsts;       // runs of each sequence, and their number
+
+  int64_t sequences() const { return static_cast<int64_t>(firsts.size()) - 1; }
+  int64_t first(int64_t run) const { return starts[run]; }
+  int64_t end(int64_t run) const { return starts[run + 1]; }
+  // Whether the sequence begins with this run, so that nothing is in its slot yet.
+  bool begins(int64_t run) const { return lengths[run] == end(run) - first(run); }
+};
+
+// Causal convolution of every channel with its own few taps.
+struct ConvolutionCall {
+  Rows x;  // (T, X), fp32
+  int64_t channels;
+  int taps;              // 2 … kMostTaps
+  const float* weights;  // (W, X)
+  const float* bias;     // (X), or null
+  bool silu;             // of the sum
+  float* tails;          // (N, W - 1, X)
+  const StateRuns* runs;
+  float* out;            // (T, X)
+};
+void short_convolution(const Context& context, const ConvolutionCall& call);
+
+// Linear attention, row after row.
+struct RecurrenceCall {
+  Rows queries, keys, values;  // (T, G C), (T, G C) and (T, H V), fp32
+  int64_t groups, heads, key_channels, value_channels;
+  const float *decay, *step;  // (T, H)
+  bool delta_rule;
+  float eps;      // of the lengths of queries and keys, which the delta rule makes one
+  float* states;  // (N, H, C, V)
+  const StateRuns* runs;
+  float* out;     // (T, H, V)
+};
+void recurrence(const Context& context, const RecurrenceCall& call);
+
+}  // namespace dynamoe_cpu
