@@ -13,7 +13,7 @@ from dynamoe.dynamic.model.decoder import Decoder
 from dynamoe.dynamic.model.kv_cache import allocate_layers
 from dynamoe.dynamic.model.loader import load_decoder
 from dynamoe.exits.segments import Segment
-from dynamoe.kernels.api.types import AttentionBatch, ExpertBudget, KVLayer
+from dynamoe.kernels.api.types import AttentionBatch, ExpertBudget, KVLayer, StateLayer
 
 PAGE = 4
 FAMILIES: dict[str, dict[str, object]] = {
@@ -38,7 +38,8 @@ def one_by_one(decoder: Decoder) -> Decoder:
 
 
 def batch_of(starts: list[int], counts: list[int]) -> AttentionBatch:
-    """Sequences of ``starts`` tokens that get ``counts`` more; each has 8 pages of its own, in falling order."""
+    """Sequences of ``starts`` tokens that get ``counts`` more; each has 8 pages of its own, in falling order, and two slots
+    of states, in one of which those of longer ones are kept as they are behind these rows."""
     pages = [[8 * s + 7 - p for p in range(8)] for s in range(len(starts))]
     positions = [start + i for start, count in zip(starts, counts, strict=True) for i in range(count)]
     owners = [s for s, count in enumerate(counts) for _ in range(count)]
@@ -53,6 +54,8 @@ def batch_of(starts: list[int], counts: list[int]) -> AttentionBatch:
         block_table_SM=torch.tensor(pages, dtype=torch.int32),
         max_query_len=max(counts),
         max_context_len=max(lengths),
+        state_slots_S=torch.arange(len(starts)) * 2,
+        kept_slots_S=torch.tensor([2 * s + 1 if length > 9 else -1 for s, length in enumerate(lengths)]),
     )
 
 
@@ -66,8 +69,10 @@ def budget_of(rows: int, layers: int, generator: torch.Generator) -> ExpertBudge
 
 def steps(decoder: Decoder, limited: bool = False) -> tuple[list[torch.Tensor], list[KVLayer]]:
     """A prefill and two decodes, in two segments, with the routers' entropy, and with budgets if they are asked for."""
-    kv = allocate_layers(decoder.spec, 24, PAGE, decoder.kv_dtype, torch.device("cpu"))
+    kv = allocate_layers(decoder.spec, 24, PAGE, decoder.kv_dtype, torch.device("cpu"), num_states=6)
     for layer in kv:
+        for states in layer.states if isinstance(layer, StateLayer) else ():
+            states.fill_(float("nan"))
         for pages in (layer.keys_BGPC, layer.values_BGPC):
             pages.view(torch.uint8).fill_(255)  # NaN in every floating dtype, and NaN as the scale of codes
     found, layers = [], decoder.spec.num_layers
@@ -135,6 +140,12 @@ def assert_equal_steps(decoder: Decoder, limited: bool) -> list[torch.Tensor]:
         assert ours.isfinite().all()
         assert torch.equal(ours, theirs)
     for ours, theirs in zip(kv, expected_kv, strict=True):
+        if isinstance(ours, StateLayer):
+            assert isinstance(theirs, StateLayer)
+            for states, wanted in zip(ours.states, theirs.states, strict=True):
+                assert torch.equal(states.nan_to_num(7.0), wanted.nan_to_num(7.0))
+            assert [states.isnan().any().item() for states in ours.states[0]] == [slot == 3 for slot in range(6)]
+            continue
         assert torch.equal(ours.keys_BGPC.nan_to_num(7.0), theirs.keys_BGPC.nan_to_num(7.0))
         assert torch.equal(ours.values_BGPC.nan_to_num(7.0), theirs.values_BGPC.nan_to_num(7.0))
     return found

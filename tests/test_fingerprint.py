@@ -24,10 +24,10 @@ OPERATORS = (
     *("add_rms_norm", "all_experts", "attention", "embed", "exit_decide", "experts", "limit_experts", "linear"),
     *("logits", "pack_experts", "pack_linear", "pack_quant", "project_kv", "quant_experts", "quant_linear"),
     *("rms_norm", "rope_and_write", "route", "router_entropy", "short_convolution", "recurrence"),
-    *("head_linear", "latent_attention"),
+    *("head_linear", "latent_attention", "time_steps", "silu_gated"),
 )
 PART_OF = {"quant_linear": "int8", "quant_experts": "int8", "pack_quant": "int8"}
-PART_OF |= dict.fromkeys(("short_convolution", "recurrence"), STATES)
+PART_OF |= dict.fromkeys(("short_convolution", "recurrence", "time_steps", "silu_gated"), STATES)
 PART_OF |= dict.fromkeys(("head_linear", "latent_attention"), LATENT_PAGES)
 WRITES = {"rope_and_write": (7, 8), "project_kv": (6, 7), "add_rms_norm": (2,), "attention": (10,)}  # their arguments
 

@@ -253,6 +253,8 @@ VALID: dict[str, Callable[[], Arguments]] = {
         **states(),
         "silu": True,
     },
+    "time_steps": lambda: {"x": torch.randn(ROWS, HEADS), "bias": torch.randn(HEADS), "rate": torch.randn(HEADS)},
+    "silu_gated": lambda: {"isa": isa, "x": torch.randn(ROWS, HIDDEN), "gate": torch.randn(ROWS, HIDDEN)},
     "recurrence": lambda: {
         "isa": isa,
         "q": torch.randn(ROWS, KV_HEADS, CHANNELS),
@@ -355,6 +357,8 @@ NAMED: list[tuple[str, str, Callable[[Any], Any], str]] = [
     ("short_convolution", "weight", lambda t: t[:1].clone(), "weight must have 2 … 64 taps of 48 channels"),
     ("short_convolution", "tails", lambda t: t[:, :2].clone(), "tails of shape"),
     ("short_convolution", "context_len", lambda t: with_entry(t, 1), "sequence 0 has rows 0 … 2 and 1 tokens"),
+    ("time_steps", "rate", lambda t: t[1:].clone(), "rate must hold 4 elements"),
+    ("silu_gated", "gate", lambda t: t[:, 1:], "does not fit x of shape"),
     ("recurrence", "slots", lambda t: with_entry(t, -1), r"slot -1 is not in 0 … 3"),
     ("recurrence", "slots", lambda t: with_entry(t, 1), "slot 1 is written for two sequences"),
     ("recurrence", "query_start", lambda t: with_entry(t, 1000, 2), "query_start must go from 0 to 5, not 0 to 1000"),

@@ -104,7 +104,7 @@ def test_a_stack_checks_where_rows_live_once_per_call(with_exits: bool) -> None:
         add_exit(made, out_bias=torch.zeros(()))
     layers = KVLayers(cache((7, 9), PAGE, KV_HEADS, CHANNELS, torch.float32) for _ in range(2))
     kept = [[layer.keys_BGPC for layer in layers], [layer.values_BGPC for layer in layers]]
-    held = torch.classes.dynamoe_cpu.Cache(*kept, [CHANNELS] * 2)
+    held = torch.classes.dynamoe_cpu.Cache(*kept, [CHANNELS] * 2, [[]] * 2)
     names = ("cos_sin", "positions", "slots", "query_start", "context_len", "block_table")
 
     def run(**changed: torch.Tensor) -> torch.Tensor:
@@ -113,7 +113,7 @@ def test_a_stack_checks_where_rows_live_once_per_call(with_exits: bool) -> None:
         if with_exits:
             counts = torch.zeros(ROWS + 4, dtype=torch.int64)
             return made.run_with_exits(x, held, [table], *where, torch.zeros(1, ROWS), counts, None, None, None)
-        return made.run(x, 0, 2, held, [table], *where, None, None, None, None)
+        return made.run(x, 0, 2, held, [table], *where, *[None] * 6)
 
     assert run().isfinite().all()
     for name, argument, change, message in NAMED:
@@ -197,7 +197,7 @@ def test_a_stack_checks_where_rows_live_once_per_call(with_exits: bool) -> None:
         ),
         (
             lambda: torch.classes.dynamoe_cpu.Cache(
-                [torch.zeros(2, 2, 0, 4)] * 2, [torch.zeros(2, 2, 0, 4)] * 2, [4] * 2
+                [torch.zeros(2, 2, 0, 4)] * 2, [torch.zeros(2, 2, 0, 4)] * 2, [4] * 2, [[]] * 2
             ),
             "page",
         ),
@@ -216,12 +216,12 @@ def test_pages_behind_every_window_may_be_gone() -> None:
     windowed = attention_block(window=3)
     layers = KVLayers(cache((7, 9), PAGE, KV_HEADS, CHANNELS, torch.float32) for _ in range(2))
     held = torch.classes.dynamoe_cpu.Cache(
-        [v.keys_BGPC for v in layers], [v.values_BGPC for v in layers], [CHANNELS] * 2
+        [v.keys_BGPC for v in layers], [v.values_BGPC for v in layers], [CHANNELS] * 2, [[]] * 2
     )
     names = ("cos_sin", "positions", "slots", "query_start", "context_len", "block_table")
     table, *where = (paged()[name] for name in names)
     gone = with_entry(where[-1], 10**9, where[-1].shape[1])  # positions 0 to 3 of the second sequence; 4 to 8 are seen
-    arguments = (torch.randn(ROWS, HIDDEN), 0, 2, held, [table], *where[:-1], gone, None, None, None, None)
+    arguments = (torch.randn(ROWS, HIDDEN), 0, 2, held, [table], *where[:-1], gone, *[None] * 6)
     assert stack(windowed).run(*arguments).isfinite().all()
     with pytest.raises(ValueError, match="block_table holds page 1000000000"):
         stack().run(*arguments)
@@ -232,8 +232,8 @@ def run_made(made: Any, channels: int, tables: Callable[[torch.Tensor], list[tor
     kept = [[layer.keys_BGPC for layer in layers], [layer.values_BGPC for layer in layers]]
     names = ("cos_sin", "positions", "slots", "query_start", "context_len", "block_table")
     table, *where = (paged()[name] for name in names)
-    held = torch.classes.dynamoe_cpu.Cache(*kept, [channels] * 2)
-    return made.run(torch.randn(ROWS, HIDDEN), 0, 2, held, tables(table), *where, None, None, None, None)
+    held = torch.classes.dynamoe_cpu.Cache(*kept, [channels] * 2, [[]] * 2)
+    return made.run(torch.randn(ROWS, HIDDEN), 0, 2, held, tables(table), *where, *[None] * 6)
 
 
 @pytest.mark.parametrize(
@@ -263,8 +263,8 @@ def test_latents_need_a_cache_and_a_table_of_their_sizes() -> None:
 
     def run(channels: int, rotated: int) -> torch.Tensor:
         entries = [layer.keys_BGPC for layer in (cache((7, 9), PAGE, 1, channels, torch.float32) for _ in range(2))]
-        held = torch.classes.dynamoe_cpu.Cache(entries, entries, [channels] * 2)
-        return made.run(x, 0, 2, held, [torch.ones(16, rotated)], *where, None, None, None, None)
+        held = torch.classes.dynamoe_cpu.Cache(entries, entries, [channels] * 2, [[]] * 2)
+        return made.run(x, 0, 2, held, [torch.ones(16, rotated)], *where, *[None] * 6)
 
     assert run(32, 8).isfinite().all()
     with pytest.raises(ValueError, match=r"entries of shape .* do not hold heads of 32 channels"):

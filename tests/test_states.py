@@ -14,7 +14,7 @@ from dynamoe.kernels.api.types import AttentionBatch
 from dynamoe.kernels.cpu import build as cpu_build
 from dynamoe.kernels.cpu.backend import CpuBackend
 from dynamoe.kernels.reference import elementwise
-from dynamoe.kernels.reference.states import recurrence
+from dynamoe.kernels.reference.states import recurrence, silu_gated, time_steps
 from dynamoe.kernels.torch.backend import TorchBackend
 from dynamoe.kernels.triton.backend import TritonBackend
 from dynamoe.kernels.triton.variants import interpreted
@@ -250,6 +250,25 @@ def test_functions_of_numbers_do_not_see_the_other_rows(name: str) -> None:
     torch.testing.assert_close(function(x_TX), torchs(x_TX))
     extremes = torch.tensor([-200.0, -90.0, 0.0, 90.0, 200.0])
     torch.testing.assert_close(function(extremes), torchs(extremes))
+
+
+def test_every_backend_computes_the_oracles_steps_and_gates(backend: TorchBackend) -> None:
+    """Also at the ends, and whichever rows there are; rows may lie apart."""
+    x_TX, gate_TX = (torch.randn(37, 9)[:, :6] * 5 for _ in range(2))
+    x_TX[0] = gate_TX[1] = torch.tensor([-200.0, -90.0, 0.0, 90.0, 200.0, 30.0])
+    bias_X, rate_X = torch.randn(6), -torch.rand(6)
+    steps, exact = backend.time_steps(x_TX, bias_X, rate_X), time_steps(x_TX.double(), bias_X, rate_X)
+    for found, expected in zip(steps, exact, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-30)
+    narrow_TX = x_TX.bfloat16()
+    gated = backend.silu_gated(narrow_TX, gate_TX)
+    assert gated.dtype == torch.float32
+    torch.testing.assert_close(gated, silu_gated(narrow_TX, gate_TX), rtol=1e-5, atol=1e-30)
+    for row in range(37):
+        own = slice(row, row + 1)
+        assert torch.equal(backend.silu_gated(narrow_TX[own], gate_TX[own]), gated[own])
+        for found, whole in zip(backend.time_steps(x_TX[own], bias_X, rate_X), steps, strict=True):
+            assert torch.equal(found, whole[own])
 
 
 def test_a_slot_is_copied_before_it_is_used_again() -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from .router_spec import RouterSpec
+from .stack_states import StackState
 from .types import AttentionBatch, ExpertBudget, ExpertWeights, KVLayer, KVProjection, LinearWeights, ProbeWeights
 
 
@@ -104,6 +105,8 @@ class StackAttention:
         value_scale: factor on the values.
         value_norm: float32, of each head's value.
         values_are_keys: values are what the keys' projection makes, not normed as keys and not rotated.
+        gated_queries: in the projection each head's queries lie in front of its gate; the heads' outputs are multiplied
+            by the gates' sigmoid.
     """
 
     num_heads: int
@@ -128,6 +131,7 @@ class StackAttention:
     value_scale: float = 1.0
     value_norm: torch.Tensor | None = None
     values_are_keys: bool = False
+    gated_queries: bool = False
 
     def has_plain_keys(self, dtype: torch.dtype) -> bool:
         """Whether keys and values are made as :meth:`TorchBackend.project_kv` makes them, in a model's dtype."""
@@ -220,7 +224,8 @@ class StackExperts:
     apart: StackApart | None = None
 
 
-StackBlock = StackNorm | StackRead | StackAdd | StackScale | StackAttention | StackLatentAttention | StackExperts
+StackMixer = StackAttention | StackLatentAttention | StackState
+StackBlock = StackNorm | StackRead | StackAdd | StackScale | StackMixer | StackExperts
 
 
 class SharedGroup(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..api.stack import (
     StackExit,
     StackExperts,
     StackLatentAttention,
+    StackMixer,
     StackNorm,
     StackOutNorm,
     StackRead,
@@ -25,7 +27,8 @@ from ..api.stack import (
     StackScale,
     StackShape,
 )
-from ..api.types import AttentionBatch, ExpertBudget, ExpertWeights, KVLayer, KVLayers, LinearWeights
+from ..api.stack_states import StackState
+from ..api.types import AttentionBatch, ExpertBudget, ExpertWeights, KVLayer, KVLayers, LinearWeights, StateLayer
 from .layout import activation_number
 from .quantized import CpuQuantExperts
 
@@ -52,10 +55,10 @@ class CpuStack:
         self._handle: Any = torch.classes.dynamoe_cpu.Stack(
             isa, dtype, shape.hidden_size, shape.norm_eps, shape.residual_scale
         )
-        self._attentions: list[StackAttention | StackLatentAttention] = []  # of every layer
+        self._mixers: list[StackMixer] = []  # of every layer
         self._counts: dict[int, torch.Tensor] = {}  # by rows
         for blocks in layers:
-            self._attentions += [b for b in blocks if isinstance(b, StackAttention | StackLatentAttention)]
+            self._mixers += [block for block in blocks if isinstance(block, StackMixer)]
             self._handle.add_layer([_native(block) for block in blocks])
         for exit in exits:
             self._add_exit(exit)
@@ -92,8 +95,9 @@ class CpuStack:
         budget: ExpertBudget | None = None,
     ) -> torch.Tensor:
         places, limits = _places(batch), _limits(budget)
+        states = batch.state_slots_S, batch.kept_slots_S
         return self._handle.run(
-            x_TD, layers.start, layers.stop, self._cache(kv), list(tables), *places, router_entropy_T, *limits
+            x_TD, layers.start, layers.stop, self._cache(kv), list(tables), *places, router_entropy_T, *limits, *states
         )
 
     def run_with_exits(
@@ -118,20 +122,23 @@ class CpuStack:
         """Checked once: with tens of layers that takes longer than a small layer."""
         native = kv.native if isinstance(kv, KVLayers) else None
         if native is None:
-            if len(kv) != len(self._attentions):
+            if len(kv) != len(self._mixers):
                 raise ValueError(f"there must be keys and values of every layer, not of {len(kv)}")
             pairs = [layer.keys_BGPC for layer in kv], [layer.values_BGPC for layer in kv]
-            channels = [_channels(block, layer) for block, layer in zip(self._attentions, kv, strict=True)]
-            native = torch.classes.dynamoe_cpu.Cache(*pairs, channels)
+            channels = [_channels(block, layer) for block, layer in zip(self._mixers, kv, strict=True)]
+            states = [list(layer.states) if isinstance(layer, StateLayer) else [] for layer in kv]
+            native = torch.classes.dynamoe_cpu.Cache(*pairs, channels, states)
             if isinstance(kv, KVLayers):
                 kv.native = native
         return native
 
 
-def _channels(block: StackAttention | StackLatentAttention, layer: KVLayer) -> int:
+def _channels(block: StackMixer, layer: KVLayer) -> int:
     """Of a head in the cache, without the scale behind codes."""
     if isinstance(block, StackAttention):
         return block.head_dim
+    if not isinstance(block, StackLatentAttention):
+        return 0
     return entry_size(block.latent, block.rotated_dim, layer.keys_BGPC.dtype) - (SCALE_BYTES if layer.coded else 0)
 
 
@@ -153,6 +160,8 @@ def _native(block: StackBlock) -> Any:
         return _block("scale", {"factor": block.factor})
     if isinstance(block, StackLatentAttention):
         return _latents(block)
+    if isinstance(block, StackState):
+        return _state(block)
     return _attention(block) if isinstance(block, StackAttention) else _experts(block)
 
 
@@ -173,6 +182,7 @@ def _attention(block: StackAttention) -> Any:
     }
     integers = {**heads, "norm_per_head": block.norm_per_head, "window": block.window or 0, "table": block.table}
     integers |= {"norm_after_rotation": block.norm_after_rotation, "values_are_keys": block.values_are_keys}
+    integers["gated_queries"] = block.gated_queries
     integers |= {"chunk": block.chunk or 0, "values": block.values or block.head_dim}
     floats = {"scale": block.scale, "softcap": block.softcap or 0.0, "clip": block.clip or 0.0}
     floats["value_scale"] = block.value_scale
@@ -200,6 +210,19 @@ def _latents(block: StackLatentAttention) -> Any:
         tensors |= _linear(name, linear)
     layouts = {name: list(linear.data.layout) for name, linear in present.items()}
     return _block("latents", tensors, integers, {"eps": block.norm_eps, "scale": block.scale}, layouts)
+
+
+def _state(block: StackState) -> Any:
+    """All fields by their names; the C++ kind has that of the class."""
+    values = {f.name: getattr(block, f.name) for f in fields(block)}
+    linears = {name: value for name, value in values.items() if isinstance(value, LinearWeights)}
+    tensors: Tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+    for name, linear in linears.items():
+        tensors |= _linear(name, linear)
+    integers = {name: value for name, value in values.items() if isinstance(value, int)}
+    floats = {name: value for name, value in values.items() if isinstance(value, float)}
+    layouts = {name: list(linear.data.layout) for name, linear in linears.items()}
+    return _block(type(block).__name__.removeprefix("Stack"), tensors, integers, floats, layouts)
 
 
 def _experts(block: StackExperts) -> Any:

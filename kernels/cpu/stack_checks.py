@@ -16,12 +16,14 @@ from ..api.stack import (
     StackExit,
     StackExperts,
     StackLatentAttention,
+    StackMixer,
     StackNorm,
     StackOutNorm,
     StackRead,
     StackScale,
 )
-from ..api.uncommon import STACK_ATTENTION, STACK_MIXTURES, STACK_NORMS
+from ..api.stack_states import StackState
+from ..api.uncommon import STACK_ATTENTION, STACK_MIXTURES, STACK_NORMS, STACK_STATES
 from ..torch.split import SplitExperts, SplitLinear
 from .vectors import SINKS
 
@@ -34,8 +36,13 @@ def check_stack(layers: Sequence[Sequence[StackBlock]], exits: Sequence[StackExi
     Arguments:
         dtype: of the model.
     """
-    if any(sum(isinstance(b, StackAttention | StackLatentAttention) for b in layer) != 1 for layer in layers):
+    if any(sum(isinstance(block, StackMixer) for block in layer) != 1 for layer in layers):
         raise NotStacked("layers without attention")
+    with_states = list(_of_kind(layers, StackState))
+    if len(with_states) == len(layers):
+        raise NotStacked("no layer that keeps keys and values")
+    if with_states and exits:
+        raise NotStacked("exits in a model with recurrent states")
     mixtures = list(_of_kind(layers, StackExperts))
     for rule in (block.rule for block in mixtures if block.rule is not None):
         if not (rule.is_regular or _is_sparsemixer(rule)):
@@ -44,6 +51,7 @@ def check_stack(layers: Sequence[Sequence[StackBlock]], exits: Sequence[StackExi
             raise NotStacked("weights on the input of several experts")
     packed = [linear for b in _of_kind(layers, StackAttention) for linear in (b.qkv, b.o, b.gate)]
     packed += [linear for block in _of_kind(layers, StackLatentAttention) for linear in block.linears]
+    packed += [linear for block in with_states for linear in block.linears]
     packed += [part for block in mixtures for part in (block.ffn, block.shared)]
     split = [part.data for part in packed if part is not None and isinstance(part.data, SplitLinear | SplitExperts)]
     if any(isinstance(data, SplitExperts) and not data.gate for data in split):
@@ -87,6 +95,9 @@ def stack_parts(layers: Sequence[Sequence[StackBlock]], dtype: torch.dtype) -> s
             others = block.softcap is not None or block.gate is not None or block.growth is not None
             parts |= {STACK_ATTENTION} if others or block.chunk or not block.has_plain_keys(dtype) else set()
             parts |= {SINKS} if block.sinks_H is not None else set()
+            parts |= {STACK_STATES} if block.gated_queries else set()
+        elif isinstance(block, StackState):
+            parts.add(STACK_STATES)
         elif isinstance(block, StackExperts):
             rule = block.rule
             uncommon_rule = rule is not None and (rule.weight_on_input or _is_sparsemixer(rule))

@@ -26,6 +26,14 @@ class CpuStateOperations(StateOperations):
         parts, silu = (x_TX, weight_WX, bias_X, tails_NWX), activation == "silu"
         return torch.ops.dynamoe_cpu.short_convolution.default(self._isa, *parts, *_places(batch), silu)
 
+    def time_steps(
+        self, x_TH: torch.Tensor, bias_H: torch.Tensor, rate_H: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.ops.dynamoe_cpu.time_steps.default(x_TH, bias_H, rate_H)
+
+    def silu_gated(self, x_TX: torch.Tensor, gate_TX: torch.Tensor) -> torch.Tensor:
+        return torch.ops.dynamoe_cpu.silu_gated.default(self._isa, x_TX, gate_TX)
+
     def recurrence(
         self,
         q_TGC: torch.Tensor,

@@ -36,6 +36,7 @@ from ..torch.backend import TorchBackend
 from .latent_vectors import latent_vectors
 from .layout import PLAIN_ACTIVATIONS
 from .stack_part_vectors import Change, other_attention, other_mixtures, other_norms
+from .stack_state_vectors import stack_state_vectors
 from .stack_vectors import stack_vectors
 from .vector_inputs import EPS, Numbers, cache, places, probe, rotations, thresholds
 
@@ -74,7 +75,7 @@ def vectors() -> dict[str, Callable[[TorchBackend], Outputs]]:
     found |= {ROUTING: _routing_beyond, SHARED_EXPERTS: _shared_experts, UNGATED: _ungated}
     found |= {CAPS: _caps, FLOAT32_NORMS: _float32_norms, LAYER_NORMS: _layer_norms, LATENTS: _latents}
     found[STATES] = _states
-    found[LATENT_PAGES] = latent_vectors
+    found |= {LATENT_PAGES: latent_vectors, uncommon.STACK_STATES: stack_state_vectors}
     changes = {
         uncommon.STACK_ATTENTION: other_attention,
         uncommon.STACK_MIXTURES: other_mixtures,
@@ -312,6 +313,8 @@ def _states(backend: TorchBackend) -> Outputs:
             yield states_NHCV
     x_TX = numbers.floats(33, 5, scale=9)
     yield from (sigmoid(x_TX), silu(x_TX), softplus(x_TX), torch.exp(-torch.exp(x_TX)))
+    yield from backend.time_steps(x_TX, numbers.floats(5), -numbers.floats(5).abs())
+    yield backend.silu_gated(x_TX.to(backend.dtype), numbers.floats(33, 5, scale=9))
 
 
 def _exits(backend: TorchBackend, numbers: Numbers) -> Outputs:

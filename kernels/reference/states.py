@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from ..api.types import AttentionBatch
-from .elementwise import silu
+from .elementwise import silu, softplus
 
 L2_EPS = 1e-6
 
@@ -48,6 +48,25 @@ def short_convolution(
     if bias_X is not None:
         out_TX += bias_X
     return silu(out_TX) if activation == "silu" else out_TX
+
+
+def time_steps(
+    x_TH: torch.Tensor, bias_H: torch.Tensor, rate_H: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How far each head's time goes on with a row, and what is left of its state then, (T, H) each.
+
+    ``step = softplus(x + bias)``, ``decay = exp(rate · step)``.
+
+    Arguments:
+        x_TH, bias_H, rate_H: float32; rates are below zero.
+    """
+    step_TH = softplus(x_TH + bias_H)
+    return step_TH, torch.exp(rate_H * step_TH)
+
+
+def silu_gated(x_TX: torch.Tensor, gate_TX: torch.Tensor) -> torch.Tensor:
+    """``x · silu(gate)`` in float32, (T, X)."""
+    return x_TX.float() * silu(gate_TX.float())
 
 
 def recurrence(

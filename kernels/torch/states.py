@@ -27,6 +27,16 @@ class StateOperations:
         """Causal convolution of every channel, (T, X). See :func:`.states.short_convolution`."""
         return reference.short_convolution(x_TX, weight_WX, bias_X, tails_NWX, batch, activation)
 
+    def time_steps(
+        self, x_TH: torch.Tensor, bias_H: torch.Tensor, rate_H: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Steps and decays of a state space, (T, H). See :func:`.states.time_steps`."""
+        return reference.time_steps(x_TH, bias_H, rate_H)
+
+    def silu_gated(self, x_TX: torch.Tensor, gate_TX: torch.Tensor) -> torch.Tensor:
+        """``x · silu(gate)``, float32, (T, X); both may be narrower."""
+        return reference.silu_gated(x_TX, gate_TX)
+
     def recurrence(
         self,
         q_TGC: torch.Tensor,

@@ -14,8 +14,10 @@ from typing import Any, ClassVar, Self
 import torch
 
 from ....kernels.api.ranges import check_ranges
+from ....kernels.api.stack_states import StackGatedDelta
 from ....kernels.api.types import AttentionBatch, KVLayer, LinearWeights, StateLayer
-from ....kernels.reference.elementwise import sigmoid, silu, softplus
+from ....kernels.reference.elementwise import sigmoid
+from ....kernels.reference.states import L2_EPS
 from ...checkpoint.config_reader import ConfigReader
 from ..family import Family
 from ..norms import TensorLayout
@@ -144,7 +146,7 @@ class GatedDeltaSpec(StateSpec):
     ) -> torch.Tensor:
         out_THV, z_THV = self.advance(weights, x_TD, kv, batch, context)
         normed_THV = context.norm(out_THV, weights.norm_V)
-        gated_TX = (normed_THV.float() * silu(z_THV)).flatten(1)
+        gated_TX = context.backend.silu_gated(normed_THV.flatten(1), z_THV.flatten(1))
         return context.backend.linear(gated_TX.to(x_TD.dtype), weights.out)
 
     def advance(
@@ -158,16 +160,9 @@ class GatedDeltaSpec(StateSpec):
         mixed_TX = backend.short_convolution(mixed_TX, weights.conv_WX, None, tails_NWX, batch, "silu")
         q_TX, k_TX, v_TX = mixed_TX.split((self.key_size, self.key_size, self.value_size), 1)
         q_TGC, k_TGC = (part.unflatten(1, (self.num_groups, -1)) for part in (q_TX, k_TX))
-        out_THV = backend.recurrence(
-            q_TGC,
-            k_TGC,
-            v_TX.unflatten(1, (self.num_heads, -1)),
-            torch.exp(weights.decay_rate_H * softplus(a_TH + weights.decay_bias_H)),
-            sigmoid(b_TH),
-            memory_NHCV,
-            batch,
-            delta_rule=True,
-        )
+        v_THV, step_TH = v_TX.unflatten(1, (self.num_heads, -1)), sigmoid(b_TH)
+        _, decay_TH = backend.time_steps(a_TH, weights.decay_bias_H, weights.decay_rate_H)
+        out_THV = backend.recurrence(q_TGC, k_TGC, v_THV, decay_TH, step_TH, memory_NHCV, batch, delta_rule=True)
         return out_THV, z_THV
 
     def _ordered(self, x_TX: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -179,6 +174,10 @@ class GatedDeltaSpec(StateSpec):
         x_TGX = x_TX.unflatten(1, (self.num_groups, -1))
         *mixed, z_TGX = x_TGX.split((self.key_channels, self.key_channels, values, values), 2)
         return torch.cat([part.flatten(1) for part in mixed], 1), z_TGX.reshape(len(x_TX), self.num_heads, -1)
+
+    def stack_block(self, weights: Any) -> StackGatedDelta:
+        sizes = {name: getattr(self, name) for name in ("num_groups", "num_heads", "key_channels", "value_channels")}
+        return StackGatedDelta(**sizes, by_group=self.by_group, length_eps=L2_EPS, **vars(weights))
 
     def part(self, parts: int, part: int) -> Self:
         heads, groups = share_heads(self.num_heads, self.num_groups, parts, part)

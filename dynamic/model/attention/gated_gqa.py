@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from ....kernels.api.stack import StackBlock
 from ....kernels.api.types import AttentionBatch, KVLayer, KVProjection, LinearWeights
 from ....kernels.reference.elementwise import sigmoid
 from ....kernels.torch.backend import TorchBackend
@@ -61,6 +62,11 @@ class GatedGqaSpec(GqaSpec):
         out_THC = backend.attention(q_THC, kv, batch, scale=self.scale, window=self.window)
         gated_THC = out_THC.float() * sigmoid(gate_THC.float())
         return backend.linear(gated_THC.to(x_TD.dtype).flatten(1), weights.o)
+
+    def stack_block(self, weights: Any) -> StackBlock:
+        if type(self) is not GatedGqaSpec:
+            return super().stack_block(weights)
+        return self.stack_parts(weights, gated_queries=True)
 
     def flops(self, hidden_size: int) -> int:
         return super().flops(hidden_size) + 2 * hidden_size * self.q_size

@@ -13,8 +13,9 @@ from typing import Any, ClassVar, Self
 import torch
 
 from ....kernels.api.ranges import check_ranges
+from ....kernels.api.stack import NotStacked
+from ....kernels.api.stack_states import StackMamba2
 from ....kernels.api.types import AttentionBatch, KVLayer, LinearWeights, StateLayer
-from ....kernels.reference.elementwise import silu, softplus
 from ...checkpoint.config_reader import ConfigReader
 from ..family import Family
 from ..norms import TensorLayout
@@ -164,7 +165,8 @@ class Mamba2Spec(StateSpec):
         self, weights: Any, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
     ) -> torch.Tensor:
         out_THV, gate_TX = self.advance(weights, x_TD, kv, batch, context)
-        normed_TX = self._normed(out_THV.flatten(1) * silu(gate_TX), context) * weights.norm_X
+        gated_TX = context.backend.silu_gated(out_THV.flatten(1), gate_TX)
+        normed_TX = self._normed(gated_TX, context) * weights.norm_X
         return context.backend.linear(normed_TX.to(x_TD.dtype), weights.out)
 
     def _normed(self, x_TX: torch.Tensor, context: AttentionContext) -> torch.Tensor:
@@ -190,10 +192,15 @@ class Mamba2Spec(StateSpec):
         v_TX, k_TX, q_TX = mixed_TX.split((self.size, matrices, matrices), 1)
         q_TGC, k_TGC = (part.unflatten(1, (self.num_groups, -1)) for part in (q_TX, k_TX))
         v_THV = v_TX.unflatten(1, (self.num_heads, -1))
-        step_TH = softplus(step_TH + weights.step_bias_H)
-        decay_TH = torch.exp(weights.decay_rate_H * step_TH)
+        step_TH, decay_TH = backend.time_steps(step_TH, weights.step_bias_H, weights.decay_rate_H)
         out_THV = backend.recurrence(q_TGC, k_TGC, v_THV, decay_TH, step_TH, memory_NHCV, batch, delta_rule=False)
         return out_THV + v_THV * weights.skip_H[:, None], gate_TX
+
+    def stack_block(self, weights: Any) -> StackMamba2:
+        if self.shared is not None:
+            raise NotStacked("a norm over heads that several processes share")
+        sizes = {name: getattr(self, name) for name in ("num_groups", "num_heads", "head_channels", "state_size")}
+        return StackMamba2(**sizes, **vars(weights))
 
     def part(self, parts: int, part: int) -> Self:
         heads, groups = share_heads(self.num_heads, self.num_groups, parts, part)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from ....kernels.api.ranges import check_ranges
+from ....kernels.api.stack_states import StackShortConv
 from ....kernels.api.types import AttentionBatch, KVLayer, LinearWeights, StateLayer
 from ...checkpoint.config_reader import ConfigReader
 from ..family import Family
@@ -105,6 +106,9 @@ class ShortConvSpec(StateSpec):
             before_TX * x_TX, weights.conv_WX, weights.conv_bias_X, kv.states[0], batch
         )
         return mixed_TX, behind_TX
+
+    def stack_block(self, weights: Any) -> StackShortConv:
+        return StackShortConv(channels=self.channels, **vars(weights))
 
     def part(self, parts: int, part: int) -> Self:
         if parts > self.channels:

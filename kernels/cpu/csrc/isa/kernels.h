@@ -223,6 +223,9 @@ struct Kernels {
   // One row of a convolution of every channel: `taps` rows of n channels, each times its weights (`stride` apart).
   void (*convolve)(const float* const* rows, const float* weights, int64_t stride, int taps, const float* bias, bool silu,
                    int n, float* out);
+  // out = a · b, or a · silu(b), rounded once.
+  void (*multiply)(const void* a, Dtype a_dtype, const void* b, Dtype b_dtype, bool silu, int n, void* out,
+                   Dtype out_dtype);
   // x divided by its length, times `scale`.
   void (*unit_length)(const float* x, int n, float eps, float scale, float* out);
   // One row of linear attention: what it writes to some columns of a head's state, whose rows are `stride` apart and as

@@ -13,6 +13,16 @@ TARGET static void convolve(const float* const* rows, const float* weights, int6
   }
 }
 
+// out = a · b, or a · silu(b)
+TARGET static void multiply(const void* a, Dtype a_dtype, const void* b, Dtype b_dtype, bool silu, int n, void* out,
+                            Dtype out_dtype) {
+  for (int i = 0; i < n; i += Vec::kLanes) {
+    Vec::F by = load_row(b, b_dtype, i, n);
+    if (silu) by = activate(by, Activation::silu);
+    store_row(out, out_dtype, i, n, Vec::mul(load_row(a, a_dtype, i, n), by));
+  }
+}
+
 TARGET static void unit_length(const float* x, int n, float eps, float scale, float* out) {
   Vec::F squares = Vec::zero();
   for (int i = 0; i < n; i += Vec::kLanes) {

@@ -24,6 +24,7 @@ static Kernels common_kernels() {
   kernels.softmax_step = softmax_step;
   kernels.softmax_merge = softmax_merge;
   kernels.convolve = convolve;
+  kernels.multiply = multiply;
   kernels.unit_length = unit_length;
   kernels.recur = recur;
   return kernels;

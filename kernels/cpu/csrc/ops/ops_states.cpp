@@ -1,4 +1,5 @@
 // Torch operators of layers with recurrent states.
+#include "ops/parallel.h"
 #include "ops/state_tensors.h"
 
 namespace dynamoe_cpu {
@@ -9,6 +10,7 @@ Tensor short_convolution_op(int64_t isa, const Tensor& x, const Tensor& weight, 
                             const Tensor& query_start, const Tensor& context_len, bool silu) {
   const Context context = context_of(isa);
   ConvolutionCall call{rows_of(x, "x")};
+  std::vector<Columns> columns;
   TORCH_CHECK_VALUE(call.x.dtype == Dtype::fp32, "x must be float32");
   call.channels = size_of(x.size(1), "columns of x");
   TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == call.channels && 2 <= weight.size(0) &&
@@ -23,9 +25,43 @@ Tensor short_convolution_op(int64_t isa, const Tensor& x, const Tensor& weight, 
   call.tails = data_of<float>(tails, at::kFloat, tails.numel(), "tails");
   const StateRuns runs = runs_of(x.size(0), tails.size(0), slots, kept, query_start, context_len);
   call.runs = &runs;
+  add_columns(columns, 0, 0, call.channels);
+  call.columns = &columns;
   Tensor out = at::empty({x.size(0), call.channels}, x.options());
-  call.out = static_cast<float*>(out.data_ptr());
+  call.out = out.data_ptr();
   short_convolution(context, call);
+  return out;
+}
+
+// softplus(x + bias), and what is left of a state then. Rows may lie apart.
+std::tuple<Tensor, Tensor> time_steps_op(const Tensor& x, const Tensor& bias, const Tensor& rate) {
+  const Rows source = rows_of(x, "x");
+  TORCH_CHECK_VALUE(source.dtype == Dtype::fp32, "x must be float32");
+  const int64_t heads = x.size(1);
+  const float *added = floats(bias, heads, "bias"), *rates = floats(rate, heads, "rate");
+  Tensor steps = at::empty({x.size(0), heads}, x.options()), decays = at::empty(steps.sizes(), x.options());
+  float *step = static_cast<float*>(steps.data_ptr()), *decay = static_cast<float*>(decays.data_ptr());
+  for_each_light_row(at::get_num_threads(), x.size(0), 64 * heads, [&](int64_t row) {
+    const float* in = static_cast<const float*>(source.at(row));
+    for (int64_t head = 0; head < heads; ++head) {
+      const TimeStep made = time_step(in[head], added[head], rates[head]);
+      step[row * heads + head] = made.step, decay[row * heads + head] = made.decay;
+    }
+  });
+  return {steps, decays};
+}
+
+Tensor silu_gated_op(int64_t isa, const Tensor& x, const Tensor& gate) {
+  const Context context = context_of(isa);
+  const Rows source = rows_of(x, "x"), gates = rows_of(gate, "gate");
+  TORCH_CHECK_VALUE(gate.sizes() == x.sizes(), "a gate of shape ", gate.sizes(), " does not fit x of shape ", x.sizes());
+  const int64_t width = size_of(x.size(1), "columns of x", 0);
+  Tensor out = at::empty(x.sizes(), x.options().dtype(at::kFloat));
+  float* results = static_cast<float*>(out.data_ptr());
+  for_each_light_row(context.threads, x.size(0), width + 1, [&](int64_t row) {
+    context.kernels->multiply(source.at(row), source.dtype, gates.at(row), gates.dtype, true, static_cast<int>(width),
+                              results + row * width, Dtype::fp32);
+  });
   return out;
 }
 
@@ -68,6 +104,8 @@ TORCH_LIBRARY_FRAGMENT(dynamoe_cpu, m) {
       "short_convolution(int isa, Tensor x, Tensor weight, Tensor? bias, Tensor(a!) tails, Tensor slots, "
       "Tensor? kept, Tensor query_start, Tensor context_len, bool silu) -> Tensor",
       &short_convolution_op);
+  m.def("time_steps(Tensor x, Tensor bias, Tensor rate) -> (Tensor, Tensor)", &time_steps_op);
+  m.def("silu_gated(int isa, Tensor x, Tensor gate) -> Tensor", &silu_gated_op);
   m.def(
       "recurrence(int isa, Tensor q, Tensor k, Tensor v, Tensor decay, Tensor step, Tensor(a!) states, Tensor slots, "
       "Tensor? kept, Tensor query_start, Tensor context_len, bool delta_rule, float eps) -> Tensor",

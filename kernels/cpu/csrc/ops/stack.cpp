@@ -30,12 +30,28 @@ void Most::count(const Block& block) {
     qkv = std::max(qkv, attention->qkv.outputs);
     queries = std::max(queries, attention->q_width());
     if (attention->makes_values()) keys = std::max(keys, attention->kv_width());
-    if (attention->gate.exists()) gates = std::max(gates, attention->out_width());
+    if (attention->gate.exists() || attention->gated_queries) gates = std::max(gates, attention->out_width());
     if (attention->norm_after_rotation) channels = std::max(channels, attention->channels);
   } else if (const auto* latents = std::get_if<LatentBlock>(&block)) {
     const int64_t entry = latents->entry_channels();
     qkv = std::max({qkv, latents->query_width(), latents->heads * latents->values});
     queries = std::max({queries, latents->heads * entry, latents->q_a.outputs + entry});  // also what q_a and kv_a make
+  } else if (const auto* delta = std::get_if<DeltaBlock>(&block)) {
+    qkv = std::max(qkv, delta->qkvz.outputs);
+    gates = std::max(gates, delta->ba.outputs);
+    queries = std::max(queries, delta->value_width());
+    mixed = std::max(mixed, delta->convolution.channels);
+    state_heads = std::max(state_heads, delta->heads);
+    remembered = std::max(remembered, delta->value_width());
+  } else if (const auto* space = std::get_if<SpaceBlock>(&block)) {
+    qkv = std::max(qkv, space->into.outputs);
+    queries = std::max(queries, space->width());
+    mixed = std::max(mixed, space->convolution.channels);
+    state_heads = std::max(state_heads, space->heads);
+    remembered = std::max(remembered, space->width());
+  } else if (const auto* convolution = std::get_if<ConvolutionBlock>(&block)) {
+    qkv = std::max(qkv, convolution->gates.outputs);
+    queries = std::max(queries, convolution->convolution.channels);
   } else if (const auto* mixture = std::get_if<ExpertsBlock>(&block)) {
     experts = std::max(experts, mixture->router.outputs);
     slots = std::max(slots, mixture->slots());
@@ -46,6 +62,7 @@ void Most::count(const Block& block) {
   } else if (const auto* norm = std::get_if<NormBlock>(&block)) {
     layer_norm |= norm->norm.centred;
   }
+  states |= keeps_states(block);
 }
 
 Work::Work(Arena& arena, const Stack& stack, int64_t rows) {
@@ -63,6 +80,10 @@ Work::Work(Arena& arena, const Stack& stack, int64_t rows) {
   shared = arena.take(most.shared ? bytes * shape.hidden : 0);
   shared_gates = arena.take(most.shared ? bytes : 0);
   other = arena.take(most.other_input ? bytes * shape.hidden : 0);
+  mixed = arena.take<float>(rows * most.mixed);
+  decays = arena.take<float>(rows * most.state_heads);
+  steps = arena.take<float>(rows * most.state_heads);
+  remembered = arena.take<float>(rows * most.remembered);
   const bool widened = most.layer_norm || (most.float32_logits && shape.dtype != Dtype::fp32);
   wide = arena.take<float>(widened ? rows * shape.hidden : 0);
   chosen_ids = arena.take<int32_t>(rows * most.slots);
@@ -187,10 +208,9 @@ bool run_layers(const Context& context, const Stack& stack, int64_t first, int64
       } else if (const auto* behind = std::get_if<OutNormBlock>(&block)) {
         norm_rows(run, behind->norm, work.pending);
         continue;
-      } else if (const auto* attention = std::get_if<AttentionBlock>(&block)) {
-        attend(run, *attention, layer);
-      } else if (const auto* latents = std::get_if<LatentBlock>(&block)) {
-        attend_latents(run, *latents, layer);
+      } else if (attends(block)) {
+        std::visit([&](const auto& one) { if constexpr (requires { attend(run, one, layer); }) attend(run, one, layer); },
+                   block);
       } else if (const auto* mixture = std::get_if<ExpertsBlock>(&block)) {
         feed_forward(run, *mixture, layer, entropy, share);
       } else {

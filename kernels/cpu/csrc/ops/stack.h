@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "ops/exits.h"
+#include "ops/states.h"
 #include "quant/quant.h"
 
 namespace dynamoe_cpu {
@@ -83,8 +84,10 @@ struct AttentionBlock {
   float value_scale;        // factor on the values
   const float* value_norm;  // of a value, or null
   bool values_are_keys;     // what the keys' projection makes
+  bool gated_queries;       // in the projection each head's queries lie in front of its gate
 
   int64_t q_width() const { return heads * channels; }
+  int64_t projected_width() const { return (gated_queries ? 2 : 1) * q_width(); }  // of queries and gates between them
   int64_t kv_width() const { return kv_heads * channels; }
   int64_t out_width() const { return heads * values; }  // what `o` reads
   // Whether values are something else than what stands behind the keys.
@@ -110,6 +113,56 @@ struct LatentBlock {
 
   int64_t query_width() const { return heads * (plain + rotated); }
   int64_t entry_channels() const { return latent + rotated; }
+};
+
+// A convolution of every channel, without what depends on the rows.
+struct Convolution {
+  int64_t channels;
+  int taps;
+  const float *weights, *bias;   // (W, X), and (X) or null
+  std::vector<Columns> columns;  // where the channels are in the projection that it reads
+};
+
+// Linear attention with the delta rule over the rows that are read; see dynamic/model/attention/gated_delta.py.
+struct DeltaBlock {
+  int64_t groups, heads, keys, values;  // channels of a head's keys and values
+  bool by_group;                        // how the outputs of both projections are ordered
+  Projection qkvz, ba, out;
+  Convolution convolution;
+  const float *decay_rate, *decay_bias;
+  const void* norm;  // of a head's output, in the model's dtype
+  float length_eps;
+
+  int64_t per_group() const { return heads / groups; }
+  int64_t key_width() const { return groups * keys; }
+  int64_t value_width() const { return heads * values; }
+  // Where a head's gate of the output, what becomes its step, and what becomes its decay begin in the projections.
+  int64_t gate_at(int64_t head) const {
+    if (!by_group) return convolution.channels + head * values;
+    const int64_t of_groups = 2 * (keys + per_group() * values), behind = 2 * keys + per_group() * values;
+    return head / per_group() * of_groups + behind + head % per_group() * values;
+  }
+  int64_t step_at(int64_t head) const {
+    return by_group ? head / per_group() * 2 * per_group() + head % per_group() : head;
+  }
+  int64_t decay_at(int64_t head) const { return step_at(head) + (by_group ? per_group() : heads); }
+};
+
+// A state space over the rows that are read; see dynamic/model/attention/mamba2.py.
+struct SpaceBlock {
+  int64_t groups, heads, channels, state;
+  Projection into, out;
+  Convolution convolution;
+  const float *decay_rate, *step_bias, *skip, *norm;
+
+  int64_t width() const { return heads * channels; }
+  int64_t matrices() const { return groups * state; }
+};
+
+// A gated convolution over the rows that are read; see dynamic/model/attention/short_conv.py.
+struct ConvolutionBlock {
+  Projection gates, out;
+  Convolution convolution;
 };
 
 // Experts, without what depends on the rows.
@@ -143,10 +196,17 @@ struct ExpertsBlock {
   int64_t slots() const { return rule.top_k + always_on; }  // of a row
 };
 
-using Block = std::variant<NormBlock, ReadBlock, AddBlock, OutNormBlock, ScaleBlock, AttentionBlock, LatentBlock, ExpertsBlock>;
+using Block = std::variant<NormBlock, ReadBlock, AddBlock, OutNormBlock, ScaleBlock, AttentionBlock, LatentBlock,
+                           DeltaBlock, SpaceBlock, ConvolutionBlock, ExpertsBlock>;
 
+inline bool keeps_states(const Block& block) {
+  return std::holds_alternative<DeltaBlock>(block) || std::holds_alternative<SpaceBlock>(block) ||
+         std::holds_alternative<ConvolutionBlock>(block);
+}
+// Attention, or what a layer has in its place.
 inline bool attends(const Block& block) {
-  return std::holds_alternative<AttentionBlock>(block) || std::holds_alternative<LatentBlock>(block);
+  return std::holds_alternative<AttentionBlock>(block) || std::holds_alternative<LatentBlock>(block) ||
+         keeps_states(block);
 }
 // Whether it leaves something that is to be added to the residual stream.
 inline bool leaves(const Block& block) { return attends(block) || std::holds_alternative<ExpertsBlock>(block); }
@@ -190,11 +250,18 @@ struct Places {
   const int32_t *query_start, *context_len, *block_table;
   int64_t block_table_stride, sequences;
   Budget budget;
+  const StateRuns* runs = nullptr;  // of layers that keep states
+};
+
+// What a layer keeps of sequences, by slot: its memory, which a convolution alone has not, and tails of convolutions.
+struct States {
+  float *memory, *tails;
 };
 
 // The caches of all layers, and the tables of rotations.
 struct Caches {
   std::vector<Cache> keys, values;
+  std::vector<States> states;
   int64_t page_size;
   std::vector<const float*> tables;
 };
@@ -212,7 +279,9 @@ struct Exit {
 struct Most {
   int64_t qkv = 0, queries = 0, keys = 0, gates = 0, channels = 0;  // of attention; gates and keys of blocks that need room
   int64_t experts = 0, slots = 0;                                   // of mixtures
+  int64_t mixed = 0, state_heads = 0, remembered = 0;               // of convolutions and states, in float32
   bool float32_logits = false, shared = false, always_on = false, other_input = false, layer_norm = false;
+  bool states = false;
 
   void count(const Block& block);
 };

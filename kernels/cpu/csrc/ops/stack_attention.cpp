@@ -49,7 +49,7 @@ struct Heads {
       : run(run),
         block(block),
         q(run.work.qkv),
-        keys(q + block.q_width() * run.bytes()),
+        keys(q + block.projected_width() * run.bytes()),
         values(keys + block.kv_width() * run.bytes()),
         stride(block.qkv.outputs),
         values_stride(stride) {}
@@ -60,6 +60,18 @@ struct Heads {
   template <class Body>
   void for_rows(int64_t width, const Body& body) const {
     for_each_light_row(run.context.threads, run.rows(), width, body);
+  }
+
+  // Gates from behind each head's queries go out; the queries move together.
+  void split_gates() const {
+    const int64_t width = block.channels * run.bytes();
+    for_rows(block.projected_width(), [&](int64_t row) {
+      char *own = at(q, row), *gates = run.work.gates + row * block.heads * width;
+      for (int64_t head = 0; head < block.heads; ++head) {
+        std::memcpy(gates + head * width, own + (2 * head + 1) * width, width);
+        if (head) std::memcpy(own + head * width, own + 2 * head * width, width);
+      }
+    });
   }
 
   // Values as wide as keys: zeros behind them add nothing.
@@ -131,7 +143,8 @@ struct Heads {
         write_number(data, dtype, i, std::min(std::max(read_number(data, dtype, i), -block.clip), block.clip));
     };
     for_rows(stride, [&](int64_t row) {
-      clip_some(at(q, row), block.q_width() + block.kv_width());
+      clip_some(at(q, row), block.q_width());
+      clip_some(at(keys, row), block.kv_width());
       clip_some(value_at(row), block.kv_width());
     });
   }
@@ -187,6 +200,17 @@ void gate_outputs(const Run& run, const AttentionBlock& block) {
   });
 }
 
+// What each head leaves times the sigmoid of the gate beside its queries, rounded once.
+void gate_heads(const Run& run, const AttentionBlock& block) {
+  const Dtype dtype = run.shape.dtype;
+  const int64_t width = block.channels * run.bytes();
+  for_each_light_row(run.context.threads, run.rows() * block.heads, 4 * block.channels, [&](int64_t place) {
+    char *out = run.work.attended + place * width, *gate = run.work.gates + place * width;
+    for (int64_t i = 0; i < block.channels; ++i)
+      write_number(out, dtype, i, read_number(out, dtype, i) * sigmoid(read_number(gate, dtype, i)));
+  });
+}
+
 }  // namespace
 
 void attend(Run& run, const AttentionBlock& block, int64_t layer) {
@@ -194,6 +218,7 @@ void attend(Run& run, const AttentionBlock& block, int64_t layer) {
   const Work& work = run.work;
   project(run.context, shape, block.qkv, run.rows_of(work.read, shape.hidden), shape.hidden, run.rows(), work.qkv);
   Heads heads(run, block);
+  if (block.gated_queries) heads.split_gates();
   if (block.makes_values()) heads.make_values();
   if (block.norm_after_rotation) heads.rotate();
   if (!block.norm_per_head) heads.norm();
@@ -217,6 +242,7 @@ void attend(Run& run, const AttentionBlock& block, int64_t layer) {
   call.out = work.attended;
   attention(run.context, call);
   if (block.gate.exists() || block.values < block.channels) gate_outputs(run, block);
+  if (block.gated_queries) gate_heads(run, block);
   project(run.context, shape, block.o, run.rows_of(work.attended, block.q_width()), block.out_width(), run.rows(),
           work.pending);
 }

@@ -40,6 +40,9 @@ Block StackWeights::block_of(NamedBlock& named, int64_t hidden) {
   if (kind == "scale") return ScaleBlock{floats(keep(named.tensor("factor")), 1, "factor")};
   if (kind == "attention") return attention(named, hidden);
   if (kind == "latents") return latents(named, hidden);
+  if (kind == "GatedDelta") return delta(named, hidden);
+  if (kind == "Mamba2") return space(named, hidden);
+  if (kind == "ShortConv") return short_convolution(named, hidden);
   TORCH_CHECK_VALUE(kind == "experts", "a stack knows no block of kind '", kind, "'");
   return experts(named, hidden);
 }
@@ -74,7 +77,7 @@ AttentionBlock StackWeights::attention(NamedBlock& named, int64_t hidden) {
   attention_parts(named, hidden, block);
   const int64_t value_width = block.values_are_keys ? 0 : block.kv_heads * block.values;
   block.qkv = projection(named.tensor("qkv"), named.optional("qkv_bias"), hidden,
-                         block.q_width() + block.kv_width() + value_width, "qkv", named.layout("qkv"));
+                         block.projected_width() + block.kv_width() + value_width, "qkv", named.layout("qkv"));
   block.o = projection(named.tensor("o"), named.optional("o_bias"), block.out_width(), hidden, "o", named.layout("o"));
   block.norm_dtype = dtype();
   const auto head_norm = [&](const char* name, int64_t full) -> const void* {
@@ -114,6 +117,10 @@ void StackWeights::attention_parts(NamedBlock& named, int64_t hidden, AttentionB
                     " and ", block.clip);
   if (const OptionalTensor gate = named.optional("gate"))
     block.gate = projection(*gate, named.optional("gate_bias"), hidden, block.out_width(), "gate", named.layout("gate"));
+  block.gated_queries = named.integer("gated_queries", 0) != 0;
+  TORCH_CHECK_VALUE(!block.gated_queries || (!block.gate.exists() && !block.norm_after_rotation &&
+                                             block.values == block.channels),
+                    "gated_queries need values as wide as keys, norms in front of the rotation, and no other gate");
   if (const int64_t period = named.integer("growth_period", 0))
     block.growth = Growth{named.number("growth_rate", 0.0), size_of(period, "growth_period"),
                           size_of(named.integer("growth_offset", 0), "growth_offset", 0)};

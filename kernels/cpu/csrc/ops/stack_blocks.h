@@ -98,6 +98,18 @@ class StackWeights {
   AttentionBlock attention(NamedBlock& named, int64_t hidden);
   LatentBlock latents(NamedBlock& named, int64_t hidden);
   void attention_parts(NamedBlock& named, int64_t hidden, AttentionBlock& block);
+  DeltaBlock delta(NamedBlock& named, int64_t hidden);
+  SpaceBlock space(NamedBlock& named, int64_t hidden);
+  ConvolutionBlock short_convolution(NamedBlock& named, int64_t hidden);
+  // `conv_WX` and `conv_bias_X`; the columns are not said yet.
+  Convolution convolution(NamedBlock& named, int64_t channels);
+  Projection linear(NamedBlock& named, const std::string& name, int64_t inputs, int64_t outputs) {
+    return projection(named.tensor(name), named.optional(name + "_bias"), inputs, outputs, name.c_str(),
+                      named.layout(name));
+  }
+  const float* numbers(NamedBlock& named, const char* name, int64_t count) {
+    return data_of<float>(keep(named.tensor(name)), at::kFloat, count, name);
+  }
   // So many experts whose names begin like this; `down_per_expert`: their biases stay apart.
   Ffn ffn(NamedBlock& named, const std::string& prefix, int64_t count, int64_t hidden, bool down_per_expert);
   ExpertsBlock experts(NamedBlock& named, int64_t hidden);

@@ -16,7 +16,7 @@ void project_heads(const Context& context, Dtype dtype, const LatentBlock& block
 
 }  // namespace
 
-void attend_latents(Run& run, const LatentBlock& block, int64_t layer) {
+void attend(Run& run, const LatentBlock& block, int64_t layer) {
   const Context& context = run.context;
   const Shape& shape = run.shape;
   const Places& places = run.places;

@@ -7,6 +7,7 @@
 
 #include "ops/paged.h"
 #include "ops/stack_blocks.h"
+#include "ops/state_tensors.h"
 #include "ops/stack_torch.h"
 #include "shared/shared_group.h"
 
@@ -15,16 +16,28 @@ namespace {
 
 using Tensors = std::vector<Tensor>;
 
-// The caches of all layers, checked once. `channels` are those of each layer's heads.
+// The caches of all layers, checked once. `channels` are those of each layer's heads; `states` of a layer that keeps these
+// instead of keys and values.
 class CacheHolder : public torch::CustomClassHolder {
  public:
-  CacheHolder(Tensors keys, Tensors values, std::vector<int64_t> channels)
-      : keys_(std::move(keys)), values_(std::move(values)), channels_(std::move(channels)) {
-    TORCH_CHECK_VALUE(!keys_.empty() && values_.size() == keys_.size() && channels_.size() == keys_.size(),
-                      "there must be keys and values of every layer");
-    check_caches(keys_[0], values_[0]);
-    caches_.page_size = keys_[0].size(2);
-    for (size_t layer = 0; layer < keys_.size(); ++layer) {
+  CacheHolder(Tensors keys, Tensors values, std::vector<int64_t> channels, std::vector<Tensors> states)
+      : keys_(std::move(keys)), values_(std::move(values)), channels_(std::move(channels)), states_(std::move(states)) {
+    const size_t layers = keys_.size();
+    TORCH_CHECK_VALUE(layers && values_.size() == layers && channels_.size() == layers && states_.size() == layers,
+                      "there must be keys and values, or states, of every layer");
+    while (first_ < layers && !states_[first_].empty()) ++first_;
+    TORCH_CHECK_VALUE(first_ < layers, "no layer keeps keys and values");
+    check_caches(first(), values_[first_]);
+    caches_.page_size = first().size(2);
+    for (size_t layer = 0; layer < layers; ++layer) {
+      const Tensors& kept = states_[layer];
+      caches_.states.push_back({});
+      if (!kept.empty()) {
+        caches_.keys.push_back({});
+        caches_.values.push_back({});
+        num_states_ = kept[0].size(0);
+        continue;
+      }
       caches_.keys.push_back(cache_of(keys_[layer], channels_[layer], "keys"));
       caches_.values.push_back(cache_of(values_[layer], channels_[layer], "values"));
       check_caches(keys_[layer], values_[layer]);
@@ -36,17 +49,26 @@ class CacheHolder : public torch::CustomClassHolder {
   }
 
   size_t layers() const { return keys_.size(); }
-  const Tensor& first() const { return keys_[0]; }
+  const Tensor& first() const { return keys_[first_]; }  // of the layers that have keys
+  int64_t num_states() const { return num_states_; }
   void check(size_t layer, const AttentionBlock& attention) const {
+    check_keys(layer);
     TORCH_CHECK_VALUE(keys_[layer].size(1) == attention.kv_heads && channels_[layer] == attention.channels,
                       "a cache of shape ", keys_[layer].sizes(), " does not fit the model");
     TORCH_CHECK_VALUE(attention.chunk % caches_.page_size == 0, "pages of ", caches_.page_size,
                       " tokens do not divide chunks of ", attention.chunk);
   }
   void check(size_t layer, const LatentBlock& block, Dtype dtype) const {
+    check_keys(layer);
     const Cache entries = entries_of(keys_[layer], block.latent, block.rotated);
     TORCH_CHECK_VALUE(entries.dtype == Dtype::int8 || entries.dtype == dtype, "a cache of ", keys_[layer].scalar_type(),
                       " does not fit the model");
+  }
+  void check(size_t layer, const DeltaBlock& block) { recurrent(layer, block.heads, block.keys, block.values, block.convolution); }
+  void check(size_t layer, const SpaceBlock& block) { recurrent(layer, block.heads, block.state, block.channels, block.convolution); }
+  void check(size_t layer, const ConvolutionBlock& block) {
+    check_states(layer, 1);
+    caches_.states[layer].tails = tails(states_[layer][0], block.convolution);
   }
   const Caches& with(const Tensors& tables) {
     caches_.tables.clear();
@@ -55,8 +77,31 @@ class CacheHolder : public torch::CustomClassHolder {
   }
 
  private:
+  void check_keys(size_t layer) const {
+    TORCH_CHECK_VALUE(states_[layer].empty(), "layer ", layer, " has states in the place of keys and values");
+  }
+  void check_states(size_t layer, size_t count) const {
+    TORCH_CHECK_VALUE(states_[layer].size() == count, "layer ", layer, " has ", states_[layer].size(), " states, not ", count);
+  }
+  void recurrent(size_t layer, int64_t heads, int64_t keys, int64_t values, const Convolution& convolution) {
+    check_states(layer, 2);
+    const Tensor& memory = states_[layer][0];
+    TORCH_CHECK_VALUE(memory.sizes() == at::IntArrayRef({num_states_, heads, keys, values}), "states of shape ",
+                      memory.sizes(), " do not fit the model");
+    caches_.states[layer] = {data_of<float>(memory, at::kFloat, memory.numel(), "states"),
+                             tails(states_[layer][1], convolution)};
+  }
+  float* tails(const Tensor& t, const Convolution& convolution) const {
+    TORCH_CHECK_VALUE(t.sizes() == at::IntArrayRef({num_states_, convolution.taps - 1, convolution.channels}),
+                      "tails of shape ", t.sizes(), " do not fit the model");
+    return data_of<float>(t, at::kFloat, t.numel(), "tails");
+  }
+
   Tensors keys_, values_;
   std::vector<int64_t> channels_;
+  std::vector<Tensors> states_;
+  size_t first_ = 0;
+  int64_t num_states_ = 0;
   Caches caches_;
 };
 
@@ -104,6 +149,7 @@ class StackHolder : public torch::CustomClassHolder {
                           after_layers < layers && static_cast<int64_t>(kv.size()) == layers - after_layers &&
                           (kv_bias.empty() || kv_bias.size() == kv.size()) && kv_layouts.size() == kv.size(),
                       "an exit after ", after_layers, " of ", layers, " layers does not fit");
+    TORCH_CHECK_VALUE(!stack_.most.states, "layers that keep states are run without exits");
     Exit exit{};
     exit.after_layers = after_layers;
     size_of(rank, "rank");
@@ -162,7 +208,8 @@ class StackHolder : public torch::CustomClassHolder {
   Tensor run(Tensor x, int64_t first, int64_t last, const CachePointer& cache, Tensors tables,
              const Tensor& positions, const Tensor& slots, const Tensor& query_start, const Tensor& context_len,
              const Tensor& block_table, const OptionalTensor& entropy, const OptionalTensor& keep,
-             const OptionalTensor& cap, const OptionalTensor& skipped) {
+             const OptionalTensor& cap, const OptionalTensor& skipped, const OptionalTensor& state_slots,
+             const OptionalTensor& kept_slots) {
     TORCH_CHECK_VALUE(0 <= first && first <= last && last <= static_cast<int64_t>(stack_.layers.size()), "layers ", first,
                       " … ", last, " are not those of a model of ", stack_.layers.size());
     x = stream(x);
@@ -170,6 +217,13 @@ class StackHolder : public torch::CustomClassHolder {
     Places places =
         places_of(x.size(0), cache->first(), tables[0], positions, slots, query_start, context_len, block_table);
     places.budget = budget_of(x.size(0), keep, cap, skipped);
+    StateRuns runs{};
+    if (stack_.most.states) {
+      TORCH_CHECK_VALUE(state_slots && state_slots->numel() == places.sequences,
+                        "there must be a slot of states for each of ", places.sequences, " sequences");
+      runs = runs_of(x.size(0), cache->num_states(), *state_slots, kept_slots, query_start, context_len);
+      places.runs = &runs;
+    }
     run_layers(context_of(isa_), stack_, first, last, static_cast<float*>(x.data_ptr()), places, caches,
                floats(entropy, x.size(0), "entropy"));
     return x;
@@ -220,6 +274,9 @@ class StackHolder : public torch::CustomClassHolder {
       TORCH_CHECK_VALUE(table.dim() == 2 && tables[0].dim() == 2 && table.size(0) == tables[0].size(0),
                         "rotary tables must be of one length, not ", table.sizes(), " and ", tables[0].sizes());
     for (size_t layer = 0; layer < stack_.layers.size(); ++layer) {
+      if (const auto* delta = stack_.layers[layer].find<DeltaBlock>()) cache.check(layer, *delta);
+      if (const auto* space = stack_.layers[layer].find<SpaceBlock>()) cache.check(layer, *space);
+      if (const auto* convolution = stack_.layers[layer].find<ConvolutionBlock>()) cache.check(layer, *convolution);
       if (const auto* latents = stack_.layers[layer].find<LatentBlock>()) {
         cache.check(layer, *latents, stack_.shape.dtype);
         check_table(tables, latents->table, latents->rotated);
@@ -279,7 +336,7 @@ TORCH_LIBRARY_FRAGMENT(dynamoe_cpu, m) {
   m.class_<NamedBlock>("Block")
       .def(torch::init<std::string, c10::Dict<std::string, Tensor>, c10::Dict<std::string, int64_t>,
                        c10::Dict<std::string, double>, c10::Dict<std::string, c10::List<int64_t>>>());
-  m.class_<CacheHolder>("Cache").def(torch::init<Tensors, Tensors, std::vector<int64_t>>());
+  m.class_<CacheHolder>("Cache").def(torch::init<Tensors, Tensors, std::vector<int64_t>, std::vector<Tensors>>());
   m.class_<StackHolder>("Stack")
       .def(torch::init<int64_t, at::ScalarType, int64_t, double, double>())
       .def("add_layer", &StackHolder::add_layer)

@@ -13,6 +13,7 @@ struct Work {
   char *read, *pending;                        // what blocks read, what the last one adds to the residual stream
   char *qkv, *q, *attended, *values, *gates;   // of attention
   char *logits, *shared, *shared_gates, *other;  // of mixtures; `other`: what a router or experts read in place of `read`
+  float *mixed, *decays, *steps, *remembered;  // of recurrent states: convolved, and what heads read there
   float *wide, *weights, *chosen_weights;      // rows in float32; of the experts in use, and of those that were chosen
   int32_t *ids, *chosen_ids, *counts;
   int64_t* origin;  // of every row: position 0
@@ -66,8 +67,10 @@ inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 
 // From what is read to what attention adds to the residual stream.
 void attend(Run& run, const AttentionBlock& block, int64_t layer);
-// The same of latent attention.
-void attend_latents(Run& run, const LatentBlock& block, int64_t layer);
+void attend(Run& run, const LatentBlock& block, int64_t layer);
+void attend(Run& run, const DeltaBlock& block, int64_t layer);
+void attend(Run& run, const SpaceBlock& block, int64_t layer);
+void attend(Run& run, const ConvolutionBlock& block, int64_t layer);
 // The same of experts. `entropy`, if given, takes `share` of each router's.
 void feed_forward(Run& run, const ExpertsBlock& block, int64_t layer, float* entropy, float share);
 

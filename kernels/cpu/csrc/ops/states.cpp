@@ -2,7 +2,6 @@
 // results do not depend on how the sequence was cut into steps.
 #include "ops/states.h"
 
-#include <cmath>
 #include <cstring>
 
 #include "ops/parallel.h"
@@ -16,33 +15,68 @@ constexpr int64_t kRowsTogether = 16;
 
 }  // namespace
 
+void add_columns(std::vector<Columns>& columns, int64_t from, int64_t to, int64_t width) {
+  for (int64_t done = 0; done < width; done += kChannelsPerTask)
+    columns.push_back({from + done, to + done, std::min(kChannelsPerTask, width - done)});
+}
+
 void short_convolution(const Context& context, const ConvolutionCall& call) {
+  const Kernels& kernels = *context.kernels;
   const StateRuns& runs = *call.runs;
-  const int64_t channels = call.channels, blocks = ceil_div(channels, kChannelsPerTask);
+  const int64_t channels = call.channels, pieces = static_cast<int64_t>(call.columns->size());
   const int taps = call.taps, before = taps - 1;
-  for_each_task(context.threads, runs.sequences() * blocks, [&](int64_t task) {
-    const int64_t sequence = task / blocks, from = task % blocks * kChannelsPerTask;
-    const int width = static_cast<int>(channels - from < kChannelsPerTask ? channels - from : kChannelsPerTask);
-    const auto tail_of = [&](int64_t slot) { return call.tails + slot * before * channels + from; };
-    for (int64_t run = runs.firsts[sequence]; run < runs.firsts[sequence + 1]; ++run) {
-      float* tail = tail_of(runs.slots[run]);
-      if (runs.begins(run))
-        for (int i = 0; i < before; ++i) std::memset(tail + i * channels, 0, sizeof(float) * width);
-      const int64_t first = runs.first(run), count = runs.end(run) - first;
-      // Row i of what was before this run and its rows together.
-      const auto row = [&](int64_t i) {
-        return i < before ? tail + i * channels : static_cast<const float*>(call.x.at(first + i - before)) + from;
-      };
+  const auto at = [](const Rows& rows, int64_t row, int64_t column) {
+    return static_cast<const char*>(rows.at(row)) + column * element_bytes(rows.dtype);
+  };
+  for_each_task(context.threads, runs.sequences() * pieces, [&](int64_t task) {
+    const int64_t sequence = task / pieces;
+    const auto [from, to, wide] = (*call.columns)[task % pieces];
+    const int width = static_cast<int>(wide);
+    // The rows that a run goes on from, and some of its own.
+    float* window = scratch(Buffer::rows).get<float>((before + kRowsTogether + 1) * wide);
+    float* sum = window + (before + kRowsTogether) * wide;
+    const auto tail_of = [&](int64_t slot) { return call.tails + slot * before * channels + to; };
+    const auto load = [&](int64_t row, float* in) {
+      const char* x = at(call.x, row, from);
+      if (call.times.data)
+        kernels.multiply(x, call.x.dtype, at(call.times, row, from), call.times.dtype, false, width, in, Dtype::fp32);
+      else if (call.x.dtype == Dtype::bf16)
+        kernels.widen(reinterpret_cast<const uint16_t*>(x), in, width);
+      else
+        std::memcpy(in, x, sizeof(float) * width);
+    };
+    const auto run_rows = [&](int64_t first, int64_t count) {
+      for (int64_t r = 0; r < count; ++r) load(first + r, window + (before + r) * wide);
       for (int64_t r = 0; r < count; ++r) {
         const float* rows[kMostTaps];
-        for (int tap = 0; tap < taps; ++tap) rows[tap] = row(r + tap);
-        context.kernels->convolve(rows, call.weights + from, channels, taps, call.bias ? call.bias + from : nullptr,
-                                  call.silu, width, call.out + (first + r) * channels + from);
+        for (int tap = 0; tap < taps; ++tap) rows[tap] = window + (r + tap) * wide;
+        char* out = static_cast<char*>(call.out) + ((first + r) * channels + to) * element_bytes(call.out_dtype);
+        const bool direct = !call.gate.data && call.out_dtype == Dtype::fp32;
+        float* made = direct ? reinterpret_cast<float*>(out) : sum;
+        kernels.convolve(rows, call.weights + to, channels, taps, call.bias ? call.bias + to : nullptr, call.silu, width,
+                         made);
+        if (call.gate.data)
+          kernels.multiply(at(call.gate, first + r, to), call.gate.dtype, made, Dtype::fp32, false, width, out,
+                           call.out_dtype);
+        else if (!direct)
+          kernels.convert(made, out, width, call.out_dtype);
       }
-      for (int i = 0; count && i < before; ++i) std::memcpy(tail + i * channels, row(count + i), sizeof(float) * width);
-      if (runs.kept && runs.kept[run] != -1)
-        for (int i = 0; i < before; ++i)
-          std::memcpy(tail_of(runs.kept[run]) + i * channels, tail + i * channels, sizeof(float) * width);
+      std::memmove(window, window + count * wide, sizeof(float) * before * wide);
+    };
+    for (int64_t run = runs.firsts[sequence]; run < runs.firsts[sequence + 1]; ++run) {
+      float* tail = tail_of(runs.slots[run]);
+      for (int i = 0; i < before; ++i) {
+        if (runs.begins(run)) std::fill_n(window + i * wide, wide, 0.0f);
+        else std::copy_n(tail + i * channels, wide, window + i * wide);
+      }
+      const int64_t end = runs.end(run);
+      for (int64_t row = runs.first(run); row < end; row += kRowsTogether)
+        run_rows(row, std::min(kRowsTogether, end - row));
+      for (int i = 0; i < before; ++i) {
+        std::copy_n(window + i * wide, wide, tail + i * channels);
+        if (runs.kept && runs.kept[run] != -1)
+          std::copy_n(window + i * wide, wide, tail_of(runs.kept[run]) + i * channels);
+      }
     }
   });
 }
@@ -69,7 +103,7 @@ void recurrence(const Context& context, const RecurrenceCall& call) {
         query[r] = made, key[r] = made + channels;
       }
       for (int64_t column = 0; column < values; column += kColumns) {
-        const int columns = static_cast<int>(values - column < kColumns ? values - column : kColumns);
+        const int columns = static_cast<int>(std::min(kColumns, values - column));
         for (int64_t r = 0; r < end - first; ++r) {
           const int64_t row = first + r, at = row * heads + head;
           const float* value = static_cast<const float*>(call.values.at(row)) + head * values + column;
@@ -83,7 +117,7 @@ void recurrence(const Context& context, const RecurrenceCall& call) {
       if (runs.begins(run)) std::memset(state, 0, sizeof(float) * size);
       const int64_t end = runs.end(run);
       for (int64_t row = runs.first(run); row < end; row += kRowsTogether)
-        run_rows(state, row, row + kRowsTogether < end ? row + kRowsTogether : end);
+        run_rows(state, row, std::min(row + kRowsTogether, end));
       if (runs.kept && runs.kept[run] != -1) std::memcpy(state_of(runs.kept[run]), state, sizeof(float) * size);
     }
   });

@@ -3,6 +3,8 @@
 // heads that have states, G groups of them that share queries and keys, C channels of a key, V channels of a value.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "ops/operators.h"
@@ -24,9 +26,17 @@ struct StateRuns {
   bool begins(int64_t run) const { return lengths[run] == end(run) - first(run); }
 };
 
+// Channels `to` … of a convolution, which are columns `from` … of the rows it reads.
+struct Columns {
+  int64_t from, to, width;
+};
+// Adds some columns, in stretches that are each a thread's work.
+void add_columns(std::vector<Columns>& columns, int64_t from, int64_t to, int64_t width);
+
 // Causal convolution of every channel with its own few taps.
 struct ConvolutionCall {
-  Rows x;  // (T, X), fp32
+  Rows x;  // (T, …), fp32 or bf16
+  const std::vector<Columns>* columns;  // where in x the channels are
   int64_t channels;
   int taps;              // 2 … kMostTaps
   const float* weights;  // (W, X)
@@ -34,9 +44,21 @@ struct ConvolutionCall {
   bool silu;             // of the sum
   float* tails;          // (N, W - 1, X)
   const StateRuns* runs;
-  float* out;            // (T, X)
+  void* out;             // (T, X)
+  Dtype out_dtype;
+  Rows times, gate;      // what x is multiplied by, in the same columns, and the sum, channel by channel; data may be null
 };
 void short_convolution(const Context& context, const ConvolutionCall& call);
+
+// How far a head's time goes on with a row, and what is left of its state then; the bits of single numbers.
+struct TimeStep {
+  float step, decay;
+};
+inline TimeStep time_step(float x, float bias, float rate) {
+  x += bias;
+  const float step = std::max(x, 0.0f) + std::log1p(std::exp(-std::abs(x)));
+  return {step, std::exp(rate * step)};
+}
 
 // Linear attention, row after row.
 struct RecurrenceCall {
