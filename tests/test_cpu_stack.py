@@ -38,8 +38,8 @@ def one_by_one(decoder: Decoder) -> Decoder:
 
 
 def batch_of(starts: list[int], counts: list[int]) -> AttentionBatch:
-    """Sequences of ``starts`` tokens that get ``counts`` more; each has 8 pages of its own, in falling order, and two slots
-    of states, in one of which those of longer ones are kept as they are behind these rows."""
+    """Sequences of ``starts`` tokens that get ``counts`` more; each has 8 pages of its own, in falling order, and two
+    slots of states, in one of which those of longer ones are kept as they are behind these rows."""
     pages = [[8 * s + 7 - p for p in range(8)] for s in range(len(starts))]
     positions = [start + i for start, count in zip(starts, counts, strict=True) for i in range(count)]
     owners = [s for s, count in enumerate(counts) for _ in range(count)]

@@ -114,8 +114,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 
 @pytest.mark.parametrize("variant", CASES, ids=str)
 def test_logits_are_those_of_transformers(saved: Saved, variant: Variant) -> None:
-    decoder = check_logits(*saved(variant))
-    assert decoder.stack is None
+    check_logits(*saved(variant))
 
 
 @pytest.mark.parametrize("variant", CASES, ids=str)

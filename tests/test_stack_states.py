@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
 from dynamoe.dynamic.model.kv_cache import allocate_layers
+from dynamoe.dynamic.model.loaded import LoadedModel
 from dynamoe.dynamic.model.loader import load_decoder
 from dynamoe.dynamic.model.stack import build_stack
 from dynamoe.exits.segments import Segment
@@ -24,6 +24,7 @@ from engine_answers import answers
 from family_parity import Variant
 from test_cpu_stack import assert_equal_steps, batch_of, one_by_one
 from test_decoder import random_prompts
+from test_families_parity_latent import FAST as LATENT
 from test_families_parity_nemotron import BAMBA
 from test_families_parity_states import GRANITE, LFM2_MOE, NEXT
 
@@ -91,17 +92,28 @@ def test_no_cut_and_no_number_of_threads_changes_a_stack(folder_of: Callable[[st
         torch.set_num_threads(threads)
 
 
+def test_a_stage_without_keys_and_values_runs_in_one_call(folder_of: Callable[[str], Path]) -> None:
+    decoder = load_decoder(folder_of("granitemoehybrid"), dtype="bfloat16", backend="cpu")
+    stack = build_stack(decoder.backend, decoder.spec, decoder.layers, range(1), ())
+    x_TD, batch = decoder.embed(torch.arange(5)), batch_of([0, 0], [3, 2])
+    caches = [
+        allocate_layers(decoder.spec, 24, 4, decoder.kv_dtype, torch.device("cpu"), num_states=6) for _ in range(2)
+    ]
+    expected = one_by_one(decoder).run_segment(Segment(index=0, layers=range(1)), x_TD.clone(), caches[0], batch)
+    found = stack.run(range(1), x_TD, caches[1][:1], decoder.distinct_tables, batch)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("name", ["qwen3_next", "granitemoehybrid"])
 def test_an_engine_gives_the_answers_of_single_operations(folder_of: Callable[[str], Path], name: str) -> None:
     """Chunked, beside each other, with prefixes that go on from kept states, and by a budget of experts."""
     model = load_model(folder_of(name), dtype="bfloat16", device="cpu", progress=False)
     assert model.decoder.stack is not None
-    plain = copy.copy(model)
-    object.__setattr__(plain, "decoder", one_by_one(model.decoder))
+    plain = replace(model, decoder=one_by_one(model.decoder))
     prompts = random_prompts([70, 3, 33, 18], seed=1)
     prompts.append([*prompts[0][:66], 5])
 
-    def found(of: Any) -> list[list[float]]:
+    def found(of: LoadedModel) -> list[list[float]]:
         engine = Engine(of, EngineConfig(block_size=4, max_num_batched_tokens=24, max_num_seqs=3))
         params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=0)
         logprobs = [answer.logprobs for _ in range(2) for answer in answers(engine, prompts, params)]
@@ -112,13 +124,28 @@ def test_an_engine_gives_the_answers_of_single_operations(folder_of: Callable[[s
     assert found(model) == found(plain)
 
 
-def test_exits_beside_states_run_operation_by_operation(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
-    folder = MODELS["qwen3_next"].save(tmp_path)
-    add_exits(folder, {1: 0.4})
-    decoder = load_decoder(folder, backend="cpu")
-    assert decoder.stack is None
-    with pytest.raises(NotStacked, match="exits in a model with recurrent states"):
+@pytest.mark.parametrize("name", ["qwen3_next", "deepseek_v3"])
+def test_layers_between_exits_run_in_one_call_where_exits_cannot(name: str, tmp_path: Path) -> None:
+    """Beside states, and in front of latents: what happens at exits is single operations then."""
+    folder = {**MODELS, "deepseek_v3": LATENT["v3"]}[name].save(tmp_path)
+    add_exits(folder, {1: 0.4, 2: 0.4})
+    model = load_model(folder, dtype="bfloat16", device="cpu", progress=False)
+    decoder, prompts = model.decoder, random_prompts([1, 7, 33, 12], seed=2)
+    assert decoder.stack is not None
+    assert decoder.stack.num_exits == 0
+    with pytest.raises(NotStacked, match="exits in"):
         build_stack(decoder.backend, decoder.spec, decoder.layers, decoder.held, decoder.exits.values())
+    params = SamplingParams(
+        temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=0, quality=None, exit_thresholds={1: 0.5, 2: 0.5}
+    )
+
+    def found(of: LoadedModel) -> list[tuple[list[float], list[int]]]:
+        engine = Engine(of, EngineConfig(max_num_batched_tokens=24))
+        made = [(answer.logprobs, answer.layers) for answer in answers(engine, prompts, params)]
+        assert any(depth < decoder.spec.num_layers for _, layers in made for depth in layers), "no row exits"
+        return made
+
+    assert found(model) == found(replace(model, decoder=one_by_one(decoder)))
 
 
 @pytest.mark.parametrize(

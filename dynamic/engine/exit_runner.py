@@ -80,7 +80,7 @@ class ExitRunner:
     ) -> torch.Tensor:
         """Run a step; see :meth:`Runner.run`."""
         thresholds_ET = plan.thresholds(rows)
-        if self.decoder.stack is not None:
+        if self.decoder.stack is not None and self.decoder.stack.num_exits == len(self.exits):
             return self._run_at_once(entries, rows, plan, thresholds_ET, budget)
         out_TD = torch.empty(len(rows), self.decoder.spec.hidden_size, device=self.decoder.device)
         depths_T = np.full(len(rows), self.decoder.spec.num_layers)

@@ -243,7 +243,7 @@ class Decoder:
         thresholds_NT: torch.Tensor,
         budget: ExpertBudget | None = None,
     ) -> StackResult:
-        """All segments at once, with the decisions between them, where the backend can: :attr:`stack` is not None.
+        """All segments at once, with the decisions between them, where :attr:`stack` has all exits.
 
         Arguments:
             thresholds_NT: see :meth:`.Stack.run_with_exits`; others as for :meth:`run_segment`.
@@ -385,7 +385,7 @@ class Decoder:
 
     def make_stack(self) -> Stack | None:
         """The layers and exits as the backend's stack; None where they run operation by operation."""
-        return make_stack(self.backend, self.local_spec, self.layers, self.held, self.exits.values())
+        return make_stack(self.backend, self.local_spec, self.layers, self.held, tuple(self.exits.values()))
 
     def _limit(self, routing: Routing, number: int, budget: ExpertBudget) -> Routing:
         """Take experts from rows that are on a budget."""

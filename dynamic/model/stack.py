@@ -33,16 +33,18 @@ log = logging.getLogger(__name__)
 
 
 def make_stack(
-    backend: TorchBackend, spec: ModelSpec, layers: Sequence[LayerWeights], held: range, exits: Iterable[DecoderExit]
+    backend: TorchBackend, spec: ModelSpec, layers: Sequence[LayerWeights], held: range, exits: Sequence[DecoderExit]
 ) -> Stack | None:
-    """:func:`build_stack`; None where layers run operation by operation, which the log says once for a model."""
+    """:func:`build_stack`, without the exits where it is they that cannot be; None where layers run operation by
+    operation. The log says either once for a model."""
     if type(backend).make_stack is TorchBackend.make_stack:  # each operation is a call of its own
         return None
-    try:
-        return build_stack(backend, spec, layers, held, exits)
-    except NotStacked as reason:
-        log.info("layers run operation by operation: %s", reason)
-        return None
+    for taken, what in ((exits, "exits"), ((), "layers")) if exits else (((), "layers"),):
+        try:
+            return build_stack(backend, spec, layers, held, taken)
+        except NotStacked as reason:
+            log.info("%s run operation by operation: %s", what, reason)
+    return None
 
 
 def build_stack(

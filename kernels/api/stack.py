@@ -277,6 +277,8 @@ class StackResult(NamedTuple):
 class Stack(Protocol):
     """Layers and exits in a backend's hands. Results are bitwise those of its single operations."""
 
+    num_exits: int
+
     def share(self, group: SharedGroup) -> None:
         """Heads and neurons are parts of those that some processes have together: attention's and the experts' results
         are added up among them. Layers without exits only."""

@@ -60,6 +60,7 @@ class CpuStack:
         for blocks in layers:
             self._mixers += [block for block in blocks if isinstance(block, StackMixer)]
             self._handle.add_layer([_native(block) for block in blocks])
+        self.num_exits = len(exits)
         for exit in exits:
             self._add_exit(exit)
 

@@ -39,8 +39,6 @@ def check_stack(layers: Sequence[Sequence[StackBlock]], exits: Sequence[StackExi
     if any(sum(isinstance(block, StackMixer) for block in layer) != 1 for layer in layers):
         raise NotStacked("layers without attention")
     with_states = list(_of_kind(layers, StackState))
-    if len(with_states) == len(layers):
-        raise NotStacked("no layer that keeps keys and values")
     if with_states and exits:
         raise NotStacked("exits in a model with recurrent states")
     mixtures = list(_of_kind(layers, StackExperts))

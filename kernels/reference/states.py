@@ -50,9 +50,7 @@ def short_convolution(
     return silu(out_TX) if activation == "silu" else out_TX
 
 
-def time_steps(
-    x_TH: torch.Tensor, bias_H: torch.Tensor, rate_H: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def time_steps(x_TH: torch.Tensor, bias_H: torch.Tensor, rate_H: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """How far each head's time goes on with a row, and what is left of its state then, (T, H) each.
 
     ``step = softplus(x + bias)``, ``decay = exp(rate · step)``.

@@ -26,9 +26,10 @@ class CacheHolder : public torch::CustomClassHolder {
     TORCH_CHECK_VALUE(layers && values_.size() == layers && channels_.size() == layers && states_.size() == layers,
                       "there must be keys and values, or states, of every layer");
     while (first_ < layers && !states_[first_].empty()) ++first_;
-    TORCH_CHECK_VALUE(first_ < layers, "no layer keeps keys and values");
-    check_caches(first(), values_[first_]);
-    caches_.page_size = first().size(2);
+    if (has_keys()) {
+      check_caches(first(), values_[first_]);
+      caches_.page_size = first().size(2);
+    }
     for (size_t layer = 0; layer < layers; ++layer) {
       const Tensors& kept = states_[layer];
       caches_.states.push_back({});
@@ -49,6 +50,7 @@ class CacheHolder : public torch::CustomClassHolder {
   }
 
   size_t layers() const { return keys_.size(); }
+  bool has_keys() const { return first_ < keys_.size(); }
   const Tensor& first() const { return keys_[first_]; }  // of the layers that have keys
   int64_t num_states() const { return num_states_; }
   void check(size_t layer, const AttentionBlock& attention) const {
@@ -214,13 +216,15 @@ class StackHolder : public torch::CustomClassHolder {
                       " … ", last, " are not those of a model of ", stack_.layers.size());
     x = stream(x);
     const Caches& caches = caches_of(*cache, tables);
-    Places places =
-        places_of(x.size(0), cache->first(), tables[0], positions, slots, query_start, context_len, block_table);
+    Places places{};
+    places.rows = x.size(0);
+    if (cache->has_keys())
+      places = places_of(x.size(0), cache->first(), tables[0], positions, slots, query_start, context_len, block_table);
     places.budget = budget_of(x.size(0), keep, cap, skipped);
     StateRuns runs{};
     if (stack_.most.states) {
-      TORCH_CHECK_VALUE(state_slots && state_slots->numel() == places.sequences,
-                        "there must be a slot of states for each of ", places.sequences, " sequences");
+      TORCH_CHECK_VALUE(state_slots && state_slots->numel() == context_len.numel(),
+                        "there must be a slot of states for each of ", context_len.numel(), " sequences");
       runs = runs_of(x.size(0), cache->num_states(), *state_slots, kept_slots, query_start, context_len);
       places.runs = &runs;
     }
