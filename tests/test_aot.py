@@ -18,6 +18,7 @@ SHAPES = (
     "deepseek-v3",
     "longcat",
     "variants",
+    "attention",
     "caches",
     "quantised",
     "states",
@@ -71,7 +72,8 @@ def test_8_bit_keys_and_values_on_sm_90(compile_table: Callable[..., str]) -> No
 def test_recurrent_states_on_sm_90(compile_table: Callable[..., str]) -> None:
     kernels = [line.split()[3] for line in compile_table("sm_90", "states").splitlines() if "_kernel" in line]
     assert {kernel: kernels.count(kernel) for kernel in kernels} == {
-        "recurrence_kernel": 2,
+        "recurrence_kernel": 3,
+        "selective_scan_kernel": 1,
         "short_convolution_kernel": 6,
         "convolution_tails_kernel": 3,
     }
@@ -96,5 +98,6 @@ def test_a_spill_and_a_missing_tensor_core_are_complaints() -> None:
             "spills": 0, "tensor_core": "wgmma", "prefill": True}  # fmt: skip
     assert Report(**fine).complaint is None
     assert "spills 8 bytes" in str(Report(**{**fine, "spills": 8}).complaint)
+    assert "65536" in str(Report(**{**fine, "target": "gfx942", "shared": 65537}).complaint)
     assert "not wgmma" in str(Report(**{**fine, "tensor_core": "mma"}).complaint)
     assert "no tensor cores" in str(Report(**{**fine, "target": "gfx942", "tensor_core": ""}).complaint)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from dynamoe.kernels.api import uncommon
-from dynamoe.kernels.api.uncommon import LATENT_PAGES, STATES
+from dynamoe.kernels.api.uncommon import CHANNEL_DECAYS, LATENT_PAGES, STATES
 from dynamoe.kernels.cpu import build as cpu_build
 from dynamoe.kernels.cpu.backend import CpuBackend
 from dynamoe.kernels.cpu.fingerprint import fingerprint, hash_of
@@ -24,10 +24,11 @@ OPERATORS = (
     *("add_rms_norm", "all_experts", "attention", "embed", "exit_decide", "experts", "limit_experts", "linear"),
     *("logits", "pack_experts", "pack_linear", "pack_quant", "project_kv", "quant_experts", "quant_linear"),
     *("rms_norm", "rope_and_write", "route", "router_entropy", "short_convolution", "recurrence"),
-    *("head_linear", "latent_attention", "time_steps", "silu_gated"),
+    *("head_linear", "latent_attention", "time_steps", "silu_gated", "selective_scan"),
 )
 PART_OF = {"quant_linear": "int8", "quant_experts": "int8", "pack_quant": "int8"}
 PART_OF |= dict.fromkeys(("short_convolution", "recurrence", "time_steps", "silu_gated"), STATES)
+PART_OF["selective_scan"] = CHANNEL_DECAYS
 PART_OF |= dict.fromkeys(("head_linear", "latent_attention"), LATENT_PAGES)
 WRITES = {"rope_and_write": (7, 8), "project_kv": (6, 7), "add_rms_norm": (2,), "attention": (10,)}  # their arguments
 
@@ -112,7 +113,9 @@ def quantised(backend: CpuBackend) -> Found:
 
 @pytest.fixture(scope="module")
 def found(backend: CpuBackend, plain: Found, quantised: Found) -> dict[str, Found]:
-    return {PLAIN: plain, "int8": quantised} | {part: found_by(backend, part) for part in (STATES, LATENT_PAGES)}
+    return {PLAIN: plain, "int8": quantised} | {
+        part: found_by(backend, part) for part in (STATES, CHANNEL_DECAYS, LATENT_PAGES)
+    }
 
 
 def test_every_operator_has_vectors(found: dict[str, Found]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from dynamoe.kernels.api.types import AttentionBatch
 from dynamoe.kernels.cpu import build as cpu_build
 from dynamoe.kernels.cpu.backend import CpuBackend
 from dynamoe.kernels.reference import elementwise
-from dynamoe.kernels.reference.states import recurrence, silu_gated, time_steps
+from dynamoe.kernels.reference import states as oracle
 from dynamoe.kernels.torch.backend import TorchBackend
 from dynamoe.kernels.triton.backend import TritonBackend
 from dynamoe.kernels.triton.variants import interpreted
@@ -29,7 +30,8 @@ SIZES = {  # groups, heads, channels of a key and of a value
     "more columns than go together": (3, 3, 20, 150),
     "as in Qwen3-Next": (1, 2, 128, 128),
 }
-delta_rules = pytest.mark.parametrize("delta_rule", [True, False], ids=["delta", "plain"])
+FORMS = ("delta", "plain", "delta, by channel", "plain, by channel", "scan")
+forms = pytest.mark.parametrize("form", FORMS)
 
 
 @pytest.fixture(params=["torch", "triton", *cpu_build.isas()])
@@ -64,71 +66,98 @@ def state_batch(runs: list[tuple[int, int, int]], kept: list[int] | None = None)
 
 
 class Recurrence:
-    """Random inputs of one sequence, run in pieces."""
+    """Random inputs of one sequence, run in pieces: linear attention, or a state space as large."""
 
-    def __init__(self, length: int, delta_rule: bool, seed: int, sizes: tuple[int, int, int, int] = SIZES["small"]):
+    def __init__(self, length: int, form: str, seed: int, sizes: tuple[int, int, int, int] = SIZES["small"]):
         groups, heads, keys, values = sizes
+        self.delta_rule, self.scans = form.startswith("delta"), form == "scan"
         generator = torch.Generator().manual_seed(seed)
-        shapes = (length, groups, keys), (length, groups, keys), (length, heads, values), (length, heads)
-        self.inputs = [torch.randn(shape, generator=generator) for shape in (*shapes, (length, heads))]
+        if self.scans:
+            shapes = [(length, keys)] * 2 + [(length, heads * values)] * 2
+            self.state_shape: tuple[int, ...] = (keys, heads * values)
+            self.rate_CX = -torch.rand(self.state_shape, generator=torch.Generator().manual_seed(7))
+        else:
+            decay = (length, heads, keys) if form.endswith("by channel") else (length, heads)
+            shapes = [(length, groups, keys)] * 2 + [(length, heads, values), decay, (length, heads)]
+            self.state_shape = (heads, keys, values)
+        self.inputs = [torch.randn(shape, generator=generator) for shape in shapes]
         self.inputs[3:] = [elementwise.sigmoid(part) for part in self.inputs[3:]]
-        self.delta_rule = delta_rule
-        self.state_shape = (heads, keys, values)
 
     def rows(self, first: int, end: int) -> list[torch.Tensor]:
         return [part[first:end] for part in self.inputs]
+
+    def run(
+        self, backend: Any, inputs: list[torch.Tensor], states: torch.Tensor, batch: AttentionBatch
+    ) -> torch.Tensor:
+        """What rows read, on a backend or by the oracle."""
+        if self.scans:
+            return backend.selective_scan(*inputs, self.rate_CX.to(states.dtype), states, batch)
+        return backend.recurrence(*inputs, states, batch, delta_rule=self.delta_rule)
 
 
 def nan_states(*shape: int) -> torch.Tensor:
     return torch.full((5, *shape), float("nan"))
 
 
-@delta_rules
-def test_recurrence_is_that_of_the_formula(delta_rule: bool) -> None:
-    case = Recurrence(21, delta_rule, 0)
+@pytest.mark.parametrize("form", FORMS[:-1])
+def test_recurrence_is_that_of_the_formula(form: str) -> None:
+    case = Recurrence(21, form, 0)
     q, k, v, decay, step = case.inputs
     states = nan_states(*case.state_shape)
-    out_THV = recurrence(*case.inputs, states, state_batch([(1, 21, 21)]), delta_rule=delta_rule)
-    if delta_rule:
+    out_THV = case.run(oracle, case.inputs, states, state_batch([(1, 21, 21)]))
+    if case.delta_rule:
         q, k = F.normalize(q, dim=-1) * q.shape[-1] ** -0.5, F.normalize(k, dim=-1)
     for head in range(v.shape[1]):
         memory = torch.zeros(case.state_shape[1:])
         for row in range(21):
             key, value = k[row, head // 2], v[row, head]
-            memory = decay[row, head] * memory
-            seen = memory.T @ key if delta_rule else 0
+            memory = decay[row, head].reshape(-1, 1) * memory
+            seen = memory.T @ key if case.delta_rule else 0
             memory = memory + step[row, head] * torch.outer(key, value - seen)
             torch.testing.assert_close(out_THV[row, head], memory.T @ q[row, head // 2], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(states[1, head], memory, rtol=1e-4, atol=1e-5)
 
 
+def test_a_scan_is_that_of_the_formula() -> None:
+    case, states = Recurrence(21, "scan", 0), nan_states(16, 96)
+    q_TC, k_TC, v_TX, step_TX = case.inputs
+    out_TX = case.run(oracle, case.inputs, states, state_batch([(1, 21, 21)]))
+    for channel in range(96):
+        memory_C = torch.zeros(16)
+        for row in range(21):
+            step = step_TX[row, channel]
+            memory_C = torch.exp(step * case.rate_CX[:, channel]) * memory_C + step * v_TX[row, channel] * k_TC[row]
+            torch.testing.assert_close(out_TX[row, channel], memory_C @ q_TC[row], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(states[1, :, channel], memory_C, rtol=1e-4, atol=1e-5)
+
+
 def test_the_delta_rule_is_that_of_transformers() -> None:
     from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
-    case = Recurrence(70, True, 1)
+    case = Recurrence(70, "delta", 1)
     q, k, v, decay, step = (part[None] for part in case.inputs)
     expected, memory = torch_chunk_gated_delta_rule(
         q, k, v, g=decay.log(), beta=step, use_qk_l2norm_in_kernel=True, output_final_state=True
     )
     states = nan_states(*case.state_shape)
-    out_THV = recurrence(*case.inputs, states, state_batch([(4, 70, 70)]), delta_rule=True)
+    out_THV = case.run(oracle, case.inputs, states, state_batch([(4, 70, 70)]))
     torch.testing.assert_close(out_THV, expected[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(states[4], memory[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", SIZES)
-@delta_rules
-def test_every_backend_computes_the_oracles_recurrence(backend: TorchBackend, size: str, delta_rule: bool) -> None:
+@forms
+def test_every_backend_computes_the_oracles_recurrence(backend: TorchBackend, size: str, form: str) -> None:
     """A sequence that begins, one that goes on, one without rows; states that are kept; rows that lie apart."""
-    cases = [Recurrence(length, delta_rule, seed, SIZES[size]) for seed, length in enumerate((19, 6, 0))]
+    cases = [Recurrence(length, form, seed, SIZES[size]) for seed, length in enumerate((19, 6, 0))]
     inputs = [torch.cat(parts) for parts in zip(*(case.inputs for case in cases), strict=True)]
     apart = [F.pad(part.flatten(1), (3, 2))[:, 3:-2].unflatten(1, part.shape[1:]) for part in inputs]
     batch = state_batch([(3, 19, 19), (0, 6, 9), (2, 0, 4)], kept=[-1, 4, -1])
     states = nan_states(*cases[0].state_shape)
     states[[0, 2]] = torch.randn(2, *cases[0].state_shape)
     exact, before = states.double(), states.clone()
-    expected = recurrence(*(part.double() for part in inputs), exact, batch, delta_rule=delta_rule)
-    found = backend.recurrence(*apart, states, batch, delta_rule=delta_rule)
+    expected = cases[0].run(oracle, [part.double() for part in inputs], exact, batch)
+    found = cases[0].run(backend, apart, states, batch)
     assert error(found, expected) <= TOLERANCE[torch.float32]
     assert error(states[[0, 3]], exact[[0, 3]]) <= TOLERANCE[torch.float32]
     assert torch.equal(states[4], states[0])
@@ -137,14 +166,12 @@ def test_every_backend_computes_the_oracles_recurrence(backend: TorchBackend, si
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=lambda cut: "-".join(map(str, cut)))
-@delta_rules
-def test_no_cut_and_no_neighbour_changes_a_recurrence(
-    backend: TorchBackend, cut: tuple[int, ...], delta_rule: bool
-) -> None:
-    cases = [Recurrence(length, delta_rule, seed, SIZES["small"]) for seed, length in enumerate(LENGTHS)]
+@forms
+def test_no_cut_and_no_neighbour_changes_a_recurrence(backend: TorchBackend, cut: tuple[int, ...], form: str) -> None:
+    cases = [Recurrence(length, form, seed, SIZES["small"]) for seed, length in enumerate(LENGTHS)]
     states = nan_states(*cases[0].state_shape)
     alone = [
-        backend.recurrence(*case.inputs, states, state_batch([(slot, length, length)]), delta_rule=delta_rule)
+        case.run(backend, case.inputs, states, state_batch([(slot, length, length)]))
         for case, slot, length in zip(cases, SLOTS, LENGTHS, strict=True)
     ]
     whole, states = states, nan_states(*cases[0].state_shape)
@@ -153,7 +180,7 @@ def test_no_cut_and_no_neighbour_changes_a_recurrence(
         pieces = [(s, min(first, length), min(end, length)) for s, length in enumerate(LENGTHS) if first < length]
         batch = state_batch([(SLOTS[s], last - start, last) for s, start, last in pieces])
         inputs = [torch.cat(parts) for parts in zip(*(cases[s].rows(a, b) for s, a, b in pieces), strict=True)]
-        out_THV = backend.recurrence(*inputs, states, batch, delta_rule=delta_rule)
+        out_THV = cases[0].run(backend, inputs, states, batch)
         for (s, _, _), rows in zip(pieces, out_THV.split([b - a for _, a, b in pieces]), strict=True):
             found[s].append(rows)
     for expected, rows in zip(alone, found, strict=True):
@@ -162,31 +189,28 @@ def test_no_cut_and_no_neighbour_changes_a_recurrence(
     assert states[[1, 4]].isnan().all(), "slots of others were written"
 
 
-@delta_rules
-def test_a_decay_for_each_channel(backend: TorchBackend, delta_rule: bool) -> None:
-    case = Recurrence(9, delta_rule, 4)
+@pytest.mark.parametrize("form", ["delta", "plain"])
+def test_a_decay_for_each_channel(backend: TorchBackend, form: str) -> None:
+    case = Recurrence(9, form, 4)
     q, k, v, decay_TH, step = case.inputs
-    states, same = nan_states(*case.state_shape), nan_states(*case.state_shape)
     batch = state_batch([(1, 5, 5), (1, 4, 9)])
-    plain = backend.recurrence(q, k, v, decay_TH, step, same, batch, delta_rule=delta_rule)
+    plain = case.run(backend, case.inputs, nan_states(*case.state_shape), batch)
     every = decay_TH[..., None].expand(-1, -1, q.shape[-1]).contiguous()
-    found = backend.recurrence(q, k, v, every, step, states, batch, delta_rule=delta_rule)
+    found = case.run(backend, [q, k, v, every, step], nan_states(*case.state_shape), batch)
     assert error(found, plain) <= TOLERANCE[torch.float32]
     every[:, :, 0] *= 0.5
-    found = backend.recurrence(q, k, v, every, step, nan_states(*case.state_shape), batch, delta_rule=delta_rule)
+    found = case.run(backend, [q, k, v, every, step], nan_states(*case.state_shape), batch)
     assert error(found, plain) > 1e-3
 
 
-@delta_rules
-def test_parts_of_a_sequence_run_one_after_the_other_and_keep_what_is_between(
-    backend: TorchBackend, delta_rule: bool
-) -> None:
-    case = Recurrence(20, delta_rule, 2)
+@forms
+def test_parts_of_a_sequence_run_one_after_the_other_and_keep_what_is_between(backend: TorchBackend, form: str) -> None:
+    case = Recurrence(20, form, 2)
     states = nan_states(*case.state_shape)
-    whole = backend.recurrence(*case.inputs, states, state_batch([(1, 20, 20)]), delta_rule=delta_rule)
-    backend.recurrence(*case.rows(0, 16), states, state_batch([(2, 16, 16)]), delta_rule=delta_rule)
+    whole = case.run(backend, case.inputs, states, state_batch([(1, 20, 20)]))
+    case.run(backend, case.rows(0, 16), states, state_batch([(2, 16, 16)]))
     parts = state_batch([(0, 5, 5), (0, 11, 16), (0, 4, 20)], kept=[-1, 4, -1])
-    assert torch.equal(backend.recurrence(*case.inputs, states, parts, delta_rule=delta_rule), whole)
+    assert torch.equal(case.run(backend, case.inputs, states, parts), whole)
     assert torch.equal(states[4], states[2]), "the states behind row 16"
     assert torch.equal(states[0], states[1])
     tails, x_TX, weight_WX = nan_states(3, 40), torch.randn(20, 40), torch.randn(4, 40)
@@ -220,19 +244,22 @@ def test_convolution_is_torchs_and_no_cut_changes_it(
 
 
 def test_threads_do_not_count() -> None:
-    backend, case = CpuBackend("cpu", torch.float32), Recurrence(9, True, 3, SIZES["channels that no vector divides"])
+    backend, size = CpuBackend("cpu", torch.float32), SIZES["channels that no vector divides"]
+    case, scan = (Recurrence(9, form, 3, size) for form in FORMS[2::2])
     threads, found = torch.get_num_threads(), []
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            states, tails = nan_states(*case.state_shape), nan_states(2, 2500)
+            states, scanned, tails = nan_states(*case.state_shape), nan_states(*scan.state_shape), nan_states(2, 2500)
             batch = state_batch([(1, 4, 4), (0, 5, 5)])
             x_TX = torch.arange(9 * 2500).view(9, 2500) / 1000
             found.append(
                 (
-                    backend.recurrence(*case.inputs, states, batch, delta_rule=True),
+                    case.run(backend, case.inputs, states, batch),
+                    scan.run(backend, scan.inputs, scanned, batch),
                     backend.short_convolution(x_TX, x_TX[:3].contiguous(), None, tails, batch, "silu"),
                     states[:2],
+                    scanned[:2],
                     tails[:2],
                 )
             )
@@ -257,13 +284,13 @@ def test_every_backend_computes_the_oracles_steps_and_gates(backend: TorchBacken
     x_TX, gate_TX = (torch.randn(37, 9)[:, :6] * 5 for _ in range(2))
     x_TX[0] = gate_TX[1] = torch.tensor([-200.0, -90.0, 0.0, 90.0, 200.0, 30.0])
     bias_X, rate_X = torch.randn(6), -torch.rand(6)
-    steps, exact = backend.time_steps(x_TX, bias_X, rate_X), time_steps(x_TX.double(), bias_X, rate_X)
+    steps, exact = backend.time_steps(x_TX, bias_X, rate_X), oracle.time_steps(x_TX.double(), bias_X, rate_X)
     for found, expected in zip(steps, exact, strict=True):
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-30)
     narrow_TX = x_TX.bfloat16()
     gated = backend.silu_gated(narrow_TX, gate_TX)
     assert gated.dtype == torch.float32
-    torch.testing.assert_close(gated, silu_gated(narrow_TX, gate_TX), rtol=1e-5, atol=1e-30)
+    torch.testing.assert_close(gated, oracle.silu_gated(narrow_TX, gate_TX), rtol=1e-5, atol=1e-30)
     for row in range(37):
         own = slice(row, row + 1)
         assert torch.equal(backend.silu_gated(narrow_TX[own], gate_TX[own]), gated[own])
@@ -305,9 +332,10 @@ def test_snapshots_that_were_not_used_for_longest_go_first() -> None:
     assert (snapshots.find(0, b"a"), snapshots.take()) == (None, taken[0])
 
 
-def test_a_batch_without_slots_is_refused(backend: TorchBackend) -> None:
-    case = Recurrence(1, True, 0)
+@forms
+def test_a_batch_without_slots_is_refused(backend: TorchBackend, form: str) -> None:
+    case = Recurrence(1, form, 0)
     batch = state_batch([(0, 1, 1)])
     object.__setattr__(batch, "state_slots_S", None)
     with pytest.raises(AssertionError, match="states"):
-        backend.recurrence(*case.inputs, nan_states(*case.state_shape), batch, delta_rule=True)
+        case.run(backend, case.inputs, nan_states(*case.state_shape), batch)

@@ -126,19 +126,32 @@ def check(
     native_fp8: bool = False,
     sinks_H: torch.Tensor | None = None,
     lse: bool = False,
+    softcap: float | None = None,
+    latent: int | None = None,
+    block_h: int = 16,
 ) -> None:
     torch.manual_seed(3)
     layer, batch = make_batch(contexts, queries, page, heads[1], head_dim, *(NARROW[cache] if cache else (dtype,)))
+    if latent is not None:
+        layer = KVLayer(keys_BGPC=layer.keys_BGPC, values_BGPC=layer.keys_BGPC)
     q_THC = torch.randn(sum(queries), heads[0], head_dim).to(DEVICE, dtype)
-    config = AttentionConfig(block_q=block_q, block_l=16, splits=splits, num_warps=4, num_stages=2)
-    scale = head_dim**-0.5
+    tiling = {"block_q": block_q, "block_l": 16, "block_h": block_h}
+    config = AttentionConfig(**tiling, splits=splits, num_warps=4, num_stages=2)
+    scale = head_dim**-0.5 if softcap is None else 1.0  # far into the cap
     lse_TH, oracle_lse_TH = (torch.full(q_THC.shape[:2], float("nan"), device=DEVICE) for _ in range(2))
-    call = AttentionCall(q_THC, layer, batch, scale, window, sinks_H, lse_TH if lse else None)
+    call = AttentionCall(q_THC, layer, batch, scale, window, sinks_H, lse_TH if lse else None, softcap, latent)
     out_THC = run(PagedAttention(), call, config, native_fp8)
     oracle_THC = reference.paged_attention(
-        q_THC.double(), widened(layer), batch, scale=scale, window=window, sinks_H=sinks_H, lse_TH=oracle_lse_TH
+        q_THC.double(),
+        widened(layer),
+        batch,
+        scale=scale,
+        window=window,
+        sinks_H=sinks_H,
+        lse_TH=oracle_lse_TH,
+        softcap=softcap,
     )
-    assert error(out_THC, oracle_THC) <= TOLERANCE[dtype]
+    assert error(out_THC, oracle_THC[..., :latent]) <= TOLERANCE[dtype]
     if lse:
         assert error(lse_TH, oracle_lse_TH) <= TOLERANCE[dtype]
 
@@ -176,6 +189,52 @@ def test_sinks_with_a_sliding_window(splits: int) -> None:
     sinks_H = torch.tensor([0.5, -2.0, 90.0, 1.0], device=DEVICE)  # one takes nearly all
     check([40, 7], [6, 2], window=5, block_q=2, splits=splits, sinks_H=sinks_H, lse=True)
     check([40, 7], [6, 2], window=5, block_q=2, splits=splits, sinks_H=sinks_H, lse=True, cache="int8")
+
+
+@pytest.mark.parametrize(("edge", "dtype"), CELLS)
+def test_capped_scores(edge: str, dtype: torch.dtype) -> None:
+    contexts, queries, heads, head_dim, page = EDGES[edge]
+    shape = {"heads": heads, "head_dim": head_dim, "page": page, "dtype": dtype, "block_q": 2, "softcap": 1.5}
+    check(contexts, queries, **shape)
+    if edge in BOTH and dtype == torch.float32:
+        sinks_H = torch.linspace(-3, 5, heads[0], device=DEVICE)
+        for splits, cache in ((1, "int8"), (3, None)):
+            check(contexts, queries, splits=splits, sinks_H=sinks_H, lse=True, window=7, cache=cache, **shape)
+
+
+def test_a_cap_far_beyond_the_scores_changes_nothing() -> None:
+    torch.manual_seed(3)
+    layer, batch = make_batch([40, 7], [6, 2], 4, 2, 16, torch.float32)
+    q_THC = torch.randn(8, 4, 16, device=DEVICE) / 4
+    config = AttentionConfig(block_q=2, block_l=16, splits=1, num_warps=4, num_stages=2)
+    plain, far, near = (
+        run(PagedAttention(), AttentionCall(q_THC, layer, batch, 1.0, softcap=cap), config)
+        for cap in (None, 300.0, 0.5)
+    )
+    torch.testing.assert_close(far, plain, rtol=1e-3, atol=1e-3)
+    assert (near - plain).abs().max() > 0.01
+
+
+# Channels of a latent and of the key behind it: as in DeepSeek-V3; neither a power of two, the key below a tile's edge.
+LATENTS = {"as in DeepSeek-V3": (512, 64), "no powers of two": (40, 6), "one channel behind": (32, 1)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sizes", LATENTS)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_values_that_are_the_first_channels_of_their_keys(splits: int, sizes: str, dtype: torch.dtype) -> None:
+    latent, behind = LATENTS[sizes]
+    # Edges: heads that no tile divides; a whole prompt, a decode, a chunk with a past.
+    for heads, block_h in ((18, 16), (5, 2)):
+        shape = {"heads": (heads, 1), "head_dim": latent + behind, "latent": latent, "dtype": dtype, "block_h": block_h}
+        check([3, 40, 21], [3, 1, 2], page=16, splits=splits, block_q=2, lse=True, **shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("head_dim", [257, 512])
+def test_wide_heads(head_dim: int, dtype: torch.dtype) -> None:
+    for splits, more in ((1, {"softcap": 2.0}), (3, {"window": 5})):
+        check([18, 40], [3, 1], head_dim=head_dim, dtype=dtype, splits=splits, block_q=2, page=16, **more)
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (4, 4), (6, 2), (9, 3), (7, 1)])

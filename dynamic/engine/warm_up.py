@@ -60,6 +60,8 @@ def warm_up_shapes(
             norm_widths=tuple(sorted(set(attention.norm_sizes or ()))),
             probes=tuple(sorted(kinds)),
             window=layer.window,
+            sinks=attention.sinks,
+            softcap=attention.softcap,
             kv_dtype=kv_dtype,
         )
         for layer in spec.layers

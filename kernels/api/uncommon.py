@@ -1,6 +1,7 @@
 """Names of what only some models compute, so that only these depend on how it is computed."""
 
 CAPS = "capped scores and logits"
+CHANNEL_DECAYS = "recurrent states whose channels decay apart"
 FLOAT32_NORMS = "norms with float32 weights"
 LAYER_NORMS = "layer norms"
 LATENT_PAGES = "latents in pages"

@@ -46,12 +46,21 @@ class CpuStateOperations(StateOperations):
         *,
         delta_rule: bool,
     ) -> torch.Tensor:
-        if decay_TH.dim() == 3:
-            self._fall_back("recurrences with a decay for each channel")
-            inputs = (q_TGC, k_TGC, v_THV, decay_TH, step_TH)
-            return super().recurrence(*inputs, states_NHCV, batch, delta_rule=delta_rule)
         parts = q_TGC, k_TGC, v_THV, decay_TH.contiguous(), step_TH.contiguous(), states_NHCV
         return torch.ops.dynamoe_cpu.recurrence.default(self._isa, *parts, *_places(batch), delta_rule, L2_EPS)
+
+    def selective_scan(
+        self,
+        q_TC: torch.Tensor,
+        k_TC: torch.Tensor,
+        v_TX: torch.Tensor,
+        step_TX: torch.Tensor,
+        rate_CX: torch.Tensor,
+        states_NCX: torch.Tensor,
+        batch: AttentionBatch,
+    ) -> torch.Tensor:
+        parts = q_TC, k_TC, v_TX, step_TX, rate_CX, states_NCX
+        return torch.ops.dynamoe_cpu.selective_scan.default(self._isa, *parts, *_places(batch))
 
 
 def _places(batch: AttentionBatch) -> tuple[torch.Tensor | None, ...]:

@@ -21,6 +21,7 @@ from ..api.router_spec import RouterSpec
 from ..api.types import ExpertWeights, KVLayer, KVProjection, LinearWeights, Routing
 from ..api.uncommon import (
     CAPS,
+    CHANNEL_DECAYS,
     FLOAT32_NORMS,
     LATENT_PAGES,
     LATENTS,
@@ -30,7 +31,6 @@ from ..api.uncommon import (
     STATES,
     UNGATED,
 )
-from ..reference.elementwise import sigmoid, silu, softplus
 from ..reference.operations import CLAMPED_SWIGLU, SQUARED_RELU, rope
 from ..torch.backend import TorchBackend
 from .latent_vectors import latent_vectors
@@ -38,6 +38,7 @@ from .layout import PLAIN_ACTIVATIONS
 from .stack_part_vectors import Change, other_attention, other_mixtures, other_norms
 from .stack_state_vectors import stack_state_vectors
 from .stack_vectors import stack_vectors
+from .state_vectors import channel_decay_vectors, state_vectors
 from .vector_inputs import EPS, Numbers, cache, places, probe, rotations, thresholds
 
 Outputs = Iterator[torch.Tensor]
@@ -74,7 +75,7 @@ def vectors() -> dict[str, Callable[[TorchBackend], Outputs]]:
     found |= {SINKS: _sinks, CLAMPED_SWIGLU: lambda backend: _mixtures(backend, Numbers(), (CLAMPED_SWIGLU,), 12.0)}
     found |= {ROUTING: _routing_beyond, SHARED_EXPERTS: _shared_experts, UNGATED: _ungated}
     found |= {CAPS: _caps, FLOAT32_NORMS: _float32_norms, LAYER_NORMS: _layer_norms, LATENTS: _latents}
-    found[STATES] = _states
+    found |= {STATES: state_vectors, CHANNEL_DECAYS: channel_decay_vectors}
     found |= {LATENT_PAGES: latent_vectors, uncommon.STACK_STATES: stack_state_vectors}
     changes = {
         uncommon.STACK_ATTENTION: other_attention,
@@ -291,30 +292,6 @@ def _latents(backend: TorchBackend) -> Outputs:
             q_THR = rope(q_THR, rotations(rotated, max(_CONTEXTS)), asked.positions_T, interleaved)
             q_THC = torch.cat((backend.head_linear(q_THN, up), q_THR), -1)
             yield backend.attention(q_THC, layer, asked, scale=channels**-0.5)
-
-
-def _states(backend: TorchBackend) -> Outputs:
-    """Sequences that begin, go on, and are two parts of one; some are kept as they are behind their rows."""
-    numbers, lengths, counts = Numbers(), (1, 2, 17, 40, 44, 70), (1, 2, 17, 33, 4, 1)
-    slots, kept = torch.tensor([4, 0, 6, 2, 2, 9]), torch.tensor([-1, 1, -1, 8, 3, -1])
-    batch, rows = replace(places(lengths, counts, 16), state_slots_S=slots, kept_slots_S=kept), sum(counts)
-    for taps, channels, biased, activation in ((4, 40, False, "silu"), (2, 1030, True, "none"), (3, 64, True, "silu")):
-        weight_WX, bias_X = numbers.floats(taps, channels), numbers.floats(channels) if biased else None
-        tails_NWX, x_TX = numbers.floats(10, taps - 1, channels), numbers.floats(rows, channels, scale=3)
-        yield backend.short_convolution(x_TX, weight_WX, bias_X, tails_NWX, batch, activation)
-        yield tails_NWX
-    for groups, heads, keys, values in ((2, 4, 16, 24), (1, 3, 128, 130), (3, 3, 33, 64)):
-        for delta_rule in (True, False):
-            q_TGC, k_TGC = (numbers.floats(rows, groups, keys) for _ in range(2))
-            decay_TH, step_TH = (numbers.floats(rows, heads).abs() for _ in range(2))
-            v_THV, states_NHCV = numbers.floats(rows, heads, values), numbers.floats(10, heads, keys, values)
-            inputs = (q_TGC, k_TGC, v_THV, decay_TH, step_TH)
-            yield backend.recurrence(*inputs, states_NHCV, batch, delta_rule=delta_rule)
-            yield states_NHCV
-    x_TX = numbers.floats(33, 5, scale=9)
-    yield from (sigmoid(x_TX), silu(x_TX), softplus(x_TX), torch.exp(-torch.exp(x_TX)))
-    yield from backend.time_steps(x_TX, numbers.floats(5), -numbers.floats(5).abs())
-    yield backend.silu_gated(x_TX.to(backend.dtype), numbers.floats(33, 5, scale=9))
 
 
 def _exits(backend: TorchBackend, numbers: Numbers) -> Outputs:

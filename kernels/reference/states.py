@@ -86,7 +86,7 @@ def recurrence(
     Arguments:
         q_TGC, k_TGC: float32; head ``h`` uses those of group ``h // (H / G)``.
         v_THV, step_TH: float32.
-        decay_TH: float32, or one for each channel of the keys, (T, H, C).
+        decay_TH: float32; (T, H), or one for each channel of the keys, (T, H, C).
         states_NHCV: float32, before this step; overwritten with those after it, and kept where the batch says so.
     """
     out_THV, per_group = torch.empty_like(v_THV), v_THV.shape[1] // q_TGC.shape[1]
@@ -111,6 +111,28 @@ def recurrence(
         if kept >= 0:
             states_NHCV[kept] = state_HCV
     return out_THV
+
+
+def selective_scan(
+    q_TC: torch.Tensor,
+    k_TC: torch.Tensor,
+    v_TX: torch.Tensor,
+    step_TX: torch.Tensor,
+    rate_CX: torch.Tensor,
+    states_NCX: torch.Tensor,
+    batch: AttentionBatch,
+) -> torch.Tensor:
+    """The recurrence of a state space whose channels share queries and keys, (T, X) (Gu and Dao 2023).
+
+    ``S ← exp(rate · step) · S + k ⊗ (step · v)``, ``out = Sᵀ q``: a channel is a head with values of one.
+
+    Arguments:
+        q_TC, k_TC, v_TX, step_TX, rate_CX: float32.
+        states_NCX: float32, before this step; overwritten with those after it, and kept where the batch says so.
+    """
+    decay_TXC = torch.exp(step_TX[..., None] * rate_CX.T)
+    inputs = q_TC[:, None], k_TC[:, None], v_TX[..., None], decay_TXC, step_TX
+    return recurrence(*inputs, states_NCX.transpose(1, 2)[..., None], batch, delta_rule=False)[..., 0]
 
 
 def _unit_length(x_GC: torch.Tensor) -> torch.Tensor:

@@ -52,3 +52,16 @@ class StateOperations:
         """What rows read from their sequences' states, (T, H, V). See :func:`.states.recurrence`."""
         inputs = (q_TGC, k_TGC, v_THV, decay_TH, step_TH)
         return reference.recurrence(*inputs, states_NHCV, batch, delta_rule=delta_rule)
+
+    def selective_scan(
+        self,
+        q_TC: torch.Tensor,
+        k_TC: torch.Tensor,
+        v_TX: torch.Tensor,
+        step_TX: torch.Tensor,
+        rate_CX: torch.Tensor,
+        states_NCX: torch.Tensor,
+        batch: AttentionBatch,
+    ) -> torch.Tensor:
+        """What rows read from their sequences' states, (T, X). See :func:`.states.selective_scan`."""
+        return reference.selective_scan(q_TC, k_TC, v_TX, step_TX, rate_CX, states_NCX, batch)

@@ -11,10 +11,11 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,7 +37,7 @@ from .quantized_layers import LinearCall
 from .rounding import plan_rows
 from .router import RouteCall
 from .shapes import Steps, WarmUpShape, meta
-from .states import ConvolutionCall, RecurrenceCall
+from .states import ConvolutionCall, RecurrenceCall, ScanCall
 from .tuning import TuningCache
 from .variants import Planner, variants
 from .warmup import OPERATIONS, layer_launches
@@ -49,6 +50,7 @@ def _shape(
     f: int,
     heads: tuple[int, int, int] = (16, 4, 128),
     window: int | None = None,
+    attends: Mapping[str, Any] | None = None,
     **rule: object,
 ) -> WarmUpShape:
     return WarmUpShape(
@@ -65,6 +67,7 @@ def _shape(
         activation="silu",
         probes=((1, False, False, False), (8, True, True, True)),
         window=window,
+        **(attends or {}),
     )
 
 
@@ -80,12 +83,20 @@ SHAPES = {
     ),
     "longcat": _shape(768, 12, 6144, 2048, (16, 16, 128), zero_experts=256, selection_bias=True, scale=6.0),
 }  # fmt: skip
+HEADS = {  # attention of these alone
+    "gemma2": _shape(14, 12, 576, 96, (16, 8, 256), 4096, {"softcap": 50.0}),
+    "gemma4, global": _shape(14, 12, 576, 96, (16, 4, 512)),
+    "deepseek, latents": _shape(14, 12, 576, 96, (128, 1, 576), attends={"latent": 512}),
+    "deepseek-lite, latents": _shape(14, 12, 576, 96, (16, 1, 576), attends={"latent": 512}),
+    "gpt-oss": _shape(14, 12, 576, 96, (64, 8, 64), 128, {"sinks": True}),
+}
 TOKENS = (1, 8, 64, 512, 8192)
+ATTENTION = "attention"  # in place of a shape: wide heads, latents, capped scores, sinks
 CACHES = "caches"  # in place of a shape: keys and values in 8 bits, on the attention of every shape
 QUANTISED = "quantised"  # in place of a shape: every format of weights, on one layer
 STATES = "states"  # in place of a shape: recurrences and convolutions of some models
 VARIANTS = "variants"  # in place of a shape: every routing rule, activation and kind of bias, on one layer
-NAMES = (*SHAPES, VARIANTS, CACHES, QUANTISED, STATES)
+NAMES = (*SHAPES, VARIANTS, ATTENTION, CACHES, QUANTISED, STATES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +118,8 @@ class Report:
         """What is wrong with it, if anything."""
         if self.spills:
             return f"{self.kernel} for {self.target} at {self.tokens} tokens ({self.blocks}) spills {self.spills} bytes"
+        if self.shared > (most := LISTED[self.target].shared_bytes):
+            return f"{self.kernel} for {self.target} takes {self.shared} bytes of shared memory, of which it has {most}"
         wanted = "wgmma" if self.target == "sm_90" else "mma" if self.target.startswith("sm_") else "mfma"
         if self.prefill and self.tensor_core != wanted:
             return f"{self.kernel} for {self.target} uses {self.tensor_core or 'no tensor cores'}, not {wanted}"
@@ -127,6 +140,9 @@ def launches_of(name: str, planner: Planner, dtype: torch.dtype) -> Iterator[tup
         shapes = [replace(shapes[0], biased=True), *(replace(shapes[0], router=spec) for spec in specs)]
         shapes += [replace(shapes[0], activation=name, biased=True) for name in ACTIVATIONS]
         counts, operations = (1, 64, 2048), (RouteCall, ExpertsCall)
+    elif name == ATTENTION:
+        coded = replace(HEADS["gemma4, global"], kv_dtype=torch.int8)
+        shapes, operations = [*HEADS.values(), coded], (RopeCall, AttentionCall)
     elif name == CACHES:
         kinds = [kept for kept in KV_DTYPES.values() if kept is not None]
         shapes = [replace(shape, kv_dtype=kept) for shape in SHAPES.values() for kept in kinds]
@@ -176,17 +192,21 @@ def quantised_launches(dtype: torch.dtype, planner: Planner) -> Iterator[tuple[i
 
 
 def state_launches(planner: Planner) -> Iterator[tuple[int, Launch]]:
-    """Of Qwen3-Next, Granite's hybrids and LFM2, for decodes and a prompt, with the number of rows."""
+    """Of Qwen3-Next, Kimi Linear, Jamba, Granite's hybrids and LFM2, for decodes and a prompt, with the rows."""
     for rows, sequences in ((8, 8), (2048, 1)):
         batch = replace(
             SHAPES["olmoe"].batch(sequences, rows // sequences, 4096),
             state_slots_S=meta(sequences, dtype=torch.int64),
             kept_slots_S=meta(sequences, dtype=torch.int64),
         )
-        for groups, heads, keys, values, delta_rule in ((16, 32, 128, 128, True), (1, 48, 128, 64, False)):
-            q_TGC, v_THV, by_head_TH = meta(rows, groups, keys), meta(rows, heads, values), meta(rows, heads)
-            inputs = (q_TGC, q_TGC, v_THV, by_head_TH, by_head_TH, meta(64, heads, keys, values))
+        decays = ((16, 32, 128, 128, True, ()), (32, 32, 128, 128, True, (128,)), (1, 48, 128, 64, False, ()))
+        for groups, heads, keys, values, delta_rule, channels in decays:
+            q_TGC, v_THV, step_TH = meta(rows, groups, keys), meta(rows, heads, values), meta(rows, heads)
+            inputs = (q_TGC, q_TGC, v_THV, meta(rows, heads, *channels), step_TH, meta(64, heads, keys, values))
             yield from ((rows, launch) for launch in planner.plan(RecurrenceCall(*inputs, batch, delta_rule))[1])
+        q_TC, v_TX, rate_CX = meta(rows, 16), meta(rows, 8192), meta(16, 8192)
+        scan = ScanCall(q_TC, q_TC, v_TX, v_TX, rate_CX, meta(64, 16, 8192), batch)
+        yield from ((rows, launch) for launch in planner.plan(scan)[1])
         convolutions = ((4, 8192, False, "silu"), (4, 3328, True, "silu"), (3, 2048, False, "none"))
         for taps, channels, biased, activation in convolutions:
             parts = meta(rows, channels), meta(taps, channels), meta(channels) if biased else None

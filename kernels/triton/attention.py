@@ -1,8 +1,8 @@
 """Paged attention: grouped queries, causal, with an optional sliding window; one kernel for decode and prefill.
 
-The rows of a program are BLOCK_Q positions times the query heads of one key/value head, so that keys are read once per
-group. When there are too few programs to fill the device (decode), the context is split among several, and a second
-kernel merges their parts by their log-sum-exp.
+The rows of a program are BLOCK_Q positions times query heads of one key/value head, so that keys are read once per
+group, or per BLOCK_H heads of it. When there are too few programs to fill the device (decode), the context is split
+among several, and a second kernel merges their parts by their log-sum-exp.
 
 Shape suffixes: M rows of a program, L positions of the context; the rest as in ``types.py``.
 """
@@ -20,42 +20,52 @@ from .tiles import dot
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """Tiling: positions of queries and of the context per tile, and parts that the context is split into."""
+    """Tiling: positions of queries and of the context per tile, parts that the context is split into, and how many
+    heads of a group share a program at most."""
 
     block_q: int
     block_l: int
     splits: int
     num_warps: int
     num_stages: int
+    block_h: int = 1 << 30
 
 
 @triton.jit(do_not_specialize=["num_rows", "window", "table_stride"])
 def attention_kernel(
     q_ptr, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr, out_ptr, part_ptr, part_max_ptr, part_sum_ptr,
     sinks_ptr, lse_ptr, cache_index_ptr, query_start_ptr, context_len_ptr, block_table_ptr,
-    log2_scale, window, num_rows,
+    log2_scale, log2_cap, window, num_rows,
     q_stride_t, q_stride_h, stride_b, stride_g, stride_p, scale_b, scale_g, scale_p, table_stride,
     G: tl.constexpr, HEADS: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
-    FORMAT: tl.constexpr, NATIVE_FP8: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr,
+    REST: tl.constexpr, REST_PAD: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, SPLITS: tl.constexpr,
+    WINDOW: tl.constexpr, CAPPED: tl.constexpr, SHARED: tl.constexpr, FORMAT: tl.constexpr, NATIVE_FP8: tl.constexpr,
+    SINKS: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
     """HEADS is query heads per key/value head. With SPLITS > 1 unnormalised parts go to ``part_*``, else to ``out``.
+
+    Keys have REST channels behind the C that values have; with SHARED those C are the values. Where scores are CAPPED,
+    ``log2_scale`` makes them twice what the hyperbolic tangent is taken of, in units of log 2.
 
     With int8 the scale of a key multiplies its scores, and that of a value its probabilities: one product per query
     instead of one per channel.
     """
     dtype: tl.constexpr = q_ptr.dtype.element_ty
-    sequence = tl.program_id(1) // G
-    group = tl.program_id(1) % G
+    TILES: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H  # type: ignore[assignment]
+    sequence = tl.program_id(1) // (G * TILES)
+    tile = tl.program_id(1) % (G * TILES)
+    group = tile // TILES
     first_row = tl.load(query_start_ptr + sequence)
     query_len = tl.load(query_start_ptr + sequence + 1) - first_row
     q0 = tl.program_id(0) * BLOCK_Q
     if q0 >= query_len:
         return
     m = tl.arange(0, BLOCK_M)
-    q_M = q0 + m // HEADS
-    head_M = group * HEADS + m % HEADS
-    ok_M = (m < BLOCK_Q * HEADS) & (q_M < query_len)
+    q_M = q0 + m // BLOCK_H
+    in_group_M = tile % TILES * BLOCK_H + m % BLOCK_H
+    head_M = group * HEADS + in_group_M
+    ok_M = (m < BLOCK_Q * BLOCK_H) & (q_M < query_len) & (in_group_M < HEADS)
     row_M = first_row + q_M
     # Loaded, not worked out from the lengths: that would be done again in the loop, and registers would spill.
     index_M = tl.load(cache_index_ptr + row_M, mask=ok_M, other=0).to(tl.int32)
@@ -63,6 +73,11 @@ def attention_kernel(
     ok_C = c < C
     q_at_MC = q_ptr + row_M.to(tl.int64)[:, None] * q_stride_t + head_M[:, None] * q_stride_h + c[None, :]
     q_MC = tl.load(q_at_MC, mask=ok_M[:, None] & ok_C[None, :], other=0.0)
+    if REST:
+        r = C + tl.arange(0, REST_PAD)
+        ok_R = r < C + REST
+        q_at_MR = q_ptr + row_M.to(tl.int64)[:, None] * q_stride_t + head_M[:, None] * q_stride_h + r[None, :]
+        q_MR = tl.load(q_at_MR, mask=ok_M[:, None] & ok_R[None, :], other=0.0)
 
     end = tl.minimum(tl.load(context_len_ptr + sequence), tl.max(index_M, axis=0) + 1)
     begin = 0
@@ -81,13 +96,19 @@ def attention_kernel(
         ok_L = l_L < end
         page_L = tl.load(block_table_ptr + sequence * table_stride + l_L // PAGE, mask=ok_L, other=0).to(tl.int64)
         inside_L = l_L % PAGE
-        at_LC = (page_L * stride_b + group * stride_g + inside_L * stride_p)[:, None] + c[None, :]
-        k_LC = load_kv_tile(keys_ptr, at_LC, ok_L, ok_C, dtype, FORMAT, NATIVE_FP8)
-        v_LC = load_kv_tile(values_ptr, at_LC, ok_L, ok_C, dtype, FORMAT, NATIVE_FP8)
-        scores_ML = dot(q_MC, tl.trans(k_LC), tl.zeros((BLOCK_M, BLOCK_L), dtype=tl.float32)) * log2_scale
+        at_L1 = (page_L * stride_b + group * stride_g + inside_L * stride_p)[:, None]
+        k_LC = load_kv_tile(keys_ptr, at_L1 + c[None, :], ok_L, ok_C, dtype, FORMAT, NATIVE_FP8)
+        v_LC = k_LC if SHARED else load_kv_tile(values_ptr, at_L1 + c[None, :], ok_L, ok_C, dtype, FORMAT, NATIVE_FP8)
+        scores_ML = dot(q_MC, tl.trans(k_LC), tl.zeros((BLOCK_M, BLOCK_L), dtype=tl.float32))
+        if REST:
+            k_LR = load_kv_tile(keys_ptr, at_L1 + r[None, :], ok_L, ok_R, dtype, FORMAT, NATIVE_FP8)
+            scores_ML = dot(q_MR, tl.trans(k_LR), scores_ML)
+        scores_ML *= log2_scale
         if FORMAT == "int8":
             scale_at_L = page_L * scale_b + group * scale_g + inside_L * scale_p
             scores_ML *= tl.load(key_scales_ptr + scale_at_L, mask=ok_L, other=0.0).to(tl.float32)[None, :]
+        if CAPPED:
+            scores_ML = log2_cap - 2.0 * log2_cap / (1.0 + tl.exp2(scores_ML))
         seen_ML = ok_L[None, :] & (l_L[None, :] <= index_M[:, None])
         if WINDOW:
             seen_ML = seen_ML & (index_M[:, None] - l_L[None, :] < window)

@@ -13,6 +13,7 @@ import torch
 
 import triton
 
+from ..api.latents import readable
 from ..api.quantized_weight import QuantizedWeight
 from ..api.router_spec import RouterSpec
 from ..api.types import AttentionBatch, ExitDecision, ExpertWeights, KVLayer, LinearWeights, ProbeWeights, Routing
@@ -31,7 +32,7 @@ from .quantized import kernel_form
 from .quantized_layers import LinearCall, QuantExpertsCall
 from .router import RouteCall
 from .shapes import WarmUpShape
-from .states import ConvolutionCall, RecurrenceCall
+from .states import ConvolutionCall, RecurrenceCall, ScanCall
 from .tuning import TuningCache
 from .variants import Call, NoKernelError, Planner, ResultT, interpreted
 from .warmup import planned_launches
@@ -148,16 +149,22 @@ class TritonBackend(TorchBackend):
     ) -> torch.Tensor:
         return self._do(RopeCall(q_THC, k_TGC, v_TGC, cos_sin_LC, batch, layer))
 
-    def attention(
-        self, q_THC: torch.Tensor, layer: KVLayer, batch: AttentionBatch, softcap: float | None = None, **options: Any
-    ) -> torch.Tensor:
+    def attention(self, q_THC: torch.Tensor, layer: KVLayer, batch: AttentionBatch, **options: Any) -> torch.Tensor:
         try:
-            if softcap is not None:
-                raise NoKernelError("attention with capped scores")
             return self._do(AttentionCall(q_THC, layer, batch, **options))
         except NoKernelError as reason:
             self._fall_back(str(reason))
-        return super().attention(q_THC, layer, batch, softcap=softcap, **options)
+        return super().attention(q_THC, layer, batch, **options)
+
+    def latent_attention(
+        self, q_THC: torch.Tensor, layer: KVLayer, batch: AttentionBatch, *, latent: int, **options: Any
+    ) -> torch.Tensor:
+        layer, batch = readable(layer, batch, latent, self.dtype)
+        try:
+            return self._do(AttentionCall(q_THC, layer, batch, latent=latent, **options))
+        except NoKernelError as reason:
+            self._fall_back(str(reason))
+        return super().attention(q_THC, layer, batch, **options)[..., :latent]
 
     def short_convolution(
         self,
@@ -183,10 +190,19 @@ class TritonBackend(TorchBackend):
         delta_rule: bool,
     ) -> torch.Tensor:
         inputs = q_TGC, k_TGC, v_THV, decay_TH.contiguous(), step_TH.contiguous()
-        if decay_TH.dim() == 3:
-            self._fall_back("recurrences with a decay for each channel")
-            return super().recurrence(*inputs, states_NHCV, batch, delta_rule=delta_rule)
         return self._do(RecurrenceCall(*inputs, states_NHCV, batch, delta_rule))
+
+    def selective_scan(
+        self,
+        q_TC: torch.Tensor,
+        k_TC: torch.Tensor,
+        v_TX: torch.Tensor,
+        step_TX: torch.Tensor,
+        rate_CX: torch.Tensor,
+        states_NCX: torch.Tensor,
+        batch: AttentionBatch,
+    ) -> torch.Tensor:
+        return self._do(ScanCall(q_TC, k_TC, v_TX, step_TX, rate_CX, states_NCX, batch))
 
     def exit_decide(
         self,

@@ -183,6 +183,8 @@ class RopeCall(Call[torch.Tensor]):
 
     @classmethod
     def of_layer(cls, layer: WarmUpShape, steps: Steps, dtype: torch.dtype, planner: Planner) -> Iterator[RopeCall]:
+        if layer.latent is not None:
+            return
         h, g, c = layer.num_heads, layer.num_kv_heads, layer.head_dim
         cache, table = layer.cache(dtype), meta(layer.max_context, layer.head_dim)
         for sequences, query_len, context in steps.batches:
@@ -243,5 +245,6 @@ class RowRope(OpVariant[RopeCall, RowProblem]):
                 "HALF_PAD": next_power_of_2(head_dim // 2),
                 "FORMAT": kv.format,
             },
+            num_warps=8 if head_dim > 128 else 4,
         )
         return out_THC, [launch]

@@ -17,7 +17,8 @@ from .shapes import Steps, WarmUpShape, meta
 from .variants import Call, OpVariant, Planned, Planner, Ranked, Tilings, has_tensor_cores, register
 
 _CONTEXT_STEP = 128
-_MOST_CHANNELS = 256  # of a head, whose tiles fit into registers and shared memory
+_LOG2_E = 1.4426950408889634
+_MOST_CHANNELS, _MOST_REST = 512, 64  # of a head's values, and of its keys beyond: their tiles fit into registers
 
 
 class AttentionProblem(NamedTuple):
@@ -26,6 +27,7 @@ class AttentionProblem(NamedTuple):
     Arguments:
         max_context_len: a multiple of ``_CONTEXT_STEP``, so that few problems differ.
         programs_per_tile: sequences times key/value heads. heads: query heads per key/value head.
+        head_dim: of values. rest: channels of keys beyond these; None: keys and values are tensors of their own.
         narrow: keys and values are kept in 8 bits: half the bytes per stage, and registers to widen them in.
     """
 
@@ -36,11 +38,14 @@ class AttentionProblem(NamedTuple):
     head_dim: int
     dtype: torch.dtype
     narrow: bool = False
+    rest: int | None = None
 
 
 @dataclass(frozen=True)
 class AttentionCall(Call[torch.Tensor]):
     """Causal attention of a batch, (T, H, C); it fills ``lse_TH`` too. See :func:`reference.paged_attention`.
+
+    With ``latent`` values are that many of the keys' first channels, and the output is as wide.
 
     Planning raises ValueError when the channels of an input or the batch's numbers are strided, or keys and values have
     different strides.
@@ -55,6 +60,8 @@ class AttentionCall(Call[torch.Tensor]):
     window: int | None = None
     sinks_H: torch.Tensor | None = None
     lse_TH: torch.Tensor | None = None
+    softcap: float | None = None
+    latent: int | None = None
 
     def problem(self) -> AttentionProblem:
         num_heads, head_dim = self.q_THC.shape[1:]
@@ -64,20 +71,22 @@ class AttentionCall(Call[torch.Tensor]):
             cdiv(batch.max_context_len, _CONTEXT_STEP) * _CONTEXT_STEP,
             batch.num_sequences * num_kv_heads,
             num_heads // num_kv_heads,
-            head_dim,
+            self.latent or head_dim,
             self.q_THC.dtype,
             self.layer.keys_BGPC.itemsize == 1,
+            None if self.latent is None else head_dim - self.latent,
         )
 
     @classmethod
     def of_layer(
         cls, layer: WarmUpShape, steps: Steps, dtype: torch.dtype, planner: Planner
     ) -> Iterator[AttentionCall]:
-        cache = layer.cache(dtype)
+        cache, sinks_H = layer.cache(dtype), meta(layer.num_heads) if layer.sinks else None
+        parts = {"window": layer.window, "softcap": layer.softcap, "latent": layer.latent}
         for sequences, query_len, context in steps.batches:
             q_THC = meta(sequences * query_len, layer.num_heads, layer.head_dim, dtype=dtype)
             batch = layer.batch(sequences, query_len, context)
-            yield cls(q_THC, cache, batch, layer.head_dim**-0.5, layer.window)
+            yield cls(q_THC, cache, batch, layer.head_dim**-0.5, sinks_H=sinks_H, **parts)
 
 
 @register
@@ -87,8 +96,9 @@ class PagedAttention(OpVariant[AttentionCall, AttentionProblem]):
     call, name, kernels = AttentionCall, "paged", (attention_kernel, merge_kernel)
 
     def refuses(self, problem: AttentionProblem, device: DeviceProperties) -> str | None:
-        if problem.head_dim > _MOST_CHANNELS:
-            return f"attention over heads of {problem.head_dim} channels"
+        rest = problem.rest or 0
+        if problem.head_dim > _MOST_CHANNELS or rest > _MOST_REST:
+            return f"attention over heads of {problem.head_dim + rest} channels"
         return None if has_tensor_cores(problem.dtype) else f"attention in {problem.dtype}"
 
     def tilings(self, problem: AttentionProblem, device: DeviceProperties, count: int) -> list[Ranked]:
@@ -105,10 +115,15 @@ class PagedAttention(OpVariant[AttentionCall, AttentionProblem]):
             sinks_H=call.sinks_H,
             lse_TH=call.lse_TH,
         )
-        num_rows, num_heads, head_dim = q_THC.shape
+        num_rows, num_heads, _ = q_THC.shape
+        head_dim, rest = call.latent or q_THC.shape[2], call.problem().rest
         num_kv_heads, splits = kv.keys.shape[1], config.splits
         heads = num_heads // num_kv_heads
-        out_THC = torch.empty(q_THC.shape, dtype=q_THC.dtype, device=q_THC.device)
+        block_h = min(heads, config.block_h)
+        scale, cap = float(call.scale) * _LOG2_E, (call.softcap or 0.0) * _LOG2_E
+        if call.softcap is not None:
+            scale *= 2 / call.softcap
+        out_THC = torch.empty((*q_THC.shape[:2], head_dim), dtype=q_THC.dtype, device=q_THC.device)
         outputs: dict[str, torch.Tensor | None] = {
             "out_ptr": out_THC,
             "part_ptr": None,
@@ -124,7 +139,11 @@ class PagedAttention(OpVariant[AttentionCall, AttentionProblem]):
         sizes = {"C": head_dim, "C_PAD": max(16, next_power_of_2(head_dim)), "SPLITS": splits}
         launch = Launch(
             kernel=attention_kernel,
-            grid=(cdiv(batch.max_query_len, config.block_q), batch.num_sequences * num_kv_heads, splits),
+            grid=(
+                cdiv(batch.max_query_len, config.block_q),
+                batch.num_sequences * num_kv_heads * cdiv(heads, block_h),
+                splits,
+            ),
             args={
                 "q_ptr": q_THC,
                 **kv.arguments,
@@ -134,7 +153,8 @@ class PagedAttention(OpVariant[AttentionCall, AttentionProblem]):
                 "query_start_ptr": batch.query_start_S1,
                 "context_len_ptr": batch.context_len_S,
                 "block_table_ptr": batch.block_table_SM,
-                "log2_scale": float(call.scale) * 1.4426950408889634,
+                "log2_scale": scale,
+                "log2_cap": cap,
                 "window": call.window or 0,
                 "num_rows": num_rows,
                 "q_stride_t": q_THC.stride(0),
@@ -147,10 +167,15 @@ class PagedAttention(OpVariant[AttentionCall, AttentionProblem]):
                 "G": num_kv_heads,
                 "HEADS": heads,
                 "PAGE": call.layer.page_size,
+                "REST": rest or 0,
+                "REST_PAD": max(16, next_power_of_2(rest or 0)),
                 "BLOCK_Q": config.block_q,
-                "BLOCK_M": max(16, next_power_of_2(config.block_q * heads)),
+                "BLOCK_H": block_h,
+                "BLOCK_M": max(16, next_power_of_2(config.block_q * block_h)),
                 "BLOCK_L": config.block_l,
                 "WINDOW": call.window is not None,
+                "CAPPED": call.softcap is not None,
+                "SHARED": rest is not None,
                 "FORMAT": kv.format,
                 "NATIVE_FP8": device.has_fp8 and kv.format == "fp8",
             },
@@ -164,7 +189,7 @@ class PagedAttention(OpVariant[AttentionCall, AttentionProblem]):
             grid=(num_rows * num_heads,),
             args={**outputs, **last, "num_items": num_rows * num_heads},
             constexprs={**sizes, **last_flags, "HEADS": num_heads, "SPLITS_PAD": next_power_of_2(splits)},
-            num_warps=2,
+            num_warps=max(2, min(8, sizes["C_PAD"] * next_power_of_2(splits) // 4096)),
         )
         return out_THC, [launch, merge]
 
@@ -172,16 +197,17 @@ class PagedAttention(OpVariant[AttentionCall, AttentionProblem]):
 def best_attention(problem: AttentionProblem, device: DeviceProperties) -> AttentionConfig:
     """Few rows take small tiles and split the context; many rows take as many as the registers hold."""
     heads, narrow = problem.heads, problem.narrow
+    if problem.head_dim > 256:
+        return _best_of_widest(problem, device)
     wide_head = problem.head_dim > 128
+    warps = 8 if wide_head and device.backend == "cuda" else 4
     if problem.max_query_len * heads <= 64:
         block_q = max(1, next_power_of_2(problem.max_query_len))
         programs = problem.programs_per_tile * cdiv(problem.max_query_len, block_q)
         block_l = 32 if wide_head or device.backend == "hip" else 64
-        splits = min(cdiv(problem.max_context_len, 4 * block_l), cdiv(2 * device.num_sms, programs), 64)
-        # Powers of two keep the number of compiled variants small.
-        splits = next_power_of_2(splits + 1) // 2 if splits > 1 else 1
+        splits = _splits(problem, device, programs, block_l)
         stages = 3 if narrow and device.has_tma else 2
-        return AttentionConfig(block_q=block_q, block_l=block_l, splits=splits, num_warps=4, num_stages=stages)
+        return AttentionConfig(block_q=block_q, block_l=block_l, splits=splits, num_warps=warps, num_stages=stages)
     # Ampere multiplies out of registers.
     crowded = wide_head or (narrow and not device.has_tma and device.backend == "cuda")
     rows = 64 if crowded else 128
@@ -189,6 +215,34 @@ def best_attention(problem: AttentionProblem, device: DeviceProperties) -> Atten
         block_q=max(1, rows // next_power_of_2(heads)),
         block_l=32 if crowded or device.backend == "hip" else 64,
         splits=1,
-        num_warps=8 if rows == 128 else 4,
+        num_warps=8 if rows == 128 else warps,
         num_stages=2,
+        block_h=rows,
     )
+
+
+def _best_of_widest(problem: AttentionProblem, device: DeviceProperties) -> AttentionConfig:
+    """Of heads whose output alone fills many registers: few rows, with more warps."""
+    hip, narrow = device.backend == "hip", problem.narrow
+    most = 16 if hip and narrow else 64 if device.has_tma and not narrow else 32
+    block_h = min(problem.heads, most)
+    block_q = min(next_power_of_2(problem.max_query_len), max(1, most // next_power_of_2(block_h)))
+    tiles = cdiv(problem.heads, block_h) * cdiv(problem.max_query_len, block_q)
+    rows = block_q * next_power_of_2(block_h)
+    widened = narrow and rows <= 16  # codes on their way to products
+    # Tiles of 64 rows leave room for a longer tile of keys where these are the values.
+    block_l = 16 if hip or widened or (rows == 64 and problem.rest is None) else 32
+    return AttentionConfig(
+        block_q=block_q,
+        block_l=block_l,
+        splits=_splits(problem, device, problem.programs_per_tile * tiles, block_l),
+        num_warps=4 if widened and not hip else 8,
+        num_stages=2,
+        block_h=block_h,
+    )
+
+
+def _splits(problem: AttentionProblem, device: DeviceProperties, programs: int, block_l: int) -> int:
+    """Parts of the context that fill the device; powers of two keep the number of compiled variants small."""
+    splits = min(cdiv(problem.max_context_len, 4 * block_l), cdiv(2 * device.num_sms, programs), 64)
+    return next_power_of_2(splits + 1) // 2 if splits > 1 else 1

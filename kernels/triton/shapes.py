@@ -23,6 +23,8 @@ class WarmUpShape:
         biased: whether the experts have biases.
         norm_widths: further widths of RMS norms, those of queries and keys.
         probes: (inner width, whether it has a second layer, previous, router_entropy) of the probes behind the layer.
+        sinks: whether heads have them. softcap: of their scores.
+        latent: so many of a key's first channels are the values, and no kernel writes keys; None: not so.
         max_tokens: most rows of a step. max_context: longest context in tokens.
     """
 
@@ -42,6 +44,9 @@ class WarmUpShape:
     norm_widths: tuple[int, ...] = ()
     probes: tuple[tuple[int, bool, bool, bool], ...] = ()
     window: int | None = None
+    sinks: bool = False
+    softcap: float | None = None
+    latent: int | None = None
     kv_dtype: torch.dtype | None = None
 
     def cache(self, dtype: torch.dtype) -> KVLayer:

@@ -1,4 +1,4 @@
-"""Layers with recurrent states: the recurrence, a program per head and some columns; short convolutions.
+"""Layers with recurrent states: the recurrence, a program per head and some columns; selective scans; convolutions.
 
 Shape suffixes as in ``kernels/reference/states.py``.
 """
@@ -21,6 +21,7 @@ from .variants import Call, OpVariant, Planned, Tilings, register
 
 COLUMNS = 16  # of a state, per program
 CHANNELS = 128  # of a convolution, per program
+SCANNED = 64  # channels of a selective scan, per program
 ROWS = 16  # of a convolution, per program
 
 
@@ -45,7 +46,7 @@ def recurrence_kernel(
     q_ptr, k_ptr, v_ptr, decay_ptr, step_ptr, states_ptr, out_ptr, slots_ptr, kept_ptr, query_start_ptr,
     context_len_ptr, num_runs, q_stride_t, k_stride_t, v_stride_t, scale, eps,
     H: tl.constexpr, PER_GROUP: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr, V: tl.constexpr,
-    BLOCK_V: tl.constexpr, DELTA: tl.constexpr,
+    BLOCK_V: tl.constexpr, DELTA: tl.constexpr, BY_CHANNEL: tl.constexpr,
 ):  # fmt: skip
     """All rows of a sequence, one after the other; the columns of the state stay in registers."""
     run = tl.program_id(0)
@@ -77,7 +78,10 @@ def recurrence_kernel(
             if DELTA:
                 q_C = q_C * tl.rsqrt(tl.sum(q_C * q_C, axis=0) + eps) * scale
                 k_C = k_C * tl.rsqrt(tl.sum(k_C * k_C, axis=0) + eps)
-            state_CV *= tl.load(decay_ptr + row * H + head)
+            if BY_CHANNEL:
+                state_CV *= tl.load(decay_ptr + (row * H + head) * C + c, mask=ok_C, other=0.0)[:, None]
+            else:
+                state_CV *= tl.load(decay_ptr + row * H + head)
             if DELTA:
                 value_V -= tl.sum(state_CV * k_C[:, None], axis=0)
             value_V *= tl.load(step_ptr + row * H + head)
@@ -89,6 +93,47 @@ def recurrence_kernel(
         run += 1
         going = tl.load(slots_ptr + run, mask=run < num_runs, other=-1) == slot
     tl.store(state_at + at_CV, state_CV, mask=ok_CV)
+
+
+@triton.jit(do_not_specialize=["num_runs"])
+def selective_scan_kernel(
+    q_ptr, k_ptr, v_ptr, step_ptr, rate_ptr, states_ptr, out_ptr, slots_ptr, kept_ptr, query_start_ptr,
+    context_len_ptr, num_runs, q_stride_t, k_stride_t, v_stride_t, step_stride_t,
+    C: tl.constexpr, C_PAD: tl.constexpr, X: tl.constexpr, BLOCK_X: tl.constexpr,
+):  # fmt: skip
+    """All rows of a sequence, one after the other; the states of some channels stay in registers."""
+    run = tl.program_id(0)
+    slot = tl.load(slots_ptr + run)
+    if tl.load(slots_ptr + run - 1, mask=run > 0, other=-1) == slot:
+        return  # the program of the sequence's first run computes this one too
+    c = tl.arange(0, C_PAD)
+    ok_C = c < C
+    x = tl.program_id(1) * BLOCK_X + tl.arange(0, BLOCK_X)
+    ok_X = x < X
+    ok_CX = ok_C[:, None] & ok_X[None, :]
+    at_CX = c[:, None] * X + x[None, :]
+    begins = _begins(query_start_ptr, context_len_ptr, run)
+    state_at = states_ptr + slot * C * X
+    state_CX = tl.load(state_at + at_CX, mask=ok_CX & (begins == 0), other=0.0)
+    rate_CX = tl.load(rate_ptr + at_CX, mask=ok_CX, other=0.0)
+    going = slot >= 0
+    while going:
+        first = tl.load(query_start_ptr + run).to(tl.int64)
+        count = tl.load(query_start_ptr + run + 1) - tl.load(query_start_ptr + run)
+        for number in tl.range(0, count):
+            row = first + number
+            q_C = tl.load(q_ptr + row * q_stride_t + c, mask=ok_C, other=0.0)
+            k_C = tl.load(k_ptr + row * k_stride_t + c, mask=ok_C, other=0.0)
+            step_X = tl.load(step_ptr + row * step_stride_t + x, mask=ok_X, other=0.0)
+            value_X = tl.load(v_ptr + row * v_stride_t + x, mask=ok_X, other=0.0) * step_X
+            state_CX = tl.exp(rate_CX * step_X[None, :]) * state_CX + k_C[:, None] * value_X[None, :]
+            tl.store(out_ptr + row * X + x, tl.sum(state_CX * q_C[:, None], axis=0), mask=ok_X)
+        if kept_ptr is not None:
+            kept = tl.load(kept_ptr + run)
+            tl.store(states_ptr + kept * C * X + at_CX, state_CX, mask=ok_CX & (kept >= 0))
+        run += 1
+        going = tl.load(slots_ptr + run, mask=run < num_runs, other=-1) == slot
+    tl.store(state_at + at_CX, state_CX, mask=ok_CX)
 
 
 @triton.jit
@@ -229,10 +274,60 @@ class RowByRow(OpVariant[RecurrenceCall, StateProblem]):
                 "V": values,
                 "BLOCK_V": COLUMNS,
                 "DELTA": call.delta_rule,
+                "BY_CHANNEL": call.decay_TH.dim() == 3,
             },
             num_warps=max(1, min(4, c_pad * COLUMNS // 512)),
         )
         return out_THV, [launch]
+
+
+@dataclass(frozen=True)
+class ScanCall(Call[torch.Tensor]):
+    """See :func:`.states.selective_scan`. Rows of what the channels share, and of what they do not, may lie apart."""
+
+    operation = "selective_scan"
+
+    q_TC: torch.Tensor
+    k_TC: torch.Tensor
+    v_TX: torch.Tensor
+    step_TX: torch.Tensor
+    rate_CX: torch.Tensor
+    states_NCX: torch.Tensor
+    batch: AttentionBatch
+
+    def problem(self) -> StateProblem:
+        return StateProblem(tuple(self.rate_CX.shape))
+
+
+@register
+class ChannelByChannel(OpVariant[ScanCall, StateProblem]):
+    """A program for each sequence and block of channels."""
+
+    call, name, kernels = ScanCall, "rows", (selective_scan_kernel,)
+
+    def plan(self, call: ScanCall, tilings: Tilings, device: DeviceProperties) -> Planned[torch.Tensor]:
+        require_contiguous(rate_CX=call.rate_CX, states_NCX=call.states_NCX)
+        require_contiguous_channels(q_TC=call.q_TC, k_TC=call.k_TC, v_TX=call.v_TX, step_TX=call.step_TX)
+        parts = {"q": call.q_TC, "k": call.k_TC, "v": call.v_TX, "step": call.step_TX}
+        size, channels = call.rate_CX.shape
+        out_TX = torch.empty(call.v_TX.shape, dtype=torch.float32, device=call.v_TX.device)
+        runs, c_pad = call.batch.num_sequences, next_power_of_2(size)
+        launch = Launch(
+            kernel=selective_scan_kernel,
+            grid=(runs, cdiv(channels, SCANNED)),
+            args={
+                **{f"{name}_ptr": part for name, part in parts.items()},
+                "rate_ptr": call.rate_CX,
+                "states_ptr": call.states_NCX,
+                "out_ptr": out_TX,
+                **_places(call.batch),
+                "num_runs": runs,
+                **{f"{name}_stride_t": part.stride(0) for name, part in parts.items()},
+            },
+            constexprs={"C": size, "C_PAD": c_pad, "X": channels, "BLOCK_X": SCANNED},
+            num_warps=max(1, min(4, c_pad * SCANNED // 512)),
+        )
+        return out_TX, [launch]
 
 
 @dataclass(frozen=True)

@@ -229,9 +229,12 @@ struct Kernels {
   // x divided by its length, times `scale`.
   void (*unit_length)(const float* x, int n, float eps, float scale, float* out);
   // One row of linear attention: what it writes to some columns of a head's state, whose rows are `stride` apart and as
-  // many as there are keys, and what it reads from them.
+  // many as there are keys, and what it reads from them. `decay` is one number, or one for each key.
   void (*recur)(float* state, int64_t stride, int keys, int columns, const float* q, const float* k, const float* v,
-                float decay, float step, bool delta_rule, float* out);
+                const float* decay, bool by_channel, float step, bool delta_rule, float* out);
+  // One row of n channels of a state space, each with a column of the state and of the rates at which that decays.
+  void (*scan)(float* state, const float* rates, int64_t stride, int keys, int n, const float* q, const float* k,
+               const float* v, const float* step, float* out);
 };
 
 }  // namespace dynamoe_cpu

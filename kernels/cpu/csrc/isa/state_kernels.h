@@ -35,9 +35,10 @@ TARGET static void unit_length(const float* x, int n, float eps, float scale, fl
 }
 
 // Columns `first` … of the state; with `kWhole` no lane is beyond the last column.
-template <int kVectors, bool kWhole>
+template <int kVectors, bool kWhole, bool kByChannel>
 TARGET static void recur_columns(float* state, int64_t stride, int keys, int columns, int first, const float* q,
-                                 const float* k, const float* v, float decay, float step, bool delta_rule, float* out) {
+                                 const float* k, const float* v, const float* decay, float step, bool delta_rule,
+                                 float* out) {
   const auto load = [&](const float* row, int vector) TARGET {
     const int i = first + vector * Vec::kLanes;
     return kWhole ? Vec::load(row + i) : load_row(row, Dtype::fp32, i, columns);
@@ -49,20 +50,25 @@ TARGET static void recur_columns(float* state, int64_t stride, int keys, int col
     else
       store_row(row, Dtype::fp32, i, columns, a);
   };
-  const Vec::F kept = Vec::set(decay);
+  const Vec::F kept = Vec::set(decay[0]);
   Vec::F value[kVectors], sum[kVectors];
   for (int i = 0; i < kVectors; ++i) value[i] = load(v, i), sum[i] = Vec::zero();
   if (delta_rule) {
-    for (int c = 0; c < keys; ++c)
-      for (int i = 0; i < kVectors; ++i)
-        sum[i] = Vec::fma(Vec::set(k[c]), load(state + c * stride, i), sum[i]);
-    for (int i = 0; i < kVectors; ++i) value[i] = Vec::sub(value[i], Vec::mul(kept, sum[i])), sum[i] = Vec::zero();
+    for (int c = 0; c < keys; ++c) {
+      const Vec::F key = Vec::set(kByChannel ? k[c] * decay[c] : k[c]);
+      for (int i = 0; i < kVectors; ++i) sum[i] = Vec::fma(key, load(state + c * stride, i), sum[i]);
+    }
+    for (int i = 0; i < kVectors; ++i) {
+      value[i] = Vec::sub(value[i], kByChannel ? sum[i] : Vec::mul(kept, sum[i]));
+      sum[i] = Vec::zero();
+    }
   }
   for (int i = 0; i < kVectors; ++i) value[i] = Vec::mul(value[i], Vec::set(step));
   for (int c = 0; c < keys; ++c) {
     float* row = state + c * stride;
+    const Vec::F left = kByChannel ? Vec::set(decay[c]) : kept;
     for (int i = 0; i < kVectors; ++i) {
-      const Vec::F written = Vec::fma(Vec::set(k[c]), value[i], Vec::mul(kept, load(row, i)));
+      const Vec::F written = Vec::fma(Vec::set(k[c]), value[i], Vec::mul(left, load(row, i)));
       store(row, i, written);
       sum[i] = Vec::fma(Vec::set(q[c]), written, sum[i]);
     }
@@ -70,13 +76,40 @@ TARGET static void recur_columns(float* state, int64_t stride, int keys, int col
   for (int i = 0; i < kVectors; ++i) store(out, i, sum[i]);
 }
 
-TARGET static void recur(float* state, int64_t stride, int keys, int columns, const float* q, const float* k,
-                         const float* v, float decay, float step, bool delta_rule, float* out) {
+template <bool kByChannel>
+TARGET static void recur_all(float* state, int64_t stride, int keys, int columns, const float* q, const float* k,
+                             const float* v, const float* decay, float step, bool delta_rule, float* out) {
   constexpr int kVectors = 4;
   int i = 0;
   for (; i + kVectors * Vec::kLanes <= columns; i += kVectors * Vec::kLanes)
-    recur_columns<kVectors, true>(state, stride, keys, columns, i, q, k, v, decay, step, delta_rule, out);
+    recur_columns<kVectors, true, kByChannel>(state, stride, keys, columns, i, q, k, v, decay, step, delta_rule, out);
   for (; i + Vec::kLanes <= columns; i += Vec::kLanes)
-    recur_columns<1, true>(state, stride, keys, columns, i, q, k, v, decay, step, delta_rule, out);
-  if (i < columns) recur_columns<1, false>(state, stride, keys, columns, i, q, k, v, decay, step, delta_rule, out);
+    recur_columns<1, true, kByChannel>(state, stride, keys, columns, i, q, k, v, decay, step, delta_rule, out);
+  if (i < columns)
+    recur_columns<1, false, kByChannel>(state, stride, keys, columns, i, q, k, v, decay, step, delta_rule, out);
+}
+
+TARGET static void recur(float* state, int64_t stride, int keys, int columns, const float* q, const float* k,
+                         const float* v, const float* decay, bool by_channel, float step, bool delta_rule, float* out) {
+  if (by_channel)
+    recur_all<true>(state, stride, keys, columns, q, k, v, decay, step, delta_rule, out);
+  else
+    recur_all<false>(state, stride, keys, columns, q, k, v, decay, step, delta_rule, out);
+}
+
+TARGET static void scan(float* state, const float* rates, int64_t stride, int keys, int n, const float* q, const float* k,
+                        const float* v, const float* step, float* out) {
+  for (int i = 0; i < n; i += Vec::kLanes) {
+    const Vec::F steps = load_row(step, Dtype::fp32, i, n);
+    const Vec::F value = Vec::mul(load_row(v, Dtype::fp32, i, n), steps);
+    Vec::F sum = Vec::zero();
+    for (int c = 0; c < keys; ++c) {
+      float* row = state + c * stride;
+      const Vec::F kept = exponential(Vec::mul(load_row(rates + c * stride, Dtype::fp32, i, n), steps));
+      const Vec::F written = Vec::fma(Vec::set(k[c]), value, Vec::mul(kept, load_row(row, Dtype::fp32, i, n)));
+      store_row(row, Dtype::fp32, i, n, written);
+      sum = Vec::fma(Vec::set(q[c]), written, sum);
+    }
+    store_row(out, Dtype::fp32, i, n, sum);
+  }
 }

@@ -27,5 +27,6 @@ static Kernels common_kernels() {
   kernels.multiply = multiply;
   kernels.unit_length = unit_length;
   kernels.recur = recur;
+  kernels.scan = scan;
   return kernels;
 }

@@ -80,7 +80,8 @@ Tensor recurrence_op(int64_t isa, const Tensor& q, const Tensor& k, const Tensor
   call.value_channels = size_of(v.size(2), "channels of v");
   TORCH_CHECK_VALUE(k.sizes() == q.sizes() && v.size(0) == rows && call.heads % call.groups == 0, "k of shape ",
                     k.sizes(), " and v of shape ", v.sizes(), " do not fit q of shape ", q.sizes());
-  call.decay = data_of<float>(decay, at::kFloat, rows * call.heads, "decay");
+  call.by_channel = decay.dim() == 3;
+  call.decay = data_of<float>(decay, at::kFloat, rows * call.heads * (call.by_channel ? call.key_channels : 1), "decay");
   call.step = data_of<float>(step, at::kFloat, rows * call.heads, "step");
   call.delta_rule = delta_rule;
   call.eps = static_cast<float>(eps);
@@ -97,6 +98,33 @@ Tensor recurrence_op(int64_t isa, const Tensor& q, const Tensor& k, const Tensor
   return out;
 }
 
+Tensor selective_scan_op(int64_t isa, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& step,
+                         const Tensor& rate, Tensor& states, const Tensor& slots, const OptionalTensor& kept,
+                         const Tensor& query_start, const Tensor& context_len) {
+  const Context context = context_of(isa);
+  ScanCall call{rows_of(q, "q"), rows_of(k, "k"), rows_of(v, "v"), rows_of(step, "step")};
+  for (const Rows& rows : {call.queries, call.keys, call.values, call.steps})
+    TORCH_CHECK_VALUE(rows.dtype == Dtype::fp32, "q, k, v and step must be float32");
+  call.key_channels = size_of(q.size(1), "channels of q");
+  call.channels = size_of(v.size(1), "channels of v");
+  TORCH_CHECK_VALUE(k.sizes() == q.sizes() && v.size(0) == q.size(0) && step.sizes() == v.sizes(), "k of shape ",
+                    k.sizes(), ", v of shape ", v.sizes(), " and step of shape ", step.sizes(),
+                    " do not fit q of shape ", q.sizes());
+  const auto fits = [&](const Tensor& tensor, int64_t first) {
+    return tensor.dim() == first + 2 && tensor.size(first) == call.key_channels && tensor.size(first + 1) == call.channels;
+  };
+  TORCH_CHECK_VALUE(fits(rate, 0) && fits(states, 1), "rate of shape ", rate.sizes(), " and states of shape ",
+                    states.sizes(), " do not fit ", call.key_channels, " and ", call.channels, " channels");
+  call.rates = contiguous_data<float>(rate, at::kFloat, "rate");
+  call.states = data_of<float>(states, at::kFloat, states.numel(), "states");
+  const StateRuns runs = runs_of(q.size(0), states.size(0), slots, kept, query_start, context_len);
+  call.runs = &runs;
+  Tensor out = at::empty({q.size(0), call.channels}, v.options());
+  call.out = static_cast<float*>(out.data_ptr());
+  selective_scan(context, call);
+  return out;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(dynamoe_cpu, m) {
@@ -110,6 +138,10 @@ TORCH_LIBRARY_FRAGMENT(dynamoe_cpu, m) {
       "recurrence(int isa, Tensor q, Tensor k, Tensor v, Tensor decay, Tensor step, Tensor(a!) states, Tensor slots, "
       "Tensor? kept, Tensor query_start, Tensor context_len, bool delta_rule, float eps) -> Tensor",
       &recurrence_op);
+  m.def(
+      "selective_scan(int isa, Tensor q, Tensor k, Tensor v, Tensor step, Tensor rate, Tensor(a!) states, Tensor slots, "
+      "Tensor? kept, Tensor query_start, Tensor context_len) -> Tensor",
+      &selective_scan_op);
 }
 
 }  // namespace dynamoe_cpu

@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t kChannelsPerTask = 1024;
 constexpr int64_t kColumns = 64;  // of a state that rows go through together, so that these stay in the nearest cache
 constexpr int64_t kRowsTogether = 16;
+constexpr int64_t kScanned = 256;  // channels of a state space per task
 
 }  // namespace
 
@@ -107,8 +108,9 @@ void recurrence(const Context& context, const RecurrenceCall& call) {
         for (int64_t r = 0; r < end - first; ++r) {
           const int64_t row = first + r, at = row * heads + head;
           const float* value = static_cast<const float*>(call.values.at(row)) + head * values + column;
-          context.kernels->recur(state + column, values, channels, columns, query[r], key[r], value, call.decay[at],
-                                 call.step[at], call.delta_rule, call.out + at * values + column);
+          const float* decay = call.decay + (call.by_channel ? at * channels : at);
+          context.kernels->recur(state + column, values, channels, columns, query[r], key[r], value, decay,
+                                 call.by_channel, call.step[at], call.delta_rule, call.out + at * values + column);
         }
       }
     };
@@ -119,6 +121,30 @@ void recurrence(const Context& context, const RecurrenceCall& call) {
       for (int64_t row = runs.first(run); row < end; row += kRowsTogether)
         run_rows(state, row, std::min(row + kRowsTogether, end));
       if (runs.kept && runs.kept[run] != -1) std::memcpy(state_of(runs.kept[run]), state, sizeof(float) * size);
+    }
+  });
+}
+
+void selective_scan(const Context& context, const ScanCall& call) {
+  const StateRuns& runs = *call.runs;
+  const int64_t channels = call.channels, blocks = ceil_div(channels, kScanned);
+  const int keys = static_cast<int>(call.key_channels);
+  const auto row_of = [](const Rows& rows, int64_t row) { return static_cast<const float*>(rows.at(row)); };
+  for_each_task(context.threads, runs.sequences() * blocks, [&](int64_t task) {
+    const int64_t sequence = task / blocks, from = task % blocks * kScanned;
+    const int width = static_cast<int>(channels - from < kScanned ? channels - from : kScanned);
+    const auto state_of = [&](int64_t slot) { return call.states + slot * keys * channels + from; };
+    for (int64_t run = runs.firsts[sequence]; run < runs.firsts[sequence + 1]; ++run) {
+      float* state = state_of(runs.slots[run]);
+      if (runs.begins(run))
+        for (int c = 0; c < keys; ++c) std::memset(state + c * channels, 0, sizeof(float) * width);
+      for (int64_t row = runs.first(run); row < runs.end(run); ++row)
+        context.kernels->scan(state, call.rates + from, channels, keys, width, row_of(call.queries, row),
+                              row_of(call.keys, row), row_of(call.values, row) + from, row_of(call.steps, row) + from,
+                              call.out + row * channels + from);
+      if (runs.kept && runs.kept[run] != -1)
+        for (int c = 0; c < keys; ++c)
+          std::memcpy(state_of(runs.kept[run]) + c * channels, state + c * channels, sizeof(float) * width);
     }
   });
 }

@@ -1,5 +1,5 @@
-// Layers whose memory is a state of fixed size for each sequence, on plain pointers: a short convolution, and linear
-// attention. Shapes as in kernels/reference/states.py: X channels of a convolution, W taps of it, N slots of states, H
+// Layers whose memory is a state of fixed size for each sequence, on plain pointers: a short convolution, linear attention,
+// and a state space. Shapes as in kernels/reference/states.py: X channels of either, W taps of a convolution, N slots, H
 // heads that have states, G groups of them that share queries and keys, C channels of a key, V channels of a value.
 #pragma once
 
@@ -64,13 +64,25 @@ inline TimeStep time_step(float x, float bias, float rate) {
 struct RecurrenceCall {
   Rows queries, keys, values;  // (T, G C), (T, G C) and (T, H V), fp32
   int64_t groups, heads, key_channels, value_channels;
-  const float *decay, *step;  // (T, H)
+  const float *decay, *step;  // (T, H); or of `decay` one for each channel of a key, (T, H, C)
   bool delta_rule;
   float eps;      // of the lengths of queries and keys, which the delta rule makes one
   float* states;  // (N, H, C, V)
   const StateRuns* runs;
   float* out;     // (T, H, V)
+  bool by_channel = false;  // of `decay`
 };
 void recurrence(const Context& context, const RecurrenceCall& call);
+
+// The recurrence of a state space, whose channels share queries and keys.
+struct ScanCall {
+  Rows queries, keys, values, steps;  // (T, C), (T, C), (T, X) and (T, X), fp32
+  int64_t key_channels, channels;
+  const float* rates;  // (C, X)
+  float* states;       // (N, C, X)
+  const StateRuns* runs;
+  float* out;          // (T, X)
+};
+void selective_scan(const Context& context, const ScanCall& call);
 
 }  // namespace dynamoe_cpu
