@@ -202,12 +202,11 @@ def test_what_cannot_be_is_refused(saved: Saved, variant: int, key: str, value: 
         model_spec({**config, key: value})
 
 
-def test_several_processes_are_refused(saved: Saved) -> None:
-    """Layers of one block on any axis; memories of these kinds on the tensor axis."""
-    for variant, expert in ((VARIANTS[0], 1), (VARIANTS[0], 2), (VARIANTS[1], 1), (VARIANTS[3], 1)):
+def test_more_ranks_than_heads_are_refused(saved: Saved) -> None:
+    for variant, ranks in ((VARIANTS[1], 4), (VARIANTS[3], 129)):
         spec = model_spec(read_json(saved(variant)[0] / "config.json"))
-        with pytest.raises(ValueError, match="are not shared"):
-            shard_of(spec, 3 - expert, expert, 0)
+        with pytest.raises(ValueError, match=f"parallel.tensor={ranks} does not go with"):
+            shard_of(spec, ranks, 1, 0)
 
 
 def test_what_experts_of_latents_add_is_not_measured(saved: Saved) -> None:

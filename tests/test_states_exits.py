@@ -37,7 +37,7 @@ EARLY = SamplingParams(
 PROMPTS = random_prompts([1, 7, 33, 12, 20, 5], seed=2)
 
 # Gated DeltaNet and Mamba2, whose full layers have output gates or none.
-MODELS = [*VARIANTS[1:3], *(pytest.param(v, marks=pytest.mark.slow) for v in (VARIANTS[0], VARIANTS[3], *OTHERS[1:]))]
+MODELS = [*VARIANTS[1:3], *(pytest.param(v, marks=pytest.mark.slow) for v in (VARIANTS[0], VARIANTS[3], *OTHERS))]
 
 
 @pytest.fixture(scope="module", params=MODELS, ids=str)

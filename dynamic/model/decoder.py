@@ -38,7 +38,7 @@ from .kv_cache import Copies, allocate_layers, copy_pages, copy_states
 from .layer_weights import LayerWeights, MtpWeights
 from .norms import NORM_KINDS, run_norm
 from .rope import rope_table
-from .routing import chosen_experts, router_logits, with_always_on
+from .routing import read_by_experts, router_logits, with_always_on
 from .spec import ModelSpec
 from .stack import make_stack
 
@@ -285,8 +285,9 @@ class Decoder:
 
     def _propagate(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
         """See :meth:`propagate_kv`; ``kv`` has the layers behind the exit that are here."""
-        behind = [number for number in self.held if number >= exit.after_layers]
-        layers = zip(behind, exit.projections, kv, strict=True)
+        behind = zip((number for number in self.held if number >= exit.after_layers), kv, strict=True)
+        kept = [(number, cache) for number, cache in behind if self.local_spec.layers[number].attention.keeps_rows]
+        layers = ((number, own, cache) for (number, cache), own in zip(kept, exit.projections, strict=True))
         for _, alike in groupby(layers, lambda layer: self.local_spec.layers[layer[0]].keys_alike):
             self._propagate_alike(list(alike), x_RD, batch)
 
@@ -369,7 +370,9 @@ class Decoder:
 
     def _mixture(self, number: int, x_TD: torch.Tensor, routing: Routing, shared: bool = True) -> torch.Tensor:
         """The chosen experts of a layer, and its shared one."""
-        out_TD = chosen_experts(self.backend, self.layers[number], x_TD, routing)
+        backend, weights = self.backend, self.layers[number]
+        out_TD = backend.experts(read_by_experts(backend, weights, x_TD), weights.ffn, routing)
+        out_TD = out_TD if weights.latent_out is None else backend.linear(out_TD, weights.latent_out)
         shared_TD = self._shared(number, x_TD) if shared else None
         return out_TD if shared_TD is None else out_TD + shared_TD
 

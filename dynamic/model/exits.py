@@ -30,7 +30,7 @@ class DecoderExit:
         after_layers: layers in front of it.
         down, up: factors of the exit head's adapter.
         probe, calibrator: None where the exit has only an adapter, so that no row can exit.
-        projections: keys and values, or recurrent states, of the layers behind it, those that are here.
+        projections: keys and values, or recurrent states, of the layers behind it that have such, and are here.
     """
 
     after_layers: int
@@ -68,7 +68,11 @@ def pack_exits(
         raise ValueError(f"the exits are for hidden size {heads.hidden_size}, the model has {spec.hidden_size}")
     split_into_segments(spec.num_layers, heads.exit_layers)  # refuses exits outside the model
     centred = NORM_KINDS[spec.norm].centred
-    projections = {n: _projection(spec.layers[n], w, backend, centred) for n, w in enumerate(layers) if n in held}
+    projections = {
+        number: _projection(layer, layers[number], backend, centred)
+        for number, layer in enumerate(spec.layers)
+        if number in held and layer.attention.keeps_rows
+    }
     exits = {}
     for layer, adapter in heads.adapters.items():
         exits[layer] = DecoderExit(

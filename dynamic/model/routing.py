@@ -33,8 +33,6 @@ def with_always_on(routing: Routing, count: int) -> Routing:
     )
 
 
-def chosen_experts(backend: TorchBackend, weights: LayerWeights, x_TD: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """The weighted sum of each row's experts, (T, D), of those that read and give latents too."""
-    read_TX = x_TD if weights.latent_in is None else backend.linear(x_TD, weights.latent_in)
-    out_TX = backend.experts(read_TX, weights.ffn, routing)
-    return out_TX if weights.latent_out is None else backend.linear(out_TX, weights.latent_out)
+def read_by_experts(backend: TorchBackend, weights: LayerWeights, x_TD: torch.Tensor) -> torch.Tensor:
+    """What a mixture's experts read: the rows, or latents of them."""
+    return x_TD if weights.latent_in is None else backend.linear(x_TD, weights.latent_in)

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from weakref import finalize
 
@@ -23,11 +22,12 @@ from ...exits.segments import Segment
 from ...kernels.api.types import AttentionBatch, ExpertBudget, KVLayer, Routing
 from ...moe.dispatch import share_experts
 from ...moe.exchange import ExpertExchange, PendingDispatch
-from ...moe.placement import ExpertLoad, write_load
+from ...moe.placement import ExpertLoad
 from ..model.counters import Exchange
 from ..model.decoder import Behind, Decoder
 from ..model.exits import DecoderExit
 from ..model.kv_cache import Copies
+from ..model.routing import read_by_experts
 from ..model.spec import ModelSpec
 from .data_ranks import SharedCache, cache_of, on_device, rows_at, share_rows, spread
 from .norms import norm_over_ranks, propagate_over_ranks, spread_norms
@@ -42,7 +42,7 @@ from .plan import (
     read_exited,
     run_message,
 )
-from .shards import Shard, part_of, width
+from .shards import Shard, part_of, record_load, width
 from .stages import make_held_stack, parts_added_up
 
 
@@ -231,7 +231,8 @@ class ParallelDecoder(Decoder):
         x_0D = torch.empty(0, self.spec.hidden_size, dtype=self.dtype, device=self.device)
         for number in layers:
             if shares := self._shares.get(number):
-                self._through_experts(number, self._exchange.dispatch(x_0D, shares.no_rows(), shares))
+                read_0X = read_by_experts(self.backend, self.layers[number], x_0D)
+                self._through_experts(number, self._exchange.dispatch(read_0X, shares.no_rows(), shares))
 
     def propagate_kv(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
         """See :meth:`Decoder.propagate_kv`; every rank writes those of its heads, of its KV shard's rows. The stages
@@ -267,18 +268,8 @@ class ParallelDecoder(Decoder):
         if not self.context.failed:
             with suppress(RuntimeError):  # said while rank 0 ends, maybe because a worker has died
                 self._tell(Message(operation=Operation.STOP))
-                self._record_load()
+                record_load(self.context, self.load, self.spec)
         self.context.close()
-
-    def _record_load(self) -> None:
-        """Bring the counts of KV shards and stages together, if they are wanted; the last thing that all ranks do."""
-        if self.context.config.record_load is None:
-            return
-        counts = self.context.gather(self.load.rows_NE.cpu())
-        if self.context.leads:
-            rows_NE = torch.stack(counts[:: self.context.config.tensor]).sum(0)
-            file = Path(self.context.config.record_load).expanduser()
-            write_load(rows_NE, self.spec.experts_by_layer, self.spec.family, file)
 
     @torch.inference_mode()
     def follow(self) -> None:
@@ -309,7 +300,7 @@ class ParallelDecoder(Decoder):
                     self._logits_together(torch.empty(message.arguments[0], self.spec.hidden_size, device=self.device))
             else:
                 self._obey_decide(message)
-        self._record_load()
+        record_load(self.context, self.load, self.spec)
         self.context.close()
 
     def _obey_run(self, message: Message, kv: list[KVLayer]) -> None:
@@ -384,9 +375,12 @@ class ParallelDecoder(Decoder):
         shares = self._shares.get(number)
         if shares is None:
             return super()._mixture(number, x_TD, replace(routing, identity_weights_T=identity_T), shared)
-        pending = self._exchange.dispatch(x_TD, routing, shares)
+        weights = self.layers[number]
+        pending = self._exchange.dispatch(read_by_experts(self.backend, weights, x_TD), routing, shares)
         shared_TD = self._shared(number, x_TD) if shared else None  # while the rows are on their way
         total_TD = self._through_experts(number, pending)
+        if weights.latent_out is not None:
+            total_TD = self.backend.linear(total_TD.to(x_TD.dtype), weights.latent_out).float()
         if identity_T is not None:
             total_TD.addcmul_(x_TD.float(), identity_T[:, None])
         if shared_TD is not None:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ...kernels.api.quantized_weight import QuantizedWeight
-from ...moe.placement import read_placement
+from ...moe.placement import ExpertLoad, read_placement, write_load
 from ..checkpoint.quantized_checkpoint import QuantizedCheckpoint
 from ..checkpoint.stored_weight import Index, Part, Runs
 from ..checkpoint.weights import Checkpoint, CheckpointError, StoredCodes
@@ -120,8 +120,6 @@ class Shard:
 
     def __init__(self, spec: ModelSpec, context: ParallelContext, exit_layers: Collection[int] = ()) -> None:
         tensor, rank = context.config.tensor, context.tensor_rank
-        if any(layer.attention.kind == "none" or (layer.moe and layer.moe.latent_size) for layer in spec.layers):
-            raise ValueError(f"{context.config}: layers of one block, and experts of latents, are not shared")
         self.context = context
         self.whole = spec
         self.spec = replace(
@@ -218,14 +216,18 @@ class Shard:
         tensor, rank = self.context.config.tensor, self.context.tensor_rank
         cuts = self.whole.layers[number].attention.cuts(layout.attention, tensor, rank)
         for name, rows in cuts.outputs.items():
+            if callable(rows):
+                self.cuts[name] = rows
+                continue
             runs = [Part(outputs=run) for run in (rows if isinstance(rows, tuple) else (rows,))]
             self.cuts[name] = runs[0] if len(runs) == 1 else Runs(tuple(runs))
         self.cuts |= {name: Part(inputs=parts[rank]) for name, parts in cuts.inputs.items()}
         for name, parts in cuts.inputs.items():
             self._cut_inputs([name], [part.start for part in parts])
-        for linear in layout.attention.linears.values():
-            if rank and not cuts.inputs.keys().isdisjoint(linear.weights):
-                self.cuts |= dict.fromkeys(linear.biases, torch.zeros_like)
+        linears = layout.attention.linears.values()
+        added_up = [linear for linear in linears if not cuts.inputs.keys().isdisjoint(linear.weights)]
+        for linear in (*added_up, *layout.latents[1:]):  # what experts give is made of parts of it
+            self.cuts |= dict.fromkeys(linear.biases if rank else (), torch.zeros_like)
         moe = self.spec.layers[number].moe
         # Where the router decides nothing, the experts are one dense FFN, which every data-parallel rank has.
         spread = moe is not None and not moe.is_dense
@@ -239,6 +241,8 @@ class Shard:
 
     def _ffn(self, layout: FFNLayout, experts: list[int]) -> FFNLayout:
         """Some experts, a dense FFN or a shared expert: the tensor axis splits their neurons."""
+        if not layout.num_experts:
+            return layout
         count, size, parts = layout.num_experts, layout.expert_size, self.context.config.tensor
         neurons = _split("neurons", size, parts, self.context.tensor_rank)
         self._cut_inputs(layout.down, [part_of(size, parts, part).start for part in range(parts)])
@@ -246,7 +250,7 @@ class Shard:
         run = slice(experts[0], experts[-1] + 1) if in_order else experts  # a view of the file where it can be one
         part = replace(layout, num_experts=len(experts), expert_size=width(neurons))
         if layout.biases:
-            part = replace(part, biases=tuple(tuple(names[e] for e in experts) for names in layout.biases))
+            part = replace(part, biases=tuple(_of(names, experts) for names in layout.biases))
             for name in (*part.biases[0], *part.biases[1]):
                 self.cuts[name] = Part(outputs=neurons)
             if self.context.tensor_rank:
@@ -256,7 +260,7 @@ class Shard:
             self.cuts[layout.down[0]] = lambda down: layout.fused(layout.fused(down)[run, :, neurons])
             return part
         if len(layout.down) == count:
-            gate, up, down = (tuple(names[e] for e in experts) for names in (layout.gate, layout.up, layout.down))
+            gate, up, down = (_of(names, experts) for names in (layout.gate, layout.up, layout.down))
             part = replace(part, gate=gate, up=up, down=down)
             for name in (*part.gate, *part.up):
                 self.cuts[name] = Part(outputs=neurons)
@@ -269,10 +273,25 @@ class Shard:
         return part
 
 
+def record_load(context: ParallelContext, load: ExpertLoad, spec: ModelSpec) -> None:
+    """Bring the counts of KV shards and stages together, if they are wanted; the last thing that all ranks do."""
+    if context.config.record_load is None:
+        return
+    counts = context.gather(load.rows_NE.cpu())
+    if context.leads:
+        rows_NE = torch.stack(counts[:: context.config.tensor]).sum(0)
+        write_load(rows_NE, spec.experts_by_layer, spec.family, Path(context.config.record_load).expanduser())
+
+
 def _split(what: str, total: int, parts: int, part: int) -> slice:
     if total < parts:
         raise ValueError(f"{total} {what} cannot be spread over {parts} processes")
     return part_of(total, parts, part)
+
+
+def _of(names: tuple[str, ...], experts: list[int]) -> tuple[str, ...]:
+    """The names of some experts' tensors, where experts have such."""
+    return tuple(names[expert] for expert in experts) if names else ()
 
 
 def _fused(tensor: torch.Tensor, layout: FFNLayout, experts: slice | list[int], neurons: slice) -> torch.Tensor:

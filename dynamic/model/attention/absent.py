@@ -32,6 +32,10 @@ class NoAttentionSpec(AttentionSpec):
     def keeps_keys(self) -> bool:
         return False
 
+    @property
+    def keeps_rows(self) -> bool:
+        return False
+
     def layout(self, prefix: str, hidden_size: int, available: Container[str]) -> AttentionLayout:
         return AttentionLayout(kind=self, linears={})
 

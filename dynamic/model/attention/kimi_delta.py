@@ -9,18 +9,20 @@ Shape suffixes as in ``kernels/reference/states.py``.
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
 
 from ....kernels.api.ranges import check_ranges
 from ....kernels.api.types import AttentionBatch, KVLayer, LinearWeights, StateLayer
+from ....kernels.api.uncommon import CHANNEL_DECAYS
 from ....kernels.reference.elementwise import sigmoid, softplus
 from ...checkpoint.config_reader import ConfigReader
 from ..family import Family
 from ..norms import TensorLayout
-from .kind import AttentionContext, AttentionLayout, Shape, linear_layout
+from ..parts import scaled, share_heads, width
+from .kind import AttentionContext, AttentionCuts, AttentionLayout, Cut, Shape, linear_layout
 from .states import StateSpec, StateWeights, check_activation, with_decay_rate
 
 _CONVOLUTIONS = ("q_conv1d", "k_conv1d", "v_conv1d")
@@ -80,6 +82,10 @@ class KimiDeltaSpec(StateSpec):
             channels=config.integer("linear_head_dim", 128),
             taps=config.integer("linear_conv_kernel_dim", 4),
         )
+
+    @property
+    def uncommon(self) -> set[str]:
+        return super().uncommon | {CHANNEL_DECAYS}
 
     @property
     def size(self) -> int:
@@ -143,6 +149,23 @@ class KimiDeltaSpec(StateSpec):
         step_TH = sigmoid(step_TH.float())
         out_THV = backend.recurrence(q_THC, k_THC, v_THV, decay_THC, step_TH, memory_NHCV, batch, delta_rule=True)
         return out_THV, backend.linear(gate_TC.contiguous(), weights.gate).float()
+
+    def part(self, parts: int, part: int) -> Self:
+        return replace(self, num_heads=width(self._heads(parts, part)))
+
+    def _heads(self, parts: int, part: int) -> slice:
+        return share_heads(self.num_heads, self.num_heads, parts, part)[0]
+
+    def cuts(self, layout: AttentionLayout, parts: int, part: int) -> AttentionCuts:
+        linears, tensors, heads = layout.linears, layout.tensors, self._heads(parts, part)
+        channels = scaled(heads, self.channels)
+        by_channel = *linears["qkv"].weights, *linears["decay"].weights, *linears["gate"].weights
+        names = *_CONVOLUTIONS, "decay_bias_X"
+        outputs: dict[str, Cut] = dict.fromkeys((*by_channel, *(tensors[name].name for name in names)), channels)
+        outputs[linears["few"].weights[2]] = heads
+        outputs[tensors["log_decay_H"].name] = lambda log_decay_11H1: log_decay_11H1[:, :, heads]
+        inputs = tuple(scaled(self._heads(parts, number), self.channels) for number in range(parts))
+        return AttentionCuts(outputs=outputs, inputs={linears["out"].weights[0]: inputs})
 
     def flops(self, hidden_size: int) -> int:
         return self.propagation_flops(hidden_size) + 2 * hidden_size * self.size

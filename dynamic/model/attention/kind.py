@@ -25,6 +25,7 @@ from ..family import Family
 from ..norms import TensorLayout
 
 Shape = tuple[int, ...]
+Cut = slice | tuple[slice, ...] | Callable[[torch.Tensor], torch.Tensor]
 FullNorms = Callable[..., Sequence[torch.Tensor]]
 
 
@@ -109,11 +110,12 @@ class AttentionCuts:
     """How the tensor axis splits a layer's attention; what is not named every rank has whole.
 
     Arguments:
-        outputs: by tensor, the first dimension's part of one rank, or several one behind the other.
+        outputs: by tensor, the first dimension's part of one rank, or several one behind the other, or what takes its
+            part.
         inputs: by weight, the inputs of all ranks in their order. Such a layer's bias is the first rank's.
     """
 
-    outputs: Mapping[str, slice | tuple[slice, ...]]
+    outputs: Mapping[str, Cut]
     inputs: Mapping[str, tuple[slice, ...]]
 
 
@@ -198,6 +200,11 @@ class AttentionSpec(ABC):
     @property
     def keeps_keys(self) -> bool:
         """Whether rows leave keys and values, or what stands for them, in pages of the cache."""
+        return True
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether rows leave anything for those behind them: keys, values or states."""
         return True
 
     @property

@@ -7,18 +7,20 @@ Shape suffixes as in ``kernels/reference/states.py``; X the heads.
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
 
 from ....kernels.api.ranges import check_ranges
 from ....kernels.api.types import AttentionBatch, KVLayer, LinearWeights, StateLayer
+from ....kernels.api.uncommon import CHANNEL_DECAYS
 from ....kernels.reference.elementwise import silu, softplus
 from ...checkpoint.config_reader import ConfigReader
 from ..family import Family
 from ..norms import TensorLayout
-from .kind import AttentionContext, AttentionLayout, Shape, linear_layout
+from ..parts import scaled, share_heads, width
+from .kind import AttentionContext, AttentionCuts, AttentionLayout, Cut, Shape, linear_layout
 from .states import StateSpec, StateWeights, check_activation, with_decay_rate, with_taps_first
 
 _NORMS = {"step_norm": "dt_layernorm", "in_norm": "b_layernorm", "out_norm": "c_layernorm"}
@@ -33,7 +35,7 @@ class Mamba1Weights(StateWeights):
         select: what becomes the time steps, and the state's input and output matrices, made of the mixed channels.
         step: of the few channels of the time steps to one for each head.
         step_norm, in_norm, out_norm: of these three.
-        conv_WX, conv_bias_X, decay_rate_XC, step_bias_X: float32.
+        conv_WX, conv_bias_X, decay_rate_CX, step_bias_X: float32.
         skip_X: float32, what of a head's input goes past its state.
     """
 
@@ -45,7 +47,7 @@ class Mamba1Weights(StateWeights):
     in_norm: torch.Tensor
     out_norm: torch.Tensor
     conv_WX: torch.Tensor
-    decay_rate_XC: torch.Tensor
+    decay_rate_CX: torch.Tensor
     step_bias_X: torch.Tensor
     skip_X: torch.Tensor
     conv_bias_X: torch.Tensor | None = None
@@ -78,6 +80,10 @@ class Mamba1Spec(StateSpec):
     def __post_init__(self) -> None:
         check_ranges(self, "num_heads", "state_size", "rank", least=1)
         check_ranges(self, "taps", least=2)
+
+    @property
+    def uncommon(self) -> set[str]:
+        return super().uncommon | {CHANNEL_DECAYS}
 
     @classmethod
     def from_config(cls, config: ConfigReader, family: Family, layer: int) -> Self:
@@ -124,10 +130,12 @@ class Mamba1Spec(StateSpec):
         )
 
     def weights(self, parts: Mapping[str, LinearWeights | torch.Tensor]) -> Mamba1Weights:
-        return Mamba1Weights(**with_taps_first(with_decay_rate(parts, "XC"), "conv_WX"))
+        fields = with_taps_first(with_decay_rate(parts, "XC"), "conv_WX")
+        rate_XC = fields.pop("decay_rate_XC")
+        return Mamba1Weights(**fields, decay_rate_CX=rate_XC.T.contiguous())
 
     def state_shapes(self) -> tuple[Shape, ...]:
-        return (self.num_heads, self.state_size, 1), (self.taps - 1, self.num_heads)
+        return (self.state_size, self.num_heads), (self.taps - 1, self.num_heads)
 
     def forward(
         self, weights: Any, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
@@ -139,12 +147,13 @@ class Mamba1Spec(StateSpec):
         self, weights: Any, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch, context: AttentionContext
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert isinstance(kv, StateLayer)
-        backend, (memory_NXC1, tails_NWX) = context.backend, kv.states
+        backend, (memory_NCX, tails_NWX) = context.backend, kv.states
         mixed_TX, gate_TX = backend.linear(x_TD, weights.into).float().chunk(2, 1)
         mixed_TX = backend.short_convolution(
             mixed_TX.contiguous(), weights.conv_WX, weights.conv_bias_X, tails_NWX, batch, "silu"
         )
-        chosen_TY = backend.linear(mixed_TX.to(x_TD.dtype), weights.select)
+        # Every rank chooses by its own channels.
+        chosen_TY = context.sum_over_ranks(backend.linear(mixed_TX.to(x_TD.dtype), weights.select))
         step_TR, k_TC, q_TC = (
             context.norm(part, norm)
             for part, norm in zip(
@@ -154,12 +163,24 @@ class Mamba1Spec(StateSpec):
             )
         )
         step_TX = softplus(backend.linear(step_TR, weights.step).float() + weights.step_bias_X)
-        decay_TXC = torch.exp(weights.decay_rate_XC * step_TX[..., None])
-        q_T1C, k_T1C = (part.float()[:, None] for part in (q_TC, k_TC))
-        out_TX1 = backend.recurrence(
-            q_T1C, k_T1C, mixed_TX[..., None], decay_TXC, step_TX, memory_NXC1, batch, delta_rule=False
-        )
-        return out_TX1[..., 0] + mixed_TX * weights.skip_X, gate_TX
+        read = q_TC.float(), k_TC.float(), mixed_TX, step_TX
+        out_TX = backend.selective_scan(*read, weights.decay_rate_CX, memory_NCX, batch)
+        return out_TX + mixed_TX * weights.skip_X, gate_TX
+
+    def part(self, parts: int, part: int) -> Self:
+        return replace(self, num_heads=width(self._heads(parts, part)))
+
+    def _heads(self, parts: int, part: int) -> slice:
+        return share_heads(self.num_heads, self.num_heads, parts, part)[0]
+
+    def cuts(self, layout: AttentionLayout, parts: int, part: int) -> AttentionCuts:
+        linears, tensors, heads = layout.linears, layout.tensors, self._heads(parts, part)
+        names = linears["step"].weights[0], *(tensor.name for field, tensor in tensors.items() if field not in _NORMS)
+        outputs: dict[str, Cut] = dict.fromkeys(names, heads)
+        into = heads, scaled(heads, 1, self.num_heads)
+        outputs |= dict.fromkeys((*linears["into"].weights, *linears["into"].biases), into)
+        inputs = tuple(self._heads(parts, number) for number in range(parts))
+        return AttentionCuts(outputs=outputs, inputs={linears[name].weights[0]: inputs for name in ("select", "out")})
 
     def flops(self, hidden_size: int) -> int:
         return self.propagation_flops(hidden_size) + 2 * hidden_size * self.num_heads

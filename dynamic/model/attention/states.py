@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -16,7 +16,7 @@ from ....kernels.api.types import AttentionBatch, KVLayer, KVProjection, LinearW
 from ....kernels.api.uncommon import STATES
 from ....kernels.torch.backend import TorchBackend
 from ...checkpoint.config_reader import ConfigReader
-from .kind import AttentionContext, AttentionCuts, AttentionLayout, AttentionSpec, AttentionWeights, Shape
+from .kind import AttentionContext, AttentionSpec, AttentionWeights, Shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +65,6 @@ class StateSpec(AttentionSpec):
 
     def cache_shapes(self, page_size: int, dtype: torch.dtype) -> tuple[Shape, ...]:
         return ()
-
-    def part(self, parts: int, part: int) -> Self:
-        if parts > 1:
-            raise ValueError(f"parallel.tensor={parts}: layers of kind {self.kind!r} are not shared out")
-        return self
-
-    def cuts(self, layout: AttentionLayout, parts: int, part: int) -> AttentionCuts:
-        return AttentionCuts(outputs={}, inputs={})
 
     @abstractmethod
     def advance(
