@@ -52,7 +52,8 @@ def _layer(backend: TorchBackend, numbers: Numbers, mixer: StackMixer) -> list[S
 def _cache(mixer: StackMixer, kept: torch.dtype) -> KVLayer:
     if isinstance(mixer, StackAttention):
         return cache(_CONTEXTS, PAGE, mixer.num_kv_heads, mixer.head_dim, kept)
-    shapes = [(TAPS - 1, mixer.conv_WX.shape[1])]  # type: ignore[union-attr]
+    assert isinstance(mixer, StackGatedDelta | StackMamba2 | StackShortConv)
+    shapes: list[tuple[int, ...]] = [(TAPS - 1, mixer.conv_WX.shape[1])]
     if isinstance(mixer, StackGatedDelta):
         shapes.insert(0, (mixer.num_heads, mixer.key_channels, mixer.value_channels))
     elif isinstance(mixer, StackMamba2):
