@@ -122,8 +122,6 @@ def test_neighbours_chunks_and_preemption_change_no_bit(model: LoadedModel, alon
 
 
 def test_budgets_of_experts_beside_exits(model: LoadedModel, alone: list[Answer]) -> None:
-    if not any(layer.moe for layer in model.spec.layers):
-        pytest.skip("the model has no experts")
     both = replace(EARLY, experts_per_token=1)
     if all(layer.moe is None for layer in model.spec.layers):
         with pytest.raises(ValueError, match="an expert budget needs experts"):
