@@ -158,7 +158,7 @@ def main() -> None:
             found[name] = {
                 **{"tokens_per_second": len(contexts) / seconds, "milliseconds": 1000 * seconds},
                 **{"weight_gb": weights / 1e9, "latent_gb": latents / 1e9, "read_gb_s": bandwidth / 1e9},
-                "share_of_read_limit": (weights + latents) / bandwidth / seconds,
+                **{"share_of_read_limit": (weights + latents) / bandwidth / seconds, "cache_mib": latents / 2**20},
             }
         kv, batch = fresh_cache(decoder, [options.prompt])
         sizes = torch_products(config, options.prompt)

@@ -3,7 +3,9 @@
 Writes a checkpoint of random numbers in gpt-oss's own layout (experts in MXFP4) layer by layer, unless the folder holds
 one of these sizes; loads it, and reports the time and the peak of memory that took, decodes against the time of reading
 what they read at this machine's bandwidth, and prompts against the rate of torch's matrix product. The limits are
-probed between the measurements. The defaults are the sizes of gpt-oss-20b, which takes 14 GB of disk and of memory.
+probed between the measurements. Long contexts of one request lie where the engine's scheduler puts them, in pages of
+both groups of layers; ``context_plot.py`` draws their decodes and bytes. The defaults are the sizes of gpt-oss-20b,
+which takes 14 GB of disk and of memory.
 """
 
 import argparse
@@ -18,7 +20,16 @@ from typing import Any
 
 import torch
 from benchmark import command_line, surroundings
+from dynamoe.dynamic.engine.block_pool import BlockPool
+from dynamoe.dynamic.engine.cache_size import make_cache
+from dynamoe.dynamic.engine.config import EngineConfig
+from dynamoe.dynamic.engine.request import Request, StopTokens
+from dynamoe.dynamic.engine.sampling_params import SamplingParams
+from dynamoe.dynamic.engine.scheduler import Scheduler
+from dynamoe.dynamic.engine.staging import HostStaging
+from dynamoe.dynamic.engine.step_rows import StepRows
 from dynamoe.dynamic.model.decoder import Decoder
+from dynamoe.dynamic.model.kv_cache import group_page_bytes
 from dynamoe.dynamic.model.loader import load_decoder
 from dynamoe.dynamic.model.prompt_pass import fresh_cache
 from dynamoe.exits.segments import Segment
@@ -111,6 +122,45 @@ def last_rows(batch: AttentionBatch) -> AttentionBatch:
     return replace(batch, **places, query_start_S1=starts_S1, max_query_len=1)
 
 
+def served(decoder: Decoder, length: int) -> tuple[Any, AttentionBatch, float]:
+    """A decode at the end of a context, as the engine schedules it behind a prompt in chunks: its cache, which is not
+    filled, its batch, and the bytes of the pages that the request holds."""
+    config, spec = EngineConfig(max_num_seqs=1), decoder.spec
+    pool = BlockPool(-(-length // config.block_size))
+    cache = make_cache(config, spec, pool, 0, length)
+    scheduler = Scheduler(config, pool, cache, spec.longest_window)
+    request = Request(
+        "long",
+        list(range(length - 1)),
+        SamplingParams(),
+        **{"priority": 0, "cache_salt": None, "arrival": 0, "max_total_tokens": length, "base_seed": 0},
+        stop_tokens=StopTokens(eos=frozenset(), listed=frozenset()),
+    )
+    (sequence,) = request.sequences
+    scheduler.add(sequence)
+    while sequence.num_uncomputed:
+        for entry in scheduler.schedule().entries:
+            scheduler.computed(entry)
+    sequence.append(0)
+    rows = StepRows(
+        scheduler.schedule().entries, config.block_size, HostStaging(torch.device("cpu")), False, cache.windows
+    )
+    windows = [group.num_pages for group in cache.windows]
+    held = scheduler.cache_groups(group_page_bytes(spec, decoder.kv_dtype, config.block_size))
+    kv = decoder.allocate_cache(pool.num_pages, config.block_size, window_pages=windows)
+    return kv, rows.batch(), sum(group.held for group in held)
+
+
+def theory(decoder: Decoder, length: int) -> int:
+    """Bytes of keys and values of a context: all of it in full layers, what a decode sees of it in the others."""
+    total = 0
+    for layer in decoder.spec.layers:
+        attention: Any = layer.attention
+        seen = length if layer.window is None else min(layer.window, length)
+        total += 2 * attention.kv_size * decoder.dtype.itemsize * seen
+    return total
+
+
 def experts_read(decoder: Decoder, kv: Any, batch: AttentionBatch) -> float:
     """How many experts the rows of a step use together, in all layers."""
     stack, route, found = decoder.stack, decoder.backend.route, list[int]()
@@ -149,6 +199,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=201088)
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--long", type=int, nargs="*", default=[4096, 16384, 32768], help="contexts of one request")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=10)
     options = parser.parse_args()
@@ -172,6 +223,13 @@ def main() -> None:
         report[f"decode_{requests}"] = {
             **{"tokens_per_second": requests / seconds, "gigabytes_read": moved / 1e9, "read_gb_s": bandwidth / 1e9},
             "share_of_read_limit": moved / bandwidth / seconds,
+        }
+    for length in options.long:
+        kv, batch, held = served(decoder, length)
+        seconds, bandwidth = timed(decoder, kv, batch, options.rounds, limits.read_bandwidth)
+        report[f"decode_1_at_{length}"] = {
+            **{"milliseconds": 1000 * seconds, "cache_mib": held / 2**20, "read_gb_s": bandwidth / 1e9},
+            **{"cache_bytes_per_token": held / length, "in_theory": theory(decoder, length) / length},
         }
     kv, batch = fresh_cache(decoder, [options.prompt])
     seconds, rate = timed(decoder, kv, batch, max(options.rounds // 3, 1), limits.gemm_rate)

@@ -158,6 +158,13 @@ class _EngineCollector(Collector):
         }
         for name, (text, value) in gauges.items():
             yield family(GaugeMetricFamily, name, text, self._labels, {(): value})
+        groups = {("all" if group.window is None else str(group.window),): group for group in stats.cache_groups}
+        text = "Bytes of the cache's pages, by the window of the layers that have them."
+        total = {window: group.total for window, group in groups.items()}
+        yield family(GaugeMetricFamily, "dynamoe:kv_group_bytes", text, self._labels, total, "window")
+        text = "Of these bytes, those of pages that sequences hold."
+        held = {window: group.held for window, group in groups.items()}
+        yield family(GaugeMetricFamily, "dynamoe:kv_group_bytes_held", text, self._labels, held, "window")
         counters = {
             "vllm:prompt_tokens": ("Prompt tokens read.", "prompt_tokens"),
             "vllm:generation_tokens": ("Tokens generated.", "generation_tokens"),

@@ -204,8 +204,8 @@ def test_a_message_survives_its_way() -> None:
 
 
 def test_copies_and_rows_that_exit_survive_their_way() -> None:
-    for pages, states in (([(3, 4), (9, 2)], []), ([], [(1, 0)])):
-        assert read_copies(decode(copy_message(1, pages, states).encode())) == (pages, states)
+    for copies in ([[], [(3, 4), (9, 2)]], [[(1, 0)], []], [[], [(5, 6)], [(0, 1)], [(2, 0), (7, 7)]]):
+        assert read_copies(decode(copy_message(1, *copies).encode())) == copies
     # Two rows of one sequence, and one of another.
     batch = rows_to_write(torch.tensor([5, 6, 2]), torch.tensor([21, 22, 9]), 6, torch.tensor([3, 3, 0]))
     found = read_exited(decode(exit_message(1, 2, batch).encode()))
@@ -224,7 +224,7 @@ def test_parts_and_rows_are_found() -> None:
 def test_every_home_finds_its_rows_and_its_own_pages() -> None:
     def cache(kv_shard: int, kv_shards: int = 2) -> SharedCache:
         pages = torch.zeros(10 if kv_shard < kv_shards else 0, 1, 4, 1)
-        return SharedCache([KVLayer(keys_BGPC=pages, values_BGPC=pages)], 1, 20 // kv_shards, kv_shard, 4)
+        return SharedCache([KVLayer(keys_BGPC=pages, values_BGPC=pages)], 1, [20 // kv_shards], kv_shard, 4)
 
     batch = AttentionBatch(
         positions_T=torch.tensor([5, 0, 1, 2, 7]),
@@ -255,7 +255,7 @@ def test_every_home_finds_its_rows_and_its_own_pages() -> None:
     assert (rows.tolist(), writing.slots_T.tolist()) == ([0, 4], second.own.slots_T.tolist())
     assert writing.state_runs == second.own.state_runs
     shared = cache(1)
-    assert shared.own_copies([(3, 4), (12, 19)]) == [(2, 9)]
+    assert shared.own_copies([(3, 4), (12, 19)]) == [[(2, 9)]]
     assert shared.held(range(1)) is shared.held(range(1))  # with what a backend made of it
     assert [*shared.held(range(1))] == [*shared]
     alone = spread(batch, cache(1, kv_shards=1), 2)  # a cache that lies in the first KV shard alone

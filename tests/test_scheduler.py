@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import pytest
 from dynamoe.dynamic.engine.block_pool import BlockPool
+from dynamoe.dynamic.engine.cache_size import most_seen
 from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.prefix_cache import PrefixCache
 from dynamoe.dynamic.engine.request import Request, Sequence, State
@@ -14,6 +17,7 @@ from dynamoe.dynamic.engine.schedule import Schedule
 from dynamoe.dynamic.engine.scheduler import Scheduler
 from dynamoe.dynamic.engine.state_slots import StateSlots
 from dynamoe.dynamic.engine.state_snapshots import StateSnapshots
+from dynamoe.dynamic.engine.window_pages import WindowPages
 from request_maker import make_request
 
 
@@ -22,6 +26,7 @@ class World:
 
     Arguments:
         snapshots: of recurrent states; None: the model has none.
+        windows: of groups of layers that see less.
     """
 
     def __init__(
@@ -31,19 +36,25 @@ class World:
         window: int | None = None,
         kv_shards: int = 1,
         snapshots: int | None = None,
+        windows: tuple[int, ...] = (),
         **config: object,
     ) -> None:
         self.config = EngineConfig(block_size=page_size, **config)  # type: ignore[arg-type]
         self.pool = BlockPool(num_pages, kv_shards)
         running = self.config.max_num_seqs
         kept = None if snapshots is None else StateSnapshots(range(running, running + snapshots), page_size, 64)
-        cache = PrefixCache(self.pool, page_size, self.config.enable_prefix_caching, kept)
+        self.windows = [
+            WindowPages(self.pool, min(num_pages, most_seen(self.config, seen, kv_shards)), seen, page_size)
+            for seen in windows
+        ]
+        cache = PrefixCache(self.pool, page_size, self.config.enable_prefix_caching, kept, self.windows)
         slots = None if snapshots is None else StateSlots(running)
         self.scheduler = Scheduler(self.config, self.pool, cache, window, states=slots)
         self.states: dict[int, int] = {}
         self.window = window or 1 << 30
         self.page_size = page_size
         self.memory: dict[tuple[int, int], int] = {}
+        self.seen_memory: list[dict[tuple[int, int], int]] = [{} for _ in windows]
         self.arrivals = 0
 
     def add(self, prompt: list[int], priority: int = 0, salt: str | None = None, **params: Any) -> Request:
@@ -67,6 +78,10 @@ class World:
         for source, target in schedule.copies:
             assert source // self.pool.shard_pages == target // self.pool.shard_pages, "a page left its KV shard"
             self.memory |= {(target, i): old[source, i] for i in range(self.page_size) if (source, i) in old}
+        for memory, copies in zip(self.seen_memory, schedule.window_copies, strict=True):
+            was = dict(memory)
+            for source, target in copies:
+                memory |= {(target, i): was[source, i] for i in range(self.page_size) if (source, i) in was}
         if self.scheduler.states is not None:
             self.run_states(schedule)
         for entry in schedule.entries:
@@ -75,6 +90,8 @@ class World:
                 page = sequence.pages[position // self.page_size]
                 assert self.pool.references(page) == 1, "a shared page is written to"
                 self.memory[page, position % self.page_size] = history(sequence, position)
+                for memory, group in zip(self.seen_memory, self.windows, strict=True):
+                    memory[own_page(group, page), position % self.page_size] = history(sequence, position)
         for entry in schedule.entries:
             self.scheduler.computed(entry)
         self.check_pages()
@@ -119,9 +136,18 @@ class World:
             for position in range(max(sequence.num_computed - self.window + 1, 0), sequence.num_computed):
                 slot = sequence.pages[position // self.page_size], position % self.page_size
                 assert self.memory[slot] == history(sequence, position), "somebody else wrote to this slot"
+            for memory, group in zip(self.seen_memory, self.windows, strict=True):
+                for position in range(max(sequence.num_computed - group.window + 1, 0), sequence.num_computed):
+                    page, offset = sequence.pages[position // self.page_size], position % self.page_size
+                    assert memory[own_page(group, page), offset] == history(sequence, position), "its page was reused"
         assert all(self.pool.references(page) == held.get(page, 0) for page in range(self.pool.num_pages))
         assert self.pool.num_free == self.pool.num_pages - len(held)
         assert all(not s.pages and s.num_computed == 0 for s in self.scheduler.waiting)
+
+
+def own_page(group: WindowPages, page: int) -> int:
+    assert group.holds(page), "a page that somebody sees is lost"
+    return int(group.own(np.array([page]))[0])
 
 
 def history(sequence: Sequence, position: int) -> int:
@@ -130,16 +156,32 @@ def history(sequence: Sequence, position: int) -> int:
 
 @pytest.mark.parametrize("seed", range(110))
 def test_random_lives_keep_every_page_accounted_for(seed: int) -> None:
+    live(random.Random(seed), seed)
+
+
+@pytest.mark.parametrize("seed", range(110, 180))
+def test_random_lives_with_pages_of_layers_that_see_a_window(seed: int) -> None:
     rng = random.Random(seed)
+    world = live(rng, seed * 11 % 110, windows=rng.sample(range(1, 18), rng.choice((1, 1, 2))))
+    for group in world.windows:
+        assert group.num_seen == 0
+    if not world.config.enable_prefix_caching:
+        assert not any(group.holds(page) for group in world.windows for page in range(world.pool.num_pages))
+
+
+def live(rng: random.Random, seed: int, windows: Iterable[int] = ()) -> World:
+    """Requests come, run, fork, are preempted and aborted; what kind of world that is depends on ``seed``."""
     kv_shards = rng.choice((2, 3)) if seed >= 60 else 1
+    window = rng.choice((1, 4, 5, 9)) if 40 <= seed < 70 else None
     world = World(
         num_pages=kv_shards * rng.choice((8, 14, 40)),
         kv_shards=kv_shards,
         snapshots=rng.choice((0, 1, 3, 12)) if seed >= 80 else None,
-        window=rng.choice((1, 4, 5, 9)) if 40 <= seed < 70 else None,
+        window=window,
         max_num_seqs=rng.choice((1, 3, 6)),
         max_num_batched_tokens=rng.choice((2, 7, 64)),
         enable_prefix_caching=rng.random() < 0.8,
+        windows=tuple(seen for seen in windows if window is None or seen < window),
     )
     shared = [rng.randrange(4) for _ in range(20)]
     requests, aborted = [], set()
@@ -166,6 +208,7 @@ def test_random_lives_keep_every_page_accounted_for(seed: int) -> None:
             assert request.finished
             assert all(s.num_output == request.max_output_tokens for s in request.sequences)
         assert all(s.state is State.FINISHED for s in request.sequences)
+    return world
 
 
 @pytest.mark.parametrize("window", [1, 4, 5, 6, 16])
@@ -178,6 +221,31 @@ def test_pages_that_no_later_token_sees_are_given_back(window: int) -> None:
             seen = range(max(sequence.num_computed - window + 1, 0), sequence.num_computed + 1)
             assert world.pool.num_pages - world.pool.num_free <= seen[-1] // 4 - seen[0] // 4 + 1
     assert world.pool.num_free == world.pool.num_pages
+
+
+def test_a_window_holds_its_bound_however_long_the_context_and_prefixes_need_what_it_sees() -> None:
+    world = World(200, windows=(9,), max_num_seqs=2, max_num_batched_tokens=8, page_size=4)
+    (group,) = world.windows
+    prompt = list(range(40))
+    sequence = world.add(prompt, max_tokens=130).sequences[0]
+    while sequence.state is not State.FINISHED:
+        world.step()
+        assert group.num_seen <= (9 + 8) // 4 + 1
+    assert group.num_pages == 2 * (2 * (3 + 2) + 2)
+    hits = []
+    for tokens in (
+        [*sequence.token_ids[:-1], 1],  # goes on where the answer ended
+        [*prompt, 99, 98],  # where the prompt ended
+        *([100 + n] * 9 for n in range(12)),
+        [*prompt[:20], 99, 98, 97],  # what its window saw there was given up for the ends of other prompts
+        [*prompt[:20], 96, 95, 94],  # but the second one that goes on there keeps it
+    ):
+        before = world.scheduler.prefix_cache_hits
+        request = world.add(tokens, max_tokens=1)
+        while not request.finished:
+            world.step()
+        hits.append(world.scheduler.prefix_cache_hits - before)
+    assert hits == [168, 40, *[0] * 12, 0, 20]
 
 
 def test_decodes_go_before_prefill_and_long_prompts_come_in_chunks() -> None:

@@ -435,6 +435,7 @@ def test_metrics_are_prometheus_and_count(http: httpx.Client) -> None:
         assert math.isfinite(sample(f"vllm:{histogram}_seconds_sum"))
     assert sample("vllm:num_requests_running") == sample("vllm:num_requests_waiting") == 0
     assert sample("vllm:kv_cache_usage_perc") == 0
+    assert sample("dynamoe:kv_group_bytes", window="all") > sample("dynamoe:kv_group_bytes_held", window="all") == 0
     assert sample("dynamoe:engine_healthy") == 1
     assert 'route="unmatched"' in http.get("/metrics").text  # paths that clients invent are no labels
 

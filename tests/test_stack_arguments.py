@@ -227,6 +227,42 @@ def test_pages_behind_every_window_may_be_gone() -> None:
         stack().run(*arguments)
 
 
+def test_groups_of_layers_have_pages_of_their_own_which_are_checked() -> None:
+    """The second layer has fewer pages than the first."""
+    sizes = ((7, 9), (2, 9))
+    kept = [cache(size, PAGE, KV_HEADS, CHANNELS, torch.float32) for size in sizes]
+    pairs = [layer.keys_BGPC for layer in kept], [layer.values_BGPC for layer in kept]
+    for groups, message in (
+        ([], "other pages"),
+        ([0, 0], "other pages"),
+        ([0], "a group for each"),
+        ([0, 5000], "group 5000"),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            torch.classes.dynamoe_cpu.Cache(*pairs, [CHANNELS] * 2, groups)
+    held = torch.classes.dynamoe_cpu.Cache(*pairs, [CHANNELS] * 2, [0, 1])
+    names = ("cos_sin", "positions", "slots", "query_start", "context_len", "block_table")
+    table, *where = (paged()[name] for name in names)
+    positions, slots, query_start, context_len, block_table = where
+    own_slots, own_table = slots % (len(pairs[0][1]) * PAGE), block_table % len(pairs[0][1])
+
+    def run(slots: torch.Tensor, block_table: torch.Tensor) -> torch.Tensor:
+        rows = positions, slots, query_start, context_len, block_table
+        return stack().run(torch.randn(ROWS, HIDDEN), 0, 2, held, [table], *rows, None, None, None, None)
+
+    both = torch.stack((slots, own_slots)), torch.stack((block_table, own_table))
+    assert run(*both).isfinite().all()
+    for changed, message in (
+        ((slots, block_table), "not in the cache|holds page"),  # all groups would have the first one's
+        ((both[0], both[1][:1].contiguous()), "those of 2 groups"),
+        ((both[0][:1], both[1]), "those of 2 groups"),
+        ((torch.stack((slots, slots + 10**6)), both[1]), "slot 1000"),
+        ((both[0], torch.stack((block_table, own_table + 10**6))), "block_table holds page 1000"),
+    ):
+        with pytest.raises((ValueError, IndexError), match=message):
+            run(*changed)
+
+
 def run_made(made: Any, channels: int, tables: Callable[[torch.Tensor], list[torch.Tensor]]) -> torch.Tensor:
     layers = KVLayers(cache((7, 9), PAGE, KV_HEADS, CHANNELS, torch.float32) for _ in range(2))
     kept = [[layer.keys_BGPC for layer in layers], [layer.values_BGPC for layer in layers]]

@@ -91,6 +91,18 @@ class BlockPool:
         """The page of a KV shard with this content, held or free."""
         return self._page_of[kv_shard].get(digest)
 
+    def can_be_found(self, page: int) -> bool:
+        """Whether the page has a digest."""
+        return page in self._digest_of
+
+    def forget(self, page: int) -> None:
+        """A page that can be found cannot any more; its holders keep it."""
+        kv_shard = page // self.shard_pages
+        del self._page_of[kv_shard][self._digest_of.pop(page)]
+        if self._references[page] == 0:
+            del self._findable[kv_shard][page]
+            self._empty[kv_shard].append(page)
+
     def publish(self, page: int, digest: bytes) -> None:
         """Let a held page be found by its content. The first page of its KV shard with a content keeps the name."""
         assert self._references[page] > 0

@@ -12,9 +12,9 @@ import torch
 
 from ...kernels.api.ranges import is_whole
 from ..model.counters import Compute
-from ..model.kv_cache import bytes_per_sequence
+from ..model.kv_cache import bytes_per_sequence, group_page_bytes
 from .block_pool import BlockPool
-from .cache_size import count_pages, longest_sequence
+from .cache_size import count_pages, longest_sequence, make_cache
 from .config import EngineConfig
 from .contracts import ContractResolver, NoContracts
 from .eviction import load_cache_policy
@@ -24,7 +24,6 @@ from .logits_processors import processor_classes
 from .logprobs import position_logprobs
 from .outputs import CompletionDelta, PositionLogprobs, RequestDelta
 from .plugins import load_plugins
-from .prefix_cache import PrefixCache
 from .protocols import LogitsProcessor
 from .quality import ContractOutcome, Quality
 from .request import Request, Sequence, StopTokens
@@ -34,7 +33,6 @@ from .sampling_params import SamplingParams
 from .schedule import Schedule
 from .scheduler import Scheduler
 from .state_slots import StateSlots
-from .state_snapshots import StateSnapshots
 from .stats import EngineStats, Pace
 from .step_times import StepTimes, measure_step_times
 from .text import OutputText
@@ -76,15 +74,12 @@ class Engine:
         self._state_bytes = bytes_per_sequence(spec) * num_states * kv_shards
         self.max_model_len = longest_sequence(config, spec, num_pages // kv_shards)
         pool = BlockPool(num_pages, kv_shards)
+        cache = make_cache(config, spec, pool, num_snapshots, self.max_model_len)
         states = StateSlots(config.max_num_seqs) if spec.has_states else None
-        if states is not None and config.enable_prefix_caching and not num_snapshots:
-            logger.info("no prefixes are shared: there is no memory for copies of recurrent states")
-        shares = config.enable_prefix_caching and (states is None or num_snapshots > 0)
-        kept = StateSnapshots(range(config.max_num_seqs, num_states), config.block_size, self.max_model_len)
-        cache = PrefixCache(pool, config.block_size, shares, None if states is None else kept)
         self.cache_plugins, eviction = load_cache_policy(config, spec, pool)
         self.scheduler = Scheduler(config, pool, cache, spec.longest_window, eviction, states)
-        self.runner = Runner(decoder, num_pages, config.block_size, num_states)
+        self.runner = Runner(decoder, num_pages, config.block_size, num_states, cache.windows)
+        self._page_bytes = group_page_bytes(spec, decoder.kv_dtype, config.block_size)
         warm_up(decoder, config, self.max_model_len)
         self.step_times: StepTimes | None = None  # if they were asked for
         if config.measure_step_times:
@@ -239,6 +234,7 @@ class Engine:
             tokens=self._tokens.total(),
             exchange=self.model.decoder.exchange(),
             evicted_pages=scheduler.evicted_pages,
+            cache_groups=scheduler.cache_groups(self._page_bytes),
         )
 
     def _record_computed(self, schedule: Schedule, hidden_TD: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence as Group
 from hashlib import blake2b
 
 from .block_pool import BlockPool
@@ -10,6 +11,7 @@ from .request import Sequence
 from .schedule import Entry
 from .state_slots import NO_SLOT
 from .state_snapshots import StateSnapshots
+from .window_pages import WindowPages
 
 DIGEST_BYTES = 16
 
@@ -25,29 +27,43 @@ class PrefixCache:
         page_size: tokens per block.
         enabled: when off, nothing is found or published.
         snapshots: of recurrent states, for models that have them: only pages with states behind them can be shared.
+        windows: of layers that see less than others: only pages can be shared behind which all is there that these see.
     """
 
-    def __init__(self, pool: BlockPool, page_size: int, enabled: bool, snapshots: StateSnapshots | None = None) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        page_size: int,
+        enabled: bool,
+        snapshots: StateSnapshots | None = None,
+        windows: Group[WindowPages] = (),
+    ) -> None:
         self.pool = pool
         self.page_size = page_size
         self.enabled = enabled
         self._snapshots = snapshots
+        self.windows = windows
 
     def lookup(self, sequence: Sequence, kv_shard: int = 0) -> tuple[list[int], int]:
         """Pages of a KV shard that hold the beginning of a sequence's tokens. At least one token is left to compute.
 
         With recurrent states, only pages up to the last one with states behind it can be shared; the second value is
-        how many there are.
+        how many there are. Likewise with windows: up to the last one behind which none of what they see is lost.
 
         They are exact, so a sequence that was approximate before it lost its pages takes none beyond that point.
         """
         pages = self._found(sequence, kv_shard)
-        found = len(pages)
-        if self._snapshots is not None:
-            digests = sequence.block_digests
-            while pages and self._snapshots.find(kv_shard, digests[len(pages) - 1]) is None:
-                pages.pop()
-        return pages, found
+        blocks = before = len(pages)
+        while blocks:
+            for window in self.windows:
+                blocks = window.usable(pages, blocks)
+            if blocks and self._snapshots is not None:
+                kept = self._snapshots.find(kv_shard, sequence.block_digests[blocks - 1])
+                blocks -= kept is None
+            if blocks == before:
+                break
+            before = blocks
+        return pages[:blocks], len(pages)
 
     def _found(self, sequence: Sequence, kv_shard: int) -> list[int]:
         """The pages of :meth:`lookup`, whether there are states behind them or not."""
@@ -119,7 +135,12 @@ class PrefixCache:
             return
         self._extend_digests(sequence, blocks)
         for block in range(first_block, blocks):
-            self.pool.publish(sequence.pages[block], sequence.block_digests[block])
+            page, digest = sequence.pages[block], sequence.block_digests[block]
+            known = self.pool.find(digest, sequence.kv_shard)
+            # The name goes to a page that has all of its content.
+            if known is not None and known != page and not all(window.holds(known) for window in self.windows):
+                self.pool.forget(known)
+            self.pool.publish(page, digest)
 
     def _extend_digests(self, sequence: Sequence, blocks: int) -> None:
         digests, size = sequence.block_digests, self.page_size

@@ -168,6 +168,7 @@ class Sequence:
         "processors",
         "rank",
         "request",
+        "seen",
         "skipped_experts",
         "state",
         "state_slot",
@@ -186,9 +187,10 @@ class Sequence:
         self.kv_shard = 0  # where its pages are, while it has any
         self.pages = array("i")
         self.state_slot = NO_SLOT  # of its recurrent states, while it has any
-        self.num_shared = 0  # tokens whose pages were there when it was admitted, with or without states behind them
+        self.num_shared = 0  # tokens whose pages were there when it was admitted, whether they could be shared or not
         self.output_digest: bytes | None = None  # of the last block of output behind which its states were kept
         self.first_page = 0  # those before were given back: no later token sees them
+        self.seen: dict[int, range] = {}  # blocks whose pages layers with shorter windows hold for it, by the window
         self.num_evicted = 0  # tokens whose pages a cache policy gave up: cache index = position - num_evicted
         self.kept_blocks: list[int] = []  # under a cache policy: numbers of the full blocks that are in the pages
         self.block_digests: list[bytes] = []  # of the full blocks of token_ids, as far as they were needed

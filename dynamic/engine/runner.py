@@ -5,6 +5,7 @@ Shape suffixes as in ``kernels/api/types.py``; R rows whose logits are needed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +18,7 @@ from .exit_runner import ExitRunner
 from .schedule import Entry, Schedule
 from .staging import HostStaging
 from .step_rows import StepRows
+from .window_pages import WindowPages
 
 if TYPE_CHECKING:
     from ..model.decoder import Decoder
@@ -27,12 +29,21 @@ LOGITS_CHUNK_BYTES = 64 << 20
 class Runner:
     """Owns the cache's tensors and drives the decoder."""
 
-    def __init__(self, decoder: Decoder, num_pages: int, page_size: int, num_states: int = 1) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        num_pages: int,
+        page_size: int,
+        num_states: int = 1,
+        windows: Sequence[WindowPages] = (),
+    ) -> None:
         self.decoder = decoder
         self.device = torch.device(decoder.device)
         self.page_size = page_size
         self.staging = HostStaging(self.device)
-        self.kv = decoder.allocate_cache(num_pages, page_size, decoder.kv_shards, num_states)
+        self.windows = windows
+        window_pages = [window.num_pages for window in windows]
+        self.kv = decoder.allocate_cache(num_pages, page_size, decoder.kv_shards, num_states, window_pages)
         self._has_states = decoder.spec.has_states
         # Long prompts with logprobs would need rows x vocabulary floats at once.
         self.max_logit_rows = max(1, LOGITS_CHUNK_BYTES // (4 * decoder.spec.vocab_size))
@@ -48,9 +59,10 @@ class Runner:
         Rows of requests with exits may leave early: their sequences remember after how many layers.
         """
         if schedule.copies or schedule.state_copies:
-            self.decoder.copy_pages(self.kv, schedule.copies, schedule.state_copies)
+            pages, states = (schedule.copies, *schedule.window_copies), schedule.state_copies
+            self.decoder.copy_pages(self.kv, *pages, states=states)
         entries, planner, plan = schedule.entries, self.exits.planner, None
-        rows = StepRows(entries, self.page_size, self.staging, self._has_states)
+        rows = StepRows(entries, self.page_size, self.staging, self._has_states, self.windows)
         # Whatever needs numbers on the device beside the rows' own lets them go with these, in one copy.
         if planner.goes_on(schedule) or any(e.sequence.exit_logits_E is not None for e in entries):
             plan = planner.plan(schedule, rows)

@@ -33,6 +33,7 @@ class Schedule:
     Arguments:
         copies: (from page, to page), before anything else runs.
         state_copies: the same for recurrent states: (from slot, to slot).
+        window_copies: the same as ``copies`` for each group of layers with a window of its own.
         decoding: where every running sequence decodes one token and nothing else runs: a number that stays the same as
             long as they are the same sequences.
     """
@@ -40,4 +41,5 @@ class Schedule:
     entries: list[Entry] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     state_copies: list[tuple[int, int]] = field(default_factory=list)
+    window_copies: list[list[tuple[int, int]]] = field(default_factory=list)
     decoding: int | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -13,6 +14,7 @@ from .prefix_cache import PrefixCache
 from .request import Sequence, State
 from .schedule import Entry, Schedule
 from .state_slots import NO_SLOT, StateSlots
+from .stats import GroupBytes
 
 _rank = attrgetter("rank")
 
@@ -45,7 +47,7 @@ class Scheduler:
     Arguments:
         config: limits of a step.
         pool: pages; each KV shard must hold any one sequence alone.
-        cache: finds shared pages.
+        cache: finds shared pages, and knows the pages of layers that see less than others.
         window: how many positions a token sees at most, itself included; None: all. Pages behind it are given back.
         eviction: gives up pages as a cache policy wants it; None keeps all.
         states: a slot for each running sequence's recurrent states; None: the model has none. They are lost with the
@@ -68,6 +70,7 @@ class Scheduler:
         self.window = window
         self.eviction = eviction
         self.states = states
+        self.windows = cache.windows
         self.page_size = cache.page_size
         self.running: list[Sequence] = []  # by rank
         self._changes = 0  # of which sequences these are
@@ -79,6 +82,15 @@ class Scheduler:
     def evicted_pages(self) -> int:
         """Pages that a cache policy gave up so far."""
         return 0 if self.eviction is None else self.eviction.evicted_pages
+
+    def cache_groups(self, page_bytes: Iterable[int]) -> tuple[GroupBytes, ...]:
+        """How much of the memory of each group of layers sequences hold, by the bytes of its pages."""
+        pool, groups = self.pool, self.windows
+        held = pool.num_pages - pool.num_free, *(group.num_seen for group in groups)
+        total = pool.num_pages, *(group.num_pages for group in groups)
+        windows = self.window, *(group.window for group in groups)
+        parts = zip(windows, held, total, page_bytes, strict=True)
+        return tuple(GroupBytes(window, size * some, size * whole) for window, some, whole, size in parts)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
@@ -107,12 +119,16 @@ class Scheduler:
             counts[sequence] = min(rows, self._chunk(sequence))
             rows -= counts[sequence]
         entries = [Entry(s, s.num_computed, count) for s, count in counts.items()]
-        if self.states is not None:
-            for entry in entries:
+        for entry in entries:
+            for window in self.windows:
+                window.see(entry.sequence, entry.start, -(-(entry.start + entry.count) // self.page_size))
+            if self.states is not None:
                 self.cache.keep_states(entry)
         decoding = changes if only_decodes and changes == self._changes else None
         state_copies = [] if self.states is None else self.states.copies()
-        return Schedule(entries, [(source, target) for target, source in copies.items()], state_copies, decoding)
+        page_copies = [(source, target) for target, source in copies.items()]
+        window_copies = [window.copies() for window in self.windows]
+        return Schedule(entries, page_copies, state_copies, window_copies, decoding)
 
     def _chunk(self, sequence: Sequence) -> int:
         """How many of its tokens a sequence may compute in one step."""
@@ -133,6 +149,8 @@ class Scheduler:
                     sequence.pages.append(page)
                 else:  # shared with another completion: write to a copy
                     copies[page] = sequence.pages[block]
+                    for window in self.windows:
+                        window.copy(sequence.pages[block], page)
                     self.pool.release([sequence.pages[block]])
                     sequence.pages[block] = page
                 return True
@@ -178,8 +196,10 @@ class Scheduler:
         sequence.pages.extend(shared)
         sequence.pages.extend(self.pool.allocate(place.kv_shard) for _ in range(place.new))
         sequence.num_computed = len(shared) * self.page_size
+        sequence.num_shared = place.found * self.page_size
+        for window in self.windows:
+            window.see(sequence, sequence.num_computed, len(shared))
         if self.states is not None:
-            sequence.num_shared = place.found * self.page_size
             kept = self.cache.states_behind(sequence, len(shared))
             sequence.state_slot = self.states.take() if kept == NO_SLOT else self.states.take_copy(kept)
         if self.eviction is not None:
@@ -212,6 +232,8 @@ class Scheduler:
                 self.pool.mark_approximate(page)
         self.cache.publish(sequence, entry.start // self.page_size)
         self.cache.publish_states(entry)
+        for window in self.windows:
+            window.see(sequence, sequence.num_computed, 0)
         if self.window is not None:
             first_seen = max(sequence.num_computed - self.window + 1, 0)  # by the token that comes next
             first_page = first_seen // self.page_size
@@ -236,6 +258,9 @@ class Scheduler:
                 continue
             for page in sequence.pages[sequence.first_page :]:
                 self.pool.retain(page)
+            for window in self.windows:
+                window.share(sequence)
+            sibling.seen = dict(sequence.seen)
             sibling.kv_shard = sequence.kv_shard
             sibling.pages.extend(sequence.pages)
             if self.states is not None:
@@ -261,6 +286,8 @@ class Scheduler:
         sequence.state = State.FINISHED
 
     def _drop_pages(self, sequence: Sequence) -> None:
+        for window in self.windows:
+            window.drop(sequence)
         # Backwards: of a freed sequence, the end is forgotten first, the beginning is what others may share.
         self.pool.release(reversed(sequence.pages[sequence.first_page :]))
         del sequence.pages[:]

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..model.counters import Compute, Exchange
+
+
+class GroupBytes(NamedTuple):
+    """Of the cache of layers with one window, in the number of positions that a token sees; None sees all."""
+
+    window: int | None
+    held: int  # by sequences
+    total: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +33,7 @@ class EngineStats(Compute):
         evicted_pages: that a cache policy gave up.
         state_bytes: memory of the recurrent states of as many sequences as run at a time, and of the copies of states
             that are kept for prefixes.
+        cache_groups: memory of the pages of each group of layers. Those of the first are the pages counted above.
     """
 
     num_running: int
@@ -39,6 +49,7 @@ class EngineStats(Compute):
     exchange: Exchange | None = None
     evicted_pages: int = 0
     state_bytes: int = 0
+    cache_groups: tuple[GroupBytes, ...] = ()
 
     @property
     def compute(self) -> Compute:

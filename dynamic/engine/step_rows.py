@@ -6,18 +6,19 @@ Shape suffixes as in ``kernels/api/types.py``; R some of the T rows.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
 import torch
 
-from ...kernels.api.types import AttentionBatch
+from ...kernels.api.types import AttentionBatch, GroupPages
 from .request import Sequence
 from .schedule import Entry
 from .staging import HostStaging
 from .state_slots import NO_SLOT
+from .window_pages import WindowPages
 
 
 class StepRows:
@@ -28,9 +29,17 @@ class StepRows:
         page_size: tokens per page.
         staging: takes everything to the device, in one copy when it is first asked for.
         has_states: whether the rows' sequences have recurrent states.
+        windows: pages of layers that see less than others.
     """
 
-    def __init__(self, entries: list[Entry], page_size: int, staging: HostStaging, has_states: bool = False) -> None:
+    def __init__(
+        self,
+        entries: list[Entry],
+        page_size: int,
+        staging: HostStaging,
+        has_states: bool = False,
+        windows: Iterable[WindowPages] = (),
+    ) -> None:
         self._staging = staging
         self._carried: list[np.ndarray] = []
         cut = list(_runs(entries, has_states))
@@ -59,6 +68,7 @@ class StepRows:
         self._states = None if states is None else self.carry(np.array(states, dtype=np.int64))
         kept = np.array([slot for _, slot in cut], dtype=np.int64) if any(entry.kept for entry in entries) else None
         self._kept = None if kept is None else self.carry(kept)
+        self._groups = [(self.carry(w.slots(self._slots_T)), self.carry(w.own(self._table_SM))) for w in windows]
 
     def __len__(self) -> int:
         return len(self._token_ids_T)
@@ -95,8 +105,11 @@ class StepRows:
             kept, counts = np.unique(self._sequence_T[rows_R], return_counts=True)
             assert (counts == self._counts_S[kept]).all(), "a run of rows was torn apart"
             kept_S, starts_S1 = self._staging.upload(kept, _boundaries(counts))
+        some = self.slots_of(at_R)
+        groups = [GroupPages(slots_R, table_SM.index_select(0, kept_S)) for slots_R, table_SM in some.groups]
         return replace(
-            self.slots_of(at_R),
+            some,
+            groups=tuple(groups),
             query_start_S1=starts_S1,
             context_len_S=whole.context_len_S.index_select(0, kept_S),
             block_table_SM=whole.block_table_SM.index_select(0, kept_S),
@@ -114,7 +127,8 @@ class StepRows:
         """A batch for writing to the cache only: positions and slots of some rows, all else of all rows."""
         whole = self._batch
         positions_R, slots_R = whole.positions_T.index_select(0, at_R), whole.slots_T.index_select(0, at_R)
-        return replace(whole, positions_T=positions_R, slots_T=slots_R)
+        groups = tuple(GroupPages(slots_T.index_select(0, at_R), table_SM) for slots_T, table_SM in whole.groups)
+        return replace(whole, positions_T=positions_R, slots_T=slots_R, groups=groups)
 
     @cached_property
     def _sequence_T(self) -> np.ndarray:
@@ -146,6 +160,7 @@ class StepRows:
             max_position=self._max_position,
             state_slots_S=None if self._states is None else self.carried(self._states),
             kept_slots_S=None if self._kept is None else self.carried(self._kept),
+            groups=tuple(GroupPages(*map(self.carried, numbers)) for numbers in self._groups),
         )
 
 

@@ -115,11 +115,11 @@ def measure_step_times(decoder: Decoder, kv: list[KVLayer], max_rows: int) -> St
     mixtures = sum(layer.moe is not None and not layer.moe.is_dense for layer in decoder.spec.layers)
     generator = torch.Generator().manual_seed(0)
     points = []
-    paged = next(layer for layer in kv if layer.tensors)
+    paged = [layer for layer in kv if layer.tensors]
     states = [len(layer.states[0]) for layer in kv if isinstance(layer, StateLayer) and layer.states]
-    most = min(max_rows, len(paged.keys_BGPC), *states)
+    most = min(max_rows, *(len(layer.keys_BGPC) for layer in paged), *states)
     for size in (1 << i for i in range(most.bit_length())):
-        batch = last_slots(size, paged.page_size, torch.device(decoder.device))
+        batch = last_slots(size, paged[0].page_size, torch.device(decoder.device))
         for different in sorted({1, round(size**0.5), size} if mixtures else {size}):
             kinds = torch.randint(decoder.spec.vocab_size, (different,), generator=generator)
             tokens_R = kinds[torch.arange(size) % different].to(decoder.device)

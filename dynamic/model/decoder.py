@@ -133,15 +133,17 @@ class Decoder:
         if length > (longest := self.cos_sin_LC.shape[0]):
             self._make_tables(min(self.spec.max_position, max(length, 2 * longest)))
 
-    def allocate_cache(self, num_pages: int, page_size: int, kv_shards: int = 1, num_states: int = 1) -> list[KVLayer]:
+    def allocate_cache(
+        self, num_pages: int, page_size: int, kv_shards: int = 1, num_states: int = 1, window_pages: Sequence[int] = ()
+    ) -> list[KVLayer]:
         """Keys and values of every layer, zeroed; each of the ``kv_shards`` KV shards has an equal run of the pages.
-        Layers with recurrent states have ``num_states`` slots."""
-        behind = self.backend.scales_behind_page
-        return allocate_layers(self.local_spec, num_pages, page_size, self.kv_dtype, self.device, behind, num_states)
+        Layers with recurrent states have ``num_states`` slots. ``window_pages``: see :func:`.allocate_layers`."""
+        kept, behind = (self.kv_dtype, self.device), self.backend.scales_behind_page
+        return allocate_layers(self.local_spec, num_pages, page_size, *kept, behind, num_states, window_pages)
 
-    def copy_pages(self, kv: list[KVLayer], copies: Copies, states: Copies = ()) -> None:
-        """Copy whole pages, (from, to), in all layers; and the recurrent states of sequences by their slots."""
-        copy_pages(kv, copies)
+    def copy_pages(self, kv: list[KVLayer], *copies: Copies, states: Copies = ()) -> None:
+        """Copy whole pages, (from, to), by group of layers; and the recurrent states of sequences by their slots."""
+        copy_pages(kv, *copies)
         copy_states(kv, states)
 
     @in_inference_mode
@@ -286,10 +288,12 @@ class Decoder:
     def _propagate(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
         """See :meth:`propagate_kv`; ``kv`` has the layers behind the exit that are here."""
         behind = zip((number for number in self.held if number >= exit.after_layers), kv, strict=True)
-        kept = [(number, cache) for number, cache in behind if self.local_spec.layers[number].attention.keeps_rows]
+        kinds = self.local_spec.layers
+        kept = [(number, cache) for number, cache in behind if kinds[number].attention.keeps_rows]
         layers = ((number, own, cache) for (number, cache), own in zip(kept, exit.projections, strict=True))
-        for _, alike in groupby(layers, lambda layer: self.local_spec.layers[layer[0]].keys_alike):
-            self._propagate_alike(list(alike), x_RD, batch)
+        by_group = sorted(layers, key=lambda layer: layer[2].group)
+        for (group, _), alike in groupby(by_group, lambda layer: (layer[2].group, kinds[layer[0]].keys_alike)):
+            self._propagate_alike(list(alike), x_RD, batch.of_group(group))
 
     def _propagate_alike(self, layers: Sequence[Behind], x_RD: torch.Tensor, batch: AttentionBatch) -> None:
         """Of layers that are alike."""
@@ -322,8 +326,8 @@ class Decoder:
         return x
 
     def _attention(self, number: int, x_TD: torch.Tensor, kv: KVLayer, batch: AttentionBatch) -> torch.Tensor:
-        kind, context = self.local_spec.layers[number].attention, self._attention_context(number)
-        return self._summed(kind.forward(self.layers[number].attention, x_TD, kv, batch, context))
+        kind, own = self.local_spec.layers[number].attention, (kv, batch.of_group(kv.group))
+        return self._summed(kind.forward(self.layers[number].attention, x_TD, *own, self._attention_context(number)))
 
     def _norm_over_heads(self, *pairs: tuple[torch.Tensor, torch.Tensor]) -> Sequence[torch.Tensor]:
         """RMS norms over all heads: rows (T, X), each with its weight (X)."""

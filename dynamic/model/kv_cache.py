@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,8 +40,16 @@ def check_kv_dtype(name: str, spec: ModelSpec | None = None, backend: TorchBacke
 
 def bytes_per_page(spec: ModelSpec, dtype: torch.dtype, page_size: int) -> int:
     """Of the caches of all layers together."""
-    shapes = [shape for layer in spec.layers for shape in layer.attention.cache_shapes(page_size, dtype)]
-    return sum(math.prod(shape) for shape in shapes) * dtype.itemsize
+    return sum(group_page_bytes(spec, dtype, page_size))
+
+
+def group_page_bytes(spec: ModelSpec, dtype: torch.dtype, page_size: int) -> list[int]:
+    """Of one page of each group of layers, see :attr:`.ModelSpec.page_windows`."""
+    sizes = dict.fromkeys(spec.page_windows, 0)
+    for attention in (layer.attention for layer in spec.layers if layer.attention.keeps_keys):
+        shapes = attention.cache_shapes(page_size, dtype)
+        sizes[attention.reach] += sum(math.prod(shape) for shape in shapes) * dtype.itemsize
+    return list(sizes.values())
 
 
 def bytes_per_sequence(spec: ModelSpec) -> int:
@@ -57,13 +66,16 @@ def allocate_layers(
     device: torch.device,
     scales_behind_page: bool = False,
     num_states: int = 1,
+    window_pages: Sequence[int] = (),
 ) -> KVLayers:
     """Zeroed keys and values of every layer: attention multiplies slots it must not see by zero, so no slot is NaN.
 
     Arguments:
         scales_behind_page: as the backend wants it, see :class:`KVLayer`.
         num_states: sequences that have recurrent states at a time.
+        window_pages: of the groups of layers behind the first; none: as many as that has, with the same numbers.
     """
+    pages = (num_pages, *(window_pages or [num_pages] * (len(spec.page_windows) - 1)))
     zeros = _lazy_zeros if device.type == "cpu" else torch.zeros
     none = torch.empty(0, dtype=dtype, device=device)
 
@@ -72,9 +84,10 @@ def allocate_layers(
             shapes = attention.state_shapes()
             tensors = [zeros((num_states, *shape), dtype=torch.float32, device=device) for shape in shapes]
             return StateLayer(keys_BGPC=none, values_BGPC=none, states=tuple(tensors))
+        group = spec.page_windows.index(attention.reach)
         shapes = attention.cache_shapes(page_size, dtype)
-        tensors = [zeros((num_pages, *shape), dtype=dtype, device=device) for shape in shapes]
-        return attention.cache(tensors, scales_behind_page)
+        tensors = [zeros((pages[group], *shape), dtype=dtype, device=device) for shape in shapes]
+        return replace(attention.cache(tensors, scales_behind_page), group=group)
 
     return KVLayers(cache(layer.attention) for layer in spec.layers)
 
@@ -87,15 +100,20 @@ def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     return torch.from_numpy(raw[offset : offset + nbytes]).view(dtype).view(shape)
 
 
-def copy_pages(layers: Sequence[KVLayer], copies: Copies) -> None:
-    """Copy whole pages, in all layers. All sources are read before any target is written."""
-    if not copies:
-        return
-    sources, targets = (list(pages) for pages in zip(*copies, strict=True))
-    for layer in layers:
-        for tensor in layer.tensors:
-            pages = tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor  # torch indexes no 8-bit floats
-            pages[targets] = pages[sources]
+def copy_pages(layers: Sequence[KVLayer], *copies: Copies) -> None:
+    """Copy whole pages, in all layers. All sources are read before any target is written.
+
+    Arguments:
+        copies: by group of layers; where there is one alone, it is for all groups.
+    """
+    for group, pairs in enumerate(copies):
+        if not pairs:
+            continue
+        sources, targets = (list(pages) for pages in zip(*pairs, strict=True))
+        for layer in layers if len(copies) == 1 else [layer for layer in layers if layer.group == group]:
+            for tensor in layer.tensors:
+                pages = tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor  # torch indexes no 8-bit floats
+                pages[targets] = pages[sources]
 
 
 def copy_states(layers: Sequence[KVLayer], copies: Copies) -> None:

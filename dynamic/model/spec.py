@@ -117,6 +117,14 @@ class ModelSpec:
         return None if None in windows else max(window for window in windows if window is not None)
 
     @property
+    def page_windows(self) -> tuple[int | None, ...]:
+        """How many positions a row sees at most in the layers that have pages of one kind: groups of layers by their
+        number, those that see most first; None sees all."""
+        found = {layer.window for layer in self.layers if layer.attention.keeps_keys}
+        windows = sorted((window for window in found if window is not None), reverse=True)
+        return (*([None] if None in found or not windows else []), *windows)
+
+    @property
     def longest_context(self) -> str:
         """Of how many tokens, in words."""
         words = f"the model's maximum of {self.max_position} positions"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ...kernels.api.types import AttentionBatch, KVLayer, KVLayers
+from ...kernels.api.types import AttentionBatch, GroupPages, KVLayer, KVLayers
 from ..model.kv_cache import Copies
 from .context import ParallelContext
 from .plan import rows_to_write
@@ -23,13 +23,16 @@ class SharedCache(KVLayers):
     """One rank's share of a cache that all ranks know by its number.
 
     Arguments:
-        shard_pages: pages of a KV shard; page_size: tokens per page.
+        pages: of a KV shard, by group of layers; page_size: tokens per page.
         kv_shard: of this rank; KV shards beyond those that the cache has hold nothing.
     """
 
-    def __init__(self, layers: Iterable[KVLayer], number: int, shard_pages: int, kv_shard: int, page_size: int) -> None:
+    def __init__(
+        self, layers: Iterable[KVLayer], number: int, pages: Sequence[int], kv_shard: int, page_size: int
+    ) -> None:
         super().__init__(layers)
-        self.number, self.shard_pages, self.kv_shard, self.page_size = number, shard_pages, kv_shard, page_size
+        self.number, self.kv_shard, self.page_size = number, kv_shard, page_size
+        self.shard_pages, *self._window_pages = pages
         self._parts: dict[range, KVLayers] = {}
 
     def held(self, part: range) -> KVLayers:
@@ -53,10 +56,27 @@ class SharedCache(KVLayers):
         """Of this rank's KV shard."""
         return self.kv_shard * self.shard_slots
 
-    def own_copies(self, copies: Copies) -> list[tuple[int, int]]:
-        """Those copies of pages, (from, to), that are within this KV shard, by its own page numbers."""
-        first = self.first_page
-        return [(s - first, t - first) for s, t in copies if s // self.shard_pages == self.kv_shard]
+    def own_copies(self, *copies: Copies) -> list[list[tuple[int, int]]]:
+        """By group of layers, those copies of pages, (from, to), that are within this KV shard, by its own numbers."""
+        return [
+            [(s - self.kv_shard * pages, t - self.kv_shard * pages) for s, t in pairs if s // pages == self.kv_shard]
+            for pages, pairs in zip((self.shard_pages, *self._window_pages), copies, strict=False)
+        ]
+
+    def own_groups(
+        self, batch: AttentionBatch, own_W: torch.Tensor, here_S: torch.Tensor | None = None
+    ) -> tuple[GroupPages, ...]:
+        """Pages of the groups of layers behind the first, by this KV shard's numbers.
+
+        Arguments:
+            own_W, here_S: numbers of rows and of sequences that live here; the latter are not needed for writing only.
+        """
+        found = []
+        for (slots_T, table_SM), pages in zip(batch.groups, self._window_pages, strict=False):
+            first = self.kv_shard * pages
+            table = table_SM if here_S is None else (table_SM[here_S] - first).clamp_(min=0)
+            found.append(GroupPages(slots_T[own_W] - first * self.page_size, table))
+        return tuple(found)
 
     def own_rows(self, batch: AttentionBatch) -> tuple[torch.Tensor, AttentionBatch]:
         """The numbers of the rows that live here, int64, and a batch that writes them to this KV shard's slots.
@@ -68,7 +88,8 @@ class SharedCache(KVLayers):
         states_T = batch.state_slots_T
         positions_W, slots_W = batch.positions_T[own_W], batch.slots_T[own_W] - self.first_slot
         states_W = None if states_T is None else states_T[own_W]
-        return own_W, rows_to_write(positions_W, slots_W, batch.num_positions - 1, states_W)
+        groups = [pages.slots_T for pages in self.own_groups(batch, own_W)]
+        return own_W, rows_to_write(positions_W, slots_W, batch.num_positions - 1, states_W, groups)
 
 
 def cache_of(kv: Sequence[KVLayer]) -> SharedCache:
@@ -120,6 +141,7 @@ def spread(batch: AttentionBatch, cache: SharedCache, kv_shards: int) -> Spread:
         max_position=batch.max_position,
         state_slots_S=None if batch.state_slots_S is None else batch.state_slots_S[here_S],
         kept_slots_S=None if batch.kept_slots_S is None else batch.kept_slots_S[here_S],
+        groups=cache.own_groups(batch, own_W, here_S),
     )
     return Spread(rows=rows, own=own)
 
@@ -127,7 +149,8 @@ def spread(batch: AttentionBatch, cache: SharedCache, kv_shards: int) -> Spread:
 def on_device(batch: AttentionBatch, device: torch.device) -> AttentionBatch:
     """A batch whose tensors are on a device."""
     tensors = {name: value.to(device) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
-    return replace(batch, **tensors)
+    groups = tuple(GroupPages(*(tensor.to(device) for tensor in pages)) for pages in batch.groups)
+    return replace(batch, **tensors, groups=groups)
 
 
 def share_rows(

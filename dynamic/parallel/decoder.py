@@ -34,6 +34,7 @@ from .norms import norm_over_ranks, propagate_over_ranks, spread_norms
 from .plan import (
     Message,
     Operation,
+    allocate_message,
     copy_message,
     exit_message,
     read_batch,
@@ -83,29 +84,30 @@ class ParallelDecoder(Decoder):
         self._dropped: list[int] = []  # caches that rank 0 has no use for any more, and workers still hold
         self._ran: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of a worker, by cache: last rows, their slots
 
-    def allocate_cache(self, num_pages: int, page_size: int, kv_shards: int = 1, num_states: int = 1) -> list[KVLayer]:
+    def allocate_cache(
+        self, num_pages: int, page_size: int, kv_shards: int = 1, num_states: int = 1, window_pages: Sequence[int] = ()
+    ) -> list[KVLayer]:
         """See :meth:`Decoder.allocate_cache`; on all ranks. Workers' shares go with rank 0's. Every rank has all slots
         of states, and uses those of its KV shard's sequences."""
         self._caches += 1
-        kv_shard, pages = self.context.kv_shard, num_pages // kv_shards
-        layers = self._allocate(pages if kv_shard < kv_shards else 0, page_size, num_states)
+        kv_shard, pages = self.context.kv_shard, [count // kv_shards for count in (num_pages, *window_pages)]
+        layers = self._allocate(pages if kv_shard < kv_shards else [0] * len(pages), page_size, num_states)
         cache = SharedCache(layers, self._caches, pages, kv_shard, page_size)
-        arguments = (num_pages, page_size, kv_shards, num_states)
-        self._tell(Message(operation=Operation.ALLOCATE, cache=cache.number, arguments=arguments))
+        self._tell(allocate_message(cache.number, (num_pages, page_size, kv_shards, num_states), window_pages))
         if self.context.leads:
             finalize(cache, self._dropped.append, cache.number)
         return cache
 
-    def _allocate(self, num_pages: int, page_size: int, num_states: int) -> list[KVLayer]:
-        return super().allocate_cache(num_pages, page_size, num_states=num_states)
+    def _allocate(self, pages: Sequence[int], page_size: int, num_states: int) -> list[KVLayer]:
+        return super().allocate_cache(pages[0], page_size, num_states=num_states, window_pages=pages[1:])
 
-    def copy_pages(self, kv: list[KVLayer], copies: Copies, states: Copies = ()) -> None:
+    def copy_pages(self, kv: list[KVLayer], *copies: Copies, states: Copies = ()) -> None:
         """See :meth:`Decoder.copy_pages`; on all ranks."""
-        self._tell(copy_message(cache_of(kv).number, copies, states))
-        self._copy(cache_of(kv), copies, states)
+        self._tell(copy_message(cache_of(kv).number, states, *copies))
+        self._copy(cache_of(kv), states, *copies)
 
-    def _copy(self, cache: SharedCache, copies: Copies, states: Copies) -> None:
-        super().copy_pages(cache.held(self.held), cache.own_copies(copies), states)
+    def _copy(self, cache: SharedCache, states: Copies, *copies: Copies) -> None:
+        super().copy_pages(cache.held(self.held), *cache.own_copies(*copies), states=states)
 
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         """See :meth:`Decoder.embed`; the ids are sent in the first segment's message, where no rank needs another's
@@ -183,8 +185,7 @@ class ParallelDecoder(Decoder):
             return self._run_own(layers, x_TD, cache, batch, entropy_T, budget)
         found = spread(batch, cache, self.kv_shards)
         own_W = found.rows[cache.kv_shard].to(self.device)
-        x_WD = x_TD[own_W]
-        entropy_W = None if entropy_T is None else entropy_T[own_W]
+        x_WD, entropy_W = x_TD[own_W], None if entropy_T is None else entropy_T[own_W]
         own_budget = None if budget is None else budget.of_rows(own_W)
         self._exchange.begin(found.counts)
         if found.own is not None:
@@ -282,7 +283,8 @@ class ParallelDecoder(Decoder):
         caches: dict[int, list[KVLayer]] = {}
         while (message := self.context.receive()).operation is not Operation.STOP:
             if message.operation is Operation.ALLOCATE:
-                caches[message.cache] = self.allocate_cache(*message.arguments[:4])
+                windows = message.blocks[0].tolist()
+                caches[message.cache] = self.allocate_cache(*message.arguments[:4], window_pages=windows)
             elif message.operation is Operation.FREE:
                 del caches[message.cache]
                 self._forget(message.cache)
@@ -317,10 +319,8 @@ class ParallelDecoder(Decoder):
 
     def _beginning(self, message: Message) -> torch.Tensor:
         """The rows that layer 0 runs."""
-        if self._embedded_TD is None:
-            return self.embed(message.blocks[5].to(self.device))
         x_TD, self._embedded_TD = self._embedded_TD, None
-        return x_TD
+        return self.embed(message.blocks[5].to(self.device)) if x_TD is None else x_TD
 
     def _obey_propagate(self, message: Message, kv: list[KVLayer]) -> None:
         exit, exited = self.exits[message.arguments[0]], read_exited(message)

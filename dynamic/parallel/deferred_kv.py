@@ -17,7 +17,8 @@ from ...kernels.api.types import AttentionBatch
 class DeferredRow:
     """A row that exited after ``after_layers`` layers; ``x_D`` is its hidden vector, where this stage has it.
 
-    ``state_slot``: where its sequence has its recurrent states, if it has any.
+    ``state_slot``: where its sequence has its recurrent states, if it has any; ``group_slots``: its slots in groups of
+    layers behind the first.
     """
 
     slot: int
@@ -25,19 +26,23 @@ class DeferredRow:
     after_layers: int
     x_D: torch.Tensor | None
     state_slot: int = 0
+    group_slots: tuple[int, ...] = ()
 
     @property
-    def place(self) -> tuple[int, int, int]:
-        """Position, slot, slot of states."""
-        return self.position, self.slot, self.state_slot
+    def place(self) -> tuple[int, ...]:
+        """Position, slot, slot of states, slots of groups."""
+        return self.position, self.slot, self.state_slot, *self.group_slots
 
 
 def exited_rows(batch: AttentionBatch, after_layers: int, x_RD: torch.Tensor | None) -> list[DeferredRow]:
     """The rows of a batch, see :func:`.rows_to_write`, on the host; their vectors are copied."""
     vectors = [None] * len(batch.slots_T) if x_RD is None else x_RD.clone().unbind()
     states_T = torch.zeros_like(batch.slots_T) if batch.state_slots_T is None else batch.state_slots_T
-    places = zip(batch.slots_T.tolist(), batch.positions_T.tolist(), vectors, states_T.tolist(), strict=True)
-    return [DeferredRow(slot, position, after_layers, x_D, state) for slot, position, x_D, state in places]
+    groups = [pages.slots_T.tolist() for pages in batch.groups]
+    places = zip(batch.slots_T.tolist(), batch.positions_T.tolist(), vectors, states_T.tolist(), *groups, strict=True)
+    return [
+        DeferredRow(slot, position, after_layers, x_D, state, tuple(own)) for slot, position, x_D, state, *own in places
+    ]
 
 
 def take_vectors(rows: Sequence[DeferredRow], width: int, device: torch.device) -> torch.Tensor:

@@ -43,8 +43,9 @@ class PipelineDecoder(ParallelDecoder):
         self.read_bytes = shard.read_bytes
         self.links = StageLinks(self.context)
         self._parts = self.context.config.micro_batches or len(self.stages)
-        # Recurrent states are advanced in the order of the positions: by no row before one that came earlier.
-        self._max_deferred = 0 if spec.has_states else MAX_DEFERRED
+        # Recurrent states are advanced in the order of the positions: by no row before one that came earlier. And where
+        # layers see a window only, a page may be another's before a row comes that would have the writes done.
+        self._max_deferred = 0 if spec.has_states or len(spec.page_windows) > 1 else MAX_DEFERRED
         # What this stage ran last: the rows, and what the probe behind them looks at beside.
         self._probed: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | None = None
         self._deferred: dict[int, list[DeferredWrites]] = {}  # by cache, between each stage and the next
@@ -61,18 +62,18 @@ class PipelineDecoder(ParallelDecoder):
         back = self.links.bytes_back + self.links.bytes_decided
         return replace(found, received={**found.received, "stages": back})
 
-    def _allocate(self, num_pages: int, page_size: int, num_states: int) -> list[KVLayer]:
+    def _allocate(self, pages: Sequence[int], page_size: int, num_states: int) -> list[KVLayer]:
         """Layers of other stages have no pages here."""
-        layers = super()._allocate(num_pages, page_size, num_states)
+        layers = super()._allocate(pages, page_size, num_states)
         none = torch.empty_like(layers[0].keys_BGPC[:0])
         absent = KVLayer(keys_BGPC=none, values_BGPC=none)
         return [layer if number in self.held else absent for number, layer in enumerate(layers)]
 
-    def _copy(self, cache: SharedCache, copies: Copies, states: Copies) -> None:
-        self._write_now(cache, dict.fromkeys((source for source, _ in copies), cache.page_size))
+    def _copy(self, cache: SharedCache, states: Copies, *copies: Copies) -> None:
+        self._write_now(cache, dict.fromkeys((source for source, _ in copies[0]), cache.page_size))
         for writes in self._deferred_writes(cache):
-            writes.drop(target for _, target in copies)
-        super()._copy(cache, copies, states)
+            writes.drop(target for _, target in copies[0])
+        super()._copy(cache, states, *copies)
 
     def decide(
         self,
@@ -209,9 +210,9 @@ class PipelineDecoder(ParallelDecoder):
         for after_layers in sorted({row.after_layers for row in deferred}):
             here = [number for number, row in enumerate(deferred) if row.after_layers == after_layers]
             places = [deferred[number].place for number in here]
-            positions_R, slots_R, states_R = torch.tensor(places).T.contiguous()
+            positions_R, slots_R, states_R, *groups = torch.tensor(places).T.contiguous()
             states = states_R if self.spec.has_states else None
-            batch = rows_to_write(positions_R, slots_R, int(positions_R.max()), states)
+            batch = rows_to_write(positions_R, slots_R, int(positions_R.max()), states, groups)
             self._write(self.exits[after_layers], x_RD[torch.tensor(here, device=x_RD.device)], kv, batch)
 
     def _move_deferred(

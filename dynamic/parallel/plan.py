@@ -11,7 +11,7 @@ from enum import IntEnum
 
 import torch
 
-from ...kernels.api.types import AttentionBatch, ExpertBudget
+from ...kernels.api.types import AttentionBatch, ExpertBudget, GroupPages
 from ..model.kv_cache import Copies
 
 FIRST = 2048
@@ -23,10 +23,10 @@ class Operation(IntEnum):
     """What the workers do next."""
 
     STOP = 0
-    ALLOCATE = 1  # pages, tokens per page, KV shards, slots of recurrent states
-    COPY = 2  # pages read, pages written; slots of states read, and written
+    ALLOCATE = 1  # pages, tokens per page, KV shards, slots of recurrent states; pages of groups with windows
+    COPY = 2  # how many slots of states, and pages by group of layers; all pairs of them that are read, and written
     RUN = 3  # layers from, to; longest query, longest context; number of sequences; whether routers' entropy is wanted
-    PROPAGATE = 4  # layers in front of the exit; highest position
+    PROPAGATE = 4  # layers in front of the exit; highest position; groups of layers
     DECIDE = 5  # layers in front of the exit
     FREE = 6
     EMBED = 7  # token ids
@@ -71,16 +71,23 @@ def _padded(numbers: Sequence[int], count: int) -> list[int]:
     return [*numbers, *[0] * (count - len(numbers))]
 
 
-def copy_message(cache: int, pages: Copies, states: Copies) -> Message:
-    """Copy whole pages and recurrent states."""
-    blocks = [block for copies in (pages, states) for block in torch.tensor(copies, dtype=torch.int64).view(-1, 2).T]
-    return Message(operation=Operation.COPY, cache=cache, blocks=tuple(blocks))
+def allocate_message(cache: int, sizes: tuple[int, ...], window_pages: Sequence[int]) -> Message:
+    """Allocate a cache: the arguments of :meth:`.Decoder.allocate_cache`, the last one by itself."""
+    blocks = (torch.tensor(window_pages, dtype=torch.int64),)
+    return Message(operation=Operation.ALLOCATE, cache=cache, arguments=sizes, blocks=blocks)
 
 
-def read_copies(message: Message) -> tuple[Copies, Copies]:
-    """Pages and states of :func:`copy_message`."""
-    blocks = [block.tolist() for block in message.blocks[:4]]
-    return list(zip(*blocks[:2], strict=True)), list(zip(*blocks[2:], strict=True))
+def copy_message(cache: int, *copies: Copies) -> Message:
+    """Copy recurrent states, and whole pages by group of layers."""
+    counts, pairs = [len(some) for some in copies], [pair for some in copies for pair in some]
+    blocks = (torch.tensor(counts), torch.tensor(pairs, dtype=torch.int64))
+    return Message(operation=Operation.COPY, cache=cache, blocks=blocks)
+
+
+def read_copies(message: Message) -> list[Copies]:
+    """What :func:`copy_message` was given."""
+    counts, pairs = message.blocks[:2]
+    return [[(source, target) for source, target in some.tolist()] for some in pairs.view(-1, 2).split(counts.tolist())]
 
 
 def run_message(
@@ -100,10 +107,10 @@ def run_message(
     """
     blocks = [
         batch.positions_T,
-        batch.slots_T,
+        _slots(batch),
         batch.query_start_S1,
         batch.context_len_S,
-        batch.block_table_SM,
+        torch.stack([batch.block_table_SM, *(pages.block_table_SM for pages in batch.groups)]),
         torch.empty(0) if token_ids_T is None else token_ids_T,
         torch.empty(0) if batch.state_slots_S is None else batch.state_slots_S,
         torch.empty(0) if batch.kept_slots_S is None else batch.kept_slots_S,
@@ -118,41 +125,56 @@ def run_message(
 def read_batch(message: Message) -> AttentionBatch:
     """The rows of :func:`run_message`, on the host."""
     positions, slots, starts, lengths, table, _, states, kept = message.blocks[:8]
+    slots, *more_slots = slots.view(-1, len(positions))
+    table, *more_tables = table.int().view(1 + len(more_slots), message.arguments[4], -1)
     return AttentionBatch(
         positions_T=positions,
         slots_T=slots,
         query_start_S1=starts.int(),
         context_len_S=lengths.int(),
-        block_table_SM=table.int().view(message.arguments[4], -1),
+        block_table_SM=table,
         max_query_len=message.arguments[2],
         max_context_len=message.arguments[3],
         max_position=int(positions.max()),
         state_slots_S=states if states.numel() else None,
         kept_slots_S=kept if kept.numel() else None,
+        groups=tuple(map(GroupPages, more_slots, more_tables)),
     )
+
+
+def _slots(batch: AttentionBatch) -> torch.Tensor:
+    """Of all groups of layers, one behind the other."""
+    return torch.cat([batch.slots_T, *(pages.slots_T for pages in batch.groups)])
 
 
 def exit_message(cache: int, after_layers: int, batch: AttentionBatch) -> Message:
     """Rows exit; where each is written is read of the batch, with the states of its sequence."""
     states_R = batch.state_slots_T
-    blocks = batch.positions_T.cpu(), batch.slots_T.cpu(), torch.empty(0) if states_R is None else states_R.cpu()
-    arguments = (after_layers, batch.num_positions - 1)
+    blocks = batch.positions_T.cpu(), _slots(batch).cpu(), torch.empty(0) if states_R is None else states_R.cpu()
+    arguments = (after_layers, batch.num_positions - 1, 1 + len(batch.groups))
     return Message(operation=Operation.PROPAGATE, cache=cache, arguments=arguments, blocks=blocks)
 
 
 def read_exited(message: Message) -> AttentionBatch:
     """The rows of :func:`exit_message`: a batch for writing to the cache only, on the host."""
-    positions_R, slots_R, states_R = message.blocks[:3]
-    return rows_to_write(positions_R, slots_R, message.arguments[1], states_R if states_R.numel() else None)
+    positions_R, slots, states_R = message.blocks[:3]
+    slots_R, *more_slots = slots.view(message.arguments[2], -1)
+    states = states_R if states_R.numel() else None
+    return rows_to_write(positions_R, slots_R, message.arguments[1], states, more_slots)
 
 
 def rows_to_write(
-    positions_R: torch.Tensor, slots_R: torch.Tensor, max_position: int, states_R: torch.Tensor | None = None
+    positions_R: torch.Tensor,
+    slots_R: torch.Tensor,
+    max_position: int,
+    states_R: torch.Tensor | None = None,
+    group_slots: Sequence[torch.Tensor] = (),
 ) -> AttentionBatch:
     """A batch for writing to the cache only.
 
     Arguments:
         states_R: where each row's sequence has its recurrent states, if it has any; rows of a sequence are neighbours.
+        group_slots: of the rows in groups of layers behind the first.
     """
     empty = torch.empty(0, dtype=torch.int32)
     batch = AttentionBatch(
@@ -164,6 +186,7 @@ def rows_to_write(
         max_query_len=1,
         max_context_len=0,
         max_position=max_position,
+        groups=tuple(GroupPages(slots, empty) for slots in group_slots),
     )
     if states_R is None:
         return batch

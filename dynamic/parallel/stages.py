@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise
 import torch
 
 from ...kernels.api.stack import SharedGroup, Stack
-from ...kernels.api.types import AttentionBatch, ExpertBudget, ExpertWeights
+from ...kernels.api.types import AttentionBatch, ExpertBudget, ExpertWeights, GroupPages
 from ..model.attention.kind import AttentionWeights
 from ..model.blocks import Attention, FeedForward, FeedForwards
 from ..model.decoder import Decoder
@@ -163,6 +163,7 @@ def _part(
         max_position=batch.max_position,
         state_slots_S=None if batch.state_slots_S is None else batch.state_slots_S[first:stop],
         kept_slots_S=None if batch.kept_slots_S is None else batch.kept_slots_S[first:stop],
+        groups=tuple(GroupPages(slots[rows], table[first:stop].contiguous()) for slots, table in batch.groups),
     )
 
 

@@ -12,9 +12,9 @@ Shape suffixes used in this package:
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -180,11 +180,13 @@ class KVLayer:
     Arguments:
         keys_BGPC, values_BGPC: with int8 codes C + 2 bytes per token and head. One tensor where values are keys.
         scales_behind_page: whether the scales of a page lie behind its codes, not each behind its own.
+        group: number of the layers that have pages with the same numbers, see :class:`AttentionBatch`.
     """
 
     keys_BGPC: torch.Tensor
     values_BGPC: torch.Tensor
     scales_behind_page: bool = False
+    group: int = 0
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -223,6 +225,13 @@ class KVLayers(list[KVLayer]):
     native: Any = None
 
 
+class GroupPages(NamedTuple):
+    """What of an :class:`AttentionBatch` is another in some layers."""
+
+    slots_T: torch.Tensor
+    block_table_SM: torch.Tensor
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttentionBatch:
     """Where the rows of a step live. All tensors are on the model's device.
@@ -234,6 +243,10 @@ class AttentionBatch:
     tokens of its sequence that are still in the cache, and says where it lies and what sees it: entry ``i`` is in page
     ``block_table_SM[s, i // P]``, and the last row of ``s`` has index ``context_len_S[s] - 1``, the row before it one
     less. A row sees the indices up to its own. Both are equal unless a cache policy has evicted earlier tokens.
+
+    Layers that see a window only may have pages of their own, and none of what lies behind it: ``groups`` has those of
+    the groups 1, 2 …, ``slots_T`` and ``block_table_SM`` are those of group 0. Where it is empty, all layers have the
+    same pages.
     """
 
     positions_T: torch.Tensor  # int64, position of each row in its text, for rotation only
@@ -248,6 +261,15 @@ class AttentionBatch:
     # rows, -1: nowhere. Sequences that follow each other may be parts of one, in one slot.
     state_slots_S: torch.Tensor | None = None
     kept_slots_S: torch.Tensor | None = None
+    groups: tuple[GroupPages, ...] = ()
+
+    def of_group(self, group: int) -> AttentionBatch:
+        """The same rows with the pages of a group of layers, see :attr:`KVLayer.group`."""
+        return self._of_groups[group - 1] if group and self.groups else self
+
+    @cached_property
+    def _of_groups(self) -> list[AttentionBatch]:
+        return [replace(self, **pages._asdict(), groups=()) for pages in self.groups]
 
     @property
     def num_positions(self) -> int:

@@ -128,7 +128,7 @@ class CpuStack:
             pairs = [layer.keys_BGPC for layer in kv], [layer.values_BGPC for layer in kv]
             channels = [_channels(block, layer) for block, layer in zip(self._mixers, kv, strict=True)]
             states = [list(layer.states) if isinstance(layer, StateLayer) else [] for layer in kv]
-            native = torch.classes.dynamoe_cpu.Cache(*pairs, channels, states)
+            native = torch.classes.dynamoe_cpu.Cache(*pairs, channels, states, [layer.group for layer in kv])
             if isinstance(kv, KVLayers):
                 kv.native = native
         return native
@@ -148,7 +148,11 @@ def _limits(budget: ExpertBudget | None) -> tuple[torch.Tensor | None, ...]:
 
 
 def _places(batch: AttentionBatch) -> tuple[torch.Tensor, ...]:
-    return (batch.positions_T, batch.slots_T, batch.query_start_S1, batch.context_len_S, batch.block_table_SM)
+    slots, tables = batch.slots_T, batch.block_table_SM
+    if batch.groups:
+        slots = torch.stack((slots, *(pages.slots_T for pages in batch.groups)))
+        tables = torch.stack((tables, *(pages.block_table_SM for pages in batch.groups)))
+    return batch.positions_T, slots, batch.query_start_S1, batch.context_len_S, tables
 
 
 def _native(block: StackBlock) -> Any:

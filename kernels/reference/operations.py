@@ -107,6 +107,9 @@ def paged_attention(
             read_pages(stored, pages, layer).float().transpose(0, 1).flatten(1, 2)[:, :length]
             for stored in (layer.keys_BGPC, layer.values_BGPC)
         )
+        if window is not None:  # pages behind it may be anybody's
+            behind = max(0, length - (starts[s + 1] - starts[s]) - window + 1)
+            k_GLC[:, :behind] = v_GLC[:, :behind] = 0.0
         k_HLC, v_HLC = k_GLC.repeat_interleave(groups, 0), v_GLC.repeat_interleave(groups, 0)
         scores_HTL = torch.einsum("thc,hlc->htl", q_THC[rows].float(), k_HLC) * scale
         scores_HTL = scores_HTL if softcap is None else softcap * (scores_HTL / softcap).tanh()

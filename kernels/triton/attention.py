@@ -82,7 +82,8 @@ def attention_kernel(
     end = tl.minimum(tl.load(context_len_ptr + sequence), tl.max(index_M, axis=0) + 1)
     begin = 0
     if WINDOW:
-        begin = tl.maximum(0, tl.min(tl.where(ok_M, index_M, 2147483647), axis=0) - window + 1) // BLOCK_L * BLOCK_L
+        first = tl.maximum(0, tl.min(tl.where(ok_M, index_M, 2147483647), axis=0) - window + 1)
+        begin = first // BLOCK_L * BLOCK_L
     if SPLITS > 1:
         per_split = tl.cdiv(tl.cdiv(end - begin, BLOCK_L), SPLITS) * BLOCK_L
         begin += tl.program_id(2) * per_split
@@ -94,6 +95,8 @@ def attention_kernel(
     for l0 in tl.range(begin, end, BLOCK_L):
         l_L = l0 + tl.arange(0, BLOCK_L)
         ok_L = l_L < end
+        if WINDOW:  # pages behind it may be anybody's
+            ok_L = ok_L & (l_L >= first)
         page_L = tl.load(block_table_ptr + sequence * table_stride + l_L // PAGE, mask=ok_L, other=0).to(tl.int64)
         inside_L = l_L % PAGE
         at_L1 = (page_L * stride_b + group * stride_g + inside_L * stride_p)[:, None]

@@ -243,6 +243,13 @@ struct Budget {
   const int64_t* numbers;  // the row of the step that each row is, or null: they are the same
 };
 
+// What of Places is another in a group of layers that has pages of its own.
+struct Pages {
+  const int64_t* slots;
+  const int32_t* block_table;
+  int64_t block_table_stride;
+};
+
 // Where rows live, as AttentionCall wants it, and what they may use.
 struct Places {
   int64_t rows;
@@ -251,6 +258,17 @@ struct Places {
   int64_t block_table_stride, sequences;
   Budget budget;
   const StateRuns* runs = nullptr;  // of layers that keep states
+  std::vector<Pages> more = {};  // of groups of layers behind the first; none: all have the same pages
+
+  // With the pages of a group; it needs `more` itself no longer.
+  Places of_group(const Pages& pages) const {
+    Places own = *this;
+    own.slots = pages.slots;
+    own.block_table = pages.block_table;
+    own.block_table_stride = pages.block_table_stride;
+    own.more.clear();
+    return own;
+  }
 };
 
 // What a layer keeps of sequences, by slot: its memory, which a convolution alone has not, and tails of convolutions.
@@ -262,6 +280,7 @@ struct States {
 struct Caches {
   std::vector<Cache> keys, values;
   std::vector<States> states;
+  std::vector<int64_t> groups;  // by layer: of those whose pages have the same numbers
   int64_t page_size;
   std::vector<const float*> tables;
 };

@@ -7,7 +7,7 @@
 
 namespace dynamoe_cpu {
 
-Chunks::Chunks(const Places& whole, int64_t size, int64_t page_size) : size(size), places(whole) {
+Chunks::Chunks(const Places& whole, int64_t size, int64_t page_size) : whole(&whole), size(size), places(whole) {
   struct Chunk {
     int64_t sequence, first_page;
   };
@@ -166,7 +166,7 @@ struct Heads {
                   block.heads, block.kv_heads, block.channels};
     rope.cos_sin = block.norm_after_rotation ? run.work.upright : caches.tables[block.table];
     rope.positions = block.norm_after_rotation ? run.work.origin : run.places.positions;
-    rope.slots = run.places.slots;
+    rope.slots = run.of(layer).slots;
     rope.keys = caches.keys[layer];
     rope.values = caches.values[layer];
     rope.page_size = caches.page_size;
@@ -227,7 +227,7 @@ void attend(Run& run, const AttentionBlock& block, int64_t layer) {
   if (block.value_norm) heads.norm_values();
   if (block.growth) heads.grow();
   heads.write(layer);
-  const Places& places = block.chunk ? run.chunks(block.chunk) : run.places;
+  const Places& places = block.chunk ? run.chunks(run.of(layer), block.chunk) : run.of(layer);
   AttentionCall call{run.rows_of(work.q, block.q_width()), block.heads, block.kv_heads, block.channels,
                      run.caches.keys[layer], run.caches.values[layer], run.caches.page_size};
   call.query_start = places.query_start;

@@ -11,6 +11,10 @@ namespace dynamoe_cpu {
 
 namespace {
 
+Pages pages_of(const Places& places, size_t group) {
+  return group ? places.more[group - 1] : Pages{places.slots, places.block_table, places.block_table_stride};
+}
+
 // The rows that are still on their way, and where they live.
 class Live {
  public:
@@ -27,23 +31,21 @@ class Live {
   // Keeps the first `continuing` rows of an order that rises; a sequence of several rows continues as a whole.
   void keep(const int64_t* order, int64_t continuing) {
     positions_.swap(old_positions_);
-    slots_.swap(old_slots_);
     query_start_.swap(old_query_start_);
     context_len_.swap(old_context_len_);
-    tables_.swap(old_tables_);
+    pages_.swap(old_pages_);
     positions_.clear();
-    slots_.clear();
     query_start_.assign(1, 0);
     context_len_.clear();
-    tables_.clear();
-    const int64_t width = places_.block_table_stride;
+    pages_.assign(1 + places_.more.size(), {});
     int64_t sequence = 0;
     for (int64_t row = 0; row < continuing; ++row) {
       const int64_t from = order[row];
       std::copy_n(x_ + from * hidden_, hidden_, x_ + row * hidden_);
       numbers_[row] = numbers_[from];
       positions_.push_back(places_.positions[from]);
-      slots_.push_back(places_.slots[from]);
+      for (size_t group = 0; group < pages_.size(); ++group)
+        pages_[group].slots.push_back(pages_of(places_, group).slots[from]);
       while (places_.query_start[sequence + 1] <= from) ++sequence;
       if (row > 0 && places_.query_start[sequence] <= order[row - 1]) {
         ++query_start_.back();
@@ -51,19 +53,33 @@ class Live {
       }
       query_start_.push_back(static_cast<int32_t>(row + 1));
       context_len_.push_back(places_.context_len[sequence]);
-      const int32_t* table = places_.block_table + sequence * width;
-      tables_.insert(tables_.end(), table, table + width);
+      for (size_t group = 0; group < pages_.size(); ++group) {
+        const Pages whole = pages_of(places_, group);
+        const int32_t* table = whole.block_table + sequence * whole.block_table_stride;
+        pages_[group].tables.insert(pages_[group].tables.end(), table, table + whole.block_table_stride);
+      }
     }
-    places_ = {continuing, positions_.data(), slots_.data(), query_start_.data(), context_len_.data(), tables_.data(),
-               width, static_cast<int64_t>(context_len_.size()), places_.budget};
+    std::vector<Pages> more = std::move(places_.more);
+    places_ = {continuing, positions_.data(), pages_[0].slots.data(), query_start_.data(), context_len_.data(),
+               pages_[0].tables.data(), places_.block_table_stride, static_cast<int64_t>(context_len_.size()),
+               places_.budget};
+    for (size_t group = 1; group < pages_.size(); ++group)
+      more[group - 1] = {pages_[group].slots.data(), pages_[group].tables.data(), more[group - 1].block_table_stride};
+    places_.more = std::move(more);
   }
 
  private:
+  struct OwnPages {  // of one group of layers
+    std::vector<int64_t> slots;
+    std::vector<int32_t> tables;
+  };
+
   int64_t hidden_;
   float* x_;
   Places places_;
-  std::vector<int64_t> numbers_, positions_, slots_, old_positions_, old_slots_;
-  std::vector<int32_t> query_start_, context_len_, tables_, old_query_start_, old_context_len_, old_tables_;
+  std::vector<int64_t> numbers_, positions_, old_positions_;
+  std::vector<int32_t> query_start_, context_len_, old_query_start_, old_context_len_;
+  std::vector<OwnPages> pages_, old_pages_;
 };
 
 // Rows that exit: what they hand to the LM head, and the keys and values of the layers behind.
@@ -94,11 +110,12 @@ class Exiting {
     Arena arena(scratch(Buffer::leaving).get<char>(sizes.used()));
     parts(arena);
     positions_.clear();
-    slots_.clear();
+    slots_.assign(1 + live.places().more.size(), {});
     for (int64_t row = 0; row < count; ++row) {
       std::copy_n(live.x() + order[row] * hidden, hidden, x_ + row * hidden);
       positions_.push_back(live.places().positions[order[row]]);
-      slots_.push_back(live.places().slots[order[row]]);
+      for (size_t group = 0; group < slots_.size(); ++group)
+        slots_[group].push_back(pages_of(live.places(), group).slots[order[row]]);
       call_.depths[live.number(order[row])] = exit.after_layers;
     }
     write_keys_and_values(exit, count, scratch_elements * bytes);
@@ -114,7 +131,7 @@ class Exiting {
       call.rows = count;
       call.cos_sin = caches_.tables[stack_.layers[layer].find<AttentionBlock>()->table];
       call.positions = positions_.data();
-      call.slots = slots_.data();
+      call.slots = slots_[slots_.size() > 1 ? caches_.groups[layer] : 0].data();
       call.keys = caches_.keys[layer];
       call.values = caches_.values[layer];
       call.page_size = caches_.page_size;
@@ -141,7 +158,8 @@ class Exiting {
   const Caches& caches_;
   float *out_ = nullptr, *x_ = nullptr;
   char *narrow_ = nullptr, *inner_ = nullptr, *scratch_ = nullptr;
-  std::vector<int64_t> positions_, slots_;
+  std::vector<int64_t> positions_;
+  std::vector<std::vector<int64_t>> slots_;  // by group of layers
 };
 
 }  // namespace

@@ -19,7 +19,7 @@ void project_heads(const Context& context, Dtype dtype, const LatentBlock& block
 void attend(Run& run, const LatentBlock& block, int64_t layer) {
   const Context& context = run.context;
   const Shape& shape = run.shape;
-  const Places& places = run.places;
+  const Places& places = run.of(layer);
   const Caches& caches = run.caches;
   const float* table = caches.tables[block.table];
   const Rows x = run.rows_of(run.work.read, shape.hidden);

@@ -1,6 +1,7 @@
 // A model's layers and exits as a torch class: tensors are checked here, and only here.
 #include <torch/custom_class.h>
 
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -16,19 +17,24 @@ namespace {
 
 using Tensors = std::vector<Tensor>;
 
+constexpr int64_t kMostGroups = 1024;
+
 // The caches of all layers, checked once. `channels` are those of each layer's heads; `states` of a layer that keeps these
-// instead of keys and values.
+// instead of keys and values; `groups` the numbers of the layers whose pages have the same numbers, empty where all have.
 class CacheHolder : public torch::CustomClassHolder {
  public:
-  CacheHolder(Tensors keys, Tensors values, std::vector<int64_t> channels, std::vector<Tensors> states)
+  CacheHolder(Tensors keys, Tensors values, std::vector<int64_t> channels, std::vector<Tensors> states,
+              std::vector<int64_t> groups)
       : keys_(std::move(keys)), values_(std::move(values)), channels_(std::move(channels)), states_(std::move(states)) {
     const size_t layers = keys_.size();
     TORCH_CHECK_VALUE(layers && values_.size() == layers && channels_.size() == layers && states_.size() == layers,
                       "there must be keys and values, or states, of every layer");
+    caches_.groups = groups.empty() ? std::vector<int64_t>(layers) : std::move(groups);
+    TORCH_CHECK_VALUE(caches_.groups.size() == layers, "there must be a group for each of ", layers, " layers");
     while (first_ < layers && !states_[first_].empty()) ++first_;
-    if (has_keys()) {
-      check_caches(first(), values_[first_]);
-      caches_.page_size = first().size(2);
+    if (first_ < layers) {
+      check_caches(keys_[first_], values_[first_]);
+      caches_.page_size = keys_[first_].size(2);
     }
     for (size_t layer = 0; layer < layers; ++layer) {
       const Tensors& kept = states_[layer];
@@ -42,17 +48,23 @@ class CacheHolder : public torch::CustomClassHolder {
       caches_.keys.push_back(cache_of(keys_[layer], channels_[layer], "keys"));
       caches_.values.push_back(cache_of(values_[layer], channels_[layer], "values"));
       check_caches(keys_[layer], values_[layer]);
-      TORCH_CHECK_VALUE(keys_[layer].size(0) == first().size(0) && keys_[layer].size(2) == first().size(2) &&
-                            keys_[layer].scalar_type() == first().scalar_type(),
+      const int64_t group = caches_.groups[layer];
+      TORCH_CHECK_VALUE(0 <= group && group < kMostGroups, "there is no group ", group);
+      if (first_of_.size() <= static_cast<size_t>(group)) first_of_.resize(group + 1);
+      if (!first_of_[group]) first_of_[group] = layer;
+      TORCH_CHECK_VALUE(keys_[layer].size(0) == first(group).size(0) && keys_[layer].size(2) == caches_.page_size &&
+                            keys_[layer].scalar_type() == keys_[first_].scalar_type(),
                         "a cache of shape ", keys_[layer].sizes(), " has other pages than that of the first layer, ",
-                        first().sizes());
+                        first(group).sizes());
     }
   }
 
   size_t layers() const { return keys_.size(); }
-  bool has_keys() const { return first_ < keys_.size(); }
-  const Tensor& first() const { return keys_[first_]; }  // of the layers that have keys
   int64_t num_states() const { return num_states_; }
+  // Groups of layers, of which some may have none here, and the cache of a group's first layer.
+  size_t groups() const { return first_of_.size(); }
+  bool has(size_t group) const { return first_of_[group].has_value(); }
+  const Tensor& first(size_t group) const { return keys_[*first_of_[group]]; }
   void check(size_t layer, const AttentionBlock& attention) const {
     check_keys(layer);
     TORCH_CHECK_VALUE(keys_[layer].size(1) == attention.kv_heads && channels_[layer] == attention.channels,
@@ -102,8 +114,9 @@ class CacheHolder : public torch::CustomClassHolder {
   Tensors keys_, values_;
   std::vector<int64_t> channels_;
   std::vector<Tensors> states_;
-  size_t first_ = 0;
+  size_t first_ = 0;  // of the layers that have keys
   int64_t num_states_ = 0;
+  std::vector<std::optional<size_t>> first_of_;
   Caches caches_;
 };
 
@@ -216,10 +229,7 @@ class StackHolder : public torch::CustomClassHolder {
                       " … ", last, " are not those of a model of ", stack_.layers.size());
     x = stream(x);
     const Caches& caches = caches_of(*cache, tables);
-    Places places{};
-    places.rows = x.size(0);
-    if (cache->has_keys())
-      places = places_of(x.size(0), cache->first(), tables[0], positions, slots, query_start, context_len, block_table);
+    Places places = places_of(x.size(0), *cache, tables[0], positions, slots, query_start, context_len, block_table);
     places.budget = budget_of(x.size(0), keep, cap, skipped);
     StateRuns runs{};
     if (stack_.most.states) {
@@ -248,7 +258,7 @@ class StackHolder : public torch::CustomClassHolder {
     TORCH_CHECK_VALUE(counts.numel() == rows + 3 * exits + 1, "counts must have ", rows + 3 * exits + 1, " entries");
     Tensor out = x;
     ExitsCall call{static_cast<float*>(x.data_ptr()),
-                   places_of(rows, cache->first(), tables[0], positions, slots, query_start, context_len, block_table)};
+                   places_of(rows, *cache, tables[0], positions, slots, query_start, context_len, block_table)};
     call.places.budget = budget_of(rows, keep, cap, skipped);
     call.thresholds = contiguous_data<float>(thresholds, at::kFloat, "thresholds");
     call.out = [&] {
@@ -310,15 +320,33 @@ class StackHolder : public torch::CustomClassHolder {
             const_cast<int64_t*>(contiguous_data<int64_t>(*skipped, at::kLong, "skipped")), layers};
   }
 
-  Places places_of(int64_t rows, const Tensor& keys, const Tensor& cos_sin, const Tensor& positions,
+  // `slots` and `block_table` may have a dimension of groups in front.
+  Places places_of(int64_t rows, const CacheHolder& cache, const Tensor& cos_sin, const Tensor& positions,
                    const Tensor& slots, const Tensor& query_start, const Tensor& context_len,
                    const Tensor& block_table) const {
-    const RowPlaces own = row_places(rows, positions, slots, cos_sin, keys);
+    const bool grouped = block_table.dim() == 3;
     TORCH_CHECK_VALUE(block_table.is_contiguous(), "block_table must be contiguous");
-    const SequencePlaces of =
-        sequence_places(rows, query_start, context_len, block_table, keys, stack_.widest_window());
-    return {rows, own.positions, own.slots, of.query_start, of.context_len, of.block_table, block_table.size(1),
-            of.sequences, {}};
+    TORCH_CHECK_VALUE(!grouped || (slots.dim() == 2 && slots.size(0) == block_table.size(0) &&
+                                   static_cast<int64_t>(cache.groups()) <= slots.size(0)),
+                      "slots and block_table must be those of ", cache.groups(), " groups, not of shapes ", slots.sizes(),
+                      " and ", block_table.sizes());
+    Places places{};
+    places.rows = rows;
+    for (size_t group = 0; group < cache.groups(); ++group) {
+      if (!cache.has(group)) continue;
+      const Tensor own_slots = grouped ? slots[group] : slots, table = grouped ? block_table[group] : block_table;
+      const RowPlaces own = row_places(rows, positions, own_slots, cos_sin, cache.first(group));
+      const SequencePlaces of = sequence_places(rows, query_start, context_len, table, cache.first(group),
+                                                group ? 0 : stack_.widest_window());
+      const Pages pages{own.slots, of.block_table, table.size(1)};
+      if (!places.positions) {
+        places = {rows, own.positions, own.slots, of.query_start, of.context_len, of.block_table, table.size(1),
+                  of.sequences, {}};
+        if (grouped) places.more.assign(slots.size(0) - 1, pages);
+      }
+      if (grouped && group) places.more[group - 1] = pages;
+    }
+    return places;
   }
 
   int64_t isa_;
@@ -340,7 +368,10 @@ TORCH_LIBRARY_FRAGMENT(dynamoe_cpu, m) {
   m.class_<NamedBlock>("Block")
       .def(torch::init<std::string, c10::Dict<std::string, Tensor>, c10::Dict<std::string, int64_t>,
                        c10::Dict<std::string, double>, c10::Dict<std::string, c10::List<int64_t>>>());
-  m.class_<CacheHolder>("Cache").def(torch::init<Tensors, Tensors, std::vector<int64_t>, std::vector<Tensors>>());
+  m.class_<CacheHolder>("Cache").def(
+      torch::init<Tensors, Tensors, std::vector<int64_t>, std::vector<Tensors>, std::vector<int64_t>>(), "",
+      {torch::arg("keys"), torch::arg("values"), torch::arg("channels"), torch::arg("states"),
+       torch::arg("groups") = std::vector<int64_t>{}});
   m.class_<StackHolder>("Stack")
       .def(torch::init<int64_t, at::ScalarType, int64_t, double, double>())
       .def("add_layer", &StackHolder::add_layer)

@@ -24,6 +24,7 @@ struct Work {
 
 // Chunks of sequences as sequences of their own.
 struct Chunks {
+  const Places* whole;
   int64_t size;
   std::vector<int32_t> query_start, context_len, tables;
   Places places;
@@ -35,7 +36,9 @@ struct Chunks {
 class Run {
  public:
   Run(const Context& context, const Stack& stack, const Places& places, const Caches& caches, const Work& work, float* x)
-      : context(context), stack(stack), shape(stack.shape), places(places), caches(caches), work(work), x(x) {}
+      : context(context), stack(stack), shape(stack.shape), places(places), caches(caches), work(work), x(x) {
+    for (const Pages& pages : places.more) groups_.push_back(places.of_group(pages));
+  }
 
   const Context& context;
   const Stack& stack;
@@ -48,13 +51,19 @@ class Run {
   int64_t rows() const { return places.rows; }
   int64_t bytes() const { return element_bytes(shape.dtype); }
   Rows rows_of(const void* data, int64_t width) const { return {data, width, shape.dtype}; }
-  const Places& chunks(int64_t size) {
+  // Where rows live in a layer.
+  const Places& of(int64_t layer) const {
+    const int64_t group = caches.groups[layer];
+    return group && !groups_.empty() ? groups_[group - 1] : places;
+  }
+  const Places& chunks(const Places& whole, int64_t size) {
     for (const Chunks& made : chunks_)
-      if (made.size == size) return made.places;
-    return chunks_.emplace_back(places, size, caches.page_size).places;
+      if (made.whole == &whole && made.size == size) return made.places;
+    return chunks_.emplace_back(whole, size, caches.page_size).places;
   }
 
  private:
+  std::vector<Places> groups_;  // behind the first
   std::deque<Chunks> chunks_;  // which stay where they are
 };
 
