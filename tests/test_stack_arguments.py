@@ -239,8 +239,8 @@ def test_groups_of_layers_have_pages_of_their_own_which_are_checked() -> None:
         ([0, 5000], "group 5000"),
     ):
         with pytest.raises((ValueError, RuntimeError), match=message):
-            torch.classes.dynamoe_cpu.Cache(*pairs, [CHANNELS] * 2, groups)
-    held = torch.classes.dynamoe_cpu.Cache(*pairs, [CHANNELS] * 2, [0, 1])
+            torch.classes.dynamoe_cpu.Cache(*pairs, [CHANNELS] * 2, [[]] * 2, groups)
+    held = torch.classes.dynamoe_cpu.Cache(*pairs, [CHANNELS] * 2, [[]] * 2, [0, 1])
     names = ("cos_sin", "positions", "slots", "query_start", "context_len", "block_table")
     table, *where = (paged()[name] for name in names)
     positions, slots, query_start, context_len, block_table = where
