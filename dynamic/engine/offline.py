@@ -191,7 +191,7 @@ class _Prompt:
     extras: dict[str, Any] = field(default_factory=dict)
 
 
-def _as_list(prompts: Any) -> list[Prompt]:
+def _as_list(prompts: Any) -> list[Any]:
     prompts = _listed(prompts)
     is_one = isinstance(prompts, str | bytes | bytearray | Mapping) or isinstance(next(iter(prompts), None), Real)
     return [prompts] if is_one else list(prompts)

@@ -54,12 +54,7 @@ def check_ranges(
         for number in numbers:
             is_typed = isinstance(number, kind) and not isinstance(number, bool)
             inside = (number is None and "None" in annotation) or (
-                is_typed
-                and number == number
-                and (least is None or number >= least)
-                and (above is None or number > above)
-                and (most is None or number <= most)
-                and (below is None or number < below)
+                is_typed and _inside(number, least, above, most, below)
             )
             if not inside:
                 words = "" if is_typed else "a whole number" if kind is Integral else "a number"
@@ -77,6 +72,16 @@ def check_flags(config: Any, where: str = "") -> None:
         value = getattr(config, item.name)
         if str(item.type) == "bool" and not isinstance(value, bool):
             raise ValueError(f"{where}{item.name} must be true or false, not {value!r}")
+
+
+def _inside(number: Any, least: float | None, above: float | None, most: float | None, below: float | None) -> bool:
+    return (
+        number == number
+        and (least is None or number >= least)
+        and (above is None or number > above)
+        and (most is None or number <= most)
+        and (below is None or number < below)
+    )
 
 
 def _words(least: float | None, above: float | None, most: float | None, below: float | None) -> str:
