@@ -385,9 +385,12 @@ def test_quantised_gguf_files_run_on_their_codes(tmp_path: Path) -> None:
     assert error(*(PagedSequences(decoder, 1).run(random_prompts([40])) for decoder in decoders)) < TOLERANCE
 
 
-def test_triton_leaves_wide_entries_to_torch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    sizes = {"kv_lora_rank": 256, "qk_rope_head_dim": 16, "num_hidden_layers": 1, "first_k_dense_replace": 0}
+@pytest.mark.parametrize(("latent", "rotated", "left"), [(256, 16, False), (40, 80, True), (520, 8, True)])
+def test_triton_leaves_wide_entries_to_torch(
+    latent: int, rotated: int, left: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = {"kv_lora_rank": latent, "qk_rope_head_dim": rotated, "num_hidden_layers": 1, "first_k_dense_replace": 0}
     directory = variant("deepseek_v3", **sizes).save(tmp_path)
     decoders = [load_decoder(directory, dtype="bfloat16", backend=name) for name in ("triton", "torch")]
     assert error(*(PagedSequences(decoder, 1).run(random_prompts([9])) for decoder in decoders)) < 0.1
-    assert "no kernel for attention over heads of 272 channels" in caplog.text
+    assert (f"no kernel for attention over heads of {latent + rotated} channels" in caplog.text) == left

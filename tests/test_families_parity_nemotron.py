@@ -216,8 +216,10 @@ def test_what_experts_of_latents_add_is_not_measured(saved: Saved) -> None:
 
 
 @pytest.mark.slow
-def test_on_triton(saved: Saved) -> None:
-    check_logits(*saved(VARIANTS[0]), backend="triton", tolerance=1e-3)
+@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[1], VARIANTS[3]], ids=str)
+def test_on_triton(saved: Saved, variant: Variant, caplog: pytest.LogCaptureFixture) -> None:
+    check_logits(*saved(variant), backend="triton", tolerance=1e-3)
+    assert "no kernel for attention" not in caplog.text
 
 
 def test_work_is_counted_by_what_layers_have(saved: Saved) -> None:

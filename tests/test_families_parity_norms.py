@@ -19,7 +19,7 @@ from dynamoe.dynamic.model.norms import run_norm
 from dynamoe.dynamic.model.prompt_pass import fresh_cache
 from dynamoe.dynamic.train.exit_states import served_backbone
 from dynamoe.kernels.torch.backend import TorchBackend
-from family_parity import Variant, check_variant
+from family_parity import Variant, check_logits, check_variant
 from test_decoder import PagedSequences, error, random_prompts
 
 MOE = {"num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 40}
@@ -147,6 +147,18 @@ def test_a_family_equals_transformers(variant: Variant, tmp_path: Path, referenc
 
 def of_family(family: str) -> Variant:
     return next(variant for variant in FIRST if variant.family == family)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma2", "gemma4_text"])
+def test_on_triton(family: str, tmp_path: Path, reference_model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Capped scores, and heads of 512 channels beside others."""
+    variant = of_family(family)
+    if family == "gemma4_text":
+        variant = replace(variant, config={**variant.config, "global_head_dim": 512})
+    directory = variant.save(tmp_path / "model")
+    check_logits(directory, reference_model(directory), backend="triton", tolerance=1e-3)
+    assert "no kernel for attention" not in caplog.text
 
 
 def changed_spec(**fields: Any) -> Callable[[Decoder], None]:

@@ -31,7 +31,9 @@ SIZES = {  # groups, heads, channels of a key and of a value
     "as in Qwen3-Next": (1, 2, 128, 128),
 }
 FORMS = ("delta", "plain", "delta, by channel", "plain, by channel", "scan")
-forms = pytest.mark.parametrize("form", FORMS)
+forms = pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=[pytest.mark.slow] if form == "plain, by channel" else []) for form in FORMS]
+)
 
 
 @pytest.fixture(params=["torch", "triton", *cpu_build.isas()])
