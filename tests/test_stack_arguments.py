@@ -248,7 +248,7 @@ def test_groups_of_layers_have_pages_of_their_own_which_are_checked() -> None:
 
     def run(slots: torch.Tensor, block_table: torch.Tensor) -> torch.Tensor:
         rows = positions, slots, query_start, context_len, block_table
-        return stack().run(torch.randn(ROWS, HIDDEN), 0, 2, held, [table], *rows, None, None, None, None)
+        return stack().run(torch.randn(ROWS, HIDDEN), 0, 2, held, [table], *rows, None, None, None, None, None, None)
 
     both = torch.stack((slots, own_slots)), torch.stack((block_table, own_table))
     assert run(*both).isfinite().all()

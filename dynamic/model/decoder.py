@@ -27,7 +27,6 @@ from ...kernels.api.types import (
     LinearWeights,
     Routing,
 )
-from ...kernels.reference.elementwise import sigmoid
 from ...kernels.torch.backend import TorchBackend
 from .attention.kind import AttentionContext
 from .blocks import Add, Attention, FeedForwards, Norm, OutNorm, Read, Scale
@@ -38,7 +37,7 @@ from .kv_cache import Copies, allocate_layers, copy_pages, copy_states
 from .layer_weights import LayerWeights, MtpWeights
 from .norms import NORM_KINDS, run_norm
 from .rope import rope_table
-from .routing import read_by_experts, router_logits, with_always_on
+from .routing import read_by_experts, router_logits, shared_experts, with_always_on
 from .spec import ModelSpec
 from .stack import make_stack
 
@@ -381,14 +380,7 @@ class Decoder:
         return out_TD if shared_TD is None else out_TD + shared_TD
 
     def _shared(self, number: int, x_TD: torch.Tensor) -> torch.Tensor | None:
-        weights, moe = self.layers[number], self.spec.layers[number].moe
-        if weights.shared is None or moe is None:
-            return None
-        shared_TD = self.backend.all_experts(x_TD, weights.shared)
-        shared_TD = shared_TD if moe.shared_scale == 1.0 else shared_TD * moe.shared_scale
-        if weights.shared_gate is None:
-            return shared_TD
-        return shared_TD * sigmoid(self.backend.linear(x_TD, weights.shared_gate))
+        return shared_experts(self.backend, self.layers[number], self.spec.layers[number].moe, x_TD)
 
     def make_stack(self) -> Stack | None:
         """The layers and exits as the backend's stack; None where they run operation by operation."""

@@ -1,4 +1,4 @@
-"""What surrounds a routing rule: the logits in front of it, and experts that are chosen whatever it says.
+"""What surrounds a routing rule: the logits in front of it, and experts that rows use whatever it says.
 
 Shape suffixes as in ``kernels/api/types.py``.
 """
@@ -9,8 +9,10 @@ import torch
 
 from ...kernels.api.router_spec import RouterSpec
 from ...kernels.api.types import Routing
+from ...kernels.reference.elementwise import sigmoid
 from ...kernels.torch.backend import TorchBackend
 from .layer_weights import LayerWeights
+from .moe_spec import MoESpec
 
 
 def router_logits(backend: TorchBackend, weights: LayerWeights, rule: RouterSpec, x_TD: torch.Tensor) -> torch.Tensor:
@@ -36,3 +38,16 @@ def with_always_on(routing: Routing, count: int) -> Routing:
 def read_by_experts(backend: TorchBackend, weights: LayerWeights, x_TD: torch.Tensor) -> torch.Tensor:
     """What a mixture's experts read: the rows, or latents of them."""
     return x_TD if weights.latent_in is None else backend.linear(x_TD, weights.latent_in)
+
+
+def shared_experts(
+    backend: TorchBackend, weights: LayerWeights, moe: MoESpec | None, x_TD: torch.Tensor
+) -> torch.Tensor | None:
+    """What the expert leaves that every row uses beside those that are chosen, with its factor and gate."""
+    if weights.shared is None or moe is None:
+        return None
+    shared_TD = backend.all_experts(x_TD, weights.shared)
+    shared_TD = shared_TD if moe.shared_scale == 1.0 else shared_TD * moe.shared_scale
+    if weights.shared_gate is None:
+        return shared_TD
+    return shared_TD * sigmoid(backend.linear(x_TD, weights.shared_gate))
