@@ -388,8 +388,7 @@ def deepseek2_metadata(config: dict[str, Any]) -> dict[str, Any]:
         "attention.indexer.key_length": config.get("index_head_dim"),
         "attention.indexer.top_k": config.get("index_topk"),
     }
-    if sigmoid:
-        own |= {"expert_group_count": config["n_group"], "expert_group_used_count": config["topk_group"]}
+    own |= {"expert_group_count": config["n_group"], "expert_group_used_count": config["topk_group"]}
     if rope["rope_type"] == "yarn":
         own["rope.scaling.yarn_log_multiplier"] = 0.1 * rope["mscale_all_dim"]
     return own

@@ -351,6 +351,7 @@ def one_tensor_for_keys_and_values(values: dict[str, Any], tensors: dict[str, to
 GGUF = {
     "v3": (variant("deepseek_v3", **DENSE_FIRST, rope_parameters={**YARN, "mscale": 0.9}), {}),
     "v3-older": (variant("deepseek_v3", **DENSE_FIRST), {"edit": one_tensor_for_keys_and_values}),
+    "v2": (replace(FAST["v2"], config={**FAST["v2"].config, "rope_parameters": {**YARN, "mscale": 0.9}}), {}),
     "v2-lite": (variant("deepseek_v2", **DENSE_FIRST, q_lora_rank=None, n_group=1, topk_group=1), {}),
     "v3.2": (FAST["v3.2"], {}),
     "glm-lite": (variant("glm4_moe_lite", n_group=1, topk_group=1), {}),

@@ -80,6 +80,13 @@ def only_legacy_keys(values: dict[str, Any], tensors: dict[str, torch.Tensor]) -
     tensors |= {f"blk.{layer}.attn_rot_embd.weight": torch.ones(8) for layer in range(3)}
 
 
+def fused(values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """Queries, keys and values in one tensor, as the converter's ``--fuse-qkv`` has them."""
+    for name in [name for name in tensors if ".attn_q." in name]:
+        parts = [tensors.pop(name.replace("_q.", f"_{part}.")) for part in "qkv"]
+        tensors[name.replace("_q.", "_qkv.")] = torch.cat(parts)
+
+
 def no_expert_width(values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     del values["qwen3moe.expert_feed_forward_length"]
 
@@ -104,6 +111,7 @@ FILES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama": ("llama", {}, {}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}, {}),
     "llama-biases": ("llama", {**BIASES, "mlp_bias": True}, {}),
+    "llama-biases-fused": ("llama", {**BIASES, "mlp_bias": True}, {"edit": fused}),
     "llama-wide-heads": ("llama", {"head_dim": 32}, {}),
     "llama-linear": ("llama", rope("linear", factor=3.0), {}),
     "llama-legacy": ("llama", rope("linear", factor=3.0), {"edit": only_legacy_keys}),
@@ -119,6 +127,7 @@ FILES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "granitemoe-biases": ("granitemoe", BIASES, {}),
     "qwen2": ("qwen2", {}, {}),
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}, {}),
+    "qwen2-fused": ("qwen2", {}, {"edit": fused}),
     "qwen2-yarn": ("qwen2", YARN, {}),
     "qwen2-windows": ("qwen2", {**WINDOWS, "max_window_layers": 1}, {"edit": sliding(False, True, True)}),
     "qwen2-windows-further-tokens": (

@@ -22,7 +22,7 @@ from .gguf_layer_types import LAYER_TYPES
 from .gguf_llama_like import LLAMA_LIKE
 from .gguf_metadata import Metadata
 from .gguf_norms import NORMS
-from .gguf_parts import Config, Part, Rule, less, shape_error
+from .gguf_parts import FUSED_QKV, Config, Part, Rule, less, shape_error
 from .gguf_rope import SKIPPED, rope_scaling
 from .gguf_settings import FULL, MOST_EXPERTS, SLIDING, Architecture, Tensors
 from .gguf_shared_experts import SHARED_EXPERTS
@@ -164,14 +164,15 @@ def _block_parts(
             name = getattr(one_each(family), _EXPERTS[part]).replace("{e}", expert)
             return [Part(name=name, shape=tensor.shape)]
         raise _unknown(tensor)
-    own = architecture.names.get(f"{part}.{kind}" if kind else part)
+    theirs = f"{part}.{kind}" if kind else part
+    own = architecture.names.get(theirs) or FUSED_QKV.get(theirs)
     if isinstance(own, Rule):
-        return own.make(tensor, config)
+        return [_paired(made, tensor, architecture, config) for made in own.make(tensor, config)]
     if own is None and kind in ("weight", "bias"):
         own = _own_names(family, kind).get(part)
     if own is not None:
         shape = (1, *tensor.shape) if part == "ffn_gate_inp_shexp" and len(tensor.shape) == 1 else tensor.shape
-        return [_paired(Part(name=own, shape=shape), part, tensor, architecture, config)]
+        return [_paired(Part(name=own, shape=shape), tensor, architecture, config)]
     stem = part.removesuffix("_exps")
     if kind == "scale" or (part != _GATES_AND_UPS and (stem not in _EXPERTS or stem == part)):
         raise _unknown(tensor)
@@ -200,18 +201,19 @@ def _expert_parts(tensor: GgufTensor, family: Family, kind: str, projections: tu
     return parts
 
 
-def _paired(part: Part, stem: str, tensor: GgufTensor, architecture: Architecture, config: Config) -> Part:
+def _paired(part: Part, tensor: GgufTensor, architecture: Architecture, config: Config) -> Part:
     """Rows of queries and keys in Hugging Face's order."""
-    keys = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
-    if stem not in keys or not architecture.rotary_pairs:
+    module = part.name.rpartition(".")[0]
+    keys = {"self_attn.q_proj": "num_attention_heads", "self_attn.k_proj": "num_key_value_heads"}
+    if module not in keys or not architecture.rotary_pairs:
         return part
-    heads, rows = config[keys[stem]], tensor.shape[0]
+    heads, rows = config[keys[module]], part.shape[0]
     if heads < 1 or rows % (2 * heads):
         raise CheckpointError(
             f"{tensor.file}: tensor {tensor.name!r} has shape {tensor.shape}, which {heads} heads do not share"
         )
     order = torch.arange(rows).view(heads, rows // heads // 2, 2).transpose(1, 2).flatten()
-    return replace(part, rows=order)
+    return replace(part, rows=order + (part.rows.start if isinstance(part.rows, slice) else 0))
 
 
 def _norm_part(part: Part, theirs: str, architecture: Architecture) -> Part:

@@ -49,11 +49,11 @@ def _deepseek2(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
     normalised = meta.flag(".expert_weights_norm", False)
     family: dict[str, Any] = {"model_type": "deepseek_v3", "norm_topk_prob": normalised}
     if rule == SOFTMAX:
-        family = {"model_type": "deepseek_v2"}
+        # A group counts as much as its best expert, which files do not say: llama.cpp takes the best two, as in V3.
+        method = "group_limited_greedy" if groups["n_group"] > 1 else "greedy"
+        family = {"model_type": "deepseek_v2", "topk_method": method}
         if normalised:
             raise meta.error(".expert_weights_norm", normalised, "false where scores are a softmax")
-        if groups["n_group"] > 1:
-            raise meta.error(".expert_group_count", groups["n_group"], "1 where scores are a softmax")
     return {**_latent(meta, tensors), **groups, **family}
 
 

@@ -69,7 +69,7 @@ def _mimo2(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
     scale = meta.number(".attention.value_scale", 0.0)
     return {
         "model_type": "mimo_v2_flash",
-        "attention_bias": has_bias(tensors, "attn_q", "attn_qkv"),
+        "attention_bias": has_bias(tensors, "attn_q"),
         "attention_value_scale": scale or None,
         "mlp_layer_types": mlp_types(meta, tensors),
         "moe_intermediate_size": experts.pop("intermediate_size"),

@@ -87,7 +87,7 @@ def _phi3(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
 
 
 def _glm(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
-    return {"model_type": "glm", "attention_bias": has_bias(tensors, "attn_q", "attn_qkv")}
+    return {"model_type": "glm", "attention_bias": has_bias(tensors, "attn_q")}
 
 
 def _hunyuan(meta: Metadata, tensors: Tensors) -> dict[str, Any]:

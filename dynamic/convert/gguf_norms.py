@@ -123,7 +123,7 @@ def _olmo2(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
 
 
 def _glm4(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
-    return {"model_type": "glm4", "attention_bias": has_bias(tensors, "attn_q", "attn_qkv")}
+    return {"model_type": "glm4", "attention_bias": has_bias(tensors, "attn_q")}
 
 
 def _afmoe(meta: Metadata, tensors: Tensors) -> dict[str, Any]:

@@ -129,6 +129,7 @@ def _qkv_sizes(config: Config, rows: int) -> dict[str, int]:
 
 _QKV = tuple(f"self_attn.{part}_proj" for part in "qkv")
 _GATE_UP = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
+# Of any architecture: converters may put them together.
 FUSED_QKV = {
     f"attn_qkv.{kind}": fused(
         lambda config, rows, kind=kind: {f"{n}.{kind}": size for n, size in _qkv_sizes(config, rows).items()},

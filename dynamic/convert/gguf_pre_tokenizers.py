@@ -95,8 +95,9 @@ _RULES: dict[tuple[str, ...], PreTokenizer] = {
     ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"): replace(
         _THREE_DIGITS, whole_words=True, add_bos=True
     ),
-    ("dbrx", "smaug-bpe", "chatglm-bpe", "glm4"): _THREE_DIGITS,
-    ("qwen2", "deepseek-r1-qwen", "megrez", "kormo"): replace(_ONE_DIGIT, compose=True),
+    ("dbrx", "smaug-bpe", "chatglm-bpe"): _THREE_DIGITS,
+    ("glm4", "glm5"): replace(_THREE_DIGITS, whole_words=True),
+    ("qwen2", "deepseek-r1-qwen", "megrez", "kormo", "f2llmv2"): replace(_ONE_DIGIT, compose=True),
     ("stablelm2", "hunyuan", "solar-open", "grok-2"): _ONE_DIGIT,
     ("qwen35",): replace(
         _words(rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+", DIGIT, r"[^\s\p{L}\p{M}\p{N}]+[\r\n]*"),
@@ -113,7 +114,7 @@ _RULES: dict[tuple[str, ...], PreTokenizer] = {
     ),
     ("tekken",): replace(_by_case("", DIGIT), whole_words=True, add_bos=True),
     ("gpt-4o", "llama4", "kanana2", "minimax-m2"): _CASES,
-    ("tiny_aya",): PreTokenizer(patterns=(r"\d{1,3}(?=(?:\d{3})*\b)", *_CASES.patterns)),
+    ("tiny_aya", "cohere2moe"): PreTokenizer(patterns=(r"\d{1,3}(?=(?:\d{3})*\b)", *_CASES.patterns)),
     ("kimi-k2",): PreTokenizer(patterns=(rf"\p{{Han}}+|{_KIMI.patterns[0]}",)),
     ("exaone-moe",): PreTokenizer(
         patterns=(

@@ -107,7 +107,8 @@ def head_dim_of(meta: Metadata) -> int:
 
 
 def has_bias(tensors: Tensors, *parts: str) -> bool:
-    endings = tuple(f".{part}.bias" for part in parts)
+    """Whether one of the parts has a bias in some block; queries may be in one tensor with keys and values."""
+    endings = tuple(f".{part}.bias" for part in (*parts, *(("attn_qkv",) if "attn_q" in parts else ())))
     return any(name.endswith(endings) for name in tensors)
 
 
