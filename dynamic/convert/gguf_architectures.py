@@ -26,6 +26,7 @@ from .gguf_parts import FUSED_QKV, Config, Part, Rule, less, shape_error
 from .gguf_rope import SKIPPED, rope_scaling
 from .gguf_settings import FULL, MOST_EXPERTS, SLIDING, Architecture, Tensors
 from .gguf_shared_experts import SHARED_EXPERTS
+from .gguf_state_spaces import STATE_SPACES
 from .gguf_states import STATES
 
 _MOST_LAYERS = 1 << 12
@@ -63,6 +64,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     **LAYER_TYPES,
     **NORMS,
     **STATES,
+    **STATE_SPACES,
 }
 
 
@@ -90,17 +92,17 @@ def model_config(
     if vocabulary != embedding.shape[0]:
         raise meta.error(".vocab_size", vocabulary, f"the rows of 'token_embd.weight', {embedding.shape[0]}")
     heads, own = architecture.heads(meta), architecture.settings(meta, tensors)
-    epsilon = next((item for item in architecture.epsilons.items() if meta.has(item[1])), None)
-    name, key = epsilon or next(iter(architecture.epsilons.items()))
+    epsilons = architecture.epsilons
+    epsilon = next(filter(meta.has, epsilons), next(iter(epsilons)))
     return {
         "vocab_size": vocabulary,
         "hidden_size": meta.integer(".embedding_length"),
-        "intermediate_size": meta.of_all_layers(".feed_forward_length", 0),
+        "intermediate_size": meta.of_all_layers(".feed_forward_length", 0, zeros=True),
         "num_hidden_layers": layers,
         **heads,
         "hidden_act": "silu",
         "max_position_embeddings": meta.integer(".context_length"),
-        name: meta.number(key),
+        epsilons[epsilon]: meta.number(epsilon),
         **_rotations(meta, rope_scaling(meta, tensors, read, architecture.latent), architecture, {**heads, **own}),
         "tie_word_embeddings": "output.weight" not in tensors,
         **own,

@@ -27,10 +27,13 @@ _ATTENTION = {
     **{"attn_kv_a_mqa": "kv_a_proj_with_mqa", "attn_kv_a_norm": "kv_a_layernorm"},
     **{"attn_kv_b": "kv_b_proj", "attn_k_b": "k_b_proj", "attn_v_b": "v_b_proj"},
 }
-_NAMES = {f"{theirs}.weight": f"self_attn.{ours}.weight" for theirs, ours in _ATTENTION.items()}
+KEYS_AND_VALUES = {f"{theirs}.weight": f"self_attn.{ours}.weight" for theirs, ours in _ATTENTION.items()}
 _INDEXER = {"proj.weight": "weights_proj.weight", "attn_k.weight": "wk.weight", "attn_q_b.weight": "wq_b.weight"}
 _INDEXER |= {name: name for name in ("k_norm.weight", "k_norm.bias")}
-_INDEXED_NAMES = {**_NAMES, **{f"indexer.{ours}": f"self_attn.indexer.{theirs}" for ours, theirs in _INDEXER.items()}}
+_INDEXED_NAMES = {
+    **KEYS_AND_VALUES,
+    **{f"indexer.{ours}": f"self_attn.indexer.{theirs}" for ours, theirs in _INDEXER.items()},
+}
 # What nothing runs quantised.
 SMALL = ("attn_kv_b.weight", "attn_k_b.weight", "attn_v_b.weight")
 
@@ -83,20 +86,23 @@ def _indexed(family: str) -> Settings:
     return settings
 
 
-def _heads(meta: Metadata) -> dict[str, int]:
+def latent_heads(meta: Metadata) -> dict[str, int]:
+    """Sizes of heads."""
     heads, rank = heads_of(meta), meta.integer(".attention.kv_lora_rank")
     rotated = meta.integer(".rope.dimension_count")
     stored = {"key": meta.integer(".attention.key_length"), "value": meta.integer(".attention.value_length")}
     own, caches = dict(stored), stored
     if meta.has(".attention.key_length_mla"):  # the keys without it are sizes of the cache
         own = {part: meta.integer(f".attention.{part}_length_mla") for part in stored}
-        caches = {"key": rank + rotated, "value": rank}
+        # Files of Kimi Linear have a number of no meaning in place of that of the values.
+        caches = {"key": rank + rotated} | ({} if meta.has(".kda.head_dim") else {"value": rank})
     for part, size in caches.items():
         if stored[part] != size:
             raise meta.error(f".attention.{part}_length", stored[part], str(size))
     if own["key"] <= rotated:
         raise meta.error(".attention.key_length", own["key"], f"more than .rope.dimension_count={rotated}")
-    if (groups := meta.of_all_layers(KV_HEADS, heads)) not in (1, heads):
+    # Layers with states have none.
+    if (groups := meta.of_all_layers(KV_HEADS, heads, zeros=True)) not in (1, heads):
         raise meta.error(KV_HEADS, groups, f"1 or {heads}")
     return {
         "num_attention_heads": heads,
@@ -110,7 +116,9 @@ def _heads(meta: Metadata) -> dict[str, int]:
 
 
 LATENT: dict[str, Architecture] = {
-    "deepseek2": Architecture(settings=_deepseek2, heads=_heads, names=_NAMES, latent=True),
-    "deepseek32": Architecture(settings=_indexed("deepseek_v32"), heads=_heads, names=_INDEXED_NAMES, latent=True),
-    "glm-dsa": Architecture(settings=_indexed("glm_moe_dsa"), heads=_heads, names=_INDEXED_NAMES, latent=True),
+    "deepseek2": Architecture(settings=_deepseek2, heads=latent_heads, names=KEYS_AND_VALUES, latent=True),
+    "deepseek32": Architecture(
+        settings=_indexed("deepseek_v32"), heads=latent_heads, names=_INDEXED_NAMES, latent=True
+    ),
+    "glm-dsa": Architecture(settings=_indexed("glm_moe_dsa"), heads=latent_heads, names=_INDEXED_NAMES, latent=True),
 }

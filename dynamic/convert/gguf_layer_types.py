@@ -136,8 +136,8 @@ LAYER_TYPES: dict[str, Architecture] = {
     "cohere2moe": Architecture(
         settings=_cohere2moe,
         epsilons={
-            "rms_norm_eps": ".attention.layer_norm_rms_epsilon",
-            "layer_norm_eps": ".attention.layer_norm_epsilon",
+            ".attention.layer_norm_rms_epsilon": "rms_norm_eps",
+            ".attention.layer_norm_epsilon": "layer_norm_eps",
         },
     ),
 }

@@ -103,11 +103,17 @@ class Metadata(TypedReader):
             raise self.error(key, values[:20], "whole numbers of at least 0")
         return values
 
-    def of_all_layers(self, key: str, default: int | None = None) -> int:
-        """As :meth:`integer`; an array for all layers must hold one value."""
+    def of_all_layers(self, key: str, default: int | None = None, *, zeros: bool = False) -> int:
+        """As :meth:`integer`; an array for all layers must hold one value.
+
+        Arguments:
+            zeros: layers that lack what the key is of may hold 0.
+        """
         if not isinstance(self.get(key), GgufArray):
             return self.integer(key, default)
         values = sorted(set(self.by_layer(key)))
+        if zeros and len(values) > 1:
+            values = [value for value in values if value]
         if len(values) != 1:
             raise self.error(key, values, "the same for all layers")
         return values[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -167,11 +167,12 @@ def taps(name: str) -> Rule:
     return reshaped(name, lambda tensor: (tensor.shape[0], 1, math.prod(tensor.shape[1:])))
 
 
-def decay(name: str) -> Rule:
-    """Files have ``-exp(A_log)``."""
+def decay(name: str, shape: Callable[[GgufTensor], tuple[int, ...]] | None = None) -> Rule:
+    """Files have ``-exp(A_log)``; a vector unless there is a shape."""
+    rule = flat(name) if shape is None else reshaped(name, shape)
 
     def make(tensor: GgufTensor, config: Config) -> list[Part]:
-        return [Part(name=name, shape=(math.prod(tensor.shape),), change=lambda x: _log_of_decay(tensor, x))]
+        return [replace(part, change=lambda x: _log_of_decay(tensor, x)) for part in rule.make(tensor, config)]
 
     return Rule(names=(name,), make=make)
 

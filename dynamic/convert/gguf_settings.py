@@ -76,7 +76,7 @@ class Architecture:
         window_theta: by what base layers with a window rotate, in families that know bases by type of layer, where
             the file names none; 0: by that of the other layers.
         norm_offset: is contained in the weights of the norms that the family adds it to.
-        epsilons: keys of the norms' epsilon, the first that is there counts.
+        epsilons: what ``config.json`` calls the norms' epsilon, by its keys; the first that is there counts.
     """
 
     settings: Settings
@@ -88,7 +88,7 @@ class Architecture:
     latent: bool = False
     window_theta: float = 0.0
     norm_offset: float = 0.0
-    epsilons: Mapping[str, str] = field(default_factory=lambda: {"rms_norm_eps": ".attention.layer_norm_rms_epsilon"})
+    epsilons: Mapping[str, str] = field(default_factory=lambda: {".attention.layer_norm_rms_epsilon": "rms_norm_eps"})
 
 
 def heads_of(meta: Metadata) -> int:
@@ -142,9 +142,10 @@ def experts_of(meta: Metadata, tensors: Tensors, count_key: str, *, normalised: 
         raise meta.error(".expert_count", count, f"between 1 and {MOST_EXPERTS}")
     if normalised and not meta.flag(".expert_weights_norm", True):
         raise meta.error(".expert_weights_norm", False, "true")
-    # One tensor for all experts of a layer, or in old files one each.
-    up = re.compile(r"blk\.\d+\.(ffn_up_exps|ffn_up\.\d+)\.weight")
-    size = next((t.shape[-2] for name, t in tensors.items() if up.fullmatch(name) and len(t.shape) > 1), 0)
+    # One tensor for all experts of a layer, with the gates or without, or in old files one each.
+    up = re.compile(r"blk\.\d+\.ffn_(?P<both>gate_)?up(_exps|\.\d+)\.weight")
+    found = ((up.fullmatch(name), t.shape) for name, t in tensors.items() if len(t.shape) > 1)
+    size = next((shape[-2] // (2 if match["both"] else 1) for match, shape in found if match), 0)
     return {
         count_key: count,
         "num_experts_per_tok": meta.integer(".expert_used_count"),

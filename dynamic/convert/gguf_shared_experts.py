@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .gguf_metadata import Metadata
+from .gguf_parts import fused
 from .gguf_settings import (
     SIGMOID,
     SOFTMAX,
@@ -120,8 +121,35 @@ def _granitemoe(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
     }
 
 
+def _granite_swa(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
+    """With sinks and windows. Layers rotate by one base or not at all."""
+    base, turns = meta.number(".rope.freq_base", 10000.0), [True] * meta.num_layers
+    if meta.has(key := ".attention.rope_pattern"):
+        turns = meta.array_of_layers(key)
+    return {
+        "model_type": "granitemoe_swa",
+        "shared_intermediate_size": meta.integer(".expert_shared_feed_forward_length", 0),
+        "attention_bias": has_bias(tensors, "attn_q"),
+        "layer_rope_theta": [base if turn else 0.0 for turn in turns],
+        **windows(meta, 4),
+        **granite_scales(meta),
+        **experts_of(meta, tensors, "num_local_experts", normalised=True),
+    }
+
+
+_SHARED_GATE_UP = ("shared_mlp.gate_proj.weight", "shared_mlp.up_proj.weight")
 SHARED_EXPERTS: dict[str, Architecture] = {
     "granitemoe": Architecture(settings=_granitemoe, rotary_pairs=True),
+    "granite_swa": Architecture(
+        settings=_granite_swa,
+        rotary_pairs=True,
+        names={
+            "attn_sinks.weight": "self_attn.sinks",
+            "ffn_up_shexp.weight": fused(
+                lambda config, rows: dict.fromkeys(_SHARED_GATE_UP, rows // 2), *_SHARED_GATE_UP
+            ),
+        },
+    ),
     "glm4moe": Architecture(
         settings=_glm4moe,
         heads=some_rotated,

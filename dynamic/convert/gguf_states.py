@@ -9,7 +9,7 @@ import torch
 
 from ..checkpoint.gguf_file import GgufArray, GgufTensor
 from .gguf_metadata import Metadata
-from .gguf_parts import Config, Part, Rule, decay, flat, same, shape_error, taps
+from .gguf_parts import Config, Part, Rule, decay, same, shape_error, taps
 from .gguf_settings import (
     FULL,
     KV_HEADS,
@@ -25,6 +25,7 @@ from .gguf_settings import (
     some_rotated,
     weights_scale,
 )
+from .gguf_state_spaces import MAMBA_NAMES
 
 _LINEAR, _DELTA = "linear_attention", "linear_attn."
 _CONV, _DECAY, _STEP = f"{_DELTA}conv1d.weight", f"{_DELTA}A_log", f"{_DELTA}dt_bias"
@@ -172,21 +173,28 @@ _QWEN_NEXT_NAMES = {
 }
 
 
+def _hybrid_heads(meta: Metadata) -> dict[str, Any]:
+    """Files of Granite 4 rotate nothing, those of Bamba half of each head."""
+    if not meta.flag(".rope.scaling.finetuned", True) or all(meta.by_layer(KV_HEADS)):
+        return heads(meta)
+    found = some_rotated(meta)
+    if found["partial_rotary_factor"] != 0.5:
+        # The converter finds half a head under a key that checkpoints of transformers 5 do not have any more.
+        raise meta.error(
+            ".rope.dimension_count",
+            meta.get(".rope.dimension_count"),
+            f"half the width of a head, {found['head_dim'] // 2}: among models with states only Bamba has rotations",
+        )
+    return found
+
+
 def _granitehybrid(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
+    """Granite 4, or Bamba."""
     inner, hidden = meta.integer(".ssm.inner_size"), meta.integer(".embedding_length")
     if not hidden or inner % hidden:
         raise meta.error(".ssm.inner_size", inner, f"a multiple of .embedding_length={hidden}")
-    width, experts = meta.integer(".feed_forward_length", 0), {"num_local_experts": 0}
-    meta.get(".expert_used_count")  # there without experts too
-    if meta.integer(".expert_count", 0):
-        experts = experts_of(meta, tensors, "num_local_experts", normalised=True)
-        experts["intermediate_size"] = experts["intermediate_size"] or width
-    return {
-        "model_type": "granitemoehybrid",
+    states = {
         "attention_bias": has_bias(tensors, "attn_q"),
-        "layer_types": ["attention" if count else "mamba" for count in meta.by_layer(KV_HEADS)],
-        "position_embedding_type": "rope" if meta.flag(".rope.scaling.finetuned", True) else "nope",
-        "shared_intermediate_size": meta.integer(".expert_shared_feed_forward_length", 0) or width,
         "mamba_expand": inner // hidden,
         "mamba_n_heads": meta.integer(".ssm.time_step_rank"),
         "mamba_d_state": meta.integer(".ssm.state_size"),
@@ -194,21 +202,25 @@ def _granitehybrid(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
         "mamba_d_conv": meta.integer(".ssm.conv_kernel"),
         "mamba_conv_bias": has_bias(tensors, "ssm_conv1d"),
         "mamba_proj_bias": has_bias(tensors, "ssm_in"),
+    }
+    keys = meta.by_layer(KV_HEADS)
+    if "partial_rotary_factor" in _hybrid_heads(meta):
+        indices = [layer for layer, count in enumerate(keys) if count]
+        return {**states, "model_type": "bamba", "mlp_bias": has_bias(tensors, "ffn_up"), "attn_layer_indices": indices}
+    width, experts = meta.integer(".feed_forward_length", 0), {"num_local_experts": 0}
+    meta.get(".expert_used_count")  # there without experts too
+    if meta.integer(".expert_count", 0):
+        experts = experts_of(meta, tensors, "num_local_experts", normalised=True)
+        experts["intermediate_size"] = experts["intermediate_size"] or width
+    return {
+        **states,
+        "model_type": "granitemoehybrid",
+        "layer_types": ["attention" if count else "mamba" for count in keys],
+        "position_embedding_type": "rope" if meta.flag(".rope.scaling.finetuned", True) else "nope",
+        "shared_intermediate_size": meta.integer(".expert_shared_feed_forward_length", 0) or width,
         **granite_scales(meta),
         **experts,
     }
-
-
-_MAMBA_NAMES = {
-    **{f"ssm_in.{kind}": f"mamba.in_proj.{kind}" for kind in ("weight", "bias")},
-    **{f"ssm_out.{kind}": f"mamba.out_proj.{kind}" for kind in ("weight", "bias")},
-    "ssm_conv1d.weight": taps("mamba.conv1d.weight"),
-    "ssm_conv1d.bias": "mamba.conv1d.bias",
-    "ssm_dt.bias": "mamba.dt_bias",
-    "ssm_a": decay("mamba.A_log"),
-    "ssm_d": flat("mamba.D"),
-    "ssm_norm.weight": flat("mamba.norm.weight"),
-}
 
 
 def _lfm2(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
@@ -238,7 +250,7 @@ def _lfm2moe(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
 
 _LFM2: dict[str, Any] = {
     "heads": heads,
-    "epsilons": {"norm_eps": ".attention.layer_norm_rms_epsilon"},
+    "epsilons": {".attention.layer_norm_rms_epsilon": "norm_eps"},
     "others": {"token_embd_norm.weight": "model.norm.weight"},
     "names": {
         **{f"shortconv.in_proj.{kind}": f"conv.in_proj.{kind}" for kind in ("weight", "bias")},
@@ -253,7 +265,7 @@ STATES: dict[str, Architecture] = {
     "qwen3next": Architecture(settings=_qwen35moe, names=_QWEN_NEXT_NAMES, **_QWEN),
     "qwen35": Architecture(settings=_qwen35, names=_QWEN_NAMES, **_QWEN),
     "qwen35moe": Architecture(settings=_qwen35moe, names=_QWEN_NAMES, **_QWEN),
-    "granitehybrid": Architecture(settings=_granitehybrid, rotary_pairs=True, names=_MAMBA_NAMES),
+    "granitehybrid": Architecture(settings=_granitehybrid, heads=_hybrid_heads, rotary_pairs=True, names=MAMBA_NAMES),
     "lfm2": Architecture(settings=_lfm2, **_LFM2),
     "lfm2moe": Architecture(settings=_lfm2moe, **_LFM2),
 }
