@@ -387,7 +387,6 @@ def of_cohere(config: Config) -> Values:
 def of_hy(config: Config) -> Values:
     return {
         "expert_feed_forward_length": config["moe_intermediate_size"],
-        "expert_shared_count": config["num_shared_experts"],
         "expert_shared_feed_forward_length": config["moe_intermediate_size"] * config["num_shared_experts"],
         "expert_gating_func": 2,
         "expert_weights_norm": True,

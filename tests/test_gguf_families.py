@@ -335,6 +335,7 @@ def tensor(name: str, *shape: int, value: float = 1.0) -> Callable[[dict[str, An
         ("cohere2_moe", key("expert_gating_func", 1), "expert_gating_func must be 2 .sigmoid. or 3"),
         ("cohere2_moe", tensor("blk.0.ffn_norm.weight", 64), "'blk.0.ffn_norm.weight'"),
         ("hy_v3", key("expert_weights_norm", False), "expert_weights_norm must be true"),
+        ("hy_v3", key("expert_shared_feed_forward_length", 41), "must be a multiple of .expert_feed_forward_length=40"),
         ("bamba", key("rope.dimension_count", 16), "rope.dimension_count must be half the width of a head, 8"),
         ("granitemoehybrid", key("rope.scaling.finetuned", True), "must be half the width of a head, 8"),
         ("granitemoe_swa", key("attention.rope_pattern", [True]), "rope_pattern must be an array of 5 numbers"),

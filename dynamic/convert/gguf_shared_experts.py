@@ -88,13 +88,21 @@ def _hy_v3(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
     routed_by(meta, SIGMOID)
     if not meta.flag(".expert_weights_norm", True):
         raise meta.error(".expert_weights_norm", False, "true")
+    found = mixture(meta, tensors, "num_experts", "num_shared_experts")
+    # Files have the width of all shared experts together, and not how many they are.
+    width = meta.integer(".expert_shared_feed_forward_length", 0)
+    if not found["num_shared_experts"] and width:
+        found["num_shared_experts"], rest = divmod(width, found["moe_intermediate_size"] or 1)
+        if rest:
+            expected = f"a multiple of .expert_feed_forward_length={found['moe_intermediate_size']}"
+            raise meta.error(".expert_shared_feed_forward_length", width, expected)
     return {
         "model_type": "hy_v3",
         "attention_bias": has_bias(tensors, "attn_q"),
         "mlp_bias": has_bias(tensors, "ffn_up"),
         "mlp_layer_types": mlp_types(meta, tensors),
         "router_scaling_factor": weights_scale(meta),
-        **mixture(meta, tensors, "num_experts", "num_shared_experts"),
+        **found,
     }
 
 
