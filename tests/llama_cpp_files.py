@@ -4,8 +4,9 @@
 
 ``LLAMA_CPP`` is a folder of its sources, ``BIN`` one with its programs and libraries, ``FOLDER`` that of the bindings
 ``llama_cpp``. Each family's random tiny checkpoint goes through ``convert_hf_to_gguf.py``: the file must give
-transformers' logits and greedy tokens, and the tokenizer's ids. With a build, llama.cpp computes logits of the same
-file, and ``llama-quantize`` writes further ones; those are compared with what it makes of them in float32 again.
+transformers' logits and greedy tokens, and the tokenizer's ids. With a build, llama.cpp computes logits of a larger
+one, and ``llama-quantize`` writes further files; those are compared with what it makes of them in float32 again, and
+with llama.cpp's logits by their cosine, since it rounds the inputs of quantised weights.
 """
 
 from __future__ import annotations
@@ -66,9 +67,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"moe_topk": 3, "num_shared_expert": 1},
     "granitemoe_swa": {"layer_rope_theta": [1e4, 0.0, 1e4, 0.0, 1e4]},
     "jamba": {"num_hidden_layers": 4},
+    "olmoe": {"num_key_value_heads": 4},
+    "dots1": {"num_key_value_heads": 4},
 }
 # Keys of published checkpoints that transformers 5 writes otherwise, or not at all.
 PUBLISHED: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    **dict.fromkeys(
+        ("deepseek_v3", "deepseek_v32", "glm_moe_dsa", "glm4_moe", "dots1", "minimax_m2", "afmoe", "exaone_moe"),
+        lambda config: {"scoring_func": "sigmoid"},
+    ),
     "phimoe": lambda config: {
         "architectures": ["PhiMoEForCausalLM"],
         "original_max_position_embeddings": config["max_position_embeddings"],
@@ -127,7 +134,13 @@ WIDE = {
     **dict.fromkeys(("intermediate_size_mlp", "prefix_dense_intermediate_size", "moe_latent_size"), 256),
     **dict.fromkeys(("moe_shared_expert_intermediate_size", "kv_lora_rank", "q_lora_rank"), 256),
     **dict.fromkeys(("head_dim", "v_head_dim", "qk_nope_head_dim", "linear_value_head_dim"), 64),
-    **{"qk_rope_head_dim": 32, "mamba_head_dim": 64, "linear_key_head_dim": 64, "global_head_dim": 64},
+    **{
+        "query_pre_attn_scalar": 64,
+        "qk_rope_head_dim": 32,
+        "mamba_head_dim": 64,
+        "linear_key_head_dim": 64,
+        "global_head_dim": 128,
+    },
 }
 # Checkpoints without layers for further tokens.
 OPTIONS = dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "mimo_v2_flash"), ("--no-mtp",))
@@ -221,18 +234,14 @@ def prepared(variant: Variant, folder: Path, sources: Path, *, wide: bool) -> tu
     return checkpoint, reference
 
 
-def check(
-    variant: Variant, folder: Path, converted: Converter, llama: LlamaCpp | None, kinds: Iterable[str]
-) -> list[str]:
-    """Compare what the files of a variant give; returns what is to be said of it.
+def check(variant: Variant, folder: Path, converted: Converter) -> list[str]:
+    """Compare what the file of a variant gives with the checkpoint.
 
     Raises:
-        AssertionError: where files differ from the checkpoint.
+        AssertionError: where they differ.
     """
-    checkpoint, reference = prepared(variant, folder, converted.sources, wide=llama is not None)
-    options = OPTIONS.get(variant.family, ())
-    file = converted(checkpoint, "f32", *options, other_vocabulary=variant.family in OTHER_VOCABULARY)
-    target, said = imported(file), []
+    checkpoint, reference = prepared(variant, folder, converted.sources, wide=False)
+    target = imported(file_of(variant, checkpoint, converted))
     check_logits(target, reference)
     prompts = random_prompts([1, 7, 33], seed=0)
     engine = Engine(load_model(target, dtype="float32", device="cpu", progress=False), EngineConfig())
@@ -241,10 +250,21 @@ def check(
     for text in TEXTS:
         ids = found.encode(text, add_special_tokens=False)
         assert ids == expected_ids(checkpoint, text), f"ids of {text!r}: {ids}, not {expected_ids(checkpoint, text)}"
-    if llama is None:
-        return said
-    (prompt,) = random_prompts([40])
-    said.append(f"llama.cpp {attempt(lambda: f'{error(llama.logits(file, prompt), logits(target, prompt)):.1e}')}")
+    return ["right"]
+
+
+def compare(variant: Variant, folder: Path, converted: Converter, llama: LlamaCpp, kinds: Iterable[str]) -> list[str]:
+    """Compare logits of a variant's file, and of what ``llama-quantize`` makes of it, with llama.cpp's.
+
+    Raises:
+        AssertionError: where codes are not the numbers that llama.cpp makes of them.
+    """
+    checkpoint, reference = prepared(variant, folder, converted.sources, wide=True)
+    file, (prompt,) = file_of(variant, checkpoint, converted), random_prompts([40])
+    ours = logits(imported(file), prompt)
+    with torch.inference_mode():
+        assert error(ours, reference(torch.tensor([prompt])).logits[0]) < TOLERANCE, "logits of transformers"
+    said = [f"llama.cpp {attempt(lambda: f'{error(llama.logits(file, prompt), ours):.1e}')}"]
     for kind in kinds:
         written = llama.quantised(file, kind)
         codes = logits(imported(written), prompt)
@@ -256,6 +276,12 @@ def check(
         said.append(f"{kind} {same:.1e} ({attempt(cosine)})")
         assert same < TOLERANCE, said
     return said
+
+
+def file_of(variant: Variant, checkpoint: Path, converted: Converter) -> Path:
+    """The checkpoint's file, in float32."""
+    options = OPTIONS.get(variant.family, ())
+    return converted(checkpoint, "f32", *options, other_vocabulary=variant.family in OTHER_VOCABULARY)
 
 
 def attempt(number: Callable[[], str]) -> str:
@@ -300,20 +326,26 @@ def main() -> int:
     parser.add_argument("--bindings", type=Path)
     parser.add_argument("--family", nargs="*", default=[])
     parser.add_argument("--kinds", nargs="*", default=QUANTISED)
+    parser.add_argument("--first", action="store_true", help="one configuration of each family")
     parser.add_argument("--traceback", action="store_true")
     parser.add_argument("--vocabularies", action="store_true")
     given = parser.parse_args()
     if given.vocabularies and not check_vocabularies(given.sources):
         return 1
     llama = LlamaCpp(given.build, given.bindings) if given.build else None
-    converter, failed = Converter(given.sources), 0
+    converter, failed, seen = Converter(given.sources), 0, set[str]()
     for variant in variants():
-        if given.family and variant.family.removesuffix("_text") not in given.family:
+        name = variant.family.removesuffix("_text")
+        if (given.family and name not in given.family) or (given.first and name in seen):
             continue
+        seen.add(name)
         with tempfile.TemporaryDirectory() as folder:
             try:
-                said = check(variant, Path(folder), converter, llama, given.kinds)
-                print(f"{variant}: right", *said, sep="; ", flush=True)
+                if llama is None:
+                    said = check(variant, Path(folder), converter)
+                else:
+                    said = compare(variant, Path(folder), converter, llama, given.kinds)
+                print(f"{variant}: {'; '.join(said)}", flush=True)
             except Exception as fault:
                 failed += 1
                 print(f"{variant}: {type(fault).__name__}: {fault}"[:700], flush=True)

@@ -17,6 +17,7 @@ from dynamoe.dynamic.convert.gguf_tokenizer import read_vocabulary, write_tokeni
 
 TRAINED_TOKENS = 320
 POSITIONS = 512
+ERROR = 4  # a level of messages
 # Forks for each conversion, for its imports take seconds.
 CONVERTER = """
 import json, os, sys, traceback
@@ -86,13 +87,15 @@ class LlamaCpp:
     """
 
     def __init__(self, binaries: Path, bindings: Path) -> None:
-        os.environ["LLAMA_CPP_LIB_PATH"] = str(binaries)
+        os.environ |= {"LLAMA_CPP_LIB_PATH": str(binaries), "GGML_NO_BACKTRACE": "1"}
         sys.path.append(str(bindings))
         import llama_cpp.llama_cpp as library  # type: ignore[import-not-found]
 
         self.binaries, self.library = binaries, library
-        self._quiet = library.llama_log_callback(lambda level, text, data: None)
-        library.llama_log_set(self._quiet, ctypes.c_void_p(0))
+        self._log = library.llama_log_callback(
+            lambda level, text, data: print(text.decode()) if level == ERROR else None
+        )
+        library.llama_log_set(self._log, ctypes.c_void_p(0))
         library.llama_backend_init()
 
     def logits(self, file: Path, prompt: list[int]) -> torch.Tensor:
