@@ -65,7 +65,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"rope_parameters": {**YARN, "mscale": YARN["mscale_all_dim"]}},
     "hunyuan_v1_dense": {"max_position_embeddings": 32768},
     "hunyuan_v1_moe": {"moe_topk": 3, "num_shared_expert": 1},
-    "granitemoe_swa": {"layer_rope_theta": [1e4, 0.0, 1e4, 0.0, 1e4]},
     "jamba": {"num_hidden_layers": 4},
     "olmoe": {"num_key_value_heads": 4},
     "dots1": {"num_key_value_heads": 4},

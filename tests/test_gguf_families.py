@@ -19,6 +19,8 @@ from gguf_files import write_gguf
 from safetensors.torch import load_file
 from test_decoder import PagedSequences, error, random_prompts
 from test_families_parity_attention import FULL, LONGROPE, ROUTED, SCALES, SLIDING, YARN, random_tensors
+from test_families_parity_gpt_oss import SMALL as GPT_OSS
+from test_families_parity_gpt_oss import prepare as gpt_oss
 from test_families_parity_granite_swa import SIZES as GRANITE_SWA
 from test_families_parity_granite_swa import prepare as with_sinks
 from test_families_parity_nemotron import BAMBA, JAMBA, KIMI, NEMOTRON, STATES
@@ -97,6 +99,8 @@ FIRST = [
     variant("solar_open", **DEEPSEEK, n_shared_experts=1, head_dim=24),
     Variant(family="granitemoe_swa", prepare=with_sinks,
             config={**GRANITE_SWA, "sliding_window": 9, "shared_intermediate_size": 72, **SOME_TURN}),
+    Variant(family="gpt_oss", prepare=gpt_oss,
+            config={**GPT_OSS, "rope_parameters": {"rope_type": "default", "rope_theta": 5e3}}),
     variant("bamba", **BAMBA),
     variant("jamba", **JAMBA, **FOUR),
     variant("nemotron_h", **NEMOTRON),
@@ -243,6 +247,20 @@ def test_the_first_files_of_qwen3_next_are_the_same_model(tmp_path: Path) -> Non
         decoders.append(load_decoder(target, dtype="float32", device="cpu"))
     now, at_first = (PagedSequences(decoder, 1).run(random_prompts([20])) for decoder in decoders)
     assert torch.equal(now, at_first)
+
+
+def test_nemotron_without_mixtures_is_an_architecture_of_its_own(
+    tmp_path: Path, reference_model: Callable[[Path], Any]
+) -> None:
+    def edit(values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in values if key.startswith("nemotron_h_moe.")]:
+            value = values.pop(key)
+            if ".expert_" not in key and "latent" not in key:
+                values[key.replace("_moe.", ".")] = value
+        values |= {"general.architecture": "nemotron_h", "nemotron_h.feed_forward_length": [0, 0, 72]}
+
+    checkpoint = of_family("nemotron_h", layers_block_type=[STATES, FULL, "mlp"]).save(tmp_path / "model")
+    check_logits(imported(checkpoint, tmp_path, edit=edit), reference_model(checkpoint))
 
 
 def test_the_first_files_of_gemma_2_have_its_caps_and_window(tmp_path: Path) -> None:

@@ -115,7 +115,10 @@ def _rotations(
     base = meta.number(".rope.freq_base", 10000.0)
     if scaling is not None:
         scaling |= architecture.scaling(meta)
-    if FULL not in FAMILIES[config["model_type"]].thetas:
+    family = FAMILIES[config["model_type"]]
+    if FULL not in family.thetas:
+        if scaling is None and family.default_rope:  # which a configuration without any would get
+            return {"rope_parameters": {"rope_type": "default", "rope_theta": base}}
         # A null would be a statement in some families.
         return {"rope_theta": base, **({} if scaling is None else {"rope_scaling": scaling})}
     # Layers with a window rotate by a base of their own, and unscaled.
