@@ -31,6 +31,7 @@ from .routes.contracts import contract_routes
 from .routes.operations import operation_routes
 from .routes.tokens import token_routes
 from .settings import ServerSettings
+from .structured import IGNORED_HEADER
 from .submission import RequestTimes
 from .text import TextPool
 
@@ -138,7 +139,7 @@ def create_app(context: ServerContext) -> FastAPI:
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "HEAD", "POST"],
             allow_headers=["*"],  # clients add their own, as OpenAI's x-stainless-*; the origin is what counts
-            expose_headers=["retry-after", "x-priority", "x-request-id"],
+            expose_headers=["retry-after", "x-priority", "x-request-id", IGNORED_HEADER],
         )
     loopback = settings.uds is None and is_loopback(settings.host)
     if settings.allowed_hosts or (loopback and not keys.required):

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 from ..dynamic.engine.engine import Engine, EngineFull
 from ..dynamic.engine.fault_log import FaultLog
+from ..dynamic.engine.grammar_compiler import CompiledGrammar
 from ..dynamic.engine.outputs import RequestDelta
 from ..dynamic.engine.quality import ContractOutcome
 from ..dynamic.engine.sampling_params import SamplingParams
@@ -38,6 +39,7 @@ class EngineRequest:
 
     Arguments:
         contract: how the caller's contract was resolved; ``params`` hold the resulting settings.
+        grammar: of its structured outputs.
         request_id: unique across servers and restarts, because records about a request outlive the process.
     """
 
@@ -46,6 +48,7 @@ class EngineRequest:
     priority: int = 0
     cache_salt: str | None = None
     contract: ContractOutcome | None = None
+    grammar: CompiledGrammar | None = None
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
@@ -296,6 +299,7 @@ class EngineBridge:
                     priority=request.priority,
                     cache_salt=request.cache_salt,
                     contract=request.contract,
+                    grammar=request.grammar,
                 )
                 added.append(request_id)
         except Exception as refusal:

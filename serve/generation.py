@@ -11,7 +11,9 @@ from fastapi import Request
 from starlette.responses import Response
 
 from ..dynamic.engine.engine import EngineFull
+from ..dynamic.engine.grammar_compiler import CompiledGrammar
 from ..dynamic.engine.outputs import CompletionOutput, RequestDelta, RequestOutput
+from ..dynamic.engine.request_limits import FORM_ERROR
 from ..dynamic.engine.sampling_params import SamplingParams
 from .auth import Caller
 from .bridge import EngineRequest
@@ -23,6 +25,7 @@ from .formats import AnswerFormat, Prompt, PromptLogprobs, usage, write_prompt_l
 from .json_answer import JsonAnswer
 from .sampling import requested_length, sampling_params, with_length
 from .streaming import DONE, EventStream, aborted_on_disconnect, event
+from .structured import compiled_form, ignored_header, wanted_form
 from .submission import ClientGone, EngineFailure, Submission
 from .wire.openai import ChatCompletionRequest, GenerationRequest
 
@@ -50,20 +53,29 @@ class Generation:
         Raises:
             ApiError: the engine refuses the request, or fails before the answer has begun.
         """
-        submission = await self._submit()
+        grammar = await self._grammar()
+        submission = await self._submit(grammar)
         if self.body.stream:
             response: Response = EventStream(self._events(submission), submission)
         else:
             response = await self._collect(submission)
         if self._priority > (self.body.priority or 0):
             response.headers["x-priority"] = str(self._priority)  # in place of the one that was asked for
+        if grammar is not None:
+            response.headers.update(ignored_header(grammar))
         return response
+
+    async def _grammar(self) -> CompiledGrammar | None:
+        form, param = wanted_form(self.body)
+        if form is None:
+            return None
+        return await compiled_form(self.context.bridge.engine.grammars, self.context.text, form, param)
 
     @property
     def _priority(self) -> int:
         return max(self.body.priority or 0, self.context.settings.min_priority)
 
-    async def _submit(self) -> Submission:
+    async def _submit(self, grammar: CompiledGrammar | None) -> Submission:
         """Resolve the contracts and submit the prompts to the engine, which accepts all of them or none."""
         caller: Caller = self.request.state.caller
         requests = [
@@ -72,6 +84,7 @@ class Generation:
                 params=params,
                 priority=self._priority,
                 cache_salt=caller.cache_salt(self.body.cache_salt),
+                grammar=grammar,
             )
             for prompt, params in zip(self.prompts, self.params, strict=True)
         ]
@@ -241,6 +254,8 @@ def failed(error: EngineFailure) -> ApiError:
     """The error for a client whose request the engine does not finish."""
     if error.code == "shutting_down":
         return unavailable(str(error), error.code)
+    if error.code == FORM_ERROR:
+        return invalid(f"{error}.", code=error.code)
     return ApiError(500, str(error), code=error.code)
 
 
@@ -251,7 +266,7 @@ def check_delta(delta: RequestDelta) -> None:
         EngineFailure: the engine ended the request without finishing it.
     """
     if delta.error is not None:
-        raise EngineFailure(delta.error, "request_failed")
+        raise EngineFailure(delta.error, delta.error_code)
     for completion in delta.completions:
         if completion.finish_reason in ("error", "abort"):
             raise EngineFailure(f"The engine ended the request: {completion.finish_reason}.", "request_failed")

@@ -9,6 +9,7 @@ from typing import Any
 from ..dynamic.engine.quality import Quality
 from ..dynamic.engine.sampling_params import SamplingParams
 from .errors import invalid
+from .structured import wanted_form
 from .wire.openai import ChatCompletionRequest, CompletionRequest, Contract, GenerationRequest
 
 COMPLETION_MAX_TOKENS = 16
@@ -57,6 +58,7 @@ def sampling_params(
         chosen["logprobs"] = body.logprobs
         if body.echo and body.logprobs is not None:
             chosen["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
+    chosen["structured_outputs"], _ = wanted_form(body)
     if isinstance(body.quality, Contract):
         chosen["quality"] = Quality(alpha=body.quality.alpha, delta=body.quality.delta)
     elif body.quality is None and body.experts_per_token is None and default_quality is not None:

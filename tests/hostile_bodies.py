@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 PATHS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
 LISTS = ("prompt", "messages", "stop", "stop_token_ids", "logit_bias", "tokens", "tools", "documents", "metadata", "x")
+LISTS += ("response_format", "structured_outputs", "guided_json", "guided_choice", "guided_regex", "grammar")
 MEBIBYTE = 1 << 20
 
 

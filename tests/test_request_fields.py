@@ -112,7 +112,6 @@ def chat(*messages: dict[str, Any], **fields: Any) -> ChatCompletionRequest:
     [
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"chat_template": "{{ x }}"}, "chat_template"),
         ({"top_logprobs": 2}, "top_logprobs"),

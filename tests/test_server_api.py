@@ -362,7 +362,7 @@ def test_sampling_extras(client: openai.OpenAI, tokenizer: Tokenizer) -> None:
         ({"logprobs": 21}, openai.BadRequestError, "logprobs"),
         ({"stream": True, "prompt": "a" * 5000}, openai.BadRequestError, "prompt"),
         ({"extra_body": {"min_tokens": 17}}, openai.BadRequestError, "min_tokens"),
-        ({"extra_body": {"guided_json": {}}}, openai.BadRequestError, "guided_json"),
+        ({"extra_body": {"guided_json": []}}, openai.BadRequestError, "guided_json"),
     ],
     ids=lambda value: str(value)[:40],
 )

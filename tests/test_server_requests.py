@@ -154,8 +154,8 @@ def test_long_prompts_of_ids_may_begin_with_a_float() -> None:
         ({"best_of": 1, "n": 2}, "best_of", 400),
         ({"logit_bias": {"05": 1}}, "logit_bias", 400),
         ({"suffix": "x"}, "suffix", 400),
-        ({"guided_regex": "a*"}, "guided_regex", 400),
-        ({"response_format": {"type": "json_object"}}, "response_format", 400),
+        ({"stop_regex": "a*"}, "stop_regex", 400),
+        ({"structural_tag": {}}, "structural_tag", 400),
     ],
     ids=lambda value: str(value)[:60],
 )

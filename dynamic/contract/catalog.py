@@ -55,6 +55,7 @@ class ContractCatalog:
             max_tokens=max_tokens,
             stops=bool(params.stop or params.stop_token_ids),
             adjusted=adjusts_scores(params, self.processors),
+            constrained=params.structured_outputs is not None,
         )
         found = self.contracts.resolve(quality.alpha, quality.delta, facts)
         reason = found.reason

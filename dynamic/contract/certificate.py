@@ -34,6 +34,8 @@ class RequestFacts:
         max_tokens: its longest possible output, in tokens; never open-ended.
         stops: its output may end at strings or tokens of the caller's.
         adjusted: the model's distribution is changed or truncated: penalties, biases, top-p, top-k, min-p.
+        constrained: its output must have a form, so that a grammar masks the model's distribution. The loss of such a
+            request would be the one of the masked distribution.
     """
 
     greedy: bool
@@ -41,6 +43,7 @@ class RequestFacts:
     max_tokens: int
     stops: bool = False
     adjusted: bool
+    constrained: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +195,8 @@ class Certificate:
             return (
                 "it covers outputs that end at max_tokens or at the model's end of text, not at stop strings or tokens"
             )
+        if facts.constrained:
+            return "it covers the model's own distribution, and no losses were measured on one that a grammar masks"
         if facts.adjusted:
             return "it covers the model's own scores, without penalties, biases or cuts"
         return None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ...kernels.api.ranges import check_flags, check_ranges
+from .structured_limits import StructuredLimits
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -31,6 +32,7 @@ class EngineConfig:
             an entry point; None keeps all. It runs code: only the command line and Python may name it.
         logits_processors: plug-ins that edit logits, in this order, each ``FILE.py:Class`` or the name of an entry
             point. They run code: only the command line and Python may name them.
+        structured: limits of structured outputs, see :class:`StructuredLimits`.
     """
 
     max_num_seqs: int = 16
@@ -45,6 +47,7 @@ class EngineConfig:
     seed: int = 0
     cache_policy: str | None = None
     logits_processors: tuple[str, ...] = ()
+    structured: StructuredLimits = field(default_factory=StructuredLimits)
 
     def __post_init__(self) -> None:
         if isinstance(self.logits_processors, str):

@@ -20,6 +20,7 @@ from .contracts import ContractResolver, NoContracts
 from .eviction import load_cache_policy
 from .exit_runner import launched_rows
 from .fault_log import FaultLog
+from .grammar_compiler import CompiledGrammar, GrammarCompiler
 from .logits_processors import processor_classes
 from .logprobs import position_logprobs
 from .outputs import CompletionDelta, PositionLogprobs, RequestDelta
@@ -27,6 +28,7 @@ from .plugins import load_plugins
 from .protocols import LogitsProcessor
 from .quality import ContractOutcome, Quality
 from .request import Request, Sequence, StopTokens
+from .request_limits import check_request, why_no_token
 from .runner import Runner
 from .sampler import NO_TOKEN, sample
 from .sampling_params import SamplingParams
@@ -68,6 +70,7 @@ class Engine:
         self.logits_plugins = load_plugins(config.logits_processors, LogitsProcessor)
         self.logits_processors = processor_classes(plugin.implementation for plugin in self.logits_plugins)
         self.vocab_size: int = spec.vocab_size
+        self.grammars = GrammarCompiler(model.tokenizer, spec.vocab_size, config.structured)
         kv_shards, device = decoder.kv_shards, torch.device(decoder.device)
         num_pages, num_snapshots = count_pages(config, spec, decoder.kv_dtype, device, kv_shards)
         num_states = config.max_num_seqs + num_snapshots
@@ -104,6 +107,7 @@ class Engine:
         priority: int = 0,
         cache_salt: str | None = None,
         contract: ContractOutcome | None = None,
+        grammar: CompiledGrammar | None = None,
     ) -> None:
         """Queue a request; :meth:`step` returns its deltas.
 
@@ -112,10 +116,11 @@ class Engine:
             cache_salt: only requests with the same salt share prefixes.
             contract: what became of a contract that the caller has resolved: ``params`` say what may be spent. Left
                 out, a :class:`Quality` in ``params`` is resolved by :attr:`contracts`.
+            grammar: of its structured outputs; left out, they are compiled here, which blocks.
 
         Raises:
             ValueError: for an id in use, an empty or too long prompt, token ids outside the vocabulary, exits that the
-                model does not have, an expert budget that it cannot keep.
+                model does not have, an expert budget that it cannot keep, structured outputs that cannot be compiled.
             EngineFull: when ``max_waiting`` sequences wait already.
         """
         if request_id in self._requests:
@@ -125,10 +130,12 @@ class Engine:
         if not isinstance(cache_salt, str | None):
             raise ValueError(f"cache_salt must be a text, not {cache_salt!r}")
         prompt = list(prompt_token_ids)
-        self.check(prompt, params)
+        self._check(prompt, params)
         prompt = [index(token) for token in prompt]
         if len(self.scheduler.waiting) >= self.config.max_waiting:
             raise EngineFull(len(self.scheduler.waiting), self._pace.seconds_per_request)
+        if grammar is None and params.structured_outputs is not None:
+            grammar = self.grammars.compile(params.structured_outputs)
         spends = params
         if isinstance(params.quality, Quality):
             longest = min(self.max_model_len - len(prompt), params.max_tokens or self.max_model_len)
@@ -150,6 +157,7 @@ class Engine:
             contract=contract,
             processors=self.logits_processors,
             tokenizer=self.model.tokenizer,
+            grammar=grammar,
         )
         self._arrivals += 1
         if not self._requests:
@@ -158,29 +166,16 @@ class Engine:
         self.scheduler.add(request.sequences[0])
 
     def check(self, prompt: list[int], params: SamplingParams) -> None:
-        """Raise the ValueError that :meth:`add_request` would raise for this prompt and these settings."""
-        if not prompt:
-            raise ValueError("the prompt is empty")
-        for kind in set(map(type, prompt)):
-            if kind is bool or not hasattr(kind, "__index__"):
-                raise ValueError(f"a prompt must hold token ids, not {kind.__name__}")
-        if len(prompt) >= self.max_model_len:
-            raise ValueError(
-                f"the prompt has {len(prompt)} tokens; with at least one token of output, "
-                f"at most {self.max_model_len - 1} fit (max_model_len={self.max_model_len})"
-            )
-        for name, tokens in (
-            ("prompt_token_ids", prompt),
-            ("stop_token_ids", params.stop_token_ids),
-            ("logit_bias", params.logit_bias),
-            ("allowed_token_ids", params.allowed_token_ids or ()),
-        ):
-            for token in tokens:
-                if not 0 <= token < self.vocab_size:
-                    raise ValueError(f"{name} holds {token}; the vocabulary has ids 0 to {self.vocab_size - 1}")
-        for name in ("logprobs", "prompt_logprobs"):
-            if (count := getattr(params, name)) is not None and count > self.vocab_size:
-                raise ValueError(f"{name}={count} exceeds the vocabulary of {self.vocab_size}")
+        """Raise the ValueError that :meth:`add_request` would raise for this prompt and these settings.
+
+        Structured outputs are compiled for it, which blocks.
+        """
+        self._check(prompt, params)
+        if params.structured_outputs is not None:
+            self.grammars.compile(params.structured_outputs)
+
+    def _check(self, prompt: list[int], params: SamplingParams) -> None:
+        check_request(prompt, params, self.max_model_len, self.vocab_size)
         self.runner.exits.logit_thresholds(params.exit_thresholds)
         self.runner.budgets.of_request(params)
 
@@ -309,7 +304,7 @@ class Engine:
                 delta = deltas[request] = RequestDelta(request.request_id, [])
                 self._announce(request, delta)
             if token_id == NO_TOKEN:
-                delta.error = self._why_no_token(sequence)
+                delta.error, delta.error_code = why_no_token(sequence, self._faults)
                 completion = CompletionDelta(sequence.index, [], "", finish_reason="error")
             else:
                 completion = self._advance(sequence, token_id)
@@ -326,13 +321,6 @@ class Engine:
                 del self._requests[request.request_id]
                 self._pace.finished()
         return list(deltas.values())
-
-    def _why_no_token(self, sequence: Sequence) -> str:
-        if sequence.failure is None:
-            return "no token can be chosen: the logits are not finite, or the request's rules forbid all tokens"
-        plugin, error = sequence.failure
-        self._faults.report(f"plug-in {plugin}", error)
-        return f"the server's plug-in {plugin} failed: {type(error).__name__}"  # the rest is for the log only
 
     def _announce(self, request: Request, delta: RequestDelta) -> None:
         """Add what is said once, with a request's first tokens."""
@@ -356,13 +344,17 @@ class Engine:
         self._tokens.add(cost)
         stop_enabled = sequence.num_output >= params.min_tokens
         delta = CompletionDelta(sequence.index, [token_id], "", layers=[cost.layers], experts=[cost.experts])
-        if stop_enabled and token_id in request.stop_tokens.all:
+        ended = stop_enabled and token_id in request.stop_tokens.all
+        if ended:
             delta.finish_reason = "stop"
             delta.stop_reason = None if token_id in request.stop_tokens.eos else token_id
+        elif stop_enabled and sequence.grammar is not None and sequence.grammar.complete:
+            delta.finish_reason = "stop"
         elif sequence.num_output >= request.max_output_tokens:
             delta.finish_reason = "length"
         if params.detokenize:
-            self._add_text(sequence, token_id, stop_enabled, delta)
+            shown = not ended or params.include_stop_str_in_output
+            self._add_text(sequence, token_id if shown else None, stop_enabled, delta)
         return delta
 
     def _compute(self, request: Request) -> Compute:
@@ -376,12 +368,12 @@ class Engine:
             tokens=request.tokens.total(),
         )
 
-    def _add_text(self, sequence: Sequence, token_id: int, stop_enabled: bool, delta: CompletionDelta) -> None:
+    def _add_text(self, sequence: Sequence, token_id: int | None, stop_enabled: bool, delta: CompletionDelta) -> None:
         params = sequence.request.params
         if sequence.text is None:
             sequence.text = OutputText(self.model.tokenizer, params)
         stop = None
-        if delta.finish_reason != "stop" or params.include_stop_str_in_output:
+        if token_id is not None:
             delta.text, stop = sequence.text.add(token_id, stop_enabled)
         if stop is None and delta.finish_reason is not None:
             rest, stop = sequence.text.finish()

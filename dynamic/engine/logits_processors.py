@@ -1,4 +1,4 @@
-"""The package's own logits processors, and how a step's rows go through all of them.
+"""The package's own logits processors, but for the one of grammars, and how a step's rows go through all of them.
 
 :data:`ORDER` is the order in which they edit a row, the one of vLLM; what follows them is in :mod:`.sampler`.
 
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 import torch
 
+from .grammar_processor import GrammarProcessor
 from .protocols import LogitsProcessor, ProcessorContext
 from .sampling_params import SamplingParams
 
@@ -250,7 +251,7 @@ class Penalties(_OfRows):
 
 
 # How processors follow each other. LogitsProcessor stands for the plug-ins, in the order in which they are given.
-ORDER: tuple[Any, ...] = (AllowedTokens, BadWords, LogitBias, MinTokens, LogitsProcessor, Penalties)
+ORDER: tuple[Any, ...] = (AllowedTokens, BadWords, LogitBias, MinTokens, LogitsProcessor, Penalties, GrammarProcessor)
 
 
 def processor_classes(plugins: Iterable[type[LogitsProcessor]] = ()) -> tuple[type[LogitsProcessor], ...]:
@@ -273,7 +274,7 @@ def edit_logits(
         logits_RV: float32.
         processors: of each row, as :func:`processor_classes` orders them.
 
-    Returns: rows whose plug-in has raised something, which are of no use.
+    Returns: rows whose plug-in, or grammar, has raised something, which are of no use.
     """
     failed: dict[int, tuple[LogitsProcessor, Exception]] = {}
     rows_of: dict[type, tuple[list[int], list[Any]]] = {}
@@ -285,7 +286,7 @@ def edit_logits(
             others.append(processor)
     for kind in ORDER:
         rows, found = rows_of.get(kind, ([], []))
-        if kind is LogitsProcessor:
+        if kind in (LogitsProcessor, GrammarProcessor):
             for row, processor in zip(rows, found, strict=True):
                 try:
                     processor.edit(logits_RV[row])

@@ -13,6 +13,7 @@ from ..text.no_tokenizer import NoTokenizer
 from .config import EngineConfig
 from .engine import Engine, EngineFull
 from .outputs import CompletionOutput, RequestOutput
+from .request_limits import FORM_ERROR
 from .sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ class OfflineEngine:
                     output = outputs.get(delta.request_id)
                     if output is None:  # somebody else's, added to the engine directly
                         continue
-                    if delta.error is not None:
+                    if delta.error is not None and delta.error_code != FORM_ERROR:
                         raise RuntimeError(f"request {delta.request_id} failed: {delta.error}")
                     output.add(delta)
                     tokens += sum(len(c.token_ids) for c in delta.completions)

@@ -48,6 +48,7 @@ class RequestDelta:
     num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache
     queue_seconds: float | None = None  # once, with the first tokens: from arrival to the first step that ran it
     error: str | None = None
+    error_code: str = "request_failed"  # of the error: FORM_ERROR where the request is to blame
     compute: Compute | None = None  # once, with the last delta
     contract: ContractOutcome | None = None  # once, with the last delta, of a request that came with a contract
 
@@ -91,6 +92,7 @@ class RequestOutput:
     num_cached_tokens: int = 0
     compute: Compute | None = None
     contract: ContractOutcome | None = None
+    error: str | None = None  # why a completion has ended with the reason "error"
 
     def add(self, delta: RequestDelta) -> None:
         """Append what a step added."""
@@ -100,3 +102,4 @@ class RequestOutput:
             self.prompt_logprobs = delta.prompt_logprobs
         self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
         self.finished, self.compute, self.contract = delta.finished, delta.compute, delta.contract
+        self.error = delta.error or self.error

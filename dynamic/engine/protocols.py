@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from ..text.tokenizer import Tokenizer
     from .draws import Draws
+    from .grammar_compiler import CompiledGrammar
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,12 +31,14 @@ class ProcessorContext:
         prompt_token_ids: of the request; not to be changed.
         stop_token_ids: tokens that end its output.
         tokenizer: of the model; None where a test makes a request without one.
+        grammar: of a request for structured outputs, compiled.
     """
 
     params: SamplingParams
     prompt_token_ids: Sequence[int]
     stop_token_ids: frozenset[int] = frozenset()
     tokenizer: Tokenizer | None = None
+    grammar: CompiledGrammar | None = None
 
 
 class LogitsProcessor(Protocol):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .draws import Draws
+from .grammar_processor import GrammarProcessor
 from .logits_processors import processor_classes
 from .protocols import LogitsProcessor, ProcessorContext, SequenceSnapshot
 from .sampling_params import SamplingParams
@@ -22,6 +23,7 @@ from .token_costs import TokenTally
 
 if TYPE_CHECKING:
     from ..text.tokenizer import Tokenizer
+    from .grammar_compiler import CompiledGrammar
     from .outputs import PositionLogprobs
     from .quality import ContractOutcome
     from .text import OutputText
@@ -80,6 +82,7 @@ class Request:
         contract: what became of the risk that its caller accepts.
         processors: kinds of logits processors that it may need, in their order.
         tokenizer: of the model, for those of them that read text.
+        grammar: of a request for structured outputs, compiled.
     """
 
     def __init__(
@@ -99,6 +102,7 @@ class Request:
         expert_budget: RequestBudget | None = None,
         processors: Iterable[type[LogitsProcessor]] = processor_classes(),
         tokenizer: Tokenizer | None = None,
+        grammar: CompiledGrammar | None = None,
     ) -> None:
         self.request_id = request_id
         self.prompt_token_ids = prompt_token_ids
@@ -115,7 +119,11 @@ class Request:
         # The leading number keeps seeds that callers choose apart from those that the engine derives.
         self.seed_words = (0, base_seed, arrival) if params.seed is None else (1, params.seed)
         context = ProcessorContext(
-            params=params, prompt_token_ids=prompt_token_ids, stop_token_ids=stop_tokens.all, tokenizer=tokenizer
+            params=params,
+            prompt_token_ids=prompt_token_ids,
+            stop_token_ids=stop_tokens.all,
+            tokenizer=tokenizer,
+            grammar=grammar,
         )
         own = tuple(kind(context) for kind in processors if kind.needed(params))
         self.sequences: list[Sequence] = [Sequence(self, 0, own)]
@@ -206,6 +214,12 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def grammar(self) -> GrammarProcessor | None:
+        """What keeps its output in the wanted form: the last processor."""
+        last = self.processors[-1] if self.processors else None
+        return last if isinstance(last, GrammarProcessor) else None
 
     @property
     def num_output(self) -> int:

@@ -3,13 +3,16 @@
 What happens to a row, in this order, the one of vLLM:
 
 1. Log-probabilities that a request asks for are taken from the model's own logits.
-2. Logits processors: allowed tokens, bad words, logit bias, min_tokens, plug-ins as they are listed, penalties
-   (:data:`.logits_processors.ORDER`).
+2. Logits processors: allowed tokens, bad words, logit bias, min_tokens, plug-ins as they are listed, penalties, the
+   form of the output (:data:`.logits_processors.ORDER`).
 3. A greedy row takes its largest logit, the first of equals, and is done.
 4. Filters: temperature, min-p, top-k, top-p.
 5. The noise of this output position chooses among the tokens that are left (:mod:`.draws`).
 
-Shape suffixes: R rows to sample, U those of them that are not decided yet, V vocabulary, H best tokens looked at.
+Where the form of the output allows few tokens, only these are looked at from step 3 on.
+
+Shape suffixes: R rows to sample, U those of them that are not decided yet, V vocabulary, H best tokens looked at, N
+allowed tokens.
 """
 
 from __future__ import annotations
@@ -19,11 +22,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .draws import NO_TOKEN, choose_among_all, choose_tokens, keys_tensor
+from .draws import NO_TOKEN, choose_among_all, choose_listed, choose_tokens, keys_tensor
 from .logits_processors import edit_logits
 from .selection import block_sums, first_best, largest, on_host
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from .request import Sequence
     from .sampling_params import SamplingParams
 
@@ -38,12 +43,16 @@ def sample(logits_RV: torch.Tensor, sequences: list[Sequence]) -> list[int]:
         logits_RV: float32; overwritten.
         sequences: one per row.
 
-    Returns: token ids; :data:`NO_TOKEN` for a row that has no finite best logit, or whose sequence a plug-in failed.
+    Returns: token ids; :data:`NO_TOKEN` for a row that has no finite best logit, or whose sequence a plug-in or its
+        form failed.
     """
-    for row, failure in edit_logits(logits_RV, [s.processors for s in sequences]).items():
+    few = _few_allowed(sequences) if on_host(logits_RV) else {}
+    edited = [s.processors[:-1] if row in few else s.processors for row, s in enumerate(sequences)]
+    for row, failure in edit_logits(logits_RV, edited).items():
         sequences[row].fail(*failure)
-    greedy = [row for row, s in enumerate(sequences) if s.request.params.greedy]
-    drawn = [row for row, s in enumerate(sequences) if not s.request.params.greedy]
+    others = [row for row in range(len(sequences)) if row not in few]
+    greedy = [row for row in others if sequences[row].request.params.greedy]
+    drawn = [row for row in others if not sequences[row].request.params.greedy]
     params, keys = [sequences[row].request.params for row in drawn], [sequences[row].peek() for row in drawn]
     if on_host(logits_RV):
         found = _largest(_rows(logits_RV, greedy)) if greedy else []
@@ -58,7 +67,33 @@ def sample(logits_RV: torch.Tensor, sequences: list[Sequence]) -> list[int]:
             parts.append(choose_among_all(*filtered, keys_tensor(keys, logits_RV.device)))
         found = torch.cat(parts).tolist()
     tokens = dict(zip(greedy + drawn, found, strict=True))
+    tokens |= {row: _choose_among(logits_RV[row], ids_N, sequences[row]) for row, ids_N in few.items()}
     return [NO_TOKEN if s.failure else tokens[row] for row, s in enumerate(sequences)]
+
+
+def _few_allowed(sequences: list[Sequence]) -> dict[int, np.ndarray]:
+    """Of the rows whose form allows few tokens, these tokens."""
+    found = {}
+    for row, sequence in enumerate(sequences):
+        if (grammar := sequence.grammar) is not None and sequence.failure is None:
+            try:
+                if (ids_N := grammar.few_allowed()) is not None:
+                    found[row] = ids_N
+            except ValueError as error:
+                sequence.fail(grammar, error)
+    return found
+
+
+def _choose_among(logits_V: torch.Tensor, ids_N: np.ndarray, sequence: Sequence) -> int:
+    """A row's token out of these."""
+    if not len(ids_N):
+        return NO_TOKEN
+    params, logits_1N = sequence.request.params, logits_V[torch.from_numpy(ids_N)][None]
+    if params.greedy:
+        place = _largest(logits_1N)[0]
+        return NO_TOKEN if place == NO_TOKEN else int(ids_N[place])
+    scaled_1N, weights_1N = filter_logits(logits_1N, [params])
+    return choose_listed(scaled_1N[0].numpy(), weights_1N[0].numpy(), sequence.peek(), ids_N)
 
 
 def _largest(logits_RV: torch.Tensor) -> list[int]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from ...kernels.api.ranges import check_flags, check_ranges, is_whole
 from .quality import Quality, read_quality
+from .structured_outputs import StructuredOutputsParams, read_structured_outputs
 
 GREEDY_EPSILON = 1e-5  # temperatures below this are greedy
 
@@ -34,6 +36,8 @@ class SamplingParams:
         prompt_logprobs: the same for the prompt's tokens.
         skip_special_tokens: leave special tokens out of the text.
         detokenize: turn ids into text; off, ``text`` stays empty and ``stop`` must be empty.
+        structured_outputs: the form that the output must have; a :class:`StructuredOutputsParams`, the same of vLLM's,
+            or a mapping of its fields. It ends where the form is complete. guided_decoding: its older name.
         quality: ``exact``: every token comes from all layers and experts. A :class:`Quality`, or a mapping of its
             fields: the risk that the caller accepts; the engine spends what a certificate says that it needs, or runs
             exactly where there is none, and says which. None: what ``exit_thresholds``, ``expert_keep`` and
@@ -72,6 +76,8 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     detokenize: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
+    guided_decoding: Any = None
     quality: str | Quality | None = "exact"
     exit_thresholds: dict[int, float] = field(default_factory=dict)
     expert_keep: float | Mapping[int, float] | None = None
@@ -89,11 +95,19 @@ class SamplingParams:
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
         object.__setattr__(self, "exit_thresholds", dict(self.exit_thresholds or {}))
         object.__setattr__(self, "quality", read_quality(self.quality))
+        self._read_structured_outputs()
         for name in ("expert_keep", "experts_per_token"):
             if isinstance(limits := getattr(self, name), Mapping):
                 object.__setattr__(self, name, dict(limits) or None)
         self._check_types()
         self._check()
+
+    def _read_structured_outputs(self) -> None:
+        older = read_structured_outputs(self.guided_decoding, "guided_decoding")
+        if older is not None and self.structured_outputs is not None:
+            raise ValueError("structured_outputs and guided_decoding are the same; give one of them")
+        object.__setattr__(self, "structured_outputs", older or read_structured_outputs(self.structured_outputs))
+        object.__setattr__(self, "guided_decoding", None)
 
     def _check_types(self) -> None:
         """Of what callers in Python may give; other types would be cut to whole numbers, or taken for true, later."""

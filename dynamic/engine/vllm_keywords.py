@@ -54,6 +54,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "enable_prompt_embeds": (False,),
     "speculative_config": (None,),
     "limit_mm_per_prompt": (None, {}),
+    "guided_decoding_backend": ("auto", "guidance"),
+    "structured_outputs_config": (None, {}, {"backend": "auto"}, {"backend": "guidance"}),
 }
 
 

@@ -49,19 +49,12 @@ _ANSWER: Refused = {
     "do_sample": (),
     "dry_multiplier": (0,),
     "dynatemp_range": (0,),
-    "ebnf": (),
     "ec_transfer_params": (),
     "eta_cutoff": (0,),
     "epsilon_cutoff": (0,),
     "extra_key": (),
     "format": (),
-    "grammar": ("",),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "include_reasoning": (True,),
-    "json_schema": (),
     "kv_transfer_params": (),
     "length_penalty": (1,),
     "logits_processors": ([],),
@@ -82,11 +75,9 @@ _ANSWER: Refused = {
     "options": ({},),
     "post_sampling_probs": (False,),
     "reasoning_format": ("none",),
-    "regex": (),
     "repeat_penalty": (1,),
     "repetition_detection": (),
     "response_fields": ([],),
-    "response_format": ({"type": "text"},),
     "return_cached_tokens_details": (False,),
     "return_hidden_states": (False,),
     "return_meta_info": (False,),
@@ -103,7 +94,6 @@ _ANSWER: Refused = {
     "spaces_between_special_tokens": (True,),
     "stop_regex": ([],),
     "structural_tag": (),
-    "structured_outputs": (),
     "t_max_predict_ms": (0, -1),
     "tfs_z": (1,),
     "thinking_budget_tokens": (-1,),
@@ -153,4 +143,5 @@ HINTS: dict[str, str] = dict.fromkeys(
     ("enable_thinking", "thinking", "thinking_budget"), "; chat_template_kwargs may hold it"
 )
 HINTS |= dict.fromkeys(("partial", "prefix"), "; continue_final_message does that")
+HINTS |= dict.fromkeys(("format", "structural_tag"), "; response_format and structured_outputs do that")
 HINTS |= dict.fromkeys(("max_completion_tokens", "max_new_tokens", "n_predict"), "; use max_tokens")

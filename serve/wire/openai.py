@@ -149,6 +149,21 @@ class GenerationRequest(Body):
         None,
         description="Most experts that a generated token uses in a layer; uncertified, so not together with quality.",
     )
+    response_format: dict[str, Any] | None = Field(
+        None, description="text, json_object, or json_schema with a schema: the form of the answer."
+    )
+    structured_outputs: dict[str, Any] | None = Field(
+        None, description="The form of the answer: one of json, json_object, regex, choice and grammar."
+    )
+    guided_json: dict[str, Any] | Text | None = Field(None, description="A JSON schema, or its text.")
+    guided_regex: Text | None = None
+    guided_choice: Many[Text] | None = None
+    guided_grammar: Text | None = Field(None, description="In Lark's syntax or in GBNF.")
+    guided_whitespace_pattern: Text | None = Field(None, description="With guided_json: whitespace between its parts.")
+    json_schema: dict[str, Any] | Text | None = Field(None, description="As guided_json.")
+    regex: Text | None = Field(None, description="As guided_regex.")
+    grammar: Text | None = Field(None, description="As guided_grammar.")
+    ebnf: Text | None = Field(None, description="As guided_grammar.")
     user: str | None = None
 
     @property

@@ -1,0 +1,146 @@
+"""The logits processor of structured outputs: only tokens with which an output can still get the wanted form.
+
+Shape suffixes: V vocabulary, W words of 32 bits, N some tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar, Self, TypeVar
+
+import numpy as np
+import torch
+
+from ..text.tokenizer_file import run_rust
+from .protocols import ProcessorContext
+from .sampling_params import SamplingParams
+
+Result = TypeVar("Result")
+FEW = 4096  # tokens that are picked one by one, out of a row or in it
+
+
+class GrammarError(ValueError):
+    """An output cannot go on in the wanted form."""
+
+
+class GrammarProcessor:
+    """Keeps one output in the form that ``structured_outputs`` asks for.
+
+    Where the form is complete, the tokens that end the output are allowed too. Its state is a function of the output's
+    tokens. It comes last in a row, so that no other processor can allow what it forbids.
+    """
+
+    changes_distribution: ClassVar[bool] = True
+
+    def __init__(self, context: ProcessorContext) -> None:
+        assert context.grammar is not None
+        self._matcher = context.grammar.matcher.deep_copy()
+        self._vocab_size = context.grammar.vocab_size
+        self._ends = np.array(sorted(context.stop_token_ids), dtype=np.int64)
+        self._ended = False  # by one of these, which the matcher does not see
+        self._words_W: np.ndarray | None = None  # of the next token, once they are needed
+
+    @staticmethod
+    def needed(params: SamplingParams) -> bool:
+        return params.structured_outputs is not None
+
+    def edit(self, logits_V: torch.Tensor) -> None:
+        if (few := self.few_allowed()) is not None:
+            ids_N = torch.from_numpy(few).to(logits_V.device)
+            kept_N = logits_V[ids_N]
+            logits_V.fill_(-torch.inf)
+            logits_V[ids_N] = kept_N
+            return
+        words_W = self._allowed()
+        if self._vocab_size - _count(words_W) <= FEW:
+            forbidden = _tokens(~words_W, len(logits_V))
+        else:
+            bits = np.unpackbits(words_W.view(np.uint8), count=len(logits_V), bitorder="little")
+            forbidden = bits == 0
+        logits_V[torch.from_numpy(forbidden).to(logits_V.device)] = -torch.inf
+
+    def few_allowed(self) -> np.ndarray | None:
+        """The allowed tokens, rising, int64, (N,); None where they are more than :data:`FEW`.
+
+        Raises:
+            GrammarError: the grammar has become too complex to be followed.
+        """
+        words_W = self._allowed()
+        return _tokens(words_W, self._vocab_size) if _count(words_W) <= FEW else None
+
+    @property
+    def complete(self) -> bool:
+        """Whether the output has the wanted form, and nothing could follow but its end."""
+        if self._ended or self._matcher.is_error():
+            return False
+        if self._matcher.is_stopped():
+            return True
+        if not self._matcher.is_accepting():
+            return False
+        try:
+            few = self.few_allowed()
+        except GrammarError:  # found again when the next token is chosen
+            return False
+        return few is not None and np.isin(few, self._ends).all()
+
+    def accept(self, token_id: int) -> None:
+        self._words_W = None
+        if token_id in self._ends and self._accepting():
+            self._ended = True
+        elif not _call(lambda: self._matcher.consume_token(token_id)):
+            raise self._error()
+
+    def rollback(self, count: int) -> None:
+        self._words_W = None
+        if self._ended and count:
+            self._ended = False
+            count -= 1
+        if count and not self._matcher.rollback(count):
+            raise self._error()
+
+    def fork(self) -> Self:
+        other = type(self).__new__(type(self))
+        other._matcher = self._matcher.deep_copy()
+        other._vocab_size, other._ends, other._ended = self._vocab_size, self._ends, self._ended
+        other._words_W = self._words_W
+        return other
+
+    def _accepting(self) -> bool:
+        return self._matcher.is_stopped() or self._matcher.is_accepting()
+
+    def _allowed(self) -> np.ndarray:
+        """Bits of the tokens that may come next; those that end the output are set where it may end."""
+        if self._words_W is None:
+            data = _call(self._matcher.compute_bitmask)
+            if self._matcher.is_error():
+                raise self._error()
+            words_W = np.frombuffer(data, dtype=np.uint32).copy()
+            words_W[self._vocab_size // 32 :] &= np.uint32((1 << self._vocab_size % 32) - 1)  # not the library's end
+            if self._accepting():
+                np.bitwise_or.at(words_W, self._ends // 32, (1 << (self._ends % 32)).astype(np.uint32))
+            self._words_W = words_W
+        return self._words_W
+
+    def _error(self) -> GrammarError:
+        lines = self._matcher.get_error().splitlines() or ["a token does not fit"]
+        return GrammarError(f"the output cannot keep the form that was asked for: {lines[0][:200]}")
+
+
+def _call(call: Callable[[], Result]) -> Result:
+    try:
+        return run_rust(call, "the output cannot be followed")
+    except ValueError as error:
+        raise GrammarError(str(error)) from error
+
+
+def _count(words_W: np.ndarray) -> int:
+    return int(np.bitwise_count(words_W).sum())
+
+
+def _tokens(words_W: np.ndarray, vocab_size: int) -> np.ndarray:
+    """The ids whose bits are set, rising; words without any are not looked into."""
+    some = np.flatnonzero(words_W)
+    bits = np.unpackbits(words_W[some].view(np.uint8), bitorder="little").reshape(-1, 32)
+    which, places = np.nonzero(bits)
+    tokens = some[which] * 32 + places
+    return tokens[tokens < vocab_size]
