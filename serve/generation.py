@@ -15,6 +15,7 @@ from ..dynamic.engine.grammar_compiler import CompiledGrammar
 from ..dynamic.engine.outputs import CompletionOutput, RequestDelta, RequestOutput
 from ..dynamic.engine.request_limits import FORM_ERROR
 from ..dynamic.engine.sampling_params import SamplingParams
+from ..dynamic.engine.structured_outputs import StructuredOutputsParams
 from .auth import Caller
 from .bridge import EngineRequest
 from .compute_usage import ComputeTally
@@ -25,7 +26,7 @@ from .formats import AnswerFormat, Prompt, PromptLogprobs, usage, write_prompt_l
 from .json_answer import JsonAnswer
 from .sampling import requested_length, sampling_params, with_length
 from .streaming import DONE, EventStream, aborted_on_disconnect, event
-from .structured import compiled_form, ignored_header, wanted_form
+from .structured import compiled_form, ignored_header
 from .submission import ClientGone, EngineFailure, Submission
 from .wire.openai import ChatCompletionRequest, GenerationRequest
 
@@ -40,6 +41,7 @@ class Generation:
     prompts: Sequence[Prompt]
     params: Sequence[SamplingParams]  # one per prompt
     format: AnswerFormat
+    form_field: str = ""  # of the request, that asks for a form of the answer
     drop_output: bool = False
 
     def _tally(self) -> ComputeTally:
@@ -66,10 +68,10 @@ class Generation:
         return response
 
     async def _grammar(self) -> CompiledGrammar | None:
-        form, param = wanted_form(self.body)
+        form = self.params[0].structured_outputs
         if form is None:
             return None
-        return await compiled_form(self.context.bridge.engine.grammars, self.context.text, form, param)
+        return await compiled_form(self.context.bridge.engine.grammars, self.context.text, form, self.form_field)
 
     @property
     def _priority(self) -> int:
@@ -273,14 +275,22 @@ def check_delta(delta: RequestDelta) -> None:
 
 
 def params_per_prompt(
-    context: ServerContext, body: GenerationRequest, prompts: Sequence[Prompt], default_length: int | None
+    context: ServerContext,
+    body: GenerationRequest,
+    prompts: Sequence[Prompt],
+    default_length: int | None,
+    form: StructuredOutputsParams | None,
 ) -> list[SamplingParams]:
     """Sampling settings of every prompt; they differ only in ``max_tokens``, which depends on the prompt's length.
+
+    Arguments:
+        default_length: used when the client asks for none.
+        form: of the answer.
 
     Raises:
         ApiError: status 400 for settings that make no sense, or that do not fit the model's length.
     """
-    params = sampling_params(body, context.model.generation_defaults, context.settings.default_quality)
+    params = sampling_params(body, context.model.generation_defaults, context.settings.default_quality, form)
     sized = [
         with_length(
             params,

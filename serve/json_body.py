@@ -112,6 +112,7 @@ class BodyReader:
         """Refuse lists that are too long to be validated, also in fields that no model knows."""
         most = {
             "messages": self.limits.max_messages,
+            "tools": self.limits.max_tools,
             "stop": self.limits.max_stop,
             "stop_token_ids": self.limits.max_stop_token_ids,
             "logit_bias": self.limits.max_logit_bias,

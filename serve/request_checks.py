@@ -10,6 +10,7 @@ from typing import Any
 from ..dynamic.text.chat_template import message_text
 from .errors import ApiError, invalid
 from .settings import Limits
+from .tool_messages import plain_calls
 from .wire.fields import CHAT, COMPLETION, HINTS, MESSAGE, Refused
 from .wire.openai import Body, ChatCompletionRequest, ChatMessage, CompletionRequest, GenerationRequest
 
@@ -62,6 +63,7 @@ def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
             "content": text or "",
             "name": message.name,
             "tool_call_id": message.tool_call_id,
+            "tool_calls": plain_calls(message.tool_calls) if message.tool_calls else None,
             "reasoning_content": reasoning,
             "reasoning": reasoning,
         })  # fmt: skip

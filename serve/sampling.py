@@ -8,8 +8,8 @@ from typing import Any
 
 from ..dynamic.engine.quality import Quality
 from ..dynamic.engine.sampling_params import SamplingParams
+from ..dynamic.engine.structured_outputs import StructuredOutputsParams
 from .errors import invalid
-from .structured import wanted_form
 from .wire.openai import ChatCompletionRequest, CompletionRequest, Contract, GenerationRequest
 
 COMPLETION_MAX_TOKENS = 16
@@ -28,7 +28,10 @@ _MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty
 
 
 def sampling_params(
-    body: GenerationRequest, defaults: Mapping[str, Any], default_quality: Quality | None = None
+    body: GenerationRequest,
+    defaults: Mapping[str, Any],
+    default_quality: Quality | None = None,
+    form: StructuredOutputsParams | None = None,
 ) -> SamplingParams:
     """A request's sampling settings without ``max_tokens`` (see :func:`with_length`).
 
@@ -36,6 +39,7 @@ def sampling_params(
         body: the request, checked.
         defaults: the model's generation defaults.
         default_quality: contract of a request without ``quality``.
+        form: of the answer.
 
     Raises:
         ApiError: status 400 for invalid combinations.
@@ -58,7 +62,7 @@ def sampling_params(
         chosen["logprobs"] = body.logprobs
         if body.echo and body.logprobs is not None:
             chosen["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
-    chosen["structured_outputs"], _ = wanted_form(body)
+    chosen["structured_outputs"] = form
     if isinstance(body.quality, Contract):
         chosen["quality"] = Quality(alpha=body.quality.alpha, delta=body.quality.delta)
     elif body.quality is None and body.experts_per_token is None and default_quality is not None:

@@ -23,7 +23,7 @@ class Limits:
         max_logprobs: alternatives per position, for the output and for the prompt.
         max_logprob_entries: alternatives in one answer, over all positions; each takes some 200 bytes of memory.
         max_logit_bias: entries of ``logit_bias``.
-        max_messages: messages in one chat.
+        max_messages, max_tools: messages in one chat, and tools.
         max_tokens: cap on the output's length; None leaves it to the model's maximum length.
         max_text_characters: characters in one text that is tokenised.
         max_body_bytes, max_header_bytes: size of a request.
@@ -47,6 +47,7 @@ class Limits:
     max_logprob_entries: int = 1_000_000
     max_logit_bias: int = 300
     max_messages: int = 2048
+    max_tools: int = 128
     max_tokens: int | None = None
     max_text_characters: int = 1_000_000
     max_body_bytes: int = 4 * 1024 * 1024

@@ -111,9 +111,10 @@ async def compiled_form(
         source = await text.run(read_source, form, compiler.limits)
         await asyncio.to_thread(compiler.prepare)
         job = compiler.start(source)
-        waiting = asyncio.shield(asyncio.wrap_future(job.future))
+        future = asyncio.wrap_future(job.future)
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())  # also if nobody waits any more
         try:
-            return await asyncio.wait_for(waiting, compiler.limits.compile_seconds)
+            return await asyncio.wait_for(asyncio.shield(future), compiler.limits.compile_seconds)
         except TimeoutError:
             raise compiler.late(job) from None
     except ValueError as error:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from ..dynamic.text.chat_template import ALLOWED_VARIABLES
 from ..dynamic.text.tokenizer import Tokenizer
 from .errors import invalid, overloaded
+from .tool_messages import introduced, with_text_arguments
 
 logger = logging.getLogger("dynamoe.server")
 
@@ -78,20 +79,32 @@ class TextPool:
         variables: Mapping[str, Any],
         continue_final_message: bool = False,
         reasoning_effort: str | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> tuple[str, list[int]]:
         """The prompt text and the token ids of a conversation.
+
+        Arguments:
+            tools: that the model may call; said in words where the template does not read them.
 
         Raises:
             ApiError: status 400 when the model has no template, or the template refuses the conversation.
         """
 
-        def render() -> str:
+        def prompt(messages: Sequence[Mapping[str, Any]]) -> str:
             return self.tokenizer.chat_prompt(
                 messages,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 **variables,
             )
+
+        def render() -> str:
+            try:
+                return prompt(messages)
+            except ValueError:
+                if not any(message.get("tool_calls") for message in messages):
+                    raise
+                return prompt(with_text_arguments(messages))  # some templates join them to other texts
 
         allowed = ALLOWED_VARIABLES - _RESERVED
         if wrong := sorted(set(variables) - allowed):
@@ -104,6 +117,10 @@ class TextPool:
             )
         source = self.tokenizer.chat_source or ""
         variables = {**self._effort(source, reasoning_effort), **variables}
+        if tools and self.tokenizer.reads_tools:
+            variables["tools"] = list(tools)
+        elif tools:
+            messages = introduced(messages, tools)
         if self._renderings >= MAX_RENDERINGS:
             raise overloaded("Too many conversations wait for the chat template.", 5.0)
         self._renderings += 1

@@ -88,7 +88,7 @@ KINDS: dict[str, Schema] = {
 def many(count: int) -> list[Schema]:
     """This many different schemas: those above, and random combinations of them."""
     rng = random.Random(26)
-    parts = [schema for name, schema in KINDS.items() if not {"$ref", "$id", "definitions"} & schema.keys()]
+    parts = [schema for name, schema in KINDS.items() if not {"$ref", "$id", "$defs", "definitions"} & schema.keys()]
     found = list(KINDS.values())
     while len(found) < count:
         one, other, third = rng.sample(parts, 3)

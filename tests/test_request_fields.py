@@ -110,8 +110,6 @@ def chat(*messages: dict[str, Any], **fields: Any) -> ChatCompletionRequest:
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"tools": [{"type": "function"}]}, "tools"),
-        ({"tool_choice": "required"}, "tool_choice"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"chat_template": "{{ x }}"}, "chat_template"),
         ({"top_logprobs": 2}, "top_logprobs"),
@@ -133,7 +131,6 @@ def test_chat_refuses_what_would_change_the_meaning(fields: dict[str, Any], para
         ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "image_url"),
         ({"role": "user", "content": [{"type": "text"}]}, "text"),
         ({"role": "user", "content": [{"type": "refusal", "text": "no"}]}, "refusal"),
-        ({"role": "assistant", "tool_calls": [{"id": "1"}]}, "tool_calls"),
         ({"role": "assistant", "content": "a", "prefix": True}, "continue_final_message"),
         ({"role": "assistant", "content": "a", "partial": True}, "continue_final_message"),
         ({"role": "assistant", "content": "a", "audio": {"id": "1"}}, "audio"),

@@ -118,10 +118,10 @@ class GrammarCompiler:
     def start(self, source: GrammarSource) -> Compilation:
         """Begin to compile; one that is known is done at once. Call :meth:`prepare` before."""
         with self._lock:
-            if (job := self._running.get(source)) is not None:
+            known = self._known.get(source)
+            if known is None and (job := self._running.get(source)) is not None:
                 return job
             job = Compilation(source)
-            known = self._known.get(source)
             if known is None:
                 self._running[source] = job
                 self._waiting.append(job)
@@ -141,7 +141,8 @@ class GrammarCompiler:
         if not job.begun:
             return GrammarsBusy("structured outputs of other requests are being compiled")
         text = f"too complex: it takes longer than {self.limits.compile_seconds:g} s to compile"
-        self._remember(job.source, text)
+        with self._lock:
+            self._remember(job.source, text)
         return ValueError(text)
 
     def _start_thread(self) -> None:
@@ -170,18 +171,17 @@ class GrammarCompiler:
         except Exception as error:  # a mistake in the library's Python
             logger.exception("a structured output cannot be compiled")
             found = f"it cannot be compiled ({type(error).__name__})"
-        with self._lock:
-            self._running.pop(job.source, None)
-        if not isinstance(self._known.get(job.source), str):  # late ones stay refused
-            self._remember(job.source, found)
+        with self._lock:  # at any time it is running or known
+            if not isinstance(self._known.get(job.source), str):  # late ones stay refused
+                self._remember(job.source, found)
+            del self._running[job.source]
         _settle(job, found)
 
     def _remember(self, source: GrammarSource, found: CompiledGrammar | str) -> None:
-        with self._lock:
-            self._size += _size(source, found) - _size(source, self._known.pop(source, None))
-            self._known[source] = found
-            while self._size > self.limits.cache_bytes and self._known:
-                self._size -= _size(*self._known.popitem(last=False))
+        self._size += _size(source, found) - _size(source, self._known.pop(source, None))
+        self._known[source] = found
+        while self._size > self.limits.cache_bytes and self._known:
+            self._size -= _size(*self._known.popitem(last=False))
 
     def _compile(self, source: GrammarSource) -> CompiledGrammar:
         self.compilations += 1

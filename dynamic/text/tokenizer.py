@@ -209,6 +209,11 @@ class Tokenizer:
         """The text of the template for plain conversations; None where the checkpoint has none."""
         return self._chat_sources.get("default")
 
+    @property
+    def reads_tools(self) -> bool:
+        """Whether the template for tools reads which there are."""
+        return "tools" in (self._chat_sources.get("tool_use") or self.chat_source or "")
+
     def chat_template(self, tools: bool = False) -> ChatTemplate:
         """The template for plain conversations, or the one for tools where the checkpoint has a separate one.
 

@@ -11,6 +11,9 @@ from ..context import ServerContext
 from ..formats import ChatFormat, Prompt
 from ..generation import Generation, params_per_prompt
 from ..json_body import body_route
+from ..structured import wanted_form
+from ..tool_format import ToolCallFormat
+from ..tools import tool_use
 from ..wire.openai import ChatCompletionRequest
 from ..wire.openai_answers import POST_ERRORS, ChatCompletionResponse, answer_or_stream
 
@@ -23,15 +26,21 @@ def chat_routes(context: ServerContext) -> APIRouter:
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation. With ``stream`` the answer is a stream of server-sent events."""
         messages = context.checks.chat(body)
-        _, token_ids = await context.text.encode_chat(messages, **body.rendering)
+        use = tool_use(body)
+        form, form_field = wanted_form(body) if use is None else (use.form, "tools")
+        tools = [] if use is None else use.tools
+        _, token_ids = await context.text.encode_chat(messages, tools=tools, **body.rendering)
         prompts = [Prompt(token_ids)]
+        default_length = context.model.generation_defaults.get("max_new_tokens")
+        write = ChatFormat if use is None else ToolCallFormat
         return await Generation(
             context=context,
             request=request,
             body=body,
             prompts=prompts,
-            params=params_per_prompt(context, body, prompts, context.model.generation_defaults.get("max_new_tokens")),
-            format=ChatFormat(
+            params=params_per_prompt(context, body, prompts, default_length, form),
+            form_field=form_field,
+            format=write(
                 id=f"chatcmpl-{uuid.uuid4().hex}",
                 top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
                 tokenizer=context.model.tokenizer,

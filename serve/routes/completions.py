@@ -13,6 +13,7 @@ from ..formats import CompletionFormat, Prompt
 from ..generation import Generation, params_per_prompt
 from ..json_body import body_route
 from ..sampling import COMPLETION_MAX_TOKENS
+from ..structured import wanted_form
 from ..wire.openai import CompletionRequest
 from ..wire.openai_answers import POST_ERRORS, CompletionResponse, answer_or_stream
 
@@ -26,6 +27,7 @@ def completion_routes(context: ServerContext) -> APIRouter:
         """Continue one or several prompts, given as text or as token ids. With ``stream`` the answer is a stream of
         server-sent events."""
         given = context.checks.completion(body)
+        form, form_field = wanted_form(body)
         prompts = [await _encode(context, prompt, body) for prompt in given]
         drop_output = body.max_tokens == 0
         answer = CompletionFormat(
@@ -45,8 +47,9 @@ def completion_routes(context: ServerContext) -> APIRouter:
             request=request,
             body=body,
             prompts=prompts,
-            params=params_per_prompt(context, body, prompts, COMPLETION_MAX_TOKENS),
+            params=params_per_prompt(context, body, prompts, COMPLETION_MAX_TOKENS, form),
             format=answer,
+            form_field=form_field,
             drop_output=drop_output,
         ).respond()
 

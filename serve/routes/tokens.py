@@ -12,6 +12,7 @@ from ..errors import invalid
 from ..json_answer import JsonAnswer
 from ..json_body import body_route
 from ..request_checks import check_model, check_supported, plain_messages
+from ..tools import plain_tools
 from ..wire.fields import DETOKENIZE, TOKENIZE
 from ..wire.openai import DetokenizeRequest, TokenizeRequest
 from ..wire.openai_answers import POST_ERRORS, DetokenizeResponse, TokenizeResponse, TokenizerInfo, error_responses
@@ -33,7 +34,8 @@ def token_routes(context: ServerContext) -> APIRouter:
             special = True if body.add_special_tokens is None else body.add_special_tokens
             tokens = await context.text.encode(body.prompt, special)
         else:
-            _, tokens = await context.text.encode_chat(plain_messages(body.messages or []), **body.rendering)
+            messages, tools = plain_messages(body.messages or []), plain_tools(body.tools or ())
+            _, tokens = await context.text.encode_chat(messages, tools=tools, **body.rendering)
         most = context.settings.limits.max_json_values
         if len(tokens) > most:
             raise invalid(f"The text has {len(tokens)} tokens; one answer holds at most {most}.", param="prompt")

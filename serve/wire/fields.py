@@ -32,8 +32,6 @@ _PROMPT: Refused = {
     "think": (),
     "thinking": (),
     "thinking_budget": (),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "truncate_prompt_tokens": (),
 }
 
@@ -118,6 +116,8 @@ COMPLETION: Refused = {
     "continue_final_message": (False,),
     "max_completion_tokens": (),
     "messages": (),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
     "reasoning_effort": (),
     "top_logprobs": (0,),
 }
@@ -125,6 +125,7 @@ CHAT: Refused = {**_PROMPT, **_ANSWER, "prompt": ()}
 TOKENIZE: Refused = {
     **_PROMPT,
     "add_special": (),
+    "tool_choice": ("none", "auto"),
     "content": (),
     "parse_special": (True,),
     "with_pieces": (False,),
@@ -136,7 +137,6 @@ MESSAGE: Refused = {
     "images": ([],),
     "partial": (False,),
     "prefix": (False,),
-    "tool_calls": ([],),
     "tools": ([],),
 }
 HINTS: dict[str, str] = dict.fromkeys(

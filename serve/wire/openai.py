@@ -182,6 +182,37 @@ class CompletionRequest(GenerationRequest):
     add_special_tokens: bool | None = Field(None, description="Put BOS and the like around text prompts (default).")
 
 
+class Function(Body):
+    """A function that the model may call."""
+
+    name: Text
+    description: Text | None = None
+    parameters: dict[str, Any] | None = Field(None, description="A JSON schema of an object.")
+    strict: bool | None = Field(None, description="Refuse parameters whose keywords are not all enforced.")
+
+
+class Tool(Body):
+    """A tool of the type function."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class CalledFunction(Body):
+    """What an earlier message called."""
+
+    name: Text
+    arguments: Text = Field(description="A JSON object, as text.")
+
+
+class ToolCall(Body):
+    """A call in an earlier message of the assistant."""
+
+    id: Text | None = None
+    type: Literal["function"] | None = None
+    function: CalledFunction
+
+
 class TextPart(Body):
     """A part of a message's content."""
 
@@ -197,6 +228,7 @@ class ChatMessage(Body):
     content: Text | Many[TextPart] | None = None
     name: Text | None = None
     tool_call_id: Text | None = None
+    tool_calls: Many[ToolCall] | None = None
     reasoning_content: Text | None = Field(None, description="For templates that read it; reasoning is the same.")
     reasoning: Text | None = None
     refusal: Text | None = Field(None, description="Stands for a content that is absent.")
@@ -205,6 +237,7 @@ class ChatMessage(Body):
 class ConversationRequest(Body):
     """Fields that say how a conversation becomes a prompt."""
 
+    tools: Many[Tool] | None = None
     add_generation_prompt: bool | None = Field(None, description="On when absent, but not with continue_final_message.")
     continue_final_message: bool | None = Field(None, description="Leave the last message open, to be continued.")
     add_special_tokens: bool | None = None
@@ -230,6 +263,10 @@ class ChatCompletionRequest(ConversationRequest, GenerationRequest):
     """Body of ``POST /v1/chat/completions``."""
 
     messages: Annotated[Many[ChatMessage], Field(min_length=1)]
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = Field(
+        None, description="none, required, or a function of tools by name."
+    )
+    parallel_tool_calls: bool | None = Field(None, description="false: one call at most.")
     max_tokens: Positive | None = None
     max_completion_tokens: Positive | None = Field(
         None, description="The newer name of max_tokens. Without either: up to the model's maximum length."

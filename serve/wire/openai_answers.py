@@ -147,12 +147,29 @@ class ChatLogprobs(Answer):
     refusal: None = None
 
 
+class AnsweredFunction(Answer):
+    """A function and its arguments, a JSON object as text; in a stream a part of them."""
+
+    name: str | None = None
+    arguments: str
+
+
+class AnsweredCall(Answer):
+    """A call of a tool, or in a stream a part of it."""
+
+    index: int | None = None
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: AnsweredFunction
+
+
 class AssistantMessage(Answer):
     """The message that the model generated."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None = None
+    tool_calls: list[AnsweredCall] | None = None
 
 
 class ChatChoice(Answer):
@@ -161,7 +178,7 @@ class ChatChoice(Answer):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
     stop_reason: int | str | None = None
 
 
@@ -182,6 +199,7 @@ class ChatDelta(Answer):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[AnsweredCall] | None = None
 
 
 class ChatChunkChoice(Answer):
@@ -190,7 +208,7 @@ class ChatChunkChoice(Answer):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
     stop_reason: int | str | None = None
     compute: TokenCompute | None = None
 
