@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from ..dynamic.text.chat_template import ALLOWED_VARIABLES
 from ..dynamic.text.tokenizer import Tokenizer
 from .errors import invalid, overloaded
+from .tool_markers import IN_WORDS, PROBE, CallMarkers, derive
 from .tool_messages import introduced, with_text_arguments
 
 logger = logging.getLogger("dynamoe.server")
@@ -40,6 +41,7 @@ class TextPool:
         self._templates = ThreadPoolExecutor(1, thread_name_prefix="template")
         self._large = ThreadPoolExecutor(1, thread_name_prefix="large")
         self._renderings = 0
+        self._markers: tuple[CallMarkers | None] | None = None  # once they have been looked for
 
     async def encode(self, text: str, add_special_tokens: bool, *, param: str = "prompt") -> list[int]:
         """Token ids of a text.
@@ -131,6 +133,17 @@ class TextPool:
         finally:
             self._renderings -= 1
         return text, await self.encode(text, add_special_tokens, param="messages")
+
+    async def call_markers(self) -> CallMarkers | None:
+        """How the model writes calls of tools; None where its chat template does not show it in a way that is read."""
+        if not self.tokenizer.reads_tools:
+            return IN_WORDS
+        if self._markers is None:
+            self._markers = (await _call(self._templates, derive, self._with_probe),)
+        return self._markers[0]
+
+    def _with_probe(self, messages: Sequence[Mapping[str, Any]], begin_next: bool) -> str:
+        return self.tokenizer.chat_prompt(messages, add_generation_prompt=begin_next, tools=PROBE)
 
     @staticmethod
     def _effort(source: str, effort: str | None) -> dict[str, Any]:

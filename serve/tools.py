@@ -1,12 +1,10 @@
-"""Tools: what a request says about them, the form of an answer that must call them, and the calls in its text."""
+"""Tools: what a request says about them, and the form of an answer that must call them."""
 
 from __future__ import annotations
 
-import json
 import re
-import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..dynamic.engine.structured_outputs import StructuredOutputsParams
@@ -17,9 +15,6 @@ from .wire.openai import ChatCompletionRequest, Tool
 MAX_CALLS = 16  # in one answer
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 _NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
-# The beginning of a call, up to its arguments; what an answer holds between two calls.
-_HEAD = re.compile(r'\{\s*"name"\s*:\s*"((?:[^"\\]|\\.)*)"\s*,\s*"arguments"\s*:\s*')
-_BETWEEN = " \n\r\t[],}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +23,16 @@ class ToolUse:
 
     Arguments:
         tools: as chat templates read them; empty where the model must not call any.
-        form: of the answer, which is a list of calls.
+        form: of the answer, which is a list of calls; None where the model may call or not.
     """
 
     tools: list[dict[str, Any]]
-    form: StructuredOutputsParams
+    form: StructuredOutputsParams | None = None
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of the functions."""
+        return frozenset(tool["function"]["name"] for tool in self.tools)
 
 
 def plain_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
@@ -65,11 +65,12 @@ def tool_use(body: ChatCompletionRequest) -> ToolUse | None:
         return None
     if not tools:
         raise invalid("tool_choice needs tools.", param="tool_choice")
-    if choice in (None, "auto"):
-        message = "tool_choice auto is not supported by this server; use required, a named function, or none."
-        raise invalid(message, param="tool_choice", code="unsupported_parameter")
     if others := [name for name in FIELDS if getattr(body, name) not in (None, "", {"type": "text"})]:
         raise invalid(f"tools and {others[0]} exclude each other unless tool_choice is none.", param=others[0])
+    if body.echo:
+        raise invalid("echo and tools exclude each other unless tool_choice is none.", param="echo")
+    if choice in (None, "auto"):
+        return ToolUse(tools)
     callable_, most = tools, 1 if body.parallel_tool_calls is False else MAX_CALLS
     if isinstance(choice, Mapping):
         name = _named(choice)
@@ -125,67 +126,3 @@ def _moved(schema: Any, place: str) -> Any:
         else:
             moved[name] = _moved(value, place)
     return moved
-
-
-@dataclass(slots=True)
-class Call:
-    """One call in an answer, as far as it is there."""
-
-    name: str
-    arguments: str = ""
-    id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex[:24]}")
-
-
-@dataclass(slots=True)
-class CallReader:
-    """Finds the calls in a growing text of the form of :func:`calls_schema`, whole or cut off."""
-
-    calls: list[Call] = field(default_factory=list)
-    _head: str = ""  # of a call, until its arguments begin
-    _depth: int = 0  # of the brackets that are open in its arguments
-    _in_string: bool = False
-    _escaped: bool = False
-
-    def add(self, text: str) -> list[tuple[int, bool, str]]:
-        """Take more text; returns what it adds: (number of the call, whether it is new, more of its arguments)."""
-        found: list[tuple[int, bool, str]] = []
-        while text:
-            if self._depth:
-                length = self._length_of_arguments(text)
-                self.calls[-1].arguments += text[:length]
-                found.append((len(self.calls) - 1, False, text[:length]))
-                text = text[length:]
-                continue
-            if not self._head:
-                text = text.lstrip(_BETWEEN)
-            self._head += text
-            head = _HEAD.match(self._head)
-            rest = self._head[head.end() :] if head else ""
-            if head is None or not rest:
-                return found
-            self._head, text = "", rest
-            self.calls.append(Call(json.loads(f'"{head[1]}"')))
-            found.append((len(self.calls) - 1, True, ""))
-            self._depth = 1
-            self.calls[-1].arguments += text[0]
-            found.append((len(self.calls) - 1, False, text[0]))
-            text = text[1:]
-        return found
-
-    def _length_of_arguments(self, text: str) -> int:
-        """How much of a text belongs to the arguments that are open."""
-        for place, character in enumerate(text):
-            if self._escaped:
-                self._escaped = False
-            elif self._in_string:
-                self._escaped = character == "\\"
-                self._in_string = character != '"'
-            elif character == '"':
-                self._in_string = True
-            elif character in "{[":
-                self._depth += 1
-            elif character in "}]":
-                self._depth -= 1
-                if not self._depth:
-                    return place + 1
-        return len(text)

@@ -47,8 +47,8 @@ def test_openai(server: Any) -> None:
         with pytest.raises(openai.BadRequestError) as caught:
             ask(messages=LONG)
         assert caught.value.code == "context_length_exceeded"
-        with pytest.raises(openai.BadRequestError, match="tool_choice"):
-            ask(messages=TALK, tools=[{"type": "function", "function": {"name": "f"}}])
+        with pytest.raises(openai.BadRequestError, match="documents"):
+            ask(messages=TALK, extra_body={"documents": [{"text": "a"}]})
         assert client.completions.create(model=model.id, prompt="The", max_tokens=4).choices[0].text
 
 

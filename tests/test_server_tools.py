@@ -17,7 +17,8 @@ from dynamoe.dynamic.text.tokenizer import Tokenizer
 from dynamoe.serve.errors import ApiError
 from dynamoe.serve.request_checks import plain_messages
 from dynamoe.serve.text import TextPool
-from dynamoe.serve.tools import CallReader, calls_schema, plain_tools, tool_use
+from dynamoe.serve.tool_calls import CallReader
+from dynamoe.serve.tools import calls_schema, plain_tools, tool_use
 from dynamoe.serve.wire.openai import ChatCompletionRequest
 from dynamoe.serve.wire.openai_answers import ChatCompletionChunk, ChatCompletionResponse
 from hypothesis import given, settings
@@ -129,6 +130,19 @@ def test_a_tool_loop_with_openais_client(server: Any, endings: dict[str, float])
         assert client.chat.completions.create(messages=messages, **ask).choices[0].message.content is not None
 
 
+def test_a_model_that_may_call_may_also_talk(http: httpx.Client) -> None:
+    body = {**ASK, "max_tokens": 20, "seed": 2, "logit_bias": {"2": -100, "0": -100}}
+    whole = http.post("/v1/chat/completions", json=body)
+    assert whole.status_code == 200, whole.text
+    (choice,) = whole.json()["choices"]
+    assert choice["finish_reason"] == "length"
+    assert choice["message"]["content"]
+    assert "tool_calls" not in choice["message"]
+    lines = http.post("/v1/chat/completions", json={**body, "stream": True}).text.split("\n\n")[:-2]
+    deltas = [json.loads(line.removeprefix("data: "))["choices"][0]["delta"] for line in lines]
+    assert "".join(delta.get("content", "") for delta in deltas) == choice["message"]["content"]
+
+
 def test_what_is_cut_off_ends_with_length(http: httpx.Client) -> None:
     body = {**ASK, "tool_choice": "required"}
     early = http.post("/v1/chat/completions", json={**body, "max_tokens": 3}).json()["choices"][0]
@@ -143,8 +157,8 @@ def test_what_is_cut_off_ends_with_length(http: httpx.Client) -> None:
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [
-        ({}, "tool_choice", "auto is not supported"),
-        ({"tool_choice": "auto"}, "tool_choice", "auto is not supported"),
+        ({"tool_choice": "auto", "response_format": {"type": "json_object"}}, "response_format", "exclude each other"),
+        ({"echo": True}, "echo", "echo and tools exclude each other"),
         ({"tools": [], "tool_choice": "required"}, "tool_choice", "tool_choice needs tools"),
         ({"tool_choice": {"type": "function"}}, "tool_choice", "must be none, auto, required or"),
         ({"tool_choice": {"type": "allowed_tools", "mode": "auto"}}, "tool_choice", "must be none, auto, required or"),

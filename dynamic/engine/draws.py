@@ -79,7 +79,7 @@ def choose_tokens(scaled_RV: torch.Tensor, weights_RV: torch.Tensor, keys: list[
 def choose_listed(scaled_N: np.ndarray, weights_N: np.ndarray, key: int, ids_N: np.ndarray) -> int:
     """:func:`choose_tokens` for a row of which only some tokens, by rising id, are given."""
     kept = np.flatnonzero(weights_N)
-    scores_N = scaled_N[kept] - np.log(exponentials(np.uint64(key).view(np.int64), ids_N[kept]))
+    scores_N = scaled_N[kept] - np.log(exponentials(np.array([key], np.uint64).view(np.int64), ids_N[kept]))
     best = kept[int(scores_N.argmax())] if len(kept) else 0
     return int(ids_N[best]) if weights_N[best] > 0 else NO_TOKEN  # NaN is not
 

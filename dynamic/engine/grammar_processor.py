@@ -81,7 +81,7 @@ class GrammarProcessor:
             few = self.few_allowed()
         except GrammarError:  # found again when the next token is chosen
             return False
-        return few is not None and np.isin(few, self._ends).all()
+        return few is not None and bool(np.isin(few, self._ends).all())
 
     def accept(self, token_id: int) -> None:
         self._words_W = None

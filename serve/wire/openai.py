@@ -264,7 +264,7 @@ class ChatCompletionRequest(ConversationRequest, GenerationRequest):
 
     messages: Annotated[Many[ChatMessage], Field(min_length=1)]
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = Field(
-        None, description="none, required, or a function of tools by name."
+        None, description="auto (default with tools), none, required, or a function of tools by name."
     )
     parallel_tool_calls: bool | None = Field(None, description="false: one call at most.")
     max_tokens: Positive | None = None
