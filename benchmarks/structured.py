@@ -25,11 +25,11 @@ PROMPT = 32
 RECORD = {
     "type": "object",
     "properties": {
-        "name": {"type": "string", "minLength": 12, "maxLength": 60},
+        "name": {"type": "string", "maxLength": 60},
         "age": {"type": "integer", "minimum": 0, "maximum": 120},
         "tags": {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "minItems": 1, "maxItems": 4},
         "active": {"type": "boolean"},
-        "note": {"type": "string", "minLength": 12, "maxLength": 60},
+        "note": {"type": "string"},
     },
     "required": ["name", "age", "tags", "active", "note"],
     "additionalProperties": False,

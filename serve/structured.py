@@ -113,10 +113,12 @@ async def compiled_form(
         job = compiler.start(source)
         future = asyncio.wrap_future(job.future)
         future.add_done_callback(lambda done: done.cancelled() or done.exception())  # also if nobody waits any more
-        try:
-            return await asyncio.wait_for(asyncio.shield(future), compiler.limits.compile_seconds)
-        except TimeoutError:
-            raise compiler.late(job) from None
+        while True:
+            try:
+                return await asyncio.wait_for(asyncio.shield(future), compiler.limits.compile_seconds)
+            except TimeoutError:
+                if (error := compiler.late(job)) is not None:
+                    raise error from None
     except ValueError as error:
         raise invalid(f"{param}: {error}.", param=param, code="invalid_structured_output") from error
     except GrammarsBusy as error:

@@ -156,15 +156,31 @@ def test_a_form_is_compiled_once(compiler: GrammarCompiler) -> None:
     for thread in threads:
         thread.join()
     assert len(found) == 12
-    assert len({id(one) for one in found}) == 1
-    assert compiler.compilations == 1
+    assert len({id(one.matcher) for one in found}) == 12  # every request has one of its own
+    assert compiler.checks == 1
     for _ in range(3):  # so is one that cannot be
         with pytest.raises(ValueError, match="unclosed group"):
             compiler.compile(form(regex="("))
-    assert compiler.compilations == 2
+    assert compiler.checks == 2
     # The order of properties is the one in which they are written, so that it matters.
-    first, second = (compiler.compile(form(json=closed(dict.fromkeys(names, SMALL)))) for names in ("ab", "ba"))
-    assert first is not second
+    for names in ("ab", "ba"):
+        compiler.compile(form(json=closed(dict.fromkeys(names, SMALL))))
+    assert compiler.checks == 4
+
+
+def test_outputs_of_other_requests_do_not_use_up_a_grammar(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_compiler, "_LEXER_STATES", 600)
+    lengths = []
+    (quote,), (letter,) = tokenizer.encode('"', False), tokenizer.encode("q", False)
+    for _ in range(3):
+        matcher = compiler.compile(form(json={"type": "string", "maxLength": 3000})).matcher
+        matcher.consume_token(quote)
+        lengths.append(0)
+        while any(matcher.compute_bitmask()) and not matcher.is_error() and matcher.consume_token(letter):
+            lengths[-1] += 1
+    assert lengths[0] == lengths[1] == lengths[2] > 10
 
 
 def test_the_cache_is_bounded(tokenizer: Tokenizer) -> None:
@@ -174,9 +190,9 @@ def test_the_cache_is_bounded(tokenizer: Tokenizer) -> None:
     assert compiler._size <= 200_000
     assert 1 <= len(compiler._known) <= 3
     compiler.compile(form(choice=["9"]))
-    assert compiler.compilations == 10
+    assert compiler.checks == 10
     compiler.compile(form(choice=["0"]))
-    assert compiler.compilations == 11
+    assert compiler.checks == 11
 
 
 def test_what_takes_too_long_is_refused_and_those_behind_it_may_come_again(
@@ -184,13 +200,13 @@ def test_what_takes_too_long_is_refused_and_those_behind_it_may_come_again(
 ) -> None:
     compiler = GrammarCompiler(tokenizer, 320, StructuredLimits(compile_seconds=0.2, compile_threads=1))
     compiler.prepare()
-    release, compile = threading.Event(), grammar_compiler.GrammarCompiler._compile
+    release, check = threading.Event(), GrammarCompiler._checked
 
     def slow(self: GrammarCompiler, source: Any) -> Any:
         release.wait(60)
-        return compile(self, source)
+        return check(self, source)
 
-    monkeypatch.setattr(grammar_compiler.GrammarCompiler, "_compile", slow)
+    monkeypatch.setattr(GrammarCompiler, "_checked", slow)
     with pytest.raises(ValueError, match=r"too complex: it takes longer than 0\.2 s"):
         compiler.compile(form(regex="a"))
     with pytest.raises(GrammarsBusy):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import threading
 import time
@@ -26,7 +27,7 @@ from .structured_outputs import StructuredOutputsParams
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
     from ..text.tokenizer import Tokenizer
 
@@ -34,10 +35,13 @@ logger = logging.getLogger(__name__)
 
 END = b"<end>"  # the text of the token that stands for every token which ends an output
 _STACK_BYTES = 512 * 1024 * 1024  # address space of a thread that compiles; a chain of 5,000 rules needs some 20 MiB
-_LEXER_STATES = 20_000  # of one output; each takes 1 to 2 KiB
+_LEXER_STATES = 250_000  # of one request: some 10,000 tokens of texts whose length is limited, in some 30 MiB
 # Work for one token: enough for 500 optional properties in one object, and a few milliseconds at most.
 _STEP_ITEMS, _STEP_FUEL = 5000, 50_000
-_BASE_BYTES, _BYTES_PER_CHARACTER = 64 * 1024, 64  # estimates of a compiled grammar's size
+_BASE_BYTES, _BYTES_PER_CHARACTER = 64 * 1024, 128  # estimates of a matcher's size
+_MASK_THREADS = 8
+_PATIENCE = 5  # times the time for compiling, while others are compiled
+_BUSY = "structured outputs of other requests are being compiled"
 _CONTROL = re.compile(r"\\u00[01]")
 
 
@@ -47,32 +51,52 @@ class GrammarsBusy(Exception):
 
 @dataclass(frozen=True, slots=True)
 class CompiledGrammar:
-    """A grammar that an output may follow.
+    """A grammar for the outputs of one request.
 
     Arguments:
-        matcher: in its first state. Whoever follows an output takes a copy.
+        matcher: in its first state. Its copies share its lexer, whose size is limited, and nothing else does: what
+            other requests write must not matter.
         vocab_size: of the model.
         ignored: keywords of its JSON schema that are not enforced, or not fully.
-        size: estimated, in bytes.
+        executor: the threads that compute the masks of several outputs at once.
     """
 
     matcher: LLMatcher
     vocab_size: int
     ignored: tuple[str, ...]
-    size: int
+    executor: LLExecutor
+
+
+@dataclass(slots=True)
+class _Known:
+    """What is known of a form that compiles, with a matcher for the next request."""
+
+    lenient: bool
+    ignored: tuple[str, ...]
+    spare: LLMatcher | None = None
 
 
 @dataclass(slots=True)
 class Compilation:
-    """A compilation in progress; several requests may wait for it."""
+    """A matcher that is being made.
+
+    Arguments:
+        begun: when (``time.monotonic``); None while it waits.
+        stock: it is for the next request.
+    """
 
     source: GrammarSource
+    stock: bool = False
     future: Future[CompiledGrammar] = field(default_factory=Future)
-    begun: bool = False
+    begun: float | None = None
+    asked: float = field(default_factory=time.monotonic)
 
 
 class GrammarCompiler:
-    """The compiled grammars of one model. Safe to use from several threads.
+    """The grammars of one model. Safe to use from several threads.
+
+    Every request gets a matcher of its own; of a form that is known one is in stock. A form is checked once, by the
+    first request for it, while others wait.
 
     Arguments:
         tokenizer: of the model.
@@ -86,25 +110,28 @@ class GrammarCompiler:
         self._vocab_size = vocab_size
         self._lock = threading.Lock()
         self._preparing = threading.Lock()
-        self._known: OrderedDict[GrammarSource, CompiledGrammar | str] = OrderedDict()  # or why not; the newest last
+        self._known: OrderedDict[GrammarSource, _Known | str] = OrderedDict()  # or why not; the newest last
         self._size = 0
-        self._running: dict[GrammarSource, Compilation] = {}
+        self._checking: set[GrammarSource] = set()
         self._waiting: deque[Compilation] = deque()
         self._threads = 0
-        self.compilations = 0  # so far
+        self.checks = 0  # so far
 
     def compile(self, wanted: StructuredOutputsParams) -> CompiledGrammar:
-        """Compile a form of outputs, or find it compiled; blocks until it is done.
+        """Compile a form of outputs; blocks until it is done.
 
         Raises:
             ValueError: it is wrong, too large, or takes too long.
+            GrammarsBusy: others were in front of it for too long.
         """
         self.prepare()
         job = self.start(read_source(wanted, self.limits))
-        try:
-            return job.future.result(self.limits.compile_seconds)
-        except FutureTimeout:
-            raise self.late(job) from None
+        while True:
+            try:
+                return job.future.result(self.limits.compile_seconds)
+            except FutureTimeout:
+                if (error := self.late(job)) is not None:
+                    raise error from None
 
     def prepare(self) -> None:
         """Build the tokenizer of the library, once: it takes half a second for 50,000 tokens.
@@ -113,101 +140,133 @@ class GrammarCompiler:
             ValueError: the model has none.
         """
         with self._preparing:
-            _ = self._tokens
+            _ = self._tokens, self._executor
 
     def start(self, source: GrammarSource) -> Compilation:
-        """Begin to compile; one that is known is done at once. Call :meth:`prepare` before."""
+        """Begin to compile; what is in stock is there at once. Call :meth:`prepare` before."""
+        job = Compilation(source)
         with self._lock:
             known = self._known.get(source)
-            if known is None and (job := self._running.get(source)) is not None:
-                return job
-            job = Compilation(source)
-            if known is None:
-                self._running[source] = job
-                self._waiting.append(job)
-                if self._threads < self.limits.compile_threads:
-                    self._threads += 1
-                    self._start_thread()
-                return job
-            self._known.move_to_end(source)
-        _settle(job, known)
+            if known is not None:
+                self._known.move_to_end(source)
+            if isinstance(known, _Known) and known.spare is not None:
+                job.future.set_result(self._grammar(known.spare, known))
+                known.spare = None
+                self._enqueue(Compilation(source, stock=True))
+            elif isinstance(known, str):
+                job.future.set_exception(ValueError(known))
+            else:
+                self._enqueue(job)
         return job
 
-    def late(self, job: Compilation) -> Exception:
-        """What to tell those who have waited for ``compile_seconds``. What takes that long is refused from now on.
+    def late(self, job: Compilation) -> Exception | None:
+        """What to tell those who have waited for another ``compile_seconds``; None: to go on waiting.
 
-        Returns: a ValueError, or :class:`GrammarsBusy` where others were in front of it.
+        What takes that long itself is refused from now on.
         """
-        if not job.begun:
-            return GrammarsBusy("structured outputs of other requests are being compiled")
-        text = f"too complex: it takes longer than {self.limits.compile_seconds:g} s to compile"
+        most, now = self.limits.compile_seconds, time.monotonic()
+        if job.begun is None:
+            return GrammarsBusy(_BUSY) if now - job.asked > _PATIENCE * most else None
+        if now - job.begun < most:
+            return None
+        text = f"too complex: it takes longer than {most:g} s to compile"
         with self._lock:
             self._remember(job.source, text)
         return ValueError(text)
 
-    def _start_thread(self) -> None:
-        before = threading.stack_size(_STACK_BYTES)
-        try:
-            threading.Thread(target=self._work, name="grammar", daemon=True).start()
-        finally:
-            threading.stack_size(before)
+    def _enqueue(self, job: Compilation) -> None:
+        self._waiting.append(job)
+        self._add_thread()
+
+    def _add_thread(self) -> None:
+        if self._threads < self.limits.compile_threads:
+            self._threads += 1
+            before = threading.stack_size(_STACK_BYTES)
+            try:
+                threading.Thread(target=self._work, name="grammar", daemon=True).start()
+            finally:
+                threading.stack_size(before)
 
     def _work(self) -> None:
-        while True:
-            with self._lock:
-                if not self._waiting:
-                    self._threads -= 1
-                    return
-                job = self._waiting.popleft()
+        while (job := self._next()) is not None:
             self._run(job)
 
+    def _next(self) -> Compilation | None:
+        """The first job that waits, but for those whose form is being checked for another."""
+        with self._lock:
+            for place, job in enumerate(self._waiting):
+                if job.source not in self._checking:
+                    del self._waiting[place]
+                    if job.source not in self._known:
+                        self._checking.add(job.source)
+                    return job
+            self._threads -= 1
+            return None
+
     def _run(self, job: Compilation) -> None:
-        job.begun = True
-        found: CompiledGrammar | str
+        job.begun = time.monotonic()
+        with self._lock:
+            known = self._known.get(job.source)
+        matcher = None
         try:
-            found = self._compile(job.source)
+            if known is None:
+                known, matcher = self._checked(job.source)
+            elif isinstance(known, _Known):
+                matcher = self._built(job.source, known.lenient)
         except ValueError as error:
-            found = str(error)
+            known = str(error)
         except Exception as error:  # a mistake in the library's Python
             logger.exception("a structured output cannot be compiled")
-            found = f"it cannot be compiled ({type(error).__name__})"
-        with self._lock:  # at any time it is running or known
+            known = f"it cannot be compiled ({type(error).__name__})"
+        with self._lock:
+            self._checking.discard(job.source)
             if not isinstance(self._known.get(job.source), str):  # late ones stay refused
-                self._remember(job.source, found)
-            del self._running[job.source]
-        _settle(job, found)
+                self._remember(job.source, known)
+            if job.stock and isinstance(known, _Known):
+                known.spare = matcher
+            elif isinstance(known, _Known) and known.spare is None:
+                self._waiting.append(Compilation(job.source, stock=True))
+            if self._waiting:
+                self._add_thread()
+        if isinstance(known, _Known):
+            assert matcher is not None
+            job.future.set_result(self._grammar(matcher, known))
+        else:
+            job.future.set_exception(ValueError(known))
 
-    def _remember(self, source: GrammarSource, found: CompiledGrammar | str) -> None:
-        self._size += _size(source, found) - _size(source, self._known.pop(source, None))
-        self._known[source] = found
+    def _grammar(self, matcher: LLMatcher, known: _Known) -> CompiledGrammar:
+        return CompiledGrammar(matcher, self._vocab_size, known.ignored, self._executor)
+
+    def _remember(self, source: GrammarSource, known: _Known | str) -> None:
+        self._size += _size(source, known) - _size(source, self._known.pop(source, None))
+        self._known[source] = known
         while self._size > self.limits.cache_bytes and self._known:
             self._size -= _size(*self._known.popitem(last=False))
 
-    def _compile(self, source: GrammarSource) -> CompiledGrammar:
-        self.compilations += 1
-        matcher, ignored = self._matcher(source)
+    def _checked(self, source: GrammarSource) -> tuple[_Known, LLMatcher]:
+        self.checks += 1
+        matcher, lenient, ignored = self._matcher(source)
         mask = run_rust(matcher.compute_bitmask, "it cannot be compiled")
         if matcher.is_error():
             why = _in_short(matcher.get_error())
             raise ValueError("no output can have this form" + (f": {why}" if " " in why else ""))
         if matcher.is_stopped() or not any(mask[: self._vocab_size // 8]):
             raise ValueError("it allows no text, or none that begins with a token of the model")
-        ignored |= set(source.loose)
-        return CompiledGrammar(matcher, self._vocab_size, tuple(sorted(ignored)), _size_of(source))
+        return _Known(lenient, tuple(sorted({*source.loose, *ignored}))), matcher
 
-    def _matcher(self, source: GrammarSource) -> tuple[LLMatcher, set[str]]:
-        """The matcher, and the keywords that it does not enforce."""
+    def _matcher(self, source: GrammarSource) -> tuple[LLMatcher, bool, set[str]]:
+        """The matcher, whether it is lenient, and the keywords that it does not enforce."""
         matcher = self._built(source, lenient=False)
         if matcher.is_error() and source.kind == "json" and not source.strict:
             loose = self._built(source, lenient=True)
             if not loose.is_error():
-                return loose, {name for text in loose.get_grammar_warnings() for name in _unenforced(text)}
+                return loose, True, {name for text in loose.get_grammar_warnings() for name in _unenforced(text)}
         if matcher.is_error():
             problem = matcher.get_error()
             if names := _unenforced(problem):
                 raise ValueError(f"the JSON schema is strict, and these keywords are not enforced: {', '.join(names)}")
             raise ValueError(_in_short(problem))
-        return matcher, set()
+        return matcher, False, set()
 
     def _built(self, source: GrammarSource, lenient: bool) -> LLMatcher:
         from llguidance import LLMatcher, LLParserLimits
@@ -223,6 +282,12 @@ class GrammarCompiler:
             return LLMatcher(self._tokens, _grammar(source, lenient), log_level=0, limits=limits)
 
         return run_rust(build, "it cannot be compiled")
+
+    @cached_property
+    def _executor(self) -> LLExecutor:
+        from llguidance import LLExecutor
+
+        return LLExecutor(min(_MASK_THREADS, len(os.sched_getaffinity(0))))
 
     @cached_property
     def _tokens(self) -> LLTokenizer:
@@ -303,18 +368,7 @@ def _in_short(problem: str) -> str:
     return " ".join(re.split("<state>|<non-verbose/>", problem)[0].split())[:300]
 
 
-def _size_of(source: GrammarSource) -> int:
-    return _BASE_BYTES + _BYTES_PER_CHARACTER * len(source.text)
-
-
-def _size(source: GrammarSource, found: CompiledGrammar | str | None) -> int:
-    if isinstance(found, CompiledGrammar):
-        return found.size
-    return 0 if found is None else 1024 + len(source.text)
-
-
-def _settle(job: Compilation, found: CompiledGrammar | str) -> None:
-    if isinstance(found, str):
-        job.future.set_exception(ValueError(found))
-    else:
-        job.future.set_result(found)
+def _size(source: GrammarSource, known: _Known | str | None) -> int:
+    if isinstance(known, _Known):
+        return _BASE_BYTES + _BYTES_PER_CHARACTER * len(source.text)
+    return 0 if known is None else 1024 + len(source.text)

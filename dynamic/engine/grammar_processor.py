@@ -5,7 +5,7 @@ Shape suffixes: V vocabulary, W words of 32 bits, N some tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Self, TypeVar
 
 import numpy as np
@@ -16,6 +16,7 @@ from .protocols import ProcessorContext
 from .sampling_params import SamplingParams
 
 Result = TypeVar("Result")
+TOGETHER = 4  # outputs whose masks are worth several threads
 FEW = 4096  # tokens that are picked one by one, out of a row or in it
 
 
@@ -34,6 +35,7 @@ class GrammarProcessor:
 
     def __init__(self, context: ProcessorContext) -> None:
         assert context.grammar is not None
+        self._grammar = context.grammar
         self._matcher = context.grammar.matcher.deep_copy()
         self._vocab_size = context.grammar.vocab_size
         self._ends = np.array(sorted(context.stop_token_ids), dtype=np.int64)
@@ -43,6 +45,24 @@ class GrammarProcessor:
     @staticmethod
     def needed(params: SamplingParams) -> bool:
         return params.structured_outputs is not None
+
+    @staticmethod
+    def compute_masks(processors: Sequence[GrammarProcessor]) -> None:
+        """Find the next tokens of several outputs at once, on several threads; each would find the same alone."""
+        missing = [processor for processor in processors if processor._words_W is None]
+        if len(missing) < TOGETHER:
+            return
+        masks_PW = np.empty((len(missing), missing[0]._vocab_size // 32 + 1), dtype=np.uint32)
+        matchers = [(processor._matcher, place) for place, processor in enumerate(missing)]
+        size = masks_PW.strides[0]
+        compute = missing[0]._grammar.executor.unsafe_compute_mask_ptr  # the memory is that of the array
+        try:
+            _call(lambda: compute(matchers, masks_PW.ctypes.data, size, len(missing)))
+        except GrammarError:  # of one of them: it is found again when that one asks for its own
+            return
+        for processor, words_W in zip(missing, masks_PW, strict=True):
+            if not processor._matcher.is_error():  # else it is found again
+                processor._take(words_W)
 
     def edit(self, logits_V: torch.Tensor) -> None:
         if (few := self.few_allowed()) is not None:
@@ -100,7 +120,7 @@ class GrammarProcessor:
 
     def fork(self) -> Self:
         other = type(self).__new__(type(self))
-        other._matcher = self._matcher.deep_copy()
+        other._grammar, other._matcher = self._grammar, self._matcher.deep_copy()
         other._vocab_size, other._ends, other._ended = self._vocab_size, self._ends, self._ended
         other._words_W = self._words_W
         return other
@@ -114,12 +134,15 @@ class GrammarProcessor:
             data = _call(self._matcher.compute_bitmask)
             if self._matcher.is_error():
                 raise self._error()
-            words_W = np.frombuffer(data, dtype=np.uint32).copy()
-            words_W[self._vocab_size // 32 :] &= np.uint32((1 << self._vocab_size % 32) - 1)  # not the library's end
-            if self._accepting():
-                np.bitwise_or.at(words_W, self._ends // 32, (1 << (self._ends % 32)).astype(np.uint32))
-            self._words_W = words_W
+            return self._take(np.frombuffer(data, dtype=np.uint32).copy())
         return self._words_W
+
+    def _take(self, words_W: np.ndarray) -> np.ndarray:
+        words_W[self._vocab_size // 32 :] &= np.uint32((1 << self._vocab_size % 32) - 1)  # not the library's end
+        if self._accepting():
+            np.bitwise_or.at(words_W, self._ends // 32, (1 << (self._ends % 32)).astype(np.uint32))
+        self._words_W = words_W
+        return words_W
 
     def _error(self) -> GrammarError:
         lines = self._matcher.get_error().splitlines() or ["a token does not fit"]

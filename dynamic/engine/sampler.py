@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .draws import NO_TOKEN, choose_among_all, choose_listed, choose_tokens, keys_tensor
+from .grammar_processor import GrammarProcessor
 from .logits_processors import edit_logits
 from .selection import block_sums, first_best, largest, on_host
 
@@ -74,6 +75,7 @@ def sample(logits_RV: torch.Tensor, sequences: list[Sequence]) -> list[int]:
 def _few_allowed(sequences: list[Sequence]) -> dict[int, np.ndarray]:
     """Of the rows whose form allows few tokens, these tokens."""
     found = {}
+    GrammarProcessor.compute_masks([s.grammar for s in sequences if s.grammar is not None and s.failure is None])
     for row, sequence in enumerate(sequences):
         if (grammar := sequence.grammar) is not None and sequence.failure is None:
             try:
