@@ -14,7 +14,7 @@ import pytest
 import torch
 from dynamoe import LLM, SamplingParams
 from dynamoe.dynamic.contract.deployment import deployment
-from dynamoe.dynamic.engine import grammar_processor
+from dynamoe.dynamic.engine import grammar_compiler, grammar_processor
 from dynamoe.dynamic.engine.grammar_processor import GrammarError, GrammarProcessor
 from dynamoe.dynamic.engine.protocols import ProcessorContext
 from dynamoe.dynamic.engine.quality import Quality
@@ -106,6 +106,16 @@ def test_an_output_is_the_same_alone_and_beside_others(llm: LLM, temperature: fl
     settings = {"temperature": temperature, "n": 1 if temperature == 0 else 2}
     for number, form in enumerate([*SOME, None, None]):
         assert tokens(ask(llm, [form], [PROMPTS[number % 2]], **settings)) == [together[number]]
+
+
+def test_masks_of_many_rows_are_those_of_each(
+    llm: LLM, make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = tokens(ask(llm, SOME, temperature=1.0, n=2))
+    monkeypatch.setattr(grammar_compiler, "_MASK_CORES", 1)
+    threaded = LLM(make_checkpoint("mixtral"), progress=False, max_num_seqs=32)
+    assert tokens(ask(threaded, SOME, temperature=1.0, n=2)) == expected
+    assert threaded.engine.grammars._executor is not None
 
 
 def test_completions_fork_and_are_preempted(llm: LLM, make_checkpoint: Callable[..., Path]) -> None:

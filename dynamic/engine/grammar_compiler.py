@@ -16,7 +16,7 @@ from collections import OrderedDict, deque
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 from ..text.no_tokenizer import NoTokenizer
@@ -39,7 +39,8 @@ _LEXER_STATES = 250_000  # of one request: some 10,000 tokens of texts whose len
 # Work for one token: enough for 500 optional properties in one object, and a few milliseconds at most.
 _STEP_ITEMS, _STEP_FUEL = 5000, 50_000
 _BASE_BYTES, _BYTES_PER_CHARACTER = 64 * 1024, 128  # estimates of a matcher's size
-_MASK_THREADS = 8
+_MASK_THREADS, _MASK_CORES = 8, 4  # waking threads takes as long as some masks, longer where the model keeps all busy
+_FORCED_TEXTS = 4096  # whose tokens are kept: keys and punctuation come again and again
 _PATIENCE = 5  # times the time for compiling, while others are compiled
 _BUSY = "structured outputs of other requests are being compiled"
 _CONTROL = re.compile(r"\\u00[01]")
@@ -58,13 +59,13 @@ class CompiledGrammar:
             other requests write must not matter.
         vocab_size: of the model.
         ignored: keywords of its JSON schema that are not enforced, or not fully.
-        executor: the threads that compute the masks of several outputs at once.
+        executor: the threads that compute the masks of several outputs at once; None where there are few cores.
     """
 
     matcher: LLMatcher
     vocab_size: int
     ignored: tuple[str, ...]
-    executor: LLExecutor
+    executor: LLExecutor | None
 
 
 @dataclass(slots=True)
@@ -284,10 +285,11 @@ class GrammarCompiler:
         return run_rust(build, "it cannot be compiled")
 
     @cached_property
-    def _executor(self) -> LLExecutor:
+    def _executor(self) -> LLExecutor | None:
         from llguidance import LLExecutor
 
-        return LLExecutor(min(_MASK_THREADS, len(os.sched_getaffinity(0))))
+        cores = len(os.sched_getaffinity(0))
+        return LLExecutor(min(_MASK_THREADS, cores)) if cores >= _MASK_CORES else None
 
     @cached_property
     def _tokens(self) -> LLTokenizer:
@@ -310,7 +312,7 @@ class _Tokens:
     bos_token_id = None
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        self._encode = tokenizer.encode
+        self._encode = lru_cache(_FORCED_TEXTS)(tokenizer.encode)
         self.longest: Callable[[str], list[int]] = lambda text: []
         self.eos_token_id = vocab_size
         self.tokens = [tokenizer.token_bytes(token) or b"" for token in range(vocab_size)] + [END]

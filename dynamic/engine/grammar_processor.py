@@ -41,6 +41,7 @@ class GrammarProcessor:
         self._ends = np.array(sorted(context.stop_token_ids), dtype=np.int64)
         self._ended = False  # by one of these, which the matcher does not see
         self._words_W: np.ndarray | None = None  # of the next token, once they are needed
+        self._count = 0  # of the tokens that they allow
 
     @staticmethod
     def needed(params: SamplingParams) -> bool:
@@ -50,12 +51,13 @@ class GrammarProcessor:
     def compute_masks(processors: Sequence[GrammarProcessor]) -> None:
         """Find the next tokens of several outputs at once, on several threads; each would find the same alone."""
         missing = [processor for processor in processors if processor._words_W is None]
-        if len(missing) < TOGETHER:
+        executor = missing[0]._grammar.executor if len(missing) >= TOGETHER else None
+        if executor is None:
             return
         masks_PW = np.empty((len(missing), missing[0]._vocab_size // 32 + 1), dtype=np.uint32)
         matchers = [(processor._matcher, place) for place, processor in enumerate(missing)]
         size = masks_PW.strides[0]
-        compute = missing[0]._grammar.executor.unsafe_compute_mask_ptr  # the memory is that of the array
+        compute = executor.unsafe_compute_mask_ptr  # the memory is that of the array
         try:
             _call(lambda: compute(matchers, masks_PW.ctypes.data, size, len(missing)))
         except GrammarError:  # of one of them: it is found again when that one asks for its own
@@ -72,7 +74,7 @@ class GrammarProcessor:
             logits_V[ids_N] = kept_N
             return
         words_W = self._allowed()
-        if self._vocab_size - _count(words_W) <= FEW:
+        if self._vocab_size - self._count <= FEW:
             forbidden = _tokens(~words_W, len(logits_V))
         else:
             bits = np.unpackbits(words_W.view(np.uint8), count=len(logits_V), bitorder="little")
@@ -86,7 +88,7 @@ class GrammarProcessor:
             GrammarError: the grammar has become too complex to be followed.
         """
         words_W = self._allowed()
-        return _tokens(words_W, self._vocab_size) if _count(words_W) <= FEW else None
+        return _tokens(words_W, self._vocab_size) if self._count <= FEW else None
 
     @property
     def complete(self) -> bool:
@@ -122,7 +124,7 @@ class GrammarProcessor:
         other = type(self).__new__(type(self))
         other._grammar, other._matcher = self._grammar, self._matcher.deep_copy()
         other._vocab_size, other._ends, other._ended = self._vocab_size, self._ends, self._ended
-        other._words_W = self._words_W
+        other._words_W, other._count = self._words_W, self._count
         return other
 
     def _accepting(self) -> bool:
@@ -141,7 +143,7 @@ class GrammarProcessor:
         words_W[self._vocab_size // 32 :] &= np.uint32((1 << self._vocab_size % 32) - 1)  # not the library's end
         if self._accepting():
             np.bitwise_or.at(words_W, self._ends // 32, (1 << (self._ends % 32)).astype(np.uint32))
-        self._words_W = words_W
+        self._words_W, self._count = words_W, int(np.bitwise_count(words_W).sum())
         return words_W
 
     def _error(self) -> GrammarError:
@@ -154,10 +156,6 @@ def _call(call: Callable[[], Result]) -> Result:
         return run_rust(call, "the output cannot be followed")
     except ValueError as error:
         raise GrammarError(str(error)) from error
-
-
-def _count(words_W: np.ndarray) -> int:
-    return int(np.bitwise_count(words_W).sum())
 
 
 def _tokens(words_W: np.ndarray, vocab_size: int) -> np.ndarray:

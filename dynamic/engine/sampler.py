@@ -90,7 +90,10 @@ def _choose_among(logits_V: torch.Tensor, ids_N: np.ndarray, sequence: Sequence)
     """A row's token out of these."""
     if not len(ids_N):
         return NO_TOKEN
-    params, logits_1N = sequence.request.params, logits_V[torch.from_numpy(ids_N)][None]
+    logits_N = logits_V.numpy()[ids_N]
+    if len(ids_N) == 1:
+        return int(ids_N[0]) if math.isfinite(logits_N[0]) else NO_TOKEN
+    params, logits_1N = sequence.request.params, torch.from_numpy(logits_N)[None]
     if params.greedy:
         place = _largest(logits_1N)[0]
         return NO_TOKEN if place == NO_TOKEN else int(ids_N[place])
