@@ -152,6 +152,7 @@ def main() -> None:
         report[name] = {
             **{"tokens_per_second": len(contexts) / seconds, "milliseconds": 1000 * seconds},
             **{"weight_gb": weights / 1e9, "kv_gb": keys / 1e9, "state_gb": states / 1e9},
+            "cache_mib": (keys + states / 2) / 2**20,  # states are read and written
             **{"read_gb_s": bandwidth / 1e9, "share_of_read_limit": (weights + keys + states) / bandwidth / seconds},
         }
     kv, batch = fresh_cache(decoder, [options.prompt])

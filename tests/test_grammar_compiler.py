@@ -123,7 +123,9 @@ def test_the_largest_forms_within_the_limits_compile(compiler: GrammarCompiler, 
     assert not matcher.is_error()
 
 
-@pytest.mark.parametrize(("schema", "names"), UNENFORCED, ids=lambda value: str(sorted(value) if isinstance(value, set) else value)[:40])
+@pytest.mark.parametrize(
+    ("schema", "names"), UNENFORCED, ids=lambda value: str(sorted(value) if isinstance(value, set) else value)[:40]
+)
 def test_keywords_that_are_not_enforced_are_named(
     compiler: GrammarCompiler, schema: dict[str, Any], names: set[str]
 ) -> None:

@@ -82,7 +82,11 @@ CHOICES: list[tuple[dict[str, Any], set[str], int]] = [
 ]
 
 
-@pytest.mark.parametrize(("choice", "allowed", "most"), CHOICES, ids=lambda value: str(sorted(value) if isinstance(value, set) else value)[:60])
+@pytest.mark.parametrize(
+    ("choice", "allowed", "most"),
+    CHOICES,
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value)[:60],
+)
 def test_required_and_named_functions_are_called(
     http: httpx.Client, endings: dict[str, float], choice: dict[str, Any], allowed: set[str], most: int
 ) -> None:

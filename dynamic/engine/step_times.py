@@ -7,6 +7,7 @@ do not say what a step costs: rows that share experts are cheaper than rows that
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from bisect import bisect_left
 from collections.abc import Callable
@@ -24,6 +25,8 @@ from ...moe.dispatch import UNUSED, used_ids
 if TYPE_CHECKING:
     from ...kernels.torch.backend import TorchBackend
     from ..model.decoder import Decoder
+
+logger = logging.getLogger(__name__)
 
 _REPEATS = 3
 
@@ -118,6 +121,8 @@ def measure_step_times(decoder: Decoder, kv: list[KVLayer], max_rows: int) -> St
     paged = [layer for layer in kv if layer.tensors]
     states = [len(layer.states[0]) for layer in kv if isinstance(layer, StateLayer) and layer.states]
     most = min(max_rows, *(len(layer.keys_BGPC) for layer in paged), *states)
+    if most < min(max_rows, len(paged[0].keys_BGPC)):
+        logger.info("step times are measured up to %d rows: layers with windows have no more pages", most)
     for size in (1 << i for i in range(most.bit_length())):
         batch = last_slots(size, paged[0].page_size, torch.device(decoder.device))
         for different in sorted({1, round(size**0.5), size} if mixtures else {size}):

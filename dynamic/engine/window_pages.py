@@ -57,7 +57,9 @@ class WindowPages:
 
     def slots(self, slots_T: np.ndarray) -> np.ndarray:
         """Slots of the group, int64, by those of the pool."""
-        return self.own(slots_T // self._page_size).astype(np.int64) * self._page_size + slots_T % self._page_size
+        own_T = self._own_B[slots_T // self._page_size].astype(np.int64)
+        assert (own_T != _NONE).all(), "a row is written to a page that the group does not have"
+        return own_T * self._page_size + slots_T % self._page_size
 
     def holds(self, page: int) -> bool:
         """Whether the group still has what belongs to a page of the pool that was found."""

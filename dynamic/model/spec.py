@@ -113,8 +113,7 @@ class ModelSpec:
     @property
     def longest_window(self) -> int | None:
         """How many positions a row sees at most in any layer, its own included; None where a layer sees all."""
-        windows = [layer.window for layer in self.layers]
-        return None if None in windows else max(window for window in windows if window is not None)
+        return self.page_windows[0]
 
     @property
     def page_windows(self) -> tuple[int | None, ...]:

@@ -71,6 +71,7 @@ class SharedCache(KVLayers):
         Arguments:
             own_W, here_S: numbers of rows and of sequences that live here; the latter are not needed for writing only.
         """
+        assert len(batch.groups) in (0, len(self._window_pages)), "the batch has other groups than the cache"
         found = []
         for (slots_T, table_SM), pages in zip(batch.groups, self._window_pages, strict=False):
             first = self.kv_shard * pages

@@ -33,9 +33,13 @@ class SpreadNorm:
 
 def spread_norms(shard: Shard) -> tuple[SpreadNorm, SpreadNorm] | None:
     """Of queries and keys; None where a rank has all that a norm goes over."""
-    kind, context = shard.whole.layers[0].attention, shard.context
-    if not isinstance(kind, GqaSpec) or kind.qk_norm != "full" or context.config.tensor == 1:
+    kinds, context = [layer.attention for layer in shard.whole.layers], shard.context
+    full = [kind for kind in kinds if isinstance(kind, GqaSpec) and kind.qk_norm == "full"]
+    if not full or context.config.tensor == 1:
         return None
+    if len(full) < len(kinds):
+        raise ValueError("norms over all heads beside layers of other kinds do not run on the tensor axis")
+    kind = full[0]
     holders = max(1, context.config.tensor // kind.num_kv_heads)  # ranks that have the same keys
     return SpreadNorm(kind.q_size), SpreadNorm(kind.kv_size, context.tensor_rank % holders == 0)
 

@@ -251,6 +251,7 @@ class StackHolder : public torch::CustomClassHolder {
                         const Tensor& counts, const OptionalTensor& keep, const OptionalTensor& cap,
                         const OptionalTensor& skipped) {
     x = stream(x);
+    TORCH_CHECK_VALUE(!stack_.most.states, "layers that keep states are run without exits");
     const int64_t rows = x.size(0), exits = static_cast<int64_t>(stack_.exits.size());
     const Caches& caches = caches_of(*cache, tables);
     TORCH_CHECK_VALUE(thresholds.dim() == 2 && thresholds.size(0) == exits && thresholds.size(1) == rows,
