@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from ..dynamic.text.chat_template import ALLOWED_VARIABLES
+from ..dynamic.text.chat_template import ALLOWED_VARIABLES, TemplateEnded
 from ..dynamic.text.tokenizer import Tokenizer
-from .errors import invalid, overloaded
+from .errors import invalid, overloaded, unavailable
 from .tool_markers import IN_WORDS, PROBE, CallMarkers, derive
 from .tool_messages import introduced, with_text_arguments
 
@@ -135,11 +135,18 @@ class TextPool:
         return text, await self.encode(text, add_special_tokens, param="messages")
 
     async def call_markers(self) -> CallMarkers | None:
-        """How the model writes calls of tools; None where its chat template does not show it in a way that is read."""
+        """How the model writes calls of tools; None where its chat template does not show it in a way that is read.
+
+        Raises:
+            ApiError: status 503 when the template's process ended before that was found; the next call tries again.
+        """
         if not self.tokenizer.reads_tools:
             return IN_WORDS
         if self._markers is None:
-            self._markers = (await _call(self._templates, derive, self._with_probe),)
+            try:
+                self._markers = (await _call(self._templates, derive, self._with_probe),)
+            except TemplateEnded as error:
+                raise unavailable(f"{error}.", "chat_template_failed") from error
         return self._markers[0]
 
     def _with_probe(self, messages: Sequence[Mapping[str, Any]], begin_next: bool) -> str:

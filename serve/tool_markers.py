@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..dynamic.text.chat_template import TemplateEnded
 from .tool_calls import Call
 
 Render = Callable[[Sequence[Mapping[str, Any]], bool], str]
@@ -108,6 +109,9 @@ def derive(render: Render) -> CallMarkers | None:
     Arguments:
         render: a conversation in the template, with the tools of :data:`PROBE`; the second argument asks for the
             beginning of the next turn.
+
+    Raises:
+        TemplateEnded: it could not be rendered this time.
     """
     user = {"role": "user", "content": "q"}
     for arguments in ({KEY: VALUE}, json.dumps({KEY: VALUE})):
@@ -118,6 +122,8 @@ def derive(render: Render) -> CallMarkers | None:
             try:
                 begun = render([user], True)
                 text = render([user, {"role": "assistant", "content": "", "tool_calls": calls}], False)
+            except TemplateEnded:
+                raise
             except ValueError:  # some templates write one call only, or want arguments as text
                 break
             same = next((n for n, (x, y) in enumerate(zip(begun, text, strict=False)) if x != y), len(begun))

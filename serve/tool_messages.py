@@ -29,7 +29,8 @@ def plain_calls(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
     for call in calls:
         arguments: Any = call.function.arguments
         with contextlib.suppress(ValueError, RecursionError):
-            arguments = json.loads(arguments)
+            read = json.loads(arguments)
+            arguments = read if isinstance(read, dict) else arguments
         function = {"name": call.function.name, "arguments": arguments}
         found.append({"id": call.id, "type": "function", "function": function})
     return found
@@ -40,8 +41,12 @@ def with_text_arguments(messages: Sequence[Mapping[str, Any]]) -> list[dict[str,
     found = []
     for message in messages:
         calls = [
-            {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+            {**call, "function": {**call["function"], "arguments": _as_text(call["function"]["arguments"])}}
             for call in message.get("tool_calls") or ()
         ]
         found.append({**message, "tool_calls": calls} if calls else dict(message))
     return found
+
+
+def _as_text(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)

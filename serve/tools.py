@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..dynamic.engine.structured_limits import SCHEMA_MAPS
 from ..dynamic.engine.structured_outputs import StructuredOutputsParams
 from .errors import invalid
 from .structured import FIELDS
@@ -111,18 +112,20 @@ def calls_schema(functions: Sequence[Mapping[str, Any]], most: int) -> dict[str,
     return {"type": "array", "items": items, "minItems": 1, "maxItems": most, "$defs": parameters}
 
 
-def _moved(schema: Any, place: str) -> Any:
-    """A schema whose references within itself hold where it is one of ``$defs``."""
+def _moved(schema: Any, place: str, named: bool = False) -> Any:
+    """A schema whose references within itself hold where it is one of ``$defs``; or, ``named``, schemas by name."""
     if isinstance(schema, list):
         return [_moved(part, place) for part in schema]
     if not isinstance(schema, Mapping):
         return schema
     moved = {}
     for name, value in schema.items():
-        if name == "$ref" and isinstance(value, str) and (value == "#" or value.startswith("#/")):
+        if named:
+            moved[name] = _moved(value, place)
+        elif name == "$ref" and isinstance(value, str) and (value == "#" or value.startswith("#/")):
             moved[name] = f"#/$defs/{place}{value[1:]}"
         elif name in ("const", "enum", "default", "examples"):
             moved[name] = value
         else:
-            moved[name] = _moved(value, place)
+            moved[name] = _moved(value, place, named=name in SCHEMA_MAPS)
     return moved

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from dynamoe.dynamic.engine import grammar_compiler
-from dynamoe.dynamic.engine.grammar_compiler import GrammarCompiler, GrammarsBusy
+from dynamoe.dynamic.engine.grammar_compiler import Compilation, GrammarCompiler, GrammarsBusy
 from dynamoe.dynamic.engine.structured_limits import StructuredLimits, pattern_size, read_source
 from dynamoe.dynamic.engine.structured_outputs import StructuredOutputsParams
 from dynamoe.dynamic.text.no_tokenizer import NoTokenizer
@@ -45,6 +47,7 @@ def chain(count: int, link: Callable[[int], Any]) -> dict[str, Any]:
 
 
 NESTED: Any = functools.reduce(lambda inner, _: closed({"a": inner}), range(200), SMALL)
+HUGE = {"type": "array", "maxItems": 10**11}
 HOSTILE: list[tuple[dict[str, Any], str]] = [
     ({"json": NESTED}, "nested deeper than 64"),
     ({"json": json.dumps(NESTED)}, "nested deeper than 64"),
@@ -70,6 +73,12 @@ HOSTILE: list[tuple[dict[str, Any], str]] = [
         "no output can have this form",
     ),
     ({"json": {"$ref": "#/$defs/missing"}}, "does not exist"),
+    ({"json": {"$ref": "#/x/y", "x": {"y": HUGE}}}, r"\$ref '#/x/y' does not exist, or is no schema"),
+    ({"json": {"$ref": "#/%78", "x": HUGE}}, "is no schema"),
+    ({"json": {"$ref": "#/properties", "properties": {"maxItems": 10**11}}}, "is no schema"),
+    ({"json": {"$ref": "#/default/0", "default": [HUGE]}}, "is no schema"),
+    ({"json": {"$ref": "#a", "dependencies": {"b": {"$anchor": "a", **HUGE}}}}, "'#a' does not exist"),
+    ({"json": {"items": {"$id": "http://x/", "$ref": "#/items/0", "items": {"0": HUGE}}}}, r"has an \$id"),
     ({"json": {"type": "integer", "minimum": 5, "maximum": 3}}, "Unsatisfiable"),
     ({"json": closed({"a": False})}, "unsatisfiable"),
     ({"json": {"type": "strin"}}, "Invalid type: strin"),
@@ -90,6 +99,12 @@ HOSTILE: list[tuple[dict[str, Any], str]] = [
     ({"grammar": "root ::= " + "(" * 9000 + '"a"' + ")" * 9000}, "nested too deeply"),
     ({"grammar": 'start: ("a"~1..20000)'}, "repetitions are at most 10000"),
     ({"grammar": "start: A\nA: /(a{1,500}){1,500}/"}, "more than 10000 parts"),
+    ({"grammar": "start: A\nA: /(a{1,500}\n){1,500}/"}, "more than 10000 parts"),
+    ({"grammar": 'start: <"> A "\nA: /(a{1,500}){1,500}/'}, "more than 10000 parts"),
+    ({"grammar": f"start: %json {json.dumps(HUGE)}"}, "%json in a grammar is not supported; use json"),
+    ({"grammar": f'start: "{"x" * 2001}"'}, "grammar: characters of a text are at most 2000, not 2001"),
+    ({"grammar": "start: a\n/" + "\\/" * 32_000}, "characters of a pattern are at most 1024"),
+    ({"grammar": "\n" * 64_000 + "nothing"}, "the grammar cannot be read"),
     ({"grammar": "start: missing"}, "unknown name"),
     ({"grammar": "nothing"}, "the grammar cannot be read"),
     ({"grammar": "start: " + " ".join(['("a"|"b")?'] * 3000)}, "no output can have this form: .*Too many items"),
@@ -121,6 +136,28 @@ def test_the_largest_forms_within_the_limits_compile(compiler: GrammarCompiler, 
     matcher = compiler.compile(form(**settings)).matcher.deep_copy()
     assert any(matcher.compute_bitmask())
     assert not matcher.is_error()
+
+
+@pytest.mark.parametrize(
+    "reference",
+    ["#", "#/properties/a~1b%25", "#/%24defs/%61~0%20", "#/prefixItems/1/anyOf/0", "#here", "#/additionalProperties"],
+)
+def test_references_lead_to_any_schema(compiler: GrammarCompiler, reference: str) -> None:
+    schema = {
+        "properties": {"a/b%": SMALL},
+        "$defs": {"a~ ": {"$anchor": "here"}},
+        "prefixItems": [{"$ref": reference}, {"anyOf": [{}]}],
+        "additionalProperties": True,
+    }
+    assert compiler.compile(form(json=schema)).ignored == ()
+
+
+def test_texts_and_patterns_in_grammars_may_hold_anything(compiler: GrammarCompiler) -> None:
+    """Their parts are told apart as the library does it."""
+    lark = 'start: "/" A B // a "\nA: /"[#] {2}/ # /\nB: "# \\" /" | /a\\/"/'
+    gbnf = 'root ::= [^"/] "/" [-+*/] "\\"" "x" # a "\n' + f"# {'y' * 3000}"
+    for grammar in (lark, gbnf):
+        assert compiler.compile(form(grammar=grammar)).matcher is not None
 
 
 @pytest.mark.parametrize(
@@ -197,9 +234,39 @@ def test_the_cache_is_bounded(tokenizer: Tokenizer) -> None:
     assert compiler.checks == 11
 
 
+def test_a_known_form_is_not_compiled_to_be_checked(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler.check(form(regex="a"))
+    with pytest.raises(ValueError, match="unclosed group"):
+        compiler.check(form(regex="("))
+    monkeypatch.setattr(GrammarCompiler, "compile", None)
+    compiler.check(form(regex="a"))
+    with pytest.raises(ValueError, match="unclosed group"):
+        compiler.check(form(regex="("))
+
+
+def test_without_room_for_a_thread_nobody_waits(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with pytest.raises(GrammarsBusy, match="cannot be compiled now"):
+            compiler.compile(form(regex="a"))
+    assert compiler.compile(form(regex="a")).matcher is not None
+
+
+def test_one_grammar_is_kept_in_stock(compiler: GrammarCompiler) -> None:
+    compiler._threads = compiler.limits.compile_threads  # none is started
+    for _ in range(3):
+        compiler._restock(read_source(form(regex="a"), LIMITS))
+    assert len(compiler._waiting) == 1
+
+
+@pytest.mark.parametrize("slow_itself", [True, False])
 def test_what_takes_too_long_is_refused_and_those_behind_it_may_come_again(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, slow_itself: bool
 ) -> None:
+    """It stays refused only if the time was its own."""
     compiler = GrammarCompiler(tokenizer, 320, StructuredLimits(compile_seconds=0.2, compile_threads=1))
     compiler.prepare()
     release, check = threading.Event(), GrammarCompiler._checked
@@ -213,11 +280,28 @@ def test_what_takes_too_long_is_refused_and_those_behind_it_may_come_again(
         compiler.compile(form(regex="a"))
     with pytest.raises(GrammarsBusy):
         compiler.compile(form(regex="b"))
+    assert not compiler._waiting  # nobody waits for it
+    if slow_itself:
+        monkeypatch.setattr(time, "thread_time", itertools.count(1000).__next__)
     release.set()
     behind = compiler.start(read_source(form(regex="b"), LIMITS))
     assert behind.future.result(60).matcher is not None
-    with pytest.raises(ValueError, match="too complex"):  # as before, without another attempt
-        compiler.compile(form(regex="a"))
+    first = compiler.start(read_source(form(regex="a"), LIMITS))
+    if slow_itself:
+        with pytest.raises(ValueError, match="too complex"):  # as before, without another attempt
+            first.future.result(60)
+    else:
+        assert first.future.result(60).matcher is not None
+
+
+def test_a_form_that_compiled_before_is_not_refused_for_the_time_it_takes(compiler: GrammarCompiler) -> None:
+    wanted = form(regex="a")
+    compiler.compile(wanted)
+    job = Compilation(read_source(wanted, LIMITS), begun=time.monotonic() - 1000)
+    assert isinstance(compiler.late(job), GrammarsBusy)
+    job.future.cancel()
+    assert compiler.late(job) is None
+    assert compiler.compile(wanted).matcher is not None
 
 
 def test_without_a_tokenizer_forms_are_refused(tmp_path: Path) -> None:
@@ -254,6 +338,28 @@ def test_tokenizers_with_marks_for_spaces(tmp_path: Path) -> None:
     for name in ("▁ab", "b", "▁a"):
         assert spaced.consume_token(tokenizer.backend.token_to_id(name))
     assert spaced.is_stopped()
+
+
+def test_texts_are_not_written_with_tokens_that_end_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does the tokenizer see the whole of a long text at every step."""
+    tokenizer, encode, lengths = sentencepiece(tmp_path), Tokenizer.encode, []
+
+    def counted(self: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+        lengths.append(len(text))
+        return encode(self, text, add_special_tokens)
+
+    monkeypatch.setattr(Tokenizer, "encode", counted)
+    end, ab = (tokenizer.backend.token_to_id(name) for name in ("</s>", "ab"))
+    compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size, PATIENT, frozenset({ab}))
+    text = "x</s>ab" + "y" * 700
+    matcher, ids = compiler.compile(form(json={"const": text})).matcher.deep_copy(), []
+    while not matcher.is_stopped():
+        bits = matcher.compute_bitmask()
+        ids.append(next(token for token in range(len(bits) * 8) if bits[token // 8] >> token % 8 & 1))
+        assert matcher.consume_token(ids[-1]), matcher.get_error()
+    assert b"".join(tokenizer.token_bytes(token) or b"" for token in ids).decode() == f'"{text}"'
+    assert not {end, ab} & set(ids)
+    assert 512 <= max(lengths) <= 513
 
 
 @pytest.mark.parametrize(

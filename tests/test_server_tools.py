@@ -18,6 +18,7 @@ from dynamoe.serve.errors import ApiError
 from dynamoe.serve.request_checks import plain_messages
 from dynamoe.serve.text import TextPool
 from dynamoe.serve.tool_calls import CallReader
+from dynamoe.serve.tool_messages import with_text_arguments
 from dynamoe.serve.tools import calls_schema, plain_tools, tool_use
 from dynamoe.serve.wire.openai import ChatCompletionRequest
 from dynamoe.serve.wire.openai_answers import ChatCompletionChunk, ChatCompletionResponse
@@ -228,11 +229,12 @@ def test_calls_are_read_wherever_their_text_is_split(calls: list[tuple[str, Any]
 def test_references_hold_where_parameters_are_moved() -> None:
     nested = {"type": "object", "$defs": {"a": SMALL}, "properties": {"x": {"$ref": "#/$defs/a"}, "$ref": SMALL}}
     nested["properties"]["y"] = {"$ref": "#"}
+    nested["properties"] |= {name: {"$ref": "#/$defs/a"} for name in ("default", "enum", "const", "examples")}
     schema = calls_schema([{"name": "f", "parameters": nested}, {"name": "g", "parameters": nested}], 3)
     jsonschema.Draft202012Validator.check_schema(schema)
     call = {"name": "g", "arguments": {"x": 1, "y": {"x": 2}, "$ref": 3}}
     jsonschema.validate([call, {**call, "name": "f"}], schema)
-    for wrong in ({"x": "a"}, {"y": {"x": "a"}}, {"$ref": "a"}):
+    for wrong in ({"x": "a"}, {"y": {"x": "a"}}, {"$ref": "a"}, {"default": "a"}, {"y": {"enum": "a"}}):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate([{"name": "f", "arguments": wrong}], schema)
 
@@ -283,6 +285,22 @@ def test_templates_read_tools_calls_and_results(pool: Callable[[str], Any]) -> N
         "('x' + c.function.arguments)[11:15]",
     ):
         assert pool(READS.replace("CITY", f"{{{{ {city} }}}}"))(USER, CALLED, RESULT) == expected
+
+
+def test_arguments_as_text_are_those_that_were_sent() -> None:
+    sent = ['{"city": "Köln"}', "not JSON", '["a"]', '"a"']
+    function = CALLED["tool_calls"][0]
+    calls = [{**function, "function": {"name": "weather", "arguments": text}} for text in sent]
+    body = ChatCompletionRequest.model_validate({**ASK, "messages": [USER, {**CALLED, "tool_calls": calls}]})
+    (_, message) = with_text_arguments(plain_messages(body.messages))
+    assert [call["function"]["arguments"] for call in message["tool_calls"]] == sent
+
+
+def test_tools_that_must_not_be_called_are_not_tokenised(http: httpx.Client) -> None:
+    def count(**fields: Any) -> int:
+        return http.post("/tokenize", json={"messages": [USER], **fields}).json()["count"]
+
+    assert count(tools=TOOLS, tool_choice="none") == count() < count(tools=TOOLS)
 
 
 def test_templates_that_do_not_read_tools_get_them_in_words(pool: Callable[[str], Any]) -> None:

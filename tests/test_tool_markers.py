@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from dynamoe.dynamic.engine.outputs import CompletionDelta, CompletionOutput
-from dynamoe.dynamic.text.chat_template import ChatTemplate
+from dynamoe.dynamic.text.chat_template import ChatTemplate, TemplateEnded
 from dynamoe.dynamic.text.tokenizer import Tokenizer
 from dynamoe.serve.tool_format import AutoToolFormat
 from dynamoe.serve.tool_markers import IN_WORDS, PROBE, CallMarkers, derive
@@ -220,3 +220,11 @@ def test_special_tokens_are_no_content_and_one_call_is_the_most(tokenizer: Token
     choice = write.whole(0, CompletionOutput(0, f"<|x|>ok {call}{call}", finish_reason="stop"), None)
     assert choice["message"]["content"] == "ok"
     assert len(choice["message"]["tool_calls"]) == 1
+
+
+def test_a_template_that_ended_has_shown_nothing() -> None:
+    def render(_messages: Any, _begin: bool) -> str:
+        raise TemplateEnded("the chat template was ended")
+
+    with pytest.raises(TemplateEnded):
+        derive(render)

@@ -70,7 +70,8 @@ class Engine:
         self.logits_plugins = load_plugins(config.logits_processors, LogitsProcessor)
         self.logits_processors = processor_classes(plugin.implementation for plugin in self.logits_plugins)
         self.vocab_size: int = spec.vocab_size
-        self.grammars = GrammarCompiler(model.tokenizer, spec.vocab_size, config.structured)
+        self._eos = _eos_token_ids(model)
+        self.grammars = GrammarCompiler(model.tokenizer, spec.vocab_size, config.structured, self._eos)
         kv_shards, device = decoder.kv_shards, torch.device(decoder.device)
         num_pages, num_snapshots = count_pages(config, spec, decoder.kv_dtype, device, kv_shards)
         num_states = config.max_num_seqs + num_snapshots
@@ -90,7 +91,6 @@ class Engine:
         self._segment_layers = tuple(len(segment.layers) for segment in decoder.segments)
         self.contracts: ContractResolver = NoContracts()  # that requests may run under
         self._segment_experts = tuple(spec.experts_in(segment.layers) for segment in decoder.segments)
-        self._eos = _eos_token_ids(model)
         self._requests: dict[str, Request] = {}
         self._arrivals = self._prompt_tokens = 0
         self._costs = TokenCosts(decoder)
@@ -168,11 +168,11 @@ class Engine:
     def check(self, prompt: list[int], params: SamplingParams) -> None:
         """Raise the ValueError that :meth:`add_request` would raise for this prompt and these settings.
 
-        Structured outputs are compiled for it, which blocks.
+        Structured outputs that are not known yet are compiled for it, which blocks.
         """
         self._check(prompt, params)
         if params.structured_outputs is not None:
-            self.grammars.compile(params.structured_outputs)
+            self.grammars.check(params.structured_outputs)
 
     def _check(self, prompt: list[int], params: SamplingParams) -> None:
         check_request(prompt, params, self.max_model_len, self.vocab_size)

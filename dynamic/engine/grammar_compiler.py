@@ -16,31 +16,28 @@ from collections import OrderedDict, deque
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 from ..text.no_tokenizer import NoTokenizer
 from ..text.tokenizer_file import run_rust
+from .grammar_tokens import GrammarTokens
 from .structured_limits import GrammarSource, StructuredLimits, read_source
 from .structured_outputs import StructuredOutputsParams
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
     from ..text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-END = b"<end>"  # the text of the token that stands for every token which ends an output
 _STACK_BYTES = 512 * 1024 * 1024  # address space of a thread that compiles; a chain of 5,000 rules needs some 20 MiB
 _LEXER_STATES = 250_000  # of one request: some 10,000 tokens of texts whose length is limited, in some 30 MiB
 # Work for one token: enough for 500 optional properties in one object, and a few milliseconds at most.
 _STEP_ITEMS, _STEP_FUEL = 5000, 50_000
 _BASE_BYTES, _BYTES_PER_CHARACTER = 64 * 1024, 128  # estimates of a matcher's size
 _MASK_THREADS, _MASK_CORES = 8, 4  # waking threads takes as long as some masks, longer where the model keeps all busy
-_FORCED_TEXTS = 4096  # whose tokens are kept: keys and punctuation come again and again
 _PATIENCE = 5  # times the time for compiling, while others are compiled
 _BUSY = "structured outputs of other requests are being compiled"
 _CONTROL = re.compile(r"\\u00[01]")
@@ -77,7 +74,7 @@ class _Known:
     spare: LLMatcher | None = None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Compilation:
     """A matcher that is being made.
 
@@ -103,10 +100,14 @@ class GrammarCompiler:
         tokenizer: of the model.
         vocab_size: of the model: token ids are below it.
         limits: set by the operator.
+        ends: tokens that end an output, special ones or not: they are no part of a text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, limits: StructuredLimits) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, vocab_size: int, limits: StructuredLimits, ends: frozenset[int] = frozenset()
+    ) -> None:
         self.limits = limits
+        self._ends = ends
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._lock = threading.Lock()
@@ -134,6 +135,16 @@ class GrammarCompiler:
                 if (error := self.late(job)) is not None:
                     raise error from None
 
+    def check(self, wanted: StructuredOutputsParams) -> None:
+        """Raise what :meth:`compile` would raise; only a form that is not known is compiled."""
+        source = read_source(wanted, self.limits)
+        with self._lock:
+            known = self._known.get(source)
+        if isinstance(known, str):
+            raise ValueError(known)
+        if known is None:
+            self.compile(wanted)
+
     def prepare(self) -> None:
         """Build the tokenizer of the library, once: it takes half a second for 50,000 tokens.
 
@@ -153,7 +164,7 @@ class GrammarCompiler:
             if isinstance(known, _Known) and known.spare is not None:
                 job.future.set_result(self._grammar(known.spare, known))
                 known.spare = None
-                self._enqueue(Compilation(source, stock=True))
+                self._restock(source)
             elif isinstance(known, str):
                 job.future.set_exception(ValueError(known))
             else:
@@ -161,17 +172,26 @@ class GrammarCompiler:
         return job
 
     def late(self, job: Compilation) -> Exception | None:
-        """What to tell those who have waited for another ``compile_seconds``; None: to go on waiting.
+        """What to tell those who have waited for another ``compile_seconds``; None: to go on waiting, or it is done.
 
-        What takes that long itself is refused from now on.
+        What takes that long itself is refused from now on, unless it has been compiled before. A job that nobody waits
+        for any more is not begun.
         """
         most, now = self.limits.compile_seconds, time.monotonic()
-        if job.begun is None:
-            return GrammarsBusy(_BUSY) if now - job.asked > _PATIENCE * most else None
-        if now - job.begun < most:
-            return None
-        text = f"too complex: it takes longer than {most:g} s to compile"
         with self._lock:
+            if job.future.done():
+                return None
+            if job.begun is None:
+                if now - job.asked <= _PATIENCE * most:
+                    return None
+                self._waiting.remove(job)
+                job.future.cancel()
+                return GrammarsBusy(_BUSY)
+            if now - job.begun < most:
+                return None
+            if isinstance(self._known.get(job.source), _Known):
+                return GrammarsBusy(_BUSY)
+            text = f"too complex: it takes longer than {most:g} s to compile"
             self._remember(job.source, text)
         return ValueError(text)
 
@@ -179,14 +199,24 @@ class GrammarCompiler:
         self._waiting.append(job)
         self._add_thread()
 
+    def _restock(self, source: GrammarSource) -> None:
+        if not any(job.stock and job.source == source for job in self._waiting):
+            self._enqueue(Compilation(source, stock=True))
+
     def _add_thread(self) -> None:
-        if self._threads < self.limits.compile_threads:
-            self._threads += 1
-            before = threading.stack_size(_STACK_BYTES)
-            try:
-                threading.Thread(target=self._work, name="grammar", daemon=True).start()
-            finally:
-                threading.stack_size(before)
+        if self._threads >= self.limits.compile_threads:
+            return
+        self._threads += 1
+        before = threading.stack_size(_STACK_BYTES)
+        try:
+            threading.Thread(target=self._work, name="grammar", daemon=True).start()
+        except RuntimeError as error:  # there is no room for its stack
+            self._threads -= 1
+            logger.error("no thread can be started that compiles structured outputs: %s", error)
+            while self._waiting and not self._threads:
+                self._waiting.popleft().future.set_exception(GrammarsBusy("structured outputs cannot be compiled now"))
+        finally:
+            threading.stack_size(before)
 
     def _work(self) -> None:
         while (job := self._next()) is not None:
@@ -198,6 +228,7 @@ class GrammarCompiler:
             for place, job in enumerate(self._waiting):
                 if job.source not in self._checking:
                     del self._waiting[place]
+                    job.begun = time.monotonic()
                     if job.source not in self._known:
                         self._checking.add(job.source)
                     return job
@@ -205,10 +236,9 @@ class GrammarCompiler:
             return None
 
     def _run(self, job: Compilation) -> None:
-        job.begun = time.monotonic()
         with self._lock:
             known = self._known.get(job.source)
-        matcher = None
+        matcher, started = None, time.thread_time()
         try:
             if known is None:
                 known, matcher = self._checked(job.source)
@@ -219,14 +249,16 @@ class GrammarCompiler:
         except Exception as error:  # a mistake in the library's Python
             logger.exception("a structured output cannot be compiled")
             known = f"it cannot be compiled ({type(error).__name__})"
+        slow = time.thread_time() - started >= self.limits.compile_seconds
         with self._lock:
             self._checking.discard(job.source)
-            if not isinstance(self._known.get(job.source), str):  # late ones stay refused
+            # Late ones stay refused, unless other work has kept them from the processor.
+            if not (slow and isinstance(self._known.get(job.source), str)):
                 self._remember(job.source, known)
             if job.stock and isinstance(known, _Known):
                 known.spare = matcher
             elif isinstance(known, _Known) and known.spare is None:
-                self._waiting.append(Compilation(job.source, stock=True))
+                self._restock(job.source)
             if self._waiting:
                 self._add_thread()
         if isinstance(known, _Known):
@@ -298,49 +330,28 @@ class GrammarCompiler:
         from llguidance import LLTokenizer
 
         started = time.monotonic()
-        tokens = _Tokens(self._tokenizer, self._vocab_size)
+        tokens = GrammarTokens(self._tokenizer, self._vocab_size, self._ends)
         built = run_rust(lambda: LLTokenizer(cast(Any, tokens)), "the tokenizer cannot be used for structured outputs")
         tokens.longest = built.greedy_tokenize
         logger.info("the tokenizer of structured outputs was built in %.1f s", time.monotonic() - started)
         return built
 
 
-class _Tokens:
-    """A vocabulary as llguidance reads it. Its end-of-text token is one behind the model's: see :data:`END`."""
-
-    is_tokenizer_wrapper = True
-    bos_token_id = None
-
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        self._encode = lru_cache(_FORCED_TEXTS)(tokenizer.encode)
-        self.longest: Callable[[str], list[int]] = lambda text: []
-        self.eos_token_id = vocab_size
-        self.tokens = [tokenizer.token_bytes(token) or b"" for token in range(vocab_size)] + [END]
-        self.special_token_ids = [*sorted(token for token in tokenizer.special_ids if token < vocab_size), vocab_size]
-
-    def __call__(self, text: str | bytes) -> list[int]:
-        """The tokens of a part of a text, which have to add up to it: the library breaks if they do not."""
-        part = text if isinstance(text, str) else text.decode("utf-8", "replace")
-        for before in ("", "\x02"):  # some tokenizers put a space in front of a text
-            ids = self._encode(before + part, False)[len(self._encode(before, False)) if before else 0 :]
-            if b"".join(self.tokens[token] for token in ids) == part.encode():
-                return ids
-        return self.longest(part)
-
-
 def _grammar(source: GrammarSource, lenient: bool) -> str:
     """What llguidance reads."""
     from llguidance import LLMatcher
-    from llguidance.gbnf_to_lark import any_to_lark
+    from llguidance.gbnf_to_lark import gbnf_to_lark
 
     text = source.text
     if source.kind == "regex":
         return LLMatcher.grammar_from_regex(text)
     if source.kind == "choice":
         return "start: CHOICE\nCHOICE: " + " | ".join(json.dumps(option) for option in json.loads(text))
-    if source.kind == "grammar":
+    if source.kind == "lark":
+        return text
+    if source.kind == "gbnf":
         try:
-            return any_to_lark(text)
+            return gbnf_to_lark(text)
         except RecursionError:
             raise ValueError("the grammar is nested too deeply") from None
         except Exception as error:  # whatever that module raises

@@ -47,6 +47,7 @@ def sample(logits_RV: torch.Tensor, sequences: list[Sequence]) -> list[int]:
     Returns: token ids; :data:`NO_TOKEN` for a row that has no finite best logit, or whose sequence a plug-in or its
         form failed.
     """
+    GrammarProcessor.compute_masks([s.grammar for s in sequences if s.grammar is not None and s.failure is None])
     few = _few_allowed(sequences) if on_host(logits_RV) else {}
     edited = [s.processors[:-1] if row in few else s.processors for row, s in enumerate(sequences)]
     for row, failure in edit_logits(logits_RV, edited).items():
@@ -75,7 +76,6 @@ def sample(logits_RV: torch.Tensor, sequences: list[Sequence]) -> list[int]:
 def _few_allowed(sequences: list[Sequence]) -> dict[int, np.ndarray]:
     """Of the rows whose form allows few tokens, these tokens."""
     found = {}
-    GrammarProcessor.compute_masks([s.grammar for s in sequences if s.grammar is not None and s.failure is None])
     for row, sequence in enumerate(sequences):
         if (grammar := sequence.grammar) is not None and sequence.failure is None:
             try:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
+from urllib.parse import unquote
 
 from ...kernels.api.ranges import check_ranges
 from .structured_outputs import StructuredOutputsParams
@@ -14,12 +15,17 @@ from .structured_outputs import StructuredOutputsParams
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 WHITESPACE = " "  # where JSON allows some; weak models would go on with more of it for ever
 _LISTS = frozenset({"allOf", "anyOf", "oneOf", "prefixItems"})
-_MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+# Of keywords whose values map names to schemas.
+SCHEMA_MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 _SINGLE = frozenset({"additionalProperties", "additionalItems", "contains", "propertyNames", "contentSchema"})
 _SINGLE |= {"not", "if", "then", "else", "unevaluatedItems", "unevaluatedProperties"}
 _COUNTS = ("minItems", "maxItems", "minProperties", "maxProperties")
 # One piece of a regular expression: an escape, a class, a bracket, a count, or any other character.
 _PIECES = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(?P<least>\d+)(?:,(?P<most>\d*))?\}|.", re.DOTALL)
+# Parts of a grammar in which nothing else begins: comments, texts, special tokens and patterns, or character classes.
+_LARK_SPANS = re.compile(r'(?:#|//)[^\n]*|"(?:\\.|[^"\\\n])*"?|<[^<>\s]+>|/(?:\\.|[^/\\])+/?')
+_GBNF_SPANS = re.compile(r'#[^\n]*|"(?:\\.|[^"\\])*"?|\[(?:\\.|[^\]\\])*\]?')
+_LARK = re.compile(r"^[^\S\n]*(?:%llguidance\b|start\s*:)", re.MULTILINE)  # as the library tells it from GBNF
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +68,7 @@ class GrammarSource:
     """A form of outputs within the limits: the key of its compiled grammar.
 
     Arguments:
-        kind: ``json``, ``regex``, ``choice`` or ``grammar``.
+        kind: ``json``, ``regex``, ``choice``, ``lark`` or ``gbnf``.
         text: the schema as JSON, the pattern, the choices as JSON, or the grammar.
         whitespace: a regular expression; empty for none.
         strict: see :class:`StructuredOutputsParams`.
@@ -94,14 +100,16 @@ def read_source(wanted: StructuredOutputsParams, limits: StructuredLimits) -> Gr
         return GrammarSource("choice", text)
     if wanted.grammar is not None:
         _check_size("grammar", wanted.grammar, limits)
-        _check_grammar(wanted.grammar, limits)
-        return GrammarSource("grammar", wanted.grammar)
+        kind = "lark" if _LARK.search(wanted.grammar) else "gbnf"
+        _check_grammar(wanted.grammar, _LARK_SPANS if kind == "lark" else _GBNF_SPANS, limits)
+        return GrammarSource(kind, wanted.grammar)
     whitespace = WHITESPACE if wanted.whitespace_pattern is None else wanted.whitespace_pattern
     _check_pattern("whitespace_pattern", whitespace, limits)
     schema, text = _read_schema(ANY_OBJECT if wanted.json is None else wanted.json, limits)
     tally = _Tally(limits)
     try:
         tally.walk(schema, 1)
+        tally.check_references(schema)
     except RecursionError:
         raise ValueError(f"the JSON schema is nested deeper than {limits.max_depth}") from None
     loose = tuple(sorted(tally.loose))
@@ -137,6 +145,10 @@ class _Tally:
         self._limits = limits
         self._properties = 0
         self._values = 0
+        self._walked: set[int] = set()  # addresses of the schemas that have been counted
+        self._anchors: set[str] = set()
+        self._references: list[str] = []
+        self._inner_id = False  # there is a schema with an id of its own, against which its references are read
         self.loose: set[str] = set()
 
     def walk(self, schema: Any, depth: int) -> None:
@@ -145,9 +157,11 @@ class _Tally:
         limits = self._limits
         if depth > limits.max_depth:
             raise ValueError(f"the JSON schema is nested deeper than {limits.max_depth}")
+        self._walked.add(id(schema))
+        self._inner_id |= depth > 1 and any(isinstance(schema.get(name), str) for name in ("$id", "id"))
         for name, value in schema.items():
             self._keyword(name, value)
-            if name in _MAPS and isinstance(value, Mapping):
+            if name in SCHEMA_MAPS and isinstance(value, Mapping):
                 for part in value.values():
                     self.walk(part, depth + 1)
             elif name in _LISTS or (name == "items" and isinstance(value, list)):
@@ -159,6 +173,19 @@ class _Tally:
         least = schema.get("minProperties")
         if isinstance(least, int) and least > max(1, len(required) if isinstance(required, list) else 0):
             self.loose.add("minProperties")  # keys that are not listed may be repeated
+
+    def check_references(self, root: Any) -> None:
+        """Refuse references to what has not been counted: the library follows them to any part of the document.
+
+        Raises:
+            ValueError: naming the first.
+        """
+        for reference in self._references:
+            if self._inner_id:
+                raise ValueError("the JSON schema: $ref is not supported where a schema within it has an $id")
+            found = unquote(reference[1:])
+            if not (_is_walked(root, found, self._walked) if found[:1] in ("", "/") else found in self._anchors):
+                raise ValueError(f"the JSON schema: $ref {reference[:100]!r} does not exist, or is no schema")
 
     def _keyword(self, name: str, value: Any) -> None:
         limits = self._limits
@@ -180,8 +207,25 @@ class _Tally:
             _at_most(f"the JSON schema: {name}", value, limits.max_repeats)
         elif name == "multipleOf" and isinstance(value, int):
             _at_most("the JSON schema: multipleOf", value, limits.max_multiple)
-        elif name == "$ref" and isinstance(value, str) and not value.startswith("#"):
-            raise ValueError(f"the JSON schema: $ref must begin with #, not be {value[:100]!r}; nothing is fetched")
+        elif name == "$ref" and isinstance(value, str):
+            if not value.startswith("#"):
+                raise ValueError(f"the JSON schema: $ref must begin with #, not be {value[:100]!r}; nothing is fetched")
+            self._references.append(value)
+        elif name in ("$anchor", "$dynamicAnchor") and isinstance(value, str):
+            self._anchors.add(value)
+
+
+def _is_walked(part: Any, pointer: str, walked: set[int]) -> bool:
+    """Whether a JSON pointer leads from here to a schema that has been counted."""
+    for piece in pointer.split("/")[1:]:
+        key = piece.replace("~1", "/").replace("~0", "~")
+        if isinstance(part, list) and key.isdecimal() and len(key) < 10 and int(key) < len(part):
+            part = part[int(key)]
+        elif isinstance(part, Mapping) and key in part:
+            part = part[key]
+        else:
+            return False
+    return isinstance(part, bool) or id(part) in walked
 
 
 def _check_size(what: str, text: str, limits: StructuredLimits) -> None:
@@ -235,9 +279,15 @@ def pattern_size(pattern: str) -> int:
     return sum(sizes)
 
 
-def _check_grammar(text: str, limits: StructuredLimits) -> None:
-    """Bound the regular expressions and the repetitions in a grammar; the library bounds its nesting."""
-    for pattern in re.findall(r"/((?:\\.|[^/\\\n])+)/", text):
-        _check_pattern("grammar", pattern, limits)
+def _check_grammar(text: str, spans: re.Pattern[str], limits: StructuredLimits) -> None:
+    """Bound the texts, the regular expressions and the repetitions in a grammar; the library bounds its nesting."""
+    if "%json" in text:
+        raise ValueError("%json in a grammar is not supported; use json")
+    for found in spans.finditer(text):
+        span = found.group()
+        if span[0] == '"':
+            _at_most("grammar: characters of a text", len(span) - 2, limits.max_literal)
+        elif span[0] == span[-1] == "/" and span[1:2] not in ("", "/"):
+            _check_pattern("grammar", span[1:-1], limits)
     for count in re.findall(r"(?:\{|~|,|\.\.)\s*(\d+)", text):
         _at_most("grammar: repetitions", int(count[:9]), limits.max_repeats)

@@ -73,6 +73,10 @@ class RenderLimits:
     patience: float = 60.0
 
 
+class TemplateEnded(ValueError):
+    """The template's process has ended before it answered: it broke a limit, or there was no room for it."""
+
+
 class _Worker:
     """A running process with one compiled template.
 
@@ -95,7 +99,7 @@ class _Worker:
                 start_new_session=True,  # Ctrl-C is for the parent, which may have conversations to finish
             )
         except OSError as error:
-            raise ValueError(f"no process for the chat template can be started: {error}") from error
+            raise TemplateEnded(f"no process for the chat template can be started: {error}") from error
         end = weakref.finalize(self, _end, self._process, self.owner)
         try:
             self.ask({
@@ -137,7 +141,7 @@ class _Worker:
             answer = self._read(length, deadline)
         except (OSError, EOFError):
             self._process.kill()
-            raise ValueError(self._ending(self._process.wait())) from None
+            raise TemplateEnded(self._ending(self._process.wait())) from None
         text = answer[1:].decode("utf-8", "surrogatepass")
         if answer[:1] != b"+":
             raise ValueError(text)

@@ -28,7 +28,7 @@ def chat_routes(context: ServerContext) -> APIRouter:
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation. With ``stream`` the answer is a stream of server-sent events."""
         messages = context.checks.chat(body)
-        use = tool_use(body)
+        use = await context.text.run(tool_use, body) if body.tools else tool_use(body)
         form, form_field = wanted_form(body) if use is None else (use.form, "tools")
         echo = messages[-1]["content"] if body.echo and messages[-1]["role"] == "assistant" else ""
         write = await _format(context, body, use, echo)

@@ -35,6 +35,8 @@ def token_routes(context: ServerContext) -> APIRouter:
             tokens = await context.text.encode(body.prompt, special)
         else:
             messages, tools = plain_messages(body.messages or []), plain_tools(body.tools or ())
+            if (body.model_extra or {}).get("tool_choice") == "none":  # as in a chat
+                tools = []
             _, tokens = await context.text.encode_chat(messages, tools=tools, **body.rendering)
         most = context.settings.limits.max_json_values
         if len(tokens) > most:
