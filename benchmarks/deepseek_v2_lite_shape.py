@@ -8,26 +8,20 @@ limits are probed between the measurements. A layer takes 1.2 GB of disk and of 
 
 import argparse
 import json
-import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from benchmark import command_line, surroundings
-from dynamoe.dynamic.model.decoder import Decoder
-from dynamoe.dynamic.model.kv_cache import bytes_per_page
+from benchmark import surroundings
 from dynamoe.dynamic.model.loader import load_decoder
 from dynamoe.dynamic.model.prompt_pass import fresh_cache
 from dynamoe.kernels.api.kv_codes import KV_DTYPES
-from gpt_oss_shape import Tensors, ends, experts_read, last_rows, plain, timed, write
 from limits import Limits
+from shapes import Reads, Tensors, ends, last_rows, options_of, plain, timed, torch_seconds, write
 
 LATENT, ROTATED = 512, 64
 PLAIN, VALUES = 128, 128  # channels of a head
 YARN = {"type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707}
-PAGE = 16
 
 
 def config_of(options: argparse.Namespace) -> dict[str, Any]:
@@ -91,61 +85,16 @@ def torch_products(config: dict[str, Any], rows: int) -> list[tuple[int, int, in
     return [*found, (experts, of_expert, 2 * width, hidden), (experts, of_expert, hidden, width)]
 
 
-def torch_seconds(sizes: list[tuple[int, int, int, int]]) -> float:
-    """What torch takes for them in bf16 or fp32, whichever is faster; each of many products has weights of its own."""
-    total = 0.0
-    for count, rows, outputs, inputs in sizes:
-        best = float("inf")
-        for dtype in (torch.bfloat16, torch.float32):
-            taken = min(count, 8)
-            weights, x = torch.randn(taken, outputs, inputs).to(dtype), torch.randn(rows, inputs).to(dtype)
-            F.linear(x, weights[0])
-            start = time.perf_counter()
-            for weight in weights:
-                F.linear(x, weight)
-            best = min(best, (time.perf_counter() - start) / taken)
-        total += count * best
-    return total
-
-
-class Reads:
-    """Bytes that a decode reads: weights, and entries of the cache."""
-
-    def __init__(self, decoder: Decoder, options: argparse.Namespace, kept: torch.dtype) -> None:
-        self._decoder = decoder
-        routed = [layer.ffn.nbytes for layer in decoder.layers if layer.router is not None]
-        self._in_experts, self._per_expert = sum(routed), routed[0] / options.experts
-        self.per_token = bytes_per_page(decoder.spec, kept, PAGE) / PAGE  # of the cache, in all layers
-
-    def of(self, kv: Any, batch: Any) -> tuple[float, float]:
-        decoder = self._decoder
-        embedding = 0 if decoder.embedding_VD is None else decoder.embedding_VD.nbytes
-        experts = experts_read(decoder, kv, batch)
-        weights = decoder.weight_bytes - embedding - self._in_experts + experts * self._per_expert
-        return weights, int(batch.context_len_S.sum()) * self.per_token
-
-
 @torch.inference_mode()
 def main() -> None:
-    parser = command_line(__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--experts", type=int, default=64)
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--vocabulary", type=int, default=102400)
-    parser.add_argument("--requests", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--context", type=int, default=256)
-    parser.add_argument("--long", type=int, nargs="*", default=[4096, 16384, 32768], help="contexts of one request")
-    parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=10)
-    options = parser.parse_args()
+    options = options_of(__doc__, layers=6, experts=64, heads=16, vocabulary=102400)
     config = config_of(options)
     write(options.folder, config, random_files(config))
     decoder, limits = load_decoder(options.folder, dtype="bfloat16", device="cpu", backend="cpu"), Limits()
     report: dict[str, Any] = {**surroundings(), "layers": options.layers, "weight_gib": decoder.weight_bytes / 2**30}
     for kept in ("auto", "int8"):
         decoder.kv_dtype = KV_DTYPES[kept] or decoder.dtype
-        reads = Reads(decoder, options, decoder.kv_dtype)
+        reads = Reads(decoder, options.experts)
         found: dict[str, Any] = {"cache_bytes_per_token": reads.per_token}
         found["cache_mib_at_32k"] = reads.per_token * 2**15 / 2**20
         steps = {f"decode_{requests}": [options.context] * requests for requests in options.requests}

@@ -11,15 +11,12 @@ which takes 14 GB of disk and of memory.
 import argparse
 import json
 import resource
-import statistics
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from benchmark import command_line, surroundings
+from benchmark import surroundings
 from dynamoe.dynamic.engine.block_pool import BlockPool
 from dynamoe.dynamic.engine.cache_size import make_cache
 from dynamoe.dynamic.engine.config import EngineConfig
@@ -32,10 +29,9 @@ from dynamoe.dynamic.model.decoder import Decoder
 from dynamoe.dynamic.model.kv_cache import group_page_bytes
 from dynamoe.dynamic.model.loader import load_decoder
 from dynamoe.dynamic.model.prompt_pass import fresh_cache
-from dynamoe.exits.segments import Segment
-from dynamoe.kernels.api.types import AttentionBatch, Routing
+from dynamoe.kernels.api.types import AttentionBatch
 from limits import Limits
-from safetensors.torch import save_file
+from shapes import Reads, Tensors, ends, last_rows, options_of, plain, timed, write
 
 GROUP = 32
 EXPONENTS = (116, 120)  # of scales: weights are then about as large as trained ones
@@ -50,35 +46,6 @@ def config_of(options: argparse.Namespace) -> dict[str, Any]:
         **{"max_position_embeddings": 131072, "eos_token_id": 2},
         "quantization_config": {"quant_method": "mxfp4"},
     }
-
-
-Tensors = dict[str, torch.Tensor]
-
-
-def write(folder: Path, config: dict[str, Any], files: Iterable[tuple[str, Tensors]]) -> None:
-    """A checkpoint of some files, which are made one after the other, unless the folder holds it."""
-    if (folder / "config.json").is_file():
-        if json.loads((folder / "config.json").read_text()) != config:
-            raise SystemExit(f"{folder} holds a model of other sizes; name another folder")
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    index: dict[str, str] = {}
-    for file, tensors in files:
-        save_file(tensors, folder / file)
-        index.update(dict.fromkeys(tensors, file))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def plain(*shape: int, size: float = 0.02) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch.bfloat16).normal_(0, size)
-
-
-def ends(config: dict[str, Any]) -> tuple[str, Tensors]:
-    """The file of what is in front of the layers and behind them."""
-    hidden = config["hidden_size"]
-    tables = {name: plain(config["vocab_size"], hidden) for name in ("model.embed_tokens.weight", "lm_head.weight")}
-    return "model-ends.safetensors", {**tables, "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16)}
 
 
 def random_files(config: dict[str, Any]) -> Iterator[tuple[str, Tensors]]:
@@ -104,22 +71,6 @@ def random_files(config: dict[str, Any]) -> Iterator[tuple[str, Tensors]]:
             tensors[f"{name}_bias"] = plain(experts, outputs)
         yield f"model-{layer:05}.safetensors", tensors
     yield ends(config)
-
-
-def run(decoder: Decoder, kv: Any, batch: AttentionBatch) -> None:
-    """Some tokens from embedding to logits, those of each sequence's last row."""
-    rows = len(batch.positions_T)
-    x_TD = decoder.embed(torch.randint(decoder.spec.vocab_size, (rows,)))
-    x_TD = decoder.run_segment(Segment(index=0, layers=range(decoder.spec.num_layers)), x_TD, kv, batch)
-    decoder.logits(x_TD[batch.query_start_S1[1:].long() - 1])
-
-
-def last_rows(batch: AttentionBatch) -> AttentionBatch:
-    """A decode: of each sequence the last row alone."""
-    last_S = batch.query_start_S1[1:].long() - 1
-    starts_S1 = torch.arange(len(last_S) + 1, dtype=torch.int32)
-    places = {"positions_T": batch.positions_T[last_S], "slots_T": batch.slots_T[last_S]}
-    return replace(batch, **places, query_start_S1=starts_S1, max_query_len=1)
 
 
 def served(decoder: Decoder, length: int) -> tuple[Any, AttentionBatch, float]:
@@ -161,48 +112,9 @@ def theory(decoder: Decoder, length: int) -> int:
     return total
 
 
-def experts_read(decoder: Decoder, kv: Any, batch: AttentionBatch) -> float:
-    """How many experts the rows of a step use together, in all layers."""
-    stack, route, found = decoder.stack, decoder.backend.route, list[int]()
-
-    def watched(*arguments: Any, **more: Any) -> Routing:
-        routing = route(*arguments, **more)
-        found.append(len(routing.expert_ids_TK.unique()))
-        return routing
-
-    decoder.stack, decoder.backend.route = None, watched  # type: ignore[method-assign]
-    for _ in range(3):
-        run(decoder, kv, batch)
-    decoder.stack, decoder.backend.route = stack, route  # type: ignore[method-assign]
-    return sum(found) / 3
-
-
-def timed(decoder: Decoder, kv: Any, batch: AttentionBatch, rounds: int, probe: Any) -> tuple[float, float]:
-    """Median seconds of a step, and the median of a limit that is probed beside each."""
-    seconds, limits = [], []
-    for _ in range(rounds + 1):
-        limits.append(probe())
-        start = time.perf_counter()
-        run(decoder, kv, batch)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:]), statistics.median(limits[1:])
-
-
 @torch.inference_mode()
 def main() -> None:
-    parser = command_line(__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--experts", type=int, default=32)
-    parser.add_argument("--hidden", type=int, default=2880)
-    parser.add_argument("--heads", type=int, default=64)
-    parser.add_argument("--vocabulary", type=int, default=201088)
-    parser.add_argument("--requests", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--context", type=int, default=256)
-    parser.add_argument("--long", type=int, nargs="*", default=[4096, 16384, 32768], help="contexts of one request")
-    parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=10)
-    options = parser.parse_args()
+    options = options_of(__doc__, layers=24, experts=32, hidden=2880, heads=64, vocabulary=201088)
     config = config_of(options)
     write(options.folder, config, random_files(config))
     start = time.perf_counter()
@@ -211,14 +123,11 @@ def main() -> None:
     report |= {"weight_gib": decoder.weight_bytes / 2**30}
     report |= {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
     limits, spec = Limits(), decoder.spec
-    in_experts = sum(layer.ffn.nbytes for layer in decoder.layers)
-    per_expert = in_experts / spec.num_layers / options.experts
-    embedding = 0 if decoder.embedding_VD is None else decoder.embedding_VD.nbytes
+    reads = Reads(decoder, options.experts)
     for requests in options.requests:
         kv, prompts = fresh_cache(decoder, [options.context] * requests)
         batch = last_rows(prompts)
-        experts = experts_read(decoder, kv, batch)
-        moved = decoder.weight_bytes - in_experts - embedding + experts * per_expert
+        moved, _ = reads.of(kv, batch)
         seconds, bandwidth = timed(decoder, kv, batch, options.rounds, limits.read_bandwidth)
         report[f"decode_{requests}"] = {
             **{"tokens_per_second": requests / seconds, "gigabytes_read": moved / 1e9, "read_gb_s": bandwidth / 1e9},

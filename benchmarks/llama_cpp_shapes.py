@@ -17,7 +17,7 @@ import torch
 from benchmark import command_line, surroundings
 from dynamoe.dynamic.convert.load_model import load_model
 from dynamoe.dynamic.model.prompt_pass import fresh_cache
-from gpt_oss_shape import last_rows, timed
+from shapes import last_rows, timed
 
 
 def llama_cpp(options: argparse.Namespace) -> dict[str, float]:

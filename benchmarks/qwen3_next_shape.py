@@ -10,23 +10,20 @@ four keep states; the model itself has 48 layers of 512 experts and a larger voc
 import argparse
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import command_line, surroundings
-from deepseek_v2_lite_shape import torch_seconds
-from dynamoe.dynamic.model.decoder import Decoder
-from dynamoe.dynamic.model.kv_cache import bytes_per_page, bytes_per_sequence
+from benchmark import surroundings
+from dynamoe.dynamic.model.kv_cache import bytes_per_sequence
 from dynamoe.dynamic.model.loader import load_decoder
 from dynamoe.dynamic.model.prompt_pass import fresh_cache
-from gpt_oss_shape import Tensors, ends, experts_read, last_rows, plain, timed, write
 from limits import Limits
+from shapes import Reads, Tensors, ends, last_rows, options_of, plain, timed, torch_seconds, write
 
 HIDDEN, WIDTH = 2048, 512  # of an expert, and of the shared one
 KEY_HEADS, VALUE_HEADS, CHANNELS, TAPS = 16, 32, 128, 4  # of layers with states
 HEADS, KV_HEADS, HEAD_DIM = 16, 2, 256  # of layers with keys and values
-INTERVAL, CHOSEN, PAGE = 4, 10, 16
+INTERVAL, CHOSEN = 4, 10
 
 
 def config_of(options: argparse.Namespace) -> dict[str, Any]:
@@ -97,48 +94,21 @@ def torch_products(config: dict[str, Any], rows: int) -> list[tuple[int, int, in
     return [*found, *ffn]  # type: ignore[list-item]
 
 
-class Moved:
-    """Bytes that a decode moves: weights, keys and values, states."""
-
-    def __init__(self, decoder: Decoder, options: argparse.Namespace) -> None:
-        self._decoder = decoder
-        self._in_experts = sum(layer.ffn.nbytes for layer in decoder.layers)
-        self._per_expert = self._in_experts / options.layers / options.experts
-        self.per_token = bytes_per_page(decoder.spec, decoder.kv_dtype, PAGE) / PAGE  # keys and values, in all layers
-        self.per_sequence = bytes_per_sequence(decoder.spec)  # of states
-
-    def of(self, kv: Any, batch: Any) -> tuple[float, float, float]:
-        decoder = self._decoder
-        embedding = 0 if decoder.embedding_VD is None else decoder.embedding_VD.nbytes
-        experts = experts_read(decoder, kv, batch)
-        weights = decoder.weight_bytes - embedding - self._in_experts + experts * self._per_expert
-        return weights, int(batch.context_len_S.sum()) * self.per_token, 2 * batch.num_sequences * self.per_sequence
-
-
 @torch.inference_mode()
 def main() -> None:
-    parser = command_line(__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--experts", type=int, default=64)
-    parser.add_argument("--vocabulary", type=int, default=32768)
-    parser.add_argument("--requests", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--context", type=int, default=256)
-    parser.add_argument("--long", type=int, nargs="*", default=[4096, 16384, 32768], help="contexts of one request")
-    parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=10)
-    options = parser.parse_args()
+    options = options_of(__doc__, layers=8, experts=64, vocabulary=32768)
     config = config_of(options)
     write(options.folder, config, random_files(config))
     decoder, limits = load_decoder(options.folder, dtype="bfloat16", device="cpu", backend="cpu"), Limits()
-    moved, full = Moved(decoder, options), options.layers // INTERVAL
+    reads, full = Reads(decoder, options.experts), options.layers // INTERVAL
+    per_sequence = bytes_per_sequence(decoder.spec)  # of states
     memory, tails = VALUE_HEADS * CHANNELS**2, (TAPS - 1) * (2 * KEY_HEADS + VALUE_HEADS) * CHANNELS
     report: dict[str, Any] = {
         **{**surroundings(), "layers": options.layers, "weight_gib": decoder.weight_bytes / 2**30},
         "one_call": decoder.stack is not None,
-        "cache_bytes_per_token": {"found": moved.per_token, "theory": full * 2 * KV_HEADS * HEAD_DIM * 2},
+        "cache_bytes_per_token": {"found": reads.per_token, "theory": full * 2 * KV_HEADS * HEAD_DIM * 2},
         "state_bytes_per_sequence": {
-            "found": moved.per_sequence,
+            "found": per_sequence,
             "theory": (options.layers - full) * (memory + tails) * 4,
         },
     }
@@ -147,7 +117,8 @@ def main() -> None:
     for name, contexts in steps.items():
         kv, prompts = fresh_cache(decoder, contexts)
         batch = last_rows(prompts)
-        weights, keys, states = moved.of(kv, batch)
+        weights, keys = reads.of(kv, batch)
+        states = 2 * batch.num_sequences * per_sequence  # read and written
         seconds, bandwidth = timed(decoder, kv, batch, options.rounds, limits.read_bandwidth)
         report[name] = {
             **{"tokens_per_second": len(contexts) / seconds, "milliseconds": 1000 * seconds},
