@@ -100,6 +100,7 @@ def further_tokens(values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> 
     architecture = next(key for key in values if key.endswith(".block_count")).partition(".")[0]
     values |= {f"{architecture}.block_count": 4, f"{architecture}.nextn_predict_layers": 1}
     tensors |= {name.replace("blk.2.", "blk.3."): t.clone() for name, t in tensors.items() if name.startswith("blk.2.")}
+    tensors |= {f"blk.3.nextn.{name}.weight": torch.ones(64) for name in ("enorm", "hnorm")}
     tensors["blk.3.nextn.eh_proj.weight"] = torch.ones(64, 128)
 
 
@@ -315,10 +316,11 @@ def test_what_an_imported_file_follows_from_is_part_of_the_digest(name: str, mon
 def test_blocks_behind_the_layers_are_named_and_hold_known_parts(
     make_checkpoint: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    checkpoint = make_checkpoint("glm4_moe")
+    file = write_gguf(make_checkpoint("qwen2_moe", mlp_only_layers=[2]), tmp_path / "known.gguf", edit=further_tokens)
     with caplog.at_level(logging.INFO):
-        resolve_model(write_gguf(checkpoint, tmp_path / "known.gguf", edit=further_tokens), progress=False)
-    assert "known.gguf: 1 blocks behind the model's layers, which predict further tokens, are left out" in caplog.text
+        resolve_model(file, progress=False)
+    assert "known.gguf: 1 blocks are left out: they predict further tokens" in caplog.text
+    checkpoint = make_checkpoint("glm4_moe")
 
     def unknown(values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         further_tokens(values, tensors)

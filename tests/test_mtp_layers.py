@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 import test_families_parity_attention as attention
 import torch
 from conftest import FAMILIES, randomize
-from dynamoe.dynamic.checkpoint.weights import CheckpointError
+from dynamoe.dynamic.checkpoint.weights import CheckpointError, read_json
+from dynamoe.dynamic.convert.gguf_import import import_gguf
 from dynamoe.dynamic.model.decoder import Decoder
 from dynamoe.dynamic.model.layer_weights import MtpWeights
 from dynamoe.dynamic.model.loader import load_decoder
@@ -21,6 +23,7 @@ from dynamoe.dynamic.model.model_files import open_files
 from dynamoe.dynamic.model.norms import run_norm
 from dynamoe.dynamic.model.prompt_pass import fresh_cache
 from family_parity import Variant
+from gguf_files import write_gguf
 from safetensors.torch import load_file, save_file
 from test_decoder import PagedSequences, error, random_prompts
 from test_families_parity_states import NEXT
@@ -266,6 +269,50 @@ def test_quantised_with_the_model(made: Callable[[Case], Made]) -> None:
         for name in ("none", "int8")
     )
     assert coded.nbytes < 0.5 * plain.nbytes
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[2], CASES[4]], ids=str)
+def test_gguf_files_have_them_as_blocks_behind_the_layers(
+    made: Callable[[Case], Made], case: Case, tmp_path: Path
+) -> None:
+    found = made(case)
+    path, config = found[0], read_json(found[0] / "config.json")
+    own, block = stored(case, found[3]), config["num_hidden_layers"]
+    own_parts = {f"{case.parts}{name}.weight": part for part, name in case.names.items()}
+    longer, target = tmp_path / "longer", tmp_path / "imported"
+    shutil.copytree(path, longer)
+    target.mkdir()
+
+    def as_layer(name: str) -> str:
+        for ours, published in case.own.items():
+            name = name.replace(published, ours)
+        return name.replace(case.layer, f"model.layers.{block}.", 1)
+
+    layers = {as_layer(name): tensor for name, tensor in own.items() if name not in own_parts}
+    model = {name: tensor for name, tensor in load_file(path / "model.safetensors").items() if name not in own}
+    save_file(model | layers, longer / "model.safetensors")
+
+    def edit(values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        count = next(key for key in values if key.endswith(".block_count"))
+        values |= {count: block + 1, count.replace("block_count", "nextn_predict_layers"): 1}
+        for name, part in own_parts.items():
+            theirs = {"eh_proj": "eh_proj", "post_norm": "shared_head_norm"}.get(part, part)
+            offset = case.names is QWEN and part != "eh_proj"  # a norm that adds one to its weight
+            tensors[f"blk.{block}.nextn.{theirs}.weight"] = own[name] + float(offset)
+
+    import_gguf(write_gguf(longer, tmp_path / "tiny.gguf", edit=edit), target)
+    decoders = [load_decoder(folder, dtype="float32", device="cpu", load_mtp=True) for folder in (path, target)]
+    rows = torch.randn(2, 33, decoders[0].spec.hidden_size)
+    expected, logits = (own_logits(decoder, decoder.mtp[0], *rows) for decoder in decoders)
+    assert error(logits, expected) < 1e-5
+    assert load_decoder(target, dtype="float32", device="cpu").mtp == ()
+
+    def damage(values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        edit(values, tensors)
+        del tensors[f"blk.{block}.nextn.hnorm.weight"]
+
+    with pytest.raises(CheckpointError, match=rf"lacks the tensor 'blk\.{block}\.nextn\.hnorm\.weight'"):
+        import_gguf(write_gguf(longer, tmp_path / "tiny.gguf", edit=damage), target)
 
 
 def test_families_without_a_description_refuse_by_name(tmp_path: Path) -> None:

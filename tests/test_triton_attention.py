@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from dynamoe.kernels.api.kv_codes import codes_and_scales, quantize, read_pages, stored_channels
+from dynamoe.kernels.api.latents import readable
 from dynamoe.kernels.api.tolerance import TOLERANCE, error
 from dynamoe.kernels.api.types import AttentionBatch, KVLayer
 from dynamoe.kernels.reference import operations as reference
@@ -101,6 +102,15 @@ def make_batch(
     return layer, batch
 
 
+def latent_codes(layer: KVLayer, latent: int) -> KVLayer:
+    """Entries with int8 latents; where nothing was written, scales and keys are NaN."""
+    latent_BGPZ, key_BGPR = layer.keys_BGPC.split((latent, layer.keys_BGPC.shape[-1] - latent), -1)
+    codes_BGPZ, scale_BGP = quantize(latent_BGPZ)
+    parts = scale_BGP[..., None].view(torch.int8), key_BGPR.bfloat16().contiguous().view(torch.int8)
+    entries = torch.cat((codes_BGPZ, *parts), -1)
+    return KVLayer(keys_BGPC=entries, values_BGPC=entries)
+
+
 def run(
     variant: OpVariant, call: Call[ResultT], config: AttentionConfig | None = None, native_fp8: bool = False
 ) -> ResultT:
@@ -128,12 +138,17 @@ def check(
     lse: bool = False,
     softcap: float | None = None,
     latent: int | None = None,
+    coded_latents: bool = False,
     block_h: int = 16,
 ) -> None:
     torch.manual_seed(3)
     layer, batch = make_batch(contexts, queries, page, heads[1], head_dim, *(NARROW[cache] if cache else (dtype,)))
     if latent is not None:
         layer = KVLayer(keys_BGPC=layer.keys_BGPC, values_BGPC=layer.keys_BGPC)
+    read, places = widened(layer), batch
+    if coded_latents:
+        layer = latent_codes(layer, latent)
+        read, places = readable(layer, batch, latent, torch.float64)
     q_THC = torch.randn(sum(queries), heads[0], head_dim).to(DEVICE, dtype)
     tiling = {"block_q": block_q, "block_l": 16, "block_h": block_h}
     config = AttentionConfig(**tiling, splits=splits, num_warps=4, num_stages=2)
@@ -143,8 +158,8 @@ def check(
     out_THC = run(PagedAttention(), call, config, native_fp8)
     oracle_THC = reference.paged_attention(
         q_THC.double(),
-        widened(layer),
-        batch,
+        read,
+        places,
         scale=scale,
         window=window,
         sinks_H=sinks_H,
@@ -227,7 +242,8 @@ def test_values_that_are_the_first_channels_of_their_keys(splits: int, sizes: st
     # Edges: heads that no tile divides; a whole prompt, a decode, a chunk with a past.
     for heads, block_h in ((18, 16), (5, 2)):
         shape = {"heads": (heads, 1), "head_dim": latent + behind, "latent": latent, "dtype": dtype, "block_h": block_h}
-        check([3, 40, 21], [3, 1, 2], page=16, splits=splits, block_q=2, lse=True, **shape)
+        for coded in (False, True):
+            check([3, 40, 21], [3, 1, 2], page=16, splits=splits, block_q=2, lse=True, coded_latents=coded, **shape)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])

@@ -34,7 +34,11 @@ _SMALLEST_EXPERT = 1024  # bytes of a projection: no file may name far more tens
 _BLOCK_TENSOR = re.compile(
     r"blk\.(?P<block>0|[1-9]\d{0,4})\.(?P<part>\w+(\.[a-z]\w*)?)(\.(?P<expert>0|[1-9]\d{0,4}))?\.(?P<kind>weight|bias|scale)"
 )
-_FURTHER = re.compile(r"nextn\.\w+")  # parts of blocks behind the layers
+# Parts of blocks behind the layers, and what :mod:`..model.mtp_layers` calls them.
+_FURTHER = {
+    **{"nextn.eh_proj": "join", "nextn.enorm": "embedding_norm", "nextn.hnorm": "hidden_norm"},
+    **{"nextn.shared_head_norm": "norm", "nextn.shared_head_head": "head", "nextn.embed_tokens": "embed_tokens"},
+}
 _BARE_TENSOR = re.compile(r"blk\.(?P<block>0|[1-9]\d{0,4})\.(?P<part>ssm_[ad]|exp_probs_b)(?P<kind>)(?P<expert>)")
 _OTHER_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -133,7 +137,7 @@ def parts_of(tensor: GgufTensor, architecture: Architecture, config: Config, num
     """What a tensor holds, under Hugging Face's names; nothing for one that is skipped.
 
     Arguments:
-        num_blocks: those behind the model's layers predict further tokens: their tensors are known, and left out.
+        num_blocks: those behind the model's layers predict further tokens.
 
     Raises:
         CheckpointError: for a name that is not known, or a shape that cannot be.
@@ -146,13 +150,13 @@ def parts_of(tensor: GgufTensor, architecture: Architecture, config: Config, num
     match = _BLOCK_TENSOR.fullmatch(name) or _BARE_TENSOR.fullmatch(name)
     if match is None:
         raise _unknown(tensor)
-    is_further = config["num_hidden_layers"] <= int(match["block"]) < num_blocks
-    if is_further and _FURTHER.fullmatch(match["part"]):
-        return []
-    prefix, theirs = f"model.layers.{match['block']}.", f"{match['part']}.{match['kind']}"
-    parts = _block_parts(match, tensor, architecture, family, config)
-    if is_further:
-        return []
+    theirs, further = f"{match['part']}.{match['kind']}", int(match["block"]) - config["num_hidden_layers"]
+    is_further = 0 <= further < num_blocks - config["num_hidden_layers"]
+    if is_further and match["kind"] == "weight" and not match["expert"] and match["part"] in _FURTHER:
+        parts = [Part(name=f"{_FURTHER[match['part']]}.weight", shape=tensor.shape)]
+    else:
+        parts = _block_parts(match, tensor, architecture, family, config)
+    prefix = f"mtp.{further}." if is_further else f"model.layers.{match['block']}."
     return [_norm_part(replace(part, name=prefix + part.name), theirs, architecture) for part in parts]
 
 
@@ -223,7 +227,8 @@ def _paired(part: Part, tensor: GgufTensor, architecture: Architecture, config: 
 
 def _norm_part(part: Part, theirs: str, architecture: Architecture) -> Part:
     """Without the offset that the family adds."""
-    if not architecture.norm_offset or not theirs.endswith("_norm.weight") or theirs.startswith("ssm_"):
+    is_norm = theirs.endswith(("_norm.weight", "nextn.enorm.weight", "nextn.hnorm.weight"))
+    if not architecture.norm_offset or not is_norm or theirs.startswith("ssm_"):
         return part
     return replace(part, change=less(architecture.norm_offset))
 
@@ -251,19 +256,21 @@ def of_kind(weight: str, kind: str) -> str:
     return weight.removesuffix("weight") + kind
 
 
-def gguf_names(architecture: Architecture, model_type: str, message: str) -> str:
+def gguf_names(architecture: Architecture, config: Config, message: str) -> str:
     """A message in which tensors are called what the file calls them."""
-    family = FAMILIES[model_type]
+    family = FAMILIES[config["model_type"]]
     names = {theirs: ours for ours, theirs in {**_OTHER_NAMES, **architecture.others}.items()}
     parts = {
         theirs: f"{ours}.{kind}" for kind in ("bias", "weight") for ours, theirs in _own_names(family, kind).items()
     }
     for ours, own in architecture.names.items():
         parts |= dict.fromkeys(own.names if isinstance(own, Rule) else (own,), ours)
+    parts |= {f"{theirs}.weight": f"{ours}.weight" for ours, theirs in _FURTHER.items()}
 
     def renamed(match: re.Match[str]) -> str:
         name = match[1]
-        block, _, part = name.removeprefix("model.layers.").partition(".")
+        number, _, part = name.removeprefix("mtp.").removeprefix("model.layers.").partition(".")
+        block = int(number) + config["num_hidden_layers"] if name.startswith("mtp.") else number
         if part in parts:
             name = f"blk.{block}.{parts[part]}"
         elif (expert := re.search(r"experts\.(\d+)\.(\w+)", part)) is not None:
@@ -271,4 +278,4 @@ def gguf_names(architecture: Architecture, model_type: str, message: str) -> str
             name = f"blk.{block}.ffn_{kind}_exps.{part.rpartition('.')[2]}"
         return repr(names.get(name, name))
 
-    return re.sub(r"'((?:model|lm_head)\.[\w.]+)'", renamed, message)
+    return re.sub(r"'((?:model\.|lm_head\.|mtp\.\d)[\w.]+)'", renamed, message)

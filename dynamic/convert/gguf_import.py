@@ -20,8 +20,10 @@ from ..checkpoint.gguf_blocks import block_sizes
 from ..checkpoint.gguf_file import GgufFile, GgufTensor
 from ..checkpoint.gguf_layout import METHOD, stored_name
 from ..checkpoint.weights import CheckpointError, TensorInfo
-from ..model.families import family_of, model_spec
+from ..model.families import family_of, model_spec, mtp_layer_specs
 from ..model.layout import plan_layout
+from ..model.mtp_layers import PREFIX as MTP
+from ..model.mtp_layers import layers_found
 from .gguf_architectures import gguf_names, model_config, parts_of
 from .gguf_latent import SMALL
 from .gguf_metadata import Metadata
@@ -35,7 +37,7 @@ _SMALL = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", *SMALL)  # weights
 # What the config, names and numbers of an imported file follow from.
 _IMPORTER = (
     *("convert/gguf_*.py", "checkpoint/gguf_*.py", "checkpoint/directory.py"),
-    *("model/families.py", "model/family.py", "model/family_tables/*.py", "model/rope.py"),
+    *("model/families.py", "model/family.py", "model/mtp_layers.py", "model/family_tables/*.py", "model/rope.py"),
 )
 _NAMED_IN_CONFIG = ("bos_token", "eos_token", "pad_token")
 _SAMPLING = {  # what the file calls recommended settings, and ``generation_config.json``
@@ -71,11 +73,10 @@ def import_gguf(path: Path, target: Path, *, keep_codes: bool = False, progress:
     config |= {f"{name}_id": index for name, index in vocabulary.special.items() if name in _NAMED_IN_CONFIG}
     config["dtype"] = _dtype({tensor.kind for tensor in file.tensors.values()})
     pieces = _pieces(file, config, architecture, meta.integer(".block_count"))
+    if (further := meta.integer(".block_count") - meta.num_layers) and family_of(config).mtp is None:
+        logger.info("%s: %d blocks are left out: they predict further tokens, but not as is known here", path, further)
+        pieces = {name: piece for name, piece in pieces.items() if not name.startswith(MTP)}
     _check(file, config, architecture, pieces)
-    if further := meta.integer(".block_count") - meta.num_layers:
-        logger.info(
-            "%s: %d blocks behind the model's layers, which predict further tokens, are left out", path, further
-        )
     # Others keep their names: loading says that they are not applied.
     generation = {_SAMPLING.get(key, key): value for key, value in meta.raw("general.sampling.").items()}
     write_tokenizer(meta, vocabulary, config["max_position_embeddings"], target)
@@ -133,9 +134,9 @@ def _check(file: GgufFile, config: Mapping[str, Any], architecture: Architecture
         for name, piece in pieces.items()
     }
     try:
-        plan_layout(model_spec(config), family_of(config), shown)
+        plan_layout(model_spec(config), family_of(config), shown, mtp_layer_specs(config, layers_found(shown)))
     except CheckpointError as error:
-        reason = gguf_names(architecture, config["model_type"], str(error)).replace("config.json", "the metadata")
+        reason = gguf_names(architecture, config, str(error)).replace("config.json", "the metadata")
         raise CheckpointError(f"{file.files[0]}: {reason}") from error
 
 

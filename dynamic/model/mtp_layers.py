@@ -17,6 +17,7 @@ from .text_part import Rename
 
 logger = logging.getLogger(__name__)
 
+PREFIX = "mtp."  # of names that are made here
 _LAYER = re.compile(r"model\.layers\.(\d{1,6})\.(.*)")
 _MODULE = re.compile(r"(model\.)?mtp\w*\.")
 # What joins the last hidden state and the next token's embedding: no other layer has it.

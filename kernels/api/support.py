@@ -197,7 +197,7 @@ def render(results: Path = RESULTS) -> str:
         "Rotation, cache write and attention over pages, with windows, sinks and capped scores; `triton` in float32",
         "runs its attention on torch, except interpreted, and that over heads of more than 512 channels always. Of",
         "latent attention `triton` takes latents of up to 512 channels with keys of up to 64 behind them. Its cache in",
-        "int8 becomes floating in front of the kernels, except on CPUs, and is refused in fp8.",
+        "int8 is read as it is by both kernels and becomes floating on torch; in fp8 it is refused.",
         "",
         *_table(("`kv_cache_dtype=`", *backends), *((f"`{kept}`", *by_backend(o)) for kept, o in CACHES.items())),
         "",

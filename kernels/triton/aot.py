@@ -90,6 +90,7 @@ HEADS = {  # attention of these alone
     "deepseek-lite, latents": _shape(14, 12, 576, 96, (16, 1, 576), attends={"latent": 512}),
     "gpt-oss": _shape(14, 12, 576, 96, (64, 8, 64), 128, {"sinks": True}),
 }
+CODED = ("gemma4, global", "deepseek, latents", "deepseek-lite, latents")  # which have caches of int8 besides
 TOKENS = (1, 8, 64, 512, 8192)
 ATTENTION = "attention"  # in place of a shape: wide heads, latents, capped scores, sinks
 CACHES = "caches"  # in place of a shape: keys and values in 8 bits, on the attention of every shape
@@ -141,8 +142,8 @@ def launches_of(name: str, planner: Planner, dtype: torch.dtype) -> Iterator[tup
         shapes += [replace(shapes[0], activation=name, biased=True) for name in ACTIVATIONS]
         counts, operations = (1, 64, 2048), (RouteCall, ExpertsCall)
     elif name == ATTENTION:
-        coded = replace(HEADS["gemma4, global"], kv_dtype=torch.int8)
-        shapes, operations = [*HEADS.values(), coded], (RopeCall, AttentionCall)
+        coded = [replace(HEADS[name], kv_dtype=torch.int8) for name in CODED]
+        shapes, operations = [*HEADS.values(), *coded], (RopeCall, AttentionCall)
     elif name == CACHES:
         kinds = [kept for kept in KV_DTYPES.values() if kept is not None]
         shapes = [replace(shape, kv_dtype=kept) for shape in SHAPES.values() for kept in kinds]

@@ -33,19 +33,22 @@ class AttentionConfig:
 
 @triton.jit(do_not_specialize=["num_rows", "window", "table_stride"])
 def attention_kernel(
-    q_ptr, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr, out_ptr, part_ptr, part_max_ptr, part_sum_ptr,
-    sinks_ptr, lse_ptr, cache_index_ptr, query_start_ptr, context_len_ptr, block_table_ptr,
+    q_ptr, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr, rest_ptr,
+    out_ptr, part_ptr, part_max_ptr, part_sum_ptr, sinks_ptr, lse_ptr,
+    cache_index_ptr, query_start_ptr, context_len_ptr, block_table_ptr,
     log2_scale, log2_cap, window, num_rows,
-    q_stride_t, q_stride_h, stride_b, stride_g, stride_p, scale_b, scale_g, scale_p, table_stride,
+    q_stride_t, q_stride_h, stride_b, stride_g, stride_p, scale_b, scale_g, scale_p,
+    rest_b, rest_g, rest_p, table_stride,
     G: tl.constexpr, HEADS: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr,
-    REST: tl.constexpr, REST_PAD: tl.constexpr,
+    REST: tl.constexpr, REST_PAD: tl.constexpr, REST_AT: tl.constexpr, SCALE_AT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, SPLITS: tl.constexpr,
     WINDOW: tl.constexpr, CAPPED: tl.constexpr, SHARED: tl.constexpr, FORMAT: tl.constexpr, NATIVE_FP8: tl.constexpr,
     SINKS: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
     """HEADS is query heads per key/value head. With SPLITS > 1 unnormalised parts go to ``part_*``, else to ``out``.
 
-    Keys have REST channels behind the C that values have; with SHARED those C are the values. Where scores are CAPPED,
+    Keys have REST channels beside the C that values have, REST_AT behind where a token's begin, which are never codes;
+    with SHARED those C are the values. Scales are SCALE_AT behind where a token's begin. Where scores are CAPPED,
     ``log2_scale`` makes them twice what the hyperbolic tangent is taken of, in units of log 2.
 
     With int8 the scale of a key multiplies its scores, and that of a value its probabilities: one product per query
@@ -74,9 +77,9 @@ def attention_kernel(
     q_at_MC = q_ptr + row_M.to(tl.int64)[:, None] * q_stride_t + head_M[:, None] * q_stride_h + c[None, :]
     q_MC = tl.load(q_at_MC, mask=ok_M[:, None] & ok_C[None, :], other=0.0)
     if REST:
-        r = C + tl.arange(0, REST_PAD)
-        ok_R = r < C + REST
-        q_at_MR = q_ptr + row_M.to(tl.int64)[:, None] * q_stride_t + head_M[:, None] * q_stride_h + r[None, :]
+        r = tl.arange(0, REST_PAD)
+        ok_R = r < REST
+        q_at_MR = q_ptr + row_M.to(tl.int64)[:, None] * q_stride_t + head_M[:, None] * q_stride_h + C + r[None, :]
         q_MR = tl.load(q_at_MR, mask=ok_M[:, None] & ok_R[None, :], other=0.0)
 
     end = tl.minimum(tl.load(context_len_ptr + sequence), tl.max(index_M, axis=0) + 1)
@@ -103,13 +106,14 @@ def attention_kernel(
         k_LC = load_kv_tile(keys_ptr, at_L1 + c[None, :], ok_L, ok_C, dtype, FORMAT, NATIVE_FP8)
         v_LC = k_LC if SHARED else load_kv_tile(values_ptr, at_L1 + c[None, :], ok_L, ok_C, dtype, FORMAT, NATIVE_FP8)
         scores_ML = dot(q_MC, tl.trans(k_LC), tl.zeros((BLOCK_M, BLOCK_L), dtype=tl.float32))
-        if REST:
-            k_LR = load_kv_tile(keys_ptr, at_L1 + r[None, :], ok_L, ok_R, dtype, FORMAT, NATIVE_FP8)
-            scores_ML = dot(q_MR, tl.trans(k_LR), scores_ML)
-        scores_ML *= log2_scale
         if FORMAT == "int8":
-            scale_at_L = page_L * scale_b + group * scale_g + inside_L * scale_p
+            scale_at_L = page_L * scale_b + group * scale_g + inside_L * scale_p + SCALE_AT
             scores_ML *= tl.load(key_scales_ptr + scale_at_L, mask=ok_L, other=0.0).to(tl.float32)[None, :]
+        if REST:
+            rest_at_L1 = (page_L * rest_b + group * rest_g + inside_L * rest_p + REST_AT)[:, None]
+            k_LR = tl.load(rest_ptr + rest_at_L1 + r[None, :], mask=ok_L[:, None] & ok_R[None, :], other=0.0)
+            scores_ML = dot(q_MR, tl.trans(k_LR.to(dtype)), scores_ML)
+        scores_ML *= log2_scale
         if CAPPED:
             scores_ML = log2_cap - 2.0 * log2_cap / (1.0 + tl.exp2(scores_ML))
         seen_ML = ok_L[None, :] & (l_L[None, :] <= index_M[:, None])

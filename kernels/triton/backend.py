@@ -159,12 +159,13 @@ class TritonBackend(TorchBackend):
     def latent_attention(
         self, q_THC: torch.Tensor, layer: KVLayer, batch: AttentionBatch, *, latent: int, **options: Any
     ) -> torch.Tensor:
-        layer, batch = readable(layer, batch, latent, self.dtype)
+        if layer.coded and latent % 2:  # keys behind the codes would begin at odd bytes
+            layer, batch = readable(layer, batch, latent, self.dtype)
         try:
             return self._do(AttentionCall(q_THC, layer, batch, latent=latent, **options))
         except NoKernelError as reason:
             self._fall_back(str(reason))
-        return super().attention(q_THC, layer, batch, **options)[..., :latent]
+        return super().latent_attention(q_THC, layer, batch, latent=latent, **options)
 
     def short_convolution(
         self,

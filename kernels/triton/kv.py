@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..api.kv_codes import codes_and_scales
+from ..api.kv_codes import SCALE_BYTES, codes_and_scales
 from ..api.types import KVLayer
 from .rounding import all_finite, fp8_bits, int8_codes
 from .tiles import fp8_to_float16
@@ -77,6 +77,8 @@ class StoredKV:
         keys, values: codes, bits or numbers, (B, G, P, C), channels contiguous.
         key_scales, value_scales: bfloat16, (B, G, P); only of int8.
         format: see :func:`load_kv_tile`.
+        rest: what holds further channels of keys, (B, G, P, X); rest_at, scale_at: where in it a token's further
+            channels and its scale begin.
     """
 
     keys: torch.Tensor
@@ -84,6 +86,9 @@ class StoredKV:
     key_scales: torch.Tensor | None
     value_scales: torch.Tensor | None
     format: str
+    rest: torch.Tensor | None = None
+    rest_at: int = 0
+    scale_at: int = 0
 
     @property
     def arguments(self) -> dict[str, torch.Tensor | int | None]:
@@ -97,6 +102,23 @@ class StoredKV:
             **dict(zip(("stride_b", "stride_g", "stride_p"), self.keys.stride()[:3], strict=True)),
             **dict(zip(("scale_b", "scale_g", "scale_p"), scale_strides, strict=True)),
         }
+
+
+def stored_latents(layer: KVLayer, latent: int) -> StoredKV:
+    """Views of a layer's entries, see ``kernels/api/latents.py``.
+
+    Raises:
+        ValueError: for codes of an odd number of channels: what is behind them does not begin at whole numbers.
+    """
+    entries = layer.keys_BGPC
+    if not layer.coded:
+        return StoredKV(entries, entries, None, None, "", entries, latent)
+    if latent % 2:
+        raise ValueError(f"latents of {latent} channels have no keys behind their codes at even bytes")
+    # All of the views begin where the entries do: that stays aligned.
+    halves = entries.view(torch.bfloat16)
+    scales = halves[..., 0]
+    return StoredKV(entries, entries, scales, scales, "int8", halves, (latent + SCALE_BYTES) // 2, latent // 2)
 
 
 def stored_kv(layer: KVLayer) -> StoredKV:

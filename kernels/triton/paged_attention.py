@@ -11,7 +11,7 @@ import torch
 from ..api.types import AttentionBatch, KVLayer
 from .attention import AttentionConfig, attention_kernel, merge_kernel
 from .device import DeviceProperties
-from .kv import stored_kv
+from .kv import stored_kv, stored_latents
 from .launch import Launch, cdiv, next_power_of_2, require_contiguous, require_contiguous_channels
 from .shapes import Steps, WarmUpShape, meta
 from .variants import Call, OpVariant, Planned, Planner, Ranked, Tilings, has_tensor_cores, register
@@ -105,7 +105,8 @@ class PagedAttention(OpVariant[AttentionCall, AttentionProblem]):
         return [{"attention": [best_attention(problem, device)]}]
 
     def plan(self, call: AttentionCall, tilings: Tilings, device: DeviceProperties) -> Planned[torch.Tensor]:
-        q_THC, batch, config, kv = call.q_THC, call.batch, tilings["attention"], stored_kv(call.layer)
+        q_THC, batch, config = call.q_THC, call.batch, tilings["attention"]
+        kv = stored_kv(call.layer) if call.latent is None else stored_latents(call.layer, call.latent)
         require_contiguous_channels(q_THC=q_THC, keys_BGPC=kv.keys, values_BGPC=kv.values)
         require_contiguous(
             cache_index_T=batch.cache_index_T,
@@ -120,6 +121,7 @@ class PagedAttention(OpVariant[AttentionCall, AttentionProblem]):
         num_kv_heads, splits = kv.keys.shape[1], config.splits
         heads = num_heads // num_kv_heads
         block_h = min(heads, config.block_h)
+        rest_strides = (0, 0, 0) if kv.rest is None else kv.rest.stride()[:3]
         scale, cap = float(call.scale) * _LOG2_E, (call.softcap or 0.0) * _LOG2_E
         if call.softcap is not None:
             scale *= 2 / call.softcap
@@ -147,6 +149,8 @@ class PagedAttention(OpVariant[AttentionCall, AttentionProblem]):
             args={
                 "q_ptr": q_THC,
                 **kv.arguments,
+                "rest_ptr": kv.rest,
+                **dict(zip(("rest_b", "rest_g", "rest_p"), rest_strides, strict=True)),
                 **outputs,
                 **(last if splits == 1 else dict.fromkeys(last)),
                 "cache_index_ptr": batch.cache_index_T,
@@ -169,6 +173,8 @@ class PagedAttention(OpVariant[AttentionCall, AttentionProblem]):
                 "PAGE": call.layer.page_size,
                 "REST": rest or 0,
                 "REST_PAD": max(16, next_power_of_2(rest or 0)),
+                "REST_AT": kv.rest_at,
+                "SCALE_AT": kv.scale_at,
                 "BLOCK_Q": config.block_q,
                 "BLOCK_H": block_h,
                 "BLOCK_M": max(16, next_power_of_2(config.block_q * block_h)),

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..api.kv_codes import stored_channels
+from ..api.latents import entry_size
 from ..api.router_spec import RouterSpec
 from ..api.types import AttentionBatch, KVLayer
 
@@ -52,7 +53,10 @@ class WarmUpShape:
     def cache(self, dtype: torch.dtype) -> KVLayer:
         """Pages of the layer, as the engine allocates them for this backend."""
         kept = self.kv_dtype or dtype
-        pages = meta(1024, self.num_kv_heads, self.page_size, stored_channels(self.head_dim, kept), dtype=kept)
+        channels = stored_channels(self.head_dim, kept)
+        if self.latent is not None:
+            channels = entry_size(self.latent, self.head_dim - self.latent, kept)
+        pages = meta(1024, self.num_kv_heads, self.page_size, channels, dtype=kept)
         return KVLayer(keys_BGPC=pages, values_BGPC=pages, scales_behind_page=True)
 
     def batch(self, sequences: int, query_len: int, context: int) -> AttentionBatch:
