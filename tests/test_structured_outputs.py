@@ -139,6 +139,18 @@ def test_few_tokens_picked_one_by_one_are_those_of_a_masked_row(
         assert tokens(ask(llm, SOME, **settings)) == expected
 
 
+def test_greedy_rows_look_for_allowed_tokens_only_where_the_best_does_not_fit(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forms, looked_for, take = [{"regex": f"[^{letters}]{{60}}"} for letters in "eta"], [], GrammarProcessor._take
+    monkeypatch.setattr(GrammarProcessor, "_take", lambda *of: looked_for.append(0) or take(*of))
+    found = tokens(ask(llm, forms, temperature=0.0, max_tokens=20))
+    assert 0 < len(looked_for) < 30
+    monkeypatch.setattr(GrammarProcessor, "fits", lambda processor, token: False)
+    assert tokens(ask(llm, forms, temperature=0.0, max_tokens=20)) == found
+    assert len(looked_for) >= 60
+
+
 def test_an_output_ends_exactly_where_its_form_is_complete(llm: LLM) -> None:
     (longer,) = ask(llm, [{"regex": "[0-9]{2,5}"}], n=16, temperature=1.0)
     texts = [output.text for output in longer.outputs]

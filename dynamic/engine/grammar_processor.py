@@ -90,6 +90,15 @@ class GrammarProcessor:
         words_W = self._allowed()
         return _tokens(words_W, self._vocab_size) if self._count <= FEW else None
 
+    def fits(self, token_id: int) -> bool:
+        """Whether the output may go on with this token; far cheaper than to find all that may come next."""
+        if self._words_W is not None:
+            return bool(self._words_W[token_id // 32] >> (token_id % 32) & 1)
+        if token_id in self._ends and self._accepting():
+            return True
+        # Whatever is wrong with the grammar is found again when all tokens are looked for.
+        return not self._matcher.is_error() and _call(lambda: self._matcher.validate_tokens([token_id])) == 1
+
     @property
     def complete(self) -> bool:
         """Whether the output has the wanted form, and nothing could follow but its end."""

@@ -5,7 +5,8 @@ What happens to a row, in this order, the one of vLLM:
 1. Log-probabilities that a request asks for are taken from the model's own logits.
 2. Logits processors: allowed tokens, bad words, logit bias, min_tokens, plug-ins as they are listed, penalties, the
    form of the output (:data:`.logits_processors.ORDER`).
-3. A greedy row takes its largest logit, the first of equals, and is done.
+3. A greedy row takes its largest logit, the first of equals, and is done. If that fits the form of the output, the
+   tokens that do are not looked for.
 4. Filters: temperature, min-p, top-k, top-p.
 5. The noise of this output position chooses among the tokens that are left (:mod:`.draws`).
 
@@ -28,8 +29,11 @@ from .logits_processors import edit_logits
 from .selection import block_sums, first_best, largest, on_host
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence as TypeSequence
+
     import numpy as np
 
+    from .protocols import LogitsProcessor
     from .request import Sequence
     from .sampling_params import SamplingParams
 
@@ -47,12 +51,16 @@ def sample(logits_RV: torch.Tensor, sequences: list[Sequence]) -> list[int]:
     Returns: token ids; :data:`NO_TOKEN` for a row that has no finite best logit, or whose sequence a plug-in or its
         form failed.
     """
-    GrammarProcessor.compute_masks([s.grammar for s in sequences if s.grammar is not None and s.failure is None])
-    few = _few_allowed(sequences) if on_host(logits_RV) else {}
-    edited = [s.processors[:-1] if row in few else s.processors for row, s in enumerate(sequences)]
-    for row, failure in edit_logits(logits_RV, edited).items():
-        sequences[row].fail(*failure)
-    others = [row for row in range(len(sequences)) if row not in few]
+    formed = [row for row, s in enumerate(sequences) if s.grammar is not None and s.failure is None]
+    _edit(logits_RV, sequences, [s.processors[:-1] if row in formed else s.processors for row, s in enumerate(sequences)])
+    tokens = _fitting(logits_RV, sequences, formed) if on_host(logits_RV) else {}
+    formed = [row for row in formed if row not in tokens and sequences[row].failure is None]
+    GrammarProcessor.compute_masks([g for row in formed if (g := sequences[row].grammar) is not None])
+    few = _few_allowed(sequences, formed) if on_host(logits_RV) else {}
+    masked = [row for row in formed if row not in few and sequences[row].failure is None]
+    if masked:
+        _edit(logits_RV, sequences, [s.processors[-1:] if row in masked else () for row, s in enumerate(sequences)])
+    others = [row for row in range(len(sequences)) if row not in few and row not in tokens]
     greedy = [row for row in others if sequences[row].request.params.greedy]
     drawn = [row for row in others if not sequences[row].request.params.greedy]
     params, keys = [sequences[row].request.params for row in drawn], [sequences[row].peek() for row in drawn]
@@ -68,16 +76,40 @@ def sample(logits_RV: torch.Tensor, sequences: list[Sequence]) -> list[int]:
             filtered = filter_logits(_rows(logits_RV, drawn), params)
             parts.append(choose_among_all(*filtered, keys_tensor(keys, logits_RV.device)))
         found = torch.cat(parts).tolist()
-    tokens = dict(zip(greedy + drawn, found, strict=True))
+    tokens |= dict(zip(greedy + drawn, found, strict=True))
     tokens |= {row: _choose_among(logits_RV[row], ids_N, sequences[row]) for row, ids_N in few.items()}
     return [NO_TOKEN if s.failure else tokens[row] for row, s in enumerate(sequences)]
 
 
-def _few_allowed(sequences: list[Sequence]) -> dict[int, np.ndarray]:
+def _edit(
+    logits_RV: torch.Tensor, sequences: list[Sequence], processors: TypeSequence[TypeSequence[LogitsProcessor]]
+) -> None:
+    for row, failure in edit_logits(logits_RV, processors).items():
+        sequences[row].fail(*failure)
+
+
+def _fitting(logits_RV: torch.Tensor, sequences: list[Sequence], formed: list[int]) -> dict[int, int]:
+    """Of greedy rows whose output has a form: the best of all tokens, where it fits."""
+    rows = [row for row in formed if sequences[row].request.params.greedy and sequences[row].failure is None]
+    if not rows:
+        return {}
+    found = {}
+    for row, token in zip(rows, _largest(_rows(logits_RV, rows)), strict=True):
+        grammar = sequences[row].grammar
+        try:
+            if token != NO_TOKEN and grammar is not None and grammar.fits(token):
+                found[row] = token
+        except ValueError:  # found again when all tokens are looked for
+            continue
+    return found
+
+
+def _few_allowed(sequences: list[Sequence], formed: list[int]) -> dict[int, np.ndarray]:
     """Of the rows whose form allows few tokens, these tokens."""
     found = {}
-    for row, sequence in enumerate(sequences):
-        if (grammar := sequence.grammar) is not None and sequence.failure is None:
+    for row in formed:
+        sequence = sequences[row]
+        if (grammar := sequence.grammar) is not None:
             try:
                 if (ids_N := grammar.few_allowed()) is not None:
                     found[row] = ids_N
