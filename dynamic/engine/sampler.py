@@ -52,7 +52,8 @@ def sample(logits_RV: torch.Tensor, sequences: list[Sequence]) -> list[int]:
         form failed.
     """
     formed = [row for row, s in enumerate(sequences) if s.grammar is not None and s.failure is None]
-    _edit(logits_RV, sequences, [s.processors[:-1] if row in formed else s.processors for row, s in enumerate(sequences)])
+    plain = [s.processors[:-1] if row in formed else s.processors for row, s in enumerate(sequences)]
+    _edit(logits_RV, sequences, plain)
     tokens = _fitting(logits_RV, sequences, formed) if on_host(logits_RV) else {}
     formed = [row for row in formed if row not in tokens and sequences[row].failure is None]
     GrammarProcessor.compute_masks([g for row in formed if (g := sequences[row].grammar) is not None])
