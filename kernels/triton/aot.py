@@ -186,7 +186,7 @@ def quantised_launches(dtype: torch.dtype, planner: Planner) -> Iterator[tuple[i
         for rows in (8, 2048):
             x_TI = meta(rows, k, dtype=dtype)
             out_TO, launches = planner.plan(LinearCall(x_TI, weight, None, scheme, dtype))
-            config = quant_config(rows, weight.group, gated=True, scheme=scheme, format=weight.format)
+            config = quant_config(rows, weight.kind, True, scheme, planner.device)
             x, _ = plan_rows(x_TI, scheme)
             gated = plan_quant(x, weight, None, out_TO, config, up=weight, native_fp8=planner.device.has_fp8)
             yield from ((rows, launch) for launch in (*launches, gated))

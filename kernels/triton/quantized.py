@@ -9,15 +9,16 @@ Shape suffixes are explained in ``types.py``; N outputs, K inputs of a product.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 import triton
 import triton.language as tl
 
-from ..api.formats import UNQUANTIZED, ActivationScheme
+from ..api.formats import ActivationScheme
 from ..api.quantized_weight import QuantizedWeight
+from .device import DeviceProperties
 from .index import ExpertIndex
 from .launch import Launch, cdiv
 from .rounding import RoundedRows
@@ -167,6 +168,22 @@ def quant_gemm_kernel(
     tl.store(out_at_MN, acc.to(out_ptr.dtype.element_ty), mask=ok_M[:, None] & ok_N[None, :])
 
 
+class WeightKind(NamedTuple):
+    """How a quantised weight is kept: all of it that decides what a kernel does with it.
+
+    Arguments:
+        format: as the kernel calls it.
+        group: inputs that share a scale; 0: all.
+        outer_group: inputs that share an outer scale; 0: there are none.
+        offsets: whether groups have some.
+    """
+
+    format: str
+    group: int
+    outer_group: int = 0
+    offsets: bool = False
+
+
 @dataclass(frozen=True)
 class StoredWeight:
     """A quantised weight as the kernel reads it, all contiguous: uint8 codes; scales and offsets in float32, powers of
@@ -182,6 +199,10 @@ class StoredWeight:
     outer_scales: torch.Tensor | None = None
     outer_offsets: torch.Tensor | None = None
     outer_group: int = 0
+
+    @property
+    def kind(self) -> WeightKind:
+        return WeightKind(self.format, self.group, self.outer_group, self.offsets is not None)
 
 
 def kernel_form(weight: QuantizedWeight) -> QuantizedWeight:
@@ -221,23 +242,24 @@ def store_weight(weight: QuantizedWeight) -> StoredWeight:
 
 
 def quant_config(
-    num_rows: int, group: int, gated: bool, scheme: ActivationScheme = UNQUANTIZED, format: str = ""
+    num_rows: int, kind: WeightKind, gated: bool, scheme: ActivationScheme, device: DeviceProperties
 ) -> QuantConfig:
     """Tiling for tiles of about so many rows; a tile is never deeper than a group, which then has one scale for it.
 
     Arguments:
-        group: inputs that share a scale in the weight; 0: all.
         scheme: how rows were rounded.
-        format: of the weight, as the kernel calls it.
     """
     # Sums of integers come to float32 with every step, so that long steps pay; but two more factors need registers.
-    block_k = scheme.group if scheme.kind == "int8" and not group else min(64, group or 64)
+    block_k = scheme.group if scheme.kind == "int8" and not kind.group else min(64, kind.group or 64)
     assert block_k is not None
     # A step along K that is scaled before it is added needs a second set of accumulators.
-    block_n = 32 if (group or scheme.group) and gated else 64
+    block_n = 32 if (kind.group or scheme.group) and gated else 64
     # Cutting codes of 5 bits out of their bytes takes registers as well.
-    num_warps = 8 if (gated and scheme.kind != "int8") or format == "int5" else 4
+    num_warps = 8 if (gated and scheme.kind != "int8") or kind.format == "int5" else 4
     if num_rows > 32:
+        if gated and kind.outer_group and device.backend == "hip":
+            # Two levels of scales of two matrices: AMD's compiler takes all registers for a tile of 32 outputs.
+            return QuantConfig(block_m=64, block_n=16, block_k=block_k, num_warps=4, num_stages=3)
         return QuantConfig(block_m=64, block_n=block_n, block_k=block_k, num_warps=num_warps, num_stages=3)
     stages = 4 if scheme.kind == "fp8" else 3
     return QuantConfig(block_m=16, block_n=block_n, block_k=block_k, num_warps=4, num_stages=stages)

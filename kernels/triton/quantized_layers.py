@@ -15,19 +15,18 @@ from .device import DeviceProperties
 from .experts import ACTIVATIONS
 from .index import index_kernels, usable_index
 from .launch import cdiv, next_power_of_2
-from .quantized import StoredWeight, plan_quant, quant_config, quant_gemm_kernel, store_weight
+from .quantized import StoredWeight, WeightKind, plan_quant, quant_config, quant_gemm_kernel, store_weight
 from .rounding import plan_rows, round_rows_kernel
 from .variants import Call, OpVariant, Planned, Ranked, Tilings, has_tensor_cores, register
 
 
 class LinearProblem(NamedTuple):
-    """A product; ``rows`` is a power of two, ``group`` inputs share a scale (0: all)."""
+    """A product; ``rows`` is a power of two."""
 
     rows: int
     out_features: int
     in_features: int
-    format: str
-    group: int
+    kind: WeightKind
     scheme: ActivationScheme
     dtype: torch.dtype
 
@@ -50,9 +49,7 @@ class LinearCall(Call[torch.Tensor]):
 
     def problem(self) -> LinearProblem:
         rows, weight = next_power_of_2(self.x_TI.shape[0]), self.weight
-        return LinearProblem(
-            rows, weight.outputs, weight.inputs, weight.format, weight.group, self.scheme, self.x_TI.dtype
-        )
+        return LinearProblem(rows, weight.outputs, weight.inputs, weight.kind, self.scheme, self.x_TI.dtype)
 
 
 @register
@@ -66,8 +63,7 @@ class QuantProduct(OpVariant[LinearCall, LinearProblem]):
         return None if has_tensor_cores(problem.dtype) else f"quantised weights in {problem.dtype}"
 
     def tilings(self, problem: LinearProblem, device: DeviceProperties, count: int) -> list[Ranked]:
-        config = quant_config(problem.rows, problem.group, False, problem.scheme, problem.format)
-        return [{"quant_gemm": [config]}]
+        return [{"quant_gemm": [quant_config(problem.rows, problem.kind, False, problem.scheme, device)]}]
 
     def plan(self, call: LinearCall, tilings: Tilings, device: DeviceProperties) -> Planned[torch.Tensor]:
         x_TI, weight = call.x_TI, call.weight
@@ -78,11 +74,7 @@ class QuantProduct(OpVariant[LinearCall, LinearProblem]):
 
 
 class QuantProblem(NamedTuple):
-    """Sizes of a mixture; ``tokens`` is a power of two.
-
-    Arguments:
-        formats: of gate, up and down, with the inputs that share a scale.
-    """
+    """Sizes of a mixture; ``tokens`` is a power of two, ``kinds`` are those of gate, up and down."""
 
     tokens: int
     num_experts: int
@@ -91,7 +83,7 @@ class QuantProblem(NamedTuple):
     expert_size: int
     activation: str
     dtype: torch.dtype
-    formats: tuple[tuple[str, int], ...]
+    kinds: tuple[WeightKind, ...]
     scheme: ActivationScheme
 
 
@@ -128,7 +120,7 @@ class QuantExpertsCall(Call[torch.Tensor]):
             expert_size=self.gate.outputs,
             activation=self.activation,
             dtype=self.x_TD.dtype,
-            formats=tuple((weight.format, weight.group) for weight in (self.gate, self.up, self.down)),
+            kinds=tuple(weight.kind for weight in (self.gate, self.up, self.down)),
             scheme=self.scheme,
         )
 
@@ -149,17 +141,13 @@ class QuantTiles(OpVariant[QuantExpertsCall, QuantProblem]):
             return f"quantised weights in {problem.dtype}"
         if problem.activation not in ACTIVATIONS:
             return f"activation {problem.activation!r}"
-        return "gate and up in different formats" if problem.formats[0] != problem.formats[1] else None
+        return "gate and up in different formats" if problem.kinds[0] != problem.kinds[1] else None
 
     def tilings(self, problem: QuantProblem, device: DeviceProperties, count: int) -> list[Ranked]:
         rows = cdiv(problem.tokens * problem.top_k, problem.num_experts)
-        (gated, first), _, (down, second) = problem.formats
-        return [
-            {
-                "gate_up": [quant_config(rows, first, True, problem.scheme, gated)],
-                "down": [quant_config(rows, second, False, problem.scheme, down)],
-            }
-        ]
+        gate, _, down = problem.kinds
+        first = quant_config(rows, gate, True, problem.scheme, device)
+        return [{"gate_up": [first], "down": [quant_config(rows, down, False, problem.scheme, device)]}]
 
     def plan(self, call: QuantExpertsCall, tilings: Tilings, device: DeviceProperties) -> Planned[torch.Tensor]:
         x_TD, routing = call.x_TD, call.routing
