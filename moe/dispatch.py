@@ -37,11 +37,12 @@ class ExpertShares:
         ids_0K = self.local_XE1.new_empty(0, self.top_k)
         return Routing(expert_ids_TK=ids_0K, weights_TK=ids_0K.float(), weight_on_input=self.weight_on_input)
 
-    def reached(self, ids_TK: torch.Tensor) -> torch.Tensor:
-        """Whether the expert of a slot is on a rank, bool, (X, T, K).
+    def reached(self, ids_TK: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
+        """Whether a rank runs a slot, bool, (X, T, K): it has the slot's expert.
 
         Arguments:
             ids_TK: of :func:`used_ids`.
+            x_TD: what the experts read of these rows.
         """
         return self.local_XE1[:, ids_TK.long()] != UNUSED
 

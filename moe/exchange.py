@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -33,6 +33,7 @@ class PendingDispatch:
         records_RB: what this rank receives, complete once ``work`` is done.
         like_TD: this rank's rows.
         weight_on_input: of the routing, see :class:`Routing`; shares: of the layer.
+        reached_XTK: bool, which rank runs which slots of this rank's rows; slots_X: int64, how many each runs.
     """
 
     rows: list[torch.Tensor] | None
@@ -43,6 +44,21 @@ class PendingDispatch:
     like_TD: torch.Tensor
     weight_on_input: bool
     shares: ExpertShares
+    reached_XTK: torch.Tensor
+    slots_X: torch.Tensor
+
+
+class Received(NamedTuple):
+    """What other ranks have for this rank's experts.
+
+    Arguments:
+        rows: (R, D), and their routing over the experts here.
+        counts: how many results go back to each rank.
+    """
+
+    rows: torch.Tensor
+    routing: Routing
+    counts: list[int]
 
 
 class Transport(Protocol):
@@ -105,8 +121,9 @@ class ExpertExchange:
     def dispatch(self, x_TD: torch.Tensor, routing: Routing, shares: ExpertShares) -> PendingDispatch:
         """Begin to send this rank's rows to the ranks of their experts; :meth:`receive` waits for those sent here."""
         ids_TK = used_ids(routing)
-        reached_XTK = shares.reached(ids_TK)
-        self.executed_X += reached_XTK.sum((1, 2))
+        reached_XTK = shares.reached(ids_TK, x_TD)
+        slots_X = reached_XTK.sum((1, 2))
+        self.executed_X += slots_X
         # Four-byte numbers first: they stay aligned.
         parts = (ids_TK, routing.weights_TK, x_TD)
         records_TB = torch.cat([part.contiguous().view(torch.uint8) for part in parts], 1)
@@ -130,21 +147,27 @@ class ExpertExchange:
             like_TD=x_TD,
             weight_on_input=routing.weight_on_input,
             shares=shares,
+            reached_XTK=reached_XTK,
+            slots_X=slots_X,
         )
 
-    def receive(self, pending: PendingDispatch) -> tuple[torch.Tensor, Routing]:
-        """Wait for the rows sent to this rank, (R, D), and their routing over its experts."""
+    def receive(self, pending: PendingDispatch) -> Received:
+        """Wait for the rows sent to this rank, and their routing over its experts."""
+        x_RD, ids_RK, weights_RK = self._records(pending)
+        routing = pending.shares.on_rank(self._axis.rank, ids_RK, weights_RK, pending.weight_on_input)
+        return Received(x_RD, routing, pending.received)
+
+    def _records(self, pending: PendingDispatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Wait for the rows sent to this rank, (R, D), with the experts and weights of their slots, (R, K)."""
         self._transport.finish(pending.work)
         like_TD, shares = pending.like_TD, pending.shares
         widths = [4 * shares.top_k, 4 * shares.top_k, like_TD.shape[1] * like_TD.element_size()]
         ids_RB, weights_RB, x_RB = (part.contiguous() for part in pending.records_RB.split(widths, 1))
-        ids_RK, weights_RK = ids_RB.view(torch.int32), weights_RB.view(torch.float32)
-        routing = shares.on_rank(self._axis.rank, ids_RK, weights_RK, pending.weight_on_input)
-        return x_RB.view(like_TD.dtype), routing
+        return x_RB.view(like_TD.dtype), ids_RB.view(torch.int32), weights_RB.view(torch.float32)
 
-    def combine(self, pending: PendingDispatch, out_RD: torch.Tensor) -> torch.Tensor:
+    def combine(self, pending: PendingDispatch, received: Received, out_RD: torch.Tensor) -> torch.Tensor:
         """Return the sums of received rows to their ranks; gives the totals of this rank's rows, float32, (T, D)."""
-        sums_RD, work = self._transport.swap(out_RD, pending.received, pending.sent, self._axis.group, "combine")
+        sums_RD, work = self._transport.swap(out_RD, received.counts, pending.sent, self._axis.group, "combine")
         self._transport.finish(work)
         total_TD = torch.zeros_like(pending.like_TD, dtype=torch.float32)
         for number, part_RD in enumerate(sums_RD.split(pending.sent)):

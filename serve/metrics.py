@@ -202,3 +202,10 @@ class _EngineCollector(Collector):
         text = "Rows times experts that each expert-parallel rank ran, in the layers of the first stage."
         experts = {(str(rank),): rows for rank, rows in enumerate(exchange.expert_rows)}
         yield family(CounterMetricFamily, "dynamoe:parallel_expert_rows", text, self._labels, experts, "expert_rank")
+        text = "Experts that were brought to another expert-parallel rank."
+        moves = {(): exchange.expert_moves}
+        yield family(CounterMetricFamily, "dynamoe:parallel_expert_moves", text, self._labels, moves)
+        if exchange.imbalance is not None:
+            text = "The most loaded expert-parallel rank's rows times experts over the mean, in the last window."
+            even = {(): exchange.imbalance}
+            yield family(GaugeMetricFamily, "dynamoe:parallel_expert_imbalance", text, self._labels, even)

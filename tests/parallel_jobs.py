@@ -19,10 +19,10 @@ SCRIPT = Path(__file__).with_name("parallel_run.py")
 PATIENCE = 240.0  # seconds, where a machine is busy with other things: nothing here waits for a process that hangs
 
 
-def run_job(folder: Path, processes: int, **job: Any) -> dict[str, Any]:
+def run_job(folder: Path, processes: int, *, script: Path = SCRIPT, **job: Any) -> dict[str, Any]:
     folder.mkdir()
     (folder / "job.json").write_text(json.dumps({"thresholds": {}, "budget": {}, **job}))
-    command = [str(SCRIPT), str(folder / "job.json"), str(folder / "answer.json")]
+    command = [str(script), str(folder / "job.json"), str(folder / "answer.json")]
     code, output = run_processes(command, processes, folder)
     assert code == 0, output
     return json.loads((folder / "answer.json").read_text())

@@ -28,7 +28,7 @@ def test_the_sums_of_all_ranks_are_the_whole(parts: list[list[int]], limited: bo
     x = torch.randn(rows, hidden)
     routing = replace(random_routing(rows, 6, 3, limited), weight_on_input=on_input)
     shares, ids = share_experts(parts, 3, "cpu"), used_ids(routing)
-    reached = shares.reached(ids)
+    reached = shares.reached(ids, x)
     assert reached.sum() == (rows * 3 if routing.counts_T is None else routing.counts_T.sum())
     total = torch.zeros(rows, hidden)
     for rank, experts in enumerate(parts):
@@ -48,7 +48,7 @@ def test_slots_keep_their_order_and_unused_ones_come_last() -> None:
     shares = share_experts([[2, 1, 0], [3, 4, 5]], 3, "cpu")
     used = used_ids(Routing(expert_ids_TK=ids, weights_TK=weights, counts_T=counts))
     assert used.tolist() == [[5, 0, 3], [2, 1, UNUSED]]
-    assert shares.reached(used).sum(2).tolist() == [[1, 2], [2, 0]]
+    assert shares.reached(used, torch.zeros(2, 4)).sum(2).tolist() == [[1, 2], [2, 0]]
     first, second = (shares.on_rank(rank, used, weights, False) for rank in (0, 1))
     assert first.counts_T is not None
     assert second.counts_T is not None

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...exits.training.memory import available_memory
+from ...kernels.api.ranges import parse_bytes
 from ..model.kv_cache import bytes_per_sequence, group_page_bytes
 from .block_pool import BlockPool
-from .config import EngineConfig, parse_bytes
+from .config import EngineConfig
 from .prefix_cache import PrefixCache
 from .state_snapshots import StateSnapshots
 from .window_pages import WindowPages
@@ -47,7 +48,9 @@ def count_pages(
 
     longest = min(config.max_model_len or spec.max_position, spec.max_position)
     least = -(-longest // config.block_size) * kv_shards if config.max_model_len else 0
-    memory = available_memory(device) // 4 if config.kv_memory is None else parse_bytes(config.kv_memory)
+    memory = (
+        available_memory(device) // 4 if config.kv_memory is None else parse_bytes(config.kv_memory, "engine.kv_memory")
+    )
     snapshots = 0
     if state_bytes and config.enable_prefix_caching:
         spare = memory - states - size(least)

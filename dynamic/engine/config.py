@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 
-from ...kernels.api.ranges import check_flags, check_ranges
+from ...kernels.api.ranges import check_flags, check_ranges, parse_bytes
 from .structured_limits import StructuredLimits
-
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,16 +55,4 @@ class EngineConfig:
         check_ranges(self, *counts, where="engine.", least=1)
         check_ranges(self, "seed", where="engine.", least=-(2**63), below=2**63)
         if self.kv_memory is not None:
-            parse_bytes(self.kv_memory)
-
-
-def parse_bytes(amount: int | str) -> int:
-    """``"2GiB"``, ``"512 MB"`` or a number, in bytes.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(amount))
-    if match is None or match[2].lower() not in _UNITS:
-        raise ValueError(f"engine.kv_memory must be a number of bytes or like '2GiB', not {amount!r}")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+            parse_bytes(self.kv_memory, "engine.kv_memory")

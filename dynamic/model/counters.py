@@ -79,10 +79,15 @@ class Exchange:
 
     Arguments:
         received: bytes from other ranks, by what for: ``sums``, ``embedding``, ``logits``, ``stages``, ``dispatch``,
-            ``combine``, ``sizes``, ``rows``.
+            ``combine``, ``sizes``, ``rows``, ``moves``.
         expert_rows: by rank of the expert axis, rows times experts that it ran, in the layers of the first stage; empty
             without that axis.
+        imbalance: where experts move, the most loaded rank's slots over the mean, of all layers of the last window;
+            None before its end.
+        expert_moves: experts that were brought to another rank so far.
     """
 
     received: dict[str, int]
     expert_rows: tuple[int, ...]
+    imbalance: float | None = None
+    expert_moves: int = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from ...kernels.api.ranges import check_ranges
+from ...kernels.api.ranges import check_ranges, parse_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,9 @@ class ParallelConfig:
         timeout: seconds after which a process that does not answer counts as hung.
         placement: file by whose measured load experts are spread over the expert axis; null takes them in their order.
         record_load: file that takes the load of each expert when the processes end.
+        rebalance_steps: steps of a window in which the load of experts is counted; behind it they are moved where that
+            makes the ranks' loads more even. 0: they stay where they are.
+        copies_memory: bytes that each process may hold copies of much used experts in, as a number or with a unit.
         shared_memory: whether processes on one machine exchange through shared memory instead of messages.
     """
 
@@ -34,14 +37,20 @@ class ParallelConfig:
     timeout: float = 30.0
     placement: str | None = None
     record_load: str | None = None
+    rebalance_steps: int = 0
+    copies_memory: int | str = 0
     shared_memory: bool = True
 
     def __post_init__(self) -> None:
         check_ranges(self, "tensor", "expert", "pipeline", "data", where="parallel.", least=1)
-        check_ranges(self, "micro_batches", "padded_rows", where="parallel.", least=0)
+        check_ranges(self, "micro_batches", "padded_rows", "rebalance_steps", where="parallel.", least=0)
         check_ranges(self, "timeout", where="parallel.", above=0)
         if self.placement is not None and self.expert == 1:
             raise ValueError(f"parallel.placement={self.placement} needs parallel.expert above 1")
+        if self.rebalance_steps and self.expert == 1:
+            raise ValueError(f"parallel.rebalance_steps={self.rebalance_steps} needs parallel.expert above 1")
+        if parse_bytes(self.copies_memory, "parallel.copies_memory") and not self.rebalance_steps:
+            raise ValueError(f"parallel.copies_memory={self.copies_memory} needs parallel.rebalance_steps above 0")
 
     @property
     def size(self) -> int:
@@ -60,7 +69,12 @@ class ParallelConfig:
 
     def __str__(self) -> str:
         more = [(name, getattr(self, name)) for name in ("data", "pipeline")]
-        return f"tensor {self.tensor}, expert {self.expert}" + "".join(f", {n} {size}" for n, size in more if size > 1)
+        slots = ", experts move" if self.rebalance_steps else ""  # their results are added up in another order
+        return (
+            f"tensor {self.tensor}, expert {self.expert}"
+            + "".join(f", {n} {size}" for n, size in more if size > 1)
+            + slots
+        )
 
 
 def launched_rank() -> int:

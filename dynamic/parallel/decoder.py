@@ -20,8 +20,6 @@ import torch.nn.functional as F
 
 from ...exits.segments import Segment
 from ...kernels.api.types import AttentionBatch, ExpertBudget, KVLayer, Routing
-from ...moe.dispatch import share_experts
-from ...moe.exchange import ExpertExchange, PendingDispatch
 from ...moe.placement import ExpertLoad
 from ..model.counters import Exchange
 from ..model.decoder import Behind, Decoder
@@ -30,6 +28,7 @@ from ..model.kv_cache import Copies
 from ..model.routing import read_by_experts
 from ..model.spec import ModelSpec
 from .data_ranks import SharedCache, cache_of, on_device, rows_at, share_rows, spread
+from .expert_ranks import ExpertRanks, with_moving_experts
 from .norms import norm_over_ranks, propagate_over_ranks, spread_norms
 from .plan import (
     Message,
@@ -63,15 +62,10 @@ class ParallelDecoder(Decoder):
         self.kv_shards = config.kv_shards
         self.stages, self.stage, self.held = shard.stages, self.context.stage, shard.held
         self.load = ExpertLoad(shard.whole.experts_by_layer, self.device)
-        self._exchange = ExpertExchange(self.context, self.context.expert_axis, config.padded_rows)
+        self.experts = ExpertRanks(shard, self.backend, self.layers)
+        self.layers = with_moving_experts(self.layers, self.experts.weights)
+        self._exchange, self._shares = self.experts.exchange, self.experts.shares
         self._executed_X = torch.zeros_like(self._exchange.executed_X)  # of all KV shards
-        self._shares = {
-            number: share_experts(
-                shard.placement[number], moe.router.top_k + moe.num_always_on, self.device, moe.router.weight_on_input
-            )
-            for number, moe in ((number, layer.moe) for number, layer in enumerate(spec.layers))
-            if moe is not None and not moe.is_dense and config.expert > 1
-        }
         self._spread_norms = spread_norms(shard)
         shared = self.context.shared_tensor_group
         alone = not self._shares and self._spread_norms is None and config.record_load is None
@@ -154,6 +148,9 @@ class ParallelDecoder(Decoder):
     ) -> torch.Tensor:
         """See :meth:`Decoder.run_segment`; all ranks run it. The slots, (T, 1), stand for rows on another stage."""
         self.reserve_positions(batch.num_positions)  # refused before anybody is told
+        if segment.layers.start == 0 and (move := self.experts.next_move()) is not None:
+            self._tell(move)
+            self.experts.obey(move)
         entropy, number = router_entropy_T is not None, cache_of(kv).number
         message = run_message(number, segment.layers, self._token_ids_T, batch, budget, entropy)
         self._tell(message)
@@ -233,7 +230,8 @@ class ParallelDecoder(Decoder):
         for number in layers:
             if shares := self._shares.get(number):
                 read_0X = read_by_experts(self.backend, self.layers[number], x_0D)
-                self._through_experts(number, self._exchange.dispatch(read_0X, shares.no_rows(), shares))
+                pending = self.experts.dispatch(number, read_0X, shares.no_rows())
+                self.experts.run(self.layers[number].ffn, pending)
 
     def propagate_kv(self, exit: DecoderExit, x_RD: torch.Tensor, kv: Sequence[KVLayer], batch: AttentionBatch) -> None:
         """See :meth:`Decoder.propagate_kv`; every rank writes those of its heads, of its KV shard's rows. The stages
@@ -262,7 +260,12 @@ class ParallelDecoder(Decoder):
 
     def exchange(self) -> Exchange:
         """See :meth:`Decoder.exchange`."""
-        return Exchange(received=dict(self.context.received), expert_rows=tuple(self._executed_X.tolist()))
+        return Exchange(
+            received=dict(self.context.received),
+            expert_rows=tuple(self._executed_X.tolist()),
+            imbalance=self.experts.imbalance,
+            expert_moves=self.experts.moves,
+        )
 
     def close(self) -> None:
         """Let the workers go, those that are still there. Only rank 0 calls this."""
@@ -294,6 +297,8 @@ class ParallelDecoder(Decoder):
                 self._obey_run(message, caches[message.cache])
             elif message.operation is Operation.PROPAGATE:
                 self._obey_propagate(message, caches[message.cache])
+            elif message.operation in (Operation.LOADS, Operation.MOVE):
+                self.experts.obey(message)
             elif message.operation is Operation.EMBED:
                 if self.stage == 0:
                     self._embedded_TD = self._embed_together(message.blocks[0].to(self.device))
@@ -372,13 +377,12 @@ class ParallelDecoder(Decoder):
         identity_T = routing.identity_weights_T
         if identity_T is not None and self.context.tensor_rank:  # the ranks of a tensor group add up
             identity_T = torch.zeros_like(identity_T)
-        shares = self._shares.get(number)
-        if shares is None:
+        if number not in self._shares:
             return super()._mixture(number, x_TD, replace(routing, identity_weights_T=identity_T), shared)
         weights = self.layers[number]
-        pending = self._exchange.dispatch(read_by_experts(self.backend, weights, x_TD), routing, shares)
+        pending = self.experts.dispatch(number, read_by_experts(self.backend, weights, x_TD), routing)
         shared_TD = self._shared(number, x_TD) if shared else None  # while the rows are on their way
-        total_TD = self._through_experts(number, pending)
+        total_TD = self.experts.run(weights.ffn, pending)
         if weights.latent_out is not None:
             total_TD = self.backend.linear(total_TD.to(x_TD.dtype), weights.latent_out).float()
         if identity_T is not None:
@@ -386,9 +390,3 @@ class ParallelDecoder(Decoder):
         if shared_TD is not None:
             total_TD += shared_TD
         return total_TD.to(x_TD.dtype)
-
-    def _through_experts(self, number: int, pending: PendingDispatch) -> torch.Tensor:
-        rows_RD, routing = self._exchange.receive(pending)
-        if len(rows_RD):
-            rows_RD = self.backend.experts(rows_RD, self.layers[number].ffn, routing)
-        return self._exchange.combine(pending, rows_RD)

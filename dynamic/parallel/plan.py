@@ -31,6 +31,8 @@ class Operation(IntEnum):
     FREE = 6
     EMBED = 7  # token ids
     LOGITS = 8  # rows
+    LOADS = 9  # a window ends in which experts' loads were counted
+    MOVE = 10  # layer, ranks of the expert axis; the experts in each rank's places
 
 
 @dataclass(frozen=True, kw_only=True)

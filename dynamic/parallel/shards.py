@@ -136,7 +136,7 @@ class Shard:
     @property
     def placed(self) -> str:
         """What a deployment says about the placement: sums run in another order with another one."""
-        if self.context.config.placement is None:
+        if self.context.config.placement is None or self.context.config.rebalance_steps:
             return ""
         return f", experts placed as {hashlib.sha256(repr(self.placement).encode()).hexdigest()[:12]}"
 

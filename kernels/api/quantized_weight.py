@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -126,9 +127,13 @@ class QuantizedWeight:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> QuantizedWeight:
+        """The weight of changed tensors."""
+        return self._with({name: change(tensor) for name, tensor in self.tensors().items()})
+
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same weight on another device."""
-        return self._with({name: tensor.to(device) for name, tensor in self.tensors().items()})
+        return self.map(lambda tensor: tensor.to(device))
 
     def expert(self, number: int) -> QuantizedWeight:
         """One of stacked experts, (O, I).
@@ -139,12 +144,12 @@ class QuantizedWeight:
         """
         if self.num_experts is None:
             raise ValueError(f"a weight of shape {self.shape} holds no experts")
-        return self._with({name: tensor[number] for name, tensor in self.tensors().items()})
+        return self.map(lambda tensor: tensor[number])
 
     def experts(self, part: slice) -> QuantizedWeight:
         """Some of stacked experts, (…, O, I), in the same memory."""
         assert self.num_experts is not None
-        return self._with({name: tensor[part] for name, tensor in self.tensors().items()})
+        return self.map(lambda tensor: tensor[part])
 
     def rows(self, start: int, stop: int) -> QuantizedWeight:
         """Outputs ``start … stop - 1``, with a scale of their own for each."""
@@ -232,7 +237,7 @@ class QuantizedWeight:
 
     def _select(self, outputs: slice | torch.Tensor) -> QuantizedWeight:
         own = self.per_output()
-        return own._with({name: tensor[..., outputs, :] for name, tensor in own.tensors().items()})
+        return own.map(lambda tensor: tensor[..., outputs, :])
 
     def _with(self, tensors: dict[str, torch.Tensor]) -> QuantizedWeight:
         return replace(self, **tensors)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from typing import Any
 
 _MAPPING = re.compile(r"(dict|Mapping)\[")
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _SEQUENCE = re.compile(r"(tuple|list|Sequence|Iterable)\[")
 
 
@@ -72,6 +73,21 @@ def check_flags(config: Any, where: str = "") -> None:
         value = getattr(config, item.name)
         if str(item.type) == "bool" and not isinstance(value, bool):
             raise ValueError(f"{where}{item.name} must be true or false, not {value!r}")
+
+
+def parse_bytes(amount: int | str, name: str) -> int:
+    """``"2GiB"``, ``"512 MB"`` or a number, in bytes.
+
+    Arguments:
+        name: of the setting, for the message.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(amount))
+    if match is None or match[2].lower() not in _UNITS:
+        raise ValueError(f"{name} must be a number of bytes or like '2GiB', not {amount!r}")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
 def _inside(number: Any, least: float | None, above: float | None, most: float | None, below: float | None) -> bool:

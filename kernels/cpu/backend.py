@@ -5,7 +5,7 @@ A row's result is bitwise the same whatever other rows are computed with it, and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -45,6 +45,15 @@ class _Experts:
     down_bias: torch.Tensor | None
     down_bias_sum: torch.Tensor | None
     shape: tuple[int, int, int, int, int]  # experts, hidden, width, dense down, activation
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> _Experts:
+        """As :meth:`PlainExperts.map`; the sum of the down projections' biases is of the experts that were there."""
+        if self.shape[3]:
+            raise ValueError("experts that are slices of one dense matrix stay together")
+        words = [change(part.view(self.shape[0], -1)) for part in (self.gate_up, self.down)]
+        biases = [None if bias is None else change(bias) for bias in (self.gate_up_bias, self.down_bias)]
+        flat, shape = [part.flatten() for part in words], (len(words[0]), *self.shape[1:])
+        return _Experts(self.isa, *flat, *biases, self.down_bias_sum, shape)
 
     def run(self, x_TD: torch.Tensor, routing: Routing | None) -> torch.Tensor:
         """As :meth:`CpuQuantExperts.run`."""

@@ -123,6 +123,24 @@ class CpuQuantExperts:
     down_bias: torch.Tensor | None
     shape: tuple[int, int, int, int]
 
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> CpuQuantExperts:
+        """As :meth:`QuantExperts.map`; an expert's codes and scales are one row."""
+        before = self.shape[0]
+        first, second = (change(part.view(before, -1)) for part in (self.gate_up, self.down))
+        biases = [None if bias is None else change(bias) for bias in (self.gate_up_bias, self.down_bias)]
+        wide = [layout._replace(outputs=layout.outputs // before * len(first)) for layout in self._layouts]
+        shape = (len(first), *self.shape[1:])
+        return CpuQuantExperts(self.isa, first.flatten(), wide[0], second.flatten(), wide[1], *biases, shape)
+
+    @property
+    def _layouts(self) -> tuple[Layout, Layout]:
+        return self.gate_up_layout, self.down_layout
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """Of one expert's packed weights."""
+        return tuple(layout._replace(outputs=layout.outputs // self.shape[0]) for layout in self._layouts)
+
     def run(self, x_TD: torch.Tensor, routing: Routing | None) -> torch.Tensor:
         """(T, D); without a routing every row uses every expert with weight 1."""
         packed = (self.gate_up, self.gate_up_layout, self.down, self.down_layout, self.gate_up_bias, self.down_bias)
@@ -249,6 +267,13 @@ class CpuQuantPacking(TorchBackend):
     """How quantised weights come into the kernels' layout; :class:`.CpuBackend` runs them."""
 
     _isa: int
+
+    def _with_room(self, part: torch.Tensor, count: int) -> torch.Tensor:
+        if part.dtype != torch.int32:
+            return super()._with_room(part, count)
+        roomy = torch.ops.dynamoe_cpu.allocate(count * part.shape[1]).view(count, -1)
+        roomy[: len(part)] = part
+        return roomy
 
     def pack_quantized_linear(
         self, weight_OI: QuantizedWeight, bias_O: torch.Tensor | None = None, scheme: ActivationScheme = UNQUANTIZED

@@ -29,6 +29,7 @@ from ..reference import budget as budget_reference
 from ..reference import exits as exit_reference
 from ..reference import operations as reference
 from .attention import run_attention
+from .expert_room import ExpertRoom
 from .experts import PlainExperts, run_experts
 from .latents import LatentOperations
 from .quantized import QuantExperts, QuantLinear, check_experts
@@ -38,7 +39,7 @@ from .states import StateOperations
 log = logging.getLogger(__name__)
 
 
-class TorchBackend(LatentOperations, StateOperations):
+class TorchBackend(LatentOperations, StateOperations, ExpertRoom):
     """Operations of a decoder on plain tensors.
 
     A faster backend subclasses this one and replaces what it does better; whatever it leaves alone keeps working.
@@ -81,8 +82,7 @@ class TorchBackend(LatentOperations, StateOperations):
     ) -> LinearWeights:
         """Take a linear layer's weight into this backend's layout. The source may be a memory-mapped view.
 
-        Arguments:
-            dtype: of the weight and of the rows that it meets, this backend's or float32; None is this backend's.
+        ``dtype``: of the weight and of the rows that it meets, this backend's or float32; None is this backend's.
         """
         dtype = dtype or self.dtype
         data = weight_OI.to(self.device, dtype), None if bias_O is None else bias_O.to(self.device, dtype)

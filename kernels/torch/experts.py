@@ -6,7 +6,7 @@ Shape suffixes are explained in ``types.py``; N is T · K, the slots of all rows
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import torch
@@ -45,6 +45,10 @@ class PlainExperts(ExpertParts[torch.Tensor]):
     @property
     def biased(self) -> bool:
         return any(bias is not None for bias in self.biases)
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PlainExperts:
+        """The experts with every tensor changed; experts are its first dimension."""
+        return replace(self, **{name: change(t) for name, t in vars(self).items() if t is not None})
 
     @property
     def aligned(self) -> bool:

@@ -5,7 +5,8 @@ Shape suffixes are explained in ``types.py``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -43,6 +44,16 @@ class QuantExperts(ExpertParts[QuantizedWeight]):
     """The experts of a layer, and how their input is rounded."""
 
     scheme: ActivationScheme
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> QuantExperts:
+        """The experts with every tensor changed; experts are its first dimension."""
+        weights, biases = (
+            {name: part for name, part in vars(self).items() if isinstance(part, kind)}
+            for kind in (QuantizedWeight, torch.Tensor)
+        )
+        return replace(
+            self, **{n: w.map(change) for n, w in weights.items()}, **{n: change(b) for n, b in biases.items()}
+        )
 
     def run(self, x_TD: torch.Tensor, routing: Routing, activation: str) -> torch.Tensor:
         """(T, D), float32."""
