@@ -20,6 +20,7 @@ import uvicorn
 
 from ..dynamic.contract.catalog import CertificateSource
 from ..dynamic.convert.load_model import load_model
+from ..dynamic.engine.chunk_limit import for_streams
 from ..dynamic.engine.config import EngineConfig
 from ..dynamic.engine.engine import Engine
 from ..version import __version__
@@ -64,7 +65,8 @@ def run(
     """
 
     def make_engine() -> Engine:
-        return Engine(load_model(model, **(load_arguments or {})), engine_config)
+        loaded = load_model(model, **(load_arguments or {}))
+        return Engine(loaded, for_streams(engine_config or EngineConfig(), alone=loaded.decoder.processes is None))
 
     return serve_engine(make_engine, settings, certificates=certificates, monitor=monitor)
 

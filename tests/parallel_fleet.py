@@ -75,6 +75,12 @@ class Fleet:
         with urllib.request.urlopen(f"{self.url}/v1/contracts", timeout=60) as answer:
             return json.loads(answer.read())
 
+    def metrics(self) -> dict[str, float]:
+        """By name, those that have no labels of their own."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as answer:
+            found = re.findall(r"^([\w:]+)\{[^,}]*,[^,}]*\} (\S+)$", answer.read().decode(), re.M)
+        return {name: float(value) for name, value in found}
+
     def end(self) -> None:
         if self.process.poll() is None:
             self.process.terminate()  # the launcher ends its processes, which are in sessions of their own

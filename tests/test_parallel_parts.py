@@ -298,6 +298,9 @@ def test_an_engine_of_kv_shards_answers_as_one_of_one_and_refuses_what_none_hold
         ({"padded_rows": -1}, "padded_rows must be at least 0"),
         ({"timeout": 0}, "timeout must"),
         ({"placement": "x"}, "needs parallel.expert"),
+        ({"rebalance_steps": 5}, "parallel.rebalance_steps=5 needs parallel.expert"),
+        ({"expert": 2, "copies_memory": "1MiB"}, "copies_memory=1MiB needs parallel.rebalance_steps"),
+        ({"expert": 2, "rebalance_steps": 5, "copies_memory": "much"}, "copies_memory must be a number of bytes"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:

@@ -109,6 +109,20 @@ def test_streams_are_those_of_one_process(
 
 
 @pytest.mark.slow
+def test_a_server_counts_the_experts_that_move(tmp_path: Path, answers_of_one: Callable[[str], list[str]]) -> None:
+    moving = ["parallel.rebalance_steps=30", "parallel.copies_memory=8MiB", "engine.enable_prefix_caching=false"]
+    fleet = Fleet("tiny", tmp_path, {"expert": 2}, *moving, *FEW_ROWS)
+    try:
+        for _ in range(3):
+            assert streams(fleet) == answers_of_one("none")
+        metrics = fleet.metrics()
+    finally:
+        fleet.end()
+    assert metrics["dynamoe:parallel_expert_moves_total"] > 0
+    assert 1 <= metrics["dynamoe:parallel_expert_imbalance"] <= 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_contract_holds_in_the_layout_that_it_was_made_in(tmp_path: Path, layout: str) -> None:
     sizes = LAYOUTS[layout]

@@ -110,10 +110,10 @@ MODELS = {
 }
 CELLS = [
     ("gpt-oss-mxfp4", {"expert": 4}, 10),
-    *(pytest.param(name, {"expert": 4}, 40, marks=pytest.mark.slow) for name in MODELS),
-    pytest.param("deepseek-int8", {"expert": 2, "tensor": 2}, 40, marks=pytest.mark.slow),
-    pytest.param("gpt-oss-int4", {"expert": 2, "pipeline": 2}, 40, marks=pytest.mark.slow),
-    pytest.param("gpt-oss-int4", {"expert": 2, "data": 2}, 40, marks=pytest.mark.slow),
+    *(pytest.param(name, {"expert": 4}, 20, marks=pytest.mark.slow) for name in MODELS),
+    pytest.param("deepseek-int8", {"expert": 2, "tensor": 2}, 20, marks=pytest.mark.slow),
+    pytest.param("gpt-oss-int4", {"expert": 2, "pipeline": 2}, 20, marks=pytest.mark.slow),
+    pytest.param("gpt-oss-int4", {"expert": 2, "data": 2}, 20, marks=pytest.mark.slow),
 ]
 
 
@@ -141,7 +141,6 @@ def test_skewed_work_becomes_even_and_no_bit_changes(
         assert [tokens for tokens, _ in first] == [tokens for tokens, _ in one["rounds"][0]]
     assert moving["windows"][0][1] > (1.9 if model == "gpt-oss-mxfp4" else 1.35)  # of two ranks one cannot have twice
     large = [uneven for slots, uneven in moving["windows"] if slots > 300]
-    print(moving["windows"], moving["moves"], moving["moving"])
     assert large[-1] <= 1.2
     assert 0 < moving["moves"] < 64
     assert moving["received"]["moves"] > 0

@@ -23,6 +23,10 @@ class EngineConfig:
         enable_prefix_caching: share the pages of equal prompt beginnings between requests.
         max_waiting: queued requests beyond this many are refused (``EngineFull``).
         park_rows: has no effect: rows are no longer parked. It is still read, for configurations that name it.
+        prefill_slowdown: how many times as long a step with running streams may take for chunks of prompts beside them
+            as without, above 1; None: as long as ``max_num_batched_tokens`` rows take. ``fair`` is twice for one
+            prompt, and once more for each further one that waits; ``auto`` is that in the server, and no bound
+            elsewhere. Where there is a bound, steps are timed when the engine starts.
         measure_step_times: time steps of 1, 2, 4 … rows when the engine starts (:attr:`.Engine.step_times`).
         seed: seeds the draws of requests that bring no seed of their own.
         cache_policy: plug-in that decides which pages of running sequences are kept, ``FILE.py:Class`` or the name of
@@ -40,6 +44,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     max_waiting: int = 1024
     park_rows: bool = True
+    prefill_slowdown: float | str | None = "auto"
     measure_step_times: bool = False
     seed: int = 0
     cache_policy: str | None = None
@@ -54,5 +59,10 @@ class EngineConfig:
         counts = ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "block_size", "max_waiting")
         check_ranges(self, *counts, where="engine.", least=1)
         check_ranges(self, "seed", where="engine.", least=-(2**63), below=2**63)
+        if self.prefill_slowdown not in ("auto", "fair"):
+            if isinstance(self.prefill_slowdown, str):
+                wanted = "auto, fair or a number above 1"
+                raise ValueError(f"engine.prefill_slowdown must be {wanted}, not {self.prefill_slowdown!r}")
+            check_ranges(self, "prefill_slowdown", where="engine.", above=1)
         if self.kv_memory is not None:
             parse_bytes(self.kv_memory, "engine.kv_memory")

@@ -15,6 +15,7 @@ from ..model.counters import Compute
 from ..model.kv_cache import bytes_per_sequence, group_page_bytes
 from .block_pool import BlockPool
 from .cache_size import count_pages, longest_sequence, make_cache
+from .chunk_limit import FARTHEST, ChunkLimit
 from .config import EngineConfig
 from .contracts import ContractResolver, NoContracts
 from .eviction import load_cache_policy
@@ -86,8 +87,12 @@ class Engine:
         self._page_bytes = group_page_bytes(spec, decoder.kv_dtype, config.block_size)
         warm_up(decoder, config, self.max_model_len)
         self.step_times: StepTimes | None = None  # if they were asked for
-        if config.measure_step_times:
-            self.step_times = measure_step_times(decoder, self.runner.kv, config.max_num_batched_tokens)
+        slowdown = None if config.prefill_slowdown == "auto" else config.prefill_slowdown
+        if config.measure_step_times or slowdown is not None:
+            beyond = None if config.measure_step_times else (config.max_num_seqs, FARTHEST)
+            self.step_times = measure_step_times(decoder, self.runner.kv, config.max_num_batched_tokens, beyond)
+            if slowdown is not None:
+                self.scheduler.chunk_limit = ChunkLimit.of(slowdown, self.step_times)
         self._segment_layers = tuple(len(segment.layers) for segment in decoder.segments)
         self.contracts: ContractResolver = NoContracts()  # that requests may run under
         self._segment_experts = tuple(spec.experts_in(segment.layers) for segment in decoder.segments)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from .block_pool import BlockPool
+from .chunk_limit import ChunkLimit
 from .config import EngineConfig
 from .eviction import Eviction
 from .prefix_cache import PrefixCache
@@ -63,6 +64,7 @@ class Scheduler:
         eviction: Eviction | None = None,
         states: StateSlots | None = None,
     ) -> None:
+        self.chunk_limit: ChunkLimit | None = None  # for chunks of prompts beside decodes
         self.max_num_seqs = config.max_num_seqs
         self.max_rows = config.max_num_batched_tokens
         self.pool = pool
@@ -111,13 +113,28 @@ class Scheduler:
                 counts[sequence] = 1
                 rows -= 1
         only_decodes, changes = len(counts) == len(self.running), self._changes
+        chunks = None
+        if self.chunk_limit is not None and counts:
+            prompts = len(self.running) - len(counts) + len(self.waiting)
+            chunks = self.chunk_limit.step(len(counts), prompts)
+
+        def fit(sequence: Sequence) -> int:
+            """Put a chunk of a sequence into the step; gives its rows."""
+            count, start = min(rows, self._chunk(sequence)), sequence.num_computed
+            if chunks is not None:
+                count = chunks.room(start, count)
+                chunks.take(start, count)
+            if count:
+                counts[sequence] = count
+            return count
+
         for sequence in self.running:
             if rows and sequence.num_uncomputed > 1:
-                counts[sequence] = min(rows, self._chunk(sequence))
-                rows -= counts[sequence]
-        while rows and self.preemptions == preempted_before and (sequence := self._admit()) is not None:
-            counts[sequence] = min(rows, self._chunk(sequence))
-            rows -= counts[sequence]
+                rows -= fit(sequence)
+        while rows and (chunks is None or chunks.room(0, 1)) and self.preemptions == preempted_before:
+            if (sequence := self._admit()) is None:
+                break
+            rows -= fit(sequence)
         entries = [Entry(s, s.num_computed, count) for s, count in counts.items()]
         for entry in entries:
             for window in self.windows:

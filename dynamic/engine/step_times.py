@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _REPEATS = 3
+_CHUNK, _FAR = 32, 2048  # rows and positions of the chunk that is timed with a context
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +54,11 @@ class StepTimes:
 
     Arguments:
         points: at least one; those of equal rows differ in their experts.
+        per_position: seconds that a prompt's row takes longer for every position in front of it.
     """
 
     points: tuple[StepTime, ...]
+    per_position: float = 0.0
 
     def seconds(self, rows: int, experts: float | None = None, sampled: int | None = None) -> float:
         """The time of a step: its layers, and the LM head on the rows that need logits (None: all of them)."""
@@ -103,12 +106,17 @@ class StepTimes:
         return float(np.interp(experts, [point.experts for point in points], [point.layers for point in points]))
 
 
-def measure_step_times(decoder: Decoder, kv: list[KVLayer], max_rows: int) -> StepTimes:
-    """Time steps of 1, 2, 4 … rows, whose tokens are all different, all equal, or in between.
+def measure_step_times(
+    decoder: Decoder, kv: list[KVLayer], max_rows: int, beyond: tuple[int, float] | None = None
+) -> StepTimes:
+    """Time steps of 1, 2, 4 … rows, whose tokens are all different, all equal, or in between; and a prompt's chunk with
+    many and with few positions in front of it.
 
     Arguments:
         kv: a cache whose pages are free, one for each row; they are overwritten.
         max_rows: the most rows to time.
+        beyond: (rows, factor): nothing is timed behind the first step that takes so many times as long as one of so
+            many rows, and no tokens that are equal.
 
     Raises:
         ValueError: for a model that is shared by several processes.
@@ -125,13 +133,45 @@ def measure_step_times(decoder: Decoder, kv: list[KVLayer], max_rows: int) -> St
         logger.info("step times are measured up to %d rows: layers with windows have no more pages", most)
     for size in (1 << i for i in range(most.bit_length())):
         batch = last_slots(size, paged[0].page_size, torch.device(decoder.device))
-        for different in sorted({1, round(size**0.5), size} if mixtures else {size}):
+        for different in sorted({1, round(size**0.5), size} if mixtures and beyond is None else {size}):
             kinds = torch.randint(decoder.spec.vocab_size, (different,), generator=generator)
             tokens_R = kinds[torch.arange(size) % different].to(decoder.device)
             experts = _count_experts(decoder, tokens_R, kv, batch) / mixtures if mixtures else 0.0
             layers, head = _time(decoder, tokens_R, kv, batch)
             points.append(StepTime(rows=size, experts=experts, layers=layers, head=head))
-    return StepTimes(tuple(points))
+        if beyond is not None and size >= beyond[0]:
+            found = StepTimes(tuple(points))
+            if found.seconds(size) > beyond[1] * found.seconds(beyond[0]):
+                break
+    pages = min(len(layer.keys_BGPC) for layer in paged)
+    return StepTimes(tuple(points), _seconds_per_position(decoder, kv, paged[0].page_size, pages))
+
+
+def _seconds_per_position(decoder: Decoder, kv: list[KVLayer], page_size: int, pages: int) -> float:
+    """What a chunk's row takes longer for a position in front of it, told from chunks far from and at the beginning."""
+    longest = min(pages * page_size, decoder.spec.max_position, _FAR)
+    chunk = max(min(_CHUNK, longest // 2), 1)
+    tokens_R = torch.arange(chunk, device=decoder.device) % decoder.spec.vocab_size
+    far, near = (
+        _time(decoder, tokens_R, kv, one_chunk(length - chunk, chunk, page_size, torch.device(decoder.device)))[0]
+        for length in (longest, chunk)
+    )
+    return max(far - near, 0.0) / (chunk * max(longest - chunk, 1))
+
+
+def one_chunk(start: int, count: int, page_size: int, device: torch.device) -> AttentionBatch:
+    """Rows ``start : start + count`` of one sequence, which has the first pages."""
+    positions = torch.arange(start, start + count, device=device)
+    return AttentionBatch(
+        positions_T=positions,
+        slots_T=positions,
+        query_start_S1=torch.tensor([0, count], dtype=torch.int32, device=device),
+        context_len_S=torch.tensor([start + count], dtype=torch.int32, device=device),
+        block_table_SM=torch.arange(-(-(start + count) // page_size), device=device).int()[None],
+        max_query_len=count,
+        max_context_len=start + count,
+        state_slots_S=torch.zeros(1, dtype=torch.int64, device=device),
+    )
 
 
 def last_slots(size: int, page_size: int, device: torch.device) -> AttentionBatch:

@@ -55,17 +55,19 @@ class ExpertRanks:
         axis, moving = shard.context.expert_axis, bool(config.rebalance_steps)
         self.exchange = (SlotExchange if moving else ExpertExchange)(shard.context, axis, config.padded_rows)
         self.weights: dict[int, ExpertWeights] = {}
+        self.shares: dict[int, ExpertShares] = {}
         self.imbalance: float | None = None
         self.moves = 0
         if not moving:
-            self.shares = {n: _shares(moe, shard.placement[n], backend) for n, moe in self._mixtures.items()}
+            self.shares |= {n: _shares(moe, shard.placement[n], backend) for n, moe in self._mixtures.items()}
             return
+        if not self._mixtures:
+            raise ValueError(f"parallel.rebalance_steps={config.rebalance_steps}: no router of this model has a choice")
         room_N = self._make_room(shard, layers)
         self._places: dict[int, Places] = {
             number: [[*experts, *[UNUSED] * (room_N[number] - len(experts))] for experts in shard.placement[number]]
             for number in self._mixtures
         }
-        self.shares: dict[int, ExpertShares] = {}
         for number in self._mixtures:
             self._share(number)
         # Of the window that runs, and of this rank's rows: who chose which expert, and which rank ran it.

@@ -6,7 +6,7 @@ Shape suffixes are explained in ``types.py``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -47,13 +47,9 @@ class QuantExperts(ExpertParts[QuantizedWeight]):
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> QuantExperts:
         """The experts with every tensor changed; experts are its first dimension."""
-        weights, biases = (
-            {name: part for name, part in vars(self).items() if isinstance(part, kind)}
-            for kind in (QuantizedWeight, torch.Tensor)
-        )
-        return replace(
-            self, **{n: w.map(change) for n, w in weights.items()}, **{n: change(b) for n, b in biases.items()}
-        )
+        gate, up, down = (weight.map(change) for weight in self.weights)
+        biases = (None if bias is None else change(bias) for bias in self.biases)
+        return QuantExperts(gate, up, down, *biases, self.scheme)
 
     def run(self, x_TD: torch.Tensor, routing: Routing, activation: str) -> torch.Tensor:
         """(T, D), float32."""
