@@ -154,8 +154,8 @@ class _Builder:
         ends = self._ends() if held.start == 0 else self._no_ends()
         layers = []
         for number in tqdm(held, desc="Loading weights", unit="layer", disable=not progress or None):
-            moe = self.spec.layers[number].moe
-            layers.append(self._layer(self.layout.layers[number], moe, self.scales[number]))
+            layer = self._layer(self.layout.layers[number], self.spec.layers[number].moe, self.scales[number])
+            layers.append(layer if self.placement is None else self.placement.kept(number, layer, self.backend))
             self._release()
         spec = self.spec
         if self.placement is not None:

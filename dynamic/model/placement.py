@@ -62,6 +62,10 @@ class Placement(Protocol):
         """This process's part of a weight, (O, I) or (E, O, I), with the scales that the whole weight would have."""
         ...
 
+    def kept(self, number: int, layer: LayerWeights, backend: TorchBackend) -> LayerWeights:
+        """A layer that was just read, as this process keeps it."""
+        ...
+
     def all_layers(self, layers: Sequence[LayerWeights], source: Any) -> list[LayerWeights]:
         """The layers of the whole model, with stand-ins for those that other processes hold."""
         ...

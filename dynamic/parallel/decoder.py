@@ -28,7 +28,7 @@ from ..model.kv_cache import Copies
 from ..model.routing import read_by_experts
 from ..model.spec import ModelSpec
 from .data_ranks import SharedCache, cache_of, on_device, rows_at, share_rows, spread
-from .expert_ranks import ExpertRanks, with_moving_experts
+from .expert_ranks import ExpertRanks
 from .norms import norm_over_ranks, propagate_over_ranks, spread_norms
 from .plan import (
     Message,
@@ -63,7 +63,6 @@ class ParallelDecoder(Decoder):
         self.stages, self.stage, self.held = shard.stages, self.context.stage, shard.held
         self.load = ExpertLoad(shard.whole.experts_by_layer, self.device)
         self.experts = ExpertRanks(shard, self.backend, self.layers)
-        self.layers = with_moving_experts(self.layers, self.experts.weights)
         self._exchange, self._shares = self.experts.exchange, self.experts.shares
         self._executed_X = torch.zeros_like(self._exchange.executed_X)  # of all KV shards
         self._spread_norms = spread_norms(shard)

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 import torch
 
-from ...kernels.api.ranges import parse_bytes
 from ...kernels.api.types import ExpertWeights, Routing
 from ...kernels.torch.backend import TorchBackend
 from ...moe.dispatch import UNUSED, ExpertShares, share_experts
@@ -43,7 +41,6 @@ class ExpertRanks:
 
     Attributes:
         shares: of layers with a mixture, by number; none without an expert axis.
-        weights: of this rank's experts, of layers whose experts move.
         imbalance: the most loaded rank's slots over the mean in the last window, None before its end.
         moves: experts that came to another rank, as rank 0 said.
     """
@@ -51,10 +48,9 @@ class ExpertRanks:
     def __init__(self, shard: Shard, backend: TorchBackend, layers: Sequence[LayerWeights]) -> None:
         self._context, self._backend = shard.context, backend
         self._config = config = shard.context.config
-        self._mixtures = dict(_mixtures(shard)) if config.expert > 1 else {}
+        self._mixtures = shard.mixtures if config.expert > 1 else {}
         axis, moving = shard.context.expert_axis, bool(config.rebalance_steps)
         self.exchange = (SlotExchange if moving else ExpertExchange)(shard.context, axis, config.padded_rows)
-        self.weights: dict[int, ExpertWeights] = {}
         self.shares: dict[int, ExpertShares] = {}
         self.imbalance: float | None = None
         self.moves = 0
@@ -63,7 +59,8 @@ class ExpertRanks:
             return
         if not self._mixtures:
             raise ValueError(f"parallel.rebalance_steps={config.rebalance_steps}: no router of this model has a choice")
-        room_N = self._make_room(shard, layers)
+        self._weights = {number: layers[number].ffn for number in shard.held if number in self._mixtures}
+        room_N = self._room(len(layers))
         self._places: dict[int, Places] = {
             number: [[*experts, *[UNUSED] * (room_N[number] - len(experts))] for experts in shard.placement[number]]
             for number in self._mixtures
@@ -76,21 +73,13 @@ class ExpertRanks:
         self._steps = 0
         self._waiting: deque[tuple[int, list[int]]] = deque()  # layers to look at, with the load of their experts
 
-    def _make_room(self, shard: Shard, layers: Sequence[LayerWeights]) -> list[int]:
-        """Places for the experts of this rank's layers, and for copies; gives the number of every layer."""
-        held = [number for number in shard.held if number in self._mixtures]
-        told_N2 = torch.zeros(len(layers), 2, dtype=torch.int64)
-        spare = parse_bytes(self._config.copies_memory, "parallel.copies_memory") // max(len(held), 1)
-        for number in held:
-            ffn, experts = layers[number].ffn, self._mixtures[number].num_experts
-            copies = spare // max(ffn.nbytes // ffn.num_experts, 1)
-            room = min(-(-experts // self._config.expert) + copies, experts)
-            try:
-                self.weights[number] = self._backend.with_room(ffn, room)
-            except ValueError as error:
-                raise ValueError(f"parallel.rebalance_steps: layer {number} of this model: {error}") from error
-            _, kind = self._backend.expert_tensors(self.weights[number])
-            told_N2[number] = torch.tensor([room, int(hashlib.sha256(kind.encode()).hexdigest()[:12], 16)])
+    def _room(self, layers: int) -> list[int]:
+        """Places that every rank has for the experts of a layer; refuses ranks that keep experts in different ways."""
+        told_N2 = torch.zeros(layers, 2, dtype=torch.int64)
+        for number, weights in self._weights.items():
+            kind = self._backend.expert_tensors(weights)[1]
+            told_N2[number, 0] = weights.num_experts
+            told_N2[number, 1] = int(hashlib.sha256(kind.encode()).hexdigest()[:12], 16)
         told = torch.stack(self._context.gather(told_N2))
         for tensor_rank in range(self._config.tensor):
             kinds_RN = told[tensor_rank :: self._config.tensor, :, 1]
@@ -173,7 +162,7 @@ class ExpertRanks:
             for rank, experts in enumerate(places)
         ]
         self.moves += sum(map(len, coming))
-        if number in self.weights:
+        if number in self._weights:
             self._swap(number, before, coming)
         self._share(number)
 
@@ -189,25 +178,11 @@ class ExpertRanks:
         by_source = sorted(coming[axis.rank], key=lambda pair: source[pair[1]])  # stable, as ranks send them
         received = [sum(source[expert] == rank for _, expert in by_source) for rank in range(axis.size)]
         places = torch.tensor([place for place, _ in by_source]).long().to(self._backend.device)
-        for tensor in self._backend.expert_tensors(self.weights[number])[0]:
+        for tensor in self._backend.expert_tensors(self._weights[number])[0]:
             rows = tensor[sent].flatten(1)
             found, work = self._context.swap(rows, list(map(len, going)), received, axis.group, "moves")
             self._context.finish(work)
             tensor[places] = found.view(-1, *tensor.shape[1:])
-
-
-def with_moving_experts(layers: Sequence[LayerWeights], weights: dict[int, ExpertWeights]) -> tuple[LayerWeights, ...]:
-    """Layers whose experts are the given ones, where there are some."""
-    return tuple(
-        replace(layer, ffn=weights[number]) if number in weights else layer for number, layer in enumerate(layers)
-    )
-
-
-def _mixtures(shard: Shard) -> Iterator[tuple[int, MoESpec]]:
-    """Layers whose experts are spread; where a router decides nothing, every rank has all of them."""
-    for number, layer in enumerate(shard.whole.layers):
-        if layer.moe is not None and not layer.moe.is_dense:
-            yield number, layer.moe
 
 
 def _shares(moe: MoESpec, parts: Places, backend: TorchBackend, *, placed: bool = False) -> ExpertShares:

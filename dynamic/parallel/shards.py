@@ -18,12 +18,15 @@ import torch
 import torch.distributed as dist
 
 from ...kernels.api.quantized_weight import QuantizedWeight
+from ...kernels.api.ranges import parse_bytes
+from ...kernels.torch.backend import TorchBackend
 from ...moe.placement import ExpertLoad, read_placement, write_load
 from ..checkpoint.quantized_checkpoint import QuantizedCheckpoint
 from ..checkpoint.stored_weight import Index, Part, Runs
 from ..checkpoint.weights import Checkpoint, CheckpointError, StoredCodes
 from ..model.layer_weights import LayerWeights
 from ..model.layout import EMBEDDING, FFNLayout, LayerLayout, Layout
+from ..model.moe_spec import MoESpec
 from ..model.parts import part_of, width
 from ..model.quantization import Method
 from ..model.spec import ModelSpec
@@ -197,6 +200,29 @@ class Shard:
         whole = method.quantize(torch.cat((weight, wide.to(weight.dtype)), -1))
         return whole.columns(0, weight.shape[-1])
 
+    @property
+    def mixtures(self) -> dict[int, MoESpec]:
+        """Layers whose experts are spread, by number; where a router decides nothing, every KV shard has them all."""
+        layers = enumerate(self.whole.layers)
+        return {number: layer.moe for number, layer in layers if layer.moe is not None and not layer.moe.is_dense}
+
+    def kept(self, number: int, layer: LayerWeights, backend: TorchBackend) -> LayerWeights:
+        """See :meth:`.Placement.kept`: where experts move, with room for an equal share of them and for copies.
+
+        Raises:
+            ValueError: for experts that cannot move.
+        """
+        config, mixtures = self.context.config, self.mixtures
+        if not config.rebalance_steps or number not in mixtures:
+            return layer
+        experts, memory = mixtures[number].num_experts, parse_bytes(config.copies_memory, "parallel.copies_memory")
+        of_layer = memory // len(mixtures.keys() & set(self.held))
+        room = -(-experts // config.expert) + of_layer // (layer.ffn.nbytes // layer.ffn.num_experts)
+        try:
+            return replace(layer, ffn=backend.with_room(layer.ffn, min(room, experts)))
+        except ValueError as error:
+            raise ValueError(f"parallel.rebalance_steps: layer {number} of this model: {error}") from error
+
     def all_layers(self, layers: Sequence[LayerWeights], source: ShardedCheckpoint) -> list[LayerWeights]:
         """This rank's layers, and what the ranks of the same place in other stages tell of theirs."""
         logger.info("rank %d has read %s", self.context.world_rank, source.describe())
@@ -228,9 +254,7 @@ class Shard:
         added_up = [linear for linear in linears if not cuts.inputs.keys().isdisjoint(linear.weights)]
         for linear in (*added_up, *layout.latents[1:]):  # what experts give is made of parts of it
             self.cuts |= dict.fromkeys(linear.biases if rank else (), torch.zeros_like)
-        moe = self.spec.layers[number].moe
-        # Where the router decides nothing, the experts are one dense FFN, which every data-parallel rank has.
-        spread = moe is not None and not moe.is_dense
+        spread = number in self.mixtures
         experts = self.placement[number][self.context.expert_rank] if spread else list(range(layout.ffn.num_experts))
         ffn = self._ffn(layout.ffn, experts)
         return replace(layout, ffn=ffn, shared=self._ffn(layout.shared, [0]) if layout.shared else None)
