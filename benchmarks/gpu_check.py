@@ -5,9 +5,10 @@
 
 Needs torch ≥ 2.11, triton ≥ 3.6, transformers and this checkout, which need not be installed. Correctness comes first:
 every backend, dtype, routing rule, cache format and edge shape against the oracles, determinism, and replay from a CUDA
-graph, bfloat16 first. Then attention over long contexts is timed for every cache format, every shape is tuned, and the
-tables are measured. Compiling takes most of the first part, which gets at most half of the time; what was left out is
-in the results. A failure is reported at the end and makes the exit status 1.
+graph, bfloat16 first. Then whole decode steps are captured, compared with eager ones and timed, attention over long
+contexts is timed for every cache format, every shape is tuned, and the tables are measured. Compiling takes most of the
+first part, which gets at most half of the time; what was left out is in the results. A failure is reported at the end
+and makes the exit status 1.
 """
 
 import datetime
@@ -36,6 +37,8 @@ from dynamoe.kernels.torch.backend import TorchBackend
 from dynamoe.kernels.triton.backend import TritonBackend
 from dynamoe.kernels.triton.tune import tune_experts
 from gpu_attention import check_attention, expect, measure_caches
+from gpu_decode import measure_decode
+from gpu_quantised import check_quantised
 
 GOALS = ((8192, "TFLOP/s", 550.0), (1, "share", 0.50), (8, "share", 0.75), (32, "share", 0.85), (256, "share", 0.85))
 
@@ -53,6 +56,7 @@ class Report:
     left_out: list[str] = field(default_factory=list)
     limits: dict[str, float] = field(default_factory=dict)
     measurements: list[dict] = field(default_factory=list)
+    decode: list[dict] = field(default_factory=list)
     attention: list[dict] = field(default_factory=list)
     goals: list[str] = field(default_factory=list)
 
@@ -178,6 +182,8 @@ def correctness(report: Report, device: torch.device, small: bool, until: float)
                 checks.append(lambda b=backend: check_graph(b))
             if row.backend in ("triton", "cpu"):
                 checks += [lambda b=backend: check_attention(b, small), lambda b=backend: check_routing(b, small)]
+            if isinstance(backend, TritonBackend) and dtype == torch.bfloat16:
+                checks.append(lambda b=backend: check_quantised(b, small, until))
             checks.append(lambda b=backend: check_experts(b, small, until))
             run_checks(cell, checks, report, until)
 
@@ -202,6 +208,17 @@ def run_checks(cell: str, checks: list[Callable[[], Any]], report: Report, until
             print(report.failures[-1], file=sys.stderr)
     report.correct[cell] = fine
     print(f"{cell}: {'correct' if fine else 'WRONG'} ({time.monotonic() - begin:.0f} s)", flush=True)
+
+
+def decoding(report: Report, device: torch.device, small: bool, until: float) -> None:
+    """Capture decode steps; a wait for the device or other bits than the eager step's are failures."""
+    try:
+        measured, left_out = measure_decode(device, small, until)
+        report.decode += measured
+        report.left_out += left_out
+    except Exception as error:  # the rest is measured all the same
+        report.failures.append(f"captured decode: {type(error).__name__}: {error}")
+        print(report.failures[-1], file=sys.stderr)
 
 
 def long_contexts(report: Report, device: torch.device, small: bool) -> None:
@@ -296,6 +313,7 @@ def main() -> int:
     seconds = options.minutes * 60 - 20
     deadline = time.monotonic() + seconds
     correctness(report, device, options.rehearse, time.monotonic() + (seconds if options.rehearse else seconds / 2))
+    decoding(report, device, options.rehearse, time.monotonic() + (seconds if options.rehearse else seconds / 6))
     long_contexts(report, device, options.rehearse)
     tables(report, device, options.rehearse, deadline, not options.no_tune)
     slug = "".join(c if c.isalnum() else "-" for c in report.device).lower()

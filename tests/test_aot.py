@@ -40,7 +40,7 @@ def compile_table(record_property: Callable[[str, object], None]) -> Callable[..
 def run_compiler(target: str, shape: str, *more: str) -> str:
     command = [sys.executable, "-m", "dynamoe.kernels.triton.aot", "--target", target, "--shape", shape, *more]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1500)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -57,7 +57,7 @@ def test_sm_90_one_shape(compile_table: Callable[..., str]) -> None:
 @pytest.mark.slow
 def test_quantised_weights_on_sm_90(compile_table: Callable[..., str]) -> None:
     lines = [line.split() for line in compile_table("sm_90", "quantised").splitlines() if "quant_gemm" in line]
-    assert len(lines) == 72
+    assert len(lines) == 108  # of each format a dense product, gate and up, down; for few rows and for many
     assert all(line[-1] == ("wgmma" if line[2] == "2048" else "mma") for line in lines)
 
 

@@ -81,3 +81,5 @@ def test_rehearsal(tmp_path: Path, bare_environment: dict[str, str]) -> None:
     assert all(report["correct"].values())
     assert report["measurements"]
     assert {cell["cache"] for cell in report["attention"]} == {"auto", "int8", "fp8"}
+    assert {cell["quantization"] for cell in report["decode"]} == {"none", "int4", "int8"}
+    assert all(cell["launches"] > 10 and cell["captured"] is None for cell in report["decode"])

@@ -9,7 +9,7 @@ Shape suffixes (also in ``kernels/api/types.py``):
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from itertools import groupby
 
 import torch
@@ -102,7 +102,7 @@ class Decoder:
         """The model with the heads that are here."""
         return self._local_spec or self.spec
 
-    @property
+    @cached_property
     def embedding_scale(self) -> float:
         """Factor on the embeddings; some models round it to their dtype."""
         scale = self.spec.embedding_scale

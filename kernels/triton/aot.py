@@ -27,17 +27,17 @@ from ..api.formats import FP8_PER_GROUP, GROUPS, INT8_PER_GROUP, UNQUANTIZED, Ac
 from ..api.kv_codes import KV_DTYPES
 from ..api.router_spec import RouterSpec
 from ..api.support import ROUTERS
+from ..api.types import Routing
 from .device import LISTED
 from .experts import ACTIVATIONS, ExpertsCall
-from .launch import Launch
+from .launch import Launch, cdiv
 from .norm import RopeCall
 from .paged_attention import AttentionCall
-from .quantized import StoredWeight, plan_quant, quant_config
-from .quantized_layers import LinearCall
-from .rounding import plan_rows
+from .quantized_layers import LinearCall, QuantExpertsCall
 from .router import RouteCall
 from .shapes import Steps, WarmUpShape, meta
 from .states import ConvolutionCall, RecurrenceCall, ScanCall
+from .stored_weight import StoredWeight, WeightKind
 from .tuning import TuningCache
 from .variants import Planner, variants
 from .warmup import OPERATIONS, layer_launches
@@ -96,6 +96,17 @@ ATTENTION = "attention"  # in place of a shape: wide heads, latents, capped scor
 CACHES = "caches"  # in place of a shape: keys and values in 8 bits, on the attention of every shape
 QUANTISED = "quantised"  # in place of a shape: every format of weights, on one layer
 STATES = "states"  # in place of a shape: recurrences and convolutions of some models
+AS_THEY_ARE = (  # kinds of weights that unrounded rows meet
+    WeightKind("int8", 0),
+    WeightKind("int8", 32),
+    WeightKind("int4", 64),
+    WeightKind("mxfp4", 32),
+    WeightKind("int4", 32, offsets=True),
+    WeightKind("int4", 32, 256, offsets=True),
+    WeightKind("int5", 32, 256, offsets=True),
+    WeightKind("int6", 16, 256),
+    WeightKind("fp8", 128),
+)
 VARIANTS = "variants"  # in place of a shape: every routing rule, activation and kind of bias, on one layer
 NAMES = (*SHAPES, VARIANTS, ATTENTION, CACHES, QUANTISED, STATES)
 
@@ -155,41 +166,40 @@ def launches_of(name: str, planner: Planner, dtype: torch.dtype) -> Iterator[tup
 
 
 def quantised_launches(dtype: torch.dtype, planner: Planner) -> Iterator[tuple[int, Launch]]:
-    """Gated and plain products with every format, for few rows and for many, with the number of rows."""
-    n, k = 512, 1024
-
-    def weight_of(name: str, group: int, *, offsets: bool = False, outer: torch.dtype | None = None) -> StoredWeight:
-        bits = {"int4": 4, "mxfp4": 4, "int5": 5, "int6": 6}.get(name, 8)
-        exponents = torch.uint8 if name == "mxfp4" else torch.float32
-        scales = meta(n, k // group if group else 1, dtype=outer or exponents)
-        halves = None if outer is None else meta(n, k // 256, dtype=torch.float16)
-        own, above = (scales, halves) if offsets else (None, None)
-        codes = meta(n, k * bits // 8, dtype=torch.uint8)
-        return StoredWeight(name, codes, scales, own, group, n, k, halves, above, 256 if outer else 0)
-
-    as_they_are = (
-        weight_of("int8", 0),
-        weight_of("int8", 32),
-        weight_of("int4", 64),
-        weight_of("mxfp4", 32),
-        weight_of("int4", 32, offsets=True),
-        weight_of("int4", 32, offsets=True, outer=torch.uint8),
-        weight_of("int5", 32, offsets=True, outer=torch.uint8),
-        weight_of("int6", 16, outer=torch.int8),
-        weight_of("fp8", 128),
-    )
-    formats = [(form, UNQUANTIZED) for form in as_they_are]
-    formats += [(weight_of("int8", 0), INT8_PER_GROUP), *((weight_of("fp8", g), FP8_PER_GROUP) for g in (128, 0))]
+    """Dense products and mixtures with every format, for few rows and for many, with the number of rows."""
+    formats = [(kind, UNQUANTIZED) for kind in AS_THEY_ARE]
+    formats += [(WeightKind("int8", 0), INT8_PER_GROUP), *((WeightKind("fp8", g), FP8_PER_GROUP) for g in (128, 0))]
     for group, offsets in product(GROUPS, (False, True)):
-        formats.append((weight_of("int4", group, offsets=offsets), ActivationScheme("int8", group)))
-    for weight, scheme in formats:
+        formats.append((WeightKind("int4", group, offsets=offsets), ActivationScheme("int8", group)))
+    for kind, scheme in formats:
         for rows in (8, 2048):
-            x_TI = meta(rows, k, dtype=dtype)
-            out_TO, launches = planner.plan(LinearCall(x_TI, weight, None, scheme, dtype))
-            config = quant_config(rows, weight.kind, True, scheme, planner.device)
-            x, _ = plan_rows(x_TI, scheme)
-            gated = plan_quant(x, weight, None, out_TO, config, up=weight, native_fp8=planner.device.has_fp8)
-            yield from ((rows, launch) for launch in (*launches, gated))
+            x_TI = meta(rows, 1024, dtype=dtype)
+            linear = planner.plan(LinearCall(x_TI, meta_weight(kind, 512, 1024), None, scheme, dtype))[1]
+            mixture = planner.plan(quantised_experts(kind, scheme, x_TI, (8, 2, 512)))[1]
+            yield from ((rows, launch) for launch in (*linear, *mixture))
+
+
+def meta_weight(kind: WeightKind, outputs: int, inputs: int, *experts: int) -> StoredWeight:
+    """A weight without storage, of one layer or of several experts."""
+    scales = torch.uint8 if kind.format == "mxfp4" else torch.float32
+    if kind.outer_group:
+        scales = torch.uint8 if kind.offsets else torch.int8
+    own = meta(*experts, outputs, cdiv(inputs, kind.group) if kind.group else 1, dtype=scales)
+    halves = meta(*experts, outputs, cdiv(inputs, kind.outer_group), dtype=torch.float16) if kind.outer_group else None
+    codes = meta(*experts, outputs, cdiv(inputs * kind.bits, 8), dtype=torch.uint8)
+    offsets, above = (own, halves) if kind.offsets else (None, None)
+    return StoredWeight(kind.format, codes, own, offsets, kind.group, outputs, inputs, halves, above, kind.outer_group)
+
+
+def quantised_experts(
+    kind: WeightKind, scheme: ActivationScheme, x_TD: torch.Tensor, sizes: tuple[int, int, int]
+) -> QuantExpertsCall:
+    """A mixture without storage; ``sizes``: experts, choices, width of an expert."""
+    (num_experts, top_k, width), (rows, hidden) = sizes, x_TD.shape
+    up, down = meta_weight(kind, width, hidden, num_experts), meta_weight(kind, hidden, width, num_experts)
+    routing = Routing(expert_ids_TK=meta(rows, top_k, dtype=torch.int32), weights_TK=meta(rows, top_k))
+    ticket = meta(1, dtype=torch.int32)
+    return QuantExpertsCall(x_TD, up, up, down, (None, None, None), scheme, routing, "silu", ticket)
 
 
 def state_launches(planner: Planner) -> Iterator[tuple[int, Launch]]:
@@ -220,6 +230,7 @@ def inspect(launch: Launch, target: str, tokens: int) -> Report:
     compiled = launch.compile(LISTED[target].target)
     products = [kernel for variant in variants() for kernel in variant.products]
     registers, spills = _resources(compiled)
+    flags = [word for name, word in (("SWAP", "left"), ("TMA", "tma")) if launch.constexprs.get(name)]
     blocks = [
         f"{k[6:].lower()}{launch.constexprs[k]}" for k in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if k in launch.constexprs
     ]
@@ -227,7 +238,7 @@ def inspect(launch: Launch, target: str, tokens: int) -> Report:
         kernel=launch.name,
         target=target,
         tokens=tokens,
-        blocks=" ".join([*blocks, f"w{launch.num_warps} s{launch.num_stages}"]),
+        blocks=" ".join([*blocks, f"w{launch.num_warps} s{launch.num_stages}", *flags]),
         registers=registers,
         shared=compiled.metadata.shared,
         spills=spills,

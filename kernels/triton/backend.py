@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,11 +29,11 @@ from .experts import ExpertProblem, ExpertsCall, table_rows
 from .launch import Launch
 from .norm import NormCall, RopeCall
 from .paged_attention import AttentionCall
-from .quantized import kernel_form
-from .quantized_layers import LinearCall, QuantExpertsCall
+from .quantized_layers import LinearCall, QuantExpertsCall, QuantProblem
 from .router import RouteCall
 from .shapes import WarmUpShape
 from .states import ConvolutionCall, RecurrenceCall, ScanCall
+from .stored_weight import kernel_form
 from .tuning import TuningCache
 from .variants import Call, NoKernelError, Planner, ResultT, interpreted
 from .warmup import planned_launches
@@ -62,7 +63,7 @@ class TritonBackend(TorchBackend):
         # One counter per stream, 16 bytes apart. Made here: memory made while a graph is captured belongs to the graph.
         self._tickets = torch.zeros(_MAX_STREAMS, 4, dtype=torch.int32, device=self.device)
         self._streams: dict[int, int] = {}
-        self._mixtures: dict[int, ExpertProblem] = {}
+        self._mixtures: dict[int, tuple[type[Call[Any]], ExpertProblem | QuantProblem]] = {}
 
     def numerics(self, processor: str, coded_cache: bool) -> str:
         tuned = self.planner.measured.digest()
@@ -72,15 +73,26 @@ class TritonBackend(TorchBackend):
         return *super()._source_folders(), "kernels/triton"
 
     def _pack_experts(self, experts: PlainExperts, activation: str) -> ExpertWeights:
-        self._mixtures[len(experts.gate_EFD)] = ExpertProblem.of(experts, activation, self.dtype)
+        # Kernels read along rows.
+        strided = {name: t for name, t in vars(experts).items() if t is not None and t.stride(-1) != 1}
+        experts = replace(experts, **{name: t.contiguous() for name, t in strided.items()})
+        self._mixtures[len(experts.gate_EFD)] = ExpertsCall, ExpertProblem.of(experts, activation, self.dtype)
         return super()._pack_experts(experts, activation)
+
+    def _pack_quantized_experts(self, experts: QuantExperts, activation: str) -> ExpertWeights:
+        packed = super()._pack_quantized_experts(experts, activation)
+        with contextlib.suppress(NoKernelError):
+            problem = QuantProblem.of(packed.data, activation, self.dtype)
+            self._mixtures[problem.num_experts] = QuantExpertsCall, problem
+        return packed
 
     def route(self, logits_TE: torch.Tensor, spec: RouterSpec, **inputs: torch.Tensor | None) -> Routing:
         # Tables are built along the way if experts of this number are known to want them; otherwise with the experts.
         mixture = self._mixtures.get(spec.num_real_experts)
         rows = None
         if mixture is not None:
-            rows = table_rows(self.planner, mixture.of_rows(logits_TE.shape[0], spec.top_k))
+            call, one = mixture
+            rows = table_rows(self.planner, one.of_rows(logits_TE.shape[0], spec.top_k), call)
         try:
             return self._do(RouteCall(logits_TE, spec, rows, self._ticket(), **inputs))
         except NoKernelError as reason:

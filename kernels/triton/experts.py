@@ -81,8 +81,9 @@ class ExpertProblem(NamedTuple):
         """Gate-and-up and down as the cost model sees them."""
         d, f, size = self.hidden_size, self.expert_size, self.weight_dtype.itemsize
         first = GemmProblem(
-            slots=self.tokens * self.top_k, hit=self.hit, n=f, k=d, matrices=2, block_m=block_m, element_bytes=size
-        )
+            slots=self.tokens * self.top_k, hit=self.hit, n=f, k=d, matrices=2, block_m=block_m, element_bytes=size,
+            weight_bytes=size,
+        )  # fmt: skip
         return first, replace(first, n=d, k=f, matrices=1)
 
 
@@ -141,10 +142,10 @@ def layer_experts(layer: WarmUpShape, dtype: torch.dtype) -> PlainExperts:
     return PlainExperts(meta(e, f, d, dtype=dtype), meta(e, f, d, dtype=dtype), meta(e, d, f, dtype=dtype), *biases)
 
 
-def table_rows(planner: Planner, problem: ExpertProblem) -> int | None:
+def table_rows(planner: Planner, problem: tuple, call: type[Call[Any]] = ExpertsCall) -> int | None:
     """Rows per tile of the tables that routing should build along the way; None: the experts will read none."""
     try:
-        return planner.choice(ExpertsCall, problem).table_rows
+        return planner.choice(call, problem).table_rows
     except NoKernelError:
         return None
 

@@ -26,15 +26,13 @@ from .tiles import dot, gated_activation, load_weight_tile, tile_coordinates
 
 
 @dataclass(frozen=True, kw_only=True)
-class GemmConfig:
-    """Tiling of one grouped GEMM.
+class TileConfig:
+    """Tiling of a product.
 
     Arguments:
         block_m, block_n, block_k: rows, outputs and depth of a tile.
         swap: weights are the left operand.
-        tma: weights (and in GEMM 2 the rows) come through tensor descriptors.
-        programs: size of the grid; 0 gives every tile its own program.
-        group_m: row tiles that share a pass over the columns.
+        tma: weights, and rows that are not gathered, come through tensor descriptors.
     """
 
     block_m: int
@@ -44,6 +42,17 @@ class GemmConfig:
     num_stages: int
     swap: bool = False
     tma: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class GemmConfig(TileConfig):
+    """Tiling of one grouped GEMM.
+
+    Arguments:
+        programs: size of the grid; 0 gives every tile its own program.
+        group_m: row tiles that share a pass over the columns.
+    """
+
     programs: int = 0
     group_m: int = 8
 

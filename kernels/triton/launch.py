@@ -33,6 +33,7 @@ class Launch:
         grid: programs in up to three dimensions.
         args: run-time arguments by name: tensors, tensor descriptors, numbers, or None for a tensor that is not there.
         constexprs: compile-time arguments by name.
+        role: what its configuration is called among a variant's tilings, if not by the kernel's name.
     """
 
     kernel: Any
@@ -41,6 +42,7 @@ class Launch:
     constexprs: dict[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 3
+    role: str = ""
 
     @property
     def name(self) -> str:
@@ -49,7 +51,7 @@ class Launch:
     @property
     def part(self) -> str:
         """What its configuration is called among a variant's tilings."""
-        return self.name.removesuffix("_kernel")
+        return self.role or self.name.removesuffix("_kernel")
 
     @property
     def options(self) -> dict[str, int]:

@@ -67,16 +67,18 @@ def fp4_to_float16(codes):
 
 @triton.jit
 def load_quant_tile(
-    codes, expert, n0, k0, n_size, k_size, ZERO: tl.constexpr, FORMAT: tl.constexpr,
+    codes, expert, n0, k0, n_size, k_size, ZERO: tl.constexpr, FORMAT: tl.constexpr, TMA: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Tile (BLOCK_N, BLOCK_K) of one expert's quantised (N, K) matrix before scaling, zero beyond its edges.
+    """Tile (BLOCK_N, BLOCK_K) of one expert's quantised (N, K) matrix before scaling. Beyond its edges is something
+    finite: rows that it meets are zero beyond K, and results beyond N are not stored.
 
     Returns: int8 for integers, the bits for fp8 and mxfp4: what stands for the weights exactly.
 
     Arguments:
-        codes: uint8, (E, N, K), or (E, N, ⌈K · bits / 8⌉) of codes of 4, 5 and 6 bits, contiguous; 8-bit floats come as
-            their bits, because not every target that can run them has the type.
+        codes: uint8, (E, N, K), or (E, N, ⌈K · bits / 8⌉) of codes of 4, 5 and 6 bits, contiguous, with TMA a tensor
+            descriptor over them; 8-bit floats come as their bits, because not every target that can run them has the
+            type.
         ZERO: what such a code of few bits is taken down by.
     """
     n = n0 + tl.arange(0, BLOCK_N)
@@ -84,10 +86,13 @@ def load_quant_tile(
     row = expert.to(tl.int64) * n_size + n
     inside = (n < n_size)[:, None] & (k < k_size)[None, :]
     if FORMAT == "int4" or FORMAT == "mxfp4":
-        byte = k0 // 2 + tl.arange(0, BLOCK_K // 2)
-        width = (k_size + 1) // 2
-        packed_at = codes + row[:, None] * width + byte[None, :]
-        packed = tl.load(packed_at, mask=(n < n_size)[:, None] & (byte < width)[None, :], other=0)
+        if TMA:
+            packed = codes.load([expert, n0, k0 // 2]).reshape(BLOCK_N, BLOCK_K // 2)
+        else:
+            byte = k0 // 2 + tl.arange(0, BLOCK_K // 2)
+            width = (k_size + 1) // 2
+            packed_at = codes + row[:, None] * width + byte[None, :]
+            packed = tl.load(packed_at, mask=(n < n_size)[:, None] & (byte < width)[None, :], other=0)
         value = tl.interleave(packed & 15, packed >> 4).to(tl.int8) - (ZERO if FORMAT == "int4" else 0)
     elif FORMAT == "int5" or FORMAT == "int6":
         BITS: tl.constexpr = 5 if FORMAT == "int5" else 6  # type: ignore[assignment]
@@ -99,9 +104,12 @@ def load_quant_tile(
         both = (low | (high << 8)) >> shift.to(tl.int16)[None, :]
         value = (both & ((1 << BITS) - 1)).to(tl.int8) - ZERO  # type: ignore[operator]
     else:
-        q = tl.load(codes + row[:, None] * k_size + k[None, :], mask=inside, other=0)
+        if TMA:
+            q = codes.load([expert, n0, k0]).reshape(BLOCK_N, BLOCK_K)
+        else:
+            q = tl.load(codes + row[:, None] * k_size + k[None, :], mask=inside, other=0)
         value = q if FORMAT == "fp8" else q.to(tl.int8, bitcast=True)
-    return tl.where(inside, value, 0).to(value.dtype)
+    return value
 
 
 @triton.jit

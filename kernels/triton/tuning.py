@@ -21,7 +21,7 @@ import triton
 
 from .device import DeviceProperties
 from .gemv import GemvConfig
-from .grouped_gemm import GemmConfig
+from .grouped_gemm import GemmConfig, TileConfig
 from .launch import cdiv, next_power_of_2
 
 Config = TypeVar("Config")
@@ -47,7 +47,8 @@ def row_tile(num_tokens: int, num_experts: int, top_k: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class GemmProblem:
-    """One grouped GEMM: slots, experts that have rows, outputs n, depth k, matrices read together (gate and up: 2)."""
+    """One grouped GEMM: slots, experts that have rows, outputs n, depth k, matrices read together (gate and up: 2), and
+    the bytes of a row's element and of a weight."""
 
     slots: int
     hit: float
@@ -56,6 +57,7 @@ class GemmProblem:
     matrices: int
     block_m: int
     element_bytes: int = 2
+    weight_bytes: float = 2
 
 
 def gemm_candidates(problem: GemmProblem, device: DeviceProperties, tma_possible: bool) -> list[GemmConfig]:
@@ -97,15 +99,16 @@ def _fits_registers(problem: GemmProblem, block_n: int, num_warps: int, device: 
     return accumulators <= most and (num_warps == 4 or problem.block_m * block_n >= 4096)
 
 
-def shared_bytes(problem: GemmProblem, config: GemmConfig, device: DeviceProperties) -> int:
+def shared_bytes(problem: GemmProblem, config: TileConfig, device: DeviceProperties) -> int:
     """Shared memory of the pipelined operand tiles, and of the epilogue that reuses it."""
-    stage = (config.block_m + problem.matrices * config.block_n) * config.block_k * problem.element_bytes
+    weights = problem.matrices * config.block_n * problem.weight_bytes
+    stage = math.ceil((config.block_m * problem.element_bytes + weights) * config.block_k)
     buffers = config.num_stages if device.has_tma else max(1, config.num_stages - 1)
     epilogue = config.block_m * config.block_n * 4
     return max(stage * buffers + 1024, epilogue)
 
 
-def gemm_time(problem: GemmProblem, config: GemmConfig, device: DeviceProperties) -> float:
+def gemm_time(problem: GemmProblem, config: TileConfig, device: DeviceProperties) -> float:
     """Estimated seconds: waves of tiles, each bound by arithmetic or by its share of the bandwidth."""
     rows = problem.slots / max(problem.hit, 1.0)
     row_tiles = problem.hit * math.ceil(rows / config.block_m)
@@ -114,7 +117,8 @@ def gemm_time(problem: GemmProblem, config: GemmConfig, device: DeviceProperties
     depth = cdiv(problem.k, config.block_k) * config.block_k
     width = config.block_n * problem.matrices
     reuse = config.block_m * width / (config.block_m + width)
-    stage_bytes = (config.block_m + width) * config.block_k * 2
+    element, size = problem.element_bytes, problem.weight_bytes
+    stage_bytes = (config.block_m * element + width * size) * config.block_k
     # Hopper's products read the tile before the last while they run, so one more buffer is not free for a load.
     ahead = max(0.5, config.num_stages - (2 if device.has_tma else 1))
     in_flight = resident * stage_bytes * ahead
@@ -123,11 +127,11 @@ def gemm_time(problem: GemmProblem, config: GemmConfig, device: DeviceProperties
     bandwidth = device.bandwidth / device.num_sms
     fed = min(1.0, in_flight / (bandwidth * 2 * _LATENCY))
     # Row tiles of one expert share its weights through L2; only the first pays for device memory.
-    fresh = width * depth * 2 / max(1.0, math.ceil(rows / config.block_m))
+    fresh = width * depth * size / max(1.0, math.ceil(rows / config.block_m))
     # Rows of a tile shorter than a 128-byte line waste part of every transfer.
-    line = 0.92 if config.block_k * 2 >= 128 else 0.75
-    memory = (fresh + 0.3 * config.block_m * depth * 2) / (bandwidth * fed * line)
-    through_l2 = (config.block_m + width) * depth * 2 / (_L2_FACTOR * bandwidth * fed)
+    line = 0.92 if config.block_k * size >= 128 else 0.75
+    memory = (fresh + 0.3 * config.block_m * depth * element) / (bandwidth * fed * line)
+    through_l2 = (config.block_m * element + width * size) * depth / (_L2_FACTOR * bandwidth * fed)
     steps = depth / config.block_k * _STEP / math.sqrt(resident)
     waves = tiles / (device.num_sms * resident)
     # A long queue of tiles hides the ragged end; a short one pays for whole waves.
@@ -136,7 +140,7 @@ def gemm_time(problem: GemmProblem, config: GemmConfig, device: DeviceProperties
     return waves * (resident * max(arithmetic, memory, through_l2) + steps + startup)
 
 
-def _resident(problem: GemmProblem, config: GemmConfig, device: DeviceProperties) -> int:
+def _resident(problem: GemmProblem, config: TileConfig, device: DeviceProperties) -> int:
     """Programs that a multiprocessor holds at once."""
     sums = problem.block_m * config.block_n * problem.matrices // (config.num_warps * device.warp_size)
     registers = min(255, sums + (64 if device.has_tma else 96))

@@ -20,8 +20,23 @@ def within_chunks(batch: AttentionBatch, chunk: int, page_size: int) -> Attentio
         return batch
     made = batch.derived.get((chunk, page_size))
     if made is None:
-        made = batch.derived[chunk, page_size] = _split(batch, chunk, page_size)
+        split = _last_chunks if batch.max_query_len == 1 else _split
+        made = batch.derived[chunk, page_size] = split(batch, chunk, page_size)
     return made
+
+
+def _last_chunks(batch: AttentionBatch, chunk: int, page_size: int) -> AttentionBatch:
+    """As :func:`_split` where sequences have one row each, without waiting for what the device knows of them."""
+    last_S, table_SM = batch.context_len_S - 1, batch.block_table_SM
+    pages_M = torch.arange(chunk // page_size, device=table_SM.device)
+    columns_SM = (last_S // chunk * (chunk // page_size))[:, None] + pages_M
+    return replace(
+        batch,
+        context_len_S=last_S % chunk + 1,
+        block_table_SM=table_SM.gather(1, columns_SM.clamp(max=table_SM.shape[1] - 1)),
+        max_context_len=chunk,
+        max_position=batch.num_positions - 1,
+    )
 
 
 def _split(batch: AttentionBatch, chunk: int, page_size: int) -> AttentionBatch:
