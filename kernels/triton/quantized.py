@@ -327,7 +327,7 @@ def plan_quant(
     part = None
     if config.splits > 1:
         part = out.new_empty(config.splits, 1 + gated, num_rows, weight.outputs, dtype=torch.float32)
-    tma = config.tma and all(describable(w.codes) for w in (weight, up) if w is not None)
+    tma = config.tma and all(w.kind.tma(w.inputs) and describable(w.codes) for w in (weight, up) if w is not None)
     rows_tma = config.tma and not gather and describable(rows)
     finish = {
         "scales_ptr": weight.scales,
