@@ -104,7 +104,7 @@ MODELS = {
         {"quantization": "int8"},
     ),
     "deepseek-bf16": (
-        lambda: latent("deepseek_v3", n_routed_experts=16, n_group=1, topk_group=1, n_shared_experts=1),
+        lambda: latent("deepseek_v3", **DENSE_FIRST, n_routed_experts=16, n_group=1, topk_group=1, n_shared_experts=2),
         {"dtype": "bfloat16"},
     ),
 }
@@ -131,12 +131,12 @@ def test_skewed_work_becomes_even_and_no_bit_changes(
 
     def several(name: str, **more: Any) -> dict[str, Any]:
         parallel = {"parallel": {**sizes, "timeout": PATIENCE, **more}}
-        return run_job(tmp_path / name, prod(sizes.values()), arguments=arguments | parallel, rounds=3, **job)
+        return run_job(tmp_path / name, prod(sizes.values()), arguments=arguments | parallel, rounds=2, **job)
 
     one = run_job(tmp_path / "one", 1, arguments=arguments, rounds=1, **job)
     moving = several("moving", rebalance_steps=3, copies_memory="64KiB")
-    first, *later = moving["rounds"]
-    assert later == [first, first]  # log-probabilities as well
+    first, second = moving["rounds"]
+    assert first == second  # log-probabilities as well
     if arguments.get("dtype") != "bfloat16":  # where one process rounds less often
         assert [tokens for tokens, _ in first] == [tokens for tokens, _ in one["rounds"][0]]
     assert moving["windows"][0][1] > (1.9 if model == "gpt-oss-mxfp4" else 1.35)  # of two ranks one cannot have twice
