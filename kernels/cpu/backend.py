@@ -50,10 +50,10 @@ class _Experts:
         """As :meth:`PlainExperts.map`; the sum of the down projections' biases is of the experts that were there."""
         if self.shape[3]:
             raise ValueError("experts that are slices of one dense matrix stay together")
-        words = [change(part.view(self.shape[0], -1)) for part in (self.gate_up, self.down)]
-        biases = [None if bias is None else change(bias) for bias in (self.gate_up_bias, self.down_bias)]
-        flat, shape = [part.flatten() for part in words], (len(words[0]), *self.shape[1:])
-        return _Experts(self.isa, *flat, *biases, self.down_bias_sum, shape)
+        gate_up, down = (change(part.view(self.shape[0], -1)) for part in (self.gate_up, self.down))
+        first, second = (None if bias is None else change(bias) for bias in (self.gate_up_bias, self.down_bias))
+        shape = (len(gate_up), *self.shape[1:])
+        return _Experts(self.isa, gate_up.flatten(), down.flatten(), first, second, self.down_bias_sum, shape)
 
     def run(self, x_TD: torch.Tensor, routing: Routing | None) -> torch.Tensor:
         """As :meth:`CpuQuantExperts.run`."""

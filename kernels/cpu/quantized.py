@@ -127,10 +127,10 @@ class CpuQuantExperts:
         """As :meth:`QuantExperts.map`; an expert's codes and scales are one row."""
         before = self.shape[0]
         first, second = (change(part.view(before, -1)) for part in (self.gate_up, self.down))
-        biases = [None if bias is None else change(bias) for bias in (self.gate_up_bias, self.down_bias)]
+        bias, down_bias = (None if bias is None else change(bias) for bias in (self.gate_up_bias, self.down_bias))
         wide = [layout._replace(outputs=layout.outputs // before * len(first)) for layout in self._layouts]
         shape = (len(first), *self.shape[1:])
-        return CpuQuantExperts(self.isa, first.flatten(), wide[0], second.flatten(), wide[1], *biases, shape)
+        return CpuQuantExperts(self.isa, first.flatten(), wide[0], second.flatten(), wide[1], bias, down_bias, shape)
 
     @property
     def _layouts(self) -> tuple[Layout, Layout]:

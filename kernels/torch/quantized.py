@@ -48,8 +48,8 @@ class QuantExperts(ExpertParts[QuantizedWeight]):
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> QuantExperts:
         """The experts with every tensor changed; experts are its first dimension."""
         gate, up, down = (weight.map(change) for weight in self.weights)
-        biases = (None if bias is None else change(bias) for bias in self.biases)
-        return QuantExperts(gate, up, down, *biases, self.scheme)
+        first, second, third = (None if bias is None else change(bias) for bias in self.biases)
+        return QuantExperts(gate, up, down, first, second, third, self.scheme)
 
     def run(self, x_TD: torch.Tensor, routing: Routing, activation: str) -> torch.Tensor:
         """(T, D), float32."""
