@@ -19,9 +19,10 @@ from typing import Any
 import dynamoe
 import numpy as np
 from dynamoe import LLM
-from dynamoe.dynamic.contract.calibration_runs import Measured, Setting, measure, prompts_hash
+from dynamoe.dynamic.contract.calibration_runs import Measured, measure, prompts_hash
 from dynamoe.dynamic.contract.certificate import Certificate
 from dynamoe.dynamic.contract.intervals import mean
+from dynamoe.dynamic.contract.setting_path import Setting
 from dynamoe.dynamic.model.machine import processor
 from dynamoe.dynamic.studies.requests import draw
 from dynamoe.dynamic.text.prompt_file import read_prompts

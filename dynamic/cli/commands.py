@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 PACKAGE = __name__.split(".")[0]
+CERTIFICATE_ACTIONS = ("list", "show", "verify", "diff", "deployment", "schema")
 # Writing ends so where a disk is full or broken, or files may not grow; Python does not say which file it was.
 DISK_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
 
