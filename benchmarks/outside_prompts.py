@@ -104,10 +104,7 @@ def main() -> None:
     kinds["docstrings of the standard library"] = docstrings(llm, options.requests)
     for certificate in contracts:
         longest = certificate.scope.max_tokens
-        keep = certificate.expert_budget.get("expert_keep")
-        setting = Setting(
-            exit_thresholds=dict(certificate.exit_thresholds), expert_keep=None if keep is None else float(keep)
-        )
+        setting = Setting(exit_thresholds=dict(certificate.exit_thresholds), **certificate.expert_budget)
         level = result["levels"].setdefault(f"{certificate.alpha:g}", {})
         for kind, prompts in kinds.items():
             fitting = [prompt for prompt in prompts if len(prompt) + longest <= llm.engine.max_model_len]

@@ -26,7 +26,7 @@ from ..contract.setting_path import Precision, Setting
 if TYPE_CHECKING:
     from ..contract.certificate import Scalar
     from ..llm import LLM
-    from .calibrate import CalibrateConfig
+    from .calibrate_config import CalibrateConfig
 
 GREEDY_LOSS = "share of a request's served tokens that are not the full model's choice after the served prefix, greedy"
 SAMPLED_LOSS = (

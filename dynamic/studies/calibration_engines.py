@@ -15,7 +15,7 @@ from ..model.load_config import LoadConfig
 
 if TYPE_CHECKING:
     from ..contract.certificate import Scalar
-    from .calibrate import CalibrateConfig
+    from .calibrate_config import CalibrateConfig
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _ORIGINAL = ("weights", "quantisation", "dtype", "keys_and_values", "backend", "logits")

@@ -16,7 +16,7 @@ from ..contract.certificate import Certificate
 from ..contract.setting_path import Setting
 
 if TYPE_CHECKING:
-    from .calibrate import CalibrateConfig
+    from .calibrate_config import CalibrateConfig
 
 REPORT = "report.json"
 
