@@ -40,6 +40,7 @@ from .requests import draw
 if TYPE_CHECKING:
     from ..contract.certificate import Scalar
 
+
 def calibrate(config: CalibrateConfig, *, progress: bool = True, say: Callable[[str], None] = print) -> Path:
     """Certify levels of risk for a model on this deployment.
 
