@@ -19,9 +19,10 @@ from typing import Any
 import dynamoe
 import numpy as np
 from dynamoe import LLM
-from dynamoe.dynamic.contract.calibration_runs import Measured, Setting, measure, prompts_hash
+from dynamoe.dynamic.contract.calibration_runs import Measured, measure, prompts_hash
 from dynamoe.dynamic.contract.certificate import Certificate
 from dynamoe.dynamic.contract.intervals import mean
+from dynamoe.dynamic.contract.setting_path import Setting
 from dynamoe.dynamic.model.machine import processor
 from dynamoe.dynamic.studies.requests import draw
 from dynamoe.dynamic.text.prompt_file import read_prompts
@@ -103,10 +104,7 @@ def main() -> None:
     kinds["docstrings of the standard library"] = docstrings(llm, options.requests)
     for certificate in contracts:
         longest = certificate.scope.max_tokens
-        keep = certificate.expert_budget.get("expert_keep")
-        setting = Setting(
-            exit_thresholds=dict(certificate.exit_thresholds), expert_keep=None if keep is None else float(keep)
-        )
+        setting = Setting(exit_thresholds=dict(certificate.exit_thresholds), **certificate.expert_budget)
         level = result["levels"].setdefault(f"{certificate.alpha:g}", {})
         for kind, prompts in kinds.items():
             fitting = [prompt for prompt in prompts if len(prompt) + longest <= llm.engine.max_model_len]

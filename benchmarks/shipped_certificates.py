@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from benchmark import ROOT
 from dynamoe.dynamic.contract.catalog import CERTIFICATES
-from dynamoe.dynamic.contract.certificate import OutdatedCertificate, load_certificate
+from dynamoe.dynamic.contract.certificate import LOSSES, OutdatedCertificate, load_certificate
 from dynamoe.dynamic.convert.model_store import resolve_model
 from dynamoe.dynamic.studies.calibrate import CalibrateConfig, calibrate
 from dynamoe.dynamic.studies.ledger import LEDGER
@@ -34,6 +34,13 @@ def install(found: Path, shipped: Path, backend: str) -> None:
             file.unlink()
     for file in found.glob("*.json"):
         shutil.copyfile(file, shipped / file.name)
+    needed = {name for file in shipped.glob("*.json") for name in load_certificate(file).evidence}
+    (shipped / LOSSES).mkdir(exist_ok=True)
+    for losses in (found / LOSSES).glob("*.json"):
+        shutil.copyfile(losses, shipped / LOSSES / losses.name)
+    for losses in (shipped / LOSSES).glob("*.json"):
+        if losses.stem not in needed:
+            losses.unlink()
     ledger = shipped / LEDGER
     known = ledger.read_text().splitlines() if ledger.exists() else []
     lines = dict.fromkeys([*known, *(found / LEDGER).read_text().splitlines()])

@@ -17,6 +17,7 @@ from ..dynamic.engine.sampling_params import SamplingParams
 from ..version import __version__
 from .auth import Authentication, KeyRing
 from .bridge import EngineBridge, EngineRequest
+from .compute_usage import QUALITY, QUALITY_REASON
 from .context import ServerContext
 from .contracts import ContractManager
 from .errors import install_error_handlers
@@ -139,7 +140,7 @@ def create_app(context: ServerContext) -> FastAPI:
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "HEAD", "POST"],
             allow_headers=["*"],  # clients add their own, as OpenAI's x-stainless-*; the origin is what counts
-            expose_headers=["retry-after", "x-priority", "x-request-id", IGNORED_HEADER],
+            expose_headers=["retry-after", "x-priority", "x-request-id", IGNORED_HEADER, QUALITY, QUALITY_REASON],
         )
     loopback = settings.uds is None and is_loopback(settings.host)
     if settings.allowed_hosts or (loopback and not keys.required):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,8 @@ from ..dynamic.engine.quality import ContractOutcome
 from ..dynamic.model.counters import Compute, TokenCost
 from ..dynamic.model.flops import full_layer_flops, head_flops, layer_flops, projection_flops
 from ..dynamic.model.spec import ModelSpec
+
+QUALITY, QUALITY_REASON = "x-quality", "x-quality-reason"  # headers of answers to requests with a contract
 
 
 def executed(spec: ModelSpec, computes: Iterable[Compute]) -> dict[str, int]:
@@ -37,6 +39,15 @@ def executed(spec: ModelSpec, computes: Iterable[Compute]) -> dict[str, int]:
         "weight_bytes": tokens.weight_bytes,
         "full_weight_bytes": tokens.full_weight_bytes,
     }
+
+
+def quality_headers(contracts: Sequence[ContractOutcome]) -> dict[str, str]:
+    """What becomes of a request's contracts, for clients that do not read its usage; nothing where it has none."""
+    if not contracts:
+        return {}
+    quality = "exact" if any(contract.certificate is None for contract in contracts) else "bounded"
+    reasons = "; ".join(dict.fromkeys(contract.reason for contract in contracts))
+    return {QUALITY: quality, QUALITY_REASON: reasons.encode("ascii", "replace").decode()[:500]}
 
 
 @dataclass(slots=True)

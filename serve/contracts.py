@@ -28,7 +28,7 @@ from ..dynamic.contract.monitor_records import Draws
 from ..dynamic.convert.model_store import cache_home
 from ..dynamic.engine.fault_log import FaultLog
 from ..dynamic.engine.outputs import RequestDelta
-from ..dynamic.engine.quality import ContractOutcome, Quality
+from ..dynamic.engine.quality import ContractOutcome, Quality, required
 from ..dynamic.engine.sampling_params import SamplingParams
 
 logger = logging.getLogger("dynamoe.contracts")
@@ -181,21 +181,24 @@ class ContractManager:
             request_id: unique across servers.
             params: with ``max_tokens`` set.
             tenant: whose it is, see :func:`tenant`.
+
+        Raises:
+            ContractUnavailable: where it requires a contract that cannot be kept.
         """
         if not isinstance(params.quality, Quality):
             return params, None
         assert params.max_tokens is not None
         spends, outcome = self.catalog.resolve(params.quality, params, params.max_tokens)
-        if outcome.certificate is None or self.monitor is None:
+        required(outcome)
+        if outcome.certificate is None or self.monitor is None or outcome.certificate not in self.monitor.registered:
             return spends, outcome
         assert outcome.certified_tokens is not None
         served = _Served(prompt_tokens, 0.0 if params.greedy else params.temperature, outcome.certified_tokens)
         reason = await self._off_loop(self._admit, request_id, outcome.certificate, served, tenant)
         if reason is None:
             return replace(spends, keep_states=not params.greedy and request_id in self._served), outcome
-        return replace(params, quality="exact"), ContractOutcome(
-            quality=outcome.quality, certificate=None, reason=reason
-        )
+        exact = required(ContractOutcome(quality=outcome.quality, certificate=None, reason=reason))
+        return replace(params, quality="exact"), exact
 
     def on_delta(self, delta: RequestDelta) -> None:
         """Record a request's output."""
@@ -235,7 +238,11 @@ class ContractManager:
     # From here on: on the monitor's thread, or before it starts.
 
     def _register(self, catalog: ContractCatalog) -> ContractCatalog:
-        certificates = catalog.contracts.certificates
+        certificates = [certificate for certificate in catalog.contracts.certificates if not certificate.reference]
+        for other in catalog.contracts.certificates:
+            if other.reference:  # a full run of this model would not measure what was promised
+                text = "certificate %s: this whole deployment keeps alpha=%g against %s, which nothing runs to watch it"
+                logger.info(text, other.id, other.alpha, other.original)
         if certificates and self.monitor is None:
             self.monitor = self._open_monitor()
         if self.monitor is not None:

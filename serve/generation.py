@@ -13,12 +13,13 @@ from starlette.responses import Response
 from ..dynamic.engine.engine import EngineFull
 from ..dynamic.engine.grammar_compiler import CompiledGrammar
 from ..dynamic.engine.outputs import CompletionOutput, RequestDelta, RequestOutput
+from ..dynamic.engine.quality import ContractOutcome, ContractUnavailable
 from ..dynamic.engine.request_limits import FORM_ERROR
 from ..dynamic.engine.sampling_params import SamplingParams
 from ..dynamic.engine.structured_outputs import StructuredOutputsParams
 from .auth import Caller
 from .bridge import EngineRequest
-from .compute_usage import ComputeTally
+from .compute_usage import ComputeTally, quality_headers
 from .context import ServerContext
 from .contracts import tenant
 from .errors import ApiError, invalid, overloaded, unavailable
@@ -56,13 +57,14 @@ class Generation:
             ApiError: the engine refuses the request, or fails before the answer has begun.
         """
         grammar = await self._grammar()
-        submission = await self._submit(grammar)
+        submission, contracts = await self._submit(grammar)
         if self.body.stream:
             response: Response = EventStream(self._events(submission), submission)
         else:
             response = await self._collect(submission)
         if self._priority > (self.body.priority or 0):
             response.headers["x-priority"] = str(self._priority)  # in place of the one that was asked for
+        response.headers.update(quality_headers(contracts))
         if grammar is not None:
             response.headers.update(ignored_header(grammar))
         return response
@@ -77,8 +79,11 @@ class Generation:
     def _priority(self) -> int:
         return max(self.body.priority or 0, self.context.settings.min_priority)
 
-    async def _submit(self, grammar: CompiledGrammar | None) -> Submission:
-        """Resolve the contracts and submit the prompts to the engine, which accepts all of them or none."""
+    async def _submit(self, grammar: CompiledGrammar | None) -> tuple[Submission, list[ContractOutcome]]:
+        """Resolve the contracts and submit the prompts to the engine, which accepts all of them or none.
+
+        Returns: also what became of the contracts, if any were asked for.
+        """
         caller: Caller = self.request.state.caller
         requests = [
             EngineRequest(
@@ -92,10 +97,13 @@ class Generation:
         ]
         self.request.state.log["answer_id"] = self.format.id
         try:
-            submission = await self.context.bridge.submit([await self._resolve(request) for request in requests])
+            resolved = [await self._resolve(request) for request in requests]
+            submission = await self.context.bridge.submit(resolved)
         except BaseException as error:
             self.context.contracts.refused(request.request_id for request in requests)
             match error:
+                case ContractUnavailable():
+                    raise ApiError(409, f"{error}.", param="quality", code="contract_unavailable") from error
                 case ValueError():
                     raise invalid(f"{error}.") from error
                 case EngineFull():
@@ -106,7 +114,7 @@ class Generation:
                     raise unavailable(str(error), error.code) from error
             raise
         self.request.state.submitted = True
-        return submission
+        return submission, [request.contract for request in resolved if request.contract is not None]
 
     async def _resolve(self, request: EngineRequest) -> EngineRequest:
         params, contract = await self.context.contracts.resolve(

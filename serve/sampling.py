@@ -64,7 +64,7 @@ def sampling_params(
             chosen["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
     chosen["structured_outputs"] = form
     if isinstance(body.quality, Contract):
-        chosen["quality"] = Quality(alpha=body.quality.alpha, delta=body.quality.delta)
+        chosen["quality"] = Quality(**vars(body.quality))
     elif body.quality is None and body.experts_per_token is None and default_quality is not None:
         chosen["quality"] = default_quality
     if body.experts_per_token is not None:

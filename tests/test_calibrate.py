@@ -295,7 +295,10 @@ def test_over_http_a_contract_is_kept_and_accounted_for(start_server, certificat
     assert bounded["layers_per_token"] < 16
     assert bounded["expert_rows"] < 2 * bounded["layer_rows"]
     assert bounded["flops"] < bounded["full_flops"] == exact["full_flops"]
-    refused = httpx.post(url, json={**body, "quality": {"alpha": ALPHA}, "max_tokens": 7}, timeout=60).json()
+    refused = httpx.post(url, json={**body, "quality": {"alpha": ALPHA}, "max_tokens": 7}, timeout=60)
+    assert refused.headers["x-quality"] == "exact"
+    assert "max_tokens=7" in refused.headers["x-quality-reason"]
+    refused = refused.json()
     assert refused["usage"]["compute"]["quality"] == "exact"
     assert "max_tokens=7" in refused["usage"]["compute"]["reason"]
     totals = httpx.get(f"{server.url}/metrics", timeout=60).text
@@ -308,10 +311,42 @@ def test_over_http_a_contract_is_kept_and_accounted_for(start_server, certificat
     (certificate,) = bounded["certificates"]
     assert re.search(rf'dynamoe:prompts_total{{certificate="{certificate}".*}} 1.0', totals)
     assert re.search(r'dynamoe:prompts_total{certificate="exact".*} 2.0', totals)
-    for wrong in ({"alpha": 0}, {"alpha": 1.5}, {"delta": 0.1}, {"alpha": 0.1, "beta": 2}, "lossless", 3):
+    for wrong, words in (
+        ({"alpha": 0}, ""),
+        ({"alpha": 1.5}, ""),
+        ({"delta": 0.1}, "alpha is missing: quality is 'exact', or holds alpha and perhaps delta and require"),
+        ({"aplha": 0.1}, "alpha is missing: .* not 'aplha' .did you mean alpha\\?"),
+        ({"alpha": 0.1, "requires": True}, "not 'requires' .did you mean require\\?"),
+        ({"alpha": 0.1, "require": 1}, ""),
+        ("lossless", ""),
+        (3, ""),
+    ):
         answer = httpx.post(url, json={**body, "quality": wrong}, timeout=60)
         assert answer.status_code == 400
-        assert "quality" in answer.json()["error"]["message"]
+        assert re.search(f"quality.*{words}", answer.json()["error"]["message"])
+    for fields in ({"max_tokens": 7}, {"stop": "."}):
+        quality = {"alpha": ALPHA, "require": True}
+        answer = httpx.post(url, json={**body, "quality": quality, **fields}, timeout=60)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (409, "contract_unavailable", "quality")
+        assert "the contract cannot be kept: no certificate" in error["message"]
+    # All outputs of the calibration reached max_tokens, so that nothing is unknown of those that go on past their end.
+    assert _asked(url, body, ignore_eos=True).headers["x-quality"] == "bounded"
+    kept = _asked(url, body, quality={"alpha": ALPHA, "require": True}, stream=True)
+    assert (kept.status_code, kept.headers["x-quality"]) == (200, "bounded")
+    assert certificate in kept.headers["x-quality-reason"]
+    assert "x-quality" not in httpx.post(url, json=body, timeout=60).headers
+    (card,) = httpx.get(f"{server.url}/v1/contracts", timeout=60).json()["data"]
+    assert (card["id"], card["reference"], card["evidence"]) == (certificate, {}, True)
+    assert card["scope"]["ignore_eos"]
+    held_out = card["held_out"]
+    assert 0 < held_out["weight_bytes_read"] < 1
+    assert 0 < held_out["experts_executed"] < 1
+    assert card["speed"] == held_out["tokens_per_second"] / held_out["full_tokens_per_second"] > 0
+
+
+def _asked(url: str, body: dict[str, object], **fields: object) -> httpx.Response:
+    return httpx.post(url, json={**body, "quality": {"alpha": ALPHA}, **fields}, timeout=60)
 
 
 def test_prompt_files_are_read_and_mistakes_named(tmp_path: Path, llm: LLM) -> None:

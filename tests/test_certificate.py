@@ -225,6 +225,8 @@ SAMPLED = Scope(max_tokens=64, prompts="x", lowest_temperature=0.5, highest_temp
         (Scope(max_tokens=64, prompts="x"), {"max_tokens": 7}, "max_tokens from 8 on, not max_tokens=7"),
         (Scope(max_tokens=64, prompts="x"), {"stops": True}, "not at stop strings or tokens"),
         (Scope(max_tokens=64, prompts="x"), {"adjusted": True}, "penalties"),
+        (Scope(max_tokens=64, prompts="x"), {"ignore_eos": True}, "with ignore_eos they go on past it"),
+        (Scope(max_tokens=64, prompts="x", ignore_eos=True), {"ignore_eos": True}, None),
         (SAMPLED, {"greedy": False, "temperature": 0.5}, None),
         (SAMPLED, {"greedy": False, "temperature": 1.0}, None),
         (SAMPLED, {"greedy": False, "temperature": 1.1}, "temperatures 0.5 to 1, not 1.1"),

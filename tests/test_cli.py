@@ -134,7 +134,7 @@ def test_readme_lists_every_command() -> None:
 def test_unknown_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serv"]) == 2
     names = ", ".join(COMMAND_NAMES)
-    assert capsys.readouterr().err == f"dynamoe: there is no command 'serv'; there are: {names}\n"
+    assert capsys.readouterr().err == f"dynamoe: there is no command 'serv'; there are: {names}, certificate\n"
 
 
 def test_the_cpu_backend_without_a_compiler_is_one_line(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 PACKAGE = __name__.split(".")[0]
+CERTIFICATE_ACTIONS = ("list", "show", "verify", "diff", "deployment", "schema")
 # Writing ends so where a disk is full or broken, or files may not grow; Python does not say which file it was.
 DISK_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
 
@@ -143,13 +144,14 @@ COMMANDS = (
     ),
     Command(
         name="calibrate",
-        summary="prove which exit thresholds stay below a risk: certificates, and a plot of risk against compute",
+        summary="prove which exits, experts and bits stay below a risk: certificates, a plot of risk against compute",
         module="dynamic.studies.calibrate",
         config="CalibrateConfig",
         run="calibrate",
         examples=(
             "dynamoe calibrate model=tiny",
             "dynamoe calibrate model=runs/default-exits/model prompts=requests.jsonl alphas=[0.02,0.05]",
+            "dynamoe calibrate model=./my-moe prompts=requests.jsonl quantization=[none,int8] experts_per_token=[4,2]",
         ),
     ),
     Command(

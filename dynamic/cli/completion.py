@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .commands import COMMANDS, Command
+from .commands import CERTIFICATE_ACTIONS, COMMANDS, Command
 
 # Bash takes `=` for the end of a word, so that only what follows it is completed; the others complete whole words.
 SCRIPTS = {
@@ -48,9 +48,15 @@ def candidates(shell: str, line: str) -> list[str]:
     words = line.split()
     current = "" if not words or line[-1].isspace() else words.pop()
     if len(words) < 2:
-        return [f"{name} " for name in (*(c.name for c in COMMANDS), "completion") if name.startswith(current)]
+        return [
+            f"{name} "
+            for name in (*(c.name for c in COMMANDS), "certificate", "completion")
+            if name.startswith(current)
+        ]
     if words[1] == "completion":
         return [name for name in SCRIPTS if name.startswith(current)]
+    if words[1] == "certificate":
+        return [f"{name} " for name in CERTIFICATE_ACTIONS if len(words) == 2 and name.startswith(current)]
     command = next((command for command in COMMANDS if command.name == words[1]), None)
     if command is None:
         return []

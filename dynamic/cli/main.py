@@ -71,9 +71,11 @@ def _main(argv: Sequence[str] | None) -> int:
         return 0
     if arguments[0] in ("completion", "--complete"):
         return _complete(arguments)
+    if arguments[0] == "certificate":
+        return _certificate(arguments[1:])
     command = next((command for command in COMMANDS if command.name == arguments[0]), None)
     if command is None:
-        known = ", ".join(command.name for command in COMMANDS)
+        known = ", ".join((*(command.name for command in COMMANDS), "certificate"))
         return _fail("dynamoe", f"there is no command {arguments[0]!r}; there are: {known}")
     if any(argument in ("-h", "--help") for argument in arguments[1:]):
         from .help import command_help
@@ -95,6 +97,7 @@ def overview() -> str:
             *lines,
             "",
             "`dynamoe COMMAND --help` lists a command's keys.",
+            "`dynamoe certificate list|show|verify|diff` looks at certificates (`dynamoe certificate --help`).",
             'Tab completion: eval "$(dynamoe completion bash)", or zsh, or fish.',
         )
     )
@@ -111,6 +114,15 @@ def _complete(arguments: list[str]) -> int:
     except ValueError as error:
         return _fail("dynamoe completion", str(error))
     return 0
+
+
+def _certificate(arguments: list[str]) -> int:
+    from .certificate import certificate
+
+    try:
+        return certificate(arguments)
+    except ValueError as error:
+        return _fail("dynamoe certificate", str(error))
 
 
 def _run(command: Command, arguments: list[str]) -> int:

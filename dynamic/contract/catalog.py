@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from .certificate import Certificate, Scalar
 
 CERTIFICATES = "certificates"
+_BITS = ("quantisation", "dtype", "keys_and_values")
+_OTHER_BITS = "an engine runs in the precision that it was started with, so start one with that of the certificate"
 logger = logging.getLogger(__name__)
 
 
@@ -54,6 +56,7 @@ class ContractCatalog:
             temperature=params.temperature,
             max_tokens=max_tokens,
             stops=bool(params.stop or params.stop_token_ids),
+            ignore_eos=params.ignore_eos,
             adjusted=adjusts_scores(params, self.processors),
             constrained=params.structured_outputs is not None,
         )
@@ -132,8 +135,9 @@ class CertificateSource:
 
     def _refusal(self, certificate: Certificate) -> str | None:
         if different := differences(certificate.deployment, self.running):
-            return ", ".join(different)
-        if unknown := sorted(certificate.expert_budget.keys() - {"expert_keep"}):
+            bits = any(certificate.deployment.get(name) != self.running.get(name) for name in _BITS)
+            return ", ".join(different) + (f"; {_OTHER_BITS}" if bits else "")
+        if unknown := sorted(certificate.expert_budget.keys() - {"expert_keep", "experts_per_token"}):
             return f"cannot be run: nothing spends the {unknown[0]} of its expert budget"
         try:
             self._engine.check([0], spent_under(certificate, SamplingParams()))
@@ -170,16 +174,17 @@ def nearest(directory: Path, running: Mapping[str, Scalar]) -> tuple[list[Certif
 
 def spent_under(certificate: Certificate, params: SamplingParams) -> SamplingParams:
     """A request's settings with those of a certificate, as raw settings."""
-    keep = certificate.expert_budget.get("expert_keep")
+    keep, cap = (certificate.expert_budget.get(name) for name in ("expert_keep", "experts_per_token"))
     return replace(
         params,
         quality=None,
         exit_thresholds=dict(certificate.exit_thresholds),
         expert_keep=None if keep is None else float(keep),
+        experts_per_token=None if cap is None else int(cap),
     )
 
 
 def adjusts_scores(params: SamplingParams, processors: Iterable[type[LogitsProcessor]]) -> bool:
-    """Whether a request's settings change or truncate the model's distribution, or suppress its end of text."""
+    """Whether a request's settings change or truncate the model's distribution."""
     cut = not params.greedy and (params.top_p < 1 or params.top_k > 0 or params.min_p > 0)
-    return cut or params.ignore_eos or changes_distribution(params, processors)
+    return cut or changes_distribution(params, processors)

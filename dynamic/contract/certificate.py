@@ -20,8 +20,17 @@ from ...kernels.api.disk import read_regular
 from ...kernels.api.ranges import check_ranges
 from .bounds import BOUNDS, check_levels
 
+LOSSES = "losses"  # folder beside certificates
 _FORMAT = 2
 Scalar = str | int | float | bool
+# Fields that came later are left out where they say nothing, so that earlier certificates keep their ids.
+_LATER: dict[str, object] = {
+    "ignore_eos": False,
+    "experts_executed": None,
+    "weight_bytes_read": None,
+    "tokens_per_second": None,
+    "full_tokens_per_second": None,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +43,7 @@ class RequestFacts:
         max_tokens: its longest possible output, in tokens; never open-ended.
         stops: its output may end at strings or tokens of the caller's.
         adjusted: the model's distribution is changed or truncated: penalties, biases, top-p, top-k, min-p.
+        ignore_eos: its output goes on past the model's end of text.
         constrained: its output must have a form, so that a grammar masks the model's distribution. The loss of such a
             request would be the one of the masked distribution.
     """
@@ -42,19 +52,23 @@ class RequestFacts:
     temperature: float
     max_tokens: int
     stops: bool = False
+    ignore_eos: bool = False
     adjusted: bool
     constrained: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scope:
-    """The requests that a certificate covers: their outputs end at ``max_tokens`` or at the model's end of text.
+    """The requests that a certificate covers: their outputs end at ``max_tokens`` or at the model's end of text; with
+    ``ignore_eos`` at ``max_tokens`` alone.
 
     Arguments:
         lowest_temperature, highest_temperature: both 0: greedy requests only.
         min_tokens: smallest ``max_tokens`` of a request.
         max_tokens: longest output, in tokens; what a request asks for beyond it runs exactly.
         prompts: source of the calibration's prompts, in words; prompts_hash: of their token ids.
+        ignore_eos: whether the level was proved for outputs that go on past the end of text too: with every token there
+            counted as lost, since none was seen.
     """
 
     lowest_temperature: float = 0.0
@@ -63,6 +77,7 @@ class Scope:
     max_tokens: int
     prompts: str
     prompts_hash: str = ""
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.lowest_temperature <= self.highest_temperature < math.inf:
@@ -90,6 +105,11 @@ class HeldOut:
         token_loss: mean over all tokens: long outputs count more.
         worst_cut_loss: mean over requests of each one's largest loss, cut at its own worst length. Reported, not
             certified.
+        experts_executed: share of these layers' experts that was launched.
+        weight_bytes_read: bytes of weights that an output token read, as a share of those of the full model in the
+            precision that losses are measured against.
+        tokens_per_second, full_tokens_per_second: when it was calibrated, several requests at once with their prompts
+            cached: at the setting, and of that full model.
     """
 
     requests: int
@@ -101,6 +121,10 @@ class HeldOut:
     worst_length_loss: float | None = None
     token_loss: float | None = None
     worst_cut_loss: float | None = None
+    experts_executed: float | None = None
+    weight_bytes_read: float | None = None
+    tokens_per_second: float | None = None
+    full_tokens_per_second: float | None = None
 
     def __post_init__(self) -> None:
         if self.requests < 1:
@@ -111,6 +135,13 @@ class HeldOut:
             )
         if not 0 < self.layers_executed <= 1:
             raise ValueError(f"layers_executed must be in (0, 1], not {self.layers_executed}")
+
+    @property
+    def speed(self) -> float | None:
+        """How many times as fast as the full model, if that was measured."""
+        if self.tokens_per_second is None or self.full_tokens_per_second is None:
+            return None
+        return self.tokens_per_second / self.full_tokens_per_second
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +161,10 @@ class Certificate:
         deployment: names → hashes and values of everything that the losses depend on: weights, quantisation, dtype,
             format and eviction of keys and values, probes, KV propagation, batching rule, device kind; the model's
             specification, what the kernels compute, the model's own logits.
+        reference: likewise of the original model that the losses are measured against, if it is not this deployment
+            with all its layers and experts: the same weights in another precision.
+        evidence: SHA-256 of the files of losses, in the path's order up to this setting; ``losses/`` beside the
+            certificate holds each under that name.
 
     Raises:
         ValueError: naming the field and the invalid value.
@@ -146,12 +181,16 @@ class Certificate:
     held_out: HeldOut
     created: str
     deployment: Mapping[str, Scalar]
+    reference: Mapping[str, Scalar] = field(default_factory=dict)
+    evidence: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         thresholds = {int(layer): float(probability) for layer, probability in self.exit_thresholds.items()}
         object.__setattr__(self, "exit_thresholds", MappingProxyType(thresholds))
         object.__setattr__(self, "expert_budget", MappingProxyType(dict(self.expert_budget)))
         object.__setattr__(self, "deployment", MappingProxyType(dict(self.deployment)))
+        object.__setattr__(self, "reference", MappingProxyType(dict(self.reference)))
+        object.__setattr__(self, "evidence", tuple(self.evidence))
         self._check()
 
     def _check(self) -> None:
@@ -166,11 +205,20 @@ class Certificate:
                 raise ValueError(f"exit_thresholds must map layers to probabilities, not {layer} to {probability}")
         if not self.deployment:
             raise ValueError("deployment must name what the certificate is valid for")
-        for name in ("expert_budget", "deployment"):
+        for name in ("expert_budget", "deployment", "reference"):
             for key, value in getattr(self, name).items():
                 if not isinstance(key, str) or not isinstance(value, Scalar) or not _finite(value):
                     raise ValueError(f"{name}[{key!r}] must be text or a finite number, not {value!r}")
         date.fromisoformat(self.created)
+
+    @property
+    def original(self) -> str:
+        """What the losses are measured against, in words."""
+        if not self.reference:
+            return "all layers and experts of what runs"
+        bits = ("quantisation", "dtype", "keys_and_values")
+        said = (f"{name} {self.reference[name]}" for name in bits if name in self.reference)
+        return f"the original model ({', '.join(said)})"
 
     @property
     def id(self) -> str:
@@ -194,6 +242,16 @@ class Certificate:
         if facts.stops:
             return (
                 "it covers outputs that end at max_tokens or at the model's end of text, not at stop strings or tokens"
+            )
+        if facts.ignore_eos and not scope.ignore_eos:
+            return (
+                "it covers outputs that may end at the model's end of text; with ignore_eos they go on past it, where"
+                " no losses were measured"
+            )
+        if self.reference and facts.max_tokens > scope.max_tokens:
+            return (
+                f"it covers max_tokens up to {scope.max_tokens}, not max_tokens={facts.max_tokens}: what follows cannot"
+                f" run on {self.original}, which is not loaded"
             )
         if facts.constrained:
             return "it covers the model's own distribution, and no losses were measured on one that a grammar masks"
@@ -271,14 +329,21 @@ def load_certificate(file: Path) -> Certificate:
 def _content(certificate: Certificate) -> dict:
     """All fields but the id, as JSON values."""
     fields = {name: getattr(certificate, name) for name in certificate.__dataclass_fields__}
-    return {
+    content = {
         **fields,
-        "scope": vars(certificate.scope),
+        "scope": _said(certificate.scope),
         "exit_thresholds": {str(layer): value for layer, value in sorted(certificate.exit_thresholds.items())},
         "expert_budget": dict(certificate.expert_budget),
-        "held_out": vars(certificate.held_out),
+        "held_out": _said(certificate.held_out),
         "deployment": dict(certificate.deployment),
+        "reference": dict(certificate.reference),
+        "evidence": list(certificate.evidence),
     }
+    return {name: value for name, value in content.items() if value or name not in ("reference", "evidence")}
+
+
+def _said(part: Scope | HeldOut) -> dict:
+    return {name: value for name, value in vars(part).items() if name not in _LATER or value != _LATER[name]}
 
 
 def _certificate(content: dict) -> Certificate:

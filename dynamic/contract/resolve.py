@@ -65,7 +65,8 @@ class Contracts:
             if certificate.refusal(facts) is None:
                 exactly = (certificate.alpha, certificate.delta) == (alpha, delta)
                 match = "as asked" if exactly else f"stricter than the {asked} that was asked for"
-                reason = f"certificate {certificate.id} holds {_levels(certificate)}, {match}"
+                against = f", against {certificate.original}" if certificate.reference else ""
+                reason = f"certificate {certificate.id} holds {_levels(certificate)}, {match}{against}"
                 return Resolution(certificate=certificate, reason=reason)
         if strict:
             refusals = "; ".join(f"certificate {c.id}: {c.refusal(facts)}" for c in strict)

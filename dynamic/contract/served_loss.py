@@ -48,13 +48,16 @@ def losses(decoder: Decoder, outputs: Sequence[RequestOutput], temperature: floa
     return np.array([request_loss(found) for found in token_losses(decoder, outputs, temperature)])
 
 
-def token_losses(decoder: Decoder, outputs: Sequence[RequestOutput], temperature: float) -> list[list[np.ndarray]]:
+def token_losses(
+    decoder: Decoder, outputs: Sequence[RequestOutput], temperature: float, served: Decoder | None = None
+) -> list[list[np.ndarray]]:
     """The losses of every served token, float64: of each request, those of each completion that has tokens.
 
     Arguments:
         outputs, temperature: see :func:`losses`.
+        served: whose LM head made the distributions that tokens were drawn from; None: ``decoder``.
     """
-    return _run(loss_steps(decoder, outputs, temperature))
+    return _run(loss_steps(decoder, outputs, temperature, served))
 
 
 def request_loss(completions: Sequence[np.ndarray]) -> float:
@@ -63,7 +66,9 @@ def request_loss(completions: Sequence[np.ndarray]) -> float:
 
 
 @torch.inference_mode()
-def loss_steps(decoder: Decoder, outputs: Sequence[RequestOutput], temperature: float) -> Steps[list[list[np.ndarray]]]:
+def loss_steps(
+    decoder: Decoder, outputs: Sequence[RequestOutput], temperature: float, served: Decoder | None = None
+) -> Steps[list[list[np.ndarray]]]:
     """:func:`token_losses`, yielding after every layer; others may use the model in between."""
     found: list[list[np.ndarray]] = [[] for _ in outputs]
     for group in _groups(outputs):
@@ -72,7 +77,7 @@ def loss_steps(decoder: Decoder, outputs: Sequence[RequestOutput], temperature: 
         if temperature < GREEDY_EPSILON:
             loss_R = _greedy_losses(decoder, x_RD, group)
         else:
-            loss_R = _distances(decoder, x_RD, group, temperature)
+            loss_R = _distances(decoder, served or decoder, x_RD, group, temperature)
         lengths = [len(completion.token_ids) for _, completion in group]
         for (number, _), loss_T in zip(group, loss_R.split(lengths), strict=True):
             found[number].append(loss_T.numpy())
@@ -85,14 +90,16 @@ def _greedy_losses(decoder: Decoder, x_RD: torch.Tensor, group: _Group) -> torch
     return (choices_R != served_R).double()
 
 
-def _distances(decoder: Decoder, x_RD: torch.Tensor, group: _Group, temperature: float) -> torch.Tensor:
+def _distances(
+    decoder: Decoder, serving: Decoder, x_RD: torch.Tensor, group: _Group, temperature: float
+) -> torch.Tensor:
     """Total-variation distances, float64, (R,), each at most 1."""
     for _, completion in group:
         assert len(completion.states) == len(completion.token_ids), "requests that sample are judged by their states"
     served_RD = torch.stack([state for _, completion in group for state in completion.states]).to(x_RD.device)
     found = []
     for full, served in zip(*(x.split(_rows_at_once(decoder)) for x in (x_RD, served_RD)), strict=True):
-        p, q = ((decoder.logits(x) / temperature).softmax(-1) for x in (full, served))
+        p, q = ((head.logits(x) / temperature).softmax(-1) for head, x in ((decoder, full), (serving, served)))
         found.append((p - q).abs().sum(-1).double().cpu() / 2)
     return torch.cat(found).clamp(max=1.0)
 

@@ -27,7 +27,7 @@ from .logprobs import position_logprobs
 from .outputs import CompletionDelta, PositionLogprobs, RequestDelta
 from .plugins import load_plugins
 from .protocols import LogitsProcessor
-from .quality import ContractOutcome, Quality
+from .quality import ContractOutcome, Quality, required
 from .request import Request, Sequence, StopTokens
 from .request_limits import check_request, why_no_token
 from .runner import Runner
@@ -145,6 +145,7 @@ class Engine:
         if isinstance(params.quality, Quality):
             longest = min(self.max_model_len - len(prompt), params.max_tokens or self.max_model_len)
             spends, contract = self.contracts.resolve(params.quality, params, longest)
+            required(contract)
         request = Request(
             request_id,
             prompt,
@@ -183,6 +184,9 @@ class Engine:
         check_request(prompt, params, self.max_model_len, self.vocab_size)
         self.runner.exits.logit_thresholds(params.exit_thresholds)
         self.runner.budgets.of_request(params)
+        if isinstance(params.quality, Quality) and params.quality.require:
+            longest = min(self.max_model_len - len(prompt), params.max_tokens or self.max_model_len)
+            required(self.contracts.resolve(params.quality, params, longest)[1])
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Drop requests and free their pages at once; unknown or finished ids are ignored. No delta follows."""

@@ -1,121 +1,44 @@
 """``dynamoe calibrate``: proves on requests which settings stay below a risk, and writes certificates.
 
-Three disjoint sets: the probes' training text; prompts that choose the setting of every level; prompts that measure the
-chosen settings.
+Disjoint sets of prompts: those that order the settings, if nothing else does (the pilot); those that choose the setting
+of every level; those that measure the chosen settings. The probes were trained on other text.
 """
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...kernels.api.ranges import check_ranges
 from ...kernels.api.sources import sources_hash
-from ..contract.bounds import BOUNDS, conformal_risk_control, learn_then_test, requests_needed
-from ..contract.calibration_runs import (
-    PROBABILITIES,
-    SHORTEST,
-    Measured,
-    Setting,
-    measure,
-    path_through,
-    prompts_hash,
-)
+from ...moe.sidecar import JSON_FILE as CONTRIBUTIONS
+from ..contract.bounds import conformal_risk_control, requests_needed
+from ..contract.calibration_runs import Measured, measure, prompts_hash
 from ..contract.catalog import CERTIFICATES
-from ..contract.certificate import Certificate, HeldOut, Scope, save_certificate
-from ..contract.intervals import mean
+from ..contract.certificate import LOSSES, Certificate, save_certificate
+from ..contract.setting_path import Setting, bolder, pareto_front
 from ..convert.model_store import resolve_model
-from ..engine.config import EngineConfig
-from ..engine.sampling_params import GREEDY_EPSILON
 from ..llm import LLM
-from ..model.load_config import LoadConfig
 from ..model.machine import processor, use_threads
-from ..parallel.config import ParallelConfig
 from ..text.prompt_file import read_prompts
+from ..train.expert_scales import ExpertsConfig, make_expert_scales
 from ..train.held_out import PROMPTS_FILE
 from ..train.recipe import claim, plot_path
-from .calibration_report import plot, setting_name, summary, table, write_report
+from .calibrate_config import CalibrateConfig
+from .calibration_certificates import decode_speed, keep_losses, make_certificate, prove
+from .calibration_engines import Engines
+from .calibration_report import costs_of, plot, summary, table, write_report
 from .ledger import LEDGER, enter
 from .requests import draw
 
 if TYPE_CHECKING:
     from ..contract.certificate import Scalar
-
-_AT_ONCE = 64  # sequences that run in one step
-GREEDY_LOSS = "share of a request's served tokens that are not the full model's choice after the served prefix, greedy"
-SAMPLED_LOSS = (
-    "mean total-variation distance between the distributions that a request's tokens were drawn from and the full"
-    " model's after the served prefix"
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibrateConfig(LoadConfig):
-    """``dynamoe calibrate``.
-
-    Arguments:
-        model: a local directory, a Hub id, or the name of a shipped model: ``default``, ``tiny``. It must have exits.
-        prompts: JSON lines with ``prompt``, ``messages`` or ``prompt_token_ids``; null takes the prompts
-            beside the model.
-        output: directory of the run; the same command resumes an interrupted run. ``certificates/`` in it is for
-            servers, ``report.json`` has the loss and the saved work of every setting.
-        alphas: levels of risk to certify.
-        delta: probability that a calibration is wrong, for each level.
-        method: bound of the test: ``wsr``, ``hoeffding_bentkus`` or ``exact_binomial``.
-        requests: prompts that choose the settings; at a risk of R a level needs about ln(1 / delta) / (alpha - R).
-        test_requests: further prompts that measure the chosen settings.
-        max_tokens: longest output, at least 8. A level is proved for outputs cut at every length from 8 on; what a
-            request asks for beyond the longest runs exactly.
-        temperature: of the requests, and the one that the certificates hold for; 0 is greedy.
-        probabilities: the path, the same calibrated probability at every exit, from the safest to the boldest.
-        keeps: ``expert_keep`` beside each of them, not rising (it needs ``dynamoe experts``); empty uses all experts.
-        logits_processors: as engine.logits_processors of a server that the certificates are for.
-        threads: CPU threads; null leaves torch's own choice.
-        parallel: the processes that share the model; certificates hold for these.
-
-    Raises:
-        ValueError: naming the key and the value that is out of range.
-    """
-
-    FREE_TEXT: ClassVar[frozenset[str]] = frozenset({"output", "prompts"})
-
-    model: str = "tiny"
-    prompts: str | None = None
-    output: str = "runs/calibration"
-    alphas: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1)
-    delta: float = 0.05
-    method: str = "wsr"
-    requests: int = 1000
-    test_requests: int = 500
-    max_tokens: int = 64
-    temperature: float = 0.0
-    probabilities: tuple[float, ...] = field(default=PROBABILITIES)
-    keeps: tuple[float, ...] = ()
-    logits_processors: tuple[str, ...] = ()
-    threads: int | None = None
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-
-    def __post_init__(self) -> None:
-        for name in ("alphas", "probabilities", "keeps", "logits_processors"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        check_ranges(self, "alphas", "delta", above=0, below=1)
-        check_ranges(self, "probabilities", least=0, most=1)
-        check_ranges(self, "keeps", above=0, most=1)
-        if not self.alphas:
-            raise ValueError("alphas is empty: there is no level to certify")
-        if self.method not in BOUNDS:
-            raise ValueError(f"method must be one of {', '.join(BOUNDS)}, not {self.method!r}")
-        if not (self.temperature == 0 or GREEDY_EPSILON <= self.temperature <= 100):
-            raise ValueError(f"temperature must be 0 or between {GREEDY_EPSILON} and 100, not {self.temperature}")
-        check_ranges(self, "requests", "test_requests", "threads", least=1)
-        check_ranges(self, "max_tokens", least=SHORTEST)
 
 
 def calibrate(config: CalibrateConfig, *, progress: bool = True, say: Callable[[str], None] = print) -> Path:
@@ -127,86 +50,161 @@ def calibrate(config: CalibrateConfig, *, progress: bool = True, say: Callable[[
     Returns: the directory of the certificates.
 
     Raises:
-        ValueError: for a model without exits, prompts that cannot be read, are too few or too long, or a directory that
-            holds another run: other settings, prompts, code, deployment or processor.
+        ValueError: for a model without anything to save, prompts that cannot be read, are too few or too long, or a
+            directory that holds another run: other settings, prompts, code, deployment or processor.
     """
     use_threads(config.threads)
     path, output = resolve_model(config.model, progress=progress), Path(config.output).expanduser()
-    engine = EngineConfig(max_num_seqs=_AT_ONCE, logits_processors=config.logits_processors)
-    llm = LLM.from_config(path, config, engine, progress=progress, parallel=config.parallel)
-    probed = [exit.after_layers for exit in llm.model.decoder.exits.values() if exit.probe is not None]
-    settings = path_through(probed, config.probabilities, config.keeps)
+    if config.measure_experts and not (path / CONTRIBUTIONS).is_file():
+        scales = ExpertsConfig(model=str(path), dtype=config.dtype, device=config.device, threads=config.threads)
+        make_expert_scales(scales, progress=progress, say=say)
+    engines = Engines(config, path, progress=progress)
+    plan = engines.plan()
     for alpha in config.alphas:
         if config.requests < (least := requests_needed(alpha, config.delta)):
             say(f"alpha={alpha:g} needs at least {least} requests, even without any loss; there are {config.requests}")
-    prompts = _prompts(config, path, llm, say)
-    facts = dict(llm.certificates.running)
+    prompts = _prompts(config, path, engines.of(None), say, plan.pilot)
     kept = {
         k: v
         for k, v in asdict(config).items()
         if k not in ("output", "threads", "alphas", "delta", "method", "parallel", "logits_processors")
     }
     made_by = {"code": sources_hash("kernels", "moe", "exits", "dynamic"), "processor": processor()}
-    claim(output, {**kept, "deployment": facts, "prompts_hash": prompts.hash, **made_by})
+    asked = {"prompts_hash": prompts.hash, "pilot_hash": prompts_hash(prompts.pilot)}
+    claim(output, {**kept, "deployment": engines.facts(None), **asked, **made_by})
+    spent: list[Mapping[str, float]] = []
 
     def measured_at(prompts: list[list[int]], setting: Setting, file: Path) -> Measured:
-        return measure(
-            llm, prompts, setting, config.max_tokens, file, temperature=config.temperature, progress=progress
-        )
+        llm, facts = engines.of(setting.precision), engines.facts(setting.precision)
+        found = measure(
+            llm, prompts, setting, config.max_tokens, file, temperature=config.temperature, progress=progress,
+            judge=engines.judge, deployment=_hash(facts),
+        )  # fmt: skip
+        spent.append(found.work)
+        return found
 
-    measured = []
+    settings = plan.path or _front(config, engines, plan.combinations, prompts.pilot, output, measured_at, say)
+    measured, files = [], []
     for number, setting in enumerate(settings):
-        measured.append(measured_at(prompts.choose, setting, output / f"setting-{number:02}.json"))
+        files.append(output / f"setting-{number:02}.json")
+        measured.append(measured_at(prompts.choose, setting, files[-1]))
         # The tests of every level stop before later ones.
         if measured[-1].cut_losses_KN.mean(1).max() > 1.5 * max(config.alphas):
             break
-    say(table(settings, measured, config.temperature))
-    losses_MKN = np.stack([m.cut_losses_KN for m in measured])
+    full = decode_speed(
+        engines.of(None), prompts.test, Setting(exit_thresholds={}), config.max_tokens, output / "speed-full.json"
+    )
+    say(table(settings, measured, config.temperature, full["weight_bytes"]))
     target = output / CERTIFICATES
     target.mkdir(exist_ok=True)
     for stale in target.glob("*.json"):
         stale.unlink()
-    certificates = []
-    for alpha in config.alphas:
-        place = learn_then_test(losses_MKN, alpha, config.delta, config.method)
-        expected = conformal_risk_control(losses_MKN, alpha)
-        crc = "none" if expected is None else setting_name(settings[expected])
-        certificate = None
-        if place is None:
+    shutil.rmtree(target / LOSSES, ignore_errors=True)
+    proved = {
+        alpha: prove(settings, measured, alpha, config.delta, config.method) if measured else []
+        for alpha in config.alphas
+    }
+    tested: dict[int, tuple[Measured, dict[str, Any]]] = {}
+    for place in sorted({found.place for level in proved.values() for found in level}):
+        setting = settings[place]
+        held_out = measured_at(prompts.test, setting, output / f"test-{place:02}.json")
+        # No name for the engine: it would keep its weights alive while the next one is loaded.
+        speed = decode_speed(
+            engines.of(setting.precision), prompts.test, setting, config.max_tokens, output / f"speed-{place:02}.json"
+        )
+        tested[place] = held_out, speed
+    certificates: list[Certificate] = []
+    for alpha, level in proved.items():
+        expected = conformal_risk_control(np.stack([m.cut_losses_KN for m in measured]), alpha) if measured else None
+        crc = f"in expectation only: {'none' if expected is None else settings[expected]}"
+        if not level:
             say(
                 f"alpha={alpha:g}: nothing but full compute, on {config.requests} requests"
-                f"{_would_need(config, alpha, losses_MKN[0])}; in expectation only: {crc}"
+                f"{_would_need(config, alpha, measured)}; {crc}"
             )
-        else:
-            held_out = measured_at(prompts.test, settings[place], output / f"test-{place:02}.json")
-            certificate = _certificate(config, alpha, settings[place], held_out, prompts, facts)
+        ids = []
+        for found in level:
+            setting, (held_out, speed) = settings[found.place], tested[found.place]
+            certificate = make_certificate(
+                config, alpha, setting, found, held_out, (full, speed), (prompts.source, prompts.hash),
+                engines.facts(setting.precision), engines.original(setting.precision),
+                keep_losses(files[: found.place + 1], target),
+            )  # fmt: skip
             save_certificate(certificate, target / f"alpha-{alpha:g}-{certificate.id}.json")
             certificates.append(certificate)
-            say(f"{summary(certificate, setting_name(settings[place]), held_out)}; in expectation only: {crc}")
-        again = enter(target, _tried(config, alpha, settings, prompts.hash, facts, certificate))
+            ids.append(certificate.id)
+            say(f"{summary(certificate, str(setting), held_out)}; {crc}")
+        again = enter(target, _tried(config, alpha, settings, prompts.hash, engines.facts(None), ids))
         if again:
             say(f"alpha={alpha:g} was tried {again} times before, see {LEDGER}: delta holds for one calibration alone")
-    if file := plot_path(output):
-        plot(measured, certificates, config.delta, config.temperature, file.with_name("risk.svg"))
-    write_report(output, settings, measured, target)
+    if measured and (file := plot_path(output)):
+        plot(measured, certificates, config, full["weight_bytes"], file.with_name("risk.svg"))
+    costs = costs_of(spent)
+    write_report(output, settings, measured, target, costs)
+    say(costs["words"])
     say(f"{len(certificates)} certificates in {target}")
     return target
 
 
+def _front(
+    config: CalibrateConfig,
+    engines: Engines,
+    combinations: Mapping[tuple[int, ...], Setting],
+    pilot: list[list[int]],
+    output: Path,
+    measured_at: Callable[[list[list[int]], Setting, Path], Measured],
+    say: Callable[[str], None],
+) -> list[Setting]:
+    """The path that the pilot makes: settings that save something, none both dearer and worse than another.
+
+    A combination as bold as one that already loses far more than any level allows, or bolder, is not tried.
+    """
+    say(f"{len(combinations)} combinations are tried on {len(pilot)} pilot requests")
+    limit = 1.5 * max(config.alphas)
+    hopeless: list[tuple[int, ...]] = []
+    costs, losses, tried = [], [], []
+    everything = Setting(exit_thresholds={}, precision=engines.reference if engines.several else None)
+    full = measured_at(pilot, everything, output / "pilot-full.json")
+    for number, (places, setting) in enumerate(combinations.items()):
+        if setting == everything or any(bolder(places, than) for than in hopeless):
+            continue
+        found = measured_at(pilot, setting, output / f"pilot-{number:03}.json")
+        costs.append(_cost(found, config.cost))
+        losses.append(float(found.cut_losses_KN.mean(1).max()))
+        tried.append(setting)
+        if losses[-1] > limit:
+            hopeless.append(places)
+    front = pareto_front(costs, losses, _cost(full, config.cost))
+    most = _cost(full, config.cost)
+    shown = "; ".join(f"{tried[n]} ({costs[n] / most:.1%} of the cost, loss {losses[n]:.2%})" for n in front)
+    say(f"{len(tried)} of them were tried; {len(front)} make the path: {shown or 'none saves anything'}")
+    return [tried[n] for n in front]
+
+
+def _cost(found: Measured, kind: str) -> float:
+    return found.bytes_per_token if kind == "bytes" else found.seconds_per_token
+
+
+def _hash(facts: Mapping[str, Scalar]) -> str:
+    return hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode()).hexdigest()
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Prompts:
-    """Where prompts came from, those that choose, those that test, and a hash of all of them in their order."""
+    """Where prompts came from, those that choose, those that test, and a hash of these two in their order; those that
+    order the settings."""
 
     source: str
     choose: list[list[int]]
     test: list[list[int]]
+    pilot: list[list[int]]
 
     @property
     def hash(self) -> str:
         return prompts_hash([*self.choose, *self.test])
 
 
-def _prompts(config: CalibrateConfig, path: Path, llm: LLM, say: Callable[[str], None]) -> _Prompts:
+def _prompts(config: CalibrateConfig, path: Path, llm: LLM, say: Callable[[str], None], pilot: int = 0) -> _Prompts:
     """Distinct prompts, drawn from all that there are."""
     file = path / PROMPTS_FILE if config.prompts is None else Path(config.prompts).expanduser()
     if config.prompts is None and not file.is_file():
@@ -215,11 +213,13 @@ def _prompts(config: CalibrateConfig, path: Path, llm: LLM, say: Callable[[str],
     numbers: dict[tuple[int, ...], int] = {}
     for number, prompt in enumerate(prompts, 1):
         numbers.setdefault(tuple(prompt), number)
-    wanted, repeated = config.requests + config.test_requests, len(prompts) - len(numbers)
+    used = config.requests + config.test_requests
+    wanted, repeated = used + pilot, len(prompts) - len(numbers)
     if len(numbers) < wanted:
+        tries = f" and pilot_requests={pilot}" if pilot else ""
         raise ValueError(
             f"{file} holds {len(prompts)} prompts, {len(numbers)} of them distinct; requests={config.requests} and"
-            f" test_requests={config.test_requests} want {wanted} distinct ones"
+            f" test_requests={config.test_requests}{tries} want {wanted} distinct ones"
         )
     if repeated:
         say(f"{repeated} of the {len(prompts)} prompts in {file} are repetitions: each counts once")
@@ -231,53 +231,13 @@ def _prompts(config: CalibrateConfig, path: Path, llm: LLM, say: Callable[[str],
                 f"prompt {numbers[tuple(prompt)]} of {file} has {len(prompt)} tokens; with max_tokens, {limit} fit"
             )
     source = file.name if config.prompts else f"{file.name} beside {path.name}"
-    return _Prompts(source=source, choose=drawn[: config.requests], test=drawn[config.requests :])
+    choose, test, pilots = drawn[: config.requests], drawn[config.requests : used], drawn[used:]
+    return _Prompts(source=source, choose=choose, test=test, pilot=pilots)
 
 
-def _certificate(
-    config: CalibrateConfig,
-    alpha: float,
-    setting: Setting,
-    held_out: Measured,
-    prompts: _Prompts,
-    facts: dict[str, Scalar],
-) -> Certificate:
-    loss, cut_means_K = mean(held_out.losses_N), held_out.cut_losses_KN.mean(1)
-    return Certificate(
-        alpha=alpha,
-        delta=config.delta,
-        requests=config.requests,
-        method=config.method,
-        loss=SAMPLED_LOSS if config.temperature else GREEDY_LOSS,
-        scope=Scope(
-            lowest_temperature=config.temperature,
-            highest_temperature=config.temperature,
-            min_tokens=SHORTEST,
-            max_tokens=config.max_tokens,
-            prompts=prompts.source,
-            prompts_hash=prompts.hash,
-        ),
-        exit_thresholds=setting.exit_thresholds,
-        expert_budget={} if setting.expert_keep is None else {"expert_keep": setting.expert_keep},
-        held_out=HeldOut(
-            requests=len(held_out.losses_N),
-            mean_loss=loss.value,
-            low=loss.low,
-            high=loss.high,
-            layers_executed=held_out.layers_share,
-            worst_length=SHORTEST + int(cut_means_K.argmax()),
-            worst_length_loss=float(cut_means_K.max()),
-            token_loss=held_out.token_loss,
-            worst_cut_loss=float(held_out.worst_cut_N.mean()),
-        ),
-        created=datetime.date.today().isoformat(),
-        deployment=facts,
-    )
-
-
-def _would_need(config: CalibrateConfig, alpha: float, losses_KN: np.ndarray) -> str:
+def _would_need(config: CalibrateConfig, alpha: float, measured: Sequence[Measured]) -> str:
     """How many requests might prove a level at the safest setting, in words."""
-    risk = float(losses_KN.mean(1).max())
+    risk = float(measured[0].cut_losses_KN.mean(1).max()) if measured else 1.0
     return (
         f"; about {requests_needed(alpha, config.delta, risk)} might prove the safest setting" if risk < alpha else ""
     )
@@ -288,21 +248,27 @@ def _tried(
     alpha: float,
     settings: Sequence[Setting],
     prompts: str,
-    facts: dict[str, Scalar],
-    certificate: Certificate | None,
+    facts: Mapping[str, Scalar],
+    proved: Sequence[str],
 ) -> dict[str, object]:
-    """An entry of the ledger."""
-    return {
+    """An entry of the ledger.
+
+    Arguments:
+        facts: of the reference's deployment.
+        proved: ids of the certificates, the boldest last.
+    """
+    entry: dict[str, object] = {
         "alpha": alpha,
         "delta": config.delta,
         "temperature": config.temperature,
         "method": config.method,
         "requests": config.requests,
         "max_tokens": config.max_tokens,
-        "path": [setting_name(setting) for setting in settings],
+        "path": [str(setting) for setting in settings],
         "prompts_hash": prompts,
         "backend": facts["backend"],
         "dtype": facts["dtype"],
-        "deployment": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest(),
-        "proved": None if certificate is None else certificate.id,
+        "deployment": _hash(facts),
+        "proved": proved[-1] if proved else None,
     }
+    return entry | ({"in_other_precisions": list(proved[:-1])} if len(proved) > 1 else {})

@@ -15,8 +15,9 @@ import numpy as np
 from filelock import FileLock
 
 from ..contract.bounds import conformal_risk_control, learn_then_test
-from ..contract.calibration_runs import Measured, measure, path_through
+from ..contract.calibration_runs import Measured, measure
 from ..contract.intervals import Estimate, mean
+from ..contract.setting_path import path_through
 from ..engine.config import EngineConfig
 from ..llm import LLM
 from ..model.machine import use_threads

@@ -171,7 +171,9 @@ def _uncertified(quality: StudiedQuality, contract: Quality, llm: LLM, exact: Sa
     covered = certificate is not None and facts.max_tokens <= certificate.scope.max_tokens
     holds = certificate is not None and covered and as_calibrated and certificate.id in valid
     return Resolved(
-        params=replace(spends, experts_per_token=quality.experts_per_token),
+        params=spends
+        if quality.experts_per_token is None
+        else replace(spends, experts_per_token=quality.experts_per_token),
         certificate=None if certificate is None else certificate.id,
         promised=holds,
         reason=found.reason + ("" if holds else "; its settings run without a promise"),

@@ -8,7 +8,7 @@ from typing import ClassVar
 from ...exits.training.exit_heads import COMPARED
 from ...kernels.api.ranges import check_ranges
 from ..contract.bounds import BOUNDS
-from ..contract.calibration_runs import PROBABILITIES
+from ..contract.setting_path import PROBABILITIES
 from .evaluate import EvaluateConfig
 
 CONFORMAL = "conformal_risk_control"

@@ -61,6 +61,9 @@ def _card(certificate: Certificate, state: ContractState | None) -> ContractCard
         scope=ContractScope(**vars(certificate.scope)),
         exit_thresholds={str(layers): value for layers, value in sorted(certificate.exit_thresholds.items())},
         expert_budget=dict(certificate.expert_budget),
+        reference=dict(certificate.reference),
+        speed=certificate.held_out.speed,
+        evidence=bool(certificate.evidence),
         held_out=HeldOutLoss(**vars(certificate.held_out)),
         monitor=None if state is None else _bet(state),
     )

@@ -21,6 +21,8 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, core_schema
 
+from ...dynamic.engine.quality import check_fields
+
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
 
@@ -96,6 +98,12 @@ class StreamOptions(Body):
     )
 
 
+def _named(value: Any) -> Any:
+    if isinstance(value, dict):
+        check_fields(value)
+    return value
+
+
 class Contract(Body):
     """The risk that the client accepts."""
 
@@ -106,6 +114,9 @@ class Contract(Body):
     )
     delta: Annotated[float, Field(gt=0, lt=1), LAX] = Field(
         0.05, description="Probability that the calibration behind the certificate is wrong."
+    )
+    require: bool = Field(
+        False, description="Answer 409 where no certificate covers the request, instead of running it exactly."
     )
 
 
@@ -142,7 +153,7 @@ class GenerationRequest(Body):
     cache_salt: Annotated[Text, Field(min_length=1, max_length=256)] | None = Field(
         None, description="Only requests with the same salt share cached prompt beginnings."
     )
-    quality: Literal["exact"] | Contract | None = Field(
+    quality: Annotated[Literal["exact"] | Contract | None, BeforeValidator(_named)] = Field(
         None, description="exact (default): all layers and experts; or the accepted risk, which may cost less compute."
     )
     experts_per_token: Positive | None = Field(

@@ -244,7 +244,8 @@ class ModelList(Answer):
 
 class ContractScope(Answer):
     """The requests that a certificate covers: temperatures (0 to 0: greedy only), smallest ``max_tokens``, tokens of an
-    output that are covered, kind of prompts, a hash of those that were calibrated on."""
+    output that are covered, kind of prompts, a hash of those that were calibrated on, and whether outputs that go on
+    past the model's end of text are covered too."""
 
     lowest_temperature: float
     highest_temperature: float
@@ -252,12 +253,15 @@ class ContractScope(Answer):
     max_tokens: int
     prompts: str
     prompts_hash: str
+    ignore_eos: bool
 
 
 class HeldOutLoss(Answer):
     """The certificate's setting on requests that were not used to choose or calibrate it: mean loss and 95 % interval;
     the mean loss with all outputs cut at ``worst_length`` tokens; the mean over all tokens; and the mean of each
-    request's loss at its own worst length, which is reported and not certified."""
+    request's loss at its own worst length, which is reported and not certified. What the setting spent there: shares of
+    the layers, of their experts, and of the bytes of weights that a token of the full model reads. Its
+    ``tokens_per_second`` and those of the full model were measured on the machine that calibrated."""
 
     requests: int
     mean_loss: float
@@ -268,6 +272,10 @@ class HeldOutLoss(Answer):
     worst_length_loss: float | None
     token_loss: float | None
     worst_cut_loss: float | None
+    experts_executed: float | None
+    weight_bytes_read: float | None
+    tokens_per_second: float | None
+    full_tokens_per_second: float | None
 
 
 class ContractBet(Answer):
@@ -291,7 +299,9 @@ class ContractBet(Answer):
 
 class ContractCard(Answer):
     """A certificate in the catalog. ``state``: ``watched``, ``reverted`` (for everybody, or for all tenants so far:
-    requests run exactly), or ``unwatched``."""
+    requests run exactly), or ``unwatched``. ``reference``: the original model that its losses are measured against, if
+    that is not what runs with all layers and experts. ``speed``: of its setting, relative to that model, as measured
+    when it was calibrated. ``evidence``: whether the losses that it rests on lie beside it, to be verified."""
 
     id: str
     object: Literal["contract"]
@@ -305,6 +315,9 @@ class ContractCard(Answer):
     scope: ContractScope
     exit_thresholds: dict[str, float]
     expert_budget: dict[str, str | int | float | bool]
+    reference: dict[str, str | int | float | bool]
+    speed: float | None
+    evidence: bool
     held_out: HeldOutLoss
     monitor: ContractBet | None
 
