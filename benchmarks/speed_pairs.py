@@ -75,17 +75,18 @@ def chosen_cells(pattern: str) -> list[Cell]:
     """Those whose names hold a regular expression."""
     found: list[Cell] = []
     exits = {"quality": None, "exit_thresholds": EXITS}
+    precisions = {"bfloat16": {}, "int8": {"quantization": "int8"}, "int4": {"quantization": "int4"}}
     for name, model, settings, sampling, scale in (
-        ("default bfloat16", "default", {"dtype": "bfloat16"}, {}, 1),
-        ("default int4", "default", {"dtype": "bfloat16", "quantization": "int4"}, {}, 1),
+        *((f"default {name}", "default", {"dtype": "bfloat16", **more}, {}, 1) for name, more in precisions.items()),
+        *((f"tiny {name}", "tiny", {"dtype": "bfloat16", **more}, {}, 8) for name, more in precisions.items()),
         ("tiny exits", "tiny", {"dtype": "bfloat16"}, exits, 8),
     ):
         common: dict[str, Any] = {"model": model, "settings": settings, "sampling": sampling}
         found += [
-            Cell(name=f"{name}, decode 1", **common, requests=1, prompt=16, output=48 * scale),
-            Cell(name=f"{name}, decode 8", **common, requests=8, prompt=16, output=24 * scale),
-            Cell(name=f"{name}, prefill 512", **common, requests=1, prompt=512, output=1, repeats=scale),
+            Cell(name=f"{name}, decode {requests}", **common, requests=requests, prompt=16, output=output * scale)
+            for requests, output in ((1, 48), (8, 24), (16, 12))
         ]
+        found.append(Cell(name=f"{name}, prefill 512", **common, requests=1, prompt=512, output=1, repeats=scale))
     return [cell for cell in found if re.search(pattern, cell.name)]
 
 
@@ -101,10 +102,10 @@ def work(chosen: Sequence[Cell]) -> None:
     def measure(cell: Cell) -> dict[str, Any]:
         key = json.dumps([cell.model, cell.settings])
         if key not in models:
-            limits = {"max_num_seqs": 8, "max_model_len": 768, "enable_prefix_caching": False, "progress": False}
+            limits = {"max_num_seqs": 16, "max_model_len": 768, "enable_prefix_caching": False, "progress": False}
             llm = LLM(cell.model, **limits, **cell.settings)
             text = llm.generate(TEXT, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
-            models[key] = (llm, text[0].prompt_token_ids * 8)
+            models[key] = (llm, text[0].prompt_token_ids * 16)
         llm, ids = models[key]
         prompts = [{"prompt_token_ids": ids[11 * n : 11 * n + cell.prompt]} for n in range(cell.requests)]
         common = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
