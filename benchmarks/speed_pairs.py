@@ -139,7 +139,10 @@ def measure_start(options: argparse.Namespace, count: int, title: str) -> tuple[
             stack.enter_context(closing(start(package, options.only, options.threads))) for package in options.packages
         ]
         found: list[list[list[dict[str, Any]]]] = [[] for _ in range(count)]
+        begin = time.monotonic()
         for pair in range(options.pairs):
+            if pair and time.monotonic() - begin > options.seconds:
+                break
             print(f"\r{title}, pair {pair + 1} of {options.pairs} ", end="", file=sys.stderr, flush=True)
             for number in range(count):
                 answers: dict[int, dict[str, Any]] = {}
@@ -223,6 +226,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="JSON file")
     parser.add_argument("--starts", type=int, default=6, help="of both processes")
     parser.add_argument("--pairs", type=int, default=3, help="of measurements per start")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which a start begins no other pair")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--only", default="", metavar="PATTERN", help="cells' names hold it")
     options = parser.parse_args()
@@ -237,7 +241,8 @@ def main() -> None:
     for number in range(options.starts):
         files, found = measure_start(options, len(chosen), f"start {number + 1} of {options.starts}")
         measured.append(found)
-    entries = {cell.name: summary(cell, [found[n] for found in measured]) for n, cell in enumerate(chosen)}
+    pairs = min(len(found[0]) for found in measured)
+    entries = {cell.name: summary(cell, [found[n][:pairs] for found in measured]) for n, cell in enumerate(chosen)}
     facts = {"packages": files, "threads": options.threads, "when": datetime.now(UTC).isoformat(timespec="seconds")}
     pooled = together(entries)
     options.output.write_text(as_text({"about": facts, "cells": entries, "together": pooled}))

@@ -20,7 +20,7 @@ namespace {
 using std::chrono::milliseconds;
 
 constexpr int kMostHelpers = 4095;
-constexpr milliseconds kCrowding{2};  // as lost as this is time in which a helper has the caller's core
+constexpr std::chrono::microseconds kCrowding{250};  // as lost as this is time in which a helper has the caller's core
 
 std::atomic<int> trial_helpers{-1}, trial_delay_us{0};
 
@@ -279,9 +279,10 @@ class Team {
         int number;
       };
       auto* start = new Start{this, helpers_};
-      sigset_t all, before;
-      sigfillset(&all);
-      pthread_sigmask(SIG_SETMASK, &all, &before);  // signals are for the interpreter's threads
+      sigset_t others, before;  // signals are for the interpreter's threads, but for those of what a thread does itself
+      sigfillset(&others);
+      for (const int own : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP}) sigdelset(&others, own);
+      pthread_sigmask(SIG_SETMASK, &others, &before);
       pthread_t thread;
       const int error = pthread_create(
           &thread, nullptr,

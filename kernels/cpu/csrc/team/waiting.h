@@ -31,11 +31,13 @@ inline void rest() {
 // Whether only threads of this process wait at an address, or other processes too.
 enum class Among { threads, processes };
 
-// Sleeps while `word` is `value`, and at most a tenth of a second; it may wake for no reason.
+// Sleeps while `word` is `value`; it may wake for no reason. Where other processes should wake it, which may die, it
+// sleeps for at most a tenth of a second.
 inline void sleep_on(std::atomic<uint32_t>& word, uint32_t value, Among among) {
 #if defined(__linux__)
   const struct timespec most {0, 100000000};
-  syscall(SYS_futex, &word, among == Among::threads ? FUTEX_WAIT_PRIVATE : FUTEX_WAIT, value, &most, nullptr, 0);
+  if (among == Among::threads) syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
+  else syscall(SYS_futex, &word, FUTEX_WAIT, value, &most, nullptr, 0);
 #else
   const struct timespec nap {0, 100000};
   if (word.load() == value) nanosleep(&nap, nullptr);
@@ -70,7 +72,8 @@ Looked look_for(const Arrived& arrived, Clock::duration bound) {
       rest();
     }
     const auto now = Clock::now();
-    if (now - before > kGone || now - begin > bound) return {false, now - begin, now - before > kGone ? now - before : Clock::duration{}};
+    const bool gone = now - before > kGone;
+    if (gone || now - begin > bound) return {false, now - begin, gone ? now - before : Clock::duration{}};
     before = now;
   }
 }
