@@ -33,7 +33,9 @@ RUN = "import benchmark; from dynamoe.dynamic.cli.main import main; main()"
 
 
 class Commands:
-    """Starts commands of this checkout on a model."""
+    """Starts commands of this checkout on a model, and busy loops, in one session: Linux may share the cores out among
+    sessions before it does among their threads.
+    """
 
     def __init__(self, folder: Path, model: list[str]) -> None:
         self.folder, self.model = folder, model
@@ -44,7 +46,7 @@ class Commands:
 
     def start(self, name: str, *settings: str, before: tuple[str, ...] = (), **streams: Any) -> subprocess.Popen[str]:
         command = [*before, sys.executable, "-c", RUN, name, *self.model, *settings]
-        return subprocess.Popen(command, cwd=ROOT / "benchmarks", text=True, start_new_session=True, **streams)
+        return subprocess.Popen(command, cwd=ROOT / "benchmarks", text=True, **streams)
 
     @contextmanager
     def loops(self, count: int) -> Iterator[None]:
@@ -202,9 +204,9 @@ def main() -> None:
                         alone = (alone + rate.over(5)) / 2  # before and after, as the context grows
                         note(f"{name}, {loops} loops", [beside], alone, least(loops))
                 if isinstance(value, tuple) and wanted("server, stopped"):
-                    os.killpg(value[1].pid, signal.SIGSTOP)
+                    value[1].send_signal(signal.SIGSTOP)
                     time.sleep(options.stopped)
-                    os.killpg(value[1].pid, signal.SIGCONT)
+                    value[1].send_signal(signal.SIGCONT)
                     rate.over(1)
                     note("server, stopped", [rate.over(5)], alone, 0.4)
 

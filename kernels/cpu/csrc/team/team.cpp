@@ -46,11 +46,11 @@ class Pace {
   }
 
   // Time was lost for `late` of the `called` helpers. Whether it is too much: of n + 1 threads, one brings a share of
-  // 1 / (n + 1), and less where they wait for memory.
+  // 1 / (n + 1), and less than half of it where they wait for memory.
   bool loses(Clock::time_point now, Clock::duration lost, int called, int late) {
     lost_ += lost;
     const Clock::duration window = std::max<Clock::duration>(now - window_, kWindow);
-    const bool loses = lost_ * (4 * (called + 1)) > window * 3;
+    const bool loses = lost_ * (5 * (called + 1)) > window * 2;
     if (loses) {
       calls_ = std::max(called - late, 0);
       pause_ = now - raised_ < kProof ? std::min<Clock::duration>(pause_ * 2, kLongest) : kShortest;
@@ -64,7 +64,7 @@ class Pace {
   }
 
  private:
-  static constexpr milliseconds kWindow{10}, kProof{100}, kShortest{8}, kLongest{256};
+  static constexpr milliseconds kWindow{20}, kProof{200}, kShortest{8}, kLongest{256};
 
   int calls_ = kMostHelpers, cpus_ = 0;
   Clock::time_point look_, retry_, raised_, window_;
