@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from .version import __version__
 
 
-# Threads of libgomp spin at barriers before they sleep, and processes that share cores keep them from each other. The
-# bound is read while torch is loaded. benchmarks/side_by_side.py measures what it costs and brings.
+# Threads of libgomp, which torch's own operators use, spin after their work before they sleep, and would keep the
+# kernels' threads (kernels/cpu/csrc/team) and other processes from the cores. The bound is read while torch is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "300")
 
 
 def __getattr__(name: str) -> object:

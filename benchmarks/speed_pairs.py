@@ -75,17 +75,18 @@ def chosen_cells(pattern: str) -> list[Cell]:
     """Those whose names hold a regular expression."""
     found: list[Cell] = []
     exits = {"quality": None, "exit_thresholds": EXITS}
+    precisions = {"bfloat16": {}, "int8": {"quantization": "int8"}, "int4": {"quantization": "int4"}}
     for name, model, settings, sampling, scale in (
-        ("default bfloat16", "default", {"dtype": "bfloat16"}, {}, 1),
-        ("default int4", "default", {"dtype": "bfloat16", "quantization": "int4"}, {}, 1),
+        *((f"default {name}", "default", {"dtype": "bfloat16", **more}, {}, 1) for name, more in precisions.items()),
+        *((f"tiny {name}", "tiny", {"dtype": "bfloat16", **more}, {}, 8) for name, more in precisions.items()),
         ("tiny exits", "tiny", {"dtype": "bfloat16"}, exits, 8),
     ):
         common: dict[str, Any] = {"model": model, "settings": settings, "sampling": sampling}
         found += [
-            Cell(name=f"{name}, decode 1", **common, requests=1, prompt=16, output=48 * scale),
-            Cell(name=f"{name}, decode 8", **common, requests=8, prompt=16, output=24 * scale),
-            Cell(name=f"{name}, prefill 512", **common, requests=1, prompt=512, output=1, repeats=scale),
+            Cell(name=f"{name}, decode {requests}", **common, requests=requests, prompt=16, output=output * scale)
+            for requests, output in ((1, 48), (8, 24), (16, 12))
         ]
+        found.append(Cell(name=f"{name}, prefill 512", **common, requests=1, prompt=512, output=1, repeats=scale))
     return [cell for cell in found if re.search(pattern, cell.name)]
 
 
@@ -101,10 +102,10 @@ def work(chosen: Sequence[Cell]) -> None:
     def measure(cell: Cell) -> dict[str, Any]:
         key = json.dumps([cell.model, cell.settings])
         if key not in models:
-            limits = {"max_num_seqs": 8, "max_model_len": 768, "enable_prefix_caching": False, "progress": False}
+            limits = {"max_num_seqs": 16, "max_model_len": 768, "enable_prefix_caching": False, "progress": False}
             llm = LLM(cell.model, **limits, **cell.settings)
             text = llm.generate(TEXT, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
-            models[key] = (llm, text[0].prompt_token_ids * 8)
+            models[key] = (llm, text[0].prompt_token_ids * 16)
         llm, ids = models[key]
         prompts = [{"prompt_token_ids": ids[11 * n : 11 * n + cell.prompt]} for n in range(cell.requests)]
         common = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
@@ -138,7 +139,10 @@ def measure_start(options: argparse.Namespace, count: int, title: str) -> tuple[
             stack.enter_context(closing(start(package, options.only, options.threads))) for package in options.packages
         ]
         found: list[list[list[dict[str, Any]]]] = [[] for _ in range(count)]
+        begin = time.monotonic()
         for pair in range(options.pairs):
+            if pair and time.monotonic() - begin > options.seconds:
+                break
             print(f"\r{title}, pair {pair + 1} of {options.pairs} ", end="", file=sys.stderr, flush=True)
             for number in range(count):
                 answers: dict[int, dict[str, Any]] = {}
@@ -222,6 +226,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="JSON file")
     parser.add_argument("--starts", type=int, default=6, help="of both processes")
     parser.add_argument("--pairs", type=int, default=3, help="of measurements per start")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which a start begins no other pair")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--only", default="", metavar="PATTERN", help="cells' names hold it")
     options = parser.parse_args()
@@ -236,7 +241,8 @@ def main() -> None:
     for number in range(options.starts):
         files, found = measure_start(options, len(chosen), f"start {number + 1} of {options.starts}")
         measured.append(found)
-    entries = {cell.name: summary(cell, [found[n] for found in measured]) for n, cell in enumerate(chosen)}
+    pairs = min(len(found[0]) for found in measured)
+    entries = {cell.name: summary(cell, [found[n][:pairs] for found in measured]) for n, cell in enumerate(chosen)}
     facts = {"packages": files, "threads": options.threads, "when": datetime.now(UTC).isoformat(timespec="seconds")}
     pooled = together(entries)
     options.output.write_text(as_text({"about": facts, "cells": entries, "together": pooled}))

@@ -409,7 +409,7 @@ def test_ranges_are_checked_before_a_model_is_loaded(name: str, capsys: pytest.C
 
 
 @pytest.mark.parametrize(
-    ("given", "bound"), [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "x"}, "")]
+    ("given", "bound"), [({}, "300"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "x"}, "")]
 )
 def test_waiting_threads_stop_spinning_before_torch_is_loaded(given: dict[str, str], bound: str) -> None:
     code = "import sys, os, dynamoe; print(os.environ.get('GOMP_SPINCOUNT', ''), 'torch' in sys.modules)"

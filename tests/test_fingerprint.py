@@ -19,7 +19,7 @@ from dynamoe.kernels.cpu.vectors import CODED_CACHE, PLAIN, SINKS, cpu_formats, 
 from dynamoe.kernels.reference.operations import CLAMPED_SWIGLU
 from torch.utils._python_dispatch import TorchDispatchMode
 
-NOTHING_COMPUTED = {"isas", "find_isa", "shared_bytes", "allocate", "read_words"}
+NOTHING_COMPUTED = {"isas", "find_isa", "shared_bytes", "allocate", "read_words", "team_counters"}
 OPERATORS = (
     *("add_rms_norm", "all_experts", "attention", "embed", "exit_decide", "experts", "limit_experts", "linear"),
     *("logits", "pack_experts", "pack_linear", "pack_quant", "project_kv", "quant_experts", "quant_linear"),

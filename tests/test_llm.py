@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from dynamoe import LLM, SamplingParams
+from dynamoe.dynamic.model.machine import own_thread_for
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
@@ -305,3 +307,19 @@ print(used - before, threads() - before)
         check=True,
     )
     assert done.stdout.split() == ["2", "0"]
+
+
+@pytest.mark.parametrize(("elements", "expected"), [(1 << 20, 1), ((1 << 20) + 1, 3)])
+def test_torch_reads_few_elements_on_the_calling_thread(elements: int, expected: int) -> None:
+    before, found = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+    try:
+        with own_thread_for(elements):
+            found.append(torch.get_num_threads())
+            other = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+            other.start()
+            other.join()
+        found.append(torch.get_num_threads())
+    finally:
+        torch.set_num_threads(before)
+    assert found == [expected, 3, 3]

@@ -13,6 +13,7 @@ import torch
 from ...kernels.api.ranges import is_whole
 from ..model.counters import Compute
 from ..model.kv_cache import bytes_per_sequence, group_page_bytes
+from ..model.machine import own_thread_for
 from .block_pool import BlockPool
 from .cache_size import count_pages, longest_sequence, make_cache
 from .chunk_limit import FARTHEST, ChunkLimit
@@ -212,7 +213,9 @@ class Engine:
             return []
         kept = [(s, row) for s, row in zip(sequences, rows, strict=True) if s.request.params.keep_states]
         states = {sequence: hidden_TD[row].cpu().clone() for sequence, row in kept}
-        token_ids, logprobs = self._choose(sequences, self.runner.logits(hidden_TD, rows))
+        logits_RV = self.runner.logits(hidden_TD, rows)
+        with own_thread_for(logits_RV.numel()):
+            token_ids, logprobs = self._choose(sequences, logits_RV)
         return self._postprocess(sequences, token_ids, logprobs, states)
 
     def stats(self) -> EngineStats:

@@ -29,7 +29,6 @@ EXTRA_SOURCES = "DYNAMOE_CPU_EXTRA_SOURCES"
 _FLAGS = (
     "-O3",
     "-std=c++20",
-    "-fopenmp",
     "-fno-math-errno",
     "-ffp-contract=off",
     "-falign-loops=64",  # short loops in one cache line each, whatever the code in front of them
@@ -95,7 +94,7 @@ def build(progress: bool = False) -> Path:
     compiler = _compiler()
     sources = [path for path in _source_files() if path.suffix == ".cpp"]
     what = "the CPU kernels" if progress else None
-    return _built(compiler, _build_name(compiler[1]), sources, ["-fopenmp"], what)
+    return _built(compiler, _build_name(compiler[1]), sources, [], what)
 
 
 def _build_extra(library: Path, source: Path) -> Path:

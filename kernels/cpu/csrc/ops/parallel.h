@@ -1,31 +1,26 @@
-// Work sharing over torch's OpenMP pool, tiles of rows, and scratch memory that grows and is kept.
+// Work sharing over the team of threads, tiles of rows, and scratch memory that grows and is kept.
 #pragma once
-
-#include <omp.h>
 
 #include <atomic>
 #include <cstdlib>
 #include <new>
 
 #include "isa/kernels.h"
+#include "team/team.h"
 
 namespace dynamoe_cpu {
 
-// body() on every thread of the pool.
+// body() on this thread and on up to `threads` - 1 of the team's, whichever are free: each call takes what work is left.
 template <class Body>
 void on_all_threads(int threads, const Body& body) {
-  if (threads <= 1) {
-    body();
-    return;
-  }
-#pragma omp parallel num_threads(threads)
-  body();
+  if (threads <= 1) body();
+  else run_on_team(threads, [](const void* data) { (*static_cast<const Body*>(data))(); }, &body);
 }
 
 // body(task) for every task, handed out in order to whichever thread is free.
 template <class Body>
 void for_each_task(int threads, int64_t tasks, const Body& body) {
-  std::atomic<int64_t> next{0};
+  alignas(128) std::atomic<int64_t> next{0};  // away from what the caller writes
   on_all_threads(static_cast<int>(threads < tasks ? threads : tasks), [&] {
     for (int64_t task = next.fetch_add(1); task < tasks; task = next.fetch_add(1)) body(task);
   });
@@ -75,7 +70,7 @@ class WorkChunks {
  private:
   const int64_t items_, size_;
   const int threads_, share_;
-  std::atomic<int64_t> next_{0};
+  alignas(128) std::atomic<int64_t> next_{0};  // away from what the caller writes
 };
 
 // `rows` rows in the fewest tiles of at most `most` rows, as even as possible.

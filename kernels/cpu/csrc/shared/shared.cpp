@@ -3,24 +3,13 @@
 #include "shared/shared.h"
 
 #include <fcntl.h>
-#include <sched.h>
 #include <sys/mman.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
-#include <chrono>
 #include <cstring>
 #include <stdexcept>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-#if defined(__linux__)
-#include <linux/futex.h>
-#include <sys/syscall.h>
-#endif
 
 namespace dynamoe_cpu {
 
@@ -36,25 +25,12 @@ namespace {
 constexpr int64_t kPlaceBytes = 512 * 1024;
 constexpr int64_t kStretch = 1024;  // elements that are added up at once
 
-void rest() {
-#if defined(__x86_64__)
-  _mm_pause();
-#endif
-}
-
 void nap() {
   const struct timespec pause {0, 100000};
   nanosleep(&pause, nullptr);
 }
 
 #if defined(__linux__)
-// Sleep until `bell` is no longer `value`, or a tenth of a second.
-void sleep_until_rung(std::atomic<uint32_t>& bell, uint32_t value) {
-  const struct timespec most {0, 100000000};
-  syscall(SYS_futex, &bell, FUTEX_WAIT, value, &most, nullptr, 0);
-}
-void ring(std::atomic<uint32_t>& bell) { syscall(SYS_futex, &bell, FUTEX_WAKE, INT32_MAX, nullptr, nullptr, 0); }
-
 // The byte of the file that a process holds a lock on as long as it lives, whatever ends it.
 struct flock lock_of(int64_t rank) {
   struct flock lock {};
@@ -73,8 +49,6 @@ bool is_locked(int file, int64_t rank) {
   return fcntl(file, F_OFD_GETLK, &lock) != 0 || lock.l_type != F_UNLCK;
 }
 #else
-void sleep_until_rung(std::atomic<uint32_t>&, uint32_t) { nap(); }
-void ring(std::atomic<uint32_t>&) {}
 bool take_lock(int, int64_t) { return true; }
 bool is_locked(int, int64_t) { return true; }
 #endif
@@ -119,36 +93,34 @@ char* SharedMemory::place(int64_t rank) const {
   return data_ + places_offset(size_) + (static_cast<int64_t>(round_ % 2) * size_ + rank) * kPlaceBytes;
 }
 
-// Spins while the other is about to come, then lets other threads run, then sleeps and looks after it. `rings`: whether
-// its bell announces what is waited for.
+// Looks for a while, which is the shorter the more often the other does not come in it, as where processes share cores;
+// then sleeps and looks after it. `rings`: whether its bell announces what is waited for.
 template <class Arrived>
-void SharedMemory::wait(int64_t rank, double timeout, bool rings, const Arrived& arrived) const {
-  using Clock = std::chrono::steady_clock;
-  for (int spin = 0; spin < 4096; ++spin) {
-    if (arrived()) return;
-    rest();
-  }
-  const auto begin = Clock::now();
-  const auto waited = [&] { return std::chrono::duration<double>(Clock::now() - begin).count(); };
-  while (waited() < 2e-3) {
-    if (arrived()) return;
-    sched_yield();
-  }
-  while (!arrived()) {
+void SharedMemory::wait(int64_t rank, double timeout, bool rings, const Arrived& arrived) {
+  constexpr double kStopped = 1.0;  // seconds: no sleep lasts as long, so that all processes may have been stopped
+  const Looked looked = look_for(arrived, looking_);
+  double waited = std::chrono::duration<double>(looked.took).count();
+  for (auto before = Clock::now(); !arrived();) {
     if (rank != rank_ && !is_locked(file_, rank) && !arrived()) throw std::runtime_error("rank " + std::to_string(rank) + " of the group has died");
-    if (waited() > timeout)
+    if (waited > timeout)
       throw std::runtime_error("rank " + std::to_string(rank) + " of the group has not answered for " +
-                               std::to_string(static_cast<int64_t>(waited())) + " s");
-    if (!rings) {
+                               std::to_string(static_cast<int64_t>(waited)) + " s");
+    if (rings) {
+      Counters& other = counters(rank);
+      const uint32_t value = other.bell.load();
+      ++other.sleepers;
+      if (!arrived()) sleep_on(other.bell, value, Among::processes);
+      --other.sleepers;
+    } else {
       nap();
-      continue;
     }
-    Counters& other = counters(rank);
-    const uint32_t value = other.bell.load();
-    ++other.sleepers;
-    if (!arrived()) sleep_until_rung(other.bell, value);
-    --other.sleepers;
+    const auto now = Clock::now();
+    const double slept = std::chrono::duration<double>(now - before).count();
+    waited += slept < kStopped ? slept : 0;
+    before = now;
   }
+  const bool soon = waited < std::chrono::duration<double>(kMostLooking).count();
+  looking_ = soon ? std::min<Clock::duration>(looking_ + kMostLooking / 16, kMostLooking) : looking_ / 2;
 }
 
 void SharedMemory::begin_round(double timeout) {
@@ -161,10 +133,10 @@ void SharedMemory::post() {
   Counters& own = counters(rank_);
   own.posted.store(round_, std::memory_order_release);
   own.bell.store(static_cast<uint32_t>(round_));  // in one order with `sleepers`: either sees the other
-  if (own.sleepers.load()) ring(own.bell);
+  if (own.sleepers.load()) wake(own.bell, INT32_MAX, Among::processes);
 }
 
-void SharedMemory::wait_for_post(int64_t rank, double timeout) const {
+void SharedMemory::wait_for_post(int64_t rank, double timeout) {
   const Counters& other = counters(rank);
   wait(rank, timeout, true, [&] { return other.posted.load(std::memory_order_acquire) >= round_; });
 }

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "ops/operators.h"
+#include "team/waiting.h"
 
 namespace dynamoe_cpu {
 
@@ -43,10 +44,10 @@ class SharedMemory {
   char* place(int64_t rank) const;
   void begin_round(double timeout);
   void post();
-  void wait_for_post(int64_t rank, double timeout) const;
+  void wait_for_post(int64_t rank, double timeout);
   void end_round();
   template <class Arrived>
-  void wait(int64_t rank, double timeout, bool rings, const Arrived& arrived) const;
+  void wait(int64_t rank, double timeout, bool rings, const Arrived& arrived);
   void write_parts(int64_t offset);
 
   const int64_t rank_, size_;
@@ -54,6 +55,7 @@ class SharedMemory {
   int file_ = -1;
   char* data_ = nullptr;
   uint64_t round_ = 0;
+  Clock::duration looking_ = kMostLooking;  // before it sleeps
   const char* rows_ = nullptr;  // of the swap that has begun
   std::vector<int64_t> sent_;
 };
