@@ -115,7 +115,7 @@ def chat(*messages: dict[str, Any], **fields: Any) -> ChatCompletionRequest:
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"prompt": "a"}, "prompt"),
-        ({"thinking_token_budget": 5}, "thinking_token_budget"),
+        ({"thinking_budget_tokens": 5}, "thinking_budget_tokens"),
     ],
     ids=lambda value: str(value)[:60],
 )

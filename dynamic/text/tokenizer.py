@@ -195,6 +195,11 @@ class Tokenizer:
         """The token as the vocabulary spells it; None outside the vocabulary."""
         return self.backend.id_to_token(token_id)
 
+    @property
+    def added_tokens(self) -> list[str]:
+        """The texts of tokens that are not the vocabulary's own, special ones among them."""
+        return [token.content for token in self.backend.get_added_tokens_decoder().values()]
+
     @cached_property
     def _anchor_ids(self) -> list[int]:
         return self.encode("a", add_special_tokens=False)
