@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 from ..dynamic.engine.outputs import CompletionDelta, CompletionOutput
-from ..dynamic.engine.reasoning import ReasoningParams, ReasoningTracker
+from ..dynamic.engine.reasoning import Phase, ReasoningTracker
+from ..dynamic.engine.reasoning_params import ReasoningParams
 from ..dynamic.text.tokenizer import Tokenizer
 from .reasoning_markers import CHANNEL, ENDS, MESSAGE, START, ReasoningMarkers
 from .tool_calls import Call, CallReader
@@ -283,16 +284,24 @@ class AnswerParts:
     special: Sequence[str] = ()
     reasoning: ReasoningParams | None = None
     hide_reasoning: bool = False
+    in_answer: list[bool] = field(default_factory=list, init=False)  # which of the tokens read last are no reasoning
     _readers: dict[int, AnswerReader] = field(default_factory=dict, init=False)  # by choice
     _trackers: dict[int, ReasoningTracker] = field(default_factory=dict, init=False)
 
+    def __post_init__(self) -> None:
+        self._firsts = {name[0] for name in self.special}  # letters without which a text holds none of them
+
     def read(self, output: Output) -> list[Part]:
         """What a whole choice says, or what a part of one adds."""
+        self.in_answer = [True] * len(output.token_ids)
         if self.reasoning is not None:
             if output.index not in self._trackers:
                 self._trackers[output.index] = ReasoningTracker(self.reasoning, self.tokenizer)
-            for token in output.token_ids:
-                self._trackers[output.index].accept(token)
+            tracker = self._trackers[output.index]
+            for number, token in enumerate(output.token_ids):
+                used = tracker.place.used
+                tracker.accept(token)
+                self.in_answer[number] = tracker.place.phase is Phase.AFTER and tracker.place.used == used
         if output.index not in self._readers:
             self._readers[output.index] = self.reader()
         parts = self._readers[output.index].add(output.text, output.finish_reason is not None)
@@ -315,6 +324,6 @@ class AnswerParts:
         if part.kind not in ("reasoning", "content"):
             return part
         text = part.text
-        for token in self.special:
+        for token in self.special if any(first in text for first in self._firsts) else ():
             text = text.replace(token, "")
         return replace(part, text=text)

@@ -22,6 +22,11 @@ class AnswerWriter(Protocol):
         """Of the answer."""
         ...
 
+    @property
+    def large(self) -> bool:
+        """Whether single events may be so large that they are written in a thread."""
+        ...
+
     def whole(self, results: Sequence[RequestOutput], used: Used) -> dict[str, Any]:
         """The whole answer, one result per prompt."""
         ...
@@ -56,6 +61,7 @@ class ChoicesWriter:
     body: GenerationRequest
     model: str
     format: AnswerFormat
+    large: bool = field(default=False, init=False)
     _created: int = field(default_factory=lambda: int(time.time()), init=False)
     _prompt_logprobs: dict[int, PromptLogprobs] = field(default_factory=dict, init=False)
 

@@ -69,7 +69,7 @@ async def read_conversation(context: ServerContext, body: ChatCompletionRequest)
     default_length = context.model.generation_defaults.get("max_new_tokens")
     params = params_per_prompt(context, body, prompts, default_length, form)
     tokenizer = context.model.tokenizer
-    special = sorted(name for token in tokenizer.special_ids if (name := tokenizer.token_name(token)))
+    special = tokenizer.special_names
     reasons = markers if opened is not False or (markers is not None and markers.channels) else None
     changes: dict[str, Any] = {}
     if reasons is not None and opened is not False and (form is not None or budget is not None):

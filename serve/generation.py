@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -169,11 +169,8 @@ class Generation:
                         tokens += len(completion.token_ids)
                         if completion.finish_reason is not None:
                             reasons.append(completion.finish_reason)
-                arguments = batch, self._used(before, sum(cached))
-                if any(delta.prompt_logprobs for _, delta in batch):  # those of a long prompt are megabytes
-                    events = await self.context.text.run(self.writer.add, *arguments)
-                else:
-                    events = self.writer.add(*arguments)
+                large = any(delta.prompt_logprobs for _, delta in batch)  # those of a long prompt are megabytes
+                events = await self._written(large, self.writer.add, batch, self._used(before, sum(cached)))
                 if events:
                     yield events
         except ClientGone:
@@ -183,11 +180,16 @@ class Generation:
         except EngineFailure as error:
             reasons.append(error.code)
             self._log(self._used(tokens, sum(cached)), reasons)
-            yield self.writer.fail(failed(error))
+            yield await self._written(False, self.writer.fail, failed(error))
             return
         used = self._used(tokens, sum(cached), tally.as_json())
         self._log(used, reasons)
-        yield self.writer.end(used)
+        yield await self._written(False, self.writer.end, used)
+
+    async def _written(self, large: bool, write: Callable[..., bytes], *arguments: Any) -> bytes:
+        if large or self.writer.large:
+            return await self.context.text.run(write, *arguments)
+        return write(*arguments)
 
     def _used(self, completion_tokens: int, cached_tokens: int, compute: dict[str, Any] | None = None) -> Used:
         prompt_tokens = sum(len(prompt.token_ids) for prompt in self.prompts)

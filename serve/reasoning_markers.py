@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..dynamic.engine.reasoning import ReasoningParams
+from ..dynamic.engine.reasoning_params import ReasoningParams
 from ..dynamic.text.chat_template import TemplateEnded
 
 Render = Callable[[Sequence[Mapping[str, Any]]], str]

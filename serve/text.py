@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -127,7 +128,7 @@ class TextPool:
         variables = {**self._effort(source, reasoning_effort), **variables}
         for name in _OF_REASONING:
             value = variables.get(name)
-            if value is not None and name not in source and source and (marked or value is not False):
+            if value is not None and source and not _reads(source, name) and (marked or value is not False):
                 message = f"chat_template_kwargs.{name} is not supported: the model's chat template does not read it."
                 raise invalid(message, param="chat_template_kwargs", code="unsupported_parameter")
         if tools and self.tokenizer.reads_tools:
@@ -174,6 +175,23 @@ class TextPool:
             except TemplateEnded as error:
                 raise unavailable(f"{error}.", "chat_template_failed") from error
         return self._reasoning[0]
+
+    async def thinking_variables(self, enabled: bool) -> dict[str, Any]:
+        """Variables of the chat template that turn reasoning on or off.
+
+        Raises:
+            ApiError: status 400 where the template cannot.
+        """
+        markers, source = await self.reasoning_markers(), self.tokenizer.chat_source or ""
+        if (markers is None) != enabled and (markers is None or markers.channels):
+            return {}  # it does so anyway
+        for name in ("enable_thinking", "thinking") if markers is not None and not markers.channels else ():
+            if _reads(source, name):
+                return {name: enabled}
+        if enabled and markers is not None:
+            return {}
+        message = f"thinking cannot be {'enabled' if enabled else 'disabled'} with the model's chat template."
+        raise invalid(message, param="thinking", code="unsupported_parameter")
 
     def _find_reasoning(self) -> ReasoningMarkers | None:
         def render(messages: Sequence[Mapping[str, Any]]) -> str:
@@ -225,3 +243,8 @@ class TextPool:
 
 async def _call(pool: ThreadPoolExecutor, function: Callable[..., Result], *arguments: Any) -> Result:
     return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
+
+
+def _reads(source: str, name: str) -> bool:
+    """Whether a template reads a variable, and not just a field or a key of that name."""
+    return re.search(rf"(?<![\w.'\"]){name}\b", source) is not None

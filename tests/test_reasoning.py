@@ -7,13 +7,15 @@ import itertools
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from dynamoe import LLM, SamplingParams
 from dynamoe.dynamic.engine.logits_processors import ORDER
-from dynamoe.dynamic.engine.reasoning import Phase, ReasoningParams, ReasoningTracker
+from dynamoe.dynamic.engine.reasoning import Phase, ReasoningTracker
+from dynamoe.dynamic.engine.reasoning_params import ReasoningParams
 from dynamoe.dynamic.text.tokenizer import Tokenizer
 from dynamoe.serve.answer_parts import ChannelReader, MarkedReader, Part, PlainReader, ReasoningReader
 from dynamoe.serve.reasoning_markers import HARMONY, ReasoningMarkers, derive
@@ -173,8 +175,10 @@ def test_a_budget_closes_the_block_with_the_markers_own_tokens(llm: LLM, tokeniz
 CITY = {"choice": ["Paris", "Rome"]}
 
 
-def test_the_form_begins_behind_the_block(llm: LLM) -> None:
-    (result,) = llm.generate(["a b"], params(block(opened=True, budget=6), structured_outputs=CITY))
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_form_begins_behind_the_block(llm: LLM, temperature: float) -> None:
+    settings = params(block(opened=True, budget=6), structured_outputs=CITY, temperature=temperature)
+    (result,) = llm.generate(["a b"], settings)
     for output in result.outputs:
         reasoning, end, answer = output.text.partition("\n</think>\n\n")
         assert end, output.text
@@ -187,8 +191,9 @@ def test_the_form_begins_at_once_where_no_block_begins(llm: LLM, tokenizer: Toke
     (begin,) = set(tokenizer.encode("<think>", False)[:1])
     for bias, expected in ((-100, r"(Paris|Rome)"), (100, r"<think>.*</think>\n\n(Paris|Rome)")):
         settings = params(block(budget=4), structured_outputs=CITY, logit_bias={begin: bias})
-        for output in llm.generate(["a b"], settings)[0].outputs:
-            assert re.fullmatch(expected, output.text, re.DOTALL), output.text
+        for each in (settings, replace(settings, temperature=0.0)):
+            for output in llm.generate(["a b"], each)[0].outputs:
+                assert re.fullmatch(expected, output.text, re.DOTALL), output.text
 
 
 def test_in_channels_the_form_follows_a_block(llm: LLM) -> None:

@@ -49,7 +49,6 @@ class GrammarProcessor:
             assert context.tokenizer is not None
             self._reasoning = ReasoningTracker(context.params.reasoning, context.tokenizer, formed=True)
         self._in_form = bytearray()  # per token, where there may be reasoning: whether it belongs to the form
-        self._begins_block = False  # whether the token that begins a block is allowed for that alone
 
     @staticmethod
     def needed(params: SamplingParams) -> bool:
@@ -105,8 +104,12 @@ class GrammarProcessor:
 
     def fits(self, token_id: int) -> bool:
         """Whether the output may go on with this token; far cheaper than to find all that may come next."""
+        if not self._follows:
+            return token_id == self._forced if self._forced is not None else token_id not in self._ends
         if self._words_W is not None:
             return bool(self._words_W[token_id // 32] >> (token_id % 32) & 1)
+        if self._reasoning is not None and self._reasoning.undecided and token_id == self._reasoning.begin_ids[0]:
+            return True
         if token_id in self._ends and self._accepting():
             return True
         # Whatever is wrong with the grammar is found again when all tokens are looked for.
@@ -148,8 +151,9 @@ class GrammarProcessor:
 
     def _reads(self, reasoning: ReasoningTracker, token_id: int) -> bool:
         """Follow the reasoning; whether the token belongs to it and not to the form."""
-        begins = reasoning.undecided and self._begins_block and token_id == reasoning.begin_ids[0]
-        in_form = self._follows and not begins
+        in_form = self._follows
+        if reasoning.undecided and token_id == reasoning.begin_ids[0]:
+            in_form = _call(lambda: self._matcher.validate_tokens([token_id])) == 1
         reasoning.accept(token_id, in_form)
         self._in_form.append(in_form)
         place = reasoning.place
@@ -176,7 +180,7 @@ class GrammarProcessor:
         other._vocab_size, other._ends, other._ended = self._vocab_size, self._ends, self._ended
         other._words_W, other._count = self._words_W, self._count
         other._reasoning = None if self._reasoning is None else self._reasoning.fork()
-        other._in_form, other._begins_block = self._in_form[:], self._begins_block
+        other._in_form = self._in_form[:]
         return other
 
     def _accepting(self) -> bool:
@@ -197,7 +201,6 @@ class GrammarProcessor:
             np.bitwise_or.at(words_W, self._ends // 32, (1 << (self._ends % 32)).astype(np.uint32))
         if self._reasoning is not None and self._reasoning.undecided:
             word, bit = divmod(self._reasoning.begin_ids[0], 32)
-            self._begins_block = not words_W[word] >> bit & 1
             words_W[word] |= np.uint32(1 << bit)
         self._words_W, self._count = words_W, int(np.bitwise_count(words_W).sum())
         return words_W

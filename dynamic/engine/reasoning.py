@@ -5,11 +5,10 @@ Shape suffixes: R rows, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
-from ...kernels.api.ranges import check_ranges
+from .reasoning_params import ReasoningParams
 
 if TYPE_CHECKING:
     import torch
@@ -19,40 +18,6 @@ if TYPE_CHECKING:
     from .sampling_params import SamplingParams
 
 _LAST_BYTES = 3  # of a character that may be missing at the end of a text
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReasoningParams:
-    """How a model writes its reasoning in front of an answer.
-
-    Arguments:
-        begin, end: texts around it.
-        opened: the prompt has begun the block.
-        budget: tokens after which the block is closed; None: never.
-        close: what closes it then, ``end`` included; empty: ``end`` alone.
-        after: stands between the block and an answer that must have a form.
-        again: stands between one block and the next, where there may be several; None: one at most. An answer that must
-            have a form then always follows a block.
-
-    Raises:
-        ValueError: naming the field that is wrong.
-    """
-
-    begin: str
-    end: str
-    opened: bool = False
-    budget: int | None = None
-    close: str = ""
-    after: str = ""
-    again: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("begin", "end"):
-            if not isinstance(text := getattr(self, name), str) or not text:
-                raise ValueError(f"reasoning.{name} must be a text, not {text!r}")
-        check_ranges(self, "budget", where="reasoning.", least=0)
-        if self.close and not self.close.endswith(self.end):
-            raise ValueError(f"reasoning.close={self.close!r} must end with {self.end!r}")
 
 
 class Phase(Enum):

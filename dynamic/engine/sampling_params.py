@@ -8,7 +8,7 @@ from typing import Any
 
 from ...kernels.api.ranges import check_flags, check_ranges, is_whole
 from .quality import Quality, read_quality
-from .reasoning import ReasoningParams
+from .reasoning_params import ReasoningParams
 from .structured_outputs import StructuredOutputsParams, read_structured_outputs
 
 GREEDY_EPSILON = 1e-5  # temperatures below this are greedy

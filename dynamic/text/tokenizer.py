@@ -195,6 +195,11 @@ class Tokenizer:
         """The token as the vocabulary spells it; None outside the vocabulary."""
         return self.backend.id_to_token(token_id)
 
+    @cached_property
+    def special_names(self) -> tuple[str, ...]:
+        """The texts of special tokens."""
+        return tuple(sorted(name for token in self.special_ids if (name := self.token_name(token))))
+
     @property
     def added_tokens(self) -> list[str]:
         """The texts of tokens that are not the vocabulary's own, special ones among them."""

@@ -122,6 +122,45 @@ COMPLETION: Refused = {
     "top_logprobs": (0,),
 }
 CHAT: Refused = {**_PROMPT, **_ANSWER, "prompt": ()}
+# What /v1/responses and /v1/messages have beside the fields of a chat.
+RESPONSES: Refused = {
+    **{name: values for name, values in (_PROMPT | _ANSWER).items() if name != "reasoning"},
+    "add_generation_prompt": (),
+    "background": (False,),
+    "background_options": (),
+    "continue_final_message": (False,),
+    "echo": (False,),
+    "image": (),
+    "logprobs": (False,),
+    "max_completion_tokens": (),
+    "max_tokens": (),
+    "context_management": ([],),
+    "conversation": (),
+    "max_tool_calls": (),
+    "messages": (),
+    "moderation": (),
+    "prompt": (),
+    "reasoning_effort": (),
+    "truncation": ("disabled",),
+}
+MESSAGES: Refused = {
+    **{name: values for name, values in (_PROMPT | _ANSWER).items() if name not in ("thinking",)},
+    "add_generation_prompt": (),
+    "container": (),
+    "continue_final_message": (False,),
+    "echo": (False,),
+    "logprobs": (False,),
+    "max_completion_tokens": (),
+    "parallel_tool_calls": (True,),
+    "top_logprobs": (0,),
+    "context_management": (),
+    "diagnostics": (),
+    "inference_geo": (),
+    "mcp_servers": ([],),
+    "prompt": (),
+    "reasoning_effort": (),
+    "speed": ("standard",),
+}
 TOKENIZE: Refused = {
     **_PROMPT,
     "add_special": (),
