@@ -23,13 +23,17 @@ from .contracts import ContractManager
 from .errors import install_error_handlers
 from .gate import Admission, BodyBudget, Gate
 from .json_body import BodyReader
+from .messages_writer import MessageErrors
 from .metrics import ServerMetrics
 from .middleware import HeaderLimit, HostCheck, RequestContext, SlashlessPath, is_loopback
 from .request_checks import RequestChecks
+from .response_store import ResponseStore
 from .routes.chat import chat_routes
 from .routes.completions import completion_routes
 from .routes.contracts import contract_routes
+from .routes.messages import message_routes
 from .routes.operations import operation_routes
+from .routes.responses import response_routes
 from .routes.tokens import token_routes
 from .settings import ServerSettings
 from .structured import IGNORED_HEADER
@@ -85,6 +89,7 @@ def make_context(engine: Engine, settings: ServerSettings, contracts: ContractMa
         text=text,
         reader=BodyReader(limits=settings.limits, run=text.run_large),
         checks=RequestChecks(limits=settings.limits, vocab_size=engine.vocab_size, served_model=name),
+        responses=ResponseStore(settings.limits.max_stored_responses, settings.limits.max_stored_bytes),
     )
 
 
@@ -118,9 +123,8 @@ def create_app(context: ServerContext) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,  # SlashlessPath does it without another request
     )
-    routers = [
-        routes(context) for routes in (completion_routes, chat_routes, token_routes, contract_routes, operation_routes)
-    ]
+    kinds = (completion_routes, chat_routes, response_routes, message_routes)
+    routers = [routes(context) for routes in (*kinds, token_routes, contract_routes, operation_routes)]
     for router in routers:
         app.include_router(router)
     routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
@@ -138,7 +142,7 @@ def create_app(context: ServerContext) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
-            allow_methods=["GET", "HEAD", "POST"],
+            allow_methods=["DELETE", "GET", "HEAD", "POST"],
             allow_headers=["*"],  # clients add their own, as OpenAI's x-stainless-*; the origin is what counts
             expose_headers=["retry-after", "x-priority", "x-request-id", IGNORED_HEADER, QUALITY, QUALITY_REASON],
         )
@@ -148,6 +152,7 @@ def create_app(context: ServerContext) -> FastAPI:
     app.add_middleware(SlashlessPath)
     app.add_middleware(HeaderLimit, max_bytes=limits.max_header_bytes)
     app.add_middleware(RequestContext, on_done=context.metrics.on_http)
+    app.add_middleware(MessageErrors)
     _describe_errors(app)
     return app
 

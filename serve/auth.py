@@ -48,9 +48,9 @@ class KeyRing:
         """Whether a key is needed at all."""
         return bool(self._digests)
 
-    def identify(self, authorization: str | None) -> Caller | None:
-        """The caller of an ``Authorization`` header, or None if its key is not valid."""
-        scheme, _, key = (authorization or "").partition(" ")
+    def identify(self, authorization: str | None, api_key: str | None = None) -> Caller | None:
+        """The caller of an ``Authorization`` header, else of an ``x-api-key``; None if its key is not valid."""
+        scheme, _, key = (f"Bearer {api_key or ''}" if authorization is None else authorization).partition(" ")
         presented = _digest(key.strip())
         found = None
         for digest, caller in self._digests:  # all of them, so that timing reveals nothing
@@ -80,11 +80,12 @@ class Authentication:
         if scope["type"] == "http":
             caller = Caller(operator=True)
             if self._keys.required and scope["path"] not in self._open_paths:
-                found = self._keys.identify(Headers(scope=scope).get("authorization"))
+                headers = Headers(scope=scope)
+                found = self._keys.identify(headers.get("authorization"), headers.get("x-api-key"))
                 if found is None:
-                    message = "Missing or wrong API key. Send it as 'Authorization: Bearer KEY'."
-                    headers = {"WWW-Authenticate": "Bearer"}
-                    error = ApiError(401, message, code="invalid_api_key", headers=headers)
+                    message = "Missing or wrong API key. Send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'."
+                    challenge = {"WWW-Authenticate": "Bearer"}
+                    error = ApiError(401, message, code="invalid_api_key", headers=challenge)
                     return await error.response()(scope, receive, send)
                 if scope["path"] in OPERATOR_PATHS and not found.operator:
                     error = ApiError(403, f"{scope['path']} needs the operator's key.", code="operator_key_required")

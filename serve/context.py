@@ -12,6 +12,7 @@ from .gate import BodyBudget, Gate
 from .json_body import BodyReader
 from .metrics import ServerMetrics
 from .request_checks import RequestChecks
+from .response_store import ResponseStore
 from .settings import ServerSettings
 from .text import TextPool
 
@@ -32,4 +33,5 @@ class ServerContext:
     text: TextPool
     reader: BodyReader
     checks: RequestChecks
+    responses: ResponseStore
     started_at: int = field(default_factory=lambda: int(time.time()))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -80,6 +81,22 @@ def overloaded(message: str, retry_after: float) -> ApiError:
 def unavailable(message: str, code: str) -> ApiError:
     """Status 503: the server cannot accept requests."""
     return ApiError(503, message, code=code, headers={"Retry-After": "5"})
+
+
+@contextlib.contextmanager
+def naming(names: Mapping[str, str]) -> Iterator[None]:
+    """Let errors speak of fields as a request's API calls them.
+
+    Arguments:
+        names: of the chat's fields.
+    """
+    try:
+        yield
+    except ApiError as error:
+        if error.param in names:
+            error.detail = error.detail.replace(error.param, names[error.param], 1)
+            error.param = names[error.param]
+        raise
 
 
 def describe_problems(problems: Sequence[Mapping[str, Any]]) -> ApiError:

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 from ..dynamic.engine.outputs import CompletionDelta, CompletionOutput, Logprob, PositionLogprobs
 from ..dynamic.text.detokenizer import TokenStarts
 from ..dynamic.text.tokenizer import Tokenizer
+from .answer_parts import AnswerParts, Output, Part
 
 LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 PromptLogprobs = Sequence[PositionLogprobs | None]
-Output = CompletionDelta | CompletionOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +34,26 @@ def token_label(token_id: int, text: str) -> str:
     return f"token_id:{token_id}" if not text or "\ufffd" in text else text
 
 
-def usage(
-    prompts: Sequence[Prompt], completion_tokens: int, cached_tokens: int, compute: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """The ``usage`` object."""
-    prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+@dataclass(frozen=True, slots=True)
+class Used:
+    """What an answer has cost so far."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    compute: dict[str, Any] | None = None
+
+
+def write_usage(used: Used, reasoning_tokens: int | None) -> dict[str, Any]:
+    """The ``usage`` object of completions and chats; None: there is no telling reasoning from the rest."""
+    details = {} if reasoning_tokens is None else {"completion_tokens_details": {"reasoning_tokens": reasoning_tokens}}
     return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": cached_tokens},
-        "compute": compute,
+        "prompt_tokens": used.prompt_tokens,
+        "completion_tokens": used.completion_tokens,
+        "total_tokens": used.prompt_tokens + used.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": used.cached_tokens},
+        **details,
+        "compute": used.compute,
     }
 
 
@@ -77,11 +86,16 @@ class _Written:
 
 
 class AnswerFormat(Protocol):
-    """How one endpoint writes its answers."""
+    """How one of OpenAI's older endpoints writes its choices."""
 
     id: str
     whole_object: str
     chunk_object: str
+
+    @property
+    def reasoning_tokens(self) -> int | None:
+        """Of all that was written; None where nobody counts them."""
+        ...
 
     def whole(self, prompt_number: int, output: CompletionOutput, prompt_logprobs: PromptLogprobs | None) -> Any:
         """A finished choice."""
@@ -121,6 +135,7 @@ class CompletionFormat:
     whole_object: str = field(default="text_completion", init=False)
     chunk_object: str = field(default="text_completion", init=False)
     skip_special_tokens: bool = True
+    reasoning_tokens: int | None = field(default=None, init=False)
     _begun: dict[int, _Written] = field(default_factory=dict, init=False)  # by choice
 
     def whole(
@@ -198,14 +213,14 @@ class ChatFormat:
 
     Arguments:
         id: of the answer.
-        tokenizer: knows the tokens' bytes.
+        parts: reads the texts.
         top_logprobs: alternatives per token; None writes no log-probabilities.
         echo: text in front of every choice.
         compute: write what each token of a stream cost.
     """
 
     id: str
-    tokenizer: Tokenizer
+    parts: AnswerParts
     top_logprobs: int | None
     echo: str = ""
     compute: bool = False
@@ -213,10 +228,24 @@ class ChatFormat:
     chunk_object: str = field(default="chat.completion.chunk", init=False)
     _begun: set[int] = field(default_factory=set, init=False)
 
+    @property
+    def reasoning_tokens(self) -> int | None:
+        return self.parts.reasoning_tokens
+
     def whole(
         self, prompt_number: int, output: CompletionOutput, prompt_logprobs: PromptLogprobs | None
     ) -> dict[str, Any]:
-        message = {"role": "assistant", "content": self.echo + output.text, "refusal": None}
+        said = self._written(self.parts.read(output))
+        content, calls = self.echo + said.pop("content", ""), said.pop("tool_calls", [])
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None, **said}
+        if calls:
+            merged: list[dict[str, Any]] = []
+            for call in calls:
+                if "id" in call:
+                    merged.append({name: call[name] for name in ("id", "type", "function")})
+                else:
+                    merged[-1]["function"]["arguments"] += call["function"]["arguments"]
+            message |= {"content": content or None, "tool_calls": merged}
         return self._choice(output, "message", message)
 
     def chunk(
@@ -226,20 +255,40 @@ class ChatFormat:
         if delta.index not in self._begun:
             self._begun.add(delta.index)
             message = {"role": "assistant", "content": self.echo}
-        if delta.text:
-            message["content"] = message.get("content", "") + delta.text
+        said = self._written(self.parts.read(delta))
+        if "content" in said:
+            said["content"] = message.get("content", "") + said["content"]
+        message |= said
         per_token = self.top_logprobs is not None or self.compute
         if not (message or delta.finish_reason or (per_token and delta.token_ids)):
             return None
         choice = self._choice(delta, "delta", message)
         return {**choice, "compute": write_compute(delta)} if self.compute else choice
 
+    @staticmethod
+    def _written(parts: Sequence[Part]) -> dict[str, Any]:
+        """What parts add to a message."""
+        said: dict[str, Any] = {}
+        for part in parts:
+            if part.kind == "content":
+                said["content"] = said.get("content", "") + part.text
+            elif part.kind == "reasoning":
+                said["reasoning"] = said["reasoning_content"] = said.get("reasoning", "") + part.text
+            elif part.call is not None:
+                function = {"name": part.call.name, "arguments": ""}
+                call = {"index": part.number, "id": part.call.id, "type": "function", "function": function}
+                said.setdefault("tool_calls", []).append(call)
+            else:
+                call = {"index": part.number, "function": {"arguments": part.text}}
+                said.setdefault("tool_calls", []).append(call)
+        return said
+
     def _choice(self, output: Output, name: str, message: dict[str, Any]) -> dict[str, Any]:
         choice: dict[str, Any] = {
             "index": output.index,
             name: message,
             "logprobs": self._logprobs(output),
-            "finish_reason": output.finish_reason,
+            "finish_reason": self.parts.finish_reason(output),
         }
         if output.stop_reason is not None:
             choice["stop_reason"] = output.stop_reason
@@ -248,17 +297,24 @@ class ChatFormat:
     def _logprobs(self, output: Output) -> dict[str, Any] | None:
         if self.top_logprobs is None:
             return None
-        content = []
-        for token, position in zip(output.token_ids, output.logprobs or [], strict=True):
-            best = sorted(position.items(), key=lambda item: item[1].rank)
-            top = [self._alternative(other, p) for other, p in best if p.rank <= self.top_logprobs]
-            content.append({**self._alternative(token, position[token]), "top_logprobs": top})
+        content = write_chat_logprobs(output, self.top_logprobs, self.parts.tokenizer)
         return {"content": content, "refusal": None}
 
-    def _alternative(self, token: int, p: Logprob) -> dict[str, Any]:
-        data = self.tokenizer.token_bytes(token)
+
+def write_chat_logprobs(output: Output, top: int, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """The log-probabilities of tokens and of the ``top`` best at each place, as chats write them."""
+
+    def alternative(token: int, p: Logprob) -> dict[str, Any]:
+        data = tokenizer.token_bytes(token)
         return {
             "token": token_label(token, p.decoded_token),
             "logprob": finite(p.logprob),
             "bytes": None if data is None else list(data),
         }
+
+    content = []
+    for token, position in zip(output.token_ids, output.logprobs or [], strict=True):
+        best = sorted(position.items(), key=lambda item: item[1].rank)
+        found = [alternative(other, p) for other, p in best if p.rank <= top]
+        content.append({**alternative(token, position[token]), "top_logprobs": found})
+    return content

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,17 +18,18 @@ from ..dynamic.engine.sampling_params import SamplingParams
 from ..dynamic.engine.structured_outputs import StructuredOutputsParams
 from .auth import Caller
 from .bridge import EngineRequest
+from .choices import AnswerWriter
 from .compute_usage import ComputeTally, quality_headers
 from .context import ServerContext
 from .contracts import tenant
 from .errors import ApiError, invalid, overloaded, unavailable
-from .formats import AnswerFormat, Prompt, PromptLogprobs, usage, write_prompt_logprobs
+from .formats import Prompt, Used
 from .json_answer import JsonAnswer
 from .sampling import requested_length, sampling_params, with_length
-from .streaming import DONE, EventStream, aborted_on_disconnect, event
+from .streaming import EventStream, aborted_on_disconnect
 from .structured import compiled_form, ignored_header
 from .submission import ClientGone, EngineFailure, Submission
-from .wire.openai import ChatCompletionRequest, GenerationRequest
+from .wire.openai import GenerationRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Generation:
     body: GenerationRequest
     prompts: Sequence[Prompt]
     params: Sequence[SamplingParams]  # one per prompt
-    format: AnswerFormat
+    writer: AnswerWriter
     form_field: str = ""  # of the request, that asks for a form of the answer
     drop_output: bool = False
 
@@ -95,7 +95,7 @@ class Generation:
             )
             for prompt, params in zip(self.prompts, self.params, strict=True)
         ]
-        self.request.state.log["answer_id"] = self.format.id
+        self.request.state.log["answer_id"] = self.writer.id
         try:
             resolved = [await self._resolve(request) for request in requests]
             submission = await self.context.bridge.submit(resolved)
@@ -152,32 +152,18 @@ class Generation:
         return await self.context.text.run(self._write, outputs, tally)
 
     def _write(self, outputs: Sequence[RequestOutput], tally: ComputeTally) -> Response:
-        choices = [
-            self.format.whole(number, output, result.prompt_logprobs)
-            for number, result in enumerate(outputs)
-            for output in result.outputs
-        ]
-        used = self._usage(
+        used = self._used(
             sum(len(output.token_ids) for result in outputs for output in result.outputs),
             sum(result.num_cached_tokens for result in outputs),
             tally.as_json(),
         )
-        answer = {**self._envelope(self.format.whole_object), "choices": choices, "usage": used}
-        if isinstance(self.body, ChatCompletionRequest) and self.body.prompt_logprobs is not None:
-            answer["prompt_logprobs"] = write_prompt_logprobs(outputs[0].prompt_logprobs)
+        answer = self.writer.whole(outputs, used)
         self._log(used, [output.finish_reason for result in outputs for output in result.outputs])
         return JsonAnswer(answer)
 
     async def _events(self, submission: Submission) -> AsyncIterator[bytes]:
-        envelope = self._envelope(self.format.chunk_object)
-        options = self.body.stream_options
-        include_usage = options is not None and options.include_usage
-        continuous = include_usage and options is not None and options.continuous_usage_stats
-        if include_usage:
-            envelope["usage"] = None  # as in OpenAI's chunks before the last one
         tokens = 0
         cached = [0] * len(self.prompts)
-        prompt_logprobs: list[PromptLogprobs | None] = [None] * len(self.prompts)
         reasons: list[str | None] = []
         tally = self._tally()
         try:
@@ -187,74 +173,41 @@ class Generation:
                     check_delta(delta)
                     cached[number] = max(cached[number], delta.num_cached_tokens)
                     tally.add(delta)
-                    prompt_logprobs[number] = delta.prompt_logprobs or prompt_logprobs[number]
                     for completion in delta.completions:
                         tokens += len(completion.token_ids)
                         if completion.finish_reason is not None:
                             reasons.append(completion.finish_reason)
-                used_before = (before, sum(cached)) if continuous else None
-                arguments = batch, prompt_logprobs, envelope, used_before
-                if any(prompt_logprobs[number] for number, _ in batch):  # those of a long prompt are megabytes
-                    events = await self.context.text.run(self._write_events, *arguments, True)
-                else:
-                    events = self._write_events(*arguments)
+                large = any(delta.prompt_logprobs for _, delta in batch)  # those of a long prompt are megabytes
+                events = await self._written(large, self.writer.add, batch, self._used(before, sum(cached)))
                 if events:
                     yield events
         except ClientGone:
             reasons.append("client_gone")
-            self._log(self._usage(tokens, sum(cached)), reasons)
+            self._log(self._used(tokens, sum(cached)), reasons)
             return
         except EngineFailure as error:
             reasons.append(error.code)
-            self._log(self._usage(tokens, sum(cached)), reasons)
-            # The status line was sent already: errors go in-band now.
-            yield event(failed(error).body()) + DONE
+            self._log(self._used(tokens, sum(cached)), reasons)
+            yield await self._written(False, self.writer.fail, failed(error))
             return
-        used = self._usage(tokens, sum(cached), tally.as_json())
+        used = self._used(tokens, sum(cached), tally.as_json())
         self._log(used, reasons)
-        last = event({**envelope, "choices": [], "usage": used}) if include_usage else b""
-        yield last + DONE
+        yield await self._written(False, self.writer.end, used)
 
-    def _write_events(
-        self,
-        batch: Sequence[tuple[int, RequestDelta]],
-        prompt_logprobs: Sequence[PromptLogprobs | None],
-        envelope: dict[str, Any],
-        used_before: tuple[int, int] | None,
-        large: bool = False,
-    ) -> bytes:
-        """The events of a batch. Each holds the usage so far if ``used_before``, output tokens before the batch and
-        cached ones, is given."""
-        events = []
-        tokens, cached = used_before or (0, 0)
-        for number, delta in batch:
-            for completion in delta.completions:
-                tokens += len(completion.token_ids)
-                if used_before is not None:
-                    envelope = {**envelope, "usage": self._usage(tokens, cached)}
-                choice = self.format.chunk(number, completion, prompt_logprobs[number])
-                if choice is not None:
-                    events.append(event({**envelope, "choices": [choice]}, large))
-        return b"".join(events)
+    async def _written(self, large: bool, write: Callable[..., bytes], *arguments: Any) -> bytes:
+        if large or self.writer.large:
+            return await self.context.text.run(write, *arguments)
+        return write(*arguments)
 
-    def _envelope(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": self.format.id,
-            "object": kind,
-            "created": int(time.time()),
-            "model": self.context.model_name,
-        }
+    def _used(self, completion_tokens: int, cached_tokens: int, compute: dict[str, Any] | None = None) -> Used:
+        prompt_tokens = sum(len(prompt.token_ids) for prompt in self.prompts)
+        return Used(prompt_tokens, 0 if self.drop_output else completion_tokens, cached_tokens, compute)
 
-    def _usage(
-        self, completion_tokens: int, cached_tokens: int, compute: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        return usage(self.prompts, 0 if self.drop_output else completion_tokens, cached_tokens, compute)
-
-    def _log(self, used: dict[str, Any], reasons: Sequence[str | None]) -> None:
+    def _log(self, used: Used, reasons: Sequence[str | None]) -> None:
         self.request.state.log.update(
-            prompt_tokens=used["prompt_tokens"],
-            completion_tokens=used["completion_tokens"],
-            cached_tokens=used["prompt_tokens_details"]["cached_tokens"],
+            prompt_tokens=used.prompt_tokens,
+            completion_tokens=used.completion_tokens,
+            cached_tokens=used.cached_tokens,
             finish=",".join(sorted({reason or "none" for reason in reasons})),
             stream=bool(self.body.stream),
         )

@@ -112,8 +112,10 @@ class BodyReader:
         """Refuse lists that are too long to be validated, also in fields that no model knows."""
         most = {
             "messages": self.limits.max_messages,
+            "input": self.limits.max_messages,
             "tools": self.limits.max_tools,
             "stop": self.limits.max_stop,
+            "stop_sequences": self.limits.max_stop,
             "stop_token_ids": self.limits.max_stop_token_ids,
             "logit_bias": self.limits.max_logit_bias,
             "prompt": self.limits.max_prompts,
@@ -122,10 +124,11 @@ class BodyReader:
             if name in ("prompt", "tokens") and value and isinstance(value, list) and type(value[0]) in (int, float):
                 continue  # one prompt's token ids, which the number of values bounds
             _check_length(name, value, most.get(name, MAX_ENTRIES))
-        messages = fields.get("messages")
-        for message in messages if isinstance(messages, list) else ():
-            for name, value in message.items() if isinstance(message, dict) else ():
-                _check_length(name, value, MAX_ENTRIES, of=" of a message", param="messages")
+        for field in ("messages", "input"):
+            messages = fields.get(field)
+            for message in messages if isinstance(messages, list) else ():
+                for name, value in message.items() if isinstance(message, dict) else ():
+                    _check_length(name, value, MAX_ENTRIES, of=" of a message", param=field)
 
 
 def _check_length(name: str, value: Any, most: int, of: str = "", param: str | None = None) -> None:

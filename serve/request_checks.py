@@ -64,8 +64,7 @@ def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
             "name": message.name,
             "tool_call_id": message.tool_call_id,
             "tool_calls": plain_calls(message.tool_calls) if message.tool_calls else None,
-            "reasoning_content": reasoning,
-            "reasoning": reasoning,
+            **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), reasoning),
         })  # fmt: skip
     return plain
 

@@ -33,6 +33,7 @@ class Limits:
         header_timeout, body_timeout: seconds a client may take to send a header, a body.
         write_timeout: seconds in which a client must take what its connection holds, which is at most some 350 KiB.
         max_open_requests: requests in flight; beyond it the answer is 429.
+        max_stored_responses, max_stored_bytes: responses that are kept for their clients, and their size as JSON.
         max_connections: open connections. Beyond it, or beyond what the limit on open files allows, those end that have
             kept the server waiting longest.
     """
@@ -59,6 +60,8 @@ class Limits:
     body_timeout: float = 60.0
     write_timeout: float = 30.0
     max_open_requests: int = 1024
+    max_stored_responses: int = 1024
+    max_stored_bytes: int = 64 * 1024 * 1024
     max_connections: int = 2048
 
     def __post_init__(self) -> None:

@@ -27,6 +27,11 @@ def event(data: dict[str, Any], large: bool = False) -> bytes:
     return b"data: " + text.encode() + b"\n\n"
 
 
+def named_event(data: dict[str, Any]) -> bytes:
+    """A server-sent event whose name is its type."""
+    return f"event: {data['type']}\n".encode() + event(data)
+
+
 @contextlib.asynccontextmanager
 async def aborted_on_disconnect(receive: Receive, submission: Submission) -> AsyncIterator[None]:
     """Abort the submission if the client disconnects meanwhile; close it in any case at the end."""

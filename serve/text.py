@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -12,6 +13,8 @@ from typing import Any, TypeVar
 from ..dynamic.text.chat_template import ALLOWED_VARIABLES, TemplateEnded
 from ..dynamic.text.tokenizer import Tokenizer
 from .errors import invalid, overloaded, unavailable
+from .reasoning_markers import ReasoningMarkers
+from .reasoning_markers import derive as derive_reasoning
 from .tool_markers import IN_WORDS, PROBE, CallMarkers, derive
 from .tool_messages import introduced, with_text_arguments
 
@@ -22,6 +25,8 @@ LARGE_TEXT = 1 << 16  # characters or tokens
 MAX_RENDERINGS = 256  # conversations that wait for the chat template or are in it
 # Fields of the request, or not supported.
 _RESERVED = frozenset({"tools", "documents"})
+# Variables with an effect that a caller must not wait for in vain.
+_OF_REASONING = ("enable_thinking", "thinking", "thinking_budget", "reasoning_effort")
 
 
 class TextPool:
@@ -42,6 +47,7 @@ class TextPool:
         self._large = ThreadPoolExecutor(1, thread_name_prefix="large")
         self._renderings = 0
         self._markers: tuple[CallMarkers | None] | None = None  # once they have been looked for
+        self._reasoning: tuple[ReasoningMarkers | None] | None = None
 
     async def encode(self, text: str, add_special_tokens: bool, *, param: str = "prompt") -> list[int]:
         """Token ids of a text.
@@ -118,7 +124,13 @@ class TextPool:
                 "add_generation_prompt and continue_final_message exclude each other.", "continue_final_message"
             )
         source = self.tokenizer.chat_source or ""
+        marked = await self.reasoning_markers() is not None
         variables = {**self._effort(source, reasoning_effort), **variables}
+        for name in _OF_REASONING:
+            value = variables.get(name)
+            if value is not None and source and not _reads(source, name) and (marked or value is not False):
+                message = f"chat_template_kwargs.{name} is not supported: the model's chat template does not read it."
+                raise invalid(message, param="chat_template_kwargs", code="unsupported_parameter")
         if tools and self.tokenizer.reads_tools:
             variables["tools"] = list(tools)
         elif tools:
@@ -148,6 +160,44 @@ class TextPool:
             except TemplateEnded as error:
                 raise unavailable(f"{error}.", "chat_template_failed") from error
         return self._markers[0]
+
+    async def reasoning_markers(self) -> ReasoningMarkers | None:
+        """How the model marks its reasoning; None where it has none.
+
+        Raises:
+            ApiError: status 503 when the template's process ended before that was found; the next call tries again.
+        """
+        if self._reasoning is None and not self.tokenizer.has_chat_template:
+            return None
+        if self._reasoning is None:
+            try:
+                self._reasoning = (await _call(self._templates, self._find_reasoning),)
+            except TemplateEnded as error:
+                raise unavailable(f"{error}.", "chat_template_failed") from error
+        return self._reasoning[0]
+
+    async def thinking_variables(self, enabled: bool) -> dict[str, Any]:
+        """Variables of the chat template that turn reasoning on or off.
+
+        Raises:
+            ApiError: status 400 where the template cannot.
+        """
+        markers, source = await self.reasoning_markers(), self.tokenizer.chat_source or ""
+        if (markers is None) != enabled and (markers is None or markers.channels):
+            return {}  # it does so anyway
+        for name in ("enable_thinking", "thinking") if markers is not None and not markers.channels else ():
+            if _reads(source, name):
+                return {name: enabled}
+        if enabled and markers is not None:
+            return {}
+        message = f"thinking cannot be {'enabled' if enabled else 'disabled'} with the model's chat template."
+        raise invalid(message, param="thinking", code="unsupported_parameter")
+
+    def _find_reasoning(self) -> ReasoningMarkers | None:
+        def render(messages: Sequence[Mapping[str, Any]]) -> str:
+            return self.tokenizer.chat_prompt(messages, add_generation_prompt=False)
+
+        return derive_reasoning(render, self.tokenizer.chat_source or "", self.tokenizer.added_tokens)
 
     def _with_probe(self, messages: Sequence[Mapping[str, Any]], begin_next: bool) -> str:
         return self.tokenizer.chat_prompt(messages, add_generation_prompt=begin_next, tools=PROBE)
@@ -193,3 +243,8 @@ class TextPool:
 
 async def _call(pool: ThreadPoolExecutor, function: Callable[..., Result], *arguments: Any) -> Result:
     return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
+
+
+def _reads(source: str, name: str) -> bool:
+    """Whether a template reads a variable, and not just a field or a key of that name."""
+    return re.search(rf"(?<![\w.'\"]){name}\b", source) is not None

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 PATHS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
+PATHS += ("/v1/responses", "/v1/messages", "/v1/messages/count_tokens")
 LISTS = ("prompt", "messages", "stop", "stop_token_ids", "logit_bias", "tokens", "tools", "documents", "metadata", "x")
 LISTS += ("response_format", "structured_outputs", "guided_json", "guided_choice", "guided_regex", "grammar")
+LISTS += ("input", "system", "include", "tool_choice", "thinking", "text", "stop_sequences")
 MEBIBYTE = 1 << 20
 
 
@@ -28,6 +30,9 @@ def _valid(path: str) -> dict[str, object]:
         "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1},
         "/tokenize": {"prompt": "hi"},
         "/detokenize": {"tokens": [5]},
+        "/v1/responses": {"input": "hi", "max_output_tokens": 1},
+        "/v1/messages": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1},
+        "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "hi"}]},
     }[path]
 
 

@@ -70,6 +70,14 @@ def test_litellm(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
             ask(messages=LONG, stream=stream)
     with pytest.raises(litellm.BadRequestError, match="documents"):
         ask(messages=TALK, extra_body={"documents": [{"text": "a"}]})
+    place["model"] = "openai/tiny"
+    answer = litellm.responses(input=TALK, max_output_tokens=12, **{k: place[k] for k in place if k != "max_tokens"})
+    assert answer.output[-1].content[0].text == first.content
+    place |= {"model": "anthropic/tiny", "api_base": server.url}
+    assert litellm.completion(messages=TALK, **place).choices[0].message.content == first.content
+    chunks = list(litellm.completion(messages=TALK, stream=True, **place))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == first.content
+    place = {"api_base": f"{server.url}/v1", "api_key": "none", "max_retries": 0, "temperature": 0, "max_tokens": 12}
     text = litellm.text_completion(model="text-completion-openai/tiny", prompt="The capital", seed=-1, **place)
     assert text.choices[0].text
 
@@ -94,6 +102,10 @@ def test_langchain(server: Any) -> None:
     for call in (chat.invoke, lambda talk: list(chat.stream(talk))):
         with pytest.raises(ContextOverflowError):
             call(LONG)
+    newer = langchain.ChatOpenAI(**place, max_tokens=12, use_responses_api=True)
+    answer = newer.invoke(TALK)
+    assert (answer.text, answer.usage_metadata["output_tokens"]) == (first.content, 12)
+    assert "".join(chunk.text for chunk in newer.stream(TALK)) == first.content
     assert langchain.OpenAI(**place, max_tokens=5).invoke("The capital of")
 
 

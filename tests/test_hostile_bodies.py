@@ -20,6 +20,7 @@ from dynamoe.serve.json_answer import JsonAnswer
 from dynamoe.serve.json_body import ON_LOOP_BYTES, BodyReader, check_shape, parse_json
 from dynamoe.serve.settings import Limits
 from dynamoe.serve.text import TextPool
+from dynamoe.serve.wire.messages import CountTokensRequest, MessagesRequest
 from dynamoe.serve.wire.openai import (
     Body,
     ChatCompletionRequest,
@@ -27,6 +28,7 @@ from dynamoe.serve.wire.openai import (
     DetokenizeRequest,
     TokenizeRequest,
 )
+from dynamoe.serve.wire.responses import ResponsesRequest
 from hostile_bodies import hostile_bodies
 from pydantic import BaseModel, ValidationError
 
@@ -35,6 +37,9 @@ MODELS: dict[str, type[Body]] = {
     "/v1/chat/completions": ChatCompletionRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
+    "/v1/responses": ResponsesRequest,
+    "/v1/messages": MessagesRequest,
+    "/v1/messages/count_tokens": CountTokensRequest,
 }
 
 

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from anthropic.types.message_count_tokens_params import MessageCountTokensParams
+from anthropic.types.message_create_params import MessageCreateParamsBase
 from dynamoe.dynamic.text.tokenizer import Tokenizer
 from dynamoe.serve.errors import ApiError
 from dynamoe.serve.request_checks import RequestChecks, check_supported, plain_messages
 from dynamoe.serve.settings import Limits
 from dynamoe.serve.text import TextPool
 from dynamoe.serve.wire import fields
+from dynamoe.serve.wire.messages import CountTokensRequest, MessagesRequest
 from dynamoe.serve.wire.openai import (
     ChatCompletionRequest,
     ChatMessage,
@@ -24,9 +27,12 @@ from dynamoe.serve.wire.openai import (
     StreamOptions,
     TokenizeRequest,
 )
+from dynamoe.serve.wire.responses import ResponsesRequest
+from openai.types.responses.response_create_params import ResponseCreateParamsBase
 
 CHECKS = RequestChecks(limits=Limits(), vocab_size=320, served_model="tiny")
 PAGE = Path(__file__).parents[1] / "docs" / "rest.md"
+APIS = PAGE.with_name("apis.md")
 
 # The fields of vLLM's request bodies.
 SHARED = """
@@ -73,9 +79,9 @@ def test_every_field_of_vllm_is_honoured_or_refused_or_documented_as_without_eff
     assert set(known.split()) <= {*model.model_fields, *refused, *listed("Without effect")}
 
 
-def listed(heading: str) -> set[str]:
+def listed(heading: str, page: Path = PAGE) -> set[str]:
     """The names in one row of the documentation's table of fields."""
-    (row,) = re.findall(rf"^\| {heading}[^|]*\|(.*)\|$", PAGE.read_text(), re.MULTILINE)
+    (row,) = re.findall(rf"^\| {heading}[^|]*\|(.*)\|$", page.read_text(), re.MULTILINE)
     return set(re.findall(r"`(\w+)`", row))
 
 
@@ -85,10 +91,36 @@ def test_the_documentation_lists_the_refused_fields() -> None:
     assert listed("Refused") & listed("Without effect") == set()
 
 
-@pytest.mark.parametrize("table", ["COMPLETION", "CHAT", "TOKENIZE", "DETOKENIZE"])
+@pytest.mark.parametrize(
+    ("path", "models", "refused", "clients"),
+    [
+        ("/v1/responses", [ResponsesRequest], fields.RESPONSES, [ResponseCreateParamsBase]),
+        (
+            "/v1/messages",
+            [MessagesRequest, CountTokensRequest],
+            fields.MESSAGES,
+            [MessageCreateParamsBase, MessageCountTokensParams],
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_field_of_the_official_clients_is_honoured_or_refused_or_documented_as_without_effect(
+    path: str, models: list[Any], refused: fields.Refused, clients: list[Any]
+) -> None:
+    without_effect = listed(f"Without effect on `{path}`", APIS)
+    for model, client in zip(models, clients, strict=True):
+        assert not set(model.model_fields) & (set(refused) | without_effect)
+        assert set(client.__annotations__) <= {*model.model_fields, *refused, *without_effect}
+    assert listed(f"Also refused by `{path}`", APIS) == set(refused) - set(fields.CHAT)
+    assert set(refused) & without_effect == set()
+
+
+@pytest.mark.parametrize("table", ["COMPLETION", "CHAT", "TOKENIZE", "DETOKENIZE", "RESPONSES", "MESSAGES"])
 def test_refused_fields_are_named_and_their_neutral_values_pass(table: str) -> None:
     models = {"COMPLETION": CompletionRequest, "CHAT": ChatCompletionRequest, "TOKENIZE": TokenizeRequest}
+    models |= {"RESPONSES": ResponsesRequest, "MESSAGES": MessagesRequest}
     needed: dict[str, Any] = {"prompt": "a", "messages": [{"role": "user", "content": "a"}], "tokens": [1]}
+    needed |= {"input": "a", "max_tokens": 1}
     model: Any = models.get(table, DetokenizeRequest)
     needed = {name: value for name, value in needed.items() if name in model.model_fields}
     refused: fields.Refused = getattr(fields, table)
@@ -115,7 +147,7 @@ def chat(*messages: dict[str, Any], **fields: Any) -> ChatCompletionRequest:
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"prompt": "a"}, "prompt"),
-        ({"thinking_token_budget": 5}, "thinking_token_budget"),
+        ({"thinking_budget_tokens": 5}, "thinking_budget_tokens"),
     ],
     ids=lambda value: str(value)[:60],
 )

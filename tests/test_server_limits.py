@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from dynamoe.serve.wire.messages import MessageErrorResponse
 
 COMPLETION = {"prompt": [5, 6], "max_tokens": 2}
 
@@ -306,27 +307,36 @@ def test_bodies_in_a_coding_or_of_two_lengths_are_refused(http: httpx.Client) ->
         assert connection.recv(4096).startswith(b"HTTP/1.1 400")
 
 
-def mutated(rng: random.Random) -> dict[str, Any]:
-    """A completion request of which some fields hold something unexpected."""
+def mutated(rng: random.Random) -> tuple[str, dict[str, Any]]:
+    """A request's path and body, of which some fields hold something unexpected."""
     text = "".join(rng.choices(string.printable + "é€𝄞\x00", k=rng.randrange(12)))
     values: list[Any] = [None, True, -1, 0, 1, 2**31, 2**63, -(2**63), 0.5, -0.0, 1e300, "", text, [], {}, [None], [[]]]
     values += [[text], [1, 2], {"1": 1}, {text: text}, [[1, 2], [3]], list(range(50))]
     names = ["prompt", "max_tokens", "temperature", "top_p", "top_k", "min_p", "n", "seed", "stop", "logprobs", "echo"]
     names += ["stream", "logit_bias", "stop_token_ids", "min_tokens", "repetition_penalty", "presence_penalty", "model"]
     names += ["ignore_eos", "prompt_logprobs", "cache_salt", "priority", "stream_options", "add_special_tokens", text]
+    path = rng.choice(["completions", "completions", "responses", "messages", "messages/count_tokens"])
     body: dict[str, Any] = {"prompt": rng.choice([text, [1, 2, 3], [[4, 5], [6]]]), "max_tokens": 3}
-    return {**body, **{name: rng.choice(values) for name in rng.sample(names, rng.randrange(1, 4))}}
+    if path == "responses":
+        body = {"input": rng.choice([text, [{"role": "user", "content": text}]]), "max_output_tokens": 3}
+        names += ["input", "instructions", "tools", "text", "reasoning", "include", "store", "previous_response_id"]
+    elif path != "completions":
+        body = {"messages": [{"role": "user", "content": text}], "max_tokens": 3}
+        names += ["messages", "system", "tools", "tool_choice", "thinking", "stop_sequences", "output_config"]
+    return f"/v1/{path}", {**body, **{name: rng.choice(values) for name in rng.sample(names, rng.randrange(1, 4))}}
 
 
 def test_random_requests_never_break_the_server(http: httpx.Client) -> None:
     rng = random.Random(0)
     seen = set()
     for _ in range(400):
-        body = mutated(rng)
-        answer = http.post("/v1/completions", json=body)
+        path, body = mutated(rng)
+        answer = http.post(path, json=body)
         seen.add(answer.status_code)
-        assert answer.status_code in (200, 400, 404), (body, answer.text)
-        if answer.status_code != 200:
+        assert answer.status_code in (200, 400, 404), (path, body, answer.text)
+        if answer.status_code != 200 and "messages" in path:
+            MessageErrorResponse.model_validate(answer.json())
+        elif answer.status_code != 200:
             error_of(answer)
     assert seen >= {200, 400}
     assert http.get("/health").status_code == 200

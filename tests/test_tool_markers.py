@@ -12,7 +12,8 @@ import pytest
 from dynamoe.dynamic.engine.outputs import CompletionDelta, CompletionOutput
 from dynamoe.dynamic.text.chat_template import ChatTemplate, TemplateEnded
 from dynamoe.dynamic.text.tokenizer import Tokenizer
-from dynamoe.serve.tool_format import AutoToolFormat
+from dynamoe.serve.answer_parts import AnswerParts, MarkedReader
+from dynamoe.serve.formats import ChatFormat
 from dynamoe.serve.tool_markers import IN_WORDS, PROBE, CallMarkers, derive
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -164,7 +165,12 @@ def tokenizer(make_checkpoint: Callable[..., Path]) -> Tokenizer:
     return Tokenizer.from_directory(make_checkpoint("mixtral"))
 
 
-def streamed(write: AutoToolFormat, pieces: list[str]) -> tuple[str, list[Any], str | None]:
+def writer(tokenizer: Tokenizer, markers: CallMarkers, special: tuple[str, ...] = (), one: bool = False) -> ChatFormat:
+    parts = AnswerParts(tokenizer=tokenizer, reader=lambda: MarkedReader(markers, NAMES, one), special=special)
+    return ChatFormat(id="a", parts=parts, top_logprobs=None)
+
+
+def streamed(write: ChatFormat, pieces: list[str]) -> tuple[str, list[Any], str | None]:
     """The content, calls and finish reason of a stream of these pieces of text."""
     content, calls, reason = "", [], None
     for number, piece in enumerate(pieces):
@@ -172,7 +178,11 @@ def streamed(write: AutoToolFormat, pieces: list[str]) -> tuple[str, list[Any], 
         choice = write.chunk(0, CompletionDelta(0, [], piece, finish_reason="stop" if last else None), None)
         if choice is not None:
             content += choice["delta"].get("content") or ""
-            calls += choice["delta"].get("tool_calls", [])
+            for call in choice["delta"].get("tool_calls", []):
+                if "id" in call:
+                    calls.append(call)
+                else:
+                    calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
             reason = choice["finish_reason"]
     return content, calls, reason
 
@@ -199,11 +209,8 @@ def test_streams_hold_what_whole_answers_hold(
     cuts = sorted(data.draw(st.sets(st.integers(0, len(text)), max_size=10)) | {0, len(text)})
     pieces = [text[a:b] for a, b in itertools.pairwise(cuts)] or [""]
 
-    def write() -> AutoToolFormat:
-        return AutoToolFormat(id="a", tokenizer=tokenizer, top_logprobs=None, markers=markers, names=NAMES, special=())
-
-    whole = write().whole(0, CompletionOutput(0, text, finish_reason="stop"), None)
-    content, parts, reason = streamed(write(), pieces)
+    whole = writer(tokenizer, markers).whole(0, CompletionOutput(0, text, finish_reason="stop"), None)
+    content, parts, reason = streamed(writer(tokenizer, markers), pieces)
     expected = whole["message"].get("tool_calls", [])
     assert [part["function"] for part in parts] == [call["function"] for call in expected]
     assert content.rstrip() == (whole["message"]["content"] or "").rstrip()
@@ -214,8 +221,7 @@ def test_streams_hold_what_whole_answers_hold(
 
 def test_special_tokens_are_no_content_and_one_call_is_the_most(tokenizer: Tokenizer) -> None:
     markers = CallMarkers(before="<c>", separator="<c>")
-    common: dict[str, Any] = {"id": "a", "tokenizer": tokenizer, "top_logprobs": None, "markers": markers}
-    write = AutoToolFormat(**common, names=NAMES, special=("<|x|>",), one_call=True)
+    write = writer(tokenizer, markers, special=("<|x|>",), one=True)
     call = '<c>{"name": "f", "arguments": {}}'
     choice = write.whole(0, CompletionOutput(0, f"<|x|>ok {call}{call}", finish_reason="stop"), None)
     assert choice["message"]["content"] == "ok"

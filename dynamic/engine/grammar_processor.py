@@ -13,6 +13,7 @@ import torch
 
 from ..text.tokenizer_file import run_rust
 from .protocols import ProcessorContext
+from .reasoning import Phase, ReasoningTracker
 from .sampling_params import SamplingParams
 
 Result = TypeVar("Result")
@@ -28,7 +29,8 @@ class GrammarProcessor:
     """Keeps one output in the form that ``structured_outputs`` asks for.
 
     Where the form is complete, the tokens that end the output are allowed too. Its state is a function of the output's
-    tokens. It comes last in a row, so that no other processor can allow what it forbids.
+    tokens. It comes last in a row, so that no other processor can allow what it forbids. The form begins behind a block
+    of reasoning, inside of which only the tokens that end the output are forbidden.
     """
 
     changes_distribution: ClassVar[bool] = True
@@ -42,6 +44,11 @@ class GrammarProcessor:
         self._ended = False  # by one of these, which the matcher does not see
         self._words_W: np.ndarray | None = None  # of the next token, once they are needed
         self._count = 0  # of the tokens that they allow
+        self._reasoning: ReasoningTracker | None = None
+        if context.params.reasoning is not None:
+            assert context.tokenizer is not None
+            self._reasoning = ReasoningTracker(context.params.reasoning, context.tokenizer, formed=True)
+        self._in_form = bytearray()  # per token, where there may be reasoning: whether it belongs to the form
 
     @staticmethod
     def needed(params: SamplingParams) -> bool:
@@ -50,7 +57,7 @@ class GrammarProcessor:
     @staticmethod
     def compute_masks(processors: Sequence[GrammarProcessor]) -> None:
         """Find the next tokens of several outputs at once, on several threads; each would find the same alone."""
-        missing = [processor for processor in processors if processor._words_W is None]
+        missing = [processor for processor in processors if processor._words_W is None and processor._follows]
         executor = missing[0]._grammar.executor if len(missing) >= TOGETHER else None
         if executor is None:
             return
@@ -67,6 +74,9 @@ class GrammarProcessor:
                 processor._take(words_W)
 
     def edit(self, logits_V: torch.Tensor) -> None:
+        if not self._follows and self._forced is None:
+            logits_V[torch.from_numpy(self._ends).to(logits_V.device)] = -torch.inf
+            return
         if (few := self.few_allowed()) is not None:
             ids_N = torch.from_numpy(few).to(logits_V.device)
             kept_N = logits_V[ids_N]
@@ -87,22 +97,37 @@ class GrammarProcessor:
         Raises:
             GrammarError: the grammar has become too complex to be followed.
         """
+        if not self._follows:
+            return None if self._forced is None else np.array([self._forced], dtype=np.int64)
         words_W = self._allowed()
         return _tokens(words_W, self._vocab_size) if self._count <= FEW else None
 
     def fits(self, token_id: int) -> bool:
         """Whether the output may go on with this token; far cheaper than to find all that may come next."""
+        if not self._follows:
+            return token_id == self._forced if self._forced is not None else token_id not in self._ends
         if self._words_W is not None:
             return bool(self._words_W[token_id // 32] >> (token_id % 32) & 1)
+        if self._reasoning is not None and self._reasoning.undecided and token_id == self._reasoning.begin_ids[0]:
+            return True
         if token_id in self._ends and self._accepting():
             return True
         # Whatever is wrong with the grammar is found again when all tokens are looked for.
         return not self._matcher.is_error() and _call(lambda: self._matcher.validate_tokens([token_id])) == 1
 
     @property
+    def _follows(self) -> bool:
+        """Whether the form says what comes next."""
+        return self._reasoning is None or self._reasoning.over or self._reasoning.undecided
+
+    @property
+    def _forced(self) -> int | None:
+        return None if self._reasoning is None else self._reasoning.forced
+
+    @property
     def complete(self) -> bool:
         """Whether the output has the wanted form, and nothing could follow but its end."""
-        if self._ended or self._matcher.is_error():
+        if self._ended or self._matcher.is_error() or not (self._reasoning is None or self._reasoning.over):
             return False
         if self._matcher.is_stopped():
             return True
@@ -115,14 +140,34 @@ class GrammarProcessor:
         return few is not None and bool(np.isin(few, self._ends).all())
 
     def accept(self, token_id: int) -> None:
+        if self._reasoning is not None and self._reads(self._reasoning, token_id):
+            self._words_W = None
+            return
         self._words_W = None
         if token_id in self._ends and self._accepting():
             self._ended = True
         elif not _call(lambda: self._matcher.consume_token(token_id)):
             raise self._error()
 
+    def _reads(self, reasoning: ReasoningTracker, token_id: int) -> bool:
+        """Follow the reasoning; whether the token belongs to it and not to the form."""
+        in_form = self._follows
+        if reasoning.undecided and token_id == reasoning.begin_ids[0]:
+            in_form = _call(lambda: self._matcher.validate_tokens([token_id])) == 1
+        reasoning.accept(token_id, in_form)
+        self._in_form.append(in_form)
+        place = reasoning.place
+        if not in_form and place.phase is Phase.AFTER and place.tail.strip():
+            raise GrammarError("the output cannot keep its form: a token holds the end of the reasoning and more")
+        return not in_form
+
     def rollback(self, count: int) -> None:
         self._words_W = None
+        if self._reasoning is not None:
+            self._reasoning.rollback(count)
+            first = len(self._in_form) - count
+            count = sum(self._in_form[first:])
+            del self._in_form[first:]
         if self._ended and count:
             self._ended = False
             count -= 1
@@ -134,6 +179,8 @@ class GrammarProcessor:
         other._grammar, other._matcher = self._grammar, self._matcher.deep_copy()
         other._vocab_size, other._ends, other._ended = self._vocab_size, self._ends, self._ended
         other._words_W, other._count = self._words_W, self._count
+        other._reasoning = None if self._reasoning is None else self._reasoning.fork()
+        other._in_form = self._in_form[:]
         return other
 
     def _accepting(self) -> bool:
@@ -152,6 +199,9 @@ class GrammarProcessor:
         words_W[self._vocab_size // 32 :] &= np.uint32((1 << self._vocab_size % 32) - 1)  # not the library's end
         if self._accepting():
             np.bitwise_or.at(words_W, self._ends // 32, (1 << (self._ends % 32)).astype(np.uint32))
+        if self._reasoning is not None and self._reasoning.undecided:
+            word, bit = divmod(self._reasoning.begin_ids[0], 32)
+            words_W[word] |= np.uint32(1 << bit)
         self._words_W, self._count = words_W, int(np.bitwise_count(words_W).sum())
         return words_W
 

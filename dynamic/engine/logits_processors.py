@@ -19,6 +19,7 @@ import torch
 
 from .grammar_processor import GrammarProcessor
 from .protocols import LogitsProcessor, ProcessorContext
+from .reasoning import ReasoningProcessor
 from .sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -251,7 +252,10 @@ class Penalties(_OfRows):
 
 
 # How processors follow each other. LogitsProcessor stands for the plug-ins, in the order in which they are given.
-ORDER: tuple[Any, ...] = (AllowedTokens, BadWords, LogitBias, MinTokens, LogitsProcessor, Penalties, GrammarProcessor)
+ORDER: tuple[Any, ...] = (
+    *(AllowedTokens, BadWords, LogitBias, MinTokens, LogitsProcessor, Penalties),
+    *(ReasoningProcessor, GrammarProcessor),
+)
 
 
 def processor_classes(plugins: Iterable[type[LogitsProcessor]] = ()) -> tuple[type[LogitsProcessor], ...]:

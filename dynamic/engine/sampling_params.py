@@ -8,6 +8,7 @@ from typing import Any
 
 from ...kernels.api.ranges import check_flags, check_ranges, is_whole
 from .quality import Quality, read_quality
+from .reasoning_params import ReasoningParams
 from .structured_outputs import StructuredOutputsParams, read_structured_outputs
 
 GREEDY_EPSILON = 1e-5  # temperatures below this are greedy
@@ -38,6 +39,8 @@ class SamplingParams:
         detokenize: turn ids into text; off, ``text`` stays empty and ``stop`` must be empty.
         structured_outputs: the form that the output must have; a :class:`StructuredOutputsParams`, the same of vLLM's,
             or a mapping of its fields. It ends where the form is complete. guided_decoding: its older name.
+        reasoning: how the model writes reasoning in front of its answer, and how long that may be; the form of
+            ``structured_outputs`` begins behind it. A :class:`ReasoningParams`. None: nothing is known of it.
         quality: ``exact``: every token comes from all layers and experts. A :class:`Quality`, or a mapping of its
             fields: the risk that the caller accepts; the engine spends what a certificate says that it needs, or runs
             exactly where there is none, and says which. None: what ``exit_thresholds``, ``expert_keep`` and
@@ -78,6 +81,7 @@ class SamplingParams:
     detokenize: bool = True
     structured_outputs: StructuredOutputsParams | None = None
     guided_decoding: Any = None
+    reasoning: ReasoningParams | None = None
     quality: str | Quality | None = "exact"
     exit_thresholds: dict[int, float] = field(default_factory=dict)
     expert_keep: float | Mapping[int, float] | None = None
@@ -113,6 +117,8 @@ class SamplingParams:
         """Of what callers in Python may give; other types would be cut to whole numbers, or taken for true, later."""
         check_flags(self)
         check_ranges(self, "seed")
+        if not isinstance(self.reasoning, ReasoningParams | None):
+            raise ValueError(f"reasoning must be ReasoningParams, not {str(self.reasoning)[:100]!r}")
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             for token in getattr(self, name) or ():
                 if not is_whole(token):

@@ -196,6 +196,16 @@ class Tokenizer:
         return self.backend.id_to_token(token_id)
 
     @cached_property
+    def special_names(self) -> tuple[str, ...]:
+        """The texts of special tokens."""
+        return tuple(sorted(name for token in self.special_ids if (name := self.token_name(token))))
+
+    @property
+    def added_tokens(self) -> list[str]:
+        """The texts of tokens that are not the vocabulary's own, special ones among them."""
+        return [token.content for token in self.backend.get_added_tokens_decoder().values()]
+
+    @cached_property
     def _anchor_ids(self) -> list[int]:
         return self.encode("a", add_special_tokens=False)
 

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from ...dynamic.text.detokenizer import TokenStarts
+from ..choices import ChoicesWriter
 from ..context import ServerContext
 from ..formats import CompletionFormat, Prompt
 from ..generation import Generation, params_per_prompt
@@ -48,7 +49,7 @@ def completion_routes(context: ServerContext) -> APIRouter:
             body=body,
             prompts=prompts,
             params=params_per_prompt(context, body, prompts, COMPLETION_MAX_TOKENS, form),
-            format=answer,
+            writer=ChoicesWriter(body=body, model=context.model_name, format=answer),
             form_field=form_field,
             drop_output=drop_output,
         ).respond()

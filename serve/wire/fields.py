@@ -52,7 +52,6 @@ _ANSWER: Refused = {
     "epsilon_cutoff": (0,),
     "extra_key": (),
     "format": (),
-    "include_reasoning": (True,),
     "kv_transfer_params": (),
     "length_penalty": (1,),
     "logits_processors": ([],),
@@ -72,7 +71,7 @@ _ANSWER: Refused = {
     "num_beams": (1,),
     "options": ({},),
     "post_sampling_probs": (False,),
-    "reasoning_format": ("none",),
+    "reasoning_format": ("auto", "deepseek"),
     "repeat_penalty": (1,),
     "repetition_detection": (),
     "response_fields": ([],),
@@ -87,7 +86,7 @@ _ANSWER: Refused = {
     "return_tokens": (False,),
     "return_tokens_as_token_ids": (False,),
     "samplers": (),
-    "separate_reasoning": (False,),
+    "separate_reasoning": (True,),
     "session_params": ({},),
     "spaces_between_special_tokens": (True,),
     "stop_regex": ([],),
@@ -96,7 +95,6 @@ _ANSWER: Refused = {
     "tfs_z": (1,),
     "thinking_budget_tokens": (-1,),
     "thinking_forced_open": (False,),
-    "thinking_token_budget": (-1,),
     "timings_per_token": (False,),
     "top_a": (0,),
     "top_n_sigma": (0, -1),
@@ -113,6 +111,8 @@ _ANSWER: Refused = {
 COMPLETION: Refused = {
     **_PROMPT,
     **_ANSWER,
+    "include_reasoning": (True,),
+    "thinking_token_budget": (-1,),
     "continue_final_message": (False,),
     "max_completion_tokens": (),
     "messages": (),
@@ -122,6 +122,45 @@ COMPLETION: Refused = {
     "top_logprobs": (0,),
 }
 CHAT: Refused = {**_PROMPT, **_ANSWER, "prompt": ()}
+# What /v1/responses and /v1/messages have beside the fields of a chat.
+RESPONSES: Refused = {
+    **{name: values for name, values in (_PROMPT | _ANSWER).items() if name != "reasoning"},
+    "add_generation_prompt": (),
+    "background": (False,),
+    "background_options": (),
+    "continue_final_message": (False,),
+    "echo": (False,),
+    "image": (),
+    "logprobs": (False,),
+    "max_completion_tokens": (),
+    "max_tokens": (),
+    "context_management": ([],),
+    "conversation": (),
+    "max_tool_calls": (),
+    "messages": (),
+    "moderation": (),
+    "prompt": (),
+    "reasoning_effort": (),
+    "truncation": ("disabled",),
+}
+MESSAGES: Refused = {
+    **{name: values for name, values in (_PROMPT | _ANSWER).items() if name not in ("thinking",)},
+    "add_generation_prompt": (),
+    "container": (),
+    "continue_final_message": (False,),
+    "echo": (False,),
+    "logprobs": (False,),
+    "max_completion_tokens": (),
+    "parallel_tool_calls": (True,),
+    "top_logprobs": (0,),
+    "context_management": (),
+    "diagnostics": (),
+    "inference_geo": (),
+    "mcp_servers": ([],),
+    "prompt": (),
+    "reasoning_effort": (),
+    "speed": ("standard",),
+}
 TOKENIZE: Refused = {
     **_PROMPT,
     "add_special": (),
@@ -142,6 +181,7 @@ MESSAGE: Refused = {
 HINTS: dict[str, str] = dict.fromkeys(
     ("enable_thinking", "thinking", "thinking_budget"), "; chat_template_kwargs may hold it"
 )
+HINTS["thinking_budget_tokens"] = "; use thinking_token_budget"
 HINTS |= dict.fromkeys(("partial", "prefix"), "; continue_final_message does that")
 HINTS |= dict.fromkeys(("format", "structural_tag"), "; response_format and structured_outputs do that")
 HINTS |= dict.fromkeys(("max_completion_tokens", "max_new_tokens", "n_predict"), "; use max_tokens")

@@ -278,6 +278,10 @@ class ChatCompletionRequest(ConversationRequest, GenerationRequest):
         None, description="auto (default with tools), none, required, or a function of tools by name."
     )
     parallel_tool_calls: bool | None = Field(None, description="false: one call at most.")
+    thinking_token_budget: Annotated[int, Field(ge=-1, le=INT32_MAX), LAX] | None = Field(
+        None, description="Tokens after which a block of reasoning is closed; -1, like none: never."
+    )
+    include_reasoning: bool | None = Field(None, description="false: leave the reasoning out of the answer.")
     max_tokens: Positive | None = None
     max_completion_tokens: Positive | None = Field(
         None, description="The newer name of max_tokens. Without either: up to the model's maximum length."

@@ -34,6 +34,12 @@ class PromptTokensDetails(Answer):
     cached_tokens: int
 
 
+class CompletionTokensDetails(Answer):
+    """What the generated tokens were."""
+
+    reasoning_tokens: int
+
+
 class ComputeUsage(Answer):
     """What was executed for the request, counted at kernel launches, prompts included.
 
@@ -73,6 +79,7 @@ class Usage(Answer):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails | None = None
+    completion_tokens_details: CompletionTokensDetails | None = None
     compute: ComputeUsage | None = None
 
 
@@ -168,6 +175,8 @@ class AssistantMessage(Answer):
 
     role: Literal["assistant"]
     content: str | None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
     refusal: None = None
     tool_calls: list[AnsweredCall] | None = None
 
@@ -199,6 +208,8 @@ class ChatDelta(Answer):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
     tool_calls: list[AnsweredCall] | None = None
 
 
