@@ -6,7 +6,7 @@ Shape suffixes are explained in ``types.py``; X stands for whatever the last dim
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -14,8 +14,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..api.formats import MXFP4, UNQUANTIZED, ActivationScheme
+from ..api import formats
+from ..api.formats import FP8, MXFP4, UNQUANTIZED, ActivationScheme, Format
+from ..api.packed_weight import PackedWeight
 from ..api.quantized_weight import QuantizedWeight
+from ..api.rounding import Rounding
 from ..api.types import ExpertWeights, LinearWeights, Routing
 from ..torch.backend import TorchBackend
 from ..torch.experts import PlainExperts
@@ -23,7 +26,8 @@ from ..torch.quantized import QuantExperts
 from .layout import BLOCK, GATED, PLAIN_ACTIVATIONS, activation_number, join_gate_up_bias, padded
 
 log = logging.getLogger(__name__)
-_MOST_CODES = 1 << 26  # unpacked at once
+_ROUNDED = (torch.float32, torch.bfloat16, torch.float16)  # that the kernels round
+_NAMES = {form.cpu: form.name for form in vars(formats).values() if isinstance(form, Format) and form.cpu is not None}
 _SCALES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e8m0fnu)
 
 
@@ -150,26 +154,31 @@ class CpuQuantExperts:
         return torch.ops.dynamoe_cpu.quant_experts.default(self.isa, x_TD, *packed, self.shape, *parts)
 
 
-class _Codes(NamedTuple):
-    """One byte per weight, (…, O, I), scales (…, O, G), and offsets likewise or None.
+class _Values(NamedTuple):
+    """What a weight has beside its codes: scales (…, O, G), and offsets likewise or None.
 
     With two levels of scales those of groups are bytes, and there are outer ones.
     """
 
-    codes: torch.Tensor
     scales: torch.Tensor
     offsets: torch.Tensor | None
     outer_scales: torch.Tensor | None = None
     outer_offsets: torch.Tensor | None = None
 
 
-def _pack(isa: int, weight: QuantizedWeight, stored: _Codes, scheme: ActivationScheme) -> tuple[torch.Tensor, Layout]:
-    offsets, two_level = stored.offsets, stored.outer_scales is not None
-    types = (torch.float8_e8m0fnu,) if weight.format == MXFP4 else _SCALES[1:3]
-    dtype = next(d for d in (*types, torch.float32) if two_level or _holds(d, stored.scales))
+def _pack(
+    isa: int, weight: QuantizedWeight, codes: Sequence[torch.Tensor], values: _Values, scheme: ActivationScheme
+) -> tuple[torch.Tensor, Layout]:
+    """Codes as ``pack_quant`` takes them, with values (O, G) of all outputs in blocks, those that fill them up too."""
+    offsets, two_level = values.offsets, values.outer_scales is not None
+    if values.scales.dtype == torch.uint8 and not two_level:  # exponents
+        dtype, values = torch.float8_e8m0fnu, values._replace(scales=(values.scales.int() << 23).view(torch.float32))
+    else:
+        types = () if weight.format == MXFP4 else _SCALES[1:3]
+        dtype = next(d for d in (*types, torch.float32) if two_level or _holds(d, values.scales))
     kind = int(offsets is not None)
     if offsets is not None and not two_level and not _holds(dtype, offsets):
-        zeros = _zero_points(stored.scales, offsets)
+        zeros = _zero_points(values.scales, offsets)
         if zeros is None:
             dtype = torch.float32
         else:
@@ -177,44 +186,25 @@ def _pack(isa: int, weight: QuantizedWeight, stored: _Codes, scheme: ActivationS
     assert weight.format.cpu is not None
     layout = Layout(
         format=weight.format.cpu,
-        outputs=stored.codes.shape[0],
+        outputs=values.scales.shape[0],
         inputs=weight.in_features,
         group=_group(weight),
         offsets=kind,
         byte_rows=int(scheme.kind != "none"),
         scale_type=_SCALES.index(dtype),
     )
-    parts = _map(lambda t: t.contiguous(), stored._replace(offsets=offsets))
-    return torch.ops.dynamoe_cpu.pack_quant.default(isa, *parts, layout), layout
-
-
-def _pack_by_parts(
-    isa: int, weight: QuantizedWeight, codes_of: Callable[[slice], _Codes], scheme: ActivationScheme
-) -> tuple[torch.Tensor, Layout]:
-    """Experts, some at a time, because their codes take a byte each on the way."""
-    count = weight.num_experts
-    assert count is not None
-    step = max(1, _MOST_CODES // (weight.out_features * weight.in_features))
-    parts = [_pack(isa, weight, codes_of(slice(at, at + step)), scheme) for at in range(0, count, step)]
-    layouts = {layout._replace(outputs=0) for _, layout in parts}
-    if len(parts) == 1:
-        return parts[0]
-    if len(layouts) > 1:  # scales of all together are of the type that holds them all
-        return _pack(isa, weight, codes_of(slice(0, count)), scheme)
-    packed = torch.ops.dynamoe_cpu.allocate(sum(words.numel() for words, _ in parts))
-    torch.cat([words.view(-1) for words, _ in parts], out=packed)
-    return packed, layouts.pop()._replace(outputs=sum(layout.outputs for _, layout in parts))
+    parts = _map(lambda t: t.contiguous(), values._replace(offsets=offsets))
+    stored = [data.contiguous() if data.dtype == torch.int8 else data.contiguous().view(torch.uint8) for data in codes]
+    return torch.ops.dynamoe_cpu.pack_quant.default(isa, stored, *parts, layout), layout
 
 
 def _holds(dtype: torch.dtype, values: torch.Tensor) -> bool:
-    """Whether a dtype has exactly these values; of bfloat16 only normal numbers and zeros are used, of powers of two
-    only normal ones."""
+    """Whether a dtype has exactly these values; of bfloat16 only normal numbers and zeros are used."""
     if dtype == torch.float32:
         return True
     same = (values.to(dtype).float() == values) & values.isfinite()
-    if dtype in (torch.bfloat16, torch.float8_e8m0fnu):
-        zero = (values == 0) & (dtype == torch.bfloat16)
-        same &= zero | (values.abs() >= torch.finfo(torch.float32).tiny)
+    if dtype == torch.bfloat16:
+        same &= (values == 0) | (values.abs() >= torch.finfo(torch.float32).tiny)
     return bool(same.all())
 
 
@@ -229,27 +219,32 @@ def _group(weight: QuantizedWeight) -> int:
     return weight.group or weight.in_features
 
 
-def _read(weight: QuantizedWeight, has_offsets: bool = False) -> _Codes:
-    """A weight's codes; with zero offsets where ``has_offsets`` asks for some that it does not need."""
-    codes = weight.codes()
-    if weight.format.codes.dtype == torch.float8_e4m3fn and bool(((codes & 127) == 127).any()):
+def _have_halves(*weights: QuantizedWeight) -> bool:
+    """Whether halves of all scales, which are powers of two, are normal numbers."""
+    ends = [end for weight in weights for end in weight.scale.view(torch.uint8).aminmax()]
+    return all(2 <= int(end) < 255 for end in ends)
+
+
+def _read(weight: QuantizedWeight, has_offsets: bool = False, exponents: bool = False) -> _Values:
+    """A weight's scales and offsets; with zero offsets where ``has_offsets`` asks for some that it does not need, and
+    with the exponents of powers of two in place of these, as uint8."""
+    if weight.format == FP8 and bool(((weight.data.view(torch.uint8) & 127) == 127).any()):
         raise ValueError(f"an {weight.format.name} weight of shape {weight.shape} holds NaN")
     if weight.format == MXFP4:  # the kernels' numbers are whole: twice what codes stand for
-        return _Codes(codes, weight.scales() / 2, None)
+        return _Values(weight.scale.view(torch.uint8) - 1 if exponents else weight.scales() / 2, None)
     if not weight.format.two_level:
-        return _Codes(codes, weight.scales(), weight.offsets() if has_offsets or weight.needs_offsets else None)
+        return _Values(weight.scales(), weight.offsets() if has_offsets or weight.needs_offsets else None)
     offset, wants_offsets = weight.offset, weight.format.offsets
     if weight.outer_scale is None or (wants_offsets and (offset is None or weight.outer_offset is None)):
         wanted = "two levels of scales" + (" and of offsets" if wants_offsets else "")
         raise ValueError(f"{weight.format.name} weights have {wanted}, not {', '.join(sorted(weight.tensors()))}")
-    scales = (weight.scale.view(torch.uint8), offset, weight.outer_scale, weight.outer_offset)
-    return _Codes(codes, *scales)
+    return _Values(weight.scale.view(torch.uint8), offset, weight.outer_scale, weight.outer_offset)
 
 
-def _map(function: Callable[..., torch.Tensor], *stored: _Codes) -> _Codes:
-    """``function`` of the codes, of the scales, and of whatever else there is."""
-    fields = zip(*stored, strict=True)
-    return _Codes(*(None if tensors[0] is None else function(*tensors) for tensors in fields))  # type: ignore[arg-type]
+def _map(function: Callable[..., torch.Tensor], *values: _Values) -> _Values:
+    """``function`` of the scales, and of whatever else there is."""
+    fields = zip(*values, strict=True)
+    return _Values(*(None if tensors[0] is None else function(*tensors) for tensors in fields))  # type: ignore[arg-type]
 
 
 def _interleaved(gate_EFX: torch.Tensor, up_EFX: torch.Tensor) -> torch.Tensor:
@@ -275,18 +270,79 @@ class CpuQuantPacking(TorchBackend):
         roomy[: len(part)] = part
         return roomy
 
+    def quantize(self, rounding: Callable[[torch.Tensor], QuantizedWeight], weight: torch.Tensor) -> QuantizedWeight:
+        rounded = self._rounded(rounding, weight) if isinstance(rounding, Rounding) else None
+        return rounding(weight) if rounded is None else rounded  # which also says what is wrong
+
+    def _rounded(self, rounding: Rounding, weight: torch.Tensor) -> QuantizedWeight | None:
+        """None for weights that the kernels do not round, and those that are not finite."""
+        if weight.dim() not in (2, 3) or not weight.numel() or weight.dtype not in _ROUNDED:
+            return None
+        form, group, inputs = rounding.format, rounding.group, weight.shape[-1]
+        form.check_group(group, rounding.block_out)
+        source = weight if weight.stride(-1) == 1 else weight.contiguous()
+        codes, scale, zero, finite = torch.ops.dynamoe_cpu.round_weight.default(
+            source, form.cpu, group or 0, rounding.block_out, rounding.symmetric
+        )
+        if not finite:
+            return None
+        return QuantizedWeight(
+            format=form,
+            data=codes.view(form.codes.dtype),
+            scale=scale,
+            inputs=inputs if form.codes.bits < 8 else None,
+            group=group,
+            block_out=rounding.block_out,
+            zero=zero if zero.numel() else None,
+        )
+
     def pack_quantized_linear(
         self, weight_OI: QuantizedWeight, bias_O: torch.Tensor | None = None, scheme: ActivationScheme = UNQUANTIZED
     ) -> LinearWeights:
         scheme.check(weight_OI.format, weight_OI.group)
         if weight_OI.format.cpu is None:
             return self.pack_linear(self._dequantized(weight_OI, scheme), bias_O)
-        self.formats.add(weight_OI.format.name)
-        packed, layout = _pack(self._isa, weight_OI, _read(weight_OI), scheme)
-        outputs = weight_OI.out_features
-        part = Part(layout, packed.numel() // -(-outputs // BLOCK))
-        data = CpuLinear(self._isa, packed, self._padded(bias_O), outputs, (part,))
-        return LinearWeights.of(weight_OI.shape, self.dtype, data, packed, data.bias)
+        exponents = weight_OI.format == MXFP4 and _have_halves(weight_OI)
+        values = _read(weight_OI, exponents=exponents)
+        words, layout = _pack(self._isa, weight_OI, [weight_OI.data], values, scheme)
+        return self.packed_linear(PackedWeight(shape=weight_OI.shape, words=(words,), layouts=(layout,)), bias_O)
+
+    def packed_weight(self, weights: LinearWeights | ExpertWeights) -> PackedWeight | None:
+        data = weights.data
+        if isinstance(data, CpuLinear) and len(data.parts) == 1 and not data.skip:
+            shape = (weights.out_features, weights.in_features)  # type: ignore[union-attr]
+            return PackedWeight(shape=shape, words=(data.packed,), layouts=(data.parts[0].layout,))
+        if isinstance(data, CpuQuantExperts):
+            num_experts, hidden, width, _ = data.shape
+            layouts = (data.gate_up_layout, data.down_layout)
+            return PackedWeight(shape=(num_experts, width, hidden), words=(data.gate_up, data.down), layouts=layouts)
+        return None
+
+    def packed_linear(self, packed: PackedWeight, bias_O: torch.Tensor | None) -> LinearWeights:
+        (words,), (layout,) = packed.words, (Layout(*numbers) for numbers in packed.layouts)
+        self._runs(layout)
+        part = Part(layout, words.numel() // -(-layout.outputs // BLOCK))
+        data = CpuLinear(self._isa, words, self._padded(bias_O), layout.outputs, (part,))
+        return LinearWeights.of(packed.shape, self.dtype, data, words, data.bias)
+
+    def packed_experts(self, packed: PackedWeight, activation: str, *biases: torch.Tensor | None) -> ExpertWeights:
+        number = self._activation(activation)
+        gate_up, down = (Layout(*numbers) for numbers in packed.layouts)
+        self._runs(gate_up, down)
+        gate_EF, up_EF, down_ED = biases
+        joined = join_gate_up_bias(gate_EF, up_EF), self._padded(down_ED)
+        num_experts, width, hidden = packed.shape
+        words = packed.words
+        shape = (num_experts, hidden, width, number)
+        data = CpuQuantExperts(self._isa, words[0], gate_up, words[1], down, *joined, shape)
+        return ExpertWeights.of(packed.shape, activation, self.dtype, data, *words, *joined)
+
+    def allocate(self, words: int) -> torch.Tensor:
+        return torch.ops.dynamoe_cpu.allocate(words)
+
+    def _runs(self, *layouts: Layout) -> None:
+        """Note the formats that this backend runs."""
+        self.formats.update(_NAMES[layout.format] for layout in layouts)
 
     def join_linear(self, *parts: LinearWeights) -> LinearWeights:
         layers: list[CpuLinear] = [part.data for part in parts]
@@ -306,8 +362,6 @@ class CpuQuantPacking(TorchBackend):
         if any(weight.format.cpu is None for weight in experts.weights):
             gate, up, down = (self._dequantized(weight, experts.scheme) for weight in experts.weights)
             return self._pack_experts(PlainExperts(gate, up, down, *experts.biases), activation)
-        self.formats.update(weight.format.name for weight in experts.weights)
-        number = self._activation(activation)
         gate_EFD, up_EFD, down_EDF = experts.weights
         if gate_EFD.format != up_EFD.format or _group(gate_EFD) != _group(up_EFD):
             raise ValueError(
@@ -315,19 +369,16 @@ class CpuQuantPacking(TorchBackend):
                 f"{up_EFD.format.name} in groups of {_group(up_EFD)}"
             )
         has_offsets = gate_EFD.needs_offsets or up_EFD.needs_offsets
-
-        def gate_up_codes(part: slice) -> _Codes:
-            return _map(_interleaved, *(_read(weight.experts(part), has_offsets) for weight in (gate_EFD, up_EFD)))
-
-        def down_codes(part: slice) -> _Codes:
-            return _map(lambda t: _padded_rows(t, BLOCK).flatten(0, 1), _read(down_EDF.experts(part)))
-
-        first = _pack_by_parts(self._isa, gate_EFD, gate_up_codes, experts.scheme)
-        second = _pack_by_parts(self._isa, down_EDF, down_codes, experts.scheme)
-        biases = join_gate_up_bias(experts.gate_bias_EF, experts.up_bias_EF), self._padded(experts.down_bias_ED)
-        num_experts, width, hidden = gate_EFD.shape
-        data = CpuQuantExperts(self._isa, *first, *second, *biases, (num_experts, hidden, width, number))
-        return ExpertWeights.of(gate_EFD.shape, activation, self.dtype, data, first[0], second[0], *biases)
+        exponents = gate_EFD.format == MXFP4 and _have_halves(gate_EFD, up_EFD)
+        gate_up_values = _map(_interleaved, *(_read(weight, has_offsets, exponents) for weight in (gate_EFD, up_EFD)))
+        first = _pack(self._isa, gate_EFD, [gate_EFD.data, up_EFD.data], gate_up_values, experts.scheme)
+        exponents = down_EDF.format == MXFP4 and _have_halves(down_EDF)
+        down_values = _map(lambda t: _padded_rows(t, BLOCK).flatten(0, 1), _read(down_EDF, exponents=exponents))
+        second = _pack(self._isa, down_EDF, [down_EDF.data], down_values, experts.scheme)
+        words, layouts = zip(first, second, strict=True)
+        return self.packed_experts(
+            PackedWeight(shape=gate_EFD.shape, words=words, layouts=layouts), activation, *experts.biases
+        )
 
     def _activation(self, activation: str) -> int:
         """What the kernels call an activation."""

@@ -1,0 +1,134 @@
+#include "quant/packing.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "ops/parallel.h"
+
+namespace dynamoe_cpu {
+namespace {
+
+void write_scales(const QuantLayout& layout, const GroupValues& values, int64_t output, int64_t group, char* block) {
+  const int64_t o = output % kBlockOutputs, at = output * layout.groups() + group;
+  char* section = block + layout.section_at(group);
+  if (!layout.two_level()) {
+    write_scale(values.scales[at], section + layout.bytes_per_scale() * o, layout.scale_type);
+    if (layout.has_offsets()) write_offset(layout, section, o, values.offsets[at]);
+    return;
+  }
+  const int64_t outer = output * ceil_div(layout.inputs, kOuterInputs) + group / layout.section_groups();
+  uint8_t* codes = const_cast<uint8_t*>(scale_codes(layout, section, group % layout.section_groups())) + o;
+  *codes = values.scale_codes[at];
+  std::memcpy(section + 2 * o, values.outer_scales + outer, 2);
+  if (!layout.has_offsets()) return;
+  codes[layout.section_groups() * kBlockOutputs] = values.offset_codes[at];
+  std::memcpy(section + 2 * (kBlockOutputs + o), values.outer_offsets + outer, 2);
+}
+
+// Bits of a word that belong to `left` codes of so many bits.
+uint32_t first_codes(int64_t left, int bits) { return left * bits < 32 ? (1u << left * bits) - 1 : ~0u; }
+
+using Rows32 = const uint8_t* [kBlockOutputs];  // null where there is none
+
+// Words of the 32 rows from a byte on, side by side.
+void transpose(const Kernels& kernels, const Rows32& rows, int64_t first, int64_t bytes, uint32_t* out) {
+  const void* from[kBlockOutputs];
+  for (int o = 0; o < kBlockOutputs; ++o) from[o] = rows[o] ? rows[o] + first : nullptr;
+  kernels.transpose_words(out, kBlockOutputs, from, kBlockOutputs, static_cast<int>(bytes));
+}
+
+void pack_bytes(const Kernels& kernels, const Rows32& rows, int64_t begin, int64_t n, bool with_sign, uint32_t* out) {
+  transpose(kernels, rows, begin, n, out);
+  uint32_t flip[kBlockOutputs];
+  for (int o = 0; o < kBlockOutputs; ++o) flip[o] = rows[o] && with_sign ? 0x80808080u : 0;
+  for (int64_t i = 0; i < n; i += 4, out += kBlockOutputs) {
+    const uint32_t codes = first_codes(n - i, 8);
+    for (int o = 0; o < kBlockOutputs; ++o) out[o] ^= flip[o] & codes;
+  }
+}
+
+void pack_nibbles(const Kernels& kernels, const Rows32& rows, int64_t begin, int64_t n, uint32_t* out) {
+  transpose(kernels, rows, begin / 2, ceil_div(n, 2), out);
+  for (int64_t i = 0; i < n; i += 8, out += kBlockOutputs) {
+    const uint32_t codes = first_codes(n - i, 4);
+    for (int o = 0; o < kBlockOutputs; ++o) {
+      // Codes 0 1, 2 3, 4 5, 6 7 become 0 4, 1 5, 2 6, 3 7: two middle bytes change places, then two middle halves.
+      uint32_t x = out[o] & codes, t = (x ^ x >> 8) & 0x0000ff00u;
+      x ^= t ^ t << 8;
+      t = (x ^ x >> 4) & 0x00f000f0u;
+      out[o] = x ^ t ^ t << 4;
+    }
+  }
+}
+
+void pack_floats(const Kernels& kernels, const Rows32& rows, int64_t begin, int64_t n, uint8_t* out) {
+  constexpr int64_t kStretch = 128;
+  uint32_t words[kStretch / 4 * kBlockOutputs];
+  for (int64_t first = 0; first < n; first += kStretch) {
+    const int64_t count = std::min(kStretch, n - first);
+    transpose(kernels, rows, begin + first, count, words);
+    for (int64_t i = 0; i < count; ++i)
+      for (int o = 0; o < kBlockOutputs; ++o)
+        out[(first + i) * kBlockOutputs + o] = static_cast<uint8_t>(words[i / 4 * kBlockOutputs + o] >> 8 * (i % 4));
+  }
+}
+
+// Codes of 5 and 6 bits, eight at a time: of each four the lower halves of bytes or the upper ones, and two words behind
+// those of the group for the bits above.
+void pack_wide(const QuantLayout& layout, const Rows32& rows, int64_t row_bytes, int64_t begin, int64_t n, uint8_t* out) {
+  const int bits = layout.bits();
+  for (int o = 0; o < kBlockOutputs; ++o) {
+    uint32_t upper = 0;
+    for (int64_t i = 0; rows[o] && i < n; i += 8) {
+      const int64_t at = (begin + i) * bits / 8;
+      uint64_t codes = 0;
+      std::memcpy(&codes, rows[o] + at, std::min<int64_t>(bits, row_bytes - at));
+      uint32_t lower = 0;
+      for (int k = 0; k < 8 && i + k < n; ++k) {
+        const uint32_t code = codes >> k * bits & ((1u << bits) - 1);
+        lower |= (code & 15u) << (8 * (k % 4) + 4 * (k / 4));
+        upper |= code >> 4 << (8 * (k % 4) + (i + k) / 4 * (bits - 4));
+      }
+      std::memcpy(out + (i / 8 * kBlockOutputs + o) * 4, &lower, 4);
+    }
+    std::memcpy(out + layout.low_bytes() + 4 * o, &upper, 4);
+  }
+}
+
+}  // namespace
+
+void pack_quant(const Context& context, const QuantLayout& layout, const CodeRows& codes, const GroupValues& values,
+                char* packed) {
+  const Kernels& kernels = *context.kernels;
+  for_each_task(context.threads, layout.blocks(), [&](int64_t number) {
+    char* block = packed + number * layout.block_bytes();
+    const int64_t first = number * kBlockOutputs, last = std::min(first + kBlockOutputs, layout.outputs);
+    std::memset(block, 0, layout.block_bytes());
+    Rows32 rows;
+    for (int o = 0; o < kBlockOutputs; ++o) rows[o] = codes.row(first + o);
+    for (int64_t group = 0; group < layout.groups(); ++group) {
+      const int64_t begin = group * layout.group, n = std::min(layout.group, layout.inputs - begin);
+      for (int64_t output = first; output < last; ++output) write_scales(layout, values, output, group, block);
+      char* out = block + layout.codes_at(group);
+      if (layout.format == Format::int8) pack_bytes(kernels, rows, begin, n, codes.with_sign, reinterpret_cast<uint32_t*>(out));
+      else if (layout.format == Format::fp8) pack_floats(kernels, rows, begin, n, reinterpret_cast<uint8_t*>(out));
+      else if (layout.bits() == 4) pack_nibbles(kernels, rows, begin, n, reinterpret_cast<uint32_t*>(out));
+      else pack_wide(layout, rows, codes.row_bytes, begin, n, reinterpret_cast<uint8_t*>(out));
+    }
+  });
+}
+
+void pack_halves(int threads, const HalvesCall& call) {
+  for_each_light_row(threads, call.rows, call.pieces * call.piece, [&](int64_t row) {
+    uint8_t* out = call.out + row * call.pieces * call.piece;
+    for (int64_t piece = 0; piece < call.pieces; ++piece) {
+      const uint8_t* in = call.bytes + row * call.row_stride + piece * call.piece_stride;
+      for (int64_t at = 0; at < call.piece; at += call.run, in += call.run)
+        for (const int shift : {0, 4})
+          for (int64_t i = 0; i < call.run; i += 2)
+            *out++ = static_cast<uint8_t>((in[i] >> shift & 15) | (in[i + 1] >> shift & 15) << 4);
+    }
+  });
+}
+
+}  // namespace dynamoe_cpu
