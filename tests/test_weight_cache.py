@@ -6,8 +6,6 @@ import fcntl
 import logging
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,10 +21,11 @@ from dynamoe.dynamic.model.quantization import methods
 from dynamoe.kernels.api.packed_weight import PackedWeight
 from dynamoe.kernels.cpu import build as cpu_build
 from dynamoe.kernels.cpu.backend import CpuBackend
+from forks import ForkedProcess
 from test_loader import TOKENS, prompt_logits
 
 # Projections, experts, a shared expert, and the embedding as LM head.
-FAMILY = {"family": "granitemoeshared", "tie_word_embeddings": True}
+FAMILY = {"family": "granitemoeshared", "tie_word_embeddings": True, "num_hidden_layers": 1}
 
 
 @pytest.fixture
@@ -229,13 +228,13 @@ def test_an_error_while_writing_costs_a_warning(
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("os.fsync", full)
+    monkeypatch.setattr("dynamoe.dynamic.model.weight_cache.write_packed", full)
     load(make_checkpoint(**FAMILY), folder)
     assert "no space left on device" in caplog.text
     assert not [file for file in folder.iterdir() if file.suffix in (".packed", ".unfinished")]
 
 
-def test_two_processes_at_once(make_checkpoint: Callable[..., Path], folder: Path) -> None:
+def test_two_processes_at_once(make_checkpoint: Callable[..., Path], folder: Path, tmp_path: Path) -> None:
     path = make_checkpoint(**FAMILY)
     code = (
         "import sys; from pathlib import Path; from dynamoe.dynamic.model.loader import load_decoder;"
@@ -243,10 +242,10 @@ def test_two_processes_at_once(make_checkpoint: Callable[..., Path], folder: Pat
         "decoder = load_decoder(Path(sys.argv[1]), dtype='bfloat16', device='cpu', quantization='int4',"
         " weight_cache=WeightCacheConfig(folder=sys.argv[2], least=0)); print(decoder.weight_bytes)"
     )
-    command = [sys.executable, "-c", code, str(path), str(folder)]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert len({process.communicate(timeout=300)[0] for process in both}) == 1
-    assert [process.returncode for process in both] == [0, 0]
+    command = ["-c", code, str(path), str(folder)]
+    both = [ForkedProcess(command, tmp_path / f"output-{number}", tmp_path) for number in range(2)]
+    assert [process.wait(300) for process in both] == [0, 0]
+    assert len({process.output.splitlines()[-1] for process in both}) == 1
     assert len(files(folder)) == 1
     assert not list(folder.glob("*.unfinished"))
     assert torch.equal(prompt_logits(load(path, folder), TOKENS), prompt_logits(load(path, None), TOKENS))

@@ -34,7 +34,7 @@ class PackedFileError(ValueError):
 
 
 def write_packed(file: Path, key: Mapping[str, Any], weights: Mapping[str, PackedWeight]) -> None:
-    """Write packed weights, and bring them to the disk.
+    """Write packed weights. Nothing waits for the disk: what a crash leaves of the file is seen when it is read.
 
     Arguments:
         file: a new one, which only its owner can read.
@@ -57,8 +57,6 @@ def write_packed(file: Path, key: Mapping[str, Any], weights: Mapping[str, Packe
             stream.write(bytes(-stream.tell() % _ALIGNMENT))
             for _, chunk in _chunks(words):
                 stream.write(chunk)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def read_packed(file: Path, key: Mapping[str, Any], allocate: Callable[[int], torch.Tensor]) -> dict[str, PackedWeight]:

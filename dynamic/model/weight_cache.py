@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from ...exits.sidecar import backbone_hash
-from ...kernels.api.disk import cache_home, flush
+from ...kernels.api.disk import cache_home
 from ...kernels.api.packed_weight import PackedWeight
 from ...kernels.api.ranges import parse_bytes
 from ...kernels.api.rounding import Rounding
@@ -116,7 +116,6 @@ class WeightCache:
         try:
             write_packed(unfinished, self._key, self._made)
             os.replace(unfinished, self.file)
-            flush(self.file.parent)
         finally:
             unfinished.unlink(missing_ok=True)
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ..api import formats
+from ..api.format_join import stack_experts
 from ..api.formats import FP8, MXFP4, UNQUANTIZED, ActivationScheme, Format
 from ..api.packed_weight import PackedWeight
 from ..api.quantized_weight import QuantizedWeight
@@ -280,9 +281,14 @@ class CpuQuantPacking(TorchBackend):
             return None
         form, group, inputs = rounding.format, rounding.group, weight.shape[-1]
         form.check_group(group, rounding.block_out)
-        source = weight if weight.stride(-1) == 1 else weight.contiguous()
+        if weight.stride(-1) != 1:
+            if weight.dim() == 3:  # little of it is copied at a time
+                parts = [self._rounded(rounding, part) for part in weight]
+                found = [part for part in parts if part is not None]
+                return stack_experts(found) if len(found) == len(parts) else None
+            weight = weight.contiguous()
         codes, scale, zero, finite = torch.ops.dynamoe_cpu.round_weight.default(
-            source, form.cpu, group or 0, rounding.block_out, rounding.symmetric
+            weight, form.cpu, group or 0, rounding.block_out, rounding.symmetric
         )
         if not finite:
             return None
