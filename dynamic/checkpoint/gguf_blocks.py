@@ -48,7 +48,7 @@ def gguf_weight(raw_OX: torch.Tensor, kind: str, shape: tuple[int, int]) -> Quan
     if (read := _FORMATS.get(kind)) is None:
         return None
     weight = read(raw_OX.contiguous().view(shape[0], shape[1] // _BLOCK, -1))
-    check_finite(kind, weight.scale.float(), weight.offset)
+    check_finite(kind, weight.scale, weight.offset)
     return weight
 
 

@@ -84,7 +84,11 @@ def _weight(quant: KQuant, kind: str, raw_OX: torch.Tensor, inputs: int) -> Quan
 def check_finite(kind: str, *scales: torch.Tensor | None) -> None:
     """Raises ValueError where scales or minima of blocks are not finite."""
     for some in scales:
-        if some is not None and (wrong := int((~some.isfinite()).sum())):
+        if some is None:
+            continue
+        finite = some.view(torch.uint8) != 255 if some.dtype == torch.float8_e8m0fnu else some.isfinite()
+        if not bool(finite.all()):
+            wrong = some.numel() - int(finite.sum())
             raise ValueError(f"{wrong} of {some.numel()} scales of {kind} blocks are not finite")
 
 

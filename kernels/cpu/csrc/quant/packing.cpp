@@ -8,6 +8,8 @@
 namespace dynamoe_cpu {
 namespace {
 
+constexpr int64_t kStretch = 512;  // inputs that are transposed at once
+
 void write_scales(const QuantLayout& layout, const GroupValues& values, int64_t output, int64_t group, char* block) {
   const int64_t o = output % kBlockOutputs, at = output * layout.groups() + group;
   char* section = block + layout.section_at(group);
@@ -37,32 +39,50 @@ void transpose(const Kernels& kernels, const Rows32& rows, int64_t first, int64_
   kernels.transpose_words(out, kBlockOutputs, from, kBlockOutputs, static_cast<int>(bytes));
 }
 
-void pack_bytes(const Kernels& kernels, const Rows32& rows, int64_t begin, int64_t n, bool with_sign, uint32_t* out) {
-  transpose(kernels, rows, begin, n, out);
-  uint32_t flip[kBlockOutputs];
+// Where the codes of inputs from `i` on lie in a block, of which a word of all outputs has `per_word`.
+uint32_t* codes_from(const QuantLayout& layout, int64_t i, int64_t per_word, char* block) {
+  const int64_t group = i / layout.group, inside = i - group * layout.group;
+  return reinterpret_cast<uint32_t*>(block + layout.codes_at(group)) + inside / per_word * kBlockOutputs;
+}
+
+// Codes of 8 bits that are numbers, of all groups.
+void pack_bytes(const Kernels& kernels, const QuantLayout& layout, const Rows32& rows, bool with_sign, char* block) {
+  uint32_t words[kStretch / 4 * kBlockOutputs], flip[kBlockOutputs];
   for (int o = 0; o < kBlockOutputs; ++o) flip[o] = rows[o] && with_sign ? 0x80808080u : 0;
-  for (int64_t i = 0; i < n; i += 4, out += kBlockOutputs) {
-    const uint32_t codes = first_codes(n - i, 8);
-    for (int o = 0; o < kBlockOutputs; ++o) out[o] ^= flip[o] & codes;
+  for (int64_t begin = 0; begin < layout.inputs; begin += kStretch) {
+    const int64_t end = std::min(begin + kStretch, layout.inputs);
+    transpose(kernels, rows, begin, end - begin, words);
+    const uint32_t* in = words;
+    for (int64_t i = begin; i < end; i += 4, in += kBlockOutputs) {
+      const uint32_t codes = first_codes(end - i, 8);
+      uint32_t* out = codes_from(layout, i, 4, block);
+      for (int o = 0; o < kBlockOutputs; ++o) out[o] = in[o] ^ (flip[o] & codes);
+    }
   }
 }
 
-void pack_nibbles(const Kernels& kernels, const Rows32& rows, int64_t begin, int64_t n, uint32_t* out) {
-  transpose(kernels, rows, begin / 2, ceil_div(n, 2), out);
-  for (int64_t i = 0; i < n; i += 8, out += kBlockOutputs) {
-    const uint32_t codes = first_codes(n - i, 4);
-    for (int o = 0; o < kBlockOutputs; ++o) {
-      // Codes 0 1, 2 3, 4 5, 6 7 become 0 4, 1 5, 2 6, 3 7: two middle bytes change places, then two middle halves.
-      uint32_t x = out[o] & codes, t = (x ^ x >> 8) & 0x0000ff00u;
-      x ^= t ^ t << 8;
-      t = (x ^ x >> 4) & 0x00f000f0u;
-      out[o] = x ^ t ^ t << 4;
+// Codes of 4 bits, of all groups.
+void pack_nibbles(const Kernels& kernels, const QuantLayout& layout, const Rows32& rows, char* block) {
+  uint32_t words[kStretch / 8 * kBlockOutputs];
+  for (int64_t begin = 0; begin < layout.inputs; begin += kStretch) {
+    const int64_t end = std::min(begin + kStretch, layout.inputs);
+    transpose(kernels, rows, begin / 2, ceil_div(end - begin, 2), words);
+    const uint32_t* in = words;
+    for (int64_t i = begin; i < end; i += 8, in += kBlockOutputs) {
+      const uint32_t codes = first_codes(end - i, 4);
+      uint32_t* out = codes_from(layout, i, 8, block);
+      for (int o = 0; o < kBlockOutputs; ++o) {
+        // Codes 0 1, 2 3, 4 5, 6 7 become 0 4, 1 5, 2 6, 3 7: two middle bytes change places, then two middle halves.
+        uint32_t x = in[o] & codes, t = (x ^ x >> 8) & 0x0000ff00u;
+        x ^= t ^ t << 8;
+        t = (x ^ x >> 4) & 0x00f000f0u;
+        out[o] = x ^ t ^ t << 4;
+      }
     }
   }
 }
 
 void pack_floats(const Kernels& kernels, const Rows32& rows, int64_t begin, int64_t n, uint8_t* out) {
-  constexpr int64_t kStretch = 128;
   uint32_t words[kStretch / 4 * kBlockOutputs];
   for (int64_t first = 0; first < n; first += kStretch) {
     const int64_t count = std::min(kStretch, n - first);
@@ -110,11 +130,12 @@ void pack_quant(const Context& context, const QuantLayout& layout, const CodeRow
       const int64_t begin = group * layout.group, n = std::min(layout.group, layout.inputs - begin);
       for (int64_t output = first; output < last; ++output) write_scales(layout, values, output, group, block);
       char* out = block + layout.codes_at(group);
-      if (layout.format == Format::int8) pack_bytes(kernels, rows, begin, n, codes.with_sign, reinterpret_cast<uint32_t*>(out));
-      else if (layout.format == Format::fp8) pack_floats(kernels, rows, begin, n, reinterpret_cast<uint8_t*>(out));
-      else if (layout.bits() == 4) pack_nibbles(kernels, rows, begin, n, reinterpret_cast<uint32_t*>(out));
-      else pack_wide(layout, rows, codes.row_bytes, begin, n, reinterpret_cast<uint8_t*>(out));
+      if (layout.format == Format::fp8) pack_floats(kernels, rows, begin, n, reinterpret_cast<uint8_t*>(out));
+      if (4 < layout.bits() && layout.bits() < 8)
+        pack_wide(layout, rows, codes.row_bytes, begin, n, reinterpret_cast<uint8_t*>(out));
     }
+    if (layout.format == Format::int8) pack_bytes(kernels, layout, rows, codes.with_sign, block);
+    if (layout.bits() == 4) pack_nibbles(kernels, layout, rows, block);
   });
 }
 
@@ -123,10 +144,12 @@ void pack_halves(int threads, const HalvesCall& call) {
     uint8_t* out = call.out + row * call.pieces * call.piece;
     for (int64_t piece = 0; piece < call.pieces; ++piece) {
       const uint8_t* in = call.bytes + row * call.row_stride + piece * call.piece_stride;
-      for (int64_t at = 0; at < call.piece; at += call.run, in += call.run)
-        for (const int shift : {0, 4})
-          for (int64_t i = 0; i < call.run; i += 2)
-            *out++ = static_cast<uint8_t>((in[i] >> shift & 15) | (in[i + 1] >> shift & 15) << 4);
+      for (int64_t at = 0; at < call.piece; at += call.run, in += call.run, out += call.run)
+        for (int64_t i = 0; i < call.run / 2; ++i) {
+          const int pair = in[2 * i] | in[2 * i + 1] << 8;
+          out[i] = static_cast<uint8_t>((pair & 0x0f) | (pair >> 4 & 0xf0));
+          out[call.run / 2 + i] = static_cast<uint8_t>((pair >> 4 & 0x0f) | (pair >> 8 & 0xf0));
+        }
     }
   });
 }
