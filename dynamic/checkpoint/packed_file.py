@@ -141,7 +141,7 @@ def _fill(handle: int, offset: int, chunk: memoryview, known: bytes) -> bool:
 
 def _chunks(words: torch.Tensor) -> Iterator[tuple[int, memoryview]]:
     """The bytes of a tensor in chunks, and where each begins."""
-    data = memoryview(words.numpy()).cast("B")
+    data = memoryview(words.numpy().data).cast("B")
     for at in range(0, len(data), _CHUNK):
         yield at, data[at : at + _CHUNK]
 

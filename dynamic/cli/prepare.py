@@ -52,8 +52,8 @@ def _keep_weights(config: PrepareConfig, path: Path) -> None:
     names = ("dtype", "device", "backend", "quantization", "quantize_lm_head", "weight_cache")
     decoder = load_decoder(path, LoadConfig(**{name: getattr(config, name) for name in names}), progress=True)
     cache = open_cache(config.weight_cache, path, decoder.backend, wanted)
-    kept = cache is not None and cache.file.exists()
-    print(f"{config.quantization}: {cache.file if kept else 'made at every start'}")
+    kept = cache.file if cache is not None and cache.file.exists() else None
+    print(f"{config.quantization}: {kept or 'made at every start'}")
 
 
 def _quantize(config: PrepareConfig) -> None:

@@ -377,13 +377,14 @@ class CpuQuantPacking(TorchBackend):
         has_offsets = gate_EFD.needs_offsets or up_EFD.needs_offsets
         exponents = gate_EFD.format == MXFP4 and _have_halves(gate_EFD, up_EFD)
         gate_up_values = _map(_interleaved, *(_read(weight, has_offsets, exponents) for weight in (gate_EFD, up_EFD)))
-        first = _pack(self._isa, gate_EFD, [gate_EFD.data, up_EFD.data], gate_up_values, experts.scheme)
+        codes = [gate_EFD.data, up_EFD.data]
+        gate_up, gate_up_layout = _pack(self._isa, gate_EFD, codes, gate_up_values, experts.scheme)
         exponents = down_EDF.format == MXFP4 and _have_halves(down_EDF)
         down_values = _map(lambda t: _padded_rows(t, BLOCK).flatten(0, 1), _read(down_EDF, exponents=exponents))
-        second = _pack(self._isa, down_EDF, [down_EDF.data], down_values, experts.scheme)
-        words, layouts = zip(first, second, strict=True)
+        down, down_layout = _pack(self._isa, down_EDF, [down_EDF.data], down_values, experts.scheme)
+        layouts = gate_up_layout, down_layout
         return self.packed_experts(
-            PackedWeight(shape=gate_EFD.shape, words=words, layouts=layouts), activation, *experts.biases
+            PackedWeight(shape=gate_EFD.shape, words=(gate_up, down), layouts=layouts), activation, *experts.biases
         )
 
     def _activation(self, activation: str) -> int:

@@ -10,21 +10,28 @@ namespace {
 
 constexpr int64_t kStretch = 512;  // inputs that are transposed at once
 
-void write_scales(const QuantLayout& layout, const GroupValues& values, int64_t output, int64_t group, char* block) {
-  const int64_t o = output % kBlockOutputs, at = output * layout.groups() + group;
+// Of the outputs from `first` on, the scales of a group, and its offsets if there are any.
+void write_scales(const QuantLayout& layout, const GroupValues& values, int64_t first, int64_t last, int64_t group,
+                  char* block) {
+  const int64_t groups = layout.groups(), bytes = layout.bytes_per_scale();
   char* section = block + layout.section_at(group);
   if (!layout.two_level()) {
-    write_scale(values.scales[at], section + layout.bytes_per_scale() * o, layout.scale_type);
-    if (layout.has_offsets()) write_offset(layout, section, o, values.offsets[at]);
+    for (int64_t o = 0, at = first * groups + group; o < last - first; ++o, at += groups) {
+      write_scale(values.scales[at], section + bytes * o, layout.scale_type);
+      if (layout.has_offsets()) write_offset(layout, section, o, values.offsets[at]);
+    }
     return;
   }
-  const int64_t outer = output * ceil_div(layout.inputs, kOuterInputs) + group / layout.section_groups();
-  uint8_t* codes = const_cast<uint8_t*>(scale_codes(layout, section, group % layout.section_groups())) + o;
-  *codes = values.scale_codes[at];
-  std::memcpy(section + 2 * o, values.outer_scales + outer, 2);
-  if (!layout.has_offsets()) return;
-  codes[layout.section_groups() * kBlockOutputs] = values.offset_codes[at];
-  std::memcpy(section + 2 * (kBlockOutputs + o), values.outer_offsets + outer, 2);
+  const int64_t sections = ceil_div(layout.inputs, kOuterInputs), inside = group % layout.section_groups();
+  uint8_t* codes = const_cast<uint8_t*>(scale_codes(layout, section, inside));
+  for (int64_t o = 0; o < last - first; ++o) {
+    const int64_t at = (first + o) * groups + group, outer = (first + o) * sections + group / layout.section_groups();
+    codes[o] = values.scale_codes[at];
+    std::memcpy(section + 2 * o, values.outer_scales + outer, 2);
+    if (!layout.has_offsets()) continue;
+    codes[o + layout.section_groups() * kBlockOutputs] = values.offset_codes[at];
+    std::memcpy(section + 2 * (kBlockOutputs + o), values.outer_offsets + outer, 2);
+  }
 }
 
 // Bits of a word that belong to `left` codes of so many bits.
@@ -39,10 +46,17 @@ void transpose(const Kernels& kernels, const Rows32& rows, int64_t first, int64_
   kernels.transpose_words(out, kBlockOutputs, from, kBlockOutputs, static_cast<int>(bytes));
 }
 
-// Where the codes of inputs from `i` on lie in a block, of which a word of all outputs has `per_word`.
-uint32_t* codes_from(const QuantLayout& layout, int64_t i, int64_t per_word, char* block) {
-  const int64_t group = i / layout.group, inside = i - group * layout.group;
-  return reinterpret_cast<uint32_t*>(block + layout.codes_at(group)) + inside / per_word * kBlockOutputs;
+// Calls `word(i, out)` for every `per_word`-th input from `begin` to `end`, with where the codes from it on lie in a block.
+template <class Word>
+void for_each_word(const QuantLayout& layout, int64_t begin, int64_t end, int64_t per_word, char* block,
+                   const Word& word) {
+  for (int64_t i = begin; i < end;) {
+    const int64_t group = i / layout.group, inside = i - group * layout.group;
+    const int64_t last = std::min(end, (group + 1) * layout.group);
+    uint32_t* out = reinterpret_cast<uint32_t*>(block + layout.codes_at(group)) + inside / per_word * kBlockOutputs;
+    for (; i < last; i += per_word, out += kBlockOutputs) word(i, out);
+    i = last;
+  }
 }
 
 // Codes of 8 bits that are numbers, of all groups.
@@ -53,11 +67,11 @@ void pack_bytes(const Kernels& kernels, const QuantLayout& layout, const Rows32&
     const int64_t end = std::min(begin + kStretch, layout.inputs);
     transpose(kernels, rows, begin, end - begin, words);
     const uint32_t* in = words;
-    for (int64_t i = begin; i < end; i += 4, in += kBlockOutputs) {
+    for_each_word(layout, begin, end, 4, block, [&](int64_t i, uint32_t* out) {
       const uint32_t codes = first_codes(end - i, 8);
-      uint32_t* out = codes_from(layout, i, 4, block);
       for (int o = 0; o < kBlockOutputs; ++o) out[o] = in[o] ^ (flip[o] & codes);
-    }
+      in += kBlockOutputs;
+    });
   }
 }
 
@@ -68,9 +82,8 @@ void pack_nibbles(const Kernels& kernels, const QuantLayout& layout, const Rows3
     const int64_t end = std::min(begin + kStretch, layout.inputs);
     transpose(kernels, rows, begin / 2, ceil_div(end - begin, 2), words);
     const uint32_t* in = words;
-    for (int64_t i = begin; i < end; i += 8, in += kBlockOutputs) {
+    for_each_word(layout, begin, end, 8, block, [&](int64_t i, uint32_t* out) {
       const uint32_t codes = first_codes(end - i, 4);
-      uint32_t* out = codes_from(layout, i, 8, block);
       for (int o = 0; o < kBlockOutputs; ++o) {
         // Codes 0 1, 2 3, 4 5, 6 7 become 0 4, 1 5, 2 6, 3 7: two middle bytes change places, then two middle halves.
         uint32_t x = in[o] & codes, t = (x ^ x >> 8) & 0x0000ff00u;
@@ -78,7 +91,8 @@ void pack_nibbles(const Kernels& kernels, const QuantLayout& layout, const Rows3
         t = (x ^ x >> 4) & 0x00f000f0u;
         out[o] = x ^ t ^ t << 4;
       }
-    }
+      in += kBlockOutputs;
+    });
   }
 }
 
@@ -115,6 +129,16 @@ void pack_wide(const QuantLayout& layout, const Rows32& rows, int64_t row_bytes,
   }
 }
 
+// One run; its length is a constant where that is common, so that it becomes a few vectors.
+inline __attribute__((always_inline)) void order_halves(const uint8_t* __restrict__ in, int64_t run,
+                                                        uint8_t* __restrict__ out) {
+  for (int64_t i = 0; i < run / 2; ++i) {
+    const int pair = in[2 * i] | in[2 * i + 1] << 8;
+    out[i] = static_cast<uint8_t>((pair & 0x0f) | (pair >> 4 & 0xf0));
+    out[run / 2 + i] = static_cast<uint8_t>((pair >> 4 & 0x0f) | (pair >> 8 & 0xf0));
+  }
+}
+
 }  // namespace
 
 void pack_quant(const Context& context, const QuantLayout& layout, const CodeRows& codes, const GroupValues& values,
@@ -128,7 +152,7 @@ void pack_quant(const Context& context, const QuantLayout& layout, const CodeRow
     for (int o = 0; o < kBlockOutputs; ++o) rows[o] = codes.row(first + o);
     for (int64_t group = 0; group < layout.groups(); ++group) {
       const int64_t begin = group * layout.group, n = std::min(layout.group, layout.inputs - begin);
-      for (int64_t output = first; output < last; ++output) write_scales(layout, values, output, group, block);
+      write_scales(layout, values, first, last, group, block);
       char* out = block + layout.codes_at(group);
       if (layout.format == Format::fp8) pack_floats(kernels, rows, begin, n, reinterpret_cast<uint8_t*>(out));
       if (4 < layout.bits() && layout.bits() < 8)
@@ -144,12 +168,11 @@ void pack_halves(int threads, const HalvesCall& call) {
     uint8_t* out = call.out + row * call.pieces * call.piece;
     for (int64_t piece = 0; piece < call.pieces; ++piece) {
       const uint8_t* in = call.bytes + row * call.row_stride + piece * call.piece_stride;
-      for (int64_t at = 0; at < call.piece; at += call.run, in += call.run, out += call.run)
-        for (int64_t i = 0; i < call.run / 2; ++i) {
-          const int pair = in[2 * i] | in[2 * i + 1] << 8;
-          out[i] = static_cast<uint8_t>((pair & 0x0f) | (pair >> 4 & 0xf0));
-          out[call.run / 2 + i] = static_cast<uint8_t>((pair >> 4 & 0x0f) | (pair >> 8 & 0xf0));
-        }
+      for (int64_t at = 0; at < call.piece; at += call.run, in += call.run, out += call.run) {
+        if (call.run == 16) order_halves(in, 16, out);
+        else if (call.run == 32) order_halves(in, 32, out);
+        else order_halves(in, call.run, out);
+      }
     }
   });
 }
