@@ -6,17 +6,16 @@ Shape suffixes are explained in ``types.py``; X stands for whatever the last dim
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from ..api import formats
 from ..api.format_join import stack_experts
-from ..api.formats import FP8, MXFP4, UNQUANTIZED, ActivationScheme, Format
+from ..api.formats import UNQUANTIZED, ActivationScheme, Format
 from ..api.packed_weight import PackedWeight
 from ..api.quantized_weight import QuantizedWeight
 from ..api.rounding import Rounding
@@ -24,33 +23,12 @@ from ..api.types import ExpertWeights, LinearWeights, Routing
 from ..torch.backend import TorchBackend
 from ..torch.experts import PlainExperts
 from ..torch.quantized import QuantExperts
-from .layout import BLOCK, GATED, PLAIN_ACTIVATIONS, activation_number, join_gate_up_bias, padded
+from .layout import BLOCK, PLAIN_ACTIVATIONS, activation_number, join_gate_up_bias, padded
+from .quant_packing import Layout, down_values, gate_up_values, group_of, linear_values, pack
 
 log = logging.getLogger(__name__)
 _ROUNDED = (torch.float32, torch.bfloat16, torch.float16)  # that the kernels round
 _NAMES = {form.cpu: form.name for form in vars(formats).values() if isinstance(form, Format) and form.cpu is not None}
-_SCALES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e8m0fnu)
-
-
-class Layout(NamedTuple):
-    """A packed weight in numbers, as the C++ kernels take it (``quant/quant_tensors.h``).
-
-    Arguments:
-        format: :attr:`Format.cpu`.
-        outputs, inputs: of all experts together.
-        group: inputs that share a scale.
-        offsets: 1 for offsets, 2 for zero points, 0 for neither.
-        byte_rows: whether rows are rounded to 8 bits.
-        scale_type: where the scales' dtype is in ``_SCALES``; with two levels that of the outer ones.
-    """
-
-    format: int
-    outputs: int
-    inputs: int
-    group: int
-    offsets: int
-    byte_rows: int
-    scale_type: int
 
 
 class Part(NamedTuple):
@@ -155,110 +133,6 @@ class CpuQuantExperts:
         return torch.ops.dynamoe_cpu.quant_experts.default(self.isa, x_TD, *packed, self.shape, *parts)
 
 
-class _Values(NamedTuple):
-    """What a weight has beside its codes: scales (…, O, G), and offsets likewise or None.
-
-    With two levels of scales those of groups are bytes, and there are outer ones.
-    """
-
-    scales: torch.Tensor
-    offsets: torch.Tensor | None
-    outer_scales: torch.Tensor | None = None
-    outer_offsets: torch.Tensor | None = None
-
-
-def _pack(
-    isa: int, weight: QuantizedWeight, codes: Sequence[torch.Tensor], values: _Values, scheme: ActivationScheme
-) -> tuple[torch.Tensor, Layout]:
-    """Codes as ``pack_quant`` takes them, with values (O, G) of all outputs in blocks, those that fill them up too."""
-    offsets, two_level = values.offsets, values.outer_scales is not None
-    if values.scales.dtype == torch.uint8 and not two_level:  # exponents
-        dtype, values = torch.float8_e8m0fnu, values._replace(scales=(values.scales.int() << 23).view(torch.float32))
-    else:
-        types = () if weight.format == MXFP4 else _SCALES[1:3]
-        dtype = next(d for d in (*types, torch.float32) if two_level or _holds(d, values.scales))
-    kind = int(offsets is not None)
-    if offsets is not None and not two_level and not _holds(dtype, offsets):
-        zeros = _zero_points(values.scales, offsets)
-        if zeros is None:
-            dtype = torch.float32
-        else:
-            kind, offsets = 2, zeros
-    assert weight.format.cpu is not None
-    layout = Layout(
-        format=weight.format.cpu,
-        outputs=values.scales.shape[0],
-        inputs=weight.in_features,
-        group=_group(weight),
-        offsets=kind,
-        byte_rows=int(scheme.kind != "none"),
-        scale_type=_SCALES.index(dtype),
-    )
-    parts = _map(lambda t: t.contiguous(), values._replace(offsets=offsets))
-    stored = [data.contiguous() if data.dtype == torch.int8 else data.contiguous().view(torch.uint8) for data in codes]
-    return torch.ops.dynamoe_cpu.pack_quant.default(isa, stored, *parts, layout), layout
-
-
-def _holds(dtype: torch.dtype, values: torch.Tensor) -> bool:
-    """Whether a dtype has exactly these values; of bfloat16 only normal numbers and zeros are used."""
-    if dtype == torch.float32:
-        return True
-    same = (values.to(dtype).float() == values) & values.isfinite()
-    if dtype == torch.bfloat16:
-        same &= (values == 0) | (values.abs() >= torch.finfo(torch.float32).tiny)
-    return bool(same.all())
-
-
-def _zero_points(scales: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor | None:
-    """Whole numbers 0 … 15 with ``-zero · scale`` being the offsets, bit by bit; None where there are not such."""
-    zeros = torch.where(scales == 0, 0.0, -offsets / scales).round()
-    fits = (zeros >= 0) & (zeros <= 15) & (-zeros * scales == offsets)
-    return zeros if bool(fits.all()) else None
-
-
-def _group(weight: QuantizedWeight) -> int:
-    return weight.group or weight.in_features
-
-
-def _have_halves(*weights: QuantizedWeight) -> bool:
-    """Whether halves of all scales, which are powers of two, are normal numbers."""
-    ends = [end for weight in weights for end in weight.scale.view(torch.uint8).aminmax()]
-    return all(2 <= int(end) < 255 for end in ends)
-
-
-def _read(weight: QuantizedWeight, has_offsets: bool = False, exponents: bool = False) -> _Values:
-    """A weight's scales and offsets; with zero offsets where ``has_offsets`` asks for some that it does not need, and
-    with the exponents of powers of two in place of these, as uint8."""
-    if weight.format == FP8 and bool(((weight.data.view(torch.uint8) & 127) == 127).any()):
-        raise ValueError(f"an {weight.format.name} weight of shape {weight.shape} holds NaN")
-    if weight.format == MXFP4:  # the kernels' numbers are whole: twice what codes stand for
-        return _Values(weight.scale.view(torch.uint8) - 1 if exponents else weight.scales() / 2, None)
-    if not weight.format.two_level:
-        return _Values(weight.scales(), weight.offsets() if has_offsets or weight.needs_offsets else None)
-    offset, wants_offsets = weight.offset, weight.format.offsets
-    if weight.outer_scale is None or (wants_offsets and (offset is None or weight.outer_offset is None)):
-        wanted = "two levels of scales" + (" and of offsets" if wants_offsets else "")
-        raise ValueError(f"{weight.format.name} weights have {wanted}, not {', '.join(sorted(weight.tensors()))}")
-    return _Values(weight.scale.view(torch.uint8), offset, weight.outer_scale, weight.outer_offset)
-
-
-def _map(function: Callable[..., torch.Tensor], *values: _Values) -> _Values:
-    """``function`` of the scales, and of whatever else there is."""
-    fields = zip(*values, strict=True)
-    return _Values(*(None if tensors[0] is None else function(*tensors) for tensors in fields))  # type: ignore[arg-type]
-
-
-def _interleaved(gate_EFX: torch.Tensor, up_EFX: torch.Tensor) -> torch.Tensor:
-    """Gated blocks of all experts: 16 gate outputs, then the 16 up outputs that belong to them."""
-    halves = [_padded_rows(t, GATED).unflatten(1, (-1, GATED)) for t in (gate_EFX, up_EFX)]
-    return torch.cat(halves, 2).flatten(0, 2)
-
-
-def _padded_rows(t_EOX: torch.Tensor, multiple: int) -> torch.Tensor:
-    more = -t_EOX.shape[1] % multiple
-    return F.pad(t_EOX, (0, 0, 0, more)) if more else t_EOX  # padding by nothing would copy
-
-
 class CpuQuantPacking(TorchBackend):
     """How quantised weights come into the kernels' layout; :class:`.CpuBackend` runs them."""
 
@@ -308,9 +182,7 @@ class CpuQuantPacking(TorchBackend):
         scheme.check(weight_OI.format, weight_OI.group)
         if weight_OI.format.cpu is None:
             return self.pack_linear(self._dequantized(weight_OI, scheme), bias_O)
-        exponents = weight_OI.format == MXFP4 and _have_halves(weight_OI)
-        values = _read(weight_OI, exponents=exponents)
-        words, layout = _pack(self._isa, weight_OI, [weight_OI.data], values, scheme)
+        words, layout = pack(self._isa, weight_OI, [weight_OI.data], linear_values(weight_OI), scheme)
         return self.packed_linear(PackedWeight(shape=weight_OI.shape, words=(words,), layouts=(layout,)), bias_O)
 
     def packed_weight(self, weights: LinearWeights | ExpertWeights) -> PackedWeight | None:
@@ -369,19 +241,15 @@ class CpuQuantPacking(TorchBackend):
             gate, up, down = (self._dequantized(weight, experts.scheme) for weight in experts.weights)
             return self._pack_experts(PlainExperts(gate, up, down, *experts.biases), activation)
         gate_EFD, up_EFD, down_EDF = experts.weights
-        if gate_EFD.format != up_EFD.format or _group(gate_EFD) != _group(up_EFD):
+        if gate_EFD.format != up_EFD.format or group_of(gate_EFD) != group_of(up_EFD):
             raise ValueError(
-                f"gate and up must have one format, not {gate_EFD.format.name} in groups of {_group(gate_EFD)} and "
-                f"{up_EFD.format.name} in groups of {_group(up_EFD)}"
+                f"gate and up must have one format, not {gate_EFD.format.name} in groups of {group_of(gate_EFD)} and "
+                f"{up_EFD.format.name} in groups of {group_of(up_EFD)}"
             )
-        has_offsets = gate_EFD.needs_offsets or up_EFD.needs_offsets
-        exponents = gate_EFD.format == MXFP4 and _have_halves(gate_EFD, up_EFD)
-        gate_up_values = _map(_interleaved, *(_read(weight, has_offsets, exponents) for weight in (gate_EFD, up_EFD)))
         codes = [gate_EFD.data, up_EFD.data]
-        gate_up, gate_up_layout = _pack(self._isa, gate_EFD, codes, gate_up_values, experts.scheme)
-        exponents = down_EDF.format == MXFP4 and _have_halves(down_EDF)
-        down_values = _map(lambda t: _padded_rows(t, BLOCK).flatten(0, 1), _read(down_EDF, exponents=exponents))
-        down, down_layout = _pack(self._isa, down_EDF, [down_EDF.data], down_values, experts.scheme)
+        values = gate_up_values(gate_EFD, up_EFD)
+        gate_up, gate_up_layout = pack(self._isa, gate_EFD, codes, values, experts.scheme)
+        down, down_layout = pack(self._isa, down_EDF, [down_EDF.data], down_values(down_EDF), experts.scheme)
         layouts = gate_up_layout, down_layout
         return self.packed_experts(
             PackedWeight(shape=gate_EFD.shape, words=(gate_up, down), layouts=layouts), activation, *experts.biases
