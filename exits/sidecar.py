@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -52,12 +53,17 @@ class ExitHeads:
 
 def backbone_hash(directory: Path) -> str:
     """SHA-256 over the weights of a checkpoint: all its safetensors files but the exits', by name."""
+    files = sorted(file for file in directory.glob("*.safetensors") if file.name != TENSOR_FILE)
     digest = hashlib.sha256()
-    for file in sorted(file for file in directory.glob("*.safetensors") if file.name != TENSOR_FILE):
-        stat = file.stat()
-        digest.update(file.name.encode())
-        digest.update(_file_hash(file.resolve(), stat.st_size, stat.st_mtime_ns))
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for file, content in zip(files, pool.map(_hash_once, files), strict=True):
+            digest.update(file.name.encode() + content)
     return digest.hexdigest()
+
+
+def _hash_once(file: Path) -> bytes:
+    stat = file.stat()
+    return _file_hash(file.resolve(), stat.st_size, stat.st_mtime_ns)
 
 
 @lru_cache(maxsize=256)

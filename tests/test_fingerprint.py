@@ -19,7 +19,9 @@ from dynamoe.kernels.cpu.vectors import CODED_CACHE, PLAIN, SINKS, cpu_formats, 
 from dynamoe.kernels.reference.operations import CLAMPED_SWIGLU
 from torch.utils._python_dispatch import TorchDispatchMode
 
-NOTHING_COMPUTED = {"isas", "find_isa", "shared_bytes", "allocate", "read_words", "team_counters"}
+# Those that make weights: their bits are those of plain torch (test_rounding_kernels.py).
+MADE = {"round_weight", "pack_halves"}
+NOTHING_COMPUTED = {"isas", "find_isa", "shared_bytes", "allocate", "read_words", "team_counters", *MADE}
 OPERATORS = (
     *("add_rms_norm", "all_experts", "attention", "embed", "exit_decide", "experts", "limit_experts", "linear"),
     *("logits", "pack_experts", "pack_linear", "pack_quant", "project_kv", "quant_experts", "quant_linear"),

@@ -61,7 +61,7 @@ def routing() -> Arguments:
 def packed_codes(outputs: int, inputs: int) -> torch.Tensor:
     codes = torch.zeros(outputs, inputs, dtype=torch.uint8)
     extra = [None] * (len(ops.pack_quant.default._schema.arguments) - 5)  # of formats with scales on two levels
-    return ops.pack_quant(isa, codes, torch.ones(outputs, 1), None, *extra, [0, outputs, inputs, inputs, 0, 0, 0])
+    return ops.pack_quant(isa, [codes], torch.ones(outputs, 1), None, *extra, [0, outputs, inputs, inputs, 0, 0, 0])
 
 
 def quant_experts() -> Arguments:
@@ -215,13 +215,21 @@ VALID: dict[str, Callable[[], Arguments]] = {
     },
     "pack_quant": lambda: {
         "isa": isa,
-        "codes": torch.zeros(HIDDEN, HIDDEN, dtype=torch.uint8),
+        "codes": [torch.zeros(HIDDEN, HIDDEN, dtype=torch.int8)],
         "scales": torch.ones(HIDDEN, 1),
         "offsets": None,
         "outer_scales": None,
         "outer_offsets": None,
         "layout": INT8_LAYOUT,
     },
+    "round_weight": lambda: {
+        "weight": torch.randn(2, ROWS, HIDDEN),
+        "format": 1,
+        "group": 32,
+        "block_outputs": 1,
+        "symmetric": False,
+    },
+    "pack_halves": lambda: {"bytes": torch.zeros(ROWS, 3, 8, dtype=torch.uint8), "run": 4},
     "quant_linear": lambda: {
         "isa": isa,
         "x": torch.randn(ROWS, HIDDEN),
@@ -352,6 +360,17 @@ NAMED: list[tuple[str, str, Callable[[Any], Any], str]] = [
     ("limit_experts", "counts", lambda t: with_entry(t, 3), "count 3"),
     ("quant_linear", "layout", lambda s: [-1, *s[1:]], "impossible quantised layout"),
     ("quant_linear", "layout", lambda s: [s[0], 2**61, *s[2:]], "outputs of a layout"),
+    ("pack_quant", "codes", lambda t: t * 2, "do not fit 48 outputs and 48 inputs"),
+    ("pack_quant", "codes", lambda t: t * 3, "codes must be one or two tensors"),
+    ("pack_quant", "codes", lambda t: [t[0][:, :47].clone()], "do not fit 48 outputs and 48 inputs"),
+    ("pack_quant", "scales", lambda t: t[:47].clone(), "do not fit 48 outputs and 48 inputs"),
+    ("round_weight", "weight", lambda t: t.mT, "weight must be .* with contiguous inputs"),
+    ("round_weight", "weight", lambda t: t.double(), "weight must be float32, bfloat16 or float16"),
+    ("round_weight", "format", lambda _: 3, "format must be in 0 … 2"),
+    ("round_weight", "group", lambda _: 0, "no weight of format 1 has scales of 1 outputs and 0 inputs"),
+    ("round_weight", "block_outputs", lambda _: 32, "no weight of format 1 has scales of 32 outputs"),
+    ("pack_halves", "run", lambda _: 3, "bytes must be uint8 of whole runs of 3"),
+    ("pack_halves", "bytes", lambda t: t[..., :6].clone(), "bytes must be uint8 of whole runs of 4"),
     ("linear", "bias", lambda t: t[:1].clone(), "bias must hold"),
     ("linear", "x", lambda t: t[:, :0], "columns of x"),
     ("linear", "outputs", lambda _: -1, "outputs must"),

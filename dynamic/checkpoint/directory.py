@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import shutil
 import struct
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,11 +55,13 @@ class LateTensor:
         return math.prod(self.shape) * ITEM_BITS[self.dtype] // 8
 
 
-def write_tensors_one_by_one(file: Path, tensors: Mapping[str, LateTensor], done: Callable[[str], None]) -> None:
+def write_tensors_one_by_one(file: Path, tensors: Mapping[str, LateTensor], done: Callable[[str], None]) -> str:
     """Write a safetensors file with no more than one tensor in memory.
 
     Arguments:
         done: called with each name when its tensor was written.
+
+    Returns: the file's SHA-256, made by a second thread meanwhile.
     """
     end = 0
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -66,15 +70,19 @@ def write_tensors_one_by_one(file: Path, tensors: Mapping[str, LateTensor], done
         header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    unfinished = file.with_suffix(".unfinished")
-    with unfinished.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
+    text = struct.pack("<Q", len(text)) + text
+    unfinished, digest = file.with_suffix(".unfinished"), hashlib.sha256(text)
+    with unfinished.open("wb") as stream, ThreadPoolExecutor(1) as beside:
+        stream.write(text)
         for name, tensor in tensors.items():
             data = tensor.make().contiguous().view(-1).view(torch.uint8).numpy()
             assert data.nbytes == tensor.nbytes, f"{name} has {data.nbytes} bytes, not {tensor.nbytes}"
+            hashed = beside.submit(digest.update, data.data)
             stream.write(data.data)
+            hashed.result()
             done(name)
     os.replace(unfinished, file)
+    return digest.hexdigest()
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

@@ -10,10 +10,11 @@ from functools import cache
 
 import torch
 
-from ...kernels.api.codes import pack_int4
+from ...kernels.api.codes import nibbles
 from ...kernels.api.formats import INT4, INT8, Format
 from ...kernels.api.quantized_weight import QuantizedWeight
-from .k_quants import CHUNK, K_QUANTS, check_finite, halves, k_quant_weight, nibbles
+from ...kernels.cpu.codes import packed_halves
+from .k_quants import CHUNK, K_QUANTS, check_finite, halves, k_quant_weight
 from .mxfp4 import mxfp4_weight
 from .weights import CheckpointError
 
@@ -47,7 +48,7 @@ def gguf_weight(raw_OX: torch.Tensor, kind: str, shape: tuple[int, int]) -> Quan
     if (read := _FORMATS.get(kind)) is None:
         return None
     weight = read(raw_OX.contiguous().view(shape[0], shape[1] // _BLOCK, -1))
-    check_finite(kind, weight.scale.float(), weight.offset)
+    check_finite(kind, weight.scale, weight.offset)
     return weight
 
 
@@ -81,42 +82,40 @@ def dequantized(raw_OX: torch.Tensor, kind: str, shape: tuple[int, int]) -> torc
 
 
 def _weight(
-    form: Format, codes_OGX: torch.Tensor, scale_OG: torch.Tensor, offset_OG: torch.Tensor | None = None
+    form: Format, codes_OX: torch.Tensor, scale_OG: torch.Tensor, offset_OG: torch.Tensor | None = None
 ) -> QuantizedWeight:
-    """From codes of whole rows, and of each block its scale and its smallest value if it has one."""
-    codes_OI = codes_OGX.flatten(1)
+    """From codes of whole rows as the format has them, and of each block its scale and its smallest value if any."""
     return QuantizedWeight(
         format=form,
-        data=codes_OI.contiguous() if form == INT8 else pack_int4(codes_OI),
+        data=codes_OX,
         scale=scale_OG,
-        inputs=codes_OI.shape[1],
+        inputs=scale_OG.shape[1] * _BLOCK,
         group=_BLOCK,
         offset=offset_OG,
     )
 
 
 def _q4_0(blocks: torch.Tensor) -> QuantizedWeight:
-    return _weight(INT4, nibbles(blocks[..., 2:], _HALF), halves(blocks, 0))
+    return _weight(INT4, packed_halves(blocks[..., 2:], _HALF), halves(blocks, 0))
 
 
 def _q4_1(blocks: torch.Tensor) -> QuantizedWeight:
-    return _weight(INT4, nibbles(blocks[..., 4:], _HALF), halves(blocks, 0), halves(blocks, 2))
+    return _weight(INT4, packed_halves(blocks[..., 4:], _HALF), halves(blocks, 0), halves(blocks, 2))
 
 
 def _q5_0(blocks: torch.Tensor) -> QuantizedWeight:
     """-16 … 15 in 8 bits; the fifth bits come first, one for each input."""
     fifth = (blocks[..., 2:6, None] >> torch.arange(8, dtype=torch.uint8)) & 1
     codes = nibbles(blocks[..., 6:], _HALF) | (fifth.flatten(-2) << 4)
-    return _weight(INT8, codes.view(torch.int8) - 16, halves(blocks, 0))
+    return _weight(INT8, (codes.view(torch.int8) - 16).flatten(1), halves(blocks, 0))
 
 
 def _q8_0(blocks: torch.Tensor) -> QuantizedWeight:
-    return _weight(INT8, blocks[..., 2:].view(torch.int8), halves(blocks, 0))
+    return _weight(INT8, blocks[..., 2:].view(torch.int8).flatten(1).contiguous(), halves(blocks, 0))
 
 
 def _mxfp4(blocks: torch.Tensor) -> QuantizedWeight:
-    data = pack_int4(nibbles(blocks[..., 1:], _HALF))
-    return mxfp4_weight(data, blocks[..., 0])
+    return mxfp4_weight(packed_halves(blocks[..., 1:], _HALF).view(*blocks.shape[:2], -1), blocks[..., 0])
 
 
 _FORMATS: dict[str, Callable[[torch.Tensor], QuantizedWeight]] = {

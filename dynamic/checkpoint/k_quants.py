@@ -10,16 +10,19 @@ from typing import NamedTuple
 
 import torch
 
+from ...kernels.api.codes import nibbles, pack
 from ...kernels.api.format_join import concatenate
 from ...kernels.api.formats import Q4_K, Q5_K, Q6_K, Format
 from ...kernels.api.quantized_weight import QuantizedWeight
+from ...kernels.cpu.codes import packed_halves
 
 BLOCK = 256  # inputs
 CHUNK = 1 << 22  # numbers that are made from blocks at a time
 
 
 class Parts(NamedTuple):
-    """What blocks hold: codes (O, I), one per byte; scales and offsets of groups (O, G), of blocks float16 (O, B)."""
+    """What blocks hold: codes as the format has them, (O, X); scales and offsets of groups (O, G), of blocks float16
+    (O, B)."""
 
     codes: torch.Tensor
     scale: torch.Tensor
@@ -68,7 +71,7 @@ def _weight(quant: KQuant, kind: str, raw_OX: torch.Tensor, inputs: int) -> Quan
     check_finite(kind, parts.outer_scale, parts.outer_offset)
     return QuantizedWeight(
         format=quant.format,
-        data=quant.format.codes.pack(parts.codes),
+        data=parts.codes,
         scale=parts.scale,
         inputs=inputs,
         group=quant.format.groups[0],
@@ -81,7 +84,11 @@ def _weight(quant: KQuant, kind: str, raw_OX: torch.Tensor, inputs: int) -> Quan
 def check_finite(kind: str, *scales: torch.Tensor | None) -> None:
     """Raises ValueError where scales or minima of blocks are not finite."""
     for some in scales:
-        if some is not None and (wrong := int((~some.isfinite()).sum())):
+        if some is None:
+            continue
+        finite = some.view(torch.uint8) != 255 if some.dtype == torch.float8_e8m0fnu else some.isfinite()
+        if not bool(finite.all()):
+            wrong = some.numel() - int(finite.sum())
             raise ValueError(f"{wrong} of {some.numel()} scales of {kind} blocks are not finite")
 
 
@@ -102,31 +109,27 @@ def _six_bit_scales(blocks_OBX: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     return scale, offset
 
 
-def nibbles(bytes_OBX: torch.Tensor, run: int) -> torch.Tensor:
-    """Codes (O, B, 2 X): of each run of bytes all low nibbles, then all high ones."""
-    bytes_OBNR = bytes_OBX.unflatten(-1, (-1, run))
-    return torch.stack((bytes_OBNR & 15, bytes_OBNR >> 4), -2).flatten(-3)
-
-
-def _with_offsets(blocks_OBX: torch.Tensor, codes_OBI: torch.Tensor) -> Parts:
+def _with_offsets(blocks_OBX: torch.Tensor, codes_OX: torch.Tensor) -> Parts:
     scale, offset = _six_bit_scales(blocks_OBX)
-    return Parts(codes_OBI.flatten(1), scale, halves(blocks_OBX, 0), offset, -halves(blocks_OBX, 2))
+    return Parts(codes_OX, scale, halves(blocks_OBX, 0), offset, -halves(blocks_OBX, 2))
 
 
 def _q4_k(blocks_OBX: torch.Tensor) -> Parts:
-    return _with_offsets(blocks_OBX, nibbles(blocks_OBX[..., 16:], 32))
+    return _with_offsets(blocks_OBX, packed_halves(blocks_OBX[..., 16:], 32))
 
 
 def _q5_k(blocks_OBX: torch.Tensor) -> Parts:
     high = [(blocks_OBX[..., 16:48] >> group & 1) << 4 for group in range(8)]
-    return _with_offsets(blocks_OBX, nibbles(blocks_OBX[..., 48:], 32) | torch.cat(high, -1))
+    codes_OBI = nibbles(blocks_OBX[..., 48:], 32) | torch.cat(high, -1)
+    return _with_offsets(blocks_OBX, pack(codes_OBI.flatten(1), 5))
 
 
 def _q6_k(blocks_OBX: torch.Tensor) -> Parts:
     high_OBHX = blocks_OBX[..., 128:192].unflatten(-1, (2, 32))
     high = torch.cat([(high_OBHX >> shift & 3) << 4 for shift in (0, 2, 4, 6)], -1).flatten(-2)
     scale = blocks_OBX[..., 192:208].contiguous().view(torch.int8).flatten(1)
-    return Parts((nibbles(blocks_OBX[..., :128], 64) | high).flatten(1), scale, halves(blocks_OBX, 208))
+    codes_OBI = nibbles(blocks_OBX[..., :128], 64) | high
+    return Parts(pack(codes_OBI.flatten(1), 6), scale, halves(blocks_OBX, 208))
 
 
 K_QUANTS = {"Q4_K": KQuant(Q4_K, 144, _q4_k), "Q5_K": KQuant(Q5_K, 176, _q5_k), "Q6_K": KQuant(Q6_K, 210, _q6_k)}

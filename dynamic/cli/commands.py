@@ -120,6 +120,7 @@ COMMANDS = (
         examples=(
             "dynamoe prepare",
             "dynamoe prepare model=default",
+            "dynamoe prepare model=./my-checkpoint quantization=int4",
             "dynamoe prepare quantization=gptq model=./my-checkpoint output=./my-checkpoint-int4",
         ),
     ),

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from ...kernels.api.ranges import check_ranges
 from ..convert.model_config import SharedModelConfig
 from ..engine.config import EngineConfig
+from ..model.load_config import WeightCacheConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +75,15 @@ class GenerateConfig(SharedModelConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """``dynamoe prepare``. All keys but ``model`` belong to quantisation with calibration.
+    """``dynamoe prepare``. ``output``, ``group``, ``symmetric`` and what follows them belong to quantisation with
+    calibration; ``dtype``, ``backend``, ``quantize_lm_head`` and ``weight_cache`` to that of a start.
 
     Arguments:
         model: a Hub id to fetch, the name of a shipped model to convert: ``default``; or what is to be quantised.
-        quantization: ``none``; ``gptq`` or ``awq``: int4 weights; ``smoothquant``: int8 weights and activations.
+        quantization: ``none``; what other commands do at their start, such as ``int8``: the weights are kept for them;
+            ``gptq`` or ``awq``: int4 weights; ``smoothquant``: int8 weights and activations.
+        dtype, backend, quantize_lm_head: as the commands will have them.
+        weight_cache: see :class:`WeightCacheConfig`.
         output: directory for the quantised checkpoint; an unfinished run in it is resumed.
         group: inputs that share a scale, with int4: 32, 64 or 128.
         symmetric: whether int4 groups have no zero point of their own.
@@ -93,6 +98,9 @@ class PrepareConfig:
 
     model: str = "default"
     quantization: str = "none"
+    dtype: str = "auto"
+    backend: str = "auto"
+    quantize_lm_head: bool = True
     output: str | None = None
     group: int = 64
     symmetric: bool = True
@@ -101,6 +109,7 @@ class PrepareConfig:
     text_folder: str | None = None
     device: str = "auto"
     threads: int | None = None
+    weight_cache: WeightCacheConfig = field(default_factory=WeightCacheConfig)
 
     def __post_init__(self) -> None:
         check_ranges(self, "windows", "window_tokens", "threads", least=1)

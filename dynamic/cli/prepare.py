@@ -1,4 +1,4 @@
-"""``dynamoe prepare``: the work of a first start, done ahead of time; or a quantised checkpoint out of a model."""
+"""``dynamoe prepare``: the work of a first start, done ahead of time; or a checkpoint quantised with calibration."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from pathlib import Path
 from ...kernels.cpu.build import BuildError, build
 from ..convert.model_store import resolve_model
 from ..model.dtype import choose_device
+from ..model.load_config import LoadConfig
+from ..model.loader import load_decoder
 from ..model.machine import use_threads
+from ..model.quantization import NONE, Quantization, methods
+from ..model.weight_cache import open_cache
 from ..quantize.driver import REPORT, quantize_checkpoint
 from ..quantize.methods import NEAREST, POOLED, CalibratedMethod
 from ..text.calibration_text import reference_pages, token_windows
@@ -20,13 +24,14 @@ __all__ = ["PrepareConfig", "prepare"]
 
 
 def prepare(config: PrepareConfig) -> None:
-    """Fetch or convert the model, compile the kernels, and print the model's path; or quantise it.
+    """Fetch or convert the model, compile the kernels, quantise as other commands do it at their start, and print the
+    model's path; or quantise it with calibration.
 
     Raises:
         ValueError: for a model that does not exist or cannot be had here, settings that are out of range, text that is
             too short, or what :func:`quantize_checkpoint` refuses.
     """
-    if config.quantization != "none":
+    if config.quantization != NONE and config.quantization not in methods():
         _quantize(config)
         return
     if config.output is not None:
@@ -37,6 +42,18 @@ def prepare(config: PrepareConfig) -> None:
     except BuildError as error:
         print(f"the CPU kernels are not available, torch's own operations take their place: {error}", file=sys.stderr)
     print(f"{config.model}: {path}")
+    if config.quantization != NONE:
+        _keep_weights(config, path)
+
+
+def _keep_weights(config: PrepareConfig, path: Path) -> None:
+    use_threads(config.threads)
+    wanted = Quantization(method=config.quantization, lm_head=config.quantize_lm_head)
+    names = ("dtype", "device", "backend", "quantization", "quantize_lm_head", "weight_cache")
+    decoder = load_decoder(path, LoadConfig(**{name: getattr(config, name) for name in names}), progress=True)
+    cache = open_cache(config.weight_cache, path, decoder.backend, wanted)
+    kept = cache.file if cache is not None and cache.file.exists() else None
+    print(f"{config.quantization}: {kept or 'made at every start'}")
 
 
 def _quantize(config: PrepareConfig) -> None:

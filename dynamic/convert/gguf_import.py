@@ -54,13 +54,15 @@ def importer_digest() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
-def import_gguf(path: Path, target: Path, *, keep_codes: bool = False, progress: bool = True) -> None:
+def import_gguf(path: Path, target: Path, *, keep_codes: bool = False, progress: bool = True) -> dict[str, str]:
     """Write config, tokenizer and weights of a GGUF file to a directory.
 
     Arguments:
         path: the file, or any part of a model that was split.
         target: a directory that exists and is empty.
         keep_codes: keep the blocks of quantised tensors; else they become float32, which holds them exactly.
+
+    Returns: by name the SHA-256 of files that are large.
 
     Raises:
         CheckpointError: for a file that is damaged, or holds anything that is not understood; the message is one line
@@ -81,7 +83,8 @@ def import_gguf(path: Path, target: Path, *, keep_codes: bool = False, progress:
     generation = {_SAMPLING.get(key, key): value for key, value in meta.raw("general.sampling.").items()}
     write_tokenizer(meta, vocabulary, config["max_position_embeddings"], target)
     meta.refuse_unread()
-    quantised = _write_weights(file, pieces, target / "model.safetensors", keep_codes, progress)
+    weights = target / "model.safetensors"
+    quantised, digest = _write_weights(file, pieces, weights, keep_codes, progress)
     if quantised:
         config["quantization_config"] = {"quant_method": METHOD}
     write_json(target / "config.json", config)
@@ -89,6 +92,7 @@ def import_gguf(path: Path, target: Path, *, keep_codes: bool = False, progress:
     if len(vocabulary.end_ids) > 1:
         ids["eos_token_id"] = vocabulary.end_ids
     write_json(target / "generation_config.json", {**ids, **generation})
+    return {weights.name: digest}
 
 
 def _dtype(kinds: set[str]) -> str:
@@ -140,8 +144,10 @@ def _check(file: GgufFile, config: Mapping[str, Any], architecture: Architecture
         raise CheckpointError(f"{file.files[0]}: {reason}") from error
 
 
-def _write_weights(file: GgufFile, pieces: Mapping[str, Piece], target: Path, keep_codes: bool, progress: bool) -> bool:
-    """Write all tensors, one at a time; returns whether some are quantised."""
+def _write_weights(
+    file: GgufFile, pieces: Mapping[str, Piece], target: Path, keep_codes: bool, progress: bool
+) -> tuple[bool, str]:
+    """Write all tensors, one at a time; returns whether some are quantised, and the file's hash."""
     from tqdm import tqdm
 
     late: dict[str, LateTensor] = {}
@@ -162,5 +168,4 @@ def _write_weights(file: GgufFile, pieces: Mapping[str, Piece], target: Path, ke
             bar.update()
             file.release()
 
-        write_tensors_one_by_one(target, late, done)
-    return quantised
+        return quantised, write_tensors_one_by_one(target, late, done)

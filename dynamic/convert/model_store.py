@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ...kernels.api.disk import cache_home
 from ..checkpoint.gguf_file import SUFFIX, find_gguf, gguf_parts
 from ..text.sealed_directory import is_intact, seal
 from .default_model import default_recipe, prepare_default
@@ -27,13 +27,6 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 _PACKAGED = Path(__file__).parents[1] / "shipped"
-
-
-def cache_home() -> Path:
-    """Cache of prepared models: ``$DYNAMOE_HOME``, else ``$XDG_CACHE_HOME/dynamoe``, else ``~/.cache/dynamoe``."""
-    if home := os.environ.get("DYNAMOE_HOME"):
-        return Path(home).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynamoe"
 
 
 def resolve_model(model: str | Path, *, progress: bool = True) -> Path:
@@ -80,13 +73,14 @@ def _tiny(progress: bool) -> Path:
 SHIPPED_MODELS: dict[str, Callable[[bool], Path]] = {"default": _default, "tiny": _tiny}
 
 
-def prepare_once(name: str, recipe: dict[str, object], prepare: Callable[[Path], None]) -> Path:
+def prepare_once(name: str, recipe: dict[str, object], prepare: Callable[[Path], Mapping[str, str] | None]) -> Path:
     """The cached directory of something that is made from a recipe; made now when it is not there.
 
     Arguments:
         name: beginning of the directory's name.
         recipe: JSON-able; its hash is the rest of the name, so that a changed recipe never uses old files.
-        prepare: fills an empty directory. Whatever it raises is passed on, and its directory is removed.
+        prepare: fills an empty directory, and may return hashes for :func:`seal`. Whatever it raises is passed on, and
+            its directory is removed.
     """
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
     root = cache_home() / "models"
@@ -102,8 +96,7 @@ def prepare_once(name: str, recipe: dict[str, object], prepare: Callable[[Path],
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             try:
-                prepare(partial)
-                seal(partial)
+                seal(partial, prepare(partial) or {})
                 shutil.rmtree(target, ignore_errors=True)  # damaged, or of a version that sealed nothing
                 partial.rename(target)
             finally:

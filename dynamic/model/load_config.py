@@ -2,7 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from ...kernels.api.ranges import check_flags, parse_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightCacheConfig:
+    """Weights that ``quantization`` made, kept on the disk for the next start. They change nothing but its time.
+
+    Arguments:
+        enabled: whether they are kept, and read where they are.
+        folder: where; None: ``weights`` in the folder of prepared models.
+        size: bytes that all of them may take together, as a number or with a unit; those that were used least recently
+            make room.
+        least: bytes of a checkpoint that is worth it; smaller ones are quantised at every start.
+
+    Raises:
+        ValueError: naming what is no number of bytes, or no flag.
+    """
+
+    enabled: bool = True
+    folder: str | None = None
+    size: int | str = "20GiB"
+    least: int | str = "512MiB"
+
+    def __post_init__(self) -> None:
+        check_flags(self, "weight_cache.")
+        parse_bytes(self.size, "weight_cache.size")
+        parse_bytes(self.least, "weight_cache.least")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +48,7 @@ class LoadConfig:
         quantize_lm_head: whether LM head and embedding become int8 then.
         dequantize: also load weights whose stored type has no format here, such as GGUF's IQ types, in 16 bits.
         kv_cache_dtype: ``auto`` (as ``dtype``), ``int8`` or ``fp8``, half the memory: what keys and values are kept in.
+        weight_cache: see :class:`WeightCacheConfig`.
     """
 
     dtype: str = "auto"
@@ -29,3 +58,4 @@ class LoadConfig:
     quantize_lm_head: bool = True
     dequantize: bool = False
     kv_cache_dtype: str = "auto"
+    weight_cache: WeightCacheConfig = field(default_factory=WeightCacheConfig)

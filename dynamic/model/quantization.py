@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
-from ...kernels.api import rounding
-from ...kernels.api.formats import FP8_BLOCK, FP8_PER_GROUP, INT8_PER_GROUP, UNQUANTIZED, ActivationScheme
+from ...kernels.api.formats import (
+    FP8,
+    FP8_BLOCK,
+    FP8_PER_GROUP,
+    INT4,
+    INT8,
+    INT8_PER_GROUP,
+    UNQUANTIZED,
+    ActivationScheme,
+)
 from ...kernels.api.quantized_weight import QuantizedWeight
+from ...kernels.api.rounding import Rounding
 
 NONE = "none"
 
@@ -35,22 +43,23 @@ class Method:
 def _known_methods() -> dict[str, Method]:
     groups = ((64, ""), (32, "-g32"), (128, "-g128"))
     int4 = {
-        f"int4{name}{ending}": Method(partial(rounding.quantize_int4, group=group, symmetric=not ending), group=group)
+        f"int4{name}{ending}": Method(Rounding(format=INT4, group=group, symmetric=not ending), group=group)
         for group, name in groups
         for ending in ("", "-asym")
     }
     w4a8 = {
-        f"w4a8{name}": Method(partial(rounding.quantize_int4, group=group), ActivationScheme("int8", group), group)
+        f"w4a8{name}": Method(Rounding(format=INT4, group=group), ActivationScheme("int8", group), group)
         for group, name in groups
     }
+    blocks = Rounding(format=FP8, group=FP8_BLOCK, block_out=FP8_BLOCK)
     return {
-        "int8": Method(rounding.quantize_int8),
-        "int8-g32": Method(partial(rounding.quantize_int8, group=32), group=32),
-        "w8a8": Method(rounding.quantize_int8, INT8_PER_GROUP),
+        "int8": Method(Rounding(format=INT8)),
+        "int8-g32": Method(Rounding(format=INT8, group=32), group=32),
+        "w8a8": Method(Rounding(format=INT8), INT8_PER_GROUP),
         **int4,
         **w4a8,
-        "fp8": Method(rounding.quantize_fp8),
-        "fp8-block": Method(partial(rounding.quantize_fp8, block=True), FP8_PER_GROUP, FP8_BLOCK, FP8_BLOCK),
+        "fp8": Method(Rounding(format=FP8)),
+        "fp8-block": Method(blocks, FP8_PER_GROUP, FP8_BLOCK, FP8_BLOCK),
     }
 
 

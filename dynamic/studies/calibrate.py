@@ -67,7 +67,7 @@ def calibrate(config: CalibrateConfig, *, progress: bool = True, say: Callable[[
     kept = {
         k: v
         for k, v in asdict(config).items()
-        if k not in ("output", "threads", "alphas", "delta", "method", "parallel", "logits_processors")
+        if k not in ("output", "threads", "alphas", "delta", "method", "parallel", "logits_processors", "weight_cache")
     }
     made_by = {"code": sources_hash("kernels", "moe", "exits", "dynamic"), "processor": processor()}
     asked = {"prompts_hash": prompts.hash, "pilot_hash": prompts_hash(prompts.pilot)}

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _CONFIGURATION = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 # Where results go and how a job runs, not what is measured.
-NO_PART_OF_A_RESULT = frozenset({"output", "compare", "json", "threads", "quality_metric", "objective"})
+NO_PART_OF_A_RESULT = frozenset({"output", "compare", "json", "threads", "quality_metric", "objective", "weight_cache"})
 
 
 def job_key(config: dict[str, Any]) -> str:

@@ -6,19 +6,25 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from ...kernels.api.disk import flush
 
 _SEAL = ".sealed.json"
 
 
-def seal(directory: Path) -> None:
+def seal(directory: Path, hashes: Mapping[str, str] = MappingProxyType({})) -> None:
     """Note the size, the time of change and the hash of every file in a directory, and bring all of it to the disk.
 
     Called before the directory gets its final name: after a crash it is there with all its bytes, or not at all.
+
+    Arguments:
+        hashes: SHA-256 of files that need not be read for it, by name.
     """
-    files = {name: [*_stamp(directory / name), _hash(directory / name)] for name in _files(directory)}
+    names = _files(directory)
+    files = {name: [*_stamp(directory / name), hashes.get(name) or _hash(directory / name)] for name in names}
     (directory / _SEAL).write_text(json.dumps(files))
     for path in (*directory.rglob("*"), directory):
         flush(path)

@@ -112,6 +112,12 @@ def pack_int4(codes: torch.Tensor) -> torch.Tensor:
     return even[..., 0::2] | (even[..., 1::2] << 4)
 
 
+def nibbles(bytes_OBX: torch.Tensor, run: int) -> torch.Tensor:
+    """Codes (O, B, 2 X): of each run of bytes all low nibbles, then all high ones."""
+    bytes_OBNR = bytes_OBX.unflatten(-1, (-1, run))
+    return torch.stack((bytes_OBNR & 15, bytes_OBNR >> 4), -2).flatten(-3)
+
+
 def unpack_int4(data: torch.Tensor) -> torch.Tensor:
     """The inverse of :func:`pack_int4`: bytes (…, X) as codes (…, 2 X)."""
     return torch.stack((data & 15, data >> 4), -1).flatten(-2)

@@ -8,6 +8,13 @@ import stat
 from pathlib import Path
 
 
+def cache_home() -> Path:
+    """Of what is made once: ``$DYNAMOE_HOME``, else ``$XDG_CACHE_HOME/dynamoe``, else ``~/.cache/dynamoe``."""
+    if home := os.environ.get("DYNAMOE_HOME"):
+        return Path(home).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynamoe"
+
+
 def flush(path: Path) -> None:
     """Bring a file, or the entries of a directory, to the disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -6,16 +6,44 @@ Shape suffixes as in ``types.py``; G groups of inputs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from .codes import pack_int4
 from .format_join import concatenate, stack_experts
-from .formats import FP8, FP8_BLOCK, FP8_MAX, INT4, INT8
+from .formats import FP8, FP8_BLOCK, FP8_MAX, INT4, INT8, Format
 from .quantized_weight import QuantizedWeight, describe, spread
 
 _CHUNK = 1 << 22  # weights that are rounded at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """How weights become one of our formats. Called with a weight, (O, I) or (E, O, I), it is the oracle of whatever
+    does the same faster, see :meth:`.TorchBackend.quantize`.
+
+    Arguments:
+        format: int8, int4 or fp8.
+        group: inputs per scale; None: all of an output's.
+        block_out: outputs per scale.
+        symmetric: of int4, see :func:`quantize_int4`.
+    """
+
+    format: Format
+    group: int | None = None
+    block_out: int = 1
+    symmetric: bool = True
+
+    def __call__(self, weight: torch.Tensor) -> QuantizedWeight:
+        if self.format == INT8:
+            return quantize_int8(weight, group=self.group)
+        if self.format == INT4:
+            assert self.group is not None
+            return quantize_int4(weight, group=self.group, symmetric=self.symmetric)
+        assert self.format == FP8
+        return quantize_fp8(weight, block=self.block_out > 1)
 
 
 def quantize_int8(weight: torch.Tensor, *, group: int | None = None) -> QuantizedWeight:

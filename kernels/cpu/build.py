@@ -194,6 +194,11 @@ def loaded() -> Path:
     return library
 
 
+def is_loaded() -> bool:
+    """Whether :func:`load` has been called, and could do it."""
+    return loaded.cache_info().currsize > 0
+
+
 def _load(library: Path) -> None:
     try:
         torch.ops.load_library(library)

@@ -12,40 +12,23 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
-from ..api.formats import MXFP4, UNQUANTIZED, ActivationScheme
+from ..api import formats
+from ..api.format_join import stack_experts
+from ..api.formats import UNQUANTIZED, ActivationScheme, Format
+from ..api.packed_weight import PackedWeight
 from ..api.quantized_weight import QuantizedWeight
+from ..api.rounding import Rounding
 from ..api.types import ExpertWeights, LinearWeights, Routing
 from ..torch.backend import TorchBackend
 from ..torch.experts import PlainExperts
 from ..torch.quantized import QuantExperts
-from .layout import BLOCK, GATED, PLAIN_ACTIVATIONS, activation_number, join_gate_up_bias, padded
+from .layout import BLOCK, PLAIN_ACTIVATIONS, activation_number, join_gate_up_bias, padded
+from .quant_packing import Layout, down_values, gate_up_values, group_of, linear_values, pack
 
 log = logging.getLogger(__name__)
-_MOST_CODES = 1 << 26  # unpacked at once
-_SCALES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e8m0fnu)
-
-
-class Layout(NamedTuple):
-    """A packed weight in numbers, as the C++ kernels take it (``quant/quant_tensors.h``).
-
-    Arguments:
-        format: :attr:`Format.cpu`.
-        outputs, inputs: of all experts together.
-        group: inputs that share a scale.
-        offsets: 1 for offsets, 2 for zero points, 0 for neither.
-        byte_rows: whether rows are rounded to 8 bits.
-        scale_type: where the scales' dtype is in ``_SCALES``; with two levels that of the outer ones.
-    """
-
-    format: int
-    outputs: int
-    inputs: int
-    group: int
-    offsets: int
-    byte_rows: int
-    scale_type: int
+_ROUNDED = (torch.float32, torch.bfloat16, torch.float16)  # that the kernels round
+_NAMES = {form.cpu: form.name for form in vars(formats).values() if isinstance(form, Format) and form.cpu is not None}
 
 
 class Part(NamedTuple):
@@ -150,119 +133,6 @@ class CpuQuantExperts:
         return torch.ops.dynamoe_cpu.quant_experts.default(self.isa, x_TD, *packed, self.shape, *parts)
 
 
-class _Codes(NamedTuple):
-    """One byte per weight, (…, O, I), scales (…, O, G), and offsets likewise or None.
-
-    With two levels of scales those of groups are bytes, and there are outer ones.
-    """
-
-    codes: torch.Tensor
-    scales: torch.Tensor
-    offsets: torch.Tensor | None
-    outer_scales: torch.Tensor | None = None
-    outer_offsets: torch.Tensor | None = None
-
-
-def _pack(isa: int, weight: QuantizedWeight, stored: _Codes, scheme: ActivationScheme) -> tuple[torch.Tensor, Layout]:
-    offsets, two_level = stored.offsets, stored.outer_scales is not None
-    types = (torch.float8_e8m0fnu,) if weight.format == MXFP4 else _SCALES[1:3]
-    dtype = next(d for d in (*types, torch.float32) if two_level or _holds(d, stored.scales))
-    kind = int(offsets is not None)
-    if offsets is not None and not two_level and not _holds(dtype, offsets):
-        zeros = _zero_points(stored.scales, offsets)
-        if zeros is None:
-            dtype = torch.float32
-        else:
-            kind, offsets = 2, zeros
-    assert weight.format.cpu is not None
-    layout = Layout(
-        format=weight.format.cpu,
-        outputs=stored.codes.shape[0],
-        inputs=weight.in_features,
-        group=_group(weight),
-        offsets=kind,
-        byte_rows=int(scheme.kind != "none"),
-        scale_type=_SCALES.index(dtype),
-    )
-    parts = _map(lambda t: t.contiguous(), stored._replace(offsets=offsets))
-    return torch.ops.dynamoe_cpu.pack_quant.default(isa, *parts, layout), layout
-
-
-def _pack_by_parts(
-    isa: int, weight: QuantizedWeight, codes_of: Callable[[slice], _Codes], scheme: ActivationScheme
-) -> tuple[torch.Tensor, Layout]:
-    """Experts, some at a time, because their codes take a byte each on the way."""
-    count = weight.num_experts
-    assert count is not None
-    step = max(1, _MOST_CODES // (weight.out_features * weight.in_features))
-    parts = [_pack(isa, weight, codes_of(slice(at, at + step)), scheme) for at in range(0, count, step)]
-    layouts = {layout._replace(outputs=0) for _, layout in parts}
-    if len(parts) == 1:
-        return parts[0]
-    if len(layouts) > 1:  # scales of all together are of the type that holds them all
-        return _pack(isa, weight, codes_of(slice(0, count)), scheme)
-    packed = torch.ops.dynamoe_cpu.allocate(sum(words.numel() for words, _ in parts))
-    torch.cat([words.view(-1) for words, _ in parts], out=packed)
-    return packed, layouts.pop()._replace(outputs=sum(layout.outputs for _, layout in parts))
-
-
-def _holds(dtype: torch.dtype, values: torch.Tensor) -> bool:
-    """Whether a dtype has exactly these values; of bfloat16 only normal numbers and zeros are used, of powers of two
-    only normal ones."""
-    if dtype == torch.float32:
-        return True
-    same = (values.to(dtype).float() == values) & values.isfinite()
-    if dtype in (torch.bfloat16, torch.float8_e8m0fnu):
-        zero = (values == 0) & (dtype == torch.bfloat16)
-        same &= zero | (values.abs() >= torch.finfo(torch.float32).tiny)
-    return bool(same.all())
-
-
-def _zero_points(scales: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor | None:
-    """Whole numbers 0 … 15 with ``-zero · scale`` being the offsets, bit by bit; None where there are not such."""
-    zeros = torch.where(scales == 0, 0.0, -offsets / scales).round()
-    fits = (zeros >= 0) & (zeros <= 15) & (-zeros * scales == offsets)
-    return zeros if bool(fits.all()) else None
-
-
-def _group(weight: QuantizedWeight) -> int:
-    return weight.group or weight.in_features
-
-
-def _read(weight: QuantizedWeight, has_offsets: bool = False) -> _Codes:
-    """A weight's codes; with zero offsets where ``has_offsets`` asks for some that it does not need."""
-    codes = weight.codes()
-    if weight.format.codes.dtype == torch.float8_e4m3fn and bool(((codes & 127) == 127).any()):
-        raise ValueError(f"an {weight.format.name} weight of shape {weight.shape} holds NaN")
-    if weight.format == MXFP4:  # the kernels' numbers are whole: twice what codes stand for
-        return _Codes(codes, weight.scales() / 2, None)
-    if not weight.format.two_level:
-        return _Codes(codes, weight.scales(), weight.offsets() if has_offsets or weight.needs_offsets else None)
-    offset, wants_offsets = weight.offset, weight.format.offsets
-    if weight.outer_scale is None or (wants_offsets and (offset is None or weight.outer_offset is None)):
-        wanted = "two levels of scales" + (" and of offsets" if wants_offsets else "")
-        raise ValueError(f"{weight.format.name} weights have {wanted}, not {', '.join(sorted(weight.tensors()))}")
-    scales = (weight.scale.view(torch.uint8), offset, weight.outer_scale, weight.outer_offset)
-    return _Codes(codes, *scales)
-
-
-def _map(function: Callable[..., torch.Tensor], *stored: _Codes) -> _Codes:
-    """``function`` of the codes, of the scales, and of whatever else there is."""
-    fields = zip(*stored, strict=True)
-    return _Codes(*(None if tensors[0] is None else function(*tensors) for tensors in fields))  # type: ignore[arg-type]
-
-
-def _interleaved(gate_EFX: torch.Tensor, up_EFX: torch.Tensor) -> torch.Tensor:
-    """Gated blocks of all experts: 16 gate outputs, then the 16 up outputs that belong to them."""
-    halves = [_padded_rows(t, GATED).unflatten(1, (-1, GATED)) for t in (gate_EFX, up_EFX)]
-    return torch.cat(halves, 2).flatten(0, 2)
-
-
-def _padded_rows(t_EOX: torch.Tensor, multiple: int) -> torch.Tensor:
-    more = -t_EOX.shape[1] % multiple
-    return F.pad(t_EOX, (0, 0, 0, more)) if more else t_EOX  # padding by nothing would copy
-
-
 class CpuQuantPacking(TorchBackend):
     """How quantised weights come into the kernels' layout; :class:`.CpuBackend` runs them."""
 
@@ -275,18 +145,82 @@ class CpuQuantPacking(TorchBackend):
         roomy[: len(part)] = part
         return roomy
 
+    def quantize(self, rounding: Callable[[torch.Tensor], QuantizedWeight], weight: torch.Tensor) -> QuantizedWeight:
+        rounded = self._rounded(rounding, weight) if isinstance(rounding, Rounding) else None
+        return rounding(weight) if rounded is None else rounded  # which also says what is wrong
+
+    def _rounded(self, rounding: Rounding, weight: torch.Tensor) -> QuantizedWeight | None:
+        """None for weights that the kernels do not round, and those that are not finite."""
+        if weight.dim() not in (2, 3) or not weight.numel() or weight.dtype not in _ROUNDED:
+            return None
+        form, group, inputs = rounding.format, rounding.group, weight.shape[-1]
+        form.check_group(group, rounding.block_out)
+        if weight.stride(-1) != 1:
+            if weight.dim() == 3:  # little of it is copied at a time
+                parts = [self._rounded(rounding, part) for part in weight]
+                found = [part for part in parts if part is not None]
+                return stack_experts(found) if len(found) == len(parts) else None
+            weight = weight.contiguous()
+        codes, scale, zero, finite = torch.ops.dynamoe_cpu.round_weight.default(
+            weight, form.cpu, group or 0, rounding.block_out, rounding.symmetric
+        )
+        if not finite:
+            return None
+        return QuantizedWeight(
+            format=form,
+            data=codes.view(form.codes.dtype),
+            scale=scale,
+            inputs=inputs if form.codes.bits < 8 else None,
+            group=group,
+            block_out=rounding.block_out,
+            zero=zero if zero.numel() else None,
+        )
+
     def pack_quantized_linear(
         self, weight_OI: QuantizedWeight, bias_O: torch.Tensor | None = None, scheme: ActivationScheme = UNQUANTIZED
     ) -> LinearWeights:
         scheme.check(weight_OI.format, weight_OI.group)
         if weight_OI.format.cpu is None:
             return self.pack_linear(self._dequantized(weight_OI, scheme), bias_O)
-        self.formats.add(weight_OI.format.name)
-        packed, layout = _pack(self._isa, weight_OI, _read(weight_OI), scheme)
-        outputs = weight_OI.out_features
-        part = Part(layout, packed.numel() // -(-outputs // BLOCK))
-        data = CpuLinear(self._isa, packed, self._padded(bias_O), outputs, (part,))
-        return LinearWeights.of(weight_OI.shape, self.dtype, data, packed, data.bias)
+        words, layout = pack(self._isa, weight_OI, [weight_OI.data], linear_values(weight_OI), scheme)
+        return self.packed_linear(PackedWeight(shape=weight_OI.shape, words=(words,), layouts=(layout,)), bias_O)
+
+    def packed_weight(self, weights: LinearWeights | ExpertWeights) -> PackedWeight | None:
+        data = weights.data
+        if isinstance(data, CpuLinear) and len(data.parts) == 1 and not data.skip:
+            shape = (weights.out_features, weights.in_features)  # type: ignore[union-attr]
+            return PackedWeight(shape=shape, words=(data.packed,), layouts=(data.parts[0].layout,))
+        if isinstance(data, CpuQuantExperts):
+            num_experts, hidden, width, _ = data.shape
+            layouts = (data.gate_up_layout, data.down_layout)
+            return PackedWeight(shape=(num_experts, width, hidden), words=(data.gate_up, data.down), layouts=layouts)
+        return None
+
+    def packed_linear(self, packed: PackedWeight, bias_O: torch.Tensor | None) -> LinearWeights:
+        (words,), (layout,) = packed.words, (Layout(*numbers) for numbers in packed.layouts)
+        self._runs(layout)
+        part = Part(layout, words.numel() // -(-layout.outputs // BLOCK))
+        data = CpuLinear(self._isa, words, self._padded(bias_O), layout.outputs, (part,))
+        return LinearWeights.of(packed.shape, self.dtype, data, words, data.bias)
+
+    def packed_experts(self, packed: PackedWeight, activation: str, *biases: torch.Tensor | None) -> ExpertWeights:
+        number = self._activation(activation)
+        gate_up, down = (Layout(*numbers) for numbers in packed.layouts)
+        self._runs(gate_up, down)
+        gate_EF, up_EF, down_ED = biases
+        joined = join_gate_up_bias(gate_EF, up_EF), self._padded(down_ED)
+        num_experts, width, hidden = packed.shape
+        words = packed.words
+        shape = (num_experts, hidden, width, number)
+        data = CpuQuantExperts(self._isa, words[0], gate_up, words[1], down, *joined, shape)
+        return ExpertWeights.of(packed.shape, activation, self.dtype, data, *words, *joined)
+
+    def allocate(self, words: int) -> torch.Tensor:
+        return torch.ops.dynamoe_cpu.allocate(words)
+
+    def _runs(self, *layouts: Layout) -> None:
+        """Note the formats that this backend runs."""
+        self.formats.update(_NAMES[layout.format] for layout in layouts)
 
     def join_linear(self, *parts: LinearWeights) -> LinearWeights:
         layers: list[CpuLinear] = [part.data for part in parts]
@@ -306,28 +240,20 @@ class CpuQuantPacking(TorchBackend):
         if any(weight.format.cpu is None for weight in experts.weights):
             gate, up, down = (self._dequantized(weight, experts.scheme) for weight in experts.weights)
             return self._pack_experts(PlainExperts(gate, up, down, *experts.biases), activation)
-        self.formats.update(weight.format.name for weight in experts.weights)
-        number = self._activation(activation)
         gate_EFD, up_EFD, down_EDF = experts.weights
-        if gate_EFD.format != up_EFD.format or _group(gate_EFD) != _group(up_EFD):
+        if gate_EFD.format != up_EFD.format or group_of(gate_EFD) != group_of(up_EFD):
             raise ValueError(
-                f"gate and up must have one format, not {gate_EFD.format.name} in groups of {_group(gate_EFD)} and "
-                f"{up_EFD.format.name} in groups of {_group(up_EFD)}"
+                f"gate and up must have one format, not {gate_EFD.format.name} in groups of {group_of(gate_EFD)} and "
+                f"{up_EFD.format.name} in groups of {group_of(up_EFD)}"
             )
-        has_offsets = gate_EFD.needs_offsets or up_EFD.needs_offsets
-
-        def gate_up_codes(part: slice) -> _Codes:
-            return _map(_interleaved, *(_read(weight.experts(part), has_offsets) for weight in (gate_EFD, up_EFD)))
-
-        def down_codes(part: slice) -> _Codes:
-            return _map(lambda t: _padded_rows(t, BLOCK).flatten(0, 1), _read(down_EDF.experts(part)))
-
-        first = _pack_by_parts(self._isa, gate_EFD, gate_up_codes, experts.scheme)
-        second = _pack_by_parts(self._isa, down_EDF, down_codes, experts.scheme)
-        biases = join_gate_up_bias(experts.gate_bias_EF, experts.up_bias_EF), self._padded(experts.down_bias_ED)
-        num_experts, width, hidden = gate_EFD.shape
-        data = CpuQuantExperts(self._isa, *first, *second, *biases, (num_experts, hidden, width, number))
-        return ExpertWeights.of(gate_EFD.shape, activation, self.dtype, data, first[0], second[0], *biases)
+        codes = [gate_EFD.data, up_EFD.data]
+        values = gate_up_values(gate_EFD, up_EFD)
+        gate_up, gate_up_layout = pack(self._isa, gate_EFD, codes, values, experts.scheme)
+        down, down_layout = pack(self._isa, down_EDF, [down_EDF.data], down_values(down_EDF), experts.scheme)
+        layouts = gate_up_layout, down_layout
+        return self.packed_experts(
+            PackedWeight(shape=gate_EFD.shape, words=(gate_up, down), layouts=layouts), activation, *experts.biases
+        )
 
     def _activation(self, activation: str) -> int:
         """What the kernels call an activation."""

@@ -32,14 +32,14 @@ from .attention import run_attention
 from .expert_room import ExpertRoom
 from .experts import PlainExperts, run_experts
 from .latents import LatentOperations
-from .quantized import QuantExperts, QuantLinear, check_experts
+from .quantized import QuantExperts, QuantLinear, QuantOperations, check_experts
 from .split import SplitExperts, SplitLinear, join_linear
 from .states import StateOperations
 
 log = logging.getLogger(__name__)
 
 
-class TorchBackend(LatentOperations, StateOperations, ExpertRoom):
+class TorchBackend(QuantOperations, LatentOperations, StateOperations, ExpertRoom):
     """Operations of a decoder on plain tensors.
 
     A faster backend subclasses this one and replaces what it does better; whatever it leaves alone keeps working.

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from ..api.formats import ActivationScheme
+from ..api.packed_weight import PackedWeight
 from ..api.quantized_weight import QuantizedWeight
-from ..api.types import Routing
+from ..api.types import ExpertWeights, LinearWeights, Routing
 from ..reference import quantized as quant_reference
 from .experts import ExpertParts
 
@@ -60,6 +61,35 @@ class QuantExperts(ExpertParts[QuantizedWeight]):
         experts = self.gate_EFD.num_experts
         assert experts is not None
         return self.run(x_TD, quant_reference.all_on(x_TD, experts), activation)
+
+
+class QuantOperations:
+    """How weights are quantised while they are loaded; a backend may have a faster way, and one around it."""
+
+    def quantize(self, rounding: Callable[[torch.Tensor], QuantizedWeight], weight: torch.Tensor) -> QuantizedWeight:
+        """``rounding(weight)``, maybe computed in another way, with the same bits.
+
+        Raises:
+            ValueError: as ``rounding`` does.
+        """
+        return rounding(weight)
+
+    def packed_weight(self, weights: LinearWeights | ExpertWeights) -> PackedWeight | None:
+        """What :meth:`packed_linear` or :meth:`packed_experts` makes the same weights of; None: there is no such thing,
+        for weights that are not quantised, or with this backend."""
+        return None
+
+    def packed_linear(self, packed: PackedWeight, bias_O: torch.Tensor | None) -> LinearWeights:
+        """A layer of which :meth:`packed_weight` was kept."""
+        raise NotImplementedError
+
+    def packed_experts(self, packed: PackedWeight, activation: str, *biases: torch.Tensor | None) -> ExpertWeights:
+        """Experts of which :meth:`packed_weight` was kept; biases are those of :meth:`.TorchBackend.pack_experts`."""
+        raise NotImplementedError
+
+    def allocate(self, words: int) -> torch.Tensor:
+        """Uninitialised memory for packed words, int32."""
+        raise NotImplementedError
 
 
 def check_experts(gate: QuantizedWeight, up: QuantizedWeight, down: QuantizedWeight) -> None:

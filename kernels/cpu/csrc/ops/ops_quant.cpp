@@ -4,36 +4,6 @@
 namespace dynamoe_cpu {
 namespace {
 
-// With two levels scales and offsets are codes of 8 bits, the outer ones float16.
-Tensor pack_quant_op(int64_t isa, const Tensor& codes, const Tensor& scales, const OptionalTensor& offsets,
-                     const OptionalTensor& outer_scales, const OptionalTensor& outer_offsets, at::IntArrayRef numbers) {
-  const QuantLayout layout = quant_layout(numbers);
-  const auto fits = [&](const OptionalTensor& t, bool wanted, int64_t each) {
-    return t.has_value() == wanted && (!t || t->numel() == layout.outputs * each);
-  };
-  const bool two = layout.two_level();
-  const int64_t groups = layout.groups(), sections = ceil_div(layout.inputs, kOuterInputs);
-  TORCH_CHECK_VALUE(fits(codes, true, layout.inputs) && fits(scales, true, groups) &&
-                        fits(offsets, layout.has_offsets(), groups) && fits(outer_scales, two, sections) &&
-                        fits(outer_offsets, two && layout.has_offsets(), sections),
-                    "codes and scales do not fit ", layout.outputs, " outputs and ", layout.inputs, " inputs");
-  const auto bytes = [](const OptionalTensor& t) {
-    return t ? contiguous_data<uint8_t>(*t, at::kByte, "codes of scales") : nullptr;
-  };
-  const auto halves = [](const OptionalTensor& t) {
-    return t ? reinterpret_cast<const uint16_t*>(contiguous_data<at::Half>(*t, at::kHalf, "outer scales")) : nullptr;
-  };
-  GroupValues values{};
-  if (two)
-    values = {nullptr, nullptr, bytes(scales), bytes(offsets), halves(outer_scales), halves(outer_offsets)};
-  else
-    values = {floats(scales, "scales"), floats(offsets, "offsets")};
-  Tensor packed = allocate(layout.blocks() * layout.block_bytes() / 4);
-  pack_quant(context_of(isa), layout, contiguous_data<uint8_t>(codes, at::kByte, "codes"), values,
-             static_cast<char*>(packed.data_ptr()));
-  return packed;
-}
-
 Tensor quant_linear_op(int64_t isa, const Tensor& x, const Tensor& packed, const OptionalTensor& bias,
                        at::IntArrayRef numbers, bool float_out) {
   const QuantLayer layer = quant_layer(packed, bias, numbers, "weights");
@@ -81,10 +51,6 @@ Tensor quant_experts_op(int64_t isa, const Tensor& x, const Tensor& gate_up, at:
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(dynamoe_cpu, m) {
-  m.def(
-      "pack_quant(int isa, Tensor codes, Tensor scales, Tensor? offsets, Tensor? outer_scales, Tensor? outer_offsets, "
-      "int[] layout) -> Tensor",
-      &pack_quant_op);
   m.def("quant_linear(int isa, Tensor x, Tensor packed, Tensor? bias, int[] layout, bool float_out) -> Tensor",
         &quant_linear_op);
   m.def(

@@ -1,4 +1,4 @@
-// Quantised weights: packing, linear layers, and rows read back.
+// Quantised weights: linear layers, and rows read back.
 #include "quant/quant.h"
 
 #include <algorithm>
@@ -43,35 +43,6 @@ uint8_t read_code(const QuantLayout& layout, const uint8_t* codes, int64_t input
   if (layout.bits() == 4) return code;
   const int upper = codes[upper_offset(layout, input, output)] >> upper_shift(layout, input);
   return static_cast<uint8_t>(code | (upper & ((1 << (layout.bits() - 4)) - 1)) << 4);
-}
-
-// Into codes that were zero.
-void write_code(const QuantLayout& layout, uint8_t* codes, int64_t input, int64_t output, uint8_t code) {
-  uint8_t& lower = codes[code_offset(layout.format, input, output)];
-  if (layout.bits() == 8) {
-    lower = code;
-    return;
-  }
-  lower |= static_cast<uint8_t>(input % 8 >= 4 ? code << 4 : code & 15);
-  if (layout.bits() > 4)
-    codes[upper_offset(layout, input, output)] |= static_cast<uint8_t>(code >> 4 << upper_shift(layout, input));
-}
-
-void write_scales(const QuantLayout& layout, const GroupValues& values, int64_t output, int64_t group, char* block) {
-  const int64_t o = output % kBlockOutputs, at = output * layout.groups() + group;
-  char* section = block + layout.section_at(group);
-  if (!layout.two_level()) {
-    write_scale(values.scales[at], section + layout.bytes_per_scale() * o, layout.scale_type);
-    if (layout.has_offsets()) write_offset(layout, section, o, values.offsets[at]);
-    return;
-  }
-  const int64_t outer = output * ceil_div(layout.inputs, kOuterInputs) + group / layout.section_groups();
-  uint8_t* codes = const_cast<uint8_t*>(scale_codes(layout, section, group % layout.section_groups())) + o;
-  *codes = values.scale_codes[at];
-  std::memcpy(section + 2 * o, values.outer_scales + outer, 2);
-  if (!layout.has_offsets()) return;
-  codes[layout.section_groups() * kBlockOutputs] = values.offset_codes[at];
-  std::memcpy(section + 2 * (kBlockOutputs + o), values.outer_offsets + outer, 2);
 }
 
 }  // namespace
@@ -207,23 +178,6 @@ void quant_linear(const Context& context, const QuantLinearCall& call) {
     linear_part(context, call, part, out);
     out += part.layout.outputs * element_bytes(call.out_dtype);
   }
-}
-
-void pack_quant(const Context& context, const QuantLayout& layout, const uint8_t* codes, const GroupValues& values,
-                char* packed) {
-  for_each_task(context.threads, layout.blocks(), [&](int64_t number) {
-    char* block = packed + number * layout.block_bytes();
-    std::memset(block, 0, layout.block_bytes());
-    for (int64_t group = 0; group < layout.groups(); ++group) {
-      const int64_t begin = group * layout.group, end = std::min(begin + layout.group, layout.inputs);
-      uint8_t* out = reinterpret_cast<uint8_t*>(block) + layout.codes_at(group);
-      for (int64_t o = 0; o < kBlockOutputs && number * kBlockOutputs + o < layout.outputs; ++o) {
-        const int64_t output = number * kBlockOutputs + o;
-        write_scales(layout, values, output, group, block);
-        for (int64_t i = begin; i < end; ++i) write_code(layout, out, i - begin, o, codes[output * layout.inputs + i]);
-      }
-    }
-  });
 }
 
 void quant_rows(const Context& context, const QuantLayer& layer, const int64_t* ids, int64_t count, float* out) {

@@ -82,16 +82,6 @@ struct QuantLinearCall {
 };
 void quant_linear(const Context& context, const QuantLinearCall& call);
 
-// Of every output and group: scales, and offsets or zero points if there are any; with two levels their codes, and fp16
-// of every output and section.
-struct GroupValues {
-  const float *scales, *offsets;
-  const uint8_t *scale_codes, *offset_codes;
-  const uint16_t *outer_scales, *outer_offsets;
-};
-// Codes 0 … 255, one per byte, to blocks.
-void pack_quant(const Context& context, const QuantLayout& layout, const uint8_t* codes, const GroupValues& values,
-                char* packed);
 // Rows of a layer, dequantised.
 void quant_rows(const Context& context, const QuantLayer& layer, const int64_t* ids, int64_t count, float* out);
 
