@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ...kernels.api.disk import cache_home
 from ..checkpoint.gguf_file import SUFFIX, find_gguf, gguf_parts
 from ..text.sealed_directory import is_intact, seal
 from .default_model import default_recipe, prepare_default
@@ -27,13 +27,6 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 _PACKAGED = Path(__file__).parents[1] / "shipped"
-
-
-def cache_home() -> Path:
-    """Cache of prepared models: ``$DYNAMOE_HOME``, else ``$XDG_CACHE_HOME/dynamoe``, else ``~/.cache/dynamoe``."""
-    if home := os.environ.get("DYNAMOE_HOME"):
-        return Path(home).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynamoe"
 
 
 def resolve_model(model: str | Path, *, progress: bool = True) -> Path:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...kernels.api.ranges import parse_bytes
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoadConfig:
@@ -20,6 +22,8 @@ class LoadConfig:
         quantize_lm_head: whether LM head and embedding become int8 then.
         dequantize: also load weights whose stored type has no format here, such as GGUF's IQ types, in 16 bits.
         kv_cache_dtype: ``auto`` (as ``dtype``), ``int8`` or ``fp8``, half the memory: what keys and values are kept in.
+        expert_memory: bytes for the experts of mixtures, as a number or with a unit (``8GiB``), where not all fit: the
+            others are read from the disk when they are needed; None keeps all. CPU, quantised experts.
     """
 
     dtype: str = "auto"
@@ -29,3 +33,8 @@ class LoadConfig:
     quantize_lm_head: bool = True
     dequantize: bool = False
     kv_cache_dtype: str = "auto"
+    expert_memory: int | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.expert_memory is not None:
+            parse_bytes("expert_memory", self.expert_memory)

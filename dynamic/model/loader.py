@@ -22,13 +22,14 @@ from ...kernels.api.types import ExpertWeights, LinearWeights
 from ...kernels.select import select_backend
 from ...kernels.torch.backend import TorchBackend
 from ...moe.contribution import LayerScales
-from ..checkpoint.weights import DTYPES, CheckpointError, StoredCodes
+from ..checkpoint.weights import DTYPES, CheckpointError, StoredCodes, run_together
 from .attention.kind import AttentionLayout, AttentionWeights, LinearLayout
 from .budgeted_layers import read_scales
 from .channel_order import in_order
 from .decoder import Decoder
 from .dtype import choose_device, choose_dtype
 from .exits import pack_exits
+from .expert_memory import ExpertMemory
 from .generation_defaults import stop_tokens
 from .kv_cache import check_kv_dtype
 from .layer_weights import LayerWeights, MtpWeights, packed_router_tensors
@@ -107,7 +108,8 @@ def load_decoder(
             placement.check_quantization(wanted.method, wanted.layers)
     source = checkpoint if placement is None else placement.checkpoint(checkpoint)
     described = str(wanted) if stored is None else STORED
-    builder = _Builder(spec, layout, source, chosen, read_scales(path, spec), wanted, described, placement)
+    experts = ExpertMemory.of(settings, path, spec, chosen, described, shared=join is not None)
+    builder = _Builder(spec, layout, source, chosen, read_scales(path, spec), wanted, described, placement, experts)
     decoder = builder.build(progress=progress, heads=heads)
     decoder.mtp = builder.mtp_layers(files.mtp)
     decoder.kv_dtype = KV_DTYPES[settings.kv_cache_dtype] or torch_dtype
@@ -136,8 +138,9 @@ class _Builder:
         quantization: Quantization,
         described: str,
         placement: Placement | None = None,
+        experts: ExpertMemory | None = None,
     ) -> None:
-        self.spec = spec
+        self.spec, self.experts = spec, experts
         self.placement = placement
         self.scales = scales
         self.layout = layout
@@ -154,10 +157,12 @@ class _Builder:
         ends = self._ends() if held.start == 0 else self._no_ends()
         layers = []
         for number in tqdm(held, desc="Loading weights", unit="layer", disable=not progress or None):
-            layer = self._layer(self.layout.layers[number], self.spec.layers[number].moe, self.scales[number])
+            layer = self._layer(self.layout.layers[number], self.spec.layers[number].moe, number)
             layers.append(layer if self.placement is None else self.placement.kept(number, layer, self.backend))
             self._release()
-        spec = self.spec
+        spec, pool = self.spec, None
+        if self.experts is not None:
+            layers, pool = self.experts.finish(layers)
         if self.placement is not None:
             layers, spec = self.placement.all_layers(layers, self.source), self.placement.spec
         make = Decoder if self.placement is None else self.placement.make_decoder
@@ -169,6 +174,7 @@ class _Builder:
             exits=pack_exits(heads, spec, layers, self.backend, held) if heads else {},
             expert_impacts={n: scales.impact for n, scales in enumerate(self.scales) if scales is not None},
             quantization=self.described,
+            experts=pool,
         )
 
     def mtp_layers(self, specs: Sequence[LayerSpec]) -> tuple[MtpWeights, ...]:
@@ -181,7 +187,7 @@ class _Builder:
                     spec=spec,
                     norms={name: self._tensor(tensor) for name, tensor in layout.norms.items()},
                     join=self._linear(layout.join, method=self.quantization.layers),
-                    layer=self._layer(layout.layer, spec.moe, None),
+                    layer=self._layer(layout.layer, spec.moe),
                     embedding=self._embedding(name) if (name := self._own(layout.embedding, EMBEDDING)) else None,
                     head=self._linear(head, method=self.quantization.head) if head else None,
                 )
@@ -304,11 +310,12 @@ class _Builder:
             return mapped
         return self._copy(*names, dtype=None if method is None else mapped.dtype)
 
-    def _layer(self, layout: LayerLayout, moe: MoESpec | None, scales: LayerScales | None) -> LayerWeights:
+    def _layer(self, layout: LayerLayout, moe: MoESpec | None, number: int | None = None) -> LayerWeights:
+        scales, experts = (None, None) if number is None else (self.scales[number], self.experts)
         return LayerWeights(
             norms={name: self._tensor(tensor) for name, tensor in layout.norms.items()},
             attention=self._attention(layout.attention),
-            ffn=self._ffn(layout.ffn),
+            ffn=self._ffn(layout.ffn) if experts is None else experts.pack(number, lambda: self._ffn(layout.ffn)),
             **({} if moe is None else self._router(layout, moe.router)),
             shared=self._ffn(layout.shared) if layout.shared else None,
             shared_gate=self._plain(layout.shared_gate) if layout.shared_gate else None,
@@ -373,7 +380,7 @@ class _Builder:
             raise CheckpointError(f"{layout.down[0]!r} is quantised; only experts that are stored one by one can be")
         codes = [[part for part in names if part is not None] for names in parts]
         biases = self._biases(layout)
-        if all(len(names) == layout.num_experts for names in codes) and _run_together(*codes):
+        if all(len(names) == layout.num_experts for names in codes) and run_together(*codes):
             scheme, stacked = codes[0][0].scheme, []
             for names, stored in zip(codes, parts, strict=True):
                 stacked.append(stack_experts([part.weight for part in names]))
@@ -391,10 +398,3 @@ class _Builder:
             for number, (names, stored) in enumerate(zip((layout.gate, layout.up, layout.down), parts, strict=True))
         )
         return self.backend.join_experts(gate, up, down, self.spec.activation)
-
-
-def _run_together(gate: Sequence[StoredCodes], up: Sequence[StoredCodes], down: Sequence[StoredCodes]) -> bool:
-    """Whether kernels can run these projections of all experts as one."""
-    alike = all(len({kind(part.weight) for part in names}) == 1 for names in (gate, up, down))
-    grids = {(part.weight.format, part.weight.group) for part in (*gate, *up)}
-    return alike and len(grids) == 1 and len({part.scheme for part in (*gate, *up, *down)}) == 1

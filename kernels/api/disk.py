@@ -8,6 +8,13 @@ import stat
 from pathlib import Path
 
 
+def cache_home() -> Path:
+    """What is kept for the user: ``$DYNAMOE_HOME``, else ``$XDG_CACHE_HOME/dynamoe``, else ``~/.cache/dynamoe``."""
+    if home := os.environ.get("DYNAMOE_HOME"):
+        return Path(home).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynamoe"
+
+
 def flush(path: Path) -> None:
     """Bring a file, or the entries of a directory, to the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -43,3 +50,16 @@ def check_writable(file: Path) -> None:
         number = errno.EACCES
     if number:
         raise OSError(number, os.strerror(number), str(file))
+
+
+def forget(file: int, start: int = 0, count: int = 0, *, written: bool = False) -> None:
+    """Take the pages of an open file out of the system's cache: whoever reads more than fits crowds out others.
+
+    Arguments:
+        start, count: bytes; 0 goes to the end.
+        written: bring what was written to the disk before: only such pages can go.
+    """
+    if written:
+        os.fsync(file)
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, start, count, os.POSIX_FADV_DONTNEED)
