@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from .load_config import LoadConfig
 from .routing import router_logits
 from .spec import ModelSpec
 
-Guess = Callable[[torch.Tensor], Numbers | None]
+GuessOfRows = Callable[[torch.Tensor], Numbers | None]
 log = logging.getLogger(__name__)
 _MANY = 4  # times as many choices as there are experts: all of them are expected
 
@@ -131,7 +132,7 @@ class ExpertMemory:
             found[number] = replace(layers[number], ffn=ffn)
         return found, pool
 
-    def _guess(self, number: int, layers: Sequence[LayerWeights]) -> Guess | None:
+    def _guess(self, number: int, layers: Sequence[LayerWeights]) -> GuessOfRows | None:
         """What a layer will probably use, by its router, of the rows that the experts of the layer before read."""
         assert self._file is not None
         if number not in self._file.layers:
@@ -149,7 +150,7 @@ class ExpertMemory:
             logits_TE = router_logits(self._backend, weights, moe.router, x_TD)
             routing = self._backend.route(logits_TE, moe.router, **weights.routing)
             chosen = np.unique(routing.expert_ids_TK.numpy()).astype(np.int64) + moe.num_always_on
-            return np.concatenate((every[: moe.num_always_on], chosen))
+            return np.concatenate((every[: moe.num_always_on], chosen[chosen < count]))
 
         return guess
 
@@ -161,15 +162,15 @@ class _Source:
     pool: ExpertPool
     number: int
     num_experts: int
-    guess: Guess | None
+    guess: GuessOfRows | None
 
     def bring(self, x_TD: torch.Tensor, routing: Routing | None) -> tuple[torch.Tensor, torch.Tensor]:
         used = np.arange(self.num_experts)
         if routing is not None:
             ids = routing.expert_ids_TK
             used = np.unique((ids if routing.counts_T is None else ids[routing.used_TK]).numpy()).astype(np.int64)
-        expected = None if self.guess is None else self.guess(x_TD)
-        return self.pool.words, self.pool.bring(self.number, used, self.number + 1, expected)
+        guess = None if self.guess is None else partial(self.guess, x_TD)
+        return self.pool.words, self.pool.bring(self.number, used, self.number + 1, guess)
 
 
 def _made_of(path: Path, backend: CpuBackend, described: str) -> str:

@@ -7,6 +7,7 @@ the one goes that the fewest of the last steps have used.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -19,6 +20,7 @@ from .counters import ExpertTraffic
 READERS = 4  # threads: a disk is fast only with several requests at once
 _KEPT = 1 - 1 / 64  # of the load, from one use of a layer to the next: a window of 64 steps
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
+Guess = Callable[[], Numbers | None]
 
 
 class ExpertPool:
@@ -60,12 +62,13 @@ class ExpertPool:
         """What was counted so far."""
         return ExpertTraffic(**self._counts)
 
-    def bring(self, layer: int, used: Numbers, following: int = -1, expected: Numbers | None = None) -> torch.Tensor:
+    def bring(self, layer: int, used: Numbers, following: int = -1, guess: Guess | None = None) -> torch.Tensor:
         """Have experts of a layer in memory until the next call.
 
         Arguments:
             used: their numbers, rising, each once.
-            following: a layer that will run soon, and the experts that it will probably use, the likeliest first.
+            following, guess: a layer that will run soon, and what says, while experts are read, which it will
+                probably use, each once.
 
         Returns: where their parts begin in :attr:`words`, in bytes: (2, experts), int64; -1: not there.
 
@@ -84,7 +87,7 @@ class ExpertPool:
                 break
             wait(self._reading.values(), return_when="FIRST_COMPLETED")  # reads of what will not be used hold slots
             self._settle()
-        if expected is not None:
+        if guess is not None and (expected := guess()) is not None:
             self._expected = following, frozenset(expected.tolist())
             self._read_ahead(following, expected, pinned)
         self._wait(self._slot_of[layer, used])

@@ -100,6 +100,8 @@ def load_decoder(
     torch_dtype = choose_dtype(settings.dtype, files.config, DTYPES[checkpoint[EMBEDDING].dtype], device, coded=coded)
     chosen = select_backend(device, torch_dtype, settings.backend)
     check_kv_dtype(settings.kv_cache_dtype, spec, chosen)
+    described = str(wanted) if stored is None else STORED
+    experts = ExpertMemory.of(settings, path, spec, chosen, described, shared=join is not None)
     heads, placement = load_heads(path), None
     if join is not None:
         placement = join(spec, path, chosen, wanted, stored, heads.exit_layers if heads else ())
@@ -107,8 +109,6 @@ def load_decoder(
         if wanted.layers is not None:
             placement.check_quantization(wanted.method, wanted.layers)
     source = checkpoint if placement is None else placement.checkpoint(checkpoint)
-    described = str(wanted) if stored is None else STORED
-    experts = ExpertMemory.of(settings, path, spec, chosen, described, shared=join is not None)
     builder = _Builder(spec, layout, source, chosen, read_scales(path, spec), wanted, described, placement, experts)
     decoder = builder.build(progress=progress, heads=heads)
     decoder.mtp = builder.mtp_layers(files.mtp)
