@@ -25,14 +25,14 @@ from dynamoe.dynamic.convert.load_model import load_model
 from dynamoe.dynamic.engine.config import EngineConfig
 from dynamoe.dynamic.engine.engine import Engine
 from dynamoe.dynamic.engine.sampling_params import SamplingParams
-from dynamoe.dynamic.model.expert_pool import READERS, ExpertPool
+from dynamoe.dynamic.model.expert_pool import READERS, ExpertPool, page_aligned
 from quantized_memory import peak
 
 
 def read_rate(pool: ExpertPool, count: int = 128) -> float:
     """Bytes per second of reading experts here and there."""
     file, random = pool.file, np.random.default_rng(0)
-    layers, buffers = list(file.layers), torch.ops.dynamoe_cpu.allocate(READERS * pool.slot_bytes // 4)
+    layers, buffers = list(file.layers), page_aligned(READERS * pool.slot_bytes)
     slots = buffers.numpy().view(np.uint8).reshape(READERS, -1)
 
     def read(number: int) -> None:

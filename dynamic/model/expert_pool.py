@@ -14,13 +14,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checkpoint.expert_file import ExpertFile, ExpertReadError
+from ..checkpoint.expert_file import PAGE, ExpertFile, ExpertReadError
 from .counters import ExpertTraffic
 
 READERS = 4  # threads: a disk is fast only with several requests at once
 _KEPT = 1 - 1 / 64  # of the load, from one use of a layer to the next: a window of 64 steps
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 Guess = Callable[[], Numbers | None]
+
+
+def page_aligned(count: int) -> torch.Tensor:
+    """So many bytes of memory, whole pages, as words of 32 bits; reading past the system's cache needs them."""
+    words: torch.Tensor = torch.ops.dynamoe_cpu.allocate((count + PAGE) // 4)
+    first = -words.data_ptr() % PAGE // 4
+    return words[first : first + count // 4]
 
 
 class ExpertPool:
@@ -45,7 +52,7 @@ class ExpertPool:
             )
         self.num_experts, self.num_slots = total, min(memory // self.slot_bytes, total)
         self.absent_bytes = (total - self.num_slots) * self.slot_bytes
-        self.words: torch.Tensor = torch.ops.dynamoe_cpu.allocate(self.num_slots * self.slot_bytes // 4)
+        self.words = page_aligned(self.num_slots * self.slot_bytes)
         self._bytes = self.words.numpy().view(np.uint8).reshape(self.num_slots, self.slot_bytes)
         shape = max(file.layers) + 1, most
         self._load = np.zeros(shape)  # of the last steps, how many have used each expert
