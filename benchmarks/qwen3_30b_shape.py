@@ -4,7 +4,7 @@ Writes a checkpoint of random numbers in int4, groups of 32, as compressed-tenso
 the folder holds one of these sizes (17.7 GB). ``--write`` ends there. Else it loads it and serves four requests, whose
 cache holds 8,192 tokens each; then it compares decodes, with short contexts and at the end of that cache, with the time
 of reading what they read at the bandwidth that is probed beside them. ``peak_gib`` is the most that the process and
-the system's cache of files took together, beyond what that cache held before.
+the system's cache of files took together until the whole cache had been in use, beyond what that of files held before.
 """
 
 import argparse
@@ -92,6 +92,13 @@ class Memory(threading.Thread):
         )
 
 
+def fill(kv: list[Any]) -> None:
+    """Put something into all of a cache, so that it is memory in use, and rows differ."""
+    for layer in kv:
+        layer.keys_BGPC.uniform_(-1, 1)
+        layer.values_BGPC.uniform_(-1, 1)
+
+
 def prompts(count: int, length: int, vocabulary: int) -> list[dict[str, list[int]]]:
     generator = torch.Generator().manual_seed(0)
     return [
@@ -130,16 +137,15 @@ def main() -> None:
         **{"requests": requests, "prompt_tokens": options.prompt, "seconds": time.perf_counter() - start},
         **{"output_tokens": sum(len(o.outputs[0].token_ids) for o in outputs), "longest": engine.engine.max_model_len},
     }
+    fill(engine.engine.runner.kv)
+    report["peak_gib"] = memory.peak / 2**30
     del engine
     limit, reads = Limits(), Reads(decoder, options.experts)
     steps = {f"decode_{count}": [options.context] * count for count in options.requests}
     steps[f"decode_{requests}_at_{options.cached}"] = [options.cached] * requests
     for name, contexts in steps.items():
         kv, whole = fresh_cache(decoder, contexts)
-        for layer in kv:  # all of it is memory in use
-            for part in vars(layer).values():
-                if isinstance(part, torch.Tensor):
-                    part.fill_(1)
+        fill(kv)
         batch = last_rows(whole)
         weights, keys = reads.of(kv, batch)
         seconds, bandwidth = timed(decoder, kv, batch, options.rounds, limit.read_bandwidth)
@@ -149,7 +155,6 @@ def main() -> None:
             "share_of_read_limit": (weights + keys) / bandwidth / seconds,
         }
         del kv
-    report["peak_gib"] = memory.peak / 2**30
     print(json.dumps(report, indent=2))
 
 

@@ -68,15 +68,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for count in options.requests:
         generator = torch.Generator().manual_seed(count)
         ids = torch.randint(3, model.spec.vocab_size, (count, options.prompt), generator=generator).tolist()
-        params = SamplingParams(temperature=0.0, max_tokens=options.warm + options.tokens, ignore_eos=True)
+        params = SamplingParams(
+            temperature=0.0, max_tokens=options.warm + options.tokens, ignore_eos=True, detokenize=False
+        )
         for number, prompt in enumerate(ids):
             engine.add_request(str(number), prompt, params)
-        made, start, before = 0, 0.0, None
+        made, warm, start, before = 0, 0, 0.0, None
         while engine.has_unfinished():
             for delta in engine.step():
                 made += sum(len(completion.token_ids) for completion in delta.completions)
                 digest.update(f"{delta.request_id} {[c.token_ids for c in delta.completions]}".encode())
-            if before is None and made >= count * options.warm:
+            if not warm and made >= count * options.warm:
                 before, start, warm = engine.stats().expert_traffic, time.perf_counter(), made
         cell: dict[str, Any] = {"tokens_per_second": (made - warm) / (time.perf_counter() - start)}
         after = engine.stats().expert_traffic
