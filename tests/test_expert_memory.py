@@ -38,6 +38,10 @@ def engine(path: Path, memory: int | str | None = None, **options: Any) -> Engin
     return Engine(load_model(path, **{**MIXTURE, "expert_memory": memory, **options}))
 
 
+def load(path: Path, memory: str, **options: Any) -> None:
+    load_decoder(path, **{**MIXTURE, "expert_memory": memory, **options})
+
+
 def pool_of(engine: Engine) -> ExpertPool:
     pool = engine.model.decoder.experts
     assert pool is not None
@@ -48,8 +52,8 @@ def pool_of(engine: Engine) -> ExpertPool:
     ("family", "options"),
     [
         ("qwen3_moe", {}),
-        ("qwen3_moe", {"quantization": "w8a8", "dtype": "float32"}),
-        ("glm4_moe", {}),  # a dense layer first, shared experts, a selection bias
+        # A dense layer first, shared experts, a selection bias.
+        ("glm4_moe", {"quantization": "w8a8", "dtype": "float32"}),
         ("gpt_oss", {"quantization": "none"}),  # MXFP4, biases
     ],
 )
@@ -78,48 +82,43 @@ def test_the_bits_are_those_of_experts_in_memory(
             assert traffic.uses - traffic.hits - traffic.early <= traffic.reads
             assert traffic.reads > pool.num_experts
             assert traffic.early > 0
-    assert expected != answers(engine(path, **{**options, "dtype": "float32", "quantization": "none"}), PROMPTS, GREEDY)
 
 
 def test_packed_once(copy_checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     path = copy_checkpoint("qwen3_moe")
-    engine(path, "1GiB")
+    load(path, "1GiB")
     (folder,) = home.glob("*/")
     packed: list[int] = []
     of = expert_memory.ExpertParts.of
     monkeypatch.setattr(expert_memory.ExpertParts, "of", lambda weights: packed.append(1) or of(weights))
-    engine(path, "1GiB")
+    load(path, "1GiB")
     assert not packed
-    engine(path, "1GiB", quantization="int8")  # of other weights
+    load(path, "1GiB", quantization="int8")  # of other weights
     assert len(packed) == 3
     (path / "generation_config.json").touch()  # a file of another time
-    engine(path, "1GiB", quantization="int8")
+    load(path, "1GiB", quantization="int8")
     assert len(packed) == 6
     table = folder / "table.json"
     table.write_text(table.read_text().replace('"stride": ', '"stride": 1'))
-    engine(path, "1GiB", quantization="int8")
+    load(path, "1GiB", quantization="int8")
     assert len(packed) == 9
     assert [path for path in home.iterdir() if path.is_dir()] == [folder]
 
 
-@pytest.mark.parametrize("damage", ["overwritten", "zeros", "truncated", "deleted", "replaced"])
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "replaced"])
 def test_files_that_change_while_a_model_runs(damage: str, make_checkpoint: Checkpoints, home: Path) -> None:
     path = make_checkpoint("qwen3_moe")
     running, expected = engine(path, "1GiB"), answers(engine(path), PROMPTS, GREEDY)
     (records,) = home.glob("*/records")
-    stride = pool_of(running).slot_bytes
-    if damage == "deleted":
-        shutil.rmtree(records.parent)
-    elif damage == "replaced":
+    if damage == "replaced":  # the open file is still whole
         engine(path, "1GiB", quantization="int8")
-    else:
-        whole = bytearray(records.read_bytes())
-        for place in range(123, len(whole) - stride, stride):
-            whole[place : place + stride - 200] = bytes(stride - 200) if damage == "zeros" else b"\x11" * (stride - 200)
-        records.write_bytes(whole[:PAGE] if damage == "truncated" else whole)
-    if damage in ("deleted", "replaced"):  # the open file is still whole
+        shutil.rmtree(records.parent)
         assert answers(running, PROMPTS, GREEDY) == expected
         return
+    whole = bytearray(records.read_bytes())
+    for place in range(123, len(whole), pool_of(running).slot_bytes):
+        whole[place] ^= 1
+    records.write_bytes(whole[:PAGE] if damage == "truncated" else whole)
     reason = "ends .* bytes too early" if damage == "truncated" else "bytes are damaged"
     with pytest.raises(ExpertReadError, match=f"expert [0-7] of layer 0 in {records}: .*{reason}"):
         answers(running, PROMPTS, GREEDY)
