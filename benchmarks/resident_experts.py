@@ -3,8 +3,9 @@
 For each share of the experts' bytes a process of its own loads the model with so much ``expert_memory``, generates some
 tokens so that the memory fills with what is used, then measures: tokens per second with one request and with several,
 which experts were there, what was read ahead, and the bytes that were read for each token. The first row has all
-experts in memory without ``expert_memory``. All rows must generate the same tokens. ``read_gb_s`` is how fast
-experts come from the disk, past the system's cache of files, when four readers ask for nothing else.
+experts in memory without ``expert_memory``. All rows must generate the same tokens. These are drawn: models with random
+weights repeat themselves otherwise, and use few experts. ``read_gb_s`` is how fast experts come from the disk, past the
+system's cache of files, when four readers ask for nothing else.
 """
 
 import argparse
@@ -68,10 +69,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for count in options.requests:
         generator = torch.Generator().manual_seed(count)
         ids = torch.randint(3, model.spec.vocab_size, (count, options.prompt), generator=generator).tolist()
-        params = SamplingParams(
-            temperature=0.0, max_tokens=options.warm + options.tokens, ignore_eos=True, detokenize=False
-        )
         for number, prompt in enumerate(ids):
+            params = SamplingParams(
+                temperature=1.0, seed=number, max_tokens=longest - options.prompt, ignore_eos=True, detokenize=False
+            )
             engine.add_request(str(number), prompt, params)
         made, warm, start, before = 0, 0, 0.0, None
         while engine.has_unfinished():
