@@ -44,7 +44,7 @@ class ExpertMemory:
     """
 
     def __init__(self, path: Path, spec: ModelSpec, backend: CpuBackend, described: str, memory: int | str) -> None:
-        self._spec, self._backend, self._memory = spec, backend, parse_bytes("expert_memory", memory)
+        self._spec, self._backend, self._memory = spec, backend, parse_bytes(memory, "expert_memory")
         name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
         self._folder, self._made_of = cache_home() / "experts" / name, _made_of(path, backend, described)
         self._writer: ExpertFileWriter | None = None

@@ -37,4 +37,4 @@ class LoadConfig:
 
     def __post_init__(self) -> None:
         if self.expert_memory is not None:
-            parse_bytes("expert_memory", self.expert_memory)
+            parse_bytes(self.expert_memory, "expert_memory")
