@@ -4,7 +4,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from benchmark import command_line
 from dynamoe.dynamic.model.decoder import Decoder
 from dynamoe.dynamic.model.kv_cache import bytes_per_page
 from dynamoe.exits.segments import Segment
+from dynamoe.kernels.api.disk import forget
 from dynamoe.kernels.api.types import AttentionBatch, Routing
 from safetensors.torch import save_file
 
@@ -32,6 +33,8 @@ def write(folder: Path, config: dict[str, Any], files: Iterable[tuple[str, Tenso
     index: dict[str, str] = {}
     for file, tensors in files:
         save_file(tensors, folder / file)
+        with (folder / file).open("rb") as written:
+            forget(written.fileno(), written=True)
         index.update(dict.fromkeys(tensors, file))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     (folder / "config.json").write_text(json.dumps(config))
@@ -48,17 +51,23 @@ def ends(config: dict[str, Any]) -> tuple[str, Tensors]:
     return "model-ends.safetensors", {**tables, "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16)}
 
 
-def options_of(documentation: str | None, **sizes: int) -> argparse.Namespace:
+def options_of(
+    documentation: str | None, *flags: str, requests: Sequence[int] = (1, 4, 16), **sizes: int
+) -> argparse.Namespace:
     """What the command line says.
 
     Arguments:
+        flags: further ones, false by default.
+        requests: how many run together, one after the other.
         sizes: of the model, with their defaults.
     """
     parser = command_line(documentation)
     parser.add_argument("folder", type=Path)
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--requests", type=int, nargs="+", default=[1, 4, 16])
+    for name in flags:
+        parser.add_argument(f"--{name}", action="store_true")
+    parser.add_argument("--requests", type=int, nargs="+", default=list(requests))
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--long", type=int, nargs="*", default=[4096, 16384, 32768], help="contexts of one request")
     parser.add_argument("--prompt", type=int, default=512)

@@ -21,8 +21,8 @@ class LLM(OfflineEngine):
 
     Arguments:
         model: a local directory, a Hub id, or a shipped model (``default``, ``tiny``).
-        dtype, device, backend, quantization, quantize_lm_head, dequantize, kv_cache_dtype, weight_cache: see
-            :class:`LoadConfig`.
+        dtype, device, backend, quantization, quantize_lm_head, dequantize, kv_cache_dtype, expert_memory,
+            weight_cache: see :class:`LoadConfig`.
         progress: show a bar while loading.
         experts_per_token: use fewer routed experts per token than the model was made for.
         certificates: directory that ``dynamoe calibrate`` filled, for requests with a :class:`Quality`; None takes the
@@ -64,6 +64,7 @@ class LLM(OfflineEngine):
         quantize_lm_head: bool = True,
         dequantize: bool = False,
         kv_cache_dtype: str = "auto",
+        expert_memory: int | str | None = None,
         weight_cache: WeightCacheConfig | None = None,
         certificates: str | Path | None = None,
         tensor_parallel_size: int = 1,
@@ -103,6 +104,7 @@ class LLM(OfflineEngine):
             quantize_lm_head=quantize_lm_head,
             dequantize=dequantize,
             kv_cache_dtype=kv_cache_dtype,
+            expert_memory=expert_memory,
             weight_cache=weight_cache or WeightCacheConfig(),
         )
         self._start(model, load, config, progress, experts_per_token, certificates, parallel, skip_tokenizer_init)

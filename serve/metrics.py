@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from ..dynamic.engine.outputs import RequestDelta
-from ..dynamic.model.counters import Exchange
+from ..dynamic.model.counters import Exchange, ExpertTraffic
 from .compute_usage import executed
 from .contract_metrics import ContractCollector, family
 
@@ -193,6 +193,22 @@ class _EngineCollector(Collector):
         yield family(CounterMetricFamily, "dynamoe:segment_rows", text, self._labels, segments, "layers")
         if stats.exchange is not None:
             yield from self._exchange(stats.exchange)
+        if stats.expert_traffic is not None:
+            yield from self._expert_traffic(stats.expert_traffic)
+
+    def _expert_traffic(self, traffic: ExpertTraffic) -> Iterator[Metric]:
+        """Of a model whose experts are not all in memory."""
+        texts = {
+            "uses": "Experts that steps have used, each once for a step.",
+            "hits": "Of these, those that were in memory from earlier steps.",
+            "early": "Of these, those that were read ahead.",
+            "reads": "Experts that were read from the disk.",
+            "read_bytes": "Bytes of these.",
+        }
+        for name, text in texts.items():
+            yield family(
+                CounterMetricFamily, f"dynamoe:expert_{name}", text, self._labels, {(): getattr(traffic, name)}
+            )
 
     def _exchange(self, exchange: Exchange) -> Iterator[Metric]:
         """Of several processes: bytes that rank 0 received, and the load of each expert rank."""

@@ -249,5 +249,5 @@ def test_settings_that_make_no_sense_are_refused(model: LoadedModel, plain: Load
         SamplingParams(exit_thresholds={1: 0.5})
     with pytest.raises(ValueError, match=r"exit_thresholds must be between 0 and 1, not \(1.5,\)"):
         SamplingParams(quality=None, exit_thresholds={1: 1.5})
-    with pytest.raises(ValueError, match="quality must be 'exact', or hold alpha .* and require, not 'lossless'"):
+    with pytest.raises(ValueError, match=r"quality must be 'exact', or hold alpha .* and require, not 'lossless'"):
         SamplingParams(quality="lossless")

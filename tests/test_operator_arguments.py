@@ -66,6 +66,7 @@ def packed_codes(outputs: int, inputs: int) -> torch.Tensor:
 
 def quant_experts() -> Arguments:
     gate_up, down = packed_codes(3 * 64, HIDDEN), packed_codes(3 * 64, 24)
+    places = torch.stack([torch.arange(3) * (packed.nbytes // 3) for packed in (gate_up, down)])
     shape = {"shape": [3, HIDDEN, 24, 0]}
     return {
         "isa": isa,
@@ -78,6 +79,7 @@ def quant_experts() -> Arguments:
         "down_bias": torch.zeros(3 * 64),
         **shape,
         **routing(),
+        "places": places,
     }
 
 
@@ -356,6 +358,11 @@ NAMED: list[tuple[str, str, Callable[[Any], Any], str]] = [
     ("quant_experts", "ids", lambda t: with_entry(t, 3), "expert number is out of range"),
     ("quant_experts", "down_bias", lambda t: t[:32].clone(), "down_bias must hold"),
     ("quant_experts", "gate_up_layout", lambda s: [77, *s[1:]], "impossible quantised layout"),
+    ("quant_experts", "places", lambda t: with_entry(t, -1), "expert 0 cannot be at -1"),
+    ("quant_experts", "places", lambda t: with_entry(t, int(t[1, 2]) + 64, 5), "expert 2 cannot be at"),
+    ("quant_experts", "places", lambda t: with_entry(t, 4), "expert 0 cannot be at 4"),
+    ("quant_experts", "places", lambda t: t[:1].clone(), "places must hold 6 elements"),
+    ("quant_experts", "counts", lambda t: t[:2].clone(), "does not fit 5 rows"),
     ("limit_experts", "ids", lambda t: with_entry(t, 3), "expert number is out of range"),
     ("limit_experts", "counts", lambda t: with_entry(t, 3), "count 3"),
     ("quant_linear", "layout", lambda s: [-1, *s[1:]], "impossible quantised layout"),

@@ -8,15 +8,18 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...kernels.api.disk import read_regular
+from ...kernels.api.disk import forget, read_regular
+from ...kernels.api.format_join import kind
 from ...kernels.api.formats import ActivationScheme
 from ...kernels.api.quantized_weight import QuantizedWeight
 
@@ -100,6 +103,13 @@ class StoredCodes:
 
     weight: QuantizedWeight
     scheme: ActivationScheme
+
+
+def run_together(gate: Sequence[StoredCodes], up: Sequence[StoredCodes], down: Sequence[StoredCodes]) -> bool:
+    """Whether kernels can run these projections of all experts as one."""
+    alike = all(len({kind(part.weight) for part in names}) == 1 for names in (gate, up, down))
+    grids = {(part.weight.format, part.weight.group) for part in (*gate, *up)}
+    return alike and len(grids) == 1 and len({part.scheme for part in (*gate, *up, *down)}) == 1
 
 
 class Checkpoint(Mapping[str, TensorInfo]):
@@ -216,10 +226,16 @@ class Checkpoint(Mapping[str, TensorInfo]):
         """See :meth:`.QuantizedCheckpoint.admit`; plain weights run as they are."""
 
     def release(self) -> None:
-        """Drop the pages read so far from this process; reading them again works and reads the file again."""
-        for mapped in self._maps.values():
+        """Drop the pages read so far from this process, and from the system's cache where the files would fill half
+        of the memory; reading them again works and reads the file again."""
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+        large = 2 * sum(map(len, self._maps.values())) > memory
+        for file, mapped in self._maps.items():
             if hasattr(mapped, "madvise"):
                 mapped.madvise(mmap.MADV_DONTNEED)
+            if large:
+                with suppress(OSError), (self.directory / file).open("rb") as stream:
+                    forget(stream.fileno())
 
 
 def _weight_files(directory: Path) -> tuple[list[str], dict[str, str]]:

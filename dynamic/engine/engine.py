@@ -100,8 +100,7 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._arrivals = self._prompt_tokens = 0
         self._costs = TokenCosts(decoder)
-        self._tokens = TokenTally()
-        self._pace = Pace()
+        self._tokens, self._pace = TokenTally(), Pace()
         self._faults = FaultLog(logger)
 
     def add_request(
@@ -220,7 +219,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """A snapshot of the engine's numbers."""
-        scheduler, pool = self.scheduler, self.scheduler.pool
+        scheduler, pool, decoder = self.scheduler, self.scheduler.pool, self.model.decoder
         return EngineStats(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
@@ -239,7 +238,8 @@ class Engine:
             projected_rows=self.runner.exits.projected_rows,
             skipped_experts=self.runner.budgets.skipped_experts,
             tokens=self._tokens.total(),
-            exchange=self.model.decoder.exchange(),
+            exchange=decoder.exchange(),
+            expert_traffic=None if decoder.experts is None else decoder.experts.traffic(),
             evicted_pages=scheduler.evicted_pages,
             cache_groups=scheduler.cache_groups(self._page_bytes),
         )

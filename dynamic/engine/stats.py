@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..model.counters import Compute, Exchange
+from ..model.counters import Compute, Exchange, ExpertTraffic
 
 
 class GroupBytes(NamedTuple):
@@ -34,6 +34,7 @@ class EngineStats(Compute):
         state_bytes: memory of the recurrent states of as many sequences as run at a time, and of the copies of states
             that are kept for prefixes.
         cache_groups: memory of the pages of each group of layers. Those of the first are the pages counted above.
+        expert_traffic: between the disk and the memory of experts; None where all are in memory.
     """
 
     num_running: int
@@ -50,6 +51,7 @@ class EngineStats(Compute):
     evicted_pages: int = 0
     state_bytes: int = 0
     cache_groups: tuple[GroupBytes, ...] = ()
+    expert_traffic: ExpertTraffic | None = None
 
     @property
     def compute(self) -> Compute:

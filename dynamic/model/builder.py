@@ -18,11 +18,12 @@ from ...kernels.api.router_spec import RouterSpec
 from ...kernels.api.types import ExpertWeights, LinearWeights
 from ...kernels.torch.backend import TorchBackend
 from ...moe.contribution import LayerScales
-from ..checkpoint.weights import CheckpointError, StoredCodes
+from ..checkpoint.weights import CheckpointError, StoredCodes, run_together
 from .attention.kind import AttentionLayout, AttentionWeights, LinearLayout
 from .channel_order import in_order
 from .decoder import Decoder
 from .exits import pack_exits
+from .expert_memory import ExpertMemory
 from .layer_weights import LayerWeights, MtpWeights, packed_router_tensors
 from .layout import EMBEDDING, FFNLayout, LayerLayout, Layout, expert_tensors
 from .machine import release_free_memory
@@ -59,8 +60,9 @@ class Builder:
         described: str,
         placement: Placement | None = None,
         cache: WeightCache | None = None,
+        experts: ExpertMemory | None = None,
     ) -> None:
-        self.spec = spec
+        self.spec, self.experts = spec, experts
         self.placement = placement
         self.scales = scales
         self.layout = layout
@@ -78,10 +80,12 @@ class Builder:
         ends = self._ends() if held.start == 0 else self._no_ends()
         layers = []
         for number in tqdm(held, desc="Loading weights", unit="layer", disable=not progress or None):
-            layer = self._layer(self.layout.layers[number], self.spec.layers[number].moe, self.scales[number])
+            layer = self._layer(self.layout.layers[number], self.spec.layers[number].moe, number)
             layers.append(layer if self.placement is None else self.placement.kept(number, layer, self.backend))
             self._release()
-        spec = self.spec
+        spec, pool = self.spec, None
+        if self.experts is not None:
+            layers, pool = self.experts.finish(layers)
         if self.placement is not None:
             layers, spec = self.placement.all_layers(layers, self.source), self.placement.spec
         make = Decoder if self.placement is None else self.placement.make_decoder
@@ -93,6 +97,7 @@ class Builder:
             exits=pack_exits(heads, spec, layers, self.backend, held) if heads else {},
             expert_impacts={n: scales.impact for n, scales in enumerate(self.scales) if scales is not None},
             quantization=self.described,
+            experts=pool,
         )
 
     def mtp_layers(self, specs: Sequence[LayerSpec]) -> tuple[MtpWeights, ...]:
@@ -105,7 +110,7 @@ class Builder:
                     spec=spec,
                     norms={name: self._tensor(tensor) for name, tensor in layout.norms.items()},
                     join=self._linear(layout.join, method=self.quantization.layers),
-                    layer=self._layer(layout.layer, spec.moe, None),
+                    layer=self._layer(layout.layer, spec.moe),
                     embedding=self._embedding(name) if (name := self._own(layout.embedding, EMBEDDING)) else None,
                     head=self._linear(head, method=self.quantization.head) if head else None,
                 )
@@ -232,11 +237,12 @@ class Builder:
             return mapped
         return self._copy(*names, dtype=None if method is None else mapped.dtype)
 
-    def _layer(self, layout: LayerLayout, moe: MoESpec | None, scales: LayerScales | None) -> LayerWeights:
+    def _layer(self, layout: LayerLayout, moe: MoESpec | None, number: int | None = None) -> LayerWeights:
+        scales, experts = (None, None) if number is None else (self.scales[number], self.experts)
         return LayerWeights(
             norms={name: self._tensor(tensor) for name, tensor in layout.norms.items()},
             attention=self._attention(layout.attention),
-            ffn=self._ffn(layout.ffn),
+            ffn=self._ffn(layout.ffn) if experts is None else experts.pack(number, lambda: self._ffn(layout.ffn)),
             **({} if moe is None else self._router(layout, moe.router)),
             shared=self._ffn(layout.shared) if layout.shared else None,
             shared_gate=self._plain(layout.shared_gate) if layout.shared_gate else None,
@@ -311,7 +317,7 @@ class Builder:
             raise CheckpointError(f"{layout.down[0]!r} is quantised; only experts that are stored one by one can be")
         codes = [[part for part in names if part is not None] for names in parts]
         biases = self._biases(layout)
-        if all(len(names) == layout.num_experts for names in codes) and _run_together(*codes):
+        if all(len(names) == layout.num_experts for names in codes) and run_together(*codes):
             scheme, stacked = codes[0][0].scheme, []
             for names, stored in zip(codes, parts, strict=True):
                 stacked.append(stack_experts([part.weight for part in names]))
@@ -329,10 +335,3 @@ class Builder:
             for number, (names, stored) in enumerate(zip((layout.gate, layout.up, layout.down), parts, strict=True))
         )
         return self.backend.join_experts(gate, up, down, self.spec.activation)
-
-
-def _run_together(gate: Sequence[StoredCodes], up: Sequence[StoredCodes], down: Sequence[StoredCodes]) -> bool:
-    """Whether kernels can run these projections of all experts as one."""
-    alike = all(len({kind(part.weight) for part in names}) == 1 for names in (gate, up, down))
-    grids = {(part.weight.format, part.weight.group) for part in (*gate, *up)}
-    return alike and len(grids) == 1 and len({part.scheme for part in (*gate, *up, *down)}) == 1

@@ -73,6 +73,27 @@ class Compute:
         return self.full_expert_rows - self.skipped_experts
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExpertTraffic:
+    """Where experts came from whose model is larger than its memory. An expert counts once for each step that uses it.
+
+    Arguments:
+        uses: experts that steps have used.
+        hits: of these, those that were in memory from earlier steps.
+        early: of these, those that were read ahead, in part maybe.
+        reads, read_bytes: experts that were read from the disk, ahead or not.
+        foreseen, foreseeable: uses of which it was expected that they would come; all for which something was expected.
+    """
+
+    uses: int = 0
+    hits: int = 0
+    early: int = 0
+    reads: int = 0
+    read_bytes: int = 0
+    foreseen: int = 0
+    foreseeable: int = 0
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Exchange:
     """What went between the processes of one model, as rank 0 saw it.

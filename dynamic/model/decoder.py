@@ -32,6 +32,7 @@ from .attention.kind import AttentionContext
 from .blocks import Add, Attention, FeedForwards, Norm, OutNorm, Read, Scale
 from .counters import Exchange
 from .exits import DecoderExit
+from .expert_pool import ExpertPool
 from .inference_mode import in_inference_mode
 from .kv_cache import Copies, allocate_layers, copy_pages, copy_states
 from .layer_weights import LayerWeights, MtpWeights
@@ -58,6 +59,7 @@ class Decoder:
         exits: by the number of layers in front of them; they cut the model into segments.
         expert_impacts: by layer, see :class:`.LayerScales`; empty where the experts are not calibrated.
         quantization: what was done to the checkpoint's weights, in words.
+        experts: has those of the mixtures in memory, where not all of them are.
     """
 
     processes: str | None = None  # the axes of those that share the model, in words; None: there is one
@@ -78,6 +80,7 @@ class Decoder:
         exits: Mapping[int, DecoderExit] | None = None,
         expert_impacts: Mapping[int, float] | None = None,
         quantization: str = "none",
+        experts: ExpertPool | None = None,
     ) -> None:
         assert len(layers) == spec.num_layers
         self.spec = spec
@@ -89,7 +92,7 @@ class Decoder:
         self.segments = split_into_segments(spec.num_layers, self.exits)
         self.expert_impacts = dict(expert_impacts or {})
         self.embedding_VD = embedding_VD
-        self.quantization = quantization
+        self.quantization, self.experts = quantization, experts
         self.layers = tuple(layers)
         self.final_norm_D, self.final_norm_bias_D = final_norm_D, final_norm_bias_D
         self.lm_head = lm_head
@@ -119,7 +122,8 @@ class Decoder:
     def weight_bytes(self) -> int:
         """Size of the weights in memory."""
         parts = (self.embedding_VD, self.lm_head, self.final_norm_D, *self.layers, *self.mtp)
-        return sum(part.nbytes for part in parts if part is not None)
+        absent = 0 if self.experts is None else self.experts.absent_bytes
+        return sum(part.nbytes for part in parts if part is not None) - absent
 
     def reserve_positions(self, length: int) -> None:
         """Make the table of rotations long enough for contexts of ``length`` tokens.

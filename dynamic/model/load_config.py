@@ -48,6 +48,8 @@ class LoadConfig:
         quantize_lm_head: whether LM head and embedding become int8 then.
         dequantize: also load weights whose stored type has no format here, such as GGUF's IQ types, in 16 bits.
         kv_cache_dtype: ``auto`` (as ``dtype``), ``int8`` or ``fp8``, half the memory: what keys and values are kept in.
+        expert_memory: bytes for the experts of mixtures, as a number or with a unit (``8GiB``), where not all fit: the
+            others are read from the disk when they are needed; None keeps all. CPU, quantised experts.
         weight_cache: see :class:`WeightCacheConfig`.
     """
 
@@ -58,4 +60,9 @@ class LoadConfig:
     quantize_lm_head: bool = True
     dequantize: bool = False
     kv_cache_dtype: str = "auto"
+    expert_memory: int | str | None = None
     weight_cache: WeightCacheConfig = field(default_factory=WeightCacheConfig)
+
+    def __post_init__(self) -> None:
+        if self.expert_memory is not None:
+            parse_bytes(self.expert_memory, "expert_memory")

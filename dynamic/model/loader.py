@@ -16,6 +16,7 @@ from .budgeted_layers import read_scales
 from .builder import Builder
 from .decoder import Decoder
 from .dtype import choose_device, choose_dtype
+from .expert_memory import ExpertMemory
 from .generation_defaults import stop_tokens
 from .kv_cache import check_kv_dtype
 from .layout import EMBEDDING
@@ -82,6 +83,8 @@ def load_decoder(
     torch_dtype = choose_dtype(settings.dtype, files.config, DTYPES[checkpoint[EMBEDDING].dtype], device, coded=coded)
     chosen = select_backend(device, torch_dtype, settings.backend)
     check_kv_dtype(settings.kv_cache_dtype, spec, chosen)
+    described = str(wanted) if stored is None else STORED
+    experts = ExpertMemory.of(settings, path, spec, chosen, described, shared=join is not None)
     heads, placement = load_heads(path), None
     if join is not None:
         placement = join(spec, path, chosen, wanted, stored, heads.exit_layers if heads else ())
@@ -89,10 +92,13 @@ def load_decoder(
         if wanted.layers is not None:
             placement.check_quantization(wanted.method, wanted.layers)
     source = checkpoint if placement is None else placement.checkpoint(checkpoint)
-    described = str(wanted) if stored is None else STORED
-    cache = None if placement else open_cache(settings.weight_cache, path, chosen, wanted, mtp=load_mtp)
+    # Experts on the disk are packed there already.
+    cached = placement is None and experts is None
+    cache = open_cache(settings.weight_cache, path, chosen, wanted, mtp=load_mtp) if cached else None
     kept = cache is not None and cache.read(chosen)
-    builder = Builder(spec, layout, source, chosen, read_scales(path, spec), wanted, described, placement, cache)
+    builder = Builder(
+        spec, layout, source, chosen, read_scales(path, spec), wanted, described, placement, cache, experts
+    )
     decoder = builder.build(progress=progress, heads=heads)
     decoder.mtp = builder.mtp_layers(files.mtp)
     if cache is not None and not kept:

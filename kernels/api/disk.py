@@ -50,3 +50,16 @@ def check_writable(file: Path) -> None:
         number = errno.EACCES
     if number:
         raise OSError(number, os.strerror(number), str(file))
+
+
+def forget(file: int, start: int = 0, count: int = 0, *, written: bool = False) -> None:
+    """Take the pages of an open file out of the system's cache: whoever reads more than fits crowds out others.
+
+    Arguments:
+        start, count: bytes; 0 goes to the end.
+        written: bring what was written to the disk before: only such pages can go.
+    """
+    if written:
+        os.fsync(file)
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, start, count, os.POSIX_FADV_DONTNEED)

@@ -25,6 +25,7 @@ from ..api.stack import (
 from ..api.stack_states import StackState
 from ..api.uncommon import STACK_ATTENTION, STACK_MIXTURES, STACK_NORMS, STACK_STATES
 from ..torch.split import SplitExperts, SplitLinear
+from .placed import CpuPlacedExperts
 from .vectors import SINKS
 
 Kind = TypeVar("Kind")
@@ -51,6 +52,8 @@ def check_stack(layers: Sequence[Sequence[StackBlock]], exits: Sequence[StackExi
     packed += [linear for block in _of_kind(layers, StackLatentAttention) for linear in block.linears]
     packed += [linear for block in with_states for linear in block.linears]
     packed += [part for block in mixtures for part in (block.ffn, block.shared)]
+    if any(isinstance(block.ffn.data, CpuPlacedExperts) for block in mixtures):
+        raise NotStacked("experts that are read from the disk")
     split = [part.data for part in packed if part is not None and isinstance(part.data, SplitLinear | SplitExperts)]
     if any(isinstance(data, SplitExperts) and not data.gate for data in split):
         raise NotStacked("experts without gates")

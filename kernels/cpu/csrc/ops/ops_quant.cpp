@@ -17,11 +17,12 @@ Tensor quant_linear_op(int64_t isa, const Tensor& x, const Tensor& packed, const
   return out;
 }
 
-// `shape` is experts, hidden, width, activation. Without ids every row uses every expert with weight 1.
+// `shape` is experts, hidden, width, activation. Without ids every row uses every expert with weight 1. With places the
+// experts in use lie anywhere in `gate_up` and `down`, see `set_places`.
 Tensor quant_experts_op(int64_t isa, const Tensor& x, const Tensor& gate_up, at::IntArrayRef gate_up_layout,
                         const Tensor& down, at::IntArrayRef down_layout, const OptionalTensor& gate_up_bias,
                         const OptionalTensor& down_bias, at::IntArrayRef shape, const OptionalTensor& ids,
-                        const OptionalTensor& weights, const OptionalTensor& counts) {
+                        const OptionalTensor& weights, const OptionalTensor& counts, const OptionalTensor& places) {
   TORCH_CHECK_VALUE(shape.size() == 4, "a shape is experts, hidden size, width, activation");
   ExpertsCall call{};
   call.x = rows_of(x, "x");
@@ -29,7 +30,7 @@ Tensor quant_experts_op(int64_t isa, const Tensor& x, const Tensor& gate_up, at:
   call.layout = checked_layout({call.x.dtype, shape[0], shape[1], shape[2], false});
   const ExpertLayout& layout = call.layout;
   TORCH_CHECK_VALUE(x.size(1) == layout.hidden, "x has ", x.size(1), " columns, the experts take ", layout.hidden);
-  const QuantExperts experts = quant_experts_of(layout, gate_up, gate_up_layout, down, down_layout);
+  QuantExperts experts = quant_experts_of(layout, gate_up, gate_up_layout, down, down_layout, places.has_value());
   call.activation = enum_of(shape[3], Activation::clamped_swiglu, "activation");
   set_biases(call, gate_up_bias, down_bias, true);
   if (ids) {
@@ -41,6 +42,7 @@ Tensor quant_experts_op(int64_t isa, const Tensor& x, const Tensor& gate_up, at:
     call.counts = counts ? contiguous_data<int32_t>(*counts, at::kInt, "counts") : nullptr;
     call.top_k = ids->size(1);
   }
+  if (places) set_places(experts, call, *places, gate_up.nbytes(), down.nbytes());
   Tensor out = at::empty({x.size(0), x.size(1)}, x.options());
   call.out = out.data_ptr();
   TORCH_CHECK_VALUE(quant_experts(context_of(isa), call, experts) < 0, "an expert number is out of range: there are ",
@@ -55,7 +57,8 @@ TORCH_LIBRARY_FRAGMENT(dynamoe_cpu, m) {
         &quant_linear_op);
   m.def(
       "quant_experts(int isa, Tensor x, Tensor gate_up, int[] gate_up_layout, Tensor down, int[] down_layout, Tensor? "
-      "gate_up_bias, Tensor? down_bias, int[] shape, Tensor? ids, Tensor? weights, Tensor? counts) -> Tensor",
+      "gate_up_bias, Tensor? down_bias, int[] shape, Tensor? ids, Tensor? weights, Tensor? counts, Tensor? "
+      "places=None) -> Tensor",
       &quant_experts_op);
 }
 

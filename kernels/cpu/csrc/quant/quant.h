@@ -88,6 +88,8 @@ void quant_rows(const Context& context, const QuantLayer& layer, const int64_t* 
 // Experts: gate and up interleaved in gated blocks, [expert][gate block], and down, [expert][block].
 struct QuantExperts {
   QuantWeights gate_up, down;  // layouts of all experts' blocks; outputs are multiples of whole blocks per expert
+  // Where the blocks of each expert that is used begin, in bytes from the data; null: one expert behind the other.
+  const int64_t *gate_up_places = nullptr, *down_places = nullptr;
 };
 // As `experts`; call.gate_up and call.down are not looked at. Without ids every row uses every expert with weight 1.
 int64_t quant_experts(const Context& context, const ExpertsCall& call, const QuantExperts& weights);

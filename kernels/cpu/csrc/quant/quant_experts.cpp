@@ -12,8 +12,10 @@ namespace dynamoe_cpu {
 
 namespace {
 
-// Blocks of one expert.
-const char* block_of(const QuantWeights& weights, int64_t experts, int64_t expert, int64_t block) {
+// Blocks of one expert; `places` as in QuantExperts.
+const char* block_of(const QuantWeights& weights, const int64_t* places, int64_t experts, int64_t expert,
+                     int64_t block) {
+  if (places) return weights.data + places[expert] + block * weights.layout.block_bytes();
   return weights.block(expert * (weights.layout.blocks() / experts) + block);
 }
 
@@ -29,7 +31,7 @@ void pack_hidden(const QuantProduct& product, const Chunk& chunk, const float* h
 }
 
 // Packed act(gate x) * (up x) of every slot, for `down`.
-void gate_and_up(const Context& context, const ExpertsCall& call, const QuantWeights& weights,
+void gate_and_up(const Context& context, const ExpertsCall& call, const QuantExperts& weights,
                  const QuantProduct& product, const QuantProduct& down, const Plan& plan, char* packed_hidden) {
   const ExpertLayout& layout = call.layout;
   const int64_t width = layout.gate_blocks() * kGatedOutputs, blocks = layout.gate_blocks();
@@ -73,7 +75,7 @@ void gate_and_up(const Context& context, const ExpertsCall& call, const QuantWei
       for (int64_t item = first; item < last; ++item) {
         const int64_t block = item % blocks, likely = item + 1 == last ? work.likely() : -1;
         const auto at = [&](int64_t chunk, int64_t block) {
-          return block_of(weights, layout.experts, plan.chunks[chunk].expert, block);
+          return block_of(weights.gate_up, weights.gate_up_places, layout.experts, plan.chunks[chunk].expert, block);
         };
         product.multiply(packed, tiles, at(index, block), item == first,
                          likely < 0 ? nullptr : at(likely / blocks, likely % blocks), tile);
@@ -111,7 +113,10 @@ int64_t quant_experts(const Context& context, const ExpertsCall& given, const Qu
   if (bad >= 0) return bad;
   const int64_t hidden_bytes = place_hidden(plan, [&](const Chunk& chunk) { return down.tiles(chunk.rows).bytes(); });
   char* packed = scratch(Buffer::packed).get<char>(hidden_bytes);
-  gate_and_up(context, call, weights.gate_up, gate_up, down, plan, packed);
+  gate_and_up(context, call, weights, gate_up, down, plan, packed);
+  const auto down_at = [&](const Chunk& chunk, int64_t block) {
+    return block_of(weights.down, weights.down_places, layout.experts, chunk.expert, block);
+  };
 
   const int64_t blocks = layout.down_blocks();
   OutputSums sums(kernels, call, plan);
@@ -125,13 +130,11 @@ int64_t quant_experts(const Context& context, const ExpertsCall& given, const Qu
         const Chunk& chunk = plan.chunks[c];
         const bool more = c + 1 < plan.chunks.size();
         const int64_t next = more ? first_block : work.likely();
-        const char* after =
-            next < 0 ? nullptr : block_of(weights.down, layout.experts, plan.chunks[more ? c + 1 : 0].expert, next);
+        const char* after = next < 0 ? nullptr : down_at(plan.chunks[more ? c + 1 : 0], next);
         const PackedTiles tiles = down.tiles(chunk.rows);
         float* tile = scratch(Buffer::scores).get<float>(chunk.rows * kBlockOutputs);
         for (int64_t block = first_block; block < last_block; ++block) {
-          down.multiply(packed + chunk.hidden, tiles,
-                        block_of(weights.down, layout.experts, chunk.expert, block), block == first_block,
+          down.multiply(packed + chunk.hidden, tiles, down_at(chunk, block), block == first_block,
                         block + 1 == last_block ? after : nullptr, tile);
           const float* bias =
               call.down_bias ? call.down_bias + (chunk.expert * blocks + block) * kBlockOutputs : nullptr;

@@ -63,16 +63,42 @@ inline QuantWeights quant_weights(const Tensor& packed, at::IntArrayRef numbers,
   return quant_layer(packed, {}, numbers, name)[0];
 }
 
+// With places, weights lie anywhere in the tensors (see `set_places`).
 inline QuantExperts quant_experts_of(const ExpertLayout& layout, const Tensor& gate_up, at::IntArrayRef gate_up_layout,
-                                     const Tensor& down, at::IntArrayRef down_layout) {
-  const QuantExperts experts{quant_weights(gate_up, gate_up_layout, "gate_up"),
-                             quant_weights(down, down_layout, "down")};
+                                     const Tensor& down, at::IntArrayRef down_layout, bool placed = false) {
+  const auto weights = [&](const Tensor& packed, at::IntArrayRef numbers, const char* name) -> QuantWeights {
+    if (!placed) return quant_weights(packed, numbers, name);
+    words(packed, packed.numel(), name);
+    return {quant_layout(numbers), static_cast<const char*>(packed.data_ptr()), nullptr};
+  };
+  const QuantExperts experts{weights(gate_up, gate_up_layout, "gate_up"), weights(down, down_layout, "down")};
   TORCH_CHECK_VALUE(experts.gate_up.layout.inputs == layout.hidden && experts.down.layout.inputs == layout.width &&
                         experts.gate_up.layout.outputs == layout.experts * layout.gate_blocks() * kBlockOutputs &&
                         experts.down.layout.outputs == layout.experts * layout.down_blocks() * kBlockOutputs,
                     "packed weights ", gate_up_layout, " and ", down_layout, " do not fit ", layout.experts,
                     " experts of ", layout.width, " neurons and hidden size ", layout.hidden);
   return experts;
+}
+
+// Where experts begin, in bytes from the front of each tensor, (2, experts): of gate_up, and of down. Those of experts
+// that are used are checked.
+inline void set_places(QuantExperts& experts, const ExpertsCall& call, const Tensor& places, int64_t gate_up_bytes,
+                       int64_t down_bytes) {
+  const int64_t count = call.layout.experts;
+  experts.gate_up_places = data_of<int64_t>(places, at::kLong, 2 * count, "places");
+  experts.down_places = experts.gate_up_places + count;
+  const auto check = [&](const QuantWeights& weights, int64_t place, int64_t bytes, int64_t expert) {
+    const int64_t size = weights.layout.blocks() / count * weights.layout.block_bytes();
+    TORCH_CHECK_VALUE(0 <= place && place <= bytes - size && place % 64 == 0, "expert ", expert, " cannot be at ",
+                      place, " of ", bytes, " bytes");
+  };
+  for (int64_t slot = 0; slot < (call.ids ? call.rows * call.top_k : count); ++slot) {
+    if (call.ids && call.counts && slot % call.top_k >= call.counts[slot / call.top_k]) continue;
+    const int64_t expert = call.ids ? call.ids[slot] : slot;
+    TORCH_CHECK_VALUE(0 <= expert && expert < count, "an expert number is out of range: there are ", count, " experts");
+    check(experts.gate_up, experts.gate_up_places[expert], gate_up_bytes, expert);
+    check(experts.down, experts.down_places[expert], down_bytes, expert);
+  }
 }
 
 }  // namespace dynamoe_cpu
