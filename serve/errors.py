@@ -93,9 +93,9 @@ def naming(names: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except ApiError as error:
-        if error.param in names:
-            error.detail = error.detail.replace(error.param, names[error.param], 1)
-            error.param = names[error.param]
+        if error.param is not None and (name := names.get(error.param)) is not None:
+            error.detail = error.detail.replace(error.param, name, 1)
+            error.param = name
         raise
 
 

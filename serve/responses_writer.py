@@ -103,7 +103,7 @@ class ResponsesWriter:
                 content = {"type": name, "text": ""}
             self._event("response.content_part.added", **self._place(0), part=content)
             self._items[-1]["content"] = [dict(content)]
-        content = self._items[-1]["content"][0]
+        content: dict[str, Any] = self._items[-1]["content"][0]
         content["text"] += part.text
         found: dict[str, Any] = {}
         if kind == "message":

@@ -58,7 +58,7 @@ class ReasoningTracker:
     def __init__(self, params: ReasoningParams, tokenizer: Tokenizer, formed: bool = False) -> None:
         self._params, self._tokenizer, self._formed = params, tokenizer, formed
         self._begin, self._end = params.begin.encode(), params.end.encode()
-        self.begin_ids = self._ids(params.begin) if formed else ()
+        self.begin_ids: tuple[int, ...] = self._ids(params.begin) if formed else ()
         if params.opened:
             first = self._within(b"", 0, ())
         else:

@@ -238,11 +238,11 @@ class Builder:
         return self._copy(*names, dtype=None if method is None else mapped.dtype)
 
     def _layer(self, layout: LayerLayout, moe: MoESpec | None, number: int | None = None) -> LayerWeights:
-        scales, experts = (None, None) if number is None else (self.scales[number], self.experts)
+        ffn, scales = partial(self._ffn, layout.ffn), None if number is None else self.scales[number]
         return LayerWeights(
             norms={name: self._tensor(tensor) for name, tensor in layout.norms.items()},
             attention=self._attention(layout.attention),
-            ffn=self._ffn(layout.ffn) if experts is None else experts.pack(number, lambda: self._ffn(layout.ffn)),
+            ffn=ffn() if self.experts is None or number is None else self.experts.pack(number, ffn),
             **({} if moe is None else self._router(layout, moe.router)),
             shared=self._ffn(layout.shared) if layout.shared else None,
             shared_gate=self._plain(layout.shared_gate) if layout.shared_gate else None,
