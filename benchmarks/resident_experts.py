@@ -98,6 +98,7 @@ def main() -> None:
     parser.add_argument("model", help="a directory or a shipped model")
     parser.add_argument("--quantization", default="none", help="of a checkpoint that is not quantised")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.75, 0.5, 0.25], help="below all")
+    parser.add_argument("--larger", action="store_true", help="leave out the first row, for a model that does not fit")
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--prompt", type=int, default=16)
     parser.add_argument("--warm", type=int, default=48, help="tokens before those that are measured")
@@ -110,7 +111,7 @@ def main() -> None:
         print(json.dumps(measure(options)))
         return
     rows: list[dict[str, Any]] = []
-    for share in (-1.0, 1.0, *options.shares):
+    for share in (*([] if options.larger else [-1.0]), 1.0, *options.shares):
         command = [sys.executable, __file__, *sys.argv[1:], "--share", str(share), "--bytes", str(options.bytes)]
         answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
         rows.append({"share": "without expert_memory" if share < 0 else share, **json.loads(answer)})

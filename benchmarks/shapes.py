@@ -44,10 +44,14 @@ def plain(*shape: int, size: float = 0.02) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.bfloat16).normal_(0, size)
 
 
-def ends(config: dict[str, Any]) -> tuple[str, Tensors]:
-    """The file of what is in front of the layers and behind them."""
-    hidden = config["hidden_size"]
-    tables = {name: plain(config["vocab_size"], hidden) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+def ends(config: dict[str, Any], embedding: float = 0.02) -> tuple[str, Tensors]:
+    """The file of what is in front of the layers and behind them.
+
+    Arguments:
+        embedding: size of its numbers. Large ones keep tokens apart from each other through all layers.
+    """
+    hidden, sizes = config["hidden_size"], {"model.embed_tokens.weight": embedding, "lm_head.weight": 0.02}
+    tables = {name: plain(config["vocab_size"], hidden, size=size) for name, size in sizes.items()}
     return "model-ends.safetensors", {**tables, "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16)}
 
 

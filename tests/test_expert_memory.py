@@ -81,7 +81,7 @@ def test_the_bits_are_those_of_experts_in_memory(
             assert pool.words.nbytes == pool.num_slots * size <= memory
             assert traffic.uses - traffic.hits - traffic.early <= traffic.reads
             assert traffic.reads > pool.num_experts
-            assert traffic.early > 0
+            assert traffic.early > 0 or memory == most * size  # there may be no room to read ahead
 
 
 def test_packed_once(copy_checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
