@@ -146,10 +146,10 @@ def problems(file, running=None, weights=None):
     if own != certificate["id"]:
         found.append(f"the certificate was changed: it names the id {certificate['id']}, its content has {own}")
     deployment = certificate["deployment"]
-    running = deployment if running is None else running
-    for name in sorted({*deployment, *running}):
-        if deployment.get(name) != running.get(name):
-            found.append(f"{name}: certified for {deployment.get(name)!r}, {running.get(name)!r} runs")
+    if running is not None:
+        for name in sorted({*deployment, *running}):
+            if deployment.get(name) != running.get(name):
+                found.append(f"{name}: certified for {deployment.get(name)!r}, {running.get(name)!r} runs")
     if weights is not None:
         digest = hashlib.sha256()
         for part in sorted(part for part in Path(weights).glob("*.safetensors") if part.name != OF_EXITS):
