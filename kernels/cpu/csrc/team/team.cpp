@@ -64,7 +64,7 @@ class Pace {
   }
 
  private:
-  static constexpr milliseconds kWindow{20}, kProof{200}, kShortest{8}, kLongest{256};
+  static constexpr milliseconds kWindow{20}, kProof{200}, kShortest{8}, kLongest{1000};
 
   int calls_ = kMostHelpers, cpus_ = 0;
   Clock::time_point look_, retry_, raised_, window_;
