@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .errors import ApiError
 
+MESSAGES_PATH = "/v1/messages"  # whose clients send their key in a header of its own
 OPERATOR_PATHS = frozenset({"/metrics", "/v1/contracts/reload"})
 
 
@@ -81,9 +82,10 @@ class Authentication:
             caller = Caller(operator=True)
             if self._keys.required and scope["path"] not in self._open_paths:
                 headers = Headers(scope=scope)
-                found = self._keys.identify(headers.get("authorization"), headers.get("x-api-key"))
+                own = headers.get("x-api-key") if scope["path"].startswith(MESSAGES_PATH) else None
+                found = self._keys.identify(headers.get("authorization"), own)
                 if found is None:
-                    message = "Missing or wrong API key. Send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'."
+                    message = "Missing or wrong API key. Send it as 'Authorization: Bearer KEY'."
                     challenge = {"WWW-Authenticate": "Bearer"}
                     error = ApiError(401, message, code="invalid_api_key", headers=challenge)
                     return await error.response()(scope, receive, send)

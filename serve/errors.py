@@ -93,9 +93,9 @@ def naming(names: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except ApiError as error:
-        if error.param is not None and (name := names.get(error.param)) is not None:
-            error.detail = error.detail.replace(error.param, name, 1)
-            error.param = name
+        param = error.param
+        if param is not None and param in names:
+            error.detail, error.param = error.detail.replace(param, names[param], 1), names[param]
         raise
 
 

@@ -97,7 +97,7 @@ class ResponsesWriter:
             self._close()
             if kind == "message":
                 self._add(kind, "msg", {"role": "assistant", "content": []})
-                content = {"type": name, "text": "", "annotations": [], "logprobs": []}
+                content: dict[str, Any] = {"type": name, "text": "", "annotations": [], "logprobs": []}
             else:
                 self._add(kind, "rs", {"summary": [], "content": []})
                 content = {"type": name, "text": ""}

@@ -158,7 +158,8 @@ def test_a_conversation_with_openais_responses(
     Response.model_validate(raw)
     assert raw["usage"]["compute"]["quality"] == "exact"
     assert raw["usage"]["output_tokens_details"]["reasoning_tokens"] > 6
-    assert [item.id for item in client.responses.retrieve(first.id).output] == [item.id for item in first.output]
+    assert [item["id"] for item in raw["output"]] == [item.model_dump()["id"] for item in first.output]
+    assert client.responses.retrieve(first.id).status == "completed"
     result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
     second = client.responses.create(
         previous_response_id=first.id, input=[result], tool_choice="none", **{**ask, "max_output_tokens": 30}
