@@ -124,7 +124,7 @@ class ExpertFileWriter:
         )
 
     def _write(self, record: Bytes) -> str:
-        left = memoryview(record)
+        left = record.data
         try:
             while left:
                 left = left[self._stream.write(left) :]
@@ -228,7 +228,7 @@ class ExpertFile:
         done = 0
         try:
             while done < len(out):
-                count = os.preadv(self._handle, [memoryview(out)[done:]], offset + done)
+                count = os.preadv(self._handle, [out.data[done:]], offset + done)
                 if not count:
                     return f"the file ends {len(out) - done} bytes too early"
                 done += count

@@ -310,12 +310,12 @@ class _Builder:
             return mapped
         return self._copy(*names, dtype=None if method is None else mapped.dtype)
 
-    def _layer(self, layout: LayerLayout, moe: MoESpec | None, number: int | None = None) -> LayerWeights:
-        scales, experts = (None, None) if number is None else (self.scales[number], self.experts)
+    def _layer(self, layout: LayerLayout, moe: MoESpec | None, number: int = -1) -> LayerWeights:
+        scales, experts = (None, None) if number < 0 else (self.scales[number], self.experts)
         return LayerWeights(
             norms={name: self._tensor(tensor) for name, tensor in layout.norms.items()},
             attention=self._attention(layout.attention),
-            ffn=self._ffn(layout.ffn) if experts is None else experts.pack(number, lambda: self._ffn(layout.ffn)),
+            ffn=self._ffn(layout.ffn) if not experts else experts.pack(number, lambda: self._ffn(layout.ffn)),
             **({} if moe is None else self._router(layout, moe.router)),
             shared=self._ffn(layout.shared) if layout.shared else None,
             shared_gate=self._plain(layout.shared_gate) if layout.shared_gate else None,

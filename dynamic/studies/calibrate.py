@@ -103,6 +103,7 @@ class CalibrateConfig(LoadConfig):
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("alphas", "probabilities", "keeps", "logits_processors"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         check_ranges(self, "alphas", "delta", above=0, below=1)

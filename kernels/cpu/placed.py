@@ -88,9 +88,10 @@ def placed_experts(isa: int, dtype: torch.dtype, facts: Any, shared: bytes, sour
     values, biases = torch.frombuffer(bytearray(shared), dtype=torch.float32) if shared else torch.empty(0), []
     for part, count in zip(values.split(facts["biases"]), facts["biases"], strict=True):
         biases.append(part.clone() if count else None)
+    gate_up_bias, down_bias = biases
     gate_up_layout, down_layout = (Layout(*numbers) for numbers in facts["layouts"])
     experts, hidden, width, activation = facts["shape"]
     shape = experts, hidden, width, activation
-    data = CpuPlacedExperts(isa, gate_up_layout, down_layout, *biases, shape, source)
+    data = CpuPlacedExperts(isa, gate_up_layout, down_layout, gate_up_bias, down_bias, shape, source)
     weights = ExpertWeights.of((experts, width, hidden), facts["activation"], dtype, data)
     return replace(weights, nbytes=facts["nbytes"])
