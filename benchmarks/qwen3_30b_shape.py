@@ -47,6 +47,9 @@ def config_of(options: argparse.Namespace) -> dict[str, Any]:
 def coded(name: str, outputs: int, inputs: int) -> Tensors:
     """The tensors of a linear layer's weight, as the library names them."""
     words = torch.randint(-(2**31), 2**31, (outputs, inputs // 8), dtype=torch.int64).to(torch.int32)
+    # The code -8 becomes 0: weights whose mean is not zero would make all rows alike, and their experts.
+    some = words | words >> 1 | words >> 2 | words >> 3
+    words |= (~some & 0x11111111) << 3
     scales = (torch.rand(outputs, inputs // GROUP) + 0.5).mul_(SCALE).bfloat16()
     shape = torch.tensor([outputs, inputs])
     return {f"{name}.weight_packed": words, f"{name}.weight_scale": scales, f"{name}.weight_shape": shape}

@@ -81,6 +81,7 @@ class CalibrateConfig(LoadConfig):
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("alphas", "probabilities", "keeps", "experts_per_token", "logits_processors"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("quantization", "kv_cache_dtype"):

@@ -94,6 +94,7 @@ class EvaluateConfig(SharedModelConfig):
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(max_num_seqs=8, enable_prefix_caching=False))
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_ranges(self, "requests", "max_tokens", "context_tokens", "timing_groups", "threads", least=1)
         check_ranges(self, "texts", least=0)
         if self.parallel.size > 1 and self.quality.expert_rule == "router_weight":
