@@ -73,8 +73,8 @@ def test_the_bits_are_those_of_experts_in_memory(
         assert traffic is not None
         assert 0 < traffic.foreseen <= traffic.foreseeable < traffic.uses
         if memory == "1GiB":
-            assert (pool.num_slots, pool.absent_bytes, traffic.reads) == (pool.num_experts, 0, pool.num_experts)
-            assert traffic.hits > traffic.reads
+            assert (pool.num_slots, pool.absent_bytes) == (pool.num_experts, 0)
+            assert traffic.hits > pool.num_experts >= traffic.reads  # nobody may have used one of them
             assert found.model.decoder.weight_bytes == whole.model.decoder.weight_bytes
         else:
             assert pool.num_slots == memory // size
