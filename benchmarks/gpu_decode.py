@@ -9,8 +9,8 @@ from typing import Any
 
 import moe_layer
 import torch
-from dynamoe.dynamic.convert.load_model import load_model
 from dynamoe.dynamic.model.decoder import Decoder
+from dynamoe.dynamic.model.loader import load_decoder
 from dynamoe.exits.segments import Segment
 from dynamoe.kernels.api.types import AttentionBatch
 from dynamoe.kernels.triton.backend import TritonBackend
@@ -159,8 +159,7 @@ def measure_decode(device: torch.device, small: bool, until: float) -> tuple[lis
                     continue
                 if decoder is None:
                     options = {"dtype": "bfloat16", "device": str(device), "backend": "triton", "progress": False}
-                    model = load_model(path, quantization=quantization, skip_tokenizer_init=True, **options)
-                    decoder = model.decoder
+                    decoder = load_decoder(path, quantization=quantization, **options)
                     assert isinstance(decoder.backend, TritonBackend)
                 decode = Decode(decoder, sequences, context)
                 replay = check_decode(decode)

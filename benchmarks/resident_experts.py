@@ -61,7 +61,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
     longest = options.prompt + options.warm + options.tokens
     config = EngineConfig(max_model_len=longest, max_num_seqs=max(options.requests), enable_prefix_caching=False)
-    engine, pool = Engine(model, config), model.decoder.experts
+    engine, pool = Engine(model, config), model.decoder.expert_pool
     if pool is not None:
         row |= {"resident": pool.num_slots / pool.num_experts, "expert_bytes": pool.num_experts * pool.slot_bytes}
         row["read_gb_s"] = read_rate(pool) / 1e9

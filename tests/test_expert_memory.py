@@ -43,7 +43,7 @@ def load(path: Path, memory: str, **options: Any) -> None:
 
 
 def pool_of(engine: Engine) -> ExpertPool:
-    pool = engine.model.decoder.experts
+    pool = engine.model.decoder.expert_pool
     assert pool is not None
     return pool
 

@@ -19,7 +19,6 @@ from dynamoe.dynamic.model.families import model_spec
 from dynamoe.dynamic.model.loader import load_decoder
 from dynamoe.dynamic.model.rope import rope_table
 from dynamoe.kernels.api.formats import MXFP4
-from dynamoe.kernels.cpu import quantized
 from dynamoe.kernels.cpu.quantized import CpuQuantExperts
 from family_parity import ENGINE_PATHS, Variant, check_engine, check_logits
 from gguf_files import write_gguf
@@ -157,17 +156,6 @@ def test_mxfp4_takes_little_more_memory_than_the_file(saved: Callable[..., Path]
         decoder = load_decoder(saved("mxfp4"), dtype="bfloat16", device="cpu", backend=backend)
         biases = 6 * (2 * 96 + 64) * (4 if backend == "cpu" else 2)
         assert decoder.layers[0].ffn.nbytes - biases == 6 * 3 * 64 * 96 * 17 // 32
-
-
-def test_experts_packed_some_at_a_time_are_the_same(
-    saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = load_decoder(saved("mxfp4"), dtype="bfloat16", device="cpu").layers[0].ffn.data
-    monkeypatch.setattr(quantized, "_MOST_CODES", 4 * 64 * 96)
-    parts = load_decoder(saved("mxfp4"), dtype="bfloat16", device="cpu").layers[0].ffn.data
-    assert torch.equal(parts.gate_up, whole.gate_up)
-    assert torch.equal(parts.down, whole.down)
-    assert (parts.gate_up_layout, parts.down_layout) == (whole.gate_up_layout, whole.down_layout)
 
 
 def test_a_row_is_the_same_whatever_is_beside_it(saved: Callable[..., Path]) -> None:

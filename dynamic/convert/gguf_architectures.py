@@ -265,14 +265,15 @@ def gguf_names(architecture: Architecture, config: Config, message: str) -> str:
     }
     for ours, own in architecture.names.items():
         parts |= dict.fromkeys(own.names if isinstance(own, Rule) else (own,), ours)
-    parts |= {f"{theirs}.weight": f"{ours}.weight" for ours, theirs in _FURTHER.items()}
+    further = {f"{theirs}.weight": f"{ours}.weight" for ours, theirs in _FURTHER.items()}
 
     def renamed(match: re.Match[str]) -> str:
         name = match[1]
+        is_further = name.startswith("mtp.")
         number, _, part = name.removeprefix("mtp.").removeprefix("model.layers.").partition(".")
-        block = int(number) + config["num_hidden_layers"] if name.startswith("mtp.") else number
-        if part in parts:
-            name = f"blk.{block}.{parts[part]}"
+        block = int(number) + config["num_hidden_layers"] if is_further else number
+        if (theirs := (parts | further if is_further else parts).get(part)) is not None:
+            name = f"blk.{block}.{theirs}"
         elif (expert := re.search(r"experts\.(\d+)\.(\w+)", part)) is not None:
             kind = {"w1": "gate", "w2": "down", "w3": "up"}.get(expert[2], expert[2].removesuffix("_proj"))
             name = f"blk.{block}.ffn_{kind}_exps.{part.rpartition('.')[2]}"

@@ -239,7 +239,7 @@ class Engine:
             skipped_experts=self.runner.budgets.skipped_experts,
             tokens=self._tokens.total(),
             exchange=decoder.exchange(),
-            expert_traffic=None if decoder.experts is None else decoder.experts.traffic(),
+            expert_traffic=decoder.expert_pool and decoder.expert_pool.traffic(),
             evicted_pages=scheduler.evicted_pages,
             cache_groups=scheduler.cache_groups(self._page_bytes),
         )

@@ -97,7 +97,7 @@ class Builder:
             exits=pack_exits(heads, spec, layers, self.backend, held) if heads else {},
             expert_impacts={n: scales.impact for n, scales in enumerate(self.scales) if scales is not None},
             quantization=self.described,
-            experts=pool,
+            expert_pool=pool,
         )
 
     def mtp_layers(self, specs: Sequence[LayerSpec]) -> tuple[MtpWeights, ...]:

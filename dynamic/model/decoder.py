@@ -9,7 +9,7 @@ Shape suffixes (also in ``kernels/api/types.py``):
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -31,6 +31,7 @@ from ...kernels.torch.backend import TorchBackend
 from .attention.kind import AttentionContext
 from .blocks import Add, Attention, FeedForwards, Norm, OutNorm, Read, Scale
 from .counters import Exchange
+from .dtype import rounded
 from .exits import DecoderExit
 from .expert_pool import ExpertPool
 from .inference_mode import in_inference_mode
@@ -59,7 +60,7 @@ class Decoder:
         exits: by the number of layers in front of them; they cut the model into segments.
         expert_impacts: by layer, see :class:`.LayerScales`; empty where the experts are not calibrated.
         quantization: what was done to the checkpoint's weights, in words.
-        experts: has those of the mixtures in memory, where not all of them are.
+        expert_pool: has the experts of the mixtures in memory, where not all of them are.
     """
 
     processes: str | None = None  # the axes of those that share the model, in words; None: there is one
@@ -80,7 +81,7 @@ class Decoder:
         exits: Mapping[int, DecoderExit] | None = None,
         expert_impacts: Mapping[int, float] | None = None,
         quantization: str = "none",
-        experts: ExpertPool | None = None,
+        expert_pool: ExpertPool | None = None,
     ) -> None:
         assert len(layers) == spec.num_layers
         self.spec = spec
@@ -91,8 +92,7 @@ class Decoder:
         self.exits = dict(sorted((exits or {}).items()))
         self.segments = split_into_segments(spec.num_layers, self.exits)
         self.expert_impacts = dict(expert_impacts or {})
-        self.embedding_VD = embedding_VD
-        self.quantization, self.experts = quantization, experts
+        self.embedding_VD, self.quantization, self.expert_pool = embedding_VD, quantization, expert_pool
         self.layers = tuple(layers)
         self.final_norm_D, self.final_norm_bias_D = final_norm_D, final_norm_bias_D
         self.lm_head = lm_head
@@ -105,11 +105,11 @@ class Decoder:
         """The model with the heads that are here."""
         return self._local_spec or self.spec
 
-    @cached_property
+    @property
     def embedding_scale(self) -> float:
         """Factor on the embeddings; some models round it to their dtype."""
         scale = self.spec.embedding_scale
-        return float(torch.tensor(scale, dtype=self.dtype)) if self.spec.rounded_embedding_scale else scale
+        return rounded(scale, self.dtype) if self.spec.rounded_embedding_scale else scale
 
     def _make_tables(self, length: int) -> None:
         """Set the layers' ``rope_tables``, ``distinct_tables``, which these are, and ``cos_sin_LC``, the model's."""
@@ -122,7 +122,7 @@ class Decoder:
     def weight_bytes(self) -> int:
         """Size of the weights in memory."""
         parts = (self.embedding_VD, self.lm_head, self.final_norm_D, *self.layers, *self.mtp)
-        absent = 0 if self.experts is None else self.experts.absent_bytes
+        absent = 0 if self.expert_pool is None else self.expert_pool.absent_bytes
         return sum(part.nbytes for part in parts if part is not None) - absent
 
     def reserve_positions(self, length: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -78,3 +79,9 @@ def choose_dtype(
         other,
     )
     return chosen
+
+
+@cache
+def rounded(value: float, dtype: torch.dtype) -> float:
+    """The number of a dtype that is next to a value."""
+    return float(torch.tensor(value, dtype=dtype))

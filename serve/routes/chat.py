@@ -14,7 +14,8 @@ from ..formats import ChatFormat
 from ..generation import Generation
 from ..json_body import body_route
 from ..wire.openai import ChatCompletionRequest
-from ..wire.openai_answers import POST_ERRORS, ChatCompletionResponse, answer_or_stream
+from ..wire.openai_answers import POST_ERRORS, ChatCompletionResponse
+from ..wire.openapi import answer_or_stream
 
 
 def chat_routes(context: ServerContext) -> APIRouter:

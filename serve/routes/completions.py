@@ -16,7 +16,8 @@ from ..json_body import body_route
 from ..sampling import COMPLETION_MAX_TOKENS
 from ..structured import wanted_form
 from ..wire.openai import CompletionRequest
-from ..wire.openai_answers import POST_ERRORS, CompletionResponse, answer_or_stream
+from ..wire.openai_answers import POST_ERRORS, CompletionResponse
+from ..wire.openapi import answer_or_stream
 
 
 def completion_routes(context: ServerContext) -> APIRouter:

@@ -24,7 +24,8 @@ from ..wire.messages import (
     TokenCount,
 )
 from ..wire.openai import ChatCompletionRequest
-from ..wire.openai_answers import POST_ERRORS, answer_or_stream
+from ..wire.openai_answers import POST_ERRORS
+from ..wire.openapi import answer_or_stream
 
 _ERRORS: Any = {code: {"model": MessageErrorResponse} for code in POST_ERRORS}
 

@@ -17,7 +17,8 @@ from ..response_store import StoredResponse, new_response_id, size_of
 from ..responses_input import NAMES, answer_messages, as_chat, check_returnable
 from ..responses_writer import ResponsesWriter
 from ..text import LARGE_TEXT
-from ..wire.openai_answers import POST_ERRORS, answer_or_stream, error_responses
+from ..wire.openai_answers import POST_ERRORS, error_responses
+from ..wire.openapi import answer_or_stream
 from ..wire.responses import DeletedResponse, ResponsesRequest
 from ..wire.responses import Response as ResponseAnswer
 

@@ -391,11 +391,6 @@ class VersionResponse(Answer):
     version: str
 
 
-def answer_or_stream(answer: type[Answer]) -> dict[int | str, dict[str, Any]]:
-    """The OpenAPI entry of an answer that may be streamed as server-sent events."""
-    return {200: {"model": answer, "content": {"text/event-stream": {}}}}
-
-
 def error_responses(*codes: int) -> dict[int | str, dict[str, Any]]:
     """The OpenAPI entries of a route's error codes."""
     return {code: {"model": ErrorResponse} for code in codes}
