@@ -61,6 +61,7 @@ def test_quantised_weights_on_sm_90(compile_table: Callable[..., str]) -> None:
     assert all(line[-1] == ("wgmma" if line[2] == "2048" else "mma") for line in lines)
 
 
+@pytest.mark.slow
 def test_8_bit_keys_and_values_on_sm_90(compile_table: Callable[..., str]) -> None:
     lines = [line.split() for line in compile_table("sm_90", "caches").splitlines() if "attention_kernel" in line]
     prefill = [line for line in lines if line[2] == "8192"]

@@ -313,6 +313,12 @@ def test_what_an_imported_file_follows_from_is_part_of_the_digest(name: str, mon
     assert importer_digest() != before
 
 
+def test_blocks_have_the_sizes_of_the_library() -> None:
+    from gguf import GGML_QUANT_SIZES
+
+    assert block_sizes() == {kind.name: sizes for kind, sizes in GGML_QUANT_SIZES.items() if sizes[0] > 1}
+
+
 def test_blocks_behind_the_layers_are_named_and_hold_known_parts(
     make_checkpoint: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
