@@ -158,6 +158,7 @@ def test_chats_are_framed_as_the_file_says(default_model: Path, dense_parent: An
     assert ours.special_tokens["eos_token"] == "<|im_end|>"
 
 
+@pytest.mark.slow
 def test_fewer_experts_cost_a_little_and_fewer_still_cost_more(llm: LLM, default_model: Path) -> None:
     tokenizer = Tokenizer.from_directory(default_model)
     windows = token_windows(tokenizer.backend, reference_pages(held_out=True), count=2, length=192)

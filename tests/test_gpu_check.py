@@ -35,6 +35,7 @@ def run(script: str, *arguments: str, cwd: Path, env: dict[str, str] | None = No
     return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=cwd, env=env)
 
 
+@pytest.mark.slow
 def test_layer_benchmark(tmp_path: Path) -> None:
     results = tmp_path / "results.json"
     done = run(

@@ -38,6 +38,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+@pytest.mark.slow
 def test_every_cell_is_measured_and_priced(checkpoint: Path, tmp_path: Path) -> None:
     results = tmp_path / "peers.json"
     methods = ("--quantization", "none", "int8")
