@@ -6,6 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fastapi import Request
+from starlette.responses import Response
+
 from ..dynamic.engine.sampling_params import SamplingParams
 from ..dynamic.engine.structured_outputs import StructuredOutputsParams
 from .answer_parts import (
@@ -17,10 +20,11 @@ from .answer_parts import (
     PlainReader,
     ReasoningReader,
 )
+from .choices import AnswerWriter
 from .context import ServerContext
 from .errors import invalid
 from .formats import Prompt
-from .generation import params_per_prompt
+from .generation import Generation, params_per_prompt
 from .reasoning_markers import ReasoningMarkers
 from .structured import wanted_form
 from .tool_markers import CallMarkers
@@ -45,6 +49,20 @@ class Conversation:
     parts: AnswerParts
     echo: str
     form_field: str
+
+    async def respond(
+        self, context: ServerContext, request: Request, body: ChatCompletionRequest, writer: AnswerWriter
+    ) -> Response:
+        """Generate the answer, and send it as this API does; see :meth:`.Generation.respond`."""
+        return await Generation(
+            context=context,
+            request=request,
+            body=body,
+            prompts=self.prompts,
+            params=self.params,
+            form_field=self.form_field,
+            writer=writer,
+        ).respond()
 
 
 async def read_conversation(context: ServerContext, body: ChatCompletionRequest) -> Conversation:

@@ -11,7 +11,6 @@ from ..choices import ChoicesWriter
 from ..context import ServerContext
 from ..conversation import read_conversation
 from ..formats import ChatFormat
-from ..generation import Generation
 from ..json_body import body_route
 from ..wire.openai import ChatCompletionRequest
 from ..wire.openai_answers import POST_ERRORS, ChatCompletionResponse
@@ -33,14 +32,7 @@ def chat_routes(context: ServerContext) -> APIRouter:
             echo=conversation.echo,
             compute=body.streams_compute,
         )
-        return await Generation(
-            context=context,
-            request=request,
-            body=body,
-            prompts=conversation.prompts,
-            params=conversation.params,
-            form_field=conversation.form_field,
-            writer=ChoicesWriter(body=body, model=context.model_name, format=choices),
-        ).respond()
+        writer = ChoicesWriter(body=body, model=context.model_name, format=choices)
+        return await conversation.respond(context, request, body, writer)
 
     return router

@@ -11,7 +11,6 @@ from starlette.responses import Response
 from ..context import ServerContext
 from ..conversation import read_conversation
 from ..errors import naming
-from ..generation import Generation
 from ..json_body import body_route
 from ..messages_input import NAMES, as_chat
 from ..messages_writer import MessagesWriter
@@ -46,15 +45,8 @@ def message_routes(context: ServerContext) -> APIRouter:
         with naming(NAMES):
             chat = await chat_request(body)
             conversation = await read_conversation(context, chat)
-            return await Generation(
-                context=context,
-                request=request,
-                body=chat,
-                prompts=conversation.prompts,
-                params=conversation.params,
-                form_field=conversation.form_field,
-                writer=MessagesWriter(id=f"msg_{uuid.uuid4().hex}", model=context.model_name, parts=conversation.parts),
-            ).respond()
+            writer = MessagesWriter(id=f"msg_{uuid.uuid4().hex}", model=context.model_name, parts=conversation.parts)
+            return await conversation.respond(context, request, chat, writer)
 
     @router.post("/v1/messages/count_tokens", responses=_ERRORS)
     async def count_tokens(body: CountTokensRequest) -> TokenCount:

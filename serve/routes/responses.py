@@ -10,7 +10,6 @@ from starlette.responses import Response
 from ..context import ServerContext
 from ..conversation import read_conversation
 from ..errors import ApiError, invalid, naming
-from ..generation import Generation
 from ..json_answer import JsonAnswer
 from ..json_body import body_route
 from ..response_store import StoredResponse, new_response_id, size_of
@@ -61,21 +60,14 @@ def response_routes(context: ServerContext) -> APIRouter:
                 if keep:
                     context.responses.put(owner, answer, [*messages, *answer_messages(answer["output"])], size)
 
-            return await Generation(
-                context=context,
-                request=request,
-                body=chat,
-                prompts=conversation.prompts,
-                params=conversation.params,
-                form_field=conversation.form_field,
-                writer=ResponsesWriter(
-                    described=described,
-                    parts=conversation.parts,
-                    top_logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
-                    keep=finished,
-                    large=described_size > LARGE_TEXT,
-                ),
-            ).respond()
+            writer = ResponsesWriter(
+                described=described,
+                parts=conversation.parts,
+                top_logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
+                keep=finished,
+                large=described_size > LARGE_TEXT,
+            )
+            return await conversation.respond(context, request, chat, writer)
 
     @router.get(
         "/v1/responses/{response_id}", responses={200: {"model": ResponseAnswer}, **error_responses(400, 401, 404, 500)}
