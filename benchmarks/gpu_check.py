@@ -182,9 +182,9 @@ def correctness(report: Report, device: torch.device, small: bool, until: float)
                 checks.append(lambda b=backend: check_graph(b))
             if row.backend in ("triton", "cpu"):
                 checks += [lambda b=backend: check_attention(b, small), lambda b=backend: check_routing(b, small)]
+            checks.append(lambda b=backend: check_experts(b, small, until))
             if isinstance(backend, TritonBackend) and dtype == torch.bfloat16:
                 checks.append(lambda b=backend: check_quantised(b, small, until))
-            checks.append(lambda b=backend: check_experts(b, small, until))
             run_checks(cell, checks, report, until)
 
 

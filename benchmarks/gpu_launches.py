@@ -56,7 +56,7 @@ class Step:
 
     def bytes_of(self, launch: Launch) -> int:
         """What a launch reads and writes, once each."""
-        total, experts = 0.0, self.shape.router.num_experts if self.shape.router else 0
+        total, experts = 0.0, self.shape.router.num_real_experts if self.shape.router else 0
         for name, value in launch.args.items():
             tensor = getattr(value, "base", value)
             if not isinstance(tensor, torch.Tensor):
@@ -69,7 +69,7 @@ class Step:
                 size *= kept / slots
             elif name == "cos_sin_ptr":
                 size *= self.tokens / len(tensor)
-            elif tensor.dim() >= 2 and len(tensor) == experts:
+            elif tensor.dim() == 3 and len(tensor) == experts:  # weights; rows have two
                 size *= self.share
             total += size
         return round(total)

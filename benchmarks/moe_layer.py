@@ -154,8 +154,9 @@ def captured(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=stream):
                 call()
-    except RuntimeError:
+    except RuntimeError as error:
         torch.cuda.synchronize(device)
+        print(f"  not captured: {error}", flush=True)
         return None
     return graph.replay
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from dynamoe.dynamic.checkpoint.weights import Checkpoint, read_json
+from dynamoe.dynamic.contract.model_check import CHECKED
 from dynamoe.dynamic.parallel.config import ParallelConfig
 from dynamoe.moe.placement import spread
 from parallel_jobs import PATIENCE, compare, run_job
@@ -164,7 +165,8 @@ def test_experts_are_placed_by_the_load_of_an_earlier_run(
     first = run_job(tmp_path / "first", processes, model=str(path), arguments={"parallel": recorded})
     counts = json.loads(load.read_text())["rows_by_expert"]
     config = read_json(path / "config.json")
-    assert {sum(layer) for layer in counts} == {first["rows"][0] * config["num_experts_per_tok"]}
+    rows = first["rows"][0] + CHECKED  # naming the deployment checks the model
+    assert {sum(layer) for layer in counts} == {rows * config["num_experts_per_tok"]}
     placed = sizes | {"placement": str(load)}
     second = run_job(tmp_path / "second", processes, model=str(path), arguments={"parallel": placed})
     assert second["tokens"] == first["tokens"]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _PROMPT = 37  # tokens: more than two pages
 _DECODED = 4
+CHECKED = _PROMPT + _DECODED  # tokens that every check runs
 
 
 def spec_hash(spec: ModelSpec) -> str:
@@ -55,7 +56,7 @@ def logits_hash(decoder: Decoder, exact: bool) -> str:
         exact: whether this machine always gives the same bits; else of the best tokens alone, which says less.
     """
     spec = decoder.spec
-    length = min(_PROMPT + _DECODED, spec.max_position)
+    length = min(CHECKED, spec.max_position)
     prompt = max(1, length - _DECODED)
     tokens_T = torch.tensor([(7919 * place + 13) % spec.vocab_size for place in range(length)], device=decoder.device)
     kv, whole = fresh_cache(decoder, [length])

@@ -75,10 +75,13 @@ def import_gguf(path: Path, target: Path, *, keep_codes: bool = False, progress:
     config |= {f"{name}_id": index for name, index in vocabulary.special.items() if name in _NAMED_IN_CONFIG}
     config["dtype"] = _dtype({tensor.kind for tensor in file.tensors.values()})
     pieces = _pieces(file, config, architecture, meta.integer(".block_count"))
-    if (further := meta.integer(".block_count") - meta.num_layers) and family_of(config).mtp is None:
-        logger.info("%s: %d blocks are left out: they predict further tokens, but not as is known here", path, further)
-        pieces = {name: piece for name, piece in pieces.items() if not name.startswith(MTP)}
-    _check(file, config, architecture, pieces)
+    model = {name: piece for name, piece in pieces.items() if not name.startswith(MTP)}
+    _check(file, config, architecture, model)
+    try:
+        _check(file, config, architecture, pieces)
+    except CheckpointError as error:
+        logger.warning("what predicts further tokens is left out: %s", error)
+        pieces = model
     # Others keep their names: loading says that they are not applied.
     generation = {_SAMPLING.get(key, key): value for key, value in meta.raw("general.sampling.").items()}
     write_tokenizer(meta, vocabulary, config["max_position_embeddings"], target)

@@ -82,6 +82,8 @@ def _jamba(meta: Metadata, tensors: Tensors) -> dict[str, Any]:
         experts |= {"expert_layer_period": step, "expert_layer_offset": first}
     else:
         meta.get(".expert_used_count")  # there without experts too
+        if (count := meta.integer(".expert_count", 0)) > 1:
+            raise meta.error(".expert_count", count, "at most 1 without routers")
     return {
         "model_type": "jamba",
         "attn_layer_period": period,

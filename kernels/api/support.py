@@ -196,7 +196,7 @@ def render(results: Path = RESULTS) -> str:
         "Rotation, cache write and attention over pages, with windows, sinks and capped scores; `triton` in float32",
         "runs its attention on torch, except interpreted, and that over heads of more than 512 channels always. Of",
         "latent attention `triton` takes latents of up to 512 channels with keys of up to 64 behind them. Its cache in",
-        "int8 is read as it is by both kernels and becomes floating on torch; in fp8 it is refused.",
+        "int8 is read as it is (by `triton` if the channels are even) and becomes floating on torch; fp8 is refused.",
         "",
         *_table(("`kv_cache_dtype=`", *backends), *((f"`{kept}`", *by_backend(o)) for kept, o in CACHES.items())),
         "",

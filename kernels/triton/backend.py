@@ -14,7 +14,6 @@ import torch
 
 import triton
 
-from ..api.latents import readable
 from ..api.quantized_weight import QuantizedWeight
 from ..api.router_spec import RouterSpec
 from ..api.types import AttentionBatch, ExitDecision, ExpertWeights, KVLayer, LinearWeights, ProbeWeights, Routing
@@ -171,12 +170,11 @@ class TritonBackend(TorchBackend):
     def latent_attention(
         self, q_THC: torch.Tensor, layer: KVLayer, batch: AttentionBatch, *, latent: int, **options: Any
     ) -> torch.Tensor:
-        if layer.coded and latent % 2:  # keys behind the codes would begin at odd bytes
-            layer, batch = readable(layer, batch, latent, self.dtype)
-        try:
-            return self._do(AttentionCall(q_THC, layer, batch, latent=latent, **options))
-        except NoKernelError as reason:
-            self._fall_back(str(reason))
+        if not (layer.coded and latent % 2):  # else keys behind the codes would begin at odd bytes
+            try:
+                return self._do(AttentionCall(q_THC, layer, batch, latent=latent, **options))
+            except NoKernelError as reason:
+                self._fall_back(str(reason))
         return super().latent_attention(q_THC, layer, batch, latent=latent, **options)
 
     def short_convolution(

@@ -1,8 +1,8 @@
 """Tilings of products with quantised weights: one by rule, and others that tuning measures beside it.
 
-The rule's tilings compile without spills for every format on all listed targets, which ``aot.py`` proves; a cost model
-cannot promise that, as formats differ in the registers that their codes are cut out in. Of the others it says which
-are worth measuring.
+The rule is made so that tilings compile without spills, which ``aot.py`` reports on (docs/kernels.md says for what it
+was run); a cost model cannot promise that, as formats differ in the registers that their codes are cut out in. Of the
+others it says which are worth measuring.
 """
 
 from __future__ import annotations

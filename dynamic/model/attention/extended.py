@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -36,8 +37,14 @@ class QueryGrowth(StackGrowth):
     def factors(self, batch: AttentionBatch) -> torch.Tensor:
         """float32, (T,). Looked up: torch's logarithm of an element depends on how many there are."""
         last = (batch.num_positions - 1 + self.offset) // self.period
-        known = torch.tensor([1 + self.rate * math.log1p(steps) for steps in range(last + 1)], dtype=torch.float32)
-        return known.to(batch.positions_T.device)[(batch.positions_T + self.offset) // self.period]
+        known = _factors(self.rate, 1 << last.bit_length(), batch.positions_T.device)
+        return known[(batch.positions_T + self.offset) // self.period]
+
+
+@lru_cache(maxsize=8)  # steps upload nothing
+def _factors(rate: float, count: int, device: torch.device) -> torch.Tensor:
+    known = [1 + rate * math.log1p(steps) for steps in range(count)]
+    return torch.tensor(known, dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True, kw_only=True)
